@@ -1,0 +1,74 @@
+"""What is aligned: one class for each family that comes with the package, and one for a family of your own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from raftune.config.base import Frozen
+
+
+class AdapterConfig(Frozen):
+    """LoRA through peft: only these small matrices are trained and saved."""
+
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: float = Field(32.0, gt=0, description="Scale; the update is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = Field("all-linear", description="Module names, or 'all-linear'.")
+    modules_to_save: tuple[str, ...] = Field((), description="Modules trained and saved whole.")
+
+
+class CausalLMPolicy(Frozen):
+    """Any AutoModelForCausalLM."""
+
+    family: Literal["causal_lm"] = "causal_lm"
+    model: str = Field(description="Folder, hub name, or 'starter' for the bundled model.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    tokenizer: str | None = Field(None, description="Folder or hub name, where it is not the model's own.")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="Type of the weights.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
+    adapter: AdapterConfig | None = Field(None, description="LoRA; without it all weights are trained.")
+    load_in_4bit: bool = Field(False, description="QLoRA: 4-bit base weights (needs CUDA, bitsandbytes and an adapter).")
+    attn_implementation: str | None = Field(None, description="As in transformers; None takes the model's default.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model. Only for models you have read.")
+    model_init_kwargs: dict[str, Any] = Field(default_factory=dict, description="Anything else from_pretrained takes.")
+
+    @model_validator(mode="after")
+    def _four_bits_need_an_adapter(self) -> CausalLMPolicy:
+        if self.load_in_4bit and self.adapter is None:
+            raise ValueError("load_in_4bit must come with an adapter; got none. 4-bit weights cannot be trained: add `adapter: {r: 16}`.")
+        return self
+
+
+class TabularPolicy(Frozen):
+    """A categorical distribution for each prompt: small enough to hold the algorithm to closed forms."""
+
+    family: Literal["tabular"] = "tabular"
+    logits: tuple[tuple[float, ...], ...] | None = Field(
+        None, description="One row for each prompt label, one logit for each answer; None: all zero."
+    )
+    num_prompts: int = Field(1, ge=1, description="Rows, where no logits are given.")
+    num_answers: int = Field(2, ge=2, description="Answers, where no logits are given.")
+    step: float = Field(1.0, gt=0, le=1, description="p becomes (1 - step)*p + step*q, q the kept frequencies; 1 is the full fit.")
+
+
+class CustomPolicy(Frozen):
+    """A family of your own: `module:Class` or `file.py:Class`, with options that its own class validates."""
+
+    family: str = Field(pattern=r".+:.+", description="module:Class or file.py:Class.")
+    model: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def _family(value: Any) -> str:
+    family = value.get("family", "causal_lm") if isinstance(value, dict) else value.family
+    return "custom" if ":" in str(family) else str(family)
+
+
+PolicyConfig = Annotated[
+    Annotated[CausalLMPolicy, Tag("causal_lm")]
+    | Annotated[TabularPolicy, Tag("tabular")]
+    | Annotated[CustomPolicy, Tag("custom")],
+    Discriminator(_family),
+]
