@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from raftune.config.base import Frozen
 
@@ -30,48 +30,57 @@ class SelectionConfig(Frozen):
     """What is kept of each prompt's samples. A field that the chosen rule does not read must stay at its default."""
 
     rule: Rule = Field(
-        "best_of_k",
+        default="best_of_k",
         description="Who is kept: the best of each prompt (best_of_k), its m best (top_m), the best share of all "
         "(top_fraction), all from a score upwards (threshold), all weighted by score (softmax), m by chance (random).",
     )
-    m: int = Field(1, description="Samples kept per prompt, at least 1 (top_m, random): more gives more, worse data.")
+    m: int = Field(
+        default=1, description="Samples kept per prompt, at least 1 (top_m, random): more gives more, worse data."
+    )
     keep_fraction: float | None = Field(
-        None, description="Share in (0, 1] of all that compete (top_fraction): prompts with low scores may starve."
+        default=None,
+        description="Share in (0, 1] of all that compete (top_fraction): prompts with low scores may starve.",
     )
     threshold: float | None = Field(
-        None, description="Lowest score kept, in units of the score (threshold): a prompt without one yields nothing."
+        default=None,
+        description="Lowest score kept, in units of the score (threshold): a prompt without one yields nothing.",
     )
     temperature: float | None = Field(
-        None,
-        description="Above 0, in units of the score (softmax): weights are softmax(score / temperature) in each prompt.",
+        default=None,
+        description="Above 0, in units of the score (softmax): weights are softmax(score / temperature) in a prompt.",
     )
     max_per_prompt: int | None = Field(
-        None, description="Most samples kept of one prompt (threshold, top_fraction): its best; none means no limit."
+        default=None,
+        description="Most samples kept of one prompt (threshold, top_fraction): its best; none means no limit.",
     )
     all_equal: Literal["keep", "skip"] = Field(
-        "keep", description="Prompts whose competing samples all score the same: chosen from as any other, or skipped."
+        default="keep",
+        description="Prompts whose competing samples all score the same: chosen from as any other, or skipped.",
     )
     margin: float = Field(
-        0.0,
-        description="In units of the score, at least 0: a prompt whose best is less than this above its mean is skipped.",
+        default=0.0,
+        description="In units of the score, at least 0: prompts whose best exceeds the mean by less are skipped.",
     )
     min_length: int | None = Field(
-        None, description="Shortest completion kept, in the family's unit (tokens for text); none means no limit."
+        default=None,
+        description="Shortest completion kept, in the family's unit (tokens for text); none means no limit.",
     )
     max_length: int | None = Field(
-        None, description="Longest completion kept, in the family's unit (tokens for text); none means no limit."
+        default=None,
+        description="Longest completion kept, in the family's unit (tokens for text); none means no limit.",
     )
     drop_duplicates: bool = Field(
-        False, description="Of identical completions of a prompt only the first competes: less repetition, less data."
+        default=False,
+        description="Of identical completions of a prompt only the first competes: less repetition, less data.",
     )
 
     @field_validator("m", "max_per_prompt", "max_length")
     @classmethod
-    def _at_least_one(cls, value: int | None, info: object) -> int | None:
+    def _at_least_one(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value is not None and value < 1:
-            name = getattr(info, "field_name", "")
             raise ValueError(
-                f"selection.{name} must be at least 1; got {value}. Nothing could be kept: raise it, or leave it out."
+                f"selection.{info.field_name} must be at least 1; got {value}. "
+                "Nothing could be kept: raise it, or leave it out."
             )
         return value
 
@@ -114,7 +123,7 @@ class SelectionConfig(Frozen):
             value = getattr(self, name)
             if self.rule not in rules and value != type(self).model_fields[name].default:
                 raise ValueError(
-                    f"selection.{name} is read by rule {' and '.join(rules)} only; got {name}={value} with "
+                    f"selection.{name} is read by {' and '.join(rules)} only; got {name}={value} with "
                     f"rule={self.rule}, which would ignore it. Remove it, or write selection.rule: {rules[0]}."
                 )
         name, fix = _NEEDED.get(self.rule, ("rule", ""))
