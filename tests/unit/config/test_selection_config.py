@@ -1,0 +1,67 @@
+"""The section `selection` accepts what a rule reads, refuses what it would ignore, and says how to mend it."""
+
+import re
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from raftune.config.selection import SelectionConfig
+
+VALID: list[dict[str, Any]] = [
+    {},
+    {"rule": "top_m", "m": 3},
+    {"rule": "top_fraction", "keep_fraction": 1, "max_per_prompt": 2},
+    {"rule": "threshold", "threshold": -0.5, "max_per_prompt": 1},
+    {"rule": "softmax", "temperature": 0.1},
+    {"rule": "random", "m": 2},
+    {"all_equal": "skip", "margin": 0.1, "min_length": 4, "max_length": 4, "drop_duplicates": True},
+]
+INVALID: list[tuple[dict[str, Any], str]] = [
+    ({"m": 2}, "selection.m is read by top_m and random only; got m=2 with rule=best_of_k, which would ignore it"),
+    ({"keep_fraction": 0.3}, "write selection.rule: top_fraction"),
+    ({"rule": "softmax", "temperature": 1, "max_per_prompt": 2}, "read by threshold and top_fraction only"),
+    ({"rule": "top_m", "m": 2, "threshold": 0}, "got threshold=0.0 with rule=top_m"),
+    ({"rule": "random", "temperature": 0.5}, "selection.temperature is read by softmax only"),
+    ({"rule": "top_fraction"}, "selection.keep_fraction must be given for rule top_fraction; got none"),
+    ({"rule": "threshold"}, "selection.threshold must be given for rule threshold; got none"),
+    ({"rule": "softmax"}, "selection.temperature must be given for rule softmax; got none"),
+    (
+        {"rule": "top_fraction", "keep_fraction": 30},
+        "selection.keep_fraction must be in (0, 1]; got 30. It is a fraction, not a percentage: write 0.3.",
+    ),
+    ({"rule": "top_fraction", "keep_fraction": 0}, "selection.keep_fraction must be in (0, 1]; got 0."),
+    ({"rule": "top_fraction", "keep_fraction": -0.5}, "selection.keep_fraction must be in (0, 1]; got -0.5."),
+    ({"rule": "top_m", "m": 0}, "selection.m must be at least 1; got 0"),
+    ({"rule": "threshold", "threshold": 1, "max_per_prompt": 0}, "selection.max_per_prompt must be at least 1; got 0"),
+    ({"rule": "softmax", "temperature": 0}, "selection.temperature must be above 0; got 0"),
+    ({"margin": -0.5}, "selection.margin must be at least 0; got -0.5"),
+    ({"min_length": -1}, "selection.min_length must be at least 0; got -1"),
+    ({"max_length": 0}, "selection.max_length must be at least 1; got 0"),
+    (
+        {"min_length": 5, "max_length": 4},
+        "selection.min_length must not exceed selection.max_length; got 5 and 4, which can never select anything",
+    ),
+    ({"rule": "threshold", "threshold": float("nan")}, "finite"),
+    ({"rule": "threshold", "threshold": float("inf")}, "finite"),
+    ({"rule": "top_fraction", "keep_fraction": float("nan")}, "finite"),
+    ({"rule": "best"}, "best_of_k"),
+    ({"top_k": 3}, "Extra inputs"),
+]
+
+
+@pytest.mark.parametrize("fields", VALID)
+def test_what_a_rule_reads_is_accepted_and_survives_json(fields: dict[str, Any]) -> None:
+    config = SelectionConfig(**fields)
+    assert all(getattr(config, name) == value for name, value in fields.items())
+    assert SelectionConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(("fields", "message"), INVALID)
+def test_what_cannot_be_meant_is_refused_with_its_fix(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        SelectionConfig(**fields)
+
+
+def test_every_field_says_what_it_does() -> None:
+    assert all(field.description for field in SelectionConfig.model_fields.values())

@@ -1,0 +1,469 @@
+"""Which candidates a rule keeps, with what weight and reason, on tables small enough to check by eye."""
+
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raftune.config.selection import SelectionConfig
+from raftune.selection import REASONS, Candidates, Reason, Verdicts, barren, select
+
+NAN, INF = float("nan"), float("inf")
+
+# One configuration of each rule, and one of each filter.
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    {"rule": "top_m", "m": 3},
+    {"rule": "top_fraction", "keep_fraction": 0.3},
+    {"rule": "top_fraction", "keep_fraction": 0.25, "max_per_prompt": 2},
+    {"rule": "threshold", "threshold": 2},
+    {"rule": "threshold", "threshold": 1, "max_per_prompt": 2},
+    {"rule": "softmax", "temperature": 0.7},
+    {"rule": "random", "m": 2},
+    {"all_equal": "skip"},
+    {"margin": 0.75},
+    {"rule": "top_m", "m": 2, "min_length": 3, "max_length": 7, "drop_duplicates": True},
+]
+# Rules whose decision about a prompt looks at no other prompt.
+LOCAL = [fields for fields in CONFIGS if fields.get("rule") != "top_fraction"]
+
+
+def prompts(
+    *scores: Sequence[float], lengths: Sequence[int] | None = None, contents: Sequence[int] | None = None
+) -> Candidates:
+    """One group for each sequence of scores; every completion has length 1 and is distinct, unless given."""
+    n = sum(len(group) for group in scores)
+    return Candidates(
+        group=np.repeat(np.arange(len(scores)), [len(group) for group in scores]),
+        k=np.array([k for group in scores for k in range(len(group))], np.int32),
+        score=np.array([score for group in scores for score in group], np.float64),
+        length=np.array(lengths if lengths is not None else [1] * n, np.int64),
+        content=np.array(contents if contents is not None else range(n), np.uint64),
+    )
+
+
+def rows(candidates: Candidates, index: np.ndarray) -> Candidates:
+    return Candidates(
+        candidates.group[index],
+        candidates.k[index],
+        candidates.score[index],
+        candidates.length[index],
+        candidates.content[index],
+    )
+
+
+def random_table(seed: int, groups: int = 60) -> Candidates:
+    """Ragged groups of 1..9 with few distinct scores, some unusable, and repeated completions."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 10, groups)
+    score = rng.integers(0, 5, sizes.sum()).astype(np.float64)
+    score[rng.random(len(score)) < 0.15] = NAN
+    score[rng.random(len(score)) < 0.05] = INF
+    return Candidates(
+        group=np.repeat(rng.permutation(1000)[:groups], sizes),
+        k=np.concatenate([rng.permutation(20)[:size] for size in sizes]).astype(np.int32),
+        score=score,
+        length=rng.integers(1, 10, len(score)),
+        content=rng.integers(0, 4, len(score)).astype(np.uint64),
+    )
+
+
+def choose(candidates: Candidates, seed: int = 0, **fields: Any) -> Verdicts:
+    return select(candidates, SelectionConfig(**fields), seed)
+
+
+def kept(verdicts: Verdicts) -> list[int]:
+    return np.flatnonzero(verdicts.weight > 0).tolist()
+
+
+def words(verdicts: Verdicts) -> list[str]:
+    return [REASONS[reason] for reason in verdicts.reason]
+
+
+def assert_same(a: Verdicts, b: Verdicts) -> None:
+    np.testing.assert_array_equal(a.rank, b.rank)
+    np.testing.assert_array_equal(a.weight, b.weight)
+    np.testing.assert_array_equal(a.reason, b.reason)
+
+
+# -- best of k and top m ---------------------------------------------------------------------------------------------
+
+
+def test_the_best_of_each_prompt_is_kept_and_every_candidate_is_ranked() -> None:
+    verdicts = choose(prompts([1, 3, 2], [-5, -7]))
+    assert verdicts.weight.tolist() == [0, 1, 0, 1, 0]
+    assert verdicts.rank.tolist() == [3, 1, 2, 1, 2]
+    won, lost = "best of its prompt", "a better one was kept"
+    assert words(verdicts) == [lost, won, lost, won, lost]
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    verdicts = choose(prompts([1, 2, 2, 2], [0.0, -0.0]))
+    assert kept(verdicts) == [1, 4]
+    assert verdicts.rank.tolist() == [4, 1, 2, 3, 1, 2]
+    assert words(verdicts)[2:4] == ["tied with a better index"] * 2
+
+
+def test_ties_go_to_the_lower_index_and_not_to_the_earlier_row() -> None:
+    table = prompts([7, 7, 7, 1])
+    assert choose(rows(table, np.array([3, 2, 1, 0]))).rank.tolist() == [4, 3, 2, 1]
+
+
+def test_top_m_keeps_exactly_m_and_all_of_a_prompt_that_has_fewer() -> None:
+    verdicts = choose(prompts([5, 1, 4, 3], [2], [1, 1, 1]), rule="top_m", m=2)
+    assert kept(verdicts) == [0, 2, 4, 5, 6]
+    assert verdicts.weight.max() == 1
+    assert words(verdicts) == [
+        "best of its prompt",
+        "a better one was kept",
+        "among the best of its prompt",
+        "a better one was kept",
+        "best of its prompt",
+        "best of its prompt",
+        "among the best of its prompt",
+        "tied with a better index",
+    ]
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 7])
+def test_top_m_keeps_the_smaller_of_m_and_what_is_usable_of_every_prompt(m: int) -> None:
+    table = random_table(m, groups=200)
+    verdicts = choose(table, rule="top_m", m=m)
+    for group in np.unique(table.group):
+        mine = table.group == group
+        assert verdicts.weight[mine].sum() == min(m, np.isfinite(table.score[mine]).sum())
+
+
+def test_best_of_k_is_top_1() -> None:
+    table = random_table(3)
+    assert_same(choose(table), choose(table, rule="top_m", m=1))
+
+
+# -- the screen ------------------------------------------------------------------------------------------------------
+
+
+def test_no_rule_ever_keeps_a_score_that_is_not_finite() -> None:
+    table = prompts([NAN, 1, INF, -INF], [NAN, INF])
+    for fields in CONFIGS:
+        verdicts = choose(table, **{**fields, "min_length": None, "max_length": None, "margin": 0, "all_equal": "keep"})
+        assert set(kept(verdicts)) <= {1}
+        assert verdicts.rank.tolist() == [0, 1, 0, 0, 0, 0]
+        assert [words(verdicts)[i] for i in (0, 2, 3, 4, 5)] == ["no usable score"] * 5
+
+
+def test_lengths_on_the_edge_of_the_window_compete_and_others_do_not() -> None:
+    table = prompts([1, 2, 3, 4], lengths=[3, 5, 2, 6])
+    verdicts = choose(table, min_length=3, max_length=5)
+    assert kept(verdicts) == [1]
+    assert verdicts.rank.tolist() == [2, 1, 0, 0]
+    assert words(verdicts)[2:] == ["too short", "too long"]
+
+
+def test_of_identical_completions_only_the_lowest_usable_index_competes() -> None:
+    table = prompts([5, 5, NAN, 5], [5, 5], contents=[8, 8, 9, 9, 8, 9])
+    verdicts = choose(table, rule="top_m", m=4, drop_duplicates=True)
+    # Index 3 repeats 2, which has no score and so takes nothing away. Another prompt's completions are not compared.
+    assert kept(verdicts) == [0, 3, 4, 5]
+    assert words(verdicts)[1] == "duplicate of a lower index"
+    assert kept(choose(table, rule="top_m", m=4)) == [0, 1, 3, 4, 5]
+
+
+# -- skipped prompts -------------------------------------------------------------------------------------------------
+
+
+def test_prompts_whose_usable_scores_are_all_equal_are_kept_or_skipped_as_told() -> None:
+    table = prompts([2, 2, NAN], [2, 3], [1])
+    assert kept(choose(table)) == [0, 4, 5]
+    verdicts = choose(table, all_equal="skip")
+    assert kept(verdicts) == [4]
+    assert words(verdicts)[:3] == ["prompt skipped: all scores equal"] * 2 + ["no usable score"]
+    assert verdicts.rank.tolist() == [1, 2, 0, 2, 1, 1]
+
+
+def test_a_best_that_exceeds_its_mean_by_just_the_margin_is_kept() -> None:
+    table = prompts([0, 1], [0, 0.75], [1, 1])
+    assert kept(choose(table, margin=0.5)) == [1]
+    assert words(choose(table, margin=0.5))[2:] == ["prompt skipped: margin too small"] * 4
+    assert kept(choose(table, margin=0.375)) == [1, 3]
+
+
+def test_skipping_looks_at_those_that_compete_alone() -> None:
+    table = prompts([1, 1, 9], lengths=[1, 1, 50])
+    assert kept(choose(table, all_equal="skip")) == [2]
+    assert kept(choose(table, all_equal="skip", max_length=10)) == []
+
+
+def test_margins_survive_scores_near_the_largest_float() -> None:
+    assert kept(choose(prompts([-1.7e308, 1.7e308], [1e308, 1e308]), margin=1)) == [1]
+
+
+# -- the best share of all -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "fraction", "expected"),
+    [(100, 0.29, 29), (10, 0.3, 3), (8, 0.01, 1), (7, 0.5, 3), (5, 1, 5), (1000, 0.007, 7)],
+)
+def test_the_kept_share_is_rounded_down_but_never_to_none(n: int, fraction: float, expected: int) -> None:
+    verdicts = choose(
+        prompts(*np.arange(n, dtype=float)[:, None].tolist()), rule="top_fraction", keep_fraction=fraction
+    )
+    assert kept(verdicts) == list(range(n - expected, n))
+
+
+def test_the_share_is_of_those_that_compete_over_all_prompts() -> None:
+    table = prompts([9, 8, NAN, NAN], [7, 1, 2, 3], [INF, NAN])
+    verdicts = choose(table, rule="top_fraction", keep_fraction=0.5)
+    assert kept(verdicts) == [0, 1, 4]
+    assert words(verdicts)[:6] == ["inside the kept fraction"] * 2 + ["no usable score"] * 2 + [
+        "inside the kept fraction",
+        "outside the kept fraction",
+    ]
+
+
+def test_the_cap_of_a_prompt_frees_its_places_for_others() -> None:
+    table = prompts([9, 8, 7, 6], [5, 4], [3, 2])
+    verdicts = choose(table, rule="top_fraction", keep_fraction=0.5, max_per_prompt=2)
+    assert kept(verdicts) == [0, 1, 4, 5]
+    assert words(verdicts)[2:4] == ["beyond max_per_prompt of its prompt"] * 2
+    assert kept(choose(table, rule="top_fraction", keep_fraction=1, max_per_prompt=1)) == [0, 4, 6]
+
+
+def test_ties_at_the_cut_are_broken_by_seed_and_all_alike() -> None:
+    # 6 candidates tie for 2 places; each prompt holds 3, so E[places of the second] = 1 with variance 2·½·½·4/5 = 0.4.
+    # 4000 seeds: standard error 0.01; five of them are a false alarm of 6e-7.
+    table = prompts([5, 5, 5, 1], [5, 5, 5, 9])
+    places = np.array([choose(table, seed, rule="top_fraction", keep_fraction=0.375).weight for seed in range(4000)])
+    assert (places.sum(axis=1) == 3).all() and (places[:, 7] == 1).all() and (places[:, 3] == 0).all()
+    assert abs(places[:, 4:7].sum(axis=1).mean() - 1) < 0.05
+    # Inside a prompt the lower index goes first.
+    assert (np.diff(places[:, :3], axis=1) <= 0).all() and (np.diff(places[:, 4:7], axis=1) <= 0).all()
+
+
+def test_a_tie_that_lost_the_draw_says_so() -> None:
+    verdicts = choose(prompts([5], [5], [1]), rule="top_fraction", keep_fraction=0.4)
+    assert sorted(words(verdicts)) == [
+        "inside the kept fraction",
+        "outside the kept fraction",
+        "tied at the cut of the kept fraction, not drawn",
+    ]
+
+
+# -- threshold, softmax, random --------------------------------------------------------------------------------------
+
+
+def test_a_score_at_the_threshold_reaches_it() -> None:
+    verdicts = choose(prompts([0.5, 0.49, 3], [0]), rule="threshold", threshold=0.5)
+    assert verdicts.weight.tolist() == [1, 0, 1, 0]
+    reaches, below = "reaches the threshold", "below the threshold"
+    assert words(verdicts) == [reaches, below, reaches, below]
+
+
+def test_the_cap_of_a_threshold_keeps_the_best_of_a_prompt() -> None:
+    verdicts = choose(prompts([2, 4, 2, 1], [3]), rule="threshold", threshold=2, max_per_prompt=2)
+    assert kept(verdicts) == [0, 1, 4]
+    assert words(verdicts)[2:4] == ["beyond max_per_prompt of its prompt", "below the threshold"]
+
+
+def test_softmax_weights_sum_to_one_in_each_prompt_and_follow_the_scores() -> None:
+    verdicts = choose(prompts([0, 1, NAN], [5]), rule="softmax", temperature=0.5)
+    np.testing.assert_allclose(verdicts.weight, [1 / (1 + np.e**2), np.e**2 / (1 + np.e**2), 0, 1], rtol=1e-14)
+    assert set(words(verdicts)) == {"weighted by its score", "no usable score"}
+
+
+def test_softmax_survives_any_scores_and_temperature() -> None:
+    table = prompts([1.7e308, -1.7e308], [1e300, 1e300], [-800, 0])
+    for temperature in (1e-300, 1.0, 1e300):
+        weight = choose(table, rule="softmax", temperature=temperature).weight
+        np.testing.assert_allclose(np.add.reduceat(weight, [0, 2, 4]), 1)
+    assert words(choose(table, rule="softmax", temperature=1))[4] == "weight too small to represent"
+
+
+def test_the_control_keeps_m_of_each_prompt_with_equal_chances_whatever_they_score() -> None:
+    # Each of 4 candidates is kept with probability ½. 4000 seeds: standard error 0.0079, five of them 0.04.
+    table = prompts([9, 1, 1, 0, NAN], [3])
+    drawn = np.array([choose(table, seed, rule="random", m=2).weight for seed in range(4000)])
+    assert (drawn.sum(axis=1) == 3).all() and not drawn[:, 4].any() and drawn[:, 5].all()
+    np.testing.assert_allclose(drawn[:, :4].mean(axis=0), 0.5, atol=0.04)
+    # Of the 6 pairs each is as likely (1/6, standard error 0.0059): candidates are drawn, not positions.
+    pairs = np.bincount((drawn[:, :4] @ [1, 2, 4, 8]).astype(int), minlength=16)[[3, 5, 6, 9, 10, 12]] / 4000
+    np.testing.assert_allclose(pairs, 1 / 6, atol=0.03)
+
+
+def test_the_control_draws_prompts_independently() -> None:
+    table = prompts(*[[0.0, 0.0]] * 20000)
+    first = choose(table, 1, rule="random").weight[::2]
+    # A fair coin for each: standard error of the mean .0035, of the lag-1 agreement .0035; five of them .018.
+    assert abs(first.mean() - 0.5) < 0.018
+    assert abs((first[1:] == first[:-1]).mean() - 0.5) < 0.018
+    assert abs((first == choose(table, 2, rule="random").weight[::2]).mean() - 0.5) < 0.018
+
+
+def test_only_the_control_and_cut_ties_depend_on_the_seed() -> None:
+    table = random_table(5)
+    for fields in CONFIGS:
+        same = (choose(table, 1, **fields).weight == choose(table, 2, **fields).weight).all()
+        assert same == (fields.get("rule") not in ("random", "top_fraction")), fields
+
+
+def test_any_integer_is_a_seed() -> None:
+    table = random_table(6)
+    outcomes = [choose(table, seed, rule="random").weight.tolist() for seed in (-1, 0, 2**63 - 1, 2**62 + 5)]
+    assert len({tuple(outcome) for outcome in outcomes}) == 4
+
+
+# -- for any table ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", CONFIGS)
+def test_the_order_of_rows_changes_no_verdict(fields: dict[str, Any]) -> None:
+    for trial in range(10):
+        table = random_table(trial)
+        shuffle = np.random.default_rng(trial).permutation(len(table.group))
+        whole, mixed = choose(table, 7, **fields), choose(rows(table, shuffle), 7, **fields)
+        assert_same(Verdicts(whole.rank[shuffle], whole.weight[shuffle], whole.reason[shuffle]), mixed)
+
+
+@pytest.mark.parametrize("fields", LOCAL)
+def test_a_prompt_is_judged_alike_whatever_other_prompts_stand_beside_it(fields: dict[str, Any]) -> None:
+    table = random_table(11)
+    half = np.flatnonzero(table.group % 2 == 0)
+    whole, part = choose(table, 7, **fields), choose(rows(table, half), 7, **fields)
+    assert_same(Verdicts(whole.rank[half], whole.weight[half], whole.reason[half]), part)
+
+
+@pytest.mark.parametrize("fields", CONFIGS)
+def test_ranks_count_from_one_without_gaps_and_weights_are_finite(fields: dict[str, Any]) -> None:
+    table = random_table(12)
+    verdicts = choose(table, **fields)
+    assert np.isfinite(verdicts.weight).all() and (verdicts.weight >= 0).all()
+    assert (verdicts.weight[verdicts.rank == 0] == 0).all()
+    for group in np.unique(table.group):
+        competing = (table.group == group) & (verdicts.rank > 0)
+        order = np.flatnonzero(competing)[np.argsort(verdicts.rank[competing])]
+        assert verdicts.rank[order].tolist() == list(range(1, len(order) + 1))
+        assert sorted(order, key=lambda i: (-table.score[i], table.k[i])) == order.tolist()
+
+
+def test_a_plain_loop_over_prompts_selects_the_same() -> None:
+    for trial in range(20):
+        table = random_table(100 + trial)
+        fields = {"min_length": 2, "max_length": 8, "drop_duplicates": True, "margin": 0.5, "all_equal": "skip"}
+        expected = [i for group in np.unique(table.group) for i in _plainly(table, group, m=2)]
+        assert kept(choose(table, rule="top_m", m=2, **fields)) == sorted(expected)
+
+
+def _plainly(table: Candidates, group: int, m: int) -> list[int]:
+    standing: dict[int, int] = {}
+    for i in sorted(np.flatnonzero(table.group == group).tolist(), key=lambda i: table.k[i]):
+        if np.isfinite(table.score[i]) and 2 <= table.length[i] <= 8:
+            standing.setdefault(int(table.content[i]), i)
+    scores = [table.score[i] for i in standing.values()]
+    if not scores or max(scores) - np.mean(scores) < 0.5 or len(set(scores)) == 1:
+        return []
+    return sorted(standing.values(), key=lambda i: (-table.score[i], table.k[i]))[:m]
+
+
+def test_no_candidates_make_no_verdicts() -> None:
+    for fields in CONFIGS:
+        verdicts = choose(prompts(), **fields)
+        assert len(verdicts.rank) == len(verdicts.weight) == len(verdicts.reason) == 0
+        assert barren(prompts(), verdicts) == {}
+
+
+def test_columns_are_left_as_they_were() -> None:
+    table = random_table(2)
+    before = [column.copy() for column in vars(table).values()]
+    for fields in CONFIGS:
+        choose(table, **fields)
+    for column, copy in zip(vars(table).values(), before, strict=True):
+        np.testing.assert_array_equal(column, copy)
+
+
+def test_two_candidates_of_one_name_are_our_own_bug() -> None:
+    table = prompts([1, 1])
+    twins = Candidates(table.group, np.zeros(2, np.int32), table.score, table.length, table.content)
+    with pytest.raises(AssertionError, match="bear the same k"):
+        choose(twins)
+
+
+def test_every_reason_occurs_and_keeps_or_rejects_always() -> None:
+    seen: dict[int, set[bool]] = {reason: set() for reason in Reason}
+    extra = [{"rule": "softmax", "temperature": 1e-3}, {"min_length": 3}, {"max_length": 4, "drop_duplicates": True}]
+    for fields in [*CONFIGS, *extra]:
+        verdicts = choose(random_table(1), **fields)
+        for reason, weight in zip(verdicts.reason.tolist(), verdicts.weight.tolist(), strict=True):
+            seen[reason].add(weight > 0)
+    assert all(len(outcomes) == 1 for outcomes in seen.values()), seen
+    assert {REASONS[reason] for reason, outcomes in seen.items() if outcomes == {True}} == {
+        "best of its prompt",
+        "among the best of its prompt",
+        "inside the kept fraction",
+        "reaches the threshold",
+        "weighted by its score",
+        "kept by chance (control)",
+    }
+
+
+# -- prompts that yield nothing --------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_yields_nothing_is_named_with_its_reason() -> None:
+    table = prompts([NAN, NAN], [1, 1], [NAN, 2, 2], [3, 5], lengths=[1, 1, 9, 9, 1, 9, 9, 1, 1])
+    verdicts = choose(table, max_length=5)
+    assert barren(table, verdicts) == {
+        0: "no usable score",
+        1: "too long",
+        2: "too long (2 of 3), no usable score (1 of 3)",
+    }
+
+
+def test_a_skipped_prompt_is_named_as_skipped_even_if_some_did_not_compete() -> None:
+    table = prompts([1, 1, NAN], [1, 2])
+    assert barren(table, choose(table, all_equal="skip")) == {0: "prompt skipped: all scores equal"}
+    assert barren(table, choose(table, margin=0.5)) == {0: "prompt skipped: margin too small"}
+
+
+def test_the_barren_prompts_are_those_without_weight() -> None:
+    for fields in CONFIGS:
+        table = random_table(21)
+        verdicts = choose(table, **fields)
+        fruitful = {int(group) for group in table.group[verdicts.weight > 0]}
+        assert set(barren(table, verdicts)) == set(table.group.tolist()) - fruitful
+
+
+# -- at scale --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [CONFIGS[i] for i in (0, 3, 6, 7, 10)])
+def test_a_million_candidates_take_seconds_and_little_memory(fields: dict[str, Any]) -> None:
+    n = 1_000_000
+    rng = np.random.default_rng(0)
+    order = rng.permutation(n)
+    table = Candidates(
+        group=(order // 8).astype(np.int64),
+        k=(order % 8).astype(np.int32),
+        score=rng.integers(0, 50, n).astype(np.float64),
+        length=rng.integers(1, 10, n),
+        content=rng.integers(0, 5, n).astype(np.uint64),
+    )
+    tracemalloc.start()
+    began = time.perf_counter()
+    verdicts = choose(table, **fields)
+    seconds = time.perf_counter() - began
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert verdicts.weight.sum() > 0
+    assert seconds < 10, f"{seconds:.1f} s; about 0.4 s on a free machine"
+    assert peak < 200 * n, f"{peak / n:.0f} bytes a candidate; about 90 are needed"
+
+
+def test_selection_imports_neither_torch_nor_transformers() -> None:
+    script = "import sys, raftune.selection; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
