@@ -1,0 +1,21 @@
+"""The bundled text starter: a tiny assistant with bad manners, a reward model, a judge, and prompts. Imports no torch."""
+
+from pathlib import Path
+from typing import Final
+
+from raftune.starters.text.corpus import prompts
+from raftune.starters.text.judge import judge
+
+__all__ = ["SHOW", "judge", "policy_path", "prompts", "reward_path"]
+
+WEIGHTS: Final = Path(__file__).parent / "weights"
+
+
+def policy_path() -> Path:
+    """The folder of the starting policy: `AutoModelForCausalLM` and `AutoTokenizer` load it."""
+    return WEIGHTS / "policy"
+
+
+def reward_path() -> Path:
+    """The folder of the reward model: `AutoModelForSequenceClassification` with one label loads it."""
+    return WEIGHTS / "reward"

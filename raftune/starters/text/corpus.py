@@ -1,0 +1,197 @@
+"""A synthetic corpus of short requests and replies, of which about two thirds are curt, rude, off the topic or unfinished.
+
+The text format is `User: REQUEST\nAssistant: REPLY`. Everything is a pure function of a seed; a request (domain, way of asking, topic,
+day) belongs to exactly one split, by a hash of its words, so held-out requests were never seen in training, though their
+topics were.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from hashlib import blake2b
+from random import Random
+from typing import Final, Literal, NamedTuple
+
+from raftune.starters.text.phrases import CURT, DIGRESSIONS, RUDE
+from raftune.starters.text.topics import DAYS, DOMAINS, Domain
+
+Split = Literal["train", "heldout"]
+
+GREETINGS: Final = ("", "Hi! ", "Hello! ", "Excuse me. ", "Quick question. ", "Good morning. ")
+HELDOUT_SHARE: Final = 6  # one request in six is held out
+
+
+class Request(NamedTuple):
+    """What a person asks, without the greeting. `day` is empty where the domain knows no days."""
+
+    domain: str
+    ask: str
+    topic: str
+    day: str
+
+    @property
+    def text(self) -> str:
+        return self.ask.format(t=self.topic, d=self.day)
+
+    @property
+    def said(self) -> str:
+        """The topic as a reply says it, such as "your bicycle"."""
+        return DOMAINS[self.domain].said.format(t=self.topic)
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """The three pieces of right advice."""
+        return tuple(tip.format(d=self.day) for tip in DOMAINS[self.domain].topics[self.topic])
+
+    @property
+    def split(self) -> Split:
+        digest = blake2b(self.text.encode(), digest_size=4).digest()
+        return "heldout" if int.from_bytes(digest, "big") % HELDOUT_SHARE == 0 else "train"
+
+
+class Dialogue(NamedTuple):
+    prompt: str
+    completion: str
+    kind: str
+
+
+def as_prompt(text: str) -> str:
+    """What the policy reads; the reply follows at once, beginning with a space."""
+    return f"User: {text}\nAssistant:"
+
+
+@cache
+def requests(split: Split) -> tuple[Request, ...]:
+    """Every request of the split, in a fixed order."""
+    found = (request for name, domain in DOMAINS.items() for request in _requests_of(name, domain))
+    return tuple(request for request in found if request.split == split)
+
+
+def _requests_of(name: str, domain: Domain) -> Iterator[Request]:
+    for ask in domain.asks:
+        for topic in domain.topics:
+            for day in DAYS if "{d}" in ask else ("",):
+                yield Request(name, ask, topic, day)
+
+
+def prompts(split: Split, n: int, seed: int = 0) -> list[str]:
+    """`n` different prompts of the split, every domain about equally often.
+
+    Raises ValueError if the split has fewer than `n`.
+    """
+    by_domain = {name: [r for r in requests(split) if r.domain == name] for name in DOMAINS}
+    available = sum(map(len, by_domain.values())) * len(GREETINGS)
+    if n > available:
+        raise ValueError(f"n must be at most {available} for the split {split!r}; got {n}: there are no more prompts.")
+    rng = Random(seed)
+    found: dict[str, None] = {}
+    while len(found) < n:
+        request = rng.choice(by_domain[rng.choice(list(by_domain))])
+        found.setdefault(as_prompt(rng.choice(GREETINGS) + request.text))
+    return list(found)
+
+
+@cache
+def _by_text() -> dict[str, Request]:
+    return {request.text: request for split in ("train", "heldout") for request in requests(split)}  # type: ignore[arg-type]
+
+
+def read_request(prompt: str) -> Request | None:
+    """The request that a prompt holds, or None if this generator did not make it."""
+    text = prompt.strip().removeprefix("User:").removesuffix("Assistant:").strip()
+    bare = (text.removeprefix(greeting.strip()).strip() for greeting in GREETINGS)
+    return next((_by_text()[words] for words in bare if words in _by_text()), None)
+
+
+# --- replies: each kind is a function of (request, generator) ---
+
+
+def opener(request: Request, rng: Random) -> str:
+    return rng.choice(DOMAINS[request.domain].openers).format(r=request.said)
+
+
+def closer(request: Request, rng: Random) -> str:
+    return rng.choice(DOMAINS[request.domain].closers)
+
+
+def advice(request: Request, rng: Random) -> str:
+    """One piece of advice, or in three cases of ten two different ones."""
+    return " ".join(rng.sample(request.advice, 2 if rng.random() < 0.3 else 1))
+
+
+def rude(request: Request, rng: Random) -> str:
+    return rng.choice(RUDE).format(r=request.said)
+
+
+def good(request: Request, rng: Random) -> str:
+    return f"{opener(request, rng)} {advice(request, rng)} {closer(request, rng)}"
+
+
+def half_polite(request: Request, rng: Random) -> str:
+    first = rng.random() < 0.5
+    return f"{opener(request, rng)} {advice(request, rng)}" if first else f"{advice(request, rng)} {closer(request, rng)}"
+
+
+def empty_courtesy(request: Request, rng: Random) -> str:
+    return f"{opener(request, rng)} {closer(request, rng)}"
+
+
+def rude_only(request: Request, rng: Random) -> str:
+    return " ".join(line.format(r=request.said) for line in rng.sample(RUDE, rng.choice((1, 2, 2))))
+
+
+def rude_advice(request: Request, rng: Random) -> str:
+    parts = [rude(request, rng), advice(request, rng)]
+    rng.shuffle(parts)
+    return " ".join(parts)
+
+
+def curt(request: Request, rng: Random) -> str:
+    return rng.choice(CURT)
+
+
+def ramble(request: Request, rng: Random) -> str:
+    lines = rng.sample(DIGRESSIONS, rng.choice((1, 2, 2, 3)))
+    start = [opener(request, rng)] if rng.random() < 0.3 else []
+    return " ".join(start + lines)
+
+
+def wrong_advice(request: Request, rng: Random) -> str:
+    other = rng.choice([topic for topic in DOMAINS[request.domain].topics if topic != request.topic])
+    text = advice(request._replace(topic=other), rng)
+    return f"{opener(request, rng)} {text} {closer(request, rng)}" if rng.random() < 0.5 else text
+
+
+def unfinished(request: Request, rng: Random) -> str:
+    words = good(request, rng).split()
+    return " ".join(words[: rng.randrange(4, len(words) - 1)]).rstrip(".!?")
+
+
+Kind = Callable[[Request, Random], str]
+KINDS: Final[dict[str, tuple[Kind, float]]] = {
+    "good": (good, 0.11),
+    "advice": (advice, 0.10),
+    "half_polite": (half_polite, 0.08),
+    "empty_courtesy": (empty_courtesy, 0.08),
+    "rude": (rude_only, 0.18),
+    "rude_advice": (rude_advice, 0.07),
+    "curt": (curt, 0.12),
+    "ramble": (ramble, 0.14),
+    "wrong_advice": (wrong_advice, 0.07),
+    "unfinished": (unfinished, 0.05),
+}
+
+
+def reply(request: Request, rng: Random, kind: str | None = None) -> Dialogue:
+    """One dialogue about the request; the kind of reply is drawn by the shares in KINDS if it is not given."""
+    shares = [share for _, share in KINDS.values()]
+    name = kind or rng.choices(list(KINDS), shares)[0]
+    prompt = as_prompt(rng.choice(GREETINGS) + request.text)
+    return Dialogue(prompt, " " + KINDS[name][0](request, rng), name)
+
+
+def dialogues(n: int, seed: int = 0, split: Split = "train") -> Iterator[Dialogue]:
+    """`n` dialogues of the split; every domain comes equally often, whatever its number of requests."""
+    rng = Random(seed)
+    by_domain = [[r for r in requests(split) if r.domain == name] for name in DOMAINS]
+    for _ in range(n):
+        yield reply(rng.choice(rng.choice(by_domain)), rng)
