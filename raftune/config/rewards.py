@@ -1,0 +1,96 @@
+"""What gives the numbers: one entry for each reward, and what happens when one fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from raftune.config.base import Frozen
+
+
+class RewardSpec(Frozen):
+    """One reward. A plain string stands for a spec with every other field at its default."""
+
+    spec: str = Field(
+        min_length=1,
+        description="A built-in (regex, length, answer, repetition, classifier), module:function, file.py:function, "
+        "'starter', or a folder or hub name of a sequence-classification model.",
+    )
+    name: str | None = Field(
+        None, pattern=r"^[\w.\-]+$", description="Column rewards/NAME of the ledger; None derives it from the spec."
+    )
+    weight: float = Field(
+        1.0, description="Factor of this reward in the score; negative turns a reward into a penalty."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="A built-in's settings; further keyword arguments of a function."
+    )
+    timeout: float | None = Field(None, gt=0, description="Seconds a call may take; None takes rewards.timeout.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_is_a_spec(cls, value: Any) -> Any:
+        return {"spec": value} if isinstance(value, str) else value
+
+    @property
+    def derived_name(self) -> str:
+        """The given name, else the function's name, else the model's folder or the last part of its hub name."""
+        return self.name or derived_name(self.spec)
+
+
+class RewardsConfig(Frozen):
+    """All rewards of a run. A sample that any reward could not score is never selected."""
+
+    reward_funcs: tuple[RewardSpec, ...] = Field(
+        (), description="The rewards; the score is the weighted sum of their parts."
+    )
+    batch_size: int = Field(64, ge=1, description="Samples in one call of a reward: what fails, fails for that many.")
+    timeout: float = Field(120.0, gt=0, description="Seconds that one call of a reward may take.")
+    retries: int = Field(
+        0, ge=0, description="Further calls after an error or a time-out, before its samples are given up."
+    )
+    max_failure_fraction: float = Field(
+        0.5, ge=0, le=1, description="Share of failed samples in a round above which the round stops, with examples."
+    )
+    device: str = Field("auto", description="Where reward models run: auto, cpu, cuda, cuda:N or mps.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_stands_for_a_list(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("reward_funcs"), str):
+            return {**value, "reward_funcs": (value["reward_funcs"],)}
+        return value
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> RewardsConfig:
+        given = [spec.name for spec in self.reward_funcs if spec.name is not None]
+        if twice := sorted({name for name in given if given.count(name) > 1}):
+            raise ValueError(
+                f"reward_funcs must bear different names; got {twice[0]!r} twice. Each names a column: rename one."
+            )
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name for each reward, in order, all different: a derived name that is taken gets _2, _3, …"""
+        return unique_names([(spec.derived_name, spec.name is not None) for spec in self.reward_funcs])
+
+
+def derived_name(spec: str) -> str:
+    """The last part of a spec, in letters that a column name may have: `file.py:polite` gives `polite`."""
+    last = spec.removesuffix("()").rstrip("/\\").replace("\\", "/").split("/")[-1].rsplit(":", 1)[-1]
+    return "".join(c if c.isalnum() or c in "_.-" else "_" for c in last) or "reward"
+
+
+def unique_names(names: list[tuple[str, bool]]) -> tuple[str, ...]:
+    """The names, made different: those marked True stay, another that is taken gets the next free number."""
+    taken = {name for name, fixed in names if fixed}
+    result = []
+    for name, fixed in names:
+        free, number = name, 2
+        while not fixed and free in taken:
+            free, number = f"{name}_{number}", number + 1
+        taken.add(free)
+        result.append(free)
+    return tuple(result)

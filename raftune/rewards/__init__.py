@@ -1,0 +1,30 @@
+"""Rewards: functions and models that give a number to a completion, and the panel that calls several of them.
+
+batch.py, outcome.py        what a reward is asked, and what came of the call
+regex, length, answer,      the built-in rewards, one to a file
+  repetition, classifier
+function.py                 a person's own callable
+host.py, hosted.py, wire.py a reward in a process of its own: the far side, this side, and what travels between
+places.py, runner.py        where a reward runs so that waiting for it can end
+loading.py                  spec → reward
+panel.py, failures.py       rewards → scores; failures → the message for the user
+check.py                    a report on one reward
+"""
+
+from raftune.rewards.batch import Batch
+from raftune.rewards.check import CheckReport, check_reward
+from raftune.rewards.failures import Failures, failure_message
+from raftune.rewards.loading import load_panel, load_reward
+from raftune.rewards.panel import Extras, Panel
+
+__all__ = [
+    "Batch",
+    "CheckReport",
+    "Extras",
+    "Failures",
+    "Panel",
+    "check_reward",
+    "failure_message",
+    "load_panel",
+    "load_reward",
+]

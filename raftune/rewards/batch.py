@@ -1,0 +1,84 @@
+"""What a reward is asked, and what it says beside the numbers: TRL's contract as two small records."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+RESERVED = frozenset(
+    {"prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Samples side by side: every list has one entry a sample. `state` holds fields of `trainer_state`.
+
+    Prompts are texts and completions texts, or prompts are message lists and completions
+    `[{"role": "assistant", "content": …}]`.
+    """
+
+    prompts: list[Any]
+    completions: list[Any]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    completion_ids: list[list[int]] | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def take(self, indices: Sequence[int]) -> Batch:
+        """The samples at these indices, in this order."""
+        ids = None if self.completion_ids is None else [self.completion_ids[i] for i in indices]
+        columns = {name: [values[i] for i in indices] for name, values in self.columns.items()}
+        prompts, completions = [self.prompts[i] for i in indices], [self.completions[i] for i in indices]
+        return Batch(prompts, completions, columns, ids, self.state)
+
+
+@dataclass
+class TrainerState:
+    """What a reward may read of `trainer_state`: the fields that scripts for TRL use to shape rewards over time."""
+
+    global_step: int = 0
+    max_steps: int = 0
+    epoch: float = 0.0
+    num_train_epochs: float = 0.0
+    is_world_process_zero: bool = True
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Log:
+    """What one call handed to `log_metric` and `log_extra`."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, list[float]] = {}
+        self.columns: dict[str, list[Any]] = {}
+
+    def metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def extra(self, column: str, values: list[Any]) -> None:
+        self.columns.setdefault(column, []).extend(values)
+
+
+def keywords(batch: Batch, log: Log) -> dict[str, Any]:
+    """Everything that the contract passes by keyword; the lists are copies, so that no reward can change another's."""
+    columns = {name: _own(values) for name, values in batch.columns.items() if name not in RESERVED}
+    state = TrainerState()
+    for name, value in batch.state.items():
+        setattr(state, name, value)
+    return {
+        **columns,
+        "prompts": _own(batch.prompts),
+        "completions": _own(batch.completions),
+        "completion_ids": None if batch.completion_ids is None else _own(batch.completion_ids),
+        "trainer_state": state,
+        "log_extra": log.extra,
+        "log_metric": log.metric,
+    }
+
+
+def _own(values: list[Any]) -> list[Any]:
+    return [copy.deepcopy(value) if isinstance(value, list | dict) else value for value in values]

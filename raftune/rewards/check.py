@@ -1,0 +1,178 @@
+"""A report on one reward: does it keep the contract, does it repeat itself, how fast is it."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raftune.config.rewards import RewardSpec
+from raftune.records import Part
+from raftune.rewards.batch import Batch
+from raftune.rewards.failures import FAILED, excerpt
+from raftune.rewards.loading import load_reward
+from raftune.rewards.outcome import Outcome
+from raftune.rewards.panel import wait
+from raftune.rewards.places import Place, place
+from raftune.rewards.runner import Loop
+
+TOLERANCE = 1e-5  # relative: what regrouping a batch may change in float32
+SHOWN = 5
+EXAMPLES = [
+    *("The answer is 42.", "", "I do not know.", "#### 1,000", "Yes", "no", "\\boxed{7}", "word " * 200),
+    *(
+        "Naïve — 東京 🙂",
+        "<think>a</think> b",
+        "  spaced  ",
+        "Line one.\nLine two.",
+        "42",
+        "-3.5",
+        "Well.",
+        "A a A a",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Failing:
+    """One sample that the reward could not score."""
+
+    index: int
+    status: str
+    detail: str
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What one reward did with one batch; `None` where it could not be told, because calls failed."""
+
+    name: str
+    place: str  # thread, loop (async) or process
+    accepts: tuple[str, ...] | None  # the keywords it takes; None: all of them
+    samples: int
+    returned: int | None  # how many values came back
+    statuses: dict[str, int]
+    mean: float | None
+    lowest: float | None
+    highest: float | None
+    deterministic: bool | None  # two equal calls, equal values
+    order_independent: bool | None  # a shuffled batch, the same value for each sample
+    largest_order_change: float | None
+    samples_per_second: float
+    failing: tuple[Failing, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True if every sample got a number or a None, the same when asked again and in any order."""
+        return not any(self.statuses.get(status.value) for status in FAILED) and bool(
+            self.deterministic and self.order_independent
+        )
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What to know about the reward, one sentence each."""
+        said = []
+        if self.accepts is not None:
+            said.append(f"takes only {', '.join(self.accepts)}: other columns do not reach it; add **kwargs to get all")
+        if self.returned is not None and self.returned != self.samples:
+            said.append(f"returns {self.returned} values for {self.samples} completions: it must return one for each")
+        if self.deterministic is False:
+            said.append(
+                "gives other values when asked again: scores cannot be reproduced, and rescoring changes verdicts"
+            )
+        if self.order_independent is False:
+            said.append(
+                "a sample's value depends on the others in its batch: rewards.batch_size then shapes the scores"
+            )
+        if self.lowest is not None and self.lowest == self.highest and self.samples > 1:
+            said.append("gives every sample the same value: there is nothing to rank")
+        return tuple(said)
+
+
+def check_reward(
+    reward: RewardSpec | str | Callable[..., Any],
+    batch: Batch | None = None,
+    *,
+    timeout: float = 120.0,
+    tokenizer: Any = None,
+    device: str = "auto",
+) -> CheckReport:
+    """Calls the reward three times, the third time on the shuffled batch. Without a batch it uses one of our own.
+
+    Raises ConfigError and RewardError where the reward cannot be loaded.
+    """
+    batch = example_batch() if batch is None else batch
+    loaded = load_reward(reward, timeout=timeout, tokenizer=tokenizer, device=device)
+    limit = (reward.timeout if isinstance(reward, RewardSpec) else None) or timeout
+    loop = Loop() if getattr(loaded, "is_async", False) else None
+    seat = place(loaded, loop)
+    try:
+        return _report(loaded, seat, batch, limit)
+    finally:
+        seat.close()
+
+
+def example_batch() -> Batch:
+    """Sixteen short samples of the kinds that trip rewards up: empty, long, without a number, beyond ASCII."""
+    count = len(EXAMPLES)
+    answers = ["42", "1000", None, "7"] * (count // 4)
+    ids = [list(range(1, len(text.split()) + 2)) for text in EXAMPLES]
+    return Batch(["What is the answer?"] * count, list(EXAMPLES), {"answer": answers, "solution": answers}, ids)
+
+
+def _report(loaded: Any, seat: Place, batch: Batch, limit: float) -> CheckReport:
+    order = list(range(len(batch)))
+    random.Random(0).shuffle(order)
+    _call(seat, batch.take(range(min(1, len(batch)))), limit)  # the first call may load a model
+    began = time.perf_counter()
+    first = _call(seat, batch, limit)
+    seconds = time.perf_counter() - began
+    second, shuffled = _call(seat, batch, limit), _call(seat, batch.take(order), limit)
+    restored = [shuffled.parts[order.index(i)] for i in range(len(batch))]
+    change = _largest_change(first.parts, restored)
+    values = [part.value for part in first.parts if part.value is not None]
+    whole = not (first.failed or second.failed or shuffled.failed)
+    accepts = getattr(loaded, "accepts", None)
+    return CheckReport(
+        name=loaded.name,
+        place=seat.place,
+        accepts=None if accepts is None else tuple(sorted(accepts)),
+        samples=len(batch),
+        returned=first.returned,
+        statuses=dict(Counter(part.status.value for part in first.parts)),
+        mean=sum(values) / len(values) if values else None,
+        lowest=min(values, default=None),
+        highest=max(values, default=None),
+        deterministic=first.parts == second.parts if whole else None,
+        order_independent=change <= TOLERANCE if whole else None,
+        largest_order_change=change if whole else None,
+        samples_per_second=len(batch) / max(seconds, 1e-9),
+        failing=tuple(_failing(first.parts, batch)),
+    )
+
+
+def _call(seat: Place, batch: Batch, limit: float) -> Outcome:
+    return wait(seat, seat.start(batch), time.monotonic() + limit, limit, len(batch))
+
+
+def _largest_change(before: Sequence[Part], after: Sequence[Part]) -> float:
+    """The largest relative difference of two values; infinite where a status changed."""
+    if any(a.status is not b.status for a, b in zip(before, after, strict=True)):
+        return float("inf")
+    pairs = [
+        (a.value, b.value) for a, b in zip(before, after, strict=True) if a.value is not None and b.value is not None
+    ]
+    return max((abs(a - b) / max(1.0, abs(a), abs(b)) for a, b in pairs), default=0.0)
+
+
+def _failing(parts: Sequence[Part], batch: Batch) -> list[Failing]:
+    bad = [i for i, part in enumerate(parts) if part.status in FAILED][:SHOWN]
+    return [
+        Failing(i, parts[i].status.value, parts[i].detail, excerpt(batch.prompts[i]), excerpt(batch.completions[i]))
+        for i in bad
+    ]

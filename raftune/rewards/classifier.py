@@ -1,0 +1,261 @@
+"""A sequence-classification model as the reward: a reward model with one output, or one label of a text classifier."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from raftune.config.rewards import derived_name
+from raftune.errors import RewardError
+from raftune.rewards import fingerprint
+from raftune.rewards.outcome import one_line
+from raftune.rewards.text import TEXT_MEDIA, text_of
+
+UNBOUNDED = 1_000_000  # tokenizers without a limit report a number beyond this
+
+
+@dataclass
+class ClassifierOptions:
+    """How the model is read and asked.
+
+    model, tokenizer: folder or hub name; the tokenizer is the model's own unless given.
+    label: index or name of the label whose log-odds (or probability) is the reward; only for models with several.
+    output: `log_odds` (a reward model's plain number) or `probability`, in [0, 1].
+    include_prompt: whether the prompt is part of the text; without it a message's bare content is scored.
+    append_eos: end plain texts with the EOS token, as TRL's RewardTrainer does.
+    add_special_tokens: None adds them to plain texts of tokenizers that have a classification token ([CLS]).
+    max_length: tokens; longer texts lose their beginning. None takes the model's own limit.
+    batch_size: texts in a forward pass, grouped by length.
+    """
+
+    model: str = ""
+    tokenizer: str | None = None
+    label: int | str | None = None
+    output: Literal["log_odds", "probability"] = "log_odds"
+    include_prompt: bool = True
+    append_eos: bool = False
+    add_special_tokens: bool | None = None
+    max_length: int | None = None
+    batch_size: int = 16
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class Classifier:
+    """One number a completion, from prompt and completion together, through the model's own tokenizer and template.
+
+    The configuration and the tokenizer are read at once, the weights by `prepare` or the first call. Raises RewardError
+    where they cannot be read, where the head is missing, and where the label is not clear.
+    """
+
+    def __init__(
+        self,
+        options: ClassifierOptions | None = None,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        name: str | None = None,
+        device: str = "auto",
+    ) -> None:
+        self.options, self._device = options or ClassifierOptions(), device
+        self._given = model
+        self._model: Any = None
+        self.config = self._read_config() if model is None else model.config
+        self._source = self.options.model or str(getattr(self.config, "_name_or_path", "") or type(model).__name__)
+        self.name = name or derived_name(self._source)
+        self.media = TEXT_MEDIA
+        self._label = self._find_label()
+        self._tokenizer = self._read_tokenizer(tokenizer)
+
+    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+        texts = [self._encode(*pair) for pair in zip(prompts, completions, strict=True)]
+        order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
+        values: list[float | None] = [None] * len(texts)
+        for start in range(0, len(order), self.options.batch_size):
+            rows = order[start : start + self.options.batch_size]
+            for i, value in zip(rows, self._forward([texts[i] for i in rows]), strict=True):
+                values[i] = value
+        return values
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over the options and the weights: a folder's files, a hub model's commit, the numbers of a model object."""
+        options = {key: value for key, value in asdict(self.options).items() if key not in ("model", "tokenizer")}
+        return fingerprint.digest("classifier", 1, options, self._weights_fingerprint(), self._tokenizer_fingerprint())
+
+    def prepare(self) -> None:
+        """Reads the weights, unless they are here: may take longer than a call is given."""
+        if self._model is None:
+            self._model = (self._read_model() if self._given is None else self._given).eval()
+            text_config = self._model.config.get_text_config()
+            text_config.pad_token_id = self._model.config.pad_token_id = self._tokenizer.pad_token_id
+
+    def release(self) -> None:
+        """Frees the weights; the next call reads them again. A model given as an object stays its owner's."""
+        self._model = None
+
+    def _forward(self, rows: list[list[int]]) -> list[float]:
+        self.prepare()
+        device = next(self._model.parameters()).device
+        width = max(len(row) for row in rows)
+        ids_BS = torch.full((len(rows), width), self._tokenizer.pad_token_id)
+        mask_BS = torch.zeros((len(rows), width), dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids_BS[i, : len(row)] = torch.tensor(row)
+            mask_BS[i, : len(row)] = 1
+        with torch.inference_mode():
+            logits_BL = self._model(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device)).logits
+        return [float(value) for value in self._read_out(logits_BL.double().cpu())]
+
+    def _read_out(self, logits_BL: torch.Tensor) -> torch.Tensor:
+        """The label's log-odds against all others, or its probability; one output is a log-odds already."""
+        chosen_B = logits_BL[:, self._label]
+        if logits_BL.shape[1] > 1 and self.config.problem_type != "multi_label_classification":
+            others = [i for i in range(logits_BL.shape[1]) if i != self._label]
+            chosen_B = chosen_B - torch.logsumexp(logits_BL[:, others], dim=1)
+        return torch.sigmoid(chosen_B) if self.options.output == "probability" else chosen_B
+
+    def _encode(self, prompt: Any, completion: Any) -> list[int]:
+        options, tokenizer = self.options, self._tokenizer
+        if isinstance(completion, str) or not options.include_prompt:
+            text = (prompt if options.include_prompt else "") + text_of(completion)
+            if options.append_eos and tokenizer.eos_token and not text.endswith(tokenizer.eos_token):
+                text += tokenizer.eos_token
+            special = (
+                tokenizer.cls_token_id is not None if options.add_special_tokens is None else options.add_special_tokens
+            )
+        else:
+            text, special = self._templated([*prompt, *completion]), bool(options.add_special_tokens)
+        limit = self._limit()
+        ids: list[int] = tokenizer(text, add_special_tokens=special, truncation=limit is not None, max_length=limit)[
+            "input_ids"
+        ]
+        return ids or [tokenizer.pad_token_id]
+
+    def _templated(self, messages: list[dict[str, Any]]) -> str:
+        if not self._tokenizer.chat_template:
+            raise RewardError(
+                f"reward model {self._source!r}: its tokenizer has no chat template, and the prompts are messages. "
+                "Set options.include_prompt: false to score the answer's text alone, or give a template."
+            )
+        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        return text
+
+    def _limit(self) -> int | None:
+        bounds = [
+            self.options.max_length,
+            self._tokenizer.model_max_length,
+            getattr(self.config, "max_position_embeddings", None),
+        ]
+        known = [bound for bound in bounds if bound is not None and 0 < bound < UNBOUNDED]
+        return min(known) if known else None
+
+    def _find_label(self) -> int:
+        count, label = self.config.num_labels, self.options.label
+        if label is None:
+            if count == 1:
+                return 0
+            raise RewardError(
+                f"reward model {self._source!r} has {count} labels ({self._labels()}), and a reward model has one. "
+                "Name the one to be rewarded: options.label: 1."
+            )
+        found = {**self.config.label2id, **{str(i): i for i in range(count)}}.get(str(label))
+        if found is None:
+            raise RewardError(f"reward model {self._source!r} has no label {label!r}; there are: {self._labels()}")
+        return int(found)
+
+    def _labels(self) -> str:
+        return ", ".join(f"{i}: {name}" for i, name in sorted(self.config.id2label.items())[:12])
+
+    def _read_config(self) -> Any:
+        try:
+            config = AutoConfig.from_pretrained(self.options.model, **self._hub())
+        except Exception as error:
+            raise self._unreadable("model", self.options.model, error) from None
+        heads = list(getattr(config, "architectures", None) or [])
+        if heads and not any("ForSequenceClassification" in head for head in heads):
+            raise RewardError(
+                f"reward model {self.options.model!r} is a {heads[0]}: it has no head that gives a number. "
+                "Train a reward model from it first."
+            )
+        return config
+
+    def _read_tokenizer(self, tokenizer: Any) -> Any:
+        name = self.options.tokenizer or self._source
+        if tokenizer is None:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(name, **self._hub())
+            except Exception as error:
+                raise self._unreadable("tokenizer", name, error) from None
+        else:
+            tokenizer = copy.deepcopy(tokenizer)  # what is set below must not change its owner's
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token is None:
+                raise RewardError(
+                    f"reward model {self._source!r}: its tokenizer has neither a pad nor an EOS token; set one"
+                )
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.truncation_side = "left"
+        return tokenizer
+
+    def _read_model(self) -> Any:
+        dtype = getattr(torch, self.options.dtype)
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                self.options.model,
+                config=self.config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **self._hub(),
+            )
+        except Exception as error:
+            raise self._unreadable("weights", self.options.model, error) from None
+        if missing := sorted(info["missing_keys"]):
+            raise RewardError(
+                f"reward model {self._source!r}: its files lack {missing[0]!r}; its numbers would be random"
+            )
+        return model.to(best_device(self._device))
+
+    def _hub(self) -> dict[str, Any]:
+        return {"revision": self.options.revision, "trust_remote_code": self.options.trust_remote_code}
+
+    def _unreadable(self, what: str, name: str, error: Exception) -> RewardError:
+        return RewardError(
+            f"reward_funcs: {name!r} is no built-in reward and no module:function, and as a model's folder or hub name "
+            f"its {what} cannot be read: {one_line(error)}"
+        )
+
+    def _weights_fingerprint(self) -> str:
+        if self._given is not None:
+            state = sorted(self._given.state_dict().items())
+            return fingerprint.digest([[key, fingerprint.of_bytes(_bytes(tensor))] for key, tensor in state])
+        folder = Path(self.options.model).expanduser()
+        if folder.is_dir():
+            return fingerprint.of_folder(folder)
+        return f"{self.options.model}@{getattr(self.config, '_commit_hash', None) or self.options.revision}"
+
+    def _tokenizer_fingerprint(self) -> str:
+        tokenizer = self._tokenizer
+        text = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+        return fingerprint.digest(text, tokenizer.chat_template, tokenizer.pad_token, tokenizer.eos_token)
+
+
+def best_device(device: str) -> str:
+    """The device itself; for `auto` the first of CUDA, MPS and CPU that is there."""
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

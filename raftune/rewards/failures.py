@@ -1,0 +1,76 @@
+"""How many samples could not be scored, and what to tell the user about it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from raftune.records import Score, Status
+from raftune.rewards.text import text_of
+
+FAILED = frozenset({Status.ERROR, Status.TIMEOUT, Status.INVALID})
+EXAMPLES = 3
+
+
+@dataclass
+class Failures:
+    """A tally over a round, fed sample by sample: counts by status, and the first example of each of three details."""
+
+    total: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+
+    def add(self, status: Status, detail: str, prompt: Any, completion: Any) -> None:
+        """Counts one sample; a part that does not apply is no failure."""
+        self.total += 1
+        if status not in FAILED:
+            return
+        self.counts[status.value] += 1
+        if detail not in self.examples and len(self.examples) < EXAMPLES:
+            self.examples[detail] = (status.value, excerpt(prompt), excerpt(completion))
+
+    @property
+    def fraction(self) -> float:
+        """Failed samples among all, in [0, 1]; 0 without samples."""
+        return sum(self.counts.values()) / self.total if self.total else 0.0
+
+    def message(self, limit: float) -> str | None:
+        """What to tell when the share of failures exceeds the limit; None where it does not."""
+        failed = sum(self.counts.values())
+        if self.fraction <= limit:
+            return None
+        kinds = ", ".join(f"{count} {status}" for status, count in sorted(self.counts.items()))
+        head = f"{failed} of {self.total} samples could not be scored ({kinds})"
+        return "\n".join([f"{head}; rewards.max_failure_fraction is {limit:g}.", *self._shown(), self._advice()])
+
+    def _shown(self) -> list[str]:
+        return [
+            f"  {status}: {detail}\n    prompt: {prompt}\n    completion: {completion}"
+            for detail, (status, prompt, completion) in self.examples.items()
+        ]
+
+    def _advice(self) -> str:
+        if set(self.counts) == {Status.TIMEOUT.value}:
+            return "If the reward is only slow, raise rewards.timeout or lower rewards.batch_size."
+        return "Mend the reward, try it with `raftune reward check`, and resume; what was drawn is kept."
+
+
+def failure_message(scores: Sequence[Score], samples: Iterable[tuple[Any, Any]], limit: float) -> str | None:
+    """`Failures.message` for scores and their (prompt, completion) pairs."""
+    tally = Failures()
+    for score, (prompt, completion) in zip(scores, samples, strict=True):
+        tally.add(
+            score.status, "; ".join(f"{n}: {p.detail}" for n, p in score.parts.items() if p.detail), prompt, completion
+        )
+    return tally.message(limit)
+
+
+def excerpt(content: Any, length: int = 80) -> str:
+    """The beginning of a text or of the last message, in one line."""
+    text = (
+        text_of(content[-1:]) if isinstance(content, list) else content if isinstance(content, str) else repr(content)
+    )
+    flat = " ".join(text.split())
+    return flat if len(flat) <= length else flat[: length - 1] + "…"

@@ -1,0 +1,121 @@
+"""Fingerprints of rewards: they change when the code, the options or the weights change, and with nothing else.
+
+Of a function given as an object they see its source, its defaults, what it closes over, and the plain values and
+functions of its own module that it names; of a file, the whole file. What a reward imports is not seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from functools import partial
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+SIMPLE = (str, bytes, int, float, bool, type(None))
+
+
+def digest(*parts: Any) -> str:
+    """16 hex digits that depend on every part; parts are JSON values."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=describe)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def of_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def of_file(path: Path) -> str:
+    """The sha256 of the file, shortened."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def of_folder(folder: Path) -> str:
+    """The hash of the names, sizes and contents of all files below, in the order of their names."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return digest(*[[path.relative_to(folder).as_posix(), path.stat().st_size, of_file(path)] for path in paths])
+
+
+def of_callable(function: Any) -> str:
+    """The hash of a callable object's code and of the plain values that it depends on."""
+    return digest(describe(function))
+
+
+def of_module_function(function: Any) -> str:
+    """The hash of the source file that defines the function; of the object where there is no such file."""
+    try:
+        source = inspect.getsourcefile(inspect.unwrap(function) if callable(function) else function)
+    except TypeError:
+        source = inspect.getsourcefile(type(function)) if hasattr(type(function), "__module__") else None
+    return of_file(Path(source)) if source and Path(source).is_file() else of_callable(function)
+
+
+def describe(value: Any, seen: frozenset[int] = frozenset()) -> Any:
+    """A JSON value that stands for `value` in a hash, without memory addresses and without file paths."""
+    if isinstance(value, SIMPLE):
+        return [type(value).__name__, repr(value)]
+    if id(value) in seen:
+        return "recursion"
+    seen = seen | {id(value)}
+    if isinstance(value, list | tuple):
+        return [type(value).__name__, [describe(item, seen) for item in value]]
+    if isinstance(value, set | frozenset):
+        return ["set", sorted(json.dumps(describe(item, seen)) for item in value)]
+    if isinstance(value, dict):
+        return ["dict", [[describe(key, seen), describe(item, seen)] for key, item in value.items()]]
+    if isinstance(value, partial):
+        return ["partial", describe(value.func, seen), describe(value.args, seen), describe(value.keywords, seen)]
+    return _describe_code(value, seen)
+
+
+def _describe_code(value: Any, seen: frozenset[int]) -> Any:
+    if inspect.ismethod(value):
+        return ["method", describe(value.__func__, seen), describe(value.__self__, seen)]
+    if isinstance(value, FunctionType):
+        cells = [describe(_contents(cell), seen) for cell in value.__closure__ or ()]
+        defaults = [describe(value.__defaults__, seen), describe(value.__kwdefaults__, seen)]
+        return ["function", _source(value), cells, defaults, _named_globals(value, seen)]
+    if inspect.isclass(value):
+        return ["class", value.__qualname__, _source(value)]
+    if hasattr(value, "__dict__") and type(value).__module__ != "builtins" and not inspect.ismodule(value):
+        state = vars(value) if not hasattr(value, "state_dict") else {}
+        return ["object", describe(type(value), seen), describe(dict(sorted(state.items())), seen)]
+    return ["other", type(value).__qualname__, getattr(value, "__qualname__", "")]
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return "empty cell"
+
+
+def _source(value: Any) -> Any:
+    """The source text; without one (a function made by exec, a bare prompt) the code, its constants and names."""
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):
+        return _code(value.__code__) if isinstance(value, FunctionType) else ""
+
+
+def _code(code: CodeType) -> list[Any]:
+    constants = [_code(const) if isinstance(const, CodeType) else repr(const) for const in code.co_consts]
+    return [code.co_code.hex(), constants, list(code.co_names), list(code.co_varnames)]
+
+
+def _named_globals(function: FunctionType, seen: frozenset[int]) -> list[Any]:
+    """Plain values and own functions of the module that the code names: a threshold above the function counts too."""
+    named = {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
+    return [
+        [name, describe(value, seen)]
+        for name, value in sorted(named.items())
+        if isinstance(value, SIMPLE) or (inspect.isfunction(value) and value.__module__ == function.__module__)
+    ]
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return set(code.co_names).union(*(_names(const) for const in inner)) if inner else set(code.co_names)

@@ -1,0 +1,268 @@
+"""From a spec, or an object, to a reward. Imports neither torch nor user code before it must."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from pydantic import TypeAdapter, ValidationError
+
+from raftune.config.rewards import RewardsConfig, RewardSpec, derived_name, unique_names
+from raftune.errors import ConfigError, RewardError
+from raftune.protocols import Reward
+from raftune.rewards import fingerprint
+from raftune.rewards.answer import Answer
+from raftune.rewards.function import FunctionReward
+from raftune.rewards.length import Length
+from raftune.rewards.outcome import one_line
+from raftune.rewards.panel import Panel
+from raftune.rewards.regex import Regex
+from raftune.rewards.repetition import Repetition
+
+BUILT_IN: dict[str, type[Any]] = {"regex": Regex, "length": Length, "answer": Answer, "repetition": Repetition}
+# A pattern can take exponential time while it holds the interpreter's lock: only another process can be ended then.
+HOSTED_BUILT_IN = frozenset({"regex"})
+SHORT_NAMES = {
+    name: f"trl.rewards:{name}" for name in ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+}
+
+
+def load_reward(
+    reward: RewardSpec | str | Callable[..., Any],
+    *,
+    name: str | None = None,
+    tokenizer: Any = None,
+    timeout: float = 120.0,
+    device: str = "auto",
+) -> Reward:
+    """The reward that a spec or an object stands for, ready to be called.
+
+    Functions given as a spec run in a process of their own (HostedReward), objects in this one. `tokenizer` belongs to
+    a model given as an object. Raises ConfigError for a spec or options that cannot be meant, RewardError for code or a
+    model that cannot be loaded.
+    """
+    if isinstance(reward, str):
+        reward = RewardSpec.model_validate(reward)
+    if not isinstance(reward, RewardSpec):
+        return _from_object(reward, name, tokenizer, device)
+    spec = reward if name is None else reward.model_copy(update={"name": name})
+    if _is_function(spec.spec) or spec.spec in HOSTED_BUILT_IN:
+        from raftune.rewards.hosted import HostedReward
+
+        return HostedReward(spec, spec.timeout or timeout)
+    return resolve(spec, device)
+
+
+def load_panel(
+    config: RewardsConfig,
+    objects: Sequence[Callable[..., Any]] = (),
+    *,
+    weights: Sequence[float] | None = None,
+    tokenizers: Sequence[Any] | None = None,
+) -> Panel:
+    """The panel of the configured rewards and, after them, of those given as objects.
+
+    `weights` and `tokenizers` belong to the objects, one each. Whatever was started is ended again on an error.
+    """
+    tokenizers = list(tokenizers) if tokenizers is not None else [None] * len(objects)
+    if len(tokenizers) != len(objects):
+        raise ConfigError(
+            f"reward_processing_classes must match reward_funcs; got {len(tokenizers)} for {len(objects)} rewards"
+        )
+    rewards: list[Reward] = []
+    try:
+        for spec in config.reward_funcs:
+            rewards.append(load_reward(spec, timeout=config.timeout, device=config.device))
+        for item, tokenizer in zip(objects, tokenizers, strict=True):
+            rewards.append(load_reward(item, tokenizer=tokenizer, timeout=config.timeout, device=config.device))
+        fixed = [spec.name is not None for spec in config.reward_funcs] + [False] * len(objects)
+        return Panel(
+            rewards,
+            names=unique_names(list(zip((reward.name for reward in rewards), fixed, strict=True))),
+            weights=[spec.weight for spec in config.reward_funcs]
+            + list(weights if weights is not None else [1.0] * len(objects)),
+            timeouts=[spec.timeout or config.timeout for spec in config.reward_funcs] + [config.timeout] * len(objects),
+            batch_size=config.batch_size,
+            retries=config.retries,
+        )
+    except BaseException:
+        for reward in rewards:
+            getattr(reward, "close", lambda: None)()
+        raise
+
+
+def resolve(spec: RewardSpec, device: str = "auto") -> Reward:
+    """The reward of a spec, in this process."""
+    if spec.spec in BUILT_IN:
+        reward: Reward = _with_options(BUILT_IN[spec.spec], spec.spec, spec.options)
+        reward.name = spec.name or spec.derived_name
+        return reward
+    if _is_function(spec.spec):
+        return _from_function(spec)
+    return _from_model(spec, device)
+
+
+def _is_function(spec: str) -> bool:
+    """True of module:function, file.py:function, a TRL short name, and module.function where such a module exists."""
+    if spec in SHORT_NAMES or spec.endswith(".py"):
+        return True
+    left, colon, right = spec.rpartition(":")
+    if colon:
+        return right.removesuffix("()").isidentifier() and len(left) > 1
+    parts = spec.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts) or Path(spec).exists():
+        return False
+    return importlib.util.find_spec(parts[0]) is not None
+
+
+def _from_object(reward: Any, name: str | None, tokenizer: Any, device: str) -> Reward:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(reward, torch.nn.Module):
+        return _classifier(None, model=reward, tokenizer=tokenizer, name=name, device=device)
+    if all(hasattr(reward, attribute) for attribute in ("name", "media", "fingerprint")) and callable(reward):
+        own: Reward = reward
+        return own
+    return FunctionReward(reward, name)
+
+
+def _from_model(spec: RewardSpec, device: str) -> Reward:
+    from raftune.rewards.classifier import ClassifierOptions
+
+    options = dict(spec.options) if spec.spec == "classifier" else {"model": spec.spec, **spec.options}
+    if spec.spec != "classifier" and not Path(spec.spec).expanduser().is_dir():
+        _refuse_slip(spec.spec)
+    given = _with_options(ClassifierOptions, spec.spec, options)
+    return _classifier(given, name=spec.name or derived_name(given.model), device=device)
+
+
+def _classifier(options: Any, **given: Any) -> Reward:
+    from raftune.rewards.classifier import Classifier
+
+    return cast(Reward, Classifier(options, **given))  # its fingerprint is computed when it is first asked for
+
+
+def _refuse_slip(spec: str) -> None:
+    """A misspelt built-in must not be looked for on the hub, nor a missing folder."""
+    known = [*BUILT_IN, "classifier", *SHORT_NAMES]
+    if near := difflib.get_close_matches(spec, known, n=1, cutoff=0.75):
+        raise ConfigError(f"reward_funcs: no reward {spec!r}; did you mean {near[0]!r}?")
+    if spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec:
+        raise ConfigError(
+            f"reward_funcs: no folder {spec!r}; give a folder that save_pretrained wrote, or one of {', '.join(known)}"
+        )
+
+
+def _with_options(cls: type[Any], spec: str, options: dict[str, Any]) -> Any:
+    names = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.init and field.name not in ("name", "media", "fingerprint")
+    ]
+    for key in options:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}"
+            raise ConfigError(f"rewards.options: {spec!r} has no option {key!r}; {hint}")
+    try:
+        return TypeAdapter(cls).validate_python(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "options"
+        raise ConfigError(
+            f"rewards.options.{where} of {spec!r}: {first['msg'].lower()}; got {first['input']!r}"
+        ) from None
+
+
+def _from_function(spec: RewardSpec) -> Reward:
+    target = SHORT_NAMES.get(spec.spec, spec.spec)
+    left, colon, right = target.rpartition(":")
+    if not colon:
+        left, _, right = (target, "", "") if target.endswith(".py") else target.rpartition(".")
+    makes, attribute = right.endswith("()"), right.removesuffix("()")
+    module, code = _from_file(left, spec.spec) if left.endswith(".py") else (_import(left, spec.spec), None)
+    found = _attribute(module, attribute, spec.spec)
+    if makes or inspect.isclass(found):
+        try:
+            made = found(**spec.options)
+        except Exception as error:
+            raise RewardError(f"reward {spec.spec!r}: {attribute}(…) failed: {one_line(error)}") from error
+        if not callable(made):
+            raise ConfigError(f"reward_funcs: {spec.spec!r} gives a {type(made).__name__}, which is not callable")
+        code = fingerprint.digest(
+            code or fingerprint.of_module_function(found), attribute, fingerprint.describe(spec.options)
+        )
+        return FunctionReward(made, spec.name or derived_name(spec.spec), code=code)
+    if not callable(found):
+        raise ConfigError(
+            f"reward_funcs: {spec.spec!r} is {type(found).__name__} {found!r}, not a function{_there_are(module)}"
+        )
+    code = fingerprint.digest(code or fingerprint.of_module_function(found), attribute)
+    return FunctionReward(found, spec.name or derived_name(spec.spec), spec.options, code)
+
+
+def _from_file(left: str, spec: str) -> tuple[ModuleType, str]:
+    path = Path(left).expanduser()
+    if not path.is_file():
+        near = (
+            difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
+            if path.parent.is_dir()
+            else []
+        )
+        hint = f"did you mean {str(path.with_name(near[0]))!r}?" if near else f"looked in {path.resolve().parent}"
+        raise ConfigError(f"reward_funcs: no file {left!r} (of {spec!r}); {hint}")
+    code = fingerprint.of_file(path)
+    name = f"raftune_reward_{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)  # as for a script: modules beside the file can be imported
+    sys.modules[name] = module
+    try:
+        found.loader.exec_module(module)
+    except BaseException as error:
+        sys.modules.pop(name, None)
+        raise RewardError(f"reward {spec!r}: {left} cannot be run: {one_line(error)}") from error
+    return module, code
+
+
+def _import(left: str, spec: str) -> ModuleType:
+    try:
+        return importlib.import_module(left)
+    except ModuleNotFoundError as error:
+        if error.name and (left == error.name or left.startswith(error.name + ".")):
+            raise ConfigError(
+                f"reward_funcs: no module {left!r} (of {spec!r}); give a file as {left.split('.')[-1]}.py:function, "
+                "or install the package"
+            ) from None
+        raise RewardError(f"reward {spec!r}: importing {left} failed: {one_line(error)}") from error
+    except BaseException as error:
+        raise RewardError(f"reward {spec!r}: importing {left} failed: {one_line(error)}") from error
+
+
+def _attribute(module: ModuleType, attribute: str, spec: str) -> Any:
+    if attribute and hasattr(module, attribute):
+        return getattr(module, attribute)
+    near = difflib.get_close_matches(attribute, dir(module), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else _there_are(module)
+    asked = (
+        f"no function {attribute!r} in {spec!r}" if attribute else f"{spec!r} names no function: write {spec}:function"
+    )
+    raise ConfigError(f"reward_funcs: {asked}{hint}")
+
+
+def _there_are(module: ModuleType) -> str:
+    own = [
+        n
+        for n, v in vars(module).items()
+        if callable(v) and not n.startswith("_") and getattr(v, "__module__", "") == module.__name__
+    ]
+    return f"; there are: {', '.join(sorted(own)[:8])}" if own else "; it defines no function"

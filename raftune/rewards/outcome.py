@@ -1,0 +1,124 @@
+"""What came of one call: a part for each sample. A failure becomes a status here, and never a number."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from raftune.records import Part, Status
+from raftune.rewards.batch import Batch, Log, keywords
+
+LONGEST_DETAIL = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One part a sample, and what the reward logged."""
+
+    parts: list[Part]
+    log: Log = field(default_factory=Log)
+    returned: int | None = None  # how many values came back, where they could be counted
+
+    @property
+    def failed(self) -> bool:
+        """True where the call as a whole came to nothing, so that another call may help."""
+        return any(part.status in (Status.ERROR, Status.TIMEOUT) for part in self.parts)
+
+
+def whole(status: Status, detail: str, size: int, returned: int | None = None) -> Outcome:
+    """The same part for every sample of the call."""
+    return Outcome([Part(None, status, detail)] * size, returned=returned)
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an error in one line, without memory addresses: equal failures read equal."""
+    text = " ".join(str(error).split())
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(error).__name__}: {text}" if text else type(error).__name__)
+    return text if len(text) <= LONGEST_DETAIL else text[: LONGEST_DETAIL - 1] + "…"
+
+
+def judge(output: Any, size: int, log: Log) -> Outcome:
+    """The parts that a reward's return value stands for; its values are numbers, or None for "not applicable"."""
+    values = _as_list(output)
+    if values is None:
+        hint = ": is a `return` missing?" if output is None else ""
+        kind = "None" if output is None else f"{type(output).__name__} {_shown(output)}"
+        return whole(Status.INVALID, f"returned {kind}, not a list of {size} numbers{hint}", size)
+    if len(values) != size:
+        return whole(Status.INVALID, f"returned {len(values)} values for {size} completions", size, len(values))
+    return Outcome([_part(value) for value in values], log, len(values))
+
+
+def attempt(reward: Any, batch: Batch) -> Outcome:
+    """The outcome of one call in this thread; whatever the reward raises, SystemExit included, becomes a status."""
+    log = Log()
+    try:
+        output = reward(**keywords(batch, log))
+        if inspect.isawaitable(output):
+            import asyncio
+
+            output = asyncio.run(_awaited(output))
+        return judge(output, len(batch), log)
+    except BaseException as error:
+        return whole(Status.ERROR, one_line(error), len(batch))
+
+
+async def attempt_async(reward: Any, batch: Batch) -> Outcome:
+    """As `attempt`, for a reward that is awaited."""
+    log = Log()
+    try:
+        return judge(await reward(**keywords(batch, log)), len(batch), log)
+    except BaseException as error:
+        return whole(Status.ERROR, one_line(error), len(batch))
+
+
+async def _awaited(output: Any) -> Any:
+    return await output
+
+
+def _as_list(output: Any) -> list[Any] | None:
+    if hasattr(output, "tolist") and getattr(output, "ndim", 0) == 1:
+        values = output.tolist()
+        return values if isinstance(values, list) else None
+    if isinstance(output, str | bytes | dict) or not isinstance(output, Iterable):
+        return None
+    try:
+        return list(output)
+    except TypeError:
+        return None
+
+
+def _part(value: Any) -> Part:
+    if value is None:
+        return Part(None, Status.NOT_APPLICABLE)
+    number = _number(value)
+    if number is None:
+        return Part(None, Status.INVALID, f"returned {type(value).__name__} {_shown(value)}, not a number")
+    if not math.isfinite(number):
+        return Part(None, Status.INVALID, f"returned {number}, not a finite number")
+    return Part(number, Status.OK)
+
+
+def _number(value: Any) -> float | None:
+    """Booleans count as 0 and 1; numpy and torch scalars, and tensors of one element, as their number."""
+    if not isinstance(value, numbers.Real) and hasattr(value, "item") and getattr(value, "size", None) != 0:
+        try:
+            value = value.item()
+        except (ValueError, RuntimeError, TypeError):
+            return None
+    if not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _shown(value: Any) -> str:
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(repr(value).split()))
+    return text if len(text) <= 60 else text[:59] + "…"

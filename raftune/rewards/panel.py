@@ -1,0 +1,177 @@
+"""Several rewards with weights: one score for each sample, made of named parts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import TracebackType
+from typing import Any
+
+from raftune.errors import ConfigError
+from raftune.protocols import Reward
+from raftune.records import Part, Score, Status
+from raftune.rewards.batch import Batch
+from raftune.rewards.fingerprint import digest
+from raftune.rewards.outcome import Outcome, whole
+from raftune.rewards.places import Place, place
+from raftune.rewards.runner import Loop
+
+# The status of a sample whose parts failed in different ways is the first of these that any part has.
+PRECEDENCE = (Status.ERROR, Status.TIMEOUT, Status.INVALID)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What rewards logged during the last `score`: means of `log_metric`; `log_extra` columns, a value a sample."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+
+class Panel:
+    """Calls every reward on fixed batches and weighs the parts: the same samples in the same order score the same.
+
+    Rewards in processes of their own run beside the others; callables of this process run one after another, then all
+    async ones together, each call for at most its timeout (seconds). Calls that end in an error or a time-out are
+    repeated up to `retries` times.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        *,
+        names: Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
+        timeouts: Sequence[float] | float = 120.0,
+        batch_size: int = 64,
+        retries: int = 0,
+    ) -> None:
+        self.names = tuple(names or (reward.name for reward in rewards))
+        self.weights = tuple(weights if weights is not None else (1.0 for _ in rewards))
+        seconds = [timeouts] * len(rewards) if isinstance(timeouts, int | float) else timeouts
+        self._check(len(rewards))
+        self._timeouts = dict(zip(self.names, seconds, strict=True))
+        self._batch_size, self._retries = batch_size, retries
+        self._loop = Loop() if any(getattr(reward, "is_async", False) for reward in rewards) else None
+        self._places = {name: place(reward, self._loop) for name, reward in zip(self.names, rewards, strict=True)}
+        self.media = (
+            frozenset.intersection(*(frozenset(reward.media) for reward in rewards)) if rewards else frozenset()
+        )
+        self._rewards = tuple(rewards)
+        self.extras = Extras()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over names, weights, and every reward's code, options and model; hashing a model's files takes its time."""
+        codes = [reward.fingerprint for reward in self._rewards]
+        return digest("panel", list(zip(self.names, self.weights, codes, strict=True)))
+
+    def score(self, batch: Batch) -> list[Score]:
+        """One score a sample. A failing reward raises nothing here: see Status. `extras` then holds what was logged.
+
+        Raises RewardError where a reward model's weights cannot be read.
+        """
+        chunks = [range(i, min(i + self._batch_size, len(batch))) for i in range(0, len(batch), self._batch_size)]
+        calls = [self._call(batch.take(chunk)) for chunk in chunks]
+        self.extras = gather_extras(calls, [len(chunk) for chunk in chunks])
+        return [
+            self._weigh({name: call[name].parts[i] for name in self.names})
+            for call, chunk in zip(calls, chunks, strict=True)
+            for i in range(len(chunk))
+        ]
+
+    def release(self) -> None:
+        """Frees the weights of reward models, until they are needed again."""
+        for reward in self._rewards:
+            if hasattr(reward, "release"):
+                reward.release()
+
+    def close(self) -> None:
+        """Ends the processes and threads of the rewards."""
+        for seat in self._places.values():
+            seat.close()
+
+    def __enter__(self) -> Panel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self, count: int) -> None:
+        if len(self.weights) != count:
+            raise ConfigError(
+                f"reward_weights must hold one number for each reward; got {len(self.weights)} for {count} rewards"
+            )
+        if bad := [weight for weight in self.weights if not math.isfinite(weight)]:
+            raise ConfigError(f"reward_weights must be finite; got {bad[0]}")
+        if twice := sorted({name for name in self.names if self.names.count(name) > 1}):
+            raise ConfigError(
+                f"rewards must bear different names; got {twice[0]!r} twice. Each names a column: rename one."
+            )
+
+    def _call(self, batch: Batch) -> dict[str, Outcome]:
+        """The outcome of each reward on one batch, after the retries."""
+        outcomes = self._once(batch, self.names)
+        for _ in range(self._retries):
+            failed = [name for name in self.names if outcomes[name].failed]
+            if not failed:
+                break
+            outcomes |= self._once(batch, failed)
+        return outcomes
+
+    def _once(self, batch: Batch, names: Sequence[str]) -> dict[str, Outcome]:
+        started = {name: self._start(name, batch) for name in self._at("process", names)}
+        done = {name: self._wait(name, *self._start(name, batch), len(batch)) for name in self._at("thread", names)}
+        started |= {name: self._start(name, batch) for name in self._at("loop", names)}
+        return done | {name: self._wait(name, *call, len(batch)) for name, call in started.items()}
+
+    def _at(self, where: str, names: Sequence[str]) -> list[str]:
+        return [name for name in names if self._places[name].place == where]
+
+    def _start(self, name: str, batch: Batch) -> tuple[Future[Outcome], float]:
+        future = self._places[name].start(batch)
+        return future, time.monotonic() + self._timeouts[name]
+
+    def _wait(self, name: str, future: Future[Outcome], deadline: float, size: int) -> Outcome:
+        return wait(self._places[name], future, deadline, self._timeouts[name], size)
+
+    def _weigh(self, parts: Mapping[str, Part]) -> Score:
+        status = next((s for s in PRECEDENCE if any(part.status is s for part in parts.values())), None)
+        if status is not None:
+            return Score(None, status, parts)
+        told = zip(self.weights, (parts[name].value for name in self.names), strict=True)
+        values = [weight * value for weight, value in told if value is not None]
+        if not values:
+            return Score(None, Status.NOT_APPLICABLE, parts)
+        total = math.fsum(values)
+        return Score(total, Status.OK, parts) if math.isfinite(total) else Score(None, Status.INVALID, parts)
+
+
+def wait(seat: Place, future: Future[Outcome], deadline: float, limit: float, size: int) -> Outcome:
+    """The call's outcome, or a time-out once the deadline (of `time.monotonic`) has passed."""
+    try:
+        return future.result(timeout=max(0.0, deadline - time.monotonic()))
+    except TimeoutError:
+        return whole(Status.TIMEOUT, f"no answer within {limit:g} s; {seat.give_up(future)}", size)
+
+
+def gather_extras(calls: Sequence[Mapping[str, Outcome]], sizes: Sequence[int]) -> Extras:
+    """Means of the metrics over all calls; columns with None where a call logged nothing, or not one value a sample."""
+    metrics: dict[str, list[float]] = {}
+    names = sorted({name for call in calls for outcome in call.values() for name in outcome.log.columns})
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    for call, size in zip(calls, sizes, strict=True):
+        logged = {name: values for outcome in call.values() for name, values in outcome.log.columns.items()}
+        for name in names:
+            values = logged.get(name, [])
+            columns[name].extend(values if len(values) == size else [None] * size)
+        for outcome in call.values():
+            for name, numbers in outcome.log.metrics.items():
+                metrics.setdefault(name, []).extend(numbers)
+    return Extras({name: math.fsum(numbers) / len(numbers) for name, numbers in metrics.items() if numbers}, columns)

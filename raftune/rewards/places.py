@@ -1,0 +1,86 @@
+"""Where a reward runs, so that the caller can stop waiting for it: a thread, the event loop, or its own process."""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import CancelledError, Future
+from typing import Any, Protocol
+
+from raftune.protocols import Reward
+from raftune.rewards.batch import Batch
+from raftune.rewards.hosted import HostedReward
+from raftune.rewards.outcome import Outcome, attempt, attempt_async
+from raftune.rewards.runner import Loop, Runner
+
+
+class Place(Protocol):
+    """Starts calls of one reward, and gives up one that takes too long. What a reward raises, a future does not."""
+
+    @property
+    def place(self) -> str:
+        """thread, loop or process."""
+        ...
+
+    def start(self, batch: Batch) -> Future[Outcome]: ...
+
+    def give_up(self, future: Future[Outcome]) -> str:
+        """Leaves the call behind; says in words what became of it."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class OnThread:
+    """A callable in this process. Python cannot end a thread: a hung call is left behind and goes on."""
+
+    place = "thread"
+
+    def __init__(self, reward: Any) -> None:
+        self._reward = reward
+        self._runner = Runner(f"raftune reward {reward.name}")
+
+    def start(self, batch: Batch) -> Future[Outcome]:
+        """Reads a model's weights first, outside the call's time."""
+        if hasattr(self._reward, "prepare"):
+            self._reward.prepare()
+        return self._runner.submit(lambda: attempt(self._reward, batch))
+
+    def give_up(self, future: Future[Outcome]) -> str:
+        self._runner.replace()
+        return "its thread was left behind (a reward given as file.py:function could have been ended)"
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+class OnLoop:
+    """An async callable, on the loop that all async rewards of a panel share: they wait side by side."""
+
+    place = "loop"
+
+    def __init__(self, reward: Any, loop: Loop) -> None:
+        self._reward, self._loop = reward, loop
+
+    def start(self, batch: Batch) -> Future[Outcome]:
+        return self._loop.submit(attempt_async(self._reward, batch))
+
+    def give_up(self, future: Future[Outcome]) -> str:
+        future.cancel()
+        with contextlib.suppress(TimeoutError, CancelledError):
+            future.result(timeout=0.1)
+        if self._loop.recover():
+            return "it was cancelled"
+        return "an async reward blocked the loop that they share (it must await, not sleep); the loop was left behind"
+
+    def close(self) -> None:
+        self._loop.close()
+
+
+def place(reward: Reward, loop: Loop | None) -> Place:
+    """Where this reward runs; `loop` serves those that are async."""
+    if isinstance(reward, HostedReward):
+        return reward
+    if getattr(reward, "is_async", False):
+        assert loop is not None
+        return OnLoop(reward, loop)
+    return OnThread(reward)

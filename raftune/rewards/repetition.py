@@ -1,0 +1,44 @@
+"""A penalty for saying the same again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from raftune.errors import ConfigError
+from raftune.rewards.fingerprint import digest
+from raftune.rewards.text import TEXT_MEDIA, Unit, pieces
+
+
+@dataclass
+class Repetition:
+    """Minus the share of n-grams that stood in the completion before, in [-1, 0]; case does not matter.
+
+    `a b a b a b` has the bigrams ab, ba, ab, ba, ab: three of five are repeated, and the reward is -0.6.
+    """
+
+    ngram_size: int = 3
+    unit: Unit = "words"
+    name: str = "repetition"
+    media: frozenset[str] = field(default=TEXT_MEDIA, init=False)
+    fingerprint: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        if self.ngram_size < 1:
+            raise ConfigError(f"repetition: ngram_size must be 1 or more; got {self.ngram_size}. Usual is 3.")
+        self.fingerprint = digest("repetition", 1, self.ngram_size, self.unit)
+
+    def __call__(
+        self,
+        *,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        return [self._value(items) for items in pieces(completions, self.unit, completion_ids)]
+
+    def _value(self, items: list[Any]) -> float:
+        folded = [item.casefold() if isinstance(item, str) else item for item in items]
+        ngrams = list(zip(*(folded[i:] for i in range(self.ngram_size)), strict=False))
+        return len(set(ngrams)) / len(ngrams) - 1.0 if ngrams else 0.0
