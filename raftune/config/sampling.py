@@ -26,12 +26,15 @@ class SamplingConfig(Frozen):
     min_p: float = Field(0.0, ge=0, le=1, description="Drops tokens below this share of the likeliest; 0 is off.")
     repetition_penalty: float = Field(1.0, gt=0, description="Divides the logits of tokens already seen; 1 is off.")
     max_completion_length: int = Field(128, ge=1, description="Tokens drawn at most; what is cut off never ends in EOS.")
+    max_prompt_length: int | None = Field(None, ge=1, description="Prompts of more tokens are refused; None is the context's limit.")
     stop: tuple[str, ...] = Field((), description="Texts that end a completion once they appear in it.")
     generation_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Anything else that `generate` takes; the draw then goes through `generate`."
     )
-    system_prompt: str | None = Field(None, description="Put before every prompt when drawing, left out when tuning.")
-    few_shot_prefix: str | None = Field(None, description="Text before a standard prompt when drawing, left out when tuning.")
+    system_prompt: str | None = Field(
+        None, description="A system message, or a text and a blank line, before every prompt when drawing; left out when tuning."
+    )
+    few_shot_prefix: str | None = Field(None, description="Text before a prompt given as text when drawing, left out when tuning.")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to the chat template.")
     batch_size: int = Field(256, ge=1, description="Samples alive at once; halved, and recorded, when memory runs out.")
     unit_size: int = Field(64, ge=1, description="Prompts in a unit, the slice that is drawn, scored and resumed whole.")

@@ -1,0 +1,139 @@
+"""Between prompts, answers and token ids: everything the family asks of a tokenizer.
+
+To draw, a prompt may stand behind a system prompt or a few-shot prefix; to tune it stands alone (context distillation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from raftune.config.sampling import SamplingConfig
+from raftune.errors import DataError
+from raftune.records import Prompt
+
+Messages = list[dict[str, Any]]
+
+
+class Encoder:
+    """Encodes prompts and answers with one tokenizer; `context` is the model's limit in tokens, None for none."""
+
+    def __init__(self, tokenizer: Any, sampling: SamplingConfig, context: int | None, eos_id: int) -> None:
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.context = context
+        self.eos_id = eos_id
+
+    def encode(self, prompts: Sequence[Prompt], *, for_drawing: bool) -> list[list[int]]:
+        """The token ids of each prompt. DataError where one is empty, too long, or needs a template that is missing."""
+        rendered = [self._render(prompt, for_drawing) for prompt in prompts]
+        chats = [isinstance(prompt.content, list) for prompt in prompts]
+        encoded: list[list[int]] = [[]] * len(prompts)
+        for chat in {*chats}:  # one call for all texts: a template has written its special tokens itself
+            places = [i for i, c in enumerate(chats) if c == chat]
+            ids = self.tokenizer([rendered[i] for i in places], add_special_tokens=not chat, verbose=False)["input_ids"]
+            for place, row in zip(places, ids, strict=True):
+                encoded[place] = row if chat else self._bare(row, rendered[place])
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            self._check(prompt, ids)
+        return encoded
+
+    def _render(self, prompt: Prompt, for_drawing: bool) -> str:
+        """The text that is tokenised: the prompt with its prefix, or the messages through the chat template."""
+        content = prompt.content
+        if isinstance(content, str):
+            return self._prefix() + content if for_drawing else content
+        if isinstance(content, list):
+            return self._chat(prompt, content, for_drawing)
+        raise DataError(f"A prompt of a language model must be a text or a list of messages; got {content!r} ({prompt.id}).")
+
+    def _prefix(self) -> str:
+        system = f"{self.sampling.system_prompt}\n\n" if self.sampling.system_prompt else ""
+        return system + (self.sampling.few_shot_prefix or "")
+
+    def _chat(self, prompt: Prompt, messages: Messages, for_drawing: bool) -> str:
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"A prompt given as messages needs a tokenizer with a chat template; this one has none (prompt {prompt.id}). "
+                "Set tokenizer.chat_template and save it, or give the prompts as text."
+            )
+        if not messages or any("role" not in m or "content" not in m for m in messages):
+            raise DataError(f"A message must have a role and a content; got {messages!r:.200} (prompt {prompt.id}).")
+        goes_on = messages[-1]["role"] == "assistant"
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                self._with_system(prompt, messages) if for_drawing else messages,
+                tokenize=False,
+                add_generation_prompt=not goes_on,
+                continue_final_message=goes_on,
+                **self.sampling.chat_template_kwargs,
+            )
+        except Exception as error:  # templates raise whatever Jinja and their authors chose
+            raise DataError(f"The chat template refused prompt {prompt.id}: {error}.") from error
+        return text
+
+    def _with_system(self, prompt: Prompt, messages: Messages) -> Messages:
+        if self.sampling.few_shot_prefix:
+            raise DataError(
+                f"sampling.few_shot_prefix goes before prompts given as text; prompt {prompt.id} is a list of messages. "
+                "Write the examples as messages, or use sampling.system_prompt."
+            )
+        system = self.sampling.system_prompt
+        if not system:
+            return messages
+        if messages[0]["role"] == "system":  # templates refuse a second system message
+            first = {**messages[0], "content": f"{system}\n\n{messages[0]['content']}"}
+            return [first, *messages[1:]]
+        return [{"role": "system", "content": system}, *messages]
+
+    def _bare(self, ids: list[int], text: str) -> list[int]:
+        """The ids without an EOS that the tokenizer puts at the end, and with BOS at most once."""
+        tokenizer = self.tokenizer
+        if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+            ids = ids[:-1]
+        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+            ids = ids[1:]
+        return ids or ([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id])
+
+    def _check(self, prompt: Prompt, ids: list[int]) -> None:
+        shown = f"prompt {prompt.id} ({str(prompt.content)[:40]!r})"
+        if not ids:
+            raise DataError(f"A prompt must have at least one token; {shown} has none. Remove it, or give it a text.")
+        limit = self.sampling.max_prompt_length
+        if limit is not None and len(ids) > limit:
+            raise DataError(
+                f"A prompt must not be longer than sampling.max_prompt_length; {shown} has {len(ids)} tokens, the limit is "
+                f"{limit}. Shorten or remove it, or raise the limit."
+            )
+        if self.context is not None and len(ids) >= self.context:
+            raise DataError(
+                f"A prompt must leave room for an answer; {shown} has {len(ids)} tokens, the limit is {self.context - 1} "
+                f"(the model's context is {self.context}). Shorten or remove it, or use a model with a longer context."
+            )
+
+    def encode_answer(self, prompt: Prompt, answer: Any) -> tuple[str, list[int]]:
+        """Somebody else's answer as this policy would have drawn it: its text, and its ids with EOS at the end."""
+        text = _answer_text(prompt, answer)
+        ids = [*self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], self.eos_id]
+        if self.context is not None and len(ids) >= self.context:
+            raise DataError(
+                f"An answer must fit the model's context of {self.context} tokens; one to prompt {prompt.id} has {len(ids)}. "
+                "Shorten or remove it."
+            )
+        return text, ids
+
+    def decode(self, rows: Sequence[list[int]]) -> list[str]:
+        """The texts of the rows of ids, special tokens left out."""
+        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
+
+
+def _answer_text(prompt: Prompt, answer: Any) -> str:
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict):
+        message = answer[0]
+        if message.get("role") == "assistant" and isinstance(message.get("content"), str):
+            return str(message["content"])
+    raise DataError(
+        f"An answer must be a text or a list of one assistant message; got {answer!r:.200} (prompt {prompt.id})."
+    )

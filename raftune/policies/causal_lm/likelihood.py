@@ -1,0 +1,136 @@
+"""How probable an answer is: teacher-forced, on the exact ids, with the head applied where the answer is.
+
+Legend: B rows, L columns, T completion tokens of all rows together, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional as F
+
+from raftune.errors import OutOfMemory
+from raftune.policies.causal_lm.models import base_of, device_of
+from raftune.policies.memory import is_out_of_memory
+from raftune.protocols import FloatN
+
+# Logits held in float32 at once while scoring: 64 Mi numbers, a quarter of a GiB.
+LOGITS_AT_ONCE = 1 << 26
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with a completion: ids of both (int32), of which the first `start` are the prompt's."""
+
+    ids: npt.NDArray[np.int32]
+    start: int
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], completion: Sequence[int]) -> Example:
+        return cls(np.array([*prompt, *completion], dtype=np.int32), len(prompt))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the completion has."""
+        return len(self.ids) - self.start
+
+
+class Reader:
+    """Gives the logits that predict completion tokens, without computing those of prompts and padding.
+
+    Where backbone and head of the model can be told apart, and together give bit for bit what the whole model gives on
+    a probe, the head sees the T wanted positions only; else the whole model runs and the logits are picked from it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        inner = base_of(model)
+        backbone, head = getattr(inner, "base_model", inner), inner.get_output_embeddings()
+        self.parts = (backbone, head) if backbone is not inner and head is not None else None
+        if self.parts and not self._parts_agree():
+            self.parts = None
+
+    def _parts_agree(self) -> bool:
+        assert self.parts is not None
+        backbone, head = self.parts
+        device = device_of(self.model)
+        ids_BL = torch.arange(8, device=device).reshape(2, 4) % self.model.config.get_text_config().vocab_size
+        training = self.model.training
+        self.model.eval()
+        try:
+            inputs = {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL), "use_cache": False}
+            with torch.no_grad():
+                return torch.equal(head(backbone(**inputs)[0]), self.model(**inputs).logits)
+        except (TypeError, RuntimeError, AttributeError, IndexError):
+            return False
+        finally:
+            self.model.train(training)
+
+    def hidden(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(T, D) states that predict the completion tokens, or (T, V) logits where the parts cannot be told apart."""
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        states = self.parts[0](**inputs)[0] if self.parts else self.model(**inputs).logits
+        return states.flatten(0, 1)[batch["positions"]]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(T, V) in float32."""
+        return (self.parts[1](hidden) if self.parts else hidden).float()
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
+    """The batch, padded on the right: ids and mask (B, L), and for each completion token the flat position before it."""
+    width = max(len(e.ids) for e in examples)
+    ids_BL = np.full((len(examples), width), pad_id, dtype=np.int64)
+    mask_BL = np.zeros((len(examples), width), dtype=np.int64)
+    for row, example in enumerate(examples):
+        ids_BL[row, : len(example.ids)] = example.ids
+        mask_BL[row, : len(example.ids)] = 1
+    positions = [np.arange(e.start - 1, len(e.ids) - 1) + row * width for row, e in enumerate(examples)]
+    positions_T = np.concatenate(positions)
+    arrays = {
+        "input_ids": ids_BL,
+        "attention_mask": mask_BL,
+        "positions": positions_T,
+        "targets": ids_BL.reshape(-1)[positions_T + 1],
+    }
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def log_probs(model: Any, examples: Sequence[Example], batch_size: int, pad_id: int) -> FloatN:
+    """(N,) nats: the log-probability of each completion under the model, EOS included, untempered.
+
+    Rows of like length share a batch of `batch_size`; softmax in float32, sums in float64. Raises OutOfMemory.
+    """
+    reader, device = Reader(model), device_of(model)
+    order = np.argsort([-len(e.ids) for e in examples], kind="stable")
+    sums = np.zeros(len(examples), dtype=np.float64)
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        group = [examples[i] for i in chosen]
+        try:
+            scores_T = _token_log_probs(reader, {k: v.to(device) for k, v in collate(group, pad_id).items()})
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(f"Scoring {len(group)} rows did not fit into the memory of {device}.", batch_size) from error
+        owners_T = np.repeat(np.arange(len(group)), [e.tokens for e in group])
+        sums[chosen] = np.bincount(owners_T, weights=scores_T, minlength=len(group))
+    return sums
+
+
+@torch.no_grad()
+def _token_log_probs(reader: Reader, batch: Mapping[str, torch.Tensor]) -> FloatN:
+    """(T,) nats of each completion token, the head applied to a bounded number of positions at a time."""
+    hidden_TD, targets_T = reader.hidden(batch), batch["targets"]
+    width = reader.model.config.get_text_config().vocab_size
+    at_once = max(1, LOGITS_AT_ONCE // width)
+    losses = [
+        F.cross_entropy(reader.logits(hidden_TD[i : i + at_once]), targets_T[i : i + at_once], reduction="none")
+        for i in range(0, len(targets_T), at_once)
+    ]
+    return -torch.cat(losses).double().cpu().numpy()

@@ -1,0 +1,280 @@
+"""From a name or a folder to a tokenizer and weights on a device.
+
+A round's weights are loaded in two phases: the start model as it was given, and on it the round's adapter. The adapter
+is merged, if at all, into that fresh copy and never into one that was merged before, so rounding does not add up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from raftune.config.policy import AdapterConfig, CausalLMPolicy
+from raftune.errors import ConfigError, ModelError
+from raftune.policies.quiet import quiet
+
+REFERENCE = "reference.json"
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where the start model is: an absolute path with the hash of what lies there, or a hub name at a commit."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+
+    def write(self, folder: Path) -> None:
+        (folder / REFERENCE).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+
+
+def resolve(name: str, revision: str | None = None) -> Reference:
+    """The reference of a folder or a hub name. ModelError says what was looked for and where."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Reference(str(folder.resolve()), None, fingerprint(folder))
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"policy.model must be a folder or a hub name; got {name!r}, and there is no folder {folder.resolve()}.")
+    commit = _commit(name, revision)
+    return Reference(name, commit or revision, f"hub:{commit}")
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """The hub commit that `name` stands for now, from the network or the local cache."""
+    for kind in (AutoConfig, PeftConfig):  # a folder on the hub may hold a model, or an adapter alone
+        with contextlib.suppress(OSError, ValueError), quiet():
+            found = kind.from_pretrained(name, **_at(revision))
+            return getattr(found, "_commit_hash", None)
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
+    hint = "HF_HUB_OFFLINE is set: unset it, or download the model first" if offline else "check the name and the network"
+    raise ModelError(
+        f"policy.model must be a folder or a hub name; no folder {Path(name).resolve()} and nothing on the hub as {name!r}"
+        f"{f' at revision {revision!r}' if revision else ''}. {hint[0].upper()}{hint[1:]}."
+    )
+
+
+def _at(revision: str | None) -> dict[str, str]:
+    return {"revision": revision} if revision else {}
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the sorted names, sizes and contents of the folder's files, hidden ones left out."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.name}\0{path.stat().st_size}\0{content}\n".encode())
+    return total.hexdigest()
+
+
+def read_reference(start: Path) -> Reference | None:
+    """The reference that a start folder holds; None where the folder holds the weights themselves."""
+    path = start / REFERENCE
+    return Reference(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def verify(start: Path) -> None:
+    """Raises ModelError if the model that the start folder refers to is gone or has changed."""
+    reference = read_reference(start)
+    if reference is None or reference.fingerprint.startswith("hub:"):
+        return
+    if not Path(reference.name).is_dir():
+        raise ModelError(f"policy.model must still be where the run began; {reference.name} is gone. Put it back.")
+    if (now := fingerprint(Path(reference.name))) != reference.fingerprint:
+        raise ModelError(
+            f"policy.model must not change during a run; {reference.name} was {reference.fingerprint[:12]} and is "
+            f"{now[:12]}. Put the files back, or start a new run."
+        )
+
+
+def source(start: Path) -> tuple[str, str | None]:
+    """What from_pretrained is given for the start model: name and revision."""
+    reference = read_reference(start)
+    return (reference.name, reference.revision) if reference else (str(start), None)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that `policy.device` stands for: auto takes CUDA, then MPS, then the CPU."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(f"policy.device must be auto, cpu, cuda or mps; got {wanted!r}.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"policy.device must exist here; got {wanted!r} and torch sees no CUDA device. Write cpu or auto.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"policy.device must exist here; got {wanted!r} and torch sees no MPS device. Write cpu or auto.")
+    if device.index:  # transformers' Trainer always takes the first visible device
+        raise ConfigError(
+            f"policy.device must be the first visible one; got {wanted!r}. Set CUDA_VISIBLE_DEVICES={device.index} and "
+            "write cuda."
+        )
+    return device
+
+
+def load_tokenizer(config: CausalLMPolicy, start: Path) -> Any:
+    """The tokenizer of the start model, or the one that the configuration names; a missing pad token becomes EOS."""
+    name, revision = (config.tokenizer, None) if config.tokenizer else source(start)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=config.trust_remote_code, **_at(revision)
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"policy.tokenizer must name a tokenizer where the model has none; found none at {name!r} "
+            f"({first_line(error)}). Save one there, or set policy.tokenizer."
+        ) from error
+    return tokenizer
+
+
+def generation_config(config: CausalLMPolicy, start: Path) -> GenerationConfig:
+    """The start model's generation config; made from its model config where it has none."""
+    name, revision = source(start)
+    with quiet():
+        try:
+            return GenerationConfig.from_pretrained(name, **_at(revision))
+        except OSError:
+            return GenerationConfig.from_model_config(model_config(config, start))
+
+
+def model_config(config: CausalLMPolicy, start: Path) -> Any:
+    """The start model's transformers configuration."""
+    name, revision = source(start)
+    return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **_at(revision))
+
+
+def context(found: Any) -> int | None:
+    """The most tokens, prompt and completion together, that a model of this configuration reads; None without a limit."""
+    limit = getattr(found.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def eos_ids(config: CausalLMPolicy, start: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends an answer, the tokenizer's own first. ModelError where there is none."""
+    found = generation_config(config, start).eos_token_id
+    several = found if isinstance(found, list) else [found]
+    ids = dict.fromkeys(i for i in (tokenizer.eos_token_id, *several) if i is not None)
+    if not ids:
+        raise ModelError(
+            "policy.model must have an end-of-sequence token; neither its tokenizer nor its generation config has one, so "
+            "no answer could learn to end. Set tokenizer.eos_token and save it."
+        )
+    return tuple(ids)
+
+
+def fill_pad_token(tokenizer: Any, ends: tuple[int, ...]) -> list[str]:
+    """Gives a tokenizer without a pad token EOS in its place; returns the notes for the user, if any."""
+    if tokenizer.pad_token_id is not None:
+        return []
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
+    return [f"the tokenizer has no pad token: EOS ({tokenizer.pad_token}) fills up batches, behind the mask"]
+
+
+def base_of_adapters(start: Path) -> tuple[str, str | None]:
+    """What an adapter's configuration names as its base: name and revision, or the start folder seen from a round's."""
+    reference = read_reference(start)
+    return (reference.name, reference.revision) if reference else (f"../../{start.parent.name}/{start.name}", None)
+
+
+def load_weights(config: CausalLMPolicy, name: str, revision: str | None, device: torch.device) -> Any:
+    """A causal language model in eval mode on the device; ModelError where weights are missing or do not fit."""
+    options: dict[str, Any] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code, **_at(revision)}
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    if config.load_in_4bit:
+        options |= _four_bits(device)
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                name, output_loading_info=True, **{**options, **config.model_init_kwargs}
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"policy.model must be a causal language model; {name!r} did not load: {first_line(error)}.") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"policy.model must hold all weights of a causal language model; {name!r} lacks {len(missing)} "
+            f"({', '.join(missing[:3])}), which would be random. Is it another kind of model?"
+        )
+    return (model if config.load_in_4bit else model.to(device)).eval()
+
+
+def _four_bits(device: torch.device) -> dict[str, Any]:
+    """The options that load 4-bit NF4 base weights (QLoRA)."""
+    from importlib.util import find_spec
+
+    if device.type != "cuda" or find_spec("bitsandbytes") is None:
+        lacking = "a CUDA device" if device.type != "cuda" else "the package bitsandbytes"
+        raise ConfigError(f"policy.load_in_4bit needs {lacking}, and there is none here. Leave it out, or install it.")
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def load_start(config: CausalLMPolicy, start: Path, device: torch.device) -> Any:
+    """The start model itself, without any adapter of ours."""
+    return load_weights(config, *source(start), device)
+
+
+def load_round(config: CausalLMPolicy, folder: Path, start: Path, device: torch.device, seed: int | None = None) -> Any:
+    """The model of a round's folder, ready to be trained if a seed is given and ready to be drawn from if not.
+
+    For drawing, an adapter is merged where that is exact enough (float32 weights). For training, `seed` initialises the
+    adapter of a round that has none yet.
+    """
+    adapted = (folder / ADAPTER).is_file()
+    if not adapted and not _is_start(folder, start):
+        return load_weights(config, str(folder), None, device)
+    model = load_start(config, start, device)
+    if adapted:
+        with quiet():
+            model = PeftModel.from_pretrained(model, str(folder), is_trainable=seed is not None)
+    elif config.adapter is not None and seed is not None:
+        model = fresh_adapter(model, config.adapter, seed)
+    if seed is None and isinstance(model, PeftModel) and model.dtype == torch.float32 and not config.load_in_4bit:
+        model = model.merge_and_unload()
+    return model.eval()
+
+
+def _is_start(folder: Path, start: Path) -> bool:
+    return folder.resolve() == start.resolve() or (folder / REFERENCE).is_file()
+
+
+def fresh_adapter(model: Any, config: AdapterConfig, seed: int) -> PeftModel:
+    """The model with a new LoRA adapter, whose product is zero; its random half depends on the seed alone."""
+    targets: Any = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.r,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        modules_to_save=list(config.modules_to_save) or None,
+    )
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, lora)
+        except ValueError as error:
+            raise ConfigError(f"policy.adapter must fit the model: {first_line(error)}.") from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,193 @@
+"""The causal-LM family: any AutoModelForCausalLM behind the protocols Policy and Likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+from transformers import TrainerCallback
+
+from raftune.config.sampling import SamplingConfig
+from raftune.config.tuning import TuningConfig
+from raftune.policies.causal_lm import loading, starting
+from raftune.policies.causal_lm.drawing import draw, draw_path
+from raftune.policies.causal_lm.encoding import Encoder
+from raftune.policies.causal_lm.likelihood import Example, log_probs
+from raftune.policies.causal_lm.saving import read_optimizer, write_model
+from raftune.policies.causal_lm.settings import DrawPath, DrawSettings
+from raftune.protocols import FloatN, TuneReport, Unit
+from raftune.records import Prompt, Sample, derive_seed
+
+PAYLOAD = pa.schema(
+    [
+        pa.field("completion", pa.string(), nullable=False),
+        pa.field("completion_ids", pa.list_(pa.int32())),
+        pa.field("completion_logprobs", pa.list_(pa.float32())),
+        pa.field("finish", pa.string()),
+    ]
+)
+
+
+class RunParts(Protocol):
+    """What of a run's configuration shapes this family."""
+
+    @property
+    def policy(self) -> Any: ...
+    @property
+    def sampling(self) -> SamplingConfig: ...
+    @property
+    def tuning(self) -> TuningConfig: ...
+    @property
+    def seed(self) -> int: ...
+
+
+class CausalLM:
+    """A language model read from a committed folder: the tokenizer at once, the weights when first needed.
+
+    The instance that draws is never the one that was trained: tuning loads one of its own and lets it go.
+    """
+
+    media = "text"
+    payload = PAYLOAD
+
+    def __init__(self, config: RunParts, folder: Path, start: Path) -> None:
+        self.config, self.folder, self.start_folder = config, folder, start
+        self.device = loading.choose_device(config.policy.device)
+        self.tokenizer = loading.load_tokenizer(config.policy, start)
+        self.eos_ids = loading.eos_ids(config.policy, start, self.tokenizer)
+        self._notes: dict[str, None] = dict.fromkeys(loading.fill_pad_token(self.tokenizer, self.eos_ids))
+        limit = loading.context(loading.model_config(config.policy, start))
+        self.encoder = Encoder(self.tokenizer, config.sampling, limit, self.eos_ids[0])
+        self._model: Any = None
+        self._forks = False
+
+    @classmethod
+    def load(cls, config: RunParts, folder: Path, start: Path) -> CausalLM:
+        """The policy of a committed model folder; `start` is the run's start folder, on which adapters rest."""
+        return cls(config, folder, start)
+
+    @classmethod
+    def start(cls, config: RunParts, out: Path, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
+        """Writes the start model into `out` and says what it is; raises ModelError where it is unfit.
+
+        A model given by name becomes a reference. Weights are written where it is given as an object, or where the name
+        is a LoRA adapter's: that is merged first, since switching it off must give this start and not its base.
+        """
+        out.mkdir(parents=True, exist_ok=True)
+        return starting.begin(config.policy, out, model, tokenizer)
+
+    @classmethod
+    def fingerprint(cls, config: RunParts) -> str:
+        """What the start model is: the hash of a folder's files; of a hub model, the name and revision."""
+        return starting.fingerprint_of(config.policy)
+
+    @property
+    def model(self) -> Any:
+        """The weights on the device, in eval mode; read on first use."""
+        if self._model is None:
+            self._model = loading.load_round(self.config.policy, self.folder, self.start_folder, self.device)
+        return self._model
+
+    def draw(self, unit: Unit) -> list[Sample]:
+        """All samples of the unit, prompt by prompt, k ascending. Raises DataError, ModelError, OutOfMemory."""
+        prompts = self.encoder.encode(unit.prompts, for_drawing=True)
+        settings = self._settings(unit.batch_size)
+        path = self._path(settings, max(map(len, prompts)))
+        drawn = draw(self.model, self.tokenizer, prompts, unit.seeds, settings, path)
+        texts = iter(self.encoder.decode([one.ids for group in drawn for one in group]))
+        return [
+            Sample(
+                id=unit.sample_id(prompt, k),
+                prompt_id=prompt.id,
+                k=k,
+                source="policy",
+                seed=seed,
+                version=unit.version,
+                completion=next(texts),
+                payload={"completion_ids": one.ids, "completion_logprobs": one.logprobs, "finish": one.finish},
+            )
+            for prompt, seeds, group in zip(unit.prompts, unit.seeds, drawn, strict=True)
+            for k, (seed, one) in enumerate(zip(seeds, group, strict=True))
+        ]
+
+    def _settings(self, batch_size: int) -> DrawSettings:
+        sampling = self.config.sampling
+        same = "temperature top_p top_k min_p repetition_penalty max_completion_length generation_kwargs"
+        return DrawSettings(
+            **{name: getattr(sampling, name) for name in same.split()},
+            stop_strings=sampling.stop,
+            eos_ids=self.eos_ids,
+            pad_id=self.tokenizer.pad_token_id,
+            batch_size=batch_size,
+        )
+
+    def _path(self, settings: DrawSettings, longest: int) -> DrawPath:
+        """How this unit is drawn; what holds for the whole context is found out once."""
+        if self._forks:
+            return "forked"
+        path, reason = draw_path(self.model, settings)
+        self._forks = path == "forked"
+        if not self._forks:
+            path, reason = draw_path(self.model, settings, longest)
+        if path == "generate":
+            self._notes[f"drawn through `generate`, slower than the shared cache: {reason}"] = None
+        return path
+
+    def adopt(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
+        """The payload of somebody else's answer: its ids as this tokenizer gives them, EOS at the end, no log-probs."""
+        text, ids = self.encoder.encode_answer(prompt, answer)
+        return {"completion": text, "completion_ids": ids, "completion_logprobs": None, "finish": "eos"}
+
+    def log_probs(self, prompts: Sequence[Prompt], samples: pa.Table, batch_size: int) -> FloatN:
+        """(N,) nats of row i of `samples`, which answers prompts[i] as it was put when drawing; EOS included."""
+        distinct = {prompt.id: prompt for prompt in prompts}
+        encoded = dict(zip(distinct, self.encoder.encode([*distinct.values()], for_drawing=True), strict=True))
+        completions = samples.column("completion_ids").to_pylist()
+        examples = [Example.of(encoded[p.id], ids) for p, ids in zip(prompts, completions, strict=True)]
+        return log_probs(self.model, examples, batch_size, self.tokenizer.pad_token_id)
+
+    def tune(self, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()) -> TuneReport:
+        """Fits the policy to the rows and writes the new model into `out`; continues from what lies in `work`.
+
+        Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
+        """
+        from raftune.policies.causal_lm.tuning import batch_of, identity, objective, read_rows, rows_of
+        from raftune.policies.training import Task, fit
+
+        self._model = None  # one large model at a time
+        tuning, seed = self.config.tuning, self.config.seed
+        found = read_rows(rows, self.encoder, tuning)
+        step = tuning.per_device_train_batch_size * tuning.gradient_accumulation_steps
+        seed_of_fit = derive_seed(seed, "tune", found.round)
+        task = Task(
+            load=self._trainable,
+            rows=rows_of(found, tuning.loss_normalization, step),
+            lengths=[len(example.ids) for example in found.examples],
+            collate=lambda batch: batch_of(batch, self.tokenizer.pad_token_id),
+            objective=objective,
+            seed=seed_of_fit,
+            identity=identity(rows, tuning, seed_of_fit),
+            carried=read_optimizer(self.folder) if tuning.optimizer_state == "carried" else None,
+            callbacks=callbacks,
+        )
+        fitted = fit(task, tuning, work, self.device)
+        write_model(fitted.model, self.tokenizer, out, loading.base_of_adapters(self.start_folder), fitted.optimizer)
+        self._notes |= dict.fromkeys(fitted.notes)
+        details = {
+            "tokens": sum(example.tokens for example in found.examples),
+            "left_out_truncated": found.truncated,
+            "micro_batch": fitted.micro_batch,
+            "gradient_accumulation_steps": fitted.accumulation,
+            "out_of_memory_at": list(fitted.out_of_memory),
+        }
+        return TuneReport(len(found.examples), len(fitted.losses), fitted.losses, details)
+
+    def _trainable(self) -> Any:
+        seed = derive_seed(self.config.seed, "adapter")
+        return loading.load_round(self.config.policy, self.folder, self.start_folder, self.device, seed)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how this policy was loaded, drew and was tuned, each once."""
+        return tuple(self._notes)

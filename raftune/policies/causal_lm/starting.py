@@ -1,0 +1,128 @@
+"""The model that a run begins from: found, checked, and written down as a reference or as weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer
+
+from raftune.config.policy import CausalLMPolicy
+from raftune.errors import ModelError
+from raftune.policies.causal_lm.loading import (
+    ADAPTER,
+    choose_device,
+    context,
+    eos_ids,
+    fill_pad_token,
+    first_line,
+    fingerprint,
+    load_tokenizer,
+    load_weights,
+    model_config,
+    resolve,
+)
+from raftune.policies.causal_lm.models import base_of
+from raftune.policies.causal_lm.saving import write_model
+from raftune.policies.quiet import quiet
+
+
+def begin(config: CausalLMPolicy, out: Path, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
+    """Writes the start into `out` and returns what it is, for the record. Raises ModelError where it is unfit.
+
+    A named model is written as a reference; weights are written where an object was given, or where the name is a LoRA
+    adapter's, merged: switching an adapter off must give the start, and not its base.
+    """
+    device = choose_device(config.device)
+    if model is not None:
+        return _begin_with_object(config, out, model, tokenizer)
+    reference = resolve(config.model, config.revision)
+    if adapter := _adapter_at(reference.name, reference.revision):
+        merged = _merged(config, reference.name, reference.revision, adapter)
+        write_model(merged, _tokenizer_of(config, reference.name, adapter), out, ("", None))
+        return _facts(config, out, merged) | {"model": reference.name, "fingerprint": reference.fingerprint, "merged": True}
+    reference.write(out)
+    checked = device if config.load_in_4bit else torch.device("cpu")
+    weights = load_weights(config, reference.name, reference.revision, checked)
+    facts = _facts(config, out, weights)
+    return facts | {"model": reference.name, "revision": reference.revision, "fingerprint": reference.fingerprint}
+
+
+def _begin_with_object(config: CausalLMPolicy, out: Path, model: Any, tokenizer: Any) -> dict[str, Any]:
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(config, str(getattr(base_of(model), "name_or_path", "")), None)
+    plain = copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
+    write_model(plain, tokenizer, out, ("", None))
+    return _facts(config, out, plain) | {"model": type(plain).__name__, "fingerprint": fingerprint(out), "given": "object"}
+
+
+def fingerprint_of(config: CausalLMPolicy) -> str:
+    """The hash of a folder's files; of a hub model its name and revision, since the run pins the commit it found."""
+    if Path(config.model).expanduser().is_dir():
+        return fingerprint(Path(config.model).expanduser())
+    return f"hub:{config.model}@{config.revision or 'main'}"
+
+
+def _adapter_at(name: str, revision: str | None) -> PeftConfig | None:
+    """The peft configuration at a name; None where a whole model is."""
+    if Path(name).is_dir() and not (Path(name) / ADAPTER).is_file():
+        return None
+    with contextlib.suppress(OSError, ValueError), quiet():
+        return PeftConfig.from_pretrained(name, **({"revision": revision} if revision else {}))
+    return None
+
+
+def _merged(config: CausalLMPolicy, name: str, revision: str | None, adapter: PeftConfig) -> Any:
+    """Base and adapter as one model, added in float32 and rounded once."""
+    base = str(adapter.base_model_name_or_path)
+    exact = config.model_copy(update={"dtype": "float32", "load_in_4bit": False})
+    model = load_weights(exact, base, adapter.revision, torch.device("cpu"))
+    with quiet():
+        merged = PeftModel.from_pretrained(model, name, **({"revision": revision} if revision else {})).merge_and_unload()
+    return merged if config.dtype in ("float32", "auto") else merged.to(getattr(torch, config.dtype))
+
+
+def _tokenizer_of(config: CausalLMPolicy, name: str, adapter: PeftConfig | None) -> Any:
+    """The configured tokenizer, else the one beside the model, else the one of an adapter's base."""
+    tried = [config.tokenizer] if config.tokenizer else [name, *([str(adapter.base_model_name_or_path)] if adapter else [])]
+    for place in filter(None, tried):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError), quiet():
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code)
+    raise ModelError(
+        f"A model needs its tokenizer; found none at {', '.join(map(repr, tried))}. Give it (processing_class, policy.tokenizer)."
+    )
+
+
+def _facts(config: CausalLMPolicy, out: Path, model: Any) -> dict[str, Any]:
+    """What the start is; ModelError where its weights are not finite or do not fit its tokenizer."""
+    if broken := not_finite(model):
+        raise ModelError(f"policy.model must have finite weights; {broken} holds a NaN or an infinity. Use an earlier checkpoint.")
+    tokenizer = load_tokenizer(config, out)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"policy.model must have an embedding for every token; the tokenizer has {len(tokenizer)}, the model {rows}. "
+            "Call model.resize_token_embeddings(len(tokenizer)) and save, or take the tokenizer that belongs to it."
+        )
+    ends = eos_ids(config, out, tokenizer)
+    return {
+        "architecture": type(model).__name__,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "vocabulary": rows,
+        "context": context(model_config(config, out)),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "eos_ids": list(ends),
+        "notes": fill_pad_token(tokenizer, ends),
+    }
+
+
+def not_finite(model: torch.nn.Module) -> str | None:
+    """The name of the first parameter that holds a NaN or an infinity; None where all are finite."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            return name
+    return None

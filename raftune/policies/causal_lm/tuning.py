@@ -1,0 +1,134 @@
+"""Fitting to what was kept: rows in, coefficients that make the named objective, and the fit that minimises it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch.nn import functional as F
+
+from raftune.config.tuning import TuningConfig
+from raftune.errors import DataError
+from raftune.policies.causal_lm.encoding import Encoder
+from raftune.policies.causal_lm.likelihood import Example, Reader, collate
+from raftune.policies.training import Batch, Objective
+from raftune.protocols import FloatN
+from raftune.records import Prompt
+
+Normalization = Literal["token", "sample", "prompt"]
+COLUMNS = ["prompt_id", "prompt", "weight", "completion_ids", "finish"]
+ROUND = b"raftune.round"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt with a completion, and the coefficient of each of its completion tokens in the loss of a step."""
+
+    example: Example
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a fit learns from: examples with positive weights, and the round that gathered them."""
+
+    examples: list[Example]
+    weights: FloatN
+    prompts: list[str]
+    round: int
+    truncated: int  # rows left out because they were cut off before their end
+
+
+def read_rows(path: Path, encoder: Encoder, config: TuningConfig) -> Rows:
+    """The rows of a Parquet file, on the exact ids that were drawn; prompts stand without the prefix of drawing."""
+    table = pq.read_table(path, columns=COLUMNS, use_threads=False)
+    metadata = pq.read_schema(path).metadata or {}
+    columns = table.to_pydict()
+    weights = np.array(columns["weight"], dtype=np.float64)
+    if (bad := weights[~(np.isfinite(weights) & (weights >= 0))]).size:
+        raise DataError(f"Every row's weight must be finite and not negative; got {bad[0]} in {path.name}.")
+    cut = np.array([finish == "length" for finish in columns["finish"]], dtype=bool) & config.mask_truncated_completions
+    used = np.flatnonzero((weights > 0) & ~cut)
+    first_of = {columns["prompt_id"][i]: i for i in reversed(used)}
+    asked = [Prompt(name, columns["prompt"][i]) for name, i in first_of.items()]
+    encoded = dict(zip(first_of, encoder.encode(asked, for_drawing=False), strict=True))
+    examples = [_example(encoder, columns, i, encoded[columns["prompt_id"][i]]) for i in used]
+    names = [columns["prompt_id"][i] for i in used]
+    return Rows(examples, weights[used], names, int(metadata.get(ROUND, b"0")), int(cut.sum()))
+
+
+def _example(encoder: Encoder, columns: Mapping[str, Any], row: int, prompt: Sequence[int]) -> Example:
+    completion, name = columns["completion_ids"][row], columns["prompt_id"][row]
+    if not completion:
+        raise DataError(f"Every completion must have at least one token; one to prompt {name} has none. Leave it out.")
+    if encoder.context is not None and len(prompt) + len(completion) > encoder.context:
+        raise DataError(
+            f"Prompt and completion must fit the model's context of {encoder.context} tokens; those of prompt {name} have "
+            f"{len(prompt)} and {len(completion)}. Leave the row out, or use a model with a longer context."
+        )
+    return Example.of(prompt, completion)
+
+
+def coefficients(
+    weights: FloatN, tokens: Sequence[int], prompts: Sequence[str], normalization: Normalization, step: int
+) -> FloatN:
+    """(N,) what each token of a row is multiplied by, so that an average step minimises the named mean.
+
+    The mean is over all rows of the fit, not over those that happen to share a step: with steps of like length, a mean
+    within the step would give each step the same weight, and so turn "token" into "sample". `step` is the rows in a step.
+
+    token:  sum_i w_i nll_i / sum_i w_i T_i                                every token weighs the same
+    sample: sum_i w_i (nll_i / T_i) / sum_i w_i                            every sample weighs the same
+    prompt: mean over prompts x of sum_{i in x} w_i (nll_i / T_i) / sum_{i in x} w_i    every prompt weighs the same
+    """
+    lengths = np.asarray(tokens, dtype=np.float64)
+    if normalization == "token":
+        shares, total = weights, float(weights @ lengths)
+    elif normalization == "sample":
+        shares, total = weights / lengths, float(weights.sum())
+    else:
+        _, owner = np.unique(np.asarray(prompts), return_inverse=True)
+        of_prompt = np.bincount(owner, weights=weights)
+        shares, total = weights / of_prompt[owner] / lengths, float(len(of_prompt))
+    steps_in_all_rows = max(1.0, len(weights) / step)
+    return np.asarray(shares * steps_in_all_rows / total, dtype=np.float64)
+
+
+def rows_of(found: Rows, normalization: Normalization, step: int) -> list[Row]:
+    """The examples with their coefficients."""
+    tokens = [example.tokens for example in found.examples]
+    shares = coefficients(found.weights, tokens, found.prompts, normalization, step)
+    return [Row(example, float(share)) for example, share in zip(found.examples, shares, strict=True)]
+
+
+def batch_of(rows: Sequence[Row], pad_id: int) -> Batch:
+    """A padded batch, with the coefficient of each completion token."""
+    repeats = [row.example.tokens for row in rows]
+    per_token = np.repeat(np.array([row.coefficient for row in rows], dtype=np.float32), repeats)
+    return {**collate([row.example for row in rows], pad_id), "coefficients": torch.from_numpy(per_token)}
+
+
+def objective(model: Any) -> Objective:
+    """The weighted negative log-likelihood of the completions, EOS included; prompts and padding have no part in it."""
+    reader = Reader(model)
+
+    def loss(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        logits_TV = reader.logits(reader.hidden(batch))
+        nll_T = F.cross_entropy(logits_TV, batch["targets"], reduction="none")
+        weights_T = batch["coefficients"]
+        return weights_T @ nll_T, weights_T.sum()
+
+    return loss
+
+
+def identity(path: Path, config: TuningConfig, seed: int) -> str:
+    """Names a fit by its rows, settings and seed: checkpoints of another fit are not continued from."""
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(f"{content}\0{config.model_dump_json()}\0{seed}".encode()).hexdigest()
