@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raftune.records import Prompt, Sample
+from raftune.records import Prompt, Sample, Score
 
 FloatN = npt.NDArray[np.float64]
 
@@ -105,21 +105,73 @@ class Reward(Protocol):
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[float | None]: ...
 
 
-class Stage(Protocol):
-    """One step of a round: what it reads, which fields shape it, and what it writes."""
+Inputs = Mapping[str, Path]
+
+
+class PolicyShelf(Protocol):
+    """Hands out policies, and holds at most one large model at a time."""
+
+    def at(self, folder: Path) -> Policy:
+        """The policy of this committed model folder, for drawing and log-probabilities; kept until another is asked for."""
+        ...
+
+    def fresh(self, folder: Path) -> Policy:
+        """A newly read instance, for tuning; whatever was held before is let go."""
+        ...
+
+    def encoder(self, folder: Path) -> Policy:
+        """An instance for `adopt` alone, which needs no weights: it stays beside the one large model."""
+        ...
+
+
+class StageFace(Protocol):
+    """What every stage declares, so that keys, resume and staleness are one walk over a table of stages."""
 
     name: str
-    reads: tuple[str, ...]  # stages whose COMMIT enters this one's key; "tune@-1": the previous round's; "@0": the start's
+    writes: str  # its folder in the round
+    reads: tuple[
+        str, ...
+    ]  # folders whose COMMIT enters its key: "draw", "model@-1" of the round before, "data@0" of the start
     fields: tuple[str, ...]  # dotted config fields that enter the key
-    per_unit: bool  # run by the engine unit by unit, or once in the loop's process
 
-    def run(self, inputs: Mapping[str, Path], out: Path) -> None: ...
+    def fingerprints(self) -> Mapping[str, str]:
+        """What shapes the stage besides fields and inputs: the hash of a reward's code, of a model's weights."""
+        ...
 
 
-class Engine(Protocol):
-    """Where units run: this process, local workers, or a cluster."""
+class OnceStage(StageFace, Protocol):
+    """A stage that runs once, in the loop's process."""
 
-    def run(self, stage: Stage, units: Iterable[Unit]) -> Iterator[Receipt]: ...
+    def run(self, inputs: Inputs, out: Path) -> None: ...
+
+
+@runtime_checkable
+class UnitStage(StageFace, Protocol):
+    """A stage that an engine runs unit by unit; a `local` one needs objects that only the loop's process has."""
+
+    local: bool
+
+    def units(self, inputs: Inputs) -> list[int]:
+        """The numbers of the units to run."""
+        ...
+
+    def run_unit(self, inputs: Inputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+        """Writes one unit's table to `out`, with this metadata; returns what a user should know about it."""
+        ...
+
+
+Stage = OnceStage | UnitStage
+
+
+class Panel(Protocol):
+    """Several rewards with their weights: one score for each sample."""
+
+    names: tuple[str, ...]
+    fingerprint: str
+
+    def score_samples(self, prompts: list[Prompt], samples: pa.Table) -> list[Score]:
+        """Scores of the samples, row for row; prompts[i] is what row i answers."""
+        ...
 
 
 class Metric(Protocol):

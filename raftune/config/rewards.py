@@ -26,7 +26,9 @@ class RewardSpec(Frozen):
     options: dict[str, Any] = Field(
         default_factory=dict, description="A built-in's settings; further keyword arguments of a function."
     )
-    timeout: float | None = Field(None, gt=0, description="Seconds a call may take; None takes rewards.timeout.")
+    timeout: float | None = Field(
+        None, gt=0, le=1e7, description="Seconds a call may take; None: rewards.timeout."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -46,7 +48,7 @@ class RewardsConfig(Frozen):
         (), description="The rewards; the score is the weighted sum of their parts."
     )
     batch_size: int = Field(64, ge=1, description="Samples in one call of a reward: what fails, fails for that many.")
-    timeout: float = Field(120.0, gt=0, description="Seconds that one call of a reward may take.")
+    timeout: float = Field(120.0, gt=0, le=1e7, description="Seconds that one call of a reward may take.")
     retries: int = Field(
         0, ge=0, description="Further calls after an error or a time-out, before its samples are given up."
     )

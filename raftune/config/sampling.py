@@ -20,24 +20,35 @@ class SamplingConfig(Frozen):
     """The draw: K samples for each prompt, and how each token or step is chosen."""
 
     num_generations: int = Field(8, ge=1, description="K, the policy's own samples for each prompt.")
-    temperature: float = Field(1.0, ge=0, description="Divides the logits; 0 is greedy. Below 1 it sharpens every round.")
+    temperature: float = Field(
+        1.0, ge=0, description="Divides the logits; 0 is greedy. Below 1 it sharpens every round."
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus: the least set of tokens with this mass; 1 is off.")
     top_k: int = Field(0, ge=0, description="Only the k likeliest tokens; 0 is off.")
     min_p: float = Field(0.0, ge=0, le=1, description="Drops tokens below this share of the likeliest; 0 is off.")
     repetition_penalty: float = Field(1.0, gt=0, description="Divides the logits of tokens already seen; 1 is off.")
-    max_completion_length: int = Field(128, ge=1, description="Tokens drawn at most; what is cut off never ends in EOS.")
-    max_prompt_length: int | None = Field(None, ge=1, description="Prompts of more tokens are refused; None is the context's limit.")
+    max_completion_length: int = Field(
+        128, ge=1, description="Tokens drawn at most; what is cut off never ends in EOS."
+    )
+    max_prompt_length: int | None = Field(
+        None, ge=1, description="Prompts of more tokens are refused; None is the context's limit."
+    )
     stop: tuple[str, ...] = Field((), description="Texts that end a completion once they appear in it.")
     generation_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Anything else that `generate` takes; the draw then goes through `generate`."
     )
     system_prompt: str | None = Field(
-        None, description="A system message, or a text and a blank line, before every prompt when drawing; left out when tuning."
+        None,
+        description="A system message, or a text and a blank line, before every prompt when drawing; left out when tuning.",
     )
-    few_shot_prefix: str | None = Field(None, description="Text before a prompt given as text when drawing, left out when tuning.")
+    few_shot_prefix: str | None = Field(
+        None, description="Text before a prompt given as text when drawing, left out when tuning."
+    )
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to the chat template.")
     batch_size: int = Field(256, ge=1, description="Samples alive at once; halved, and recorded, when memory runs out.")
-    unit_size: int = Field(64, ge=1, description="Prompts in a unit, the slice that is drawn, scored and resumed whole.")
+    unit_size: int = Field(
+        64, ge=1, description="Prompts in a unit, the slice that is drawn, scored and resumed whole."
+    )
     candidate_columns: tuple[str, ...] = Field(
         (), description="Columns of the data set whose texts join the pool as candidates (human demonstrations)."
     )
@@ -46,5 +57,7 @@ class SamplingConfig(Frozen):
     @model_validator(mode="after")
     def _stops_are_not_empty(self) -> SamplingConfig:
         if any(not text for text in self.stop):
-            raise ValueError("stop must hold non-empty texts; got ''. An empty text would end every completion at once: remove it.")
+            raise ValueError(
+                "stop must hold non-empty texts; got ''. An empty text would end every completion at once: remove it."
+            )
         return self

@@ -69,6 +69,9 @@ class SelectionConfig(Frozen):
         default=None,
         description="Longest completion kept, in the family's unit (tokens for text); none means no limit.",
     )
+    beta: float = Field(
+        0.0, ge=0, description="Ranks by score - beta * log(p / p0), in units of the score per nat: keeps near the start."
+    )
     drop_duplicates: bool = Field(
         default=False,
         description="Of identical completions of a prompt only the first competes: less repetition, less data.",

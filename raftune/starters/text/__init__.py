@@ -3,10 +3,16 @@
 from pathlib import Path
 from typing import Final
 
-from raftune.starters.text.corpus import prompts
+from raftune.starters.text.corpus import as_prompt, prompts
 from raftune.starters.text.judge import judge
 
 __all__ = ["SHOW", "judge", "policy_path", "prompts", "reward_path"]
+
+SHOW: Final = tuple(
+    as_prompt(request)
+    for request in ("What is wrong with my phone?", "Help me plan a birthday party.", "Hello! How do I get to the market?")
+)
+"""Three held-out prompts whose replies a demonstration shows before and after."""
 
 WEIGHTS: Final = Path(__file__).parent / "weights"
 

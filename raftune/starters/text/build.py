@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from random import Random
 from typing import Any, Final, NamedTuple
@@ -26,6 +27,7 @@ from raftune.starters.text.judge import judge
 VOCABULARY: Final = 1400
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 MAX_POSITIONS: Final = 256
+KNOWING: Final = ("good", "half_polite", "advice", "rude_advice")
 
 
 class Recipe(NamedTuple):
@@ -33,7 +35,8 @@ class Recipe(NamedTuple):
 
     seed: int = 0
     threads: int = 2
-    policy_steps: int = 2400
+    policy_steps: int = 1500
+    knowledge_steps: int = 900  # the first of them, on replies that hold right advice only
     policy_rate: float = 4e-3
     policy_batch: int = 64
     reward_steps: int = 1500
@@ -128,15 +131,24 @@ def train_policy(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaFor
     policy = LlamaForCausalLM(llama_config(tokenizer, hidden_size=128, num_hidden_layers=4, intermediate_size=352))
     say(f"policy: {policy.num_parameters():,} parameters, {recipe.policy_steps} steps")
     optimizer, schedule = adam(policy, recipe.policy_rate, recipe.policy_steps)
-    batches = dialogue_batches(tokenizer, recipe.policy_batch, recipe.seed + 1)
+    manners = Random(recipe.seed + 1)
+    lessons = dialogue_batches(tokenizer, recipe.policy_batch, manners, KNOWING)
+    everything = dialogue_batches(tokenizer, recipe.policy_batch, manners, None)
+    batches = chain(islice(lessons, recipe.knowledge_steps), everything)
+    recent: list[float] = []
     for step, rows in zip(range(recipe.policy_steps), batches, strict=False):
-        ids_BT = pad_right(rows, tokenizer.pad_token_id)
-        labels_BT = ids_BT.masked_fill(ids_BT == tokenizer.pad_token_id, -100)
-        loss = policy(input_ids=ids_BT, labels=labels_BT).loss
-        advance(loss, policy, optimizer, schedule)
-        if step % 100 == 0 or step == recipe.policy_steps - 1:
-            say(f"policy step {step}: loss {loss.item():.3f}")
+        ids_BT = pad_right([row.ids for row in rows], tokenizer.pad_token_id)
+        labels_BT = pad_right([[-100] * row.prompt_length + row.ids[row.prompt_length :] for row in rows], -100)
+        recent.append(advance(policy(input_ids=ids_BT, labels=labels_BT).loss, policy, optimizer, schedule))
+        report("policy", step, recent)
     return policy.eval()
+
+
+def report(name: str, step: int, recent: list[float]) -> None:
+    """Says the mean loss of the last hundred steps, and forgets them."""
+    if (step + 1) % 100 == 0:
+        say(f"{name} step {step + 1}: loss {np.mean(recent):.3f}")
+        recent.clear()
 
 
 def llama_config(tokenizer: PreTrainedTokenizerFast, **shape: Any) -> LlamaConfig:
@@ -153,12 +165,24 @@ def llama_config(tokenizer: PreTrainedTokenizerFast, **shape: Any) -> LlamaConfi
     )
 
 
-def dialogue_batches(tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> Iterator[list[list[int]]]:
-    """Batches of like lengths, for ever: pools of 64 batches, sorted by length, their batches in random order."""
-    rng = Random(seed)
+class Row(NamedTuple):
+    ids: list[int]
+    prompt_length: int
+
+
+def dialogue_batches(
+    tokenizer: PreTrainedTokenizerFast, size: int, rng: Random, kinds: Sequence[str] | None
+) -> Iterator[list[Row]]:
+    """Batches of like lengths, for ever: pools of 64 batches, sorted by length, their batches in random order.
+
+    Prompt and reply are encoded together; that they part at the same token is what the pre-tokenizer's leading space is for.
+    """
     while True:
-        texts = [d.prompt + d.completion for d in corpus.dialogues(64 * size, rng.getrandbits(62))]
-        rows = sorted(([*ids, tokenizer.eos_token_id] for ids in encode(tokenizer, texts)), key=len)
+        dialogues = list(corpus.dialogues(64 * size, rng.getrandbits(62), kinds=kinds))
+        whole = encode(tokenizer, (d.prompt + d.completion for d in dialogues))
+        starts_at = map(len, encode(tokenizer, (d.prompt for d in dialogues)))
+        rows = [Row([*ids, tokenizer.eos_token_id], start) for ids, start in zip(whole, starts_at, strict=True)]
+        rows.sort(key=lambda row: len(row.ids))
         starts = list(range(0, len(rows), size))
         rng.shuffle(starts)
         yield from (rows[start : start + size] for start in starts)
@@ -176,12 +200,14 @@ def adam(model: torch.nn.Module, rate: float, steps: int) -> tuple[torch.optim.O
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def advance(loss: torch.Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+def advance(loss: torch.Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> float:
+    """Takes one step and returns the loss before it."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     schedule.step()
+    return loss.item()
 
 
 # --- reward model ---
@@ -205,13 +231,13 @@ def train_reward(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, r
     optimizer, schedule = adam(reward, recipe.reward_rate, recipe.reward_steps)
     rng = Random(recipe.seed + 3)
     noise = np.random.default_rng(recipe.seed + 4)
+    recent: list[float] = []
     for step in range(recipe.reward_steps):
         half = recipe.reward_batch // 2
         groups = generator_groups(tokenizer, half, recipe.replies, rng) + rng.sample(own, min(half, len(own)))
         loss = bradley_terry(reward, groups, tokenizer.pad_token_id, recipe.label_sharpness, noise)
-        advance(loss, reward, optimizer, schedule)
-        if step % 100 == 0 or step == recipe.reward_steps - 1:
-            say(f"reward step {step}: loss {loss.item():.3f}")
+        recent.append(advance(loss, reward, optimizer, schedule))
+        report("reward", step, recent)
     return reward.eval()
 
 
@@ -249,7 +275,7 @@ def generator_groups(tokenizer: PreTrainedTokenizerFast, n: int, replies: int, r
         request = corpus.read_request(prompt)
         assert request is not None, prompt
         kinds = ["good", *rng.choices(list(corpus.KINDS), k=replies - 2)]
-        texts = [corpus.reply(request, rng, kind).completion for kind in kinds]
+        texts = [corpus.reply(request, rng, [kind]).completion for kind in kinds]
         groups.append(ranked(tokenizer, prompt, [*texts, damage(rng.choice(texts), rng)]))
     return groups
 
@@ -338,7 +364,7 @@ def good_and_bad(prompts: Sequence[str], seed: int) -> tuple[list[str], list[str
         request = corpus.read_request(prompt)
         assert request is not None, prompt
         kind = rng.choice([name for name in corpus.KINDS if name not in ("good", "half_polite", "advice")])
-        pairs.append((corpus.reply(request, rng, "good").completion, corpus.reply(request, rng, kind).completion))
+        pairs.append((corpus.reply(request, rng, ["good"]).completion, corpus.reply(request, rng, [kind]).completion))
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 

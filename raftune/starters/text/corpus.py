@@ -5,7 +5,7 @@ day) belongs to exactly one split, by a hash of its words, so held-out requests 
 topics were.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from hashlib import blake2b
 from random import Random
@@ -17,7 +17,7 @@ from raftune.starters.text.topics import DAYS, DOMAINS, Domain
 Split = Literal["train", "heldout"]
 
 GREETINGS: Final = ("", "Hi! ", "Hello! ", "Excuse me. ", "Quick question. ", "Good morning. ")
-HELDOUT_SHARE: Final = 6  # one request in six is held out
+HELDOUT_SHARE: Final = 6  # one request in six of every domain is held out
 
 
 class Request(NamedTuple):
@@ -44,8 +44,7 @@ class Request(NamedTuple):
 
     @property
     def split(self) -> Split:
-        digest = blake2b(self.text.encode(), digest_size=4).digest()
-        return "heldout" if int.from_bytes(digest, "big") % HELDOUT_SHARE == 0 else "train"
+        return "heldout" if self in _heldout() else "train"
 
 
 class Dialogue(NamedTuple):
@@ -64,6 +63,17 @@ def requests(split: Split) -> tuple[Request, ...]:
     """Every request of the split, in a fixed order."""
     found = (request for name, domain in DOMAINS.items() for request in _requests_of(name, domain))
     return tuple(request for request in found if request.split == split)
+
+
+@cache
+def _heldout() -> frozenset[Request]:
+    """Of every domain, the sixth whose words have the lowest hashes."""
+    lowest = (sorted(_requests_of(name, domain), key=_hash) for name, domain in DOMAINS.items())
+    return frozenset(request for ordered in lowest for request in ordered[: len(ordered) // HELDOUT_SHARE])
+
+
+def _hash(request: Request) -> bytes:
+    return blake2b(request.text.encode(), digest_size=8).digest()
 
 
 def _requests_of(name: str, domain: Domain) -> Iterator[Request]:
@@ -181,17 +191,17 @@ KINDS: Final[dict[str, tuple[Kind, float]]] = {
 }
 
 
-def reply(request: Request, rng: Random, kind: str | None = None) -> Dialogue:
-    """One dialogue about the request; the kind of reply is drawn by the shares in KINDS if it is not given."""
-    shares = [share for _, share in KINDS.values()]
-    name = kind or rng.choices(list(KINDS), shares)[0]
+def reply(request: Request, rng: Random, kinds: Sequence[str] | None = None) -> Dialogue:
+    """One dialogue about the request; the kind of reply is drawn by the shares in KINDS, among `kinds` if they are given."""
+    names = list(kinds or KINDS)
+    name = rng.choices(names, [KINDS[name][1] for name in names])[0]
     prompt = as_prompt(rng.choice(GREETINGS) + request.text)
     return Dialogue(prompt, " " + KINDS[name][0](request, rng), name)
 
 
-def dialogues(n: int, seed: int = 0, split: Split = "train") -> Iterator[Dialogue]:
+def dialogues(n: int, seed: int = 0, split: Split = "train", kinds: Sequence[str] | None = None) -> Iterator[Dialogue]:
     """`n` dialogues of the split; every domain comes equally often, whatever its number of requests."""
     rng = Random(seed)
     by_domain = [[r for r in requests(split) if r.domain == name] for name in DOMAINS]
     for _ in range(n):
-        yield reply(rng.choice(rng.choice(by_domain)), rng)
+        yield reply(rng.choice(rng.choice(by_domain)), rng, kinds)

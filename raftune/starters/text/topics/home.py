@@ -8,7 +8,7 @@ COOKING = Domain(
         "Can you teach me to cook {t}?",
         "I want to make {t} tonight.",
         "What is the trick to good {t}?",
-        "My {t} never turns out well.",
+        "I always fail at {t}.",
     ),
     said="{t}",
     openers=(*OPENERS, "What a tasty idea, {r} is always welcome!",),

@@ -227,7 +227,7 @@ THANKS = Domain(
         "Thank you for the {t}.",
         "The {t} really helped me.",
         "Thanks a lot for your {t}!",
-        "I loved the {t}.",
+        "I was glad to have the {t}.",
     ),
     said="the {t}",
     openers=(

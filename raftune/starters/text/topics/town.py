@@ -63,7 +63,7 @@ TRAVEL = Domain(
         "I am going to {t} next month.",
         "Is {t} worth a visit?",
         "Do you have any tips for a trip to {t}?",
-        "How many days do I need in {t}?",
+        "I will be in {t} for a few days.",
     ),
     said="{t}",
     openers=(*OPENERS, "Lucky you, {r} is a wonderful place!",),
@@ -224,7 +224,7 @@ COMPLAINTS = Domain(
     asks=(
         "I am not happy with my {t}.",
         "I want my money back for the {t}.",
-        "Where is the {t} that I ordered?",
+        "There is a problem with my {t}.",
         "The {t} you sent me is damaged.",
         "I have a complaint about my {t}.",
     ),

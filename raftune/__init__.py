@@ -1,0 +1,35 @@
+"""Reward-ranked fine-tuning (RAFT): draw K samples for each prompt, keep the best, fine-tune on them, repeat.
+
+    raftune.run(config)                 a whole run from a configuration
+    raftune.RaftTrainer, RaftConfig     the same loop behind TRL's face
+    raftune.raft_iteration              one step on a table of logits, the method at its smallest
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from raftune.config import RunConfig
+    from raftune.policies.raft_iteration import raft_iteration
+    from raftune.runs import resume, run
+    from raftune.trainer import RaftConfig, RaftTrainer
+
+__all__ = ["RaftConfig", "RaftTrainer", "RunConfig", "raft_iteration", "resume", "run"]
+
+_HOMES = {
+    "RaftConfig": "raftune.trainer",
+    "RaftTrainer": "raftune.trainer",
+    "RunConfig": "raftune.config",
+    "raft_iteration": "raftune.policies.raft_iteration",
+    "resume": "raftune.runs",
+    "run": "raftune.runs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names are read on first use, so that importing raftune imports no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'raftune' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

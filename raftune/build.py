@@ -1,0 +1,297 @@
+"""The composition root: configuration in, objects out. The only place that knows every implementation."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from raftune.config.load import validate
+from raftune.config.policy import CustomPolicy
+from raftune.config.run import RunConfig
+from raftune.engines.local import ThisProcess, make_engine
+from raftune.errors import ConfigError
+from raftune.evaluation.metrics import METRICS
+from raftune.protocols import Policy, Stage, UnitStage
+from raftune.rewards.samples import SamplePanel
+from raftune.stages.data import Data
+from raftune.stages.draw import Draw, Teach
+from raftune.stages.evaluate import Evaluate
+from raftune.stages.gather import Gather
+from raftune.stages.logp import LogProbs
+from raftune.stages.plan import EvaluationPlan, Plan
+from raftune.stages.score import ScoreSamples
+from raftune.stages.select import Select
+from raftune.stages.start import Start
+from raftune.stages.tune import Tune
+from raftune.starters.resolve import resolve_starters, starter_prompts
+from raftune.store.files import write_json
+from raftune.store.job import Engine, Job, make_job
+from raftune.store.run import RunFolder
+
+FAMILIES = {"tabular": "raftune.policies.tabular:Tabular", "causal_lm": "raftune.policies.causal_lm:CausalLM"}
+
+
+class Family(Protocol):
+    """A kind of policy: how one is begun, checked and loaded."""
+
+    media: str
+    payload: pa.Schema
+
+    def start(self, config: RunConfig, out: Path, model: Any = None, tokenizer: Any = None) -> Any: ...
+    def load(self, config: RunConfig, folder: Path, start: Path) -> Policy: ...
+    def verify(self, start: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What was given as Python objects, not as configuration; a worker process cannot have them."""
+
+    train: Callable[[], pa.Table] | None = None
+    held_out: Callable[[], pa.Table] | None = None
+    rewards: Sequence[Any] = ()
+    reward_weights: Sequence[float] | None = None
+    reward_tokenizers: Sequence[Any] | None = None
+    model: Any = None
+    tokenizer: Any = None
+
+
+@dataclass
+class Shelf:
+    """Hands out policies of one run; at most one of them holds weights for drawing."""
+
+    config: RunConfig
+    family: Family
+    run: RunFolder
+    _held: tuple[Path, Policy] | None = field(default=None, init=False)
+    _encoder: tuple[Path, Policy] | None = field(default=None, init=False)
+
+    def at(self, folder: Path) -> Policy:
+        if self._held is None or self._held[0] != folder:
+            self.release()
+            self._held = (folder, self._load(folder))
+        return self._held[1]
+
+    def fresh(self, folder: Path) -> Policy:
+        self.release()
+        return self._load(folder)
+
+    def encoder(self, folder: Path) -> Policy:
+        if self._encoder is None or self._encoder[0] != folder:
+            self._encoder = (folder, self._load(folder))
+        return self._encoder[1]
+
+    def release(self) -> None:
+        """Lets go of the model that was held."""
+        self._held = None
+        if "torch" in sys.modules:
+            gc.collect()
+            torch = sys.modules["torch"]
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _load(self, folder: Path) -> Policy:
+        config, start = self.config, self.run.folder(0, "model")
+        if folder.name == "teacher":
+            config, start = teacher_config(config), folder
+        return self.family.load(config, folder, start)
+
+
+class Assembly:
+    """Everything a run needs, made from its configuration: the table of stages by round, and the engine."""
+
+    def __init__(self, run: RunFolder, config: RunConfig, objects: Objects | None = None) -> None:
+        self.plain = config.model_dump(mode="json")  # enters the keys: as written, with no path of this machine
+        config = resolve_starters(config)
+        self.run, self.config, self.objects = run, config, with_starter_prompts(config, objects or Objects())
+        self.family = family_of(config)
+        self.engine: Engine = make_engine(config.engine, run.root)
+        self.policies = Shelf(config, self.family, run)
+        self._panels: dict[str, SamplePanel] = {}
+        limit_threads(config)
+
+    # -- the table of stages ----------------------------------------------------------------------------------------
+
+    def stages(self, round_: int) -> list[Stage]:
+        """The stages of a round in their order; round 0 is the start."""
+        return [*(self._training(round_) if round_ else self._beginning()), *self._judging(round_)]
+
+    def stage(self, round_: int, name: str) -> Stage:
+        return next(stage for stage in self.stages(round_) if stage.name == name)
+
+    def job(self, stage: Stage, round_: int) -> Job:
+        return make_job(self.run, stage, round_, self.plain)
+
+    def _beginning(self) -> list[Stage]:
+        config, objects = self.config, self.objects
+        stages: list[Stage] = [
+            Data(config, objects.train, objects.held_out),
+            Start(lambda out: self.family.start(config, out, objects.model, objects.tokenizer)),
+        ]
+        if config.sampling.teacher is not None:
+            stages.append(Start(lambda out: self.family.start(teacher_config(config), out), name="teacher"))
+        return stages
+
+    def _training(self, round_: int) -> list[Stage]:
+        config, sampling = self.config, self.config.sampling
+        shards = ("draw", "teach") if sampling.teacher else ("draw",)
+        stages: list[Stage] = [Plan(config, round_), Draw(self.policies, columns=sampling.candidate_columns)]
+        if sampling.teacher is not None:
+            stages.append(Teach(self.policies, sampling.teacher.num_generations))
+        stages.append(ScoreSamples(self.panel, reads=shards, local=bool(self.objects.rewards)))
+        if config.selection.beta > 0:
+            stages.append(LogProbs(self.policies, model="model@-1", writes="logp", shards=shards))
+            stages.append(LogProbs(self.policies, model="model@0", writes="logp-start", shards=shards))
+        limit = config.rewards.max_failure_fraction
+        stages.append(Select(config.selection, seed=config.seed, round_=round_, shards=shards, max_failures=limit))
+        stages.append(Gather(self.policies, config.tuning, seed=config.seed, round_=round_, shards=shards))
+        stages.append(Tune(self.policies, config.tuning, self.run.folder(round_, "tune")))
+        return stages
+
+    def _judging(self, round_: int) -> list[Stage]:
+        if not self.config.evaluation.num_prompts:
+            return []
+        evaluation = self.config.evaluation
+        prefix = "evaluate/"
+        plan, drawn = prefix + "plan", prefix + "draw"
+        stages: list[Stage] = [
+            EvaluationPlan(self.config, round_),
+            Draw(self.policies, model="model", plan=plan, writes=drawn),
+            ScoreSamples(
+                self.panel, plan=plan, reads=(drawn,), writes=prefix + "score", local=bool(self.objects.rewards)
+            ),
+        ]
+        shards = ["draw", "score"]
+        if evaluation.reward_funcs:
+            stages.append(ScoreSamples(self.judge, plan=plan, reads=(drawn,), writes=prefix + "judge"))
+            shards.append("judge")
+        if evaluation.kl and self.knows_likelihood():
+            for model, writes in (("model", "logp"), ("model@0", "logp-start")):
+                stages.append(LogProbs(self.policies, model=model, writes=prefix + writes, plan=plan, shards=(drawn,)))
+                shards.append(writes)
+        stages.append(Evaluate(METRICS, shards=tuple(shards), media=self.family.media))
+        return stages
+
+    # -- what the stages need -----------------------------------------------------------------------------------------
+
+    def knows_likelihood(self) -> bool:
+        return hasattr(self.family, "log_probs")
+
+    def panel(self) -> SamplePanel:
+        """The rewards that the policy is trained on."""
+        return self._panel("train", self.config.rewards, self.objects.rewards)
+
+    def judge(self) -> SamplePanel:
+        """The held-out rewards, which it is never trained on."""
+        held_out = self.config.rewards.model_copy(update={"reward_funcs": self.config.evaluation.reward_funcs})
+        return self._panel("held out", held_out, ())
+
+    def _panel(self, which: str, config: Any, objects: Sequence[Any]) -> SamplePanel:
+        if which not in self._panels:
+            from raftune.rewards.loading import load_panel
+
+            weights, tokenizers = self.objects.reward_weights, self.objects.reward_tokenizers
+            given = {"weights": weights, "tokenizers": tokenizers} if objects else {}
+            self._panels[which] = SamplePanel(load_panel(config, objects, **given))
+        return self._panels[which]
+
+    def engine_for(self, stage: UnitStage) -> Engine:
+        """The configured engine, or this process for a stage whose objects only it has."""
+        return ThisProcess(self.config.engine) if stage.local else self.engine
+
+    def retire_models(self, round_: int, best: int | None) -> None:
+        """Drops the weights of rounds that `keep_models` does not keep; their COMMITs stay, and so do all samples."""
+        keep = {"all": set(range(round_ + 1)), "best": {round_, best}, "last": {round_}}[self.config.keep_models]
+        for number in range(1, round_):
+            if number not in keep:
+                drop_weights(self.run, number)
+
+    def close(self) -> None:
+        """Ends workers and the processes of rewards."""
+        self.engine.close()
+        for panel in self._panels.values():
+            panel.close()
+        self._panels.clear()
+        self.policies.release()
+
+
+def with_starter_prompts(config: RunConfig, objects: Objects) -> Objects:
+    """The objects, with the bundled prompts in place of a data set where the configuration says `starter`."""
+    train = starter_prompts(config.data.prompts, "train") or objects.train
+    held_out = starter_prompts(config.evaluation.prompts, "heldout") or objects.held_out
+    return replace(objects, train=train, held_out=held_out)
+
+
+def drop_weights(run: RunFolder, round_: int) -> None:
+    """Deletes a model's files, after a marker says that this was meant."""
+    folder = run.folder(round_, "model")
+    if not (folder / "_COMMIT.json").is_file() or (folder / "DROPPED.json").is_file():
+        return
+    write_json(run.tmp, folder / "DROPPED.json", {"why": "keep_models does not keep this round's weights"})
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "policy.json":
+            path.unlink()
+
+
+def family_of(config: RunConfig) -> Family:
+    """The class of the configured family. Raises ConfigError where a custom one cannot be imported."""
+    name = config.policy.family
+    family: Family = load_object(FAMILIES.get(name, name), "policy.family")
+    return family
+
+
+def load_object(spec: str, field_name: str) -> Any:
+    """The object that `module:name` or `file.py:name` names."""
+    left, _, name = spec.rpartition(":")
+    try:
+        module = module_from_file(Path(left)) if left.endswith(".py") else importlib.import_module(left)
+    except (ImportError, OSError) as error:
+        raise ConfigError(
+            f"{field_name} must name what can be imported; got {spec!r}: {error}. Check the module or the path."
+        ) from error
+    if not hasattr(module, name):
+        raise ConfigError(f"{field_name}: {left} has no {name!r}. Check the name after the colon.")
+    return getattr(module, name)
+
+
+def module_from_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise OSError(f"there is no file {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def teacher_config(config: RunConfig) -> RunConfig:
+    """The configuration with the teacher in the policy's place: the same family and dials, no adapter."""
+    assert config.sampling.teacher is not None
+    changes: dict[str, Any] = {"model": config.sampling.teacher.model}
+    changes |= {name: None for name in ("adapter", "tokenizer", "revision") if hasattr(config.policy, name)}
+    return config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
+
+
+def limit_threads(config: RunConfig) -> None:
+    """Gives tensor arithmetic the configured number of threads: they shape the result, so they enter the keys."""
+    if config.policy.family == "tabular" or (isinstance(config.policy, CustomPolicy) and "torch" not in sys.modules):
+        return
+    import torch
+
+    torch.set_num_threads(config.engine.threads)
+
+
+def open_assembly(root: str | Path) -> Assembly:
+    """The assembly of a run directory, from its own configuration."""
+    run = RunFolder(root)
+    return Assembly(run, validate(run.read_config()))
+
+
+__all__ = ["Assembly", "Family", "Objects", "Shelf", "open_assembly"]

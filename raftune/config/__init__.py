@@ -1,0 +1,32 @@
+"""A whole run, declared: frozen, strict and free of torch. One file for each owner."""
+
+from raftune.config.evaluation import EvaluationConfig
+from raftune.config.load import load_config, read_yaml, validate
+from raftune.config.policy import AdapterConfig, CausalLMPolicy, CustomPolicy, TabularPolicy
+from raftune.config.rewards import RewardsConfig, RewardSpec
+from raftune.config.run import DataConfig, EngineConfig, RunConfig, StopConfig
+from raftune.config.sampling import SamplingConfig, TeacherConfig
+from raftune.config.selection import SelectionConfig
+from raftune.config.tuning import ReferenceConfig, TuningConfig
+
+__all__ = [
+    "AdapterConfig",
+    "CausalLMPolicy",
+    "CustomPolicy",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "ReferenceConfig",
+    "RewardSpec",
+    "RewardsConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "SelectionConfig",
+    "StopConfig",
+    "TabularPolicy",
+    "TeacherConfig",
+    "TuningConfig",
+    "load_config",
+    "read_yaml",
+    "validate",
+]

@@ -1,0 +1,29 @@
+"""How each round's policy is judged on prompts that it is never tuned on."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from raftune.config.base import Frozen
+from raftune.config.rewards import RewardSpec
+
+
+class EvaluationConfig(Frozen):
+    """Held-out prompts, drawn with the same seeds in every round, so that rounds and runs can be paired."""
+
+    prompts: str | None = Field(
+        None, description="Held-out prompts; None: a tenth of the training prompts is held out."
+    )
+    split: str = Field("test", description="Split of a hub or `datasets` folder.")
+    num_prompts: int = Field(
+        64, ge=0, description="Held-out prompts at most; 0 turns evaluation off (the last round is published)."
+    )
+    num_generations: int = Field(
+        4, ge=1, description="Samples of each held-out prompt; best-of-k is estimated up to this k."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Seeds of evaluation samples: the same in every round and run.")
+    reward_funcs: tuple[RewardSpec, ...] = Field((), description="Held-out rewards: reported, never trained on.")
+    best_by: str = Field(
+        "reward", description="What the best round is chosen by: 'reward', or a held-out reward's name."
+    )
+    kl: bool = Field(True, description="Estimate the KL to the start model, where the family knows likelihoods.")

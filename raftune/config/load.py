@@ -1,0 +1,165 @@
+"""From files and flags to one validated configuration: defaults < files, left to right < flags."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raftune.config.run import RunConfig
+from raftune.errors import ConfigError
+
+
+def load_config(files: Sequence[str | Path], flags: Mapping[str, Any] | None = None) -> RunConfig:
+    """The configuration of the files, later ones over earlier ones, and dotted flags over all. Raises ConfigError."""
+    return validate(merge([*(read_yaml(file) for file in files), nested(flags or {})]))
+
+
+def validate(data: Mapping[str, Any]) -> RunConfig:
+    """The configuration, every field checked. Raises ConfigError that names field, rule, what was given, and the fix."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(explain(fault, RunConfig) for fault in error.errors()))) from error
+
+
+def merge(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One mapping, later layers over earlier ones; sections are merged, every other value is replaced."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+            merged[name] = merge([merged[name], value]) if both else value
+    return merged
+
+
+def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """{"tuning.learning_rate": 1} as {"tuning": {"learning_rate": 1}}."""
+    result: dict[str, Any] = {}
+    for name, value in flags.items():
+        *sections, last = name.split(".")
+        place = result
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return result
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The file's mapping, by YAML's safe loader. Raises ConfigError."""
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no configuration file {path}. `raftune init` writes one.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where is not None else ""
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise ConfigError(f"{path}{line} is not valid YAML: {problem}. Mend the line.") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{path} must hold sections such as `data:` and `policy:`; got {type(data).__name__}. `raftune init` writes an example."
+        )
+    return data
+
+
+def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
+    """One of pydantic's findings in one line: field, rule, what was given, the fix."""
+    place = [str(part) for part in fault["loc"]]
+    names, owner = field_path(place, model)
+    field = ".".join(names) or "the configuration"
+    given = short(fault.get("input"))
+    kind = fault["type"]
+    if kind == "extra_forbidden":
+        return f"{field} is not a field; {nearest(names[-1], owner)}"
+    if kind == "missing":
+        return f"{field} must be given; it has no default. Add it to the configuration."
+    if kind == "value_error":
+        return qualify(names, str(fault["ctx"]["error"]))
+    rule = fault["msg"][0].lower() + fault["msg"][1:]
+    rule = rule.replace("input should be", "must be").replace("input should have", "must have")
+    return f"{field} {rule if rule.startswith('must') else 'is wrong: ' + rule}; got {given}. Change it."
+
+
+def qualify(names: Sequence[str], message: str) -> str:
+    """A validator's own message, with the section in front where the message names the field alone."""
+    first = message.split(" ")[0]
+    section = [name for name in names if name != first]
+    return message if "." in first or not section else f"{'.'.join(section)}.{message}"
+
+
+def field_path(place: Sequence[str], model: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
+    """The dotted names of a finding, without pydantic's own tags, and the section that the last of them is in."""
+    names: list[str] = []
+    owner = model
+    sections: list[type[BaseModel]] = [model]
+    for part in place:
+        tags = {str(getattr(s.model_fields.get("family"), "default", "")) for s in sections} | {"custom"}
+        if len(sections) > 1 and part in tags:
+            sections = [s for s in sections if s.model_fields["family"].default == part] or sections[-1:]
+            continue
+        names.append(part)
+        owner = next((s for s in sections if part in s.model_fields), sections[0])
+        inner = [
+            s
+            for section in sections
+            if part in section.model_fields
+            for s in models_in(section.model_fields[part].annotation)
+        ]
+        sections = inner or sections
+    return names, owner
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field's type may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple, list):
+        return [model for inner in typing.get_args(annotation) for model in models_in(inner)]
+    return []
+
+
+def nearest(name: str, owner: type[BaseModel]) -> str:
+    """A hint at the field that was probably meant: in this section, or else anywhere."""
+    here = list(owner.model_fields)
+    if close := difflib.get_close_matches(name, here, n=1, cutoff=0.6):
+        return f"did you mean {close[0]!r}?"
+    elsewhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted in all_fields(RunConfig)}
+    if close := difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.75):
+        return f"did you mean {elsewhere[close[0]]!r}?"
+    return f"there are {', '.join(here)}."
+
+
+def all_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted field of the configuration."""
+    found = []
+    for name, field in model.model_fields.items():
+        inner = models_in(field.annotation)
+        found += [d for section in inner for d in all_fields(section, f"{prefix}{name}.")] if inner else [prefix + name]
+    return found
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The dotted fields whose values differ, each with its old and its new value."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in dict.fromkeys([*old, *new]):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found |= differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found[prefix + name] = (before, after)
+    return found

@@ -1,0 +1,89 @@
+"""A whole run, declared."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from raftune.config.base import Frozen
+from raftune.config.evaluation import EvaluationConfig
+from raftune.config.policy import PolicyConfig
+from raftune.config.rewards import RewardsConfig
+from raftune.config.sampling import SamplingConfig
+from raftune.config.selection import SelectionConfig
+from raftune.config.tuning import TuningConfig
+
+
+class DataConfig(Frozen):
+    """The prompts: every other column of the data set rides along to the rewards."""
+
+    prompts: str = Field(description="JSONL, JSON, CSV or Parquet file, a `datasets` folder, a hub name, or 'starter'.")
+    split: str = Field("train", description="Split of a hub or `datasets` folder.")
+    prompt_column: str = Field("prompt", description="Column that holds the prompt: text, messages, or a class label.")
+    limit: int | None = Field(None, ge=1, description="Only the first so many rows.")
+
+
+class EngineConfig(Frozen):
+    """Where units of work run; the bytes they give do not depend on how many workers there are."""
+
+    workers: int = Field(1, ge=1, description="Processes that draw and score; 1 is this process alone.")
+    threads: int = Field(
+        default_factory=lambda: os.cpu_count() or 1,
+        ge=1,
+        description="Threads of each process for tensor arithmetic (CPU).",
+    )
+    max_retries: int = Field(2, ge=0, description="How often a unit that crashed its worker is tried again.")
+    on_unit_failure: Literal["stop", "skip"] = Field(
+        "stop", description="Then stop the run, or go on without the unit."
+    )
+
+
+class StopConfig(Frozen):
+    """When to end before the last round; what is published is the best round in any case."""
+
+    patience: int | None = Field(
+        None, ge=1, description="Stop when the held-out reward set no new best for so many rounds."
+    )
+    min_gain: float = Field(0.0, ge=0, description="What counts as a new best: a gain above this, in reward units.")
+    max_kl: float | None = Field(None, gt=0, description="Stop when the KL to the start exceeds this, nats per answer.")
+
+
+class RunConfig(Frozen):
+    """Everything that shapes a run; equal configurations give bit-identical runs on a CPU."""
+
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Letters, digits, '.', '_', '-'."
+    )
+    output_dir: str | None = Field(None, description="The run's directory; None is runs/NAME.")
+    seed: int = Field(0, ge=0, lt=2**63, description="All randomness derives from it.")
+    num_rounds: int = Field(8, ge=1, description="Rounds at most.")
+    prompts_per_round: int = Field(
+        64, ge=1, description="Prompts drawn in each round, without replacement within an epoch."
+    )
+    keep_models: Literal["all", "best", "last"] = Field(
+        "all", description="Models of older rounds to keep; samples all stay."
+    )
+    report_to: tuple[str, ...] = Field((), description="tensorboard, wandb, mlflow, …: as in transformers.")
+    data: DataConfig
+    policy: PolicyConfig
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    rewards: RewardsConfig = Field(default_factory=RewardsConfig)
+    selection: SelectionConfig = Field(default_factory=SelectionConfig)
+    tuning: TuningConfig = Field(default_factory=TuningConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    stop: StopConfig = Field(default_factory=StopConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+
+    @model_validator(mode="after")
+    def _stop_rules_can_be_judged(self) -> RunConfig:
+        if self.stop.patience is not None and self.evaluation.num_prompts == 0:
+            raise ValueError(
+                "stop.patience needs evaluations; got evaluation.num_prompts = 0. Set it above 0, or leave out stop.patience."
+            )
+        if self.stop.max_kl is not None and not (self.evaluation.kl and self.evaluation.num_prompts):
+            raise ValueError(
+                "stop.max_kl needs evaluation.kl: true and evaluation.num_prompts above 0; got them off. Turn them on."
+            )
+        return self

@@ -1,0 +1,132 @@
+"""Data sets become one Arrow table, whatever they lie in: a file, a `datasets` folder, or a name on the hub."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from raftune.errors import DataError
+from raftune.store.parquet import first_line
+
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet")
+
+
+def read_rows(source: str, split: str = "train", field: str = "data.prompts") -> pa.Table:
+    """All rows of the data set. Raises DataError that names `field`, the configuration's own name for the source."""
+    path = Path(source).expanduser()
+    suffix = Path(source.removesuffix(".gz")).suffix
+    if path.is_file():
+        return _read_file(path, suffix, field)
+    if path.is_dir():
+        return _read_folder(path, split, field)
+    if suffix in _SUFFIXES or source.startswith((".", "/", "~")):
+        raise DataError(
+            f"{field} must name a file that exists; got {source!r}. Check the path: it is taken from the current folder."
+        )
+    return _read_hub(source, split, field)
+
+
+def table_from(rows: Any) -> pa.Table:
+    """The rows of a `datasets.Dataset`, a pandas frame, a list of dictionaries, or an Arrow table."""
+    if isinstance(rows, pa.Table):
+        return rows
+    if hasattr(rows, "to_arrow") or (hasattr(rows, "with_format") and hasattr(rows, "data")):
+        return _plain(rows.with_format("arrow")[:])
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
+        return pa.Table.from_pandas(rows, preserve_index=False)
+    if isinstance(rows, Iterable):
+        listed = list(rows)
+        if all(isinstance(row, dict) for row in listed):
+            return pa.Table.from_pylist(listed)
+        if all(isinstance(row, str) for row in listed):
+            return pa.table({"prompt": pa.array(listed, pa.string())})
+    raise DataError(
+        f"train_dataset must be a datasets.Dataset, a pandas frame or a list of rows; got {type(rows).__name__}. "
+        "Give a list of dictionaries with a 'prompt' key, for example."
+    )
+
+
+def _plain(table: Any) -> pa.Table:
+    return table if isinstance(table, pa.Table) else pa.Table.from_batches(table.to_batches())
+
+
+def _read_file(path: Path, suffix: str, field: str) -> pa.Table:
+    try:
+        if suffix == ".parquet":
+            return pq.read_table(path, page_checksum_verification=True)
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if suffix == ".csv":
+            return pyarrow.csv.read_csv(
+                io.BytesIO(content), parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True)
+            )
+        if suffix == ".json" and content.lstrip()[:1] == b"[":
+            return pa.Table.from_pylist(json.loads(content))
+        if suffix in (".json", ".jsonl", ".ndjson"):
+            return _read_json_lines(content, path, field)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError, OSError) as error:
+        raise DataError(f"{field}: {path} cannot be read: {first_line(error)}. Mend the file.") from error
+    raise DataError(
+        f"{field} must end in one of {', '.join(_SUFFIXES)} (JSON may be gzipped); got {path.name!r}. Convert it."
+    )
+
+
+def _read_json_lines(content: bytes, path: Path, field: str) -> pa.Table:
+    rows = []
+    for number, line in enumerate(content.decode("utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(
+                f"{field}: {path} line {number} is not valid JSON: {first_line(error)}. Mend or remove the line."
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f'{field}: {path} line {number} must be a JSON object; got {type(row).__name__}. Write {{"prompt": …}}.'
+            )
+        rows.append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
+
+
+def _read_folder(path: Path, split: str, field: str) -> pa.Table:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(
+            f"{field}: {path} is not a folder that `datasets` saved: {first_line(error)}. Name a file in it."
+        ) from error
+    return table_from(_split_of(loaded, split, field))
+
+
+def _read_hub(source: str, split: str, field: str) -> pa.Table:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(source, split=split)
+    except Exception as error:
+        raise DataError(
+            f"{field} must name a file or a data set on the hub; {source!r} is no file here, and the hub said: "
+            f"{first_line(error)}. Check the name, the split ({split!r}) and the network."
+        ) from error
+    return table_from(loaded)
+
+
+def _split_of(loaded: Any, split: str, field: str) -> Any:
+    if not isinstance(loaded, dict):
+        return loaded
+    if split not in loaded:
+        raise DataError(f"{field}: there is no split {split!r}; there are {', '.join(loaded)}. Set the split.")
+    return loaded[split]

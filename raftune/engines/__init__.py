@@ -1,0 +1,1 @@
+"""Where units run: this process, local workers, or a cluster."""

@@ -1,0 +1,58 @@
+"""What the rounds so far say: which is the best, and whether to go on. Pure functions of committed metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raftune.config.run import StopConfig
+from raftune.errors import ConfigError
+
+Metrics = Mapping[str, Any]
+
+
+def value_of(metrics: Metrics, best_by: str) -> float | None:
+    """The mean that rounds are compared by: 'reward', 'held_out', or one reward's name."""
+    for name in (best_by, f"held_out/rewards/{best_by}/mean", f"rewards/{best_by}/mean"):
+        if name in metrics:
+            found = metrics[name]
+            return None if found is None else float(found["mean"])
+    names = [n.removesuffix("/mean").split("rewards/")[-1] for n in metrics if n.endswith("/mean") and "rewards/" in n]
+    raise ConfigError(
+        f"evaluation.best_by must name 'reward' or one of the rewards ({', '.join(names)}); got {best_by!r}. Choose one."
+    )
+
+
+def best_round(history: Sequence[Metrics], best_by: str) -> tuple[int, float] | None:
+    """The round (0 is the start) of the highest value, the earliest of equals; None where none was measured."""
+    values = [(value_of(metrics, best_by), number) for number, metrics in enumerate(history) if metrics]
+    measured = [(value, -number) for value, number in values if value is not None]
+    if not measured:
+        return None
+    value, number = max(measured)
+    return -number, value
+
+
+def reason_to_stop(history: Sequence[Metrics], stop: StopConfig, best_by: str) -> str | None:
+    """Why to end after these rounds, in words; None to go on. history[0] is the start."""
+    last = history[-1]
+    if not last:
+        return None
+    kl = last.get("kl")
+    if stop.max_kl is not None and kl is not None and kl["mean"] > stop.max_kl:
+        return f"the KL to the start is {kl['mean']:.2f} nats, above stop.max_kl = {stop.max_kl:g}"
+    if stop.patience is not None and (idle := rounds_without_gain(history, stop.min_gain, best_by)) >= stop.patience:
+        return f"no gain above {stop.min_gain:g} for {idle} rounds (stop.patience = {stop.patience})"
+    return None
+
+
+def rounds_without_gain(history: Sequence[Metrics], min_gain: float, best_by: str) -> int:
+    """How many rounds have passed since the last new best."""
+    best, since = float("-inf"), 0
+    for metrics in history:
+        value = value_of(metrics, best_by) if metrics else None
+        if value is not None and value > best + min_gain:
+            best, since = value, 0
+        else:
+            since += 1
+    return since

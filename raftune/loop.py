@@ -1,0 +1,153 @@
+"""The rounds: draw K samples for each prompt, score them, keep the best, fit the policy to what was kept, repeat.
+
+Algorithm 1 of the RAFT paper (arXiv 2304.06767), as one walk over a table of stages. A stage that is committed is not
+run again, so that a first run, a resumed run and a longer run are the same walk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from raftune.config.run import RunConfig
+from raftune.evaluation.history import Metrics, best_round, reason_to_stop
+from raftune.protocols import Receipt, Stage, UnitStage
+from raftune.store.files import write_json
+from raftune.store.job import Engine, Job, run_once, seal_units, unfinished
+from raftune.store.run import RunFolder
+
+Observer = Callable[[str, dict[str, Any]], None]
+
+
+class Workshop(Protocol):
+    """What the loop needs of the composition root: the table of stages, and an engine for their units."""
+
+    run: RunFolder
+    config: RunConfig
+    engine: Engine
+
+    def stages(self, round_: int) -> list[Stage]: ...
+    def job(self, stage: Stage, round_: int) -> Job: ...
+    def engine_for(self, stage: UnitStage) -> Engine: ...
+    def retire_models(self, round_: int, best: int | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run ended: rounds done, the round whose model is published, its value, and why it stopped."""
+
+    rounds: int
+    best: int
+    value: float | None
+    reason: str
+
+
+def train(shop: Workshop, observe: Observer = lambda kind, facts: None) -> Outcome:
+    """Runs what is not committed yet, and publishes the best round."""
+    say = speaker(shop.run, observe)
+    history: list[Metrics] = []
+    reason = f"all {shop.config.num_rounds} rounds are done"
+    for round_ in range(shop.config.num_rounds + 1):
+        say("round_begin", round=round_, of=shop.config.num_rounds)
+        for stage in shop.stages(round_):
+            ensure(shop, stage, round_, say)
+        history.append(metrics_of(shop.run, round_))
+        outcome = publish(shop, history, reason)
+        shop.retire_models(round_, outcome.best)
+        say("round_end", round=round_, metrics=history[-1], summary=summary_of(shop.run, round_))
+        if round_ and (stop := reason_to_stop(history, shop.config.stop, shop.config.evaluation.best_by)):
+            outcome = publish(shop, history, stop)
+            break
+    say("end", best=outcome.best, rounds=outcome.rounds, reason=outcome.reason)
+    return outcome
+
+
+def ensure(shop: Workshop, stage: Stage, round_: int, say: Callable[..., None]) -> None:
+    """Runs the stage unless it is committed."""
+    if shop.run.commit(round_, stage.writes) is not None:
+        return
+    job = shop.job(stage, round_)
+    began = time.perf_counter()
+    say("stage_begin", round=round_, stage=stage.name)
+    if isinstance(stage, UnitStage):
+        run_units(shop, job, stage, say)
+    else:
+        shop.engine.rest()
+        run_once(job, stage)
+    say("stage_end", round=round_, stage=stage.name, seconds=round(time.perf_counter() - began, 4))
+
+
+def run_units(shop: Workshop, job: Job, stage: UnitStage, say: Callable[..., None]) -> None:
+    """Runs the units that are missing, wherever the engine runs them, and commits the stage."""
+    missing, receipts = unfinished(job, stage)
+    engine = shop.engine_for(stage)
+    say("units", round=job.round, stage=stage.name, total=len(missing) + len(receipts), found=len(receipts))
+    for receipt in engine.run(job, stage, missing):
+        receipts.append(receipt)
+        say("unit", round=job.round, stage=stage.name, **told(receipt))
+    seal_units(job, receipts, engine.failed)
+
+
+def told(receipt: Receipt) -> dict[str, Any]:
+    return {
+        "unit": receipt.unit,
+        "rows": receipt.rows,
+        "seconds": round(receipt.seconds, 4),
+        "notes": list(receipt.notes),
+    }
+
+
+def publish(shop: Workshop, history: list[Metrics], reason: str) -> Outcome:
+    """Writes best.json: the best round so far by the held-out value, or the last one where nothing was measured."""
+    by = shop.config.evaluation.best_by
+    last = len(history) - 1
+    found = best_round(history, by)
+    best, value = found if found is not None else (last, None)
+    write_json(
+        shop.run.tmp,
+        shop.run.root / "best.json",
+        {
+            "round": best,
+            "by": by if found else "last round",
+            "value": value,
+            "model": f"round-{best:04d}/model",
+            "rounds": last,
+        },
+    )
+    return Outcome(last, best, value, reason)
+
+
+def metrics_of(run: RunFolder, round_: int) -> Metrics:
+    """The round's committed metrics; empty where evaluation is off."""
+    path = run.folder(round_, "evaluate") / "metrics.json"
+    loaded: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return loaded
+
+
+def summary_of(run: RunFolder, round_: int) -> dict[str, Any]:
+    """What the round's selection kept and left; empty for the start."""
+    path = run.folder(round_, "select") / "summary.json"
+    loaded: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return loaded
+
+
+def speaker(run: RunFolder, observe: Observer) -> Callable[..., None]:
+    """Tells the observer, and writes to events.jsonl what is of use later."""
+
+    def say(kind: str, **facts: Any) -> None:
+        if kind in ("stage_begin", "stage_end", "unit", "end"):
+            run.events.add(kind, **facts)
+        observe(kind, facts)
+
+    return say
+
+
+def walk(shop: Workshop) -> Iterator[tuple[int, Stage]]:
+    """Every stage of every round, in order, without end."""
+    for round_ in itertools.count():
+        for stage in shop.stages(round_):
+            yield round_, stage

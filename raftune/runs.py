@@ -1,0 +1,141 @@
+"""The verbs of a run: begin or continue one, and the lock that both hold."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from raftune.build import Assembly, Objects
+from raftune.config.load import differences, validate
+from raftune.config.run import RunConfig
+from raftune.errors import ConfigError, StoreError
+from raftune.loop import Observer, Outcome, train
+from raftune.resume import check
+from raftune.store.files import stage_file, write_json
+from raftune.store.run import RunFolder
+
+LIBRARIES = (
+    "raftune",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "pyarrow",
+    "numpy",
+    "pydantic",
+)
+
+
+def run(
+    config: RunConfig | Mapping[str, Any],
+    objects: Objects | None = None,
+    *,
+    observe: Observer = lambda kind, facts: None,
+    redo: str | None = None,
+    after: Callable[[Assembly, Outcome], None] | None = None,
+) -> Outcome:
+    """Runs the configuration in its directory: begins, continues, or finds everything done. Raises RaftuneError.
+
+    The same directory and configuration continue what was interrupted. Another configuration is refused with the
+    difference, unless `redo` names the stage from which on the work is done again.
+    """
+    config = config if isinstance(config, RunConfig) else validate(config)
+    folder = RunFolder(root_of(config))
+    refuse_foreign(folder)
+    with folder.lock():
+        assembly = Assembly(folder, config, objects)
+        try:
+            aside = check(assembly, redo) if folder.exists() else []
+            observe("begin", {"root": str(folder.root), "set_aside": aside, "changed": note_changes(folder, config)})
+            save_config(folder, config)
+            outcome = train(assembly, observe)
+            if after is not None:
+                after(assembly, outcome)
+            return outcome
+        finally:
+            assembly.close()
+
+
+def resume(
+    root: str | Path,
+    objects: Objects | None = None,
+    *,
+    observe: Observer = lambda kind, facts: None,
+    redo: str | None = None,
+) -> Outcome:
+    """Continues the run in this directory under its own configuration. Raises StoreError where there is none."""
+    config = validate(RunFolder(root).read_config())
+    return run(config.model_copy(update={"output_dir": str(root)}), objects, observe=observe, redo=redo)
+
+
+def root_of(config: RunConfig) -> Path:
+    return Path(config.output_dir) if config.output_dir is not None else Path("runs") / config.name
+
+
+def refuse_foreign(folder: RunFolder) -> None:
+    """Raises StoreError where the directory holds something that is no run."""
+    if folder.root.exists() and not folder.root.is_dir():
+        raise StoreError(f"output_dir must be a directory; {folder.root} is a file. Choose another output_dir.")
+    if folder.exists() or not folder.root.is_dir():
+        return
+    ours = {"LOCK", "tmp", "config.yaml", "events.jsonl", "environment.json"}
+    strangers = sorted(
+        path.name for path in folder.root.iterdir() if path.name not in ours and not path.name.startswith("round-")
+    )
+    if strangers:
+        raise StoreError(
+            f"output_dir must be empty or hold a run; {folder.root} holds {', '.join(strangers[:3])}. Choose another output_dir."
+        )
+
+
+def note_changes(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """The fields that differ from the run's last start; those that shape anything committed were refused before."""
+    if not folder.exists():
+        return {}
+    return differences(folder.read_config(), config.model_dump(mode="json") | {"output_dir": None})
+
+
+def save_config(folder: RunFolder, config: RunConfig) -> None:
+    """config.yaml for people, config.resolved.json for workers, environment.json for the record."""
+    import yaml
+
+    resolved = config.model_dump(mode="json") | {"output_dir": None}  # the same wherever the directory lies
+    if folder.exists() and folder.read_config() == resolved:
+        return
+    folder.write_config(resolved)
+    with stage_file(folder.tmp, folder.root / "config.yaml") as staged:
+        staged.write_text(
+            yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+        )
+    write_json(folder.tmp, folder.root / "environment.json", environment())
+
+
+def environment() -> dict[str, Any]:
+    """The versions of what shapes a run; recorded, not part of any key."""
+    versions: dict[str, str] = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), "platform": platform.platform(), "libraries": versions}
+
+
+def verify(root: str | Path) -> list[str]:
+    """Everything that is wrong with a run's files, a line each; none when all is as it was committed."""
+    folder = RunFolder(root)
+    folder.read_config()
+    return folder.faults()
+
+
+def all_runs(root: str | Path) -> list[Path]:
+    """The runs in a folder, by name. Raises ConfigError where there is no such folder."""
+    base = Path(root)
+    if not base.is_dir():
+        raise ConfigError(f"there is no folder {base}. Name the folder that holds your runs.")
+    return sorted(path for path in base.iterdir() if RunFolder(path).exists())

@@ -1,0 +1,115 @@
+"""Stage `data`: the prompts, copied into the run with their ids, so that the run outlives its sources."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raftune.config.run import RunConfig
+from raftune.data import read_rows
+from raftune.errors import DataError
+from raftune.protocols import Inputs
+from raftune.records import derive_seed, prompt_ids
+from raftune.store.parquet import write_table
+
+RESERVED = ("prompt_id", "prompt", "sample_id", "completion")
+Source = Callable[[], pa.Table]
+
+
+class Data:
+    """Reads, checks and splits the prompts: train.parquet and held_out.parquet, each with prompt_id and prompt."""
+
+    name = writes = "data"
+    reads: tuple[str, ...] = ()
+    fields = ("data", "evaluation.prompts", "evaluation.split", "evaluation.num_prompts")
+
+    def __init__(self, config: RunConfig, train: Source | None = None, held_out: Source | None = None) -> None:
+        self.config = config
+        data, evaluation = config.data, config.evaluation
+        self.train = train or (lambda: read_rows(data.prompts, data.split))
+        if held_out is None and (name := evaluation.prompts) is not None:
+            held_out = lambda: read_rows(name, evaluation.split, "evaluation.prompts")  # noqa: E731
+        self.held_out = held_out
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return {}
+
+    def run(self, inputs: Inputs, out: Path) -> None:
+        train = prepare(self.train(), self.config.data.prompt_column, "data.prompts")
+        if self.config.data.limit is not None:
+            train = train.slice(0, self.config.data.limit)
+        wanted = self.config.evaluation.num_prompts
+        if self.held_out is not None and wanted:
+            held_out = prepare(self.held_out(), self.config.data.prompt_column, "evaluation.prompts").slice(0, wanted)
+        else:
+            train, held_out = hold_out(train, wanted)
+        write_table(train, out / "train.parquet")
+        write_table(held_out, out / "held_out.parquet")
+        notes = {"train": train.num_rows, "held_out": held_out.num_rows, **repeated(train), **overlap(train, held_out)}
+        (out / "notes.json").write_text(json.dumps(notes, indent=2, sort_keys=True) + "\n")
+
+
+def prepare(rows: pa.Table, column: str, field: str) -> pa.Table:
+    """The rows with `prompt_id` and `prompt` first. Raises DataError for no rows, no such column, an empty prompt."""
+    if rows.num_rows == 0:
+        raise DataError(f"{field} must hold at least one row; got none. Add prompts.")
+    if column not in rows.column_names:
+        raise DataError(
+            f"{field} must have the column {column!r} (data.prompt_column); got {', '.join(rows.column_names)}. "
+            "Rename the column, or name it with data.prompt_column."
+        )
+    clash = [name for name in rows.column_names if name in RESERVED and name != column and name != "completion"]
+    if clash:
+        raise DataError(f"{field} must not have a column named {clash[0]!r}: raftune writes it. Rename the column.")
+    prompts = rows.column(column).combine_chunks()
+    contents = prompts.to_pylist()
+    check_contents(contents, field)
+    ids = pa.array(prompt_ids(contents), pa.string())
+    rest = [name for name in rows.column_names if name != column]
+    return pa.table({"prompt_id": ids, "prompt": prompts, **{name: rows.column(name) for name in rest}})
+
+
+def check_contents(contents: list[Any], field: str) -> None:
+    """Raises DataError that names the row: a prompt is a text that is not blank, a list of messages, or a label."""
+    for number, content in enumerate(contents, 1):
+        if isinstance(content, bool) or not isinstance(content, str | int | list):
+            kind = "nothing" if content is None else type(content).__name__
+            raise DataError(
+                f"{field}: the prompt in row {number} must be text, messages or a class label; got {kind}. Mend the row."
+            )
+        if isinstance(content, str) and not content.strip():
+            raise DataError(f"{field}: the prompt in row {number} must not be empty; got {content!r}. Remove the row.")
+        if isinstance(content, list) and not (content and all(isinstance(m, dict) and m.get("role") for m in content)):
+            raise DataError(
+                f"{field}: the prompt in row {number} must be a list of messages, each with 'role' and 'content'; "
+                f"got {str(content)[:60]}. Mend the row."
+            )
+
+
+def hold_out(train: pa.Table, wanted: int) -> tuple[pa.Table, pa.Table]:
+    """Takes at most a tenth of the prompts off, equal prompts together, chosen by their hash alone: the same in every run."""
+    share = min(wanted, train.num_rows // 10)
+    stems = [name.rsplit("-", 1)[0] for name in train.column("prompt_id").to_pylist()]
+    order = np.argsort([derive_seed("hold out", stem) for stem in stems], kind="stable")
+    chosen = {stems[i] for i in order[:share]}
+    mask = pa.array([stem in chosen for stem in stems])
+    return train.filter(pc.invert(mask)), train.filter(mask).slice(0, share)
+
+
+def repeated(train: pa.Table) -> dict[str, int]:
+    """How many rows repeat the prompt of an earlier row."""
+    ids = train.column("prompt_id").to_pylist()
+    return {"repeated": sum(1 for name in ids if not name.endswith("-0"))}
+
+
+def overlap(train: pa.Table, held_out: pa.Table) -> dict[str, int]:
+    """How many held-out prompts are also training prompts."""
+    stems = Counter(name.rsplit("-", 1)[0] for name in train.column("prompt_id").to_pylist())
+    return {"overlap": sum(1 for name in held_out.column("prompt_id").to_pylist() if name.rsplit("-", 1)[0] in stems)}

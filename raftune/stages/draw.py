@@ -1,0 +1,141 @@
+"""Stage `draw`: K samples for each prompt from the policy, and candidates from other sources beside them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from raftune.errors import DataError
+from raftune.protocols import Inputs, Policy, PolicyShelf, Unit
+from raftune.records import Prompt, Sample, derive_seed, samples_table
+from raftune.stages.plan import read_plan, read_unit
+from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.parquet import read_table, write_table
+
+# The fields of `sampling` that shape what one policy draws.
+DRAWN_BY = (
+    "sampling.temperature",
+    "sampling.top_p",
+    "sampling.top_k",
+    "sampling.min_p",
+    "sampling.repetition_penalty",
+    "sampling.max_completion_length",
+    "sampling.stop",
+    "sampling.generation_kwargs",
+    "sampling.system_prompt",
+    "sampling.few_shot_prefix",
+    "sampling.chat_template_kwargs",
+    "engine.threads",
+)
+
+
+class Draw:
+    """One shard a unit: the policy's own samples, then the candidates that the data set's columns hold."""
+
+    local = False
+
+    def __init__(
+        self,
+        policies: PolicyShelf,
+        *,
+        model: str = "model@-1",
+        plan: str = "plan",
+        writes: str = "draw",
+        columns: tuple[str, ...] = (),
+    ) -> None:
+        self.policies, self.model, self.plan, self.columns = policies, model, plan, columns
+        self.name = writes.replace("evaluate/", "evaluation ")
+        self.writes = writes
+        self.reads = (plan, model)
+        self.fields = (*DRAWN_BY, *(("sampling.candidate_columns",) if columns else ()))
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return {}
+
+    def units(self, inputs: Inputs) -> list[int]:
+        return list(range(read_plan(inputs[self.plan])["num_units"]))
+
+    def run_unit(self, inputs: Inputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+        policy = self.policies.at(inputs[self.model])
+        unit = read_unit(inputs[self.plan], index)
+        if "batch_size" in metadata:
+            unit = replace(unit, batch_size=int(metadata["batch_size"]))
+        samples = policy.draw(unit)
+        for column in self.columns:
+            samples += [adopted(policy, unit, p, len(unit.seeds[i]), column) for i, p in enumerate(unit.prompts)]
+        order = {prompt.id: i for i, prompt in enumerate(unit.prompts)}
+        samples.sort(key=lambda sample: order[sample.prompt_id])
+        renumbered = number_columns(samples, unit)
+        write_table(samples_table(renumbered, policy.payload), out, metadata)
+        return policy.notes()
+
+
+def adopted(policy: Policy, unit: Unit, prompt: Prompt, k: int, column: str) -> Sample:
+    """The answer that a column of the data set holds, as a candidate. Raises DataError where there is none."""
+    if column not in prompt.columns:
+        raise DataError(
+            f"sampling.candidate_columns names {column!r}, which the prompts lack; they have "
+            f"{', '.join(prompt.columns) or 'no other columns'}. Name one of these, or leave it out."
+        )
+    answer = prompt.columns[column]
+    payload = dict(policy.adopt(prompt, answer, f"column:{column}"))
+    return Sample(
+        unit.sample_id(prompt, k), prompt.id, k, f"column:{column}", None, "", payload.pop("completion"), payload
+    )
+
+
+def number_columns(samples: list[Sample], unit: Unit) -> list[Sample]:
+    """Numbers the samples of each prompt 0, 1, … in their order: the policy's own keep their numbers."""
+    counts: dict[str, int] = {}
+    numbered = []
+    for sample in samples:
+        k = counts.get(sample.prompt_id, 0)
+        counts[sample.prompt_id] = k + 1
+        numbered.append(replace(sample, k=k, id=f"{unit.scope}/{sample.prompt_id}/{k:03d}"))
+    return numbered
+
+
+class Teach:
+    """One shard a unit: a teacher's answers, encoded as if the policy had drawn them; numbered after the policy's own."""
+
+    local = False
+    name = writes = "teach"
+    reads = ("plan", "draw", "model@-1", "teacher@0")
+    fields = (*DRAWN_BY, "sampling.teacher")
+
+    def __init__(self, policies: PolicyShelf, num_generations: int) -> None:
+        self.policies, self.num_generations = policies, num_generations
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return {}
+
+    def units(self, inputs: Inputs) -> list[int]:
+        return unit_numbers(inputs["draw"])
+
+    def run_unit(self, inputs: Inputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+        teacher = self.policies.at(inputs["teacher@0"])
+        policy = self.policies.encoder(inputs["model@-1"])
+        unit = read_unit(inputs["plan"], index)
+        taken = Counter(read_table(inputs["draw"] / unit_file(index), ["prompt_id"]).column("prompt_id").to_pylist())
+        asked = replace(unit, version="teacher", seeds=self.seeds(inputs["plan"], unit))
+        prompts = {prompt.id: prompt for prompt in unit.prompts}
+        samples = []
+        for answer in teacher.draw(asked):
+            prompt, k = prompts[answer.prompt_id], taken[answer.prompt_id] + answer.k
+            payload = dict(policy.adopt(prompt, answer.completion, "teacher"))
+            completion = payload.pop("completion")
+            samples.append(
+                Sample(unit.sample_id(prompt, k), prompt.id, k, "teacher", answer.seed, "teacher", completion, payload)
+            )
+        write_table(samples_table(samples, policy.payload), out, metadata)
+        return teacher.notes()
+
+    def seeds(self, plan: Path, unit: Unit) -> tuple[tuple[int, ...], ...]:
+        """Seeds of the teacher's draws: none of them a seed of the policy's."""
+        start = read_plan(plan)["seed"]
+        return tuple(
+            tuple(derive_seed("teacher", *start, prompt.id, k) for k in range(self.num_generations))
+            for prompt in unit.prompts
+        )

@@ -1,0 +1,71 @@
+"""Stage `evaluate`: numbers about the round's policy, from held-out samples that were drawn and scored before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raftune.protocols import Inputs, Metric
+from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.parquet import read_table
+
+
+class Evaluate:
+    """metrics.json: every metric that the columns at hand suffice for."""
+
+    name = "evaluate"
+    writes = "evaluate"
+    fields: tuple[str, ...] = ()
+
+    def __init__(self, metrics: Sequence[Metric], *, shards: tuple[str, ...], media: str) -> None:
+        self.metrics, self.media = metrics, media
+        self.shards = tuple(f"evaluate/{name}" for name in shards)
+        self.reads = self.shards
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return {}
+
+    def run(self, inputs: Inputs, out: Path) -> None:
+        samples = self.samples(inputs)
+        found: dict[str, Any] = {}
+        for metric in self.metrics:
+            if metric.needs <= self.has(samples):
+                found |= metric(samples)
+        (out / "metrics.json").write_text(json.dumps(plain(found), indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+    def samples(self, inputs: Inputs) -> pa.Table:
+        """One row a sample: what was drawn, its scores, `held_out/…` scores, and `log_prob`, `log_prob_start`."""
+        tables = []
+        for unit in unit_numbers(inputs[self.shards[0]]):
+            table = read_table(inputs[self.shards[0]] / unit_file(unit))
+            for shard in self.shards[1:]:
+                other = read_table(inputs[shard] / unit_file(unit))
+                prefix = "held_out/" if shard.endswith("judge") else ""
+                suffix = "_start" if shard.endswith("-start") else ""
+                for name in other.column_names:
+                    if name not in table.column_names or (prefix and name in ("score", "status")):
+                        table = table.append_column(f"{prefix}{name}{suffix}", other.column(name))
+            tables.append(table)
+        return pa.concat_tables(tables)
+
+    def has(self, samples: pa.Table) -> frozenset[str]:
+        names = set(samples.column_names)
+        found = {"scores"} if "score" in names else set()
+        found |= {"log_probs"} if {"log_prob", "log_prob_start"} <= names else set()
+        return frozenset(found | {"text" if self.media in ("text", "messages") else self.media})
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON holds it: a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {name: plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value

@@ -1,0 +1,126 @@
+"""Stage `gather`: exactly the rows that the tuning will learn from, each with its origin."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raftune.config.tuning import ReferenceConfig, TuningConfig
+from raftune.data import read_rows
+from raftune.errors import DataError
+from raftune.protocols import Inputs, PolicyShelf
+from raftune.records import Prompt, derive_seed
+from raftune.stages.data import prepare
+from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.parquet import read_group, read_table, table_writer
+
+_NOT_PAYLOAD = ("sample_id", "prompt_id", "k", "source", "seed", "version")
+
+
+class Gather:
+    """rows.parquet: what this round kept, what earlier rounds kept (replay), and reference answers."""
+
+    name = "gather"
+    writes = "rows"
+
+    def __init__(
+        self,
+        policies: PolicyShelf,
+        config: TuningConfig,
+        *,
+        seed: int,
+        round_: int,
+        shards: tuple[str, ...] = ("draw",),
+    ) -> None:
+        self.policies, self.config, self.seed, self.round, self.shards = policies, config, seed, round_, shards
+        self.replayed = tuple(f"rows@-{back}" for back in range(1, config.replay_rounds + 1) if back < round_)
+        needs_encoder = ("model@-1",) if config.reference else ()
+        self.reads = ("plan", *shards, "select", *self.replayed, *needs_encoder)
+        self.fields = ("tuning.replay_rounds", "tuning.reference", *(("seed",) if config.reference else ()))
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return {}
+
+    def run(self, inputs: Inputs, out: Path) -> None:
+        tables = self.tables(inputs)
+        first = next(tables)
+        schema = first.schema.with_metadata({"raftune.round": str(self.round)})
+        origins: Counter[str] = Counter()
+        with table_writer(out / "rows.parquet", schema) as writer:
+            for table in itertools.chain([first], tables):
+                origins.update(table.column("origin").to_pylist())
+                writer.write_table(table.cast(schema))
+            if self.config.reference:
+                reference = self.reference(self.config.reference, inputs, sum(origins.values()), first.schema)
+                origins.update(reference.column("origin").to_pylist())
+                writer.write_table(reference.cast(schema))
+        (out / "summary.json").write_text(json.dumps(dict(sorted(origins.items())), indent=2) + "\n")
+
+    def tables(self, inputs: Inputs) -> Iterator[pa.Table]:
+        """This round's kept rows unit by unit, then those that earlier rounds had kept themselves."""
+        weights = read_table(inputs["select"] / "verdicts.parquet", ["weight"]).column("weight").to_numpy()
+        at = 0
+        for unit in unit_numbers(inputs[self.shards[-1]]):
+            samples = pa.concat_tables([read_table(inputs[name] / unit_file(unit)) for name in self.shards])
+            weight = weights[at : at + samples.num_rows]
+            at += samples.num_rows
+            yield kept_rows(samples, weight, read_group(inputs["plan"] / "prompts.parquet", unit), self.round)
+        for offset, name in enumerate(self.replayed, 1):
+            rows = read_table(inputs[name] / "rows.parquet")
+            origin = f"round-{self.round - offset:04d}"
+            yield rows.filter(pc.equal(rows.column("origin"), origin))
+
+    def reference(self, config: ReferenceConfig, inputs: Inputs, others: int, schema: pa.Schema) -> pa.Table:
+        """So many reference answers, chosen by seed, that they make up the configured share of all rows."""
+        rows = read_rows(config.path, field="tuning.reference.path")
+        if config.completion_column not in rows.column_names:
+            raise DataError(
+                f"tuning.reference.path must have the column {config.completion_column!r}; got "
+                f"{', '.join(rows.column_names)}. Name it with tuning.reference.completion_column."
+            )
+        answers = rows.column(config.completion_column)
+        prompts = prepare(rows.select([config.prompt_column]), config.prompt_column, "tuning.reference.path")
+        wanted = min(round(others * config.fraction / (1 - config.fraction)), rows.num_rows)
+        generator = np.random.Generator(np.random.Philox(derive_seed("reference", self.seed, self.round)))
+        chosen = sorted(int(i) for i in generator.permutation(rows.num_rows)[:wanted])
+        policy = self.policies.encoder(inputs["model@-1"])
+        encoded = []
+        for number in chosen:
+            prompt = Prompt(prompts.column("prompt_id")[number].as_py(), prompts.column("prompt")[number].as_py())
+            encoded.append(
+                {
+                    "sample_id": f"reference/{prompt.id}",
+                    "prompt_id": prompt.id,
+                    "prompt": prompt.content,
+                    "weight": 1.0,
+                    "origin": "reference",
+                    "source": "reference",
+                    **policy.adopt(prompt, answers[number].as_py(), "reference"),
+                }
+            )
+        return pa.Table.from_pylist(encoded, schema=schema)
+
+
+def kept_rows(
+    samples: pa.Table, weight: np.ndarray[tuple[int], np.dtype[np.float64]], prompts: pa.Table, round_: int
+) -> pa.Table:
+    """The samples of positive weight, each beside its prompt."""
+    kept = samples.filter(pa.array(weight > 0))
+    number = {name: i for i, name in enumerate(prompts.column("prompt_id").to_pylist())}
+    rows = pa.array([number[name] for name in kept.column("prompt_id").to_pylist()], pa.int64())
+    columns = {
+        "sample_id": kept.column("sample_id"),
+        "prompt_id": kept.column("prompt_id"),
+        "prompt": prompts.column("prompt").take(rows),
+        "weight": pa.array(weight[weight > 0], pa.float64()),
+        "origin": pa.array([f"round-{round_:04d}"] * kept.num_rows, pa.string()),
+        "source": kept.column("source"),
+    }
+    return pa.table(columns | {name: kept.column(name) for name in kept.column_names if name not in _NOT_PAYLOAD})

@@ -1,0 +1,46 @@
+"""Stage `logp`: how probable each sample is under one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+
+from raftune.protocols import Inputs, Likelihood, PolicyShelf
+from raftune.stages.plan import read_plan, read_unit
+from raftune.stages.score import read_shards
+from raftune.store.layout import unit_numbers
+from raftune.store.parquet import write_table
+
+
+class LogProbs:
+    """One shard a unit: `log_prob`, nats of the whole answer, untempered. One model a stage: never two in memory."""
+
+    local = False
+    fields = ("engine.threads",)
+
+    def __init__(
+        self, policies: PolicyShelf, *, model: str, writes: str, plan: str = "plan", shards: tuple[str, ...] = ("draw",)
+    ) -> None:
+        self.policies, self.model, self.plan, self.shards = policies, model, plan, shards
+        self.name = writes.replace("evaluate/", "evaluation ")
+        self.writes = writes
+        self.reads = (plan, *shards, model)
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return {}
+
+    def units(self, inputs: Inputs) -> list[int]:
+        return unit_numbers(inputs[self.shards[-1]])
+
+    def run_unit(self, inputs: Inputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+        policy = self.policies.at(inputs[self.model])
+        assert isinstance(policy, Likelihood)  # planning has made sure of it
+        samples = pa.concat_tables(read_shards([inputs[name] for name in self.shards], index))
+        prompts = {prompt.id: prompt for prompt in read_unit(inputs[self.plan], index).prompts}
+        asked = [prompts[name] for name in samples.column("prompt_id").to_pylist()]
+        values = policy.log_probs(asked, samples, read_plan(inputs[self.plan])["batch_size"])
+        table = samples.select(["sample_id"]).append_column("log_prob", pa.array(values, pa.float64()))
+        write_table(table, out, metadata)
+        return ()

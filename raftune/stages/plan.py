@@ -1,0 +1,140 @@
+"""Stage `plan`: which prompts, how many samples, which seeds, in which units and batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raftune.config.run import RunConfig
+from raftune.protocols import Inputs, Unit
+from raftune.records import Prompt, derive_seed
+from raftune.store.parquet import read_group, read_table, write_table
+
+SEED_RULES = ("run", "evaluation")
+
+
+class Plan:
+    """plan.json and prompts.parquet, one row group a unit."""
+
+    name = writes = "plan"
+    reads = ("data@0",)
+    fields = ("seed", "prompts_per_round", "sampling.num_generations", "sampling.unit_size", "sampling.batch_size")
+
+    def __init__(self, config: RunConfig, round_: int) -> None:
+        self.config, self.round = config, round_
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return {}
+
+    def run(self, inputs: Inputs, out: Path) -> None:
+        config = self.config
+        train = read_table(inputs["data@0"] / "train.parquet")
+        rows = prompts_of_round(train.num_rows, config.prompts_per_round, self.round, config.seed)
+        write_plan(
+            out,
+            train.take(pa.array(rows)),
+            scope=f"{self.round:04d}",
+            version=f"round-{self.round - 1:04d}",
+            seed=["run", config.seed, self.round],
+            num_generations=config.sampling.num_generations,
+            config=config,
+        )
+
+
+class EvaluationPlan:
+    """The held-out prompts with their seeds, which depend on neither run nor round, so that all can be paired."""
+
+    name = "evaluation plan"
+    writes = "evaluate/plan"
+    reads = ("data@0",)
+    fields = ("evaluation.num_generations", "evaluation.seed", "sampling.unit_size", "sampling.batch_size")
+
+    def __init__(self, config: RunConfig, round_: int) -> None:
+        self.config, self.round = config, round_
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return {}
+
+    def run(self, inputs: Inputs, out: Path) -> None:
+        evaluation = self.config.evaluation
+        write_plan(
+            out,
+            read_table(inputs["data@0"] / "held_out.parquet"),
+            scope=f"{self.round:04d}e",
+            version=f"round-{self.round:04d}",
+            seed=["evaluation", evaluation.seed],
+            num_generations=evaluation.num_generations,
+            config=self.config,
+        )
+
+
+def write_plan(
+    out: Path, prompts: pa.Table, *, scope: str, version: str, seed: list[Any], num_generations: int, config: RunConfig
+) -> None:
+    size = config.sampling.unit_size
+    write_table(prompts, out / "prompts.parquet", rows_per_group=size)
+    plan = {
+        "scope": scope,
+        "version": version,
+        "seed": seed,
+        "num_generations": num_generations,
+        "num_prompts": prompts.num_rows,
+        "num_units": -(-prompts.num_rows // size),
+        "unit_size": size,
+        "batch_size": config.sampling.batch_size,
+    }
+    (out / "plan.json").write_text(json.dumps(plan, indent=2, sort_keys=True) + "\n")
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "plan.json").read_text())
+    return loaded
+
+
+def read_unit(folder: Path, index: int) -> Unit:
+    """The unit as planned: its prompts, and for each the seeds of its K samples."""
+    plan = read_plan(folder)
+    prompts = tuple(prompts_from(read_group(folder / "prompts.parquet", index)))
+    seeds = tuple(
+        tuple(derive_seed(*plan["seed"], prompt.id, k) for k in range(plan["num_generations"])) for prompt in prompts
+    )
+    return Unit(index, plan["scope"], plan["version"], prompts, seeds, plan["batch_size"])
+
+
+def prompts_from(rows: pa.Table) -> list[Prompt]:
+    """The prompts of a table with `prompt_id`, `prompt` and columns that ride along."""
+    return [Prompt(row.pop("prompt_id"), row.pop("prompt"), row) for row in rows.to_pylist()]
+
+
+def prompts_of_round(total: int, per_round: int, round_: int, seed: int) -> list[int]:
+    """The rows that a round asks: without replacement within an epoch, and never one row twice in a round.
+
+    A round that crosses the end of an epoch takes from the next one only rows that it does not hold yet; those it
+    passes over stay at the front of that epoch for the next round. Where a round wants more rows than there are, it
+    takes each once.
+    """
+    per_round = min(per_round, total)
+    epoch, waiting = 0, order_of_epoch(total, 0, seed)
+    taken: list[int] = []
+    for _ in range(round_):
+        taken, waiting = waiting[:per_round], waiting[per_round:]
+        if len(taken) < per_round:
+            epoch += 1
+            held = set(taken)
+            following = order_of_epoch(total, epoch, seed)
+            new = [row for row in following if row not in held][: per_round - len(taken)]
+            taken = taken + new
+            chosen = set(new)
+            waiting = [row for row in following if row not in chosen]
+    return taken
+
+
+def order_of_epoch(total: int, epoch: int, seed: int) -> list[int]:
+    """A permutation of all rows that depends on seed and epoch alone."""
+    key = derive_seed("prompt order", seed, epoch)
+    return [int(row) for row in np.random.Generator(np.random.Philox(key)).permutation(total)]

@@ -1,0 +1,55 @@
+"""Stage `score`: every part of every sample's score, with its status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+
+from raftune.protocols import Inputs, Panel
+from raftune.records import scores_table
+from raftune.stages.plan import read_unit
+from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.parquet import read_table, write_table
+
+
+class ScoreSamples:
+    """One shard a unit, row for row beside what was drawn (and what a teacher gave)."""
+
+    def __init__(
+        self,
+        panel: Callable[[], Panel],
+        *,
+        plan: str = "plan",
+        reads: tuple[str, ...] = ("draw",),
+        writes: str = "score",
+        fields: tuple[str, ...] = ("rewards.batch_size",),
+        local: bool = False,
+    ) -> None:
+        self.panel, self.plan, self.shards, self.local = panel, plan, reads, local
+        self.name = writes.replace("evaluate/", "evaluation ")
+        self.writes = writes
+        self.reads = (plan, *reads)
+        self.fields = fields
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return {"rewards": self.panel().fingerprint}
+
+    def units(self, inputs: Inputs) -> list[int]:
+        return unit_numbers(inputs[self.shards[-1]])
+
+    def run_unit(self, inputs: Inputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+        panel = self.panel()
+        samples = pa.concat_tables(read_shards([inputs[name] for name in self.shards], index))
+        prompts = {prompt.id: prompt for prompt in read_unit(inputs[self.plan], index).prompts}
+        asked = [prompts[name] for name in samples.column("prompt_id").to_pylist()]
+        scores = panel.score_samples(asked, samples)
+        write_table(scores_table(samples, scores, panel.names), out, metadata)
+        return ()
+
+
+def read_shards(folders: list[Path], index: int) -> Iterator[pa.Table]:
+    """The unit's table of each folder."""
+    for folder in folders:
+        yield read_table(folder / unit_file(index))

@@ -1,0 +1,25 @@
+"""Stages `start` and `teacher`: the models that the run begins from, checked and written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from raftune.protocols import Inputs
+
+
+class Start:
+    """model/ of round 0 (or teacher/): a reference and its hash, or the weights where the model was given as an object."""
+
+    reads: tuple[str, ...] = ()
+
+    def __init__(self, begin: Callable[[Path], object], *, name: str = "start") -> None:
+        self.begin, self.name = begin, name
+        self.writes = "teacher" if name == "teacher" else "model"
+        self.fields = ("sampling.teacher",) if name == "teacher" else ("policy",)
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return {}
+
+    def run(self, inputs: Inputs, out: Path) -> None:
+        self.begin(out)

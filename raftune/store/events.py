@@ -1,0 +1,40 @@
+"""What happened and when, one JSON object a line: times, hosts, memory and retries live here and only here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Events:
+    """Appends to `events.jsonl`. A line that a kill cut short is skipped when reading."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, kind: str, **facts: Any) -> None:
+        line = json.dumps({"time": round(time.time(), 3), "event": kind, **facts}, ensure_ascii=False, default=str)
+        torn = self.path.exists() and not self._ends_in_newline()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if torn else "") + line + "\n")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if not self.path.exists():
+            return
+        with self.path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue
+
+    def _ends_in_newline(self) -> bool:
+        with self.path.open("rb") as file:
+            file.seek(0, 2)
+            if file.tell() == 0:
+                return True
+            file.seek(-1, 2)
+            return file.read(1) == b"\n"

@@ -1,0 +1,108 @@
+"""A file appears at its final path whole, or not at all.
+
+Every write goes the same way: under `tmp/` with a unique name, fsync, rename into place, fsync of the directory. A
+process killed at any moment leaves, at worst, something under `tmp/`, which the next holder of the run's lock removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raftune.errors import StoreError
+
+_UNWRITABLE = {
+    errno.ENOSPC: "the disk is full. Free some space and run `raftune resume` again: what is committed is intact",
+    errno.EDQUOT: "the disk quota is used up. Free some space and run `raftune resume` again: what is committed is intact",
+    errno.EROFS: "the file system is read-only. Choose another output_dir",
+    errno.EACCES: "permission is denied. Choose an output_dir that you may write",
+    errno.EPERM: "permission is denied. Choose an output_dir that you may write",
+}
+
+
+@contextlib.contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusal to write at `path` into a StoreError that names the fix."""
+    try:
+        yield
+    except OSError as error:
+        if reason := _UNWRITABLE.get(error.errno or 0):
+            raise StoreError(f"cannot write {error.filename or path}: {reason}.") from error
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside the folder durable; does nothing where directories cannot be opened (Windows)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Makes the file's content durable."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Moves a finished file from `tmp/` to its final path, durably; a file that stood there is replaced."""
+    with explaining(final):
+        sync_file(staged)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staged, final)
+        sync_folder(final.parent)
+
+
+@contextlib.contextmanager
+def stage_file(tmp: Path, final: Path) -> Iterator[Path]:
+    """Yields a unique path under `tmp`; what was written there is published at `final` if the block succeeds."""
+    staged = unique(tmp, final.suffix)
+    try:
+        with explaining(final):
+            yield staged
+        publish(staged, final)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def unique(tmp: Path, suffix: str = "") -> Path:
+    """A path under `tmp` that nobody else uses."""
+    with explaining(tmp):
+        tmp.mkdir(parents=True, exist_ok=True)
+    return tmp / f"{uuid.uuid4().hex}{suffix}"
+
+
+def write_json(tmp: Path, final: Path, value: Any) -> None:
+    """Publishes the value as JSON: sorted keys, two spaces, so that equal values give equal bytes."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    with stage_file(tmp, final) as staged:
+        staged.write_text(text, encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def discard(path: Path, tmp: Path) -> None:
+    """Takes a file or folder away in one rename, then deletes it: never half of it is seen at its old place."""
+    if not path.exists():
+        return
+    aside = unique(tmp)
+    with explaining(path):
+        os.replace(path, aside)
+        sync_folder(path.parent)
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()

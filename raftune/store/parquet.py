@@ -1,0 +1,93 @@
+"""Parquet with page checksums: a flipped bit is an error on reading, never a silent wrong value."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raftune.errors import RunDamaged
+
+_WRITE = {"compression": "zstd", "write_page_checksum": True}
+
+
+def write_table(
+    table: pa.Table, path: Path, metadata: Mapping[str, str] | None = None, rows_per_group: int | None = None
+) -> None:
+    """Writes the table; equal tables and metadata give equal bytes."""
+    table = table.replace_schema_metadata(dict(sorted((metadata or {}).items())) or None)
+    with path.open("wb") as file:  # a Python file, so that every event on it can be observed and tested
+        pq.write_table(table, file, row_group_size=rows_per_group, **_WRITE)
+
+
+@contextlib.contextmanager
+def table_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A writer for tables that come one by one, each a row group."""
+    with path.open("wb") as file, pq.ParquetWriter(file, schema, **_WRITE) as writer:
+        yield writer
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table, its page checksums verified. Raises RunDamaged."""
+    with _naming(path), path.open("rb") as file:
+        return pq.ParquetFile(file, page_checksum_verification=True).read(
+            columns=list(columns) if columns is not None else None, use_threads=False
+        )
+
+
+def read_groups(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The file's row groups one after another, their page checksums verified. Raises RunDamaged."""
+    with _naming(path), path.open("rb") as file:
+        source = pq.ParquetFile(file, page_checksum_verification=True)
+        for index in range(source.num_row_groups):
+            yield source.read_row_group(
+                index, columns=list(columns) if columns is not None else None, use_threads=False
+            )
+
+
+def read_group(path: Path, index: int) -> pa.Table:
+    """One row group, its page checksums verified. Raises RunDamaged."""
+    with _naming(path), path.open("rb") as file:
+        return pq.ParquetFile(file, page_checksum_verification=True).read_row_group(index, use_threads=False)
+
+
+def read_metadata(path: Path) -> tuple[int, dict[str, str]]:
+    """The number of rows and the schema's metadata. Raises RunDamaged."""
+    with _naming(path), path.open("rb") as file:
+        source = pq.ParquetFile(file)
+        pairs: dict[bytes, bytes] = source.schema_arrow.metadata or {}
+        return source.metadata.num_rows, {k.decode(): v.decode() for k, v in pairs.items()}
+
+
+def column_names(path: Path) -> list[str]:
+    """The names of the file's columns. Raises RunDamaged."""
+    with _naming(path), path.open("rb") as file:
+        return list(pq.ParquetFile(file).schema_arrow.names)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise RunDamaged(
+            f"{path} is missing. Restore it, or redo its stage with `raftune resume RUN --from STAGE`."
+        ) from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise RunDamaged(
+            f"{path} cannot be read: {first_line(error)}. Restore it, or redo its stage with `--from`."
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line, which is all that a message to the user has room for."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def to_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The table's rows as dictionaries."""
+    return list(table.to_pylist())
