@@ -19,6 +19,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from raftune.policies.quiet import quiet
+
 PAD, BOS, EOS = 0, 1, 2
 # "ab" is one token, and so is "a" followed by "b": text does not determine ids, which is what tests of exact ids need.
 MERGES = [("a", "b"), ("t", "h"), ("th", "e")]
@@ -29,7 +31,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(*, bos: bool = False, pad: bool = True, eos: bool = True, chat: bool = False) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    *, bos: bool = False, pad: bool = True, eos: bool = True, chat: bool = False
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE with three merges; `bos` puts <s> before every text, `chat` adds a template."""
     names = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(m) for m in MERGES)]
     inner = Tokenizer(BPE(vocab={name: i for i, name in enumerate(names)}, merges=MERGES))
@@ -80,6 +84,7 @@ def tiny_model(arch: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 def save_tiny(folder: Path, arch: str = "llama", *, seed: int = 0, chat: bool = False, bos: bool = False) -> Path:
     """A folder that transformers loads: random weights of the named architecture and the tiny tokenizer."""
-    tiny_model(arch, seed).save_pretrained(folder)
-    tiny_tokenizer(bos=bos, chat=chat).save_pretrained(folder)
+    with quiet():
+        tiny_model(arch, seed).save_pretrained(folder)
+        tiny_tokenizer(bos=bos, chat=chat).save_pretrained(folder)
     return folder

@@ -29,7 +29,7 @@ def verifies(folder: Path, identity: str) -> bool:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
-        whole = manifest["identity"] == identity and REQUIRED <= files.keys()
+        whole = manifest["identity"] == identity and files.keys() >= REQUIRED
         return whole and all(_hash(folder / name) == content for name, content in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -37,7 +37,7 @@ def verifies(folder: Path, identity: str) -> bool:
 
 def newest_verified(work: Path, identity: str) -> tuple[Path | None, list[str]]:
     """The latest checkpoint that verifies, or None; and the names of later ones that do not, which are removed."""
-    rejected = []
+    rejected: list[str] = []
     for folder in sorted(work.glob("checkpoint-*"), key=_step, reverse=True):
         if verifies(folder, identity):
             return folder, rejected

@@ -1,8 +1,8 @@
 """What tuning shares between families: one fit on transformers' Trainer, exactly resumable, finite, within memory.
 
-A family says what its rows are, how they form a batch, and what is minimised (`Task`). Everything else is here: the order of the
-rows, checkpoints that are sealed by a manifest and believed only if they verify, the refusal of anything that is not a
-finite number, and smaller micro-batches when memory runs out.
+A family says what its rows are, how they form a batch, and what is minimised (`Task`). Everything else is here: the
+order of the rows, checkpoints that are sealed by a manifest and believed only if they verify, the refusal of anything
+that is not a finite number, and smaller micro-batches when memory runs out.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The tuned model, the loss of every step (the objective per unit of coefficient), and what became of the optimizer."""
+    """The tuned model, the loss of every step (the objective per unit of coefficient), and the optimizer's state."""
 
     model: Any
     losses: tuple[float, ...]
@@ -164,7 +164,8 @@ def arguments(config: TuningConfig, size: MicroBatch, work: Path, device: torch.
                 **config.trainer_kwargs,
             )
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"tuning must be what transformers' Trainer takes: {str(error).strip().splitlines()[0]}") from error
+        what = str(error).strip().splitlines()[0]
+        raise ConfigError(f"tuning must be what transformers' Trainer takes: {what}") from error
     if found.n_gpu > 1:  # without a launcher Trainer would take all GPUs through DataParallel; a fit runs on the first
         found._n_gpu = 1
     return found
@@ -180,7 +181,7 @@ def _passed_on(config: TuningConfig) -> dict[str, Any]:
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Notes the loss of every step, stops at the first that is not finite, and seals checkpoints once they are whole."""
+    """Notes the loss of each step, stops at the first that is not finite, and seals checkpoints once they are whole."""
 
     def __init__(self, identity: str) -> None:
         self.identity = identity
@@ -204,7 +205,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 
 def _not_finite(what: str, value: object) -> str:
-    return f"{what} must be finite; got {value}. Nothing was published: lower tuning.learning_rate, or look at the rows."
+    return f"{what} must be finite; got {value}. Nothing was published: lower tuning.learning_rate, or see the rows."
 
 
 def refuse_non_finite(model: Any) -> None:
@@ -275,11 +276,11 @@ class FitTrainer(Trainer):  # type: ignore[misc]
 
     def release(self) -> None:
         """Cuts the cycles that would keep the model and the optimizer's state alive until a full collection."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         optimizer.state.clear()
         optimizer.param_groups.clear()
-        vars(self.accelerator).clear()
-        vars(self).clear()
+        self.accelerator.__dict__.clear()
+        self.__dict__.clear()
 
 
 def optimizer_tensors(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
@@ -299,7 +300,9 @@ def restore_optimizer(model: Any, optimizer: torch.optim.Optimizer, tensors: Map
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
         if name not in weights:
-            raise ModelError(f"The carried optimizer state must be of this model; it has {name!r}. Set optimizer_state: fresh.")
+            raise ModelError(
+                f"The carried optimizer must be of this model; it has {name!r}. Set optimizer_state: fresh."
+            )
         place = weights[name].device if value.dim() else torch.device("cpu")
         optimizer.state[weights[name]][entry] = value.clone().to(place)
 
@@ -308,7 +311,7 @@ def restore_optimizer(model: Any, optimizer: torch.optim.Optimizer, tensors: Map
 def kept_rng() -> Iterator[None]:
     """Within, the global random states may be set as one likes; after, they are what they were."""
     python, arrays, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
         yield
     finally:

@@ -45,7 +45,7 @@ class Encoder:
             return self._prefix() + content if for_drawing else content
         if isinstance(content, list):
             return self._chat(prompt, content, for_drawing)
-        raise DataError(f"A prompt of a language model must be a text or a list of messages; got {content!r} ({prompt.id}).")
+        raise DataError(f"A prompt must be a text or a list of messages here; got {content!r} (prompt {prompt.id}).")
 
     def _prefix(self) -> str:
         system = f"{self.sampling.system_prompt}\n\n" if self.sampling.system_prompt else ""
@@ -54,8 +54,8 @@ class Encoder:
     def _chat(self, prompt: Prompt, messages: Messages, for_drawing: bool) -> str:
         if not self.tokenizer.chat_template:
             raise DataError(
-                f"A prompt given as messages needs a tokenizer with a chat template; this one has none (prompt {prompt.id}). "
-                "Set tokenizer.chat_template and save it, or give the prompts as text."
+                f"A prompt given as messages needs a tokenizer with a chat template; this one has none (prompt "
+                f"{prompt.id}). Set tokenizer.chat_template and save it, or give the prompts as text."
             )
         if not messages or any("role" not in m or "content" not in m for m in messages):
             raise DataError(f"A message must have a role and a content; got {messages!r:.200} (prompt {prompt.id}).")
@@ -75,8 +75,8 @@ class Encoder:
     def _with_system(self, prompt: Prompt, messages: Messages) -> Messages:
         if self.sampling.few_shot_prefix:
             raise DataError(
-                f"sampling.few_shot_prefix goes before prompts given as text; prompt {prompt.id} is a list of messages. "
-                "Write the examples as messages, or use sampling.system_prompt."
+                f"sampling.few_shot_prefix goes before prompts given as text; prompt {prompt.id} is a list of "
+                "messages. Write the examples as messages, or use sampling.system_prompt."
             )
         system = self.sampling.system_prompt
         if not system:
@@ -102,13 +102,13 @@ class Encoder:
         limit = self.sampling.max_prompt_length
         if limit is not None and len(ids) > limit:
             raise DataError(
-                f"A prompt must not be longer than sampling.max_prompt_length; {shown} has {len(ids)} tokens, the limit is "
-                f"{limit}. Shorten or remove it, or raise the limit."
+                f"A prompt must not be longer than sampling.max_prompt_length; {shown} has {len(ids)} tokens, the "
+                f"limit is {limit}. Shorten or remove it, or raise the limit."
             )
         if self.context is not None and len(ids) >= self.context:
             raise DataError(
-                f"A prompt must leave room for an answer; {shown} has {len(ids)} tokens, the limit is {self.context - 1} "
-                f"(the model's context is {self.context}). Shorten or remove it, or use a model with a longer context."
+                f"A prompt must leave room for an answer; {shown} has {len(ids)} tokens, the limit is "
+                f"{self.context - 1} (the model's context is {self.context}). Shorten or remove it."
             )
 
     def encode_answer(self, prompt: Prompt, answer: Any) -> tuple[str, list[int]]:
@@ -117,8 +117,8 @@ class Encoder:
         ids = [*self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], self.eos_id]
         if self.context is not None and len(ids) >= self.context:
             raise DataError(
-                f"An answer must fit the model's context of {self.context} tokens; one to prompt {prompt.id} has {len(ids)}. "
-                "Shorten or remove it."
+                f"An answer must fit the model's context of {self.context} tokens; one to prompt {prompt.id} has "
+                f"{len(ids)}. Shorten or remove it."
             )
         return text, ids
 

@@ -74,16 +74,17 @@ class Reader:
     def hidden(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(T, D) states that predict the completion tokens, or (T, V) logits where the parts cannot be told apart."""
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-        states = self.parts[0](**inputs)[0] if self.parts else self.model(**inputs).logits
+        states: torch.Tensor = self.parts[0](**inputs)[0] if self.parts else self.model(**inputs).logits
         return states.flatten(0, 1)[batch["positions"]]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(T, V) in float32."""
-        return (self.parts[1](hidden) if self.parts else hidden).float()
+        logits: torch.Tensor = self.parts[1](hidden) if self.parts else hidden
+        return logits.float()
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
-    """The batch, padded on the right: ids and mask (B, L), and for each completion token the flat position before it."""
+    """The batch, padded on the right: ids and mask (B, L); each completion token's id and the position before it."""
     width = max(len(e.ids) for e in examples)
     ids_BL = np.full((len(examples), width), pad_id, dtype=np.int64)
     mask_BL = np.zeros((len(examples), width), dtype=np.int64)
@@ -117,7 +118,8 @@ def log_probs(model: Any, examples: Sequence[Example], batch_size: int, pad_id: 
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(f"Scoring {len(group)} rows did not fit into the memory of {device}.", batch_size) from error
+            message = f"sampling.batch_size must fit into the memory of {device}; {len(group)} rows did not, scored."
+            raise OutOfMemory(message, batch_size) from error
         owners_T = np.repeat(np.arange(len(group)), [e.tokens for e in group])
         sums[chosen] = np.bincount(owners_T, weights=scores_T, minlength=len(group))
     return sums

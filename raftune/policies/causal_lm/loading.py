@@ -44,7 +44,9 @@ def resolve(name: str, revision: str | None = None) -> Reference:
     if folder.is_dir():
         return Reference(str(folder.resolve()), None, fingerprint(folder))
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(f"policy.model must be a folder or a hub name; got {name!r}, and there is no folder {folder.resolve()}.")
+        raise ModelError(
+            f"policy.model must be a folder or a hub name; got {name!r}, and {folder.resolve()} is no folder."
+        )
     commit = _commit(name, revision)
     return Reference(name, commit or revision, f"hub:{commit}")
 
@@ -53,17 +55,18 @@ def _commit(name: str, revision: str | None) -> str | None:
     """The hub commit that `name` stands for now, from the network or the local cache."""
     for kind in (AutoConfig, PeftConfig):  # a folder on the hub may hold a model, or an adapter alone
         with contextlib.suppress(OSError, ValueError), quiet():
-            found = kind.from_pretrained(name, **_at(revision))
+            found = kind.from_pretrained(name, **at(revision))
             return getattr(found, "_commit_hash", None)
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
-    hint = "HF_HUB_OFFLINE is set: unset it, or download the model first" if offline else "check the name and the network"
+    hint = "HF_HUB_OFFLINE is set: unset it, or download the model first." if offline else "Check name and network."
     raise ModelError(
-        f"policy.model must be a folder or a hub name; no folder {Path(name).resolve()} and nothing on the hub as {name!r}"
-        f"{f' at revision {revision!r}' if revision else ''}. {hint[0].upper()}{hint[1:]}."
+        f"policy.model must be a folder or a hub name; got {name!r}{f' at revision {revision!r}' if revision else ''}, "
+        f"and there is no folder {Path(name).resolve()} and nothing of that name on the hub or in its cache. {hint}"
     )
 
 
-def _at(revision: str | None) -> dict[str, str]:
+def at(revision: str | None) -> dict[str, str]:
+    """How from_pretrained is told a revision."""
     return {"revision": revision} if revision else {}
 
 
@@ -112,9 +115,9 @@ def choose_device(wanted: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"policy.device must be auto, cpu, cuda or mps; got {wanted!r}.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"policy.device must exist here; got {wanted!r} and torch sees no CUDA device. Write cpu or auto.")
+        raise ConfigError(f"policy.device must exist here; got {wanted!r}, and torch sees no CUDA device. Write auto.")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"policy.device must exist here; got {wanted!r} and torch sees no MPS device. Write cpu or auto.")
+        raise ConfigError(f"policy.device must exist here; got {wanted!r}, and torch sees no MPS device. Write auto.")
     if device.index:  # transformers' Trainer always takes the first visible device
         raise ConfigError(
             f"policy.device must be the first visible one; got {wanted!r}. Set CUDA_VISIBLE_DEVICES={device.index} and "
@@ -128,9 +131,7 @@ def load_tokenizer(config: CausalLMPolicy, start: Path) -> Any:
     name, revision = (config.tokenizer, None) if config.tokenizer else source(start)
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, trust_remote_code=config.trust_remote_code, **_at(revision)
-            )
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **at(revision))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"policy.tokenizer must name a tokenizer where the model has none; found none at {name!r} "
@@ -144,7 +145,7 @@ def generation_config(config: CausalLMPolicy, start: Path) -> GenerationConfig:
     name, revision = source(start)
     with quiet():
         try:
-            return GenerationConfig.from_pretrained(name, **_at(revision))
+            return GenerationConfig.from_pretrained(name, **at(revision))
         except OSError:
             return GenerationConfig.from_model_config(model_config(config, start))
 
@@ -152,11 +153,11 @@ def generation_config(config: CausalLMPolicy, start: Path) -> GenerationConfig:
 def model_config(config: CausalLMPolicy, start: Path) -> Any:
     """The start model's transformers configuration."""
     name, revision = source(start)
-    return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **_at(revision))
+    return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **at(revision))
 
 
 def context(found: Any) -> int | None:
-    """The most tokens, prompt and completion together, that a model of this configuration reads; None without a limit."""
+    """The most tokens, prompt and completion together, that such a model reads; None without a limit."""
     limit = getattr(found.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -168,8 +169,8 @@ def eos_ids(config: CausalLMPolicy, start: Path, tokenizer: Any) -> tuple[int, .
     ids = dict.fromkeys(i for i in (tokenizer.eos_token_id, *several) if i is not None)
     if not ids:
         raise ModelError(
-            "policy.model must have an end-of-sequence token; neither its tokenizer nor its generation config has one, so "
-            "no answer could learn to end. Set tokenizer.eos_token and save it."
+            "policy.model must have an end-of-sequence token; neither tokenizer nor generation config has one, so no "
+            "answer could learn to end. Set tokenizer.eos_token and save it."
         )
     return tuple(ids)
 
@@ -190,7 +191,7 @@ def base_of_adapters(start: Path) -> tuple[str, str | None]:
 
 def load_weights(config: CausalLMPolicy, name: str, revision: str | None, device: torch.device) -> Any:
     """A causal language model in eval mode on the device; ModelError where weights are missing or do not fit."""
-    options: dict[str, Any] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code, **_at(revision)}
+    options: dict[str, Any] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code, **at(revision)}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     if config.load_in_4bit:
@@ -201,7 +202,8 @@ def load_weights(config: CausalLMPolicy, name: str, revision: str | None, device
                 name, output_loading_info=True, **{**options, **config.model_init_kwargs}
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"policy.model must be a causal language model; {name!r} did not load: {first_line(error)}.") from error
+        what = f"policy.model must be a causal language model; {name!r} did not load: {first_line(error)}."
+        raise ModelError(what) from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"policy.model must hold all weights of a causal language model; {name!r} lacks {len(missing)} "
@@ -263,7 +265,7 @@ def fresh_adapter(model: Any, config: AdapterConfig, seed: int) -> PeftModel:
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
         modules_to_save=list(config.modules_to_save) or None,

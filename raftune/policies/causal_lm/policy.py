@@ -79,9 +79,9 @@ class CausalLM:
         return starting.begin(config.policy, out, model, tokenizer)
 
     @classmethod
-    def fingerprint(cls, config: RunParts) -> str:
-        """What the start model is: the hash of a folder's files; of a hub model, the name and revision."""
-        return starting.fingerprint_of(config.policy)
+    def verify(cls, start: Path) -> None:
+        """Raises ModelError if the model that the start folder refers to is gone or has changed."""
+        loading.verify(start)
 
     @property
     def model(self) -> Any:

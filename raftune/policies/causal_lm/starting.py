@@ -15,12 +15,11 @@ from raftune.config.policy import CausalLMPolicy
 from raftune.errors import ModelError
 from raftune.policies.causal_lm.loading import (
     ADAPTER,
+    at,
     choose_device,
     context,
     eos_ids,
     fill_pad_token,
-    first_line,
-    fingerprint,
     load_tokenizer,
     load_weights,
     model_config,
@@ -44,12 +43,12 @@ def begin(config: CausalLMPolicy, out: Path, model: Any = None, tokenizer: Any =
     if adapter := _adapter_at(reference.name, reference.revision):
         merged = _merged(config, reference.name, reference.revision, adapter)
         write_model(merged, _tokenizer_of(config, reference.name, adapter), out, ("", None))
-        return _facts(config, out, merged) | {"model": reference.name, "fingerprint": reference.fingerprint, "merged": True}
+        return _facts(config, out, merged) | {"model": reference.name, "merged": True}
     reference.write(out)
     checked = device if config.load_in_4bit else torch.device("cpu")
     weights = load_weights(config, reference.name, reference.revision, checked)
     facts = _facts(config, out, weights)
-    return facts | {"model": reference.name, "revision": reference.revision, "fingerprint": reference.fingerprint}
+    return facts | {"model": reference.name, "revision": reference.revision}
 
 
 def _begin_with_object(config: CausalLMPolicy, out: Path, model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -57,14 +56,7 @@ def _begin_with_object(config: CausalLMPolicy, out: Path, model: Any, tokenizer:
         tokenizer = _tokenizer_of(config, str(getattr(base_of(model), "name_or_path", "")), None)
     plain = copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
     write_model(plain, tokenizer, out, ("", None))
-    return _facts(config, out, plain) | {"model": type(plain).__name__, "fingerprint": fingerprint(out), "given": "object"}
-
-
-def fingerprint_of(config: CausalLMPolicy) -> str:
-    """The hash of a folder's files; of a hub model its name and revision, since the run pins the commit it found."""
-    if Path(config.model).expanduser().is_dir():
-        return fingerprint(Path(config.model).expanduser())
-    return f"hub:{config.model}@{config.revision or 'main'}"
+    return _facts(config, out, plain) | {"model": None}
 
 
 def _adapter_at(name: str, revision: str | None) -> PeftConfig | None:
@@ -72,7 +64,7 @@ def _adapter_at(name: str, revision: str | None) -> PeftConfig | None:
     if Path(name).is_dir() and not (Path(name) / ADAPTER).is_file():
         return None
     with contextlib.suppress(OSError, ValueError), quiet():
-        return PeftConfig.from_pretrained(name, **({"revision": revision} if revision else {}))
+        return PeftConfig.from_pretrained(name, **at(revision))
     return None
 
 
@@ -82,31 +74,35 @@ def _merged(config: CausalLMPolicy, name: str, revision: str | None, adapter: Pe
     exact = config.model_copy(update={"dtype": "float32", "load_in_4bit": False})
     model = load_weights(exact, base, adapter.revision, torch.device("cpu"))
     with quiet():
-        merged = PeftModel.from_pretrained(model, name, **({"revision": revision} if revision else {})).merge_and_unload()
+        merged = PeftModel.from_pretrained(model, name, **at(revision)).merge_and_unload()
     return merged if config.dtype in ("float32", "auto") else merged.to(getattr(torch, config.dtype))
 
 
 def _tokenizer_of(config: CausalLMPolicy, name: str, adapter: PeftConfig | None) -> Any:
     """The configured tokenizer, else the one beside the model, else the one of an adapter's base."""
-    tried = [config.tokenizer] if config.tokenizer else [name, *([str(adapter.base_model_name_or_path)] if adapter else [])]
+    bases = [str(adapter.base_model_name_or_path)] if adapter else []
+    tried = [config.tokenizer] if config.tokenizer else [name, *bases]
     for place in filter(None, tried):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError), quiet():
             return AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code)
     raise ModelError(
-        f"A model needs its tokenizer; found none at {', '.join(map(repr, tried))}. Give it (processing_class, policy.tokenizer)."
+        f"A model needs its tokenizer; found none at {', '.join(map(repr, tried))}. Set policy.tokenizer, or give "
+        "it as processing_class."
     )
 
 
 def _facts(config: CausalLMPolicy, out: Path, model: Any) -> dict[str, Any]:
     """What the start is; ModelError where its weights are not finite or do not fit its tokenizer."""
     if broken := not_finite(model):
-        raise ModelError(f"policy.model must have finite weights; {broken} holds a NaN or an infinity. Use an earlier checkpoint.")
+        raise ModelError(
+            f"policy.model must have finite weights; {broken} has a NaN or an infinity. Use another model."
+        )
     tokenizer = load_tokenizer(config, out)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(
-            f"policy.model must have an embedding for every token; the tokenizer has {len(tokenizer)}, the model {rows}. "
-            "Call model.resize_token_embeddings(len(tokenizer)) and save, or take the tokenizer that belongs to it."
+            f"policy.model must have an embedding for every token; the tokenizer has {len(tokenizer)}, the model "
+            f"{rows}. Call model.resize_token_embeddings(len(tokenizer)) and save, or take its own tokenizer."
         )
     ends = eos_ids(config, out, tokenizer)
     return {

@@ -55,10 +55,10 @@ def read_rows(path: Path, encoder: Encoder, config: TuningConfig) -> Rows:
         raise DataError(f"Every row's weight must be finite and not negative; got {bad[0]} in {path.name}.")
     cut = np.array([finish == "length" for finish in columns["finish"]], dtype=bool) & config.mask_truncated_completions
     used = np.flatnonzero((weights > 0) & ~cut)
-    first_of = {columns["prompt_id"][i]: i for i in reversed(used)}
+    first_of = {columns["prompt_id"][i]: i for i in reversed(used.tolist())}
     asked = [Prompt(name, columns["prompt"][i]) for name, i in first_of.items()]
     encoded = dict(zip(first_of, encoder.encode(asked, for_drawing=False), strict=True))
-    examples = [_example(encoder, columns, i, encoded[columns["prompt_id"][i]]) for i in used]
+    examples = [_example(encoder, columns, i, encoded[columns["prompt_id"][i]]) for i in used.tolist()]
     names = [columns["prompt_id"][i] for i in used]
     return Rows(examples, weights[used], names, int(metadata.get(ROUND, b"0")), int(cut.sum()))
 
@@ -69,8 +69,8 @@ def _example(encoder: Encoder, columns: Mapping[str, Any], row: int, prompt: Seq
         raise DataError(f"Every completion must have at least one token; one to prompt {name} has none. Leave it out.")
     if encoder.context is not None and len(prompt) + len(completion) > encoder.context:
         raise DataError(
-            f"Prompt and completion must fit the model's context of {encoder.context} tokens; those of prompt {name} have "
-            f"{len(prompt)} and {len(completion)}. Leave the row out, or use a model with a longer context."
+            f"Prompt and completion must fit the model's context of {encoder.context} tokens; those of prompt {name} "
+            f"have {len(prompt)} and {len(completion)}. Leave the row out, or use a model with a longer context."
         )
     return Example.of(prompt, completion)
 
@@ -81,7 +81,7 @@ def coefficients(
     """(N,) what each token of a row is multiplied by, so that an average step minimises the named mean.
 
     The mean is over all rows of the fit, not over those that happen to share a step: with steps of like length, a mean
-    within the step would give each step the same weight, and so turn "token" into "sample". `step` is the rows in a step.
+    within the step would give each step the same weight, and so turn "token" into "sample". `step`: rows in a step.
 
     token:  sum_i w_i nll_i / sum_i w_i T_i                                every token weighs the same
     sample: sum_i w_i (nll_i / T_i) / sum_i w_i                            every sample weighs the same
