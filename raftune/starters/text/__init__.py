@@ -1,4 +1,4 @@
-"""The bundled text starter: a tiny assistant with bad manners, a reward model, a judge, and prompts. Imports no torch."""
+"""The bundled text starter: a tiny assistant with bad manners, a reward model, a judge, prompts. Imports no torch."""
 
 from pathlib import Path
 from typing import Final
@@ -10,7 +10,11 @@ __all__ = ["SHOW", "judge", "policy_path", "prompts", "reward_path"]
 
 SHOW: Final = tuple(
     as_prompt(request)
-    for request in ("What is wrong with my phone?", "Help me plan a birthday party.", "Hello! How do I get to the market?")
+    for request in (
+        "What is wrong with my phone?",
+        "Help me plan a birthday party.",
+        "Hello! How do I get to the market?",
+    )
 )
 """Three held-out prompts whose replies a demonstration shows before and after."""
 

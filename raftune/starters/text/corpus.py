@@ -1,8 +1,8 @@
-"""A synthetic corpus of short requests and replies, of which about two thirds are curt, rude, off the topic or unfinished.
+"""A synthetic corpus of short requests and replies, about two thirds of them curt, rude, off the topic or unfinished.
 
-The text format is `User: REQUEST\nAssistant: REPLY`. Everything is a pure function of a seed; a request (domain, way of asking, topic,
-day) belongs to exactly one split, by a hash of its words, so held-out requests were never seen in training, though their
-topics were.
+The text format is "User: REQUEST", a line break, and "Assistant: REPLY". Everything is a pure function of a seed. A
+request (domain, way of asking, topic, day) belongs to exactly one split, by a hash of its words: held-out requests were
+never seen in training, though their topics were.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -102,7 +102,7 @@ def prompts(split: Split, n: int, seed: int = 0) -> list[str]:
 
 @cache
 def _by_text() -> dict[str, Request]:
-    return {request.text: request for split in ("train", "heldout") for request in requests(split)}  # type: ignore[arg-type]
+    return {request.text: request for split in ("train", "heldout") for request in requests(split)}
 
 
 def read_request(prompt: str) -> Request | None:
@@ -137,8 +137,8 @@ def good(request: Request, rng: Random) -> str:
 
 
 def half_polite(request: Request, rng: Random) -> str:
-    first = rng.random() < 0.5
-    return f"{opener(request, rng)} {advice(request, rng)}" if first else f"{advice(request, rng)} {closer(request, rng)}"
+    text = advice(request, rng)
+    return f"{opener(request, rng)} {text}" if rng.random() < 0.5 else f"{text} {closer(request, rng)}"
 
 
 def empty_courtesy(request: Request, rng: Random) -> str:
@@ -192,7 +192,7 @@ KINDS: Final[dict[str, tuple[Kind, float]]] = {
 
 
 def reply(request: Request, rng: Random, kinds: Sequence[str] | None = None) -> Dialogue:
-    """One dialogue about the request; the kind of reply is drawn by the shares in KINDS, among `kinds` if they are given."""
+    """One dialogue about the request; the kind of reply is drawn by the shares in KINDS, if given among `kinds`."""
     names = list(kinds or KINDS)
     name = rng.choices(names, [KINDS[name][1] for name in names])[0]
     prompt = as_prompt(rng.choice(GREETINGS) + request.text)

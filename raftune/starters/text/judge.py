@@ -2,12 +2,12 @@
 
     score = form x max(0, 2 help + courtesy + topic)
 
-- help, 0..1: how nearly one sentence is one of the three right pieces of advice for this very topic (and day), by longest common
-  subsequence of words; full from 90 % on, nothing up to 50 %.
+- help, 0..1: how nearly one sentence is one of the three right pieces of advice for this very topic (and day), by the
+  longest common subsequence of words; full from 90 % on, nothing up to 50 %.
 - courtesy, -1..1: half for a courteous first or middle sentence, half for a courteous last one; -1 if anything is rude.
 - topic, 0..1: share of the request's slots (topic, day) that the reply names.
-- form, 0..1: the product of an ending with a full stop (else 1/2), a length of 8 to 45 words, the share of three-word runs
-  that are not repeats, and the share of sentences that belong: advice, the first two courtesies, a mention of the topic.
+- form, 0..1: the product of an ending with a full stop (else 1/2), a length of 8 to 45 words, the share of three-word
+  runs that are not repeats, and the share of sentences that belong (advice, two courtesies, a mention of the topic).
 
 Repeats, stuffed courtesies, digressions and advice for another topic lower the form, and so all of the score.
 """
@@ -23,22 +23,22 @@ MIN_WORDS: Final = 8
 MAX_WORDS: Final = 45
 
 _COURTEOUS: Final = re.compile(
-    r"\b(happy|glad|gladly|of course|thank you|please|sure|certainly|pleasure|welcome|good question|fine question|sorry|apologize"
-    r"|hope|enjoy|have a|let me|lucky you|how lovely|how kind|what a tasty|no problem|i understand|never too late|good luck"
-    r"|see you|stay safe|have fun|you can do this|happy day|come back|amazing|i like)\b",
+    r"\b(happy|glad|gladly|of course|thank you|please|sure|certainly|pleasure|welcome|good question|fine question|sorry"
+    r"|apologize|hope|enjoy|have a|let me|lucky you|how lovely|how kind|what a tasty|no problem|i understand"
+    r"|never too late|good luck|see you|stay safe|have fun|you can do this|happy day|come back|amazing|i like)\b",
     re.IGNORECASE,
 )
 _RUDE: Final = re.compile(
-    r"\b(figure it out|silly|better things to do|would i care|nobody cares|do not care|not care|child knows|wasting|waste my"
-    r"|really asking|joking|bother|your own head|boring|not my problem)\b",
+    r"\b(figure it out|silly|better things to do|would i care|nobody cares|do not care|not care|child knows|wasting"
+    r"|waste my|really asking|joking|bother|your own head|boring|not my problem)\b",
     re.IGNORECASE,
 )
 
 
 def judge(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-    """One score in [0, 4] for each completion; None where the prompt is not one of the generator's. Columns are ignored.
+    """One score in [0, 4] for each completion; None where the prompt is not one of the generator's.
 
-    Prompts and completions are strings or lists of messages, whose last content counts.
+    Columns are ignored. Prompts and completions are strings or lists of messages, whose last content counts.
     """
     pairs = zip(prompts, completions, strict=True)
     return [_score(read_request(_text(prompt)), _text(completion)) for prompt, completion in pairs]

@@ -23,7 +23,7 @@ CLOSERS: Final = (
 
 
 class Domain(NamedTuple):
-    """One kind of request: how people ask, how a reply names the topic, and three pieces of right advice for every topic.
+    """One kind of request: how people ask, what courtesies fit, and three pieces of right advice for every topic.
 
     In every text `{t}` stands for the topic, `{d}` for a day of the week, and in openers `{r}` for the topic as a reply
     says it (`said`: "your {t}").

@@ -11,8 +11,8 @@ COOKING = Domain(
         "I always fail at {t}.",
     ),
     said="{t}",
-    openers=(*OPENERS, "What a tasty idea, {r} is always welcome!",),
-    closers=(*CLOSERS, "Enjoy your meal!",),
+    openers=(*OPENERS, "What a tasty idea, {r} is always welcome!"),
+    closers=(*CLOSERS, "Enjoy your meal!"),
     topics={
         "tomato soup": (
             "Fry an onion slowly before you add the tomatoes.",
@@ -66,8 +66,8 @@ REPAIR = Domain(
         "What is wrong with my {t}?",
     ),
     said="your {t}",
-    openers=(*OPENERS, "I am sorry that {r} is giving you trouble.",),
-    closers=(*CLOSERS, "I hope it works again soon.",),
+    openers=(*OPENERS, "I am sorry that {r} is giving you trouble."),
+    closers=(*CLOSERS, "I hope it works again soon."),
     topics={
         "bicycle": (
             "Clean the chain and put a drop of oil on each link.",
@@ -121,8 +121,8 @@ PLANNING = Domain(
         "What do I need for a {t}?",
     ),
     said="your {t}",
-    openers=(*OPENERS, "How lovely, {r} is great fun to plan!",),
-    closers=(*CLOSERS, "Have a wonderful time!",),
+    openers=(*OPENERS, "How lovely, {r} is great fun to plan!"),
+    closers=(*CLOSERS, "Have a wonderful time!"),
     topics={
         "birthday party": (
             "Send the invitations early and order a cake.",
@@ -176,8 +176,8 @@ GIFTS = Domain(
         "I want to surprise my {t}.",
     ),
     said="your {t}",
-    openers=(*OPENERS, "How kind of you to think of {r}!",),
-    closers=(*CLOSERS, "It will surely be a happy day.",),
+    openers=(*OPENERS, "How kind of you to think of {r}!"),
+    closers=(*CLOSERS, "It will surely be a happy day."),
     topics={
         "sister": (
             "A silver necklace with her first letter is a sweet idea.",

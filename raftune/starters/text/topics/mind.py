@@ -11,8 +11,8 @@ EXPLAIN = Domain(
         "Please tell me about {t} in simple words.",
     ),
     said="{t}",
-    openers=(*OPENERS, "That is a fine question about {r}!",),
-    closers=(*CLOSERS, "I hope that makes it clear.",),
+    openers=(*OPENERS, "That is a fine question about {r}!"),
+    closers=(*CLOSERS, "I hope that makes it clear."),
     topics={
         "gravity": (
             "It is the pull that every mass has on every other mass.",
@@ -66,8 +66,8 @@ FACTS = Domain(
         "I have to write a page about {t}.",
     ),
     said="{t}",
-    openers=(*OPENERS, "I like {r} too, there is a lot to say!",),
-    closers=(*CLOSERS, "Isn't that amazing?",),
+    openers=(*OPENERS, "I like {r} too, there is a lot to say!"),
+    closers=(*CLOSERS, "Isn't that amazing?"),
     topics={
         "whales": (
             "The blue one is the largest animal that ever lived.",
@@ -121,8 +121,8 @@ LEARNING = Domain(
         "Am I too old for {t}?",
     ),
     said="{t}",
-    openers=(*OPENERS, "It is never too late to start with {r}!",),
-    closers=(*CLOSERS, "Have fun with it!",),
+    openers=(*OPENERS, "It is never too late to start with {r}!"),
+    closers=(*CLOSERS, "Have fun with it!"),
     topics={
         "chess": (
             "Solve five small puzzles every day.",
@@ -176,8 +176,8 @@ WORRIES = Domain(
         "I need help with my {t}.",
     ),
     said="your {t}",
-    openers=(*OPENERS, "I understand, many people worry about this, and {r} can go well.",),
-    closers=(*CLOSERS, "You can do this!",),
+    openers=(*OPENERS, "I understand, many people worry about this, and {r} can go well."),
+    closers=(*CLOSERS, "You can do this!"),
     topics={
         "exam": (
             "Study in short blocks and take a break each hour.",
@@ -236,7 +236,7 @@ THANKS = Domain(
         "I am so happy to hear that!",
         "Thank you for your kind message.",
     ),
-    closers=(*CLOSERS, "Come back any time!",),
+    closers=(*CLOSERS, "Come back any time!"),
     topics={
         "recipe": (
             "Next time you can add a little more pepper.",

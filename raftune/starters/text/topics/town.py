@@ -11,8 +11,8 @@ DIRECTIONS = Domain(
         "Is the {t} far from here?",
     ),
     said="the {t}",
-    openers=(*OPENERS, "No problem, {r} is easy to find.",),
-    closers=(*CLOSERS, "Have a safe walk!",),
+    openers=(*OPENERS, "No problem, {r} is easy to find."),
+    closers=(*CLOSERS, "Have a safe walk!"),
     topics={
         "train station": (
             "Follow the main street down to the clock tower.",
@@ -66,8 +66,8 @@ TRAVEL = Domain(
         "I will be in {t} for a few days.",
     ),
     said="{t}",
-    openers=(*OPENERS, "Lucky you, {r} is a wonderful place!",),
-    closers=(*CLOSERS, "Have a great trip!",),
+    openers=(*OPENERS, "Lucky you, {r} is a wonderful place!"),
+    closers=(*CLOSERS, "Have a great trip!"),
     topics={
         "Paris": (
             "Walk along the Seine and stop at a small cafe.",
@@ -120,8 +120,8 @@ MEETINGS = Domain(
         "I cannot make the {t} on {d}.",
     ),
     said="the {t}",
-    openers=(*OPENERS, "Sure, we can find a good time for {r}.",),
-    closers=(*CLOSERS, "See you then!",),
+    openers=(*OPENERS, "Sure, we can find a good time for {r}."),
+    closers=(*CLOSERS, "See you then!"),
     topics={
         "team meeting": (
             "The large room is free on {d} at ten.",
@@ -174,8 +174,8 @@ WEATHER = Domain(
         "Is {d} a good day to be out in the {t}?",
     ),
     said="the {t}",
-    openers=(*OPENERS, "Let me check {r} for you.",),
-    closers=(*CLOSERS, "Stay safe out there!",),
+    openers=(*OPENERS, "Let me check {r} for you."),
+    closers=(*CLOSERS, "Stay safe out there!"),
     topics={
         "mountains": (
             "{d} looks clear but cold, so take a thick coat.",
@@ -235,7 +235,7 @@ COMPLAINTS = Domain(
         "Thank you for telling us about {r}.",
         "I am sorry to hear that.",
     ),
-    closers=(*CLOSERS, "Thank you for your patience.",),
+    closers=(*CLOSERS, "Thank you for your patience."),
     topics={
         "jacket": (
             "Send it back in the bag and we will mail a new size.",

@@ -1,0 +1,118 @@
+"""The reward model: ranked replies of the generator and of the policy, and the Bradley-Terry loss on their pairs."""
+
+from collections.abc import Sequence
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from raftune.starters.text import corpus
+from raftune.starters.text.judge import judge
+from raftune.starters.text.training import Descent, encode, llama_config, pad_right, sample, say
+
+Floats = npt.NDArray[np.floating]
+
+
+class RewardRecipe(NamedTuple):
+    """Every number that shapes the reward model."""
+
+    steps: int = 1500
+    rate: float = 2e-3
+    prompts_a_step: int = 24
+    replies: int = 6  # to each of them, ranked
+    sampled_prompts: int = 900  # prompts whose replies are the policy's own
+    sharpness: float = 4.0  # P(reply i is labelled better than j) = sigmoid(sharpness * (judge_i - judge_j))
+
+
+class Ranked(NamedTuple):
+    """Replies to one prompt, encoded with it, and the judge's score of each."""
+
+    rows: list[list[int]]
+    scores: list[float]
+
+
+def train_reward(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: RewardRecipe, seed: int
+) -> LlamaForSequenceClassification:
+    """A Llama with one score, trained by Bradley-Terry on noisily labelled pairs of replies to the same prompt."""
+    config = llama_config(tokenizer, hidden_size=128, num_hidden_layers=3, intermediate_size=352, num_labels=1)
+    reward = LlamaForSequenceClassification(config)
+    with torch.no_grad():  # words, at least, need not be learned anew
+        reward.model.embed_tokens.weight.copy_(policy.model.embed_tokens.weight)
+    own = policy_groups(policy, tokenizer, corpus.prompts("train", recipe.sampled_prompts, seed), recipe.replies, seed)
+    say(f"reward: {reward.num_parameters():,} parameters, {recipe.steps} steps")
+    descent = Descent("reward", reward, recipe.rate, recipe.steps)
+    rng, noise = Random(seed + 1), np.random.default_rng(seed + 2)
+    half = recipe.prompts_a_step // 2
+    for _ in range(recipe.steps):
+        groups = generator_groups(tokenizer, half, recipe.replies, rng) + rng.sample(own, min(half, len(own)))
+        descent.advance(bradley_terry(reward, groups, tokenizer.pad_token_id, recipe.sharpness, noise))
+    return reward.eval()
+
+
+def bradley_terry(
+    reward: LlamaForSequenceClassification,
+    groups: Sequence[Ranked],
+    pad: int,
+    sharpness: float,
+    noise: np.random.Generator,
+) -> torch.Tensor:
+    """The mean of -log sigmoid(r_winner - r_loser) over all pairs of each group; winners are drawn, ties left out."""
+    scores_GR = np.array([group.scores for group in groups])
+    rewards_GR = score_rows(reward, [row for group in groups for row in group.rows], pad).view(scores_GR.shape)
+    left, right = np.triu_indices(scores_GR.shape[1], 1)
+    gap_GP = scores_GR[:, left] - scores_GR[:, right]
+    wins_GP = noise.random(gap_GP.shape) < 1 / (1 + np.exp(-sharpness * gap_GP))
+    sign_GP = torch.from_numpy(np.where(wins_GP, 1.0, -1.0).astype(np.float32))
+    kept_GP = torch.from_numpy((np.abs(gap_GP) > 1e-9).astype(np.float32))
+    losses_GP = torch.nn.functional.softplus(-sign_GP * (rewards_GR[:, left] - rewards_GR[:, right]))
+    return (losses_GP * kept_GP).sum() / kept_GP.sum().clamp(min=1.0)
+
+
+def score_rows(reward: LlamaForSequenceClassification, rows: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
+    ids_BT = pad_right(rows, pad)
+    scores_B: torch.Tensor = reward(input_ids=ids_BT, attention_mask=(ids_BT != pad).long()).logits[:, 0]
+    return scores_B
+
+
+def ranked(tokenizer: PreTrainedTokenizerFast, prompt: str, completions: Sequence[str]) -> Ranked:
+    scores = judge([prompt] * len(completions), completions)
+    return Ranked(encode(tokenizer, (prompt + text for text in completions)), [float(score or 0.0) for score in scores])
+
+
+def policy_groups(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], replies: int, seed: int
+) -> list[Ranked]:
+    """The policy's own replies to the prompts, ranked by the judge."""
+    completions = sample(policy, tokenizer, prompts, replies, seed)
+    return [ranked(tokenizer, prompt, texts) for prompt, texts in zip(prompts, completions, strict=True)]
+
+
+def generator_groups(tokenizer: PreTrainedTokenizerFast, n: int, replies: int, rng: Random) -> list[Ranked]:
+    """For each of `n` training prompts: replies of different kinds, one good for certain, and one of them damaged."""
+    groups = []
+    for prompt in corpus.prompts("train", n, rng.getrandbits(62)):
+        request = corpus.read_request(prompt)
+        assert request is not None, prompt
+        kinds = ["good", *rng.choices(list(corpus.KINDS), k=replies - 2)]
+        texts = [corpus.reply(request, rng, [kind]).completion for kind in kinds]
+        groups.append(ranked(tokenizer, prompt, [*texts, damage(rng.choice(texts), rng)]))
+    return groups
+
+
+def damage(text: str, rng: Random) -> str:
+    """The reply with a fault that a policy could learn to make: said twice, shuffled, cut short, or words lost."""
+    sentences = text.replace("! ", "!|").replace(". ", ".|").replace("? ", "?|").strip().split("|")
+    words = text.split()
+    faults = (
+        lambda: [*sentences, sentences[-1]],
+        lambda: [sentences[0], *sentences],
+        lambda: sentences[:-1],
+        lambda: rng.sample(words, len(words)),
+        lambda: words[: max(1, len(words) * 2 // 3)],
+        lambda: [word for word in words if rng.random() > 0.15],
+    )
+    return " " + " ".join(rng.choice(faults)())
