@@ -70,7 +70,9 @@ class SelectionConfig(Frozen):
         description="Longest completion kept, in the family's unit (tokens for text); none means no limit.",
     )
     beta: float = Field(
-        0.0, ge=0, description="Ranks by score - beta * log(p / p0), in units of the score per nat: keeps near the start."
+        default=0.0,
+        ge=0,
+        description="Ranks by score - beta * log(p / p0), in units of the score per nat: keeps near the start.",
     )
     drop_duplicates: bool = Field(
         default=False,
