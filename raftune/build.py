@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -64,24 +64,27 @@ class Objects:
     tokenizer: Any = None
 
 
-@dataclass
-class Shelf:
-    """Hands out policies of one run; at most one of them holds weights for drawing."""
+SMALL = 256 * 2**20  # bytes: models that together stay below this may lie in memory side by side
 
-    config: RunConfig
-    family: Family
-    run: RunFolder
-    _held: tuple[Path, Policy] | None = field(default=None, init=False)
-    _encoder: tuple[Path, Policy] | None = field(default=None, init=False)
+
+class Shelf:
+    """Hands out policies of one run: one large model at a time, or a few that are small together."""
+
+    def __init__(self, config: RunConfig, family: Family, run: RunFolder) -> None:
+        self.config, self.family, self.run = config, family, run
+        self._held: dict[Path, Policy] = {}
+        self._encoder: tuple[Path, Policy] | None = None
 
     def at(self, folder: Path) -> Policy:
-        if self._held is None or self._held[0] != folder:
-            self.release()
-            self._held = (folder, self._load(folder))
-        return self._held[1]
+        policy = self._held.pop(folder, None)
+        if policy is None:
+            self._make_room()
+            policy = self._load(folder)
+        self._held[folder] = policy  # the latest stands last
+        return policy
 
     def fresh(self, folder: Path) -> Policy:
-        self.release()
+        self._make_room()
         return self._load(folder)
 
     def encoder(self, folder: Path) -> Policy:
@@ -90,19 +93,36 @@ class Shelf:
         return self._encoder[1]
 
     def release(self) -> None:
-        """Lets go of the model that was held."""
-        self._held = None
-        if "torch" in sys.modules:
-            gc.collect()
-            torch = sys.modules["torch"]
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        """Lets go of every model that is held."""
+        held = sum(policy.nbytes for policy in self._held.values())
+        self._held.clear()
+        if held >= SMALL:
+            gc.collect()  # models hang in cycles; for small ones, the wait costs more than the memory
+            empty_device_cache()
+
+    def _make_room(self) -> None:
+        """Drops models, the longest unused first, until one more as large as the largest would still be small."""
+        sizes = {folder: policy.nbytes for folder, policy in self._held.items()}
+        if max(sizes.values(), default=0) * 2 > SMALL:
+            return self.release()
+        while sizes and sum(sizes.values()) + max(sizes.values()) > SMALL:
+            oldest = next(iter(sizes))
+            del sizes[oldest], self._held[oldest]
+        while len(self._held) > 2:
+            del self._held[next(iter(self._held))]
 
     def _load(self, folder: Path) -> Policy:
         config, start = self.config, self.run.folder(0, "model")
         if folder.name == "teacher":
             config, start = teacher_config(config), folder
         return self.family.load(config, folder, start)
+
+
+def empty_device_cache() -> None:
+    """Gives the freed memory of a GPU back, where torch is in use at all."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Assembly:

@@ -66,6 +66,11 @@ class Policy(Protocol):
     media: str  # text | messages | image | category
     payload: pa.Schema  # the family's own columns of a draw shard, `completion` first: opaque to loop and stages
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that this instance holds now; 0 before they are read."""
+        ...
+
     def draw(self, unit: Unit) -> list[Sample]:
         """All samples of the unit, prompt by prompt, k ascending. Raises OutOfMemory, ModelError."""
         ...

@@ -59,6 +59,10 @@ class Tabular:
             raise ModelError(f"{folder / FILE} must hold log-probabilities; got NaN. Restore the file.")
         return cls(log_p, config)
 
+    @property
+    def nbytes(self) -> int:
+        return self.log_p.nbytes
+
     def draw(self, unit: Unit) -> list[Sample]:
         """K answers a prompt by inverse CDF, one uniform a sample, which its seed alone determines."""
         temperature = self.config.sampling.temperature

@@ -90,6 +90,11 @@ class CausalLM:
             self._model = loading.load_round(self.config.policy, self.folder, self.start_folder, self.device)
         return self._model
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in memory; 0 before they are read."""
+        return 0 if self._model is None else sum(weight.nbytes for weight in self._model.parameters())
+
     def draw(self, unit: Unit) -> list[Sample]:
         """All samples of the unit, prompt by prompt, k ascending. Raises DataError, ModelError, OutOfMemory."""
         prompts = self.encoder.encode(unit.prompts, for_drawing=True)
