@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from raftune.config.run import RunConfig
 from raftune.evaluation.history import Metrics, best_round, reason_to_stop
 from raftune.protocols import Receipt, Stage, UnitStage
-from raftune.store.files import write_json
+from raftune.store.files import discard, write_json
 from raftune.store.job import Engine, Job, run_once, seal_units, unfinished
 from raftune.store.run import RunFolder
 
@@ -69,6 +69,7 @@ def train(shop: Workshop, observe: Observer = lambda kind, facts: None) -> Outco
 def ensure(shop: Workshop, stage: Stage, round_: int, say: Callable[..., None]) -> None:
     """Runs the stage unless it is committed."""
     if shop.run.commit(round_, stage.writes) is not None:
+        tidy(shop, stage)  # a kill may have come between the COMMIT and this
         return
     job = shop.job(stage, round_)
     began = time.perf_counter()
@@ -78,7 +79,15 @@ def ensure(shop: Workshop, stage: Stage, round_: int, say: Callable[..., None]) 
     else:
         shop.engine.rest()
         run_once(job, stage)
+    tidy(shop, stage)
     say("stage_end", round=round_, stage=stage.name, seconds=round(time.perf_counter() - began, 4))
+
+
+def tidy(shop: Workshop, stage: Stage) -> None:
+    """Removes the checkpoints of a stage that is committed."""
+    scratch = getattr(stage, "scratch", None)
+    if scratch is not None:
+        discard(scratch, shop.run.tmp)
 
 
 def run_units(shop: Workshop, job: Job, stage: UnitStage, say: Callable[..., None]) -> None:

@@ -21,7 +21,7 @@ class Tune:
     fields = ("tuning", "seed", "engine.threads")
 
     def __init__(self, policies: PolicyShelf, config: TuningConfig, work: Path) -> None:
-        self.policies, self.work = policies, work
+        self.policies, self.scratch = policies, work
         self.base = "model@-1" if config.start_from == "previous" else "model@0"
         self.reads = ("rows", self.base)
 
@@ -37,6 +37,6 @@ class Tune:
                 f"{inputs['rows'].parent / 'select' / 'summary.json'}; loosen the section `selection`, or mend the reward, "
                 "and run `raftune train … --from select`."
             )
-        self.work.mkdir(parents=True, exist_ok=True)
-        report = self.policies.fresh(inputs[self.base]).tune(rows, self.work, out)
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        report = self.policies.fresh(inputs[self.base]).tune(rows, self.scratch, out)
         (out / "training.json").write_text(json.dumps(asdict(report), indent=2, sort_keys=True) + "\n")
