@@ -9,6 +9,14 @@ from pydantic import Field, model_validator
 from raftune.config.base import Frozen
 
 
+# Of transformers' TrainingArguments: what shapes a fit and is neither a field below nor set by raftune.
+TRAINER_KWARGS = frozenset(
+    "adam_beta1 adam_beta2 adam_epsilon optim_args optim_target_modules lr_scheduler_kwargs neftune_noise_alpha fp16 tf32 "
+    "gradient_checkpointing_kwargs torch_empty_cache_steps dataloader_drop_last dataloader_num_workers "
+    "dataloader_prefetch_factor dataloader_persistent_workers".split()
+)
+
+
 class ReferenceConfig(Frozen):
     """A data set of good answers that is mixed into every round's rows against forgetting."""
 
@@ -30,12 +38,12 @@ class TuningConfig(Frozen):
     warmup_steps: int = Field(0, ge=0, description="Steps of rising rate at the start of each round.")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
-    optim: str = Field("adamw_torch", description="An optimizer of transformers' Trainer.")
-    optimizer_state: Literal["fresh", "carried"] = Field("fresh", description="Begin each round anew, or carry moments on.")
-    start_from: Literal["previous", "start"] = Field("previous", description="The model that a round's fit begins from.")
+    optim: str = Field("adamw_torch_fused", description="An optimizer of transformers' Trainer.")
+    optimizer_state: Literal["fresh", "carried"] = Field("fresh", description="Anew each round, or moments carried on.")
+    start_from: Literal["previous", "start"] = Field("previous", description="The model that each fit begins from.")
     loss_normalization: Literal["token", "sample", "prompt"] = Field(
         "token",
-        description="The mean is over tokens (long answers weigh more), samples, or prompts (each prompt weighs the same).",
+        description="The mean over tokens (long answers weigh more), samples, or prompts (each weighs the same).",
     )
     mask_truncated_completions: bool = Field(False, description="Leave out answers that were cut off before their end.")
     replay_rounds: int = Field(0, ge=0, description="How many earlier rounds' kept rows are trained on again.")
@@ -44,12 +52,23 @@ class TuningConfig(Frozen):
     bf16: bool = Field(False, description="bfloat16 arithmetic over float32 weights (CUDA).")
     gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
     trainer_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Anything else that transformers' TrainingArguments takes."
+        default_factory=dict, description="Of transformers' TrainingArguments what has no field here: adam_beta2, …"
     )
 
     @model_validator(mode="after")
-    def _trainer_kwargs_are_not_ours(self) -> TuningConfig:
-        ours = {"output_dir", "seed", "data_seed", "save_strategy", "report_to"} | set(type(self).model_fields)
-        if clash := sorted(ours & set(self.trainer_kwargs)):
-            raise ValueError(f"trainer_kwargs must not hold {clash[0]!r}: raftune sets it. Use the field of the configuration.")
+    def _trainer_kwargs_take_effect(self) -> TuningConfig:
+        if unknown := sorted(set(self.trainer_kwargs) - TRAINER_KWARGS):
+            raise ValueError(
+                f"trainer_kwargs may hold {', '.join(sorted(TRAINER_KWARGS))}; got {unknown[0]!r}. Use the field of the "
+                "configuration where there is one; what else Trainer takes has no effect on a round, so leave it out."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _carried_moments_belong_to_the_weights(self) -> TuningConfig:
+        if self.optimizer_state == "carried" and self.start_from == "start":
+            raise ValueError(
+                "optimizer_state must be fresh where start_from is 'start'; got 'carried'. The moments belong to "
+                "weights that each round throws away: set optimizer_state: fresh."
+            )
         return self
