@@ -8,13 +8,12 @@ from pydantic import Field, model_validator
 
 from raftune.config.base import Frozen
 
-
 # Of transformers' TrainingArguments: what shapes a fit and is neither a field below nor set by raftune.
-TRAINER_KWARGS = frozenset(
-    "adam_beta1 adam_beta2 adam_epsilon optim_args optim_target_modules lr_scheduler_kwargs neftune_noise_alpha fp16 tf32 "
-    "gradient_checkpointing_kwargs torch_empty_cache_steps dataloader_drop_last dataloader_num_workers "
-    "dataloader_prefetch_factor dataloader_persistent_workers".split()
-)
+TRAINER_KWARGS = {
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules", "lr_scheduler_kwargs"),
+    *("neftune_noise_alpha", "fp16", "tf32", "gradient_checkpointing_kwargs", "torch_empty_cache_steps"),
+    "dataloader_drop_last",
+}
 
 
 class ReferenceConfig(Frozen):
@@ -59,8 +58,8 @@ class TuningConfig(Frozen):
     def _trainer_kwargs_take_effect(self) -> TuningConfig:
         if unknown := sorted(set(self.trainer_kwargs) - TRAINER_KWARGS):
             raise ValueError(
-                f"trainer_kwargs may hold {', '.join(sorted(TRAINER_KWARGS))}; got {unknown[0]!r}. Use the field of the "
-                "configuration where there is one; what else Trainer takes has no effect on a round, so leave it out."
+                f"trainer_kwargs may hold {', '.join(sorted(TRAINER_KWARGS))}; got {unknown[0]!r}. Use the field of "
+                "the configuration where there is one; what else Trainer takes has no effect on a round, so leave it out."
             )
         return self
 
