@@ -1,0 +1,189 @@
+"""The keys and values of rows that were admitted together, and one-token attention over them.
+
+Rows of one cohort are always at the same step, so a write is one slice, and the rows of one prompt (a group) read one
+copy of the prompt's keys. Shapes: N rows, G groups, J rows of a group at most, C key/value heads, H = C*E query heads,
+P prompt columns, T own columns, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+_FIRST_WIDTH = 16  # own columns allocated at first; doubled when full, so short rows never pay for long ones
+
+
+@dataclass
+class Layer:
+    """One attention layer of a cohort: the prompts' keys and values (G, C, P, D), the rows' own (N, C, width, D)."""
+
+    prompt_keys: Tensor
+    prompt_values: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class Cohort:
+    """Rows 0..n-1 are alive, at step `step`: they have that many columns of their own.
+
+    `prompts` holds keys and values (G, C, P, D) for each layer, right-padded; `lengths` the prompts' lengths; `groups`
+    the group of each row. No row will have more than `most` tokens of its own.
+    """
+
+    def __init__(self, prompts: list[tuple[Tensor, Tensor]], lengths: Ints, groups: Ints, most: int) -> None:
+        self.rows = len(groups)
+        self.step = 0
+        self._most = most
+        self._width = min(_FIRST_WIDTH, most)
+        self._lengths = lengths
+        self._groups = groups
+        self._layers = [self._new_layer(keys, values) for keys, values in prompts]
+        self._place()
+
+    @property
+    def positions(self) -> Ints:
+        """The position of each row's next token."""
+        return self._lengths[self._groups] + self.step
+
+    def write(self, layer: int, keys_NC1D: Tensor, values_NC1D: Tensor) -> None:
+        """Stores the keys and values of the token that every row now reads."""
+        own = self._layers[layer]
+        own.keys[: self.rows, :, self.step] = keys_NC1D[:, :, 0]
+        own.values[: self.rows, :, self.step] = values_NC1D[:, :, 0]
+
+    def attend(self, layer: int, query_NH1D: Tensor, scaling: float) -> Tensor:
+        """Attention of one query for each row over its prompt and its own tokens, the new one included: (N, 1, H, D).
+
+        Two matmuls for the prompt (all queries of a group against one copy) and two for the rows' own columns, joined
+        before one softmax in float32. Everything about how attention is computed on a device is in this function.
+        """
+        own, rows, width = self._layers[layer], self.rows, self.step + 1
+        heads, columns = own.keys.shape[1], own.prompt_keys.shape[2]
+        repeat = query_NH1D.shape[1] // heads
+        query = (query_NH1D * scaling).reshape(rows * heads, repeat, -1)
+
+        grid = self._scatter(query, heads)
+        prompt_scores = torch.baddbmm(self._bias_for(heads, query), grid, own.prompt_keys.flatten(0, 1).transpose(1, 2))
+        prompt_scores = self._gather(prompt_scores, heads, repeat)
+        own_scores = torch.bmm(query, own.keys[:rows, :, :width].flatten(0, 1).transpose(1, 2))
+        weights = torch.cat([prompt_scores, own_scores], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
+
+        grid = self._scatter(weights[..., :columns], heads)
+        out = self._gather(torch.bmm(grid, own.prompt_values.flatten(0, 1)), heads, repeat)
+        out = torch.baddbmm(out, weights[..., columns:], own.values[:rows, :, :width].flatten(0, 1))
+        return out.reshape(rows, 1, heads * repeat, -1)
+
+    def advance(self) -> None:
+        """Closes a step: every layer has been written."""
+        self.step += 1
+        if self.step == self._width < self._most:
+            self._width = min(2 * self._width, self._most)
+            self._layers = [self._grown(layer) for layer in self._layers]
+
+    def keep(self, alive: Flags) -> Ints:
+        """Drops the rows that are not alive, and returns which old row each remaining one was.
+
+        Holes are filled with the last rows, so only as many rows move as have ended; prompts without rows likewise.
+        """
+        order = _closing_holes(alive)
+        for layer in self._layers:
+            for buffer in (layer.keys, layer.values):
+                _move(buffer, order, self.step)
+        self.rows, self._groups = len(order), self._groups[order]
+        self._drop_prompts()
+        self._place()
+        return order
+
+    def _drop_prompts(self) -> None:
+        used = np.zeros(len(self._lengths), dtype=bool)
+        used[self._groups] = True
+        if used.all():
+            return
+        order = _closing_holes(used)
+        for layer in self._layers:
+            _move(layer.prompt_keys, order, layer.prompt_keys.shape[2])
+            _move(layer.prompt_values, order, layer.prompt_values.shape[2])
+            layer.prompt_keys, layer.prompt_values = layer.prompt_keys[: len(order)], layer.prompt_values[: len(order)]
+        renamed = np.empty(len(used), dtype=np.int64)
+        renamed[order] = np.arange(len(order))
+        self._lengths, self._groups = self._lengths[order], renamed[self._groups]
+
+    def _place(self) -> None:
+        """Gives every row a place in the grid (G, J) of its group."""
+        by_group = np.argsort(self._groups, kind="stable")
+        counts = np.bincount(self._groups, minlength=len(self._lengths))
+        rank = np.empty(self.rows, dtype=np.int64)
+        rank[by_group] = np.arange(self.rows) - np.repeat(np.cumsum(counts) - counts, counts)
+        self._deep = int(counts.max(initial=1))
+        self._rank = rank
+        self._places: dict[tuple[int, torch.device], Tensor] = {}
+        self._biases: dict[tuple[int, torch.device], Tensor] = {}
+
+    def _places_for(self, heads: int, device: torch.device) -> Tensor:
+        """Where (row, head) lies in the flattened grid (G, heads, J)."""
+        found = self._places.get((heads, device))
+        if found is None:
+            places = (self._groups[:, None] * heads + np.arange(heads)) * self._deep + self._rank[:, None]
+            found = self._places[heads, device] = torch.from_numpy(places.reshape(-1)).to(device)
+        return found
+
+    def _bias_for(self, heads: int, like: Tensor) -> Tensor:
+        """0 on the prompts' tokens and -inf on their padding, of shape (G*heads, 1, P)."""
+        found = self._biases.get((heads, like.device))
+        if found is None:
+            padding = np.arange(self._layers[0].prompt_keys.shape[2]) >= self._lengths[:, None]
+            padded = torch.from_numpy(np.repeat(padding, heads, axis=0)[:, None]).to(like.device)
+            found = torch.zeros(padded.shape, dtype=like.dtype, device=like.device).masked_fill_(padded, -torch.inf)
+            self._biases[heads, like.device] = found
+        return found
+
+    def _scatter(self, rows_NCEX: Tensor, heads: int) -> Tensor:
+        """(N*C, E, X) laid into the grid: (G*C, J*E, X), zero where no row is."""
+        _, repeat, size = rows_NCEX.shape
+        grid = rows_NCEX.new_zeros(len(self._lengths) * heads * self._deep, repeat * size)
+        grid.index_copy_(0, self._places_for(heads, grid.device), rows_NCEX.reshape(-1, repeat * size))
+        return grid.view(-1, self._deep * repeat, size)
+
+    def _gather(self, grid: Tensor, heads: int, repeat: int) -> Tensor:
+        """The inverse of `_scatter`: (G*C, J*E, X) becomes (N*C, E, X)."""
+        size = grid.shape[-1]
+        places = self._places_for(heads, grid.device)
+        return grid.view(-1, repeat * size).index_select(0, places).view(-1, repeat, size)
+
+    def _new_layer(self, keys: Tensor, values: Tensor) -> Layer:
+        padding = torch.from_numpy(np.arange(keys.shape[2]) >= self._lengths[:, None]).to(keys.device)
+        # A weight of zero times an overflown value would be NaN: padding holds zeros.
+        values = values.masked_fill(padding[:, None, :, None], 0)
+        return Layer(keys.contiguous(), values, self._empty(keys), self._empty(values))
+
+    def _empty(self, like: Tensor) -> Tensor:
+        return like.new_empty(self.rows, like.shape[1], self._width, like.shape[3])
+
+    def _grown(self, layer: Layer) -> Layer:
+        keys, values = self._empty(layer.keys), self._empty(layer.values)
+        keys[:, :, : self.step] = layer.keys[: self.rows, :, : self.step]
+        values[:, :, : self.step] = layer.values[: self.rows, :, : self.step]
+        return Layer(layer.prompt_keys.clone(), layer.prompt_values.clone(), keys, values)
+
+
+def _closing_holes(alive: Flags) -> Ints:
+    """Old indices in their new order: the survivors beyond the new end take the places of the dead before it."""
+    order = np.arange(int(alive.sum()))
+    holes = np.flatnonzero(~alive[: len(order)])
+    order[holes] = len(order) + np.flatnonzero(alive[len(order) :])
+    return order
+
+
+def _move(buffer: Tensor, order: Ints, columns: int) -> None:
+    """Row i of the buffer (rows, C, columns, D) becomes what row order[i] was; only rows that change are copied."""
+    to = np.flatnonzero(order != np.arange(len(order)))
+    if len(to):
+        target, source = torch.from_numpy(to).to(buffer.device), torch.from_numpy(order[to]).to(buffer.device)
+        buffer[target, :, :columns] = buffer[source, :, :columns]

@@ -1,0 +1,72 @@
+"""Completions for token prompts: one function, behind which stand the forked cache and `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from raftune.errors import OutOfMemory
+from raftune.policies.causal_lm.answers import Answers
+from raftune.policies.causal_lm.forked import draw_forked
+from raftune.policies.causal_lm.generated import draw_by_generate_alone, draw_generated
+from raftune.policies.causal_lm.models import context_of, is_recurrent
+from raftune.policies.causal_lm.paths import asked_of_generate, draw_path
+from raftune.policies.causal_lm.settings import Drawn, DrawPath, DrawSettings
+from raftune.policies.memory import is_out_of_memory
+
+__all__ = ["DrawPath", "DrawSettings", "Drawn", "draw", "draw_path", "names_out_of_memory"]
+
+
+def draw(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    settings: DrawSettings,
+    path: DrawPath | None = None,
+) -> list[list[Drawn]]:
+    """One completion for each seed: result[i][k] continues prompts[i] with the noise of seeds[i][k].
+
+    A completion depends on the model, its prompt, its seed and the settings, and (up to the rounding of floating-point
+    batches) on nothing else; only with `generation_kwargs` of generate's own does it depend on its batch. `path` is
+    what `draw_path` said; without it, it is asked. `tokenizer` is used for stop strings alone. The model is left as it
+    was.
+
+    Raises DataError for an empty prompt or one that fills the context, OutOfMemory (with the batch size) where the
+    device's memory did not suffice, ModelError where logits are not numbers, ConfigError for `generation_kwargs` that
+    `generate` refuses.
+    """
+    answers = Answers(tokenizer, prompts, seeds, settings, context_of(model))
+    if not answers.rows:
+        return answers.drawn()
+    with names_out_of_memory(settings.batch_size):
+        if path is None:
+            path, _ = draw_path(model, settings, max(map(len, prompts)))
+        if path == "forked":
+            draw_forked(model, answers)
+        elif asked_of_generate(settings):
+            draw_by_generate_alone(model, answers, is_recurrent(model))
+        else:
+            draw_generated(model, answers, is_recurrent(model))
+    return answers.drawn()
+
+
+@contextmanager
+def names_out_of_memory(batch_size: int) -> Iterator[None]:
+    """A device's complaint about memory becomes OutOfMemory; what had been allocated is let go."""
+    try:
+        yield
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+    # Raised outside the handler: a chained traceback would keep the frames, and with them the tensors, alive.
+    raise OutOfMemory(
+        f"sampling.batch_size must leave room in the device's memory; got {batch_size} rows ({said}). "
+        "Set a smaller sampling.batch_size or max_completion_length.",
+        batch_size,
+    )
