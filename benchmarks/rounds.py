@@ -1,4 +1,4 @@
-"""Seconds per round, and seconds to a given reward, of raftune and of TRL's GRPOTrainer: same model, prompts, K, reward.
+"""Seconds per round and seconds to a given reward: raftune and TRL's GRPOTrainer, same model, prompts, K, reward.
 
     python benchmarks/rounds.py                     the whole comparison (about half an hour on two cores)
     python benchmarks/rounds.py --seeds 1 --rates 1e-3
@@ -12,6 +12,8 @@ policy, in order, average at least that much. Importing and loading are not time
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import resource
@@ -57,7 +59,7 @@ class Diary:
         return bool(steps) and steps[-1][1] >= self.stop_at
 
 
-class Reached(Exception):
+class ReachedError(Exception):
     """The last mark was reached: nothing more to measure."""
 
 
@@ -75,7 +77,8 @@ def grpo(rate: float, seed: int, steps: int, diary: Diary, folder: str) -> None:
 
     torch.set_num_threads(os.cpu_count() or 1)
     config = GRPOConfig(
-        output_dir=folder, learning_rate=rate, seed=seed, max_steps=steps, num_generations=K, max_completion_length=LIMIT,
+        output_dir=folder, learning_rate=rate, seed=seed, max_steps=steps, num_generations=K,
+        max_completion_length=LIMIT,
         per_device_train_batch_size=64, gradient_accumulation_steps=PROMPTS * K // 64, lr_scheduler_type="constant",
         temperature=1.0, top_k=0, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
         logging_steps=1, disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
@@ -101,13 +104,11 @@ def raft(rate: float, seed: int, steps: int, diary: Diary, folder: str) -> None:
 
     def observe(kind: str, facts: dict[str, Any]) -> None:
         if kind == "stage_end" and facts["stage"] == "score" and diary.done:
-            raise Reached
+            raise ReachedError
 
     diary.began = time.perf_counter()
-    try:
+    with contextlib.suppress(ReachedError):
         run(raft_config(rate, seed, steps, folder), Objects(rewards=[diary]), observe=observe)
-    except Reached:
-        pass
 
 
 def raft_config(rate: float, seed: int, steps: int, folder: str) -> dict[str, Any]:
@@ -170,21 +171,28 @@ def compare(args: argparse.Namespace) -> None:
 
 def line(run: dict[str, Any], marks: list[float]) -> str:
     times = " ".join(f"{m:g}: {t:.1f} s" if (t := seconds_to(run["steps"], m)) else f"{m:g}: —" for m in marks)
-    return f"{run['method']} rate {run['rate']:g} seed {run['seed']}: {len(run['steps'])} steps, {times}, {run['peak_mib']} MiB"
+    who = f"{run['method']} rate {run['rate']:g} seed {run['seed']}"
+    return f"{who}: {len(run['steps'])} steps, {times}, {run['peak_mib']} MiB"
 
 
 def table(runs: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    """Medians over seeds at each method's own best rate: the one that reaches the highest mark soonest, and most often."""
-    rows = ["| method | rate | s/step | " + " | ".join(f"s to {m:g}" for m in args.marks) + " | samples to the last | peak MiB |"]
+    """Medians over seeds at each method's own best rate: the one that reaches the highest mark most often, and soonest."""
+    rows = [
+        "| method | rate | s/step | "
+        + " | ".join(f"s to {m:g}" for m in args.marks)
+        + " | samples to the last | peak MiB |"
+    ]
     rows.append("|---" * (len(args.marks) + 5) + "|")
     best = {}
     for method in METHODS:
         by_rate = {rate: [r for r in runs if r["method"] == method and r["rate"] == rate] for rate in args.rates}
-        rate = min(by_rate, key=lambda r: (cost(by_rate[r], args.marks[-1])))
+        rate = min(by_rate, key=lambda r: cost(by_rate[r], args.marks[-1]))
         best[method] = by_rate[rate]
         rows.append(f"| {method} | {rate:g} | {summary(by_rate[rate], args.marks)} |")
     for mark in args.marks:
-        pairs = [(seconds_to(g["steps"], mark), seconds_to(r["steps"], mark)) for g, r in zip(*best.values(), strict=True)]
+        pairs = [
+            (seconds_to(g["steps"], mark), seconds_to(r["steps"], mark)) for g, r in zip(*best.values(), strict=True)
+        ]
         ratios = [f"{g / r:.1f}" if g and r else "—" for g, r in pairs]
         rows.append(f"\nTo {mark:g}, GRPO takes so many times as long, by seed: {', '.join(ratios)}")
     return "\n".join(rows)
@@ -201,7 +209,9 @@ def summary(runs: list[dict[str, Any]], marks: list[float]) -> str:
     cells = [f"{statistics.median(per_step):.2f}" if per_step else "—"]
     for mark in marks:
         times = [t for r in runs if (t := seconds_to(r["steps"], mark)) is not None]
-        cells.append(f"{statistics.median(times):.1f} ({len(times)}/{len(runs)})" if times else f"never (0/{len(runs)})")
+        cells.append(
+            f"{statistics.median(times):.1f} ({len(times)}/{len(runs)})" if times else f"never (0/{len(runs)})"
+        )
     counts = [i for r in runs for i, (_, mean) in enumerate(r["steps"], 1) if mean >= marks[-1]][:1]
     cells.append(str(counts[0] * PROMPTS * K) if counts else "—")
     cells.append(str(statistics.median(r["peak_mib"] for r in runs)))
@@ -239,11 +249,14 @@ def overhead(rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run(raft_config(1e-3, 0, rounds, folder), Objects(rewards=[Diary(float("inf"))]), observe=observe)
     rows = []
-    for (t0, a), (t1, b) in zip(marks[1:], marks[2:], strict=False):  # the first round warms up
+    for (t0, a), (t1, b) in itertools.pairwise(marks[1:]):  # the first round warms up
         inside = {name: b[name] - a[name] for name in spent}
         rows.append({"wall": t1 - t0, **inside, "rest": t1 - t0 - sum(inside.values())})
     middle = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    return {**{name: round(value, 4) for name, value in middle.items()}, "overhead": round(middle["rest"] / middle["wall"], 4)}
+    return {
+        **{name: round(value, 4) for name, value in middle.items()},
+        "overhead": round(middle["rest"] / middle["wall"], 4),
+    }
 
 
 def main() -> None:
@@ -253,7 +266,9 @@ def main() -> None:
     parser.add_argument("--marks", type=float, nargs="+", default=[1.5, 2.5, 3.0])
     parser.add_argument("--steps", type=int, default=40, help="steps (GRPO) or rounds (RAFT) at most")
     parser.add_argument("--json", help="a file for every run's numbers")
-    parser.add_argument("--overhead", type=int, nargs="?", const=8, help="measure the loop's own share over so many rounds")
+    parser.add_argument(
+        "--overhead", type=int, nargs="?", const=8, help="measure the loop's own share over so many rounds"
+    )
     parser.add_argument("--one", choices=sorted(METHODS), help=argparse.SUPPRESS)
     parser.add_argument("--rate", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)

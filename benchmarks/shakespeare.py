@@ -4,8 +4,8 @@
     python benchmarks/shakespeare.py tinyshakespeare.txt
 
 Trains a BPE tokenizer and a Llama-architecture model on the first nine tenths of the text, then aligns it with VADER's
-compound sentiment (-1 … 1) of what it says, on opening lines of speeches. Judged on opening lines of the last tenth, which
-neither saw: the start model, best-of-8 of the start model, the aligned model, and the control that keeps one of 8 at
+compound sentiment (-1 … 1) of what it says, on opening lines of speeches. Judged on opening lines of the last tenth,
+which neither saw: the start model, best-of-8 of the start model, the aligned model, and the control that keeps one of 8 at
 random in place of the best. Means with 95 % bootstrap intervals over prompts; three seeds.
 """
 
@@ -57,7 +57,10 @@ def train_tokenizer(text: str, folder: Path) -> Any:
     special = ["<pad>", "</s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     inner.train_from_iterator(
-        [text], trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        [text],
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
     tokenizer.save_pretrained(folder)
@@ -137,7 +140,9 @@ def words(interval: dict[str, float]) -> str:
 
 
 def report(roots: list[tuple[int, Path, Path]], rounds: int) -> str:
-    rows = ["| seed | start | best of 8 of the start | random control | aligned | KL, nats | distinct-2 start → aligned |"]
+    rows = [
+        "| seed | start | best of 8 of the start | random control | aligned | KL, nats | distinct-2 start → aligned |"
+    ]
     rows.append("|---" * 7 + "|")
     for seed, aligned, control in roots:
         best = json.loads((aligned / "best.json").read_text())["round"]
@@ -170,7 +175,9 @@ def main() -> None:
     roots = []
     for seed in range(args.seeds):
         began = time.perf_counter()
-        roots.append((seed, align(args.out, "best", seed, "best_of_k", args), align(args.out, "random", seed, "random", args)))
+        roots.append(
+            (seed, align(args.out, "best", seed, "best_of_k", args), align(args.out, "random", seed, "random", args))
+        )
         print(f"seed {seed}: {time.perf_counter() - began:.0f} s for both runs", file=sys.stderr, flush=True)
     print(report(roots, args.rounds))
 

@@ -47,6 +47,11 @@ class StopConfig(Frozen):
         None, ge=1, description="Stop when the held-out reward set no new best for so many rounds."
     )
     min_gain: float = Field(0.0, ge=0, description="What counts as a new best: a gain above this, in reward units.")
+    max_falls: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after so many rounds in a row in which the held-out reward fell and the trained one rose.",
+    )
     max_kl: float | None = Field(None, gt=0, description="Stop when the KL to the start exceeds this, nats per answer.")
 
 
@@ -80,7 +85,13 @@ class RunConfig(Frozen):
     def _stop_rules_can_be_judged(self) -> RunConfig:
         if self.stop.patience is not None and self.evaluation.num_prompts == 0:
             raise ValueError(
-                "stop.patience needs evaluations; got evaluation.num_prompts = 0. Set it above 0, or leave out stop.patience."
+                "stop.patience needs evaluations; got evaluation.num_prompts = 0. "
+                "Set it above 0, or leave out stop.patience."
+            )
+        if self.stop.max_falls is not None and not (self.evaluation.reward_funcs and self.evaluation.num_prompts):
+            raise ValueError(
+                "stop.max_falls needs a held-out reward; got no evaluation.reward_funcs or no evaluation.num_prompts. "
+                "Name a reward that the policy is not trained on, or leave out stop.max_falls."
             )
         if self.stop.max_kl is not None and not (self.evaluation.kl and self.evaluation.num_prompts):
             raise ValueError(

@@ -19,7 +19,8 @@ def value_of(metrics: Metrics, best_by: str) -> float | None:
             return None if found is None else float(found["mean"])
     names = [n.removesuffix("/mean").split("rewards/")[-1] for n in metrics if n.endswith("/mean") and "rewards/" in n]
     raise ConfigError(
-        f"evaluation.best_by must name 'reward' or one of the rewards ({', '.join(names)}); got {best_by!r}. Choose one."
+        f"evaluation.best_by must name 'reward' or one of the rewards ({', '.join(names)}); "
+        f"got {best_by!r}. Choose one."
     )
 
 
@@ -41,9 +42,26 @@ def reason_to_stop(history: Sequence[Metrics], stop: StopConfig, best_by: str) -
     kl = last.get("kl")
     if stop.max_kl is not None and kl is not None and kl["mean"] > stop.max_kl:
         return f"the KL to the start is {kl['mean']:.2f} nats, above stop.max_kl = {stop.max_kl:g}"
+    if stop.max_falls is not None and (falls := rounds_of_parting(history)) >= stop.max_falls:
+        parting = "the held-out reward fell while the trained one rose"
+        return f"{parting} for {falls} rounds (stop.max_falls = {stop.max_falls})"
     if stop.patience is not None and (idle := rounds_without_gain(history, stop.min_gain, best_by)) >= stop.patience:
         return f"no gain above {stop.min_gain:g} for {idle} rounds (stop.patience = {stop.patience})"
     return None
+
+
+def rounds_of_parting(history: Sequence[Metrics]) -> int:
+    """How many of the latest rounds, without a break, lowered the held-out reward while they raised the trained one."""
+    count = 0
+    for before, after in zip(history[-2::-1], history[:0:-1], strict=True):
+        values = [m.get(name) for m in (before, after) for name in ("reward", "held_out")]
+        if any(value is None for value in values):
+            break
+        trained, held_out, trained_after, held_out_after = (value["mean"] for value in values)
+        if not (trained_after > trained and held_out_after < held_out):
+            break
+        count += 1
+    return count
 
 
 def rounds_without_gain(history: Sequence[Metrics], min_gain: float, best_by: str) -> int:

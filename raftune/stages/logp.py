@@ -40,7 +40,8 @@ class LogProbs:
         samples = pa.concat_tables(read_shards([inputs[name] for name in self.shards], index))
         prompts = {prompt.id: prompt for prompt in read_unit(inputs[self.plan], index).prompts}
         asked = [prompts[name] for name in samples.column("prompt_id").to_pylist()]
-        values = policy.log_probs(asked, samples, read_plan(inputs[self.plan])["batch_size"])
+        planned = read_plan(inputs[self.plan])["batch_size"]
+        values = policy.log_probs(asked, samples, int(metadata.get("batch_size", planned)))
         table = samples.select(["sample_id"]).append_column("log_prob", pa.array(values, pa.float64()))
         write_table(table, out, metadata)
         return ()
