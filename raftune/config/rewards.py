@@ -26,9 +26,7 @@ class RewardSpec(Frozen):
     options: dict[str, Any] = Field(
         default_factory=dict, description="A built-in's settings; further keyword arguments of a function."
     )
-    timeout: float | None = Field(
-        None, gt=0, le=1e7, description="Seconds a call may take; None: rewards.timeout."
-    )
+    timeout: float | None = Field(None, gt=0, le=1e7, description="Seconds a call may take; None: rewards.timeout.")
 
     @model_validator(mode="before")
     @classmethod
@@ -60,7 +58,7 @@ class RewardsConfig(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _one_stands_for_a_list(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("reward_funcs"), str):
+        if isinstance(value, dict) and isinstance(value.get("reward_funcs"), str | dict | RewardSpec):
             return {**value, "reward_funcs": (value["reward_funcs"],)}
         return value
 

@@ -109,12 +109,13 @@ def check_reward(
     batch = example_batch() if batch is None else batch
     loaded = load_reward(reward, timeout=timeout, tokenizer=tokenizer, device=device)
     limit = (reward.timeout if isinstance(reward, RewardSpec) else None) or timeout
-    loop = Loop() if getattr(loaded, "is_async", False) else None
+    loop = Loop()
     seat = place(loaded, loop)
     try:
         return _report(loaded, seat, batch, limit)
     finally:
         seat.close()
+        loop.close()
 
 
 def example_batch() -> Batch:

@@ -11,7 +11,7 @@ import inspect
 import json
 from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 SIMPLE = (str, bytes, int, float, bool, type(None))
@@ -44,12 +44,12 @@ def of_callable(function: Any) -> str:
     return digest(describe(function))
 
 
-def of_module_function(function: Any) -> str:
-    """The hash of the source file that defines the function; of the object where there is no such file."""
+def of_module_function(function: Any, module: ModuleType) -> str:
+    """The hash of the source file that defines the function, else of its module's; of the object where neither is."""
     try:
-        source = inspect.getsourcefile(inspect.unwrap(function) if callable(function) else function)
+        source = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:
-        source = inspect.getsourcefile(type(function)) if hasattr(type(function), "__module__") else None
+        source = getattr(module, "__file__", None)
     return of_file(Path(source)) if source and Path(source).is_file() else of_callable(function)
 
 
@@ -73,17 +73,22 @@ def describe(value: Any, seen: frozenset[int] = frozenset()) -> Any:
 
 def _describe_code(value: Any, seen: frozenset[int]) -> Any:
     if inspect.ismethod(value):
-        return ["method", describe(value.__func__, seen), describe(value.__self__, seen)]
+        return ["method", describe(value.__func__, seen), _describe_object(value.__self__, seen)]
     if isinstance(value, FunctionType):
         cells = [describe(_contents(cell), seen) for cell in value.__closure__ or ()]
         defaults = [describe(value.__defaults__, seen), describe(value.__kwdefaults__, seen)]
         return ["function", _source(value), cells, defaults, _named_globals(value, seen)]
     if inspect.isclass(value):
         return ["class", value.__qualname__, _source(value)]
-    if hasattr(value, "__dict__") and type(value).__module__ != "builtins" and not inspect.ismodule(value):
-        state = vars(value) if not hasattr(value, "state_dict") else {}
-        return ["object", describe(type(value), seen), describe(dict(sorted(state.items())), seen)]
+    if len(seen) == 1:
+        return _describe_object(value, seen)
     return ["other", type(value).__qualname__, getattr(value, "__qualname__", "")]
+
+
+def _describe_object(value: Any, seen: frozenset[int]) -> Any:
+    """Its class and its plain attributes; of what else it holds (a client, a lock) only the type."""
+    state = dict(sorted(getattr(value, "__dict__", {}).items()))
+    return ["object", type(value).__qualname__, _source(type(value)), describe(state, seen)]
 
 
 def _contents(cell: Any) -> Any:
@@ -102,7 +107,7 @@ def _source(value: Any) -> Any:
 
 
 def _code(code: CodeType) -> list[Any]:
-    constants = [_code(const) if isinstance(const, CodeType) else repr(const) for const in code.co_consts]
+    constants = [_code(const) if isinstance(const, CodeType) else describe(const) for const in code.co_consts]
     return [code.co_code.hex(), constants, list(code.co_names), list(code.co_varnames)]
 
 

@@ -42,17 +42,15 @@ class FunctionReward:
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
         given = {**columns, "prompts": prompts, "completions": completions, **self.options}
+        self._need(given)
         if self.accepts is not None:
             given = {name: value for name, value in given.items() if name in self.accepts or name in self.options}
-        self._need(given)
         return self.function(**given)
 
     def _need(self, given: Mapping[str, Any]) -> None:
         if missing := [name for name in required(self.function) if name not in given]:
             have = ", ".join(sorted(given))
-            raise ConfigError(
-                f"reward {self.name!r} needs {missing[0]!r}, which is no column of the data; there are: {have}"
-            )
+            raise ConfigError(f"reward {self.name!r} needs {missing[0]!r}, which is not passed; there are: {have}")
 
 
 def name_of(function: Any) -> str:

@@ -98,6 +98,7 @@ class HostedReward:
     def _revive(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
+        self._kill()
         facts = self._launch()
         if facts["fingerprint"] != self.fingerprint:
             self._kill()
@@ -142,11 +143,9 @@ class HostedReward:
         process, self._process = self._process, None
         if process is None:
             return
-        with contextlib.suppress(OSError):
-            if hasattr(os, "killpg"):
-                os.killpg(process.pid, signal.SIGKILL)
-            else:
-                process.kill()
+        if process.poll() is None:  # otherwise its id may be another process's by now
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
         process.wait()
         for pipe in _pipes(process):
             with contextlib.suppress(OSError):

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from raftune.config.rewards import RewardsConfig, RewardSpec, derived_name, unique_names
+from raftune.config.rewards import RewardsConfig, RewardSpec, unique_names
 from raftune.errors import ConfigError, RewardError
 from raftune.protocols import Reward
 from raftune.rewards import fingerprint
@@ -103,7 +103,7 @@ def resolve(spec: RewardSpec, device: str = "auto") -> Reward:
     """The reward of a spec, in this process."""
     if spec.spec in BUILT_IN:
         reward: Reward = _with_options(BUILT_IN[spec.spec], spec.spec, spec.options)
-        reward.name = spec.name or spec.derived_name
+        reward.name = spec.derived_name
         return reward
     if _is_function(spec.spec):
         return _from_function(spec)
@@ -120,7 +120,8 @@ def _is_function(spec: str) -> bool:
     parts = spec.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts) or Path(spec).exists():
         return False
-    return importlib.util.find_spec(parts[0]) is not None
+    here = Path(parts[0]).is_dir() or Path(f"{parts[0]}.py").is_file()  # a reward's own process looks here as well
+    return here or importlib.util.find_spec(parts[0]) is not None
 
 
 def _from_object(reward: Any, name: str | None, tokenizer: Any, device: str) -> Reward:
@@ -134,13 +135,13 @@ def _from_object(reward: Any, name: str | None, tokenizer: Any, device: str) -> 
 
 
 def _from_model(spec: RewardSpec, device: str) -> Reward:
-    from raftune.rewards.classifier import ClassifierOptions
-
     options = dict(spec.options) if spec.spec == "classifier" else {"model": spec.spec, **spec.options}
     if spec.spec != "classifier" and not Path(spec.spec).expanduser().is_dir():
         _refuse_slip(spec.spec)
+    from raftune.rewards.classifier import ClassifierOptions
+
     given = _with_options(ClassifierOptions, spec.spec, options)
-    return _classifier(given, name=spec.name or derived_name(given.model), device=device)
+    return _classifier(given, name=spec.derived_name, device=device)
 
 
 def _classifier(options: Any, **given: Any) -> Reward:
@@ -197,15 +198,15 @@ def _from_function(spec: RewardSpec) -> Reward:
         if not callable(made):
             raise ConfigError(f"reward_funcs: {spec.spec!r} gives a {type(made).__name__}, which is not callable")
         code = fingerprint.digest(
-            code or fingerprint.of_module_function(found), attribute, fingerprint.describe(spec.options)
+            code or fingerprint.of_module_function(found, module), attribute, fingerprint.describe(spec.options)
         )
-        return FunctionReward(made, spec.name or derived_name(spec.spec), code=code)
+        return FunctionReward(made, spec.derived_name, code=code)
     if not callable(found):
         raise ConfigError(
             f"reward_funcs: {spec.spec!r} is {type(found).__name__} {found!r}, not a function{_there_are(module)}"
         )
-    code = fingerprint.digest(code or fingerprint.of_module_function(found), attribute)
-    return FunctionReward(found, spec.name or derived_name(spec.spec), spec.options, code)
+    code = fingerprint.digest(code or fingerprint.of_module_function(found, module), attribute)
+    return FunctionReward(found, spec.derived_name, spec.options, code)
 
 
 def _from_file(left: str, spec: str) -> tuple[ModuleType, str]:

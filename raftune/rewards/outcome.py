@@ -8,12 +8,14 @@ import numbers
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from raftune.records import Part, Status
 from raftune.rewards.batch import Batch, Log, keywords
 
 LONGEST_DETAIL = 300
+REAL = (numbers.Real, Decimal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +108,12 @@ def _part(value: Any) -> Part:
 
 def _number(value: Any) -> float | None:
     """Booleans count as 0 and 1; numpy and torch scalars, and tensors of one element, as their number."""
-    if not isinstance(value, numbers.Real) and hasattr(value, "item") and getattr(value, "size", None) != 0:
+    if not isinstance(value, REAL) and hasattr(value, "item") and getattr(value, "size", None) != 0:
         try:
             value = value.item()
         except (ValueError, RuntimeError, TypeError):
             return None
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, REAL):
         return None
     try:
         return float(value)

@@ -56,7 +56,7 @@ class Panel:
         self._check(len(rewards))
         self._timeouts = dict(zip(self.names, seconds, strict=True))
         self._batch_size, self._retries = batch_size, retries
-        self._loop = Loop() if any(getattr(reward, "is_async", False) for reward in rewards) else None
+        self._loop = Loop()
         self._places = {name: place(reward, self._loop) for name, reward in zip(self.names, rewards, strict=True)}
         self.media = (
             frozenset.intersection(*(frozenset(reward.media) for reward in rewards)) if rewards else frozenset()
@@ -94,6 +94,7 @@ class Panel:
         """Ends the processes and threads of the rewards."""
         for seat in self._places.values():
             seat.close()
+        self._loop.close()
 
     def __enter__(self) -> Panel:
         return self
@@ -149,7 +150,7 @@ class Panel:
         values = [weight * value for weight, value in told if value is not None]
         if not values:
             return Score(None, Status.NOT_APPLICABLE, parts)
-        total = math.fsum(values)
+        total = sum(values)
         return Score(total, Status.OK, parts) if math.isfinite(total) else Score(None, Status.INVALID, parts)
 
 
@@ -174,4 +175,4 @@ def gather_extras(calls: Sequence[Mapping[str, Outcome]], sizes: Sequence[int]) 
         for outcome in call.values():
             for name, numbers in outcome.log.metrics.items():
                 metrics.setdefault(name, []).extend(numbers)
-    return Extras({name: math.fsum(numbers) / len(numbers) for name, numbers in metrics.items() if numbers}, columns)
+    return Extras({name: sum(numbers) / len(numbers) for name, numbers in metrics.items() if numbers}, columns)

@@ -31,7 +31,10 @@ class Place(Protocol):
 
 
 class OnThread:
-    """A callable in this process. Python cannot end a thread: a hung call is left behind and goes on."""
+    """A callable in this process. Python cannot end a thread: a hung call is left behind and goes on.
+
+    Time limits that a reward sets itself by signals work on the main thread only, hence not here.
+    """
 
     place = "thread"
 
@@ -73,14 +76,13 @@ class OnLoop:
         return "an async reward blocked the loop that they share (it must await, not sleep); the loop was left behind"
 
     def close(self) -> None:
-        self._loop.close()
+        """Leaves the loop to whoever made it."""
 
 
-def place(reward: Reward, loop: Loop | None) -> Place:
+def place(reward: Reward, loop: Loop) -> Place:
     """Where this reward runs; `loop` serves those that are async."""
     if isinstance(reward, HostedReward):
         return reward
     if getattr(reward, "is_async", False):
-        assert loop is not None
         return OnLoop(reward, loop)
     return OnThread(reward)

@@ -49,30 +49,36 @@ def _work(jobs: SimpleQueue[Job | None]) -> None:
 
 
 class Loop:
-    """An event loop on a daemon thread: a notebook's own loop is running already and cannot be used."""
+    """An event loop on a daemon thread, begun when first needed: a notebook's own loop is running already."""
 
     def __init__(self) -> None:
-        self._loop = self._begin()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        self._loop = self._loop or _begin_loop()
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def recover(self, patience: float = 1.0) -> bool:
-        """True if the loop still turns; otherwise it is left behind, and a new one takes its place."""
+        """True if the loop still turns; otherwise it is left behind, and the next call begins a new one."""
+        if self._loop is None:
+            return True
         turning = threading.Event()
         self._loop.call_soon_threadsafe(turning.set)
         if turning.wait(patience):
             return True
-        self._loop = self._begin()
+        self._loop = None
         return False
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
 
-    def _begin(self) -> asyncio.AbstractEventLoop:
-        loop = asyncio.new_event_loop()
-        threading.Thread(target=_turn, args=(loop,), name="raftune async rewards", daemon=True).start()
-        return loop
+
+def _begin_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=_turn, args=(loop,), name="raftune async rewards", daemon=True).start()
+    return loop
 
 
 def _turn(loop: asyncio.AbstractEventLoop) -> None:
