@@ -29,6 +29,7 @@ from raftune.starters.text.reward_training import (
 )
 from raftune.starters.text.training import Descent, encode, llama_config, pad_right, save, say, train_tokenizer
 
+TYPICAL_LENGTH: Final = 20  # tokens in a reply
 KNOWING: Final = ("good", "half_polite", "advice", "rude_advice")
 
 
@@ -36,7 +37,7 @@ class PolicyRecipe(NamedTuple):
     """Every number that shapes the policy."""
 
     steps: int = 1500
-    knowledge_steps: int = 900  # the first of them, on replies that hold right advice only
+    knowledge_steps: int = 800  # the first of them, on replies that hold right advice only
     rate: float = 4e-3
     dialogues_a_step: int = 64
 
@@ -87,7 +88,9 @@ def train_policy(tokenizer: PreTrainedTokenizerFast, recipe: PolicyRecipe, seed:
     for rows in islice(chain(islice(lessons, recipe.knowledge_steps), everything), recipe.steps):
         ids_BT = pad_right([row.ids for row in rows], tokenizer.pad_token_id)
         labels_BT = pad_right([[-100] * row.prompt_length + row.ids[row.prompt_length :] for row in rows], -100)
-        descent.advance(policy(input_ids=ids_BT, labels=labels_BT).loss)
+        # One divisor for all batches: by its own count of tokens, a batch of short replies would weigh ten times more.
+        tokens = len(rows) * TYPICAL_LENGTH
+        descent.advance(policy(input_ids=ids_BT, labels=labels_BT, num_items_in_batch=tokens).loss)
     return policy.eval()
 
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from raftune.starters.text import corpus
 from raftune.starters.text.judge import judge
-from raftune.starters.text.training import Descent, encode, llama_config, pad_right, sample, say
+from raftune.starters.text.training import Descent, encode, pad_right, sample, say
 
 Floats = npt.NDArray[np.floating]
 
@@ -19,9 +19,9 @@ Floats = npt.NDArray[np.floating]
 class RewardRecipe(NamedTuple):
     """Every number that shapes the reward model."""
 
-    steps: int = 1500
-    rate: float = 2e-3
-    prompts_a_step: int = 24
+    steps: int = 600
+    rate: float = 1e-3
+    prompts_a_step: int = 16
     replies: int = 6  # to each of them, ranked
     sampled_prompts: int = 900  # prompts whose replies are the policy's own
     sharpness: float = 4.0  # P(reply i is labelled better than j) = sigmoid(sharpness * (judge_i - judge_j))
@@ -37,11 +37,9 @@ class Ranked(NamedTuple):
 def train_reward(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: RewardRecipe, seed: int
 ) -> LlamaForSequenceClassification:
-    """A Llama with one score, trained by Bradley-Terry on noisily labelled pairs of replies to the same prompt."""
-    config = llama_config(tokenizer, hidden_size=128, num_hidden_layers=3, intermediate_size=352, num_labels=1)
-    reward = LlamaForSequenceClassification(config)
-    with torch.no_grad():  # words, at least, need not be learned anew
-        reward.model.embed_tokens.weight.copy_(policy.model.embed_tokens.weight)
+    """The policy's body with one score for a head, trained on noisily labelled pairs of replies to the same prompt."""
+    reward = LlamaForSequenceClassification(LlamaConfig(**{**policy.config.to_dict(), "num_labels": 1}))
+    reward.model.load_state_dict(policy.model.state_dict())
     own = policy_groups(policy, tokenizer, corpus.prompts("train", recipe.sampled_prompts, seed), recipe.replies, seed)
     say(f"reward: {reward.num_parameters():,} parameters, {recipe.steps} steps")
     descent = Descent("reward", reward, recipe.rate, recipe.steps)

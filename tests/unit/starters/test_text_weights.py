@@ -98,8 +98,8 @@ def test_the_reward_model_ranks_a_good_reply_over_a_bad_one_on_heldout_prompts(k
 
 def test_the_manifest_states_the_measured_accuracies_and_the_sizes_on_disk() -> None:
     manifest = json.loads((text.policy_path().parent / "manifest.json").read_text())
-    measured = manifest["measured"]
+    measured = manifest["measured_on_heldout_prompts"]
     assert measured["reward_accuracy_on_policy_pairs"] >= 0.85
     assert measured["reward_correlation_with_judge"] >= 0.8
     for name, folder in (("policy", text.policy_path()), ("reward", text.reward_path())):
-        assert manifest["bytes"][name] == sum(f.stat().st_size for f in folder.iterdir())
+        assert manifest[name]["bytes"] == sum(f.stat().st_size for f in folder.iterdir())
