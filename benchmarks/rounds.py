@@ -176,7 +176,7 @@ def line(run: dict[str, Any], marks: list[float]) -> str:
 
 
 def table(runs: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    """Medians over seeds at each method's own best rate: the one that reaches the highest mark most often, and soonest."""
+    """Medians over seeds at each method's own best rate: what reaches the highest mark most often, and soonest."""
     rows = [
         "| method | rate | s/step | "
         + " | ".join(f"s to {m:g}" for m in args.marks)

@@ -5,8 +5,8 @@
 
 Trains a BPE tokenizer and a Llama-architecture model on the first nine tenths of the text, then aligns it with VADER's
 compound sentiment (-1 … 1) of what it says, on opening lines of speeches. Judged on opening lines of the last tenth,
-which neither saw: the start model, best-of-8 of the start model, the aligned model, and the control that keeps one of 8 at
-random in place of the best. Means with 95 % bootstrap intervals over prompts; three seeds.
+which neither saw: the start model, best-of-8 of the start model, the aligned model, and the control that keeps one of
+8 at random in place of the best. Means with 95 % bootstrap intervals over prompts; three seeds.
 """
 
 from __future__ import annotations
