@@ -73,7 +73,7 @@ def keywords(batch: Batch, log: Log) -> dict[str, Any]:
         **columns,
         "prompts": _own(batch.prompts),
         "completions": _own(batch.completions),
-        "completion_ids": None if batch.completion_ids is None else _own(batch.completion_ids),
+        "completion_ids": None if batch.completion_ids is None else [list(ids) for ids in batch.completion_ids],
         "trainer_state": state,
         "log_extra": log.extra,
         "log_metric": log.metric,

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -105,13 +106,11 @@ class HostedReward:
             raise RewardError(f"reward {self.name!r}: its code changed while the run was going; start the run again")
 
     def _launch(self) -> dict[str, Any]:
-        root = str(Path(__file__).resolve().parents[2])
-        search = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "raftune.rewards.host"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": search},
+            env=_environment(),
             start_new_session=True,  # a Ctrl-C in the terminal is for us, not for the reward
         )
         loading = self._runner.submit(self._introduce)
@@ -150,6 +149,14 @@ class HostedReward:
         for pipe in _pipes(process):
             with contextlib.suppress(OSError):
                 pipe.close()
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with the folder of a raftune that is not installed (a checkout) where Python looks for modules."""
+    root = str(Path(__file__).resolve().parents[2])
+    if root == sysconfig.get_paths()["purelib"]:
+        return dict(os.environ)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)}
 
 
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[BinaryIO, BinaryIO]:
