@@ -127,8 +127,10 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def load_tokenizer(config: CausalLMPolicy, start: Path) -> Any:
-    """The tokenizer of the start model, or the one that the configuration names; a missing pad token becomes EOS."""
+    """The tokenizer that lies in the start folder, else the configured one, else the start model's own."""
     name, revision = (config.tokenizer, None) if config.tokenizer else source(start)
+    if (start / "tokenizer_config.json").is_file():  # given as an object, or written beside the weights
+        name, revision = str(start), None
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **at(revision))

@@ -34,7 +34,8 @@ def begin(config: CausalLMPolicy, out: Path, model: Any = None, tokenizer: Any =
     """Writes the start into `out` and returns what it is, for the record. Raises ModelError where it is unfit.
 
     A named model is written as a reference; weights are written where an object was given, or where the name is a LoRA
-    adapter's, merged: switching an adapter off must give the start, and not its base.
+    adapter's, merged: switching an adapter off must give the start, and not its base. A tokenizer given as an object is
+    written in any case, and is the run's tokenizer from then on.
     """
     device = choose_device(config.device)
     if model is not None:
@@ -42,9 +43,11 @@ def begin(config: CausalLMPolicy, out: Path, model: Any = None, tokenizer: Any =
     reference = resolve(config.model, config.revision)
     if adapter := _adapter_at(reference.name, reference.revision):
         merged = _merged(config, reference.name, reference.revision, adapter)
-        write_model(merged, _tokenizer_of(config, reference.name, adapter), out, ("", None))
+        write_model(merged, tokenizer or _tokenizer_of(config, reference.name, adapter), out, ("", None))
         return _facts(config, out, merged) | {"model": reference.name, "merged": True}
     reference.write(out)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
     checked = device if config.load_in_4bit else torch.device("cpu")
     weights = load_weights(config, reference.name, reference.revision, checked)
     facts = _facts(config, out, weights)
