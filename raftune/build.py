@@ -70,21 +70,23 @@ SMALL = 256 * 2**20  # bytes: models that together stay below this may lie in me
 class Shelf:
     """Hands out policies of one run: one large model at a time, or a few that are small together."""
 
-    def __init__(self, config: RunConfig, family: Family, run: RunFolder) -> None:
-        self.config, self.family, self.run = config, family, run
+    def __init__(
+        self, config: RunConfig, family: Family, run: RunFolder, others_rest: Callable[[], None] = lambda: None
+    ) -> None:
+        self.config, self.family, self.run, self.others_rest = config, family, run, others_rest
         self._held: dict[Path, Policy] = {}
         self._encoder: tuple[Path, Policy] | None = None
 
     def at(self, folder: Path) -> Policy:
         policy = self._held.pop(folder, None)
         if policy is None:
-            self._make_room()
+            self.make_room()
             policy = self._load(folder)
         self._held[folder] = policy  # the latest stands last
         return policy
 
     def fresh(self, folder: Path) -> Policy:
-        self._make_room()
+        self.make_room()
         return self._load(folder)
 
     def encoder(self, folder: Path) -> Policy:
@@ -100,11 +102,12 @@ class Shelf:
             gc.collect()  # models hang in cycles; for small ones, the wait costs more than the memory
             empty_device_cache()
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
         """Drops models, the longest unused first, until one more as large as the largest would still be small."""
         sizes = {folder: policy.nbytes for folder, policy in self._held.items()}
         if max(sizes.values(), default=0) * 2 > SMALL:
-            return self.release()
+            self.release()
+            return
         while sizes and sum(sizes.values()) + max(sizes.values()) > SMALL:
             oldest = next(iter(sizes))
             del sizes[oldest], self._held[oldest]
@@ -112,6 +115,7 @@ class Shelf:
             del self._held[next(iter(self._held))]
 
     def _load(self, folder: Path) -> Policy:
+        self.others_rest()
         config, start = self.config, self.run.folder(0, "model")
         if folder.name == "teacher":
             config, start = teacher_config(config), folder
@@ -134,8 +138,8 @@ class Assembly:
         self.run, self.config, self.objects = run, config, with_starter_prompts(config, objects or Objects())
         self.family = family_of(config)
         self.engine: Engine = make_engine(config.engine, run.root)
-        self.policies = Shelf(config, self.family, run)
         self._panels: dict[str, SamplePanel] = {}
+        self.policies = Shelf(config, self.family, run, self._rest_panels)
         limit_threads(config)
 
     # -- the table of stages ----------------------------------------------------------------------------------------
@@ -221,7 +225,16 @@ class Assembly:
             weights, tokenizers = self.objects.reward_weights, self.objects.reward_tokenizers
             given = {"weights": weights, "tokenizers": tokenizers} if objects else {}
             self._panels[which] = SamplePanel(load_panel(config, objects, **given))
-        return self._panels[which]
+        panel = self._panels[which]
+        if panel.panel.has_weights:
+            self.policies.make_room()
+        return panel
+
+    def _rest_panels(self) -> None:
+        """Frees reward models, unless they are small, before a policy is loaded."""
+        for panel in self._panels.values():
+            if panel.panel.nbytes * 2 > SMALL:
+                panel.panel.release()
 
     def engine_for(self, stage: UnitStage) -> Engine:
         """The configured engine, or this process for a stage whose objects only it has."""

@@ -50,12 +50,13 @@ class TuneReport:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """A unit that was committed: its file, its rows, and the file's sha256."""
+    """A unit that lies on disk: its file with its size in bytes, its SHA-256, its rows."""
 
     unit: int
     file: str
     rows: int
     sha256: str
+    bytes: int
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
@@ -172,7 +173,9 @@ class Panel(Protocol):
     """Several rewards with their weights: one score for each sample."""
 
     names: tuple[str, ...]
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def score_samples(self, prompts: list[Prompt], samples: pa.Table) -> list[Score]:
         """Scores of the samples, row for row; prompts[i] is what row i answers."""

@@ -97,6 +97,11 @@ class Classifier:
             text_config = self._model.config.get_text_config()
             text_config.pad_token_id = self._model.config.pad_token_id = self._tokenizer.pad_token_id
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that are held now; 0 before they are read."""
+        return 0 if self._model is None else sum(weight.nbytes for weight in self._model.parameters())
+
     def release(self) -> None:
         """Frees the weights; the next call reads them again. A model given as an object stays its owner's."""
         self._model = None

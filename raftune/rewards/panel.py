@@ -84,6 +84,16 @@ class Panel:
             for i in range(len(chunk))
         ]
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether any reward is a model, which wants the memory that a policy holds."""
+        return any(hasattr(reward, "release") for reward in self._rewards)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that reward models hold now."""
+        return sum(getattr(reward, "nbytes", 0) for reward in self._rewards)
+
     def release(self) -> None:
         """Frees the weights of reward models, until they are needed again."""
         for reward in self._rewards:

@@ -15,7 +15,12 @@ class SamplePanel:
     """A panel that reads samples as the ledger holds them."""
 
     def __init__(self, panel: Panel) -> None:
-        self.panel, self.names, self.fingerprint = panel, panel.names, panel.fingerprint
+        self.panel, self.names = panel, panel.names
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the code, options and weights of any reward; worked out when first asked for."""
+        return self.panel.fingerprint
 
     def score_samples(self, prompts: list[Prompt], samples: pa.Table) -> list[Score]:
         """Scores of the samples, row for row; prompts[i] is what row i answers."""
