@@ -14,6 +14,8 @@ from raftune.protocols import Inputs, Metric
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import read_table
 
+IDENTITY = frozenset({"sample_id", "prompt_id", "k", "source"})  # the columns that every shard repeats
+
 
 class Evaluate:
     """metrics.json: every metric that the columns at hand suffice for."""
@@ -48,7 +50,7 @@ class Evaluate:
                 prefix = "held_out/" if shard.endswith("judge") else ""
                 suffix = "_start" if shard.endswith("-start") else ""
                 for name in other.column_names:
-                    if name not in table.column_names or (prefix and name in ("score", "status")):
+                    if name not in IDENTITY:
                         table = table.append_column(f"{prefix}{name}{suffix}", other.column(name))
             tables.append(table)
         return pa.concat_tables(tables)
