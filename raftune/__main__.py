@@ -1,0 +1,8 @@
+"""`python -m raftune` is the command `raftune`."""
+
+import sys
+
+from raftune.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The commands by name. Each is imported when it is called, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from cyclopts import App, Group
+
+from raftune import __version__
+
+GUIDE = """\
+raftune {version} aligns a model by reward-ranked fine-tuning: draw K answers to each prompt, score them, keep the
+best, fine-tune on those, repeat.
+
+  raftune demo                 see it work: aligns a bundled model, under a minute on a laptop, no network
+  raftune init run.yaml        write a commented configuration to start from
+  raftune plan run.yaml        check it, and see what it will cost
+  raftune train run.yaml       run it; stop at any time, `raftune resume` goes on exactly where it was
+
+`raftune --help` lists all commands, `raftune COMMAND --help` explains one.
+"""
+EPILOGUE = """\
+Results go to stdout, progress to stderr. `--debug` after any command shows the traceback of an error.
+
+Exit codes: 0 fine, 1 failed, 2 usage or configuration, 3 a gate failed, 130 interrupted (and can be resumed).
+"""
+
+START, WORK, LOOK, CHECK = (
+    Group(name, sort_key=number)
+    for number, name in enumerate(("Begin", "Run", "Look and take away", "Check and describe"))
+)
+
+app = App(
+    name="raftune",
+    version=__version__,
+    help="Reward-ranked fine-tuning: draw K answers to each prompt, keep the best, fine-tune on them, repeat.",
+    help_format="plaintext",
+    help_epilogue=EPILOGUE,
+)
+
+COMMANDS = (
+    ("demo", START, "Align the bundled model, and show what came of it: under a minute, no network."),
+    ("init", START, "Write a commented configuration to start from."),
+    ("plan", START, "Check a configuration, and say what the run will cost."),
+    ("train", WORK, "Run a configuration: begin it, continue it, or find it finished."),
+    ("resume", WORK, "Continue a run where it stopped, or redo it from a stage on."),
+    ("runs", LOOK, "List the runs in a folder."),
+    ("samples", LOOK, "Browse what a round drew, what it kept, and why."),
+    ("export", LOOK, "Take a run's model or its samples away, in the formats that TRL reads."),
+    ("verify", CHECK, "Hash everything in a run again, and name what is wrong."),
+    ("schema", CHECK, "Print the JSON schema of the configuration."),
+)
+
+for _number, (_name, _group, _help) in enumerate(COMMANDS):
+    app.command(f"raftune.cli.{_name}:{_name}", name=_name, group=_group, help=_help, sort_key=_number)
+_reward = App(name="reward", help="Try a reward function before a run depends on it.", group=CHECK)
+_reward.command("raftune.cli.reward:check", name="check", help="Call a reward on samples, and report what it does.")
+app.command(_reward)
+
+
+@app.default
+def guide() -> None:
+    """How to begin."""
+    print(GUIDE.format(version=__version__), end="")

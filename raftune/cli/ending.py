@@ -1,0 +1,140 @@
+"""How a command ends: every outcome becomes an exit code, and every error a line or two."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cyclopts import App, CycloptsError
+
+from raftune.errors import Interrupted, RaftuneError
+
+INTERRUPTED = Interrupted.exit_code
+USAGE = 2
+
+
+def run_command(app: App, tokens: list[str]) -> int:
+    """Runs the command that the tokens name and returns its exit code."""
+    debug = "--debug" in tokens
+    tokens = [token for token in tokens if token != "--debug"]
+    try:
+        result = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except CycloptsError as error:
+        return complain(usage_message(error, app, tokens), USAGE)
+    except RaftuneError as error:
+        if debug:
+            raise
+        return complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return complain("interrupted.", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        return complain(unforeseen(error), 1)
+
+
+def complain(message: str, code: int) -> int:
+    """Says on stderr what went wrong, a line for each finding."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from raftune.plain import harmless
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    word, style = ("stopped", "bold yellow") if code == INTERRUPTED else ("error", "bold red")
+    for line in message.splitlines() or [""]:
+        console.print(Text.assemble((f"{word}: ", style), harmless(line)))
+    return code
+
+
+def usage_message(error: CycloptsError, app: App, tokens: list[str]) -> str:
+    """What was wrong with the call, and where help is."""
+    from cyclopts import UnusedCliTokensError
+
+    called = next((token for token in tokens if not token.startswith("-")), None)
+    known = [name for name in app if not name.startswith("-")]
+    if isinstance(error, UnusedCliTokensError) and called is not None and called not in known:
+        import difflib
+
+        close = difflib.get_close_matches(called, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}."
+        return f"{called!r} is not a command; {hint}"
+    place = f"raftune {called}" if called in known else "raftune"
+    if isinstance(error, UnusedCliTokensError):
+        extra = " ".join(error.unused_tokens or ())
+        return f"{place} takes no further argument; got {extra!r}. `{place} --help` explains it."
+    words = str(error).strip().rstrip(".")
+    stop = "" if words.endswith("?") else "."
+    return f"{words[:1].lower()}{words[1:]}{stop} `{place} --help` explains it."
+
+
+def unforeseen(error: Exception) -> str:
+    """A line for what no one foresaw: the system's refusal in its own words, anything else as what it is, a bug."""
+    if isinstance(error, OSError) and error.strerror:
+        what = f"{error.filename}: " if error.filename else ""
+        return f"{what}{error.strerror}."
+    line = (str(error).strip() or "no message").splitlines()[0]
+    return f"unexpected {type(error).__name__}: {line} (a bug, here or in code that was called; --debug shows where)."
+
+
+Observer = Callable[[str, dict[str, Any]], None]
+
+
+@contextlib.contextmanager
+def interruptible(root: Path) -> Iterator[Observer]:
+    """Turns SIGINT and SIGTERM into Interrupted, which says how to resume; a second signal ends the process at once.
+
+    The first raises KeyboardInterrupt where the work is: what is written is written atomically, so any moment will do.
+    Where foreign code swallows it, the observer that this yields raises at the run's next event.
+    """
+    asked: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            os.write(2, b"\nstopped at once.\n")
+            os._exit(INTERRUPTED)
+        raise KeyboardInterrupt
+
+    def observe(kind: str, facts: dict[str, Any]) -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    def farewell() -> Interrupted:
+        return Interrupted(f"what is committed is kept. Resume with: raftune resume {root}")
+
+    with handling(stop):
+        try:
+            yield observe
+        except KeyboardInterrupt:
+            raise farewell() from None
+        except Exception:
+            if asked:
+                raise farewell() from None
+            raise
+
+
+@contextlib.contextmanager
+def handling(stop: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Installs the handler for SIGINT and SIGTERM while the block runs; only the main thread may."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,137 @@
+"""From the words after a command to files and dotted flags: `a.yaml b.yaml --tuning.learning_rate 1e-4`."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from raftune.config.load import all_fields, models_in
+from raftune.config.run import RunConfig
+from raftune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was given: words without dashes, and flags by their dotted field."""
+
+    words: tuple[str, ...]
+    flags: dict[str, Any]
+
+
+def read_tokens(tokens: Sequence[str], command: str, options: Sequence[str] = ()) -> Given:
+    """The tokens, sorted into words and flags. Raises ConfigError for a flag that neither the configuration nor the
+    command has; `options` are the command's own, which are hinted at."""
+    words: list[str] = []
+    flags: dict[str, Any] = {}
+    queue = list(tokens)
+    while queue:
+        token = queue.pop(0)
+        if not token.startswith("-") or token == "-":
+            words.append(token)
+            continue
+        flag, equals, value = token.partition("=")
+        name, value = read_flag(flag, value if equals else None, queue, command, options)
+        kinds = kinds_of(name)
+        given = convert(value, kinds)
+        repeated = name in flags and is_list(kinds)
+        flags[name] = [*as_list(flags[name]), *as_list(given)] if repeated else given
+    return Given(tuple(words), flags)
+
+
+def read_flag(flag: str, value: str | None, queue: list[str], command: str, options: Sequence[str]) -> tuple[str, str]:
+    """The dotted field that the flag names, and its value, taken off the queue where it follows."""
+    name = flag.removeprefix("--").replace("-", "_")
+    kinds = kinds_of(name)
+    if kinds is None and name.startswith("no_") and bool in (kinds_of(name[3:]) or ()):
+        return name[3:], "false"
+    if kinds is None or not flag.startswith("--"):
+        raise ConfigError(f"{flag} is not a flag of `raftune {command}`; {hint(name, options)}")
+    if value is not None:
+        return name, value
+    if bool in kinds and not (queue and queue[0].lower() in ("true", "false", "yes", "no", "on", "off", "1", "0")):
+        return name, "true"
+    if not queue or queue[0].startswith("--"):
+        raise ConfigError(f"{flag} needs a value; got none. Write {flag} VALUE.")
+    return name, queue.pop(0)
+
+
+def kinds_of(name: str) -> list[Any] | None:
+    """The types that the dotted field may have; None where there is no such field, or where it is a whole section."""
+    sections: list[Any] = [RunConfig]
+    *path, last = name.split(".")
+    for part in path:
+        fields = [s.model_fields[part].annotation for s in sections if part in s.model_fields]
+        if any(is_mapping(kind) for field in fields for kind in alternatives(field)):
+            return [Any]
+        sections = [model for field in fields for model in models_in(field)]
+    found = [kind for s in sections if last in s.model_fields for kind in alternatives(s.model_fields[last].annotation)]
+    whole = all(kind is type(None) or models_in(kind) for kind in found) and not is_list(found)
+    return None if whole else found
+
+
+def alternatives(annotation: Any) -> Iterator[Any]:
+    """The members of a union, one after another."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for inner in typing.get_args(annotation):
+            yield from alternatives(inner)
+    elif typing.get_origin(annotation) is typing.Annotated:
+        yield from alternatives(typing.get_args(annotation)[0])
+    else:
+        yield annotation
+
+
+def convert(text: str, kinds: Sequence[Any] | None) -> Any:
+    """The value that the text stands for: lists, mappings and fields without a type of their own as YAML, the rest as
+    text, which the configuration's own types read."""
+    kinds = kinds or ()
+    if type(None) in kinds and text.lower() in ("none", "null"):
+        return None
+    structured = is_list(kinds) or any(is_mapping(kind) for kind in kinds)
+    if Any in kinds or (structured and text.lstrip()[:1] in ("[", "{")):
+        return from_yaml(text)
+    return text
+
+
+def from_yaml(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"a flag's value must be valid YAML; got {text!r}. Put it in quotes.") from error
+    try:
+        return float(value) if isinstance(value, str) else value  # YAML 1.1 takes 1e-4 for a text
+    except ValueError:
+        return value
+
+
+def is_list(kinds: Sequence[Any] | None) -> bool:
+    return any(typing.get_origin(kind) in (tuple, list) for kind in kinds or ())
+
+
+def is_mapping(kind: Any) -> bool:
+    return typing.get_origin(kind) is dict
+
+
+def as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def hint(name: str, options: Sequence[str]) -> str:
+    """The flag that was probably meant."""
+    fields = all_fields(RunConfig)
+    if inside := [field for field in fields if field.startswith(f"{name}.")]:
+        return f"it is a section: write --{inside[0]}, for example."
+    candidates = {option.removeprefix("--").replace("-", "_"): option for option in options}
+    candidates |= {field: f"--{field}" for field in fields}
+    last = {field.rsplit(".", 1)[-1]: f"--{field}" for field in reversed(fields)}
+    for known, cutoff in ((candidates, 0.7), (last, 0.7)):
+        if close := difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff):
+            return f"did you mean {known[close[0]]}?"
+    if close := difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.7):
+        return f"did you mean {last[close[0]]}?"
+    return "`raftune schema` lists all fields of the configuration."

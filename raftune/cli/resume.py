@@ -1,0 +1,40 @@
+"""`raftune resume`: continues a run under its own configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from raftune.cli.train import Tokens
+from raftune.cli.work import work
+
+
+def resume(
+    run: Annotated[str, Parameter(help="The run's directory.")],
+    *flags: Tokens,
+    from_: Annotated[str | None, Parameter(name="--from", help="Redo from here on: STAGE, or ROUND/STAGE.")] = None,
+    json: Annotated[bool, Parameter(negative="", help="Print the outcome as JSON.")] = False,
+) -> None:
+    """Continue a run where it stopped, exactly: on a CPU the outcome is bit-identical to a run that never stopped.
+
+    raftune resume runs/mine
+    raftune resume runs/mine --num-rounds 12
+    raftune resume runs/mine --from 3/select --selection.rule top_m --selection.m 2
+
+    Any field of the configuration is a flag. One that shaped what is already committed is refused with the difference
+    shown, unless --from redoes that stage and what follows; what was there moves to superseded/.
+    """
+    from raftune.cli.flags import read_tokens
+    from raftune.config.load import merge, nested, validate
+    from raftune.errors import ConfigError
+    from raftune.store.run import RunFolder
+
+    given = read_tokens(flags, "resume", ("--from", "--json"))
+    if given.words:
+        raise ConfigError(
+            f"resume takes one run; got {given.words[0]!r} as well. To change the configuration use flags, or "
+            "`raftune train` with its files."
+        )
+    config = validate(merge([RunFolder(run).read_config(), nested(given.flags), {"output_dir": run}]))
+    work(config, redo=from_, as_json=json)

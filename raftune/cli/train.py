@@ -1,0 +1,35 @@
+"""`raftune train`: begins a run, continues it, or finds it finished."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from raftune.cli.work import work
+
+Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+
+
+def train(
+    *files: Tokens,
+    from_: Annotated[str | None, Parameter(name="--from", help="Redo from here on: STAGE, or ROUND/STAGE.")] = None,
+    json: Annotated[bool, Parameter(negative="", help="Print the outcome as JSON.")] = False,
+) -> None:
+    """Run a configuration: begin it, continue it, or find it finished.
+
+    raftune train base.yaml mine.yaml --tuning.learning_rate 1e-4 --num-rounds 12
+
+    FILES are YAML, later ones over earlier ones; any field of the configuration is a flag, and goes over all files
+    (`raftune schema` lists the fields). The same configuration in the same directory goes on where it stopped. Another
+    one is refused with the difference shown, unless --from says from which stage on to do the work again; what was
+    there moves to superseded/.
+    """
+    from raftune.cli.flags import read_tokens
+    from raftune.config.load import load_config
+    from raftune.errors import ConfigError
+
+    given = read_tokens(files, "train", ("--from", "--json"))
+    if not given.words and not given.flags:
+        raise ConfigError("train needs a configuration file; got none. `raftune init run.yaml` writes one.")
+    work(load_config(given.words, given.flags), redo=from_, as_json=json)

@@ -1,0 +1,67 @@
+"""What train, resume and demo share: a run that shows its progress, ends cleanly, and says where its result is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from raftune.cli.ending import interruptible
+from raftune.config.run import RunConfig
+from raftune.digest import held_out_names
+from raftune.loop import Outcome
+from raftune.progress import Progress
+from raftune.runs import root_of, run
+
+
+def work(config: RunConfig, redo: str | None = None, *, as_json: bool = False) -> Outcome:
+    """Runs the configuration and prints its outcome."""
+    outcome, worked = go(config, redo)
+    root = root_of(config)
+    if as_json:
+        print(json.dumps(outcome_json(root, outcome, worked)))
+    else:
+        print("\n".join(outcome_words(root, outcome, worked)))
+    return outcome
+
+
+def go(config: RunConfig, redo: str | None = None) -> tuple[Outcome, bool]:
+    """Runs the configuration under the eyes of a person; whether anything had to be done."""
+    root = root_of(config)
+    with interruptible(root) as watch, Progress(held_out=held_out_names(config)) as progress:
+
+        def observe(kind: str, facts: dict[str, Any]) -> None:
+            progress(kind, facts)
+            watch(kind, facts)
+
+        outcome = run(config, observe=observe, redo=redo)
+    return outcome, progress.worked
+
+
+def outcome_json(root: Path, outcome: Outcome, worked: bool) -> dict[str, Any]:
+    return {
+        "run": str(root),
+        "rounds": outcome.rounds,
+        "best": outcome.best,
+        "value": outcome.value,
+        "model": str(model_of(root, outcome)),
+        "reason": outcome.reason,
+        "worked": worked,
+    }
+
+
+def outcome_words(root: Path, outcome: Outcome, worked: bool) -> list[str]:
+    """Where the run ended, and what to do with it."""
+    value = "" if outcome.value is None else f", {outcome.value:.3f}"
+    best = f"round {outcome.best}" if outcome.best else "the start itself (no round was better)"
+    return [
+        f"{'Finished' if worked else 'Already finished; nothing to do'}: {outcome.reason}.",
+        f"  best      {best}{value}",
+        f"  model     {model_of(root, outcome)}",
+        f"  look      raftune samples {root} --sort best",
+        f"  take      raftune export {root} --format model --out DIR",
+    ]
+
+
+def model_of(root: Path, outcome: Outcome) -> Path:
+    return root / f"round-{outcome.best:04d}" / "model"

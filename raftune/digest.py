@@ -1,0 +1,134 @@
+"""A run at a glance: one row of numbers for each round, read from what the run committed."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raftune.config.run import RunConfig
+from raftune.store.run import RunFolder
+
+Row = dict[str, Any]
+# Where a row's numbers are in metrics.json: those with an interval, and those without or with.
+INTERVALS = {"reward": "reward", "held_out": "held_out", "kl": "kl", "length": "completions/mean_length"}
+NUMBERS = {"clipped": "completions/clipped_ratio", "distinct_2": "distinct_2", "perplexity": "perplexity"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table by round: its title, what it says, and how a row's number is written."""
+
+    key: str
+    title: str
+    meaning: str
+    write: Callable[[Row], str]
+
+
+def rows_of(root: str | Path) -> list[Row]:
+    """One row for each round that was evaluated, or tuned where evaluation is off; round 0 is the start."""
+    run = RunFolder(root)
+    seconds = seconds_by_round(run.events)
+    found = []
+    for round_ in run.rounds():
+        last = "evaluate" if (run.folder(round_, "evaluate") / "_COMMIT.json").is_file() else "model"
+        if (run.folder(round_, last) / "_COMMIT.json").is_file():
+            metrics = read_json(run.folder(round_, "evaluate") / "metrics.json")
+            summary = read_json(run.folder(round_, "select") / "summary.json")
+            found.append(row_of(round_, metrics, summary, seconds.get(round_)))
+    return found
+
+
+def row_of(round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], seconds: float | None) -> Row:
+    """The numbers of one round; what was not measured is left out."""
+    row: Row = {"round": round_}
+    for key, name in INTERVALS.items():
+        if found := metrics.get(name):
+            row |= {key: found["mean"], f"{key}_low": found["low"], f"{key}_high": found["high"]}
+    if curve := {int(k): value for k, value in (metrics.get("best_of_k") or {}).items() if value}:
+        row |= {"best_of_k": curve[max(curve)]["mean"], "k": max(curve)}
+    for key, name in NUMBERS.items():
+        found = metrics.get(name)
+        value = found.get("mean") if isinstance(found, Mapping) else found
+        if value is not None:
+            row[key] = value
+    for key in ("samples", "kept", "reward_drawn", "reward_kept"):
+        if summary.get(key) is not None:
+            row[key] = summary[key]
+    if seconds is not None:
+        row["seconds"] = round(seconds, 2)
+    return row
+
+
+def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Column]:
+    """The columns that any of the rows has a number for; `held_out` are the names of the held-out rewards."""
+    rows = list(rows)
+    ks = [row["k"] for row in rows if "k" in row]
+    judge = f"{held_out[0]} (held out)" if len(held_out) == 1 else "held out"
+    columns = [
+        Column("round", "round", "0 is the start", lambda row: str(row["round"] or "start")),
+        Column("reward", "reward", "mean on held-out prompts, with the half width of its 95 % interval", with_interval),
+        Column(
+            "best_of_k",
+            f"best of {max(ks, default=0)}",
+            "the reward of the best of so many draws: the headroom",
+            number("best_of_k"),
+        ),
+        Column("held_out", judge, "a reward that is never trained on", number("held_out")),
+        Column("kl", "KL", "to the start model, nats per answer", number("kl", 2)),
+        Column("perplexity", "perplexity", "of the answers under the start model", number("perplexity", 2)),
+        Column("length", "length", "mean tokens of an answer", number("length", 1)),
+        Column("distinct_2", "distinct-2", "distinct word pairs over all word pairs", number("distinct_2", 3)),
+        Column("kept", "kept", "samples tuned on, of those drawn", lambda row: f"{row['kept']}/{row['samples']}"),
+        Column("seconds", "time", "of this round", lambda row: duration(row["seconds"])),
+    ]
+    return [column for column in columns if any(column.key in row for row in rows)]
+
+
+def cell(column: Column, row: Row) -> str:
+    """The row's number as the column writes it; a dash where there is none."""
+    return column.write(row) if row.get(column.key) is not None else "–"
+
+
+def number(key: str, digits: int = 3) -> Callable[[Row], str]:
+    return lambda row: f"{row[key]:.{digits}f}"
+
+
+def with_interval(row: Row) -> str:
+    half = (row["reward_high"] - row["reward_low"]) / 2
+    return f"{row['reward']:.3f} ± {half:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would use: 0.8 s, 42 s, 3 min 10 s, 2 h 05 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def seconds_by_round(events: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """The time that each round's stages took, over all the sessions that worked on it."""
+    total: defaultdict[int, float] = defaultdict(float)
+    for event in events:
+        if event.get("event") == "stage_end":
+            total[int(event["round"])] += float(event["seconds"])
+    return dict(total)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's object; empty where there is no such file."""
+    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return loaded
+
+
+def held_out_names(config: RunConfig) -> tuple[str, ...]:
+    """The names of the held-out rewards."""
+    return config.rewards.model_copy(update={"reward_funcs": config.evaluation.reward_funcs}).names

@@ -1,0 +1,30 @@
+"""Text of strangers, made safe to show: what a model wrote must not steer a terminal, nor pass for our own words."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_BIDI = frozenset(map(chr, (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))))
+
+
+def harmless(text: str) -> str:
+    """The text with control characters, direction overrides and lone surrogates as visible escapes; tabs as blanks."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(map(_visible, text))
+
+
+def one_line(text: str, width: int | None = None) -> str:
+    """The text on one line, line ends as ⏎; cut to `width` characters, the last of them an ellipsis."""
+    flat = harmless(text.strip().replace("\r\n", "\n").replace("\n", " ⏎ "))
+    return flat if width is None or len(flat) <= width else flat[: max(width - 1, 0)] + "…"
+
+
+def _visible(char: str) -> str:
+    if char == "\n":
+        return char
+    if char == "\t":
+        return "    "
+    if char in _BIDI or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"):
+        return f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}"
+    return char

@@ -1,0 +1,275 @@
+"""What a person sees while a run goes on: bars that move, and a line that stays for each round."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from raftune.digest import Column, cell, columns_for, duration, row_of
+
+VERBS = {
+    "data": "reading the prompts",
+    "start": "checking the start model",
+    "teacher": "checking the teacher",
+    "plan": "planning",
+    "draw": "drawing",
+    "teach": "asking the teacher",
+    "score": "scoring",
+    "logp": "log-probabilities",
+    "logp-start": "log-probabilities of the start",
+    "select": "selecting",
+    "gather": "gathering",
+    "tune": "tuning",
+    "evaluate": "measuring",
+    "evaluation plan": "planning the evaluation",
+    "evaluation draw": "drawing held-out answers",
+    "evaluation score": "scoring held-out answers",
+    "evaluation judge": "held-out rewards",
+    "evaluation logp": "log-probabilities, held out",
+    "evaluation logp-start": "log-probabilities of the start, held out",
+}
+
+
+class Progress:
+    """An observer of a run: `with Progress() as observe: raftune.run(config, observe=observe)`.
+
+    On a terminal and in a notebook a bar shows the stage, what the samples so far are worth and the time left;
+    elsewhere (a file, a CI job) there is one plain line a round. `worked` tells afterwards whether anything had to be
+    done.
+    """
+
+    def __init__(self, console: Console | None = None, held_out: tuple[str, ...] = ()) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self.held_out = held_out
+        self.worked = False
+        self.outcome: dict[str, Any] = {}
+        self._table = Lines(held_out)
+        self._pace = Pace()
+        self._tally = Tally()
+        self._bars = bars(self.console) if moves(self.console) else None
+        self._task: TaskID | None = None
+        self._root = Path()
+        self._of = 0
+        self._notes: set[str] = set()
+
+    def __enter__(self) -> Self:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, kind: str, facts: dict[str, Any]) -> None:
+        if handler := getattr(self, f"_on_{kind}", None):
+            handler(**facts)
+
+    # -- what happens ------------------------------------------------------------------------------------------------
+
+    def _on_begin(self, root: str, set_aside: list[str], changed: dict[str, Any], **_: Any) -> None:
+        self._root = Path(root)
+        if set_aside:
+            self._say(f"set aside, to superseded/: {', '.join(set_aside[:6])}{' …' if len(set_aside) > 6 else ''}")
+        for name, (old, new) in sorted(changed.items()):
+            self._say(f"{name}: {old} → {new}")
+
+    def _on_round_begin(self, round: int, of: int, **_: Any) -> None:
+        self._of = of
+        self._pace.begin_round(round, of)
+
+    def _on_stage_begin(self, round: int, stage: str, **_: Any) -> None:
+        self.worked = True
+        if stage in ("draw", "evaluation draw"):
+            self._tally = Tally()
+        if self._bars is None:
+            return
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        where = f"round {round}/{self._of}" if round else "start"
+        self._task = self._bars.add_task(
+            f"{where} · {VERBS.get(stage, stage)}", total=None, worth=self._tally.words(), left=""
+        )
+        self._show()
+
+    def _on_units(self, stage: str, total: int, found: int, **_: Any) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, total=total, completed=found)
+
+    def _on_unit(self, round: int, stage: str, unit: int, notes: list[str], **_: Any) -> None:
+        for note in notes:
+            if note not in self._notes:
+                self._notes.add(note)
+                self._say(note)
+        if self._bars is not None and self._task is not None:
+            self._tally.add(self._root / f"round-{round:04d}", stage, unit)
+            self._bars.advance(self._task)
+            self._show()
+
+    def _on_stage_end(self, round: int, stage: str, seconds: float, **_: Any) -> None:
+        self._pace.add(round, stage, seconds)
+        self._show()
+
+    def _on_round_end(self, round: int, metrics: dict[str, Any], summary: dict[str, Any], **_: Any) -> None:
+        seconds = self._pace.seconds_of(round)
+        for line in self._table.add(row_of(round, metrics, summary, seconds)):
+            self._print(line)
+        if summary.get("barren") and seconds is not None:
+            self._say(f"round {round}: {len(summary['barren'])} prompts yielded nothing (select/summary.json says why)")
+
+    def _on_end(self, **facts: Any) -> None:
+        self.outcome = facts
+        if self._bars is not None and self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+
+    # -- how it is shown -----------------------------------------------------------------------------------------------
+
+    def _show(self) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, worth=self._tally.words(), left=self._pace.left())
+
+    def _say(self, words: str) -> None:
+        self._print(Text(words, style="dim"))
+
+    def _print(self, text: Text) -> None:
+        console = self._bars.console if self._bars is not None else self.console
+        console.print(text, soft_wrap=True)
+
+
+@dataclass
+class Lines:
+    """The table by round, a line at a time: the columns are those of the first round that has numbers."""
+
+    held_out: tuple[str, ...] = ()
+    columns: list[Column] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+
+    def add(self, row: dict[str, Any]) -> list[Text]:
+        """The row's line; before the first, the line of titles."""
+        lines = []
+        if not self.columns:
+            promised = {"kept": 0, "samples": 0, "seconds": 0.0}
+            self.columns = columns_for([row | promised], self.held_out)
+            self.widths = [max(len(c.title), 7, len(cell(c, row)) + 2 * (c.key == "reward")) for c in self.columns]
+            lines.append(Text(self._joined([c.title for c in self.columns]), style="bold"))
+        lines.append(Text(self._joined([cell(c, row) for c in self.columns])))
+        return lines
+
+    def _joined(self, cells: list[str]) -> str:
+        return "  ".join(text.rjust(width) for text, width in zip(cells, self.widths, strict=True))
+
+
+@dataclass
+class Tally:
+    """What the samples of the round in work are worth so far: mean reward, mean of each prompt's best, mean length."""
+
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=lambda: [0, 0])
+
+    def add(self, folder: Path, stage: str, unit: int) -> None:
+        """Reads what the unit has just committed."""
+        path = folder / stage.replace("evaluation ", "evaluate/") / f"unit-{unit:05d}.parquet"
+        if stage.endswith("draw"):
+            self._add_lengths(path)
+        elif stage.endswith("score"):
+            self._add_scores(path)
+
+    def _add_lengths(self, path: Path) -> None:
+        import pyarrow.compute as pc
+
+        from raftune.store.parquet import column_names, read_table
+
+        if "completion_ids" in column_names(path):
+            lengths = pc.list_value_length(read_table(path, ["completion_ids"]).column("completion_ids"))
+            self.lengths[0] += pc.sum(lengths).as_py() or 0
+            self.lengths[1] += len(lengths)
+
+    def _add_scores(self, path: Path) -> None:
+        from raftune.store.parquet import read_table
+
+        table = read_table(path, ["prompt_id", "score"])
+        for prompt, score in zip(table.column("prompt_id").to_pylist(), table.column("score").to_pylist(), strict=True):
+            if score is not None and math.isfinite(score):
+                self.scores.setdefault(prompt, []).append(score)
+
+    def words(self) -> str:
+        parts = []
+        if self.scores:
+            every = [score for group in self.scores.values() for score in group]
+            best = [max(group) for group in self.scores.values()]
+            parts.append(f"reward {sum(every) / len(every):.3f} · best of each {sum(best) / len(best):.3f}")
+        if self.lengths[1]:
+            parts.append(f"length {self.lengths[0] / self.lengths[1]:.0f}")
+        return " · ".join(parts)
+
+
+@dataclass
+class Pace:
+    """How long stages take, and from that how long the rest of the run will."""
+
+    of: int = 0
+    round: int = 0
+    began: float = field(default_factory=time.monotonic)
+    spent: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
+
+    def begin_round(self, round_: int, of: int) -> None:
+        self.round, self.of = round_, of
+
+    def add(self, round_: int, stage: str, seconds: float) -> None:
+        self.spent[round_][stage] = seconds
+
+    def seconds_of(self, round_: int) -> float | None:
+        """What this session spent on the round; None where it found everything done."""
+        return sum(self.spent[round_].values()) if round_ in self.spent else None
+
+    def left(self) -> str:
+        """The time that the stages still to run will take, as they did in earlier rounds; empty before one is known."""
+        whole = [stages for number, stages in self.spent.items() if 0 < number < self.round]
+        if not whole:
+            return ""
+        names = {name for stages in whole for name in stages}
+        mean = {name: average([stages[name] for stages in whole if name in stages]) for name in names}
+        done = self.spent.get(self.round, {})
+        seconds = sum(mean.values()) * (self.of - self.round) + sum(mean[name] for name in names - set(done))
+        return f"about {duration(seconds)} left"
+
+
+def average(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def bars(console: Console) -> Bars:
+    """The moving line: stage, bar, units, worth, time. It vanishes when the run ends."""
+    return Bars(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[worth]}", markup=False),
+        TextColumn("{task.fields[left]}", style="dim", markup=False),
+        console=console,
+        transient=True,
+    )
+
+
+def moves(console: Console) -> bool:
+    """Whether a line that redraws itself can be shown: a terminal that is no CI job, or a notebook with widgets."""
+    if console.is_jupyter:
+        return importlib.util.find_spec("ipywidgets") is not None
+    return console.is_terminal and not console.is_dumb_terminal and not os.environ.get("CI")

@@ -1,0 +1,95 @@
+"""How a run stands: finished, resumable, in use or damaged; read from its directory without changing it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from raftune.digest import Row, read_json, rows_of
+from raftune.errors import RaftuneError
+from raftune.store.run import RunFolder
+
+FINISHED, RESUMABLE, IN_USE, DAMAGED = "finished", "resumable", "in use", "damaged"
+
+
+@dataclass(frozen=True)
+class Status:
+    """One run. `best` and the two rewards are None where nothing was measured yet; `why` explains the state."""
+
+    root: Path
+    name: str
+    family: str
+    rounds: int
+    num_rounds: int
+    best: int | None
+    start_reward: float | None
+    best_reward: float | None
+    state: str
+    when: datetime
+    why: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.__dict__, "root": str(self.root), "when": self.when.isoformat(timespec="seconds")}
+
+
+def status_of(root: Path) -> Status:
+    """The run's status; what cannot be read makes it damaged. File contents are not hashed: `verify` does that."""
+    run = RunFolder(root)
+    changed = max((path.stat().st_mtime for path in root.iterdir() if path.is_file()), default=0)
+    when = datetime.fromtimestamp(changed).astimezone()
+    try:
+        config = run.read_config()
+        for _ in run.committed():  # each COMMIT can be read, and is of a version that we know
+            pass
+        rows = rows_of(root)
+        best = read_json(root / "best.json").get("round")
+        state, why = state_of(run, config, rows)
+        rewards = {row["round"]: row.get("reward") for row in rows}
+        return Status(
+            root=root,
+            name=config["name"],
+            family=config["policy"]["family"],
+            rounds=max(rewards, default=0),
+            num_rounds=config["num_rounds"],
+            best=best,
+            start_reward=rewards.get(0),
+            best_reward=rewards.get(best) if best is not None else None,
+            state=state,
+            when=when,
+            why=why,
+        )
+    except (RaftuneError, OSError, ValueError, KeyError, TypeError) as error:
+        return Status(root, root.name, "?", 0, 0, None, None, None, DAMAGED, when, str(error).splitlines()[0])
+
+
+def state_of(run: RunFolder, config: dict[str, Any], rows: list[Row]) -> tuple[str, str]:
+    """The state in a word, and why in a few."""
+    if in_use(run.root):
+        return IN_USE, "a process holds its lock"
+    nothing: dict[str, Any] = {}
+    last = functools.reduce(lambda _, event: event, run.events, nothing)
+    done = rows[-1]["round"] if rows else 0
+    if rows and done >= config["num_rounds"]:
+        return FINISHED, f"all {config['num_rounds']} rounds are done"
+    if last.get("event") == "end":
+        return FINISHED, str(last.get("reason", ""))
+    return RESUMABLE, f"round {done + 1 if rows else 0} is not finished"
+
+
+def in_use(root: Path) -> bool:
+    """Whether a process holds the run's lock."""
+    lock = root / "LOCK"
+    if not lock.is_file():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a directory that may only be read: nobody can work in it
+        return False
