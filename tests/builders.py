@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -19,7 +24,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from raftune.config.policy import AdapterConfig, CausalLMPolicy
+from raftune.config.sampling import SamplingConfig
+from raftune.config.tuning import TuningConfig
 from raftune.policies.quiet import quiet
+from raftune.protocols import Unit
+from raftune.records import Prompt, derive_seed
+
+torch.set_num_threads(1)  # two threads for models of this size cost more than they give, and tests share their machine
 
 PAD, BOS, EOS = 0, 1, 2
 # "ab" is one token, and so is "a" followed by "b": text does not determine ids, which is what tests of exact ids need.
@@ -88,3 +100,62 @@ def save_tiny(folder: Path, arch: str = "llama", *, seed: int = 0, chat: bool = 
         tiny_model(arch, seed).save_pretrained(folder)
         tiny_tokenizer(bos=bos, chat=chat).save_pretrained(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What of a run's configuration the causal-LM family reads."""
+
+    policy: CausalLMPolicy
+    sampling: SamplingConfig
+    tuning: TuningConfig
+    seed: int = 0
+
+
+def parts(model: Path | str, *, lora: bool = False, seed: int = 0, **changes: Any) -> Parts:
+    """Short answers, a high rate, batches of four; `changes` are fields of any section, by name."""
+    adapter = AdapterConfig(r=4, alpha=8.0) if lora else None
+    given = {
+        "model": str(model),
+        "device": "cpu",
+        "adapter": adapter,
+        "max_completion_length": 8,
+        "learning_rate": 1e-2,
+    }
+    given |= {"num_train_epochs": 2, "per_device_train_batch_size": 4, "save_steps": 1, "batch_size": 8, **changes}
+    sections = [CausalLMPolicy, SamplingConfig, TuningConfig]
+    chosen = [section(**{k: v for k, v in given.items() if k in section.model_fields}) for section in sections]
+    assert set(given) <= {k for section in sections for k in section.model_fields}, given
+    return Parts(*chosen, seed)
+
+
+def unit_of(contents: Sequence[Any], k: int = 4, batch_size: int = 8) -> Unit:
+    """A unit of these prompts, named p0, p1, …, with K seeds each."""
+    prompts = tuple(Prompt(f"p{i}", content) for i, content in enumerate(contents))
+    seeds = tuple(tuple(derive_seed("draw", p.id, j) for j in range(k)) for p in prompts)
+    return Unit(0, "round-0001", "round-0000", prompts, seeds, batch_size)
+
+
+ROWS = pa.schema(
+    [
+        *(("sample_id", pa.string()), ("prompt_id", pa.string()), ("prompt", pa.string()), ("weight", pa.float64())),
+        *(("origin", pa.string()), ("source", pa.string()), ("completion", pa.string())),
+        *(("completion_ids", pa.list_(pa.int32())), ("completion_logprobs", pa.list_(pa.float32()))),
+        ("finish", pa.string()),
+    ]
+)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], round_: int = 1) -> Path:
+    """What the stage `gather` writes; `rows` need prompt and completion_ids, and what differs from the usual."""
+    usual = {"weight": 1.0, "origin": "round-0001", "source": "policy", "completion": "", "finish": "eos"}
+    named = [{"sample_id": f"s{i}", "prompt_id": row["prompt"], **usual, **row} for i, row in enumerate(rows)]
+    schema = ROWS.with_metadata({"raftune.round": str(round_)})
+    pq.write_table(pa.Table.from_pylist(named, schema=schema), path)
+    return path
+
+
+def tree_hash(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file under the folder, by its path in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -59,7 +59,7 @@ class TuningConfig(Frozen):
         if unknown := sorted(set(self.trainer_kwargs) - TRAINER_KWARGS):
             raise ValueError(
                 f"trainer_kwargs may hold {', '.join(sorted(TRAINER_KWARGS))}; got {unknown[0]!r}. Use the field of "
-                "the configuration where there is one; what else Trainer takes has no effect on a round, so leave it out."
+                "the configuration where there is one; what else Trainer takes has no effect on a round: leave it out."
             )
         return self
 

@@ -229,7 +229,10 @@ class FitTrainer(Trainer):  # type: ignore[misc]
         callbacks = [watch, *task.callbacks]
         # Trainer takes a loss for normalised over the whole step where it was given a loss function.
         given = {"compute_loss_func": self.objective, "callbacks": callbacks}
+        cached = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model=model, args=args, train_dataset=task.rows, data_collator=task.collate, **given)
+        if cached is not None:  # Trainer switches the cache off in the config, which is saved with the model
+            model.config.use_cache = cached
         for name in ("PrinterCallback", "ProgressCallback"):  # stdout belongs to results
             for callback in [c for c in self.callback_handler.callbacks if type(c).__name__ == name]:
                 self.remove_callback(callback)

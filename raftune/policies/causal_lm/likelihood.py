@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from raftune.errors import OutOfMemory
-from raftune.policies.causal_lm.models import base_of, device_of
+from raftune.policies.causal_lm.models import as_it_was, base_of, device_of
 from raftune.policies.memory import is_out_of_memory
 from raftune.protocols import FloatN
 
@@ -60,16 +60,12 @@ class Reader:
         backbone, head = self.parts
         device = device_of(self.model)
         ids_BL = torch.arange(8, device=device).reshape(2, 4) % self.model.config.get_text_config().vocab_size
-        training = self.model.training
-        self.model.eval()
+        inputs = {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL), "use_cache": False}
         try:
-            inputs = {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL), "use_cache": False}
-            with torch.no_grad():
+            with torch.no_grad(), as_it_was(self.model):
                 return torch.equal(head(backbone(**inputs)[0]), self.model(**inputs).logits)
         except (TypeError, RuntimeError, AttributeError, IndexError):
             return False
-        finally:
-            self.model.train(training)
 
     def hidden(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(T, D) states that predict the completion tokens, or (T, V) logits where the parts cannot be told apart."""
@@ -107,22 +103,28 @@ def log_probs(model: Any, examples: Sequence[Example], batch_size: int, pad_id: 
 
     Rows of like length share a batch of `batch_size`; softmax in float32, sums in float64. Raises OutOfMemory.
     """
-    reader, device = Reader(model), device_of(model)
+    reader = Reader(model)
     order = np.argsort([-len(e.ids) for e in examples], kind="stable")
     sums = np.zeros(len(examples), dtype=np.float64)
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        group = [examples[i] for i in chosen]
-        try:
-            scores_T = _token_log_probs(reader, {k: v.to(device) for k, v in collate(group, pad_id).items()})
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            message = f"sampling.batch_size must fit into the memory of {device}; {len(group)} rows did not, scored."
-            raise OutOfMemory(message, batch_size) from error
-        owners_T = np.repeat(np.arange(len(group)), [e.tokens for e in group])
-        sums[chosen] = np.bincount(owners_T, weights=scores_T, minlength=len(group))
+    with as_it_was(model):
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            sums[chosen] = _sums(reader, [examples[i] for i in chosen], batch_size, pad_id)
     return sums
+
+
+def _sums(reader: Reader, group: Sequence[Example], batch_size: int, pad_id: int) -> FloatN:
+    """(B,) nats of a batch."""
+    device = device_of(reader.model)
+    try:
+        scores_T = _token_log_probs(reader, {k: v.to(device) for k, v in collate(group, pad_id).items()})
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = f"sampling.batch_size must fit into the memory of {device}; {batch_size} rows did not when scored."
+        raise OutOfMemory(message, batch_size) from error
+    owners_T = np.repeat(np.arange(len(group)), [e.tokens for e in group])
+    return np.asarray(np.bincount(owners_T, weights=scores_T, minlength=len(group)), dtype=np.float64)
 
 
 @torch.no_grad()

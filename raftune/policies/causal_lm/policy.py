@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from raftune.config.sampling import SamplingConfig
 from raftune.config.tuning import TuningConfig
 from raftune.policies.causal_lm import loading, starting
-from raftune.policies.causal_lm.drawing import draw, draw_path
+from raftune.policies.causal_lm.drawing import draw, draw_path, names_out_of_memory
 from raftune.policies.causal_lm.encoding import Encoder
 from raftune.policies.causal_lm.likelihood import Example, log_probs
 from raftune.policies.causal_lm.saving import read_optimizer, write_model
@@ -132,10 +132,11 @@ class CausalLM:
         """How this unit is drawn; what holds for the whole context is found out once."""
         if self._forks:
             return "forked"
-        path, reason = draw_path(self.model, settings)
-        self._forks = path == "forked"
-        if not self._forks:
-            path, reason = draw_path(self.model, settings, longest)
+        with names_out_of_memory(settings.batch_size):
+            path, reason = draw_path(self.model, settings)
+            self._forks = path == "forked"
+            if not self._forks:
+                path, reason = draw_path(self.model, settings, longest)
         if path == "generate":
             self._notes[f"drawn through `generate`, slower than the shared cache: {reason}"] = None
         return path

@@ -1,0 +1,160 @@
+"""Prompts and answers become the ids that the tokenizer itself gives: no special token twice, no prefix to tune on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import processors
+
+from raftune.config.sampling import SamplingConfig
+from raftune.errors import DataError
+from raftune.policies.causal_lm.encoding import Encoder
+from raftune.records import Prompt
+from tests.builders import BOS, EOS, tiny_tokenizer
+
+CHAT = [{"role": "user", "content": "the cab"}]
+
+
+def encoder(tokenizer: Any = None, context: int | None = 32, **sampling: Any) -> Encoder:
+    return Encoder(tokenizer or tiny_tokenizer(), SamplingConfig(**sampling), context, EOS)
+
+
+def ids_of(encoder_: Encoder, content: Any, *, for_drawing: bool = True) -> list[int]:
+    return encoder_.encode([Prompt("p", content)], for_drawing=for_drawing)[0]
+
+
+def test_a_text_is_tokenised_as_the_tokenizer_does_it() -> None:
+    tokenizer = tiny_tokenizer(bos=True)
+    assert ids_of(encoder(tokenizer), "the cab") == tokenizer("the cab")["input_ids"]
+    assert ids_of(encoder(tokenizer), "the cab")[0] == BOS
+
+
+def test_a_text_that_brings_its_own_bos_does_not_get_a_second_one() -> None:
+    ids = ids_of(encoder(tiny_tokenizer(bos=True)), "<s>the cab")
+    assert ids.count(BOS) == 1
+    assert ids == ids_of(encoder(tiny_tokenizer(bos=True)), "the cab")
+
+
+def test_an_eos_that_the_tokenizer_appends_is_left_out_and_one_in_the_text_is_kept() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", EOS)]
+    )
+    assert tokenizer("the cab")["input_ids"][-1] == EOS
+    assert EOS not in ids_of(encoder(tokenizer), "the cab")
+    assert ids_of(encoder(tiny_tokenizer()), "the cab</s>")[-1] == EOS
+
+
+def test_many_prompts_of_both_kinds_keep_their_places() -> None:
+    tokenizer = tiny_tokenizer(bos=True, chat=True)
+    contents: list[Any] = ["a", CHAT, "the", CHAT, "ab"]
+    together = encoder(tokenizer).encode([Prompt(str(i), c) for i, c in enumerate(contents)], for_drawing=True)
+    assert together == [ids_of(encoder(tokenizer), c) for c in contents]
+
+
+def test_messages_go_through_the_chat_template_with_a_generation_prompt() -> None:
+    tokenizer = tiny_tokenizer(bos=True, chat=True)
+    ids = ids_of(encoder(tokenizer), CHAT)
+    assert tokenizer.decode(ids) == "<|user|>the cab</s><|assistant|>"
+    assert BOS not in ids  # the template writes special tokens itself
+
+
+def test_chat_template_kwargs_reach_the_template() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    assert tokenizer.decode(ids_of(encoder(tokenizer, chat_template_kwargs={"loud": True}), CHAT)).endswith("!")
+
+
+def test_an_assistant_message_at_the_end_is_continued() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    text = tokenizer.decode(ids_of(encoder(tokenizer), [*CHAT, {"role": "assistant", "content": "so"}]))
+    assert text.endswith("<|assistant|>so")
+
+
+def test_messages_without_a_template_are_refused_with_the_fix() -> None:
+    with pytest.raises(DataError, match=r"prompt p.*tokenizer\.chat_template"):
+        ids_of(encoder(), CHAT)
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"content": "x"}]])
+def test_malformed_messages_are_refused(messages: list[dict[str, str]]) -> None:
+    with pytest.raises(DataError, match="a role and a content"):
+        ids_of(encoder(tiny_tokenizer(chat=True)), messages)
+
+
+def test_what_a_template_raises_names_the_prompt() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(DataError, match="refused prompt p: no system role"):
+        ids_of(encoder(tokenizer), CHAT)
+
+
+def test_a_prefix_is_for_drawing_only() -> None:
+    tokenizer = tiny_tokenizer(bos=True)
+    prefixed = encoder(tokenizer, context=64, system_prompt="Be kind.", few_shot_prefix="Q: hi A: ho ")
+    assert ids_of(prefixed, "Q: the") == tokenizer("Be kind.\n\nQ: hi A: ho Q: the")["input_ids"]
+    assert ids_of(prefixed, "Q: the", for_drawing=False) == tokenizer("Q: the")["input_ids"]
+
+
+def test_a_system_prompt_is_a_system_message_before_messages_and_joins_one_that_is_there() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    kind = encoder(tokenizer, context=128, system_prompt="Be kind.")
+    assert tokenizer.decode(ids_of(kind, CHAT)).startswith("<|system|>Be kind.</s><|user|>")
+    assert "system" not in tokenizer.decode(ids_of(kind, CHAT, for_drawing=False))
+    brief = [{"role": "system", "content": "Be brief."}, *CHAT]
+    assert tokenizer.decode(ids_of(kind, brief)).startswith("<|system|>Be kind.\n\nBe brief.</s><|user|>")
+
+
+def test_a_few_shot_prefix_before_messages_is_refused() -> None:
+    with pytest.raises(DataError, match="few_shot_prefix"):
+        ids_of(encoder(tiny_tokenizer(chat=True), few_shot_prefix="x"), CHAT)
+
+
+def test_a_prompt_that_fills_the_context_is_refused_by_name_and_one_token_less_is_not() -> None:
+    assert len(ids_of(encoder(context=8), "x" * 7)) == 7
+    with pytest.raises(DataError, match=r"prompt p \('xxxxxxxx'\) has 8 tokens, the limit is 7"):
+        ids_of(encoder(context=8), "x" * 8)
+    assert len(ids_of(encoder(context=None), "x" * 500)) == 500
+
+
+def test_a_prompt_over_max_prompt_length_is_refused() -> None:
+    assert len(ids_of(encoder(max_prompt_length=5), "x" * 5)) == 5
+    with pytest.raises(DataError, match=r"sampling\.max_prompt_length.*has 6 tokens, the limit is 5"):
+        ids_of(encoder(max_prompt_length=5), "x" * 6)
+
+
+def test_an_empty_prompt_is_bos_and_refused_where_there_is_no_bos() -> None:
+    assert ids_of(encoder(tiny_tokenizer()), "") == [BOS]
+    bare = tiny_tokenizer()
+    bare.bos_token = None
+    with pytest.raises(DataError, match="at least one token"):
+        ids_of(encoder(bare), "")
+
+
+def test_a_prompt_of_another_kind_is_refused() -> None:
+    with pytest.raises(DataError, match="a text or a list of messages here; got 3"):
+        ids_of(encoder(), 3)
+
+
+@pytest.mark.parametrize("answer", ["the end", [{"role": "assistant", "content": "the end"}]])
+def test_an_answer_is_tokenised_without_special_tokens_and_ends_in_eos(answer: Any) -> None:
+    tokenizer = tiny_tokenizer(bos=True)
+    text, ids = encoder(tokenizer).encode_answer(Prompt("p", "x"), answer)
+    assert text == "the end"
+    assert ids == [*tokenizer("the end", add_special_tokens=False)["input_ids"], EOS]
+
+
+@pytest.mark.parametrize("answer", [None, 3, [], [{"role": "user", "content": "x"}], [{"role": "assistant"}]])
+def test_an_answer_of_another_kind_is_refused(answer: Any) -> None:
+    with pytest.raises(DataError, match="prompt p"):
+        encoder().encode_answer(Prompt("p", "x"), answer)
+
+
+def test_an_answer_longer_than_the_context_is_refused() -> None:
+    with pytest.raises(DataError, match="context of 8 tokens; one to prompt p has 9"):
+        encoder(context=8).encode_answer(Prompt("p", "x"), "x" * 8)
+
+
+def test_decoding_leaves_special_tokens_out() -> None:
+    tokenizer = tiny_tokenizer()
+    assert encoder(tokenizer).decode([[*tokenizer("the cab")["input_ids"], EOS], [EOS]]) == ["the cab", ""]
