@@ -35,7 +35,7 @@ from raftune.stages.tune import Tune
 from raftune.starters.resolve import resolve_starters, starter_prompts
 from raftune.store.files import write_json
 from raftune.store.job import Engine, Job, make_job
-from raftune.store.run import RunFolder
+from raftune.store.run import DROPPED, RunFolder
 
 FAMILIES = {"tabular": "raftune.policies.tabular:Tabular", "causal_lm": "raftune.policies.causal_lm:CausalLM"}
 
@@ -266,9 +266,10 @@ def with_starter_prompts(config: RunConfig, objects: Objects) -> Objects:
 def drop_weights(run: RunFolder, round_: int) -> None:
     """Deletes a model's files, after a marker says that this was meant."""
     folder = run.folder(round_, "model")
-    if not (folder / "_COMMIT.json").is_file() or (folder / "DROPPED.json").is_file():
+    if not run.is_committed(round_, "model"):
         return
-    write_json(run.tmp, folder / "DROPPED.json", {"why": "keep_models does not keep this round's weights"})
+    if not run.is_dropped(round_, "model"):
+        write_json(run.tmp, folder / DROPPED, {"why": "keep_models does not keep this round's weights"})
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "policy.json":
             path.unlink()

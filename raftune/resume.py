@@ -8,9 +8,13 @@ from typing import Any
 
 from raftune.build import Assembly
 from raftune.config.load import differences
-from raftune.errors import ConfigChanged, ConfigError, RunDamaged
+from raftune.errors import ConfigChanged, ConfigError, RunDamaged, StoreError
 from raftune.protocols import Stage
-from raftune.store.commit import Commit
+from raftune.store.commit import stage_key
+from raftune.store.job import fields_of, hashes_of
+from raftune.store.layout import source_of
+
+Place = tuple[int, str]  # a stage's round, and the folder that it writes in it
 
 
 @dataclass(frozen=True)
@@ -30,24 +34,45 @@ class Stale:
 def check(assembly: Assembly, redo: str | None = None) -> list[str]:
     """Makes sure that what is on disk is whole and belongs to the configuration; returns what was set aside.
 
-    `redo` is STAGE or ROUND/STAGE: that stage and everything after it move to superseded/. Raises RunDamaged,
-    ConfigChanged (with the differences), ConfigError for a stage that does not exist.
+    `redo` is STAGE or ROUND/STAGE: that stage, in this round and in later ones, and all that is made from it move to
+    superseded/. Raises RunDamaged, ConfigChanged (with the differences), ConfigError for a stage that does not exist.
     """
-    if redo is not None:
-        return set_aside(assembly, redo)
-    refuse_damage(assembly)
-    if assembly.run.commit(0, "model") is not None:
+    chosen = follows(assembly, *parse(redo, assembly)) if redo is not None else {}
+    refuse_damage(assembly, chosen)
+    if chosen:
+        refuse_dropped(assembly, chosen)
+    elif assembly.run.is_committed(0, "model"):
         assembly.family.verify(assembly.run.folder(0, "model"))
-    if stale := first_stale(assembly):
+    if stale := first_stale(assembly, chosen):
+        name = f"{stale.round}/{label(stale.stage)}"
         raise ConfigChanged(
             f"{stale.stage.name} of round {stale.round} was made with other settings: {stale.words}. "
-            f"Put them back, choose another output_dir, or add `--from {stale.stage.name.replace(' ', '-')}` to redo it and what follows."
+            f"Put them back, choose another output_dir, or add `--from {name}` to redo it and what follows."
         )
-    return []
+    return set_aside(assembly, chosen)
 
 
-def refuse_damage(assembly: Assembly) -> None:
-    faults = assembly.run.faults()
+def table(assembly: Assembly) -> Iterator[tuple[int, Stage]]:
+    """The stages of all rounds that have a directory, in the order in which the loop makes them."""
+    rounds = assembly.run.rounds()
+    for round_ in range((rounds[-1] if rounds else -1) + 1):
+        for stage in assembly.stages(round_):
+            yield round_, stage
+
+
+def follows(assembly: Assembly, round_: int, name: str) -> dict[Place, Stage]:
+    """The stage of this name in this round and in later ones, and every stage that is made from one of these."""
+    chosen: dict[Place, Stage] = {}
+    for r, stage in table(assembly):
+        named = r >= round_ and stage.name == name
+        if named or any(source_of(read, r) in chosen for read in stage.reads):
+            chosen[r, stage.writes] = stage
+    return chosen
+
+
+def refuse_damage(assembly: Assembly, chosen: dict[Place, Stage]) -> None:
+    """Raises RunDamaged for the first thing that is wrong with what stays."""
+    faults = assembly.run.faults(without=chosen.keys())
     if faults:
         more = f" (and {len(faults) - 1} more: `raftune verify` lists them)" if len(faults) > 1 else ""
         raise RunDamaged(
@@ -55,62 +80,63 @@ def refuse_damage(assembly: Assembly) -> None:
         )
 
 
-def committed(assembly: Assembly) -> Iterator[tuple[int, Stage, Commit]]:
-    """The committed stages in the order in which the loop makes them."""
-    rounds = assembly.run.rounds()
-    for round_ in range((rounds[-1] if rounds else -1) + 1):
-        for stage in assembly.stages(round_):
-            if commit := assembly.run.commit(round_, stage.writes):
-                yield round_, stage, commit
+def refuse_dropped(assembly: Assembly, chosen: dict[Place, Stage]) -> None:
+    """Raises StoreError where something must be redone from a model whose weights were dropped."""
+    for (round_, _), stage in chosen.items():
+        for source in (source_of(read, round_) for read in stage.reads):
+            if source not in chosen and assembly.run.is_dropped(*source):
+                raise StoreError(
+                    f"{stage.name} of round {round_} cannot be redone: the weights of round {source[0]} were dropped "
+                    f"(keep_models: {assembly.config.keep_models}). Redo from {source[0]}/tune, or from a later round."
+                )
 
 
-def first_stale(assembly: Assembly) -> Stale | None:
-    """The first committed stage whose key is not what the configuration would give it now."""
-    for round_, stage, commit in committed(assembly):
-        job = assembly.job(stage, round_)
-        if job.key != commit.key:
-            changed = differences(commit.fields, job.fields)
+def first_stale(assembly: Assembly, chosen: dict[Place, Stage]) -> Stale | None:
+    """The first committed stage that stays and whose key is not what the configuration would give it now."""
+    for round_, stage in table(assembly):
+        if (round_, stage.writes) in chosen or (commit := assembly.run.commit(round_, stage.writes)) is None:
+            continue
+        fields, hashes = fields_of(stage, assembly.plain), hashes_of(assembly.run, stage, round_)
+        if stage_key(stage.name, fields, hashes) != commit.key:
+            changed = differences(commit.fields, fields)
+            if commit.inputs.keys() != hashes.keys():
+                changed["what it reads"] = (", ".join(commit.inputs), ", ".join(hashes))
             return Stale(round_, stage, changed)
     return None
 
 
-def set_aside(assembly: Assembly, redo: str) -> list[str]:
-    """Moves the stage and everything after it to superseded/, the latest first, so that a kill leaves no gap."""
-    round_, name = parse(redo, assembly)
-    order = [(r, stage) for r, stage, _ in committed(assembly)]
-    known = [stage.name for stage in assembly.stages(round_)]
-    rank = known.index(name)
-    chosen = [(r, s) for r, s in order if r > round_ or (r == round_ and known.index(s.name) >= rank)]
-    for r, stage in reversed(chosen):
-        assembly.run.supersede(r, stage.writes)
-    for r in assembly.run.rounds():
-        for stage in reversed(assembly.stages(r)):
-            begun = r > round_ or (r == round_ and known.index(stage.name) >= rank)
-            if begun and assembly.run.commit(r, stage.writes) is None and stage.writes != "evaluate":
-                assembly.run.clear(r, stage.writes)
-    refuse_damage(assembly)
-    if stale := first_stale(assembly):
-        raise ConfigChanged(
-            f"{stale.stage.name} of round {stale.round} comes before {redo} and was made with other settings: {stale.words}. "
-            f"Use `--from {stale.stage.name.replace(' ', '-')}`, or put them back."
-        )
-    return [f"{stage.name} of round {r}" for r, stage in chosen]
+def set_aside(assembly: Assembly, chosen: dict[Place, Stage]) -> list[str]:
+    """Moves the stages to superseded/, the latest first, so that a kill leaves no gap; names those that there were.
+
+    What no configured stage writes any more goes with them: it may have been made from what is redone.
+    """
+    if not chosen:
+        return []
+    run, known = assembly.run, {(round_, stage.writes) for round_, stage in table(assembly)}
+    first = min(round_ for round_, _ in chosen)
+    orphans = [place for place in run.places() if place not in known and place[0] >= first]
+    names = [f"{stage.name} of round {r}" for (r, folder), stage in chosen.items() if run.is_committed(r, folder)]
+    for place in [*orphans, *reversed(chosen)]:
+        run.supersede(*place)
+    return names
 
 
 def parse(redo: str, assembly: Assembly) -> tuple[int, str]:
     """ROUND/STAGE, or STAGE of the first round that has it. Raises ConfigError."""
-    number, _, name = redo.rpartition("/")
-    name = name.replace("-", " ")
+    number, _, wanted = redo.rpartition("/")
     if number and not number.isdigit():
         raise ConfigError(f"--from must be STAGE or ROUND/STAGE; got {redo!r}. Write --from 3/select, for example.")
-    rounds = [int(number)] if number else [0, 1]
-    for round_ in rounds:
-        names = [stage.name for stage in assembly.stages(round_)]
-        preferred = round_ == 1 or number or name not in [stage.name for stage in assembly.stages(1)]
-        if name in names and preferred:
-            return round_, name
-    known = ", ".join(stage.name.replace(" ", "-") for stage in assembly.stages(1))
-    raise ConfigError(f"--from must name a stage; got {redo!r}. The stages of a round are {known}.")
+    for round_ in [int(number)] if number else [0, 1]:
+        for stage in assembly.stages(round_):
+            if label(stage) == wanted.replace(" ", "-"):
+                return round_, stage.name
+    names = dict.fromkeys(label(stage) for round_ in (0, 1) for stage in assembly.stages(round_))
+    raise ConfigError(f"--from must name a stage; got {redo!r}. The stages are {', '.join(names)}.")
+
+
+def label(stage: Stage) -> str:
+    """The stage's name as it is typed."""
+    return stage.name.replace(" ", "-")
 
 
 def short(value: Any) -> str:

@@ -50,7 +50,7 @@ def run(
     with folder.lock():
         assembly = Assembly(folder, config, objects)
         try:
-            aside = check(assembly, redo) if folder.exists() else []
+            aside = check(assembly, redo)
             observe("begin", {"root": str(folder.root), "set_aside": aside, "changed": note_changes(folder, config)})
             save_config(folder, config)
             outcome = train(assembly, observe)
@@ -97,22 +97,29 @@ def note_changes(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     """The fields that differ from the run's last start; those that shape anything committed were refused before."""
     if not folder.exists():
         return {}
-    return differences(folder.read_config(), config.model_dump(mode="json") | {"output_dir": None})
+    return differences(folder.read_config(), resolved_config(config))
 
 
 def save_config(folder: RunFolder, config: RunConfig) -> None:
-    """config.yaml for people, config.resolved.json for workers, environment.json for the record."""
+    """config.resolved.json for workers, config.yaml for people, environment.json for the record.
+
+    All are the same wherever the directory lies.
+    """
     import yaml
 
-    resolved = config.model_dump(mode="json") | {"output_dir": None}  # the same wherever the directory lies
-    if folder.exists() and folder.read_config() == resolved:
-        return
-    folder.write_config(resolved)
-    with stage_file(folder.tmp, folder.root / "config.yaml") as staged:
-        staged.write_text(
-            yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
-        )
-    write_json(folder.tmp, folder.root / "environment.json", environment())
+    resolved = resolved_config(config)
+    if not folder.exists() or folder.read_config() != resolved:
+        write_json(folder.tmp, folder.root / "environment.json", environment())
+        folder.write_config(resolved)
+    chosen = config.model_dump(mode="json", exclude_defaults=True, exclude={"output_dir"})
+    text, path = yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), folder.root / "config.yaml"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with stage_file(folder.tmp, path) as staged:
+            staged.write_text(text, encoding="utf-8")
+
+
+def resolved_config(config: RunConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json") | {"output_dir": None}
 
 
 def environment() -> dict[str, Any]:

@@ -24,6 +24,11 @@ class FileEntry:
     sha256: str
     rows: int | None = None
 
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """The entry of a file as it lies on disk now."""
+        return cls(path.stat().st_size, sha256_of(path))
+
 
 @dataclass(frozen=True, slots=True)
 class Commit:

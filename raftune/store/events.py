@@ -14,10 +14,12 @@ class Events:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._fresh = True
 
     def add(self, kind: str, **facts: Any) -> None:
         line = json.dumps({"time": round(time.time(), 3), "event": kind, **facts}, ensure_ascii=False, default=str)
-        torn = self.path.exists() and not self._ends_in_newline()
+        torn = self._fresh and self.path.exists() and not self._ends_in_newline()
+        self._fresh = False
         with self.path.open("a", encoding="utf-8") as file:
             file.write(("\n" if torn else "") + line + "\n")
 

@@ -60,9 +60,32 @@ def publish(staged: Path, final: Path) -> None:
     """Moves a finished file from `tmp/` to its final path, durably; a file that stood there is replaced."""
     with explaining(final):
         sync_file(staged)
-        final.parent.mkdir(parents=True, exist_ok=True)
+        ensure_folder(final.parent)
         os.replace(staged, final)
         sync_folder(final.parent)
+
+
+def publish_folder(staged: Path, final: Path) -> None:
+    """Moves every finished file below `staged` to its place below `final`, durably; each folder is synced once."""
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    with explaining(final):
+        for path in files:
+            sync_file(path)
+        for path in files:
+            target = final / path.relative_to(staged)
+            ensure_folder(target.parent)
+            os.replace(path, target)
+        for folder in sorted({(final / path.relative_to(staged)).parent for path in files}):
+            sync_folder(folder)
+
+
+def ensure_folder(folder: Path) -> None:
+    """Makes the folder and those above it where they are missing, durably."""
+    if folder.is_dir():
+        return
+    ensure_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
 
 
 @contextlib.contextmanager
@@ -74,13 +97,14 @@ def stage_file(tmp: Path, final: Path) -> Iterator[Path]:
             yield staged
         publish(staged, final)
     finally:
-        staged.unlink(missing_ok=True)
+        if staged.exists():  # the block failed
+            staged.unlink()
 
 
 def unique(tmp: Path, suffix: str = "") -> Path:
     """A path under `tmp` that nobody else uses."""
     with explaining(tmp):
-        tmp.mkdir(parents=True, exist_ok=True)
+        ensure_folder(tmp)
     return tmp / f"{uuid.uuid4().hex}{suffix}"
 
 

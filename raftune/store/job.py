@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from raftune.errors import OutOfMemory, RunDamaged
 from raftune.protocols import OnceStage, Receipt, Stage, UnitStage
-from raftune.store.commit import Commit, stage_key
-from raftune.store.files import publish, sha256_of, stage_file, unique, write_json
-from raftune.store.layout import source_of, unit_file
+from raftune.store.commit import Commit, FileEntry, stage_key
+from raftune.store.files import ensure_folder, publish_folder, sha256_of, stage_file, sync_folder, unique, write_json
+from raftune.store.layout import batch_file, source_of, unit_file
 from raftune.store.parquet import read_metadata, read_table
 from raftune.store.run import RunFolder
 
@@ -31,15 +32,15 @@ class Job:
     fields: Mapping[str, Any]
     hashes: Mapping[str, str]
 
-    @property
+    @cached_property
     def key(self) -> str:
         return stage_key(self.stage.name, self.fields, self.hashes)
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         return self.run.folder(self.round, self.stage.writes)
 
-    @property
+    @cached_property
     def inputs(self) -> dict[str, Path]:
         return {read: self.run.folder(*source_of(read, self.round)) for read in self.stage.reads}
 
@@ -47,24 +48,29 @@ class Job:
     def title(self) -> str:
         return f"{self.stage.name} of round {self.round}"
 
-    def seal(self, rows: Mapping[str, int] | None = None, quarantined: Mapping[str, str] | None = None) -> None:
-        """Commits what lies in the folder."""
-        entries = self.run.entries(self.folder, rows)
-        commit = Commit(self.stage.name, self.round, self.key, self.fields, self.hashes, entries, quarantined or {})
+    def seal(self, files: Mapping[str, FileEntry], quarantined: Mapping[str, str] | None = None) -> None:
+        """Commits these files of the folder."""
+        commit = Commit(self.stage.name, self.round, self.key, self.fields, self.hashes, files, quarantined or {})
         self.run.seal(commit, self.stage.writes)
 
 
 def make_job(run: RunFolder, stage: Stage, round_: int, config: Mapping[str, Any]) -> Job:
     """The job of a stage all of whose inputs are committed; `config` is the resolved configuration, as plain data."""
-    fields = {name: dotted(config, name) for name in stage.fields}
-    fields |= {f"hash of {name}": value for name, value in stage.fingerprints().items()}
-    hashes = {}
-    for read in stage.reads:
-        source_round, name = source_of(read, round_)
-        found = run.commit_hash(source_round, name)
-        assert found is not None, f"{read} must be committed before {stage.name}"
-        hashes[f"{source_round}/{name}"] = found
-    return Job(run, stage, round_, fields, hashes)
+    hashes = hashes_of(run, stage, round_)
+    assert all(hashes.values()), f"{stage.name} reads a stage that is not committed"
+    return Job(run, stage, round_, fields_of(stage, config), hashes)
+
+
+def fields_of(stage: Stage, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that shape the stage, by their names."""
+    prints = {f"hash of {name}": value for name, value in stage.fingerprints().items()}
+    return {name: dotted(config, name) for name in stage.fields} | prints
+
+
+def hashes_of(run: RunFolder, stage: Stage, round_: int) -> dict[str, str]:
+    """The hashes of the COMMITs that the stage is made from, by "round/name"; empty where there is none."""
+    sources = [source_of(read, round_) for read in stage.reads]
+    return {f"{source}/{name}": run.commit_hash(source, name) for source, name in sources}
 
 
 def dotted(config: Mapping[str, Any], name: str) -> Any:
@@ -76,26 +82,24 @@ def dotted(config: Mapping[str, Any], name: str) -> Any:
 
 
 def run_once(job: Job, stage: OnceStage) -> None:
-    """Runs the stage into tmp/, then publishes file by file; the COMMIT comes last."""
-    nested = stage.writes == "evaluate"  # its folder holds the stages that were its inputs
-    if not nested:
-        job.run.clear(job.round, stage.writes)
+    """Runs the stage into tmp/, then publishes its files; the COMMIT comes last."""
     staged = unique(job.run.tmp)
     staged.mkdir()
     try:
         stage.run(job.inputs, staged)
-        for path in sorted(staged.rglob("*")):
-            if path.is_file():
-                publish(path, job.folder / path.relative_to(staged))
-        job.seal()
+        paths = sorted(path for path in staged.rglob("*") if path.is_file())
+        files = {path.relative_to(staged).as_posix(): FileEntry.of(path) for path in paths}
+        if stage.writes != "evaluate":  # its folder holds the stages that it is made from
+            job.run.clear(job.round, stage.writes)
+        publish_folder(staged, job.folder)
+        job.seal(files)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
 def run_unit(job: Job, stage: UnitStage, index: int) -> Receipt:
     """Runs and publishes one unit; when memory runs out, a smaller batch is put on record before the next try."""
-    final = job.folder / unit_file(index)
-    revision = job.folder / f"unit-{index:05d}.batch.json"
+    final, revision = job.folder / unit_file(index), job.folder / batch_file(index)
     began = time.perf_counter()
     notes: tuple[str, ...] = ()
     while True:
@@ -103,7 +107,9 @@ def run_unit(job: Job, stage: UnitStage, index: int) -> Receipt:
         try:
             with stage_file(job.run.tmp, final) as staged:
                 notes += stage.run_unit(job.inputs, index, staged, metadata)
-            break
+                rows, _ = read_metadata(staged)
+                sha256, size = sha256_of(staged), staged.stat().st_size
+            return Receipt(index, final.name, rows, sha256, size, time.perf_counter() - began, notes)
         except OutOfMemory as error:
             if error.batch_size <= 1:
                 raise
@@ -111,9 +117,6 @@ def run_unit(job: Job, stage: UnitStage, index: int) -> Receipt:
             notes += (
                 f"unit {index}: out of memory at batch {error.batch_size}; drawn again at {error.batch_size // 2}",
             )
-    receipt = receipt_of(job, index)
-    assert receipt is not None
-    return Receipt(index, final.name, receipt.rows, receipt.sha256, time.perf_counter() - began, notes)
 
 
 def revised(revision: Path, key: str) -> dict[str, str]:
@@ -125,7 +128,7 @@ def revised(revision: Path, key: str) -> dict[str, str]:
 
 
 def receipt_of(job: Job, index: int) -> Receipt | None:
-    """The receipt of a unit that lies on disk whole and belongs to this job; None otherwise."""
+    """The receipt of a unit that an interrupted run left whole and that belongs to this job; None otherwise."""
     path = job.folder / unit_file(index)
     if not path.is_file():
         return None
@@ -136,7 +139,7 @@ def receipt_of(job: Job, index: int) -> Receipt | None:
         read_table(path)  # verifies every page
     except RunDamaged:
         return None
-    return Receipt(index, path.name, rows, sha256_of(path))
+    return Receipt(index, path.name, rows, sha256_of(path), path.stat().st_size)
 
 
 def unfinished(job: Job, stage: UnitStage) -> tuple[list[int], list[Receipt]]:
@@ -151,14 +154,18 @@ def unfinished(job: Job, stage: UnitStage) -> tuple[list[int], list[Receipt]]:
     return missing, found
 
 
-def seal_units(job: Job, receipts: Iterable[Receipt], quarantined: Mapping[int, str]) -> None:
+def seal_units(job: Job, receipts: Sequence[Receipt], quarantined: Mapping[int, str]) -> None:
     """Commits the units; files in the folder that belong to none of them are removed first."""
-    rows = {receipt.file: receipt.rows for receipt in receipts}
-    for path in job.folder.glob("unit-*"):
-        stem = path.name.split(".")[0] + ".parquet"
-        if stem not in rows:
+    ensure_folder(job.folder)
+    files = {receipt.file: FileEntry(receipt.bytes, receipt.sha256, receipt.rows) for receipt in receipts}
+    revisions = {batch_file(receipt.unit) for receipt in receipts}
+    for path in job.folder.iterdir():
+        if path.name in revisions and revised(path, job.key):
+            files[path.name] = FileEntry.of(path)
+        elif path.is_file() and path.name not in files:
             path.unlink()
-    job.seal(rows, {unit_file(index): why for index, why in sorted(quarantined.items())})
+    sync_folder(job.folder)
+    job.seal(files, {unit_file(index): why for index, why in sorted(quarantined.items())})
 
 
 class Engine(Protocol):

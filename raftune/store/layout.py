@@ -17,6 +17,11 @@ def unit_file(index: int) -> str:
     return f"unit-{index:05d}.parquet"
 
 
+def batch_file(index: int) -> str:
+    """Where a batch size stands on record that an out-of-memory made smaller."""
+    return f"unit-{index:05d}.batch.json"
+
+
 def unit_numbers(folder: Path) -> list[int]:
     """The units that a committed folder holds, ascending: without those that were quarantined."""
     return sorted(int(path.stem.removeprefix("unit-")) for path in folder.glob("unit-*.parquet"))

@@ -33,46 +33,46 @@ def table_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """The table, its page checksums verified. Raises RunDamaged."""
-    with _naming(path), path.open("rb") as file:
-        return pq.ParquetFile(file, page_checksum_verification=True).read(
-            columns=list(columns) if columns is not None else None, use_threads=False
-        )
+    with _opened(path) as source:
+        return source.read(columns=_listed(columns), use_threads=False)
 
 
 def read_groups(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The file's row groups one after another, their page checksums verified. Raises RunDamaged."""
-    with _naming(path), path.open("rb") as file:
-        source = pq.ParquetFile(file, page_checksum_verification=True)
+    with _opened(path) as source:
         for index in range(source.num_row_groups):
-            yield source.read_row_group(
-                index, columns=list(columns) if columns is not None else None, use_threads=False
-            )
+            yield source.read_row_group(index, columns=_listed(columns), use_threads=False)
 
 
 def read_group(path: Path, index: int) -> pa.Table:
     """One row group, its page checksums verified. Raises RunDamaged."""
-    with _naming(path), path.open("rb") as file:
-        return pq.ParquetFile(file, page_checksum_verification=True).read_row_group(index, use_threads=False)
+    with _opened(path) as source:
+        return source.read_row_group(index, use_threads=False)
 
 
 def read_metadata(path: Path) -> tuple[int, dict[str, str]]:
     """The number of rows and the schema's metadata. Raises RunDamaged."""
-    with _naming(path), path.open("rb") as file:
-        source = pq.ParquetFile(file)
+    with _opened(path) as source:
         pairs: dict[bytes, bytes] = source.schema_arrow.metadata or {}
         return source.metadata.num_rows, {k.decode(): v.decode() for k, v in pairs.items()}
 
 
 def column_names(path: Path) -> list[str]:
     """The names of the file's columns. Raises RunDamaged."""
-    with _naming(path), path.open("rb") as file:
-        return list(pq.ParquetFile(file).schema_arrow.names)
+    with _opened(path) as source:
+        return list(source.schema_arrow.names)
+
+
+def _listed(columns: Sequence[str] | None) -> list[str] | None:
+    return None if columns is None else list(columns)
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """The file, every page that is read verified, on this thread alone. Raises RunDamaged that names it."""
     try:
-        yield
+        with path.open("rb") as file:  # buffering ahead would hand each small read to a thread and wait for it
+            yield pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
     except FileNotFoundError as error:
         raise RunDamaged(
             f"{path} is missing. Restore it, or redo its stage with `raftune resume RUN --from STAGE`."

@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from filelock import FileLock, Timeout
 
 from raftune.errors import RunDamaged, RunInUse, StoreError
 from raftune.store import commit as commits
-from raftune.store.commit import Commit, FileEntry
+from raftune.store.commit import Commit
 from raftune.store.events import Events
-from raftune.store.files import discard, explaining, sha256_of, sync_folder, unique, write_json
+from raftune.store.files import discard, ensure_folder, explaining, sha256_of, sync_folder, unique, write_json
 
 _ROUND = re.compile(r"round-(\d{4,})$")
 CONFIG = "config.resolved.json"
+DROPPED = "DROPPED.json"  # beside the COMMIT of a model whose weights were deleted on purpose
 
 
 class RunFolder:
@@ -70,59 +71,76 @@ class RunFolder:
     def commit(self, round_: int, name: str) -> Commit | None:
         return Commit.load(self.folder(round_, name))
 
-    def commit_hash(self, round_: int, name: str) -> str | None:
-        """The SHA-256 of a stage's COMMIT, which stands for everything the stage was made from; None: not committed."""
-        path = self.folder(round_, name) / commits.NAME
-        return sha256_of(path) if path.is_file() else None
+    def is_committed(self, round_: int, name: str) -> bool:
+        return (self.folder(round_, name) / commits.NAME).is_file()
+
+    def is_dropped(self, round_: int, name: str) -> bool:
+        """True of a stage whose files were deleted on purpose."""
+        return (self.folder(round_, name) / DROPPED).is_file()
+
+    def commit_hash(self, round_: int, name: str) -> str:
+        """The SHA-256 of a stage's COMMIT, which stands for all that it was made from; empty if it is not committed."""
+        return sha256_of(self.folder(round_, name) / commits.NAME) if self.is_committed(round_, name) else ""
 
     def seal(self, commit: Commit, name: str) -> None:
-        """Commits the stage: its files as they lie in its folder, listed with size and hash."""
-        folder = self.folder(commit.round, name)
-        folder.mkdir(parents=True, exist_ok=True)
-        sync_folder(folder.parent)
-        commit.save(folder, self.tmp)
+        """Commits the stage, whose files all lie in its folder, durably."""
+        commit.save(self.folder(commit.round, name), self.tmp)
 
-    def entries(self, folder: Path, rows: Mapping[str, int] | None = None) -> dict[str, FileEntry]:
-        """Every file in the folder but the COMMITs and the stages nested in it, by relative name."""
-        nested = [path.parent for path in folder.rglob(commits.NAME) if path.parent != folder]
-        files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != commits.NAME]
-        own = [p for p in files if not any(n in p.parents for n in nested)]
-        names = [p.relative_to(folder).as_posix() for p in own]
-        return {
-            n: FileEntry(p.stat().st_size, sha256_of(p), (rows or {}).get(n)) for n, p in zip(names, own, strict=True)
-        }
-
-    def committed(self) -> Iterator[tuple[int, str, Commit]]:
-        """Every COMMIT of the run: round, folder name, content."""
+    def places(self) -> Iterator[tuple[int, str]]:
+        """Every folder that a stage has written, by round and name: those that are committed, and all of a round's own."""
         for round_ in self.rounds():
             base = self.root / f"round-{round_:04d}"
-            for path in sorted(base.rglob(commits.NAME)):
-                name = path.parent.relative_to(base).as_posix()
-                if commit := self.commit(round_, name):
-                    yield round_, name, commit
+            committed = (path.parent.relative_to(base).as_posix() for path in sorted(base.rglob(commits.NAME)))
+            own = (path.name for path in sorted(base.iterdir()) if path.is_dir())
+            yield from ((round_, name) for name in dict.fromkeys([*committed, *own]))
 
-    def faults(self) -> list[str]:
-        """What is damaged, a line each: changed or missing files, and COMMITs whose inputs have been replaced."""
-        found = []
-        for round_, name, commit in self.committed():
-            dropped = (self.folder(round_, name) / "DROPPED.json").is_file()
-            found += [] if dropped else commit.faults(self.folder(round_, name))
-            for read, expected in commit.inputs.items():
-                source_round, source = read.split("/", 1)
-                if self.commit_hash(int(source_round), source) != expected:
-                    found.append(f"{self.folder(round_, name)} was made from another {read} than the one on disk")
+    def faults(self, without: Collection[tuple[int, str]] = ()) -> list[str]:
+        """What is damaged, a line each: changed or missing files, and COMMITs whose inputs have been replaced.
+
+        Stages in `without` are passed over. Raises RunTooNew.
+        """
+        found: list[str] = []
+        for round_, name in self.places():
+            if (round_, name) not in without:
+                found += self._faults(round_, name)
+        return found
+
+    def _faults(self, round_: int, name: str) -> list[str]:
+        folder = self.folder(round_, name)
+        try:
+            commit = Commit.load(folder)
+        except RunDamaged as error:
+            return [str(error).split(". ")[0]]
+        if commit is None:
+            return []
+        found = [] if self.is_dropped(round_, name) else commit.faults(folder)
+        for read, expected in commit.inputs.items():
+            source_round, source = read.split("/", 1)
+            if self.commit_hash(int(source_round), source) != expected:
+                found.append(f"{folder} was made from another {read} than the one on disk")
         return found
 
     def supersede(self, round_: int, name: str) -> None:
-        """Moves a stage aside, to superseded/: nothing that was drawn is ever deleted."""
+        """Moves a stage aside, to superseded/: nothing that was drawn is ever deleted.
+
+        Stages in folders below it stay. Its COMMIT goes first, so that a kill leaves a stage that is not committed.
+        """
         folder = self.folder(round_, name)
-        if not folder.exists():
+        if not folder.is_dir():
             return
         target = unique(self.root / "superseded", f"-round-{round_:04d}-{name.replace('/', '-')}")
+        nested = {path.relative_to(folder).parts[0] for path in folder.glob(f"*/**/{commits.NAME}")}
+        own = [path for path in folder.iterdir() if path.name not in nested]
         with explaining(folder):
-            folder.rename(target)
-            sync_folder(folder.parent)
-            sync_folder(target.parent)
+            if own:
+                ensure_folder(target)
+            for path in sorted(own, key=lambda path: path.name != commits.NAME):
+                path.rename(target / path.name)
+            if not nested:
+                folder.rmdir()
+            if own:
+                sync_folder(target)
+            sync_folder(folder if nested else folder.parent)
 
     def clear(self, round_: int, name: str) -> None:
         """Removes what an interrupted stage left in its folder."""
@@ -134,7 +152,7 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Holds the run for this process; what an earlier holder left under tmp/ is removed. Raises RunInUse."""
         with explaining(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+            ensure_folder(self.root)
             lock = FileLock(self.root / "LOCK")
             try:
                 lock.acquire(timeout=0)

@@ -1,0 +1,290 @@
+"""Kills a run at every file event, runs it again, and compares what lies on disk with a run that was never interrupted.
+
+    python kill.py SCENARIO [--every N] [--broken WAY]       prints a report as JSON
+
+A process of its own, which imports no torch and starts no threads: each trial is a fork of it, in milliseconds. Events
+are seen by an audit hook, so that the package needs no hook. SIGKILL keeps what the kernel was given, with fsync or
+without: fsync is therefore an event here but does nothing, and its order is the subject of another test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raftune.runs import run
+from tests.runs import tiny
+
+IGNORED = ("events.jsonl", "environment.json", "LOCK")  # times and places of this process
+_CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "fsync")
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+Act = Callable[[Path], object]
+
+
+def tree(root: Path) -> dict[str, str]:
+    """Every file under the root with its SHA-256, and every folder; without tmp/, superseded/ and the record of times."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if name in IGNORED or name.split("/")[0] in ("tmp", "superseded"):
+            continue
+        found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+    return found
+
+
+@dataclass
+class Watch:
+    """Sees the file events under `root` in this process; at the event of number `stop` the process is killed."""
+
+    root: Path
+    stop: int | None = None
+
+    def begin(self) -> Watch:
+        self.seen: list[str] = []
+        sys.addaudithook(self._hear)
+        os.fsync = lambda descriptor: sys.audit("fsync", self.root, descriptor)
+        return self
+
+    def _hear(self, kind: str, facts: tuple[Any, ...]) -> None:
+        if kind == "open" and not facts[2] & _WRITES:
+            return
+        if (kind == "open" or kind in _CHANGES) and self._ours(facts[0]):
+            self.seen.append(f"{kind} {self._where(facts[0])}")
+            if len(self.seen) == self.stop:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def _ours(self, path: Any) -> bool:
+        """True of paths under the root, and of the bare names by which rmtree removes what is in a folder."""
+        return isinstance(path, str | os.PathLike) and (
+            not os.path.isabs(path) or os.fspath(path).startswith(str(self.root))
+        )
+
+    def _where(self, path: Any) -> str:
+        return os.path.relpath(path, self.root) if os.path.isabs(path) else f"{path}"
+
+
+def in_child(act: Callable[[], object]) -> tuple[int, str]:
+    """The wait status of a fork in which this was done, and what it wrote of errors: status 0 is success."""
+    with tempfile.TemporaryFile("w+") as errors:
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            try:
+                act()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc(file=errors)
+                errors.flush()
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        errors.seek(0)
+        return status, errors.read()
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`before` prepares a directory, `act` is what is killed, `again` is what a person does then.
+
+    `oracle` makes what must be there in the end: by default, `act` without a kill.
+    """
+
+    act: Act
+    again: Act
+    before: Act | None = None
+    oracle: Act | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Events counted, trials made, and for each trial that went wrong the event and what was wrong."""
+
+    events: list[str]
+    trials: int
+    faults: list[str]
+
+
+def examine(scenario: Scenario, scratch: Path, every: int = 1) -> Report:
+    """Kills at each `every`-th event."""
+    expected = made(scenario, scratch / "run", scenario.oracle or scenario.act)
+    events = events_of(scenario, scratch / "counted")
+    faults = []
+    numbers = range(1, len(events) + 1, every)
+    for number in numbers:
+        if fault := trial(scenario, scratch / "run", number, expected):
+            faults.append(f"killed before event {number} ({events[number - 1]}): {fault}")
+    return Report(events, len(numbers), faults)
+
+
+def made(scenario: Scenario, root: Path, act: Act) -> dict[str, str]:
+    """What lies on disk when nothing interrupts."""
+    prepare(scenario, root)
+    status, errors = in_child(lambda: act(root))
+    assert status == 0, errors
+    return tree(root)
+
+
+def events_of(scenario: Scenario, root: Path) -> list[str]:
+    """The events of `act`, in order."""
+    prepare(scenario, root)
+    note = root.with_suffix(".json")
+
+    def act() -> None:
+        watch = Watch(root).begin()
+        scenario.act(root)
+        note.write_text(json.dumps(watch.seen))
+
+    status, errors = in_child(act)
+    assert status == 0, errors
+    return [event for event in json.loads(note.read_text()) if not event.endswith(note.name)]
+
+
+def trial(scenario: Scenario, root: Path, number: int, expected: dict[str, str]) -> str:
+    """Empty if a kill at this event leaves no trace after the next run; else what is wrong."""
+    prepare(scenario, root)
+
+    def act() -> None:
+        Watch(root, number).begin()
+        scenario.act(root)
+
+    status, errors = in_child(act)
+    if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
+        return f"the process was not killed: {errors[-2000:]}"
+    status, errors = in_child(lambda: scenario.again(root))
+    if status != 0:
+        return f"it does not resume: {errors[-2000:]}"
+    return difference(expected, tree(root))
+
+
+def difference(expected: dict[str, str], found: dict[str, str]) -> str:
+    missing = sorted(expected.keys() - found.keys())
+    surplus = sorted(found.keys() - expected.keys())
+    changed = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
+    parts = {"missing": missing, "surplus": surplus, "changed": changed}
+    return "; ".join(f"{what} {', '.join(names)}" for what, names in parts.items() if names)
+
+
+def prepare(scenario: Scenario, root: Path) -> None:
+    if root.exists():
+        shutil.rmtree(root)
+    if scenario.before is not None:
+        scenario.before(root)
+
+
+# -- what is tried ----------------------------------------------------------------------------------------------------
+
+
+def plain(**changes: Any) -> Scenario:
+    """A run and its resumption."""
+
+    def act(root: Path) -> object:
+        return run(tiny.config(root, **changes), tiny.objects())
+
+    return Scenario(act=act, again=act)
+
+
+def redo(stage: str, changes: dict[str, Any], base: Path, retry: bool) -> Scenario:
+    """`--from` with other settings on a finished run, which must give what these settings give from the beginning.
+
+    After a kill a person says it again; or, with `retry`, first tries without `--from`, as after any interruption.
+    """
+    run(tiny.config(base), tiny.objects())
+    finished = base
+
+    def before(root: Path) -> object:
+        return shutil.copytree(finished, root)
+
+    def act(root: Path) -> object:
+        return run(tiny.config(root, **changes), tiny.objects(), redo=stage)
+
+    def again(root: Path) -> object:
+        from raftune.errors import ConfigChanged
+
+        try:
+            return run(tiny.config(root, **changes), tiny.objects()) if retry else act(root)
+        except ConfigChanged:
+            return act(root)
+
+    def oracle(root: Path) -> object:
+        shutil.rmtree(root)
+        return run(tiny.config(root, **changes), tiny.objects())
+
+    return Scenario(act, again, before, oracle)
+
+
+def scenario_named(name: str, scratch: Path) -> Scenario:
+    """One of the names that the tests use."""
+    everything = {
+        "selection": {"beta": 0.3},
+        "sampling": {"teacher": {"model": "the start", "num_generations": 2}, "candidate_columns": ("human",)},
+        "tuning": {"replay_rounds": 1},
+    }
+    other = {"selection": {"rule": "top_m", "m": 2}}
+    return {
+        "plain": lambda: plain(),
+        "everything": lambda: plain(**everything),
+        "dropping": lambda: plain(num_rounds=3, keep_models="last", evaluation={"num_prompts": 0}),
+        "redo": lambda: redo("1/select", other, scratch / "base", retry=False),
+        "redo-retried": lambda: redo("1/select", other, scratch / "base", retry=True),
+        "redo-evaluation": lambda: redo("0/evaluation-plan", {"evaluation": {"seed": 9}}, scratch / "base", retry=False),
+    }[name]()
+
+
+# -- writers that are known to be bad ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def broken(way: str | None) -> Iterator[None]:
+    """The package with one promise taken out, to show that the harness sees it."""
+    from raftune.protocols import Receipt
+    from raftune.store import files, job
+
+    def in_place(staged: Path, final: Path, *_: Any, **__: Any) -> None:
+        content = staged.read_bytes()
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with final.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        with final.open("ab") as file:
+            file.write(content[len(content) // 2 :])
+
+    def by_name(task: Any, index: int) -> Receipt | None:
+        path = task.folder / job.unit_file(index)
+        return receipt_by_name(path, index) if path.is_file() else None
+
+    if way is not None:
+        files.publish = job.publish = in_place
+    if way == "names":
+        job.receipt_of = by_name
+    yield
+
+
+def receipt_by_name(path: Path, index: int) -> Any:
+    raise NotImplementedError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("scenario")
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--broken", choices=["in-place", "names"])
+    args = parser.parse_args()
+    assert "torch" not in sys.modules, "a fork of a process with torch in it would be slow, and could hang"
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch, broken(args.broken):
+        report = examine(scenario_named(args.scenario, Path(scratch)), Path(scratch), args.every)
+    print(json.dumps({"events": report.events, "trials": report.trials, "faults": report.faults}))
+
+
+if __name__ == "__main__":
+    main()
