@@ -34,7 +34,9 @@ class TuningConfig(Frozen):
     per_device_train_batch_size: int = Field(8, ge=1, description="Rows in a micro-batch; halved when memory runs out.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches in one optimizer step.")
     lr_scheduler_type: str = Field("linear", description="A schedule of transformers; it starts anew every round.")
-    warmup_steps: int = Field(0, ge=0, description="Steps of rising rate at the start of each round.")
+    warmup_steps: float = Field(
+        0, ge=0, description="Steps of rising rate at the start of each round; below 1: a share of the round's steps."
+    )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
     optim: str = Field("adamw_torch_fused", description="An optimizer of transformers' Trainer.")
