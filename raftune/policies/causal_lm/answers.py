@@ -45,7 +45,11 @@ class StopStrings:
         """True if the text of `ids`, a whole completion so far, holds a stop string."""
         if not self._texts or not self._can_complete(int(ids[-1])):
             return False
-        text = self._decode(ids[-self._window :])
+        # The end alone is cheap to read; only what is found there is looked for in the whole text.
+        return self._holds_one(ids[-self._window :]) and self._holds_one(ids)
+
+    def _holds_one(self, ids: NDArray[np.int32]) -> bool:
+        text = self._decode(ids)
         return any(stop in text for stop in self._texts)
 
     def _can_complete(self, token: int) -> bool:

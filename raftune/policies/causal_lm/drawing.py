@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -40,33 +41,33 @@ def draw(
     `generate` refuses.
     """
     answers = Answers(tokenizer, prompts, seeds, settings, context_of(model))
-    if not answers.rows:
-        return answers.drawn()
     with names_out_of_memory(settings.batch_size):
-        if path is None:
-            path, _ = draw_path(model, settings, max(map(len, prompts)))
-        if path == "forked":
-            draw_forked(model, answers)
-        elif asked_of_generate(settings):
-            draw_by_generate_alone(model, answers, is_recurrent(model))
-        else:
-            draw_generated(model, answers, is_recurrent(model))
+        if answers.rows:
+            _fill(answers, model, path or draw_path(model, settings, max(map(len, prompts)))[0])
     return answers.drawn()
+
+
+def _fill(answers: Answers, model: nn.Module, path: DrawPath) -> None:
+    if path == "forked":
+        draw_forked(model, answers)
+    elif asked_of_generate(answers.settings):
+        draw_by_generate_alone(model, answers, is_recurrent(model))
+    else:
+        draw_generated(model, answers, is_recurrent(model))
 
 
 @contextmanager
 def names_out_of_memory(batch_size: int) -> Iterator[None]:
-    """A device's complaint about memory becomes OutOfMemory; what had been allocated is let go."""
+    """A device's complaint about memory becomes OutOfMemory, and the tensors of the failed call are let go."""
     try:
         yield
-        return
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors, for as long as anyone holds the error
         said = next(iter(str(error).splitlines()), type(error).__name__)
-    # Raised outside the handler: a chained traceback would keep the frames, and with them the tensors, alive.
-    raise OutOfMemory(
-        f"sampling.batch_size must leave room in the device's memory; got {batch_size} rows ({said}). "
-        "Set a smaller sampling.batch_size or max_completion_length.",
-        batch_size,
-    )
+        raise OutOfMemory(
+            f"sampling.batch_size must leave room in the device's memory; got {batch_size} rows ({said}). "
+            "Set a smaller sampling.batch_size or max_completion_length.",
+            batch_size,
+        ) from None

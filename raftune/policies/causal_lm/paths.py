@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from raftune.policies.causal_lm.forked import Forks, NotForkableError
 from raftune.policies.causal_lm.models import as_it_was, base_of, context_of, device_of, is_recurrent
 from raftune.policies.causal_lm.settings import DrawPath, DrawSettings
+from raftune.policies.memory import is_out_of_memory
 
 _HARMLESS = {"use_cache": True}
 _TRIAL = ((3, 1, 4, 1, 5), (9, 2, 6))  # two prompts, of unequal length, for the trial
@@ -88,7 +89,7 @@ def _trial(model: nn.Module) -> str:
     except NotForkableError as error:
         return str(error)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
-        if "memory" in str(error).lower():
+        if is_out_of_memory(error):
             raise
         first_line = next(iter(str(error).splitlines()), "")
         return f"a trial of the forked cache failed: {type(error).__name__}: {first_line}"
