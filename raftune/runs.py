@@ -13,6 +13,8 @@ from raftune.config.load import differences, validate
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, StoreError
 from raftune.loop import Observer, Outcome, train
+from raftune.preflight import preflight
+from raftune.reporting import reporting
 from raftune.resume import check
 from raftune.store.files import stage_file, write_json
 from raftune.store.run import RunFolder
@@ -50,10 +52,12 @@ def run(
     with folder.lock():
         assembly = Assembly(folder, config, objects)
         try:
+            preflight(assembly)
             aside = check(assembly, redo)
-            observe("begin", {"root": str(folder.root), "set_aside": aside, "changed": note_changes(folder, config)})
-            save_config(folder, config)
-            outcome = train(assembly, observe)
+            with reporting(config, folder.root, observe) as tell:
+                tell("begin", {"root": str(folder.root), "set_aside": aside, "changed": note_changes(folder, config)})
+                save_config(folder, config)
+                outcome = train(assembly, tell)
             if after is not None:
                 after(assembly, outcome)
             return outcome

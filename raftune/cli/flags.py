@@ -94,8 +94,9 @@ def convert(text: str, kinds: Sequence[Any] | None) -> Any:
         return None
     structured = is_list(kinds) or any(is_mapping(kind) for kind in kinds)
     if Any in kinds or (structured and text.lstrip()[:1] in ("[", "{")):
-        return from_yaml(text)
-    return text
+        value = from_yaml(text)
+        return [value] if is_list(kinds) and not isinstance(value, list) else value
+    return [text] if is_list(kinds) and str not in kinds else text
 
 
 def from_yaml(text: str) -> Any:

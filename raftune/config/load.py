@@ -85,6 +85,8 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
         return f"{field} must be given; it has no default. Add it to the configuration."
     if kind == "value_error":
         return qualify(names, str(fault["ctx"]["error"]))
+    if kind in ("tuple_type", "list_type"):
+        return f"{field} must be a list; got {given}. Write [{fault.get('input')}]."
     rule = fault["msg"][0].lower() + fault["msg"][1:]
     rule = rule.replace("input should be", "must be").replace("input should have", "must have")
     return f"{field} {rule if rule.startswith('must') else 'is wrong: ' + rule}; got {given}. Change it."

@@ -1,0 +1,77 @@
+"""What can be known to go wrong before anything runs: every finding of a configuration that is valid field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from raftune.build import Assembly
+from raftune.errors import ConfigError
+
+
+def preflight(assembly: Assembly) -> None:
+    """Raises ConfigError with a line for each thing that cannot work: no reward, beta without likelihoods, a selection
+    that can never select, a best round by a reward that is not there."""
+    if findings := [*rewards(assembly), *likelihood(assembly), *selection(assembly), *best_round(assembly)]:
+        raise ConfigError("\n".join(findings))
+
+
+def rewards(assembly: Assembly) -> Iterator[str]:
+    if not assembly.config.rewards.reward_funcs and not assembly.objects.rewards:
+        yield (
+            "rewards.reward_funcs must name at least one reward; got none. Add one, such as `reward_funcs: [length]`; "
+            "a run whose rewards were given as Python objects is continued by its own script."
+        )
+
+
+def likelihood(assembly: Assembly) -> Iterator[str]:
+    beta = assembly.config.selection.beta
+    if beta > 0 and not assembly.knows_likelihood():
+        yield (
+            f"selection.beta must be 0 for a family that knows no likelihoods; got {beta:g} with policy.family: "
+            f"{assembly.config.policy.family}. Set it to 0, or give the family `log_probs`."
+        )
+
+
+def selection(assembly: Assembly) -> Iterator[str]:
+    """Rules that no draw can satisfy."""
+    chosen, sampling = assembly.config.selection, assembly.config.sampling
+    teacher = sampling.teacher.num_generations if sampling.teacher else 0
+    others = len(sampling.candidate_columns) + teacher
+    if sampling.num_generations + others == 1:
+        if chosen.all_equal == "skip":
+            yield (
+                "selection.all_equal: skip can never select from one sample a prompt; got sampling.num_generations = 1."
+                " Raise it to 2 or more, or write keep."
+            )
+        if chosen.margin > 0:
+            yield (
+                f"selection.margin can never be reached by one sample a prompt, which is its own mean; got "
+                f"{chosen.margin:g} with sampling.num_generations = 1. Raise it to 2 or more, or leave out the margin."
+            )
+    longest = sampling.max_completion_length
+    counted = "completion_ids" in assembly.family.payload.names
+    if counted and not others and chosen.min_length is not None and chosen.min_length > longest:
+        yield (
+            f"selection.min_length must not exceed sampling.max_completion_length, or nothing can be selected; got "
+            f"{chosen.min_length} and {longest}. Lower the one or raise the other."
+        )
+
+
+def best_round(assembly: Assembly) -> Iterator[str]:
+    evaluation, names = assembly.config.evaluation, reward_names(assembly)
+    by = evaluation.best_by
+    if evaluation.num_prompts == 0 and by != "reward":
+        yield (
+            f"evaluation.best_by needs evaluations; got {by!r} with evaluation.num_prompts = 0. Raise it, or leave out "
+            "best_by."
+        )
+    elif by not in names:
+        yield f"evaluation.best_by must be one of {', '.join(names)}; got {by!r}. Choose one of these."
+
+
+def reward_names(assembly: Assembly) -> list[str]:
+    """What rounds can be compared by: the reward, the held-out one, and each by its own name."""
+    config = assembly.config
+    judges = config.rewards.model_copy(update={"reward_funcs": config.evaluation.reward_funcs}).names
+    ours = assembly.panel().names if assembly.objects.rewards else config.rewards.names
+    return [*dict.fromkeys(["reward", *(["held_out"] if judges else []), *ours, *judges])]
