@@ -1,0 +1,92 @@
+"""Rewards and prompts as a trainer is given them, made into what a run takes: specs, objects, tables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from raftune.data import table_from
+from raftune.errors import ConfigError, DataError
+from raftune.rewards.function import FunctionReward
+from raftune.rewards.loading import load_reward
+
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class GivenRewards:
+    """Rewards by name, for the section `rewards`, and those that are objects of this process with their weights."""
+
+    specs: list[dict[str, Any]] = field(default_factory=list)
+    objects: list[Any] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+
+def given_rewards(rewards: Any, tokenizers: Any, weights: Sequence[float] | None) -> GivenRewards:
+    """The rewards in their two kinds. Raises ConfigError where none is given, or lists do not match."""
+    several = list(rewards) if isinstance(rewards, (list, tuple)) else [] if rewards is None else [rewards]
+    if not several:
+        raise ConfigError(
+            "reward_funcs must hold at least one reward; got none. Give a function that returns a list of numbers."
+        )
+    beside = list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers] * len(several)
+    factors = [1.0] * len(several) if weights is None else list(weights)
+    for name, one in (("reward_processing_classes", beside), ("reward_weights", factors)):
+        if len(one) != len(several):
+            raise ConfigError(f"{name} must hold one entry for each reward; got {len(one)} for {len(several)} rewards.")
+    found = GivenRewards()
+    for number, (reward, tokenizer, weight) in enumerate(zip(several, beside, factors, strict=True)):
+        if isinstance(reward, (str, Path)) and tokenizer is None:
+            found.specs.append({"spec": str(reward), "weight": float(weight)})
+        else:
+            found.objects.append(_as_object(reward, tokenizer, number))
+            found.weights.append(float(weight))
+    return found
+
+
+def _as_object(reward: Any, tokenizer: Any, number: int) -> Any:
+    if isinstance(reward, (str, Path)):
+        from raftune.rewards.classifier import Classifier, ClassifierOptions
+
+        return Classifier(ClassifierOptions(model=str(reward)), tokenizer=tokenizer)
+    if getattr(reward, "__name__", None) == "<lambda>":  # TRL counts what has no name
+        return FunctionReward(reward, f"reward_{number}")
+    return load_reward(reward, tokenizer=tokenizer)
+
+
+@dataclass(frozen=True)
+class GivenPrompts:
+    """What the configuration says of a data set, and the table behind it where it was given as an object."""
+
+    source: str
+    table: Callable[[], pa.Table] | None = None
+
+
+def given_prompts(rows: Any, name: str) -> GivenPrompts:
+    """The prompts: a file or name, or rows known by their hash. Raises DataError for what is no data set of prompts."""
+    if isinstance(rows, (str, Path)):
+        return GivenPrompts(str(rows))
+    if isinstance(rows, Mapping):
+        raise DataError(
+            f"{name} must be one data set; got a dictionary of {', '.join(map(str, rows))}. Choose one: {name}=data[…]."
+        )
+    try:
+        table = table_from(rows)
+    except DataError as error:
+        raise DataError(str(error).replace("train_dataset", name)) from error
+    return GivenPrompts(f"object:{table_hash(table)}", lambda: table)
+
+
+def table_hash(table: pa.Table) -> str:
+    """16 hex digits over the rows, whatever chunks and metadata they come in."""
+    total = hashlib.sha256(json.dumps(table.column_names).encode())
+    for batch in table.to_batches(max_chunksize=_BATCH):
+        for row in batch.to_pylist():
+            total.update(json.dumps(row, sort_keys=True, default=repr).encode())
+    return total.hexdigest()[:16]

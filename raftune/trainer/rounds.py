@@ -1,0 +1,158 @@
+"""The observer behind a trainer: what the loop says becomes TrainerState, callbacks of transformers, and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+from raftune.digest import seconds_by_round
+from raftune.plain import one_line
+from raftune.store.run import RunFolder
+from raftune.trainer.config import RaftConfig
+from raftune.trainer.metrics import Drawn, held_out, kept, losses
+
+
+class StopAfterRound(Exception):  # noqa: N818 - it is no error
+    """A callback asked to stop: raised at the end of a round, when everything of it is committed."""
+
+    def __init__(self, round_: int) -> None:
+        super().__init__(f"a callback stopped the training after round {round_}")
+
+
+class RoundFlow(DefaultFlowCallback):  # type: ignore[misc]
+    """Stands where transformers looks for its own flow: rounds log, evaluate and end by the run's rules."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        return control
+
+
+class Rounds:
+    """Follows one call of train(). Rounds that were done before fill the state; only new ones reach the callbacks.
+
+    An epoch of transformers' callbacks is a round, a step an optimizer step; steps are told when their round is over.
+    """
+
+    def __init__(
+        self,
+        args: RaftConfig,
+        handler: CallbackHandler,
+        run: RunFolder,
+        encoder: Callable[[], Any],
+    ) -> None:
+        self.args, self.handler, self.run, self._encoder = args, handler, run, encoder
+        self.state = TrainerState(
+            logging_steps=int(args.logging_steps),
+            num_train_epochs=args.num_rounds,
+            max_steps=args.num_rounds * max(0, args.max_steps),
+            train_batch_size=args.per_device_train_batch_size,
+            is_local_process_zero=True,
+            is_world_process_zero=True,
+        )
+        self.control = TrainerControl()
+        self.worked = False  # whether anything had to be done
+        self.resumed = 0  # rounds that were found done
+        self._live = False
+
+    def __call__(self, kind: str, facts: dict[str, Any]) -> None:
+        if follow := getattr(self, f"_on_{kind}", None):
+            follow(**facts)
+
+    def begin(self) -> None:
+        self._event("on_train_begin")
+
+    def end(self) -> None:
+        self._event("on_train_end")
+
+    def _on_round_begin(self, round: int, **_: Any) -> None:
+        self._live = False
+        self.state.epoch = float(max(0, round - 1))
+
+    def _on_stage_begin(self, round: int, **_: Any) -> None:
+        if not self._live:
+            self._live = self.worked = True
+            if round:
+                self._event("on_epoch_begin")
+
+    def _on_round_end(self, round: int, metrics: dict[str, Any], summary: dict[str, Any], **_: Any) -> None:
+        self.resumed += not self._live
+        if round:
+            self._tell_steps(round)
+            self.state.epoch = float(round)
+            self._log(self._of_training(round, summary))
+        if metrics:
+            self._tell_evaluation(held_out(metrics))
+        if self._live:
+            self._end_live_round(round)
+
+    def _tell_steps(self, round_: int) -> None:
+        """Counts the round's optimizer steps, and logs their loss every `logging_steps`."""
+        found, every = losses(self.run, round_), int(self.args.logging_steps)
+        waiting: list[float] = []
+        for number, loss in enumerate(found, 1):
+            self.state.global_step += 1
+            self.state.epoch = round_ - 1 + number / len(found)
+            waiting.append(loss)
+            first = self.args.logging_first_step and self.state.global_step == 1
+            if self.args.logging_strategy == "steps" and (first or self.state.global_step % every == 0):
+                self._log({"loss": sum(waiting) / len(waiting)})
+                waiting = []
+            if self._live:
+                self._event("on_step_end")
+
+    def _of_training(self, round_: int, summary: dict[str, Any]) -> dict[str, float]:
+        drawn = Drawn(self.run, round_, self._encoder())
+        self.state.num_input_tokens_seen += drawn.tokens
+        found = drawn.metrics() | {"num_tokens": float(self.state.num_input_tokens_seen)}
+        report = losses(self.run, round_)
+        if report:
+            found["train_loss"] = sum(report) / len(report)
+        for name in ("kept", "reward_kept"):
+            if summary.get(name) is not None:
+                found[name] = float(summary[name])
+        seconds = seconds_by_round(self.run.events).get(round_)
+        return found | ({"step_time": seconds / max(1, len(report)), "round_time": seconds} if seconds else {})
+
+    def _tell_evaluation(self, found: dict[str, float]) -> None:
+        self._log(found)
+        if self._live:
+            self._event("on_evaluate", metrics=found)
+        value = found.get(str(self.args.metric_for_best_model or "eval_reward"), found.get("eval_reward"))
+        if value is not None and (self.state.best_metric is None or value > self.state.best_metric):
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+
+    def _end_live_round(self, round_: int) -> None:
+        if round_:
+            if self.args.log_completions:
+                show(kept(self.run, round_, self.args.num_completions_to_print), round_)
+            self._event("on_save")
+            self._event("on_epoch_end")
+        if self.control.should_training_stop and round_ < self.args.num_rounds:
+            raise StopAfterRound(round_)
+
+    def _log(self, entry: dict[str, float]) -> None:
+        logs = {**entry, "epoch": self.state.epoch}
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        if self._live and self.args.logging_strategy != "no":
+            self._event("on_log", logs=logs)
+
+    def _event(self, name: str, **facts: Any) -> None:
+        self.control = getattr(self.handler, name)(self.args, self.state, self.control, **facts)
+
+
+def show(rows: list[tuple[Any, str, float | None]], round_: int) -> None:
+    """Prints what was kept as a table; what a model wrote is shown harmless, on one line."""
+    table = Table("prompt", "completion", "reward", title=f"kept in round {round_}", title_justify="left")
+    for prompt, completion, score in rows:
+        asked = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+        number = "" if score is None else f"{score:.3f}"
+        table.add_row(Text(one_line(asked, 200)), Text(one_line(completion, 400)), number)
+    Console(stderr=True).print(table)
