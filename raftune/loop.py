@@ -58,7 +58,6 @@ def train(shop: Workshop, observe: Observer = lambda kind, facts: None) -> Outco
         history.append(metrics_of(shop.run, round_))
         outcome = publish(shop, history, reason)
         shop.retire_models(round_, outcome.best)
-        shop.run.clear(round_, "tune")  # checkpoints of a model that is committed
         say("round_end", round=round_, metrics=history[-1], summary=summary_of(shop.run, round_))
         if round_ and (stop := reason_to_stop(history, shop.config.stop, shop.config.evaluation.best_by)):
             outcome = publish(shop, history, stop)

@@ -93,7 +93,8 @@ def refuse_foreign(folder: RunFolder) -> None:
     )
     if strangers:
         raise StoreError(
-            f"output_dir must be empty or hold a run; {folder.root} holds {', '.join(strangers[:3])}. Choose another output_dir."
+            f"output_dir must be empty or hold a run; {folder.root} holds {', '.join(strangers[:3])}. "
+            "Choose another output_dir."
         )
 
 

@@ -82,7 +82,8 @@ def check_contents(contents: list[Any], field: str) -> None:
         if isinstance(content, bool) or not isinstance(content, str | int | list):
             kind = "nothing" if content is None else type(content).__name__
             raise DataError(
-                f"{field}: the prompt in row {number} must be text, messages or a class label; got {kind}. Mend the row."
+                f"{field}: the prompt in row {number} must be text, messages or a class label; got {kind}. "
+                "Mend the row."
             )
         if isinstance(content, str) and not content.strip():
             raise DataError(f"{field}: the prompt in row {number} must not be empty; got {content!r}. Remove the row.")
@@ -94,7 +95,7 @@ def check_contents(contents: list[Any], field: str) -> None:
 
 
 def hold_out(train: pa.Table, wanted: int) -> tuple[pa.Table, pa.Table]:
-    """Takes at most a tenth of the prompts off, equal prompts together, chosen by their hash alone: the same in every run."""
+    """Takes at most a tenth of the prompts off, equal ones together, by their hash alone: the same in every run."""
     share = min(wanted, train.num_rows // 10)
     stems = [name.rsplit("-", 1)[0] for name in train.column("prompt_id").to_pylist()]
     order = np.argsort([derive_seed("hold out", stem) for stem in stems], kind="stable")

@@ -63,13 +63,21 @@ class Draw:
         if "batch_size" in metadata:
             unit = replace(unit, batch_size=int(metadata["batch_size"]))
         samples = policy.draw(unit)
-        for column in self.columns:
-            samples += [adopted(policy, unit, p, len(unit.seeds[i]), column) for i, p in enumerate(unit.prompts)]
-        order = {prompt.id: i for i, prompt in enumerate(unit.prompts)}
-        samples.sort(key=lambda sample: order[sample.prompt_id])
-        renumbered = number_columns(samples, unit)
-        write_table(samples_table(renumbered, policy.payload), out, metadata)
+        if self.columns:
+            samples = with_columns(samples, policy, unit, self.columns)
+        write_table(samples_table(samples, policy.payload), out, metadata)
         return policy.notes()
+
+
+def with_columns(samples: list[Sample], policy: Policy, unit: Unit, columns: tuple[str, ...]) -> list[Sample]:
+    """The samples, prompt by prompt, each prompt's own followed by the answers that the columns hold."""
+    pool: dict[str, list[Sample]] = {prompt.id: [] for prompt in unit.prompts}
+    for sample in samples:
+        pool[sample.prompt_id].append(sample)
+    for prompt in unit.prompts:
+        for column in columns:
+            pool[prompt.id].append(adopted(policy, unit, prompt, len(pool[prompt.id]), column))
+    return [sample for answers in pool.values() for sample in answers]
 
 
 def adopted(policy: Policy, unit: Unit, prompt: Prompt, k: int, column: str) -> Sample:
@@ -86,19 +94,8 @@ def adopted(policy: Policy, unit: Unit, prompt: Prompt, k: int, column: str) -> 
     )
 
 
-def number_columns(samples: list[Sample], unit: Unit) -> list[Sample]:
-    """Numbers the samples of each prompt 0, 1, … in their order: the policy's own keep their numbers."""
-    counts: dict[str, int] = {}
-    numbered = []
-    for sample in samples:
-        k = counts.get(sample.prompt_id, 0)
-        counts[sample.prompt_id] = k + 1
-        numbered.append(replace(sample, k=k, id=f"{unit.scope}/{sample.prompt_id}/{k:03d}"))
-    return numbered
-
-
 class Teach:
-    """One shard a unit: a teacher's answers, encoded as if the policy had drawn them; numbered after the policy's own."""
+    """One shard a unit: a teacher's answers, encoded as if the policy had drawn them; numbered after its own."""
 
     local = False
     name = writes = "teach"

@@ -43,7 +43,7 @@ class Evaluate:
     def samples(self, inputs: Inputs) -> pa.Table:
         """One row a sample: what was drawn, its scores, `held_out/…` scores, and `log_prob`, `log_prob_start`."""
         tables = []
-        for unit in unit_numbers(inputs[self.shards[0]]):
+        for unit in unit_numbers(*(inputs[name] for name in self.shards)):
             table = read_table(inputs[self.shards[0]] / unit_file(unit))
             for shard in self.shards[1:]:
                 other = read_table(inputs[shard] / unit_file(unit))

@@ -18,8 +18,9 @@ from raftune.errors import DataError
 from raftune.protocols import Inputs, PolicyShelf
 from raftune.records import Prompt, derive_seed
 from raftune.stages.data import prepare
-from raftune.store.layout import unit_file, unit_numbers
-from raftune.store.parquet import read_group, read_table, table_writer
+from raftune.stages.select import read_verdicts
+from raftune.store.layout import unit_file
+from raftune.store.parquet import read_group, read_groups, read_table, table_writer
 
 _NOT_PAYLOAD = ("sample_id", "prompt_id", "k", "source", "seed", "version")
 
@@ -56,7 +57,8 @@ class Gather:
         with table_writer(out / "rows.parquet", schema) as writer:
             for table in itertools.chain([first], tables):
                 origins.update(table.column("origin").to_pylist())
-                writer.write_table(table.cast(schema))
+                if table.num_rows:
+                    writer.write_table(table.cast(schema))
             if self.config.reference:
                 reference = self.reference(self.config.reference, inputs, sum(origins.values()), first.schema)
                 origins.update(reference.column("origin").to_pylist())
@@ -65,17 +67,15 @@ class Gather:
 
     def tables(self, inputs: Inputs) -> Iterator[pa.Table]:
         """This round's kept rows unit by unit, then those that earlier rounds had kept themselves."""
-        weights = read_table(inputs["select"] / "verdicts.parquet", ["weight"]).column("weight").to_numpy()
-        at = 0
-        for unit in unit_numbers(inputs[self.shards[-1]]):
+        for unit, verdicts in read_verdicts(inputs["select"] / "verdicts.parquet", ["sample_id", "weight"]):
             samples = pa.concat_tables([read_table(inputs[name] / unit_file(unit)) for name in self.shards])
-            weight = weights[at : at + samples.num_rows]
-            at += samples.num_rows
+            assert samples.column("sample_id").equals(verdicts.column("sample_id")), "verdicts lie beside their samples"
+            weight = verdicts.column("weight").to_numpy()
             yield kept_rows(samples, weight, read_group(inputs["plan"] / "prompts.parquet", unit), self.round)
         for offset, name in enumerate(self.replayed, 1):
-            rows = read_table(inputs[name] / "rows.parquet")
             origin = f"round-{self.round - offset:04d}"
-            yield rows.filter(pc.equal(rows.column("origin"), origin))
+            for rows in read_groups(inputs[name] / "rows.parquet"):
+                yield rows.filter(pc.equal(rows.column("origin"), origin))
 
     def reference(self, config: ReferenceConfig, inputs: Inputs, others: int, schema: pa.Schema) -> pa.Table:
         """So many reference answers, chosen by seed, that they make up the configured share of all rows."""

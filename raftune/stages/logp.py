@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from raftune.protocols import Inputs, Likelihood, PolicyShelf
-from raftune.stages.plan import read_plan, read_unit
+from raftune.stages.plan import asked, read_plan
 from raftune.stages.score import read_shards
 from raftune.store.layout import unit_numbers
 from raftune.store.parquet import write_table
@@ -32,16 +32,15 @@ class LogProbs:
         return {}
 
     def units(self, inputs: Inputs) -> list[int]:
-        return unit_numbers(inputs[self.shards[-1]])
+        return unit_numbers(*(inputs[name] for name in self.shards))
 
     def run_unit(self, inputs: Inputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
         policy = self.policies.at(inputs[self.model])
         assert isinstance(policy, Likelihood)  # planning has made sure of it
         samples = pa.concat_tables(read_shards([inputs[name] for name in self.shards], index))
-        prompts = {prompt.id: prompt for prompt in read_unit(inputs[self.plan], index).prompts}
-        asked = [prompts[name] for name in samples.column("prompt_id").to_pylist()]
+        prompts = asked(inputs[self.plan], index, samples)
         planned = read_plan(inputs[self.plan])["batch_size"]
-        values = policy.log_probs(asked, samples, int(metadata.get("batch_size", planned)))
+        values = policy.log_probs(prompts, samples, int(metadata.get("batch_size", planned)))
         table = samples.select(["sample_id"]).append_column("log_prob", pa.array(values, pa.float64()))
         write_table(table, out, metadata)
         return ()

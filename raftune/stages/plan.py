@@ -13,7 +13,7 @@ import pyarrow as pa
 from raftune.config.run import RunConfig
 from raftune.protocols import Inputs, Unit
 from raftune.records import Prompt, derive_seed
-from raftune.store.parquet import read_group, read_table, write_table
+from raftune.store.parquet import read_group, read_groups, read_metadata, read_table, write_table
 
 SEED_RULES = ("run", "evaluation")
 
@@ -33,11 +33,12 @@ class Plan:
 
     def run(self, inputs: Inputs, out: Path) -> None:
         config = self.config
-        train = read_table(inputs["data@0"] / "train.parquet")
-        rows = prompts_of_round(train.num_rows, config.prompts_per_round, self.round, config.seed)
+        train = inputs["data@0"] / "train.parquet"
+        total, _ = read_metadata(train)
+        rows = prompts_of_round(total, config.prompts_per_round, self.round, config.seed)
         write_plan(
             out,
-            train.take(pa.array(rows)),
+            take(train, rows),
             scope=f"{self.round:04d}",
             version=f"round-{self.round - 1:04d}",
             seed=["run", config.seed, self.round],
@@ -99,16 +100,39 @@ def read_plan(folder: Path) -> dict[str, Any]:
 def read_unit(folder: Path, index: int) -> Unit:
     """The unit as planned: its prompts, and for each the seeds of its K samples."""
     plan = read_plan(folder)
-    prompts = tuple(prompts_from(read_group(folder / "prompts.parquet", index)))
+    prompts = tuple(read_prompts(folder, index))
     seeds = tuple(
         tuple(derive_seed(*plan["seed"], prompt.id, k) for k in range(plan["num_generations"])) for prompt in prompts
     )
     return Unit(index, plan["scope"], plan["version"], prompts, seeds, plan["batch_size"])
 
 
+def read_prompts(folder: Path, index: int) -> list[Prompt]:
+    """The prompts of a unit, with the columns that ride along."""
+    return prompts_from(read_group(folder / "prompts.parquet", index))
+
+
 def prompts_from(rows: pa.Table) -> list[Prompt]:
     """The prompts of a table with `prompt_id`, `prompt` and columns that ride along."""
     return [Prompt(row.pop("prompt_id"), row.pop("prompt"), row) for row in rows.to_pylist()]
+
+
+def asked(folder: Path, index: int, samples: pa.Table) -> list[Prompt]:
+    """For each sample of the unit the prompt that it answers."""
+    prompts = {prompt.id: prompt for prompt in read_prompts(folder, index)}
+    return [prompts[name] for name in samples.column("prompt_id").to_pylist()]
+
+
+def take(path: Path, rows: list[int]) -> pa.Table:
+    """These rows of a file in this order, read group by group: memory goes by the rows that are taken."""
+    wanted = np.array(rows, dtype=np.int64)
+    order = np.argsort(wanted, kind="stable")
+    parts, at = [], 0
+    for group in read_groups(path):
+        inside = wanted[order[(wanted[order] >= at) & (wanted[order] < at + group.num_rows)]]
+        parts.append(group.take(pa.array(inside - at)))
+        at += group.num_rows
+    return pa.concat_tables(parts).take(pa.array(np.argsort(order, kind="stable")))
 
 
 def prompts_of_round(total: int, per_round: int, round_: int, seed: int) -> list[int]:

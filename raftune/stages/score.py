@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from raftune.protocols import Inputs, Panel
 from raftune.records import scores_table
-from raftune.stages.plan import read_unit
+from raftune.stages.plan import asked
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import read_table, write_table
 
@@ -37,14 +37,12 @@ class ScoreSamples:
         return {"rewards": self.panel().fingerprint}
 
     def units(self, inputs: Inputs) -> list[int]:
-        return unit_numbers(inputs[self.shards[-1]])
+        return unit_numbers(*(inputs[name] for name in self.shards))
 
     def run_unit(self, inputs: Inputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
         panel = self.panel()
         samples = pa.concat_tables(read_shards([inputs[name] for name in self.shards], index))
-        prompts = {prompt.id: prompt for prompt in read_unit(inputs[self.plan], index).prompts}
-        asked = [prompts[name] for name in samples.column("prompt_id").to_pylist()]
-        scores = panel.score_samples(asked, samples)
+        scores = panel.score_samples(asked(inputs[self.plan], index, samples), samples)
         write_table(scores_table(samples, scores, panel.names), out, metadata)
         return ()
 

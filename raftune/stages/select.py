@@ -19,13 +19,14 @@ from raftune.protocols import Inputs
 from raftune.records import VERDICT_SCHEMA, Status, content_hash, derive_seed
 from raftune.selection import REASONS, Candidates, Verdicts, barren, select
 from raftune.store.layout import unit_file, unit_numbers
-from raftune.store.parquet import column_names, read_table, table_writer
+from raftune.store.parquet import column_names, read_groups, read_metadata, read_table, table_writer
 
+UNITS = "raftune.units"
 _CHEAP = ("prompt_id", "k", "score", "status")
 
 
 class Select:
-    """verdicts.parquet, one row a sample, and summary.json: what was kept, and which prompts yielded nothing, and why."""
+    """verdicts.parquet, one row a sample, and summary.json: what was kept; which prompts yielded nothing, and why."""
 
     name = writes = "select"
 
@@ -47,7 +48,7 @@ class Select:
         return {}
 
     def run(self, inputs: Inputs, out: Path) -> None:
-        units = unit_numbers(inputs["score"])
+        units = unit_numbers(*(inputs[name] for name in ("score", *self.regularised)))
         refuse_failures(inputs, units, self.shards, self.max_failures)
         prompts = read_table(inputs["plan"] / "prompts.parquet", ["prompt_id"]).column("prompt_id").to_pylist()
         candidates, scores = self.candidates(inputs, units, prompts)
@@ -60,31 +61,28 @@ class Select:
         self, inputs: Inputs, units: list[int], prompts: Sequence[str]
     ) -> tuple[Candidates, npt.NDArray[np.float64]]:
         """The columns that a rule looks at, of all units; beside them the scores before any regularisation."""
-        number = {name: i for i, name in enumerate(prompts)}
-        parts: list[tuple[Any, ...]] = []
-        for unit in units:
-            score = read_table(inputs["score"] / unit_file(unit), _CHEAP)
-            samples = [
-                read_table(inputs[s] / unit_file(unit), [*self._length_columns(inputs[s], unit)]) for s in self.shards
-            ]
-            usable = pc.equal(score.column("status"), Status.OK.value)
-            values = pc.if_else(usable, score.column("score"), None).to_numpy(zero_copy_only=False).astype(np.float64)
-            ranked = values - self.config.beta * self.log_ratio(inputs, unit) if self.regularised else values
-            groups = [number[name] for name in score.column("prompt_id").to_pylist()]
-            lengths, hashes = zip(*(pair for s in samples for pair in _lengths(s)), strict=True)
-            parts.append((groups, score.column("k").to_numpy(), ranked, lengths, hashes, values))
-        columns = [np.concatenate([np.asarray(p[i]) for p in parts]) if parts else np.zeros(0) for i in range(6)]
-        group, k, ranked, length, content, plain = columns
-        return (
-            Candidates(
-                group=group.astype(np.int64),
-                k=k.astype(np.int32),
-                score=ranked.astype(np.float64),
-                length=length.astype(np.int64),
-                content=content.astype(np.uint64),
-            ),
-            plain.astype(np.float64),
+        number = pa.array(prompts, pa.string())
+        parts = [self.unit_candidates(inputs, unit, number) for unit in units]
+        types = (np.int64, np.int32, np.float64, np.int64, np.uint64, np.float64)
+        group, k, ranked, length, content, plain = (
+            np.concatenate([np.zeros(0, kind), *(part[i] for part in parts)]) for i, kind in enumerate(types)
         )
+        return Candidates(group=group, k=k, score=ranked, length=length, content=content), plain
+
+    def unit_candidates(self, inputs: Inputs, unit: int, prompts: pa.Array) -> tuple[npt.NDArray[Any], ...]:
+        """Of each sample of the unit: prompt number, k, ranked score, length, content, plain score."""
+        score = read_table(inputs["score"] / unit_file(unit), _CHEAP)
+        usable = pc.equal(score.column("status"), Status.OK.value)
+        values = pc.if_else(usable, score.column("score"), None).to_numpy(zero_copy_only=False).astype(np.float64)
+        ranked = values - self.config.beta * self.log_ratio(inputs, unit) if self.regularised else values
+        group = pc.index_in(score.column("prompt_id"), value_set=prompts).to_numpy().astype(np.int64)
+        paths = [inputs[name] / unit_file(unit) for name in self.shards]
+        length, content = np.zeros(score.num_rows, np.int64), np.zeros(score.num_rows, np.uint64)
+        if self.config.min_length is not None or self.config.max_length is not None:
+            length = np.concatenate([lengths(path) for path in paths])
+        if self.config.drop_duplicates:
+            content = np.concatenate([contents(path) for path in paths])
+        return group, score.column("k").to_numpy(), ranked, length, content, values
 
     def log_ratio(self, inputs: Inputs, unit: int) -> npt.NDArray[np.float64]:
         """log p - log p0 of each sample of the unit, nats."""
@@ -94,21 +92,13 @@ class Select:
         )
         return np.asarray(ours - start, dtype=np.float64)
 
-    @staticmethod
-    def _length_columns(folder: Path, unit: int) -> tuple[str, ...]:
-        return (
-            ("completion", "completion_ids")
-            if "completion_ids" in column_names(folder / unit_file(unit))
-            else ("completion",)
-        )
-
     def summary(
         self, candidates: Candidates, scores: npt.NDArray[np.float64], verdicts: Verdicts, prompts: Sequence[str]
     ) -> dict[str, Any]:
         chosen = verdicts.weight > 0
-        reasons = Counter(REASONS[code] for code in verdicts.reason.tolist())
+        reasons = {REASONS[code]: int(n) for code, n in enumerate(np.bincount(verdicts.reason)) if n}
         empty = {prompts[group]: words for group, words in barren(candidates, verdicts).items()}
-        asked = set(candidates.group.tolist())
+        asked = set(np.unique(candidates.group).tolist())
         empty |= {name: "its unit failed and was set aside" for i, name in enumerate(prompts) if i not in asked}
         return {
             "samples": len(scores),
@@ -128,14 +118,19 @@ def _mean(values: npt.NDArray[np.float64]) -> float | None:
     return float(finite.mean()) if len(finite) else None
 
 
-def _lengths(samples: pa.Table) -> Iterator[tuple[int, int]]:
-    """Each sample's length in the family's unit, and the hash of its content."""
-    completions = samples.column("completion").to_pylist()
-    if "completion_ids" in samples.column_names:
-        lengths = pc.list_value_length(samples.column("completion_ids")).to_pylist()
-    else:
-        lengths = [len(c) if isinstance(c, str) else 1 for c in completions]
-    yield from zip(lengths, map(content_hash, completions), strict=True)
+def lengths(path: Path) -> npt.NDArray[np.int64]:
+    """Each sample's length in the family's unit: tokens, else characters of a text, else 1."""
+    if "completion_ids" in column_names(path):
+        found = pc.list_value_length(read_table(path, ["completion_ids"]).column("completion_ids"))
+        return np.asarray(found.to_numpy(), dtype=np.int64)
+    completions = read_table(path, ["completion"]).column("completion")
+    return np.array([len(c) if isinstance(c, str) else 1 for c in completions.to_pylist()], dtype=np.int64)
+
+
+def contents(path: Path) -> npt.NDArray[np.uint64]:
+    """For each sample a hash, equal where completions are identical."""
+    completions = read_table(path, ["completion"]).column("completion")
+    return np.array([content_hash(c) for c in completions.to_pylist()], dtype=np.uint64)
 
 
 def refuse_failures(inputs: Inputs, units: list[int], shards: tuple[str, ...], limit: float) -> None:
@@ -165,9 +160,10 @@ def write_verdicts(
     scores: npt.NDArray[np.float64],
     verdicts: Verdicts,
 ) -> None:
-    """Streams the verdicts unit by unit, so that memory does not grow with the words."""
+    """Streams the verdicts, one row group a unit, so that memory does not grow with the words."""
     at = 0
-    with table_writer(path, VERDICT_SCHEMA) as writer:
+    schema = VERDICT_SCHEMA.with_metadata({UNITS: json.dumps(units)})
+    with table_writer(path, schema) as writer:
         for unit in units:
             who = read_table(score / unit_file(unit), ["sample_id", "prompt_id", "k", "source"])
             rows = slice(at, at + who.num_rows)
@@ -181,4 +177,10 @@ def write_verdicts(
                 "reason": reason,
             }
             columns = {**{name: who.column(name) for name in who.column_names}, **values}
-            writer.write_table(pa.table(columns, schema=VERDICT_SCHEMA))
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def read_verdicts(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+    """Each unit that was selected from, with its verdicts, row for row beside its samples."""
+    _, metadata = read_metadata(path)
+    yield from zip(json.loads(metadata[UNITS]), read_groups(path, columns), strict=True)

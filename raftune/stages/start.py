@@ -9,7 +9,7 @@ from raftune.protocols import Inputs
 
 
 class Start:
-    """model/ of round 0 (or teacher/): a reference and its hash, or the weights where the model was given as an object."""
+    """model/ of round 0 (or teacher/): a reference and its hash, or the weights of a model given as an object."""
 
     reads: tuple[str, ...] = ()
 

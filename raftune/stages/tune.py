@@ -34,8 +34,8 @@ class Tune:
         if count == 0:
             raise DataError(
                 "selection kept no sample of this round, so there is nothing to tune on. The reasons are in "
-                f"{inputs['rows'].parent / 'select' / 'summary.json'}; loosen the section `selection`, or mend the reward, "
-                "and run `raftune train … --from select`."
+                f"{inputs['rows'].parent / 'select' / 'summary.json'}; loosen the section `selection`, or mend the "
+                "reward, and run `raftune train … --from select`."
             )
         self.scratch.mkdir(parents=True, exist_ok=True)
         report = self.policies.fresh(inputs[self.base]).tune(rows, self.scratch, out)

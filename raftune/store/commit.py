@@ -72,7 +72,8 @@ class Commit:
             raise RunDamaged(f"{path} lacks its layout number. Restore it, or redo its stage with `--from`.")
         if data["layout"] > LAYOUT:
             raise RunTooNew(
-                f"{path} has layout {data['layout']}; this version reads up to {LAYOUT}. Upgrade raftune to read this run."
+                f"{path} has layout {data['layout']}; this version reads up to {LAYOUT}. "
+                "Upgrade raftune to read this run."
             )
         try:
             files = {name: FileEntry(**entry) for name, entry in data["files"].items()}

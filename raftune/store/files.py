@@ -19,9 +19,10 @@ from typing import Any
 
 from raftune.errors import StoreError
 
+_FREE = "Free some space and run `raftune resume` again: what is committed is intact"
 _UNWRITABLE = {
-    errno.ENOSPC: "the disk is full. Free some space and run `raftune resume` again: what is committed is intact",
-    errno.EDQUOT: "the disk quota is used up. Free some space and run `raftune resume` again: what is committed is intact",
+    errno.ENOSPC: f"the disk is full. {_FREE}",
+    errno.EDQUOT: f"the disk quota is used up. {_FREE}",
     errno.EROFS: "the file system is read-only. Choose another output_dir",
     errno.EACCES: "permission is denied. Choose an output_dir that you may write",
     errno.EPERM: "permission is denied. Choose an output_dir that you may write",
@@ -61,7 +62,7 @@ def publish(staged: Path, final: Path) -> None:
     with explaining(final):
         sync_file(staged)
         ensure_folder(final.parent)
-        os.replace(staged, final)
+        staged.replace(final)
         sync_folder(final.parent)
 
 
@@ -74,7 +75,7 @@ def publish_folder(staged: Path, final: Path) -> None:
         for path in files:
             target = final / path.relative_to(staged)
             ensure_folder(target.parent)
-            os.replace(path, target)
+            path.replace(target)
         for folder in sorted({(final / path.relative_to(staged)).parent for path in files}):
             sync_folder(folder)
 
@@ -127,6 +128,6 @@ def discard(path: Path, tmp: Path) -> None:
         return
     aside = unique(tmp)
     with explaining(path):
-        os.replace(path, aside)
+        path.replace(aside)
         sync_folder(path.parent)
         shutil.rmtree(aside) if aside.is_dir() else aside.unlink()

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from raftune.errors import OutOfMemory, RunDamaged
+from raftune.errors import EngineError, OutOfMemory, RunDamaged
 from raftune.protocols import OnceStage, Receipt, Stage, UnitStage
 from raftune.store.commit import Commit, FileEntry, stage_key
 from raftune.store.files import ensure_folder, publish_folder, sha256_of, stage_file, sync_folder, unique, write_json
@@ -155,7 +155,13 @@ def unfinished(job: Job, stage: UnitStage) -> tuple[list[int], list[Receipt]]:
 
 
 def seal_units(job: Job, receipts: Sequence[Receipt], quarantined: Mapping[int, str]) -> None:
-    """Commits the units; files in the folder that belong to none of them are removed first."""
+    """Commits the units; files in the folder that belong to none of them are removed first.
+
+    Raises EngineError where every unit was set aside.
+    """
+    if quarantined and not receipts:
+        index, why = next(iter(quarantined.items()))
+        raise EngineError(f"every unit of {job.title} failed; unit {index}: {why}. Mend the cause and resume.")
     ensure_folder(job.folder)
     files = {receipt.file: FileEntry(receipt.bytes, receipt.sha256, receipt.rows) for receipt in receipts}
     revisions = {batch_file(receipt.unit) for receipt in receipts}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def source_of(read: str, round_: int) -> tuple[int, str]:
-    """The round and the folder that a read names: "draw" of this round, "model@-1" of the last, "data@0" of the start."""
+    """The round and the folder that a read names: "draw" is of this round, "model@-1" of the last, "data@0" round 0."""
     name, _, when = read.partition("@")
     if not when:
         return round_, name
@@ -22,6 +22,7 @@ def batch_file(index: int) -> str:
     return f"unit-{index:05d}.batch.json"
 
 
-def unit_numbers(folder: Path) -> list[int]:
-    """The units that a committed folder holds, ascending: without those that were quarantined."""
-    return sorted(int(path.stem.removeprefix("unit-")) for path in folder.glob("unit-*.parquet"))
+def unit_numbers(*folders: Path) -> list[int]:
+    """The units that every one of these committed folders holds, ascending: without those that were set aside."""
+    held = [{int(path.stem.removeprefix("unit-")) for path in folder.glob("unit-*.parquet")} for folder in folders]
+    return sorted(set.intersection(*held))

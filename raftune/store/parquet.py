@@ -16,9 +16,9 @@ _WRITE = {"compression": "zstd", "write_page_checksum": True}
 
 
 def write_table(
-    table: pa.Table, path: Path, metadata: Mapping[str, str] | None = None, rows_per_group: int | None = None
+    table: pa.Table, path: Path, metadata: Mapping[str, str] | None = None, rows_per_group: int = 4096
 ) -> None:
-    """Writes the table; equal tables and metadata give equal bytes."""
+    """Writes the table; equal tables and metadata give equal bytes. Groups of rows can be read one by one."""
     table = table.replace_schema_metadata(dict(sorted((metadata or {}).items())) or None)
     with path.open("wb") as file:  # a Python file, so that every event on it can be observed and tested
         pq.write_table(table, file, row_group_size=rows_per_group, **_WRITE)

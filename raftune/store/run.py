@@ -87,7 +87,7 @@ class RunFolder:
         commit.save(self.folder(commit.round, name), self.tmp)
 
     def places(self) -> Iterator[tuple[int, str]]:
-        """Every folder that a stage has written, by round and name: those that are committed, and all of a round's own."""
+        """Every folder that a stage has written, by round and name: what is committed, and all of a round's own."""
         for round_ in self.rounds():
             base = self.root / f"round-{round_:04d}"
             committed = (path.parent.relative_to(base).as_posix() for path in sorted(base.rglob(commits.NAME)))

@@ -225,15 +225,10 @@ def redo(stage: str, changes: dict[str, Any], base: Path, retry: bool) -> Scenar
 
 def scenario_named(name: str, scratch: Path) -> Scenario:
     """One of the names that the tests use."""
-    everything = {
-        "selection": {"beta": 0.3},
-        "sampling": {"teacher": {"model": "the start", "num_generations": 2}, "candidate_columns": ("human",)},
-        "tuning": {"replay_rounds": 1},
-    }
     other = {"selection": {"rule": "top_m", "m": 2}}
     return {
         "plain": lambda: plain(),
-        "everything": lambda: plain(**everything),
+        "everything": lambda: plain(**tiny.EVERYTHING),
         "dropping": lambda: plain(num_rounds=3, keep_models="last", evaluation={"num_prompts": 0}),
         "redo": lambda: redo("1/select", other, scratch / "base", retry=False),
         "redo-retried": lambda: redo("1/select", other, scratch / "base", retry=True),
@@ -282,6 +277,7 @@ def main() -> None:
     assert "torch" not in sys.modules, "a fork of a process with torch in it would be slow, and could hang"
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch, broken(args.broken):
+        run(tiny.config(Path(scratch) / "warm", **tiny.EVERYTHING), tiny.objects())  # what is imported late is then here
         report = examine(scenario_named(args.scenario, Path(scratch)), Path(scratch), args.every)
     print(json.dumps({"events": report.events, "trials": report.trials, "faults": report.faults}))
 

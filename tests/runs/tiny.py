@@ -8,8 +8,47 @@ from typing import Any
 import pyarrow as pa
 
 from raftune.build import Objects
-from raftune.config import RunConfig, validate
+from raftune.config import RunConfig, TabularPolicy, validate
 from raftune.config.load import merge
+from raftune.errors import OutOfMemory
+from raftune.policies.tabular import Tabular
+from raftune.protocols import Unit
+from raftune.records import Sample
+
+
+# Every stage that there is: a teacher, a human's answers, likelihoods, replay.
+EVERYTHING: dict[str, Any] = {
+    "policy": {"family": "tests.runs.tiny:Dressed", "options": {"num_prompts": 4, "num_answers": 5}},
+    "selection": {"beta": 0.3},
+    "sampling": {"teacher": {"model": "the start", "num_generations": 2}, "candidate_columns": ("human",)},
+    "tuning": {"replay_rounds": 1},
+}
+
+
+class Dressed(Tabular):
+    """The tabular family as a family of somebody's own, which may also have a teacher, and a memory of so many rows."""
+
+    @classmethod
+    def start(cls, config: RunConfig, out: Path, model: Any = None, tokenizer: Any = None) -> None:
+        super().start(undressed(config), out)
+
+    @classmethod
+    def load(cls, config: RunConfig, folder: Path, start: Path) -> Dressed:
+        found = super().load(undressed(config), folder, start)
+        assert isinstance(found, Dressed)
+        found.memory = config.policy.options.get("memory", 10**9)
+        return found
+
+    def draw(self, unit: Unit) -> list[Sample]:
+        if unit.batch_size > self.memory:
+            raise OutOfMemory(f"{unit.batch_size} rows do not fit", unit.batch_size)
+        return super().draw(unit)
+
+
+def undressed(config: RunConfig) -> RunConfig:
+    table = TabularPolicy(**{name: value for name, value in config.policy.options.items() if name != "memory"})
+    sampling = config.sampling.model_copy(update={"teacher": None})
+    return config.model_copy(update={"policy": table, "sampling": sampling})
 
 
 def config(root: Path, **changes: Any) -> RunConfig:
@@ -19,7 +58,7 @@ def config(root: Path, **changes: Any) -> RunConfig:
         "num_rounds": 2,
         "prompts_per_round": 8,
         "data": {"prompts": "given as an object"},
-        "policy": {"family": "tabular", "num_prompts": 4, "num_answers": 5},
+        "policy": {} if "policy" in changes else {"family": "tabular", "num_prompts": 4, "num_answers": 5},
         "sampling": {"num_generations": 4, "unit_size": 4},
         "evaluation": {"num_prompts": 4, "num_generations": 2},
         "engine": {"threads": 1},
