@@ -46,7 +46,8 @@ def table_from(rows: Any) -> pa.Table:
     if isinstance(rows, Iterable):
         listed = list(rows)
         if all(isinstance(row, dict) for row in listed):
-            return pa.Table.from_pylist(listed)
+            names = list(dict.fromkeys(name for row in listed for name in row))  # Arrow would take the first row's alone
+            return pa.table({name: pa.array([row.get(name) for row in listed]) for name in names})
         if all(isinstance(row, str) for row in listed):
             return pa.table({"prompt": pa.array(listed, pa.string())})
     raise DataError(
