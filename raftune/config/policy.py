@@ -27,7 +27,7 @@ class CausalLMPolicy(Frozen):
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     tokenizer: str | None = Field(None, description="Folder or hub name, where it is not the model's own.")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="Type of the weights.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
+    device: str = Field("auto", description="auto, cpu, cuda or mps: one device, of GPUs the first that is visible.")
     adapter: AdapterConfig | None = Field(None, description="LoRA; without it all weights are trained.")
     load_in_4bit: bool = Field(False, description="QLoRA: 4-bit base weights (needs CUDA, bitsandbytes and an adapter).")
     attn_implementation: str | None = Field(None, description="As in transformers; None takes the model's default.")

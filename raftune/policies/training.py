@@ -166,6 +166,10 @@ def arguments(config: TuningConfig, size: MicroBatch, work: Path, device: torch.
     except (ValueError, TypeError, ImportError) as error:
         what = str(error).strip().splitlines()[0]
         raise ConfigError(f"tuning must be what transformers' Trainer takes: {what}") from error
+    if found.world_size > 1:  # the loss goes past the forward by which processes would exchange gradients
+        raise ConfigError(
+            f"A round is tuned by one process; a launcher began {found.world_size}. Start raftune without it."
+        )
     if found.n_gpu > 1:  # without a launcher Trainer would take all GPUs through DataParallel; a fit runs on the first
         found._n_gpu = 1
     return found

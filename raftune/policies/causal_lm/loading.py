@@ -237,7 +237,9 @@ def load_start(config: CausalLMPolicy, start: Path, device: torch.device) -> Any
     return load_weights(config, *source(start), device)
 
 
-def load_round(config: CausalLMPolicy, folder: Path, start: Path, device: torch.device, seed: int | None = None) -> Any:
+def load_round(
+    config: CausalLMPolicy, folder: Path, start: Path, device: torch.device, seed: int | None = None, merge: bool = True
+) -> Any:
     """The model of a round's folder, ready to be trained if a seed is given and ready to be drawn from if not.
 
     For drawing, an adapter is merged where that is exact enough (float32 weights). For training, `seed` initialises the
@@ -252,7 +254,8 @@ def load_round(config: CausalLMPolicy, folder: Path, start: Path, device: torch.
             model = PeftModel.from_pretrained(model, str(folder), is_trainable=seed is not None)
     elif config.adapter is not None and seed is not None:
         model = fresh_adapter(model, config.adapter, seed)
-    if seed is None and isinstance(model, PeftModel) and model.dtype == torch.float32 and not config.load_in_4bit:
+    exact = model.dtype == torch.float32 and not config.load_in_4bit
+    if merge and exact and seed is None and isinstance(model, PeftModel):
         model = model.merge_and_unload()
     return model.eval()
 

@@ -11,12 +11,14 @@ from transformers import TrainerCallback
 
 from raftune.config.sampling import SamplingConfig
 from raftune.config.tuning import TuningConfig
+from raftune.errors import OutOfMemory
 from raftune.policies.causal_lm import loading, starting
-from raftune.policies.causal_lm.drawing import draw, draw_path, names_out_of_memory
+from raftune.policies.causal_lm.drawing import draw, draw_path
 from raftune.policies.causal_lm.encoding import Encoder
 from raftune.policies.causal_lm.likelihood import Example, log_probs
 from raftune.policies.causal_lm.saving import read_optimizer, write_model
 from raftune.policies.causal_lm.settings import DrawPath, DrawSettings
+from raftune.policies.memory import is_out_of_memory
 from raftune.protocols import FloatN, TuneReport, Unit
 from raftune.records import Prompt, Sample, derive_seed
 
@@ -132,11 +134,16 @@ class CausalLM:
         """How this unit is drawn; what holds for the whole context is found out once."""
         if self._forks:
             return "forked"
-        with names_out_of_memory(settings.batch_size):
+        try:
             path, reason = draw_path(self.model, settings)
             self._forks = path == "forked"
             if not self._forks:
                 path, reason = draw_path(self.model, settings, longest)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            what = "policy.model must leave room in the device's memory to draw; a trial of two rows found none."
+            raise OutOfMemory(what, settings.batch_size) from None
         if path == "generate":
             self._notes[f"drawn through `generate`, slower than the shared cache: {reason}"] = None
         return path
@@ -193,6 +200,14 @@ class CausalLM:
     def _trainable(self) -> Any:
         seed = derive_seed(self.config.seed, "adapter")
         return loading.load_round(self.config.policy, self.folder, self.start_folder, self.device, seed)
+
+    def export(self, out: Path) -> None:
+        """Writes this policy's model so that plain transformers or peft loads it from `out`, wherever that is."""
+        model = loading.load_round(self.config.policy, self.folder, self.start_folder, self.device, merge=False)
+        name, revision = loading.source(self.start_folder)
+        local = Path(name).is_dir()
+        write_model(model, self.tokenizer, out, (str(Path(name).resolve()) if local else name, revision))
+        self.tokenizer.save_pretrained(out)
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know about how this policy was loaded, drew and was tuned, each once."""

@@ -34,8 +34,8 @@ def begin(config: CausalLMPolicy, out: Path, model: Any = None, tokenizer: Any =
     """Writes the start into `out` and returns what it is, for the record. Raises ModelError where it is unfit.
 
     A named model is written as a reference; weights are written where an object was given, or where the name is a LoRA
-    adapter's, merged: switching an adapter off must give the start, and not its base. A tokenizer given as an object is
-    written in any case, and is the run's tokenizer from then on.
+    adapter's, merged: switching an adapter off must give the start, and not its base. A tokenizer that is not the model's
+    own, given as an object or by name, is written in any case, and is the run's from then on.
     """
     device = choose_device(config.device)
     if model is not None:
@@ -46,7 +46,9 @@ def begin(config: CausalLMPolicy, out: Path, model: Any = None, tokenizer: Any =
         write_model(merged, tokenizer or _tokenizer_of(config, reference.name, adapter), out, ("", None))
         return _facts(config, out, merged) | {"model": reference.name, "merged": True}
     reference.write(out)
-    if tokenizer is not None:
+    if tokenizer is None and config.tokenizer:
+        tokenizer = load_tokenizer(config, out)
+    if tokenizer is not None:  # one of its own stays with the run, whatever becomes of its name
         tokenizer.save_pretrained(out)
     checked = device if config.load_in_4bit else torch.device("cpu")
     weights = load_weights(config, reference.name, reference.revision, checked)

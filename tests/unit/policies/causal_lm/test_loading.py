@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.builders import (
     parts,
     save_tiny,
     tiny_llama,
+    tiny_model,
     tiny_tokenizer,
     tree_hash,
     write_rows,
@@ -195,6 +197,20 @@ def test_an_adapted_object_is_written_merged_and_left_adapted(tmp_path: Path) ->
     torch.testing.assert_close(logits(merged), before, atol=1e-5, rtol=0)
 
 
+def test_a_tokenizer_of_ones_own_is_kept_with_the_start(tmp_path: Path) -> None:
+    """Given as an object, whose name in the configuration is nothing that could be loaded; or by a name."""
+    own = tiny_tokenizer(bos=True)
+    own.save_pretrained(tmp_path / "words")
+    model = save_tiny(tmp_path / "model")
+    for case, name, given in (("object", "object:0123", own), ("name", str(tmp_path / "words"), None)):
+        config, start = parts(model, tokenizer=name), start_of(tmp_path / case)
+        CausalLM.start(config, start, None, given)
+        assert (start / "reference.json").exists()
+        if given is None:
+            shutil.rmtree(tmp_path / "words")
+        assert CausalLM.load(config, start, start).tokenizer("the")["input_ids"] == own("the")["input_ids"]
+
+
 def test_an_object_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="processing_class"):
         CausalLM.start(parts("an object"), start_of(tmp_path), tiny_llama())
@@ -298,6 +314,27 @@ def test_over_the_rounds_an_adapter_stays_one_on_the_start(tmp_path: Path) -> No
     plain = AutoPeftModelForCausalLM.from_pretrained(second)
     plain.disable_adapter_layers()
     assert torch.equal(logits(plain), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")))
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_export_of_a_run_that_began_with_an_object_loads_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, lora: bool
+) -> None:
+    config, start = parts("an object", lora=lora), start_of(tmp_path / "run")
+    CausalLM.start(config, start, tiny_model(arch), tiny_tokenizer())
+    rows, out = write_rows(tmp_path / "r.parquet", ROWS), tmp_path / "run" / "round-0001" / "model"
+    CausalLM.load(config, start, start).tune(rows, tmp_path / "work", out)
+    policy = CausalLM.load(config, out, start)
+    policy.export(tmp_path / "published")
+    monkeypatch.chdir(tmp_path)
+    load = AutoPeftModelForCausalLM if lora else AutoModelForCausalLM
+    plain = load.from_pretrained("published")
+    torch.testing.assert_close(logits(plain), logits(policy.model), atol=1e-5, rtol=0)
+    assert AutoTokenizer.from_pretrained("published")("the cab") == tiny_tokenizer()("the cab")
+    CausalLM.load(config, start, start).export(tmp_path / "beginning")
+    beginning = AutoModelForCausalLM.from_pretrained("beginning")
+    assert torch.equal(logits(beginning), logits(tiny_model(arch)))
 
 
 def one_round(config: Any, root: Path) -> Path:

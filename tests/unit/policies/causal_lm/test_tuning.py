@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from raftune.config.tuning import TuningConfig
-from raftune.errors import DataError, ModelError, OutOfMemory
+from raftune.errors import ConfigError, DataError, ModelError, OutOfMemory
 from raftune.policies import training
 from raftune.policies.causal_lm import CausalLM, tuning
 from raftune.policies.causal_lm.encoding import Encoder
@@ -614,6 +616,48 @@ def test_where_one_row_does_not_fit_the_error_says_what_helps(folders: Any, tmp_
     with pytest.raises(OutOfMemory, match=r"tuning\.gradient_checkpointing") as caught:
         tuned(parts(folders["llama"]), tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
     assert caught.value.batch_size == 1
+
+
+def test_a_fit_leaves_no_model_behind_without_a_collection(folders: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Ten rounds would else hold ten models and their optimizers until Python next collects cycles."""
+    left = []
+
+    def write(model: Any, *args: Any) -> None:
+        left.append(weakref.ref(next(model.parameters())))
+
+    monkeypatch.setattr("raftune.policies.causal_lm.policy.write_model", write)
+    rows = write_rows(tmp_path / "r.parquet", some_rows())
+    gc.disable()
+    try:
+        for lora in (False, True):
+            tuned(parts(folders["llama"], lora=lora), tmp_path / str(lora), rows)
+        assert [weight() for weight in left] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_several_processes_are_refused_and_several_gpus_are_not_split_over(
+    folders: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    config, size = parts(folders["llama"]).tuning, training.MicroBatch(4, 1)
+    monkeypatch.setattr(training.TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n_gpu", 2) or 2))
+    found = training.arguments(config, size, tmp_path, torch.device("cpu"), 0)
+    assert found._n_gpu == 1
+    assert found.train_batch_size == 4
+    monkeypatch.setattr(training.TrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(ConfigError, match="one process; a launcher began 2"):
+        training.arguments(config, size, tmp_path, torch.device("cpu"), 0)
+
+
+def test_what_the_trainer_refuses_is_an_error_of_the_configuration(folders: Any, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "r.parquet", some_rows())
+    for field in ("optim", "lr_scheduler_type"):
+        with pytest.raises(
+            ConfigError, match="tuning must be what transformers' Trainer takes.*nothing.? is not a valid"
+        ):
+            tuned(parts(folders["llama"], **{field: "nothing"}), tmp_path / field, rows)
+    with pytest.raises(ValueError, match="got 'num_workers'"):
+        TuningConfig(trainer_kwargs={"num_workers": 1})
 
 
 # -- the optimizer between rounds ------------------------------------------------------------------------------------
