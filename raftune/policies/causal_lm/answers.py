@@ -28,7 +28,7 @@ _TOKENS_A_CHARACTER = 4  # bytes of the longest UTF-8 character: a byte-level to
 
 
 class StopStrings:
-    """Tells whether a completion's text now holds one of the stop strings.
+    """Tells which token completes a stop string.
 
     Only tokens whose text shares the last character of a stop string (or is not a whole character) can complete one;
     for all others nothing is decoded. The text is that of the completion, special tokens included; the prompt's end
@@ -42,7 +42,7 @@ class StopStrings:
         self._may_end: dict[int, bool] = {}
 
     def ends(self, ids: NDArray[np.int32]) -> bool:
-        """True if the text of `ids`, a whole completion so far, holds a stop string."""
+        """True if the last of `ids`, a whole completion so far, completes a stop string."""
         if not self._texts or not self._can_complete(int(ids[-1])):
             return False
         # The end alone is cheap to read; only what is found there is looked for in the whole text.

@@ -62,7 +62,8 @@ class Cohort:
         """Attention of one query for each row over its prompt and its own tokens, the new one included: (N, 1, H, D).
 
         Two matmuls for the prompt (all queries of a group against one copy) and two for the rows' own columns, joined
-        before one softmax in float32. Everything about how attention is computed on a device is in this function.
+        before one softmax in float32. This form was chosen by measuring on CPUs; how a device computes attention is
+        decided in this function alone.
         """
         own, rows, width = self._layers[layer], self.rows, self.step + 1
         heads, columns = own.keys.shape[1], own.prompt_keys.shape[2]
@@ -93,9 +94,10 @@ class Cohort:
         Holes are filled with the last rows, so only as many rows move as have ended; prompts without rows likewise.
         """
         order = _closing_holes(alive)
+        moves = _moves(order)
         for layer in self._layers:
             for buffer in (layer.keys, layer.values):
-                _move(buffer, order, self.step)
+                _move(buffer, moves, self.step)
         self.rows, self._groups = len(order), self._groups[order]
         self._drop_prompts()
         self._place()
@@ -107,9 +109,10 @@ class Cohort:
         if used.all():
             return
         order = _closing_holes(used)
+        moves = _moves(order)
         for layer in self._layers:
-            _move(layer.prompt_keys, order, layer.prompt_keys.shape[2])
-            _move(layer.prompt_values, order, layer.prompt_values.shape[2])
+            _move(layer.prompt_keys, moves, layer.prompt_keys.shape[2])
+            _move(layer.prompt_values, moves, layer.prompt_values.shape[2])
             layer.prompt_keys, layer.prompt_values = layer.prompt_keys[: len(order)], layer.prompt_values[: len(order)]
         renamed = np.empty(len(used), dtype=np.int64)
         renamed[order] = np.arange(len(order))
@@ -181,9 +184,14 @@ def _closing_holes(alive: Flags) -> Ints:
     return order
 
 
-def _move(buffer: Tensor, order: Ints, columns: int) -> None:
-    """Row i of the buffer (rows, C, columns, D) becomes what row order[i] was; only rows that change are copied."""
+def _moves(order: Ints) -> tuple[Tensor, Tensor]:
+    """Where something moves to, and from where: only rows that change."""
     to = np.flatnonzero(order != np.arange(len(order)))
-    if len(to):
-        target, source = torch.from_numpy(to).to(buffer.device), torch.from_numpy(order[to]).to(buffer.device)
-        buffer[target, :, :columns] = buffer[source, :, :columns]
+    return torch.from_numpy(to), torch.from_numpy(order[to])
+
+
+def _move(buffer: Tensor, moves: tuple[Tensor, Tensor], columns: int) -> None:
+    """Rows of the buffer (rows, C, columns, D) take the places of others, which are dead."""
+    target, source = moves
+    if len(target):
+        buffer[target.to(buffer.device), :, :columns] = buffer[source.to(buffer.device), :, :columns]
