@@ -18,8 +18,8 @@ def preflight(assembly: Assembly) -> None:
 def rewards(assembly: Assembly) -> Iterator[str]:
     if not assembly.config.rewards.reward_funcs and not assembly.objects.rewards:
         yield (
-            "rewards.reward_funcs must name at least one reward; got none. Add one, such as `reward_funcs: [length]`; "
-            "a run whose rewards were given as Python objects is continued by its own script."
+            "rewards.reward_funcs must name at least one reward; got none. Add one, such as "
+            "`reward_funcs: [rewards.py:score]`; a run whose rewards were objects is continued by its own script."
         )
 
 

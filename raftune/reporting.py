@@ -5,15 +5,23 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 from raftune.loop import Observer
-from raftune.store.parquet import first_line
+from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.parquet import column_names, first_line, read_table
 from raftune.store.run import RunFolder
 
+Floats = npt.NDArray[np.float64]
 PROJECT = "raftune"
 # What each tracker is told besides the project's name; those that write files put them into the run.
 KEYWORDS: dict[str, tuple[str, ...]] = {"wandb": ("name",), "mlflow": ("run_name",), "trackio": ("name",)}
@@ -62,10 +70,15 @@ class Reporter:
             self._round_end(facts["round"], facts["metrics"], facts["summary"])
 
     def _round_end(self, round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-        self.tokens += tokens_drawn(self.run, round_)
-        logged = numbers(metrics, summary) | ({"num_tokens": float(self.tokens)} if self.tokens else {})
+        drawn = Drawn.of(self.run, round_)
+        self.tokens += drawn.tokens
+        logged = drawn.numbers() | held_out(metrics)
+        if summary.get("reward_kept") is not None:
+            logged |= {"reward_kept": summary["reward_kept"], "kept_fraction": summary["kept"] / summary["samples"]}
+        if self.tokens:
+            logged["num_completion_tokens"] = float(self.tokens)
         if round_ in self.seconds:
-            logged["step_time"] = self.seconds[round_]
+            logged["round_time"] = self.seconds[round_]
         self.waiting.append((round_, logged))
         if self.trackers is not None:
             for tracker in [*self.trackers]:
@@ -136,37 +149,76 @@ def check_installed(names: Sequence[str]) -> None:
             )
 
 
-def numbers(metrics: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, float]:
-    """The round's metrics flat, under TRL's names: `reward`, `rewards/NAME/mean`, `completions/mean_length`, `kl`, ….
+@dataclass
+class Drawn:
+    """What a round drew, summed up unit by unit: the policy's own samples, without a teacher's and without columns."""
 
-    Ours are `best_of_k`, `held_out`, `reward_drawn`, `reward_kept`, `kept_fraction`. What was not measured is left out.
+    values: dict[str, list[Floats]] = field(default_factory=dict)
+    spreads: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, run: RunFolder, round_: int) -> Drawn:
+        drawn = cls()
+        for unit in unit_numbers(run.folder(round_, "score")):
+            drawn.add_scores(own(read_table(run.folder(round_, "score") / unit_file(unit))))
+            drawn.add_texts(run.folder(round_, "draw") / unit_file(unit))
+        return drawn
+
+    def add_scores(self, table: pa.Table) -> None:
+        ok = pc.equal(table.column("status"), "ok")
+        scores = pc.if_else(ok, table.column("score"), None).to_numpy(zero_copy_only=False).astype(np.float64)
+        self.values.setdefault("reward", []).append(scores)
+        for name in table.column_names:
+            if name.startswith("rewards/"):
+                column = table.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
+                self.values.setdefault(name, []).append(column)
+        groups = np.unique(np.array(table.column("prompt_id").to_pylist(), dtype=str), return_inverse=True)[1]
+        for group in range(int(groups.max(initial=-1)) + 1):
+            found = scores[(groups == group) & np.isfinite(scores)]
+            self.spreads += [float(np.ptp(found))] if len(found) else []
+
+    def add_texts(self, path: Path) -> None:
+        if "completion_ids" not in column_names(path):
+            return
+        table = own(read_table(path, ["source", "completion_ids", "finish"]))
+        lengths = pc.list_value_length(table.column("completion_ids")).to_numpy(zero_copy_only=False)
+        cut = pc.equal(table.column("finish"), "length").to_numpy(zero_copy_only=False)
+        self.tokens += int(lengths.sum())
+        self.values.setdefault("completions/mean_length", []).append(lengths.astype(np.float64))
+        self.values.setdefault("completions/clipped_ratio", []).append(cut.astype(np.float64))
+
+    def numbers(self) -> dict[str, float]:
+        """Under TRL's names: `reward`, `reward_std`, `rewards/NAME/mean`, `completions/mean_length`, …"""
+        found: dict[str, float] = {}
+        for name, parts in self.values.items():
+            values = np.concatenate(parts)
+            values = values[np.isfinite(values)]
+            if len(values):
+                found[f"{name}/mean" if name.startswith("rewards/") else name] = float(values.mean())
+            if len(values) and name.startswith("reward"):
+                found["reward_std" if name == "reward" else f"{name}/std"] = float(values.std())
+        if self.spreads:
+            found["frac_reward_zero_std"] = float(np.mean([spread == 0 for spread in self.spreads]))
+        return found
+
+
+def own(table: pa.Table) -> pa.Table:
+    """The policy's own samples."""
+    return table.filter(pc.equal(table.column("source"), "policy"))
+
+
+def held_out(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The round's evaluation, flat: `eval_reward`, `eval_rewards/NAME/mean`, `eval_kl`, `eval_best_of_k`, ….
+
+    What was not measured is left out.
     """
     found: dict[str, Any] = {}
     for name, value in metrics.items():
         if name.endswith("best_of_k"):
             value = value[max(value, key=int)] if value else None
-        found[name] = value.get("mean") if isinstance(value, Mapping) else value
-    found |= {name: summary.get(name) for name in ("reward_drawn", "reward_kept")}
-    if summary.get("samples"):
-        found["kept_fraction"] = summary["kept"] / summary["samples"]
+        found[f"eval_{name}"] = value.get("mean") if isinstance(value, Mapping) else value
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
-
-
-def tokens_drawn(run: RunFolder, round_: int) -> int:
-    """The tokens of all completions that the round drew to learn from; 0 for families without tokens."""
-    import pyarrow.compute as pc
-
-    from raftune.store.layout import unit_file, unit_numbers
-    from raftune.store.parquet import column_names, read_table
-
-    folder, total = run.folder(round_, "draw"), 0
-    for unit in unit_numbers(folder):
-        path = folder / unit_file(unit)
-        if "completion_ids" in column_names(path):
-            total += (
-                pc.sum(pc.list_value_length(read_table(path, ["completion_ids"]).column("completion_ids"))).as_py() or 0
-            )
-    return total
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raftune.build import Assembly, Objects
-from raftune.config.load import differences, validate
+from raftune.config.load import declared, differences, validate
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, StoreError
 from raftune.loop import Observer, Outcome, train
@@ -116,8 +116,8 @@ def save_config(folder: RunFolder, config: RunConfig) -> None:
     if not folder.exists() or folder.read_config() != resolved:
         write_json(folder.tmp, folder.root / "environment.json", environment())
         folder.write_config(resolved)
-    chosen = config.model_dump(mode="json", exclude_defaults=True, exclude={"output_dir"})
-    text, path = yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), folder.root / "config.yaml"
+    text = yaml.safe_dump(declared(config), sort_keys=False, allow_unicode=True)
+    path = folder.root / "config.yaml"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         with stage_file(folder.tmp, path) as staged:
             staged.write_text(text, encoding="utf-8")

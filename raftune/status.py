@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from raftune.digest import Row, read_json, rows_of
 from raftune.errors import RaftuneError
+from raftune.store.parquet import first_line
 from raftune.store.run import RunFolder
 
 FINISHED, RESUMABLE, IN_USE, DAMAGED = "finished", "resumable", "in use", "damaged"
@@ -39,32 +40,37 @@ class Status:
 
 def status_of(root: Path) -> Status:
     """The run's status; what cannot be read makes it damaged. File contents are not hashed: `verify` does that."""
-    run = RunFolder(root)
     changed = max((path.stat().st_mtime for path in root.iterdir() if path.is_file()), default=0)
     when = datetime.fromtimestamp(changed).astimezone()
     try:
-        config = run.read_config()
-        for _ in run.committed():  # each COMMIT can be read, and is of a version that we know
-            pass
-        rows = rows_of(root)
-        best = read_json(root / "best.json").get("round")
-        state, why = state_of(run, config, rows)
-        rewards = {row["round"]: row.get("reward") for row in rows}
-        return Status(
-            root=root,
-            name=config["name"],
-            family=config["policy"]["family"],
-            rounds=max(rewards, default=0),
-            num_rounds=config["num_rounds"],
-            best=best,
-            start_reward=rewards.get(0),
-            best_reward=rewards.get(best) if best is not None else None,
-            state=state,
-            when=when,
-            why=why,
-        )
+        config = RunFolder(root).read_config()
+        name, family, planned = config["name"], config["policy"]["family"], int(config["num_rounds"])
+    except (RaftuneError, OSError, KeyError, TypeError) as error:
+        return Status(root, root.name, "?", 0, 0, None, None, None, DAMAGED, when, first_line(error))
+    try:
+        return progress_of(Status(root, name, family, 0, planned, None, None, None, RESUMABLE, when), config)
     except (RaftuneError, OSError, ValueError, KeyError, TypeError) as error:
-        return Status(root, root.name, "?", 0, 0, None, None, None, DAMAGED, when, str(error).splitlines()[0])
+        return Status(root, name, family, 0, planned, None, None, None, DAMAGED, when, first_line(error))
+
+
+def progress_of(status: Status, config: dict[str, Any]) -> Status:
+    """The status with what the run's COMMITs say. Raises what reading them raises."""
+    run = RunFolder(status.root)
+    for round_, name in run.places():  # each COMMIT can be read, and is of a version that we know
+        run.commit(round_, name)
+    rows = rows_of(status.root)
+    best = read_json(status.root / "best.json").get("round")
+    rewards = {row["round"]: row.get("reward") for row in rows}
+    state, why = state_of(run, config, rows)
+    return replace(
+        status,
+        rounds=max(rewards, default=0),
+        best=best,
+        start_reward=rewards.get(0),
+        best_reward=rewards.get(best) if best is not None else None,
+        state=state,
+        why=why,
+    )
 
 
 def state_of(run: RunFolder, config: dict[str, Any], rows: list[Row]) -> tuple[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import inspect
 import os
 import signal
 import sys
@@ -61,23 +63,36 @@ def complain(message: str, code: int) -> int:
 
 def usage_message(error: CycloptsError, app: App, tokens: list[str]) -> str:
     """What was wrong with the call, and where help is."""
-    from cyclopts import UnusedCliTokensError
+    from cyclopts import MissingArgumentError, UnknownCommandError, UnusedCliTokensError
 
-    called = next((token for token in tokens if not token.startswith("-")), None)
-    known = [name for name in app if not name.startswith("-")]
-    if isinstance(error, UnusedCliTokensError) and called is not None and called not in known:
-        import difflib
-
-        close = difflib.get_close_matches(called, known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}."
-        return f"{called!r} is not a command; {hint}"
-    place = f"raftune {called}" if called in known else "raftune"
+    words = [token for token in tokens if not token.startswith("-")]
+    if words and words[0] not in commands_of(app):
+        return no_command(words[0], app)
+    place = " ".join(["raftune", *words[:1]])
+    if isinstance(error, UnknownCommandError):
+        return no_command(words[1], app[words[0]])
     if isinstance(error, UnusedCliTokensError):
         extra = " ".join(error.unused_tokens or ())
         return f"{place} takes no further argument; got {extra!r}. `{place} --help` explains it."
-    words = str(error).strip().rstrip(".")
-    stop = "" if words.endswith("?") else "."
-    return f"{words[:1].lower()}{words[1:]}{stop} `{place} --help` explains it."
+    if isinstance(error, MissingArgumentError) and error.argument is not None and not error.tokens_so_far:
+        flag = error.argument.field_info.kind is inspect.Parameter.KEYWORD_ONLY
+        needed = error.argument.name if flag else error.argument.name.removeprefix("--").upper()
+        return f"{place} needs {needed}; got none. `{place} --help` explains it."
+    said = str(error).strip().rstrip(".")
+    stop = "" if said.endswith("?") else "."
+    return f"{said[:1].lower()}{said[1:]}{stop} `{place} --help` explains it."
+
+
+def no_command(word: str, app: App) -> str:
+    known = commands_of(app)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}."
+    place = "raftune" if app.name[0] == "raftune" else f"raftune {app.name[0]}"
+    return f"{word!r} is not a command of {place}; {hint}"
+
+
+def commands_of(app: App) -> list[str]:
+    return [name for name in app if not name.startswith("-")]
 
 
 def unforeseen(error: Exception) -> str:

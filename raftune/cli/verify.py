@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as js
+from collections.abc import Iterator
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from raftune import runs
 from raftune.cli.show import say
+from raftune.errors import RunDamaged
+from raftune.store.commit import Commit
 from raftune.store.run import RunFolder
 
 
@@ -22,7 +26,7 @@ def verify(
     Exit code 0 where all is as it was committed, 1 where anything is not.
     """
     faults = runs.verify(run)
-    commits = [commit for _, _, commit in RunFolder(run).committed()]
+    commits = list(readable(RunFolder(run)))
     files = sum(len(commit.files) for commit in commits)
     size = sum(entry.bytes for commit in commits for entry in commit.files.values())
     if json:
@@ -34,6 +38,14 @@ def verify(
     else:
         say(f"{run} is whole: {len(commits)} stages, {files} files, {megabytes(size)}, every SHA-256 as committed.")
     return 1 if faults else 0
+
+
+def readable(folder: RunFolder) -> Iterator[Commit]:
+    """Every COMMIT that can be read; one that cannot is among the faults."""
+    for round_, name in folder.places():
+        with contextlib.suppress(RunDamaged):
+            if commit := folder.commit(round_, name):
+                yield commit
 
 
 def megabytes(size: float) -> str:

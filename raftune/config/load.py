@@ -155,6 +155,12 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
+def declared(config: RunConfig) -> dict[str, Any]:
+    """What differs from the defaults, and the family: read again, it gives the same run, wherever its directory is."""
+    found = config.model_dump(mode="json", exclude_defaults=True, exclude={"output_dir"})
+    return {**found, "policy": {"family": config.policy.family, **found.get("policy", {})}}
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """The dotted fields whose values differ, each with its old and its new value."""
     found: dict[str, tuple[Any, Any]] = {}

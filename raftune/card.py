@@ -1,0 +1,214 @@
+"""The best round's model in other hands: a folder that transformers or peft loads, and a card that says what it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raftune.config.load import declared, validate
+from raftune.config.run import RunConfig
+from raftune.digest import cell, columns_for, held_out_names, read_json, rows_of
+from raftune.errors import StoreError
+from raftune.store.commit import NAME as COMMIT
+from raftune.store.files import explaining
+from raftune.store.run import DROPPED, RunFolder
+
+# What a committed model folder holds besides the model.
+OURS = frozenset({COMMIT, DROPPED, "training.json", "reference.json", "optimizer.safetensors"})
+ADAPTER = "adapter_config.json"
+TAG = "reward-ranked-fine-tuning"
+
+
+def publish_model(root: str | Path, out: str | Path, round_: int | None = None) -> Path:
+    """Writes the model of the best round (or of the given one) into `out`, with its tokenizer and README.md.
+
+    The folder loads with plain transformers or peft. Where the run holds an adapter's base itself, because the start
+    was given as an object or merged, the base goes into `out`/base. What an earlier call wrote there is replaced; nothing
+    that the run committed is touched. Raises StoreError where the weights are gone or `out` cannot be written.
+    """
+    run, out = RunFolder(root), Path(out)
+    round_ = best_of(run) if round_ is None else round_
+    folder = run.folder(round_, "model")
+    refuse_missing(run, round_)
+    with explaining(out):
+        out.mkdir(parents=True, exist_ok=True)
+        remove_published(out)
+        copy_files(weights_of(folder), out)
+        if (out / ADAPTER).is_file():
+            ground_adapter(run, out)
+        (out / "README.md").write_text(card(root, round_), encoding="utf-8")
+    return out
+
+
+def remove_published(out: Path) -> None:
+    """Removes the weights that an earlier call left: an adapter beside full weights would be a third model."""
+    card_ = out / "README.md"
+    if not card_.is_file() or TAG not in card_.read_text(encoding="utf-8", errors="replace"):
+        return
+    for path in [*out.glob("*.safetensors"), *out.glob("*.safetensors.index.json"), out / ADAPTER]:
+        path.unlink(missing_ok=True)
+    shutil.rmtree(out / "base", ignore_errors=True)
+
+
+def best_of(run: RunFolder) -> int:
+    """The best round so far. Raises StoreError where no round is done."""
+    run.read_config()
+    best = read_json(run.root / "best.json").get("round")
+    if best is None:
+        raise StoreError(f"{run.root} has no finished round yet. `raftune resume {run.root}` goes on with it.")
+    return int(best)
+
+
+def refuse_missing(run: RunFolder, round_: int) -> None:
+    if not run.is_committed(round_, "model"):
+        raise StoreError(f"round {round_} of {run.root} has no model. `raftune runs` says how far the run is.")
+    if run.is_dropped(round_, "model"):
+        raise StoreError(
+            f"the weights of round {round_} of {run.root} were dropped, as keep_models says. Choose the best round, or "
+            f"make them again with `raftune resume {run.root} --from {round_}/tune --keep-models all`."
+        )
+
+
+def weights_of(folder: Path) -> Path:
+    """Where the files of a committed model lie: in its folder, or where the start's reference points to."""
+    reference = read_json(folder / "reference.json")
+    if not reference:
+        return folder
+    if Path(reference["name"]).is_dir():
+        return Path(reference["name"])
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(reference["name"], revision=reference["revision"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise StoreError(
+            f"the start model {reference['name']!r} is neither here nor on the hub now. Check the network."
+        ) from error
+
+
+def copy_files(source: Path, out: Path) -> None:
+    """Copies a model's own files, and those of folders in it; hidden ones and ours stay behind."""
+    for path in sorted(source.iterdir()):
+        if path.name in OURS or path.name.startswith(".") or path.name == "README.md":
+            continue
+        if path.is_dir():
+            shutil.copytree(path, out / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, out / path.name)
+
+
+def ground_adapter(run: RunFolder, out: Path) -> None:
+    """Gives an adapter its tokenizer, and a base that can be found from anywhere."""
+    start = run.folder(0, "model")
+    if not (start / "reference.json").is_file():
+        base = out / "base"
+        base.mkdir(exist_ok=True)
+        copy_files(start, base)
+        path = out / ADAPTER
+        config = json.loads(path.read_text()) | {"base_model_name_or_path": str(base.resolve()), "revision": None}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for path in tokenizer_files(run, start):
+        shutil.copyfile(path, out / path.name)
+
+
+def tokenizer_files(run: RunFolder, start: Path) -> Iterator[Path]:
+    """The files of the run's tokenizer: the configured one where it is a folder, else what lies beside the start."""
+    configured = run.read_config()["policy"].get("tokenizer")
+    place = Path(configured) if configured and Path(configured).is_dir() else weights_of(start)
+    for path in sorted(place.iterdir()):
+        named = path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece"))
+        if path.is_file() and (named or path.name.startswith("chat_template")):
+            yield path
+
+
+def card(root: str | Path, round_: int) -> str:
+    """The model card: what the model is, where it comes from, how it did by round, and how to load it."""
+    run = RunFolder(root)
+    config = validate(run.read_config())
+    versions = read_json(run.root / "environment.json").get("libraries", {})
+    adapter = getattr(config.policy, "adapter", None) is not None and round_ > 0
+    parts = [front_matter(config, adapter), summary(config, round_), table(run, config, round_)]
+    if config.policy.family == "causal_lm":
+        parts.append(usage(config, adapter))
+    parts.append(settings(config, versions))
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def front_matter(config: RunConfig, adapter: bool) -> str:
+    """What the hub reads: library, base model, tags."""
+    base = base_name(config)
+    data: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
+    if base is not None:
+        data["base_model"] = base
+    data |= {"tags": ["raft", TAG, "raftune"], "model_name": config.name}
+    if config.policy.family == "causal_lm":
+        data["pipeline_tag"] = "text-generation"
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
+
+
+def base_name(config: RunConfig) -> str | None:
+    """The base model's name on the hub; None for a folder, whose path would say something about this machine."""
+    name = getattr(config.policy, "model", None)
+    return name if isinstance(name, str) and name.count("/") == 1 and not Path(name).expanduser().is_dir() else None
+
+
+def summary(config: RunConfig, round_: int) -> str:
+    rewards = ", ".join(f"`{name}`" for name in config.rewards.names) or "Python objects"
+    start = base_name(config) or "the start model"
+    if round_ == 0:
+        return f"# {config.name}\n\nThe start of this run ({start}): no round of reward-ranked fine-tuning was better."
+    return (
+        f"# {config.name}\n\nRound {round_} of reward-ranked fine-tuning (RAFT) of {start}. Each round drew "
+        f"{config.sampling.num_generations} answers to each of {config.prompts_per_round} prompts, scored them with "
+        f"{rewards}, selected by `{config.selection.rule}`, and fine-tuned on what was kept."
+    )
+
+
+def table(run: RunFolder, config: RunConfig, round_: int) -> str:
+    """The table by round, in Markdown, and what its columns mean."""
+    rows = rows_of(run.root)
+    columns = columns_for(rows, held_out_names(config))
+    titles = [column.title for column in columns]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---:|' * len(titles)}"]
+    for row in rows:
+        cells = [cell(column, row) for column in columns]
+        marked = [f"**{text}**" for text in cells] if row["round"] == round_ else cells
+        lines.append(f"| {' | '.join(marked)} |")
+    meanings = [f"- *{column.title}*: {column.meaning}" for column in columns[1:]]
+    return "\n".join(["## By round", "", *lines, "", *meanings])
+
+
+def usage(config: RunConfig, adapter: bool) -> str:
+    kind = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+    if adapter:
+        imports = f"from peft import {kind}\nfrom transformers import AutoTokenizer\n"
+    return (
+        f'## How to load it\n\n```python\n{imports}\nmodel = {kind}.from_pretrained("FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
+    )
+
+
+def settings(config: RunConfig, versions: dict[str, str]) -> str:
+    """What differs from the defaults, without paths of the machine that it ran on; and the versions."""
+    shown = without_paths(declared(config))
+    libraries = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    return (
+        "## Settings\n\nEverything that is not at its default, as a configuration of raftune:\n\n```yaml\n"
+        f"{yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)}```\n\nMade with {libraries}."
+    )
+
+
+def without_paths(value: Any) -> Any:
+    """The value with absolute paths cut to their last part."""
+    if isinstance(value, dict):
+        return {name: without_paths(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_paths(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value

@@ -1,0 +1,26 @@
+"""`raftune init`: a commented configuration to start from."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from raftune.cli.show import say
+from raftune.errors import ConfigError
+
+
+def init(file: Annotated[str, Parameter(help="Where to write it.")] = "run.yaml") -> None:
+    """Write a commented configuration that runs as it is, on the bundled model: change it into yours."""
+    path = Path(file)
+    template = (resources.files("raftune.cli") / "init.yaml").read_text(encoding="utf-8")
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in path.stem).strip("._-") or "run"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as written:
+            written.write(template.replace("NAME", name))
+    except FileExistsError as error:
+        raise ConfigError(f"{path} exists already, and is not overwritten. Name another file.") from error
+    say(f"Wrote {path}. Next: raftune plan {path}, then raftune train {path}.")

@@ -1,0 +1,115 @@
+"""`raftune reward check`: what a reward does, before a run depends on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as js
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from raftune.cli.show import say
+from raftune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from raftune.rewards import Batch, CheckReport
+
+MOST = 256
+
+
+def check(
+    spec: Annotated[str, Parameter(help="As in rewards.reward_funcs: file.py:function, a model, regex, …")],
+    *,
+    samples: Annotated[str | None, Parameter(help="Data set with prompt and completion; without it, our own.")] = None,
+    options: Annotated[str | None, Parameter(help="The reward's options, as JSON.")] = None,
+    timeout: Annotated[float, Parameter(help="Seconds that one call may take.")] = 120.0,
+    device: Annotated[str, Parameter(help="Where a reward model runs: auto, cpu, cuda, mps.")] = "auto",
+    json: Annotated[bool, Parameter(negative="", help="Print the report as JSON.")] = False,
+) -> int:
+    """Call a reward on samples three times, and report signature, values, failures, determinism and speed.
+
+    raftune reward check rewards.py:polite --samples answers.jsonl
+    raftune reward check length --options '{"target": 20}'
+
+    Further columns of the samples reach the reward by keyword. Exit code 0 where every sample got a number or a None,
+    the same when asked again and in any order; 3 where not.
+    """
+    from raftune.config.rewards import RewardSpec
+    from raftune.rewards import check_reward
+    from raftune.starters.resolve import resolve_reward
+
+    reward = resolve_reward(RewardSpec.model_validate({"spec": spec, "options": read_options(options)}))
+    batch = read_samples(samples) if samples is not None else prompts_of_starter(spec)
+    report = check_reward(reward, batch, timeout=timeout, device=device)
+    if json:
+        print(js.dumps(dataclasses.asdict(report) | {"ok": report.ok, "findings": report.findings}))
+    else:
+        show(report)
+    return 0 if report.ok else 3
+
+
+def read_options(text: str | None) -> dict[str, Any]:
+    """The options. Raises ConfigError unless they are a JSON object."""
+    try:
+        found = js.loads(text) if text else {}
+    except ValueError as error:
+        raise ConfigError(f"--options must be JSON; got {text!r}: {error}. Put it in quotes.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f'--options must be a JSON object; got {text!r}. Write {{"name": value}}.')
+    return found
+
+
+def read_samples(source: str) -> Batch:
+    """The first samples of a data set. Raises DataError where it lacks prompt or completion."""
+    from raftune.data import read_rows
+    from raftune.rewards import Batch
+
+    table = read_rows(source, field="--samples")
+    if missing := [name for name in ("prompt", "completion") if name not in table.column_names]:
+        raise DataError(
+            f"--samples must have the columns prompt and completion; {missing[0]} is missing from "
+            f"{', '.join(table.column_names)}. `raftune export --format sft` writes such a file."
+        )
+    columns = table.slice(0, MOST).to_pydict()
+    prompts, completions = columns.pop("prompt"), columns.pop("completion")
+    if not completions:
+        raise DataError(f"--samples must hold at least one sample; {Path(source).name} has none.")
+    return Batch(prompts, completions, columns)
+
+
+def prompts_of_starter(spec: str) -> Batch | None:
+    """Requests and replies of the bundled corpus for its own rewards, which know no others; None for the rest."""
+    from raftune.rewards import Batch
+    from raftune.starters.resolve import JUDGE, WORD
+    from raftune.starters.text.corpus import dialogues
+
+    if spec not in (WORD, JUDGE):
+        return None
+    found = [dialogue for dialogue, _ in zip(dialogues(32, 0), range(32), strict=False)]
+    return Batch([d.prompt for d in found], [d.completion for d in found])
+
+
+def show(report: CheckReport) -> None:
+    """The report, a line for each fact."""
+    answered = report.statuses.get("ok", 0)
+    say(f"{report.name}: {'fine' if report.ok else 'not fit for a run yet'}", style="bold")
+    taken = "all columns" if report.accepts is None else ", ".join(report.accepts)
+    say(f"  takes          {taken}")
+    say(f"  runs in        a {report.place}")
+    statuses = ", ".join(f"{count} {status}" for status, count in sorted(report.statuses.items()))
+    say(f"  samples        {report.samples}: {statuses}")
+    if answered:
+        say(f"  values         mean {report.mean:.4g}, from {report.lowest:.4g} to {report.highest:.4g}")
+    say(f"  asked again    {verdict(report.deterministic, 'the same values', 'other values')}")
+    say(f"  other order    {verdict(report.order_independent, 'the same values', 'other values')}")
+    say(f"  speed          {report.samples_per_second:.3g} samples a second")
+    for finding in report.findings:
+        say(f"  - {finding}")
+    for failing in report.failing:
+        say(f"  sample {failing.index}, {failing.status}: {failing.detail}")
+        say(f"    prompt {failing.prompt!r}, completion {failing.completion!r}")
+
+
+def verdict(found: bool | None, good: str, bad: str) -> str:
+    return "cannot be told, since calls failed" if found is None else good if found else bad

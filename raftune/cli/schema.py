@@ -1,0 +1,15 @@
+"""`raftune schema`: every field of the configuration, for people and for editors."""
+
+from __future__ import annotations
+
+import json
+
+from raftune.config.run import RunConfig
+
+
+def schema() -> None:
+    """Print the JSON schema of the configuration: every field with its type, its default and what it does.
+
+    raftune schema > raftune.schema.json     editors check YAML against it
+    """
+    print(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))

@@ -1,0 +1,179 @@
+"""A run's samples as data sets that TRL reads: for SFT, for preferences, for single verdicts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raftune import ledger
+from raftune.build import Assembly
+from raftune.config.load import validate
+from raftune.errors import ConfigError
+from raftune.ledger import Sample
+from raftune.records import Prompt
+from raftune.store.run import RunFolder
+
+Row = dict[str, Any]
+IGNORED = -100  # what transformers' losses leave out
+
+
+def sft(group: Sequence[Sample]) -> Iterator[Row]:
+    """prompt, completion, weight: the samples that were kept, as often as a rule's weights say."""
+    for sample in kept(group):
+        yield {**asked_and_answered(sample), "weight": sample["weight"]}
+
+
+def preference(group: Sequence[Sample]) -> Iterator[Row]:
+    """prompt, chosen, rejected, margin: the prompt's best sample against its worst, where they differ in score."""
+    scored = sorted(ledger.usable(list(group)), key=lambda s: (s["score"], -s["k"]))
+    if scored and scored[-1]["score"] > scored[0]["score"]:
+        best, worst = asked_and_answered(scored[-1]), asked_and_answered(scored[0])
+        margin = scored[-1]["score"] - scored[0]["score"]
+        yield {
+            "prompt": best["prompt"],
+            "chosen": best["completion"],
+            "rejected": worst["completion"],
+            "margin": margin,
+        }
+
+
+def unpaired(group: Sequence[Sample]) -> Iterator[Row]:
+    """prompt, completion, label: every scored sample, true where it was kept."""
+    for sample in ledger.usable(list(group)):
+        yield {**asked_and_answered(sample), "label": sample["weight"] > 0}
+
+
+def sft_tokens(encode: Callable[[list[Prompt]], list[list[int]]]) -> Callable[[Sequence[Sample]], Iterator[Row]]:
+    """input_ids, labels: the kept samples on the exact ids that were drawn, the prompt masked, as SFTTrainer reads."""
+
+    def rows(group: Sequence[Sample]) -> Iterator[Row]:
+        if not kept(group):
+            return
+        [prompt] = encode([Prompt(group[0]["prompt_id"], group[0]["prompt"])])
+        for sample in kept(group):
+            ids = list(sample["completion_ids"])
+            yield {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + ids}
+
+    return rows
+
+
+FORMATS: dict[str, Callable[[Sequence[Sample]], Iterator[Row]]] = {
+    "sft": sft,
+    "preference": preference,
+    "unpaired": unpaired,
+}
+
+
+def kept(group: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in group if sample["weight"] > 0]
+
+
+def asked_and_answered(sample: Sample) -> Row:
+    """Prompt and completion in TRL's two shapes: texts, or lists of messages."""
+    if isinstance(sample["prompt"], list):
+        answer: Any = [{"role": "assistant", "content": sample["completion"]}]
+    else:
+        answer = sample["completion"]
+    return {"prompt": sample["prompt"], "completion": answer}
+
+
+def export(root: str | Path, kind: str, out: str | Path, which: str = "all") -> int:
+    """Writes the rows of this format and returns their number; rounds are `all`, `best` or a number.
+
+    `out` ends in .jsonl or .parquet, or is a folder, which `datasets.load_from_disk` reads. Raises ConfigError where it
+    exists, where the format is unknown, and where there is nothing to write.
+    """
+    run, out = RunFolder(root), Path(out)
+    run.read_config()
+    if out.exists():
+        raise ConfigError(f"--out must not exist yet; {out} does. Choose another name.")
+    if out.suffix not in (".jsonl", ".parquet", ""):
+        raise ConfigError(f"--out must end in .jsonl or .parquet, or be a folder; got {out.name!r}. Rename it.")
+    rounds = ledger.choose_rounds(run, which)
+    with shaping(run, kind) as shape:
+        units = (unit for round_ in rounds for unit in ledger.training_units(run, round_))
+        tables = (rows for unit in units if (rows := [row for group in ledger.by_prompt(unit) for row in shape(group)]))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        count = WRITERS[out.suffix](tables, out)
+    if not count:
+        raise ConfigError(f"--format {kind}: no row of round {which} fits; nothing was written. Choose another round.")
+    return count
+
+
+@contextlib.contextmanager
+def shaping(run: RunFolder, kind: str) -> Iterator[Callable[[Sequence[Sample]], Iterator[Row]]]:
+    """The function that makes a prompt's rows; that of sft-tokens needs the run's tokenizer."""
+    if kind != "sft-tokens":
+        yield FORMATS[kind]
+        return
+    assembly = Assembly(run, validate(run.read_config()))
+    try:
+        encoder = getattr(assembly.policies.encoder(run.folder(0, "model")), "encoder", None)
+        if encoder is None:
+            raise ConfigError(
+                f"--format sft-tokens needs a family with tokens; got {assembly.config.policy.family}. Write sft."
+            )
+        yield sft_tokens(lambda prompts: encoder.encode(prompts, for_drawing=False))
+    finally:
+        assembly.close()
+
+
+def write_jsonl(tables: Iterator[list[Row]], out: Path) -> int:
+    count = 0
+    with written(out) as part, part.open("w", encoding="utf-8") as file:
+        for rows in tables:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            count += len(rows)
+        if not count:
+            part.unlink()
+    return count
+
+
+def write_parquet(tables: Iterator[list[Row]], out: Path) -> int:
+    count = 0
+    first = next(tables, None)
+    if first is None:
+        return 0
+    schema = pa.Table.from_pylist(first).schema
+    with written(out) as part, pq.ParquetWriter(part, schema) as writer:
+        for rows in (first, *tables):
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            count += len(rows)
+    return count
+
+
+def write_folder(tables: Iterator[list[Row]], out: Path) -> int:
+    import datasets
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "rows.parquet"
+        if count := write_parquet(tables, path):
+            datasets.disable_progress_bars()
+            datasets.Dataset.from_parquet(str(path), cache_dir=scratch).save_to_disk(str(out))
+    return count
+
+
+WRITERS: dict[str, Callable[[Iterator[list[Row]], Path], int]] = {
+    ".jsonl": write_jsonl,
+    ".parquet": write_parquet,
+    "": write_folder,
+}
+
+
+@contextlib.contextmanager
+def written(out: Path) -> Iterator[Path]:
+    """A path beside `out` that takes its name when the block succeeds, and is removed when it fails."""
+    part = out.with_name(f".{out.name}.part")
+    try:
+        yield part
+        if part.exists():
+            part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
