@@ -34,8 +34,8 @@ def begin(config: CausalLMPolicy, out: Path, model: Any = None, tokenizer: Any =
     """Writes the start into `out` and returns what it is, for the record. Raises ModelError where it is unfit.
 
     A named model is written as a reference; weights are written where an object was given, or where the name is a LoRA
-    adapter's, merged: switching an adapter off must give the start, and not its base. A tokenizer that is not the model's
-    own, given as an object or by name, is written in any case, and is the run's from then on.
+    adapter's, merged: switching an adapter off must give the start, and not its base. A tokenizer other than the
+    model's own, given as an object or by name, is written in any case, and is the run's from then on.
     """
     device = choose_device(config.device)
     if model is not None:

@@ -652,9 +652,7 @@ def test_several_processes_are_refused_and_several_gpus_are_not_split_over(
 def test_what_the_trainer_refuses_is_an_error_of_the_configuration(folders: Any, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "r.parquet", some_rows())
     for field in ("optim", "lr_scheduler_type"):
-        with pytest.raises(
-            ConfigError, match="tuning must be what transformers' Trainer takes.*nothing.? is not a valid"
-        ):
+        with pytest.raises(ConfigError, match=r"must be what transformers' Trainer takes.*nothing.? is not a valid"):
             tuned(parts(folders["llama"], **{field: "nothing"}), tmp_path / field, rows)
     with pytest.raises(ValueError, match="got 'num_workers'"):
         TuningConfig(trainer_kwargs={"num_workers": 1})
