@@ -28,8 +28,8 @@ def publish_model(root: str | Path, out: str | Path, round_: int | None = None) 
     """Writes the model of the best round (or of the given one) into `out`, with its tokenizer and README.md.
 
     The folder loads with plain transformers or peft. Where the run holds an adapter's base itself, because the start
-    was given as an object or merged, the base goes into `out`/base. What an earlier call wrote there is replaced; nothing
-    that the run committed is touched. Raises StoreError where the weights are gone or `out` cannot be written.
+    was given as an object or merged, the base goes into `out`/base. What an earlier call wrote there is replaced;
+    nothing that the run committed is touched. Raises StoreError where the weights are gone or `out` cannot be written.
     """
     run, out = RunFolder(root), Path(out)
     round_ = best_of(run) if round_ is None else round_
@@ -41,6 +41,8 @@ def publish_model(root: str | Path, out: str | Path, round_: int | None = None) 
         copy_files(weights_of(folder), out)
         if (out / ADAPTER).is_file():
             ground_adapter(run, out)
+        if round_ == 0:  # the start's own files may be another tokenizer's
+            copy_tokenizer(run, out)
         (out / "README.md").write_text(card(root, round_), encoding="utf-8")
     return out
 
@@ -113,7 +115,11 @@ def ground_adapter(run: RunFolder, out: Path) -> None:
         path = out / ADAPTER
         config = json.loads(path.read_text()) | {"base_model_name_or_path": str(base.resolve()), "revision": None}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for path in tokenizer_files(run, start):
+    copy_tokenizer(run, out)
+
+
+def copy_tokenizer(run: RunFolder, out: Path) -> None:
+    for path in tokenizer_files(run, run.folder(0, "model")):
         shutil.copyfile(path, out / path.name)
 
 
@@ -121,6 +127,7 @@ def tokenizer_files(run: RunFolder, start: Path) -> Iterator[Path]:
     """The files of the run's tokenizer: the configured one where it is a folder, else what lies beside the start."""
     configured = run.read_config()["policy"].get("tokenizer")
     place = Path(configured) if configured and Path(configured).is_dir() else weights_of(start)
+    place = start if (start / "tokenizer_config.json").is_file() else place  # one given as an object lies there
     for path in sorted(place.iterdir()):
         named = path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece"))
         if path.is_file() and (named or path.name.startswith("chat_template")):
