@@ -53,6 +53,15 @@ TABLE: dict[str, str] = {
     "trust_remote_code": "policy.trust_remote_code",
     "workers": "engine.workers",
 }
+# What RaftTrainer is given, and the field that it becomes.
+_GIVEN = {
+    "model": "policy.model",
+    "processing_class": "policy.tokenizer",
+    "peft_config": "policy.adapter",
+    "train_dataset": "data.prompts",
+    "eval_dataset": "evaluation.prompts",
+    "reward_funcs": "rewards.reward_funcs",
+}
 # What transformers' Trainer takes beside: only where it differs from its default.
 PASSED_ON = (
     *("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules", "lr_scheduler_kwargs"),
@@ -255,7 +264,7 @@ def selection_of(args: RaftConfig) -> dict[str, Any]:
 
 def flat_names(message: str) -> str:
     """The message with the fields under the names that they have here."""
-    for flat, dotted in TABLE.items():
+    for flat, dotted in (TABLE | _GIVEN).items():
         if flat != dotted:
             message = re.sub(rf"\b{re.escape(dotted)}\b", flat, message)
     return message

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raftune.stages.plan import prompts_from
+from raftune.stages.plan import read_unit
 from raftune.store.layout import unit_file, unit_numbers
-from raftune.store.parquet import read_group, read_table
+from raftune.store.parquet import read_table
 from raftune.store.run import RunFolder
 
 Floats = npt.NDArray[np.float64]
@@ -80,7 +80,7 @@ class Drawn:
         lengths = pc.list_value_length(table.column("completion_ids")).to_numpy(zero_copy_only=False)
         self._add("length", lengths)
         self._add("clipped", pc.equal(table.column("finish"), "length").to_numpy(zero_copy_only=False))
-        prompts = prompts_from(read_group(self._folders["plan"] / "prompts.parquet", unit))
+        prompts = read_unit(self._folders["plan"], unit).prompts
         asked = Counter(table.column("prompt_id").to_pylist())
         encoded = self._encoder.encode(prompts, for_drawing=True)
         read = sum(asked[prompt.id] * len(ids) for prompt, ids in zip(prompts, encoded, strict=True))

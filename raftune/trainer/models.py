@@ -21,7 +21,10 @@ from raftune.policies.quiet import quiet
 # What differs between a model or tokenizer and its own copy on disk, and changes nothing that it computes.
 _PROVENANCE = {"_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 _PROVENANCE |= {"is_local", "local_files_only", "tokenizer_file", "special_tokens_map_file", "_from_model_config"}
-_PROVENANCE |= {"truncation", "padding", "base_model_name_or_path", "revision", "inference_mode"}
+_PROVENANCE |= {"base_model_name_or_path", "revision", "inference_mode"}
+# What a tokenizer remembers of the calls before: padding and truncation, which raftune does by itself.
+_CALLS = {"truncation", "padding", "max_length", "stride", "pad_to_multiple_of", "pad_token_type_id"}
+_CALLS |= {"truncation_side", "truncation_strategy", "padding_side"}
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Fields of LoraConfig that say nothing about what is trained; fan_in_fan_out is set by peft itself.
 _LORA_FREE = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
@@ -205,7 +208,7 @@ def model_hash(model: Any) -> str:
     config = _base_config(model).to_dict()
     generation = getattr(model.get_base_model() if isinstance(model, PeftModel) else model, "generation_config", None)
     adapters = {n: c.to_dict() for n, c in model.peft_config.items()} if isinstance(model, PeftModel) else {}
-    total.update(_canonical([config, generation.to_dict() if generation else {}, adapters]))
+    total.update(_canonical([config, generation.to_dict() if generation else {}, adapters], _PROVENANCE))
     for name, tensor in sorted(model.state_dict().items()):
         plain = tensor.detach().cpu().contiguous()
         total.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
@@ -221,20 +224,21 @@ def tokenizer_hash(tokenizer: Any) -> str:
         for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
             content = path.read_bytes()
             total.update(path.name.encode())
-            total.update(_canonical(json.loads(content)) if path.suffix == ".json" else content)
+            plain = path.suffix == ".json"
+            total.update(_canonical(json.loads(content), _PROVENANCE | _CALLS) if plain else content)
     return total.hexdigest()[:16]
 
 
-def _canonical(value: Any) -> bytes:
-    return json.dumps(_stripped(value), sort_keys=True, default=str).encode()
+def _canonical(value: Any, forgotten: set[str]) -> bytes:
+    return json.dumps(_stripped(value, forgotten), sort_keys=True, default=str).encode()
 
 
-def _stripped(value: Any) -> Any:
-    """The value without provenance, and with sets in an order of their own."""
+def _stripped(value: Any, forgotten: set[str]) -> Any:
+    """The value without these keys, and with sets in an order of their own."""
     if isinstance(value, dict):
-        return {str(k): _stripped(v) for k, v in value.items() if k not in _PROVENANCE}
+        return {str(k): _stripped(v, forgotten) for k, v in value.items() if k not in forgotten}
     if isinstance(value, (list, tuple)):
-        return [_stripped(item) for item in value]
+        return [_stripped(item, forgotten) for item in value]
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else value
 
 

@@ -61,6 +61,7 @@ class Rounds:
         self.worked = False  # whether anything had to be done
         self.resumed = 0  # rounds that were found done
         self._live = False
+        self.notes: dict[str, None] = {}  # what a user should know about how answers were drawn, each once
 
     def __call__(self, kind: str, facts: dict[str, Any]) -> None:
         if follow := getattr(self, f"_on_{kind}", None):
@@ -81,6 +82,9 @@ class Rounds:
             self._live = self.worked = True
             if round:
                 self._event("on_epoch_begin")
+
+    def _on_unit(self, notes: list[str], **_: Any) -> None:
+        self.notes |= dict.fromkeys(notes)
 
     def _on_round_end(self, round: int, metrics: dict[str, Any], summary: dict[str, Any], **_: Any) -> None:
         self.resumed += not self._live

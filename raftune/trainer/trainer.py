@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerControl, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
@@ -18,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from raftune.build import Objects
 from raftune.config.run import RunConfig
 from raftune.digest import held_out_names
-from raftune.errors import ConfigChanged, ConfigError, StoreError
+from raftune.errors import ConfigError, RaftuneError, StoreError
 from raftune.loop import Observer
 from raftune.policies.causal_lm.encoding import Encoder
 from raftune.progress import Progress
@@ -26,7 +28,7 @@ from raftune.runs import root_of, run
 from raftune.starters.resolve import resolve_starters
 from raftune.store.run import RunFolder
 from raftune.trainer import metrics, publishing
-from raftune.trainer.config import RaftConfig, mapping, run_of
+from raftune.trainer.config import RaftConfig, flat_names, mapping, run_of
 from raftune.trainer.inputs import GivenPrompts, given_prompts, given_rewards
 from raftune.trainer.models import given_model, load_tokenizer
 from raftune.trainer.rounds import RoundFlow, Rounds, StopAfterRound
@@ -82,6 +84,10 @@ class RaftTrainer:
         )
         self._given, self._tokenizer, self._model = model, given.tokenizer, None
         self._handler = _handler(args, callbacks or ())
+        if torch.cuda.device_count() > 1 and not args.use_cpu:
+            logger.warning(
+                "Of %d GPUs the first is used; CUDA_VISIBLE_DEVICES chooses another.", torch.cuda.device_count()
+            )
         self.state, self.control = TrainerState(), TrainerControl()
         self.control = self._handler.on_init_end(args, self.state, self.control)
 
@@ -105,6 +111,9 @@ class RaftTrainer:
         self.control = rounds.control
         if not rounds.worked:
             logger.warning("The run in %s is finished: %s. Nothing had to be done.", self._run.root, reason)
+        if self.args.disable_tqdm:  # else the progress has shown them
+            for note in rounds.notes:
+                logger.warning(note)
         if self.args.push_to_hub:
             self.push_to_hub()
         return self._output(reason)
@@ -117,10 +126,10 @@ class RaftTrainer:
                 outcome = run(self.run_config, self._objects, observe=_both(shown, rounds), redo=redo)
         except StopAfterRound as stop:
             return f"{stop}; train() goes on from there"
-        except ConfigChanged as error:
-            raise ConfigChanged(
-                str(error).replace("add `--from ", "call train(redo=…), on the command line `--from ")
-            ) from error
+        except RaftuneError as error:  # the fields under their names here; the class and the cause stay
+            words = re.sub(r"(?:add )?`--from ([^`]+)`", r"call train(redo='\1')", flat_names(str(error)))
+            error.args = (words, *error.args[1:])
+            raise
         return outcome.reason
 
     def _progress(self) -> Progress:
@@ -137,9 +146,13 @@ class RaftTrainer:
     def evaluate(self, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The held-out metrics of the best round under TRL's names, as they were measured when the round ended."""
         path = self._run.folder(self._best(), "evaluate") / "metrics.json"
-        if not path.is_file():
-            raise ConfigError("num_eval_prompts must be above 0 for an evaluation; got 0. Nothing was held out.")
-        return metrics.held_out(json.loads(path.read_text()), metric_key_prefix, ends=True)
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        if not found:
+            raise ConfigError(
+                f"evaluate() needs held-out prompts; got none with num_eval_prompts={self.args.num_eval_prompts}. Give "
+                "eval_dataset, or ten prompts or more: a tenth of them is held out."
+            )
+        return metrics.held_out(found, metric_key_prefix, ends=True)
 
     # -- what came of it -----------------------------------------------------------------------------------------------
 
