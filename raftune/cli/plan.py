@@ -1,0 +1,133 @@
+"""`raftune plan`: what a run will cost, and whether it will start."""
+
+from __future__ import annotations
+
+import json as js
+import shlex
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from raftune.cli.show import say
+from raftune.cli.train import Tokens
+from raftune.cli.verify import megabytes
+from raftune.config.run import RunConfig
+from raftune.digest import duration
+from raftune.errors import ConfigError
+from raftune.planning import Forecast, forecast
+
+
+def plan(
+    *files: Tokens,
+    probe: Annotated[bool, Parameter(help="Try two prompts, for the time that the run will take.")] = True,
+    json: Annotated[bool, Parameter(negative="", help="Print the forecast as JSON.")] = False,
+) -> None:
+    """Check a configuration, and say what the run will cost: samples, tokens, disk, memory, time.
+
+    raftune plan base.yaml mine.yaml --sampling.num_generations 16
+
+    Everything is checked that can be without training: the data, the model, the rewards, whether the selection can
+    select. Two prompts are drawn, scored and tuned on in a temporary folder; --no-probe leaves that out. Nothing is
+    written where the run will be.
+    """
+    from raftune.cli.flags import read_tokens
+    from raftune.config.load import load_config
+
+    given = read_tokens(files, "plan", ("--probe", "--no-probe", "--json"))
+    if not given.words and not given.flags:
+        raise ConfigError("plan needs a configuration file; got none. `raftune init run.yaml` writes one.")
+    config = load_config(given.words, given.flags)
+    found = forecast(config, measured=probe)
+    if json:
+        print(js.dumps(found.as_json() | {"command": command(files)}))
+        return
+    for title, words in lines(config, found):
+        say(f"{title:<10}  {words}")
+    for note in found.notes:
+        say(f"note        {note}", style="yellow")
+    say("")
+    say(f"Start it with:  {command(files)}")
+
+
+def command(tokens: tuple[str, ...]) -> str:
+    return shlex.join(["raftune", "train", *tokens])
+
+
+def lines(config: RunConfig, found: Forecast) -> list[tuple[str, str]]:
+    """The forecast in words: a title and a line each."""
+    said = [("run", state(config, found)), ("policy", policy(config, found)), ("prompts", prompts(found))]
+    said += [("a round", a_round(config, found)), ("in all", in_all(config, found)), ("disk", disk(found))]
+    if found.memory is not None:
+        said.append(("memory", memory(config, found)))
+    if found.seconds is not None and found.probe is not None:
+        said.append(("time", time(found)))
+    return said
+
+
+def state(config: RunConfig, found: Forecast) -> str:
+    if found.done is None:
+        return f"{config.name}, new, in {found.root}"
+    return f"{config.name}, in {found.root}: {found.done} of {config.num_rounds} rounds are done"
+
+
+def policy(config: RunConfig, found: Forecast) -> str:
+    model = found.model
+    if model is None:
+        return config.policy.family
+    trained = "all trained" if model.trained == model.parameters else f"{count(model.trained)} trained (LoRA)"
+    context = f", context {model.context}" if model.context else ""
+    size = f"{count(model.parameters)} parameters, {trained}"
+    return f"{model.architecture}, {size}, {model.dtype} on {model.device}{context}"
+
+
+def prompts(found: Forecast) -> str:
+    have = found.prompts
+    lengths = f", of {have.shortest} to {have.longest} tokens" if have.longest is not None else ""
+    return f"{have.train:,} to learn from, {have.held_out:,} held out{lengths}"
+
+
+def a_round(config: RunConfig, found: Forecast) -> str:
+    a = found.amounts
+    others = f" + {a.competing - a.drawn:,} from other sources" if a.competing > a.drawn else ""
+    kept = f"{'' if a.kept_exact else 'at most '}{a.kept:,} kept ({config.selection.rule})"
+    drawn = f"{a.prompts:,} prompts x {config.sampling.num_generations} = {a.drawn:,} samples{others}"
+    return f"{drawn}, {kept}, {a.steps:,} optimizer step{'s' * (a.steps > 1)}"
+
+
+def in_all(config: RunConfig, found: Forecast) -> str:
+    a, longest = found.amounts, config.sampling.max_completion_length
+    judged = (a.rounds + 1) * a.judged
+    text = f"{a.samples:,} samples: {a.rounds * a.drawn:,} to learn from, {judged:,} to judge by"
+    if found.model is None:
+        return text
+    now = f", about {int(a.samples * found.probe.tokens):,} if answers stay as long as now" if found.probe else ""
+    return f"{text}; at most {a.samples * longest:,} tokens{now}"
+
+
+def disk(found: Forecast) -> str:
+    parts = {"models": found.disk.models, "samples at most": found.disk.samples, "checkpoints": found.disk.checkpoints}
+    return f"{megabytes(found.disk.total)}: " + ", ".join(f"{n} {megabytes(size)}" for n, size in parts.items() if size)
+
+
+def memory(config: RunConfig, found: Forecast) -> str:
+    assert found.memory is not None
+    need = found.memory
+    return (
+        f"drawing {megabytes(need.drawing)} (weights {megabytes(need.weights)}, cache {megabytes(need.cache)}), tuning "
+        f"{megabytes(need.tuning)} (with gradients and optimizer); activations and reward models come on top"
+    )
+
+
+def time(found: Forecast) -> str:
+    assert found.seconds is not None and found.probe is not None
+    total = sum(found.seconds.values())
+    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in found.seconds.items() if seconds > 0)
+    return f"about {duration(total)}: {shares} (from a probe of two prompts that took {duration(found.probe.seconds)})"
+
+
+def count(number: int) -> str:
+    """A number of parameters as people say it: 0.9M, 7.2B."""
+    for size, letter in ((1_000_000_000, "B"), (1_000_000, "M")):
+        if number >= size / 10:
+            return f"{number / size:.1f}{letter}"
+    return f"{number:,}"

@@ -1,0 +1,77 @@
+"""How much of everything a configuration asks for: samples, kept rows, optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from raftune.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """Of one round: prompts asked, samples drawn to learn from, samples that compete (with other sources), rows kept,
+    optimizer steps; samples drawn to judge by. Of the run: rounds.
+
+    `kept_exact`: how many are kept does not depend on their scores.
+    """
+
+    rounds: int
+    prompts: int
+    drawn: int
+    competing: int
+    kept: int
+    kept_exact: bool
+    steps: int
+    judged: int
+
+    @property
+    def samples(self) -> int:
+        """All that the policy draws in the run: every round to learn from, the start and every round to judge by."""
+        return self.rounds * self.drawn + (self.rounds + 1) * self.judged
+
+
+def amounts(config: RunConfig, train: int, held_out: int) -> Amounts:
+    """The amounts with so many prompts."""
+    sampling = config.sampling
+    prompts = min(config.prompts_per_round, train)
+    teacher = sampling.teacher.num_generations if sampling.teacher else 0
+    pool = sampling.num_generations + len(sampling.candidate_columns) + teacher
+    kept, exact = kept_of(config, prompts, pool)
+    return Amounts(
+        rounds=config.num_rounds,
+        prompts=prompts,
+        drawn=prompts * sampling.num_generations,
+        competing=prompts * pool,
+        kept=kept,
+        kept_exact=exact,
+        steps=steps_of(config, kept),
+        judged=held_out * config.evaluation.num_generations,
+    )
+
+
+def kept_of(config: RunConfig, prompts: int, pool: int) -> tuple[int, bool]:
+    """Rows that a round keeps at most, and whether it is exactly that many where every sample has a score."""
+    chosen = config.selection
+    free = chosen.all_equal == "keep" and chosen.margin == 0 and not chosen.drop_duplicates
+    free = free and chosen.min_length is None and chosen.max_length is None
+    if chosen.rule == "best_of_k":
+        return prompts, free
+    if chosen.rule in ("top_m", "random"):
+        return prompts * min(chosen.m, pool), free
+    if chosen.rule == "top_fraction":
+        assert chosen.keep_fraction is not None
+        return max(1, math.floor(prompts * pool * chosen.keep_fraction)), free and chosen.max_per_prompt is None
+    return prompts * min(pool, chosen.max_per_prompt or pool), False
+
+
+def steps_of(config: RunConfig, kept: int) -> int:
+    """Optimizer steps of a round with so many kept rows, replayed and reference rows included."""
+    tuning = config.tuning
+    if tuning.max_steps > 0:
+        return tuning.max_steps
+    rows = float(kept * (1 + min(tuning.replay_rounds, config.num_rounds - 1)))
+    if tuning.reference is not None:
+        rows /= 1 - tuning.reference.fraction
+    per_step = tuning.per_device_train_batch_size * tuning.gradient_accumulation_steps
+    return max(1, math.ceil(math.ceil(rows / per_step) * tuning.num_train_epochs))

@@ -1,0 +1,122 @@
+"""A configuration, looked at from all sides before it runs."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raftune.build import Assembly
+from raftune.config.policy import CausalLMPolicy
+from raftune.config.run import RunConfig
+from raftune.digest import rows_of
+from raftune.planning.amounts import Amounts, amounts
+from raftune.planning.probe import Probe, probe, seconds_by_stage
+from raftune.planning.prompts import Prompts, measure, read_prompts
+from raftune.planning.sizes import Disk, Footprint, Memory, disk, footprint, memory
+from raftune.preflight import preflight
+from raftune.reporting import check_installed, wanted
+from raftune.resume import check
+from raftune.runs import refuse_foreign, root_of
+from raftune.store.run import RunFolder
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take. `done` rounds lie in its directory already; `seconds` are those of a run from the start, by
+    kind of work, None without a probe; `model` and `memory` are None for families without weights."""
+
+    root: Path
+    done: int | None
+    prompts: Prompts
+    amounts: Amounts
+    model: Footprint | None
+    memory: Memory | None
+    disk: Disk
+    probe: Probe | None
+    seconds: dict[str, float] | None
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"root": str(self.root), "samples": self.amounts.samples, "notes": list(self.notes)}
+
+
+def forecast(config: RunConfig, *, measured: bool = True) -> Forecast:
+    """The forecast; nothing is written where the run will be. Raises what the run would: ConfigError, DataError, ….
+
+    With `measured`, two prompts are drawn, scored and tuned on, in a temporary folder.
+    """
+    root = root_of(config)
+    check_installed(wanted(config.report_to))
+    with tempfile.TemporaryDirectory(prefix="raftune-plan-") as scratch:
+        assembly = Assembly(RunFolder(Path(scratch) / "run"), config)
+        try:
+            preflight(assembly)
+            done = rounds_done(root, config)
+            return look(assembly, root, done, Path(scratch), measured)
+        finally:
+            assembly.close()
+
+
+def rounds_done(root: Path, config: RunConfig) -> int | None:
+    """The rounds that are done where the run will be; None where there is no run. Raises ConfigChanged, StoreError."""
+    folder = RunFolder(root)
+    refuse_foreign(folder)
+    if not folder.exists():
+        return None
+    assembly = Assembly(folder, config)
+    try:
+        check(assembly)
+    finally:
+        assembly.close()
+    return max((row["round"] for row in rows_of(root)), default=0)
+
+
+def look(assembly: Assembly, root: Path, done: int | None, scratch: Path, measured: bool) -> Forecast:
+    config = assembly.config
+    data = read_prompts(assembly)
+    start = assembly.run.folder(0, "model")
+    start.mkdir(parents=True)
+    facts = assembly.family.start(config, start)
+    model = footprint(config.policy, start, facts) if isinstance(config.policy, CausalLMPolicy) else None
+    policy = assembly.policies.encoder(start)
+    prompts = measure(data, getattr(policy, "encoder", None))
+    planned = amounts(config, prompts.train, prompts.held_out)
+    notes = [*(facts or {}).get("notes", []), *policy.notes(), *remarks(config, prompts, planned)]
+    found = probe(assembly, data, scratch / "probe") if measured else None
+    rows = min(config.sampling.unit_size, planned.prompts) * config.sampling.num_generations
+    return Forecast(
+        root=root,
+        done=done,
+        prompts=prompts,
+        amounts=planned,
+        model=model,
+        memory=memory(model, config, prompts.longest or 0, rows) if model else None,
+        disk=disk(model, config, planned),
+        probe=found,
+        seconds=seconds_by_stage(found, planned, assembly) if found else None,
+        notes=tuple(dict.fromkeys([*notes, *(found.notes if found else ())])),
+    )
+
+
+def remarks(config: RunConfig, prompts: Prompts, planned: Amounts) -> list[str]:
+    """What is allowed, but perhaps not meant."""
+    said = []
+    if prompts.repeated:
+        said.append(f"{prompts.repeated} of {prompts.train} training prompts repeat an earlier one: each is drawn for")
+    if prompts.overlap:
+        said.append(f"{prompts.overlap} of {prompts.held_out} held-out prompts are also trained on")
+    if config.prompts_per_round > prompts.train:
+        said.append(
+            f"prompts_per_round is {config.prompts_per_round}; there are {prompts.train} prompts: all are asked"
+        )
+    if config.evaluation.num_prompts and not prompts.held_out:
+        said.append("too few prompts to hold any out: no round is judged, and the last one is published")
+    if planned.competing == planned.prompts and config.selection.rule == "best_of_k":
+        said.append("one sample a prompt: the best of one is that one, so that nothing is selected")
+    if config.sampling.temperature == 0 and config.sampling.num_generations > 1:
+        said.append("sampling.temperature is 0: all samples of a prompt will be equal")
+    elif 0 < config.sampling.temperature < 1:
+        said.append("sampling.temperature is below 1: each round sharpens the policy, whatever the reward says")
+    return said

@@ -1,0 +1,82 @@
+"""The data of a run, read and checked as its first stage will."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raftune.build import Assembly
+from raftune.digest import read_json
+from raftune.errors import DataError
+from raftune.records import Prompt
+from raftune.stages.plan import prompts_from
+from raftune.store.job import run_once
+from raftune.store.parquet import column_names, read_table
+
+NAMED = 3
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Numbers of prompts; `repeated`: training rows that repeat an earlier one; `overlap`: held-out prompts that are
+    also trained on; `shortest` and `longest` in tokens, None where the family has none."""
+
+    train: int
+    held_out: int
+    repeated: int
+    overlap: int
+    shortest: int | None
+    longest: int | None
+
+
+def read_prompts(assembly: Assembly) -> Path:
+    """Copies the prompts into the assembly's run, and returns where they lie. Raises DataError."""
+    stage = assembly.stage(0, "data")
+    run_once(assembly.job(stage, 0), stage)  # type: ignore[arg-type]
+    folder = assembly.run.folder(0, "data")
+    given = column_names(folder / "train.parquet")
+    for column in assembly.config.sampling.candidate_columns:
+        if column not in given:
+            raise DataError(
+                f"sampling.candidate_columns names {column!r}, which the prompts lack; they have "
+                f"{', '.join(given[1:])}. Name one of these, or leave it out."
+            )
+    return folder
+
+
+def measure(folder: Path, encoder: Any | None) -> Prompts:
+    """The numbers. Raises DataError that names prompts which do not fit the model."""
+    notes = read_json(folder / "notes.json")
+    lengths: list[int] = []
+    if encoder is not None:
+        for name in ("train", "held_out"):
+            table = read_table(folder / f"{name}.parquet", ["prompt_id", "prompt"])
+            lengths += lengths_of(prompts_from(table), encoder)
+    return Prompts(
+        train=notes["train"],
+        held_out=notes["held_out"],
+        repeated=notes["repeated"],
+        overlap=notes["overlap"],
+        shortest=min(lengths, default=None),
+        longest=max(lengths, default=None),
+    )
+
+
+def lengths_of(prompts: list[Prompt], encoder: Any) -> list[int]:
+    """Tokens of each prompt, as it is put when drawing. Raises DataError that counts what does not fit."""
+    try:
+        return [len(ids) for ids in encoder.encode(prompts, for_drawing=True)] if prompts else []
+    except DataError as first:
+        refused = [prompt for prompt in prompts if not fits(prompt, encoder)]
+        ids = ", ".join(prompt.id for prompt in refused[:NAMED])
+        more = f" and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
+        raise DataError(f"{len(refused)} of {len(prompts)} prompts cannot be used ({ids}{more}). {first}") from first
+
+
+def fits(prompt: Prompt, encoder: Any) -> bool:
+    try:
+        encoder.encode([prompt], for_drawing=True)
+    except DataError:
+        return False
+    return True

@@ -1,0 +1,127 @@
+"""Memory and disk that a run takes: weights, gradients, optimizer, cache. Activations are not counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raftune.config.policy import CausalLMPolicy
+from raftune.config.run import RunConfig
+from raftune.planning.amounts import Amounts
+
+BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+ADAM = 2  # moments for each trained weight
+PER_TOKEN = 12  # on disk: an id, a log-probability, and the text, before compression
+PER_SAMPLE = 200  # identity, scores and verdict
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The model in numbers: parameters, those that are trained, bytes of one weight, and of one token in the cache."""
+
+    architecture: str
+    parameters: int
+    trained: int
+    dtype: str
+    weight: int
+    cached_token: int
+    vocabulary: int
+    context: int | None
+    device: str
+
+
+def footprint(config: CausalLMPolicy, start: Path, facts: dict[str, Any]) -> Footprint:
+    """The footprint of a start model that was checked before; `facts` is what the check found."""
+    from raftune.policies.causal_lm import loading
+
+    found = loading.model_config(config, start)
+    dtype = str(facts["dtype"])
+    return Footprint(
+        architecture=facts["architecture"],
+        parameters=facts["parameters"],
+        trained=trained_parameters(config, found, facts["parameters"]),
+        dtype=dtype,
+        weight=BYTES.get(dtype, 4),
+        cached_token=cached_token(found.get_text_config(decoder=True), BYTES.get(dtype, 4)),
+        vocabulary=facts["vocabulary"],
+        context=facts["context"],
+        device=str(loading.choose_device(config.device)),
+    )
+
+
+def cached_token(found: Any, size: int) -> int:
+    """Bytes that keys and values of one token take in all layers; 0 where the architecture does not say."""
+    layers, heads = getattr(found, "num_hidden_layers", 0), getattr(found, "num_attention_heads", 0)
+    if not layers or not heads:
+        return 0
+    width = getattr(found, "head_dim", None) or found.hidden_size // heads
+    return int(2 * layers * (getattr(found, "num_key_value_heads", None) or heads) * width * size)
+
+
+def trained_parameters(config: CausalLMPolicy, found: Any, total: int) -> int:
+    """How many weights are trained: all, or those of the adapter, counted on a model without memory."""
+    if config.adapter is None:
+        return total
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from raftune.policies.causal_lm.loading import fresh_adapter
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(found, trust_remote_code=config.trust_remote_code)
+        adapted = fresh_adapter(model, config.adapter, 0)
+    return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the two peaks, one model in memory at a time: drawing (weights and cache) and tuning."""
+
+    weights: int
+    cache: int
+    training: int  # gradients and the optimizer's moments
+
+    @property
+    def drawing(self) -> int:
+        return self.weights + self.cache
+
+    @property
+    def tuning(self) -> int:
+        return self.weights + self.training
+
+
+def memory(model: Footprint, config: RunConfig, longest_prompt: int, rows: int) -> Memory:
+    """The memory with at most `rows` samples to draw at once."""
+    length = longest_prompt + config.sampling.max_completion_length
+    length = min(length, model.context) if model.context else length
+    alive = min(config.sampling.batch_size, rows)
+    four_bits = getattr(config.policy, "load_in_4bit", False)
+    return Memory(
+        weights=model.parameters // 2 if four_bits else model.parameters * model.weight,
+        cache=alive * length * model.cached_token,
+        training=model.trained * model.weight * (1 + ADAM),
+    )
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes: the models that are kept, the checkpoints while a round is tuned, the samples at most."""
+
+    models: int
+    checkpoints: int
+    samples: int
+
+    @property
+    def total(self) -> int:
+        return self.models + self.checkpoints + self.samples
+
+
+def disk(model: Footprint | None, config: RunConfig, planned: Amounts) -> Disk:
+    """What the run writes; a family without tokens writes next to nothing for its models."""
+    stored = {"all": planned.rounds, "best": min(3, planned.rounds), "last": min(2, planned.rounds)}[config.keep_models]
+    one = model.trained * model.weight if model else 0
+    tokens = config.sampling.max_completion_length if model else 1
+    every = planned.samples + planned.rounds * (planned.competing - planned.drawn)
+    checkpoint = one * (1 + ADAM) if planned.steps > config.tuning.save_steps else 0
+    return Disk(stored * one, 2 * checkpoint, every * (tokens * PER_TOKEN + PER_SAMPLE))
