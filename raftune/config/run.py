@@ -38,6 +38,9 @@ class EngineConfig(Frozen):
     on_unit_failure: Literal["stop", "skip"] = Field(
         "stop", description="Then stop the run, or go on without the unit."
     )
+    unit_timeout: float | None = Field(
+        None, gt=0, description="Seconds until a unit that runs in a worker counts as crashed."
+    )
 
 
 class StopConfig(Frozen):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import raftune.errors
 from raftune.config.run import EngineConfig
-from raftune.errors import EngineError, RaftuneError
+from raftune.errors import EngineError, OutOfMemory, RaftuneError
 from raftune.protocols import Receipt, UnitStage
-from raftune.store.job import Engine, Job, receipt_of, run_unit
+from raftune.store.job import Engine, Job, run_unit
+
+FINAL = (RaftuneError, OSError, AssertionError)  # what would not go away if the unit were tried again
+Answer = dict[str, Any]
 
 
 class ThisProcess:
@@ -33,7 +38,7 @@ class ThisProcess:
                 try:
                     yield run_unit(job, stage, index)
                     break
-                except (RaftuneError, OSError, AssertionError):
+                except FINAL:
                     raise
                 except Exception as error:
                     if tries > self.config.max_retries:
@@ -52,8 +57,8 @@ def give_up(
     """Sets the unit aside, or raises EngineError, as configured."""
     if config.on_unit_failure == "stop":
         raise EngineError(
-            f"unit {index} of {job.title} failed {config.max_retries + 1} times: {why}. Mend the cause and resume, or set "
-            "engine.on_unit_failure: skip to go on without it."
+            f"unit {index} of {job.title} failed {config.max_retries + 1} times: {why}. Mend the cause and resume, or "
+            "set engine.on_unit_failure: skip to go on without it."
         ) from error
     failed[index] = why
 
@@ -67,54 +72,87 @@ class Workers:
         self.processes: list[Worker | None] = [None] * config.workers
 
     def run(self, job: Job, stage: UnitStage, units: Sequence[int]) -> Iterator[Receipt]:
+        """The receipts in the order in which units end. What is still going when this is left early, is ended."""
         self.failed = {}
-        waiting: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
-        done: queue.SimpleQueue[tuple[int, int, dict[str, Any] | None]] = queue.SimpleQueue()
+        waiting: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
+        done: SimpleQueue[tuple[int, int, Answer]] = SimpleQueue()
         for index in units:
             waiting.put((index, 1))
-        threads = [
-            threading.Thread(target=self._serve, args=(slot, job, waiting, done), daemon=True)
-            for slot in range(self.config.workers)
-        ]
+        slots = range(min(self.config.workers, len(units)))
+        threads = [threading.Thread(target=self._serve, args=(n, job, waiting, done), daemon=True) for n in slots]
         for thread in threads:
             thread.start()
         left = len(units)
         try:
             while left:
-                index, tries, answer = done.get()
-                if answer is None and tries <= self.config.max_retries:
-                    waiting.put((index, tries + 1))
-                    continue
-                left -= 1
-                if answer is None:
-                    give_up(self.failed, self.config, job, index, "its worker process died")
-                elif "error" in answer:
+                index, tries, answer = self._next(done)
+                if "receipt" in answer:
+                    left -= 1
+                    yield Receipt(**answer["receipt"])
+                elif answer["final"]:
                     raise error_from(answer)
+                elif tries <= self.config.max_retries:
+                    waiting.put((index, tries + 1))
                 else:
-                    receipt = receipt_of(job, index)
-                    assert receipt is not None
-                    yield Receipt(
-                        index, receipt.file, receipt.rows, receipt.sha256, answer["seconds"], tuple(answer["notes"])
-                    )
+                    left -= 1
+                    why = ": ".join(filter(None, (answer["kind"], answer["error"])))
+                    give_up(self.failed, self.config, job, index, why)
         finally:
+            while not waiting.empty():
+                waiting.get()
             for _ in threads:
                 waiting.put(None)
+            if left:
+                self._kill()
+            for thread in threads:
+                thread.join()
+            if left:
+                self.close()
 
-    def _serve(self, slot: int, job: Job, waiting: queue.SimpleQueue[Any], done: queue.SimpleQueue[Any]) -> None:
+    def _next(self, done: SimpleQueue[tuple[int, int, Answer]]) -> tuple[int, int, Answer]:
+        """The next answer; a worker that takes longer than a unit may is killed, which is an answer too."""
+        limit = self.config.unit_timeout
+        while True:
+            try:
+                return done.get(timeout=None if limit is None else min(1.0, limit / 4))
+            except Empty:
+                for worker in self.processes:
+                    if worker is not None and limit is not None and worker.seconds > limit:
+                        worker.kill(f"took more than engine.unit_timeout = {limit:g} s")
+
+    def _serve(
+        self,
+        slot: int,
+        job: Job,
+        waiting: SimpleQueue[tuple[int, int] | None],
+        done: SimpleQueue[tuple[int, int, Answer]],
+    ) -> None:
         while (item := waiting.get()) is not None:
             index, tries = item
-            worker = self.processes[slot] or Worker(self.root, slot, self.config)
-            self.processes[slot] = worker
-            answer = worker.ask({"round": job.round, "stage": job.stage.name, "unit": index, "key": job.key})
-            if answer is None:
-                worker.end()
-                self.processes[slot] = None
-            done.put((index, tries, answer))
+            done.put((index, tries, self._ask(slot, job, index)))
 
-    def rest(self) -> None:
+    def _ask(self, slot: int, job: Job, index: int) -> Answer:
+        try:
+            worker = self.processes[slot] or Worker(self.root, slot, self.config)
+        except OSError as error:
+            return {"kind": "OSError", "error": f"no worker could be started: {error}", "final": True}
+        self.processes[slot] = worker
+        answer = worker.ask({"round": job.round, "stage": job.stage.name, "unit": index, "key": job.key})
+        if answer is not None:
+            return answer
+        self.processes[slot] = None
+        return {"kind": "", "error": f"its worker process {worker.end()}", "final": False}
+
+    def _kill(self) -> None:
         for worker in self.processes:
             if worker is not None:
-                worker.ask({"rest": True})
+                worker.kill("was ended with the run")
+
+    def rest(self) -> None:
+        for slot, worker in enumerate(self.processes):
+            if worker is not None and worker.ask({"rest": True}) is None:
+                worker.end()
+                self.processes[slot] = None
 
     def close(self) -> None:
         for slot, worker in enumerate(self.processes):
@@ -130,6 +168,8 @@ class Worker:
         threads = str(config.threads)
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "RAFTUNE_WORKER": str(slot)}
         self.log = root / "tmp" / f"worker-{slot}.log"
+        self.since: float | None = None
+        self.killed = ""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "raftune.worker", str(root)],
@@ -140,34 +180,53 @@ class Worker:
                 text=True,
             )
 
-    def ask(self, question: dict[str, Any]) -> dict[str, Any] | None:
+    @property
+    def seconds(self) -> float:
+        """How long the question that it is at has taken; 0 while it is at none."""
+        since = self.since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def ask(self, question: dict[str, Any]) -> Answer | None:
         """The worker's answer; None when it died."""
         assert self.process.stdin is not None and self.process.stdout is not None
+        self.since = time.monotonic()
         try:
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
         except (OSError, ValueError):
             return None
-        answer: dict[str, Any] | None = json.loads(line) if line.endswith("\n") else None
+        finally:
+            self.since = None
+        answer: Answer | None = json.loads(line) if line.endswith("\n") else None
         return answer
 
-    def end(self) -> None:
-        """Closes the worker's stdin, upon which it exits; one that does not is killed."""
+    def kill(self, why: str) -> None:
+        """Ends the process at once; the thread that waits for its answer learns of it."""
+        self.killed = why
+        self.process.kill()
+
+    def end(self) -> str:
+        """Closes the worker's stdin, upon which it exits; one that does not is killed. Says how it ended."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        try:
+        with contextlib.suppress(OSError):  # it may be gone, and its pipe with it
             self.process.stdin.close()
+        try:
             self.process.wait(timeout=5)
-        except (OSError, subprocess.TimeoutExpired):
+        except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
+        code = self.process.returncode
+        return self.killed or (f"exited with code {code}" if code >= 0 else f"was ended by signal {-code}")
 
 
-def error_from(answer: dict[str, Any]) -> RaftuneError:
+def error_from(answer: Answer) -> RaftuneError:
     """The error that a worker met, as the class that it was there."""
     kind = getattr(raftune.errors, answer["kind"], None)
-    if isinstance(kind, type) and issubclass(kind, RaftuneError) and kind is not raftune.errors.OutOfMemory:
+    if kind is OutOfMemory:
+        return OutOfMemory(answer["error"], answer["batch_size"])
+    if isinstance(kind, type) and issubclass(kind, RaftuneError):
         return kind(answer["error"])
     return EngineError(f"a worker failed: {answer['kind']}: {answer['error']}. Its log is in tmp/ of the run.")
 

@@ -15,7 +15,6 @@ from raftune.policies.tabular import Tabular
 from raftune.protocols import Unit
 from raftune.records import Sample
 
-
 # Every stage that there is: a teacher, a human's answers, likelihoods, replay.
 EVERYTHING: dict[str, Any] = {
     "policy": {"family": "tests.runs.tiny:Dressed", "options": {"num_prompts": 4, "num_answers": 5}},
@@ -28,6 +27,8 @@ EVERYTHING: dict[str, Any] = {
 class Dressed(Tabular):
     """The tabular family as a family of somebody's own, which may also have a teacher, and a memory of so many rows."""
 
+    options: dict[str, Any]
+
     @classmethod
     def start(cls, config: RunConfig, out: Path, model: Any = None, tokenizer: Any = None) -> None:
         super().start(undressed(config), out)
@@ -36,17 +37,18 @@ class Dressed(Tabular):
     def load(cls, config: RunConfig, folder: Path, start: Path) -> Dressed:
         found = super().load(undressed(config), folder, start)
         assert isinstance(found, Dressed)
-        found.memory = config.policy.options.get("memory", 10**9)
+        found.options = config.policy.options
         return found
 
     def draw(self, unit: Unit) -> list[Sample]:
-        if unit.batch_size > self.memory:
+        if unit.batch_size > self.options.get("memory", unit.batch_size):
             raise OutOfMemory(f"{unit.batch_size} rows do not fit", unit.batch_size)
         return super().draw(unit)
 
 
 def undressed(config: RunConfig) -> RunConfig:
-    table = TabularPolicy(**{name: value for name, value in config.policy.options.items() if name != "memory"})
+    options = config.policy.options
+    table = TabularPolicy(num_prompts=options["num_prompts"], num_answers=options["num_answers"])
     sampling = config.sampling.model_copy(update={"teacher": None})
     return config.model_copy(update={"policy": table, "sampling": sampling})
 

@@ -1,0 +1,50 @@
+"""The tabular family with units that can be told to fail, in every way in which a unit can."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from raftune.errors import DataError
+from raftune.protocols import Unit
+from raftune.records import Sample
+from tests.runs.tiny import Dressed
+
+ORDERS = "RAFTUNE_TEST_ORDERS"  # not in the configuration, so that what is left of a failure can be compared
+
+
+class Crashing(Dressed):
+    """Orders name units: kill_always, kill_once, raise_always, hang_always, hang_once, refuse; `marks` is a folder that
+    gets a file for each unit that is begun."""
+
+    def draw(self, unit: Unit) -> list[Sample]:
+        orders: dict[str, Any] = json.loads(os.environ.get(ORDERS, "{}"))
+        first = mark(Path(orders["marks"]), unit.index) if "marks" in orders else True
+
+        def told(what: str) -> bool:
+            return unit.index in orders.get(f"{what}_always", ()) or (
+                first and unit.index in orders.get(f"{what}_once", ())
+            )
+
+        if told("kill"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if told("hang"):
+            time.sleep(600)
+        if told("raise"):
+            raise RuntimeError("broken")
+        if told("refuse"):
+            raise DataError(f"unit {unit.index} cannot be drawn")
+        return super().draw(unit)
+
+
+def mark(folder: Path, unit: int) -> bool:
+    """Notes that the unit was begun; True the first time."""
+    folder.mkdir(exist_ok=True)
+    first = not list(folder.glob(f"{unit}-*"))
+    (folder / f"{unit}-{uuid.uuid4().hex}").touch()
+    return first

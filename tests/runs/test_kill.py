@@ -1,0 +1,86 @@
+"""A run that is killed at any file event, and run again, ends with the same bytes as one that was never interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+Report = dict[str, Any]
+# The harness runs in processes of its own, two at a time, all started at the first test.
+TRIALS = {
+    "plain": "plain",
+    "everything": "everything",
+    "dropping": "dropping --every 3",
+    "redo": "redo --every 4",
+    "redo-retried": "redo-retried --every 5",
+    "redo-evaluation": "redo-evaluation --every 5",
+    "in-place": "plain --most 40 --broken in-place",
+    "names": "plain --every 2 --most 110 --broken names",
+    "order": "plain --every 2 --most 60 --broken order",
+}
+
+
+def harness(arguments: str) -> Report:
+    command = [sys.executable, "-m", "tests.runs.kill", *arguments.split()]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    report: Report = json.loads(done.stdout)
+    return report
+
+
+@pytest.fixture(scope="module")
+def report_of() -> Iterator[Callable[[str], Report]]:
+    with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
+        futures: dict[str, Future[Report]] = {name: pool.submit(harness, text) for name, text in TRIALS.items()}
+        yield lambda name: futures[name].result()
+        for future in futures.values():
+            future.cancel()
+
+
+@pytest.mark.parametrize("scenario", ["plain", "everything"])
+def test_a_kill_at_any_file_event_leaves_no_trace(report_of: Callable[[str], Report], scenario: str) -> None:
+    report = report_of(scenario)
+    assert report["faults"] == []
+    assert report["trials"] == len(report["events"]) > 300
+
+
+def test_every_stage_was_among_what_was_killed(report_of: Callable[[str], Report]) -> None:
+    plain, everything = report_of("plain")["events"], report_of("everything")["events"]
+    for stage in ("plan", "draw", "score", "select", "rows", "model", "evaluate/draw", "evaluate/score", "evaluate"):
+        assert f"os.mkdir round-0002/{stage}" in plain
+    for stage in ("teach", "logp", "logp-start"):
+        assert f"os.mkdir round-0002/{stage}" in everything
+
+
+def test_a_kill_while_models_are_dropped_leaves_no_trace(report_of: Callable[[str], Report]) -> None:
+    report = report_of("dropping")
+    assert report["faults"] == []
+    assert "os.remove round-0001/model/policy.json" in report["events"]
+
+
+@pytest.mark.parametrize("scenario", ["redo", "redo-retried", "redo-evaluation"])
+def test_a_kill_while_a_stage_is_redone_leaves_what_a_new_run_would_have(
+    report_of: Callable[[str], Report], scenario: str
+) -> None:
+    report = report_of(scenario)
+    assert report["faults"] == []
+    assert report["trials"] > 50
+
+
+@pytest.mark.parametrize(
+    ("way", "sign"), [("in-place", "is not valid JSON"), ("names", "cannot be read"), ("order", "is missing")]
+)
+def test_the_harness_sees_a_store_that_breaks_its_promise(
+    report_of: Callable[[str], Report], way: str, sign: str
+) -> None:
+    faults = report_of(way)["faults"]
+    assert any(sign in fault for fault in faults), faults
