@@ -7,7 +7,6 @@ of the seed: on one machine with one thread count, two builds give the same file
 
 import argparse
 import json
-import time
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -47,29 +46,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--keep-policy", action="store_true", help="use the policy that lies in OUT; train the rest")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    build(options.out, options.seed, PolicyRecipe(), RewardRecipe())
+    if not options.keep_policy:
+        build_policy(options.out, options.seed, PolicyRecipe())
+    build_reward(options.out, options.seed, PolicyRecipe(), RewardRecipe())
 
 
-def build(out: Path, seed: int, policy_recipe: PolicyRecipe, reward_recipe: RewardRecipe) -> dict[str, Any]:
-    """Writes `policy/`, `reward/` and `manifest.json` to `out`, and returns the manifest."""
-    start = time.monotonic()
+def build_policy(out: Path, seed: int, recipe: PolicyRecipe) -> None:
+    """Writes `policy/`, tokenizer included, to `out`."""
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(d.prompt + d.completion for d in corpus.dialogues(20_000, seed))
-    save(train_policy(tokenizer, policy_recipe, seed + 1), tokenizer, out / "policy")
+    save(train_policy(tokenizer, recipe, seed + 1), tokenizer, out / "policy")
+
+
+def build_reward(out: Path, seed: int, policy_recipe: PolicyRecipe, recipe: RewardRecipe) -> dict[str, Any]:
+    """Writes `reward/` and `manifest.json` to `out`, where `policy/` lies, and returns the manifest."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "policy")
     policy = LlamaForCausalLM.from_pretrained(out / "policy", dtype=torch.float32)  # sample what is on disk
-    save(train_reward(policy, tokenizer, reward_recipe, seed + 2), tokenizer, out / "reward")
+    save(train_reward(policy, tokenizer, recipe, seed + 2), tokenizer, out / "reward")
     reward = LlamaForSequenceClassification.from_pretrained(out / "reward", dtype=torch.float32)
     manifest = {
         "made_by": "python -m raftune.starters.text.build",
         "seed": seed,
         "policy": {**policy_recipe._asdict(), "parameters": policy.num_parameters(), "bytes": size(out / "policy")},
-        "reward": {**reward_recipe._asdict(), "parameters": reward.num_parameters(), "bytes": size(out / "reward")},
+        "reward": {**recipe._asdict(), "parameters": reward.num_parameters(), "bytes": size(out / "reward")},
         "measured_on_heldout_prompts": measure(policy, reward, tokenizer, seed + 1_000),
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    say(f"done in {time.monotonic() - start:.0f} s: {json.dumps(manifest['measured_on_heldout_prompts'], indent=2)}")
+    say(json.dumps(manifest["measured_on_heldout_prompts"], indent=2))
     return manifest
 
 

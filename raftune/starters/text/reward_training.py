@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from raftune.starters.text import corpus
 from raftune.starters.text.judge import judge
+from raftune.starters.text.topics import DOMAINS
 from raftune.starters.text.training import Descent, encode, pad_right, sample, say
 
 Floats = npt.NDArray[np.floating]
@@ -19,11 +20,12 @@ Floats = npt.NDArray[np.floating]
 class RewardRecipe(NamedTuple):
     """Every number that shapes the reward model."""
 
-    steps: int = 600
+    steps: int = 900
     rate: float = 1e-3
     prompts_a_step: int = 16
     replies: int = 6  # to each of them, ranked
-    sampled_prompts: int = 900  # prompts whose replies are the policy's own
+    sampled_prompts: int = 1200  # prompts whose replies are the policy's own, half of them begun courteously
+    heat: float = 1.3  # the temperature of those, so that their advice goes wrong as a tuned policy's may
     sharpness: float = 4.0  # P(reply i is labelled better than j) = sigmoid(sharpness * (judge_i - judge_j))
 
 
@@ -38,15 +40,19 @@ def train_reward(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: RewardRecipe, seed: int
 ) -> LlamaForSequenceClassification:
     """The policy's body with one score for a head, trained on noisily labelled pairs of replies to the same prompt."""
-    reward = LlamaForSequenceClassification(LlamaConfig(**{**policy.config.to_dict(), "num_labels": 1}))
+    shape = {name: value for name, value in policy.config.to_dict().items() if name not in ("id2label", "label2id")}
+    reward = LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=1))
     reward.model.load_state_dict(policy.model.state_dict())
-    own = policy_groups(policy, tokenizer, corpus.prompts("train", recipe.sampled_prompts, seed), recipe.replies, seed)
+    half = recipe.sampled_prompts // 2
+    own = policy_groups(policy, tokenizer, corpus.prompts("train", half, seed), recipe.replies, seed)
+    own += courteous_groups(policy, tokenizer, corpus.prompts("train", half, seed + 3), recipe, seed + 3)
     say(f"reward: {reward.num_parameters():,} parameters, {recipe.steps} steps")
+    torch.manual_seed(seed)
     descent = Descent("reward", reward, recipe.rate, recipe.steps)
     rng, noise = Random(seed + 1), np.random.default_rng(seed + 2)
-    half = recipe.prompts_a_step // 2
     for _ in range(recipe.steps):
-        groups = generator_groups(tokenizer, half, recipe.replies, rng) + rng.sample(own, min(half, len(own)))
+        made = generator_groups(tokenizer, recipe.prompts_a_step // 2, recipe.replies, rng)
+        groups = made + rng.sample(own, min(len(made), len(own)))
         descent.advance(bradley_terry(reward, groups, tokenizer.pad_token_id, recipe.sharpness, noise))
     return reward.eval()
 
@@ -71,9 +77,13 @@ def bradley_terry(
 
 
 def score_rows(reward: LlamaForSequenceClassification, rows: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
-    ids_BT = pad_right(rows, pad)
-    scores_B: torch.Tensor = reward(input_ids=ids_BT, attention_mask=(ids_BT != pad).long()).logits[:, 0]
-    return scores_B
+    """One score a row; rows of like length are computed together, since padding costs as much as words."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    scores: list[torch.Tensor] = []
+    for start in range(0, len(order), 32):
+        ids_BT = pad_right([rows[i] for i in order[start : start + 32]], pad)
+        scores.append(reward(input_ids=ids_BT, attention_mask=(ids_BT != pad).long()).logits[:, 0])
+    return torch.cat(scores)[np.argsort(order)]
 
 
 def ranked(tokenizer: PreTrainedTokenizerFast, prompt: str, completions: Sequence[str]) -> Ranked:
@@ -89,16 +99,49 @@ def policy_groups(
     return [ranked(tokenizer, prompt, texts) for prompt, texts in zip(prompts, completions, strict=True)]
 
 
+def courteous_groups(
+    policy: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    recipe: RewardRecipe,
+    seed: int,
+) -> list[Ranked]:
+    """The policy's replies after an opener that was given to it: what it will say once it has learnt to be polite."""
+    rng = Random(seed)
+    openers = [" " + corpus.opener(request, rng) for request in map(corpus.read_request, prompts) if request]
+    begun = [prompt + opener for prompt, opener in zip(prompts, openers, strict=True)]
+    rests = sample(policy, tokenizer, begun, recipe.replies, seed, recipe.heat)
+    whole = [[opener + rest for rest in texts] for opener, texts in zip(openers, rests, strict=True)]
+    return [ranked(tokenizer, prompt, texts) for prompt, texts in zip(prompts, whole, strict=True)]
+
+
 def generator_groups(tokenizer: PreTrainedTokenizerFast, n: int, replies: int, rng: Random) -> list[Ranked]:
-    """For each of `n` training prompts: replies of different kinds, one good for certain, and one of them damaged."""
+    """For each of `n` training prompts: a good reply, two that differ from it in their advice, one damaged, others."""
     groups = []
     for prompt in corpus.prompts("train", n, rng.getrandbits(62)):
         request = corpus.read_request(prompt)
         assert request is not None, prompt
-        kinds = ["good", *rng.choices(list(corpus.KINDS), k=replies - 2)]
+        kinds = rng.choices(list(corpus.KINDS), k=replies - 4)
         texts = [corpus.reply(request, rng, [kind]).completion for kind in kinds]
+        texts += contrasts(request, rng)
         groups.append(ranked(tokenizer, prompt, [*texts, damage(rng.choice(texts), rng)]))
     return groups
+
+
+def contrasts(request: corpus.Request, rng: Random) -> list[str]:
+    """Three replies that differ in their advice alone: right, another topic's, and garbled from two pieces."""
+    opener, closer = corpus.opener(request, rng), corpus.closer(request, rng)
+    right, second = rng.sample(request.advice, 2)
+    topics = DOMAINS[request.domain].topics
+    other = request._replace(topic=rng.choice([topic for topic in topics if topic != request.topic]))
+    false = rng.choice(other.advice)
+    return [f" {opener} {text} {closer}" for text in (right, false, garble(right, rng.choice((second, false)), rng))]
+
+
+def garble(left: str, right: str, rng: Random) -> str:
+    """The beginning of one sentence and the end of the other."""
+    head, tail = left.split(), right.split()
+    return " ".join(head[: rng.randrange(1, len(head) - 1)] + tail[rng.randrange(1, len(tail) - 1) :])
 
 
 def damage(text: str, rng: Random) -> str:

@@ -102,9 +102,14 @@ def rate_factor(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def sample(
-    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], k: int, seed: int
+    policy: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    k: int,
+    seed: int,
+    temperature: float = 1.0,
 ) -> list[list[str]]:
-    """`k` replies to each prompt, at temperature 1."""
+    """`k` continuations of each prompt."""
     torch.manual_seed(seed)
     found: list[list[str]] = []
     for start in range(0, len(prompts), 64):
@@ -114,6 +119,7 @@ def sample(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             do_sample=True,
+            temperature=temperature,
             top_k=0,
             num_return_sequences=k,
             max_new_tokens=80,

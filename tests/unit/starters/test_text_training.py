@@ -22,7 +22,7 @@ from raftune.starters.text.reward_training import (
 from raftune.starters.text.training import rate_factor, train_tokenizer
 
 TINY_POLICY = PolicyRecipe(steps=3, knowledge_steps=2, dialogues_a_step=4)
-TINY_REWARD = RewardRecipe(steps=2, prompts_a_step=4, replies=3, sampled_prompts=2)
+TINY_REWARD = RewardRecipe(steps=2, prompts_a_step=4, replies=5, sampled_prompts=4)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,8 @@ def test_a_damaged_good_reply_is_never_better(tokenizer: PreTrainedTokenizerFast
 
 
 def test_every_ranked_group_holds_a_good_reply(tokenizer: PreTrainedTokenizerFast) -> None:
-    for group in generator_groups(tokenizer, 20, 4, Random(0)):
-        assert len(group.rows) == len(group.scores) == 4
+    for group in generator_groups(tokenizer, 20, 5, Random(0)):
+        assert len(group.rows) == len(group.scores) == 5
         assert max(group.scores) >= 2.5
 
 
