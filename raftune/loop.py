@@ -10,14 +10,14 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from raftune.config.run import RunConfig
 from raftune.evaluation.history import Metrics, best_round, reason_to_stop
 from raftune.protocols import Receipt, Stage, UnitStage
-from raftune.store.files import discard, write_json
-from raftune.store.job import Engine, Job, run_once, seal_units, unfinished
+from raftune.store.files import discard, json_bytes, write_json
+from raftune.store.job import RECEIPTS, Engine, Job, note, run_once, seal_units, unfinished
 from raftune.store.run import RunFolder
 
 Observer = Callable[[str, dict[str, Any]], None]
@@ -53,24 +53,26 @@ def train(shop: Workshop, observe: Observer = lambda kind, facts: None) -> Outco
     reason = f"all {shop.config.num_rounds} rounds are done"
     for round_ in range(shop.config.num_rounds + 1):
         say("round_begin", round=round_, of=shop.config.num_rounds)
-        for stage in shop.stages(round_):
-            ensure(shop, stage, round_, say)
+        worked = [ensure(shop, stage, round_, say) for stage in shop.stages(round_)]
         history.append(metrics_of(shop.run, round_))
-        outcome = publish(shop, history, reason)
+        outcome = outcome_of(shop.config, history, reason)
+        if any(worked):
+            publish(shop, outcome)
         shop.retire_models(round_, outcome.best)
         say("round_end", round=round_, metrics=history[-1], summary=summary_of(shop.run, round_))
         if round_ and (stop := reason_to_stop(history, shop.config.stop, shop.config.evaluation.best_by)):
-            outcome = publish(shop, history, stop)
+            outcome = replace(outcome, reason=stop)
             break
+    publish(shop, outcome)
     say("end", best=outcome.best, rounds=outcome.rounds, reason=outcome.reason)
     return outcome
 
 
-def ensure(shop: Workshop, stage: Stage, round_: int, say: Callable[..., None]) -> None:
-    """Runs the stage unless it is committed."""
+def ensure(shop: Workshop, stage: Stage, round_: int, say: Callable[..., None]) -> bool:
+    """Runs the stage unless it is committed; True if it ran."""
     if shop.run.commit(round_, stage.writes) is not None:
-        tidy(shop, stage)  # a kill may have come between the COMMIT and this
-        return
+        tidy(shop, stage, round_)  # a kill may have come between the COMMIT and this
+        return False
     job = shop.job(stage, round_)
     began = time.perf_counter()
     say("stage_begin", round=round_, stage=stage.name)
@@ -79,12 +81,14 @@ def ensure(shop: Workshop, stage: Stage, round_: int, say: Callable[..., None]) 
     else:
         shop.engine.rest()
         run_once(job, stage)
-    tidy(shop, stage)
+    tidy(shop, stage, round_)
     say("stage_end", round=round_, stage=stage.name, seconds=round(time.perf_counter() - began, 4))
+    return True
 
 
-def tidy(shop: Workshop, stage: Stage) -> None:
-    """Removes the checkpoints of a stage that is committed."""
+def tidy(shop: Workshop, stage: Stage, round_: int) -> None:
+    """Removes what only an interrupted stage is continued from: its receipts, its checkpoints."""
+    (shop.run.folder(round_, stage.writes) / RECEIPTS).unlink(missing_ok=True)
     scratch = getattr(stage, "scratch", None)
     if scratch is not None:
         discard(scratch, shop.run.tmp)
@@ -96,6 +100,7 @@ def run_units(shop: Workshop, job: Job, stage: UnitStage, say: Callable[..., Non
     engine = shop.engine_for(stage)
     say("units", round=job.round, stage=stage.name, total=len(missing) + len(receipts), found=len(receipts))
     for receipt in engine.run(job, stage, missing):
+        note(job, receipt)
         receipts.append(receipt)
         say("unit", round=job.round, stage=stage.name, **told(receipt))
     seal_units(job, receipts, engine.failed)
@@ -110,24 +115,25 @@ def told(receipt: Receipt) -> dict[str, Any]:
     }
 
 
-def publish(shop: Workshop, history: list[Metrics], reason: str) -> Outcome:
-    """Writes best.json: the best round so far by the held-out value, or the last one where nothing was measured."""
-    by = shop.config.evaluation.best_by
+def outcome_of(config: RunConfig, history: list[Metrics], reason: str) -> Outcome:
+    """Where the run stands: the best round so far by the held-out value, or the last where nothing was measured."""
     last = len(history) - 1
-    found = best_round(history, by)
-    best, value = found if found is not None else (last, None)
-    write_json(
-        shop.run.tmp,
-        shop.run.root / "best.json",
-        {
-            "round": best,
-            "by": by if found else "last round",
-            "value": value,
-            "model": f"round-{best:04d}/model",
-            "rounds": last,
-        },
-    )
+    best, value = best_round(history, config.evaluation.best_by) or (last, None)
     return Outcome(last, best, value, reason)
+
+
+def publish(shop: Workshop, outcome: Outcome) -> None:
+    """Writes best.json, unless it says so already."""
+    path = shop.run.root / "best.json"
+    found = {
+        "round": outcome.best,
+        "by": shop.config.evaluation.best_by if outcome.value is not None else "last round",
+        "value": outcome.value,
+        "model": f"round-{outcome.best:04d}/model",
+        "rounds": outcome.rounds,
+    }
+    if not path.is_file() or path.read_bytes() != json_bytes(found):
+        write_json(shop.run.tmp, path, found)
 
 
 def metrics_of(run: RunFolder, round_: int) -> Metrics:

@@ -85,12 +85,10 @@ def refuse_foreign(folder: RunFolder) -> None:
     """Raises StoreError where the directory holds something that is no run."""
     if folder.root.exists() and not folder.root.is_dir():
         raise StoreError(f"output_dir must be a directory; {folder.root} is a file. Choose another output_dir.")
-    if folder.exists() or not folder.root.is_dir():
+    if folder.exists() or folder.rounds() or not folder.root.is_dir():
         return
     ours = {"LOCK", "tmp", "config.yaml", "events.jsonl", "environment.json"}
-    strangers = sorted(
-        path.name for path in folder.root.iterdir() if path.name not in ours and not path.name.startswith("round-")
-    )
+    strangers = sorted(path.name for path in folder.root.iterdir() if path.name not in ours)
     if strangers:
         raise StoreError(
             f"output_dir must be empty or hold a run; {folder.root} holds {', '.join(strangers[:3])}. "
@@ -100,9 +98,8 @@ def refuse_foreign(folder: RunFolder) -> None:
 
 def note_changes(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     """The fields that differ from the run's last start; those that shape anything committed were refused before."""
-    if not folder.exists():
-        return {}
-    return differences(folder.read_config(), resolved_config(config))
+    before = recorded(folder)
+    return {} if before is None else differences(before, resolved_config(config))
 
 
 def save_config(folder: RunFolder, config: RunConfig) -> None:
@@ -112,15 +109,26 @@ def save_config(folder: RunFolder, config: RunConfig) -> None:
     """
     import yaml
 
-    resolved = resolved_config(config)
-    if not folder.exists() or folder.read_config() != resolved:
+    resolved, chosen = resolved_config(config), declared(config)
+    if recorded(folder) != resolved:
         write_json(folder.tmp, folder.root / "environment.json", environment())
         folder.write_config(resolved)
-    text = yaml.safe_dump(declared(config), sort_keys=False, allow_unicode=True)
     path = folder.root / "config.yaml"
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    try:
+        written = yaml.safe_load(path.read_bytes())
+    except (OSError, yaml.YAMLError):
+        written = None
+    if written != chosen:
         with stage_file(folder.tmp, path) as staged:
-            staged.write_text(text, encoding="utf-8")
+            staged.write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def recorded(folder: RunFolder) -> dict[str, Any] | None:
+    """The configuration that the run was last started with; None where it was lost: then its COMMITs still hold it."""
+    try:
+        return folder.read_config()
+    except StoreError:
+        return None
 
 
 def resolved_config(config: RunConfig) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Commit:
             return None
         except ValueError as error:
             raise RunDamaged(f"{path} is not valid JSON. Restore it, or redo its stage with `--from`.") from error
-        if not isinstance(data, dict) or "layout" not in data:
+        if not isinstance(data, dict) or not isinstance(data.get("layout"), int):
             raise RunDamaged(f"{path} lacks its layout number. Restore it, or redo its stage with `--from`.")
         if data["layout"] > LAYOUT:
             raise RunTooNew(
@@ -80,7 +80,7 @@ class Commit:
             return cls(
                 data["stage"], data["round"], data["key"], data["fields"], data["inputs"], files, data["quarantined"]
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise RunDamaged(f"{path} lacks {error}. Restore it, or redo its stage with `--from`.") from error
 
     def faults(self, folder: Path) -> list[str]:

@@ -111,9 +111,12 @@ def unique(tmp: Path, suffix: str = "") -> Path:
 
 def write_json(tmp: Path, final: Path, value: Any) -> None:
     """Publishes the value as JSON: sorted keys, two spaces, so that equal values give equal bytes."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     with stage_file(tmp, final) as staged:
-        staged.write_text(text, encoding="utf-8")
+        staged.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def sha256_of(path: Path) -> str:

@@ -6,20 +6,20 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from raftune.errors import EngineError, OutOfMemory, RunDamaged
+from raftune.errors import EngineError, OutOfMemory
 from raftune.protocols import OnceStage, Receipt, Stage, UnitStage
 from raftune.store.commit import Commit, FileEntry, stage_key
 from raftune.store.files import ensure_folder, publish_folder, sha256_of, stage_file, sync_folder, unique, write_json
 from raftune.store.layout import batch_file, source_of, unit_file
-from raftune.store.parquet import read_metadata, read_table
+from raftune.store.parquet import read_metadata
 from raftune.store.run import RunFolder
 
-KEY = "raftune.key"
+RECEIPTS = "_receipts.jsonl"  # the underscore keeps readers of a folder of Parquet files from opening it
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def run_unit(job: Job, stage: UnitStage, index: int) -> Receipt:
     began = time.perf_counter()
     notes: tuple[str, ...] = ()
     while True:
-        metadata = {KEY: job.key} | revised(revision, job.key)
+        metadata = revised(revision, job.key)
         try:
             with stage_file(job.run.tmp, final) as staged:
                 notes += stage.run_unit(job.inputs, index, staged, metadata)
@@ -127,35 +127,37 @@ def revised(revision: Path, key: str) -> dict[str, str]:
     return {"batch_size": str(plan["batch_size"])} if plan["key"] == key else {}
 
 
-def receipt_of(job: Job, index: int) -> Receipt | None:
-    """The receipt of a unit that an interrupted run left whole and that belongs to this job; None otherwise."""
-    path = job.folder / unit_file(index)
-    if not path.is_file():
-        return None
-    try:
-        rows, metadata = read_metadata(path)
-        if metadata.get(KEY) != job.key:
-            return None
-        read_table(path)  # verifies every page
-    except RunDamaged:
-        return None
-    return Receipt(index, path.name, rows, sha256_of(path), path.stat().st_size)
+def note(job: Job, receipt: Receipt) -> None:
+    """Puts on record that the unit lies on disk, until the COMMIT says so; a line that is lost costs its unit."""
+    with (job.folder / RECEIPTS).open("a") as file:
+        file.write(json.dumps({"key": job.key, **asdict(receipt)}) + "\n")
+
+
+def receipts_of(job: Job) -> dict[int, Receipt]:
+    """The units that an interrupted run left, each byte as it was noted then, by their number."""
+    path = job.folder / RECEIPTS
+    found = {}
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            facts = json.loads(line)
+            belongs = facts.pop("key") == job.key
+            receipt = Receipt(**facts)
+            whole = belongs and sha256_of(job.folder / receipt.file) == receipt.sha256
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue
+        if whole and receipt.file == unit_file(receipt.unit):
+            found[receipt.unit] = receipt
+    return found
 
 
 def unfinished(job: Job, stage: UnitStage) -> tuple[list[int], list[Receipt]]:
     """The units still to run, and the receipts of those that an interrupted run left whole."""
-    missing, found = [], []
-    for index in stage.units(job.inputs):
-        receipt = receipt_of(job, index)
-        if receipt is None:
-            missing.append(index)
-        else:
-            found.append(receipt)
-    return missing, found
+    units, found = stage.units(job.inputs), receipts_of(job)
+    return [unit for unit in units if unit not in found], [found[unit] for unit in units if unit in found]
 
 
 def seal_units(job: Job, receipts: Sequence[Receipt], quarantined: Mapping[int, str]) -> None:
-    """Commits the units; files in the folder that belong to none of them are removed first.
+    """Commits the units; what else lies in the folder is removed.
 
     Raises EngineError where every unit was set aside.
     """
@@ -168,7 +170,7 @@ def seal_units(job: Job, receipts: Sequence[Receipt], quarantined: Mapping[int, 
     for path in job.folder.iterdir():
         if path.name in revisions and revised(path, job.key):
             files[path.name] = FileEntry.of(path)
-        elif path.is_file() and path.name not in files:
+        elif path.is_file() and path.name not in files and path.name != RECEIPTS:
             path.unlink()
     sync_folder(job.folder)
     job.seal(files, {unit_file(index): why for index, why in sorted(quarantined.items())})

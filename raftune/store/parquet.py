@@ -77,7 +77,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         raise RunDamaged(
             f"{path} is missing. Restore it, or redo its stage with `raftune resume RUN --from STAGE`."
         ) from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise RunDamaged(
             f"{path} cannot be read: {first_line(error)}. Restore it, or redo its stage with `--from`."
         ) from error

@@ -260,7 +260,7 @@ def break_names() -> None:
     """Shards are written in place, and a resumed run believes in one whose name is right."""
     whole = files.publish
     files.publish = lambda staged, final: (in_place if final.suffix == ".parquet" else whole)(staged, final)
-    job.receipt_of = by_name
+    job.receipts_of = by_name
 
 
 def break_order() -> None:
@@ -294,15 +294,16 @@ def folder_in_place(staged: Path, final: Path) -> None:
         in_place(path, final / path.name)
 
 
-def by_name(task: job.Job, index: int) -> Receipt | None:
-    path = task.folder / job.unit_file(index)
-    if not path.is_file():
-        return None
-    try:
-        rows, _ = parquet.read_metadata(path)
-    except RunDamaged:
-        rows = 1
-    return Receipt(index, path.name, rows, files.sha256_of(path), path.stat().st_size)
+def by_name(task: job.Job) -> dict[int, Receipt]:
+    found = {}
+    for path in task.folder.glob("unit-*.parquet"):
+        try:
+            rows, _ = parquet.read_metadata(path)
+        except RunDamaged:
+            rows = 1
+        unit = int(path.stem.removeprefix("unit-"))
+        found[unit] = Receipt(unit, path.name, rows, files.sha256_of(path), path.stat().st_size)
+    return found
 
 
 BROKEN = {"in-place": break_in_place, "names": break_names, "order": break_order}

@@ -1,0 +1,203 @@
+"""What lies on disk is what was committed: a changed, cut or missing file is found before it is used, and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raftune.build import Assembly
+from raftune.errors import ConfigChanged, RunDamaged, RunTooNew, StoreError
+from raftune.runs import resume, run, verify
+from raftune.store.job import Job, receipts_of
+from raftune.store.run import RunFolder
+from tests.runs import tiny
+from tests.runs.kill import difference, tree
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with every stage that there is; the damage is done to copies of it."""
+    root = tmp_path_factory.mktemp("finished") / "run"
+    run(tiny.config(root, **tiny.EVERYTHING), tiny.objects())
+    return root
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def committed_files(root: Path) -> list[str]:
+    """Every file that a COMMIT lists."""
+    folder = RunFolder(root)
+    return [
+        (folder.folder(round_, name) / file).relative_to(root).as_posix()
+        for round_, name in folder.places()
+        if (commit := folder.commit(round_, name)) is not None
+        for file in commit.files
+    ]
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle is the other one."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("harm", [flip, cut, Path.unlink], ids=["flipped", "cut", "deleted"])
+def test_every_file_that_is_harmed_is_found_and_named_before_anything_is_run(
+    finished: Path, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    names = committed_files(finished)
+    kinds = {name.split("/", 1)[1].split("/")[0] for name in names}
+    assert kinds >= {"data", "model", "plan", "draw", "teach", "score", "logp", "select", "rows", "evaluate"}
+    root = Path(shutil.copytree(finished, tmp_path / "run"))
+    for name in names:
+        whole = (root / name).read_bytes()
+        harm(root / name)
+        (fault,) = verify(root)
+        assert name in fault
+        with pytest.raises(RunDamaged, match=name.replace(".", r"\.")):
+            resume(root, tiny.objects())
+        (root / name).write_bytes(whole)
+    assert verify(root) == []
+
+
+def test_a_commit_that_was_replaced_is_found_by_what_was_made_from_it(copy: Path) -> None:
+    path = copy / "round-0001/draw/_COMMIT.json"
+    path.write_text(path.read_text().replace('"rows": 20', '"rows": 21', 1))
+    faults = verify(copy)
+    assert all("was made from another 1/draw than the one on disk" in fault for fault in faults)
+    assert {fault.split(" ")[0].rsplit("/", 1)[1] for fault in faults} == {
+        "teach",
+        "score",
+        "logp",
+        "logp-start",
+        "select",
+        "rows",
+    }
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"layout": 1}', '{"layout": "1"}'])
+def test_a_commit_that_is_no_commit_is_named_by_verify_and_by_resume(copy: Path, content: str) -> None:
+    path = copy / "round-0001/score/_COMMIT.json"
+    path.write_text(content)
+    assert str(path) in verify(copy)[0]
+    with pytest.raises(RunDamaged, match=r"round-0001/score/_COMMIT\.json"):
+        resume(copy, tiny.objects())
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("round-0001/draw/unit-00001.parquet", "1/draw"),
+        ("round-0001/score/_COMMIT.json", "1/score"),
+        ("round-0002/model/policy.json", "2/tune"),
+        ("round-0001/evaluate/draw/unit-00000.parquet", "1/evaluation-draw"),
+        ("round-0001/evaluate/metrics.json", "1/evaluate"),
+        ("round-0000/data/train.parquet", "data"),
+    ],
+)
+def test_redoing_the_stage_repairs_what_was_damaged(finished: Path, copy: Path, name: str, stage: str) -> None:
+    cut(copy / name)
+    resume(copy, tiny.objects(), redo=stage)
+    assert verify(copy) == []
+    assert difference(tree(finished), tree(copy)) == ""
+
+
+def test_redoing_a_later_stage_than_the_damaged_one_is_refused(copy: Path) -> None:
+    flip(copy / "round-0001/draw/unit-00000.parquet")
+    before = tree(copy)
+    with pytest.raises(RunDamaged, match=r"round-0001/draw/unit-00000\.parquet"):
+        resume(copy, tiny.objects(), redo="1/select")
+    assert tree(copy) == before
+
+
+def test_a_run_of_a_later_layout_is_refused_by_name_of_the_fix(copy: Path) -> None:
+    path = copy / "round-0001/select/_COMMIT.json"
+    path.write_text(path.read_text().replace('"layout": 1', '"layout": 2'))
+    for act in (verify, lambda root: resume(root, tiny.objects())):
+        with pytest.raises(RunTooNew, match=r"has layout 2; this version reads up to 1\. Upgrade raftune"):
+            act(copy)
+
+
+def test_a_configuration_that_is_not_json_is_refused_on_resume_and_mended_by_the_configuration_itself(
+    finished: Path, copy: Path
+) -> None:
+    (copy / "config.resolved.json").write_text('{"name": ')
+    with pytest.raises(RunDamaged, match=r"config\.resolved\.json is not valid JSON"):
+        resume(copy, tiny.objects())
+    run(tiny.config(copy, **tiny.EVERYTHING), tiny.objects())
+    assert difference(tree(finished), tree(copy)) == ""
+
+
+def test_a_folder_without_a_configuration_is_no_run(tmp_path: Path) -> None:
+    for act in (verify, lambda root: resume(root, tiny.objects())):
+        with pytest.raises(StoreError, match=r"holds no run: config\.resolved\.json is missing"):
+            act(tmp_path)
+
+
+def test_work_whose_configuration_was_lost_is_still_held_against_the_new_one(copy: Path) -> None:
+    (copy / "config.resolved.json").unlink()
+    with pytest.raises(ConfigChanged, match="seed: 0 → 1"):
+        run(tiny.config(copy, **tiny.EVERYTHING, seed=1), tiny.objects())
+
+
+def test_an_interrupted_unit_that_was_harmed_in_any_byte_is_run_again(finished: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+
+    def leave(kind: str, facts: dict[str, Any]) -> None:
+        if kind == "unit" and facts["stage"] == "draw" and facts["unit"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny.config(root, **tiny.EVERYTHING), tiny.objects(), observe=leave)
+    path = root / "round-0001/draw/unit-00000.parquet"
+    job = job_of(root, "draw")
+    whole = path.read_bytes()
+    assert set(receipts_of(job)) == {0, 1}
+    for at in range(0, len(whole), 7):
+        content = bytearray(whole)
+        content[at] ^= 1 << (at % 8)
+        path.write_bytes(content)
+        assert set(receipts_of(job)) == {1}
+    resume(root, tiny.objects())
+    assert difference(tree(finished), tree(root)) == ""
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", "null", '{"key": "other"}', '{"unit": 0, "file": "../../data"}'])
+def test_a_receipt_that_is_none_costs_its_unit_and_no_more(finished: Path, copy: Path, line: str) -> None:
+    shutil.rmtree(copy / "round-0002")
+    (copy / "round-0001/select/_COMMIT.json").unlink()
+    (copy / "round-0001/score/_COMMIT.json").unlink()
+    (copy / "round-0001/score/_receipts.jsonl").write_text(f"{line}\n")
+    assert receipts_of(job_of(copy, "score")) == {}
+
+
+def job_of(root: Path, stage: str) -> Job:
+    assembly = Assembly(RunFolder(root), tiny.config(root, **tiny.EVERYTHING), tiny.objects())
+    try:
+        return assembly.job(assembly.stage(1, stage), 1)
+    finally:
+        assembly.close()
+
+
+def test_a_line_of_events_that_a_kill_cut_short_is_passed_over(copy: Path) -> None:
+    events = copy / "events.jsonl"
+    count = len(list(RunFolder(copy).events))
+    with events.open("a") as file:
+        file.write('{"time": 1, "eve')
+    folder = RunFolder(copy)
+    folder.events.add("note", text="next")
+    assert len(list(folder.events)) == count + 1
+    assert json.loads(events.read_text().splitlines()[-1])["text"] == "next"
