@@ -24,6 +24,7 @@ from raftune.build import Assembly, open_assembly
 from raftune.engines.local import FINAL
 from raftune.errors import OutOfMemory
 from raftune.protocols import UnitStage
+from raftune.store.files import explaining
 from raftune.store.job import Job, run_unit
 
 
@@ -86,7 +87,8 @@ class Desk:
                 return {}
             job = self.job(question["round"], question["stage"], question["key"])
             assert isinstance(job.stage, UnitStage)
-            return {"receipt": asdict(run_unit(job, job.stage, question["unit"]))}
+            with explaining(job.run.root):
+                return {"receipt": asdict(run_unit(job, job.stage, question["unit"]))}
         except Exception as error:
             traceback.print_exc()
             size = {"batch_size": error.batch_size} if isinstance(error, OutOfMemory) else {}

@@ -19,10 +19,8 @@ from typing import Any
 
 from raftune.errors import StoreError
 
-_FREE = "Free some space and run `raftune resume` again: what is committed is intact"
-_UNWRITABLE = {
-    errno.ENOSPC: f"the disk is full. {_FREE}",
-    errno.EDQUOT: f"the disk quota is used up. {_FREE}",
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+_FORBIDDEN = {
     errno.EROFS: "the file system is read-only. Choose another output_dir",
     errno.EACCES: "permission is denied. Choose an output_dir that you may write",
     errno.EPERM: "permission is denied. Choose an output_dir that you may write",
@@ -30,13 +28,20 @@ _UNWRITABLE = {
 
 
 @contextlib.contextmanager
-def explaining(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusal to write at `path` into a StoreError that names the fix."""
+def explaining(*places: Path) -> Iterator[None]:
+    """Turns the operating system's refusal to write at one of these places into a StoreError that names the fix.
+
+    A full disk is one wherever it is met; what else is refused elsewhere is somebody else's error.
+    """
     try:
         yield
     except OSError as error:
-        if reason := _UNWRITABLE.get(error.errno or 0):
-            raise StoreError(f"cannot write {error.filename or path}: {reason}.") from error
+        name, code = str(error.filename or places[0]), error.errno or 0
+        if code in _FULL:
+            fix = "Free some space and run `raftune resume` again: what is committed is intact"
+            raise StoreError(f"cannot write {name}: {_FULL[code]}. {fix}.") from error
+        if code in _FORBIDDEN and any(name.startswith(str(place)) for place in places):
+            raise StoreError(f"cannot write {name}: {_FORBIDDEN[code]}.") from error
         raise
 
 
@@ -59,7 +64,7 @@ def sync_file(path: Path) -> None:
 
 def publish(staged: Path, final: Path) -> None:
     """Moves a finished file from `tmp/` to its final path, durably; a file that stood there is replaced."""
-    with explaining(final):
+    with explaining(staged, final):
         sync_file(staged)
         ensure_folder(final.parent)
         staged.replace(final)
@@ -94,7 +99,7 @@ def stage_file(tmp: Path, final: Path) -> Iterator[Path]:
     """Yields a unique path under `tmp`; what was written there is published at `final` if the block succeeds."""
     staged = unique(tmp, final.suffix)
     try:
-        with explaining(final):
+        with explaining(tmp, final):
             yield staged
         publish(staged, final)
     finally:

@@ -150,7 +150,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the run for this process; what an earlier holder left under tmp/ is removed. Raises RunInUse."""
+        """Holds the run for this process; what an earlier holder left under tmp/ is removed.
+
+        Raises RunInUse, and StoreError where the directory cannot be written, also later while it is held.
+        """
         with explaining(self.root):
             ensure_folder(self.root)
             lock = FileLock(self.root / "LOCK")
@@ -160,13 +163,12 @@ class RunFolder:
                 raise RunInUse(
                     f"{self.root} is in use by another process. Wait for it to end, or choose another output_dir."
                 ) from error
-        try:
-            self._empty_tmp()
-            yield
-        finally:
-            lock.release()
+            try:
+                self._empty_tmp()
+                yield
+            finally:
+                lock.release()
 
     def _empty_tmp(self) -> None:
-        with explaining(self.tmp):
-            shutil.rmtree(self.tmp, ignore_errors=True)
-            self.tmp.mkdir(exist_ok=True)
+        shutil.rmtree(self.tmp, ignore_errors=True)
+        self.tmp.mkdir(exist_ok=True)

@@ -10,11 +10,14 @@ without: fsync therefore does nothing here, and its order is the subject of anot
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -24,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from raftune import loop, runs
-from raftune.errors import ConfigChanged, RunDamaged
+from raftune.errors import ConfigChanged, RunDamaged, StoreError
 from raftune.protocols import Receipt
 from raftune.store import commit, files, job, parquet
 from tests.runs import tiny
 
+REPOSITORY = Path(__file__).parents[2]
 IGNORED = ("events.jsonl", "environment.json", "LOCK")  # times and places of this process
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -49,10 +53,14 @@ def tree(root: Path) -> dict[str, str]:
 
 @dataclass
 class Watch:
-    """Sees the file events under `root` in this process; at the event of number `stop` the process is killed."""
+    """Sees the file events under `root` in this process; at the event of number `stop` the process is killed.
+
+    With an error's number in `code`, from then on all that takes space fails with this error instead.
+    """
 
     root: Path
     stop: int | None = None
+    code: int = 0
 
     def begin(self) -> Watch:
         self.seen: list[str] = []
@@ -65,8 +73,14 @@ class Watch:
             return
         if (kind == "open" or kind in _CHANGES) and self._ours(facts[0]):
             self.seen.append(f"{kind} {self._where(facts[0])}")
-            if len(self.seen) == self.stop:
+            if self.code:
+                self._fail(kind, facts[0])
+            elif len(self.seen) == self.stop:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+    def _fail(self, kind: str, path: Any) -> None:
+        if kind in ("open", "os.rename", "os.mkdir") and self.stop is not None and len(self.seen) >= self.stop:
+            raise OSError(self.code, os.strerror(self.code), str(path))
 
     def _ours(self, path: Any) -> bool:
         """True of paths under the root, and of the bare names by which rmtree removes what is in a folder."""
@@ -118,15 +132,19 @@ class Report:
     faults: list[str]
 
 
-def examine(scenario: Scenario, scratch: Path, every: int = 1, most: int | None = None) -> Report:
-    """Kills at each `every`-th of the first `most` events."""
+def examine(scenario: Scenario, scratch: Path, every: int = 1, most: int | None = None, code: int = 0) -> Report:
+    """Kills at each `every`-th of the first `most` events, or lets the disk fail there with this error."""
     expected = made(scenario, scratch / "run", scenario.oracle or scenario.act)
     events = events_of(scenario, scratch / "counted")
     proven: set[State] = set()
     faults = []
     numbers = range(1, len(events[:most]) + 1, every)
     for number in numbers:
-        if fault := trial(scenario, scratch / "run", number, expected, proven):
+        root = scratch / "run"
+        fault = (
+            refused(scenario, root, number, expected, code) if code else trial(scenario, root, number, expected, proven)
+        )
+        if fault:
             faults.append(f"killed before event {number} ({events[number - 1]}): {fault}")
     return Report(events, len(numbers), faults)
 
@@ -180,6 +198,30 @@ def trial(scenario: Scenario, root: Path, number: int, expected: dict[str, str],
     if not fault:
         proven.add(left)
     return fault
+
+
+def refused(scenario: Scenario, root: Path, number: int, expected: dict[str, str], code: int) -> str:
+    """Empty if a disk that fails from this event on is named, spoils nothing, and can be gone on with afterwards."""
+    prepare(scenario, root)
+
+    def act() -> None:
+        Watch(root, number, code).begin()
+        try:
+            scenario.act(root)
+        except StoreError as error:
+            assert os.strerror(code) in str(error.__cause__)
+            assert re.match(r"cannot write .*: the (disk is full|file system is read-only)\.", str(error)), str(error)
+        else:
+            raise AssertionError("nothing was refused")
+
+    status, errors = in_child(act)
+    if status != 0:
+        return f"it is not refused in words: {errors[-2000:]}"
+    committed = {name: content for name, content in tree(root).items() if name.endswith(commit.NAME)}
+    if not committed.items() <= expected.items():
+        return f"it has spoilt {difference(expected, committed)}"
+    status, errors = in_child(lambda: scenario.again(root))
+    return errors[-2000:] if status else difference(expected, tree(root))
 
 
 def difference(expected: dict[str, str], found: dict[str, str]) -> str:
@@ -309,12 +351,22 @@ def by_name(task: job.Job) -> dict[int, Receipt]:
 BROKEN = {"in-place": break_in_place, "names": break_names, "order": break_order}
 
 
+def harness(arguments: str) -> dict[str, Any]:
+    """The report of such a process."""
+    command = [sys.executable, "-m", "tests.runs.kill", *arguments.split()]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("scenario", choices=SCENARIOS)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--most", type=int)
     parser.add_argument("--broken", choices=BROKEN)
+    parser.add_argument("--failing", choices=["ENOSPC", "EROFS"])
     args = parser.parse_args()
     assert "torch" not in sys.modules, "a fork of a process with torch in it would be slow, and could hang"
     runs.environment = dict  # 25 ms a run, for a file that is not compared
@@ -324,7 +376,7 @@ def main() -> None:
         runs.run(tiny.config(scratch / "warm", **tiny.EVERYTHING), tiny.objects())  # so that late imports are done
         scenario = SCENARIOS[args.scenario](scratch / "base")
         BROKEN.get(args.broken, lambda: None)()
-        report = examine(scenario, scratch, args.every, args.most)
+        report = examine(scenario, scratch, args.every, args.most, getattr(errno, args.failing or "", 0))
     print(json.dumps(asdict(report)))
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.runs.kill import harness
+
 Report = dict[str, Any]
 # The harness runs in processes of its own, two at a time, all started at the first test.
 TRIALS = {
@@ -27,14 +24,6 @@ TRIALS = {
     "names": "plain --every 2 --most 110 --broken names",
     "order": "plain --every 2 --most 60 --broken order",
 }
-
-
-def harness(arguments: str) -> Report:
-    command = [sys.executable, "-m", "tests.runs.kill", *arguments.split()]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
-    report: Report = json.loads(done.stdout)
-    return report
 
 
 @pytest.fixture(scope="module")
