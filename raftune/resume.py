@@ -27,8 +27,15 @@ class Stale:
 
     @property
     def words(self) -> str:
-        changes = ", ".join(f"{name}: {short(old)} → {short(new)}" for name, (old, new) in sorted(self.fields.items()))
+        changes = ", ".join(change(name, old, new) for name, (old, new) in sorted(self.fields.items()))
         return changes or "the stages it was made from have changed"
+
+
+def change(name: str, old: Any, new: Any) -> str:
+    """A difference in words; of a hash, what it stands for."""
+    if name.startswith("hash of "):
+        return f"the {name.removeprefix('hash of ')} have changed (their code, options or weights)"
+    return f"{name}: {short(old)} → {short(new)}"
 
 
 def check(assembly: Assembly, redo: str | None = None) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as js
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -15,6 +15,11 @@ from raftune.config.load import merge, read_yaml, validate
 from raftune.config.run import RunConfig
 from raftune.digest import cell, columns_for, held_out_names, rows_of
 from raftune.runs import root_of
+
+if TYPE_CHECKING:
+    from raftune.build import Assembly
+
+SHOWN = 8
 
 
 def demo(
@@ -36,8 +41,10 @@ def demo(
         print(js.dumps(outcome_json(root, outcome, worked) | {"by_round": rows_of(root), "shown": shown}))
         return
     by_round(root, held_out_names(config))
+    say("")
+    say(f"Typical answers to three requests that it never saw: of {SHOWN}, the median by the judge.")
     for example in shown:
-        show(example)
+        show(example, "judge")
     say("")
     for line in [*outcome_words(root, outcome, worked), "  again     raftune demo --fresh"]:
         say(line)
@@ -73,37 +80,51 @@ def by_round(root: Path, judges: tuple[str, ...]) -> None:
 
 
 def before_and_after(root: Path, config: RunConfig, best: int) -> list[dict[str, Any]]:
-    """An answer of the start and one of the best round to each of three held-out prompts, drawn with the same seeds."""
+    """A typical answer of the start and of the best round to each of three held-out prompts.
+
+    Typical: of eight, drawn with the same seeds from both, the one whose held-out score is the median.
+    """
     from raftune.build import Assembly
-    from raftune.protocols import Unit
-    from raftune.records import Prompt, derive_seed, prompt_ids
-    from raftune.starters.text import SHOW
     from raftune.store.run import RunFolder
 
-    prompts = tuple(Prompt(name, text) for name, text in zip(prompt_ids(SHOW), SHOW, strict=True))
-    seeds = tuple((derive_seed("show", prompt.id, 0),) for prompt in prompts)
     folder = RunFolder(root)
     assembly = Assembly(folder, config)
     try:
-        answers = []
-        for round_ in (0, best):
-            unit = Unit(0, "show", f"round-{round_:04d}", prompts, seeds, len(prompts))
-            answers.append([s.completion for s in assembly.policies.at(folder.folder(round_, "model")).draw(unit)])
+        before, after = (typical(assembly, folder.folder(round_, "model")) for round_ in (0, best))
     finally:
         assembly.close()
     return [
-        {"prompt": prompt.content, "before": before, "after": after, "round": best}
-        for prompt, before, after in zip(prompts, *answers, strict=True)
+        {"prompt": prompt, "before": old, "before_score": was, "after": new, "after_score": is_}
+        for (prompt, old, was), (_, new, is_) in zip(before, after, strict=True)
     ]
 
 
-def show(example: dict[str, Any]) -> None:
+def typical(assembly: Assembly, model: Path) -> list[tuple[str, str, float]]:
+    """Of each shown prompt: its text, the median answer, and that answer's score."""
+    from raftune.protocols import Unit
+    from raftune.records import Prompt, derive_seed, prompt_ids
+    from raftune.starters.text import SHOW, judge
+
+    prompts = tuple(Prompt(name, text) for name, text in zip(prompt_ids(SHOW), SHOW, strict=True))
+    seeds = tuple(tuple(derive_seed("show", prompt.id, k) for k in range(SHOWN)) for prompt in prompts)
+    drawn = assembly.policies.at(model).draw(Unit(0, "show", "show", prompts, seeds, SHOWN * len(prompts)))
+    found = []
+    for prompt in prompts:
+        answers = [sample.completion for sample in drawn if sample.prompt_id == prompt.id]
+        scores = [score or 0.0 for score in judge([prompt.content] * len(answers), answers)]
+        score, answer = sorted(zip(scores, answers, strict=True))[len(answers) // 2]
+        found.append((str(prompt.content), answer, score))
+    return found
+
+
+def show(example: dict[str, Any], judge: str) -> None:
     from rich.text import Text
 
     from raftune.plain import one_line
 
     console = out()
     console.print()
-    console.print(Text(one_line(example["prompt"]), style="bold"))
-    console.print(Text.assemble(("  before  ", "yellow"), one_line(example["before"])))
-    console.print(Text.assemble(("  after   ", "green"), one_line(example["after"])))
+    console.print(Text(one_line(example["prompt"].removeprefix("User: ").removesuffix("Assistant:")), style="bold"))
+    for when, style in (("before", "yellow"), ("after", "green")):
+        text, score = one_line(example[when]), f"  ({judge} {example[f'{when}_score']:.1f})"
+        console.print(Text.assemble((f"  {when:<8}", style), text, (score, "dim")))

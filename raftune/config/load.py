@@ -22,7 +22,7 @@ def load_config(files: Sequence[str | Path], flags: Mapping[str, Any] | None = N
 
 
 def validate(data: Mapping[str, Any]) -> RunConfig:
-    """The configuration, every field checked. Raises ConfigError that names field, rule, what was given, and the fix."""
+    """The configuration, every field checked. Raises ConfigError that names field, rule, what was given and the fix."""
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
@@ -67,7 +67,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(
-            f"{path} must hold sections such as `data:` and `policy:`; got {type(data).__name__}. `raftune init` writes an example."
+            f"{path} must hold sections such as `data:` and `policy:`; got {type(data).__name__}. `raftune init` writes an "
+            "example."
         )
     return data
 
@@ -87,6 +88,9 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
         return qualify(names, str(fault["ctx"]["error"]))
     if kind in ("tuple_type", "list_type"):
         return f"{field} must be a list; got {given}. Write [{fault.get('input')}]."
+    if kind == "string_pattern_mismatch":
+        hint = owner.model_fields[names[-1]].description or "Change it."
+        return f"{field} must match {fault['ctx']['pattern']}; got {given}. {hint}"
     rule = fault["msg"][0].lower() + fault["msg"][1:]
     rule = rule.replace("input should be", "must be").replace("input should have", "must have")
     return f"{field} {rule if rule.startswith('must') else 'is wrong: ' + rule}; got {given}. Change it."

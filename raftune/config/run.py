@@ -62,7 +62,7 @@ class RunConfig(Frozen):
     """Everything that shapes a run; equal configurations give bit-identical runs on a CPU."""
 
     name: str = Field(
-        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Letters, digits, '.', '_', '-'."
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Letters, digits, '.', '_' and '-'."
     )
     output_dir: str | None = Field(None, description="The run's directory; None is runs/NAME.")
     seed: int = Field(0, ge=0, lt=2**63, description="All randomness derives from it.")

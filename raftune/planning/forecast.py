@@ -83,7 +83,9 @@ def look(assembly: Assembly, root: Path, done: int | None, scratch: Path, measur
     policy = assembly.policies.encoder(start)
     prompts = measure(data, getattr(policy, "encoder", None))
     planned = amounts(config, prompts.train, prompts.held_out)
+    assembly.panel(), assembly.judge()  # their code and options are read, their models are not
     notes = [*(facts or {}).get("notes", []), *policy.notes(), *remarks(config, prompts, planned)]
+    notes += beyond_context(config, prompts, model)
     found = probe(assembly, data, scratch / "probe") if measured else None
     rows = min(config.sampling.unit_size, planned.prompts) * config.sampling.num_generations
     return Forecast(
@@ -98,6 +100,19 @@ def look(assembly: Assembly, root: Path, done: int | None, scratch: Path, measur
         seconds=seconds_by_stage(found, planned, assembly) if found else None,
         notes=tuple(dict.fromkeys([*notes, *(found.notes if found else ())])),
     )
+
+
+def beyond_context(config: RunConfig, prompts: Prompts, model: Footprint | None) -> list[str]:
+    """Answers that the model's context cuts off before max_completion_length does."""
+    if model is None or model.context is None or prompts.longest is None:
+        return []
+    room, asked = model.context - prompts.longest, config.sampling.max_completion_length
+    if room >= asked:
+        return []
+    return [
+        f"the longest prompt leaves room for {room} tokens in the context of {model.context}, less than "
+        f"sampling.max_completion_length = {asked}: such answers end there"
+    ]
 
 
 def remarks(config: RunConfig, prompts: Prompts, planned: Amounts) -> list[str]:

@@ -13,13 +13,15 @@ import numpy as np
 import pyarrow as pa
 
 from raftune.build import Assembly
+from raftune.errors import RewardError
 from raftune.planning.amounts import Amounts
 from raftune.protocols import Likelihood, Policy, Unit
-from raftune.records import Prompt, Sample, derive_seed, samples_table
+from raftune.records import Prompt, Sample, Score, Status, derive_seed, samples_table
 from raftune.stages.gather import kept_rows
 from raftune.stages.plan import prompts_from
 from raftune.store.parquet import read_table, write_table
 
+FAILED = (Status.INVALID, Status.ERROR, Status.TIMEOUT)
 ASKED = 2
 WIDER = 4  # the second draw is so many times as wide, which tells what a batch costs from what a sample does
 
@@ -59,14 +61,15 @@ def probe(assembly: Assembly, data: Path, work: Path) -> Probe:
     policy = assembly.policies.at(folder)
     load, _ = timed(lambda: policy.draw(asking(prompts, 1, config.seed, config.sampling.batch_size)))
     draw, drawn = time_draw(policy, prompts, assembly)
-    notes = policy.notes()
     samples = samples_table(drawn, policy.payload)
     asked = {prompt.id: prompt for prompt in prompts}
     owners = [asked[sample.prompt_id] for sample in drawn]
-    score = time_panel(assembly.panel(), owners, samples)
-    judge = time_panel(assembly.judge(), owners, samples) if config.evaluation.reward_funcs else Line()
+    score, scores = time_panel(assembly.panel(), owners, samples)
+    refuse_failures(scores, config.rewards.max_failure_fraction)
+    judge = time_panel(assembly.judge(), owners, samples)[0] if config.evaluation.reward_funcs else Line()
     logp = time_logp(policy, owners, samples, config.sampling.batch_size)
     tune = time_tune(assembly, samples, table, work)
+    notes = (*policy.notes(), *doubts(scores))
     return Probe(load, draw, score, judge, logp, tune, mean_tokens(samples), notes, time.perf_counter() - began)
 
 
@@ -103,11 +106,34 @@ def through(n1: int, t1: float, n2: int, t2: float) -> Line:
     return Line(max(0.0, t1 - each * n1), each) if each else Line(min(t1, t2), 0.0)
 
 
-def time_panel(panel: Any, prompts: list[Prompt], samples: pa.Table) -> Line:
-    """The first call may load a model or start a process: that is the fixed part."""
+def time_panel(panel: Any, prompts: list[Prompt], samples: pa.Table) -> tuple[Line, list[Score]]:
+    """The first call may load a model or start a process: that is the fixed part. Beside it, what was scored."""
     first, _ = timed(lambda: panel.score_samples(prompts[:1], samples.slice(0, 1)))
-    every, _ = timed(lambda: panel.score_samples(prompts, samples))
-    return Line(first, every / len(prompts))
+    every, scores = timed(lambda: panel.score_samples(prompts, samples))
+    return Line(first, every / len(prompts)), scores
+
+
+def refuse_failures(scores: list[Score], limit: float) -> None:
+    """Raises RewardError, with an example, where so many samples failed that the run would stop."""
+    failed = [score for score in scores if score.status in FAILED]
+    if len(failed) <= limit * len(scores):
+        return
+    example = next(f"{name}: {part.detail}" for name, part in failed[0].parts.items() if part.status in FAILED)
+    raise RewardError(
+        f"rewards: {len(failed)} of {len(scores)} tried samples could not be scored; rewards.max_failure_fraction "
+        f"allows {limit:g}. For example {example}. `raftune reward check` tells more."
+    )
+
+
+def doubts(scores: list[Score]) -> list[str]:
+    """What the tried samples' scores say against learning from them."""
+    said = []
+    values = [score.value for score in scores if score.value is not None]
+    if failed := sum(score.status in FAILED for score in scores):
+        said.append(f"{failed} of {len(scores)} tried samples could not be scored: `raftune reward check` tells more")
+    if len(values) > 1 and min(values) == max(values):
+        said.append(f"all tried samples scored {values[0]:g}: there may be nothing to rank")
+    return said
 
 
 def time_logp(policy: Policy, prompts: list[Prompt], samples: pa.Table, batch_size: int) -> Line:

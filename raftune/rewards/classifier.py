@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from raftune.config.rewards import derived_name
 from raftune.errors import RewardError
@@ -213,14 +216,15 @@ class Classifier:
     def _read_model(self) -> Any:
         dtype = getattr(torch, self.options.dtype)
         try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                self.options.model,
-                config=self.config,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                **self._hub(),
-            )
+            with without_bars():
+                model, info = AutoModelForSequenceClassification.from_pretrained(
+                    self.options.model,
+                    config=self.config,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **self._hub(),
+                )
         except Exception as error:
             raise self._unreadable("weights", self.options.model, error) from None
         if missing := sorted(info["missing_keys"]):
@@ -251,6 +255,18 @@ class Classifier:
         tokenizer = self._tokenizer
         text = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
         return fingerprint.digest(text, tokenizer.chat_template, tokenizer.pad_token, tokenizer.eos_token)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Within, transformers draws no progress bars: the run's own would be torn apart."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def best_device(device: str) -> str:

@@ -95,9 +95,12 @@ def check_contents(contents: list[Any], field: str) -> None:
 
 
 def hold_out(train: pa.Table, wanted: int) -> tuple[pa.Table, pa.Table]:
-    """Takes at most a tenth of the prompts off, equal ones together, by their hash alone: the same in every run."""
-    share = min(wanted, train.num_rows // 10)
+    """Takes about a tenth of the prompts off, equal ones together, by their hash alone: the same in every run.
+
+    Where all prompts are equal, none is held out, so that something is left to learn from.
+    """
     stems = [name.rsplit("-", 1)[0] for name in train.column("prompt_id").to_pylist()]
+    share = min(wanted, train.num_rows // 10) if len(set(stems)) > 1 else 0
     order = np.argsort([derive_seed("hold out", stem) for stem in stems], kind="stable")
     chosen = {stems[i] for i in order[:share]}
     mask = pa.array([stem in chosen for stem in stems])
