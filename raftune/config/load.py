@@ -67,8 +67,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(
-            f"{path} must hold sections such as `data:` and `policy:`; got {type(data).__name__}. `raftune init` writes an "
-            "example."
+            f"{path} must hold sections such as `data:` and `policy:`; got {type(data).__name__}. `raftune init` "
+            "writes an example."
         )
     return data
 
