@@ -34,6 +34,7 @@ app = App(
     help="Reward-ranked fine-tuning: draw K answers to each prompt, keep the best, fine-tune on them, repeat.",
     help_format="plaintext",
     help_epilogue=EPILOGUE,
+    suppress_keyboard_interrupt=False,
 )
 
 COMMANDS = (

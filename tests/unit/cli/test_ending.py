@@ -1,0 +1,159 @@
+"""Every outcome has its exit code, and every error its line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cyclopts import App
+
+from raftune.cli import main
+from raftune.cli.ending import interruptible, run_command
+from raftune.errors import ConfigError, GateFailed, Interrupted, RaftuneError, StoreError
+
+
+def app_that(raises: BaseException | None = None, returns: int | None = None) -> App:
+    app = App(name="raftune", suppress_keyboard_interrupt=False)
+
+    @app.command
+    def work() -> int | None:
+        if raises is not None:
+            raise raises
+        return returns
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("raises", "code"),
+    [
+        (RaftuneError("x"), 1),
+        (StoreError("x"), 1),
+        (ConfigError("x"), 2),
+        (GateFailed("x"), 3),
+        (Interrupted("x"), 130),
+        (KeyboardInterrupt(), 130),
+        (KeyError("x"), 1),
+        (PermissionError(13, "Permission denied", "a/b"), 1),
+    ],
+)
+def test_an_error_ends_in_its_exit_code_and_without_a_traceback(
+    raises: BaseException, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(app_that(raises), ["work"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1
+
+
+def test_what_a_command_returns_is_the_exit_code() -> None:
+    assert run_command(app_that(returns=3), ["work"]) == 3
+    assert run_command(app_that(), ["work"]) == 0
+
+
+def test_each_finding_is_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    run_command(app_that(ConfigError("one\ntwo")), ["work"])
+    assert capsys.readouterr().err == "error: one\nerror: two\n"
+
+
+def test_a_message_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    run_command(app_that(ConfigError("got '\x1b[2J[red]'")), ["work"])
+    assert capsys.readouterr().err == "error: got '\\x1b[2J[red]'\n"
+
+
+def test_an_unforeseen_error_says_where_to_look(capsys: pytest.CaptureFixture[str]) -> None:
+    run_command(app_that(KeyError("x")), ["work"])
+    assert capsys.readouterr().err == (
+        "error: unexpected KeyError: 'x' (a bug, here or in code that was called; --debug shows where).\n"
+    )
+
+
+def test_the_systems_refusal_is_given_in_its_own_words(capsys: pytest.CaptureFixture[str]) -> None:
+    run_command(app_that(PermissionError(13, "Permission denied", "a/b")), ["work"])
+    assert capsys.readouterr().err == "error: a/b: Permission denied.\n"
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ConfigError):
+        run_command(app_that(ConfigError("x")), ["work", "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["rnus"], "'rnus' is not a command of raftune; did you mean 'runs'?"),
+        (["reward", "chek"], "'chek' is not a command of raftune reward; did you mean 'check'?"),
+        (["runs", "--jsn"], "unknown option: --jsn. Did you mean --json? `raftune runs --help` explains it."),
+        (["runs", "a", "b"], "raftune runs takes no further argument; got 'b'. `raftune runs --help` explains it."),
+        (["samples"], "raftune samples needs RUN; got none. `raftune samples --help` explains it."),
+        (["export", "x"], "raftune export needs --format; got none. `raftune export --help` explains it."),
+        (["train"], "train needs a configuration file; got none. `raftune init run.yaml` writes one."),
+        (["train", "no.yaml"], "there is no configuration file no.yaml. `raftune init` writes one."),
+    ],
+)
+def test_a_wrong_call_is_answered_in_one_line(
+    tokens: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(tokens) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_without_arguments_there_is_a_guide(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("  raftune")] == [
+        "demo",
+        "init",
+        "plan",
+        "train",
+    ]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "pyarrow", "numpy", "pydantic", "trl", "peft", "datasets")
+    code = (
+        "import sys\nfrom raftune.cli import main\nmain(['--help'])\n"
+        f"print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert "resume" in done.stdout
+
+
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("demo", "init", "plan", "train", "resume", "runs", "samples", "export", "verify", "schema"):
+        assert main([command, "--help"]) == 0
+        assert f"raftune {command}" in capsys.readouterr().out
+    assert main(["reward", "check", "--help"]) == 0
+    assert "raftune reward check" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_cleanly_and_says_how_to_resume(number: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="Resume with: raftune resume runs/x"), interruptible(Path("runs/x")):
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_foreign_code_swallowed_is_obeyed_at_the_next_event() -> None:
+    with pytest.raises(Interrupted), interruptible(Path("x")) as observe:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            pass
+        observe("stage_end", {})
+
+
+def test_an_error_that_a_signal_caused_counts_as_the_interruption() -> None:
+    with pytest.raises(Interrupted), interruptible(Path("x")):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise RaftuneError("importing failed") from error

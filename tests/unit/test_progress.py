@@ -1,0 +1,111 @@
+"""A line stays for each round; where nobody can watch a bar move, there is none."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from raftune.digest import duration, rows_of
+from raftune.progress import Pace, Progress
+from raftune.runs import run
+from tests.runs import tiny
+
+
+def watched(root: Path, console: Console, **changes: Any) -> tuple[str, Progress]:
+    with Progress(console) as progress:
+        run(tiny.config(root, **changes), tiny.objects(), observe=progress)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue(), progress
+
+
+def paper() -> Console:
+    return Console(file=io.StringIO(), width=200, highlight=False)
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Console:
+    monkeypatch.delenv("CI", raising=False)
+    return Console(file=io.StringIO(), width=200, force_terminal=True, highlight=False, _environ={"TERM": "xterm"})
+
+
+def test_off_a_terminal_there_is_one_plain_line_a_round(tmp_path: Path) -> None:
+    text, progress = watched(tmp_path / "run", paper())
+    lines = [line.split() for line in text.splitlines()]
+    assert [line[0] for line in lines] == ["round", "start", "1", "2"]
+    assert "\x1b" not in text
+    assert progress.worked
+    assert progress.outcome["rounds"] == 2
+
+
+def test_the_lines_say_what_is_on_disk(tmp_path: Path) -> None:
+    text, _ = watched(tmp_path / "run", paper())
+    for line, row in zip(text.splitlines()[1:], rows_of(tmp_path / "run"), strict=True):
+        assert f"{row['reward']:.3f}" in line
+        assert f"{row['best_of_k']:.3f}" in line
+    assert " 8/32 " in text
+
+
+def test_columns_stand_under_their_titles(tmp_path: Path) -> None:
+    text, _ = watched(tmp_path / "run", paper())
+    assert len({len(line) for line in text.splitlines()}) == 1
+
+
+def test_a_finished_run_is_shown_and_nothing_was_worked_on(tmp_path: Path) -> None:
+    watched(tmp_path / "run", paper())
+    text, progress = watched(tmp_path / "run", paper())
+    assert len(text.splitlines()) == 4
+    assert not progress.worked
+
+
+def test_what_changed_and_what_was_set_aside_is_said(tmp_path: Path) -> None:
+    watched(tmp_path / "run", paper())
+    text, _ = watched(tmp_path / "run", paper(), num_rounds=3)
+    assert "num_rounds: 2 → 3" in text
+
+
+def test_on_a_terminal_a_bar_tells_the_stage_and_what_samples_are_worth(tmp_path: Path, screen: Console) -> None:
+    text, _ = watched(tmp_path / "run", screen)
+    assert "round 2/2 · scoring" in text
+    assert "best of each" in text
+
+
+def test_a_ci_job_gets_plain_lines_even_on_a_terminal(
+    tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI", "true")
+    text, _ = watched(tmp_path / "run", screen)
+    assert "·" not in text
+
+
+def test_a_run_that_fails_leaves_the_terminal_as_it_was(tmp_path: Path, screen: Console) -> None:
+    def broken(**_: Any) -> list[float]:
+        raise ValueError("no luck")
+
+    with pytest.raises(Exception, match="could not be scored"), Progress(screen) as progress:
+        run(tiny.config(tmp_path / "run"), tiny.objects(broken), observe=progress)
+    assert isinstance(screen.file, io.StringIO)
+    text = screen.file.getvalue()
+    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") > -1  # the cursor was hidden, and is shown again
+
+
+def test_the_time_left_is_what_the_stages_took_before() -> None:
+    pace = Pace()
+    pace.begin_round(1, 3)
+    pace.add(1, "draw", 20.0)
+    assert pace.left() == ""
+    pace.add(1, "tune", 10.0)
+    pace.begin_round(2, 3)
+    pace.add(2, "draw", 30.0)
+    assert pace.left() == "about 40 s left"  # the tune of round 2, then draw and tune of round 3 as round 1 took them
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (42.4, "42 s"), (59.6, "1 min 00 s"), (190, "3 min 10 s"), (7500, "2 h 05 min")],
+)
+def test_durations_are_in_the_unit_that_a_person_would_use(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
