@@ -11,6 +11,7 @@ from hashlib import blake2b
 from random import Random
 from typing import Final, Literal, NamedTuple
 
+from raftune.errors import DataError
 from raftune.starters.text.phrases import CURT, DIGRESSIONS, RUDE
 from raftune.starters.text.topics import DAYS, DOMAINS, Domain
 
@@ -86,12 +87,12 @@ def _requests_of(name: str, domain: Domain) -> Iterator[Request]:
 def prompts(split: Split, n: int, seed: int = 0) -> list[str]:
     """`n` different prompts of the split, every domain about equally often.
 
-    Raises ValueError if the split has fewer than `n`.
+    Raises DataError if the split has fewer than `n`.
     """
     by_domain = {name: [r for r in requests(split) if r.domain == name] for name in DOMAINS}
     available = sum(map(len, by_domain.values())) * len(GREETINGS)
     if n > available:
-        raise ValueError(f"n must be at most {available} for the split {split!r}; got {n}: there are no more prompts.")
+        raise DataError(f"n must be at most {available} for the split {split!r}; got {n}: there are no more prompts.")
     rng = Random(seed)
     found: dict[str, None] = {}
     while len(found) < n:

@@ -4,6 +4,7 @@ from random import Random
 
 import pytest
 
+from raftune.errors import DataError
 from raftune.starters import text
 from raftune.starters.text import corpus
 from raftune.starters.text.judge import MAXIMUM, judge, parts
@@ -46,7 +47,7 @@ def test_prompts_are_distinct_in_their_split_and_a_function_of_the_seed() -> Non
 
 
 def test_more_prompts_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"n must be at most \d+ for the split 'heldout'; got 100000"):
+    with pytest.raises(DataError, match=r"n must be at most \d+ for the split 'heldout'; got 100000"):
         text.prompts("heldout", 100_000, 0)
 
 
