@@ -14,6 +14,7 @@ from raftune.store.commit import stage_key
 from raftune.store.job import fields_of, hashes_of
 from raftune.store.layout import source_of
 
+READS = "what it reads"
 Place = tuple[int, str]  # a stage's round, and the folder that it writes in it
 
 
@@ -33,6 +34,9 @@ class Stale:
 
 def change(name: str, old: Any, new: Any) -> str:
     """A difference in words; of a hash, what it stands for."""
+    if name == READS:
+        parts = (("no longer reads", old), ("now also reads", new))
+        return " and ".join(f"it {word} {', '.join(which)}" for word, which in parts if which)
     if name.startswith("hash of "):
         return f"the {name.removeprefix('hash of ')} have changed (their code, options or weights)"
     return f"{name}: {short(old)} → {short(new)}"
@@ -41,8 +45,9 @@ def change(name: str, old: Any, new: Any) -> str:
 def check(assembly: Assembly, redo: str | None = None) -> list[str]:
     """Makes sure that what is on disk is whole and belongs to the configuration; returns what was set aside.
 
-    `redo` is STAGE or ROUND/STAGE: that stage, in this round and in later ones, and all that is made from it move to
-    superseded/. Raises RunDamaged, ConfigChanged (with the differences), ConfigError for a stage that does not exist.
+    `redo` is STAGE or ROUND/STAGE: that stage, in this round and in later ones, all that is made from it, and all that
+    is stale after it move to superseded/. Raises RunDamaged, ConfigChanged (with the differences), StoreError where
+    weights are gone that would be needed, ConfigError for a stage that does not exist.
     """
     chosen = follows(assembly, *parse(redo, assembly)) if redo is not None else {}
     refuse_damage(assembly, chosen)
@@ -68,11 +73,12 @@ def table(assembly: Assembly) -> Iterator[tuple[int, Stage]]:
 
 
 def follows(assembly: Assembly, round_: int, name: str) -> dict[Place, Stage]:
-    """The stage of this name in this round and in later ones, and every stage that is made from one of these."""
+    """The stage of this name in this round and in later ones, what is made from these, and what is stale after them."""
     chosen: dict[Place, Stage] = {}
     for r, stage in table(assembly):
         named = r >= round_ and stage.name == name
-        if named or any(source_of(read, r) in chosen for read in stage.reads):
+        made_from_it = any(source_of(read, r) in chosen for read in stage.reads)
+        if named or made_from_it or (chosen and stale_of(assembly, r, stage)):
             chosen[r, stage.writes] = stage
     return chosen
 
@@ -99,17 +105,23 @@ def refuse_dropped(assembly: Assembly, chosen: dict[Place, Stage]) -> None:
 
 
 def first_stale(assembly: Assembly, chosen: dict[Place, Stage]) -> Stale | None:
-    """The first committed stage that stays and whose key is not what the configuration would give it now."""
-    for round_, stage in table(assembly):
-        if (round_, stage.writes) in chosen or (commit := assembly.run.commit(round_, stage.writes)) is None:
-            continue
-        fields, hashes = fields_of(stage, assembly.plain), hashes_of(assembly.run, stage, round_)
-        if stage_key(stage.name, fields, hashes) != commit.key:
-            changed = differences(commit.fields, fields)
-            if commit.inputs.keys() != hashes.keys():
-                changed["what it reads"] = (", ".join(commit.inputs), ", ".join(hashes))
-            return Stale(round_, stage, changed)
-    return None
+    """The first stage that stays although the configuration would make it otherwise."""
+    stays = ((round_, stage) for round_, stage in table(assembly) if (round_, stage.writes) not in chosen)
+    return next((stale for round_, stage in stays if (stale := stale_of(assembly, round_, stage))), None)
+
+
+def stale_of(assembly: Assembly, round_: int, stage: Stage) -> Stale | None:
+    """What differs, where the stage is committed under another key than the configuration would give it now."""
+    commit = assembly.run.commit(round_, stage.writes)
+    if commit is None:
+        return None
+    fields, hashes = fields_of(stage, assembly.plain), hashes_of(assembly.run, stage, round_)
+    if stage_key(stage.name, fields, hashes) == commit.key:
+        return None
+    changed = differences(commit.fields, fields)
+    if commit.inputs.keys() != hashes.keys():
+        changed[READS] = (sorted(commit.inputs.keys() - hashes.keys()), sorted(hashes.keys() - commit.inputs.keys()))
+    return Stale(round_, stage, changed)
 
 
 def set_aside(assembly: Assembly, chosen: dict[Place, Stage]) -> list[str]:
