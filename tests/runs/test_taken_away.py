@@ -152,7 +152,7 @@ def test_the_card_of_an_adapter_loads_it_with_peft(folder: Path, tmp_path: Path)
     assert "AutoPeftModelForCausalLM.from_pretrained" in card
 
 
-# -- the samples --------------------------------------------------------------------------------------------------------
+# -- the samples ----------------------------------------------------------------------------------------------------
 
 
 def test_sft_rows_are_what_was_kept(folder: Path, tmp_path: Path) -> None:

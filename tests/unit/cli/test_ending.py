@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -144,10 +145,8 @@ def test_a_signal_ends_cleanly_and_says_how_to_resume(number: int) -> None:
 
 def test_a_signal_that_foreign_code_swallowed_is_obeyed_at_the_next_event() -> None:
     with pytest.raises(Interrupted), interruptible(Path("x")) as observe:
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-        except KeyboardInterrupt:
-            pass
         observe("stage_end", {})
 
 

@@ -81,7 +81,7 @@ def test_a_slip_is_answered_with_the_flag_that_was_meant(token: str, meant: str)
 
 
 def test_a_section_is_no_flag() -> None:
-    with pytest.raises(ConfigError, match="it is a section: write --tuning.learning_rate, for example"):
+    with pytest.raises(ConfigError, match=r"it is a section: write --tuning\.learning_rate, for example"):
         flags("--tuning", "1")
 
 

@@ -1,0 +1,80 @@
+"""The demonstration: what it shows is real, and what a user copies from it works."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raftune.cli import demo, main
+from raftune.config.load import load_config, merge, validate
+from raftune.config.run import RunConfig
+from raftune.starters.text import SHOW, judge
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = {
+    "num_rounds": 1,
+    "prompts_per_round": 4,
+    "sampling": {"num_generations": 4, "max_completion_length": 16},
+    "evaluation": {"num_prompts": 4, "num_generations": 2},
+    "engine": {"threads": 1},
+}
+
+
+def small(output_dir: str) -> RunConfig:
+    """The demo's own recipe with fewer and shorter answers."""
+    whole = load_config([REPOSITORY / "recipes/demo.yaml"]).model_dump(mode="json")
+    return validate(merge([whole, SMALL, {"output_dir": output_dir}]))
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "recipe", small)
+    return tmp_path
+
+
+def test_the_recipe_of_the_repository_is_the_one_that_the_package_brings() -> None:
+    packaged = REPOSITORY / "raftune/starters/text/demo.yaml"
+    assert (REPOSITORY / "recipes/demo.yaml").read_bytes() == packaged.read_bytes()
+    config = demo.recipe("x")
+    assert config.num_rounds >= 8
+    assert (config.sampling.num_generations, config.prompts_per_round) == (8, 64)
+
+
+def test_it_ends_with_the_table_by_round_and_answers_before_and_after(
+    quick: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo"]) == 0
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines() if line.strip()]
+    titles = next(line for line in lines if line[0] == "round")
+    assert titles[1] == "reward"
+    assert {"judge", "KL", "length", "distinct-2", "kept", "time"} <= set(titles)
+    assert [line[0] for line in lines if line[0] in ("start", "1")] == ["start", "1"]
+    assert [line[0] for line in lines].count("before") == [line[0] for line in lines].count("after") == len(SHOW)
+    assert "raftune samples runs/demo" in out
+
+
+def test_run_twice_it_is_finished_and_shows_the_same(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert main(["demo", "--json"]) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert (first.pop("worked"), second.pop("worked")) == (True, False)
+    assert first == second
+
+
+def test_what_is_shown_is_typical_by_the_judge(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--json"]) == 0
+    for example in json.loads(capsys.readouterr().out)["shown"]:
+        for when in ("before", "after"):
+            assert judge([example["prompt"]], [example[when]]) == [example[f"{when}_score"]]
+
+
+def test_a_fresh_one_lies_beside_the_first(quick: Path) -> None:
+    (quick / "runs/demo").mkdir(parents=True)
+    (quick / "runs/demo-2").mkdir()
+    assert demo.unused("runs/demo") == "runs/demo-3"
+    assert demo.unused("runs/other") == "runs/other"
