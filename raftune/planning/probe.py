@@ -59,7 +59,8 @@ def probe(assembly: Assembly, data: Path, work: Path) -> Probe:
     table = read_table(data / "train.parquet").slice(0, ASKED)
     prompts = prompts_from(table)
     policy = assembly.policies.at(folder)
-    load, _ = timed(lambda: policy.draw(asking(prompts, 1, config.seed, config.sampling.batch_size)))
+    first = config.sampling.num_generations if config.sampling.generation_kwargs else 1
+    load, _ = timed(lambda: policy.draw(asking(prompts, first, config.seed, config.sampling.batch_size)))
     draw, drawn = time_draw(policy, prompts, assembly)
     samples = samples_table(drawn, policy.payload)
     asked = {prompt.id: prompt for prompt in prompts}
@@ -90,6 +91,8 @@ def time_draw(policy: Policy, prompts: list[Prompt], assembly: Assembly) -> tupl
     widths = [sampling.num_generations, sampling.num_generations * WIDER]
     most = max(1, sampling.batch_size // len(prompts))
     widths = [min(width, most) for width in widths]
+    if sampling.generation_kwargs:  # options of `generate`, such as beams, may hang on the number of answers
+        widths = [sampling.num_generations]
     seconds: list[float] = []
     drawn: list[Sample] = []
     for width in dict.fromkeys(widths):

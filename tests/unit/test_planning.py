@@ -1,0 +1,196 @@
+"""A forecast is held to what the run then does, and to arithmetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raftune.config.load import merge, validate
+from raftune.config.run import RunConfig
+from raftune.errors import DataError
+from raftune.planning import Forecast, forecast
+from raftune.planning.amounts import amounts, steps_of
+from raftune.planning.probe import through
+from raftune.planning.sizes import Footprint, disk, memory
+from raftune.runs import run
+from tests.builders import save_tiny, tiny_model, tiny_tokenizer
+
+BASE: dict[str, Any] = {"data": {"prompts": "p"}, "policy": {"model": "m"}}
+
+
+def config(**changes: Any) -> RunConfig:
+    return validate(merge([BASE, changes]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    base = tmp_path_factory.mktemp("planning")
+    save_tiny(base / "model", bos=True)
+    (base / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"say {n}"}) for n in range(30)))
+    return base
+
+
+def planned(folder: Path, measured: bool = False, **changes: Any) -> Forecast:
+    base = {
+        "output_dir": str(folder / "run"),
+        "num_rounds": 1,
+        "prompts_per_round": 4,
+        "data": {"prompts": str(folder / "prompts.jsonl")},
+        "policy": {"model": str(folder / "model")},
+        "sampling": {"num_generations": 4, "max_completion_length": 8},
+        "rewards": {"reward_funcs": [{"spec": "length", "options": {"target": 3}}]},
+        "evaluation": {"num_prompts": 2, "num_generations": 2},
+        "engine": {"threads": 1},
+    }
+    return forecast(validate(merge([base, changes])), measured=measured)
+
+
+# -- amounts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("selection", "kept", "exact"),
+    [
+        ({"rule": "best_of_k"}, 10, True),
+        ({"rule": "best_of_k", "drop_duplicates": True}, 10, True),
+        ({"rule": "best_of_k", "margin": 0.1}, 10, False),
+        ({"rule": "top_m", "m": 3}, 30, True),
+        ({"rule": "top_m", "m": 99}, 80, True),
+        ({"rule": "random", "m": 2}, 20, True),
+        ({"rule": "top_fraction", "keep_fraction": 0.125}, 10, True),
+        ({"rule": "threshold", "threshold": 0.0}, 80, False),
+        ({"rule": "threshold", "threshold": 0.0, "max_per_prompt": 2}, 20, False),
+        ({"rule": "softmax", "temperature": 1.0}, 80, False),
+    ],
+)
+def test_kept_rows_follow_from_the_rule(selection: dict[str, Any], kept: int, exact: bool) -> None:
+    found = amounts(config(prompts_per_round=10, selection=selection), train=100, held_out=5)
+    assert found.kept == kept
+    assert found.kept_exact is (exact and "drop_duplicates" not in selection)
+
+
+def test_samples_are_those_of_every_round_and_of_every_judgement() -> None:
+    changes = {"num_rounds": 3, "prompts_per_round": 10, "sampling": {"num_generations": 4}}
+    found = amounts(config(**changes, evaluation={"num_generations": 2}), train=100, held_out=5)
+    assert found.samples == 3 * 40 + 4 * 10
+
+
+def test_a_small_data_set_bounds_the_round() -> None:
+    assert amounts(config(prompts_per_round=64), train=7, held_out=0).prompts == 7
+
+
+def test_other_sources_compete_but_are_not_drawn() -> None:
+    sampling = {"num_generations": 4, "candidate_columns": ["human"], "teacher": {"model": "t", "num_generations": 2}}
+    found = amounts(config(prompts_per_round=10, sampling=sampling), train=100, held_out=0)
+    assert (found.drawn, found.competing) == (40, 70)
+
+
+def test_steps_count_epochs_accumulation_and_replay() -> None:
+    tuning = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2.0}
+    assert steps_of(config(tuning=tuning), 64) == 16
+    assert steps_of(config(tuning=tuning | {"replay_rounds": 1}), 64) == 32
+    assert steps_of(config(tuning=tuning | {"max_steps": 5}), 64) == 5
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+MODEL = Footprint("Llama", 1000, 1000, "float32", 4, 64, 100, 128, "cpu")
+
+
+def test_memory_is_weights_and_cache_or_weights_gradients_and_moments() -> None:
+    found = memory(MODEL, config(sampling={"max_completion_length": 20, "batch_size": 8}), longest_prompt=10, rows=512)
+    assert found.drawing == 4000 + 8 * 30 * 64
+    assert found.tuning == 4000 + 3 * 4000
+
+
+def test_the_context_bounds_the_cache() -> None:
+    found = memory(MODEL, config(sampling={"max_completion_length": 500, "batch_size": 1}), longest_prompt=10, rows=9)
+    assert found.cache == 128 * 64
+
+
+def test_kept_models_are_counted() -> None:
+    planned_ = amounts(config(num_rounds=10), train=100, held_out=0)
+    assert disk(MODEL, config(num_rounds=10), planned_).models == 10 * 4000
+    assert disk(MODEL, config(num_rounds=10, keep_models="best"), planned_).models == 3 * 4000
+
+
+def test_a_line_through_two_measurements_is_never_negative() -> None:
+    line = through(10, 3.0, 20, 5.0)
+    assert (line.fixed, line.each) == (1.0, 0.2)
+    assert line.of(100, 2) == 22.0
+    for noisy in (through(10, 3.0, 20, 2.0), through(10, 0.1, 20, 5.0)):
+        assert noisy.fixed >= 0
+        assert noisy.each >= 0
+
+
+# -- the whole --------------------------------------------------------------------------------------------------------
+
+
+def test_the_forecast_is_what_the_run_does(folder: Path) -> None:
+    found = planned(folder)
+    assert found.model is not None
+    assert found.model.parameters == sum(w.numel() for w in tiny_model("llama").parameters())
+    assert found.model.cached_token == 2 * 2 * 2 * 8 * 4  # keys and values, two layers, two heads of width 8, float32
+    assert (found.prompts.train, found.prompts.held_out) == (28, 2)
+    settings = {"output_dir": str(folder / "held"), "num_rounds": 1, "prompts_per_round": 4}
+    settings |= {"data": {"prompts": str(folder / "prompts.jsonl")}, "policy": {"model": str(folder / "model")}}
+    settings |= {"sampling": {"num_generations": 4, "max_completion_length": 8}, "engine": {"threads": 1}}
+    settings |= {"rewards": {"reward_funcs": [{"spec": "length", "options": {"target": 3}}]}}
+    settings |= {"evaluation": {"num_prompts": 2, "num_generations": 2}}
+    run(settings)
+    summary = json.loads((folder / "held/round-0001/select/summary.json").read_text())
+    report = json.loads((folder / "held/round-0001/model/training.json").read_text())
+    assert (found.amounts.drawn, found.amounts.kept) == (summary["samples"], summary["kept"])
+    assert found.amounts.steps == report["steps"]
+
+
+def test_nothing_is_written_where_the_run_will_be(folder: Path) -> None:
+    planned(folder)
+    assert not (folder / "run").exists()
+
+
+def test_a_probe_times_every_kind_of_work(folder: Path) -> None:
+    found = planned(folder, measured=True)
+    assert found.seconds is not None
+    assert found.probe is not None
+    assert all(found.seconds[name] > 0 for name in ("drawing", "scoring", "log-probabilities", "tuning"))
+    assert 0 < found.probe.tokens <= 8
+
+
+def test_only_the_adapters_weights_count_as_trained(folder: Path) -> None:
+    found = planned(folder, policy={"adapter": {"r": 2, "target_modules": ["q_proj"]}})
+    assert found.model is not None
+    assert found.model.trained == 2 * (32 * 2 + 2 * 32)  # two layers, A and B of rank 2
+
+
+def test_prompts_that_do_not_fit_are_counted_and_named(folder: Path) -> None:
+    path = folder / "long.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": text}) for text in ["ok", "x" * 300, "y" * 300]))
+    with pytest.raises(DataError, match=r"2 of 3 prompts cannot be used .*the limit is 127"):
+        planned(folder, data={"prompts": str(path)})
+
+
+def test_notes_say_what_was_perhaps_not_meant(folder: Path, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer(pad=False).save_pretrained(tmp_path / "model")
+    changes: dict[str, Any] = {"policy": {"model": str(tmp_path / "model")}}
+    changes |= {"sampling": {"temperature": 0.7, "max_completion_length": 400}, "prompts_per_round": 64}
+    notes = " | ".join(planned(folder, **changes).notes)
+    for words in ("no pad token", "temperature is below 1", "such answers end there", "there are 28 prompts"):
+        assert words in notes
+
+
+def test_a_fallback_to_generate_is_said_with_its_reason(folder: Path) -> None:
+    found = planned(folder, measured=True, sampling={"generation_kwargs": {"num_beams": 4}})
+    assert any("drawn through `generate`" in note for note in found.notes)
+
+
+def test_rewards_that_cannot_rank_are_noted(folder: Path) -> None:
+    reward = {"spec": "length", "options": {"min": 0}}
+    found = planned(folder, measured=True, rewards={"reward_funcs": [reward]})
+    assert any("all tried samples scored 0" in note for note in found.notes)
