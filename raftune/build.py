@@ -242,9 +242,9 @@ class Assembly:
 
     def retire_models(self, round_: int, best: int | None) -> None:
         """Drops the weights of rounds that `keep_models` does not keep; their COMMITs stay, and so do all samples."""
-        keep = {"all": set(range(round_ + 1)), "best": {round_, best}, "last": {round_}}[self.config.keep_models]
+        keep = {"all": range(round_ + 1), "best": (round_, best), "last": (round_,)}
         for number in range(1, round_):
-            if number not in keep:
+            if number not in keep[self.config.keep_models]:
                 drop_weights(self.run, number)
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from raftune.errors import ConfigError, StoreError
 from raftune.loop import Observer, Outcome, train
 from raftune.preflight import preflight
 from raftune.reporting import reporting
-from raftune.resume import check
+from raftune.staleness import check
 from raftune.store.files import stage_file, write_json
 from raftune.store.run import RunFolder
 

@@ -54,10 +54,11 @@ def rounds_of_parting(history: Sequence[Metrics]) -> int:
     """How many of the latest rounds, without a break, lowered the held-out reward while they raised the trained one."""
     count = 0
     for before, after in zip(history[-2::-1], history[:0:-1], strict=True):
-        values = [m.get(name) for m in (before, after) for name in ("reward", "held_out")]
-        if any(value is None for value in values):
+        found = [m.get(name) for m in (before, after) for name in ("reward", "held_out")]
+        values = [value["mean"] for value in found if value is not None]
+        if len(values) < 4:
             break
-        trained, held_out, trained_after, held_out_after = (value["mean"] for value in values)
+        trained, held_out, trained_after, held_out_after = values
         if not (trained_after > trained and held_out_after < held_out):
             break
         count += 1

@@ -135,7 +135,8 @@ def contents(path: Path) -> npt.NDArray[np.uint64]:
 
 def refuse_failures(inputs: Inputs, units: list[int], shards: tuple[str, ...], limit: float) -> None:
     """Raises RewardError, with examples, when more than this share of the samples could not be scored."""
-    total, failed, examples = 0, Counter[str](), []
+    total, failed = 0, Counter[str]()
+    examples: list[str] = []
     for unit in units:
         table = read_table(inputs["score"] / unit_file(unit), ["sample_id", "status", "detail"])
         total += table.num_rows

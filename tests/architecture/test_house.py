@@ -1,0 +1,138 @@
+"""The rules of the house that no tool checks."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import raftune
+
+ROOT = Path(raftune.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+MODULES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets"}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def functions() -> Iterator[tuple[str, Function]]:
+    for path, module in MODULES.items():
+        for node in ast.walk(module):
+            if isinstance(node, Function):
+                yield f"{named(path)}:{node.lineno} {node.name}", node
+
+
+def length(node: Function) -> int:
+    """Lines from the def to the end, without the docstring."""
+    docs = node.body[0]
+    inside = isinstance(docs, ast.Expr) and isinstance(docs.value, ast.Constant) and isinstance(docs.value.value, str)
+    return (node.end_lineno or 0) - node.lineno + 1 - ((docs.end_lineno or 0) - docs.lineno + 1 if inside else 0)
+
+
+def public(module: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """The module's own functions and classes, and the methods of these classes, that bear no underscore."""
+    for node in module.body:
+        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name, node
+
+
+@pytest.mark.parametrize(
+    "name", ["raftune", "raftune.config", "raftune.records", "raftune.protocols", "raftune.selection", "raftune.store"]
+)
+def test_importing_what_is_declared_imports_no_tensors(name: str) -> None:
+    script = f"import {name}, sys; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
+
+
+def test_a_run_of_the_tabular_family_imports_no_tensors() -> None:
+    script = f"""
+import sys
+import raftune.runs, raftune.worker, raftune.cli, raftune.policies.tabular
+print(*sorted({HEAVY!r} & set(sys.modules)))
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
+
+
+@pytest.mark.parametrize("name", raftune.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(raftune, name).__name__ == name
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'train_everything'"):
+        _ = raftune.train_everything
+
+
+def test_files_stay_under_400_lines() -> None:
+    long = {named(path): n for path in FILES if (n := len(path.read_text(encoding="utf-8").splitlines())) >= 400}
+    assert long == {}
+
+
+def test_functions_stay_short() -> None:
+    lengths = {name: length(node) for name, node in functions()}
+    assert {name: n for name, n in lengths.items() if n > 60} == {}
+    assert statistics.median(lengths.values()) <= 10
+
+
+def test_no_module_is_a_drawer_for_everything() -> None:
+    drawers = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
+    assert [named(path) for path in FILES if path.name in drawers] == []
+
+
+@pytest.mark.parametrize("place", ["loop.py", "stages"])
+def test_the_loop_and_its_stages_mention_no_family(place: str) -> None:
+    words = ("tabular", "causal", "diffusion", "lora", "tokenizer")
+    for path in FILES:
+        if named(path).split("/")[0] == place:
+            text = path.read_text(encoding="utf-8").lower()
+            assert [word for word in words if word in text] == [], named(path)
+
+
+def test_every_module_and_every_public_class_says_what_it_is() -> None:
+    silent = [named(path) for path, module in MODULES.items() if not ast.get_docstring(module) and module.body]
+    for path, module in MODULES.items():
+        for name, node in public(module):
+            if isinstance(node, ast.ClassDef) and not ast.get_docstring(node):
+                silent.append(f"{named(path)} {name}")
+    assert silent == []
+
+
+def test_a_docstring_s_first_line_is_one_sentence() -> None:
+    """It ends in a mark, and what follows stands apart."""
+    broken = []
+    for name, node in functions():
+        lines = (ast.get_docstring(node) or ".").splitlines()
+        if lines[0].rstrip()[-1:] not in ".:;?" or (
+            len(lines) > 1 and lines[1].strip() and lines[0].rstrip()[-1:] == "."
+        ):
+            broken.append(name)
+    assert broken == []
+
+
+def test_asserts_are_for_our_own_bugs_and_users_get_errors_of_ours() -> None:
+    """ValueError is left to pure functions of arrays and to pydantic's validators, which turn it into a ConfigError."""
+    pure = ("config/", "policies/closed_forms.py", "policies/raft_iteration.py", "evaluation/", "selection.py")
+    found = []
+    for path, module in MODULES.items():
+        for node in ast.walk(module):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+                bare = node.exc.func.id in ("ValueError", "RuntimeError", "Exception", "KeyError")
+                if bare and not named(path).startswith(pure):
+                    found.append(f"{named(path)}:{node.lineno}")
+    assert found == []
+
+
+def test_nothing_is_left_for_later() -> None:
+    later = ("TODO", "FIXME", "XXX", "HACK", "NotImplementedError")
+    assert {named(path): word for path in FILES for word in later if word in path.read_text(encoding="utf-8")} == {}
