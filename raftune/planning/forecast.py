@@ -17,8 +17,8 @@ from raftune.planning.prompts import Prompts, measure, read_prompts
 from raftune.planning.sizes import Disk, Footprint, Memory, disk, footprint, memory
 from raftune.preflight import preflight
 from raftune.reporting import check_installed, wanted
-from raftune.staleness import check
 from raftune.runs import refuse_foreign, root_of
+from raftune.staleness import check
 from raftune.store.run import RunFolder
 
 

@@ -49,6 +49,8 @@ class Request(NamedTuple):
 
 
 class Dialogue(NamedTuple):
+    """A request, one reply to it, and what kind of reply it is."""
+
     prompt: str
     completion: str
     kind: str
