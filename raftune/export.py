@@ -18,6 +18,7 @@ from raftune.config.load import validate
 from raftune.errors import ConfigError
 from raftune.ledger import Sample
 from raftune.records import Prompt
+from raftune.store.files import explaining
 from raftune.store.run import RunFolder
 
 Row = dict[str, Any]
@@ -97,7 +98,7 @@ def export(root: str | Path, kind: str, out: str | Path, which: str = "all") -> 
     if out.suffix not in (".jsonl", ".parquet", ""):
         raise ConfigError(f"--out must end in .jsonl or .parquet, or be a folder; got {out.name!r}. Rename it.")
     rounds = ledger.choose_rounds(run, which)
-    with shaping(run, kind) as shape:
+    with shaping(run, kind) as shape, explaining(out):
         units = (unit for round_ in rounds for unit in ledger.training_units(run, round_))
         tables = (rows for unit in units if (rows := [row for group in ledger.by_prompt(unit) for row in shape(group)]))
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -23,9 +23,9 @@ Results go to stdout, progress to stderr. `--debug` after any command shows the 
 Exit codes: 0 fine, 1 failed, 2 usage or configuration, 3 a gate failed, 130 interrupted (and can be resumed).
 """
 
-START, WORK, LOOK, CHECK = (
+START, WORK, LOOK, CHECK, OPTIONS = (
     Group(name, sort_key=number)
-    for number, name in enumerate(("Begin", "Run", "Look and take away", "Check and describe"))
+    for number, name in enumerate(("Begin", "Run", "Look and take away", "Check and describe", "Options"))
 )
 
 app = App(
@@ -36,6 +36,8 @@ app = App(
     help_epilogue=EPILOGUE,
     suppress_keyboard_interrupt=False,
 )
+
+app["--help"].group = app["--version"].group = (OPTIONS,)
 
 COMMANDS = (
     ("demo", START, "Align the bundled model, and show what came of it: under a minute, no network."),

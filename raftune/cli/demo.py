@@ -25,8 +25,10 @@ SHOWN = 8
 def demo(
     *,
     output_dir: Annotated[str, Parameter(help="The run's directory.")] = "runs/demo",
-    fresh: Annotated[bool, Parameter(negative="", help="Begin a new run beside an earlier one.")] = False,
-    json: Annotated[bool, Parameter(negative="", help="Print the result as JSON.")] = False,
+    fresh: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Begin a new run beside an earlier one.")
+    ] = False,
+    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the result as JSON.")] = False,
 ) -> None:
     """Align the bundled model, and show what came of it: under a minute on two CPU cores, no network.
 

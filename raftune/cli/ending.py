@@ -16,6 +16,7 @@ from typing import Any
 
 from cyclopts import App, CycloptsError
 
+from raftune.cli.manual import explain
 from raftune.errors import Interrupted, RaftuneError
 
 INTERRUPTED = Interrupted.exit_code
@@ -27,6 +28,7 @@ def run_command(app: App, tokens: list[str]) -> int:
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
     try:
+        explain(app, tokens)
         result = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
         return result if isinstance(result, int) else 0

@@ -62,13 +62,15 @@ def read_flag(flag: str, value: str | None, queue: list[str], command: str, opti
 
 
 def kinds_of(name: str) -> list[Any] | None:
-    """The types that the dotted field may have; None where there is no such field, or where it is a whole section."""
+    """The types that the dotted field may have; None where it is none, a whole section, or inside a list."""
     sections: list[Any] = [RunConfig]
     *path, last = name.split(".")
     for part in path:
         fields = [s.model_fields[part].annotation for s in sections if part in s.model_fields]
         if any(is_mapping(kind) for field in fields for kind in alternatives(field)):
             return [Any]
+        if any(is_list([*alternatives(field)]) for field in fields):
+            return None
         sections = [model for field in fields for model in models_in(field)]
     found = [kind for s in sections if last in s.model_fields for kind in alternatives(s.model_fields[last].annotation)]
     whole = all(kind is type(None) or models_in(kind) for kind in found) and not is_list(found)
@@ -124,7 +126,9 @@ def as_list(value: Any) -> list[Any]:
 
 def hint(name: str, options: Sequence[str]) -> str:
     """The flag that was probably meant."""
-    fields = all_fields(RunConfig)
+    fields = [field for field in all_fields(RunConfig) if kinds_of(field) is not None]
+    if listed := [field for field in fields if name.startswith(f"{field}.") and is_list(kinds_of(field))]:
+        return f"{listed[0]} is a list: write --{listed[0]} '[{{{name.rsplit('.', 1)[-1]}: …}}]', for example."
     if inside := [field for field in fields if field.startswith(f"{name}.")]:
         return f"it is a section: write --{inside[0]}, for example."
     candidates = {option.removeprefix("--").replace("-", "_"): option for option in options}

@@ -20,7 +20,7 @@ from raftune.planning import Forecast, forecast
 def plan(
     *files: Tokens,
     probe: Annotated[bool, Parameter(help="Try two prompts, for the time that the run will take.")] = True,
-    json: Annotated[bool, Parameter(negative="", help="Print the forecast as JSON.")] = False,
+    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the forecast as JSON.")] = False,
 ) -> None:
     """Check a configuration, and say what the run will cost: samples, tokens, disk, memory, time.
 

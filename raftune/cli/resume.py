@@ -14,7 +14,7 @@ def resume(
     run: Annotated[str, Parameter(help="The run's directory.")],
     *flags: Tokens,
     from_: Annotated[str | None, Parameter(name="--from", help="Redo from here on: STAGE, or ROUND/STAGE.")] = None,
-    json: Annotated[bool, Parameter(negative="", help="Print the outcome as JSON.")] = False,
+    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Continue a run where it stopped, exactly: on a CPU the outcome is bit-identical to a run that never stopped.
 

@@ -25,7 +25,7 @@ def check(
     options: Annotated[str | None, Parameter(help="The reward's options, as JSON.")] = None,
     timeout: Annotated[float, Parameter(help="Seconds that one call may take.")] = 120.0,
     device: Annotated[str, Parameter(help="Where a reward model runs: auto, cpu, cuda, mps.")] = "auto",
-    json: Annotated[bool, Parameter(negative="", help="Print the report as JSON.")] = False,
+    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the report as JSON.")] = False,
 ) -> int:
     """Call a reward on samples three times, and report signature, values, failures, determinism and speed.
 

@@ -18,7 +18,7 @@ STYLES = {FINISHED: "green", IN_USE: "cyan", DAMAGED: "bold red"}
 def runs(
     folder: Annotated[str, Parameter(help="The folder that holds them.")] = "runs",
     *,
-    json: Annotated[bool, Parameter(negative="", help="Print a JSON list.")] = False,
+    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print a JSON list.")] = False,
 ) -> None:
     """List the runs in a folder: how far each is, its best round, and whether it can be resumed."""
     found = sorted((status_of(path) for path in all_runs(folder)), key=lambda status: status.when)

@@ -26,12 +26,18 @@ def samples(
     run: Annotated[str, Parameter(help="The run's directory.")],
     *,
     round_: Annotated[int | None, Parameter(name="--round", help="The round; without it, the last one.")] = None,
-    held_out: Annotated[bool, Parameter(negative="", help="The samples that judged the round.")] = False,
+    held_out: Annotated[
+        bool, Parameter(negative="", show_default=False, help="The samples that judged the round.")
+    ] = False,
     prompt: Annotated[str | None, Parameter(help="Only prompts with this text in them, or with this id.")] = None,
     sort: Annotated[Sort, Parameter(help="The order of prompts; margin: of the best over the mean.")] = "order",
     number: Annotated[int, Parameter(name=["--number", "-n"], help="Prompts to show.")] = 3,
-    full: Annotated[bool, Parameter(negative="", help="Whole completions, not their first line.")] = False,
-    json: Annotated[bool, Parameter(negative="", help="Print JSON lines, one for each sample.")] = False,
+    full: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Whole completions, not their first line.")
+    ] = False,
+    json: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Print JSON lines, one for each sample.")
+    ] = False,
 ) -> None:
     """Browse what a round drew, what it kept (★), and why.
 

@@ -14,7 +14,7 @@ Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 def train(
     *files: Tokens,
     from_: Annotated[str | None, Parameter(name="--from", help="Redo from here on: STAGE, or ROUND/STAGE.")] = None,
-    json: Annotated[bool, Parameter(negative="", help="Print the outcome as JSON.")] = False,
+    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Run a configuration: begin it, continue it, or find it finished.
 

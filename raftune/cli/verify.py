@@ -19,7 +19,7 @@ from raftune.store.run import RunFolder
 def verify(
     run: Annotated[str, Parameter(help="The run's directory.")],
     *,
-    json: Annotated[bool, Parameter(negative="", help="Print the findings as JSON.")] = False,
+    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the findings as JSON.")] = False,
 ) -> int:
     """Hash everything in a run again, and name what is missing, changed, or made from something else.
 

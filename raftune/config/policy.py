@@ -22,22 +22,25 @@ class AdapterConfig(Frozen):
 class CausalLMPolicy(Frozen):
     """Any AutoModelForCausalLM."""
 
-    family: Literal["causal_lm"] = "causal_lm"
+    family: Literal["causal_lm"] = Field("causal_lm", description="causal_lm, tabular, or module:Class of your own.")
     model: str = Field(description="Folder, hub name, or 'starter' for the bundled model.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     tokenizer: str | None = Field(None, description="Folder or hub name, where it is not the model's own.")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="Type of the weights.")
     device: str = Field("auto", description="auto, cpu, cuda or mps: one device, of GPUs the first that is visible.")
     adapter: AdapterConfig | None = Field(None, description="LoRA; without it all weights are trained.")
-    load_in_4bit: bool = Field(False, description="QLoRA: 4-bit base weights (needs CUDA, bitsandbytes and an adapter).")
+    load_in_4bit: bool = Field(False, description="QLoRA: 4-bit base weights; needs CUDA, bitsandbytes, an adapter.")
     attn_implementation: str | None = Field(None, description="As in transformers; None takes the model's default.")
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model. Only for models you have read.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model: read it first.")
     model_init_kwargs: dict[str, Any] = Field(default_factory=dict, description="Anything else from_pretrained takes.")
 
     @model_validator(mode="after")
     def _four_bits_need_an_adapter(self) -> CausalLMPolicy:
         if self.load_in_4bit and self.adapter is None:
-            raise ValueError("load_in_4bit must come with an adapter; got none. 4-bit weights cannot be trained: add `adapter: {r: 16}`.")
+            raise ValueError(
+                "load_in_4bit must come with an adapter; got none. "
+                "4-bit weights cannot be trained: add `adapter: {r: 16}`."
+            )
         return self
 
 
@@ -50,7 +53,9 @@ class TabularPolicy(Frozen):
     )
     num_prompts: int = Field(1, ge=1, description="Rows, where no logits are given.")
     num_answers: int = Field(2, ge=2, description="Answers, where no logits are given.")
-    step: float = Field(1.0, gt=0, le=1, description="p becomes (1 - step)*p + step*q, q the kept frequencies; 1 is the full fit.")
+    step: float = Field(
+        1.0, gt=0, le=1, description="p becomes (1 - step)*p + step*q, q what was kept; 1 fits it fully."
+    )
 
 
 class CustomPolicy(Frozen):

@@ -14,6 +14,9 @@ from cyclopts import App
 
 from raftune.cli import main
 from raftune.cli.ending import interruptible, run_command
+from raftune.cli.flags import kinds_of
+from raftune.config.load import all_fields
+from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, GateFailed, Interrupted, RaftuneError, StoreError
 
 
@@ -133,6 +136,21 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
         assert f"raftune {command}" in capsys.readouterr().out
     assert main(["reward", "check", "--help"]) == 0
     assert "raftune reward check" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "resume"])
+@pytest.mark.parametrize("columns", ["60", "200"])
+def test_help_lists_every_field_as_a_flag_within_the_terminal(
+    command: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    main([command, "--help"])
+    out = capsys.readouterr().out
+    fields = [field for field in all_fields(RunConfig) if kinds_of(field) is not None]
+    assert {"seed", "policy.model", "rewards.reward_funcs", "tuning.reference.path"} <= set(fields)
+    for field in fields:
+        assert out.count(f"  --{field} ") + out.count(f"  --{field}\n") == 1, field
+    assert max(map(len, out.splitlines())) <= int(columns)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -85,6 +85,13 @@ def test_a_section_is_no_flag() -> None:
         flags("--tuning", "1")
 
 
+def test_what_is_inside_a_list_is_written_as_the_list() -> None:
+    with pytest.raises(ConfigError, match=r"is a list: write --rewards.reward_funcs '\[\{weight: …\}\]'"):
+        flags("--rewards.reward_funcs.weight", "1")
+    given = flags("--rewards.reward_funcs", "[{spec: length, weight: 2}, starter]")
+    assert given == {"rewards.reward_funcs": [{"spec": "length", "weight": 2}, "starter"]}
+
+
 def test_nothing_like_it_points_to_the_schema() -> None:
     with pytest.raises(ConfigError, match="`raftune schema` lists all fields"):
         flags("--zzzzzz", "1")

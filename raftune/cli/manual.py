@@ -1,0 +1,90 @@
+"""What `raftune COMMAND --help` says: the command's own docstring, and the fields of the configuration as flags."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from cyclopts import App
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+
+TAKES_FLAGS = {
+    "train": "FILE... [--FIELD VALUE]... [OPTIONS]",
+    "plan": "FILE... [--FIELD VALUE]... [OPTIONS]",
+    "resume": "RUN [--FIELD VALUE]... [OPTIONS]",
+}
+MARGIN = 34
+
+
+def explain(app: App, tokens: list[str]) -> None:
+    """Gives the command whose help is asked for its whole text; the list of commands has a line for each only."""
+    words = [token for token in tokens if not token.startswith("-")]
+    if not words or not {"--help", "-h"} & set(tokens):
+        return
+    command = app
+    for word in words:
+        if word not in command or command.default_command not in (None, app.default_command):
+            break
+        command = command[word]
+    if command is app or command.default_command is None:
+        return
+    command.help = reflowed(inspect.getdoc(command.default_command) or "")
+    if command.name[0] in TAKES_FLAGS:
+        command.usage = f"Usage: raftune {command.name[0]} {TAKES_FLAGS[command.name[0]]}"
+        command.help_epilogue = f"Fields of the configuration, each a flag:\n\n{fields()}\n\n{app.help_epilogue}"
+
+
+def reflowed(text: str) -> str:
+    """The text with each paragraph on one line, so that it fits any terminal; examples and lists stay as they are."""
+    paragraphs = []
+    for paragraph in text.split("\n\n"):
+        lines = paragraph.splitlines()
+        as_it_is = any(line.startswith("raftune ") or "   " in line.strip() for line in lines)
+        paragraphs.append("\n".join(lines) if as_it_is else " ".join(lines))
+    return "\n\n".join(paragraphs)
+
+
+def fields() -> str:
+    """Every field of the configuration as a flag, with what it does and its default, as wide as the terminal."""
+    from raftune.config.run import RunConfig
+
+    width = max(shutil.get_terminal_size().columns, MARGIN + 30)
+    described: dict[str, str] = {}
+    for flag, words in descriptions(RunConfig, ""):
+        described.setdefault(flag, words)  # of families that share a name, the first one's
+    return "\n".join(entry(flag, words, width) for flag, words in described.items())
+
+
+def descriptions(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
+    """The flags of a section and of those in it, each with its description and default."""
+    from raftune.config.load import models_in
+
+    for name, field in section.model_fields.items():
+        inner = models_in(field.annotation)
+        if inner and not str(field.annotation).startswith("tuple"):
+            for model in inner:
+                yield from descriptions(model, f"{prefix}{name}.")
+        else:
+            default = "" if field.is_required() else default_of(field)
+            yield f"--{prefix}{name}", " ".join(part for part in (field.description or "", default) if part)
+
+
+def entry(flag: str, words: str, width: int) -> str:
+    """A flag and its words, which hang beside it; beneath it where it is too long."""
+    head, margin = f"  {flag}", " " * MARGIN
+    said = textwrap.wrap(words, width - MARGIN) or [""]
+    if len(head) >= MARGIN:
+        return "\n".join([head, *(margin + line for line in said)])
+    return "\n".join([f"{head:<{MARGIN}}{said[0]}".rstrip(), *(margin + line for line in said[1:])])
+
+
+def default_of(field: FieldInfo) -> str:
+    value: Any = field.get_default(call_default_factory=True)
+    empty = value is None or value == () or value == {}
+    return "" if empty else f"[{str(value).lower() if isinstance(value, bool) else value}]"
