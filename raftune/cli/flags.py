@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from raftune.config.load import all_fields, models_in
+from raftune.config.load import models_in
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 
@@ -77,6 +79,17 @@ def kinds_of(name: str) -> list[Any] | None:
     return None if whole else found
 
 
+def fields_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted field that can be a flag, with what is declared of it; a list is one field."""
+    for name, field in section.model_fields.items():
+        inner = models_in(field.annotation)
+        if inner and not is_list([*alternatives(field.annotation)]):
+            for model in inner:
+                yield from fields_of(model, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
 def alternatives(annotation: Any) -> Iterator[Any]:
     """The members of a union, one after another."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -126,7 +139,7 @@ def as_list(value: Any) -> list[Any]:
 
 def hint(name: str, options: Sequence[str]) -> str:
     """The flag that was probably meant."""
-    fields = [field for field in all_fields(RunConfig) if kinds_of(field) is not None]
+    fields = [*dict(fields_of(RunConfig))]
     if listed := [field for field in fields if name.startswith(f"{field}.") and is_list(kinds_of(field))]:
         return f"{listed[0]} is a list: write --{listed[0]} '[{{{name.rsplit('.', 1)[-1]}: …}}]', for example."
     if inside := [field for field in fields if field.startswith(f"{name}.")]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import inspect
 import shutil
 import textwrap
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cyclopts import App
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
 TAKES_FLAGS = {
@@ -52,27 +50,14 @@ def reflowed(text: str) -> str:
 
 def fields() -> str:
     """Every field of the configuration as a flag, with what it does and its default, as wide as the terminal."""
+    from raftune.cli.flags import fields_of
     from raftune.config.run import RunConfig
 
     width = max(shutil.get_terminal_size().columns, MARGIN + 30)
     described: dict[str, str] = {}
-    for flag, words in descriptions(RunConfig, ""):
-        described.setdefault(flag, words)  # of families that share a name, the first one's
+    for name, field in fields_of(RunConfig):
+        described.setdefault(f"--{name}", described_by(field))  # of families that share a name, the first one's
     return "\n".join(entry(flag, words, width) for flag, words in described.items())
-
-
-def descriptions(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
-    """The flags of a section and of those in it, each with its description and default."""
-    from raftune.config.load import models_in
-
-    for name, field in section.model_fields.items():
-        inner = models_in(field.annotation)
-        if inner and not str(field.annotation).startswith("tuple"):
-            for model in inner:
-                yield from descriptions(model, f"{prefix}{name}.")
-        else:
-            default = "" if field.is_required() else default_of(field)
-            yield f"--{prefix}{name}", " ".join(part for part in (field.description or "", default) if part)
 
 
 def entry(flag: str, words: str, width: int) -> str:
@@ -84,7 +69,11 @@ def entry(flag: str, words: str, width: int) -> str:
     return "\n".join([f"{head:<{MARGIN}}{said[0]}".rstrip(), *(margin + line for line in said[1:])])
 
 
-def default_of(field: FieldInfo) -> str:
+def described_by(field: FieldInfo) -> str:
+    """What is said of the field, and its default in brackets."""
+    said = field.description or ""
+    if field.is_required():
+        return said
     value: Any = field.get_default(call_default_factory=True)
     empty = value is None or value == () or value == {}
-    return "" if empty else f"[{str(value).lower() if isinstance(value, bool) else value}]"
+    return said if empty else f"{said} [{str(value).lower() if isinstance(value, bool) else value}]".strip()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from raftune.cli.flags import read_tokens
+from raftune.cli.flags import fields_of, read_tokens
 from raftune.config.load import merge, nested, validate
+from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 
 MINIMAL = {"data": {"prompts": "p.jsonl"}, "policy": {"model": "starter"}}
@@ -90,6 +91,13 @@ def test_what_is_inside_a_list_is_written_as_the_list() -> None:
         flags("--rewards.reward_funcs.weight", "1")
     given = flags("--rewards.reward_funcs", "[{spec: length, weight: 2}, starter]")
     assert given == {"rewards.reward_funcs": [{"spec": "length", "weight": 2}, "starter"]}
+
+
+def test_every_field_is_a_flag() -> None:
+    names = {*dict(fields_of(RunConfig))}
+    assert len(names) > 90
+    for name in names:
+        assert name in flags(f"--{name}", "1")
 
 
 def test_nothing_like_it_points_to_the_schema() -> None:
