@@ -30,7 +30,7 @@ def read_rows(source: str, split: str = "train", field: str = "data.prompts") ->
         return _read_folder(path, split, field)
     if suffix in _SUFFIXES or source.startswith((".", "/", "~")):
         raise DataError(
-            f"{field} must name a file that exists; got {source!r}. Check the path: it is taken from the current folder."
+            f"{field} must name a file that exists; got {source!r}. Check the path, which starts from here."
         )
     return _read_hub(source, split, field)
 
@@ -46,7 +46,7 @@ def table_from(rows: Any) -> pa.Table:
     if isinstance(rows, Iterable):
         listed = list(rows)
         if all(isinstance(row, dict) for row in listed):
-            names = list(dict.fromkeys(name for row in listed for name in row))  # Arrow would take the first row's alone
+            names = list(dict.fromkeys(name for row in listed for name in row))  # Arrow takes the first row's
             return pa.table({name: pa.array([row.get(name) for row in listed]) for name in names})
         if all(isinstance(row, str) for row in listed):
             return pa.table({"prompt": pa.array(listed, pa.string())})

@@ -100,6 +100,10 @@ class Likelihood(Protocol):
         """(N,) nats, untempered, summed over the completion's tokens, EOS included."""
         ...
 
+    def recorded_log_probs(self, samples: pa.Table) -> FloatN:
+        """(N,) the same under the policy that drew the samples, as noted while drawing; NaN where nothing was noted."""
+        ...
+
 
 class Reward(Protocol):
     """What gives a number to a completion: TRL's contract, called by keyword."""
@@ -118,7 +122,7 @@ class PolicyShelf(Protocol):
     """Hands out policies, and holds at most one large model at a time."""
 
     def at(self, folder: Path) -> Policy:
-        """The policy of this committed model folder, for drawing and log-probabilities; kept until another is asked for."""
+        """The policy of this committed folder, for drawing and log-probabilities; held until another is asked for."""
         ...
 
     def fresh(self, folder: Path) -> Policy:
@@ -131,14 +135,20 @@ class PolicyShelf(Protocol):
 
 
 class StageFace(Protocol):
-    """What every stage declares, so that keys, resume and staleness are one walk over a table of stages."""
+    """What every stage declares, so that keys, resume and staleness are one walk over a table of stages.
 
-    name: str
-    writes: str  # its folder in the round
-    reads: tuple[
-        str, ...
-    ]  # folders whose COMMIT enters its key: "draw", "model@-1" of the round before, "data@0" of the start
-    fields: tuple[str, ...]  # dotted config fields that enter the key
+    `name` is what it is called, `writes` its folder in the round. `reads` are the folders whose COMMIT enters its key:
+    "draw", "model@-1" of the round before, "data@0" of the start. `fields` are the dotted config fields that enter it.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def writes(self) -> str: ...
+    @property
+    def reads(self) -> tuple[str, ...]: ...
+    @property
+    def fields(self) -> tuple[str, ...]: ...
 
     def fingerprints(self) -> Mapping[str, str]:
         """What shapes the stage besides fields and inputs: the hash of a reward's code, of a model's weights."""
@@ -155,7 +165,8 @@ class OnceStage(StageFace, Protocol):
 class UnitStage(StageFace, Protocol):
     """A stage that an engine runs unit by unit; a `local` one needs objects that only the loop's process has."""
 
-    local: bool
+    @property
+    def local(self) -> bool: ...
 
     def units(self, inputs: Inputs) -> list[int]:
         """The numbers of the units to run."""

@@ -39,7 +39,7 @@ class SamplingConfig(Frozen):
     )
     system_prompt: str | None = Field(
         None,
-        description="A system message, or a text and a blank line, before every prompt when drawing; left out when tuning.",
+        description="A system message, or a text and a blank line, put before prompts when drawing; not when tuning.",
     )
     few_shot_prefix: str | None = Field(
         None, description="Text before a prompt given as text when drawing, left out when tuning."

@@ -65,6 +65,12 @@ def rounds_of_parting(history: Sequence[Metrics]) -> int:
     return count
 
 
+def gain(before: Metrics, after: Metrics, name: str) -> float | None:
+    """By how much a mean rose; None where either round did not measure it."""
+    old, new = before.get(name), after.get(name)
+    return None if old is None or new is None else float(new["mean"] - old["mean"])
+
+
 def rounds_without_gain(history: Sequence[Metrics], min_gain: float, best_by: str) -> int:
     """How many rounds have passed since the last new best."""
     best, since = float("-inf"), 0

@@ -82,7 +82,8 @@ class Tabular:
     def adopt(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
         if not isinstance(answer, int) or not 0 <= answer < self.log_p.shape[1]:
             raise DataError(
-                f"an answer of prompt {prompt.id} must be an index in 0 … {self.log_p.shape[1] - 1}; got {answer!r} ({source})."
+                f"an answer of prompt {prompt.id} must be an index in 0 … {self.log_p.shape[1] - 1}; "
+                f"got {answer!r} ({source})."
             )
         return {"completion": answer}
 
@@ -107,6 +108,10 @@ class Tabular:
         labels = np.array([self.label(prompt) for prompt in prompts], dtype=np.int64)
         return np.asarray(self.log_p[labels, samples.column("completion").to_numpy()], dtype=np.float64)
 
+    def recorded_log_probs(self, samples: pa.Table) -> FloatN:
+        """Nothing is noted while drawing: to look it up is as cheap."""
+        return np.full(samples.num_rows, np.nan)
+
     def notes(self) -> tuple[str, ...]:
         return ()
 
@@ -128,7 +133,8 @@ def refuse_unused(config: RunConfig) -> None:
             default = field.get_default(call_default_factory=True)
             if name not in names and getattr(chosen, name) != default:
                 raise ConfigError(
-                    f"{section}.{name} means nothing to the tabular family; got {getattr(chosen, name)!r}. Remove it, or choose another policy.family."
+                    f"{section}.{name} means nothing to the tabular family; got {getattr(chosen, name)!r}. "
+                    "Remove it, or choose another policy.family."
                 )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
-from raftune.protocols import Inputs, Likelihood, PolicyShelf
+from raftune.protocols import FloatN, Inputs, Likelihood, PolicyShelf
 from raftune.stages.plan import asked, read_plan
 from raftune.stages.score import read_shards
 from raftune.store.layout import unit_numbers
@@ -38,9 +39,19 @@ class LogProbs:
         policy = self.policies.at(inputs[self.model])
         assert isinstance(policy, Likelihood)  # planning has made sure of it
         samples = pa.concat_tables(read_shards([inputs[name] for name in self.shards], index))
-        prompts = asked(inputs[self.plan], index, samples)
-        planned = read_plan(inputs[self.plan])["batch_size"]
-        values = policy.log_probs(prompts, samples, int(metadata.get("batch_size", planned)))
+        values = noted(policy, samples, by=inputs[self.model].parent.name)
+        left = np.flatnonzero(np.isnan(values))
+        if len(left):
+            prompts = asked(inputs[self.plan], index, samples)
+            planned = read_plan(inputs[self.plan])["batch_size"]
+            size = int(metadata.get("batch_size", planned))
+            values[left] = policy.log_probs([prompts[i] for i in left], samples.take(pa.array(left)), size)
         table = samples.select(["sample_id"]).append_column("log_prob", pa.array(values, pa.float64()))
         write_table(table, out, metadata)
         return ()
+
+
+def noted(policy: Likelihood, samples: pa.Table, by: str) -> FloatN:
+    """(N,) what the model of round `by` noted of its own draws, which spares a pass over them; NaN for all others."""
+    own = np.array([version == by for version in samples.column("version").to_pylist()])
+    return np.where(own, policy.recorded_log_probs(samples), np.nan)

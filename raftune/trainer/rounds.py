@@ -18,7 +18,7 @@ from raftune.trainer.config import RaftConfig
 from raftune.trainer.metrics import Drawn, held_out, kept, losses
 
 
-class StopAfterRound(Exception):  # noqa: N818 - it is no error
+class StopAfterRound(Exception):
     """A callback asked to stop: raised at the end of a round, when everything of it is committed."""
 
     def __init__(self, round_: int) -> None:

@@ -150,6 +150,19 @@ def test_likelihoods_are_negative_and_agree_with_how_often_answers_are_drawn_alo
     np.testing.assert_allclose(together, alone, atol=1e-4)
 
 
+def test_what_was_noted_while_drawing_is_what_the_policy_says_afterwards(case: Case) -> None:
+    policy = case.load()
+    table = samples_table(policy.draw(case.unit()), policy.payload)
+    assert isinstance(policy, Likelihood)
+    noted, said = (
+        policy.recorded_log_probs(table),
+        policy.log_probs([p for p in case.prompts for _ in range(K)], table, 64),
+    )
+    assert noted.shape == said.shape
+    np.testing.assert_allclose(noted[~np.isnan(noted)], said[~np.isnan(noted)], atol=1e-4)
+    assert case.config.policy.family == "tabular" or not np.isnan(noted).any()
+
+
 def test_tuning_makes_what_it_was_fitted_to_more_likely(case: Case, tmp_path: Path) -> None:
     policy = case.load()
     samples = policy.draw(case.unit())

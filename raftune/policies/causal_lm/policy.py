@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 from transformers import TrainerCallback
 
@@ -160,6 +162,11 @@ class CausalLM:
         completions = samples.column("completion_ids").to_pylist()
         examples = [Example.of(encoded[p.id], ids) for p, ids in zip(prompts, completions, strict=True)]
         return log_probs(self.model, examples, batch_size, self.tokenizer.pad_token_id)
+
+    def recorded_log_probs(self, samples: pa.Table) -> FloatN:
+        """(N,) sums of the log-probabilities that were noted token by token while drawing; NaN where there are none."""
+        noted = samples.column("completion_logprobs").to_pylist()
+        return np.array([np.nan if row is None else math.fsum(row) for row in noted], dtype=np.float64)
 
     def tune(self, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()) -> TuneReport:
         """Fits the policy to the rows and writes the new model into `out`; continues from what lies in `work`.
