@@ -157,10 +157,12 @@ def prompt_ids(contents: Iterable[PromptContent]) -> list[str]:
     return ids
 
 
+_COMPACT = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would build an encoder for each sample
+
+
 def derive_seed(*parts: str | int) -> int:
     """A seed in [0, 2**63) that depends on every part and on nothing else (BLAKE2b)."""
-    text = json.dumps(parts, separators=(",", ":"))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(_COMPACT(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def content_hash(completion: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import TypedDict
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy.typing as npt
 from raftune.records import derive_seed
 
 RESAMPLES = 2000
+BLOCK = 1_000_000
 
 
 class Interval(TypedDict):
@@ -29,18 +32,27 @@ def interval(values: npt.NDArray[np.float64]) -> Interval | None:
     values = values[np.isfinite(values)]
     if not len(values):
         return None
-    generator = np.random.Generator(np.random.Philox(derive_seed("bootstrap", len(values))))
-    means = np.concatenate(
-        [values[generator.integers(0, len(values), (block, len(values)))].mean(axis=1) for block in blocks(len(values))]
-    )
+    means = np.concatenate([values[rows].mean(axis=1) for rows in resamples(len(values))])
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(mean=float(values.mean()), low=float(low), high=float(high), n=len(values))
 
 
-def blocks(width: int) -> list[int]:
-    """Sizes of blocks of resamples that keep a block near 8 MB."""
-    size = max(1, min(RESAMPLES, 1_000_000 // width))
-    return [min(size, RESAMPLES - at) for at in range(0, RESAMPLES, size)]
+def resamples(n: int) -> Iterable[npt.NDArray[np.int64]]:
+    """For each of the RESAMPLES, n numbers below n, in blocks near 8 MB; they depend on n alone."""
+    return one_block(n) if RESAMPLES * n <= BLOCK else draw_blocks(n)
+
+
+@lru_cache(maxsize=1)
+def one_block(n: int) -> list[npt.NDArray[np.int64]]:
+    """The same for every metric of an evaluation, hence kept."""
+    return list(draw_blocks(n))
+
+
+def draw_blocks(n: int) -> Iterator[npt.NDArray[np.int64]]:
+    generator = np.random.Generator(np.random.Philox(derive_seed("bootstrap", n)))
+    size = max(1, min(RESAMPLES, BLOCK // n))
+    for at in range(0, RESAMPLES, size):
+        yield generator.integers(0, n, (min(size, RESAMPLES - at), n))
 
 
 def mean_by_prompt(groups: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

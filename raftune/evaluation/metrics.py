@@ -94,14 +94,20 @@ def usable(samples: pa.Table, column: str, status: str) -> Floats:
 
 def best_of_curve(groups: Ints, scores: Floats) -> dict[str, Any]:
     """For k = 1, 2, 4, … the reward of the best of k draws; prompts with fewer usable scores are left out of that k."""
-    by_prompt = [scores[groups == g] for g in range(int(groups.max(initial=-1)) + 1)]
-    by_prompt = [s[np.isfinite(s)] for s in by_prompt]
-    most = max((len(s) for s in by_prompt), default=0)
-    curve = {}
-    for k in sorted({*(2**i for i in range(most.bit_length()) if 2**i <= most), *({most} if most else ())}):
-        values = np.array([best_of_k_estimates(s, [k])[0] for s in by_prompt if len(s) >= k])
-        curve[str(k)] = interval(values)
-    return curve
+    usable = np.isfinite(scores)
+    order = np.argsort(groups[usable], kind="stable")
+    sorted_scores = scores[usable][order]
+    counts = np.bincount(groups[usable], minlength=int(groups.max(initial=-1)) + 1)
+    starts = np.cumsum(counts) - counts
+    most = int(counts.max(initial=0))
+    ks = sorted({*(2**i for i in range(most.bit_length())), *({most} if most else ())})
+    estimates = np.full((len(counts), len(ks)), np.nan)
+    for n in np.unique(counts[counts > 0]):
+        rows = np.flatnonzero(counts == n)
+        table = sorted_scores[starts[rows][:, None] + np.arange(n)]
+        reached = [k for k in ks if k <= n]
+        estimates[rows, : len(reached)] = best_of_k_estimates(table, reached)
+    return {str(k): interval(estimates[:, i]) for i, k in enumerate(ks)}
 
 
 def share_without_spread(groups: Ints, scores: Floats) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raftune.errors import RunDamaged, RunTooNew
-from raftune.store.files import sha256_of, write_json
+from raftune.store.files import json_bytes, publish_seal, sha256_of, stage_file
 
 NAME = "_COMMIT.json"  # the underscore keeps readers of a folder of Parquet files from opening it
 LAYOUT = 1
@@ -43,20 +43,19 @@ class Commit:
     quarantined: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path, tmp: Path) -> None:
-        write_json(
-            tmp,
-            folder / NAME,
-            {
-                "layout": LAYOUT,
-                "stage": self.stage,
-                "round": self.round,
-                "key": self.key,
-                "fields": dict(self.fields),
-                "inputs": dict(self.inputs),
-                "files": {name: _entry_json(e) for name, e in self.files.items()},
-                "quarantined": dict(self.quarantined),
-            },
-        )
+        """Publishes the COMMIT in the stage's folder, after everything that it lists."""
+        content = {
+            "layout": LAYOUT,
+            "stage": self.stage,
+            "round": self.round,
+            "key": self.key,
+            "fields": dict(self.fields),
+            "inputs": dict(self.inputs),
+            "files": {name: _entry_json(e) for name, e in self.files.items()},
+            "quarantined": dict(self.quarantined),
+        }
+        with stage_file(tmp, folder / NAME, lambda staged, final: publish_seal(staged, final, self.files)) as staged:
+            staged.write_bytes(json_bytes(content))
 
     @classmethod
     def load(cls, folder: Path) -> Commit | None:

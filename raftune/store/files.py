@@ -1,6 +1,7 @@
 """A file appears at its final path whole, or not at all.
 
-Every write goes the same way: under `tmp/` with a unique name, fsync, rename into place, fsync of the directory. A
+Every write goes the same way: under `tmp/` with a unique name, fsync, rename into place, fsync of the directory; those
+of a stage together, before its COMMIT. A
 process killed at any moment leaves, at worst, something under `tmp/`, which the next holder of the run's lock removes.
 """
 
@@ -13,7 +14,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,44 +47,68 @@ def explaining(*places: Path) -> Iterator[None]:
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside the folder durable; does nothing where directories cannot be opened (Windows)."""
-    if os.name == "nt":
+def sync(*paths: Path) -> None:
+    """Makes the contents of files and the entries of folders durable: all at once, for which a disk waits but once."""
+    if len(paths) == 1:
+        _sync(paths[0])
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    with ThreadPoolExecutor(min(8, len(paths) - 1)) as pool:
+        others = pool.map(_sync, paths[1:])
+        _sync(paths[0])
+        list(others)
+
+
+def _sync(path: Path) -> None:
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # where directories cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def sync_file(path: Path) -> None:
-    """Makes the file's content durable."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+def move(staged: Path, final: Path) -> None:
+    """Moves a finished file from `tmp/` to its final path; a file that stood there is replaced."""
+    if not final.parent.is_dir():
+        ensure_folder(final.parent.parent)
+        final.parent.mkdir(exist_ok=True)
+    staged.replace(final)
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Moves a finished file from `tmp/` to its final path, durably; a file that stood there is replaced."""
+    """Moves a finished file to its final path, durably."""
     with explaining(staged, final):
-        sync_file(staged)
-        ensure_folder(final.parent)
-        staged.replace(final)
-        sync_folder(final.parent)
+        sync(staged)
+        move(staged, final)
+        sync(final.parent)
+
+
+def publish_unsealed(staged: Path, final: Path) -> None:
+    """Moves a finished file to its final path, its content durable; its name will be once its stage is sealed."""
+    with explaining(staged, final):
+        sync(staged)
+        move(staged, final)
 
 
 def publish_folder(staged: Path, final: Path) -> None:
-    """Moves every finished file below `staged` to its place below `final`, durably; each folder is synced once."""
+    """Moves every finished file below `staged` to its place below `final`, as `publish_unsealed` does."""
     files = sorted(path for path in staged.rglob("*") if path.is_file())
-    with explaining(final):
+    with explaining(staged, final):
+        if files:
+            sync(*files)
         for path in files:
-            sync_file(path)
-        for path in files:
-            target = final / path.relative_to(staged)
-            ensure_folder(target.parent)
-            path.replace(target)
-        for folder in sorted({(final / path.relative_to(staged)).parent for path in files}):
-            sync_folder(folder)
+            move(path, final / path.relative_to(staged))
+
+
+def publish_seal(staged: Path, final: Path, listed: Iterable[str]) -> None:
+    """Publishes a COMMIT: the names of the files that it lists are durable before it has its own."""
+    folders = {final.parent, *((final.parent / name).parent for name in listed)}
+    with explaining(staged, final):
+        sync(staged, *sorted(folders))
+        move(staged, final)
+        sync(final.parent, final.parent.parent)
 
 
 def ensure_folder(folder: Path) -> None:
@@ -91,11 +117,11 @@ def ensure_folder(folder: Path) -> None:
         return
     ensure_folder(folder.parent)
     folder.mkdir(exist_ok=True)
-    sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 @contextlib.contextmanager
-def stage_file(tmp: Path, final: Path) -> Iterator[Path]:
+def stage_file(tmp: Path, final: Path, publish: Callable[[Path, Path], None] = publish) -> Iterator[Path]:
     """Yields a unique path under `tmp`; what was written there is published at `final` if the block succeeds."""
     staged = unique(tmp, final.suffix)
     try:
@@ -137,5 +163,4 @@ def discard(path: Path, tmp: Path) -> None:
     aside = unique(tmp)
     with explaining(path):
         path.replace(aside)
-        sync_folder(path.parent)
         shutil.rmtree(aside) if aside.is_dir() else aside.unlink()

@@ -14,7 +14,15 @@ from typing import Any, Protocol
 from raftune.errors import EngineError, OutOfMemory
 from raftune.protocols import OnceStage, Receipt, Stage, UnitStage
 from raftune.store.commit import Commit, FileEntry, stage_key
-from raftune.store.files import ensure_folder, publish_folder, sha256_of, stage_file, sync_folder, unique, write_json
+from raftune.store.files import (
+    ensure_folder,
+    publish_folder,
+    publish_unsealed,
+    sha256_of,
+    stage_file,
+    unique,
+    write_json,
+)
 from raftune.store.layout import batch_file, source_of, unit_file
 from raftune.store.parquet import read_metadata
 from raftune.store.run import RunFolder
@@ -105,7 +113,7 @@ def run_unit(job: Job, stage: UnitStage, index: int) -> Receipt:
     while True:
         metadata = revised(revision, job.key)
         try:
-            with stage_file(job.run.tmp, final) as staged:
+            with stage_file(job.run.tmp, final, publish_unsealed) as staged:
                 notes += stage.run_unit(job.inputs, index, staged, metadata)
                 rows, _ = read_metadata(staged)
                 sha256, size = sha256_of(staged), staged.stat().st_size
@@ -172,7 +180,6 @@ def seal_units(job: Job, receipts: Sequence[Receipt], quarantined: Mapping[int, 
             files[path.name] = FileEntry.of(path)
         elif path.is_file() and path.name not in files and path.name != RECEIPTS:
             path.unlink()
-    sync_folder(job.folder)
     job.seal(files, {unit_file(index): why for index, why in sorted(quarantined.items())})
 
 

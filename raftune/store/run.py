@@ -16,7 +16,7 @@ from raftune.errors import RunDamaged, RunInUse, StoreError
 from raftune.store import commit as commits
 from raftune.store.commit import Commit
 from raftune.store.events import Events
-from raftune.store.files import discard, ensure_folder, explaining, sha256_of, sync_folder, unique, write_json
+from raftune.store.files import discard, ensure_folder, explaining, sha256_of, sync, unique, write_json
 
 _ROUND = re.compile(r"round-(\d{4,})$")
 CONFIG = "config.resolved.json"
@@ -138,9 +138,7 @@ class RunFolder:
                 path.rename(target / path.name)
             if not nested:
                 folder.rmdir()
-            if own:
-                sync_folder(target)
-            sync_folder(folder if nested else folder.parent)
+            sync(*([target] if own else []), folder if nested else folder.parent)
 
     def clear(self, round_: int, name: str) -> None:
         """Removes what an interrupted stage left in its folder."""

@@ -294,14 +294,13 @@ SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
 
 def break_in_place() -> None:
     """Files are written where they belong, in two pieces."""
-    files.publish = in_place
-    job.publish_folder = folder_in_place
+    files.move = in_place
 
 
 def break_names() -> None:
     """Shards are written in place, and a resumed run believes in one whose name is right."""
-    whole = files.publish
-    files.publish = lambda staged, final: (in_place if final.suffix == ".parquet" else whole)(staged, final)
+    whole = files.move
+    files.move = lambda staged, final: (in_place if final.suffix == ".parquet" else whole)(staged, final)
     job.receipts_of = by_name
 
 
@@ -329,11 +328,6 @@ def in_place(staged: Path, final: Path) -> None:
     with final.open("ab") as file:
         file.write(content[len(content) // 2 :])
     staged.unlink()
-
-
-def folder_in_place(staged: Path, final: Path) -> None:
-    for path in sorted(staged.iterdir()):
-        in_place(path, final / path.name)
 
 
 def by_name(task: job.Job) -> dict[int, Receipt]:
