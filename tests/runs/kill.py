@@ -3,8 +3,8 @@
     python kill.py SCENARIO [--every N] [--most M] [--broken WAY]      prints a report as JSON
 
 A process of its own, which imports no torch and starts no threads: each trial is a fork of it, in milliseconds. Events
-are seen by an audit hook, so that the package needs no hook. SIGKILL keeps what the kernel was given, with fsync or
-without: fsync therefore does nothing here, and its order is the subject of another test.
+are seen by an audit hook, so that the package needs no hook. SIGKILL keeps what the kernel was given, synced or not:
+syncing therefore does nothing here, and its order is the subject of another test.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from raftune import loop, runs
 from raftune.errors import ConfigChanged, RunDamaged, StoreError
 from raftune.protocols import Receipt
 from raftune.store import commit, files, job, parquet
+from raftune.store import run as run_folder
 from tests.runs import tiny
 
 REPOSITORY = Path(__file__).parents[2]
@@ -65,7 +66,6 @@ class Watch:
     def begin(self) -> Watch:
         self.seen: list[str] = []
         sys.addaudithook(self._hear)
-        os.fsync = lambda descriptor: None
         return self
 
     def _hear(self, kind: str, facts: tuple[Any, ...]) -> None:
@@ -364,6 +364,7 @@ def main() -> None:
     args = parser.parse_args()
     assert "torch" not in sys.modules, "a fork of a process with torch in it would be slow, and could hang"
     runs.environment = dict  # 25 ms a run, for a file that is not compared
+    files.sync = run_folder.sync = lambda *paths: None
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
         scratch = Path(name)
