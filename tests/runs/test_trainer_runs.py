@@ -381,7 +381,7 @@ CHANGES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "the model": (lambda: {"model": tiny_llama(seed=1)}, "model: object:"),
     "the tokenizer": (lambda: {"processing_class": tiny_tokenizer(bos=True)}, "processing_class: object:"),
     "the data": (lambda: {"train_dataset": ROWS[1:]}, "train_dataset: object:"),
-    "the reward": (lambda: {"rewards": nearness}, "hash of rewards"),
+    "the reward": (lambda: {"rewards": nearness}, "the rewards have changed"),
     "the adapter": (lambda: {"peft_config": LoraConfig(r=2)}, "peft_config: None → "),
 }
 
