@@ -137,13 +137,16 @@ class Panel:
         return outcomes
 
     def _once(self, batch: Batch, names: Sequence[str]) -> dict[str, Outcome]:
-        started = {name: self._start(name, batch) for name in self._at("process", names)}
-        done = {name: self._wait(name, *self._start(name, batch), len(batch)) for name in self._at("thread", names)}
-        started |= {name: self._start(name, batch) for name in self._at("loop", names)}
+        started = {name: self._start(name, batch) for name in self._at("process", names=names)}
+        done = {
+            name: self._wait(name, *self._start(name, batch), len(batch))
+            for name in self._at("here", "thread", names=names)
+        }
+        started |= {name: self._start(name, batch) for name in self._at("loop", names=names)}
         return done | {name: self._wait(name, *call, len(batch)) for name, call in started.items()}
 
-    def _at(self, where: str, names: Sequence[str]) -> list[str]:
-        return [name for name in names if self._places[name].place == where]
+    def _at(self, *places: str, names: Sequence[str]) -> list[str]:
+        return [name for name in names if self._places[name].place in places]
 
     def _start(self, name: str, batch: Batch) -> tuple[Future[Outcome], float]:
         future = self._places[name].start(batch)

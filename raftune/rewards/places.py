@@ -1,4 +1,4 @@
-"""Where a reward runs, so that the caller can stop waiting for it: a thread, the event loop, or its own process."""
+"""Where a reward runs: on the caller's thread, or where the caller can stop waiting: a thread, the loop, a process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Place(Protocol):
 
     @property
     def place(self) -> str:
-        """thread, loop or process."""
+        """here, thread, loop or process."""
         ...
 
     def start(self, batch: Batch) -> Future[Outcome]: ...
@@ -28,6 +28,32 @@ class Place(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class Here:
+    """A reward model, on the caller's own thread, where no time limit can interrupt it.
+
+    Each thread that uses tensors gets a pool of OpenMP threads of its own, and with more of these than cores every
+    parallel step waits on the scheduler: a model on a thread of its own made all later drawing twice as slow.
+    """
+
+    place = "here"
+
+    def __init__(self, reward: Any) -> None:
+        self._reward = reward
+
+    def start(self, batch: Batch) -> Future[Outcome]:
+        """The call is over when this returns."""
+        self._reward.prepare()
+        future: Future[Outcome] = Future()
+        future.set_result(attempt(self._reward, batch))
+        return future
+
+    def give_up(self, future: Future[Outcome]) -> str:
+        return "it had ended"
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 class OnThread:
@@ -43,9 +69,6 @@ class OnThread:
         self._runner = Runner(f"raftune reward {reward.name}")
 
     def start(self, batch: Batch) -> Future[Outcome]:
-        """Reads a model's weights first, outside the call's time."""
-        if hasattr(self._reward, "prepare"):
-            self._reward.prepare()
         return self._runner.submit(lambda: attempt(self._reward, batch))
 
     def give_up(self, future: Future[Outcome]) -> str:
@@ -85,4 +108,6 @@ def place(reward: Reward, loop: Loop) -> Place:
         return reward
     if getattr(reward, "is_async", False):
         return OnLoop(reward, loop)
+    if hasattr(reward, "prepare"):
+        return Here(reward)
     return OnThread(reward)
