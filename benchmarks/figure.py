@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 340, 52, 190, 28, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 340, 52, 220, 28, 44
 
 STYLE = """
   text { font: 13px system-ui, sans-serif; fill: #24292f } .axis { stroke: #8c959f; stroke-width: 1 }
@@ -46,11 +46,11 @@ def draw(root: Path) -> str:
     ]
     reward = [v for _, _, values, _ in curves[:2] for v in values]
     ranges = {c: (min(v["low"] for v in reward), max(v["high"] for v in reward)) for c in "ab"}
-    ranges["c"] = (0.0, max(v["high"] for v in curves[2][2]))
+    ranges["c"] = (0.0, 4.0)  # all that the judge can give
     count = len(curves[0][2])
     x = [LEFT + i * (WIDTH - LEFT - RIGHT) / max(1, count - 1) for i in range(count)]
     parts = [frame(x, ranges)]
-    ends: list[float] = []
+    labels: list[tuple[float, str, str, str]] = []
     for css, label, values, band in curves:
         points = scaled(values, *ranges[css])
         y = {part: [HEIGHT - BOTTOM - p[part] * (HEIGHT - TOP - BOTTOM) for p in points] for part in points[0]}
@@ -58,16 +58,23 @@ def draw(root: Path) -> str:
             outline = list(zip(x, y["high"], strict=True)) + list(zip(x, y["low"], strict=True))[::-1]
             parts.append(f'<polygon class="f{css}" points="{path(outline)}"/>')
         parts.append(f'<polyline class="line {css}" points="{path(list(zip(x, y["mean"], strict=True)))}"/>')
-        at = y["mean"][-1]
-        while any(abs(at - other) < 32 for other in ends):
-            at += 4
-        ends.append(at)
-        first, last = values[0]["mean"], values[-1]["mean"]
-        parts.append(f'<text x="{x[-1] + 10:.0f}" y="{at:.0f}">{label}</text>')
-        parts.append(f'<text class="small" x="{x[-1] + 10:.0f}" y="{at + 14:.0f}">{first:.2f} → {last:.2f}</text>')
+        labels.append((y["mean"][-1], css, label, f"{values[0]['mean']:.2f} → {values[-1]['mean']:.2f}"))
+    parts += legend(labels, x[-1] + 12)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
     title = "<title>Held-out rewards of the bundled starter by round, with 95 % intervals</title>"
     return f"{head}>{title}<style>{STYLE}</style>" + "".join(parts) + "</svg>\n"
+
+
+def legend(labels: list[tuple[float, str, str, str]], x: float) -> list[str]:
+    """Each line's sample, name, first and last value, in the order in which the lines end, near to their ends."""
+    parts, free = [], float(TOP)
+    for end, css, label, change in sorted(labels):
+        at = free = max(end, free)
+        free += 40
+        parts.append(f'<line class="line {css}" x1="{x:.0f}" x2="{x + 18:.0f}" y1="{at - 4:.0f}" y2="{at - 4:.0f}"/>')
+        parts.append(f'<text x="{x + 24:.0f}" y="{at:.0f}">{label}</text>')
+        parts.append(f'<text class="small" x="{x + 24:.0f}" y="{at + 15:.0f}">{change}</text>')
+    return parts
 
 
 def frame(x: list[float], ranges: dict[str, tuple[float, float]]) -> str:
@@ -85,7 +92,8 @@ def frame(x: list[float], ranges: dict[str, tuple[float, float]]) -> str:
         )
     middle = (x[0] + x[-1]) / 2
     lines.append(f'<text class="small" x="{middle:.0f}" y="{HEIGHT - 6}" text-anchor="middle">round</text>')
-    lines.append(f'<text class="small" x="{LEFT}" y="{TOP - 12}">reward (left scale); judge from 0 to its best</text>')
+    scales = "reward: scale on the left; the judge, 0 to 4 points, on the same height"
+    lines.append(f'<text class="small" x="{LEFT}" y="{TOP - 12}">{scales}</text>')
     return "".join(lines)
 
 
