@@ -61,3 +61,17 @@ class SamplingConfig(Frozen):
                 "stop must hold non-empty texts; got ''. An empty text would end every completion at once: remove it."
             )
         return self
+
+    @model_validator(mode="after")
+    def _each_dial_has_one_place(self) -> SamplingConfig:
+        fields = dict.fromkeys(type(self).model_fields) | {
+            "num_return_sequences": "num_generations",
+            "max_new_tokens": "max_completion_length",
+            "stop_strings": "stop",
+        }
+        for name in self.generation_kwargs:
+            if name in fields:
+                raise ValueError(
+                    f"generation_kwargs must not hold {name!r}: raftune sets it. Use sampling.{fields[name] or name}."
+                )
+        return self
