@@ -6,10 +6,9 @@ run again, so that a first run, a resumed run and a longer run are the same walk
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -159,10 +158,3 @@ def speaker(run: RunFolder, observe: Observer) -> Callable[..., None]:
         observe(kind, facts)
 
     return say
-
-
-def walk(shop: Workshop) -> Iterator[tuple[int, Stage]]:
-    """Every stage of every round, in order, without end."""
-    for round_ in itertools.count():
-        for stage in shop.stages(round_):
-            yield round_, stage
