@@ -11,7 +11,7 @@ from raftune.config.base import Frozen
 Rule = Literal["best_of_k", "top_m", "top_fraction", "threshold", "softmax", "random"]
 
 # The rules that read each field which not every rule reads.
-_READ_BY: dict[str, tuple[Rule, ...]] = {
+READ_BY: dict[str, tuple[Rule, ...]] = {
     "m": ("top_m", "random"),
     "keep_fraction": ("top_fraction",),
     "threshold": ("threshold",),
@@ -124,7 +124,7 @@ class SelectionConfig(Frozen):
 
     @model_validator(mode="after")
     def _rule_reads_what_is_given(self) -> Self:
-        for name, rules in _READ_BY.items():
+        for name, rules in READ_BY.items():
             value = getattr(self, name)
             if self.rule not in rules and value != type(self).model_fields[name].default:
                 raise ValueError(

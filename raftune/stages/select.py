@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,17 @@ from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import column_names, read_groups, read_metadata, read_table, table_writer
 
 UNITS = "raftune.units"
-_CHEAP = ("prompt_id", "k", "score", "status")
+MEND = "Mend the reward and run `raftune resume RUN --from score`."
+_IDENTITY = ("sample_id", "prompt_id", "k", "source")
+_CHEAP = ("prompt_id", "k", "source", "score", "status")
+_FAILURE = ("sample_id", "k", "source", "status", "detail")
 
 
 class Select:
-    """verdicts.parquet, one row a sample, and summary.json: what was kept; which prompts yielded nothing, and why."""
+    """verdicts.parquet, one row a sample, and summary.json: what was kept; which prompts yielded nothing, and why.
+
+    With `num_generations` only the policy's first so many draws of each prompt take part, as if no more had been drawn.
+    """
 
     name = writes = "select"
 
@@ -38,22 +44,26 @@ class Select:
         round_: int,
         shards: tuple[str, ...] = ("draw",),
         max_failures: float = 1.0,
+        num_generations: int | None = None,
     ) -> None:
         self.config, self.seed, self.round, self.shards, self.max_failures = config, seed, round_, shards, max_failures
+        self.num_generations = num_generations
         self.regularised = ("logp", "logp-start") if config.beta > 0 else ()
         self.reads = ("plan", *shards, "score", *self.regularised)
-        self.fields = ("selection", "seed", "rewards.max_failure_fraction")
+        fewer = ("sampling.num_generations",) if num_generations is not None else ()
+        self.fields = ("selection", "seed", "rewards.max_failure_fraction", *fewer)
 
     def fingerprints(self) -> Mapping[str, str]:
         return {}
 
     def run(self, inputs: Inputs, out: Path) -> None:
         units = unit_numbers(*(inputs[name] for name in ("score", *self.regularised)))
-        refuse_failures(inputs, units, self.shards, self.max_failures)
+        refuse_failures((self.taking_part(inputs, unit, _FAILURE) for unit in units), self.max_failures)
         prompts = read_table(inputs["plan"] / "prompts.parquet", ["prompt_id"]).column("prompt_id").to_pylist()
         candidates, scores = self.candidates(inputs, units, prompts)
         verdicts = select(candidates, self.config, derive_seed("select", self.seed, self.round))
-        write_verdicts(out / "verdicts.parquet", inputs["score"], units, candidates, scores, verdicts)
+        who = (self.taking_part(inputs, unit, _IDENTITY) for unit in units)
+        write_verdicts(out / "verdicts.parquet", units, who, candidates, scores, verdicts)
         summary = self.summary(candidates, scores, verdicts, prompts)
         (out / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n")
 
@@ -72,6 +82,7 @@ class Select:
     def unit_candidates(self, inputs: Inputs, unit: int, prompts: pa.Array) -> tuple[npt.NDArray[Any], ...]:
         """Of each sample of the unit: prompt number, k, ranked score, length, content, plain score."""
         score = read_table(inputs["score"] / unit_file(unit), _CHEAP)
+        rows = first_draws(score, self.num_generations)
         usable = pc.equal(score.column("status"), Status.OK.value)
         values = pc.if_else(usable, score.column("score"), None).to_numpy(zero_copy_only=False).astype(np.float64)
         ranked = values - self.config.beta * self.log_ratio(inputs, unit) if self.regularised else values
@@ -82,7 +93,12 @@ class Select:
             length = np.concatenate([lengths(path) for path in paths])
         if self.config.drop_duplicates:
             content = np.concatenate([contents(path) for path in paths])
-        return group, score.column("k").to_numpy(), ranked, length, content, values
+        return tuple(c[rows] for c in (group, score.column("k").to_numpy(), ranked, length, content, values))
+
+    def taking_part(self, inputs: Inputs, unit: int, columns: Sequence[str]) -> pa.Table:
+        """These columns of the unit's scores, of the samples that take part."""
+        table = read_table(inputs["score"] / unit_file(unit), columns)
+        return table if self.num_generations is None else table.take(first_draws(table, self.num_generations))
 
     def log_ratio(self, inputs: Inputs, unit: int) -> npt.NDArray[np.float64]:
         """log p - log p0 of each sample of the unit, nats."""
@@ -133,12 +149,19 @@ def contents(path: Path) -> npt.NDArray[np.uint64]:
     return np.array([content_hash(c) for c in completions.to_pylist()], dtype=np.uint64)
 
 
-def refuse_failures(inputs: Inputs, units: list[int], shards: tuple[str, ...], limit: float) -> None:
+def first_draws(samples: pa.Table, num_generations: int | None) -> npt.NDArray[np.int64]:
+    """The rows of each prompt's first so many draws by the policy (None: of all of them), and of all other answers."""
+    if num_generations is None:
+        return np.arange(samples.num_rows)
+    drawn = pc.equal(samples.column("source"), "policy").to_numpy(zero_copy_only=False)
+    return np.flatnonzero(~drawn | (samples.column("k").to_numpy() < num_generations))
+
+
+def refuse_failures(scores: Iterable[pa.Table], limit: float) -> None:
     """Raises RewardError, with examples, when more than this share of the samples could not be scored."""
     total, failed = 0, Counter[str]()
     examples: list[str] = []
-    for unit in units:
-        table = read_table(inputs["score"] / unit_file(unit), ["sample_id", "status", "detail"])
+    for table in scores:
         total += table.num_rows
         bad = table.filter(pc.is_in(table.column("status"), pa.array(["invalid", "error", "timeout"])))
         failed.update(bad.column("status").to_pylist())
@@ -149,24 +172,23 @@ def refuse_failures(inputs: Inputs, units: list[int], shards: tuple[str, ...], l
             f"rewards: {sum(failed.values())} of {total} samples could not be scored ({counts}); "
             f"rewards.max_failure_fraction allows {limit:g}. For example: "
             + " | ".join(examples)
-            + ". Mend the reward and run `raftune resume RUN --from score`."
+            + f". {MEND}"
         )
 
 
 def write_verdicts(
     path: Path,
-    score: Path,
     units: list[int],
+    samples: Iterable[pa.Table],
     candidates: Candidates,
     scores: npt.NDArray[np.float64],
     verdicts: Verdicts,
 ) -> None:
-    """Streams the verdicts, one row group a unit, so that memory does not grow with the words."""
+    """Streams the verdicts beside their samples, one row group a unit, so that memory does not grow with the words."""
     at = 0
     schema = VERDICT_SCHEMA.with_metadata({UNITS: json.dumps(units)})
     with table_writer(path, schema) as writer:
-        for unit in units:
-            who = read_table(score / unit_file(unit), ["sample_id", "prompt_id", "k", "source"])
+        for who in samples:
             rows = slice(at, at + who.num_rows)
             at = rows.stop
             reason = pa.DictionaryArray.from_arrays(pa.array(verdicts.reason[rows].astype(np.int8)), pa.array(REASONS))
