@@ -1,0 +1,236 @@
+"""How varied texts are: pure functions of texts alone, for what a policy draws and for what a selection keeps.
+
+A word is a run of letters, digits and underscores, in lower case. Everything is counted exactly, on numbers that stand
+for words: 8 bytes a word and no copy of the texts, so that these can be read from a generator.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+WORD = re.compile(r"\w+")
+
+HASHES = 256  # of a text's word pairs, in bands
+MISSED = 1e-6  # the chance at most that a pair of texts right at the threshold shares no band
+NEIGHBOURS = 8  # texts before it in a bucket that a text is compared with
+PRIME = (1 << 31) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The words of T texts as numbers: ids (W,), equal for equal words; text i is ids[starts[i]:starts[i + 1]]."""
+
+    ids: Ints
+    starts: Ints
+    vocabulary: int
+
+    @property
+    def lengths(self) -> Ints:
+        """(T,) words of each text."""
+        return np.diff(self.starts)
+
+
+Texts = Iterable[str] | Words
+
+
+def numbered(texts: Texts) -> Words:
+    """The texts' words, read once; to measure the same texts in several ways, number them once and give the result."""
+    if isinstance(texts, Words):
+        return texts
+    numbers: defaultdict[str, int] = defaultdict(count().__next__)
+    ids, starts = array("q"), array("q", [0])
+    for text in texts:
+        ids.extend(numbers[word] for word in WORD.findall(text.lower()))
+        starts.append(len(ids))
+    return Words(np.frombuffer(ids, np.int64), np.frombuffer(starts, np.int64), len(numbers))
+
+
+def distinct(texts: Texts, n: int) -> float | None:
+    """Distinct-n: different n-grams over all n-grams of the whole set, in (0, 1]; None where there is none.
+
+    Li et al., A Diversity-Promoting Objective Function for Neural Conversation Models (2016). It falls as the set
+    grows: compare sets of about one size.
+    """
+    grams = ngrams(numbered(texts), n)
+    return len(np.unique(grams)) / len(grams) if len(grams) else None
+
+
+def unique(texts: Texts, n: int) -> int | None:
+    """Unique-n: how many n-grams occur exactly once in the whole set; None where there is no n-gram.
+
+    As GEM and RL4LMs count it (van Miltenburg et al. 2018), whose tables the RAFT paper follows. A number, not a share:
+    it grows with the set.
+    """
+    grams = ngrams(numbered(texts), n)
+    return int(np.sum(np.unique(grams, return_counts=True)[1] == 1)) if len(grams) else None
+
+
+def msttr(texts: Texts, window: int = 100) -> float | None:
+    """MSTTR: the share of different words in a segment of `window` words, averaged, in (0, 1] (Johnson 1944).
+
+    The texts are joined in their order and cut into segments side by side; what is left over at the end is not
+    counted, as in GEM. None where all texts together have fewer words than one segment.
+    """
+    ids = numbered(texts).ids
+    whole = len(ids) // window
+    if not whole:
+        return None
+    segments = np.sort(ids[: whole * window].reshape(whole, window), axis=1)
+    return float((1 + np.count_nonzero(np.diff(segments, axis=1), axis=1)).mean() / window)
+
+
+def similarity(groups: Sequence[Sequence[str]]) -> float | None:
+    """The mean over groups of the mean similarity of two texts of a group; None where no group has two texts."""
+    members = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    values = similarities((text for group in groups for text in group), members)
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None
+
+
+def similarities(texts: Texts, groups: Ints) -> Floats:
+    """(G,) the mean similarity of two different texts of each group, in [0, 1]; NaN for a group of one text or none.
+
+    Text i belongs to group groups[i]. Two texts are as similar as the cosine of the counts of their word pairs, the
+    text's ends counted as words: 1 for texts of the same words in the same order (two without words, too), 0 where no
+    pair is shared. The mean over pairs of unit vectors u is (|Σ u|² - K)/(K² - K), so that the cost grows with the
+    words and not with K².
+    """
+    pairs, owner = bounded_pairs(numbered(texts))
+    size = int(pairs.max(initial=0)) + 1
+    cells, counts = np.unique(owner * size + pairs, return_counts=True)
+    owners, kinds = cells // size, cells % size
+    norms = np.sqrt(np.bincount(owners, weights=counts.astype(np.float64) ** 2, minlength=len(groups)))
+    shared, place = np.unique(groups[owners] * size + kinds, return_inverse=True)
+    sums = np.bincount(place, weights=counts / norms[owners], minlength=len(shared))
+    members = np.bincount(groups, minlength=int(groups.max(initial=-1)) + 1)
+    squares = np.bincount(shared // size, weights=sums**2, minlength=len(members))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = (squares - members) / (members * (members - 1))
+    return np.where(members > 1, np.clip(values, 0.0, 1.0), np.nan)
+
+
+def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[list[int]]:
+    """Clusters of the texts' indices, the largest first: each text shares at least `threshold` with one of its cluster.
+
+    Two texts share the word pairs that are in both over those that are in either (Jaccard), the text's ends counted as
+    words: one word changed in twenty leaves 0.83. Every link is computed exactly; which pairs are compared is found by
+    MinHash (Broder 1997) in bands, so that the cost grows with the words and not with their square. A pair right at the
+    threshold goes unseen with a chance below one in a million, and where unlike texts stand between them in all bands.
+    Raises ValueError for a threshold outside (0, 1].
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be in (0, 1]; got {threshold}. It is a share of word pairs: write 0.8.")
+    forest = Forest(len(texts))
+    shingles = shingle_sets(numbered(texts))
+    known: dict[bytes, int] = {}
+    for index, shingle in enumerate(shingles):
+        forest.join(known.setdefault(shingle.tobytes(), index), index)
+    if threshold < 1:
+        join_similar([*known.values()], shingles, threshold, forest)
+    return forest.clusters()
+
+
+def join_similar(chosen: Sequence[int], shingles: Sequence[Ints], threshold: float, forest: Forest) -> None:
+    """Joins those of the chosen texts that are at least as similar as the threshold."""
+    if not chosen:
+        return
+    sets = {index: frozenset(shingles[index].tolist()) for index in chosen}
+    flat = np.concatenate([shingles[index] for index in chosen])
+    starts = np.cumsum([0, *(len(shingles[index]) for index in chosen)])[:-1]
+    rows = rows_per_band(threshold)
+    generator = np.random.Generator(np.random.Philox(0))
+    for _ in range(HASHES // rows):
+        for bucket in buckets(flat, starts, generator.integers(1, PRIME, (rows, 2))):
+            members = [chosen[place] for place in bucket]
+            for at, index in enumerate(members):
+                for other in members[max(at - NEIGHBOURS, 0) : at]:
+                    forest.join_if(other, index, sets, threshold)
+
+
+def buckets(flat: Ints, starts: Ints, factors: Ints) -> Iterator[list[int]]:
+    """The texts, two or more together, whose least hashes are equal for every one of the factors (rows, 2)."""
+    # Shingles are numbered from 0, so that a·x + b, mixed once more, has no order that the numbering gave it.
+    least = [np.minimum.reduceat(mixed(flat, int(a), int(b)), starts) for a, b in factors]
+    together: dict[bytes, list[int]] = {}
+    for place, row in enumerate(np.stack(least, axis=1)):
+        together.setdefault(row.tobytes(), []).append(place)
+    return (bucket for bucket in together.values() if len(bucket) > 1)
+
+
+def mixed(numbers: Ints, a: int, b: int) -> npt.NDArray[np.uint64]:
+    """A hash of each number, by multiplication and shifts (as in SplitMix64)."""
+    x = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(a << 32 | b)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(x ^ (x >> np.uint64(31)), dtype=np.uint64)
+
+
+def rows_per_band(threshold: float) -> int:
+    """The most hashes in a band with which a pair at the threshold is still seen: longer bands compare fewer pairs."""
+    fit = [rows for rows in range(1, 17) if (1 - threshold**rows) ** (HASHES // rows) <= MISSED]
+    return max(fit, default=1)
+
+
+class Forest:
+    """Which of n things have been joined, as trees that point to the lowest index of each cluster."""
+
+    def __init__(self, n: int) -> None:
+        self.parents = list(range(n))
+
+    def root(self, index: int) -> int:
+        while self.parents[index] != index:
+            self.parents[index] = index = self.parents[self.parents[index]]
+        return index
+
+    def join(self, left: int, right: int) -> None:
+        low, high = sorted((self.root(left), self.root(right)))
+        self.parents[high] = low
+
+    def join_if(self, left: int, right: int, sets: dict[int, frozenset[int]], threshold: float) -> None:
+        """Joins the two, unless they are already, where their sets are as similar as the threshold."""
+        if self.root(left) == self.root(right):
+            return
+        both = len(sets[left] & sets[right])
+        if both >= threshold * (len(sets[left]) + len(sets[right]) - both):
+            self.join(left, right)
+
+    def clusters(self) -> list[list[int]]:
+        """Those of two or more, members ascending, the largest first and of equals the earliest."""
+        found: dict[int, list[int]] = {}
+        for index in range(len(self.parents)):
+            found.setdefault(self.root(index), []).append(index)
+        return sorted((c for c in found.values() if len(c) > 1), key=lambda c: (-len(c), c[0]))
+
+
+def ngrams(words: Words, n: int) -> Ints:
+    """The n-grams of all texts as numbers, equal for equal n-grams; none crosses from one text to the next."""
+    grams, ids = words.ids, words.ids
+    for step in range(1, n):
+        if len(ids) <= step:
+            return np.empty(0, np.int64)
+        grams = np.unique(grams[:-1] * words.vocabulary + ids[step:], return_inverse=True)[1].reshape(-1)
+    owner = np.repeat(np.arange(len(words.lengths)), words.lengths)
+    return grams[owner[: len(grams)] == owner[n - 1 :]]
+
+
+def bounded_pairs(words: Words) -> tuple[Ints, Ints]:
+    """(W + T,) the word pairs of all texts as numbers, a text's ends counted as words, and the text of each."""
+    ids = np.insert(words.ids + 1, words.starts, 0)
+    pairs = np.unique(ids[:-1] * (words.vocabulary + 1) + ids[1:], return_inverse=True)[1].reshape(-1)
+    return pairs, np.repeat(np.arange(len(words.lengths)), words.lengths + 1)
+
+
+def shingle_sets(words: Words) -> list[Ints]:
+    """For each text its different word pairs, ascending."""
+    pairs, _ = bounded_pairs(words)
+    ends = np.cumsum(words.lengths + 1)
+    return [np.unique(part) for part in np.split(pairs, ends[:-1])] if len(ends) else []
