@@ -82,7 +82,7 @@ def _read_file(path: Path, suffix: str, field: str) -> pa.Table:
 
 def _read_json_lines(content: bytes, path: Path, field: str) -> pa.Table:
     rows = []
-    for number, line in enumerate(content.decode("utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(content.decode("utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

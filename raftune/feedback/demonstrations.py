@@ -1,0 +1,88 @@
+"""Demonstrations: answers to learn from as they stand, from preferences, prompts and completions, or dialogues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raftune.feedback.columns import (
+    COMPLETION,
+    COMPLETIONS,
+    PROMPT,
+    Row,
+    check_answer,
+    check_prompt,
+    find,
+    has,
+    read_answer,
+    read_list,
+    read_prompt,
+    used,
+)
+from raftune.feedback.preferences import HH, Form, preferred
+from raftune.feedback.rows import Demonstration, Feedback, Reason, Unusable
+from raftune.feedback.source import collect
+from raftune.feedback.turns import answer_text, begins, ends_with_assistant, prompt_text, read_messages
+
+MESSAGES = ("messages", "conversation", "conversations")
+WANTED = (
+    "A demonstration is a preference (its chosen answer is learned from), or has prompt and completion, or messages "
+    "that end with the assistant's."
+)
+
+
+def read_demonstrations(
+    source: str, split: str = "train", *, field: str = "data", dialogues: Form = "text"
+) -> Feedback[Demonstration]:
+    """The answers to learn from, and the rows that hold none. Raises DataError where no row is usable.
+
+    Of a preference the chosen answer, of ranked ones the best; the rows that are skipped are those that
+    `read_preferences` skips, so that a policy and its reward model learn from the same. Of a dialogue the last turn.
+    """
+
+    def read(number: int, row: Row) -> tuple[str, list[Demonstration]]:
+        form, prompt, answer = demonstrated(row, dialogues)
+        return form, [Demonstration(number, prompt, answer)]
+
+    return collect(source, split, field, read, WANTED)
+
+
+def demonstrated(row: Row, dialogues: Form) -> tuple[str, Any, Any]:
+    """The format, the prompt, and the answer to learn."""
+    if has(row, ("chosen", "rejected")) or has(row, COMPLETIONS):
+        return best_of(row, dialogues)
+    if has(row, MESSAGES) and not has(row, COMPLETION):
+        column, value = find(row, MESSAGES)
+        return used(column, "messages"), *last_turn(read_list(value, column), column)
+    prompt_column, value = find(row, PROMPT)
+    column, answer = find(row, COMPLETION)
+    prompt = read_prompt(value, prompt_column)
+    form = f"prompts and completions ({used(prompt_column, 'prompt')}, {used(column, 'completion')})"
+    answer = read_answer(answer, prompt, column)
+    return form, *(parted(prompt + answer) if isinstance(prompt, list) else (prompt, answer))
+
+
+def best_of(row: Row, dialogues: Form) -> tuple[str, Any, Any]:
+    """The preferred answer; where it goes on for several turns, the last of them."""
+    best = next(preferred(row))
+    form = f"preferred answers of {best.format}"
+    if not isinstance(best.prompt, list):
+        return form, best.prompt, best.chosen
+    prompt, answer = parted(best.prompt + best.chosen)
+    if best.format == HH and dialogues == "text":
+        return form, prompt_text(prompt), answer_text(answer)
+    return form, prompt, answer
+
+
+def last_turn(value: list[Any], column: str) -> tuple[list[Any], list[Any]]:
+    """The dialogue without its last turn, and that turn."""
+    messages = ends_with_assistant(begins(read_messages(value, column), column), column)
+    prompt, answer = parted(messages)
+    if not prompt:
+        raise Unusable(Reason.EMPTY_PROMPT, f"{column} holds an answer only")
+    check_prompt(prompt, column)
+    check_answer(answer, column)
+    return prompt, answer
+
+
+def parted(messages: list[Any]) -> tuple[list[Any], list[Any]]:
+    return messages[:-1], messages[-1:]
