@@ -110,8 +110,10 @@ Observer = Callable[[str, dict[str, Any]], None]
 
 
 @contextlib.contextmanager
-def interruptible(root: Path) -> Iterator[Observer]:
+def interruptible(root: Path, again: str | None = None) -> Iterator[Observer]:
     """Turns SIGINT and SIGTERM into Interrupted, which says how to resume; a second signal ends the process at once.
+
+    `again` is what to say of work that is no run: what is kept, and how to go on.
 
     The first raises KeyboardInterrupt where the work is: what is written is written atomically, so any moment will do.
     Where foreign code swallows it, the observer that this yields raises at the run's next event.
@@ -130,7 +132,7 @@ def interruptible(root: Path) -> Iterator[Observer]:
             raise KeyboardInterrupt
 
     def farewell() -> Interrupted:
-        return Interrupted(f"what is committed is kept. Resume with: raftune resume {root}")
+        return Interrupted(again or f"what is committed is kept. Resume with: raftune resume {root}")
 
     with handling(stop):
         try:

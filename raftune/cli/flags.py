@@ -26,9 +26,11 @@ class Given:
     flags: dict[str, Any]
 
 
-def read_tokens(tokens: Sequence[str], command: str, options: Sequence[str] = ()) -> Given:
-    """The tokens, sorted into words and flags. Raises ConfigError for a flag that neither the configuration nor the
-    command has; `options` are the command's own, which are hinted at."""
+def read_tokens(
+    tokens: Sequence[str], command: str, options: Sequence[str] = (), whole: type[BaseModel] = RunConfig
+) -> Given:
+    """The tokens, sorted into words and flags. Raises ConfigError for a flag that neither the whole configuration nor
+    the command has; `options` are the command's own, which are hinted at."""
     words: list[str] = []
     flags: dict[str, Any] = {}
     queue = list(tokens)
@@ -38,22 +40,24 @@ def read_tokens(tokens: Sequence[str], command: str, options: Sequence[str] = ()
             words.append(token)
             continue
         flag, equals, value = token.partition("=")
-        name, value = read_flag(flag, value if equals else None, queue, command, options)
-        kinds = kinds_of(name)
+        name, value = read_flag(flag, value if equals else None, queue, command, options, whole)
+        kinds = kinds_of(name, whole)
         given = convert(value, kinds)
         repeated = name in flags and is_list(kinds)
         flags[name] = [*as_list(flags[name]), *as_list(given)] if repeated else given
     return Given(tuple(words), flags)
 
 
-def read_flag(flag: str, value: str | None, queue: list[str], command: str, options: Sequence[str]) -> tuple[str, str]:
+def read_flag(
+    flag: str, value: str | None, queue: list[str], command: str, options: Sequence[str], whole: type[BaseModel]
+) -> tuple[str, str]:
     """The dotted field that the flag names, and its value, taken off the queue where it follows."""
     name = flag.removeprefix("--").replace("-", "_")
-    kinds = kinds_of(name)
-    if kinds is None and name.startswith("no_") and bool in (kinds_of(name[3:]) or ()):
+    kinds = kinds_of(name, whole)
+    if kinds is None and name.startswith("no_") and bool in (kinds_of(name[3:], whole) or ()):
         return name[3:], "false"
     if kinds is None or not flag.startswith("--"):
-        raise ConfigError(f"{flag} is not a flag of `raftune {command}`; {hint(name, options)}")
+        raise ConfigError(f"{flag} is not a flag of `raftune {command}`; {hint(name, options, whole)}")
     if value is not None:
         return name, value
     if bool in kinds and not (queue and queue[0].lower() in ("true", "false", "yes", "no", "on", "off", "1", "0")):
@@ -63,9 +67,9 @@ def read_flag(flag: str, value: str | None, queue: list[str], command: str, opti
     return name, queue.pop(0)
 
 
-def kinds_of(name: str) -> list[Any] | None:
+def kinds_of(name: str, whole: type[BaseModel] = RunConfig) -> list[Any] | None:
     """The types that the dotted field may have; None where it is none, a whole section, or inside a list."""
-    sections: list[Any] = [RunConfig]
+    sections: list[Any] = [whole]
     *path, last = name.split(".")
     for part in path:
         fields = [s.model_fields[part].annotation for s in sections if part in s.model_fields]
@@ -75,8 +79,8 @@ def kinds_of(name: str) -> list[Any] | None:
             return None
         sections = [model for field in fields for model in models_in(field)]
     found = [kind for s in sections if last in s.model_fields for kind in alternatives(s.model_fields[last].annotation)]
-    whole = all(kind is type(None) or models_in(kind) for kind in found) and not is_list(found)
-    return None if whole else found
+    section = all(kind is type(None) or models_in(kind) for kind in found) and not is_list(found)
+    return None if section else found
 
 
 def fields_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -137,10 +141,10 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def hint(name: str, options: Sequence[str]) -> str:
+def hint(name: str, options: Sequence[str], whole: type[BaseModel] = RunConfig) -> str:
     """The flag that was probably meant."""
-    fields = [*dict(fields_of(RunConfig))]
-    if listed := [field for field in fields if name.startswith(f"{field}.") and is_list(kinds_of(field))]:
+    fields = [*dict(fields_of(whole))]
+    if listed := [field for field in fields if name.startswith(f"{field}.") and is_list(kinds_of(field, whole))]:
         return f"{listed[0]} is a list: write --{listed[0]} '[{{{name.rsplit('.', 1)[-1]}: …}}]', for example."
     if inside := [field for field in fields if field.startswith(f"{name}.")]:
         return f"it is a section: write --{inside[0]}, for example."
@@ -152,4 +156,4 @@ def hint(name: str, options: Sequence[str]) -> str:
             return f"did you mean {known[close[0]]}?"
     if close := difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.7):
         return f"did you mean {last[close[0]]}?"
-    return "`raftune schema` lists all fields of the configuration."
+    return "`raftune schema` lists all fields of the configuration." if whole is RunConfig else "--help lists all."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import shutil
 import textwrap
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 from cyclopts import App
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
+# What each command that takes the fields of a configuration as flags is given, and which configuration.
+RUN = "raftune.config.run:RunConfig"
 TAKES_FLAGS = {
-    "train": "FILE... [--FIELD VALUE]... [OPTIONS]",
-    "plan": "FILE... [--FIELD VALUE]... [OPTIONS]",
-    "resume": "RUN [--FIELD VALUE]... [OPTIONS]",
+    "train": ("FILE... [--FIELD VALUE]... [OPTIONS]", RUN),
+    "plan": ("FILE... [--FIELD VALUE]... [OPTIONS]", RUN),
+    "resume": ("RUN [--FIELD VALUE]... [OPTIONS]", RUN),
+    "reward train": ("[DATA] [FILE.yaml]... [--FIELD VALUE]...", "raftune.config.reward_model:RewardModelConfig"),
 }
 MARGIN = 34
 
@@ -25,17 +30,20 @@ def explain(app: App, tokens: list[str]) -> None:
     words = [token for token in tokens if not token.startswith("-")]
     if not words or not {"--help", "-h"} & set(tokens):
         return
-    command = app
+    command, path = app, []
     for word in words:
         if word not in command or command.default_command not in (None, app.default_command):
             break
         command = command[word]
+        path.append(word)
     if command is app or command.default_command is None:
         return
     command.help = reflowed(inspect.getdoc(command.default_command) or "")
-    if command.name[0] in TAKES_FLAGS:
-        command.usage = f"Usage: raftune {command.name[0]} {TAKES_FLAGS[command.name[0]]}"
-        command.help_epilogue = f"Fields of the configuration, each a flag:\n\n{fields()}\n\n{app.help_epilogue}"
+    if (name := " ".join(path)) in TAKES_FLAGS:
+        takes, whole = TAKES_FLAGS[name]
+        command.usage = f"Usage: raftune {name} {takes}"
+        listed = fields(pkgutil.resolve_name(whole))
+        command.help_epilogue = f"Fields of the configuration, each a flag:\n\n{listed}\n\n{app.help_epilogue}"
 
 
 def reflowed(text: str) -> str:
@@ -48,14 +56,13 @@ def reflowed(text: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-def fields() -> str:
+def fields(whole: type[BaseModel]) -> str:
     """Every field of the configuration as a flag, with what it does and its default, as wide as the terminal."""
     from raftune.cli.flags import fields_of
-    from raftune.config.run import RunConfig
 
     width = max(shutil.get_terminal_size().columns, MARGIN + 30)
     described: dict[str, str] = {}
-    for name, field in fields_of(RunConfig):
+    for name, field in fields_of(whole):
         described.setdefault(f"--{name}", described_by(field))  # of families that share a name, the first one's
     return "\n".join(entry(flag, words, width) for flag, words in described.items())
 

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,18 +15,30 @@ from pydantic import BaseModel, ValidationError
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 
+Model = TypeVar("Model", bound=BaseModel)
+
 
 def load_config(files: Sequence[str | Path], flags: Mapping[str, Any] | None = None) -> RunConfig:
     """The configuration of the files, later ones over earlier ones, and dotted flags over all. Raises ConfigError."""
-    return validate(merge([*(read_yaml(file) for file in files), nested(flags or {})]))
+    return load_as(RunConfig, files, flags)
+
+
+def load_as(model: type[Model], files: Sequence[str | Path], flags: Mapping[str, Any] | None = None) -> Model:
+    """As `load_config`, for any configuration. Raises ConfigError."""
+    return validate_as(model, merge([*(read_yaml(file) for file in files), nested(flags or {})]))
 
 
 def validate(data: Mapping[str, Any]) -> RunConfig:
     """The configuration, every field checked. Raises ConfigError that names field, rule, what was given and the fix."""
+    return validate_as(RunConfig, data)
+
+
+def validate_as(model: type[Model], data: Mapping[str, Any]) -> Model:
+    """As `validate`, for any configuration. Raises ConfigError."""
     try:
-        return RunConfig.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(explain(fault, RunConfig) for fault in error.errors()))) from error
+        raise ConfigError("\n".join(dict.fromkeys(explain(fault, model) for fault in error.errors()))) from error
 
 
 def merge(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -81,7 +93,7 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
     given = short(fault.get("input"))
     kind = fault["type"]
     if kind == "extra_forbidden":
-        return f"{field} is not a field; {nearest(names[-1], owner)}"
+        return f"{field} is not a field; {nearest(names[-1], owner, model)}"
     if kind == "missing":
         return f"{field} must be given; it has no default. Add it to the configuration."
     if kind == "value_error":
@@ -134,12 +146,12 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def nearest(name: str, owner: type[BaseModel]) -> str:
-    """A hint at the field that was probably meant: in this section, or else anywhere."""
+def nearest(name: str, owner: type[BaseModel], whole: type[BaseModel]) -> str:
+    """A hint at the field that was probably meant: in this section, or else anywhere in the whole."""
     here = list(owner.model_fields)
     if close := difflib.get_close_matches(name, here, n=1, cutoff=0.6):
         return f"did you mean {close[0]!r}?"
-    elsewhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted in all_fields(RunConfig)}
+    elsewhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted in all_fields(whole)}
     if close := difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.75):
         return f"did you mean {elsewhere[close[0]]!r}?"
     return f"there are {', '.join(here)}."

@@ -12,26 +12,27 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from raftune.config.rewards import derived_name
 from raftune.errors import RewardError
+from raftune.reading import NOTES, Reading, longest, read_notes, tokens
 from raftune.rewards import fingerprint
 from raftune.rewards.outcome import one_line
-from raftune.rewards.text import TEXT_MEDIA, text_of
-
-UNBOUNDED = 1_000_000  # tokenizers without a limit report a number beyond this
+from raftune.rewards.text import TEXT_MEDIA
 
 
 @dataclass
 class ClassifierOptions:
-    """How the model is read and asked.
+    """How the model is read and asked. What is None is as the model was trained, where `raftune reward train` made it.
 
     model, tokenizer: folder or hub name; the tokenizer is the model's own unless given.
     label: index or name of the label whose log-odds (or probability) is the reward; only for models with several.
     output: `log_odds` (a reward model's plain number) or `probability`, in [0, 1].
-    include_prompt: whether the prompt is part of the text; without it a message's bare content is scored.
-    append_eos: end plain texts with the EOS token, as TRL's RewardTrainer does.
+    normalize: (r - mean) / standard deviation, by the scores that the model gave to held-out answers of its training.
+    include_prompt: whether the prompt is part of the text; without it a message's bare content is scored. None: it is.
+    append_eos: end plain texts with the EOS token, as TRL's RewardTrainer does. None: not.
     add_special_tokens: None adds them to plain texts of tokenizers that have a classification token ([CLS]).
     max_length: tokens; longer texts lose their beginning. None takes the model's own limit.
     batch_size: texts in a forward pass, grouped by length.
@@ -41,8 +42,9 @@ class ClassifierOptions:
     tokenizer: str | None = None
     label: int | str | None = None
     output: Literal["log_odds", "probability"] = "log_odds"
-    include_prompt: bool = True
-    append_eos: bool = False
+    normalize: bool = False
+    include_prompt: bool | None = None
+    append_eos: bool | None = None
     add_special_tokens: bool | None = None
     max_length: int | None = None
     batch_size: int = 16
@@ -55,7 +57,8 @@ class Classifier:
     """One number a completion, from prompt and completion together, through the model's own tokenizer and template.
 
     The configuration and the tokenizer are read at once, the weights by `prepare` or the first call. Raises RewardError
-    where they cannot be read, where the head is missing, and where the label is not clear.
+    where they cannot be read, where the head is missing, where the label is not clear, and where normalisation is asked
+    for and no distribution of scores is known.
     """
 
     def __init__(
@@ -76,6 +79,9 @@ class Classifier:
         self.media = TEXT_MEDIA
         self._label = self._find_label()
         self._tokenizer = self._read_tokenizer(tokenizer)
+        self._notes = self._read_notes()
+        self._reading = self._find_reading()
+        self._mean, self._std = self._find_scale()
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         texts = [self._encode(*pair) for pair in zip(prompts, completions, strict=True)]
@@ -90,8 +96,15 @@ class Classifier:
     @cached_property
     def fingerprint(self) -> str:
         """Over the options and the weights: a folder's files, a hub model's commit, the numbers of a model object."""
-        options = {key: value for key, value in asdict(self.options).items() if key not in ("model", "tokenizer")}
-        return fingerprint.digest("classifier", 1, options, self._weights_fingerprint(), self._tokenizer_fingerprint())
+        reading = {"include_prompt": self._reading.include_prompt, "append_eos": self._reading.append_eos}
+        reading["max_length"] = self._told("max_length")
+        options = {**asdict(self.options), **reading}
+        for key in ("model", "tokenizer", "normalize"):
+            del options[key]
+        noted = [self._notes["reading"]] if self._notes else []
+        scale = [self._mean, self._std] if self.options.normalize else []
+        known = (self._weights_fingerprint(), self._tokenizer_fingerprint())
+        return fingerprint.digest("classifier", 1, options, *known, *noted, *scale)
 
     def prepare(self) -> None:
         """Reads the weights, unless they are here: may take longer than a call is given."""
@@ -128,42 +141,53 @@ class Classifier:
         if logits_BL.shape[1] > 1 and self.config.problem_type != "multi_label_classification":
             others = [i for i in range(logits_BL.shape[1]) if i != self._label]
             chosen_B = chosen_B - torch.logsumexp(logits_BL[:, others], dim=1)
-        return torch.sigmoid(chosen_B) if self.options.output == "probability" else chosen_B
+        return torch.sigmoid(chosen_B) if self.options.output == "probability" else (chosen_B - self._mean) / self._std
 
     def _encode(self, prompt: Any, completion: Any) -> list[int]:
-        options, tokenizer = self.options, self._tokenizer
-        if isinstance(completion, str) or not options.include_prompt:
-            text = (prompt if options.include_prompt else "") + text_of(completion)
-            if options.append_eos and tokenizer.eos_token and not text.endswith(tokenizer.eos_token):
-                text += tokenizer.eos_token
-            special = (
-                tokenizer.cls_token_id is not None if options.add_special_tokens is None else options.add_special_tokens
-            )
-        else:
-            text, special = self._templated([*prompt, *completion]), bool(options.add_special_tokens)
-        limit = self._limit()
-        ids: list[int] = tokenizer(text, add_special_tokens=special, truncation=limit is not None, max_length=limit)[
-            "input_ids"
-        ]
-        return ids or [tokenizer.pad_token_id]
+        return tokens(self._tokenizer, prompt, completion, self._reading)
 
-    def _templated(self, messages: list[dict[str, Any]]) -> str:
-        if not self._tokenizer.chat_template:
+    def _find_reading(self) -> Reading:
+        """What the options say, else what the model was trained with, else what fits the tokenizer."""
+        special, noted = self.options.add_special_tokens, self._told("add_special_tokens")
+        usual = self._tokenizer.cls_token_id is not None
+        return Reading(
+            include_prompt=self._told("include_prompt") is not False,
+            append_eos=bool(self._told("append_eos")),
+            special_tokens=usual if noted is None else noted,
+            special_in_messages=bool(special),
+            limit=longest(self._tokenizer, self.config, self._told("max_length")),
+        )
+
+    def _told(self, field: str) -> Any:
+        given = getattr(self.options, field)
+        return self._notes.get("reading", {}).get(field) if given is None else given
+
+    def _find_scale(self) -> tuple[float, float]:
+        """The mean and the standard deviation that scores are normalised by; 0 and 1 where they are not."""
+        if not self.options.normalize:
+            return 0.0, 1.0
+        if self.options.output != "log_odds":
             raise RewardError(
-                f"reward model {self._source!r}: its tokenizer has no chat template, and the prompts are messages. "
-                "Set options.include_prompt: false to score the answer's text alone, or give a template."
+                f"reward model {self._source!r}: options.normalize must come with output: log_odds; got "
+                f"{self.options.output!r}, which is normalised already. Leave one of them out."
             )
-        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        return text
+        found = self._notes.get("distribution", {})
+        if not found.get("std"):
+            raise RewardError(
+                f"reward model {self._source!r}: options.normalize needs the distribution of its scores, and there is "
+                f"none in {NOTES} beside it. `raftune reward train` writes one; leave normalize out for other models."
+            )
+        return float(found["mean"]), float(found["std"])
 
-    def _limit(self) -> int | None:
-        bounds = [
-            self.options.max_length,
-            self._tokenizer.model_max_length,
-            getattr(self.config, "max_position_embeddings", None),
-        ]
-        known = [bound for bound in bounds if bound is not None and 0 < bound < UNBOUNDED]
-        return min(known) if known else None
+    def _read_notes(self) -> dict[str, Any]:
+        folder = Path(self._source).expanduser()
+        if folder.is_dir():
+            return read_notes(folder / NOTES)
+        if self._given is not None:
+            return {}
+        quietly = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        found = cached_file(self._source, NOTES, revision=self.options.revision, **quietly)
+        return read_notes(Path(found) if found else None)
 
     def _find_label(self) -> int:
         count, label = self.config.num_labels, self.options.label

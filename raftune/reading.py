@@ -1,0 +1,114 @@
+"""How a sequence classifier reads a prompt and its completion: the same tokens where it is trained and where it scores.
+
+What a model was trained to read lies beside it in `raftune_reward.json`, with the distribution of its scores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raftune.errors import RewardError
+
+NOTES = "raftune_reward.json"
+UNBOUNDED = 1_000_000  # tokenizers without a limit report a number beyond this
+# Position embeddings of these begin behind the padding token's own, so that the first rows are never used.
+SHIFTED_POSITIONS = frozenset(
+    {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "longformer"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What of a prompt and its completion becomes tokens.
+
+    include_prompt: whether the prompt is part of the text; without it a message's bare content is read.
+    append_eos: end plain texts with the EOS token.
+    special_tokens, special_in_messages: whether the tokenizer adds its own ([CLS], BOS) to plain texts, and to messages
+    that a chat template has formatted.
+    limit: tokens; longer texts lose their beginning.
+    """
+
+    include_prompt: bool = True
+    append_eos: bool = False
+    special_tokens: bool = False
+    special_in_messages: bool = False
+    limit: int | None = None
+
+
+def tokens(tokenizer: Any, prompt: Any, completion: Any, reading: Reading) -> list[int]:
+    """The token ids of the text, the padding token alone where it is empty.
+
+    Prompt and completion are texts, or message lists; the tokenizer must truncate on the left. Raises RewardError where
+    messages meet a tokenizer without a chat template.
+    """
+    if isinstance(completion, str) or not reading.include_prompt:
+        text = (prompt if reading.include_prompt else "") + text_of(completion)
+        if reading.append_eos and tokenizer.eos_token and not text.endswith(tokenizer.eos_token):
+            text += tokenizer.eos_token
+        special = reading.special_tokens
+    else:
+        text, special = templated(tokenizer, [*prompt, *completion]), reading.special_in_messages
+    cut = {"truncation": reading.limit is not None, "max_length": reading.limit}
+    ids: list[int] = tokenizer(text, add_special_tokens=special, **cut)["input_ids"]
+    return ids or [tokenizer.pad_token_id]
+
+
+def templated(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    """The messages as the chat template formats them. Raises RewardError without one."""
+    if not tokenizer.chat_template:
+        raise RewardError(
+            f"reward model {getattr(tokenizer, 'name_or_path', '')!r}: its tokenizer has no chat template, and the "
+            "prompts are messages. Set options.include_prompt: false to score the answer's text alone, or give a "
+            "template."
+        )
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    return text
+
+
+def text_of(completion: Any) -> str:
+    """The text itself; of a message list, the contents of its messages, joined by line breaks."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(_content(message["content"]) for message in completion if message.get("content"))
+
+
+def _content(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content)
+
+
+def longest(tokenizer: Any, config: Any, asked: int | None) -> int | None:
+    """Tokens that the model may read: what is asked for, what the tokenizer says and what it has positions for."""
+    places = getattr(config, "max_position_embeddings", None)
+    if places is not None and getattr(config, "model_type", None) in SHIFTED_POSITIONS:
+        places -= (config.pad_token_id or 0) + 1
+    known = [n for n in (asked, tokenizer.model_max_length, places) if n is not None and 0 < n < UNBOUNDED]
+    return min(known) if known else None
+
+
+def read_notes(path: Path | None) -> dict[str, Any]:
+    """What lies beside a model; nothing where there is no such file. Raises RewardError where it is damaged."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        reading = found["reading"]
+        whole = isinstance(found, dict) and isinstance(reading, dict) and set(reading) <= READING
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise RewardError(f"{path} is damaged: it says how the reward model reads its text. Fetch the model again.")
+    return dict(found)
+
+
+READING = frozenset({"include_prompt", "append_eos", "add_special_tokens", "max_length"})
+
+
+def write_notes(folder: Path, notes: Mapping[str, Any]) -> None:
+    """Writes what `read_notes` reads."""
+    (folder / NOTES).write_text(json.dumps(notes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
