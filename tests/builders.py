@@ -27,8 +27,8 @@ from transformers import (
 from raftune.config.policy import AdapterConfig, CausalLMPolicy
 from raftune.config.sampling import SamplingConfig
 from raftune.config.tuning import TuningConfig
-from raftune.policies.quiet import quiet
 from raftune.protocols import Unit
+from raftune.quiet import quiet
 from raftune.records import Prompt, derive_seed
 
 torch.set_num_threads(1)  # two threads for models of this size cost more than they give, and tests share their machine

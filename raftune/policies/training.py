@@ -24,10 +24,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from raftune.config.tuning import TuningConfig
 from raftune.errors import ConfigError, ModelError, OutOfMemory
+from raftune.ordering import LengthGrouped
 from raftune.policies.checkpoints import newest_verified, seal
 from raftune.policies.memory import is_out_of_memory
-from raftune.policies.ordering import LengthGrouped
-from raftune.policies.quiet import quiet
+from raftune.quiet import quiet
 
 WEIGHTS = "weights.safetensors"
 MICRO_BATCH = "micro_batch.json"

@@ -16,7 +16,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from raftune.errors import ConfigError, ModelError
-from raftune.policies.quiet import quiet
+from raftune.quiet import quiet
 
 # What differs between a model or tokenizer and its own copy on disk, and changes nothing that it computes.
 _PROVENANCE = {"_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}

@@ -11,7 +11,7 @@ from peft import PeftModel
 from raftune.config.policy import CausalLMPolicy
 from raftune.errors import StoreError
 from raftune.policies.causal_lm import loading
-from raftune.policies.quiet import quiet
+from raftune.quiet import quiet
 from raftune.store.run import RunFolder
 
 

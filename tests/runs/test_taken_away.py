@@ -22,7 +22,7 @@ from raftune.card import publish_model
 from raftune.config.load import merge, validate
 from raftune.errors import ConfigError, StoreError
 from raftune.export import export
-from raftune.policies.quiet import quiet
+from raftune.quiet import quiet
 from raftune.runs import run, verify
 from tests.builders import save_tiny, tiny_model, tiny_tokenizer
 

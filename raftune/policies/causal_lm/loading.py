@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from raftune.config.policy import AdapterConfig, CausalLMPolicy
 from raftune.errors import ConfigError, ModelError
-from raftune.policies.quiet import quiet
+from raftune.quiet import quiet
 
 REFERENCE = "reference.json"
 ADAPTER = "adapter_config.json"

@@ -27,7 +27,7 @@ from raftune.policies.causal_lm.loading import (
 )
 from raftune.policies.causal_lm.models import base_of
 from raftune.policies.causal_lm.saving import write_model
-from raftune.policies.quiet import quiet
+from raftune.quiet import quiet
 
 
 def begin(config: CausalLMPolicy, out: Path, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from raftune.config.policy import AdapterConfig
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.causal_lm import CausalLM
 from raftune.policies.causal_lm.loading import fingerprint, fresh_adapter
-from raftune.policies.quiet import quiet
+from raftune.quiet import quiet
 from raftune.records import Prompt
 from tests.builders import (
     PAD,

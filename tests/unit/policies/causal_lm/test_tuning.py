@@ -14,11 +14,11 @@ import torch
 
 from raftune.config.tuning import TuningConfig
 from raftune.errors import DataError
+from raftune.ordering import POOL, LengthGrouped, grouped_order
 from raftune.policies.causal_lm import CausalLM
 from raftune.policies.causal_lm.encoding import Encoder
 from raftune.policies.causal_lm.likelihood import Example
 from raftune.policies.causal_lm.tuning import Row, batch_of, coefficients, objective, read_rows
-from raftune.policies.ordering import POOL, LengthGrouped, grouped_order
 from tests.builders import EOS, PAD, Parts, parts, tiny_model, tiny_tokenizer, tree_hash, write_rows
 from tests.unit.policies.causal_lm.fits import model_folders, some_rows, tuned
 
