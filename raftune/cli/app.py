@@ -47,6 +47,8 @@ COMMANDS = (
     ("resume", WORK, "Continue a run where it stopped, or redo it from a stage on."),
     ("runs", LOOK, "List the runs in a folder."),
     ("samples", LOOK, "Browse what a round drew, what it kept, and why."),
+    ("rescore", LOOK, "Score what a run drew with another reward: what would it have learned from?"),
+    ("select", LOOK, "Select again by another rule or a smaller K: what would be kept?"),
     ("export", LOOK, "Take a run's model or its samples away, in the formats that TRL reads."),
     ("verify", CHECK, "Hash everything in a run again, and name what is wrong."),
     ("schema", CHECK, "Print the JSON schema of the configuration."),

@@ -20,8 +20,12 @@ TAKES_FLAGS = {
     "train": ("FILE... [--FIELD VALUE]... [OPTIONS]", RUN),
     "plan": ("FILE... [--FIELD VALUE]... [OPTIONS]", RUN),
     "resume": ("RUN [--FIELD VALUE]... [OPTIONS]", RUN),
+    "rescore": ("RUN --rewards.FIELD VALUE... [OPTIONS]", RUN),
+    "select": ("RUN [--FIELD VALUE]... [OPTIONS]", RUN),
     "reward train": ("[DATA] [FILE.yaml]... [--FIELD VALUE]...", "raftune.config.reward_model:RewardModelConfig"),
 }
+# Of these fields, those that a command takes which does not take all.
+ONLY = {"rescore": ("rewards.",), "select": ("selection.", "sampling.num_generations")}
 MARGIN = 34
 
 
@@ -42,7 +46,7 @@ def explain(app: App, tokens: list[str]) -> None:
     if (name := " ".join(path)) in TAKES_FLAGS:
         takes, whole = TAKES_FLAGS[name]
         command.usage = f"Usage: raftune {name} {takes}"
-        listed = fields(pkgutil.resolve_name(whole))
+        listed = fields(pkgutil.resolve_name(whole), ONLY.get(name, ("",)))
         command.help_epilogue = f"Fields of the configuration, each a flag:\n\n{listed}\n\n{app.help_epilogue}"
 
 
@@ -56,14 +60,18 @@ def reflowed(text: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-def fields(whole: type[BaseModel]) -> str:
-    """Every field of the configuration as a flag, with what it does and its default, as wide as the terminal."""
+def fields(whole: type[BaseModel], only: tuple[str, ...] = ("",)) -> str:
+    """Every field of the configuration as a flag, with what it does and its default, as wide as the terminal.
+
+    `only`: how the names of those begin that are taken.
+    """
     from raftune.cli.flags import fields_of
 
     width = max(shutil.get_terminal_size().columns, MARGIN + 30)
     described: dict[str, str] = {}
     for name, field in fields_of(whole):
-        described.setdefault(f"--{name}", described_by(field))  # of families that share a name, the first one's
+        if name.startswith(only):
+            described.setdefault(f"--{name}", described_by(field))  # of families that share a name, the first one's
     return "\n".join(entry(flag, words, width) for flag, words in described.items())
 
 
