@@ -28,6 +28,7 @@ from raftune.stages.evaluate import Evaluate
 from raftune.stages.gather import Gather
 from raftune.stages.logp import LogProbs
 from raftune.stages.plan import EvaluationPlan, Plan
+from raftune.stages.reference import Reference
 from raftune.stages.score import ScoreSamples
 from raftune.stages.select import Select
 from raftune.stages.start import Start
@@ -201,7 +202,11 @@ class Assembly:
             for model, writes in (("model", "logp"), ("model@0", "logp-start")):
                 stages.append(LogProbs(self.policies, model=model, writes=prefix + writes, plan=plan, shards=(drawn,)))
                 shards.append(writes)
-        stages.append(Evaluate(METRICS, shards=tuple(shards), media=self.family.media))
+        references = None
+        if evaluation.reference_column is not None and self.knows_likelihood():
+            stages.append(Reference(self.policies, evaluation.reference_column))
+            references = Reference.writes
+        stages.append(Evaluate(METRICS, shards=tuple(shards), media=self.family.media, references=references))
         return stages
 
     # -- what the stages need -----------------------------------------------------------------------------------------

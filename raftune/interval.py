@@ -37,6 +37,20 @@ def interval(values: npt.NDArray[np.float64]) -> Interval | None:
     return Interval(mean=float(values.mean()), low=float(low), high=float(high), n=len(values))
 
 
+def ratio_interval(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> Interval | None:
+    """The interval of Σ above / Σ below over (P,) prompts, such as nats over tokens; None where nothing is left.
+
+    A prompt whose values are not finite, or that has nothing below, is left out.
+    """
+    usable = np.isfinite(above) & np.isfinite(below) & (below > 0)
+    above, below = above[usable], below[usable]
+    if not len(above):
+        return None
+    ratios = np.concatenate([above[rows].sum(axis=1) / below[rows].sum(axis=1) for rows in resamples(len(above))])
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return Interval(mean=float(above.sum() / below.sum()), low=float(low), high=float(high), n=len(above))
+
+
 def resamples(n: int) -> Iterable[npt.NDArray[np.int64]]:
     """For each of the RESAMPLES, n numbers below n, in blocks near 8 MB; they depend on n alone."""
     return one_block(n) if RESAMPLES * n <= BLOCK else draw_blocks(n)

@@ -30,6 +30,12 @@ def likelihood(assembly: Assembly) -> Iterator[str]:
             f"selection.beta must be 0 for a family that knows no likelihoods; got {beta:g} with policy.family: "
             f"{assembly.config.policy.family}. Set it to 0, or give the family `log_probs`."
         )
+    column = assembly.config.evaluation.reference_column
+    if column is not None and not assembly.knows_likelihood():
+        yield (
+            f"evaluation.reference_column must be left out for a family that knows no likelihoods; got {column!r} with "
+            f"policy.family: {assembly.config.policy.family}. Leave it out, or give the family `log_probs`."
+        )
 
 
 def selection(assembly: Assembly) -> Iterator[str]:

@@ -39,6 +39,7 @@ VERBS = {
     "evaluation judge": "held-out rewards",
     "evaluation logp": "log-probabilities, held out",
     "evaluation logp-start": "log-probabilities of the start, held out",
+    "evaluation reference": "log-probabilities of reference answers",
 }
 
 

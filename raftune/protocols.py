@@ -105,6 +105,15 @@ class Likelihood(Protocol):
         ...
 
 
+@runtime_checkable
+class Shortening(Protocol):
+    """A policy that can cut an answer to what it reads; without it an answer that is too long cannot be learned."""
+
+    def adopt_within(self, prompt: Prompt, answer: Any, source: str, max_length: int | None) -> Mapping[str, Any]:
+        """As `adopt`; what exceeds max_length (tokens, prompt and answer) is cut. Raises TooLong without room for it."""
+        ...
+
+
 class Reward(Protocol):
     """What gives a number to a completion: TRL's contract, called by keyword."""
 
@@ -194,8 +203,8 @@ class Panel(Protocol):
 
 
 class Metric(Protocol):
-    """A pure function of committed samples."""
+    """A pure function of committed samples, or of the reference answers to the prompts that they answer."""
 
-    needs: frozenset[str]  # scores, text, image, log_probs
+    needs: frozenset[str]  # scores, text, image, log_probs, own_log_probs, references
 
     def __call__(self, samples: pa.Table) -> dict[str, Any]: ...

@@ -12,7 +12,9 @@ class EvaluationConfig(Frozen):
     """Held-out prompts, drawn with the same seeds in every round, so that rounds and runs can be paired."""
 
     prompts: str | None = Field(
-        None, description="Held-out prompts; None: a tenth of the training prompts is held out."
+        None,
+        description="Held-out prompts, or a run's directory (its own); None: a tenth of the training prompts is "
+        "held out.",
     )
     split: str = Field("test", description="Split of a hub or `datasets` folder.")
     num_prompts: int = Field(
@@ -25,5 +27,11 @@ class EvaluationConfig(Frozen):
     reward_funcs: tuple[RewardSpec, ...] = Field((), description="Held-out rewards: reported, never trained on.")
     best_by: str = Field(
         "reward", description="What the best round is chosen by: 'reward', or a held-out reward's name."
+    )
+    reference_column: str | None = Field(
+        None,
+        min_length=1,
+        description="Column of the held-out prompts that holds a reference answer, text or one assistant message: "
+        "its perplexity is measured.",
     )
     kl: bool = Field(True, description="Estimate the KL to the start model, where the family knows likelihoods.")

@@ -19,7 +19,11 @@ from raftune.config.tuning import TuningConfig
 class DataConfig(Frozen):
     """The prompts: every other column of the data set rides along to the rewards."""
 
-    prompts: str = Field(description="JSONL, JSON, CSV or Parquet file, a `datasets` folder, a hub name, or 'starter'.")
+    prompts: str | None = Field(
+        None,
+        description="JSONL, JSON, CSV or Parquet file, a `datasets` folder, a hub name, a run's directory (its own "
+        "prompts), or 'starter'.",
+    )
     split: str = Field("train", description="Split of a hub or `datasets` folder.")
     prompt_column: str = Field("prompt", description="Column that holds the prompt: text, messages, or a class label.")
     limit: int | None = Field(None, ge=1, description="Only the first so many rows.")
@@ -66,7 +70,7 @@ class RunConfig(Frozen):
     )
     output_dir: str | None = Field(None, description="The run's directory; None is runs/NAME.")
     seed: int = Field(0, ge=0, lt=2**63, description="All randomness derives from it.")
-    num_rounds: int = Field(8, ge=1, description="Rounds at most.")
+    num_rounds: int = Field(8, ge=0, description="Rounds at most; 0 judges the start and learns nothing.")
     prompts_per_round: int = Field(
         64, ge=1, description="Prompts drawn in each round, without replacement within an epoch."
     )
@@ -74,7 +78,7 @@ class RunConfig(Frozen):
         "all", description="Models of older rounds to keep; samples all stay."
     )
     report_to: tuple[str, ...] = Field((), description="tensorboard, wandb, mlflow, …: as in transformers.")
-    data: DataConfig
+    data: DataConfig = Field(default_factory=DataConfig)
     policy: PolicyConfig
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     rewards: RewardsConfig = Field(default_factory=RewardsConfig)
@@ -83,6 +87,25 @@ class RunConfig(Frozen):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     stop: StopConfig = Field(default_factory=StopConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
+
+    @model_validator(mode="after")
+    def _there_is_something_to_do(self) -> RunConfig:
+        if self.num_rounds and self.data.prompts is None:
+            raise ValueError(
+                "data.prompts must be given; it has no default. Name the prompts to learn from: a file, a hub name, or "
+                "'starter'."
+            )
+        if not self.num_rounds and self.data.prompts is None and self.evaluation.prompts is None:
+            raise ValueError(
+                "evaluation.prompts must name the prompts to judge by; got none, and no data.prompts to hold any out "
+                "of. Add --evaluation.prompts FILE."
+            )
+        if not self.num_rounds and not self.evaluation.num_prompts:
+            raise ValueError(
+                "num_rounds must be above 0 where evaluation.num_prompts is 0; got 0. Without either there is nothing "
+                "to do: raise one of them."
+            )
+        return self
 
     @model_validator(mode="after")
     def _stop_rules_can_be_judged(self) -> RunConfig:
@@ -99,5 +122,10 @@ class RunConfig(Frozen):
         if self.stop.max_kl is not None and not (self.evaluation.kl and self.evaluation.num_prompts):
             raise ValueError(
                 "stop.max_kl needs evaluation.kl: true and evaluation.num_prompts above 0; got them off. Turn them on."
+            )
+        if self.evaluation.reference_column is not None and self.evaluation.num_prompts == 0:
+            raise ValueError(
+                "evaluation.reference_column needs held-out prompts; got evaluation.num_prompts = 0. "
+                "Set it above 0, or leave out evaluation.reference_column."
             )
         return self

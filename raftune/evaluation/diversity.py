@@ -219,7 +219,7 @@ def ngrams(words: Words, n: int) -> Ints:
             return np.empty(0, np.int64)
         grams = np.unique(grams[:-1] * words.vocabulary + ids[step:], return_inverse=True)[1].reshape(-1)
     owner = np.repeat(np.arange(len(words.lengths)), words.lengths)
-    return grams[owner[: len(grams)] == owner[n - 1 :]]
+    return np.asarray(grams[owner[: len(grams)] == owner[n - 1 :]], dtype=np.int64)
 
 
 def bounded_pairs(words: Words) -> tuple[Ints, Ints]:

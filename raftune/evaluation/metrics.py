@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import re
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raftune.evaluation.best_of import best_of_k_estimates
-from raftune.evaluation.interval import interval, mean_by_prompt
+from raftune.evaluation.diversity import distinct, msttr, numbered, similarities, unique
+from raftune.interval import Interval, interval, mean_by_prompt, ratio_interval
 from raftune.protocols import Metric
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+MOST_NATS = 700.0  # a token; exp of more overflows
 
 
 class Rewards:
@@ -54,20 +58,56 @@ class Divergence:
         return {"kl": interval(mean_by_prompt(prompt_numbers(samples), ratio))}
 
 
+class Entropy:
+    """How undecided the policy is, in nats: the mean of -log p over its own samples, per answer and per token.
+
+    Per answer it is an unbiased estimate of the cross-entropy from the law that was drawn from to the policy's own
+    (untempered, whole) law of answers of at most max_completion_length tokens. At temperature 1 and without top_p,
+    top_k, min_p or a penalty the two laws are one, and it is the policy's entropy, the mean over prompts. `per token`
+    is the ratio of the sums over all samples, EOS counted.
+    """
+
+    needs = frozenset({"own_log_probs"})
+
+    def __call__(self, samples: pa.Table) -> dict[str, Any]:
+        groups, nats = prompt_numbers(samples), -own_log_probs(samples)
+        found: dict[str, Any] = {"entropy": interval(mean_by_prompt(groups, nats))}
+        if "completion_ids" in samples.column_names:
+            found["entropy_per_token"] = ratio_interval(
+                by_prompt(groups, nats), by_prompt(groups, token_counts(samples))
+            )
+        return found
+
+
+class Perplexity:
+    """exp(-Σ log p / Σ tokens) over reference answers to the held-out prompts, EOS counted, the interval over prompts.
+
+    None where an answer is impossible under the policy, which makes it infinite. `references` counts the answers
+    measured, left out (empty, or unfit for the model) and impossible.
+    """
+
+    needs = frozenset({"references"})
+
+    def __call__(self, samples: pa.Table) -> dict[str, Any]:
+        nats, tokens = -_column(samples, "reference_log_prob"), _column(samples, "tokens")
+        left_out, impossible = int(np.isnan(nats).sum()), int(np.isposinf(nats).sum())
+        counts = {"measured": len(nats) - left_out - impossible, "left_out": left_out, "impossible": impossible}
+        rate = None if impossible else ratio_interval(nats, tokens)
+        return {"perplexity": exponential(rate), "references": counts}
+
+
 class Text:
-    """Length, the share cut off, and how varied the words are."""
+    """Length, the share cut off, and how varied the words are: over all samples, and inside a prompt's group."""
 
     needs = frozenset({"text"})
 
     def __call__(self, samples: pa.Table) -> dict[str, Any]:
-        texts = samples.column("completion").to_pylist()
-        found: dict[str, Any] = {"distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}
-        groups = prompt_numbers(samples)
+        words, groups = numbered(texts_of(samples)), prompt_numbers(samples)
+        found: dict[str, Any] = {f"distinct_{n}": distinct(words, n) for n in (1, 2)}
+        found |= {f"unique_{n}": unique(words, n) for n in (1, 2)}
+        found |= {"msttr_100": msttr(words, 100), "similarity": interval(similarities(words, groups))}
         if "completion_ids" in samples.column_names:
-            lengths = np.array(
-                [len(ids or ()) for ids in samples.column("completion_ids").to_pylist()], dtype=np.float64
-            )
-            found["completions/mean_length"] = interval(mean_by_prompt(groups, lengths))
+            found["completions/mean_length"] = interval(mean_by_prompt(groups, token_counts(samples)))
         if "finish" in samples.column_names:
             found["completions/clipped_ratio"] = float(
                 np.mean([f == "length" for f in samples.column("finish").to_pylist()])
@@ -75,7 +115,7 @@ class Text:
         return found
 
 
-METRICS: tuple[Metric, ...] = (Rewards(), Divergence(), Text())
+METRICS: tuple[Metric, ...] = (Rewards(), Divergence(), Entropy(), Perplexity(), Text())
 
 
 def prompt_numbers(samples: pa.Table) -> Ints:
@@ -116,15 +156,40 @@ def share_without_spread(groups: Ints, scores: Floats) -> float:
     return float(np.mean([spread == 0 for spread in spreads])) if spreads else float("nan")
 
 
-def distinct(texts: list[str], n: int) -> float | None:
-    """Distinct n-grams over all n-grams, words in lower case; None where there is none."""
-    grams = [gram for text in texts for gram in _ngrams(text, n)]
-    return len(set(grams)) / len(grams) if grams else None
+def texts_of(samples: pa.Table) -> Iterator[str]:
+    """The completions one after another, a chunk of the table in memory at a time."""
+    for chunk in samples.column("completion").chunks:
+        yield from chunk.to_pylist()
 
 
-def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.lower())
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+def token_counts(samples: pa.Table) -> Floats:
+    """(N,) tokens of each completion."""
+    counts = pc.list_value_length(samples.column("completion_ids")).to_numpy(zero_copy_only=False)
+    return np.nan_to_num(np.asarray(counts, dtype=np.float64))
+
+
+def own_log_probs(samples: pa.Table) -> Floats:
+    """(N,) nats of each answer under the policy that drew it: as computed, or else the sum of what drawing noted."""
+    if "log_prob" in samples.column_names:
+        return _column(samples, "log_prob")
+    sums = [
+        math.nan if row is None else math.fsum(row)
+        for chunk in samples.column("completion_logprobs").chunks
+        for row in chunk.to_pylist()
+    ]
+    return np.array(sums, dtype=np.float64)
+
+
+def by_prompt(groups: Ints, values: Floats) -> Floats:
+    """(P,) sums of each prompt's values; NaN where one of them is."""
+    return np.bincount(groups, weights=values, minlength=int(groups.max(initial=-1)) + 1).astype(np.float64)
+
+
+def exponential(rate: Interval | None) -> Interval | None:
+    """The interval on the scale of exp, which keeps its order; None beyond what a float holds."""
+    if rate is None or rate["high"] > MOST_NATS:
+        return None
+    return Interval(mean=math.exp(rate["mean"]), low=math.exp(rate["low"]), high=math.exp(rate["high"]), n=rate["n"])
 
 
 def _finite(values: Floats) -> Floats:

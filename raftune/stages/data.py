@@ -17,7 +17,9 @@ from raftune.data import read_rows
 from raftune.errors import DataError
 from raftune.protocols import Inputs
 from raftune.records import derive_seed, prompt_ids
-from raftune.store.parquet import write_table
+from raftune.stages.reference import check_references
+from raftune.store.parquet import read_table, write_table
+from raftune.store.run import RunFolder
 
 RESERVED = ("prompt_id", "prompt", "sample_id", "completion")
 Source = Callable[[], pa.Table]
@@ -31,29 +33,59 @@ class Data:
     fields = ("data", "evaluation.prompts", "evaluation.split", "evaluation.num_prompts")
 
     def __init__(self, config: RunConfig, train: Source | None = None, held_out: Source | None = None) -> None:
-        self.config = config
-        data, evaluation = config.data, config.evaluation
-        self.train = train or (lambda: read_rows(data.prompts, data.split))
-        if held_out is None and (name := evaluation.prompts) is not None:
-            held_out = lambda: read_rows(name, evaluation.split, "evaluation.prompts")  # noqa: E731
-        self.held_out = held_out
+        self.config, self.given_train, self.given_held_out = config, train, held_out
 
     def fingerprints(self) -> Mapping[str, str]:
         return {}
 
     def run(self, inputs: Inputs, out: Path) -> None:
-        train = prepare(self.train(), self.config.data.prompt_column, "data.prompts")
-        if self.config.data.limit is not None:
-            train = train.slice(0, self.config.data.limit)
-        wanted = self.config.evaluation.num_prompts
-        if self.held_out is not None and wanted:
-            held_out = prepare(self.held_out(), self.config.data.prompt_column, "evaluation.prompts").slice(0, wanted)
+        data, evaluation = self.config.data, self.config.evaluation
+        wanted = evaluation.num_prompts
+        train, held_out = self.train(), self.held_out() if wanted else None
+        if train is not None and data.limit is not None:
+            train = train.slice(0, data.limit)
+        if held_out is not None:
+            held_out = held_out.slice(0, wanted)
+            train = held_out.slice(0, 0) if train is None else train
         else:
+            assert train is not None  # the configuration names one or the other
             train, held_out = hold_out(train, wanted)
+        if evaluation.reference_column is not None:
+            check_references(held_out, evaluation.reference_column)
         write_table(train, out / "train.parquet")
         write_table(held_out, out / "held_out.parquet")
         notes = {"train": train.num_rows, "held_out": held_out.num_rows, **repeated(train), **overlap(train, held_out)}
         (out / "notes.json").write_text(json.dumps(notes, indent=2, sort_keys=True) + "\n")
+
+    def train(self) -> pa.Table | None:
+        """The prompts to learn from; None where the run has none, for it only judges."""
+        data = self.config.data
+        if self.given_train is not None:
+            return prepare(self.given_train(), data.prompt_column, "data.prompts")
+        return read_prompts(data.prompts, data.split, "train", data.prompt_column, "data.prompts")
+
+    def held_out(self) -> pa.Table | None:
+        """The prompts to judge by; None where they are to be taken from the prompts to learn from."""
+        evaluation, column = self.config.evaluation, self.config.data.prompt_column
+        if self.given_held_out is not None:
+            return prepare(self.given_held_out(), column, "evaluation.prompts")
+        return read_prompts(evaluation.prompts, evaluation.split, "held_out", column, "evaluation.prompts")
+
+
+def read_prompts(source: str | None, split: str, own: str, column: str, field: str) -> pa.Table | None:
+    """The prompts of a data set, or a run's `own` ones, `train` or `held_out`, under the ids that they have there."""
+    if source is None:
+        return None
+    if not (run := RunFolder(Path(source).expanduser())).exists():
+        return prepare(read_rows(source, split, field), column, field)
+    path = run.folder(0, "data") / f"{own}.parquet"
+    prompts = read_table(path) if run.is_committed(0, "data") else None
+    if prompts is None or not prompts.num_rows:
+        raise DataError(
+            f"{field} names the run {source}, which has no {own.replace('_', '-')} prompts. Name a file, or another "
+            "run."
+        )
+    return prompts
 
 
 def prepare(rows: pa.Table, column: str, field: str) -> pa.Table:

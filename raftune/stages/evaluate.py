@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,21 @@ IDENTITY = frozenset({"sample_id", "prompt_id", "k", "source"})  # the columns t
 
 
 class Evaluate:
-    """metrics.json: every metric that the columns at hand suffice for."""
+    """metrics.json: every metric that the columns at hand suffice for, those of samples and those of reference answers.
+
+    Which metrics there are does not enter the key: a later version that measures more leaves old rounds as they are.
+    """
 
     name = "evaluate"
     writes = "evaluate"
     fields: tuple[str, ...] = ()
 
-    def __init__(self, metrics: Sequence[Metric], *, shards: tuple[str, ...], media: str) -> None:
-        self.metrics, self.media = metrics, media
+    def __init__(
+        self, metrics: Sequence[Metric], *, shards: tuple[str, ...], media: str, references: str | None = None
+    ) -> None:
+        self.metrics, self.media, self.references = metrics, media, references
         self.shards = tuple(f"evaluate/{name}" for name in shards)
-        self.reads = self.shards
+        self.reads = (*self.shards, *([references] if references else []))
 
     def fingerprints(self) -> Mapping[str, str]:
         return {}
@@ -35,11 +40,17 @@ class Evaluate:
     def run(self, inputs: Inputs, out: Path) -> None:
         found: dict[str, Any] = {}
         if unit_numbers(inputs[self.shards[0]]):  # of fewer than ten prompts none is held out
-            samples = self.samples(inputs)
-            for metric in self.metrics:
-                if metric.needs <= self.has(samples):
-                    found |= metric(samples)
+            for table in self.tables(inputs):
+                for metric in self.metrics:
+                    if metric.needs <= self.has(table):
+                        found |= metric(table)
         (out / "metrics.json").write_text(json.dumps(plain(found), indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+    def tables(self, inputs: Inputs) -> Iterator[pa.Table]:
+        """The samples; and where references are scored, these, a row for each held-out prompt."""
+        yield self.samples(inputs)
+        if self.references is not None and (units := unit_numbers(inputs[self.references])):
+            yield pa.concat_tables(read_table(inputs[self.references] / unit_file(unit)) for unit in units)
 
     def samples(self, inputs: Inputs) -> pa.Table:
         """One row a sample: what was drawn, its scores, `held_out/…` scores, and `log_prob`, `log_prob_start`."""
@@ -60,7 +71,10 @@ class Evaluate:
         names = set(samples.column_names)
         found = {"scores"} if "score" in names else set()
         found |= {"log_probs"} if {"log_prob", "log_prob_start"} <= names else set()
-        return frozenset(found | {"text" if self.media in ("text", "messages") else self.media})
+        found |= {"own_log_probs"} if names & {"log_prob", "completion_logprobs"} else set()
+        found |= {"references"} if "reference_log_prob" in names else set()
+        found |= {"text" if self.media in ("text", "messages") else self.media} if "completion" in names else set()
+        return frozenset(found)
 
 
 def plain(value: Any) -> Any:
