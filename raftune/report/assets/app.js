@@ -1,0 +1,176 @@
+// The page: reads the document, keeps screen and address in step, and listens to the keys.
+
+/** Two columns: fields, what is shown and a list on the left, what was chosen on the right. */
+function columns(fields, note, list, detail) {
+  return el("div", { class: "columns" }, el("div", { class: "side" }, el("div", { class: "fields" }, fields), note, list), detail);
+}
+
+/** What stands where a list is empty. */
+function nothing(list, one) {
+  const words = list.items.length ? `No ${one} matches. Clear the search or choose another round.` : `There is no ${one} in this page yet.`;
+  return el("p", { class: "empty" }, words);
+}
+
+/** A text in one line. */
+function oneLine(value) {
+  return plain(value).replace(/\s+/g, " ").trim().slice(0, 240);
+}
+
+/** Brings the node into view and gives it the focus. */
+function attend(node) {
+  if (!node) return;
+  node.focus({ preventScroll: true });
+  node.scrollIntoView({ block: "nearest", inline: "nearest" });
+}
+
+/** The document as it was written, with an empty list for what it lacks. */
+function readDocument() {
+  const found = JSON.parse(document.getElementById("run").textContent);
+  const list = (given) => ({ shown: 0, of: 0, chosen_by: "", items: [], ...given });
+  return { ...found, prompts: list(found.prompts), compare: list(found.compare), learned: list(found.learned), missing: found.missing ?? [] };
+}
+
+/** sample id → the screen that shows it, and the sample. */
+function placesOf(run) {
+  const places = new Map();
+  for (const item of run.compare.items) for (const sample of Object.values(item.answers)) places.set(sample.id, { screen: "compare", sample });
+  for (const item of run.prompts.items) for (const sample of item.samples) places.set(sample.id, { screen: "prompts", sample });
+  return places;
+}
+
+const run = readDocument();
+const page = { document: run, alarms: run.alarms ?? [], places: placesOf(run) };
+const KINDS = { prompts: Prompts, compare: Compare, learned: Learned, alarms: Alarms };
+const screens = {}; // made when first looked at
+
+/** The object that draws the screen; the overview and the configuration stand in the page already. */
+function screenOf(name) {
+  if (!screens[name] && KINDS[name]) screens[name] = new KINDS[name](document.getElementById(name), page);
+  return screens[name];
+}
+
+/** Draws the view that the state describes. */
+function draw() {
+  for (const name of SCREENS) {
+    const current = name === state.screen;
+    document.getElementById(name).hidden = !current;
+    const tab = document.getElementById(`tab-${name}`);
+    tab.setAttribute("aria-selected", String(current));
+    tab.tabIndex = current ? 0 : -1;
+  }
+  document.documentElement.dataset.theme = state.theme;
+  document.getElementById("theme").textContent = `Theme: ${state.theme}`;
+  screenOf(state.screen)?.draw();
+  if (options().at) document.getElementById(options().at)?.scrollIntoView();
+}
+
+// -- keys ------------------------------------------------------------------------------------------------------------
+
+/** Does it where the screen can. */
+const ask = (verb, by) => () => screens[state.screen]?.[verb]?.(by);
+
+const KEYS = [
+  { keys: ["j"], words: "next prompt or row", act: ask("step", 1) },
+  { keys: ["k"], words: "previous prompt or row", act: ask("step", -1) },
+  { keys: ["l"], words: "next sample of the prompt", act: ask("across", 1) },
+  { keys: ["h"], words: "previous sample of the prompt", act: ask("across", -1) },
+  { keys: ["]"], words: "next round", act: ask("turn", 1) },
+  { keys: ["["], words: "previous round", act: ask("turn", -1) },
+  { keys: ["/"], words: "search", act: search },
+  ...SCREENS.map((name, i) => ({ keys: [String(i + 1)], words: document.getElementById(`tab-${name}`).textContent, act: () => go(name) })),
+  { keys: ["t"], words: "theme: auto, light, dark", act: nextTheme },
+  { keys: ["?"], words: "these keys", act: help },
+];
+
+/** The search field of the screen, or of the prompts where the screen has none. */
+function search() {
+  if (!screens[state.screen]?.search) go("prompts");
+  screens[state.screen].search.focus();
+  screens[state.screen].search.select();
+}
+
+function nextTheme() {
+  state.theme = THEMES[(THEMES.indexOf(state.theme) + 1) % THEMES.length];
+  draw();
+  writeAddress(false);
+}
+
+function help() {
+  const dialog = document.getElementById("help");
+  if (!dialog.open) dialog.showModal();
+}
+
+function onKey(event) {
+  const altered = (event.ctrlKey || event.metaKey || event.altKey) && !event.getModifierState("AltGraph");
+  const typing = event.target.matches?.("input, select, textarea");
+  if (typing && event.key === "Escape") event.target.blur();
+  if (altered || typing || document.getElementById("help").open) return;
+  const key = KEYS.find((known) => known.keys.includes(event.key));
+  if (!key) return;
+  event.preventDefault();
+  key.act();
+}
+
+/** Arrow keys move between the tabs, as in any list of tabs. */
+function onTabKey(event) {
+  const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (!by) return;
+  event.preventDefault();
+  const next = SCREENS[(SCREENS.indexOf(state.screen) + by + SCREENS.length) % SCREENS.length];
+  go(next);
+  document.getElementById(`tab-${next}`).focus();
+}
+
+/** Follows a link inside the page without losing the theme; with a modifier the browser opens it as it is. */
+function onClick(event) {
+  const link = event.target.closest?.('a[href^="#"]');
+  if (!link || event.button || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
+  event.preventDefault();
+  const found = parsed(link.getAttribute("href"));
+  if (!found) document.querySelector(link.getAttribute("href"))?.focus();
+  else if (link.role === "tab") go(found.screen);
+  else if (found.screen === state.screen && link.closest(".rows, .scoreline, .ladder")) set(found.options);
+  else go(found.screen, found.options);
+}
+
+// -- what stands around the screens -----------------------------------------------------------------------------------
+
+function drawMissing() {
+  if (!run.missing.length) return;
+  const box = document.getElementById("missing");
+  const words = `${counted(run.missing.length, "part")} of this run could not be read`;
+  box.append(el("details", { class: "notice" }, el("summary", {}, words), el("ul", {}, run.missing.map((line) => el("li", { dir: "auto" }, shown(line))))));
+  box.hidden = false;
+}
+
+function drawBanner() {
+  if (!page.alarms.length) return;
+  const box = document.getElementById("banner");
+  const links = page.alarms.map((alarm, i) => el("li", {}, el("a", { href: hashOf("alarms", { alarm: String(i) }) }, inline(alarmName(alarm)))));
+  box.append(el("p", {}, el("b", {}, counted(page.alarms.length, "alarm")), ": look at this"), el("ul", {}, links));
+  box.hidden = false;
+  document.getElementById("tab-alarms").append(" ", el("span", { class: "badge" }, count(page.alarms.length)));
+}
+
+function drawHelp() {
+  const rows = KEYS.map(({ keys, words }) => el("div", {}, el("dt", {}, keys.map((key) => el("kbd", {}, key))), el("dd", {}, words)));
+  const close = el("form", { method: "dialog" }, el("button", {}, "Close"));
+  document.getElementById("help").append(el("h2", { id: "help-title" }, "Keys"), el("dl", {}, rows), close);
+}
+
+function start() {
+  document.documentElement.classList.add("scripted");
+  drawMissing();
+  drawHelp();
+  drawBanner();
+  readAddress();
+  draw();
+  window.addEventListener("hashchange", () => (readAddress(), draw()));
+  window.addEventListener("keydown", onKey);
+  document.addEventListener("click", onClick);
+  document.querySelector(".tabs").addEventListener("keydown", onTabKey);
+  document.getElementById("theme").addEventListener("click", nextTheme);
+  document.getElementById("help-button").addEventListener("click", help);
+}
+
+start();
