@@ -102,10 +102,11 @@ class RunFolder:
         found: list[str] = []
         for round_, name in self.places():
             if (round_, name) not in without:
-                found += self._faults(round_, name)
+                found += self.faults_of(round_, name)
         return found
 
-    def _faults(self, round_: int, name: str) -> list[str]:
+    def faults_of(self, round_: int, name: str) -> list[str]:
+        """What is damaged in one stage's folder, a line each. Raises RunTooNew."""
         folder = self.folder(round_, name)
         try:
             commit = Commit.load(folder)

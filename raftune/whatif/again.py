@@ -137,6 +137,8 @@ class Again:
         self.refuse_more_draws(rounds)
         with contextlib.ExitStack() as stack:
             stack.callback(self.close)
+            if self.anew:
+                self.panel()  # a reward that cannot be loaded leaves nothing behind
             if self.asked is not None:
                 stack.enter_context(self.run.lock())
                 keep_record(self.run, self.asked)
@@ -192,12 +194,14 @@ class Again:
                 try:
                     worked |= ensure(self, stage, round_, lambda kind, **facts: observe(kind, facts))
                 except RewardError as error:
-                    fix = f"Mend the reward, delete {self.run.root}, and rescore."
+                    if self.anew:
+                        self.run.clear(round_, "score")  # of no use, and in the way of a mended reward
+                    fix = "Mend the reward and rescore." if self.anew else "Select from scores with fewer failures."
                     raise RewardError(f"round {round_}: {str(error).removesuffix(MEND)}{fix}") from error
         return worked
 
     def panel(self) -> SamplePanel:
-        """The rewards asked for, loaded when the first sample is to be scored."""
+        """The rewards asked for, loaded once."""
         if self._panel is None:
             self._panel = SamplePanel(load_panel(resolve_starters(self.config).rewards))
             if self._panel.panel.has_weights:

@@ -62,7 +62,7 @@ def scores_of(run: RunFolder, given: str) -> tuple[Overlay, dict[str, Any]]:
         path.parent.name for path in run.root.glob(f"{FOLDER}/*/{RECORD}") if any(path.parent.glob("*/score"))
     )
     if root.parent != run.root / FOLDER or root.name not in scored:
-        known = f"there are {', '.join(scored)}" if scored else "there are none yet"
+        known = f"it wrote {', '.join(scored)}" if scored else "it wrote none yet"
         raise ConfigError(f"--scores must name scores that `raftune rescore {run.root}` wrote; got {given!r}; {known}.")
     return Overlay(root, run, {"score"}), read_record(root)["configuration"]
 
@@ -117,11 +117,9 @@ def faults(run: RunFolder, round_: int, names: Sequence[str]) -> list[str]:
     for name in names:
         folder = run.folder(round_, name)
         try:
-            commit = run.commit(round_, name)
-        except (RunDamaged, RunTooNew) as error:
+            found += run.faults_of(round_, name) if run.is_committed(round_, name) else [f"{folder} is not finished"]
+        except RunTooNew as error:
             found.append(str(error).split(". ")[0])
-            continue
-        found += [f"{folder} is not finished"] if commit is None else commit.faults(folder)
     return found
 
 
