@@ -1,6 +1,7 @@
 """A whole run, declared: frozen, strict and free of torch. One file for each owner."""
 
 from raftune.config.evaluation import EvaluationConfig
+from raftune.config.guards import GuardsConfig
 from raftune.config.load import load_config, read_yaml, validate
 from raftune.config.policy import AdapterConfig, CausalLMPolicy, CustomPolicy, TabularPolicy
 from raftune.config.rewards import RewardsConfig, RewardSpec
@@ -16,6 +17,7 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "GuardsConfig",
     "ReferenceConfig",
     "RewardSpec",
     "RewardsConfig",

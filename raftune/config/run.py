@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from raftune.config.base import Frozen
 from raftune.config.evaluation import EvaluationConfig
+from raftune.config.guards import GuardsConfig
 from raftune.config.policy import PolicyConfig
 from raftune.config.rewards import RewardsConfig
 from raftune.config.sampling import SamplingConfig
@@ -85,6 +86,7 @@ class RunConfig(Frozen):
     selection: SelectionConfig = Field(default_factory=SelectionConfig)
     tuning: TuningConfig = Field(default_factory=TuningConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    guards: GuardsConfig = Field(default_factory=GuardsConfig)
     stop: StopConfig = Field(default_factory=StopConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
 
@@ -128,4 +130,9 @@ class RunConfig(Frozen):
                 "evaluation.reference_column needs held-out prompts; got evaluation.num_prompts = 0. "
                 "Set it above 0, or leave out evaluation.reference_column."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _alarms_can_be_raised(self) -> RunConfig:
+        self.guards.check(self.evaluation)
         return self

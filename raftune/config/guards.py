@@ -1,0 +1,129 @@
+"""The section `guards`: from where on a round is worth a person's look."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from raftune.config.base import Frozen
+from raftune.config.evaluation import EvaluationConfig
+
+AlarmName = Literal[
+    "held_out_falls", "diversity_drops", "length_drifts", "part_dominates", "near_duplicates", "kl_beyond_budget"
+]
+ALARMS: tuple[str, ...] = get_args(AlarmName)
+TEXT_ALARMS = ("diversity_drops", "length_drifts", "near_duplicates")
+
+
+class GuardsConfig(Frozen):
+    """Alarms at the end of each round. Each brings numbers and samples to look at; it stops a run only if told to."""
+
+    enabled: bool = Field(True, description="Look at each round when it ends; it costs no draw and no reward.")
+    stop_on: tuple[AlarmName, ...] = Field(
+        (), description=f"Alarms that end the run after the round that raised them: {', '.join(ALARMS)}."
+    )
+    false_alarms: float = Field(
+        0.01,
+        description="held_out_falls: in (0, 0.5], the chance at most, by round, that noise alone raises it. The smaller, "
+        "the later a true fall is seen.",
+    )
+    diversity_drop: float = Field(
+        0.5,
+        description="diversity_drops: in (0, 1), the share of distinct-2 that the kept answers have lost, against as "
+        "many that were drawn in this round, or in round 1.",
+    )
+    length_factor: float = Field(
+        2.0,
+        description="length_drifts: above 1, how many times as long (or as short) the kept answers are as those drawn "
+        "in this round, or in round 1.",
+    )
+    part_share: float = Field(
+        0.9,
+        description="part_dominates: in (0.5, 1], the share of the score's differences inside a prompt that one reward "
+        "accounts for, where the others differ too.",
+    )
+    duplicate_rise: float = Field(
+        0.4,
+        description="near_duplicates: in (0, 1), the share of kept answers that nearly repeat one kept for another "
+        "prompt, above the share among those drawn in round 1.",
+    )
+    max_kl: float | None = Field(
+        None, description="kl_beyond_budget: KL to the start, nats per answer, above 0; none means no budget."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_stands_for_a_list(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("stop_on"), str):
+            return {**value, "stop_on": (value["stop_on"],)}
+        return value
+
+    @field_validator("false_alarms")
+    @classmethod
+    def _is_a_small_chance(cls, value: float) -> float:
+        if not 0 < value <= 0.5:
+            raise ValueError(f"guards.false_alarms must be in (0, 0.5]; got {value:g}. It is a chance: write 0.01.")
+        return value
+
+    @field_validator("diversity_drop", "duplicate_rise")
+    @classmethod
+    def _is_a_share(cls, value: float, info: ValidationInfo) -> float:
+        if not 0 < value < 1:
+            fix = f"It is a fraction, not a percentage: write {value / 100:g}." if 1 < value < 100 else "Write 0.5, say."
+            raise ValueError(f"guards.{info.field_name} must be in (0, 1); got {value:g}. {fix}")
+        return value
+
+    @field_validator("part_share")
+    @classmethod
+    def _is_a_majority(cls, value: float) -> float:
+        if not 0.5 < value <= 1:
+            fix = f"It is a fraction, not a percentage: write {value / 100:g}." if 1 < value <= 100 else "Write 0.9, say."
+            raise ValueError(f"guards.part_share must be in (0.5, 1]; got {value:g}. {fix}")
+        return value
+
+    @field_validator("length_factor")
+    @classmethod
+    def _is_a_factor(cls, value: float) -> float:
+        if value <= 1:
+            raise ValueError(
+                f"guards.length_factor must be above 1; got {value:g}. It stands for longer and shorter alike: write 2."
+            )
+        return value
+
+    @field_validator("max_kl")
+    @classmethod
+    def _is_a_budget(cls, value: float | None) -> float | None:
+        if value is not None and value <= 0:
+            raise ValueError(
+                f"guards.max_kl must be above 0; got {value:g}. Any tuning moves away from the start: write 10, say."
+            )
+        return value
+
+    def check(self, evaluation: EvaluationConfig) -> None:
+        """Raises ValueError for an alarm that is to stop the run and can never be raised, and for a budget of nothing."""
+        if self.stop_on and not self.enabled:
+            raise ValueError(
+                f"guards.stop_on needs guards.enabled: true; got {', '.join(self.stop_on)} with the guards off. "
+                "Turn them on, or leave out guards.stop_on."
+            )
+        if "held_out_falls" in self.stop_on and not (evaluation.reward_funcs and evaluation.num_prompts):
+            raise ValueError(
+                "guards.stop_on: held_out_falls needs a held-out reward; got no evaluation.reward_funcs or no "
+                "evaluation.num_prompts. Name a reward that the policy is not trained on, or leave out held_out_falls."
+            )
+        if "kl_beyond_budget" in self.stop_on and self.max_kl is None:
+            raise ValueError(
+                "guards.stop_on: kl_beyond_budget needs a budget; got no guards.max_kl. Set it, in nats per answer, or "
+                "leave out kl_beyond_budget."
+            )
+        if self.max_kl is not None and not (evaluation.kl and evaluation.num_prompts):
+            raise ValueError(
+                "guards.max_kl needs evaluation.kl: true and evaluation.num_prompts above 0; got them off. Turn them "
+                "on, or leave out guards.max_kl."
+            )
+
+
+def thresholds() -> tuple[str, ...]:
+    """The dotted fields that shape what is found; whether to stop on it does not."""
+    return tuple(f"guards.{name}" for name in GuardsConfig.model_fields if name not in ("enabled", "stop_on"))
