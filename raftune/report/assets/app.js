@@ -57,11 +57,19 @@ function draw() {
     const tab = document.getElementById(`tab-${name}`);
     tab.setAttribute("aria-selected", String(current));
     tab.tabIndex = current ? 0 : -1;
+    if (current) tab.parentNode.scrollLeft = tab.offsetLeft - tab.parentNode.clientWidth / 2;
   }
   document.documentElement.dataset.theme = state.theme;
   document.getElementById("theme").textContent = `Theme: ${state.theme}`;
   screenOf(state.screen)?.draw();
+}
+
+/** Brings the beginning of the screen into view, or what a link named: a place, a sample. */
+function arrive(named) {
+  const top = document.getElementById("main").offsetTop - document.querySelector(".tabs").offsetHeight;
   if (options().at) document.getElementById(options().at)?.scrollIntoView();
+  else if (window.scrollY > top) window.scrollTo(0, top);
+  if (named && (options().sample || options().pair)) screens[state.screen].reveal?.();
 }
 
 // -- keys ------------------------------------------------------------------------------------------------------------
@@ -128,7 +136,7 @@ function onClick(event) {
   event.preventDefault();
   const found = parsed(link.getAttribute("href"));
   if (!found) document.querySelector(link.getAttribute("href"))?.focus();
-  else if (link.role === "tab") go(found.screen);
+  else if (link.getAttribute("role") === "tab") go(found.screen);
   else if (found.screen === state.screen && link.closest(".rows, .scoreline, .ladder")) set(found.options);
   else go(found.screen, found.options);
 }
@@ -154,8 +162,16 @@ function drawBanner() {
 
 function drawHelp() {
   const rows = KEYS.map(({ keys, words }) => el("div", {}, el("dt", {}, keys.map((key) => el("kbd", {}, key))), el("dd", {}, words)));
-  const close = el("form", { method: "dialog" }, el("button", {}, "Close"));
-  document.getElementById("help").append(el("h2", { id: "help-title" }, "Keys"), el("dl", {}, rows), close);
+  const dialog = document.getElementById("help");
+  const close = el("button", { type: "button", onclick: () => dialog.close() }, "Close");
+  dialog.append(el("h2", { id: "help-title" }, "Keys"), el("dl", {}, rows), close);
+}
+
+/** Shows what the address says: at the start, after Back, after a link typed by hand. */
+function follow() {
+  readAddress();
+  draw();
+  arrive(true);
 }
 
 function start() {
@@ -163,9 +179,8 @@ function start() {
   drawMissing();
   drawHelp();
   drawBanner();
-  readAddress();
-  draw();
-  window.addEventListener("hashchange", () => (readAddress(), draw()));
+  follow();
+  window.addEventListener("hashchange", follow);
   window.addEventListener("keydown", onKey);
   document.addEventListener("click", onClick);
   document.querySelector(".tabs").addEventListener("keydown", onTabKey);

@@ -48,7 +48,7 @@ class Compare {
   }
 
   draw() {
-    this.follow();
+    this.resolve();
     const { q = "", sort } = options();
     const round = this.round();
     reflect(this.search, q);
@@ -61,10 +61,18 @@ class Compare {
     this.item = this.found.find((item) => pairOf(item) === options().pair) ?? this.found[0] ?? null;
     this.chosenRow = this.rows.show(this.found, version, this.found.indexOf(this.item));
     this.detail.replaceChildren(...(this.item ? this.card(this.item, round, q) : [nothing(this.all, "answer")]));
+    this.centre();
+  }
+
+  /** Scrolls the table of rounds, where it is wider than the page, to the round in view. */
+  centre() {
+    const link = this.detail.querySelector(".ladder a[aria-current]");
+    const box = link?.closest(".scroll");
+    if (box) box.scrollLeft = link.parentNode.offsetLeft - box.clientWidth / 2;
   }
 
   /** A link that names a sample stands for its pair and its round. */
-  follow() {
+  resolve() {
     const { sample, ...rest } = options();
     const item = sample && this.all.items.find((own) => Object.values(own.answers).some((answer) => answer.id === sample));
     if (!item) return;
@@ -118,13 +126,18 @@ class Compare {
     const text = marked?.length ? el("p", { class: "text", dir: "auto" }, marked.map(([piece, changed]) => (changed ? el(tag, {}, shown(piece)) : shown(piece)))) : content(answer.completion);
     return el(
       "article",
-      { class: "card", "aria-label": title },
+      { class: "card", "aria-label": title, tabindex: "-1" },
       el("h3", {}, title),
       el("p", { class: "head" }, figures, judged),
       el("div", { class: "answer" }, text),
       partBars(answer, Object.values(item.answers)),
       circumstances({ tokens: answer.tokens, finish: answer.finish }),
     );
+  }
+
+  /** Brings the later round's answer before the reader's eyes. */
+  reveal() {
+    attend(this.detail.querySelector(".pair .card:last-child"));
   }
 
   step(by) {

@@ -18,9 +18,18 @@ class Rows {
     if (version !== this.version) this.reset(items, version);
     this.grow(chosen + 1);
     this.list.querySelector("[aria-current]")?.removeAttribute("aria-current");
+    if (chosen < 0) return null;
     const row = this.list.children[chosen];
-    if (chosen >= 0) (row.querySelector("a") ?? row).setAttribute("aria-current", "true");
-    return chosen >= 0 ? row : null;
+    (row.querySelector("a") ?? row).setAttribute("aria-current", "true");
+    this.uncover(row);
+    return row;
+  }
+
+  /** Scrolls the list, and not the page, until the row is in view. */
+  uncover(row) {
+    const { scrollTop, clientHeight } = this.list;
+    const [top, bottom] = [row.offsetTop, row.offsetTop + row.offsetHeight];
+    if (top < scrollTop || bottom > scrollTop + clientHeight) this.list.scrollTop = top - clientHeight / 3;
   }
 
   reset(items, version) {

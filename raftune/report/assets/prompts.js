@@ -95,7 +95,7 @@ class Prompts {
     const best = ranked(item.samples)[0];
     const figures = el("span", { class: "figures" }, best && kept(best) ? "★ " : "", number(best?.score, 2));
     const text = el("span", { class: "line", dir: "auto" }, shown(oneLine(item.prompt)));
-    const outcome = item.reason ? "nothing kept" : Number.isFinite(item.margin) ? ["margin ", change(item.margin)] : "";
+    const outcome = item.reason ? "nothing kept" : Number.isFinite(item.margin) ? `margin ${signed(item.margin, 2)}` : "";
     const where = el("span", { class: "where" }, el("span", {}, `round ${item.round}`), el("span", {}, outcome));
     const href = hashOf("prompts", { ...options(), sample: best?.id });
     return el("li", {}, el("a", { href, "data-sample": best?.id }, text, figures, where));
@@ -116,6 +116,11 @@ class Prompts {
     ];
   }
 
+  /** Brings the sample in view before the reader's eyes. */
+  reveal() {
+    attend(this.detail.querySelector('.card[aria-current="true"]'));
+  }
+
   /** Chooses the prompt so many rows further on. */
   step(by) {
     const next = this.found[this.found.indexOf(this.item) + by];
@@ -130,7 +135,7 @@ class Prompts {
     const next = samples[samples.indexOf(this.sample()) + by];
     if (!next) return;
     set({ sample: next.id });
-    attend(this.detail.querySelector('.card[aria-current="true"]'));
+    this.reveal();
   }
 
   /** Shows the prompts of the next round; the same prompt, where that round asked it too. */
@@ -165,10 +170,11 @@ function verdictWords(item, samples) {
   if (item.reason) return el("p", { class: "verdict" }, "Nothing was kept of this prompt: ", inline(item.reason), ".");
   const winners = samples.filter(kept);
   const best = Math.max(...winners.map((sample) => sample.score));
-  const middle = mean(scoresOf(item));
+  const scores = scoresOf(item);
+  const middle = mean(scores);
   if (!winners.length || middle === null) return el("p", { class: "verdict" }, "Nothing was kept of this prompt.");
   const stars = winners.length === 1 ? "kept" : `${winners.length} kept, the best`;
-  return el("p", { class: "verdict" }, `★ ${stars} at `, el("b", {}, number(best, 2)), `; the mean of its ${item.samples.length} candidates is ${number(middle, 2)}: a margin of `, change(item.margin ?? best - middle), ".");
+  return el("p", { class: "verdict" }, `★ ${stars} at `, el("b", {}, number(best, 2)), `; the mean of ${counted(scores.length, "candidate")} is ${number(middle, 2)}: a margin of `, el("b", {}, signed(item.margin ?? best - middle, 2)), ".");
 }
 
 /** What the sample in view is called on disk. */

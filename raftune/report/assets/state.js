@@ -57,5 +57,6 @@ function go(screen, given = null) {
   state.screen = screen;
   if (given) state.options[screen] = given;
   draw();
+  arrive(given !== null);
   writeAddress(true);
 }
