@@ -4,6 +4,7 @@
     ├── ConfigError              2   a field of the configuration is wrong
     │   └── ConfigChanged        2   the run on disk was made under another configuration
     ├── DataError                2   prompts or another data set cannot be used
+    │   └── TooLong              2   a prompt leaves no room for an answer
     ├── ModelError               1   a model or tokenizer cannot be loaded, or its weights are unfit
     │   └── OutOfMemory          1   the device's memory did not suffice at this batch size
     ├── RewardError              1   a reward broke its contract, or failed too often
@@ -41,6 +42,10 @@ class DataError(RaftuneError):
     """A data set is missing, empty, or lacks what is needed."""
 
     exit_code = 2
+
+
+class TooLong(DataError):
+    """A prompt or an answer has more tokens than it may."""
 
 
 class ModelError(RaftuneError):

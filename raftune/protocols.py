@@ -208,3 +208,40 @@ class Metric(Protocol):
     needs: frozenset[str]  # scores, text, image, log_probs, own_log_probs, references
 
     def __call__(self, samples: pa.Table) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is looked at when a round ends; tables have one row a sample, null where a value is not known.
+
+    `samples` competed in the round: sample_id, prompt_id, k, source, score, weight (0: rejected) and rewards/NAME; of
+    texts also length, clipped, similarity (among its prompt's own draws), control, and text where it was kept or is of
+    the control: of each prompt as many of the policy's first draws as were kept. `factors` are the rewards' weights.
+    `held_out` judged the round: sample_id, prompt_id, k, score, and, where they were measured, held_out and log_ratio
+    (log p - log p0, nats); `earlier` are the same of rounds 0, 1, …; `judge` says what held_out is. `first` are the
+    measures of what round 1 drew, None in round 1.
+    """
+
+    round: int
+    samples: pa.Table
+    factors: Mapping[str, float]
+    held_out: pa.Table | None
+    earlier: Sequence[pa.Table]
+    judge: str
+    first: Mapping[str, Any] | None
+
+
+class Examiner(Protocol):
+    """Pure functions that look at a round."""
+
+    def similarities(self, texts: Sequence[str], groups: npt.NDArray[np.int64]) -> FloatN:
+        """(G,) the mean similarity of two texts of each group, NaN for a group without two; text i is in groups[i]."""
+        ...
+
+    def measures(self, evidence: Evidence) -> dict[str, dict[str, Any]]:
+        """The measures of what was `drawn`, and of what was `selected`."""
+        ...
+
+    def alarms(self, evidence: Evidence, sets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What a person should look at, each with evidence in words, numbers, and samples."""
+        ...

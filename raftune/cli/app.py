@@ -43,6 +43,7 @@ COMMANDS = (
     ("demo", START, "Align the bundled model, and show what came of it: under a minute, no network."),
     ("init", START, "Write a commented configuration to start from."),
     ("plan", START, "Check a configuration, and say what the run will cost."),
+    ("sft", WORK, "Teach a model answers: the preferred ones of preferences, or any prompts with completions."),
     ("train", WORK, "Run a configuration: begin it, continue it, or find it finished."),
     ("resume", WORK, "Continue a run where it stopped, or redo it from a stage on."),
     ("runs", LOOK, "List the runs in a folder."),

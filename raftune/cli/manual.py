@@ -22,6 +22,7 @@ TAKES_FLAGS = {
     "resume": ("RUN [--FIELD VALUE]... [OPTIONS]", RUN),
     "rescore": ("RUN --rewards.FIELD VALUE... [OPTIONS]", RUN),
     "select": ("RUN [--FIELD VALUE]... [OPTIONS]", RUN),
+    "sft": ("[DATA] [FILE.yaml]... [--FIELD VALUE]...", "raftune.config.sft:SftConfig"),
     "reward train": ("[DATA] [FILE.yaml]... [--FIELD VALUE]...", "raftune.config.reward_model:RewardModelConfig"),
 }
 # Of these fields, those that a command takes which does not take all.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raftune.config.sampling import SamplingConfig
-from raftune.errors import DataError
+from raftune.errors import DataError, TooLong
 from raftune.records import Prompt
 
 Messages = list[dict[str, Any]]
@@ -101,12 +101,12 @@ class Encoder:
             raise DataError(f"A prompt must have at least one token; {shown} has none. Remove it, or give it a text.")
         limit = self.sampling.max_prompt_length
         if limit is not None and len(ids) > limit:
-            raise DataError(
+            raise TooLong(
                 f"A prompt must not be longer than sampling.max_prompt_length; {shown} has {len(ids)} tokens, the "
                 f"limit is {limit}. Shorten or remove it, or raise the limit."
             )
         if self.context is not None and len(ids) >= self.context:
-            raise DataError(
+            raise TooLong(
                 f"A prompt must leave room for an answer; {shown} has {len(ids)} tokens, the limit is "
                 f"{self.context - 1} (the model's context is {self.context}). Shorten or remove it."
             )
@@ -114,13 +114,33 @@ class Encoder:
     def encode_answer(self, prompt: Prompt, answer: Any) -> tuple[str, list[int]]:
         """Somebody else's answer as this policy would have drawn it: its text, and its ids with EOS at the end."""
         text = _answer_text(prompt, answer)
-        ids = [*self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], self.eos_id]
+        ids = self._ended(text)
         if self.context is not None and len(ids) >= self.context:
-            raise DataError(
+            raise TooLong(
                 f"An answer must fit the model's context of {self.context} tokens; one to prompt {prompt.id} has "
                 f"{len(ids)}. Shorten or remove it."
             )
         return text, ids
+
+    def encode_within(self, prompt: Prompt, answer: Any, limit: int | None) -> tuple[str, list[int], bool]:
+        """As `encode_answer`, cut where prompt and answer together exceed `limit` or the context; whether it was.
+
+        What is cut has no EOS, and its text is that of the ids that are left. Raises TooLong where the prompt leaves no
+        room.
+        """
+        [asked] = self.encode([prompt], for_drawing=False)
+        text = _answer_text(prompt, answer)
+        ids = self._ended(text)
+        limits = [n for n in (limit, self.context) if n is not None]
+        room = min(limits) - len(asked) if limits else len(ids)
+        if room < 1:
+            raise TooLong(f"the prompt has {len(asked)} tokens and leaves no room for an answer within {min(limits)}")
+        if len(ids) <= room:
+            return text, ids, False
+        return self.decode([ids[:room]])[0], ids[:room], True
+
+    def _ended(self, text: str) -> list[int]:
+        return [*self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], self.eos_id]
 
     def decode(self, rows: Sequence[list[int]]) -> list[str]:
         """The texts of the rows of ids, special tokens left out."""

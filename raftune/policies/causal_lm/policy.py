@@ -155,6 +155,14 @@ class CausalLM:
         text, ids = self.encoder.encode_answer(prompt, answer)
         return {"completion": text, "completion_ids": ids, "completion_logprobs": None, "finish": "eos"}
 
+    def adopt_within(
+        self, prompt: Prompt, answer: Any, source: str, max_length: int | None = None
+    ) -> Mapping[str, Any]:
+        """As `adopt`; an answer with which the prompt exceeds `max_length` or the context is cut: finish `length`."""
+        text, ids, cut = self.encoder.encode_within(prompt, answer, max_length)
+        finish = "length" if cut else "eos"
+        return {"completion": text, "completion_ids": ids, "completion_logprobs": None, "finish": finish}
+
     def log_probs(self, prompts: Sequence[Prompt], samples: pa.Table, batch_size: int) -> FloatN:
         """(N,) nats of row i of `samples`, which answers prompts[i] as it was put when drawing; EOS included."""
         distinct = {prompt.id: prompt for prompt in prompts}

@@ -1,0 +1,113 @@
+"""`raftune sft`: a model learns from answers, before the first round."""
+
+from __future__ import annotations
+
+import json as js
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from raftune.cli.ending import interruptible
+from raftune.cli.show import say
+from raftune.cli.steps import Steps
+from raftune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from raftune.cli.flags import Given
+    from raftune.sft import Learned
+
+Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+YAML = (".yaml", ".yml")
+STEPS = {
+    "start": "checking the model",
+    "data.json": "reading and encoding the answers",
+    "model": "tuning",
+    "report.json": "measuring held-out answers, before and after",
+}
+
+
+def sft(
+    *words: Tokens,
+    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the report as JSON.")] = False,
+) -> None:
+    """Teach a model answers: the preferred ones of preference data, or any prompts with completions, or dialogues.
+
+    raftune sft prefs.jsonl --policy.model gpt2 --output-dir sft --tuning.learning_rate 2e-5
+
+    DATA is JSON lines (also gzipped), CSV, Parquet, a `datasets` folder or a name on the hub: dialogues as in HH-RLHF,
+    chosen and rejected with or without a prompt, ranked completions, prompt and completion, or messages. A row that
+    cannot be used is left out, counted, and named in skipped.jsonl. FILE.yaml holds any of the fields below.
+
+    The directory then holds model/, which transformers or peft loads and `raftune train` takes as policy.model,
+    rows.parquet (exactly what was learned from) and report.json (with the perplexity of held-out answers before and
+    after). Stopped at any time, the same command goes on where it was, to the same bytes.
+    """
+    from raftune.cli.flags import read_tokens
+    from raftune.config.load import load_as
+    from raftune.config.sft import SftConfig
+    from raftune.sft import sft as learn
+
+    files, flags = sorted_out(read_tokens(words, "sft", ("--json",), SftConfig))
+    config = load_as(SftConfig, files, flags)
+    root = Path(config.output_dir)
+    kept = f"what is done is kept in {root}. The same command goes on with it."
+    with interruptible(root, kept) as watch, Steps() as steps:
+
+        def observe(kind: str, facts: dict[str, Any]) -> None:
+            if kind == "step":
+                steps.begin(STEPS[facts["name"]])
+            elif kind in ("encoded", "tuned"):
+                steps.advance(facts["done"], facts["of"])
+            watch(kind, facts)
+
+        learned = learn(config, observe)
+    if json:
+        print(js.dumps({"directory": str(root), "worked": learned.worked, **learned.report}, ensure_ascii=False))
+        return
+    for line in outcome(learned):
+        say(line)
+
+
+def sorted_out(given: Given) -> tuple[list[str], dict[str, Any]]:
+    """The YAML files, and the flags with DATA among them. Raises ConfigError for a second DATA."""
+    files = [word for word in given.words if word.endswith(YAML)]
+    data = [word for word in given.words if word not in files]
+    if not data and not files and not given.flags:
+        raise ConfigError("sft needs data, a model and a directory; got none. `raftune sft --help` explains it.")
+    if len(data) > 1:
+        raise ConfigError(f"sft takes one data set; got {', '.join(data)}. Put them into one file.")
+    return files, given.flags | ({"data.path": data[0]} if data else {})
+
+
+def outcome(learned: Learned) -> list[str]:
+    """What was learned, how much it helped, and what to do with it."""
+    root, report = learned.root, learned.report
+    data, training = report["data"], report["training"]
+    done = "Finished" if learned.worked else "Already finished; nothing to do"
+    lines = [
+        f"{done}: learned {data['learned']:,} answers in {training['steps']:,} steps, loss "
+        f"{training['loss_first']:.3f} → {training['loss_last']:.3f}.",
+        *data_lines(root, data),
+    ]
+    if perplexity := report["perplexity"]:
+        change = f"{perplexity['before']:.2f} → {perplexity['after']:.2f}"
+        lines.append(
+            f"  perplexity  {change}, on {perplexity['answers']:,} held-out answers of {perplexity['tokens']:,} tokens"
+        )
+    model = root / report["model"]
+    return [*lines, f"  model       {model}", f"  next        raftune train RUN.yaml --policy.model {model}"]
+
+
+def data_lines(root: Path, data: dict[str, Any]) -> list[str]:
+    """Where each row of the source went."""
+    learned, held_out, skipped = data["learned"], data["held_out"], sum(data["skipped"].values())
+    lines = [f"  data        {data['source']}: {data['rows']:,} rows, {data['format']}"]
+    lines.append(f"  rows        {learned:,} learned, {held_out:,} held out, {skipped:,} skipped")
+    for reason, count in sorted(data["skipped"].items(), key=lambda item: -item[1]):
+        lines.append(f"                {count:,} {reason}")
+    if skipped:
+        lines.append(f"              each is named in {root / 'skipped.jsonl'}")
+    if data["cut"]:
+        lines.append(f"              {data['cut']:,} answers were cut to fit")
+    return lines + [f"  note        {note}" for note in data["notes"]]

@@ -1,0 +1,56 @@
+"""Supervised fine-tuning, declared: what `raftune sft` takes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from raftune.config.base import Frozen
+from raftune.config.policy import PolicyConfig
+from raftune.config.tuning import TuningConfig
+
+# Fields of `tuning` that speak of rounds, of which there is one.
+OF_ROUNDS = ("optimizer_state", "start_from", "replay_rounds", "reference")
+
+
+class DemonstrationsConfig(Frozen):
+    """The answers to learn from: preferred ones of preferences, prompts with completions, or dialogues."""
+
+    path: str = Field(description="JSONL (also gzipped), JSON, CSV or Parquet, a `datasets` folder, or a hub name.")
+    split: str = Field("train", description="Split of a hub or `datasets` folder.")
+    limit: int | None = Field(None, ge=1, description="Only the first so many answers.")
+    dialogues: Literal["text", "messages"] = Field(
+        "text", description="What dialogues of HH-RLHF become: texts as they stand, or messages for a chat template."
+    )
+    held_out_fraction: float = Field(
+        0.05, ge=0, lt=1, description="Share of the prompts that is measured on and never learned from, by their hash."
+    )
+
+
+class SftConfig(Frozen):
+    """Everything that shapes a supervised fine-tuning; equal ones give bit-identical models on a CPU."""
+
+    output_dir: str = Field(description="Where everything is written.")
+    seed: int = Field(0, ge=0, lt=2**63, description="All randomness derives from it.")
+    threads: int = Field(
+        default_factory=lambda: os.cpu_count() or 1, ge=1, description="Threads for tensor arithmetic (CPU)."
+    )
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens of prompt and answer; what is longer is cut. None: the model's context.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="For the chat template.")
+    data: DemonstrationsConfig
+    policy: PolicyConfig
+    tuning: TuningConfig = Field(default_factory=TuningConfig)
+
+    @model_validator(mode="after")
+    def _there_is_one_round(self) -> SftConfig:
+        for name in OF_ROUNDS:
+            given, default = getattr(self.tuning, name), TuningConfig.model_fields[name].default
+            if given != default:
+                raise ValueError(f"tuning.{name} speaks of rounds, and sft has none; got {given!r}. Leave it out.")
+        return self
