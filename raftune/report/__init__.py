@@ -1,0 +1,41 @@
+"""A run becomes one HTML file: opened from disk, without a network, safe to send along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from raftune.errors import StoreError
+from raftune.report.collect import Collected, collect
+from raftune.store.files import explaining, stage_file
+
+NAME = "report.html"
+
+
+def write_report(root: Path | str, out: Path | str | None = None, *, working: bool = False) -> Path:
+    """Writes the run's page (to report.html in the run, or to `out`) and returns its path.
+
+    What is missing or damaged is named on the page. Raises StoreError where the folder holds no run, or the page cannot
+    be written. `working` says that this process is at work on the run and will write its page again.
+    """
+    root = Path(root)
+    target = Path(out) if out is not None else root / NAME
+    content = render(collect(root, working=working)).encode()
+    if target.is_dir():
+        raise StoreError(f"the report must be a file; {target} is a directory. Name a file in it.")
+    with explaining(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with stage_file(root / "tmp" if out is None else target.parent, target) as staged:
+            staged.write_bytes(content)
+    return target
+
+
+def render(found: Collected) -> str:
+    """The page of what was collected."""
+    from raftune.report.overview import overview
+    from raftune.report.page import page
+    from raftune.report.provenance import configuration
+
+    return page(found.document, overview(found), configuration(found))
+
+
+__all__ = ["NAME", "Collected", "collect", "render", "write_report"]

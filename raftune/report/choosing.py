@@ -1,0 +1,89 @@
+"""Which of a run's samples a page shows: pure functions, the same choice for the same run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The samples of one prompt in one round: how many, how far the best is above their mean, and whether any is kept.
+
+    `number` is the prompt's place in its unit; `margin` is None where nothing could be scored.
+    """
+
+    round: int
+    unit: int
+    number: int
+    prompt_id: str
+    samples: int
+    margin: float | None
+    barren: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One held-out prompt and draw, in all rounds; `gain` is the best round's score less the start's, if both exist."""
+
+    unit: int
+    prompt_id: str
+    k: int
+    gain: float | None
+
+
+def order_groups(groups: Sequence[Group], most: int) -> list[Group]:
+    """The most instructive prompts of a round first: largest margins, those that yielded nothing, and by hash, in turn.
+
+    A prompt's id is a hash: the smallest ids are a random choice, and the same one in every round.
+    """
+    by_margin = sorted((g for g in groups if g.margin is not None), key=lambda g: -(g.margin or 0.0))
+    barren = sorted((g for g in groups if g.barren), key=lambda g: g.prompt_id)
+    by_hash = sorted(groups, key=lambda g: g.prompt_id)
+    return first(in_turn(by_margin, barren, by_hash), most, lambda g: g.prompt_id)
+
+
+def order_pairs(pairs: Sequence[Pair], most: int) -> list[Pair]:
+    """The most instructive held-out draws first: largest gains, largest losses, and by hash, in turn."""
+    known = sorted((p for p in pairs if p.gain is not None), key=lambda p: -(p.gain or 0.0))
+    by_hash = sorted(pairs, key=lambda p: (p.k, p.prompt_id))
+    return first(in_turn(known, known[::-1], by_hash), most, lambda p: (p.prompt_id, p.k))
+
+
+def in_turn(*lists: Iterable[Item]) -> Iterator[Item]:
+    """The first of each list, then the second of each, and so on."""
+    absent = object()
+    return (item for item in chain.from_iterable(zip_longest(*lists, fillvalue=absent)) if item is not absent)
+
+
+def first(items: Iterable[Item], most: int, key: Callable[[Item], Key]) -> list[Item]:
+    """The first `most` items of different keys."""
+    seen: dict[Key, Item] = {}
+    for item in items:
+        if len(seen) >= most:
+            break
+        seen.setdefault(key(item), item)
+    return list(seen.values())
+
+
+def up_to(items: Iterable[Item], most: int, size: Callable[[Item], int]) -> list[Item]:
+    """The first items whose sizes sum to no more than `most`; one at least."""
+    taken: list[Item] = []
+    total = 0
+    for item in items:
+        total += size(item)
+        if taken and total > most:
+            break
+        taken.append(item)
+    return taken
+
+
+def encoded_size(item: Any) -> int:
+    """The bytes that the item takes in the page, or a little less: escapes come on top."""
+    return len(json.dumps(item, ensure_ascii=False).encode("utf-8", "surrogatepass"))

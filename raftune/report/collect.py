@@ -1,0 +1,90 @@
+"""A run becomes one JSON document: what a page shows of its samples, and in words what it leaves out.
+
+Everything is read from committed files, unit by unit: only what is shown is ever held, so that memory follows the
+page's size and not the run's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raftune.digest import Row
+from raftune.report import numbers
+from raftune.report.learned import learned
+from raftune.report.pairs import compared
+from raftune.report.prompts import prompts
+from raftune.report.reading import Reader
+from raftune.report.standing import Standing, standing_of
+from raftune.store.run import RunFolder
+
+VERSION = 1
+ALARM = ("alarm", "round", "title", "evidence")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The document, and what the overview and the configuration are made from."""
+
+    document: dict[str, Any]
+    reader: Reader
+    standing: Standing
+    rows: list[Row] = field(default_factory=list)
+
+
+def collect(root: Path | str, *, working: bool = False) -> Collected:
+    """All that a report shows of the run; `working` says that this process is at work on it and will go on.
+
+    What is missing or damaged is named in the document's `missing`. Raises StoreError where the folder holds no run.
+    """
+    run = RunFolder(root)
+    if not run.rounds():
+        run.read_config()  # says that there is no run
+    reader = Reader(run)
+    rows = numbers.rows(reader)
+    standing = standing_of(reader, rows, working=working)
+    alarms = alarms_of(reader)
+    named = {sample["sample_id"] for alarm in alarms for sample in alarm["samples"]}
+    document = {
+        "version": VERSION,
+        "run": standing.as_json(),
+        "rewards": list(standing.rewards),
+        "judges": list(standing.judges),
+        "prompts": prompts(reader, named),
+        "compare": compared(reader, named, standing.best),
+        "learned": learned(reader, named),
+        "alarms": alarms,
+        "by_round": rows,
+    }
+    document["run"]["media"] = media_of(document)
+    document["missing"] = reader.missing
+    return Collected(document, reader, standing, rows)
+
+
+def alarms_of(reader: Reader) -> list[dict[str, Any]]:
+    """The alarms of all rounds, as the guards wrote them."""
+    found = []
+    for round_ in reader.rounds("guard"):
+        for alarm in reader.json(round_, "guard", "alarms.json", list):
+            if not is_alarm(alarm):
+                reader.note(f"round {round_}, guard", "alarms.json holds something that is no alarm")
+                continue
+            found.append({**alarm, "round": round_})
+    return found
+
+
+def is_alarm(value: Any) -> bool:
+    """Whether this has what every alarm has, of the right kinds."""
+    if not isinstance(value, Mapping) or not all(name in value for name in ALARM):
+        return False
+    samples = value.get("samples")
+    return isinstance(samples, list) and all(isinstance(s, Mapping) and "sample_id" in s for s in samples)
+
+
+def media_of(document: Mapping[str, Any]) -> str:
+    """text, messages or category, by the first prompt that is shown."""
+    shown: Sequence[Mapping[str, Any]] = [*document["prompts"]["items"], *document["compare"]["items"]]
+    kinds = {str: "text", list: "messages", int: "category"}
+    return next((kinds.get(type(item["prompt"]), "text") for item in shown), "text")

@@ -1,0 +1,89 @@
+"""The numbers of each round: what its evaluation measured, what it kept, what its guards measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raftune.digest import Row, row_of, seconds_by_round
+from raftune.report.reading import Reader
+from raftune.report.samples import finite
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A number, with the ends of its 95 % interval where it has one."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+
+def value_of(found: Any) -> Value | None:
+    """The number, or the interval, that stands in metrics.json; None for anything else."""
+    if not isinstance(found, Mapping):
+        number = finite(found)
+        return None if number is None else Value(number)
+    mean = finite(found.get("mean"))
+    return None if mean is None else Value(mean, finite(found.get("low")), finite(found.get("high")))
+
+
+def rows(reader: Reader) -> list[Row]:
+    """One row for each round that was evaluated, or tuned where evaluation is off: as `raftune runs` sees them."""
+    try:
+        seconds = seconds_by_round(reader.run.events)
+    except (KeyError, TypeError, ValueError, AttributeError, OSError):
+        reader.note("the run", "events.jsonl cannot be read: the times are left out")
+        seconds = {}
+    found = []
+    for round_ in sorted({*reader.rounds("evaluate"), *reader.rounds("model")}):
+        metrics = reader.json(round_, "evaluate", "metrics.json")
+        try:
+            row = row_of(round_, metrics, reader.json(round_, "select", "summary.json"), seconds.get(round_))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            reader.note(f"round {round_}, evaluate", "metrics.json holds something else than metrics")
+            row = {"round": round_}
+        if reader.has(round_, "evaluate") or round_ not in reader.rounds("evaluate"):
+            found.append({name: number for name, number in row.items() if isinstance(number, int | float)})
+    return found
+
+
+def by_round(reader: Reader, name: str) -> dict[int, Value]:
+    """A number of metrics.json in every round that measured it."""
+    found = {
+        round_: value_of(reader.json(round_, "evaluate", "metrics.json").get(name))
+        for round_ in reader.rounds("evaluate")
+    }
+    return {round_: value for round_, value in found.items() if value is not None}
+
+
+def curve(reader: Reader, round_: int, name: str) -> dict[int, Value]:
+    """A curve over k of metrics.json, such as best_of_k, by k ascending."""
+    found = reader.json(round_, "evaluate", "metrics.json").get(name)
+    values = {int(k): value_of(v) for k, v in found.items() if str(k).isdigit()} if isinstance(found, Mapping) else {}
+    return {k: value for k, value in sorted(values.items()) if value is not None}
+
+
+def best_of(reader: Reader, name: str) -> tuple[int, dict[int, Value]]:
+    """The largest k of a curve over k that any round measured, and its number in each round."""
+    curves = {round_: curve(reader, round_, name) for round_ in reader.rounds("evaluate")}
+    most = max((max(found) for found in curves.values() if found), default=0)
+    return most, {round_: found[most] for round_, found in curves.items() if most in found}
+
+
+def guarded(reader: Reader, which: str, name: str) -> dict[int, Value]:
+    """A number of what each round drew (which: drawn) or learned from (selected), as its guards measured it."""
+    found = {}
+    for round_ in reader.rounds("guard"):
+        measured = reader.json(round_, "guard", "metrics.json").get(which)
+        value = value_of(measured.get(name)) if isinstance(measured, Mapping) else None
+        if value is not None:
+            found[round_] = value
+    return found
+
+
+def summarised(reader: Reader, name: str) -> dict[int, Value]:
+    """A number of select/summary.json in every round."""
+    found = {r: value_of(reader.json(r, "select", "summary.json").get(name)) for r in reader.rounds("select")}
+    return {round_: value for round_, value in found.items() if value is not None}

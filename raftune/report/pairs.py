@@ -1,0 +1,122 @@
+"""The held-out prompts with the same draw in every round: same prompt, same seed, another policy."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+from raftune.report.choosing import Pair, encoded_size, first, order_pairs, up_to
+from raftune.report.reading import Reader
+from raftune.report.samples import UNREADABLE, content, drawn_rows, finite, parts, rows_by_sample, seed_of
+
+MOST_ANSWERS = 3000
+MOST_BYTES = 1_200_000
+CHOSEN_BY = (
+    "alarms that name their samples, then in turn the largest gains and the largest losses from the start to the best "
+    "round, and a random choice by hash"
+)
+Key = tuple[str, int]
+
+
+def compared(reader: Reader, named: set[str], best: int) -> dict[str, Any]:
+    """{shown, of, chosen_by, items}: by prompt and k; draws that are named always among them."""
+    rounds = reader.rounds("evaluate/draw")
+    pairs = list(pairs_of(reader, rounds, best))
+    wanted = {key for sample_id in named if (key := key_of(sample_id))}
+    must = [pair for pair in pairs if (pair.prompt_id, pair.k) in wanted]
+    most = max(1, MOST_ANSWERS // max(1, len(rounds)))
+    chosen = first(chain(must, order_pairs(pairs, most)), most, lambda p: (p.prompt_id, p.k))
+    items = list(up_to(built(reader, rounds, chosen), MOST_BYTES, encoded_size))
+    place = {(pair.prompt_id, pair.k): number for number, pair in enumerate(pairs)}
+    items.sort(key=lambda item: place[item["prompt_id"], item["k"]])
+    return {"shown": len(items), "of": len(pairs), "chosen_by": CHOSEN_BY, "items": items}
+
+
+def key_of(sample_id: str) -> Key | None:
+    """Prompt and k of a held-out sample's id, such as 0003e/1f2e-0/002; None of another id."""
+    scope, _, rest = sample_id.partition("/")
+    prompt_id, _, k = rest.rpartition("/")
+    return (prompt_id, int(k)) if scope.endswith("e") and k.isdigit() else None
+
+
+def pairs_of(reader: Reader, rounds: list[int], best: int) -> Iterator[Pair]:
+    """Every held-out draw, as the first round with evaluations has them."""
+    if not rounds:
+        return
+    start, end = rounds[0], best if best in rounds else rounds[-1]
+    for unit in reader.units(start, "evaluate/draw"):
+        drawn = reader.unit(start, "evaluate/draw", unit, ["prompt_id", "k"])
+        if drawn is None:
+            continue
+        before, after = (scores_of(reader, round_, unit) for round_ in (start, end))
+        for prompt_id, k in zip(drawn.column("prompt_id").to_pylist(), drawn.column("k").to_pylist(), strict=True):
+            old, new = before.get((prompt_id, k)), after.get((prompt_id, k))
+            yield Pair(unit, prompt_id, k, None if old is None or new is None or start == end else new - old)
+
+
+def scores_of(reader: Reader, round_: int, unit: int) -> dict[Key, float | None]:
+    """The scores of a round's held-out draws; None where there is none."""
+    table = reader.unit(round_, "evaluate/score", unit, ["prompt_id", "k", "score"])
+    if table is None:
+        return {}
+    columns = (table.column(name).to_pylist() for name in ("prompt_id", "k", "score"))
+    return {(prompt_id, k): finite(score) for prompt_id, k, score in zip(*columns, strict=True)}
+
+
+def built(reader: Reader, rounds: list[int], chosen: list[Pair]) -> list[dict[str, Any]]:
+    """The items, in the order in which they were chosen."""
+    units: defaultdict[int, set[str]] = defaultdict(set)
+    for pair in chosen:
+        units[pair.unit].add(pair.prompt_id)
+    wanted = {(pair.prompt_id, pair.k) for pair in chosen}
+    answers: defaultdict[Key, dict[str, Any]] = defaultdict(dict)
+    seeds: dict[Key, str | None] = {}
+    texts: dict[str, Any] = {}
+    for round_ in rounds:
+        if not texts:
+            texts = reader.prompts(round_, "evaluate/plan", set(units))
+        for unit, prompt_ids in sorted(units.items()):
+            for key, seed, answer in answers_of(reader, round_, unit, prompt_ids):
+                if key in wanted:
+                    answers[key][str(round_)] = answer
+                    seeds.setdefault(key, seed)
+    return [
+        {
+            "prompt_id": pair.prompt_id,
+            "prompt": content(texts.get(pair.prompt_id, UNREADABLE)),
+            "k": pair.k,
+            "seed": seeds[pair.prompt_id, pair.k],
+            "answers": answers[pair.prompt_id, pair.k],
+        }
+        for pair in chosen
+        if answers[pair.prompt_id, pair.k]
+    ]
+
+
+def answers_of(
+    reader: Reader, round_: int, unit: int, prompt_ids: set[str]
+) -> Iterator[tuple[Key, str | None, dict[str, Any]]]:
+    """Key, seed and answer of each of the unit's samples of these prompts."""
+    scores = rows_by_sample(reader.unit(round_, "evaluate/score", unit), prompt_ids)
+    judged = rows_by_sample(reader.unit(round_, "evaluate/judge", unit), prompt_ids)
+    for row in drawn_rows(reader, round_, "evaluate/draw", unit, prompt_ids):
+        sample_id = row["sample_id"]
+        yield (
+            (row["prompt_id"], row["k"]),
+            seed_of(row),
+            answer_of(row, scores.get(sample_id, {}), judged.get(sample_id, {})),
+        )
+
+
+def answer_of(row: Mapping[str, Any], score: Mapping[str, Any], judged: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "id": row["sample_id"],
+        "completion": content(row.get("completion")),
+        "score": finite(score.get("score")),
+        "held_out": finite(judged.get("score")),
+        "parts": parts(score) | {name: value for name, value in parts(judged).items() if name not in parts(score)},
+        "tokens": row.get("tokens"),
+        "finish": row.get("finish"),
+    }

@@ -1,0 +1,183 @@
+"""A run read for a report: what is committed and can be read; what is not is noted, and never raised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from raftune.errors import RaftuneError
+from raftune.store.commit import Commit
+from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.parquet import column_names, first_line, read_groups, read_metadata, read_table
+from raftune.store.run import RunFolder
+
+UNITS = "raftune.units"  # in the metadata of verdicts.parquet: the unit of each of its row groups
+
+
+class Reader:
+    """The committed stages of a run; `missing` names, by round and stage, what could not be shown.
+
+    A run may be at work while it is read: a file that vanishes between two looks is noted like any other.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.missing: list[str] = []
+        self._bad: set[Path] = set()
+        self.commits = dict(self._load_commits())
+        self._look_over()
+
+    def note(self, where: str, why: str) -> None:
+        """Puts down, once, what is missing; paths into the run are shortened, for the page may be sent to others."""
+        line = f"{where}: {why}".replace(f"{self.run.root}/", "")
+        if line not in self.missing:
+            self.missing.append(line)
+
+    def has(self, round_: int, stage: str) -> bool:
+        """Whether the stage is committed, or was: something committed was made from it."""
+        return (round_, stage) in self.commits or (round_, stage) in self._lost
+
+    def rounds(self, stage: str) -> list[int]:
+        """The rounds that have this stage, ascending."""
+        return [round_ for round_ in self.run.rounds() if self.has(round_, stage)]
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def json(self, round_: int, stage: str, name: str, kind: type[Any] = dict) -> Any:
+        """The file's dictionary (or list); an empty one where the stage is not there or the file cannot be read."""
+        path = self.run.folder(round_, stage) / name
+        if not self.has(round_, stage) or path in self._bad:
+            return kind()
+        return self._json(path, f"round {round_}, {stage}", kind)
+
+    def own_json(self, name: str) -> dict[str, Any]:
+        """A JSON file at the run's top; empty where there is none or it cannot be read."""
+        path = self.run.root / name
+        found: dict[str, Any] = self._json(path, "the run", dict) if path.is_file() else {}
+        return found
+
+    def _json(self, path: Path, where: str, kind: type[Any]) -> Any:
+        try:
+            found = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            self.note(where, f"{path.name} is missing")
+        except (OSError, ValueError) as error:
+            self.note(where, f"{path.name} cannot be read: {first_line(error)}")
+        else:
+            if isinstance(found, kind):
+                return found
+            self.note(where, f"{path.name} holds {type(found).__name__}, not {kind.__name__}")
+        self._bad.add(path)
+        return kind()
+
+    def table(self, round_: int, stage: str, name: str, columns: Sequence[str]) -> pa.Table | None:
+        """Those of the columns that the file has; None where the stage is not there or the file cannot be read."""
+        path = self.run.folder(round_, stage) / name
+        if not self.has(round_, stage) or path in self._bad:
+            return None
+        try:
+            names = column_names(path)
+            return read_table(path, [name for name in columns if name in names])
+        except RaftuneError as error:
+            self._spoilt(path, round_, stage, error)
+            return None
+
+    def unit(self, round_: int, stage: str, unit: int, columns: Sequence[str] | None = None) -> pa.Table | None:
+        """The unit's table of a stage, with these columns or with those of rewards and all that scores have."""
+        path = self.run.folder(round_, stage) / unit_file(unit)
+        if path in self._bad or not path.is_file():
+            return None
+        try:
+            return read_table(path) if columns is None else self.table(round_, stage, path.name, columns)
+        except RaftuneError as error:
+            self._spoilt(path, round_, stage, error)
+            return None
+
+    def groups(self, round_: int, stage: str, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The file's row groups, as far as they can be read; columns that it lacks are left out."""
+        path = self.run.folder(round_, stage) / name
+        if not self.has(round_, stage) or path in self._bad:
+            return
+        try:
+            names = column_names(path)
+            yield from read_groups(path, [name for name in columns if name in names])
+        except RaftuneError as error:
+            self._spoilt(path, round_, stage, error)
+
+    def _spoilt(self, path: Path, round_: int, stage: str, error: RaftuneError) -> None:
+        self._bad.add(path)
+        self.note(f"round {round_}, {stage}", said(error, path))
+
+    # -- units --------------------------------------------------------------------------------------------------------
+
+    def units(self, round_: int, stage: str) -> list[int]:
+        """The units of a stage, ascending."""
+        return unit_numbers(self.run.folder(round_, stage)) if self.has(round_, stage) else []
+
+    def verdicts(self, round_: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+        """Each unit that was selected from, with these columns of its verdicts."""
+        path = self.run.folder(round_, "select") / "verdicts.parquet"
+        if not self.has(round_, "select") or path in self._bad:
+            return
+        try:
+            units = json.loads(read_metadata(path)[1][UNITS])
+        except (RaftuneError, KeyError, ValueError) as error:
+            self._bad.add(path)
+            why = said(error, path) if isinstance(error, RaftuneError) else f"{path.name} does not name its units"
+            self.note(f"round {round_}, select", why)
+            return
+        yield from zip(units, self.groups(round_, "select", path.name, columns), strict=False)
+
+    def prompts(self, round_: int, plan: str, units: set[int]) -> dict[str, Any]:
+        """The prompts of these units by their ids."""
+        found: dict[str, Any] = {}
+        for unit, table in enumerate(self.groups(round_, plan, "prompts.parquet", ["prompt_id", "prompt"])):
+            if unit in units:
+                found |= zip(table.column("prompt_id").to_pylist(), table.column("prompt").to_pylist(), strict=True)
+        return found
+
+    # -- what is there ------------------------------------------------------------------------------------------------
+
+    def _load_commits(self) -> Iterator[tuple[tuple[int, str], Commit]]:
+        for round_, stage in self.run.places():
+            try:
+                commit = self.run.commit(round_, stage)
+            except RaftuneError as error:
+                self.note(f"round {round_}, {stage}", said(error, self.run.folder(round_, stage) / "_COMMIT.json"))
+                continue
+            if commit is not None:
+                yield (round_, stage), commit
+
+    def _look_over(self) -> None:
+        """Notes COMMITs that are gone although others were made from them, and files that are gone or cut."""
+        self._lost: set[tuple[int, str]] = set()
+        for commit in self.commits.values():
+            for read in commit.inputs:
+                number, _, stage = read.partition("/")
+                if number.isdigit() and (int(number), stage) not in self.commits:
+                    self._lost.add((int(number), stage))
+        for round_, stage in sorted(self._lost):
+            if not any(line.startswith(f"round {round_}, {stage}: ") for line in self.missing):
+                self.note(f"round {round_}, {stage}", "its COMMIT is missing; what lies in its folder is shown")
+        for (round_, stage), commit in self.commits.items():
+            if not self.run.is_dropped(round_, stage):
+                self._compare(round_, stage, commit)
+
+    def _compare(self, round_: int, stage: str, commit: Commit) -> None:
+        """Names and sizes only: `raftune verify` hashes."""
+        for name, entry in sorted(commit.files.items()):
+            path = self.run.folder(round_, stage) / name
+            size = path.stat().st_size if path.is_file() else None
+            if size != entry.bytes:
+                self._bad.add(path)
+                what = "is missing" if size is None else f"has {size:,} bytes; {entry.bytes:,} were committed"
+                self.note(f"round {round_}, {stage}", f"{name} {what}")
+
+
+def said(error: RaftuneError, path: Path) -> str:
+    """The error's finding about a file, under the file's name alone and without the advice."""
+    return str(error).replace(str(path), path.name).split(". ")[0].rstrip(".")

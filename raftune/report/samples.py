@@ -1,0 +1,80 @@
+"""Samples as the page's document holds them: long texts cut at a stated length, and only numbers that JSON has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raftune.report.reading import Reader
+
+LONGEST = 4000  # characters of a prompt, an answer or a message
+DETAIL = 400
+DRAWN = ("sample_id", "prompt_id", "k", "source", "seed", "completion", "completion_ids", "finish")
+UNREADABLE = "(not readable: the round's plan is damaged)"
+Record = dict[str, Any]
+
+
+def drawn_rows(reader: Reader, round_: int, stage: str, unit: int, prompt_ids: Iterable[str]) -> list[Record]:
+    """The unit's samples of these prompts, token ids as their number; none where the file cannot be read."""
+    table = reader.unit(round_, stage, unit, DRAWN)
+    if table is None:
+        return []
+    table = of_prompts(table, prompt_ids)
+    if "completion_ids" in table.column_names:
+        tokens = pc.list_value_length(table.column("completion_ids"))
+        table = table.drop_columns(["completion_ids"]).append_column("tokens", tokens)
+    rows: list[Record] = table.to_pylist()
+    return rows
+
+
+def rows_by_sample(table: pa.Table | None, prompt_ids: Iterable[str]) -> dict[str, Record]:
+    """The table's rows of these prompts by sample id; none of a table that could not be read."""
+    if table is None:
+        return {}
+    rows: list[Record] = of_prompts(table, prompt_ids).to_pylist()
+    return {row["sample_id"]: row for row in rows}
+
+
+def of_prompts(table: pa.Table, prompt_ids: Iterable[str]) -> pa.Table:
+    return table.filter(pc.is_in(table.column("prompt_id"), pa.array(list(prompt_ids), pa.string())))
+
+
+def content(value: Any) -> Any:
+    """A prompt or an answer to show: texts cut at LONGEST, also inside of messages."""
+    if isinstance(value, str):
+        return cut(value)
+    if isinstance(value, list):
+        return [content(inner) for inner in value]
+    if isinstance(value, Mapping):
+        return {str(name): content(inner) for name, inner in value.items() if inner is not None}
+    if isinstance(value, bytes):
+        return f"({len(value):,} bytes)"
+    return finite(value) if isinstance(value, float) else value
+
+
+def cut(text: str, longest: int = LONGEST) -> str:
+    """The text, or its beginning with the number of characters that follow."""
+    if len(text) <= longest:
+        return text
+    return f"{text[:longest]}… ({len(text) - longest:,} more characters)"
+
+
+def finite(value: Any) -> float | None:
+    """The number to six decimals; None for what is none or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return round(float(value), 6)
+
+
+def parts(score: Mapping[str, Any]) -> dict[str, float | None]:
+    """What each reward said, by its name."""
+    return {name.removeprefix("rewards/"): finite(v) for name, v in score.items() if name.startswith("rewards/")}
+
+
+def seed_of(row: Mapping[str, Any]) -> str | None:
+    """The seed as text: a number of 63 bits is more than a browser's numbers hold."""
+    return None if row.get("seed") is None else str(row["seed"])

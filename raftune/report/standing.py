@@ -1,0 +1,108 @@
+"""How a run stands when its page is written: state, rounds, the best one, the names of its rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raftune.config.load import validate
+from raftune.config.run import RunConfig
+from raftune.digest import Row, held_out_names
+from raftune.errors import RaftuneError
+from raftune.report.numbers import by_round
+from raftune.report.reading import Reader
+from raftune.status import DAMAGED, FINISHED, IN_USE, Status, status_of
+from raftune.store.parquet import first_line
+
+
+@dataclass(frozen=True)
+class Standing:
+    """`config` is None where it is lost, or another version's; `best_by` says what the best round was chosen by."""
+
+    name: str
+    state: str
+    words: str
+    rounds: tuple[int, ...]
+    best: int
+    best_by: str
+    rewards: tuple[str, ...]
+    judges: tuple[str, ...]
+    config: RunConfig | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "status": self.state,
+            "status_words": self.words,
+            "rounds": list(self.rounds),
+            "best": self.best,
+            "best_by": self.best_by,
+        }
+
+
+def standing_of(reader: Reader, rows: list[Row], *, working: bool = False) -> Standing:
+    """The standing; a process at work that writes its own page says `working` of itself, and is not asked its lock."""
+    status = status_of(reader.run.root)
+    config = config_of(reader)
+    rounds = tuple(int(row["round"]) for row in rows)
+    best, best_by = best_of(reader, config, rounds)
+    state, words = state_of(reader, status, rounds, working)
+    return Standing(
+        name=config.name if config is not None else str(status.name),
+        state=state,
+        words=words,
+        rounds=rounds,
+        best=best,
+        best_by=best_by,
+        rewards=config.rewards.names if config is not None else reward_names(reader, ""),
+        judges=held_out_names(config) if config is not None else reward_names(reader, "held_out/"),
+        config=config,
+    )
+
+
+def config_of(reader: Reader) -> RunConfig | None:
+    """The run's configuration; None, and a note, where it is lost or not one of this version's."""
+    try:
+        return validate(reader.run.read_config())
+    except RaftuneError as error:
+        reader.note("the run", f"config.resolved.json: {first_line(error).replace(str(reader.run.root), 'the run')}")
+        return None
+
+
+def state_of(reader: Reader, status: Status, rounds: tuple[int, ...], working: bool | None) -> tuple[str, str]:
+    """A word for programs, and a sentence that stays true when the page is opened later."""
+    done = max(rounds, default=0)
+    planned = status.num_rounds
+    so_far = f"{done} of {planned} rounds done" if planned else f"{done} rounds done"
+    if status.state == DAMAGED or not reader.run.exists():
+        return "damaged", f"damaged: {so_far}; what can be read is shown"
+    if working:
+        return "running", f"at work when this was written: {so_far}"
+    if status.state == IN_USE and not (planned and done >= planned):
+        return "running", f"at work when this was written: {so_far}"
+    if status.state in (FINISHED, IN_USE):
+        return "finished", f"finished: {status.why if status.state == FINISHED else so_far}"
+    return "interrupted", f"interrupted: {so_far}; raftune resume goes on with it"
+
+
+def best_of(reader: Reader, config: RunConfig | None, rounds: tuple[int, ...]) -> tuple[int, str]:
+    """The published round; before there is one, the one that would be: the highest value, the earliest of equals."""
+    published = reader.own_json("best.json")
+    if isinstance(published.get("round"), int) and published["round"] in rounds:
+        return int(published["round"]), str(published.get("by", ""))
+    by = config.evaluation.best_by if config is not None else "reward"
+    for name in (by, f"held_out/rewards/{by}/mean", f"rewards/{by}/mean"):
+        if values := by_round(reader, name):
+            return max(values, key=lambda round_: (values[round_].mean, -round_)), by
+    return max(rounds, default=0), "last round"
+
+
+def reward_names(reader: Reader, prefix: str) -> tuple[str, ...]:
+    """The names of rewards as the metrics have them, where no configuration says so."""
+    found: dict[str, None] = {}
+    for round_ in reader.rounds("evaluate"):
+        metrics: Mapping[str, Any] = reader.json(round_, "evaluate", "metrics.json")
+        start = f"{prefix}rewards/"
+        found |= dict.fromkeys(n[len(start) : -5] for n in metrics if n.startswith(start) and n.endswith("/mean"))
+    return tuple(found)
