@@ -34,6 +34,7 @@ from raftune.whatif.folder import Overlay, brief, faults, in_words, keep_record,
 
 Observer = Callable[[str, dict[str, Any]], None]
 FEWER = "sampling.num_generations"
+SCORED_BY = {"rewards.reward_funcs", "rewards.batch_size"}
 ASKED = ("rewards", "selection", "sampling")  # the sections of the configuration that a what-if may change
 
 
@@ -283,8 +284,8 @@ class Again:
         changes = self.changes()
         if not changes:
             return ""
-        first = "plan" if FEWER in changes else "score" if any(n.startswith("rewards.") for n in changes) else "select"
-        again = " (which draws again)" if first == "plan" else ""
+        first = self.first_stage(changes)
+        again = " (which draws again)" if FEWER in changes else ""
         if not self.config.rewards.reward_funcs:
             return (
                 f"To really do so{again}, change {', '.join(sorted(changes))} in the script that made the run, and "
@@ -293,6 +294,12 @@ class Again:
         words = [word for name, (_, value) in sorted(changes.items()) for word in as_flag(name, value)]
         command = shlex.join(["raftune", "resume", str(self.run_as_it_is.root), *words, "--from", first])
         return f"To really do so{again}: {command}"
+
+    def first_stage(self, changes: Mapping[str, Any]) -> str:
+        """The first stage that these changes shape: with it, all that is stale after it is done again."""
+        if SCORED_BY & changes.keys():
+            return "evaluation-score" if self.config.evaluation.num_prompts else "score"
+        return "plan" if FEWER in changes else "select"
 
 
 def plain_of(config: RunConfig) -> dict[str, Any]:

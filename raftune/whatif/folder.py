@@ -97,8 +97,17 @@ def flat(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def in_words(changes: Mapping[str, tuple[Any, Any]]) -> str:
     """Field: before → now, of every difference."""
-    said = {name: tuple(map(brief, pair)) for name, pair in sorted(changes.items())}
-    return ", ".join(change(name, old, new) for name, (old, new) in said.items()) or "what it was made from has changed"
+    said = [change(name, *told_apart(*map(brief, pair))) for name, pair in sorted(changes.items())]
+    return ", ".join(said) or "what it was made from has changed"
+
+
+def told_apart(old: Any, new: Any, width: int = 40) -> tuple[Any, Any]:
+    """Both values; of long ones that begin alike, the ends."""
+    texts = str(old), str(new)
+    if max(map(len, texts)) <= width or texts[0][: width - 3] != texts[1][: width - 3]:
+        return old, new
+    first, second = (text if len(text) <= width else f"…{text[1 - width :]}" for text in texts)
+    return first, second
 
 
 def brief(value: Any) -> Any:
