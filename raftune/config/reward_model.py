@@ -1,0 +1,105 @@
+"""How a reward model is trained from human feedback: every field, its unit and its consequence."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from raftune.config.base import Frozen
+from raftune.config.policy import AdapterConfig
+
+# Peak rate by the number of trained parameters, where none is given: small models need and bear more.
+RATES = ((10_000_000, 1e-3), (500_000_000, 5e-5))
+RATE_OF_LARGE, RATE_OF_ADAPTERS = 1e-5, 1e-4
+
+
+class RewardModelConfig(Frozen):
+    """A reward model's training: what it learns from, what it is made of, and when it is good enough to be saved."""
+
+    data: str = Field(
+        description="Preferences or ratings: a file of JSON lines (.gz too), Parquet or CSV, a `datasets` folder, or a "
+        "hub name."
+    )
+    model: str = Field(
+        description="The backbone, encoder or decoder: a folder, a hub name, or 'starter' for the bundled policy."
+    )
+    output_dir: str = Field(description="Receives model/, report.json, held_out.parquet and skipped.jsonl.")
+    objective: Literal["auto", "pairwise", "pointwise"] = Field(
+        "auto",
+        description="pairwise: Bradley-Terry on preferences; pointwise: squared error on ratings; auto: by data.",
+    )
+    split: str = Field("train", description="Split of a hub or `datasets` folder.")
+    dialogues: Literal["text", "messages"] = Field(
+        "text", description="What dialogues as in HH-RLHF become: texts as they stand, or messages for a chat template."
+    )
+    lowest_rating: float | None = Field(None, description="Ratings below are skipped, and named.")
+    highest_rating: float | None = Field(None, description="Ratings above are skipped, and named.")
+    held_out: str | None = Field(
+        None, description="Data to judge by; None: a share of the prompts of `data`. Prompts learned from are left out."
+    )
+    held_out_split: str = Field("test", description="Split of held_out, in a hub or `datasets` folder.")
+    held_out_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Share of prompts held out, with all their rows; larger: a narrower interval."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of the backbone on the hub.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the backbone's weights.")
+    device: Literal["auto", "cpu"] = Field("auto", description="auto: a GPU where there is one.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the backbone: read it first.")
+    replace_head: bool = Field(False, description="Give a classifier of several labels a new head with one number.")
+    adapter: AdapterConfig | None = Field(
+        None, description="LoRA: less memory; merged into the backbone when it is saved."
+    )
+    append_eos: bool | None = Field(
+        None, description="End plain texts with the EOS token; None: where the tokenizer has one and adds none itself."
+    )
+    max_length: int = Field(
+        1024, ge=8, description="Tokens of prompt and answer; longer rows lose their beginning, and are counted."
+    )
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak rate; None: 1e-3 below 10M trained parameters, 5e-5 below 500M, 1e-5 above, 1e-4 for LoRA.",
+    )
+    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the rows; reward models soon overfit.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps, in place of epochs; -1 is off.")
+    per_device_train_batch_size: int = Field(16, ge=1, description="Rows in a micro-batch; a pair is one row.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches in one optimizer step.")
+    lr_scheduler_type: str = Field("cosine", description="A schedule of transformers.")
+    warmup_steps: float = Field(0.05, ge=0, description="Steps of rising rate; below 1: a share of all steps.")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+    center_rewards_coefficient: float | None = Field(
+        None, ge=0, description="Pairwise only: weight of the squared sum of a pair's scores, which centres them; 0.01."
+    )
+    disable_dropout: bool = Field(True, description="As in TRL: without it the two answers of a pair differ by noise.")
+    bf16: bool = Field(False, description="bfloat16 arithmetic over float32 weights (CUDA).")
+    gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
+    save_steps: int = Field(
+        200, ge=1, description="Optimizer steps between checkpoints, from which a new call goes on."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the split, the new head and the order of the rows.")
+    allow_chance: bool = Field(False, description="Save the model though it may be no better than chance.")
+
+    @model_validator(mode="after")
+    def _bfloat16_weights_are_not_trained(self) -> RewardModelConfig:
+        if self.dtype == "bfloat16" and self.adapter is None:
+            raise ValueError(
+                "dtype must be float32 where all weights are trained; got 'bfloat16', which rounds most updates away. "
+                "Set bf16: true for fast arithmetic over float32 weights, or add `adapter: {r: 16}`."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_range_has_two_ends(self) -> RewardModelConfig:
+        low, high = self.lowest_rating, self.highest_rating
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"lowest_rating must be below highest_rating; got {low:g} and {high:g}. Swap them.")
+        return self
+
+
+def rate_for(trained: int, adapter: bool) -> float:
+    """The peak rate for so many trained parameters, where the configuration gives none."""
+    if adapter:
+        return RATE_OF_ADAPTERS
+    return next((rate for below, rate in RATES if trained < below), RATE_OF_LARGE)

@@ -1,0 +1,197 @@
+"""Human feedback as token rows: what is learned from, and what is held out to judge by, apart by prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from raftune.config.reward_model import RewardModelConfig
+from raftune.errors import DataError, RewardError
+from raftune.feedback import Feedback, Pair, Rating, Skipped, read_preferences, read_ratings
+from raftune.reading import Reading, text_of, tokens
+from raftune.records import PromptContent
+
+Objective = Literal["pairwise", "pointwise"]
+SAME_TOKENS = "the same tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of feedback as the model reads it.
+
+    answers: the preferred and the other, or the one that was rated; ids: the tokens of prompt and answer, for each;
+    cut: how many of them lost their beginning.
+    """
+
+    row: int
+    prompt: PromptContent
+    answers: tuple[Any, ...]
+    ids: tuple[list[int], ...]
+    rating: float | None = None
+    cut: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What was read of one source: examples, skipped rows, and what to say of them."""
+
+    examples: list[Example]
+    skipped: list[Skipped]
+    words: tuple[str, ...]
+    objective: Objective
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The two sides. No prompt is on both."""
+
+    train: list[Example]
+    held_out: list[Example]
+    words: tuple[str, ...] = ()
+
+
+def read_examples(config: RewardModelConfig, tokenizer: Any, reading: Reading) -> tuple[Source, Split]:
+    """What the configuration's data says, encoded and split. Raises DataError where a side would be empty."""
+    source = read_source(config, config.data, config.split, config.objective, "data", tokenizer, reading)
+    if config.held_out is None:
+        return source, split_by_prompt(source.examples, config.held_out_fraction, config.seed)
+    other = read_source(
+        config, config.held_out, config.held_out_split, source.objective, "held_out", tokenizer, reading
+    )
+    split = without_overlap(source.examples, other.examples, config.held_out)
+    return replace(source, words=(*source.words, *other.words)), split
+
+
+def read_source(
+    config: RewardModelConfig,
+    name: str,
+    part: str,
+    objective: str,
+    field: str,
+    tokenizer: Any,
+    reading: Reading,
+) -> Source:
+    """One source, encoded. Raises DataError where it holds nothing that fits the objective."""
+    found = read_feedback(config, name, part, objective, field)
+    kind: Objective = "pairwise" if isinstance(found.rows[0], Pair) else "pointwise"
+    try:
+        examples = [encoded(row, tokenizer, reading) for row in found.rows]
+    except RewardError as error:  # messages, and a tokenizer without a chat template
+        raise DataError(
+            f"{field}: its rows are messages, and the tokenizer of {config.model!r} has no chat template. Give the "
+            "tokenizer one, or data of plain texts."
+        ) from error
+    alike = [one for one in examples if len(one.ids) == 2 and one.ids[0] == one.ids[1]]
+    told = f"chosen and rejected are the same within the last {reading.limit} tokens"
+    skipped = [*found.skipped, *(Skipped(one.row, SAME_TOKENS, told) for one in alike)]
+    kept = [one for one in examples if not (len(one.ids) == 2 and one.ids[0] == one.ids[1])]
+    if not kept:
+        raise DataError(f"{field}: in all rows of {name}, {told}. Raise max_length.")
+    words = [*found.words(), *([f"  {len(alike):,} skipped: {told}"] if alike else []), *about_cuts(kept, reading)]
+    return Source(kept, skipped, tuple(words), kind)
+
+
+def read_feedback(
+    config: RewardModelConfig, name: str, part: str, objective: str, field: str
+) -> Feedback[Pair] | Feedback[Rating]:
+    """Pairs or ratings; with `auto`, pairs where there are any. Raises DataError, with both reasons for `auto`."""
+    ratings = {"low": config.lowest_rating, "high": config.highest_rating}
+    if objective == "pointwise":
+        return read_ratings(name, part, field=field, **ratings)
+    try:
+        return read_preferences(name, part, field=field, dialogues=config.dialogues)
+    except DataError as no_pairs:
+        if objective == "pairwise":
+            raise
+        try:
+            return read_ratings(name, part, field=field, **ratings)
+        except DataError as no_ratings:
+            if str(no_ratings) == str(no_pairs):
+                raise
+            raise DataError(f"as preferences, {no_pairs}\nas ratings, {no_ratings}") from no_ratings
+
+
+def encoded(row: Pair | Rating, tokenizer: Any, reading: Reading) -> Example:
+    """The row with the tokens of each of its answers."""
+    answers = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.completion,)
+    whole = replace(reading, limit=None)
+    ids = [tokens(tokenizer, row.prompt, answer, whole) for answer in answers]
+    long = [i for i, one in enumerate(ids) if reading.limit is not None and len(one) > reading.limit]
+    for i in long:
+        ids[i] = tokens(tokenizer, row.prompt, answers[i], reading)
+    rating = None if isinstance(row, Pair) else row.score
+    return Example(row.row, row.prompt, answers, tuple(ids), rating, len(long))
+
+
+def about_cuts(examples: Iterable[Example], reading: Reading) -> list[str]:
+    cut = sum(one.cut for one in examples)
+    if not cut:
+        return []
+    return [f"  {cut:,} texts are longer than {reading.limit} tokens: the beginning of their prompts is left out"]
+
+
+def answer_lengths(examples: Sequence[Example], tokenizer: Any) -> list[list[int]]:
+    """Tokens of each answer alone, without its prompt and without special tokens."""
+    return [
+        [len(tokenizer(text_of(answer), add_special_tokens=False)["input_ids"]) for answer in one.answers]
+        for one in examples
+    ]
+
+
+def split_by_prompt(examples: Sequence[Example], fraction: float, seed: int) -> Split:
+    """The prompts with the smallest hashes are held out, with all their rows: a function of prompts and seed alone.
+
+    Raises DataError where there are fewer than two prompts.
+    """
+    places = {prompt_key(one.prompt, seed): 0 for one in examples}
+    if len(places) < 2:
+        raise DataError(
+            "data must have at least two prompts, of which one is held out; all rows have the same. Give held_out, or "
+            "more prompts."
+        )
+    count = min(max(round(fraction * len(places)), 1), len(places) - 1)
+    chosen = set(sorted(places)[:count])
+    held_out = [one for one in examples if prompt_key(one.prompt, seed) in chosen]
+    train = [one for one in examples if prompt_key(one.prompt, seed) not in chosen]
+    return Split(train, held_out)
+
+
+def without_overlap(train: Sequence[Example], held_out: Sequence[Example], name: str) -> Split:
+    """The two sides as they were given, less the held-out rows whose prompts are trained on, which are counted.
+
+    Raises DataError where nothing is left to judge by.
+    """
+    learned = {prompt_key(one.prompt, 0) for one in train}
+    kept = [one for one in held_out if prompt_key(one.prompt, 0) not in learned]
+    if not kept:
+        raise DataError(
+            f"held_out must have prompts that `data` lacks; all {len(held_out):,} rows of {name} have prompts that are "
+            "learned from. Leave held_out away: a share of the prompts of `data` is held out then."
+        )
+    met = len(held_out) - len(kept)
+    words = f"{met:,} of {len(held_out):,} held-out rows left out: their prompts are learned from"
+    return Split(list(train), kept, (words,) if met else ())
+
+
+def prompt_key(prompt: PromptContent, seed: int) -> str:
+    content = json.dumps([seed, prompt], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def prompt_numbers(examples: Sequence[Example]) -> list[int]:
+    """For each example the number of its prompt, in the order of their first rows: what intervals are taken over."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(prompt_key(one.prompt, 0), len(numbers)) for one in examples]
+
+
+def identity_of(split: Split) -> str:
+    """A hash over all tokens and ratings on either side: another means other data, or another tokenizer."""
+    digest = hashlib.sha256()
+    for side in (split.train, split.held_out):
+        for one in side:
+            digest.update(json.dumps([one.row, one.ids, one.rating]).encode())
+        digest.update(b"side")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,267 @@
+"""From human feedback to a reward model that is saved if it is better than chance."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raftune.config.reward_model import RewardModelConfig
+from raftune.errors import ConfigChanged, DataError, ModelError
+from raftune.feedback import write_skipped
+from raftune.protocols import Reward
+from raftune.quiet import quiet
+from raftune.reading import Reading, write_notes
+from raftune.reward_models.backbone import Backbone, open_backbone
+from raftune.reward_models.examples import (
+    Example,
+    Source,
+    Split,
+    answer_lengths,
+    identity_of,
+    prompt_numbers,
+    read_examples,
+)
+from raftune.reward_models.fitting import Fit, Observer, Scale, fit
+from raftune.reward_models.folder import HELD_OUT, SKIPPED, Folder
+from raftune.reward_models.gate import verdict
+from raftune.reward_models.pairwise import pairwise_report
+from raftune.reward_models.pointwise import pointwise_report
+from raftune.store.files import stage_file, write_json
+from raftune.store.parquet import write_table
+from raftune.store.run import RunFolder
+
+CHUNK = 1024  # answers in one call of the model as a reward
+POINTS = 50  # of the curve of losses in the report
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it: the report; whether model/ is there; whether anything had to be done."""
+
+    root: Path
+    report: dict[str, Any]
+    published: bool
+    worked: bool
+
+
+def train_reward_model(
+    config: RewardModelConfig, score_with: Callable[[Path], Reward], observe: Observer = lambda kind, facts: None
+) -> Outcome:
+    """A reward model under `output_dir`, its report, and every held-out row with its scores.
+
+    score_with: makes a reward of the saved folder: what judges the model is what will use it. Called again with the
+    same configuration it goes on from the last checkpoint, or finds everything done. A model that is not better than
+    chance stays under work/, unless `allow_chance`. Raises ConfigError, DataError, ModelError, StoreError.
+    """
+    run = RunFolder(Path(config.output_dir).expanduser())
+    folder = Folder(run.root)
+    folder.refuse_foreign()
+    with run.lock():
+        folder.claim(config)
+        worked = not folder.report.is_file()
+        if worked:
+            work(config, folder, run.tmp, score_with, observe)
+        report = json.loads(folder.report.read_bytes())
+        if not folder.model.is_dir() and (report["better_than_chance"] or config.allow_chance):
+            publish(folder)
+    return Outcome(run.root, report, folder.model.is_dir(), worked)
+
+
+def work(
+    config: RewardModelConfig, folder: Folder, tmp: Path, score_with: Callable[[Path], Reward], observe: Observer
+) -> None:
+    """Reads, trains, judges, and writes the report, each unless an earlier call did."""
+    observe("begin", {"what": "reading and encoding the rows"})
+    backbone = open_backbone(config)
+    for words in backbone.said:
+        observe("said", {"words": words})
+    with quiet():
+        source, split = read_examples(config, backbone.tokenizer, backbone.reading)
+    scale = scale_of(split, source)
+    note_data(folder, tmp, source, split, observe)
+    told = trained(config, folder, backbone, source, split, scale, observe)
+    report = judged(folder, tmp, backbone, source, split, scale, score_with, observe)
+    better, why = verdict(source.objective, report)
+    whole = {"objective": source.objective, "better_than_chance": better, "verdict": why, **report, **told}
+    whole |= {"model": config.model, "data": json.loads(folder.data.read_bytes())}
+    write_json(tmp, folder.report, whole)
+
+
+def scale_of(split: Split, source: Source) -> Scale:
+    """The ratings' own scale; of pairs 0 and 1. Raises DataError where all ratings are alike."""
+    if source.objective == "pairwise":
+        return Scale(0.0, 1.0)
+    scale = Scale.of(split.train)
+    if not scale.std > 0:
+        raise DataError(f"data must have ratings that differ; all are {scale.mean:g}. There is nothing to learn.")
+    return scale
+
+
+def note_data(folder: Folder, tmp: Path, source: Source, split: Split, observe: Observer) -> None:
+    """Writes and says what was read. Raises ConfigChanged if it is not what an earlier call read."""
+    prompts = {name: len(set(prompt_numbers(side))) for name, side in sides(split)}
+    noted = {
+        "words": [*source.words, *split.words],
+        "rows": {name: len(side) for name, side in sides(split)},
+        "prompts": prompts,
+        "skipped": len(source.skipped),
+        "identity": identity_of(split),
+    }
+    for words in noted["words"]:  # type: ignore[attr-defined]
+        observe("said", {"words": words})
+    if folder.data.is_file() and json.loads(folder.data.read_bytes())["identity"] != noted["identity"]:
+        raise ConfigChanged(
+            f"{folder.root} was begun with other data, or another tokenizer, under the same names. Choose another "
+            "output_dir, or remove this one."
+        )
+    with stage_file(tmp, folder.root / SKIPPED) as path:
+        write_skipped(source.skipped, path)
+    write_json(tmp, folder.data, noted)
+
+
+def sides(split: Split) -> tuple[tuple[str, list[Example]], ...]:
+    return ("train", split.train), ("held_out", split.held_out)
+
+
+def trained(
+    config: RewardModelConfig,
+    folder: Folder,
+    backbone: Backbone,
+    source: Source,
+    split: Split,
+    scale: Scale,
+    observe: Observer,
+) -> dict[str, Any]:
+    """Trains the model and saves it under work/, unless that is done; what is told of it."""
+    told = folder.work / "fit.json"
+    if not folder.candidate.is_dir():
+        observe("begin", {"what": f"training on {len(split.train):,} rows, {source.objective}"})
+        fitted = fit(config, source.objective, backbone.load, backbone.tokenizer, split.train, folder.work, observe)
+        facts = {"steps": len(fitted.losses), "loss": curve(fitted.losses), "learning_rate": fitted.learning_rate}
+        told.write_text(json.dumps(facts), encoding="utf-8")
+        save(fitted, backbone, folder.candidate, notes_of(source, backbone.reading, scale))
+    return dict(json.loads(told.read_bytes()))
+
+
+def curve(losses: Sequence[float]) -> list[dict[str, float]]:
+    """The losses as at most POINTS means over successive steps, each with the last of its steps."""
+    parts = np.array_split(np.array(losses), min(POINTS, len(losses)))
+    ends = np.cumsum([len(part) for part in parts])
+    return [{"step": int(end), "loss": float(part.mean())} for end, part in zip(ends, parts, strict=True)]
+
+
+def notes_of(source: Source, reading: Reading, scale: Scale) -> dict[str, Any]:
+    """What lies beside the model: how it reads its text, and what its scores mean."""
+    read = {
+        "include_prompt": reading.include_prompt,
+        "append_eos": reading.append_eos,
+        "add_special_tokens": reading.special_tokens,
+        "max_length": reading.limit,
+    }
+    ratings = {"ratings": {"mean": scale.mean, "std": scale.std}} if source.objective == "pointwise" else {}
+    return {"version": 1, "objective": source.objective, "reading": read, **ratings}
+
+
+def save(fitted: Fit, backbone: Backbone, folder: Path, notes: dict[str, Any]) -> None:
+    """Writes a plain transformers folder, which is at its place whole or not at all. Raises ModelError."""
+    part = folder.with_suffix(".part")
+    tokenizer = copy.deepcopy(backbone.tokenizer)
+    if tokenizer.is_fast:  # what the last call truncated by would be saved with it
+        tokenizer.backend_tokenizer.no_truncation()
+    with quiet():
+        fitted.model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    if not any(part.glob("*.safetensors")):
+        raise ModelError(f"model {backbone.config.model!r} could not be saved as safetensors. Name another backbone.")
+    write_notes(part, notes)
+    part.replace(folder)
+
+
+def judged(
+    folder: Folder,
+    tmp: Path,
+    backbone: Backbone,
+    source: Source,
+    split: Split,
+    scale: Scale,
+    score_with: Callable[[Path], Reward],
+    observe: Observer,
+) -> dict[str, Any]:
+    """Scores the held-out rows by the saved model as a reward; writes them, and the distribution beside the model."""
+    held_out = split.held_out
+    scores = score(score_with(folder.candidate), held_out, observe)
+    lengths = np.array(answer_lengths(held_out, backbone.tokenizer), dtype=np.float64)
+    prompts = np.array(prompt_numbers(held_out), dtype=np.int64)
+    distribution = distribution_of(scores)
+    write_notes(folder.candidate, {**notes_of(source, backbone.reading, scale), "distribution": distribution})
+    with stage_file(tmp, folder.root / HELD_OUT) as path:
+        write_table(held_out_table(held_out, scores, lengths), path)
+    if source.objective == "pairwise":
+        return {**pairwise_report(scores, lengths, prompts), "distribution": distribution}
+    ratings = np.array([one.rating for one in held_out], dtype=np.float64)
+    found = pointwise_report(scores[:, 0], ratings, lengths[:, 0], prompts, scale.mean, scale.std)
+    return {**found, "distribution": distribution}
+
+
+def score(reward: Reward, examples: Sequence[Example], observe: Observer) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(N, answers) scores. Raises ModelError where one is not finite."""
+    prompts = [one.prompt for one in examples for _ in one.answers]
+    answers = [answer for one in examples for answer in one.answers]
+    values: list[float | None] = []
+    observe("begin", {"what": f"judging by {len(examples):,} held-out rows"})
+    for start in range(0, len(answers), CHUNK):
+        part = slice(start, start + CHUNK)
+        values += reward(prompts=prompts[part], completions=answers[part])
+        observe("progress", {"done": len(values), "of": len(answers)})
+    scores = np.array(values, dtype=np.float64).reshape(len(examples), -1)
+    if not np.isfinite(scores).all():
+        raise ModelError("Every score must be finite; got NaN or infinity. Nothing was saved: lower learning_rate.")
+    return scores
+
+
+def distribution_of(scores: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, Any]:
+    """Mean, standard deviation and quantiles of all held-out scores: what `normalize` goes by."""
+    quantiles = {f"{q:g}": float(np.quantile(scores, q)) for q in QUANTILES}
+    return {"n": scores.size, "mean": float(scores.mean()), "std": float(scores.std()), "quantiles": quantiles}
+
+
+def held_out_table(
+    examples: Sequence[Example],
+    scores: np.ndarray[Any, np.dtype[np.float64]],
+    lengths: np.ndarray[Any, np.dtype[np.float64]],
+) -> pa.Table:
+    """Every held-out row: texts as they are, messages as JSON; scores and tokens of each answer; margin or rating."""
+    names = ("chosen", "rejected") if len(examples[0].answers) == 2 else ("completion",)
+    columns: dict[str, Any] = {
+        "row": pa.array([one.row for one in examples], pa.int64()),
+        "prompt": pa.array([as_text(one.prompt) for one in examples], pa.string()),
+    }
+    for i, name in enumerate(names):
+        columns[name] = pa.array([as_text(one.answers[i]) for one in examples], pa.string())
+    for i, name in enumerate(names):
+        columns[f"score_{name}" if len(names) == 2 else "score"] = pa.array(scores[:, i])
+        columns[f"tokens_{name}" if len(names) == 2 else "tokens"] = pa.array(lengths[:, i].astype(np.int32))
+    if len(names) == 2:
+        columns["margin"] = pa.array(scores[:, 0] - scores[:, 1])
+    else:
+        columns["rating"] = pa.array([one.rating for one in examples], pa.float64())
+    return pa.table(columns)
+
+
+def as_text(content: Any) -> str:
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+
+
+def publish(folder: Folder) -> None:
+    """Puts the model at its place. Raises ModelError if a person has removed what was trained."""
+    if not folder.candidate.is_dir():
+        raise ModelError(f"{folder.candidate} is gone. Remove {folder.root}, and train again.")
+    folder.publish()
