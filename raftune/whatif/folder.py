@@ -72,10 +72,11 @@ def read_record(root: Path) -> dict[str, Any]:
     path = root / RECORD
     try:
         found = json.loads(path.read_bytes())
-        assert isinstance(found["configuration"], dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise RunDamaged(f"{path} cannot be read. Delete {root}: it can be made again.") from error
-    return dict(found)
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("configuration"), dict):
+        raise RunDamaged(f"{path} cannot be read. Delete {root}: it can be made again.")
+    return found
 
 
 def keep_record(place: RunFolder, record: Mapping[str, Any]) -> None:
