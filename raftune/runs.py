@@ -14,6 +14,7 @@ from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, StoreError
 from raftune.loop import Observer, Outcome, train
 from raftune.preflight import preflight
+from raftune.report.rewriting import rewriting
 from raftune.reporting import reporting
 from raftune.staleness import check
 from raftune.store.files import stage_file, write_json
@@ -54,7 +55,7 @@ def run(
         try:
             preflight(assembly)
             aside = check(assembly, redo)
-            with reporting(config, folder.root, observe) as tell:
+            with reporting(config, folder.root, observe) as inner, rewriting(config, folder.root, inner) as tell:
                 tell("begin", {"root": str(folder.root), "set_aside": aside, "changed": note_changes(folder, config)})
                 save_config(folder, config)
                 outcome = train(assembly, tell)

@@ -47,6 +47,7 @@ COMMANDS = (
     ("train", WORK, "Run a configuration: begin it, continue it, or find it finished."),
     ("resume", WORK, "Continue a run where it stopped, or redo it from a stage on."),
     ("runs", LOOK, "List the runs in a folder."),
+    ("report", LOOK, "Write a run's page anew: charts, candidates, reasons and alarms in one HTML file."),
     ("samples", LOOK, "Browse what a round drew, what it kept, and why."),
     ("rescore", LOOK, "Score what a run drew with another reward: what would it have learned from?"),
     ("select", LOOK, "Select again by another rule or a smaller K: what would be kept?"),
@@ -57,7 +58,9 @@ COMMANDS = (
 
 for _number, (_name, _group, _help) in enumerate(COMMANDS):
     app.command(f"raftune.cli.{_name}:{_name}", name=_name, group=_group, help=_help, sort_key=_number)
-_reward = App(name="reward", help="Try a reward function before a run depends on it.", group=CHECK)
+_reward = App(name="reward", help="Train a reward model, score a file, or try a reward before a run.", group=CHECK)
+_reward.command("raftune.cli.reward_train:train", name="train", help="Train a reward model on human feedback.")
+_reward.command("raftune.cli.reward_score:score", name="score", help="Score a file of answers, or of preferences.")
 _reward.command("raftune.cli.reward:check", name="check", help="Call a reward on samples, and report what it does.")
 app.command(_reward)
 

@@ -11,6 +11,7 @@ from raftune.config.run import RunConfig
 from raftune.digest import held_out_names
 from raftune.loop import Outcome
 from raftune.progress import Progress
+from raftune.report import NAME as REPORT
 from raftune.runs import root_of, run
 
 
@@ -45,6 +46,7 @@ def outcome_json(root: Path, outcome: Outcome, worked: bool) -> dict[str, Any]:
         "best": outcome.best,
         "value": outcome.value,
         "model": str(model_of(root, outcome)),
+        "report": str(root / REPORT) if (root / REPORT).is_file() else None,
         "reason": outcome.reason,
         "worked": worked,
     }
@@ -58,7 +60,8 @@ def outcome_words(root: Path, outcome: Outcome, worked: bool) -> list[str]:
         f"{'Finished' if worked else 'Already finished; nothing to do'}: {outcome.reason}.",
         f"  best      {best}{value}",
         f"  model     {model_of(root, outcome)}",
-        f"  look      raftune samples {root} --sort best",
+        *([f"  look      {page}"] if (page := root / REPORT).is_file() else []),
+        f"  samples   raftune samples {root} --sort best",
         f"  take      raftune export {root} --format model --out DIR",
     ]
 

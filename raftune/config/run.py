@@ -79,6 +79,7 @@ class RunConfig(Frozen):
         "all", description="Models of older rounds to keep; samples all stay."
     )
     report_to: tuple[str, ...] = Field((), description="tensorboard, wandb, mlflow, …: as in transformers.")
+    report: bool = Field(True, description="Write the page report.html into the run after every round.")
     data: DataConfig = Field(default_factory=DataConfig)
     policy: PolicyConfig
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)

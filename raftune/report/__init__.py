@@ -11,11 +11,11 @@ from raftune.store.files import explaining, stage_file
 NAME = "report.html"
 
 
-def write_report(root: Path | str, out: Path | str | None = None, *, working: bool = False) -> Path:
+def write_report(root: Path | str, out: Path | str | None = None, *, working: bool | None = None) -> Path:
     """Writes the run's page (to report.html in the run, or to `out`) and returns its path.
 
     What is missing or damaged is named on the page. Raises StoreError where the folder holds no run, or the page cannot
-    be written. `working` says that this process is at work on the run and will write its page again.
+    be written. `working` is what the process that holds the run says of itself: see `collect`.
     """
     root = Path(root)
     target = Path(out) if out is not None else root / NAME

@@ -34,10 +34,12 @@ class Collected:
     rows: list[Row] = field(default_factory=list)
 
 
-def collect(root: Path | str, *, working: bool = False) -> Collected:
-    """All that a report shows of the run; `working` says that this process is at work on it and will go on.
+def collect(root: Path | str, *, working: bool | None = None) -> Collected:
+    """All that a report shows of the run.
 
-    What is missing or damaged is named in the document's `missing`. Raises StoreError where the folder holds no run.
+    `working` is what the process that holds the run says of itself: True while it goes on, False when it has ended it;
+    None asks the run's lock. What is missing or damaged is named in the document's `missing`. Raises StoreError where
+    the folder holds no run.
     """
     run = RunFolder(root)
     if not run.rounds():

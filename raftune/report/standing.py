@@ -41,8 +41,8 @@ class Standing:
         }
 
 
-def standing_of(reader: Reader, rows: list[Row], *, working: bool = False) -> Standing:
-    """The standing; a process at work that writes its own page says `working` of itself, and is not asked its lock."""
+def standing_of(reader: Reader, rows: list[Row], *, working: bool | None = None) -> Standing:
+    """The standing; a process that holds the run says of itself whether it is still `working`, others ask the lock."""
     status = status_of(reader.run.root)
     config = config_of(reader)
     rounds = tuple(int(row["round"]) for row in rows)
@@ -55,8 +55,8 @@ def standing_of(reader: Reader, rows: list[Row], *, working: bool = False) -> St
         rounds=rounds,
         best=best,
         best_by=best_by,
-        rewards=config.rewards.names if config is not None else reward_names(reader, ""),
-        judges=held_out_names(config) if config is not None else reward_names(reader, "held_out/"),
+        rewards=(config.rewards.names if config is not None else ()) or reward_names(reader, ""),
+        judges=(held_out_names(config) if config is not None else ()) or reward_names(reader, "held_out/"),
         config=config,
     )
 
@@ -72,18 +72,21 @@ def config_of(reader: Reader) -> RunConfig | None:
 
 def state_of(reader: Reader, status: Status, rounds: tuple[int, ...], working: bool | None) -> tuple[str, str]:
     """A word for programs, and a sentence that stays true when the page is opened later."""
-    done = max(rounds, default=0)
-    planned = status.num_rounds
+    done, planned = max(rounds, default=0), status.num_rounds
     so_far = f"{done} of {planned} rounds done" if planned else f"{done} rounds done"
     if status.state == DAMAGED or not reader.run.exists():
         return "damaged", f"damaged: {so_far}; what can be read is shown"
-    if working:
+    if working or (working is None and status.state == IN_USE):
         return "running", f"at work when this was written: {so_far}"
-    if status.state == IN_USE and not (planned and done >= planned):
-        return "running", f"at work when this was written: {so_far}"
-    if status.state in (FINISHED, IN_USE):
-        return "finished", f"finished: {status.why if status.state == FINISHED else so_far}"
+    if working is False or status.state == FINISHED:
+        return "finished", f"finished: {reason_of(reader) or so_far}"
     return "interrupted", f"interrupted: {so_far}; raftune resume goes on with it"
+
+
+def reason_of(reader: Reader) -> str:
+    """Why the run ended, as it said itself."""
+    ends = [event for event in reader.run.events if isinstance(event, Mapping) and event.get("event") == "end"]
+    return str(ends[-1].get("reason", "")) if ends else ""
 
 
 def best_of(reader: Reader, config: RunConfig | None, rounds: tuple[int, ...]) -> tuple[int, str]:
@@ -99,7 +102,7 @@ def best_of(reader: Reader, config: RunConfig | None, rounds: tuple[int, ...]) -
 
 
 def reward_names(reader: Reader, prefix: str) -> tuple[str, ...]:
-    """The names of rewards as the metrics have them, where no configuration says so."""
+    """The names of rewards as the metrics have them: those given as objects stand in no configuration."""
     found: dict[str, None] = {}
     for round_ in reader.rounds("evaluate"):
         metrics: Mapping[str, Any] = reader.json(round_, "evaluate", "metrics.json")

@@ -34,7 +34,7 @@ from raftune.store import run as run_folder
 from tests.runs import tiny
 
 REPOSITORY = Path(__file__).parents[2]
-IGNORED = ("events.jsonl", "environment.json", "LOCK")  # times and places of this process
+IGNORED = ("events.jsonl", "environment.json", "LOCK", "report.html")  # times and places of this process
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 Act = Callable[[Path], object]

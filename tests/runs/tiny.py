@@ -58,6 +58,7 @@ def config(root: Path, **changes: Any) -> RunConfig:
     base = {
         "output_dir": str(root),
         "num_rounds": 2,
+        "report": False,  # the page has tests of its own
         "prompts_per_round": 8,
         "data": {"prompts": "given as an object"},
         "policy": {} if "policy" in changes else {"family": "tabular", "num_prompts": 4, "num_answers": 5},

@@ -1,0 +1,33 @@
+"""`raftune report`: a run's page, written anew."""
+
+from __future__ import annotations
+
+import json as js
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from raftune.cli.show import say
+
+
+def report(
+    run: Annotated[str, Parameter(help="The run's directory.")],
+    *,
+    out: Annotated[str | None, Parameter(help="Where to write it; without it, RUN/report.html.")] = None,
+    json: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Print what the page shows as JSON; write no page.")
+    ] = False,
+) -> None:
+    """Write a run's page: one HTML file that opens from disk, with charts, all candidates, reasons and alarms.
+
+    raftune report runs/mine --out mine.html
+
+    A run writes its page itself after every round. This writes it anew: for a run that was made elsewhere, with
+    `report: false`, or by an earlier version, or whose files were damaged since; the page names what is missing.
+    """
+    from raftune.report import collect, write_report
+
+    if json:
+        print(js.dumps(collect(run).document, ensure_ascii=False))
+    else:
+        say(str(write_report(run, out)))
