@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 YAML = (".yaml", ".yml")
 STEPS = {
+    "read": "reading the answers",
     "start": "checking the model",
-    "data.json": "reading and encoding the answers",
+    "data.json": "encoding the answers",
     "model": "tuning",
     "report.json": "measuring held-out answers, before and after",
 }

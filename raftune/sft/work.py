@@ -86,12 +86,15 @@ class Work:
             (REPORT, self.measure),
         ]
         refuse_other_data(self.root, self.config)
-        missing = [(name, step) for name, step in steps if not (self.root / name).exists()]
+        missing = {name: step for name, step in steps if not (self.root / name).exists()}
         if missing:
             limit_threads(self.run)
-            if missing[0][0] != "start":
-                self.family.verify(self.start)
-        for name, step in missing:
+        if missing and "start" not in missing:
+            self.family.verify(self.start)
+        if DATA in missing:  # what is wrong with the data is known before a large model is loaded
+            self.observe("step", {"name": "read"})
+            self.read()
+        for name, step in missing.items():
             self.observe("step", {"name": name})
             step()
         discard(self.root / "tune", self.tmp)
@@ -102,6 +105,12 @@ class Work:
 
     # -- the steps ---------------------------------------------------------------------------------------------------
 
+    def read(self) -> None:
+        """The answers, in memory until they are encoded."""
+        data = self.config.data
+        self.print = fingerprint(data.path)
+        self.feedback = read_demonstrations(data.path, data.split, field="data.path", dialogues=data.dialogues)
+
     def begin(self) -> None:
         """start/: the model, checked and written down."""
         staged = new_folder(self.tmp)
@@ -110,9 +119,7 @@ class Work:
 
     def gather(self) -> None:
         """data.json, last of what is read from the data."""
-        data = self.config.data
-        print_ = fingerprint(data.path)
-        feedback = read_demonstrations(data.path, data.split, field="data.path", dialogues=data.dialogues)
+        data, feedback = self.config.data, self.feedback
         rows, notes = of_one_kind(feedback.rows[: data.limit])
         apart = held_out_prompts(rows, data.held_out_fraction)
         encoding = Encoding(self.policy(self.start), self.config.max_length)
@@ -125,7 +132,7 @@ class Work:
             write_skipped(skipped, staged)
         counts = {"learned": learned, "held_out": held_out, "cut": encoding.cut}
         left_out = {"beyond_limit": len(feedback.rows) - len(rows)} if data.limit else {}
-        facts = source_facts(feedback, skipped) | counts | left_out | {"notes": notes, "sha256": print_}
+        facts = source_facts(feedback, skipped) | counts | left_out | {"notes": notes, "sha256": self.print}
         write_json(self.tmp, self.root / DATA, facts)
         self.observe("data", facts)
 
@@ -159,6 +166,7 @@ class Work:
         policy: Any = self.policy(fitted)
         staged = new_folder(self.tmp)
         policy.export(staged)
+        discard(fitted, self.tmp)
         return staged
 
     def measure(self) -> None:
@@ -229,9 +237,10 @@ def refuse_foreign(root: Path) -> None:
     """Raises StoreError where the directory holds something else."""
     if root.exists() and not root.is_dir():
         raise StoreError(f"output_dir must be a directory; {root} is a file. Choose another output_dir.")
-    if not root.is_dir() or (root / CONFIG).is_file():
+    if (root / CONFIG).is_file():
+        read_config(root / CONFIG)
         return
-    if strangers := sorted(path.name for path in root.iterdir() if path.name not in OURS):
+    if strangers := sorted(path.name for path in root.glob("*") if path.name not in OURS):
         raise StoreError(
             f"output_dir must be empty or hold an earlier `raftune sft`; {root} holds {', '.join(strangers[:3])}. "
             "Choose another output_dir."
@@ -239,17 +248,19 @@ def refuse_foreign(root: Path) -> None:
 
 
 def write_config(folder: RunFolder, config: SftConfig) -> None:
-    """Writes config.yaml, in full; raises ConfigChanged where it holds another configuration."""
-    path = folder.root / CONFIG
-    wanted = config.model_dump(mode="json", exclude={"output_dir"})
-    if not path.is_file():
-        with stage_file(folder.tmp, path) as staged:
-            staged.write_text(yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        return
-    if changed := differences(read_config(path).model_dump(mode="json", exclude={"output_dir"}), wanted):
+    """Writes config.yaml, in full. Raises ConfigChanged where something was made under another configuration."""
+    path, wanted = folder.root / CONFIG, config.model_dump(mode="json", exclude={"output_dir"})
+    found = read_config(path).model_dump(mode="json", exclude={"output_dir"}) if path.is_file() else wanted
+    changed = differences(found, wanted)
+    if changed and (folder.root / DATA).exists():
         said = [f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in sorted(changed.items())]
         what = f"{folder.root} holds the work of another configuration:"
         raise ConfigChanged("\n".join([what, *said, "Choose another output_dir, or delete this one."]))
+    if changed:  # the earlier call came to nothing
+        discard(folder.root / "start", folder.tmp)
+    if changed or not path.is_file():
+        with stage_file(folder.tmp, path) as staged:
+            staged.write_text(yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def read_config(path: Path) -> SftConfig:
@@ -257,8 +268,9 @@ def read_config(path: Path) -> SftConfig:
     try:
         return validate_as(SftConfig, {**read_yaml(path), "output_dir": str(path.parent)})
     except ConfigError as error:
+        why = str(error).splitlines()[0]
         raise StoreError(
-            f"output_dir must be empty or hold an earlier `raftune sft`; {path} is not one's: {error}"
+            f"output_dir must hold an earlier `raftune sft`, or nothing; {path} is not one's: {why}"
         ) from error
 
 
