@@ -79,7 +79,7 @@ def refuse_missing(run: RunFolder, round_: int) -> None:
 def weights_of(folder: Path) -> Path:
     """Where the files of a committed model lie: in its folder, or where the start's reference points to."""
     reference = read_json(folder / "reference.json")
-    if not reference:
+    if not reference or (folder / ADAPTER).is_file():
         return folder
     if Path(reference["name"]).is_dir():
         return Path(reference["name"])

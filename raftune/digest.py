@@ -15,7 +15,13 @@ from raftune.store.run import RunFolder
 Row = dict[str, Any]
 # Where a row's numbers are in metrics.json: those with an interval, and those without or with.
 INTERVALS = {"reward": "reward", "held_out": "held_out", "kl": "kl", "length": "completions/mean_length"}
-NUMBERS = {"clipped": "completions/clipped_ratio", "distinct_2": "distinct_2", "perplexity": "perplexity"}
+NUMBERS = {
+    "clipped": "completions/clipped_ratio",
+    "distinct_2": "distinct_2",
+    "msttr": "msttr_100",
+    "perplexity": "perplexity",
+}
+LONGEST_TITLE = 12  # letters, so that the table of a whole run fits beside a picture of it
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Colum
     """The columns that any of the rows has a number for; `held_out` are the names of the held-out rewards."""
     rows = list(rows)
     ks = [row["k"] for row in rows if "k" in row]
-    judge = f"{held_out[0]} (held out)" if len(held_out) == 1 else "held out"
+    judge = held_out[0] if len(held_out) == 1 and len(held_out[0]) <= LONGEST_TITLE else "held out"
     columns = [
         Column("round", "round", "0 is the start", lambda row: str(row["round"] or "start")),
         Column("reward", "reward", "mean on held-out prompts, with the half width of its 95 % interval", with_interval),
@@ -77,11 +83,12 @@ def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Colum
             "the reward of the best of so many draws: the headroom",
             number("best_of_k"),
         ),
-        Column("held_out", judge, "a reward that is never trained on", number("held_out")),
+        Column("held_out", judge, "held out: a reward that is never trained on", number("held_out")),
         Column("kl", "KL", "to the start model, nats per answer", number("kl", 2)),
-        Column("perplexity", "perplexity", "of the answers under the start model", number("perplexity", 2)),
+        Column("perplexity", "perplexity", "of the reference answers under the round's model", number("perplexity", 2)),
         Column("length", "length", "mean tokens of an answer", number("length", 1)),
         Column("distinct_2", "distinct-2", "distinct word pairs over all word pairs", number("distinct_2", 3)),
+        Column("msttr", "MSTTR", "share of different words in a hundred words (MSTTR-100)", number("msttr", 3)),
         Column("kept", "kept", "samples tuned on, of those drawn", lambda row: f"{row['kept']}/{row['samples']}"),
         Column("seconds", "time", "of this round", lambda row: duration(row["seconds"])),
     ]
@@ -121,6 +128,18 @@ def seconds_by_round(events: Iterable[Mapping[str, Any]]) -> dict[int, float]:
         if event.get("event") == "stage_end":
             total[int(event["round"])] += float(event["seconds"])
     return dict(total)
+
+
+def done_words(num_rounds: int) -> str:
+    """Why a run ended that did all it was asked for."""
+    return f"all {num_rounds} rounds are done" if num_rounds else "the start is judged"
+
+
+def overlap_words(overlap: int, held_out: int) -> str:
+    """A warning that the policy is judged by prompts that it learned from; empty where it is not."""
+    if not overlap:
+        return ""
+    return f"{overlap} of {held_out} held-out prompts are also trained on: what is measured on them flatters the policy"
 
 
 def read_json(path: Path) -> dict[str, Any]:

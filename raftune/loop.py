@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from raftune.config.run import RunConfig
+from raftune.digest import done_words
 from raftune.evaluation.history import Metrics, best_round, reason_to_stop
 from raftune.protocols import Receipt, Stage, UnitStage
 from raftune.store.files import discard, json_bytes, write_json
@@ -49,7 +50,7 @@ def train(shop: Workshop, observe: Observer = lambda kind, facts: None) -> Outco
     """Runs what is not committed yet, and publishes the best round."""
     say = speaker(shop.run, observe)
     history: list[Metrics] = []
-    reason = f"all {shop.config.num_rounds} rounds are done"
+    reason = done_words(shop.config.num_rounds)
     for round_ in range(shop.config.num_rounds + 1):
         say("round_begin", round=round_, of=shop.config.num_rounds)
         worked = [ensure(shop, stage, round_, say) for stage in shop.stages(round_)]

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from raftune.digest import Column, cell, columns_for, duration, row_of
+from raftune.digest import Column, cell, columns_for, duration, overlap_words, read_json, row_of
 
 VERBS = {
     "data": "reading the prompts",
@@ -123,6 +123,10 @@ class Progress:
 
     def _on_stage_end(self, round: int, stage: str, seconds: float, **_: Any) -> None:
         self._pace.add(round, stage, seconds)
+        if stage == "data":
+            notes = read_json(self._root / "round-0000" / "data" / "notes.json")
+            if warning := overlap_words(notes.get("overlap", 0), notes.get("held_out", 0)):
+                self._print(Text(warning, style="yellow"))
         self._show()
 
     def _on_round_end(self, round: int, metrics: dict[str, Any], summary: dict[str, Any], **_: Any) -> None:
@@ -166,7 +170,7 @@ class Lines:
         if not self.columns:
             promised = {"kept": 0, "samples": 0, "seconds": 0.0}
             self.columns = columns_for([row | promised], self.held_out)
-            self.widths = [max(len(c.title), 7, len(cell(c, row)) + 2 * (c.key == "reward")) for c in self.columns]
+            self.widths = [max(len(c.title), 6, len(cell(c, row)) + 2 * (c.key == "reward")) for c in self.columns]
             lines.append(Text(self._joined([c.title for c in self.columns]), style="bold"))
         lines.append(Text(self._joined([cell(c, row) for c in self.columns])))
         return lines

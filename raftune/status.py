@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from raftune.digest import Row, read_json, rows_of
+from raftune.digest import Row, done_words, read_json, rows_of
 from raftune.errors import RaftuneError
 from raftune.store.parquet import first_line
 from raftune.store.run import RunFolder
@@ -81,7 +81,7 @@ def state_of(run: RunFolder, config: dict[str, Any], rows: list[Row]) -> tuple[s
     last = functools.reduce(lambda _, event: event, run.events, nothing)
     done = rows[-1]["round"] if rows else 0
     if rows and done >= config["num_rounds"]:
-        return FINISHED, f"all {config['num_rounds']} rounds are done"
+        return FINISHED, done_words(config["num_rounds"])
     if last.get("event") == "end":
         return FINISHED, str(last.get("reason", ""))
     return RESUMABLE, f"round {done + 1 if rows else 0} is not finished"

@@ -56,7 +56,8 @@ def command(tokens: tuple[str, ...]) -> str:
 def lines(config: RunConfig, found: Forecast) -> list[tuple[str, str]]:
     """The forecast in words: a title and a line each."""
     said = [("run", state(config, found)), ("policy", policy(config, found)), ("prompts", prompts(found))]
-    said += [("a round", a_round(config, found)), ("in all", in_all(config, found)), ("disk", disk(found))]
+    said += [("a round", a_round(config, found))] if config.num_rounds else []
+    said += [("in all", in_all(config, found)), ("disk", disk(found))]
     if found.memory is not None:
         said.append(("memory", memory(config, found)))
     if found.seconds is not None and found.probe is not None:

@@ -48,8 +48,10 @@ class TabularPolicy(Frozen):
     """A categorical distribution for each prompt: small enough to hold the algorithm to closed forms."""
 
     family: Literal["tabular"] = "tabular"
-    logits: tuple[tuple[float, ...], ...] | None = Field(
-        None, description="One row for each prompt label, one logit for each answer; None: all zero."
+    logits: tuple[tuple[float | None, ...], ...] | None = Field(
+        None,
+        description="One row for each prompt label, one logit for each answer, null for an impossible one; None: all "
+        "zero.",
     )
     num_prompts: int = Field(1, ge=1, description="Rows, where no logits are given.")
     num_answers: int = Field(2, ge=2, description="Answers, where no logits are given.")

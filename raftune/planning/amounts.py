@@ -70,7 +70,7 @@ def steps_of(config: RunConfig, kept: int) -> int:
     tuning = config.tuning
     if tuning.max_steps > 0:
         return tuning.max_steps
-    rows = float(kept * (1 + min(tuning.replay_rounds, config.num_rounds - 1)))
+    rows = float(kept * (1 + min(tuning.replay_rounds, max(0, config.num_rounds - 1))))
     if tuning.reference is not None:
         rows /= 1 - tuning.reference.fraction
     per_step = tuning.per_device_train_batch_size * tuning.gradient_accumulation_steps

@@ -10,7 +10,7 @@ from typing import Any
 from raftune.build import Assembly
 from raftune.config.policy import CausalLMPolicy
 from raftune.config.run import RunConfig
-from raftune.digest import rows_of
+from raftune.digest import overlap_words, rows_of
 from raftune.planning.amounts import Amounts, amounts
 from raftune.planning.probe import Probe, probe, seconds_by_stage
 from raftune.planning.prompts import Prompts, measure, read_prompts
@@ -120,18 +120,18 @@ def remarks(config: RunConfig, prompts: Prompts, planned: Amounts) -> list[str]:
     said = []
     if prompts.repeated:
         said.append(f"{prompts.repeated} of {prompts.train} training prompts repeat an earlier one: each is drawn for")
-    if prompts.overlap:
-        said.append(f"{prompts.overlap} of {prompts.held_out} held-out prompts are also trained on")
-    if config.prompts_per_round > prompts.train:
+    if warning := overlap_words(prompts.overlap, prompts.held_out):
+        said.append(warning)
+    if config.num_rounds and config.prompts_per_round > prompts.train:
         said.append(
             f"prompts_per_round is {config.prompts_per_round}; there are {prompts.train} prompts: all are asked"
         )
     if config.evaluation.num_prompts and not prompts.held_out:
         said.append("too few prompts to hold any out: no round is judged, and the last one is published")
-    if planned.competing == planned.prompts and config.selection.rule == "best_of_k":
+    if config.num_rounds and planned.competing == planned.prompts and config.selection.rule == "best_of_k":
         said.append("one sample a prompt: the best of one is that one, so that nothing is selected")
     if config.sampling.temperature == 0 and config.sampling.num_generations > 1:
         said.append("sampling.temperature is 0: all samples of a prompt will be equal")
-    elif 0 < config.sampling.temperature < 1:
+    elif config.num_rounds and 0 < config.sampling.temperature < 1:
         said.append("sampling.temperature is below 1: each round sharpens the policy, whatever the reward says")
     return said

@@ -56,7 +56,7 @@ def probe(assembly: Assembly, data: Path, work: Path) -> Probe:
     """Runs each stage's work on two prompts, in `work`; raises what the run itself would."""
     began = time.perf_counter()
     config, folder = assembly.config, assembly.run.folder(0, "model")
-    table = read_table(data / "train.parquet").slice(0, ASKED)
+    table = read_table(data / ("train.parquet" if config.num_rounds else "held_out.parquet")).slice(0, ASKED)
     prompts = prompts_from(table)
     policy = assembly.policies.at(folder)
     first = config.sampling.num_generations if config.sampling.generation_kwargs else 1

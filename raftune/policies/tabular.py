@@ -45,7 +45,17 @@ class Tabular:
             raise ConfigError(
                 f"policy.logits must have rows of one length; got lengths {lengths}. Give each prompt the same answers."
             )
-        save(log_softmax(np.array(logits, dtype=np.float64)), out)
+        table = np.array([[-np.inf if v is None else v for v in row] for row in logits], dtype=np.float64)
+        if (table == -np.inf).all(axis=1).any():
+            raise ConfigError(
+                "policy.logits must leave each prompt an answer that is not null; got a row of nulls. Give one a number."
+            )
+        save(log_softmax(table), out)
+
+    @classmethod
+    def section_at(cls, policy: Mapping[str, Any], folder: Path, start: Path) -> dict[str, Any]:
+        """The `policy` section, made that of a run which begins from this committed folder."""
+        return {**policy, "logits": json.loads((folder / FILE).read_text())["log_p"]}
 
     @classmethod
     def verify(cls, start: Path) -> None:

@@ -77,10 +77,21 @@ class CausalLM:
         """Writes the start model into `out` and says what it is; raises ModelError where it is unfit.
 
         A model given by name becomes a reference. Weights are written where it is given as an object, or where the name
-        is a LoRA adapter's: that is merged first, since switching it off must give this start and not its base.
+        is a LoRA adapter's: that is merged first, since switching it off must give this start and not its base; a run
+        of no rounds leaves it as it is.
         """
         out.mkdir(parents=True, exist_ok=True)
-        return starting.begin(config.policy, out, model, tokenizer)
+        tunes = getattr(config, "num_rounds", 1) > 0
+        return starting.begin(config.policy, out, model, tokenizer, merge=tunes)
+
+    @classmethod
+    def section_at(cls, policy: Mapping[str, Any], folder: Path, start: Path) -> dict[str, Any]:
+        """The `policy` section, made that of a run which begins from this committed folder of a run with this start."""
+        own = (start / "tokenizer_config.json").is_file()
+        tokenizer = {"tokenizer": str(start)} if own else {}
+        if (folder / loading.REFERENCE).is_file():
+            return {**policy, **tokenizer}
+        return {**policy, **tokenizer, "model": str(folder), "revision": None}
 
     @classmethod
     def verify(cls, start: Path) -> None:

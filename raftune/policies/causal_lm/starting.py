@@ -15,6 +15,7 @@ from raftune.config.policy import CausalLMPolicy
 from raftune.errors import ModelError
 from raftune.policies.causal_lm.loading import (
     ADAPTER,
+    Reference,
     at,
     choose_device,
     context,
@@ -30,18 +31,25 @@ from raftune.policies.causal_lm.saving import write_model
 from raftune.quiet import quiet
 
 
-def begin(config: CausalLMPolicy, out: Path, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
+def begin(
+    config: CausalLMPolicy, out: Path, model: Any = None, tokenizer: Any = None, merge: bool = True
+) -> dict[str, Any]:
     """Writes the start into `out` and returns what it is, for the record. Raises ModelError where it is unfit.
 
     A named model is written as a reference; weights are written where an object was given, or where the name is a LoRA
-    adapter's, merged: switching an adapter off must give the start, and not its base. A tokenizer other than the
-    model's own, given as an object or by name, is written in any case, and is the run's from then on.
+    adapter's, merged: switching an adapter off must give the start, and not its base. Without `merge`, for a run that
+    tunes nothing, the adapter is written beside a reference to its base: it draws what it drew where it was trained. A
+    tokenizer other than the model's own, given as an object or by name, is written in any case, and is the run's from
+    then on.
     """
     device = choose_device(config.device)
     if model is not None:
         return _begin_with_object(config, out, model, tokenizer)
     reference = resolve(config.model, config.revision)
-    if adapter := _adapter_at(reference.name, reference.revision):
+    adapter = _adapter_at(reference.name, reference.revision)
+    if adapter and not merge:
+        return _begin_on_base(config, out, reference, adapter, tokenizer)
+    if adapter:
         merged = _merged(config, reference.name, reference.revision, adapter)
         write_model(merged, tokenizer or _tokenizer_of(config, reference.name, adapter), out, ("", None))
         return _facts(config, out, merged) | {"model": reference.name, "merged": True}
@@ -73,9 +81,31 @@ def _adapter_at(name: str, revision: str | None) -> PeftConfig | None:
     return None
 
 
+def _begin_on_base(
+    config: CausalLMPolicy, out: Path, reference: Reference, adapter: PeftConfig, tokenizer: Any
+) -> dict[str, Any]:
+    base = resolve(_base_at(adapter, reference.name), adapter.revision)
+    base.write(out)
+    device = choose_device(config.device) if config.load_in_4bit else torch.device("cpu")
+    weights = load_weights(config, base.name, base.revision, device)
+    with quiet():
+        adapted = PeftModel.from_pretrained(weights, reference.name, **at(reference.revision))
+    tokenizer = tokenizer or _tokenizer_of(config, reference.name, adapter)
+    write_model(adapted, tokenizer, out, (base.name, base.revision))
+    tokenizer.save_pretrained(out)
+    return _facts(config, out, adapted) | {"model": reference.name, "merged": False}
+
+
+def _base_at(adapter: PeftConfig, name: str) -> str:
+    """The name of an adapter's base; a path in it starts from the adapter's own folder, as in the runs that we write."""
+    base = str(adapter.base_model_name_or_path)
+    beside = Path(name) / base
+    return str(beside.resolve()) if base.startswith("..") and beside.is_dir() else base
+
+
 def _merged(config: CausalLMPolicy, name: str, revision: str | None, adapter: PeftConfig) -> Any:
     """Base and adapter as one model, added in float32 and rounded once."""
-    base = str(adapter.base_model_name_or_path)
+    base = _base_at(adapter, name)
     exact = config.model_copy(update={"dtype": "float32", "load_in_4bit": False})
     model = load_weights(exact, base, adapter.revision, torch.device("cpu"))
     with quiet():
@@ -85,7 +115,7 @@ def _merged(config: CausalLMPolicy, name: str, revision: str | None, adapter: Pe
 
 def _tokenizer_of(config: CausalLMPolicy, name: str, adapter: PeftConfig | None) -> Any:
     """The configured tokenizer, else the one beside the model, else the one of an adapter's base."""
-    bases = [str(adapter.base_model_name_or_path)] if adapter else []
+    bases = [_base_at(adapter, name)] if adapter else []
     tried = [config.tokenizer] if config.tokenizer else [name, *bases]
     for place in filter(None, tried):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError), quiet():
@@ -111,7 +141,7 @@ def _facts(config: CausalLMPolicy, out: Path, model: Any) -> dict[str, Any]:
         )
     ends = eos_ids(config, out, tokenizer)
     return {
-        "architecture": type(model).__name__,
+        "architecture": type(base_of(model)).__name__,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "vocabulary": rows,
         "context": context(model_config(config, out)),
