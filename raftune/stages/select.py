@@ -170,9 +170,7 @@ def refuse_failures(scores: Iterable[pa.Table], limit: float) -> None:
         counts = ", ".join(f"{n} {status}" for status, n in sorted(failed.items()))
         raise RewardError(
             f"rewards: {sum(failed.values())} of {total} samples could not be scored ({counts}); "
-            f"rewards.max_failure_fraction allows {limit:g}. For example: "
-            + " | ".join(examples)
-            + f". {MEND}"
+            f"rewards.max_failure_fraction allows {limit:g}. For example: " + " | ".join(examples) + f". {MEND}"
         )
 
 
