@@ -17,8 +17,10 @@ import pyarrow as pa
 from raftune.config.load import validate
 from raftune.config.policy import CustomPolicy
 from raftune.config.run import RunConfig
+from raftune.digest import held_out_names
 from raftune.engines.local import ThisProcess, make_engine
 from raftune.errors import ConfigError
+from raftune.evaluation.examine import Examination
 from raftune.evaluation.metrics import METRICS
 from raftune.protocols import Policy, Stage, UnitStage
 from raftune.rewards.samples import SamplePanel
@@ -26,6 +28,7 @@ from raftune.stages.data import Data
 from raftune.stages.draw import Draw, Teach
 from raftune.stages.evaluate import Evaluate
 from raftune.stages.gather import Gather
+from raftune.stages.guard import Guard
 from raftune.stages.logp import LogProbs
 from raftune.stages.plan import EvaluationPlan, Plan
 from raftune.stages.reference import Reference
@@ -147,7 +150,9 @@ class Assembly:
 
     def stages(self, round_: int) -> list[Stage]:
         """The stages of a round in their order; round 0 is the start."""
-        return [*(self._training(round_) if round_ else self._beginning()), *self._judging(round_)]
+        if not round_:
+            return [*self._beginning(), *self._judging(0)]
+        return [*self._training(round_), *self._judging(round_), *self._guarding(round_)]
 
     def stage(self, round_: int, name: str) -> Stage:
         return next(stage for stage in self.stages(round_) if stage.name == name)
@@ -209,6 +214,24 @@ class Assembly:
         stages.append(Evaluate(METRICS, shards=tuple(shards), media=self.family.media, references=references))
         return stages
 
+    def _guarding(self, round_: int) -> list[Stage]:
+        guards, evaluation = self.config.guards, self.config.evaluation
+        if not guards.enabled:
+            return []
+        judges = bool(evaluation.num_prompts and evaluation.reward_funcs)
+        kl = guards.max_kl is not None and self.knows_likelihood()
+        return [
+            Guard(
+                Examination(guards),
+                self.factors,
+                round_=round_,
+                shards=("draw", "teach") if self.config.sampling.teacher else ("draw",),
+                judged=(*(["judge"] if judges else []), *(["logp", "logp-start"] if kl else [])),
+                judge=judge_in_words(held_out_names(self.config)),
+                texts=self.family.media in ("text", "messages"),
+            )
+        ]
+
     # -- what the stages need -----------------------------------------------------------------------------------------
 
     def knows_likelihood(self) -> bool:
@@ -216,12 +239,20 @@ class Assembly:
 
     def panel(self) -> SamplePanel:
         """The rewards that the policy is trained on."""
+        return self._with_room(self._train_panel())
+
+    def factors(self) -> dict[str, float]:
+        """The weight in the score of each reward that the policy is trained on."""
+        panel = self._train_panel().panel
+        return dict(zip(panel.names, panel.weights, strict=True))
+
+    def _train_panel(self) -> SamplePanel:
         return self._panel("train", self.config.rewards, self.objects.rewards)
 
     def judge(self) -> SamplePanel:
         """The held-out rewards, which it is never trained on."""
         held_out = self.config.rewards.model_copy(update={"reward_funcs": self.config.evaluation.reward_funcs})
-        return self._panel("held out", held_out, ())
+        return self._with_room(self._panel("held out", held_out, ()))
 
     def _panel(self, which: str, config: Any, objects: Sequence[Any]) -> SamplePanel:
         if which not in self._panels:
@@ -230,7 +261,10 @@ class Assembly:
             weights, tokenizers = self.objects.reward_weights, self.objects.reward_tokenizers
             given = {"weights": weights, "tokenizers": tokenizers} if objects else {}
             self._panels[which] = SamplePanel(load_panel(config, objects, **given))
-        panel = self._panels[which]
+        return self._panels[which]
+
+    def _with_room(self, panel: SamplePanel) -> SamplePanel:
+        """The panel, after policies have made way for the models in it."""
         if panel.panel.has_weights:
             self.policies.make_room()
         return panel
@@ -259,6 +293,10 @@ class Assembly:
             panel.close()
         self._panels.clear()
         self.policies.release()
+
+
+def judge_in_words(names: Sequence[str]) -> str:
+    return f"the held-out {names[0]}" if len(names) == 1 else "the held-out reward"
 
 
 def with_starter_prompts(config: RunConfig, objects: Objects) -> Objects:

@@ -218,15 +218,15 @@ class Evidence:
     texts also length, clipped, similarity (among its prompt's own draws), control, and text where it was kept or is of
     the control: of each prompt as many of the policy's first draws as were kept. `factors` are the rewards' weights.
     `held_out` judged the round: sample_id, prompt_id, k, score, and, where they were measured, held_out and log_ratio
-    (log p - log p0, nats); `earlier` are the same of rounds 0, 1, …; `judge` says what held_out is. `first` are the
-    measures of what round 1 drew, None in round 1.
+    (log p - log p0, nats), None without any; `earlier` are the same of rounds 0, 1, …; `judge` says what held_out is.
+    `first` are the measures of what round 1 drew, None in round 1.
     """
 
     round: int
     samples: pa.Table
     factors: Mapping[str, float]
     held_out: pa.Table | None
-    earlier: Sequence[pa.Table]
+    earlier: Sequence[pa.Table | None]
     judge: str
     first: Mapping[str, Any] | None
 

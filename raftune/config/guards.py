@@ -25,8 +25,8 @@ class GuardsConfig(Frozen):
     )
     false_alarms: float = Field(
         0.01,
-        description="held_out_falls: in (0, 0.5], the chance at most, by round, that noise alone raises it. The smaller, "
-        "the later a true fall is seen.",
+        description="held_out_falls: in (0, 0.5], the chance at most, by round, that noise alone raises it. The "
+        "smaller, the later a true fall is seen.",
     )
     diversity_drop: float = Field(
         0.5,
@@ -70,7 +70,9 @@ class GuardsConfig(Frozen):
     @classmethod
     def _is_a_share(cls, value: float, info: ValidationInfo) -> float:
         if not 0 < value < 1:
-            fix = f"It is a fraction, not a percentage: write {value / 100:g}." if 1 < value < 100 else "Write 0.5, say."
+            fix = (
+                f"It is a fraction, not a percentage: write {value / 100:g}." if 1 < value < 100 else "Write 0.5, say."
+            )
             raise ValueError(f"guards.{info.field_name} must be in (0, 1); got {value:g}. {fix}")
         return value
 
@@ -78,7 +80,9 @@ class GuardsConfig(Frozen):
     @classmethod
     def _is_a_majority(cls, value: float) -> float:
         if not 0.5 < value <= 1:
-            fix = f"It is a fraction, not a percentage: write {value / 100:g}." if 1 < value <= 100 else "Write 0.9, say."
+            fix = (
+                f"It is a fraction, not a percentage: write {value / 100:g}." if 1 < value <= 100 else "Write 0.9, say."
+            )
             raise ValueError(f"guards.part_share must be in (0.5, 1]; got {value:g}. {fix}")
         return value
 
@@ -101,7 +105,7 @@ class GuardsConfig(Frozen):
         return value
 
     def check(self, evaluation: EvaluationConfig) -> None:
-        """Raises ValueError for an alarm that is to stop the run and can never be raised, and for a budget of nothing."""
+        """Raises ValueError for an alarm that is to stop the run and can never be raised, and for a vain budget."""
         if self.stop_on and not self.enabled:
             raise ValueError(
                 f"guards.stop_on needs guards.enabled: true; got {', '.join(self.stop_on)} with the guards off. "

@@ -1,0 +1,113 @@
+"""What a round drew against what it kept, and the alarms that this raises: pure functions of evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raftune.config.guards import GuardsConfig
+from raftune.evaluation import alarms
+from raftune.evaluation.alarms import Alarm
+from raftune.evaluation.diversity import distinct, msttr, numbered, similarities, unique
+from raftune.evaluation.metrics import prompt_numbers
+from raftune.interval import mean_by_prompt
+from raftune.protocols import Evidence
+
+Floats = npt.NDArray[np.float64]
+Measures = dict[str, Any]
+
+
+class Examination:
+    """Looks at a round with the thresholds of the configuration."""
+
+    def __init__(self, config: GuardsConfig) -> None:
+        self.config = config
+
+    def similarities(self, texts: Sequence[str], groups: npt.NDArray[np.int64]) -> Floats:
+        return similarities(texts, groups)
+
+    def measures(self, evidence: Evidence) -> dict[str, Measures]:
+        """The measures of the policy's own draws, and of what was kept, each kept sample counting by its weight.
+
+        Words are counted in sets of one size, so that they can be compared: those that were kept, and of what was drawn
+        the control. What cannot be measured is left out.
+        """
+        samples = evidence.samples
+        drawn, kept = samples.filter(pc.equal(samples.column("source"), "policy")), kept_of(samples)
+        found = {"drawn": numbers(drawn, np.ones(drawn.num_rows)), "selected": numbers(kept, values(kept, "weight"))}
+        if "text" in samples.column_names:
+            control = samples.filter(samples.column("control"))
+            found["drawn"] |= mean_of("similarity", mean_by_prompt(prompt_numbers(drawn), values(drawn, "similarity")))
+            found["selected"] |= mean_of("similarity", similarities(texts_of(kept), prompt_numbers(kept)))
+            found["drawn"] |= words(control)
+            found["selected"] |= words(kept)
+        return found
+
+    def alarms(self, evidence: Evidence, sets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What a person should look at, as plain data."""
+        return [alarm.as_json(evidence.round) for alarm in self.raised(evidence, sets) if alarm is not None]
+
+    def raised(self, evidence: Evidence, sets: Mapping[str, Mapping[str, Any]]) -> Iterator[Alarm | None]:
+        """The outcome of every rule that what is known suffices for."""
+        limits, held_out, kept = self.config, evidence.held_out, kept_of(evidence.samples)
+        earlier = [table for table in evidence.earlier if table is not None]
+        if held_out is not None and earlier:
+            yield alarms.held_out_falls(held_out, earlier, evidence.judge, limits.false_alarms)
+        first = evidence.first or sets["drawn"]
+        if "text" in evidence.samples.column_names:
+            yield alarms.diversity_drops(sets, first, kept, limits.diversity_drop)
+            yield alarms.length_drifts(sets, first, kept, limits.length_factor)
+            yield alarms.near_duplicates(sets, first, kept, limits.duplicate_rise)
+        yield alarms.part_dominates(evidence.samples, evidence.factors, limits.part_share)
+        if held_out is not None and limits.max_kl is not None:
+            yield alarms.kl_beyond_budget(held_out, limits.max_kl)
+
+
+def kept_of(samples: pa.Table) -> pa.Table:
+    return samples.filter(pc.greater(samples.column("weight"), 0))
+
+
+def numbers(samples: pa.Table, weights: Floats) -> Measures:
+    """How many samples there are, and the weighted means of what is known of them."""
+    found: Measures = {"samples": samples.num_rows}
+    columns = {"score": "reward", "length": "length", "clipped": "clipped_ratio"}
+    columns |= {name: name for name in samples.column_names if name.startswith("rewards/")}
+    for column, name in columns.items():
+        if column in samples.column_names:
+            known = np.isfinite(column_values := values(samples, column))
+            if weights[known].sum() > 0:
+                found[name] = float(np.average(column_values[known], weights=weights[known]))
+    return found
+
+
+def words(samples: pa.Table) -> Measures:
+    """The measures of how varied the texts are, and the share of them that nearly repeat one of another prompt."""
+    texts = texts_of(samples)
+    numbered_texts = numbered(texts)
+    found: Measures = {f"distinct_{n}": distinct(numbered_texts, n) for n in (1, 2)}
+    found |= {f"unique_{n}": unique(numbered_texts, n) for n in (1, 2)}
+    found |= {"msttr_100": msttr(numbered_texts), "words": len(numbered_texts.ids)}
+    if texts:
+        repeated = sum(map(len, alarms.repeats(texts, prompt_numbers(samples))))
+        found["near_duplicates"] = repeated / len(texts)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def mean_of(name: str, found: Floats) -> Measures:
+    """The mean of what is finite, under this name; nothing where nothing is."""
+    finite = found[np.isfinite(found)]
+    return {name: float(finite.mean())} if len(finite) else {}
+
+
+def texts_of(samples: pa.Table) -> list[str]:
+    return [text or "" for text in samples.column("text").to_pylist()]
+
+
+def values(samples: pa.Table, name: str) -> Floats:
+    """The column as numbers, NaN where it is null."""
+    return np.asarray(pc.cast(samples.column(name), pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)

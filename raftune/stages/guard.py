@@ -1,0 +1,148 @@
+"""Stage `guard`: what a round drew against what it kept, and what a person should look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raftune.config.guards import thresholds
+from raftune.protocols import Evidence, Examiner, Inputs
+from raftune.stages.evaluate import plain
+from raftune.stages.select import lengths, read_verdicts
+from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.parquet import column_names, read_table
+
+VERDICT = ("sample_id", "prompt_id", "k", "source", "score", "weight")
+JUDGED = ("sample_id", "prompt_id", "k", "score")
+Ints = npt.NDArray[np.int64]
+
+
+class Guard:
+    """metrics.json, of what was drawn and of what was selected, and alarms.json: evidence, with samples to look at.
+
+    `judged` are the folders of the held-out samples, besides their scores: "judge", or "logp" and "logp-start".
+    """
+
+    name = writes = "guard"
+    fields = thresholds()
+
+    def __init__(
+        self,
+        examiner: Examiner,
+        factors: Callable[[], Mapping[str, float]],
+        *,
+        round_: int,
+        shards: tuple[str, ...] = ("draw",),
+        judged: tuple[str, ...] = (),
+        judge: str = "",
+        texts: bool = True,
+    ) -> None:
+        self.examiner, self.factors, self.round = examiner, factors, round_
+        self.shards, self.judged, self.judge, self.texts = shards, judged, judge, texts
+        now = tuple(f"evaluate/{name}" for name in ("score", *judged)) if judged else ()
+        then = (
+            [f"evaluate/{name}@{r}" for r in range(round_) for name in ("score", "judge")] if "judge" in judged else []
+        )
+        self.reads = (*shards, "score", "select", *now, *then, *(["guard@1"] if round_ > 1 else []))
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return {}
+
+    def run(self, inputs: Inputs, out: Path) -> None:
+        evidence = Evidence(
+            round=self.round,
+            samples=pa.concat_tables(self.samples(inputs)),
+            factors=self.factors(),
+            held_out=judged_samples(inputs, self.judged) if self.judged else None,
+            earlier=[]
+            if "judge" not in self.judged
+            else [judged_samples(inputs, ("judge",), r) for r in range(self.round)],
+            judge=self.judge,
+            first=json.loads((inputs["guard@1"] / "metrics.json").read_text())["drawn"] if self.round > 1 else None,
+        )
+        sets = self.examiner.measures(evidence)
+        for name, found in (("metrics", sets), ("alarms", self.examiner.alarms(evidence, sets))):
+            text = json.dumps(plain(found), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
+            (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+    def samples(self, inputs: Inputs) -> Iterator[pa.Table]:
+        """Unit by unit what is known of the samples: numbers of all, texts of few."""
+        for unit, verdicts in read_verdicts(inputs["select"] / "verdicts.parquet", VERDICT):
+            scores = read_table(inputs["score"] / unit_file(unit))
+            table = verdicts
+            for name in scores.column_names:
+                if name.startswith("rewards/"):
+                    table = table.append_column(name, scores.column(name))
+            yield self.with_texts(table, [inputs[name] / unit_file(unit) for name in self.shards])
+
+    def with_texts(self, table: pa.Table, paths: Sequence[Path]) -> pa.Table:
+        """The unit's samples with what the measures of texts need, where the samples are texts."""
+        if not self.texts:
+            return table
+        texts = pa.concat_tables([read_table(path, ["completion"]) for path in paths]).column("completion")
+        own = pc.equal(table.column("source"), "policy").to_numpy(zero_copy_only=False)
+        kept = table.column("weight").to_numpy() > 0
+        groups = numbers_of(table.column("prompt_id"))
+        control = as_many(groups, own, np.bincount(groups, weights=kept).astype(np.int64))
+        found = self.examiner.similarities(texts.filter(pa.array(own)).to_pylist(), groups[own])
+        columns = {
+            "length": pa.array(np.concatenate([lengths(path) for path in paths]).astype(np.float64)),
+            "clipped": pa.concat_arrays([clipped(path) for path in paths]),
+            "similarity": pa.array(np.append(found, np.nan)[np.minimum(groups, len(found))], from_pandas=True),
+            "control": pa.array(control),
+            "text": pc.if_else(pa.array(kept | control), texts, pa.scalar(None, texts.type)),
+        }
+        for name, values in columns.items():
+            table = table.append_column(name, values)
+        return table
+
+
+def as_many(groups: Ints, own: npt.NDArray[np.bool_], counts: Ints) -> npt.NDArray[np.bool_]:
+    """(N,) of each prompt its first counts[prompt] own draws: as good as chosen by chance, whatever they scored."""
+    place = np.full(len(groups), np.iinfo(np.int64).max)
+    rows = np.flatnonzero(own)
+    rows = rows[np.argsort(groups[rows], kind="stable")]
+    sizes = np.bincount(groups[rows], minlength=len(counts))
+    place[rows] = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.asarray(place < counts[groups])
+
+
+def numbers_of(names: pa.ChunkedArray) -> Ints:
+    """For each row the number of its name, in order of appearance."""
+    return np.asarray(pc.index_in(names, value_set=pc.unique(names)).to_numpy(zero_copy_only=False), dtype=np.int64)
+
+
+def clipped(path: Path) -> pa.Array:
+    """Whether each sample was cut off by its longest length; null where that is not known."""
+    if "finish" not in column_names(path):
+        return pa.nulls(read_table(path, ["k"]).num_rows, pa.bool_())
+    return pc.equal(read_table(path, ["finish"]).column("finish"), "length").combine_chunks()
+
+
+def judged_samples(inputs: Inputs, judged: Sequence[str], round_: int | None = None) -> pa.Table | None:
+    """The held-out samples of this round, or of an earlier one, with what was measured of them; None without any."""
+    when = "" if round_ is None else f"@{round_}"
+    folders = {name: inputs[f"evaluate/{name}{when}"] for name in ("score", *judged)}
+    units = unit_numbers(*folders.values())  # of fewer than ten prompts none is held out
+    return pa.concat_tables(judged_unit(folders, unit) for unit in units) if units else None
+
+
+def judged_unit(folders: Mapping[str, Path], unit: int) -> pa.Table:
+    table = read_table(folders["score"] / unit_file(unit), JUDGED)
+    if "judge" in folders:
+        table = table.append_column(
+            "held_out", read_table(folders["judge"] / unit_file(unit), ["score"]).column("score")
+        )
+    if "logp" in folders:
+        ours, start = (
+            read_table(folders[name] / unit_file(unit), ["log_prob"]).column("log_prob")
+            for name in ("logp", "logp-start")
+        )
+        table = table.append_column("log_ratio", pc.subtract(ours, start))
+    return table
