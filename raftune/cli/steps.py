@@ -57,5 +57,9 @@ class Steps:
             self._said = now
             self._print(f"{self._title}: {done:,} of {of:,}, about {duration(left)} left")
 
+    def note(self, words: str) -> None:
+        """A line that stays."""
+        self._print(words)
+
     def _print(self, words: str) -> None:
         self.console.print(Text(words, style="dim"), soft_wrap=True)

@@ -1,0 +1,124 @@
+"""`raftune reward score`: any reward on a file of answers, or of preferences."""
+
+from __future__ import annotations
+
+import json as js
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from raftune.cli.ending import interruptible
+from raftune.cli.reward import read_options
+from raftune.cli.show import say
+from raftune.cli.steps import Steps
+from raftune.errors import ConfigError, RewardError
+
+if TYPE_CHECKING:
+    from raftune.rewards.files import Scored
+
+MOST_FAILED = 0.5  # share of failed answers above which nothing may be built on the rest
+
+
+def score(
+    spec: Annotated[str, Parameter(name="MODEL", help="A model's folder, or any reward as in rewards.reward_funcs.")],
+    file: Annotated[str, Parameter(help="Prompts with completions, or preferences; a file or a data set.")],
+    *,
+    out: Annotated[str | None, Parameter(help="Where the rows go: FILE.jsonl or FILE.parquet.")] = None,
+    split: Annotated[str, Parameter(help="Split of a hub or `datasets` folder.")] = "train",
+    dialogues: Annotated[Literal["text", "messages"], Parameter(help="What dialogues as in HH-RLHF become.")] = "text",
+    options: Annotated[str | None, Parameter(help="The reward's options, as JSON.")] = None,
+    timeout: Annotated[float, Parameter(help="Seconds that one call may take.")] = 120.0,
+    device: Annotated[str, Parameter(help="Where a reward model runs: auto, cpu, cuda, mps.")] = "auto",
+    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the summary as JSON.")] = False,
+) -> None:
+    """Score a file of answers with any reward; of preferences both answers, and how often the preferred one wins.
+
+    raftune reward score rm/model answers.jsonl --out scored.parquet
+    raftune reward score length prefs.jsonl.gz --options '{"target": 200}'
+
+    FILE has prompt and completion, other columns reach the reward and are kept; or preferences in any format that
+    `raftune reward train` reads. Rows that cannot be read and answers that cannot be scored are counted and named.
+    """
+    from raftune.rewards.files import summary, write_scored
+
+    target = checked_out(out)
+    scored = run(spec, file, split, dialogues, options, timeout, device)
+    if target is not None:
+        write_scored(scored, target)
+    found = summary(scored)
+    if json:
+        print(js.dumps({**found, "out": out}))
+    else:
+        show(scored, found, out)
+    failed = sum(scored.failures.counts.values())
+    if scored.failures.fraction > MOST_FAILED:
+        raise RewardError(
+            f"{failed:,} of {len(scored.scores):,} answers could not be scored. Mend the reward: "
+            f"`raftune reward check {spec}` shows what it does."
+        )
+
+
+def checked_out(out: str | None) -> Path | None:
+    """The path to write. Raises ConfigError for one that exists, or that says no format."""
+    if out is None:
+        return None
+    path = Path(out).expanduser()
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ConfigError(f"--out must end in .jsonl or .parquet; got {path.name!r}. Rename it.")
+    if path.exists():
+        raise ConfigError(f"--out must not exist yet; {path} does. Choose another name.")
+    return path
+
+
+def run(
+    spec: str,
+    file: str,
+    split: str,
+    dialogues: Literal["text", "messages"],
+    options: str | None,
+    timeout: float,
+    device: str,
+) -> Scored:
+    """The scores, under the eyes of a person."""
+    from raftune.config.load import validate_as
+    from raftune.config.rewards import RewardsConfig
+    from raftune.rewards.files import read_answers, score_answers
+    from raftune.rewards.loading import load_panel
+    from raftune.starters.resolve import resolve_reward
+
+    given: dict[str, Any] = {"reward_funcs": {"spec": spec, "options": read_options(options)}}
+    config = validate_as(RewardsConfig, {**given, "timeout": timeout, "device": device})
+    config = config.model_copy(update={"reward_funcs": tuple(map(resolve_reward, config.reward_funcs))})
+    answers = read_answers(file, split, dialogues)
+    with interruptible(Path(), "nothing was written.") as watch, Steps() as steps, load_panel(config) as panel:
+        steps.begin(f"scoring {len(answers.completions):,} answers")
+
+        def observe(done: int, of: int) -> None:
+            steps.advance(done, of)
+            watch("progress", {})
+
+        return score_answers(panel, answers, observe)
+
+
+def show(scored: Scored, found: dict[str, Any], out: str | None) -> None:
+    """The summary, a line for each fact."""
+    for words in scored.answers.words:
+        say(words)
+    say("  statuses   " + ", ".join(f"{count:,} {status}" for status, count in sorted(found["statuses"].items())))
+    if found["score"]:
+        low, middle, high = (found["quantiles"][name] for name in ("0.05", "0.5", "0.95"))
+        say(f"  score      {spread(found['score'])} over {found['score']['n']:,} prompts, 95 % interval")
+        quantiles = f"5 % below {low:.3f}, half below {middle:.3f}, 95 % below {high:.3f}"
+        say(f"  spread     standard deviation {found['std']:.3f}; {quantiles}")
+    if found.get("accuracy"):
+        say(f"  accuracy   {spread(found['accuracy'])}: the preferred answer scores higher, {found['pairs']:,} pairs")
+    for detail, (status, prompt, completion) in scored.failures.examples.items():
+        say(f"  {status}: {detail}", style="yellow")
+        say(f"    prompt {prompt!r}, completion {completion!r}")
+    if out is not None:
+        say(f"  rows       {out}")
+
+
+def spread(measured: dict[str, Any]) -> str:
+    return f"{measured['mean']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}]"

@@ -1,0 +1,202 @@
+"""Files scored by any reward: answers with their prompts, or preferences, of which both answers are scored."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from raftune.errors import DataError
+from raftune.feedback import Skipped, read_preferences
+from raftune.feedback.columns import COMPLETION, PROMPT, find, has, read_answer, read_prompt
+from raftune.feedback.rows import Reason, Unusable, reasons
+from raftune.feedback.source import raw_rows
+from raftune.interval import interval, mean_by_prompt
+from raftune.records import Score, Status
+from raftune.rewards.batch import RESERVED, Batch
+from raftune.rewards.failures import FAILED, Failures
+from raftune.rewards.panel import Panel
+from raftune.store.files import stage_file
+from raftune.store.parquet import write_table
+
+Form = Literal["text", "messages"]
+CHUNK = 256  # answers in one call of the panel, which cuts them into calls of the reward
+OWN = ("row", "score", "status", "detail")
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What of a file is scored, an entry an answer; of preferences the preferred answer and the other, in turn."""
+
+    rows: list[int]
+    prompts: list[Any]
+    completions: list[Any]
+    columns: dict[str, list[Any]]
+    pairs: bool
+    skipped: list[Skipped]
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of a file's answers, and what failed."""
+
+    answers: Answers
+    scores: list[Score]
+    failures: Failures
+
+    @property
+    def values(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """(N,) scores; NaN where there is none."""
+        return np.array([math.nan if s.value is None else s.value for s in self.scores], dtype=np.float64)
+
+
+def read_answers(source: str, split: str = "train", dialogues: Form = "text", field: str = "FILE") -> Answers:
+    """The answers of the source; rows that cannot be read are skipped and named. Raises DataError where none can."""
+    first = next((row for _, row in islice(raw_rows(source, split, field), 100) if isinstance(row, dict)), {})
+    if not has(first, COMPLETION):
+        return read_pairs(source, split, dialogues, field)
+    kept: list[tuple[int, Any, Any, dict[str, Any]]] = []
+    skipped: list[Skipped] = []
+    for number, raw in raw_rows(source, split, field):
+        try:
+            kept.append((number, *one_answer(raw))) if isinstance(raw, dict) else skipped.append(raw)
+        except Unusable as why:
+            skipped.append(Skipped(number, why.reason, why.detail))
+    if not kept:
+        told = "; ".join(reasons(skipped))
+        raise DataError(f"{field} must hold prompts with completions, or preferences; all rows were skipped: {told}.")
+    numbers, prompts, completions, others = (list(part) for part in zip(*kept, strict=True))
+    names = dict.fromkeys(name for other in others for name in other)
+    columns = {name: [other.get(name) for other in others] for name in names}
+    words = (f"{source}: {len(kept):,} answers", *(f"  {line}" for line in reasons(skipped)))
+    return Answers(numbers, prompts, completions, columns, False, skipped, words)
+
+
+def read_pairs(source: str, split: str, dialogues: Form, field: str) -> Answers:
+    found = read_preferences(source, split, field=field, dialogues=dialogues)
+    numbers = [pair.row for pair in found.rows for _ in (0, 1)]
+    prompts = [pair.prompt for pair in found.rows for _ in (0, 1)]
+    completions = [answer for pair in found.rows for answer in (pair.chosen, pair.rejected)]
+    return Answers(numbers, prompts, completions, {}, True, found.skipped, tuple(found.words()))
+
+
+def one_answer(row: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Prompt, completion and all other columns. An empty answer is one. Raises Unusable."""
+    column, value = find(row, PROMPT)
+    prompt = read_prompt(value, column)
+    name, answer = find(row, COMPLETION)
+    try:
+        completion = read_answer(answer, prompt, name)
+    except Unusable as why:
+        if why.reason is not Reason.EMPTY_ANSWER or not isinstance(answer, str):
+            raise
+        completion = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
+    return prompt, completion, {key: value for key, value in row.items() if key not in (column, name)}
+
+
+def score_answers(
+    panel: Panel, answers: Answers, observe: Callable[[int, int], None] = lambda done, of: None
+) -> Scored:
+    """Every answer scored, in the order of the file; what fails is counted, and raises nothing."""
+    scores: list[Score] = []
+    failures = Failures()
+    columns = {name: values for name, values in answers.columns.items() if name not in RESERVED}
+    batch = Batch(answers.prompts, answers.completions, columns)
+    for start in range(0, len(batch), CHUNK):
+        part = batch.take(range(start, min(start + CHUNK, len(batch))))
+        found = panel.score(part)
+        for one, prompt, completion in zip(found, part.prompts, part.completions, strict=True):
+            failures.add(one.status, detail_of(one), prompt, completion)
+        scores += found
+        observe(len(scores), len(batch))
+    return Scored(answers, scores, failures)
+
+
+def detail_of(score: Score) -> str:
+    return "; ".join(part.detail for part in score.parts.values() if part.detail)
+
+
+def summary(scored: Scored) -> dict[str, Any]:
+    """Counts by status, mean with its interval over prompts, spread; of preferences how often the preferred wins."""
+    values, prompts = scored.values, prompt_numbers(scored.answers.prompts)
+    finite = values[np.isfinite(values)]
+    found: dict[str, Any] = {
+        "answers": len(values),
+        "skipped": len(scored.answers.skipped),
+        "statuses": dict(Counter(score.status.value for score in scored.scores)),
+        "score": interval(mean_by_prompt(prompts, values)),
+        "std": float(finite.std()) if len(finite) else None,
+        "quantiles": {f"{q:g}": float(np.quantile(finite, q)) for q in QUANTILES} if len(finite) else {},
+    }
+    if scored.answers.pairs:
+        margins = values[::2] - values[1::2]
+        right = np.where(np.isfinite(margins), (np.sign(margins) + 1) / 2, np.nan)
+        found["accuracy"] = interval(mean_by_prompt(prompts[::2], right))
+        found["pairs"] = int(np.isfinite(margins).sum())
+    return found
+
+
+def prompt_numbers(prompts: Sequence[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """For each answer the number of its prompt, in the order of their first answers."""
+    seen: dict[str, int] = {}
+    keys = (json.dumps(prompt, sort_keys=True) for prompt in prompts)
+    return np.array([seen.setdefault(key, len(seen)) for key in keys], dtype=np.int64)
+
+
+def write_scored(scored: Scored, out: Path) -> None:
+    """Writes a row an answer, or a row a pair, as Parquet or JSON lines, by the name's end."""
+    rows = list(pair_rows(scored) if scored.answers.pairs else answer_rows(scored))
+    with stage_file(out.parent, out) as path:
+        if out.suffix == ".parquet":
+            write_table(pa.table({name: column([row[name] for row in rows]) for name in rows[0]}), path)
+        else:
+            lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+            path.write_text("".join(lines), encoding="utf-8")
+
+
+def column(values: list[Any]) -> pa.Array:
+    """The values as Arrow infers them; as JSON where it cannot."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([json.dumps(value, ensure_ascii=False, default=str) for value in values], pa.string())
+
+
+def answer_rows(scored: Scored) -> Iterator[dict[str, Any]]:
+    """The row as it was read and its score; a column of the file that bears such a name is kept as `given_NAME`."""
+    answers = scored.answers
+    names = {name: f"given_{name}" if name in OWN else name for name in answers.columns}
+    for i, score in enumerate(scored.scores):
+        others = {names[name]: values[i] for name, values in answers.columns.items()}
+        asked = {"row": answers.rows[i], "prompt": answers.prompts[i], "completion": answers.completions[i]}
+        yield {**asked, **others, "score": score.value, "status": score.status.value, "detail": detail_of(score)}
+
+
+def pair_rows(scored: Scored) -> Iterator[dict[str, Any]]:
+    """Both answers with their scores; `margin` is by how much the preferred one is ahead."""
+    answers = scored.answers
+    for i in range(0, len(scored.scores), 2):
+        chosen, rejected = scored.scores[i : i + 2]
+        told = [one for one in (chosen, rejected) if one.status in FAILED]
+        both = chosen.value is not None and rejected.value is not None
+        yield {
+            "row": answers.rows[i],
+            "prompt": answers.prompts[i],
+            "chosen": answers.completions[i],
+            "rejected": answers.completions[i + 1],
+            "score_chosen": chosen.value,
+            "score_rejected": rejected.value,
+            "margin": chosen.value - rejected.value if both else None,
+            "status": (told[0].status if told else Status.OK if both else Status.NOT_APPLICABLE).value,
+            "detail": "; ".join(filter(None, map(detail_of, (chosen, rejected)))),
+        }
