@@ -1,0 +1,232 @@
+"""`raftune compare`: two rounds or runs, pair by pair, and a gate over what was found."""
+
+from __future__ import annotations
+
+import json as js
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from raftune.cli.show import Grid, say
+from raftune.errors import ConfigError, GateFailed
+from raftune.plain import harmless, one_line
+
+if TYPE_CHECKING:
+    from raftune.comparison import Comparison, Measure
+    from raftune.evaluation.paired import Estimate, Paired
+
+NAMED = 3  # prompts that are named on either side
+
+
+def compare(
+    a: Annotated[str, Parameter(help="RUN, RUN@3, RUN@best or RUN@start; RUN is its best round.")],
+    b: Annotated[str | None, Parameter(help="The same; without it, A's run as it started.")] = None,
+    *,
+    reward: Annotated[
+        tuple[str, ...],
+        Parameter(negative="", show_default=False, help="Score both with this reward, too. Repeatable."),
+    ] = (),
+    judge: Annotated[str | None, Parameter(help="URL of an OpenAI-compatible endpoint that judges the pairs.")] = None,
+    judge_model: Annotated[str | None, Parameter(help="The judge's name at that endpoint.")] = None,
+    judge_prompt: Annotated[str | None, Parameter(help="File with {prompt}, {answer_a} and {answer_b} in it.")] = None,
+    judge_parameters: Annotated[
+        str | None, Parameter(help='JSON for every request [{"temperature": 0, "max_tokens": 512}].')
+    ] = None,
+    judge_timeout: Annotated[float, Parameter(help="Seconds that one question may take.")] = 60.0,
+    judge_concurrency: Annotated[int, Parameter(help="Questions under way at once.")] = 8,
+    judge_retries: Annotated[int, Parameter(help="Further tries at a busy or broken endpoint (429, 5xx).")] = 3,
+    judge_key_env: Annotated[
+        str, Parameter(help="Environment variable that holds the endpoint's key.")
+    ] = "OPENAI_API_KEY",
+    judge_cache: Annotated[
+        str | None, Parameter(help="Folder of the judge's replies [~/.cache/raftune/judge].")
+    ] = None,
+    tie_within: Annotated[float, Parameter(help="Scores that differ by no more than this are a tie.")] = 0.0,
+    by: Annotated[str | None, Parameter(help="Measure that ranks the prompts; else held_out, or reward.")] = None,
+    show: Annotated[int, Parameter(help="Show both answers on so many prompts won, and lost, most clearly.")] = 0,
+    out: Annotated[str | None, Parameter(help="Write every pair to this file: FILE.parquet.")] = None,
+    fail_if: Annotated[
+        tuple[str, ...],
+        Parameter(
+            negative="", show_default=False, help="Exit with 3 if this holds, such as 'reward.p > 0.05'. Repeatable."
+        ),
+    ] = (),
+    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print everything as JSON.")] = False,
+) -> None:
+    """Compare two rounds or runs on the same prompts and seeds: who wins how often, by how much, and by chance?
+
+    raftune compare runs/mine
+    raftune compare runs/mine@best runs/other@best --show 2
+    raftune compare runs/mine --fail-if "held_out.win_rate.low < 0.5" --fail-if "held_out.p > 0.05"
+    raftune compare runs/mine --judge http://127.0.0.1:8000/v1 --judge-model NAME --out pairs.parquet
+
+    Answers are paired where prompt and seed are the same: those of a run's rounds are, and those of two runs with the
+    same held-out prompts and evaluation.seed. Intervals are of 95 %, over prompts; p is of a paired sign-flip test.
+
+    A judge is asked about each pair in both orders, and a verdict that changes with the order is a tie. Its replies are
+    kept on disk: a second call asks nothing. Failures are counted, never taken for ties.
+
+    A gate is MEASURE.FIELD, an operator and a number. Measures are those of the table: reward, held_out, a part's name,
+    a new reward's name, judge. Fields are win_rate, difference, a, b (each with .low and .high), p, wins, ties, losses,
+    pairs, prompts, left_out, and of a judge inconsistent and failures. What could not be computed fails the gate.
+    """
+    from raftune.cli.judging import asking, read_judge, read_rewards
+    from raftune.comparison import compare as compare_sides
+    from raftune.comparison import document
+
+    if show < 0:
+        raise ConfigError(f"--show must be at least 0; got {show}. Leave it out to see no answers.")
+    who = read_judge(
+        judge,
+        judge_model,
+        prompt=judge_prompt,
+        parameters=judge_parameters,
+        timeout=judge_timeout,
+        concurrency=judge_concurrency,
+        retries=judge_retries,
+        key_env=judge_key_env,
+        cache=judge_cache,
+    )
+    wanted: dict[str, Any] = {"fail_if": fail_if, "tie_within": tie_within, "by": by, "out": out}
+    with asking() as tell:
+        found = compare_sides(a, b, rewards=read_rewards(reward), judge=who, tell=tell, **wanted)
+    if json:
+        print(js.dumps(document(found, show or NAMED), ensure_ascii=False))
+    else:
+        say_all(found, show, out)
+    if found.failure:
+        raise GateFailed(found.failure)
+
+
+# -- what was found ----------------------------------------------------------------------------------------------------
+
+
+def say_all(found: Comparison, number: int, out: str | None) -> None:
+    """The table, what must be known to read it, the prompts that stand out, and the gates."""
+    pairs = found.pairs
+    say(f"A  {pairs.side_a.words}")
+    say(f"B  {pairs.side_b.words}")
+    a_prompt = f"{len(pairs) / len(pairs.prompts):.3g}"
+    say(f"{len(pairs)} pairs: {len(pairs.prompts)} prompts, {a_prompt} answers each, the same seeds", style="dim")
+    for line in found.differences:
+        say(f"differs: {line}", style="yellow")
+    say("")
+    table(found).show()
+    say("")
+    for line in notes(found):
+        say(line, style="dim")
+    say_extremes(found, number)
+    if found.gates or out is not None:
+        say("")
+    for checked in found.gates:
+        say(f"gate {'FAILED' if checked.closed else 'passed'}: {checked.gate.text} ({checked.words})")
+    if out is not None:
+        say(f"Wrote {len(pairs)} pairs to {out}.")
+
+
+def table(found: Comparison) -> Grid:
+    """A row a measure."""
+    grid = Grid("measure", "A", "B", "A - B", "win/tie/loss", "A's win rate", "p", right=frozenset({1, 2, 4, 6}))
+    for measure in found.computed:
+        assert measure.result is not None
+        grid.add(one_line(measure.title, 24), *cells(measure.result))
+    return grid
+
+
+def cells(result: Paired) -> tuple[str, ...]:
+    """The measure's numbers: means and difference in units of the score, shares in per cent."""
+    shares = "/".join(f"{100 * share:.0f}" for share in (result.wins, result.ties, result.losses))
+    rate = result.win_rate
+    level = (mean(result.a), mean(result.b), difference(result.difference))
+    return *level, f"{shares} %", f"{100 * rate.mean:.0f} %{ends(rate, 100, '.0f')}", p_words(result)
+
+
+def mean(estimate: Estimate | None) -> str:
+    return "–" if estimate is None else f"{estimate.mean:.3f}"
+
+
+def difference(estimate: Estimate | None) -> str:
+    return "–" if estimate is None else f"{estimate.mean:+.3f}{ends(estimate, 1, '+.3f')}"
+
+
+def ends(estimate: Estimate, factor: float, how: str) -> str:
+    """The interval in brackets; nothing where there is none."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f" [{factor * estimate.low:{how}}, {factor * estimate.high:{how}}]"
+
+
+def p_words(result: Paired) -> str:
+    """p, as far as it is resolved."""
+    least = 0.0001
+    return f"< {least}" if result.p < least else f"{result.p:.4f}"
+
+
+def notes(found: Comparison) -> list[str]:
+    """How to read the table, and what is missing from it."""
+    from raftune.evaluation.paired import FEWEST
+
+    results = [measure.result for measure in found.computed if measure.result is not None]
+    drawn = [result.flips for result in results if result.flips is not None]
+    how = f"{drawn[0]:,} random assignments of signs" if drawn else "all assignments of signs"
+    said = [f"[95 % intervals] over prompts; p: paired sign-flip test over prompts, two-sided, by {how}."]
+    few = min(result.prompts for result in results)
+    if few < FEWEST:
+        said.append(f"{few} prompts are too few for an interval or for p below 0.05: compare on {FEWEST} or more.")
+    for measure in found.measures:
+        said += [f"not compared: {measure.title.strip()}: {measure.why}."] if measure.result is None else []
+        said += words_of_judge(measure) if measure.kind == "judge" else left_out(measure)
+    return said
+
+
+def left_out(measure: Measure) -> list[str]:
+    count = measure.facts.get("left_out", 0) if measure.result is not None else 0
+    return [f"{measure.title.strip()}: {count} pairs are left out, which lack a score in A or B."] if count else []
+
+
+def words_of_judge(measure: Measure) -> list[str]:
+    """What was asked, how much the order mattered, and what failed."""
+    facts = measure.facts
+    asked = f"{facts['questions']} questions ({facts['cached']} answered from disk)"
+    said = [f"{measure.title}: {asked}; {facts['identical']} pairs of identical answers are ties, and were not asked."]
+    if facts["inconsistent"] is not None:
+        first = "" if facts["first"] is None else f"; {100 * facts['first']:.0f} % of its choices stood first"
+        said.append(f"  position bias: {100 * facts['inconsistent']:.0f} % of verdicts changed with the order{first}.")
+    if facts["failed"]:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in facts["failed"].items())
+        said.append(f"  no verdict: {kinds}; {facts['left_out']} pairs are left out.")
+    return said
+
+
+def say_extremes(found: Comparison, number: int) -> None:
+    """The prompts on which A leads and trails most; with both answers where so many are wanted."""
+    ahead, behind = found.extremes(number or NAMED)
+    for title, prompts in (("ahead", ahead), ("behind", behind)):
+        say("")
+        if not prompts:
+            say(f"A is {title} on no prompt by {found.by.title.strip()}.")
+            continue
+        say(f"A is furthest {title} by {found.by.title.strip()} on:")
+        for prompt, lead in prompts:
+            content = found.pairs.prompts[prompt]
+            say(
+                f"  {lead:+7.3f}  {content.id}  {one_line(text_of(content.content), 60)}",
+                style="bold" if number else "",
+            )
+            if number:
+                say_pair(found, found.telling(prompt, lead))
+
+
+def say_pair(found: Comparison, row: int) -> None:
+    """Both answers whole, each with its score."""
+    for letter, answers, scores in zip("AB", found.pairs.answers, (found.by.a, found.by.b), strict=True):
+        worth = "" if scores is None else f"{scores[row]:.3f}"
+        lines = harmless(str(answers[row])).splitlines() or ["(empty)"]
+        say(f"    {letter} {worth:>8}  {lines[0]}")
+        for line in lines[1:]:
+            say(f"{'':>16}{line}")
+
+
+def text_of(prompt: Any) -> str:
+    """The prompt as one text; of messages, the last."""
+    return str(prompt[-1].get("content", "")) if isinstance(prompt, list) else str(prompt)
