@@ -142,6 +142,13 @@ def overlap_words(overlap: int, held_out: int) -> str:
     return f"{overlap} of {held_out} held-out prompts are also trained on: what is measured on them flatters the policy"
 
 
+def alarms_of(run: RunFolder, round_: int) -> list[dict[str, Any]]:
+    """What the round's guard says a person should look at; empty where there is no guard, or nothing to say."""
+    path = run.folder(round_, "guard") / "alarms.json"
+    loaded: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return loaded
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The file's object; empty where there is no such file."""
     loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

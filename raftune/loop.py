@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from raftune.config.run import RunConfig
-from raftune.digest import done_words
-from raftune.evaluation.history import Metrics, best_round, reason_to_stop
+from raftune.digest import alarms_of, done_words
+from raftune.evaluation.history import Metrics, best_round, reason_of_alarm, reason_to_stop
 from raftune.protocols import Receipt, Stage, UnitStage
 from raftune.store.files import discard, json_bytes, write_json
 from raftune.store.job import RECEIPTS, Engine, Job, note, run_once, seal_units, unfinished
@@ -59,13 +59,20 @@ def train(shop: Workshop, observe: Observer = lambda kind, facts: None) -> Outco
         if any(worked):
             publish(shop, outcome)
         shop.retire_models(round_, outcome.best)
-        say("round_end", round=round_, metrics=history[-1], summary=summary_of(shop.run, round_))
-        if round_ and (stop := reason_to_stop(history, shop.config.stop, shop.config.evaluation.best_by)):
+        alarms = alarms_of(shop.run, round_) if shop.config.guards.enabled else []
+        say("round_end", round=round_, metrics=history[-1], summary=summary_of(shop.run, round_), alarms=alarms)
+        if round_ and (stop := why_stop(shop.config, history, alarms)):
             outcome = replace(outcome, reason=stop)
             break
     publish(shop, outcome)
     say("end", best=outcome.best, rounds=outcome.rounds, reason=outcome.reason)
     return outcome
+
+
+def why_stop(config: RunConfig, history: list[Metrics], alarms: list[dict[str, Any]]) -> str | None:
+    """Why to end after the last of these rounds, in words; None to go on."""
+    reason = reason_to_stop(history, config.stop, config.evaluation.best_by)
+    return reason or reason_of_alarm(alarms, config.guards.stop_on)
 
 
 def ensure(shop: Workshop, stage: Stage, round_: int, say: Callable[..., None]) -> bool:

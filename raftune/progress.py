@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from raftune.digest import Column, cell, columns_for, duration, overlap_words, read_json, row_of
+from raftune.plain import one_line
 
 VERBS = {
     "data": "reading the prompts",
@@ -40,6 +42,7 @@ VERBS = {
     "evaluation logp": "log-probabilities, held out",
     "evaluation logp-start": "log-probabilities of the start, held out",
     "evaluation reference": "log-probabilities of reference answers",
+    "guard": "guarding",
 }
 
 
@@ -129,12 +132,21 @@ class Progress:
                 self._print(Text(warning, style="yellow"))
         self._show()
 
-    def _on_round_end(self, round: int, metrics: dict[str, Any], summary: dict[str, Any], **_: Any) -> None:
+    def _on_round_end(
+        self,
+        round: int,
+        metrics: dict[str, Any],
+        summary: dict[str, Any],
+        alarms: Sequence[dict[str, Any]] = (),
+        **_: Any,
+    ) -> None:
         seconds = self._pace.seconds_of(round)
         for line in self._table.add(row_of(round, metrics, summary, seconds)):
             self._print(line)
         if summary.get("barren") and seconds is not None:
             self._say(f"round {round}: {len(summary['barren'])} prompts yielded nothing (select/summary.json says why)")
+        for alarm in alarms:
+            self._print(Text(f"round {round}, look: {alarm_words(alarm)}", style="yellow"))
 
     def _on_end(self, **facts: Any) -> None:
         self.outcome = facts
@@ -252,6 +264,11 @@ class Pace:
         done = self.spent.get(self.round, {})
         seconds = sum(mean.values()) * (self.of - self.round) + sum(mean[name] for name in names - set(done))
         return f"about {duration(seconds)} left"
+
+
+def alarm_words(alarm: Mapping[str, Any]) -> str:
+    """An alarm on one line."""
+    return one_line(f"{alarm['title'][:1].lower()}{alarm['title'][1:]}: {alarm['evidence']}")
 
 
 def average(values: list[float]) -> float:

@@ -50,6 +50,14 @@ def reason_to_stop(history: Sequence[Metrics], stop: StopConfig, best_by: str) -
     return None
 
 
+def reason_of_alarm(alarms: Sequence[Mapping[str, Any]], stop_on: Sequence[str]) -> str | None:
+    """Why to end after a round that raised these alarms: the first of them that the run is to stop on."""
+    found = next((alarm for alarm in alarms if alarm["alarm"] in stop_on), None)
+    if found is None:
+        return None
+    return f"round {found['round']} raised {found['alarm']} (guards.stop_on): {found['evidence']}"
+
+
 def rounds_of_parting(history: Sequence[Metrics]) -> int:
     """How many of the latest rounds, without a break, lowered the held-out reward while they raised the trained one."""
     count = 0
