@@ -10,11 +10,14 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-from raftune.starters.text.corpus import DOMAINS, Dialogue, Request, Split, prompts, read_request, reply, requests
+from raftune.starters.text.corpus import Dialogue, Request, Split, prompts, read_request, reply, requests
 from raftune.starters.text.judge import MAXIMUM, parts
+from raftune.starters.text.topics import DOMAINS
 
 NOISE: Final = 0.05  # the share of pairs whose label is turned round
 RATING_ERROR: Final = 0.25  # standard deviation of a rating around the judge's score
+PROMPTS: Final = 1024
+HELD_OUT: Final = 128
 REFERENCES: Final = ("good",)  # the kind of reply that a reference answer is
 
 Row = dict[str, Any]
@@ -65,6 +68,25 @@ def with_references(split: Split, n: int, seed: int = 0) -> Iterator[Row]:
         request = read_request(prompt)
         assert request is not None, prompt
         yield {"prompt": prompt, "reference": reply(request, rng, REFERENCES).completion}
+
+
+def write_starter(folder: Path, rows: int, seed: int = 0) -> dict[str, int]:
+    """Writes everything that one begins with, and returns the number of rows of each file of them.
+
+    preferences.jsonl and ratings.jsonl have `rows` rows each; prompts.jsonl and held_out.jsonl share no request;
+    run.yaml is a run on what `raftune sft` and `raftune reward train` make of them in this folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Iterable[Row]] = {
+        "preferences.jsonl": preferences("train", rows, seed),
+        "ratings.jsonl": ratings("train", rows, seed),
+        "prompts.jsonl": ({"prompt": prompt} for prompt in prompts("train", PROMPTS, seed)),
+        "held_out.jsonl": with_references("heldout", HELD_OUT, seed),
+    }
+    counts = {name: write_lines(found, folder / name) for name, found in files.items()}
+    template = (Path(__file__).parent / "aligned.yaml").read_text(encoding="utf-8")
+    (folder / "run.yaml").write_text(template.replace("DIR", str(folder).replace("'", "''")), encoding="utf-8")
+    return counts
 
 
 def write_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> int:
