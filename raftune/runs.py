@@ -100,7 +100,15 @@ def refuse_foreign(folder: RunFolder) -> None:
 def note_changes(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     """The fields that differ from the run's last start; those that shape anything committed were refused before."""
     before = recorded(folder)
-    return {} if before is None else differences(before, resolved_config(config))
+    return {} if before is None else differences(completed(before), resolved_config(config))
+
+
+def completed(recorded: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier version recorded, with the defaults of fields that it did not know: these are no changes."""
+    try:
+        return resolved_config(validate(recorded))
+    except ConfigError:
+        return recorded
 
 
 def save_config(folder: RunFolder, config: RunConfig) -> None:
