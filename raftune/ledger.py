@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,16 @@ def joined(drawn: pa.Table, prompts: dict[str, Any], *others: pa.Table | None) -
     for row in rows:
         row["prompt"] = prompts[row["prompt_id"]]
     return rows
+
+
+def find_samples(run: RunFolder, round_: int, names: Collection[str]) -> dict[str, Sample]:
+    """Those of the named samples that the round chose from, or was judged by, by their sample_id."""
+    found: dict[str, Sample] = {}
+    for units in (training_units, held_out_units):
+        if len(found) < len(names):
+            for samples in units(run, round_):
+                found |= {sample["sample_id"]: sample for sample in samples if sample["sample_id"] in names}
+    return found
 
 
 def by_prompt(samples: list[Sample]) -> Iterator[list[Sample]]:

@@ -67,14 +67,18 @@ class Reporter:
         elif kind == "stage_end":
             self.seconds[facts["round"]] = self.seconds.get(facts["round"], 0.0) + facts["seconds"]
         elif kind == "round_end":
-            self._round_end(facts["round"], facts["metrics"], facts["summary"])
+            self._round_end(facts["round"], facts["metrics"], facts["summary"], facts["alarms"])
 
-    def _round_end(self, round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    def _round_end(
+        self, round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], alarms: Sequence[Any]
+    ) -> None:
         drawn = Drawn.of(self.run, round_)
         self.tokens += drawn.tokens
         logged = drawn.numbers() | held_out(metrics)
         if summary.get("reward_kept") is not None:
             logged |= {"reward_kept": summary["reward_kept"], "kept_fraction": summary["kept"] / summary["samples"]}
+        if round_ and self.config.guards.enabled:
+            logged["alarms"] = float(len(alarms))
         if self.tokens:
             logged["num_completion_tokens"] = float(self.tokens)
         if round_ in self.seconds:

@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from raftune.digest import Row, done_words, read_json, rows_of
+from raftune.digest import Row, alarms_of, done_words, read_json, rows_of
 from raftune.errors import RaftuneError
 from raftune.store.parquet import first_line
 from raftune.store.run import RunFolder
@@ -20,7 +20,7 @@ FINISHED, RESUMABLE, IN_USE, DAMAGED = "finished", "resumable", "in use", "damag
 
 @dataclass(frozen=True)
 class Status:
-    """One run. `best` and the two rewards are None where nothing was measured yet; `why` explains the state."""
+    """One run, with the alarms of all its rounds counted. `best` and the two rewards are None where nothing was measured yet; `why` explains the state."""
 
     root: Path
     name: str
@@ -33,6 +33,7 @@ class Status:
     state: str
     when: datetime
     why: str = ""
+    alarms: int = 0
 
     def as_json(self) -> dict[str, Any]:
         return {**self.__dict__, "root": str(self.root), "when": self.when.isoformat(timespec="seconds")}
@@ -70,6 +71,7 @@ def progress_of(status: Status, config: dict[str, Any]) -> Status:
         best_reward=rewards.get(best) if best is not None else None,
         state=state,
         why=why,
+        alarms=sum(len(alarms_of(run, round_)) for round_ in run.rounds()),
     )
 
 

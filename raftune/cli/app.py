@@ -50,6 +50,7 @@ COMMANDS = (
     ("evaluate", LOOK, "Measure a model, or a round of a run, on held-out prompts."),
     ("runs", LOOK, "List the runs in a folder."),
     ("report", LOOK, "Write a run's page anew: charts, candidates, reasons and alarms in one HTML file."),
+    ("alarms", LOOK, "Show what a run's guards say is worth a look, with the samples."),
     ("samples", LOOK, "Browse what a round drew, what it kept, and why."),
     ("rescore", LOOK, "Score what a run drew with another reward: what would it have learned from?"),
     ("select", LOOK, "Select again by another rule or a smaller K: what would be kept?"),

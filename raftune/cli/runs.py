@@ -31,7 +31,7 @@ def runs(
 
 
 def show(found: list[Status]) -> None:
-    grid = Grid("run", "family", "rounds", "best", "reward", "state", "when")
+    grid = Grid("run", "family", "rounds", "best", "reward", "alarms", "state", "when")
     for status in found:
         grid.add(
             status.root.name,
@@ -39,6 +39,7 @@ def show(found: list[Status]) -> None:
             f"{status.rounds}/{status.num_rounds}",
             "–" if status.best is None else str(status.best or "start"),
             rewards(status),
+            str(status.alarms or "–"),
             (status.state, STYLES.get(status.state, "yellow")),
             f"{status.when:%Y-%m-%d %H:%M}",
         )

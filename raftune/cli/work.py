@@ -8,11 +8,12 @@ from typing import Any
 
 from raftune.cli.ending import interruptible
 from raftune.config.run import RunConfig
-from raftune.digest import held_out_names
+from raftune.digest import alarms_of, held_out_names
 from raftune.loop import Outcome
 from raftune.progress import Progress
 from raftune.report import NAME as REPORT
 from raftune.runs import root_of, run
+from raftune.store.run import RunFolder
 
 
 def work(config: RunConfig, redo: str | None = None, *, as_json: bool = False) -> Outcome:
@@ -40,6 +41,7 @@ def go(config: RunConfig, redo: str | None = None) -> tuple[Outcome, bool]:
 
 
 def outcome_json(root: Path, outcome: Outcome, worked: bool) -> dict[str, Any]:
+    alarms = [alarm for round_ in range(1, outcome.rounds + 1) for alarm in alarms_of(RunFolder(root), round_)]
     return {
         "run": str(root),
         "rounds": outcome.rounds,
@@ -47,6 +49,7 @@ def outcome_json(root: Path, outcome: Outcome, worked: bool) -> dict[str, Any]:
         "value": outcome.value,
         "model": str(model_of(root, outcome)),
         "report": str(root / REPORT) if (root / REPORT).is_file() else None,
+        "alarms": len(alarms),
         "reason": outcome.reason,
         "worked": worked,
     }
@@ -61,9 +64,19 @@ def outcome_words(root: Path, outcome: Outcome, worked: bool) -> list[str]:
         f"  best      {best}{value}",
         f"  model     {model_of(root, outcome)}",
         *([f"  look      {page}"] if (page := root / REPORT).is_file() else []),
+        *alarm_words(root, outcome),
         f"  samples   raftune samples {root} --sort best",
         f"  take      raftune export {root} --format model --out DIR",
     ]
+
+
+def alarm_words(root: Path, outcome: Outcome) -> list[str]:
+    """How many rounds raised alarms, and what shows them; nothing where none did."""
+    rounds = [round_ for round_ in range(1, outcome.rounds + 1) if alarms_of(RunFolder(root), round_)]
+    if not rounds:
+        return []
+    raised = f"round {rounds[0]}" if len(rounds) == 1 else f"{len(rounds)} rounds"
+    return [f"  alarms    {raised} raised some: raftune alarms {root}"]
 
 
 def model_of(root: Path, outcome: Outcome) -> Path:

@@ -1,0 +1,92 @@
+"""`raftune alarms`: what a run's guards say a person should look at, with the samples that they name."""
+
+from __future__ import annotations
+
+import json as js
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.text import Text
+
+from raftune import ledger
+from raftune.cli.show import out, say
+from raftune.digest import alarms_of
+from raftune.errors import ConfigError
+from raftune.plain import harmless, one_line
+from raftune.store.run import RunFolder
+
+Alarm = dict[str, Any]
+
+
+def alarms(
+    run: Annotated[str, Parameter(help="The run's directory.")],
+    *,
+    round_: Annotated[int | None, Parameter(name="--round", help="The round; without it, all rounds.")] = None,
+    number: Annotated[int, Parameter(name=["--number", "-n"], help="Samples to show of each alarm.")] = 3,
+    full: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Whole completions, not their first line.")
+    ] = False,
+    json: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Print JSON lines, one for each alarm.")
+    ] = False,
+) -> None:
+    """Show what the guards say is worth a look, round by round: the evidence, and the samples that it names.
+
+    raftune alarms runs/mine
+    raftune alarms runs/mine --round 7 -n 8 --full
+
+    An alarm is a reason to look at its samples, not a finding. The section `guards` of the configuration says from
+    where on one is raised, and `guards.stop_on` which of them end a run.
+    """
+    if number < 1:
+        raise ConfigError(f"--number must be at least 1; got {number}. Leave it out for 3.")
+    folder = RunFolder(run)
+    folder.read_config()
+    guarded = choose_rounds(folder, round_)
+    found = [(r, alarm) for r in guarded for alarm in alarms_of(folder, r)]
+    if json:
+        for _, alarm in found:
+            print(js.dumps(alarm, ensure_ascii=False))
+        return
+    rounds = f"round {guarded[0]}" if len(guarded) == 1 else f"rounds {ledger.span(guarded)}"
+    say(f"{len(found)} alarm{'s' * (len(found) != 1)} in {rounds}", style="dim")
+    for r, alarm in found:
+        show(folder, r, alarm, number, full)
+
+
+def choose_rounds(folder: RunFolder, asked: int | None) -> list[int]:
+    """The guarded rounds that are meant. Raises ConfigError where there is none."""
+    guarded = [r for r in folder.rounds() if folder.commit(r, "guard") is not None]
+    if not guarded:
+        raise ConfigError(
+            f"{folder.root} has no guarded round. `raftune resume {folder.root} --guards.enabled true` looks at what "
+            "is there, without drawing again."
+        )
+    if asked is not None and asked not in guarded:
+        raise ConfigError(f"--round must be one of {ledger.span(guarded)}; got {asked}. Choose one of these.")
+    return guarded if asked is None else [asked]
+
+
+def show(folder: RunFolder, round_: int, alarm: Alarm, number: int, full: bool) -> None:
+    """The alarm: what it says, and the first of its samples with their prompts."""
+    console = out()
+    console.print()
+    console.print(Text.assemble((f"round {round_}  ", "bold"), (one_line(alarm["title"]), "bold yellow")))
+    console.print(Text(f"  {one_line(alarm['evidence'])}"))
+    named = alarm["samples"][:number]
+    samples = ledger.find_samples(folder, round_, [item["sample_id"] for item in named])
+    width = None if full or not console.is_terminal else max(console.width - 4, 20)
+    for item in named:
+        console.print(Text(f"  {one_line(item['why'])}  {one_line(item['sample_id'])}", style="dim"))
+        if sample := samples.get(item["sample_id"]):
+            for line in lines_of(sample, width, full):
+                console.print(line)
+    if len(alarm["samples"]) > number:
+        console.print(Text(f"  and {len(alarm['samples']) - number} more", style="dim"))
+
+
+def lines_of(sample: ledger.Sample, width: int | None, full: bool) -> list[Text]:
+    """The prompt and the completion."""
+    prompt, answer = ledger.prompt_text(sample["prompt"]), str(sample["completion"])
+    shown = harmless(answer).replace("\n", "\n    ") if full else one_line(answer, width)
+    return [Text(f"    {one_line(prompt, width)}", style="bold"), Text(f"    {shown or '(empty)'}")]
