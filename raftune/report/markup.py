@@ -24,7 +24,7 @@ def number(value: float | None, digits: int = 3) -> str:
     elif size >= 1000:
         written = f"{value:,.0f}"
     else:
-        written = f"{value:.{min(digits, 1) if size >= 100 else digits}f}"
+        written = f"{value:.{min(digits, 1 if size >= 100 else 2 if size >= 10 else digits)}f}"
     return written.replace("-", "−")
 
 

@@ -1,21 +1,304 @@
-"""The overview of a run."""
+"""The overview of a run: what came of it in a sentence, its charts with their numbers, and all of it by round."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from raftune.digest import cell, columns_for
+from raftune.report import numbers
+from raftune.report.charts import SHAPES, Point, Series, line_chart
+from raftune.report.charts import numbers as number_table
 from raftune.report.collect import Collected
-from raftune.report.markup import block, table, text
+from raftune.report.markup import block, facts, folded, number, table, text
+from raftune.report.numbers import Value
+
+START = {0: "start"}
+REWARD, BEST_OF, HELD_OUT, KL, DIVERSITY, LENGTH, OTHER = range(1, 8)  # the colours: one meaning each, on every chart
+Values = Mapping[int, Value]
 
 
 def overview(found: Collected) -> str:
-    """The table by round."""
-    return by_round(found)
+    """HTML: the sentence and the key figures, the charts in groups, the table by round."""
+    return "".join(part(found) for part in (summary, held_out_charts, selection_charts, by_round))
+
+
+# -- what came of it --------------------------------------------------------------------------------------------------
+
+
+def summary(found: Collected) -> str:
+    lead = f'<p class="lead">{sentence(found)}</p>'
+    return block("summary", "What came of it", lead + facts(figures(found)))
+
+
+def sentence(found: Collected) -> str:
+    """Reward and held-out reward in the best round and at the start, and whether anything asks for a look."""
+    reader, best = found.reader, found.standing.best
+    if not found.standing.rounds:
+        return "No round is finished yet."
+    parts = []
+    for name, title in (("reward", "the reward"), ("held_out", judge_name(found))):
+        values = numbers.by_round(reader, name)
+        if best in values:
+            start = f", from {number(values[0].mean, 2)} at the start" if 0 in values and best else ""
+            parts.append(f"{text(title)} is {number(values[best].mean, 2)}{start}")
+    where = f"In round {best} of {max(found.standing.rounds)}" if best else "At the start"
+    best_words = ", the best so far" if found.standing.state in ("running", "interrupted") else ", the best"
+    better = "" if best or max(found.standing.rounds) == 0 else ", which no round was better than"
+    told = f", {'; '.join(parts)}." if parts else " nothing was measured."
+    return f"{where}{best_words if best and parts else better}{told} {alarm_words(found)}"
+
+
+def judge_name(found: Collected) -> str:
+    judges = found.standing.judges
+    return f"the held-out {judges[0]}" if len(judges) == 1 else "the held-out reward"
+
+
+def alarm_words(found: Collected) -> str:
+    """How many alarms there are, with a link to them; that there were no guards is said too."""
+    alarms = found.document["alarms"]
+    if alarms:
+        count = f"{len(alarms)} alarm{'s' if len(alarms) > 1 else ''}"
+        return f'<a href="#alarms">{count}</a>: worth a look.'
+    return "No alarm." if found.reader.rounds("guard") else "No guards looked at it."
+
+
+def figures(found: Collected) -> list[tuple[str, str]]:
+    """The key figures: of the best round against the start, and of the whole run."""
+    best = found.standing.best
+    pairs = [("best round", str(best) if best else "start")]
+    named = (("reward", "reward"), ("held_out", ", ".join(found.standing.judges) or "held out"))
+    pairs += [(title, figure_) for name, title in named if (figure_ := figure(found, name))]
+    kl = numbers.by_round(found.reader, "kl").get(best)
+    pairs += [("KL to the start", f"{number(kl.mean, 2)} <small>nats per answer</small>")] if kl else []
+    kept, drawn = (sum(row.get(name, 0) for row in found.rows) for name in ("kept", "samples"))
+    pairs += [("kept of drawn", f"{kept:,} <small>of {drawn:,}</small>")] if drawn else []
+    if found.reader.rounds("guard"):
+        pairs.append(("alarms", f'<a href="#alarms">{len(found.document["alarms"])}</a>'))
+    return pairs
+
+
+def figure(found: Collected, name: str) -> str:
+    """The number in the best round with its interval, and what it was at the start."""
+    values, best = numbers.by_round(found.reader, name), found.standing.best
+    if best not in values:
+        return ""
+    start = f" from {number(values[0].mean, 2)}" if 0 in values and best else ""
+    between = interval_words(values[best])
+    return f"{number(values[best].mean, 2)} <small>{between}{start}</small>"
+
+
+def interval_words(value: Value) -> str:
+    return "" if value.low is None or value.high is None else f"[{number(value.low, 2)}, {number(value.high, 2)}]"
+
+
+# -- charts -----------------------------------------------------------------------------------------------------------
+
+
+def line(name: str, values: Values, colour: int, kind: str = "solid", shape: str = "round") -> Series:
+    """A line of the values by round."""
+    points = tuple(Point(x, value.mean, value.low, value.high) for x, value in sorted(values.items()))
+    return Series(name, points, colour, kind, shape)
+
+
+def chart(found: Collected, name: str, title: str, caption: str, *series: Series) -> str:
+    """A figure by round: the lines that have numbers, and these beneath; nothing where there are none."""
+    lines = [one for one in series if one.known()]
+    if not lines:
+        return ""
+    best = found.standing.best
+    picture = line_chart(lines, title=title, description=described(lines), x_names=START, mark=(best, "published"))
+    beneath = number_table(lines, "round", START, label=f"{title}: numbers", best=best)
+    return framed(name, title, caption, picture + folded("Numbers", beneath))
+
+
+def framed(name: str, title: str, caption: str, inside: str) -> str:
+    head = f"<figcaption><b>{text(title)}</b> {text(caption)}</figcaption>"
+    return f'<figure class="chart" id="{text(name)}">{head}{inside}</figure>'
+
+
+def described(lines: list[Series]) -> str:
+    """The lines in words: each from its first number to its last."""
+    ends = ((one.name, one.known()[0].y, one.known()[-1].y) for one in lines)
+    return "; ".join(f"{name} from {number(first)} to {number(last)}" for name, first, last in ends)
+
+
+def group(name: str, title: str, note: str, *charts: str) -> str:
+    """A block of charts; nothing where none of them has anything to show."""
+    if not any(charts):
+        return ""
+    return block(name, title, f'<p class="note">{text(note)}</p><div class="charts">{"".join(charts)}</div>')
+
+
+def held_out_charts(found: Collected) -> str:
+    """What each round's policy is like, on prompts that it is never tuned on."""
+    note = (
+        "Measured after every round on held-out prompts. Bands are 95 % intervals over prompts; the upright dotted "
+        "line is the round that is published."
+    )
+    parts = (reward_chart, judge_chart, best_of_chart, parts_chart, kl_chart, variety_chart, *LENGTHS)
+    return group("measures", "On held-out prompts", note, *(part(found) for part in parts))
+
+
+def reward_chart(found: Collected) -> str:
+    k, best_of = numbers.best_of(found.reader, "best_of_k")
+    return chart(
+        found,
+        "reward",
+        "Reward",
+        f"of the policy, and of the best of {k} draws: the headroom" if k > 1 else "of the policy",
+        line("policy", numbers.by_round(found.reader, "reward"), REWARD),
+        line(f"best of {k}", best_of if k > 1 else {}, BEST_OF, "dashed", "hollow"),
+    )
+
+
+def judge_chart(found: Collected) -> str:
+    judges = found.standing.judges
+    name = judges[0] if len(judges) == 1 else "held-out reward"
+    k, best_of = numbers.best_of(found.reader, "held_out_best_of_k")
+    return chart(
+        found,
+        "held-out",
+        f"Held out: {name}",
+        "a reward that is never trained on",
+        line("policy", numbers.by_round(found.reader, "held_out"), HELD_OUT),
+        line(f"best of {k}", best_of if k > 1 else {}, OTHER, "dashed", "hollow"),
+    )
+
+
+def parts_chart(found: Collected) -> str:
+    """Each reward alone, where there are several."""
+    names = found.standing.rewards
+    lines = [
+        line(name, numbers.by_round(found.reader, f"rewards/{name}/mean"), 1 + i % 6, shape=SHAPES[i % 4])
+        for i, name in enumerate(names[:6])
+    ]
+    note = "each reward alone, unweighted" + (f"; the first 6 of {len(names)}" if len(names) > 6 else "")
+    return chart(found, "parts", "Parts of the reward", note, *lines) if len(names) > 1 else ""
+
+
+def kl_chart(found: Collected) -> str:
+    values = numbers.by_round(found.reader, "kl")
+    return chart(found, "kl", "KL to the start", "nats per answer: how far it has moved", line("KL", values, KL))
+
+
+def variety_chart(found: Collected) -> str:
+    named = (("distinct-2", "distinct_2"), ("MSTTR-100", "msttr_100"), ("similarity", "similarity"))
+    lines = [
+        line(title, numbers.by_round(found.reader, name), DIVERSITY if i < 2 else OTHER, LINES[i], SHAPES[i])
+        for i, (title, name) in enumerate(named)
+    ]
+    measured = ", ".join(MEANINGS[one.name] for one in lines if one.known())
+    return chart(found, "variety", "Variety of words", measured, *lines)
+
+
+LINES = ("solid", "dashed", "dotted")
+MEANINGS = {
+    "distinct-2": "share of word pairs that are distinct",
+    "MSTTR-100": "share of distinct words in stretches of 100",
+    "similarity": "how alike the answers to one prompt are",
+}
+
+
+def length_chart(found: Collected) -> str:
+    values = numbers.by_round(found.reader, "completions/mean_length")
+    return chart(found, "length", "Length", "tokens of an answer", line("length", values, LENGTH))
+
+
+def cut_chart(found: Collected) -> str:
+    values = numbers.by_round(found.reader, "completions/clipped_ratio")
+    shown = values if any(value.mean for value in values.values()) else {}
+    return chart(found, "cut-off", "Cut off", "share of answers that reached the length limit", line("", shown, LENGTH))
+
+
+def perplexity_chart(found: Collected) -> str:
+    values = numbers.by_round(found.reader, "perplexity")
+    return chart(found, "perplexity", "Perplexity", "of the reference answers", line("perplexity", values, OTHER))
+
+
+def entropy_chart(found: Collected) -> str:
+    values = numbers.by_round(found.reader, "entropy")
+    return chart(found, "entropy", "Entropy", "nats per answer: how open it still is", line("entropy", values, OTHER))
+
+
+LENGTHS = (length_chart, cut_chart, perplexity_chart, entropy_chart)
+
+
+# -- best of k --------------------------------------------------------------------------------------------------------
+
+
+def best_of_chart(found: Collected) -> str:
+    """The reward of the best of k draws, of the start and of the best round."""
+    best = found.standing.best
+    curves = {round_: numbers.curve(found.reader, round_, "best_of_k") for round_ in dict.fromkeys((0, best))}
+    lines = [
+        line("start" if round_ == 0 else f"round {round_}", curve, OTHER if round_ == 0 else REWARD, *how)
+        for (round_, curve), how in zip(curves.items(), (("dashed", "hollow"), ("solid", "round")), strict=False)
+        if len(curve) > 1
+    ]
+    if not lines:
+        return ""
+    title = "Worth of a larger K"
+    picture = line_chart(lines, title=title, description=described(lines), x_label="k: best of so many", log_x=True)
+    beneath = number_table(lines, "k", label=f"{title}: numbers")
+    caption = f"reward of the best of k draws. {worth(curves[0] or curves[best])}"
+    return framed("best-of-k", title, caption, picture + folded("Numbers", beneath))
+
+
+def worth(curve: Values) -> str:
+    """How much of the gain of the largest k half of it gives: of the start, where K is chosen."""
+    ks = sorted(curve)
+    if len(ks) < 3:
+        return ""
+    one, half, full = curve[ks[0]].mean, curve[ks[-2]].mean, curve[ks[-1]].mean
+    if full <= one:
+        return ""
+    return f"At the start, K = {ks[-2]} gives {100 * (half - one) / (full - one):.0f} % of the gain of K = {ks[-1]}."
+
+
+# -- selection --------------------------------------------------------------------------------------------------------
+
+
+def selection_charts(found: Collected) -> str:
+    """What each round drew against what it learned from."""
+    note = "Every round's own training prompts: all that was drawn against what was selected from it."
+    reader = found.reader
+    drawn, kept = (numbers.summarised(reader, f"reward_{which}") for which in ("drawn", "kept"))
+    charts = [
+        chart(found, "selected-reward", "Reward", "mean score", *against(drawn, kept, REWARD)),
+        *(
+            chart(found, f"selected-{slug}", title, caption, *guarded_lines(found, name, colour))
+            for slug, title, caption, name, colour in GUARDED
+        ),
+    ]
+    return group("selection", "Drawn against selected", note, *charts)
+
+
+GUARDED = (
+    ("length", "Length", "mean tokens", "length", LENGTH),
+    ("distinct", "distinct-2", "share of word pairs that are distinct", "distinct_2", DIVERSITY),
+    ("msttr", "MSTTR-100", "share of distinct words in stretches of 100", "msttr_100", DIVERSITY),
+    ("similarity", "Similarity", "how alike the answers are", "similarity", DIVERSITY),
+)
+
+
+def guarded_lines(found: Collected, name: str, colour: int) -> list[Series]:
+    drawn, kept = (numbers.guarded(found.reader, which, name) for which in ("drawn", "selected"))
+    return against(drawn, kept, colour)
+
+
+def against(drawn: Values, kept: Values, colour: int) -> list[Series]:
+    return [line("drawn", drawn, OTHER, "dashed", "hollow"), line("selected", kept, colour)]
+
+
+# -- by round ---------------------------------------------------------------------------------------------------------
 
 
 def by_round(found: Collected) -> str:
     """Every number of every round, as the command line shows it at the end of a run."""
+    if not found.rows:
+        return ""
     columns = columns_for(found.rows, found.standing.judges)
     best = next((i for i, row in enumerate(found.rows) if row["round"] == found.standing.best), None)
-    rows = [[text(cell(column, row)) for column in columns] for row in found.rows]
+    rows = [[text(cell(column, row)).replace("-", "−") for column in columns] for row in found.rows]
     titles = [f'<abbr title="{text(column.meaning)}">{text(column.title)}</abbr>' for column in columns]
     return block("by-round", "By round", table(titles, rows, label="Numbers of each round", best=best))
