@@ -20,7 +20,10 @@ FINISHED, RESUMABLE, IN_USE, DAMAGED = "finished", "resumable", "in use", "damag
 
 @dataclass(frozen=True)
 class Status:
-    """One run, with the alarms of all its rounds counted. `best` and the two rewards are None where nothing was measured yet; `why` explains the state."""
+    """One run. `best` and the two rewards are None where nothing was measured yet; `why` explains the state.
+
+    `alarms` counts those of all rounds.
+    """
 
     root: Path
     name: str

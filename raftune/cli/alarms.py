@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from rich.text import Text
 
 from raftune import ledger
+from raftune.cli.samples import prompt_text
 from raftune.cli.show import out, say
 from raftune.digest import alarms_of
 from raftune.errors import ConfigError
@@ -87,6 +88,6 @@ def show(folder: RunFolder, round_: int, alarm: Alarm, number: int, full: bool) 
 
 def lines_of(sample: ledger.Sample, width: int | None, full: bool) -> list[Text]:
     """The prompt and the completion."""
-    prompt, answer = ledger.prompt_text(sample["prompt"]), str(sample["completion"])
+    prompt, answer = prompt_text(sample["prompt"]), str(sample["completion"])
     shown = harmless(answer).replace("\n", "\n    ") if full else one_line(answer, width)
     return [Text(f"    {one_line(prompt, width)}", style="bold"), Text(f"    {shown or '(empty)'}")]
