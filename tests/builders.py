@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import (
+    DistilBertConfig,
+    DistilBertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -22,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
 )
 
 from raftune.config.policy import AdapterConfig, CausalLMPolicy
@@ -153,6 +157,42 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], round_: int = 1) -
     schema = ROWS.with_metadata({"raftune.round": str(round_)})
     pq.write_table(pa.Table.from_pylist(named, schema=schema), path)
     return path
+
+
+def tiny_distilbert(seed: int = 0, **changes: Any) -> DistilBertForMaskedLM:
+    """Two layers of width 32, 128 positions: an encoder that reads its number at the first token."""
+    torch.manual_seed(seed)
+    sizes = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128}
+    ids = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "initializer_range": 0.2}
+    return DistilBertForMaskedLM(DistilBertConfig(**{**sizes, **ids, **changes})).eval()
+
+
+def tiny_roberta(seed: int = 0, **changes: Any) -> RobertaForMaskedLM:
+    """Two layers of width 32; of its 128 positions the first is the padding token's, so that 127 tokens fit."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return RobertaForMaskedLM(
+        RobertaConfig(**{**sizes, **_ids(), "max_position_embeddings": 128, "initializer_range": 0.2, **changes})
+    ).eval()
+
+
+def encoder_tokenizer(*, eos: bool) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer as encoders have it: <s> before every text to read the number at, </s> behind it."""
+    made = tiny_tokenizer(eos=eos)
+    special = [("<s>", BOS), ("</s>", EOS)]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    made.cls_token, made.sep_token = "<s>", "</s>"
+    return made
+
+
+def save_backbone(folder: Path, arch: str, *, chat: bool = False) -> Path:
+    """As `save_tiny`, also for the encoders distilbert (which knows no EOS) and roberta (whose SEP is its EOS)."""
+    if arch in BUILDERS:
+        return save_tiny(folder, arch, chat=chat)
+    with quiet():
+        (tiny_roberta() if arch == "roberta" else tiny_distilbert()).save_pretrained(folder)
+        encoder_tokenizer(eos=arch == "roberta").save_pretrained(folder)
+    return folder
 
 
 def tree_hash(folder: Path) -> dict[str, str]:
