@@ -141,7 +141,7 @@ class Progress:
         **_: Any,
     ) -> None:
         seconds = self._pace.seconds_of(round)
-        for line in self._table.add(row_of(round, metrics, summary, seconds)):
+        for line in self._table.add(row_of(round, metrics, summary, seconds), learns=self._of > 0):
             self._print(line)
         if summary.get("barren") and seconds is not None:
             self._say(f"round {round}: {len(summary['barren'])} prompts yielded nothing (select/summary.json says why)")
@@ -176,11 +176,12 @@ class Lines:
     columns: list[Column] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
 
-    def add(self, row: dict[str, Any]) -> list[Text]:
-        """The row's line; before the first, the line of titles."""
+    def add(self, row: dict[str, Any], learns: bool = True) -> list[Text]:
+        """The row's line; before the first, the line of titles. A run that `learns` will have kept samples to show."""
         lines = []
         if not self.columns:
-            promised = {"kept": 0, "samples": 0, "seconds": 0.0}
+            promised: dict[str, Any] = {"kept": 0, "samples": 0} if learns else {}
+            promised["seconds"] = 0.0
             self.columns = columns_for([row | promised], self.held_out)
             self.widths = [max(len(c.title), 6, len(cell(c, row)) + 2 * (c.key == "reward")) for c in self.columns]
             lines.append(Text(self._joined([c.title for c in self.columns]), style="bold"))

@@ -20,13 +20,18 @@ TAKES_FLAGS = {
     "train": ("FILE... [--FIELD VALUE]... [OPTIONS]", RUN),
     "plan": ("FILE... [--FIELD VALUE]... [OPTIONS]", RUN),
     "resume": ("RUN [--FIELD VALUE]... [OPTIONS]", RUN),
+    "evaluate": ("MODEL|RUN[@ROUND] [FILE.yaml]... [--FIELD VALUE]... [OPTIONS]", RUN),
     "rescore": ("RUN --rewards.FIELD VALUE... [OPTIONS]", RUN),
     "select": ("RUN [--FIELD VALUE]... [OPTIONS]", RUN),
     "sft": ("[DATA] [FILE.yaml]... [--FIELD VALUE]...", "raftune.config.sft:SftConfig"),
     "reward train": ("[DATA] [FILE.yaml]... [--FIELD VALUE]...", "raftune.config.reward_model:RewardModelConfig"),
 }
 # Of these fields, those that a command takes which does not take all.
-ONLY = {"rescore": ("rewards.",), "select": ("selection.", "sampling.num_generations")}
+ONLY: dict[str, tuple[str, ...]] = {
+    "evaluate": ("name", "output_dir", "report", "data.", "policy.", "sampling.", "rewards.", "evaluation.", "engine."),
+    "rescore": ("rewards.",),
+    "select": ("selection.", "sampling.num_generations"),
+}
 MARGIN = 34
 
 

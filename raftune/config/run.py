@@ -105,8 +105,8 @@ class RunConfig(Frozen):
             )
         if not self.num_rounds and not self.evaluation.num_prompts:
             raise ValueError(
-                "num_rounds must be above 0 where evaluation.num_prompts is 0; got 0. Without either there is nothing "
-                "to do: raise one of them."
+                "evaluation.num_prompts must be above 0 where num_rounds is 0; got 0. Without rounds there is nothing "
+                "to do but to judge: raise it."
             )
         return self
 
