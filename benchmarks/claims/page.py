@@ -1,0 +1,142 @@
+"""The results as one page of markdown and one figure a claim."""
+
+from __future__ import annotations
+
+import html
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from claims.arms import ARMS, Sizes
+from claims.table import DIGITS, MEASURES, NAMES, RULE, Claim, Results, Verdict, verdict
+
+WIDTH, HEIGHT, PANEL, LEFT, TOP, BOTTOM = 760, 260, 320, 56, 34, 44
+STYLE = """
+  text { font: 12px system-ui, sans-serif; fill: #24292f } .title { font-weight: 600 } .small { fill: #57606a }
+  .grid { stroke: #d0d7de } .seed { fill: #0969da; fill-opacity: .45 } .mean { stroke: #0969da; stroke-width: 3 }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e6edf3 } .small { fill: #9198a1 } .grid { stroke: #30363d }
+    .seed { fill: #58a6ff } .mean { stroke: #58a6ff } }
+"""
+
+
+def write_page(claims: Sequence[Claim], results: Results, seeds: Sequence[int], sizes: Sizes, out: Path) -> Path:
+    """results.md and its figures, in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    found = {
+        claim.name: [verdict(contrast, contrast.values(results, seeds)) for contrast in claim.contrasts]
+        for claim in claims
+    }
+    for claim in claims:
+        (out / f"{claim.name}.svg").write_text(figure(claim, results, seeds), encoding="utf-8")
+    lines = [*opening(seeds, sizes), *summary(claims, found)]
+    for number, claim in enumerate(claims, 1):
+        lines += section(number, claim, found[claim.name], results, seeds)
+    path = out / "results.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def opening(seeds: Sequence[int], sizes: Sizes) -> list[str]:
+    many = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    return [
+        "# The paper's claims, at a size that runs on two cores",
+        "",
+        f"The bundled starter (0.9M parameters), {many}, {sizes.rounds} rounds of {sizes.prompts} prompts, K = 8 "
+        "unless said otherwise, learning rate 1e-3, two epochs a round. Each arm's last model is judged at temperature "
+        f"1 on {sizes.held_out} held-out prompts with {sizes.draws} answers each: by the reward it was trained on (without "
+        "noise), by the held-out judge (0 to 4), and by its KL to the start in nats per answer. Cells are means over "
+        "seeds, with each seed's value in brackets. `python benchmarks/paper.py` makes this page.",
+        "",
+        RULE,
+        "",
+    ]
+
+
+def summary(claims: Sequence[Claim], found: dict[str, list[Verdict]]) -> list[str]:
+    lines = ["| claim | contrast, expected above 0 | the paper | ours, with its 95 % interval | verdict |"]
+    lines.append("|---|---|---|---|---|")
+    for claim in claims:
+        for contrast, said in zip(claim.contrasts, found[claim.name], strict=True):
+            cells = (claim.title, f"{contrast.words} ({NAMES[contrast.measure]})", contrast.paper or "no figure")
+            lines.append(f"| {' | '.join(cells)} | {in_words(said)} | **{said.word}** |")
+    return [*lines, ""]
+
+
+def in_words(said: Verdict) -> str:
+    half = "" if said.half is None else f" ± {said.half:.3f}"
+    return f"{said.mean:+.3f}{half}"
+
+
+def section(number: int, claim: Claim, found: list[Verdict], results: Results, seeds: Sequence[int]) -> list[str]:
+    measures = (*MEASURES, *claim.extra)
+    lines = [f"## {number}. {claim.title}", ""]
+    lines.append("| arm | " + " | ".join(NAMES[measure] for measure in measures) + " |")
+    lines.append("|---" * (len(measures) + 1) + "|")
+    for arm in claim.arms:
+        cells = [cell([results[arm, s].get(measure) for s in seeds], DIGITS.get(measure, 3)) for measure in measures]
+        lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
+    lines += ["", f"![{claim.title}]({claim.name}.svg)", ""]
+    for contrast, said in zip(claim.contrasts, found, strict=True):
+        each = ", ".join(f"{value:+.3f}" for value in said.values)
+        paper = f"the paper: {contrast.paper}" if contrast.paper else "the paper has no figure"
+        measured = f"{contrast.words} ({NAMES[contrast.measure]}) {in_words(said)}; by seed {each}; {paper}"
+        lines.append(f"- **{said.word}**: {measured}.")
+    return [*lines, *(["", claim.note] if claim.note else []), ""]
+
+
+def cell(values: list[float | None], digits: int) -> str:
+    """The mean, and each seed's value; a dash where nothing was measured."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    each = ", ".join(f"{value:.{digits}f}" for value in known)
+    return f"{statistics.fmean(known):.{digits}f} ({each})" if len(known) > 1 else each
+
+
+# -- the figure --------------------------------------------------------------------------------------------------------
+
+
+def figure(claim: Claim, results: Results, seeds: Sequence[int]) -> str:
+    """Two panels, a column an arm: a dot a seed, a bar at their mean. It reads on light and dark pages."""
+    panels = "".join(
+        f'<g transform="translate({LEFT + i * (PANEL + LEFT)},0)">{panel(claim, measure, results, seeds)}</g>'
+        for i, measure in enumerate(claim.shown)
+    )
+    words = html.escape(f"{claim.title}: {' and '.join(NAMES[m] for m in claim.shown)} by arm and seed")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{words}">'
+        f"<title>{words}</title><style>{STYLE}</style>{panels}</svg>\n"
+    )
+
+
+def panel(claim: Claim, measure: str, results: Results, seeds: Sequence[int]) -> str:
+    columns = {arm: [v for s in seeds if (v := results[arm, s].get(measure)) is not None] for arm in claim.arms}
+    columns = {arm: values for arm, values in columns.items() if values}
+    low, high = bounds([v for values in columns.values() for v in values])
+    step = PANEL / max(1, len(columns))
+
+    def y(value: float) -> float:
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [f'<text class="title" x="0" y="18">{NAMES[measure]}</text>']
+    for i in range(5):
+        value = low + i * (high - low) / 4
+        parts.append(f'<line class="grid" x1="0" x2="{PANEL}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+        parts.append(f'<text class="small" x="-6" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    for i, (arm, values) in enumerate(columns.items()):
+        x, mean = (i + 0.5) * step, y(statistics.fmean(values))
+        parts += [f'<circle class="seed" cx="{x:.1f}" cy="{y(value):.1f}" r="4"/>' for value in values]
+        parts.append(f'<line class="mean" x1="{x - 12:.1f}" x2="{x + 12:.1f}" y1="{mean:.1f}" y2="{mean:.1f}"/>')
+        label = html.escape(ARMS[arm].label)
+        parts.append(
+            f'<text class="small" x="{x:.1f}" y="{HEIGHT - 22 + 13 * (i % 2)}" text-anchor="middle">{label}</text>'
+        )
+    return "".join(parts)
+
+
+def bounds(values: list[float]) -> tuple[float, float]:
+    """A range with a little air around all values."""
+    low, high = min(values), max(values)
+    air = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
+    return low - air, high + air
