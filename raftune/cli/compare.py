@@ -116,10 +116,11 @@ def say_all(found: Comparison, number: int, out: str | None) -> None:
     for line in notes(found):
         say(line, style="dim")
     say_extremes(found, number)
-    if found.gates or out is not None:
+    passed = [checked for checked in found.gates if not checked.closed]  # those that failed are the error
+    if passed or out is not None:
         say("")
-    for checked in found.gates:
-        say(f"gate {'FAILED' if checked.closed else 'passed'}: {checked.gate.text} ({checked.words})")
+    for checked in passed:
+        say(f"gate passed: {checked.gate.text}: {checked.words}.")
     if out is not None:
         say(f"Wrote {len(pairs)} pairs to {out}.")
 
@@ -138,7 +139,7 @@ def cells(result: Paired) -> tuple[str, ...]:
     shares = "/".join(f"{100 * share:.0f}" for share in (result.wins, result.ties, result.losses))
     rate = result.win_rate
     level = (mean(result.a), mean(result.b), difference(result.difference))
-    return *level, f"{shares} %", f"{100 * rate.mean:.0f} %{ends(rate, 100, '.0f')}", p_words(result)
+    return *level, f"{shares} %", f"{100 * rate.mean:.0f} %{ends(rate, 100, '.0f')}", f"{result.p:.4f}"
 
 
 def mean(estimate: Estimate | None) -> str:
@@ -154,12 +155,6 @@ def ends(estimate: Estimate, factor: float, how: str) -> str:
     if estimate.low is None or estimate.high is None:
         return ""
     return f" [{factor * estimate.low:{how}}, {factor * estimate.high:{how}}]"
-
-
-def p_words(result: Paired) -> str:
-    """p, as far as it is resolved."""
-    least = 0.0001
-    return f"< {least}" if result.p < least else f"{result.p:.4f}"
 
 
 def notes(found: Comparison) -> list[str]:
@@ -190,7 +185,7 @@ def words_of_judge(measure: Measure) -> list[str]:
     asked = f"{facts['questions']} questions ({facts['cached']} answered from disk)"
     said = [f"{measure.title}: {asked}; {facts['identical']} pairs of identical answers are ties, and were not asked."]
     if facts["inconsistent"] is not None:
-        first = "" if facts["first"] is None else f"; {100 * facts['first']:.0f} % of its choices stood first"
+        first = "" if facts["first"] is None else f"; {100 * facts['first']:.0f} % of its choices were the first answer"
         said.append(f"  position bias: {100 * facts['inconsistent']:.0f} % of verdicts changed with the order{first}.")
     if facts["failed"]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in facts["failed"].items())

@@ -60,7 +60,7 @@ class Endpoint:
     backoff: float = 0.5
 
     def ask(self, questions: Sequence[list[Message]], tell: Callable[[], None] = lambda: None) -> list[Reply]:
-        """A reply for each question, in order; equal questions are asked once. `tell` is called as each is done.
+        """A reply for each question, in order; equal questions are asked once. `tell` is called as one is answered.
 
         Works where an event loop is running already, as in a notebook. Failures are replies, not exceptions.
         """
@@ -68,11 +68,14 @@ class Endpoint:
         names = [self.name_of(body) for body in bodies]
         found = {name: reply for name in dict.fromkeys(names) if (reply := self._kept(name)) is not None}
         missing = {name: body for name, body in zip(names, bodies, strict=True) if name not in found}
-        for _ in found:
-            tell()
         if missing:
             found |= apart(lambda: self._ask_all(missing, tell))
         return [found[name] for name in names]
+
+    def unanswered(self, questions: Sequence[list[Message]]) -> int:
+        """How many different questions would be asked, because no reply to them is kept."""
+        names = {self.name_of(self.body(messages)) for messages in questions}
+        return sum(self._kept(name) is None for name in names)
 
     def body(self, messages: list[Message]) -> dict[str, Any]:
         """The request as the endpoint reads it; a parameter that is None is left out."""

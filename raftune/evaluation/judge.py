@@ -110,10 +110,10 @@ def judge(
     """
     asked = [pair for pair in pairs if pair[1] != pair[2]]
     questions = [question(template, *pair) for prompt, a, b in asked for pair in ((prompt, a, b), (prompt, b, a))]
-    count = itertools.count(1)
+    count, total = itertools.count(1), endpoint.unanswered(questions)
 
     def done() -> None:
-        tell(next(count), len(questions))
+        tell(next(count), total)
 
     replies = endpoint.ask(questions[:FIRST], done)
     if len(questions) > FIRST and any(read_verdict(reply) for reply in replies):
@@ -127,7 +127,7 @@ def judge(
 
 def question(template: str, prompt: Any, first: str, second: str) -> list[dict[str, str]]:
     """The messages that ask about two answers; what the answers hold is never taken for a place of the template."""
-    places = {"{prompt}": transcript(prompt), "{answer_a}": first, "{answer_b}": second}
+    places = {"{prompt}": transcript(prompt), "{answer_a}": first.strip(), "{answer_b}": second.strip()}
     filled = re.sub("|".join(map(re.escape, PLACES)), lambda found: places[found.group()], template)
     return [{"role": "user", "content": filled}]
 
