@@ -113,10 +113,18 @@ function onKey(event) {
   const typing = event.target.matches?.("input, select, textarea");
   if (typing && event.key === "Escape") event.target.blur();
   if (altered || typing || document.getElementById("help").open) return;
-  const key = KEYS.find((known) => known.keys.includes(event.key));
+  const pressed = arrow(event);
+  const key = KEYS.find((known) => known.keys.includes(pressed));
   if (!key) return;
   event.preventDefault();
   key.act();
+}
+
+/** Inside a list or a strip the arrow keys do what j, k, h and l do. */
+function arrow(event) {
+  const within = (selector) => event.target.closest?.(selector);
+  const vertical = within(".rows, .lessons") && { ArrowDown: "j", ArrowUp: "k" }[event.key];
+  return vertical || (within(".strip") && { ArrowRight: "l", ArrowLeft: "h" }[event.key]) || event.key;
 }
 
 /** Arrow keys move between the tabs, as in any list of tabs. */

@@ -86,7 +86,7 @@ class Compare {
     const judged = this.judged ? el("span", {}, "held out ", change(gain(item, round, "held_out"))) : null;
     const text = el("span", { class: "line", dir: "auto" }, shown(oneLine(item.prompt)));
     const href = hashOf("compare", { ...options(), pair: pairOf(item) });
-    return el("li", {}, el("a", { href, "data-pair": pairOf(item) }, text, figures, el("span", { class: "where" }, el("span", {}, `k ${item.k}`), judged)));
+    return el("li", {}, el("a", { href, tabindex: "-1", "data-key": pairOf(item) }, text, figures, el("span", { class: "where" }, el("span", {}, `k ${item.k}`), judged)));
   }
 
   card(item, round, query) {

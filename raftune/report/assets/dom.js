@@ -50,7 +50,7 @@ function split(text, query) {
 
 /** A pattern that finds the query as it is written, in either case. */
 function pattern(query) {
-  return new RegExp(query.replace(/[\\^$.*+?()[\]{}|/-]/g, "\\$&"), "giu");
+  return new RegExp(query.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"), "giu");
 }
 
 /** The text as strings and named characters. */

@@ -17,10 +17,14 @@ class Rows {
   show(items, version, chosen) {
     if (version !== this.version) this.reset(items, version);
     this.grow(chosen + 1);
-    this.list.querySelector("[aria-current]")?.removeAttribute("aria-current");
+    const before = this.list.querySelector("[aria-current]");
+    before?.removeAttribute("aria-current");
+    before?.setAttribute("tabindex", "-1");
     if (chosen < 0) return null;
     const row = this.list.children[chosen];
-    (row.querySelector("a") ?? row).setAttribute("aria-current", "true");
+    const target = row.querySelector("a[data-key]") ?? row;
+    target.setAttribute("aria-current", "true");
+    target.setAttribute("tabindex", "0"); // one stop for the Tab key: j and k, or the arrows, go on from there
     this.uncover(row);
     return row;
   }

@@ -98,7 +98,7 @@ class Prompts {
     const outcome = item.reason ? "nothing kept" : Number.isFinite(item.margin) ? `margin ${signed(item.margin, 2)}` : "";
     const where = el("span", { class: "where" }, el("span", {}, `round ${item.round}`), el("span", {}, outcome));
     const href = hashOf("prompts", { ...options(), sample: best?.id });
-    return el("li", {}, el("a", { href, "data-sample": best?.id }, text, figures, where));
+    return el("li", {}, el("a", { href, tabindex: "-1", "data-key": best?.id ?? "" }, text, figures, where));
   }
 
   /** The prompt with its candidates. */

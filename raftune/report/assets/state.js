@@ -41,8 +41,9 @@ let waiting = 0;
 function writeAddress(entry) {
   const hash = hashOf(state.screen, options(), state.theme);
   clearTimeout(waiting);
-  if (entry && hash !== location.hash) history.pushState(null, "", hash);
-  else waiting = setTimeout(() => history.replaceState(null, "", hash), 120);
+  if (entry && hash !== location.hash) return history.pushState(null, "", hash);
+  const address = location.hash; // whoever changes it meanwhile means it
+  waiting = setTimeout(() => location.hash === address && history.replaceState(null, "", hash), 120);
 }
 
 /** Changes options of the screen in view, draws it, and writes the address. */
