@@ -19,7 +19,7 @@ from raftune.feedback.columns import (
     used,
 )
 from raftune.feedback.preferences import HH, Form, preferred
-from raftune.feedback.rows import Demonstration, Feedback, Reason, Unusable
+from raftune.feedback.rows import Demonstration, Feedback
 from raftune.feedback.source import collect
 from raftune.feedback.turns import answer_text, begins, ends_with_assistant, prompt_text, read_messages
 
@@ -77,8 +77,6 @@ def last_turn(value: list[Any], column: str) -> tuple[list[Any], list[Any]]:
     """The dialogue without its last turn, and that turn."""
     messages = ends_with_assistant(begins(read_messages(value, column), column), column)
     prompt, answer = parted(messages)
-    if not prompt:
-        raise Unusable(Reason.EMPTY_PROMPT, f"{column} holds an answer only")
     check_prompt(prompt, column)
     check_answer(answer, column)
     return prompt, answer

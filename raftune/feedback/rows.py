@@ -106,7 +106,7 @@ class Feedback(Generic[T]):
     def words(self) -> list[str]:
         """What was read, in a line, and a line for each reason to skip, with its first rows."""
         used = len({row.row for row in self.rows})
-        several = f" from {used:,} rows" if used != len(self.rows) else ""
+        several = f" from {used:,} row{'' if used == 1 else 's'}" if used != len(self.rows) else ""
         kind = type(self.rows[0]).__name__.lower() if self.rows else "row"
         counted = f"{len(self.rows):,} {kind}{'' if len(self.rows) == 1 else 's'}{several}"
         left = f"; {len(self.skipped):,} of {used + len(self.skipped):,} rows skipped" if self.skipped else ""

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import processors
 
 from raftune.config.sampling import SamplingConfig
-from raftune.errors import DataError
+from raftune.errors import DataError, TooLong
 from raftune.policies.causal_lm.encoding import Encoder
 from raftune.records import Prompt
 from tests.builders import BOS, EOS, tiny_tokenizer
@@ -158,3 +158,18 @@ def test_an_answer_longer_than_the_context_is_refused() -> None:
 def test_decoding_leaves_special_tokens_out() -> None:
     tokenizer = tiny_tokenizer()
     assert encoder(tokenizer).decode([[*tokenizer("the cab")["input_ids"], EOS], [EOS]]) == ["the cab", ""]
+
+
+def test_an_answer_is_cut_to_what_prompt_limit_and_context_leave_and_has_no_eos_then() -> None:
+    answer = "xyz" * 4  # twelve tokens and EOS
+    for context, limit, room in ((32, 8, 5), (10, 20, 7), (None, 6, 3)):
+        text, ids, cut = encoder(context=context).encode_within(Prompt("p", "123"), answer, limit)
+        assert (text, len(ids), cut) == (answer[:room], room, True)
+        assert EOS not in ids
+    whole = encoder(context=16).encode_within(Prompt("p", "123"), answer, None)
+    assert whole == (*encoder(context=16).encode_answer(Prompt("p", "123"), answer), False)
+
+
+def test_a_prompt_that_leaves_no_room_within_the_limit_is_too_long() -> None:
+    with pytest.raises(TooLong, match="the prompt has 3 tokens and leaves no room for an answer within 3"):
+        encoder(context=32).encode_within(Prompt("p", "123"), "x", 3)
