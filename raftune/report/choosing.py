@@ -58,8 +58,9 @@ def order_pairs(pairs: Sequence[Pair], most: int) -> list[Pair]:
 
 def in_turn(*lists: Iterable[Item]) -> Iterator[Item]:
     """The first of each list, then the second of each, and so on."""
-    absent = object()
-    return (item for item in chain.from_iterable(zip_longest(*lists, fillvalue=absent)) if item is not absent)
+    boxed = (([item] for item in one) for one in lists)
+    for turn in zip_longest(*boxed, fillvalue=[]):
+        yield from chain.from_iterable(turn)
 
 
 def first(items: Iterable[Item], most: int, key: Callable[[Item], Key]) -> list[Item]:

@@ -49,7 +49,7 @@ def collect(root: Path | str, *, working: bool | None = None) -> Collected:
     standing = standing_of(reader, rows, working=working)
     alarms = alarms_of(reader)
     named = {sample["sample_id"] for alarm in alarms for sample in alarm["samples"]}
-    document = {
+    document: dict[str, Any] = {
         "version": VERSION,
         "run": standing.as_json(),
         "rewards": list(standing.rewards),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,7 @@ def value_of(found: Any) -> Value | None:
 
 def rows(reader: Reader) -> list[Row]:
     """One row for each round that was evaluated, or tuned where evaluation is off: as `raftune runs` sees them."""
-    try:
-        seconds = seconds_by_round(reader.run.events)
-    except (KeyError, TypeError, ValueError, AttributeError, OSError):
-        reader.note("the run", "events.jsonl cannot be read: the times are left out")
-        seconds = {}
+    seconds = seconds_by_round(timed(reader))
     found = []
     for round_ in sorted({*reader.rounds("evaluate"), *reader.rounds("model")}):
         metrics = reader.json(round_, "evaluate", "metrics.json")
@@ -47,6 +43,13 @@ def rows(reader: Reader) -> list[Row]:
         if reader.has(round_, "evaluate") or round_ not in reader.rounds("evaluate"):
             found.append({name: number for name, number in row.items() if isinstance(number, int | float)})
     return found
+
+
+def timed(reader: Reader) -> Iterator[dict[str, Any]]:
+    """The ends of stages that say of which round, of which stage, and after how many seconds."""
+    for event in reader.events:
+        if finite(event.get("seconds")) is not None and isinstance(event.get("round"), int) and "stage" in event:
+            yield event
 
 
 def by_round(reader: Reader, name: str) -> dict[int, Value]:

@@ -12,7 +12,7 @@ from raftune.report.collect import Collected
 from raftune.report.markup import block, facts, folded, number, table, text
 from raftune.report.numbers import Value
 
-START = {0: "start"}
+START: Mapping[float, str] = {0: "start"}
 REWARD, BEST_OF, HELD_OUT, KL, DIVERSITY, LENGTH, OTHER = range(1, 8)  # the colours: one meaning each, on every chart
 Values = Mapping[int, Value]
 

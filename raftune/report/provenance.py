@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from raftune.digest import duration
 from raftune.report.collect import Collected
 from raftune.report.markup import block, facts, folded, number, table, text
+from raftune.report.numbers import timed
 
 SHORT = 12  # letters of a hash that are shown; the whole hash appears on pointing
 
@@ -28,9 +29,8 @@ def written(found: Collected) -> str:
     path = found.reader.run.root / "config.yaml"
     try:
         words = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        found.reader.note("the run", f"config.yaml cannot be read: {error.strerror}")
-        words = "(config.yaml is missing)"
+    except OSError:
+        words = "(config.yaml cannot be read)"
     lead = '<p class="note">config.yaml: what differs from the defaults. <code>raftune train</code> reads it again.</p>'
     return block("config", "Configuration", f"{lead}<pre><code>{text(words)}</code></pre>")
 
@@ -141,13 +141,9 @@ def seconds_by_stage(found: Collected) -> tuple[dict[int, dict[str, float]], lis
     """The seconds of each round's stages, and the stages in the order in which they came."""
     spent: defaultdict[int, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     order: dict[str, None] = {}
-    for event in found.reader.run.events:
-        if not isinstance(event, Mapping) or event.get("event") != "stage_end":
-            continue
-        round_, stage, seconds = event.get("round"), event.get("stage"), event.get("seconds")
-        if isinstance(round_, int) and isinstance(stage, str) and isinstance(seconds, int | float):
-            spent[round_][stage] += seconds
-            order.setdefault(stage)
+    for event in timed(found.reader):
+        spent[event["round"]][str(event["stage"])] += event["seconds"]
+        order.setdefault(str(event["stage"]))
     return {round_: dict(stages) for round_, stages in spent.items()}, list(order)
 
 

@@ -13,7 +13,7 @@ from raftune.errors import RaftuneError
 from raftune.store.commit import Commit
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import column_names, first_line, read_groups, read_metadata, read_table
-from raftune.store.run import RunFolder
+from raftune.store.run import CONFIG, RunFolder
 
 UNITS = "raftune.units"  # in the metadata of verdicts.parquet: the unit of each of its row groups
 
@@ -28,8 +28,12 @@ class Reader:
         self.run = run
         self.missing: list[str] = []
         self._bad: set[Path] = set()
+        self._read: dict[Path, Any] = {}  # JSON files, which several parts of the page ask for
         self.commits = dict(self._load_commits())
         self._look_over()
+        self.config = self._read_config()
+        self.events = list(self._read_events())
+        self._expect()
 
     def note(self, where: str, why: str) -> None:
         """Puts down, once, what is missing; paths into the run are shortened, for the page may be sent to others."""
@@ -57,10 +61,13 @@ class Reader:
     def own_json(self, name: str) -> dict[str, Any]:
         """A JSON file at the run's top; empty where there is none or it cannot be read."""
         path = self.run.root / name
-        found: dict[str, Any] = self._json(path, "the run", dict) if path.is_file() else {}
+        read = path.is_file() and path not in self._bad
+        found: dict[str, Any] = self._json(path, "the run", dict) if read else {}
         return found
 
     def _json(self, path: Path, where: str, kind: type[Any]) -> Any:
+        if isinstance(self._read.get(path), kind):
+            return self._read[path]
         try:
             found = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -69,6 +76,7 @@ class Reader:
             self.note(where, f"{path.name} cannot be read: {first_line(error)}")
         else:
             if isinstance(found, kind):
+                self._read[path] = found
                 return found
             self.note(where, f"{path.name} holds {type(found).__name__}, not {kind.__name__}")
         self._bad.add(path)
@@ -152,6 +160,22 @@ class Reader:
             if commit is not None:
                 yield (round_, stage), commit
 
+    def _read_config(self) -> dict[str, Any]:
+        try:
+            return self.run.read_config()
+        except (RaftuneError, OSError) as error:
+            self.note("the run", said(error, self.run.root / CONFIG))
+            return {}
+
+    def _read_events(self) -> Iterator[dict[str, Any]]:
+        """The ends of stages and of the run, which is all that a report asks of the record of times."""
+        try:
+            for event in self.run.events:
+                if isinstance(event, dict) and event.get("event") in ("stage_end", "end"):
+                    yield event
+        except OSError as error:
+            self.note("the run", f"events.jsonl cannot be read: {first_line(error)}")
+
     def _look_over(self) -> None:
         """Notes COMMITs that are gone although others were made from them, and files that are gone or cut."""
         self._lost: set[tuple[int, str]] = set()
@@ -161,11 +185,45 @@ class Reader:
                 if number.isdigit() and (int(number), stage) not in self.commits:
                     self._lost.add((int(number), stage))
         for round_, stage in sorted(self._lost):
-            if not any(line.startswith(f"round {round_}, {stage}: ") for line in self.missing):
+            if not self._noted(round_, stage):
                 self.note(f"round {round_}, {stage}", "its COMMIT is missing; what lies in its folder is shown")
         for (round_, stage), commit in self.commits.items():
             if not self.run.is_dropped(round_, stage):
                 self._compare(round_, stage, commit)
+
+    def _expect(self) -> None:
+        """Notes what a round that is over must have, and what every run has at its top."""
+        over = self.rounds_over()
+        for round_ in over:
+            for stage in self._closing(round_):
+                if not self.has(round_, stage) and not self._noted(round_, stage):
+                    self.note(f"round {round_}, {stage}", "its COMMIT is missing; the round is over")
+        always = ("config.yaml", "environment.json", "events.jsonl")
+        for name in (*always, *(["best.json"] if self.ended() else [])):
+            if over and not (self.run.root / name).is_file():
+                self.note("the run", f"{name} is missing")
+
+    def rounds_over(self) -> list[int]:
+        """The rounds after which another began, and the last one of a run that has ended."""
+        begun = sorted({round_ for round_, _ in self.commits})
+        return begun if self.ended() else begun[:-1]
+
+    def ended(self) -> bool:
+        """Whether the run came to its end, and nothing was done since."""
+        return bool(self.events) and self.events[-1]["event"] == "end"
+
+    def _closing(self, round_: int) -> list[str]:
+        """The stages of a round on which nothing in it depends, so that no other would miss them."""
+        evaluation, guards = (self.config.get(name) for name in ("evaluation", "guards"))
+        stages = ["rows", "model"] if round_ else ["model"]
+        if isinstance(evaluation, dict) and evaluation.get("num_prompts"):
+            stages.append("evaluate")
+        if isinstance(guards, dict) and guards.get("enabled") and round_:
+            stages.append("guard")
+        return stages
+
+    def _noted(self, round_: int, stage: str) -> bool:
+        return any(line.startswith(f"round {round_}, {stage}: ") for line in self.missing)
 
     def _compare(self, round_: int, stage: str, commit: Commit) -> None:
         """Names and sizes only: `raftune verify` hashes."""
@@ -178,6 +236,6 @@ class Reader:
                 self.note(f"round {round_}, {stage}", f"{name} {what}")
 
 
-def said(error: RaftuneError, path: Path) -> str:
+def said(error: Exception, path: Path) -> str:
     """The error's finding about a file, under the file's name alone and without the advice."""
     return str(error).replace(str(path), path.name).split(". ")[0].rstrip(".")

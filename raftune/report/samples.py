@@ -72,7 +72,7 @@ def finite(value: Any) -> float | None:
 
 def parts(score: Mapping[str, Any]) -> dict[str, float | None]:
     """What each reward said, by its name."""
-    return {name.removeprefix("rewards/"): finite(v) for name, v in score.items() if name.startswith("rewards/")}
+    return {name[8:]: finite(value) for name, value in score.items() if name.startswith("rewards/")}
 
 
 def seed_of(row: Mapping[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ from raftune.digest import Row, held_out_names
 from raftune.errors import RaftuneError
 from raftune.report.numbers import by_round
 from raftune.report.reading import Reader
-from raftune.status import DAMAGED, FINISHED, IN_USE, Status, status_of
+from raftune.status import in_use
 from raftune.store.parquet import first_line
 
 
@@ -43,13 +43,12 @@ class Standing:
 
 def standing_of(reader: Reader, rows: list[Row], *, working: bool | None = None) -> Standing:
     """The standing; a process that holds the run says of itself whether it is still `working`, others ask the lock."""
-    status = status_of(reader.run.root)
     config = config_of(reader)
     rounds = tuple(int(row["round"]) for row in rows)
     best, best_by = best_of(reader, config, rounds)
-    state, words = state_of(reader, status, rounds, working)
+    state, words = state_of(reader, rounds, working)
     return Standing(
-        name=config.name if config is not None else str(status.name),
+        name=str(reader.config.get("name", reader.run.root.resolve().name)),
         state=state,
         words=words,
         rounds=rounds,
@@ -63,30 +62,28 @@ def standing_of(reader: Reader, rows: list[Row], *, working: bool | None = None)
 
 def config_of(reader: Reader) -> RunConfig | None:
     """The run's configuration; None, and a note, where it is lost or not one of this version's."""
+    if not reader.config:
+        return None
     try:
-        return validate(reader.run.read_config())
+        return validate(reader.config)
     except RaftuneError as error:
-        reader.note("the run", f"config.resolved.json: {first_line(error).replace(str(reader.run.root), 'the run')}")
+        reader.note("the run", f"config.resolved.json is not of this version: {first_line(error)}")
         return None
 
 
-def state_of(reader: Reader, status: Status, rounds: tuple[int, ...], working: bool | None) -> tuple[str, str]:
+def state_of(reader: Reader, rounds: tuple[int, ...], working: bool | None) -> tuple[str, str]:
     """A word for programs, and a sentence that stays true when the page is opened later."""
-    done, planned = max(rounds, default=0), status.num_rounds
+    done, planned = max(rounds, default=0), reader.config.get("num_rounds")
     so_far = f"{done} of {planned} rounds done" if planned else f"{done} rounds done"
-    if status.state == DAMAGED or not reader.run.exists():
+    if not reader.config:
         return "damaged", f"damaged: {so_far}; what can be read is shown"
-    if working or (working is None and status.state == IN_USE):
+    if working or (working is None and in_use(reader.run.root)):
         return "running", f"at work when this was written: {so_far}"
-    if working is False or status.state == FINISHED:
-        return "finished", f"finished: {reason_of(reader) or so_far}"
+    if reader.ended():
+        return "finished", f"finished: {reader.events[-1].get('reason') or so_far}"
+    if isinstance(planned, int) and rounds and done >= planned:
+        return "finished", f"finished: {so_far}"
     return "interrupted", f"interrupted: {so_far}; raftune resume goes on with it"
-
-
-def reason_of(reader: Reader) -> str:
-    """Why the run ended, as it said itself."""
-    ends = [event for event in reader.run.events if isinstance(event, Mapping) and event.get("event") == "end"]
-    return str(ends[-1].get("reason", "")) if ends else ""
 
 
 def best_of(reader: Reader, config: RunConfig | None, rounds: tuple[int, ...]) -> tuple[int, str]:
