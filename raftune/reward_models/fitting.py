@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
+from raftune.config.policy import AdapterConfig
 from raftune.config.reward_model import RewardModelConfig, rate_for
 from raftune.errors import ConfigError, ModelError, OutOfMemory
 from raftune.ordering import LengthGrouped
@@ -24,6 +26,7 @@ from raftune.reward_models.examples import Example, Objective
 from raftune.store.parquet import first_line
 
 Observer = Callable[[str, dict[str, Any]], None]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,17 @@ class Scale:
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Scale:
-        ratings = np.array([one.rating for one in examples], dtype=np.float64)
+        ratings = ratings_of(examples)
         return cls(float(ratings.mean()), float(ratings.std()))
+
+    def standard(self, ratings: Floats) -> Floats:
+        """The ratings as standard deviations from the mean."""
+        return (ratings - self.mean) / self.std
+
+
+def ratings_of(examples: Sequence[Example]) -> Floats:
+    """(N,) ratings, of rated examples."""
+    return np.array([one.rating for one in examples], dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -142,18 +154,28 @@ def prepared(config: RewardModelConfig, model: Any) -> tuple[Any, float]:
     if config.disable_dropout:
         disable_dropout_in_model(model)
     if config.adapter is not None:
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
-        adapter = config.adapter.model_dump()
-        lora = LoraConfig(
-            task_type="SEQ_CLS",
-            **{**adapter, "lora_alpha": adapter.pop("alpha"), "lora_dropout": adapter.pop("dropout")},
-        )
-        model = get_peft_model(model, lora)
+        model = get_peft_model(model, lora(config.adapter))
         if config.gradient_checkpointing:
             model.enable_input_require_grads()
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return model, config.learning_rate or rate_for(trained, config.adapter is not None)
+
+
+def lora(adapter: AdapterConfig) -> Any:
+    """The adapter for peft, which trains the head whole."""
+    from peft import LoraConfig
+
+    named = adapter.target_modules
+    return LoraConfig(
+        task_type="SEQ_CLS",
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=named if isinstance(named, str) else list(named),
+        modules_to_save=list(adapter.modules_to_save) or None,
+    )
 
 
 def build(
@@ -173,14 +195,14 @@ def build(
                     "chosen_ids": [one.ids[0] for one in examples],
                     "rejected_ids": [one.ids[1] for one in examples],
                 }
-                own = {"max_length": None, "disable_dropout": False, "pad_to_multiple_of": None}
-                own["center_rewards_coefficient"] = config.center_rewards_coefficient
+                own: dict[str, Any] = {"max_length": None, "disable_dropout": False, "pad_to_multiple_of": None}
+                own |= {"center_rewards_coefficient": config.center_rewards_coefficient}
                 args = alone(RewardConfig(**arguments(config, work, rate), **own))
                 data = Dataset.from_dict(rows)
                 return silent(PairTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer))
             args = alone(TrainingArguments(**arguments(config, work, rate)))
-            scale = Scale.of(examples)
-            rated = [{"ids": one.ids[0], "target": (one.rating - scale.mean) / scale.std} for one in examples]
+            targets = Scale.of(examples).standard(ratings_of(examples))
+            rated = [{"ids": one.ids[0], "target": float(y)} for one, y in zip(examples, targets, strict=True)]
             collate = Collate(tokenizer.pad_token_id)
             return silent(RatingTrainer(model=model, args=args, train_dataset=rated, data_collator=collate))
     except (ValueError, TypeError, ImportError) as error:

@@ -11,8 +11,8 @@ model/               the model: a plain transformers folder
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,42 +36,64 @@ class Folder:
         self.candidate = self.work / "model"
         self.report, self.data = root / REPORT, root / DATA
 
+    def refuse_foreign(self) -> None:
+        """Raises ConfigError for a directory of something else, before anything in it is touched."""
+        if not self.root.is_dir() or self._noted() is not None:
+            return
+        if foreign := sorted(path.name for path in self.root.iterdir() if path.name not in ("LOCK", "tmp")):
+            what = "a run" if (self.root / OF_A_RUN).is_file() else repr(foreign[0])
+            raise ConfigError(f"output_dir must be new, or of this training; {self.root} holds {what}. Choose another.")
+        if any((self.root / "tmp").glob("*")):
+            raise ConfigError(f"output_dir must be new, or of this training; {self.root}/tmp is not empty. Clear it.")
+
     def claim(self, config: RewardModelConfig) -> None:
-        """Notes the configuration in a new directory; in one that is begun it must be the same.
+        """Notes the configuration; where there is work already it must be the same.
 
         Raises ConfigChanged with the difference.
         """
         asked = config.model_dump(mode="json", exclude=FREE)
-        path = self.root / CONFIG
-        if path.is_file():
-            self._refuse_changes(path, asked)
+        if self.begun:
+            changes = differences(self._noted() or {}, asked)
+            if changed := {name: pair for name, pair in changes.items() if not same_file(*pair)}:
+                told = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())
+                raise ConfigChanged(
+                    f"{self.root} was made with another configuration. {told}. Choose another output_dir, or remove it."
+                )
         else:
-            path.write_text(yaml.safe_dump(asked, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            (self.root / CONFIG).write_text(yaml.safe_dump(asked, sort_keys=False, allow_unicode=True), "utf-8")
 
-    def refuse_foreign(self) -> None:
-        """Raises ConfigError for a directory of something else, before anything in it is touched."""
-        if (self.root / CONFIG).is_file() or not self.root.is_dir():
-            return
-        if foreign := sorted(path.name for path in self.root.iterdir() if path.name != "LOCK"):
-            what = "a run" if (self.root / OF_A_RUN).is_file() else f"{foreign[0]!r}"
-            raise ConfigError(f"output_dir must be new, or of this training; {self.root} holds {what}. Choose another.")
+    @property
+    def begun(self) -> bool:
+        """Whether there is work that another configuration, or other data, would throw away."""
+        return self.report.is_file() or self.candidate.is_dir() or any(self.work.glob("checkpoint-*"))
 
-    def _refuse_changes(self, path: Path, asked: Mapping[str, Any]) -> None:
+    def _noted(self) -> dict[str, Any] | None:
+        """The configuration that was noted, if this is the directory of such a training."""
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            found = None
-        if not isinstance(found, dict) or "objective" not in found:
-            raise ConfigError(
-                f"output_dir must be new, or of this training; {path} is of something else. Choose another."
-            )
-        if changed := differences(found, asked):
-            told = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())
+            found = yaml.safe_load((self.root / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            return None
+        return found if isinstance(found, dict) and "held_out_fraction" in found else None
+
+    def refuse_other_data(self, identity: str) -> None:
+        """Raises ConfigChanged where there is work on rows of another identity."""
+        if self.begun and self.data.is_file() and json.loads(self.data.read_bytes())["identity"] != identity:
             raise ConfigChanged(
-                f"{self.root} was made with another configuration. {told}. Choose another output_dir, or remove it."
+                f"{self.root} was begun with other data, or another tokenizer, under the same names. Choose another "
+                "output_dir, or remove this one."
             )
 
     def publish(self) -> None:
         """Moves the trained model to its place, and removes what was needed to get there."""
         self.candidate.replace(self.model)
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+def same_file(old: object, new: object) -> bool:
+    """Whether two names are two ways to the same file."""
+    return (
+        isinstance(old, str)
+        and isinstance(new, str)
+        and Path(new).exists()
+        and Path(old).resolve() == Path(new).resolve()
+    )

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from raftune.config.reward_model import RewardModelConfig
-from raftune.errors import ConfigChanged, DataError, ModelError
+from raftune.errors import DataError, ModelError
 from raftune.feedback import write_skipped
 from raftune.protocols import Reward
 from raftune.quiet import quiet
@@ -28,7 +28,7 @@ from raftune.reward_models.examples import (
     prompt_numbers,
     read_examples,
 )
-from raftune.reward_models.fitting import Fit, Observer, Scale, fit
+from raftune.reward_models.fitting import Fit, Floats, Observer, Scale, fit, ratings_of
 from raftune.reward_models.folder import HELD_OUT, SKIPPED, Folder
 from raftune.reward_models.gate import verdict
 from raftune.reward_models.pairwise import pairwise_report
@@ -108,20 +108,17 @@ def scale_of(split: Split, source: Source) -> Scale:
 def note_data(folder: Folder, tmp: Path, source: Source, split: Split, observe: Observer) -> None:
     """Writes and says what was read. Raises ConfigChanged if it is not what an earlier call read."""
     prompts = {name: len(set(prompt_numbers(side))) for name, side in sides(split)}
+    words, identity = [*source.words, *split.words], identity_of(split)
     noted = {
-        "words": [*source.words, *split.words],
+        "words": words,
         "rows": {name: len(side) for name, side in sides(split)},
         "prompts": prompts,
         "skipped": len(source.skipped),
-        "identity": identity_of(split),
+        "identity": identity,
     }
-    for words in noted["words"]:  # type: ignore[attr-defined]
-        observe("said", {"words": words})
-    if folder.data.is_file() and json.loads(folder.data.read_bytes())["identity"] != noted["identity"]:
-        raise ConfigChanged(
-            f"{folder.root} was begun with other data, or another tokenizer, under the same names. Choose another "
-            "output_dir, or remove this one."
-        )
+    for line in words:
+        observe("said", {"words": line})
+    folder.refuse_other_data(identity)
     with stage_file(tmp, folder.root / SKIPPED) as path:
         write_skipped(source.skipped, path)
     write_json(tmp, folder.data, noted)
@@ -206,12 +203,11 @@ def judged(
         write_table(held_out_table(held_out, scores, lengths), path)
     if source.objective == "pairwise":
         return {**pairwise_report(scores, lengths, prompts), "distribution": distribution}
-    ratings = np.array([one.rating for one in held_out], dtype=np.float64)
-    found = pointwise_report(scores[:, 0], ratings, lengths[:, 0], prompts, scale.mean, scale.std)
+    found = pointwise_report(scores[:, 0], ratings_of(held_out), lengths[:, 0], prompts, scale.mean, scale.std)
     return {**found, "distribution": distribution}
 
 
-def score(reward: Reward, examples: Sequence[Example], observe: Observer) -> np.ndarray[Any, np.dtype[np.float64]]:
+def score(reward: Reward, examples: Sequence[Example], observe: Observer) -> Floats:
     """(N, answers) scores. Raises ModelError where one is not finite."""
     prompts = [one.prompt for one in examples for _ in one.answers]
     answers = [answer for one in examples for answer in one.answers]
@@ -227,7 +223,7 @@ def score(reward: Reward, examples: Sequence[Example], observe: Observer) -> np.
     return scores
 
 
-def distribution_of(scores: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, Any]:
+def distribution_of(scores: Floats) -> dict[str, Any]:
     """Mean, standard deviation and quantiles of all held-out scores: what `normalize` goes by."""
     quantiles = {f"{q:g}": float(np.quantile(scores, q)) for q in QUANTILES}
     return {"n": scores.size, "mean": float(scores.mean()), "std": float(scores.std()), "quantiles": quantiles}
@@ -235,8 +231,8 @@ def distribution_of(scores: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, 
 
 def held_out_table(
     examples: Sequence[Example],
-    scores: np.ndarray[Any, np.dtype[np.float64]],
-    lengths: np.ndarray[Any, np.dtype[np.float64]],
+    scores: Floats,
+    lengths: Floats,
 ) -> pa.Table:
     """Every held-out row: texts as they are, messages as JSON; scores and tokens of each answer; margin or rating."""
     names = ("chosen", "rejected") if len(examples[0].answers) == 2 else ("completion",)

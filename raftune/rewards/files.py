@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from raftune.errors import DataError
@@ -55,7 +56,7 @@ class Scored:
     failures: Failures
 
     @property
-    def values(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def values(self) -> npt.NDArray[np.float64]:
         """(N,) scores; NaN where there is none."""
         return np.array([math.nan if s.value is None else s.value for s in self.scores], dtype=np.float64)
 
@@ -146,7 +147,7 @@ def summary(scored: Scored) -> dict[str, Any]:
     return found
 
 
-def prompt_numbers(prompts: Sequence[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def prompt_numbers(prompts: Sequence[Any]) -> npt.NDArray[np.int64]:
     """For each answer the number of its prompt, in the order of their first answers."""
     seen: dict[str, int] = {}
     keys = (json.dumps(prompt, sort_keys=True) for prompt in prompts)
@@ -188,7 +189,7 @@ def pair_rows(scored: Scored) -> Iterator[dict[str, Any]]:
     for i in range(0, len(scored.scores), 2):
         chosen, rejected = scored.scores[i : i + 2]
         told = [one for one in (chosen, rejected) if one.status in FAILED]
-        both = chosen.value is not None and rejected.value is not None
+        margin = None if chosen.value is None or rejected.value is None else chosen.value - rejected.value
         yield {
             "row": answers.rows[i],
             "prompt": answers.prompts[i],
@@ -196,7 +197,7 @@ def pair_rows(scored: Scored) -> Iterator[dict[str, Any]]:
             "rejected": answers.completions[i + 1],
             "score_chosen": chosen.value,
             "score_rejected": rejected.value,
-            "margin": chosen.value - rejected.value if both else None,
-            "status": (told[0].status if told else Status.OK if both else Status.NOT_APPLICABLE).value,
+            "margin": margin,
+            "status": (told[0].status if told else Status.NOT_APPLICABLE if margin is None else Status.OK).value,
             "detail": "; ".join(filter(None, map(detail_of, (chosen, rejected)))),
         }
