@@ -41,8 +41,9 @@ def sft(
     cannot be used is left out, counted, and named in skipped.jsonl. FILE.yaml holds any of the fields below.
 
     The directory then holds model/, which transformers or peft loads and `raftune train` takes as policy.model,
-    rows.parquet (exactly what was learned from) and report.json (with the perplexity of held-out answers before and
-    after). Stopped at any time, the same command goes on where it was, to the same bytes.
+    rows.parquet (exactly what was learned from), prompts.jsonl and held_out.jsonl (for the rounds that come after) and
+    report.json (with the perplexity of held-out answers before and after). Stopped at any time, the same command goes
+    on where it was, to the same bytes.
     """
     from raftune.cli.flags import read_tokens
     from raftune.config.load import load_as
@@ -97,7 +98,8 @@ def outcome(learned: Learned) -> list[str]:
             f"  perplexity  {change}, on {perplexity['answers']:,} held-out answers of {perplexity['tokens']:,} tokens"
         )
     model = root / report["model"]
-    return [*lines, f"  model       {model}", f"  next        raftune train RUN.yaml --policy.model {model}"]
+    following = f"raftune train RUN.yaml --policy.model {model} --data.prompts {root / 'prompts.jsonl'}"
+    return [*lines, f"  model       {model}", f"  next        {following}"]
 
 
 def data_lines(root: Path, data: dict[str, Any]) -> list[str]:

@@ -26,7 +26,9 @@ def starter(
     *,
     rows: Annotated[int, Parameter(help="Preferences, and ratings, to write.", validator=Number(gte=10))] = 2000,
     seed: Annotated[int, Parameter(help="Other rows of the same kind.")] = 0,
-    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the counts as JSON.")] = False,
+    json: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Print counts and commands as JSON.")
+    ] = False,
 ) -> None:
     """Write preferences, ratings and prompts of the bundled assistant, to take the whole path by commands.
 
@@ -40,7 +42,7 @@ def starter(
         raise ConfigError(f"DIRECTORY must be empty, or not exist yet; {folder} is not. Choose another name.")
     counts = write_starter(folder, rows, seed)
     if json:
-        print(js.dumps({"directory": str(folder), "rows": counts, "config": str(folder / "run.yaml")}))
+        print(js.dumps({"directory": str(folder), "rows": counts, "commands": commands(folder)}))
         return
     say(f"Wrote {folder}:")
     for name, count in counts.items():
@@ -48,17 +50,19 @@ def starter(
     say(f"  {'run.yaml':<18}{'':>11}   the run that comes after")
     say("")
     say("Next, one after another:")
-    for line in commands(folder):
-        say(f"  {line}")
+    for words in commands(folder):
+        say(f"  {shlex.join(words)}")
 
 
-def commands(folder: Path) -> list[str]:
-    """The path from these files to an aligned model and the evidence that it is better."""
-    place = shlex.quote(str(folder))
+def commands(folder: Path) -> list[list[str]]:
+    """The path from these files to an aligned model, and to the evidence that it is better."""
+    preferences, run, before = (str(folder / name) for name in ("preferences.jsonl", "run", "before"))
+    learning = ["--policy.model", "starter", "--tuning.learning_rate", "5e-4"]
     return [
-        f"raftune sft {place}/preferences.jsonl --policy.model starter --output-dir {place}/sft "
-        "--tuning.learning_rate 5e-4",
-        f"raftune reward train {place}/preferences.jsonl --model starter --output-dir {place}/reward",
-        f"raftune train {place}/run.yaml",
-        f"raftune samples {place}/run --sort best",
+        ["raftune", "sft", preferences, *learning, "--output-dir", str(folder / "sft")],
+        ["raftune", "reward", "train", preferences, "--model", "starter", "--output-dir", str(folder / "reward")],
+        ["raftune", "train", str(folder / "run.yaml")],
+        ["raftune", "evaluate", "starter", str(folder / "run.yaml"), "--output-dir", before],
+        ["raftune", "compare", run, before, "--show", "2"],
+        ["raftune", "report", run],
     ]

@@ -2,7 +2,8 @@
 a call that was killed is continued by the same call, to the same bytes.
 
     start/        the model that was begun from: a reference and its hash, or weights
-    data.json     what was read; beside it rows.parquet (exactly what is learned from), held_out.parquet, skipped.jsonl
+    data.json     what was read; beside it rows.parquet (exactly what is learned from), held_out.parquet, skipped.jsonl,
+                  and the prompts of both for the rounds that come after: prompts.jsonl, held_out.jsonl
     model/        a plain folder for transformers or peft, with its tokenizer
     report.json   what was learned, and the perplexity of held-out answers before and after
 """
@@ -127,6 +128,8 @@ class Work:
         learned = self.write(ROWS, encoding, [row for row in rows if name_of(row) not in apart], schema)
         refuse_nothing(learned, encoding.skipped)
         held_out = self.write(HELD_OUT, encoding, [row for row in rows if name_of(row) in apart], schema)
+        write_prompts(self.tmp, self.root / ROWS, self.root / "prompts.jsonl")
+        write_prompts(self.tmp, self.root / HELD_OUT, self.root / "held_out.jsonl", reference="reference")
         skipped = sorted([*feedback.skipped, *encoding.skipped], key=lambda one: one.row)
         with stage_file(self.tmp, self.root / SKIPPED) as staged:
             write_skipped(skipped, staged)
@@ -322,6 +325,18 @@ def refuse_nothing(learned: int, skipped: Sequence[Skipped]) -> None:
         return
     why = f" The model refuses {len(skipped):,}; row {skipped[0].row}: {skipped[0].detail}" if skipped else ""
     raise DataError(f"data.path must hold answers to learn from; none is left.{why}")
+
+
+def write_prompts(tmp: Path, rows: Path, out: Path, reference: str | None = None) -> None:
+    """Writes each prompt of the rows once, as JSON lines; under `reference`, its first answer that was not cut."""
+    found: dict[str, dict[str, Any]] = {}
+    for table in read_groups(rows):
+        for row in table.to_pylist():
+            line = found.setdefault(row["prompt_id"], {"prompt": row["prompt"]})
+            if reference is not None and not line.get(reference):
+                line[reference] = None if row.get("finish") == "length" else row["completion"]
+    with stage_file(tmp, out) as staged:
+        staged.write_bytes(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in found.values()))
 
 
 # -- progress --------------------------------------------------------------------------------------------------------

@@ -96,6 +96,17 @@ def test_the_rows_are_the_ids_that_the_tokenizer_gives_with_eos_at_the_end(whole
         assert (row["finish"], row["weight"], row["source"]) == ("eos", 1.0, "human")
 
 
+def test_its_prompts_are_written_once_each_for_the_rounds_that_come_after(whole: Learned) -> None:
+    for name, source in (("prompts.jsonl", "rows.parquet"), ("held_out.jsonl", "held_out.parquet")):
+        lines = [json.loads(line) for line in (whole.root / name).read_text(encoding="utf-8").splitlines()]
+        prompts = [line.pop("prompt") for line in lines]
+        assert len(set(prompts)) == len(prompts) and set(prompts) == {
+            row["prompt"] for row in rows_of(whole.root, source)
+        }
+        first = {row["prompt"]: row["completion"] for row in reversed(rows_of(whole.root, source))}
+        assert lines == [{} if name == "prompts.jsonl" else {"reference": first[prompt]} for prompt in prompts]
+
+
 def test_the_perplexity_is_that_of_transformers_own_loss(whole: Learned) -> None:
     model, held_out = (
         AutoModelForCausalLM.from_pretrained(whole.root / "model"),
