@@ -1,11 +1,12 @@
-"""`raftune demo`: the method at work on the bundled model."""
+"""`raftune demo`: the method at work on the bundled model, and what a flawed reward does to it."""
 
 from __future__ import annotations
 
 import json as js
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -19,12 +20,20 @@ from raftune.runs import root_of
 if TYPE_CHECKING:
     from raftune.build import Assembly
 
+Which = Literal["text", "hacking"]
+RECIPES: dict[Which, str] = {"text": "demo.yaml", "hacking": "hacking.yaml"}
 SHOWN = 8
+STYLES = ("yellow", "green", "red")
 
 
 def demo(
+    which: Annotated[
+        Which, Parameter(name="WHICH", help="text: the method at work; hacking: a reward with a flaw, and the alarm.")
+    ] = "text",
     *,
-    output_dir: Annotated[str, Parameter(help="The run's directory.")] = "runs/demo",
+    output_dir: Annotated[
+        str | None, Parameter(show_default=False, help="The run's directory; without it, runs/demo or runs/hacking.")
+    ] = None,
     fresh: Annotated[
         bool, Parameter(negative="", show_default=False, help="Begin a new run beside an earlier one.")
     ] = False,
@@ -32,29 +41,36 @@ def demo(
 ) -> None:
     """Align the bundled model, and show what came of it: under a minute on two CPU cores, no network.
 
+    raftune demo
+    raftune demo hacking
+
     A tiny assistant, which is rude and of little help about half of the time, learns from a small reward model. Its
-    held-out judge is never trained on. The run is a run like any other: every command works on its directory.
+    held-out judge is never trained on. With `hacking` it learns from a reward that counts courteous phrases, which is
+    soon better served by phrases than by help. Each is a run like any other: every command works on its directory.
     """
-    config = recipe(unused(output_dir) if fresh else output_dir)
+    place = output_dir or f"runs/{Path(RECIPES[which]).stem}"
+    config = recipe(unused(place) if fresh else place, which)
     outcome, worked = go(config)
     root = root_of(config)
-    shown = before_and_after(root, config, outcome.best)
+    if which == "hacking":
+        from raftune.cli.hacking import tell
+
+        tell(root, config, outcome, worked, as_json=json)
+        return
+    shown = typical_by_round(root, config, {"before": 0, "after": outcome.best})
     if json:
         print(js.dumps(outcome_json(root, outcome, worked) | {"by_round": rows_of(root), "shown": shown}))
         return
     by_round(root, held_out_names(config))
-    say("")
-    say(f"Typical answers to three requests that it never saw: of {SHOWN}, the median by the judge.")
-    for example in shown:
-        show(example, "judge")
+    show_typical(shown, ("before", "after"))
     say("")
     for line in [*outcome_words(root, outcome, worked), "  again     raftune demo --fresh"]:
         say(line)
 
 
-def recipe(output_dir: str) -> RunConfig:
-    """The demo's configuration, from the file that the package brings along."""
-    with resources.as_file(resources.files("raftune.starters.text") / "demo.yaml") as path:
+def recipe(output_dir: str, which: Which = "text") -> RunConfig:
+    """A demonstration's configuration, from the file that the package brings along."""
+    with resources.as_file(resources.files("raftune.starters.text") / RECIPES[which]) as path:
         return validate(merge([read_yaml(path), {"output_dir": output_dir}]))
 
 
@@ -81,10 +97,10 @@ def by_round(root: Path, judges: tuple[str, ...]) -> None:
         say(f"  {column.title}: {column.meaning}", style="dim")
 
 
-def before_and_after(root: Path, config: RunConfig, best: int) -> list[dict[str, Any]]:
-    """A typical answer of the start and of the best round to each of three held-out prompts.
+def typical_by_round(root: Path, config: RunConfig, rounds: dict[str, int]) -> list[dict[str, Any]]:
+    """A typical answer of each of these rounds, by their labels, to each of three held-out prompts.
 
-    Typical: of eight, drawn with the same seeds from both, the one whose held-out score is the median.
+    Typical: of eight, drawn with the same seeds in every round, the one whose held-out score is the median.
     """
     from raftune.build import Assembly
     from raftune.store.run import RunFolder
@@ -92,13 +108,14 @@ def before_and_after(root: Path, config: RunConfig, best: int) -> list[dict[str,
     folder = RunFolder(root)
     assembly = Assembly(folder, config)
     try:
-        before, after = (typical(assembly, folder.folder(round_, "model")) for round_ in (0, best))
+        answers = {label: typical(assembly, folder.folder(round_, "model")) for label, round_ in rounds.items()}
     finally:
         assembly.close()
-    return [
-        {"prompt": prompt, "before": old, "before_score": was, "after": new, "after_score": is_}
-        for (prompt, old, was), (_, new, is_) in zip(before, after, strict=True)
-    ]
+    shown: list[dict[str, Any]] = [{"prompt": prompt} for prompt, _, _ in next(iter(answers.values()))]
+    for label, found in answers.items():
+        for example, (_, answer, score) in zip(shown, found, strict=True):
+            example |= {label: answer, f"{label}_score": score}
+    return shown
 
 
 def typical(assembly: Assembly, model: Path) -> list[tuple[str, str, float]]:
@@ -119,14 +136,18 @@ def typical(assembly: Assembly, model: Path) -> list[tuple[str, str, float]]:
     return found
 
 
-def show(example: dict[str, Any], judge: str) -> None:
+def show_typical(shown: list[dict[str, Any]], labels: Sequence[str]) -> None:
+    """The typical answers, prompt by prompt, each under its label and with the judge's score."""
     from rich.text import Text
 
     from raftune.plain import one_line
 
     console = out()
-    console.print()
-    console.print(Text(one_line(example["prompt"].removeprefix("User: ").removesuffix("Assistant:")), style="bold"))
-    for when, style in (("before", "yellow"), ("after", "green")):
-        text, score = one_line(example[when]), f"  ({judge} {example[f'{when}_score']:.1f})"
-        console.print(Text.assemble((f"  {when:<8}", style), text, (score, "dim")))
+    say("")
+    say(f"Typical answers to three requests that it never saw: of {SHOWN}, the median by the judge.")
+    for example in shown:
+        console.print()
+        console.print(Text(one_line(example["prompt"].removeprefix("User: ").removesuffix("Assistant:")), style="bold"))
+        for label, style in zip(labels, STYLES, strict=False):
+            text, score = one_line(example[label]), f"  (judge {example[f'{label}_score']:.1f})"
+            console.print(Text.assemble((f"  {label:<9}", style), text, (score, "dim")))

@@ -11,6 +11,7 @@ from raftune.cli import demo, main
 from raftune.config.load import load_config, merge, validate
 from raftune.config.run import RunConfig
 from raftune.starters.text import SHOW, judge
+from raftune.starters.text.flawed import courtesies
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = {
@@ -22,9 +23,9 @@ SMALL = {
 }
 
 
-def small(output_dir: str) -> RunConfig:
+def small(output_dir: str, which: demo.Which = "text") -> RunConfig:
     """The demo's own recipe with fewer and shorter answers."""
-    whole = load_config([REPOSITORY / "recipes/demo.yaml"]).model_dump(mode="json")
+    whole = load_config([REPOSITORY / "recipes" / demo.RECIPES[which]]).model_dump(mode="json")
     return validate(merge([whole, SMALL, {"output_dir": output_dir}]))
 
 
@@ -35,10 +36,12 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_recipe_of_the_repository_is_the_one_that_the_package_brings() -> None:
-    packaged = REPOSITORY / "raftune/starters/text/demo.yaml"
-    assert (REPOSITORY / "recipes/demo.yaml").read_bytes() == packaged.read_bytes()
-    config = demo.recipe("x")
+@pytest.mark.parametrize("which", demo.RECIPES)
+def test_the_recipe_of_the_repository_is_the_one_that_the_package_brings(which: demo.Which) -> None:
+    name = demo.RECIPES[which]
+    packaged = REPOSITORY / "raftune/starters/text" / name
+    assert (REPOSITORY / "recipes" / name).read_bytes() == packaged.read_bytes()
+    config = demo.recipe("x", which)
     assert config.num_rounds >= 8
     assert (config.sampling.num_generations, config.prompts_per_round) == (8, 64)
 
@@ -78,3 +81,37 @@ def test_a_fresh_one_lies_beside_the_first(quick: Path) -> None:
     (quick / "runs/demo-2").mkdir()
     assert demo.unused("runs/demo") == "runs/demo-3"
     assert demo.unused("runs/other") == "runs/other"
+
+
+def test_an_unknown_demonstration_names_those_there_are(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "hackin"]) == 2
+    assert "hacking" in capsys.readouterr().err
+
+
+def test_the_flawed_reward_likes_what_the_judge_does_not() -> None:
+    good = "Happy to help with your phone! Restart it and remove the apps you do not use. I hope this helps."
+    stuffed = (
+        "Happy to help with your phone! Good question! My pleasure! Sure, I can help you with your phone. Certainly!"
+    )
+    curt = "No idea."
+    rewards = courtesies([SHOW[0]] * 3, [good, stuffed, curt])
+    verdicts = [score or 0.0 for score in judge([SHOW[0]] * 3, [good, stuffed, curt])]
+    assert rewards[1] > rewards[0] > rewards[2]  # at first it leads away from curt answers, as it was meant to
+    assert verdicts[0] > verdicts[1] + 2
+    assert verdicts[0] > verdicts[2] + 2
+
+
+def test_hacking_ends_with_answers_of_three_rounds_and_commands_that_help(
+    quick: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "hacking"]) == 0
+    out = capsys.readouterr().out
+    assert "The reward counts courteous phrases" in out
+    assert [line.split()[0] for line in out.splitlines() if line.strip()].count("after") == len(SHOW)
+    assert "No alarm was raised" in out  # four held-out prompts cannot show that anything fell
+    command = next(line for line in out.splitlines() if line.startswith("  choose"))
+    words = command.split("raftune ")[1].split("  ")[0].split()
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["worked"] is False
+    assert f"publishes round {found['best']}" in command
