@@ -33,6 +33,11 @@ function view() {
   };
 }
 
+/** What a script shows of something that is not there. */
+function slips() {
+  return document.querySelector("main").innerText.match(/\b(null|undefined|NaN|Infinity|\[object \w+\])/g) ?? [];
+}
+
 /** The least contrast (WCAG 2) of a text in view with what lies behind it, where it is, and how many texts there are. */
 function contrast() {
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);

@@ -117,6 +117,9 @@ def test_missing_parts_are_named_and_the_rest_is_shown(chromium: Browser, tmp_pa
         assert "This answer is not in this page." in page.text("#compare .card")
         page.go("#learned")
         assert "There is no training row in this page yet." in page.text("#learned")
+        for screen in SCREENS:
+            page.go(f"#{screen}")
+            assert page.probe("slips()") == []
         assert page.complaints == []
 
 

@@ -7,7 +7,7 @@ function columns(fields, note, list, detail) {
 
 /** What stands where a list is empty. */
 function nothing(list, one) {
-  const words = list.items.length ? `No ${one} matches. Clear the search or choose another round.` : `There is no ${one} in this page yet.`;
+  const words = list.items.length ? `No ${one} matches what was asked for.` : `There is no ${one} in this page yet.`;
   return el("p", { class: "empty" }, words);
 }
 

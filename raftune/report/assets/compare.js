@@ -57,10 +57,10 @@ class Compare {
     const version = JSON.stringify([round, q, sort]);
     if (version !== this.version) this.found = this.items();
     this.version = version;
-    this.note.replaceChildren(...showing(this.all, this.found.length));
+    fill(this.note, showing(this.all, this.found.length));
     this.item = this.found.find((item) => pairOf(item) === options().pair) ?? this.found[0] ?? null;
     this.chosenRow = this.rows.show(this.found, version, this.found.indexOf(this.item));
-    this.detail.replaceChildren(...(this.item ? this.card(this.item, round, q) : [nothing(this.all, "answer")]));
+    fill(this.detail, this.item ? this.card(this.item, round, q) : nothing(this.all, "answer"));
     this.centre();
   }
 

@@ -14,7 +14,7 @@ class Learned {
     this.list = el("ol", { class: "lessons", "aria-label": "Training rows" });
     this.rows = new Rows(this.list, (item, index) => this.row(item, index));
     this.none = nothing(this.all, "training row");
-    panel.append(el("div", { class: "bar" }, el("div", { class: "fields" }, this.search, Object.values(this.fields)), this.note), this.list, this.none);
+    panel.append(el("div", { class: "toolbar" }, el("div", { class: "fields" }, this.search, Object.values(this.fields)), this.note), this.list, this.none);
   }
 
   origins() {
@@ -35,7 +35,7 @@ class Learned {
       );
     }
     this.version = version;
-    this.note.replaceChildren(...showing(this.all, this.found.length));
+    fill(this.note, showing(this.all, this.found.length));
     this.none.hidden = this.found.length > 0;
     const chosen = row ? this.found.indexOf(this.all.items[row]) : -1;
     this.chosenRow = this.rows.show(this.found, version, chosen);

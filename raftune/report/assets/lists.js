@@ -128,7 +128,7 @@ function partBar(name, value, of) {
   const zero = el("span", { class: "zero" });
   zero.style.left = `${at(0)}%`;
   track.append(zero);
-  return el("div", {}, el("dt", {}, inline(name)), el("dd", {}, track, el("span", { class: "figure" }, number(value))));
+  return el("div", {}, el("dt", { title: name }, inline(name)), el("dd", {}, track, el("span", { class: "figure" }, number(value))));
 }
 
 /** Where a sample came from and how it ended, in words. */

@@ -74,10 +74,10 @@ class Prompts {
     const version = JSON.stringify([round, q, alarm, sort]);
     if (version !== this.version) this.found = this.items();
     this.version = version;
-    this.note.replaceChildren(...showing(this.all, this.found.length));
+    fill(this.note, showing(this.all, this.found.length));
     this.item = this.chosen(sample);
     this.chosenRow = this.rows.show(this.found, version, this.found.indexOf(this.item));
-    this.detail.replaceChildren(...(this.item ? this.card(this.item, q) : [nothing(this.all, "prompt")]));
+    fill(this.detail, this.item ? this.card(this.item, q) : nothing(this.all, "prompt"));
   }
 
   /** The item of the sample that the address names, where it is among those found; else the first. */
@@ -111,7 +111,7 @@ class Prompts {
       el("div", { class: "asked" }, content(item.prompt, query)),
       scoreLine(samples, current),
       verdictWords(item, samples),
-      el("ol", { class: "strip", "aria-label": "Candidates, best first" }, samples.map((sample) => candidate(sample, samples, sample === current, query))),
+      el("ol", { class: wordy(samples) ? "strip wordy" : "strip", "aria-label": "Candidates, best first" }, samples.map((sample) => candidate(sample, samples, sample === current, query))),
       identity(current),
     ];
   }
@@ -175,6 +175,11 @@ function verdictWords(item, samples) {
   if (!winners.length || middle === null) return el("p", { class: "verdict" }, "Nothing was kept of this prompt.");
   const stars = winners.length === 1 ? "kept" : `${winners.length} kept, the best`;
   return el("p", { class: "verdict" }, `★ ${stars} at `, el("b", {}, number(best, 2)), `; the mean of ${counted(scores.length, "candidate")} is ${number(middle, 2)}: a margin of `, el("b", {}, signed(item.margin ?? best - middle, 2)), ".");
+}
+
+/** Whether the answers are so long that they want wide columns. */
+function wordy(samples) {
+  return mean(samples.map((sample) => plain(sample.completion).length)) > 300;
 }
 
 /** What the sample in view is called on disk. */
