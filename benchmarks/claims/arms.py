@@ -59,7 +59,7 @@ def noisy(level: float, sigma: float) -> Arm:
 
 
 BASE, RANDOM = "k8", "random"
-REWARD_SD = 2.6  # of the starter's reward over the starter's answers
+REWARD_SD = 3.1  # of the starter's reward over the starter's answers
 ARMS = {
     arm.name: arm
     for arm in (

@@ -44,9 +44,9 @@ def opening(seeds: Sequence[int], sizes: Sizes) -> list[str]:
         "",
         f"The bundled starter (0.9M parameters), {many}, {sizes.rounds} rounds of {sizes.prompts} prompts, K = 8 "
         "unless said otherwise, learning rate 1e-3, two epochs a round. Each arm's last model is judged at temperature "
-        f"1 on {sizes.held_out} held-out prompts with {sizes.draws} answers each: by the reward it was trained on (without "
-        "noise), by the held-out judge (0 to 4), and by its KL to the start in nats per answer. Cells are means over "
-        "seeds, with each seed's value in brackets. `python benchmarks/paper.py` makes this page.",
+        f"1 on {sizes.held_out} held-out prompts with {sizes.draws} answers each: by the reward it was trained on "
+        "(without noise), by the held-out judge (0 to 4), and by its KL to the start in nats per answer. Cells are "
+        "means over seeds, with each seed's value in brackets. `python benchmarks/paper.py` makes this page.",
         "",
         RULE,
         "",
