@@ -280,7 +280,7 @@ def redo(stage: str, changes: dict[str, Any], base: Path, retry: bool) -> Scenar
 OTHER: dict[str, Any] = {"selection": {"rule": "top_m", "m": 2}}
 RESEEDED: dict[str, Any] = {"evaluation": {"seed": 9}}
 SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
-    "plain": lambda base: plain(evaluation={"kl": False}),  # "everything" has the stages of likelihoods
+    "plain": lambda base: plain(evaluation={"kl": False, "reference_column": "human"}),  # "everything" has likelihoods
     "everything": lambda base: plain(**tiny.EVERYTHING, evaluation={"num_prompts": 0}),
     "dropping": lambda base: plain(num_rounds=3, keep_models="last", evaluation={"num_prompts": 0}),
     "redo": lambda base: redo("1/select", OTHER, base, retry=False),

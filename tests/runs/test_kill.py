@@ -44,7 +44,17 @@ def test_a_kill_at_any_file_event_leaves_no_trace(report_of: Callable[[str], Rep
 
 def test_every_stage_was_among_what_was_killed(report_of: Callable[[str], Report]) -> None:
     plain, everything = report_of("plain")["events"], report_of("everything")["events"]
-    for stage in ("plan", "draw", "score", "select", "rows", "model", "evaluate/draw", "evaluate/score", "evaluate"):
+    for stage in (
+        "plan",
+        "draw",
+        "score",
+        "select",
+        "rows",
+        "model",
+        "evaluate/draw",
+        "evaluate/reference",
+        "evaluate",
+    ):
         assert f"os.mkdir round-0002/{stage}" in plain
     for stage in ("teach", "logp", "logp-start"):
         assert f"os.mkdir round-0002/{stage}" in everything

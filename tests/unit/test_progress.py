@@ -14,12 +14,21 @@ from raftune.progress import Pace, Progress
 from raftune.runs import run
 from tests.runs import tiny
 
+OVERLAP = "4 of 4 held-out prompts are also trained on: what is measured on them flatters the policy"
+
 
 def watched(root: Path, console: Console, **changes: Any) -> tuple[str, Progress]:
     with Progress(console) as progress:
         run(tiny.config(root, **changes), tiny.objects(), observe=progress)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue(), progress
+
+
+def table(text: str) -> list[str]:
+    """The lines after the first, which says that the labels of these runs are trained on and judged by."""
+    warning, *lines = text.splitlines()
+    assert warning == OVERLAP
+    return lines
 
 
 def paper() -> Console:
@@ -34,7 +43,7 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Console:
 
 def test_off_a_terminal_there_is_one_plain_line_a_round(tmp_path: Path) -> None:
     text, progress = watched(tmp_path / "run", paper())
-    lines = [line.split() for line in text.splitlines()]
+    lines = [line.split() for line in table(text)]
     assert [line[0] for line in lines] == ["round", "start", "1", "2"]
     assert "\x1b" not in text
     assert progress.worked
@@ -43,7 +52,7 @@ def test_off_a_terminal_there_is_one_plain_line_a_round(tmp_path: Path) -> None:
 
 def test_the_lines_say_what_is_on_disk(tmp_path: Path) -> None:
     text, _ = watched(tmp_path / "run", paper())
-    for line, row in zip(text.splitlines()[1:], rows_of(tmp_path / "run"), strict=True):
+    for line, row in zip(table(text)[1:], rows_of(tmp_path / "run"), strict=True):
         assert f"{row['reward']:.3f}" in line
         assert f"{row['best_of_k']:.3f}" in line
     assert " 8/32 " in text
@@ -51,7 +60,19 @@ def test_the_lines_say_what_is_on_disk(tmp_path: Path) -> None:
 
 def test_columns_stand_under_their_titles(tmp_path: Path) -> None:
     text, _ = watched(tmp_path / "run", paper())
-    assert len({len(line) for line in text.splitlines()}) == 1
+    assert len({len(line) for line in table(text)}) == 1
+
+
+def test_held_out_prompts_that_are_trained_on_are_warned_of_once(tmp_path: Path) -> None:
+    first, _ = watched(tmp_path / "run", paper(), num_rounds=1)
+    again, _ = watched(tmp_path / "run", paper())
+    assert first.splitlines().count(OVERLAP) == 1
+    assert OVERLAP not in again
+
+
+def test_a_run_that_learns_nothing_has_no_column_for_what_it_kept(tmp_path: Path) -> None:
+    text, _ = watched(tmp_path / "run", paper(), num_rounds=0)
+    assert table(text)[0].split()[-2:] == ["KL", "time"]
 
 
 def test_a_finished_run_is_shown_and_nothing_was_worked_on(tmp_path: Path) -> None:

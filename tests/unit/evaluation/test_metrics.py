@@ -1,0 +1,142 @@
+"""Metrics of an evaluation against closed forms, on tables as the stages write them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raftune.evaluation.metrics import METRICS, Entropy, Perplexity, Text
+from raftune.interval import ratio_interval
+
+P = np.array([1, 2, 5]) / 8  # of three answers: eight samples hold each as often as it is drawn on average
+
+
+def drawn(p: Any, prompts: int = 3, size: int = 8) -> pa.Table:
+    counts = np.round(np.asarray(p) * size).astype(int)
+    answers = np.tile(np.repeat(np.arange(len(p)), counts), prompts)
+    ids = np.repeat([f"p{i}" for i in range(prompts)], size)
+    return pa.table({"prompt_id": ids, "completion": answers, "log_prob": np.log(np.asarray(p))[answers]})
+
+
+def test_entropy_is_that_of_the_law_on_samples_in_its_own_proportions() -> None:
+    found = Entropy()(drawn(P))["entropy"]
+    assert found["mean"] == pytest.approx(-(P * np.log(P)).sum(), rel=1e-12)
+    assert found["n"] == 3
+    assert Entropy()(drawn(np.ones(4) / 4))["entropy"]["mean"] == pytest.approx(math.log(4), rel=1e-12)
+
+
+def test_entropy_is_unbiased_where_samples_are_drawn() -> None:
+    """The mean over 4,000 prompts lies within 5 standard errors of the truth: by chance it does not once in 1e6."""
+    generator = np.random.default_rng(0)
+    answers = generator.choice(3, p=P, size=4000 * 2)
+    nats = np.log(P)[answers]
+    table = pa.table({"prompt_id": np.repeat(np.arange(4000).astype(str), 2), "log_prob": nats})
+    error = nats.std() / math.sqrt(len(nats))
+    assert abs(Entropy()(table)["entropy"]["mean"] + (P * np.log(P)).sum()) < 5 * error
+
+
+def test_entropy_per_token_is_the_ratio_of_sums_and_needs_no_second_pass() -> None:
+    noted = [[-1.0, -2.0], [-0.5], [-4.0, -1.0, -1.0]]
+    table = pa.table(
+        {
+            "prompt_id": ["a", "a", "b"],
+            "completion_ids": [[1, 2], [2], [3, 3, 2]],
+            "completion_logprobs": pa.array(noted, pa.list_(pa.float32())),
+        }
+    )
+    found = Entropy()(table)
+    assert found["entropy"]["mean"] == pytest.approx(((3 + 0.5) / 2 + 6) / 2)
+    assert found["entropy_per_token"]["mean"] == pytest.approx(9.5 / 6)
+    assert found["entropy_per_token"]["low"] < 9.5 / 6 < found["entropy_per_token"]["high"]
+
+
+def test_what_is_sharpened_by_a_temperature_is_measured_as_a_cross_entropy() -> None:
+    """At temperature 1/2 the draws follow p², and the mean of -log p over them is no entropy of p or p²."""
+    sharp = P**2 / (P**2).sum()
+    size = 30  # 1, 4 and 25 of them
+    counts = np.round(sharp * size).astype(int)
+    assert counts.sum() == size
+    answers = np.repeat(np.arange(3), counts)
+    table = pa.table({"prompt_id": ["a"] * size, "log_prob": np.log(P)[answers]})
+    assert Entropy()(table)["entropy"]["mean"] == pytest.approx(-(sharp * np.log(P)).sum(), rel=1e-12)
+
+
+def references(*rows: tuple[float | None, int | None]) -> pa.Table:
+    names = [f"p{i}" for i in range(len(rows))]
+    values, tokens = (list(column) for column in zip(*rows, strict=True))
+    return pa.table(
+        {
+            "prompt_id": names,
+            "reference_log_prob": pa.array(values, pa.float64()),
+            "tokens": pa.array(tokens, pa.int64()),
+        }
+    )
+
+
+def test_perplexity_is_exp_of_nats_over_tokens() -> None:
+    found = Perplexity()(references((-3.0, 2), (-5.0, 10), (None, None)))
+    assert found["perplexity"]["mean"] == pytest.approx(math.exp(8 / 12))
+    assert found["perplexity"]["low"] <= found["perplexity"]["mean"] <= found["perplexity"]["high"]
+    assert found["perplexity"]["n"] == 2
+    assert found["references"] == {"measured": 2, "left_out": 1, "impossible": 0}
+
+
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary_exactly() -> None:
+    found = Perplexity()(references(*[(-n * math.log(50), n) for n in (1, 3, 9)]))["perplexity"]
+    assert [found[name] for name in ("mean", "low", "high")] == pytest.approx([50.0] * 3)
+
+
+def test_an_impossible_answer_makes_the_perplexity_infinite_and_is_not_dropped() -> None:
+    found = Perplexity()(references((-3.0, 2), (-math.inf, 1)))
+    assert found == {"perplexity": None, "references": {"measured": 1, "left_out": 0, "impossible": 1}}
+
+
+def test_without_a_usable_answer_there_is_no_perplexity() -> None:
+    assert Perplexity()(references((None, None)))["perplexity"] is None
+
+
+def test_texts_are_measured_over_all_and_inside_a_prompt() -> None:
+    table = pa.table({"prompt_id": ["a", "a", "b", "b"], "completion": ["red fox", "Red fox.", "one", "two"]})
+    found = Text()(table)
+    assert (found["distinct_1"], found["unique_1"]) == (4 / 6, 2)
+    assert (found["distinct_2"], found["unique_2"]) == (1 / 2, 0)
+    assert found["similarity"]["mean"] == pytest.approx(0.5)
+    assert found["similarity"]["n"] == 2
+    assert found["msttr_100"] is None
+
+
+def test_one_answer_a_prompt_is_similar_to_nothing() -> None:
+    assert Text()(pa.table({"prompt_id": ["a", "b"], "completion": ["x", "x"]}))["similarity"] is None
+
+
+def test_chunks_of_a_table_are_measured_as_a_whole() -> None:
+    whole = pa.table({"prompt_id": ["a", "a", "b"], "completion": ["x y", "y z x", "x y"]})
+    assert Text()(pa.concat_tables([whole.slice(0, 2), whole.slice(2)])) == Text()(whole)
+
+
+def test_every_metric_says_what_it_needs() -> None:
+    known = {"scores", "text", "log_probs", "own_log_probs", "references"}
+    assert all(metric.needs and metric.needs <= known for metric in METRICS)
+
+
+def test_a_ratio_leaves_out_prompts_without_anything_below() -> None:
+    found = ratio_interval(np.array([1.0, 2.0, np.nan, 7.0]), np.array([1.0, 3.0, 1.0, 0.0]))
+    assert found is not None
+    assert (found["mean"], found["n"]) == (0.75, 2)
+    assert ratio_interval(np.array([np.nan]), np.array([1.0])) is None
+
+
+def test_a_ratio_s_interval_holds_the_truth_as_often_as_it_says() -> None:
+    """95 % of 300 intervals, within 4.75 standard errors (1.26 % each): by chance it fails once in 1e6."""
+    generator = np.random.default_rng(3)
+    held = 0
+    for _ in range(300):
+        tokens = generator.integers(1, 20, 60).astype(np.float64)
+        found = ratio_interval(tokens * 2.0 + generator.normal(size=60) * tokens, tokens)
+        assert found is not None
+        held += found["low"] <= 2.0 <= found["high"]
+    assert abs(held / 300 - 0.94) < 4.75 * 0.0126  # the percentile bootstrap is a little narrow at 60 prompts
