@@ -41,11 +41,17 @@ def sentence(found: Collected) -> str:
         if best in values:
             start = f", from {number(values[0].mean, 2)} at the start" if 0 in values and best else ""
             parts.append(f"{text(title)} is {number(values[best].mean, 2)}{start}")
-    where = f"In round {best} of {max(found.standing.rounds)}" if best else "At the start"
-    best_words = ", the best so far" if found.standing.state in ("running", "interrupted") else ", the best"
-    better = "" if best or max(found.standing.rounds) == 0 else ", which no round was better than"
-    told = f", {'; '.join(parts)}." if parts else " nothing was measured."
-    return f"{where}{best_words if best and parts else better}{told} {alarm_words(found)}"
+    told = f"{'; '.join(parts)}." if parts else "nothing was measured."
+    return f"{place_words(found)}{told[:1].upper() + told[1:] if not place_words(found) else told} {alarm_words(found)}"
+
+
+def place_words(found: Collected) -> str:
+    """Which round the sentence speaks of; nothing where there is the start alone."""
+    best, last = found.standing.best, max(found.standing.rounds)
+    if not best:
+        return "No round was better than the start: " if last else ""
+    so_far = " so far" if found.standing.state in ("running", "interrupted") else ""
+    return f"In round {best} of {last}, the best{so_far}, " if found.standing.best_by != "last round" else ""
 
 
 def judge_name(found: Collected) -> str:

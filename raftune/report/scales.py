@@ -71,10 +71,12 @@ def nice_step(span: float, parts: int) -> float:
 
 def tick_text(value: float, ticks: Sequence[float]) -> str:
     """The tick with as many decimals as tell it from its neighbours, and a true minus."""
-    step = min((b - a for a, b in pairwise(ticks)), default=abs(value) or 1.0)
-    if max(abs(t) for t in ticks) >= 1e6 or step < 1e-4:
-        return f"{value:.3g}".replace("-", "−")
-    digits = next((d for d in range(5) if all(abs(t - round(t, d)) < step * 1e-6 for t in ticks)), 4)
+    largest = max(abs(t) for t in ticks)
+    step = min((b - a for a, b in pairwise(ticks)), default=largest or 1.0)
+    if largest >= 1e6 or (largest and largest < 1e-3):
+        digits = next((d for d in range(2, 15) if len({f"{t:.{d}g}" for t in ticks}) == len(ticks)), 15)
+        return f"{value:.{digits}g}".replace("-", "−")
+    digits = next((d for d in range(9) if all(abs(t - round(t, d)) < step * 1e-6 for t in ticks)), 9)
     return f"{value:,.{digits}f}".replace("-", "−")
 
 

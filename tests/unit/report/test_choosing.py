@@ -1,0 +1,67 @@
+"""A page that cannot hold everything holds what teaches most, and the same of it every time."""
+
+from __future__ import annotations
+
+import pytest
+
+from raftune.report.choosing import Group, Pair, encoded_size, first, in_turn, order_groups, order_pairs, up_to
+from raftune.report.samples import LONGEST, content, cut, finite
+
+
+def group(name: str, margin: float | None = 0.0, barren: bool = False) -> Group:
+    return Group(1, 0, 0, name, 4, margin, barren)
+
+
+def test_largest_margins_barren_prompts_and_hashes_take_turns() -> None:
+    groups = [group("d", 9.0), group("b", 8.0), group("c", None, barren=True), group("a", 1.0), group("e", 5.0)]
+    assert [g.prompt_id for g in order_groups(groups, 9)] == ["d", "c", "a", "b", "e"]
+
+
+def test_the_order_of_prompts_does_not_depend_on_the_order_in_which_they_are_found() -> None:
+    groups = [group(name, margin) for name, margin in zip("abcdefgh", (3, 1, 4, 1.5, 9, 2, 6, 5), strict=True)]
+    assert order_groups(groups, 5) == order_groups(groups[::-1], 5)
+
+
+def test_gains_losses_and_hashes_take_turns() -> None:
+    pairs = [Pair(0, name, 0, gain) for name, gain in (("x", 2.0), ("y", -3.0), ("a", 0.1), ("z", None), ("w", 1.0))]
+    assert [p.prompt_id for p in order_pairs(pairs, 9)] == ["x", "y", "a", "w", "z"]
+
+
+def test_in_turn_ends_with_the_longest_list() -> None:
+    assert list(in_turn([1, 2, 3], [], "a")) == [1, "a", 2, 3]
+
+
+def test_first_takes_no_key_twice_and_no_more_than_it_may() -> None:
+    assert first([3, 3, 1, 2], 2, lambda n: n) == [3, 1]
+    assert first([3], 0, lambda n: n) == []
+
+
+def test_items_are_taken_while_they_fit_and_one_always_is() -> None:
+    assert up_to([3, 4, 5], 7, lambda n: n) == [3, 4]
+    assert up_to([9, 1], 7, lambda n: n) == [9]
+    assert up_to([], 7, lambda n: n) == []
+
+
+def test_a_size_is_that_of_the_utf8_that_is_written() -> None:
+    assert encoded_size("aé日") == 2 + 1 + 2 + 3
+    assert encoded_size("\ud800") > 0
+
+
+def test_a_long_text_is_cut_at_a_stated_length_and_says_how_much_follows() -> None:
+    text = "x" * (LONGEST + 12_345)
+    assert cut(text) == "x" * LONGEST + "… (12,345 more characters)"
+    assert cut("x" * LONGEST) == "x" * LONGEST
+    (message,) = content([{"role": "user", "content": text, "name": None}])
+    assert message == {"role": "user", "content": cut(text)}
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "3", True, [1.0]])
+def test_what_is_no_number_is_null(value: object) -> None:
+    assert finite(value) is None
+
+
+def test_content_that_is_no_text_stays_what_json_can_hold() -> None:
+    assert content(3) == 3
+    assert content(float("nan")) is None
+    assert content(b"\x89PNG") == "(4 bytes)"
+    assert content({"image": "data:,x"}) == {"image": "data:,x"}

@@ -1,0 +1,143 @@
+"""The page is one file that asks for nothing, and whatever is written into it stays text."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from raftune.report.markup import block, facts, number, table, text
+from raftune.report.page import SCRIPTS, asset, embedded, page
+from tests.injections import HOSTILE
+
+EMPTY = {"shown": 0, "of": 0, "chosen_by": "", "items": []}
+
+
+def document(words: str = "demo") -> dict[str, Any]:
+    """A document that holds these words wherever somebody else's words may stand."""
+    sample = {"id": words, "completion": words, "parts": {words: 1.0}, "reason": words, "detail": words}
+    item = {"round": 1, "id": words, "prompt": [{"role": words, "content": words}], "samples": [sample]}
+    return {
+        "version": 1,
+        "run": {"name": words, "status": "finished", "status_words": words, "media": "text", "rounds": [0, 1]},
+        "rewards": [words],
+        "judges": [words],
+        "prompts": {"shown": 1, "of": 1, "chosen_by": words, "items": [item]},
+        "compare": EMPTY,
+        "learned": EMPTY,
+        "alarms": [],
+        "missing": [words],
+    }
+
+
+class Seen(HTMLParser):
+    """The elements of a page with their attributes, and the text of each script and style."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.texts: dict[str, list[str]] = {}
+        self._inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self._inside = tag
+        self.texts.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.texts[self._inside][-1] += data
+
+
+def sha(content: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+
+def test_the_policy_allows_this_style_and_this_script_and_nothing_else() -> None:
+    seen = Seen(page(document(), "", ""))
+    (policy,) = (v for tag, name, v in seen.attributes if (tag, name) == ("meta", "content") and "default-src" in v)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules.pop("default-src") == rules.pop("base-uri") == rules.pop("form-action") == "'none'"
+    assert rules.pop("style-src") == f"'{sha(seen.texts['style'][0])}'"
+    assert rules.pop("script-src") == f"'{sha(seen.texts['script'][1])}'"
+    assert rules.pop("img-src") == "data:"
+    assert rules == {}
+
+
+def test_nothing_in_the_page_names_a_place_on_the_network() -> None:
+    html = page(document(), "", "")
+    named = {v for _, name, v in Seen(html).attributes if name in ("src", "href", "action", "srcset", "poster")}
+    assert all(value.startswith("#") or value == "data:," for value in named)
+    assert not re.search(r"\w+://", html)
+    assert not re.search(r"\b(?:fetch|XMLHttpRequest|WebSocket|EventSource|sendBeacon|importScripts)\b", html)
+    assert not re.search(r"@import|url\(", asset("style.css"))
+
+
+def test_every_slot_is_filled_and_once() -> None:
+    slots = re.findall(r"\{\{(\w+)\}\}", asset("page.html"))
+    assert sorted(set(slots)) == sorted(
+        ["csp", "name", "status", "style", "overview", "configuration", "document", "script"]
+    )
+    assert not re.search(r"\{\{(csp|name|status|style|overview|configuration|document)\}\}", page(document(), "", ""))
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_hostile_words_change_no_element_and_come_back_as_they_were(words: str) -> None:
+    harmless, hostile = Seen(page(document(), "", "")), Seen(page(document(words), "", ""))
+    assert hostile.tags == harmless.tags
+    assert [a[:2] for a in hostile.attributes] == [a[:2] for a in harmless.attributes]
+    assert json.loads(hostile.texts["script"][0]) == document(words)
+    assert hostile.texts["script"][1] == harmless.texts["script"][1]
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_hostile_words_in_tables_and_figures_are_text(words: str) -> None:
+    shown = table([text(words)], [[text(words), text(words)]], label=words)
+    seen = Seen(block(words, words, facts([(words, text(words))]) + shown))
+    plain = Seen(block("x", "x", facts([("x", "x")]) + table(["x"], [["x", "x"]], label="x")))
+    assert seen.tags == plain.tags
+    assert [a[:2] for a in seen.attributes] == [a[:2] for a in plain.attributes]
+
+
+def test_what_cannot_be_seen_or_turns_the_line_is_written_out() -> None:
+    assert text("a\u202eb\x00c\x1b[31m") == "a\\u202eb\\x00c\\x1b[31m"
+
+
+def test_the_document_holds_no_character_that_could_end_it() -> None:
+    plain = embedded({"x": "<>&\u2028\u2029\ud800 日本"})
+    assert not re.search("[<>&\u2028\u2029\ud800-\udfff]", plain)
+    assert json.loads(plain) == {"x": "<>&\u2028\u2029\ud800 日本"}
+    plain.encode()
+
+
+def test_a_number_that_json_does_not_know_is_our_own_bug() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        embedded({"x": float("nan")})
+
+
+def test_the_scripts_are_those_of_the_assets() -> None:
+    assert len({asset(name) for name in SCRIPTS}) == len(SCRIPTS)
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(None, "–"), (0.0, "0.000"), (-2.25, "−2.250"), (34.276, "34.28"), (181.6, "181.6"), (12_800.0, "12,800")],
+)
+def test_numbers_are_written_for_people(value: float | None, written: str) -> None:
+    assert number(value) == written
+
+
+def test_very_large_and_very_small_numbers_keep_their_size() -> None:
+    assert number(3.2e7) == "3.20e+07"
+    assert number(0.00002) == "2.00e−05"
