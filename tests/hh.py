@@ -14,7 +14,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from raftune.starters.text.corpus import GREETINGS, Request, reply, requests
+from raftune.starters.text.corpus import GREETINGS, Request, as_prompt, reply, requests
+from raftune.starters.text.judge import judge as ground_truth
 
 Turns = list[tuple[str, str]]
 MARKS = (
@@ -231,6 +232,13 @@ def write_hh(path: Path, seed: int = 0, share: float = 1.0) -> Awkward:
 
     reasons = sorted({fate for _, fate in fates} - {"", "long prompt", "long answer"})
     return Awkward(path, len(fates), {reason: of(reason) for reason in reasons}, of("long prompt"), of("long answer"))
+
+
+def judge(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    """The starter's judge on the last question of each dialogue; None where that is none of the generator's."""
+    asked_last = [prompt.rsplit("Human:", 1)[-1].removesuffix("Assistant:").strip() for prompt in prompts]
+    found: list[float | None] = ground_truth([as_prompt(words) for words in asked_last], completions)
+    return found
 
 
 if __name__ == "__main__":
