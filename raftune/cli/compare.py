@@ -19,7 +19,7 @@ NAMED = 3  # prompts that are named on either side
 
 
 def compare(
-    a: Annotated[str, Parameter(help="RUN, RUN@3, RUN@best or RUN@start; RUN is its best round.")],
+    a: Annotated[str, Parameter(help="A run (its best round), or RUN@ROUND: a number, best, last, start.")],
     b: Annotated[str | None, Parameter(help="The same; without it, A's run as it started.")] = None,
     *,
     reward: Annotated[
@@ -163,8 +163,8 @@ def notes(found: Comparison) -> list[str]:
 
     results = [measure.result for measure in found.computed if measure.result is not None]
     drawn = [result.flips for result in results if result.flips is not None]
-    how = f"{drawn[0]:,} random assignments of signs" if drawn else "all assignments of signs"
-    said = [f"[95 % intervals] over prompts; p: paired sign-flip test over prompts, two-sided, by {how}."]
+    how = f"{drawn[0]:,} random choices of signs" if drawn else "all choices of signs"
+    said = [f"[95 % intervals] over prompts; p: sign-flip test on prompts, two-sided, {how}."]
     few = min(result.prompts for result in results)
     if few < FEWEST:
         said.append(f"{few} prompts are too few for an interval or for p below 0.05: compare on {FEWEST} or more.")

@@ -84,7 +84,7 @@ def compare(
     out: str | Path | None = None,
     tell: Tell = lambda done, of: None,
 ) -> Comparison:
-    """A against B, each `RUN`, `RUN@3`, `RUN@best` or `RUN@start`; without B, A's run as it started.
+    """A against B, each `RUN`, `RUN@3`, `RUN@best`, `RUN@last` or `RUN@start`; without B, A's run as it started.
 
     Whatever can be found wrong is found before a reward or a judge is asked. Raises RaftuneError; a closed gate is no
     error here: see `Comparison.failure`.

@@ -115,6 +115,9 @@ class Side:
     @property
     def words(self) -> str:
         """The side as a person would call it."""
+        if not self.config.get("num_rounds"):  # an evaluation: what matters is whose
+            model = self.config["policy"].get("model")
+            return f"{self.run.root}, an evaluation" + (f" of {model}" if model else "")
         round_ = "the start" if self.round == 0 else f"round {self.round}"
         return f"{self.run.root}, {round_}{' (the best)' if self.chosen == 'best' else ''}"
 
@@ -132,7 +135,7 @@ def ok(table: pa.Table, column: str, status: str) -> Floats:
 
 
 def choose(reference: str, letter: str) -> Side:
-    """The side that `RUN`, `RUN@3`, `RUN@best` or `RUN@start` names. Raises ConfigError, StoreError.
+    """The side that `RUN`, `RUN@3`, `RUN@best`, `RUN@last` or `RUN@start` names. Raises ConfigError, StoreError.
 
     Without a round it is the best one, or the only one that was evaluated.
     """
@@ -173,10 +176,10 @@ def number_of(run: RunFolder, wanted: str | None, judged: list[int], letter: str
                 f"with `raftune resume {run.root}`."
             )
         return int(best), "best"
-    if wanted == "start":
-        return 0, "start"
+    if wanted in ("start", "last"):
+        return (0 if wanted == "start" else judged[-1]), wanted
     if wanted is not None and wanted.isdecimal():
         return int(wanted), ""
-    near = difflib.get_close_matches(str(wanted), ["best", "start"], n=1)
-    hint = f"did you mean {run.root}@{near[0]}?" if near else f"Write {run.root}@{judged[-1]}, for example."
-    raise ConfigError(f"{letter}: a round is a number, best or start; got {wanted!r}. {hint}")
+    near = difflib.get_close_matches(str(wanted), ["best", "last", "start"], n=1)
+    hint = f"Did you mean {run.root}@{near[0]}?" if near else f"Write {run.root}@{judged[-1]}, for example."
+    raise ConfigError(f"{letter}: a round is a number, best, last or start; got {wanted!r}. {hint}")

@@ -43,10 +43,10 @@ class Reply:
 class Endpoint:
     """A chat model at `url`; `parameters` go into every request beside model and messages.
 
-    timeout: seconds a question may take. A busy or broken server (429, 5xx) is asked again up to `retries` times, after
-    `backoff` seconds, then twice as many, or after what the server asks for. Replies are kept under `cache`, by the
-    hash of address, model, messages and parameters: what was answered once is not asked again. The key is sent, and
-    neither shown nor kept.
+    timeout: seconds a question may take. Where a server is busy or broken (429, 5xx, a connection that breaks off) it is
+    asked again up to `retries` times: after `backoff` seconds, then twice as many, or after what it asks for. Replies
+    are kept under `cache`, by the hash of address, model, messages and parameters: what was answered once is not asked
+    again. The key is sent, and neither shown nor kept.
     """
 
     url: str
@@ -137,8 +137,8 @@ class Endpoint:
             return Reply(None, "timed out", f"no answer within {self.timeout:g} s"), None
         except httpx2.ConnectError as error:
             return Reply(None, "refused", str(error) or "no connection"), None
-        except httpx2.HTTPError as error:
-            return Reply(None, "broke off", str(error) or type(error).__name__), None
+        except httpx2.HTTPError as error:  # such as a connection that the server closed while it was idle
+            return Reply(None, "broke off", str(error) or type(error).__name__), 0.0
         if response.status_code in BUSY or response.status_code >= 500:
             return read_reply(response), seconds_asked_for(response.headers.get("retry-after"))
         return read_reply(response), None

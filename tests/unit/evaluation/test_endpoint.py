@@ -149,10 +149,14 @@ def test_what_is_no_chat_completion_is_said_to_be_none(content: bytes) -> None:
     assert (reply.text, reply.failure) == (None, "no chat completion")
 
 
-def test_a_connection_that_breaks_off_is_a_failure() -> None:
+def test_a_connection_that_breaks_off_is_tried_again_and_then_a_failure() -> None:
+    answers = iter([(HANG_UP, {}, b""), chat("now")])
+    with serving(lambda body: next(answers)) as server:
+        assert endpoint(server.url).ask([says("a")])[0].text == "now"
     with serving(lambda body: (HANG_UP, {}, b"")) as server:
-        [reply] = endpoint(server.url).ask([says("a")])
+        [reply] = endpoint(server.url, retries=1).ask([says("a")])
     assert (reply.text, reply.failure) == (None, "broke off")
+    assert len(server.requests) == 2
 
 
 def test_an_endpoint_that_keeps_failing_is_not_asked_to_the_end() -> None:
