@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ def section(number: int, claim: Claim, found: list[Verdict], results: Results, s
     lines.append("|---" * (len(measures) + 1) + "|")
     for arm in claim.arms:
         cells = [cell([results[arm, s].get(measure) for s in seeds], DIGITS.get(measure, 3)) for measure in measures]
-        lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
+        lines.append(f"| {label(claim, arm)} | {' | '.join(cells)} |")
     lines += ["", f"![{claim.title}]({claim.name}.svg)", ""]
     for contrast, said in zip(claim.contrasts, found, strict=True):
         each = ", ".join(f"{value:+.3f}" for value in said.values)
@@ -113,30 +114,38 @@ def figure(claim: Claim, results: Results, seeds: Sequence[int]) -> str:
 def panel(claim: Claim, measure: str, results: Results, seeds: Sequence[int]) -> str:
     columns = {arm: [v for s in seeds if (v := results[arm, s].get(measure)) is not None] for arm in claim.arms}
     columns = {arm: values for arm, values in columns.items() if values}
-    low, high = bounds([v for values in columns.values() for v in values])
-    step = PANEL / max(1, len(columns))
+    ticks = round_ticks([v for values in columns.values() for v in values])
+    low, high, step = ticks[0], ticks[-1], PANEL / max(1, len(columns))
 
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<text class="title" x="0" y="18">{NAMES[measure]}</text>']
-    for i in range(5):
-        value = low + i * (high - low) / 4
-        parts.append(f'<line class="grid" x1="0" x2="{PANEL}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        parts.append(f'<text class="small" x="-6" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    for tick in ticks:
+        parts.append(f'<line class="grid" x1="0" x2="{PANEL}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(f'<text class="small" x="-6" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for i, (arm, values) in enumerate(columns.items()):
-        x, mean = (i + 0.5) * step, y(statistics.fmean(values))
-        parts += [f'<circle class="seed" cx="{x:.1f}" cy="{y(value):.1f}" r="4"/>' for value in values]
-        parts.append(f'<line class="mean" x1="{x - 12:.1f}" x2="{x + 12:.1f}" y1="{mean:.1f}" y2="{mean:.1f}"/>')
-        label = html.escape(ARMS[arm].label)
-        parts.append(
-            f'<text class="small" x="{x:.1f}" y="{HEIGHT - 22 + 13 * (i % 2)}" text-anchor="middle">{label}</text>'
-        )
+        x, mean, fall = (i + 0.5) * step, y(statistics.fmean(values)), 13 * (i % 2) * (len(columns) > 3)
+        for j, value in enumerate(values):
+            beside = x + 7 * (j - (len(values) - 1) / 2)
+            parts.append(f'<circle class="seed" cx="{beside:.1f}" cy="{y(value):.1f}" r="4"/>')
+        parts.append(f'<line class="mean" x1="{x - 14:.1f}" x2="{x + 14:.1f}" y1="{mean:.1f}" y2="{mean:.1f}"/>')
+        name = html.escape(label(claim, arm))
+        parts.append(f'<text class="small" x="{x:.1f}" y="{HEIGHT - 22 + fall}" text-anchor="middle">{name}</text>')
     return "".join(parts)
 
 
-def bounds(values: list[float]) -> tuple[float, float]:
-    """A range with a little air around all values."""
-    low, high = min(values), max(values)
-    air = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
-    return low - air, high + air
+def round_ticks(values: list[float]) -> list[float]:
+    """Round numbers from below the least value to above the greatest, four to eight of them."""
+    least, spread = min(values), (max(values) - min(values)) or abs(values[0]) or 1.0
+    rough = spread / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
+    first = math.floor(least / step)
+    last = max(first + 1, math.ceil(max(values) / step))
+    return [round(i * step, 10) for i in range(first, last + 1)]
+
+
+def label(claim: Claim, arm: str) -> str:
+    """The arm as this claim calls it."""
+    return claim.labels.get(arm, ARMS[arm].label)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Result = Mapping[str, float]
 Results = Mapping[tuple[str, int], Result]  # by arm and seed
@@ -56,6 +56,7 @@ class Claim:
     contrasts: tuple[Contrast, ...]
     shown: tuple[str, ...] = ("reward", "judge")
     extra: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
 
@@ -83,6 +84,7 @@ CLAIMS = (
             minus("RAFT more diverse than SFT", "distinct_2", "sft-raft", "sft", "distinct-2 .250 → .258"),
             minus("RAFT more diverse than SFT", "msttr_100", "sft-raft", "sft", "MSTTR-100 .597 → .611"),
         ),
+        labels={"k8": "RAFT alone"},
         note="Perplexity, which the paper also gives, needs reference answers and is left out. KL is to the starter.",
     ),
     Claim(
@@ -90,8 +92,8 @@ CLAIMS = (
         "More candidates",
         ("k1", "k2", "k4", "k8", "k16", "k32"),
         (
-            slope("reward per doubling of K", "reward", KS, "reward 2.180, 2.251, 2.329 at K = 8, 16, 32"),
-            minus("K = 32 above K = 8", "reward", "k32", "k8", "reward 2.180 → 2.329"),
+            slope("reward per doubling of K", "reward", KS, "reward 2.180, 2.251, 2.329 at K = 8, 16, 32 (λ = .85)"),
+            minus("K = 32 above K = 8", "reward", "k32", "k8", "reward 2.180 → 2.329 (λ = .85)"),
         ),
     ),
     Claim(
@@ -100,7 +102,8 @@ CLAIMS = (
         ("t0.7", "t0.85", "k8"),
         (minus("λ = 0.7 above λ = 1", "reward", "t0.7", "k8", "reward 2.198 at .7, 2.180 at .85, 2.143 at 1.0"),),
         extra=("initial_best",),
-        note="The last row, K = 8, is at λ = 1. Drawn at λ, judged at temperature 1 like every other arm.",
+        labels={"k8": "λ = 1"},
+        note="Drawn at λ, judged at temperature 1 like every other arm.",
     ),
     Claim(
         "beta",
@@ -111,7 +114,8 @@ CLAIMS = (
             minus("β = 0 above β = 1 in KL", "kl", "k8", "beta1", None),
         ),
         shown=("reward", "kl"),
-        note="The first row, K = 8, has β = 0. The reward's spread is larger here than in the paper, and so is β.",
+        labels={"k8": "β = 0"},
+        note="The reward's spread is larger here than in the paper, and so is β.",
     ),
     Claim(
         "ranking",
@@ -123,7 +127,8 @@ CLAIMS = (
         ),
         shown=("judge", "starved"),
         extra=("starved",),
-        note="Local, the first row, keeps the best of 8 of each prompt; global the best eighth of all. Starved: the "
+        labels={"k8": "local"},
+        note="Local ranking keeps the best of 8 of each prompt; global the best eighth of all. Starved: the "
         "share of a round's prompts that yield nothing.",
     ),
     Claim(
@@ -134,6 +139,7 @@ CLAIMS = (
             minus("own samples lift the student", "reward", "student-own", "student", "reward −1.23 → .210"),
             minus("a teacher's lift it further", "reward", "student-taught", "student-own", "reward .210 → .739"),
         ),
+        labels={"student": "the student"},
         note="Eight candidates a prompt: all its own, or one of its own and seven of the aligned arm K = 8. KL is to "
         "the student's start.",
     ),
@@ -145,6 +151,7 @@ CLAIMS = (
             minus("no noise above noise of 2 sd", "reward", "k8", "noise2", None),
             minus("noise of 2 sd above chance", "reward", "noise2", "random", None),
         ),
+        labels={"k8": "no noise"},
         note="Gaussian noise is added to the reward that selects, in standard deviations of that reward over the "
         "start's answers; judged without it.",
     ),
