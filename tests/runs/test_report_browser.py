@@ -15,36 +15,13 @@ from playwright.sync_api import Browser
 
 from raftune import runs
 from raftune.report import write_report
+from tests.injections import HOSTILE
 from tests.runs import report_pages as pages
 from tests.runs import tiny
 from tests.runs.report_pages import SCREENS, Opened, document, written
 
 pytestmark = pytest.mark.skipif(pages.CHROMIUM is None, reason=pages.NO_BROWSER)
 
-# Markup, script, style, template and address tricks; then text that a screen shows wrongly or not at all.
-HOSTILE = (
-    "<script>window.harmed=1</script>",
-    "</script><script>window.harmed=1</script>",
-    "<!--<script>",
-    "--><img src=x onerror=window.harmed=1>",
-    "<svg onload=window.harmed=1><style>*{display:none}</style>",
-    "</textarea></title></style><iframe srcdoc='<script>parent.harmed=1</script>'>",
-    "\"'><a href=javascript:window.harmed=1>x</a>",
-    "javascript:window.harmed=1//data:text/html,<script>",
-    "{{script}}{{document}}${window.harmed=1}{{constructor.constructor('window.harmed=1')()}}",
-    "]]>&lt;b&gt;&#60;b&#62;&amp;\\u003cb\\u003e",
-    "<base href=//example.invalid><meta http-equiv=refresh content=0;url=//example.invalid>",
-    "<form action=//example.invalid><input name=innerHTML id=run>",
-    "__proto__ constructor toString hasOwnProperty",
-    "\u202egnp.exe\u202c \u2066x\u2069 \u200f\u061c",
-    "nul\x00bell\x07escape\x1b[31mdelete\x7f\x85",
-    "zero\u200bwidth\ufeff\u2028line\u2029paragraph",
-    "Z\u0351\u036b\u0343\u036a\u0302\u036b" * 8,
-    "W" * 3000,
-    "مرحبا שלום 日本語 👩‍👩‍👧‍👦 ﷽",
-    "#prompts?sample=x&theme=dark %00 %ff ?&=;",
-    "(.*)+[\\",
-)
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 UNHARMED = {"harmed": None, "elements": 0, "scripts": 2, "handlers": 0, "links": 0, "wide": 0}
 
