@@ -72,6 +72,7 @@ def train_reward_model(
         report = json.loads(folder.report.read_bytes())
         if not folder.model.is_dir() and (report["better_than_chance"] or config.allow_chance):
             publish(folder)
+        run.tmp.rmdir()
     return Outcome(run.root, report, folder.model.is_dir(), worked)
 
 

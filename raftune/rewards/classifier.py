@@ -235,6 +235,7 @@ class Classifier:
                 )
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.truncation_side = "left"
+        self._truncation = tokenizer.backend_tokenizer.truncation if tokenizer.is_fast else None
         return tokenizer
 
     def _read_model(self) -> Any:
@@ -277,6 +278,9 @@ class Classifier:
 
     def _tokenizer_fingerprint(self) -> str:
         tokenizer = self._tokenizer
+        if tokenizer.is_fast:  # a call leaves in it what it cut by: the fingerprint must be the same before and after
+            cut, backend = self._truncation, tokenizer.backend_tokenizer
+            backend.enable_truncation(**cut) if cut else backend.no_truncation()
         text = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
         return fingerprint.digest(text, tokenizer.chat_template, tokenizer.pad_token, tokenizer.eos_token)
 

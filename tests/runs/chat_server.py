@@ -17,7 +17,7 @@ import httpx2
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raftune.policies.quiet import quiet
+from raftune.quiet import quiet
 from raftune.starters.text import policy_path
 from tests.builders import BOS, EOS, PAD, VOCABULARY, tiny_tokenizer
 

@@ -74,6 +74,12 @@ def test_the_fingerprint_follows_what_is_noted_and_asked(plain: Path, noted: Pat
     assert len({*prints, made(noted).fingerprint}) == 5
 
 
+def test_a_call_does_not_change_the_fingerprint(noted: Path) -> None:
+    asked, fresh = made(noted), made(noted)
+    before = asked(**ASKED)
+    assert asked.fingerprint == fresh.fingerprint and asked(**ASKED) == before
+
+
 def test_damaged_notes_are_refused_before_anything_is_scored(noted: Path) -> None:
     (noted / NOTES).write_text("{")
     with pytest.raises(RewardError, match="is damaged"):
