@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from raftune.cli.judging import NOBODY, Judging, asking, read_judge, read_rewards
 from raftune.cli.show import Grid, say
 from raftune.errors import ConfigError, GateFailed
 from raftune.plain import harmless, one_line
@@ -26,21 +27,6 @@ def compare(
         tuple[str, ...],
         Parameter(negative="", show_default=False, help="Score both with this reward, too. Repeatable."),
     ] = (),
-    judge: Annotated[str | None, Parameter(help="URL of an OpenAI-compatible endpoint that judges the pairs.")] = None,
-    judge_model: Annotated[str | None, Parameter(help="The judge's name at that endpoint.")] = None,
-    judge_prompt: Annotated[str | None, Parameter(help="File with {prompt}, {answer_a} and {answer_b} in it.")] = None,
-    judge_parameters: Annotated[
-        str | None, Parameter(help='JSON for every request [{"temperature": 0, "max_tokens": 512}].')
-    ] = None,
-    judge_timeout: Annotated[float, Parameter(help="Seconds that one question may take.")] = 60.0,
-    judge_concurrency: Annotated[int, Parameter(help="Questions under way at once.")] = 8,
-    judge_retries: Annotated[int, Parameter(help="Further tries at a busy or broken endpoint (429, 5xx).")] = 3,
-    judge_key_env: Annotated[
-        str, Parameter(help="Environment variable that holds the endpoint's key.")
-    ] = "OPENAI_API_KEY",
-    judge_cache: Annotated[
-        str | None, Parameter(help="Folder of the judge's replies [~/.cache/raftune/judge].")
-    ] = None,
     tie_within: Annotated[float, Parameter(help="Scores that differ by no more than this are a tie.")] = 0.0,
     by: Annotated[str | None, Parameter(help="Measure that ranks the prompts; else held_out, or reward.")] = None,
     show: Annotated[int, Parameter(help="Show both answers on so many prompts won, and lost, most clearly.")] = 0,
@@ -52,6 +38,7 @@ def compare(
         ),
     ] = (),
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print everything as JSON.")] = False,
+    judging: Annotated[Judging, Parameter(name="*")] = NOBODY,
 ) -> None:
     """Compare two rounds or runs on the same prompts and seeds: who wins how often, by how much, and by chance?
 
@@ -70,23 +57,12 @@ def compare(
     a new reward's name, judge. Fields are win_rate, difference, a, b (each with .low and .high), p, wins, ties, losses,
     pairs, prompts, left_out, and of a judge inconsistent and failures. What could not be computed fails the gate.
     """
-    from raftune.cli.judging import asking, read_judge, read_rewards
     from raftune.comparison import compare as compare_sides
     from raftune.comparison import document
 
     if show < 0:
         raise ConfigError(f"--show must be at least 0; got {show}. Leave it out to see no answers.")
-    who = read_judge(
-        judge,
-        judge_model,
-        prompt=judge_prompt,
-        parameters=judge_parameters,
-        timeout=judge_timeout,
-        concurrency=judge_concurrency,
-        retries=judge_retries,
-        key_env=judge_key_env,
-        cache=judge_cache,
-    )
+    who = read_judge(judging)
     wanted: dict[str, Any] = {"fail_if": fail_if, "tie_within": tie_within, "by": by, "out": out}
     with asking() as tell:
         found = compare_sides(a, b, rewards=read_rewards(reward), judge=who, tell=tell, **wanted)

@@ -7,8 +7,11 @@ import json as js
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from raftune.errors import ConfigError
 
@@ -17,6 +20,26 @@ if TYPE_CHECKING:
     from raftune.config.rewards import RewardSpec
 
 USUAL_KEY = "OPENAI_API_KEY"
+
+
+@dataclass(frozen=True)
+class Judging:
+    """The flags that say who judges, and how it is asked."""
+
+    judge: Annotated[str | None, Parameter(help="URL of an OpenAI-compatible endpoint that judges the pairs.")] = None
+    judge_model: Annotated[str | None, Parameter(help="The judge's name at that endpoint.")] = None
+    judge_prompt: Annotated[str | None, Parameter(help="File with {prompt}, {answer_a} and {answer_b} in it.")] = None
+    judge_parameters: Annotated[
+        str | None, Parameter(help='JSON for every request [{"temperature": 0, "max_tokens": 512}].')
+    ] = None
+    judge_timeout: Annotated[float, Parameter(help="Seconds that one question may take.")] = 60.0
+    judge_concurrency: Annotated[int, Parameter(help="Questions under way at once.")] = 8
+    judge_retries: Annotated[int, Parameter(help="Further tries at a busy or broken endpoint (429, 5xx).")] = 3
+    judge_key_env: Annotated[str, Parameter(help="Environment variable that holds the endpoint's key.")] = USUAL_KEY
+    judge_cache: Annotated[str | None, Parameter(help="Folder of the judge's replies [~/.cache/raftune/judge].")] = None
+
+
+NOBODY = Judging()
 
 
 def read_rewards(specs: tuple[str, ...]) -> list[RewardSpec]:
@@ -39,46 +62,43 @@ def read_object(flag: str, text: str) -> dict[str, Any]:
     return found
 
 
-def read_judge(
-    url: str | None,
-    model: str | None,
-    *,
-    prompt: str | None,
-    parameters: str | None,
-    timeout: float,
-    concurrency: int,
-    retries: int,
-    key_env: str,
-    cache: str | None,
-) -> Judge | None:
+def read_judge(given: Judging) -> Judge | None:
     """The judge; None where none was asked for. Raises ConfigError."""
-    if url is None:
-        if model is not None or prompt is not None:
+    if given.judge is None:
+        if given.judge_model is not None or given.judge_prompt is not None:
             raise ConfigError("--judge-model and --judge-prompt need --judge. Add --judge http://127.0.0.1:8000/v1.")
         return None
-    if not model:
-        raise ConfigError(f"--judge needs --judge-model, the name of the model at {url}. Add --judge-model NAME.")
-    if not (math.isfinite(timeout) and timeout > 0):
-        raise ConfigError(f"--judge-timeout must be a number of seconds above 0; got {timeout}. Leave it out for 60.")
-    if concurrency < 1:
-        raise ConfigError(f"--judge-concurrency must be at least 1; got {concurrency}. Leave it out for 8.")
-    if retries < 0:
-        raise ConfigError(f"--judge-retries must be at least 0; got {retries}. Leave it out for 3.")
+    refuse_bad_numbers(given)
+    if not given.judge_model:
+        raise ConfigError(f"--judge needs --judge-model, the model's name at {given.judge}. Add --judge-model NAME.")
     from raftune.comparison import Judge
     from raftune.evaluation.endpoint import Endpoint, chat_url
     from raftune.evaluation.judge import PARAMETERS, TEMPLATE
 
+    parameters = read_object("--judge-parameters", given.judge_parameters) if given.judge_parameters else {}
     endpoint = Endpoint(
-        url=chat_url(url),
-        model=model,
-        parameters=PARAMETERS | (read_object("--judge-parameters", parameters) if parameters else {}),
-        timeout=timeout,
-        concurrency=concurrency,
-        retries=retries,
-        cache=cache_folder(cache),
-        key=read_key(key_env),
+        url=chat_url(given.judge),
+        model=given.judge_model,
+        parameters=PARAMETERS | parameters,
+        timeout=given.judge_timeout,
+        concurrency=given.judge_concurrency,
+        retries=given.judge_retries,
+        cache=cache_folder(given.judge_cache),
+        key=read_key(given.judge_key_env),
     )
-    return Judge(endpoint, TEMPLATE if prompt is None else read_template(prompt))
+    return Judge(endpoint, TEMPLATE if given.judge_prompt is None else read_template(given.judge_prompt))
+
+
+def refuse_bad_numbers(given: Judging) -> None:
+    """Raises ConfigError for a time, a number of questions or of tries that cannot be meant."""
+    seconds = given.judge_timeout
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ConfigError(f"--judge-timeout must be a number of seconds above 0; got {seconds}. Leave it out for 60.")
+    if given.judge_concurrency < 1:
+        got = given.judge_concurrency
+        raise ConfigError(f"--judge-concurrency must be at least 1; got {got}. Leave it out for 8.")
+    if given.judge_retries < 0:
+        raise ConfigError(f"--judge-retries must be at least 0; got {given.judge_retries}. Leave it out for 3.")
 
 
 def read_key(name: str) -> str | None:

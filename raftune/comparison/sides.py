@@ -19,7 +19,7 @@ from raftune.digest import read_json
 from raftune.errors import ConfigError, StoreError
 from raftune.records import Prompt
 from raftune.stages.plan import read_plan, read_prompts
-from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.layout import unit_file
 from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
 
@@ -52,7 +52,11 @@ class Side:
 
     @cached_property
     def units(self) -> list[int]:
-        return unit_numbers(*(self.folder / name for name in ("draw", "score", *(["judge"] if self.is_judged else []))))
+        """The units that were drawn, scored and judged: those that were set aside are none; one that was lost is."""
+        names = ("draw", "score", *(["judge"] if self.is_judged else []))
+        commits = [self.run.commit(self.round, f"evaluate/{name}") for name in names]
+        held = [{name for name in commit.files if name.endswith(".parquet")} for commit in commits if commit]
+        return sorted(int(Path(name).stem.removeprefix("unit-")) for name in set.intersection(*held))
 
     @property
     def is_judged(self) -> bool:

@@ -43,7 +43,7 @@ class Reply:
 class Endpoint:
     """A chat model at `url`; `parameters` go into every request beside model and messages.
 
-    timeout: seconds a question may take. Where a server is busy or broken (429, 5xx, a connection that breaks off) it is
+    timeout: seconds a question may take. A server that is busy or broken (429, 5xx, a connection that breaks off) is
     asked again up to `retries` times: after `backoff` seconds, then twice as many, or after what it asks for. Replies
     are kept under `cache`, by the hash of address, model, messages and parameters: what was answered once is not asked
     again. The key is sent, and neither shown nor kept.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from raftune.cli import main
 from raftune.comparison import Comparison, compare
 from raftune.comparison.gate import FIELDS, check, read_gate
 from raftune.config.rewards import RewardSpec
-from raftune.errors import ConfigError, DataError, RewardError, StoreError
+from raftune.errors import ConfigError, DataError, RewardError, RunDamaged, StoreError
 from raftune.ledger import held_out_units
 from raftune.runs import run
 from raftune.store.run import RunFolder
@@ -193,6 +194,15 @@ def test_a_run_that_was_never_evaluated_says_how_to_evaluate_it(tmp_path: Path) 
     blind = go(tmp_path / "blind", evaluation={"num_prompts": 0})
     with pytest.raises(StoreError, match=re.escape(f"A: {blind} holds no evaluation yet. `raftune evaluate {blind}`")):
         compare(str(blind))
+
+
+@pytest.mark.parametrize("name", ["draw/unit-00001.parquet", "score/unit-00000.parquet", "plan/prompts.parquet"])
+def test_a_file_that_was_lost_is_named_and_never_passed_over(base: Path, tmp_path: Path, name: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    (copy / "round-0000" / "evaluate" / name).unlink()
+    with pytest.raises(RunDamaged, match=re.escape(name)):
+        compare(str(copy))
 
 
 def test_a_folder_with_an_at_in_its_name_is_a_folder(base: Path, tmp_path: Path) -> None:
