@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,11 +235,29 @@ def load(assembly: Any, model: str | Path) -> Any:
 
 
 def history(root: Path, sizes: Sizes) -> dict[str, Any]:
-    """What the selections kept: the reward of round 1's winners, and the share of prompts that yielded nothing."""
-    paths = [root / f"round-{r:04d}" / "select" / "summary.json" for r in range(1, sizes.rounds + 1)]
-    rounds = [json.loads(path.read_text()) for path in paths]
-    starved = [len(summary["barren"]) / summary["prompts"] for summary in rounds]
-    return {"initial_best": rounds[0]["reward_kept"], "starved": sum(starved) / len(starved)}
+    """What the selections kept: the reward of round 1's winners; the share of prompts that yielded nothing, and which.
+
+    starved_by_domain: of each domain of the generator, how many prompts yielded nothing, and how many were asked.
+    """
+    from raftune.starters.text.corpus import read_request
+    from raftune.store.parquet import read_table
+
+    asked, starved, examples = Counter[str](), Counter[str](), []
+    first = None
+    for number in range(1, sizes.rounds + 1):
+        folder = root / f"round-{number:04d}"
+        summary = json.loads((folder / "select" / "summary.json").read_text())
+        first = summary["reward_kept"] if first is None else first
+        for row in read_table(folder / "plan" / "prompts.parquet", ["prompt_id", "prompt"]).to_pylist():
+            request = read_request(row["prompt"])
+            assert request is not None, row["prompt"]
+            asked[request.domain] += 1
+            if row["prompt_id"] in summary["barren"]:
+                starved[request.domain] += 1
+                examples.append(request.text)
+    by_domain = {domain: [starved[domain], asked[domain]] for domain in sorted(asked)}
+    share = starved.total() / asked.total()
+    return {"initial_best": first, "starved": share, "starved_by_domain": by_domain, "starved_prompts": examples[:3]}
 
 
 # -- the models to begin from ------------------------------------------------------------------------------------------

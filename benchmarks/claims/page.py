@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from claims.arms import ARMS, Sizes
-from claims.table import DIGITS, MEASURES, NAMES, RULE, Claim, Results, Verdict, verdict
+from claims.table import DIGITS, MEASURES, NAMES, RULE, Claim, Result, Results, Verdict, verdict
 
 WIDTH, HEIGHT, PANEL, LEFT, TOP, BOTTOM = 760, 260, 320, 56, 34, 44
 STYLE = """
@@ -83,7 +83,22 @@ def section(number: int, claim: Claim, found: list[Verdict], results: Results, s
         paper = f"the paper: {contrast.paper}" if contrast.paper else "the paper has no figure"
         measured = f"{contrast.words} ({NAMES[contrast.measure]}) {in_words(said)}; by seed {each}; {paper}"
         lines.append(f"- **{said.word}**: {measured}.")
+    if claim.starving:
+        lines += ["", starved_words(label(claim, claim.starving), [results[claim.starving, s] for s in seeds])]
     return [*lines, *(["", claim.note] if claim.note else []), ""]
+
+
+def starved_words(name: str, found: Sequence[Result]) -> str:
+    """Which prompts yielded nothing, by kind of request over all seeds, the worst first; and some of them."""
+    totals: dict[str, list[int]] = {}
+    for result in found:
+        for domain, (starved, asked) in result["starved_by_domain"].items():
+            before = totals.get(domain, [0, 0])
+            totals[domain] = [before[0] + starved, before[1] + asked]
+    order = sorted(totals, key=lambda domain: -totals[domain][0] / totals[domain][1])
+    kinds = ", ".join(f"{domain} {totals[domain][0]} of {totals[domain][1]}" for domain in order)
+    examples = "; ".join(f"“{text}”" for result in found for text in result["starved_prompts"][:2])
+    return f"Prompts that yielded nothing under {name} ranking, by kind of request: {kinds}. For example: {examples}."
 
 
 def cell(values: list[float | None], digits: int) -> str:

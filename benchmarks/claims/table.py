@@ -6,8 +6,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-Result = Mapping[str, float]
+Result = Mapping[str, Any]  # numbers by their names in NAMES, and which prompts starved
 Results = Mapping[tuple[str, int], Result]  # by arm and seed
 
 NAMES = {
@@ -57,6 +58,7 @@ class Claim:
     shown: tuple[str, ...] = ("reward", "judge")
     extra: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
+    starving: str = ""  # the arm whose starved prompts are shown
     note: str = ""
 
 
@@ -128,6 +130,7 @@ CLAIMS = (
         shown=("judge", "starved"),
         extra=("starved",),
         labels={"k8": "local"},
+        starving="global",
         note="Local ranking keeps the best of 8 of each prompt; global the best eighth of all. Starved: the "
         "share of a round's prompts that yield nothing.",
     ),
