@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,7 +57,9 @@ class Reader:
         path = self.run.folder(round_, stage) / name
         if not self.has(round_, stage) or path in self._bad:
             return kind()
-        return self._json(path, f"round {round_}, {stage}", kind)
+        commit = self.commits.get((round_, stage))
+        entry = commit.files.get(name) if commit is not None else None
+        return self._json(path, f"round {round_}, {stage}", kind, entry.sha256 if entry is not None else None)
 
     def own_json(self, name: str) -> dict[str, Any]:
         """A JSON file at the run's top; empty where there is none or it cannot be read."""
@@ -65,20 +68,24 @@ class Reader:
         found: dict[str, Any] = self._json(path, "the run", dict) if read else {}
         return found
 
-    def _json(self, path: Path, where: str, kind: type[Any]) -> Any:
+    def _json(self, path: Path, where: str, kind: type[Any], sha256: str | None = None) -> Any:
+        """The file's content; Parquet has checksums of its own, of JSON the committed hash is compared."""
         if isinstance(self._read.get(path), kind):
             return self._read[path]
         try:
-            found = json.loads(path.read_bytes())
+            content = path.read_bytes()
+            found = json.loads(content)
+            if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+                self.note(where, f"{path.name} has changed since it was committed")
+            elif isinstance(found, kind):
+                self._read[path] = found
+                return found
+            else:
+                self.note(where, f"{path.name} holds {type(found).__name__}, not {kind.__name__}")
         except FileNotFoundError:
             self.note(where, f"{path.name} is missing")
         except (OSError, ValueError) as error:
             self.note(where, f"{path.name} cannot be read: {first_line(error)}")
-        else:
-            if isinstance(found, kind):
-                self._read[path] = found
-                return found
-            self.note(where, f"{path.name} holds {type(found).__name__}, not {kind.__name__}")
         self._bad.add(path)
         return kind()
 

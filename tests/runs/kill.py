@@ -282,6 +282,7 @@ RESEEDED: dict[str, Any] = {"evaluation": {"seed": 9}}
 SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
     "plain": lambda base: plain(evaluation={"kl": False, "reference_column": "human"}),  # "everything" has likelihoods
     "everything": lambda base: plain(**tiny.EVERYTHING, evaluation={"num_prompts": 0}),
+    "reported": lambda base: plain(num_rounds=1, report=True, evaluation={"num_prompts": 0}),
     "dropping": lambda base: plain(num_rounds=3, keep_models="last", evaluation={"num_prompts": 0}),
     "redo": lambda base: redo("1/select", OTHER, base, retry=False),
     "redo-retried": lambda base: redo("1/select", OTHER, base, retry=True),

@@ -16,6 +16,7 @@ Report = dict[str, Any]
 TRIALS = {
     "plain": "plain",
     "everything": "everything",
+    "reported": "reported --every 9",
     "dropping": "dropping --every 5",
     "redo": "redo --every 7",
     "redo-retried": "redo-retried --every 8",
@@ -58,6 +59,10 @@ def test_every_stage_was_among_what_was_killed(report_of: Callable[[str], Report
         assert f"os.mkdir round-0002/{stage}" in plain
     for stage in ("teach", "logp", "logp-start"):
         assert f"os.mkdir round-0002/{stage}" in everything
+
+
+def test_a_kill_while_the_page_is_written_leaves_no_trace(report_of: Callable[[str], Report]) -> None:
+    assert report_of("reported")["faults"] == []
 
 
 def test_a_kill_while_models_are_dropped_leaves_no_trace(report_of: Callable[[str], Report]) -> None:

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import re
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from raftune.report.markup import block, facts, number, table, text
 from raftune.report.page import SCRIPTS, asset, embedded, page
 from tests.injections import HOSTILE
+from tests.markup import Seen
 
 EMPTY = {"shown": 0, "of": 0, "chosen_by": "", "items": []}
 
@@ -33,31 +33,6 @@ def document(words: str = "demo") -> dict[str, Any]:
         "alarms": [],
         "missing": [words],
     }
-
-
-class Seen(HTMLParser):
-    """The elements of a page with their attributes, and the text of each script and style."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.texts: dict[str, list[str]] = {}
-        self._inside = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        self._inside = tag
-        self.texts.setdefault(tag, []).append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside:
-            self.texts[self._inside][-1] += data
 
 
 def sha(content: str) -> str:
