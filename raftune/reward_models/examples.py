@@ -15,6 +15,7 @@ from raftune.reading import Reading, text_of, tokens
 from raftune.records import PromptContent
 
 Objective = Literal["pairwise", "pointwise"]
+WANTED = 20  # held-out prompts: a narrower share of few prompts could show nothing
 SAME_TOKENS = "the same tokens"
 
 
@@ -144,7 +145,7 @@ def answer_lengths(examples: Sequence[Example], tokenizer: Any) -> list[list[int
 def split_by_prompt(examples: Sequence[Example], fraction: float, seed: int) -> Split:
     """The prompts with the smallest hashes are held out, with all their rows: a function of prompts and seed alone.
 
-    Raises DataError where there are fewer than two prompts.
+    At least WANTED of them, or half. Raises DataError where there are fewer than two prompts.
     """
     places = {prompt_key(one.prompt, seed): 0 for one in examples}
     if len(places) < 2:
@@ -152,7 +153,8 @@ def split_by_prompt(examples: Sequence[Example], fraction: float, seed: int) -> 
             "data must have at least two prompts, of which one is held out; all rows have the same. Give held_out, or "
             "more prompts."
         )
-    count = min(max(round(fraction * len(places)), 1), len(places) - 1)
+    fewest = max(1, min(WANTED, len(places) // 2))
+    count = min(max(round(fraction * len(places)), fewest), len(places) - 1)
     chosen = set(sorted(places)[:count])
     held_out = [one for one in examples if prompt_key(one.prompt, seed) in chosen]
     train = [one for one in examples if prompt_key(one.prompt, seed) not in chosen]

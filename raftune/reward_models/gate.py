@@ -17,7 +17,7 @@ def verdict(objective: str, report: dict[str, Any]) -> tuple[bool, str]:
         return False, "cannot be judged: all held-out ratings are alike"
     said = f"{words_of(name)} {spread(measured)} on {measured['n']:,} held-out prompts"
     if measured["n"] < FEWEST:
-        return False, f"cannot be told from chance: {said}, and {FEWEST} are needed at least"
+        return False, f"cannot be told from chance: {said}, and {FEWEST} are needed at least: give more rows"
     if measured["low"] > chance:
         return True, f"is better than chance: {said}"
     return False, f"is not better than chance: {said}, where the interval must lie above {chance:g}"

@@ -25,13 +25,19 @@ def example(prompt: Any, row: int = 1) -> Example:
     return Example(row, prompt, ("a", "b"), ([1], [2]))
 
 
-EXAMPLES = [example(f"p{i % 40}", i) for i in range(100)]
+EXAMPLES = [example(f"p{i % 100}", i) for i in range(250)]
 
 
 def test_all_rows_of_a_prompt_are_on_one_side() -> None:
     split = split_by_prompt(EXAMPLES, 0.25, 0)
     train, held_out = ({one.prompt for one in side} for side in (split.train, split.held_out))
-    assert not train & held_out and len(held_out) == 10 and len(split.train) + len(split.held_out) == 100
+    assert not train & held_out and len(held_out) == 25 and len(split.train) + len(split.held_out) == 250
+
+
+def test_a_small_share_of_few_prompts_is_raised_to_what_can_show_something() -> None:
+    assert len({one.prompt for one in split_by_prompt(EXAMPLES, 0.01, 0).held_out}) == 20
+    few = [example(f"p{i}", i) for i in range(9)]
+    assert len(split_by_prompt(few, 0.1, 0).held_out) == 4
 
 
 def test_the_order_of_the_rows_does_not_move_a_prompt_and_the_seed_does() -> None:
@@ -53,9 +59,9 @@ def test_one_prompt_cannot_be_split() -> None:
 
 
 def test_held_out_rows_whose_prompts_are_learned_from_are_left_out_and_counted() -> None:
-    split = without_overlap(EXAMPLES[:30], EXAMPLES, "test.jsonl")
-    assert {one.prompt for one in split.held_out} == {f"p{i}" for i in range(30, 40)}
-    assert split.words == ("80 of 100 held-out rows left out: their prompts are learned from",)
+    split = without_overlap(EXAMPLES[:90], EXAMPLES, "test.jsonl")
+    assert {one.prompt for one in split.held_out} == {f"p{i}" for i in range(90, 100)}
+    assert split.words == ("230 of 250 held-out rows left out: their prompts are learned from",)
     with pytest.raises(DataError, match=r"all 30 rows of test\.jsonl have prompts that are learned from"):
         without_overlap(EXAMPLES, EXAMPLES[:30], "test.jsonl")
 
@@ -89,7 +95,7 @@ def test_ranked_answers_are_pairs_of_one_prompt(tmp_path: Path) -> None:
     source, split = read_examples(
         config_for(write(tmp_path / "a.jsonl", rows), tmp_path, tmp_path), tiny_tokenizer(), Reading()
     )
-    assert source.objective == "pairwise" and [len(split.train), len(split.held_out)] == [9, 3]
+    assert source.objective == "pairwise" and [len(split.train), len(split.held_out)] == [6, 6]
 
 
 def test_the_identity_goes_with_tokens_and_sides() -> None:

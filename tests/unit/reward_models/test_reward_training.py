@@ -130,7 +130,8 @@ def test_ratings_of_a_coin_give_no_model(place: Path, tmp_path: Path) -> None:
 
 
 def test_few_held_out_prompts_cannot_show_anything(place: Path, tmp_path: Path) -> None:
-    outcome = train(asked(place, "marked", "llama", tmp_path, held_out_fraction=0.02, max_steps=1))
+    data = write(tmp_path / "few.jsonl", marked(12))
+    outcome = train(config_for(data, place / "llama", tmp_path / "rm", max_steps=1))
     assert not outcome.published and "10 are needed at least" in outcome.report["verdict"]
 
 
