@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raftune.build import Assembly
+from raftune.config.guards import TEXT_ALARMS
 from raftune.errors import ConfigError
 
 
 def preflight(assembly: Assembly) -> None:
     """Raises ConfigError with a line for each thing that cannot work: no reward, beta without likelihoods, a selection
     that can never select, a best round by a reward that is not there."""
-    if findings := [*rewards(assembly), *likelihood(assembly), *selection(assembly), *best_round(assembly)]:
+    if findings := [
+        *rewards(assembly),
+        *likelihood(assembly),
+        *selection(assembly),
+        *best_round(assembly),
+        *guards(assembly),
+    ]:
         raise ConfigError("\n".join(findings))
 
 
@@ -60,6 +67,21 @@ def selection(assembly: Assembly) -> Iterator[str]:
         yield (
             f"selection.min_length must not exceed sampling.max_completion_length, or nothing can be selected; got "
             f"{chosen.min_length} and {longest}. Lower the one or raise the other."
+        )
+
+
+def guards(assembly: Assembly) -> Iterator[str]:
+    """Alarms that are to stop the run, or a budget to be watched, where nothing could ever raise them."""
+    chosen, family = assembly.config.guards, assembly.config.policy.family
+    if assembly.family.media not in ("text", "messages"):
+        for name in sorted({*chosen.stop_on} & {*TEXT_ALARMS}):
+            yield (f"guards.stop_on: {name} is about texts, and policy.family: {family} draws none. Leave it out.")
+    if "part_dominates" in chosen.stop_on and len([weight for weight in assembly.factors().values() if weight]) < 2:
+        yield ("guards.stop_on: part_dominates needs two rewards that count; got fewer. Add one, or leave it out.")
+    if chosen.max_kl is not None and not assembly.knows_likelihood():
+        yield (
+            f"guards.max_kl must be left out for a family that knows no likelihoods; got {chosen.max_kl:g} with "
+            f"policy.family: {family}. Leave it out, or give the family `log_probs`."
         )
 
 

@@ -19,6 +19,7 @@ from raftune.config.guards import AlarmName
 from raftune.evaluation.diversity import near_duplicates as duplicates
 from raftune.evaluation.diversity import numbered, shingle_sets
 from raftune.evaluation.metrics import prompt_numbers
+from raftune.evaluation.paired import sign_flip
 from raftune.interval import Interval, interval, mean_by_prompt
 
 Floats = npt.NDArray[np.float64]
@@ -107,14 +108,14 @@ def paired(now: pa.Table, then: pa.Table, name: str) -> Floats:
 
 
 def by_chance(differences: Floats) -> float:
-    """At most the probability that differences of these sizes, their signs tossed, have a sum so far from 0 this way.
+    """At most the probability that differences of these sizes, their signs tossed, have a sum as far from 0.
 
-    exp(-z²/2) with z² = (Σ d)²/Σ d², Hoeffding's inequality (1963) for Σ ±d: it holds for any number of prompts and any
-    sizes, where under no change each difference is as likely up as down. A bound, no estimate: it has no resolution
-    that a level shared among many rounds could fall below.
+    By the sign test that `compare` uses, whose random assignments resolve 1 in 10,000; beyond that by Hoeffding's bound
+    2 exp(-z²/2), z² = (Σ d)²/Σ d² (1963), so that a level shared among many rounds can be reached.
     """
     squares = float(np.sum(differences**2))
-    return math.exp(-(float(differences.sum()) ** 2) / (2 * squares)) if squares > 0 else 1.0
+    bound = 2 * math.exp(-(float(differences.sum()) ** 2) / (2 * squares)) if squares > 0 else 1.0
+    return min(sign_flip(differences)[0], bound)
 
 
 # -- what was kept ----------------------------------------------------------------------------------------------------
@@ -356,7 +357,9 @@ def share(value: float) -> str:
 
 
 def odds(chance: float) -> str:
-    """A chance in words, rounded so that it never sounds smaller than it is."""
+    """A chance in words, to two digits, rounded so that it never sounds smaller than it is."""
     if chance * ONE_MILLION < 1:
         return "less than 1 round in a million"
-    return f"at most 1 round in {math.floor(1 / chance):,}"
+    whole = math.floor(1 / chance)
+    scale = 10 ** max(0, len(str(whole)) - 2)
+    return f"at most 1 round in {whole // scale * scale:,}"
