@@ -18,6 +18,7 @@ SCRIPTS = (
     "state.js",
     "diff.js",
     "lists.js",
+    "samples.js",
     "prompts.js",
     "compare.js",
     "learned.js",

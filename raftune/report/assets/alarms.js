@@ -17,52 +17,52 @@ function alarmName(alarm) {
 class Alarms {
   constructor(panel, page) {
     this.page = page;
-    const none = el("p", { class: "empty" }, page.document.missing.length ? "No alarm was raised in what could be read of this run." : "No alarm was raised in this run.");
-    const words = page.alarms.length ? `${counted(page.alarms.length, "alarm")}. An alarm says where to look, not what is wrong.` : null;
-    panel.append(el("div", { class: "prose" }, words ? el("p", { class: "lead" }, words) : none, page.alarms.map((alarm, i) => this.card(alarm, i))));
+    const where = page.document.missing.length ? "what could be read of this run" : "this run";
+    const words = `${counted(page.alarms.length, "alarm")}. An alarm says where to look, not what is wrong.`;
+    const none = el("p.empty", `No alarm was raised in ${where}.`);
+    this.cards = page.alarms.map((alarm, index) => this.card(alarm, index));
+    panel.append(el("div.prose", this.cards.length ? el("p.lead", words) : none, this.cards));
   }
 
   draw() {
-    for (const card of document.querySelectorAll("#alarms .alarm")) card.toggleAttribute("data-chosen", card.id === `alarm-${options().alarm}`);
-    document.querySelector("#alarms .alarm[data-chosen]")?.scrollIntoView({ block: "start" });
+    this.cards.forEach((card, index) => card.toggleAttribute("data-chosen", String(index) === options().alarm));
+    this.cards[options().alarm || -1]?.scrollIntoView({ block: "start" });
   }
 
   card(alarm, index) {
-    const numbers = Object.entries(alarm.numbers ?? {}).map(([name, value]) => el("div", {}, el("dt", {}, inline(name.replaceAll("_", " "))), el("dd", {}, this.value(value))));
+    const title = `alarm-${index}`;
     return el(
-      "article",
-      { class: "alarm", id: `alarm-${index}`, "aria-labelledby": `alarm-title-${index}` },
-      el("p", { class: "eyebrow" }, `Round ${alarm.round}`),
-      el("h2", { id: `alarm-title-${index}`, dir: "auto" }, shown(alarm.title ?? alarmName(alarm))),
-      el("p", { class: "evidence", dir: "auto" }, shown(alarm.evidence ?? "")),
-      numbers.length ? el("dl", { class: "numbers" }, numbers) : null,
-      this.samples(alarm, index),
+      "article.alarm",
+      { "aria-labelledby": title },
+      el("p.eyebrow", `Round ${alarm.round}`),
+      el("h2", { id: title, dir: "auto" }, shown(alarm.title ?? alarmName(alarm))),
+      el("p.evidence", { dir: "auto" }, shown(alarm.evidence ?? "")),
+      el("dl.numbers", Object.entries(alarm.numbers ?? {}).map(([name, value]) => this.figure(name, value))),
+      alarm.samples?.length ? this.samples(alarm, index) : null,
     );
   }
 
-  value(value) {
-    if (typeof value === "number") return Number.isInteger(value) ? count(value) : String(Number(value.toPrecision(4))).replace("-", "−");
-    return inline(typeof value === "string" ? value : JSON.stringify(value));
+  figure(name, value) {
+    const short = Number.isInteger(value) ? count(value) : Number.isFinite(value) ? brief(value) : null;
+    const other = typeof value === "string" ? value : JSON.stringify(value);
+    return el("div", el("dt", inline(name.replaceAll("_", " "))), el("dd", short ?? inline(other)));
   }
 
+  /** Links to the samples that the alarm names, and to all candidates of their prompts. */
   samples(alarm, index) {
-    if (!alarm.samples?.length) return null;
-    const all = alarm.samples.some((sample) => this.page.places.get(sample.sample_id)?.screen === "prompts");
-    return el(
-      "div",
-      { class: "evidence-samples" },
-      el("h3", {}, "Look at this"),
-      el("ul", {}, alarm.samples.map((sample) => this.sample(sample))),
-      all ? el("p", {}, el("a", { href: hashOf("prompts", { alarm: String(index) }) }, "All their prompts, with every candidate")) : null,
-    );
+    const drawn = alarm.samples.some((sample) => this.page.places.get(sample.sample_id)?.screen === "prompts");
+    const href = hashOf("prompts", { alarm: String(index) });
+    const all = el("a", { href }, "All their prompts, with every candidate");
+    const list = el("ul", alarm.samples.map((sample) => this.sample(sample)));
+    return el("div.evidence-samples", el("h3", "Look at this"), list, drawn ? el("p", all) : null);
   }
 
   /** A link to the sample, with the beginning of what it says, and why it is named. */
   sample({ sample_id, why }) {
     const place = this.page.places.get(sample_id);
-    const reason = el("span", { class: "why" }, inline(why ?? ""));
-    if (!place) return el("li", {}, reason, el("span", { class: "nothing" }, " ", inline(sample_id), " is not in this page"));
-    const begins = el("span", { class: "begins", dir: "auto" }, shown(oneLine(place.sample.completion) || "(empty)"));
-    return el("li", {}, el("a", { href: hashOf(place.screen, { sample: sample_id }) }, begins, reason));
+    const reason = el("span.why", inline(why ?? ""));
+    if (!place) return el("li", reason, el("span.nothing", " ", inline(sample_id), " is not in this page"));
+    const begins = el("span.begins", { dir: "auto" }, shown(oneLine(place.sample.completion) || "(empty)"));
+    return el("li", el("a", { href: hashOf(place.screen, { sample: sample_id }) }, begins, reason));
   }
 }

@@ -1,16 +1,5 @@
 // The page: reads the document, keeps screen and address in step, and listens to the keys.
 
-/** Two columns: fields, what is shown and a list on the left, what was chosen on the right. */
-function columns(fields, note, list, detail) {
-  return el("div", { class: "columns" }, el("div", { class: "side" }, el("div", { class: "fields" }, fields), note, list), detail);
-}
-
-/** What stands where a list is empty. */
-function nothing(list, one) {
-  const words = list.items.length ? `No ${one} matches what was asked for.` : `There is no ${one} in this page yet.`;
-  return el("p", { class: "empty" }, words);
-}
-
 /** A text in one line. */
 function oneLine(value) {
   return plain(value).replace(/\s+/g, " ").trim().slice(0, 240);
@@ -27,15 +16,16 @@ function attend(node) {
 function readDocument() {
   const found = JSON.parse(document.getElementById("run").textContent);
   const list = (given) => ({ shown: 0, of: 0, chosen_by: "", items: [], ...given });
-  return { ...found, prompts: list(found.prompts), compare: list(found.compare), learned: list(found.learned), missing: found.missing ?? [] };
+  const lists = { prompts: list(found.prompts), compare: list(found.compare), learned: list(found.learned) };
+  return { ...found, ...lists, missing: found.missing ?? [] };
 }
 
 /** sample id → the screen that shows it, and the sample. */
 function placesOf(run) {
-  const places = new Map();
-  for (const item of run.compare.items) for (const sample of Object.values(item.answers)) places.set(sample.id, { screen: "compare", sample });
-  for (const item of run.prompts.items) for (const sample of item.samples) places.set(sample.id, { screen: "prompts", sample });
-  return places;
+  const answers = run.compare.items.flatMap((item) => Object.values(item.answers));
+  const samples = run.prompts.items.flatMap((item) => item.samples);
+  const at = (screen) => (sample) => [sample.id, { screen, sample }];
+  return new Map([...answers.map(at("compare")), ...samples.map(at("prompts"))]);
 }
 
 const run = readDocument();
@@ -78,23 +68,29 @@ function arrive(named) {
 const ask = (verb, by) => () => screens[state.screen]?.[verb]?.(by);
 
 const KEYS = [
-  { keys: ["j"], words: "next prompt or row", act: ask("step", 1) },
-  { keys: ["k"], words: "previous prompt or row", act: ask("step", -1) },
-  { keys: ["l"], words: "next sample of the prompt", act: ask("across", 1) },
-  { keys: ["h"], words: "previous sample of the prompt", act: ask("across", -1) },
-  { keys: ["]"], words: "next round", act: ask("turn", 1) },
-  { keys: ["["], words: "previous round", act: ask("turn", -1) },
-  { keys: ["/"], words: "search", act: search },
-  ...SCREENS.map((name, i) => ({ keys: [String(i + 1)], words: document.getElementById(`tab-${name}`).textContent, act: () => go(name) })),
-  { keys: ["t"], words: "theme: auto, light, dark", act: nextTheme },
-  { keys: ["?"], words: "these keys", act: help },
+  { key: "j", words: "next prompt or row", act: ask("step", 1) },
+  { key: "k", words: "previous prompt or row", act: ask("step", -1) },
+  { key: "l", words: "next sample of the prompt", act: ask("across", 1) },
+  { key: "h", words: "previous sample of the prompt", act: ask("across", -1) },
+  { key: "]", words: "next round", act: ask("turn", 1) },
+  { key: "[", words: "previous round", act: ask("turn", -1) },
+  { key: "/", words: "search", act: search },
+  ...SCREENS.map((name, i) => ({ key: String(i + 1), words: titleOf(name), act: () => go(name) })),
+  { key: "t", words: "theme: auto, light, dark", act: nextTheme },
+  { key: "?", words: "these keys", act: help },
 ];
+
+/** What the tab of the screen says. */
+function titleOf(name) {
+  return document.getElementById(`tab-${name}`).textContent;
+}
 
 /** The search field of the screen, or of the prompts where the screen has none. */
 function search() {
-  if (!screens[state.screen]?.search) go("prompts");
-  screens[state.screen].search.focus();
-  screens[state.screen].search.select();
+  if (!screens[state.screen]?.fields) go("prompts");
+  const field = screens[state.screen].fields.q;
+  field.focus();
+  field.select();
 }
 
 function nextTheme() {
@@ -114,10 +110,10 @@ function onKey(event) {
   if (typing && event.key === "Escape") event.target.blur();
   if (altered || typing || document.getElementById("help").open) return;
   const pressed = arrow(event);
-  const key = KEYS.find((known) => known.keys.includes(pressed));
-  if (!key) return;
+  const known = KEYS.find((own) => own.key === pressed);
+  if (!known) return;
   event.preventDefault();
-  key.act();
+  known.act();
 }
 
 /** Inside a list or a strip the arrow keys do what j, k, h and l do. */
@@ -155,24 +151,26 @@ function drawMissing() {
   if (!run.missing.length) return;
   const box = document.getElementById("missing");
   const words = `${counted(run.missing.length, "part")} of this run could not be read`;
-  box.append(el("details", { class: "notice" }, el("summary", {}, words), el("ul", {}, run.missing.map((line) => el("li", { dir: "auto" }, shown(line))))));
+  const lines = run.missing.map((line) => el("li", { dir: "auto" }, shown(line)));
+  box.append(el("details.notice", el("summary", words), el("ul", lines)));
   box.hidden = false;
 }
 
 function drawBanner() {
   if (!page.alarms.length) return;
   const box = document.getElementById("banner");
-  const links = page.alarms.map((alarm, i) => el("li", {}, el("a", { href: hashOf("alarms", { alarm: String(i) }) }, inline(alarmName(alarm)))));
-  box.append(el("p", {}, el("b", {}, counted(page.alarms.length, "alarm")), ": look at this"), el("ul", {}, links));
+  const link = (alarm, i) => el("a", { href: hashOf("alarms", { alarm: String(i) }) }, inline(alarmName(alarm)));
+  const links = page.alarms.map((alarm, i) => el("li", link(alarm, i)));
+  box.append(el("p", el("b", counted(page.alarms.length, "alarm")), ": look at this"), el("ul", links));
   box.hidden = false;
-  document.getElementById("tab-alarms").append(" ", el("span", { class: "badge" }, count(page.alarms.length)));
+  document.getElementById("tab-alarms").append(" ", el("span.badge", count(page.alarms.length)));
 }
 
 function drawHelp() {
-  const rows = KEYS.map(({ keys, words }) => el("div", {}, el("dt", {}, keys.map((key) => el("kbd", {}, key))), el("dd", {}, words)));
+  const rows = KEYS.map(({ key, words }) => el("div", el("dt", el("kbd", key)), el("dd", words)));
   const dialog = document.getElementById("help");
   const close = el("button", { type: "button", onclick: () => dialog.close() }, "Close");
-  dialog.append(el("h2", { id: "help-title" }, "Keys"), el("dl", {}, rows), close);
+  dialog.append(el("h2", { id: "help-title" }, "Keys"), el("dl", rows), close);
 }
 
 /** Shows what the address says: at the start, after Back, after a link typed by hand. */

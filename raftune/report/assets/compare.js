@@ -1,6 +1,6 @@
 // The screen "Compare": the same prompt and the same seed, answered by the start and by a later round.
 
-const COMPARE_SORTS = [
+const GAIN_ORDERS = [
   ["", "in the order asked"],
   ["score", "largest gain in reward"],
   ["-score", "largest loss in reward"],
@@ -8,60 +8,106 @@ const COMPARE_SORTS = [
   ["-held_out", "largest loss in held-out reward"],
 ];
 
-class Compare {
+class Compare extends Listing {
   constructor(panel, page) {
-    this.page = page;
-    this.all = page.document.compare;
-    this.rounds = [...new Set(this.all.items.flatMap((item) => Object.keys(item.answers).map(Number)))].filter(Boolean).sort((a, b) => a - b);
-    this.judged = this.all.items.some((item) => Object.values(item.answers).some((answer) => Number.isFinite(answer.held_out)));
-    this.search = searchField("Search prompts and answers");
-    this.fields = {
-      round: choice("Round beside the start", "round", this.choices()),
-      sort: choice("Order", "sort", COMPARE_SORTS.filter(([value]) => this.judged || !value.includes("held_out"))),
-    };
-    this.note = el("p", { class: "showing", role: "status" });
-    this.list = el("ol", { class: "rows", "aria-label": "Prompts and seeds" });
-    this.rows = new Rows(this.list, (item) => this.row(item));
-    this.detail = el("div", { class: "detail" });
-    panel.append(columns([this.search, ...Object.values(this.fields)], this.note, this.list, this.detail));
+    const { items } = page.document.compare;
+    const { best } = page.document.run;
+    const judged = items.some((item) => Object.values(item.answers).some((own) => Number.isFinite(own.held_out)));
+    const numbers = new Set(items.flatMap((item) => Object.keys(item.answers).map(Number)));
+    const rounds = [...numbers].filter((round) => round > 0).sort((a, b) => a - b);
+    const choices = rounds.map((round) => [String(round), `round ${round}${round === best ? ", the best" : ""}`]);
+    super(page, page.document.compare, el("ol.rows", { "aria-label": "Prompts and seeds" }), {
+      q: searchField("Search prompts and answers"),
+      round: choice("Round beside the start", "round", choices),
+      sort: choice("Order", "sort", judged ? GAIN_ORDERS : GAIN_ORDERS.slice(0, 3)),
+    });
+    Object.assign(this, { judged, rounds, usual: rounds.includes(best) ? best : rounds.at(-1) });
+    this.detail = el("div.detail");
+    panel.append(columns(this, this.detail));
   }
 
-  /** The rounds; the published one is what one compares with the start, unless another is asked for. */
-  choices() {
-    const { best } = this.page.document.run;
-    this.usual = this.rounds.includes(best) ? best : (this.rounds.at(-1) ?? 0);
-    return this.rounds.map((round) => [String(round), round === best ? `round ${round}, the best` : `round ${round}`]);
-  }
-
-  round() {
+  /** The round beside the start: the best, unless another is asked for. */
+  get round() {
     const asked = Number(options().round);
     return this.rounds.includes(asked) ? asked : this.usual;
   }
 
+  asked(name) {
+    return name === "round" ? String(this.round) : super.asked(name);
+  }
+
   items() {
-    const { q, sort = "" } = options();
-    const round = this.round();
-    const texts = (item) => [plain(item.prompt), plain(item.answers[0]?.completion), plain(item.answers[round]?.completion)];
+    const [q, order, round] = [this.asked("q"), this.asked("sort"), this.round];
+    const texts = ({ prompt, answers }) => [prompt, answers[0]?.completion, answers[round]?.completion].map(plain);
     const found = this.all.items.filter((item) => holds(q, texts(item)));
-    const name = sort.replace("-", "");
-    return name ? sorted(found, (item) => gain(item, round, name), sort.startsWith("-") ? -1 : 1) : found;
+    return order ? sorted(found, (item) => gain(item, round, order.replace("-", "")), order) : found;
   }
 
   draw() {
     this.resolve();
-    const { q = "", sort } = options();
-    const round = this.round();
-    reflect(this.search, q);
-    reflect(this.fields.round, String(round));
-    reflect(this.fields.sort, sort);
-    const version = JSON.stringify([round, q, sort]);
-    if (version !== this.version) this.found = this.items();
-    this.version = version;
-    fill(this.note, showing(this.all, this.found.length));
-    this.item = this.found.find((item) => pairOf(item) === options().pair) ?? this.found[0] ?? null;
-    this.chosenRow = this.rows.show(this.found, version, this.found.indexOf(this.item));
-    fill(this.detail, this.item ? this.card(this.item, round, q) : nothing(this.all, "answer"));
-    this.centre();
+    super.draw();
+  }
+
+  /** A link that names a sample stands for its pair and its round. */
+  resolve() {
+    const { sample, ...rest } = options();
+    for (const item of sample ? this.all.items : []) {
+      const round = Object.keys(item.answers).find((own) => item.answers[own].id === sample);
+      if (round === undefined) continue;
+      state.options.compare = { ...rest, pair: pairOf(item), round: round === "0" ? rest.round : round };
+      return;
+    }
+  }
+
+  chosen() {
+    return this.found.find((item) => pairOf(item) === this.asked("pair")) ?? this.found[0] ?? null;
+  }
+
+  choose(item) {
+    set({ pair: pairOf(item) });
+  }
+
+  row(item) {
+    const given = { href: hashOf("compare", { ...options(), pair: pairOf(item) }), tabindex: "-1", "data-key": "" };
+    const text = el("span.line", { dir: "auto" }, shown(oneLine(item.prompt)));
+    const figures = el("span.figures", change(gain(item, this.round, "score")));
+    const judged = this.judged ? el("span", "held out ", change(gain(item, this.round, "held_out"))) : null;
+    return el("li", el("a", given, text, figures, el("span.where", el("span", `k ${item.k}`), judged)));
+  }
+
+  show() {
+    const { item, round } = this;
+    if (!item) return fill(this.detail, nothing(this.all, "answer"));
+    const place = `Prompt ${this.found.indexOf(item) + 1} of ${this.found.length} · k ${item.k}`;
+    const [before, after] = [item.answers[0], item.answers[round]].map((own) => own && trimmed(plain(own.completion)));
+    const marked = before && after ? difference(before, after) : {};
+    const later = round ? this.side(item, round, "ins", marked.after) : null;
+    fill(
+      this.detail,
+      el("p.eyebrow", place, item.seed ? ` · seed ${item.seed}` : null),
+      el("div.asked", content(item.prompt, this.asked("q"))),
+      this.ladder(item),
+      el("div.pair", this.side(item, 0, "del", marked.before), later),
+    );
+    return this.centre();
+  }
+
+  /** Score and held-out score of this prompt and seed, round by round. */
+  ladder(item) {
+    const rounds = [0, ...this.rounds];
+    const kind = (round) => (round === 0 || round === this.round ? ".number.chosen" : ".number");
+    const heads = rounds.map((round) => el(`th${kind(round)}`, { scope: "col" }, round ? this.link(round) : "start"));
+    const cell = (round, name) => el(`td${kind(round)}`, number(item.answers[round]?.[name], 2));
+    const line = (words, name) => el("tr", el("th", { scope: "row" }, words), rounds.map((round) => cell(round, name)));
+    const body = el("tbody", line("reward", "score"), this.judged ? line("held out", "held_out") : null);
+    const table = el("table.ladder", el("thead", el("tr", el("th", { scope: "col" }, "round"), heads)), body);
+    const given = { tabindex: "0", role: "region", "aria-label": "This prompt and seed, round by round" };
+    return el("div.scroll", given, table);
+  }
+
+  link(round) {
+    const href = hashOf("compare", { ...options(), round: String(round) });
+    return el("a", { href, "aria-current": round === this.round ? "true" : null }, String(round));
   }
 
   /** Scrolls the table of rounds, where it is wider than the page, to the round in view. */
@@ -71,68 +117,30 @@ class Compare {
     if (box) box.scrollLeft = link.parentNode.offsetLeft - box.clientWidth / 2;
   }
 
-  /** A link that names a sample stands for its pair and its round. */
-  resolve() {
-    const { sample, ...rest } = options();
-    const item = sample && this.all.items.find((own) => Object.values(own.answers).some((answer) => answer.id === sample));
-    if (!item) return;
-    const round = Object.keys(item.answers).find((own) => item.answers[own].id === sample);
-    state.options.compare = { ...rest, pair: pairOf(item), round: round === "0" ? rest.round : round };
-  }
-
-  row(item) {
-    const round = this.round();
-    const figures = el("span", { class: "figures" }, change(gain(item, round, "score")));
-    const judged = this.judged ? el("span", {}, "held out ", change(gain(item, round, "held_out"))) : null;
-    const text = el("span", { class: "line", dir: "auto" }, shown(oneLine(item.prompt)));
-    const href = hashOf("compare", { ...options(), pair: pairOf(item) });
-    return el("li", {}, el("a", { href, tabindex: "-1", "data-key": pairOf(item) }, text, figures, el("span", { class: "where" }, el("span", {}, `k ${item.k}`), judged)));
-  }
-
-  card(item, round, query) {
-    const [before, after] = [item.answers[0], item.answers[round]];
-    const marked = before && after ? difference(trimmed(plain(before.completion)), trimmed(plain(after.completion))) : {};
-    const seed = item.seed === undefined || item.seed === null ? "" : ` · seed ${item.seed}`;
-    return [
-      el("p", { class: "eyebrow" }, `Prompt ${this.found.indexOf(item) + 1} of ${this.found.length} · k ${item.k}${seed}`),
-      el("div", { class: "asked" }, content(item.prompt, query)),
-      this.ladder(item, round),
-      el("div", { class: "pair" }, this.side(item, 0, marked.before, "del"), this.side(item, round, marked.after, "ins")),
-    ];
-  }
-
-  /** Score and held-out score of this prompt and seed, round by round. */
-  ladder(item, round) {
-    const rounds = [0, ...this.rounds];
-    const cell = (own, name) => el("td", { class: own === round || own === 0 ? "number chosen" : "number" }, number(item.answers[own]?.[name], 2));
-    const head = rounds.map((own) => {
-      const link = own === 0 ? "start" : el("a", { href: hashOf("compare", { ...options(), round: String(own) }), "aria-current": own === round ? "true" : null }, String(own));
-      return el("th", { scope: "col", class: own === round || own === 0 ? "number chosen" : "number" }, link);
-    });
-    const line = (words, name) => el("tr", {}, el("th", { scope: "row" }, words), rounds.map((own) => cell(own, name)));
-    const rows = [line("reward", "score"), ...(this.judged ? [line("held out", "held_out")] : [])];
-    const table = el("table", { class: "ladder" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "round"), head)), el("tbody", {}, rows));
-    return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "This prompt and seed, round by round" }, table);
-  }
-
-  /** One answer, with the words that the other does not have. */
-  side(item, round, marked, tag) {
+  /** One answer; `pieces` are [text, whether the other answer lacks it], marked by the tag. */
+  side(item, round, tag, pieces) {
     const answer = item.answers[round];
-    const title = round === 0 ? "Start" : `Round ${round}`;
-    if (!answer) return el("article", { class: "card" }, el("p", { class: "head" }, el("b", {}, title)), el("p", { class: "nothing" }, "This answer is not in this page."));
-    const base = item.answers[0];
-    const figures = [el("b", { class: "score" }, number(answer.score)), round && base ? change(gain(item, round, "score")) : null];
-    const judged = this.judged ? [el("span", { class: "rank" }, "held out ", el("b", {}, number(answer.held_out)), " ", round ? change(gain(item, round, "held_out")) : null)] : [];
-    const text = marked?.length ? el("p", { class: "text", dir: "auto" }, marked.map(([piece, changed]) => (changed ? el(tag, {}, shown(piece)) : shown(piece)))) : content(answer.completion);
+    const title = round ? `Round ${round}` : "Start";
+    const missing = el("p.nothing", "This answer is not in this page.");
+    if (!answer) return el("article.card", { "aria-label": title }, el("h3", title), missing);
+    const parts = pieces?.map(([text, changed]) => (changed ? el(tag, shown(text)) : shown(text)));
     return el(
-      "article",
-      { class: "card", "aria-label": title, tabindex: "-1" },
-      el("h3", {}, title),
-      el("p", { class: "head" }, figures, judged),
-      el("div", { class: "answer" }, text),
+      "article.card",
+      { "aria-label": title, tabindex: "-1" },
+      el("h3", title),
+      this.figures(item, round),
+      el("div.answer", parts?.length ? el("p.text", { dir: "auto" }, parts) : content(answer.completion)),
       partBars(answer, Object.values(item.answers)),
       circumstances({ tokens: answer.tokens, finish: answer.finish }),
     );
+  }
+
+  /** Score and held-out score, and what was gained since the start. */
+  figures(item, round) {
+    const since = (name) => (round ? [" ", change(gain(item, round, name))] : null);
+    const { score, held_out } = item.answers[round];
+    const judged = this.judged ? el("span.rank", "held out ", el("b", number(held_out)), since("held_out")) : null;
+    return el("p.head", el("b.score", number(score)), since("score"), judged);
   }
 
   /** Brings the later round's answer before the reader's eyes. */
@@ -140,23 +148,15 @@ class Compare {
     attend(this.detail.querySelector(".pair .card:last-child"));
   }
 
-  step(by) {
-    this.choose(this.found[this.found.indexOf(this.item) + by]);
-    attend(this.chosenRow?.querySelector("a"));
-  }
-
   /** The next answer to the same prompt, by another seed. */
   across(by) {
     const same = this.found.filter((item) => item.prompt_id === this.item?.prompt_id).sort((a, b) => a.k - b.k);
-    this.choose(same[same.indexOf(this.item) + by]);
-  }
-
-  choose(item) {
-    if (item) set({ pair: pairOf(item) });
+    const next = further(same, this.item, by);
+    if (next) this.choose(next);
   }
 
   turn(by) {
-    const next = this.rounds[this.rounds.indexOf(this.round()) + by];
+    const next = further(this.rounds, this.round, by);
     if (next !== undefined) set({ round: String(next) });
   }
 }

@@ -45,15 +45,16 @@ function matches(a, b) {
     else if (table[(i + 1) * width + j] >= table[i * width + j + 1]) i += 1;
     else j += 1;
   }
-  return found.filter(([i, j], at) => beside(found[at - 1], i - 1, j - 1) || beside(found[at + 1], i + 1, j + 1) || a[i].length > 3);
+  const beside = (match, at) => follows(found[at - 1], match) || follows(match, found[at + 1]);
+  return found.filter((match, at) => a[match[0]].length > 3 || beside(match, at));
 }
 
-/** Whether the match is of these two places. A short word that matches alone is chance: marking around it only unsettles. */
-function beside(match, i, j) {
-  return match !== undefined && match[0] === i && match[1] === j;
+/** Whether the two matches are neighbours. A short word that matches alone is chance: it goes. */
+function follows(one, next) {
+  return Boolean(one && next) && one[0] + 1 === next[0] && one[1] + 1 === next[1];
 }
 
-/** (len(a) + 1) x (len(b) + 1), row by row: the length of a longest common subsequence of a from i on and b from j on. */
+/** (len(a) + 1) x (len(b) + 1): how long a longest common subsequence of a from i on and b from j on is. */
 function lengths(a, b) {
   const width = b.length + 1;
   const table = new Uint16Array((a.length + 1) * width);

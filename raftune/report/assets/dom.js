@@ -1,33 +1,38 @@
 // Elements are made here and nowhere else. Text enters as text and never as markup: what a model wrote is hostile.
 
-/** An element with attributes (null and false are left out, on… are listeners) and children: nodes or strings. */
-function el(tag, attributes = {}, ...children) {
+/** An element `tag.class.class`, with attributes if the next is a plain object (on… are listeners), and children. */
+function el(name, ...rest) {
+  const [tag, ...classes] = name.split(".");
   const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value === null || value === undefined || value === false) continue;
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else node.setAttribute(name, value === true ? "" : value);
+  if (classes.length) node.className = classes.join(" ");
+  const given = rest.length && Object.getPrototypeOf(rest[0] ?? "") === Object.prototype ? rest.shift() : {};
+  for (const [attribute, value] of Object.entries(given)) {
+    if (attribute.startsWith("on")) node.addEventListener(attribute.slice(2), value);
+    else if (value !== null && value !== undefined) node.setAttribute(attribute, value);
   }
-  return fill(node, ...children);
+  return fill(node, ...rest);
 }
 
 /** The node with these children and no others; what is null or undefined is left out. */
 function fill(node, ...children) {
-  node.replaceChildren(...children.flat().filter((child) => child !== null && child !== undefined));
+  node.replaceChildren(...children.flat(2).filter((child) => child !== null && child !== undefined));
   return node;
 }
 
 // What a reader cannot see, or what turns the reading direction of all that follows: shown by name instead.
 // Tab and line feed stay, and so do the joiners that scripts and emoji need (U+200C, U+200D).
-const UNSEEN =
-  /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\u{e0000}-\u{e007f}]|\p{Surrogate}/gu;
+const UNSEEN = new RegExp(
+  "[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u115f\\u1160\\u180e\\u200b\\u200e\\u200f" +
+    "\\u2028-\\u202e\\u2060-\\u206f\\u3164\\ufeff\\uffa0\\ufff9-\\ufffb\\u{e0000}-\\u{e007f}]|\\p{Surrogate}",
+  "gu",
+);
 
-/** The character's picture (␛) or its code point (U+202E). */
-function nameOf(character) {
+/** The character by its picture (␛), if it has one, or by its code point (U+202E). */
+function named(character) {
   const code = character.codePointAt(0);
-  if (code < 0x20) return String.fromCodePoint(0x2400 + code);
-  if (code === 0x7f) return "␡";
-  return "U+" + code.toString(16).toUpperCase().padStart(4, "0");
+  const point = "U+" + code.toString(16).toUpperCase().padStart(4, "0");
+  const picture = code < 0x20 ? String.fromCodePoint(0x2400 + code) : point;
+  return el("span.unseen-character", { title: point }, picture);
 }
 
 /** The text as nodes: unseen characters by name, and what matches the query marked. */
@@ -35,7 +40,7 @@ function shown(text, query = "") {
   const pieces = document.createDocumentFragment();
   for (const [piece, found] of split(String(text), query)) {
     const nodes = revealed(piece);
-    if (found) pieces.append(el("mark", {}, ...nodes));
+    if (found) pieces.append(el("mark", nodes));
     else pieces.append(...nodes);
   }
   return pieces;
@@ -63,8 +68,7 @@ function revealed(text) {
   const nodes = [];
   let at = 0;
   for (const match of text.matchAll(UNSEEN)) {
-    const code = "U+" + match[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-    nodes.push(text.slice(at, match.index), el("span", { class: "unseen-character", title: code }, nameOf(match[0])));
+    nodes.push(text.slice(at, match.index), named(match[0]));
     at = match.index + match[0].length;
   }
   return [...nodes, text.slice(at)].filter(Boolean);
@@ -72,26 +76,27 @@ function revealed(text) {
 
 /** A name or a short text inside a line: isolated, so that its direction turns nothing around it. */
 function inline(text, query = "") {
-  return el("bdi", {}, shown(text, query));
+  return el("bdi", shown(text, query));
 }
 
 /** A prompt or an answer to read: a text as it is, messages with their roles, anything else as JSON. */
 function content(value, query = "") {
-  if (Array.isArray(value)) return el("div", { class: "messages" }, value.map((message) => turn(message, query)));
+  if (Array.isArray(value)) return el("div.messages", value.map((message) => turn(message, query)));
   const text = plain(value);
-  if (!text.trim()) return el("p", { class: "text nothing" }, text ? "(only spaces and line breaks)" : "(empty)");
-  return el("p", { class: "text", dir: "auto" }, shown(trimmed(text), query));
+  if (!text.trim()) return el("p.text.nothing", text ? "(only spaces and line breaks)" : "(empty)");
+  return el("p.text", { dir: "auto" }, shown(trimmed(text), query));
 }
 
 /** One message of a conversation. */
 function turn(message, query) {
-  return el("div", { class: "turn" }, el("span", { class: "role" }, inline(message?.role ?? "?")), content(message?.content ?? "", query));
+  return el("div.turn", el("span.role", inline(message?.role ?? "?")), content(message?.content ?? "", query));
 }
 
 /** The text of a prompt or an answer in one line, for lists and for searching. */
 function plain(value) {
   if (typeof value === "string") return value;
-  if (Array.isArray(value)) return value.map((message) => `${message?.role ?? "?"}: ${plain(message?.content ?? "")}`).join("\n");
+  const line = (message) => `${message?.role ?? "?"}: ${plain(message?.content ?? "")}`;
+  if (Array.isArray(value)) return value.map(line).join("\n");
   if (value === null || value === undefined) return "";
   return typeof value === "object" ? JSON.stringify(value) : String(value);
 }
@@ -106,6 +111,11 @@ function number(value, digits = 3) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   const large = Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 10 ** -digits / 2);
   return (large ? value.toExponential(2) : value.toFixed(digits)).replace("-", "−");
+}
+
+/** A number in four digits, as short as it goes. */
+function brief(value) {
+  return String(Number(value.toPrecision(4))).replace("-", "−");
 }
 
 /** A difference: always with its sign. */
@@ -125,7 +135,6 @@ function counted(value, one, many = one + "s") {
 
 /** A gain or a loss in sign, arrow and colour. */
 function change(value) {
-  if (value === null || value === undefined) return el("span", { class: "change" }, "–");
-  const way = value > 0 ? "gain" : value < 0 ? "loss" : "";
-  return el("span", { class: `change ${way}` }, signed(value, 2));
+  const way = value > 0 ? ".gain" : value < 0 ? ".loss" : "";
+  return el(`span.change${way}`, signed(value, 2));
 }

@@ -1,81 +1,63 @@
 // The screen "Learned from": exactly the rows that each round was tuned on.
 
-class Learned {
+class Learned extends Listing {
   constructor(panel, page) {
-    this.page = page;
-    this.all = page.document.learned;
-    this.rounds = roundsOf(this.all.items);
-    this.search = searchField("Search prompts, answers and reasons");
-    this.fields = {
-      round: choice("Round", "round", roundChoices(this.rounds)),
-      from: choice("Origin", "from", [["", "of any origin"], ...this.origins().map((words) => [words, words])]),
-    };
-    this.note = el("p", { class: "showing", role: "status" });
-    this.list = el("ol", { class: "lessons", "aria-label": "Training rows" });
-    this.rows = new Rows(this.list, (item, index) => this.row(item, index));
+    const { items } = page.document.learned;
+    const rounds = roundsOf(items);
+    const origins = [...new Set(items.map(originWords))].map((words) => [words, words]);
+    super(page, page.document.learned, el("ol.lessons", { "aria-label": "Training rows" }), {
+      q: searchField("Search prompts, answers and reasons"),
+      round: choice("Round", "round", roundChoices(rounds)),
+      from: choice("Origin", "from", [["", "of any origin"], ...origins]),
+    });
+    this.rounds = rounds;
     this.none = nothing(this.all, "training row");
-    panel.append(el("div", { class: "toolbar" }, el("div", { class: "fields" }, this.search, Object.values(this.fields)), this.note), this.list, this.none);
+    panel.append(el("div.toolbar", el("div.fields", Object.values(this.fields)), this.note), this.list, this.none);
   }
 
-  origins() {
-    return [...new Set(this.all.items.map(originWords))];
+  items() {
+    const [q, round, from] = ["q", "round", "from"].map((name) => this.asked(name));
+    const texts = (item) => [plain(item.prompt), plain(item.completion), item.reason ?? "", item.sample_id];
+    return this.all.items.filter(
+      (item) =>
+        (!round || String(item.round) === round) && (!from || originWords(item) === from) && holds(q, texts(item)),
+    );
   }
 
-  draw() {
-    const { round, from, q = "", row } = options();
-    reflect(this.search, q);
-    for (const [name, field] of Object.entries(this.fields)) reflect(field, options()[name]);
-    const version = JSON.stringify([round, from, q]);
-    if (version !== this.version) {
-      this.found = this.all.items.filter(
-        (item) =>
-          (!round || String(item.round) === round) &&
-          (!from || originWords(item) === from) &&
-          holds(q, [plain(item.prompt), plain(item.completion), item.reason ?? "", item.sample_id]),
-      );
-    }
-    this.version = version;
-    fill(this.note, showing(this.all, this.found.length));
-    this.none.hidden = this.found.length > 0;
-    const chosen = row ? this.found.indexOf(this.all.items[row]) : -1;
-    this.chosenRow = this.rows.show(this.found, version, chosen);
+  chosen() {
+    return this.all.items[this.asked("row") || -1] ?? null;
+  }
+
+  choose(item) {
+    set({ row: String(this.all.items.indexOf(item)) });
   }
 
   row(item, index) {
-    const query = options().q ?? "";
-    return el(
-      "li",
-      { class: "lesson", tabindex: "-1", "data-row": this.all.items.indexOf(item), value: index + 1 },
-      this.about(item),
-      el("div", { class: "asked" }, content(item.prompt, query)),
-      el("div", { class: "answer" }, content(item.completion, query)),
-    );
+    const query = this.asked("q");
+    const given = { tabindex: "-1", "data-row": this.all.items.indexOf(item), value: index + 1 };
+    const asked = el("div.asked", content(item.prompt, query));
+    return el("li.lesson", given, this.about(item), asked, el("div.answer", content(item.completion, query)));
   }
 
   /** Score and weight, where the row came from, and why it was kept. */
   about(item) {
-    const rivals = this.page.places.get(item.sample_id)?.screen === "prompts" ? el("a", { href: hashOf("prompts", { sample: item.sample_id }) }, "its rivals") : null;
-    const source = item.source && item.source !== "policy" ? [", ", inline(item.source)] : [];
+    const href = hashOf("prompts", { sample: item.sample_id });
+    const rivals = this.page.places.get(item.sample_id)?.screen === "prompts" ? el("a", { href }, "its rivals") : null;
+    const source = item.source && item.source !== "policy" ? [", ", inline(item.source)] : null;
     return el(
-      "div",
-      { class: "about" },
-      el("p", {}, el("b", { class: "score" }, number(item.score)), ` weight ${number(item.weight, item.weight === 1 ? 0 : 2)}`),
-      el("p", {}, `round ${item.round}: ${originWords(item)}`, source),
-      el("p", {}, item.reason ? inline(item.reason) : null, item.reason && rivals ? " · " : null, rivals),
+      "div.about",
+      el("p", el("b.score", number(item.score)), ` weight ${number(item.weight, item.weight === 1 ? 0 : 2)}`),
+      el("p", `round ${item.round}: ${originWords(item)}`, source),
+      el("p", item.reason ? inline(item.reason) : null, item.reason && rivals ? " · " : null, rivals),
     );
   }
 
-  step(by) {
-    const at = this.found.indexOf(this.all.items[options().row]);
-    const next = this.found[at + by];
-    if (!next) return;
-    set({ row: String(this.all.items.indexOf(next)) });
-    attend(this.chosenRow);
+  show() {
+    this.none.hidden = this.found.length > 0;
   }
 
   turn(by) {
-    const steps = ["", ...this.rounds.map(String)];
-    const next = steps[steps.indexOf(options().round ?? "") + by];
+    const next = further(["", ...this.rounds.map(String)], this.asked("round"), by);
     if (next !== undefined) set({ round: next, row: "" });
   }
 }

@@ -1,19 +1,19 @@
-// Long lists: a page of rows at first, more as the end comes into view, and what is chosen always among them.
+// Screens that list: fields to narrow and order by, what is shown of how many, and rows of which one is chosen.
 
-const PAGE = 60;
+const PAGE = 60; // rows that are drawn at once; more as the end comes into view
 
 /** Rows of an <ol>, drawn anew only when what they show has changed. */
 class Rows {
   constructor(list, row) {
     this.list = list;
     this.row = row; // (item, index) → <li>
-    this.items = [];
     this.version = null;
-    this.watch = new IntersectionObserver((seen) => seen.some((entry) => entry.isIntersecting) && this.grow(this.drawn + PAGE));
-    this.end = el("li", { class: "end" }, el("button", { type: "button", onclick: () => this.grow(this.drawn + PAGE) }, "Show more"));
+    const more = () => this.grow(this.drawn + PAGE);
+    this.end = el("li.end", el("button", { type: "button", onclick: more }, "Show more"));
+    this.watch = new IntersectionObserver((seen) => seen.some((entry) => entry.isIntersecting) && more());
   }
 
-  /** Shows the items and marks the chosen one; `version` says what they depend on. */
+  /** Shows the items, which `version` stands for, and marks the chosen one. Returns what of it can have the focus. */
   show(items, version, chosen) {
     if (version !== this.version) this.reset(items, version);
     this.grow(chosen + 1);
@@ -26,7 +26,7 @@ class Rows {
     target.setAttribute("aria-current", "true");
     target.setAttribute("tabindex", "0"); // one stop for the Tab key: j and k, or the arrows, go on from there
     this.uncover(row);
-    return row;
+    return target;
   }
 
   /** Scrolls the list, and not the page, until the row is in view. */
@@ -40,7 +40,7 @@ class Rows {
     this.items = items;
     this.version = version;
     this.drawn = 0;
-    this.list.replaceChildren();
+    fill(this.list);
     this.list.scrollTop = 0;
     this.grow(PAGE);
   }
@@ -60,18 +60,70 @@ class Rows {
   }
 }
 
+/**
+ * What the listing screens share. Each says which of its items are asked for and in which order (`items`), how one
+ * looks in the list (`row`), which is chosen (`chosen`) and how to choose (`choose`), and draws it at large (`show`).
+ */
+class Listing {
+  constructor(page, all, list, fields) {
+    this.page = page;
+    this.all = all;
+    this.fields = fields; // by the option that each sets; `q` is the search
+    this.note = el("p.showing", { role: "status" });
+    this.list = list;
+    this.rows = new Rows(list, (item, index) => this.row(item, index));
+  }
+
+  /** What the option is set to. */
+  asked(name) {
+    return options()[name] ?? "";
+  }
+
+  draw() {
+    const asked = Object.keys(this.fields).map((name) => this.asked(name));
+    Object.values(this.fields).forEach((field, i) => reflect(field, asked[i]));
+    const version = JSON.stringify(asked);
+    if (version !== this.version) this.found = this.items();
+    this.version = version;
+    this.item = this.chosen();
+    this.target = this.rows.show(this.found, version, this.found.indexOf(this.item));
+    fill(this.note, showing(this.all, this.found.length));
+    this.show();
+  }
+
+  /** Chooses the item so many rows further on. */
+  step(by) {
+    const next = this.found[this.found.indexOf(this.item) + by];
+    if (!next) return;
+    this.choose(next);
+    attend(this.target);
+  }
+}
+
+/** Two columns: fields, what is shown and the list on the left, what was chosen on the right. */
+function columns(listing, detail) {
+  const fields = el("div.fields", Object.values(listing.fields));
+  return el("div.columns", el("div.side", fields, listing.note, listing.list), detail);
+}
+
+/** What stands where a list is empty. */
+function nothing(list, one) {
+  const words = list.items.length ? `No ${one} matches what was asked for.` : `There is no ${one} in this page yet.`;
+  return el("p.empty", words);
+}
+
 /** A labelled search field that sets the option `q` of the screen. */
 function searchField(label) {
-  const input = el("input", { type: "search", placeholder: label, "aria-label": label, "aria-keyshortcuts": "/", spellcheck: "false" });
-  input.addEventListener("input", () => set({ q: input.value }));
-  return input;
+  const oninput = (event) => set({ q: event.target.value });
+  const names = { placeholder: label, "aria-label": label, "aria-keyshortcuts": "/" };
+  return el("input", { type: "search", spellcheck: "false", ...names, oninput });
 }
 
 /** A choice that sets an option of the screen; `choices` are [value, words] that say by themselves what is chosen. */
 function choice(label, option, choices) {
-  const select = el("select", { "aria-label": label, onchange: () => set({ [option]: select.value }) });
-  select.append(...choices.map(([value, words]) => el("option", { value }, words)));
-  return select;
+  const onchange = (event) => set({ [option]: event.target.value });
+  const all = choices.map(([value, words]) => el("option", { value }, words));
+  return el("select", { "aria-label": label, onchange }, all);
 }
 
 /** Choices of a round, or of all. */
@@ -84,17 +136,23 @@ function roundsOf(items) {
   return [...new Set(items.map((item) => item.round))].sort((a, b) => a - b);
 }
 
-/** Brings a field to the value that the option has; what is being typed stays as it is. */
-function reflect(field, value = "") {
-  if (field.value !== value) field.value = value;
+/** What stands so many places after the current value, or undefined. */
+function further(values, current, by) {
+  return values[values.indexOf(current) + by];
 }
 
-/** "Showing 200 of 12,800, chosen by …; 37 of them match". */
+/** Brings a field to a value; a choice that does not have it, to its first. */
+function reflect(field, value) {
+  if (field.value !== value) field.value = value;
+  if (field.selectedIndex === -1) field.selectedIndex = 0;
+}
+
+/** "Showing 200 of 12,800, chosen by … · 37 of them match". */
 function showing(list, matching) {
-  const all = list.shown === list.of ? `Showing all ${count(list.of)}` : `Showing ${count(list.shown)} of ${count(list.of)}, chosen by `;
-  const chosen = list.shown === list.of ? [] : [inline(list.chosen_by ?? "")];
-  const narrowed = matching === list.items.length ? "" : ` · ${count(matching)} of them ${matching === 1 ? "matches" : "match"}`;
-  return [all, ...chosen, narrowed];
+  const narrowed = ` · ${count(matching)} of them ${matching === 1 ? "matches" : "match"}`;
+  const chosen = list.shown === list.of ? null : [` of ${count(list.of)}, chosen by `, inline(list.chosen_by)];
+  const all = list.shown === list.of ? "all " : "";
+  return [`Showing ${all}${count(list.shown)}`, chosen, matching === list.items.length ? null : narrowed];
 }
 
 /** Whether any of the texts holds the query, in either case. */
@@ -103,40 +161,10 @@ function holds(query, texts) {
   return !wanted || texts.some((text) => text.search(wanted) >= 0);
 }
 
-/** The items by a number, largest first (or last, with sign −1); those without one at the end. */
-function sorted(items, value, sign = 1) {
-  const known = (item) => value(item) !== null && value(item) !== undefined;
-  return [...items.filter(known).sort((a, b) => sign * (value(b) - value(a))), ...items.filter((item) => !known(item))];
-}
-
-/** Small bars, one a part of the score, from zero to the part's value; `of` are all samples that set the scale. */
-function partBars(sample, of) {
-  return el("dl", { class: "parts" }, Object.entries(sample.parts ?? {}).map(([name, value]) => partBar(name, value, of)));
-}
-
-function partBar(name, value, of) {
-  const values = of.map((sample) => sample.parts?.[name]).filter(Number.isFinite);
-  const [low, high] = [Math.min(0, ...values), Math.max(0, ...values)];
-  const at = (x) => ((x - low) / (high - low || 1)) * 100;
-  const track = el("span", { class: "track", "aria-hidden": "true" });
-  if (Number.isFinite(value)) {
-    const bar = el("span", { class: value < 0 ? "bar below" : "bar" });
-    bar.style.left = `${Math.min(at(0), at(value))}%`;
-    bar.style.width = `${Math.abs(at(value) - at(0))}%`;
-    track.append(bar);
-  }
-  const zero = el("span", { class: "zero" });
-  zero.style.left = `${at(0)}%`;
-  track.append(zero);
-  return el("div", {}, el("dt", { title: name }, inline(name)), el("dd", {}, track, el("span", { class: "figure" }, number(value))));
-}
-
-/** Where a sample came from and how it ended, in words. */
-function circumstances({ source, k, tokens, finish }) {
-  const words = [];
-  if (source && source !== "policy") words.push(el("span", { class: "tag" }, inline(source)));
-  if (Number.isFinite(k)) words.push(`k ${k}`);
-  if (Number.isFinite(tokens)) words.push(counted(tokens, "token"));
-  if (finish === "length") words.push(el("span", { class: "tag" }, "cut off"));
-  return el("p", { class: "circumstances" }, words.flatMap((word, i) => (i ? [" · ", word] : [word])));
+/** The items by a number, largest first, or last where `order` begins with a minus; those without one at the end. */
+function sorted(items, value, order) {
+  const sign = order.startsWith("-") ? -1 : 1;
+  const known = (item) => Number.isFinite(value(item));
+  const ordered = items.filter(known).sort((a, b) => sign * (value(b) - value(a)));
+  return [...ordered, ...items.filter((item) => !known(item))];
 }

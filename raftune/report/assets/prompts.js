@@ -1,6 +1,6 @@
 // The screen "Prompts": all candidates of a prompt side by side, which of them was kept, and why.
 
-const PROMPT_SORTS = [
+const PROMPT_ORDERS = [
   ["", "in the order asked"],
   ["margin", "largest margin"],
   ["-margin", "smallest margin"],
@@ -10,110 +10,98 @@ const PROMPT_SORTS = [
   ["-spread", "narrowest spread"],
 ];
 
-/** What a prompt is sorted by: its margin, the mean of its scores, or the highest less the lowest. */
+/** What prompts are ordered by: the margin, the mean of the scores, the highest less the lowest. */
 const PROMPT_VALUES = {
   margin: (item) => item.margin,
-  reward: (item) => mean(scoresOf(item)),
-  spread: (item) => (scoresOf(item).length ? Math.max(...scoresOf(item)) - Math.min(...scoresOf(item)) : null),
+  reward: (item) => mean(scoresOf(item.samples)),
+  spread: (item) => Math.max(...scoresOf(item.samples)) - Math.min(...scoresOf(item.samples)),
 };
 
-function scoresOf(item) {
-  return item.samples.map((sample) => sample.score).filter(Number.isFinite);
-}
-
-function mean(values) {
-  return values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null;
-}
-
-/** Best first: by rank, those that were not ranked at the end, each in the order in which they were drawn. */
-function ranked(samples) {
-  return [...samples].sort((a, b) => (a.rank || Infinity) - (b.rank || Infinity) || a.k - b.k);
-}
-
-function kept(sample) {
-  return sample.weight > 0;
-}
-
-class Prompts {
+class Prompts extends Listing {
   constructor(panel, page) {
-    this.page = page;
-    this.all = page.document.prompts;
-    this.rounds = roundsOf(this.all.items);
-    this.search = searchField("Search prompts and answers");
-    this.fields = {
-      round: choice("Round", "round", roundChoices(this.rounds)),
-      sort: choice("Order", "sort", PROMPT_SORTS),
-      alarm: choice("Alarm", "alarm", [["", "named by an alarm or not"], ...page.alarms.map((alarm, i) => [String(i), alarmName(alarm)])]),
-    };
-    this.fields.alarm.hidden = !page.alarms.length;
-    this.note = el("p", { class: "showing", role: "status" });
-    this.list = el("ol", { class: "rows", "aria-label": "Prompts" });
-    this.rows = new Rows(this.list, (item) => this.row(item));
-    this.detail = el("div", { class: "detail" });
-    panel.append(columns([this.search, ...Object.values(this.fields)], this.note, this.list, this.detail));
+    const rounds = roundsOf(page.document.prompts.items);
+    const alarms = page.alarms.map((alarm, i) => [String(i), alarmName(alarm)]);
+    super(page, page.document.prompts, el("ol.rows", { "aria-label": "Prompts" }), {
+      q: searchField("Search prompts and answers"),
+      round: choice("Round", "round", roundChoices(rounds)),
+      sort: choice("Order", "sort", PROMPT_ORDERS),
+      alarm: choice("Alarm", "alarm", [["", "named by an alarm or not"], ...alarms]),
+    });
+    this.rounds = rounds;
+    this.fields.alarm.hidden = !alarms.length;
+    this.detail = el("div.detail");
+    panel.append(columns(this, this.detail));
   }
 
-  /** The items that the options ask for, in their order. */
   items() {
-    const { round, q, alarm, sort = "" } = options();
-    const named = alarm ? new Set((this.page.alarms[alarm]?.samples ?? []).map((sample) => sample.sample_id)) : null;
+    const [q, round, order] = ["q", "round", "sort"].map((name) => this.asked(name));
+    const named = this.named();
+    const texts = (item) => [plain(item.prompt), ...item.samples.map((sample) => plain(sample.completion))];
     const found = this.all.items.filter(
       (item) =>
         (!round || String(item.round) === round) &&
         (!named || item.samples.some((sample) => named.has(sample.id))) &&
-        holds(q, [plain(item.prompt), ...item.samples.map((sample) => plain(sample.completion))]),
+        holds(q, texts(item)),
     );
-    const value = PROMPT_VALUES[sort.replace("-", "")];
-    return value ? sorted(found, value, sort.startsWith("-") ? -1 : 1) : found;
+    const value = PROMPT_VALUES[order.replace("-", "")];
+    return value ? sorted(found, value, order) : found;
   }
 
-  draw() {
-    const { round, q = "", alarm, sort, sample } = options();
-    reflect(this.search, q);
-    for (const [name, field] of Object.entries(this.fields)) reflect(field, options()[name]);
-    const version = JSON.stringify([round, q, alarm, sort]);
-    if (version !== this.version) this.found = this.items();
-    this.version = version;
-    fill(this.note, showing(this.all, this.found.length));
-    this.item = this.chosen(sample);
-    this.chosenRow = this.rows.show(this.found, version, this.found.indexOf(this.item));
-    fill(this.detail, this.item ? this.card(this.item, q) : nothing(this.all, "prompt"));
+  /** The samples that the chosen alarm names; null where none is chosen. */
+  named() {
+    const alarm = this.page.alarms[this.asked("alarm") || -1];
+    return alarm ? new Set((alarm.samples ?? []).map((sample) => sample.sample_id)) : null;
   }
 
-  /** The item of the sample that the address names, where it is among those found; else the first. */
-  chosen(sample) {
-    return this.found.find((item) => item.samples.some((own) => own.id === sample)) ?? this.found[0] ?? null;
+  /** The prompt of the sample that the address names, where it is among those found; else the first. */
+  chosen() {
+    const id = this.asked("sample");
+    return this.found.find((item) => item.samples.some((sample) => sample.id === id)) ?? this.found[0] ?? null;
+  }
+
+  choose(item) {
+    set({ sample: ranked(item.samples)[0]?.id });
+  }
+
+  row(item) {
+    const best = ranked(item.samples)[0];
+    const margin = Number.isFinite(item.margin) ? `margin ${signed(item.margin, 2)}` : null;
+    const given = { href: hashOf("prompts", { ...options(), sample: best?.id }), tabindex: "-1", "data-key": "" };
+    const text = el("span.line", { dir: "auto" }, shown(oneLine(item.prompt)));
+    const figures = el("span.figures", best && kept(best) ? "★ " : null, number(best?.score, 2));
+    const outcome = el("span", item.reason ? "nothing kept" : margin);
+    const where = el("span.where", el("span", `round ${item.round}`), outcome);
+    return el("li", el("a", given, text, figures, where));
   }
 
   /** The sample in view: the one that the address names, else the best. */
   sample() {
     const samples = ranked(this.item?.samples ?? []);
-    return samples.find((sample) => sample.id === options().sample) ?? samples[0] ?? null;
+    return samples.find((sample) => sample.id === this.asked("sample")) ?? samples[0] ?? null;
   }
 
-  row(item) {
-    const best = ranked(item.samples)[0];
-    const figures = el("span", { class: "figures" }, best && kept(best) ? "★ " : "", number(best?.score, 2));
-    const text = el("span", { class: "line", dir: "auto" }, shown(oneLine(item.prompt)));
-    const outcome = item.reason ? "nothing kept" : Number.isFinite(item.margin) ? `margin ${signed(item.margin, 2)}` : "";
-    const where = el("span", { class: "where" }, el("span", {}, `round ${item.round}`), el("span", {}, outcome));
-    const href = hashOf("prompts", { ...options(), sample: best?.id });
-    return el("li", {}, el("a", { href, tabindex: "-1", "data-key": best?.id ?? "" }, text, figures, where));
-  }
-
-  /** The prompt with its candidates. */
-  card(item, query) {
+  show() {
+    const { item } = this;
+    if (!item) return fill(this.detail, nothing(this.all, "prompt"));
+    const place = `Round ${item.round} · prompt ${this.found.indexOf(item) + 1} of ${this.found.length}`;
+    const asked = el("div.asked", content(item.prompt, this.asked("q")));
     const samples = ranked(item.samples);
-    const current = this.sample();
-    const heading = el("p", { class: "eyebrow" }, `Round ${item.round} · prompt ${this.found.indexOf(item) + 1} of ${this.found.length}`);
-    return [
-      heading,
-      el("div", { class: "asked" }, content(item.prompt, query)),
-      scoreLine(samples, current),
+    return fill(
+      this.detail,
+      el("p.eyebrow", place),
+      asked,
+      scoreLine(samples, this.sample()),
       verdictWords(item, samples),
-      el("ol", { class: wordy(samples) ? "strip wordy" : "strip", "aria-label": "Candidates, best first" }, samples.map((sample) => candidate(sample, samples, sample === current, query))),
-      identity(current),
-    ];
+      this.strip(samples),
+      identity(this.sample()),
+    );
+  }
+
+  /** The candidates side by side. */
+  strip(samples) {
+    const wordy = mean(samples.map((sample) => plain(sample.completion).length)) > 300;
+    const cards = samples.map((sample) => candidate(sample, samples, sample === this.sample(), this.asked("q")));
+    return el(wordy ? "ol.strip.wordy" : "ol.strip", { "aria-label": "Candidates, best first" }, cards);
   }
 
   /** Brings the sample in view before the reader's eyes. */
@@ -121,18 +109,9 @@ class Prompts {
     attend(this.detail.querySelector('.card[aria-current="true"]'));
   }
 
-  /** Chooses the prompt so many rows further on. */
-  step(by) {
-    const next = this.found[this.found.indexOf(this.item) + by];
-    if (!next) return;
-    set({ sample: ranked(next.samples)[0]?.id });
-    attend(this.chosenRow?.querySelector("a"));
-  }
-
   /** Chooses the sample so many places further on. */
   across(by) {
-    const samples = ranked(this.item?.samples ?? []);
-    const next = samples[samples.indexOf(this.sample()) + by];
+    const next = further(ranked(this.item?.samples ?? []), this.sample(), by);
     if (!next) return;
     set({ sample: next.id });
     this.reveal();
@@ -140,81 +119,74 @@ class Prompts {
 
   /** Shows the prompts of the next round; the same prompt, where that round asked it too. */
   turn(by) {
-    const steps = ["", ...this.rounds.map(String)];
-    const next = steps[steps.indexOf(options().round ?? "") + by];
+    const next = further(["", ...this.rounds.map(String)], this.asked("round"), by);
     if (next === undefined) return;
     const same = this.all.items.find((item) => String(item.round) === next && item.id === this.item?.id);
-    set({ round: next, sample: next === "" ? options().sample : ranked(same?.samples ?? [])[0]?.id });
+    set({ round: next, sample: same ? ranked(same.samples)[0]?.id : this.asked("sample") });
   }
+}
+
+/** Best first: by rank, those that were not ranked at the end, each in the order in which they were drawn. */
+function ranked(samples) {
+  return [...samples].sort((a, b) => (a.rank || 1e9) - (b.rank || 1e9) || a.k - b.k);
+}
+
+function kept(sample) {
+  return sample.weight > 0;
 }
 
 /** All scores on one line: a dot a candidate, ★ what was kept, a stroke at the mean. */
 function scoreLine(samples, current) {
-  const scored = samples.filter((sample) => Number.isFinite(sample.score));
-  if (scored.length < 2) return null;
-  const scores = scored.map((sample) => sample.score);
+  const scores = scoresOf(samples);
+  if (scores.length < 2) return null;
   const [low, high, middle] = [Math.min(...scores), Math.max(...scores), mean(scores)];
-  const words = `${scored.length} scores from ${number(low, 2)} to ${number(high, 2)}, mean ${number(middle, 2)}`;
-  const line = el("div", { class: "scoreline", role: "img", "aria-label": words });
-  const place = (node, value) => (node.style.setProperty("left", `${((value - low) / (high - low || 1)) * 100}%`), line.append(node));
-  place(el("span", { class: "mean" }, el("span", {}, `mean ${number(middle, 2)}`)), middle);
-  for (const sample of [...scored].reverse()) {
-    const kind = `dot${kept(sample) ? " kept" : ""}${sample === current ? " current" : ""}`;
-    place(el("a", { class: kind, href: hashOf("prompts", { ...options(), sample: sample.id }), tabindex: "-1", title: number(sample.score) }, kept(sample) ? "★" : ""), sample.score);
-  }
-  return el("div", { class: "scorebox" }, el("span", { class: "low" }, number(low, 2)), line, el("span", { class: "high" }, number(high, 2)));
+  const at = (score) => ((score - low) / (high - low || 1)) * 100;
+  const scored = samples.filter((sample) => Number.isFinite(sample.score)).reverse(); // the best on top
+  const words = `${scores.length} scores from ${number(low, 2)} to ${number(high, 2)}, mean ${number(middle, 2)}`;
+  const line = el("div.scoreline", { role: "img", "aria-label": words });
+  line.append(placed(el("span.mean", el("span", `mean ${number(middle, 2)}`)), at(middle)));
+  line.append(...scored.map((sample) => placed(dot(sample, sample === current), at(sample.score))));
+  return el("div.scorebox", el("span", number(low, 2)), line, el("span", number(high, 2)));
+}
+
+function dot(sample, current) {
+  const href = hashOf("prompts", { ...options(), sample: sample.id });
+  const kind = `a.dot${kept(sample) ? ".kept" : ""}${current ? ".current" : ""}`;
+  return el(kind, { href, tabindex: "-1", title: number(sample.score) }, kept(sample) ? "★" : null);
 }
 
 /** What was decided about the prompt, in a sentence. */
 function verdictWords(item, samples) {
-  if (item.reason) return el("p", { class: "verdict" }, "Nothing was kept of this prompt: ", inline(item.reason), ".");
-  const winners = samples.filter(kept);
-  const best = Math.max(...winners.map((sample) => sample.score));
-  const scores = scoresOf(item);
-  const middle = mean(scores);
-  if (!winners.length || middle === null) return el("p", { class: "verdict" }, "Nothing was kept of this prompt.");
-  const stars = winners.length === 1 ? "kept" : `${winners.length} kept, the best`;
-  return el("p", { class: "verdict" }, `★ ${stars} at `, el("b", {}, number(best, 2)), `; the mean of ${counted(scores.length, "candidate")} is ${number(middle, 2)}: a margin of `, el("b", {}, signed(item.margin ?? best - middle, 2)), ".");
-}
-
-/** Whether the answers are so long that they want wide columns. */
-function wordy(samples) {
-  return mean(samples.map((sample) => plain(sample.completion).length)) > 300;
+  const winners = scoresOf(samples.filter(kept));
+  const scores = scoresOf(samples);
+  if (item.reason) return el("p.verdict", "Nothing was kept of this prompt: ", inline(item.reason), ".");
+  if (!winners.length) return el("p.verdict", "Nothing was kept of this prompt.");
+  const stars = winners.length === 1 ? "★ kept at " : `★ ${winners.length} kept, the best at `;
+  const best = Math.max(...winners);
+  const beside = `; the mean of ${counted(scores.length, "candidate")} is ${number(mean(scores), 2)}: a margin of `;
+  const margin = el("b", signed(item.margin ?? best - mean(scores), 2));
+  return el("p.verdict", stars, el("b", number(best, 2)), beside, margin, ".");
 }
 
 /** What the sample in view is called on disk. */
 function identity(sample) {
   if (!sample) return null;
-  const seed = sample.seed === null || sample.seed === undefined ? "" : ` · seed ${sample.seed}`;
-  return el("p", { class: "eyebrow" }, "Sample ", inline(sample.id), seed);
+  return el("p.eyebrow", "Sample ", inline(sample.id), sample.seed ? ` · seed ${sample.seed}` : null);
 }
 
 /** One candidate: verdict, score, answer, parts, reason, circumstances. */
 function candidate(sample, samples, current, query) {
-  const rank = sample.rank ? `rank ${sample.rank} of ${samples.length}` : "not ranked";
-  const head = el(
-    "p",
-    { class: "head" },
-    kept(sample) ? el("span", { class: "star", role: "img", "aria-label": "kept" }, "★") : null,
-    el("b", { class: "score" }, number(sample.score)),
-    el("span", { class: "rank" }, rank),
-  );
-  const status = sample.status && sample.status !== "ok" ? el("p", { class: "trouble" }, el("b", {}, statusWords(sample.status)), sample.detail ? [": ", inline(sample.detail)] : null) : null;
-  const weight = kept(sample) && sample.weight !== 1 ? `, weight ${number(sample.weight, 2)}` : "";
+  const star = kept(sample) ? el("span.star", { role: "img", "aria-label": "kept" }, "★") : null;
+  const rank = el("span.rank", sample.rank ? `rank ${sample.rank} of ${samples.length}` : "not ranked");
+  const weight = kept(sample) && sample.weight !== 1 ? `, weight ${number(sample.weight, 2)}` : null;
   return el(
-    "li",
-    { class: `card${kept(sample) ? " kept" : ""}`, tabindex: current ? "0" : "-1", "aria-current": current ? "true" : null, "data-sample": sample.id },
-    head,
-    el("div", { class: "answer" }, content(sample.completion, query)),
-    status,
+    kept(sample) ? "li.card.kept" : "li.card",
+    { tabindex: current ? "0" : "-1", "aria-current": current ? "true" : null },
+    el("p.head", star, el("b.score", number(sample.score)), rank),
+    el("div.answer", content(sample.completion, query)),
+    trouble(sample),
     partBars(sample, samples),
-    el("p", { class: "reason" }, inline(sample.reason ?? ""), weight),
+    el("p.reason", inline(sample.reason ?? ""), weight),
     circumstances(sample),
   );
-}
-
-/** A status in the words of the documentation. */
-function statusWords(status) {
-  const known = { not_applicable: "no reward applied", invalid: "invalid score", error: "the reward failed", timeout: "the reward timed out" };
-  return known[status] ?? String(status);
 }

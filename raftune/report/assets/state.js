@@ -11,7 +11,7 @@ function options() {
   return state.options[state.screen];
 }
 
-/** Screen and options that a hash stands for, or null where it names nothing. An id stands for its place on a screen. */
+/** Screen and options that a hash stands for, or null where it names nothing. An id stands for a place on a screen. */
 function parsed(hash) {
   const [name, query = ""] = hash.replace(/^#/, "").split(/\?(.*)/s);
   const { theme, ...rest } = Object.fromEntries(new URLSearchParams(query));
@@ -37,7 +37,7 @@ function readAddress() {
 
 let waiting = 0;
 
-/** Writes the view into the address: as a new entry of the history, or in place and at leisure (browsers limit the rate). */
+/** Writes the view into the address: as a new entry of the history, or in place, at leisure (the rate is limited). */
 function writeAddress(entry) {
   const hash = hashOf(state.screen, options(), state.theme);
   clearTimeout(waiting);
