@@ -23,6 +23,7 @@ LEARNING = {
     "selection": "",
     "tuning": "",
     "stop": "",
+    "guards": "",
     "num_rounds": "",
     "prompts_per_round": "Prompts are counted by --evaluation.num_prompts.",
     "keep_models": "",

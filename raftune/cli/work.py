@@ -58,7 +58,11 @@ def outcome_json(root: Path, outcome: Outcome, worked: bool) -> dict[str, Any]:
 def outcome_words(root: Path, outcome: Outcome, worked: bool) -> list[str]:
     """Where the run ended, and what to do with it."""
     value = "" if outcome.value is None else f", {outcome.value:.3f}"
-    best = f"round {outcome.best}" if outcome.best else "the start itself (no round was better)"
+    best = (
+        f"round {outcome.best}"
+        if outcome.best
+        else f"the start itself{' (no round was better)' * (outcome.rounds > 0)}"
+    )
     return [
         f"{'Finished' if worked else 'Already finished; nothing to do'}: {outcome.reason}.",
         f"  best      {best}{value}",

@@ -70,7 +70,7 @@ def probe(assembly: Assembly, data: Path, work: Path) -> Probe:
     judge = time_panel(assembly.judge(), owners, samples)[0] if config.evaluation.reward_funcs else Line()
     logp = time_logp(policy, owners, samples, config.sampling.batch_size)
     tune = time_tune(assembly, samples, table, work)
-    notes = (*policy.notes(), *doubts(scores))
+    notes = (*policy.notes(), *doubts(scores), *cut_off(samples, config.tuning.mask_truncated_completions))
     return Probe(load, draw, score, judge, logp, tune, mean_tokens(samples), notes, time.perf_counter() - began)
 
 
@@ -139,6 +139,17 @@ def doubts(scores: list[Score]) -> list[str]:
     return said
 
 
+def cut_off(samples: pa.Table, masked: bool) -> list[str]:
+    """What it says against the length of answers that every tried one was cut off, where such are not learned from."""
+    finish = samples.column("finish").to_pylist() if masked and "finish" in samples.column_names else []
+    if not finish or set(finish) != {"length"}:
+        return []
+    return [
+        f"all {len(finish)} tried samples were cut off at max_completion_length, and tuning.mask_truncated_completions "
+        "leaves such out: there may be nothing to learn from"
+    ]
+
+
 def time_logp(policy: Policy, prompts: list[Prompt], samples: pa.Table, batch_size: int) -> Line:
     if not isinstance(policy, Likelihood):
         return Line()
@@ -151,6 +162,7 @@ def time_tune(assembly: Assembly, samples: pa.Table, prompts: pa.Table, work: Pa
     batch = min(assembly.config.tuning.per_device_train_batch_size, samples.num_rows)
     sizes = sorted({batch, samples.num_rows})
     once = {"num_train_epochs": 1.0, "max_steps": -1, "gradient_accumulation_steps": 1, "optimizer_state": "fresh"}
+    once |= {"mask_truncated_completions": False}  # two prompts may give none that ends, and cost as much to tune on
     usual = assembly.policies.config
     tuning = usual.tuning.model_copy(update=once)
     assembly.policies.config = usual.model_copy(update={"tuning": tuning})

@@ -198,7 +198,8 @@ class Classifier:
                 f"reward model {self._source!r} has {count} labels ({self._labels()}), and a reward model has one. "
                 "Name the one to be rewarded: options.label: 1."
             )
-        found = {**self.config.label2id, **{str(i): i for i in range(count)}}.get(str(label))
+        named = {name: i for i, name in self.config.id2label.items()}
+        found = {**named, **{str(i): i for i in range(count)}}.get(str(label))
         if found is None:
             raise RewardError(f"reward model {self._source!r} has no label {label!r}; there are: {self._labels()}")
         return int(found)

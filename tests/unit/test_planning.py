@@ -194,3 +194,17 @@ def test_rewards_that_cannot_rank_are_noted(folder: Path) -> None:
     reward = {"spec": "length", "options": {"min": 0}}
     found = planned(folder, measured=True, rewards={"reward_funcs": [reward]})
     assert any("all tried samples scored 0" in note for note in found.notes)
+
+
+def test_answers_that_are_all_cut_off_are_noted_where_such_are_not_learned_from(folder: Path) -> None:
+    cut = {"sampling": {"num_generations": 1, "max_completion_length": 1}, "selection": {"rule": "random"}}
+    found = planned(folder, measured=True, tuning={"mask_truncated_completions": True}, **cut)
+    assert any("tried samples were cut off at max_completion_length" in note for note in found.notes)
+
+
+def test_a_run_of_no_rounds_is_planned_by_its_held_out_prompts(folder: Path) -> None:
+    prompts = {"data": {"prompts": None}, "evaluation": {"prompts": str(folder / "prompts.jsonl"), "num_prompts": 5}}
+    found = planned(folder, measured=True, num_rounds=0, **prompts)
+    assert (found.prompts.train, found.prompts.held_out, found.amounts.samples) == (0, 5, 10)
+    assert found.seconds is not None and found.seconds["tuning"] == 0
+    assert found.notes == ()

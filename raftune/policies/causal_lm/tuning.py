@@ -46,7 +46,10 @@ class Rows:
 
 
 def read_rows(path: Path, encoder: Encoder, config: TuningConfig) -> Rows:
-    """The rows of a Parquet file, on the exact ids that were drawn; prompts stand without the prefix of drawing."""
+    """The rows of a Parquet file, on the exact ids that were drawn; prompts stand without the prefix of drawing.
+
+    Raises DataError for rows that cannot be used, and where none is left.
+    """
     table = pq.read_table(path, columns=COLUMNS, use_threads=False)
     metadata = pq.read_schema(path).metadata or {}
     columns = table.to_pydict()
@@ -55,6 +58,11 @@ def read_rows(path: Path, encoder: Encoder, config: TuningConfig) -> Rows:
         raise DataError(f"Every row's weight must be finite and not negative; got {bad[0]} in {path.name}.")
     cut = np.array([finish == "length" for finish in columns["finish"]], dtype=bool) & config.mask_truncated_completions
     used = np.flatnonzero((weights > 0) & ~cut)
+    if not used.size and cut.any():
+        raise DataError(
+            f"tuning.mask_truncated_completions leaves nothing to learn from: all {int(cut.sum())} kept answers were "
+            "cut off. Raise sampling.max_completion_length, or turn it off."
+        )
     first_of = {columns["prompt_id"][i]: i for i in reversed(used.tolist())}
     asked = [Prompt(name, columns["prompt"][i]) for name, i in first_of.items()]
     encoded = dict(zip(first_of, encoder.encode(asked, for_drawing=False), strict=True))

@@ -212,6 +212,12 @@ def test_truncated_answers_are_left_out_only_on_request(tmp_path: Path) -> None:
     assert (len(masked.examples), masked.truncated) == (3, 3)
 
 
+def test_rows_that_were_all_cut_off_leave_nothing_to_learn_from(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "r.parquet", [{**row, "finish": "length"} for row in some_rows(4)])
+    with pytest.raises(DataError, match="leaves nothing to learn from: all 4 kept answers were cut off"):
+        read_rows(path, encoder(), TuningConfig(mask_truncated_completions=True))
+
+
 def test_rows_without_weight_are_not_learnt(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "r.parquet", [{**row, "weight": float(i)} for i, row in enumerate(some_rows(3))])
     assert read_rows(path, encoder(), TuningConfig()).weights.tolist() == [1.0, 2.0]
