@@ -11,7 +11,7 @@ from raftune.errors import ConfigError
 
 def preflight(assembly: Assembly) -> None:
     """Raises ConfigError with a line for each thing that cannot work: no reward, beta without likelihoods, a selection
-    that can never select, a best round by a reward that is not there."""
+    that can never select, a best round by a reward that is not there, an alarm that can never be raised."""
     if findings := [
         *rewards(assembly),
         *likelihood(assembly),
@@ -75,9 +75,9 @@ def guards(assembly: Assembly) -> Iterator[str]:
     chosen, family = assembly.config.guards, assembly.config.policy.family
     if assembly.family.media not in ("text", "messages"):
         for name in sorted({*chosen.stop_on} & {*TEXT_ALARMS}):
-            yield (f"guards.stop_on: {name} is about texts, and policy.family: {family} draws none. Leave it out.")
+            yield f"guards.stop_on: {name} is about texts, and policy.family: {family} draws none. Leave it out."
     if "part_dominates" in chosen.stop_on and len([weight for weight in assembly.factors().values() if weight]) < 2:
-        yield ("guards.stop_on: part_dominates needs two rewards that count; got fewer. Add one, or leave it out.")
+        yield "guards.stop_on: part_dominates needs two rewards that count; got fewer. Add one, or leave it out."
     if chosen.max_kl is not None and not assembly.knows_likelihood():
         yield (
             f"guards.max_kl must be left out for a family that knows no likelihoods; got {chosen.max_kl:g} with "
