@@ -85,7 +85,7 @@ def test_what_a_commit_lists_is_durable_under_its_name_before_the_commit_has_its
 ) -> None:
     root, record = recorded
     commits = list(root.rglob("_COMMIT.json"))
-    assert len(commits) == 32
+    assert len(commits) == 34
     for commit in commits:
         sealed = record.named(commit)
         for name in json.loads(commit.read_text())["files"]:
