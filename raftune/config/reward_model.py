@@ -40,7 +40,7 @@ class RewardModelConfig(Frozen):
     )
     held_out_split: str = Field("test", description="Split of held_out, in a hub or `datasets` folder.")
     held_out_fraction: float = Field(
-        0.1, gt=0, lt=1, description="Share of prompts held out, with all their rows; at least 20 prompts, or half of all."
+        0.1, gt=0, lt=1, description="Share of prompts held out, with all their rows; at least 20, or half."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the backbone on the hub.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the backbone's weights.")
