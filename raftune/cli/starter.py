@@ -57,7 +57,7 @@ def starter(
 def commands(folder: Path) -> list[list[str]]:
     """The path from these files to an aligned model, and to the evidence that it is better."""
     preferences, run, before = (str(folder / name) for name in ("preferences.jsonl", "run", "before"))
-    learning = ["--policy.model", "starter", "--tuning.learning_rate", "5e-4"]
+    learning = ["--policy.model", "starter", "--tuning.learning_rate", "5e-4", "--threads", "1"]
     return [
         ["raftune", "sft", preferences, *learning, "--output-dir", str(folder / "sft")],
         ["raftune", "reward", "train", preferences, "--model", "starter", "--output-dir", str(folder / "reward")],
