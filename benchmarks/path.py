@@ -3,8 +3,11 @@
     python benchmarks/path.py                      both paths, in a temporary directory
     python benchmarks/path.py --only starter --keep runs/path
 
-starter: the preferences of the bundled generator, by the commands that `raftune starter` itself names. dialogues: 1,190
-rows in the format of HH-RLHF with empty, equal, broken, unended and overlong ones, which hold the prompts as well. Each command is a process of its own, so that its imports count. The exit code is 1 where a command fails or a path
+starter: the preferences of the bundled generator, by the commands that `raftune starter` itself names.
+dialogues: 1,190 rows in the format of HH-RLHF with empty, equal, broken, unended and overlong ones; their prompts are
+the prompts of the rounds as well.
+
+Each command is a process of its own, so that its imports count. The exit code is 1 where a command fails or a path
 takes longer than the limit.
 """
 
@@ -28,7 +31,7 @@ LIMIT = 300.0  # seconds
 # The run on the dialogues: as long as the starter's, on longer prompts.
 ROUNDS = "--num_rounds 4 --prompts_per_round 64 --sampling.num_generations 8 --sampling.max_completion_length 64"
 TUNING = "--tuning.learning_rate 5e-4 --tuning.per_device_train_batch_size 16 --tuning.num_train_epochs 2"
-HELD_OUT = "--evaluation.num_prompts 64 --evaluation.num_generations 4 --evaluation.reference_column reference --engine.threads 1"
+HELD_OUT = "--evaluation.num_prompts 64 --evaluation.num_generations 4 --evaluation.reference_column reference"
 
 
 def main() -> int:
@@ -106,7 +109,13 @@ def dialogues(folder: Path) -> list[list[str]]:
     print(f"  {written.rows:,} rows, of which {written.rows - written.usable:,} hold no preference")
     data, sft, reward, run, before = (str(folder / name) for name in ("hh.jsonl.gz", "sft", "reward", "run", "before"))
     begun = ["--policy.model", f"{sft}/model", "--data.prompts", f"{sft}/prompts.jsonl"]
-    judged = ["--evaluation.reward_funcs", f"{ROOT / 'tests' / 'hh.py'}:judge", *HELD_OUT.split()]
+    judged = [
+        "--evaluation.reward_funcs",
+        f"{ROOT / 'tests' / 'hh.py'}:judge",
+        *HELD_OUT.split(),
+        "--engine.threads",
+        "1",
+    ]
     judged += ["--evaluation.prompts", f"{sft}/held_out.jsonl", "--rewards.reward_funcs", f"{reward}/model"]
     dials = [*ROUNDS.split(), *TUNING.split(), "--tuning.replay_rounds", "2"]
     learning = ["--policy.model", "starter", "--tuning.learning_rate", "5e-4", "--threads", "1"]
