@@ -15,7 +15,7 @@ from raftune.report.markup import number, table, text
 from raftune.report.scales import Scale, spread, tick_text, x_scale, y_scale
 
 WIDTH, HEIGHT = 400, 230
-TOP, BOTTOM, GAP, LETTER, LINE = 16, 36, 8, 6.1, 13.5
+TOP, BOTTOM, GAP, LETTER, LINE = 16, 36, 12, 6.3, 13.5
 DOTS = 24  # a longer line shows a mark at its ends only
 SHAPES = ("round", "hollow", "square", "diamond")
 STYLE = """
@@ -101,7 +101,7 @@ def line_chart(
         axis(frame, x_label, x_names or {}, height),
         marked(frame, mark) if mark is not None and frame.x.low <= mark[0] <= frame.x.high else "",
         *(drawn(line, frame, x_label, x_names or {}) for line in series),
-        labels(series, frame),
+        labels(series, frame, width),
     ]
     space = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
     head = f'<svg{space} viewBox="0 0 {width} {height}" role="img" aria-label="{text(title)}">'
@@ -148,7 +148,7 @@ def frame_of(series: Sequence[Series], width: float, top: float, bottom: float, 
     values = [v for p in points for v in (p.y, p.low, p.high) if v is not None and math.isfinite(v)]
     y = y_scale(values, bottom, top)
     left = GAP + LETTER * max(len(tick_text(tick, y.ticks)) for tick in y.ticks)
-    right = width - 14 - LETTER * max((len(label) for label in end_labels(series)), default=0) - 10
+    right = width - 14 - LETTER * max((len(label) for label in end_labels(series, width)), default=0) - 10
     return Frame(x_scale([point.x for point in points], left + 6, max(right, left + 60), log=log_x), y)
 
 
@@ -244,22 +244,23 @@ def dot(x: float, y: float, shape: str, words: str = "") -> str:
 # -- labels -----------------------------------------------------------------------------------------------------------
 
 
-def end_labels(series: Sequence[Series]) -> list[str]:
-    """What stands at the end of each line: its last number where there is one line, else its name."""
+def end_labels(series: Sequence[Series], width: float) -> list[str]:
+    """What stands at the end of each line: its last number where there is one line, else its name, cut to its room."""
     lines = [line for line in series if line.known()]
     if len(lines) == 1 and len(series) == 1:
         return [number(lines[0].known()[-1].y)]
-    return [line.name if len(line.name) <= 20 else f"{line.name[:19]}…" for line in lines]
+    most = int(width * 0.3 / LETTER)
+    return [line.name if len(line.name) <= most else f"{line.name[: most - 1]}…" for line in lines]
 
 
-def labels(series: Sequence[Series], frame: Frame) -> str:
+def labels(series: Sequence[Series], frame: Frame, width: float) -> str:
     """The labels beside the ends of their lines, none on another."""
     lines = [line for line in series if line.known()]
     ends = [frame.y(line.known()[-1].y or 0.0) for line in lines]
     at = spread(ends, LINE, frame.y(frame.y.high) + 2, frame.y(frame.y.low) - 2)
     x = frame.x.end + 14
     parts = []
-    for line, words, y in zip(lines, end_labels(series), at, strict=True):
+    for line, words, y in zip(lines, end_labels(series, width), at, strict=True):
         key = dot(x, y, line.shape) if len(series) > 1 else ""
         place = x + 7 if key else x - 4
         parts.append(

@@ -40,9 +40,17 @@ def sentence(found: Collected) -> str:
         values = numbers.by_round(reader, name)
         if best in values:
             start = f", from {number(values[0].mean, 2)} at the start" if 0 in values and best else ""
-            parts.append(f"{text(title)} is {number(values[best].mean, 2)}{start}")
+            parts.append(f"{text(title)} is {number(values[best].mean, 2)}{start}{peak(values, best)}")
     told = f"{'; '.join(parts)}." if parts else "nothing was measured."
     return f"{place_words(found)}{told[:1].upper() + told[1:] if not place_words(found) else told} {alarm_words(found)}"
+
+
+def peak(values: Values, best: int) -> str:
+    """Where the numbers were clearly higher than in the best round: outside of its interval."""
+    top = max(values, key=lambda round_: values[round_].mean)
+    if values[top].mean <= (values[best].high or values[best].mean):
+        return ""
+    return f" ({number(values[top].mean, 2)} at its highest, in round {top})"
 
 
 def place_words(found: Collected) -> str:
@@ -112,7 +120,8 @@ def chart(found: Collected, name: str, title: str, caption: str, *series: Series
     if not lines:
         return ""
     best = found.standing.best
-    picture = line_chart(lines, title=title, description=described(lines), x_names=START, mark=(best, "published"))
+    mark = (best, "published" if found.standing.state == "finished" else "best so far")
+    picture = line_chart(lines, title=title, description=described(lines), x_names=START, mark=mark)
     beneath = number_table(lines, "round", START, label=f"{title}: numbers", best=best)
     return framed(name, title, caption, picture + folded("Numbers", beneath))
 
@@ -139,7 +148,7 @@ def held_out_charts(found: Collected) -> str:
     """What each round's policy is like, on prompts that it is never tuned on."""
     note = (
         "Measured after every round on held-out prompts. Bands are 95 % intervals over prompts; the upright dotted "
-        "line is the round that is published."
+        "line is the best round."
     )
     parts = (reward_chart, judge_chart, best_of_chart, parts_chart, kl_chart, variety_chart, *LENGTHS)
     return group("measures", "On held-out prompts", note, *(part(found) for part in parts))
@@ -212,8 +221,9 @@ def length_chart(found: Collected) -> str:
 
 def cut_chart(found: Collected) -> str:
     values = numbers.by_round(found.reader, "completions/clipped_ratio")
-    shown = values if any(value.mean for value in values.values()) else {}
-    return chart(found, "cut-off", "Cut off", "share of answers that reached the length limit", line("", shown, LENGTH))
+    shares = {round_: Value(100 * value.mean) for round_, value in values.items()}
+    shown = line("cut off", shares if any(value.mean for value in values.values()) else {}, LENGTH)
+    return chart(found, "cut-off", "Cut off", "% of answers that reached the length limit", shown)
 
 
 def perplexity_chart(found: Collected) -> str:
@@ -289,7 +299,7 @@ GUARDED = (
 
 def guarded_lines(found: Collected, name: str, colour: int) -> list[Series]:
     drawn, kept = (numbers.guarded(found.reader, which, name) for which in ("drawn", "selected"))
-    return against(drawn, kept, colour)
+    return against(drawn, kept, colour) if kept else []
 
 
 def against(drawn: Values, kept: Values, colour: int) -> list[Series]:
