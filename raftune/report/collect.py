@@ -58,6 +58,7 @@ def collect(root: Path | str, *, working: bool | None = None) -> Collected:
         "compare": compared(reader, named, standing.best),
         "learned": learned(reader, named),
         "alarms": alarms,
+        "guarded": reader.rounds("guard"),
         "by_round": rows,
     }
     document["run"]["media"] = media_of(document)

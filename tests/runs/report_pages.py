@@ -119,6 +119,7 @@ def document(rounds: int = 2, prompts: int = 3, text: str = "", **changes: Any) 
         "compare": {"shown": len(pairs), "of": len(pairs), "chosen_by": "hash", "items": pairs},
         "learned": {"shown": len(rows), "of": 900, "chosen_by": "hash", "items": rows},
         "alarms": alarms,
+        "guarded": list(range(1, rounds + 1)),
         "missing": [],
     }
     return found | changes

@@ -96,8 +96,13 @@ def test_training_rows_say_where_they_are_from_and_lead_to_their_rivals(opened: 
 
 def test_no_alarm_is_said_in_words(chromium: Browser, tmp_path: Path) -> None:
     with Opened(chromium, written(tmp_path, document(alarms=[])), "#alarms") as page:
-        assert page.text("#alarms") == "No alarm was raised in this run."
+        assert page.text("#alarms") == "No alarm was raised in the 2 rounds that guards looked at."
         assert not page.visible("#banner")
+
+
+def test_where_no_guard_looked_no_silence_is_claimed(chromium: Browser, tmp_path: Path) -> None:
+    with Opened(chromium, written(tmp_path, document(alarms=[], guarded=[])), "#alarms") as page:
+        assert page.text("#alarms") == "No guards looked at this run."
 
 
 def test_missing_parts_are_named_and_the_rest_is_shown(chromium: Browser, tmp_path: Path) -> None:

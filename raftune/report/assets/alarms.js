@@ -17,11 +17,12 @@ function alarmName(alarm) {
 class Alarms {
   constructor(panel, page) {
     this.page = page;
-    const where = page.document.missing.length ? "what could be read of this run" : "this run";
+    const rounds = page.document.guarded?.length ?? 0;
+    const none = `No alarm was raised in the ${counted(rounds, "round")} that guards looked at.`;
     const words = `${counted(page.alarms.length, "alarm")}. An alarm says where to look, not what is wrong.`;
-    const none = el("p.empty", `No alarm was raised in ${where}.`);
+    const empty = el("p.empty", rounds ? none : "No guards looked at this run.");
     this.cards = page.alarms.map((alarm, index) => this.card(alarm, index));
-    panel.append(el("div.prose", this.cards.length ? el("p.lead", words) : none, this.cards));
+    panel.append(el("div.prose", this.cards.length ? el("p.lead", words) : empty, this.cards));
   }
 
   draw() {

@@ -83,11 +83,13 @@ class Listing {
     const asked = Object.keys(this.fields).map((name) => this.asked(name));
     Object.values(this.fields).forEach((field, i) => reflect(field, asked[i]));
     const version = JSON.stringify(asked);
-    if (version !== this.version) this.found = this.items();
+    if (version !== this.version) {
+      this.found = this.items();
+      fill(this.note, showing(this.all, this.found.length)); // announced, so only when it may have changed
+    }
     this.version = version;
     this.item = this.chosen();
     this.target = this.rows.show(this.found, version, this.found.indexOf(this.item));
-    fill(this.note, showing(this.all, this.found.length));
     this.show();
   }
 
