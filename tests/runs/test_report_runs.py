@@ -113,7 +113,7 @@ def test_what_it_learned_from_is_exactly_the_rows_of_the_tuning(finished: Path) 
 def test_the_document_keeps_its_contract(finished: Path) -> None:
     document = collect(finished).document
     lists = {"prompts", "compare", "learned"}
-    assert set(document) == lists | {"version", "run", "rewards", "judges", "alarms", "missing", "by_round"}
+    assert set(document) == lists | {"version", "run", "rewards", "judges", "alarms", "missing", "by_round", "guarded"}
     assert all(set(document[name]) == {"shown", "of", "chosen_by", "items"} for name in lists)
     assert document["run"] | {"best": None} == {
         "name": "run",
