@@ -48,6 +48,19 @@ def read_tokens(
     return Given(tuple(words), flags)
 
 
+def data_and_files(given: Given, command: str) -> tuple[str | None, list[str]]:
+    """The data set and the YAML files among the words. Raises ConfigError for two data sets, or for no word at all."""
+    files = [word for word in given.words if word.endswith((".yaml", ".yml"))]
+    data = [word for word in given.words if word not in files]
+    if not data and not files and not given.flags:
+        raise ConfigError(
+            f"{command} needs data, a model and a directory; got none. `raftune {command} --help` explains it."
+        )
+    if len(data) > 1:
+        raise ConfigError(f"{command} takes one data set; got {', '.join(data)}. Put them into one file.")
+    return (data[0] if data else None), files
+
+
 def read_flag(
     flag: str, value: str | None, queue: list[str], command: str, options: Sequence[str], whole: type[BaseModel]
 ) -> tuple[str, str]:

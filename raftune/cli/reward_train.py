@@ -11,15 +11,13 @@ from cyclopts import Parameter
 from raftune.cli.ending import interruptible
 from raftune.cli.show import Grid, say
 from raftune.cli.steps import Steps
-from raftune.errors import ConfigError, GateFailed
+from raftune.errors import GateFailed
 
 if TYPE_CHECKING:
-    from raftune.cli.flags import Given
     from raftune.config.reward_model import RewardModelConfig
     from raftune.reward_models.training import Outcome
 
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
-YAML = (".yaml", ".yml")
 
 
 def train(
@@ -39,12 +37,13 @@ def train(
     held_out.parquet. A model that is not better than chance on the held-out prompts is not put there, and the exit code
     is 3: --allow-chance puts it there all the same. Stopped at any time, the same command goes on where it was.
     """
-    from raftune.cli.flags import read_tokens
+    from raftune.cli.flags import data_and_files, read_tokens
     from raftune.config.load import load_as
     from raftune.config.reward_model import RewardModelConfig
 
-    files, flags = sorted_out(read_tokens(words, "reward train", ("--json",), RewardModelConfig))
-    outcome = go(load_as(RewardModelConfig, files, flags))
+    given = read_tokens(words, "reward train", ("--json",), RewardModelConfig)
+    data, files = data_and_files(given, "reward train")
+    outcome = go(load_as(RewardModelConfig, files, given.flags | ({"data": data} if data else {})))
     if json:
         facts = {"directory": str(outcome.root), "worked": outcome.worked, "published": outcome.published}
         print(js.dumps({**facts, **outcome.report}, ensure_ascii=False))
@@ -52,19 +51,6 @@ def train(
         show(outcome)
     if not outcome.published:
         raise GateFailed(refusal(outcome))
-
-
-def sorted_out(given: Given) -> tuple[list[str], dict[str, Any]]:
-    """The YAML files, and the flags with DATA among them. Raises ConfigError for a second DATA."""
-    files = [word for word in given.words if word.endswith(YAML)]
-    data = [word for word in given.words if word not in files]
-    if not data and not files and not given.flags:
-        raise ConfigError(
-            "reward train needs data, a model and a directory; got none. `raftune reward train --help` explains it."
-        )
-    if len(data) > 1:
-        raise ConfigError(f"reward train takes one data set; got {', '.join(data)}. Put them into one file.")
-    return files, given.flags | ({"data": data[0]} if data else {})
 
 
 def go(config: RewardModelConfig) -> Outcome:

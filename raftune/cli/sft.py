@@ -11,14 +11,11 @@ from cyclopts import Parameter
 from raftune.cli.ending import interruptible
 from raftune.cli.show import say
 from raftune.cli.steps import Steps
-from raftune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from raftune.cli.flags import Given
     from raftune.sft import Learned
 
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
-YAML = (".yaml", ".yml")
 STEPS = {
     "read": "reading the answers",
     "start": "checking the model",
@@ -45,13 +42,14 @@ def sft(
     report.json (with the perplexity of held-out answers before and after). Stopped at any time, the same command goes
     on where it was, to the same bytes.
     """
-    from raftune.cli.flags import read_tokens
+    from raftune.cli.flags import data_and_files, read_tokens
     from raftune.config.load import load_as
     from raftune.config.sft import SftConfig
     from raftune.sft import sft as learn
 
-    files, flags = sorted_out(read_tokens(words, "sft", ("--json",), SftConfig))
-    config = load_as(SftConfig, files, flags)
+    given = read_tokens(words, "sft", ("--json",), SftConfig)
+    data, files = data_and_files(given, "sft")
+    config = load_as(SftConfig, files, given.flags | ({"data.path": data} if data else {}))
     root = Path(config.output_dir)
     kept = f"what is done is kept in {root}. The same command goes on with it."
     with interruptible(root, kept) as watch, Steps() as steps:
@@ -69,17 +67,6 @@ def sft(
         return
     for line in outcome(learned):
         say(line)
-
-
-def sorted_out(given: Given) -> tuple[list[str], dict[str, Any]]:
-    """The YAML files, and the flags with DATA among them. Raises ConfigError for a second DATA."""
-    files = [word for word in given.words if word.endswith(YAML)]
-    data = [word for word in given.words if word not in files]
-    if not data and not files and not given.flags:
-        raise ConfigError("sft needs data, a model and a directory; got none. `raftune sft --help` explains it.")
-    if len(data) > 1:
-        raise ConfigError(f"sft takes one data set; got {', '.join(data)}. Put them into one file.")
-    return files, given.flags | ({"data.path": data[0]} if data else {})
 
 
 def outcome(learned: Learned) -> list[str]:
