@@ -149,6 +149,12 @@ def alarms_of(run: RunFolder, round_: int) -> list[dict[str, Any]]:
     return loaded
 
 
+def overlap_warning(root: Path) -> str:
+    """The same of a run whose prompts are read: empty where there is nothing to warn of."""
+    notes = read_json(root / "round-0000" / "data" / "notes.json")
+    return overlap_words(int(notes.get("overlap", 0)), int(notes.get("held_out", 0)))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The file's object; empty where there is no such file."""
     loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

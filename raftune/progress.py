@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from raftune.digest import Column, cell, columns_for, duration, overlap_words, read_json, row_of
+from raftune.digest import Column, cell, columns_for, duration, overlap_warning, row_of
 from raftune.plain import one_line
 
 VERBS = {
@@ -126,10 +126,8 @@ class Progress:
 
     def _on_stage_end(self, round: int, stage: str, seconds: float, **_: Any) -> None:
         self._pace.add(round, stage, seconds)
-        if stage == "data":
-            notes = read_json(self._root / "round-0000" / "data" / "notes.json")
-            if warning := overlap_words(notes.get("overlap", 0), notes.get("held_out", 0)):
-                self._print(Text(warning, style="yellow"))
+        if stage == "data" and (warning := overlap_warning(self._root)):
+            self._print(Text(warning, style="yellow"))
         self._show()
 
     def _on_round_end(

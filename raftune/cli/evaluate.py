@@ -77,7 +77,7 @@ def as_json(
 
 def show(who: Subject, config: RunConfig, root: Path, judged: dict[str, int], metrics: dict[str, Any]) -> None:
     """The measures with their intervals, and what more answers a prompt would be worth."""
-    from raftune.digest import overlap_words
+    from raftune.digest import overlap_warning
     from raftune.measures import best_of_k, measures, worth_of_k
 
     say(
@@ -85,7 +85,7 @@ def show(who: Subject, config: RunConfig, root: Path, judged: dict[str, int], me
         f"temperature {config.sampling.temperature:g}",
         style="bold",
     )
-    if warning := overlap_words(judged["overlap"], judged["held_out"]):
+    if warning := overlap_warning(root):
         say(warning, style="yellow")
     say("")
     grid = Grid("measure", "value", "95 % interval", "meaning", right=frozenset({1, 2}))

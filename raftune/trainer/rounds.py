@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from raftune.digest import seconds_by_round
+from raftune.digest import overlap_warning, seconds_by_round
 from raftune.plain import one_line
 from raftune.store.run import RunFolder
 from raftune.trainer.config import RaftConfig
@@ -61,7 +61,7 @@ class Rounds:
         self.worked = False  # whether anything had to be done
         self.resumed = 0  # rounds that were found done
         self._live = False
-        self.notes: dict[str, None] = {}  # what a user should know about how answers were drawn, each once
+        self.notes: dict[str, None] = {}  # what a user should know about prompts and how answers were drawn, each once
 
     def __call__(self, kind: str, facts: dict[str, Any]) -> None:
         if follow := getattr(self, f"_on_{kind}", None):
@@ -85,6 +85,10 @@ class Rounds:
 
     def _on_unit(self, notes: list[str], **_: Any) -> None:
         self.notes |= dict.fromkeys(notes)
+
+    def _on_stage_end(self, stage: str, **_: Any) -> None:
+        if stage == "data" and (warning := overlap_warning(self.run.root)):
+            self.notes[warning] = None
 
     def _on_round_end(self, round: int, metrics: dict[str, Any], summary: dict[str, Any], **_: Any) -> None:
         self.resumed += not self._live
