@@ -115,7 +115,8 @@ def remarks(metrics: dict[str, Any]) -> list[str]:
         said.append(f"{scored} of {scored + sum(statuses.values())} answers have a score; {others}")
     references = metrics.get("references") or {}
     if references.get("left_out"):
-        said.append(f"perplexity: {references['left_out']} prompts have no usable reference answer and are left out")
+        asked = sum(references.values())
+        said.append(f"perplexity: left out, for want of a usable reference answer: {references['left_out']} of {asked}")
     if references.get("impossible"):
         said.append(f"perplexity: infinite, for {references['impossible']} reference answers are impossible here")
     return said
