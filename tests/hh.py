@@ -17,6 +17,7 @@ from typing import Any
 from raftune.starters.text.corpus import GREETINGS, Request, as_prompt, reply, requests
 from raftune.starters.text.judge import judge as ground_truth
 
+NOISE = 0.05
 Turns = list[tuple[str, str]]
 MARKS = (
     "שלום, מה שלומך?",
@@ -74,13 +75,15 @@ def assistant(request: Request, rng: Random, *kinds: str) -> tuple[str, str]:
 
 
 def exchange(rng: Random, turns: int = 1) -> tuple[Turns, str, str]:
-    """A dialogue up to the last question, a good answer to it, and a bad one."""
+    """A dialogue up to the last question, a good answer and a bad one; in one of twenty they stand the other way round."""
     before: Turns = []
     for _ in range(turns - 1):
         request = asked(rng)
         before += [human(request, rng), assistant(request, rng)]
     request = asked(rng)
     good, bad = assistant(request, rng, "good", "advice"), assistant(request, rng, "rude", "curt", "ramble")
+    if rng.random() < NOISE:
+        good, bad = bad, good
     return [*before, human(request, rng)], good[1], bad[1]
 
 
