@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from raftune.build import Objects
 from raftune.cli import main
@@ -17,6 +19,7 @@ from raftune.config import RunConfig, validate
 from raftune.config.load import merge
 from raftune.digest import alarms_of
 from raftune.errors import ConfigChanged, ConfigError
+from raftune.progress import Progress
 from raftune.runs import resume, run, verify
 from raftune.store.run import RunFolder
 from tests.builders import tree_hash
@@ -109,6 +112,19 @@ def test_a_guard_alone_stops_nothing_and_told_to_it_names_itself(finished: Path,
     outcome = run(parting(tmp_path / "run", guards={"stop_on": ["held_out_falls"]}), given())
     assert outcome.rounds == 1
     assert outcome.reason.startswith("round 1 raised held_out_falls (guards.stop_on): since the start")
+
+
+def test_the_line_of_a_round_is_followed_by_its_alarms(copied: Path) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    with Progress(console) as progress:
+        run(parting(copied), given(), observe=progress)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.split()[0] == "1")
+    assert lines[at + 1].startswith(
+        "round 1, look: the held-out reward falls while the trained one rises: since the start"
+    )
+    assert lines[at + 2].startswith("round 1, look: one reward decides nearly alone: loud accounts for")
 
 
 def test_to_stop_on_an_alarm_is_decided_again_without_any_work(copied: Path) -> None:

@@ -58,6 +58,7 @@ def test_training_draws_bear_trls_names_and_held_out_ones_eval(tmp_path: Path) -
     run(tiny.config(tmp_path / "run", report_to=["lines"]), tiny.objects())
     entries = logged(tmp_path / "run")
     assert [entry["step"] for entry in entries] == [0, 1, 2]
+    assert [entry.get("alarms") for entry in entries] == [None, 0.0, 0.0]
     assert {"reward", "reward_std", "reward_kept", "kept_fraction", "frac_reward_zero_std", "round_time"} <= set(
         entries[1]
     )

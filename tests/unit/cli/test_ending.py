@@ -130,7 +130,19 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "init", "plan", "train", "resume", "runs", "samples", "export", "verify", "schema"):
+    for command in (
+        "demo",
+        "init",
+        "plan",
+        "train",
+        "resume",
+        "runs",
+        "alarms",
+        "samples",
+        "export",
+        "verify",
+        "schema",
+    ):
         assert main([command, "--help"]) == 0
         assert f"raftune {command}" in capsys.readouterr().out
     assert main(["reward", "check", "--help"]) == 0
