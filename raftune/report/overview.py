@@ -42,13 +42,14 @@ def sentence(found: Collected) -> str:
             start = f", from {number(values[0].mean, 2)} at the start" if 0 in values and best else ""
             parts.append(f"{text(title)} is {number(values[best].mean, 2)}{start}{peak(values, best)}")
     told = f"{'; '.join(parts)}." if parts else "nothing was measured."
-    return f"{place_words(found)}{told[:1].upper() + told[1:] if not place_words(found) else told} {alarm_words(found)}"
+    where = place_words(found)
+    return f"{where + told if where else told[:1].upper() + told[1:]} {alarm_words(found)}".strip()
 
 
 def peak(values: Values, best: int) -> str:
-    """Where the numbers were clearly higher than in the best round: outside of its interval."""
+    """Where, after the start, the numbers were clearly higher than in the best round: outside of its interval."""
     top = max(values, key=lambda round_: values[round_].mean)
-    if values[top].mean <= (values[best].high or values[best].mean):
+    if top == 0 or values[top].mean <= (values[best].high or values[best].mean):
         return ""
     return f" ({number(values[top].mean, 2)} at its highest, in round {top})"
 
@@ -73,17 +74,19 @@ def alarm_words(found: Collected) -> str:
     if alarms:
         count = f"{len(alarms)} alarm{'s' if len(alarms) > 1 else ''}"
         return f'<a href="#alarms">{count}</a>: worth a look.'
-    return "No alarm." if found.reader.rounds("guard") else "No guards looked at it."
+    if found.reader.rounds("guard"):
+        return "No alarm."
+    return "No guards looked at it." if max(found.standing.rounds) else ""
 
 
 def figures(found: Collected) -> list[tuple[str, str]]:
     """The key figures: of the best round against the start, and of the whole run."""
     best = found.standing.best
-    pairs = [("best round", str(best) if best else "start")]
+    pairs = [("best round", str(best) if best else "start")] if max(found.standing.rounds, default=0) else []
     named = (("reward", "reward"), ("held_out", ", ".join(found.standing.judges) or "held out"))
     pairs += [(title, figure_) for name, title in named if (figure_ := figure(found, name))]
     kl = numbers.by_round(found.reader, "kl").get(best)
-    pairs += [("KL to the start", f"{number(kl.mean, 2)} <small>nats per answer</small>")] if kl else []
+    pairs += [("KL to the start", f"{number(kl.mean, 2)} <small>nats per answer</small>")] if kl and best else []
     kept, drawn = (sum(row.get(name, 0) for row in found.rows) for name in ("kept", "samples"))
     pairs += [("kept of drawn", f"{kept:,} <small>of {drawn:,}</small>")] if drawn else []
     if found.reader.rounds("guard"):
@@ -120,7 +123,8 @@ def chart(found: Collected, name: str, title: str, caption: str, *series: Series
     if not lines:
         return ""
     best = found.standing.best
-    mark = (best, "published" if found.standing.state == "finished" else "best so far")
+    several = len({point.x for one in lines for point in one.points}) > 1
+    mark = (best, "published" if found.standing.state == "finished" else "best so far") if several else None
     picture = line_chart(lines, title=title, description=described(lines), x_names=START, mark=mark)
     beneath = number_table(lines, "round", START, label=f"{title}: numbers", best=best)
     return framed(name, title, caption, picture + folded("Numbers", beneath))

@@ -1,0 +1,129 @@
+"""The overview says in words and in charts what the rounds measured, and nothing that they did not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raftune.report import collect
+from raftune.report.numbers import Value
+from raftune.report.overview import overview, sentence, worth
+from raftune.store.commit import Commit, FileEntry
+from raftune.store.files import json_bytes
+from raftune.store.run import RunFolder
+from tests.runs import tiny
+
+Metrics = Mapping[str, Any]
+
+
+def interval(mean: float, half: float = 0.1) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": 9}
+
+
+def run_of(root: Path, *rounds: Metrics, best: int = 0, guards: Mapping[int, Any] | None = None) -> Path:
+    """A run of which nothing lies on disk but what its rounds measured."""
+    folder = RunFolder(root)
+    root.mkdir()
+    config = tiny.config(root, num_rounds=max(1, len(rounds) - 1), evaluation={"num_prompts": 4})
+    folder.write_config(config.model_dump(mode="json"))
+    for round_, metrics in enumerate(rounds):
+        commit_json(folder, round_, "evaluate", {"metrics.json": metrics})
+        commit_json(folder, round_, "model", {})
+    for round_, alarms in (guards or {}).items():
+        commit_json(folder, round_, "guard", {"metrics.json": {}, "alarms.json": alarms})
+    (root / "best.json").write_text(json.dumps({"round": best, "by": "reward"}))
+    folder.events.add("end", best=best, rounds=len(rounds) - 1, reason="it is enough")
+    return root
+
+
+def commit_json(folder: RunFolder, round_: int, stage: str, files: Mapping[str, Any]) -> None:
+    place = folder.folder(round_, stage)
+    place.mkdir(parents=True)
+    for name, content in files.items():
+        (place / name).write_bytes(json_bytes(content))
+    entries = {name: FileEntry.of(place / name) for name in files}
+    folder.seal(Commit(stage, round_, "key", {}, {}, entries), stage)
+
+
+def test_the_sentence_tells_the_best_round_the_start_and_the_alarms(tmp_path: Path) -> None:
+    rounds = [
+        {"reward": interval(-2.25), "held_out": interval(1.0)},
+        {"reward": interval(3.36), "held_out": interval(2)},
+    ]
+    told = sentence(collect(run_of(tmp_path / "run", *rounds, best=1, guards={1: []})))
+    assert told == (
+        "In round 1 of 1, the best, the reward is 3.36, from −2.25 at the start; "
+        "the held-out reward is 2.00, from 1.00 at the start. No alarm."
+    )
+
+
+def test_a_held_out_reward_that_was_higher_before_is_said(tmp_path: Path) -> None:
+    rounds = [{"reward": interval(n), "held_out": interval(h)} for n, h in ((0, 1.0), (1, 3.0), (2, 1.2))]
+    assert "(3.00 at its highest, in round 1)" in sentence(collect(run_of(tmp_path / "a", *rounds, best=2)))
+    within = [{"reward": interval(n), "held_out": interval(h)} for n, h in ((0, 1.0), (1, 1.25), (2, 1.2))]
+    assert "at its highest" not in sentence(collect(run_of(tmp_path / "b", *within, best=2)))
+
+
+def test_a_start_that_no_round_was_better_than_is_said(tmp_path: Path) -> None:
+    rounds = [{"reward": interval(2.0)}, {"reward": interval(1.0)}]
+    told = sentence(collect(run_of(tmp_path / "run", *rounds)))
+    assert told == "No round was better than the start: the reward is 2.00. No guards looked at it."
+
+
+def test_where_nothing_was_measured_nothing_is_claimed(tmp_path: Path) -> None:
+    found = collect(run_of(tmp_path / "run", {}, {}, best=1))
+    assert "nothing was measured." in sentence(found).lower()
+    assert "<svg" not in overview(found)
+
+
+def charts(html: str) -> list[str]:
+    return re.findall(r'<figure class="chart" id="([^"]*)"', html)
+
+
+def test_there_is_a_chart_of_each_thing_that_was_measured_and_of_no_other(tmp_path: Path) -> None:
+    plain: Metrics = {"reward": interval(1.0)}
+    full: Metrics = plain | {
+        "best_of_k": {"1": interval(1.0), "2": interval(1.5), "4": interval(2.0)},
+        "held_out": interval(1.0),
+        "kl": interval(0.5),
+        "distinct_2": 0.4,
+        "msttr_100": 0.6,
+        "completions/mean_length": interval(20.0),
+        "completions/clipped_ratio": 0.1,
+        "perplexity": interval(9.0),
+        "entropy": interval(3.0),
+    }
+    assert charts(overview(collect(run_of(tmp_path / "plain", plain, plain)))) == ["reward"]
+    names = charts(overview(collect(run_of(tmp_path / "full", full, full))))
+    assert names == ["reward", "held-out", "best-of-k", "kl", "variety", "length", "cut-off", "perplexity", "entropy"]
+
+
+def test_drawn_stands_against_selected_where_the_guards_measured_both(tmp_path: Path) -> None:
+    root = run_of(tmp_path / "run", {"reward": interval(1.0)}, {"reward": interval(2.0)}, best=1)
+    sets = {"drawn": {"length": 20.0, "similarity": 0.1}, "selected": {"length": 30.0}}
+    commit_json(RunFolder(root), 1, "guard", {"metrics.json": sets, "alarms.json": []})
+    html = overview(collect(root))
+    assert charts(html) == ["reward", "selected-length"]
+    assert all(words in html for words in ("drawn", "selected", "20.00", "30.00"))
+
+
+def test_a_damaged_number_is_a_gap_and_no_crash(tmp_path: Path) -> None:
+    strange: list[Metrics] = [{"reward": interval(1.0)}, {"reward": "high"}, {"reward": {"mean": None}, "kl": [1]}]
+    html = overview(collect(run_of(tmp_path / "run", *strange, {"reward": interval(2.0)})))
+    assert charts(html) == ["reward"]
+
+
+def test_half_of_k_is_worth_its_share_of_the_gain() -> None:
+    assert (
+        worth({1: Value(0.0), 4: Value(0.93), 8: Value(1.0)}) == "At the start, K = 4 gives 93 % of the gain of K = 8."
+    )
+
+
+@pytest.mark.parametrize("curve", [{}, {1: 0.0}, {1: 0.0, 2: 1.0}, {1: 1.0, 2: 1.0, 4: 1.0}])
+def test_of_a_curve_without_a_gain_nothing_is_said(curve: dict[int, float]) -> None:
+    assert worth({k: Value(mean) for k, mean in curve.items()}) == ""
