@@ -208,6 +208,10 @@ def alarm(kind: str, round_: int, sample_id: str, text: str) -> dict[str, Any]:
         "round": round_,
         "title": f"Something to see{text}",
         "evidence": f"From 26.5 to 37.1 tokens.{text}",
-        "numbers": {f"length{text}": 37.125, "samples": 12},
+        "numbers": {
+            f"length{text}": 37.125,
+            "samples": 12,
+            "judge": {"mean": -0.80626, "low": -1, "high": -0.5, "n": 48},
+        },
         "samples": [{"sample_id": sample_id, "why": f"the longest{text}"}],
     }

@@ -44,9 +44,7 @@ class Alarms {
   }
 
   figure(name, value) {
-    const short = Number.isInteger(value) ? count(value) : Number.isFinite(value) ? brief(value) : null;
-    const other = typeof value === "string" ? value : JSON.stringify(value);
-    return el("div", el("dt", inline(name.replaceAll("_", " "))), el("dd", short ?? inline(other)));
+    return el("div", el("dt", inline(name.replaceAll("_", " "))), el("dd", inline(figureWords(value))));
   }
 
   /** Links to the samples that the alarm names, and to all candidates of their prompts. */
@@ -66,4 +64,14 @@ class Alarms {
     const begins = el("span.begins", { dir: "auto" }, shown(oneLine(place.sample.completion) || "(empty)"));
     return el("li", el("a", { href: hashOf(place.screen, { sample: sample_id }) }, begins, reason));
   }
+}
+
+/** A number, an interval as "0.81 [0.61, 0.99], n 48", or what else an alarm counts by. */
+function figureWords(value) {
+  if (Number.isInteger(value)) return count(value);
+  if (Number.isFinite(value)) return brief(value);
+  if (typeof value === "string") return value;
+  if (![value?.mean, value?.low, value?.high].every(Number.isFinite)) return JSON.stringify(value);
+  const size = Number.isFinite(value.n) ? `, n ${count(value.n)}` : "";
+  return `${brief(value.mean)} [${brief(value.low)}, ${brief(value.high)}]${size}`;
 }

@@ -115,7 +115,8 @@ function number(value, digits = 3) {
 
 /** A number in four digits, as short as it goes. */
 function brief(value) {
-  return String(Number(value.toPrecision(4))).replace("-", "−");
+  const small = value !== 0 && Math.abs(value) < 1e-3;
+  return (small ? value.toExponential(1) : String(Number(value.toPrecision(4)))).replaceAll("-", "−");
 }
 
 /** A difference: always with its sign. */
