@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from raftune.config.policy import CausalLMPolicy
 from raftune.report import collect
-from raftune.report.provenance import configuration
+from raftune.report.provenance import configuration, field_row, fields_of
 from raftune.runs import run
 from raftune.store.run import RunFolder
 from tests.runs import tiny
@@ -36,7 +37,12 @@ def test_a_field_that_differs_stands_beside_its_default(html: str) -> None:
     assert re.fullmatch(r'<tr class="changed">.*<td>top_m</td><td>best_of_k</td></tr>', row(html, "selection.rule"))
     assert re.fullmatch(r'<tr class="changed">.*<td>7</td><td>0</td></tr>', row(html, "seed"))
     assert row(html, "sampling.temperature").startswith("<tr><th")
-    assert "required" in row(html, "data.prompts")
+
+
+def test_a_field_without_a_default_is_said_to_be_required() -> None:
+    rows = {name: field_row(name, info, value) for name, info, value in fields_of(CausalLMPolicy(model="gpt2"))}
+    assert "<td>gpt2</td><td>required</td>" in rows["model"]
+    assert "required" not in rows["dtype"]
 
 
 def test_every_field_says_what_it_does_and_none_says_where_it_lay(html: str, root: Path) -> None:
