@@ -227,7 +227,7 @@ class Assembly:
                 round_=round_,
                 shards=("draw", "teach") if self.config.sampling.teacher else ("draw",),
                 judged=(*(["judge"] if judges else []), *(["logp", "logp-start"] if kl else [])),
-                judge=judge_in_words(held_out_names(self.config)),
+                judge=judge_in_words(held_out_names(self.config)) if judges else "",
                 texts=self.family.media in ("text", "messages"),
             )
         ]

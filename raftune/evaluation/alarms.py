@@ -52,7 +52,7 @@ class Alarm:
 # -- the held-out reward ----------------------------------------------------------------------------------------------
 
 
-def held_out_falls(now: pa.Table, earlier: Sequence[pa.Table], judge: str, false_alarms: float) -> Alarm | None:
+def held_out_falls(now: pa.Table, earlier: Sequence[pa.Table | None], judge: str, false_alarms: float) -> Alarm | None:
     """Raised where, since the earlier round of the highest held-out reward, the held-out one fell and the trained rose.
 
     Both by paired differences: the same prompts with the same seeds. With t earlier rounds to choose from, the fall
@@ -61,7 +61,9 @@ def held_out_falls(now: pa.Table, earlier: Sequence[pa.Table], judge: str, false
     held_out. Names the SHOWN answers with the lowest held-out scores among the quarter with the highest trained ones.
     """
     since = int(np.argmax([mean_of_prompts(table, "held_out") for table in earlier]))
-    trained, held_out = (paired(now, earlier[since], name) for name in ("score", "held_out"))
+    then = earlier[since]
+    assert then is not None, "there is an earlier round with held-out samples"
+    trained, held_out = (differences(now, then, name) for name in ("score", "held_out"))
     if not len(trained) or not len(held_out) or trained.mean() <= 0 or held_out.mean() >= 0:
         return None
     chance = by_chance(held_out) * len(earlier)
@@ -75,7 +77,7 @@ def held_out_falls(now: pa.Table, earlier: Sequence[pa.Table], judge: str, false
         f"since {start}, on the same {rose['n']} held-out prompts and seeds, the trained reward rose by {ranged(rose)} "
         f"and {judge} fell by {ranged(fell)}; by chance in {odds(chance)}",
         {"since": since, "trained": rose, "held_out": interval(held_out), "chance": chance},
-        [*liked_but_bad(now, earlier[since], judge, start)],
+        [*liked_but_bad(now, then, judge, start)],
     )
 
 
@@ -93,7 +95,7 @@ def liked_but_bad(now: pa.Table, then: pa.Table, judge: str, start: str) -> Iter
         yield name_of(now, row), f"trained reward {trained[row]:.3g}, {judge} {held_out[row]:.3g}{was}"
 
 
-def paired(now: pa.Table, then: pa.Table, name: str) -> Floats:
+def differences(now: pa.Table, then: pa.Table, name: str) -> Floats:
     """(P,) by how much the mean over a prompt's samples rose, for each prompt that both tables have a value for."""
     ids = pc.unique(now.column("prompt_id"))
     means = []
@@ -103,19 +105,19 @@ def paired(now: pa.Table, then: pa.Table, name: str) -> Floats:
         numbers = np.asarray(groups.drop_null().to_numpy(), np.int64)
         found = mean_by_prompt(numbers, column(inside, name))
         means.append(np.concatenate([found, np.full(len(ids) - len(found), np.nan)]))
-    difference = means[0] - means[1]
-    return np.asarray(difference[np.isfinite(difference)])
+    rise = means[0] - means[1]
+    return np.asarray(rise[np.isfinite(rise)])
 
 
-def by_chance(differences: Floats) -> float:
+def by_chance(moved: Floats) -> float:
     """At most the probability that differences of these sizes, their signs tossed, have a sum as far from 0.
 
     By the sign test that `compare` uses, whose random assignments resolve 1 in 10,000; beyond that by Hoeffding's bound
     2 exp(-z²/2), z² = (Σ d)²/Σ d² (1963), so that a level shared among many rounds can be reached.
     """
-    squares = float(np.sum(differences**2))
-    bound = 2 * math.exp(-(float(differences.sum()) ** 2) / (2 * squares)) if squares > 0 else 1.0
-    return min(sign_flip(differences)[0], bound)
+    squares = float(np.sum(moved**2))
+    bound = 2 * math.exp(-(float(moved.sum()) ** 2) / (2 * squares)) if squares > 0 else 1.0
+    return min(sign_flip(moved)[0], bound)
 
 
 # -- what was kept ----------------------------------------------------------------------------------------------------
@@ -335,8 +337,10 @@ def column(samples: pa.Table, name: str) -> Floats:
     return np.asarray(pc.cast(samples.column(name), pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
 
 
-def mean_of_prompts(samples: pa.Table, name: str) -> float:
+def mean_of_prompts(samples: pa.Table | None, name: str) -> float:
     """The mean over prompts of the mean of their samples; -inf without a value."""
+    if samples is None:
+        return -math.inf
     means = mean_by_prompt(prompt_numbers(samples), column(samples, name))
     finite = means[np.isfinite(means)]
     return float(finite.mean()) if len(finite) else -math.inf

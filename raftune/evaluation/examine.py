@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from raftune.config.guards import GuardsConfig
 from raftune.evaluation import alarms
-from raftune.evaluation.alarms import Alarm
+from raftune.evaluation.alarms import Alarm, column, texts_of
 from raftune.evaluation.diversity import distinct, msttr, numbered, similarities, unique
 from raftune.evaluation.metrics import prompt_numbers
 from raftune.interval import mean_by_prompt
@@ -39,10 +39,10 @@ class Examination:
         """
         samples = evidence.samples
         drawn, kept = samples.filter(pc.equal(samples.column("source"), "policy")), kept_of(samples)
-        found = {"drawn": numbers(drawn, np.ones(drawn.num_rows)), "selected": numbers(kept, values(kept, "weight"))}
+        found = {"drawn": numbers(drawn, np.ones(drawn.num_rows)), "selected": numbers(kept, column(kept, "weight"))}
         if "text" in samples.column_names:
             control = samples.filter(samples.column("control"))
-            found["drawn"] |= mean_of("similarity", mean_by_prompt(prompt_numbers(drawn), values(drawn, "similarity")))
+            found["drawn"] |= mean_of("similarity", mean_by_prompt(prompt_numbers(drawn), column(drawn, "similarity")))
             found["selected"] |= mean_of("similarity", similarities(texts_of(kept), prompt_numbers(kept)))
             found["drawn"] |= words(control)
             found["selected"] |= words(kept)
@@ -55,9 +55,8 @@ class Examination:
     def raised(self, evidence: Evidence, sets: Mapping[str, Mapping[str, Any]]) -> Iterator[Alarm | None]:
         """The outcome of every rule that what is known suffices for."""
         limits, held_out, kept = self.config, evidence.held_out, kept_of(evidence.samples)
-        earlier = [table for table in evidence.earlier if table is not None]
-        if held_out is not None and earlier:
-            yield alarms.held_out_falls(held_out, earlier, evidence.judge, limits.false_alarms)
+        if held_out is not None and any(table is not None for table in evidence.earlier):
+            yield alarms.held_out_falls(held_out, evidence.earlier, evidence.judge, limits.false_alarms)
         first = evidence.first or sets["drawn"]
         if "text" in evidence.samples.column_names:
             yield alarms.diversity_drops(sets, first, kept, limits.diversity_drop)
@@ -77,11 +76,11 @@ def numbers(samples: pa.Table, weights: Floats) -> Measures:
     found: Measures = {"samples": samples.num_rows}
     columns = {"score": "reward", "length": "length", "clipped": "clipped_ratio"}
     columns |= {name: name for name in samples.column_names if name.startswith("rewards/")}
-    for column, name in columns.items():
-        if column in samples.column_names:
-            known = np.isfinite(column_values := values(samples, column))
+    for name, measure in columns.items():
+        if name in samples.column_names:
+            known = np.isfinite(values := column(samples, name))
             if weights[known].sum() > 0:
-                found[name] = float(np.average(column_values[known], weights=weights[known]))
+                found[measure] = float(np.average(values[known], weights=weights[known]))
     return found
 
 
@@ -102,12 +101,3 @@ def mean_of(name: str, found: Floats) -> Measures:
     """The mean of what is finite, under this name; nothing where nothing is."""
     finite = found[np.isfinite(found)]
     return {name: float(finite.mean())} if len(finite) else {}
-
-
-def texts_of(samples: pa.Table) -> list[str]:
-    return [text or "" for text in samples.column("text").to_pylist()]
-
-
-def values(samples: pa.Table, name: str) -> Floats:
-    """The column as numbers, NaN where it is null."""
-    return np.asarray(pc.cast(samples.column(name), pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)

@@ -26,7 +26,8 @@ Ints = npt.NDArray[np.int64]
 class Guard:
     """metrics.json, of what was drawn and of what was selected, and alarms.json: evidence, with samples to look at.
 
-    `judged` are the folders of the held-out samples, besides their scores: "judge", or "logp" and "logp-start".
+    `judged` are the folders of the held-out samples, besides their scores: "judge", "logp" and "logp-start". `judge` is
+    the held-out reward in words, empty without one.
     """
 
     name = writes = "guard"
@@ -46,9 +47,7 @@ class Guard:
         self.examiner, self.factors, self.round = examiner, factors, round_
         self.shards, self.judged, self.judge, self.texts = shards, judged, judge, texts
         now = tuple(f"evaluate/{name}" for name in ("score", *judged)) if judged else ()
-        then = (
-            [f"evaluate/{name}@{r}" for r in range(round_) for name in ("score", "judge")] if "judge" in judged else []
-        )
+        then = [f"evaluate/{name}@{r}" for r in range(round_) for name in ("score", "judge")] if judge else []
         self.reads = (*shards, "score", "select", *now, *then, *(["guard@1"] if round_ > 1 else []))
 
     def fingerprints(self) -> Mapping[str, str]:
@@ -60,9 +59,7 @@ class Guard:
             samples=pa.concat_tables(self.samples(inputs)),
             factors=self.factors(),
             held_out=judged_samples(inputs, self.judged) if self.judged else None,
-            earlier=[]
-            if "judge" not in self.judged
-            else [judged_samples(inputs, ("judge",), r) for r in range(self.round)],
+            earlier=[judged_samples(inputs, ("judge",), r) for r in range(self.round)] if self.judge else [],
             judge=self.judge,
             first=json.loads((inputs["guard@1"] / "metrics.json").read_text())["drawn"] if self.round > 1 else None,
         )
