@@ -35,10 +35,12 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, label: str, b
     """
     head = "".join(f'<th scope="col"{_right(i)}>{title}</th>' for i, title in enumerate(titles))
     body = "".join(_row(cells, number == best) for number, cells in enumerate(rows))
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{text(label)}"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    return scrolling(label, f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+
+def scrolling(label: str, inside: str) -> str:
+    """What may be wider than the page: it scrolls by itself, also by keyboard."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{text(label)}">{inside}</div>'
 
 
 def _row(cells: Sequence[str], best: bool) -> str:

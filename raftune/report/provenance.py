@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from raftune.digest import duration
 from raftune.report.collect import Collected
-from raftune.report.markup import block, facts, folded, number, table, text
+from raftune.report.markup import block, facts, folded, number, scrolling, table, text
 from raftune.report.numbers import timed
 
 SHORT = 12  # letters of a hash that are shown; the whole hash appears on pointing
@@ -32,7 +32,7 @@ def written(found: Collected) -> str:
     except OSError:
         words = "(config.yaml cannot be read)"
     lead = '<p class="note">config.yaml: what differs from the defaults. <code>raftune train</code> reads it again.</p>'
-    return block("config", "Configuration", f"{lead}<pre><code>{text(words)}</code></pre>")
+    return block("config", "Configuration", lead + scrolling("config.yaml", f"<pre><code>{text(words)}</code></pre>"))
 
 
 def every_field(found: Collected) -> str:
@@ -46,7 +46,7 @@ def every_field(found: Collected) -> str:
         f'<th scope="col">default</th></tr></thead><tbody>{rows}</tbody></table>'
     )
     summary = "Every field, with its default where it differs"
-    return block("fields", "Resolved", folded(summary, f'<div class="scroll">{inside}</div>'))
+    return block("fields", "Resolved", folded(summary, scrolling("Every field", inside)))
 
 
 def fields_of(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
