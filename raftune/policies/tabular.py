@@ -48,7 +48,8 @@ class Tabular:
         table = np.array([[-np.inf if v is None else v for v in row] for row in logits], dtype=np.float64)
         if (table == -np.inf).all(axis=1).any():
             raise ConfigError(
-                "policy.logits must leave each prompt an answer that is not null; got a row of nulls. Give one a number."
+                "policy.logits must leave each prompt an answer that is not null; got a row of nulls. Give one a "
+                "number."
             )
         save(log_softmax(table), out)
 

@@ -97,7 +97,7 @@ def _begin_on_base(
 
 
 def _base_at(adapter: PeftConfig, name: str) -> str:
-    """The name of an adapter's base; a path in it starts from the adapter's own folder, as in the runs that we write."""
+    """The name of an adapter's base; a path in it starts from the adapter's folder, as in the runs that we write."""
     base = str(adapter.base_model_name_or_path)
     beside = Path(name) / base
     return str(beside.resolve()) if base.startswith("..") and beside.is_dir() else base
