@@ -75,7 +75,7 @@ def assistant(request: Request, rng: Random, *kinds: str) -> tuple[str, str]:
 
 
 def exchange(rng: Random, turns: int = 1) -> tuple[Turns, str, str]:
-    """A dialogue up to the last question, a good answer and a bad one; in one of twenty they stand the other way round."""
+    """A dialogue up to the last question, a good answer and a bad one; in one of twenty, the other way round."""
     before: Turns = []
     for _ in range(turns - 1):
         request = asked(rng)
