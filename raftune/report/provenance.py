@@ -129,7 +129,7 @@ def times(found: Collected) -> str:
     total = sum(sum(stages.values()) for stages in spent.values())
     rows = []
     for round_, stages in sorted(spent.items()):
-        cells = [number(stages[stage], 2) if stage in stages else "" for stage in order]
+        cells = [number(stages[stage]) if stage in stages else "" for stage in order]
         rows.append([text(round_ or "start"), duration(sum(stages.values())), *cells])
     head = facts([("time of all stages, over all sessions", duration(total))])
     titles = ["round", "in all", *map(text, order)]
