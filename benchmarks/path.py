@@ -121,7 +121,7 @@ def dialogues(folder: Path) -> list[list[str]]:
     learning = ["--policy.model", "starter", "--tuning.learning_rate", "5e-4", "--threads", "1"]
     return [
         ["sft", data, *learning, "--output_dir", sft],
-        ["reward", "train", data, "--model", "starter", "--output_dir", reward],
+        ["reward", "train", data, "--model", "starter", "--output_dir", reward, "--threads", "1"],
         ["train", *begun, *dials, *judged, "--output_dir", run],
         ["evaluate", "starter", *judged, "--sampling.max_completion_length", "64", "--output_dir", before],
         ["compare", run, before, "--show", "2"],

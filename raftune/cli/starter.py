@@ -57,10 +57,11 @@ def starter(
 def commands(folder: Path) -> list[list[str]]:
     """The path from these files to an aligned model, and to the evidence that it is better."""
     preferences, run, before = (str(folder / name) for name in ("preferences.jsonl", "run", "before"))
-    learning = ["--policy.model", "starter", "--tuning.learning_rate", "5e-4", "--threads", "1"]
+    one = ["--threads", "1"]  # more cost more than they give with models this small
+    learning = ["--policy.model", "starter", "--tuning.learning_rate", "5e-4", *one]
     return [
         ["raftune", "sft", preferences, *learning, "--output-dir", str(folder / "sft")],
-        ["raftune", "reward", "train", preferences, "--model", "starter", "--output-dir", str(folder / "reward")],
+        ["raftune", "reward", "train", preferences, "--model", "starter", "--output-dir", str(folder / "reward"), *one],
         ["raftune", "train", str(folder / "run.yaml")],
         ["raftune", "evaluate", "starter", str(folder / "run.yaml"), "--output-dir", before],
         ["raftune", "compare", run, before, "--show", "2"],

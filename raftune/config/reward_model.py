@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -77,6 +78,9 @@ class RewardModelConfig(Frozen):
     gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
     save_steps: int = Field(
         200, ge=1, description="Optimizer steps between checkpoints, from which a new call goes on."
+    )
+    threads: int = Field(
+        default_factory=lambda: os.cpu_count() or 1, ge=1, description="Threads for tensor arithmetic (CPU)."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Of the split, the new head and the order of the rows.")
     allow_chance: bool = Field(False, description="Save the model though it may be no better than chance.")

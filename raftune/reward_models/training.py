@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from raftune.config.reward_model import RewardModelConfig
 from raftune.errors import DataError, ModelError
@@ -80,6 +81,7 @@ def work(
     config: RewardModelConfig, folder: Folder, tmp: Path, score_with: Callable[[Path], Reward], observe: Observer
 ) -> None:
     """Reads, trains, judges, and writes the report, each unless an earlier call did."""
+    torch.set_num_threads(config.threads)  # they shape the sums, and so the bits
     observe("begin", {"what": "reading and encoding the rows"})
     backbone = open_backbone(config)
     for words in backbone.said:

@@ -16,7 +16,7 @@ HELD_OUT = "--evaluation.num_prompts 6 --evaluation.num_generations 2 --engine.t
 # What makes each command of the path small; the path itself is the one that `raftune starter` names.
 SMALL = {
     "sft": "--tuning.max_steps 3 --threads 1",
-    "reward": "--max_steps 2 --allow_chance",
+    "reward": "--max_steps 2 --allow_chance --threads 1",
     "train": f"{ROUNDS} {HELD_OUT}",
     "evaluate": f"--sampling.max_completion_length 16 {HELD_OUT}",
     "compare": "",

@@ -44,7 +44,7 @@ def trained(place: Path, out: Path, data: str, *flags: str) -> list[str]:
         "--output-dir",
         str(out),
     ]
-    return [*command, "--device", "cpu", "--held-out-fraction", "0.25", *flags]
+    return [*command, "--device", "cpu", "--threads", "1", "--held-out-fraction", "0.25", *flags]
 
 
 def test_training_says_what_the_model_is_worth(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

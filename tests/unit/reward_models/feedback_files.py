@@ -65,7 +65,8 @@ def rated(n: int = 240, marks: str = "-=+") -> list[Row]:
 
 def config_for(data: Path, model: Path, out: Path, **changes: Any) -> RewardModelConfig:
     """Three epochs at a high rate on the CPU, a quarter of the prompts held out."""
-    given = {"data": str(data), "model": str(model), "output_dir": str(out), "device": "cpu", "held_out_fraction": 0.25}
+    given: dict[str, Any] = {"data": str(data), "model": str(model), "output_dir": str(out), "held_out_fraction": 0.25}
+    given |= {"device": "cpu", "threads": 1}
     return validate_as(RewardModelConfig, {**given, "num_train_epochs": 3, "learning_rate": 3e-3, **changes})
 
 
