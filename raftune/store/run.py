@@ -95,31 +95,37 @@ class RunFolder:
             yield from ((round_, name) for name in dict.fromkeys([*committed, *own]))
 
     def faults(self, without: Collection[tuple[int, str]] = ()) -> list[str]:
-        """What is damaged, a line each: changed or missing files, and COMMITs whose inputs have been replaced.
+        """What is damaged, a line each: changed or missing files, then COMMITs whose inputs have been replaced.
 
         Stages in `without` are passed over. Raises RunTooNew.
         """
-        found: list[str] = []
-        for round_, name in self.places():
-            if (round_, name) not in without:
-                found += self.faults_of(round_, name)
-        return found
+        places = [place for place in self.places() if place not in without]
+        damaged = [fault for place in places for fault in self._damage(*place)]
+        return damaged + [fault for place in places for fault in self._replaced(*place)]
 
     def faults_of(self, round_: int, name: str) -> list[str]:
         """What is damaged in one stage's folder, a line each. Raises RunTooNew."""
+        return self._damage(round_, name) + self._replaced(round_, name)
+
+    def _damage(self, round_: int, name: str) -> list[str]:
+        """What of the stage's own files is not as it was committed."""
         folder = self.folder(round_, name)
         try:
             commit = Commit.load(folder)
         except RunDamaged as error:
             return [str(error).split(". ")[0]]
-        if commit is None:
+        return [] if commit is None or self.is_dropped(round_, name) else commit.faults(folder)
+
+    def _replaced(self, round_: int, name: str) -> list[str]:
+        """Which of the stages that it was made from are no longer what they were."""
+        folder = self.folder(round_, name)
+        try:
+            commit = Commit.load(folder)
+        except RunDamaged:
             return []
-        found = [] if self.is_dropped(round_, name) else commit.faults(folder)
-        for read, expected in commit.inputs.items():
-            source_round, source = read.split("/", 1)
-            if self.commit_hash(int(source_round), source) != expected:
-                found.append(f"{folder} was made from another {read} than the one on disk")
-        return found
+        reads = commit.inputs.items() if commit is not None else ()
+        gone = [read for read, expected in reads if self.commit_hash(*parted(read)) != expected]
+        return [f"{folder} was made from another {read} than the one on disk" for read in gone]
 
     def supersede(self, round_: int, name: str) -> None:
         """Moves a stage aside, to superseded/: nothing that was drawn is ever deleted.
@@ -171,3 +177,9 @@ class RunFolder:
     def _empty_tmp(self) -> None:
         shutil.rmtree(self.tmp, ignore_errors=True)
         self.tmp.mkdir(exist_ok=True)
+
+
+def parted(read: str) -> tuple[int, str]:
+    """The round and the folder of an input as a COMMIT names it: 1/draw."""
+    round_, name = read.split("/", 1)
+    return int(round_), name

@@ -249,7 +249,7 @@ def test_a_second_signal_ends_at_once(fresh: Path) -> None:
 def test_runs_lists_how_far_each_is(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = said(capsys, "runs")
     title, line = out.splitlines()
-    assert title.split() == ["run", "family", "rounds", "best", "reward", "state", "when"]
+    assert title.split() == ["run", "family", "rounds", "best", "reward", "alarms", "state", "when"]
     assert line.split()[:3] == ["tab", "tabular", "2/2"]
     assert " finished " in line
     out, _ = said(capsys, "runs", "--json")

@@ -85,6 +85,7 @@ def test_a_commit_that_was_replaced_is_found_by_what_was_made_from_it(copy: Path
         "logp-start",
         "select",
         "rows",
+        "guard",
     }
 
 
