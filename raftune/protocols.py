@@ -110,7 +110,7 @@ class Shortening(Protocol):
     """A policy that can cut an answer to what it reads; without it an answer that is too long cannot be learned."""
 
     def adopt_within(self, prompt: Prompt, answer: Any, source: str, max_length: int | None) -> Mapping[str, Any]:
-        """As `adopt`; what exceeds max_length (tokens, prompt and answer) is cut. Raises TooLong without room for it."""
+        """As `adopt`; what exceeds max_length (tokens, prompt and answer) is cut. Raises TooLong without any room."""
         ...
 
 
