@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from raftune.cli.alarms import show
-from raftune.cli.demo import by_round, show_typical, typical_by_round
 from raftune.cli.show import say
+from raftune.cli.typical import by_round, show_typical, typical_by_round
 from raftune.cli.work import outcome_json, outcome_words
 from raftune.config.run import RunConfig
 from raftune.digest import alarms_of, held_out_names, rows_of
