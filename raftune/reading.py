@@ -57,6 +57,14 @@ def tokens(tokenizer: Any, prompt: Any, completion: Any, reading: Reading) -> li
     return ids or [tokenizer.pad_token_id]
 
 
+def is_hollow(tokenizer: Any) -> bool:
+    """True of a tokenizer that has special tokens alone, by which every text is empty.
+
+    transformers makes such a one of a folder that has a model's configuration and no tokenizer's files.
+    """
+    return set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
+
+
 def templated(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
     """The messages as the chat template formats them. Raises RewardError without one."""
     if not tokenizer.chat_template:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from raftune.config.reward_model import RewardModelConfig
 from raftune.errors import ModelError
 from raftune.quiet import quiet
-from raftune.reading import Reading, longest
+from raftune.reading import Reading, is_hollow, longest
 from raftune.store.parquet import first_line
 
 HEAD = "ForSequenceClassification"
@@ -73,6 +73,11 @@ def open_backbone(config: RewardModelConfig) -> Backbone:
         tokenizer = AutoTokenizer.from_pretrained(config.model, **hub(config))
     except Exception as error:
         raise unreadable(config.model, "tokenizer", error) from None
+    if is_hollow(tokenizer):
+        raise ModelError(
+            f"model {config.model!r}: its tokenizer knows no words: its files are missing. Save a tokenizer there, or "
+            "name another backbone."
+        )
     said = (*about_padding(config.model, tokenizer),)
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"  # a prompt's beginning says the least
     limit = longest(tokenizer, architecture, config.max_length)

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from raftune.config.rewards import derived_name
 from raftune.errors import RewardError
-from raftune.reading import NOTES, Reading, longest, read_notes, tokens
+from raftune.reading import NOTES, Reading, is_hollow, longest, read_notes, tokens
 from raftune.rewards import fingerprint
 from raftune.rewards.outcome import one_line
 from raftune.rewards.text import TEXT_MEDIA
@@ -227,6 +227,11 @@ class Classifier:
                 tokenizer = AutoTokenizer.from_pretrained(name, **self._hub())
             except Exception as error:
                 raise self._unreadable("tokenizer", name, error) from None
+            if is_hollow(tokenizer):
+                raise RewardError(
+                    f"reward model {self._source!r}: the tokenizer at {name!r} knows no words: its files are missing. "
+                    "Save one there, or name another: options.tokenizer."
+                )
         else:
             tokenizer = copy.deepcopy(tokenizer)  # what is set below must not change its owner's
         if tokenizer.pad_token_id is None:

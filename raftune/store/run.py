@@ -159,6 +159,8 @@ class RunFolder:
 
         Raises RunInUse, and StoreError where the directory cannot be written, also later while it is held.
         """
+        if self.root.exists() and not self.root.is_dir():
+            raise StoreError(f"output_dir must be a directory; {self.root} is a file. Choose another output_dir.")
         with explaining(self.root):
             ensure_folder(self.root)
             lock = FileLock(self.root / "LOCK")

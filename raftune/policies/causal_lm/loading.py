@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from raftune.config.policy import AdapterConfig, CausalLMPolicy
 from raftune.errors import ConfigError, ModelError
 from raftune.quiet import quiet
+from raftune.reading import is_hollow
 
 REFERENCE = "reference.json"
 ADAPTER = "adapter_config.json"
@@ -139,6 +140,11 @@ def load_tokenizer(config: CausalLMPolicy, start: Path) -> Any:
             f"policy.tokenizer must name a tokenizer where the model has none; found none at {name!r} "
             f"({first_line(error)}). Save one there, or set policy.tokenizer."
         ) from error
+    if is_hollow(tokenizer):
+        raise ModelError(
+            f"policy.tokenizer must name a tokenizer where the model has none; the one at {name!r} knows no words: its "
+            "files are missing. Save one there, or set policy.tokenizer."
+        )
     return tokenizer
 
 
@@ -165,14 +171,18 @@ def context(found: Any) -> int | None:
 
 
 def eos_ids(config: CausalLMPolicy, start: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Every id that ends an answer, the tokenizer's own first. ModelError where there is none."""
+    """Every id that ends an answer, the tokenizer's own first. ModelError where there is none.
+
+    An id that the tokenizer does not know is none: a model's configuration keeps the id of its kind's first model.
+    """
     found = generation_config(config, start).eos_token_id
     several = found if isinstance(found, list) else [found]
-    ids = dict.fromkeys(i for i in (tokenizer.eos_token_id, *several) if i is not None)
+    known = set(tokenizer.get_vocab().values())
+    ids = dict.fromkeys(i for i in (tokenizer.eos_token_id, *several) if i in known)
     if not ids:
         raise ModelError(
-            "policy.model must have an end-of-sequence token; neither tokenizer nor generation config has one, so no "
-            "answer could learn to end. Set tokenizer.eos_token and save it."
+            "policy.model must have an end-of-sequence token; neither tokenizer nor generation config has one "
+            "that the tokenizer knows, so no answer could learn to end. Set tokenizer.eos_token and save it."
         )
     return tuple(ids)
 

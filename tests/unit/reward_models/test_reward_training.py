@@ -15,11 +15,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from raftune.config.load import validate_as
 from raftune.config.reward_model import RewardModelConfig, rate_for
 from raftune.config.rewards import RewardSpec
-from raftune.errors import ConfigChanged, ConfigError, DataError, ModelError
+from raftune.errors import ConfigChanged, ConfigError, DataError, ModelError, StoreError
 from raftune.quiet import quiet
 from raftune.reading import Reading, tokens
 from raftune.rewards import load_reward
-from tests.builders import save_backbone, save_tiny, tiny_llama, tiny_tokenizer, tree_hash
+from tests.builders import save_backbone, save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, tree_hash
 from tests.unit.reward_models.feedback_files import config_for, longer_wins, marked, rated, tossed, train, write
 
 ARCHITECTURES = ["llama", "gpt2", "qwen2", "distilbert", "roberta"]
@@ -270,6 +270,20 @@ def test_a_tokenizer_without_a_pad_token_is_made_do_and_said(place: Path, tmp_pa
         tiny_tokenizer(pad=False, eos=False).save_pretrained(tmp_path / "bare")
     with pytest.raises(ModelError, match="must have a pad or an EOS token; it has neither"):
         train(config_for(place / "marked.jsonl", tmp_path / "bare", tmp_path / "rm3"))
+
+
+def test_a_backbone_whose_tokenizer_is_missing_is_refused(place: Path, tmp_path: Path) -> None:
+    with quiet():
+        tiny_gpt2().save_pretrained(tmp_path / "bare")
+    with pytest.raises(ModelError, match=r"its tokenizer knows no words: its files are missing"):
+        train(config_for(place / "marked.jsonl", tmp_path / "bare", tmp_path / "rm"))
+
+
+def test_an_output_dir_that_is_a_file_is_refused(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "rm").write_text("mine")
+    with pytest.raises(StoreError, match=r"output_dir must be a directory; .*rm is a file\. Choose another"):
+        train(config_for(place / "marked.jsonl", tmp_path / "bare", tmp_path / "rm"))
+    assert (tmp_path / "rm").read_text() == "mine"
 
 
 def test_an_adapter_is_merged_into_a_plain_folder(place: Path, tmp_path: Path) -> None:

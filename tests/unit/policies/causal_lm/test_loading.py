@@ -22,10 +22,12 @@ from raftune.policies.causal_lm.loading import fingerprint, fresh_adapter
 from raftune.quiet import quiet
 from raftune.records import Prompt
 from tests.builders import (
+    EOS,
     PAD,
     VOCABULARY,
     parts,
     save_tiny,
+    tiny_gpt2,
     tiny_llama,
     tiny_model,
     tiny_tokenizer,
@@ -103,6 +105,24 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         CausalLM.start(parts(tmp_path / "model"), start_of(tmp_path))
     tiny_tokenizer().save_pretrained(tmp_path / "words")
     CausalLM.start(parts(tmp_path / "model", tokenizer=str(tmp_path / "words")), start_of(tmp_path))
+
+
+def test_a_tokenizer_of_special_tokens_alone_is_refused(tmp_path: Path) -> None:
+    with quiet():  # of such a folder transformers makes a tokenizer by which every text is empty
+        tiny_gpt2().save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"knows no words: its files are missing\. Save one there"):
+        CausalLM.start(parts(tmp_path / "model"), start_of(tmp_path))
+
+
+def test_an_end_that_the_tokenizer_does_not_know_ends_nothing(tmp_path: Path) -> None:
+    with quiet():
+        tiny_gpt2(eos_token_id=50_256).save_pretrained(tmp_path / "model")
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
+    assert CausalLM.start(parts(tmp_path / "model"), start_of(tmp_path))["eos_ids"] == [EOS]
+    with quiet():
+        tiny_tokenizer(eos=False, pad=False).save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"neither tokenizer nor generation config has one that the tokenizer knows"):
+        CausalLM.start(parts(tmp_path / "model"), start_of(tmp_path))
 
 
 def test_a_missing_pad_token_is_filled_with_eos_and_said(tmp_path: Path) -> None:
