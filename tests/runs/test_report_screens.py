@@ -141,6 +141,30 @@ def test_a_prompt_that_yielded_nothing_says_why(chromium: Browser, tmp_path: Pat
         assert page.text("#prompts .verdict") == "Nothing was kept of this prompt: all scores are equal."
 
 
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("#prompts?sample=0009/gone/000", "Sample 0009/gone/000 is not in this page."),
+        (
+            "#prompts?sample=0002/p1-0/001&q=nothing%20like%20it",
+            "Sample 0002/p1-0/001 does not match what was asked for.",
+        ),
+        ("#compare?sample=0009/gone/000", "Sample 0009/gone/000 is not in this page."),
+        ("#compare?pair=gone/0", "Prompt gone/0 is not in this page."),
+    ],
+)
+def test_an_address_that_names_what_is_not_shown_is_told_so(opened: Opened, address: str, words: str) -> None:
+    opened.go(address)
+    assert words in opened.text(f"{address.split('?')[0]} .notice")
+
+
+def test_an_address_that_names_what_is_shown_brings_no_notice(opened: Opened) -> None:
+    opened.go("#prompts?sample=0002/p1-0/001")
+    assert opened.count("#prompts .notice") == 0
+    opened.go("#compare")
+    assert opened.count("#compare .notice") == 0
+
+
 def test_conversations_read_turn_by_turn(chromium: Browser, tmp_path: Path) -> None:
     found = document()
     item = found["prompts"]["items"][0]

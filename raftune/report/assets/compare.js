@@ -77,19 +77,29 @@ class Compare extends Listing {
 
   show() {
     const { item, round } = this;
-    if (!item) return fill(this.detail, nothing(this.all, "answer"));
+    if (!item) return fill(this.detail, this.absent(), nothing(this.all, "answer"));
     const place = `Prompt ${this.found.indexOf(item) + 1} of ${this.found.length} · k ${item.k}`;
     const [before, after] = [item.answers[0], item.answers[round]].map((own) => own && trimmed(plain(own.completion)));
     const marked = before && after ? difference(before, after) : {};
     const later = round ? this.side(item, round, "ins", marked.after) : null;
     fill(
       this.detail,
+      this.absent(),
       el("p.eyebrow", place, item.seed ? ` · seed ${item.seed}` : null),
       el("div.asked", content(item.prompt, this.asked("q"))),
       this.ladder(item),
       el("div.pair", this.side(item, 0, "del", marked.before), later),
     );
     return this.centre();
+  }
+
+  /** What to say where the address names a sample or a pair that cannot be shown. */
+  absent() {
+    const { sample, pair } = options();
+    if (sample) return notice("Sample", sample, "is not in this page");
+    if (!pair || (this.item && pairOf(this.item) === pair)) return null;
+    const here = this.all.items.some((item) => pairOf(item) === pair);
+    return notice("Prompt", pair, here ? "does not match what was asked for" : "is not in this page");
   }
 
   /** Score and held-out score of this prompt and seed, round by round. */

@@ -108,6 +108,11 @@ function columns(listing, detail) {
   return el("div.columns", el("div.side", fields, listing.note, listing.list), detail);
 }
 
+/** What stands above something else than the address names. */
+function notice(what, name, why) {
+  return el("p.notice", { role: "status" }, `${what} `, inline(name), ` ${why}.`);
+}
+
 /** What stands where a list is empty. */
 function nothing(list, one) {
   const words = list.items.length ? `No ${one} matches what was asked for.` : `There is no ${one} in this page yet.`;

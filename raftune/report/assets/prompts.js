@@ -82,12 +82,13 @@ class Prompts extends Listing {
 
   show() {
     const { item } = this;
-    if (!item) return fill(this.detail, nothing(this.all, "prompt"));
+    if (!item) return fill(this.detail, this.absent(), nothing(this.all, "prompt"));
     const place = `Round ${item.round} · prompt ${this.found.indexOf(item) + 1} of ${this.found.length}`;
     const asked = el("div.asked", content(item.prompt, this.asked("q")));
     const samples = ranked(item.samples);
     return fill(
       this.detail,
+      this.absent(),
       el("p.eyebrow", place),
       asked,
       scoreLine(samples, this.sample()),
@@ -95,6 +96,14 @@ class Prompts extends Listing {
       this.strip(samples),
       identity(this.sample()),
     );
+  }
+
+  /** What to say where the address names a sample that cannot be shown. */
+  absent() {
+    const id = this.asked("sample");
+    if (!id || this.item?.samples.some((sample) => sample.id === id)) return null;
+    const here = this.all.items.some((item) => item.samples.some((sample) => sample.id === id));
+    return notice("Sample", id, here ? "does not match what was asked for" : "is not in this page");
   }
 
   /** The candidates side by side. */
