@@ -12,7 +12,7 @@ import yaml
 
 from raftune.config.load import declared, validate
 from raftune.config.run import RunConfig
-from raftune.digest import cell, columns_for, held_out_names, read_json, rows_of
+from raftune.digest import best_round, cell, columns_for, held_out_names, read_json, rows_of
 from raftune.errors import StoreError
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.files import explaining
@@ -60,10 +60,10 @@ def remove_published(out: Path) -> None:
 def best_of(run: RunFolder) -> int:
     """The best round so far. Raises StoreError where no round is done."""
     run.read_config()
-    best = read_json(run.root / "best.json").get("round")
+    best = best_round(run.root)
     if best is None:
         raise StoreError(f"{run.root} has no finished round yet. `raftune resume {run.root}` goes on with it.")
-    return int(best)
+    return best
 
 
 def refuse_missing(run: RunFolder, round_: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raftune.config.run import RunConfig
+from raftune.errors import RunDamaged
 from raftune.store.run import RunFolder
 
 Row = dict[str, Any]
@@ -21,6 +22,8 @@ NUMBERS = {
     "msttr": "msttr_100",
     "perplexity": "perplexity",
 }
+MEND = "`raftune verify` lists what is damaged, and `raftune resume --from STAGE` makes it again."
+AGAIN = "`raftune resume` writes it again."
 LONGEST_TITLE = 12  # letters, so that the table of a whole run fits beside a picture of it
 
 
@@ -35,7 +38,10 @@ class Column:
 
 
 def rows_of(root: str | Path) -> list[Row]:
-    """One row for each round that was evaluated, or tuned where evaluation is off; round 0 is the start."""
+    """One row for each round that was evaluated, or tuned where evaluation is off; round 0 is the start.
+
+    Raises RunDamaged for numbers that are none.
+    """
     run = RunFolder(root)
     seconds = seconds_by_round(run.events)
     found = []
@@ -44,7 +50,11 @@ def rows_of(root: str | Path) -> list[Row]:
         if (run.folder(round_, last) / "_COMMIT.json").is_file():
             metrics = read_json(run.folder(round_, "evaluate") / "metrics.json")
             summary = read_json(run.folder(round_, "select") / "summary.json")
-            found.append(row_of(round_, metrics, summary, seconds.get(round_)))
+            try:
+                found.append(row_of(round_, metrics, summary, seconds.get(round_)))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                place = run.folder(round_, "evaluate") / "metrics.json"
+                raise RunDamaged(f"{place} does not hold the numbers of an evaluation. {MEND}") from error
     return found
 
 
@@ -143,10 +153,35 @@ def overlap_words(overlap: int, held_out: int) -> str:
 
 
 def alarms_of(run: RunFolder, round_: int) -> list[dict[str, Any]]:
-    """What the round's guard says a person should look at; empty where there is no guard, or nothing to say."""
+    """What the round's guard says a person should look at; empty where there is no guard, or nothing to say.
+
+    Raises RunDamaged for a file that holds no alarms.
+    """
     path = run.folder(round_, "guard") / "alarms.json"
-    loaded: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return loaded
+    found = loaded(path) if path.is_file() else []
+    if not isinstance(found, list) or not all(is_alarm(item) for item in found):
+        raise RunDamaged(f"{path} does not hold a list of alarms. {MEND}")
+    return found
+
+
+def is_alarm(item: Any) -> bool:
+    """Whether this has what an alarm is shown by."""
+    if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ("alarm", "title", "evidence")):
+        return False
+    named = item.get("samples")
+    return isinstance(named, list) and all(
+        isinstance(one, dict) and isinstance(one.get("sample_id"), str) and isinstance(one.get("why"), str)
+        for one in named
+    )
+
+
+def best_round(root: Path) -> int | None:
+    """The round that the run published as its best; None before there is one. Raises RunDamaged."""
+    path = root / "best.json"
+    found = read_json(path).get("round")
+    if isinstance(found, bool) or not isinstance(found, int | None):
+        raise RunDamaged(f"{path} must name a round by its number; it holds {found!r}. {AGAIN}")
+    return found
 
 
 def overlap_warning(root: Path) -> str:
@@ -156,9 +191,24 @@ def overlap_warning(root: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The file's object; empty where there is no such file."""
-    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return loaded
+    """The file's object; empty where there is no such file. Raises RunDamaged for what is no object."""
+    found = loaded(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise RunDamaged(f"{path} is not a JSON object. {mend(path)}")
+    return found
+
+
+def loaded(path: Path) -> Any:
+    """What the file holds. Raises RunDamaged for what is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunDamaged(f"{path} is not valid JSON. {mend(path)}") from error
+
+
+def mend(path: Path) -> str:
+    """What helps, by what the file is: best.json follows from the rounds, and all else has a hash of its own."""
+    return AGAIN if path.name == "best.json" else MEND
 
 
 def held_out_names(config: RunConfig) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raftune.digest import read_json
+from raftune.digest import best_round
 from raftune.errors import ConfigError, StoreError
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import column_names, read_groups, read_table
@@ -32,10 +32,10 @@ def choose_rounds(run: RunFolder, which: str) -> list[int]:
     if which == "all":
         return known
     if which == "best":
-        best = read_json(run.root / "best.json").get("round")
+        best = best_round(run.root)
         if not best:
             raise ConfigError("--round best: the best round is the start, which learned from nothing. Name a round.")
-        return [int(best)]
+        return [best]
     if not which.isdigit() or int(which) not in known:
         raise ConfigError(f"--round must be all, best or one of {span(known)}; got {which!r}. Choose one of these.")
     return [int(which)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from raftune.digest import Row, alarms_of, done_words, read_json, rows_of
+from raftune.digest import Row, alarms_of, best_round, done_words, rows_of
 from raftune.errors import RaftuneError
 from raftune.store.parquet import first_line
 from raftune.store.run import RunFolder
@@ -63,7 +63,7 @@ def progress_of(status: Status, config: dict[str, Any]) -> Status:
     for round_, name in run.places():  # each COMMIT can be read, and is of a version that we know
         run.commit(round_, name)
     rows = rows_of(status.root)
-    best = read_json(status.root / "best.json").get("round")
+    best = best_round(status.root)
     rewards = {row["round"]: row.get("reward") for row in rows}
     state, why = state_of(run, config, rows)
     return replace(

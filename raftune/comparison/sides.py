@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from raftune import ledger
 from raftune.config.rewards import RewardsConfig
-from raftune.digest import read_json
+from raftune.digest import best_round
 from raftune.errors import ConfigError, StoreError
 from raftune.records import Prompt
 from raftune.stages.plan import read_plan, read_prompts
@@ -173,13 +173,13 @@ def number_of(run: RunFolder, wanted: str | None, judged: list[int], letter: str
     if wanted is None and len(judged) == 1:
         return judged[0], ""
     if wanted in (None, "best"):
-        best = read_json(run.root / "best.json").get("round")
+        best = best_round(run.root)
         if best is None:
             raise StoreError(
                 f"{letter}: {run.root} has no best round yet. Name one, such as {run.root}@{judged[-1]}, or go on "
                 f"with `raftune resume {run.root}`."
             )
-        return int(best), "best"
+        return best, "best"
     if wanted in ("start", "last"):
         return (0 if wanted == "start" else judged[-1]), wanted
     if wanted is not None and wanted.isdecimal():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,6 +269,39 @@ def test_a_damaged_run_is_listed_as_such_and_the_others_too(fresh: Path, capsys:
     assert " finished " in states["good"]
     assert " damaged " in states["bad"]
     assert " damaged " in states["worse"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("best.json", "[1, 2]"),
+        ("best.json", "junk{"),
+        ("best.json", '{"round": "x"}'),
+        ("round-0001/evaluate/metrics.json", "[3]"),
+        ("round-0001/evaluate/metrics.json", '{"reward": 5}'),
+        ("round-0001/select/summary.json", "null"),
+        ("round-0001/guard/alarms.json", '{"x": 1}'),
+        ("round-0001/guard/alarms.json", "[5]"),
+    ],
+)
+def test_a_run_whose_numbers_are_none_is_listed_as_damaged_with_the_file_and_the_fix(
+    fresh: Path, finished: Path, capsys: pytest.CaptureFixture[str], name: str, content: str
+) -> None:
+    shutil.copytree(finished, fresh / "runs/harmed")
+    (fresh / "runs/harmed" / name).write_text(content)
+    out, _ = said(capsys, "runs", str(fresh / "runs"))
+    assert " damaged " in out
+    assert f"{name.split('/')[-1]}" in out
+    assert "resume" in out
+
+
+def test_alarms_that_are_none_are_refused_by_the_name_of_their_file(
+    fresh: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, fresh / "runs/harmed")
+    (fresh / "runs/harmed/round-0001/guard/alarms.json").write_text('{"x": 1}')
+    _, err = said(capsys, "alarms", str(fresh / "runs/harmed"), code=1)
+    assert "alarms.json does not hold a list of alarms. `raftune verify`" in err
 
 
 def test_a_folder_that_is_not_there_is_no_list(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
