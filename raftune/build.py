@@ -19,7 +19,7 @@ from raftune.config.policy import CustomPolicy
 from raftune.config.run import RunConfig
 from raftune.digest import held_out_names
 from raftune.engines.local import ThisProcess, make_engine
-from raftune.errors import ConfigError
+from raftune.errors import ConfigError, ModelError
 from raftune.evaluation.examine import Examination
 from raftune.evaluation.metrics import METRICS
 from raftune.protocols import Policy, Stage, UnitStage
@@ -167,7 +167,7 @@ class Assembly:
             Start(lambda out: self.family.start(config, out, objects.model, objects.tokenizer)),
         ]
         if config.sampling.teacher is not None:
-            stages.append(Start(lambda out: self.family.start(teacher_config(config), out), name="teacher"))
+            stages.append(Start(lambda out: start_teacher(self.family, config, out), name="teacher"))
         return stages
 
     def _training(self, round_: int) -> list[Stage]:
@@ -346,6 +346,14 @@ def module_from_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def start_teacher(family: Family, config: RunConfig, out: Path) -> None:
+    """Writes down the teacher as a family writes its start; faults are said of the teacher's own field."""
+    try:
+        family.start(teacher_config(config), out)
+    except ModelError as error:
+        raise type(error)(str(error).replace("policy.model", "sampling.teacher.model")) from error
 
 
 def teacher_config(config: RunConfig) -> RunConfig:

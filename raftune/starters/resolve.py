@@ -22,7 +22,13 @@ def resolve_starters(config: RunConfig) -> RunConfig:
         policy = policy.model_copy(update={"model": str(text.policy_path())})
     rewards = rewards.model_copy(update={"reward_funcs": tuple(map(resolve_reward, rewards.reward_funcs))})
     evaluation = evaluation.model_copy(update={"reward_funcs": tuple(map(resolve_reward, evaluation.reward_funcs))})
-    return config.model_copy(update={"policy": policy, "rewards": rewards, "evaluation": evaluation})
+    sampling = config.sampling
+    if sampling.teacher is not None and sampling.teacher.model == WORD:
+        teacher = sampling.teacher.model_copy(update={"model": str(text.policy_path())})
+        sampling = sampling.model_copy(update={"teacher": teacher})
+    return config.model_copy(
+        update={"policy": policy, "sampling": sampling, "rewards": rewards, "evaluation": evaluation}
+    )
 
 
 def resolve_reward(reward: RewardSpec) -> RewardSpec:

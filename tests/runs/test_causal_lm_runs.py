@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from raftune.build import Objects
-from raftune.errors import ConfigChanged
+from raftune.errors import ConfigChanged, ModelError
 from raftune.policies.causal_lm import CausalLM
 from raftune.runs import resume, run
 from tests.builders import save_tiny
@@ -151,6 +151,12 @@ def test_another_temperature_is_refused_with_the_difference(tmp_path: Path, llam
     run(config(tmp_path / "a", llama, num_rounds=1), OBJECTS)
     with pytest.raises(ConfigChanged, match=r"sampling\.temperature: 1\.0 → 0\.7.*--from"):
         run(config(tmp_path / "a", llama, num_rounds=1, sampling={"temperature": 0.7}), OBJECTS)
+
+
+def test_a_teacher_that_is_not_there_is_refused_by_its_own_field(tmp_path: Path, llama: Path) -> None:
+    nowhere = {"teacher": {"model": str(tmp_path / "nowhere"), "num_generations": 1}}
+    with pytest.raises(ModelError, match=r"^sampling\.teacher\.model must be a folder or a hub name"):
+        run(config(tmp_path / "a", llama, sampling=nowhere), OBJECTS)
 
 
 def test_candidates_of_columns_and_of_a_teacher_are_ranked_beside_the_policy_s_own(
