@@ -30,7 +30,7 @@ from raftune.store.commit import stage_key
 from raftune.store.job import Engine, Job, fields_of, hashes_of, make_job
 from raftune.store.run import RunFolder
 from raftune.whatif.difference import Difference, compare
-from raftune.whatif.folder import Overlay, brief, faults, in_words, keep_record, place_of, rounds_of, scores_of
+from raftune.whatif.folder import RECORD, Overlay, brief, faults, in_words, keep_record, place_of, rounds_of, scores_of
 
 Observer = Callable[[str, dict[str, Any]], None]
 FEWER = "sampling.num_generations"
@@ -197,9 +197,15 @@ class Again:
                 except RewardError as error:
                     if self.anew:
                         self.run.clear(round_, "score")  # of no use, and in the way of a mended reward
+                        self.forget()
                     fix = "Mend the reward and rescore." if self.anew else "Select from scores with fewer failures."
                     raise RewardError(f"round {round_}: {str(error).removesuffix(MEND)}{fix}") from error
         return worked
+
+    def forget(self) -> None:
+        """Takes back what was asked while nothing came of it: the name is free for other settings."""
+        if not any(self.run.is_committed(*place) for place in self.run.places()):
+            (self.run.root / RECORD).unlink(missing_ok=True)
 
     def panel(self) -> SamplePanel:
         """The rewards asked for, loaded once."""

@@ -363,6 +363,13 @@ def test_a_reward_that_fails_leaves_room_for_a_mended_one(copy: Copy, tmp_path: 
     assert rescore(root, file(code, "broken")).rounds == [1, 2]
 
 
+def test_a_reward_that_fails_leaves_its_name_free_for_other_settings(copy: Copy, rewards: Path) -> None:
+    root = copy("plain")
+    with pytest.raises(RewardError):
+        rescore(root, {"rewards.reward_funcs": [f"{rewards}:broken"]}, name="mine")
+    assert rescore(root, {"rewards.reward_funcs": [f"{rewards}:other"]}, name="mine").worked
+
+
 def test_a_reward_that_cannot_be_loaded_leaves_nothing_behind(copy: Copy) -> None:
     root = copy("plain")
     with pytest.raises(ConfigError, match="did you mean 'length'"):
