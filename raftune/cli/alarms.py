@@ -58,6 +58,11 @@ def alarms(
 def choose_rounds(folder: RunFolder, asked: int | None) -> list[int]:
     """The guarded rounds that are meant. Raises ConfigError where there is none."""
     guarded = [r for r in folder.rounds() if folder.commit(r, "guard") is not None]
+    if not guarded and not any(folder.rounds()):
+        raise ConfigError(
+            f"{folder.root} has no guarded round: it has finished none yet. `raftune resume {folder.root}` goes on "
+            "with it."
+        )
     if not guarded:
         raise ConfigError(
             f"{folder.root} has no guarded round. `raftune resume {folder.root} --guards.enabled true` looks at what "

@@ -81,6 +81,19 @@ def without_guards(root: Path) -> None:
     path.write_text(json.dumps(config))
 
 
+def test_alarms_of_a_run_without_a_finished_round_point_to_resume_and_not_to_the_guards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    run(tiny.config(root), tiny.objects())
+    for folder in root.glob("round-*"):
+        shutil.rmtree(folder)
+    assert main(["alarms", str(root)]) == 2
+    err = capsys.readouterr().err
+    assert f"`raftune resume {root}`" in err
+    assert "guards.enabled" not in err
+
+
 def test_every_round_but_the_start_is_measured_and_judged(finished: Path) -> None:
     folder = RunFolder(finished)
     assert [r for r in folder.rounds() if folder.commit(r, "guard") is not None] == [1, 2, 3]
