@@ -74,7 +74,7 @@ def read_name(name: str, text: str) -> tuple[str, str]:
             f"--fail-if must name a field of {measure}; got {text!r}. Write {measure}.win_rate, for example."
         )
     near = difflib.get_close_matches(field, FIELDS, n=1, cutoff=0.5)
-    hint = f"did you mean {measure}.{near[0]}?" if near else f"There are {', '.join(FIELDS)}."
+    hint = f"did you mean {measure}.{near[0]}?" if near else f"there are {', '.join(FIELDS)}."
     raise ConfigError(f"--fail-if: {field!r} is not a field; {hint}")
 
 

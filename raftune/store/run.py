@@ -53,9 +53,10 @@ class RunFolder:
         path = self.root / CONFIG
         try:
             data = json.loads(path.read_bytes())
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
+            missing = "it is a file" if self.root.is_file() else f"{CONFIG} is missing"
             raise StoreError(
-                f"{self.root} holds no run: {CONFIG} is missing. `raftune runs` lists the runs in a folder."
+                f"{self.root} holds no run: {missing}. `raftune runs` lists the runs in a folder."
             ) from error
         except ValueError as error:
             raise RunDamaged(f"{path} is not valid JSON. Restore it: it is the run's configuration.") from error

@@ -183,6 +183,7 @@ def test_nothing_in_common_is_an_error_that_says_what_to_do(base: Path, tmp_path
         ),
         ("{base}@start", ConfigError, "A and B must differ; both are {base}, the start (the start is its best round)."),
         ("{base}nowhere", StoreError, "holds no run"),
+        (__file__, StoreError, "holds no run: it is a file"),
     ],
 )
 def test_a_side_that_is_not_there_is_named(base: Path, reference: str, error: type[Exception], said: str) -> None:

@@ -43,6 +43,7 @@ def resolve(name: str, revision: str | None = None) -> Reference:
     """The reference of a folder or a hub name. ModelError says what was looked for and where."""
     folder = Path(name).expanduser()
     if folder.is_dir():
+        refuse_no_model(folder)
         return Reference(str(folder.resolve()), None, fingerprint(folder))
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(
@@ -50,6 +51,15 @@ def resolve(name: str, revision: str | None = None) -> Reference:
         )
     commit = _commit(name, revision)
     return Reference(name, commit or revision, f"hub:{commit}")
+
+
+def refuse_no_model(folder: Path) -> None:
+    """Raises ModelError for a folder without a model, which names the one in its model/, where sft leaves it."""
+    if any((folder / name).is_file() for name in ("config.json", ADAPTER)):
+        return
+    inner = folder / "model"
+    fix = f"Did you mean {inner}?" if inner.is_dir() else "Name one that save_pretrained wrote."
+    raise ModelError(f"policy.model must be a causal language model; {folder} has no config.json. {fix}")
 
 
 def _commit(name: str, revision: str | None) -> str | None:
@@ -216,12 +226,24 @@ def load_weights(config: CausalLMPolicy, name: str, revision: str | None, device
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         what = f"policy.model must be a causal language model; {name!r} did not load: {first_line(error)}."
         raise ModelError(what) from error
+    refuse_other_kind(name, list(getattr(model.config, "architectures", None) or []))
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"policy.model must hold all weights of a causal language model; {name!r} lacks {len(missing)} "
             f"({', '.join(missing[:3])}), which would be random. Is it another kind of model?"
         )
     return (model if config.load_in_4bit else model.to(device)).eval()
+
+
+def refuse_other_kind(name: str, architectures: list[str]) -> None:
+    """Raises ModelError for weights that were trained as something else: with tied embeddings none would be missing."""
+    kinds = ["SequenceClassification", "TokenClassification", "MaskedLM", "QuestionAnswering", "MultipleChoice"]
+    other = [one for one in architectures if one.endswith(tuple(f"For{kind}" for kind in kinds))]
+    if other:
+        fix = "Name a model that generates."
+        if other[0].endswith("ForSequenceClassification"):
+            fix = "A reward model goes into rewards.reward_funcs: name here the model that is to be aligned."
+        raise ModelError(f"policy.model must be a causal language model; {name!r} is a {other[0]}. {fix}")
 
 
 def _four_bits(device: torch.device) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2Model
 
 from raftune.config.policy import AdapterConfig
 from raftune.errors import ConfigError, ModelError
@@ -107,6 +107,28 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     CausalLM.start(parts(tmp_path / "model", tokenizer=str(tmp_path / "words")), start_of(tmp_path))
 
 
+def test_a_folder_without_a_model_is_refused_and_the_one_in_it_is_named(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "sft" / "model")
+    with pytest.raises(ModelError, match=r"sft has no config\.json\. Did you mean .*sft/model\?"):
+        CausalLM.start(parts(tmp_path / "sft"), start_of(tmp_path))
+    with pytest.raises(ModelError, match=r"has no config\.json\. Name one that save_pretrained wrote"):
+        CausalLM.start(parts(start_of(tmp_path)), start_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fix"),
+    [("SequenceClassification", r"A reward model goes into rewards\.reward_funcs"), ("MaskedLM", "that generates")],
+)
+def test_a_model_of_another_kind_is_refused_though_no_weight_is_missing(tmp_path: Path, kind: str, fix: str) -> None:
+    model = save_tiny(tmp_path / "model", "gpt2")  # tied embeddings: the body's weights are all that a head needs
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": [f"GPT2For{kind}"]}))
+    with pytest.raises(
+        ModelError, match=rf"policy\.model must be a causal language model; .* is a GPT2For{kind}\. .*{fix}"
+    ):
+        CausalLM.start(parts(model), start_of(tmp_path))
+
+
 def test_a_tokenizer_of_special_tokens_alone_is_refused(tmp_path: Path) -> None:
     with quiet():  # of such a folder transformers makes a tokenizer by which every text is empty
         tiny_gpt2().save_pretrained(tmp_path / "model")
@@ -166,12 +188,12 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
         CausalLM.start(parts(model), start_of(tmp_path))
 
 
-def test_a_model_of_another_kind_is_refused_and_not_given_a_random_head(tmp_path: Path) -> None:
+def test_a_model_without_its_head_is_refused_and_not_given_a_random_one(tmp_path: Path) -> None:
     config = GPT2Config(
         n_embd=32, n_layer=1, n_head=2, vocab_size=VOCABULARY, tie_word_embeddings=False, pad_token_id=PAD
     )
     with quiet():
-        GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "model")
+        GPT2Model(config).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     with pytest.raises(ModelError, match=r"lacks 1 \(lm_head\.weight\)"):
         CausalLM.start(parts(tmp_path / "model"), start_of(tmp_path))
