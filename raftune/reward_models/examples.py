@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from raftune.config.reward_model import RewardModelConfig
 from raftune.errors import DataError, RewardError
@@ -16,6 +16,7 @@ from raftune.records import PromptContent
 
 Objective = Literal["pairwise", "pointwise"]
 WANTED = 20  # held-out prompts: a narrower share of few prompts could show nothing
+T = TypeVar("T")
 SAME_TOKENS = "the same tokens"
 
 
@@ -99,20 +100,38 @@ def read_feedback(
     config: RewardModelConfig, name: str, part: str, objective: str, field: str
 ) -> Feedback[Pair] | Feedback[Rating]:
     """Pairs or ratings; with `auto`, pairs where there are any. Raises DataError, with both reasons for `auto`."""
-    ratings = {"low": config.lowest_rating, "high": config.highest_rating}
-    if objective == "pointwise":
-        return read_ratings(name, part, field=field, **ratings)
-    try:
+
+    def pairs() -> Feedback[Pair]:
         return read_preferences(name, part, field=field, dialogues=config.dialogues)
+
+    def ratings() -> Feedback[Rating]:
+        return read_ratings(name, part, field=field, low=config.lowest_rating, high=config.highest_rating)
+
+    if objective == "pointwise":
+        return only(ratings, pairs, "preferences: set objective: pairwise")
+    if objective == "pairwise":
+        return only(pairs, ratings, "ratings: set objective: pointwise")
+    try:
+        return pairs()
     except DataError as no_pairs:
-        if objective == "pairwise":
-            raise
         try:
-            return read_ratings(name, part, field=field, **ratings)
+            return ratings()
         except DataError as no_ratings:
             if str(no_ratings) == str(no_pairs):
                 raise
             raise DataError(f"as preferences, {no_pairs}\nas ratings, {no_ratings}") from no_ratings
+
+
+def only(wanted: Callable[[], T], other: Callable[[], object], they_are: str) -> T:
+    """What `wanted` reads. Raises its DataError, which says what the rows are where `other` can read them."""
+    try:
+        return wanted()
+    except DataError as error:
+        try:
+            other()
+        except DataError:
+            raise error from None
+        raise DataError(f"{error} These rows are {they_are}.") from error
 
 
 def encoded(row: Pair | Rating, tokenizer: Any, reading: Reading) -> Example:

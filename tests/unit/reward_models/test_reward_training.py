@@ -279,6 +279,21 @@ def test_a_backbone_whose_tokenizer_is_missing_is_refused(place: Path, tmp_path:
         train(config_for(place / "marked.jsonl", tmp_path / "bare", tmp_path / "rm"))
 
 
+@pytest.mark.parametrize(
+    ("rows", "objective", "said"),
+    [
+        (rated, "pairwise", r"These rows are ratings: set objective: pointwise\.$"),
+        (marked, "pointwise", r"These rows are preferences: set objective: pairwise\.$"),
+    ],
+)
+def test_rows_of_the_other_objective_are_refused_by_what_they_are(
+    tmp_path: Path, rows: Any, objective: str, said: str
+) -> None:
+    data, model = write(tmp_path / "rows.jsonl", rows(20)), save_tiny(tmp_path / "tiny")
+    with pytest.raises(DataError, match=said):
+        train(config_for(data, model, tmp_path / "rm", objective=objective))
+
+
 def test_an_output_dir_that_is_a_file_is_refused(place: Path, tmp_path: Path) -> None:
     (tmp_path / "rm").write_text("mine")
     with pytest.raises(StoreError, match=r"output_dir must be a directory; .*rm is a file\. Choose another"):
