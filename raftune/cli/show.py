@@ -12,9 +12,16 @@ from raftune.plain import harmless
 Cell = str | tuple[str, str]
 
 
+class Results(Console):
+    """A console whose reader may leave: rich would end the process as failed, and here it is for the caller to know."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def out() -> Console:
     """The console of results: no markup, no highlighting; long lines are left whole where nobody watches."""
-    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return Results(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def say(words: str, style: str = "") -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,22 @@ def test_an_error_that_a_signal_caused_counts_as_the_interruption() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         except KeyboardInterrupt as error:
             raise RaftuneError("importing failed") from error
+
+
+def test_a_table_whose_reader_has_left_is_no_failure() -> None:
+    lines = "\n".join(["from raftune.cli.show import say", "[say('x' * 99) for _ in range(9_999)]", "return 0"])
+    program = f"""
+import sys
+from cyclopts import App
+from raftune.cli.ending import run_command
+app = App(name="raftune")
+@app.command
+def words():
+{textwrap.indent(lines, "    ")}
+sys.exit(run_command(app, ["words"]))
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(30)) == (b"", 0)
