@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -89,7 +90,7 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
     """One of pydantic's findings in one line: field, rule, what was given, the fix."""
     place = [str(part) for part in fault["loc"]]
     names, owner = field_path(place, model)
-    field = ".".join(names) or "the configuration"
+    field = ".".join(names).rstrip("0123456789").rstrip(".") or "the configuration"
     given = short(fault.get("input"))
     kind = fault["type"]
     if kind == "extra_forbidden":
@@ -103,9 +104,18 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
     if kind == "string_pattern_mismatch":
         hint = owner.model_fields[names[-1]].description or "Change it."
         return f"{field} must match {fault['ctx']['pattern']}; got {given}. {hint}"
+    if kind == "literal_error":
+        return f"{field} must be {fault['ctx']['expected']}; got {given}. {likely(fault)}"
     rule = fault["msg"][0].lower() + fault["msg"][1:]
     rule = rule.replace("input should be", "must be").replace("input should have", "must have")
     return f"{field} {rule if rule.startswith('must') else 'is wrong: ' + rule}; got {given}. Change it."
+
+
+def likely(fault: Mapping[str, Any]) -> str:
+    """A hint at the choice that was probably meant."""
+    choices = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+    close = difflib.get_close_matches(str(fault.get("input")), choices, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else "Choose one of these."
 
 
 def qualify(names: Sequence[str], message: str) -> str:

@@ -1,0 +1,43 @@
+"""What a wrong value is answered with: the field, the choices, what was given, and what was probably meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raftune.config.load import validate
+from raftune.errors import ConfigError
+
+BASE: dict[str, Any] = {
+    "data": {"prompts": "p.jsonl"},
+    "policy": {"model": "m"},
+    "rewards": {"reward_funcs": ["length"]},
+}
+
+
+def refusal(**changes: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        validate(BASE | changes)
+    return str(caught.value)
+
+
+def test_a_misspelt_choice_is_answered_with_the_nearest() -> None:
+    words = refusal(selection={"rule": "best_of_n"})
+    assert words.startswith("selection.rule must be 'best_of_k', ")
+    assert words.endswith("got 'best_of_n'. Did you mean 'best_of_k'?")
+
+
+def test_a_choice_in_a_list_is_named_by_its_field_without_a_number() -> None:
+    words = refusal(guards={"stop_on": ["held_out_fall"]})
+    assert words.startswith("guards.stop_on must be ")
+    assert words.endswith("Did you mean 'held_out_falls'?")
+
+
+def test_a_choice_like_no_other_is_answered_with_all_of_them() -> None:
+    assert refusal(keep_models="xyz").endswith("got 'xyz'. Choose one of these.")
+
+
+def test_the_place_of_a_section_in_a_list_is_kept() -> None:
+    words = refusal(rewards={"reward_funcs": ["length", {"spec": "regex", "weight": "heavy"}]})
+    assert words.startswith("rewards.reward_funcs.1.weight must be ")
