@@ -104,6 +104,8 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
     if kind == "string_pattern_mismatch":
         hint = owner.model_fields[names[-1]].description or "Change it."
         return f"{field} must match {fault['ctx']['pattern']}; got {given}. {hint}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{field} must be a section with fields of its own; got {given}. Write `name: value` lines below it."
     if kind == "literal_error":
         return f"{field} must be {fault['ctx']['expected']}; got {given}. {likely(fault)}"
     rule = fault["msg"][0].lower() + fault["msg"][1:]

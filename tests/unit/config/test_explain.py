@@ -41,3 +41,8 @@ def test_a_choice_like_no_other_is_answered_with_all_of_them() -> None:
 def test_the_place_of_a_section_in_a_list_is_kept() -> None:
     words = refusal(rewards={"reward_funcs": ["length", {"spec": "regex", "weight": "heavy"}]})
     assert words.startswith("rewards.reward_funcs.1.weight must be ")
+
+
+def test_a_value_where_a_section_belongs_is_said_without_names_of_classes() -> None:
+    words = refusal(sampling=3)
+    assert words == ("sampling must be a section with fields of its own; got 3. Write `name: value` lines below it.")
