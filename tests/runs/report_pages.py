@@ -212,6 +212,7 @@ def alarm(kind: str, round_: int, sample_id: str, text: str) -> dict[str, Any]:
             f"length{text}": 37.125,
             "samples": 12,
             "judge": {"mean": -0.80626, "low": -1, "high": -0.5, "n": 48},
+            "shares": {"help": 0.924948, f"form{text}": 0.075},
         },
         "samples": [{"sample_id": sample_id, "why": f"the longest{text}"}],
     }

@@ -103,7 +103,7 @@ def test_no_alarm_is_said_in_words(chromium: Browser, tmp_path: Path) -> None:
 def test_the_numbers_of_an_alarm_read_as_numbers_and_intervals(opened: Opened) -> None:
     opened.go("#alarms")
     words = opened.page.locator("#alarms .alarm").first.locator(".numbers dd").all_inner_texts()
-    assert words == ["37.13", "12", "−0.8063 [−1, −0.5], n 48"]
+    assert words == ["37.13", "12", "−0.8063 [−1, −0.5], n 48", "help 0.9249, form 0.075"]
 
 
 def test_where_no_guard_looked_no_silence_is_claimed(chromium: Browser, tmp_path: Path) -> None:

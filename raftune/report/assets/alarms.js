@@ -66,12 +66,14 @@ class Alarms {
   }
 }
 
-/** A number, an interval as "0.81 [0.61, 0.99], n 48", or what else an alarm counts by. */
+/** A number, an interval as "0.81 [0.61, 0.99], n 48", several by their names, or what else an alarm counts by. */
 function figureWords(value) {
   if (Number.isInteger(value)) return count(value);
   if (Number.isFinite(value)) return brief(value);
   if (typeof value === "string") return value;
-  if (![value?.mean, value?.low, value?.high].every(Number.isFinite)) return JSON.stringify(value);
+  if (value === null || typeof value !== "object") return JSON.stringify(value);
+  const interval = [value.mean, value.low, value.high].every(Number.isFinite);
+  if (!interval) return Object.entries(value).map(([name, part]) => `${name} ${figureWords(part)}`).join(", ");
   const size = Number.isFinite(value.n) ? `, n ${count(value.n)}` : "";
   return `${brief(value.mean)} [${brief(value.low)}, ${brief(value.high)}]${size}`;
 }
