@@ -146,8 +146,8 @@ CLAIMS = (
         labels={"student": "the student"},
         note="Eight candidates a prompt: all its own, or one of its own and seven of the aligned arm K = 8. KL is to "
         "the student's start. Look at variety beside the reward: by its own samples the student comes down to a few "
-        "short replies (distinct-2, MSTTR-100, length), while a teacher's are longer than 182,000 parameters learn to say in "
-        "six rounds of eight steps. Where the paper's student had room to imitate, this one has not.",
+        "short replies (distinct-2, MSTTR-100, length), while a teacher's are longer than 182,000 parameters learn to "
+        "say in six rounds of eight steps. Where the paper's student had room to imitate, this one has not.",
     ),
     Claim(
         "noise",
