@@ -219,11 +219,9 @@ def summary(runs: list[dict[str, Any]], marks: list[float]) -> str:
 
 
 def overhead(rounds: int) -> dict[str, Any]:
-    """Seconds of each round inside draw, reward and tune, and the share of the rest."""
-    from raftune.build import Objects
+    """Seconds of each round in draw, reward and tune, and the share of the rest, with and without page and guards."""
     from raftune.policies.causal_lm import CausalLM
     from raftune.rewards.panel import Panel
-    from raftune.runs import run
 
     spent = {"draw": 0.0, "reward": 0.0, "tune": 0.0}
 
@@ -240,6 +238,17 @@ def overhead(rounds: int) -> dict[str, Any]:
     CausalLM.draw = timed("draw", CausalLM.draw)  # type: ignore[method-assign]
     CausalLM.tune = timed("tune", CausalLM.tune)  # type: ignore[method-assign]
     Panel.score = timed("reward", Panel.score)  # type: ignore[method-assign]
+    return {
+        "all": shares(rounds, spent, {}),
+        "without page and guards": shares(rounds, spent, {"report": False, "guards": {"enabled": False}}),
+    }
+
+
+def shares(rounds: int, spent: dict[str, float], changes: dict[str, Any]) -> dict[str, float]:
+    """Medians over the rounds of one run; `spent` grows while it works."""
+    from raftune.build import Objects
+    from raftune.runs import run
+
     marks: list[tuple[float, dict[str, float]]] = []
 
     def observe(kind: str, facts: dict[str, Any]) -> None:
@@ -247,16 +256,15 @@ def overhead(rounds: int) -> dict[str, Any]:
             marks.append((time.perf_counter(), dict(spent)))
 
     with tempfile.TemporaryDirectory() as folder:
-        run(raft_config(1e-3, 0, rounds, folder), Objects(rewards=[Diary(float("inf"))]), observe=observe)
+        config = raft_config(1e-3, 0, rounds, folder) | changes
+        run(config, Objects(rewards=[Diary(float("inf"))]), observe=observe)
     rows = []
     for (t0, a), (t1, b) in itertools.pairwise(marks[1:]):  # the first round warms up
         inside = {name: b[name] - a[name] for name in spent}
         rows.append({"wall": t1 - t0, **inside, "rest": t1 - t0 - sum(inside.values())})
     middle = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    return {
-        **{name: round(value, 4) for name, value in middle.items()},
-        "overhead": round(middle["rest"] / middle["wall"], 4),
-    }
+    found = {name: round(value, 4) for name, value in middle.items()}
+    return {**found, "overhead": round(middle["rest"] / middle["wall"], 4)}
 
 
 def main() -> None:
