@@ -56,6 +56,7 @@ def config(root: Path, model: Path, **sections: Any) -> dict[str, Any]:
         "tuning": {"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 2, "save_steps": 2},
         "evaluation": {"num_prompts": 2, "num_generations": 2},
         "engine": {"threads": 1},
+        "report": False,
     }
     for name, values in sections.items():
         base[name] = {**base[name], **values} if isinstance(base.get(name), dict) else values
