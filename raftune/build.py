@@ -41,7 +41,11 @@ from raftune.store.files import write_json
 from raftune.store.job import Engine, Job, make_job
 from raftune.store.run import DROPPED, RunFolder
 
-FAMILIES = {"tabular": "raftune.policies.tabular:Tabular", "causal_lm": "raftune.policies.causal_lm:CausalLM"}
+FAMILIES = {
+    "tabular": "raftune.policies.tabular:Tabular",
+    "causal_lm": "raftune.policies.causal_lm:CausalLM",
+    "diffusion": "raftune.policies.diffusion:Diffusion",
+}
 
 
 class Family(Protocol):

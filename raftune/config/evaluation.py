@@ -34,4 +34,9 @@ class EvaluationConfig(Frozen):
         description="Column of the held-out prompts that holds a reference answer, text or one assistant message: "
         "its perplexity is measured.",
     )
+    features: str | None = Field(
+        None,
+        description="CLIPModel by which held-out images are compared, a folder, hub name or 'starter': their variety "
+        "and how far they went from the start's.",
+    )
     kl: bool = Field(True, description="Estimate the KL to the start model, where the family knows likelihoods.")

@@ -22,7 +22,7 @@ class AdapterConfig(Frozen):
 class CausalLMPolicy(Frozen):
     """Any AutoModelForCausalLM."""
 
-    family: Literal["causal_lm"] = Field("causal_lm", description="causal_lm, tabular, or module:Class of your own.")
+    family: Literal["causal_lm"] = Field("causal_lm", description="causal_lm, diffusion, tabular, or module:Class.")
     model: str = Field(description="Folder, hub name, or 'starter' for the bundled model.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     tokenizer: str | None = Field(None, description="Folder or hub name, where it is not the model's own.")
@@ -42,6 +42,21 @@ class CausalLMPolicy(Frozen):
                 "4-bit weights cannot be trained: add `adapter: {r: 16}`."
             )
         return self
+
+
+class DiffusionPolicy(Frozen):
+    """Any pipeline of diffusers that a binding knows: its denoiser is what is aligned."""
+
+    family: Literal["diffusion"] = "diffusion"
+    model: str = Field(description="Folder or hub name of a pipeline; 'starter' or 'starter:flow' for a bundled one.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    variant: str | None = Field(None, description="Variant of the weight files, as in diffusers: fp16.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of the weights.")
+    device: str = Field("auto", description="auto, cpu, cuda or mps: one device, of GPUs the first that is visible.")
+    adapter: AdapterConfig | None = Field(None, description="LoRA; without it the whole denoiser is trained.")
+    pipeline_init_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Anything else DiffusionPipeline.from_pretrained takes."
+    )
 
 
 class TabularPolicy(Frozen):
@@ -75,6 +90,7 @@ def _family(value: Any) -> str:
 
 PolicyConfig = Annotated[
     Annotated[CausalLMPolicy, Tag("causal_lm")]
+    | Annotated[DiffusionPolicy, Tag("diffusion")]
     | Annotated[TabularPolicy, Tag("tabular")]
     | Annotated[CustomPolicy, Tag("custom")],
     Discriminator(_family),

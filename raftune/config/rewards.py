@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,10 @@ class RewardSpec(Frozen):
     weight: float = Field(
         1.0, description="Factor of this reward in the score; negative turns a reward into a penalty."
     )
+    at_least: float | None = Field(
+        None, description="A threshold: the reward then counts as its weight where it is reached, and as 0 below it."
+    )
+    at_most: float | None = Field(None, description="A threshold: counts as its weight up to it, and as 0 above.")
     options: dict[str, Any] = Field(
         default_factory=dict, description="A built-in's settings; further keyword arguments of a function."
     )
@@ -44,6 +48,11 @@ class RewardsConfig(Frozen):
 
     reward_funcs: tuple[RewardSpec, ...] = Field(
         (), description="The rewards; the score is the weighted sum of their parts."
+    )
+    combine: Literal["sum", "rank"] = Field(
+        "sum",
+        description="The score: the weighted sum of the parts, or of each part's rank among the prompt's candidates, "
+        "0 (worst) to 1 (best), which no part's scale can dominate.",
     )
     batch_size: int = Field(64, ge=1, description="Samples in one call of a reward: what fails, fails for that many.")
     timeout: float = Field(120.0, gt=0, le=1e7, description="Seconds that one call of a reward may take.")

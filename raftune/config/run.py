@@ -78,6 +78,9 @@ class RunConfig(Frozen):
     keep_models: Literal["all", "best", "last"] = Field(
         "all", description="Models of older rounds to keep; samples all stay."
     )
+    keep_latents: Literal["all", "selected"] = Field(
+        "all", description="Latents of images to keep once their round is tuned; the images all stay."
+    )
     report_to: tuple[str, ...] = Field((), description="tensorboard, wandb, mlflow, …: as in transformers.")
     report: bool = Field(True, description="Write the page report.html into the run after every round.")
     data: DataConfig = Field(default_factory=DataConfig)

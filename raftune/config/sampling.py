@@ -16,6 +16,22 @@ class TeacherConfig(Frozen):
     num_generations: int = Field(1, ge=1, description="Answers the teacher gives to each prompt.")
 
 
+class DiffusionSampling(Frozen):
+    """How a pipeline is called: draw as the model will be used, since what is drawn becomes the target."""
+
+    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps; None is the pipeline's default.")
+    guidance_scale: float | None = Field(
+        None,
+        ge=0,
+        description="Classifier-free guidance; 1 is none, and what a round of training on its own images wants. None "
+        "is the pipeline's default.",
+    )
+    height: int | None = Field(None, ge=1, description="Pixels; None is the pipeline's default.")
+    width: int | None = Field(None, ge=1, description="Pixels; None is the pipeline's default.")
+    negative_prompt: str | None = Field(None, description="What guidance moves away from, in place of no prompt.")
+    pipeline_kwargs: dict[str, Any] = Field(default_factory=dict, description="Anything else that the pipeline takes.")
+
+
 class SamplingConfig(Frozen):
     """The draw: K samples for each prompt, and how each token or step is chosen."""
 
@@ -45,6 +61,7 @@ class SamplingConfig(Frozen):
         None, description="Text before a prompt given as text when drawing, left out when tuning."
     )
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to the chat template.")
+    diffusion: DiffusionSampling = Field(default_factory=DiffusionSampling, description="The dials of a pipeline.")
     batch_size: int = Field(256, ge=1, description="Samples alive at once; halved, and recorded, when memory runs out.")
     unit_size: int = Field(
         64, ge=1, description="Prompts in a unit, the slice that is drawn, scored and resumed whole."

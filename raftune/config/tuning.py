@@ -25,6 +25,37 @@ class ReferenceConfig(Frozen):
     fraction: float = Field(0.1, gt=0, lt=1, description="Share of reference rows among all rows of a round, by count.")
 
 
+class DiffusionTuning(Frozen):
+    """The denoising loss: in the pipeline's own parameterisation, at noise levels that a seed chooses."""
+
+    noise_levels: int = Field(1, ge=1, description="Noise levels at which each row of a step is learned.")
+    noise_range: tuple[float, float] = Field(
+        (0.0, 1.0), description="Levels to learn, as shares of the schedule: 0 is the clean image, 1 pure noise."
+    )
+    level_sampling: Literal["uniform", "logit_normal"] | None = Field(
+        None, description="How levels are chosen; None: logit-normal for flow matching, uniform for the others."
+    )
+    min_snr_gamma: float | None = Field(
+        None, gt=0, description="Min-SNR weighting (arXiv 2303.09556); 5 is usual. Not for flow matching."
+    )
+    condition_dropout: float = Field(
+        0.1, ge=0, lt=1, description="Share of rows learned without their prompt, so that guidance keeps working."
+    )
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="The round's model is this moving average of the weights; None: the last ones."
+    )
+
+    @model_validator(mode="after")
+    def _levels_are_a_range(self) -> DiffusionTuning:
+        low, high = self.noise_range
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"noise_range must be two shares of the schedule, 0 <= low < high <= 1; got [{low:g}, {high:g}]. "
+                "Write [0, 1] for all levels."
+            )
+        return self
+
+
 class TuningConfig(Frozen):
     """One round's fit, on the exact token ids or latents that were drawn."""
 
@@ -49,6 +80,7 @@ class TuningConfig(Frozen):
     mask_truncated_completions: bool = Field(False, description="Leave out answers that were cut off before their end.")
     replay_rounds: int = Field(0, ge=0, description="How many earlier rounds' kept rows are trained on again.")
     reference: ReferenceConfig | None = Field(None, description="Reference answers mixed in against the alignment tax.")
+    diffusion: DiffusionTuning = Field(default_factory=DiffusionTuning, description="The dials of a denoising loss.")
     save_steps: int = Field(100, ge=1, description="Optimizer steps between checkpoints inside a round.")
     bf16: bool = Field(False, description="bfloat16 arithmetic over float32 weights (CUDA).")
     gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")

@@ -27,6 +27,7 @@ DRAWN_BY = (
     "sampling.system_prompt",
     "sampling.few_shot_prefix",
     "sampling.chat_template_kwargs",
+    "sampling.diffusion",
     "engine.threads",
 )
 
