@@ -28,7 +28,7 @@ check: $(READY)  ## style, types, and the directions of imports
 	@$(BIN)/lint-imports --no-logo
 
 test: $(READY)  ## the test suite, on two cores and without a network
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 format: $(READY)  ## bring the code into its form
 	@$(BIN)/ruff check --fix .
@@ -39,6 +39,7 @@ bench: $(READY)  ## the measurements of the README (long)
 
 starters: $(READY)  ## build the bundled tiny models anew
 	@$(BIN)/python -m raftune.starters.text.build
+	@$(BIN)/python -m raftune.starters.image.build
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
