@@ -1,0 +1,110 @@
+"""Pictures as bytes and back: what every place that stores, scores, measures or shows an image shares.
+
+A picture in the ledger is a PNG, lossless RGB; its name is the SHA-256 of those bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from typing import TYPE_CHECKING, Any
+
+from raftune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PIXELATED = (
+    64  # pixels: pictures up to this side are kept exactly when they are made small; larger ones may lose detail
+)
+
+
+def require_pillow() -> Any:
+    """The module PIL.Image. Raises ConfigError without Pillow, saying how to install it."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ConfigError('pictures need Pillow, which is not installed. Run: pip install "raftune[images]"') from error
+    return Image
+
+
+def png_of(image: Image.Image) -> bytes:
+    """The picture as PNG: RGB, lossless, without metadata; equal pixels give equal bytes.
+
+    Raises DataError for a picture that cannot be read whole (a file that was cut off).
+    """
+    plain = require_pillow().new("RGB", image.size)  # a new picture carries nothing over: no profile, no comment
+    plain.paste(as_rgb(image))
+    buffer = io.BytesIO()
+    plain.save(buffer, format="PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def image_of(png: bytes) -> Image.Image:
+    """The RGB picture that these bytes hold: PNG, or another format that Pillow reads, transparency on white.
+
+    Raises DataError for bytes that are no whole picture.
+    """
+    opened = require_pillow()
+    try:
+        with opened.open(io.BytesIO(png)) as image:
+            return as_rgb(image)
+    except (OSError, ValueError, SyntaxError, opened.DecompressionBombError) as error:
+        raise DataError(
+            f"these {len(png):,} bytes are no picture: {error}. A picture is a PNG or JPEG file."
+        ) from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A copy in RGB, upright as its EXIF says; what is transparent lies on white."""
+    from PIL import ImageOps
+
+    try:
+        upright = ImageOps.exif_transpose(image)
+        if not upright.has_transparency_data:
+            return upright.convert("RGB") if upright.mode != "RGB" else upright.copy()
+        white = require_pillow().new("RGBA", upright.size, (255, 255, 255, 255))
+        white.alpha_composite(upright.convert("RGBA"))
+        return white.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"a picture cannot be read whole: {error}. Give it again.") from error
+
+
+def sha256_of_png(png: bytes) -> str:
+    """The name of a picture: 64 hexadecimal digits."""
+    return hashlib.sha256(png).hexdigest()
+
+
+def thumbnail(png: bytes, longest: int) -> bytes:
+    """The picture with no side above `longest` pixels: the PNG itself where that holds and it is tiny, else WebP.
+
+    WebP loses detail that no thumbnail shows; its quality is fixed, so the same picture gives the same bytes.
+    """
+    image = image_of(png)
+    if max(image.size) <= min(longest, PIXELATED):
+        return png_of(image)
+    image.thumbnail((longest, longest), require_pillow().Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="WEBP", quality=80, method=4)
+    return buffer.getvalue()
+
+
+def why_invalid(image: Image.Image) -> str | None:
+    """Why nothing can be learned from this picture, None where nothing speaks against it."""
+    if not all(image.size):
+        return "empty: it has no pixels"
+    if all(low == high for low, high in channels(image.convert("RGB").getextrema())):
+        return "flat: every pixel is the same colour"
+    return None
+
+
+def channels(extrema: Any) -> tuple[tuple[float, float], ...]:
+    """The darkest and the brightest value of each channel."""
+    return tuple((low, high) for low, high in extrema)
+
+
+def mime_of(data: bytes) -> str:
+    """The media type of a picture's bytes, as a page's data address names it."""
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "image/webp"
+    return "image/jpeg" if data.startswith(b"\xff\xd8") else "image/png"
