@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import gc
-import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
@@ -19,9 +16,10 @@ from raftune.config.policy import CustomPolicy
 from raftune.config.run import RunConfig
 from raftune.digest import held_out_names
 from raftune.engines.local import ThisProcess, make_engine
-from raftune.errors import ConfigError, ModelError
+from raftune.errors import ModelError
 from raftune.evaluation.examine import Examination
 from raftune.evaluation.metrics import METRICS
+from raftune.families import Family, code_of, family_of, load_policy
 from raftune.protocols import Policy, Stage, UnitStage
 from raftune.rewards.samples import SamplePanel
 from raftune.stages.data import Data
@@ -40,23 +38,6 @@ from raftune.starters.resolve import resolve_starters, starter_prompts
 from raftune.store.files import write_json
 from raftune.store.job import Engine, Job, make_job
 from raftune.store.run import DROPPED, RunFolder
-
-FAMILIES = {
-    "tabular": "raftune.policies.tabular:Tabular",
-    "causal_lm": "raftune.policies.causal_lm:CausalLM",
-    "diffusion": "raftune.policies.diffusion:Diffusion",
-}
-
-
-class Family(Protocol):
-    """A kind of policy: how one is begun, checked and loaded."""
-
-    media: str
-    payload: pa.Schema
-
-    def start(self, config: RunConfig, out: Path, model: Any = None, tokenizer: Any = None) -> Any: ...
-    def load(self, config: RunConfig, folder: Path, start: Path) -> Policy: ...
-    def verify(self, start: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -127,7 +108,7 @@ class Shelf:
         config, start = self.config, self.run.folder(0, "model")
         if folder.name == "teacher":
             config, start = teacher_config(config), folder
-        return self.family.load(config, folder, start)
+        return load_policy(self.family, config, folder, start)
 
 
 def empty_device_cache() -> None:
@@ -168,7 +149,7 @@ class Assembly:
         config, objects = self.config, self.objects
         stages: list[Stage] = [
             Data(config, objects.train, objects.held_out),
-            Start(lambda out: self.family.start(config, out, objects.model, objects.tokenizer)),
+            Start(lambda out: self.family.start(config, out, objects.model, objects.tokenizer), code=code_of(config)),
         ]
         if config.sampling.teacher is not None:
             stages.append(Start(lambda out: start_teacher(self.family, config, out), name="teacher"))
@@ -322,36 +303,6 @@ def drop_weights(run: RunFolder, round_: int) -> None:
             path.unlink()
 
 
-def family_of(config: RunConfig) -> Family:
-    """The class of the configured family. Raises ConfigError where a custom one cannot be imported."""
-    name = config.policy.family
-    family: Family = load_object(FAMILIES.get(name, name), "policy.family")
-    return family
-
-
-def load_object(spec: str, field_name: str) -> Any:
-    """The object that `module:name` or `file.py:name` names."""
-    left, _, name = spec.rpartition(":")
-    try:
-        module = module_from_file(Path(left)) if left.endswith(".py") else importlib.import_module(left)
-    except (ImportError, OSError) as error:
-        raise ConfigError(
-            f"{field_name} must name what can be imported; got {spec!r}: {error}. Check the module or the path."
-        ) from error
-    if not hasattr(module, name):
-        raise ConfigError(f"{field_name}: {left} has no {name!r}. Check the name after the colon.")
-    return getattr(module, name)
-
-
-def module_from_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise OSError(f"there is no file {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def start_teacher(family: Family, config: RunConfig, out: Path) -> None:
     """Writes down the teacher as a family writes its start; faults are said of the teacher's own field."""
     try:
@@ -383,4 +334,4 @@ def open_assembly(root: str | Path) -> Assembly:
     return Assembly(run, validate(run.read_config()))
 
 
-__all__ = ["Assembly", "Family", "Objects", "Shelf", "open_assembly"]
+__all__ = ["Assembly", "Objects", "Shelf", "open_assembly"]

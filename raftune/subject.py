@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raftune.build import family_of
 from raftune.card import best_of, refuse_missing
 from raftune.config.load import merge, nested, read_yaml, validate
 from raftune.config.run import RunConfig
 from raftune.digest import read_json
 from raftune.errors import ConfigError
+from raftune.families import family_of
 from raftune.plain import one_line
 from raftune.store.run import RunFolder
 

@@ -22,12 +22,13 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from raftune.build import Family, family_of, limit_threads
+from raftune.build import limit_threads
 from raftune.config.load import differences, read_yaml, validate_as
 from raftune.config.run import DataConfig, EngineConfig, RunConfig
 from raftune.config.sampling import SamplingConfig
 from raftune.config.sft import SftConfig
 from raftune.errors import ConfigChanged, ConfigError, DataError, OutOfMemory, StoreError
+from raftune.families import Family, family_of
 from raftune.feedback import Demonstration, Feedback, Skipped, read_demonstrations, write_skipped
 from raftune.protocols import Likelihood, Policy
 from raftune.records import Prompt

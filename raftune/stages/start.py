@@ -13,13 +13,16 @@ class Start:
 
     reads: tuple[str, ...] = ()
 
-    def __init__(self, begin: Callable[[Path], object], *, name: str = "start") -> None:
-        self.begin, self.name = begin, name
+    def __init__(
+        self, begin: Callable[[Path], object], *, name: str = "start", code: Mapping[str, str] | None = None
+    ) -> None:
+        self.begin, self.name, self.code = begin, name, dict(code or {})
         self.writes = "teacher" if name == "teacher" else "model"
         self.fields = ("sampling.teacher",) if name == "teacher" else ("policy",)
 
     def fingerprints(self) -> Mapping[str, str]:
-        return {}
+        """The hash of code that is not the package's own: what follows is made by it."""
+        return self.code
 
     def run(self, inputs: Inputs, out: Path) -> None:
         self.begin(out)

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raftune.build import Family, family_of
 from raftune.config import RunConfig, validate
+from raftune.families import Family, family_of
 from raftune.protocols import Likelihood, Policy, Unit
 from raftune.records import Prompt, Sample, derive_seed, samples_table
 from raftune.stages.gather import kept_rows

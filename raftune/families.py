@@ -1,0 +1,144 @@
+"""Kinds of policy: where the class of each is found, and whether one of your own has all that a run asks of it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from raftune.config.policy import CustomPolicy
+from raftune.config.run import RunConfig
+from raftune.errors import ConfigError
+from raftune.protocols import Policy
+
+FAMILIES = {
+    "tabular": "raftune.policies.tabular:Tabular",
+    "causal_lm": "raftune.policies.causal_lm:CausalLM",
+    "diffusion": "raftune.policies.diffusion:Diffusion",
+}
+MEDIA = ("text", "messages", "image", "category")
+GUIDE = "docs/families.md says what each is for."
+# What a class must have before anything runs, and what it must give back when it is loaded.
+OF_A_FAMILY = ("media", "payload", "start", "load", "verify")
+OF_A_POLICY = ("media", "payload", "nbytes", "draw", "adopt", "tune", "notes")
+
+
+class Family(Protocol):
+    """A kind of policy: how one is begun, checked and loaded."""
+
+    media: str
+    payload: pa.Schema
+
+    def start(self, config: RunConfig, out: Path, model: Any = None, tokenizer: Any = None) -> Any: ...
+    def load(self, config: RunConfig, folder: Path, start: Path) -> Policy: ...
+    def verify(self, start: Path) -> None: ...
+
+
+def family_of(config: RunConfig) -> Family:
+    """The class of the configured family. Raises ConfigError where one of your own is not there, or is not whole."""
+    name = config.policy.family
+    family: Family = load_object(FAMILIES.get(name, name), "policy.family")
+    if isinstance(config.policy, CustomPolicy):
+        refuse_incomplete(family, name)
+    return family
+
+
+def refuse_incomplete(family: Any, name: str) -> None:
+    """Raises ConfigError for a family that lacks something, produces no known kind of thing, or has no `completion`."""
+    refuse_missing(family, OF_A_FAMILY, f"policy.family: {name}")
+    if family.media not in MEDIA:
+        raise ConfigError(
+            f"policy.family: media of {name} must be one of {', '.join(MEDIA)}; got {family.media!r}. Rewards and "
+            "measures go by it."
+        )
+    names = family.payload.names if isinstance(family.payload, pa.Schema) else None
+    if not names or names[0] != "completion":
+        given = f"the columns {', '.join(names) or 'none'}" if names is not None else type(family.payload).__name__
+        raise ConfigError(
+            f"policy.family: payload of {name} must be a pyarrow.schema whose first column is `completion`, what the "
+            f"rewards are given; got {given}. {GUIDE}"
+        )
+    if family.media == "image" and family.payload.field("completion").type != pa.binary():
+        raise ConfigError(
+            f"policy.family: `completion` of {name}, whose media is image, must be binary: the bytes of a PNG; got "
+            f"{family.payload.field('completion').type}. {GUIDE}"
+        )
+
+
+def refuse_missing(found: object, names: tuple[str, ...], what: str) -> None:
+    """Raises ConfigError that names everything which `found` lacks."""
+    if missing := [name for name in names if not hasattr(found, name)]:
+        raise ConfigError(f"{what} must have {', '.join(names)}; it lacks {', '.join(missing)}. {GUIDE}")
+
+
+def load_policy(family: Family, config: RunConfig, folder: Path, start: Path) -> Policy:
+    """The policy of a committed folder. Raises ConfigError where a family of your own gives back what is none."""
+    policy = family.load(config, folder, start)
+    if isinstance(config.policy, CustomPolicy):
+        refuse_missing(policy, OF_A_POLICY, f"what {config.policy.family} loads (a {type(policy).__name__})")
+    return policy
+
+
+def code_of(config: RunConfig) -> Mapping[str, str]:
+    """The hash of the file that a family of your own is read from: with other code, a run is another run."""
+    path = Path(config.policy.family.rpartition(":")[0]).expanduser()
+    if not isinstance(config.policy, CustomPolicy) or path.suffix != ".py" or not path.is_file():
+        return {}
+    return {"family's classes": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+
+
+def load_object(spec: str, field_name: str) -> Any:
+    """The object that `module:name` or `file.py:name` names. Raises ConfigError."""
+    left, _, name = spec.rpartition(":")
+    try:
+        module = module_from_file(Path(left).expanduser()) if left.endswith(".py") else importlib.import_module(left)
+    except (ImportError, OSError) as error:
+        raise ConfigError(
+            f"{field_name} must name what can be imported; got {spec!r}: {error}. Check the module or the path."
+        ) from error
+    except Exception as error:
+        where = f", line {line}" if (line := line_in(error, left)) else ""
+        raise ConfigError(
+            f"{field_name}: {left}{where} raised {type(error).__name__} when it was read: {error}. Mend it; "
+            f"`python {left}` shows it all."
+        ) from error
+    if not hasattr(module, name):
+        raise ConfigError(f"{field_name}: {left} has no {name!r}. Check the name after the colon.")
+    return getattr(module, name)
+
+
+def line_in(error: Exception, file: str) -> int | None:
+    """The last line of this file that the error went through; None where it went through none."""
+    if isinstance(error, SyntaxError):
+        return error.lineno
+    trace, line = error.__traceback__, None
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename.endswith(Path(file).name):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def module_from_file(path: Path) -> ModuleType:
+    """The file, run as a module; like a script's, modules beside it can be imported."""
+    name = f"raftune_family_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise OSError(f"there is no file {path}")
+    module = importlib.util.module_from_spec(spec)
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
+    sys.modules[name] = module  # where dataclasses and pydantic look for the names in annotations
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return module
