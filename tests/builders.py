@@ -14,6 +14,10 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
     DistilBertConfig,
     DistilBertForMaskedLM,
     GPT2Config,
@@ -192,6 +196,38 @@ def save_backbone(folder: Path, arch: str, *, chat: bool = False) -> Path:
     with quiet():
         (tiny_roberta() if arch == "roberta" else tiny_distilbert()).save_pretrained(folder)
         encoder_tokenizer(eos=arch == "roberta").save_pretrained(folder)
+    return folder
+
+
+def clip_tokenizer(limit: int = 16) -> CLIPTokenizer:
+    """A token a letter, apart from two merges; a text of more than `limit` tokens is too long for the encoder."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    merges = [("r", "e"), ("re", "d</w>")]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=limit)
+
+
+def tiny_clip_model(seed: int = 0, limit: int = 16) -> CLIPModel:
+    """Random weights: width 16, one layer each, 16 px in patches of 8, texts of 16 tokens, a space of 12 numbers."""
+    torch.manual_seed(seed)
+    tokenizer = clip_tokenizer(limit)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {**sizes, **ids, "max_position_embeddings": limit, "vocab_size": len(tokenizer), "initializer_factor": 8.0}
+    vision = {**sizes, "image_size": 16, "patch_size": 8, "initializer_factor": 4.0}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
+
+
+def clip_image_processor() -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+
+
+def tiny_clip(folder: Path, seed: int = 0, limit: int = 16) -> Path:
+    """A folder with a CLIPModel of random weights, its image processor and its tokenizer."""
+    with quiet():
+        tiny_clip_model(seed, limit).save_pretrained(folder)
+        clip_image_processor().save_pretrained(folder)
+        clip_tokenizer(limit).save_pretrained(folder)
     return folder
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +11,12 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
 from raftune.config.rewards import derived_name
 from raftune.errors import RewardError
 from raftune.reading import NOTES, Reading, is_hollow, longest, read_notes, tokens
 from raftune.rewards import fingerprint
+from raftune.rewards.models import best_device, weights_fingerprint, without_bars
 from raftune.rewards.outcome import one_line
 from raftune.rewards.text import TEXT_MEDIA
 
@@ -70,7 +68,7 @@ class Classifier:
         name: str | None = None,
         device: str = "auto",
     ) -> None:
-        self.options, self._device = options or ClassifierOptions(), device
+        self.options, self._device = options or ClassifierOptions(), best_device(device)
         self._given = model
         self._model: Any = None
         self.config = self._read_config() if model is None else model.config
@@ -103,7 +101,10 @@ class Classifier:
             del options[key]
         noted = [self._notes["reading"]] if self._notes else []
         scale = [self._mean, self._std] if self.options.normalize else []
-        known = (self._weights_fingerprint(), self._tokenizer_fingerprint())
+        known = (
+            weights_fingerprint(self.options.model, self.config, self.options.revision, self._given),
+            self._tokenizer_fingerprint(),
+        )
         return fingerprint.digest("classifier", 1, options, *known, *noted, *scale)
 
     def prepare(self) -> None:
@@ -262,7 +263,7 @@ class Classifier:
             raise RewardError(
                 f"reward model {self._source!r}: its files lack {missing[0]!r}; its numbers would be random"
             )
-        return model.to(best_device(self._device))
+        return model.to(self._device)
 
     def _hub(self) -> dict[str, Any]:
         return {"revision": self.options.revision, "trust_remote_code": self.options.trust_remote_code}
@@ -273,15 +274,6 @@ class Classifier:
             f"its {what} cannot be read: {one_line(error)}"
         )
 
-    def _weights_fingerprint(self) -> str:
-        if self._given is not None:
-            state = sorted(self._given.state_dict().items())
-            return fingerprint.digest([[key, fingerprint.of_bytes(_bytes(tensor))] for key, tensor in state])
-        folder = Path(self.options.model).expanduser()
-        if folder.is_dir():
-            return fingerprint.of_folder(folder)
-        return f"{self.options.model}@{getattr(self.config, '_commit_hash', None) or self.options.revision}"
-
     def _tokenizer_fingerprint(self) -> str:
         tokenizer = self._tokenizer
         if tokenizer.is_fast:  # a call leaves in it what it cut by: the fingerprint must be the same before and after
@@ -289,28 +281,3 @@ class Classifier:
             backend.enable_truncation(**cut) if cut else backend.no_truncation()
         text = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
         return fingerprint.digest(text, tokenizer.chat_template, tokenizer.pad_token, tokenizer.eos_token)
-
-
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """Within, transformers draws no progress bars: the run's own would be torn apart."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def best_device(device: str) -> str:
-    """The device itself; for `auto` the first of CUDA, MPS and CPU that is there."""
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
