@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +39,22 @@ Batch = Mapping[str, torch.Tensor]
 Objective = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
 
 
+class Companion(Protocol):
+    """What goes along with the trained weights, by name, and lies in every checkpoint: a moving average of them."""
+
+    def follow(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Hears the weights after each optimizer step."""
+        ...
+
+    def publish(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Changes them in place, at the end, to what is published."""
+        ...
+
+    def write(self, folder: Path) -> None: ...
+
+    def read(self, folder: Path) -> None: ...
+
+
 @dataclass(frozen=True)
 class Task:
     """What a family brings to a fit. `identity` names rows and settings: a checkpoint of another identity is not used.
@@ -56,6 +72,7 @@ class Task:
     identity: str
     carried: Mapping[str, torch.Tensor] | None = None
     callbacks: Sequence[TrainerCallback] = ()
+    companion: Callable[[Mapping[str, torch.Tensor]], Companion] | None = None  # made anew for each loaded model
 
 
 @dataclass(frozen=True)
@@ -95,10 +112,13 @@ def fit(task: Task, config: TuningConfig, work: Path, device: torch.device) -> F
 def _attempt(task: Task, config: TuningConfig, size: MicroBatch, work: Path, device: torch.device) -> Fitted:
     model = task.load()
     checkpoint, rejected = newest_verified(work, task.identity)
-    watch = Watch(task.identity)
+    companion = task.companion(trained(model)) if task.companion else None
+    watch = Watch(task.identity, companion)
     trainer = FitTrainer(task, model, watch, arguments(config, size, work, device, task.seed))
     with settled_heap(model), quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if companion:
+        companion.publish(trained(model))
     refuse_non_finite(model)
     losses = tuple(entry["step_loss"] for entry in trainer.state.log_history if "step_loss" in entry)
     optimizer = optimizer_tensors(model, trainer.optimizer) if config.optimizer_state == "carried" else {}
@@ -187,19 +207,21 @@ def _passed_on(config: TuningConfig) -> dict[str, Any]:
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Notes the loss of each step, stops at the first that is not finite, and seals checkpoints once they are whole."""
 
-    def __init__(self, identity: str) -> None:
-        self.identity = identity
+    def __init__(self, identity: str, companion: Companion | None = None) -> None:
+        self.identity, self.companion = identity, companion
         self.loss = self.mass = 0.0
 
     def add(self, loss: float, mass: float) -> None:
         self.loss, self.mass = self.loss + loss, self.mass + mass
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         loss = self.loss / self.mass
         self.loss = self.mass = 0.0
         if not math.isfinite(loss):
             raise ModelError(_not_finite(f"The loss of step {state.global_step}", loss))
         state.log_history.append({"step": state.global_step, "step_loss": loss})
+        if self.companion:
+            self.companion.follow(trained(model))
         if state.global_step >= state.max_steps:  # what follows is the model itself: nothing would read this checkpoint
             control.should_save = False
 
@@ -269,6 +291,8 @@ class FitTrainer(Trainer):  # type: ignore[misc]
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: weight.detach().contiguous() for name, weight in trained(self.model).items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        if self.watch.companion:
+            self.watch.companion.write(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved, wanted = load_file(Path(resume_from_checkpoint) / WEIGHTS), trained(self.model)
@@ -276,6 +300,8 @@ class FitTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad():
             for name, weight in wanted.items():
                 weight.copy_(saved[name])
+        if self.watch.companion:
+            self.watch.companion.read(Path(resume_from_checkpoint))
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Zero: counting them walks over all parameters at every step."""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,11 +17,11 @@ from raftune.config.tuning import TuningConfig
 from raftune.errors import DataError
 from raftune.policies.causal_lm.encoding import Encoder
 from raftune.policies.causal_lm.likelihood import Example, Reader, collate
+from raftune.policies.normalization import Normalization, coefficients
 from raftune.policies.training import Batch, Objective
 from raftune.protocols import FloatN
 from raftune.records import Prompt
 
-Normalization = Literal["token", "sample", "prompt"]
 COLUMNS = ["prompt_id", "prompt", "weight", "completion_ids", "finish"]
 ROUND = b"raftune.round"
 
@@ -81,31 +81,6 @@ def _example(encoder: Encoder, columns: Mapping[str, Any], row: int, prompt: Seq
             f"have {len(prompt)} and {len(completion)}. Leave the row out, or use a model with a longer context."
         )
     return Example.of(prompt, completion)
-
-
-def coefficients(
-    weights: FloatN, tokens: Sequence[int], prompts: Sequence[str], normalization: Normalization, step: int
-) -> FloatN:
-    """(N,) what each token of a row is multiplied by, so that an average step minimises the named mean.
-
-    The mean is over all rows of the fit, not over those that happen to share a step: with steps of like length, a mean
-    within the step would give each step the same weight, and so turn "token" into "sample". `step`: rows in a step.
-
-    token:  sum_i w_i nll_i / sum_i w_i T_i                                every token weighs the same
-    sample: sum_i w_i (nll_i / T_i) / sum_i w_i                            every sample weighs the same
-    prompt: mean over prompts x of sum_{i in x} w_i (nll_i / T_i) / sum_{i in x} w_i    every prompt weighs the same
-    """
-    lengths = np.asarray(tokens, dtype=np.float64)
-    if normalization == "token":
-        shares, total = weights, float(weights @ lengths)
-    elif normalization == "sample":
-        shares, total = weights / lengths, float(weights.sum())
-    else:
-        _, owner = np.unique(np.asarray(prompts), return_inverse=True)
-        of_prompt = np.bincount(owner, weights=weights)
-        shares, total = weights / of_prompt[owner] / lengths, float(len(of_prompt))
-    steps_in_all_rows = max(1.0, len(weights) / step)
-    return np.asarray(shares * steps_in_all_rows / total, dtype=np.float64)
 
 
 def rows_of(found: Rows, normalization: Normalization, step: int) -> list[Row]:

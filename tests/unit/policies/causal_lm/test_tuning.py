@@ -18,7 +18,8 @@ from raftune.ordering import POOL, LengthGrouped, grouped_order
 from raftune.policies.causal_lm import CausalLM
 from raftune.policies.causal_lm.encoding import Encoder
 from raftune.policies.causal_lm.likelihood import Example
-from raftune.policies.causal_lm.tuning import Row, batch_of, coefficients, objective, read_rows
+from raftune.policies.causal_lm.tuning import Row, batch_of, objective, read_rows
+from raftune.policies.normalization import coefficients
 from tests.builders import EOS, PAD, Parts, parts, tiny_model, tiny_tokenizer, tree_hash, write_rows
 from tests.unit.policies.causal_lm.fits import model_folders, some_rows, tuned
 

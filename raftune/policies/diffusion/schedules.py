@@ -1,0 +1,235 @@
+"""How noise is added while learning, and what the denoiser should say: apart from the scheduler that samples.
+
+A sampling scheduler cannot train: `set_timesteps` shrinks its tables in place, and some have no `add_noise` at all. So a
+schedule of our own is made from its configuration, for the two kinds that are known: variance preserving and flow
+matching. x0 is a clean latent, noise a standard normal of its shape, and t a time as scheduler.timesteps counts it.
+A share in [0, 1] is a place in the schedule: 0 the clean image, 1 pure noise.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+from raftune.config.tuning import DiffusionTuning
+from raftune.errors import ConfigError, ModelError
+
+VARIANCE_PRESERVING = (
+    *("DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler"),
+    *("UniPCMultistepScheduler", "SASolverScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+    *("HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
+)
+FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+
+
+class Schedule(ABC):
+    """How a clean latent becomes a noisy one, and what the denoiser is asked to say of it."""
+
+    kind: str
+    usual_sampling: str  # how levels are chosen where the configuration says nothing
+
+    @abstractmethod
+    def times(self, shares: torch.Tensor) -> torch.Tensor:
+        """(N,) the times of these places in the schedule."""
+
+    @abstractmethod
+    def noised(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """(N, ...) the noisy latents at these times."""
+
+    @abstractmethod
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """(N, ...) what the scheduler wants to be told there."""
+
+    @abstractmethod
+    def weights(self, t: torch.Tensor, gamma: float | None) -> torch.Tensor:
+        """(N,) what a squared error counts at these times; ones without a gamma."""
+
+
+class VariancePreserving(Schedule):
+    """x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise, a_t the cumulative product of 1 - beta (Ho et al. 2020, eq. 4).
+
+    The target is the noise, v = sqrt(a_t) noise - sqrt(1 - a_t) x0 (Salimans and Ho 2022), or x0 itself.
+    """
+
+    kind = "variance preserving"
+    usual_sampling = "uniform"
+
+    def __init__(self, betas: torch.Tensor, prediction_type: str) -> None:
+        self.prediction = prediction_type
+        self.scheduler = DDPMScheduler(
+            num_train_timesteps=len(betas), trained_betas=betas.tolist(), prediction_type=prediction_type
+        )
+
+    def times(self, shares: torch.Tensor) -> torch.Tensor:
+        steps = self.scheduler.config.num_train_timesteps
+        return (shares * steps).long().clamp(0, steps - 1)
+
+    def noised(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.scheduler.add_noise(x0, noise, t)
+
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if self.prediction == "v_prediction":
+            return self.scheduler.get_velocity(x0, noise, t)
+        return noise if self.prediction == "epsilon" else x0
+
+    def weights(self, t: torch.Tensor, gamma: float | None) -> torch.Tensor:
+        """Min-SNR (Hang et al. 2023): the loss on x0 weighted by min(snr, gamma), put in terms of the prediction."""
+        if gamma is None:
+            return torch.ones(t.shape, device=t.device)
+        snr = compute_snr(self.scheduler, t)
+        least = snr.clamp(max=gamma)
+        if self.prediction == "sample":
+            return least
+        return least / (snr if self.prediction == "epsilon" else snr + 1)
+
+
+class FlowMatching(Schedule):
+    """x_t = (1 - s) x0 + s noise, the target noise - x0, and t = s times the schedule's length (Esser et al. 2024).
+
+    s is the share after the sampler's own shift, so that training spends its levels where sampling spends its steps.
+    """
+
+    kind = "flow matching"
+    usual_sampling = "logit_normal"
+
+    def __init__(self, steps: int, shift: float = 1.0, sampler: Any = None, mu: float | None = None) -> None:
+        self.steps, self.shift, self.sampler, self.mu = steps, shift, sampler, mu
+
+    def times(self, shares: torch.Tensor) -> torch.Tensor:
+        if self.mu is None:
+            return self.steps * self.shift * shares / (1 + (self.shift - 1) * shares)
+        return self.steps * self.sampler.time_shift(self.mu, 1.0, shares)
+
+    def noised(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        sigma = self.sigma(t, x0)
+        return (1 - sigma) * x0 + sigma * noise
+
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return noise - x0
+
+    def weights(self, t: torch.Tensor, gamma: float | None) -> torch.Tensor:
+        assert gamma is None, "refuse_unfit has refused min-SNR"
+        return torch.ones(t.shape, device=t.device)
+
+    def sigma(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """(N, 1, ...) the share of noise at these times, of the same rank as `like`."""
+        return (t / self.steps).to(like.device, like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def schedule_of(pipe: Any, denoiser: Any = None, latent_shape: tuple[int, int, int] | None = None) -> Schedule:
+    """The training schedule that belongs to the pipeline's scheduler. Raises ModelError where none is known.
+
+    A scheduler whose shift depends on the resolution needs the denoiser and the (C, h, w) of the run's latents.
+    """
+    scheduler = pipe.scheduler
+    name, config = type(scheduler).__name__, scheduler.config
+    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        return _flow_sigmas(name, config)
+    if name in FLOW_MATCHING:
+        return _flow_matching(scheduler, denoiser, latent_shape)
+    if name in VARIANCE_PRESERVING:
+        return _variance_preserving(name, scheduler)
+    raise ModelError(
+        f"The pipeline's scheduler must be one whose training loss is known; got {name}. Known are "
+        f"{', '.join(sorted(VARIANCE_PRESERVING + FLOW_MATCHING))}: save the pipeline with one of them."
+    )
+
+
+def _variance_preserving(name: str, scheduler: Any) -> VariancePreserving:
+    config = scheduler.config
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise ModelError(
+            f"The scheduler's prediction_type must be epsilon, v_prediction or sample; {name} has {prediction!r}. "
+            "Use a pipeline of one of these."
+        )
+    if config.get("timestep_type") == "continuous":
+        raise ModelError(
+            f"The pipeline's scheduler must count discrete times; {name} has timestep_type 'continuous', as EDM models "
+            "have, whose loss is not known here. Use a pipeline that was trained on discrete times."
+        )
+    schedule = VariancePreserving(scheduler.betas, prediction)
+    if prediction == "epsilon" and schedule.scheduler.alphas_cumprod[-1] == 0:
+        raise ModelError(
+            f"A schedule that ends in pure noise must predict v or x0; {name} has rescale_betas_zero_snr with epsilon, "
+            "from which no image can be recovered at the last level. Use the pipeline's true prediction_type."
+        )
+    return schedule
+
+
+def _flow_sigmas(name: str, config: Any) -> FlowMatching:
+    """That of a solver which was told to follow a flow: DPM-Solver, UniPC and others."""
+    if config.get("prediction_type") != "flow_prediction" or not config.get("use_flow_sigmas"):
+        raise ModelError(
+            f"A scheduler with use_flow_sigmas must have prediction_type flow_prediction, and the reverse; {name} has "
+            f"use_flow_sigmas {bool(config.get('use_flow_sigmas'))} and {config.get('prediction_type')!r}."
+        )
+    if config.get("use_dynamic_shifting"):
+        raise ModelError(f"Shifts by resolution are known for {FLOW_MATCHING[0]}; {name} has use_dynamic_shifting.")
+    return FlowMatching(config.num_train_timesteps, config.get("flow_shift", 1.0))
+
+
+def _flow_matching(scheduler: Any, denoiser: Any, latent_shape: tuple[int, int, int] | None) -> FlowMatching:
+    config = scheduler.config
+    if config.get("invert_sigmas"):
+        raise ModelError(
+            f"The pipeline's scheduler must count noise upwards; {type(scheduler).__name__} has invert_sigmas. "
+            "Use a pipeline without it."
+        )
+    if not config.get("use_dynamic_shifting"):
+        return FlowMatching(config.num_train_timesteps, config.shift)
+    if latent_shape is None:  # enough to know that there is one
+        return FlowMatching(config.num_train_timesteps)
+    mu = shift_at(config, tokens(denoiser, latent_shape))
+    return FlowMatching(config.num_train_timesteps, sampler=copy.copy(scheduler), mu=mu)
+
+
+def tokens(denoiser: Any, latent_shape: tuple[int, int, int]) -> int:
+    """How many tokens a transformer sees of such a latent, whether it cuts patches itself or is given them packed."""
+    channels, height, width = latent_shape
+    config = denoiser.config
+    return channels * height * width // (config.in_channels * config.get("patch_size", 1) ** 2)
+
+
+def shift_at(config: Any, tokens: int) -> float:
+    """mu of the sampler at a resolution: linear in the number of tokens, as the pipelines have it."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(least + (most - least) * (tokens - low) / (high - low))
+
+
+def refuse_unfit(schedule: Schedule, tuning: DiffusionTuning) -> None:
+    """Raises ConfigError for a dial that means nothing on this schedule."""
+    if tuning.min_snr_gamma is not None and isinstance(schedule, FlowMatching):
+        raise ConfigError(
+            f"tuning.diffusion.min_snr_gamma must be left out for flow matching; got {tuning.min_snr_gamma:g}. Its "
+            "levels are weighted by how often they are chosen: see tuning.diffusion.level_sampling."
+        )
+
+
+def stratified(count: int, levels: int, generator: torch.Generator) -> torch.Tensor:
+    """(count, levels) numbers, each uniform in [0, 1), the j-th of a row in the j-th of as many equal parts.
+
+    A row's levels so cover the schedule: their mean loss varies less than over independent ones, and means the same.
+    """
+    uniform = torch.rand(count, levels, generator=generator, dtype=torch.float64)
+    return (torch.arange(levels, dtype=torch.float64) + uniform) / levels
+
+
+def shares(uniform: torch.Tensor, tuning: DiffusionTuning, schedule: Schedule) -> torch.Tensor:
+    """The places in the schedule at which uniform numbers in [0, 1) are learned, within tuning.noise_range.
+
+    uniform: even over the range. logit_normal: the logistic of a standard normal (Esser et al. 2024), cut to the range.
+    """
+    low, high = tuning.noise_range
+    if (tuning.level_sampling or schedule.usual_sampling) == "uniform":
+        return low + (high - low) * uniform
+    edges = torch.special.ndtr(torch.logit(torch.tensor([low, high], dtype=torch.float64)))
+    normal = torch.special.ndtri(edges[0] + (edges[1] - edges[0]) * uniform)
+    return torch.sigmoid(normal).clamp(low, high)
