@@ -7,12 +7,16 @@ which the denoiser sees it.
 
 from __future__ import annotations
 
+import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 
@@ -24,6 +28,10 @@ class Conditions:
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def take(self, rows: Sequence[int] | torch.Tensor) -> Conditions:
         """These rows, in this order; a row may be taken more than once."""
@@ -52,15 +60,24 @@ class Call:
 
 @dataclass(frozen=True)
 class Pictures:
-    """N images as drawn: (N, H, W, 3) bytes, their clean latents (N, C, h, w), whether a safety checker flagged each.
+    """N images as drawn, their clean latents (N, C, h, w), whether a safety checker flagged each.
 
-    `pixels` were not rounded from anything that is not finite: where `finite` is False, the image means nothing.
+    Where `finite` is False a latent or a pixel was NaN or infinite: the image means nothing.
     """
 
     images: Sequence[Image.Image]
     x0: torch.Tensor
     flagged: Sequence[bool]
     finite: Sequence[bool]
+
+    @classmethod
+    def of(cls, pixels: NDArray[Any], x0: torch.Tensor, flagged: Sequence[bool] | None = None) -> Pictures:
+        """From what a pipeline gives as output_type="np": (N, H, W, 3 or 1) in [0, 1], rounded as the pipeline would."""
+        count = len(pixels)
+        whole = np.isfinite(pixels).reshape(count, -1).all(1) & finite_rows(x0)
+        rounded = (np.where(np.isfinite(pixels), pixels, 0) * 255).round().astype(np.uint8)
+        images = [Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one).convert("RGB") for one in rounded]
+        return cls(images, x0, list(flagged or [False] * count), whole.tolist())
 
 
 class Binding(ABC):
@@ -70,6 +87,8 @@ class Binding(ABC):
     denoiser_name: str  # "unet" or "transformer"
     takes: Literal["text", "label", "nothing"]  # what a prompt is
     lora_layers: str  # the keyword of Pipeline.save_lora_weights; empty where the pipeline class has no such method
+    # Options of the pipeline's call that must not be given as sampling.diffusion.pipeline_kwargs, each with the reason.
+    refused: Mapping[str, str] = {}
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -103,3 +122,57 @@ class Binding(ABC):
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of an image of so many pixels."""
+
+    # -- sizes and limits, which most architectures say alike ----------------------------------------------------------
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side that become one latent cell: the VAE's reduction, 1 without a VAE."""
+        vae = getattr(self.pipe, "vae", None)
+        return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+
+    @property
+    def multiple(self) -> int:
+        """Height and width must be a multiple of so many pixels."""
+        patch = getattr(self.denoiser.config, "patch_size", None) or 1
+        asked = 8 if hasattr(self.pipe, "check_inputs") else 1  # what the pipelines themselves demand
+        return math.lcm(asked, self.factor * int(patch))
+
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the pipeline draws at where it is not told."""
+        cells = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.sample_size
+        height, width = (cells, cells) if isinstance(cells, int) else cells
+        return int(height) * self.factor, int(width) * self.factor
+
+    def text_limits(self) -> dict[str, int]:
+        """For each tokenizer of the pipeline, by attribute: the most tokens that the encoder behind it reads."""
+        found = {name: getattr(self.pipe, name) for name in vars(self.pipe) if name.startswith("tokenizer")}
+        asked = inspect.signature(self.pipe.__call__).parameters.get("max_sequence_length")
+        limits = {}
+        for name, tokenizer in found.items():
+            if hasattr(tokenizer, "model_max_length"):
+                long = asked is not None and "CLIP" not in type(tokenizer).__name__
+                limits[name] = int(asked.default) if long and asked is not None else int(tokenizer.model_max_length)
+        return limits
+
+
+def finite_rows(x: torch.Tensor) -> NDArray[np.bool_]:
+    """(N,) whether every number of a row is finite."""
+    return np.asarray(torch.isfinite(x.float()).flatten(1).all(1).cpu().numpy(), dtype=np.bool_)
+
+
+def pixels_of(images: Sequence[Image.Image], like: torch.Tensor) -> torch.Tensor:
+    """(N, 3, H, W) in [-1, 1], on the device and in the dtype of `like`; all images must be of one size."""
+    stacked = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
+    return torch.from_numpy(stacked / 127.5 - 1).permute(0, 3, 1, 2).to(like.device, like.dtype)
+
+
+class LastLatents:
+    """The latents after the last step so far: a callback for a pipeline's callback_on_step_end."""
+
+    def __init__(self) -> None:
+        self.x0: torch.Tensor | None = None
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        self.x0 = tensors["latents"]
+        return {}

@@ -1,0 +1,32 @@
+"""One class for each architecture, and the one that drives a given pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raftune.errors import ModelError
+from raftune.policies.diffusion.binding import Binding
+from raftune.policies.diffusion.bindings.sdxl import SDXL
+from raftune.policies.diffusion.bindings.stable_diffusion import StableDiffusion
+
+BINDINGS: tuple[type[Binding], ...] = (StableDiffusion, SDXL)
+
+
+def binding_class(pipeline: str) -> type[Binding]:
+    """The binding of the pipelines of this class. Raises ModelError, with those that are supported."""
+    for kind in BINDINGS:
+        if pipeline in kind.pipelines:
+            return kind
+    known = ", ".join(sorted(name for kind in BINDINGS for name in kind.pipelines))
+    raise ModelError(
+        f"policy.model must be a pipeline that raftune knows how to tune; got a {pipeline}. Supported are {known}: use "
+        "one of these, or write a family of your own (docs/families.md)."
+    )
+
+
+def binding_of(pipe: Any) -> Binding:
+    """The binding over this pipeline. Raises ModelError for a class that none drives."""
+    return binding_class(type(pipe).__name__)(pipe)
+
+
+__all__ = ["BINDINGS", "binding_class", "binding_of"]

@@ -1,0 +1,103 @@
+"""Stable Diffusion XL: two CLIP text encoders, a pooled embedding, and the picture's size as conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from raftune.policies.diffusion.binding import Binding, Call, Conditions, LastLatents, Pictures, pixels_of
+from raftune.policies.diffusion.bindings.stable_diffusion import ENCODED_BEFORE
+
+OTHER_SIZE = "the denoiser is tuned on pictures of the size that is drawn, uncropped, and told so"
+SECOND_TEXT = "both text encoders read the prompt"
+
+
+class SDXL(Binding):
+    """Conditions: `prompt_embeds` (N, T, D), `pooled` (N, P). The size conditions follow from the latents' own size."""
+
+    pipelines = ("StableDiffusionXLPipeline",)
+    denoiser_name = "unet"
+    takes = "text"
+    lora_layers = "unet_lora_layers"
+    refused = {
+        "clip_skip": ENCODED_BEFORE,
+        **dict.fromkeys(("prompt_2", "negative_prompt_2"), SECOND_TEXT),
+        **dict.fromkeys(("original_size", "target_size", "crops_coords_top_left"), OTHER_SIZE),
+        **dict.fromkeys(("negative_original_size", "negative_target_size", "negative_crops_coords_top_left"), OTHER_SIZE),
+        "denoising_end": "latents would be left unfinished, and tuned on as if they were clean",
+    }
+
+    def encode(self, prompts: Sequence[Any]) -> Conditions:
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompt=list(prompts), device=self.pipe.text_encoder_2.device, do_classifier_free_guidance=False
+        )
+        return Conditions({"prompt_embeds": embeds, "pooled": pooled})
+
+    def empty(self, negative: str | None = None) -> Conditions:
+        found = self.encode([negative or ""])
+        if negative is None and self.pipe.config.force_zeros_for_empty_prompt:
+            return Conditions({name: torch.zeros_like(tensor) for name, tensor in found.tensors.items()})
+        return found
+
+    def sample(
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
+    ) -> Pictures:
+        last = LastLatents()
+        asked = conditions.tensors
+        away = None if negative is None else {name: negative.tensors[name].expand_as(asked[name]) for name in asked}
+        drawn = self.pipe(
+            prompt_embeds=asked["prompt_embeds"],
+            pooled_prompt_embeds=asked["pooled"],
+            negative_prompt_embeds=away and away["prompt_embeds"],
+            negative_pooled_prompt_embeds=away and away["pooled"],
+            height=call.height,
+            width=call.width,
+            num_inference_steps=call.num_inference_steps,
+            guidance_scale=call.guidance_scale,
+            generator=generators,
+            output_type="np",
+            callback_on_step_end=last,
+            **call.kwargs,
+        )
+        assert last.x0 is not None
+        return Pictures.of(drawn.images, last.x0)
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        out: torch.Tensor = self.denoiser(
+            x_t,
+            t,
+            encoder_hidden_states=conditions.tensors["prompt_embeds"],
+            added_cond_kwargs={"text_embeds": conditions.tensors["pooled"], "time_ids": self._time_ids(x_t)},
+            return_dict=False,
+        )[0]
+        return out
+
+    def _time_ids(self, x_t: torch.Tensor) -> torch.Tensor:
+        """(N, 6) original size, crop and target size in pixels, of a picture that was neither scaled nor cropped."""
+        height, width = (side * self.factor for side in x_t.shape[-2:])
+        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=x_t.dtype, device=x_t.device)
+        return ids.expand(len(x_t), -1)
+
+    def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
+        vae, dtype = self.pipe.vae, self.pipe.vae.dtype
+        overflows = dtype == torch.float16 and vae.config.force_upcast
+        if overflows:  # its encoder leaves the range of float16, as its decoder does
+            vae.to(torch.float32)
+        found = vae.encode(pixels_of(images, next(vae.parameters()))).latent_dist.sample(generator)
+        if overflows:
+            vae.to(dtype)
+        return self._scaled(found).to(dtype)
+
+    def _scaled(self, found: torch.Tensor) -> torch.Tensor:
+        """The VAE's latents as the denoiser sees them: centred where the VAE says how, then scaled."""
+        config = self.pipe.vae.config
+        if getattr(config, "latents_mean", None) is None or getattr(config, "latents_std", None) is None:
+            return found * config.scaling_factor
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(found) for values in (config.latents_mean, config.latents_std))
+        return (found - mean) * config.scaling_factor / std
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return int(self.denoiser.config.in_channels), height // self.factor, width // self.factor

@@ -1,0 +1,68 @@
+"""Stable Diffusion 1.x and 2.x: a UNet over the latents of a VAE, told by one CLIP text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from raftune.policies.diffusion.binding import Binding, Call, Conditions, LastLatents, Pictures, pixels_of
+
+ENCODED_BEFORE = "prompts are encoded once, before the pipeline is called, without it"
+
+
+class StableDiffusion(Binding):
+    """Conditions: `prompt_embeds` (N, T, D)."""
+
+    pipelines = ("StableDiffusionPipeline",)
+    denoiser_name = "unet"
+    takes = "text"
+    lora_layers = "unet_lora_layers"
+    refused = {"clip_skip": ENCODED_BEFORE}
+
+    def encode(self, prompts: Sequence[Any]) -> Conditions:
+        embeds, _ = self.pipe.encode_prompt(
+            prompt=list(prompts),
+            device=self.pipe.text_encoder.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        return Conditions({"prompt_embeds": embeds})
+
+    def empty(self, negative: str | None = None) -> Conditions:
+        return self.encode([negative or ""])
+
+    def sample(
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
+    ) -> Pictures:
+        last = LastLatents()
+        embeds = conditions.tensors["prompt_embeds"]
+        drawn = self.pipe(
+            prompt_embeds=embeds,
+            negative_prompt_embeds=None if negative is None else negative.tensors["prompt_embeds"].expand_as(embeds),
+            height=call.height,
+            width=call.width,
+            num_inference_steps=call.num_inference_steps,
+            guidance_scale=call.guidance_scale,
+            generator=generators,
+            output_type="np",
+            callback_on_step_end=last,
+            **call.kwargs,
+        )
+        assert last.x0 is not None
+        return Pictures.of(drawn.images, last.x0, drawn.nsfw_content_detected)
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        embeds = conditions.tensors["prompt_embeds"]
+        out: torch.Tensor = self.denoiser(x_t, t, encoder_hidden_states=embeds, return_dict=False)[0]
+        return out
+
+    def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
+        vae = self.pipe.vae
+        found: torch.Tensor = vae.encode(pixels_of(images, next(vae.parameters()))).latent_dist.sample(generator)
+        return found * vae.config.scaling_factor
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return int(self.denoiser.config.in_channels), height // self.factor, width // self.factor
