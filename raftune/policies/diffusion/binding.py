@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class Pictures:
 
     @classmethod
     def of(cls, pixels: NDArray[Any], x0: torch.Tensor, flagged: Sequence[bool] | None = None) -> Pictures:
-        """From what a pipeline gives as output_type="np": (N, H, W, 3 or 1) in [0, 1], rounded as the pipeline would."""
+        """From a pipeline's output_type="np": (N, H, W, 3 or 1) in [0, 1], rounded as the pipeline would."""
         count = len(pixels)
         whole = np.isfinite(pixels).reshape(count, -1).all(1) & finite_rows(x0)
         rounded = (np.where(np.isfinite(pixels), pixels, 0) * 255).round().astype(np.uint8)
@@ -88,7 +88,7 @@ class Binding(ABC):
     takes: Literal["text", "label", "nothing"]  # what a prompt is
     lora_layers: str  # the keyword of Pipeline.save_lora_weights; empty where the pipeline class has no such method
     # Options of the pipeline's call that must not be given as sampling.diffusion.pipeline_kwargs, each with the reason.
-    refused: Mapping[str, str] = {}
+    refused: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe

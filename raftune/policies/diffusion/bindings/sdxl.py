@@ -26,7 +26,9 @@ class SDXL(Binding):
         "clip_skip": ENCODED_BEFORE,
         **dict.fromkeys(("prompt_2", "negative_prompt_2"), SECOND_TEXT),
         **dict.fromkeys(("original_size", "target_size", "crops_coords_top_left"), OTHER_SIZE),
-        **dict.fromkeys(("negative_original_size", "negative_target_size", "negative_crops_coords_top_left"), OTHER_SIZE),
+        **dict.fromkeys(
+            ("negative_original_size", "negative_target_size", "negative_crops_coords_top_left"), OTHER_SIZE
+        ),
         "denoising_end": "latents would be left unfinished, and tuned on as if they were clean",
     }
 
@@ -96,7 +98,9 @@ class SDXL(Binding):
         config = self.pipe.vae.config
         if getattr(config, "latents_mean", None) is None or getattr(config, "latents_std", None) is None:
             return found * config.scaling_factor
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(found) for values in (config.latents_mean, config.latents_std))
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1).to(found) for values in (config.latents_mean, config.latents_std)
+        )
         return (found - mean) * config.scaling_factor / std
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -20,7 +20,7 @@ class StableDiffusion(Binding):
     denoiser_name = "unet"
     takes = "text"
     lora_layers = "unet_lora_layers"
-    refused = {"clip_skip": ENCODED_BEFORE}
+    refused: ClassVar[Mapping[str, str]] = {"clip_skip": ENCODED_BEFORE}
 
     def encode(self, prompts: Sequence[Any]) -> Conditions:
         embeds, _ = self.pipe.encode_prompt(
