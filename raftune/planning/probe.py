@@ -16,7 +16,8 @@ from raftune.build import Assembly
 from raftune.errors import RewardError
 from raftune.planning.amounts import Amounts
 from raftune.protocols import Likelihood, Policy, Unit
-from raftune.records import Prompt, Sample, Score, Status, derive_seed, samples_table
+from raftune.records import Prompt, Sample, Score, Status, derive_seed
+from raftune.stages.draw import as_table, drawn
 from raftune.stages.gather import kept_rows
 from raftune.stages.plan import prompts_from
 from raftune.store.parquet import read_table, write_table
@@ -60,11 +61,11 @@ def probe(assembly: Assembly, data: Path, work: Path) -> Probe:
     prompts = prompts_from(table)
     policy = assembly.policies.at(folder)
     first = config.sampling.num_generations if config.sampling.generation_kwargs else 1
-    load, _ = timed(lambda: policy.draw(asking(prompts, first, config.seed, config.sampling.batch_size)))
-    draw, drawn = time_draw(policy, prompts, assembly)
-    samples = samples_table(drawn, policy.payload)
+    load, _ = timed(lambda: drawn(policy, asking(prompts, first, config.seed, config.sampling.batch_size)))
+    draw, found = time_draw(policy, prompts, assembly)
+    samples = as_table(found, policy)
     asked = {prompt.id: prompt for prompt in prompts}
-    owners = [asked[sample.prompt_id] for sample in drawn]
+    owners = [asked[sample.prompt_id] for sample in found]
     score, scores = time_panel(assembly.panel(), owners, samples)
     refuse_failures(scores, config.rewards.max_failure_fraction)
     judge = time_panel(assembly.judge(), owners, samples)[0] if config.evaluation.reward_funcs else Line()
@@ -94,13 +95,13 @@ def time_draw(policy: Policy, prompts: list[Prompt], assembly: Assembly) -> tupl
     if sampling.generation_kwargs:  # options of `generate`, such as beams, may hang on the number of answers
         widths = [sampling.num_generations]
     seconds: list[float] = []
-    drawn: list[Sample] = []
+    found: list[Sample] = []
     for width in dict.fromkeys(widths):
-        spent, drawn = timed(lambda w=width: policy.draw(asking(prompts, w, 0, sampling.batch_size)))  # type: ignore[misc]
+        spent, found = timed(lambda w=width: drawn(policy, asking(prompts, w, 0, sampling.batch_size)))  # type: ignore[misc]
         seconds.append(spent)
     if len(seconds) == 1:
-        return Line(0.0, seconds[0] / len(drawn)), drawn
-    return through(widths[0] * len(prompts), seconds[0], widths[1] * len(prompts), seconds[1]), drawn
+        return Line(0.0, seconds[0] / len(found)), found
+    return through(widths[0] * len(prompts), seconds[0], widths[1] * len(prompts), seconds[1]), found
 
 
 def through(n1: int, t1: float, n2: int, t2: float) -> Line:

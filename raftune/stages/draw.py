@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from raftune.errors import DataError
+import pyarrow as pa
+
+from raftune.errors import DataError, ModelError
 from raftune.protocols import Inputs, Policy, PolicyShelf, Unit
 from raftune.records import Prompt, Sample, derive_seed, samples_table
 from raftune.stages.plan import read_plan, read_unit
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import read_table, write_table
 
+IDENTITY = ("id", "prompt_id", "k", "source", "seed", "version")
 # The fields of `sampling` that shape what one policy draws.
 DRAWN_BY = (
     "sampling.temperature",
@@ -63,11 +66,59 @@ class Draw:
         unit = read_unit(inputs[self.plan], index)
         if "batch_size" in metadata:
             unit = replace(unit, batch_size=int(metadata["batch_size"]))
-        samples = policy.draw(unit)
+        samples = drawn(policy, unit)
         if self.columns:
             samples = with_columns(samples, policy, unit, self.columns)
-        write_table(samples_table(samples, policy.payload), out, metadata)
+        write_table(as_table(samples, policy), out, metadata)
         return policy.notes()
+
+
+def drawn(policy: Policy, unit: Unit) -> list[Sample]:
+    """What the policy draws of the unit. Raises ModelError where that is not what was asked for: a family's own fault.
+
+    Everything after it relies on the order: prompt by prompt, k ascending, each sample with the seed that was planned.
+    """
+    samples = policy.draw(unit)
+    name = type(policy).__name__
+    planned = [
+        (unit.sample_id(prompt, k), prompt.id, k, "policy", seed, unit.version)
+        for prompt, seeds in zip(unit.prompts, unit.seeds, strict=True)
+        for k, seed in enumerate(seeds)
+    ]
+    if len(samples) != len(planned):
+        raise ModelError(
+            f"{name}.draw must give a sample for each seed of each prompt of the unit, {len(planned)} here; got "
+            f"{len(samples)}. docs/families.md shows the order."
+        )
+    for number, (sample, wanted) in enumerate(zip(samples, planned, strict=True)):
+        given = (sample.id, sample.prompt_id, sample.k, sample.source, sample.seed, sample.version)
+        if given != wanted:
+            field, was, should = next(f for f in zip(IDENTITY, given, wanted, strict=True) if f[1] != f[2])
+            raise ModelError(
+                f"{name}.draw must give its samples prompt by prompt, k ascending, each with its own seed; sample "
+                f"{number} has {field} {was!r} where {should!r} was asked for. docs/families.md shows the order."
+            )
+    return samples
+
+
+def as_table(samples: list[Sample], policy: Policy) -> pa.Table:
+    """The samples as the rows of a shard. Raises ModelError where a payload does not fit what its family declares."""
+    name, columns = type(policy).__name__, set(policy.payload.names)
+    for sample in samples:
+        if unknown := sorted(sample.payload.keys() - columns):
+            raise ModelError(
+                f"the payload of a sample may have the columns that {name}.payload declares "
+                f"({', '.join(policy.payload.names)}); sample {sample.id} has {', '.join(unknown)}. Declare it too."
+            )
+    try:
+        table = samples_table(samples, policy.payload)
+        table.validate()
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        raise ModelError(f"the payload of {name} must fit the types that it declares; {error}.") from error
+    for field in policy.payload:
+        if not field.nullable and table.column(field.name).null_count:
+            raise ModelError(f"{name}.payload says that {field.name} is never null; a sample has none. Give it one.")
+    return table
 
 
 def with_columns(samples: list[Sample], policy: Policy, unit: Unit, columns: tuple[str, ...]) -> list[Sample]:
@@ -120,14 +171,14 @@ class Teach:
         asked = replace(unit, version="teacher", seeds=self.seeds(inputs["plan"], unit))
         prompts = {prompt.id: prompt for prompt in unit.prompts}
         samples = []
-        for answer in teacher.draw(asked):
+        for answer in drawn(teacher, asked):
             prompt, k = prompts[answer.prompt_id], taken[answer.prompt_id] + answer.k
             payload = dict(policy.adopt(prompt, answer.completion, "teacher"))
             completion = payload.pop("completion")
             samples.append(
                 Sample(unit.sample_id(prompt, k), prompt.id, k, "teacher", answer.seed, "teacher", completion, payload)
             )
-        write_table(samples_table(samples, policy.payload), out, metadata)
+        write_table(as_table(samples, policy), out, metadata)
         return teacher.notes()
 
     def seeds(self, plan: Path, unit: Unit) -> tuple[tuple[int, ...], ...]:
