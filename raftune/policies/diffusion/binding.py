@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from raftune.errors import DataError, ModelError
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -115,13 +117,57 @@ class Binding(ABC):
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """(N, C, h, w) the model output, unguided, as the scheduler's step gets it; t (N,) as scheduler.timesteps."""
 
-    @abstractmethod
     def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
         """(N, C, h, w) the clean latents of images that were not drawn here."""
+        vae = self.pipe.vae
+        found: torch.Tensor = vae.encode(pixels_of(images, next(vae.parameters()))).latent_dist.sample(generator)
+        return (found - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
-    @abstractmethod
+    def to_pixels(self, x0: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) in [0, 1]: the images that these clean latents stand for."""
+        vae = self.pipe.vae
+        found = x0.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        decoded: torch.Tensor = vae.decode(found, return_dict=False)[0]
+        return (decoded / 2 + 0.5).clamp(0, 1)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of an image of so many pixels."""
+        return int(self.denoiser.config.in_channels), height // self.factor, width // self.factor
+
+    def unpacked(self, latents: torch.Tensor, call: Call) -> torch.Tensor:
+        """(N, C, h, w) from the layout that the pipeline's own loop and its scheduler see."""
+        return latents
+
+    def guided(self, conditions: Conditions, scale: float) -> Conditions:
+        """The same, for a denoiser that is told the guidance scale as one more condition (Flux.1 [dev])."""
+        return conditions
+
+    # -- what a prompt may be ------------------------------------------------------------------------------------------
+
+    def refuse_prompts(self, prompts: Sequence[Any]) -> None:
+        """Raises DataError where a prompt is not what this architecture takes."""
+        if self.takes != "text":
+            return
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise DataError(
+                    f"prompts of a {type(self.pipe).__name__} must be texts; got {prompt!r} at place {i}. Write what "
+                    "the picture shows."
+                )
+
+    def require(self, *parts: str) -> None:
+        """Raises ModelError where the pipeline lacks a part without which prompts cannot be read."""
+        lacking = [name for name in parts if getattr(self.pipe, name, None) is None]
+        if lacking:
+            raise ModelError(
+                f"policy.model must have all parts that read prompts; this {type(self.pipe).__name__} has no "
+                f"{', '.join(lacking)}. Load it whole, without setting them to null."
+            )
+
+    def reading(self) -> dict[str, Any]:
+        """How prompts are read: the options in `reads`, as given, else as the pipeline's call has them by default."""
+        defaults = inspect.signature(self.pipe.__call__).parameters
+        return {name: self.options.get(name, defaults[name].default) for name in self.reads}
 
     # -- sizes and limits, which most architectures say alike ----------------------------------------------------------
 
@@ -147,12 +193,12 @@ class Binding(ABC):
     def text_limits(self) -> dict[str, int]:
         """For each tokenizer of the pipeline, by attribute: the most tokens that the encoder behind it reads."""
         found = {name: getattr(self.pipe, name) for name in vars(self.pipe) if name.startswith("tokenizer")}
-        asked = inspect.signature(self.pipe.__call__).parameters.get("max_sequence_length")
+        asked = self.reading().get("max_sequence_length")
         limits = {}
         for name, tokenizer in found.items():
             if hasattr(tokenizer, "model_max_length"):
                 long = asked is not None and "CLIP" not in type(tokenizer).__name__
-                limits[name] = int(asked.default) if long and asked is not None else int(tokenizer.model_max_length)
+                limits[name] = int(asked) if long and asked is not None else int(tokenizer.model_max_length)
         return limits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from raftune.errors import ModelError
@@ -24,9 +25,9 @@ def binding_class(pipeline: str) -> type[Binding]:
     )
 
 
-def binding_of(pipe: Any) -> Binding:
-    """The binding over this pipeline. Raises ModelError for a class that none drives."""
-    return binding_class(type(pipe).__name__)(pipe)
+def binding_of(pipe: Any, options: Mapping[str, Any] | None = None) -> Binding:
+    """The binding over this pipeline, called with these options. Raises ModelError for a class that none drives."""
+    return binding_class(type(pipe).__name__)(pipe, options)
 
 
 __all__ = ["BINDINGS", "binding_class", "binding_of"]
