@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -22,7 +22,7 @@ class SDXL(Binding):
     denoiser_name = "unet"
     takes = "text"
     lora_layers = "unet_lora_layers"
-    refused = {
+    refused: ClassVar[Mapping[str, str]] = {
         "clip_skip": ENCODED_BEFORE,
         **dict.fromkeys(("prompt_2", "negative_prompt_2"), SECOND_TEXT),
         **dict.fromkeys(("original_size", "target_size", "crops_coords_top_left"), OTHER_SIZE),
