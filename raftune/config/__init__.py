@@ -1,8 +1,9 @@
 """A whole run, declared: frozen, strict and free of torch. One file for each owner."""
 
+from raftune.config.base import Frozen
 from raftune.config.evaluation import EvaluationConfig
 from raftune.config.guards import GuardsConfig
-from raftune.config.load import load_config, read_yaml, validate
+from raftune.config.load import load_config, options_of, read_yaml, validate
 from raftune.config.policy import AdapterConfig, CausalLMPolicy, CustomPolicy, TabularPolicy
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.config.run import DataConfig, EngineConfig, RunConfig, StopConfig
@@ -17,6 +18,7 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "Frozen",
     "GuardsConfig",
     "ReferenceConfig",
     "RewardSpec",
@@ -29,6 +31,7 @@ __all__ = [
     "TeacherConfig",
     "TuningConfig",
     "load_config",
+    "options_of",
     "read_yaml",
     "validate",
 ]

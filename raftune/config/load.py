@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from raftune.config.beside import beside
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 
@@ -34,12 +35,18 @@ def validate(data: Mapping[str, Any]) -> RunConfig:
     return validate_as(RunConfig, data)
 
 
-def validate_as(model: type[Model], data: Mapping[str, Any]) -> Model:
-    """As `validate`, for any configuration. Raises ConfigError."""
+def validate_as(model: type[Model], data: Mapping[str, Any], within: tuple[str, ...] = ()) -> Model:
+    """As `validate`, for any configuration, which lies within these sections of a larger one. Raises ConfigError."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(explain(fault, model) for fault in error.errors()))) from error
+        faults = [{**fault, "loc": (*within, *fault["loc"])} for fault in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(explain(fault, model) for fault in faults))) from error
+
+
+def options_of(config: RunConfig, model: type[Model]) -> Model:
+    """`policy.options` as the class of a family of your own declares them. Raises ConfigError that names the option."""
+    return validate_as(model, getattr(config.policy, "options", {}), ("policy", "options"))
 
 
 def merge(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -65,7 +72,7 @@ def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The file's mapping, by YAML's safe loader. Raises ConfigError."""
+    """The file's mapping, by YAML's safe loader; paths in it are found beside the file. Raises ConfigError."""
     path = Path(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -83,7 +90,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"{path} must hold sections such as `data:` and `policy:`; got {type(data).__name__}. `raftune init` "
             "writes an example."
         )
-    return data
+    return beside(data, path.parent)
 
 
 def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:

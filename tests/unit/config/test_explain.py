@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import Field
 
+from raftune.config import Frozen, options_of
 from raftune.config.load import validate
 from raftune.errors import ConfigError
 
@@ -46,3 +48,17 @@ def test_the_place_of_a_section_in_a_list_is_kept() -> None:
 def test_a_value_where_a_section_belongs_is_said_without_names_of_classes() -> None:
     words = refusal(sampling=3)
     assert words == ("sampling must be a section with fields of its own; got 3. Write `name: value` lines below it.")
+
+
+def test_options_of_a_family_of_your_own_are_explained_like_any_field() -> None:
+    class Options(Frozen):
+        hidden: int = Field(64, ge=1)
+
+    given: dict[str, Any] = {**BASE, "policy": {"family": "mine:Family", "options": {"hiden": 3}}}
+    with pytest.raises(ConfigError, match=r"policy\.options\.hiden is not a field; did you mean 'hidden'"):
+        options_of(validate(given), Options)
+    given["policy"] = {"family": "mine:Family", "options": {"hidden": 0}}
+    with pytest.raises(ConfigError, match=r"policy\.options\.hidden must be greater than or equal to 1; got 0"):
+        options_of(validate(given), Options)
+    given["policy"] = {"family": "mine:Family", "options": {"hidden": 7}}
+    assert options_of(validate(given), Options).hidden == 7

@@ -1,0 +1,70 @@
+"""A path in a configuration file is found beside that file, from wherever the command is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raftune.config.load import load_config
+
+RUN = """
+data: {prompts: prompts.jsonl}
+policy: {family: "family.py:Mine"}
+rewards:
+  reward_funcs:
+    - reward.py:score
+    - {spec: reward.py:other, name: other}
+    - {spec: aesthetic, options: {head: ./head.safetensors}}
+    - length
+evaluation: {prompts: elsewhere.jsonl, reward_funcs: ["judge.py:judge"]}
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "project" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text(RUN)
+    for name in ("prompts.jsonl", "family.py", "reward.py", "head.safetensors", "length"):
+        (folder / name).touch()
+    monkeypatch.chdir(tmp_path / "project")
+    return folder
+
+
+def test_what_lies_beside_the_file_is_meant(home: Path) -> None:
+    config = load_config(["mine/run.yaml"])
+    assert (config.data.prompts, config.policy.family) == ("mine/prompts.jsonl", "mine/family.py:Mine")
+    first, other, head, _ = config.rewards.reward_funcs
+    assert (first.spec, other.spec) == ("mine/reward.py:score", "mine/reward.py:other")
+    assert head.options == {"head": "mine/head.safetensors"}
+
+
+def test_what_does_not_lie_there_is_looked_for_where_the_command_is_given(home: Path) -> None:
+    config = load_config(["mine/run.yaml"])
+    assert config.evaluation.prompts == "elsewhere.jsonl"
+    assert config.evaluation.reward_funcs[0].spec == "judge.py:judge"
+
+
+def test_a_plain_word_is_a_name_and_not_a_path(home: Path) -> None:
+    assert load_config(["mine/run.yaml"]).rewards.reward_funcs[-1].spec == "length"
+
+
+def test_what_lies_beside_the_file_goes_before_its_namesake_here(home: Path) -> None:
+    Path("prompts.jsonl").touch()
+    assert load_config(["mine/run.yaml"]).data.prompts == "mine/prompts.jsonl"
+
+
+def test_a_flag_is_meant_from_where_the_command_is_given(home: Path) -> None:
+    assert load_config(["mine/run.yaml"], {"data.prompts": "prompts.jsonl"}).data.prompts == "prompts.jsonl"
+
+
+def test_a_file_that_is_used_where_it_lies_is_read_as_it_stands(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    assert load_config(["run.yaml"]).rewards.reward_funcs[2].options == {"head": "./head.safetensors"}
+
+
+def test_from_outside_paths_become_absolute(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "far").mkdir()
+    monkeypatch.chdir(tmp_path / "far")
+    assert load_config(["../project/mine/run.yaml"]).policy.family == f"{home / 'family.py'}:Mine"
