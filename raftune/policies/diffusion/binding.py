@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from raftune.errors import DataError, ModelError
+from raftune.errors import ConfigError, DataError, ModelError
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,12 @@ class Binding(ABC):
     lora_layers: str  # the keyword of Pipeline.save_lora_weights; empty where the pipeline class has no such method
     # Options of the pipeline's call that must not be given as sampling.diffusion.pipeline_kwargs, each with the reason.
     refused: ClassVar[Mapping[str, str]] = {}
+    reads: ClassVar[tuple[str, ...]] = ()  # options of the call that shape how prompts are read, not how it draws
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, options: Mapping[str, Any] | None = None) -> None:
+        """`options` are sampling.diffusion.pipeline_kwargs: those in `reads` are used where prompts are encoded."""
         self.pipe = pipe
+        self.options: Mapping[str, Any] = options or {}
 
     @property
     def denoiser(self) -> Any:
@@ -189,6 +192,25 @@ class Binding(ABC):
         cells = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.sample_size
         height, width = (cells, cells) if isinstance(cells, int) else cells
         return int(height) * self.factor, int(width) * self.factor
+
+    def refuse_size(self, height: int, width: int) -> None:
+        """Raises ConfigError where the pipeline cannot draw pictures of so many pixels."""
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels % self.multiple:
+                down = max(pixels // self.multiple, 1) * self.multiple
+                raise ConfigError(
+                    f"sampling.diffusion.{name} must be a multiple of {self.multiple} for a "
+                    f"{type(self.pipe).__name__}; got {pixels}. Write {down} or {down + self.multiple}."
+                )
+
+    def refuse_other_size(self, height: int, width: int) -> None:
+        """Raises ConfigError but for the one size at which this denoiser draws."""
+        if (height, width) != self.default_size():
+            only = " x ".join(str(pixels) for pixels in self.default_size())
+            raise ConfigError(
+                f"sampling.diffusion.height and .width must be {only}, at which alone this {type(self.pipe).__name__} "
+                f"draws; got {height} x {width}. Leave them out."
+            )
 
     def text_limits(self) -> dict[str, int]:
         """For each tokenizer of the pipeline, by attribute: the most tokens that the encoder behind it reads."""

@@ -7,10 +7,15 @@ from typing import Any
 
 from raftune.errors import ModelError
 from raftune.policies.diffusion.binding import Binding
+from raftune.policies.diffusion.bindings.ddpm import DDPM
+from raftune.policies.diffusion.bindings.dit import DiT
+from raftune.policies.diffusion.bindings.flux import Flux
+from raftune.policies.diffusion.bindings.pixart import PixArt
+from raftune.policies.diffusion.bindings.sd3 import SD3
 from raftune.policies.diffusion.bindings.sdxl import SDXL
 from raftune.policies.diffusion.bindings.stable_diffusion import StableDiffusion
 
-BINDINGS: tuple[type[Binding], ...] = (StableDiffusion, SDXL)
+BINDINGS: tuple[type[Binding], ...] = (StableDiffusion, SDXL, SD3, Flux, PixArt, DiT, DDPM)
 
 
 def binding_class(pipeline: str) -> type[Binding]:

@@ -1,0 +1,76 @@
+"""Stable Diffusion 3 and 3.5: a flow-matching transformer, told by two CLIPs and, if there is one, a T5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from raftune.policies.diffusion.binding import Binding, Call, Conditions, LastLatents, Pictures
+from raftune.policies.diffusion.bindings.stable_diffusion import ENCODED_BEFORE
+
+ONE_TEXT = "every text encoder reads the prompt"
+
+
+class SD3(Binding):
+    """Conditions: `prompt_embeds` (N, T, D) of all encoders, `pooled` (N, P) of the two CLIPs."""
+
+    pipelines = ("StableDiffusion3Pipeline",)
+    denoiser_name = "transformer"
+    takes = "text"
+    lora_layers = "transformer_lora_layers"
+    reads = ("max_sequence_length",)
+    refused: ClassVar[Mapping[str, str]] = {
+        "clip_skip": ENCODED_BEFORE,
+        **dict.fromkeys(("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3"), ONE_TEXT),
+    }
+
+    def encode(self, prompts: Sequence[Any]) -> Conditions:
+        self.refuse_prompts(prompts)
+        self.require("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompt=list(prompts),
+            prompt_2=None,
+            prompt_3=None,
+            device=self.pipe.text_encoder.device,
+            do_classifier_free_guidance=False,
+            **self.reading(),
+        )
+        return Conditions({"prompt_embeds": embeds, "pooled": pooled})
+
+    def empty(self, negative: str | None = None) -> Conditions:
+        return self.encode([negative or ""])
+
+    def sample(
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
+    ) -> Pictures:
+        last = LastLatents()
+        asked = conditions.tensors
+        away = {} if negative is None else {name: negative.tensors[name].expand_as(asked[name]) for name in asked}
+        drawn = self.pipe(
+            prompt_embeds=asked["prompt_embeds"],
+            pooled_prompt_embeds=asked["pooled"],
+            negative_prompt_embeds=away.get("prompt_embeds"),
+            negative_pooled_prompt_embeds=away.get("pooled"),
+            height=call.height,
+            width=call.width,
+            num_inference_steps=call.num_inference_steps,
+            guidance_scale=call.guidance_scale,
+            generator=generators,
+            output_type="np",
+            callback_on_step_end=last,
+            **call.kwargs,
+        )
+        assert last.x0 is not None
+        return Pictures.of(drawn.images, last.x0)
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        out: torch.Tensor = self.denoiser(
+            hidden_states=x_t,
+            timestep=t,
+            encoder_hidden_states=conditions.tensors["prompt_embeds"],
+            pooled_projections=conditions.tensors["pooled"],
+            return_dict=False,
+        )[0]
+        return out
