@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from raftune.config.policy import TabularPolicy
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, DataError, ModelError
+from raftune.policies.dials import all_but, refuse_unused
 from raftune.protocols import FloatN, TuneReport, Unit
 from raftune.records import Prompt, Sample
 
@@ -38,7 +39,7 @@ class Tabular:
     def start(cls, config: RunConfig, out: Path, model: Any = None, tokenizer: Any = None) -> None:
         """Writes the start model. Raises ConfigError for fields that this family would ignore, and bad logits."""
         assert isinstance(config.policy, TabularPolicy)
-        refuse_unused(config)
+        refuse_unread(config)
         logits = config.policy.logits or [[0.0] * config.policy.num_answers] * config.policy.num_prompts
         if len({len(row) for row in logits}) != 1:
             lengths = sorted({len(row) for row in logits})
@@ -135,18 +136,15 @@ class Tabular:
         return prompt.content
 
 
-def refuse_unused(config: RunConfig) -> None:
+def refuse_unread(config: RunConfig) -> None:
     """Raises ConfigError for a dial of drawing or tuning that a table of probabilities does not have."""
-    read = {"num_generations", "temperature", "batch_size", "unit_size", "candidate_columns"}
-    for section, names in (("sampling", read), ("tuning", {"start_from", "replay_rounds", "reference"})):
-        chosen = getattr(config, section)
-        for name, field in type(chosen).model_fields.items():
-            default = field.get_default(call_default_factory=True)
-            if name not in names and getattr(chosen, name) != default:
-                raise ConfigError(
-                    f"{section}.{name} means nothing to the tabular family; got {getattr(chosen, name)!r}. "
-                    "Remove it, or choose another policy.family."
-                )
+    drawn_by = ("num_generations", "temperature", "batch_size", "unit_size", "candidate_columns")
+    unread = [
+        *all_but(config.sampling, "sampling", drawn_by),
+        *all_but(config.tuning, "tuning", ("start_from", "replay_rounds", "reference")),
+        "keep_latents",
+    ]
+    refuse_unused(config, "tabular", unread)
 
 
 def save(log_p: Floats, out: Path) -> None:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from raftune.errors import OutOfMemory
 from raftune.policies.causal_lm.answers import Answers
 from raftune.policies.causal_lm.forked import draw_forked
 from raftune.policies.causal_lm.generated import draw_by_generate_alone, draw_generated
 from raftune.policies.causal_lm.models import context_of, is_recurrent
 from raftune.policies.causal_lm.paths import asked_of_generate, draw_path
 from raftune.policies.causal_lm.settings import Drawn, DrawPath, DrawSettings
-from raftune.policies.memory import is_out_of_memory
+from raftune.policies.memory import names_out_of_memory
 
-__all__ = ["DrawPath", "DrawSettings", "Drawn", "draw", "draw_path", "names_out_of_memory"]
+__all__ = ["DrawPath", "DrawSettings", "Drawn", "draw", "draw_path"]
 
 
 def draw(
@@ -41,7 +38,7 @@ def draw(
     `generate` refuses.
     """
     answers = Answers(tokenizer, prompts, seeds, settings, context_of(model))
-    with names_out_of_memory(settings.batch_size):
+    with names_out_of_memory(settings.batch_size, "max_completion_length"):
         if answers.rows:
             _fill(answers, model, path or draw_path(model, settings, max(map(len, prompts)))[0])
     return answers.drawn()
@@ -54,20 +51,3 @@ def _fill(answers: Answers, model: nn.Module, path: DrawPath) -> None:
         draw_by_generate_alone(model, answers, is_recurrent(model))
     else:
         draw_generated(model, answers, is_recurrent(model))
-
-
-@contextmanager
-def names_out_of_memory(batch_size: int) -> Iterator[None]:
-    """A device's complaint about memory becomes OutOfMemory, and the tensors of the failed call are let go."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        traceback.clear_frames(error.__traceback__)  # they hold the tensors, for as long as anyone holds the error
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise OutOfMemory(
-            f"sampling.batch_size must leave room in the device's memory; got {batch_size} rows ({said}). "
-            "Set a smaller sampling.batch_size or max_completion_length.",
-            batch_size,
-        ) from None

@@ -20,6 +20,7 @@ from raftune.policies.causal_lm.encoding import Encoder
 from raftune.policies.causal_lm.likelihood import Example, log_probs
 from raftune.policies.causal_lm.saving import read_optimizer, write_model
 from raftune.policies.causal_lm.settings import DrawPath, DrawSettings
+from raftune.policies.dials import refuse_unused
 from raftune.policies.memory import is_out_of_memory
 from raftune.protocols import FloatN, TuneReport, Unit
 from raftune.records import Prompt, Sample, derive_seed
@@ -80,6 +81,7 @@ class CausalLM:
         is a LoRA adapter's: that is merged first, since switching it off must give this start and not its base; a run
         of no rounds leaves it as it is.
         """
+        refuse_unused(config, "causal_lm", ("sampling.diffusion", "tuning.diffusion", "keep_latents"))
         out.mkdir(parents=True, exist_ok=True)
         tunes = getattr(config, "num_rounds", 1) > 0
         return starting.begin(config.policy, out, model, tokenizer, merge=tunes)
