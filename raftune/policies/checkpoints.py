@@ -13,6 +13,11 @@ MANIFEST = "MANIFEST.json"
 REQUIRED = frozenset({"weights.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"})
 
 
+def identity(rows: Path, settings: str, seed: int) -> str:
+    """Names a fit by its rows, settings and seed: checkpoints of another fit are not continued from."""
+    return hashlib.sha256(f"{_hash(rows)}\0{settings}\0{seed}".encode()).hexdigest()
+
+
 def seal(folder: Path, identity: str) -> None:
     """Writes the manifest, last and atomically: size and SHA-256 of every file, and what fit it belongs to."""
     files = {p.name: _hash(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}

@@ -194,7 +194,8 @@ class CausalLM:
 
         Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
         """
-        from raftune.policies.causal_lm.tuning import batch_of, identity, objective, read_rows, rows_of
+        from raftune.policies.causal_lm.tuning import batch_of, objective, read_rows, rows_of
+        from raftune.policies.checkpoints import identity
         from raftune.policies.training import Task, fit
 
         self._model = None  # one large model at a time
@@ -209,7 +210,7 @@ class CausalLM:
             collate=lambda batch: batch_of(batch, self.tokenizer.pad_token_id),
             objective=objective,
             seed=seed_of_fit,
-            identity=identity(rows, tuning, seed_of_fit),
+            identity=identity(rows, tuning.model_dump_json(), seed_of_fit),
             carried=read_optimizer(self.folder) if tuning.optimizer_state == "carried" else None,
             callbacks=callbacks,
         )

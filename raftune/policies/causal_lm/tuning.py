@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,10 +107,3 @@ def objective(model: Any) -> Objective:
         return weights_T @ nll_T, weights_T.sum()
 
     return loss
-
-
-def identity(path: Path, config: TuningConfig, seed: int) -> str:
-    """Names a fit by its rows, settings and seed: checkpoints of another fit are not continued from."""
-    with path.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashlib.sha256(f"{content}\0{config.model_dump_json()}\0{seed}".encode()).hexdigest()

@@ -1,0 +1,75 @@
+"""The one function that writes model folders: what two equal runs write is equal, byte for byte, wherever they run.
+
+A round's folder holds raftune.json, which says what the folder is and on which pipeline it rests, and beside it either
+
+    unet/ or transformer/                  the whole denoiser, as its save_pretrained writes it
+    pytorch_lora_weights.safetensors       a LoRA, for a plain pipeline's load_lora_weights
+    adapter_model.safetensors, adapter_config.json     a LoRA, for peft, where diffusers' pipeline loads none
+
+and optimizer.safetensors where the next round carries its moments on. `export` writes the same for other hands: the
+LoRA as it is, or a whole pipeline that DiffusionPipeline.from_pretrained loads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from raftune.policies.diffusion import adapters
+from raftune.policies.diffusion.binding import Binding
+from raftune.policies.diffusion.loading import Record
+from raftune.quiet import quiet
+
+OPTIMIZER = "optimizer.safetensors"
+PLACE = "_name_or_path"  # diffusers notes where a part was loaded from: a path of the machine that ran
+
+
+def write_model(
+    binding: Binding, out: Path, base: Mapping[str, Any], optimizer: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Writes the denoiser of the binding's pipeline into `out`: the adapter alone if it has one.
+
+    `base` is the pipeline on which it rests, as loading.base_record says it; `optimizer` (`parameter/entry` → tensor)
+    is the state that the next round's fit carries on.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    adapted = adapters.is_adapted(binding.denoiser)
+    if adapted:
+        adapters.write(binding.denoiser, out, binding.denoiser_name if binding.lora_layers else None)
+    else:
+        with quiet():
+            binding.denoiser.save_pretrained(out / binding.denoiser_name)
+        forget_places(out)
+    Record(kind="adapter" if adapted else "full", **base).write(out)
+    if optimizer:
+        save_file(dict(sorted(optimizer.items())), out / OPTIMIZER, metadata={"format": "pt"})
+
+
+def export(pipe: Any, binding: Binding, out: Path) -> None:
+    """Writes a whole pipeline, or the LoRA alone where the denoiser has one, so that diffusers or peft loads it."""
+    out.mkdir(parents=True, exist_ok=True)
+    if adapters.is_adapted(binding.denoiser):
+        adapters.write(binding.denoiser, out, binding.denoiser_name if binding.lora_layers else None)
+        return
+    with quiet():
+        pipe.save_pretrained(out)
+    forget_places(out)
+
+
+def forget_places(folder: Path) -> None:
+    """Takes out of every JSON file under the folder the path from which its part was loaded."""
+    for path in sorted(folder.rglob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop(PLACE, None) is not None:
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_optimizer(folder: Path) -> dict[str, torch.Tensor]:
+    """The optimizer's state that a round left in its model folder; empty where it left none."""
+    path = folder / OPTIMIZER
+    return load_file(path) if path.is_file() else {}
