@@ -151,11 +151,11 @@ class Binding(ABC):
         """Raises DataError where a prompt is not what this architecture takes."""
         if self.takes != "text":
             return
-        for i, prompt in enumerate(prompts):
+        for prompt in prompts:
             if not isinstance(prompt, str):
                 raise DataError(
-                    f"prompts of a {type(self.pipe).__name__} must be texts; got {prompt!r} at place {i}. Write what "
-                    "the picture shows."
+                    f"prompts of a {type(self.pipe).__name__} must be texts; got {prompt!r}. Write what the picture "
+                    "shows."
                 )
 
     def require(self, *parts: str) -> None:

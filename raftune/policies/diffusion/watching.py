@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+WATCHED = ("step", "scale_model_input")
+
 
 @dataclass(frozen=True)
 class Step:
@@ -29,7 +31,8 @@ def watched(scheduler: Any, seen: Callable[[Step], object]) -> Iterator[None]:
 
     Most loops scale what they give to the denoiser by scale_model_input; where one does not, it was given the sample.
     """
-    step, scale = scheduler.step, scheduler.scale_model_input if hasattr(scheduler, "scale_model_input") else None
+    step, scale = scheduler.step, getattr(scheduler, "scale_model_input", None)
+    before = {name: value for name, value in vars(scheduler).items() if name in WATCHED}  # watched by somebody else
     scaled: list[torch.Tensor] = []
     count = 0
 
@@ -54,6 +57,6 @@ def watched(scheduler: Any, seen: Callable[[Step], object]) -> Iterator[None]:
     try:
         yield
     finally:
-        del scheduler.step
-        if scale is not None:
-            del scheduler.scale_model_input
+        for name in WATCHED:
+            vars(scheduler).pop(name, None)
+        vars(scheduler).update(before)

@@ -23,7 +23,7 @@ class DDPM(Binding):
     lora_layers = ""
 
     def encode(self, prompts: Sequence[Any]) -> Conditions:
-        return Conditions({"rows": torch.zeros(len(prompts), device=self.denoiser.device)})
+        return Conditions({"rows": torch.zeros(len(prompts))})
 
     def empty(self, negative: str | None = None) -> Conditions:
         if negative is not None:

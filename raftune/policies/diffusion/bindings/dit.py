@@ -30,11 +30,11 @@ class DiT(Binding):
         return int(self.denoiser.config.num_embeds_ada_norm)
 
     def refuse_prompts(self, prompts: Sequence[Any]) -> None:
-        for i, prompt in enumerate(prompts):
+        for prompt in prompts:
             if isinstance(prompt, bool) or not isinstance(prompt, int) or not 0 <= prompt < self.classes:
                 raise DataError(
                     f"prompts of a DiTPipeline must be class labels, whole numbers from 0 to {self.classes - 1}; got "
-                    f"{prompt!r} at place {i}. {self._fix(prompt)}"
+                    f"{prompt!r}. {self._fix(prompt)}"
                 )
 
     def _fix(self, prompt: Any) -> str:
@@ -47,7 +47,7 @@ class DiT(Binding):
 
     def encode(self, prompts: Sequence[Any]) -> Conditions:
         self.refuse_prompts(prompts)
-        return Conditions({"labels": torch.tensor(list(prompts), dtype=torch.long, device=self.denoiser.device)})
+        return Conditions({"labels": torch.tensor(list(prompts), dtype=torch.long)})
 
     def empty(self, negative: str | None = None) -> Conditions:
         if negative is not None:
@@ -55,7 +55,7 @@ class DiT(Binding):
                 f"sampling.diffusion.negative_prompt must not be given to a DiTPipeline; got {negative!r}. A model of "
                 "classes reads no text: leave it out."
             )
-        return Conditions({"labels": torch.tensor([self.classes], device=self.denoiser.device)})
+        return Conditions({"labels": torch.tensor([self.classes])})
 
     def sample(
         self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call

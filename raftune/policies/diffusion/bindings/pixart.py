@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers.utils import is_bs4_available, is_ftfy_available
 
+from raftune.errors import ConfigError
 from raftune.policies.diffusion.binding import Binding, Call, Conditions, Pictures
 
 EXACT_SIZE = (
@@ -37,6 +39,17 @@ class PixArt(Binding):
             **self.reading(),
         )
         return Conditions({"prompt_embeds": embeds, "mask": mask})
+
+    def reading(self) -> dict[str, Any]:
+        """Captions are cleaned where what cleans them is installed, as the pipeline does; it would warn each time."""
+        found = super().reading()
+        able = is_bs4_available() and is_ftfy_available()
+        if self.options.get("clean_caption") and not able:
+            raise ConfigError(
+                "sampling.diffusion.pipeline_kwargs.clean_caption needs beautifulsoup4 and ftfy, which are not "
+                "installed: pip install beautifulsoup4 ftfy, or write false."
+            )
+        return {**found, "clean_caption": bool(found["clean_caption"]) and able}
 
     def empty(self, negative: str | None = None) -> Conditions:
         return self.encode([negative or ""])

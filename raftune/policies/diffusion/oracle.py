@@ -1,0 +1,173 @@
+"""The proof that a binding says what its pipeline says: without it nothing is trained.
+
+A pipeline is run as it is, at guidance 1, while its scheduler is watched: of each step, what the denoiser was given and
+what came back. `predict`, the binding's own call of the denoiser, must give the same for the same. An error of sign,
+scale, packing, time or conditions shows here, before a round is spent on it; so does a pipeline whose code has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from raftune.errors import ModelError, RaftuneError
+from raftune.policies.diffusion.binding import Binding, Call, Conditions, Pictures
+from raftune.policies.diffusion.watching import Step, watched
+from raftune.quiet import quiet
+
+STEPS = 2
+CELLS = 16  # of the latents' longer side, at most
+TEXTS = ("red", "a cat")
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # shares of the largest number
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Of each step the largest difference between the two, as a share of the largest number, and its dtype's limit."""
+
+    differences: tuple[float, ...]
+    limit: float
+
+
+def refuse_unproven(binding: Binding, kwargs: Mapping[str, Any] | None = None) -> Proof:
+    """Raises ModelError where the binding's prediction is not what the pipeline's scheduler is told.
+
+    Two pictures of at most 16 x 8 latent cells are drawn in two steps, with these pipeline_kwargs, and the denoiser is
+    asked again: as much as eight of its calls at that size, and two decodings. Needs the text encoders.
+    """
+    call = smallest_call(binding, kwargs or {})
+    with torch.no_grad(), quiet():
+        conditions = binding.guided(binding.encode(_prompts(binding)), call.guidance_scale)
+        pictures, steps = _drawn(binding, conditions, call)
+        limit = TOLERANCES.get(steps[0].output.dtype, min(TOLERANCES.values()))
+        found = tuple(_difference(binding, step, conditions, call) for step in steps)
+        for step, difference in zip(steps, found, strict=True):
+            if not difference <= limit:
+                raise _refusal(
+                    f"at step {step.index + 1} of {len(steps)} (t = {step.time.item():g}), {_whose(binding)} "
+                    f"output differs from raftune's own by {difference:.3g} of its size ({limit:g} at most)",
+                )
+        _refuse_other_latents(binding, pictures, steps[-1], call)
+    return Proof(found, limit)
+
+
+def smallest_call(binding: Binding, kwargs: Mapping[str, Any]) -> Call:
+    """The least that shows everything: two steps, unguided, pictures half as high as they are wide where that works."""
+    height, width = binding.default_size()
+    if not _fixed(binding, height, width):
+        width = _up(min(width, CELLS * binding.factor), binding.multiple)
+        height = _up(min(height, width // 2), binding.multiple)
+    return Call(height, width, STEPS, 1.0, kwargs)
+
+
+def _fixed(binding: Binding, height: int, width: int) -> bool:
+    """Whether it draws at its own size alone."""
+    try:
+        binding.refuse_size(height, width + binding.multiple)
+    except RaftuneError:
+        return True
+    return False
+
+
+def _up(pixels: int, multiple: int) -> int:
+    return -(-pixels // multiple) * multiple
+
+
+def _prompts(binding: Binding) -> Sequence[Any]:
+    """Two that differ, so that a row that is told another's conditions shows."""
+    return TEXTS if binding.takes == "text" else (0, 1)
+
+
+def _drawn(binding: Binding, conditions: Conditions, call: Call) -> tuple[Pictures, list[Step]]:
+    """The pictures, and what passed through the scheduler. Raises ModelError where the pipeline cannot draw."""
+    steps: list[Step] = []
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(len(conditions))]
+    try:
+        with watched(binding.pipe.scheduler, steps.append):
+            pictures = binding.sample(conditions, None, generators, call)
+    except (RaftuneError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"policy.model must draw; this {type(binding.pipe).__name__} failed at {call.height} x {call.width} pixels "
+            f"with {type(error).__name__}: {error}. Look at sampling.diffusion.pipeline_kwargs, and whether the "
+            "pipeline draws outside raftune."
+        ) from error
+    if not steps:
+        raise _refusal(f"{_whose(binding)} scheduler was never asked for a step")
+    return pictures, steps
+
+
+def _difference(binding: Binding, step: Step, conditions: Conditions, call: Call) -> float:
+    """The largest difference in one step, as a share of the largest number; infinite where shapes differ."""
+    told, expected = binding.unpacked(step.told, call), binding.unpacked(step.output, call)
+    expected = expected[:, : told.shape[1]]  # a learned variance may follow, which no loss here reads
+    _refuse_not_finite(binding, expected, step)
+    times = step.time.to(told.device).expand(len(told))
+    try:
+        predicted = binding.predict(told, times, conditions)
+    except (RaftuneError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _refusal(
+            f"raftune's call of {_whose(binding)} denoiser failed with {type(error).__name__}: {error}"
+        ) from error
+    if predicted.shape != expected.shape:
+        return float("inf")
+    peak = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((predicted.float() - expected.float()).abs().max() / peak.float())
+
+
+def _refuse_not_finite(binding: Binding, output: torch.Tensor, step: Step) -> None:
+    if not bool(torch.isfinite(output).all()):
+        raise ModelError(
+            f"policy.model must give finite numbers; {_whose(binding)} denoiser gave NaN or infinity at step "
+            f"{step.index + 1} in {str(output.dtype).removeprefix('torch.')}. Its weights are damaged, or its numbers "
+            "leave that range: write policy.dtype: bfloat16 or float32."
+        )
+
+
+def _refuse_other_latents(binding: Binding, pictures: Pictures, last: Step, call: Call) -> None:
+    """Raises ModelError where the latents that are kept are not those of the pictures."""
+    x0 = pictures.x0
+    shape, own = tuple(x0.shape[1:]), binding.latent_shape(call.height, call.width)
+    if shape != own:
+        raise _refusal(f"{_whose(binding)} latents have the shape {shape}, where raftune expects {own}")
+    if not torch.equal(x0, binding.unpacked(last.latents, call)):
+        raise _refusal(f"the latents that raftune keeps are not those that {_whose(binding)} last step left")
+    if not all(pictures.finite) or _overflows(binding):
+        return
+    drawn = np.stack([np.asarray(image, dtype=np.float32) for image in pictures.images])
+    decoded = binding.to_pixels(x0).float().cpu().permute(0, 2, 3, 1).numpy() * 255
+    levels = float(np.abs(drawn - decoded).max())
+    if levels > (2 if x0.dtype == torch.float32 else 16):
+        raise _refusal(
+            f"the latents that raftune keeps decode to other pictures than {_whose(binding)}, by {levels:.0f} of 255"
+        )
+    again = tuple(binding.to_latents(pictures.images, torch.Generator("cpu").manual_seed(0)).shape)
+    if again != tuple(x0.shape):
+        raise _refusal(f"a picture becomes latents of the shape {again[1:]}, where {_whose(binding)} own have {shape}")
+
+
+def _overflows(binding: Binding) -> bool:
+    """Whether the VAE cannot decode in the precision it is held in; its pipeline converts it for the purpose."""
+    vae = getattr(binding.pipe, "vae", None)
+    return vae is not None and vae.dtype == torch.float16 and bool(vae.config.force_upcast)
+
+
+def _whose(binding: Binding) -> str:
+    return f"the {type(binding.pipe).__name__}'s"
+
+
+def _refusal(what: str) -> ModelError:
+    return ModelError(
+        f"policy.model must be a pipeline that raftune can verify: {what}. raftune will not train what it cannot "
+        "verify. Leave out sampling.diffusion.pipeline_kwargs that change what the denoiser is told, use the "
+        "pipeline's own class and parts unchanged, or another version of diffusers (this is "
+        f"{diffusers.__version__})."
+    )
