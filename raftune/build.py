@@ -18,13 +18,15 @@ from raftune.digest import held_out_names
 from raftune.engines.local import ThisProcess, make_engine
 from raftune.errors import ModelError
 from raftune.evaluation.examine import Examination
+from raftune.evaluation.images import looked_at
 from raftune.evaluation.metrics import METRICS
 from raftune.families import Family, code_of, family_of, load_policy
-from raftune.protocols import Policy, Stage, UnitStage
+from raftune.protocols import Extractor, Policy, Stage, UnitStage
 from raftune.rewards.samples import SamplePanel
 from raftune.stages.data import Data
 from raftune.stages.draw import Draw, Teach
 from raftune.stages.evaluate import Evaluate
+from raftune.stages.features import Features
 from raftune.stages.gather import Gather
 from raftune.stages.guard import Guard
 from raftune.stages.logp import LogProbs
@@ -128,6 +130,7 @@ class Assembly:
         self.family = family_of(config)
         self.engine: Engine = make_engine(config.engine, run.root)
         self._panels: dict[str, SamplePanel] = {}
+        self._extractor: Any = None
         self.policies = Shelf(config, self.family, run, self._rest_panels)
         limit_threads(config)
 
@@ -196,7 +199,11 @@ class Assembly:
         if evaluation.reference_column is not None and self.knows_likelihood():
             stages.append(Reference(self.policies, evaluation.reference_column))
             references = Reference.writes
-        stages.append(Evaluate(METRICS, shards=tuple(shards), media=self.family.media, references=references))
+        if evaluation.features is not None:
+            stages.append(Features(self.extractor))
+            shards.append("features")
+        media, condense = self.family.media, looked_at if self.family.media == "image" else None
+        stages.append(Evaluate(METRICS, shards=tuple(shards), media=media, references=references, condense=condense))
         return stages
 
     def _guarding(self, round_: int) -> list[Stage]:
@@ -239,6 +246,16 @@ class Assembly:
         held_out = self.config.rewards.model_copy(update={"reward_funcs": self.config.evaluation.reward_funcs})
         return self._with_room(self._panel("held out", held_out, ()))
 
+    def extractor(self) -> Extractor:
+        """The model that held-out pictures are compared by."""
+        if self._extractor is None:
+            from raftune.rewards.clip import ClipModel
+
+            self._extractor = ClipModel(self.config.evaluation.features, field="evaluation.features")
+        self.policies.make_room()
+        found: Extractor = self._extractor
+        return found
+
     def _panel(self, which: str, config: Any, objects: Sequence[Any]) -> SamplePanel:
         if which not in self._panels:
             from raftune.rewards.loading import load_panel
@@ -256,9 +273,10 @@ class Assembly:
 
     def _rest_panels(self) -> None:
         """Frees reward models, unless they are small, before a policy is loaded."""
-        for panel in self._panels.values():
-            if panel.panel.nbytes * 2 > SMALL:
-                panel.panel.release()
+        held = [panel.panel for panel in self._panels.values()]
+        for models in [*held, *([self._extractor] if self._extractor is not None else [])]:
+            if models.nbytes * 2 > SMALL:
+                models.release()
 
     def engine_for(self, stage: UnitStage) -> Engine:
         """The configured engine, or this process for a stage whose objects only it has."""

@@ -21,6 +21,12 @@ NUMBERS = {
     "distinct_2": "distinct_2",
     "msttr": "msttr_100",
     "perplexity": "perplexity",
+    "saturation": "saturation",
+    "contrast": "contrast",
+    "pixel_distance": "pixel_distance",
+    "vendi": "vendi",
+    "drift": "feature_drift",
+    "invalid": "invalid_ratio",
 }
 MEND = "`raftune verify` lists what is damaged, and `raftune resume --from STAGE` makes it again."
 AGAIN = "`raftune resume` writes it again."
@@ -99,6 +105,17 @@ def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Colum
         Column("length", "length", "mean tokens of an answer", number("length", 1)),
         Column("distinct_2", "distinct-2", "distinct word pairs over all word pairs", number("distinct_2", 3)),
         Column("msttr", "MSTTR", "share of different words in a hundred words (MSTTR-100)", number("msttr", 3)),
+        Column("saturation", "saturation", "mean saturation of the pictures, 0 … 1", number("saturation")),
+        Column("contrast", "contrast", "standard deviation of a picture's luma, 0 … 0.5", number("contrast")),
+        Column(
+            "pixel_distance",
+            "pixels",
+            "distance of two pictures of one prompt, by their thumbnails, 0 … 1",
+            number("pixel_distance"),
+        ),
+        Column("vendi", "Vendi", "how many different pictures of a prompt there are in effect", number("vendi", 2)),
+        Column("drift", "drift", "1 - cos of features to the start's picture of the same seed", number("drift")),
+        Column("invalid", "invalid", "share of samples that are no picture", percentage("invalid")),
         Column("kept", "kept", "samples tuned on, of those drawn", lambda row: f"{row['kept']}/{row['samples']}"),
         Column("seconds", "time", "of this round", lambda row: duration(row["seconds"])),
     ]
@@ -112,6 +129,10 @@ def cell(column: Column, row: Row) -> str:
 
 def number(key: str, digits: int = 3) -> Callable[[Row], str]:
     return lambda row: f"{row[key]:.{digits}f}"
+
+
+def percentage(key: str) -> Callable[[Row], str]:
+    return lambda row: f"{100 * row[key]:.1f} %"
 
 
 def with_interval(row: Row) -> str:

@@ -49,6 +49,16 @@ KNOWN: dict[str, tuple[str, Callable[[float], str], str]] = {
     "unique_2": ("unique-2", number, "word pairs that occur once in all answers"),
     "msttr_100": ("MSTTR-100", share, "different words in a hundred, on average"),
     "similarity": ("similarity", share, "of two answers to one prompt: 1 where they are the same"),
+    "brightness": ("brightness", share, "mean luma of a picture: 0 black, 1 white"),
+    "saturation": ("saturation", share, "mean saturation of a picture: 0 grey, 1 pure colours"),
+    "contrast": ("contrast", share, "standard deviation of a picture's luma, at most 0.5"),
+    "saturated_ratio": ("burnt out", share, "share of pixels with a channel at its darkest or brightest"),
+    "pixel_distance": ("pixel distance", share, "of two pictures of one prompt, by their thumbnails: 0 where the same"),
+    "near_duplicates": ("duplicates", share, "share of pictures that nearly repeat another"),
+    "feature_distance": ("distance", share, "of two pictures of one prompt: the mean of 1 - cos of their features"),
+    "vendi": ("Vendi", nats, "how many different pictures of a prompt there are in effect (Vendi score)"),
+    "feature_drift": ("drift", share, "from the start's picture of the same prompt and seed: 1 - cos of features"),
+    "invalid_ratio": ("invalid", share, "share of samples that are no picture, or flagged"),
 }
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 from raftune.errors import ConfigError, DataError
 
@@ -65,7 +66,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
             return upright.convert("RGB") if upright.mode != "RGB" else upright.copy()
         white = require_pillow().new("RGBA", upright.size, (255, 255, 255, 255))
         white.alpha_composite(upright.convert("RGBA"))
-        return white.convert("RGB")
+        flat: Image.Image = white.convert("RGB")
+        return flat
     except (OSError, SyntaxError) as error:
         raise DataError(f"a picture cannot be read whole: {error}. Give it again.") from error
 
@@ -108,3 +110,29 @@ def mime_of(data: bytes) -> str:
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "image/webp"
     return "image/jpeg" if data.startswith(b"\xff\xd8") else "image/png"
+
+
+class Pictures(Sequence[Any]):
+    """The pictures of a column of bytes, each read when it is asked for: what waits to be looked at waits small.
+
+    `pngs` and `names` are Arrow columns, row for row.
+    """
+
+    def __init__(self, pngs: Any, names: Any) -> None:
+        self.pngs, self.names = pngs, names
+
+    def __len__(self) -> int:
+        return len(self.pngs)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+        """The picture, RGB. Raises DataError that names the sample whose bytes are no picture."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        try:
+            return image_of(self.pngs[index].as_py() or b"")
+        except DataError as error:
+            raise DataError(f"sample {self.names[index].as_py()}: {error}") from error

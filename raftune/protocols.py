@@ -201,11 +201,28 @@ class Panel(Protocol):
         """Scores of the samples, row for row; prompts[i] is what row i answers."""
         ...
 
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how the samples were read (prompts cut), each once."""
+        ...
+
+
+class Extractor(Protocol):
+    """A model that sees pictures as vectors."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with whatever shapes the vectors."""
+        ...
+
+    def image_features(self, images: Sequence[Any]) -> npt.NDArray[np.float32]:
+        """(N, d) a vector for each PIL picture, of any size."""
+        ...
+
 
 class Metric(Protocol):
     """A pure function of committed samples, or of the reference answers to the prompts that they answer."""
 
-    needs: frozenset[str]  # scores, text, image, log_probs, own_log_probs, references
+    needs: frozenset[str]  # scores, text, image, features, invalid, log_probs, own_log_probs, references
 
     def __call__(self, samples: pa.Table) -> dict[str, Any]: ...
 
@@ -216,7 +233,8 @@ class Evidence:
 
     `samples` competed in the round: sample_id, prompt_id, k, source, score, weight (0: rejected) and rewards/NAME; of
     texts also length, clipped, similarity (among its prompt's own draws), control, and text where it was kept or is of
-    the control: of each prompt as many of the policy's first draws as were kept. `factors` are the rewards' weights.
+    the control: of each prompt as many of the policy's first draws as were kept. `factors` are the rewards' weights;
+    counts/NAME is what a reward counts where that is not its value.
     `held_out` judged the round: sample_id, prompt_id, k, score, and, where they were measured, held_out and log_ratio
     (log p - log p0, nats), None without any; `earlier` are the same of rounds 0, 1, …; `judge` says what held_out is.
     `first` are the measures of what round 1 drew, None in round 1.

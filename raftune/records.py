@@ -62,12 +62,20 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The weighted sum of the parts that apply; `value` is None unless the status is OK."""
+    """The weighted sum of the parts that apply; `value` is None unless the status is OK.
+
+    `detail` says why no reward was asked, where none was.
+    """
 
     value: float | None
     status: Status
     parts: Mapping[str, Part]
+    detail: str = ""
 
+
+# Columns of a payload that mean the same in every family that has them.
+INVALID = "invalid"  # why the sample is nothing to learn from, null where it is: then no reward is asked about it
+LATENTS = "latents"  # what only tuning reads, and `keep_latents` may drop once a round is tuned
 
 # The columns of a draw shard before the family's own payload columns.
 SAMPLE_FIELDS: tuple[pa.Field, ...] = (
@@ -141,7 +149,9 @@ def scores_table(samples: pa.Table, scores: Sequence[Score], names: Sequence[str
     for name in names:
         columns[f"rewards/{name}"] = [s.parts[name].value for s in scores]
         columns[f"status/{name}"] = [s.parts[name].status.value for s in scores]
-    columns["detail"] = ["; ".join(f"{n}: {p.detail}" for n, p in s.parts.items() if p.detail) for s in scores]
+    columns["detail"] = [
+        s.detail or "; ".join(f"{n}: {p.detail}" for n, p in s.parts.items() if p.detail) for s in scores
+    ]
     return pa.table(columns, schema=score_schema(names))
 
 

@@ -1,10 +1,10 @@
 """Scores in, verdicts out: pure functions of columns, the same for any order of rows and any number of workers.
 
-Every candidate passes three gates. *Screen*: it needs a finite score, a length inside the window and, where duplicates
-are dropped, a completion that no other one of its prompt with a lower index has. Those that pass compete, and are
-ranked inside their prompt by score, ties to the lower index. *Skip*: a prompt whose competitors all score the same, or
-whose best is too close to their mean, is left out where the configuration says so. *Rule*: of what is then in play, one
-of six rules keeps some, with a weight.
+Every candidate passes three gates. *Screen*: it needs to be valid, a finite score, a length inside the window and,
+where duplicates are dropped, a completion that no other one of its prompt with a lower index has. Those that pass
+compete, and are ranked inside their prompt by score, ties to the lower index. *Skip*: a prompt whose competitors all
+score the same, or whose best is too close to their mean, is left out where the configuration says so. *Rule*: of what
+is then in play, one of six rules keeps some, with a weight.
 
 Letters: N candidates, C of them in play, G prompts in play.
 """
@@ -60,6 +60,7 @@ class Reason(IntEnum):
     DUPLICATE = "duplicate of a lower index"
     ALL_EQUAL = "prompt skipped: all scores equal"
     SMALL_MARGIN = "prompt skipped: margin too small"
+    INVALID = "invalid sample"
 
 
 REASONS: tuple[str, ...] = tuple(reason.words for reason in Reason)
@@ -71,7 +72,8 @@ class Candidates:
     """N samples as columns. The pair (group, k) names one candidate: no two rows share it.
 
     group: prompt index. k: index within the prompt. score: NaN or infinite where there is no usable one. length: in the
-    family's unit. content: a hash of the completion, equal where completions are identical.
+    family's unit. content: a hash of the completion, equal where completions are identical. invalid: True where the
+    policy itself says that there is nothing to learn from; None says that it never does.
     """
 
     group: Ints
@@ -79,6 +81,7 @@ class Candidates:
     score: Floats
     length: Ints
     content: Words
+    invalid: Bools | None = None
 
     def __post_init__(self) -> None:
         columns = (self.group, self.k, self.score, self.length, self.content)
@@ -145,6 +148,8 @@ def _screen(candidates: Candidates, config: SelectionConfig) -> Bytes:
     if config.min_length is not None:
         reason[candidates.length < config.min_length] = Reason.TOO_SHORT
     reason[~np.isfinite(candidates.score)] = Reason.NO_SCORE
+    if candidates.invalid is not None:
+        reason[candidates.invalid] = Reason.INVALID
     if config.drop_duplicates:
         reason[_repeats(candidates, np.flatnonzero(reason == _STANDING))] = Reason.DUPLICATE
     return reason

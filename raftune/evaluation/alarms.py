@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.config.guards import AlarmName
+from raftune.evaluation.columns import prompt_numbers
 from raftune.evaluation.diversity import near_duplicates as duplicates
 from raftune.evaluation.diversity import numbered, shingle_sets
-from raftune.evaluation.metrics import prompt_numbers
 from raftune.evaluation.paired import sign_flip
 from raftune.interval import Interval, interval, mean_by_prompt
 
@@ -237,7 +237,7 @@ def part_dominates(samples: pa.Table, factors: Mapping[str, float], limit: float
     if len(names) < 2 or competed.num_rows < FEWEST:
         return None
     groups = prompt_numbers(competed)
-    parts = np.stack([around_mean(groups, column(competed, f"rewards/{name}") * factors[name]) for name in names])
+    parts = np.stack([around_mean(groups, counts(competed, name) * factors[name]) for name in names])
     score = parts.sum(axis=0)
     if not (variance := float(score @ score)) > 0:
         return None
@@ -262,6 +262,11 @@ def part_dominates(samples: pa.Table, factors: Mapping[str, float], limit: float
             for row in one_a_prompt(competed, kept[np.argsort(rest[kept], kind="stable")])
         ],
     )
+
+
+def counts(samples: pa.Table, name: str) -> Floats:
+    """(N,) what the reward counts in the score, unweighted: its value, or what stands beside it in its place."""
+    return column(samples, f"counts/{name}" if f"counts/{name}" in samples.column_names else f"rewards/{name}")
 
 
 def around_mean(groups: Ints, values: Floats) -> Floats:

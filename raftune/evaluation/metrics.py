@@ -12,9 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.evaluation.best_of import best_of_k_estimates
+from raftune.evaluation.columns import prompt_numbers
 from raftune.evaluation.diversity import distinct, msttr, numbered, similarities, unique
+from raftune.evaluation.images import Pixels, Vectors
 from raftune.interval import Interval, interval, mean_by_prompt, ratio_interval
 from raftune.protocols import Metric
+from raftune.records import INVALID
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -115,14 +118,26 @@ class Text:
         return found
 
 
-METRICS: tuple[Metric, ...] = (Rewards(), Divergence(), Entropy(), Perplexity(), Text())
+class Validity:
+    """The share of samples that their policy calls invalid: nothing to look at, and nothing to learn from."""
+
+    needs = frozenset({INVALID})
+
+    def __call__(self, samples: pa.Table) -> dict[str, Any]:
+        count = samples.num_rows
+        return {"invalid_ratio": (count - samples.column(INVALID).null_count) / count if count else None}
 
 
-def prompt_numbers(samples: pa.Table) -> Ints:
-    """For each row the number of its prompt, in order of appearance."""
-    codes = samples.column("prompt_id").combine_chunks().dictionary_encode()
-    codes = codes.combine_chunks() if isinstance(codes, pa.ChunkedArray) else codes
-    return np.asarray(codes.indices.to_numpy(), dtype=np.int64)
+METRICS: tuple[Metric, ...] = (
+    Rewards(),
+    Divergence(),
+    Entropy(),
+    Perplexity(),
+    Text(),
+    Validity(),
+    Pixels(),
+    Vectors(),
+)
 
 
 def usable(samples: pa.Table, column: str, status: str) -> Floats:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.types as kinds
 
-from raftune.records import Prompt, Score
+from raftune.pictures import Pictures
+from raftune.records import INVALID, Part, Prompt, Score, Status
 from raftune.rewards.batch import RESERVED, Batch
 from raftune.rewards.panel import Panel
 
@@ -23,17 +26,34 @@ class SamplePanel:
         return self.panel.fingerprint
 
     def score_samples(self, prompts: list[Prompt], samples: pa.Table) -> list[Score]:
-        """Scores of the samples, row for row; prompts[i] is what row i answers."""
-        return self.panel.score(batch_of(prompts, samples))
+        """Scores of the samples, row for row; prompts[i] is what row i answers.
+
+        No reward is asked about a sample that its policy calls invalid: it has that status, and the reason as detail.
+        """
+        if INVALID not in samples.column_names or samples.column(INVALID).null_count == samples.num_rows:
+            return self.panel.score(batch_of(prompts, samples))
+        why = samples.column(INVALID).to_pylist()
+        valid = [row for row, reason in enumerate(why) if reason is None]
+        asked = batch_of([prompts[row] for row in valid], samples.take(pa.array(valid, pa.int64())))
+        scores = dict(zip(valid, self.panel.score(asked), strict=True))
+        return [scores.get(row) or unfit(self.names, str(reason)) for row, reason in enumerate(why)]
 
     def close(self) -> None:
         self.panel.close()
 
 
+def unfit(names: Sequence[str], why: str) -> Score:
+    """The score of a sample that no reward was asked about."""
+    return Score(None, Status.INVALID, dict.fromkeys(names, Part(None, Status.NOT_APPLICABLE)), why)
+
+
 def batch_of(prompts: list[Prompt], samples: pa.Table) -> Batch:
     """Prompts and completions in TRL's shapes, each column of the data set as one value a sample."""
-    answers = samples.column("completion").to_pylist()
-    completions = [as_asked(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    answers = samples.column("completion")
+    if kinds.is_binary(answers.type) or kinds.is_large_binary(answers.type):
+        completions = cast("list[Any]", Pictures(answers, samples.column("sample_id")))
+    else:
+        completions = [as_asked(prompt, answer) for prompt, answer in zip(prompts, answers.to_pylist(), strict=True)]
     names = [name for name in (prompts[0].columns if prompts else ()) if name not in RESERVED]
     columns = {name: [prompt.columns[name] for prompt in prompts] for name in names}
     ids = samples.column("completion_ids").to_pylist() if "completion_ids" in samples.column_names else None

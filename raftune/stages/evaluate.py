@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from raftune.protocols import Inputs, Metric
+from raftune.records import INVALID
+from raftune.stages.features import features_of
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import read_table
 
+START = "evaluate/features@0"  # of the start's samples, which have the same prompts and seeds
 IDENTITY = frozenset({"sample_id", "prompt_id", "k", "source"})  # the columns that every shard repeats
 
 
@@ -28,11 +31,19 @@ class Evaluate:
     fields: tuple[str, ...] = ()
 
     def __init__(
-        self, metrics: Sequence[Metric], *, shards: tuple[str, ...], media: str, references: str | None = None
+        self,
+        metrics: Sequence[Metric],
+        *,
+        shards: tuple[str, ...],
+        media: str,
+        references: str | None = None,
+        condense: Callable[[pa.Table], pa.Table] | None = None,
     ) -> None:
-        self.metrics, self.media, self.references = metrics, media, references
+        """`condense` puts what metrics need of a unit's samples in place of what is too large to be held of all."""
+        self.metrics, self.media, self.references, self.condense = metrics, media, references, condense
         self.shards = tuple(f"evaluate/{name}" for name in shards)
-        self.reads = (*self.shards, *([references] if references else []))
+        self.start = (START,) if "features" in shards else ()
+        self.reads = (*self.shards, *([references] if references else []), *self.start)
 
     def fingerprints(self) -> Mapping[str, str]:
         return {}
@@ -53,8 +64,12 @@ class Evaluate:
             yield pa.concat_tables(read_table(inputs[self.references] / unit_file(unit)) for unit in units)
 
     def samples(self, inputs: Inputs) -> pa.Table:
-        """One row a sample: what was drawn, its scores, `held_out/…` scores, and `log_prob`, `log_prob_start`."""
+        """One row a sample: what was drawn, its scores, `held_out/…` scores, and `log_prob`, `log_prob_start`.
+
+        Where there are `features`, `features_start` are those of the start's sample of the same prompt and seed.
+        """
         tables = []
+        start = features_of(inputs[START]) if self.start else None
         for unit in unit_numbers(*(inputs[name] for name in self.shards)):
             table = read_table(inputs[self.shards[0]] / unit_file(unit))
             for shard in self.shards[1:]:
@@ -64,7 +79,9 @@ class Evaluate:
                 for name in other.column_names:
                     if name not in IDENTITY:
                         table = table.append_column(f"{prefix}{name}{suffix}", other.column(name))
-            tables.append(table)
+            if start is not None:
+                table = table.append_column("features_start", start.of(table))
+            tables.append(self.condense(table) if self.condense is not None else table)
         return pa.concat_tables(tables)
 
     def has(self, samples: pa.Table) -> frozenset[str]:
@@ -73,7 +90,8 @@ class Evaluate:
         found |= {"log_probs"} if {"log_prob", "log_prob_start"} <= names else set()
         found |= {"own_log_probs"} if names & {"log_prob", "completion_logprobs"} else set()
         found |= {"references"} if "reference_log_prob" in names else set()
-        found |= {"text" if self.media in ("text", "messages") else self.media} if "completion" in names else set()
+        found |= {"text" if self.media in ("text", "messages") else self.media} if "sample_id" in names else set()
+        found |= names & {"features", INVALID}
         return frozenset(found)
 
 

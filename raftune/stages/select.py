@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.config.selection import SelectionConfig
-from raftune.errors import RewardError
+from raftune.errors import ModelError, RewardError
 from raftune.protocols import Inputs
-from raftune.records import VERDICT_SCHEMA, Status, content_hash, derive_seed
-from raftune.selection import REASONS, Candidates, Verdicts, barren, select
+from raftune.records import INVALID, VERDICT_SCHEMA, Status, content_hash, derive_seed
+from raftune.selection import REASONS, Candidates, Reason, Verdicts, barren, select
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import column_names, read_groups, read_metadata, read_table, table_writer
 
@@ -26,6 +26,7 @@ MEND = "Mend the reward and run `raftune resume RUN --from score`."
 _IDENTITY = ("sample_id", "prompt_id", "k", "source")
 _CHEAP = ("prompt_id", "k", "source", "score", "status")
 _FAILURE = ("sample_id", "k", "source", "status", "detail")
+Bools = npt.NDArray[np.bool_]
 
 
 class Select:
@@ -58,7 +59,7 @@ class Select:
 
     def run(self, inputs: Inputs, out: Path) -> None:
         units = unit_numbers(*(inputs[name] for name in ("score", *self.regularised)))
-        refuse_failures((self.taking_part(inputs, unit, _FAILURE) for unit in units), self.max_failures)
+        refuse_failures((self.judged(inputs, unit) for unit in units), self.max_failures)
         prompts = read_table(inputs["plan"] / "prompts.parquet", ["prompt_id"]).column("prompt_id").to_pylist()
         candidates, scores = self.candidates(inputs, units, prompts)
         verdicts = select(candidates, self.config, derive_seed("select", self.seed, self.round))
@@ -73,14 +74,14 @@ class Select:
         """The columns that a rule looks at, of all units; beside them the scores before any regularisation."""
         number = pa.array(prompts, pa.string())
         parts = [self.unit_candidates(inputs, unit, number) for unit in units]
-        types = (np.int64, np.int32, np.float64, np.int64, np.uint64, np.float64)
-        group, k, ranked, length, content, plain = (
+        types = (np.int64, np.int32, np.float64, np.int64, np.uint64, np.float64, np.bool_)
+        group, k, ranked, length, content, plain, invalid = (
             np.concatenate([np.zeros(0, kind), *(part[i] for part in parts)]) for i, kind in enumerate(types)
         )
-        return Candidates(group=group, k=k, score=ranked, length=length, content=content), plain
+        return Candidates(group=group, k=k, score=ranked, length=length, content=content, invalid=invalid), plain
 
     def unit_candidates(self, inputs: Inputs, unit: int, prompts: pa.Array) -> tuple[npt.NDArray[Any], ...]:
-        """Of each sample of the unit: prompt number, k, ranked score, length, content, plain score."""
+        """Of each sample of the unit: prompt number, k, ranked score, length, content, plain score, invalid."""
         score = read_table(inputs["score"] / unit_file(unit), _CHEAP)
         rows = first_draws(score, self.num_generations)
         usable = pc.equal(score.column("status"), Status.OK.value)
@@ -93,7 +94,18 @@ class Select:
             length = np.concatenate([lengths(path) for path in paths])
         if self.config.drop_duplicates:
             content = np.concatenate([contents(path) for path in paths])
-        return tuple(c[rows] for c in (group, score.column("k").to_numpy(), ranked, length, content, values))
+        k, invalid = score.column("k").to_numpy(), self.invalid(inputs, unit)
+        return tuple(column[rows] for column in (group, k, ranked, length, content, values, invalid))
+
+    def invalid(self, inputs: Inputs, unit: int) -> Bools:
+        """Which samples of the unit their policy calls invalid."""
+        return np.concatenate([invalid_of(inputs[name] / unit_file(unit)) for name in self.shards])
+
+    def judged(self, inputs: Inputs, unit: int) -> pa.Table:
+        """What is on record of how the samples that take part were scored, and which of them no reward was asked."""
+        table = read_table(inputs["score"] / unit_file(unit), _FAILURE)
+        table = table.append_column(INVALID, pa.array(self.invalid(inputs, unit)))
+        return table.take(first_draws(table, self.num_generations))
 
     def taking_part(self, inputs: Inputs, unit: int, columns: Sequence[str]) -> pa.Table:
         """These columns of the unit's scores, of the samples that take part."""
@@ -116,8 +128,10 @@ class Select:
         empty = {prompts[group]: words for group, words in barren(candidates, verdicts).items()}
         asked = set(np.unique(candidates.group).tolist())
         empty |= {name: "its unit failed and was set aside" for i, name in enumerate(prompts) if i not in asked}
+        invalid = int(np.count_nonzero(candidates.invalid))
         return {
             "samples": len(scores),
+            **({"invalid": invalid} if invalid else {}),
             "kept": int(chosen.sum()),
             "prompts": len(prompts),
             "prompts_kept": len(np.unique(candidates.group[chosen])),
@@ -137,7 +151,7 @@ def _mean(values: npt.NDArray[np.float64]) -> float | None:
 def lengths(path: Path) -> npt.NDArray[np.int64]:
     """Each sample's length in the family's unit: tokens, else characters of a text, else 1."""
     if "completion_ids" in column_names(path):
-        found = pc.list_value_length(read_table(path, ["completion_ids"]).column("completion_ids"))
+        found = pc.list_value_length(read_table(path, ["completion_ids"]).column("completion_ids")).fill_null(0)
         return np.asarray(found.to_numpy(), dtype=np.int64)
     completions = read_table(path, ["completion"]).column("completion")
     return np.array([len(c) if isinstance(c, str) else 1 for c in completions.to_pylist()], dtype=np.int64)
@@ -157,15 +171,33 @@ def first_draws(samples: pa.Table, num_generations: int | None) -> npt.NDArray[n
     return np.flatnonzero(~drawn | (samples.column("k").to_numpy() < num_generations))
 
 
+def invalid_of(path: Path) -> Bools:
+    """(N,) which samples of a shard their policy calls invalid; none where it has no such column."""
+    if INVALID not in column_names(path):
+        return np.zeros(read_metadata(path)[0], np.bool_)
+    return np.asarray(read_table(path, [INVALID]).column(INVALID).is_valid().to_numpy(), np.bool_)
+
+
 def refuse_failures(scores: Iterable[pa.Table], limit: float) -> None:
-    """Raises RewardError, with examples, when more than this share of the samples could not be scored."""
-    total, failed = 0, Counter[str]()
+    """Raises RewardError, with examples, when more than this share of the samples could not be scored.
+
+    Invalid ones, about which no reward was asked, do not count; ModelError where there are no others.
+    """
+    total, failed, invalid = 0, Counter[str](), Counter[str]()
     examples: list[str] = []
     for table in scores:
-        total += table.num_rows
-        bad = table.filter(pc.is_in(table.column("status"), pa.array(["invalid", "error", "timeout"])))
+        invalid.update(table.filter(table.column(INVALID)).column("detail").to_pylist())
+        asked = table.filter(pc.invert(table.column(INVALID)))
+        total += asked.num_rows
+        bad = asked.filter(pc.is_in(asked.column("status"), pa.array(["invalid", "error", "timeout"])))
         failed.update(bad.column("status").to_pylist())
         examples += [f"{r['sample_id']}: {r['detail']}" for r in bad.slice(0, max(0, 3 - len(examples))).to_pylist()]
+    if invalid and not total:
+        whole = ", ".join(f"{n} {why}" for why, n in invalid.most_common(3))
+        raise ModelError(
+            f"all {invalid.total()} samples of the round are invalid ({whole}): there is nothing to learn from. Mend "
+            "the policy or how it is drawn, and run `raftune resume RUN --from draw`."
+        )
     if total and sum(failed.values()) > limit * total:
         counts = ", ".join(f"{n} {status}" for status, n in sorted(failed.items()))
         raise RewardError(
@@ -185,11 +217,13 @@ def write_verdicts(
     """Streams the verdicts beside their samples, one row group a unit, so that memory does not grow with the words."""
     at = 0
     schema = VERDICT_SCHEMA.with_metadata({UNITS: json.dumps(units)})
+    # Every word lies in the file: one that only some families need stays out of the files of others.
+    words = REASONS if (verdicts.reason == Reason.INVALID).any() else REASONS[: Reason.INVALID]
     with table_writer(path, schema) as writer:
         for who in samples:
             rows = slice(at, at + who.num_rows)
             at = rows.stop
-            reason = pa.DictionaryArray.from_arrays(pa.array(verdicts.reason[rows].astype(np.int8)), pa.array(REASONS))
+            reason = pa.DictionaryArray.from_arrays(pa.array(verdicts.reason[rows].astype(np.int8)), pa.array(words))
             values = {
                 "score": pa.array(scores[rows], from_pandas=True),
                 "ranked_by": pa.array(candidates.score[rows], from_pandas=True),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,7 @@ def test_no_candidates_make_no_verdicts() -> None:
 
 def test_columns_are_left_as_they_were() -> None:
     table = random_table(2)
+    table = replace(table, invalid=np.random.default_rng(3).random(len(table.k)) < 0.1)
     before = [column.copy() for column in vars(table).values()]
     for fields in CONFIGS:
         choose(table, **fields)
@@ -89,7 +91,8 @@ def test_every_reason_occurs_and_keeps_or_rejects_always() -> None:
     seen: dict[int, set[bool]] = {reason: set() for reason in Reason}
     extra = [{"rule": "softmax", "temperature": 1e-3}, {"min_length": 3}, {"max_length": 4, "drop_duplicates": True}]
     for fields in [*CONFIGS, *extra]:
-        verdicts = choose(random_table(1), **fields)
+        table = random_table(1)
+        verdicts = choose(replace(table, invalid=np.isnan(table.score) & (table.k > 2)), **fields)
         for reason, weight in zip(verdicts.reason.tolist(), verdicts.weight.tolist(), strict=True):
             seen[reason].add(weight > 0)
     assert all(len(outcomes) == 1 for outcomes in seen.values()), seen

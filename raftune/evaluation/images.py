@@ -1,0 +1,188 @@
+"""What is measured of pictures: pure functions of their pixels, and of the vectors that a model sees them as.
+
+Colours are as stored (sRGB), 0 … 1. Every measure of a picture is taken once, where its bytes are read, and kept as a
+few numbers beside it: the bytes are then let go. Letters: N pictures, K of one prompt, P prompts, D numbers of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raftune.evaluation.columns import numbers_of, prompt_numbers
+from raftune.interval import interval, mean_by_prompt
+from raftune.pictures import Pictures, require_pillow
+from raftune.records import INVALID, LATENTS
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601: how bright red, green and blue look
+SIDE = 16  # pixels of the thumbnails that pictures are compared by
+ALIKE = 0.03  # root mean square distance of two thumbnails up to which one picture nearly repeats the other
+BLOCK = 1024  # thumbnails compared at once
+LOOKS = ("brightness", "saturation", "contrast", "saturated_ratio")  # the numbers of one picture
+THUMBNAIL, FEATURES, FEATURES_START = "thumbnail", "features", "features_start"
+_PAYLOAD = ("completion", LATENTS)  # what takes the space
+_LOOK = pa.schema([*(pa.field(name, pa.float64()) for name in LOOKS), pa.field(THUMBNAIL, pa.binary(SIDE * SIDE * 3))])
+
+
+# -- one picture ------------------------------------------------------------------------------------------------------
+
+
+def looked_at(samples: pa.Table) -> pa.Table:
+    """The samples with what they look like, null for those that are no picture, in place of their bytes and latents.
+
+    LOOKS: mean luma; mean HSV saturation; standard deviation of the luma, at most 0.5; share of pixels with a channel
+    at 0 or 255. THUMBNAIL: (SIDE, SIDE, 3) bytes.
+    """
+    kept = samples.drop_columns([name for name in _PAYLOAD if name in samples.column_names])
+    pictures = Pictures(samples.column("completion"), samples.column("sample_id"))
+    rows = [look_of(pictures[i]) if fit else {} for i, fit in enumerate(valid(samples))]
+    looks = pa.Table.from_pylist(rows, schema=_LOOK)
+    for name in looks.column_names:
+        kept = kept.append_column(name, looks.column(name))
+    return kept
+
+
+def look_of(image: Any) -> dict[str, Any]:
+    """The numbers of one picture, and its thumbnail."""
+    pixels = np.asarray(image)
+    highest, lowest = pixels.max(axis=-1), pixels.min(axis=-1)
+    luma = (pixels @ LUMA) / 255
+    small = image.resize((SIDE, SIDE), require_pillow().Resampling.BOX)
+    return {
+        "brightness": float(luma.mean()),
+        "saturation": float(((highest - lowest) / np.maximum(highest, 1)).mean()),
+        "contrast": float(luma.std()),
+        "saturated_ratio": float(((highest == 255) | (lowest == 0)).mean()),
+        THUMBNAIL: small.tobytes(),
+    }
+
+
+def valid(samples: pa.Table) -> list[bool]:
+    """Of each sample whether it is a picture that is not called invalid."""
+    there = samples.column("completion").is_valid()
+    if INVALID in samples.column_names:
+        there = pc.and_(there, samples.column(INVALID).is_null())
+    return list(there.to_pylist())
+
+
+# -- several pictures -------------------------------------------------------------------------------------------------
+
+
+class Pixels:
+    """How pictures look, how far those of one prompt are apart, and how many nearly repeat another; 0 … 1 each."""
+
+    needs = frozenset({"image"})
+
+    def __call__(self, samples: pa.Table) -> dict[str, Any]:
+        groups, rows, small_ND = prompt_numbers(samples), *thumbnails(samples)
+        found: dict[str, Any] = {name: interval(mean_by_prompt(groups, numbers_of(samples, name))) for name in LOOKS}
+        found["pixel_distance"] = interval(by_group(groups[rows], small_ND, rms_distance))
+        found["near_duplicates"] = float(repeating(small_ND).mean()) if len(rows) else None
+        return found
+
+
+class Vectors:
+    """How varied and how far from the start pictures are, by the vectors of a model of the user's choice.
+
+    feature_distance: the mean of 1 - cos over pairs of a prompt's pictures. vendi: how many different pictures of a
+    prompt there are in effect, 1 … K. feature_drift: the mean of 1 - cos to the start's picture of the same prompt and
+    seed.
+    """
+
+    needs = frozenset({"image", FEATURES})
+
+    def __call__(self, samples: pa.Table) -> dict[str, Any]:
+        groups, rows, vectors_ND = prompt_numbers(samples), *vectors(samples, FEATURES)
+        found: dict[str, Any] = {
+            "feature_distance": interval(by_group(groups[rows], vectors_ND, cosine_distance)),
+            "vendi": interval(by_group(groups[rows], vectors_ND, vendi_score)),
+        }
+        if FEATURES_START in samples.column_names:
+            places, start_ND = vectors(samples, FEATURES_START)
+            both, ours, theirs = np.intersect1d(rows, places, assume_unique=True, return_indices=True)
+            moved = 1 - np.einsum("nd,nd->n", vectors_ND[ours], start_ND[theirs]) if len(both) else np.zeros(0)
+            found["feature_drift"] = interval(mean_by_prompt(groups[both], moved))
+        return found
+
+
+def rms_distance(x_KD: Floats) -> float:
+    """The mean over pairs of the root mean square difference of two rows."""
+    squares = (x_KD**2).sum(axis=1)
+    apart = np.maximum(squares[:, None] + squares[None] - 2 * x_KD @ x_KD.T, 0.0) / x_KD.shape[1]
+    return float(np.sqrt(apart[np.triu_indices(len(x_KD), 1)]).mean())
+
+
+def cosine_distance(x_KD: Floats) -> float:
+    """The mean over pairs of 1 - cos; the rows have length 1."""
+    k = len(x_KD)
+    total = x_KD.sum(axis=0)
+    return float(1 - (total @ total - k) / (k * (k - 1)))
+
+
+def vendi_score(x_KD: Floats) -> float:
+    """exp of the entropy (nats) of the eigenvalues of the cosine kernel over K; the rows have length 1.
+
+    1 where all are the same, K where all are orthogonal: the number of different rows in effect. Friedman and Dieng,
+    The Vendi Score (2023), arXiv 2210.02410.
+    """
+    values = np.clip(np.linalg.eigvalsh(x_KD @ x_KD.T / len(x_KD)), 0.0, None)
+    shares = values[values > 1e-12] / values.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def by_group(groups: Ints, x_ND: Floats, measure: Callable[[Floats], float]) -> Floats:
+    """(P,) the measure of each group's rows; NaN for a group of fewer than two."""
+    order = np.argsort(groups, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(order) else []
+    return np.array([measure(x_ND[part]) if len(part) > 1 else np.nan for part in parts], dtype=np.float64)
+
+
+def repeating(small_ND: Floats) -> npt.NDArray[np.bool_]:
+    """(N,) which pictures nearly repeat any other."""
+    return nearest(small_ND) <= ALIKE
+
+
+def nearest(small_ND: Floats, groups: Ints | None = None) -> Floats:
+    """(N,) the distance of each thumbnail to the nearest other one, of another group where groups are given; inf alone.
+
+    Root mean square over pixels and channels, 0 … 1. Exact, in blocks: memory is bounded, time goes with N².
+    """
+    small = small_ND.astype(np.float32)
+    squares = (small**2).sum(axis=1)
+    best = np.full(len(small), np.inf)
+    for at in range(0, len(small), BLOCK):
+        rows = np.arange(at, min(at + BLOCK, len(small)))
+        apart = squares[rows, None] + squares[None] - 2 * small[rows] @ small.T
+        if groups is None:
+            apart[np.arange(len(rows)), rows] = np.inf
+        else:
+            apart[groups[rows, None] == groups[None]] = np.inf
+        best[rows] = apart.min(axis=1)
+    return np.sqrt(np.maximum(best, 0.0) / max(small.shape[1], 1))
+
+
+# -- columns ----------------------------------------------------------------------------------------------------------
+
+
+def thumbnails(samples: pa.Table) -> tuple[Ints, Floats]:
+    """The rows that are pictures, and (N, SIDE·SIDE·3) their thumbnails in 0 … 1."""
+    column = samples.column(THUMBNAIL)
+    rows = np.flatnonzero(column.is_valid().to_numpy())
+    data = b"".join(column.drop_null().to_pylist())
+    return rows, np.frombuffer(data, np.uint8).reshape(len(rows), SIDE * SIDE * 3) / 255
+
+
+def vectors(samples: pa.Table, name: str) -> tuple[Ints, Floats]:
+    """The rows that have a vector, and (N, d) these, made of length 1."""
+    column = samples.column(name)
+    rows = np.flatnonzero(column.is_valid().to_numpy())
+    flat = pc.list_flatten(column.drop_null().combine_chunks()).to_numpy(zero_copy_only=False)
+    x_ND = np.asarray(flat, np.float64).reshape(len(rows), -1)
+    return rows, x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,75 @@
+"""Stage `evaluation features`: held-out samples as vectors of a model, by which they can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raftune.pictures import Pictures
+from raftune.protocols import Extractor, Inputs
+from raftune.records import INVALID
+from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.parquet import read_table, write_table
+
+IDENTITY = ("sample_id", "prompt_id", "k", "source")
+DRAWN = "evaluate/draw"
+
+
+class Features:
+    """One shard a unit, row for row beside what was drawn: `features`, null for a sample that is no picture."""
+
+    name = "evaluation features"
+    writes = "evaluate/features"
+    local = False
+    reads = (DRAWN,)
+    fields: tuple[str, ...] = ()
+
+    def __init__(self, extractor: Callable[[], Extractor]) -> None:
+        self.extractor = extractor
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return {"features": self.extractor().fingerprint}
+
+    def units(self, inputs: Inputs) -> list[int]:
+        return unit_numbers(inputs[DRAWN])
+
+    def run_unit(self, inputs: Inputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+        samples = read_table(inputs[DRAWN] / unit_file(index))
+        there = samples.column("completion").is_valid()
+        if INVALID in samples.column_names:
+            there = pc.and_(there, samples.column(INVALID).is_null())
+        shown = samples.filter(there)
+        found = self.extractor().image_features(Pictures(shown.column("completion"), shown.column("sample_id")))
+        vectors = iter(found.tolist())
+        rows = [next(vectors) if valid else None for valid in there.to_pylist()]
+        features = pa.array(rows, pa.list_(pa.float32()))
+        write_table(samples.select(IDENTITY).append_column("features", features), out, metadata)
+        return ()
+
+
+@dataclass(frozen=True)
+class Known:
+    """The vectors of samples, found again by what stays the same from round to round: prompt and k, and so the seed."""
+
+    places: Mapping[tuple[str, int], int]
+    features: pa.ChunkedArray
+
+    def of(self, samples: pa.Table) -> pa.ChunkedArray:
+        """Row for row; null where there is none."""
+        rows = pa.array([self.places.get(key) for key in keys(samples)], pa.int64())
+        return self.features.take(rows)
+
+
+def features_of(folder: Path) -> Known:
+    """The vectors of all samples of a round."""
+    columns = ("prompt_id", "k", "features")
+    table = pa.concat_tables(read_table(folder / unit_file(unit), columns) for unit in unit_numbers(folder))
+    return Known({key: row for row, key in enumerate(keys(table))}, table.column("features"))
+
+
+def keys(samples: pa.Table) -> list[tuple[str, int]]:
+    return list(zip(samples.column("prompt_id").to_pylist(), samples.column("k").to_pylist(), strict=True))
