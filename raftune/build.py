@@ -22,6 +22,7 @@ from raftune.evaluation.images import looked_at
 from raftune.evaluation.metrics import METRICS
 from raftune.families import Family, code_of, family_of, load_policy
 from raftune.protocols import Extractor, Policy, Stage, UnitStage
+from raftune.rewards.combining import with_counts
 from raftune.rewards.samples import SamplePanel
 from raftune.stages.data import Data
 from raftune.stages.draw import Draw, Teach
@@ -184,7 +185,7 @@ class Assembly:
             EvaluationPlan(self.config, round_),
             Draw(self.policies, model="model", plan=plan, writes=drawn),
             ScoreSamples(
-                self.panel, plan=plan, reads=(drawn,), writes=prefix + "score", local=bool(self.objects.rewards)
+                self.yardstick, plan=plan, reads=(drawn,), writes=prefix + "score", local=bool(self.objects.rewards)
             ),
         ]
         shards = ["draw", "score"]
@@ -221,6 +222,7 @@ class Assembly:
                 judged=(*(["judge"] if judges else []), *(["logp", "logp-start"] if kl else [])),
                 judge=judge_in_words(held_out_names(self.config)) if judges else "",
                 texts=self.family.media in ("text", "messages"),
+                counts=self.counts,
             )
         ]
 
@@ -233,17 +235,27 @@ class Assembly:
         """The rewards that the policy is trained on."""
         return self._with_room(self._train_panel())
 
+    def yardstick(self) -> SamplePanel:
+        """The same rewards for comparing rounds: added up in any case, for a rank compares one prompt's candidates."""
+        return SamplePanel(self.panel().panel, combine="sum")
+
     def factors(self) -> dict[str, float]:
         """The weight in the score of each reward that the policy is trained on."""
         panel = self._train_panel().panel
         return dict(zip(panel.names, panel.weights, strict=True))
+
+    def counts(self, samples: pa.Table) -> pa.Table:
+        """The samples, with what each reward counts in their score where that is not its value."""
+        panel = self._train_panel().panel
+        return with_counts(samples, panel.shares, panel.combine)
 
     def _train_panel(self) -> SamplePanel:
         return self._panel("train", self.config.rewards, self.objects.rewards)
 
     def judge(self) -> SamplePanel:
         """The held-out rewards, which it is never trained on."""
-        held_out = self.config.rewards.model_copy(update={"reward_funcs": self.config.evaluation.reward_funcs})
+        changes = {"reward_funcs": self.config.evaluation.reward_funcs, "combine": "sum"}
+        held_out = self.config.rewards.model_copy(update=changes)
         return self._with_room(self._panel("held out", held_out, ()))
 
     def extractor(self) -> Extractor:

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from raftune.build import Assembly
 from raftune.config.guards import TEXT_ALARMS
 from raftune.errors import ConfigError
+from raftune.rewards.media import misfits
 
 
 def preflight(assembly: Assembly) -> None:
     """Raises ConfigError with a line for each thing that cannot work: no reward, beta without likelihoods, a selection
-    that can never select, a best round by a reward that is not there, an alarm that can never be raised."""
+    that can never select, a best round by a reward that is not there, an alarm that can never be raised, a reward of
+    texts on pictures or the reverse. Raises RewardError for a reward that cannot be loaded."""
     if findings := [
         *rewards(assembly),
         *likelihood(assembly),
@@ -19,6 +21,8 @@ def preflight(assembly: Assembly) -> None:
         *best_round(assembly),
         *guards(assembly),
     ]:
+        raise ConfigError("\n".join(findings))
+    if findings := [*media(assembly)]:  # last, for it loads the rewards
         raise ConfigError("\n".join(findings))
 
 
@@ -28,6 +32,14 @@ def rewards(assembly: Assembly) -> Iterator[str]:
             "rewards.reward_funcs must name at least one reward; got none. Add one, such as "
             "`reward_funcs: [rewards.py:score]`; a run whose rewards were objects is continued by its own script."
         )
+
+
+def media(assembly: Assembly) -> Iterator[str]:
+    """Rewards, of the training and held out, that cannot read what the policy makes; this loads them."""
+    family = assembly.config.policy.family
+    yield from misfits(assembly.panel().panel, assembly.family.media, family)
+    if assembly.config.evaluation.reward_funcs and assembly.config.evaluation.num_prompts:
+        yield from misfits(assembly.judge().panel, assembly.family.media, family, "evaluation.reward_funcs")
 
 
 def likelihood(assembly: Assembly) -> Iterator[str]:

@@ -14,8 +14,9 @@ class RewardSpec(Frozen):
 
     spec: str = Field(
         min_length=1,
-        description="A built-in (regex, length, answer, repetition, classifier), module:function, file.py:function, "
-        "'starter', or a folder or hub name of a sequence-classification model.",
+        description="A built-in (of texts: regex, length, answer, repetition, classifier; of images: clip_score, "
+        "pick_score, aesthetic, file_size, colour; of both: http), module:function, file.py:function, 'starter', or a "
+        "folder or hub name of a sequence-classification model or a CLIPModel.",
     )
     name: str | None = Field(
         None, pattern=r"^[\w.\-]+$", description="Column rewards/NAME of the ledger; None derives it from the spec."
@@ -24,9 +25,15 @@ class RewardSpec(Frozen):
         1.0, description="Factor of this reward in the score; negative turns a reward into a penalty."
     )
     at_least: float | None = Field(
-        None, description="A threshold: the reward then counts as its weight where it is reached, and as 0 below it."
+        None,
+        allow_inf_nan=False,
+        description="A threshold: the reward then counts its weight where it is reached, and 0 below it.",
     )
-    at_most: float | None = Field(None, description="A threshold: counts as its weight up to it, and as 0 above.")
+    at_most: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="A threshold: the reward then counts its weight up to it, and 0 above it.",
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="A built-in's settings; further keyword arguments of a function."
     )
@@ -36,6 +43,15 @@ class RewardSpec(Frozen):
     @classmethod
     def _text_is_a_spec(cls, value: Any) -> Any:
         return {"spec": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _thresholds_can_be_kept(self) -> RewardSpec:
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise ValueError(
+                f"at_least must not exceed at_most; got {self.at_least:g} and {self.at_most:g} for {self.spec!r}. No "
+                "value would count: swap them, or leave one out."
+            )
+        return self
 
     @property
     def derived_name(self) -> str:
@@ -52,7 +68,7 @@ class RewardsConfig(Frozen):
     combine: Literal["sum", "rank"] = Field(
         "sum",
         description="The score: the weighted sum of the parts, or of each part's rank among the prompt's candidates, "
-        "0 (worst) to 1 (best), which no part's scale can dominate.",
+        "0 (lowest) to 1 (highest), which no part's scale can dominate; evaluations take the sum in any case.",
     )
     batch_size: int = Field(64, ge=1, description="Samples in one call of a reward: what fails, fails for that many.")
     timeout: float = Field(120.0, gt=0, le=1e7, description="Seconds that one call of a reward may take.")

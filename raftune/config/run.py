@@ -137,6 +137,16 @@ class RunConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _rounds_can_be_compared(self) -> RunConfig:
+        judged = self.num_rounds and self.evaluation.num_prompts
+        if judged and self.rewards.combine == "rank" and self.evaluation.best_by == "reward":
+            raise ValueError(
+                "evaluation.best_by must name one reward where rewards.combine is rank; got 'reward'. A rank compares "
+                "the candidates of one prompt and no rounds: write held_out, or the name of a reward."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _alarms_can_be_raised(self) -> RunConfig:
         self.guards.check(self.evaluation)
         return self

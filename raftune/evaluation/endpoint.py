@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import json
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raftune.errors import ConfigError
+from raftune.address import is_local, web_url
 from raftune.plain import one_line
 from raftune.store.files import write_json
 
@@ -192,32 +191,11 @@ def chat_url(url: str, flag: str = "--judge") -> str:
 
     `http://host:8000`, `http://host:8000/v1` and the whole address all do; a query stays.
     """
-    import httpx2
-
-    example = "Write http://127.0.0.1:8000/v1, for example."
-    try:
-        given = httpx2.URL(url)
-    except httpx2.InvalidURL as error:
-        raise ConfigError(f"{flag} must be the URL of an endpoint; got {url!r}: {error}. {example}") from error
-    if given.scheme not in ("http", "https") or not given.host:
-        raise ConfigError(f"{flag} must be a URL that begins with http:// or https://; got {url!r}. {example}")
-    if given.userinfo:
-        raise ConfigError(f"{flag} must hold no password. Put the key into an environment variable: --judge-key-env.")
+    given = web_url(url, flag, "Write http://127.0.0.1:8000/v1, for example.", "--judge-key-env")
     path = given.path.rstrip("/")
     if not path.endswith("/chat/completions"):
         path = f"{path or '/v1'}/chat/completions"
     return str(given.copy_with(path=path))
-
-
-def is_local(url: str) -> bool:
-    """Whether the URL names this machine."""
-    import httpx2
-
-    host = httpx2.URL(url).host
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def apart(work: Callable[[], Coroutine[Any, Any, T]]) -> T:

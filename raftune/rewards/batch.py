@@ -17,7 +17,7 @@ class Batch:
     """Samples side by side: every list has one entry a sample. `state` holds fields of `trainer_state`.
 
     Prompts are texts and completions texts, or prompts are message lists and completions
-    `[{"role": "assistant", "content": …}]`.
+    `[{"role": "assistant", "content": …}]`; where the policy makes pictures, completions are RGB pictures of Pillow.
     """
 
     prompts: list[Any]
@@ -64,7 +64,10 @@ class Log:
 
 
 def keywords(batch: Batch, log: Log) -> dict[str, Any]:
-    """Everything that the contract passes by keyword; the lists are copies, so that no reward can change another's."""
+    """Everything that the contract passes by keyword; the lists are copies, so that no reward can change another's.
+
+    Pictures are not: a person's own callable gets copies of them (FunctionReward), and our own rewards change none.
+    """
     columns = {name: _own(values) for name, values in batch.columns.items() if name not in RESERVED}
     state = TrainerState()
     for name, value in batch.state.items():

@@ -41,7 +41,8 @@ class FunctionReward:
         self.accepts, self.is_async = accepted(function), is_async(function)
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
-        given = {**columns, "prompts": prompts, "completions": completions, **self.options}
+        answers = [one.copy() if hasattr(one, "convert") else one for one in completions]  # pictures can be changed
+        given = {**columns, "prompts": prompts, "completions": answers, **self.options}
         self._need(given)
         if self.accepts is not None:
             given = {name: value for name, value in given.items() if name in self.accepts or name in self.options}

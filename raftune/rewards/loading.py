@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,14 +21,33 @@ from raftune.errors import ConfigError, RewardError
 from raftune.protocols import Reward
 from raftune.rewards import fingerprint
 from raftune.rewards.answer import Answer
+from raftune.rewards.colour import Colour
+from raftune.rewards.file_size import FileSize
 from raftune.rewards.function import FunctionReward
+from raftune.rewards.http import Http
 from raftune.rewards.length import Length
 from raftune.rewards.outcome import one_line
 from raftune.rewards.panel import Panel
 from raftune.rewards.regex import Regex
 from raftune.rewards.repetition import Repetition
 
-BUILT_IN: dict[str, type[Any]] = {"regex": Regex, "length": Length, "answer": Answer, "repetition": Repetition}
+BUILT_IN: dict[str, type[Any]] = {
+    "regex": Regex,
+    "length": Length,
+    "answer": Answer,
+    "repetition": Repetition,
+    "file_size": FileSize,
+    "colour": Colour,
+    "http": Http,
+}
+# Module, options and class of the rewards that are models: imported when one is asked for, for they import torch.
+MODELS = {
+    "classifier": ("classifier", "ClassifierOptions", "Classifier"),
+    "clip_score": ("clip_score", "ClipScoreOptions", "ClipScore"),
+    "pick_score": ("clip_score", "PickScoreOptions", "ClipScore"),
+    "aesthetic": ("aesthetic", "AestheticOptions", "Aesthetic"),
+}
+KINDS = {"clip": "clip_score", "aesthetic": "aesthetic"}  # model_type in a config.json: the reward that reads it
 # A pattern can take exponential time while it holds the interpreter's lock: only another process can be ended then.
 HOSTED_BUILT_IN = frozenset({"regex"})
 SHORT_NAMES = {
@@ -89,6 +109,8 @@ def load_panel(
             names=unique_names(list(zip((reward.name for reward in rewards), fixed, strict=True))),
             weights=[spec.weight for spec in config.reward_funcs]
             + list(weights if weights is not None else [1.0] * len(objects)),
+            thresholds=[(spec.at_least, spec.at_most) for spec in config.reward_funcs] + [(None, None)] * len(objects),
+            combine=config.combine,
             timeouts=[spec.timeout or config.timeout for spec in config.reward_funcs] + [config.timeout] * len(objects),
             batch_size=config.batch_size,
             retries=config.retries,
@@ -127,7 +149,7 @@ def _is_function(spec: str) -> bool:
 def _from_object(reward: Any, name: str | None, tokenizer: Any, device: str) -> Reward:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(reward, torch.nn.Module):
-        return _classifier(None, model=reward, tokenizer=tokenizer, name=name, device=device)
+        return _of_object(reward, tokenizer, name, device)
     if all(hasattr(reward, attribute) for attribute in ("name", "media", "fingerprint")) and callable(reward):
         own: Reward = reward
         return own
@@ -135,24 +157,50 @@ def _from_object(reward: Any, name: str | None, tokenizer: Any, device: str) -> 
 
 
 def _from_model(spec: RewardSpec, device: str) -> Reward:
-    options = dict(spec.options) if spec.spec == "classifier" else {"model": spec.spec, **spec.options}
-    if spec.spec != "classifier" and not Path(spec.spec).expanduser().is_dir():
-        _refuse_slip(spec.spec)
-    from raftune.rewards.classifier import ClassifierOptions
+    kind, options = spec.spec, dict(spec.options)
+    if kind not in MODELS:
+        if not Path(kind).expanduser().exists():
+            _refuse_slip(kind)
+        kind, options = _kind_of(spec.spec, options.get("revision")), {"model": spec.spec, **options}
+    module, options_name, class_name = MODELS[kind]
+    found = importlib.import_module(f"raftune.rewards.{module}")
+    given = _with_options(getattr(found, options_name), spec.spec, options)
+    return cast(Reward, getattr(found, class_name)(given, name=spec.derived_name, device=device))
 
-    given = _with_options(ClassifierOptions, spec.spec, options)
-    return _classifier(given, name=spec.derived_name, device=device)
+
+def _kind_of(source: str, revision: str | None) -> str:
+    """Which of MODELS reads this folder, file or hub model; a classifier says itself what it cannot read."""
+    if source.endswith(".safetensors"):
+        return "aesthetic"
+    place = Path(source).expanduser()
+    try:
+        if place.is_dir():
+            told = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        else:
+            from transformers import PretrainedConfig
+
+            told, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+        return KINDS.get(told["model_type"], "classifier")
+    except Exception:
+        return "classifier"
 
 
-def _classifier(options: Any, **given: Any) -> Reward:
+def _of_object(model: Any, processor: Any, name: str | None, device: str) -> Reward:
+    """The reward that a torch module is: a CLIPModel with its processor, or a classifier with its tokenizer."""
+    if getattr(getattr(model, "config", None), "model_type", None) == "clip":
+        from raftune.rewards.clip import ClipModel
+        from raftune.rewards.clip_score import ClipScore, ClipScoreOptions
+
+        options = ClipScoreOptions(model=getattr(model.config, "_name_or_path", "") or "clip_score")
+        return cast(Reward, ClipScore(options, name=name, clip=ClipModel(model, device, processor=processor)))
     from raftune.rewards.classifier import Classifier
 
-    return cast(Reward, Classifier(options, **given))  # its fingerprint is computed when it is first asked for
+    return cast(Reward, Classifier(None, model=model, tokenizer=processor, name=name, device=device))
 
 
 def _refuse_slip(spec: str) -> None:
     """A misspelt built-in must not be looked for on the hub, nor a missing folder."""
-    known = [*BUILT_IN, "classifier", *SHORT_NAMES]
+    known = [*BUILT_IN, *MODELS, *SHORT_NAMES]
     if near := difflib.get_close_matches(spec, known, n=1, cutoff=0.75):
         raise ConfigError(f"reward_funcs: no reward {spec!r}; did you mean {near[0]!r}?")
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -13,15 +14,13 @@ from typing import Any
 
 from raftune.errors import ConfigError
 from raftune.protocols import Reward
-from raftune.records import Part, Score, Status
+from raftune.records import Score, Status
 from raftune.rewards.batch import Batch
+from raftune.rewards.combining import Bounds, Combine, Share, combined
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.outcome import Outcome, whole
 from raftune.rewards.places import Place, place
 from raftune.rewards.runner import Loop
-
-# The status of a sample whose parts failed in different ways is the first of these that any part has.
-PRECEDENCE = (Status.ERROR, Status.TIMEOUT, Status.INVALID)
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,9 @@ class Extras:
 
 
 class Panel:
-    """Calls every reward on fixed batches and weighs the parts: the same samples in the same order score the same.
+    """Calls every reward on fixed batches and combines the parts: the same samples in the same order score the same.
 
+    `thresholds` (at least, at most) and `weights` say what each reward counts, `combine` how that adds up.
     Rewards in processes of their own run beside the others; callables of this process run one after another, then all
     async ones together, each call for at most its timeout (seconds). Calls that end in an error or a time-out are
     repeated up to `retries` times.
@@ -46,43 +46,66 @@ class Panel:
         *,
         names: Sequence[str] | None = None,
         weights: Sequence[float] | None = None,
+        thresholds: Sequence[Bounds] | None = None,
+        combine: Combine = "sum",
         timeouts: Sequence[float] | float = 120.0,
         batch_size: int = 64,
         retries: int = 0,
     ) -> None:
         self.names = tuple(names or (reward.name for reward in rewards))
         self.weights = tuple(weights if weights is not None else (1.0 for _ in rewards))
-        seconds = [timeouts] * len(rewards) if isinstance(timeouts, int | float) else timeouts
         self._check(len(rewards))
+        bounds = thresholds if thresholds is not None else [(None, None)] * len(rewards)
+        several = zip(self.names, self.weights, bounds, strict=True)
+        self.shares = {name: Share(weight, *between) for name, weight, between in several}
+        self.combine: Combine = combine
+        seconds = [timeouts] * len(rewards) if isinstance(timeouts, int | float) else timeouts
         self._timeouts = dict(zip(self.names, seconds, strict=True))
         self._batch_size, self._retries = batch_size, retries
         self._loop = Loop()
         self._places = {name: place(reward, self._loop) for name, reward in zip(self.names, rewards, strict=True)}
-        self.media = (
-            frozenset.intersection(*(frozenset(reward.media) for reward in rewards)) if rewards else frozenset()
-        )
+        self.media = {name: frozenset(reward.media) for name, reward in zip(self.names, rewards, strict=True)}
         self._rewards = tuple(rewards)
         self.extras = Extras()
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """Over names, weights, and every reward's code, options and model; hashing a model's files takes its time."""
-        codes = [reward.fingerprint for reward in self._rewards]
-        return digest("panel", list(zip(self.names, self.weights, codes, strict=True)))
+        """Over names, what each reward counts, how that is combined, and every reward's code, options and model."""
+        return self.fingerprint_by(self.combine)
 
-    def score(self, batch: Batch) -> list[Score]:
+    def fingerprint_by(self, combine: Combine) -> str:
+        """The fingerprint of the panel as if it combined the parts in this way."""
+        shares = self.shares.values()
+        usual = combine == "sum" and not any(share.has_threshold for share in shares)
+        beyond = [] if usual else [combine, [[share.at_least, share.at_most] for share in shares]]
+        return digest("panel", list(zip(self.names, self.weights, self._codes, strict=True)), *beyond)
+
+    @cached_property
+    def _codes(self) -> list[str]:
+        return [reward.fingerprint for reward in self._rewards]  # hashing a model's files takes its time
+
+    def score(
+        self, batch: Batch, *, groups: Sequence[Any] | None = None, combine: Combine | None = None
+    ) -> list[Score]:
         """One score a sample. A failing reward raises nothing here: see Status. `extras` then holds what was logged.
 
-        Raises RewardError where a reward model's weights cannot be read.
+        groups[i] names the prompt of sample i, among whose samples it is ranked; without them, equal prompts are one.
+        `combine` is another way than the panel's own. Raises RewardError where a reward model's weights cannot be read.
         """
         chunks = [range(i, min(i + self._batch_size, len(batch))) for i in range(0, len(batch), self._batch_size)]
         calls = [self._call(batch.take(chunk)) for chunk in chunks]
         self.extras = gather_extras(calls, [len(chunk) for chunk in chunks])
-        return [
-            self._weigh({name: call[name].parts[i] for name in self.names})
+        parts = [
+            {name: call[name].parts[i] for name in self.names}
             for call, chunk in zip(calls, chunks, strict=True)
             for i in range(len(chunk))
         ]
+        how = combine or self.combine
+        if groups is None:
+            groups = (
+                [] if how == "sum" else [json.dumps(prompt, sort_keys=True, default=str) for prompt in batch.prompts]
+            )
+        return combined(parts, self.shares, how, groups or ())
 
     @property
     def has_weights(self) -> bool:
@@ -99,6 +122,10 @@ class Panel:
         for reward in self._rewards:
             if hasattr(reward, "release"):
                 reward.release()
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how the rewards read the samples (prompts cut), each told once."""
+        return tuple(note for reward in self._rewards if hasattr(reward, "notes") for note in reward.notes())
 
     def close(self) -> None:
         """Ends the processes and threads of the rewards."""
@@ -154,17 +181,6 @@ class Panel:
 
     def _wait(self, name: str, future: Future[Outcome], deadline: float, size: int) -> Outcome:
         return wait(self._places[name], future, deadline, self._timeouts[name], size)
-
-    def _weigh(self, parts: Mapping[str, Part]) -> Score:
-        status = next((s for s in PRECEDENCE if any(part.status is s for part in parts.values())), None)
-        if status is not None:
-            return Score(None, status, parts)
-        told = zip(self.weights, (parts[name].value for name in self.names), strict=True)
-        values = [weight * value for weight, value in told if value is not None]
-        if not values:
-            return Score(None, Status.NOT_APPLICABLE, parts)
-        total = sum(values)
-        return Score(total, Status.OK, parts) if math.isfinite(total) else Score(None, Status.INVALID, parts)
 
 
 def wait(seat: Place, future: Future[Outcome], deadline: float, limit: float, size: int) -> Outcome:

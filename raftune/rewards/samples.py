@@ -11,19 +11,21 @@ import pyarrow.types as kinds
 from raftune.pictures import Pictures
 from raftune.records import INVALID, Part, Prompt, Score, Status
 from raftune.rewards.batch import RESERVED, Batch
+from raftune.rewards.combining import Combine
 from raftune.rewards.panel import Panel
 
 
 class SamplePanel:
     """A panel that reads samples as the ledger holds them."""
 
-    def __init__(self, panel: Panel) -> None:
-        self.panel, self.names = panel, panel.names
+    def __init__(self, panel: Panel, combine: Combine | None = None) -> None:
+        """`combine` is another way to combine the parts than the panel's own."""
+        self.panel, self.names, self.combine = panel, panel.names, combine or panel.combine
 
     @property
     def fingerprint(self) -> str:
         """Changes with the code, options and weights of any reward; worked out when first asked for."""
-        return self.panel.fingerprint
+        return self.panel.fingerprint_by(self.combine)
 
     def score_samples(self, prompts: list[Prompt], samples: pa.Table) -> list[Score]:
         """Scores of the samples, row for row; prompts[i] is what row i answers.
@@ -31,12 +33,20 @@ class SamplePanel:
         No reward is asked about a sample that its policy calls invalid: it has that status, and the reason as detail.
         """
         if INVALID not in samples.column_names or samples.column(INVALID).null_count == samples.num_rows:
-            return self.panel.score(batch_of(prompts, samples))
+            return self._asked(prompts, samples)
         why = samples.column(INVALID).to_pylist()
         valid = [row for row, reason in enumerate(why) if reason is None]
-        asked = batch_of([prompts[row] for row in valid], samples.take(pa.array(valid, pa.int64())))
-        scores = dict(zip(valid, self.panel.score(asked), strict=True))
+        asked = self._asked([prompts[row] for row in valid], samples.take(pa.array(valid, pa.int64())))
+        scores = dict(zip(valid, asked, strict=True))
         return [scores.get(row) or unfit(self.names, str(reason)) for row, reason in enumerate(why)]
+
+    def _asked(self, prompts: list[Prompt], samples: pa.Table) -> list[Score]:
+        groups = [prompt.id for prompt in prompts]
+        return self.panel.score(batch_of(prompts, samples), groups=groups, combine=self.combine)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how the rewards read the samples, each once."""
+        return self.panel.notes()
 
     def close(self) -> None:
         self.panel.close()

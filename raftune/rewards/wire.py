@@ -1,11 +1,12 @@
 """What travels between this process and a reward's own: frames of an 8-byte length and an Arrow IPC stream.
 
-Nothing is pickled. A column of plain values of one type is an Arrow column; any other travels as JSON text, value by
-value, so that a message or a nested cell arrives with exactly the keys that it had.
+Nothing is pickled. A column of plain values of one type is an Arrow column, pictures are a column of PNG bytes; any
+other travels as JSON text, value by value, so that a message or a nested cell arrives with exactly its own keys.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from raftune.errors import RewardError
+from raftune.pictures import as_rgb, image_of
 from raftune.records import Part, Status
 from raftune.rewards.batch import Batch, Log
 from raftune.rewards.outcome import Outcome
@@ -83,6 +85,8 @@ def outcome_from(header: Mapping[str, Any], table: pa.Table) -> Outcome:
 
 
 def _encode(name: str, values: list[Any]) -> tuple[pa.Array, str]:
+    if values and all(hasattr(value, "convert") for value in values):
+        return pa.array([_png(value) for value in values], pa.binary()), "png"
     types = {type(value) for value in values} - {type(None)}
     if len(types) <= 1:
         try:
@@ -93,6 +97,13 @@ def _encode(name: str, values: list[Any]) -> tuple[pa.Array, str]:
         return pa.array([json.dumps(value) for value in values], pa.string()), "json"
     except (TypeError, ValueError):
         return _inferred(name, values), "arrow"
+
+
+def _png(picture: Any) -> bytes:
+    """The picture, lossless and hardly compressed: it is read again at once."""
+    buffer = io.BytesIO()
+    as_rgb(picture).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def _inferred(name: str, values: list[Any]) -> pa.Array:
@@ -112,6 +123,8 @@ def _inferred(name: str, values: list[Any]) -> pa.Array:
 
 def _decode(column: pa.ChunkedArray, kind: str) -> list[Any]:
     values: list[Any] = column.to_pylist()
+    if kind == "png":
+        return [image_of(value) for value in values]
     return [json.loads(value) for value in values] if kind == "json" else values
 
 

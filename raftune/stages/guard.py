@@ -43,9 +43,12 @@ class Guard:
         judged: tuple[str, ...] = (),
         judge: str = "",
         texts: bool = True,
+        counts: Callable[[pa.Table], pa.Table] = lambda samples: samples,
     ) -> None:
+        """`counts` adds what each reward counts in the score, where that is not its value."""
         self.examiner, self.factors, self.round = examiner, factors, round_
         self.shards, self.judged, self.judge, self.texts = shards, judged, judge, texts
+        self.counts = counts
         now = tuple(f"evaluate/{name}" for name in ("score", *judged)) if judged else ()
         then = [f"evaluate/{name}@{r}" for r in range(round_) for name in ("score", "judge")] if judge else []
         self.reads = (*shards, "score", "select", *now, *then, *(["guard@1"] if round_ > 1 else []))
@@ -56,7 +59,7 @@ class Guard:
     def run(self, inputs: Inputs, out: Path) -> None:
         evidence = Evidence(
             round=self.round,
-            samples=pa.concat_tables(self.samples(inputs)),
+            samples=self.counts(pa.concat_tables(self.samples(inputs))),
             factors=self.factors(),
             held_out=judged_samples(inputs, self.judged) if self.judged else None,
             earlier=[judged_samples(inputs, ("judge",), r) for r in range(self.round)] if self.judge else [],

@@ -44,7 +44,7 @@ class ScoreSamples:
         samples = pa.concat_tables(read_shards([inputs[name] for name in self.shards], index))
         scores = panel.score_samples(asked(inputs[self.plan], index, samples), samples)
         write_table(scores_table(samples, scores, panel.names), out, metadata)
-        return ()
+        return panel.notes()
 
 
 def read_shards(folders: list[Path], index: int) -> Iterator[pa.Table]:

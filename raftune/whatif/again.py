@@ -18,9 +18,11 @@ from raftune.config.run import RunConfig
 from raftune.config.selection import READ_BY
 from raftune.engines.local import ThisProcess
 from raftune.errors import ConfigChanged, ConfigError, RewardError, RunDamaged
+from raftune.families import family_of
 from raftune.loop import ensure
 from raftune.protocols import Stage, UnitStage
 from raftune.rewards.loading import load_panel
+from raftune.rewards.media import misfits
 from raftune.rewards.samples import SamplePanel
 from raftune.stages.plan import read_plan
 from raftune.stages.score import ScoreSamples
@@ -211,6 +213,9 @@ class Again:
         """The rewards asked for, loaded once."""
         if self._panel is None:
             self._panel = SamplePanel(load_panel(resolve_starters(self.config).rewards))
+            family = self.config.policy.family
+            if findings := [*misfits(self._panel.panel, family_of(self.config).media, family)]:
+                raise ConfigError("\n".join(findings))
             if self._panel.panel.has_weights:
                 limit_threads(self.config)  # they shape a reward model's scores
         return self._panel
@@ -250,7 +255,7 @@ class Again:
         )
 
     def refuse_more_draws(self, rounds: list[int]) -> None:
-        """Raises ConfigError where more draws are asked for than there are."""
+        """Raises ConfigError where more draws are asked for than there are, or fewer than the scores' ranks count."""
         wanted = self.config.sampling.num_generations
         for round_ in rounds:
             drawn = read_plan(self.run.folder(round_, "plan"))["num_generations"]
@@ -258,6 +263,11 @@ class Again:
                 raise ConfigError(
                     f"{FEWER} must be at most {drawn}, which round {round_} drew for each prompt; got {wanted}. "
                     "More must be drawn: start another run, or resume this one with --from plan."
+                )
+            if wanted < drawn and self.config.rewards.combine == "rank" and not self.anew:
+                raise ConfigError(
+                    f"{FEWER} must be {drawn} where rewards.combine is rank; got {wanted}. The scores are ranks among "
+                    f"all {drawn} candidates of a prompt, and among fewer they would be others: leave it out."
                 )
 
     def refuse_other(self, stage: Stage, round_: int) -> None:
@@ -305,6 +315,8 @@ class Again:
         """The first stage that these changes shape: with it, all that is stale after it is done again."""
         if SCORED_BY & changes.keys():
             return "evaluation-score" if self.config.evaluation.num_prompts else "score"
+        if "rewards.combine" in changes:  # evaluations take the sum in any case
+            return "score"
         return "plan" if FEWER in changes else "select"
 
 

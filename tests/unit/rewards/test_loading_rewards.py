@@ -223,4 +223,4 @@ def test_a_folders_fingerprint_follows_names_and_contents(tmp_path: Path) -> Non
 def test_functions_that_take_what_they_name_say_so() -> None:
     assert FunctionReward(helped).accepts is None
     assert FunctionReward(lambda prompts, completions: []).accepts == {"prompts", "completions"}
-    assert Panel([FunctionReward(helped)]).media == {"text", "messages", "image", "category"}
+    assert Panel([FunctionReward(helped)]).media == {"helped": {"text", "messages", "image", "category"}}

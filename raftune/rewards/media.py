@@ -1,0 +1,39 @@
+"""What rewards can read: texts, pictures, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from raftune.errors import RewardError
+
+if TYPE_CHECKING:
+    from raftune.rewards.panel import Panel
+
+IMAGE_MEDIA = frozenset({"image"})
+WORDS = frozenset({"text", "messages", "category"})  # what reads as a text
+
+
+def pictures(completions: list[Any], name: str) -> list[Any]:
+    """The completions, RGB pictures of Pillow. Raises RewardError that names the reward where one is something else."""
+    for completion in completions:
+        if not hasattr(completion, "convert"):
+            raise RewardError(
+                f"reward {name!r} scores pictures, and a completion is of type {type(completion).__name__}. Use a "
+                "reward for texts, or draw from a policy that makes pictures."
+            )
+    return [completion if completion.mode == "RGB" else completion.convert("RGB") for completion in completions]
+
+
+def misfits(panel: Panel, media: str, family: str, field: str = "rewards.reward_funcs") -> Iterator[str]:
+    """A sentence for each reward of the panel that cannot read what a policy of this medium and family makes.
+
+    A plain function says nothing of what it reads, so nothing is said of it.
+    """
+    made, other = ("pictures", "texts") if media == "image" else ("texts", "pictures")
+    for name, read in panel.media.items():
+        if not read & (IMAGE_MEDIA if media == "image" else WORDS):
+            yield (
+                f"{field}: {name} scores {other}, and policy.family: {family} makes {made}. Name a reward for {made}, "
+                "or a policy of the other kind."
+            )
