@@ -63,8 +63,8 @@ def targets(model: Any, config: AdapterConfig) -> list[str] | str:
     if config.modules_to_save:
         raise ConfigError(
             "policy.adapter.modules_to_save must be empty for a diffusion model; got "
-            f"{', '.join(config.modules_to_save)}. A LoRA file of diffusers cannot hold whole modules: leave it out, or "
-            "train without an adapter."
+            f"{', '.join(config.modules_to_save)}. A LoRA file of diffusers cannot hold whole modules: leave it out, "
+            "or train without an adapter."
         )
     wanted = config.target_modules
     if wanted == "all-linear":
@@ -145,9 +145,9 @@ def _ordered(value: Any) -> Any:
     return value
 
 
-def holds_adapter(folder: Path) -> bool:
-    """True if a LoRA lies in the folder, in either form."""
-    return (folder / LORA).is_file() or (folder / PEFT_WEIGHTS).is_file()
+def files_of(folder: Path) -> list[Path]:
+    """The files of the LoRA that lies in the folder, in either form; none where none does."""
+    return [folder / name for name in (LORA, PEFT_WEIGHTS, PEFT_CONFIG) if (folder / name).is_file()]
 
 
 def attach(model: Any, folder: Path) -> None:

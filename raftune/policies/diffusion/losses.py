@@ -7,7 +7,7 @@ the same noise, and so does one that had to halve its micro-batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Draws:
 class Denoising:
     """What a denoising loss is made of. The rows of `conditions` are those of the distinct prompts, and of no prompt.
 
-    The denoiser is the one in the binding's pipeline.
+    Whose loss it is: the denoiser's in the binding's pipeline.
     """
 
     binding: Binding
@@ -65,7 +65,11 @@ class Denoising:
         noise = torch.randn((levels, *shape), generator=generator)
         return shares(uniform, self.config, self.schedule), dropped, noise
 
-    def objective(self, model: Any) -> Objective:
+    def over(self, binding: Binding) -> Denoising:
+        """The same loss of another denoiser."""
+        return replace(self, binding=binding)
+
+    def objective(self) -> Objective:
         """The weighted squared error over the elements of the latents, a mean over each row's noise levels."""
 
         def loss(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,17 +13,21 @@ LoRA as it is, or a whole pipeline that DiffusionPipeline.from_pretrained loads.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from raftune.policies.diffusion import adapters
 from raftune.policies.diffusion.binding import Binding
-from raftune.policies.diffusion.loading import Record
+from raftune.policies.diffusion.places import Record
 from raftune.quiet import quiet
+
+if TYPE_CHECKING:
+    from raftune.policies.diffusion.policy import Diffusion
 
 OPTIMIZER = "optimizer.safetensors"
 PLACE = "_name_or_path"  # diffusers notes where a part was loaded from: a path of the machine that ran
@@ -50,14 +54,15 @@ def write_model(
         save_file(dict(sorted(optimizer.items())), out / OPTIMIZER, metadata={"format": "pt"})
 
 
-def export(pipe: Any, binding: Binding, out: Path) -> None:
-    """Writes a whole pipeline, or the LoRA alone where the denoiser has one, so that diffusers or peft loads it."""
+def export(policy: Diffusion, out: Path) -> None:
+    """Writes the policy's model for other hands: the LoRA of a folder that holds one, else a whole pipeline."""
     out.mkdir(parents=True, exist_ok=True)
-    if adapters.is_adapted(binding.denoiser):
-        adapters.write(binding.denoiser, out, binding.denoiser_name if binding.lora_layers else None)
+    if lora := adapters.files_of(policy.folder):
+        for path in lora:
+            shutil.copyfile(path, out / path.name)
         return
     with quiet():
-        pipe.save_pretrained(out)
+        policy.drawer.pipe.save_pretrained(out)
     forget_places(out)
 
 

@@ -1,0 +1,114 @@
+"""What a fit of a denoiser learns from: clean latents as they were drawn, each with its prompt and its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from raftune.errors import DataError
+from raftune.policies.diffusion.latents import FIELDS, latents_of
+from raftune.policies.normalization import Normalization, coefficients
+from raftune.policies.training import Batch
+from raftune.protocols import FloatN
+from raftune.records import Prompt
+
+COLUMNS = ["sample_id", "prompt_id", "prompt", "weight", *(field.name for field in FIELDS)]
+ROUND = b"raftune.round"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image: its number in the fit, which of the distinct prompts it answers, its coefficient in a step's loss."""
+
+    number: int
+    prompt: int
+    coefficient: float
+    latents: tuple[bytes, Sequence[int], str]
+
+    @property
+    def x0(self) -> torch.Tensor:
+        """(C, h, w) float32."""
+        return latents_of(*self.latents).float()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The images of positive weight, the distinct prompts that they answer, and the round that gathered them.
+
+    `which[i]` is the prompt of image i; `names[i]` its id: equal texts that were asked twice are two prompts.
+    """
+
+    latents: list[tuple[bytes, Sequence[int], str]]
+    weights: FloatN
+    prompts: list[Prompt]
+    which: list[int]
+    names: list[str]
+    round: int
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def with_coefficients(self, normalization: Normalization, step: int) -> list[Row]:
+        """The rows of a fit whose steps have `step` of them."""
+        elements = [int(np.prod(shape)) for _, shape, _ in self.latents]
+        shares = coefficients(self.weights, elements, self.names, normalization, step)
+        return [
+            Row(i, self.which[i], float(share), latents)
+            for i, (share, latents) in enumerate(zip(shares, self.latents, strict=True))
+        ]
+
+
+def read_rows(path: Path, shape: tuple[int, int, int]) -> Rows:
+    """The rows of a Parquet file whose latents have this (C, h, w). Raises DataError for one that cannot be used."""
+    table = pq.read_table(path, columns=COLUMNS, use_threads=False)
+    weights = np.asarray(table.column("weight").to_numpy(), dtype=np.float64)
+    if (bad := weights[~(np.isfinite(weights) & (weights >= 0))]).size:
+        raise DataError(f"Every row's weight must be finite and not negative; got {bad[0]} in {path.name}.")
+    used = table.filter(pa.array(weights > 0))
+    ids, contents = used.column("prompt_id").to_pylist(), used.column("prompt").to_pylist()
+    first: dict[str, int] = {}
+    which = [first.setdefault(repr(content), len(first)) for content in contents]
+    prompts = {number: Prompt(name, content) for number, name, content in zip(which, ids, contents, strict=True)}
+    latents = [_checked(row, shape) for row in used.select(["sample_id", *COLUMNS[4:]]).to_pylist()]
+    round_ = int((pq.read_schema(path).metadata or {}).get(ROUND, b"0"))
+    return Rows(latents, weights[weights > 0], [prompts[i] for i in range(len(first))], which, ids, round_)
+
+
+def _checked(row: dict[str, Any], shape: tuple[int, int, int]) -> tuple[bytes, Sequence[int], str]:
+    """The latents of one row. Raises DataError where there are none, of another shape, or not finite."""
+    name = row["sample_id"]
+    content, found, dtype = (row[field.name] for field in FIELDS)
+    if content is None or found is None or dtype is None:
+        raise DataError(
+            f"Every row must have latents to learn from; {name} has none. Set run.keep_latents to keep those of "
+            "what is selected, or draw its round again."
+        )
+    if tuple(found) != shape:
+        raise DataError(
+            f"Latents must have the shape {shape} of this run's pictures; those of {name} have {tuple(found)}. It was "
+            "drawn at another height or width: leave it out, or set sampling.diffusion.height and width to its own."
+        )
+    try:
+        finite = bool(torch.isfinite(latents_of(content, found, dtype).float()).all())
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    if not finite:
+        raise DataError(f"Latents must be finite; those of {name} hold a NaN or an infinity. Leave the row out.")
+    return content, found, dtype
+
+
+def batch_of(rows: Sequence[Row]) -> Batch:
+    """x0 (N, C, h, w) float32, and of each row its number, its prompt and its coefficient."""
+    return {
+        "x0": torch.stack([row.x0 for row in rows]),
+        "rows": torch.tensor([row.number for row in rows]),
+        "prompts": torch.tensor([row.prompt for row in rows]),
+        "coefficients": torch.tensor([row.coefficient for row in rows], dtype=torch.float32),
+    }

@@ -1,0 +1,163 @@
+"""Fitting a denoiser to what was kept, on the latents that were drawn; nothing is encoded again.
+
+Memory: the text encoders have done their work before the denoiser is read, and the start model, with which the tuned
+one is compared, is read after the tuned one was written and let go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from raftune.config.tuning import TuningConfig
+from raftune.errors import ConfigError, OutOfMemory
+from raftune.policies.checkpoints import identity
+from raftune.policies.diffusion import adapters
+from raftune.policies.diffusion.binding import Binding, Conditions
+from raftune.policies.diffusion.ema import Average
+from raftune.policies.diffusion.evidence import Probe, evidence
+from raftune.policies.diffusion.loading import load_denoiser
+from raftune.policies.diffusion.losses import Clock, Denoising
+from raftune.policies.diffusion.places import base_record
+from raftune.policies.diffusion.rows import Rows, batch_of, read_rows
+from raftune.policies.diffusion.saving import read_optimizer, write_model
+from raftune.policies.diffusion.schedules import refuse_unfit, schedule_of
+from raftune.policies.training import Fitted, Task, fit
+from raftune.protocols import TuneReport
+from raftune.records import derive_seed
+
+if TYPE_CHECKING:
+    from raftune.policies.diffusion.policy import Diffusion, RunParts
+
+
+class Trainee(torch.nn.Module):
+    """A denoiser as transformers' Trainer takes a model: without diffusers' `config`, into which it would write."""
+
+    def __init__(self, denoiser: Any) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Trainer's word for diffusers' enable_gradient_checkpointing."""
+        self.denoiser.enable_gradient_checkpointing()
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+
+
+def refuse_untunable(config: RunParts, binding: Binding, shape: tuple[int, int, int]) -> None:
+    """Raises ModelError or ConfigError for what no round of this run could tune; needs no weights.
+
+    A scheduler without a known loss, a dial that means nothing on its schedule, an adapter that fits nowhere.
+    """
+    refuse_unfit(schedule_of(binding.pipe, binding.denoiser, shape), config.tuning.diffusion)
+    if config.policy.adapter is not None:
+        adapters.targets(binding.denoiser, config.policy.adapter)
+    elif config.policy.dtype == "float16":
+        raise ConfigError(
+            "policy.dtype must be float32 or bfloat16 where the whole denoiser is trained; got float16, in which small "
+            "gradients vanish. Write bfloat16, or train an adapter."
+        )
+
+
+def tune(
+    policy: Diffusion, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()
+) -> tuple[TuneReport, tuple[str, ...]]:
+    """Fits the policy to the rows and writes the new model into `out`; returns what was done, and notes for the user.
+
+    Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
+    """
+    config, call = policy.config, policy.call
+    shape = policy.blank.latent_shape(call.height, call.width)
+    found = read_rows(rows, shape)
+    seed = derive_seed(config.seed, "tune", found.round)
+    denoising = denoising_of(policy, found, shape, seed)
+    task = task_of(policy, found, denoising, rows, callbacks)
+    fitted = fitted_to(task, config.tuning, work, policy.device)
+    details = {
+        "noise_levels": config.tuning.diffusion.noise_levels,
+        "prompts": len(found.prompts),
+        "micro_batch": fitted.micro_batch,
+        "gradient_accumulation_steps": fitted.accumulation,
+        "out_of_memory_at": list(fitted.out_of_memory),
+        **published(policy, fitted, Probe.of(task.rows, denoising), out),
+    }
+    return TuneReport(len(found), len(fitted.losses), fitted.losses, details), fitted.notes
+
+
+def denoising_of(policy: Diffusion, found: Rows, shape: tuple[int, int, int], seed: int) -> Denoising:
+    """What the loss is made of, over a denoiser that has no weights yet; here the prompts are encoded."""
+    asked = Conditions.joined([policy.encoder.encode(found.prompts), policy.encoder.empty()])
+    conditions = policy.blank.guided(asked, policy.call.guidance_scale)
+    schedule, config = schedule_of(policy.frozen.pipe, policy.blank.denoiser, shape), policy.config.tuning.diffusion
+    refuse_unfit(schedule, config)
+    return Denoising(policy.blank, schedule, config, conditions, seed, Clock())
+
+
+def task_of(
+    policy: Diffusion, found: Rows, denoising: Denoising, rows: Path, callbacks: Sequence[TrainerCallback]
+) -> Task:
+    """What the family brings to the fit."""
+    tuning = policy.config.tuning
+    decay = tuning.diffusion.ema_decay
+    step = tuning.per_device_train_batch_size * tuning.gradient_accumulation_steps
+    return Task(
+        load=lambda: trainee(policy),
+        rows=found.with_coefficients(tuning.loss_normalization, step),
+        lengths=[1] * len(found),
+        collate=batch_of,
+        objective=lambda model: denoising.over(policy.bound(model.denoiser)).objective(),
+        seed=denoising.seed,
+        identity=identity(rows, tuning.model_dump_json(), denoising.seed),
+        carried=read_optimizer(policy.folder) if tuning.optimizer_state == "carried" else None,
+        callbacks=[denoising.clock, *callbacks],
+        companion=None if decay is None else lambda weights: Average(weights, decay),
+    )
+
+
+def trainee(policy: Diffusion) -> Trainee:
+    """A fresh model, ready to be trained: the adapter alone where there is one, else the whole denoiser."""
+    config = policy.config.policy
+    denoiser = load_denoiser(config, policy.folder, policy.start_folder, train=True)
+    if config.adapter is None:
+        denoiser.requires_grad_(True)
+    elif not adapters.is_adapted(denoiser):
+        adapters.attach_fresh(denoiser, config.adapter, derive_seed(policy.config.seed, "adapter"))
+    keep_labels(denoiser)
+    return Trainee(denoiser)
+
+
+def fitted_to(task: Task, tuning: TuningConfig, work: Path, device: torch.device) -> Fitted:
+    """The fit, with a word about pictures where not even one fits into memory."""
+    try:
+        return fit(task, tuning, work, device)
+    except OutOfMemory as error:
+        raise OutOfMemory(
+            "tuning.per_device_train_batch_size is 1 and one picture does not fit into memory. Set "
+            "tuning.gradient_checkpointing, or tuning.diffusion.noise_levels: 1, use an adapter, or draw smaller ones.",
+            error.batch_size,
+        ) from error
+
+
+def published(policy: Diffusion, fitted: Fitted, probe: Probe, out: Path) -> dict[str, Any]:
+    """Writes the model; returns the evidence of what it says of a few rows, beside what the run's start says."""
+    trained, rows = policy.bound(fitted.model.denoiser.eval()), fitted.micro_batch
+    write_model(trained, out, base_record(policy.start_folder), fitted.optimizer)
+    after = probe.said_by(trained, rows)
+    if adapters.is_adapted(trained.denoiser):
+        with adapters.switched_off(trained.denoiser):
+            return evidence(probe, probe.said_by(trained, rows), after)
+    del trained
+    fitted.model.denoiser = None  # one large model at a time
+    start = load_denoiser(policy.config.policy, policy.start_folder, policy.start_folder, train=False)
+    return evidence(probe, probe.said_by(policy.bound(start), rows), after)
+
+
+def keep_labels(denoiser: Any) -> None:
+    """Switches off a class embedding's own dropout: tuning.diffusion.condition_dropout is the one dial for it."""
+    for module in denoiser.modules():
+        if type(module).__name__ == "LabelEmbedding":
+            module.dropout_prob = 0.0
