@@ -10,7 +10,7 @@ from pathlib import Path
 
 from raftune.report.charts import line_chart
 from raftune.report.numbers import best_of, by_round
-from raftune.report.overview import BEST_OF, HELD_OUT, REWARD, START, described, line
+from raftune.report.panels import BEST_OF, HELD_OUT, REWARD, START, described, line
 from raftune.report.reading import Reader
 from raftune.store.run import RunFolder
 

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raftune.errors import StoreError
 from raftune.report.collect import Collected, collect
 from raftune.store.files import explaining, stage_file
 
+if TYPE_CHECKING:
+    from raftune.report.pictures import Embedded
+
 NAME = "report.html"
 
 
-def write_report(root: Path | str, out: Path | str | None = None, *, working: bool | None = None) -> Path:
+def write_report(
+    root: Path | str,
+    out: Path | str | None = None,
+    *,
+    working: bool | None = None,
+    made: dict[str, Embedded | None] | None = None,
+) -> Path:
     """Writes the run's page (to report.html in the run, or to `out`) and returns its path.
 
     What is missing or damaged is named on the page. Raises StoreError where the folder holds no run, or the page cannot
-    be written. `working` is what the process that holds the run says of itself: see `collect`.
+    be written. `working` is what the process that holds the run says of itself, `made` what a page has in common with
+    the one before: see `collect`.
     """
     root = Path(root)
     target = Path(out) if out is not None else root / NAME
-    content = render(collect(root, working=working)).encode()
+    content = render(collect(root, working=working, made=made)).encode()
     if target.is_dir():
         raise StoreError(f"the report must be a file; {target} is a directory. Name a file in it.")
     with explaining(target):

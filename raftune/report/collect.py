@@ -15,6 +15,7 @@ from raftune.digest import Row
 from raftune.report import numbers
 from raftune.report.learned import learned
 from raftune.report.pairs import compared
+from raftune.report.pictures import Album, Embedded
 from raftune.report.prompts import prompts
 from raftune.report.reading import Reader
 from raftune.report.standing import Standing, standing_of
@@ -34,17 +35,20 @@ class Collected:
     rows: list[Row] = field(default_factory=list)
 
 
-def collect(root: Path | str, *, working: bool | None = None) -> Collected:
+def collect(
+    root: Path | str, *, working: bool | None = None, made: dict[str, Embedded | None] | None = None
+) -> Collected:
     """All that a report shows of the run.
 
     `working` is what the process that holds the run says of itself: True while it goes on, False when it has ended it;
-    None asks the run's lock. What is missing or damaged is named in the document's `missing`. Raises StoreError where
-    the folder holds no run.
+    None asks the run's lock. `made` holds pictures that the page before had at hand, and afterwards those of this one.
+    What is missing or damaged is named in the document's `missing`. Raises StoreError where the folder holds no run.
     """
     run = RunFolder(root)
     if not run.rounds():
         run.read_config()  # says that there is no run
     reader = Reader(run)
+    album = Album(reader, made if made is not None else {})
     rows = numbers.rows(reader)
     standing = standing_of(reader, rows, working=working)
     alarms = alarms_of(reader)
@@ -54,14 +58,17 @@ def collect(root: Path | str, *, working: bool | None = None) -> Collected:
         "run": standing.as_json(),
         "rewards": list(standing.rewards),
         "judges": list(standing.judges),
-        "prompts": prompts(reader, named),
-        "compare": compared(reader, named, standing.best),
-        "learned": learned(reader, named),
+        "compare": compared(reader, named, standing.best, album),
+        "prompts": prompts(reader, named, album),
+        "learned": learned(reader, named, album),
         "alarms": alarms,
         "guarded": reader.rounds("guard"),
         "by_round": rows,
     }
-    document["run"]["media"] = media_of(document)
+    document["run"]["media"] = "image" if reader.pictured else media_of(document)
+    if reader.pictured:
+        document["pictures"] = album.as_json()
+    album.keep()
     document["missing"] = reader.missing
     return Collected(document, reader, standing, rows)
 

@@ -11,18 +11,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.report.choosing import encoded_size, first, in_turn, up_to
-from raftune.report.reading import Reader
-from raftune.report.samples import content, finite
+from raftune.report.pictures import Album
+from raftune.report.reading import Place, Reader
+from raftune.report.samples import answered, content, finite, name_pictures, pictures_of
 
 MOST_ROWS = 1500
 MOST_BYTES = 900_000
+MOST_PICTURES = 3_000_000  # bytes that are not shown elsewhere on the page
 CHOSEN_BY = "alarms that name their samples, then a random choice by hash, spread over the rounds"
 COLUMNS = ("sample_id", "prompt_id", "prompt", "weight", "origin", "source", "completion")
+FILE = "rows.parquet"
 REFERENCE = "a reference answer"
 Row = tuple[int, str, str]  # round, origin, sample id
 
 
-def learned(reader: Reader, named: set[str]) -> dict[str, Any]:
+def learned(reader: Reader, named: set[str], album: Album) -> dict[str, Any]:
     """{shown, of, chosen_by, items}: by round; samples that are named always among them."""
     rounds, must, total = [], [], 0
     for round_ in reader.rounds("rows"):
@@ -32,13 +35,14 @@ def learned(reader: Reader, named: set[str]) -> dict[str, Any]:
         rounds.append(sorted(rows, key=lambda row: (row[2].split("/")[1:], row[1]))[:MOST_ROWS])
     chosen = first(chain(must, in_turn(*rounds)), MOST_ROWS, lambda row: row)
     items = list(up_to(built(reader, chosen), MOST_BYTES, encoded_size))
+    items = album.up_to(items, MOST_PICTURES, lambda item: pictures_of([item]))
     items.sort(key=lambda item: item["round"])
     return {"shown": len(items), "of": total, "chosen_by": CHOSEN_BY, "items": items}
 
 
 def rows_of(reader: Reader, round_: int) -> Iterator[Row]:
     """Round, origin and sample id of every row."""
-    for table in reader.groups(round_, "rows", "rows.parquet", ["sample_id", "origin"]):
+    for table in reader.groups(round_, "rows", FILE, ["sample_id", "origin"]):
         columns = (table.column(name).to_pylist() for name in ("origin", "sample_id"))
         yield from ((round_, origin, sample_id) for origin, sample_id in zip(*columns, strict=True))
 
@@ -53,8 +57,11 @@ def built(reader: Reader, chosen: list[Row]) -> list[dict[str, Any]]:
     verdicts = {origin: verdicts_on(reader, origin, ids) for origin, ids in by_origin.items()}
     found = {}
     for round_, ids in by_round.items():
-        for table in reader.groups(round_, "rows", "rows.parquet", COLUMNS):
-            for row in table.filter(pc.is_in(table.column("sample_id"), pa.array(sorted(ids)))).to_pylist():
+        for table in reader.groups(round_, "rows", FILE, answered(reader, COLUMNS)):
+            rows = table.filter(pc.is_in(table.column("sample_id"), pa.array(sorted(ids)))).to_pylist()
+            if reader.pictured:
+                name_pictures(reader, rows, Place(round_, "rows", FILE))
+            for row in rows:
                 verdict = verdicts[row["origin"]].get(row["sample_id"], {}) if row["origin"] in verdicts else {}
                 found[round_, row["origin"], row["sample_id"]] = item_of(round_, row, verdict)
     return [found[row] for row in chosen if row in found]

@@ -6,20 +6,35 @@ from collections.abc import Mapping
 
 from raftune.digest import cell, columns_for
 from raftune.report import numbers
-from raftune.report.charts import SHAPES, Point, Series, line_chart
+from raftune.report.charts import SHAPES, Series, line_chart
 from raftune.report.charts import numbers as number_table
 from raftune.report.collect import Collected
 from raftune.report.markup import block, facts, folded, number, table, text
 from raftune.report.numbers import Value
-
-START: Mapping[float, str] = {0: "start"}
-REWARD, BEST_OF, HELD_OUT, KL, DIVERSITY, LENGTH, OTHER = range(1, 8)  # the colours: one meaning each, on every chart
-Values = Mapping[int, Value]
+from raftune.report.painted import PICTURE_GUARDED, gallery, picture_charts
+from raftune.report.panels import (
+    BEST_OF,
+    DIVERSITY,
+    HELD_OUT,
+    KL,
+    LENGTH,
+    LINES,
+    OTHER,
+    REWARD,
+    Values,
+    chart,
+    described,
+    framed,
+    group,
+    line,
+)
+from raftune.report.provenance import seconds_by_stage
 
 
 def overview(found: Collected) -> str:
     """HTML: the sentence and the key figures, the charts in groups, the table by round."""
-    return "".join(part(found) for part in (summary, held_out_charts, selection_charts, by_round))
+    parts = (summary, gallery, held_out_charts, picture_charts, selection_charts, time_charts, by_round)
+    return "".join(part(found) for part in parts)
 
 
 # -- what came of it --------------------------------------------------------------------------------------------------
@@ -111,43 +126,6 @@ def interval_words(value: Value) -> str:
 # -- charts -----------------------------------------------------------------------------------------------------------
 
 
-def line(name: str, values: Values, colour: int, kind: str = "solid", shape: str = "round") -> Series:
-    """A line of the values by round."""
-    points = tuple(Point(x, value.mean, value.low, value.high) for x, value in sorted(values.items()))
-    return Series(name, points, colour, kind, shape)
-
-
-def chart(found: Collected, name: str, title: str, caption: str, *series: Series) -> str:
-    """A figure by round: the lines that have numbers, and these beneath; nothing where there are none."""
-    lines = [one for one in series if one.known()]
-    if not lines:
-        return ""
-    best = found.standing.best
-    several = len({point.x for one in lines for point in one.points}) > 1
-    mark = (best, "published" if found.standing.state == "finished" else "best so far") if several else None
-    picture = line_chart(lines, title=title, description=described(lines), x_names=START, mark=mark)
-    beneath = number_table(lines, "round", START, label=f"{title}: numbers", best=best)
-    return framed(name, title, caption, picture + folded("Numbers", beneath))
-
-
-def framed(name: str, title: str, caption: str, inside: str) -> str:
-    head = f"<figcaption><b>{text(title)}</b> {text(caption)}</figcaption>"
-    return f'<figure class="chart" id="{text(name)}">{head}{inside}</figure>'
-
-
-def described(lines: list[Series]) -> str:
-    """The lines in words: each from its first number to its last."""
-    ends = ((one.name, one.known()[0].y, one.known()[-1].y) for one in lines)
-    return "; ".join(f"{name} from {number(first)} to {number(last)}" for name, first, last in ends)
-
-
-def group(name: str, title: str, note: str, *charts: str) -> str:
-    """A block of charts; nothing where none of them has anything to show."""
-    if not any(charts):
-        return ""
-    return block(name, title, f'<p class="note">{text(note)}</p><div class="charts">{"".join(charts)}</div>')
-
-
 def held_out_charts(found: Collected) -> str:
     """What each round's policy is like, on prompts that it is never tuned on."""
     note = (
@@ -210,7 +188,6 @@ def variety_chart(found: Collected) -> str:
     return chart(found, "variety", "Variety of words", measured, *lines)
 
 
-LINES = ("solid", "dashed", "dotted")
 MEANINGS = {
     "distinct-2": "share of word pairs that are distinct",
     "MSTTR-100": "share of distinct words in stretches of 100",
@@ -287,7 +264,7 @@ def selection_charts(found: Collected) -> str:
         chart(found, "selected-reward", "Reward", "mean score", *against(drawn, kept, REWARD)),
         *(
             chart(found, f"selected-{slug}", title, caption, *guarded_lines(found, name, colour))
-            for slug, title, caption, name, colour in GUARDED
+            for slug, title, caption, name, colour in (*GUARDED, *PICTURE_GUARDED)
         ),
     ]
     return group("selection", "Drawn against selected", note, *charts)
@@ -308,6 +285,38 @@ def guarded_lines(found: Collected, name: str, colour: int) -> list[Series]:
 
 def against(drawn: Values, kept: Values, colour: int) -> list[Series]:
     return [line("drawn", drawn, OTHER, "dashed", "hollow"), line("selected", kept, colour)]
+
+
+# -- times ------------------------------------------------------------------------------------------------------------
+
+
+def time_charts(found: Collected) -> str:
+    """Seconds of each round by what they were spent on."""
+    spent, _ = seconds_by_stage(found)
+    lines = [
+        line(name, share, colour, LINES[i % 3], SHAPES[i])
+        for i, (name, stages, colour) in enumerate(SPENT)
+        if len(share := spent_on(spent, stages)) > 1
+    ]
+    note = "Over all the sessions that worked on it. The configuration's screen has every stage."
+    return group("time", "Time", note, chart(found, "seconds", "Time of a round", "seconds", *lines))
+
+
+SPENT = (
+    ("draw", ("draw", "teach"), REWARD),
+    ("score", ("score",), HELD_OUT),
+    ("tune", ("tune",), DIVERSITY),
+    ("evaluate", ("evaluate", "evaluation"), OTHER),
+)
+
+
+def spent_on(spent: Mapping[int, Mapping[str, float]], stages: tuple[str, ...]) -> dict[int, Value]:
+    """The seconds of those stages, in every round that came to them; those of evaluations by their first word."""
+    sums = {
+        round_: [seconds for stage, seconds in one.items() if stage.split()[0] in stages]
+        for round_, one in spent.items()
+    }
+    return {round_: Value(sum(found)) for round_, found in sums.items() if found}
 
 
 # -- by round ---------------------------------------------------------------------------------------------------------

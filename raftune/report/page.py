@@ -19,12 +19,15 @@ SCRIPTS = (
     "diff.js",
     "lists.js",
     "samples.js",
+    "pictures.js",
     "prompts.js",
     "compare.js",
+    "grid.js",
     "learned.js",
     "alarms.js",
     "app.js",
 )
+STYLES = ("style.css", "pictures.css")
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 # What could end the element that the document stands in, what JavaScript takes for line ends, and half characters,
 # which no file can hold. JSON allows each of them as an escape.
@@ -33,7 +36,7 @@ _RISKY = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
 def page(document: Mapping[str, Any], overview: str, configuration: str) -> str:
     """The whole page; `overview` and `configuration` are HTML without scripts, styles or handlers."""
-    style, script = asset("style.css"), "\n".join(asset(name) for name in SCRIPTS)
+    style, script = ("\n".join(asset(name) for name in names) for names in (STYLES, SCRIPTS))
     assert "</style" not in style.lower() and "</script" not in script.lower()
     slots = {
         "csp": policy(style, script),
@@ -63,8 +66,11 @@ def digest(content: str) -> str:
 
 def embedded(document: Mapping[str, Any]) -> str:
     """The document as JSON in which no character can end its element."""
-    plain = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return _RISKY.sub(lambda match: f"\\u{ord(match[0]):04x}", plain)
+    return _RISKY.sub(lambda match: f"\\u{ord(match[0]):04x}", as_json(document))
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 @cache

@@ -8,11 +8,24 @@ from itertools import chain
 from typing import Any
 
 from raftune.report.choosing import Pair, encoded_size, first, order_pairs, up_to
+from raftune.report.pictures import Album
 from raftune.report.reading import Reader
-from raftune.report.samples import UNREADABLE, content, drawn_rows, finite, parts, rows_by_sample, seed_of
+from raftune.report.samples import (
+    UNREADABLE,
+    content,
+    drawn_rows,
+    finite,
+    invalid,
+    parts,
+    pictures_of,
+    rows_by_sample,
+    seed_of,
+)
 
 MOST_ANSWERS = 3000
 MOST_BYTES = 1_200_000
+MOST_PICTURES = 5_000_000  # bytes
+MOST_ROUNDS = 10  # of which pictures are shown
 CHOSEN_BY = (
     "alarms that name their samples, then in turn the largest gains and the largest losses from the start to the best "
     "round, and a random choice by hash"
@@ -20,8 +33,11 @@ CHOSEN_BY = (
 Key = tuple[str, int]
 
 
-def compared(reader: Reader, named: set[str], best: int) -> dict[str, Any]:
-    """{shown, of, chosen_by, items}: by prompt and k; draws that are named always among them."""
+def compared(reader: Reader, named: set[str], best: int, album: Album) -> dict[str, Any]:
+    """{shown, of, chosen_by, items}: by prompt and k; draws that are named always among them.
+
+    Of pictures also `rounds`, those of which they are shown, and `of_rounds`, how many there are.
+    """
     rounds = reader.rounds("evaluate/draw")
     pairs = list(pairs_of(reader, rounds, best))
     wanted = {key for sample_id in named if (key := key_of(sample_id))}
@@ -29,9 +45,25 @@ def compared(reader: Reader, named: set[str], best: int) -> dict[str, Any]:
     most = max(1, MOST_ANSWERS // max(1, len(rounds)))
     chosen = first(chain(must, order_pairs(pairs, most)), most, lambda p: (p.prompt_id, p.k))
     items = list(up_to(built(reader, rounds, chosen), MOST_BYTES, encoded_size))
+    seen = rounds_seen(rounds, best, {int(s[:4]) for s in named if key_of(s) and s[:4].isdigit()})
+    items = album.up_to(items, MOST_PICTURES, lambda item: pictures_of(seen_answers(item, seen)))
     place = {(pair.prompt_id, pair.k): number for number, pair in enumerate(pairs)}
     items.sort(key=lambda item: place[item["prompt_id"], item["k"]])
-    return {"shown": len(items), "of": len(pairs), "chosen_by": CHOSEN_BY, "items": items}
+    told = {"rounds": seen, "of_rounds": len(rounds)} if reader.pictured else {}
+    return {"shown": len(items), "of": len(pairs), "chosen_by": CHOSEN_BY, "items": items, **told}
+
+
+def rounds_seen(rounds: list[int], best: int, named: set[int]) -> list[int]:
+    """The rounds of which pictures are shown: the start, the best, the last, those of alarms, and others evenly."""
+    if len(rounds) <= MOST_ROUNDS:
+        return rounds
+    must = [r for r in rounds if r in {rounds[0], best, rounds[-1]}]
+    evenly = [rounds[round(i * (len(rounds) - 1) / (MOST_ROUNDS - 1))] for i in range(MOST_ROUNDS)]
+    return sorted(first(chain(must, sorted(named & set(rounds)), evenly), MOST_ROUNDS, lambda r: r))
+
+
+def seen_answers(item: Mapping[str, Any], rounds: list[int]) -> list[dict[str, Any]]:
+    return [item["answers"][str(round_)] for round_ in rounds if str(round_) in item["answers"]]
 
 
 def key_of(sample_id: str) -> Key | None:
@@ -119,4 +151,5 @@ def answer_of(row: Mapping[str, Any], score: Mapping[str, Any], judged: Mapping[
         "parts": parts(score) | {name: value for name, value in parts(judged).items() if name not in parts(score)},
         "tokens": row.get("tokens"),
         "finish": row.get("finish"),
+        **invalid(row),
     }

@@ -11,12 +11,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.report.choosing import Group, encoded_size, first, in_turn, order_groups, up_to
+from raftune.report.pictures import Album
 from raftune.report.reading import Reader
-from raftune.report.samples import DETAIL, UNREADABLE, content, cut, drawn_rows, finite, parts, rows_by_sample, seed_of
+from raftune.report.samples import (
+    DETAIL,
+    UNREADABLE,
+    content,
+    cut,
+    drawn_rows,
+    finite,
+    invalid,
+    parts,
+    pictures_of,
+    rows_by_sample,
+    seed_of,
+)
 
 MOST_PROMPTS = 600
 MOST_SAMPLES = 6000
 MOST_BYTES = 2_400_000
+MOST_PICTURES = 6_000_000  # bytes
 CHOSEN_BY = (
     "alarms that name their samples, then in turn the largest margins, prompts that yielded nothing, and a random "
     "choice by hash, spread over the rounds"
@@ -24,10 +38,11 @@ CHOSEN_BY = (
 VERDICT = ("sample_id", "prompt_id", "score", "rank", "weight", "reason")
 
 
-def prompts(reader: Reader, named: set[str]) -> dict[str, Any]:
+def prompts(reader: Reader, named: set[str], album: Album) -> dict[str, Any]:
     """{shown, of, chosen_by, items}: by round, in the order of the plan; samples that are named always among them."""
     chosen, total = choose(reader, named)
     items = list(up_to(built(reader, chosen), MOST_BYTES, encoded_size))
+    items = album.up_to(items, MOST_PICTURES, lambda item: pictures_of(item["samples"]))
     place = {(g.round, g.prompt_id): (g.round, g.unit, g.number) for g in chosen}
     items.sort(key=lambda item: place[item["round"], item["id"]])
     return {"shown": len(items), "of": total, "chosen_by": CHOSEN_BY, "items": items}
@@ -138,6 +153,7 @@ def record(row: Mapping[str, Any], score: Mapping[str, Any], verdict: Mapping[st
         "seed": seed_of(row),
         "tokens": row.get("tokens"),
         "finish": row.get("finish"),
+        **invalid(row),
     }
 
 

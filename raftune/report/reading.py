@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,18 @@ from raftune.store.run import CONFIG, RunFolder
 UNITS = "raftune.units"  # in the metadata of verdicts.parquet: the unit of each of its row groups
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """A file of a stage."""
+
+    round: int
+    stage: str
+    file: str
+
+    def __str__(self) -> str:
+        return f"round-{self.round:04d}/{self.stage}/{self.file}"
+
+
 class Reader:
     """The committed stages of a run; `missing` names, by round and stage, what could not be shown.
 
@@ -30,6 +44,7 @@ class Reader:
         self.missing: list[str] = []
         self._bad: set[Path] = set()
         self._read: dict[Path, Any] = {}  # JSON files, which several parts of the page ask for
+        self.pictures: dict[str, Place] = {}  # where those lie that rows which were read have named
         self.commits = dict(self._load_commits())
         self._look_over()
         self.config = self._read_config()
@@ -101,6 +116,17 @@ class Reader:
             self._spoilt(path, round_, stage, error)
             return None
 
+    def names(self, round_: int, stage: str, name: str) -> list[str]:
+        """The names of the file's columns; none where it cannot be read."""
+        path = self.run.folder(round_, stage) / name
+        if path in self._bad or not path.is_file():
+            return []
+        try:
+            return column_names(path)
+        except RaftuneError as error:
+            self._spoilt(path, round_, stage, error)
+            return []
+
     def unit(self, round_: int, stage: str, unit: int, columns: Sequence[str] | None = None) -> pa.Table | None:
         """The unit's table of a stage, with these columns or with those of rewards and all that scores have."""
         path = self.run.folder(round_, stage) / unit_file(unit)
@@ -154,6 +180,17 @@ class Reader:
             if unit in units:
                 found |= zip(table.column("prompt_id").to_pylist(), table.column("prompt").to_pylist(), strict=True)
         return found
+
+    @cached_property
+    def pictured(self) -> bool:
+        """Whether the answers are pictures, by the first file of answers that can be read."""
+        for stage in ("draw", "evaluate/draw"):
+            for round_ in self.rounds(stage):
+                for unit in self.units(round_, stage):
+                    names = self.names(round_, stage, unit_file(unit))
+                    if names:
+                        return "image_sha256" in names
+        return False
 
     # -- what is there ------------------------------------------------------------------------------------------------
 

@@ -6,10 +6,13 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raftune.config.run import RunConfig
 from raftune.store.parquet import first_line
+
+if TYPE_CHECKING:
+    from raftune.report.pictures import Embedded
 
 Observer = Callable[[str, dict[str, Any]], None]
 
@@ -40,6 +43,7 @@ class Rewriter:
         self.root = root
         self.of = 0
         self.stale = self.warned = False
+        self.made: dict[str, Embedded | None] = {}  # pictures: the next page shows most of them again
 
     def __call__(self, kind: str, facts: dict[str, Any]) -> None:
         if kind == "round_begin":
@@ -61,7 +65,7 @@ class Rewriter:
         from raftune.report import write_report
 
         try:
-            write_report(self.root, working=working)
+            write_report(self.root, working=working, made=self.made)
             self.stale = False
         except Exception as error:
             if not self.warned:

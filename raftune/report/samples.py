@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raftune.report.reading import Reader
+from raftune.report.reading import Place, Reader
+from raftune.store.layout import unit_file
 
 LONGEST = 4000  # characters of a prompt, an answer or a message
 DETAIL = 400
-DRAWN = ("sample_id", "prompt_id", "k", "source", "seed", "completion", "completion_ids", "finish")
+PICTURE = "image_sha256"
+DRAWN = ("sample_id", "prompt_id", "k", "source", "seed", "completion", "completion_ids", "finish", "invalid")
+HASH = re.compile("[0-9a-f]{64}")
 UNREADABLE = "(not readable: the round's plan is damaged)"
 Record = dict[str, Any]
 
 
 def drawn_rows(reader: Reader, round_: int, stage: str, unit: int, prompt_ids: Iterable[str]) -> list[Record]:
-    """The unit's samples of these prompts, token ids as their number; none where the file cannot be read."""
-    table = reader.unit(round_, stage, unit, DRAWN)
+    """The unit's samples of these prompts, token ids as their number; none where the file cannot be read.
+
+    Of pictures the completion is {"image": hash}; the reader then knows where they lie.
+    """
+    table = reader.unit(round_, stage, unit, answered(reader, DRAWN))
     if table is None:
         return []
     table = of_prompts(table, prompt_ids)
@@ -28,7 +35,37 @@ def drawn_rows(reader: Reader, round_: int, stage: str, unit: int, prompt_ids: I
         tokens = pc.list_value_length(table.column("completion_ids"))
         table = table.drop_columns(["completion_ids"]).append_column("tokens", tokens)
     rows: list[Record] = table.to_pylist()
+    if reader.pictured:
+        place = Place(round_, stage, unit_file(unit))
+        lacks(reader, place)
+        name_pictures(reader, rows, place)
     return rows
+
+
+def answered(reader: Reader, columns: Iterable[str]) -> list[str]:
+    """The columns, with the name of a picture in place of its bytes."""
+    return [PICTURE if name == "completion" and reader.pictured else name for name in columns]
+
+
+def name_pictures(reader: Reader, rows: list[Record], place: Place) -> None:
+    """Puts the name of its picture into each row, as its completion."""
+    for row in rows:
+        name = row.get(PICTURE)
+        known = isinstance(name, str) and HASH.fullmatch(name) is not None
+        row["completion"] = {"image": name} if known else None
+        if known:
+            reader.pictures.setdefault(name, place)
+        elif name is not None:
+            reader.note(f"round {place.round}, {place.stage}", f"{place.file} names a picture by something else")
+
+
+def lacks(reader: Reader, place: Place) -> None:
+    """Notes what a file of pictures should have and has not: the pictures, or the latents that tuning reads."""
+    names = reader.names(place.round, place.stage, place.file)
+    family = reader.config.get("policy", {}).get("family")
+    wanted = ["completion", PICTURE] + (["latents"] if family == "diffusion" else [])
+    for name in [name for name in wanted if names and name not in names]:
+        reader.note(f"round {place.round}, {place.stage}", f"{place.file} has no column {name}")
 
 
 def rows_by_sample(table: pa.Table | None, prompt_ids: Iterable[str]) -> dict[str, Record]:
@@ -73,6 +110,17 @@ def finite(value: Any) -> float | None:
 def parts(score: Mapping[str, Any]) -> dict[str, float | None]:
     """What each reward said, by its name."""
     return {name[8:]: finite(value) for name, value in score.items() if name.startswith("rewards/")}
+
+
+def invalid(row: Mapping[str, Any]) -> dict[str, str]:
+    """Why the policy made no answer of this sample, where it says so."""
+    return {"invalid": cut(str(row["invalid"]), DETAIL)} if row.get("invalid") is not None else {}
+
+
+def pictures_of(samples: Iterable[Record]) -> list[str]:
+    """The names of the pictures among the completions."""
+    answers = (sample.get("completion") for sample in samples)
+    return [answer["image"] for answer in answers if isinstance(answer, Mapping) and "image" in answer]
 
 
 def seed_of(row: Mapping[str, Any]) -> str | None:

@@ -5,7 +5,7 @@ function strangers() {
   const all = [...document.querySelectorAll("*")];
   return {
     harmed: window.harmed ?? null,
-    elements: document.querySelectorAll("img, iframe, object, embed, form, base, svg, style ~ style").length,
+    elements: document.querySelectorAll('img:not([src^="data:image/"]), iframe, object, embed, form, base, svg, style ~ style').length,
     scripts: document.scripts.length,
     handlers: all.filter((node) => node.getAttributeNames().some((name) => name.startsWith("on"))).length,
     links: [...document.links].filter((link) => !link.getAttribute("href").startsWith("#")).length,
@@ -78,7 +78,8 @@ function behind(node) {
 
 /** What can be used or is announced, and has no name to call it by. */
 function nameless() {
-  const label = (node) => node.getAttribute("aria-label") || node.innerText?.trim();
+  const shown = (node) => node.innerText?.trim() || node.querySelector("img[alt], [aria-label]");
+  const label = (node) => node.getAttribute("aria-label") || shown(node);
   const other = (node) => document.getElementById(node.getAttribute("aria-labelledby"))?.innerText;
   return [...document.querySelectorAll("a, button, input, select, [role=img], [role=region], [role=tabpanel]")]
     .filter((node) => node.checkVisibility() && !node.closest("[role=img] *") && !label(node) && !other(node))

@@ -7,6 +7,8 @@ const ALARM_NAMES = {
   part_dominates: "one reward dominates",
   near_duplicates: "near duplicates among what was kept",
   kl_beyond_budget: "KL beyond its budget",
+  saturation_drifts: "saturation drifts",
+  contrast_drops: "contrast drops",
 };
 
 /** "round 3: length drifts". */
@@ -52,7 +54,7 @@ class Alarms {
     const drawn = alarm.samples.some((sample) => this.page.places.get(sample.sample_id)?.screen === "prompts");
     const href = hashOf("prompts", { alarm: String(index) });
     const all = el("a", { href }, "All their prompts, with every candidate");
-    const list = el("ul", alarm.samples.map((sample) => this.sample(sample)));
+    const list = el(this.page.pictured ? "ul.painted" : "ul", alarm.samples.map((sample) => this.sample(sample)));
     return el("div.evidence-samples", el("h3", "Look at this"), list, drawn ? el("p", all) : null);
   }
 
@@ -61,8 +63,17 @@ class Alarms {
     const place = this.page.places.get(sample_id);
     const reason = el("span.why", inline(why ?? ""));
     if (!place) return el("li", reason, el("span.nothing", " ", inline(sample_id), " is not in this page"));
+    const link = { href: hashOf(place.screen, { sample: sample_id }) };
+    if (this.page.pictured) return el("li", el("a", link, this.picture(place), reason));
     const begins = el("span.begins", { dir: "auto" }, shown(oneLine(place.sample.completion) || "(empty)"));
-    return el("li", el("a", { href: hashOf(place.screen, { sample: sample_id }) }, begins, reason));
+    return el("li", el("a", link, begins, reason));
+  }
+
+  /** The sample's picture, and what was asked for. */
+  picture({ sample, item }) {
+    const words = oneLine(item.prompt);
+    const picture = frame(sample, wordsOf(item.prompt, sample.k ?? item.k));
+    return [picture, el("span.begins", { dir: "auto" }, shown(words), ` ${number(sample.score, 2)}`)];
   }
 }
 

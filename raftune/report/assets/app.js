@@ -17,20 +17,23 @@ function readDocument() {
   const found = JSON.parse(document.getElementById("run").textContent);
   const list = (given) => ({ shown: 0, of: 0, chosen_by: "", items: [], ...given });
   const lists = { prompts: list(found.prompts), compare: list(found.compare), learned: list(found.learned) };
+  for (const [name, picture] of Object.entries(found.pictures ?? {})) pictures.set(name, picture);
   return { ...found, ...lists, missing: found.missing ?? [] };
 }
 
-/** sample id → the screen that shows it, and the sample. */
+/** sample id → the screen that shows it, the sample, and the item that it belongs to. */
 function placesOf(run) {
-  const answers = run.compare.items.flatMap((item) => Object.values(item.answers));
-  const samples = run.prompts.items.flatMap((item) => item.samples);
-  const at = (screen) => (sample) => [sample.id, { screen, sample }];
-  return new Map([...answers.map(at("compare")), ...samples.map(at("prompts"))]);
+  const at = (screen, item) => (sample) => [sample.id, { screen, sample, item }];
+  const answers = run.compare.items.flatMap((item) => Object.values(item.answers).map(at("compare", item)));
+  const samples = run.prompts.items.flatMap((item) => item.samples.map(at("prompts", item)));
+  return new Map([...answers, ...samples]);
 }
 
 const run = readDocument();
-const page = { document: run, alarms: run.alarms ?? [], places: placesOf(run) };
-const KINDS = { prompts: Prompts, compare: Compare, learned: Learned, alarms: Alarms };
+const pictured = run.run.media === "image";
+const page = { document: run, alarms: run.alarms ?? [], places: placesOf(run), pictured };
+const viewer = new Viewer();
+const KINDS = { prompts: Prompts, compare: pictured ? ComparePictures : Compare, learned: Learned, alarms: Alarms };
 const screens = {}; // made when first looked at
 
 /** The object that draws the screen; the overview and the configuration stand in the page already. */
@@ -52,6 +55,7 @@ function draw() {
   document.documentElement.dataset.theme = state.theme;
   document.getElementById("theme").textContent = `Theme: ${state.theme}`;
   screenOf(state.screen)?.draw();
+  viewer.show(screens[state.screen]?.enlarged?.() ?? null);
 }
 
 /** Brings the beginning of the screen into view, or what a link named: a place, a sample. */
@@ -106,12 +110,12 @@ function help() {
 
 function onKey(event) {
   const altered = (event.ctrlKey || event.metaKey || event.altKey) && !event.getModifierState("AltGraph");
-  const typing = event.target.matches?.("input, select, textarea");
+  const typing = event.target.matches?.("input:not([type=range]), select, textarea");
   if (typing && event.key === "Escape") event.target.blur();
   if (altered || typing || document.getElementById("help").open) return;
   const pressed = arrow(event);
   const known = KEYS.find((own) => own.key === pressed);
-  if (!known) return;
+  if (!known || (viewer.open && !"jkhl".includes(pressed))) return;
   event.preventDefault();
   known.act();
 }
@@ -119,6 +123,7 @@ function onKey(event) {
 /** Inside a list or a strip the arrow keys do what j, k, h and l do. */
 function arrow(event) {
   const within = (selector) => event.target.closest?.(selector);
+  if (viewer.open) return { ArrowRight: "l", ArrowLeft: "h" }[event.key] ?? event.key;
   const vertical = within(".rows, .lessons") && { ArrowDown: "j", ArrowUp: "k" }[event.key];
   return vertical || (within(".strip") && { ArrowRight: "l", ArrowLeft: "h" }[event.key]) || event.key;
 }
@@ -185,6 +190,7 @@ function start() {
   drawMissing();
   drawHelp();
   drawBanner();
+  drawGallery(page);
   follow();
   window.addEventListener("hashchange", follow);
   window.addEventListener("keydown", onKey);

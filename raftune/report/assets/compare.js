@@ -17,13 +17,17 @@ class Compare extends Listing {
     const rounds = [...numbers].filter((round) => round > 0).sort((a, b) => a - b);
     const choices = rounds.map((round) => [String(round), `round ${round}${round === best ? ", the best" : ""}`]);
     super(page, page.document.compare, el("ol.rows", { "aria-label": "Prompts and seeds" }), {
-      q: searchField("Search prompts and answers"),
+      q: searchField(page.pictured ? "Search prompts" : "Search prompts and answers"),
       round: choice("Round beside the start", "round", choices),
       sort: choice("Order", "sort", judged ? GAIN_ORDERS : GAIN_ORDERS.slice(0, 3)),
     });
     Object.assign(this, { judged, rounds, usual: rounds.includes(best) ? best : rounds.at(-1) });
     this.detail = el("div.detail");
-    panel.append(columns(this, this.detail));
+    panel.append(this.layout());
+  }
+
+  layout() {
+    return columns(this, this.detail);
   }
 
   /** The round beside the start: the best, unless another is asked for. */
@@ -76,21 +80,26 @@ class Compare extends Listing {
   }
 
   show() {
-    const { item, round } = this;
+    const { item } = this;
     if (!item) return fill(this.detail, this.absent(), nothing(this.all, "answer"));
     const place = `Prompt ${this.found.indexOf(item) + 1} of ${this.found.length} · k ${item.k}`;
-    const [before, after] = [item.answers[0], item.answers[round]].map((own) => own && trimmed(plain(own.completion)));
-    const marked = before && after ? difference(before, after) : {};
-    const later = round ? this.side(item, round, "ins", marked.after) : null;
     fill(
       this.detail,
       this.absent(),
       el("p.eyebrow", place, item.seed ? ` · seed ${item.seed}` : null),
       el("div.asked", content(item.prompt, this.asked("q"))),
-      this.ladder(item),
-      el("div.pair", this.side(item, 0, "del", marked.before), later),
+      this.middle(item),
     );
     return this.centre();
+  }
+
+  /** The numbers of all rounds, and the two answers with what differs in them. */
+  middle(item) {
+    const { round } = this;
+    const [before, after] = [item.answers[0], item.answers[round]].map((own) => own && trimmed(plain(own.completion)));
+    const marked = before && after ? difference(before, after) : {};
+    const later = round ? this.side(item, round, "ins", marked.after) : null;
+    return [this.ladder(item), el("div.pair", this.side(item, 0, "del", marked.before), later)];
   }
 
   /** What to say where the address names a sample or a pair that cannot be shown. */
@@ -133,16 +142,21 @@ class Compare extends Listing {
     const title = round ? `Round ${round}` : "Start";
     const missing = el("p.nothing", "This answer is not in this page.");
     if (!answer) return el("article.card", { "aria-label": title }, el("h3", title), missing);
-    const parts = pieces?.map(([text, changed]) => (changed ? el(tag, shown(text)) : shown(text)));
     return el(
       "article.card",
       { "aria-label": title, tabindex: "-1" },
       el("h3", title),
       this.figures(item, round),
-      el("div.answer", parts?.length ? el("p.text", { dir: "auto" }, parts) : content(answer.completion)),
+      this.answer(item, round, tag, pieces),
       partBars(answer, Object.values(item.answers)),
       circumstances({ tokens: answer.tokens, finish: answer.finish }),
     );
+  }
+
+  answer(item, round, tag, pieces) {
+    const parts = pieces?.map(([text, changed]) => (changed ? el(tag, shown(text)) : shown(text)));
+    const words = parts?.length ? el("p.text", { dir: "auto" }, parts) : content(item.answers[round].completion);
+    return el("div.answer", words);
   }
 
   /** Score and held-out score, and what was gained since the start. */

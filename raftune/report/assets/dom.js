@@ -97,7 +97,7 @@ function plain(value) {
   if (typeof value === "string") return value;
   const line = (message) => `${message?.role ?? "?"}: ${plain(message?.content ?? "")}`;
   if (Array.isArray(value)) return value.map(line).join("\n");
-  if (value === null || value === undefined) return "";
+  if (value === null || value === undefined || value.image) return "";
   return typeof value === "object" ? JSON.stringify(value) : String(value);
 }
 

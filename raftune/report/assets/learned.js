@@ -5,8 +5,8 @@ class Learned extends Listing {
     const { items } = page.document.learned;
     const rounds = roundsOf(items);
     const origins = [...new Set(items.map(originWords))].map((words) => [words, words]);
-    super(page, page.document.learned, el("ol.lessons", { "aria-label": "Training rows" }), {
-      q: searchField("Search prompts, answers and reasons"),
+    super(page, page.document.learned, el(page.pictured ? "ol.lessons.painted" : "ol.lessons", { "aria-label": "Training rows" }), {
+      q: searchField(page.pictured ? "Search prompts and reasons" : "Search prompts, answers and reasons"),
       round: choice("Round", "round", roundChoices(rounds)),
       from: choice("Origin", "from", [["", "of any origin"], ...origins]),
     });
@@ -33,10 +33,34 @@ class Learned extends Listing {
   }
 
   row(item, index) {
+    if (this.page.pictured) return this.picture(item, index);
     const query = this.asked("q");
     const given = { tabindex: "-1", "data-row": this.all.items.indexOf(item), value: index + 1 };
     const asked = el("div.asked", content(item.prompt, query));
     return el("li.lesson", given, this.about(item), asked, el("div.answer", content(item.completion, query)));
+  }
+
+  /** A row that holds a picture. */
+  picture(item, index) {
+    const number = this.all.items.indexOf(item);
+    const open = () => set({ row: String(number), large: "1" });
+    const given = { tabindex: "-1", "data-row": number, value: index + 1 };
+    const asked = el("div.asked", content(item.prompt, this.asked("q")));
+    return el("li.lesson", given, enlargeable(item, wordsOf(item.prompt, kOf(item)), true, open), asked, this.about(item));
+  }
+
+  /** The row in view, to be shown at large. */
+  enlarged() {
+    const { item } = this;
+    if (!options().large || !item || !this.page.pictured) return null;
+    const facts = [...verdictFacts(item, []), ["learned in", `round ${item.round}: ${originWords(item)}`]];
+    const title = `Learned from in round ${item.round}`;
+    return { sample: { ...item, k: kOf(item) }, prompt: item.prompt, title, facts, of: this.found };
+  }
+
+  /** At large, the next row. */
+  across(by) {
+    if (options().large) this.step(by);
   }
 
   /** Score and weight, where the row came from, and why it was kept. */
@@ -52,6 +76,11 @@ class Learned extends Listing {
     );
   }
 
+  /** Brings the row in view before the reader's eyes. */
+  reveal() {
+    attend(this.target?.querySelector(".frame") ?? this.target);
+  }
+
   show() {
     this.none.hidden = this.found.length > 0;
   }
@@ -60,6 +89,12 @@ class Learned extends Listing {
     const next = further(["", ...this.rounds.map(String)], this.asked("round"), by);
     if (next !== undefined) set({ round: next, row: "" });
   }
+}
+
+/** The number of a row's sample among its rivals, as the end of its id says. */
+function kOf(item) {
+  const k = /\/(\d+)$/.exec(item.sample_id ?? "");
+  return k ? Number(k[1]) : "of another source";
 }
 
 /** Where a training row came from, beside the round that was tuned on it. */

@@ -82,15 +82,20 @@ class Listing {
   draw() {
     const asked = Object.keys(this.fields).map((name) => this.asked(name));
     Object.values(this.fields).forEach((field, i) => reflect(field, asked[i]));
-    const version = JSON.stringify(asked);
-    if (version !== this.version) {
+    const version = this.version(asked);
+    if (version !== this.drawn) {
       this.found = this.items();
-      fill(this.note, showing(this.all, this.found.length)); // announced, so only when it may have changed
+      fill(this.note, showing(this.all, this.found.length), roundsLeftOut(this.all)); // announced, so only when it may have changed
     }
-    this.version = version;
+    this.drawn = version;
     this.item = this.chosen();
     this.target = this.rows.show(this.found, version, this.found.indexOf(this.item));
     this.show();
+  }
+
+  /** What the list depends on, in a word. */
+  version(asked) {
+    return JSON.stringify(asked);
   }
 
   /** Chooses the item so many rows further on. */

@@ -17,12 +17,14 @@ const PROMPT_VALUES = {
   spread: (item) => Math.max(...scoresOf(item.samples)) - Math.min(...scoresOf(item.samples)),
 };
 
+const ABREAST = 6; // at most so many pictures side by side, in lines of one length
+
 class Prompts extends Listing {
   constructor(panel, page) {
     const rounds = roundsOf(page.document.prompts.items);
     const alarms = page.alarms.map((alarm, i) => [String(i), alarmName(alarm)]);
     super(page, page.document.prompts, el("ol.rows", { "aria-label": "Prompts" }), {
-      q: searchField("Search prompts and answers"),
+      q: searchField(page.pictured ? "Search prompts" : "Search prompts and answers"),
       round: choice("Round", "round", roundChoices(rounds)),
       sort: choice("Order", "sort", PROMPT_ORDERS),
       alarm: choice("Alarm", "alarm", [["", "named by an alarm or not"], ...alarms]),
@@ -71,7 +73,8 @@ class Prompts extends Listing {
     const figures = el("span.figures", best && kept(best) ? "★ " : null, number(best?.score, 2));
     const outcome = el("span", item.reason ? "nothing kept" : margin);
     const where = el("span.where", el("span", `round ${item.round}`), outcome);
-    return el("li", el("a", given, text, figures, where));
+    const sight = this.page.pictured && best ? el("span.sight", frame(best, wordsOf(item.prompt, best.k))) : null;
+    return el("li", el("a", given, sight, text, figures, where));
   }
 
   /** The sample in view: the one that the address names, else the best. */
@@ -108,14 +111,35 @@ class Prompts extends Listing {
 
   /** The candidates side by side. */
   strip(samples) {
+    if (this.page.pictured) return this.pictures(samples);
     const wordy = mean(samples.map((sample) => plain(sample.completion).length)) > 300;
     const cards = samples.map((sample) => candidate(sample, samples, sample === this.sample(), this.asked("q")));
     return el(wordy ? "ol.strip.wordy" : "ol.strip", { "aria-label": "Candidates, best first" }, cards);
   }
 
+  /** The candidates side by side, as pictures. */
+  pictures(samples) {
+    const open = (sample) => () => set({ sample: sample.id, large: "1" });
+    const card = (sample) => pictureCard(sample, this.item, sample === this.sample(), open(sample));
+    const strip = el("ol.strip.painted", { "aria-label": "Candidates, best first" }, samples.map(card));
+    const lines = Math.ceil(samples.length / ABREAST);
+    strip.style.setProperty("--abreast", Math.ceil(samples.length / lines));
+    return strip;
+  }
+
+  /** The sample in view, to be shown at large. */
+  enlarged() {
+    const sample = options().large && this.page.pictured ? this.sample() : null;
+    if (!sample) return null;
+    const title = `Round ${this.item.round} · candidate ${sample.k}`;
+    const of = this.item.samples;
+    return { sample, prompt: this.item.prompt, title, facts: verdictFacts(sample, of), of };
+  }
+
   /** Brings the sample in view before the reader's eyes. */
   reveal() {
-    attend(this.detail.querySelector('.card[aria-current="true"]'));
+    const card = this.detail.querySelector('.card[aria-current="true"]');
+    attend(card?.querySelector(".frame") ?? card);
   }
 
   /** Chooses the sample so many places further on. */

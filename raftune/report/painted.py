@@ -1,0 +1,90 @@
+"""The overview of a run of pictures: the grid of rounds, and what its pictures measured."""
+
+from __future__ import annotations
+
+from raftune.report import numbers
+from raftune.report.charts import SHAPES
+from raftune.report.collect import Collected
+from raftune.report.numbers import Value
+from raftune.report.panels import BEST_OF, DIVERSITY, HELD_OUT, KL, LENGTH, LINES, OTHER, Values, chart, group, line
+
+PICTURE_GUARDED = (
+    ("saturation", "Saturation", "mean, from grey 0 to pure colour 1", "saturation", LENGTH),
+    ("contrast", "Contrast", "standard deviation of luminance, 0 … 1", "contrast", KL),
+    ("pixel-distance", "Distance of pixels", "of two pictures of one prompt, 0 … 1", "pixel_distance", DIVERSITY),
+)
+LIGHT = (("saturation", "saturation", LENGTH), ("contrast", "contrast", KL), ("brightness", "brightness", OTHER))
+APART = (("pixels", "pixel_distance", DIVERSITY), ("features", "feature_distance", OTHER))
+DOUBTFUL = (
+    ("at the ends", "saturated_ratio", LENGTH),
+    ("near duplicates", "near_duplicates", HELD_OUT),
+    ("invalid", "invalid_ratio", OTHER),
+)
+
+
+def gallery(found: Collected) -> str:
+    """The place of the grid, which a script draws: each picture stands in the document once."""
+    if not found.reader.pictured:
+        return ""
+    title = "The same prompts and seeds, round by round"
+    return f'<section class="block needs-script" id="gallery"><h2>{title}</h2></section>'
+
+
+def picture_charts(found: Collected) -> str:
+    """What the pictures of each round are like, on held-out prompts."""
+    note = (
+        "Measured on the held-out pictures of every round. Colour that rises and variety that falls are how a reward "
+        "for pictures is gamed: the grid above says what these numbers look like."
+    )
+    parts = (light_chart, apart_chart, vendi_chart, drift_chart, doubtful_chart)
+    return group("pictures", "What the pictures are like", note, *(part(found) for part in parts))
+
+
+def lines_of(found: Collected, named: tuple[tuple[str, str, int], ...], factor: float = 1) -> list[Values]:
+    """The numbers of each name by round, scaled."""
+    return [
+        {round_: scaled(value, factor) for round_, value in numbers.by_round(found.reader, name).items()}
+        for _, name, _ in named
+    ]
+
+
+def scaled(value: Value, factor: float) -> Value:
+    low, high = (None if end is None else factor * end for end in (value.low, value.high))
+    return Value(factor * value.mean, low, high)
+
+
+def several(
+    found: Collected, slug: str, title: str, caption: str, named: tuple[tuple[str, str, int], ...], factor: float = 1
+) -> str:
+    """A chart of several numbers."""
+    values = lines_of(found, named, factor)
+    lines = [line(name, values[i], colour, LINES[i], SHAPES[i]) for i, (name, _, colour) in enumerate(named)]
+    return chart(found, slug, title, caption, *lines)
+
+
+def light_chart(found: Collected) -> str:
+    caption = "0 … 1: distance from grey; spread of luminance; mean luminance"
+    return several(found, "light", "Saturation, contrast, brightness", caption, LIGHT)
+
+
+def apart_chart(found: Collected) -> str:
+    caption = "how far two pictures of one prompt are apart, 0 … 1"
+    return several(found, "apart", "Variety of pictures", caption, APART)
+
+
+def vendi_chart(found: Collected) -> str:
+    values = numbers.by_round(found.reader, "vendi")
+    caption = "Vendi score: how many different pictures a prompt's group is worth"
+    return chart(found, "vendi", "Effective number of pictures", caption, line("Vendi", values, DIVERSITY))
+
+
+def drift_chart(found: Collected) -> str:
+    values = numbers.by_round(found.reader, "feature_drift")
+    caption = "1 − cosine to the start's picture of the same prompt and seed"
+    return chart(found, "drift", "Drift from the start", caption, line("drift", values, BEST_OF, "dashed", "hollow"))
+
+
+def doubtful_chart(found: Collected) -> str:
+    caption = "% of pixels that are 0 or 255; of pictures that repeat another; of samples without a picture"
+    shown = any(value.mean for values in lines_of(found, DOUBTFUL) for value in values.values())
+    return several(found, "doubtful", "Worth a look", caption, DOUBTFUL, 100) if shown else ""

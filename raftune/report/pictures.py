@@ -1,0 +1,187 @@
+"""The pictures of a page: each of them once, by the hash of its bytes, and as many as there is room for.
+
+Small ones are embedded whole, and need no library; of larger ones the page holds a thumbnail.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raftune.errors import ConfigError, DataError, RaftuneError
+from raftune.pictures import PIXELATED, mime_of, sha256_of_png, thumbnail
+from raftune.report.reading import Place, Reader
+from raftune.report.samples import PICTURE
+from raftune.store.parquet import first_line
+
+LONGEST = 256  # pixels of a thumbnail's longer side
+MOST_BYTES = 12_000_000  # of all pictures of a page
+OTHERS = 64  # more bytes that the page needs to name a picture and its size
+FIRST = 8  # items whose pictures are made before it is known how large they are
+Item = TypeVar("Item", bound=Mapping[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """A picture as a page holds it: a data address, the size of the original, and where that lies if it is larger."""
+
+    src: str
+    width: int
+    height: int
+    lies: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.src) + OTHERS + 64
+
+    def as_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"src": self.src, "width": self.width, "height": self.height}
+        return found if self.lies is None else found | {"lies": self.lies}
+
+
+@dataclass
+class Album:
+    """`shown` are the pictures of the page by hash; `made` are those at hand, also from the page before."""
+
+    reader: Reader
+    made: dict[str, Embedded | None] = field(default_factory=dict)
+    shown: dict[str, Embedded] = field(default_factory=dict)
+
+    @property
+    def room(self) -> int:
+        """The bytes that are left."""
+        return MOST_BYTES - sum(picture.nbytes for picture in self.shown.values())
+
+    def up_to(self, items: list[Item], most: int, names: Callable[[Item], Iterable[str]]) -> list[Item]:
+        """The first items whose pictures need no more than `most` bytes, one at least; what is shown is free."""
+        taken: list[Item] = []
+        spent, limit, ahead = 0, min(most, self.room), FIRST
+        while len(taken) < len(items):
+            batch = items[len(taken) : len(taken) + ahead]
+            self.make(name for item in batch for name in names(item))
+            for item in batch:
+                new = {name: made for name in names(item) if (made := self.made[name]) and name not in self.shown}
+                size = sum(made.nbytes for made in new.values())
+                if taken and spent + size > limit:
+                    return taken
+                spent += size
+                self.shown |= new
+                taken.append(item)
+            ahead = max(1, int((limit - spent) * len(taken) / spent)) if spent else len(items)
+        return taken
+
+    def make(self, names: Iterable[str]) -> None:
+        """Brings these pictures to hand; one that cannot be shown is noted, and is None."""
+        wanted = dict.fromkeys(name for name in names if name not in self.made)
+        self.made |= dict.fromkeys(wanted)
+        for name, place, png in found(self.reader, wanted):
+            self.made[name] = self.embedded(name, place, png)
+
+    def embedded(self, name: str, place: Place, png: bytes) -> Embedded | None:
+        """The picture as the page holds it; None, and a note, where these bytes are not that picture."""
+        try:
+            if sha256_of_png(png) != name:
+                raise DataError("it has changed since it was drawn")
+            return embed(png, str(place))
+        except ConfigError as error:
+            self.reader.note(
+                "the page", f"pictures larger than {PIXELATED} pixels cannot be shown: {first_line(error)}"
+            )
+        except (RaftuneError, ValueError) as error:
+            why = first_line(error).split(". ")[0]
+            self.reader.note(f"round {place.round}, {place.stage}", f"{place.file}: picture {name[:12]}…: {why}")
+        return None
+
+    def keep(self) -> None:
+        """Forgets what is at hand and not shown."""
+        for name in self.made.keys() - self.shown.keys():
+            del self.made[name]
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: picture.as_json() for name, picture in self.shown.items()}
+
+
+def found(reader: Reader, names: Iterable[str]) -> Iterator[tuple[str, Place, bytes]]:
+    """The bytes of each of these pictures that can be read, file by file."""
+    by_place: defaultdict[Place, list[str]] = defaultdict(list)
+    for name in names:
+        if place := reader.pictures.get(name):
+            by_place[place].append(name)
+    for place, here in sorted(by_place.items()):
+        waiting = set(here)
+        for table in reader.groups(place.round, place.stage, place.file, [PICTURE, "completion"]):
+            if table.num_columns < 2:
+                continue  # noted when its rows were read
+            kept = table.filter(pc.is_in(table.column(PICTURE), pa.array(sorted(waiting), pa.string())))
+            columns = (kept.column(column).to_pylist() for column in (PICTURE, "completion"))
+            for name, png in zip(*columns, strict=True):
+                if name in waiting and isinstance(png, bytes):
+                    waiting.discard(name)
+                    yield name, place, png
+
+
+def embed(png: bytes, lies: str) -> Embedded:
+    """The picture as a page holds it. Raises DataError for what is none, ConfigError for want of a library."""
+    width, height = size_of(png)
+    small = max(width, height) <= PIXELATED
+    if small:
+        require_whole(png)
+    shown = png if small else thumbnail(png, LONGEST)
+    address = f"data:{mime_of(shown)};base64,{base64.b64encode(shown).decode()}"
+    return Embedded(address, width, height, None if small else lies)
+
+
+# -- PNG, as far as a page needs it -----------------------------------------------------------------------------------
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # numbers a pixel, by the kind of colour
+
+
+def size_of(png: bytes) -> tuple[int, int]:
+    """Width and height, as the beginning of the file says. Raises DataError for what is no PNG."""
+    if not png.startswith(SIGNATURE) or len(png) < 33 or png[12:16] != b"IHDR":
+        raise DataError("it is no PNG")
+    width, height = struct.unpack(">II", png[16:24])
+    if not width or not height:
+        raise DataError(f"it has {width} x {height} pixels")
+    return width, height
+
+
+def require_whole(png: bytes) -> None:
+    """Raises DataError unless every part of a small PNG has its checksum, and all of its pixels are there."""
+    pixels = b"".join(body for kind, body in chunks(png) if kind == b"IDAT")
+    width, height = size_of(png)
+    depth, colour, interlaced = png[24], png[25], png[28]
+    needed = height * (1 + (width * depth * SAMPLES.get(colour, 0) + 7) // 8)
+    try:
+        there = len(zlib.decompressobj().decompress(pixels, needed + 1))
+    except zlib.error as error:
+        raise DataError(f"its pixels cannot be read: {error}") from error
+    if there != needed and not interlaced:
+        raise DataError(f"it has {there:,} bytes of pixels, not {needed:,}")
+
+
+def chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Kind and content of each part up to the last."""
+    at = len(SIGNATURE)
+    while at + 12 <= len(png):
+        (size,) = struct.unpack(">I", png[at : at + 4])
+        kind, body, check = png[at + 4 : at + 8], png[at + 8 : at + 8 + size], png[at + 8 + size : at + 12 + size]
+        if len(check) < 4 or struct.unpack(">I", check)[0] != zlib.crc32(body, zlib.crc32(kind)):
+            raise DataError("it is cut off, or a checksum in it is wrong")
+        if kind == b"IEND":
+            return
+        yield kind, body
+        at += 12 + size
+    raise DataError("it is cut off")
+
+
+__all__ = ["Album", "Embedded", "embed"]
