@@ -232,7 +232,8 @@ def finite_rows(x: torch.Tensor) -> NDArray[np.bool_]:
 def pixels_of(images: Sequence[Image.Image], like: torch.Tensor) -> torch.Tensor:
     """(N, 3, H, W) in [-1, 1], on the device and in the dtype of `like`; all images must be of one size."""
     stacked = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
-    return torch.from_numpy(stacked / 127.5 - 1).permute(0, 3, 1, 2).to(like.device, like.dtype)
+    device = "cpu" if like.device.type == "meta" else like.device  # a denoiser without weights lies nowhere
+    return torch.from_numpy(stacked / 127.5 - 1).permute(0, 3, 1, 2).to(device, like.dtype)
 
 
 class LastLatents:

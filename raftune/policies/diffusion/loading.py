@@ -1,43 +1,39 @@
-"""From a name or a folder to the frozen parts of a pipeline, and to a denoiser of some round.
+"""From a committed folder to the frozen parts of its pipeline, and to its denoiser.
 
 The frozen parts (text encoders, tokenizers, VAE, scheduler) are read once for a start and shared by all rounds. The
 denoiser is read anew each time, from a committed folder, and is nobody else's: what trained it wraps nothing here.
-
-What a folder is stands in its raftune.json, `Record`:
-
-    reference  the pipeline is elsewhere, at `model`, and had this fingerprint
-    pipeline   the folder itself is a whole pipeline
-    full       the folder holds a denoiser (unet/ or transformer/) that takes the place of the one at `model`
-    adapter    the folder holds a LoRA (pytorch_lora_weights.safetensors) on the denoiser of the start
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakValueDictionary
 
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 
 from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ConfigError, ModelError
-from raftune.policies.diffusion.binding import Binding
-from raftune.policies.diffusion.bindings import binding_class, binding_of
-from raftune.policies.diffusion.parts import INDEX, LORA, Part, denoiser_of, parts_of, read_index, refuse_missing_parts
+from raftune.policies.diffusion import adapters
+from raftune.policies.diffusion.bindings import binding_class
+from raftune.policies.diffusion.parts import Part, denoiser_of, read_index, refuse_missing_parts
+from raftune.policies.diffusion.places import (
+    PASSED_ON,
+    RECORD,
+    Record,
+    Source,
+    base_record,
+    first_line,
+    read_record,
+    source_of,
+)
 from raftune.quiet import quiet
 
-RECORD = "raftune.json"
-ADAPTER_NAME = "default"
 LARGE = 64 * 2**20  # bytes: a frozen part above this leaves the accelerator once it has done its work
 # What raftune tells from_pretrained itself, with the field to use.
 OURS = {
@@ -48,110 +44,6 @@ OURS = {
     "device_map": "policy.device",
     **dict.fromkeys(("use_safetensors", "trust_remote_code", "custom_pipeline", "custom_revision", "use_onnx"), ""),
 }
-PASSED_ON = frozenset({"cache_dir", "force_download", "local_files_only", "token", "proxies", "low_cpu_mem_usage"})
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a model folder is. `model` is a folder (one beginning with .. starts from this folder) or a hub name.
-
-    fingerprint: SHA-256 of the files of the pipeline at `model`, or hub:COMMIT; empty where it lies in the run itself.
-    """
-
-    kind: Literal["reference", "pipeline", "full", "adapter"]
-    model: str = ""
-    revision: str | None = None
-    fingerprint: str = ""
-    adapter: Mapping[str, Any] = field(default_factory=dict)  # of an adapter: what peft's LoraConfig was told
-
-    def write(self, folder: Path) -> None:
-        (folder / RECORD).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def read_record(folder: Path) -> Record:
-    """What the folder is. Raises ModelError where it does not say."""
-    try:
-        return Record(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{folder} must say in {RECORD} what it holds: {error}. Restore the folder.") from error
-
-
-@dataclass(frozen=True)
-class Source:
-    """A whole pipeline: its name as from_pretrained takes it, its revision, and the folder where its files are."""
-
-    name: str
-    revision: str | None
-    folder: Path
-
-
-def source_of(folder: Path, config: DiffusionPolicy) -> Source:
-    """The pipeline on which a model folder rests. Raises ModelError where it is gone."""
-    record = read_record(folder)
-    if record.kind == "pipeline":
-        return Source(str(folder), None, folder)
-    if record.fingerprint.startswith("hub:"):
-        return Source(record.model, record.revision, snapshot(record.model, record.revision, config))
-    place = (folder / record.model).resolve() if record.model.startswith("..") else Path(record.model)
-    if not place.is_dir():
-        raise ModelError(f"policy.model must still be where the run began; {place} is gone. Put it back.")
-    if (place / RECORD).is_file():
-        return source_of(place, config)
-    return Source(str(place), None, place)
-
-
-def base_record(start: Path) -> dict[str, Any]:
-    """What a round's record says of the pipeline beneath it: `model`, `revision`, `fingerprint`."""
-    record = read_record(start)
-    if record.kind == "pipeline":
-        return {"model": f"../../{start.parent.name}/{start.name}", "revision": None, "fingerprint": ""}
-    return {"model": record.model, "revision": record.revision, "fingerprint": record.fingerprint}
-
-
-def snapshot(name: str, revision: str | None, config: DiffusionPolicy) -> Path:
-    """The folder in the hub's cache that holds the pipeline, fetched where it is not there yet."""
-    try:
-        with quiet():
-            options = {"revision": revision, "variant": config.variant, "use_safetensors": True}
-            passed = {key: value for key, value in config.pipeline_init_kwargs.items() if key in PASSED_ON}
-            return Path(diffusers.DiffusionPipeline.download(name, **options, **passed))
-    except Exception as error:  # the hub's client has many ways to say that there is nothing
-        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
-        hint = (
-            "HF_HUB_OFFLINE is set: unset it, or download the pipeline first." if offline else "Check name and network."
-        )
-        at = f" at revision {revision!r}" if revision else ""
-        raise ModelError(
-            f"policy.model must be the folder or hub name of a pipeline; got {name!r}{at}, and there is no folder "
-            f"{Path(name).resolve()} and no pipeline of that name on the hub or in its cache "
-            f"({first_line(error)}). {hint}"
-        ) from error
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over the paths, sizes and contents of the pipeline's own files: its index, and those of each part."""
-    total = hashlib.sha256()
-    names = {part.name for part in parts_of(read_index(folder))}
-    found = [folder / INDEX, *(path for name in names for path in (folder / name).rglob("*"))]
-    for path in sorted(path for path in found if path.is_file() and not path.name.startswith(".")):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0{content}\n".encode())
-    return total.hexdigest()
-
-
-def verify(start: Path) -> None:
-    """Raises ModelError if the pipeline that the start folder refers to is gone or has changed."""
-    record = read_record(start)
-    if not record.fingerprint or record.fingerprint.startswith("hub:"):
-        return
-    if not Path(record.model).is_dir():
-        raise ModelError(f"policy.model must still be where the run began; {record.model} is gone. Put it back.")
-    if (now := fingerprint(Path(record.model))) != record.fingerprint:
-        raise ModelError(
-            f"policy.model must not change during a run; {record.model} was {record.fingerprint[:12]} and is "
-            f"{now[:12]}. Put the files back, or start a new run."
-        )
 
 
 # -- the frozen parts --------------------------------------------------------------------------------------------------
@@ -166,11 +58,6 @@ class Frozen:
     def __init__(self, pipe: Any, denoiser: Part) -> None:
         self.pipe, self.denoiser = pipe, denoiser
         self.encoded: dict[Any, Any] = {}  # filled by encoding.Prompts, which bounds it
-
-    @property
-    def binding(self) -> Binding:
-        """What answers without the denoiser's weights: encode, to_latents, latent_shape."""
-        return binding_of(self.pipe)
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
@@ -232,7 +119,7 @@ def read_frozen(config: DiffusionPolicy, source: Source) -> Frozen:
         with quiet():
             pipe = diffusers.DiffusionPipeline.from_pretrained(
                 str(source.folder),
-                variant=config.variant,
+                variant=source.variant,
                 **{part.name: hollow(source.folder, part), **options, **config.pipeline_init_kwargs},
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
@@ -251,6 +138,16 @@ def hollow(folder: Path, part: Part) -> Any:
     kind = getattr(diffusers, part.kind)
     with init_empty_weights():
         return kind.from_config(kind.load_config(str(folder / part.name)))
+
+
+def refuse_unmerged(pipe: Any) -> None:
+    """Raises ModelError for a pipeline with a LoRA on it: saved as it is, its weights would bear other names."""
+    loaded = [name for name, part in pipe.components.items() if getattr(part, "peft_config", None)]
+    if loaded:
+        raise ModelError(
+            f"a pipeline given as an object must have no LoRA on it; its {loaded[0]} has one. Merge it first: "
+            "pipe.fuse_lora(); pipe.unload_lora_weights()."
+        )
 
 
 def refuse_init_kwargs(given: Mapping[str, Any], pipeline: Any) -> None:
@@ -285,14 +182,10 @@ def load_denoiser(config: DiffusionPolicy, folder: Path, start: Path, *, train: 
     device = choose_device(config.device)
     record = read_record(folder)
     if record.kind == "adapter":
-        rests_on_itself = folder.resolve() == start.resolve()
-        model = _of_pipeline(config, folder) if rests_on_itself else load_denoiser(config, start, start, train=False)
-        attach(model, folder, record)
-        if not train:
-            model.requires_grad_(False)
-            if model.dtype == torch.float32:
-                model.fuse_lora()
-                model.unload_lora()
+        model = _beneath(config, folder, record, start)
+        adapters.attach(model, folder)
+        if not train and model.dtype == torch.float32:
+            adapters.merge(model)
     elif record.kind == "full":
         source = source_of(folder, config)
         part = denoiser_of(read_index(source.folder))
@@ -302,10 +195,20 @@ def load_denoiser(config: DiffusionPolicy, folder: Path, start: Path, *, train: 
     return model.to(device).eval()
 
 
+def _beneath(config: DiffusionPolicy, folder: Path, record: Record, start: Path) -> Any:
+    """The denoiser on which a folder's LoRA rests: that of the run's start, or of what the start itself names."""
+    if folder.resolve() != start.resolve():
+        return load_denoiser(config, start, start, train=False)
+    place = (folder / record.model).resolve()
+    if (place / RECORD).is_file():
+        return load_denoiser(config, place, place, train=False)
+    return _of_pipeline(config, folder)
+
+
 def _of_pipeline(config: DiffusionPolicy, folder: Path) -> Any:
     """The denoiser of the pipeline on which a folder rests."""
     source = source_of(folder, config)
-    return read_denoiser(config, source.folder, denoiser_of(read_index(source.folder)), config.variant)
+    return read_denoiser(config, source.folder, denoiser_of(read_index(source.folder)), source.variant)
 
 
 def read_denoiser(config: DiffusionPolicy, folder: Path, part: Part, variant: str | None) -> Any:
@@ -335,22 +238,6 @@ def read_denoiser(config: DiffusionPolicy, folder: Path, part: Part, variant: st
     return model
 
 
-def attach(model: Any, folder: Path, record: Record) -> None:
-    """Puts a folder's LoRA onto the denoiser, under the name "default". Raises ModelError where it does not fit."""
-    path = folder / LORA
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        beginnings = {name.split(".", 1)[0] for name in tensors}
-        if beginnings <= {"unet", "transformer"}:  # as pipelines save it; a denoiser by itself saves without
-            tensors = {name.split(".", 1)[1]: tensor for name, tensor in tensors.items()}
-        with quiet():
-            told = {"metadata": dict(record.adapter)} if record.adapter else {}
-            model.load_lora_adapter(tensors, prefix=None, adapter_name=ADAPTER_NAME, **told)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{path} must be a LoRA of this denoiser: {first_line(error)}. Restore the file.") from error
-
-
 def choose_device(wanted: str) -> torch.device:
     """The device that `policy.device` stands for: auto takes CUDA, then MPS, then the CPU."""
     if wanted == "auto":
@@ -378,5 +265,14 @@ def nbytes_of(module: torch.nn.Module) -> int:
     return sum(weight.nbytes for weight in module.parameters() if weight.device.type != "meta")
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def refuse_not_finite(modules: Mapping[str, torch.nn.Module]) -> None:
+    """Raises ModelError for the first weight that is a NaN or an infinity."""
+    for part, module in modules.items():
+        for name, weight in module.named_parameters():
+            if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+                raise ModelError(
+                    f"policy.model must have finite weights; {part}/{name} has a NaN or an infinity. Use another model."
+                )
+
+
+__all__ = ["Frozen", "Record", "base_record", "choose_device", "load_denoiser", "load_pipeline"]

@@ -1,0 +1,112 @@
+"""Prompts as conditions of the denoiser: each distinct one is read once, for all its images and all rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from raftune.errors import DataError
+from raftune.plain import one_line
+from raftune.policies.diffusion.binding import Binding, Conditions
+from raftune.policies.diffusion.loading import Frozen
+from raftune.quiet import quiet
+from raftune.records import Prompt
+
+LIMIT = 2**30  # bytes of conditions that are remembered, on the CPU
+
+
+class Encoder:
+    """Reads prompts with a pipeline's text encoders, one at a time, so that no prompt depends on its neighbours.
+
+    What was read is remembered with the frozen parts; beyond `limit` bytes, what was asked for longest ago is dropped.
+    """
+
+    def __init__(self, frozen: Frozen, binding: Binding, device: torch.device, limit: int = LIMIT) -> None:
+        self.frozen, self.binding, self.device, self.limit = frozen, binding, device, limit
+        self._reading = tuple(sorted((name, repr(value)) for name, value in binding.reading().items()))
+        self._cut: dict[str, str] = {}
+        self._asked: set[str] = set()
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditions:
+        """The conditions of the prompts, a row each, on the CPU. Raises DataError for a prompt that is not fit."""
+        self._note_cuts(prompts)
+        return Conditions.joined(self._recalled([self._key(prompt.content) for prompt in prompts], prompts))
+
+    def empty(self, negative: str | None = None) -> Conditions:
+        """One row: no prompt, or the negative one."""
+        key = ("empty", repr(negative), *self._reading)
+        if key not in self.frozen.encoded:
+            with torch.inference_mode(False), torch.no_grad(), quiet(), self._text_encoders():
+                self.frozen.encoded[key] = self.binding.empty(negative).to("cpu")
+        return self.frozen.encoded[key]
+
+    def _key(self, content: Any) -> tuple[Any, ...]:
+        return (type(content).__name__, repr(content), *self._reading)
+
+    def _recalled(self, keys: Sequence[tuple[Any, ...]], prompts: Sequence[Prompt]) -> list[Conditions]:
+        memory = self.frozen.encoded
+        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in memory}
+        if missing:
+            with torch.inference_mode(False), torch.no_grad(), quiet(), self._text_encoders():
+                for key, prompt in missing.items():
+                    memory[key] = self._read(prompt)
+        found = [memory[key] for key in keys]
+        for key in keys:  # the latest stand last
+            memory[key] = memory.pop(key)
+        self._forget()
+        return found
+
+    def _read(self, prompt: Prompt) -> Conditions:
+        try:
+            return self.binding.encode([prompt.content]).to("cpu")
+        except DataError as error:
+            raise DataError(f"prompt {prompt.id}: {error}") from error
+
+    def _forget(self) -> None:
+        memory = self.frozen.encoded
+        held = sum(one.nbytes for one in memory.values())
+        for key in list(memory):
+            if held <= self.limit:
+                return
+            held -= memory.pop(key).nbytes
+
+    def _text_encoders(self) -> Any:
+        return self.frozen.on(self.device, "text_encoder")
+
+    # -- prompts that are longer than what is read ---------------------------------------------------------------------
+
+    def _note_cuts(self, prompts: Iterable[Prompt]) -> None:
+        """Remembers which prompts have more tokens than every text encoder reads, with what is not seen of them."""
+        for prompt in prompts:
+            if isinstance(prompt.content, str) and prompt.content not in self._asked:
+                self._asked.add(prompt.content)
+                if (unseen := self.unseen(prompt.content)) is not None:
+                    self._cut[prompt.content] = unseen
+
+    def unseen(self, text: str) -> str | None:
+        """The end of a prompt that no text encoder reads; None where one reads it to the end."""
+        limits = self.binding.text_limits()
+        if not limits:
+            return None
+        name = max(limits, key=lambda name: limits[name])
+        tokenizer, limit = getattr(self.binding.pipe, name), limits[name]
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        if len(ids) <= limit:
+            return None
+        kept = limit - tokenizer.num_special_tokens_to_add()  # what is cut is the text: its end token stays
+        bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return str(tokenizer.decode(bare[kept:]))
+
+    def notes(self) -> tuple[str, ...]:
+        """How many prompts are not read to their end, with one of them."""
+        if not self._cut:
+            return ()
+        text, unseen = next(iter(self._cut.items()))
+        limit = max(self.binding.text_limits().values())
+        verb = "is" if len(self._cut) == 1 else "are"
+        return (
+            f"{len(self._cut)} of {len(self._asked)} prompts {verb} longer than the {limit} tokens that the text "
+            f"encoder reads; what follows is not seen: {one_line(unseen)[:60]!r} of {one_line(text)[:40]!r}",
+        )

@@ -1,0 +1,253 @@
+"""The diffusion family: any pipeline of diffusers that a binding knows, behind the protocol Policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+from transformers import TrainerCallback
+
+from raftune.config.policy import DiffusionPolicy
+from raftune.config.sampling import SamplingConfig
+from raftune.config.tuning import TuningConfig
+from raftune.policies.dials import all_but, refuse_unused
+from raftune.policies.diffusion import loading, places, starting
+from raftune.policies.diffusion.adopting import adopted
+from raftune.policies.diffusion.binding import Binding, Call
+from raftune.policies.diffusion.bindings import binding_of
+from raftune.policies.diffusion.calling import call_of, is_guided
+from raftune.policies.diffusion.drawing import draw, payload_of
+from raftune.policies.diffusion.encoding import Encoder
+from raftune.policies.diffusion.latents import FIELDS
+from raftune.protocols import TuneReport, Unit
+from raftune.records import INVALID, Prompt, Sample
+
+PAYLOAD = pa.schema(
+    [
+        pa.field("completion", pa.binary()),
+        pa.field("image_sha256", pa.string()),
+        pa.field(INVALID, pa.string()),
+        *FIELDS,
+    ]
+)
+DRAWN_BY = ("num_generations", "diffusion", "batch_size", "unit_size", "candidate_columns", "teacher")
+
+
+class RunParts(Protocol):
+    """What of a run's configuration shapes this family."""
+
+    @property
+    def policy(self) -> Any: ...
+    @property
+    def sampling(self) -> SamplingConfig: ...
+    @property
+    def tuning(self) -> TuningConfig: ...
+    @property
+    def seed(self) -> int: ...
+
+
+class Diffusion:
+    """A pipeline whose denoiser is read from a committed folder when first needed; its frozen parts are shared.
+
+    The instance that draws is never the one that was trained: tuning loads a denoiser of its own and lets it go.
+    """
+
+    media = "image"
+    payload = PAYLOAD
+
+    def __init__(self, config: RunParts, folder: Path, start: Path) -> None:
+        self.config, self.folder, self.start_folder = config, folder, start
+        self.device = loading.choose_device(config.policy.device)
+        self._frozen: loading.Frozen | None = None
+        self._drawer: Binding | None = None
+        self._notes: dict[str, None] = {}
+
+    @classmethod
+    def load(cls, config: RunParts, folder: Path, start: Path) -> Diffusion:
+        """The policy of a committed model folder; `start` is the run's start folder, on which every round rests."""
+        return cls(config, folder, start)
+
+    @classmethod
+    def start(cls, config: RunParts, out: Path, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
+        """Writes the start pipeline into `out` and says what it is.
+
+        Raises ModelError where it is unfit: parts missing, an architecture or a scheduler that cannot be tuned here,
+        weights that are not finite, a binding that fails the oracle. Raises ConfigError for dials that mean nothing.
+        """
+        assert isinstance(config.policy, DiffusionPolicy)
+        refuse_unread(config)
+        loading.choose_device(config.policy.device)
+        out.mkdir(parents=True, exist_ok=True)
+        starting.begin(config.policy, out, model, tunes=getattr(config, "num_rounds", 1) > 0)
+        return cls(config, out, out).facts()
+
+    @classmethod
+    def section_at(cls, policy: Mapping[str, Any], folder: Path, start: Path) -> dict[str, Any]:
+        """The `policy` section, made that of a run which begins from this committed folder of a run with this start."""
+        if places.read_record(folder).kind == "reference":
+            return dict(policy)
+        return {**policy, "model": str(folder), "revision": None}
+
+    @classmethod
+    def verify(cls, start: Path) -> None:
+        """Raises ModelError if the pipeline that the start folder refers to is gone or has changed."""
+        places.verify(start)
+
+    def facts(self) -> dict[str, Any]:
+        """What the start is, for the record and for planning. Raises ModelError, ConfigError where it is unfit."""
+        from raftune.policies.diffusion.oracle import refuse_unproven
+        from raftune.policies.diffusion.schedules import schedule_of
+
+        call, pipe = self.call, self.frozen.pipe
+        shape = self.blank.latent_shape(call.height, call.width)
+        schedule_of(pipe, self.blank.denoiser, shape)
+        denoiser = self.drawer.denoiser
+        loading.refuse_not_finite({**self.frozen.modules, self.frozen.denoiser.name: denoiser})
+        with self.frozen.on(self.device, "vae", "text_encoder"):
+            refuse_unproven(self.drawer, call.kwargs)
+        return {
+            "architecture": type(pipe).__name__,
+            "denoiser": type(denoiser).__name__,
+            "parameters": sum(weight.numel() for weight in denoiser.parameters()),
+            "frozen_bytes": self.frozen.nbytes,
+            "dtype": self.config.policy.dtype,
+            "scheduler": type(pipe.scheduler).__name__,
+            "height": call.height,
+            "width": call.width,
+            "num_inference_steps": call.num_inference_steps,
+            "guidance_scale": call.guidance_scale,
+            "forwards_per_step": 2 if is_guided(self.blank, call) else 1,
+            "latents_shape": list(shape),
+            "model": self.config.policy.model,
+            "notes": [],
+        }
+
+    # -- what is held --------------------------------------------------------------------------------------------------
+
+    @property
+    def frozen(self) -> loading.Frozen:
+        """The parts that no round changes; read on first use, and the same for all rounds while anyone holds them."""
+        if self._frozen is None:
+            self._frozen = loading.load_pipeline(self.config.policy, self.start_folder)
+        return self._frozen
+
+    shared = frozen
+
+    @cached_property
+    def blank(self) -> Binding:
+        """The binding without the denoiser's weights: it encodes prompts and pictures, and knows sizes."""
+        return self.bound(None)
+
+    @property
+    def drawer(self) -> Binding:
+        """The binding with this folder's denoiser, on the device; read on first use."""
+        if self._drawer is None:
+            denoiser = loading.load_denoiser(self.config.policy, self.folder, self.start_folder, train=False)
+            self._drawer = self.bound(denoiser)
+        return self._drawer
+
+    def bound(self, denoiser: Any) -> Binding:
+        """The binding over the pipeline with this denoiser; None: with one that has no weights."""
+        pipe = self.frozen.pipe if denoiser is None else self.frozen.with_denoiser(denoiser)
+        return binding_of(pipe, self.config.sampling.diffusion.pipeline_kwargs)
+
+    @cached_property
+    def call(self) -> Call:
+        """How the pipeline is called in this run."""
+        return call_of(self.blank, self.config.sampling.diffusion)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Reads prompts, each distinct one once for all rounds."""
+        return Encoder(self.frozen, self.blank, self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in memory, the frozen parts among them; 0 before any are read."""
+        held = 0 if self._frozen is None else self._frozen.nbytes
+        return held + (0 if self._drawer is None else loading.nbytes_of(self._drawer.denoiser))
+
+    # -- drawing -------------------------------------------------------------------------------------------------------
+
+    def draw(self, unit: Unit) -> list[Sample]:
+        """All samples of the unit, prompt by prompt, k ascending. Raises DataError, ModelError, OutOfMemory.
+
+        Evaluation units have no latents: nothing is ever tuned on them.
+        """
+        order = [(i, k) for i, seeds in enumerate(unit.seeds) for k in range(len(seeds))]
+        conditions = self.encoder.encode(unit.prompts).take([i for i, _ in order])
+        seeds = [unit.seeds[i][k] for i, k in order]
+        payloads = self._payloads(conditions, seeds, unit)
+        return [
+            Sample(
+                id=unit.sample_id(unit.prompts[i], k),
+                prompt_id=unit.prompts[i].id,
+                k=k,
+                source="policy",
+                seed=unit.seeds[i][k],
+                version=unit.version,
+                completion=payload.pop("completion"),
+                payload=payload,
+            )
+            for (i, k), payload in zip(order, payloads, strict=True)
+        ]
+
+    def _payloads(self, conditions: Any, seeds: Sequence[int], unit: Unit) -> list[dict[str, Any]]:
+        call, learned = self.call, not unit.scope.endswith("e")
+        negative = None
+        if is_guided(self.blank, call):
+            negative = self.encoder.empty(self.config.sampling.diffusion.negative_prompt)
+        drawer = self.drawer
+        with self.frozen.on(self.device, "vae", "safety_checker"):
+            batches = draw(drawer, conditions, negative, seeds, call, unit.batch_size, self.device)
+            return [
+                payload_of(batch, row, with_latents=learned) for batch in batches for row in range(len(batch.images))
+            ]
+
+    def adopt(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
+        """The payload of somebody else's picture: its PNG, and its latents as the VAE gives them.
+
+        `answer` is a picture of the run's size: PNG or JPEG bytes, a PIL image, a path, or a mapping of `bytes` and
+        `path` as `datasets` has it. A teacher's draw that came to nothing is taken over as such. Raises DataError.
+        """
+        with self.frozen.on(self.device, "vae"):
+            return adopted(self.blank, prompt, answer, source, (self.call.height, self.call.width))
+
+    # -- learning ------------------------------------------------------------------------------------------------------
+
+    def tune(self, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()) -> TuneReport:
+        """Fits the denoiser to the rows and writes the new model into `out`; continues from what lies in `work`.
+
+        Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
+        """
+        from raftune.policies.diffusion.tuning import tune
+
+        self._drawer = None  # one large model at a time
+        report, notes = tune(self, rows, work, out, callbacks)
+        self._notes |= dict.fromkeys(notes)
+        return report
+
+    def export(self, out: Path) -> None:
+        """Writes this policy's model so that plain diffusers loads it from `out`, wherever that is."""
+        from raftune.policies.diffusion.saving import export
+
+        denoiser = loading.load_denoiser(self.config.policy, self.folder, self.start_folder, train=True)
+        binding = self.bound(denoiser)
+        export(binding.pipe, binding, out)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how this policy read prompts, drew and was tuned, each once."""
+        read = self.encoder.notes() if "encoder" in vars(self) else ()
+        return (*self._notes, *read)
+
+
+def refuse_unread(config: RunParts) -> None:
+    """Raises ConfigError for dials of text that mean nothing to pictures."""
+    unread = [*all_but(config.sampling, "sampling", DRAWN_BY), "tuning.mask_truncated_completions"]
+    refuse_unused(config, "diffusion", unread)
+
+
+__all__ = ["PAYLOAD", "Diffusion"]
