@@ -81,8 +81,9 @@ class Diffusion:
         refuse_unread(config)
         loading.choose_device(config.policy.device)
         out.mkdir(parents=True, exist_ok=True)
-        starting.begin(config.policy, out, model, tunes=getattr(config, "num_rounds", 1) > 0)
-        return cls(config, out, out).facts()
+        tunes = getattr(config, "num_rounds", 1) > 0
+        starting.begin(config.policy, out, model, tunes=tunes)
+        return cls(config, out, out).facts(tunes=tunes)
 
     @classmethod
     def section_at(cls, policy: Mapping[str, Any], folder: Path, start: Path) -> dict[str, Any]:
@@ -96,18 +97,20 @@ class Diffusion:
         """Raises ModelError if the pipeline that the start folder refers to is gone or has changed."""
         places.verify(start)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, *, tunes: bool) -> dict[str, Any]:
         """What the start is, for the record and for planning. Raises ModelError, ConfigError where it is unfit."""
         from raftune.policies.diffusion.oracle import refuse_unproven
-        from raftune.policies.diffusion.schedules import schedule_of
+        from raftune.policies.diffusion.tuning import refuse_untunable
 
         call, pipe = self.call, self.frozen.pipe
         shape = self.blank.latent_shape(call.height, call.width)
-        schedule_of(pipe, self.blank.denoiser, shape)
+        if tunes:  # needs no weights, so a large model is not read in vain
+            refuse_untunable(self.config, self.blank, shape)
         denoiser = self.drawer.denoiser
         loading.refuse_not_finite({**self.frozen.modules, self.frozen.denoiser.name: denoiser})
-        with self.frozen.on(self.device, "vae", "text_encoder"):
-            refuse_unproven(self.drawer, call.kwargs)
+        if tunes:
+            with self.frozen.on(self.device, "vae", "text_encoder"):
+                refuse_unproven(self.drawer, call.kwargs)
         return {
             "architecture": type(pipe).__name__,
             "denoiser": type(denoiser).__name__,
