@@ -1,0 +1,1 @@
+"""The paper's diffusion tasks: how what came of them is shown."""

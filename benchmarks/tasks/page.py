@@ -1,0 +1,157 @@
+"""The results of the diffusion tasks as one page of markdown, and a picture of each: base, control and RAFT."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}  # the 97.5 % quantile of Student's t by degrees of freedom
+LABELS = {"base": "base", "random": "control: one of K by chance", "raft": "RAFT"}
+NAMES = {
+    "reward": "reward",
+    "held_out": "judge",
+    "feature_distance": "CLIP distance in a group",
+    "vendi": "Vendi score",
+    "pixel_distance": "pixel distance in a group",
+    "drift": "drift from the base",
+    "saturation": "saturation",
+    "contrast": "contrast",
+}
+COLUMNS = ("reward", "held_out", "feature_distance", "vendi", "pixel_distance", "drift", "saturation", "contrast")
+ROWS, SCALE, GAP = 6, 2, 6  # of the pictures: prompts a seed shows, magnification, pixels between two
+
+Values = Mapping[tuple[str, str, int], Mapping[str, float]]  # by arm, set and seed
+
+
+def write_page(
+    tasks: Sequence[Any], arms: Sequence[str], seeds: int, held_out: int, draws: int, work: Path, out: Path
+) -> Path:
+    """results.md and a PNG for each set of each task, in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = opening(seeds, held_out, draws)
+    for task in tasks:
+        values = read(task, arms, seeds, work)
+        lines += [f"## {task.title}", "", settings_in_words(task), ""]
+        for split, title in task.sets.items():
+            lines += [f"### On {title}", "", *table(arms, split, seeds, values), ""]
+            lines += [*contrasts(split, seeds, values), ""]
+            name = f"{task.name}-{split}.png"
+            grid(task.name, arms, split, work).save(out / name, optimize=True)
+            lines += [f"![{task.title}: base, control and RAFT at the same captions and seeds]({name})", ""]
+    path = out / "results.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def opening(seeds: int, held_out: int, draws: int) -> list[str]:
+    return [
+        "# The paper's diffusion tasks, at a size that runs on two cores",
+        "",
+        f"The bundled pipeline, {seeds} seeds, K = 8, twelve steps without guidance, sixty optimizer steps a "
+        f"round. Each arm's last model is judged on {held_out} captions of a set with {draws} pictures each, the "
+        "same captions and seeds for every arm. The judge is a classifier that nothing was trained on: the share "
+        "of a caption's four attributes that the picture has. Distances and the Vendi score (1 to the number of "
+        "pictures) are among the pictures of one caption, by the reward model's CLIP features; drift is one less "
+        "the cosine to the base's picture of the same caption and seed. Cells are means over seeds, with each "
+        "seed's value in brackets. `python benchmarks/images.py` makes this page.",
+        "",
+    ]
+
+
+def settings_in_words(task: Any) -> str:
+    return f"{task.rounds} rounds of {task.prompts} captions; reward `{task.reward}`, learning rate {task.rate:g}."
+
+
+def read(task: Any, arms: Sequence[str], seeds: int, work: Path) -> Values:
+    """The numbers of every arm, set and seed, the drift from the base among them."""
+    found: dict[tuple[str, str, int], dict[str, float]] = {}
+    for seed in range(seeds):
+        results = {
+            arm: json.loads((work / "results" / f"{task.name}-{arm}-{seed}.json").read_text())["sets"] for arm in arms
+        }
+        for split in task.sets:
+            base = features(work, task.name, "base", seed, split)
+            for arm in arms:
+                drift = float(np.nanmean(1 - np.sum(base * features(work, task.name, arm, seed, split), axis=1)))
+                found[arm, split, seed] = {**results[arm][split], "drift": drift}
+    return found
+
+
+def shards(work: Path, task: str, arm: str, seed: int, split: str, stage: str) -> list[Path]:
+    return sorted(
+        (work / "judged" / f"{task}-{arm}-{seed}-{split}" / "round-0000" / "evaluate" / stage).glob("unit-*.parquet")
+    )
+
+
+def features(work: Path, task: str, arm: str, seed: int, split: str) -> Any:
+    """(N, d) the CLIP features of the judged pictures, of length 1, by their ids; NaN where there is none."""
+    import pyarrow.parquet as pq
+
+    rows = [row for path in shards(work, task, arm, seed, split, "features") for row in pq.read_table(path).to_pylist()]
+    rows.sort(key=lambda row: row["sample_id"])
+    width = max(len(row["features"] or ()) for row in rows)
+    return np.array([row["features"] or [math.nan] * width for row in rows], dtype=np.float64)
+
+
+def table(arms: Sequence[str], split: str, seeds: int, values: Values) -> list[str]:
+    shown = [name for name in COLUMNS if all(name in values[arm, split, 0] for arm in arms)]
+    lines = ["| arm | " + " | ".join(NAMES[name] for name in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    for arm in arms:
+        cells = [cell([values[arm, split, seed][name] for seed in range(seeds)]) for name in shown]
+        lines.append(f"| {LABELS[arm]} | {' | '.join(cells)} |")
+    return lines
+
+
+def cell(values: Sequence[float]) -> str:
+    each = ", ".join(f"{value:.3g}" for value in values)
+    return f"{statistics.fmean(values):.3g} ({each})" if len(values) > 1 else each
+
+
+def contrasts(split: str, seeds: int, values: Values) -> list[str]:
+    """RAFT against the base and against the control, by the reward and by the judge, with 95 % t-intervals."""
+    lines = []
+    for name in ("reward", "held_out"):
+        for other in ("base", "random"):
+            each = [values["raft", split, seed][name] - values[other, split, seed][name] for seed in range(seeds)]
+            lines.append(f"- RAFT less {LABELS[other]}, by the {NAMES[name]}: {in_words(each)}.")
+    return lines
+
+
+def in_words(each: Sequence[float]) -> str:
+    listed = ", ".join(f"{value:+.3g}" for value in each)
+    if len(each) < 2:
+        return listed
+    half = T.get(len(each) - 1, 2.0) * statistics.stdev(each) / math.sqrt(len(each))
+    return f"{statistics.fmean(each):+.3g} ± {half:.2g}; by seed {listed}"
+
+
+def grid(task: str, arms: Sequence[str], split: str, work: Path) -> Any:
+    """The first pictures of seed 0: a column a caption, a row an arm, base first."""
+    import io
+
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    columns = ROWS * 2
+    rows = []
+    for arm in arms:
+        first = {}
+        for path in shards(work, task, arm, 0, split, "draw"):
+            for row in pq.read_table(path, columns=["prompt_id", "k", "completion"]).to_pylist():
+                if row["k"] == 0 and row["completion"] is not None:
+                    first[row["prompt_id"]] = Image.open(io.BytesIO(row["completion"])).convert("RGB")
+        rows.append(first)
+    shared = sorted(set.intersection(*(set(row) for row in rows)))[:columns]
+    side = rows[0][shared[0]].width * SCALE
+    sheet = Image.new("RGB", (len(shared) * (side + GAP) + GAP, len(rows) * (side + GAP) + GAP), "white")
+    for y, row in enumerate(rows):
+        for x, prompt in enumerate(shared):
+            picture = row[prompt].resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(picture, (GAP + x * (side + GAP), GAP + y * (side + GAP)))
+    return sheet
