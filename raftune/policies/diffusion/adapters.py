@@ -41,7 +41,7 @@ def attach_fresh(model: Any, config: AdapterConfig, seed: int) -> None:
     """Gives the denoiser a trainable LoRA whose product is zero; its random half depends on the seed alone."""
     lora = LoraConfig(
         r=config.r,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft takes any number
+        lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets(model, config),
     )

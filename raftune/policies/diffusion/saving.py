@@ -13,10 +13,9 @@ LoRA as it is, or a whole pipeline that DiffusionPipeline.from_pretrained loads.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,9 +24,6 @@ from raftune.policies.diffusion import adapters
 from raftune.policies.diffusion.binding import Binding
 from raftune.policies.diffusion.places import Record
 from raftune.quiet import quiet
-
-if TYPE_CHECKING:
-    from raftune.policies.diffusion.policy import Diffusion
 
 OPTIMIZER = "optimizer.safetensors"
 PLACE = "_name_or_path"  # diffusers notes where a part was loaded from: a path of the machine that ran
@@ -44,7 +40,7 @@ def write_model(
     out.mkdir(parents=True, exist_ok=True)
     adapted = adapters.is_adapted(binding.denoiser)
     if adapted:
-        adapters.write(binding.denoiser, out, binding.denoiser_name if binding.lora_layers else None)
+        write_adapter(binding, out)
     else:
         with quiet():
             binding.denoiser.save_pretrained(out / binding.denoiser_name)
@@ -54,16 +50,20 @@ def write_model(
         save_file(dict(sorted(optimizer.items())), out / OPTIMIZER, metadata={"format": "pt"})
 
 
-def export(policy: Diffusion, out: Path) -> None:
-    """Writes the policy's model for other hands: the LoRA of a folder that holds one, else a whole pipeline."""
+def export(pipe: Any, binding: Binding, out: Path) -> None:
+    """Writes a whole pipeline, or the LoRA alone where the denoiser has one, so that diffusers or peft loads it."""
     out.mkdir(parents=True, exist_ok=True)
-    if lora := adapters.files_of(policy.folder):
-        for path in lora:
-            shutil.copyfile(path, out / path.name)
+    if adapters.is_adapted(binding.denoiser):
+        write_adapter(binding, out)
         return
     with quiet():
-        policy.drawer.pipe.save_pretrained(out)
+        pipe.save_pretrained(out)
     forget_places(out)
+
+
+def write_adapter(binding: Binding, out: Path) -> None:
+    """Writes the LoRA for the pipeline's load_lora_weights, or for peft where the pipeline has none."""
+    adapters.write(binding.denoiser, out, binding.denoiser_name if binding.lora_layers else None)
 
 
 def forget_places(folder: Path) -> None:

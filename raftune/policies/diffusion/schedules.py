@@ -67,22 +67,24 @@ class VariancePreserving(Schedule):
         )
 
     def times(self, shares: torch.Tensor) -> torch.Tensor:
-        steps = self.scheduler.config.num_train_timesteps
+        steps = int(self.scheduler.config.num_train_timesteps)
         return (shares * steps).long().clamp(0, steps - 1)
 
     def noised(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self.scheduler.add_noise(x0, noise, t)
+        noisy: torch.Tensor = self.scheduler.add_noise(x0, noise, t)
+        return noisy
 
     def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         if self.prediction == "v_prediction":
-            return self.scheduler.get_velocity(x0, noise, t)
+            velocity: torch.Tensor = self.scheduler.get_velocity(x0, noise, t)
+            return velocity
         return noise if self.prediction == "epsilon" else x0
 
     def weights(self, t: torch.Tensor, gamma: float | None) -> torch.Tensor:
         """Min-SNR (Hang et al. 2023): the loss on x0 weighted by min(snr, gamma), put in terms of the prediction."""
         if gamma is None:
             return torch.ones(t.shape, device=t.device)
-        snr = compute_snr(self.scheduler, t)
+        snr: torch.Tensor = compute_snr(self.scheduler, t)
         least = snr.clamp(max=gamma)
         if self.prediction == "sample":
             return least
@@ -104,7 +106,8 @@ class FlowMatching(Schedule):
     def times(self, shares: torch.Tensor) -> torch.Tensor:
         if self.mu is None:
             return self.steps * self.shift * shares / (1 + (self.shift - 1) * shares)
-        return self.steps * self.sampler.time_shift(self.mu, 1.0, shares)
+        shifted: torch.Tensor = self.sampler.time_shift(self.mu, 1.0, shares)
+        return self.steps * shifted
 
     def noised(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         sigma = self.sigma(t, x0)
@@ -194,7 +197,7 @@ def tokens(denoiser: Any, latent_shape: tuple[int, int, int]) -> int:
     """How many tokens a transformer sees of such a latent, whether it cuts patches itself or is given them packed."""
     channels, height, width = latent_shape
     config = denoiser.config
-    return channels * height * width // (config.in_channels * config.get("patch_size", 1) ** 2)
+    return channels * height * width // int(config.in_channels * config.get("patch_size", 1) ** 2)
 
 
 def shift_at(config: Any, tokens: int) -> float:
