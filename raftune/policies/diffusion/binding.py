@@ -124,7 +124,8 @@ class Binding(ABC):
         """(N, C, h, w) the clean latents of images that were not drawn here."""
         vae = self.pipe.vae
         found: torch.Tensor = vae.encode(pixels_of(images, next(vae.parameters()))).latent_dist.sample(generator)
-        return (found - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        scaled: torch.Tensor = (found - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        return scaled
 
     def to_pixels(self, x0: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in [0, 1]: the images that these clean latents stand for."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from raftune.errors import ModelError, RaftuneError
+from raftune.plain import one_line
 from raftune.policies.diffusion.binding import Binding, Call, Conditions, Pictures
 from raftune.policies.diffusion.watching import Step, watched
 from raftune.quiet import quiet
@@ -42,7 +43,8 @@ def refuse_unproven(binding: Binding, kwargs: Mapping[str, Any] | None = None) -
     """
     call = smallest_call(binding, kwargs or {})
     with torch.no_grad(), quiet():
-        conditions = binding.guided(binding.encode(_prompts(binding)), call.guidance_scale)
+        asked = binding.encode(_prompts(binding)).to(binding.denoiser.device)
+        conditions = binding.guided(asked, call.guidance_scale)
         pictures, steps = _drawn(binding, conditions, call)
         limit = TOLERANCES.get(steps[0].output.dtype, min(TOLERANCES.values()))
         found = tuple(_difference(binding, step, conditions, call) for step in steps)
@@ -57,12 +59,16 @@ def refuse_unproven(binding: Binding, kwargs: Mapping[str, Any] | None = None) -
 
 
 def smallest_call(binding: Binding, kwargs: Mapping[str, Any]) -> Call:
-    """The least that shows everything: two steps, unguided, pictures half as high as they are wide where that works."""
+    """The least that shows everything: two steps, unguided, and pictures half as high as they are wide.
+
+    A pipeline that has one size alone draws at that size, and PNDM with its Runge-Kutta start breaks below four steps.
+    """
     height, width = binding.default_size()
     if not _fixed(binding, height, width):
         width = _up(min(width, CELLS * binding.factor), binding.multiple)
         height = _up(min(height, width // 2), binding.multiple)
-    return Call(height, width, STEPS, 1.0, kwargs)
+    steps = STEPS if binding.pipe.scheduler.config.get("skip_prk_steps", True) else 4
+    return Call(height, width, steps, 1.0, kwargs)
 
 
 def _fixed(binding: Binding, height: int, width: int) -> bool:
@@ -95,7 +101,7 @@ def _drawn(binding: Binding, conditions: Conditions, call: Call) -> tuple[Pictur
     except Exception as error:
         raise ModelError(
             f"policy.model must draw; this {type(binding.pipe).__name__} failed at {call.height} x {call.width} pixels "
-            f"with {type(error).__name__}: {error}. Look at sampling.diffusion.pipeline_kwargs, and whether the "
+            f"with {_said(error)}. Look at sampling.diffusion.pipeline_kwargs, and whether the "
             "pipeline draws outside raftune."
         ) from error
     if not steps:
@@ -114,9 +120,7 @@ def _difference(binding: Binding, step: Step, conditions: Conditions, call: Call
     except (RaftuneError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise _refusal(
-            f"raftune's call of {_whose(binding)} denoiser failed with {type(error).__name__}: {error}"
-        ) from error
+        raise _refusal(f"raftune's call of {_whose(binding)} denoiser failed with {_said(error)}") from error
     if predicted.shape != expected.shape:
         return float("inf")
     peak = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
@@ -162,6 +166,10 @@ def _overflows(binding: Binding) -> bool:
 
 def _whose(binding: Binding) -> str:
     return f"the {type(binding.pipe).__name__}'s"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(str(error)).rstrip('.')}"
 
 
 def _refusal(what: str) -> ModelError:

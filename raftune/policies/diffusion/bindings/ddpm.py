@@ -42,10 +42,12 @@ class DDPM(Binding):
                 batch_size=len(conditions),
                 num_inference_steps=call.num_inference_steps,
                 generator=generators,
-                output_type="np",
+                output_type="pt",  # as "np" it cannot be had in bfloat16
                 **call.kwargs,
             )
-        return Pictures.of(drawn.images, last[0].latents)
+        found = drawn.images.cpu().permute(0, 2, 3, 1)
+        pixels = (found.float() if found.dtype == torch.bfloat16 else found).numpy()
+        return Pictures.of(pixels, last[0].latents)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         out: torch.Tensor = self.denoiser(x_t, t, return_dict=False)[0]
