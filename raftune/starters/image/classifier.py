@@ -1,0 +1,58 @@
+"""The judge's network: what a picture shows, one head an attribute. Needs torch."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional
+
+from raftune.starters.image.pictures import ATTRIBUTES, Pixels
+
+COUNTS = tuple(len(words) for words in ATTRIBUTES.values())
+
+
+class Classifier(nn.Module):
+    """Three strided convolutions and a linear layer: (N, 3, 32, 32) in -1…1 to (N, 19) logits, attribute by attribute."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.width = width
+        self.body = nn.Sequential(
+            *(nn.Conv2d(3, width, 3, 2, 1), nn.GroupNorm(4, width), nn.SiLU()),
+            *(nn.Conv2d(width, 2 * width, 3, 2, 1), nn.GroupNorm(4, 2 * width), nn.SiLU()),
+            *(nn.Conv2d(2 * width, 2 * width, 3, 2, 1), nn.GroupNorm(4, 2 * width), nn.SiLU()),
+        )
+        self.heads = nn.Linear(2 * width * 16, sum(COUNTS))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.heads(self.body(pixels).flatten(1))
+        return found
+
+    def loss(self, pixels: torch.Tensor, labels_NA: torch.Tensor) -> torch.Tensor:
+        """The mean over attributes of the cross entropy."""
+        parts = self(pixels).split(COUNTS, 1)
+        return torch.stack([functional.cross_entropy(part, labels_NA[:, a]) for a, part in enumerate(parts)]).mean()
+
+    @torch.no_grad()
+    def labels(self, pixels_NHW3: Pixels) -> npt.NDArray[np.int64]:
+        """(N, 4): the index of the likeliest word of each attribute, for pictures of 32 x 32 in 0…1."""
+        x = torch.from_numpy(np.ascontiguousarray(pixels_NHW3)).permute(0, 3, 1, 2) * 2 - 1
+        logits = torch.cat([self(part) for part in x.split(512)])
+        return np.stack([part.argmax(1).numpy() for part in logits.split(COUNTS, 1)], axis=1)
+
+    def save(self, folder: Path) -> None:
+        """`model.safetensors` in float16, and `config.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.half() for name, value in self.state_dict().items()}, folder / "model.safetensors")
+        config = {"width": self.width, "attributes": ATTRIBUTES}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Classifier":
+        found = cls(json.loads((folder / "config.json").read_text())["width"])
+        found.load_state_dict({name: value.float() for name, value in load_file(folder / "model.safetensors").items()})
+        return found.eval()
