@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from raftune.errors import ConfigError
+from raftune.quiet import quiet
 
 for _module, _name in (("diffusers", "diffusers"), ("PIL", "Pillow")):
     if find_spec(_module) is None:
@@ -12,6 +13,7 @@ for _module, _name in (("diffusers", "diffusers"), ("PIL", "Pillow")):
             f'policy.family diffusion needs {_name}, which is not installed. Run: pip install "raftune[images]"'
         )
 
-from raftune.policies.diffusion.policy import Diffusion  # noqa: E402 (what is missing is said first)
+with quiet():  # transformers tells of every image processor that falls back to Pillow
+    from raftune.policies.diffusion.policy import Diffusion
 
 __all__ = ["Diffusion"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -50,14 +51,27 @@ OURS = {
 
 
 class Frozen:
-    """The parts of a pipeline that no round changes, and what is remembered of them: prompts once encoded.
+    """The parts of a pipeline that no round changes, read on first use; and what is remembered of them.
 
     `pipe` has a denoiser without weights, so that everything can be asked that its configuration answers.
     """
 
-    def __init__(self, pipe: Any, denoiser: Part) -> None:
-        self.pipe, self.denoiser = pipe, denoiser
-        self.encoded: dict[Any, Any] = {}  # filled by encoding.Prompts, which bounds it
+    def __init__(self, config: DiffusionPolicy, start: Path) -> None:
+        self._config, self._start = config, start
+        self.encoded: dict[Any, Any] = {}  # prompts as conditions: filled, and bounded, by encoding.Encoder
+
+    @cached_property
+    def source(self) -> Source:
+        return source_of(self._start, self._config)
+
+    @cached_property
+    def denoiser(self) -> Part:
+        """What of the pipeline is aligned, by its name and class."""
+        return denoiser_of(read_index(self.source.folder))
+
+    @cached_property
+    def pipe(self) -> Any:
+        return read_pipeline(self._config, self.source, self.denoiser)
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
@@ -67,7 +81,8 @@ class Frozen:
 
     @property
     def nbytes(self) -> int:
-        return sum(nbytes_of(module) for module in self.modules.values())
+        """Bytes of the frozen networks; 0 before they are read."""
+        return sum(map(nbytes_of, self.modules.values())) if "pipe" in vars(self) else 0
 
     def with_denoiser(self, denoiser: Any) -> Any:
         """The whole pipeline with this denoiser and a scheduler of its own; the frozen parts are shared."""
@@ -98,39 +113,39 @@ _SHARED: WeakValueDictionary[tuple[str, ...], Frozen] = WeakValueDictionary()
 
 def load_pipeline(config: DiffusionPolicy, start: Path) -> Frozen:
     """The frozen parts of the start's pipeline, on the CPU; the same object for as long as anyone holds it."""
-    key = (str(start.resolve()), (start / RECORD).read_text(), config.model_dump_json())
+    key = (str(start.resolve()), repr(read_record(start)), config.model_dump_json())
     found = _SHARED.get(key)
     if found is None:
-        found = _SHARED[key] = read_frozen(config, source_of(start, config))
+        found = _SHARED[key] = Frozen(config, start)
     return found
 
 
-def read_frozen(config: DiffusionPolicy, source: Source) -> Frozen:
+def read_pipeline(config: DiffusionPolicy, source: Source, part: Part) -> Any:
     """The pipeline without its denoiser's weights. Raises ModelError where a part is missing or does not load."""
     index = read_index(source.folder)
-    left_out = frozenset(name for name, value in config.pipeline_init_kwargs.items() if value is None)
-    part = denoiser_of(index)
     kind = binding_class(str(index["_class_name"]))
     assert kind.denoiser_name == part.name
+    left_out = frozenset(name for name, value in config.pipeline_init_kwargs.items() if value is None)
     refuse_missing_parts(source.folder, index, left_out)
     refuse_init_kwargs(config.pipeline_init_kwargs, getattr(diffusers, str(index["_class_name"])))
     options = {"dtype": getattr(torch, config.dtype), "use_safetensors": True, "trust_remote_code": False}
+    passed = {name: value for name, value in config.pipeline_init_kwargs.items() if name not in PASSED_ON}
     try:
         with quiet():
             pipe = diffusers.DiffusionPipeline.from_pretrained(
                 str(source.folder),
                 variant=source.variant,
-                **{part.name: hollow(source.folder, part), **options, **config.pipeline_init_kwargs},
+                **{part.name: hollow(source.folder, part), **options, **passed},
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise ModelError(
             f"policy.model must be a pipeline that diffusers loads; {source.name!r} did not: {first_line(error)}."
         ) from error
     pipe.set_progress_bar_config(disable=True)
-    frozen = Frozen(pipe, part)
-    for module in frozen.modules.values():
-        module.requires_grad_(False).eval()
-    return frozen
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module) and name != part.name:
+            module.requires_grad_(False).eval()
+    return pipe
 
 
 def hollow(folder: Path, part: Part) -> Any:

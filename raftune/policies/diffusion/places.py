@@ -25,7 +25,7 @@ from raftune.policies.diffusion.parts import INDEX, parts_of, read_index
 from raftune.quiet import quiet
 
 RECORD = "raftune.json"
-PASSED_ON = frozenset({"cache_dir", "force_download", "local_files_only", "token", "proxies", "low_cpu_mem_usage"})
+PASSED_ON = frozenset({"cache_dir", "force_download", "local_files_only", "token", "proxies"})
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Diffusion:
     def __init__(self, config: RunParts, folder: Path, start: Path) -> None:
         self.config, self.folder, self.start_folder = config, folder, start
         self.device = loading.choose_device(config.policy.device)
-        self._frozen: loading.Frozen | None = None
+        self.frozen = loading.load_pipeline(config.policy, start)
         self._drawer: Binding | None = None
         self._notes: dict[str, None] = {}
 
@@ -131,13 +131,9 @@ class Diffusion:
     # -- what is held --------------------------------------------------------------------------------------------------
 
     @property
-    def frozen(self) -> loading.Frozen:
-        """The parts that no round changes; read on first use, and the same for all rounds while anyone holds them."""
-        if self._frozen is None:
-            self._frozen = loading.load_pipeline(self.config.policy, self.start_folder)
-        return self._frozen
-
-    shared = frozen
+    def shared(self) -> loading.Frozen:
+        """What all rounds of this start have in common: who holds it spares the next one the reading."""
+        return self.frozen
 
     @cached_property
     def blank(self) -> Binding:
@@ -170,8 +166,7 @@ class Diffusion:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights in memory, the frozen parts among them; 0 before any are read."""
-        held = 0 if self._frozen is None else self._frozen.nbytes
-        return held + (0 if self._drawer is None else loading.nbytes_of(self._drawer.denoiser))
+        return self.frozen.nbytes + (0 if self._drawer is None else loading.nbytes_of(self._drawer.denoiser))
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
