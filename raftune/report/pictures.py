@@ -9,7 +9,7 @@ import base64
 import struct
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ LONGEST = 256  # pixels of a thumbnail's longer side
 MOST_BYTES = 12_000_000  # of all pictures of a page
 OTHERS = 64  # more bytes that the page needs to name a picture and its size
 FIRST = 8  # items whose pictures are made before it is known how large they are
-Item = TypeVar("Item", bound=Mapping[str, Any])
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)

@@ -271,7 +271,7 @@ class Reader:
 
     def _compare(self, round_: int, stage: str, commit: Commit) -> None:
         """Names and sizes only: `raftune verify` hashes."""
-        for name, entry in sorted(commit.files.items()):
+        for name, entry in sorted(self.run.files_now(round_, stage, commit).items()):
             path = self.run.folder(round_, stage) / name
             size = path.stat().st_size if path.is_file() else None
             if size != entry.bytes:

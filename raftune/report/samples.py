@@ -51,9 +51,9 @@ def name_pictures(reader: Reader, rows: list[Record], place: Place) -> None:
     """Puts the name of its picture into each row, as its completion."""
     for row in rows:
         name = row.get(PICTURE)
-        known = isinstance(name, str) and HASH.fullmatch(name) is not None
-        row["completion"] = {"image": name} if known else None
-        if known:
+        row["completion"] = None
+        if isinstance(name, str) and HASH.fullmatch(name):
+            row["completion"] = {"image": name}
             reader.pictures.setdefault(name, place)
         elif name is not None:
             reader.note(f"round {place.round}, {place.stage}", f"{place.file} names a picture by something else")

@@ -94,10 +94,11 @@ class Opened:
         return str(self.page.locator("main > section:visible").get_attribute("id"))
 
 
-def written(folder: Path, document: dict[str, Any]) -> Path:
-    """The file of the document's page."""
+def written(folder: Path, document: dict[str, Any], *, gallery: bool = False) -> Path:
+    """The file of the document's page, with or without the place of the grid of pictures."""
     file = folder / "report.html"
-    file.write_text(page(document, OVERVIEW, CONFIGURATION), encoding="utf-8")
+    overview = OVERVIEW + ('<section class="block needs-script" id="gallery"></section>' if gallery else "")
+    file.write_text(page(document, overview, CONFIGURATION), encoding="utf-8")
     return file
 
 
