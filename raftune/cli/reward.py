@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json as js
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from cyclopts import Parameter
 
@@ -14,26 +14,33 @@ from raftune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from raftune.rewards import Batch, CheckReport
+    from raftune.rewards.files import Answers
 
 MOST = 256
+PLACES = {"here": "this process", "thread": "a thread", "loop": "an event loop", "process": "a process of its own"}
 
 
 def check(
     spec: Annotated[str, Parameter(help="As in rewards.reward_funcs: file.py:function, a model, regex, …")],
     *,
-    samples: Annotated[str | None, Parameter(help="Data set with prompt and completion; without it, our own.")] = None,
+    samples: Annotated[
+        str | None,
+        Parameter(help="Data set with prompt and completion, or pictures; without it, our own."),
+    ] = None,
+    images: Annotated[bool, Parameter(negative="", show_default=False, help="Without samples, try pictures.")] = False,
     options: Annotated[str | None, Parameter(help="The reward's options, as JSON.")] = None,
     timeout: Annotated[float, Parameter(help="Seconds that one call may take.")] = 120.0,
     device: Annotated[str, Parameter(help="Where a reward model runs: auto, cpu, cuda, mps.")] = "auto",
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the report as JSON.")] = False,
 ) -> int:
-    """Call a reward on samples three times, and report signature, values, failures, determinism and speed.
+    """Call a reward on samples again and again, and report signature, values, failures, determinism and speed.
 
     raftune reward check rewards.py:polite --samples answers.jsonl
     raftune reward check length --options '{"target": 20}'
+    raftune reward check rewards.py:tidy --images
 
     Further columns of the samples reach the reward by keyword. Exit code 0 where every sample got a number or a None,
-    the same when asked again and in any order; 3 where not.
+    the same when asked again, in any order and in smaller calls; 3 where not.
     """
     from raftune.config.rewards import RewardSpec
     from raftune.rewards import check_reward
@@ -41,7 +48,7 @@ def check(
 
     reward = resolve_reward(RewardSpec.model_validate({"spec": spec, "options": read_options(options)}))
     batch = read_samples(samples) if samples is not None else prompts_of_starter(spec)
-    report = check_reward(reward, batch, timeout=timeout, device=device)
+    report = check_reward(reward, batch, timeout=timeout, device=device, pictures=images)
     if json:
         print(js.dumps(dataclasses.asdict(report) | {"ok": report.ok, "findings": report.findings}))
     else:
@@ -64,8 +71,14 @@ def read_samples(source: str) -> Batch:
     """The first samples of a data set. Raises DataError where it lacks prompt or completion."""
     from raftune.data import read_rows
     from raftune.rewards import Batch
+    from raftune.rewards.files import read_answers
+    from raftune.rewards.picture_files import holds_picture, is_folder
 
+    if is_folder(source):
+        return batch_of(read_answers(source, field="--samples"))
     table = read_rows(source, field="--samples")
+    if table.num_rows and holds_picture(table.slice(0, 1).to_pylist()[0]):
+        return batch_of(read_answers(source, field="--samples"))
     if missing := [name for name in ("prompt", "completion") if name not in table.column_names]:
         raise DataError(
             f"--samples must have the columns prompt and completion; {missing[0]} is missing from "
@@ -76,6 +89,14 @@ def read_samples(source: str) -> Batch:
     if not completions:
         raise DataError(f"--samples must hold at least one sample; {Path(source).name} has none.")
     return Batch(prompts, completions, columns)
+
+
+def batch_of(answers: Answers) -> Batch:
+    """The first pictures of a file or folder."""
+    from raftune.rewards import Batch
+
+    rows = range(min(MOST, len(answers.completions)))
+    return Batch(answers.prompts, cast("list[Any]", answers.completions), answers.columns).take(rows)
 
 
 def prompts_of_starter(spec: str) -> Batch | None:
@@ -96,13 +117,16 @@ def show(report: CheckReport) -> None:
     say(f"{report.name}: {'fine' if report.ok else 'not fit for a run yet'}", style="bold")
     taken = "all columns" if report.accepts is None else ", ".join(report.accepts)
     say(f"  takes          {taken}")
-    say(f"  runs in        a {report.place}")
+    say(f"  runs in        {PLACES[report.place]}")
     statuses = ", ".join(f"{count} {status}" for status, count in sorted(report.statuses.items()))
     say(f"  samples        {report.samples}: {statuses}")
     if answered:
         say(f"  values         mean {report.mean:.4g}, from {report.lowest:.4g} to {report.highest:.4g}")
     say(f"  asked again    {verdict(report.deterministic, 'the same values', 'other values')}")
     say(f"  other order    {verdict(report.order_independent, 'the same values', 'other values')}")
+    say(f"  smaller calls  {verdict(report.batch_independent, 'the same values', 'other values')}")
+    if report.mixed_sizes is not None:
+        say(f"  mixed sizes    {'scored in one call' if report.mixed_sizes else 'cannot be scored in one call'}")
     say(f"  speed          {report.samples_per_second:.3g} samples a second")
     for finding in report.findings:
         say(f"  - {finding}")

@@ -22,7 +22,7 @@ MOST_FAILED = 0.5  # share of failed answers above which nothing may be built on
 
 def score(
     spec: Annotated[str, Parameter(name="MODEL", help="A model's folder, or any reward as in rewards.reward_funcs.")],
-    file: Annotated[str, Parameter(help="Prompts with completions, or preferences; a file or a data set.")],
+    file: Annotated[str, Parameter(help="Prompts with completions or images, or preferences; a file or a folder.")],
     *,
     out: Annotated[str | None, Parameter(help="Where the rows go: FILE.jsonl or FILE.parquet.")] = None,
     split: Annotated[str, Parameter(help="Split of a hub or `datasets` folder.")] = "train",
@@ -36,9 +36,12 @@ def score(
 
     raftune reward score rm/model answers.jsonl --out scored.parquet
     raftune reward score length prefs.jsonl.gz --options '{"target": 200}'
+    raftune reward score clip_score pictures/ --options '{"model": "openai/clip-vit-base-patch32"}'
 
     FILE has prompt and completion, other columns reach the reward and are kept; or preferences in any format that
-    `raftune reward train` reads. Rows that cannot be read and answers that cannot be scored are counted and named.
+    `raftune reward train` reads. Pictures are a column `image` (bytes, or paths that begin where FILE lies), or a
+    folder with metadata.jsonl (file_name, prompt) or a text file beside each. Rows that cannot be read and answers that
+    cannot be scored are counted and named.
     """
     from raftune.rewards.files import summary, write_scored
 

@@ -6,14 +6,16 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raftune.config.rewards import RewardSpec
 from raftune.records import Part
 from raftune.rewards.batch import Batch
+from raftune.rewards.examples import example_batch, example_pictures
 from raftune.rewards.failures import FAILED, excerpt
 from raftune.rewards.loading import load_reward
+from raftune.rewards.media import IMAGE_MEDIA
 from raftune.rewards.outcome import Outcome
 from raftune.rewards.panel import wait
 from raftune.rewards.places import Place, place
@@ -21,19 +23,6 @@ from raftune.rewards.runner import Loop
 
 TOLERANCE = 1e-5  # relative: what regrouping a batch may change in float32
 SHOWN = 5
-EXAMPLES = [
-    *("The answer is 42.", "", "I do not know.", "#### 1,000", "Yes", "no", "\\boxed{7}", "word " * 200),
-    *(
-        "Naïve — 東京 🙂",
-        "<think>a</think> b",
-        "  spaced  ",
-        "Line one.\nLine two.",
-        "42",
-        "-3.5",
-        "Well.",
-        "A a A a",
-    ),
-]
 
 
 @dataclass(frozen=True)
@@ -63,14 +52,17 @@ class CheckReport:
     deterministic: bool | None  # two equal calls, equal values
     order_independent: bool | None  # a shuffled batch, the same value for each sample
     largest_order_change: float | None
+    batch_independent: bool | None  # smaller calls, the same value for each sample
+    mixed_sizes: bool | None  # pictures of several sizes in one call can be scored; None where none were tried
+    notes: tuple[str, ...]  # what the reward says of how it read the samples
     samples_per_second: float
     failing: tuple[Failing, ...]
 
     @property
     def ok(self) -> bool:
-        """True if every sample got a number or a None, the same when asked again and in any order."""
+        """True if every sample got a number or a None, the same when asked again, in any order, in smaller calls."""
         return not any(self.statuses.get(status.value) for status in FAILED) and bool(
-            self.deterministic and self.order_independent
+            self.deterministic and self.order_independent and self.batch_independent
         )
 
     @property
@@ -85,13 +77,18 @@ class CheckReport:
             said.append(
                 "gives other values when asked again: scores cannot be reproduced, and rescoring changes verdicts"
             )
-        if self.order_independent is False:
+        if self.order_independent is False or self.batch_independent is False:
             said.append(
                 "a sample's value depends on the others in its batch: rewards.batch_size then shapes the scores"
             )
         if self.lowest is not None and self.lowest == self.highest and self.samples > 1:
             said.append("gives every sample the same value: there is nothing to rank")
-        return tuple(said)
+        if self.mixed_sizes is False:
+            said.append(
+                "fails where pictures of several sizes are in one call: give it the policy's own pictures only, or let "
+                "it resize them"
+            )
+        return (*said, *self.notes)
 
 
 def check_reward(
@@ -101,29 +98,27 @@ def check_reward(
     timeout: float = 120.0,
     tokenizer: Any = None,
     device: str = "auto",
+    pictures: bool = False,
 ) -> CheckReport:
-    """Calls the reward three times, the third time on the shuffled batch. Without a batch it uses one of our own.
+    """Calls the reward again and again: as it is, on the shuffled batch, on two halves of it.
 
+    Without a batch it uses one of our own, with `pictures` or for a reward that reads nothing else one of pictures.
     Raises ConfigError and RewardError where the reward cannot be loaded.
     """
-    batch = example_batch() if batch is None else batch
     loaded = load_reward(reward, timeout=timeout, tokenizer=tokenizer, device=device)
     limit = (reward.timeout if isinstance(reward, RewardSpec) else None) or timeout
     loop = Loop()
     seat = place(loaded, loop)
     try:
-        return _report(loaded, seat, batch, limit)
+        if batch is not None:
+            return _report(loaded, seat, batch, limit)
+        if not (pictures or loaded.media == IMAGE_MEDIA):
+            return _report(loaded, seat, example_batch(), limit)
+        mixed = not _call(seat, example_pictures(mixed_sizes=True), limit).failed
+        return replace(_report(loaded, seat, example_pictures(), limit), mixed_sizes=mixed)
     finally:
         seat.close()
         loop.close()
-
-
-def example_batch() -> Batch:
-    """Sixteen short samples of the kinds that trip rewards up: empty, long, without a number, beyond ASCII."""
-    count = len(EXAMPLES)
-    answers = ["42", "1000", None, "7"] * (count // 4)
-    ids = [list(range(1, len(text.split()) + 2)) for text in EXAMPLES]
-    return Batch(["What is the answer?"] * count, list(EXAMPLES), {"answer": answers, "solution": answers}, ids)
 
 
 def _report(loaded: Any, seat: Place, batch: Batch, limit: float) -> CheckReport:
@@ -134,10 +129,13 @@ def _report(loaded: Any, seat: Place, batch: Batch, limit: float) -> CheckReport
     first = _call(seat, batch, limit)
     seconds = time.perf_counter() - began
     second, shuffled = _call(seat, batch, limit), _call(seat, batch.take(order), limit)
+    halves = [range(start, len(batch), 2) for start in (0, 1) if start < len(batch)]
+    apart = [_call(seat, batch.take(rows), limit) for rows in halves]
     restored = [shuffled.parts[order.index(i)] for i in range(len(batch))]
+    joined = [apart[i % 2].parts[i // 2] for i in range(len(batch))]
     change = _largest_change(first.parts, restored)
     values = [part.value for part in first.parts if part.value is not None]
-    whole = not (first.failed or second.failed or shuffled.failed)
+    whole = not any(outcome.failed for outcome in (first, second, shuffled, *apart))
     accepts = getattr(loaded, "accepts", None)
     return CheckReport(
         name=loaded.name,
@@ -152,6 +150,9 @@ def _report(loaded: Any, seat: Place, batch: Batch, limit: float) -> CheckReport
         deterministic=first.parts == second.parts if whole else None,
         order_independent=change <= TOLERANCE if whole else None,
         largest_order_change=change if whole else None,
+        batch_independent=_largest_change(first.parts, joined) <= TOLERANCE if whole else None,
+        mixed_sizes=None,
+        notes=tuple(getattr(loaded, "notes", tuple)()),
         samples_per_second=len(batch) / max(seconds, 1e-9),
         failing=tuple(_failing(first.parts, batch)),
     )

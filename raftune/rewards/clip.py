@@ -80,7 +80,7 @@ class ClipModel:
 
     def too_long(self, texts: Sequence[str]) -> list[int]:
         """The lengths in tokens of those texts that are longer than `limit`, special tokens counted."""
-        if self.limit is None:
+        if self.limit is None or not texts:
             return []
         lengths = [len(ids) for ids in self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]]
         return [length for length in lengths if length > self.limit]

@@ -68,7 +68,9 @@ def failure_message(scores: Sequence[Score], samples: Iterable[tuple[Any, Any]],
 
 
 def excerpt(content: Any, length: int = 80) -> str:
-    """The beginning of a text or of the last message, in one line."""
+    """The beginning of a text or of the last message, in one line; of a picture its size."""
+    if hasattr(content, "convert"):
+        return f"a picture of {content.width} x {content.height} pixels"
     text = (
         text_of(content[-1:]) if isinstance(content, list) else content if isinstance(content, str) else repr(content)
     )

@@ -1,15 +1,15 @@
-"""Files scored by any reward: answers with their prompts, or preferences, of which both answers are scored."""
+"""Files scored by any reward: answers or pictures with their prompts, or preferences, of which both are scored."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from raftune.records import Score, Status
 from raftune.rewards.batch import RESERVED, Batch
 from raftune.rewards.failures import FAILED, Failures
 from raftune.rewards.panel import Panel
+from raftune.rewards.picture_files import Gallery, Place, folder_rows, holds_picture, is_folder, one_picture
 from raftune.store.files import stage_file
 from raftune.store.parquet import write_table
 
@@ -36,15 +37,19 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class Answers:
-    """What of a file is scored, an entry an answer; of preferences the preferred answer and the other, in turn."""
+    """What of a file is scored, an entry an answer; of preferences the preferred answer and the other, in turn.
+
+    Pictures are read one by one when they are scored; `written` is what stands for each where rows are written.
+    """
 
     rows: list[int]
     prompts: list[Any]
-    completions: list[Any]
+    completions: Sequence[Any]
     columns: dict[str, list[Any]]
     pairs: bool
     skipped: list[Skipped]
     words: tuple[str, ...]
+    written: Sequence[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,11 @@ class Scored:
 
 def read_answers(source: str, split: str = "train", dialogues: Form = "text", field: str = "FILE") -> Answers:
     """The answers of the source; rows that cannot be read are skipped and named. Raises DataError where none can."""
+    if is_folder(source):
+        return read_pictures(source, folder_rows(source, field), field)
     first = next((row for _, row in islice(raw_rows(source, split, field), 100) if isinstance(row, dict)), {})
+    if holds_picture(first):
+        return read_pictures(source, raw_rows(source, split, field), field)
     if not has(first, COMPLETION):
         return read_pairs(source, split, dialogues, field)
     kept: list[tuple[int, Any, Any, dict[str, Any]]] = []
@@ -77,10 +86,33 @@ def read_answers(source: str, split: str = "train", dialogues: Form = "text", fi
         told = "; ".join(reasons(skipped))
         raise DataError(f"{field} must hold prompts with completions, or preferences; all rows were skipped: {told}.")
     numbers, prompts, completions, others = (list(part) for part in zip(*kept, strict=True))
-    names = dict.fromkeys(name for other in others for name in other)
-    columns = {name: [other.get(name) for other in others] for name in names}
     words = (f"{source}: {len(kept):,} answers", *(f"  {line}" for line in reasons(skipped)))
-    return Answers(numbers, prompts, completions, columns, False, skipped, words)
+    return Answers(numbers, prompts, completions, side_by_side(others), False, skipped, words)
+
+
+def read_pictures(source: str, rows: Iterable[tuple[int, dict[str, Any] | Skipped]], field: str) -> Answers:
+    """The pictures of the rows with their prompts, each looked at once. Raises DataError where none can be read."""
+    path = Path(source).expanduser()
+    base = path if path.is_dir() else path.parent
+    kept: list[tuple[int, Any, Place, str, dict[str, Any]]] = []
+    skipped: list[Skipped] = []
+    for number, raw in rows:
+        try:
+            kept.append((number, *one_picture(raw, base))) if isinstance(raw, dict) else skipped.append(raw)
+        except Unusable as why:
+            skipped.append(Skipped(number, why.reason, why.detail))
+    if not kept:
+        told = "; ".join(reasons(skipped)) or "there are none"
+        first = f" ({skipped[0].detail})" if skipped else ""
+        raise DataError(f"{field} must hold pictures with prompts; all rows were skipped: {told}{first}.")
+    numbers, prompts, places, names, others = (list(part) for part in zip(*kept, strict=True))
+    words = (f"{source}: {len(kept):,} pictures", *(f"  {line}" for line in reasons(skipped)))
+    return Answers(numbers, prompts, Gallery(places, names), side_by_side(others), False, skipped, words, written=names)
+
+
+def side_by_side(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The columns of the rows; None where a row lacks one."""
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
 def read_pairs(source: str, split: str, dialogues: Form, field: str) -> Answers:
@@ -112,7 +144,7 @@ def score_answers(
     scores: list[Score] = []
     failures = Failures()
     columns = {name: values for name, values in answers.columns.items() if name not in RESERVED}
-    batch = Batch(answers.prompts, answers.completions, columns)
+    batch = Batch(answers.prompts, cast("list[Any]", answers.completions), columns)
     for start in range(0, len(batch), CHUNK):
         part = batch.take(range(start, min(start + CHUNK, len(batch))))
         found = panel.score(part)
@@ -177,9 +209,10 @@ def answer_rows(scored: Scored) -> Iterator[dict[str, Any]]:
     """The row as it was read and its score; a column of the file that bears such a name is kept as `given_NAME`."""
     answers = scored.answers
     names = {name: f"given_{name}" if name in OWN else name for name in answers.columns}
+    written = answers.completions if answers.written is None else answers.written
     for i, score in enumerate(scored.scores):
         others = {names[name]: values[i] for name, values in answers.columns.items()}
-        asked = {"row": answers.rows[i], "prompt": answers.prompts[i], "completion": answers.completions[i]}
+        asked = {"row": answers.rows[i], "prompt": answers.prompts[i], "completion": written[i]}
         yield {**asked, **others, "score": score.value, "status": score.status.value, "detail": detail_of(score)}
 
 

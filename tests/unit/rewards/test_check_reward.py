@@ -11,7 +11,7 @@ import pytest
 from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError
 from raftune.rewards import Batch, check_reward
-from raftune.rewards.check import example_batch
+from raftune.rewards.examples import example_batch
 
 
 def lengths(completions: list[str], **kwargs: Any) -> list[float]:
