@@ -22,6 +22,7 @@ from raftune.evaluation.images import looked_at
 from raftune.evaluation.metrics import METRICS
 from raftune.families import Family, code_of, family_of, load_policy
 from raftune.protocols import Extractor, Policy, Stage, UnitStage
+from raftune.records import LATENTS
 from raftune.rewards.combining import with_counts
 from raftune.rewards.samples import SamplePanel
 from raftune.stages.data import Data
@@ -38,9 +39,9 @@ from raftune.stages.select import Select
 from raftune.stages.start import Start
 from raftune.stages.tune import Tune
 from raftune.starters.resolve import resolve_starters, starter_prompts
-from raftune.store.files import write_json
+from raftune.store.dropping import Dropped, drop_columns
 from raftune.store.job import Engine, Job, make_job
-from raftune.store.run import DROPPED, RunFolder
+from raftune.store.run import RunFolder
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Objects:
     tokenizer: Any = None
 
 
+LATENTS_GONE = "keep_latents: selected; rows/ holds those of what was kept"
 SMALL = 256 * 2**20  # bytes: models that together stay below this may lie in memory side by side
 
 
@@ -294,12 +296,19 @@ class Assembly:
         """The configured engine, or this process for a stage whose objects only it has."""
         return ThisProcess(self.config.engine) if stage.local else self.engine
 
-    def retire_models(self, round_: int, best: int | None) -> None:
-        """Drops the weights of rounds that `keep_models` does not keep; their COMMITs stay, and so do all samples."""
+    def retire(self, round_: int, best: int | None) -> None:
+        """Lets go of what the configuration does not keep once a round is done; COMMITs stay, and so do all samples.
+
+        Of rounds that `keep_models` does not keep, the weights; with `keep_latents: selected`, the latents of what was
+        drawn: those of what was kept lie in rows/, from which later rounds may replay them.
+        """
         keep = {"all": range(round_ + 1), "best": (round_, best), "last": (round_,)}
         for number in range(1, round_):
             if number not in keep[self.config.keep_models]:
                 drop_weights(self.run, number)
+        if self.config.keep_latents == "selected" and round_:
+            for name in ("draw", "teach") if self.config.sampling.teacher else ("draw",):
+                drop_columns(self.run.folder(round_, name), self.run.tmp, (LATENTS,), LATENTS_GONE)
 
     def close(self) -> None:
         """Ends workers and the processes of rewards."""
@@ -327,8 +336,8 @@ def drop_weights(run: RunFolder, round_: int) -> None:
     if not run.is_committed(round_, "model"):
         return
     if not run.is_dropped(round_, "model"):
-        write_json(run.tmp, folder / DROPPED, {"why": "keep_models does not keep this round's weights"})
-    for path in sorted(folder.iterdir()):
+        Dropped("keep_models does not keep this round's weights").save(folder, run.tmp)
+    for path in sorted(folder.rglob("*")):
         if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "policy.json":
             path.unlink()
 

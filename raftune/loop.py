@@ -33,7 +33,7 @@ class Workshop(Protocol):
     def stages(self, round_: int) -> list[Stage]: ...
     def job(self, stage: Stage, round_: int) -> Job: ...
     def engine_for(self, stage: UnitStage) -> Engine: ...
-    def retire_models(self, round_: int, best: int | None) -> None: ...
+    def retire(self, round_: int, best: int | None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def train(shop: Workshop, observe: Observer = lambda kind, facts: None) -> Outco
         outcome = outcome_of(shop.config, history, reason)
         if any(worked):
             publish(shop, outcome)
-        shop.retire_models(round_, outcome.best)
+        shop.retire(round_, outcome.best)
         alarms = alarms_of(shop.run, round_) if shop.config.guards.enabled else []
         say("round_end", round=round_, metrics=history[-1], summary=summary_of(shop.run, round_), alarms=alarms)
         if round_ and (stop := why_stop(shop.config, history, alarms)):

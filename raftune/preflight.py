@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from raftune.build import Assembly
 from raftune.config.guards import TEXT_ALARMS
 from raftune.errors import ConfigError
+from raftune.records import LATENTS
 from raftune.rewards.media import misfits
 
 
@@ -20,6 +21,7 @@ def preflight(assembly: Assembly) -> None:
         *selection(assembly),
         *best_round(assembly),
         *guards(assembly),
+        *pictures(assembly),
     ]:
         raise ConfigError("\n".join(findings))
     if findings := [*media(assembly)]:  # last, for it loads the rewards
@@ -94,6 +96,21 @@ def guards(assembly: Assembly) -> Iterator[str]:
         yield (
             f"guards.max_kl must be left out for a family that knows no likelihoods; got {chosen.max_kl:g} with "
             f"policy.family: {family}. Leave it out, or give the family `log_probs`."
+        )
+
+
+def pictures(assembly: Assembly) -> Iterator[str]:
+    """What is about pictures, where the policy makes none."""
+    config, family = assembly.config, assembly.config.policy.family
+    if config.evaluation.features is not None and assembly.family.media != "image":
+        yield (
+            f"evaluation.features compares pictures, and policy.family: {family} draws none; got "
+            f"{config.evaluation.features!r}. Leave it out."
+        )
+    if config.keep_latents == "selected" and LATENTS not in assembly.family.payload.names:
+        yield (
+            f"keep_latents: selected means nothing to policy.family: {family}, whose samples have no column "
+            f"{LATENTS!r}. Leave it out."
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,14 +45,16 @@ def change(name: str, old: Any, new: Any) -> str:
 def check(assembly: Assembly, redo: str | None = None) -> list[str]:
     """Makes sure that what is on disk is whole and belongs to the configuration; returns what was set aside.
 
-    `redo` is STAGE or ROUND/STAGE: that stage, in this round and in later ones, all that is made from it, and all that
-    is stale after it move to superseded/. Raises RunDamaged, ConfigChanged (with the differences), StoreError where
-    weights are gone that would be needed, ConfigError for a stage that does not exist.
+    `redo` is STAGE or ROUND/STAGE, or several with commas: that stage, in this round and in later ones, all that is
+    made from it, and all that is stale after it move to superseded/. Raises RunDamaged, ConfigChanged (with the
+    differences), StoreError where weights or latents are gone that would be needed, ConfigError for a stage that does
+    not exist.
     """
-    chosen = follows(assembly, *parse(redo, assembly)) if redo is not None else {}
+    first = [parse(name, assembly) for name in redo.split(",")] if redo is not None else []
+    chosen = follows(assembly, first)
     refuse_damage(assembly, chosen)
-    if chosen:
-        refuse_dropped(assembly, chosen)
+    if redo is not None and chosen:
+        refuse_dropped(assembly, chosen, redo)
     elif assembly.run.is_committed(0, "model"):
         assembly.family.verify(assembly.run.folder(0, "model"))
     if stale := first_stale(assembly, chosen):
@@ -72,11 +74,11 @@ def table(assembly: Assembly) -> Iterator[tuple[int, Stage]]:
             yield round_, stage
 
 
-def follows(assembly: Assembly, round_: int, name: str) -> dict[Place, Stage]:
-    """The stage of this name in this round and in later ones, what is made from these, and what is stale after them."""
+def follows(assembly: Assembly, first: Sequence[tuple[int, str]]) -> dict[Place, Stage]:
+    """The stages of these names from these rounds on, what is made from them, and what is stale after them."""
     chosen: dict[Place, Stage] = {}
     for r, stage in table(assembly):
-        named = r >= round_ and stage.name == name
+        named = any(r >= round_ and stage.name == name for round_, name in first)
         made_from_it = any(source_of(read, r) in chosen for read in stage.reads)
         if named or made_from_it or (chosen and stale_of(assembly, r, stage)):
             chosen[r, stage.writes] = stage
@@ -93,14 +95,21 @@ def refuse_damage(assembly: Assembly, chosen: dict[Place, Stage]) -> None:
         )
 
 
-def refuse_dropped(assembly: Assembly, chosen: dict[Place, Stage]) -> None:
-    """Raises StoreError where something must be redone from a model whose weights were dropped."""
+def refuse_dropped(assembly: Assembly, chosen: dict[Place, Stage], redo: str) -> None:
+    """Raises StoreError where something must be redone from weights, or from latents, that were dropped."""
     for (round_, _), stage in chosen.items():
         for source in (source_of(read, round_) for read in stage.reads):
             if source not in chosen and assembly.run.is_dropped(*source):
                 raise StoreError(
                     f"{stage.name} of round {round_} cannot be redone: the weights of round {source[0]} were dropped "
                     f"(keep_models: {assembly.config.keep_models}). Redo from {source[0]}/tune, or from a later round."
+                )
+        for source in (source_of(read, round_) for read in getattr(stage, "whole", ())):
+            if source not in chosen and (gone := assembly.run.dropped_columns(*source)):
+                raise StoreError(
+                    f"{stage.name} of round {round_} cannot be redone: of what was drawn in it the {', '.join(gone)} "
+                    "were dropped (keep_latents), but for those of the samples that were kept then. Draw it again, "
+                    f"which gives the same: --from {redo},{round_}/{source[1]}"
                 )
 
 

@@ -12,8 +12,15 @@ from cyclopts import Parameter
 from raftune import runs
 from raftune.cli.show import say
 from raftune.errors import RunDamaged
+from raftune.ledger import span
 from raftune.store.commit import Commit
 from raftune.store.run import RunFolder
+
+WEIGHTS, LATENTS = "the weights", "the latents of what was drawn and not kept"
+AGAIN = {
+    WEIGHTS: "`raftune resume RUN --keep-models all --from ROUND/tune` makes them again.",
+    LATENTS: "`raftune resume RUN --keep-latents all --from ROUND/draw` draws the same again.",
+}
 
 
 def verify(
@@ -29,15 +36,30 @@ def verify(
     commits = list(readable(RunFolder(run)))
     files = sum(len(commit.files) for commit in commits)
     size = sum(entry.bytes for commit in commits for entry in commit.files.values())
+    dropped = dict(let_go(RunFolder(run)))
     if json:
-        print(js.dumps({"run": run, "stages": len(commits), "files": files, "bytes": size, "faults": faults}))
+        facts = {"run": run, "stages": len(commits), "files": files, "bytes": size, "faults": faults}
+        print(js.dumps({**facts, "dropped": dropped}))
     elif faults:
         for fault in faults:
             say(fault)
         say(f"{len(faults)} of {files} files or links are not as committed. Restore them, or redo with --from.")
     else:
         say(f"{run} is whole: {len(commits)} stages, {files} files, {megabytes(size)}, every SHA-256 as committed.")
+    for what, rounds in dropped.items():
+        say(f"  not here on purpose: {what} of round {span(rounds)}. {AGAIN[what]}", style="dim")
     return 1 if faults else 0
+
+
+def let_go(folder: RunFolder) -> Iterator[tuple[str, list[int]]]:
+    """What was deleted on purpose, with the rounds of which it was."""
+    rounds = folder.rounds()
+    with contextlib.suppress(RunDamaged):  # a marker that cannot be read is among the faults
+        if weights := [round_ for round_ in rounds if folder.is_dropped(round_, "model")]:
+            yield WEIGHTS, weights
+        drawn = [r for r in rounds if folder.dropped_columns(r, "draw") or folder.dropped_columns(r, "teach")]
+        if drawn:
+            yield LATENTS, drawn
 
 
 def readable(folder: RunFolder) -> Iterator[Commit]:

@@ -79,7 +79,9 @@ class RunConfig(Frozen):
         "all", description="Models of older rounds to keep; samples all stay."
     )
     keep_latents: Literal["all", "selected"] = Field(
-        "all", description="Latents of images to keep once their round is tuned; the images all stay."
+        "all",
+        description="Latents to keep once their round is tuned: all, or of selected samples only. The images all stay; "
+        "`--from draw` draws the same latents again.",
     )
     report_to: tuple[str, ...] = Field((), description="tensorboard, wandb, mlflow, …: as in transformers.")
     report: bool = Field(True, description="Write the page report.html into the run after every round.")
@@ -133,6 +135,11 @@ class RunConfig(Frozen):
             raise ValueError(
                 "evaluation.reference_column needs held-out prompts; got evaluation.num_prompts = 0. "
                 "Set it above 0, or leave out evaluation.reference_column."
+            )
+        if self.evaluation.features is not None and self.evaluation.num_prompts == 0:
+            raise ValueError(
+                "evaluation.features needs held-out prompts, whose pictures it compares; got evaluation.num_prompts = "
+                "0. Set it above 0, or leave out evaluation.features."
             )
         return self
 

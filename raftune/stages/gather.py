@@ -44,6 +44,7 @@ class Gather:
         self.replayed = tuple(f"rows@-{back}" for back in range(1, config.replay_rounds + 1) if back < round_)
         needs_encoder = ("model@-1",) if config.reference else ()
         self.reads = ("plan", *shards, "select", *self.replayed, *needs_encoder)
+        self.whole = shards  # of what these hold, every column is needed
         self.fields = ("tuning.replay_rounds", "tuning.reference", *(("seed",) if config.reference else ()))
 
     def fingerprints(self) -> Mapping[str, str]:

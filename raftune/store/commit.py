@@ -82,16 +82,20 @@ class Commit:
         except (KeyError, TypeError, AttributeError) as error:
             raise RunDamaged(f"{path} lacks {error}. Restore it, or redo its stage with `--from`.") from error
 
-    def faults(self, folder: Path) -> list[str]:
-        """What differs between the folder and this COMMIT, a line each; none when all is as it was committed."""
+    def faults(self, folder: Path, since: Mapping[str, FileEntry] | None = None) -> list[str]:
+        """What differs between the folder and this COMMIT, a line each; none when all is as it was committed.
+
+        `since` are files that were replaced on purpose, as they are now: each may be as it was, or as it says there.
+        """
         found = []
         for name, entry in sorted(self.files.items()):
             path = folder / name
+            known = [entry, *([since[name]] if since and name in since else [])]
             if not path.is_file():
                 found.append(f"{path} is missing")
-            elif path.stat().st_size != entry.bytes:
-                found.append(f"{path} has {path.stat().st_size} bytes; {entry.bytes} were committed")
-            elif sha256_of(path) != entry.sha256:
+            elif (size := path.stat().st_size) not in [one.bytes for one in known]:
+                found.append(f"{path} has {size} bytes; {known[-1].bytes} were committed")
+            elif sha256_of(path) not in [one.sha256 for one in known]:
                 found.append(f"{path} has changed since it was committed (its SHA-256 differs)")
         return found
 

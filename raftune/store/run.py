@@ -14,13 +14,14 @@ from filelock import FileLock, Timeout
 
 from raftune.errors import RunDamaged, RunInUse, StoreError
 from raftune.store import commit as commits
-from raftune.store.commit import Commit
+from raftune.store.commit import Commit, FileEntry
+from raftune.store.dropping import MARKER, Dropped
 from raftune.store.events import Events
 from raftune.store.files import discard, ensure_folder, explaining, sha256_of, sync, unique, write_json
 
 _ROUND = re.compile(r"round-(\d{4,})$")
 CONFIG = "config.resolved.json"
-DROPPED = "DROPPED.json"  # beside the COMMIT of a model whose weights were deleted on purpose
+DROPPED = MARKER  # beside the COMMIT of a stage of which something was deleted on purpose
 
 
 class RunFolder:
@@ -77,7 +78,18 @@ class RunFolder:
 
     def is_dropped(self, round_: int, name: str) -> bool:
         """True of a stage whose files were deleted on purpose."""
-        return (self.folder(round_, name) / DROPPED).is_file()
+        dropped = Dropped.load(self.folder(round_, name))
+        return dropped is not None and not dropped.columns
+
+    def dropped_columns(self, round_: int, name: str) -> tuple[str, ...]:
+        """The columns that a stage's tables no longer hold, on purpose."""
+        dropped = Dropped.load(self.folder(round_, name))
+        return dropped.columns if dropped is not None else ()
+
+    def files_now(self, round_: int, name: str, commit: Commit) -> dict[str, FileEntry]:
+        """The files of a committed stage as they should be: as its COMMIT says, but for what was let go since."""
+        dropped = Dropped.load(self.folder(round_, name))
+        return {**commit.files, **(dropped.files if dropped is not None else {})}
 
     def commit_hash(self, round_: int, name: str) -> str:
         """The SHA-256 of a stage's COMMIT, which stands for all that it was made from; empty if it is not committed."""
@@ -112,10 +124,12 @@ class RunFolder:
         """What of the stage's own files is not as it was committed."""
         folder = self.folder(round_, name)
         try:
-            commit = Commit.load(folder)
+            commit, dropped = Commit.load(folder), Dropped.load(folder)
         except RunDamaged as error:
             return [str(error).split(". ")[0]]
-        return [] if commit is None or self.is_dropped(round_, name) else commit.faults(folder)
+        if commit is None or (dropped is not None and not dropped.columns):
+            return []
+        return commit.faults(folder, dropped.files if dropped is not None else None)
 
     def _replaced(self, round_: int, name: str) -> list[str]:
         """Which of the stages that it was made from are no longer what they were."""

@@ -181,7 +181,7 @@ class Again:
     def engine_for(self, stage: UnitStage) -> Engine:
         return self.engine
 
-    def retire_models(self, round_: int, best: int | None) -> None:
+    def retire(self, round_: int, best: int | None) -> None:
         """Nothing to do: a what-if makes no models."""
 
     def work(self, rounds: list[int], observe: Observer) -> bool:
@@ -312,12 +312,17 @@ class Again:
         return f"To really do so{again}: {command}"
 
     def first_stage(self, changes: Mapping[str, Any]) -> str:
-        """The first stage that these changes shape: with it, all that is stale after it is done again."""
+        """The first stage that these changes shape: with it, all that is stale after it is done again.
+
+        What was drawn comes with it where the latents of what was not kept are gone: it is drawn again as it was.
+        """
+        run = self.run_as_it_is
+        drawn = ",draw" if any(run.dropped_columns(round_, "draw") for round_ in run.rounds()) else ""
         if SCORED_BY & changes.keys():
-            return "evaluation-score" if self.config.evaluation.num_prompts else "score"
+            return ("evaluation-score" if self.config.evaluation.num_prompts else "score") + drawn
         if "rewards.combine" in changes:  # evaluations take the sum in any case
-            return "score"
-        return "plan" if FEWER in changes else "select"
+            return "score" + drawn
+        return "plan" if FEWER in changes else "select" + drawn
 
 
 def plain_of(config: RunConfig) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from raftune.errors import ConfigChanged, RunDamaged, StoreError
 from raftune.protocols import Receipt
 from raftune.store import commit, files, job, parquet
 from raftune.store import run as run_folder
-from tests.runs import tiny
+from tests.runs import sketches, tiny
 
 REPOSITORY = Path(__file__).parents[2]
 IGNORED = ("events.jsonl", "environment.json", "LOCK", "report.html")  # times and places of this process
@@ -251,6 +251,22 @@ def plain(**changes: Any) -> Scenario:
     return Scenario(act=act, again=act)
 
 
+def latents() -> Scenario:
+    """A run of pictures that lets go of latents, and its resumption, after which they are gone and all is whole."""
+    changes: dict[str, Any] = {"num_rounds": 1, "prompts_per_round": 5, "evaluation": {"num_prompts": 0}}
+
+    def act(root: Path) -> object:
+        return runs.run(sketches.config(root, keep_latents="selected", **changes), sketches.objects())
+
+    def again(root: Path) -> object:
+        act(root)
+        assert (root / "round-0001/draw" / run_folder.DROPPED).is_file()
+        assert runs.verify(root) == []
+        return None
+
+    return Scenario(act, again)
+
+
 def reported() -> Scenario:
     """A run with its page, which is whole whenever it is there, and there in the end."""
     run = plain(num_rounds=1, report=True, evaluation={"num_prompts": 0})
@@ -298,6 +314,7 @@ SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
     "everything": lambda base: plain(**tiny.EVERYTHING, evaluation={"num_prompts": 0}),
     "reported": lambda base: reported(),
     "dropping": lambda base: plain(num_rounds=3, keep_models="last", evaluation={"num_prompts": 0}),
+    "latents": lambda base: latents(),
     "redo": lambda base: redo("1/select", OTHER, base, retry=False),
     "redo-retried": lambda base: redo("1/select", OTHER, base, retry=True),
     "redo-evaluation": lambda base: redo("evaluation-plan", RESEEDED, base, retry=False),
@@ -384,6 +401,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
         scratch = Path(name)
         runs.run(tiny.config(scratch / "warm", **tiny.EVERYTHING), tiny.objects())  # so that late imports are done
+        runs.run(sketches.config(scratch / "pictures"), sketches.objects())
         scenario = SCENARIOS[args.scenario](scratch / "base")
         BROKEN.get(args.broken, lambda: None)()
         report = examine(scenario, scratch, args.every, args.most, getattr(errno, args.failing or "", 0))

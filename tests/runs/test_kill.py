@@ -18,6 +18,7 @@ TRIALS = {
     "everything": "everything",
     "reported": "reported --every 9",
     "dropping": "dropping --every 5",
+    "latents": "latents",
     "redo": "redo --every 7",
     "redo-retried": "redo-retried --every 8",
     "redo-evaluation": "redo-evaluation --every 9",
@@ -69,6 +70,12 @@ def test_a_kill_while_models_are_dropped_leaves_no_trace(report_of: Callable[[st
     report = report_of("dropping")
     assert report["faults"] == []
     assert "os.remove round-0001/model/policy.json" in report["events"]
+
+
+def test_a_kill_while_latents_are_dropped_leaves_no_trace(report_of: Callable[[str], Report]) -> None:
+    report = report_of("latents")
+    assert report["faults"] == []
+    assert report["trials"] == len(report["events"]) > 100
 
 
 @pytest.mark.parametrize("scenario", ["redo", "redo-retried", "redo-evaluation"])
