@@ -293,9 +293,10 @@ def make_student(out: Path) -> None:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+    from raftune.starters.descent import Descent
     from raftune.starters.text import policy_path
     from raftune.starters.text.build import TYPICAL_LENGTH, dialogue_batches
-    from raftune.starters.text.training import Descent, llama_config, pad_right, save
+    from raftune.starters.text.training import llama_config, pad_right, save
 
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)

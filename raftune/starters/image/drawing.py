@@ -37,13 +37,13 @@ class PolicyRecipe(NamedTuple):
 
     steps: int
     rate: float
-    batch: int = 48
+    batch: int = 32
     pictures: int = 24_000
     wrong: float = 0.3  # the share of pictures with another scene's caption: what there is to align
     dropout: float = 0.1  # the share of captions left out, for guidance
 
 
-UNET = PolicyRecipe(steps=2600, rate=1.5e-3)
+UNET = PolicyRecipe(steps=3000, rate=1.5e-3)
 FLOW = PolicyRecipe(steps=3000, rate=2e-3)
 
 

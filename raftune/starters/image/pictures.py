@@ -7,7 +7,7 @@ four pairs of colour and shape never (`unseen`), and of the others every sixth c
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
@@ -62,17 +62,23 @@ class Scene(NamedTuple):
 
     @property
     def caption(self) -> str:
-        return f"a {self.colour} {self.shape} in the {self.position} on a {self.background} background"
+        article = "an" if self.colour[0] in "aeiou" else "a"
+        return f"{article} {self.colour} {self.shape} in the {self.position} on a {self.background} background"
 
     @property
     def labels(self) -> tuple[int, ...]:
         """The index of each word among its attribute's."""
         return tuple(words.index(word) for words, word in zip(ATTRIBUTES.values(), self, strict=True))
 
+    @classmethod
+    def of(cls, labels: Iterable[int]) -> "Scene":
+        """The scene of these labels."""
+        return cls(*(words[label] for words, label in zip(ATTRIBUTES.values(), labels, strict=True)))
+
 
 SCENES: Final = tuple(Scene(*words) for words in product(*ATTRIBUTES.values()))
 CAPTION: Final = re.compile(
-    r"\ba ({}) ({}) in the ({}) on a ({}) background\b".format(*map("|".join, ATTRIBUTES.values())), re.IGNORECASE
+    r"\ban? ({}) ({}) in the ({}) on a ({}) background\b".format(*map("|".join, ATTRIBUTES.values())), re.IGNORECASE
 )
 
 

@@ -1,4 +1,4 @@
-"""Trains what looks at pictures: the judge, the reward's CLIP, and the aesthetic head over its features. Needs torch."""
+"""Trains what looks at pictures: the judge, the reward's CLIP, the aesthetic head over its features. Needs torch."""
 
 from typing import NamedTuple
 

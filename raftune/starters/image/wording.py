@@ -46,7 +46,7 @@ def joined(word: list[str], pair: tuple[str, str]) -> list[str]:
 def words() -> list[str]:
     """Every word of the captions, once, in one order."""
     told = [word for choices in ATTRIBUTES.values() for choice in choices for word in choice.split()]
-    return list(dict.fromkeys(["a", "in", "the", "on", "background", *SPOILED.split(), *told]))
+    return list(dict.fromkeys(["a", "an", "in", "the", "on", "background", *SPOILED.split(), *told]))
 
 
 def text_config(known: CLIPTokenizer, width: int, layers: int = 2, heads: int = 4) -> CLIPTextConfig:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from raftune.starters.descent import Descent, say
 from raftune.starters.text import corpus
 from raftune.starters.text.reward_training import (
     Floats,
@@ -26,7 +27,7 @@ from raftune.starters.text.reward_training import (
     score_rows,
     train_reward,
 )
-from raftune.starters.text.training import Descent, encode, llama_config, pad_right, save, say, train_tokenizer
+from raftune.starters.text.training import encode, llama_config, pad_right, save, train_tokenizer
 
 TYPICAL_LENGTH: Final = 20  # tokens in a reply
 KNOWING: Final = ("good", "half_polite", "advice", "rude_advice")

@@ -9,10 +9,11 @@ import numpy.typing as npt
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from raftune.starters.descent import Descent, say
 from raftune.starters.text import corpus
 from raftune.starters.text.judge import judge
 from raftune.starters.text.topics import DOMAINS
-from raftune.starters.text.training import Descent, encode, pad_right, sample, say
+from raftune.starters.text.training import encode, pad_right, sample
 
 Floats = npt.NDArray[np.floating]
 

@@ -1,24 +1,20 @@
-"""What building the starter's two models shares: tokenizer, encoding, optimizer, sampling, saving. Needs torch."""
+"""What building the starter's two models shares: tokenizer, encoding, sampling, saving. Needs torch."""
 
 import json
-import math
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from raftune.starters.descent import say
+
 VOCABULARY: Final = 1400
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 MAX_POSITIONS: Final = 256
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -68,36 +64,6 @@ def llama_config(tokenizer: PreTrainedTokenizerFast, **shape: Any) -> LlamaConfi
         eos_token_id=tokenizer.eos_token_id,
         **shape,
     )
-
-
-class Descent:
-    """AdamW on one model, with a short warm-up and a cosine down to a fiftieth of the rate; says how the loss falls."""
-
-    def __init__(self, name: str, model: torch.nn.Module, rate: float, steps: int) -> None:
-        self.name, self.model = name, model
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate_factor(step, steps))
-        self.step = 0
-        self.recent: list[float] = []
-
-    def advance(self, loss: torch.Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
-        self.step += 1
-        self.recent.append(loss.item())
-        if self.step % 100 == 0:
-            say(f"{self.name} step {self.step}: loss {np.mean(self.recent):.3f}")
-            self.recent.clear()
-
-
-def rate_factor(step: int, steps: int) -> float:
-    """The share of the full rate at a step."""
-    warm = max(1, min(100, steps // 10))
-    progress = min(1.0, max(0, step - warm) / max(1, steps - warm))
-    return min((step + 1) / warm, 0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from raftune.starters.descent import rate_factor
 from raftune.starters.text import corpus
 from raftune.starters.text.build import PolicyRecipe, dialogue_batches, pair_accuracy, train_policy
 from raftune.starters.text.judge import judge
@@ -19,7 +20,7 @@ from raftune.starters.text.reward_training import (
     score_rows,
     train_reward,
 )
-from raftune.starters.text.training import rate_factor, train_tokenizer
+from raftune.starters.text.training import train_tokenizer
 
 TINY_POLICY = PolicyRecipe(steps=3, knowledge_steps=2, dialogues_a_step=4)
 TINY_REWARD = RewardRecipe(steps=2, prompts_a_step=4, replies=5, sampled_prompts=4)
