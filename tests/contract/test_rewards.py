@@ -6,12 +6,18 @@ import importlib.util
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from raftune.config.rewards import RewardsConfig
+from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.records import Status
 from raftune.rewards import Batch, Panel, load_panel
+from raftune.rewards.aesthetic import save_head
+from raftune.rewards.examples import example_pictures
+from tests.builders import tiny_clip
+from tests.runs.http_judge import judging
 
 LIMIT = 0.7
 ACTS = """
@@ -160,3 +166,137 @@ def test_only_the_failing_call_of_several_loses_its_samples(panel: Panel) -> Non
     mixed = Batch(["q"] * 130, ["a"] * 130, {"act": ["fine"] * 64 + ["raises"] * 64 + ["fine"] * 2})
     statuses = [score.status for score in panel.score(mixed)]
     assert statuses == [Status.OK] * 64 + [Status.ERROR] * 64 + [Status.OK] * 2
+
+
+# -- every built-in reward of pictures, the judge behind HTTP among them ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def picture_specs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RewardSpec]]:
+    clip = tiny_clip(tmp_path_factory.mktemp("rewards") / "clip")
+    head = clip.parent / "head"
+    weights = np.random.default_rng(0).normal(size=(1, 12))
+    save_head(head, [(weights, np.zeros(1))], clip="../clip")
+    with judging() as url:
+        yield {
+            "clip_score": RewardSpec(spec="clip_score", options={"model": str(clip)}),
+            "pick_score": RewardSpec(spec="pick_score", options={"model": str(clip), "processor": str(clip)}),
+            "a CLIPModel's folder": RewardSpec(spec=str(clip)),
+            "aesthetic": RewardSpec(spec="aesthetic", options={"model": str(head)}),
+            "a head's folder": RewardSpec(spec=str(head)),
+            "file_size": RewardSpec(spec="file_size"),
+            "colour": RewardSpec(spec="colour", options={"measure": "colourfulness"}),
+            "http": RewardSpec(spec="http", options={"url": f"{url}/brightness", "batch_size": 3}),
+        }
+
+
+PICTURE_REWARDS = (
+    *("clip_score", "pick_score", "a CLIPModel's folder", "aesthetic", "a head's folder"),
+    *("file_size", "colour", "http"),
+)
+
+
+@pytest.fixture(scope="module", params=PICTURE_REWARDS)
+def picture_panel(request: pytest.FixtureRequest, picture_specs: dict[str, RewardSpec]) -> Iterator[Panel]:
+    with load_panel(RewardsConfig(reward_funcs=(picture_specs[request.param],))) as made:
+        yield made
+
+
+def values(panel: Panel, batch: Batch) -> list[float | None]:
+    assert all(score.status is Status.OK for score in panel.score(batch))
+    return [score.value for score in panel.score(batch)]
+
+
+def test_a_reward_of_pictures_keeps_the_contract(picture_panel: Panel) -> None:
+    """The same values when asked again, in another order and in smaller calls, also of pictures of several sizes."""
+    for batch in (example_pictures(), example_pictures(mixed_sizes=True)):
+        found = values(picture_panel, batch)
+        assert found == values(picture_panel, batch)
+        assert np.unique(found).size > 4
+        backwards = list(reversed(range(len(batch))))
+        assert values(picture_panel, batch.take(backwards)) == pytest.approx(found[::-1], rel=1e-5, abs=1e-6)
+        one_by_one = [values(picture_panel, batch.take([i]))[0] for i in range(0, len(batch), 5)]
+        assert one_by_one == pytest.approx(found[::5], rel=1e-5, abs=1e-6)
+
+
+def test_a_reward_of_pictures_changes_none(picture_panel: Panel) -> None:
+    batch = example_pictures()
+    before = [picture.tobytes() for picture in batch.completions]
+    picture_panel.score(batch)
+    assert [picture.tobytes() for picture in batch.completions] == before
+
+
+def test_a_reward_of_pictures_fails_on_texts_with_a_status(picture_panel: Panel) -> None:
+    if "text" in picture_panel.media[picture_panel.names[0]]:
+        return
+    score = picture_panel.score(Batch(["a red disc"], ["an answer"]))[0]
+    part = score.parts[picture_panel.names[0]]
+    assert (part.status, part.value) == (Status.ERROR, None)
+    assert "scores pictures, and a completion is of type str" in part.detail
+
+
+def test_an_empty_call_gives_nothing(picture_panel: Panel) -> None:
+    assert picture_panel.score(Batch([], [])) == []
+
+
+# -- a person's own callable on pictures -------------------------------------------------------------------------------
+
+SEES = """
+import numpy as np
+
+def red(completions, prompts, answer, **kwargs):
+    kinds = {type(completion).__name__ for completion in completions} | {completion.mode for completion in completions}
+    assert kinds == {"Image", "RGB"}, kinds
+    assert [text for text in prompts] == answer
+    return [float(np.asarray(completion)[..., 0].mean()) for completion in completions]
+
+def spoils(completions, **kwargs):
+    for completion in completions:
+        completion.paste((0, 0, 0), (0, 0, *completion.size))
+    return [0.0] * len(completions)
+
+def wrong(completions, **kwargs):
+    return [float("nan"), "x", None, *[1.0] * (len(completions) - 3)]
+"""
+
+
+@pytest.fixture(scope="module")
+def sees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rewards") / "sees.py"
+    path.write_text(SEES)
+    return path
+
+
+def loaded(path: Path, *names: str) -> list[Any]:
+    found = importlib.util.spec_from_file_location("sees", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return [getattr(module, name) for name in names]
+
+
+def test_a_callable_gets_the_same_pictures_as_an_object_and_in_its_own_process(sees: Path) -> None:
+    batch = example_pictures(mixed_sizes=True)
+    expected = [float(np.asarray(picture)[..., 0].mean()) for picture in batch.completions]
+    with load_panel(RewardsConfig(reward_funcs=(f"{sees}:red",)), loaded(sees, "red")) as panel:
+        scores = panel.score(batch)
+    for name in ("red", "red_2"):
+        assert [score.parts[name].value for score in scores] == expected
+
+
+def test_a_callable_that_paints_over_its_pictures_spoils_nobody_elses(sees: Path) -> None:
+    batch = example_pictures()
+    before = [picture.tobytes() for picture in batch.completions]
+    with load_panel(RewardsConfig(reward_funcs=(f"{sees}:spoils",)), loaded(sees, "spoils", "red")) as panel:
+        scores = panel.score(batch)
+    assert [picture.tobytes() for picture in batch.completions] == before
+    assert max(score.parts["red"].value or 0 for score in scores) > 100
+
+
+@pytest.mark.parametrize("hosted", [False, True])
+def test_a_callable_on_pictures_fails_as_one_on_texts(sees: Path, hosted: bool) -> None:
+    specs, objects = ((f"{sees}:wrong",), []) if hosted else ((), loaded(sees, "wrong"))
+    with load_panel(RewardsConfig(reward_funcs=specs), objects) as panel:
+        statuses = [score.status for score in panel.score(example_pictures())]
+    assert statuses == [Status.INVALID, Status.INVALID, Status.NOT_APPLICABLE, *[Status.OK] * 13]
