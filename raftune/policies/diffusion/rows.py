@@ -87,8 +87,8 @@ def _checked(row: dict[str, Any], shape: tuple[int, int, int]) -> tuple[bytes, S
     content, found, dtype = (row[field.name] for field in FIELDS)
     if content is None or found is None or dtype is None:
         raise DataError(
-            f"Every row must have latents to learn from; {name} has none. Set run.keep_latents to keep those of "
-            "what is selected, or draw its round again."
+            f"Every row must have latents to learn from; {name} has none. Draw its round "
+            "again: `raftune train … --from draw`."
         )
     if tuple(found) != shape:
         raise DataError(
