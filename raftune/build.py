@@ -224,6 +224,7 @@ class Assembly:
                 judged=(*(["judge"] if judges else []), *(["logp", "logp-start"] if kl else [])),
                 judge=judge_in_words(held_out_names(self.config)) if judges else "",
                 texts=self.family.media in ("text", "messages"),
+                condense=looked_at if self.family.media == "image" else None,
                 counts=self.counts,
             )
         ]

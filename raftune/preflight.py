@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raftune.build import Assembly
-from raftune.config.guards import TEXT_ALARMS
+from raftune.config.guards import ALIKE_ALARMS, PICTURE_ALARMS, TEXT_ALARMS
 from raftune.errors import ConfigError
 from raftune.records import LATENTS
 from raftune.rewards.media import misfits
@@ -87,9 +87,15 @@ def selection(assembly: Assembly) -> Iterator[str]:
 def guards(assembly: Assembly) -> Iterator[str]:
     """Alarms that are to stop the run, or a budget to be watched, where nothing could ever raise them."""
     chosen, family = assembly.config.guards, assembly.config.policy.family
-    if assembly.family.media not in ("text", "messages"):
-        for name in sorted({*chosen.stop_on} & {*TEXT_ALARMS}):
-            yield f"guards.stop_on: {name} is about texts, and policy.family: {family} draws none. Leave it out."
+    texts, pictures = assembly.family.media in ("text", "messages"), assembly.family.media == "image"
+    about = {
+        "texts": () if texts else TEXT_ALARMS,
+        "pictures": () if pictures else PICTURE_ALARMS,
+        "texts and pictures": () if texts or pictures else ALIKE_ALARMS,
+    }
+    for what, names in about.items():
+        for name in sorted({*chosen.stop_on} & {*names}):
+            yield f"guards.stop_on: {name} is about {what}, and policy.family: {family} draws none. Leave it out."
     if "part_dominates" in chosen.stop_on and len([weight for weight in assembly.factors().values() if weight]) < 2:
         yield "guards.stop_on: part_dominates needs two rewards that count; got fewer. Add one, or leave it out."
     if chosen.max_kl is not None and not assembly.knows_likelihood():

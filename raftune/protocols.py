@@ -233,8 +233,9 @@ class Evidence:
 
     `samples` competed in the round: sample_id, prompt_id, k, source, score, weight (0: rejected) and rewards/NAME; of
     texts also length, clipped, similarity (among its prompt's own draws), control, and text where it was kept or is of
-    the control: of each prompt as many of the policy's first draws as were kept. `factors` are the rewards' weights;
-    counts/NAME is what a reward counts where that is not its value.
+    the control: of each prompt as many of the policy's first draws as were kept; of pictures also brightness,
+    saturation, contrast, thumbnail, and control. `factors` are the rewards' weights; counts/NAME is what a reward
+    counts where that is not its value.
     `held_out` judged the round: sample_id, prompt_id, k, score, and, where they were measured, held_out and log_ratio
     (log p - log p0, nats), None without any; `earlier` are the same of rounds 0, 1, …; `judge` says what held_out is.
     `first` are the measures of what round 1 drew, None in round 1.

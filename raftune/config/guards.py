@@ -10,10 +10,19 @@ from raftune.config.base import Frozen
 from raftune.config.evaluation import EvaluationConfig
 
 AlarmName = Literal[
-    "held_out_falls", "diversity_drops", "length_drifts", "part_dominates", "near_duplicates", "kl_beyond_budget"
+    "held_out_falls",
+    "diversity_drops",
+    "length_drifts",
+    "part_dominates",
+    "near_duplicates",
+    "kl_beyond_budget",
+    "saturation_drifts",
+    "contrast_drops",
 ]
 ALARMS: tuple[str, ...] = get_args(AlarmName)
-TEXT_ALARMS = ("diversity_drops", "length_drifts", "near_duplicates")
+ALIKE_ALARMS = ("diversity_drops", "near_duplicates")  # of texts and of pictures
+TEXT_ALARMS = ("length_drifts",)
+PICTURE_ALARMS = ("saturation_drifts", "contrast_drops")
 
 
 class GuardsConfig(Frozen):
@@ -31,7 +40,7 @@ class GuardsConfig(Frozen):
     diversity_drop: float = Field(
         0.5,
         description="diversity_drops: in (0, 1), the share of distinct-2 that the kept answers have lost, against as "
-        "many that were drawn in this round, or in round 1.",
+        "many that were drawn in this round, or in round 1; of pictures, the share of their distance.",
     )
     length_factor: float = Field(
         2.0,
@@ -47,6 +56,16 @@ class GuardsConfig(Frozen):
         0.4,
         description="near_duplicates: in (0, 1), the share of kept answers that nearly repeat one kept for another "
         "prompt, above the share among those drawn in round 1.",
+    )
+    saturation_drift: float = Field(
+        0.2,
+        description="saturation_drifts: in (0, 1), how much more (or less) saturated the kept pictures are than those "
+        "drawn in this round, or in round 1; saturation is 0 … 1.",
+    )
+    contrast_drop: float = Field(
+        0.5,
+        description="contrast_drops: in (0, 1), the share of the contrast that the kept pictures have lost, against "
+        "those drawn in this round, or in round 1.",
     )
     max_kl: float | None = Field(
         None, description="kl_beyond_budget: KL to the start, nats per answer, above 0; none means no budget."
@@ -66,7 +85,7 @@ class GuardsConfig(Frozen):
             raise ValueError(f"guards.false_alarms must be in (0, 0.5]; got {value:g}. It is a chance: write 0.01.")
         return value
 
-    @field_validator("diversity_drop", "duplicate_rise")
+    @field_validator("diversity_drop", "duplicate_rise", "saturation_drift", "contrast_drop")
     @classmethod
     def _is_a_share(cls, value: float, info: ValidationInfo) -> float:
         if not 0 < value < 1:
@@ -128,6 +147,8 @@ class GuardsConfig(Frozen):
             )
 
 
-def thresholds() -> tuple[str, ...]:
-    """The dotted fields that shape what is found; whether to stop on it does not."""
-    return tuple(f"guards.{name}" for name in GuardsConfig.model_fields if name not in ("enabled", "stop_on"))
+def thresholds(pictures: bool) -> tuple[str, ...]:
+    """The dotted fields that shape what is found, of pictures or of anything else; whether to stop on it does not."""
+    other = ("length_factor",) if pictures else ("saturation_drift", "contrast_drop")
+    passed = ("enabled", "stop_on", *other)
+    return tuple(f"guards.{name}" for name in GuardsConfig.model_fields if name not in passed)

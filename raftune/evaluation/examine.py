@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.config.guards import GuardsConfig
-from raftune.evaluation import alarms
+from raftune.evaluation import alarms, picture_alarms
 from raftune.evaluation.alarms import Alarm, column, texts_of
 from raftune.evaluation.columns import prompt_numbers
 from raftune.evaluation.diversity import distinct, msttr, numbered, similarities, unique
@@ -46,6 +46,10 @@ class Examination:
             found["selected"] |= mean_of("similarity", similarities(texts_of(kept), prompt_numbers(kept)))
             found["drawn"] |= words(control)
             found["selected"] |= words(kept)
+        if "thumbnail" in samples.column_names:
+            looks = picture_alarms.measures(drawn, samples.filter(samples.column("control")), kept)
+            found["drawn"] |= looks[0]
+            found["selected"] |= looks[1]
         return found
 
     def alarms(self, evidence: Evidence, sets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -62,9 +66,21 @@ class Examination:
             yield alarms.diversity_drops(sets, first, kept, limits.diversity_drop)
             yield alarms.length_drifts(sets, first, kept, limits.length_factor)
             yield alarms.near_duplicates(sets, first, kept, limits.duplicate_rise)
+        if "thumbnail" in evidence.samples.column_names:
+            yield from self.pictures(evidence.samples, sets, first, kept)
         yield alarms.part_dominates(evidence.samples, evidence.factors, limits.part_share)
         if held_out is not None and limits.max_kl is not None:
             yield alarms.kl_beyond_budget(held_out, limits.max_kl)
+
+    def pictures(
+        self, samples: pa.Table, sets: Mapping[str, Mapping[str, Any]], first: Mapping[str, Any], kept: pa.Table
+    ) -> Iterator[Alarm | None]:
+        """The outcome of the rules about pictures."""
+        limits, drawn = self.config, samples.filter(pc.equal(samples.column("source"), "policy"))
+        yield picture_alarms.saturation_drifts(sets, first, kept, limits.saturation_drift)
+        yield picture_alarms.contrast_drops(sets, first, kept, limits.contrast_drop)
+        yield picture_alarms.diversity_drops(sets, first, drawn, kept, limits.diversity_drop)
+        yield picture_alarms.near_duplicates(sets, first, kept, limits.duplicate_rise)
 
 
 def kept_of(samples: pa.Table) -> pa.Table:
@@ -75,6 +91,7 @@ def numbers(samples: pa.Table, weights: Floats) -> Measures:
     """How many samples there are, and the weighted means of what is known of them."""
     found: Measures = {"samples": samples.num_rows}
     columns = {"score": "reward", "length": "length", "clipped": "clipped_ratio"}
+    columns |= {name: name for name in picture_alarms.KNOWN}
     columns |= {name: name for name in samples.column_names if name.startswith("rewards/")}
     for name, measure in columns.items():
         if name in samples.column_names:

@@ -146,17 +146,18 @@ def by_group(groups: Ints, x_ND: Floats, measure: Callable[[Floats], float]) -> 
 
 def repeating(small_ND: Floats) -> npt.NDArray[np.bool_]:
     """(N,) which pictures nearly repeat any other."""
-    return nearest(small_ND) <= ALIKE
+    return nearest(small_ND)[0] <= ALIKE
 
 
-def nearest(small_ND: Floats, groups: Ints | None = None) -> Floats:
-    """(N,) the distance of each thumbnail to the nearest other one, of another group where groups are given; inf alone.
+def nearest(small_ND: Floats, groups: Ints | None = None) -> tuple[Floats, Ints]:
+    """(N,) the distance of each thumbnail to the nearest other one, of another group where groups are given, and which.
 
-    Root mean square over pixels and channels, 0 … 1. Exact, in blocks: memory is bounded, time goes with N².
+    Root mean square over pixels and channels, 0 … 1; inf where there is no other. In blocks: memory is bounded, time
+    goes with N².
     """
     small = small_ND.astype(np.float32)
     squares = (small**2).sum(axis=1)
-    best = np.full(len(small), np.inf)
+    best, which = np.full(len(small), np.inf), np.zeros(len(small), np.int64)
     for at in range(0, len(small), BLOCK):
         rows = np.arange(at, min(at + BLOCK, len(small)))
         apart = squares[rows, None] + squares[None] - 2 * small[rows] @ small.T
@@ -164,8 +165,9 @@ def nearest(small_ND: Floats, groups: Ints | None = None) -> Floats:
             apart[np.arange(len(rows)), rows] = np.inf
         else:
             apart[groups[rows, None] == groups[None]] = np.inf
-        best[rows] = apart.min(axis=1)
-    return np.sqrt(np.maximum(best, 0.0) / max(small.shape[1], 1))
+        which[rows] = apart.argmin(axis=1)
+        best[rows] = apart[np.arange(len(rows)), which[rows]]
+    return np.sqrt(np.maximum(best, 0.0) / max(small.shape[1], 1)), which
 
 
 # -- columns ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from raftune.config.guards import thresholds
 from raftune.protocols import Evidence, Examiner, Inputs
+from raftune.records import INVALID
 from raftune.stages.evaluate import plain
 from raftune.stages.select import lengths, read_verdicts
 from raftune.store.layout import unit_file, unit_numbers
@@ -31,7 +32,6 @@ class Guard:
     """
 
     name = writes = "guard"
-    fields = thresholds()
 
     def __init__(
         self,
@@ -43,12 +43,17 @@ class Guard:
         judged: tuple[str, ...] = (),
         judge: str = "",
         texts: bool = True,
+        condense: Callable[[pa.Table], pa.Table] | None = None,
         counts: Callable[[pa.Table], pa.Table] = lambda samples: samples,
     ) -> None:
-        """`counts` adds what each reward counts in the score, where that is not its value."""
+        """`condense` puts what is measured of completions in place of those that are too large to be held of all.
+
+        `counts` adds what each reward counts in the score, where that is not its value.
+        """
         self.examiner, self.factors, self.round = examiner, factors, round_
         self.shards, self.judged, self.judge, self.texts = shards, judged, judge, texts
-        self.counts = counts
+        self.condense, self.counts = condense, counts
+        self.fields = thresholds(pictures=condense is not None)
         now = tuple(f"evaluate/{name}" for name in ("score", *judged)) if judged else ()
         then = [f"evaluate/{name}@{r}" for r in range(round_) for name in ("score", "judge")] if judge else []
         self.reads = (*shards, "score", "select", *now, *then, *(["guard@1"] if round_ > 1 else []))
@@ -79,17 +84,33 @@ class Guard:
             for name in scores.column_names:
                 if name.startswith("rewards/"):
                     table = table.append_column(name, scores.column(name))
-            yield self.with_texts(table, [inputs[name] / unit_file(unit) for name in self.shards])
+            paths = [inputs[name] / unit_file(unit) for name in self.shards]
+            yield self.with_looks(table, paths) if self.condense is not None else self.with_texts(table, paths)
+
+    def with_looks(self, table: pa.Table, paths: Sequence[Path]) -> pa.Table:
+        """The unit's samples with what was measured of their completions, and which of them are the control."""
+        assert self.condense is not None
+        known = self.condense(pa.concat_tables([read_table(path, completions_in(path)) for path in paths]))
+        for name in known.column_names:
+            if name not in table.column_names:
+                table = table.append_column(name, known.column(name))
+        return table.append_column("control", pa.array(self.control(table)))
+
+    def control(self, table: pa.Table) -> npt.NDArray[np.bool_]:
+        """(N,) as many of the policy's own draws of each prompt as were kept of it, whatever they scored."""
+        own = pc.equal(table.column("source"), "policy").to_numpy(zero_copy_only=False)
+        groups = numbers_of(table.column("prompt_id"))
+        return as_many(groups, own, np.bincount(groups, weights=table.column("weight").to_numpy() > 0).astype(np.int64))
 
     def with_texts(self, table: pa.Table, paths: Sequence[Path]) -> pa.Table:
         """The unit's samples with what the measures of texts need, where the samples are texts."""
         if not self.texts:
             return table
         texts = pa.concat_tables([read_table(path, ["completion"]) for path in paths]).column("completion")
+        texts = pc.fill_null(texts, "")  # an invalid sample may have none
         own = pc.equal(table.column("source"), "policy").to_numpy(zero_copy_only=False)
-        kept = table.column("weight").to_numpy() > 0
+        kept, control = table.column("weight").to_numpy() > 0, self.control(table)
         groups = numbers_of(table.column("prompt_id"))
-        control = as_many(groups, own, np.bincount(groups, weights=kept).astype(np.int64))
         found = self.examiner.similarities(texts.filter(pa.array(own)).to_pylist(), groups[own])
         columns = {
             "length": pa.array(np.concatenate([lengths(path) for path in paths]).astype(np.float64)),
@@ -101,6 +122,11 @@ class Guard:
         for name, values in columns.items():
             table = table.append_column(name, values)
         return table
+
+
+def completions_in(path: Path) -> list[str]:
+    """The columns of a shard that say what its completions are."""
+    return [name for name in ("sample_id", "completion", INVALID) if name in column_names(path)]
 
 
 def as_many(groups: Ints, own: npt.NDArray[np.bool_], counts: Ints) -> npt.NDArray[np.bool_]:

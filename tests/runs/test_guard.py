@@ -224,7 +224,7 @@ def test_what_can_never_be_raised_or_measured_is_refused(
 @pytest.mark.parametrize(
     ("stop_on", "rewards", "words"),
     [
-        ("diversity_drops", [loud, even], "guards.stop_on: diversity_drops is about texts"),
+        ("diversity_drops", [loud, even], "guards.stop_on: diversity_drops is about texts and pictures"),
         ("part_dominates", [loud], "guards.stop_on: part_dominates needs two rewards"),
     ],
 )
