@@ -1,10 +1,11 @@
-"""The best round's model in other hands: a folder that transformers or peft loads, and a card that says what it is."""
+"""The best round's model in other hands: a folder that transformers, peft or diffusers loads, and a card beside it."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +22,71 @@ from raftune.store.run import DROPPED, RunFolder
 # What a committed model folder holds besides the model.
 OURS = frozenset({COMMIT, DROPPED, "training.json", "reference.json", "optimizer.safetensors"})
 ADAPTER = "adapter_config.json"
+PIPELINE, LORA = "model_index.json", "pytorch_lora_weights.safetensors"
 TAG = "reward-ranked-fine-tuning"
 
 
 def publish_model(root: str | Path, out: str | Path, round_: int | None = None) -> Path:
-    """Writes the model of the best round (or of the given one) into `out`, with its tokenizer and README.md.
+    """Writes the model of the best round (or of the given one) into `out`, with README.md and what else it needs.
 
-    The folder loads with plain transformers or peft. Where the run holds an adapter's base itself, because the start
-    was given as an object or merged, the base goes into `out`/base. What an earlier call wrote there is replaced;
-    nothing that the run committed is touched. Raises StoreError where the weights are gone or `out` cannot be written.
+    The folder loads with plain transformers, peft or diffusers. Where the run holds an adapter's base itself, because
+    the start was given as an object or merged, the base goes into `out`/base. What an earlier call wrote there is
+    replaced; nothing that the run committed is touched. Raises StoreError where the weights are gone or `out` cannot
+    be written.
     """
     run, out = RunFolder(root), Path(out)
     round_ = best_of(run) if round_ is None else round_
-    folder = run.folder(round_, "model")
     refuse_missing(run, round_)
     with explaining(out):
         out.mkdir(parents=True, exist_ok=True)
         remove_published(out)
-        copy_files(weights_of(folder), out)
-        if (out / ADAPTER).is_file():
-            ground_adapter(run, out)
-        if round_ == 0:  # the start's own files may be another tokenizer's
-            copy_tokenizer(run, out)
-        (out / "README.md").write_text(card(root, round_), encoding="utf-8")
+        if run.read_config()["policy"].get("family") == "diffusion":
+            use = publish_pipeline(run, round_, out)
+        else:
+            use = publish_language_model(run, round_, out)
+        (out / "README.md").write_text(card(root, round_, use), encoding="utf-8")
     return out
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a card says of the model's use: for the hub its library and task, for people how it is loaded."""
+
+    library: str = ""
+    task: str = ""
+    code: str = ""
+
+
+def publish_language_model(run: RunFolder, round_: int, out: Path) -> Use:
+    """Copies a committed model's files, with tokenizer, and with its base where only the run has that."""
+    copy_files(weights_of(run.folder(round_, "model")), out)
+    adapter = (out / ADAPTER).is_file()
+    if adapter:
+        ground_adapter(run, out)
+    if round_ == 0:  # the start's own files may be another tokenizer's
+        copy_tokenizer(run, out)
+    if run.read_config()["policy"].get("family", "causal_lm") != "causal_lm":
+        return Use("peft" if adapter else "transformers")
+    return Use("peft" if adapter else "transformers", "text-generation", language_model_code(adapter))
+
+
+def publish_pipeline(run: RunFolder, round_: int, out: Path) -> Use:
+    """Writes a whole pipeline, or a LoRA alone; with a LoRA its base, where only the run has that."""
+    from raftune.build import Assembly
+
+    assembly = Assembly(run, validate(run.read_config()))
+    try:
+        start = run.folder(0, "model")
+        policy: Any = assembly.family.load(assembly.config, run.folder(round_, "model"), start)
+        policy.export(out)
+        task = {"text": "text-to-image", "nothing": "unconditional-image-generation"}.get(policy.blank.takes, "")
+        base = base_name(assembly.config) or "THE PIPELINE THAT THE RUN BEGAN FROM"
+        if not (out / PIPELINE).is_file() and read_json(start / "raftune.json").get("kind") != "reference":
+            base = "FOLDER/base"
+            assembly.family.load(assembly.config, start, start).export(out / "base")  # type: ignore[attr-defined]
+        return Use("diffusers", task, pipeline_code(out, base, policy.blank.denoiser_name))
+    finally:
+        assembly.close()
 
 
 def remove_published(out: Path) -> None:
@@ -52,7 +94,11 @@ def remove_published(out: Path) -> None:
     card_ = out / "README.md"
     if not card_.is_file() or TAG not in card_.read_text(encoding="utf-8", errors="replace"):
         return
-    for path in [*out.glob("*.safetensors"), *out.glob("*.safetensors.index.json"), out / ADAPTER]:
+    for name in read_json(out / PIPELINE):  # the parts of a pipeline, each in a folder of its own
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+    weights = [*out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")]
+    for path in [*weights, out / ADAPTER, out / PIPELINE]:
         path.unlink(missing_ok=True)
     shutil.rmtree(out / "base", ignore_errors=True)
 
@@ -134,28 +180,27 @@ def tokenizer_files(run: RunFolder, start: Path) -> Iterator[Path]:
             yield path
 
 
-def card(root: str | Path, round_: int) -> str:
+def card(root: str | Path, round_: int, use: Use) -> str:
     """The model card: what the model is, where it comes from, how it did by round, and how to load it."""
     run = RunFolder(root)
     config = validate(run.read_config())
     versions = read_json(run.root / "environment.json").get("libraries", {})
-    adapter = getattr(config.policy, "adapter", None) is not None and round_ > 0
-    parts = [front_matter(config, adapter), summary(config, round_), table(run, config, round_)]
-    if config.policy.family == "causal_lm":
-        parts.append(usage(config, adapter))
+    parts = [front_matter(config, use), summary(config, round_), table(run, config, round_)]
+    if use.code:
+        parts.append(f"## How to load it\n\n```python\n{use.code}\n```")
     parts.append(settings(config, versions))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def front_matter(config: RunConfig, adapter: bool) -> str:
+def front_matter(config: RunConfig, use: Use) -> str:
     """What the hub reads: library, base model, tags."""
     base = base_name(config)
-    data: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
+    data: dict[str, Any] = {"library_name": use.library}
     if base is not None:
         data["base_model"] = base
     data |= {"tags": ["raft", TAG, "raftune"], "model_name": config.name}
-    if config.policy.family == "causal_lm":
-        data["pipeline_tag"] = "text-generation"
+    if use.task:
+        data["pipeline_tag"] = use.task
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
 
 
@@ -168,11 +213,12 @@ def base_name(config: RunConfig) -> str | None:
 def summary(config: RunConfig, round_: int) -> str:
     rewards = ", ".join(f"`{name}`" for name in config.rewards.names) or "Python objects"
     start = base_name(config) or "the start model"
+    drawn = "pictures for" if config.policy.family == "diffusion" else "answers to"
     if round_ == 0:
         return f"# {config.name}\n\nThe start of this run ({start}): no round of reward-ranked fine-tuning was better."
     return (
         f"# {config.name}\n\nRound {round_} of reward-ranked fine-tuning (RAFT) of {start}. Each round drew "
-        f"{config.sampling.num_generations} answers to each of {config.prompts_per_round} prompts, scored them with "
+        f"{config.sampling.num_generations} {drawn} each of {config.prompts_per_round} prompts, scored them with "
         f"{rewards}, selected by `{config.selection.rule}`, and fine-tuned on what was kept."
     )
 
@@ -191,15 +237,24 @@ def table(run: RunFolder, config: RunConfig, round_: int) -> str:
     return "\n".join(["## By round", "", *lines, "", *meanings])
 
 
-def usage(config: RunConfig, adapter: bool) -> str:
+def language_model_code(adapter: bool) -> str:
     kind = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
     if adapter:
         imports = f"from peft import {kind}\nfrom transformers import AutoTokenizer\n"
-    return (
-        f'## How to load it\n\n```python\n{imports}\nmodel = {kind}.from_pretrained("FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
-    )
+    return f'{imports}\nmodel = {kind}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+
+
+def pipeline_code(out: Path, base: str, denoiser: str) -> str:
+    """How plain diffusers loads what lies in `out`."""
+    imports, whole = "from diffusers import DiffusionPipeline\n", (out / PIPELINE).is_file()
+    code = f'pipe = DiffusionPipeline.from_pretrained("{"FOLDER" if whole else base}")'
+    if (out / LORA).is_file():
+        code += '\npipe.load_lora_weights("FOLDER")'
+    elif not whole:
+        imports += "from peft import PeftModel\n"
+        code += f'\npipe.{denoiser} = PeftModel.from_pretrained(pipe.{denoiser}, "FOLDER")'
+    return f"{imports}\n{code}"
 
 
 def settings(config: RunConfig, versions: dict[str, str]) -> str:

@@ -1,4 +1,7 @@
-"""A run's samples as data sets that TRL reads: for SFT, for preferences, for single verdicts."""
+"""A run's samples as data sets that TRL reads: for SFT, for preferences, for single verdicts.
+
+A picture is written as `datasets` has it, {bytes, path}, in a column that `datasets` shows as pictures.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from raftune.store.run import RunFolder
 
 Row = dict[str, Any]
 IGNORED = -100  # what transformers' losses leave out
+PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def sft(group: Sequence[Sample]) -> Iterator[Row]:
@@ -77,7 +81,9 @@ def kept(group: Sequence[Sample]) -> list[Sample]:
 
 
 def asked_and_answered(sample: Sample) -> Row:
-    """Prompt and completion in TRL's two shapes: texts, or lists of messages."""
+    """Prompt and completion in TRL's two shapes, texts or lists of messages; a picture as `datasets` has it."""
+    if isinstance(sample["completion"], bytes):
+        return {"prompt": sample["prompt"], "completion": {"bytes": sample["completion"], "path": None}}
     if isinstance(sample["prompt"], list):
         answer: Any = [{"role": "assistant", "content": sample["completion"]}]
     else:
@@ -116,7 +122,9 @@ def shaping(run: RunFolder, kind: str) -> Iterator[Callable[[Sequence[Sample]], 
         return
     assembly = Assembly(run, validate(run.read_config()))
     try:
-        encoder = getattr(assembly.policies.encoder(run.folder(0, "model")), "encoder", None)
+        encoder = None
+        if assembly.family.media != "image":
+            encoder = getattr(assembly.policies.encoder(run.folder(0, "model")), "encoder", None)
         if encoder is None:
             raise ConfigError(
                 f"--format sft-tokens needs a family with tokens; got {assembly.config.policy.family}. Write sft."
@@ -130,6 +138,7 @@ def write_jsonl(tables: Iterator[list[Row]], out: Path) -> int:
     count = 0
     with written(out) as part, part.open("w", encoding="utf-8") as file:
         for rows in tables:
+            refuse_pictures(rows, out)
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             count += len(rows)
         if not count:
@@ -137,12 +146,37 @@ def write_jsonl(tables: Iterator[list[Row]], out: Path) -> int:
     return count
 
 
+def refuse_pictures(rows: Sequence[Row], out: Path) -> None:
+    """Raises ConfigError for rows that JSON cannot hold."""
+    if picture_columns(rows[0]):
+        raise ConfigError(
+            f"--out must end in .parquet or be a folder for a run of pictures; got {out.name!r}. JSON holds no bytes: "
+            "rename it."
+        )
+
+
+def picture_columns(row: Row) -> list[str]:
+    """The names of the columns that hold pictures."""
+    return [name for name, value in row.items() if isinstance(value, dict) and "bytes" in value]
+
+
+def schema_of(rows: list[Row]) -> pa.Schema:
+    """The columns of such rows; those of pictures are marked as `datasets` marks them."""
+    schema, names = pa.Table.from_pylist(rows).schema, picture_columns(rows[0])
+    for name in names:
+        schema = schema.set(schema.get_field_index(name), pa.field(name, PICTURE))
+    if not names:
+        return schema
+    features = {name: {"_type": "Image"} for name in names}
+    return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
 def write_parquet(tables: Iterator[list[Row]], out: Path) -> int:
     count = 0
     first = next(tables, None)
     if first is None:
         return 0
-    schema = pa.Table.from_pylist(first).schema
+    schema = schema_of(first)
     with written(out) as part, pq.ParquetWriter(part, schema) as writer:
         for rows in (first, *tables):
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))

@@ -60,14 +60,15 @@ class Probe:
 def evidence(probe: Probe, before: Said, after: Said) -> dict[str, Any]:
     """The mean squared error by quarter of the noise range, now and at the start, and the drift.
 
-    drift: the mean squared change of what the denoiser says, over the mean square of what the start says.
+    drift: the mean squared change of what the denoiser says, over the mean square of what the start says; None where
+    the start says nothing at all.
     """
     moved, size = by_quarter(after - before), by_quarter(before)
     return {
         "loss_by_quarter": by_quarter(after - probe.target).tolist(),
         "start_loss_by_quarter": by_quarter(before - probe.target).tolist(),
-        "drift": float(moved.sum() / size.sum()),
-        "drift_by_quarter": (moved / size).tolist(),
+        "drift": ratio(moved.sum(), size.sum()),
+        "drift_by_quarter": [ratio(one, whole) for one, whole in zip(moved, size, strict=True)],
         "probed": len(before) // QUARTERS,
     }
 
@@ -75,3 +76,7 @@ def evidence(probe: Probe, before: Said, after: Said) -> dict[str, Any]:
 def by_quarter(difference: torch.Tensor) -> torch.Tensor:
     """(4,) the mean square in each quarter of the noise range, from the clean end on."""
     return difference.double().square().flatten(1).mean(1).reshape(-1, QUARTERS).mean(0)
+
+
+def ratio(part: torch.Tensor, whole: torch.Tensor) -> float | None:
+    return float(part / whole) if whole > 0 else None

@@ -17,9 +17,10 @@ from raftune.policies.diffusion.latents import FIELDS, latents_of
 from raftune.policies.normalization import Normalization, coefficients
 from raftune.policies.training import Batch
 from raftune.protocols import FloatN
-from raftune.records import Prompt
+from raftune.records import INVALID, Prompt
 
-COLUMNS = ["sample_id", "prompt_id", "prompt", "weight", *(field.name for field in FIELDS)]
+LEARNED = ["sample_id", INVALID, *(field.name for field in FIELDS)]
+COLUMNS = ["prompt_id", "prompt", "weight", *LEARNED]
 ROUND = b"raftune.round"
 
 
@@ -76,7 +77,7 @@ def read_rows(path: Path, shape: tuple[int, int, int]) -> Rows:
     first: dict[str, int] = {}
     which = [first.setdefault(repr(content), len(first)) for content in contents]
     prompts = {number: Prompt(name, content) for number, name, content in zip(which, ids, contents, strict=True)}
-    latents = [_checked(row, shape) for row in used.select(["sample_id", *COLUMNS[4:]]).to_pylist()]
+    latents = [_checked(row, shape) for row in used.select(LEARNED).to_pylist()]
     round_ = int((pq.read_schema(path).metadata or {}).get(ROUND, b"0"))
     return Rows(latents, weights[weights > 0], [prompts[i] for i in range(len(first))], which, ids, round_)
 
@@ -86,9 +87,10 @@ def _checked(row: dict[str, Any], shape: tuple[int, int, int]) -> tuple[bytes, S
     name = row["sample_id"]
     content, found, dtype = (row[field.name] for field in FIELDS)
     if content is None or found is None or dtype is None:
+        why = f" ({row[INVALID]})" if row[INVALID] else ""
         raise DataError(
-            f"Every row must have latents to learn from; {name} has none. Draw its round "
-            "again: `raftune train … --from draw`."
+            f"Every row must have latents to learn from; {name} has none{why}. "
+            "Take a reference picture out of its data set; draw a round's again with `raftune train … --from draw`."
         )
     if tuple(found) != shape:
         raise DataError(

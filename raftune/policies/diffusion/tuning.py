@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from raftune.config.tuning import TuningConfig
+from raftune.config.tuning import DiffusionTuning, TuningConfig
 from raftune.errors import ConfigError, OutOfMemory
 from raftune.policies.checkpoints import identity
 from raftune.policies.diffusion import adapters
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from raftune.policies.diffusion.policy import Diffusion, RunParts
 
 
+# Of tuning.trainer_kwargs what transformers' own models alone understand.
+UNTOLD = {"neftune_noise_alpha", "gradient_checkpointing_kwargs"}
+
+
 class Trainee(torch.nn.Module):
     """A denoiser as transformers' Trainer takes a model: without diffusers' `config`, into which it would write."""
 
@@ -42,7 +46,7 @@ class Trainee(torch.nn.Module):
         self.denoiser = denoiser
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Trainer's word for diffusers' enable_gradient_checkpointing."""
+        """Trainer's word for diffusers' enable_gradient_checkpointing; its options are transformers' own."""
         self.denoiser.enable_gradient_checkpointing()
 
     gradient_checkpointing_enable = activation_checkpointing_enable
@@ -54,6 +58,16 @@ def refuse_untunable(config: RunParts, binding: Binding, shape: tuple[int, int, 
     A scheduler without a known loss, a dial that means nothing on its schedule, an adapter that fits nowhere.
     """
     refuse_unfit(schedule_of(binding.pipe, binding.denoiser, shape), config.tuning.diffusion)
+    for name in UNTOLD & set(config.tuning.trainer_kwargs):
+        raise ConfigError(
+            f"tuning.trainer_kwargs must not hold {name!r} for a diffusion model: it is of text. Remove it."
+        )
+    dropout = config.tuning.diffusion.condition_dropout
+    if binding.takes == "nothing" and dropout not in (0, DiffusionTuning().condition_dropout):
+        raise ConfigError(
+            f"tuning.diffusion.condition_dropout means nothing to a {type(binding.pipe).__name__}, which takes no "
+            f"prompt; got {dropout:g}. Remove it."
+        )
     if config.policy.adapter is not None:
         adapters.targets(binding.denoiser, config.policy.adapter)
     elif config.policy.dtype == "float16":

@@ -17,7 +17,7 @@ from raftune.config.tuning import DiffusionTuning, TuningConfig
 from raftune.policies.diffusion import Diffusion
 from raftune.policies.diffusion.latents import FIELDS, columns_of
 from raftune.protocols import Unit
-from raftune.records import Prompt
+from raftune.records import INVALID, Prompt
 from tests.pipelines import CELLS, SIZE
 
 TEXTS = ("a red circle on white", "a blue square", "the green square on the left", "a circle")
@@ -73,7 +73,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], round_: int = 1) -
     ]
     kind = pa.int64() if isinstance(prompts[0], int) else pa.string()
     names = [("sample_id", pa.string()), ("prompt_id", pa.string()), ("prompt", kind), ("weight", pa.float64())]
-    schema = pa.schema([*names, *FIELDS], metadata={"raftune.round": str(round_)})
+    schema = pa.schema([*names, (INVALID, pa.string()), *FIELDS], metadata={"raftune.round": str(round_)})
     pq.write_table(pa.Table.from_pylist(full, schema=schema), path)
     return path
 

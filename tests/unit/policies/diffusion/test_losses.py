@@ -202,7 +202,8 @@ def test_weights_and_the_named_mean_make_the_coefficients(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"latents": None, "latents_shape": None, "latents_dtype": None}, "s1 has none. Draw its round again"),
+        ({"latents": None, "latents_shape": None, "latents_dtype": None}, r"s1 has none\. Take a reference picture"),
+        ({"latents": None, "invalid": "flat: every pixel is the same colour"}, r"s1 has none \(flat: every pixel"),
         (columns_of(torch.zeros(4, 3, 3)), r"shape \(4, 2, 2\) of this run's pictures; those of s1 have \(4, 3, 3\)"),
         (columns_of(torch.full((4, 2, 2), torch.nan)), "must be finite; those of s1"),
         ({"latents": b"1234"}, "s1: latents of the shape"),

@@ -1,0 +1,183 @@
+"""Whole tiny runs of a pipeline: reference pictures, replay, where each fit begins, and the model in other hands."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from raftune.build import Objects
+from raftune.card import publish_model
+from raftune.errors import DataError
+from raftune.pictures import image_of, png_of
+from raftune.policies.diffusion.latents import latents_of
+from raftune.quiet import quiet
+from raftune.runs import run, verify
+from tests.pipelines import SIZE, save_tiny, tiny_pipeline
+from tests.runs.test_diffusion_families import config, first_of, objects, pixels, plainly
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("sd-v", tmp_path_factory.mktemp("model") / "sd-v")
+
+
+def pictures(count: int, size: int = SIZE) -> list[bytes]:
+    """Discs of another brightness each."""
+    rows, columns = np.mgrid[:size, :size]
+    inside = (rows - size / 2) ** 2 + (columns - size / 2) ** 2 < (size / 3) ** 2
+    return [
+        png_of(Image.fromarray(np.where(inside[..., None], 40 + 20 * i, 10).astype(np.uint8).repeat(3, 2)))
+        for i in range(count)
+    ]
+
+
+def reference(folder: Path, form: str, size: int = SIZE) -> Path:
+    """A data set of six captioned pictures: their bytes in Parquet, or paths in JSONL."""
+    images, captions = pictures(6, size), [f"a disc of brightness {i}" for i in range(6)]
+    if form == "bytes":
+        pq.write_table(pa.table({"prompt": captions, "image": images}), folder / "reference.parquet")
+        return folder / "reference.parquet"
+    if form == "datasets":
+        column = [{"bytes": image, "path": None} for image in images]
+        pq.write_table(pa.table({"prompt": captions, "image": column}), folder / "reference.parquet")
+        return folder / "reference.parquet"
+    for i, image in enumerate(images):
+        (folder / f"{i}.png").write_bytes(image)
+    lines = [json.dumps({"prompt": caption, "image": str(folder / f"{i}.png")}) for i, caption in enumerate(captions)]
+    (folder / "reference.jsonl").write_text("\n".join(lines))
+    return folder / "reference.jsonl"
+
+
+def tuned_on(path: Path, **more: Any) -> dict[str, Any]:
+    return {"tuning": {"reference": {"path": str(path), "completion_column": "image", "fraction": 0.5}, **more}}
+
+
+# -- reference and replay --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["bytes", "datasets", "paths"])
+def test_reference_pictures_are_mixed_in_as_latents_of_the_pipeline_s_own_encoder(
+    model: Path, tmp_path: Path, form: str
+) -> None:
+    path, root = reference(tmp_path, form), tmp_path / "run"
+    run(config(root, model, "sd-v", num_rounds=1, **tuned_on(path)), objects("sd-v"))
+    rows = pq.read_table(root / "round-0001/rows/rows.parquet").to_pylist()
+    assert Counter(row["origin"] for row in rows) == {"round-0001": 4, "reference": 4}
+    known = pictures(6)
+    vae = tiny_pipeline("sd-v").vae
+    for row in (row for row in rows if row["origin"] == "reference"):
+        assert row["completion"] in known
+        assert row["prompt"] == f"a disc of brightness {known.index(row['completion'])}"
+        latents = latents_of(row["latents"], row["latents_shape"], row["latents_dtype"])
+        decoded = vae.decode(latents[None] / vae.config.scaling_factor).sample
+        assert decoded.shape == (1, 3, SIZE, SIZE)
+    report = json.loads((root / "round-0001/model/training.json").read_text())
+    assert report["rows"] == 8
+
+
+def test_a_reference_picture_of_another_size_is_named_with_both_sizes(model: Path, tmp_path: Path) -> None:
+    path = reference(tmp_path, "bytes", size=24)
+    with pytest.raises(DataError, match=r"size that the run draws, 16 x 16; the one for prompt .* is 24 x 24"):
+        run(config(tmp_path / "run", model, "sd-v", num_rounds=1, **tuned_on(path)), objects("sd-v"))
+
+
+def test_replayed_pictures_keep_the_latents_that_were_drawn(model: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    run(config(root, model, "sd-v", tuning={"replay_rounds": 1}), objects("sd-v"))
+    first, second = (pq.read_table(root / f"round-000{i}/rows/rows.parquet").to_pylist() for i in (1, 2))
+    assert Counter(row["origin"] for row in second) == {"round-0001": 4, "round-0002": 4}
+    replayed = {row["sample_id"]: row["latents"] for row in second if row["origin"] == "round-0001"}
+    assert replayed == {row["sample_id"]: row["latents"] for row in first}
+
+
+# -- rounds ----------------------------------------------------------------------------------------------------------
+
+
+def test_from_the_start_each_round_is_a_fit_of_its_own(model: Path, tmp_path: Path) -> None:
+    """The evidence is measured against the start: from there a fit moves as far in round 2 as in round 1."""
+    drifts = {}
+    for begin in ("start", "previous"):
+        root = tmp_path / begin
+        run(config(root, model, "sd-v", tuning={"start_from": begin}), objects("sd-v"))
+        reports = [json.loads((root / f"round-000{i}/model/training.json").read_text()) for i in (1, 2)]
+        drifts[begin] = [report["details"]["drift"] for report in reports]
+    assert drifts["start"][0] == drifts["previous"][0]
+    assert drifts["start"][1] < 0.7 * drifts["previous"][1]
+
+
+def test_moments_are_carried_and_older_models_let_go(model: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    carried = {"tuning": {"optimizer_state": "carried"}, "keep_models": "last"}
+    run(config(root, model, "sd-v", **carried), objects("sd-v"))
+    assert (root / "round-0002/model/optimizer.safetensors").is_file()
+    assert not (root / "round-0001/model/unet").exists()
+    assert (root / "round-0002/model/unet").is_dir()
+    assert verify(root) == []
+
+
+# -- in other hands --------------------------------------------------------------------------------------------------
+
+
+def loads_and_draws(pipe: Any, root: Path, model: Path) -> None:
+    """The pipeline draws round 2's first picture, which the start does not."""
+    prompt, sample = first_of(root / "round-0002")
+    ours = pixels(image_of(sample["completion"]))
+    assert np.abs(ours - pixels(plainly(pipe, "sd-v", prompt, sample["seed"]))).max() <= 1
+    with quiet():
+        start = diffusers.DiffusionPipeline.from_pretrained(model)
+    assert np.abs(ours - pixels(plainly(start, "sd-v", prompt, sample["seed"]))).max() >= 4
+
+
+def snippet(card: Path) -> str:
+    return card.read_text().split("```python\n")[1].split("```")[0]
+
+
+def test_a_published_pipeline_loads_as_its_card_says(model: Path, tmp_path: Path) -> None:
+    root, out = tmp_path / "run", tmp_path / "out"
+    run(config(root, model, "sd-v"), objects("sd-v"))
+    publish_model(root, out, 1)
+    card = (out / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "pipeline_tag: text-to-image" in card
+    assert str(tmp_path) not in card
+    names: dict[str, Any] = {}
+    exec(snippet(out / "README.md").replace("FOLDER", str(out)), names)
+    loads_and_draws(names["pipe"], root, model)
+    assert verify(root) == []
+
+
+def test_a_published_lora_loads_as_its_card_says_onto_a_base_that_comes_along(model: Path, tmp_path: Path) -> None:
+    """The start was given as an object, so that only the run has it; a whole pipeline that lay there goes."""
+    root, out = tmp_path / "run", tmp_path / "out"
+    given = objects("sd-v")
+    with quiet():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model)
+    given = Objects(train=given.train, held_out=given.held_out, rewards=given.rewards, model=pipe)
+    run(config(root, model, "sd-v", policy={"adapter": {"r": 2}, "model": "given as an object"}), given)
+    publish_model(root, out, 0)
+    assert (out / "unet").is_dir()
+    publish_model(root, out, 1)
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "base", "pytorch_lora_weights.safetensors"]
+    names: dict[str, Any] = {}
+    exec(snippet(out / "README.md").replace("FOLDER", str(out)), names)
+    loads_and_draws(names["pipe"], root, model)
+
+
+def test_a_lora_for_peft_says_so(tmp_path: Path) -> None:
+    labels, root, out = save_tiny("dit", tmp_path / "dit"), tmp_path / "run", tmp_path / "out"
+    run(config(root, labels, "dit", num_rounds=1), objects("dit"))
+    publish_model(root, out, 1)
+    code = snippet(out / "README.md")
+    assert 'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "FOLDER")' in code
+    names: dict[str, Any] = {}
+    exec(code.replace("FOLDER", str(out)).replace("THE PIPELINE THAT THE RUN BEGAN FROM", str(labels)), names)
+    assert "default" in names["pipe"].transformer.peft_config
