@@ -15,6 +15,7 @@ from raftune.config.run import RunConfig
 from raftune.digest import duration
 from raftune.errors import ConfigError
 from raftune.planning import Forecast, forecast
+from raftune.planning.images import DEVICE, SHARE, Pipeline, Room
 
 
 def plan(
@@ -58,9 +59,9 @@ def lines(config: RunConfig, found: Forecast) -> list[tuple[str, str]]:
     said = [("run", state(config, found)), ("policy", policy(config, found)), ("prompts", prompts(found))]
     said += [("a round", a_round(config, found))] if config.num_rounds else []
     said += [("in all", in_all(config, found)), ("disk", disk(found))]
-    if found.memory is not None:
+    if found.memory is not None or found.room is not None:
         said.append(("memory", memory(config, found)))
-    if found.seconds is not None and found.probe is not None:
+    if found.seconds is not None:
         said.append(("time", time(found)))
     return said
 
@@ -73,12 +74,21 @@ def state(config: RunConfig, found: Forecast) -> str:
 
 def policy(config: RunConfig, found: Forecast) -> str:
     model = found.model
+    if found.pipeline is not None:
+        return pipeline(found.pipeline)
     if model is None:
         return config.policy.family
     trained = "all trained" if model.trained == model.parameters else f"{count(model.trained)} trained (LoRA)"
     context = f", context {model.context}" if model.context else ""
     size = f"{count(model.parameters)} parameters, {trained}"
     return f"{model.architecture}, {size}, {model.dtype} on {model.device}{context}"
+
+
+def pipeline(model: Pipeline) -> str:
+    trained = "all trained" if model.trained == model.parameters else f"{count(model.trained)} trained (LoRA)"
+    size = f"denoiser of {count(model.parameters)} parameters, {trained}"
+    asked = f"{model.height} x {model.width} pixels, {model.steps} steps, {model.forwards} forwards a picture"
+    return f"{model.architecture}, {size}, {model.dtype} on {model.device}; {asked} ({model.basis})"
 
 
 def prompts(found: Forecast) -> str:
@@ -99,6 +109,9 @@ def in_all(config: RunConfig, found: Forecast) -> str:
     a, longest = found.amounts, config.sampling.max_completion_length
     judged = (a.rounds + 1) * a.judged
     text = f"{a.samples:,} samples: {a.rounds * a.drawn:,} to learn from, {judged:,} to judge by"
+    if found.work is not None:
+        learned = f"{found.work.learned:,} forwards and backwards to learn"
+        return f"{text}; {found.work.forwards:,} forwards of the denoiser to draw them, at most {learned}"
     if found.model is None:
         return text
     now = f", about {int(a.samples * found.probe.tokens):,} if answers stay as long as now" if found.probe else ""
@@ -106,11 +119,15 @@ def in_all(config: RunConfig, found: Forecast) -> str:
 
 
 def disk(found: Forecast) -> str:
-    parts = {"models": found.disk.models, "samples at most": found.disk.samples, "checkpoints": found.disk.checkpoints}
+    samples = "samples at most" if found.pipeline is None else "pictures about"
+    parts = {"models": found.disk.models, samples: found.disk.samples, "latents": found.disk.latents}
+    parts["checkpoints"] = found.disk.checkpoints
     return f"{megabytes(found.disk.total)}: " + ", ".join(f"{n} {megabytes(size)}" for n, size in parts.items() if size)
 
 
 def memory(config: RunConfig, found: Forecast) -> str:
+    if found.room is not None:
+        return memory_of_pictures(found.room)
     assert found.memory is not None
     need = found.memory
     return (
@@ -119,11 +136,28 @@ def memory(config: RunConfig, found: Forecast) -> str:
     )
 
 
+def memory_of_pictures(need: Room) -> str:
+    layers = f", layers' outputs about {megabytes(need.outputs)}" if need.outputs is not None else ""
+    on_top = "" if need.outputs is not None else "layers' outputs and "
+    return (
+        f"drawing {megabytes(need.drawing)} (denoiser {megabytes(need.denoiser)}, text encoders and VAE "
+        f"{megabytes(need.frozen)}), tuning {megabytes(need.tuning)} (gradients and optimizer "
+        f"{megabytes(need.training)}{layers}); {on_top}reward models come on top"
+    )
+
+
 def time(found: Forecast) -> str:
-    assert found.seconds is not None and found.probe is not None
+    assert found.seconds is not None
     total = sum(found.seconds.values())
     shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in found.seconds.items() if seconds > 0)
-    return f"about {duration(total)}: {shares} (from a probe of two prompts that took {duration(found.probe.seconds)})"
+    return f"about {duration(total)}: {shares} ({basis(found)})"
+
+
+def basis(found: Forecast) -> str:
+    """Where the seconds come from."""
+    if found.probe is not None:
+        return f"from a probe of two prompts that took {duration(found.probe.seconds)}"
+    return f"by arithmetic, on one {DEVICE} at {SHARE:.0%} of its peak; VAE and rewards come on top"
 
 
 def count(number: int) -> str:

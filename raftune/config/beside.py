@@ -12,7 +12,7 @@ FIELDS = (
     *("policy.tokenizer", "sampling.teacher.model", "tuning.reference.path"),
 )
 REWARDS = ("rewards.reward_funcs", "evaluation.reward_funcs")
-OF_A_REWARD = ("spec", "options.model", "options.head")
+OF_A_REWARD = ("spec", "options.model", "options.clip", "options.processor")
 
 
 def beside(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -8,31 +8,55 @@ from pathlib import Path
 from typing import Any
 
 from raftune.build import Assembly
-from raftune.config.policy import CausalLMPolicy
+from raftune.config.policy import CausalLMPolicy, DiffusionPolicy
 from raftune.config.run import RunConfig
 from raftune.digest import overlap_words, rows_of
+from raftune.errors import RewardError
 from raftune.planning.amounts import Amounts, amounts
+from raftune.planning.images import (
+    Pipeline,
+    Room,
+    Work,
+    at_hand,
+    disk_of,
+    from_published,
+    not_tried,
+    published,
+    refuse_prompts,
+    room,
+    seconds_at,
+    widths,
+    work_of,
+)
 from raftune.planning.probe import Probe, probe, seconds_by_stage
 from raftune.planning.prompts import Prompts, measure, read_prompts
 from raftune.planning.sizes import Disk, Footprint, Memory, disk, footprint, memory
 from raftune.preflight import preflight
 from raftune.reporting import check_installed, wanted
 from raftune.runs import refuse_foreign, root_of
+from raftune.stages.plan import prompts_from
 from raftune.staleness import check
+from raftune.store.parquet import read_table
 from raftune.store.run import RunFolder
+
+SPLITS = ("train.parquet", "held_out.parquet")
 
 
 @dataclass(frozen=True)
 class Forecast:
     """What a run will take. `done` rounds lie in its directory already; `seconds` are those of a run from the start, by
-    kind of work, None without a probe; `model` and `memory` are None for families without weights."""
+    kind of work, from a probe, or, for a pipeline without one, by arithmetic on a named device; else None. `model` and
+    `memory` are those of a language model, `pipeline`, `work` and `room` those of a pipeline."""
 
     root: Path
     done: int | None
     prompts: Prompts
     amounts: Amounts
     model: Footprint | None
+    pipeline: Pipeline | None
+    work: Work | None
     memory: Memory | None
+    room: Room | None
     disk: Disk
     probe: Probe | None
     seconds: dict[str, float] | None
@@ -76,30 +100,81 @@ def rounds_done(root: Path, config: RunConfig) -> int | None:
 def look(assembly: Assembly, root: Path, done: int | None, scratch: Path, measured: bool) -> Forecast:
     config = assembly.config
     data = read_prompts(assembly)
-    start = assembly.run.folder(0, "model")
-    start.mkdir(parents=True)
-    facts = assembly.family.start(config, start)
-    model = footprint(config.policy, start, facts) if isinstance(config.policy, CausalLMPolicy) else None
-    policy = assembly.policies.encoder(start)
-    prompts = measure(data, getattr(policy, "encoder", None))
+    begun = begin(assembly, data)
+    prompts = measure(data, begun.encoder)
     planned = amounts(config, prompts.train, prompts.held_out)
-    assembly.panel(), assembly.judge()  # their code and options are read, their models are not
-    notes = [*(facts or {}).get("notes", []), *policy.notes(), *remarks(config, prompts, planned)]
-    notes += beyond_context(config, prompts, model)
-    found = probe(assembly, data, scratch / "probe") if measured else None
+    notes = [*begun.notes, *read_rewards(assembly, begun), *remarks(config, prompts, planned)]
+    notes += beyond_context(config, prompts, begun.model)
+    model, pipeline = begun.model, begun.pipeline
+    tried = measured and not (pipeline and not_tried(pipeline))
+    found = probe(assembly, data, scratch / "probe", widths(pipeline) if pipeline else ()) if tried else None
     rows = min(config.sampling.unit_size, planned.prompts) * config.sampling.num_generations
+    work = work_of(pipeline, config, planned) if pipeline else None
+    seconds = seconds_by_stage(found, planned, assembly) if found else None
+    if pipeline and work and found is None:
+        seconds = seconds_at(pipeline, config, work)
     return Forecast(
         root=root,
         done=done,
         prompts=prompts,
         amounts=planned,
         model=model,
+        pipeline=pipeline,
+        work=work,
         memory=memory(model, config, prompts.longest or 0, rows) if model else None,
-        disk=disk(model, config, planned),
+        room=room(pipeline, config) if pipeline else None,
+        disk=disk_of(pipeline, config, planned, found.size if found else None)
+        if pipeline
+        else disk(model, config, planned),
         probe=found,
-        seconds=seconds_by_stage(found, planned, assembly) if found else None,
+        seconds=seconds,
         notes=tuple(dict.fromkeys([*notes, *(found.notes if found else ())])),
     )
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The start model in numbers, what counts the tokens of a text, and what a user should know."""
+
+    model: Footprint | None
+    pipeline: Pipeline | None
+    encoder: Any
+    notes: list[str]
+
+
+def begin(assembly: Assembly, data: Path) -> Begun:
+    """Begins the run's start, and looks at it; a pipeline of the hub that is not at hand goes by what is published."""
+    config = assembly.config
+    if isinstance(config.policy, DiffusionPolicy) and (known := published(config.policy)) is not None:
+        pipeline = from_published(known, config)
+        return Begun(None, pipeline, None, [not_tried(pipeline)])
+    start = assembly.run.folder(0, "model")
+    start.mkdir(parents=True)
+    facts = assembly.family.start(config, start)
+    policy = assembly.policies.encoder(start)
+    if isinstance(config.policy, DiffusionPolicy):
+        pipeline = at_hand(policy, facts)
+        every = [prompt for name in SPLITS for prompt in prompts_from(read_table(data / name))]
+        notes = [*facts["notes"], *refuse_prompts(policy, every), *policy.notes(), not_tried(pipeline)]
+        return Begun(None, pipeline, None, [note for note in notes if note])
+    notes = [*(facts.get("notes", []) if isinstance(facts, dict) else []), *policy.notes()]
+    if not isinstance(config.policy, CausalLMPolicy):
+        return Begun(None, None, None, notes)
+    return Begun(footprint(config.policy, start, facts), None, getattr(policy, "encoder", None), notes)
+
+
+def read_rewards(assembly: Assembly, begun: Begun) -> list[str]:
+    """Reads code and options of all rewards, not their models. Raises ConfigError, RewardError.
+
+    Where the policy itself is not at hand, what a reward lacks is said, and is no error yet.
+    """
+    try:
+        assembly.panel(), assembly.judge()
+    except RewardError as error:
+        if begun.pipeline is None or begun.pipeline.flops is None:
+            raise
+        return [f"the run will need it: {error}"]
+    return []
 
 
 def beyond_context(config: RunConfig, prompts: Prompts, model: Footprint | None) -> list[str]:

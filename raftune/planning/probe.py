@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured: seconds by stage, tokens of a sample on average, and what a user should know."""
+    """What was measured: seconds by stage, tokens or bytes of a sample on average, and what a user should know."""
 
     load: float
     draw: Line  # a batch, and a sample of it
@@ -49,12 +49,14 @@ class Probe:
     logp: Line
     tune: Line  # a fit, and a row
     tokens: float
+    size: float | None  # bytes of a picture on average
     notes: tuple[str, ...]
     seconds: float
 
 
-def probe(assembly: Assembly, data: Path, work: Path) -> Probe:
-    """Runs each stage's work on two prompts, in `work`; raises what the run itself would."""
+def probe(assembly: Assembly, data: Path, work: Path, widths: Sequence[int] = ()) -> Probe:
+    """Runs each stage's work on two prompts, in `work`; raises what the run itself would. `widths`: how many samples of
+    each are drawn, first and then; without any, K and then four times as many."""
     began = time.perf_counter()
     config, folder = assembly.config, assembly.run.folder(0, "model")
     table = read_table(data / ("train.parquet" if config.num_rounds else "held_out.parquet")).slice(0, ASKED)
@@ -62,7 +64,7 @@ def probe(assembly: Assembly, data: Path, work: Path) -> Probe:
     policy = assembly.policies.at(folder)
     first = config.sampling.num_generations if config.sampling.generation_kwargs else 1
     load, _ = timed(lambda: drawn(policy, asking(prompts, first, config.seed, config.sampling.batch_size)))
-    draw, found = time_draw(policy, prompts, assembly)
+    draw, found = time_draw(policy, prompts, assembly, widths)
     samples = as_table(found, policy)
     asked = {prompt.id: prompt for prompt in prompts}
     owners = [asked[sample.prompt_id] for sample in found]
@@ -72,7 +74,18 @@ def probe(assembly: Assembly, data: Path, work: Path) -> Probe:
     logp = time_logp(policy, owners, samples, config.sampling.batch_size)
     tune = time_tune(assembly, samples, table, work)
     notes = (*policy.notes(), *doubts(scores), *cut_off(samples, config.tuning.mask_truncated_completions))
-    return Probe(load, draw, score, judge, logp, tune, mean_tokens(samples), notes, time.perf_counter() - began)
+    return Probe(
+        load,
+        draw,
+        score,
+        judge,
+        logp,
+        tune,
+        mean_tokens(samples),
+        mean_size(samples),
+        notes,
+        time.perf_counter() - began,
+    )
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -86,10 +99,12 @@ def asking(prompts: list[Prompt], number: int, seed: int, batch_size: int) -> Un
     return Unit(0, "probe", "probe", tuple(prompts), seeds, batch_size)
 
 
-def time_draw(policy: Policy, prompts: list[Prompt], assembly: Assembly) -> tuple[Line, list[Sample]]:
+def time_draw(
+    policy: Policy, prompts: list[Prompt], assembly: Assembly, chosen: Sequence[int]
+) -> tuple[Line, list[Sample]]:
     """The cost of a batch and of a sample, from two draws of different width; and the samples of the wider one."""
     sampling = assembly.config.sampling
-    widths = [sampling.num_generations, sampling.num_generations * WIDER]
+    widths = chosen or [sampling.num_generations, sampling.num_generations * WIDER]
     most = max(1, sampling.batch_size // len(prompts))
     widths = [min(width, most) for width in widths]
     if sampling.generation_kwargs:  # options of `generate`, such as beams, may hang on the number of answers
@@ -191,6 +206,14 @@ def mean_tokens(samples: pa.Table) -> float:
         return 0.0
     lengths = [len(ids) for ids in samples.column("completion_ids").to_pylist()]
     return sum(lengths) / len(lengths)
+
+
+def mean_size(samples: pa.Table) -> float | None:
+    """Bytes of a completion that is a picture; None for any other."""
+    if samples.schema.field("completion").type != pa.binary():
+        return None
+    sizes = [len(png) for png in samples.column("completion").to_pylist() if png is not None]
+    return sum(sizes) / len(sizes) if sizes else None
 
 
 def seconds_by_stage(found: Probe, planned: Amounts, assembly: Assembly) -> dict[str, float]:

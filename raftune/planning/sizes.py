@@ -106,15 +106,17 @@ def memory(model: Footprint, config: RunConfig, longest_prompt: int, rows: int) 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes: the models that are kept, the checkpoints while a round is tuned, the samples at most."""
+    """Bytes: the models that are kept, the checkpoints while a round is tuned, the samples (of text at most, of
+    pictures about), the latents that pictures are learned by."""
 
     models: int
     checkpoints: int
     samples: int
+    latents: int = 0
 
     @property
     def total(self) -> int:
-        return self.models + self.checkpoints + self.samples
+        return self.models + self.checkpoints + self.samples + self.latents
 
 
 def disk(model: Footprint | None, config: RunConfig, planned: Amounts) -> Disk:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from raftune.errors import ModelError
 from raftune.protocols import Inputs
 
 
@@ -26,3 +27,8 @@ class Start:
 
     def run(self, inputs: Inputs, out: Path) -> None:
         self.begin(out)
+        if not any(out.iterdir()):
+            raise ModelError(
+                "a family must write its start model into the folder `out`; it wrote nothing there. A file that says "
+                "what the model is made from is enough."
+            )

@@ -15,7 +15,7 @@ rewards:
   reward_funcs:
     - reward.py:score
     - {spec: reward.py:other, name: other}
-    - {spec: aesthetic, options: {head: ./head.safetensors}}
+    - {spec: aesthetic, options: {model: ./head.safetensors}}
     - length
 evaluation: {prompts: elsewhere.jsonl, reward_funcs: ["judge.py:judge"]}
 """
@@ -37,7 +37,7 @@ def test_what_lies_beside_the_file_is_meant(home: Path) -> None:
     assert (config.data.prompts, config.policy.family) == ("mine/prompts.jsonl", "mine/family.py:Mine")
     first, other, head, _ = config.rewards.reward_funcs
     assert (first.spec, other.spec) == ("mine/reward.py:score", "mine/reward.py:other")
-    assert head.options == {"head": "mine/head.safetensors"}
+    assert head.options == {"model": "mine/head.safetensors"}
 
 
 def test_what_does_not_lie_there_is_looked_for_where_the_command_is_given(home: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_flag_is_meant_from_where_the_command_is_given(home: Path) -> None:
 
 def test_a_file_that_is_used_where_it_lies_is_read_as_it_stands(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
-    assert load_config(["run.yaml"]).rewards.reward_funcs[2].options == {"head": "./head.safetensors"}
+    assert load_config(["run.yaml"]).rewards.reward_funcs[2].options == {"model": "./head.safetensors"}
 
 
 def test_from_outside_paths_become_absolute(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

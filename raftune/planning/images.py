@@ -1,0 +1,270 @@
+"""What a run of pictures takes: forwards of the denoiser, memory, disk, and time where nothing can be tried."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raftune.config.policy import AdapterConfig, DiffusionPolicy
+from raftune.config.run import RunConfig
+from raftune.errors import DataError
+from raftune.planning.amounts import Amounts
+from raftune.planning.published import PUBLISHED, Published
+from raftune.planning.sizes import ADAM, BYTES, PER_SAMPLE, Disk
+from raftune.records import Prompt
+
+PNG = 1.6  # bytes a pixel of a photograph-like picture; flat drawings take less
+CHECKPOINTED = 0.2  # of the layers' outputs that learning keeps with gradient checkpointing, about
+BACKWARD = 3  # learning costs so many forwards: one forward, and a backward of two
+AGAIN = 4  # and so many with gradient checkpointing, which computes the outputs anew
+PEAK = {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12}  # operations a second
+DEVICE, SHARE = "A100", 0.4  # the device that PEAK is of, and the share of its peak that such models reach
+LARGE = 100_000_000  # parameters: a denoiser beyond is not tried on a CPU
+SMALL = 20_000_000  # parameters: a denoiser below draws dozens of pictures in seconds
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline in numbers: parameters of its denoiser and those that are trained, bytes of its frozen parts, how it
+    is called, the bytes of one picture's latents. `basis`: where the numbers come from.
+
+    `flops` and `outputs` are of one forward of one picture; None where they are not known.
+    """
+
+    architecture: str
+    parameters: int
+    trained: int
+    dtype: str
+    frozen: int
+    device: str
+    height: int
+    width: int
+    steps: int
+    forwards: int  # of the denoiser, for one picture
+    latents: int
+    basis: str
+    flops: float | None = None
+    outputs: float | None = None
+
+    @property
+    def weight(self) -> int:
+        return BYTES[self.dtype]
+
+    @property
+    def kept(self) -> int:
+        """Bytes of what a round writes: its LoRA in float32, or the whole denoiser."""
+        return self.trained * (self.weight if self.trained == self.parameters else BYTES["float32"])
+
+
+# -- the pipeline -----------------------------------------------------------------------------------------------------
+
+
+def at_hand(policy: Any, facts: dict[str, Any]) -> Pipeline:
+    """The numbers of a pipeline that was loaded and checked; `facts` is what the check found."""
+    config, frozen = policy.config, policy.frozen
+    shape = tuple(facts["latents_shape"])
+    return Pipeline(
+        architecture=facts["architecture"],
+        parameters=facts["parameters"],
+        trained=trained_parameters(facts["denoiser"], frozen.pipe, frozen.denoiser.name, config.policy.adapter),
+        dtype=facts["dtype"],
+        frozen=facts["frozen_bytes"],
+        device=str(policy.device),
+        height=facts["height"],
+        width=facts["width"],
+        steps=facts["num_inference_steps"],
+        forwards=forwards_of(frozen.pipe.scheduler, facts["num_inference_steps"]) * facts["forwards_per_step"],
+        latents=math.prod(shape) * BYTES[facts["dtype"]],
+        basis="counted on the pipeline",
+    )
+
+
+def forwards_of(scheduler: Any, steps: int) -> int:
+    """How often the denoiser is asked: for some schedulers once more, or twice as often, than there are steps."""
+    own = type(scheduler).from_config(scheduler.config)
+    accepted = inspect.signature(own.set_timesteps).parameters
+    own.set_timesteps(steps, **({"mu": 1.0} if own.config.get("use_dynamic_shifting") and "mu" in accepted else {}))
+    return len(own.timesteps)
+
+
+def trained_parameters(denoiser: str, pipe: Any, name: str, adapter: AdapterConfig | None) -> int:
+    """How many weights are trained: all, or those of the adapter, counted on a denoiser without memory."""
+    return count_trained(denoiser, getattr(pipe, name).config, adapter)[1]
+
+
+def count_trained(denoiser: str, config: Any, adapter: AdapterConfig | None) -> tuple[int, int]:
+    """Parameters of a denoiser of this class, and how many of them, or of its adapter, are trained."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    from raftune.policies.diffusion.adapters import attach_fresh
+
+    with init_empty_weights():
+        model = getattr(diffusers, denoiser).from_config(dict(config))
+        total = sum(weight.numel() for weight in model.parameters())
+        if adapter is None:
+            return total, total
+        model.requires_grad_(False)
+        attach_fresh(model, adapter, 0)
+    return total, sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def published(config: DiffusionPolicy) -> Published | None:
+    """What is known of a pipeline of the hub that is not at hand; None where it is, or where nothing is known."""
+    known = PUBLISHED.get(config.model)
+    if known is None or Path(config.model).exists():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(config.model, "model_index.json", revision=config.revision)
+    return None if isinstance(cached, str) else known
+
+
+def from_published(known: Published, config: RunConfig) -> Pipeline:
+    """The pipeline by its published sizes, at the size and steps of this run."""
+    policy, call = config.policy, config.sampling.diffusion
+    assert isinstance(policy, DiffusionPolicy)
+    height, width, steps = call.height or known.size, call.width or known.size, call.num_inference_steps or known.steps
+    guidance = known.guidance if call.guidance_scale is None or known.guidance <= 1 else call.guidance_scale
+    twice = max(guidance, float(call.pipeline_kwargs.get("true_cfg_scale", 1.0))) > 1
+    left_out = {name for name, value in policy.pipeline_init_kwargs.items() if value is None}
+    frozen = sum(size for part, size in known.frozen.items() if part.replace(" ", "_") not in left_out)
+    total, trained = count_trained(known.denoiser, known.config, policy.adapter)
+    channels, pixels = known.latents
+    area = height * width / known.size**2
+    return Pipeline(
+        architecture=known.pipeline,
+        parameters=total,
+        trained=trained,
+        dtype=policy.dtype,
+        frozen=frozen * BYTES[policy.dtype],
+        device=DEVICE,
+        height=height,
+        width=width,
+        steps=steps,
+        forwards=(steps + known.extra_steps) * (2 if twice else 1),
+        latents=channels * (height // pixels) * (width // pixels) * BYTES[policy.dtype],
+        basis="estimated from published sizes; nothing was fetched",
+        flops=known.flops * area,
+        outputs=known.outputs * area,
+    )
+
+
+# -- what it takes ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of the run: pictures drawn, forwards of the denoiser that this takes, and rows learned (each at one noise level:
+    a forward and a backward)."""
+
+    pictures: int
+    forwards: int
+    learned: int
+
+
+def work_of(model: Pipeline, config: RunConfig, planned: Amounts) -> Work:
+    """The amounts in the denoiser's terms; rows that are replayed are counted at their most."""
+    rows = planned.rounds * learned_rows(config, planned) * config.tuning.diffusion.noise_levels
+    return Work(planned.samples, planned.samples * model.forwards, rows)
+
+
+def learned_rows(config: RunConfig, planned: Amounts) -> int:
+    """Rows of a round, as often as they are learned."""
+    tuning = config.tuning
+    per_step = tuning.per_device_train_batch_size * tuning.gradient_accumulation_steps
+    if tuning.max_steps > 0:
+        return tuning.max_steps * per_step
+    rows = float(planned.kept * (1 + min(tuning.replay_rounds, max(0, config.num_rounds - 1))))
+    if tuning.reference is not None:
+        rows /= 1 - tuning.reference.fraction
+    return math.ceil(rows * tuning.num_train_epochs)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes at the two peaks: drawing (denoiser and frozen parts) and tuning (denoiser, gradients, the optimizer's
+    moments, a moving average, layers' outputs; None where these are not known)."""
+
+    denoiser: int
+    frozen: int
+    training: int
+    outputs: int | None
+
+    @property
+    def drawing(self) -> int:
+        return self.denoiser + self.frozen
+
+    @property
+    def tuning(self) -> int:
+        return self.denoiser + self.training + (self.outputs or 0)
+
+
+def room(model: Pipeline, config: RunConfig) -> Room:
+    tuning = config.tuning
+    copies = 1 + ADAM + (tuning.diffusion.ema_decay is not None)
+    outputs = None
+    if model.outputs is not None:
+        rows = tuning.per_device_train_batch_size * tuning.diffusion.noise_levels
+        each = model.outputs * (2 if tuning.bf16 else model.weight)
+        outputs = int(rows * each * (CHECKPOINTED if tuning.gradient_checkpointing else 1))
+    return Room(model.parameters * model.weight, model.frozen, model.kept * copies, outputs)
+
+
+def disk_of(model: Pipeline, config: RunConfig, planned: Amounts, png: float | None) -> Disk:
+    """What the run writes; `png` is the size of a picture where some were drawn."""
+    stored = {"all": planned.rounds, "best": min(3, planned.rounds), "last": min(2, planned.rounds)}[config.keep_models]
+    each = model.height * model.width * PNG if png is None else png
+    copied = planned.rounds * planned.kept * (1 + config.tuning.replay_rounds)  # rows.parquet holds what is learned
+    drawn = planned.rounds * planned.drawn if config.keep_latents == "all" else 0
+    checkpoint = model.kept * (1 + ADAM) if planned.steps > config.tuning.save_steps else 0
+    pictures = int((planned.samples + copied) * each + planned.samples * PER_SAMPLE)
+    return Disk(stored * model.kept, 2 * checkpoint, pictures, (drawn + copied) * model.latents)
+
+
+def seconds_at(model: Pipeline, config: RunConfig, work: Work) -> dict[str, float] | None:
+    """Seconds on the named device by arithmetic alone, without VAE and rewards; None where a forward is not known."""
+    if model.flops is None:
+        return None
+    tuning = config.tuning
+    learning = model.dtype if not tuning.bf16 else "bfloat16"
+    times = AGAIN if tuning.gradient_checkpointing else BACKWARD
+    return {
+        "drawing": work.forwards * model.flops / (PEAK[model.dtype] * SHARE),
+        "tuning": work.learned * times * model.flops / (PEAK[learning] * SHARE),
+    }
+
+
+def not_tried(model: Pipeline) -> str:
+    """Why no pictures are drawn to see how long it takes; empty where they are."""
+    if model.flops is not None:
+        return f"{model.architecture} is not at hand: its sizes are the published ones, and nothing was fetched"
+    if model.device == "cpu" and model.parameters > LARGE:
+        return "a denoiser of this size is not tried on a CPU: plan where the run will be for its time"
+    return ""
+
+
+def widths(model: Pipeline) -> tuple[int, ...]:
+    """Pictures of each prompt that are drawn to see how long it takes; empty: as for text."""
+    return () if model.parameters < SMALL else (1, 2)
+
+
+def refuse_prompts(policy: Any, prompts: Sequence[Prompt]) -> list[str]:
+    """What a user should know of the prompts. Raises DataError, counting those that the pipeline cannot be asked."""
+    refused, why = [], None
+    for prompt in prompts:
+        try:
+            policy.blank.refuse_prompts([prompt.content])
+        except DataError as error:
+            refused, why = [*refused, prompt.id], why or error
+    if why is not None:
+        raise DataError(f"{len(refused)} of {len(prompts)} prompts cannot be used ({', '.join(refused[:3])}). {why}")
+    texts = dict.fromkeys(prompt.content for prompt in prompts if isinstance(prompt.content, str))
+    cut = [text for text in texts if policy.encoder.unseen(text) is not None]
+    if not cut:
+        return []
+    return [f"{len(cut)} of {len(texts)} prompts are longer than the text encoder reads: their ends are not seen"]
