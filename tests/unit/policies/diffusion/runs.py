@@ -1,0 +1,45 @@
+"""What the tests of drawing share: starts of tiny pipelines, and units of a few prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raftune.config.sampling import DiffusionSampling
+from raftune.policies.diffusion import Diffusion
+from raftune.protocols import Unit
+from raftune.records import Prompt, Sample
+from tests.unit.policies.diffusion.fits import Parts, begun, parts
+
+TEXTS = ("a red circle", "a blue square", "the green circle on black")
+
+
+def calling(config: Parts, **dials: Any) -> Parts:
+    """The configuration with these fields of sampling.diffusion in place of all that it had."""
+    return replace(config, sampling=config.sampling.model_copy(update={"diffusion": DiffusionSampling(**dials)}))
+
+
+def policy(model: Path, root: Path, kind: str = "sd", **dials: Any) -> Diffusion:
+    """The start's policy of a run under `root`, called with these dials (two steps, unguided, unless told)."""
+    config = calling(parts(model, kind), **{"num_inference_steps": 2, "guidance_scale": 1.0, **dials})
+    start = begun(config, root)
+    return Diffusion.load(config, start, start)
+
+
+def unit(
+    texts: tuple[Any, ...] = TEXTS, k: int = 2, *, batch_size: int = 64, scope: str = "0001", first_seed: int = 0
+) -> Unit:
+    """Each prompt k times, with seeds counted up."""
+    prompts = tuple(Prompt(f"p{i}", text) for i, text in enumerate(texts))
+    seeds = tuple(tuple(first_seed + i * k + j for j in range(k)) for i in range(len(texts)))
+    return Unit(0, scope, "round-0000", prompts, seeds, batch_size)
+
+
+def pixels(sample: Sample) -> Any:
+    """(H, W, 3) whole numbers."""
+    import numpy as np
+
+    from raftune.pictures import image_of
+
+    return np.asarray(image_of(sample.completion), dtype=int)
