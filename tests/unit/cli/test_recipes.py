@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +20,7 @@ from raftune.config.run import RunConfig
 from raftune.config.sft import SftConfig
 from raftune.planning import forecast
 from raftune.quiet import quiet
+from raftune.rewards.aesthetic import save_head
 from raftune.rewards.loading import BUILT_IN, load_reward
 from tests.builders import save_backbone, save_tiny
 
@@ -25,7 +28,8 @@ HOME = Path(__file__).parents[3] / "recipes"
 KINDS: dict[str, Any] = {"sft.yaml": SftConfig, "reward.yaml": RewardModelConfig}
 RECIPES = sorted(HOME.rglob("*.yaml"))
 RUNS = [path for path in RECIPES if path.name not in KINDS]
-BUNDLED = ("demo", "hacking")  # which name nothing but the starter
+BUNDLED = ("demo", "hacking", "image")  # which name nothing but the starter
+PIPELINES = ("sd15", "sdxl", "flux")  # which are planned by published sizes
 
 
 def title(path: Path) -> str:
@@ -39,7 +43,8 @@ def name_of(path: Path) -> str:
 
 def test_there_are_recipes() -> None:
     runs, steps = {title(path) for path in RUNS}, {title(path) for path in RECIPES}
-    assert runs >= {"demo", "hh/run", "gpt2/run", "gsm8k/run", "math", "toxicity"}
+    assert runs >= {"demo", "hh/run", "gpt2/run", "gsm8k/run", "math", "toxicity", "image"}
+    assert runs >= {f"{name}/run" for name in PIPELINES}
     assert steps - runs == {"hh/sft", "hh/reward", "gpt2/reward"}
 
 
@@ -58,14 +63,18 @@ def test_a_step_before_the_rounds_is_valid_and_writes_where_the_rounds_look(path
 
 
 @pytest.mark.parametrize("path", RUNS, ids=title)
-def test_the_built_in_rewards_of_a_recipe_take_its_options(path: Path) -> None:
+def test_the_built_in_rewards_of_a_recipe_take_its_options(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_aesthetic_head(tmp_path)
     config = load_config([path])
     for reward in (*config.rewards.reward_funcs, *config.evaluation.reward_funcs):
         if reward.spec in BUILT_IN and reward.spec != "classifier":
             assert load_reward(reward).name == reward.derived_name
 
 
-@pytest.mark.parametrize("path", [path for path in RUNS if path.stem not in BUNDLED], ids=title)
+@pytest.mark.parametrize("path", [path for path in RUNS if name_of(path) not in (*BUNDLED, *PIPELINES)], ids=title)
 def test_a_recipe_passes_its_plan_with_models_and_data_at_hand(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +87,31 @@ def test_a_recipe_passes_its_plan_with_models_and_data_at_hand(
     assert found.probe is not None
     assert found.amounts.rounds == recipe["num_rounds"]
     assert found.prompts.train > 0 < found.prompts.held_out
+
+
+@pytest.mark.parametrize("path", [path for path in RUNS if name_of(path) in PIPELINES], ids=title)
+def test_a_recipe_of_pictures_is_planned_from_anywhere_and_fetches_nothing(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "socket", None)
+    config = load_config([path])
+    found = forecast(config)
+    assert found.pipeline is not None and found.work is not None and found.room is not None
+    assert found.seconds is not None and min(found.seconds.values()) > 0
+    assert (
+        found.work.pictures == config.num_rounds * found.amounts.drawn + (config.num_rounds + 1) * found.amounts.judged
+    )
+    assert found.work.forwards % found.work.pictures == 0
+    assert found.prompts.train >= config.prompts_per_round and found.prompts.overlap == 0
+    assert any("the published ones, and nothing was fetched" in note for note in found.notes)
+    assert (name_of(path) == "sd15") == any("aesthetic.safetensors" in note for note in found.notes)
+
+
+def save_aesthetic_head(folder: Path) -> None:
+    """The linear layers of an aesthetic predictor, under the name by which the recipe knows them."""
+    save_head(folder / "head", [(np.zeros((1, 768)), np.zeros(1))], clip=None)
+    (folder / "head/model.safetensors").rename(folder / "aesthetic.safetensors")
 
 
 def with_local_classifiers(value: Any) -> Any:
