@@ -13,7 +13,7 @@ PICTURE_GUARDED = (
     ("contrast", "Contrast", "standard deviation of luminance, 0 … 1", "contrast", KL),
     ("pixel-distance", "Distance of pixels", "of two pictures of one prompt, 0 … 1", "pixel_distance", DIVERSITY),
 )
-LIGHT = (("saturation", "saturation", LENGTH), ("contrast", "contrast", KL), ("brightness", "brightness", OTHER))
+COLOUR = (("saturation", "saturation", LENGTH), ("contrast", "contrast", KL))
 APART = (("pixels", "pixel_distance", DIVERSITY), ("features", "feature_distance", OTHER))
 DOUBTFUL = (
     ("at the ends", "saturated_ratio", LENGTH),
@@ -36,7 +36,7 @@ def picture_charts(found: Collected) -> str:
         "Measured on the held-out pictures of every round. Colour that rises and variety that falls are how a reward "
         "for pictures is gamed: the grid above says what these numbers look like."
     )
-    parts = (light_chart, apart_chart, vendi_chart, drift_chart, doubtful_chart)
+    parts = (colour_chart, brightness_chart, apart_chart, vendi_chart, drift_chart, doubtful_chart)
     return group("pictures", "What the pictures are like", note, *(part(found) for part in parts))
 
 
@@ -62,9 +62,14 @@ def several(
     return chart(found, slug, title, caption, *lines)
 
 
-def light_chart(found: Collected) -> str:
-    caption = "0 … 1: distance from grey; spread of luminance; mean luminance"
-    return several(found, "light", "Saturation, contrast, brightness", caption, LIGHT)
+def colour_chart(found: Collected) -> str:
+    caption = "how far pixels are from grey, 0 … 1; how much luminance is spread, 0 … 0.5"
+    return several(found, "colour", "Saturation and contrast", caption, COLOUR)
+
+
+def brightness_chart(found: Collected) -> str:
+    values = numbers.by_round(found.reader, "brightness")
+    return chart(found, "brightness", "Brightness", "mean luminance, 0 … 1", line("brightness", values, OTHER))
 
 
 def apart_chart(found: Collected) -> str:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from raftune.errors import RaftuneError
 from raftune.store.commit import Commit
+from raftune.store.dropping import MARKER
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import column_names, first_line, read_groups, read_metadata, read_table
 from raftune.store.run import CONFIG, RunFolder
@@ -232,8 +233,11 @@ class Reader:
             if not self._noted(round_, stage):
                 self.note(f"round {round_}, {stage}", "its COMMIT is missing; what lies in its folder is shown")
         for (round_, stage), commit in self.commits.items():
-            if not self.run.is_dropped(round_, stage):
-                self._compare(round_, stage, commit)
+            try:
+                if not self.run.is_dropped(round_, stage):
+                    self._compare(round_, stage, commit)
+            except RaftuneError as error:
+                self.note(f"round {round_}, {stage}", said(error, self.run.folder(round_, stage) / MARKER))
 
     def _expect(self) -> None:
         """Notes what a round that is over must have, and what every run has at its top."""

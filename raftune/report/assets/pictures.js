@@ -8,9 +8,15 @@ function pictureOf(answer) {
   return pictures.get(answer?.image) ?? null;
 }
 
+/** What is said of a candidate that does not count: under an empty frame nothing more, for it says why itself. */
+function invalidity(sample) {
+  if (!sample.invalid) return trouble(sample);
+  return pictureOf(sample.completion) ? el("p.trouble", el("b", "invalid"), ": ", inline(sample.invalid)) : null;
+}
+
 /** Why there is no picture of the sample. */
 function whyVoid(sample) {
-  if (sample.invalid) return `no picture: ${sample.invalid}`;
+  if (sample.invalid && !sample.completion) return `no picture: ${sample.invalid}`;
   return sample.completion?.image ? "this picture is not in this page" : "no picture";
 }
 
@@ -24,7 +30,7 @@ function frame(sample, words) {
   const { src, width, height } = found;
   const whole = Math.max(width, height) <= PIXELS;
   const given = { src, width, height, alt: words, decoding: "async", draggable: "false" };
-  return el(whole ? "img.picture.pixels" : "img.picture", given);
+  return el(`img.picture${whole ? ".pixels" : ""}${sample.invalid ? ".doubtful" : ""}`, given);
 }
 
 /** What a picture is of, for those who do not see it. */
@@ -50,7 +56,7 @@ function pictureCard(sample, item, current, onclick) {
     { "aria-current": current ? "true" : null },
     enlargeable(sample, wordsOf(item.prompt, sample.k), current, onclick),
     el("p.head", star, el("b.score", number(sample.score, 2)), rank),
-    sample.invalid ? null : trouble(sample),
+    invalidity(sample),
     Object.keys(sample.parts ?? {}).length > 1 && !sample.invalid ? partBars(sample, item.samples) : null,
     el("p.reason", inline(sample.reason ?? ""), weight),
     circumstances(sample),
@@ -95,7 +101,7 @@ class Viewer {
         "div.about",
         el("h2", { id: "viewer-title" }, title),
         el("div.asked", content(prompt)),
-        sample.invalid ? el("p.trouble", inline(whyVoid(sample))) : trouble(sample),
+        invalidity(sample),
         partBars(sample, of),
         el("dl.known", known.map(([name, value]) => el("div", el("dt", name), el("dd", value)))),
         el("p.turns", bare ? null : turn("← Previous", -1), bare ? null : turn("Next →", 1), close),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raftune.report.choosing import Group, Pair, encoded_size, first, in_turn, order_groups, order_pairs, up_to
+from raftune.report.pairs import MOST_ROUNDS, rounds_seen
 from raftune.report.samples import LONGEST, content, cut, finite
 
 
@@ -65,3 +66,11 @@ def test_content_that_is_no_text_stays_what_json_can_hold() -> None:
     assert content(float("nan")) is None
     assert content(b"\x89PNG") == "(4 bytes)"
     assert content({"image": "data:,x"}) == {"image": "data:,x"}
+
+
+def test_of_many_rounds_the_start_the_best_the_last_and_those_of_alarms_have_their_pictures() -> None:
+    assert rounds_seen([0, 1, 2], 1, set()) == [0, 1, 2]
+    seen = rounds_seen(list(range(51)), 33, {7, 99})
+    assert seen == sorted(seen)
+    assert len(seen) == MOST_ROUNDS
+    assert {0, 33, 50, 7} <= set(seen)
