@@ -76,9 +76,9 @@ def forecast(config: RunConfig, *, measured: bool = True) -> Forecast:
     with tempfile.TemporaryDirectory(prefix="raftune-plan-") as scratch:
         assembly = Assembly(RunFolder(Path(scratch) / "run"), config)
         try:
-            preflight(assembly)
+            lacking = checked(assembly)
             done = rounds_done(root, config)
-            return look(assembly, root, done, Path(scratch), measured)
+            return look(assembly, root, done, Path(scratch), measured, lacking)
         finally:
             assembly.close()
 
@@ -97,13 +97,15 @@ def rounds_done(root: Path, config: RunConfig) -> int | None:
     return max((row["round"] for row in rows_of(root)), default=0)
 
 
-def look(assembly: Assembly, root: Path, done: int | None, scratch: Path, measured: bool) -> Forecast:
+def look(
+    assembly: Assembly, root: Path, done: int | None, scratch: Path, measured: bool, lacking: list[str]
+) -> Forecast:
     config = assembly.config
     data = read_prompts(assembly)
     begun = begin(assembly, data)
     prompts = measure(data, begun.encoder)
     planned = amounts(config, prompts.train, prompts.held_out)
-    notes = [*begun.notes, *read_rewards(assembly, begun), *remarks(config, prompts, planned)]
+    notes = [*begun.notes, *lacking, *remarks(config, prompts, planned)]
     notes += beyond_context(config, prompts, begun.model)
     model, pipeline = begun.model, begun.pipeline
     tried = measured and not (pipeline and not_tried(pipeline))
@@ -163,17 +165,19 @@ def begin(assembly: Assembly, data: Path) -> Begun:
     return Begun(footprint(config.policy, start, facts), None, getattr(policy, "encoder", None), notes)
 
 
-def read_rewards(assembly: Assembly, begun: Begun) -> list[str]:
-    """Reads code and options of all rewards, not their models. Raises ConfigError, RewardError.
+def checked(assembly: Assembly) -> list[str]:
+    """Everything is checked that can be without training; of rewards their code and options, not their models.
 
     Where the policy itself is not at hand, what a reward lacks is said, and is no error yet.
     """
     try:
+        preflight(assembly)
         assembly.panel(), assembly.judge()
     except RewardError as error:
-        if begun.pipeline is None or begun.pipeline.flops is None:
+        policy = assembly.config.policy
+        if not isinstance(policy, DiffusionPolicy) or published(policy) is None:
             raise
-        return [f"the run will need it: {error}"]
+        return [f"the run will need a reward that is not at hand: {error}"]
     return []
 
 
