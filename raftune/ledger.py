@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from raftune.digest import best_round
 from raftune.errors import ConfigError, StoreError
+from raftune.pictures import in_words
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import column_names, read_groups, read_table
 from raftune.store.run import RunFolder
@@ -68,7 +69,8 @@ def held_out_units(run: RunFolder, round_: int) -> Iterator[list[Sample]]:
 
 def read_drawn(path: Path) -> pa.Table:
     """What was drawn, without the columns that only the policy reads."""
-    names = [name for name in ("completion", "completion_ids", "finish") if name in column_names(path)]
+    wanted = ("completion", "completion_ids", "finish", "image_sha256")
+    names = [name for name in wanted if name in column_names(path)]
     return read_table(path, [*IDENTITY, *names])
 
 
@@ -113,6 +115,16 @@ def by_prompt(samples: list[Sample]) -> Iterator[list[Sample]]:
 def usable(samples: list[Sample]) -> list[Sample]:
     """The samples that have a score."""
     return [sample for sample in samples if sample["status"] == "ok" and sample["score"] is not None]
+
+
+def readable(answer: Any) -> Any:
+    """A completion as a line or JSON can hold it: a picture as its name and size; anything else as it is."""
+    return in_words(answer) if isinstance(answer, bytes) else answer
+
+
+def answer_text(answer: Any) -> str:
+    """A completion as one text; empty where there is none."""
+    return "" if answer is None else str(readable(answer))
 
 
 def span(rounds: list[int]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -136,3 +137,15 @@ class Pictures(Sequence[Any]):
             return image_of(self.pngs[index].as_py() or b"")
         except DataError as error:
             raise DataError(f"sample {self.names[index].as_py()}: {error}") from error
+
+
+def file_name(png: bytes) -> str:
+    """What a picture is called where it lies in a folder: by its content, so that no text of anybody's is in a path."""
+    return f"{sha256_of_png(png)}.png"
+
+
+def in_words(png: bytes) -> str:
+    """A picture for a line of text: the beginning of its name, and its width and height."""
+    header = png[:24]
+    sides = struct.unpack(">II", header[16:24]) if header.startswith(b"\x89PNG") and len(header) == 24 else ()
+    return f"{sha256_of_png(png)[:12]}.png" + (f" {sides[0]}×{sides[1]}" if sides else "")

@@ -93,6 +93,6 @@ def show(folder: RunFolder, round_: int, alarm: Alarm, number: int, full: bool) 
 
 def lines_of(sample: ledger.Sample, width: int | None, full: bool) -> list[Text]:
     """The prompt and the completion."""
-    prompt, answer = prompt_text(sample["prompt"]), str(sample["completion"])
+    prompt, answer = prompt_text(sample["prompt"]), ledger.answer_text(sample["completion"])
     shown = harmless(answer).replace("\n", "\n    ") if full else one_line(answer, width)
     return [Text(f"    {one_line(prompt, width)}", style="bold"), Text(f"    {shown or '(empty)'}")]

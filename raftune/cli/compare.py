@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from raftune.cli.judging import NOBODY, Judging, asking, read_judge, read_rewards
 from raftune.cli.show import Grid, say
 from raftune.errors import ConfigError, GateFailed
+from raftune.ledger import answer_text
 from raftune.plain import harmless, one_line
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def say_pair(found: Comparison, row: int) -> None:
     """Both answers whole, each with its score."""
     for letter, answers, scores in zip("AB", found.pairs.answers, (found.by.a, found.by.b), strict=True):
         worth = "" if scores is None else f"{scores[row]:.3f}"
-        lines = harmless(str(answers[row])).splitlines() or ["(empty)"]
+        lines = harmless(answer_text(answers[row])).splitlines() or ["(empty)"]
         say(f"    {letter} {worth:>8}  {lines[0]}")
         for line in lines[1:]:
             say(f"{'':>16}{line}")

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from raftune.cli.samples import prompt_text
 from raftune.cli.show import Grid, out, say
-from raftune.ledger import span
+from raftune.ledger import answer_text, span
 from raftune.plain import one_line
 from raftune.whatif import Difference, WhatIf
 from raftune.whatif.difference import BestOf, Change
@@ -113,7 +113,7 @@ def line_of(sample: dict[str, Any], difference: Difference, width: int | None) -
     old, new = difference.names
     scores = f"{old} {value(sample['score_before'])}  " if difference.rescored else ""
     head = f"  {sign}  {scores}{new} {value(sample['score_now'])}  "
-    return Text.assemble((head, style), one_line(str(sample["completion"]), width) or "(empty)")
+    return Text.assemble((head, style), one_line(answer_text(sample["completion"]), width) or "(empty)")
 
 
 def show_starved(difference: Difference) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import heapq
 import json as js
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.text import Text
 
 from raftune import ledger
+from raftune.cli.saving import check_folder, save_pictures
 from raftune.cli.show import out, say
 from raftune.errors import ConfigError
 from raftune.ledger import Sample
@@ -35,6 +37,9 @@ def samples(
     full: Annotated[
         bool, Parameter(negative="", show_default=False, help="Whole completions, not their first line.")
     ] = False,
+    save: Annotated[
+        str | None, Parameter(help="Write the pictures shown into this new folder, with a line each in metadata.jsonl.")
+    ] = None,
     json: Annotated[
         bool, Parameter(negative="", show_default=False, help="Print JSON lines, one for each sample.")
     ] = False,
@@ -43,9 +48,14 @@ def samples(
 
     raftune samples runs/mine --round 3 --sort margin -n 5
     raftune samples runs/mine --prompt "birthday" --held-out
+    raftune samples runs/pictures --sort best -n 20 --save best
+
+    A picture is named by the SHA-256 of its PNG file, whose beginning is shown.
     """
     if number < 1:
         raise ConfigError(f"--number must be at least 1; got {number}. Leave it out for 3.")
+    if save is not None:
+        check_folder(Path(save))
     folder = RunFolder(run)
     folder.read_config()
     chosen, held_out = choose_round(folder, round_, held_out)
@@ -54,15 +64,20 @@ def samples(
     total, shown = pick(groups, sort, number)
     if not total and prompt is not None:
         raise ConfigError(f"--prompt: no prompt of round {chosen} has {prompt!r} in its text or as its id.")
+    saved = 0 if save is None else save_pictures((s for group in shown for s in group), Path(save), chosen)
     if json:
         for sample in (sample for group in shown for sample in group):
-            print(js.dumps(sample | {"round": chosen, "held_out_prompt": held_out}, ensure_ascii=False))
+            facts = {"completion": ledger.readable(sample["completion"]), "round": chosen, "held_out_prompt": held_out}
+            print(js.dumps(sample | facts, ensure_ascii=False))
         return
     what = "held-out prompts" if held_out else "prompts"
     order = {"order": "in order", "best": "best first", "worst": "worst first", "margin": "largest margin first"}[sort]
     say(f"round {chosen}, {len(shown)} of {total} {what}, {order}", style="dim")
     for group in shown:
         show(group, full)
+    if save is not None:
+        say("")
+        say(f"Wrote {saved} pictures and metadata.jsonl to {save}.")
 
 
 def choose_round(folder: RunFolder, asked: int | None, held_out: bool) -> tuple[int, bool]:
@@ -138,7 +153,7 @@ def lines_of(sample: Sample, width: int | None, full: bool) -> Iterator[Text]:
     kept = (sample.get("weight") or 0) > 0
     score = "–" if sample["score"] is None else f"{sample['score']:.3f}"
     head = Text.assemble(("★ " if kept else "  ", "bold yellow"), (f"{score:>8}  ", "green" if kept else ""))
-    text = str(sample["completion"])
+    text = ledger.answer_text(sample["completion"])
     shown = harmless(text).replace("\n", "\n" + " " * GUTTER) if full else one_line(text, width)
     yield head + Text(shown or "(empty)", style="" if shown else "dim")
     yield Text(" " * GUTTER + " · ".join(remarks(sample)), style="dim")

@@ -30,6 +30,7 @@ from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError, DataError
 from raftune.evaluation.judge import Tell
 from raftune.interval import mean_by_prompt
+from raftune.ledger import readable
 from raftune.starters.resolve import resolve_reward
 
 PREFERRED = ("held_out", "reward")  # what prompts are ranked by, unless it is said: what was not trained on, first
@@ -94,6 +95,11 @@ def compare(
     if not (math.isfinite(tie_within) and tie_within >= 0):
         raise ConfigError(f"--tie-within must be at least 0; got {tie_within}. It is in units of the score.")
     pairs = pair(*sides(a, b))
+    if judge is not None and pairs.of_pictures:
+        raise ConfigError(
+            "--judge reads texts, and A and B hold pictures. Score them with --reward: the reward `http` asks an "
+            "endpoint about pictures."
+        )
     plans = recorded(pairs)
     specs = [resolve_reward(spec if isinstance(spec, RewardSpec) else RewardSpec(spec=spec)) for spec in rewards]
     new = named(specs, [plan.name for plan in plans] + ([judge_plan("").name] if judge else []))
@@ -185,8 +191,8 @@ def example(found: Comparison, prompt: int, lead: float) -> dict[str, Any]:
         "lead": lead,
         "k": k,
         "seed": seed,
-        "a": a[row],
-        "b": b[row],
+        "a": readable(a[row]),
+        "b": readable(b[row]),
         "scores": scores,
     }
 

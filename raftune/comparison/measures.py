@@ -169,9 +169,10 @@ def score_now(specs: Sequence[RewardSpec], plans: Sequence[Planned], pairs: Pair
 
 
 def both_answers(pairs: Pairs) -> pa.Table:
-    """A's answers, then B's: completion and, where both have them, completion_ids."""
+    """A's answers, then B's: sample_id, completion and, where both have them, completion_ids and invalid."""
     tables = [pairs.side_a.samples.take(pa.array(pairs.a)), pairs.side_b.samples.take(pa.array(pairs.b))]
-    shared = [name for name in ("completion", "completion_ids") if all(name in t.column_names for t in tables)]
+    wanted = ("sample_id", "completion", "completion_ids", "invalid")
+    shared = [name for name in wanted if all(name in t.column_names for t in tables)]
     return pa.concat_tables([table.select(shared) for table in tables])
 
 

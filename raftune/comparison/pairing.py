@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.types as kinds
 
 from raftune.comparison.sides import Side
 from raftune.errors import ConfigError, DataError
@@ -37,6 +38,11 @@ class Pairs:
         """A's and B's completions, pair by pair."""
         found = [side.samples.column("completion") for side in (self.side_a, self.side_b)]
         return found[0].take(pa.array(self.a)).to_pylist(), found[1].take(pa.array(self.b)).to_pylist()
+
+    @property
+    def of_pictures(self) -> bool:
+        """Whether what is compared are pictures, which no judge of texts can read."""
+        return any(kinds.is_binary(side.samples.schema.field("completion").type) for side in (self.side_a, self.side_b))
 
     @property
     def asked(self) -> list[Prompt]:

@@ -25,7 +25,7 @@ from raftune.store.run import RunFolder
 
 Floats = npt.NDArray[np.float64]
 Key = tuple[str, int, int | None]
-DRAWN = ("prompt_id", "k", "seed", "completion", "completion_ids")
+DRAWN = ("sample_id", "prompt_id", "k", "seed", "completion", "completion_ids", "invalid")
 # The folder of scores, the section of the configuration that names its rewards, and what its score is called here.
 SCORED = {"reward": ("score", "rewards"), "held_out": ("judge", "evaluation")}
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raftune.ledger import answer_text
 from raftune.stages.plan import read_unit
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import read_table
@@ -143,4 +144,4 @@ def kept(run: RunFolder, round_: int, count: int | None) -> list[tuple[Any, str,
     verdicts = read_table(run.folder(round_, "select") / "verdicts.parquet", ["sample_id", "score"])
     found = verdicts.filter(pc.is_in(verdicts.column("sample_id"), wanted)).to_pydict()
     scores = dict(zip(found["sample_id"], found["score"], strict=True))
-    return [(row["prompt"], row["completion"], scores.get(row["sample_id"])) for row in rows[:count]]
+    return [(row["prompt"], answer_text(row["completion"]), scores.get(row["sample_id"])) for row in rows[:count]]

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from raftune.digest import read_json
 from raftune.evaluation.best_of import best_of_k_estimates
-from raftune.ledger import prompts_of, read_drawn
+from raftune.ledger import prompts_of, read_drawn, readable
 from raftune.stages.plan import read_plan
 from raftune.stages.select import read_verdicts
 from raftune.store.layout import unit_file
@@ -311,7 +311,7 @@ def sample_of(row: dict[str, Any], pair: Pair, i: int) -> dict[str, Any]:
         "sample_id": row["sample_id"],
         "k": row["k"],
         "source": row["source"],
-        "completion": row["completion"],
+        "completion": readable(row["completion"]),
         "score_before": number(pair.old[i]),
         "score_now": number(pair.new[i]),
         "weight_before": float(pair.before[i]),
