@@ -62,7 +62,8 @@ class Encoder:
         try:
             return self.binding.encode([prompt.content]).to("cpu")
         except DataError as error:
-            raise DataError(f"prompt {prompt.id}: {error}") from error
+            why = str(error).replace(" at place 0", "")  # it is alone; its id says which it is
+            raise DataError(f"prompt {prompt.id}: {why}") from error
 
     def _forget(self) -> None:
         memory = self.frozen.encoded

@@ -109,7 +109,7 @@ class Diffusion:
         denoiser = self.drawer.denoiser
         loading.refuse_not_finite({**self.frozen.modules, self.frozen.denoiser.name: denoiser})
         if tunes:
-            with self.frozen.on(self.device, "vae", "text_encoder"):
+            with self.frozen.on(self.device, "vae", "text_encoder", "safety_checker"):
                 refuse_unproven(self.drawer, call.kwargs)
         return {
             "architecture": type(pipe).__name__,

@@ -228,6 +228,19 @@ def test_a_pipeline_given_as_an_object_is_written_whole_and_draws_the_same(kept:
     ]
 
 
+def test_a_hub_name_is_held_at_the_commit_that_it_stood_for(kept: Path, tmp_path: Path) -> None:
+    repository, commit = tmp_path / "hub" / "models--someone--tiny", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(kept, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    config = parts("someone/tiny", pipeline_init_kwargs={"cache_dir": str(tmp_path / "hub")})
+    start = begun(config, tmp_path / "run")
+    assert read_record(start) == Record("reference", "someone/tiny", commit, f"hub:{commit}")
+    Diffusion.verify(start)
+    named = begun(parts(kept), tmp_path / "named")
+    assert drawn(config, start, start)[0].completion == drawn(parts(kept), named, named)[0].completion
+
+
 def test_an_object_that_is_no_pipeline_or_has_a_lora_on_it_is_refused(tmp_path: Path) -> None:
     pipe = tiny_pipeline("sd")
     with pytest.raises(ModelError, match=r"must be a pipeline of diffusers; got a UNet2DConditionModel"):
