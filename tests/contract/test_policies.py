@@ -6,10 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from raftune.contract import ALL, Case, Claim, begin, claims
+from raftune.pictures import png_of
 from tests.builders import save_tiny
+from tests.pipelines import SIZE, Kind
+from tests.pipelines import save_tiny as save_pipeline
 
 
 def tabular(folder: Path) -> Case:
@@ -32,11 +37,29 @@ def causal_lm(folder: Path, arch: str, **policy: Any) -> Case:
     return begin(config, folder, prompts=["the cat", "a", "that is it"], answer="fine")
 
 
+def diffusion(folder: Path, kind: Kind, prompts: list[Any], **policy: Any) -> Case:
+    model = save_pipeline(kind, folder / kind)
+    config = {
+        "data": {"prompts": "-"},
+        "policy": {"family": "diffusion", "model": str(model), "device": "cpu", **policy},
+        "sampling": {"diffusion": {"num_inference_steps": 2, "guidance_scale": 1}},
+        "tuning": {"learning_rate": 1e-2, "per_device_train_batch_size": 4},
+        "engine": {"threads": 1},
+    }
+    noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    picture = png_of(Image.fromarray(noise))
+    return begin(config, folder, prompts=prompts, answer=picture)
+
+
+CAPTIONS = ["a red circle", "a blue square on black", "the green circle"]
 CASES: dict[str, Callable[[Path], Case]] = {
     "tabular": tabular,
     "llama": lambda folder: causal_lm(folder, "llama"),
     "gpt2 with LoRA": lambda folder: causal_lm(folder, "gpt2", adapter={"r": 2}),
     "qwen2": lambda folder: causal_lm(folder, "qwen2"),
+    "stable diffusion": lambda folder: diffusion(folder, "sd", CAPTIONS),
+    "stable diffusion 3 with LoRA": lambda folder: diffusion(folder, "sd3", CAPTIONS, adapter={"r": 2}),
+    "class labels": lambda folder: diffusion(folder, "dit", [0, 3, 1]),
 }
 
 

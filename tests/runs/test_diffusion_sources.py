@@ -1,0 +1,148 @@
+"""Whole tiny runs of pictures: from whom they come, what is read how often, and what a run's rounds can be used for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from raftune.build import Objects
+from raftune.errors import DataError
+from raftune.pictures import png_of
+from raftune.policies.diffusion import loading
+from raftune.policies.diffusion.binding import Binding
+from raftune.runs import run
+from raftune.subject import evaluation_of, subject_of
+from tests.pipelines import SIZE, WORDS, save_tiny
+from tests.runs.test_causal_lm_runs import tree
+from tests.runs.test_diffusion_families import config, redness
+
+CAPTIONS = [f"a {word} circle" for word in WORDS[:8]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("sd", tmp_path_factory.mktemp("pipelines") / "sd")
+
+
+def photo(number: int, side: int = SIZE) -> bytes:
+    noise = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return png_of(Image.fromarray(noise))
+
+
+def objects(**columns: list[Any]) -> Objects:
+    asked = pa.table({"prompt": CAPTIONS, **columns})
+    return Objects(train=lambda: asked, held_out=lambda: asked.slice(0, 2), rewards=[redness])
+
+
+def shard(root: Path, stage: str, round_: int = 1) -> list[dict[str, Any]]:
+    return list(pq.read_table(root / f"round-{round_:04d}" / stage / "unit-00000.parquet").to_pylist())
+
+
+def test_a_person_s_pictures_and_a_teacher_s_are_ranked_beside_the_policy_s_own(model: Path, tmp_path: Path) -> None:
+    teacher = save_tiny("sdxl", tmp_path / "teacher", seed=3)
+    pool = {"candidate_columns": ["photo"], "teacher": {"model": str(teacher), "num_generations": 1}}
+    given = objects(photo=[photo(i) for i in range(len(CAPTIONS))])
+    root = tmp_path / "run"
+    run(config(root, model, "sd", num_rounds=1, sampling=pool), given)
+    verdicts = pq.read_table(root / "round-0001/select/verdicts.parquet").to_pylist()
+    sources = {(one["k"], one["source"]) for one in verdicts}
+    assert sources == {(0, "policy"), (1, "policy"), (2, "column:photo"), (3, "teacher")}
+    assert all(np.isfinite(one["score"]) for one in verdicts)
+    own, taught = shard(root, "draw"), shard(root, "teach")
+    assert {tuple(one["latents_shape"]) for one in own + taught} == {(4, 8, 8)}, "all can be learned from"
+    photos = {one["completion"] for one in own if one["source"] == "column:photo"}
+    assert photos <= {photo(i) for i in range(len(CAPTIONS))} and len(photos) == 4
+
+
+def test_a_picture_of_another_size_is_refused_with_the_fix(model: Path, tmp_path: Path) -> None:
+    given = objects(photo=[photo(i, 24) for i in range(len(CAPTIONS))])
+    with pytest.raises(DataError, match=r"16 x 16; the one for prompt \S+ \(column:photo\) is 24 x 24. Crop or scale"):
+        run(config(tmp_path / "run", model, "sd", sampling={"candidate_columns": ["photo"]}), given)
+
+
+def test_frozen_parts_are_read_once_and_each_prompt_is_encoded_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    encoded: list[Any] = []
+    pipeline, encode = loading.read_pipeline, Binding.refuse_prompts
+
+    def counted(policy: Any, source: Any, part: Any) -> Any:
+        read.append(source.folder)
+        return pipeline(policy, source, part)
+
+    def noted(self: Binding, prompts: Any) -> None:
+        encoded.extend(prompts)
+        encode(self, prompts)
+
+    monkeypatch.setattr(loading, "read_pipeline", counted)
+    monkeypatch.setattr(Binding, "refuse_prompts", noted)
+    run(config(tmp_path / "run", model, "sd", prompts_per_round=8), objects())
+    assert read == [model.resolve()]
+    captions = [text for text in encoded if text in CAPTIONS]
+    assert sorted(captions) == sorted(CAPTIONS), "two rounds of drawing, tuning and judging read each of them once"
+
+
+def test_a_batch_too_large_for_the_device_is_halved_and_the_bytes_do_not_tell(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"sampling": {"batch_size": 2}, "num_rounds": 1, "evaluation": {"num_prompts": 0}}
+    run(config(tmp_path / "small", model, "sd", **small), objects())
+    draws = loading.load_denoiser
+
+    def limited(*args: Any, train: bool) -> Any:
+        denoiser = draws(*args, train=train)
+        forward = denoiser.forward
+
+        def refusing(x: torch.Tensor, *rest: Any, **kwargs: Any) -> Any:
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(x, *rest, **kwargs)
+
+        if not train:
+            denoiser.forward = refusing
+        return denoiser
+
+    monkeypatch.setattr(loading, "load_denoiser", limited)
+    large = {**small, "sampling": {"batch_size": 8}}
+    run(config(tmp_path / "large", model, "sd", **large), objects())
+    drawn = [shard(tmp_path / name, "draw") for name in ("small", "large")]
+    assert drawn[0] == drawn[1]
+    events = (tmp_path / "large/events.jsonl").read_text()
+    assert "drawn again at 4" in events and "drawn again at 2" in events
+
+
+def test_a_round_can_be_evaluated_and_compared_on_the_same_seeds(model: Path, tmp_path: Path) -> None:
+    """What an evaluation draws of a round is what the run itself drew of it, picture by picture."""
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "import numpy as np\n"
+        "def red(prompts, completions, **columns):\n"
+        "    return [float(np.asarray(image)[..., 0].mean()) for image in completions]\n"
+    )
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": caption}) + "\n" for caption in CAPTIONS))
+    settings = {"data": {"prompts": str(prompts)}, "rewards": {"reward_funcs": [f"{reward}:red"]}}
+    root = tmp_path / "run"
+    run(config(root, model, "sd", policy={"adapter": {"r": 2}}, **settings))
+    subject = subject_of(f"{root}@2")
+    judged = evaluation_of(subject, [], {"output_dir": str(tmp_path / "judged")})
+    run(judged)
+    before = shard(root, "evaluate/draw", 2)
+    after = shard(tmp_path / "judged", "evaluate/draw", 0)
+    assert [one["completion"] for one in before] == [one["completion"] for one in after]
+    assert {one["latents"] for one in before + after} == {None}
+
+
+def test_an_equal_run_elsewhere_ends_with_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run(config(tmp_path / name, model, "sd", num_rounds=1, policy={"adapter": {"r": 2}}), objects())
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
