@@ -42,6 +42,14 @@ def media(assembly: Assembly) -> Iterator[str]:
     yield from misfits(assembly.panel().panel, assembly.family.media, family)
     if assembly.config.evaluation.reward_funcs and assembly.config.evaluation.num_prompts:
         yield from misfits(assembly.judge().panel, assembly.family.media, family, "evaluation.reward_funcs")
+    if assembly.config.evaluation.features is not None and assembly.config.evaluation.num_prompts:
+        if assembly.family.media == "image":
+            assembly.extractor()  # a model that cannot be read is missed now
+        else:
+            yield (
+                f"evaluation.features compares pictures, and policy.family: {family} makes texts. Leave it out, or "
+                "name a policy that makes pictures."
+            )
 
 
 def likelihood(assembly: Assembly) -> Iterator[str]:
