@@ -264,7 +264,7 @@ def selection_charts(found: Collected) -> str:
         chart(found, "selected-reward", "Reward", "mean score", *against(drawn, kept, REWARD)),
         *(
             chart(found, f"selected-{slug}", title, caption, *guarded_lines(found, name, colour))
-            for slug, title, caption, name, colour in (*GUARDED, *PICTURE_GUARDED)
+            for slug, title, caption, name, colour in (PICTURE_GUARDED if reader.pictured else GUARDED)
         ),
     ]
     return group("selection", "Drawn against selected", note, *charts)

@@ -10,8 +10,15 @@ from raftune.report.panels import BEST_OF, DIVERSITY, HELD_OUT, KL, LENGTH, LINE
 
 PICTURE_GUARDED = (
     ("saturation", "Saturation", "mean, from grey 0 to pure colour 1", "saturation", LENGTH),
-    ("contrast", "Contrast", "standard deviation of luminance, 0 … 1", "contrast", KL),
-    ("pixel-distance", "Distance of pixels", "of two pictures of one prompt, 0 … 1", "pixel_distance", DIVERSITY),
+    ("contrast", "Contrast", "how much luminance is spread, 0 … 0.5", "contrast", KL),
+    ("spread", "Variety", "how far as many pictures are apart, 0 … 1", "spread", DIVERSITY),
+    (
+        "repeated",
+        "Near duplicates",
+        "share that nearly repeats a picture of another prompt",
+        "near_duplicates",
+        HELD_OUT,
+    ),
 )
 COLOUR = (("saturation", "saturation", LENGTH), ("contrast", "contrast", KL))
 APART = (("pixels", "pixel_distance", DIVERSITY), ("features", "feature_distance", OTHER))
@@ -24,7 +31,7 @@ DOUBTFUL = (
 
 def gallery(found: Collected) -> str:
     """The place of the grid, which a script draws: each picture stands in the document once."""
-    if not found.reader.pictured:
+    if not found.reader.pictured or not found.document["compare"]["items"]:
         return ""
     title = "The same prompts and seeds, round by round"
     return f'<section class="block needs-script" id="gallery"><h2>{title}</h2></section>'

@@ -71,9 +71,9 @@ class Alarms {
 
   /** The sample's picture, and what was asked for. */
   picture({ sample, item }) {
-    const words = oneLine(item.prompt);
     const picture = frame(sample, wordsOf(item.prompt, sample.k ?? item.k));
-    return [picture, el("span.begins", { dir: "auto" }, shown(words), ` ${number(sample.score, 2)}`)];
+    const score = Number.isFinite(sample.score) ? el("span.why", `score ${number(sample.score, 2)}`) : null;
+    return [picture, el("span.begins", { dir: "auto" }, shown(oneLine(item.prompt))), score];
   }
 }
 

@@ -1,6 +1,6 @@
 // Pictures of the same prompt and seed beside each other, round by round: rows are prompts, columns are rounds.
 
-const FIRST_ROWS = 4; // of each of the two grids on the overview
+const FIRST_ROWS = 8; // of the two grids on the overview
 
 /** "start", "1", …; with ★ at the round that is published. */
 function roundTitles(rounds, best, chosen) {
@@ -44,7 +44,8 @@ function drawGallery(page) {
   const cell = (item, round, picture) =>
     el("a.cell", { href: href(item, round) }, picture, el("span.figure", number(item.answers[round]?.score, 2)));
   const row = (item) => gridRow(item, rounds, caption(item), cell);
-  const grids = [first.slice(0, FIRST_ROWS), first.slice(FIRST_ROWS, 2 * FIRST_ROWS)].filter((some) => some.length);
+  const half = Math.ceil(Math.min(first.length, FIRST_ROWS) / 2);
+  const grids = [first.slice(0, half), first.slice(half, FIRST_ROWS)].filter((some) => some.length);
   const grid = (some) => el("div.grid", roundTitles(rounds, page.document.run.best), el("ol", some.map(row)));
   const words = "Each row is one held-out prompt with one seed: from left to right only the policy changes. ";
   const all = `All ${counted(items.length, "pair")} of prompt and seed, with a slider`;
