@@ -70,6 +70,7 @@ class Shelf:
         self.config, self.family, self.run, self.others_rest = config, family, run, others_rest
         self._held: dict[Path, Policy] = {}
         self._encoder: tuple[Path, Policy] | None = None
+        self._shared: dict[Path, Any] = {}
 
     def at(self, folder: Path) -> Policy:
         policy = self._held.pop(folder, None)
@@ -113,7 +114,18 @@ class Shelf:
         config, start = self.config, self.run.folder(0, "model")
         if folder.name == "teacher":
             config, start = teacher_config(config), folder
-        return load_policy(self.family, config, folder, start)
+        policy = load_policy(self.family, config, folder, start)
+        self._share(start, getattr(policy, "shared", None))
+        return policy
+
+    def _share(self, start: Path, parts: Any) -> None:
+        """Holds what all rounds of a start have in common, if anything, so that the next one finds it read.
+
+        Of another start (a teacher's) only what is small stays beside it.
+        """
+        if parts is not None:
+            small = {place: one for place, one in self._shared.items() if one.nbytes * 2 <= SMALL}
+            self._shared = small | {start: parts}
 
 
 def empty_device_cache() -> None:
@@ -266,7 +278,8 @@ class Assembly:
         if self._extractor is None:
             from raftune.rewards.clip import ClipModel
 
-            self._extractor = ClipModel(self.config.evaluation.features, field="evaluation.features")
+            device = self.config.rewards.device
+            self._extractor = ClipModel(self.config.evaluation.features, device, field="evaluation.features")
         self.policies.make_room()
         found: Extractor = self._extractor
         return found
@@ -326,8 +339,9 @@ def judge_in_words(names: Sequence[str]) -> str:
 
 def with_starter_prompts(config: RunConfig, objects: Objects) -> Objects:
     """The objects, with the bundled prompts in place of a data set where the configuration says `starter`."""
-    train = starter_prompts(config.data.prompts, "train") or objects.train
-    held_out = starter_prompts(config.evaluation.prompts, "heldout") or objects.held_out
+    family = config.policy.family
+    train = starter_prompts(config.data.prompts, "train", family) or objects.train
+    held_out = starter_prompts(config.evaluation.prompts, "heldout", family) or objects.held_out
     return replace(objects, train=train, held_out=held_out)
 
 
@@ -355,7 +369,8 @@ def teacher_config(config: RunConfig) -> RunConfig:
     """The configuration with the teacher in the policy's place: the same family and dials, no adapter."""
     assert config.sampling.teacher is not None
     changes: dict[str, Any] = {"model": config.sampling.teacher.model}
-    changes |= {name: None for name in ("adapter", "tokenizer", "revision") if hasattr(config.policy, name)}
+    own = {"adapter": None, "tokenizer": None, "revision": None, "variant": None, "pipeline_init_kwargs": {}}
+    changes |= {name: value for name, value in own.items() if hasattr(config.policy, name)}
     return config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
 
 

@@ -17,17 +17,21 @@ from raftune.config.run import RunConfig
 from raftune.digest import held_out_names, rows_of
 from raftune.runs import root_of
 
-Which = Literal["text", "hacking"]
-RECIPES: dict[Which, str] = {"text": "demo.yaml", "hacking": "hacking.yaml"}
+Which = Literal["text", "hacking", "image"]
+RECIPES: dict[Which, str] = {"text": "text/demo.yaml", "hacking": "text/hacking.yaml", "image": "image/image.yaml"}
 
 
 def demo(
     which: Annotated[
-        Which, Parameter(name="WHICH", help="text: the method at work; hacking: a reward with a flaw, and the alarm.")
+        Which,
+        Parameter(
+            name="WHICH",
+            help="text: the method at work; hacking: a reward with a flaw, and the alarm; image: the method on pictures.",
+        ),
     ] = "text",
     *,
     output_dir: Annotated[
-        str | None, Parameter(show_default=False, help="The run's directory; without it, runs/demo or runs/hacking.")
+        str | None, Parameter(show_default=False, help="The run's directory; without it, runs/demo, hacking or image.")
     ] = None,
     fresh: Annotated[
         bool, Parameter(negative="", show_default=False, help="Begin a new run beside an earlier one.")
@@ -38,10 +42,12 @@ def demo(
 
     raftune demo
     raftune demo hacking
+    raftune demo image
 
     A tiny assistant, which is rude and of little help about half of the time, learns from a small reward model. Its
     held-out judge is never trained on. With `hacking` it learns from a reward that counts courteous phrases, which is
-    soon better served by phrases than by help. Each is a run like any other: every command works on its directory.
+    soon better served by phrases than by help. With `image`, a tiny diffusion pipeline that was taught wrong captions
+    learns to draw what it is told, in two to three minutes. Each is a run like any other: every command works on it.
     """
     place = output_dir or f"runs/{Path(RECIPES[which]).stem}"
     config = recipe(unused(place) if fresh else place, which)
@@ -49,6 +55,11 @@ def demo(
     root = root_of(config)
     if which == "hacking":
         from raftune.cli.hacking import tell
+
+        tell(root, config, outcome, worked, as_json=json)
+        return
+    if which == "image":
+        from raftune.cli.grid import tell
 
         tell(root, config, outcome, worked, as_json=json)
         return
@@ -65,7 +76,7 @@ def demo(
 
 def recipe(output_dir: str, which: Which = "text") -> RunConfig:
     """A demonstration's configuration, from the file that the package brings along."""
-    with resources.as_file(resources.files("raftune.starters.text") / RECIPES[which]) as path:
+    with resources.as_file(resources.files("raftune.starters") / RECIPES[which]) as path:
         return validate(merge([read_yaml(path), {"output_dir": output_dir}]))
 
 

@@ -36,7 +36,7 @@ def all_right(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
 def compared(prompts: Sequence[Any], completions: Sequence[Any]) -> list[tuple[bool, ...] | None]:
     """For each picture whether its colour, shape, position and background are those of its caption."""
     told = [scene_of(str(prompt)) for prompt in prompts]
-    seen = look(completions)
+    seen = look(completions) if told else []
     return [scene and tuple(map(eq, scene, found)) for scene, found in zip(told, seen, strict=True)]
 
 

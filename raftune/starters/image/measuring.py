@@ -74,7 +74,7 @@ def scores(clip: CLIPModel, known: Any, pixels: Pixels, shown: list[Scene]) -> A
 @torch.no_grad()
 def measure_aesthetic(vae: AutoencoderKL, clip: CLIPModel, head: nn.Sequential, seed: int) -> Numbers:
     """How often the sign of the log odds is right, and how often a good picture is above a spoiled one."""
-    features, good = aesthetic_data(vae, clip, 1024, seed)
+    features, good = aesthetic_data(vae, clip, 3, seed)
     odds = head(features).squeeze(1)
     above = (odds[good == 1][:, None] > odds[good == 0][None]).float().mean()
     return rounded({"accuracy": float(((odds > 0) == (good == 1)).float().mean()), "good_above_spoiled": float(above)})

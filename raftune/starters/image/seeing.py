@@ -1,8 +1,10 @@
 """Trains what looks at pictures: the judge, the reward's CLIP, the aesthetic head over its features. Needs torch."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
@@ -12,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 from raftune.starters.descent import Descent, say
 from raftune.starters.image.autoencoder import as_tensor, decode, encode, reconstruct
 from raftune.starters.image.classifier import Classifier
-from raftune.starters.image.pictures import ANY_RADIUS, SCENES, SIZE, Pixels, Scene, paint
+from raftune.starters.image.pictures import ANY_RADIUS, COLOURS, SCENES, SHAPES, SIZE, Pixels, Scene, paint
 from raftune.starters.image.spoiling import spoiled
 from raftune.starters.image.wording import SPOILED, text_config, tokenizer
 
@@ -24,20 +26,20 @@ class JudgeRecipe(NamedTuple):
     rate: float = 3e-3
     batch: int = 96
     noise: float = 0.15
-    pictures: int = 16_000
+    copies: int = 40  # pictures of each scene
 
 
 class RewardRecipe(NamedTuple):
     """Every number that shapes the reward's CLIP."""
 
-    steps: int = 1800
+    steps: int = 2500
     rate: float = 2e-3
-    batch: int = 96
-    spoiled: int = 32  # pictures of a batch, besides: of the scenes of its first ones
+    groups: int = 24  # of a batch: scenes that differ in their shape alone, all four, and one of them spoiled
     width: int = 64
     layers: int = 3
+    scale: float = 40.0  # of the logits, at first
     noise: float = 0.15
-    pictures: int = 16_000
+    copies: int = 40  # pictures of each scene
 
 
 class AestheticRecipe(NamedTuple):
@@ -47,7 +49,7 @@ class AestheticRecipe(NamedTuple):
     rate: float = 3e-3
     batch: int = 256
     hidden: int = 32
-    pictures: int = 6144
+    copies: int = 16  # pictures of each scene, good and spoiled
 
 
 class Seen(NamedTuple):
@@ -67,14 +69,14 @@ class Seen(NamedTuple):
         return Seen([self.scenes[row] for row in rows], grained(self.pixels[rows], rng, noise))
 
 
-def gallery(vae: AutoencoderKL, size: int, seed: int) -> Seen:
-    """Pictures of all scenes, half of them through the autoencoder.
+def gallery(vae: AutoencoderKL, copies: int, seed: int) -> Seen:
+    """All scenes, time and again; the second half of the pictures through the autoencoder.
 
     Trained on originals alone, a model of pictures is soon fooled by what a decoder adds to every picture it makes.
     """
-    rng, half = np.random.default_rng(seed), size // 2
-    chosen = [SCENES[i] for i in rng.integers(len(SCENES), size=size)]
-    pixels = paint(chosen, rng, ANY_RADIUS)
+    chosen = list(SCENES) * copies
+    pixels = paint(chosen, np.random.default_rng(seed), ANY_RADIUS)
+    half = len(chosen) // 2
     pixels[half:] = reconstruct(vae, pixels[half:])
     return Seen(chosen, pixels)
 
@@ -102,7 +104,7 @@ def train_judge(vae: AutoencoderKL, recipe: JudgeRecipe, seed: int) -> Classifie
     judge = Classifier()
     say(f"judge: {sum(p.numel() for p in judge.parameters()):,} parameters, {recipe.steps} steps")
     descent = Descent("judge", judge, recipe.rate, recipe.steps)
-    shown, rng = gallery(vae, recipe.pictures, seed), np.random.default_rng(seed + 1)
+    shown, rng = gallery(vae, recipe.copies, seed), np.random.default_rng(seed + 1)
     for _ in range(recipe.steps):
         seen = shown.some(rng, recipe.batch, recipe.noise)
         descent.advance(judge.loss(as_tensor(seen.pixels), seen.labels))
@@ -110,26 +112,35 @@ def train_judge(vae: AutoencoderKL, recipe: JudgeRecipe, seed: int) -> Classifie
 
 
 def train_reward(vae: AutoencoderKL, recipe: RewardRecipe, seed: int) -> CLIPModel:
-    """A CLIPModel of about 0.2M parameters; pictures that are spoiled have captions that say so."""
+    """A CLIPModel of about 0.2M parameters; pictures that are spoiled have captions that say so.
+
+    A batch holds what is hard to tell apart: the four shapes of one scene, and one of them good and spoiled.
+    """
     torch.manual_seed(seed)
     known, rng = tokenizer(), np.random.default_rng(seed)
     clip = CLIPModel(clip_config(recipe))
     say(f"reward: {clip.num_parameters():,} parameters, {recipe.steps} steps")
     descent = Descent("reward", clip, recipe.rate, recipe.steps)
-    shown = gallery(vae, recipe.pictures, seed)
-    worse = marred(vae, shown.scenes[: recipe.pictures // 2], np.random.default_rng(seed + 1))
+    shown = gallery(vae, recipe.copies, seed)
+    worse = marred(vae, shown.scenes, np.random.default_rng(seed + 1))
     for _ in range(recipe.steps):
-        # A scene's good and bad picture lie in one batch: only their quality tells the two captions apart.
-        rows = rng.integers(len(worse), size=recipe.spoiled)
-        others = rng.integers(len(shown.scenes), size=recipe.batch - recipe.spoiled)
-        good = [*rows, *others]
-        captions = [shown.scenes[i].caption for i in good] + [SPOILED + shown.scenes[i].caption for i in rows]
-        pixels = np.concatenate([grained(shown.pixels[good], rng, recipe.noise), worse[rows]])
+        good = groups(rng, recipe.groups, recipe.copies)
+        bad = rng.permuted(good.reshape(-1, len(SHAPES)), axis=1)[:, 0]
+        captions = [shown.scenes[i].caption for i in good] + [SPOILED + shown.scenes[i].caption for i in bad]
+        pixels = np.concatenate([grained(shown.pixels[good], rng, recipe.noise), worse[bad]])
         told = known(captions, padding=True, return_tensors="pt")
         found = clip(**told, pixel_values=as_tensor(pixels))
         descent.advance(contrast(found.logits_per_image, captions))
-        clip.logit_scale.data.clamp_(max=np.log(100))
+        clip.logit_scale.data.clamp_(max=math.log(100))
     return clip.eval()
+
+
+def groups(rng: np.random.Generator, count: int, copies: int) -> npt.NDArray[np.int64]:
+    """(count·4,) numbers of pictures in a gallery: of so many scenes each, one picture of every shape."""
+    of_shape = np.arange(len(SCENES)).reshape(len(COLOURS), len(SHAPES), -1).swapaxes(1, 2).reshape(-1, len(SHAPES))
+    scenes_G4 = of_shape[rng.choice(len(of_shape), count, replace=False)]
+    found: npt.NDArray[np.int64] = (scenes_G4 + len(SCENES) * rng.integers(copies, size=scenes_G4.shape)).ravel()
+    return found
 
 
 def clip_config(recipe: RewardRecipe) -> CLIPConfig:
@@ -143,7 +154,8 @@ def clip_config(recipe: RewardRecipe) -> CLIPConfig:
         projection_dim=recipe.width,
     )
     text = text_config(tokenizer(), recipe.width)
-    return CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=recipe.width)
+    parts = {"text_config": text.to_dict(), "vision_config": vision.to_dict()}
+    return CLIPConfig(**parts, projection_dim=recipe.width, logit_scale_init_value=math.log(recipe.scale))
 
 
 def contrast(logits_NN: torch.Tensor, captions: list[str]) -> torch.Tensor:
@@ -163,11 +175,11 @@ def image_features(clip: CLIPModel, pixels: Pixels) -> torch.Tensor:
     return functional.normalize(torch.cat(parts), dim=-1)
 
 
-def aesthetic_data(vae: AutoencoderKL, clip: CLIPModel, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(2·size, d) features of good pictures and of spoiled ones, and (2·size,) which is good: 1."""
-    rng, good = np.random.default_rng(seed), gallery(vae, size, seed)
+def aesthetic_data(vae: AutoencoderKL, clip: CLIPModel, copies: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(2N, d) features of good pictures and then of as many spoiled ones, and (2N,) which is good: 1."""
+    rng, good = np.random.default_rng(seed), gallery(vae, copies, seed)
     pixels = np.concatenate([grained(good.pixels, rng, 0.05), marred(vae, good.scenes, rng)])
-    return image_features(clip, pixels), torch.arange(2 * size).lt(size).float()
+    return image_features(clip, pixels), torch.tensor([1.0, 0.0]).repeat_interleave(len(good.scenes))
 
 
 def train_aesthetic(vae: AutoencoderKL, clip: CLIPModel, recipe: AestheticRecipe, seed: int) -> nn.Sequential:
@@ -175,7 +187,7 @@ def train_aesthetic(vae: AutoencoderKL, clip: CLIPModel, recipe: AestheticRecipe
     torch.manual_seed(seed)
     width = clip.config.projection_dim
     head = nn.Sequential(nn.Linear(width, recipe.hidden), nn.ReLU(), nn.Linear(recipe.hidden, 1))
-    features, good = aesthetic_data(vae, clip, recipe.pictures, seed)
+    features, good = aesthetic_data(vae, clip, recipe.copies, seed)
     descent, rng = Descent("aesthetic", head, recipe.rate, recipe.steps), np.random.default_rng(seed)
     for _ in range(recipe.steps):
         rows = torch.from_numpy(rng.integers(len(good), size=recipe.batch))
