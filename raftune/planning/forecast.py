@@ -12,6 +12,7 @@ from raftune.config.policy import CausalLMPolicy, DiffusionPolicy
 from raftune.config.run import RunConfig
 from raftune.digest import overlap_words, rows_of
 from raftune.errors import RewardError
+from raftune.plain import one_line
 from raftune.planning.amounts import Amounts, amounts
 from raftune.planning.images import (
     Pipeline,
@@ -177,7 +178,7 @@ def checked(assembly: Assembly) -> list[str]:
         policy = assembly.config.policy
         if not isinstance(policy, DiffusionPolicy) or published(policy) is None:
             raise
-        return [f"the run will need a reward that is not at hand: {error}"]
+        return [f"the run will need a reward that is not at hand: {one_line(str(error), 140)}"]
     return []
 
 

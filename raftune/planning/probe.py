@@ -95,8 +95,9 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def asking(prompts: list[Prompt], number: int, seed: int, batch_size: int) -> Unit:
+    """A unit of a training round: what is tuned on is drawn."""
     seeds = tuple(tuple(derive_seed("probe", seed, prompt.id, k) for k in range(number)) for prompt in prompts)
-    return Unit(0, "probe", "probe", tuple(prompts), seeds, batch_size)
+    return Unit(0, "0001", "probe", tuple(prompts), seeds, batch_size)
 
 
 def time_draw(
