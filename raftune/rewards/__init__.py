@@ -1,14 +1,22 @@
 """Rewards: functions and models that give a number to a completion, and the panel that calls several of them.
 
 batch.py, outcome.py        what a reward is asked, and what came of the call
-regex, length, answer,      the built-in rewards, one to a file
+regex, length, answer,      the built-in rewards, one to a file: of texts,
   repetition, classifier
+clip_score, aesthetic,      of pictures,
+  file_size, colour
+http.py                     and a judge behind a web address
+clip.py, models.py          what rewards that are models share
 function.py                 a person's own callable
 host.py, hosted.py, wire.py a reward in a process of its own: the far side, this side, and what travels between
 places.py, runner.py        where a reward runs so that waiting for it can end
+media.py                    what a reward can read
 loading.py                  spec → reward
-panel.py, failures.py       rewards → scores; failures → the message for the user
-check.py                    a report on one reward
+panel.py, combining.py      rewards → parts → scores
+failures.py                 failures → the message for the user
+samples.py                  rows of the ledger → what a reward is asked
+files.py, picture_files.py  a person's own file, scored
+check.py, examples.py       a report on one reward
 """
 
 from raftune.rewards.batch import Batch
