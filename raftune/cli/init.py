@@ -12,15 +12,24 @@ from raftune.cli.show import say
 from raftune.errors import ConfigError
 
 
-def init(file: Annotated[str, Parameter(help="Where to write it.")] = "run.yaml") -> None:
-    """Write a commented configuration that runs as it is, on the bundled model: change it into yours."""
+def init(
+    file: Annotated[str, Parameter(help="Where to write it.")] = "run.yaml",
+    *,
+    images: Annotated[bool, Parameter(negative="", show_default=False, help="For a diffusion pipeline.")] = False,
+) -> None:
+    """Write a commented configuration that runs as it is, on the bundled model: change it into yours.
+
+    raftune init run.yaml
+    raftune init pictures.yaml --images
+    """
     path = Path(file)
-    template = (resources.files("raftune.cli") / "init.yaml").read_text(encoding="utf-8")
+    template = "init_images.yaml" if images else "init.yaml"
+    text = (resources.files("raftune.cli") / template).read_text(encoding="utf-8")
     name = "".join(c if c.isalnum() or c in "._-" else "-" for c in path.stem).strip("._-") or "run"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as written:
-            written.write(template.replace("NAME", name))
+            written.write(text.replace("NAME", name))
     except FileExistsError as error:
         raise ConfigError(f"{path} exists already, and is not overwritten. Name another file.") from error
     say(f"Wrote {path}. Next: raftune plan {path}, then raftune train {path}.")
