@@ -13,19 +13,24 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
+import pyarrow.types as kinds
 
 from raftune.errors import DataError
+from raftune.pictures import content_of, is_picture, png_of
 from raftune.store.parquet import first_line
 
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet")
 
 
 def read_rows(source: str, split: str = "train", field: str = "data.prompts") -> pa.Table:
-    """All rows of the data set. Raises DataError that names `field`, the configuration's own name for the source."""
+    """All rows of the data set. Raises DataError that names `field`, the configuration's own name for the source.
+
+    Columns of pictures hold their bytes, so that nothing depends any more on where files lay.
+    """
     path = Path(source).expanduser()
     suffix = Path(source.removesuffix(".gz")).suffix
     if path.is_file():
-        return _read_file(path, suffix, field)
+        return with_pictures(_read_file(path, suffix, field), path.parent, field)
     if path.is_dir():
         return _read_folder(path, split, field)
     if suffix in _SUFFIXES or source.startswith((".", "/", "~")):
@@ -37,23 +42,68 @@ def read_rows(source: str, split: str = "train", field: str = "data.prompts") ->
 
 def table_from(rows: Any) -> pa.Table:
     """The rows of a `datasets.Dataset`, a pandas frame, a list of dictionaries, or an Arrow table."""
+    here, field = Path(), "train_dataset"
     if isinstance(rows, pa.Table):
         return rows
     if hasattr(rows, "to_arrow") or (hasattr(rows, "with_format") and hasattr(rows, "data")):
-        return _plain(rows.with_format("arrow")[:])
+        return with_pictures(_plain(rows.with_format("arrow")[:]), here, field)
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
-        return pa.Table.from_pandas(rows, preserve_index=False)
+        return with_pictures(pa.Table.from_pandas(rows, preserve_index=False), here, field)
     if isinstance(rows, Iterable):
         listed = list(rows)
         if all(isinstance(row, dict) for row in listed):
             names = list(dict.fromkeys(name for row in listed for name in row))  # Arrow takes the first row's
-            return pa.table({name: pa.array([row.get(name) for row in listed]) for name in names})
+            columns = {name: pa.array([plain_cell(row.get(name)) for row in listed]) for name in names}
+            return with_pictures(pa.table(columns), here, field)
         if all(isinstance(row, str) for row in listed):
             return pa.table({"prompt": pa.array(listed, pa.string())})
     raise DataError(
         f"train_dataset must be a datasets.Dataset, a pandas frame or a list of rows; got {type(rows).__name__}. "
         "Give a list of dictionaries with a 'prompt' key, for example."
     )
+
+
+def with_pictures(table: pa.Table, base: Path, field: str) -> pa.Table:
+    """The table, its columns of pictures as bytes: of `datasets`' form, or paths of files that begin in `base`.
+
+    A column of texts is one of paths where all of them have a picture's suffix and the first names a file. Raises
+    DataError for a later one that does not.
+    """
+    for place, name in enumerate(table.column_names):
+        column, kind = table.column(name), table.column(name).type
+        texts = kinds.is_string(kind) or kinds.is_large_string(kind)
+        of_datasets = kinds.is_struct(kind) and {one.name for one in kind} == {"bytes", "path"}
+        if of_datasets or (texts and names_pictures(column, base)):
+            table = table.set_column(place, name, in_bytes(column, name, base, field))
+    return table
+
+
+def names_pictures(column: pa.ChunkedArray, base: Path) -> bool:
+    """Whether every text of the column is a picture's path, and the first that of a file."""
+    texts = column.drop_null()
+    first = texts[0].as_py() if len(texts) else None
+    if first is None or not is_picture(first) or not (base / Path(first).expanduser()).is_file():
+        return False
+    return all(map(is_picture, texts.to_pylist()))
+
+
+def in_bytes(column: pa.ChunkedArray, name: str, base: Path, field: str) -> pa.Array:
+    """The pictures' bytes. Raises DataError that names the row of a file that is not there."""
+    found: list[bytes | None] = []
+    for number, cell in enumerate(column.to_pylist(), 1):
+        try:
+            found.append(content_of(cell, base) if cell is not None and is_picture(cell) else None)
+        except OSError as error:
+            raise DataError(
+                f"{field}: the picture in row {number} of the column {name!r} cannot be read: {error.strerror}: "
+                f"{error.filename}. Paths begin where the data set lies: mend or remove the row."
+            ) from error
+    return pa.array(found, pa.binary())
+
+
+def plain_cell(value: Any) -> Any:
+    """The value as Arrow takes it: of a PIL picture its PNG."""
+    return png_of(value) if hasattr(value, "getextrema") else value
 
 
 def _plain(table: Any) -> pa.Table:
@@ -109,7 +159,7 @@ def _read_folder(path: Path, split: str, field: str) -> pa.Table:
         raise DataError(
             f"{field}: {path} is not a folder that `datasets` saved: {first_line(error)}. Name a file in it."
         ) from error
-    return table_from(_split_of(loaded, split, field))
+    return with_pictures(table_from(_split_of(loaded, split, field)), path, field)
 
 
 def _read_hub(source: str, split: str, field: str) -> pa.Table:

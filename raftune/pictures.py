@@ -9,6 +9,7 @@ import hashlib
 import io
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from raftune.errors import ConfigError, DataError
@@ -16,9 +17,8 @@ from raftune.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-PIXELATED = (
-    64  # pixels: pictures up to this side are kept exactly when they are made small; larger ones may lose detail
-)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PIXELATED = 64  # pixels: a thumbnail up to this side is exact; a larger one may lose detail
 
 
 def require_pillow() -> Any:
@@ -137,6 +137,24 @@ class Pictures(Sequence[Any]):
             return image_of(self.pngs[index].as_py() or b"")
         except DataError as error:
             raise DataError(f"sample {self.names[index].as_py()}: {error}") from error
+
+
+def is_picture(value: Any) -> bool:
+    """True of bytes, of a path by its suffix, of a PIL picture, and of `datasets`' {"bytes": …, "path": …}."""
+    if isinstance(value, dict):
+        return value.keys() == {"bytes", "path"} and is_picture(value["bytes"] or value["path"])
+    if isinstance(value, str):
+        return value.lower().endswith(SUFFIXES)
+    return isinstance(value, bytes) or hasattr(value, "getextrema")
+
+
+def content_of(value: Any, base: Path) -> bytes:
+    """The bytes of what `is_picture`, a path beginning in `base`. Raises OSError for a file that is not there."""
+    if isinstance(value, dict):
+        value = value["bytes"] or value["path"]
+    if isinstance(value, str):
+        return (base / Path(value).expanduser()).read_bytes()
+    return value if isinstance(value, bytes) else png_of(value)
 
 
 def file_name(png: bytes) -> str:

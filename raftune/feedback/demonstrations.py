@@ -1,7 +1,9 @@
-"""Demonstrations: answers to learn from as they stand, from preferences, prompts and completions, or dialogues."""
+"""Demonstrations: answers to learn from as they stand, from preferences, prompts with completions or pictures, or
+dialogues."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from raftune.feedback.columns import (
@@ -19,14 +21,17 @@ from raftune.feedback.columns import (
     used,
 )
 from raftune.feedback.preferences import HH, Form, preferred
-from raftune.feedback.rows import Demonstration, Feedback
+from raftune.feedback.rows import Demonstration, Feedback, Reason, Unusable
 from raftune.feedback.source import collect
-from raftune.feedback.turns import answer_text, begins, ends_with_assistant, prompt_text, read_messages
+from raftune.feedback.turns import answer_text, begins, ends_with_assistant, excerpt, prompt_text, read_messages
+from raftune.pictures import is_picture
 
+PICTURE = ("image", "picture", "completion")
+CAPTION = ("prompt", "caption", "text", "label")
 MESSAGES = ("messages", "conversation", "conversations")
 WANTED = (
-    "A demonstration is a preference (its chosen answer is learned from), or has prompt and completion, or messages "
-    "that end with the assistant's."
+    "A demonstration is a preference (its chosen answer is learned from), or has prompt and completion, or prompt and "
+    "image, or messages that end with the assistant's."
 )
 
 
@@ -37,13 +42,40 @@ def read_demonstrations(
 
     Of a preference the chosen answer, of ranked ones the best; the rows that are skipped are those that
     `read_preferences` skips, so that a policy and its reward model learn from the same. Of a dialogue the last turn.
+    A picture is the column `image`, or `completion`: bytes, or a path that begins where the source lies.
     """
+    place = Path(source).expanduser()
+    base = place if place.is_dir() else place.parent
 
     def read(number: int, row: Row) -> tuple[str, list[Demonstration]]:
-        form, prompt, answer = demonstrated(row, dialogues)
+        if (column := next((name for name in PICTURE if shows(row.get(name), name, base)), None)) is not None:
+            form, prompt, answer = pictured(row, column, base)
+        else:
+            form, prompt, answer = demonstrated(row, dialogues)
         return form, [Demonstration(number, prompt, answer)]
 
     return collect(source, split, field, read, WANTED)
+
+
+def shows(value: Any, column: str, base: Path) -> bool:
+    """Whether this is a picture, or the path of one; a completion may also be a text that only looks like a path."""
+    if not is_picture(value):
+        return False
+    return not (column == "completion" and isinstance(value, str)) or (base / value).is_file()
+
+
+def pictured(row: Row, column: str, base: Path) -> tuple[str, Any, Any]:
+    """The format, the prompt (a text or a class label), and the picture, a path named in full."""
+    prompt_column, prompt = find(row, CAPTION)
+    if isinstance(prompt, bool) or not isinstance(prompt, str | int):
+        raise Unusable(Reason.WRONG_TYPE, f"{prompt_column} must be a text or a class label; got {excerpt(prompt)}")
+    value = row[column]
+    if isinstance(value, dict):
+        value = value["bytes"] or value["path"]
+    if isinstance(value, str) and not (path := base / Path(value).expanduser()).is_file():
+        raise Unusable(Reason.MISSING, f"{column}: there is no file {path}")
+    form = f"prompts and pictures ({used(prompt_column, 'prompt')}, {used(column, 'image')})"
+    return form, prompt, str(path) if isinstance(value, str) else value
 
 
 def demonstrated(row: Row, dialogues: Form) -> tuple[str, Any, Any]:

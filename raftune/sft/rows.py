@@ -32,7 +32,7 @@ def held_out_prompts(rows: Sequence[Demonstration], fraction: float) -> frozense
 def of_one_kind(rows: Sequence[Demonstration]) -> tuple[list[Demonstration], list[str]]:
     """The rows with prompts of one kind, which one column needs: beside messages, a text becomes a user's message."""
     texts = sum(isinstance(row.prompt, str) for row in rows)
-    if texts in (0, len(rows)):
+    if texts in (0, len(rows)) or any(isinstance(row.prompt, int) for row in rows):
         return list(rows), []
     note = f"{texts:,} of {len(rows):,} prompts are texts and became a user's message, since the others are messages"
     return [as_messages(row) if isinstance(row.prompt, str) else row for row in rows], [note]
@@ -48,10 +48,11 @@ def as_messages(row: Demonstration) -> Demonstration:
 
 def rows_schema(rows: Sequence[Demonstration], payload: pa.Schema) -> pa.Schema:
     """The columns of rows.parquet, as a round's tuning reads them."""
-    chats = any(isinstance(row.prompt, list) for row in rows)
+    chats, labels = (any(isinstance(row.prompt, kind) for row in rows) for kind in (list, int))
+    prompt = pa.list_(MESSAGE) if chats else pa.int64() if labels else pa.string()
     fields = [
         *(pa.field(name, pa.string(), nullable=False) for name in ("sample_id", "prompt_id")),
-        pa.field("prompt", pa.list_(MESSAGE) if chats else pa.string(), nullable=False),
+        pa.field("prompt", prompt, nullable=False),
         pa.field("weight", pa.float64(), nullable=False),
         *(pa.field(name, pa.string(), nullable=False) for name in ("origin", "source")),
     ]

@@ -335,7 +335,8 @@ def write_prompts(tmp: Path, rows: Path, out: Path, reference: str | None = None
         for row in table.to_pylist():
             line = found.setdefault(row["prompt_id"], {"prompt": row["prompt"]})
             if reference is not None and not line.get(reference):
-                line[reference] = None if row.get("finish") == "length" else row["completion"]
+                answer = None if row.get("finish") == "length" else row["completion"]
+                line[reference] = None if isinstance(answer, bytes) else answer  # a picture lies in the rows alone
     with stage_file(tmp, out) as staged:
         staged.write_bytes(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in found.values()))
 
