@@ -33,6 +33,8 @@ class SDXL(Binding):
     }
 
     def encode(self, prompts: Sequence[Any]) -> Conditions:
+        self.refuse_prompts(prompts)
+        self.require("text_encoder_2", "tokenizer_2")  # the refiner has no first one
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             prompt=list(prompts), device=self.pipe.text_encoder_2.device, do_classifier_free_guidance=False
         )
@@ -93,15 +95,26 @@ class SDXL(Binding):
             vae.to(dtype)
         return self._scaled(found).to(dtype)
 
+    def to_pixels(self, x0: torch.Tensor) -> torch.Tensor:
+        if (centre := self._centre(x0)) is None:
+            return super().to_pixels(x0)
+        mean, std = centre
+        return super().to_pixels(x0 * std + mean * self.pipe.vae.config.scaling_factor)
+
     def _scaled(self, found: torch.Tensor) -> torch.Tensor:
         """The VAE's latents as the denoiser sees them: centred where the VAE says how, then scaled."""
+        scale: float = self.pipe.vae.config.scaling_factor
+        if (centre := self._centre(found)) is None:
+            return found * scale
+        mean, std = centre
+        return (found - mean) * scale / std
+
+    def _centre(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Mean and deviation of each latent channel (1, C, 1, 1), where the VAE says them."""
         config = self.pipe.vae.config
         if getattr(config, "latents_mean", None) is None or getattr(config, "latents_std", None) is None:
-            return found * config.scaling_factor
+            return None
         mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1).to(found) for values in (config.latents_mean, config.latents_std)
+            torch.tensor(each).view(1, -1, 1, 1).to(like) for each in (config.latents_mean, config.latents_std)
         )
-        return (found - mean) * config.scaling_factor / std
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return int(self.denoiser.config.in_channels), height // self.factor, width // self.factor
+        return mean, std

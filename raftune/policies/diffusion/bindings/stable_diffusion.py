@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 
-from raftune.policies.diffusion.binding import Binding, Call, Conditions, LastLatents, Pictures, pixels_of
+from raftune.policies.diffusion.binding import Binding, Call, Conditions, LastLatents, Pictures
 
 ENCODED_BEFORE = "prompts are encoded once, before the pipeline is called, without it"
 
@@ -23,6 +22,8 @@ class StableDiffusion(Binding):
     refused: ClassVar[Mapping[str, str]] = {"clip_skip": ENCODED_BEFORE}
 
     def encode(self, prompts: Sequence[Any]) -> Conditions:
+        self.refuse_prompts(prompts)
+        self.require("text_encoder", "tokenizer")
         embeds, _ = self.pipe.encode_prompt(
             prompt=list(prompts),
             device=self.pipe.text_encoder.device,
@@ -58,11 +59,3 @@ class StableDiffusion(Binding):
         embeds = conditions.tensors["prompt_embeds"]
         out: torch.Tensor = self.denoiser(x_t, t, encoder_hidden_states=embeds, return_dict=False)[0]
         return out
-
-    def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
-        vae = self.pipe.vae
-        found: torch.Tensor = vae.encode(pixels_of(images, next(vae.parameters()))).latent_dist.sample(generator)
-        return found * vae.config.scaling_factor
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return int(self.denoiser.config.in_channels), height // self.factor, width // self.factor

@@ -238,14 +238,18 @@ def test_what_is_no_class_label_is_refused(prompt: Any, why: str) -> None:
         binding_of(pipe).encode([3, prompt])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TEXTUAL if kind in ("sd3", "flux", "pixart")])
+@pytest.mark.parametrize("kind", TEXTUAL)
 def test_a_label_is_no_text(kind: Kind) -> None:
     with pytest.raises(DataError, match=r"Pipeline must be texts; got 3\. Write what the picture shows"):
         binding_of(tiny_pipeline(kind)).encode([3])
 
 
 @pytest.mark.parametrize(
-    ("kind", "part"), [("sd3", "text_encoder"), ("flux", "tokenizer_2"), ("pixart", "text_encoder")]
+    ("kind", "part"),
+    [
+        *[("sd", "tokenizer"), ("sdxl", "text_encoder_2"), ("sd3", "text_encoder"), ("flux", "tokenizer_2")],
+        ("pixart", "text_encoder"),
+    ],
 )
 def test_a_pipeline_without_what_reads_prompts_says_what_it_lacks(kind: Kind, part: str) -> None:
     pipe = tiny_pipeline(kind)

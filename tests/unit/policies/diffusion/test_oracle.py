@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDPMScheduler,
     FlowMatchHeunDiscreteScheduler,
     FluxTransformer2DModel,
@@ -82,6 +83,12 @@ def test_half_precision_is_proven_too(kind: Kind, dtype: torch.dtype) -> None:
 def test_sd3_without_its_t5_is_proven() -> None:
     pipe = tiny_pipeline("sd3")
     pipe.text_encoder_3 = pipe.tokenizer_3 = None
+    assert max(refuse_unproven(binding_of(pipe)).differences) == 0.0
+
+
+def test_sdxl_whose_vae_centres_its_latents_is_proven() -> None:
+    pipe = tiny_pipeline("sdxl")
+    pipe.vae = changed(AutoencoderKL, pipe.vae, latents_mean=(0.5, -1.0, 2.0, 0.0), latents_std=(2.0, 0.5, 1.5, 3.0))
     assert max(refuse_unproven(binding_of(pipe)).differences) == 0.0
 
 
