@@ -119,8 +119,8 @@ def test_moments_are_carried_and_older_models_let_go(model: Path, tmp_path: Path
     carried = {"tuning": {"optimizer_state": "carried"}, "keep_models": "last"}
     run(config(root, model, "sd-v", **carried), objects("sd-v"))
     assert (root / "round-0002/model/optimizer.safetensors").is_file()
-    assert not (root / "round-0001/model/unet").exists()
-    assert (root / "round-0002/model/unet").is_dir()
+    assert not list((root / "round-0001/model").rglob("*.safetensors"))
+    assert (root / "round-0002/model/unet/diffusion_pytorch_model.safetensors").is_file()
     assert verify(root) == []
 
 
