@@ -114,8 +114,12 @@ def guards(assembly: Assembly) -> Iterator[str]:
 
 
 def pictures(assembly: Assembly) -> Iterator[str]:
-    """What is about pictures, where the policy makes none."""
+    """What is about pictures, where the policy makes none; and what a picture does not have."""
     config, family = assembly.config, assembly.config.policy.family
+    for name in ("min_length", "max_length"):
+        given = getattr(config.selection, name)
+        if given is not None and assembly.family.media == "image":
+            yield f"selection.{name} is about lengths, and a picture has none; got {given}. Leave it out."
     if config.evaluation.features is not None and assembly.family.media != "image":
         yield (
             f"evaluation.features compares pictures, and policy.family: {family} draws none; got "

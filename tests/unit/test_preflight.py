@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from raftune.build import Objects
@@ -57,3 +58,18 @@ def test_all_findings_are_given_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         run(tiny.config(tmp_path / "run", **changes), tiny.objects())
     assert len(str(caught.value).splitlines()) == 2
+
+
+class Painted(tiny.Dressed):
+    """A family of pictures, as far as can be seen before it draws."""
+
+    media = "image"
+    payload = pa.schema([("completion", pa.binary())])
+
+
+@pytest.mark.parametrize("field", ["min_length", "max_length"])
+def test_a_window_of_lengths_is_refused_for_pictures_before_anything_is_drawn(field: str, tmp_path: Path) -> None:
+    policy = {"family": f"{__name__}:Painted", "options": {"num_prompts": 4, "num_answers": 5}}
+    with pytest.raises(ConfigError, match=rf"selection\.{field} is about lengths, and a picture has none; got 5"):
+        run(tiny.config(tmp_path / "run", policy=policy, selection={field: 5}), tiny.objects())
+    assert not list((tmp_path / "run").glob("round-*"))
