@@ -127,3 +127,32 @@ def test_half_of_k_is_worth_its_share_of_the_gain() -> None:
 @pytest.mark.parametrize("curve", [{}, {1: 0.0}, {1: 0.0, 2: 1.0}, {1: 1.0, 2: 1.0, 4: 1.0}])
 def test_of_a_curve_without_a_gain_nothing_is_said(curve: dict[int, float]) -> None:
     assert worth({k: Value(mean) for k, mean in curve.items()}) == ""
+
+
+def test_what_pictures_measured_is_drawn_and_what_they_did_not_is_not(tmp_path: Path) -> None:
+    measured = {
+        "saturation": interval(0.4),
+        "feature_distance": interval(0.3),
+        "vendi": interval(3.2),
+        "feature_drift": interval(0.05),
+        "near_duplicates": 0.25,
+        "invalid_ratio": 0.0,
+    }
+    words = overview(collect(run_of(tmp_path / "run", measured, measured, best=1)))
+    for title in ("Saturation and contrast", "Variety of pictures", "Effective number of pictures", "Worth a look"):
+        assert f"<b>{title}</b>" in words
+    assert "<b>Drift from the start</b>" in words
+    assert "<b>Brightness</b>" not in words
+    assert "25.0" in words  # per cent
+
+
+def test_the_time_of_a_round_is_split_by_what_it_was_spent_on(tmp_path: Path) -> None:
+    root = run_of(tmp_path / "run", {"reward": interval(0)}, {"reward": interval(1)}, {"reward": interval(2)}, best=2)
+    for round_ in (1, 2):
+        for stage, seconds in (("draw", 4.0), ("score", 1.5), ("tune", 2.25), ("evaluation draw", 0.5)):
+            RunFolder(root).events.add("stage_end", round=round_, stage=stage, seconds=seconds)
+    words = overview(collect(root))
+    chart = words[words.index('id="seconds"') :]
+    for name, seconds in (("draw", "4.000"), ("score", "1.500"), ("tune", "2.250"), ("evaluate", "0.500")):
+        assert f">{name}<" in chart or f"{name}</text>" in chart
+        assert seconds in chart
