@@ -26,7 +26,7 @@ def demo(
         Which,
         Parameter(
             name="WHICH",
-            help="text: the method at work; hacking: a reward with a flaw, and the alarm; image: the method on pictures.",
+            help="text: the method at work; hacking: a reward with a flaw, and the alarm; image: with pictures.",
         ),
     ] = "text",
     *,

@@ -44,10 +44,11 @@ def check(
     """
     from raftune.config.rewards import RewardSpec
     from raftune.rewards import check_reward
-    from raftune.starters.resolve import resolve_reward
+    from raftune.starters.resolve import IMAGES, resolve_reward
 
-    reward = resolve_reward(RewardSpec.model_validate({"spec": spec, "options": read_options(options)}))
-    batch = read_samples(samples) if samples is not None else prompts_of_starter(spec)
+    given = RewardSpec.model_validate({"spec": spec, "options": read_options(options)})
+    reward = resolve_reward(given, IMAGES if images else None)
+    batch = read_samples(samples) if samples is not None else prompts_of_starter(spec, images)
     report = check_reward(reward, batch, timeout=timeout, device=device, pictures=images)
     if json:
         print(js.dumps(dataclasses.asdict(report) | {"ok": report.ok, "findings": report.findings}))
@@ -99,16 +100,32 @@ def batch_of(answers: Answers) -> Batch:
     return Batch(answers.prompts, cast("list[Any]", answers.completions), answers.columns).take(rows)
 
 
-def prompts_of_starter(spec: str) -> Batch | None:
-    """Requests and replies of the bundled corpus for its own rewards, which know no others; None for the rest."""
+def prompts_of_starter(spec: str, images: bool) -> Batch | None:
+    """Requests and replies, or captions and pictures, for the bundled rewards; None for any other."""
     from raftune.rewards import Batch
     from raftune.starters.resolve import JUDGE, WORD
     from raftune.starters.text.corpus import dialogues
 
+    if images and spec.startswith(WORD):
+        return painted_examples()
     if spec not in (WORD, JUDGE):
         return None
     found = [dialogue for dialogue, _ in zip(dialogues(32, 0), range(32), strict=False)]
     return Batch([d.prompt for d in found], [d.completion for d in found])
+
+
+def painted_examples() -> Batch:
+    """Pictures of the bundled generator, each under the caption of the next but one."""
+    import numpy as np
+
+    from raftune.rewards import Batch
+    from raftune.starters.image.pictures import as_image, paint, scenes
+
+    shown = scenes("heldout")[:32]
+    return Batch(
+        [scene.caption for scene in (*shown[2:], *shown[:2])],
+        [as_image(one) for one in paint(shown, np.random.default_rng(0))],
+    )
 
 
 def show(report: CheckReport) -> None:

@@ -94,14 +94,17 @@ def compare(
     check_out(out)
     if not (math.isfinite(tie_within) and tie_within >= 0):
         raise ConfigError(f"--tie-within must be at least 0; got {tie_within}. It is in units of the score.")
-    pairs = pair(*sides(a, b))
+    side_a, side_b = sides(a, b)
+    pairs = pair(side_a, side_b)
     if judge is not None and pairs.of_pictures:
         raise ConfigError(
             "--judge reads texts, and A and B hold pictures. Score them with --reward: the reward `http` asks an "
             "endpoint about pictures."
         )
     plans = recorded(pairs)
-    specs = [resolve_reward(spec if isinstance(spec, RewardSpec) else RewardSpec(spec=spec)) for spec in rewards]
+    family = side_a.config["policy"]["family"]
+    given = [spec if isinstance(spec, RewardSpec) else RewardSpec(spec=spec) for spec in rewards]
+    specs = [resolve_reward(spec, family) for spec in given]
     new = named(specs, [plan.name for plan in plans] + ([judge_plan("").name] if judge else []))
     judges = [judge_plan(judge.endpoint.model)] if judge else []
     names = names_of([*plans, *new, *judges])
