@@ -78,9 +78,9 @@ class TabularPolicy(Frozen):
 class CustomPolicy(Frozen):
     """A family of your own: `module:Class` or `file.py:Class`, with options that its own class validates."""
 
-    family: str = Field(pattern=r".+:.+", description="module:Class or file.py:Class.")
-    model: str | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
+    family: str = Field(pattern=r".+:.+", description="module:Class or file.py:Class; docs/families.md says how.")
+    model: str | None = Field(None, description="What to begin from, as the class reads it.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Whatever the class takes, and checks.")
 
 
 def _family(value: Any) -> str:
