@@ -255,7 +255,8 @@ def widths(model: Pipeline) -> tuple[int, ...]:
 
 def refuse_prompts(policy: Any, prompts: Sequence[Prompt]) -> list[str]:
     """What a user should know of the prompts. Raises DataError, counting those that the pipeline cannot be asked."""
-    refused, why = [], None
+    refused: list[str] = []
+    why: DataError | None = None
     for prompt in prompts:
         try:
             policy.blank.refuse_prompts([prompt.content])
