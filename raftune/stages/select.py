@@ -128,7 +128,7 @@ class Select:
         empty = {prompts[group]: words for group, words in barren(candidates, verdicts).items()}
         asked = set(np.unique(candidates.group).tolist())
         empty |= {name: "its unit failed and was set aside" for i, name in enumerate(prompts) if i not in asked}
-        invalid = int(np.count_nonzero(candidates.invalid))
+        invalid = 0 if candidates.invalid is None else int(candidates.invalid.sum())
         return {
             "samples": len(scores),
             **({"invalid": invalid} if invalid else {}),

@@ -17,8 +17,10 @@ from raftune.build import Assembly, Objects
 from raftune.cli import main
 from raftune.digest import alarms_of, columns_for, rows_of
 from raftune.errors import ConfigError
-from raftune.pictures import image_of, sha256_of_png
+from raftune.evaluation.images import looked_at
+from raftune.pictures import image_of, png_of, require_pillow, sha256_of_png
 from raftune.runs import run, verify
+from raftune.stages.evaluate import Evaluate
 from raftune.store.run import RunFolder
 from tests.runs import tiny
 from tests.runs.sketches import captions, config, indifferent, objects, saturation
@@ -248,3 +250,32 @@ def test_pictures_of_a_column_join_the_pool(tmp_path: Path) -> None:
 def _drawn(folder: Path) -> Path:
     run(config(folder / "source", num_rounds=1, evaluation={"num_prompts": 0}), objects())
     return folder / "source/round-0001/draw/unit-00000.parquet"
+
+
+def test_an_evaluation_holds_one_unit_of_pictures_at_a_time(tmp_path: Path) -> None:
+    """Twelve units of eight noisy pictures, 12 kB each: what is held when the last is looked at is one unit's bytes."""
+    size, units, generator = 8, 12, np.random.default_rng(0)
+    for unit in range(units):
+        ids = [f"{unit}/{k}" for k in range(size)]
+        noise = generator.integers(0, 256, (size, 64, 64, 3), dtype=np.uint8)
+        drawn = {
+            "sample_id": ids,
+            "prompt_id": [f"p{unit}"] * size,
+            "k": list(range(size)),
+            "source": ["policy"] * size,
+        }
+        table = pa.table(drawn | {"completion": [png_of(require_pillow().fromarray(one)) for one in noise]})
+        for folder, columns in (("draw", table), ("score", table.drop_columns("completion"))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            pq.write_table(columns, tmp_path / folder / f"unit-{unit:05d}.parquet")
+    held: list[int] = []
+
+    def looking(samples: pa.Table) -> pa.Table:
+        held.append(pa.total_allocated_bytes())
+        return looked_at(samples)
+
+    stage = Evaluate((), shards=("draw", "score"), media="image", condense=looking)
+    whole = stage.samples({"evaluate/draw": tmp_path / "draw", "evaluate/score": tmp_path / "score"})
+    one = (tmp_path / "draw" / "unit-00000.parquet").stat().st_size
+    assert whole.num_rows == units * size and whole.nbytes < units * one / 10
+    assert max(held) - held[0] < one
