@@ -13,7 +13,7 @@ from raftune.pictures import Pictures
 from raftune.protocols import Extractor, Inputs
 from raftune.records import INVALID
 from raftune.store.layout import unit_file, unit_numbers
-from raftune.store.parquet import read_table, write_table
+from raftune.store.parquet import column_names, read_table, write_table
 
 IDENTITY = ("sample_id", "prompt_id", "k", "source")
 DRAWN = "evaluate/draw"
@@ -38,7 +38,8 @@ class Features:
         return unit_numbers(inputs[DRAWN])
 
     def run_unit(self, inputs: Inputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
-        samples = read_table(inputs[DRAWN] / unit_file(index))
+        path = inputs[DRAWN] / unit_file(index)
+        samples = read_table(path, [name for name in (*IDENTITY, "completion", INVALID) if name in column_names(path)])
         there = samples.column("completion").is_valid()
         if INVALID in samples.column_names:
             there = pc.and_(there, samples.column(INVALID).is_null())
