@@ -111,6 +111,7 @@ def look(
     model, pipeline = begun.model, begun.pipeline
     tried = measured and not (pipeline and not_tried(pipeline))
     found = probe(assembly, data, scratch / "probe", widths(pipeline) if pipeline else ()) if tried else None
+    size = found.size if found else None
     rows = min(config.sampling.unit_size, planned.prompts) * config.sampling.num_generations
     work = work_of(pipeline, config, planned) if pipeline else None
     seconds = seconds_by_stage(found, planned, assembly) if found else None
@@ -126,9 +127,7 @@ def look(
         work=work,
         memory=memory(model, config, prompts.longest or 0, rows) if model else None,
         room=room(pipeline, config) if pipeline else None,
-        disk=disk_of(pipeline, config, planned, found.size if found else None)
-        if pipeline
-        else disk(model, config, planned),
+        disk=disk_of(pipeline, config, planned, size) if pipeline else disk(model, config, planned, size),
         probe=found,
         seconds=seconds,
         notes=tuple(dict.fromkeys([*notes, *(found.notes if found else ())])),

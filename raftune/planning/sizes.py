@@ -119,11 +119,15 @@ class Disk:
         return self.models + self.checkpoints + self.samples + self.latents
 
 
-def disk(model: Footprint | None, config: RunConfig, planned: Amounts) -> Disk:
-    """What the run writes; a family without tokens writes next to nothing for its models."""
+def disk(model: Footprint | None, config: RunConfig, planned: Amounts, picture: float | None = None) -> Disk:
+    """What the run writes; a family without tokens writes next to nothing for its models.
+
+    `picture`: bytes of a sample of a family of pictures, where some were drawn.
+    """
     stored = {"all": planned.rounds, "best": min(3, planned.rounds), "last": min(2, planned.rounds)}[config.keep_models]
     one = model.trained * model.weight if model else 0
     tokens = config.sampling.max_completion_length if model else 1
     every = planned.samples + planned.rounds * (planned.competing - planned.drawn)
     checkpoint = one * (1 + ADAM) if planned.steps > config.tuning.save_steps else 0
-    return Disk(stored * one, 2 * checkpoint, every * (tokens * PER_TOKEN + PER_SAMPLE))
+    content = tokens * PER_TOKEN if picture is None else picture
+    return Disk(stored * one, 2 * checkpoint, int(every * (content + PER_SAMPLE)))
