@@ -119,7 +119,8 @@ def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Colum
         Column("kept", "kept", "samples tuned on, of those drawn", lambda row: f"{row['kept']}/{row['samples']}"),
         Column("seconds", "time", "of this round", lambda row: duration(row["seconds"])),
     ]
-    return [column for column in columns if any(column.key in row for row in rows)]
+    spare = {"pixel_distance"} if any("vendi" in row for row in rows) else set()  # both say how varied pictures are
+    return [column for column in columns if column.key not in spare and any(column.key in row for row in rows)]
 
 
 def cell(column: Column, row: Row) -> str:

@@ -107,8 +107,8 @@ class Vectors:
         if FEATURES_START in samples.column_names:
             places, start_ND = vectors(samples, FEATURES_START)
             both, ours, theirs = np.intersect1d(rows, places, assume_unique=True, return_indices=True)
-            moved = 1 - np.einsum("nd,nd->n", vectors_ND[ours], start_ND[theirs]) if len(both) else np.zeros(0)
-            found["feature_drift"] = interval(mean_by_prompt(groups[both], moved))
+            cosines = np.einsum("nd,nd->n", vectors_ND[ours], start_ND[theirs]) if len(both) else np.zeros(0)
+            found["feature_drift"] = interval(mean_by_prompt(groups[both], 1 - np.minimum(cosines, 1.0)))
         return found
 
 
@@ -186,5 +186,5 @@ def vectors(samples: pa.Table, name: str) -> tuple[Ints, Floats]:
     column = samples.column(name)
     rows = np.flatnonzero(column.is_valid().to_numpy())
     flat = pc.list_flatten(column.drop_null().combine_chunks()).to_numpy(zero_copy_only=False)
-    x_ND = np.asarray(flat, np.float64).reshape(len(rows), -1)
+    x_ND = np.asarray(flat, np.float64).reshape(len(rows), len(flat) // max(len(rows), 1))
     return rows, x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)

@@ -156,8 +156,9 @@ def test_invalid_samples_are_counted_and_otherwise_left_out() -> None:
 
 
 def test_without_any_picture_nothing_is_measured() -> None:
-    found = Pixels()(looked_at(samples({"a": [None, None]})))
-    assert {*found.values()} == {None}
+    nothing = pa.nulls(2, pa.list_(pa.float32()))
+    table = looked_at(samples({"a": [None, None]}, features=nothing, features_start=nothing))
+    assert {*Pixels()(table).values(), *Vectors()(table).values()} == {None}
 
 
 # -- vectors ----------------------------------------------------------------------------------------------------------
