@@ -73,7 +73,8 @@ def probe(assembly: Assembly, data: Path, work: Path, widths: Sequence[int] = ()
     judge = time_panel(assembly.judge(), owners, samples)[0] if config.evaluation.reward_funcs else Line()
     logp = time_logp(policy, owners, samples, config.sampling.batch_size)
     tune = time_tune(assembly, samples, table, work)
-    notes = (*policy.notes(), *doubts(scores), *cut_off(samples, config.tuning.mask_truncated_completions))
+    said = (*policy.notes(), *assembly.panel().notes())
+    notes = (*said, *doubts(scores), *cut_off(samples, config.tuning.mask_truncated_completions))
     return Probe(
         load,
         draw,

@@ -38,12 +38,19 @@ class ClipScoreOptions:
     revision: str | None = None
 
 
+PICK_SCORE = "yuvalkirstain/PickScore_v1"
+PICK_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # what it was trained with: its own folder has none
+
+
 @dataclass
 class PickScoreOptions(ClipScoreOptions):
-    """As of clip_score, with the published model and the processor that it was trained with."""
+    """As of clip_score, with the published model and, for that one, the processor that it was trained with."""
 
-    model: str = "yuvalkirstain/PickScore_v1"
-    processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    model: str = PICK_SCORE
+
+    def __post_init__(self) -> None:
+        if self.model == PICK_SCORE and self.processor is None:
+            self.processor = PICK_PROCESSOR
 
 
 class ClipScore:

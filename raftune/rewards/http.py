@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -112,8 +111,26 @@ class Http:
             except httpx2.HTTPError as error:
                 raise RewardError(f"{self.url}: {one_line(str(error), EXCERPT) or type(error).__name__}") from None
         if not response.is_success:
-            raise RewardError(f"{self.url}: HTTP {response.status_code}: {one_line(response.text, EXCERPT)}")
-        return scores_of(response, self.url, len(body["completions"]))
+            raise RewardError(f"{self.url}: HTTP {response.status_code}: {self._shown(response)}")
+        return self._scores(response, len(body["completions"]))
+
+    def _scores(self, response: httpx2.Response, size: int) -> list[Any]:
+        """What lies under "scores"; one entry a sample. Raises RewardError."""
+        try:
+            scores = response.json()["scores"]
+        except (ValueError, TypeError, KeyError):
+            scores = None
+        if not isinstance(scores, list):
+            said = self._shown(response) or "an empty body"
+            raise RewardError(f'{self.url}: the answer must be {{"scores": […]}}; got {said}')
+        if len(scores) != size:
+            raise RewardError(f"{self.url}: {len(scores)} scores for {size} completions; there must be one for each")
+        return scores
+
+    def _shown(self, response: httpx2.Response) -> str:
+        """The beginning of what the server said, on one line, the key blotted out where it was repeated."""
+        key = os.environ.get(self.key_env or "")
+        return one_line(response.text.replace(key, "***") if key else response.text, EXCERPT)
 
 
 def as_text(picture: Any) -> str:
@@ -127,17 +144,3 @@ def encoded(body: dict[str, Any]) -> bytes:
         return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
     except TypeError as error:
         raise RewardError(f"http: the columns cannot be sent as JSON: {error}. Name others: options.columns.") from None
-
-
-def scores_of(response: httpx2.Response, url: str, size: int) -> Sequence[Any]:
-    """What lies under "scores"; one entry a sample. Raises RewardError."""
-    try:
-        scores = response.json()["scores"]
-    except (ValueError, TypeError, KeyError):
-        scores = None
-    if not isinstance(scores, list):
-        said = one_line(response.text, EXCERPT) or "an empty body"
-        raise RewardError(f'{url}: the answer must be {{"scores": […]}}; got {said}')
-    if len(scores) != size:
-        raise RewardError(f"{url}: {len(scores)} scores for {size} completions; there must be one for each")
-    return scores

@@ -57,6 +57,10 @@ def make_app() -> FastAPI:
     async def broken() -> Response:
         return Response("out of\nmemory", status_code=500)
 
+    @app.post("/unknown")
+    async def unknown(request: Request) -> Response:
+        return Response(f"do not know {request.headers.get('authorization')}", status_code=401)
+
     @app.post("/elsewhere")
     async def elsewhere() -> Response:
         return RedirectResponse("/words", status_code=307)

@@ -96,6 +96,12 @@ def test_a_redirect_is_not_followed(server: str) -> None:
     assert len(httpx2.get(f"{server}/seen").json()) == before
 
 
+def test_a_key_that_the_server_repeats_is_not_shown(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    detail = asked(f"{server}/unknown", texts(1), key_env="JUDGE_KEY")[0][2]
+    assert detail.endswith("HTTP 401: do not know Bearer ***")
+
+
 def test_columns_can_be_chosen_and_must_be_there(server: str) -> None:
     day = datetime.date(2020, 1, 1)
     batch = Batch(["q"], ["a b"], {"day": [day], "topic": [1]})

@@ -20,6 +20,7 @@ from raftune.errors import ConfigError, RewardError
 from raftune.rewards import load_reward
 from raftune.rewards.aesthetic import Aesthetic, load_head, save_head
 from raftune.rewards.clip import ClipModel
+from raftune.rewards.clip_score import PICK_PROCESSOR, PickScoreOptions
 from raftune.rewards.examples import LONG, example_pictures
 from raftune.rewards.models import best_device, devices
 from tests.builders import clip_image_processor, clip_tokenizer, save_tiny, tiny_clip, tiny_clip_model
@@ -78,6 +79,12 @@ def test_a_folder_a_model_and_a_pick_score_of_the_same_weights_score_alike(clip:
     ):
         assert asked(reward) == pytest.approx(expected, abs=1e-4)
         assert reward.media == {"image"}
+
+
+def test_only_the_published_pick_score_takes_the_published_processor() -> None:
+    assert PickScoreOptions().processor == PICK_PROCESSOR
+    assert PickScoreOptions(processor="mine").processor == "mine"
+    assert PickScoreOptions(model="mine").processor is None
 
 
 def test_a_model_given_as_an_object_needs_its_processor() -> None:
