@@ -369,7 +369,13 @@ def teacher_config(config: RunConfig) -> RunConfig:
     """The configuration with the teacher in the policy's place: the same family and dials, no adapter."""
     assert config.sampling.teacher is not None
     changes: dict[str, Any] = {"model": config.sampling.teacher.model}
-    own = {"adapter": None, "tokenizer": None, "revision": None, "variant": None, "pipeline_init_kwargs": {}}
+    own: dict[str, Any] = {
+        "adapter": None,
+        "tokenizer": None,
+        "revision": None,
+        "variant": None,
+        "pipeline_init_kwargs": {},
+    }
     changes |= {name: value for name, value in own.items() if hasattr(config.policy, name)}
     return config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
 

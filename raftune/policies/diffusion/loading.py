@@ -21,6 +21,7 @@ from accelerate import init_empty_weights
 from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.diffusion import adapters
+from raftune.policies.diffusion.binding import Conditions
 from raftune.policies.diffusion.bindings import binding_class
 from raftune.policies.diffusion.parts import Part, denoiser_of, read_index, refuse_missing_parts
 from raftune.policies.diffusion.places import (
@@ -58,7 +59,7 @@ class Frozen:
 
     def __init__(self, config: DiffusionPolicy, start: Path) -> None:
         self._config, self._start = config, start
-        self.encoded: dict[Any, Any] = {}  # prompts as conditions: filled, and bounded, by encoding.Encoder
+        self.encoded: dict[Any, Conditions] = {}  # prompts as conditions: filled, and bounded, by encoding.Encoder
 
     @cached_property
     def source(self) -> Source:
