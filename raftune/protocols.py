@@ -14,6 +14,7 @@ import pyarrow as pa
 from raftune.records import Prompt, Sample, Score
 
 FloatN = npt.NDArray[np.float64]
+EVALUATION = "e"  # ends the scope of a unit whose samples are only looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,11 @@ class Unit:
     prompts: tuple[Prompt, ...]
     seeds: tuple[tuple[int, ...], ...]
     batch_size: int
+
+    @property
+    def learned(self) -> bool:
+        """Whether a tuning may learn from its samples; those of an evaluation are only looked at."""
+        return not self.scope.endswith(EVALUATION)
 
     def sample_id(self, prompt: Prompt, k: int) -> str:
         return f"{self.scope}/{prompt.id}/{k:03d}"

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from raftune.config.run import RunConfig
-from raftune.protocols import Inputs, Unit
+from raftune.protocols import EVALUATION, Inputs, Unit
 from raftune.records import Prompt, derive_seed
 from raftune.store.parquet import read_group, read_groups, read_metadata, read_table, write_table
 
@@ -66,7 +66,7 @@ class EvaluationPlan:
         write_plan(
             out,
             read_table(inputs["data@0"] / "held_out.parquet"),
-            scope=f"{self.round:04d}e",
+            scope=f"{self.round:04d}{EVALUATION}",
             version=f"round-{self.round:04d}",
             seed=["evaluation", evaluation.seed],
             num_generations=evaluation.num_generations,

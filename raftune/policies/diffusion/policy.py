@@ -194,7 +194,7 @@ class Diffusion:
         ]
 
     def _payloads(self, conditions: Any, seeds: Sequence[int], unit: Unit) -> list[dict[str, Any]]:
-        call, learned = self.call, not unit.scope.endswith("e")
+        call = self.call
         negative = None
         if is_guided(self.blank, call):
             negative = self.encoder.empty(self.config.sampling.diffusion.negative_prompt)
@@ -202,7 +202,9 @@ class Diffusion:
         with self.frozen.on(self.device, "vae", "safety_checker"):
             batches = draw(drawer, conditions, negative, seeds, call, unit.batch_size, self.device)
             return [
-                payload_of(batch, row, with_latents=learned) for batch in batches for row in range(len(batch.images))
+                payload_of(batch, row, with_latents=unit.learned)
+                for batch in batches
+                for row in range(len(batch.images))
             ]
 
     def adopt(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
