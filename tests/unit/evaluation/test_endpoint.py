@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from raftune.errors import ConfigError
 from raftune.address import is_local
+from raftune.errors import ConfigError
 from raftune.evaluation.endpoint import IN_A_ROW, Endpoint, Reply, chat_url
 from tests.unit.evaluation.servers import HANG_UP, Answer, asked, chat, closed_url, serving, silent
 
