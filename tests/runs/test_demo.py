@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from raftune.cli import demo, main
+from raftune.cli import demo, grid, main
+from raftune.cli.grid import drawn
 from raftune.config.load import load_config, merge, validate
 from raftune.config.run import RunConfig
+from raftune.pictures import image_of, png_of
 from raftune.starters.text import SHOW, judge
 from raftune.starters.text.flawed import courtesies
+from raftune.store.run import RunFolder
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = {
@@ -23,10 +28,17 @@ SMALL = {
 }
 
 
+SMALL_PICTURES = {
+    **SMALL,
+    "sampling": {"num_generations": 2, "diffusion": {"num_inference_steps": 4}},
+    "tuning": {"max_steps": 2, "per_device_train_batch_size": 4},
+}
+
+
 def small(output_dir: str, which: demo.Which = "text") -> RunConfig:
     """The demo's own recipe with fewer and shorter answers."""
-    whole = load_config([REPOSITORY / "recipes" / demo.RECIPES[which]]).model_dump(mode="json")
-    return validate(merge([whole, SMALL, {"output_dir": output_dir}]))
+    whole = load_config([REPOSITORY / "recipes" / Path(demo.RECIPES[which]).name]).model_dump(mode="json")
+    return validate(merge([whole, SMALL_PICTURES if which == "image" else SMALL, {"output_dir": output_dir}]))
 
 
 @pytest.fixture
@@ -38,11 +50,10 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("which", demo.RECIPES)
 def test_the_recipe_of_the_repository_is_the_one_that_the_package_brings(which: demo.Which) -> None:
-    name = demo.RECIPES[which]
-    packaged = REPOSITORY / "raftune/starters/text" / name
-    assert (REPOSITORY / "recipes" / name).read_bytes() == packaged.read_bytes()
+    packaged = REPOSITORY / "raftune/starters" / demo.RECIPES[which]
+    assert (REPOSITORY / "recipes" / packaged.name).read_bytes() == packaged.read_bytes()
     config = demo.recipe("x", which)
-    assert config.num_rounds >= 8
+    assert config.num_rounds >= (5 if which == "image" else 8)
     assert (config.sampling.num_generations, config.prompts_per_round) == (8, 64)
 
 
@@ -115,3 +126,33 @@ def test_hacking_ends_with_answers_of_three_rounds_and_commands_that_help(
     found = json.loads(capsys.readouterr().out)
     assert found["worked"] is False
     assert f"publishes round {found['best']}" in command
+
+
+def test_image_ends_with_one_sheet_of_the_same_captions_and_seeds_by_round(
+    quick: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "image"]) == 0
+    out = capsys.readouterr().out
+    assert "The reward is a CLIP score" in out
+    rows = [line.split() for line in out.splitlines() if line.strip()]
+    assert {"reward", "judge", "Vendi", "drift"} <= set(next(row for row in rows if row[0] == "round"))
+    assert [row[0] for row in rows if row[0] in ("start", "1")] == ["start", "1"]
+    assert "runs/image/grid.png" in out
+    sheet = image_of((quick / "runs/image/grid.png").read_bytes())
+    captions = drawn(RunFolder("runs/image"), 0)
+    assert sheet.height == grid.HEAD + len(captions) * (grid.SIDE + grid.GAP)
+    first, last = (
+        np.asarray(image_of(drawn(RunFolder("runs/image"), round_)[next(iter(captions))]))[16, 16] for round_ in (0, 1)
+    )
+    top, right = grid.HEAD + grid.SIDE // 2 + 1, sheet.width - grid.GAP - grid.SIDE // 2 + 1
+    assert (np.asarray(sheet)[top, [right - grid.SIDE - grid.GAP, right]] == [first, last]).all()
+
+
+def test_a_sheet_is_drawn_where_a_sample_is_no_picture(tmp_path: Path) -> None:
+    sheet = grid.grid({"a": "a red circle", "b": "a blue square"}, {0: {"a": png()}, 1: {"a": png(), "b": png()}})
+    assert np.asarray(sheet)[-40, grid.LETTER * 13 + grid.GAP + 10].tolist() == [255, 255, 255]
+    assert np.asarray(sheet)[-40, -40].tolist() == [10, 200, 30]
+
+
+def png() -> bytes:
+    return png_of(Image.new("RGB", (32, 32), (10, 200, 30)))

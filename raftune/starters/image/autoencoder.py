@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from raftune.starters.descent import Descent, say
-from raftune.starters.image.pictures import ANY_RADIUS, SIZE, Pixels, Scene, examples
+from raftune.starters.image.pictures import ANY_RADIUS, SIZE, Pixels, examples
 
 
 class AutoencoderRecipe(NamedTuple):
@@ -57,13 +57,13 @@ def train_autoencoder(recipe: AutoencoderRecipe, seed: int) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def centre(vae: AutoencoderKL, seed: int) -> None:
+def centre(vae: AutoencoderKL, seed: int, pictures: int = 2048) -> None:
     """Folds a shift and a scale of each latent channel into the 1 x 1 convolutions: mean 0, deviation 1, same pictures.
 
     A denoiser starts from noise of mean 0 and deviation 1: raw latents (means up to 1.2, deviations .3 to 2) would
     have to be told apart from it first, and no pipeline has a place for such a shift of each channel.
     """
-    _, pixels = next(examples(np.random.default_rng(seed), 2048, ANY_RADIUS))
+    _, pixels = next(examples(np.random.default_rng(seed), pictures, ANY_RADIUS))
     latents = encode(vae, pixels)
     mean_C, sd_C = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     quant, post, c = vae.quant_conv, vae.post_quant_conv, len(mean_C)
@@ -95,9 +95,3 @@ def reconstruct(vae: AutoencoderKL, pixels_NHW3: Pixels) -> Pixels:
 
 def batches_of(pixels: Pixels, size: int = 256) -> Sequence[Pixels]:
     return [pixels[start : start + size] for start in range(0, len(pixels), size)]
-
-
-def reconstruction_error(vae: AutoencoderKL, scenes_pixels: tuple[list[Scene], Pixels]) -> float:
-    """The mean square difference of pictures from themselves, of values in -1…1."""
-    pixels = scenes_pixels[1]
-    return float(np.square(2 * (reconstruct(vae, pixels) - pixels)).mean())

@@ -36,6 +36,7 @@ from raftune.starters.image.seeing import (
     train_judge,
     train_reward,
 )
+from raftune.starters.image.wording import LENGTH
 
 PARTS: Final = ("autoencoder", "judge", "reward", "aesthetic", "policy", "flow")
 GATE: Final = 0.98  # the least share of reconstructions of which the judge sees each attribute right
@@ -76,9 +77,9 @@ def load_vae(out: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(out / "policy" / "vae").eval()
 
 
-def build_judge(out: Path, seed: int) -> dict[str, Any]:
+def build_judge(out: Path, seed: int, recipe: JudgeRecipe | None = None) -> dict[str, Any]:
     """Writes `judge/`. Ends the build where the judge does not see reconstructions as it sees originals."""
-    recipe, vae = JudgeRecipe(), load_vae(out)
+    recipe, vae = recipe or JudgeRecipe(), load_vae(out)
     train_judge(vae, recipe, seed + 1).save(out / "judge")
     found = measure_judge(vae, Classifier.load(out / "judge"), seed + UNSEEN)
     blind = {name: share for name, share in found["right_on_reconstructions"].items() if name != "all" and share < GATE}
@@ -112,7 +113,7 @@ def build_policy(out: Path, seed: int) -> dict[str, Any]:
 
 def build_flow(out: Path, seed: int) -> dict[str, Any]:
     save_pipeline(train_flow(load_vae(out), FLOW, seed + 5), out / "flow")
-    return {**FLOW._asdict(), **reached(out, "flow", seed, max_sequence_length=1)}
+    return {**FLOW._asdict(), **reached(out, "flow", seed, max_sequence_length=LENGTH)}
 
 
 def reached(out: Path, name: str, seed: int, **options: Any) -> dict[str, Any]:

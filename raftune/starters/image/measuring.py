@@ -31,13 +31,13 @@ def right(judge: Classifier, shown: list[Scene], pixels: Pixels) -> Numbers:
 
 
 def measure_autoencoder(vae: AutoencoderKL, seed: int) -> Numbers:
-    """The mean square difference of pictures from themselves, of values in -1…1, with and without small shapes."""
+    """The mean square difference of pictures from what the autoencoder makes of them, of values in -1…1."""
     _, pixels = pictures(1024, seed)
     return rounded({"mse": float(np.square(2 * (reconstruct(vae, pixels) - pixels)).mean())}, 5)
 
 
 def measure_judge(vae: AutoencoderKL, judge: Classifier, seed: int) -> dict[str, Numbers]:
-    shown, pixels = pictures(2048, seed)
+    shown, pixels = pictures(1024, seed)
     return {
         "right_on_originals": right(judge, shown, pixels),
         "right_on_reconstructions": right(judge, shown, reconstruct(vae, pixels)),

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Final
 
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from raftune.starters.image.pictures import ATTRIBUTES
 
@@ -63,3 +63,21 @@ def text_config(known: CLIPTokenizer, width: int, layers: int = 2, heads: int = 
         eos_token_id=known.eos_token_id,
         pad_token_id=known.pad_token_id,
     )
+
+
+def silent_tokenizer() -> T5Tokenizer:
+    """Words of captions for the encoder below."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -6.0)]
+    return T5Tokenizer(vocab=special + [(f"▁{word}", -3.0) for word in words()], extra_ids=0, model_max_length=LENGTH)
+
+
+def silent_encoder(width: int) -> T5EncoderModel:
+    """A T5 that gives zeros for every text.
+
+    Stable Diffusion 3 puts zeros in the place of a third text encoder that is left out; but a folder without one is
+    loaded only by those who say so.
+    """
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1}
+    encoder = T5EncoderModel(T5Config(**sizes, vocab_size=len(silent_tokenizer()), dropout_rate=0.0))
+    encoder.encoder.final_layer_norm.weight.data.zero_()
+    return encoder.eval()
