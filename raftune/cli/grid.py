@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 NAME = "grid.png"
 ROWS = 12  # captions
 SIDE, GAP, HEAD = 72, 6, 20  # of a picture as it is shown, between two, above them: pixels
-LETTER = 7  # pixels that a letter of a caption takes at most
 
 
 def tell(root: Path, config: RunConfig, outcome: Outcome, worked: bool, *, as_json: bool) -> None:
@@ -72,7 +71,8 @@ def grid(named: dict[str, str], by_round_: dict[int, dict[str, bytes]]) -> Image
 
     from raftune.pictures import image_of
 
-    left = LETTER * max(map(len, named.values()), default=0)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = 2 * GAP + max((int(measure.textlength(caption)) for caption in named.values()), default=0)
     sheet = Image.new("RGB", (left + len(by_round_) * (SIDE + GAP) + GAP, HEAD + len(named) * (SIDE + GAP)), "white")
     pen = ImageDraw.Draw(sheet)
     for y, (prompt_id, caption) in enumerate(named.items()):
