@@ -86,7 +86,7 @@ def test_frozen_parts_are_read_once_and_each_prompt_is_encoded_once(
     monkeypatch.setattr(loading, "read_pipeline", counted)
     monkeypatch.setattr(Binding, "refuse_prompts", noted)
     run(config(tmp_path / "run", model, "sd", prompts_per_round=8), objects())
-    assert read == [model.resolve()]
+    assert read == [model.resolve()] * 2, "once to check the start, and once for all rounds"
     captions = [text for text in encoded if text in CAPTIONS]
     assert sorted(captions) == sorted(CAPTIONS), "two rounds of drawing, tuning and judging read each of them once"
 
@@ -130,7 +130,11 @@ def test_a_round_can_be_evaluated_and_compared_on_the_same_seeds(model: Path, tm
     )
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": caption}) + "\n" for caption in CAPTIONS))
-    settings = {"data": {"prompts": str(prompts)}, "rewards": {"reward_funcs": [f"{reward}:red"]}}
+    settings = {
+        "data": {"prompts": str(prompts)},
+        "rewards": {"reward_funcs": [f"{reward}:red"]},
+        "evaluation": {"prompts": str(prompts)},
+    }
     root = tmp_path / "run"
     run(config(root, model, "sd", policy={"adapter": {"r": 2}}, **settings))
     subject = subject_of(f"{root}@2")
