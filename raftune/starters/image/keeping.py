@@ -19,16 +19,21 @@ from raftune.starters.image.wording import tokenizer
 def save_part(model: Any, folder: Path) -> None:
     """A model of diffusers or transformers as `save_pretrained` writes it."""
     model.half().save_pretrained(folder)
-    path = folder / "config.json"
+    tidy(folder / "config.json")
+
+
+def tidy(path: Path) -> None:
+    """Writes a configuration anew: full precision for whoever loads it, and no word of where it was read from."""
     config = json.loads(path.read_text())
     config |= {"dtype": "float32"} if "dtype" in config else {}
-    config.pop("_name_or_path", None)  # where it was read from on this machine
+    config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def save_pipeline(pipe: Any, folder: Path) -> None:
     """The whole pipeline as its own `save_pretrained` writes it, all weights in half precision."""
     pipe.save_pretrained(folder)
+    tidy(folder / "model_index.json")
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             save_part(part, folder / name)
