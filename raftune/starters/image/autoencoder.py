@@ -84,7 +84,7 @@ def encode(vae: AutoencoderKL, pixels_NHW3: Pixels) -> torch.Tensor:
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> Pixels:
     """(N, H, W, 3) in 0…1."""
-    parts = [vae.decode(part).sample for part in latents.split(256)]
+    parts = [vae.decode(part).sample for part in torch.split(latents, 256)]
     pixels: Pixels = (torch.cat(parts) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     return pixels
 

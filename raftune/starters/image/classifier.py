@@ -41,8 +41,8 @@ class Classifier(nn.Module):
     def labels(self, pixels_NHW3: Pixels) -> npt.NDArray[np.int64]:
         """(N, 4): the index of the likeliest word of each attribute, for pictures of 32 x 32 in 0…1."""
         x = torch.from_numpy(np.ascontiguousarray(pixels_NHW3)).permute(0, 3, 1, 2) * 2 - 1
-        logits = torch.cat([self(part) for part in x.split(512)])
-        return np.stack([part.argmax(1).numpy() for part in logits.split(COUNTS, 1)], axis=1)
+        logits = torch.cat([self(part) for part in torch.split(x, 512)])
+        return np.stack([part.argmax(1).numpy() for part in torch.split(logits, list(COUNTS), 1)], axis=1)
 
     def save(self, folder: Path) -> None:
         """`model.safetensors` in float16, and `config.json`."""

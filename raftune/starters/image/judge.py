@@ -43,7 +43,7 @@ def compared(prompts: Sequence[Any], completions: Sequence[Any]) -> list[tuple[b
 def look(images: Sequence[Any]) -> list[Scene]:
     """What each PIL picture shows."""
     sized = [image.convert("RGB").resize((SIZE, SIZE), BICUBIC) for image in images]
-    pixels_NHW3 = np.stack([np.asarray(image, dtype=np.float32) / 255 for image in sized])
+    pixels_NHW3 = np.stack([np.asarray(image, dtype=np.float32) / np.float32(255) for image in sized])
     return [Scene.of(row) for row in classifier().labels(pixels_NHW3)]
 
 

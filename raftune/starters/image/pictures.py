@@ -128,7 +128,8 @@ def paint(
     grounds_N1 = np.array(list(BACKGROUNDS.values()))[labels_NA[:, 3], None] + rng.uniform(-0.04, 0.04, (n, 1))
     cover_NHW1 = cover_NHW[..., None]
     image_NHW3 = cover_NHW1 * colours_N3[:, None, None] + (1 - cover_NHW1) * grounds_N1[:, None, None]
-    return np.clip(image_NHW3, 0, 1).astype(np.float32)
+    found: Pixels = np.clip(image_NHW3, 0, 1).astype(np.float32)
+    return found
 
 
 def cover(shapes_N: npt.NDArray[Any], centres_N2: npt.NDArray[Any], radii_N: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -145,7 +146,8 @@ def cover(shapes_N: npt.NDArray[Any], centres_N2: npt.NDArray[Any], radii_N: npt
         np.maximum(wide - r, narrow - 0.34 * r),
     )
     inside_NHW = np.select([shapes_N[:, None, None] == i for i in range(len(SHAPES))], outlines)
-    return np.clip(0.5 - inside_NHW, 0, 1)
+    found: npt.NDArray[Any] = np.clip(0.5 - inside_NHW, 0, 1)
+    return found
 
 
 def examples(rng: np.random.Generator, size: int, radius: tuple[float, float]) -> Iterator[tuple[list[Scene], Pixels]]:

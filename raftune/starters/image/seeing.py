@@ -171,7 +171,7 @@ def contrast(logits_NN: torch.Tensor, captions: list[str]) -> torch.Tensor:
 @torch.no_grad()
 def image_features(clip: CLIPModel, pixels: Pixels) -> torch.Tensor:
     """(N, d) of length 1."""
-    parts = [clip.get_image_features(pixel_values=part).pooler_output for part in as_tensor(pixels).split(256)]
+    parts = [clip.get_image_features(pixel_values=part).pooler_output for part in torch.split(as_tensor(pixels), 256)]
     return functional.normalize(torch.cat(parts), dim=-1)
 
 
