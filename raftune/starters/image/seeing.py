@@ -127,7 +127,8 @@ def train_reward(vae: AutoencoderKL, recipe: RewardRecipe, seed: int) -> CLIPMod
         good = groups(rng, recipe.groups, recipe.copies)
         bad = rng.permuted(good.reshape(-1, len(SHAPES)), axis=1)[:, 0]
         captions = [shown.scenes[i].caption for i in good] + [SPOILED + shown.scenes[i].caption for i in bad]
-        pixels = np.concatenate([grained(shown.pixels[good], rng, recipe.noise), worse[bad]])
+        # Grain on both: on good pictures alone, it would be what makes a picture good.
+        pixels = grained(np.concatenate([shown.pixels[good], worse[bad]]), rng, recipe.noise)
         told = known(captions, padding=True, return_tensors="pt")
         found = clip(**told, pixel_values=as_tensor(pixels))
         descent.advance(contrast(found.logits_per_image, captions))
@@ -178,7 +179,7 @@ def image_features(clip: CLIPModel, pixels: Pixels) -> torch.Tensor:
 def aesthetic_data(vae: AutoencoderKL, clip: CLIPModel, copies: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(2N, d) features of good pictures and then of as many spoiled ones, and (2N,) which is good: 1."""
     rng, good = np.random.default_rng(seed), gallery(vae, copies, seed)
-    pixels = np.concatenate([grained(good.pixels, rng, 0.05), marred(vae, good.scenes, rng)])
+    pixels = grained(np.concatenate([good.pixels, marred(vae, good.scenes, rng)]), rng, 0.05)
     return image_features(clip, pixels), torch.tensor([1.0, 0.0]).repeat_interleave(len(good.scenes))
 
 
