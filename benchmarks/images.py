@@ -31,6 +31,8 @@ from tasks.page import write_page
 
 THREADS, PROCESSES = 1, 2
 ARMS = ("base", "random", "raft")
+# Reported beside the judge, and no part of its sum.
+ALL_RIGHT = {"spec": "raftune.starters.image.judge:all_right", "name": "all_right", "weight": 0.0}
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def judged(task: Task, arm: str, seed: int, split: str, args: argparse.Namespace
         "evaluation.num_prompts": args.held_out,
         "evaluation.num_generations": args.draws,
         "evaluation.seed": seed,
-        "evaluation.reward_funcs": ["starter:judge"],
+        "evaluation.reward_funcs": ["starter:judge", ALL_RIGHT],
         "evaluation.features": "starter",
         "engine.threads": THREADS,
         "report": False,

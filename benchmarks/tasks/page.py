@@ -16,6 +16,7 @@ LABELS = {"base": "base", "random": "control: one of K by chance", "raft": "RAFT
 NAMES = {
     "reward": "reward",
     "held_out": "judge",
+    "held_out/rewards/all_right/mean": "all four right",
     "feature_distance": "CLIP distance in a group",
     "vendi": "Vendi score",
     "pixel_distance": "pixel distance in a group",
@@ -23,7 +24,17 @@ NAMES = {
     "saturation": "saturation",
     "contrast": "contrast",
 }
-COLUMNS = ("reward", "held_out", "feature_distance", "vendi", "pixel_distance", "drift", "saturation", "contrast")
+COLUMNS = (
+    "reward",
+    "held_out",
+    "held_out/rewards/all_right/mean",
+    "feature_distance",
+    "vendi",
+    "pixel_distance",
+    "drift",
+    "saturation",
+    "contrast",
+)
 ROWS, SCALE, GAP = 6, 2, 6  # of the pictures: prompts a seed shows, magnification, pixels between two
 
 Values = Mapping[tuple[str, str, int], Mapping[str, float]]  # by arm, set and seed
@@ -116,7 +127,7 @@ def cell(values: Sequence[float]) -> str:
 def contrasts(split: str, seeds: int, values: Values) -> list[str]:
     """RAFT against the base and against the control, by the reward and by the judge, with 95 % t-intervals."""
     lines = []
-    for name in ("reward", "held_out"):
+    for name in ("reward", "held_out", "held_out/rewards/all_right/mean"):
         for other in ("base", "random"):
             each = [values["raft", split, seed][name] - values[other, split, seed][name] for seed in range(seeds)]
             lines.append(f"- RAFT less {LABELS[other]}, by the {NAMES[name]}: {in_words(each)}.")
