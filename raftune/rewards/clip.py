@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
 from raftune.errors import RewardError
@@ -219,10 +220,21 @@ class ClipModel:
         return model.to(self.device)
 
     def _unreadable(self, what: str, name: str, error: Exception) -> RewardError:
-        return RewardError(
-            f"{self.field}: {name!r} must be the folder or hub name of a CLIPModel; its {what} cannot be read: "
-            f"{one_line(error)}"
-        )
+        if Path(name).is_dir():
+            why = f"its {what} cannot be read: {one_line(error)}"
+        elif name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+            why = f"there is no folder {Path(name).resolve()}. Put it there, or name another."
+        elif HF_HUB_OFFLINE:  # what the client says then is a page, and that it was told to be offline
+            why = (
+                f"there is no folder {Path(name).resolve()}, and the hub's cache has no {what} of that name. "
+                "HF_HUB_OFFLINE is set: unset it, or download the model first."
+            )
+        else:
+            why = (
+                f"there is no folder {Path(name).resolve()}, and the hub gave no {what}: {one_line(error)[:200]}. "
+                "Check name and network."
+            )
+        return RewardError(f"{self.field}: {name!r} must be the folder or hub name of a CLIPModel; {why}")
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

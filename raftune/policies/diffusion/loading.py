@@ -128,7 +128,9 @@ def read_pipeline(config: DiffusionPolicy, source: Source, part: Part) -> Any:
     assert kind.denoiser_name == part.name
     left_out = frozenset(name for name, value in config.pipeline_init_kwargs.items() if value is None)
     refuse_missing_parts(source.folder, index, left_out)
-    refuse_init_kwargs(config.pipeline_init_kwargs, getattr(diffusers, str(index["_class_name"])))
+    with quiet():  # its module is read now, and says what it thinks of a machine without torchvision
+        pipeline = getattr(diffusers, str(index["_class_name"]))
+    refuse_init_kwargs(config.pipeline_init_kwargs, pipeline)
     options = {"dtype": getattr(torch, config.dtype), "use_safetensors": True, "trust_remote_code": False}
     passed = {name: value for name, value in config.pipeline_init_kwargs.items() if name not in PASSED_ON}
     try:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ModelError
@@ -94,15 +94,19 @@ def snapshot(name: str, revision: str | None, config: DiffusionPolicy) -> Path:
             passed = {key: value for key, value in config.pipeline_init_kwargs.items() if key in PASSED_ON}
             return Path(diffusers.DiffusionPipeline.download(name, **options, **passed))
     except Exception as error:  # the hub's client has many ways to say that there is nothing
-        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
-        hint = (
-            "HF_HUB_OFFLINE is set: unset it, or download the pipeline first." if offline else "Check name and network."
-        )
         at = f" at revision {revision!r}" if revision else ""
-        raise ModelError(
+        begin = (
             f"policy.model must be the folder or hub name of a pipeline; got {name!r}{at}, and there is no folder "
-            f"{Path(name).resolve()} and no pipeline of that name on the hub or in its cache "
-            f"({first_line(error)}). {hint}"
+            f"{Path(name).resolve()}"
+        )
+        if HF_HUB_OFFLINE:  # what the client says then is a page, and that it was told to be offline
+            raise ModelError(
+                f"{begin} and no whole pipeline of that name in the hub's cache. HF_HUB_OFFLINE is set: unset it, or "
+                "download the pipeline first."
+            ) from error
+        raise ModelError(
+            f"{begin} and no pipeline of that name on the hub or in its cache ({first_line(error)[:200]}). Check name "
+            "and network."
         ) from error
 
 

@@ -154,6 +154,19 @@ def test_what_is_no_clip_model_is_refused_with_what_it_is(clip: Path, tmp_path: 
             load_reward(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", r"'./nowhere' must be the folder or .* CLIPModel; there is no folder /.*/nowhere\. Put it there"),
+        ("nobody/nothing", r"there is no folder /.*, and the hub's cache has no configuration .*HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_a_clip_model_that_is_not_there_is_told_in_two_lines_and_not_in_the_hubs_words(name: str, message: str) -> None:
+    with pytest.raises(RewardError, match=message) as caught:
+        load_reward(RewardSpec(spec="clip_score", options={"model": name}))
+    assert len(str(caught.value).replace(str(Path.cwd()), "")) < 260
+
+
 # -- devices -----------------------------------------------------------------------------------------------------------
 
 

@@ -135,8 +135,10 @@ def test_a_folder_that_is_no_whole_pipeline_is_told_what_it_lacks(
 
 
 def test_a_name_that_nothing_bears_says_where_it_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"got 'nobody/nothing'.*HF_HUB_OFFLINE is set"):
+    with pytest.raises(ModelError, match=r"got 'nobody/nothing'.*HF_HUB_OFFLINE is set") as caught:
         begun(parts("nobody/nothing"), tmp_path / "a")
+    said = str(caught.value).replace(str(Path.cwd()), "")
+    assert len(said) < 260, "the hub's own page about it is left out"
     with pytest.raises(ModelError, match=r"got './nothing', and .*nothing is no folder"):
         begun(parts("./nothing"), tmp_path / "b")
 
