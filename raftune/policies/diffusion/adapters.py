@@ -19,7 +19,7 @@ from diffusers.training_utils import cast_training_params
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from raftune.config.policy import AdapterConfig
@@ -162,7 +162,7 @@ def attach(model: Any, folder: Path) -> None:
         lacking = {name for name in result.missing_keys if "lora_" in name}
         if surplus := sorted({*result.unexpected_keys, *lacking}):
             raise ValueError(f"{len(surplus)} of its tensors have no place or are missing ({surplus[0]})")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         what = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelError(f"{path} must be a LoRA of this denoiser: {what}. Restore the file.") from error
     cast_training_params(model)
