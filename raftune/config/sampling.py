@@ -92,3 +92,21 @@ class SamplingConfig(Frozen):
                     f"generation_kwargs must not hold {name!r}: raftune sets it. Use sampling.{fields[name] or name}."
                 )
         return self
+
+
+# The dotted fields that shape what one policy draws.
+DRAWN_BY = (
+    "sampling.temperature",
+    "sampling.top_p",
+    "sampling.top_k",
+    "sampling.min_p",
+    "sampling.repetition_penalty",
+    "sampling.max_completion_length",
+    "sampling.stop",
+    "sampling.generation_kwargs",
+    "sampling.system_prompt",
+    "sampling.few_shot_prefix",
+    "sampling.chat_template_kwargs",
+    "sampling.diffusion",
+    "engine.threads",
+)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from raftune.config.sampling import DRAWN_BY
 from raftune.errors import DataError, ModelError
 from raftune.protocols import Inputs, Policy, PolicyShelf, Unit
 from raftune.records import Prompt, Sample, derive_seed, samples_table
@@ -17,22 +18,6 @@ from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import read_table, write_table
 
 IDENTITY = ("id", "prompt_id", "k", "source", "seed", "version")
-# The fields of `sampling` that shape what one policy draws.
-DRAWN_BY = (
-    "sampling.temperature",
-    "sampling.top_p",
-    "sampling.top_k",
-    "sampling.min_p",
-    "sampling.repetition_penalty",
-    "sampling.max_completion_length",
-    "sampling.stop",
-    "sampling.generation_kwargs",
-    "sampling.system_prompt",
-    "sampling.few_shot_prefix",
-    "sampling.chat_template_kwargs",
-    "sampling.diffusion",
-    "engine.threads",
-)
 
 
 class Draw:

@@ -159,13 +159,17 @@ def attach(model: Any, folder: Path) -> None:
         with quiet():
             inject_adapter_in_model(LoraConfig(**config), model, NAME)
             result = set_peft_model_state_dict(model, tensors, NAME)
-        lacking = {name for name in result.missing_keys if "lora_" in name}
-        if surplus := sorted({*result.unexpected_keys, *lacking}):
-            raise ValueError(f"{len(surplus)} of its tensors have no place or are missing ({surplus[0]})")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         what = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ModelError(f"{path} must be a LoRA of this denoiser: {what}. Restore the file.") from error
+        raise _no_lora(path, what) from error
+    lacking = {name for name in result.missing_keys if "lora_" in name}
+    if surplus := sorted({*result.unexpected_keys, *lacking}):
+        raise _no_lora(path, f"{len(surplus)} of its tensors have no place or are missing ({surplus[0]})")
     cast_training_params(model)
+
+
+def _no_lora(path: Path, what: str) -> ModelError:
+    return ModelError(f"{path} must be a LoRA of this denoiser: {what}. Restore the file.")
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

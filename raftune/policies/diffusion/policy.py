@@ -33,7 +33,7 @@ PAYLOAD = pa.schema(
         *FIELDS,
     ]
 )
-DRAWN_BY = ("num_generations", "diffusion", "batch_size", "unit_size", "candidate_columns", "teacher")
+READ = ("num_generations", "diffusion", "batch_size", "unit_size", "candidate_columns", "teacher")
 
 
 class RunParts(Protocol):
@@ -246,7 +246,7 @@ class Diffusion:
 
 def refuse_unread(config: RunParts) -> None:
     """Raises ConfigError for dials of text that mean nothing to pictures."""
-    unread = [*all_but(config.sampling, "sampling", DRAWN_BY), "tuning.mask_truncated_completions"]
+    unread = [*all_but(config.sampling, "sampling", READ), "tuning.mask_truncated_completions"]
     refuse_unused(config, "diffusion", unread)
 
 

@@ -60,7 +60,7 @@ class Seen(NamedTuple):
 
     @property
     def labels(self) -> torch.Tensor:
-        """(N, 4)"""
+        """(N, 4) the number of each attribute's word."""
         return torch.tensor([scene.labels for scene in self.scenes])
 
     def some(self, rng: np.random.Generator, size: int, noise: float) -> "Seen":
