@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import diffusers
 import numpy as np
 import pyarrow as pa
@@ -17,13 +18,15 @@ from PIL import Image
 from raftune.build import Objects
 from raftune.card import publish_model
 from raftune.config import validate
-from raftune.errors import DataError
+from raftune.errors import ConfigError, DataError
+from raftune.export import export
 from raftune.pictures import image_of, png_of
 from raftune.policies.diffusion import Diffusion
 from raftune.policies.diffusion.latents import latents_of
 from raftune.quiet import quiet
 from raftune.runs import run, verify
 from tests.pipelines import SIZE, save_tiny, tiny_pipeline
+from tests.runs import sketches
 from tests.runs.test_diffusion_families import config, first_of, objects, pixels, plainly
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -190,3 +193,23 @@ def test_a_lora_for_peft_says_so(tmp_path: Path) -> None:
     names: dict[str, Any] = {}
     exec(code.replace("FOLDER", str(out)).replace("THE PIPELINE THAT THE RUN BEGAN FROM", str(labels)), names)
     assert "default" in names["pipe"].transformer.peft_config
+
+
+# -- samples ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ""])
+def test_samples_are_taken_away_as_pictures_that_datasets_shows(tmp_path: Path, suffix: str) -> None:
+    root, out = tmp_path / "run", tmp_path / f"pairs{suffix}"
+    run(sketches.config(root, num_rounds=1), sketches.objects())
+    assert export(root, "preference", out) > 0
+    with quiet():
+        table = datasets.Dataset.from_parquet(str(out)) if suffix else datasets.load_from_disk(str(out))
+    row = table[0]
+    scores = [sketches.saturation(prompts=[""], completions=[row[name]])[0] for name in ("chosen", "rejected")]
+    assert scores[0] - scores[1] == pytest.approx(row["margin"])
+    with pytest.raises(ConfigError, match=r"must end in \.parquet or be a folder for a run of pictures; got 'p.jsonl'"):
+        export(root, "sft", tmp_path / "p.jsonl")
+    with pytest.raises(ConfigError, match="sft-tokens needs a family with tokens"):
+        export(root, "sft-tokens", tmp_path / "tokens")
+    assert not (tmp_path / "p.jsonl").exists()
