@@ -53,7 +53,7 @@ def test_the_recipe_of_the_repository_is_the_one_that_the_package_brings(which: 
     packaged = REPOSITORY / "raftune/starters" / demo.RECIPES[which]
     assert (REPOSITORY / "recipes" / packaged.name).read_bytes() == packaged.read_bytes()
     config = demo.recipe("x", which)
-    assert config.num_rounds >= (5 if which == "image" else 8)
+    assert config.num_rounds >= (4 if which == "image" else 8)
     assert (config.sampling.num_generations, config.prompts_per_round) == (8, 48 if which == "image" else 64)
 
 
