@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: how bright red, green and blue look
 PIXELATED = 64  # pixels: a thumbnail up to this side is exact; a larger one may lose detail
 
 

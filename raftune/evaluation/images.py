@@ -16,12 +16,11 @@ import pyarrow.compute as pc
 
 from raftune.evaluation.columns import numbers_of, prompt_numbers
 from raftune.interval import interval, mean_by_prompt
-from raftune.pictures import Pictures, require_pillow
+from raftune.pictures import LUMA, Pictures, require_pillow
 from raftune.records import INVALID, LATENTS
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601: how bright red, green and blue look
 SIDE = 16  # pixels of the thumbnails that pictures are compared by
 ALIKE = 0.03  # root mean square distance of two thumbnails up to which one picture nearly repeats the other
 BLOCK = 1024  # thumbnails compared at once

@@ -34,6 +34,7 @@ class Footprint:
 def footprint(config: CausalLMPolicy, start: Path, facts: dict[str, Any]) -> Footprint:
     """The footprint of a start model that was checked before; `facts` is what the check found."""
     from raftune.policies.causal_lm import loading
+    from raftune.policies.devices import choose_device
 
     found = loading.model_config(config, start)
     dtype = str(facts["dtype"])
@@ -46,7 +47,7 @@ def footprint(config: CausalLMPolicy, start: Path, facts: dict[str, Any]) -> Foo
         cached_token=cached_token(found.get_text_config(decoder=True), BYTES.get(dtype, 4)),
         vocabulary=facts["vocabulary"],
         context=facts["context"],
-        device=str(loading.choose_device(config.device)),
+        device=str(choose_device(config.device)),
     )
 
 

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
+from raftune.config.sampling import SamplingConfig
+from raftune.config.tuning import TuningConfig
 from raftune.errors import ConfigError
+
+
+class RunParts(Protocol):
+    """What of a run's configuration shapes a family."""
+
+    @property
+    def policy(self) -> Any: ...
+    @property
+    def sampling(self) -> SamplingConfig: ...
+    @property
+    def tuning(self) -> TuningConfig: ...
+    @property
+    def seed(self) -> int: ...
 
 
 def refuse_unused(config: Any, family: str, unused: Iterable[str]) -> None:

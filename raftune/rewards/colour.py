@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from raftune.errors import ConfigError
+from raftune.pictures import LUMA
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.media import IMAGE_MEDIA, pictures
 
 Pixels = npt.NDArray[np.float64]  # (height, width, 3) in [0, 1]: red, green, blue, as stored (sRGB)
-LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601: how bright red, green and blue look
 
 
 @dataclass

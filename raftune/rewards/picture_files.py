@@ -10,11 +10,10 @@ from typing import Any, overload
 from raftune.errors import DataError
 from raftune.feedback.columns import find
 from raftune.feedback.rows import Reason, Skipped, Unusable
-from raftune.pictures import image_of, sha256_of_png
+from raftune.pictures import SUFFIXES, image_of, sha256_of_png
 
 PICTURE = ("image", "picture", "completion")  # columns that may hold a picture, or the path of one
 CAPTION = ("prompt", "caption", "text")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 METADATA = "metadata.jsonl"  # as the folders of pictures that `datasets` reads have it
 FILE_NAME = "file_name"
 Row = dict[str, Any]

@@ -11,20 +11,21 @@ from peft import PeftModel
 from raftune.config.policy import CausalLMPolicy
 from raftune.errors import StoreError
 from raftune.policies.causal_lm import loading
+from raftune.policies.devices import choose_device
 from raftune.quiet import quiet
 from raftune.store.run import RunFolder
 
 
 def load_named(policy: CausalLMPolicy) -> Any:
     """The model of this name, in eval mode on its device."""
-    device = loading.choose_device(policy.device)
+    device = choose_device(policy.device)
     return loading.load_weights(policy, policy.model, policy.revision, device)
 
 
 def load_round(policy: CausalLMPolicy, run: RunFolder, round_: int) -> Any:
     """The model of a committed round in eval mode; a PeftModel where the round has an adapter."""
     folder, start = run.folder(round_, "model"), run.folder(0, "model")
-    device = loading.choose_device(policy.device)
+    device = choose_device(policy.device)
     if not (folder / loading.ADAPTER).is_file():
         return loading.load_round(policy, folder, start, device)
     with quiet():

@@ -117,26 +117,6 @@ def source(start: Path) -> tuple[str, str | None]:
     return (reference.name, reference.revision) if reference else (str(start), None)
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device that `policy.device` stands for: auto takes CUDA, then MPS, then the CPU."""
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise ConfigError(f"policy.device must be auto, cpu, cuda or mps; got {wanted!r}.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"policy.device must exist here; got {wanted!r}, and torch sees no CUDA device. Write auto.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"policy.device must exist here; got {wanted!r}, and torch sees no MPS device. Write auto.")
-    if device.index:  # transformers' Trainer always takes the first visible device
-        raise ConfigError(
-            f"policy.device must be the first visible one; got {wanted!r}. Set CUDA_VISIBLE_DEVICES={device.index} and "
-            "write cuda."
-        )
-    return device
-
-
 def load_tokenizer(config: CausalLMPolicy, start: Path) -> Any:
     """The tokenizer that lies in the start folder, else the configured one, else the start model's own."""
     name, revision = (config.tokenizer, None) if config.tokenizer else source(start)

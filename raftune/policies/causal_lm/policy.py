@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from transformers import TrainerCallback
 
-from raftune.config.sampling import SamplingConfig
-from raftune.config.tuning import TuningConfig
 from raftune.errors import OutOfMemory
 from raftune.policies.causal_lm import loading, starting
 from raftune.policies.causal_lm.drawing import draw, draw_path
@@ -20,7 +18,8 @@ from raftune.policies.causal_lm.encoding import Encoder
 from raftune.policies.causal_lm.likelihood import Example, log_probs
 from raftune.policies.causal_lm.saving import read_optimizer, write_model
 from raftune.policies.causal_lm.settings import DrawPath, DrawSettings
-from raftune.policies.dials import refuse_unused
+from raftune.policies.devices import choose_device
+from raftune.policies.dials import RunParts, refuse_unused
 from raftune.policies.memory import is_out_of_memory
 from raftune.protocols import FloatN, TuneReport, Unit
 from raftune.records import Prompt, Sample, derive_seed
@@ -35,19 +34,6 @@ PAYLOAD = pa.schema(
 )
 
 
-class RunParts(Protocol):
-    """What of a run's configuration shapes this family."""
-
-    @property
-    def policy(self) -> Any: ...
-    @property
-    def sampling(self) -> SamplingConfig: ...
-    @property
-    def tuning(self) -> TuningConfig: ...
-    @property
-    def seed(self) -> int: ...
-
-
 class CausalLM:
     """A language model read from a committed folder: the tokenizer at once, the weights when first needed.
 
@@ -59,7 +45,7 @@ class CausalLM:
 
     def __init__(self, config: RunParts, folder: Path, start: Path) -> None:
         self.config, self.folder, self.start_folder = config, folder, start
-        self.device = loading.choose_device(config.policy.device)
+        self.device = choose_device(config.policy.device)
         self.tokenizer = loading.load_tokenizer(config.policy, start)
         self.eos_ids = loading.eos_ids(config.policy, start, self.tokenizer)
         self._notes: dict[str, None] = dict.fromkeys(loading.fill_pad_token(self.tokenizer, self.eos_ids))

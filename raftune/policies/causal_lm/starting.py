@@ -17,7 +17,6 @@ from raftune.policies.causal_lm.loading import (
     ADAPTER,
     Reference,
     at,
-    choose_device,
     context,
     eos_ids,
     fill_pad_token,
@@ -28,6 +27,7 @@ from raftune.policies.causal_lm.loading import (
 )
 from raftune.policies.causal_lm.models import base_of
 from raftune.policies.causal_lm.saving import write_model
+from raftune.policies.devices import choose_device
 from raftune.quiet import quiet
 
 

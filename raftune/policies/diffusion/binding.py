@@ -43,6 +43,12 @@ class Conditions:
     def to(self, device: torch.device | str) -> Conditions:
         return Conditions({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
+    def away(self, negative: Conditions | None) -> dict[str, torch.Tensor]:
+        """The negative row for each of these; empty without one."""
+        if negative is None:
+            return {}
+        return {name: negative.tensors[name].expand_as(tensor) for name, tensor in self.tensors.items()}
+
     @staticmethod
     def joined(parts: Sequence[Conditions]) -> Conditions:
         """The rows of all parts, one part after another."""
@@ -58,6 +64,18 @@ class Call:
     num_inference_steps: int
     guidance_scale: float
     kwargs: Mapping[str, Any]
+
+    def options(self, generators: list[torch.Generator]) -> dict[str, Any]:
+        """What a pipeline of latents is called with besides its conditions."""
+        return {
+            "height": self.height,
+            "width": self.width,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "generator": generators,
+            "output_type": "np",
+            **self.kwargs,
+        }
 
 
 @dataclass(frozen=True)
@@ -106,9 +124,9 @@ class Binding(ABC):
     def encode(self, prompts: Sequence[Any]) -> Conditions:
         """The conditions of these prompts, a row each; the only place that needs text encoders."""
 
-    @abstractmethod
     def empty(self, negative: str | None = None) -> Conditions:
         """One row: no prompt (or the negative one), for guidance and for condition dropout."""
+        return self.encode([negative or ""])
 
     @abstractmethod
     def sample(

@@ -20,6 +20,7 @@ from accelerate import init_empty_weights
 
 from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ConfigError, ModelError
+from raftune.policies.devices import choose_device
 from raftune.policies.diffusion import adapters
 from raftune.policies.diffusion.binding import Conditions
 from raftune.policies.diffusion.bindings import binding_class
@@ -29,7 +30,6 @@ from raftune.policies.diffusion.places import (
     RECORD,
     Record,
     Source,
-    base_record,
     first_line,
     read_record,
     source_of,
@@ -256,28 +256,6 @@ def read_denoiser(config: DiffusionPolicy, folder: Path, part: Part, variant: st
     return model
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device that `policy.device` stands for: auto takes CUDA, then MPS, then the CPU."""
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise ConfigError(f"policy.device must be auto, cpu, cuda or mps; got {wanted!r}.") from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"policy.device must be auto, cpu, cuda or mps; got {wanted!r}.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"policy.device must exist here; got {wanted!r}, and torch sees no CUDA device. Write auto.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"policy.device must exist here; got {wanted!r}, and torch sees no MPS device. Write auto.")
-    if device.index:  # transformers' Trainer always takes the first visible device
-        raise ConfigError(
-            f"policy.device must be the first visible one; got {wanted!r}. Set CUDA_VISIBLE_DEVICES={device.index} and "
-            "write cuda."
-        )
-    return device
-
-
 def nbytes_of(module: torch.nn.Module) -> int:
     """Bytes of a network's weights that lie in memory."""
     return sum(weight.nbytes for weight in module.parameters() if weight.device.type != "meta")
@@ -293,4 +271,4 @@ def refuse_not_finite(modules: Mapping[str, torch.nn.Module]) -> None:
                 )
 
 
-__all__ = ["Frozen", "Record", "base_record", "choose_device", "load_denoiser", "load_pipeline"]
+__all__ = ["Frozen", "load_denoiser", "load_pipeline"]

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 from transformers import TrainerCallback
 
 from raftune.config.policy import DiffusionPolicy
-from raftune.config.sampling import SamplingConfig
-from raftune.config.tuning import TuningConfig
-from raftune.policies.dials import all_but, refuse_unused
+from raftune.policies.devices import choose_device
+from raftune.policies.dials import RunParts, all_but, refuse_unused
 from raftune.policies.diffusion import loading, places, starting
 from raftune.policies.diffusion.adopting import adopted
 from raftune.policies.diffusion.binding import Binding, Call
@@ -36,19 +35,6 @@ PAYLOAD = pa.schema(
 READ = ("num_generations", "diffusion", "batch_size", "unit_size", "candidate_columns", "teacher")
 
 
-class RunParts(Protocol):
-    """What of a run's configuration shapes this family."""
-
-    @property
-    def policy(self) -> Any: ...
-    @property
-    def sampling(self) -> SamplingConfig: ...
-    @property
-    def tuning(self) -> TuningConfig: ...
-    @property
-    def seed(self) -> int: ...
-
-
 class Diffusion:
     """A pipeline whose denoiser is read from a committed folder when first needed; its frozen parts are shared.
 
@@ -60,7 +46,7 @@ class Diffusion:
 
     def __init__(self, config: RunParts, folder: Path, start: Path) -> None:
         self.config, self.folder, self.start_folder = config, folder, start
-        self.device = loading.choose_device(config.policy.device)
+        self.device = choose_device(config.policy.device)
         self.frozen = loading.load_pipeline(config.policy, start)
         self._drawer: Binding | None = None
         self._notes: dict[str, None] = {}
@@ -79,7 +65,7 @@ class Diffusion:
         """
         assert isinstance(config.policy, DiffusionPolicy)
         refuse_unread(config)
-        loading.choose_device(config.policy.device)
+        choose_device(config.policy.device)
         out.mkdir(parents=True, exist_ok=True)
         tunes = getattr(config, "num_rounds", 1) > 0
         starting.begin(config.policy, out, model, tunes=tunes)

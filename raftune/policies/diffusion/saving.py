@@ -34,7 +34,7 @@ def write_model(
 ) -> None:
     """Writes the denoiser of the binding's pipeline into `out`: the adapter alone if it has one.
 
-    `base` is the pipeline on which it rests, as loading.base_record says it; `optimizer` (`parameter/entry` → tensor)
+    `base` is the pipeline on which it rests, as places.base_record says it; `optimizer` (`parameter/entry` → tensor)
     is the state that the next round's fit carries on.
     """
     out.mkdir(parents=True, exist_ok=True)

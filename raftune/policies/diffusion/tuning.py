@@ -31,7 +31,8 @@ from raftune.protocols import TuneReport
 from raftune.records import derive_seed
 
 if TYPE_CHECKING:
-    from raftune.policies.diffusion.policy import Diffusion, RunParts
+    from raftune.policies.dials import RunParts
+    from raftune.policies.diffusion.policy import Diffusion
 
 
 # Of tuning.trainer_kwargs what transformers' own models alone understand.

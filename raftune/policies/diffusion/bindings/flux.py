@@ -35,9 +35,6 @@ class Flux(Binding):
         )
         return self.guided(Conditions({"prompt_embeds": embeds, "pooled": pooled}), 1.0)
 
-    def empty(self, negative: str | None = None) -> Conditions:
-        return self.encode([negative or ""])
-
     def guided(self, conditions: Conditions, scale: float) -> Conditions:
         if not self.denoiser.config.guidance_embeds:
             return conditions
@@ -49,20 +46,14 @@ class Flux(Binding):
     ) -> Pictures:
         last = LastLatents()
         asked = conditions.tensors
-        away = {} if negative is None else {name: negative.tensors[name].expand_as(asked[name]) for name in asked}
+        away = conditions.away(negative)
         drawn = self.pipe(
             prompt_embeds=asked["prompt_embeds"],
             pooled_prompt_embeds=asked["pooled"],
             negative_prompt_embeds=away.get("prompt_embeds"),
             negative_pooled_prompt_embeds=away.get("pooled"),
-            height=call.height,
-            width=call.width,
-            num_inference_steps=call.num_inference_steps,
-            guidance_scale=call.guidance_scale,
-            generator=generators,
-            output_type="np",
             callback_on_step_end=last,
-            **call.kwargs,
+            **call.options(generators),
         )
         assert last.x0 is not None
         return Pictures.of(drawn.images, self.unpacked(last.x0, call))

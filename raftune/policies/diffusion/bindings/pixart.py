@@ -51,30 +51,21 @@ class PixArt(Binding):
             )
         return {**found, "clean_caption": bool(found["clean_caption"]) and able}
 
-    def empty(self, negative: str | None = None) -> Conditions:
-        return self.encode([negative or ""])
-
     def sample(
         self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
     ) -> Pictures:
         last: list[torch.Tensor] = []
         asked = conditions.tensors
-        away = {} if negative is None else {name: negative.tensors[name].expand_as(asked[name]) for name in asked}
+        away = conditions.away(negative)
         drawn = self.pipe(
             negative_prompt=None,  # its default would forbid embeddings
             prompt_embeds=asked["prompt_embeds"],
             prompt_attention_mask=asked["mask"],
             negative_prompt_embeds=away.get("prompt_embeds"),
             negative_prompt_attention_mask=away.get("mask"),
-            height=call.height,
-            width=call.width,
-            num_inference_steps=call.num_inference_steps,
-            guidance_scale=call.guidance_scale,
-            generator=generators,
-            output_type="np",
             use_resolution_binning=False,
             callback=lambda step, timestep, latents: last.__setitem__(slice(None), [latents]),
-            **call.kwargs,
+            **call.options(generators),
         )
         return Pictures.of(drawn.images, last[0])
 

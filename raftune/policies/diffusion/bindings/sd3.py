@@ -39,28 +39,19 @@ class SD3(Binding):
         )
         return Conditions({"prompt_embeds": embeds, "pooled": pooled})
 
-    def empty(self, negative: str | None = None) -> Conditions:
-        return self.encode([negative or ""])
-
     def sample(
         self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
     ) -> Pictures:
         last = LastLatents()
         asked = conditions.tensors
-        away = {} if negative is None else {name: negative.tensors[name].expand_as(asked[name]) for name in asked}
+        away = conditions.away(negative)
         drawn = self.pipe(
             prompt_embeds=asked["prompt_embeds"],
             pooled_prompt_embeds=asked["pooled"],
             negative_prompt_embeds=away.get("prompt_embeds"),
             negative_pooled_prompt_embeds=away.get("pooled"),
-            height=call.height,
-            width=call.width,
-            num_inference_steps=call.num_inference_steps,
-            guidance_scale=call.guidance_scale,
-            generator=generators,
-            output_type="np",
             callback_on_step_end=last,
-            **call.kwargs,
+            **call.options(generators),
         )
         assert last.x0 is not None
         return Pictures.of(drawn.images, last.x0)

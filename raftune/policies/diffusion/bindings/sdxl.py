@@ -51,20 +51,14 @@ class SDXL(Binding):
     ) -> Pictures:
         last = LastLatents()
         asked = conditions.tensors
-        away = None if negative is None else {name: negative.tensors[name].expand_as(asked[name]) for name in asked}
+        away = conditions.away(negative)
         drawn = self.pipe(
             prompt_embeds=asked["prompt_embeds"],
             pooled_prompt_embeds=asked["pooled"],
-            negative_prompt_embeds=away and away["prompt_embeds"],
-            negative_pooled_prompt_embeds=away and away["pooled"],
-            height=call.height,
-            width=call.width,
-            num_inference_steps=call.num_inference_steps,
-            guidance_scale=call.guidance_scale,
-            generator=generators,
-            output_type="np",
+            negative_prompt_embeds=away.get("prompt_embeds"),
+            negative_pooled_prompt_embeds=away.get("pooled"),
             callback_on_step_end=last,
-            **call.kwargs,
+            **call.options(generators),
         )
         assert last.x0 is not None
         return Pictures.of(drawn.images, last.x0)

@@ -32,25 +32,15 @@ class StableDiffusion(Binding):
         )
         return Conditions({"prompt_embeds": embeds})
 
-    def empty(self, negative: str | None = None) -> Conditions:
-        return self.encode([negative or ""])
-
     def sample(
         self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
     ) -> Pictures:
         last = LastLatents()
-        embeds = conditions.tensors["prompt_embeds"]
         drawn = self.pipe(
-            prompt_embeds=embeds,
-            negative_prompt_embeds=None if negative is None else negative.tensors["prompt_embeds"].expand_as(embeds),
-            height=call.height,
-            width=call.width,
-            num_inference_steps=call.num_inference_steps,
-            guidance_scale=call.guidance_scale,
-            generator=generators,
-            output_type="np",
+            prompt_embeds=conditions.tensors["prompt_embeds"],
+            negative_prompt_embeds=conditions.away(negative).get("prompt_embeds"),
             callback_on_step_end=last,
-            **call.kwargs,
+            **call.options(generators),
         )
         assert last.x0 is not None
         return Pictures.of(drawn.images, last.x0, drawn.nsfw_content_detected)
