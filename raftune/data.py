@@ -17,7 +17,7 @@ import pyarrow.types as kinds
 
 from raftune.errors import DataError
 from raftune.pictures import content_of, is_picture, png_of
-from raftune.store.parquet import first_line
+from raftune.plain import first_line
 
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet")
 

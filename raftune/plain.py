@@ -20,6 +20,11 @@ def one_line(text: str, width: int | None = None) -> str:
     return flat if width is None or len(flat) <= width else flat[: max(width - 1, 0)] + "…"
 
 
+def first_line(error: BaseException) -> str:
+    """An error's first line, which is all that a message to the user has room for."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def _visible(char: str) -> str:
     if char == "\n":
         return char

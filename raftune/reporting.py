@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 from raftune.loop import Observer
+from raftune.plain import first_line
 from raftune.store.layout import unit_file, unit_numbers
-from raftune.store.parquet import column_names, first_line, read_table
+from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
 
 Floats = npt.NDArray[np.float64]

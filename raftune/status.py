@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from raftune.digest import Row, alarms_of, best_round, done_words, rows_of
 from raftune.errors import RaftuneError
-from raftune.store.parquet import first_line
+from raftune.plain import first_line
 from raftune.store.run import RunFolder
 
 FINISHED, RESUMABLE, IN_USE, DAMAGED = "finished", "resumable", "in use", "damaged"

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from raftune.data import read_rows
 from raftune.errors import DataError
 from raftune.feedback.rows import Feedback, Numbered, Reason, Skipped, Unusable, reasons
-from raftune.store.parquet import first_line
+from raftune.plain import first_line
 
 Row = dict[str, Any]
 T = TypeVar("T", bound=Numbered)

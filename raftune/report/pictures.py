@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 
 from raftune.errors import ConfigError, DataError, RaftuneError
 from raftune.pictures import PIXELATED, mime_of, sha256_of_png, thumbnail
+from raftune.plain import first_line
 from raftune.report.reading import Place, Reader
 from raftune.report.samples import PICTURE
-from raftune.store.parquet import first_line
 
 LONGEST = 256  # pixels of a thumbnail's longer side
 MOST_BYTES = 12_000_000  # of all pictures of a page

@@ -13,10 +13,11 @@ from typing import Any
 import pyarrow as pa
 
 from raftune.errors import RaftuneError
+from raftune.plain import first_line
 from raftune.store.commit import Commit
 from raftune.store.dropping import MARKER
 from raftune.store.layout import unit_file, unit_numbers
-from raftune.store.parquet import column_names, first_line, read_groups, read_metadata, read_table
+from raftune.store.parquet import column_names, read_groups, read_metadata, read_table
 from raftune.store.run import CONFIG, RunFolder
 
 UNITS = "raftune.units"  # in the metadata of verdicts.parquet: the unit of each of its row groups

@@ -10,10 +10,10 @@ from raftune.config.load import validate
 from raftune.config.run import RunConfig
 from raftune.digest import Row, held_out_names
 from raftune.errors import RaftuneError
+from raftune.plain import first_line
 from raftune.report.numbers import by_round
 from raftune.report.reading import Reader
 from raftune.status import in_use
-from raftune.store.parquet import first_line
 
 
 @dataclass(frozen=True)

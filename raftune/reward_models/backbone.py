@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from raftune.config.reward_model import RewardModelConfig
 from raftune.errors import ModelError
+from raftune.plain import first_line
 from raftune.quiet import quiet
 from raftune.reading import Reading, is_hollow, longest
-from raftune.store.parquet import first_line
 
 HEAD = "ForSequenceClassification"
 

@@ -21,9 +21,9 @@ from raftune.config.policy import AdapterConfig
 from raftune.config.reward_model import RewardModelConfig, rate_for
 from raftune.errors import ConfigError, ModelError, OutOfMemory
 from raftune.ordering import LengthGrouped
+from raftune.plain import first_line
 from raftune.quiet import quiet
 from raftune.reward_models.examples import Example, Objective
-from raftune.store.parquet import first_line
 
 Observer = Callable[[str, dict[str, Any]], None]
 Floats = npt.NDArray[np.float64]

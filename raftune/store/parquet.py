@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raftune.errors import RunDamaged
+from raftune.plain import first_line
 
 _WRITE = {"compression": "zstd", "write_page_checksum": True}
 
@@ -81,11 +82,6 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         raise RunDamaged(
             f"{path} cannot be read: {first_line(error)}. Restore it, or redo its stage with `--from`."
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """An error's first line, which is all that a message to the user has room for."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def to_rows(table: pa.Table) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from raftune.errors import ConfigError, ModelError
+from raftune.plain import first_line
 from raftune.quiet import quiet
 
 # What differs between a model or tokenizer and its own copy on disk, and changes nothing that it computes.
@@ -177,7 +178,7 @@ def _config_of(name: str, policy: dict[str, Any], trust: bool) -> Any:
             return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model must be a folder or a name on the hub; {name!r} did not load: {_first(error)}."
+            f"model must be a folder or a name on the hub; {name!r} did not load: {first_line(error)}."
         ) from error
 
 
@@ -198,7 +199,7 @@ def load_tokenizer(name: str, trust: bool = False) -> Any:
                 return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
         reason = "the model bears no name"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = _first(error)
+        reason = first_line(error)
     raise ModelError(f"processing_class must be given where the model has no tokenizer of its own ({reason}).")
 
 
@@ -248,7 +249,3 @@ def _plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_plain, value))
     return value is None or isinstance(value, (str, int, float, bool))
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from raftune.config.policy import AdapterConfig, CausalLMPolicy
 from raftune.errors import ConfigError, ModelError
+from raftune.plain import first_line
 from raftune.quiet import quiet
 from raftune.reading import is_hollow
 
@@ -293,7 +294,3 @@ def fresh_adapter(model: Any, config: AdapterConfig, seed: int) -> PeftModel:
             return get_peft_model(model, lora)
         except ValueError as error:
             raise ConfigError(f"policy.adapter must fit the model: {first_line(error)}.") from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

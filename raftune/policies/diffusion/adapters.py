@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from raftune.config.policy import AdapterConfig
 from raftune.errors import ConfigError, ModelError
+from raftune.plain import first_line
 from raftune.policies.diffusion.parts import LORA
 from raftune.quiet import quiet
 
@@ -50,8 +51,7 @@ def attach_fresh(model: Any, config: AdapterConfig, seed: int) -> None:
         try:
             inject_adapter_in_model(lora, model, NAME)
         except ValueError as error:
-            what = str(error).strip().splitlines()[0].rstrip(".")
-            raise ConfigError(f"policy.adapter must fit the denoiser: {what}.") from error
+            raise ConfigError(f"policy.adapter must fit the denoiser: {first_line(error)}.") from error
     cast_training_params(model)  # bfloat16 would round the small steps of small matrices away
 
 
@@ -160,8 +160,7 @@ def attach(model: Any, folder: Path) -> None:
             inject_adapter_in_model(LoraConfig(**config), model, NAME)
             result = set_peft_model_state_dict(model, tensors, NAME)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise _no_lora(path, what) from error
+        raise _no_lora(path, first_line(error)) from error
     lacking = {name for name in result.missing_keys if "lora_" in name}
     if surplus := sorted({*result.unexpected_keys, *lacking}):
         raise _no_lora(path, f"{len(surplus)} of its tensors have no place or are missing ({surplus[0]})")

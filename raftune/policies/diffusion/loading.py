@@ -20,6 +20,7 @@ from accelerate import init_empty_weights
 
 from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ConfigError, ModelError
+from raftune.plain import first_line
 from raftune.policies.devices import choose_device
 from raftune.policies.diffusion import adapters
 from raftune.policies.diffusion.binding import Conditions
@@ -30,7 +31,6 @@ from raftune.policies.diffusion.places import (
     RECORD,
     Record,
     Source,
-    first_line,
     read_record,
     source_of,
 )

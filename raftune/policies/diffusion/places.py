@@ -21,6 +21,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ModelError
+from raftune.plain import first_line
 from raftune.policies.diffusion.parts import INDEX, parts_of, read_index
 from raftune.quiet import quiet
 
@@ -134,7 +135,3 @@ def verify(start: Path) -> None:
             f"policy.model must not change during a run; {record.model} was {record.fingerprint[:12]} and is "
             f"{now[:12]}. Put the files back, or start a new run."
         )
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
