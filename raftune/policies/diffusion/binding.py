@@ -110,6 +110,7 @@ class Binding(ABC):
     # Options of the pipeline's call that must not be given as sampling.diffusion.pipeline_kwargs, each with the reason.
     refused: ClassVar[Mapping[str, str]] = {}
     reads: ClassVar[tuple[str, ...]] = ()  # options of the call that shape how prompts are read, not how it draws
+    shifts: ClassVar[bool] = False  # whether the pipeline heeds the VAE's shift_factor; most pass it over
 
     def __init__(self, pipe: Any, options: Mapping[str, Any] | None = None) -> None:
         """`options` are sampling.diffusion.pipeline_kwargs: those in `reads` are used where prompts are encoded."""
@@ -140,15 +141,21 @@ class Binding(ABC):
 
     def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
         """(N, C, h, w) the clean latents of images that were not drawn here."""
-        vae = self.pipe.vae
-        found: torch.Tensor = vae.encode(pixels_of(images, next(vae.parameters()))).latent_dist.sample(generator)
-        scaled: torch.Tensor = (found - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        scaled: torch.Tensor = (self.encoded(images, generator) - self.shift) * self.pipe.vae.config.scaling_factor
         return scaled
+
+    def encoded(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
+        """(N, C, h, w) what the VAE makes of images, in its own scale: a draw, or the one answer of a VAE that has one.
+        """
+        vae = self.pipe.vae
+        found = vae.encode(pixels_of(images, next(vae.parameters())))
+        drawn: torch.Tensor = found.latents if hasattr(found, "latents") else found.latent_dist.sample(generator)
+        return drawn
 
     def to_pixels(self, x0: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in [0, 1]: the images that these clean latents stand for."""
         vae = self.pipe.vae
-        found = x0.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        found = x0.to(vae.dtype) / vae.config.scaling_factor + self.shift
         decoded: torch.Tensor = vae.decode(found, return_dict=False)[0]
         return (decoded / 2 + 0.5).clamp(0, 1)
 
@@ -194,6 +201,11 @@ class Binding(ABC):
     # -- sizes and limits, which most architectures say alike ----------------------------------------------------------
 
     @property
+    def shift(self) -> float:
+        """What lies between the VAE's latents and the denoiser's, before they are scaled."""
+        return float(self.pipe.vae.config.get("shift_factor") or 0.0) if self.shifts else 0.0
+
+    @property
     def factor(self) -> int:
         """Pixels of a side that become one latent cell: the VAE's reduction, 1 without a VAE."""
         vae = getattr(self.pipe, "vae", None)
@@ -207,8 +219,13 @@ class Binding(ABC):
         return math.lcm(asked, self.factor * int(patch))
 
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels that the pipeline draws at where it is not told."""
+        """Height and width in pixels that the pipeline draws at where it is not told. Raises ConfigError without."""
         cells = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.sample_size
+        if cells is None:
+            raise ConfigError(
+                f"sampling.diffusion.height and .width must be given: this {type(self.pipe).__name__} does not say at "
+                "what size it draws (its denoiser has no sample_size)."
+            )
         height, width = (cells, cells) if isinstance(cells, int) else cells
         return int(height) * self.factor, int(width) * self.factor
 

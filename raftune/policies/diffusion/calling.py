@@ -51,8 +51,10 @@ def parameters(binding: Binding) -> dict[str, Any]:
 
 def size_of(binding: Binding, sampling: DiffusionSampling) -> tuple[int, int]:
     """Height and width in pixels. Raises ConfigError for a size that the pipeline cannot draw."""
-    usual = binding.default_size()
-    height, width = sampling.height or usual[0], sampling.width or usual[1]
+    height, width = sampling.height, sampling.width
+    if height is None or width is None:
+        usual = binding.default_size()
+        height, width = height or usual[0], width or usual[1]
     binding.refuse_size(height, width)
     return height, width
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from raftune.pictures import png_of, sha256_of_png, why_invalid
 from raftune.policies.diffusion.binding import Binding, Call, Conditions, Pictures
+from raftune.policies.diffusion.lanes import lanes
 from raftune.policies.diffusion.latents import NONE, columns_of
 from raftune.policies.memory import names_out_of_memory
 from raftune.quiet import quiet
@@ -19,26 +22,49 @@ NO_PICTURE = {"completion": None, "image_sha256": None, **NONE}
 
 
 def draw(
-    binding: Binding,
+    bound: Callable[[], Binding],
     conditions: Conditions,
     negative: Conditions | None,
     seeds: Sequence[int],
     call: Call,
     batch_size: int,
     device: torch.device,
-) -> Iterator[Pictures]:
-    """The pictures of consecutive batches: row i answers conditions' row i, its noise drawn from seeds[i] alone.
+    *,
+    with_latents: bool,
+) -> list[dict[str, Any]]:
+    """The payload of each picture: row i answers conditions' row i, its noise drawn from seeds[i] alone.
 
     Each is what the pipeline gives for that prompt and a CPU generator of that seed, up to the rounding of batches.
-    Raises OutOfMemory with the batch size.
+    `bound` gives the pipeline with a scheduler of its own, for on a CPU several batches are drawn at once; `batch_size`
+    counts the rows of all of them. Raises OutOfMemory with it.
     """
-    for first in range(0, len(seeds), batch_size):
-        chosen = list(range(first, min(first + batch_size, len(seeds))))
-        generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in chosen]
-        with names_out_of_memory(batch_size, "sampling.diffusion.height and width"), torch.inference_mode(), quiet():
-            asked = conditions.take(chosen).to(device)
-            away = None if negative is None else negative.to(device)
-            yield binding.sample(asked, away, generators, call)
+    away = None if negative is None else negative.to(device)
+    at_once = lanes_for(call, device, min(batch_size, len(seeds)))
+
+    def drawn(rows: list[int]) -> list[dict[str, Any]]:
+        generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in rows]
+        with names_out_of_memory(batch_size, "sampling.diffusion.height and width"), torch.inference_mode():
+            pictures = bound().sample(conditions.take(rows).to(device), away, generators, call)
+        return [payload_of(pictures, row, with_latents=with_latents) for row in range(len(rows))]
+
+    with quiet(), lanes(at_once) as mapped:
+        return [one for batch in mapped(drawn, batches(len(seeds), batch_size, at_once)) for one in batch]
+
+
+def lanes_for(call: Call, device: torch.device, rows: int) -> int:
+    """How many batches are drawn at once: one on an accelerator, as many as torch has threads on a CPU.
+
+    One, too, where a scale of adapters is part of the call: peft writes it into the weights while they are used.
+    """
+    if device.type != "cpu" or any(name.endswith("attention_kwargs") for name in call.kwargs):
+        return 1
+    return max(1, min(torch.get_num_threads(), rows))
+
+
+def batches(count: int, batch_size: int, at_once: int) -> list[list[int]]:
+    """The rows 0…count-1 in consecutive batches of like size, of which `at_once` have at most batch_size rows."""
+    parts = np.array_split(np.arange(count), math.ceil(count / batch_size) * at_once)
+    return [part.tolist() for part in parts if len(part)]
 
 
 def payload_of(pictures: Pictures, row: int, *, with_latents: bool) -> dict[str, Any]:

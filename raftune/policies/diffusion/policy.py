@@ -18,7 +18,7 @@ from raftune.policies.diffusion.adopting import adopted
 from raftune.policies.diffusion.binding import Binding, Call
 from raftune.policies.diffusion.bindings import binding_of
 from raftune.policies.diffusion.calling import call_of, is_guided
-from raftune.policies.diffusion.drawing import draw, payload_of
+from raftune.policies.diffusion.drawing import draw
 from raftune.policies.diffusion.encoding import Encoder
 from raftune.policies.diffusion.latents import FIELDS
 from raftune.protocols import TuneReport, Unit
@@ -184,14 +184,18 @@ class Diffusion:
         negative = None
         if is_guided(self.blank, call):
             negative = self.encoder.empty(self.config.sampling.diffusion.negative_prompt)
-        drawer = self.drawer
+        denoiser = self.drawer.denoiser
         with self.frozen.on(self.device, "vae", "safety_checker"):
-            batches = draw(drawer, conditions, negative, seeds, call, unit.batch_size, self.device)
-            return [
-                payload_of(batch, row, with_latents=unit.learned)
-                for batch in batches
-                for row in range(len(batch.images))
-            ]
+            return draw(
+                lambda: self.bound(denoiser),
+                conditions,
+                negative,
+                seeds,
+                call,
+                unit.batch_size,
+                self.device,
+                with_latents=unit.learned,
+            )
 
     def adopt(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
         """The payload of somebody else's picture: its PNG, and its latents as the VAE gives them.

@@ -25,6 +25,7 @@ class Flux(Binding):
     takes = "text"
     lora_layers = "transformer_lora_layers"
     reads = ("max_sequence_length",)
+    shifts = True
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(("prompt_2", "negative_prompt_2"), ONE_TEXT)
 
     def encode(self, prompts: Sequence[Any]) -> Conditions:

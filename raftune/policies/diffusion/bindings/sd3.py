@@ -21,6 +21,7 @@ class SD3(Binding):
     takes = "text"
     lora_layers = "transformer_lora_layers"
     reads = ("max_sequence_length",)
+    shifts = True
     refused: ClassVar[Mapping[str, str]] = {
         "clip_skip": ENCODED_BEFORE,
         **dict.fromkeys(("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3"), ONE_TEXT),

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
-from raftune.policies.diffusion.binding import Binding, Call, Conditions, LastLatents, Pictures, pixels_of
+from raftune.policies.diffusion.binding import Binding, Call, Conditions, LastLatents, Pictures
 from raftune.policies.diffusion.bindings.stable_diffusion import ENCODED_BEFORE
 
 OTHER_SIZE = "the denoiser is tuned on pictures of the size that is drawn, uncropped, and told so"
@@ -84,7 +84,7 @@ class SDXL(Binding):
         overflows = dtype == torch.float16 and vae.config.force_upcast
         if overflows:  # its encoder leaves the range of float16, as its decoder does
             vae.to(torch.float32)
-        found = vae.encode(pixels_of(images, next(vae.parameters()))).latent_dist.sample(generator)
+        found = self.encoded(images, generator)
         if overflows:
             vae.to(dtype)
         return self._scaled(found).to(dtype)

@@ -148,12 +148,11 @@ def test_a_picture_that_the_safety_checker_flags_is_withheld(
     folder: Callable[[Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawer = policy(folder("sd"), tmp_path)
-    checked = drawer.drawer.pipe
 
-    def flags_the_first(image: Any, device: Any, dtype: Any) -> Any:
+    def flags_the_first(pipe: Any, image: Any, device: Any, dtype: Any) -> Any:
         return image, [i == 0 for i in range(len(image))]
 
-    monkeypatch.setattr(checked, "run_safety_checker", flags_the_first, raising=False)
+    monkeypatch.setattr(type(drawer.drawer.pipe), "run_safety_checker", flags_the_first)
     first, second = drawer.draw(unit(TEXTS[:1]))
     assert first.payload["invalid"] == "flagged by the safety checker" and first.completion is None
     assert second.payload["invalid"] is None

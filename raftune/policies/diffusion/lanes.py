@@ -1,0 +1,38 @@
+"""Several batches at once, each with its share of torch's threads.
+
+The operations of a small denoiser keep one core busy, and two hardly more: two batches side by side on a core each are
+drawn in two thirds of the time that both take one after the other on two cores (`benchmarks/images_draw.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import torch
+
+Given = TypeVar("Given")
+Found = TypeVar("Found")
+
+
+class Mapped(Protocol):
+    """What `map` does, with one iterable."""
+
+    def __call__(self, call: Callable[[Given], Found], given: Iterable[Given], /) -> Iterator[Found]: ...
+
+
+@contextmanager
+def lanes(count: int) -> Iterator[Mapped]:
+    """A `map` that makes `count` calls at once; what they give comes in order. The first failure ends all of them."""
+    if count == 1:
+        yield map
+        return
+    threads = torch.get_num_threads()
+    try:
+        share = max(1, threads // count)
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(threads)  # a thread that begins later takes the number that was set last, by whomever

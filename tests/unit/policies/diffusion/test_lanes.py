@@ -1,0 +1,101 @@
+"""Several batches at once: the same pictures, in order, and torch's threads as they were."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from raftune.errors import OutOfMemory
+from raftune.policies.diffusion.binding import Call
+from raftune.policies.diffusion.drawing import batches, lanes_for
+from raftune.policies.diffusion.lanes import lanes
+from tests.pipelines import save_tiny
+from tests.unit.policies.diffusion.runs import TEXTS, pixels, policy, unit
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_batches_at_once_give_the_pictures_of_one_after_the_other(
+    tmp_path: Path,
+) -> None:
+    """Up to the rounding of batches, a level of 255; and the same bytes each time."""
+    drawer = policy(save_tiny("sd", tmp_path / "sd"), tmp_path)
+    together, again = drawer.draw(unit(batch_size=4)), drawer.draw(unit(batch_size=4))
+    torch.set_num_threads(1)
+    alone = drawer.draw(unit(batch_size=4))
+    assert [s.completion for s in together] == [s.completion for s in again]
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(pixels(one) - pixels(other)).max() <= 1
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_every_call_has_its_share_of_the_threads_and_torch_has_them_all_afterwards() -> None:
+    both = threading.Barrier(2)  # passed by two calls at once, or not at all
+
+    def seen(_: int) -> int:
+        both.wait(timeout=60)
+        return torch.get_num_threads()
+
+    with lanes(2) as mapped:
+        assert list(mapped(seen, range(2))) == [1, 1]
+    assert torch.get_num_threads() == 2
+    with lanes(1) as mapped:
+        assert list(mapped(lambda _: torch.get_num_threads(), range(1))) == [2]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_memory_that_runs_out_in_one_of_them_is_told_with_the_whole_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawer = policy(save_tiny("sd", tmp_path / "sd"), tmp_path)
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(drawer.drawer.denoiser, "forward", full)
+    with pytest.raises(OutOfMemory, match="got 4 rows"):
+        drawer.draw(unit(TEXTS, batch_size=4))
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "at_once", "sizes"),
+    [
+        (128, 256, 2, [64, 64]),
+        (384, 256, 2, [96, 96, 96, 96]),
+        (5, 2, 2, [1, 1, 1, 1, 1]),
+        (7, 3, 1, [3, 2, 2]),
+        (1, 8, 1, [1]),
+    ],
+)
+def test_rows_are_spread_evenly_over_batches(count: int, batch_size: int, at_once: int, sizes: list[int]) -> None:
+    found = batches(count, batch_size, at_once)
+    assert [len(rows) for rows in found] == sizes
+    assert [row for rows in found for row in rows] == list(range(count))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_one_batch_at_a_time_where_batches_would_meet_in_the_weights_or_on_an_accelerator() -> None:
+    def call(**kwargs: Any) -> Call:
+        return Call(16, 16, 2, 1.0, kwargs)
+
+    assert lanes_for(call(), CPU, 8) == 2
+    assert lanes_for(call(max_sequence_length=8), CPU, 8) == 2
+    assert lanes_for(call(), CPU, 1) == 1
+    assert lanes_for(call(cross_attention_kwargs={"scale": 0.5}), CPU, 8) == 1
+    assert lanes_for(call(), torch.device("cuda"), 8) == 1
