@@ -48,7 +48,7 @@ def write_page(
     lines = opening(seeds, held_out, draws)
     for task in tasks:
         values = read(task, arms, seeds, work)
-        lines += [f"## {task.title}", "", settings_in_words(task), ""]
+        lines += [f"## {task.title}", "", f"{settings_in_words(task)} {time_of_a_round(task, seeds, work)}", ""]
         for split, title in task.sets.items():
             lines += [f"### On {title}", "", *table(arms, split, seeds, values), ""]
             lines += [*contrasts(split, seeds, values), ""]
@@ -77,6 +77,18 @@ def opening(seeds: int, held_out: int, draws: int) -> list[str]:
 
 def settings_in_words(task: Any) -> str:
     return f"{task.rounds} rounds of {task.prompts} captions; reward `{task.reward}`, learning rate {task.rate:g}."
+
+
+def time_of_a_round(task: Any, seeds: int, work: Path) -> str:
+    """RAFT's seconds of drawing, scoring and tuning, as medians over all rounds of all seeds."""
+    spent: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        for line in (work / "runs" / f"{task.name}-raft-{seed}" / "events.jsonl").read_text().splitlines():
+            event = json.loads(line)
+            if event["event"] == "stage_end" and event["round"] > 0:
+                spent.setdefault(event["stage"], []).append(event["seconds"])
+    told = ", ".join(f"{statistics.median(spent[stage]):.3g} s to {stage}" for stage in ("draw", "score", "tune"))
+    return f"A round of RAFT takes {told} (medians, one thread, another arm beside it)."
 
 
 def read(task: Any, arms: Sequence[str], seeds: int, work: Path) -> Values:
