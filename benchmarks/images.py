@@ -15,11 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from side_by_side import THREADS, run_side_by_side
 from tasks.page import write_page
 
-THREADS, PROCESSES = 1, 2
 ARMS = ("base", "random", "raft")
 # Reported beside the judge, and no part of its sum.
 ALL_RIGHT = {"spec": "raftune.starters.image.judge:all_right", "name": "all_right", "weight": 0.0}
@@ -218,28 +216,16 @@ def result_file(task: str, arm: str, seed: int, work: Path) -> Path:
 
 def run_all(jobs: list[Job], args: argparse.Namespace) -> None:
     """Writes the numbers of every task, arm and seed that an earlier call did not."""
-    began = time.monotonic()
     todo = [job for job in jobs if not result_file(*job, args.work).is_file()]
     print(f"{len(jobs)} arms and seeds, {len(jobs) - len(todo)} done before", file=sys.stderr, flush=True)
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        for count, (job, words) in enumerate(pool.map(lambda job: (job, spawn(job, args)), todo), 1):
-            told = f"{count}/{len(todo)} {' '.join(map(str, job))}: {words}, {time.monotonic() - began:.0f} s in all"
-            print(told, file=sys.stderr, flush=True)
+    run_side_by_side(__file__, [(" ".join(map(str, job)), words_of(job, args)) for job in todo])
 
 
-def spawn(job: Job, args: argparse.Namespace) -> str:
-    """Runs one arm in a process of its own; exits with what it said where it failed."""
+def words_of(job: Job, args: argparse.Namespace) -> list[str]:
+    """What this script is called with to run one arm."""
     task, arm, seed = job
     words = ["--one", task, "--arm", arm, "--seed", str(seed), "--work", str(args.work)]
-    words += ["--held-out", str(args.held_out), "--draws", str(args.draws)]
-    threads = {name: str(THREADS) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, __file__, *words], env={**os.environ, **threads}, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{task} {arm} seed {seed} failed:\n{done.stderr[-3000:]}")
-    return f"{time.monotonic() - began:.0f} s"
+    return [*words, "--held-out", str(args.held_out), "--draws", str(args.draws)]
 
 
 if __name__ == "__main__":

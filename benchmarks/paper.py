@@ -14,21 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from claims.arms import ARMS, THREADS, Sizes, make_student, result_file, run_arm
+from claims.arms import ARMS, Sizes, make_student, result_file, run_arm
 from claims.page import write_page
 from claims.table import CLAIMS, Claim, Results
+from side_by_side import run_side_by_side
 
-PROCESSES = 2
 Job = tuple[str, int]  # an arm and a seed
 
 
@@ -88,33 +85,22 @@ def jobs_of(claims: Sequence[Claim], seeds: Sequence[int]) -> list[Job]:
 
 def run_all(jobs: list[Job], sizes: Sizes, work: Path) -> Results:
     """The numbers of every arm and seed; what an earlier call measured is read."""
-    began, here = time.monotonic(), work / sizes.folder
+    here = work / sizes.folder
     if any(ARMS[name].origin == "student" for name, _ in jobs):
         make_student(work)
     todo = [job for job in jobs if not result_file(ARMS[job[0]], job[1], here).is_file()]
     print(f"{len(jobs)} arms and seeds, {len(jobs) - len(todo)} done before", file=sys.stderr, flush=True)
     for late in (False, True):
         wave = [job for job in todo if bool(ARMS[job[0]].after) == late]
-        with ThreadPoolExecutor(PROCESSES) as pool:
-            for number, (job, words) in enumerate(pool.map(lambda job: (job, spawn(job, sizes, work)), wave), 1):
-                told = f"{number}/{len(wave)} {job[0]} seed {job[1]}: {words}, {time.monotonic() - began:.0f} s in all"
-                print(told, file=sys.stderr, flush=True)
+        run_side_by_side(__file__, [(" seed ".join(map(str, job)), words_of(job, sizes, work)) for job in wave])
     return {job: json.loads(result_file(ARMS[job[0]], job[1], here).read_text()) for job in jobs}
 
 
-def spawn(job: Job, sizes: Sizes, work: Path) -> str:
-    """Runs one arm in a process of its own; exits with what it said where it failed."""
+def words_of(job: Job, sizes: Sizes, work: Path) -> list[str]:
+    """What this script is called with to run one arm."""
     name, seed = job
     words = ["--one", name, "--seed", str(seed), "--work", str(work), "--rounds", str(sizes.rounds)]
-    words += ["--prompts", str(sizes.prompts), "--held-out", str(sizes.held_out), "--draws", str(sizes.draws)]
-    threads = {name: str(THREADS) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, __file__, *words], env={**os.environ, **threads}, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{name} seed {seed} failed:\n{done.stderr[-3000:]}")
-    return f"{time.monotonic() - began:.0f} s"
+    return [*words, "--prompts", str(sizes.prompts), "--held-out", str(sizes.held_out), "--draws", str(sizes.draws)]
 
 
 if __name__ == "__main__":

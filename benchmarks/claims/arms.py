@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-THREADS = 1  # of each process: what a run computes depends on it
+from side_by_side import THREADS
+
 NOISE = str(Path(__file__).with_name("noise.py"))
 SFT_PAIRS, STUDENT_STEPS = 1024, 600
 
