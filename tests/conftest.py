@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 # Before anything imports torch or a library of the hub: a limit set later would not reach them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,3 +14,19 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["COLUMNS"] = "120"  # what is printed is laid out for a terminal of this width
+
+from raftune.store import files, run
+
+# A test may end a process but never the machine, so that what the kernel was given is kept: a sync shows nothing, and
+# a tiny run would wait for the disk a hundred times. Replaced before anybody else imports it by its name.
+_sync = files.sync
+files.sync = run.sync = lambda *paths: None
+
+
+@pytest.fixture(scope="module")
+def synced() -> Iterator[None]:
+    """The store syncs as it does for its users; for tests whose claim that is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "sync", _sync)
+        patch.setattr(run, "sync", _sync)
+        yield

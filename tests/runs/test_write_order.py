@@ -44,7 +44,7 @@ class Record:
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
+def recorded(tmp_path_factory: pytest.TempPathFactory, synced: None) -> tuple[Path, Record]:
     """A whole run, and what it asked of the system."""
     root, record, rename = tmp_path_factory.mktemp("recorded") / "run", Record(), os.replace
 
