@@ -33,6 +33,7 @@ from raftune.stages.gather import Gather
 from raftune.stages.guard import Guard
 from raftune.stages.logp import LogProbs
 from raftune.stages.plan import EvaluationPlan, Plan
+from raftune.stages.prompts import Prompts
 from raftune.stages.reference import Reference
 from raftune.stages.score import ScoreSamples
 from raftune.stages.select import Select
@@ -165,12 +166,15 @@ class Assembly:
 
     def _beginning(self) -> list[Stage]:
         config, objects = self.config, self.objects
+        data = Data(config, objects.train, objects.held_out)
         stages: list[Stage] = [
-            Data(config, objects.train, objects.held_out),
+            data,
             Start(lambda out: self.family.start(config, out, objects.model, objects.tokenizer), code=code_of(config)),
         ]
         if config.sampling.teacher is not None:
             stages.append(Start(lambda out: start_teacher(self.family, config, out), name="teacher"))
+        if hasattr(self.family, "unread"):
+            stages.append(Prompts(self.policies, data))
         return stages
 
     def _training(self, round_: int) -> list[Stage]:
@@ -369,13 +373,8 @@ def teacher_config(config: RunConfig) -> RunConfig:
     """The configuration with the teacher in the policy's place: the same family and dials, no adapter."""
     assert config.sampling.teacher is not None
     changes: dict[str, Any] = {"model": config.sampling.teacher.model}
-    own: dict[str, Any] = {
-        "adapter": None,
-        "tokenizer": None,
-        "revision": None,
-        "variant": None,
-        "pipeline_init_kwargs": {},
-    }
+    own: dict[str, Any] = {"adapter": None, "tokenizer": None, "revision": None, "variant": None}
+    own["pipeline_init_kwargs"] = {}
     changes |= {name: value for name, value in own.items() if hasattr(config.policy, name)}
     return config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
 

@@ -83,13 +83,15 @@ def ensure(shop: Workshop, stage: Stage, round_: int, say: Callable[..., None]) 
     job = shop.job(stage, round_)
     began = time.perf_counter()
     say("stage_begin", round=round_, stage=stage.name)
+    notes: tuple[str, ...] = ()  # those of units are told with each
     if isinstance(stage, UnitStage):
         run_units(shop, job, stage, say)
     else:
         shop.engine.rest()
-        run_once(job, stage)
+        notes = run_once(job, stage)
     tidy(shop, stage, round_)
-    say("stage_end", round=round_, stage=stage.name, seconds=round(time.perf_counter() - began, 4))
+    seconds = round(time.perf_counter() - began, 4)
+    say("stage_end", round=round_, stage=stage.name, seconds=seconds, notes=list(notes))
     return True
 
 

@@ -24,6 +24,7 @@ from raftune.plain import one_line
 VERBS = {
     "data": "reading the prompts",
     "start": "checking the start model",
+    "prompts": "asking the model whether it reads the prompts",
     "teacher": "checking the teacher",
     "plan": "planning",
     "draw": "drawing",
@@ -44,6 +45,7 @@ VERBS = {
     "evaluation reference": "log-probabilities of reference answers",
     "guard": "guarding",
 }
+BEGINNING = (0, "data")  # the first stage of a run
 
 
 class Progress:
@@ -97,6 +99,8 @@ class Progress:
         self._pace.begin_round(round, of)
 
     def _on_stage_begin(self, round: int, stage: str, **_: Any) -> None:
+        if not self.worked and (round, stage) != BEGINNING:
+            self._say(f"taken up at {self._where(round)}, {VERBS.get(stage, stage)}")
         self.worked = True
         if stage in ("draw", "evaluation draw"):
             self._tally = Tally()
@@ -104,27 +108,26 @@ class Progress:
             return
         if self._task is not None:
             self._bars.remove_task(self._task)
-        where = f"round {round}/{self._of}" if round else "start"
         self._task = self._bars.add_task(
-            f"{where} · {VERBS.get(stage, stage)}", total=None, worth=self._tally.words(), left=""
+            f"{self._where(round)} · {VERBS.get(stage, stage)}", total=None, worth=self._tally.words(), left=""
         )
         self._show()
 
     def _on_units(self, stage: str, total: int, found: int, **_: Any) -> None:
+        if found:
+            self._say(f"{VERBS.get(stage, stage)}: {found} of {total} units were there already")
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, total=total, completed=found)
 
     def _on_unit(self, round: int, stage: str, unit: int, notes: list[str], **_: Any) -> None:
-        for note in notes:
-            if note not in self._notes:
-                self._notes.add(note)
-                self._say(note)
+        self._note(notes)
         if self._bars is not None and self._task is not None:
             self._tally.add(self._root / f"round-{round:04d}", stage, unit)
             self._bars.advance(self._task)
             self._show()
 
-    def _on_stage_end(self, round: int, stage: str, seconds: float, **_: Any) -> None:
+    def _on_stage_end(self, round: int, stage: str, seconds: float, notes: Sequence[str] = (), **_: Any) -> None:
+        self._note(notes)
         self._pace.add(round, stage, seconds)
         if stage == "data" and (warning := overlap_warning(self._root)):
             self._print(Text(warning, style="yellow"))
@@ -154,9 +157,19 @@ class Progress:
 
     # -- how it is shown -----------------------------------------------------------------------------------------------
 
+    def _where(self, round_: int) -> str:
+        return f"round {round_}/{self._of}" if round_ else "start"
+
     def _show(self) -> None:
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, worth=self._tally.words(), left=self._pace.left())
+
+    def _note(self, notes: Sequence[str]) -> None:
+        """Says what was not said yet."""
+        for note in notes:
+            if note not in self._notes:
+                self._notes.add(note)
+                self._say(note)
 
     def _say(self, words: str) -> None:
         self._print(Text(words, style="dim"))

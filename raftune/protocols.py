@@ -112,6 +112,16 @@ class Likelihood(Protocol):
 
 
 @runtime_checkable
+class Reader(Protocol):
+    """A policy that says before anything is drawn which prompts it cannot read."""
+
+    def unread(self, prompt: Prompt) -> str | None:
+        """The end of a prompt that is too long to be read whole; None where it is not. Raises DataError for one that
+        cannot be read at all."""
+        ...
+
+
+@runtime_checkable
 class Shortening(Protocol):
     """A policy that can cut an answer to what it reads; without it an answer that is too long cannot be learned."""
 
@@ -173,7 +183,9 @@ class StageFace(Protocol):
 class OnceStage(StageFace, Protocol):
     """A stage that runs once, in the loop's process."""
 
-    def run(self, inputs: Inputs, out: Path) -> None: ...
+    def run(self, inputs: Inputs, out: Path) -> tuple[str, ...] | None:
+        """Writes the stage's files into `out`; returns what a user should know about it."""
+        ...
 
 
 @runtime_checkable

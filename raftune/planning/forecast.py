@@ -23,7 +23,6 @@ from raftune.planning.images import (
     from_published,
     not_tried,
     published,
-    refuse_prompts,
     room,
     seconds_at,
     widths,
@@ -33,14 +32,13 @@ from raftune.planning.probe import Probe, probe, seconds_by_stage
 from raftune.planning.prompts import Prompts, measure, read_prompts
 from raftune.planning.sizes import Disk, Footprint, Memory, disk, footprint, memory
 from raftune.preflight import preflight
+from raftune.protocols import Reader
 from raftune.reporting import check_installed, wanted
 from raftune.runs import refuse_foreign, root_of
-from raftune.stages.plan import prompts_from
+from raftune.stages.data import Data
+from raftune.stages.prompts import cut_short, prompts_in, unread_ends
 from raftune.staleness import check
-from raftune.store.parquet import read_table
 from raftune.store.run import RunFolder
-
-SPLITS = ("train.parquet", "held_out.parquet")
 
 
 @dataclass(frozen=True)
@@ -156,8 +154,10 @@ def begin(assembly: Assembly, data: Path) -> Begun:
     policy = assembly.policies.encoder(start)
     if isinstance(config.policy, DiffusionPolicy):
         pipeline = at_hand(policy, facts)
-        every = [prompt for name in SPLITS for prompt in prompts_from(read_table(data / name))]
-        notes = [*facts["notes"], *refuse_prompts(policy, every), *policy.notes(), not_tried(pipeline)]
+        every, source = list(prompts_in(data)), assembly.stage(0, "data")
+        assert isinstance(source, Data) and isinstance(policy, Reader)
+        cut = cut_short(every, unread_ends(every, policy, source))
+        notes = [*facts["notes"], *cut, *policy.notes(), not_tried(pipeline)]
         return Begun(None, pipeline, None, [note for note in notes if note])
     notes = [*(facts.get("notes", []) if isinstance(facts, dict) else []), *policy.notes()]
     if not isinstance(config.policy, CausalLMPolicy):

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raftune.config.policy import AdapterConfig, DiffusionPolicy
 from raftune.config.run import RunConfig
-from raftune.errors import DataError
 from raftune.planning.amounts import Amounts
 from raftune.planning.published import PUBLISHED, Published
 from raftune.planning.sizes import ADAM, BYTES, PER_SAMPLE, Disk
-from raftune.records import Prompt
 
 PNG = 1.6  # bytes a pixel of a photograph-like picture; flat drawings take less
 CHECKPOINTED = 0.2  # of the layers' outputs that learning keeps with gradient checkpointing, about
@@ -251,21 +248,3 @@ def not_tried(model: Pipeline) -> str:
 def widths(model: Pipeline) -> tuple[int, ...]:
     """Pictures of each prompt that are drawn to see how long it takes; empty: as for text."""
     return () if model.parameters < SMALL else (1, 2)
-
-
-def refuse_prompts(policy: Any, prompts: Sequence[Prompt]) -> list[str]:
-    """What a user should know of the prompts. Raises DataError, counting those that the pipeline cannot be asked."""
-    refused: list[str] = []
-    why: DataError | None = None
-    for prompt in prompts:
-        try:
-            policy.blank.refuse_prompts([prompt.content])
-        except DataError as error:
-            refused, why = [*refused, prompt.id], why or error
-    if why is not None:
-        raise DataError(f"{len(refused)} of {len(prompts)} prompts cannot be used ({', '.join(refused[:3])}). {why}")
-    texts = dict.fromkeys(prompt.content for prompt in prompts if isinstance(prompt.content, str))
-    cut = [text for text in texts if policy.encoder.unseen(text) is not None]
-    if not cut:
-        return []
-    return [f"{len(cut)} of {len(texts)} prompts are longer than the text encoder reads: their ends are not seen"]

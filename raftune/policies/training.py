@@ -124,6 +124,8 @@ def _attempt(task: Task, config: TuningConfig, size: MicroBatch, work: Path, dev
     optimizer = optimizer_tensors(model, trainer.optimizer) if config.optimizer_state == "carried" else {}
     trainer.release()
     notes = tuple(f"{name} did not verify and was not used" for name in rejected)
+    if checkpoint:
+        notes += (f"tuning was taken up after step {checkpoint.name.rpartition('-')[2]} of {len(losses)}",)
     return Fitted(model, losses, optimizer, size.rows, size.accumulation, size.too_large, notes)
 
 

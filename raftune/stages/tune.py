@@ -28,7 +28,7 @@ class Tune:
     def fingerprints(self) -> Mapping[str, str]:
         return {}
 
-    def run(self, inputs: Inputs, out: Path) -> None:
+    def run(self, inputs: Inputs, out: Path) -> tuple[str, ...]:
         rows = inputs["rows"] / "rows.parquet"
         count, _ = read_metadata(rows)
         if count == 0:
@@ -38,5 +38,7 @@ class Tune:
                 "reward, and run `raftune train … --from select`."
             )
         self.scratch.mkdir(parents=True, exist_ok=True)
-        report = self.policies.fresh(inputs[self.base]).tune(rows, self.scratch, out)
+        policy = self.policies.fresh(inputs[self.base])
+        report = policy.tune(rows, self.scratch, out)
         (out / "training.json").write_text(json.dumps(asdict(report), indent=2, sort_keys=True) + "\n")
+        return policy.notes()

@@ -89,18 +89,19 @@ def dotted(config: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def run_once(job: Job, stage: OnceStage) -> None:
-    """Runs the stage into tmp/, then publishes its files; the COMMIT comes last."""
+def run_once(job: Job, stage: OnceStage) -> tuple[str, ...]:
+    """Runs the stage into tmp/, then publishes its files; the COMMIT comes last. Returns what a user should know."""
     staged = unique(job.run.tmp)
     staged.mkdir()
     try:
-        stage.run(job.inputs, staged)
+        notes = stage.run(job.inputs, staged)
         paths = sorted(path for path in staged.rglob("*") if path.is_file())
         files = {path.relative_to(staged).as_posix(): FileEntry.of(path) for path in paths}
         if stage.writes != "evaluate":  # its folder holds the stages that it is made from
             job.run.clear(job.round, stage.writes)
         publish_folder(staged, job.folder)
         job.seal(files)
+        return notes or ()
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -86,7 +86,8 @@ class Rounds:
     def _on_unit(self, notes: list[str], **_: Any) -> None:
         self.notes |= dict.fromkeys(notes)
 
-    def _on_stage_end(self, stage: str, **_: Any) -> None:
+    def _on_stage_end(self, stage: str, notes: Sequence[str] = (), **_: Any) -> None:
+        self.notes |= dict.fromkeys(notes)
         if stage == "data" and (warning := overlap_warning(self.run.root)):
             self.notes[warning] = None
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from raftune.errors import DataError
-from raftune.plain import one_line
 from raftune.policies.diffusion.binding import Binding, Conditions
 from raftune.policies.diffusion.loading import Frozen
 from raftune.quiet import quiet
@@ -26,12 +25,9 @@ class Encoder:
     def __init__(self, frozen: Frozen, binding: Binding, device: torch.device, limit: int = LIMIT) -> None:
         self.frozen, self.binding, self.device, self.limit = frozen, binding, device, limit
         self._reading = tuple(sorted((name, repr(value)) for name, value in binding.reading().items()))
-        self._cut: dict[str, str] = {}
-        self._asked: set[str] = set()
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditions:
         """The conditions of the prompts, a row each, on the CPU. Raises DataError for a prompt that is not fit."""
-        self._note_cuts(prompts)
         return Conditions.joined(self._recalled([self._key(prompt.content) for prompt in prompts], prompts))
 
     def empty(self, negative: str | None = None) -> Conditions:
@@ -78,14 +74,6 @@ class Encoder:
 
     # -- prompts that are longer than what is read ---------------------------------------------------------------------
 
-    def _note_cuts(self, prompts: Iterable[Prompt]) -> None:
-        """Remembers which prompts have more tokens than every text encoder reads, with what is not seen of them."""
-        for prompt in prompts:
-            if isinstance(prompt.content, str) and prompt.content not in self._asked:
-                self._asked.add(prompt.content)
-                if (unseen := self.unseen(prompt.content)) is not None:
-                    self._cut[prompt.content] = unseen
-
     def unseen(self, text: str) -> str | None:
         """The end of a prompt that no text encoder reads; None where one reads it to the end."""
         limits = self.binding.text_limits()
@@ -99,15 +87,3 @@ class Encoder:
         kept = limit - tokenizer.num_special_tokens_to_add()  # what is cut is the text: its end token stays
         bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return str(tokenizer.decode(bare[kept:]))
-
-    def notes(self) -> tuple[str, ...]:
-        """How many prompts are not read to their end, with one of them."""
-        if not self._cut:
-            return ()
-        text, unseen = next(iter(self._cut.items()))
-        limit = max(self.binding.text_limits().values())
-        verb = "is" if len(self._cut) == 1 else "are"
-        return (
-            f"{len(self._cut)} of {len(self._asked)} prompts {verb} longer than the {limit} tokens that the text "
-            f"encoder reads; what follows is not seen: {one_line(unseen)[:60]!r} of {one_line(text)[:40]!r}",
-        )

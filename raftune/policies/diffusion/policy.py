@@ -154,6 +154,14 @@ class Diffusion:
         """Bytes of the weights in memory, the frozen parts among them; 0 before any are read."""
         return self.frozen.nbytes + (0 if self._drawer is None else loading.nbytes_of(self._drawer.denoiser))
 
+    def unread(self, prompt: Prompt) -> str | None:
+        """The end of the prompt that no text encoder reads; None where one reads it all.
+
+        Raises DataError for a prompt that this architecture does not take.
+        """
+        self.blank.refuse_prompts([prompt.content])
+        return self.encoder.unseen(prompt.content) if isinstance(prompt.content, str) else None
+
     # -- drawing -------------------------------------------------------------------------------------------------------
 
     def draw(self, unit: Unit) -> list[Sample]:
@@ -229,9 +237,8 @@ class Diffusion:
         export(binding.pipe, binding, out)
 
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about how this policy read prompts, drew and was tuned, each once."""
-        read = self.encoder.notes() if "encoder" in vars(self) else ()
-        return (*self._notes, *read)
+        """What a user should know about how this policy was tuned, each once."""
+        return tuple(self._notes)
 
 
 def refuse_unread(config: RunParts) -> None:

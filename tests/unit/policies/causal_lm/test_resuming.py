@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -115,7 +116,8 @@ def test_a_harmed_checkpoint_is_noticed_and_the_one_before_it_used(
     start = tmp_path / "run" / "round-0000" / "model"
     policy = CausalLM.load(config, start, start)
     policy.tune(rows, work, tmp_path / "out")
-    assert policy.notes() == ("checkpoint-3 did not verify and was not used",)
+    assert policy.notes()[0] == "checkpoint-3 did not verify and was not used"
+    assert re.fullmatch(r"tuning was taken up after step [12] of \d+", policy.notes()[1])
     assert tree_hash(tmp_path / "out") == whole
 
 

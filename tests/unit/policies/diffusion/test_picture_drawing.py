@@ -14,8 +14,9 @@ from diffusers import DiffusionPipeline
 from raftune.errors import ConfigError, DataError, OutOfMemory
 from raftune.pictures import png_of, sha256_of_png
 from raftune.policies.diffusion.latents import columns_of, latents_of
+from raftune.protocols import Reader
 from raftune.quiet import quiet
-from raftune.records import samples_table
+from raftune.records import Prompt, samples_table
 from tests.pipelines import save_tiny
 from tests.unit.policies.diffusion.runs import TEXTS, pixels, policy, unit
 
@@ -187,15 +188,14 @@ def test_memory_that_runs_out_is_told_with_the_batch_size(
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_longer_than_the_encoder_reads_is_counted_and_said(
+def test_of_a_prompt_longer_than_the_encoder_reads_the_end_is_known_that_it_does_not_see(
     folder: Callable[[Any], Path], tmp_path: Path
 ) -> None:
     drawer = policy(folder("sd"), tmp_path)
-    assert drawer.notes() == ()
-    drawer.draw(unit((*TEXTS[:2], "a red circle on the left " * 4 + "with a hat"), 1))
-    [note] = drawer.notes()
-    assert note.startswith("1 of 3 prompts is longer than the 16 tokens that the text encoder reads; what follows")
-    assert "hat" in note
+    assert isinstance(drawer, Reader)
+    assert [drawer.unread(Prompt(text, text)) for text in TEXTS] == [None] * len(TEXTS)
+    end = drawer.unread(Prompt("long", "a red circle on the left " * 4 + "with a hat"))
+    assert end is not None and end.endswith("hat") and not end.startswith("a red circle on the left a")
 
 
 def test_each_distinct_prompt_is_read_once_for_all_images_and_rounds(
