@@ -47,9 +47,10 @@ def check(
     from raftune.starters.resolve import IMAGES, resolve_reward
 
     given = RewardSpec.model_validate({"spec": spec, "options": read_options(options)})
-    reward = resolve_reward(given, IMAGES if images else None)
     batch = read_samples(samples) if samples is not None else prompts_of_starter(spec, images)
-    report = check_reward(reward, batch, timeout=timeout, device=device, pictures=images)
+    pictures = images if batch is None else hasattr(batch.completions[0], "convert")
+    reward = resolve_reward(given, IMAGES if pictures else None)
+    report = check_reward(reward, batch, timeout=timeout, device=device, pictures=pictures)
     if json:
         print(js.dumps(dataclasses.asdict(report) | {"ok": report.ok, "findings": report.findings}))
     else:

@@ -88,13 +88,16 @@ def run(
     from raftune.config.rewards import RewardsConfig
     from raftune.rewards.files import read_answers, score_answers
     from raftune.rewards.loading import load_panel
-    from raftune.starters.resolve import resolve_reward
+    from raftune.rewards.media import refuse_unfit
+    from raftune.starters.resolve import IMAGES, resolve_reward
 
     given: dict[str, Any] = {"reward_funcs": {"spec": spec, "options": read_options(options)}}
     config = validate_as(RewardsConfig, {**given, "timeout": timeout, "device": device})
-    config = config.model_copy(update={"reward_funcs": tuple(map(resolve_reward, config.reward_funcs))})
     answers = read_answers(file, split, dialogues)
+    family = IMAGES if answers.media == "image" else None
+    config = config.model_copy(update={"reward_funcs": (resolve_reward(config.reward_funcs[0], family),)})
     with interruptible(Path(), "nothing was written.") as watch, Steps() as steps, load_panel(config) as panel:
+        refuse_unfit(panel, answers.media, file)
         steps.begin(f"scoring {len(answers.completions):,} answers")
 
         def observe(done: int, of: int) -> None:

@@ -51,6 +51,10 @@ class Answers:
     words: tuple[str, ...]
     written: Sequence[Any] | None = None
 
+    @property
+    def media(self) -> str:
+        return "text" if self.written is None else "image"
+
 
 @dataclass(frozen=True)
 class Scored:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from raftune.errors import RewardError
+from raftune.errors import ConfigError, RewardError
 
 if TYPE_CHECKING:
     from raftune.rewards.panel import Panel
@@ -31,9 +31,22 @@ def misfits(panel: Panel, media: str, family: str, field: str = "rewards.reward_
     A plain function says nothing of what it reads, so nothing is said of it.
     """
     made, other = ("pictures", "texts") if media == "image" else ("texts", "pictures")
-    for name, read in panel.media.items():
-        if not read & (IMAGE_MEDIA if media == "image" else WORDS):
-            yield (
-                f"{field}: {name} scores {other}, and policy.family: {family} makes {made}. Name a reward for {made}, "
-                "or a policy of the other kind."
-            )
+    for name in unfit(panel, media):
+        yield (
+            f"{field}: {name} scores {other}, and policy.family: {family} makes {made}. Name a reward for {made}, "
+            "or a policy of the other kind."
+        )
+
+
+def refuse_unfit(panel: Panel, media: str, source: str) -> None:
+    """Raises ConfigError where the panel's reward cannot read the answers of this medium in a file."""
+    held, other = ("pictures", "texts") if media == "image" else ("texts", "pictures")
+    for name in unfit(panel, media):
+        raise ConfigError(
+            f"MODEL: {name} scores {other}, and {source} holds {held}. Name a reward for {held}, or a file of {other}."
+        )
+
+
+def unfit(panel: Panel, media: str) -> list[str]:
+    """The names of the panel's rewards that cannot read this medium."""
+    return [n for n, read in panel.media.items() if not read & (IMAGE_MEDIA if media == "image" else WORDS)]

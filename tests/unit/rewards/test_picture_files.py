@@ -113,3 +113,24 @@ def test_check_tries_a_persons_own_pictures_or_ours(folder: Path, capsys: pytest
     assert "fails where pictures of several sizes are in one call" in capsys.readouterr().out.replace("\n", " ")
     assert main(["reward", "check", f"{folder}/own.py:centres", "--images", "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["batch_independent"] is False
+
+
+def test_the_word_starter_means_the_reward_of_pictures_where_the_file_holds_some(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines(folder / "metadata.jsonl", [{"file_name": f"{i}.png", "prompt": "a red circle"} for i in range(3)])
+    assert main(["reward", "score", "starter", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["statuses"] == {"ok": 3}
+    assert main(["reward", "check", "starter", "--samples", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "clip_score"
+
+
+def test_a_reward_of_the_other_medium_is_refused_before_it_is_asked(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = lines(folder / "rows.jsonl", [{"prompt": "a", "image": "1.png"}])
+    texts = lines(folder / "texts.jsonl", [{"prompt": "a", "completion": "b"}])
+    assert main(["reward", "score", "length", str(pictures), "--options", '{"target": 20}']) == 2
+    assert f"MODEL: length scores texts, and {pictures} holds pictures." in capsys.readouterr().err.replace("\n", " ")
+    assert main(["reward", "score", "colour", str(texts)]) == 2
+    assert f"MODEL: colour scores pictures, and {texts} holds texts." in capsys.readouterr().err.replace("\n", " ")
