@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from raftune.config.load import declared, validate
 from raftune.config.run import RunConfig
 from raftune.digest import best_round, cell, columns_for, held_out_names, read_json, rows_of
 from raftune.errors import StoreError
+from raftune.starters.resolve import resolve_model
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.files import explaining
 from raftune.store.run import DROPPED, RunFolder
@@ -23,6 +25,7 @@ from raftune.store.run import DROPPED, RunFolder
 OURS = frozenset({COMMIT, DROPPED, "training.json", "reference.json", "optimizer.safetensors"})
 ADAPTER = "adapter_config.json"
 PIPELINE, LORA = "model_index.json", "pytorch_lora_weights.safetensors"
+DIALS = ("height", "width", "num_inference_steps", "guidance_scale")
 TAG = "reward-ranked-fine-tuning"
 
 
@@ -30,9 +33,9 @@ def publish_model(root: str | Path, out: str | Path, round_: int | None = None) 
     """Writes the model of the best round (or of the given one) into `out`, with README.md and what else it needs.
 
     The folder loads with plain transformers, peft or diffusers. Where the run holds an adapter's base itself, because
-    the start was given as an object or merged, the base goes into `out`/base. What an earlier call wrote there is
-    replaced; nothing that the run committed is touched. Raises StoreError where the weights are gone or `out` cannot
-    be written.
+    the start was given as an object or merged, or is a pipeline of this package, the base goes into `out`/base. What an
+    earlier call wrote there is replaced; nothing that the run committed is touched. Raises StoreError where the weights
+    are gone or `out` cannot be written.
     """
     run, out = RunFolder(root), Path(out)
     round_ = best_of(run) if round_ is None else round_
@@ -71,20 +74,23 @@ def publish_language_model(run: RunFolder, round_: int, out: Path) -> Use:
 
 
 def publish_pipeline(run: RunFolder, round_: int, out: Path) -> Use:
-    """Writes a whole pipeline, or a LoRA alone; with a LoRA its base, where only the run has that."""
+    """Writes a whole pipeline, or a LoRA alone; with a LoRA its base, where only the run or this package has that."""
     from raftune.build import Assembly
 
-    assembly = Assembly(run, validate(run.read_config()))
+    config = validate(run.read_config())
+    assembly = Assembly(run, config)
     try:
         start = run.folder(0, "model")
         policy: Any = assembly.family.load(assembly.config, run.folder(round_, "model"), start)
         policy.export(out)
         task = {"text": "text-to-image", "nothing": "unconditional-image-generation"}.get(policy.blank.takes, "")
-        base = base_name(assembly.config) or "THE PIPELINE THAT THE RUN BEGAN FROM"
-        if not (out / PIPELINE).is_file() and read_json(start / "raftune.json").get("kind") != "reference":
+        base = base_name(config) or f"PATH/TO/{Path(policy.config.policy.model).name}"
+        elsewhere = read_json(start / "raftune.json").get("kind") == "reference" and not is_bundled(config)
+        if not (out / PIPELINE).is_file() and not elsewhere:
             base = "FOLDER/base"
             assembly.family.load(assembly.config, start, start).export(out / "base")  # type: ignore[attr-defined]
-        return Use("diffusers", task, pipeline_code(out, base, policy.blank.denoiser_name))
+        code = pipeline_code(out, base, policy.blank.denoiser_name)
+        return Use("diffusers", task, f"{code}\n{drawing_code(policy)}")
     finally:
         assembly.close()
 
@@ -210,9 +216,24 @@ def base_name(config: RunConfig) -> str | None:
     return name if isinstance(name, str) and name.count("/") == 1 and not Path(name).expanduser().is_dir() else None
 
 
+def local_name(config: RunConfig) -> str | None:
+    """A bundled model's word, or the last part of the folder that the run began from; None of anything else."""
+    name = getattr(config.policy, "model", None)
+    if not isinstance(name, str):
+        return None
+    if is_bundled(config):
+        return f"raftune's bundled `{name}`"
+    return f"the folder `{Path(name).name}`" if Path(name).expanduser().is_dir() else None
+
+
+def is_bundled(config: RunConfig) -> bool:
+    name = getattr(config.policy, "model", None)
+    return resolve_model(name, config.policy.family) != name
+
+
 def summary(config: RunConfig, round_: int) -> str:
     rewards = ", ".join(f"`{name}`" for name in config.rewards.names) or "Python objects"
-    start = base_name(config) or "the start model"
+    start = base_name(config) or local_name(config) or "the start model"
     drawn = "pictures for" if config.policy.family == "diffusion" else "answers to"
     if round_ == 0:
         return f"# {config.name}\n\nThe start of this run ({start}): no round of reward-ranked fine-tuning was better."
@@ -255,6 +276,16 @@ def pipeline_code(out: Path, base: str, denoiser: str) -> str:
         imports += "from peft import PeftModel\n"
         code += f'\npipe.{denoiser} = PeftModel.from_pretrained(pipe.{denoiser}, "FOLDER")'
     return f"{imports}\n{code}"
+
+
+def drawing_code(policy: Any) -> str:
+    """The call by which the run drew: with other dials, the guidance above all, the pipeline draws something else."""
+    asked = {"text": ['"what it shall show"'], "label": ["class_labels=[0]"]}.get(policy.blank.takes, [])
+    known = inspect.signature(policy.blank.pipe.__call__).parameters
+    dials = {name: getattr(policy.call, name) for name in DIALS if name in known}
+    negative = policy.config.sampling.diffusion.negative_prompt
+    given = dials | dict(policy.call.kwargs) | ({} if negative is None else {"negative_prompt": negative})
+    return f"image = pipe({', '.join([*asked, *(f'{name}={value!r}' for name, value in given.items())])}).images[0]"
 
 
 def settings(config: RunConfig, versions: dict[str, str]) -> str:

@@ -26,9 +26,11 @@ LIBRARIES = (
     "transformers",
     "trl",
     "peft",
+    "diffusers",
     "accelerate",
     "datasets",
     "pyarrow",
+    "pillow",
     "numpy",
     "pydantic",
 )

@@ -22,7 +22,7 @@ def export(
 ) -> None:
     """Take a run's model or its samples away, in the formats that TRL reads.
 
-    model        the best round's model with tokenizer and model card, as transformers or peft loads it
+    model        the best round's model with tokenizer and model card, as transformers, peft or diffusers loads it
     sft          prompt, completion, weight: the samples that were kept
     preference   prompt, chosen, rejected, margin: each prompt's best sample against its worst
     unpaired     prompt, completion, label: every scored sample, true where it was kept

@@ -161,8 +161,11 @@ def test_a_published_pipeline_loads_as_its_card_says(model: Path, tmp_path: Path
     assert "library_name: diffusers" in card
     assert "pipeline_tag: text-to-image" in card
     assert str(tmp_path) not in card
+    assert f"(RAFT) of the folder `{model.name}`" in card
+    assert "height=16, width=16, num_inference_steps=2, guidance_scale=1.0" in card, "as the run drew"
     names: dict[str, Any] = {}
     exec(snippet(out / "README.md").replace("FOLDER", str(out)), names)
+    assert names["image"].size == (SIZE, SIZE)
     loads_and_draws(names["pipe"], root, model)
     assert verify(root) == []
 
@@ -191,8 +194,21 @@ def test_a_lora_for_peft_says_so(tmp_path: Path) -> None:
     code = snippet(out / "README.md")
     assert 'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "FOLDER")' in code
     names: dict[str, Any] = {}
-    exec(code.replace("FOLDER", str(out)).replace("THE PIPELINE THAT THE RUN BEGAN FROM", str(labels)), names)
+    exec(code.replace("FOLDER", str(out)).replace("PATH/TO/dit", str(labels)), names)
     assert "default" in names["pipe"].transformer.peft_config
+    assert names["image"].size == (SIZE, SIZE)
+
+
+def test_a_lora_on_a_bundled_pipeline_takes_that_along(tmp_path: Path) -> None:
+    """Whoever gets the LoRA need not have this package."""
+    root, out = tmp_path / "run", tmp_path / "out"
+    given = config(root, Path("starter"), "sd-v", num_rounds=1, policy={"adapter": {"r": 2}})
+    run({**given, "evaluation": {"num_prompts": 0}, "tuning": {"max_steps": 1}}, objects("sd-v"))
+    publish_model(root, out, 1)
+    assert "(RAFT) of raftune's bundled `starter`" in (out / "README.md").read_text()
+    names: dict[str, Any] = {}
+    exec(snippet(out / "README.md").replace("FOLDER", str(out)), names)
+    assert names["image"].size == (SIZE, SIZE)
 
 
 # -- samples ---------------------------------------------------------------------------------------------------------
