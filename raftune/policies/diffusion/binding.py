@@ -145,8 +145,7 @@ class Binding(ABC):
         return scaled
 
     def encoded(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
-        """(N, C, h, w) what the VAE makes of images, in its own scale: a draw, or the one answer of a VAE that has one.
-        """
+        """(N, C, h, w) what the VAE makes of images, in its own scale: a draw, or the one answer that it has."""
         vae = self.pipe.vae
         found = vae.encode(pixels_of(images, next(vae.parameters())))
         drawn: torch.Tensor = found.latents if hasattr(found, "latents") else found.latent_dist.sample(generator)

@@ -127,7 +127,7 @@ def read_pipeline(config: DiffusionPolicy, source: Source, part: Part) -> Any:
     kind = binding_class(str(index["_class_name"]))
     assert kind.denoiser_name == part.name
     left_out = frozenset(name for name, value in config.pipeline_init_kwargs.items() if value is None)
-    refuse_missing_parts(source.folder, index, left_out)
+    refuse_missing_parts(source.folder, index, left_out, source.variant)
     with quiet():  # its module is read now, and says what it thinks of a machine without torchvision
         pipeline = getattr(diffusers, str(index["_class_name"]))
     refuse_init_kwargs(config.pipeline_init_kwargs, pipeline)
@@ -248,6 +248,12 @@ def read_denoiser(config: DiffusionPolicy, folder: Path, part: Part, variant: st
         raise ModelError(
             f"policy.model must hold its denoiser; {folder / part.name} did not load: {first_line(error)}."
         ) from error
+    if any(".lora_" in name for name in info["unexpected_keys"]):
+        raise ModelError(
+            f"policy.model must have no LoRA on its denoiser; {folder / part.name} was saved with one. Load the "
+            "pipeline without it, load the LoRA, and save that merged: pipe.fuse_lora(); pipe.unload_lora_weights(); "
+            "pipe.save_pretrained(FOLDER)."
+        )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"policy.model must hold all weights of its {part.kind}; {folder / part.name} lacks {len(missing)} "

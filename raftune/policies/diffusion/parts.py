@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from raftune.errors import ModelError
 
 INDEX = "model_index.json"
 DENOISERS = ("unet", "transformer")
+VARIANT = re.compile(r"model(?:-\d+-of-\d+)?(?:\.(?P<variant>[^.-]+))?(?:-\d+-of-\d+)?\.safetensors$")
 LORA = "pytorch_lora_weights.safetensors"
 # By what a part is: the file that describes it; any one of them will do.
 DESCRIBED_BY = {
@@ -91,15 +93,43 @@ def denoiser_of(index: dict[str, Any]) -> Part:
     return found[0]
 
 
-def refuse_missing_parts(folder: Path, index: dict[str, Any], left_out: frozenset[str] = frozenset()) -> None:
+def refuse_missing_parts(
+    folder: Path, index: dict[str, Any], left_out: frozenset[str] = frozenset(), variant: str | None = None
+) -> None:
     """Raises ModelError where a part that the index names is not there, or not whole: names each part."""
-    lacking = [why for part in parts_of(index) if part.name not in left_out for why in _faults(folder, part)]
+    parts = [part for part in parts_of(index) if part.name not in left_out]
+    lacking = [why for part in parts for why in _faults(folder, part)]
+    if not lacking:
+        _refuse_other_variants([folder / part.name for part in parts if part.has_weights], variant)
     if lacking:
         raise ModelError(
             f"policy.model must be a whole pipeline; {folder} lacks {'; '.join(lacking)}. Fetch the model again, or "
             "save it anew with save_pretrained; a part that is not needed (a safety_checker) can be left out with "
             "policy.pipeline_init_kwargs: {NAME: null}."
         )
+
+
+def _refuse_other_variants(places: list[Path], variant: str | None) -> None:
+    """Raises ModelError where weights lie there in other variants than the one that is read."""
+    found = {place: _variants(place) for place in places}
+    every = sorted({str(one) for ones in found.values() for one in ones if one is not None})
+    if variant is None and (without := [place for place, ones in found.items() if ones and None not in ones]):
+        raise ModelError(
+            f"policy.variant must name the weights to read; {without[0]} has them as {', '.join(every)} alone. Write "
+            f"policy.variant: {every[0]}."
+        )
+    if variant is not None and variant not in every:
+        there = f"there is {', '.join(every)}" if every else "its weights have none"
+        raise ModelError(
+            f"policy.variant must be one that the pipeline has; got {variant!r}, and {there}. "
+            f"{f'Write policy.variant: {every[0]}' if every else 'Leave it out'}."
+        )
+
+
+def _variants(place: Path) -> set[str | None]:
+    """In which variants a part's weights are there; None is the plain one."""
+    names = (VARIANT.search(path.name) for path in place.glob("*.safetensors"))
+    return {name["variant"] for name in names if name}
 
 
 def _faults(folder: Path, part: Part) -> Iterator[str]:

@@ -85,7 +85,7 @@ class Diffusion:
 
     def facts(self, *, tunes: bool) -> dict[str, Any]:
         """What the start is, for the record and for planning. Raises ModelError, ConfigError where it is unfit."""
-        from raftune.policies.diffusion.oracle import refuse_unproven
+        from raftune.policies.diffusion.oracle import refuse_unproven, refuse_unseeded
         from raftune.policies.diffusion.tuning import refuse_untunable
 
         call, pipe = self.call, self.frozen.pipe
@@ -94,9 +94,8 @@ class Diffusion:
             refuse_untunable(self.config, self.blank, shape)
         denoiser = self.drawer.denoiser
         loading.refuse_not_finite({**self.frozen.modules, self.frozen.denoiser.name: denoiser})
-        if tunes:
-            with self.frozen.on(self.device, "vae", "text_encoder", "safety_checker"):
-                refuse_unproven(self.drawer, call.kwargs)
+        with self.frozen.on(self.device, "vae", "text_encoder", "safety_checker"):
+            (refuse_unproven if tunes else refuse_unseeded)(self.drawer, call.kwargs)
         return {
             "architecture": type(pipe).__name__,
             "denoiser": type(denoiser).__name__,

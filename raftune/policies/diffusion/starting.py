@@ -12,6 +12,7 @@ import torch
 from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ModelError
 from raftune.policies.diffusion.adapters import PEFT_CONFIG, PEFT_WEIGHTS
+from raftune.policies.diffusion.bindings import binding_class
 from raftune.policies.diffusion.loading import load_denoiser, refuse_unmerged
 from raftune.policies.diffusion.parts import INDEX, LORA, denoiser_of, read_index
 from raftune.policies.diffusion.places import RECORD, Record, fingerprint, read_record, snapshot, source_of
@@ -34,7 +35,7 @@ def begin(config: DiffusionPolicy, out: Path, model: Any = None, *, tunes: bool 
     if (folder / RECORD).is_file():
         _begin_with_round(config, out, folder.resolve(), tunes)
     elif folder.is_dir():
-        read_index(folder)
+        _refuse_unknown(folder)
         Record("reference", str(folder.resolve()), None, fingerprint(folder)).write(out)
     elif folder.is_absolute() or config.model.startswith((".", "~")) or config.model.count("/") > 1:
         raise ModelError(
@@ -43,8 +44,13 @@ def begin(config: DiffusionPolicy, out: Path, model: Any = None, *, tunes: bool 
         )
     else:
         place = snapshot(config.model, config.revision, config)
-        read_index(place)
+        _refuse_unknown(place)
         Record("reference", config.model, place.name, f"hub:{place.name}").write(out)
+
+
+def _refuse_unknown(folder: Path) -> None:
+    """Raises ModelError for what is no pipeline, or none that a binding drives, before its weights are read."""
+    binding_class(str(read_index(folder)["_class_name"]))
 
 
 def _begin_with_object(out: Path, model: Any) -> None:
@@ -53,6 +59,7 @@ def _begin_with_object(out: Path, model: Any) -> None:
             f"a model of the diffusion family must be a pipeline of diffusers; got a {type(model).__name__}. Give "
             "DiffusionPipeline.from_pretrained(…), not its denoiser alone."
         )
+    binding_class(type(model).__name__)
     refuse_unmerged(model)
     with quiet():
         model.save_pretrained(out)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,22 @@ import torch
 from raftune.errors import ConfigError, DataError
 from raftune.policies.diffusion.binding import Binding, Call, Conditions, Pictures
 from raftune.policies.diffusion.watching import Step, watched
+
+
+class Told:
+    """A denoiser that is told these labels: the pipeline takes 1000 for no class, however many there are.
+
+    A thing beside the denoiser, and no hook on it: several batches are drawn with one denoiser at once.
+    """
+
+    def __init__(self, denoiser: Any, labels: torch.Tensor) -> None:
+        self._denoiser, self._labels = denoiser, labels
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._denoiser(*args, **{**kwargs, "class_labels": self._labels})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._denoiser, name)
 
 
 class DiT(Binding):
@@ -64,8 +80,10 @@ class DiT(Binding):
         labels = conditions.tensors["labels"]
         away = (negative or self.empty()).tensors["labels"].to(labels.device).expand_as(labels)
         told = torch.cat([labels, away]) if call.guidance_scale > 1 else labels
-        with watched(self.pipe.scheduler, last.append), self._told(told):
-            drawn = self.pipe(
+        pipe = copy.copy(self.pipe)
+        vars(pipe)["transformer"] = Told(self.denoiser, told)
+        with watched(self.pipe.scheduler, last.append):
+            drawn = pipe(
                 class_labels=labels.tolist(),
                 num_inference_steps=call.num_inference_steps,
                 guidance_scale=call.guidance_scale,
@@ -74,17 +92,6 @@ class DiT(Binding):
                 **call.kwargs,
             )
         return Pictures.of(drawn.images, last[0].latents[: len(labels)])
-
-    @contextmanager
-    def _told(self, labels: torch.Tensor) -> Iterator[None]:
-        """Within, the denoiser is told these labels: the pipeline takes 1000 for no class, however many there are."""
-        hook = self.denoiser.register_forward_pre_hook(
-            lambda module, args, kwargs: (args, {**kwargs, "class_labels": labels}), with_kwargs=True
-        )
-        try:
-            yield
-        finally:
-            hook.remove()
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         out: torch.Tensor = self.denoiser(
