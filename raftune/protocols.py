@@ -122,6 +122,15 @@ class Reader(Protocol):
 
 
 @runtime_checkable
+class Particular(Protocol):
+    """A policy that says which dials it does not have: asked again where a run goes on under another configuration."""
+
+    def refuse_dials(self) -> None:
+        """Raises ConfigError for a dial that the family, or this very model, does not have or cannot follow."""
+        ...
+
+
+@runtime_checkable
 class Shortening(Protocol):
     """A policy that can cut an answer to what it reads; without it an answer that is too long cannot be learned."""
 

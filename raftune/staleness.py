@@ -9,7 +9,7 @@ from typing import Any
 from raftune.build import Assembly
 from raftune.config.load import differences
 from raftune.errors import ConfigChanged, ConfigError, RunDamaged, StoreError
-from raftune.protocols import Stage
+from raftune.protocols import Particular, Stage
 from raftune.store.commit import stage_key
 from raftune.store.job import fields_of, hashes_of
 from raftune.store.layout import source_of
@@ -48,13 +48,14 @@ def check(assembly: Assembly, redo: str | None = None) -> list[str]:
     `redo` is STAGE or ROUND/STAGE, or several with commas: that stage, in this round and in later ones, all that is
     made from it, and all that is stale after it move to superseded/. Raises RunDamaged, ConfigChanged (with the
     differences), StoreError where weights or latents are gone that would be needed, ConfigError for a stage that does
-    not exist.
+    not exist, and for a dial that the start model does not have.
     """
     first = [parse(name, assembly) for name in redo.split(",")] if redo is not None else []
     chosen = follows(assembly, first)
     refuse_damage(assembly, chosen)
     if redo is not None and chosen:
         refuse_dropped(assembly, chosen, redo)
+        refuse_dials(assembly, chosen)
     elif assembly.run.is_committed(0, "model"):
         assembly.family.verify(assembly.run.folder(0, "model"))
     if stale := first_stale(assembly, chosen):
@@ -111,6 +112,16 @@ def refuse_dropped(assembly: Assembly, chosen: dict[Place, Stage], redo: str) ->
                     "were dropped (keep_latents), but for those of the samples that were kept then. Draw it again, "
                     f"which gives the same: --from {redo},{round_}/{source[1]}"
                 )
+
+
+def refuse_dials(assembly: Assembly, chosen: dict[Place, Stage]) -> None:
+    """Raises ConfigError for dials that the start model does not have, before anything is set aside for them."""
+    asks_a_model = any(read.startswith("model") for stage in chosen.values() for read in stage.reads)
+    if not asks_a_model or (0, "model") in chosen or not assembly.run.is_committed(0, "model"):
+        return  # the start itself is checked when it is made
+    start = assembly.policies.encoder(assembly.run.folder(0, "model"))
+    if isinstance(start, Particular):
+        start.refuse_dials()
 
 
 def first_stale(assembly: Assembly, chosen: dict[Place, Stage]) -> Stale | None:

@@ -124,6 +124,9 @@ class Tabular:
         """Nothing is noted while drawing: to look it up is as cheap."""
         return np.full(samples.num_rows, np.nan)
 
+    def refuse_dials(self) -> None:
+        refuse_unread(self.config)
+
     def notes(self) -> tuple[str, ...]:
         return ()
 

@@ -67,7 +67,7 @@ class CausalLM:
         is a LoRA adapter's: that is merged first, since switching it off must give this start and not its base; a run
         of no rounds leaves it as it is.
         """
-        refuse_unused(config, "causal_lm", ("sampling.diffusion", "tuning.diffusion", "keep_latents"))
+        refuse_unread(config)
         out.mkdir(parents=True, exist_ok=True)
         tunes = getattr(config, "num_rounds", 1) > 0
         return starting.begin(config.policy, out, model, tokenizer, merge=tunes)
@@ -80,6 +80,9 @@ class CausalLM:
         if (folder / loading.REFERENCE).is_file():
             return {**policy, **tokenizer}
         return {**policy, **tokenizer, "model": str(folder), "revision": None}
+
+    def refuse_dials(self) -> None:
+        refuse_unread(self.config)
 
     @classmethod
     def verify(cls, start: Path) -> None:
@@ -227,3 +230,8 @@ class CausalLM:
     def notes(self) -> tuple[str, ...]:
         """What a user should know about how this policy was loaded, drew and was tuned, each once."""
         return tuple(self._notes)
+
+
+def refuse_unread(config: RunParts) -> None:
+    """Raises ConfigError for dials of pictures, which mean nothing to texts."""
+    refuse_unused(config, "causal_lm", ("sampling.diffusion", "tuning.diffusion", "keep_latents"))

@@ -78,6 +78,15 @@ class Diffusion:
             return dict(policy)
         return {**policy, "model": str(folder), "revision": None}
 
+    def refuse_dials(self) -> None:
+        """Raises ConfigError for dials that the family or this pipeline does not have; needs no weights."""
+        from raftune.policies.diffusion.tuning import refuse_untunable
+
+        refuse_unread(self.config)
+        shape = self.blank.latent_shape(self.call.height, self.call.width)
+        if getattr(self.config, "num_rounds", 1) > 0:
+            refuse_untunable(self.config, self.blank, shape)
+
     @classmethod
     def verify(cls, start: Path) -> None:
         """Raises ModelError if the pipeline that the start folder refers to is gone or has changed."""
@@ -86,12 +95,10 @@ class Diffusion:
     def facts(self, *, tunes: bool) -> dict[str, Any]:
         """What the start is, for the record and for planning. Raises ModelError, ConfigError where it is unfit."""
         from raftune.policies.diffusion.oracle import refuse_unproven, refuse_unseeded
-        from raftune.policies.diffusion.tuning import refuse_untunable
 
+        self.refuse_dials()  # needs no weights, so a large model is not read in vain
         call, pipe = self.call, self.frozen.pipe
         shape = self.blank.latent_shape(call.height, call.width)
-        if tunes:  # needs no weights, so a large model is not read in vain
-            refuse_untunable(self.config, self.blank, shape)
         denoiser = self.drawer.denoiser
         loading.refuse_not_finite({**self.frozen.modules, self.frozen.denoiser.name: denoiser})
         with self.frozen.on(self.device, "vae", "text_encoder", "safety_checker"):

@@ -1,0 +1,54 @@
+"""Stopped, damaged and changed runs of pipelines: what they say, what they refuse, and that nothing is lost."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raftune.errors import ConfigError
+from raftune.runs import run
+from tests.pipelines import save_tiny
+from tests.runs.kill import tree
+from tests.runs.test_diffusion_families import config, objects
+
+SHORT: dict[str, Any] = {"num_rounds": 1, "evaluation": {"num_prompts": 0}}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    base = tmp_path_factory.mktemp("resumes")
+    model = save_tiny("dit", base / "dit")
+    run(config(base / "run", model, "dit", **SHORT), objects("dit"))
+    return model, base / "run"
+
+
+@pytest.fixture
+def copied(finished: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    return finished[0], Path(shutil.copytree(finished[1], tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sampling": {"diffusion": {"num_inference_steps": 2, "height": 32, "width": 32}}},
+            "must be 16 x 16, at which",
+        ),
+        ({"sampling": {"temperature": 0.5}}, r"sampling\.temperature means nothing to the diffusion family"),
+        (
+            {"tuning": {"diffusion": {"min_snr_gamma": 5.0}, "trainer_kwargs": {"neftune_noise_alpha": 5}}},
+            "it is of text",
+        ),
+    ],
+)
+def test_dials_that_a_pipeline_does_not_have_are_refused_before_anything_is_set_aside(
+    copied: tuple[Path, Path], changes: dict[str, Any], message: str
+) -> None:
+    model, root = copied
+    before = tree(root)
+    with pytest.raises(ConfigError, match=message):
+        run(config(root, model, "dit", **SHORT, **changes), objects("dit"), redo="draw")
+    assert tree(root) == before and not (root / "superseded").exists()
