@@ -9,12 +9,14 @@ from raftune.config.guards import ALIKE_ALARMS, PICTURE_ALARMS, TEXT_ALARMS
 from raftune.errors import ConfigError
 from raftune.records import LATENTS
 from raftune.rewards.media import misfits
+from raftune.stages.gather import prompts_of, reference_rows
 
 
 def preflight(assembly: Assembly) -> None:
     """Raises ConfigError with a line for each thing that cannot work: no reward, beta without likelihoods, a selection
     that can never select, a best round by a reward that is not there, an alarm that can never be raised, a reward of
-    texts on pictures or the reverse. Raises RewardError for a reward that cannot be loaded."""
+    texts on pictures or the reverse. Raises DataError for reference answers that cannot be read, RewardError for a
+    reward that cannot be loaded."""
     if findings := [
         *rewards(assembly),
         *likelihood(assembly),
@@ -24,6 +26,7 @@ def preflight(assembly: Assembly) -> None:
         *pictures(assembly),
     ]:
         raise ConfigError("\n".join(findings))
+    references(assembly)
     if findings := [*media(assembly)]:  # last, for it loads the rewards
         raise ConfigError("\n".join(findings))
 
@@ -34,6 +37,13 @@ def rewards(assembly: Assembly) -> Iterator[str]:
             "rewards.reward_funcs must name at least one reward; got none. Add one, such as "
             "`reward_funcs: [rewards.py:score]`; a run whose rewards were objects is continued by its own script."
         )
+
+
+def references(assembly: Assembly) -> None:
+    """Reads the reference answers once before a new run draws: those that cannot be read must not cost a round."""
+    config = assembly.config.tuning.reference
+    if config is not None and assembly.config.num_rounds and not assembly.run.is_committed(0, "data"):
+        prompts_of(reference_rows(config), config)
 
 
 def media(assembly: Assembly) -> Iterator[str]:

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +16,8 @@ import pyarrow.compute as pc
 from raftune.config.tuning import ReferenceConfig, TuningConfig
 from raftune.data import read_rows
 from raftune.errors import DataError
-from raftune.protocols import Inputs, PolicyShelf
-from raftune.records import Prompt, derive_seed
+from raftune.protocols import Inputs, Policy, PolicyShelf
+from raftune.records import INVALID, Prompt, derive_seed
 from raftune.stages.data import prepare
 from raftune.stages.select import read_verdicts
 from raftune.store.layout import unit_file
@@ -80,14 +81,8 @@ class Gather:
 
     def reference(self, config: ReferenceConfig, inputs: Inputs, others: int, schema: pa.Schema) -> pa.Table:
         """So many reference answers, chosen by seed, that they make up the configured share of all rows."""
-        rows = read_rows(config.path, field="tuning.reference.path")
-        if config.completion_column not in rows.column_names:
-            raise DataError(
-                f"tuning.reference.path must have the column {config.completion_column!r}; got "
-                f"{', '.join(rows.column_names)}. Name it with tuning.reference.completion_column."
-            )
-        answers = rows.column(config.completion_column)
-        prompts = prepare(rows.select([config.prompt_column]), config.prompt_column, "tuning.reference.path")
+        rows = reference_rows(config)
+        answers, prompts = rows.column(config.completion_column), prompts_of(rows, config)
         wanted = min(round(others * config.fraction / (1 - config.fraction)), rows.num_rows)
         generator = np.random.Generator(np.random.Philox(derive_seed("reference", self.seed, self.round)))
         chosen = sorted(int(i) for i in generator.permutation(rows.num_rows)[:wanted])
@@ -103,10 +98,40 @@ class Gather:
                     "weight": 1.0,
                     "origin": "reference",
                     "source": "reference",
-                    **policy.adopt(prompt, answers[number].as_py(), "reference"),
+                    **adopted(policy, prompt, answers[number].as_py(), number + 1),
                 }
             )
         return pa.Table.from_pylist(encoded, schema=schema)
+
+
+def adopted(policy: Policy, prompt: Prompt, answer: Any, row: int) -> Mapping[str, Any]:
+    """The payload of a reference answer. Raises DataError that names its row where it is nothing to learn from."""
+    try:
+        payload = policy.adopt(prompt, answer, "reference")
+    except DataError as error:
+        raise DataError(f"tuning.reference.path, row {row}: {error}") from error
+    if payload.get(INVALID) is not None:
+        raise DataError(
+            f"tuning.reference.path, row {row}: there is nothing to learn from ({payload[INVALID]}). Remove the row."
+        )
+    return payload
+
+
+def reference_rows(config: ReferenceConfig) -> pa.Table:
+    """The data set of reference answers. Raises DataError where it cannot be read, or lacks a column that is named."""
+    rows = read_rows(config.path, field="tuning.reference.path")
+    for name in ("prompt_column", "completion_column"):
+        if (column := getattr(config, name)) not in rows.column_names:
+            raise DataError(
+                f"tuning.reference.path must have the column {column!r} (tuning.reference.{name}); got "
+                f"{', '.join(rows.column_names)}. Name one of these."
+            )
+    return rows
+
+
+def prompts_of(rows: pa.Table, config: ReferenceConfig) -> pa.Table:
+    """What the reference answers answer, with ids. Raises DataError that names the row of a prompt that is none."""
+    return prepare(rows.select([config.prompt_column]), config.prompt_column, "tuning.reference.path")
 
 
 def kept_rows(
