@@ -92,8 +92,16 @@ def refuse_damage(assembly: Assembly, chosen: dict[Place, Stage]) -> None:
     if faults:
         more = f" (and {len(faults) - 1} more: `raftune verify` lists them)" if len(faults) > 1 else ""
         raise RunDamaged(
-            f"{faults[0]}{more}. Restore it, or redo its stage and what follows with `--from ROUND/STAGE`."
+            f"{faults[0]}{more}. Restore it, or redo its stage and what follows with "
+            f"`--from {first_damaged(assembly, chosen)}`."
         )
+
+
+def first_damaged(assembly: Assembly, chosen: dict[Place, Stage]) -> str:
+    """The earliest stage that is not as it was committed, as --from takes it."""
+    stays = ((round_, stage) for round_, stage in table(assembly) if (round_, stage.writes) not in chosen)
+    damaged = (f"{r}/{label(stage)}" for r, stage in stays if assembly.run.faults_of(r, stage.writes))
+    return next(damaged, "ROUND/STAGE")
 
 
 def refuse_dropped(assembly: Assembly, chosen: dict[Place, Stage], redo: str) -> None:

@@ -54,6 +54,24 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+@pytest.mark.parametrize(
+    ("file", "stage"),
+    [
+        ("round-0000/model/policy.json", "0/start"),
+        ("round-0000/evaluate/draw/unit-00000.parquet", "0/evaluation-draw"),
+        ("round-0001/draw/unit-00001.parquet", "1/draw"),
+        ("round-0001/model/policy.json", "1/tune"),
+        ("round-0002/rows/rows.parquet", "2/gather"),
+    ],
+)
+def test_what_is_said_to_redo_mends_the_run(copy: Path, finished: Path, file: str, stage: str) -> None:
+    flip(copy / file)
+    with pytest.raises(RunDamaged, match=f"redo its stage and what follows with `--from {stage}`"):
+        run(tiny.config(copy, **tiny.EVERYTHING), tiny.objects())
+    run(tiny.config(copy, **tiny.EVERYTHING), tiny.objects(), redo=stage)
+    assert verify(copy) == [] and not difference(tree(finished), tree(copy))
+
+
 @pytest.mark.parametrize("harm", [flip, cut, Path.unlink], ids=["flipped", "cut", "deleted"])
 def test_every_file_that_is_harmed_is_found_and_named_before_anything_is_run(
     finished: Path, tmp_path: Path, harm: Callable[[Path], None]
