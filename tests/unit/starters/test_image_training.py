@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from raftune.starters import image
 from raftune.starters.image import build
 from raftune.starters.image.autoencoder import AutoencoderRecipe, centre, encode, reconstruct, train_autoencoder
-from raftune.starters.image.drawing import LEVELS, PolicyRecipe, lessons, levels, train_flow, train_unet
+from raftune.starters.image.drawing import LEVELS, Leg, PolicyRecipe, lessons, levels, train_flow, train_unet
 from raftune.starters.image.keeping import load_head, save_head, save_part
 from raftune.starters.image.pictures import ANY_RADIUS, SCENES, SHAPES, paint, scenes
 from raftune.starters.image.seeing import JudgeRecipe, contrast, gallery, groups
@@ -56,7 +56,7 @@ def test_the_shipped_latents_are_centred_and_any_pipeline_takes_them_as_they_are
 
 
 def test_three_captions_in_ten_are_another_scenes_and_none_is_held_out(vae: AutoencoderKL) -> None:
-    recipe = PolicyRecipe(steps=1, rate=1e-3, pictures=960)
+    recipe = PolicyRecipe((), pictures=960)
     known, right = lessons(vae, recipe, 0), lessons(vae, recipe._replace(wrong=0.0), 0)
     assert known.latents.shape == (960, 4, 8, 8)
     # 960 draws of probability 0.3: five standard deviations are 0.074.
@@ -71,7 +71,7 @@ def test_two_trainings_with_one_seed_are_the_same_and_the_autoencoder_stays_as_i
     train: object, vae: AutoencoderKL
 ) -> None:
     frozen = {name: value.clone() for name, value in vae.state_dict().items()}
-    recipe = PolicyRecipe(steps=2, rate=1e-3, pictures=48, batch=4)
+    recipe = PolicyRecipe((Leg(1, 1e-3), Leg(1, 1e-3, noisy=True)), pictures=48, batch=4)
     pipes = [train(vae, recipe, 3) for _ in range(2)]  # type: ignore[operator]
     first, second = (pipe.components["unet" if "unet" in pipe.components else "transformer"] for pipe in pipes)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
@@ -79,12 +79,13 @@ def test_two_trainings_with_one_seed_are_the_same_and_the_autoencoder_stays_as_i
     assert all(torch.equal(frozen[name], value) for name, value in vae.state_dict().items())
 
 
-def test_half_of_the_noise_levels_are_high() -> None:
-    t = levels(4000, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("noisy", "share"), [(False, 0.4), (True, 0.7)])
+def test_a_noisy_leg_has_half_of_its_noise_levels_among_the_highest(noisy: bool, share: float) -> None:
+    t = levels(4000, torch.Generator().manual_seed(0), noisy=noisy)
     assert t.shape == (4000,)
     assert 0 <= t.min() < 0.01 * LEVELS
     assert t.max() < LEVELS
-    assert abs((t >= 0.6 * LEVELS).float().mean() - 0.7) < 0.04  # half of them, and 40 % of the others: 5 deviations
+    assert abs((t >= 0.6 * LEVELS).float().mean() - share) < 0.04  # five standard deviations
 
 
 def test_a_gallery_holds_every_scene_and_groups_differ_in_their_shape_alone(vae: AutoencoderKL) -> None:
