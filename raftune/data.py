@@ -66,8 +66,8 @@ def table_from(rows: Any) -> pa.Table:
 def with_pictures(table: pa.Table, base: Path, field: str) -> pa.Table:
     """The table, its columns of pictures as bytes: of `datasets`' form, or paths of files that begin in `base`.
 
-    A column of texts is one of paths where all of them have a picture's suffix and the first names a file. Raises
-    DataError for a later one that does not.
+    A column of texts is one of paths where all of them have a picture's suffix and any names a file. Raises DataError
+    for one that does not.
     """
     for place, name in enumerate(table.column_names):
         column, kind = table.column(name), table.column(name).type
@@ -79,12 +79,12 @@ def with_pictures(table: pa.Table, base: Path, field: str) -> pa.Table:
 
 
 def names_pictures(column: pa.ChunkedArray, base: Path) -> bool:
-    """Whether every text of the column is a picture's path, and the first that of a file."""
+    """Whether every text of the column is a picture's path, and any that of a file."""
     texts = column.drop_null()
-    first = texts[0].as_py() if len(texts) else None
-    if first is None or not is_picture(first) or not (base / Path(first).expanduser()).is_file():
+    if not len(texts) or not is_picture(texts[0].as_py()):
         return False
-    return all(map(is_picture, texts.to_pylist()))
+    paths = texts.to_pylist()
+    return all(map(is_picture, paths)) and any((base / Path(path).expanduser()).is_file() for path in paths)
 
 
 def in_bytes(column: pa.ChunkedArray, name: str, base: Path, field: str) -> pa.Array:

@@ -53,9 +53,9 @@ def image_of(png: bytes) -> Image.Image:
         with opened.open(io.BytesIO(png)) as image:
             return as_rgb(image)
     except (OSError, ValueError, SyntaxError, opened.DecompressionBombError) as error:
-        raise DataError(
-            f"these {len(png):,} bytes are no picture: {error}. A picture is a PNG or JPEG file."
-        ) from error
+        unknown = type(error).__name__ == "UnidentifiedImageError"  # which says no more, but an address in memory
+        why = "" if unknown else f": {error}"
+        raise DataError(f"these {len(png):,} bytes are no picture{why}. A picture is a PNG or JPEG file.") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

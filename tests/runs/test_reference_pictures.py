@@ -54,7 +54,7 @@ def test_a_picture_that_is_nothing_to_learn_from_is_named_by_its_row(tmp_path: P
 
 def test_a_file_that_is_no_picture_is_named_by_its_row(tmp_path: Path) -> None:
     tuning = references(tmp_path, {"a.png": noise(), "b.png": b"no picture"})
-    with pytest.raises(DataError, match=r"tuning\.reference\.path, row 2: .*these 10 bytes are no picture"):
+    with pytest.raises(DataError, match=r"path, row 2: .*these 10 bytes are no picture\. A picture is a PNG or JPEG"):
         run(config(tmp_path / "run", tuning=tuning, **NONE), objects())
 
 
@@ -75,9 +75,14 @@ def test_references_that_cannot_be_read_are_refused_before_anything_is_drawn(
     assert not list((tmp_path / "run").rglob("unit-*.parquet"))
 
 
-def test_a_picture_s_file_that_is_gone_is_named_by_its_row_before_anything_is_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("gone", "row"), [("a.png", 1), ("b.png", 2)])
+def test_a_picture_s_file_that_is_gone_is_named_by_its_row_before_anything_is_drawn(
+    tmp_path: Path, gone: str, row: int
+) -> None:
     tuning = references(tmp_path, {"a.png": noise(), "b.png": noise()})
-    (tmp_path / "b.png").unlink()
-    with pytest.raises(DataError, match=r"the picture in row 2 of the column 'picture' cannot be read: No such file"):
+    (tmp_path / gone).unlink()
+    with pytest.raises(
+        DataError, match=rf"the picture in row {row} of the column 'picture' cannot be read: No such file"
+    ):
         run(config(tmp_path / "run", tuning=tuning, **NONE), objects())
     assert not list((tmp_path / "run").rglob("unit-*.parquet"))
