@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
+from functools import cache
+from importlib import metadata
 
 import pytest
 
@@ -16,6 +19,12 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["COLUMNS"] = "120"  # what is printed is laid out for a terminal of this width
 
 from raftune.store import files, run
+
+# Tests interrupt themselves and what they start, which would not hear it where a shell started them in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Every run records ten versions, each read from a long file; they stay what they are while the tests last.
+metadata.version = cache(metadata.version)
 
 # A test may end a process but never the machine, so that what the kernel was given is kept: a sync shows nothing, and
 # a tiny run would wait for the disk a hundred times. Replaced before anybody else imports it by its name.

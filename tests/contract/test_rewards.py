@@ -19,7 +19,7 @@ from raftune.rewards.examples import example_pictures
 from tests.builders import tiny_clip
 from tests.runs.http_judge import judging
 
-LIMIT = 0.7
+LIMIT = 1.5
 ACTS = """
 import asyncio, os, sys, time
 from decimal import Decimal
@@ -62,7 +62,7 @@ def act(completions, act, **kwargs):
     if kind == "hangs":
         time.sleep(30)
     if kind == "slow":
-        time.sleep(0.3)
+        time.sleep(0.1)
         kind = "fine"
     if kind == "prints":
         print("to stdout")
@@ -73,7 +73,7 @@ def act(completions, act, **kwargs):
 
 async def act_later(completions, act, **kwargs):
     if act[0] in ("hangs", "slow"):
-        await asyncio.sleep(30 if act[0] == "hangs" else 0.3)
+        await asyncio.sleep(30 if act[0] == "hangs" else 0.1)
         act = ["fine"]
     await asyncio.sleep(0)
     return globals()["act"](completions, act)
@@ -151,8 +151,8 @@ def test_a_hung_call_costs_its_limit_and_little_more_and_the_next_one_is_answere
     began = time.monotonic()
     score = panel.score(asked("hangs"))[0]
     assert (score.value, score.status) == (None, Status.TIMEOUT)
-    assert score.parts[panel.names[0]].detail.startswith("no answer within 0.7 s; ")
-    assert LIMIT <= time.monotonic() - began < LIMIT + 3
+    assert score.parts[panel.names[0]].detail.startswith(f"no answer within {LIMIT} s; ")
+    assert LIMIT <= time.monotonic() - began < LIMIT + 20
     assert panel.score(asked("fine"))[0].value == 0.5
 
 
