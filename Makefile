@@ -28,7 +28,7 @@ check: $(READY)  ## style, types, and the directions of imports
 	@$(BIN)/lint-imports --no-logo
 
 test: $(READY)  ## the test suite, on two cores and without a network
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 format: $(READY)  ## bring the code into its form
 	@$(BIN)/ruff check --fix .
