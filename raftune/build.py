@@ -370,13 +370,16 @@ def start_teacher(family: Family, config: RunConfig, out: Path) -> None:
 
 
 def teacher_config(config: RunConfig) -> RunConfig:
-    """The configuration with the teacher in the policy's place: the same family and dials, no adapter."""
+    """The configuration with the teacher in the policy's place: the same family and dials, no adapter, and no rounds.
+
+    It is never tuned, so it need not be of a kind that can be.
+    """
     assert config.sampling.teacher is not None
     changes: dict[str, Any] = {"model": config.sampling.teacher.model}
     own: dict[str, Any] = {"adapter": None, "tokenizer": None, "revision": None, "variant": None}
     own["pipeline_init_kwargs"] = {}
     changes |= {name: value for name, value in own.items() if hasattr(config.policy, name)}
-    return config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
+    return config.model_copy(update={"policy": config.policy.model_copy(update=changes), "num_rounds": 0})
 
 
 def limit_threads(config: RunConfig) -> None:

@@ -29,6 +29,19 @@ class DemonstrationsConfig(Frozen):
     )
 
 
+class PictureSize(Frozen):
+    """The size of the pictures that a pipeline learns: that of the data, since none is cropped or scaled."""
+
+    height: int | None = Field(None, ge=1, description="Pixels; None is the pipeline's default.")
+    width: int | None = Field(None, ge=1, description="Pixels; None is the pipeline's default.")
+
+
+class ReadAsDrawn(Frozen):
+    """What of a run's `sampling` says how answers are read."""
+
+    diffusion: PictureSize = Field(default_factory=PictureSize, description="For a diffusion pipeline.")
+
+
 class SftConfig(Frozen):
     """Everything that shapes a supervised fine-tuning; equal ones give bit-identical models on a CPU."""
 
@@ -45,6 +58,7 @@ class SftConfig(Frozen):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="For the chat template.")
     data: DemonstrationsConfig
     policy: PolicyConfig
+    sampling: ReadAsDrawn = Field(default_factory=ReadAsDrawn, description="How pictures are read.")
     tuning: TuningConfig = Field(default_factory=TuningConfig)
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ import yaml
 from raftune.build import limit_threads
 from raftune.config.load import differences, read_yaml, validate_as
 from raftune.config.run import DataConfig, EngineConfig, RunConfig
-from raftune.config.sampling import SamplingConfig
+from raftune.config.sampling import DiffusionSampling, SamplingConfig
 from raftune.config.sft import SftConfig
 from raftune.errors import ConfigChanged, ConfigError, DataError, OutOfMemory, StoreError
 from raftune.families import Family, family_of
@@ -228,7 +228,10 @@ def as_run(config: SftConfig) -> RunConfig:
         seed=config.seed,
         data=DataConfig(prompts=config.data.path, split=config.data.split),
         policy=config.policy,
-        sampling=SamplingConfig(chat_template_kwargs=config.chat_template_kwargs),
+        sampling=SamplingConfig(
+            chat_template_kwargs=config.chat_template_kwargs,
+            diffusion=DiffusionSampling(**config.sampling.diffusion.model_dump()),
+        ),
         tuning=config.tuning,
         engine=EngineConfig(threads=config.threads),
     )

@@ -14,11 +14,14 @@ import torch
 from PIL import Image
 
 from raftune.build import Objects
-from raftune.errors import DataError
+from raftune.config.load import validate_as
+from raftune.config.sft import SftConfig
+from raftune.errors import DataError, ModelError
 from raftune.pictures import png_of
 from raftune.policies.diffusion import loading
 from raftune.policies.diffusion.binding import Binding
 from raftune.runs import run
+from raftune.sft import sft
 from raftune.subject import evaluation_of, subject_of
 from tests.pipelines import SIZE, WORDS, save_tiny
 from tests.runs.test_causal_lm_runs import tree
@@ -60,6 +63,18 @@ def test_a_person_s_pictures_and_a_teacher_s_are_ranked_beside_the_policy_s_own(
     assert {tuple(one["latents_shape"]) for one in own + taught} == {(4, 8, 8)}, "all can be learned from"
     photos = {one["completion"] for one in own if one["source"] == "column:photo"}
     assert photos <= {photo(i) for i in range(len(CAPTIONS))} and len(photos) == 4
+
+
+def test_a_teacher_that_cannot_be_tuned_can_teach(model: Path, tmp_path: Path) -> None:
+    """Its sampler has no known loss, and it is only drawn from."""
+    teacher = save_tiny("sd", tmp_path / "teacher", seed=3)
+    scheduler = teacher / "scheduler/scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"timestep_type": "continuous"}))
+    base = {"num_rounds": 1, "evaluation": {"num_prompts": 0}}
+    with pytest.raises(ModelError, match="count discrete times"):
+        run(config(tmp_path / "tuned", teacher, "sd", **base), objects())
+    run(config(tmp_path / "run", model, "sd", sampling={"teacher": {"model": str(teacher)}}, **base), objects())
+    assert {one["source"] for one in shard(tmp_path / "run", "teach")} == {"teacher"}
 
 
 def test_a_picture_of_another_size_is_refused_with_the_fix(model: Path, tmp_path: Path) -> None:
@@ -150,3 +165,23 @@ def test_an_equal_run_elsewhere_ends_with_the_same_bytes(model: Path, tmp_path: 
     for name in ("a", "b"):
         run(config(tmp_path / name, model, "sd", num_rounds=1, policy={"adapter": {"r": 2}}), objects())
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_a_pipeline_is_taught_pictures_of_the_size_that_is_named(model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": caption, "image": f"{i}.png"} for i, caption in enumerate(CAPTIONS)]
+    for i in range(len(rows)):
+        (tmp_path / f"{i}.png").write_bytes(photo(i, 24))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given: dict[str, Any] = {
+        "output_dir": str(tmp_path / "sft"),
+        "threads": 1,
+        "data": {"path": str(tmp_path / "rows.jsonl"), "held_out_fraction": 0},
+        "policy": {"family": "diffusion", "model": str(model), "device": "cpu"},
+        "tuning": {"max_steps": 1, "per_device_train_batch_size": 2},
+    }
+    with pytest.raises(DataError, match=r"is 24 x 24\. .* or set sampling\.diffusion\.height and \.width\."):
+        sft(validate_as(SftConfig, given))
+    given |= {"output_dir": str(tmp_path / "other"), "sampling": {"diffusion": {"height": 24, "width": 24}}}
+    assert sft(validate_as(SftConfig, given)).report["data"]["learned"] == len(CAPTIONS)
+    learned = pq.read_table(tmp_path / "other/rows.parquet").to_pylist()
+    assert {tuple(row["latents_shape"]) for row in learned} == {(4, 12, 12)}
