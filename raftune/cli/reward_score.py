@@ -97,7 +97,7 @@ def run(
     family = IMAGES if answers.media == "image" else None
     config = config.model_copy(update={"reward_funcs": (resolve_reward(config.reward_funcs[0], family),)})
     with interruptible(Path(), "nothing was written.") as watch, Steps() as steps, load_panel(config) as panel:
-        refuse_unfit(panel, answers.media, file)
+        refuse_unfit(panel.media, answers.media)
         steps.begin(f"scoring {len(answers.completions):,} answers")
 
         def observe(done: int, of: int) -> None:

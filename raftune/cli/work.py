@@ -57,7 +57,8 @@ def outcome_json(root: Path, outcome: Outcome, worked: bool) -> dict[str, Any]:
 
 def outcome_words(root: Path, outcome: Outcome, worked: bool) -> list[str]:
     """Where the run ended, and what to do with it."""
-    value = "" if outcome.value is None else f", {outcome.value:.3f}"
+    unjudged = " (the last one: none was judged)" * (outcome.best > 0)
+    value = unjudged if outcome.value is None else f", {outcome.value:.3f}"
     best = (
         f"round {outcome.best}"
         if outcome.best

@@ -15,7 +15,7 @@ from raftune.rewards.batch import Batch
 from raftune.rewards.examples import example_batch, example_pictures
 from raftune.rewards.failures import FAILED, excerpt
 from raftune.rewards.loading import load_reward
-from raftune.rewards.media import IMAGE_MEDIA
+from raftune.rewards.media import IMAGE_MEDIA, refuse_unfit
 from raftune.rewards.outcome import Outcome
 from raftune.rewards.panel import wait
 from raftune.rewards.places import Place, place
@@ -103,19 +103,27 @@ def check_reward(
     """Calls the reward again and again: as it is, on the shuffled batch, on two halves of it.
 
     Without a batch it uses one of our own, with `pictures` or for a reward that reads nothing else one of pictures.
-    Raises ConfigError and RewardError where the reward cannot be loaded.
+    Raises ConfigError and RewardError where the reward cannot be loaded, or reads the other medium alone.
     """
     loaded = load_reward(reward, timeout=timeout, tokenizer=tokenizer, device=device)
     limit = (reward.timeout if isinstance(reward, RewardSpec) else None) or timeout
     loop = Loop()
     seat = place(loaded, loop)
+    if batch is not None:
+        pictures = any(hasattr(one, "convert") for one in batch.completions)
+    elif loaded.media == IMAGE_MEDIA:
+        pictures = True
     try:
+        refuse_unfit({loaded.name: loaded.media}, "image" if pictures else "text")
         if batch is not None:
             return _report(loaded, seat, batch, limit)
-        if not (pictures or loaded.media == IMAGE_MEDIA):
+        if not pictures:
             return _report(loaded, seat, example_batch(), limit)
+        report = _report(loaded, seat, example_pictures(), limit)
+        if report.deterministic is None:  # equal sizes fail as well
+            return report
         mixed = not _call(seat, example_pictures(mixed_sizes=True), limit).failed
-        return replace(_report(loaded, seat, example_pictures(), limit), mixed_sizes=mixed)
+        return replace(report, mixed_sizes=mixed)
     finally:
         seat.close()
         loop.close()

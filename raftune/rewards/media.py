@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from raftune.errors import ConfigError, RewardError
@@ -31,22 +31,20 @@ def misfits(panel: Panel, media: str, family: str, field: str = "rewards.reward_
     A plain function says nothing of what it reads, so nothing is said of it.
     """
     made, other = ("pictures", "texts") if media == "image" else ("texts", "pictures")
-    for name in unfit(panel, media):
+    for name in unfit(panel.media, media):
         yield (
             f"{field}: {name} scores {other}, and policy.family: {family} makes {made}. Name a reward for {made}, "
             "or a policy of the other kind."
         )
 
 
-def refuse_unfit(panel: Panel, media: str, source: str) -> None:
-    """Raises ConfigError where the panel's reward cannot read the answers of this medium in a file."""
+def refuse_unfit(reads: Mapping[str, frozenset[str]], media: str) -> None:
+    """Raises ConfigError where one of the rewards, each with what it reads, cannot read this medium."""
     held, other = ("pictures", "texts") if media == "image" else ("texts", "pictures")
-    for name in unfit(panel, media):
-        raise ConfigError(
-            f"MODEL: {name} scores {other}, and {source} holds {held}. Name a reward for {held}, or a file of {other}."
-        )
+    for name in unfit(reads, media):
+        raise ConfigError(f"{name} scores {other}, and was given {held}. Name a reward for {held}, or give it {other}.")
 
 
-def unfit(panel: Panel, media: str) -> list[str]:
-    """The names of the panel's rewards that cannot read this medium."""
-    return [n for n, read in panel.media.items() if not read & (IMAGE_MEDIA if media == "image" else WORDS)]
+def unfit(reads: Mapping[str, frozenset[str]], media: str) -> list[str]:
+    """The names of the rewards that cannot read this medium."""
+    return [name for name, read in reads.items() if not read & (IMAGE_MEDIA if media == "image" else WORDS)]

@@ -23,6 +23,7 @@ from raftune.store.parquet import column_names, read_groups, read_metadata, read
 
 UNITS = "raftune.units"
 MEND = "Mend the reward and run `raftune resume RUN --from score`."
+SHOWN = 3  # reasons why samples could not be scored
 _IDENTITY = ("sample_id", "prompt_id", "k", "source")
 _CHEAP = ("prompt_id", "k", "source", "score", "status")
 _FAILURE = ("sample_id", "k", "source", "status", "detail")
@@ -184,14 +185,16 @@ def refuse_failures(scores: Iterable[pa.Table], limit: float) -> None:
     Invalid ones, about which no reward was asked, do not count; ModelError where there are no others.
     """
     total, failed, invalid = 0, Counter[str](), Counter[str]()
-    examples: list[str] = []
+    examples: dict[str, str] = {}  # of each detail the first sample: what fails together fails alike
     for table in scores:
         invalid.update(table.filter(table.column(INVALID)).column("detail").to_pylist())
         asked = table.filter(pc.invert(table.column(INVALID)))
         total += asked.num_rows
         bad = asked.filter(pc.is_in(asked.column("status"), pa.array(["invalid", "error", "timeout"])))
         failed.update(bad.column("status").to_pylist())
-        examples += [f"{r['sample_id']}: {r['detail']}" for r in bad.slice(0, max(0, 3 - len(examples))).to_pylist()]
+        for name, detail in zip(bad.column("sample_id").to_pylist(), bad.column("detail").to_pylist(), strict=True):
+            if len(examples) < SHOWN:
+                examples.setdefault(detail, name)
     if invalid and not total:
         whole = ", ".join(f"{n} {why}" for why, n in invalid.most_common(3))
         raise ModelError(
@@ -200,9 +203,10 @@ def refuse_failures(scores: Iterable[pa.Table], limit: float) -> None:
         )
     if total and sum(failed.values()) > limit * total:
         counts = ", ".join(f"{n} {status}" for status, n in sorted(failed.items()))
+        shown = [f"{name}: {detail}" for detail, name in examples.items()]
         raise RewardError(
             f"rewards: {sum(failed.values())} of {total} samples could not be scored ({counts}); "
-            f"rewards.max_failure_fraction allows {limit:g}. For example: " + " | ".join(examples) + f". {MEND}"
+            f"rewards.max_failure_fraction allows {limit:g}. For example: " + " | ".join(shown) + f". {MEND}"
         )
 
 

@@ -54,6 +54,7 @@ CONFIG = {
         "reward_funcs": ["rewards.py:best"],
     },
     "engine": {"threads": 1},
+    "report": False,  # the page has tests of its own
 }
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("COV")} | {"COLUMNS": "200"}
 
@@ -90,6 +91,14 @@ def finished(whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 @pytest.fixture
+def copied(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same folder once more, for tests that change what is in it."""
+    folder = shutil.copytree(whole, tmp_path / "copied")
+    monkeypatch.chdir(folder)
+    return Path(folder)
+
+
+@pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(lay_out(tmp_path))
     return tmp_path
@@ -109,6 +118,7 @@ def test_results_are_on_stdout_and_progress_on_stderr(fresh: Path, capsys: pytes
     out, err = said(capsys, "train", "tab.yaml")
     assert out.startswith("Finished: all 2 rounds are done.\n")
     assert "runs/tab/round-000" in out
+    assert "none was judged" not in out
     warning, *lines = err.splitlines()
     assert warning.startswith("4 of 4 held-out prompts are also trained on")
     assert [line.split()[0] for line in lines] == ["round", "start", "1", "2"]
@@ -120,6 +130,11 @@ def test_a_finished_run_says_so_and_where_its_result_is(finished: Path, capsys: 
     assert out.startswith("Already finished; nothing to do: all 2 rounds are done.")
     assert re.search(r"model +runs/tab/round-000\d/model", out)
     assert tree(finished) == before
+
+
+def test_an_unjudged_run_says_that_its_best_round_is_the_last(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = said(capsys, "train", "tab.yaml", "--name", "unjudged", "--evaluation.num_prompts", "0")
+    assert "best      round 2 (the last one: none was judged)" in out
 
 
 def test_a_program_can_read_the_outcome(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,8 +157,7 @@ def test_the_configuration_in_the_run_gives_the_same_run(finished: Path, capsys:
     assert out.startswith("Already finished")
 
 
-def test_resume_can_ask_for_more_rounds(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said(capsys, "train", "tab.yaml")
+def test_resume_can_ask_for_more_rounds(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = said(capsys, "resume", "runs/tab", "--num-rounds", "3")
     assert out.startswith("Finished: all 3 rounds are done.")
     assert "num_rounds: 2 → 3" in err
@@ -158,14 +172,13 @@ def test_another_configuration_is_refused_with_the_difference(
     assert verify(finished) == []
 
 
-def test_from_redoes_a_stage_and_what_follows(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said(capsys, "train", "tab.yaml")
-    drawn = tree(fresh / "runs/tab/round-0002/draw")
+def test_from_redoes_a_stage_and_what_follows(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = tree(copied / "runs/tab/round-0002/draw")
     _, err = said(capsys, "resume", "runs/tab", "--from", "2/select", "--selection.rule", "random", code=2)
     assert "select of round 1" in err  # the rule shaped an earlier round as well
     _, err = said(capsys, "resume", "runs/tab", "--from", "2/tune")
     assert "set aside, to superseded/: " in err
-    assert tree(fresh / "runs/tab/round-0002/draw") == drawn
+    assert tree(copied / "runs/tab/round-0002/draw") == drawn
 
 
 def test_resume_takes_no_files(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,9 +199,8 @@ def test_a_run_in_use_is_refused(finished: Path, capsys: pytest.CaptureFixture[s
     assert err.startswith("error: runs/tab is in use by another process.")
 
 
-def test_a_run_of_a_newer_version_is_refused(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said(capsys, "train", "tab.yaml")
-    path = fresh / "runs/tab/round-0001/select/_COMMIT.json"
+def test_a_run_of_a_newer_version_is_refused(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copied / "runs/tab/round-0001/select/_COMMIT.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"layout": 99}))
     for command in (["train", "tab.yaml"], ["resume", "runs/tab"]):
         _, err = said(capsys, *command, code=1)
@@ -259,14 +271,14 @@ def test_runs_lists_how_far_each_is(finished: Path, capsys: pytest.CaptureFixtur
     assert status["start_reward"] <= status["best_reward"]
 
 
-def test_a_damaged_run_is_listed_as_such_and_the_others_too(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("good", "bad", "worse"):
-        said(capsys, "train", "tab.yaml", "--name", name, "--num-rounds", "1")
-    (fresh / "runs/bad/round-0001/draw/_COMMIT.json").write_text("{")
-    (fresh / "runs/worse/config.resolved.json").write_text("[]")
+def test_a_damaged_run_is_listed_as_such_and_the_others_too(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("bad", "worse"):
+        shutil.copytree("runs/tab", f"runs/{name}")
+    (copied / "runs/bad/round-0001/draw/_COMMIT.json").write_text("{")
+    (copied / "runs/worse/config.resolved.json").write_text("[]")
     out, _ = said(capsys, "runs")
     states = {line.split()[0]: line for line in out.splitlines()[1:4]}
-    assert " finished " in states["good"]
+    assert " finished " in states["tab"]
     assert " damaged " in states["bad"]
     assert " damaged " in states["worse"]
 
@@ -309,11 +321,10 @@ def test_a_folder_that_is_not_there_is_no_list(fresh: Path, capsys: pytest.Captu
     assert err.startswith("error: there is no folder nowhere.")
 
 
-def test_verify_names_a_changed_file_and_fails(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said(capsys, "train", "tab.yaml")
+def test_verify_names_a_changed_file_and_fails(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = said(capsys, "verify", "runs/tab")
     assert "is whole" in out
-    path = fresh / "runs/tab/round-0001/draw/unit-00001.parquet"
+    path = copied / "runs/tab/round-0001/draw/unit-00001.parquet"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

@@ -131,6 +131,14 @@ def test_a_reward_of_the_other_medium_is_refused_before_it_is_asked(
     pictures = lines(folder / "rows.jsonl", [{"prompt": "a", "image": "1.png"}])
     texts = lines(folder / "texts.jsonl", [{"prompt": "a", "completion": "b"}])
     assert main(["reward", "score", "length", str(pictures), "--options", '{"target": 20}']) == 2
-    assert f"MODEL: length scores texts, and {pictures} holds pictures." in capsys.readouterr().err.replace("\n", " ")
+    assert "length scores texts, and was given pictures. Name a reward for pictures" in capsys.readouterr().err
     assert main(["reward", "score", "colour", str(texts)]) == 2
-    assert f"MODEL: colour scores pictures, and {texts} holds texts." in capsys.readouterr().err.replace("\n", " ")
+    assert "colour scores pictures, and was given texts. Name a reward for texts" in capsys.readouterr().err
+    assert main(["reward", "check", "length", "--images", "--options", '{"target": 20}']) == 2
+    assert main(["reward", "check", "colour", "--samples", str(texts)]) == 2
+
+
+def test_mixed_sizes_are_not_blamed_where_any_call_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "own.py").write_text("def breaks(completions, **kwargs):\n    raise ValueError('no')\n")
+    assert main(["reward", "check", f"{folder}/own.py:breaks", "--images", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["mixed_sizes"] is None
