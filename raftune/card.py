@@ -223,7 +223,7 @@ def local_name(config: RunConfig) -> str | None:
         return None
     if is_bundled(config):
         return f"raftune's bundled `{name}`"
-    return f"the folder `{Path(name).name}`" if Path(name).expanduser().is_dir() else None
+    return f"the model in the folder `{Path(name).name}`" if Path(name).expanduser().is_dir() else None
 
 
 def is_bundled(config: RunConfig) -> bool:
