@@ -75,16 +75,22 @@ def as_json(
     }
 
 
+def drawn_words(config: RunConfig) -> str:
+    """How many answers or pictures a prompt was given, and by which dials."""
+    count, dials = config.evaluation.num_generations, config.sampling.diffusion
+    if config.policy.family != "diffusion":
+        return f"{count} answers, temperature {config.sampling.temperature:g}"
+    steps = [] if dials.num_inference_steps is None else [f"{dials.num_inference_steps} steps"]
+    guidance = [] if dials.guidance_scale is None else [f"guidance {dials.guidance_scale:g}"]
+    return ", ".join([f"{count} pictures", *steps, *guidance])
+
+
 def show(who: Subject, config: RunConfig, root: Path, judged: dict[str, int], metrics: dict[str, Any]) -> None:
     """The measures with their intervals, and what more answers a prompt would be worth."""
     from raftune.digest import overlap_warning
     from raftune.measures import best_of_k, measures, worth_of_k
 
-    say(
-        f"{who.words}: {judged['held_out']:,} held-out prompts x {config.evaluation.num_generations} answers, "
-        f"temperature {config.sampling.temperature:g}",
-        style="bold",
-    )
+    say(f"{who.words}: {judged['held_out']:,} held-out prompts x {drawn_words(config)}", style="bold")
     if warning := overlap_warning(root):
         say(warning, style="yellow")
     say("")

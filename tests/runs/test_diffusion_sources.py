@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 from raftune.build import Objects
+from raftune.cli import main
 from raftune.config.load import validate_as
 from raftune.config.sft import SftConfig
 from raftune.errors import DataError, ModelError
 from raftune.pictures import png_of
 from raftune.policies.diffusion import loading
-from raftune.policies.diffusion.binding import Binding
+from raftune.policies.diffusion.bindings.stable_diffusion import StableDiffusion
 from raftune.runs import run
 from raftune.sft import sft
 from raftune.subject import evaluation_of, subject_of
@@ -77,6 +78,18 @@ def test_a_teacher_that_cannot_be_tuned_can_teach(model: Path, tmp_path: Path) -
     assert {one["source"] for one in shard(tmp_path / "run", "teach")} == {"teacher"}
 
 
+def test_an_evaluation_of_pictures_says_how_they_were_drawn(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": CAPTIONS[0]}) + "\n")
+    drawn = ["--sampling.diffusion.num-inference-steps", "2", "--sampling.diffusion.guidance-scale", "1"]
+    asked = ["--evaluation.prompts", str(tmp_path / "prompts.jsonl"), "--rewards.reward-funcs", "colour", *drawn]
+    monkeypatch.chdir(tmp_path)
+    one = ["--evaluation.num-generations", "2", "--engine.threads", "1", "--policy.device", "cpu", "--report", "false"]
+    assert main(["evaluate", str(model), "--policy.family", "diffusion", *asked, *one]) == 0
+    assert "1 held-out prompts x 2 pictures, 2 steps, guidance 1" in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_a_picture_of_another_size_is_refused_with_the_fix(model: Path, tmp_path: Path) -> None:
     given = objects(photo=[photo(i, 24) for i in range(len(CAPTIONS))])
     with pytest.raises(DataError, match=r"16 x 16; the one for prompt \S+ \(column:photo\) is 24 x 24. Crop or scale"):
@@ -88,18 +101,18 @@ def test_frozen_parts_are_read_once_and_each_prompt_is_encoded_once(
 ) -> None:
     read: list[Path] = []
     encoded: list[Any] = []
-    pipeline, encode = loading.read_pipeline, Binding.refuse_prompts
+    pipeline, encode = loading.read_pipeline, StableDiffusion.encode
 
     def counted(policy: Any, source: Any, part: Any) -> Any:
         read.append(source.folder)
         return pipeline(policy, source, part)
 
-    def noted(self: Binding, prompts: Any) -> None:
+    def noted(self: StableDiffusion, prompts: Any) -> Any:
         encoded.extend(prompts)
-        encode(self, prompts)
+        return encode(self, prompts)
 
     monkeypatch.setattr(loading, "read_pipeline", counted)
-    monkeypatch.setattr(Binding, "refuse_prompts", noted)
+    monkeypatch.setattr(StableDiffusion, "encode", noted)
     run(config(tmp_path / "run", model, "sd", prompts_per_round=8), objects())
     assert read == [model.resolve()] * 2, "once to check the start, and once for all rounds"
     captions = [text for text in encoded if text in CAPTIONS]
