@@ -71,13 +71,30 @@ def targets(model: Any, config: AdapterConfig) -> list[str] | str:
         return linear_layers(model)
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(wanted, str):
-        if not any(re.fullmatch(wanted, name) for name in names):
-            raise ConfigError(_no_such_module(wanted, model))
+        _refuse_expression(wanted, names, model)
         return wanted
     for one in wanted:
         if not any(name == one or name.endswith(f".{one}") for name in names):
             raise ConfigError(_no_such_module(one, model))
     return list(wanted)
+
+
+def _refuse_expression(wanted: str, names: list[str], model: Any) -> None:
+    """Raises ConfigError for a text that is no regular expression, or that fits the whole of no module's name."""
+    try:
+        if any(re.fullmatch(wanted, name) for name in names):
+            return
+    except re.error as error:
+        raise ConfigError(
+            "policy.adapter.target_modules must be a list of names, or one regular expression over whole names; got "
+            f"{wanted!r}, which is none ({error}). Write a list: [to_q, to_v]."
+        ) from error
+    if any(name.endswith(f".{wanted}") for name in names):
+        raise ConfigError(
+            f"policy.adapter.target_modules must be a list where it holds ends of names; got {wanted!r}: one text is a "
+            f"regular expression over whole names. Write [{wanted}]."
+        )
+    raise ConfigError(_no_such_module(wanted, model))
 
 
 def linear_layers(model: Any) -> list[str]:

@@ -205,6 +205,12 @@ class Binding(ABC):
         return float(self.pipe.vae.config.get("shift_factor") or 0.0) if self.shifts else 0.0
 
     @property
+    def overflows(self) -> bool:
+        """Whether the VAE leaves the range of the precision it is held in: its pipeline converts it to use it."""
+        vae = getattr(self.pipe, "vae", None)
+        return vae is not None and vae.dtype == torch.float16 and bool(vae.config.get("force_upcast"))
+
+    @property
     def factor(self) -> int:
         """Pixels of a side that become one latent cell: the VAE's reduction, 1 without a VAE."""
         vae = getattr(self.pipe, "vae", None)

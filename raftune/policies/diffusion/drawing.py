@@ -39,7 +39,8 @@ def draw(
     counts the rows of all of them. Raises OutOfMemory with it.
     """
     away = None if negative is None else negative.to(device)
-    at_once = lanes_for(call, device, min(batch_size, len(seeds)))
+    alone = bound().overflows  # its VAE is converted while it decodes, and all batches have the same
+    at_once = 1 if alone else lanes_for(call, device, min(batch_size, len(seeds)))
 
     def drawn(rows: list[int]) -> list[dict[str, Any]]:
         generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in rows]

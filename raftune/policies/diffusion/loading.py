@@ -140,7 +140,7 @@ def read_pipeline(config: DiffusionPolicy, source: Source, part: Part) -> Any:
                 variant=source.variant,
                 **{part.name: hollow(source.folder, part), **options, **passed},
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         raise ModelError(
             f"policy.model must be a pipeline that diffusers loads; {source.name!r} did not: {first_line(error)}."
         ) from error

@@ -179,7 +179,7 @@ def _refuse_other_latents(binding: Binding, pictures: Pictures, last: Step, call
         raise _refusal(f"{_whose(binding)} latents have the shape {shape}, where raftune expects {own}")
     if not torch.equal(x0, binding.unpacked(last.latents, call)):
         raise _refusal(f"the latents that raftune keeps are not those that {_whose(binding)} last step left")
-    if not all(pictures.finite) or _overflows(binding):
+    if not all(pictures.finite) or binding.overflows:
         return
     again = tuple(binding.to_latents(pictures.images, torch.Generator("cpu").manual_seed(0)).shape)
     if again != tuple(x0.shape):
@@ -213,12 +213,6 @@ def _refuse_noise_of_no_seed(binding: Binding, conditions: Conditions, call: Cal
             "reaches. Save the pipeline with a scheduler that adds none while sampling, such as DDIMScheduler or "
             "DPMSolverMultistepScheduler (of a flow: FlowMatchEulerDiscreteScheduler)."
         )
-
-
-def _overflows(binding: Binding) -> bool:
-    """Whether the VAE cannot decode in the precision it is held in; its pipeline converts it for the purpose."""
-    vae = getattr(binding.pipe, "vae", None)
-    return vae is not None and vae.dtype == torch.float16 and bool(vae.config.force_upcast)
 
 
 def _whose(binding: Binding) -> str:

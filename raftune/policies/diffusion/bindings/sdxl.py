@@ -81,8 +81,8 @@ class SDXL(Binding):
 
     def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
         vae, dtype = self.pipe.vae, self.pipe.vae.dtype
-        overflows = dtype == torch.float16 and vae.config.force_upcast
-        if overflows:  # its encoder leaves the range of float16, as its decoder does
+        overflows = self.overflows
+        if overflows:  # its encoder does, as its decoder
             vae.to(torch.float32)
         found = self.encoded(images, generator)
         if overflows:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from raftune.errors import OutOfMemory
-from raftune.policies.diffusion.binding import Call
+from raftune.policies.diffusion.binding import Binding, Call
 from raftune.policies.diffusion.drawing import batches, lanes_for
 from raftune.policies.diffusion.lanes import lanes
 from tests.pipelines import save_tiny
@@ -99,3 +99,28 @@ def test_one_batch_at_a_time_where_batches_would_meet_in_the_weights_or_on_an_ac
     assert lanes_for(call(), CPU, 1) == 1
     assert lanes_for(call(cross_attention_kwargs={"scale": 0.5}), CPU, 8) == 1
     assert lanes_for(call(), torch.device("cuda"), 8) == 1
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("kind", ["dit", "ddpm"])
+def test_what_watches_a_pipeline_s_own_loop_sees_its_own_batch(kind: Any, tmp_path: Path) -> None:
+    """A DiT is told its labels beside its denoiser, and x0 is what its own scheduler left last."""
+    drawer = policy(save_tiny(kind, tmp_path / kind), tmp_path, kind, guidance_scale=3.0 if kind == "dit" else None)
+    together = drawer.draw(unit((1, 2, 3), 4, batch_size=4))
+    torch.set_num_threads(1)
+    alone = drawer.draw(unit((1, 2, 3), 4, batch_size=1))
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(pixels(one) - pixels(other)).max() <= 1
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_vae_that_is_converted_while_it_decodes_serves_one_batch_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("raftune.policies.diffusion.drawing.lanes", lambda count: seen.append(count) or lanes(count))
+    drawer = policy(save_tiny("sdxl", tmp_path / "sdxl"), tmp_path, "sdxl")
+    drawer.draw(unit(TEXTS, batch_size=4))
+    monkeypatch.setattr(Binding, "overflows", True)
+    drawer.draw(unit(TEXTS, batch_size=4))
+    assert seen == [2, 1]

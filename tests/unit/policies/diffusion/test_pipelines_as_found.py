@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -209,6 +210,17 @@ def test_a_denoiser_saved_with_a_lora_on_it_is_told_to_be_merged(kept: Path, tmp
         unet.add_adapter(LoraConfig(target_modules=["to_q"]))
         unet.save_pretrained(folder / "unet")
     with pytest.raises(ModelError, match=r"must have no LoRA on its denoiser; .*unet was saved with one\. .*fuse_lora"):
+        begun(parts(folder), tmp_path / "run")
+
+
+def test_a_scheduler_that_needs_what_is_not_installed_says_so(kept: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("torchsde"):
+        pytest.skip("it is installed here")
+    folder = Path(shutil.copytree(kept, tmp_path / "pipe"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DPMSolverSDEScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="did not: DPMSolverSDEScheduler requires the torchsde library"):
         begun(parts(folder), tmp_path / "run")
 
 

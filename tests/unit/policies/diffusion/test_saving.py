@@ -153,31 +153,30 @@ def test_read_back_a_round_s_weights_are_those_that_were_written(tmp_path: Path,
         assert (tmp_path / LORA).read_bytes() == (out / LORA).read_bytes()
 
 
-WRITE = """
-import sys, torch
+def write_both_forms(folder: Path) -> None:
+    """A LoRA as a pipeline reads it, and as peft does."""
+    model = tiny_pipeline("sd").unet
+    adapters.attach_fresh(model, AdapterConfig(target_modules=("to_q", "to_k", "to_v", "to_out.0", "conv1")), 3)
+    for form, prefix in (("pipeline", "unet"), ("peft", None)):
+        (folder / form).mkdir(parents=True)
+        adapters.write(model, folder / form, prefix)
+
+
+PROGRAM = """
+import sys
 from pathlib import Path
-from raftune.config.policy import AdapterConfig
-from raftune.policies.diffusion import adapters
-from tests.pipelines import tiny_pipeline
-model = tiny_pipeline("sd").unet
-adapters.attach_fresh(model, AdapterConfig(target_modules=("to_q", "to_k", "to_v", "to_out.0", "conv1")), 3)
-for form, prefix in (("pipeline", "unet"), ("peft", None)):
-    out = Path(sys.argv[1]) / form
-    out.mkdir()
-    adapters.write(model, out, prefix)
+from tests.unit.policies.diffusion.test_saving import write_both_forms
+write_both_forms(Path(sys.argv[1]))
 """
 
 
-def test_two_processes_that_hash_differently_write_the_same_bytes(tmp_path: Path) -> None:
-    found = []
-    for seed in ("1", "2"):
-        out = tmp_path / seed
-        out.mkdir()
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "-c", WRITE, str(out)], check=True, env=environment, capture_output=True)
-        found.append(tree_hash(out))
-    assert len(found[0]) == 3
-    assert found[0] == found[1]
+def test_a_process_that_hashes_strings_otherwise_writes_the_same_bytes(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "there")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[4], env=environment, capture_output=True)
+    write_both_forms(tmp_path / "here")
+    assert len(tree_hash(tmp_path / "here")) == 3
+    assert tree_hash(tmp_path / "here") == tree_hash(tmp_path / "there")
 
 
 # -- adapters --------------------------------------------------------------------------------------------------------
@@ -221,6 +220,18 @@ def test_a_target_that_matches_nothing_is_refused_with_names_that_would(wanted: 
     config = AdapterConfig(target_modules=wanted)
     with pytest.raises(ConfigError, match=r"UNet2DConditionModel; '.*to_nowhere' matches none.*to_k.*all-linear"):
         adapters.attach_fresh(tiny_pipeline("sd").unet, config, 0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("to_q", r"got 'to_q': one text is a regular expression over whole names\. Write \[to_q\]"),
+        ("*.to_q", r"got '\*\.to_q', which is none \(nothing to repeat.*\)\. Write a list: \[to_q, to_v\]"),
+    ],
+)
+def test_one_text_is_a_regular_expression_over_whole_names(wanted: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        adapters.targets(tiny_pipeline("sd").unet, AdapterConfig(target_modules=wanted))
 
 
 def test_what_a_lora_file_cannot_hold_or_lora_cannot_adapt_is_refused() -> None:
