@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import gzip
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,7 @@ def table_from(rows: Any) -> pa.Table:
     if isinstance(rows, Iterable):
         listed = list(rows)
         if all(isinstance(row, dict) for row in listed):
-            names = list(dict.fromkeys(name for row in listed for name in row))  # Arrow takes the first row's
-            columns = {name: pa.array([plain_cell(row.get(name)) for row in listed]) for name in names}
-            return with_pictures(pa.table(columns), here, field)
+            return with_pictures(_columns_of(listed, field), here, field)
         if all(isinstance(row, str) for row in listed):
             return pa.table({"prompt": pa.array(listed, pa.string())})
     raise DataError(
@@ -123,7 +122,7 @@ def _read_file(path: Path, suffix: str, field: str) -> pa.Table:
             return pa.Table.from_pylist(json.loads(content))
         if suffix in (".json", ".jsonl", ".ndjson"):
             return _read_json_lines(content, path, field)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError, OSError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError, OSError, OverflowError) as error:
         raise DataError(f"{field}: {path} cannot be read: {first_line(error)}. Mend the file.") from error
     raise DataError(
         f"{field} must end in one of {', '.join(_SUFFIXES)} (JSON may be gzipped); got {path.name!r}. Convert it."
@@ -146,8 +145,33 @@ def _read_json_lines(content: bytes, path: Path, field: str) -> pa.Table:
                 f'{field}: {path} line {number} must be a JSON object; got {type(row).__name__}. Write {{"prompt": …}}.'
             )
         rows.append(row)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
+    return _columns_of(rows, f"{field}: {path}")
+
+
+def _columns_of(rows: Sequence[Mapping[str, Any]], where: str) -> pa.Table:
+    """The columns of every name that any row has. Raises DataError that names a row unlike those before it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: _column([plain_cell(row.get(name)) for row in rows], name, where) for name in names})
+
+
+def _column(cells: Sequence[Any], name: str, where: str) -> pa.Array:
+    try:
+        return pa.array(cells)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        row = bisect.bisect_left(range(len(cells) + 1), True, key=lambda count: not _fit(cells[:count]))
+        raise DataError(
+            f"{where}: the column {name!r} must hold values of one kind; row {row} holds {cells[row - 1]!r:.60}, "
+            "unlike those before it. Mend the row."
+        ) from error
+
+
+def _fit(cells: Sequence[Any]) -> bool:
+    """Whether one column can hold these cells."""
+    try:
+        pa.array(cells)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return False
+    return True
 
 
 def _read_folder(path: Path, split: str, field: str) -> pa.Table:

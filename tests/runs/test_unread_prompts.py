@@ -122,3 +122,18 @@ def test_pipelines_say_what_they_are_asked_for(tmp_path: Path, kind: Any, prompt
     with pytest.raises(DataError, match=message):
         run(config(tmp_path / "run", data, policy=policy, sampling=sampling))
     assert not drawn(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["a disc", "a ring", 5, 6], r"the column 'prompt' must hold values of one kind; row 3 holds 5, unlike those"),
+        ([1, 2, 3, "a disc"], r"row 4 holds 'a disc'"),
+        ([1, 2**70], r"row 2 holds 1180591620717411303424"),
+        (["a disc", None], r"the prompt in row 2 must be text, messages or a class label; got nothing"),
+        (["a disc", " "], r"the prompt in row 2 must not be empty"),
+    ],
+)
+def test_a_row_that_holds_no_prompt_is_named(tmp_path: Path, prompts: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        run(config(tmp_path / "run", saved(tmp_path / "prompts.jsonl", prompts)))

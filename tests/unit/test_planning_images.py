@@ -119,7 +119,7 @@ def test_prompts_that_the_text_encoder_does_not_read_to_their_end_are_counted(fo
     texts = ["a red circle", "a red circle on the left " * 9]
     path.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
     notes = planned(folder, data={"prompts": str(path)}).notes
-    assert any("1 of 3 prompts are longer than the text encoder reads" in note for note in notes)
+    assert any("1 of 3 prompts is longer than what the model reads" in note for note in notes)
 
 
 def test_labels_that_a_pipeline_does_not_have_are_counted_and_named(folder: Path) -> None:

@@ -95,12 +95,13 @@ def _checked(row: dict[str, Any], shape: tuple[int, int, int]) -> tuple[bytes, S
     if tuple(found) != shape:
         raise DataError(
             f"Latents must have the shape {shape} of this run's pictures; those of {name} have {tuple(found)}. It was "
-            "drawn at another height or width: leave it out, or set sampling.diffusion.height and width to its own."
+            "drawn at another height or width: draw its round again with `raftune train … --from draw`, or set "
+            "sampling.diffusion.height and width to its own."
         )
     try:
         finite = bool(torch.isfinite(latents_of(content, found, dtype).float()).all())
     except DataError as error:
-        raise DataError(f"{name}: {error}") from error
+        raise DataError(f"{name}: {error} Draw its round again with `raftune train … --from draw`.") from error
     if not finite:
         raise DataError(f"Latents must be finite; those of {name} hold a NaN or an infinity. Leave the row out.")
     return content, found, dtype
