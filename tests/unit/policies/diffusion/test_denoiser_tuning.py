@@ -164,10 +164,7 @@ def test_a_lora_with_dropout_resumes_exactly_too(sd: Path, tmp_path: Path, rows:
     assert tree_hash(tuned(config, tmp_path / "killed", rows)[0]) == tree_hash(whole)
 
 
-@pytest.mark.parametrize("file", [ema.FILE, "weights.safetensors"])
-def test_a_harmed_average_is_noticed_like_any_other_file_of_a_checkpoint(
-    sd: Path, tmp_path: Path, rows: Path, file: str
-) -> None:
+def test_a_harmed_average_is_noticed_like_any_other_file_of_a_checkpoint(sd: Path, tmp_path: Path, rows: Path) -> None:
     config = parts(sd, ema_decay=0.9)
     whole, _ = tuned(config, tmp_path / "whole", rows)
     with pytest.raises(Killed):
@@ -175,7 +172,7 @@ def test_a_harmed_average_is_noticed_like_any_other_file_of_a_checkpoint(
     work = tmp_path / "run" / "round-0001" / "tune"
     named = json.loads((work / "checkpoint-2" / MANIFEST).read_text())["files"]
     assert {*REQUIRED, ema.FILE} <= set(named)
-    path = work / "checkpoint-2" / file
+    path = work / "checkpoint-2" / ema.FILE
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
