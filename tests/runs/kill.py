@@ -1,6 +1,6 @@
 """Kills a run at every file event, runs it again, and compares what lies on disk with a run that was never interrupted.
 
-    python kill.py SCENARIO [--every N] [--most M] [--broken WAY]      prints a report as JSON
+    python kill.py SCENARIO [--every N] [--most M] [--broken WAY --until WORDS]      prints a report as JSON
 
 A process of its own, which imports no torch and starts no threads: each trial is a fork of it, in milliseconds. Events
 are seen by an audit hook, so that the package needs no hook. SIGKILL keeps what the kernel was given, synced or not:
@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -132,21 +133,29 @@ class Report:
     faults: list[str]
 
 
-def examine(scenario: Scenario, scratch: Path, every: int = 1, most: int | None = None, code: int = 0) -> Report:
-    """Kills at each `every`-th of the first `most` events, or lets the disk fail there with this error."""
+def examine(
+    scenario: Scenario, scratch: Path, every: int = 1, most: int | None = None, code: int = 0, until: str | None = None
+) -> Report:
+    """Kills at each `every`-th of the first `most` events, or lets the disk fail there with this error.
+
+    `until`: words that a fault must have; the first that has them ends the search.
+    """
     expected = made(scenario, scratch / "run", scenario.oracle or scenario.act)
     events = events_of(scenario, scratch / "counted")
     proven: set[State] = set()
-    faults = []
-    numbers = range(1, len(events[:most]) + 1, every)
-    for number in numbers:
+    faults: list[str] = []
+    trials = 0
+    for number in range(1, len(events[:most]) + 1, every):
+        trials += 1
         root = scratch / "run"
         fault = (
             refused(scenario, root, number, expected, code) if code else trial(scenario, root, number, expected, proven)
         )
         if fault:
             faults.append(f"killed before event {number} ({events[number - 1]}): {fault}")
-    return Report(events, len(numbers), faults)
+        if until and until in fault:
+            break
+    return Report(events, trials, faults)
 
 
 def made(scenario: Scenario, root: Path, act: Act) -> dict[str, str]:
@@ -251,6 +260,20 @@ def plain(**changes: Any) -> Scenario:
     return Scenario(act=act, again=act)
 
 
+def continued(base: Path, rounds: int, **changes: Any) -> Scenario:
+    """A finished run that is asked for one more round, which must be what it is in a run that was asked at once."""
+    runs.run(tiny.config(base, num_rounds=rounds, **changes), tiny.objects())
+
+    def act(root: Path) -> object:
+        return runs.run(tiny.config(root, num_rounds=rounds + 1, **changes), tiny.objects())
+
+    def oracle(root: Path) -> object:
+        shutil.rmtree(root)
+        return act(root)
+
+    return Scenario(act, act, lambda root: shutil.copytree(base, root), oracle)
+
+
 def latents() -> Scenario:
     """A run of pictures that lets go of latents, and its resumption, after which they are gone and all is whole."""
     changes: dict[str, Any] = {"num_rounds": 1, "prompts_per_round": 5, "evaluation": {"num_prompts": 0}}
@@ -310,10 +333,11 @@ def redo(stage: str, changes: dict[str, Any], base: Path, retry: bool) -> Scenar
 OTHER: dict[str, Any] = {"selection": {"rule": "top_m", "m": 2}}
 RESEEDED: dict[str, Any] = {"evaluation": {"seed": 9}}
 SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
-    "plain": lambda base: plain(evaluation={"kl": False, "reference_column": "human"}),  # "everything" has likelihoods
-    "everything": lambda base: plain(**tiny.EVERYTHING, evaluation={"num_prompts": 0}),
+    # "everything" has likelihoods, and a round after another.
+    "plain": lambda base: plain(num_rounds=1, evaluation={"kl": False, "reference_column": "human"}),
+    "everything": lambda base: continued(base, 1, **tiny.EVERYTHING, evaluation={"num_prompts": 0}),
     "reported": lambda base: reported(),
-    "dropping": lambda base: plain(num_rounds=3, keep_models="last", evaluation={"num_prompts": 0}),
+    "dropping": lambda base: continued(base, 2, keep_models="last", evaluation={"num_prompts": 0}),
     "latents": lambda base: latents(),
     "redo": lambda base: redo("1/select", OTHER, base, retry=False),
     "redo-retried": lambda base: redo("1/select", OTHER, base, retry=True),
@@ -341,13 +365,14 @@ def break_order() -> None:
     seal, late = job.Job.seal, job.publish_folder
     job.publish_folder = lambda staged, final: None
 
-    def run_once(task: job.Job, stage: Any) -> None:
+    def run_once(task: job.Job, stage: Any) -> tuple[str, ...]:
         staged = files.unique(task.run.tmp)
         staged.mkdir()
-        stage.run(task.inputs, staged)
+        notes = stage.run(task.inputs, staged)
         seal(task, {path.name: commit.FileEntry.of(path) for path in sorted(staged.iterdir())})
         late(staged, task.folder)
         staged.rmdir()
+        return notes or ()
 
     loop.run_once = run_once
 
@@ -379,7 +404,7 @@ BROKEN = {"in-place": break_in_place, "names": break_names, "order": break_order
 
 def harness(arguments: str) -> dict[str, Any]:
     """The report of such a process."""
-    command = [sys.executable, "-m", "tests.runs.kill", *arguments.split()]
+    command = [sys.executable, "-m", "tests.runs.kill", *shlex.split(arguments)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
@@ -392,6 +417,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--most", type=int)
     parser.add_argument("--broken", choices=BROKEN)
+    parser.add_argument("--until")
     parser.add_argument("--failing", choices=["ENOSPC", "EROFS"])
     args = parser.parse_args()
     assert "torch" not in sys.modules, "a fork of a process with torch in it would be slow, and could hang"
@@ -404,7 +430,8 @@ def main() -> None:
         runs.run(sketches.config(scratch / "pictures"), sketches.objects())
         scenario = SCENARIOS[args.scenario](scratch / "base")
         BROKEN.get(args.broken, lambda: None)()
-        report = examine(scenario, scratch, args.every, args.most, getattr(errno, args.failing or "", 0))
+        code = getattr(errno, args.failing or "", 0)
+        report = examine(scenario, scratch, args.every, args.most, code, args.until)
     print(json.dumps(asdict(report)))
 
 

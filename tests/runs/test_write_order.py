@@ -14,7 +14,6 @@ import pytest
 
 from raftune.runs import run
 from tests.runs import tiny
-from tests.runs.kill import harness
 
 Inode = int
 
@@ -100,12 +99,3 @@ def test_every_new_folder_is_synced_into_the_one_above_it(recorded: tuple[Path, 
     assert len(folders) > 30
     for folder in folders:
         assert record.first("fsync", folder.parent.stat().st_ino) < len(record.events), folder
-
-
-def test_nothing_is_ever_written_at_the_place_where_it_is_read() -> None:
-    """But for the lines that are added to the record of times, and to the receipts of a stage that is not committed."""
-    events = harness("everything --most 1")["events"]
-    opened = {event.removeprefix("open ") for event in events if event.startswith("open ")}
-    elsewhere = {name for name in opened if not name.startswith("tmp/")}
-    assert {name for name in elsewhere if not name.endswith("/_receipts.jsonl")} == {"LOCK", "events.jsonl"}
-    assert len(opened) > 70
