@@ -60,6 +60,8 @@ def refuse_no_model(folder: Path) -> None:
         return
     inner = folder / "model"
     fix = f"Did you mean {inner}?" if inner.is_dir() else "Name one that save_pretrained wrote."
+    if (folder / "model_index.json").is_file():
+        fix = "It is a pipeline of diffusers: write policy.family: diffusion."
     raise ModelError(f"policy.model must be a causal language model; {folder} has no config.json. {fix}")
 
 
