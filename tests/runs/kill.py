@@ -260,12 +260,12 @@ def plain(**changes: Any) -> Scenario:
     return Scenario(act=act, again=act)
 
 
-def continued(base: Path, rounds: int, **changes: Any) -> Scenario:
+def continued(base: Path, **changes: Any) -> Scenario:
     """A finished run that is asked for one more round, which must be what it is in a run that was asked at once."""
-    runs.run(tiny.config(base, num_rounds=rounds, **changes), tiny.objects())
+    runs.run(tiny.config(base, num_rounds=1, **changes), tiny.objects())
 
     def act(root: Path) -> object:
-        return runs.run(tiny.config(root, num_rounds=rounds + 1, **changes), tiny.objects())
+        return runs.run(tiny.config(root, num_rounds=2, **changes), tiny.objects())
 
     def oracle(root: Path) -> object:
         shutil.rmtree(root)
@@ -335,9 +335,9 @@ RESEEDED: dict[str, Any] = {"evaluation": {"seed": 9}}
 SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
     # "everything" has likelihoods, and a round after another.
     "plain": lambda base: plain(num_rounds=1, evaluation={"kl": False, "reference_column": "human"}),
-    "everything": lambda base: continued(base, 1, **tiny.EVERYTHING, evaluation={"num_prompts": 0}),
+    "everything": lambda base: continued(base, **tiny.EVERYTHING, evaluation={"num_prompts": 0}),
     "reported": lambda base: reported(),
-    "dropping": lambda base: continued(base, 2, keep_models="last", evaluation={"num_prompts": 0}),
+    "dropping": lambda base: continued(base, keep_models="last", evaluation={"num_prompts": 0}),
     "latents": lambda base: latents(),
     "redo": lambda base: redo("1/select", OTHER, base, retry=False),
     "redo-retried": lambda base: redo("1/select", OTHER, base, retry=True),
