@@ -4,10 +4,11 @@
     python benchmarks/images.py --tasks alignment --seeds 1
     python benchmarks/images.py --list                     the tasks and their arms
 
-Each task has a base (nothing is learned), RAFT, and the control that keeps one of K by chance. Every arm's last model
-is judged on the same prompts and seeds by a classifier that nothing was trained on; variety and drift are measured on
-the reward's CLIP features. Arms run two at a time, each in a process of its own with one thread. A call that was
-stopped is continued by the same call. Runs lie under --work, the page and its pictures under --out.
+Each task has a base (nothing is learned), RAFT, and the control that keeps one of K by chance; where a size is what the
+base fails at, it is also judged at its own. Every arm's last model is judged on the same prompts and seeds by a
+classifier that nothing was trained on; variety and drift are measured on the reward's CLIP features. Arms run two at a
+time, each in a process of its own with one thread. A call that was stopped is continued by the same call. Runs lie
+under --work, the page and its pictures under --out.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from side_by_side import THREADS, run_side_by_side
 from tasks.page import write_page
 
-ARMS = ("base", "random", "raft")
+ARMS = ("native", "base", "random", "raft")
+UNTRAINED = ("native", "base")
 # Reported beside the judge, and no part of its sum.
 ALL_RIGHT = {"spec": "raftune.starters.image.judge:all_right", "name": "all_right", "weight": 0.0}
 
@@ -45,6 +47,10 @@ class Task:
     rounds: int = 5
     prompts: int = 64
     rate: float = 2e-4
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return ARMS if self.sampling else ARMS[1:]
 
 
 TASKS = {
@@ -73,7 +79,7 @@ def main() -> None:
     args = arguments()
     if args.list:
         for task in TASKS.values():
-            print(f"{task.name:<12} {task.title}: {', '.join(ARMS)}; reward {task.reward}")
+            print(f"{task.name:<12} {task.title}: {', '.join(task.arms)}; reward {task.reward}")
         return
     if args.one:
         run_arm(TASKS[args.one], args.arm, args.seed, args)
@@ -81,8 +87,8 @@ def main() -> None:
     names = list(TASKS) if args.tasks == "all" else args.tasks.split(",")
     if unknown := [name for name in names if name not in TASKS]:
         sys.exit(f"--tasks must be all, or of {', '.join(TASKS)}; got {unknown[0]!r}.")
-    run_all([(name, arm, seed) for name in names for arm in ARMS for seed in range(args.seeds)], args)
-    print(write_page([TASKS[name] for name in names], ARMS, args.seeds, args.held_out, args.draws, args.work, args.out))
+    run_all([(name, arm, seed) for name in names for arm in TASKS[name].arms for seed in range(args.seeds)], args)
+    print(write_page([TASKS[name] for name in names], args.seeds, args.held_out, args.draws, args.work, args.out))
 
 
 def arguments() -> argparse.Namespace:
@@ -113,7 +119,7 @@ def run_arm(task: Task, arm: str, seed: int, args: argparse.Namespace) -> None:
     from raftune.runs import run
 
     began = time.perf_counter()
-    if arm != "base":
+    if arm not in UNTRAINED:
         run(settings(task, arm, seed, args.work))
     sets = {name: judged(task, arm, seed, name, args) for name in task.sets}
     path = result_file(task.name, arm, seed, args.work)
@@ -132,7 +138,7 @@ def settings(task: Task, arm: str, seed: int, work: Path) -> dict[str, Any]:
         "report": False,
         "data": {"prompts": "starter"},
         "policy": {"family": "diffusion", "model": "starter"},
-        "sampling": {"num_generations": 8, "diffusion": dialled(task)},
+        "sampling": {"num_generations": 8, "diffusion": dialled(task, arm)},
         "rewards": {"reward_funcs": [task.reward]},
         "selection": {"rule": "random"} if arm == "random" else {},
         "tuning": {
@@ -146,8 +152,9 @@ def settings(task: Task, arm: str, seed: int, work: Path) -> dict[str, Any]:
     }
 
 
-def dialled(task: Task) -> dict[str, Any]:
-    return {"num_inference_steps": 12, "guidance_scale": 1.0, **task.sampling}
+def dialled(task: Task, arm: str) -> dict[str, Any]:
+    """How the arm draws: the task's way, but for the base at the size that it was trained at."""
+    return {"num_inference_steps": 12, "guidance_scale": 1.0, **({} if arm == "native" else task.sampling)}
 
 
 def judged(task: Task, arm: str, seed: int, split: str, args: argparse.Namespace) -> dict[str, float]:
@@ -158,7 +165,7 @@ def judged(task: Task, arm: str, seed: int, split: str, args: argparse.Namespace
     from raftune.subject import evaluation_of, subject_of
 
     place = run_folder(task, arm, seed, args.work)
-    subject = subject_of("starter" if arm == "base" else f"{place}@last")
+    subject = subject_of("starter" if arm in UNTRAINED else f"{place}@last")
     flags = {
         "policy.family": "diffusion",
         "output_dir": str(judged_folder(task.name, arm, seed, split, args.work)),
@@ -171,9 +178,9 @@ def judged(task: Task, arm: str, seed: int, split: str, args: argparse.Namespace
         "evaluation.features": "starter",
         "engine.threads": THREADS,
         "report": False,
-        **{f"sampling.diffusion.{name}": value for name, value in dialled(task).items()},
+        **{f"sampling.diffusion.{name}": value for name, value in dialled(task, arm).items()},
     }
-    if arm != "base":
+    if arm not in UNTRAINED:
         del flags["policy.family"]
     config = evaluation_of(subject, [], flags)
     run(config)

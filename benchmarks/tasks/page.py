@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}  # the 97.5 % quantile of Student's t by degrees of freedom
-LABELS = {"base": "base", "random": "control: one of K by chance", "raft": "RAFT"}
+LABELS = {"native": "base at its own size", "base": "base", "random": "control: one of K by chance", "raft": "RAFT"}
 NAMES = {
     "reward": "reward",
     "held_out": "judge",
@@ -40,21 +40,19 @@ ROWS, SCALE, GAP = 6, 2, 6  # of the pictures: prompts a seed shows, magnificati
 Values = Mapping[tuple[str, str, int], Mapping[str, float]]  # by arm, set and seed
 
 
-def write_page(
-    tasks: Sequence[Any], arms: Sequence[str], seeds: int, held_out: int, draws: int, work: Path, out: Path
-) -> Path:
+def write_page(tasks: Sequence[Any], seeds: int, held_out: int, draws: int, work: Path, out: Path) -> Path:
     """results.md and a PNG for each set of each task, in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     lines = opening(seeds, held_out, draws)
     for task in tasks:
-        values = read(task, arms, seeds, work)
+        values = read(task, seeds, work)
         lines += [f"## {task.title}", "", f"{settings_in_words(task)} {time_of_a_round(task, seeds, work)}", ""]
         for split, title in task.sets.items():
-            lines += [f"### On {title}", "", *table(arms, split, seeds, values), ""]
+            lines += [f"### On {title}", "", *table(task.arms, split, seeds, values), ""]
             lines += [*contrasts(split, seeds, values), ""]
             name = f"{task.name}-{split}.png"
-            grid(task.name, arms, split, work).save(out / name, optimize=True)
-            lines += [f"![{task.title}: base, control and RAFT at the same captions and seeds]({name})", ""]
+            grid(task.name, task.arms, split, work).save(out / name, optimize=True)
+            lines += [f"![{task.title}: a row an arm, as in the table; a column a caption and seed]({name})", ""]
     path = out / "results.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
@@ -91,16 +89,17 @@ def time_of_a_round(task: Any, seeds: int, work: Path) -> str:
     return f"A round of RAFT takes {told} (medians, one thread, another arm beside it)."
 
 
-def read(task: Any, arms: Sequence[str], seeds: int, work: Path) -> Values:
+def read(task: Any, seeds: int, work: Path) -> Values:
     """The numbers of every arm, set and seed, the drift from the base among them."""
     found: dict[tuple[str, str, int], dict[str, float]] = {}
     for seed in range(seeds):
         results = {
-            arm: json.loads((work / "results" / f"{task.name}-{arm}-{seed}.json").read_text())["sets"] for arm in arms
+            arm: json.loads((work / "results" / f"{task.name}-{arm}-{seed}.json").read_text())["sets"]
+            for arm in task.arms
         }
         for split in task.sets:
             base = features(work, task.name, "base", seed, split)
-            for arm in arms:
+            for arm in task.arms:
                 drift = float(np.nanmean(1 - np.sum(base * features(work, task.name, arm, seed, split), axis=1)))
                 found[arm, split, seed] = {**results[arm][split], "drift": drift}
     return found
@@ -171,7 +170,7 @@ def grid(task: str, arms: Sequence[str], split: str, work: Path) -> Any:
                     first[row["prompt_id"]] = Image.open(io.BytesIO(row["completion"])).convert("RGB")
         rows.append(first)
     shared = sorted(set.intersection(*(set(row) for row in rows)))[:columns]
-    side = rows[0][shared[0]].width * SCALE
+    side = max(row[shared[0]].width for row in rows) * SCALE
     sheet = Image.new("RGB", (len(shared) * (side + GAP) + GAP, len(rows) * (side + GAP) + GAP), "white")
     for y, row in enumerate(rows):
         for x, prompt in enumerate(shared):
