@@ -61,7 +61,8 @@ def unread_ends(prompts: Sequence[Prompt], reader: Reader, data: Data) -> dict[s
         try:
             end = reader.unread(prompt)
         except DataError as error:
-            refused, why = [*refused, prompt.id], why or str(error)
+            refused.append(prompt.id)
+            why = why or str(error)
         else:
             unread |= {} if end is None else {prompt.id: end}
     if refused:
