@@ -21,6 +21,7 @@ from raftune.policies.diffusion.calling import call_of, is_guided
 from raftune.policies.diffusion.drawing import draw
 from raftune.policies.diffusion.encoding import Encoder
 from raftune.policies.diffusion.latents import FIELDS
+from raftune.policies.diffusion.tunable import refuse_untunable
 from raftune.protocols import TuneReport, Unit
 from raftune.records import INVALID, Prompt, Sample
 
@@ -80,8 +81,6 @@ class Diffusion:
 
     def refuse_dials(self) -> None:
         """Raises ConfigError for dials that the family or this pipeline does not have; needs no weights."""
-        from raftune.policies.diffusion.tuning import refuse_untunable
-
         refuse_unread(self.config)
         shape = self.blank.latent_shape(self.call.height, self.call.width)
         if getattr(self.config, "num_rounds", 1) > 0:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from transformers import TrainerCallback
 
-from raftune.config.tuning import DiffusionTuning, TuningConfig
-from raftune.errors import ConfigError, ModelError, OutOfMemory
+from raftune.config.tuning import TuningConfig
+from raftune.errors import OutOfMemory
 from raftune.policies.checkpoints import identity
+from raftune.policies.dials import RunParts
 from raftune.policies.diffusion import adapters
-from raftune.policies.diffusion.binding import Binding, Conditions
+from raftune.policies.diffusion.binding import Binding, Call, Conditions
 from raftune.policies.diffusion.ema import Average
+from raftune.policies.diffusion.encoding import Encoder
 from raftune.policies.diffusion.evidence import Probe, evidence
-from raftune.policies.diffusion.loading import load_denoiser
+from raftune.policies.diffusion.loading import Frozen, load_denoiser
 from raftune.policies.diffusion.losses import Clock, Denoising
 from raftune.policies.diffusion.places import base_record
 from raftune.policies.diffusion.rows import Rows, batch_of, read_rows
@@ -30,13 +32,24 @@ from raftune.policies.training import Fitted, Task, fit
 from raftune.protocols import TuneReport
 from raftune.records import derive_seed
 
-if TYPE_CHECKING:
-    from raftune.policies.dials import RunParts
-    from raftune.policies.diffusion.policy import Diffusion
 
+class Learner(Protocol):
+    """What of a policy a fit needs; see policy.Diffusion."""
 
-# Of tuning.trainer_kwargs what transformers' own models alone understand.
-UNTOLD = {"neftune_noise_alpha", "gradient_checkpointing_kwargs"}
+    config: RunParts
+    folder: Path
+    start_folder: Path
+    device: torch.device
+
+    @property
+    def frozen(self) -> Frozen: ...
+    @property
+    def blank(self) -> Binding: ...
+    @property
+    def call(self) -> Call: ...
+    @property
+    def encoder(self) -> Encoder: ...
+    def bound(self, denoiser: Any) -> Binding: ...
 
 
 class Trainee(torch.nn.Module):
@@ -53,58 +66,8 @@ class Trainee(torch.nn.Module):
     gradient_checkpointing_enable = activation_checkpointing_enable
 
 
-def refuse_untunable(config: RunParts, binding: Binding, shape: tuple[int, int, int]) -> None:
-    """Raises ModelError or ConfigError for what no round of this run could tune; needs no weights.
-
-    A scheduler without a known loss, a dial that means nothing on its schedule, an adapter that fits nowhere.
-    """
-    refuse_other_channels(binding, shape)
-    refuse_distilled(binding)
-    refuse_unfit(schedule_of(binding.pipe, binding.denoiser, shape), config.tuning.diffusion)
-    for name in UNTOLD & set(config.tuning.trainer_kwargs):
-        raise ConfigError(
-            f"tuning.trainer_kwargs must not hold {name!r} for a diffusion model: it is of text. Remove it."
-        )
-    dropout = config.tuning.diffusion.condition_dropout
-    if binding.takes == "nothing" and dropout not in (0, DiffusionTuning().condition_dropout):
-        raise ConfigError(
-            f"tuning.diffusion.condition_dropout means nothing to a {type(binding.pipe).__name__}, which takes no "
-            f"prompt; got {dropout:g}. Remove it."
-        )
-    if config.policy.adapter is not None:
-        adapters.targets(binding.denoiser, config.policy.adapter)
-    elif config.policy.dtype == "float16":
-        raise ConfigError(
-            "policy.dtype must be float32 or bfloat16 where the whole denoiser is trained; got float16, in which small "
-            "gradients vanish. Write bfloat16, or train an adapter."
-        )
-
-
-def refuse_other_channels(binding: Binding, shape: tuple[int, int, int]) -> None:
-    """Raises ModelError for a denoiser that is given more than a noisy latent, as those of inpainting are."""
-    vae = getattr(binding.pipe, "vae", None)
-    if vae is not None and vae.config.latent_channels != shape[0]:
-        raise ModelError(
-            f"policy.model must be a pipeline that draws from noise alone; this {type(binding.pipe).__name__}'s "
-            f"{type(binding.denoiser).__name__} takes latents of {shape[0]} channels, and those of its "
-            f"{type(vae).__name__} have {vae.config.latent_channels}: it was made to fill in or to edit pictures. Use "
-            "the text-to-image model of the same kind."
-        )
-
-
-def refuse_distilled(binding: Binding) -> None:
-    """Raises ModelError for a UNet that is told the guidance scale, as those are that were made to take few steps."""
-    if width := binding.denoiser.config.get("time_cond_proj_dim"):
-        raise ModelError(
-            f"policy.model must be a pipeline whose training loss is known; the {type(binding.pipe).__name__}'s "
-            f"{type(binding.denoiser).__name__} has time_cond_proj_dim {width}: it was distilled to few steps (LCM), "
-            "and a denoising loss would undo that. Use the pipeline that it was distilled "
-            "from. (It can be drawn and evaluated with num_rounds: 0.)"
-        )
-
-
 def tune(
-    policy: Diffusion, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()
+    policy: Learner, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()
 ) -> tuple[TuneReport, tuple[str, ...]]:
     """Fits the policy to the rows and writes the new model into `out`; returns what was done, and notes for the user.
 
@@ -128,7 +91,7 @@ def tune(
     return TuneReport(len(found), len(fitted.losses), fitted.losses, details), fitted.notes
 
 
-def denoising_of(policy: Diffusion, found: Rows, shape: tuple[int, int, int], seed: int) -> Denoising:
+def denoising_of(policy: Learner, found: Rows, shape: tuple[int, int, int], seed: int) -> Denoising:
     """What the loss is made of, over a denoiser that has no weights yet; here the prompts are encoded."""
     asked = Conditions.joined([policy.encoder.encode(found.prompts), policy.encoder.empty()])
     conditions = policy.blank.guided(asked, policy.call.guidance_scale)
@@ -138,7 +101,7 @@ def denoising_of(policy: Diffusion, found: Rows, shape: tuple[int, int, int], se
 
 
 def task_of(
-    policy: Diffusion, found: Rows, denoising: Denoising, rows: Path, callbacks: Sequence[TrainerCallback]
+    policy: Learner, found: Rows, denoising: Denoising, rows: Path, callbacks: Sequence[TrainerCallback]
 ) -> Task:
     """What the family brings to the fit."""
     tuning = policy.config.tuning
@@ -158,7 +121,7 @@ def task_of(
     )
 
 
-def trainee(policy: Diffusion) -> Trainee:
+def trainee(policy: Learner) -> Trainee:
     """A fresh model, ready to be trained: the adapter alone where there is one, else the whole denoiser."""
     config = policy.config.policy
     denoiser = load_denoiser(config, policy.folder, policy.start_folder, train=True)
@@ -182,7 +145,7 @@ def fitted_to(task: Task, tuning: TuningConfig, work: Path, device: torch.device
         ) from error
 
 
-def published(policy: Diffusion, fitted: Fitted, probe: Probe, out: Path) -> dict[str, Any]:
+def published(policy: Learner, fitted: Fitted, probe: Probe, out: Path) -> dict[str, Any]:
     """Writes the model; returns the evidence of what it says of a few rows, beside what the run's start says."""
     trained, rows = policy.bound(fitted.model.denoiser.eval()), fitted.micro_batch
     write_model(trained, out, base_record(policy.start_folder), fitted.optimizer)

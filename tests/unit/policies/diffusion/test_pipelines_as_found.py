@@ -23,7 +23,7 @@ from raftune.policies.diffusion import Diffusion
 from raftune.policies.diffusion.bindings import binding_of
 from raftune.policies.diffusion.calling import call_of
 from raftune.policies.diffusion.oracle import refuse_unproven, refuse_unseeded
-from raftune.policies.diffusion.tuning import refuse_distilled, refuse_other_channels
+from raftune.policies.diffusion.tunable import refuse_distilled, refuse_other_channels
 from raftune.quiet import quiet
 from tests.pipelines import SIZE, Kind, save_tiny, tiny_pipeline
 from tests.unit.policies.diffusion.fits import begun, parts
