@@ -16,7 +16,6 @@ from raftune.config.policy import CustomPolicy
 from raftune.config.run import RunConfig
 from raftune.digest import held_out_names
 from raftune.engines.local import ThisProcess, make_engine
-from raftune.errors import ModelError
 from raftune.evaluation.examine import Examination
 from raftune.evaluation.images import looked_at
 from raftune.evaluation.metrics import METRICS
@@ -43,6 +42,7 @@ from raftune.starters.resolve import resolve_starters, starter_prompts
 from raftune.store.dropping import Dropped, drop_columns
 from raftune.store.job import Engine, Job, make_job
 from raftune.store.run import RunFolder
+from raftune.teacher import start_teacher, teacher_config
 
 
 @dataclass(frozen=True)
@@ -359,27 +359,6 @@ def drop_weights(run: RunFolder, round_: int) -> None:
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "policy.json":
             path.unlink()
-
-
-def start_teacher(family: Family, config: RunConfig, out: Path) -> None:
-    """Writes down the teacher as a family writes its start; faults are said of the teacher's own field."""
-    try:
-        family.start(teacher_config(config), out)
-    except ModelError as error:
-        raise type(error)(str(error).replace("policy.model", "sampling.teacher.model")) from error
-
-
-def teacher_config(config: RunConfig) -> RunConfig:
-    """The configuration with the teacher in the policy's place: the same family and dials, no adapter, and no rounds.
-
-    It is never tuned, so it need not be of a kind that can be.
-    """
-    assert config.sampling.teacher is not None
-    changes: dict[str, Any] = {"model": config.sampling.teacher.model}
-    own: dict[str, Any] = {"adapter": None, "tokenizer": None, "revision": None, "variant": None}
-    own["pipeline_init_kwargs"] = {}
-    changes |= {name: value for name, value in own.items() if hasattr(config.policy, name)}
-    return config.model_copy(update={"policy": config.policy.model_copy(update=changes), "num_rounds": 0})
 
 
 def limit_threads(config: RunConfig) -> None:
