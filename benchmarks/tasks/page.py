@@ -16,7 +16,7 @@ LABELS = {"native": "base at its own size", "base": "base", "random": "control: 
 NAMES = {
     "reward": "reward",
     "held_out": "judge",
-    "held_out/rewards/all_right/mean": "all four right",
+    "held_out/rewards/all_right/mean": "share with all four right",
     "feature_distance": "CLIP distance in a group",
     "vendi": "Vendi score",
     "pixel_distance": "pixel distance in a group",
@@ -35,7 +35,7 @@ COLUMNS = (
     "saturation",
     "contrast",
 )
-ROWS, SCALE, GAP = 6, 2, 6  # of the pictures: prompts a seed shows, magnification, pixels between two
+COLUMNS_SHOWN, SCALE, GAP = 12, 2, 6  # of the pictures: captions, magnification, pixels between two
 
 Values = Mapping[tuple[str, str, int], Mapping[str, float]]  # by arm, set and seed
 
@@ -51,8 +51,10 @@ def write_page(tasks: Sequence[Any], seeds: int, held_out: int, draws: int, work
             lines += [f"### On {title}", "", *table(task.arms, split, seeds, values), ""]
             lines += [*contrasts(split, seeds, values), ""]
             name = f"{task.name}-{split}.png"
-            grid(task.name, task.arms, split, work).save(out / name, optimize=True)
+            sheet, told = grid(task.name, task.arms, split, work)
+            sheet.save(out / name, optimize=True)
             lines += [f"![{task.title}: a row an arm, as in the table; a column a caption and seed]({name})", ""]
+            lines += [f"From the left: {'; '.join(told)}.", ""]
     path = out / "results.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
@@ -131,8 +133,13 @@ def table(arms: Sequence[str], split: str, seeds: int, values: Values) -> list[s
 
 
 def cell(values: Sequence[float]) -> str:
-    each = ", ".join(f"{value:.3g}" for value in values)
-    return f"{statistics.fmean(values):.3g} ({each})" if len(values) > 1 else each
+    each = ", ".join(map(short, values))
+    return f"{short(statistics.fmean(values))} ({each})" if len(values) > 1 else each
+
+
+def short(value: float) -> str:
+    """Three digits; what is less than half of 1e-4 is nothing but rounding."""
+    return f"{round(value, 4) + 0.0:.3g}"
 
 
 def contrasts(split: str, seeds: int, values: Values) -> list[str]:
@@ -153,14 +160,13 @@ def in_words(each: Sequence[float]) -> str:
     return f"{statistics.fmean(each):+.3g} ± {half:.2g}; by seed {listed}"
 
 
-def grid(task: str, arms: Sequence[str], split: str, work: Path) -> Any:
-    """The first pictures of seed 0: a column a caption, a row an arm, base first."""
+def grid(task: str, arms: Sequence[str], split: str, work: Path) -> tuple[Any, list[str]]:
+    """The first pictures of seed 0, a column a caption, a row an arm, base first; and the captions."""
     import io
 
     import pyarrow.parquet as pq
     from PIL import Image
 
-    columns = ROWS * 2
     rows = []
     for arm in arms:
         first = {}
@@ -169,11 +175,15 @@ def grid(task: str, arms: Sequence[str], split: str, work: Path) -> Any:
                 if row["k"] == 0 and row["completion"] is not None:
                     first[row["prompt_id"]] = Image.open(io.BytesIO(row["completion"])).convert("RGB")
         rows.append(first)
-    shared = sorted(set.intersection(*(set(row) for row in rows)))[:columns]
+    plan = work / "judged" / f"{task}-{arms[-1]}-0-{split}" / "round-0000" / "evaluate" / "plan" / "prompts.parquet"
+    captions = {row["prompt"]: row["prompt_id"] for row in pq.read_table(plan).to_pylist()}  # each once
+    shown = {told: one for told, one in captions.items() if all(one in row for row in rows)}
+    told = sorted(shown, key=lambda caption: shown[caption])[:COLUMNS_SHOWN]
+    shared = [shown[caption] for caption in told]
     side = max(row[shared[0]].width for row in rows) * SCALE
     sheet = Image.new("RGB", (len(shared) * (side + GAP) + GAP, len(rows) * (side + GAP) + GAP), "white")
     for y, row in enumerate(rows):
         for x, prompt in enumerate(shared):
             picture = row[prompt].resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(picture, (GAP + x * (side + GAP), GAP + y * (side + GAP)))
-    return sheet
+    return sheet, told
