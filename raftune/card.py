@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from raftune.store.run import DROPPED, RunFolder
 # What a committed model folder holds besides the model.
 OURS = frozenset({COMMIT, DROPPED, "training.json", "reference.json", "optimizer.safetensors"})
 ADAPTER = "adapter_config.json"
+ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")  # owner/name, or the name alone of a model without an owner
 PIPELINE, LORA = "model_index.json", "pytorch_lora_weights.safetensors"
 DIALS = ("height", "width", "num_inference_steps", "guidance_scale")
 TAG = "reward-ranked-fine-tuning"
@@ -213,7 +215,9 @@ def front_matter(config: RunConfig, use: Use) -> str:
 def base_name(config: RunConfig) -> str | None:
     """The base model's name on the hub; None for a folder, whose path would say something about this machine."""
     name = getattr(config.policy, "model", None)
-    return name if isinstance(name, str) and name.count("/") == 1 and not Path(name).expanduser().is_dir() else None
+    if not isinstance(name, str) or not ON_HUB.fullmatch(name) or is_bundled(config):
+        return None
+    return None if Path(name).expanduser().is_dir() else name
 
 
 def local_name(config: RunConfig) -> str | None:

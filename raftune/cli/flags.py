@@ -17,6 +17,8 @@ from raftune.config.load import models_in
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 
+EMPTY = ("null", "none")
+
 
 @dataclass(frozen=True)
 class Given:
@@ -71,6 +73,8 @@ def read_flag(
         return name[3:], "false"
     if kinds is None or not flag.startswith("--"):
         raise ConfigError(f"{flag} is not a flag of `raftune {command}`; {hint(name, options, whole)}")
+    if kinds == [type(None)] and (value or " ".join(queue[:1])).lower() not in EMPTY:
+        raise ConfigError(f"{flag} takes no value but null; {hint(name, options, whole)}")
     if value is not None:
         return name, value
     if bool in kinds and not (queue and queue[0].lower() in ("true", "false", "yes", "no", "on", "off", "1", "0")):
@@ -81,7 +85,10 @@ def read_flag(
 
 
 def kinds_of(name: str, whole: type[BaseModel] = RunConfig) -> list[Any] | None:
-    """The types that the dotted field may have; None where it is none, a whole section, or inside a list."""
+    """The types that the dotted field may have; None where it is none, a whole section, or inside a list.
+
+    A section that may be left out is a field whose one value is null.
+    """
     sections: list[Any] = [whole]
     *path, last = name.split(".")
     for part in path:
@@ -93,7 +100,9 @@ def kinds_of(name: str, whole: type[BaseModel] = RunConfig) -> list[Any] | None:
         sections = [model for field in fields for model in models_in(field)]
     found = [kind for s in sections if last in s.model_fields for kind in alternatives(s.model_fields[last].annotation)]
     section = all(kind is type(None) or models_in(kind) for kind in found) and not is_list(found)
-    return None if section else found
+    if section:
+        return [type(None)] if type(None) in found else None
+    return found
 
 
 def fields_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -122,7 +131,7 @@ def convert(text: str, kinds: Sequence[Any] | None) -> Any:
     """The value that the text stands for: lists, mappings and fields without a type of their own as YAML, the rest as
     text, which the configuration's own types read."""
     kinds = kinds or ()
-    if type(None) in kinds and text.lower() in ("none", "null"):
+    if type(None) in kinds and text.lower() in EMPTY:
         return None
     structured = is_list(kinds) or any(is_mapping(kind) for kind in kinds)
     if Any in kinds or (structured and text.lstrip()[:1] in ("[", "{")):

@@ -66,7 +66,9 @@ def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
         *sections, last = name.split(".")
         place = result
         for section in sections:
-            place = place.setdefault(section, {})
+            if not isinstance(place.get(section), dict):  # a section that was left out before is one again
+                place[section] = {}
+            place = place[section]
         place[last] = value
     return result
 

@@ -63,7 +63,8 @@ def given_model(model: Any, tokenizer: Any, peft_config: Any, init: dict[str, An
         name = str(_base_config(model)._name_or_path or type(model).__name__).rsplit("/", 1)[-1]
     else:
         raise ConfigError(
-            f"model must be a name, a folder, or a model of transformers or peft; got {type(model).__name__}."
+            f"model must be a name, a folder, or a model of transformers or peft; got {type(model).__name__}. A "
+            "pipeline of diffusers is aligned by raftune.run, with policy.family: diffusion."
         )
     if isinstance(model, PeftModel) and peft_config is None:
         peft_config = model.peft_config[model.active_adapter]

@@ -18,7 +18,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raftune.build import Objects
-from raftune.card import publish_model
+from raftune.card import base_name, publish_model
 from raftune.config.load import merge, validate
 from raftune.errors import ConfigError, StoreError
 from raftune.export import export
@@ -259,3 +259,12 @@ def test_nothing_is_overwritten(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must not exist yet"):
         export(folder / "run", "sft", tmp_path / "a.jsonl")
     assert (tmp_path / "a.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [("gpt2", "gpt2"), ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("starter", None), ("a/b/c", None)],
+)
+def test_a_card_names_the_base_that_others_can_fetch(model: str, named: str | None) -> None:
+    config = validate({"data": {"prompts": "-"}, "policy": {"model": model}})
+    assert base_name(config) == named

@@ -86,6 +86,16 @@ def test_a_section_is_no_flag() -> None:
         flags("--tuning", "1")
 
 
+def test_a_section_that_may_be_left_out_is_left_out_by_null() -> None:
+    assert flags("--policy.adapter", "null") == {"policy.adapter": None}
+    assert flags("--policy.adapter=none") == {"policy.adapter": None}
+    told = {"policy": {"adapter": {"r": 8}}}
+    assert merge([told, nested({"policy.adapter": None})]) == {"policy": {"adapter": None}}
+    assert nested({"policy.adapter": None, "policy.adapter.r": 4}) == {"policy": {"adapter": {"r": 4}}}
+    with pytest.raises(ConfigError, match=r"--policy.adapter takes no value but null; it is a section: write --policy"):
+        flags("--policy.adapter", "8")
+
+
 def test_what_is_inside_a_list_is_written_as_the_list() -> None:
     with pytest.raises(ConfigError, match=r"is a list: write --rewards.reward_funcs '\[\{weight: …\}\]'"):
         flags("--rewards.reward_funcs.weight", "1")
