@@ -1,6 +1,6 @@
 """The paper's two diffusion tasks, at a size that runs on two cores: adaptation to a resolution, and to the caption.
 
-    python benchmarks/images.py                            both, three seeds: about 45 minutes on two quiet cores
+    python benchmarks/images.py                            both, three seeds: about an hour on two cores
     python benchmarks/images.py --tasks alignment --seeds 1
     python benchmarks/images.py --list                     the tasks and their arms
 

@@ -44,11 +44,12 @@ def check(
     """
     from raftune.config.rewards import RewardSpec
     from raftune.rewards import check_reward
+    from raftune.rewards.media import is_image
     from raftune.starters.resolve import IMAGES, resolve_reward
 
     given = RewardSpec.model_validate({"spec": spec, "options": read_options(options)})
     batch = read_samples(samples) if samples is not None else prompts_of_starter(spec, images)
-    pictures = images if batch is None else hasattr(batch.completions[0], "convert")
+    pictures = images if batch is None else any(map(is_image, batch.completions))
     reward = resolve_reward(given, IMAGES if pictures else None)
     report = check_reward(reward, batch, timeout=timeout, device=device, pictures=pictures)
     if json:

@@ -15,7 +15,7 @@ from raftune.rewards.batch import Batch
 from raftune.rewards.examples import example_batch, example_pictures
 from raftune.rewards.failures import FAILED, excerpt
 from raftune.rewards.loading import load_reward
-from raftune.rewards.media import IMAGE_MEDIA, refuse_unfit
+from raftune.rewards.media import IMAGE_MEDIA, is_image, refuse_unfit
 from raftune.rewards.outcome import Outcome
 from raftune.rewards.panel import wait
 from raftune.rewards.places import Place, place
@@ -110,7 +110,7 @@ def check_reward(
     loop = Loop()
     seat = place(loaded, loop)
     if batch is not None:
-        pictures = any(hasattr(one, "convert") for one in batch.completions)
+        pictures = any(is_image(one) for one in batch.completions)
     elif loaded.media == IMAGE_MEDIA:
         pictures = True
     try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raftune.records import Score, Status
+from raftune.rewards.media import is_image
 from raftune.rewards.text import text_of
 
 FAILED = frozenset({Status.ERROR, Status.TIMEOUT, Status.INVALID})
@@ -69,7 +70,7 @@ def failure_message(scores: Sequence[Score], samples: Iterable[tuple[Any, Any]],
 
 def excerpt(content: Any, length: int = 80) -> str:
     """The beginning of a text or of the last message, in one line; of a picture its size."""
-    if hasattr(content, "convert"):
+    if is_image(content):
         return f"a picture of {content.width} x {content.height} pixels"
     text = (
         text_of(content[-1:]) if isinstance(content, list) else content if isinstance(content, str) else repr(content)

@@ -10,6 +10,7 @@ from typing import Any
 from raftune.config.rewards import derived_name
 from raftune.errors import ConfigError
 from raftune.rewards import fingerprint
+from raftune.rewards.media import is_image
 
 ANY_MEDIA = frozenset({"text", "messages", "image", "category"})
 
@@ -41,7 +42,7 @@ class FunctionReward:
         self.accepts, self.is_async = accepted(function), is_async(function)
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
-        answers = [one.copy() if hasattr(one, "convert") else one for one in completions]  # pictures can be changed
+        answers = [one.copy() if is_image(one) else one for one in completions]  # pictures can be changed
         given = {**columns, "prompts": prompts, "completions": answers, **self.options}
         self._need(given)
         if self.accepts is not None:

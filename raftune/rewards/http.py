@@ -15,6 +15,7 @@ from raftune.pictures import png_of
 from raftune.plain import one_line
 from raftune.rewards.batch import RESERVED
 from raftune.rewards.fingerprint import digest
+from raftune.rewards.media import is_image
 
 if TYPE_CHECKING:
     import httpx2
@@ -89,7 +90,7 @@ class Http:
     ) -> dict[str, Any]:
         chosen = slice(start, start + self.batch_size)
         answers = completions[chosen]
-        pictures = any(hasattr(answer, "convert") for answer in answers)
+        pictures = any(is_image(answer) for answer in answers)
         return {
             "prompts": prompts[chosen],
             "completions": [as_text(answer) for answer in answers] if pictures else answers,

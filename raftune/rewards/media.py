@@ -14,10 +14,15 @@ IMAGE_MEDIA = frozenset({"image"})
 WORDS = frozenset({"text", "messages", "category"})  # what reads as a text
 
 
+def is_image(value: Any) -> bool:
+    """True of a picture of Pillow, told by what it can do: without pictures Pillow need not be installed."""
+    return hasattr(value, "convert")
+
+
 def pictures(completions: list[Any], name: str) -> list[Any]:
     """The completions, RGB pictures of Pillow. Raises RewardError that names the reward where one is something else."""
     for completion in completions:
-        if not hasattr(completion, "convert"):
+        if not is_image(completion):
             raise RewardError(
                 f"reward {name!r} scores pictures, and a completion is of type {type(completion).__name__}. Use a "
                 "reward for texts, or draw from a policy that makes pictures."
@@ -30,7 +35,7 @@ def misfits(panel: Panel, media: str, family: str, field: str = "rewards.reward_
 
     A plain function says nothing of what it reads, so nothing is said of it.
     """
-    made, other = ("pictures", "texts") if media == "image" else ("texts", "pictures")
+    made, other = kinds(media)
     for name in unfit(panel.media, media):
         yield (
             f"{field}: {name} scores {other}, and policy.family: {family} makes {made}. Name a reward for {made}, "
@@ -40,9 +45,14 @@ def misfits(panel: Panel, media: str, family: str, field: str = "rewards.reward_
 
 def refuse_unfit(reads: Mapping[str, frozenset[str]], media: str) -> None:
     """Raises ConfigError where one of the rewards, each with what it reads, cannot read this medium."""
-    held, other = ("pictures", "texts") if media == "image" else ("texts", "pictures")
+    held, other = kinds(media)
     for name in unfit(reads, media):
         raise ConfigError(f"{name} scores {other}, and was given {held}. Name a reward for {held}, or give it {other}.")
+
+
+def kinds(media: str) -> tuple[str, str]:
+    """What answers of this medium are called, and those of the other."""
+    return ("pictures", "texts") if media == "image" else ("texts", "pictures")
 
 
 def unfit(reads: Mapping[str, frozenset[str]], media: str) -> list[str]:

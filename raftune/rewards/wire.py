@@ -18,6 +18,7 @@ from raftune.errors import RewardError
 from raftune.pictures import as_rgb, image_of
 from raftune.records import Part, Status
 from raftune.rewards.batch import Batch, Log
+from raftune.rewards.media import is_image
 from raftune.rewards.outcome import Outcome
 
 PLAIN = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), bytes: pa.binary()}
@@ -85,7 +86,7 @@ def outcome_from(header: Mapping[str, Any], table: pa.Table) -> Outcome:
 
 
 def _encode(name: str, values: list[Any]) -> tuple[pa.Array, str]:
-    if values and all(hasattr(value, "convert") for value in values):
+    if values and all(is_image(value) for value in values):
         return pa.array([_png(value) for value in values], pa.binary()), "png"
     types = {type(value) for value in values} - {type(None)}
     if len(types) <= 1:

@@ -39,8 +39,7 @@ def draw(
     counts the rows of all of them. Raises OutOfMemory with it.
     """
     away = None if negative is None else negative.to(device)
-    alone = bound().overflows  # its VAE is converted while it decodes, and all batches have the same
-    at_once = 1 if alone else lanes_for(call, device, min(batch_size, len(seeds)))
+    at_once = lanes_for(bound(), call, device, min(batch_size, len(seeds)))
 
     def drawn(rows: list[int]) -> list[dict[str, Any]]:
         generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in rows]
@@ -52,12 +51,14 @@ def draw(
         return [one for batch in mapped(drawn, batches(len(seeds), batch_size, at_once)) for one in batch]
 
 
-def lanes_for(call: Call, device: torch.device, rows: int) -> int:
+def lanes_for(binding: Binding, call: Call, device: torch.device, rows: int) -> int:
     """How many batches are drawn at once: one on an accelerator, as many as torch has threads on a CPU.
 
-    One, too, where a scale of adapters is part of the call: peft writes it into the weights while they are used.
+    One, too, where the networks change while they are used: a scale of adapters in the call, which peft writes into the
+    weights, or a VAE that is converted while it decodes.
     """
-    if device.type != "cpu" or any(name.endswith("attention_kwargs") for name in call.kwargs):
+    scaled = any(name.endswith("attention_kwargs") for name in call.kwargs)
+    if device.type != "cpu" or scaled or binding.overflows:
         return 1
     return max(1, min(torch.get_num_threads(), rows))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -74,9 +75,13 @@ class Encoder:
 
     # -- prompts that are longer than what is read ---------------------------------------------------------------------
 
+    @cached_property
+    def _limits(self) -> dict[str, int]:
+        return self.binding.text_limits()
+
     def unseen(self, text: str) -> str | None:
         """The end of a prompt that no text encoder reads; None where one reads it to the end."""
-        limits = self.binding.text_limits()
+        limits = self._limits
         if not limits:
             return None
         name = max(limits, key=lambda name: limits[name])

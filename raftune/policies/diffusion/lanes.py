@@ -1,7 +1,7 @@
 """Several batches at once, each with its share of torch's threads.
 
-The operations of a small denoiser keep one core busy, and two hardly more: two batches side by side on a core each are
-drawn in two thirds of the time that both take one after the other on two cores (`benchmarks/images_draw.py`).
+The operations of a small denoiser keep one core busy, and two hardly more: two batches are done sooner side by side, on
+a core each, than one after the other on two (docs/decisions/0025).
 """
 
 from __future__ import annotations

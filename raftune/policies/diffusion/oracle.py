@@ -49,7 +49,7 @@ def refuse_unproven(binding: Binding, kwargs: Mapping[str, Any] | None = None) -
     with torch.no_grad(), quiet():
         conditions = _asked(binding, call)
         pictures, steps = _drawn(binding, conditions, call)
-        limit = TOLERANCES.get(steps[0].output.dtype, min(TOLERANCES.values()))
+        limit = _limit(steps[0].output)
         found = tuple(_difference(binding, step, conditions, call) for step in steps)
         for step, difference in zip(steps, found, strict=True):
             if not difference <= limit:
@@ -158,8 +158,18 @@ def _difference(binding: Binding, step: Step, conditions: Conditions, call: Call
         raise _refusal(f"raftune's call of {_whose(binding)} denoiser failed with {_said(error)}") from error
     if predicted.shape != expected.shape:
         return float("inf")
+    return _apart(predicted, expected)
+
+
+def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference as a share of the largest number that was expected."""
     peak = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return float((predicted.float() - expected.float()).abs().max() / peak.float())
+    return float((found.float() - expected.float()).abs().max() / peak.float())
+
+
+def _limit(like: torch.Tensor) -> float:
+    """The share that rounding may make of a difference in this precision."""
+    return TOLERANCES.get(like.dtype, min(TOLERANCES.values()))
 
 
 def _refuse_not_finite(binding: Binding, output: torch.Tensor, step: Step) -> None:
@@ -203,10 +213,8 @@ def _refuse_noise_of_no_seed(binding: Binding, conditions: Conditions, call: Cal
     alone, _ = _drawn(binding, conditions.take([1]), longer, (1,))
     if not all((*pictures.finite, *alone.finite)):
         return
-    found, expected = alone.x0.float(), pictures.x0[1:].float()
-    peak = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    differs = float((found - expected).abs().max() / peak)
-    if differs > GROWN * TOLERANCES.get(alone.x0.dtype, min(TOLERANCES.values())):
+    differs = _apart(alone.x0, pictures.x0[1:])
+    if differs > GROWN * _limit(alone.x0):
         raise ModelError(
             f"A picture must come of its own seed; drawn again with the same seed, one of {_whose(binding)} differs by "
             f"{differs:.3g} of its size: its {type(binding.pipe.scheduler).__name__} draws noise that no seed of ours "

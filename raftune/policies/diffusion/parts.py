@@ -99,14 +99,13 @@ def refuse_missing_parts(
     """Raises ModelError where a part that the index names is not there, or not whole: names each part."""
     parts = [part for part in parts_of(index) if part.name not in left_out]
     lacking = [why for part in parts for why in _faults(folder, part)]
-    if not lacking:
-        _refuse_other_variants([folder / part.name for part in parts if part.has_weights], variant)
     if lacking:
         raise ModelError(
             f"policy.model must be a whole pipeline; {folder} lacks {'; '.join(lacking)}. Fetch the model again, or "
             "save it anew with save_pretrained; a part that is not needed (a safety_checker) can be left out with "
             "policy.pipeline_init_kwargs: {NAME: null}."
         )
+    _refuse_other_variants([folder / part.name for part in parts if part.has_weights], variant)
 
 
 def _refuse_other_variants(places: list[Path], variant: str | None) -> None:

@@ -82,7 +82,7 @@ class Diffusion:
     def refuse_dials(self) -> None:
         """Raises ConfigError for dials that the family or this pipeline does not have; needs no weights."""
         refuse_unread(self.config)
-        shape = self.blank.latent_shape(self.call.height, self.call.width)
+        shape = self.latents_shape  # asked in any case: a size that the pipeline cannot draw is refused
         if getattr(self.config, "num_rounds", 1) > 0:
             refuse_untunable(self.config, self.blank, shape)
 
@@ -97,7 +97,6 @@ class Diffusion:
 
         self.refuse_dials()  # needs no weights, so a large model is not read in vain
         call, pipe = self.call, self.frozen.pipe
-        shape = self.blank.latent_shape(call.height, call.width)
         denoiser = self.drawer.denoiser
         loading.refuse_not_finite({**self.frozen.modules, self.frozen.denoiser.name: denoiser})
         with self.frozen.on(self.device, "vae", "text_encoder", "safety_checker"):
@@ -114,7 +113,7 @@ class Diffusion:
             "num_inference_steps": call.num_inference_steps,
             "guidance_scale": call.guidance_scale,
             "forwards_per_step": 2 if is_guided(self.blank, call) else 1,
-            "latents_shape": list(shape),
+            "latents_shape": list(self.latents_shape),
             "model": self.config.policy.model,
             "notes": [],
         }
@@ -148,6 +147,11 @@ class Diffusion:
     def call(self) -> Call:
         """How the pipeline is called in this run."""
         return call_of(self.blank, self.config.sampling.diffusion)
+
+    @property
+    def latents_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of this run's pictures."""
+        return self.blank.latent_shape(self.call.height, self.call.width)
 
     @cached_property
     def encoder(self) -> Encoder:

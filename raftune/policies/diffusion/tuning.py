@@ -48,6 +48,8 @@ class Learner(Protocol):
     @property
     def call(self) -> Call: ...
     @property
+    def latents_shape(self) -> tuple[int, int, int]: ...
+    @property
     def encoder(self) -> Encoder: ...
     def bound(self, denoiser: Any) -> Binding: ...
 
@@ -73,8 +75,7 @@ def tune(
 
     Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
     """
-    config, call = policy.config, policy.call
-    shape = policy.blank.latent_shape(call.height, call.width)
+    config, shape = policy.config, policy.latents_shape
     found = read_rows(rows, shape)
     seed = derive_seed(config.seed, "tune", found.round)
     denoising = denoising_of(policy, found, shape, seed)

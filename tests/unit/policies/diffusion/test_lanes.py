@@ -90,15 +90,17 @@ def test_rows_are_spread_evenly_over_batches(count: int, batch_size: int, at_onc
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_one_batch_at_a_time_where_batches_would_meet_in_the_weights_or_on_an_accelerator() -> None:
+def test_one_batch_at_a_time_where_batches_would_meet_in_the_weights_or_on_an_accelerator(tmp_path: Path) -> None:
+    binding = policy(save_tiny("sd", tmp_path / "sd"), tmp_path).blank
+
     def call(**kwargs: Any) -> Call:
         return Call(16, 16, 2, 1.0, kwargs)
 
-    assert lanes_for(call(), CPU, 8) == 2
-    assert lanes_for(call(max_sequence_length=8), CPU, 8) == 2
-    assert lanes_for(call(), CPU, 1) == 1
-    assert lanes_for(call(cross_attention_kwargs={"scale": 0.5}), CPU, 8) == 1
-    assert lanes_for(call(), torch.device("cuda"), 8) == 1
+    assert lanes_for(binding, call(), CPU, 8) == 2
+    assert lanes_for(binding, call(max_sequence_length=8), CPU, 8) == 2
+    assert lanes_for(binding, call(), CPU, 1) == 1
+    assert lanes_for(binding, call(cross_attention_kwargs={"scale": 0.5}), CPU, 8) == 1
+    assert lanes_for(binding, call(), torch.device("cuda"), 8) == 1
 
 
 @pytest.mark.usefixtures("two_threads")
