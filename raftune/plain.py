@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
 import unicodedata
 
 _BIDI = frozenset(map(chr, (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))))
@@ -23,6 +26,12 @@ def one_line(text: str, width: int | None = None) -> str:
 def first_line(error: BaseException) -> str:
     """An error's first line, which is all that a message to the user has room for."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def shell_command(*words: object) -> str:
+    """The words as a command line that can be pasted into a shell, quoted where they need it."""
+    texts = [str(word) for word in words]
+    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
 def _visible(char: str) -> str:
