@@ -16,6 +16,7 @@ from typing import Any
 
 from cyclopts import App, CycloptsError
 
+from raftune import interruption
 from raftune.cli.manual import explain
 from raftune.errors import Interrupted, RaftuneError
 
@@ -122,6 +123,7 @@ def interruptible(root: Path, again: str | None = None) -> Iterator[Observer]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         asked.append(number)
+        interruption.ask_to_stop()
         if len(asked) > 1:
             os.write(2, b"\nstopped at once.\n")
             os._exit(INTERRUPTED)
@@ -134,6 +136,7 @@ def interruptible(root: Path, again: str | None = None) -> Iterator[Observer]:
     def farewell() -> Interrupted:
         return Interrupted(again or f"what is committed is kept. Resume with: raftune resume {root}")
 
+    interruption.forget()
     with handling(stop):
         try:
             yield observe
@@ -143,6 +146,8 @@ def interruptible(root: Path, again: str | None = None) -> Iterator[Observer]:
             if asked:
                 raise farewell() from None
             raise
+        finally:
+            interruption.forget()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from raftune.interruption import caused_by_interrupt
 from raftune.records import Part, Status
 from raftune.rewards.batch import Batch, Log, keywords
 
@@ -56,8 +57,13 @@ def judge(output: Any, size: int, log: Log) -> Outcome:
     return Outcome([_part(value) for value in values], log, len(values))
 
 
-def attempt(reward: Any, batch: Batch) -> Outcome:
-    """The outcome of one call in this thread; whatever the reward raises, SystemExit included, becomes a status."""
+def attempt(reward: Any, batch: Batch, *, signals_reach: bool = False) -> Outcome:
+    """The outcome of one call in this thread; whatever the reward raises, SystemExit included, becomes a status.
+
+    `signals_reach`: the call runs where Python delivers signals, the main thread of a run. There an interrupt is ours
+    and not the reward's: KeyboardInterrupt and SystemExit go through, also out of code that turned them into another
+    error.
+    """
     log = Log()
     try:
         output = reward(**keywords(batch, log))
@@ -67,6 +73,8 @@ def attempt(reward: Any, batch: Batch) -> Outcome:
             output = asyncio.run(_awaited(output))
         return judge(output, len(batch), log)
     except BaseException as error:
+        if signals_reach and caused_by_interrupt(error):
+            raise error if isinstance(error, KeyboardInterrupt | SystemExit) else KeyboardInterrupt from error
         return whole(Status.ERROR, one_line(error), len(batch))
 
 

@@ -46,7 +46,7 @@ class Here:
         """The call is over when this returns."""
         self._reward.prepare()
         future: Future[Outcome] = Future()
-        future.set_result(attempt(self._reward, batch))
+        future.set_result(attempt(self._reward, batch, signals_reach=True))
         return future
 
     def give_up(self, future: Future[Outcome]) -> str:

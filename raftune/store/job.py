@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from raftune.errors import EngineError, OutOfMemory
+from raftune.interruption import raise_if_asked
 from raftune.protocols import OnceStage, Receipt, Stage, UnitStage
 from raftune.store.commit import Commit, FileEntry, stage_key
 from raftune.store.files import (
@@ -95,6 +96,7 @@ def run_once(job: Job, stage: OnceStage) -> tuple[str, ...]:
     staged.mkdir()
     try:
         notes = stage.run(job.inputs, staged)
+        raise_if_asked()
         paths = sorted(path for path in staged.rglob("*") if path.is_file())
         files = {path.relative_to(staged).as_posix(): FileEntry.of(path) for path in paths}
         if stage.writes != "evaluate":  # its folder holds the stages that it is made from
@@ -116,6 +118,7 @@ def run_unit(job: Job, stage: UnitStage, index: int) -> Receipt:
         try:
             with stage_file(job.run.tmp, final, publish_unsealed) as staged:
                 notes += stage.run_unit(job.inputs, index, staged, metadata)
+                raise_if_asked()
                 rows, _ = read_metadata(staged)
                 sha256, size = sha256_of(staged), staged.stat().st_size
             return Receipt(index, final.name, rows, sha256, size, time.perf_counter() - began, notes)
