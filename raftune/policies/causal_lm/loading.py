@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from raftune.config.policy import AdapterConfig, CausalLMPolicy
@@ -271,8 +272,35 @@ def load_round(
         model = fresh_adapter(model, config.adapter, seed)
     exact = model.dtype == torch.float32 and not config.load_in_4bit
     if merge and exact and seed is None and isinstance(model, PeftModel):
-        model = model.merge_and_unload()
+        model = merged(model)
     return model.eval()
+
+
+def merged(model: PeftModel) -> Any:
+    """The base with its adapter added in: the same function as the adapter beside its base, also once it is saved."""
+    untie_targets(model)
+    with quiet():
+        return model.merge_and_unload()
+
+
+def untie_targets(model: PeftModel) -> None:
+    """Gives every adapted layer whose weight another layer shares a copy of its own: merging would change both."""
+    owners: dict[int, list[Any]] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(module)
+    for module in model.modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        layer = module.get_base_layer()
+        weight = getattr(layer, "_parameters", {}).get("weight")
+        if weight is not None and len(owners.get(id(weight), ())) > 1:
+            owners[id(weight)].remove(layer)
+            layer.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+            base = model.get_base_model()
+            for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
+                config.tie_word_embeddings = False
 
 
 def _is_start(folder: Path, start: Path) -> bool:

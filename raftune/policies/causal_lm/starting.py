@@ -22,6 +22,7 @@ from raftune.policies.causal_lm.loading import (
     fill_pad_token,
     load_tokenizer,
     load_weights,
+    merged,
     model_config,
     resolve,
 )
@@ -50,9 +51,9 @@ def begin(
     if adapter and not merge:
         return _begin_on_base(config, out, reference, adapter, tokenizer)
     if adapter:
-        merged = _merged(config, reference.name, reference.revision, adapter)
-        write_model(merged, tokenizer or _tokenizer_of(config, reference.name, adapter), out, ("", None))
-        return _facts(config, out, merged) | {"model": reference.name, "merged": True}
+        whole = _merged(config, reference.name, reference.revision, adapter)
+        write_model(whole, tokenizer or _tokenizer_of(config, reference.name, adapter), out, ("", None))
+        return _facts(config, out, whole) | {"model": reference.name, "merged": True}
     reference.write(out)
     if tokenizer is None and config.tokenizer:
         tokenizer = load_tokenizer(config, out)
@@ -67,7 +68,7 @@ def begin(
 def _begin_with_object(config: CausalLMPolicy, out: Path, model: Any, tokenizer: Any) -> dict[str, Any]:
     if tokenizer is None:
         tokenizer = _tokenizer_of(config, str(getattr(base_of(model), "name_or_path", "")), None)
-    plain = copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
+    plain = merged(copy.deepcopy(model)) if isinstance(model, PeftModel) else model
     write_model(plain, tokenizer, out, ("", None))
     return _facts(config, out, plain) | {"model": None}
 
@@ -109,8 +110,8 @@ def _merged(config: CausalLMPolicy, name: str, revision: str | None, adapter: Pe
     exact = config.model_copy(update={"dtype": "float32", "load_in_4bit": False})
     model = load_weights(exact, base, adapter.revision, torch.device("cpu"))
     with quiet():
-        merged = PeftModel.from_pretrained(model, name, **at(revision)).merge_and_unload()
-    return merged if config.dtype in ("float32", "auto") else merged.to(getattr(torch, config.dtype))
+        whole = merged(PeftModel.from_pretrained(model, name, **at(revision)))
+    return whole if config.dtype in ("float32", "auto") else whole.to(getattr(torch, config.dtype))
 
 
 def _tokenizer_of(config: CausalLMPolicy, name: str, adapter: PeftConfig | None) -> Any:
