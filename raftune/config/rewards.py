@@ -14,8 +14,7 @@ class RewardSpec(Frozen):
 
     spec: str = Field(
         min_length=1,
-        description="A built-in (of texts: regex, length, answer, repetition, classifier; of images: clip_score, "
-        "pick_score, aesthetic, file_size, colour; of both: http), module:function, file.py:function, 'starter', or a "
+        description="A built-in reward (`raftune reward list`), module:function, file.py:function, 'starter', or a "
         "folder or hub name of a sequence-classification model or a CLIPModel.",
     )
     name: str | None = Field(

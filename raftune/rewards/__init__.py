@@ -1,11 +1,8 @@
 """Rewards: functions and models that give a number to a completion, and the panel that calls several of them.
 
 batch.py, outcome.py        what a reward is asked, and what came of the call
-regex, length, answer,      the built-in rewards, one to a file: of texts,
-  repetition, classifier
-clip_score, aesthetic,      of pictures,
-  file_size, colour
-http.py                     and a judge behind a web address
+builtin.py                  the built-in rewards by name: each declares itself by a decorator, one to a file
+model_options.py            the options of those that are models
 clip.py, models.py          what rewards that are models share
 function.py                 a person's own callable
 host.py, hosted.py, wire.py a reward in a process of its own: the far side, this side, and what travels between

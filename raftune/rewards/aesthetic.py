@@ -19,6 +19,7 @@ from raftune.errors import RewardError
 from raftune.rewards import fingerprint
 from raftune.rewards.clip import ClipModel
 from raftune.rewards.media import IMAGE_MEDIA, pictures
+from raftune.rewards.model_options import AestheticOptions
 from raftune.rewards.outcome import one_line
 
 Floats = npt.NDArray[np.float32]
@@ -27,23 +28,6 @@ Activation = Literal["none", "relu"]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 PUBLISHED_CLIP = "openai/clip-vit-large-patch14"  # what the published predictor reads its pictures with
 NAME = re.compile(r"^(?:.*\.)?(\d+)\.(weight|bias)$")
-
-
-@dataclass
-class AestheticOptions:
-    """How the head is read and asked.
-
-    model: a folder that `save_head` wrote, or a safetensors file of linear layers named `layers.N.weight` and
-    `layers.N.bias`, as the published aesthetic predictor has them. clip: folder or hub name of the CLIPModel that the
-    head reads; None: as the folder says, for a bare file the model of the published predictor.
-    batch_size: pictures in a forward pass. dtype: precision of the CLIPModel's weights.
-    """
-
-    model: str
-    clip: str | None = None
-    batch_size: int = 32
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    revision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from raftune.errors import RewardError
+from raftune.rewards.builtin import builtin
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.text import TEXT_MEDIA, text_of
 
@@ -15,19 +18,25 @@ NUMBER = re.compile(r"(?<![\w.])[-+−]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.
 Extract = Literal["last_number", "boxed", "exact"]
 
 
+@builtin("answer", media=("text", "messages"), example={"column": "answer", "extract": "last_number"})
 @dataclass
 class Answer:
     """1.0 where the answer found in the completion equals the column's, else 0.0; None where the column holds none.
 
-    extract says what the answer is: the `last_number` in the completion, the content of its last `boxed` braces
-    (\\boxed{…}), or the whole completion (`exact`). Numbers are compared as numbers: 1,000, $1000 and 1000.0 are equal;
+    Numbers are compared as numbers: 1,000, $1000 and 1000.0 are equal;
     anything else as text without case, outer spaces, dollar signs and trailing dot. A column in the form of GSM8K (a
     solution that ends in `#### 42`) stands for what follows its last ####; a column that holds no answer of the asked
     kind (no number in it) gives None.
     """
 
-    column: str = "answer"
-    extract: Extract = "last_number"
+    column: Annotated[str, Field(description="The data's column that holds the right answer.")] = "answer"
+    extract: Annotated[
+        Extract,
+        Field(
+            description="Where the completion's answer is: its last_number, its last \\boxed{…} braces, or exact: all "
+            "of it."
+        ),
+    ] = "last_number"
     name: str = "answer"
     media: frozenset[str] = field(default=TEXT_MEDIA, init=False)
     fingerprint: str = field(default="", init=False)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -16,39 +16,10 @@ from raftune.config.rewards import derived_name
 from raftune.errors import RewardError
 from raftune.reading import NOTES, Reading, is_hollow, longest, read_notes, tokens
 from raftune.rewards import fingerprint
+from raftune.rewards.model_options import ClassifierOptions
 from raftune.rewards.models import best_device, weights_fingerprint, without_bars
 from raftune.rewards.outcome import one_line
 from raftune.rewards.text import TEXT_MEDIA
-
-
-@dataclass
-class ClassifierOptions:
-    """How the model is read and asked. What is None is as the model was trained, where `raftune reward train` made it.
-
-    model, tokenizer: folder or hub name; the tokenizer is the model's own unless given.
-    label: index or name of the label whose log-odds (or probability) is the reward; only for models with several.
-    output: `log_odds` (a reward model's plain number) or `probability`, in [0, 1].
-    normalize: (r - mean) / standard deviation, by the scores that the model gave to held-out answers of its training.
-    include_prompt: whether the prompt is part of the text; without it a message's bare content is scored. None: it is.
-    append_eos: end plain texts with the EOS token, as TRL's RewardTrainer does. None: not.
-    add_special_tokens: None adds them to plain texts of tokenizers that have a classification token ([CLS]).
-    max_length: tokens; longer texts lose their beginning. None takes the model's own limit.
-    batch_size: texts in a forward pass, grouped by length.
-    """
-
-    model: str = ""
-    tokenizer: str | None = None
-    label: int | str | None = None
-    output: Literal["log_odds", "probability"] = "log_odds"
-    normalize: bool = False
-    include_prompt: bool | None = None
-    append_eos: bool | None = None
-    add_special_tokens: bool | None = None
-    max_length: int | None = None
-    batch_size: int = 16
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    revision: str | None = None
-    trust_remote_code: bool = False
 
 
 class Classifier:

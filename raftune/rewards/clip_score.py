@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,42 +14,7 @@ from raftune.reading import text_of
 from raftune.rewards import fingerprint
 from raftune.rewards.clip import ClipModel
 from raftune.rewards.media import IMAGE_MEDIA, pictures
-
-
-@dataclass
-class ClipScoreOptions:
-    """How the model is read and asked.
-
-    model: folder or hub name of a CLIPModel. processor: folder or hub name of the image processor and the tokenizer,
-    where the model's own lacks them.
-    cosine: the cosine alone, in [-1, 1]; without it the cosine times the model's logit scale, as `logits_per_image` is
-    (100 for the published models: from about 10 for a picture of something else to 35).
-    column: the data set's column that holds the text to compare with, where the prompt itself is none.
-    batch_size: pictures in a forward pass. dtype: precision of the weights.
-    """
-
-    model: str = "openai/clip-vit-large-patch14"
-    processor: str | None = None
-    cosine: bool = False
-    column: str | None = None
-    batch_size: int = 32
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    revision: str | None = None
-
-
-PICK_SCORE = "yuvalkirstain/PickScore_v1"
-PICK_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # what it was trained with: its own folder has none
-
-
-@dataclass
-class PickScoreOptions(ClipScoreOptions):
-    """As of clip_score, with the published model and, for that one, the processor that it was trained with."""
-
-    model: str = PICK_SCORE
-
-    def __post_init__(self) -> None:
-        if self.model == PICK_SCORE and self.processor is None:
-            self.processor = PICK_PROCESSOR
+from raftune.rewards.model_options import ClipScoreOptions
 
 
 class ClipScore:

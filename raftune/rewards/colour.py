@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from raftune.errors import ConfigError
 from raftune.pictures import LUMA
+from raftune.rewards.builtin import builtin
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.media import IMAGE_MEDIA, pictures
 
 Pixels = npt.NDArray[np.float64]  # (height, width, 3) in [0, 1]: red, green, blue, as stored (sRGB)
 
 
+@builtin("colour", media=("image",), example={"measure": "distance", "colour": [255, 0, 0]})
 @dataclass
 class Colour:
     """One number a picture, by `measure`.
@@ -25,11 +28,16 @@ class Colour:
     of (max - min) / max over a pixel's channels, 0 (grey) to 1. colourfulness: as Hasler and Süsstrunk 2003 have it, 0
     (grey) to about 1 where many strong colours meet (their scale divided by 255). warmth: mean red less mean blue, -1
     to 1. distance: root mean square distance of the pixels to `colour`, 0 (all of that colour) to 1; give it a
-    negative weight to come near. `colour`: red, green, blue, each 0 to 255, for distance alone.
+    negative weight to come near.
     """
 
-    measure: Literal["brightness", "contrast", "saturation", "colourfulness", "warmth", "distance"] = "brightness"
-    colour: tuple[int, int, int] | None = None
+    measure: Annotated[
+        Literal["brightness", "contrast", "saturation", "colourfulness", "warmth", "distance"],
+        Field(description="Which statistic."),
+    ] = "brightness"
+    colour: Annotated[
+        tuple[int, int, int] | None, Field(description="Red, green, blue, each 0 to 255; for distance alone.")
+    ] = None
     name: str = "colour"
     media: frozenset[str] = field(default=IMAGE_MEDIA, init=False)
     fingerprint: str = field(default="", init=False)

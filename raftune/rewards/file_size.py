@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from raftune.errors import ConfigError
+from raftune.rewards.builtin import builtin
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.media import IMAGE_MEDIA, pictures
 
 
+@builtin("file_size", media=("image",), example={"format": "jpeg"})
 @dataclass
 class FileSize:
     """Thousands of bytes of the picture as JPEG or PNG; above 0, and larger for larger pictures.
 
     With a weight of -1 a policy learns pictures that compress well, with 1 pictures full of detail (Black et al. 2023,
-    arXiv 2305.13301). quality: of the JPEG, 1 to 100; PNG is lossless and has none.
+    arXiv 2305.13301).
     """
 
-    format: Literal["jpeg", "png"] = "jpeg"
-    quality: int = 95
+    format: Annotated[Literal["jpeg", "png"], Field(description="How the picture is compressed.")] = "jpeg"
+    quality: Annotated[int, Field(description="Of the JPEG, 1 to 100; PNG is lossless and has none.")] = 95
     name: str = "file_size"
     media: frozenset[str] = field(default=IMAGE_MEDIA, init=False)
     fingerprint: str = field(default="", init=False)

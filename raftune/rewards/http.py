@@ -7,13 +7,16 @@ import base64
 import json
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from raftune.address import is_local, web_url
 from raftune.errors import ConfigError, RewardError
 from raftune.pictures import png_of
 from raftune.plain import one_line
 from raftune.rewards.batch import RESERVED
+from raftune.rewards.builtin import builtin
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.media import is_image
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 EXCERPT = 160  # characters of a wrong answer that are shown
 
 
+@builtin("http", media=("text", "messages", "image"), example={"url": "http://127.0.0.1:8000/score"})
 @dataclass
 class Http:
     """What the server at `url` answers, one number or null a sample, in order; its range is the server's.
@@ -31,15 +35,17 @@ class Http:
     pictures as PNG in base64, and the answer to it {"scores": […]}. Only this address is asked: a redirect is an error.
     What the server calls an error, or says beside the format, is the error of that call; rewards.timeout ends one that
     takes too long, and rewards.retries asks again.
-    batch_size: samples in a request. concurrency: requests under way at once. columns: which columns of the data set
-    are sent; None: all. key_env: the environment variable whose value is sent as the bearer token.
     """
 
-    url: str
-    batch_size: int = 16
-    concurrency: int = 4
-    columns: list[str] | None = None
-    key_env: str | None = None
+    url: Annotated[str, Field(description="The server's address.")]
+    batch_size: Annotated[int, Field(description="Samples in a request.")] = 16
+    concurrency: Annotated[int, Field(description="Requests under way at once.")] = 4
+    columns: Annotated[
+        list[str] | None, Field(description="Which columns of the data are sent with the samples; null: all.")
+    ] = None
+    key_env: Annotated[
+        str | None, Field(description="The environment variable whose value is sent as the bearer token.")
+    ] = None
     name: str = "http"
     media: frozenset[str] = field(default=frozenset({"text", "messages", "image"}), init=False)
     fingerprint: str = field(default="", init=False)

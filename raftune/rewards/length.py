@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from raftune.errors import ConfigError
+from raftune.rewards.builtin import builtin
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.text import TEXT_MEDIA, Unit, pieces
 
 
+@builtin("length", media=("text", "messages"), example={"target": 20})
 @dataclass
 class Length:
     """0 for a length within [min, max] (or at the target), below it minus the relative distance to the nearer bound.
 
-    A length of 30 against a target of 20 gives -0.5. unit: words, characters, or tokens (EOS included).
+    A length of 30 against a target of 20 gives -0.5. Give either target, or min, max or both.
     """
 
-    target: float | None = None
-    min: float | None = None
-    max: float | None = None
+    target: Annotated[float | None, Field(description="The wanted length.")] = None
+    min: Annotated[float | None, Field(description="The least length without a penalty.")] = None
+    max: Annotated[float | None, Field(description="The greatest length without a penalty.")] = None
     unit: Unit = "words"
     name: str = "length"
     media: frozenset[str] = field(default=TEXT_MEDIA, init=False)

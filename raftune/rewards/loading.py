@@ -19,37 +19,13 @@ from pydantic import TypeAdapter, ValidationError
 from raftune.config.rewards import RewardsConfig, RewardSpec, unique_names
 from raftune.errors import ConfigError, RewardError
 from raftune.protocols import Reward
-from raftune.rewards import fingerprint
-from raftune.rewards.answer import Answer
-from raftune.rewards.colour import Colour
-from raftune.rewards.file_size import FileSize
+from raftune.rewards import answer, colour, file_size, fingerprint, http, length, model_options, regex, repetition
+from raftune.rewards.builtin import BUILT_IN, NOT_OPTIONS, BuiltIn, nearest
 from raftune.rewards.function import FunctionReward
-from raftune.rewards.http import Http
-from raftune.rewards.length import Length
 from raftune.rewards.outcome import one_line
 from raftune.rewards.panel import Panel
-from raftune.rewards.regex import Regex
-from raftune.rewards.repetition import Repetition
 
-BUILT_IN: dict[str, type[Any]] = {
-    "regex": Regex,
-    "length": Length,
-    "answer": Answer,
-    "repetition": Repetition,
-    "file_size": FileSize,
-    "colour": Colour,
-    "http": Http,
-}
-# Module, options and class of the rewards that are models: imported when one is asked for, for they import torch.
-MODELS = {
-    "classifier": ("classifier", "ClassifierOptions", "Classifier"),
-    "clip_score": ("clip_score", "ClipScoreOptions", "ClipScore"),
-    "pick_score": ("clip_score", "PickScoreOptions", "ClipScore"),
-    "aesthetic": ("aesthetic", "AestheticOptions", "Aesthetic"),
-}
-KINDS = {"clip": "clip_score", "aesthetic": "aesthetic"}  # model_type in a config.json: the reward that reads it
-# A pattern can take exponential time while it holds the interpreter's lock: only another process can be ended then.
-HOSTED_BUILT_IN = frozenset({"regex"})
+_DECLARED_IN = (regex, length, answer, repetition, model_options, file_size, colour, http)  # imported: they declare
 SHORT_NAMES = {
     name: f"trl.rewards:{name}" for name in ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
 }
@@ -74,7 +50,7 @@ def load_reward(
     if not isinstance(reward, RewardSpec):
         return _from_object(reward, name, tokenizer, device)
     spec = reward if name is None else reward.model_copy(update={"name": name})
-    if _is_function(spec.spec) or spec.spec in HOSTED_BUILT_IN:
+    if _is_function(spec.spec) or (spec.spec in BUILT_IN and BUILT_IN[spec.spec].own_process):
         from raftune.rewards.hosted import HostedReward
 
         return HostedReward(spec, spec.timeout or timeout)
@@ -124,12 +100,18 @@ def load_panel(
 def resolve(spec: RewardSpec, device: str = "auto") -> Reward:
     """The reward of a spec, in this process."""
     if spec.spec in BUILT_IN:
-        reward: Reward = _with_options(BUILT_IN[spec.spec], spec.spec, spec.options)
-        reward.name = spec.derived_name
-        return reward
+        return _from_builtin(BUILT_IN[spec.spec], spec, spec.options, device)
     if _is_function(spec.spec):
         return _from_function(spec)
     return _from_model(spec, device)
+
+
+def _from_builtin(builtin: BuiltIn, spec: RewardSpec, options: dict[str, Any], device: str) -> Reward:
+    given = with_options(builtin.options, spec.spec, options)
+    if builtin.loads is not None:
+        return cast(Reward, builtin.reward_class()(given, name=spec.derived_name, device=device))
+    given.name = spec.derived_name
+    return cast(Reward, given)
 
 
 def _is_function(spec: str) -> bool:
@@ -157,19 +139,24 @@ def _from_object(reward: Any, name: str | None, tokenizer: Any, device: str) -> 
 
 
 def _from_model(spec: RewardSpec, device: str) -> Reward:
-    kind, options = spec.spec, dict(spec.options)
-    if kind not in MODELS:
-        if not Path(kind).expanduser().exists():
-            _refuse_slip(kind)
-        kind, options = _kind_of(spec.spec, options.get("revision")), {"model": spec.spec, **options}
-    module, options_name, class_name = MODELS[kind]
-    found = importlib.import_module(f"raftune.rewards.{module}")
-    given = _with_options(getattr(found, options_name), spec.spec, options)
-    return cast(Reward, getattr(found, class_name)(given, name=spec.derived_name, device=device))
+    """The reward that a model's folder, file or hub name stands for."""
+    source = _model_folder(spec.spec)
+    if not Path(source).expanduser().exists():
+        _refuse_slip(source)
+    builtin = BUILT_IN[_kind_of(source, spec.options.get("revision"))]
+    return _from_builtin(builtin, spec, {"model": source, **spec.options}, device)
+
+
+def _model_folder(source: str) -> str:
+    """The folder itself, or the model in it where `raftune reward train` wrote the folder."""
+    folder = Path(source).expanduser()
+    if not (folder / "config.json").exists() and (folder / "model" / "config.json").is_file():
+        return str(folder / "model")
+    return source
 
 
 def _kind_of(source: str, revision: str | None) -> str:
-    """Which of MODELS reads this folder, file or hub model; a classifier says itself what it cannot read."""
+    """The built-in reward that reads this folder, file or hub model; a classifier says itself what it cannot read."""
     if source.endswith(".safetensors"):
         return "aesthetic"
     place = Path(source).expanduser()
@@ -180,16 +167,33 @@ def _kind_of(source: str, revision: str | None) -> str:
             from transformers import PretrainedConfig
 
             told, _ = PretrainedConfig.get_config_dict(source, revision=revision)
-        return KINDS.get(told["model_type"], "classifier")
-    except Exception:
+        kinds = {builtin.model_type: name for name, builtin in BUILT_IN.items() if builtin.model_type}
+        return kinds.get(told["model_type"], "classifier")
+    except Exception as error:
+        if not place.exists():
+            raise _no_such_reward(source, error) from None
         return "classifier"
+
+
+def _no_such_reward(spec: str, error: Exception) -> RewardError:
+    """What to say of a name that is nothing here, and that the hub does not know or cannot be asked about."""
+    text = one_line(error)
+    if "connect" in text or "offline" in text.lower():
+        text = "the hub cannot be reached, and its cache has no such model"
+    elif "valid model identifier" in text:
+        text = "the hub has no such model"
+    return RewardError(
+        f"reward_funcs: no reward {spec!r}: it is no built-in (`raftune reward list` shows them), no FILE.py:FUNCTION "
+        f"and no folder, and as a hub name: {text}."
+    )
 
 
 def _of_object(model: Any, processor: Any, name: str | None, device: str) -> Reward:
     """The reward that a torch module is: a CLIPModel with its processor, or a classifier with its tokenizer."""
     if getattr(getattr(model, "config", None), "model_type", None) == "clip":
         from raftune.rewards.clip import ClipModel
-        from raftune.rewards.clip_score import ClipScore, ClipScoreOptions
+        from raftune.rewards.clip_score import ClipScore
+        from raftune.rewards.model_options import ClipScoreOptions
 
         options = ClipScoreOptions(model=getattr(model.config, "_name_or_path", "") or "clip_score")
         return cast(Reward, ClipScore(options, name=name, clip=ClipModel(model, device, processor=processor)))
@@ -200,21 +204,18 @@ def _of_object(model: Any, processor: Any, name: str | None, device: str) -> Rew
 
 def _refuse_slip(spec: str) -> None:
     """A misspelt built-in must not be looked for on the hub, nor a missing folder."""
-    known = [*BUILT_IN, *MODELS, *SHORT_NAMES]
-    if near := difflib.get_close_matches(spec, known, n=1, cutoff=0.75):
-        raise ConfigError(f"reward_funcs: no reward {spec!r}; did you mean {near[0]!r}?")
+    if near := nearest(spec, [*BUILT_IN, *SHORT_NAMES], cutoff=0.75):
+        raise ConfigError(f"reward_funcs: no reward {spec!r}; did you mean {near!r}? `raftune reward list` shows all.")
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec:
         raise ConfigError(
-            f"reward_funcs: no folder {spec!r}; give a folder that save_pretrained wrote, or one of {', '.join(known)}"
+            f"reward_funcs: no folder {spec!r}; give a folder that save_pretrained wrote, FILE.py:FUNCTION, or a name "
+            "that `raftune reward list` shows"
         )
 
 
-def _with_options(cls: type[Any], spec: str, options: dict[str, Any]) -> Any:
-    names = [
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.init and field.name not in ("name", "media", "fingerprint")
-    ]
+def with_options(cls: type[Any], spec: str, options: dict[str, Any]) -> Any:
+    """The dataclass with these options. Raises ConfigError for an option that is unknown or cannot be meant."""
+    names = [field.name for field in dataclasses.fields(cls) if field.init and field.name not in NOT_OPTIONS]
     for key in options:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)

@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from raftune.errors import ConfigError
+from raftune.rewards.builtin import builtin
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.text import TEXT_MEDIA, text_of
 
 
+# A pattern can take exponential time while it holds the interpreter's lock: only another process can be ended then.
+@builtin("regex", media=("text", "messages"), example={"pattern": "(?i)thank you"}, own_process=True)
 @dataclass
 class Regex:
-    """`match` where the pattern is found, else `otherwise`; with mode `count`, `match` times the number of matches.
+    """`match` where the pattern is found, else `otherwise`; with mode `count`, `match` times the number of matches."""
 
-    mode: `search` (anywhere), `fullmatch` (the whole completion), `count` (matches that do not overlap). Flags go into
-    the pattern: `(?i)` for either case, `(?s)` where a dot may match a line break.
-    """
-
-    pattern: str
-    match: float = 1.0
-    otherwise: float = 0.0
-    mode: Literal["search", "fullmatch", "count"] = "search"
+    pattern: Annotated[
+        str,
+        Field(
+            description="A Python regular expression. Flags go into it: `(?i)` for either case, `(?s)` where a dot may "
+            "match a line break."
+        ),
+    ]
+    match: Annotated[float, Field(description="The reward of a match.")] = 1.0
+    otherwise: Annotated[float, Field(description="The reward without a match.")] = 0.0
+    mode: Annotated[
+        Literal["search", "fullmatch", "count"],
+        Field(
+            description="search: anywhere; fullmatch: the whole completion; count: each match counts, overlapping ones "
+            "once."
+        ),
+    ] = "search"
     name: str = "regex"
     media: frozenset[str] = field(default=TEXT_MEDIA, init=False)
     fingerprint: str = field(default="", init=False)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from raftune.errors import ConfigError
+from raftune.rewards.builtin import builtin
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.text import TEXT_MEDIA, Unit, pieces
 
 
+@builtin("repetition", media=("text", "messages"), example={"ngram_size": 3})
 @dataclass
 class Repetition:
     """Minus the share of n-grams that stood in the completion before, in [-1, 0]; case does not matter.
@@ -17,7 +21,7 @@ class Repetition:
     `a b a b a b` has the bigrams ab, ba, ab, ba, ab: three of five are repeated, and the reward is -0.6.
     """
 
-    ngram_size: int = 3
+    ngram_size: Annotated[int, Field(description="How many units in a row make one n-gram.")] = 3
     unit: Unit = "words"
     name: str = "repetition"
     media: frozenset[str] = field(default=TEXT_MEDIA, init=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from raftune.errors import RewardError
 from raftune.reading import text_of
@@ -10,7 +12,10 @@ from raftune.reading import text_of
 __all__ = ["TEXT_MEDIA", "Unit", "pieces", "text_of"]
 
 TEXT_MEDIA = frozenset({"text", "messages"})
-Unit = Literal["words", "characters", "tokens"]
+Unit = Annotated[
+    Literal["words", "characters", "tokens"],
+    Field(description="What is counted: words between white space, characters, or tokens (EOS included)."),
+]
 
 
 def pieces(completions: list[Any], unit: Unit, completion_ids: list[list[int]] | None) -> list[list[Any]]:

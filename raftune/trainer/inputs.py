@@ -52,7 +52,8 @@ def given_rewards(rewards: Any, tokenizers: Any, weights: Sequence[float] | None
 
 def _as_object(reward: Any, tokenizer: Any, number: int) -> Any:
     if isinstance(reward, (str, Path)):
-        from raftune.rewards.classifier import Classifier, ClassifierOptions
+        from raftune.rewards.classifier import Classifier
+        from raftune.rewards.model_options import ClassifierOptions
 
         return Classifier(ClassifierOptions(model=str(reward)), tokenizer=tokenizer)
     if getattr(reward, "__name__", None) == "<lambda>":  # TRL counts what has no name

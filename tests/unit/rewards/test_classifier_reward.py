@@ -231,3 +231,10 @@ def test_released_weights_are_read_again_when_needed(folder: str) -> None:
         before = panel.score(Batch(PROMPTS, COMPLETIONS))
         panel.release()
         assert panel.score(Batch(PROMPTS, COMPLETIONS)) == before
+
+
+def test_the_folder_that_reward_train_wrote_stands_for_the_model_in_it(tmp_path: Path) -> None:
+    saved(tmp_path / "reward" / "model", llama(), tokenizer())
+    trained, model = (load_reward(str(path)) for path in (tmp_path / "reward", tmp_path / "reward" / "model"))
+    assert trained.name == "reward"
+    assert trained.fingerprint == model.fingerprint

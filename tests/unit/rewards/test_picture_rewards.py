@@ -20,8 +20,8 @@ from raftune.errors import ConfigError, RewardError
 from raftune.rewards import load_reward
 from raftune.rewards.aesthetic import Aesthetic, load_head, save_head
 from raftune.rewards.clip import ClipModel
-from raftune.rewards.clip_score import PICK_PROCESSOR, PickScoreOptions
 from raftune.rewards.examples import LONG, example_pictures
+from raftune.rewards.model_options import PICK_PROCESSOR, PickScoreOptions
 from raftune.rewards.models import best_device, devices
 from tests.builders import clip_image_processor, clip_tokenizer, save_tiny, tiny_clip, tiny_clip_model
 

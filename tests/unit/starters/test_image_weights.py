@@ -11,8 +11,9 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from transformers import AutoTokenizer, CLIPModel
 
-from raftune.rewards.aesthetic import Aesthetic, AestheticOptions
-from raftune.rewards.clip_score import ClipScore, ClipScoreOptions
+from raftune.rewards.aesthetic import Aesthetic
+from raftune.rewards.clip_score import ClipScore
+from raftune.rewards.model_options import AestheticOptions, ClipScoreOptions
 from raftune.starters import image
 from raftune.starters.image.judge import all_right
 from raftune.starters.image.pictures import ANY_RADIUS, ATTRIBUTES, SCENES, as_image, paint
