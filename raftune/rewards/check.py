@@ -16,9 +16,7 @@ from raftune.rewards.examples import example_batch, example_pictures
 from raftune.rewards.failures import FAILED, excerpt
 from raftune.rewards.loading import load_reward
 from raftune.rewards.media import IMAGE_MEDIA, is_image, refuse_unfit
-from raftune.rewards.outcome import Outcome
-from raftune.rewards.panel import wait
-from raftune.rewards.places import Place, place
+from raftune.rewards.places import Place, call, place
 from raftune.rewards.runner import Loop
 
 TOLERANCE = 1e-5  # relative: what regrouping a batch may change in float32
@@ -122,7 +120,7 @@ def check_reward(
         report = _report(loaded, seat, example_pictures(), limit)
         if report.deterministic is None:  # equal sizes fail as well
             return report
-        mixed = not _call(seat, example_pictures(mixed_sizes=True), limit).failed
+        mixed = not call(seat, example_pictures(mixed_sizes=True), limit).failed
         return replace(report, mixed_sizes=mixed)
     finally:
         seat.close()
@@ -132,13 +130,13 @@ def check_reward(
 def _report(loaded: Any, seat: Place, batch: Batch, limit: float) -> CheckReport:
     order = list(range(len(batch)))
     random.Random(0).shuffle(order)
-    _call(seat, batch.take(range(min(1, len(batch)))), limit)  # the first call may load a model
+    call(seat, batch.take(range(min(1, len(batch)))), limit)  # the first call may load a model
     began = time.perf_counter()
-    first = _call(seat, batch, limit)
+    first = call(seat, batch, limit)
     seconds = time.perf_counter() - began
-    second, shuffled = _call(seat, batch, limit), _call(seat, batch.take(order), limit)
+    second, shuffled = call(seat, batch, limit), call(seat, batch.take(order), limit)
     halves = [range(start, len(batch), 2) for start in (0, 1) if start < len(batch)]
-    apart = [_call(seat, batch.take(rows), limit) for rows in halves]
+    apart = [call(seat, batch.take(rows), limit) for rows in halves]
     restored = [shuffled.parts[order.index(i)] for i in range(len(batch))]
     joined = [apart[i % 2].parts[i // 2] for i in range(len(batch))]
     change = _largest_change(first.parts, restored)
@@ -164,10 +162,6 @@ def _report(loaded: Any, seat: Place, batch: Batch, limit: float) -> CheckReport
         samples_per_second=len(batch) / max(seconds, 1e-9),
         failing=tuple(_failing(first.parts, batch)),
     )
-
-
-def _call(seat: Place, batch: Batch, limit: float) -> Outcome:
-    return wait(seat, seat.start(batch), time.monotonic() + limit, limit, len(batch))
 
 
 def _largest_change(before: Sequence[Part], after: Sequence[Part]) -> float:

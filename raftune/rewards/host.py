@@ -1,50 +1,59 @@
-"""The process in which one reward given as a spec runs: `python -m raftune.rewards.host`, started by hosted.py.
+"""The process in which one reward given as a spec runs: `python -m raftune.rewards.host IN OUT`, started by hosted.py.
 
-Messages travel over copies of its standard pipes; for the reward itself, standard output leads to standard error and
-standard input is empty, so that a `print` cannot corrupt a message. The process ends when its input closes, even
-while the reward runs; a reward that holds the interpreter's lock is ended by a watchdog shortly after its limit.
+Messages travel over two descriptors of their own, which no child inherits. Standard output and standard error are one
+pipe that the run reads, standard input is empty. The process ends when its input closes, even while the reward runs,
+and what the reward started ends with it; a reward that holds the interpreter's lock is ended by a watchdog shortly
+after its limit. A signal from outside ends the process: it is never an answer.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import fcntl
+import itertools
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 
 from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError, RewardError
 from raftune.rewards.batch import Batch
+from raftune.rewards.channel import BadFrame, Channel
 from raftune.rewards.loading import resolve
 from raftune.rewards.outcome import attempt, attempt_async, one_line
-from raftune.rewards.wire import batch_from, batch_table, outcome_table, receive, send
+from raftune.rewards.processes import MARK, end_marked
+from raftune.rewards.wire import batch_from, batch_table, outcome_table, packed, unpacked
 
 GRACE_SECONDS = 5.0
+LOWEST_DESCRIPTOR = 100  # beyond what code that closes or reuses descriptors by number usually touches
 
 
 def main() -> None:
-    """Loads the reward that the first message names, then answers batch after batch."""
-    inbox, outbox = _claim_pipes()
+    """Loads the reward that the first message names, then answers batch after batch, each by its number."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    channel = _claim_channel()
     messages: SimpleQueue[tuple[dict[str, Any], pa.Table]] = SimpleQueue()
-    threading.Thread(target=_read, args=(inbox, messages), daemon=True).start()
-    reward = _load(messages.get()[0], outbox)
+    threading.Thread(target=_read, args=(channel, messages), daemon=True).start()
+    reward, facts = _load(messages.get()[0])
+    channel.send(0, packed(facts))
     if reward is None:
         return
     turn = _Turn(reward)
-    while True:
+    for number in itertools.count(1):
         header, table = messages.get()
         limit = float(header["timeout"])
         with Path(os.devnull).open("w") as nowhere:
             faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True, file=nowhere)
-            outcome = turn.take(batch_from(table, header["state"]))
+            answer = turn.take(batch_from(table, header["state"]))
             faulthandler.cancel_dump_traceback_later()
         _flush()
-        send(outbox, *outcome_table(outcome))
+        channel.send(number, answer)
 
 
 class _Turn:
@@ -58,37 +67,36 @@ class _Turn:
 
             self._loop = asyncio.new_event_loop()
 
-    def take(self, batch: Any) -> Any:
-        if self._loop is None:
-            return attempt(self._reward, batch)
-        return self._loop.run_until_complete(attempt_async(self._reward, batch))
+    def take(self, batch: Batch) -> memoryview:
+        """The answer to one batch as a message; that the machine failed is no answer of the reward."""
+        try:
+            if self._loop is None:
+                outcome = attempt(self._reward, batch)
+            else:
+                outcome = self._loop.run_until_complete(attempt_async(self._reward, batch))
+        except OSError as error:
+            return packed({"machine": one_line(error)})
+        return packed(*outcome_table(outcome))
 
 
-def _load(order: dict[str, Any], outbox: BinaryIO) -> Any:
+def _load(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The reward and what there is to know of it; None and the error where it cannot be loaded."""
     sys.path.extend(path for path in order["path"] if path not in sys.path)
     try:
         reward = resolve(RewardSpec.model_validate(order["spec"]))
     except BaseException as error:
+        known = isinstance(error, ConfigError | RewardError)
         kind = "ConfigError" if isinstance(error, ConfigError) else "RewardError"
-        told = (
-            str(error)
-            if isinstance(error, ConfigError | RewardError)
-            else f"{order['spec']['spec']}: {one_line(error)}"
-        )
-        send(outbox, {"error": kind, "message": told})
-        return None
+        return None, {"error": kind, "message": str(error) if known else f"{order['spec']['spec']}: {one_line(error)}"}
     _warm_up()
     accepts = getattr(reward, "accepts", None)
-    facts = {"name": reward.name, "fingerprint": reward.fingerprint, "media": sorted(reward.media)}
-    send(
-        outbox,
-        {
-            **facts,
-            "accepts": None if accepts is None else sorted(accepts),
-            "is_async": getattr(reward, "is_async", False),
-        },
-    )
-    return reward
+    return reward, {
+        "name": reward.name,
+        "fingerprint": reward.fingerprint,
+        "media": sorted(reward.media),
+        "accepts": None if accepts is None else sorted(accepts),
+        "is_async": getattr(reward, "is_async", False),
+    }
 
 
 def _warm_up() -> None:
@@ -96,20 +104,28 @@ def _warm_up() -> None:
     batch_from(batch_table(Batch([""], [""])), {})
 
 
-def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
-    inbox, outbox = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    return inbox, outbox
+def _claim_channel() -> Channel:
+    """The channel over copies of the descriptors that we were given: high ones, and not for processes of the reward."""
+    inbox, outbox = (_aside(int(descriptor)) for descriptor in sys.argv[1:3])
+    channel = Channel(inbox, outbox)
+    os.register_at_fork(after_in_child=channel.close)
+    return channel
 
 
-def _read(inbox: BinaryIO, messages: SimpleQueue[tuple[dict[str, Any], pa.Table]]) -> None:
+def _aside(descriptor: int) -> int:
+    copy = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, LOWEST_DESCRIPTOR)
+    os.close(descriptor)
+    return copy
+
+
+def _read(channel: Channel, messages: SimpleQueue[tuple[dict[str, Any], pa.Table]]) -> None:
     try:
-        while True:
-            messages.put(receive(inbox))
-    except (EOFError, OSError):
+        for number in itertools.count():
+            messages.put(unpacked(channel.receive(number)))
+    except (EOFError, OSError, BadFrame):
+        end_marked(os.environ.get(MARK, ""))
+        if os.getpgrp() == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)
         os._exit(0)
 
 

@@ -1,16 +1,23 @@
-"""A reward that runs in a process of its own, seen from here: a hung or dying one costs its call, not the run."""
+"""A reward that runs in a process of its own, seen from here: a hung or dying one costs its call, not the run.
+
+The death of the process is no answer: the batch is asked again of a new process. What the reward does to itself every
+time is its `error`; what is done to it from outside (the killer of a machine short of memory) stops the run, which can
+be resumed. See docs/decisions/0030-the-death-of-a-reward-process.md.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import sysconfig
+import time
+import uuid
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 
@@ -18,11 +25,48 @@ from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError, RaftuneError, RewardError
 from raftune.records import Status
 from raftune.rewards.batch import Batch
+from raftune.rewards.channel import BadFrame, Channel
 from raftune.rewards.outcome import Outcome, one_line, whole
+from raftune.rewards.processes import MARK, Output, end_process
 from raftune.rewards.runner import Runner
-from raftune.rewards.wire import batch_table, outcome_from, receive, send
+from raftune.rewards.wire import batch_table, outcome_from, packed, unpacked
 
 LOAD_SECONDS = 300.0
+MOST_TRIES = 3
+CLOSING_SECONDS = 2.0  # between the end of a process's channel and its own
+PAUSE_SECONDS = 0.25  # before another try after a death that came from outside, and twice that before the next
+FAULTS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSYS, signal.SIGTRAP}
+LIMITS = {signal.SIGXCPU, signal.SIGXFSZ}
+
+
+class Died(Exception):
+    """The process gave no answer. `own`: by what its code did, which another try will show again."""
+
+    def __init__(self, how: str, own: bool) -> None:
+        super().__init__(how)
+        self.how, self.own = how, own
+
+
+class Deaths:
+    """Counts how often the process died under one batch, and says when that is enough."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._counts = {True: 0, False: 0}
+
+    def add(self, death: Died, size: int) -> Outcome | None:
+        """An `error` where it is the reward's own; None: ask again. Raises RewardError for other deaths."""
+        self._counts[death.own] += 1
+        if self._counts[death.own] < MOST_TRIES:
+            if not death.own:
+                time.sleep(PAUSE_SECONDS * self._counts[False])
+            return None
+        if death.own:
+            return whole(Status.ERROR, f"the reward's process {death.how}", size)
+        raise RewardError(
+            f"reward {self.name!r}: its process {death.how}, {MOST_TRIES} times in a row. That is no answer of the "
+            "reward: is the machine short of memory or of disk? What was scored before is kept; resume when it is not."
+        )
 
 
 class HostedReward:
@@ -36,9 +80,10 @@ class HostedReward:
     def __init__(self, spec: RewardSpec, timeout: float) -> None:
         self.spec, self.timeout = spec, timeout
         self._runner = Runner(f"raftune reward {spec.derived_name}")
-        self._process: subprocess.Popen[bytes] | None = None
+        self._host: Host | None = None
+        self._notes: list[str] = []
         try:
-            facts = self._launch()
+            facts = self._launch(first=True)
         except BaseException:
             self.close()
             raise
@@ -49,106 +94,187 @@ class HostedReward:
         self.is_async = bool(facts["is_async"])
 
     def start(self, batch: Batch) -> Future[Outcome]:
-        """Sends the batch; the outcome follows. A process that is gone is first started anew, outside its time."""
+        """Sends the batch; the outcome follows, or Died. A process that is gone is first started anew.
+
+        Raises RewardError where it cannot be started, or its code is another by now.
+        """
+        self._revive()
+        host = self._host
+        assert host is not None
         try:
-            self._revive()
             rows = batch_table(batch)
         except RaftuneError as error:
             done: Future[Outcome] = Future()
             done.set_result(whole(Status.ERROR, one_line(error), len(batch)))
             return done
-        return self._runner.submit(lambda: self._ask(batch, rows))
+        return self._runner.submit(lambda: host.ask({"state": batch.state, "timeout": self.timeout}, rows))
 
     def give_up(self, future: Future[Outcome]) -> str:
         """Ends the process that did not answer in time."""
-        self._kill()
-        with contextlib.suppress(TimeoutError):
-            future.result(timeout=10)
+        self._end()
         return "its process was ended"
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         """Values as the reward gave them; raises RewardError where it failed."""
+        from raftune.rewards.places import call
+
         ids = columns.pop("completion_ids", None)
         kept = {name: values for name, values in columns.items() if isinstance(values, list)}
-        future = self.start(Batch(prompts, completions, kept, ids))
-        try:
-            outcome = future.result(timeout=self.timeout)
-        except TimeoutError:
-            raise RewardError(
-                f"reward {self.name!r}: no answer within {self.timeout:g} s; {self.give_up(future)}"
-            ) from None
+        outcome = call(self, Batch(prompts, completions, kept, ids), self.timeout)
         failed = [p for p in outcome.parts if p.status not in (Status.OK, Status.NOT_APPLICABLE)]
         if failed:
             raise RewardError(f"reward {self.name!r}: {failed[0].detail}")
         return [part.value for part in outcome.parts]
 
     def close(self) -> None:
-        self._kill()
+        self._end()
         self._runner.close()
 
-    def _ask(self, batch: Batch, rows: pa.Table) -> Outcome:
-        process = self._process
-        assert process is not None
-        try:
-            inbox, outbox = _pipes(process)
-            send(outbox, {"state": batch.state, "timeout": self.timeout}, rows)
-            return outcome_from(*receive(inbox))
-        except (EOFError, OSError):
-            return whole(Status.ERROR, f"the reward's process {_how_it_ended(process)}", len(batch))
+    def notes(self) -> tuple[str, ...]:
+        """Deaths of the process since this was last asked, each once."""
+        notes, self._notes = self._notes, []
+        return tuple(notes)
+
+    def died(self, death: Died) -> None:
+        self._notes.append(f"reward {self.name!r}: its process {death.how}; the batch is asked again")
 
     def _revive(self) -> None:
-        if self._process is not None and self._process.poll() is None:
+        if self._host is not None and self._host.alive():
             return
-        self._kill()
-        facts = self._launch()
+        self._end()
+        facts = self._launch(first=False)
         if facts["fingerprint"] != self.fingerprint:
-            self._kill()
-            raise RewardError(f"reward {self.name!r}: its code changed while the run was going; start the run again")
-
-    def _launch(self) -> dict[str, Any]:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "raftune.rewards.host"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=_environment(),
-            start_new_session=True,  # a Ctrl-C in the terminal is for us, not for the reward
-        )
-        loading = self._runner.submit(self._introduce)
-        try:
-            facts = loading.result(timeout=LOAD_SECONDS)
-        except TimeoutError:
-            self._kill()
-            raise RewardError(f"reward {self.spec.spec!r}: loading it took more than {LOAD_SECONDS:g} s") from None
-        if "error" in facts:
-            self._kill()
-            raise (ConfigError if facts["error"] == "ConfigError" else RewardError)(facts["message"])
-        return facts
-
-    def _introduce(self) -> dict[str, Any]:
-        process = self._process
-        assert process is not None
-        try:
-            inbox, outbox = _pipes(process)
-            send(
-                outbox,
-                {"spec": self.spec.model_dump(mode="json"), "path": [path or str(Path.cwd()) for path in sys.path]},
+            self._end()
+            raise RewardError(
+                f"reward {self.name!r}: its code changed while the run was going. Resume with "
+                "`--from score`: all is scored by the code as it is now."
             )
-            return receive(inbox)[0]
-        except (EOFError, OSError):
-            how = _how_it_ended(process)
-            return {"error": "RewardError", "message": f"reward {self.spec.spec!r}: its process {how} while loading"}
 
-    def _kill(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        if process.poll() is None:  # otherwise its id may be another process's by now
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
-        process.wait()
-        for pipe in _pipes(process):
-            with contextlib.suppress(OSError):
-                pipe.close()
+    def _launch(self, first: bool) -> dict[str, Any]:
+        """What there is to know of the reward. One that ends its process when it is first loaded is not tried again."""
+        deaths = Deaths(self.spec.spec)
+        while True:
+            try:
+                facts = self._load()
+            except Died as death:
+                self._end()
+                if first and death.own:
+                    raise RewardError(f"reward {self.spec.spec!r}: its process {death.how} while loading") from None
+                deaths.add(Died(death.how, own=False), 0)  # it could be loaded before
+                continue
+            if "error" not in facts:
+                return facts
+            self._end()
+            raise (ConfigError if facts["error"] == "ConfigError" else RewardError)(facts["message"])
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            host = self._host = Host()
+        except OSError as error:
+            raise Died(f"could not be started ({one_line(error)})", own=False) from None
+        path = [path or str(Path.cwd()) for path in sys.path]
+        loading = self._runner.submit(lambda: host.load({"spec": self.spec.model_dump(mode="json"), "path": path}))
+        try:
+            return loading.result(timeout=LOAD_SECONDS)
+        except TimeoutError:
+            self._end()
+            raise RewardError(f"reward {self.spec.spec!r}: loading it took more than {LOAD_SECONDS:g} s") from None
+
+    def _end(self) -> None:
+        """Ends the process; its channel is closed behind the call that still reads from it, which ends at once."""
+        host, self._host = self._host, None
+        if host is not None:
+            host.end()
+            self._runner.submit(host.channel.close)
+
+
+class Host:
+    """One process, from its start to its end. Raises OSError where it cannot be started."""
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        self._number = 0
+        pipes: list[int] = []
+        try:
+            for _ in range(3):
+                pipes += pipe()
+            reads, asks, answers, writes, prints, output = pipes
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "raftune.rewards.host", str(reads), str(writes)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(reads, writes),
+                env=_environment() | {MARK: self.mark},
+                start_new_session=True,  # a Ctrl-C in the terminal is for us, not for the reward
+            )
+        except BaseException:
+            for descriptor in pipes:
+                os.close(descriptor)
+            raise
+        for descriptor in (reads, writes, output):
+            os.close(descriptor)
+        self.channel = Channel(answers, asks, self.alive)
+        self._output = Output(prints)
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def load(self, order: dict[str, Any]) -> dict[str, Any]:
+        """What there is to know of the reward, or why it cannot be loaded. Raises Died."""
+        return self._exchange(packed(order))[0]
+
+    def ask(self, header: dict[str, Any], rows: pa.Table) -> Outcome:
+        """The outcome of one batch. Raises Died."""
+        told, table = self._exchange(packed(header, rows))
+        if "machine" in told:
+            self.end()
+            raise Died(f"met a failure of the machine ({told['machine']})", own=False)
+        return outcome_from(told, table)
+
+    def end(self) -> None:
+        """Kills the process and all that it started."""
+        end_process(self.process, self.mark)
+        self._output.end()
+
+    def _exchange(self, message: memoryview) -> tuple[dict[str, Any], pa.Table]:
+        number, self._number = self._number, self._number + 1
+        try:
+            self.channel.send(number, message)
+            return unpacked(self.channel.receive(number))
+        except (EOFError, OSError):
+            try:
+                code = self.process.wait(timeout=CLOSING_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.end()
+                raise Died("closed the channel of its answers, and was ended", own=True) from None
+            raise death_of(code) from None
+        except (BadFrame, pa.ArrowException, ValueError, KeyError, TypeError):
+            self.end()
+            raise Died("wrote into the channel of its answers, and was ended", own=True) from None
+
+
+def pipe() -> tuple[int, int]:
+    """As os.pipe, but never a standard stream's number, where those were closed when Python started."""
+    given = os.pipe()
+    ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3) for end in given]
+    for end in given:
+        os.close(end)
+    return ends[0], ends[1]
+
+
+def death_of(code: int) -> Died:
+    """How a process ended, by its return code: by its own doing, or by a signal that another one sent."""
+    if code >= 0:
+        return Died(f"exited with code {code}", own=True)
+    return Died(f"was ended by signal {-code}{_name_of(-code)}", own=-code in FAULTS | LIMITS)
+
+
+def _name_of(number: int) -> str:
+    try:
+        return f" ({signal.Signals(number).name})"
+    except ValueError:
+        return ""
 
 
 def _environment() -> dict[str, str]:
@@ -157,14 +283,3 @@ def _environment() -> dict[str, str]:
     if root == sysconfig.get_paths()["purelib"]:
         return dict(os.environ)
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)}
-
-
-def _pipes(process: subprocess.Popen[bytes]) -> tuple[BinaryIO, BinaryIO]:
-    """What the process writes, and what it reads."""
-    assert process.stdout is not None and process.stdin is not None
-    return process.stdout, process.stdin  # type: ignore[return-value]
-
-
-def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
-    code = process.wait()
-    return f"exited with code {code}" if code >= 0 else f"was ended by signal {-code}"

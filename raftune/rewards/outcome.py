@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import math
 import numbers
@@ -17,6 +18,7 @@ from raftune.rewards.batch import Batch, Log, keywords
 
 LONGEST_DETAIL = 300
 REAL = (numbers.Real, Decimal)
+LACKS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +59,13 @@ def judge(output: Any, size: int, log: Log) -> Outcome:
     return Outcome([_part(value) for value in values], log, len(values))
 
 
-def attempt(reward: Any, batch: Batch, *, signals_reach: bool = False) -> Outcome:
+def attempt(reward: Any, batch: Batch, *, ours: bool = False) -> Outcome:
     """The outcome of one call in this thread; whatever the reward raises, SystemExit included, becomes a status.
 
-    `signals_reach`: the call runs where Python delivers signals, the main thread of a run. There an interrupt is ours
-    and not the reward's: KeyboardInterrupt and SystemExit go through, also out of code that turned them into another
-    error.
+    Not so what the machine lacked (see `machine_failed`): that is raised.
+    `ours`: a reward model of ours, on the main thread of a run, where Python delivers signals. There an interrupt is
+    the run's and not the reward's: KeyboardInterrupt and SystemExit go through, also out of code that turned them into
+    another error; and so does a lack of memory.
     """
     log = Log()
     try:
@@ -73,8 +76,10 @@ def attempt(reward: Any, batch: Batch, *, signals_reach: bool = False) -> Outcom
             output = asyncio.run(_awaited(output))
         return judge(output, len(batch), log)
     except BaseException as error:
-        if signals_reach and caused_by_interrupt(error):
+        if ours and caused_by_interrupt(error):
             raise error if isinstance(error, KeyboardInterrupt | SystemExit) else KeyboardInterrupt from error
+        if machine_failed(error, ours):
+            raise
         return whole(Status.ERROR, one_line(error), len(batch))
 
 
@@ -84,7 +89,20 @@ async def attempt_async(reward: Any, batch: Batch) -> Outcome:
     try:
         return judge(await reward(**keywords(batch, log)), len(batch), log)
     except BaseException as error:
+        if machine_failed(error):
+            raise
         return whole(Status.ERROR, one_line(error), len(batch))
+
+
+def machine_failed(error: BaseException, ours: bool = False) -> bool:
+    """True where not the reward failed but the machine: a full disk, no more files or processes.
+
+    In a reward model of ours a lack of memory too, and a device that is gone; a person's own code may well ask for more
+    than there is, again and again.
+    """
+    if isinstance(error, OSError):
+        return error.errno in LACKS
+    return ours and (isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"))
 
 
 async def _awaited(output: Any) -> Any:

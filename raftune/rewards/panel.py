@@ -14,12 +14,12 @@ from typing import Any
 
 from raftune.errors import ConfigError
 from raftune.protocols import Reward
-from raftune.records import Score, Status
+from raftune.records import Score
 from raftune.rewards.batch import Batch
 from raftune.rewards.combining import Bounds, Combine, Share, combined
 from raftune.rewards.fingerprint import digest
-from raftune.rewards.outcome import Outcome, whole
-from raftune.rewards.places import Place, place
+from raftune.rewards.outcome import Outcome
+from raftune.rewards.places import finish, place
 from raftune.rewards.runner import Loop
 
 
@@ -166,11 +166,13 @@ class Panel:
     def _once(self, batch: Batch, names: Sequence[str]) -> dict[str, Outcome]:
         started = {name: self._start(name, batch) for name in self._at("process", names=names)}
         done = {
-            name: self._wait(name, *self._start(name, batch), len(batch))
+            name: finish(self._places[name], batch, self._timeouts[name], *self._start(name, batch))
             for name in self._at("here", "thread", names=names)
         }
         started |= {name: self._start(name, batch) for name in self._at("loop", names=names)}
-        return done | {name: self._wait(name, *call, len(batch)) for name, call in started.items()}
+        return done | {
+            name: finish(self._places[name], batch, self._timeouts[name], *call) for name, call in started.items()
+        }
 
     def _at(self, *places: str, names: Sequence[str]) -> list[str]:
         return [name for name in names if self._places[name].place in places]
@@ -178,17 +180,6 @@ class Panel:
     def _start(self, name: str, batch: Batch) -> tuple[Future[Outcome], float]:
         future = self._places[name].start(batch)
         return future, time.monotonic() + self._timeouts[name]
-
-    def _wait(self, name: str, future: Future[Outcome], deadline: float, size: int) -> Outcome:
-        return wait(self._places[name], future, deadline, self._timeouts[name], size)
-
-
-def wait(seat: Place, future: Future[Outcome], deadline: float, limit: float, size: int) -> Outcome:
-    """The call's outcome, or a time-out once the deadline (of `time.monotonic`) has passed."""
-    try:
-        return future.result(timeout=max(0.0, deadline - time.monotonic()))
-    except TimeoutError:
-        return whole(Status.TIMEOUT, f"no answer within {limit:g} s; {seat.give_up(future)}", size)
 
 
 def gather_extras(calls: Sequence[Mapping[str, Outcome]], sizes: Sequence[int]) -> Extras:

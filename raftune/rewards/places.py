@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from concurrent.futures import CancelledError, Future
 from typing import Any, Protocol
 
 from raftune.protocols import Reward
+from raftune.records import Status
 from raftune.rewards.batch import Batch
-from raftune.rewards.hosted import HostedReward
-from raftune.rewards.outcome import Outcome, attempt, attempt_async
+from raftune.rewards.hosted import Deaths, Died, HostedReward
+from raftune.rewards.outcome import Outcome, attempt, attempt_async, whole
 from raftune.rewards.runner import Loop, Runner
 
 
@@ -46,7 +48,7 @@ class Here:
         """The call is over when this returns."""
         self._reward.prepare()
         future: Future[Outcome] = Future()
-        future.set_result(attempt(self._reward, batch, signals_reach=True))
+        future.set_result(attempt(self._reward, batch, ours=True))
         return future
 
     def give_up(self, future: Future[Outcome]) -> str:
@@ -111,3 +113,28 @@ def place(reward: Reward, loop: Loop) -> Place:
     if hasattr(reward, "prepare"):
         return Here(reward)
     return OnThread(reward)
+
+
+def call(seat: Place, batch: Batch, limit: float) -> Outcome:
+    """The outcome of one call, within `limit` seconds."""
+    return finish(seat, batch, limit, seat.start(batch), time.monotonic() + limit)
+
+
+def finish(seat: Place, batch: Batch, limit: float, future: Future[Outcome], deadline: float) -> Outcome:
+    """The outcome of a call that was started, or a time-out once the deadline (of `time.monotonic`) has passed.
+
+    A process that dies under it is no outcome: the batch is asked again, in its whole time. Raises RewardError where
+    that does not help.
+    """
+    deaths = Deaths(getattr(seat, "name", ""))
+    while True:
+        try:
+            return future.result(timeout=max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            return whole(Status.TIMEOUT, f"no answer within {limit:g} s; {seat.give_up(future)}", len(batch))
+        except Died as death:
+            assert isinstance(seat, HostedReward)
+            if (outcome := deaths.add(death, len(batch))) is not None:
+                return outcome
+            seat.died(death)
+        future, deadline = seat.start(batch), time.monotonic() + limit

@@ -1,4 +1,4 @@
-"""What travels between this process and a reward's own: frames of an 8-byte length and an Arrow IPC stream.
+"""What travels between this process and a reward's own: messages as Arrow IPC streams, in the frames of channel.py.
 
 Nothing is pickled. A column of plain values of one type is an Arrow column, pictures are a column of PNG bytes; any
 other travels as JSON text, value by value, so that a message or a nested cell arrives with exactly its own keys.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-import struct
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 
@@ -22,27 +21,21 @@ from raftune.rewards.media import is_image
 from raftune.rewards.outcome import Outcome
 
 PLAIN = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), bytes: pa.binary()}
-LENGTH = struct.Struct("<Q")
 
 
-def send(pipe: BinaryIO, header: Mapping[str, Any], table: pa.Table | None = None) -> None:
-    """Writes one frame: a header of JSON values, and rows."""
+def packed(header: Mapping[str, Any], table: pa.Table | None = None) -> memoryview:
+    """One message as bytes: a header of JSON values, and rows."""
     table = pa.table({}) if table is None else table
     kinds = (table.schema.metadata or {}).get(b"columns", b"{}").decode()
     table = table.replace_schema_metadata({"header": json.dumps(header, default=str), "columns": kinds})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    frame = sink.getvalue()
-    pipe.write(LENGTH.pack(frame.size))
-    pipe.write(frame)
-    pipe.flush()
+    return memoryview(sink.getvalue())
 
 
-def receive(pipe: BinaryIO) -> tuple[dict[str, Any], pa.Table]:
-    """Reads one frame; raises EOFError when the other side has closed the pipe."""
-    (size,) = LENGTH.unpack(_exactly(pipe, LENGTH.size))
-    with pa.ipc.open_stream(pa.py_buffer(_exactly(pipe, size))) as reader:
+def unpacked(payload: bytes) -> tuple[dict[str, Any], pa.Table]:
+    with pa.ipc.open_stream(pa.py_buffer(payload)) as reader:
         table = reader.read_all()
     header: dict[str, Any] = json.loads(table.schema.metadata[b"header"])
     return header, table
@@ -127,10 +120,3 @@ def _decode(column: pa.ChunkedArray, kind: str) -> list[Any]:
     if kind == "png":
         return [image_of(value) for value in values]
     return [json.loads(value) for value in values] if kind == "json" else values
-
-
-def _exactly(pipe: BinaryIO, size: int) -> bytes:
-    data = pipe.read(size)
-    if len(data) < size:
-        raise EOFError
-    return data
