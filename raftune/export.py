@@ -20,7 +20,7 @@ from raftune.build import Assembly
 from raftune.config.load import validate
 from raftune.errors import ConfigError
 from raftune.ledger import Sample
-from raftune.records import Prompt
+from raftune.records import Json, Prompt
 from raftune.store.files import explaining
 from raftune.store.run import RunFolder
 
@@ -108,7 +108,8 @@ def export(root: str | Path, kind: str, out: str | Path, which: str = "all") -> 
         units = (unit for round_ in rounds for unit in ledger.training_units(run, round_))
         tables = (rows for unit in units if (rows := [row for group in ledger.by_prompt(unit) for row in shape(group)]))
         out.parent.mkdir(parents=True, exist_ok=True)
-        count = WRITERS[out.suffix](tables, out)
+        write = WRITERS[out.suffix]
+        count = write(as_json(tables) if out.suffix != ".jsonl" and has_nested_prompts(run) else tables, out)
     if not count:
         raise ConfigError(f"--format {kind}: no row of round {which} fits; nothing was written. Choose another round.")
     return count
@@ -160,9 +161,29 @@ def picture_columns(row: Row) -> list[str]:
     return [name for name, value in row.items() if isinstance(value, dict) and "bytes" in value]
 
 
+def has_nested_prompts(run: RunFolder) -> bool:
+    """Whether the run's prompts are messages that Arrow's own structs would give each other's keys."""
+    with pq.ParquetFile(run.folder(0, "data") / "train.parquet") as file:
+        return bool(file.schema_arrow.field("prompt").type == Json())
+
+
+def as_json(tables: Iterator[list[Row]]) -> Iterator[list[Row]]:
+    """The rows with their prompts as JSON, which `datasets` reads as the values that they are."""
+    for rows in tables:
+        yield [{**row, "prompt": JsonText(json.dumps(row["prompt"], ensure_ascii=False))} for row in rows]
+
+
+class JsonText(str):
+    """A text of JSON, for a column of Arrow's JSON type."""
+
+    __slots__ = ()
+
+
 def schema_of(rows: list[Row]) -> pa.Schema:
     """The columns of such rows; those of pictures are marked as `datasets` marks them."""
     schema, names = pa.Table.from_pylist(rows).schema, picture_columns(rows[0])
+    for name in [name for name, value in rows[0].items() if isinstance(value, JsonText)]:
+        schema = schema.set(schema.get_field_index(name), pa.field(name, pa.json_()))
     for name in names:
         schema = schema.set(schema.get_field_index(name), pa.field(name, PICTURE))
     if not names:

@@ -6,6 +6,7 @@ one row of Parquet whose columns pandas, DuckDB and `datasets` read unaided.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,114 @@ from typing import Any
 
 import pyarrow as pa
 
+TOOLS = "tools"  # the column beside messages whose value a chat template gets as `tools`, as in TRL
 PromptContent = str | int | list[dict[str, Any]]
+
+
+class JsonScalar(pa.ExtensionScalar):  # type: ignore[misc]
+    """A cell of a column of JSON text: read, it is the value."""
+
+    def as_py(self, **kwargs: Any) -> Any:
+        return None if self.value is None else json.loads(self.value.as_py())
+
+
+class Json(pa.ExtensionType):  # type: ignore[misc]
+    """A column of JSON text whose cells are read as the values: each keeps exactly the keys that it was given.
+
+    Arrow's own structs give every row the keys of all others. Readers that do not know the type find the text.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(pa.string(), "raftune.json")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage: pa.DataType, serialized: bytes) -> Json:
+        return cls()
+
+    def __arrow_ext_scalar_class__(self) -> type[JsonScalar]:
+        return JsonScalar
+
+
+with contextlib.suppress(pa.ArrowKeyError):  # imported anew: the type is known by its name
+    pa.register_extension_type(Json())
+
+
+def json_array(values: Sequence[Any]) -> pa.Array:
+    """The values as JSON text, in a column that gives them back. Raises TypeError for what JSON cannot say."""
+    texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+    return pa.ExtensionArray.from_storage(Json(), pa.array(texts, pa.string()))
+
+
+def arrow_array(values: Sequence[Any]) -> pa.Array:
+    """A column that gives the values back as they are: of Arrow's own type where that does, else of JSON text.
+
+    Raises pa.ArrowInvalid, pa.ArrowTypeError, TypeError, OverflowError or UnicodeEncodeError where neither can.
+    """
+    if not any(isinstance(value, list | dict | tuple) for value in values):
+        return pa.array(values)
+    try:
+        texts = json.dumps([_with_text_keys(value) for value in values], ensure_ascii=False, default=_as_list)
+    except (TypeError, ValueError):  # dates, bytes and the like: Arrow's own or nothing
+        array = pa.array(values)
+        if array.to_pylist() != list(values):
+            raise pa.ArrowInvalid("nested values that are not JSON would not come back as they are") from None
+        return array
+    with contextlib.suppress(pa.ArrowException, OverflowError, TypeError):
+        array = pa.array(values)
+        # a struct that holds None may be padded: only as text is it known to be what was given
+        if not any(map(_has_none, values)) and json.dumps(array.to_pylist(), ensure_ascii=False) == texts:
+            return array
+    return json_array(json.loads(texts))
+
+
+def _with_text_keys(value: Any) -> Any:
+    """The value. Raises TypeError for a key that is no text: JSON would make it one."""
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("a key must be a text")
+        for inner in value.values():
+            _with_text_keys(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _with_text_keys(inner)
+    return value
+
+
+def _as_list(value: Any) -> Any:
+    """A number or array of NumPy as Python has it."""
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"{type(value).__name__} is no JSON")
+    return value.tolist()
+
+
+def _has_none(value: Any) -> bool:
+    """Whether a dictionary somewhere within holds None, or nothing at all."""
+    if isinstance(value, dict):
+        return not value or any(inner is None or _has_none(inner) for inner in value.values())
+    return isinstance(value, list | tuple) and any(map(_has_none, value))
+
+
+def without_none(value: Any) -> Any:
+    """The value without the keys of dictionaries that hold None; a message keeps its content."""
+    if isinstance(value, dict):
+        return {
+            key: without_none(inner)
+            for key, inner in value.items()
+            if inner is not None or (key == "content" and "role" in value)
+        }
+    return [without_none(inner) for inner in value] if isinstance(value, list) else value
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """As pa.Table.from_pylist with this schema, whose columns of JSON take values."""
+    columns = {}
+    for column in schema:
+        values = [row.get(column.name) for row in rows]
+        columns[column.name] = json_array(values) if column.type == Json() else pa.array(values, column.type)
+    return pa.table(columns, schema=schema)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from raftune.config.run import RunConfig
 from raftune.data import read_rows
 from raftune.errors import DataError
 from raftune.protocols import Inputs
-from raftune.records import derive_seed, prompt_ids
+from raftune.records import TOOLS, Json, arrow_array, derive_seed, prompt_ids, without_none
 from raftune.stages.reference import check_references
 from raftune.store.parquet import read_table, write_table
 from raftune.store.run import RunFolder
@@ -100,12 +100,29 @@ def prepare(rows: pa.Table, column: str, field: str) -> pa.Table:
     clash = [name for name in rows.column_names if name in RESERVED and name != column and name != "completion"]
     if clash:
         raise DataError(f"{field} must not have a column named {clash[0]!r}: raftune writes it. Rename the column.")
+    rows = without_padding(rows, column)
     prompts = rows.column(column).combine_chunks()
     contents = prompts.to_pylist()
     check_contents(contents, field)
     ids = pa.array(prompt_ids(contents), pa.string())
     rest = [name for name in rows.column_names if name != column]
     return pa.table({"prompt_id": ids, "prompt": prompts, **{name: rows.column(name) for name in rest}})
+
+
+def without_padding(rows: pa.Table, column: str) -> pa.Table:
+    """The rows, their messages and tools without the keys that Arrow gave them because others have them.
+
+    A structure of Arrow's (of a `datasets.Dataset`, of Parquet) does not tell those from a None that somebody wrote;
+    templates ask whether a key is there. What was read from JSON or Python's own rows is JSON here, and stays.
+    """
+    for place, name in enumerate(rows.column_names):
+        kind = rows.schema.field(place).type
+        if name in (column, TOOLS) and kind != Json() and pa.types.is_nested(kind):
+            values = rows.column(place).to_pylist()
+            cleaned = [without_none(value) for value in values]
+            if cleaned != values:
+                rows = rows.set_column(place, name, arrow_array(cleaned))
+    return rows
 
 
 def check_contents(contents: list[Any], field: str) -> None:

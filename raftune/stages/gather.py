@@ -17,7 +17,7 @@ from raftune.config.tuning import ReferenceConfig, TuningConfig
 from raftune.data import read_rows
 from raftune.errors import DataError
 from raftune.protocols import Inputs, Policy, PolicyShelf
-from raftune.records import INVALID, Prompt, derive_seed
+from raftune.records import INVALID, Prompt, derive_seed, table_of
 from raftune.stages.data import prepare
 from raftune.stages.select import read_verdicts
 from raftune.store.layout import unit_file
@@ -101,7 +101,7 @@ class Gather:
                     **adopted(policy, prompt, answers[number].as_py(), number + 1),
                 }
             )
-        return pa.Table.from_pylist(encoded, schema=schema)
+        return table_of(encoded, schema)
 
 
 def adopted(policy: Policy, prompt: Prompt, answer: Any, row: int) -> Mapping[str, Any]:

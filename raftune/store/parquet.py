@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 
 from raftune.errors import RunDamaged
 from raftune.plain import first_line
+from raftune.records import Json
 
+_JSON = Json()  # a reader of columns of JSON must know their type
 _WRITE = {"compression": "zstd", "write_page_checksum": True}
 
 

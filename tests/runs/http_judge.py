@@ -31,7 +31,8 @@ def make_app() -> FastAPI:
     @app.post("/words")
     async def words(body: dict[str, Any], request: Request) -> dict[str, Any]:
         seen.append({**body, "authorization": request.headers.get("authorization")})
-        return {"scores": [float(len(text.split())) if text else None for text in body["completions"]]}
+        texts = [text[0]["content"] if isinstance(text, list) else text for text in body["completions"]]
+        return {"scores": [float(len(text.split())) if text else None for text in texts]}
 
     @app.get("/seen")
     async def told() -> list[dict[str, Any]]:

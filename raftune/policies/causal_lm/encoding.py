@@ -57,7 +57,7 @@ class Encoder:
                 f"A prompt given as messages needs a tokenizer with a chat template; this one has none (prompt "
                 f"{prompt.id}). Set tokenizer.chat_template and save it, or give the prompts as text."
             )
-        if not messages or any("role" not in m or "content" not in m for m in messages):
+        if not messages or any("role" not in m or not m.keys() & {"content", "tool_calls"} for m in messages):
             raise DataError(f"A message must have a role and a content; got {messages!r:.200} (prompt {prompt.id}).")
         goes_on = messages[-1]["role"] == "assistant"
         try:
