@@ -207,9 +207,9 @@ def _read_file(path: Path, suffix: str, field: str) -> pa.Table:
             return with_plain_types(pq.read_table(path, page_checksum_verification=True), where)
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         if suffix in (".csv", ".tsv"):
-            return _read_csv(text_of(content), suffix, where)
+            return _read_csv(text_of(content, where), suffix, where)
         if suffix in (".json", ".jsonl", ".ndjson"):
-            return _columns_of(_json_rows(text_of(content), where), where)
+            return _columns_of(_json_rows(text_of(content, where), where), where)
     except (pa.ArrowException, ValueError, OSError, EOFError, OverflowError) as error:
         raise DataError(f"{field}: {path} cannot be read: {first_line(error)}. Mend the file.") from error
     raise DataError(
@@ -217,14 +217,16 @@ def _read_file(path: Path, suffix: str, field: str) -> pa.Table:
     )
 
 
-def text_of(content: bytes) -> str:
-    """The text of a file: UTF-8, with or without a byte order mark, or UTF-16 with one. Raises ValueError by line."""
+def text_of(content: bytes, where: str) -> str:
+    """The text of a file: UTF-8, with or without a byte order mark, or UTF-16 with one. Raises DataError by line."""
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"line {line} is not UTF-8 (byte {content[error.start]:#04x}): save it as UTF-8") from error
+        raise DataError(
+            f"{where} line {line} is not UTF-8 (byte {content[error.start]:#04x}). Save the file as UTF-8."
+        ) from error
 
 
 def _json_rows(text: str, where: str) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from raftune.feedback.rows import Reason, Unusable
@@ -24,6 +25,8 @@ COMPLETIONS = ("completions", "responses", "answers")
 SCORE = ("score", "rating", "reward")
 SCORES = ("scores", "ratings", "rewards")
 RANKS = ("ranks", "ranking", "rank")
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+_COMMA = re.compile(r"([+-]?\d+),(\d+)")
 
 
 def find(row: Row, names: tuple[str, ...]) -> tuple[str, Any]:
@@ -104,7 +107,9 @@ def check_answer(messages: list[Message], column: str) -> None:
 
 
 def read_number(value: Any, column: str) -> float:
-    """A finite number; true and false are none."""
+    """A finite number, also one that is written as text, as in CSV; true and false are none."""
+    if isinstance(value, str):
+        value = number_of(value, column)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Unusable(Reason.WRONG_TYPE, f"{column} must be a number; got {excerpt(value)}")
     try:
@@ -114,6 +119,19 @@ def read_number(value: Any, column: str) -> float:
     if not math.isfinite(number):
         raise Unusable(Reason.NOT_FINITE, f"{column} is {number}")
     return number
+
+
+def number_of(text: str, column: str) -> Any:
+    """The number that a text says; the text where it says none. Raises Unusable where its comma can be two things."""
+    plain = text.strip()
+    if comma := _COMMA.fullmatch(plain):
+        whole, part = comma.groups()
+        if len(part) == 3 and whole.lstrip("+-0") and len(whole.lstrip("+-")) <= 3:
+            raise Unusable(
+                Reason.WRONG_TYPE, f"{column} is {plain!r}: its comma may set off decimals or thousands; write a point"
+            )
+        plain = f"{whole}.{part}"
+    return float(plain) if _NUMBER.fullmatch(plain) else text
 
 
 def read_list(value: Any, column: str) -> list[Any]:

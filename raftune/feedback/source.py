@@ -21,6 +21,7 @@ from raftune.plain import first_line
 Row = dict[str, Any]
 T = TypeVar("T", bound=Numbered)
 LINES = (".jsonl", ".ndjson", ".json")
+ANSWERS = ("completion", "response", "answer", "chosen", "rejected")
 BATCH = 1024  # rows of an Arrow table that are Python objects at the same time
 
 
@@ -65,11 +66,17 @@ def raw_rows(source: str, split: str, field: str) -> Iterator[tuple[int, Row | S
         yield from json_rows(path, field)
         return
     batches = parquet_batches(path, field) if path.is_file() and suffix == ".parquet" else None
+    written = path.is_file() and suffix in (".csv", ".tsv")
     number = 0
     for batch in batches or read_rows(source, split, field).to_batches(max_chunksize=BATCH):
         for row in batch.to_pylist():
             number += 1
-            yield number, row
+            yield number, {name: as_written(name, cell) for name, cell in row.items()} if written else row
+
+
+def as_written(name: str, cell: Any) -> Any:
+    """The cell of a CSV file, of an answer as the text that the file says: a column of numbers gives it back."""
+    return str(cell) if name in ANSWERS and isinstance(cell, int | float) else cell
 
 
 def parquet_batches(path: Path, field: str) -> Iterator[pa.RecordBatch]:

@@ -87,7 +87,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, An
         }
         run(settings, Objects(rewards=[reward]))
         behind = httpx2.get(f"{address}/seen", trust_env=False).json()
-    asked = [row for body in behind for row in zip(body["prompts"], *map(body["columns"].get, ("facts", "odd")), strict=True)]
+    asked = [
+        row for body in behind for row in zip(body["prompts"], *map(body["columns"].get, ("facts", "odd")), strict=True)
+    ]
     hosted = [json.loads(line) for line in (folder / "hosted.jsonl").read_text().splitlines()]
     return {"root": folder / "run", "here": here, "hosted": hosted, "http": asked}
 

@@ -159,7 +159,7 @@ def test_k_ranked_answers_give_every_pair_but_those_that_are_tied(tmp_path: Path
         ({"prompt": [USER, USER], "chosen": "x", "rejected": "y"}, "roles out of order"),
         ({"prompt": ["Why?"], "chosen": "x", "rejected": "y"}, "wrong type"),
         ({"prompt": "p", "completions": ["a", "b"], "ranks": [1]}, "wrong type"),
-        ({"prompt": "p", "completions": ["a", "b"], "ranks": [1, "2"]}, "wrong type"),
+        ({"prompt": "p", "completions": ["a", "b"], "ranks": [1, "last"]}, "wrong type"),
         ({"prompt": "p", "completions": "ab", "ranks": [1, 2]}, "wrong type"),
         ('{"prompt": "p", "completions": ["a", "b"], "scores": [1, NaN]}', "non-finite rating"),
         ({"prompt": "p", "completions": ["a", ""], "scores": [1, 2]}, "empty answer"),

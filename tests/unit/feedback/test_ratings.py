@@ -41,7 +41,7 @@ def test_a_rating_that_is_not_finite_is_skipped(tmp_path: Path, score: str) -> N
     assert [(s.row, str(s.reason)) for s in found.skipped] == [(2, "non-finite rating")]
 
 
-@pytest.mark.parametrize("score", ['"4"', "true", "[1]", "{}"])
+@pytest.mark.parametrize("score", ['"good"', "true", "[1]", "{}"])
 def test_a_rating_that_is_no_number_is_skipped(tmp_path: Path, score: str) -> None:
     found = read(tmp_path, rated(1), rated(score))
     assert [(s.row, str(s.reason)) for s in found.skipped] == [(2, "wrong type")]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raftune.errors import DataError
-from raftune.feedback import read_preferences, write_skipped
+from raftune.feedback import read_demonstrations, read_preferences, read_ratings, write_skipped
 from raftune.feedback.source import json_rows
 
 ROWS = [
@@ -115,3 +115,19 @@ def test_a_file_of_skipped_rows_names_each_with_its_reason(tmp_path: Path) -> No
     write_skipped(found.skipped, tmp_path / "skipped.jsonl")
     [line] = (tmp_path / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line) == {"row": 4, "reason": "empty answer", "detail": "rejected is blank"}
+
+
+def test_a_csv_with_semicolons_and_decimal_commas_is_read_as_ratings(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question;answer;rating\nsix; 7;4,5\nb;c;0,125\nd;e;1,234\nf;g;3\nh;i;good\n")
+    found = read_ratings(str(tmp_path / "a.csv"))
+    assert [(one.prompt, one.completion, one.score) for one in found.rows] == [
+        ("six", " 7", 4.5),
+        ("b", "c", 0.125),
+        ("f", "g", 3.0),
+    ]
+    assert [(one.row, one.reason) for one in found.skipped] == [(3, "wrong type"), (5, "wrong type")]
+
+
+def test_answers_of_csv_that_are_numbers_are_the_texts_that_the_file_says(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\nsix and one,7\nten,10\n")
+    assert [one.completion for one in read_demonstrations(str(tmp_path / "a.csv")).rows] == ["7", "10"]
