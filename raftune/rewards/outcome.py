@@ -7,10 +7,14 @@ import inspect
 import math
 import numbers
 import re
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from types import GeneratorType
 from typing import Any
+
+import numpy as np
 
 from raftune.interruption import caused_by_interrupt
 from raftune.records import Part, Status
@@ -18,6 +22,8 @@ from raftune.rewards.batch import Batch, Log, keywords
 
 LONGEST_DETAIL = 300
 REAL = (numbers.Real, Decimal)
+LISTS = (Sequence, deque, GeneratorType, map)  # what gives its values in the order in which they were made
+_UNKNOWN = np.ma.masked
 LACKS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
 
 
@@ -110,15 +116,42 @@ async def _awaited(output: Any) -> Any:
 
 
 def _as_list(output: Any) -> list[Any] | None:
-    if hasattr(output, "tolist") and getattr(output, "ndim", 0) == 1:
-        values = output.tolist()
-        return values if isinstance(values, list) else None
-    if isinstance(output, str | bytes | dict) or not isinstance(output, Iterable):
-        return None
+    """The values of a list, tuple or other sequence, of a generator, and of what has one dimension: an array or tensor
+    (also as one column), a Series of pandas or polars, an Arrow array. None for all else, a set and a dict above all.
+    """
     try:
-        return list(output)
-    except TypeError:
+        for reader in ("to_pylist", "to_list"):  # Arrow; polars and pandas
+            if callable(read := getattr(output, reader, None)) and not isinstance(output, type):
+                return _list_or_none(read())
+        if hasattr(output, "tolist") and hasattr(output, "shape"):
+            if _is_time(output) or tuple(output.shape[1:]) not in ((), (1,)) or not output.shape:
+                return None
+            return [_UNKNOWN if hidden else value for value, hidden in zip(_flat(output), _hidden(output), strict=True)]
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):  # such as of a sparse tensor
         return None
+    if isinstance(output, str | bytes | bytearray | memoryview) or not isinstance(output, LISTS):
+        return None
+    return list(output)
+
+
+def _list_or_none(values: Any) -> list[Any] | None:
+    return values if isinstance(values, list) else None
+
+
+def _flat(array: Any) -> list[Any]:
+    values = array.tolist()
+    return [row[0] for row in values] if len(array.shape) == 2 else list(values)
+
+
+def _hidden(array: Any) -> list[bool]:
+    """Which entries a masked array of numpy hides: the numbers beneath are anything."""
+    mask = np.ma.getmaskarray(array).reshape(-1).tolist() if isinstance(array, np.ma.MaskedArray) else None
+    return mask if mask is not None else [False] * len(array)
+
+
+def _is_time(value: Any) -> bool:
+    """True of numpy's dates and durations, which turn into integers when they are read."""
+    return getattr(getattr(value, "dtype", None), "kind", "") in ("m", "M")
 
 
 def _part(value: Any) -> Part:
@@ -134,6 +167,8 @@ def _part(value: Any) -> Part:
 
 def _number(value: Any) -> float | None:
     """Booleans count as 0 and 1; numpy and torch scalars, and tensors of one element, as their number."""
+    if _is_time(value) or (isinstance(value, np.ma.MaskedArray) and np.ma.getmaskarray(value).any()):
+        return None
     if not isinstance(value, REAL) and hasattr(value, "item") and getattr(value, "size", None) != 0:
         try:
             value = value.item()
