@@ -17,9 +17,11 @@ from raftune.config.load import declared, validate
 from raftune.config.run import RunConfig
 from raftune.digest import best_round, cell, columns_for, held_out_names, read_json, rows_of
 from raftune.errors import StoreError
+from raftune.plain import shell_command
 from raftune.starters.resolve import resolve_model
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.files import explaining
+from raftune.store.kinds import how_to_go_on
 from raftune.store.run import DROPPED, RunFolder
 
 # What a committed model folder holds besides the model.
@@ -113,10 +115,10 @@ def remove_published(out: Path) -> None:
 
 def best_of(run: RunFolder) -> int:
     """The best round so far. Raises StoreError where no round is done."""
-    run.read_config()
+    config = run.read_config()
     best = best_round(run.root)
     if best is None:
-        raise StoreError(f"{run.root} has no finished round yet. `raftune resume {run.root}` goes on with it.")
+        raise StoreError(f"{run.root} has no finished round yet. {how_to_go_on(run.root, config)}")
     return best
 
 
@@ -124,9 +126,10 @@ def refuse_missing(run: RunFolder, round_: int) -> None:
     if not run.is_committed(round_, "model"):
         raise StoreError(f"round {round_} of {run.root} has no model. `raftune runs` says how far the run is.")
     if run.is_dropped(round_, "model"):
+        flags = ("--from", f"{round_}/tune", "--keep-models", "all")
         raise StoreError(
             f"the weights of round {round_} of {run.root} were dropped, as keep_models says. Choose the best round, or "
-            f"make them again with `raftune resume {run.root} --from {round_}/tune --keep-models all`."
+            f"make them again with `{shell_command('raftune', 'resume', run.root, *flags)}`."
         )
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 from raftune.digest import best_round
 from raftune.errors import ConfigError, StoreError
 from raftune.pictures import in_words
+from raftune.store.kinds import how_to_go_on
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import column_names, read_groups, read_table
 from raftune.store.run import RunFolder
@@ -29,7 +30,7 @@ def choose_rounds(run: RunFolder, which: str) -> list[int]:
     """The rounds that `all`, `best` or a number stands for. Raises ConfigError, StoreError."""
     known = training_rounds(run)
     if not known:
-        raise StoreError(f"{run.root} has no round with verdicts yet. `raftune resume {run.root}` goes on with it.")
+        raise StoreError(f"{run.root} has no round with verdicts. {how_to_go_on(run.root, run.read_config())}")
     if which == "all":
         return known
     if which == "best":

@@ -14,7 +14,8 @@ from raftune.config.run import RunConfig
 from raftune.digest import read_json
 from raftune.errors import ConfigError
 from raftune.families import family_of
-from raftune.plain import one_line
+from raftune.plain import one_line, shell_command
+from raftune.store.kinds import RUNS, is_run, model_in, written_by
 from raftune.store.run import RunFolder
 
 INHERITED = ("sampling", "rewards", "evaluation", "engine", "data")
@@ -53,6 +54,15 @@ def subject_of(text: str) -> Subject:
     run, round_ = run_and_round(text)
     if run is not None:
         return round_of(run, round_)
+    path = Path(text)
+    if written_by(path) == "raftune reward train":
+        raise ConfigError(
+            f"MODEL must be a model that answers, or a run; {path} holds a reward model. To judge by it write "
+            f"`{shell_command('raftune', 'evaluate', 'MODEL', '--rewards.reward_funcs', model_in(path))}`."
+        )
+    if not path.exists() and is_run(RUNS / (text.rpartition("@")[0] or text)):
+        raise ConfigError(f"there is no {path} here; did you mean {RUNS / path}?")
+    text = str(model_in(path)) if written_by(path) else text
     return Subject(text, f"evaluation-{plain_name(text)}", {}, {"model": text})
 
 

@@ -13,7 +13,8 @@ from raftune.cli.samples import prompt_text
 from raftune.cli.show import out, say
 from raftune.digest import alarms_of
 from raftune.errors import ConfigError
-from raftune.plain import harmless, one_line
+from raftune.plain import harmless, one_line, shell_command
+from raftune.store.kinds import how_to_go_on
 from raftune.store.run import RunFolder
 
 Alarm = dict[str, Any]
@@ -60,13 +61,14 @@ def choose_rounds(folder: RunFolder, asked: int | None) -> list[int]:
     guarded = [r for r in folder.rounds() if folder.commit(r, "guard") is not None]
     if not guarded and not any(folder.rounds()):
         raise ConfigError(
-            f"{folder.root} has no guarded round: it has finished none yet. `raftune resume {folder.root}` goes on "
-            "with it."
+            f"{folder.root} has no guarded round. Alarms are of rounds that train. "
+            f"{how_to_go_on(folder.root, folder.read_config())}"
         )
     if not guarded:
         raise ConfigError(
-            f"{folder.root} has no guarded round. `raftune resume {folder.root} --guards.enabled true` looks at what "
-            "is there, without drawing again."
+            f"{folder.root} has no guarded round. "
+            f"`{shell_command('raftune', 'resume', folder.root, '--guards.enabled', 'true')}` looks at what is there, "
+            "without drawing again."
         )
     if asked is not None and asked not in guarded:
         raise ConfigError(f"--round must be one of {ledger.span(guarded)}; got {asked}. Choose one of these.")

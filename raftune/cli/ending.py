@@ -19,6 +19,7 @@ from cyclopts import App, CycloptsError
 from raftune import interruption
 from raftune.cli.manual import explain
 from raftune.errors import Interrupted, RaftuneError
+from raftune.plain import shell_command
 
 INTERRUPTED = Interrupted.exit_code
 USAGE = 2
@@ -134,7 +135,8 @@ def interruptible(root: Path, again: str | None = None) -> Iterator[Observer]:
             raise KeyboardInterrupt
 
     def farewell() -> Interrupted:
-        return Interrupted(again or f"what is committed is kept. Resume with: raftune resume {root}")
+        resume = shell_command("raftune", "resume", root)
+        return Interrupted(again or f"what is committed is kept. Resume with: {resume}")
 
     interruption.forget()
     with handling(stop):

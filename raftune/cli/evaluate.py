@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from raftune.cli.show import Grid, say
 from raftune.cli.train import Tokens
+from raftune.plain import shell_command
 
 if TYPE_CHECKING:
     from raftune.config.run import RunConfig
@@ -40,17 +41,25 @@ def evaluate(
     --evaluation.reference_column measures perplexity, --evaluation.reward_funcs adds held-out rewards.
     """
     from raftune.cli.flags import read_tokens
-    from raftune.cli.work import go
-    from raftune.loop import metrics_of
     from raftune.runs import root_of
-    from raftune.store.run import RunFolder
-    from raftune.subject import evaluation_of, prompts_judged, refuse_training_run, subject_of
+    from raftune.subject import evaluation_of, refuse_training_run, subject_of
 
     given = read_tokens(files, "evaluate", ("--from", "--json"))
     who = subject_of(subject)
     config = evaluation_of(who, given.words, given.flags)
+    refuse_training_run(root_of(config))
+    carry_out(who, config, from_, json)
+
+
+def carry_out(who: Subject, config: RunConfig, from_: str | None, json: bool) -> None:
+    """Begins the evaluation or goes on with it, and prints what came of it."""
+    from raftune.cli.work import go
+    from raftune.loop import metrics_of
+    from raftune.runs import root_of
+    from raftune.store.run import RunFolder
+    from raftune.subject import prompts_judged
+
     root = root_of(config)
-    refuse_training_run(root)
     _, worked = go(config, from_)
     metrics, judged = dict(metrics_of(RunFolder(root), 0)), prompts_judged(root)
     if json:
@@ -107,8 +116,8 @@ def show(who: Subject, config: RunConfig, root: Path, judged: dict[str, int], me
         if words := worth_of_k(curve):
             say(f"{words}.")
     say("")
-    say(f"  samples   raftune samples {root} --held-out --sort best")
-    say(f"  compare   raftune compare {root} OTHER")
+    say(f"  samples   {shell_command('raftune', 'samples', root, '--held-out', '--sort', 'best')}")
+    say(f"  compare   {shell_command('raftune', 'compare', root, 'OTHER')}")
 
 
 def remarks(metrics: dict[str, Any]) -> list[str]:

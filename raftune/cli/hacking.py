@@ -13,6 +13,7 @@ from raftune.cli.work import outcome_json, outcome_words
 from raftune.config.run import RunConfig
 from raftune.digest import alarms_of, held_out_names, rows_of
 from raftune.loop import Outcome
+from raftune.plain import shell_command
 from raftune.store.run import RunFolder
 
 NAMED = 2
@@ -56,11 +57,12 @@ def show_last(root: Path, alarms: list[dict[str, Any]]) -> None:
 def remedies(root: Path, best: dict[str, Any], alarms: list[dict[str, Any]]) -> list[str]:
     """What would have ended the run in time, and what would have chosen its best round: both without drawing again."""
     first = next((alarm["round"] for alarm in alarms if alarm["alarm"] == "held_out_falls"), None)
+    again = shell_command("raftune", "resume", root)
     lines = [
         "",
         "The run goes by the flawed reward, and publishes its best. What would have helped, and still does at once:",
-        f"  choose    raftune resume {root} --evaluation.best_by judge        publishes round {best['round']}",
+        f"  choose    {again} --evaluation.best_by judge        publishes round {best['round']}",
     ]
     if first is not None:
-        lines.append(f"  stop      raftune resume {root} --guards.stop_on held_out_falls   ends after round {first}")
+        lines.append(f"  stop      {again} --guards.stop_on held_out_falls   ends after round {first}")
     return lines

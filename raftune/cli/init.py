@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from raftune.cli.show import say
 from raftune.errors import ConfigError
+from raftune.plain import shell_command
 
 
 def init(
@@ -32,4 +33,6 @@ def init(
             written.write(text.replace("NAME", name))
     except FileExistsError as error:
         raise ConfigError(f"{path} exists already, and is not overwritten. Name another file.") from error
-    say(f"Wrote {path}. Next: raftune plan {path}, then raftune train {path}.")
+    say(f"Wrote {path}. Next:")
+    say(f"  {shell_command('raftune', 'plan', path)}")
+    say(f"  {shell_command('raftune', 'train', path)}")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json as js
-import shlex
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from raftune.cli.show import say
-from raftune.cli.train import Tokens
+from raftune.cli.train import Tokens, refuse_folders
 from raftune.cli.verify import megabytes
 from raftune.config.run import RunConfig
 from raftune.digest import duration
 from raftune.errors import ConfigError
+from raftune.plain import shell_command
 from raftune.planning import Forecast, forecast
 from raftune.planning.images import DEVICE, SHARE, Pipeline, Room
 
@@ -37,6 +37,7 @@ def plan(
     given = read_tokens(files, "plan", ("--probe", "--no-probe", "--json"))
     if not given.words and not given.flags:
         raise ConfigError("plan needs a configuration file; got none. `raftune init run.yaml` writes one.")
+    refuse_folders(given.words)
     config = load_config(given.words, given.flags)
     found = forecast(config, measured=probe)
     if json:
@@ -51,7 +52,7 @@ def plan(
 
 
 def command(tokens: tuple[str, ...]) -> str:
-    return shlex.join(["raftune", "train", *tokens])
+    return shell_command("raftune", "train", *tokens)
 
 
 def lines(config: RunConfig, found: Forecast) -> list[tuple[str, str]]:

@@ -25,10 +25,13 @@ def resume(
     Any field of the configuration is a flag. One that shaped what is already committed is refused with the difference
     shown, unless --from redoes that stage and what follows; what was there moves to superseded/.
     """
+    from raftune.cli.evaluate import carry_out
     from raftune.cli.flags import read_tokens
     from raftune.config.load import merge, nested, validate
     from raftune.errors import ConfigError
+    from raftune.store.kinds import is_evaluation
     from raftune.store.run import RunFolder
+    from raftune.subject import Subject
 
     given = read_tokens(flags, "resume", ("--from", "--json"))
     if given.words:
@@ -37,4 +40,8 @@ def resume(
             "`raftune train` with its files."
         )
     config = validate(merge([RunFolder(run).read_config(), nested(given.flags), {"output_dir": run}]))
-    work(config, redo=from_, as_json=json)
+    if is_evaluation({"num_rounds": config.num_rounds}):
+        model = getattr(config.policy, "model", None) or config.name
+        carry_out(Subject(model, config.name, {}, {}), config, from_, json)
+    else:
+        work(config, redo=from_, as_json=json)

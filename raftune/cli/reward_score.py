@@ -13,6 +13,7 @@ from raftune.cli.reward import read_options
 from raftune.cli.show import say
 from raftune.cli.steps import Steps
 from raftune.errors import ConfigError, RewardError
+from raftune.plain import shell_command
 
 if TYPE_CHECKING:
     from raftune.rewards.files import Scored
@@ -58,7 +59,7 @@ def score(
     if scored.failures.fraction > MOST_FAILED:
         raise RewardError(
             f"{failed:,} of {len(scored.scores):,} answers could not be scored. Mend the reward: "
-            f"`raftune reward check {spec}` shows what it does."
+            f"`{shell_command('raftune', 'reward', 'check', spec)}` shows what it does."
         )
 
 

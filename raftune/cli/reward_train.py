@@ -12,6 +12,7 @@ from raftune.cli.ending import interruptible
 from raftune.cli.show import Grid, say
 from raftune.cli.steps import Steps
 from raftune.errors import GateFailed
+from raftune.plain import shell_command
 
 if TYPE_CHECKING:
     from raftune.config.reward_model import RewardModelConfig
@@ -114,7 +115,8 @@ def show(outcome: Outcome) -> None:
     say(f"  verdict    the model {report['verdict']}", style="bold" if report["better_than_chance"] else "bold yellow")
     if outcome.published:
         say(f"  model      {outcome.root / 'model'}")
-        say(f"  next       raftune train RUN.yaml --rewards.reward_funcs {outcome.root / 'model'}")
+        model = outcome.root / "model"
+        say(f"  next       {shell_command('raftune', 'train', 'RUN.yaml', '--rewards.reward_funcs', model)}")
 
 
 def losses(report: dict[str, Any]) -> str:

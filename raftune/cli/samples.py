@@ -17,6 +17,7 @@ from raftune.cli.show import out, say
 from raftune.errors import ConfigError
 from raftune.ledger import Sample
 from raftune.plain import harmless, one_line
+from raftune.store.kinds import how_to_go_on
 from raftune.store.run import RunFolder
 
 Group = list[Sample]
@@ -87,9 +88,7 @@ def choose_round(folder: RunFolder, asked: int | None, held_out: bool) -> tuple[
     if not known and judged and asked is None:
         return judged[-1], True
     if not known:
-        raise ConfigError(
-            f"{folder.root} has no such samples yet. `raftune resume {folder.root}` goes on with the run."
-        )
+        raise ConfigError(f"{folder.root} has no such samples. {how_to_go_on(folder.root, folder.read_config())}")
     if asked is not None and asked not in known:
         raise ConfigError(f"--round must be one of {ledger.span(known)}; got {asked}. Choose one of these.")
     return (known[-1] if asked is None else asked), held_out or asked == 0

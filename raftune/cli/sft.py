@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from raftune.cli.ending import interruptible
 from raftune.cli.show import say
 from raftune.cli.steps import Steps
+from raftune.plain import shell_command
 
 if TYPE_CHECKING:
     from raftune.sft import Learned
@@ -85,7 +86,8 @@ def outcome(learned: Learned) -> list[str]:
             f"  perplexity  {change}, on {perplexity['answers']:,} held-out answers of {perplexity['tokens']:,} tokens"
         )
     model = root / report["model"]
-    following = f"raftune train RUN.yaml --policy.model {model} --data.prompts {root / 'prompts.jsonl'}"
+    flags = ("--policy.model", model, "--data.prompts", root / "prompts.jsonl")
+    following = shell_command("raftune", "train", "RUN.yaml", *flags)
     return [*lines, f"  model       {model}", f"  next        {following}"]
 
 

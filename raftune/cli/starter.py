@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as js
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from cyclopts.validators import Number
 
 from raftune.cli.show import say
 from raftune.errors import ConfigError
+from raftune.plain import shell_command
 
 SAID = {
     "preferences.jsonl": "prompt, chosen, rejected",
@@ -51,7 +51,7 @@ def starter(
     say("")
     say("Next, one after another:")
     for words in commands(folder):
-        say(f"  {shlex.join(words)}")
+        say(f"  {shell_command(*words)}")
 
 
 def commands(folder: Path) -> list[list[str]]:

@@ -10,6 +10,7 @@ from raftune.cli.ending import interruptible
 from raftune.config.run import RunConfig
 from raftune.digest import alarms_of, held_out_names
 from raftune.loop import Outcome
+from raftune.plain import shell_command
 from raftune.progress import Progress
 from raftune.report import NAME as REPORT
 from raftune.runs import root_of, run
@@ -70,8 +71,8 @@ def outcome_words(root: Path, outcome: Outcome, worked: bool) -> list[str]:
         f"  model     {model_of(root, outcome)}",
         *([f"  look      {page}"] if (page := root / REPORT).is_file() else []),
         *alarm_words(root, outcome),
-        f"  samples   raftune samples {root} --sort best",
-        f"  take      raftune export {root} --format model --out DIR",
+        f"  samples   {shell_command('raftune', 'samples', root, '--sort', 'best')}",
+        f"  take      {shell_command('raftune', 'export', root, '--format', 'model', '--out', 'DIR')}",
     ]
 
 
@@ -81,7 +82,7 @@ def alarm_words(root: Path, outcome: Outcome) -> list[str]:
     if not rounds:
         return []
     raised = f"round {rounds[0]}" if len(rounds) == 1 else f"{len(rounds)} rounds"
-    return [f"  alarms    {raised} raised some: raftune alarms {root}"]
+    return [f"  alarms    {raised} raised some: {shell_command('raftune', 'alarms', root)}"]
 
 
 def model_of(root: Path, outcome: Outcome) -> Path:

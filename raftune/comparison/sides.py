@@ -17,6 +17,7 @@ from raftune import ledger
 from raftune.config.rewards import RewardsConfig
 from raftune.digest import best_round
 from raftune.errors import ConfigError, StoreError
+from raftune.plain import shell_command
 from raftune.records import Prompt
 from raftune.stages.plan import read_plan, read_prompts
 from raftune.store.layout import unit_file
@@ -149,8 +150,8 @@ def choose(reference: str, letter: str) -> Side:
     judged = [round_ for round_ in run.rounds() if run.commit(round_, "evaluate/score") is not None]
     if not judged:
         raise StoreError(
-            f"{letter}: {path} holds no evaluation yet. `raftune evaluate {path}` makes one, `raftune resume {path}` "
-            "goes on with a run."
+            f"{letter}: {path} holds no evaluation yet. `{shell_command('raftune', 'evaluate', path)}` makes one, "
+            f"`{shell_command('raftune', 'resume', path)}` goes on with a run."
         )
     round_, chosen = number_of(run, wanted, judged, letter)
     if round_ not in judged:
@@ -177,7 +178,7 @@ def number_of(run: RunFolder, wanted: str | None, judged: list[int], letter: str
         if best is None:
             raise StoreError(
                 f"{letter}: {run.root} has no best round yet. Name one, such as {run.root}@{judged[-1]}, or go on "
-                f"with `raftune resume {run.root}`."
+                f"with `{shell_command('raftune', 'resume', run.root)}`."
             )
         return best, "best"
     if wanted in ("start", "last"):

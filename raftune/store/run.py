@@ -18,9 +18,10 @@ from raftune.store.commit import Commit, FileEntry
 from raftune.store.dropping import MARKER, Dropped
 from raftune.store.events import Events
 from raftune.store.files import discard, ensure_folder, explaining, sha256_of, sync, unique, write_json
+from raftune.store.kinds import RUN_CONFIG, why_no_run
 
 _ROUND = re.compile(r"round-(\d{4,})$")
-CONFIG = "config.resolved.json"
+CONFIG = RUN_CONFIG
 DROPPED = MARKER  # beside the COMMIT of a stage of which something was deleted on purpose
 
 
@@ -55,10 +56,7 @@ class RunFolder:
         try:
             data = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError) as error:
-            missing = "it is a file" if self.root.is_file() else f"{CONFIG} is missing"
-            raise StoreError(
-                f"{self.root} holds no run: {missing}. `raftune runs` lists the runs in a folder."
-            ) from error
+            raise StoreError(why_no_run(self.root)) from error
         except ValueError as error:
             raise RunDamaged(f"{path} is not valid JSON. Restore it: it is the run's configuration.") from error
         if not isinstance(data, dict):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from raftune.engines.local import ThisProcess
 from raftune.errors import ConfigChanged, ConfigError, RewardError, RunDamaged
 from raftune.families import family_of
 from raftune.loop import ensure
+from raftune.plain import shell_command
 from raftune.protocols import Stage, UnitStage
 from raftune.rewards.loading import load_panel
 from raftune.rewards.media import misfits
@@ -248,10 +248,11 @@ class Again:
         names = ["logp", "logp-start"]
         if any(self.run.folder(round_, name).is_dir() for name in names) or self.before.selection.beta > 0:
             return names
+        flags = ("--selection.beta", f"{beta:g}", "--from", "select")
+        command = shell_command("raftune", "resume", self.run_as_it_is.root, *flags)
         raise ConfigError(
             f"selection.beta above 0 ranks by log-probabilities; got {beta:g} for a run made with beta 0, which holds "
-            f"none. `raftune resume {self.run_as_it_is.root} --selection.beta {beta:g} --from select` keeps the draws "
-            "and computes them."
+            f"none. `{command}` keeps the draws and computes them."
         )
 
     def refuse_more_draws(self, rounds: list[int]) -> None:
@@ -308,7 +309,7 @@ class Again:
                 f"call train(redo={first!r}): its rewards are Python objects."
             )
         words = [word for name, (_, value) in sorted(changes.items()) for word in as_flag(name, value)]
-        command = shlex.join(["raftune", "resume", str(self.run_as_it_is.root), *words, "--from", first])
+        command = shell_command("raftune", "resume", self.run_as_it_is.root, *words, "--from", first)
         return f"To really do so{again}: {command}"
 
     def first_stage(self, changes: Mapping[str, Any]) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 
 from raftune.config.load import differences
 from raftune.errors import ConfigChanged, ConfigError, RunDamaged, RunInUse, RunTooNew, StoreError
+from raftune.plain import shell_command
 from raftune.staleness import change
 from raftune.store.files import json_bytes, write_json
+from raftune.store.kinds import how_to_go_on
 from raftune.store.run import RunFolder
 
 FOLDER, RECORD = "whatif", "whatif.json"
@@ -63,7 +65,8 @@ def scores_of(run: RunFolder, given: str) -> tuple[Overlay, dict[str, Any]]:
     )
     if root.parent != run.root / FOLDER or root.name not in scored:
         known = f"it wrote {', '.join(scored)}" if scored else "it wrote none yet"
-        raise ConfigError(f"--scores must name scores that `raftune rescore {run.root}` wrote; got {given!r}; {known}.")
+        command = shell_command("raftune", "rescore", run.root)
+        raise ConfigError(f"--scores must name scores that `{command}` wrote; got {given!r}; {known}.")
     return Overlay(root, run, {"score"}), read_record(root)["configuration"]
 
 
@@ -137,7 +140,7 @@ def rounds_of(run: RunFolder, which: str) -> list[int]:
     """The training rounds that `all` or a number stands for. Raises ConfigError, StoreError where there is none."""
     known = [round_ for round_ in run.rounds() if round_ > 0]
     if not known:
-        raise StoreError(f"{run.root} has drawn nothing yet. `raftune resume {run.root}` goes on with it.")
+        raise StoreError(f"{run.root} has drawn nothing to train on. {how_to_go_on(run.root, run.read_config())}")
     if which == "all":
         return known
     if not which.isdigit() or int(which) not in known:

@@ -1,0 +1,76 @@
+"""What a directory holds: a run, an evaluation, a model, or what another command wrote; and what to do with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raftune.plain import shell_command
+
+RUN_CONFIG = "config.resolved.json"
+REWARD_NOTES = "raftune_reward.json"  # beside the weights of a model that `raftune reward train` wrote
+RUNS = Path("runs")  # where runs go that are given no directory
+
+
+def is_run(path: Path) -> bool:
+    """Whether the directory holds a run, or an evaluation, which is a run of no rounds."""
+    return (path / RUN_CONFIG).is_file()
+
+
+def is_evaluation(config: Mapping[str, Any]) -> bool:
+    """Whether a run with this configuration trains nothing: it only judges the model that it starts with."""
+    return config.get("num_rounds") == 0
+
+
+def written_by(path: Path) -> str | None:
+    """The command whose output this directory is, where that is not a run: `raftune sft`, `raftune reward train`."""
+    if (path / "model" / REWARD_NOTES).is_file():
+        return "raftune reward train"
+    names = ("config.yaml", "rows.parquet", "report.json")
+    return "raftune sft" if all((path / name).is_file() for name in names) and not is_run(path) else None
+
+
+def model_in(path: Path) -> Path:
+    """The folder itself, or the model in it where `raftune sft` or `raftune reward train` wrote it."""
+    return path / "model" if written_by(path) and (path / "model").is_dir() else path
+
+
+def why_no_run(path: Path) -> str:
+    """Why this path is no run, and what was probably meant or can be done with it."""
+    head = f"{path} holds no run"
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return f"{head}: it is a configuration. `{shell_command('raftune', 'train', path)}` runs it."
+    for parent in (*path.parents, *path.absolute().parents):
+        if is_run(parent):
+            return f"{head}: it lies in the run {parent if parent.name else parent.absolute()}. Name that."
+    if (command := written_by(path)) is not None:
+        return f"{head}: it is what `{command}` wrote. Its model is {path / 'model'}."
+    if (path / "config.json").is_file() or (path / "model_index.json").is_file():
+        return f"{head}: it is a model. `{shell_command('raftune', 'evaluate', path)}` measures it."
+    if path.is_dir() and (inside := [child.name for child in sorted(path.iterdir()) if is_run(child)]):
+        more = f" and {len(inside) - 8} more" if len(inside) > 8 else ""
+        return f"{head} itself, but the runs {', '.join(inside[:8])}{more}. Name one of them."
+    if not path.exists() and (near := nearest_run(path)) is not None:
+        return f"{head}: there is nothing of that name. Did you mean {near}?"
+    missing = "it is a file" if path.is_file() else f"{RUN_CONFIG} is missing"
+    return f"{head}: {missing}. `raftune runs` lists the runs in a folder."
+
+
+def nearest_run(path: Path) -> str | None:
+    """The run that was probably meant: of this name in runs/, or of a similar one there or beside it."""
+    stem, at, round_ = path.name.rpartition("@")
+    if at and is_run(path.with_name(stem)):
+        return f"{path.with_name(stem)} --round {round_}"
+    known = {child.name: child for folder in (RUNS, path.parent) if folder.is_dir() for child in folder.iterdir()}
+    close = difflib.get_close_matches(path.name, [name for name in known if is_run(known[name])], n=1, cutoff=0.6)
+    return str(known[close[0]]) if close else None
+
+
+def how_to_go_on(root: Path, config: Mapping[str, Any]) -> str:
+    """What to do with a run that lacks what was asked for, because it is not so far, or because it is an evaluation."""
+    if is_evaluation(config):
+        looks = shell_command("raftune", "samples", root)
+        return f"It is an evaluation: it trains no rounds. `{looks}` shows its samples."
+    return f"`{shell_command('raftune', 'resume', root)}` goes on with it."
