@@ -91,7 +91,8 @@ def refuse_foreign(folder: RunFolder) -> None:
     if folder.exists() or folder.rounds() or not folder.root.is_dir():
         return
     ours = {"LOCK", "tmp", "config.yaml", "events.jsonl", "environment.json"}
-    strangers = sorted(path.name for path in folder.root.iterdir() if path.name not in ours)
+    ours |= {"trainer_state.json", "all_results.json"}  # a script's, which may be written before it trains
+    strangers = sorted(p.name for p in folder.root.iterdir() if p.name not in ours and "_results.json" not in p.name)
     if strangers:
         raise StoreError(
             f"output_dir must be empty or hold a run; {folder.root} holds {', '.join(strangers[:3])}. "

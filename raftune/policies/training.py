@@ -33,6 +33,7 @@ WEIGHTS = "weights.safetensors"
 MICRO_BATCH = "micro_batch.json"
 # Below this many parameters a full garbage collection costs more than the memory it could give back.
 SMALL = 50_000_000
+MANY_PASSES = 10  # of a round over its rows, above which it is said
 
 Batch = Mapping[str, torch.Tensor]
 # Of a micro-batch: its share of the step's loss (what backward sees), and the sum of the coefficients in it.
@@ -124,9 +125,25 @@ def _attempt(task: Task, config: TuningConfig, size: MicroBatch, work: Path, dev
     optimizer = optimizer_tensors(model, trainer.optimizer) if config.optimizer_state == "carried" else {}
     trainer.release()
     notes = tuple(f"{name} did not verify and was not used" for name in rejected)
+    notes += many_passes(len(losses), config, len(task.rows))
     if checkpoint:
         notes += (f"tuning was taken up after step {checkpoint.name.rpartition('-')[2]} of {len(losses)}",)
     return Fitted(model, losses, optimizer, size.rows, size.accumulation, size.too_large, notes)
+
+
+def many_passes(steps: int, config: TuningConfig, rows: int) -> tuple[str, ...]:
+    """A note where a round went over its few rows so often that it learned them by heart."""
+    step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    passes = steps / math.ceil(rows / step)
+    if passes <= MANY_PASSES:
+        return ()
+    asked = (
+        f"max_steps = {config.max_steps}" if config.max_steps > 0 else f"num_train_epochs = {config.num_train_epochs:g}"
+    )
+    return (
+        f"{steps} optimizer steps went {passes:.0f} times over the round's {rows} rows: tuning.{asked} is meant for "
+        "each round. Lower it, or raise prompts_per_round",
+    )
 
 
 @dataclass(frozen=True)

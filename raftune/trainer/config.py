@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,18 @@ from transformers import TrainingArguments
 
 from raftune.config.load import merge, nested, validate
 from raftune.errors import ConfigError
-from raftune.trainer.refused import default_of, strangers, unread
+from raftune.plain import first_line
+from raftune.trainer.refused import (
+    KEPT_FROM_TRANSFORMERS,
+    MAPPED,
+    BorrowedArguments,
+    default_of,
+    unknown,
+    unread,
+    warning_of,
+)
+
+logger = logging.getLogger("raftune")
 
 # From the flat name to the field of RunConfig.
 TABLE: dict[str, str] = {
@@ -70,6 +83,7 @@ PASSED_ON = (
 )
 # What RaftTrainer itself reads.
 OWN = (
+    "strict",
     *("selection", "reward_weights", "model_init_kwargs", "run_config", "log_completions", "num_completions_to_print"),
     *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     *("disable_tqdm", "logging_strategy", "logging_steps", "logging_first_step", "log_level", "resume_from_checkpoint"),
@@ -93,16 +107,14 @@ _AS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def refusing(cls: type[Any]) -> type[Any]:
-    """The dataclass with a constructor that says why it does not take an argument, and which one was meant."""
+def taking_any_name(cls: type[Any]) -> type[Any]:
+    """The dataclass with a constructor that takes any name; `__post_init__` names those that are no arguments."""
     plain: Callable[..., None] = vars(cls)["__init__"]
-    names = [f.name for f in fields(cls) if f.init]
+    names = {f.name for f in fields(cls) if f.init}
 
     @functools.wraps(plain)
     def init(self: Any, *args: Any, **given: Any) -> None:
-        foreign = {name: value for name, value in given.items() if name not in names}
-        if lines := strangers(foreign, names):
-            raise ConfigError("\n".join(lines))
+        self._unknown = [name for name in given if name not in names]
         plain(self, *args, **{name: value for name, value in given.items() if name in names})
 
     vars_of: Any = cls
@@ -110,14 +122,15 @@ def refusing(cls: type[Any]) -> type[Any]:
     return cls
 
 
-@refusing
+@taking_any_name
 @dataclass
-class RaftConfig(TrainingArguments):  # type: ignore[misc]
+class RaftConfig(BorrowedArguments, TrainingArguments):  # type: ignore[misc]
     """The arguments of a RAFT run under TRL's and transformers' names.
 
-    Epochs, steps, batch size and learning rate mean the tuning of *one round*, whose schedule starts anew. An argument
-    of TrainingArguments or of GRPOConfig that could have no effect raises ConfigError, saying why. What RunConfig has
-    and this has not goes into `run_config`.
+    Epochs, steps, batch size and learning rate mean the tuning of *one round*, whose schedule starts anew. Of other
+    arguments of TrainingArguments and GRPOConfig, those that change nothing are accepted, those that are a part of
+    GRPO alone with a warning, and those by which another model would come of it raise ConfigError, all in one message;
+    with `strict=False` these are warned of too. What RunConfig has and this has not goes into `run_config`.
     """
 
     output_dir: str | None = field(default=None, metadata={"help": "The run's directory; None is runs/RUN_NAME."})
@@ -199,6 +212,9 @@ class RaftConfig(TrainingArguments):  # type: ignore[misc]
     log_completions: bool = field(default=False, metadata={"help": "Show kept answers after each round."})
     num_completions_to_print: int | None = field(default=8, metadata={"help": "How many of them; None: all."})
     # -- everything else --
+    strict: bool = field(
+        default=True, metadata={"help": "Refuse arguments that cannot be had; off: warn, and go on without them."}
+    )
     run_config: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Fields of RunConfig without a name here: {'tuning.loss_normalization': 'sample'}."},
@@ -210,27 +226,73 @@ class RaftConfig(TrainingArguments):  # type: ignore[misc]
     ]
 
     def __post_init__(self) -> None:
-        _refuse_launcher()
         self.output_dir = self.output_dir or f"runs/{_slug(self.run_name or 'raft')}"
-        if lines := unread(self, TrainingArguments, [*TABLE, *PASSED_ON, *OWN]):
-            raise ConfigError("\n".join(lines))
+        for name in ("checkpointing", "checkpointing_kwargs"):  # the older name without transformers' warning
+            if getattr(self, f"activation_{name}", None) is None:
+                setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
+        known = [*TABLE, *PASSED_ON, *OWN, *MAPPED]
+        foreign, without = unread(self, TrainingArguments, known)
+        foreign = [*foreign, *unknown(getattr(self, "_unknown", ()), known)]
+        faults = [*_launched(), *(foreign if self.strict else ())]
+        faults += _faults(self._settle)
         if self.logging_strategy == "steps" and self.logging_steps < 1:
-            raise ConfigError(
+            faults.append(
                 f"logging_steps must be at least 1; got {self.logging_steps}. Give whole steps: rounds differ."
             )
-        best = self.load_best_model_at_end  # holds in any case; TrainingArguments would ask for matching strategies
-        self.load_best_model_at_end = False
-        super().__post_init__()
-        self.load_best_model_at_end = best
-        if best:
+        if self.load_best_model_at_end:
             self.metric_for_best_model = self.metric_for_best_model or "reward"
             self.greater_is_better = True
-        check(self)
+        faults += _faults(lambda: outline(self))
+        if faults:
+            raise ConfigError("\n".join(dict.fromkeys(faults)))
+        if without:
+            logger.warning(warning_of(without))
+        if foreign:
+            logger.warning("strict=False, so the run goes on without what was asked for:\n%s", "\n".join(foreign))
+
+    def _settle(self) -> None:
+        """TrainingArguments' own checks and normal forms, without what it would act on in our place."""
+        kept = {name: getattr(self, name) for name in KEPT_FROM_TRANSFORMERS}
+        for name in kept:
+            setattr(self, name, default_of(TrainingArguments, name))
+        try:
+            with plain_process():
+                super().__post_init__()
+        except (ValueError, TypeError, ImportError) as error:
+            raise ConfigError(first_line(error)) from error
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As TrainingArguments', for those who log it: without the arguments of GRPO that a run does not read."""
+        unread_names = {field.name for field in fields(BorrowedArguments)} - {*MAPPED}
+        return {name: value for name, value in super().to_dict().items() if name not in unread_names}
 
 
-def check(args: RaftConfig) -> None:
-    """Raises ConfigError for a value that breaks its rule, before any model or data is looked at."""
-    run_of(args, {"policy": {"family": "causal_lm", "model": "-"}, "data": {"prompts": "-"}})
+def _faults(attempt: Callable[[], Any]) -> list[str]:
+    """The lines of the ConfigError that the call raises; none where it does not."""
+    try:
+        attempt()
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
+@contextlib.contextmanager
+def plain_process() -> Iterator[None]:
+    """The environment without what `accelerate launch` and torchrun leave in it: the configuration alone decides."""
+    left = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+    kept = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith(left)}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def outline(args: RaftConfig) -> Any:
+    """The RunConfig as far as the arguments say it. Raises ConfigError for a value that breaks its rule."""
+    return run_of(args, {"policy": {"family": "causal_lm", "model": "-"}, "data": {"prompts": "-"}})
 
 
 def run_of(args: RaftConfig, given: Mapping[str, Any]) -> Any:
@@ -244,11 +306,31 @@ def run_of(args: RaftConfig, given: Mapping[str, Any]) -> Any:
 
 def sections(args: RaftConfig) -> dict[str, Any]:
     """The arguments as sections of a RunConfig: what is None is left to the default there."""
-    values = {name: getattr(args, name) for name in TABLE}
+    values = {name: getattr(args, name) for name in TABLE} | _mapped(args)
     flat = {TABLE[name]: _AS.get(name, _same)(value) for name, value in values.items() if value is not None}
+    if args.max_prompt_length is not None:
+        flat["sampling.max_prompt_length"] = args.max_prompt_length
     passed = {n: getattr(args, n) for n in PASSED_ON if getattr(args, n) != default_of(TrainingArguments, n)}
     own = {"name": _slug(Path(str(args.output_dir)).name), "tuning": {"trainer_kwargs": passed}}
     return merge([nested(flat), {"selection": selection_of(args)}, own])
+
+
+def _mapped(args: RaftConfig) -> dict[str, Any]:
+    """The arguments that other names of TRL and transformers stand for."""
+    found: dict[str, Any] = {}
+    if args.num_iterations != 1:  # passes over what one generation gave
+        found["num_train_epochs"] = args.num_train_epochs * args.num_iterations
+    if args.warmup_ratio and not args.warmup_steps:
+        found["warmup_steps"] = args.warmup_ratio
+    if args.save_total_limit is not None and args.save_total_limit <= args.num_rounds and args.keep_models == "all":
+        found["keep_models"] = "best"  # which keeps the last as well
+    if args.top_k in (-1, None):
+        found["top_k"] = 0
+    if args.no_cuda:
+        found["use_cpu"] = True
+    if args.save_steps < 1:  # a share of all steps, which no round knows
+        found["save_steps"] = default_of(RaftConfig, "save_steps")
+    return found
 
 
 def selection_of(args: RaftConfig) -> dict[str, Any]:
@@ -289,10 +371,11 @@ def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".-_")[:100] or "raft"
 
 
-def _refuse_launcher() -> None:
-    """Raises ConfigError under `accelerate launch` or torchrun with several processes."""
-    if (count := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
-        raise ConfigError(
-            f"RaftTrainer must be one process; got WORLD_SIZE={count} from a launcher. Start the script with plain "
-            "`python`: it takes one device, and `workers=N` draws and scores in N local processes."
-        )
+def _launched() -> list[str]:
+    """What to say under `accelerate launch` or torchrun with several processes."""
+    if (count := os.environ.get("WORLD_SIZE", "1")) in ("", "1"):
+        return []
+    return [
+        f"RaftTrainer must be one process; got WORLD_SIZE={count} from a launcher. Start the script with plain "
+        "`python`: it takes one device, and `workers=N` generates and scores in N local processes."
+    ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,19 +70,36 @@ class GivenPrompts:
     table: Callable[[], pa.Table] | None = None
 
 
-def given_prompts(rows: Any, name: str) -> GivenPrompts:
-    """The prompts: a file or name, or rows known by their hash. Raises DataError for what is no data set of prompts."""
+def given_prompts(
+    rows: Any,
+    name: str,
+    columns: Callable[[str], bool] | None = None,
+    needed: int | None = None,
+    known_by: int | None = None,
+) -> GivenPrompts:
+    """The prompts: a file or name, or rows known by their hash. Raises DataError for what is no data set of prompts.
+
+    Of a stream no more than `needed` rows are read, and it is known by the first `known_by` of them, so that a run of
+    more rounds is the same run.
+    `columns` says which columns are kept.
+    """
+    if rows is None:
+        raise ConfigError(f"{name} must be given; got None. Give rows with a 'prompt' column.")
     if isinstance(rows, (str, Path)):
         return GivenPrompts(str(rows))
     if isinstance(rows, Mapping):
         raise DataError(
             f"{name} must be one data set; got a dictionary of {', '.join(map(str, rows))}. Choose one: {name}=data[…]."
         )
+    stream = isinstance(rows, Iterable) and not hasattr(rows, "__len__")
     try:
-        table = table_from(rows)
+        table = table_from(list(itertools.islice(rows, needed)) if stream else rows)
     except DataError as error:
         raise DataError(str(error).replace("train_dataset", name)) from error
-    return GivenPrompts(f"object:{table_hash(table)}", lambda: table)
+    if columns is not None:
+        table = table.select([column for column in table.column_names if columns(column)])
+    known = f"stream-{table_hash(table.slice(0, known_by))}" if stream else table_hash(table)
+    return GivenPrompts(f"object:{known}", lambda: table)
 
 
 def table_hash(table: pa.Table) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
+import math
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,8 @@ from raftune.errors import ConfigError, ModelError
 from raftune.plain import first_line
 from raftune.quiet import quiet
 
+logger = logging.getLogger("raftune")
+
 # What differs between a model or tokenizer and its own copy on disk, and changes nothing that it computes.
 _PROVENANCE = {"_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 _PROVENANCE |= {"is_local", "local_files_only", "tokenizer_file", "special_tokens_map_file", "_from_model_config"}
@@ -29,7 +33,7 @@ _CALLS |= {"truncation_side", "truncation_strategy", "padding_side"}
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Fields of LoraConfig that say nothing about what is trained; fan_in_fan_out is set by peft itself.
 _LORA_FREE = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
-_LORA_FREE |= {"inference_mode", "fan_in_fan_out", "runtime_config"}
+_LORA_FREE |= {"inference_mode", "fan_in_fan_out", "runtime_config", "use_rslora"}
 _LORA_READ = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "modules_to_save": "modules_to_save"}
 _FOUR_BITS = {"load_in_4bit", "_load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype"}
 _FOUR_BITS |= {"bnb_4bit_use_double_quant", "quant_method"}
@@ -45,7 +49,15 @@ class GivenModel:
     tokenizer: Any = field(default=None)
 
 
-def given_model(model: Any, tokenizer: Any, peft_config: Any, init: dict[str, Any], trust: bool) -> GivenModel:
+def given_model(
+    model: Any,
+    tokenizer: Any,
+    peft_config: Any,
+    init: dict[str, Any],
+    trust: bool,
+    quantization: Any = None,
+    strict: bool = True,
+) -> GivenModel:
     """The model as the run will know it. Raises ConfigError for what cannot be meant, ModelError without a tokenizer.
 
     An object enters by the hash of its weights and configuration, and so does a tokenizer: the same cell run again in a
@@ -55,9 +67,16 @@ def given_model(model: Any, tokenizer: Any, peft_config: Any, init: dict[str, An
         raise ConfigError(f"processing_class must be a tokenizer; got {type(tokenizer).__name__}. Use AutoTokenizer.")
     if isinstance(model, (str, Path)):
         policy = {"model": str(model), **_init(init)}
+        if quantization is not None:
+            policy["load_in_4bit"] = _is_nf4(quantization, "quantization_config")
         config = lambda: _config_of(str(model), policy, trust)  # noqa: E731
         name = str(model).rstrip("/").rsplit("/", 1)[-1]
     elif isinstance(model, (PreTrainedModel, PeftModel)):
+        if quantization is not None:
+            raise ConfigError(
+                f"quantization_config must be left out where the model is an object; got {type(model).__name__}. Give "
+                "the model by name."
+            )
         policy, tokenizer = _policy_of_object(model, init), tokenizer or _tokenizer_of(model, trust)
         config = lambda: _base_config(model)  # noqa: E731
         name = str(_base_config(model)._name_or_path or type(model).__name__).rsplit("/", 1)[-1]
@@ -69,7 +88,7 @@ def given_model(model: Any, tokenizer: Any, peft_config: Any, init: dict[str, An
     if isinstance(model, PeftModel) and peft_config is None:
         peft_config = model.peft_config[model.active_adapter]
     if peft_config is not None:
-        policy["adapter"] = adapter_section(peft_config, config)
+        policy["adapter"] = adapter_section(peft_config, config, strict)
     if tokenizer is not None:
         policy["tokenizer"] = f"object:{tokenizer_hash(tokenizer)}"
     return GivenModel(
@@ -79,9 +98,9 @@ def given_model(model: Any, tokenizer: Any, peft_config: Any, init: dict[str, An
 
 def _policy_of_object(model: Any, init: dict[str, Any]) -> dict[str, Any]:
     if init:
-        raise ConfigError(
-            f"model_init_kwargs must be empty where the model is an object; got {', '.join(init)}. Load the model with "
-            "them, or give its name."
+        logger.warning(
+            "model_init_kwargs (%s) have no part where the model is an object, which is loaded already.",
+            ", ".join(init),
         )
     config = _base_config(model)
     if getattr(config, "quantization_config", None) is not None:
@@ -110,48 +129,57 @@ def _init(given: dict[str, Any]) -> dict[str, Any]:
         if name in left:
             policy[name] = left.pop(name)
     if "quantization_config" in left:
-        policy["load_in_4bit"] = _is_nf4(left.pop("quantization_config"))
-    if device := left.pop("device_map", None):
-        raise ConfigError(
-            f"model_init_kwargs must not hold device_map; got {device!r}. The model goes to one device: the first "
-            "GPU, or the CPU with use_cpu=True."
+        policy["load_in_4bit"] = _is_nf4(left.pop("quantization_config"), "model_init_kwargs.quantization_config")
+    if left.pop("device_map", None) not in (None, "auto", {"": 0}):
+        logger.warning(
+            "model_init_kwargs: device_map has no part in a run: the model goes to one device, the first GPU, or the "
+            "CPU with use_cpu=True."
         )
+    for name in ("use_cache", "low_cpu_mem_usage"):  # generating uses a cache in any case, training never does
+        left.pop(name, None)
     for name, value in left.items():
         if not _plain(value):
             raise ConfigError(f"model_init_kwargs.{name} must be plain data, as the run records it; got {value!r}.")
     return policy | ({"model_init_kwargs": left} if left else {})
 
 
-def _is_nf4(quantization: Any) -> bool:
+def _is_nf4(quantization: Any, name: str) -> bool:
     """True of the one quantisation that raftune tunes on; ConfigError for every other."""
     given = quantization if isinstance(quantization, dict) else quantization.to_diff_dict()
     used = {name for name, value in given.items() if value not in (None, False, [])}
     if not given.get("load_in_4bit") or given.get("bnb_4bit_quant_type") != "nf4" or used - _FOUR_BITS:
         raise ConfigError(
-            f"model_init_kwargs.quantization_config must be 4-bit NF4 (QLoRA); got {given}. Write "
+            f"{name} must be 4-bit NF4 (QLoRA); got {given}. Write "
             "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4'), or leave it out."
         )
     return True
 
 
-def adapter_section(given: Any, config: Any) -> dict[str, Any]:
-    """The section `policy.adapter` of a LoraConfig; ConfigError for what raftune does not carry.
+def adapter_section(given: Any, config: Any, strict: bool = True) -> dict[str, Any]:
+    """The section `policy.adapter` of a LoraConfig. Raises ConfigError for what raftune does not carry, unless `strict`
+    is off: then it warns.
 
     `config` gives the model's configuration, by which peft knows the modules that a LoraConfig without any means.
     """
     if not isinstance(given, LoraConfig):
         kind = type(given).__name__
         raise ConfigError(f"peft_config must be a LoraConfig; got {kind}. Give LoraConfig(r=16), or leave it out.")
-    default = LoraConfig()
+    default, lines = LoraConfig(), []
     for option in dataclasses.fields(LoraConfig):
         name, value = option.name, getattr(given, option.name)
         free = name in _LORA_FREE or name in _LORA_READ or name == "target_modules"
-        if not free and value != getattr(default, name):
-            raise ConfigError(
+        if not free and value not in (getattr(default, name), None, False, {}, []):
+            lines.append(
                 f"peft_config.{name} must stay at {getattr(default, name)!r}; got {value!r}. Adapters here are plain "
-                "LoRA: r, lora_alpha, lora_dropout, target_modules and modules_to_save. Remove it."
+                "LoRA: r, lora_alpha, lora_dropout, target_modules, modules_to_save and use_rslora. Remove it."
             )
+    if lines and strict:
+        raise ConfigError("\n".join(lines))
+    for line in lines:
+        logger.warning("strict=False, so the run goes on without it: %s", line)
     section = {ours: getattr(given, theirs) for theirs, ours in _LORA_READ.items()}
+    if given.use_rslora:  # alpha / sqrt(r) in place of alpha / r
+        section["alpha"] = section["alpha"] * math.sqrt(section["r"])
     section["modules_to_save"] = sorted(section["modules_to_save"] or ())
     return section | {"target_modules": _targets(given.target_modules, config)}
 

@@ -1,4 +1,13 @@
-"""What a script for another trainer may hold and RAFT has no use for: each with why, so that it can be deleted."""
+"""What a script for another trainer may hold: which of its arguments change nothing here, and which cannot be had.
+
+One rule decides for all of them: would the trained model differ from what the person expects?
+
+    quiet     it says how fast, where or how often, and a run does that by itself: accepted
+    without   it is a part of GRPO's own estimate, or of an engine, that RAFT has not: accepted, and one warning says so
+    refused   it would change what is learned, and this package cannot do it: ConfigError, all of them in one message
+
+What a run gives in another way is mapped (`config.py`). With `strict=False` what is refused is warned of instead.
+"""
 
 from __future__ import annotations
 
@@ -7,144 +16,248 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_RATIO = "RAFT fine-tunes on the best of the K answers, so there is no policy ratio and no clipping"
-_ADVANTAGE = "RAFT ranks the K answers of a prompt, so there are no advantages to scale"
-_REFERENCE = "no reference model is trained along; `beta` penalises the distance to the start model when ranking"
-_ENTROPY = "RAFT has no entropy term; raise `temperature` for more variety among the K answers"
-_VLLM = "there is no vLLM engine: answers are drawn by raftune's own sampler, which shares each prompt's cache"
-_GENERATE = "answers are drawn by raftune's own sampler; `generation_kwargs` takes the draw through `generate`"
-_SCHEDULE = "every round draws anew; `prompts_per_round` and `num_generations` say how much"
-_TOOLS = "the draw is one completion for each sample, without tools"
-_ONE_PROCESS = "the run is one process on one device; `workers` draws and scores in several local processes"
-_LOADER = "the kept rows lie in memory, and their order derives from `seed`"
-_NO_EVAL_LOOP = "held-out prompts are drawn and scored after every round, no loss is evaluated"
-_ROUND_SAVED = "every round's model is committed to the run; `keep_models` says which stay"
-_RESUMES = "an interrupted run is continued by calling train() again, bit for bit"
+from transformers import HfArgumentParser
 
-# Arguments of TRL's configurations that are no field of RaftConfig.
-FOREIGN: dict[str, str] = {
-    **dict.fromkeys(("epsilon", "epsilon_high", "delta", "num_iterations", "importance_sampling_level"), _RATIO),
-    **dict.fromkeys(("off_policy_mask_threshold", "use_bias_correction_kl", "top_entropy_quantile"), _RATIO),
+# Arguments of GRPOConfig, of the present and of earlier versions, that are none of TrainingArguments: type and default.
+# RaftConfig has them as fields, so that files and command lines may hold them.
+BORROWED: dict[str, tuple[Any, Any]] = {
+    "num_iterations": (int, 1),
+    "epsilon": (float, 0.2),
+    "epsilon_high": (float | None, None),
+    "delta": (float | None, None),
+    "importance_sampling_level": (str, "token"),
+    "off_policy_mask_threshold": (float | None, None),
+    "use_bias_correction_kl": (bool, True),
+    "sapo_temperature_neg": (float, 1.05),
+    "sapo_temperature_pos": (float, 1.0),
+    "vespo_k_pos": (float, 2.0),
+    "vespo_lambda_pos": (float, 3.0),
+    "vespo_k_neg": (float, 3.0),
+    "vespo_lambda_neg": (float, 2.0),
+    "loss_type": (str, "dapo"),
+    "scale_rewards": (str, "group"),
+    "multi_objective_aggregation": (str, "sum_then_normalize"),
+    "sync_ref_model": (bool, False),
+    "ref_model_mixup_alpha": (float, 0.6),
+    "ref_model_sync_steps": (int, 512),
+    "top_entropy_quantile": (float, 1.0),
+    "entropy_coef": (float, 0.0),
+    "use_adaptive_entropy": (bool, False),
+    "entropy_coef_min": (float, 0.0),
+    "entropy_coef_max": (float, 1.0),
+    "entropy_coef_delta": (float, 0.005),
+    "entropy_target": (float, 0.2),
+    "generation_batch_size": (int | None, None),
+    "steps_per_generation": (int | None, None),
+    "shuffle_dataset": (bool | None, True),
+    "max_prompt_length": (int | None, None),
+    "pad_to_multiple_of": (int | str | None, "auto"),
+    "disable_dropout": (bool, False),
+    "cast_lm_head_to_fp32": (bool, False),
+    "router_aux_loss_coef": (float | None, None),
+    "ds3_gather_for_generation": (bool, True),
+    "cache_implementation": (str | None, None),
+    "use_transformers_paged": (bool, False),
+    "use_transformers_continuous_batching": (bool, False),
+    "transformers_continuous_batching_config": (dict[str, Any] | str | None, None),
+    "max_tool_calling_iterations": (int | None, None),
+    "log_multimodal": (bool, True),
+    "log_unique_prompts": (bool, False),
+    "wandb_log_unique_prompts": (bool, False),
+    "log_completions_hub_repo": (str | None, None),
+    "use_vllm": (bool, False),
+    "vllm_mode": (str, "colocate"),
+    "vllm_model_impl": (str, "vllm"),
+    "vllm_enable_sleep_mode": (bool, False),
+    "vllm_structured_outputs_regex": (str | None, None),
+    "vllm_guided_decoding_regex": (str | None, None),
+    "vllm_server_base_url": (str | None, None),
+    "vllm_server_host": (str, "0.0.0.0"),
+    "vllm_server_port": (int, 8000),
+    "vllm_server_timeout": (float, 240.0),
+    "vllm_group_port": (int, 51216),
+    "vllm_gpu_memory_utilization": (float, 0.3),
+    "vllm_max_model_length": (int | None, None),
+    "vllm_max_model_len": (int | None, None),
+    "vllm_tensor_parallel_size": (int, 1),
+    "vllm_importance_sampling_correction": (bool, True),
+    "vllm_importance_sampling_mode": (str, "sequence_mask"),
+    "vllm_importance_sampling_clip_max": (float | None, 3.0),
+    "vllm_importance_sampling_clip_min": (float | None, None),
+    "vllm_importance_sampling_cap": (float | None, None),
+    "vllm_device": (str | None, None),
+    "vllm_dtype": (str | None, None),
+    "vllm_enable_prefix_caching": (bool | None, None),
+    "use_liger_loss": (bool, False),
+    "dataset_num_proc": (int | None, None),
+    # of transformers before version 5
+    "warmup_ratio": (float | None, None),
+    "logging_dir": (str | None, None),
+    "evaluation_strategy": (str | None, None),
+    "overwrite_output_dir": (bool, False),
+    "save_safetensors": (bool, True),
+    "group_by_length": (bool, False),
+    "no_cuda": (bool, False),
+    "include_tokens_per_second": (bool, False),
+    "use_legacy_prediction_loop": (bool, False),
+}
+# Of these a run reads what `config.py` maps.
+MAPPED = ("num_iterations", "max_prompt_length", "warmup_ratio", "no_cuda", "save_total_limit")
+
+_RATIO = "RAFT fine-tunes on the best of the K completions, so there is no policy ratio and no clipping"
+_ADVANTAGE = "RAFT ranks the K completions of a prompt, so there are no advantages to scale"
+_VLLM = "there is no vLLM engine: raftune's own sampler generates, and shares each prompt's cache"
+_ONE_DEVICE = "the run is one process on one device, with all of the model on it"
+_ROUND_SIZE = "a round's size is prompts_per_round and num_generations"
+_NO_REFERENCE = "no reference model moves along; beta measures the distance to the start model"
+_NO_ENTROPY = "the loss has no entropy term; a higher temperature gives more variety among the K completions"
+_NO_REGEX = "completions cannot be constrained; give the format as a reward, such as the built-in `regex`"
+
+# Accepted with one warning: the argument asks for a part, or for speed, that there is not.
+WITHOUT: dict[str, str] = {
+    **dict.fromkeys(("epsilon", "epsilon_high", "delta", "importance_sampling_level"), _RATIO),
+    **dict.fromkeys(("off_policy_mask_threshold", "use_bias_correction_kl"), _RATIO),
     **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), _RATIO),
     **dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), _RATIO),
-    "loss_type": "the loss is the likelihood of the kept answers; run_config={'tuning.loss_normalization': 'sample'} "
-    "says what its mean is over",
-    **dict.fromkeys(
-        ("scale_rewards", "multi_objective_aggregation", "whiten_rewards", "normalize_advantage"), _ADVANTAGE
-    ),
-    **dict.fromkeys(
-        ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "ref_model_init_kwargs"), _REFERENCE
-    ),
-    **dict.fromkeys(("kl_coef", "kl_estimator"), _REFERENCE),
-    **dict.fromkeys(("entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max"), _ENTROPY),
-    **dict.fromkeys(("entropy_coef_delta", "entropy_target"), _ENTROPY),
-    **dict.fromkeys(("num_ppo_epochs", "cliprange", "cliprange_value", "vf_coef", "gamma", "lam"), _RATIO),
-    **dict.fromkeys(("generation_batch_size", "steps_per_generation", "num_mini_batches", "total_episodes"), _SCHEDULE),
-    **dict.fromkeys(("use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode"), _VLLM),
-    **dict.fromkeys(("vllm_structured_outputs_regex", "vllm_guided_decoding_regex", "vllm_server_base_url"), _VLLM),
-    **dict.fromkeys(("vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"), _VLLM),
-    **dict.fromkeys(("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size"), _VLLM),
-    **dict.fromkeys(("vllm_importance_sampling_correction", "vllm_importance_sampling_mode"), _VLLM),
-    **dict.fromkeys(("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"), _VLLM),
-    "vllm_importance_sampling_cap": _VLLM,
-    **dict.fromkeys(
-        ("cache_implementation", "use_transformers_paged", "use_transformers_continuous_batching"), _GENERATE
-    ),
-    "transformers_continuous_batching_config": _GENERATE,
-    "max_tool_calling_iterations": _TOOLS,
-    "shuffle_dataset": "prompts are always drawn without replacement, in an order that derives from `seed`",
-    "ds3_gather_for_generation": _ONE_PROCESS,
-    "max_prompt_length": "prompts are never cut; run_config={'sampling.max_prompt_length': 512} refuses longer ones",
-    "pad_to_multiple_of": "batches hold rows of like length, padded to the longest",
-    "disable_dropout": "dropout is the model's own; set it to 0 in the model's configuration",
-    "cast_lm_head_to_fp32": "logits are turned to float32 before anything is computed from them",
-    "router_aux_loss_coef": "the loss is the likelihood of the kept answers, without auxiliary terms",
-    "log_multimodal": "prompts are texts or messages",
-    "log_unique_prompts": "with log_completions one answer of each prompt is shown",
-    "log_completions_hub_repo": "all samples lie as Parquet in the run; `raftune export` makes data sets of them",
-    "warmup_ratio": "write it as warmup_steps: a number below 1 is a share of the round's steps",
-    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
-}
-# Where the value given is what holds anyway.
-HARMLESS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("use_vllm", "sync_ref_model", "use_transformers_paged"), (False,)),
-    **dict.fromkeys(("use_transformers_continuous_batching", "use_adaptive_entropy"), (False,)),
-    "shuffle_dataset": (True, None),
-    "max_prompt_length": (None,),
-}
-# Fields of TrainingArguments that a round does not read, and values of them that hold all the same.
-HELD: dict[str, tuple[Any, ...]] = {
-    "eval_strategy": ("epoch",),
-    "save_strategy": ("epoch", "best"),
-    "hub_strategy": ("end",),
-    "train_sampling_strategy": ("group_by_length",),
-    **dict.fromkeys(("load_best_model_at_end", "eval_on_start", "auto_find_batch_size", "greater_is_better"), (True,)),
-    **dict.fromkeys(("do_train", "do_predict", "do_eval"), (True, False)),
-    **dict.fromkeys(("remove_unused_columns", "logging_nan_inf_filter"), (False,)),
-}
-UNREAD: dict[str, str] = {
-    "eval_strategy": "held-out prompts are evaluated after every round ('epoch'); num_eval_prompts=0 turns it off",
-    **dict.fromkeys(("eval_steps", "eval_delay"), "held-out prompts are evaluated after every round"),
-    "per_device_eval_batch_size": "held-out answers are drawn as the others: run_config={'sampling.batch_size': 256}",
-    **dict.fromkeys(("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object"), _NO_EVAL_LOOP),
-    **dict.fromkeys(("eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics"), _NO_EVAL_LOOP),
-    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval", "label_names"), _NO_EVAL_LOOP),
-    "greater_is_better": "a higher reward is better; give a reward_weights entry below 0 to a penalty",
-    **dict.fromkeys(("save_strategy", "save_only_model", "save_total_limit", "save_on_each_node"), _ROUND_SAVED),
-    **dict.fromkeys(("enable_jit_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint"), _RESUMES),
-    **dict.fromkeys(("accelerator_config", "parallelism_config", "fsdp", "fsdp_config", "deepspeed"), _ONE_PROCESS),
-    **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"), _ONE_PROCESS),
-    **dict.fromkeys(("ddp_static_graph", "ddp_backend", "ddp_timeout", "local_rank"), _ONE_PROCESS),
-    **dict.fromkeys(("average_tokens_across_devices", "log_on_each_node", "log_level_replica"), _ONE_PROCESS),
-    **dict.fromkeys(("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"), _LOADER),
-    **dict.fromkeys(("dataloader_prefetch_factor", "dataloader_multiprocessing_context"), _LOADER),
-    **dict.fromkeys(("dataloader_in_order", "train_sampling_strategy", "length_column_name", "data_seed"), _LOADER),
-    "remove_unused_columns": "every column of the data reaches the rewards",
-    "label_smoothing_factor": "the loss is the likelihood of the kept answers as they are",
-    "use_liger_kernel": "the loss reads the head at completion positions only, which saves as much",
-    "liger_kernel_config": "use_liger_kernel has no part in a round",
-    **dict.fromkeys(
-        ("torch_compile", "torch_compile_backend", "torch_compile_mode"), "the fit runs the backbone as it is"
-    ),
-    "use_cache": "drawing always uses a cache, tuning never",
+    "loss_type": "the loss is the likelihood of what was kept; run_config={'tuning.loss_normalization': …} says what "
+    "its mean is over",
+    "scale_rewards": _ADVANTAGE,
+    **dict.fromkeys(("generation_batch_size", "steps_per_generation"), _ROUND_SIZE),
+    "use_vllm": _VLLM,
+    **dict.fromkeys(("use_liger_kernel", "use_liger_loss"), "the loss reads the head at completion positions only"),
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "models run uncompiled"),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), _ONE_DEVICE),
+    "debug": "a round's training has no such instruments",
     "full_determinism": "runs are bit-identical on a CPU; for CUDA call torch.use_deterministic_algorithms(True)",
-    "include_num_input_tokens_seen": "num_tokens is logged every round",
-    "hub_strategy": "the best round's model is pushed once, at the end, which is 'end'",
-    "hub_always_push": "the best round's model is pushed once, at the end",
-    **dict.fromkeys(("debug", "skip_memory_metrics"), "the fit of a round has no such instruments"),
+    "log_completions_hub_repo": "all samples lie as Parquet in the run; `raftune export` makes data sets of them",
+    "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR says where TensorBoard's files go",
+    "overwrite_output_dir": "a run in output_dir is resumed, or refused with the difference; nothing is overwritten",
+    "hub_strategy": "the best round's model is pushed once, at the end",
 }
+# Accepted without a word: the same model comes of it, and the same files.
+QUIET: tuple[str, ...] = (
+    *("ref_model_mixup_alpha", "ref_model_sync_steps"),  # of sync_ref_model
+    *("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),  # of use_adaptive_entropy
+    *(name for name in BORROWED if name.startswith("vllm_") and not name.endswith("_regex")),  # of use_vllm
+    *("pad_to_multiple_of", "cast_lm_head_to_fp32", "ds3_gather_for_generation", "cache_implementation"),
+    *("use_transformers_paged", "use_transformers_continuous_batching", "transformers_continuous_batching_config"),
+    *("max_tool_calling_iterations", "log_multimodal", "log_unique_prompts", "wandb_log_unique_prompts"),
+    *("dataset_num_proc", "evaluation_strategy", "save_safetensors", "group_by_length", "include_tokens_per_second"),
+    *("use_legacy_prediction_loop", "remove_unused_columns", "label_smoothing_factor", "use_cache", "label_names"),
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
+    *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+    *("include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
+    *("save_strategy", "save_only_model", "save_on_each_node", "enable_jit_checkpoint"),
+    *("ignore_data_skip", "restore_callback_states_from_checkpoint", "auto_find_batch_size", "accelerator_config"),
+    *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend"),
+    *("ddp_timeout", "local_rank", "average_tokens_across_devices", "log_on_each_node", "log_level_replica"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order"),
+    *("train_sampling_strategy", "length_column_name", "data_seed", "liger_kernel_config"),
+    *("include_num_input_tokens_seen", "hub_always_push", "skip_memory_metrics", "logging_nan_inf_filter"),
+    *("do_train", "do_eval", "do_predict", "load_best_model_at_end"),
+)
+# Refused: another model would come of it than was asked for.
+REFUSED: dict[str, str] = {
+    "multi_objective_aggregation": "rewards are added up as they are; run_config={'rewards.combine': 'rank'} adds up "
+    "ranks, which no reward's scale dominates",
+    "sync_ref_model": _NO_REFERENCE,
+    "top_entropy_quantile": "every token of a kept completion is learned",
+    **dict.fromkeys(("entropy_coef", "use_adaptive_entropy"), _NO_ENTROPY),
+    **dict.fromkeys(("vllm_structured_outputs_regex", "vllm_guided_decoding_regex"), _NO_REGEX),
+    "shuffle_dataset": "prompts come in an order that derives from seed, without replacement",
+    "disable_dropout": "dropout is the model's own; set it to 0 in the model's configuration",
+    "router_aux_loss_coef": "the loss is the likelihood of what was kept, without auxiliary terms",
+    "greater_is_better": "a higher reward is better; give a penalty a reward_weights entry below 0",
+}
+# Values that ask for nothing, beside an argument's default.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "shuffle_dataset": (None,),
+    "scale_rewards": (True, "True", "true"),
+    "greater_is_better": (True,),
+    "router_aux_loss_coef": (0.0,),
+    "hub_strategy": ("end",),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "debug"), ("", [], {})),
+    "multi_objective_aggregation": (None,),
+}
+# An argument that means nothing unless the other is set.
+ONLY_WITH = {
+    "sync_ref_model": "beta",
+    "vllm_structured_outputs_regex": "use_vllm",
+    "vllm_guided_decoding_regex": "use_vllm",
+    "greater_is_better": "metric_for_best_model",
+    "hub_strategy": "push_to_hub",
+}
+# What TrainingArguments would act on, or stumble over, by itself.
+KEPT_FROM_TRANSFORMERS = (
+    *("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config", "load_best_model_at_end"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode", "dataloader_prefetch_factor"),
+    *("fp16_full_eval", "bf16_full_eval", "ddp_backend", "ddp_timeout"),
+)
+
+BorrowedArguments = dataclasses.make_dataclass(
+    "BorrowedArguments",
+    [
+        (name, kind, dataclasses.field(default=default, metadata={"help": f"Of GRPOConfig: {why}."}))
+        for name, (kind, default) in BORROWED.items()
+        for why in (WITHOUT.get(name) or REFUSED.get(name) or ("mapped" if name in MAPPED else "changes nothing here"),)
+    ],
+)
 
 
-def strangers(given: Mapping[str, Any], known: Iterable[str]) -> list[str]:
-    """A line for each name that is no argument of RaftConfig, unless its value is what holds anyway."""
+def unknown(given: Iterable[str], known: Iterable[str]) -> list[str]:
+    """A line for each name that is no argument at all; hints lead to arguments that have an effect."""
     names = list(known)
-    return [_stranger(name, names) for name, value in given.items() if not _among(value, HARMLESS.get(name, ()))]
-
-
-def _stranger(name: str, names: list[str]) -> str:
-    if name in FOREIGN:
-        return f"{name} is not an argument of RaftConfig: {FOREIGN[name]}. Delete it."
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"{name} is not an argument of RaftConfig; " + (
-        f"did you mean {near[0]!r}?" if near else "delete it, or put a field of RunConfig into run_config."
-    )
-
-
-def unread(args: Any, base: type[Any], read: Iterable[str]) -> list[str]:
-    """A line for each field of `base` that was set to something that a run does not read."""
-    ours = set(read)
     found = []
-    settled = None
-    for field in dataclasses.fields(base):
-        value, default = getattr(args, field.name), default_of(type(args), field.name)
-        if field.name in ours or value == default or _among(value, HELD.get(field.name, ())):
-            continue
-        settled = settled or base(output_dir=args.output_dir, use_cpu=args.use_cpu)
-        if value == getattr(settled, field.name):  # what TrainingArguments makes of the default itself
-            continue
-        why = UNREAD.get(field.name, "a round does not read it")
-        found.append(f"{field.name} must stay at {default!r}; got {value!r}: {why}. Delete it.")
+    for name in given:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}?" if near else "delete it, or put a field of RunConfig into run_config."
+        found.append(f"{name} is not an argument of RaftConfig; {hint}")
     return found
+
+
+def unread(args: Any, base: type[Any], read: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """What was set though no run reads it: a line for each argument that is refused, and those to warn of by reason."""
+    refused: list[str] = []
+    without: dict[str, list[str]] = {}
+    defaults = Defaults(args, base)
+    passed_over = {*read, *QUIET}
+    for name in (field.name for owner in (BorrowedArguments, base) for field in dataclasses.fields(owner)):
+        value, depends = getattr(args, name), ONLY_WITH.get(name)
+        nothing = name in passed_over or (depends and not getattr(args, depends)) or defaults.has(name, value)
+        if nothing or _among(value, NEUTRAL.get(name, ())):
+            continue
+        if name in REFUSED:
+            refused.append(
+                f"{name} must stay at {default_of(type(args), name)!r}; got {value!r}: {REFUSED[name]}. Delete it."
+            )
+        else:
+            without.setdefault(WITHOUT.get(name, "a run does not read it"), []).append(name)
+    return refused, without
+
+
+def warning_of(without: Mapping[str, list[str]]) -> str:
+    """The one warning about arguments that have no part in a run."""
+    lines = [f"  {', '.join(names)}: {why}" for why, names in without.items()]
+    return "\n".join(["These arguments have no part in a RAFT run, which goes on without them:", *lines])
+
+
+class Defaults:
+    """Every form that an argument has where nobody set it: the class's, what TrainingArguments makes of it, and what a
+    parser of command lines hands on."""
+
+    def __init__(self, args: Any, base: type[Any]) -> None:
+        self.args, self.base = args, base
+        self._others: list[Mapping[str, Any]] | None = None
+
+    def has(self, name: str, value: Any) -> bool:
+        if value == default_of(type(self.args), name):
+            return True
+        if self._others is None:
+            settled = self.base(output_dir="unused", use_cpu=self.args.use_cpu)
+            parsed = HfArgumentParser((BorrowedArguments, self.base)).parse_known_args([])[0]
+            self._others = [vars(settled), vars(parsed)]
+        return any(name in other and value == other[name] for other in self._others)
 
 
 def default_of(owner: type[Any], name: str) -> Any:

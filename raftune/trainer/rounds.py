@@ -35,6 +35,52 @@ class RoundFlow(DefaultFlowCallback):  # type: ignore[misc]
         return control
 
 
+class LateModel:
+    """The current model for callbacks, read when one first asks for something of it, and let go after the event."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load, self._loaded = load, None
+
+    def _release(self) -> None:
+        self._loaded = None
+
+    def _get(self) -> Any:
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # so that isinstance tells what it stands for
+        return type(self._get())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._get(), name)
+
+    def __call__(self, *args: Any, **given: Any) -> Any:
+        return self._get()(*args, **given)
+
+
+class Handler(CallbackHandler):  # type: ignore[misc]
+    """Gives callbacks the model of the latest round and the tokenizer; reporters, which only describe a model, none."""
+
+    def tell_of(self, rounds: Rounds, load: Callable[[int], Any], tokenizer: Any) -> None:
+        self.model = LateModel(lambda: load(int(rounds.round)))
+        self.processing_class = tokenizer
+
+    def call_event(self, event: str, args: Any, state: Any, control: Any, **given: Any) -> Any:
+        late, given = self.model, {"processing_class": self.processing_class, **given}
+        given |= dict.fromkeys(("optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"))
+        try:
+            for callback in self.callbacks:
+                reports = type(callback).__module__.startswith("transformers.integrations")
+                told = getattr(callback, event)(args, state, control, model=None if reports else late, **given)
+                control = control if told is None else told
+        finally:
+            if late is not None:
+                late._release()
+        return control
+
+
 class Rounds:
     """Follows one call of train(). Rounds that were done before fill the state; only new ones reach the callbacks.
 
@@ -58,6 +104,9 @@ class Rounds:
             is_world_process_zero=True,
         )
         self.control = TrainerControl()
+        self.round = self.done = 0  # the latest round whose model there is; how many rounds are done
+        self.summary: dict[str, float] = {}  # of the whole training, once it ended
+        self._losses: list[float] = []
         self.worked = False  # whether anything had to be done
         self.resumed = 0  # rounds that were found done
         self._live = False
@@ -71,6 +120,14 @@ class Rounds:
         self._event("on_train_begin")
 
     def end(self) -> None:
+        """Logs the mean loss and the time of all rounds, as transformers does."""
+        if self._losses:
+            seconds = sum(seconds_by_round(self.run.events).values())
+            self.summary = {"train_runtime": seconds, "train_loss": sum(self._losses) / len(self._losses)}
+            self.summary["train_steps_per_second"] = len(self._losses) / seconds if seconds else 0.0
+            self._live = self.worked
+            self._log(self.summary)
+            self.summary["epoch"] = float(self.state.epoch or 0)
         self._event("on_train_end")
 
     def _on_round_begin(self, round: int, **_: Any) -> None:
@@ -93,7 +150,9 @@ class Rounds:
 
     def _on_round_end(self, round: int, metrics: dict[str, Any], summary: dict[str, Any], **_: Any) -> None:
         self.resumed += not self._live
+        self.round = round
         if round:
+            self.done += 1
             self._tell_steps(round)
             self.state.epoch = float(round)
             self._log(self._of_training(round, summary))
@@ -105,6 +164,7 @@ class Rounds:
     def _tell_steps(self, round_: int) -> None:
         """Counts the round's optimizer steps, and logs their loss every `logging_steps`."""
         found, every = losses(self.run, round_), int(self.args.logging_steps)
+        self._losses += found
         waiting: list[float] = []
         for number, loss in enumerate(found, 1):
             self.state.global_step += 1

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import TrainerControl, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging as transformers_logging
 
@@ -28,15 +28,18 @@ from raftune.runs import root_of, run
 from raftune.starters.resolve import resolve_starters
 from raftune.store.run import RunFolder
 from raftune.trainer import metrics, publishing
-from raftune.trainer.config import RaftConfig, flat_names, mapping, run_of
+from raftune.trainer.config import RaftConfig, mapping, outline, plain_process, run_of
+from raftune.trainer.evaluating import ALL, evaluate_on, measure
+from raftune.trainer.face import TrainerFace
 from raftune.trainer.inputs import GivenPrompts, given_prompts, given_rewards
 from raftune.trainer.models import given_model, load_tokenizer
-from raftune.trainer.rounds import RoundFlow, Rounds, StopAfterRound
+from raftune.trainer.rounds import Handler, LateModel, RoundFlow, Rounds, StopAfterRound
+from raftune.trainer.wording import in_python, python_advice
 
 logger = logging.getLogger("raftune")
 
 
-class RaftTrainer:
+class RaftTrainer(TrainerFace):
     """Reward-ranked fine-tuning of a language model: each round draws K answers a prompt, and learns from the best.
 
     The arguments are GRPOTrainer's. A model given as an object is never changed: `trainer.model` is the tuned one. The
@@ -55,15 +58,31 @@ class RaftTrainer:
         reward_processing_classes: Any = None,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
     ) -> None:
-        _refuse(args, train_dataset, optimizers)
-        args = args if args is not None else RaftConfig(output_dir=_default_folder(model))
+        args = _checked(args, model)
+        faults = Faults()
+        extras = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
+        faults.attempt(_refuse_extras, extras, optimizers, args.strict)
         init = mapping(args.model_init_kwargs, "model_init_kwargs")
-        given = given_model(model, processing_class, peft_config, init, args.trust_remote_code)
-        rewards = given_rewards(reward_funcs, reward_processing_classes, args.reward_weights)
-        train = given_prompts(train_dataset, "train_dataset")
-        held_out = given_prompts(eval_dataset, "eval_dataset") if eval_dataset is not None else GivenPrompts("")
+        trust, strict = args.trust_remote_code, args.strict
+        given = faults.attempt(
+            given_model, model, processing_class, peft_config, init, trust, quantization_config, strict
+        )
+        rewards = faults.attempt(given_rewards, reward_funcs, reward_processing_classes, args.reward_weights)
+        planned = outline(args)
+        self._columns, judged = _columns(args, planned), planned.evaluation.num_prompts
+        size = planned.prompts_per_round
+        needed = planned.num_rounds * size + judged
+        train = faults.attempt(given_prompts, train_dataset, "train_dataset", self._columns, needed, size)
+        held_out = GivenPrompts("")
+        if eval_dataset is not None:
+            held_out = faults.attempt(given_prompts, eval_dataset, "eval_dataset", self._columns, judged)
+        faults.end()
         self.args = args
         self.run_config: RunConfig = run_of(
             args,
@@ -82,8 +101,11 @@ class RaftTrainer:
             model=given.model,
             tokenizer=given.tokenizer,
         )
+        self.train_dataset, self.eval_dataset, self._given_eval = train_dataset, eval_dataset, eval_dataset
         self._given, self._tokenizer, self._model = model, given.tokenizer, None
         self._handler = _handler(args, callbacks or ())
+        self._handler.processing_class = given.tokenizer
+        self._handler.model = LateModel(lambda: self.model)
         if torch.cuda.device_count() > 1 and not args.use_cpu:
             logger.warning(
                 "Of %d GPUs the first is used; CUDA_VISIBLE_DEVICES chooses another.", torch.cuda.device_count()
@@ -97,7 +119,8 @@ class RaftTrainer:
         """Runs the rounds that are missing, and returns steps, mean loss and the best round's metrics.
 
         It always resumes: `resume_from_checkpoint` may say so too, or name the run's own directory. `redo` is STAGE or
-        ROUND/STAGE: the work is done again from there on, under the arguments as they are now.
+        ROUND/STAGE: the work is done again from there on, under the arguments as they are now. Ctrl-C raises
+        KeyboardInterrupt: the same call goes on.
         """
         self._refuse_checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)
         if self.args.log_level != "passive":
@@ -105,18 +128,21 @@ class RaftTrainer:
         self._model = None
         rounds = Rounds(self.args, self._handler, self._run, self._encoder)
         self.state, self.control = rounds.state, rounds.control
+        self._handler.tell_of(rounds, self._model_of_round, self._own_tokenizer())
         rounds.begin()
-        reason = self._go(rounds, redo)
+        with plain_process(), python_advice():
+            reason = self._go(rounds, redo)
         rounds.end()
         self.control = rounds.control
         if not rounds.worked:
             logger.warning("The run in %s is finished: %s. Nothing had to be done.", self._run.root, reason)
         if self.args.disable_tqdm:  # else the progress has shown them
             for note in rounds.notes:
-                logger.warning(note)
+                logger.warning(in_python(note))
+        self._warn_of_start(rounds.done)
         if self.args.push_to_hub:
             self.push_to_hub()
-        return self._output(reason)
+        return self._output(rounds, reason)
 
     def _go(self, rounds: Rounds, redo: str | None) -> str:
         """Runs, and says why it ended."""
@@ -126,33 +152,74 @@ class RaftTrainer:
                 outcome = run(self.run_config, self._objects, observe=_both(shown, rounds), redo=redo)
         except StopAfterRound as stop:
             return f"{stop}; train() goes on from there"
-        except RaftuneError as error:  # the fields under their names here; the class and the cause stay
-            words = re.sub(r"(?:add )?`--from ([^`]+)`", r"call train(redo='\1')", flat_names(str(error)))
-            error.args = (words, *error.args[1:])
-            raise
         return outcome.reason
 
     def _progress(self) -> Progress:
         return Progress(held_out=held_out_names(self.run_config))
 
-    def _output(self, reason: str) -> TrainOutput:
-        found = [entry["train_loss"] for entry in self.state.log_history if "train_loss" in entry]
+    def _warn_of_start(self, rounds: int) -> None:
+        """Says that the model is the start's where no round was better."""
         best = self._best()
-        summary = {"best_round": best, "stopped_because": reason}
-        with contextlib.suppress(ConfigError):
-            summary |= self.evaluate()
-        return TrainOutput(self.state.global_step, sum(found) / len(found) if found else 0.0, summary)
+        self.state.best_model_checkpoint = str(self._run.folder(best, "model"))
+        if rounds and best == 0:
+            written = " with an adapter of zero effect" if self._policy().adapter else ""
+            logger.warning(
+                "No round was better than the start by %s: trainer.model, save_model and push_to_hub give the start "
+                "model%s. More or other rounds, rewards or held-out prompts may change that.",
+                self.run_config.evaluation.best_by,
+                written,
+            )
 
-    def evaluate(self, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The held-out metrics of the best round under TRL's names, as they were measured when the round ended."""
-        path = self._run.folder(self._best(), "evaluate") / "metrics.json"
-        found = json.loads(path.read_text()) if path.is_file() else {}
+    def _output(self, rounds: Rounds, reason: str) -> TrainOutput:
+        summary = {**rounds.summary, "best_round": self._best(), "stopped_because": reason}
+        if found := self._measured():
+            summary |= metrics.held_out(found, ends=True)
+        return TrainOutput(self.state.global_step, rounds.summary.get("train_loss", 0.0), summary)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The metrics of the best round's model, under TRL's names.
+
+        On `eval_dataset`, or a dictionary of several, its prompts are generated to and scored now, all of them; before
+        any round is done, by the start model. Without one these are the run's own held-out prompts, as they were
+        measured when the round ended.
+        """
+        if eval_dataset is None and self.eval_dataset is not self._given_eval:  # set since
+            eval_dataset = self.eval_dataset
+        if eval_dataset is not None:
+            return self._evaluate_on(eval_dataset, metric_key_prefix)
+        best = self._best()
+        found = self._measured()
         if not found:
             raise ConfigError(
                 f"evaluate() needs held-out prompts; got none with num_eval_prompts={self.args.num_eval_prompts}. Give "
                 "eval_dataset, or ten prompts or more: a tenth of them is held out."
             )
-        return metrics.held_out(found, metric_key_prefix, ends=True)
+        return metrics.held_out(found, metric_key_prefix, ends=True) | {"epoch": float(best)}
+
+    def _measured(self) -> dict[str, Any]:
+        """What was measured of the best round when it ended; empty without held-out prompts."""
+        path = self._run.folder(self._best(), "evaluate") / "metrics.json"
+        found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        return found
+
+    def _evaluate_on(self, given: Any, prefix: str) -> dict[str, float]:
+        several = given if isinstance(given, Mapping) else {"": given}
+        prompts = {str(name): given_prompts(rows, "eval_dataset", self._columns, ALL) for name, rows in several.items()}
+        trained = (self._run, self._best()) if self._has_model() else None
+
+        def measured(rows: GivenPrompts) -> dict[str, Any]:
+            progress = contextlib.nullcontext() if self.args.disable_tqdm else self._progress()
+            with progress as shown:
+                return measure(self.run_config, self._objects, trained, rows, _both(shown))
+
+        with plain_process(), python_advice():
+            found = evaluate_on(prompts, prefix, measured)
+        found["epoch"] = float(trained[1] if trained else 0)
+        self.state.log_history.append({**found, "step": self.state.global_step})
+        self.control = self._handler.on_evaluate(self.args, self.state, self.control, metrics=found)
+        return found
 
     # -- what came of it -----------------------------------------------------------------------------------------------
 
@@ -160,10 +227,22 @@ class RaftTrainer:
     def model(self) -> Any:
         """The best round's model, of transformers or peft, in eval mode; before any round is done, the start model."""
         if self._model is None:
-            if not (self._run.root / "best.json").is_file():
-                return self._given if self._objects.model is not None else publishing.load_named(self._policy())
-            self._model = publishing.load_round(self._policy(), self._run, self._best())
+            best = self._best() if self._has_model() else None
+            self._model = self._start_model() if best is None else self._model_of_round(best)
         return self._model
+
+    def _model_of_round(self, round_: int) -> Any:
+        if not self._has_model():
+            return self._start_model()
+        return publishing.load_round(self._policy(), self._run, round_)
+
+    def _start_model(self) -> Any:
+        """The model as given; with peft_config under the adapter that is to be trained, on a copy."""
+        policy = self._policy()
+        if policy.adapter is None or isinstance(self._given, PeftModel):
+            return self._given if self._objects.model is not None else publishing.load_named(policy)
+        base = copy.deepcopy(self._given) if self._objects.model is not None else publishing.load_named(policy)
+        return publishing.with_fresh_adapter(base, policy)
 
     @property
     def processing_class(self) -> Any:
@@ -173,24 +252,46 @@ class RaftTrainer:
             self._tokenizer = load_tokenizer(policy.tokenizer or policy.model, policy.trust_remote_code)
         return self._tokenizer
 
-    def save_model(self, output_dir: str | Path | None = None) -> None:
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, by its older name."""
+        return self.processing_class
+
+    def save_model(self, output_dir: str | Path | None = None, **unused: Any) -> None:
         """Writes the best round's model, which plain transformers or peft loads, with tokenizer and model card.
 
-        Without a folder it lies in `args.output_dir`, beside the run, as after other trainers.
+        Without a folder it lies in `args.output_dir`, beside the run, as after other trainers. Where no round was
+        better than the start, a run of an adapter writes one of zero effect.
         """
         self._best()
-        publishing.publish(self._run, Path(output_dir) if output_dir is not None else self._run.root)
+        with python_advice():
+            publishing.publish(self._run, self._policy(), Path(output_dir or self._run.root))
 
-    def push_to_hub(self, commit_message: str = "End of training", **options: Any) -> Any:
-        """Uploads what `save_model` writes; returns the hub's answer. Raises StoreError where that fails."""
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **facts: Any
+    ) -> None:
+        """Writes the best round's model card, README.md, into `args.output_dir`."""
         self._best()
-        name = self.args.hub_model_id or self._run.root.name
+        facts |= {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
+        publishing.write_card(self._run, self._policy(), self._run.root, facts)
+
+    def push_to_hub(
+        self, commit_message: str = "End of training", blocking: bool = True, token: str | None = None, **options: Any
+    ) -> Any:
+        """Uploads what `save_model` writes; returns the hub's answer. Raises StoreError where that fails.
+
+        `dataset_name`, `model_name`, `tags`, `language` and `license` go into the model card.
+        """
+        self._best()
         settings = {
-            "token": self.args.hub_token,
+            "token": token or self.args.hub_token,
             "private": self.args.hub_private_repo,
             "revision": self.args.hub_revision,
         }
-        return publishing.push(self._run, name, commit_message, {**settings, **options})
+        with python_advice():
+            return publishing.push(
+                self._run, self._policy(), self.hub_model_id, commit_message, {**settings, **options}
+            )
 
     # -- callbacks -----------------------------------------------------------------------------------------------------
 
@@ -209,40 +310,88 @@ class RaftTrainer:
     def _run(self) -> RunFolder:
         return RunFolder(root_of(self.run_config))
 
+    def _has_model(self) -> bool:
+        return (self._run.root / "best.json").is_file()
+
+    def _own_tokenizer(self) -> Any:
+        """The tokenizer for callbacks; None where the run will say what is wrong with it."""
+        with contextlib.suppress(RaftuneError):
+            return self.processing_class
+        return None
+
     def _policy(self) -> Any:
         return resolve_starters(self.run_config).policy
 
     def _best(self) -> int:
         """The number of the best round. Raises StoreError before there is one."""
-        path = self._run.root / "best.json"
-        if not path.is_file():
+        if not self._has_model():
             raise StoreError(f"{self._run.root} has no trained model yet: no round is done. Call train() first.")
-        return int(json.loads(path.read_text())["round"])
+        return int(json.loads((self._run.root / "best.json").read_text())["round"])
 
     def _encoder(self) -> Encoder:
         return Encoder(self.processing_class, self.run_config.sampling, None, 0)
 
     def _refuse_checkpoint(self, given: str | bool | None) -> None:
-        if isinstance(given, (str, Path)) and Path(given).resolve() != self._run.root.resolve():
+        root = self._run.root.resolve()
+        if isinstance(given, (str, Path)) and root not in (Path(given).resolve(), *Path(given).resolve().parents):
             raise ConfigError(
                 f"resume_from_checkpoint must be left out; got {str(given)!r}. train() always continues the run in "
                 f"{self._run.root}; another run is continued by its own output_dir."
             )
 
 
-def _refuse(args: Any, train_dataset: Any, optimizers: tuple[Any, Any]) -> None:
-    """Raises ConfigError for arguments that cannot be meant."""
-    if args is not None and not isinstance(args, RaftConfig):
+class Faults:
+    """Gathers what several steps refuse, so that a person hears all of it at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[RaftuneError] = []
+
+    def attempt(self, step: Callable[..., Any], *given: Any) -> Any:
+        """What the step returns; None where it raised, which `end` tells."""
+        try:
+            return step(*given)
+        except RaftuneError as error:
+            self.errors.append(error)
+
+    def end(self) -> None:
+        """Raises the one error there was, or one that holds the lines of all."""
+        if not self.errors:
+            return
+        if len(kinds := {type(error) for error in self.errors}) == 1 and len(self.errors) == 1:
+            raise self.errors[0]
+        kind = kinds.pop() if len(kinds) == 1 else ConfigError
+        raise kind("\n".join(map(str, self.errors))) from self.errors[0]
+
+
+EXTRAS = {
+    "tools": "a sample is one completion, without calls of tools",
+    "rollout_func": "raftune's own sampler generates",
+    "environment_factory": "a sample is one completion, without turns of an environment",
+}
+
+
+def _checked(args: Any, model: Any) -> RaftConfig:
+    if args is None:
+        return RaftConfig(output_dir=_default_folder(model))
+    if not isinstance(args, RaftConfig):
         raise ConfigError(
             f"args must be a RaftConfig; got {type(args).__name__}. Write RaftConfig(…) with the same arguments."
         )
-    if train_dataset is None:
-        raise ConfigError("train_dataset must be given; got None. Give rows with a 'prompt' column.")
-    if any(one is not None for one in optimizers):
-        raise ConfigError(
-            "optimizers must be (None, None): every round fits a newly loaded model under a fresh schedule. Set optim, "
-            "learning_rate and lr_scheduler_type."
+    return args
+
+
+def _refuse_extras(extras: dict[str, Any], optimizers: tuple[Any, Any], strict: bool) -> None:
+    """Raises ConfigError for what would make another model than was asked for; warns of it where not `strict`."""
+    lines = [f"{name} must be None: {EXTRAS[name]}. Remove it." for name, value in extras.items() if value]
+    if any(optimizer is not None for optimizer in optimizers):
+        lines.append(
+            "optimizers must be (None, None): every round trains a newly loaded model under a fresh schedule. Set "
+            "optim, learning_rate and lr_scheduler_type."
         )
+    if lines and strict:
+        raise ConfigError("\n".join(lines))
+    if lines:
+        logger.warning("strict=False, so the run goes on without what was asked for:\n%s", "\n".join(lines))
 
 
 def _default_folder(model: Any) -> str:
@@ -250,10 +399,18 @@ def _default_folder(model: Any) -> str:
     return f"runs/{str(name).rstrip('/').rsplit('/', 1)[-1]}-RAFT"
 
 
-def _handler(args: RaftConfig, callbacks: Sequence[Any]) -> CallbackHandler:
+def _columns(args: RaftConfig, planned: RunConfig) -> Callable[[str], bool] | None:
+    """Which columns the rewards see: all, or with remove_unused_columns only what the run itself reads."""
+    if not args.remove_unused_columns:
+        return None
+    read = {planned.data.prompt_column, *planned.sampling.candidate_columns, planned.evaluation.reference_column}
+    return lambda name: name in read
+
+
+def _handler(args: RaftConfig, callbacks: Sequence[Any]) -> Handler:
     try:
         reporting = get_reporting_integration_callbacks(args.report_to)
-        return CallbackHandler([RoundFlow(), *reporting, *callbacks], None, None, None, None)
+        return Handler([RoundFlow(), *reporting, *callbacks], None, None, None, None)
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"report_to must name what is installed; got {args.report_to}: {error}") from error
 

@@ -285,7 +285,16 @@ def test_callbacks_hear_of_rounds_as_epochs(tmp_path: Path) -> None:
     trainer(tmp_path / "run", callbacks=[recorder], num_rounds=1).train()
     start = ["train begins", "log eval", "evaluated"]
     steps = ["round 1 begins", "step 1", "step 2", "log reward", "log eval", "evaluated", "round 1 ends"]
-    assert recorder.told == [*start, *steps, "train ends"]
+    assert recorder.told == [*start, *steps, "log loss", "train ends"]
+
+
+def test_many_passes_over_few_rows_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "raftune"):
+        trainer(tmp_path / "a", num_rounds=1, max_steps=20, num_eval_prompts=0).train()  # four rows are two steps
+    assert "20 optimizer steps" not in caplog.text
+    with caplog.at_level(logging.WARNING, "raftune"):
+        trainer(tmp_path / "b", num_rounds=1, max_steps=24, num_eval_prompts=0).train()
+    assert "24 optimizer steps went 12 times over the round's 4 rows: max_steps = 24 is meant" in caplog.text
 
 
 def test_early_stopping_of_transformers_stops_a_run(tmp_path: Path) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from transformers import BitsAndBytesConfig, TrainingArguments
-from trl import GRPOConfig
+from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments
+from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 import raftune
 from raftune.errors import ConfigError, DataError, ModelError
@@ -19,7 +25,7 @@ from raftune.trainer import RaftConfig, RaftTrainer
 from raftune.trainer.config import OWN, PASSED_ON, TABLE, flat_names, run_of
 from raftune.trainer.inputs import given_prompts, given_rewards, table_hash
 from raftune.trainer.models import adapter_section, given_model, model_hash, tokenizer_hash
-from raftune.trainer.refused import FOREIGN, HARMLESS
+from raftune.trainer.refused import BORROWED, MAPPED, ONLY_WITH, QUIET, REFUSED, WITHOUT, default_of
 from tests.builders import tiny_llama, tiny_tokenizer
 
 torch.set_num_threads(1)
@@ -72,6 +78,19 @@ CHANGED: dict[str, Any] = {
 
 def config(**changes: Any) -> RaftConfig:
     return RaftConfig(**{"output_dir": "somewhere", "use_cpu": True, **changes})
+
+
+@contextlib.contextmanager
+def warned() -> Iterator[list[str]]:
+    """What raftune's logger says meanwhile, a text each."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("raftune").addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logging.getLogger("raftune").removeHandler(handler)
 
 
 def trainer(**changes: Any) -> RaftTrainer:
@@ -154,41 +173,145 @@ def test_rules_of_values_are_told_under_the_flat_names_before_a_model_is_loaded(
     assert flat_names("policy.model and sampling.top_k") == "model and top_k"
 
 
-# -- every other argument is refused -------------------------------------------------------------------------------
+# -- every other argument changes nothing, has no part, or is refused -------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OF_GRPO)
-def test_an_argument_of_grpo_takes_effect_or_is_refused_with_why(name: str) -> None:
-    if name in {field.name for field in dataclasses.fields(RaftConfig)}:
-        assert name in READ
-        return
-    with pytest.raises(ConfigError, match=f"^{name} is not an argument of RaftConfig: .{{20,}} Delete it"):
-        config(**{name: "anything"})
+def test_every_argument_of_both_trainers_is_read_or_has_a_verdict() -> None:
+    assert {*OF_GRPO} <= {*BORROWED, *READ}
+    verdicts = [*READ, *MAPPED, *QUIET, *WITHOUT, *REFUSED]
+    assert not (INHERITED | {*BORROWED}) - {*verdicts}
+    assert len(verdicts) == len({*verdicts})
 
 
-@pytest.mark.parametrize("name", sorted(INHERITED - READ))
-def test_an_argument_of_transformers_that_no_round_reads_is_refused_with_why(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^{name} must stay at .*; got 'strange': .{{10,}}\. Delete it"):
-        config(**{name: "strange"})
+def test_borrowed_arguments_have_the_defaults_of_trl() -> None:
+    theirs = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    ours = {name: default for name, (_, default) in BORROWED.items() if name in theirs}
+    assert ours == {name: theirs[name] for name in ours}
 
 
-def test_values_that_hold_anyway_are_accepted() -> None:
-    held = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "do_train": True}
-    assert config(**held, use_vllm=False, shuffle_dataset=True, eval_on_start=True).load_best_model_at_end
-    assert set(HARMLESS) <= set(FOREIGN)
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_would_give_another_model_is_refused_with_why(name: str) -> None:
+    also = {ONLY_WITH[name]: STRANGE.get(ONLY_WITH[name], "reward")} if name in ONLY_WITH else {}
+    value = STRANGE.get(name, True)
+    with pytest.raises(
+        ConfigError, match=rf"^{name} must stay at .*; got {re.escape(repr(value))}: .{{20,}}\. Delete it"
+    ):
+        config(**{name: value}, **also)
+    with warned() as lines:
+        config(**{name: value}, **also, strict=False)
+    assert name in "".join(lines)
 
 
-def test_all_wrong_arguments_are_named_at_once() -> None:
+STRANGE = {"shuffle_dataset": False, "greater_is_better": False, "entropy_coef": 0.01, "top_entropy_quantile": 0.2}
+STRANGE |= {"multi_objective_aggregation": "normalize_then_sum", "router_aux_loss_coef": 0.1, "beta": 0.1}
+STRANGE |= {"vllm_structured_outputs_regex": "a+", "vllm_guided_decoding_regex": "a+", "use_vllm": True}
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT))
+def test_a_part_that_raft_has_not_is_warned_of_once(name: str) -> None:
+    also = {"push_to_hub": True} if name == "hub_strategy" else {}
+    value = {"hub_strategy": "checkpoint", "debug": "underflow_overflow"}.get(name, 7)
+    with warned() as lines:
+        config(**{name: value}, **also)
+    assert len(lines) == 1
+    assert f" {name}: " in lines[0] or f" {name}," in lines[0] or f", {name}" in lines[0]
+
+
+@pytest.mark.parametrize("name", sorted({*QUIET} - {"eval_strategy", "save_strategy", "load_best_model_at_end"}))
+def test_what_changes_nothing_is_accepted_without_a_word(name: str) -> None:
+    given = {"include_num_input_tokens_seen": "all", "accelerator_config": {"split_batches": False}}
+    with warned() as lines:
+        config(**{name: given.get(name, 3)})
+    assert lines == []
+
+
+def test_defaults_that_are_written_out_are_accepted_without_a_word() -> None:
+    """Of both trainers, as a pasted script, a parser or a saved YAML file holds them."""
+    theirs = {field.name: default_of(GRPOConfig, field.name) for field in dataclasses.fields(GRPOConfig) if field.init}
+    with warned() as lines:
+        config(**{**theirs, "output_dir": "somewhere", "use_cpu": True, "bf16": False, "top_k": -1})
+        config(eval_strategy="steps", eval_steps=10, save_strategy="best", load_best_model_at_end=True, do_train=True)
+        config(fsdp="", delta=None, scale_rewards=True, num_iterations=1, log_on_each_node=False, dataset_num_proc=4)
+        config(ddp_find_unused_parameters=False, vllm_gpu_memory_utilization=0.9, debug=None, max_prompt_length=None)
+    assert lines == []
+
+
+def test_what_a_run_gives_in_another_way_is_mapped() -> None:
+    found = run_of(config(top_k=-1, warmup_ratio=0.1, save_total_limit=2, num_iterations=3, num_train_epochs=2), GIVEN)
+    assert (found.sampling.top_k, found.tuning.warmup_steps, found.keep_models) == (0, 0.1, "best")
+    assert found.tuning.num_train_epochs == 6
+    assert run_of(config(max_prompt_length=512), GIVEN).sampling.max_prompt_length == 512
+    assert run_of(config(save_total_limit=9, save_steps=0.1), GIVEN) == run_of(config(), GIVEN)
+    assert run_of(config(warmup_steps=3, warmup_ratio=0.1), GIVEN).tuning.warmup_steps == 3
+    assert run_of(config(use_cpu=False, no_cuda=True), GIVEN).policy.device == "cpu"
+
+
+def test_all_that_must_go_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as found:
-        config(epsilon=0.2, num_iterations=1, num_generation=4)
+        config(entropy_coef=0.2, shuffle_dataset=False, num_generation=4, learning_rate=-1.0, logging_steps=0.1)
     lines = str(found.value).splitlines()
-    assert [line.split(" ")[0] for line in lines] == ["epsilon", "num_iterations", "num_generation"]
-    assert "did you mean 'num_generations'?" in lines[2]
+    named = ["shuffle_dataset", "entropy_coef", "num_generation", "logging_steps", "learning_rate"]
+    assert sorted(line.split(" ")[0] for line in lines) == sorted(named)
+    assert any("did you mean 'num_generations'?" in line for line in lines)
 
 
-def test_vllm_is_not_available_and_says_so() -> None:
-    with pytest.raises(ConfigError, match="use_vllm is not an argument of RaftConfig: there is no vLLM engine"):
-        config(use_vllm=True)
+def test_hints_lead_to_arguments_that_have_an_effect() -> None:
+    for name in ("epsilonn", "use_vlm", "los_type"):
+        with pytest.raises(ConfigError) as found:
+            config(**{name: 1})
+        hint = re.findall("did you mean '(.*)'", str(found.value))
+        assert not {*hint} & {*WITHOUT, *REFUSED, *QUIET}
+
+
+def test_the_arguments_that_are_logged_are_those_that_are_read() -> None:
+    logged = config(epsilon=0.3).to_dict()
+    assert "epsilon" not in logged
+    assert logged["num_generations"] == 8
+
+
+def test_a_launcher_of_one_process_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert config().mixed_precision == "no"
+
+
+# -- command lines and files -----------------------------------------------------------------------------------------
+
+
+def test_parsers_of_transformers_and_trl_give_what_the_constructor_gives(tmp_path: Path) -> None:
+    plain = ["--output_dir", "somewhere", "--use_cpu"]
+    (parsed,) = HfArgumentParser(RaftConfig).parse_args_into_dataclasses(plain, look_for_args_file=False)
+    assert run_of(parsed, GIVEN) == run_of(config(), GIVEN)
+    changes = {"num_generations": 3, "reward_weights": [1.0, 2.0], "selection": {"rule": "top_m", "m": 2}, "top_k": -1}
+    changes |= {"use_vllm": False, "warmup_ratio": 0.1, "learning_rate": 1e-4, "save_total_limit": 1, "fsdp": ""}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(changes | {"output_dir": "elsewhere", "max_steps": 9}))
+    flags = [*plain, "--config", str(file), "--max_steps", "4", "--temperature", "0.7", "--gradient_checkpointing"]
+    parser = TrlParser((RaftConfig,))
+    with warned() as lines:
+        (parsed,) = parser.parse_args_and_config(flags)
+    same = config(**changes, max_steps=4, temperature=0.7, gradient_checkpointing=True)
+    assert run_of(parsed, GIVEN) == run_of(same, GIVEN)
+    assert lines == []
+
+
+def test_a_configuration_is_parsed_beside_trl_s_own(tmp_path: Path) -> None:
+    flags = [
+        "--model_name_or_path",
+        "m",
+        "--dataset_name",
+        "d",
+        "--use_cpu",
+        "--selection",
+        '{"rule": "top_m", "m": 2}',
+    ]
+    script, args, model = TrlParser((ScriptArguments, RaftConfig, ModelConfig)).parse_args_and_config(flags)
+    assert (script.dataset_name, model.model_name_or_path) == ("d", "m")
+    assert run_of(args, GIVEN).selection.m == 2
+
+
+# -- what a trainer is given ------------------------------------------------------------------------------------------
 
 
 def test_a_launcher_with_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,10 +345,10 @@ def test_grpo_arguments_are_not_taken_for_ours() -> None:
             {"peft_config": PrefixTuningConfig(num_virtual_tokens=2)},
             "peft_config must be a LoraConfig; got PrefixTuning",
         ),
-        (
-            {"args": config(model_init_kwargs={"dtype": "float32"})},
-            "model_init_kwargs must be empty where the model is an",
-        ),
+        ({"tools": [len_of]}, "tools must be None: a sample is one completion"),
+        ({"rollout_func": len_of}, "rollout_func must be None: raftune's own sampler"),
+        ({"environment_factory": len_of}, "environment_factory must be None: a sample is one completion"),
+        ({"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}, "quantization_config must be left out where"),
         (
             {"args": config(reward_weights=[1.0, 2.0])},
             "reward_weights must hold one entry for each reward; got 2 for 1",
@@ -255,8 +378,10 @@ def test_what_from_pretrained_takes_is_passed_on_as_plain_data() -> None:
     assert named(revision="main", subfolder="a")["model_init_kwargs"] == {"subfolder": "a"}
     with pytest.raises(ConfigError, match=r"model_init_kwargs\.key_mapping must be plain data"):
         named(key_mapping=object())
-    with pytest.raises(ConfigError, match="must not hold device_map; got 'auto'"):
-        named(device_map="auto")
+    with warned() as lines:
+        assert named(device_map="auto") == named()
+        assert named(device_map="balanced", use_cache=False) == named()
+    assert ["device_map has no part" in line for line in lines] == [True]
 
 
 def test_a_four_bit_model_is_qlora_and_nothing_else() -> None:
@@ -264,6 +389,28 @@ def test_a_four_bit_model_is_qlora_and_nothing_else() -> None:
     for other in ({"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}):
         with pytest.raises(ConfigError, match="must be 4-bit NF4"):
             named(quantization_config=BitsAndBytesConfig(**other))
+
+
+def test_a_quantization_is_told_as_trl_tells_it() -> None:
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    given = {"model": "some/model", "processing_class": tiny_tokenizer(), "peft_config": LoraConfig(target_modules="q")}
+    assert trainer(**given, quantization_config=nf4).run_config.policy.load_in_4bit
+    with pytest.raises(ConfigError, match=r"^quantization_config must be 4-bit NF4"):
+        trainer(**given, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+def test_all_that_a_trainer_cannot_use_is_named_at_once() -> None:
+    lora = LoraConfig(use_dora=True, bias="all")
+    with pytest.raises(ConfigError) as found:
+        trainer(tools=[len_of], optimizers=(object(), None), peft_config=lora, reward_funcs=[], train_dataset=3)
+    starts = [line.split(" ")[0] for line in str(found.value).splitlines()]
+    assert starts == [
+        *("tools", "optimizers", "peft_config.bias", "peft_config.use_dora", "reward_funcs", "train_dataset")
+    ]
+    with warned() as lines:
+        found = trainer(args=config(strict=False), tools=[len_of], optimizers=(object(), None), peft_config=lora)
+    assert [name for name in starts if name in "".join(lines)] == starts[:4]
+    assert found.run_config.policy.adapter is not None
 
 
 def test_a_lora_config_is_carried_whole_or_refused() -> None:
@@ -278,9 +425,14 @@ def test_a_lora_config_is_carried_whole_or_refused() -> None:
         "modules_to_save": ["lm_head"],
     }
     assert adapter_section(given, None) == section
-    for name, value in {"use_rslora": True, "use_dora": True, "bias": "all", "rank_pattern": {"q": 2}}.items():
+    for name, value in {"use_dora": True, "bias": "all", "rank_pattern": {"q": 2}}.items():
         with pytest.raises(ConfigError, match=rf"peft_config\.{name} must stay at"):
             adapter_section(LoraConfig(**{name: value}), None)
+
+
+def test_the_scale_of_rslora_is_carried_as_an_alpha() -> None:
+    given = LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules="all-linear")
+    assert adapter_section(given, None)["alpha"] == 16
 
 
 def test_a_lora_config_without_modules_means_those_that_peft_knows() -> None:

@@ -1,0 +1,64 @@
+"""A round's model measured on prompts that are given: by a run without rounds, of which only the numbers stay."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from raftune.build import Objects
+from raftune.config.load import validate
+from raftune.config.run import RunConfig
+from raftune.errors import DataError
+from raftune.policies.causal_lm.policy import CausalLM
+from raftune.runs import run
+from raftune.store.run import RunFolder
+from raftune.subject import INHERITED, without_learning
+from raftune.trainer.inputs import GivenPrompts
+from raftune.trainer.metrics import held_out
+
+ALL = 2**31  # prompts at most
+
+
+def measure(
+    config: RunConfig, objects: Objects, trained: tuple[RunFolder, int] | None, prompts: GivenPrompts, observe: Any
+) -> dict[str, Any]:
+    """The metrics of the model on all of these prompts: of a run's round, or of the start before there is a run.
+
+    Answers are as many and as long as those to the run's held-out prompts, under the same seeds.
+    """
+    plain = config.model_dump(mode="json")
+    sections = without_learning({name: plain[name] for name in ("policy", *INHERITED)})
+    if trained is not None:
+        folder, start = (trained[0].folder(number, "model").resolve() for number in (trained[1], 0))
+        sections["policy"] = CausalLM.section_at(plain["policy"], folder, start)
+        objects = replace(objects, model=None, tokenizer=None)
+    asked = {"prompts": prompts.source, "num_prompts": ALL, "best_by": "reward", "kl": False}
+    sections["evaluation"] |= {**asked, "reference_column": None, "features": None}
+    sections["data"] |= {"prompts": None, "limit": None}
+    with tempfile.TemporaryDirectory(prefix="raftune-evaluation-") as place:
+        own = validate({**sections, "output_dir": place, "num_rounds": 0, "report": False})
+        run(own, replace(objects, train=None, held_out=prompts.table), observe=observe)
+        path = RunFolder(place).folder(0, "evaluate") / "metrics.json"
+        found: dict[str, Any] = json.loads(path.read_text())
+    if not found:
+        raise DataError("eval_dataset must hold at least one prompt; got none.")
+    return found
+
+
+def evaluate_on(
+    several: dict[str, GivenPrompts], prefix: str, measured: Callable[[GivenPrompts], dict[str, Any]]
+) -> dict[str, float]:
+    """The metrics of each data set under its own prefix, with the time that it took."""
+    found: dict[str, float] = {}
+    for name, prompts in several.items():
+        began = time.perf_counter()
+        start = f"{prefix}_{name}" if name else prefix
+        values = held_out(measured(prompts), start, ends=True)
+        seconds = time.perf_counter() - began
+        samples = sum(count for key, count in values.items() if key.startswith(f"{start}_statuses/"))
+        found |= values | {f"{start}_runtime": seconds, f"{start}_samples_per_second": samples / seconds}
+    return found

@@ -1,0 +1,92 @@
+"""What scripts call on a Trainer of transformers around the training itself, for a run that is one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import trainer_pt_utils
+
+# Of transformers' and TRL's trainers what a run has in no form, and what does it instead.
+ELSEWHERE = {
+    "get_train_dataloader": "each round trains on rows that it keeps itself; they lie in round-NNNN/rows/rows.parquet",
+    "get_eval_dataloader": "held-out prompts are generated and scored; evaluate(dataset) does it for others",
+    "get_test_dataloader": "held-out prompts are generated and scored; evaluate(dataset) does it for others",
+    "predict": "evaluate(dataset) measures prompts; trainer.model.generate generates",
+    "compute_loss": "the loss is the likelihood of what was kept",
+    "training_step": "the loss is the likelihood of what was kept",
+    "create_optimizer": "every round makes its own; set optim and learning_rate",
+    "create_optimizer_and_scheduler": "every round makes its own; set optim, learning_rate and lr_scheduler_type",
+    "optimizer": "every round makes its own; set optim and learning_rate",
+    "lr_scheduler": "every round makes its own; set lr_scheduler_type and warmup_steps",
+    "ref_model": "beta measures the distance to the start model, which lies in the run",
+    "model_wrapped": "trainer.model is the model itself",
+    "hyperparameter_search": "give each trial an output_dir of its own",
+}
+
+
+class OneProcess:
+    """As much of accelerate's Accelerator as scripts ask of a run, which is one process on one device."""
+
+    is_main_process = is_local_main_process = is_last_process = True
+    num_processes, process_index, local_process_index = 1, 0, 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def state(self) -> OneProcess:
+        return self
+
+    def print(self, *words: Any, **options: Any) -> None:
+        print(*words, **options)
+
+    def wait_for_everyone(self) -> None:
+        """There is nobody else."""
+
+    def unwrap_model(self, model: Any, **options: Any) -> Any:
+        return model
+
+    def gather(self, values: Any) -> Any:
+        return values
+
+    gather_for_metrics = gather
+
+
+class TrainerFace:
+    """Numbers and state written where transformers' Trainer writes them, and who this process is."""
+
+    args: Any
+    state: Any
+
+    # transformers' own functions, which ask for `args`, `state` and is_world_process_zero()
+    log_metrics = trainer_pt_utils.log_metrics
+    metrics_format = staticmethod(trainer_pt_utils.metrics_format)
+
+    def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        trainer_pt_utils.save_metrics(self, split, metrics, combined)
+
+    def save_state(self) -> None:
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        trainer_pt_utils.save_state(self)
+
+    def is_world_process_zero(self) -> bool:
+        return True
+
+    def is_local_process_zero(self) -> bool:
+        return True
+
+    @property
+    def accelerator(self) -> OneProcess:
+        return OneProcess(self.args.device)
+
+    @property
+    def hub_model_id(self) -> str:
+        """The repository that `push_to_hub` writes to."""
+        return str(self.args.hub_model_id or Path(self.args.output_dir).name)
+
+    def __getattr__(self, name: str) -> Any:
+        hint = f": {ELSEWHERE[name]}" if name in ELSEWHERE else ""
+        raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}")

@@ -1,0 +1,304 @@
+"""What scripts do with a trainer around train(): evaluate on given data, save, report, resume, stream."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pickle
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from transformers import TrainerCallback
+
+from raftune.errors import ConfigError, RaftuneError
+from raftune.trainer import RaftConfig, RaftTrainer
+from raftune.trainer.wording import in_python
+from tests.builders import tiny_llama
+from tests.runs.test_trainer_runs import ROWS, length, logits, trainer
+from tests.unit.test_trainer import warned
+
+torch.set_num_threads(1)
+
+LORA = LoraConfig(r=2, target_modules="all-linear")
+
+
+def worse(completions: list[str], trainer_state: Any = None, **columns: Any) -> list[float]:
+    """Falls with every call, so that no round is better than the start."""
+    worse.calls = getattr(worse, "calls", 0) - 1  # type: ignore[attr-defined]
+    return [float(worse.calls) + len(text) / 1000 for text in completions]  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> RaftTrainer:
+    found = trainer(tmp_path_factory.mktemp("scripts") / "run", num_rounds=1, train_dataset=Dataset.from_list(ROWS))
+    found.train()
+    return found
+
+
+@pytest.fixture(scope="module")
+def unimproved(tmp_path_factory: pytest.TempPathFactory) -> tuple[RaftTrainer, list[str]]:
+    """A run of an adapter whose best round is the start, and what train() warned of."""
+    found = trainer(tmp_path_factory.mktemp("unimproved") / "run", worse, num_rounds=1, peft_config=LORA)
+    with warned() as lines:
+        found.train()
+    return found, lines
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_is_of_the_data_that_is_given(trained: RaftTrainer) -> None:
+    rows = ROWS[:3]
+    found = trained.evaluate(Dataset.from_list(rows))
+    assert found["eval_reward"] == found["eval_rewards/length/mean"] > 0
+    assert found["eval_statuses/ok"] == 2 * len(rows)
+    assert {"eval_completions/mean_length", "eval_runtime", "eval_samples_per_second", "epoch"} <= {*found}
+    assert trained.evaluate(eval_dataset=rows)["eval_reward"] == found["eval_reward"]
+    assert trained.state.log_history[-1]["eval_reward"] == found["eval_reward"]
+
+
+def test_several_data_sets_are_evaluated_under_their_names(trained: RaftTrainer) -> None:
+    found = trained.evaluate({"a": ROWS[:2], "b": ROWS[2:4]}, metric_key_prefix="test")
+    assert {"test_a_reward", "test_b_reward"} <= {*found}
+    assert trained.evaluate(ROWS[2:4], metric_key_prefix="test")["test_reward"] == found["test_b_reward"]
+
+
+def test_a_data_set_that_is_put_in_place_is_evaluated(trained: RaftTrainer) -> None:
+    stored = trained.evaluate()
+    assert len(trained.train_dataset) == len(ROWS)
+    trained.eval_dataset = ROWS[:1]
+    try:
+        assert trained.evaluate()["eval_statuses/ok"] == 2
+    finally:
+        trained.eval_dataset = None
+    assert trained.evaluate() == stored
+
+
+def test_the_start_is_evaluated_before_any_round_and_may_be_written_down(tmp_path: Path) -> None:
+    found = trainer(tmp_path / "run", num_rounds=1)
+    metrics = found.evaluate(ROWS[:2])
+    found.save_metrics("eval", metrics)
+    found.train()
+    assert json.loads((tmp_path / "run" / "eval_results.json").read_text())["eval_reward"] == metrics["eval_reward"]
+
+
+def test_the_evaluation_of_an_adapter_is_that_of_its_round(unimproved: tuple[RaftTrainer, list[str]]) -> None:
+    found, _ = unimproved
+    metrics = found.evaluate(ROWS[:2])
+    assert metrics["epoch"] == 0.0
+    assert metrics["eval_statuses/ok"] == 4
+
+
+# -- the start is best -----------------------------------------------------------------------------------------------
+
+
+def test_a_start_that_is_best_is_warned_of(unimproved: tuple[RaftTrainer, list[str]]) -> None:
+    _, lines = unimproved
+    assert sum("No round was better than the start" in line for line in lines) == 1
+
+
+def test_the_start_of_an_adapter_is_saved_as_one_of_zero_effect(
+    unimproved: tuple[RaftTrainer, list[str]], tmp_path: Path
+) -> None:
+    found, _ = unimproved
+    found.save_model(tmp_path / "saved")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(logits(loaded), logits(tiny_llama()))
+    assert torch.equal(logits(found.model), logits(tiny_llama()))
+    assert isinstance(found.model, PeftModel)
+    assert "AutoPeftModelForCausalLM" in (tmp_path / "saved" / "README.md").read_text()
+
+
+# -- what scripts end with -------------------------------------------------------------------------------------------
+
+
+def test_a_script_s_last_lines_work(trained: RaftTrainer, capsys: pytest.CaptureFixture[str]) -> None:
+    output = trained.train(resume_from_checkpoint=True)
+    last = trained.state.log_history[-1]
+    assert last["train_loss"] == output.training_loss == output.metrics["train_loss"]
+    assert last["train_runtime"] > 0
+    metrics = output.metrics | {"train_samples": len(ROWS)}
+    trained.log_metrics("train", metrics)
+    trained.save_metrics("train", metrics)
+    trained.save_state()
+    assert "train_samples" in capsys.readouterr().out
+    root = Path(trained.args.output_dir)
+    assert json.loads((root / "train_results.json").read_text())["train_loss"] == output.training_loss
+    assert json.loads((root / "trainer_state.json").read_text())["global_step"] == trained.state.global_step
+    assert trained.accelerator.is_main_process
+    assert trained.is_world_process_zero()
+    assert trained.accelerator.unwrap_model(trained.model) is trained.model
+    assert trained.hub_model_id == root.name
+    assert trained.tokenizer is trained.processing_class
+    assert Path(trained.state.best_model_checkpoint).is_dir()
+
+
+def test_a_model_card_says_what_it_is_told(trained: RaftTrainer) -> None:
+    trained.create_model_card(model_name="mine", dataset_name="theirs/set", tags=["a"])
+    text = (Path(trained.args.output_dir) / "README.md").read_text()
+    head = text.split("---\n")[1]
+    assert "model_name: mine" in head
+    assert "- theirs/set" in head
+    assert "- a" in head
+    assert "## By round" in text
+
+
+def test_a_push_takes_what_belongs_into_the_card(trained: RaftTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    seen: dict[str, Any] = {}
+
+    def upload(self: Any, *, folder_path: str, **options: Any) -> str:
+        seen.update(options, card=Path(folder_path, "README.md").read_text())
+        return "sent"
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: type("Url", (), {"repo_id": name}))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    assert trained.push_to_hub(dataset_name="theirs/set", tags="a", token="secret") == "sent"
+    assert "- theirs/set" in seen["card"]
+    assert "dataset_name" not in seen
+
+
+def test_what_a_run_has_not_is_explained(trained: RaftTrainer) -> None:
+    with pytest.raises(AttributeError, match="has no 'get_train_dataloader': each round trains on rows"):
+        trained.get_train_dataloader()
+    assert not hasattr(trained, "nothing_of_this_name")
+
+
+class Watcher(TrainerCallback):
+    """Writes down what models it is shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, bool, torch.Tensor]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._look("begin", kwargs)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._look("end", kwargs)
+
+    def _look(self, event: str, given: dict[str, Any]) -> None:
+        assert given["processing_class"] is not None
+        self.seen.append((event, isinstance(given["model"], PeftModel), logits(given["model"])))
+
+
+class Other(TrainerCallback):
+    """One that is taken out again."""
+
+
+def test_callbacks_are_shown_the_model_of_the_round(tmp_path: Path) -> None:
+    watcher = Watcher()
+    found = trainer(tmp_path / "run", num_rounds=1, num_eval_prompts=0, peft_config=LORA, callbacks=[watcher])
+    assert isinstance(found.model, PeftModel)
+    assert found.model.get_nb_trainable_parameters()[0] > 0
+    found.add_callback(Other)
+    assert isinstance(found.pop_callback(Other), Other)
+    found.train()
+    (begin, adapted, before), (end, _, after) = watcher.seen
+    assert (begin, adapted, end) == ("begin", True, "end")
+    assert torch.equal(before, logits(tiny_llama()))
+    assert torch.equal(after, logits(found.model))
+    assert not torch.equal(before, after)
+
+
+# -- streams ---------------------------------------------------------------------------------------------------------
+
+
+def test_of_a_stream_only_what_the_rounds_need_is_read(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    def endless() -> Iterator[dict[str, Any]]:
+        for number in itertools.count():
+            read.append(number)
+            yield {"prompt": f"say {number}"}
+
+    found = trainer(tmp_path / "run", train_dataset=IterableDataset.from_generator(endless))
+    assert len(read) == 2 * 4 + 2  # rounds of four prompts, and two held out
+    found.train()
+    longer = trainer(tmp_path / "run", train_dataset=IterableDataset.from_generator(endless), num_rounds=3)
+    longer.train()
+    assert longer.state.epoch == 3.0
+
+
+def test_columns_that_are_not_used_are_removed_on_request(tmp_path: Path) -> None:
+    def sees(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        assert "wanted" not in columns
+        return length(completions)
+
+    found = trainer(tmp_path / "run", sees, remove_unused_columns=True, num_rounds=1)
+    assert found.train().global_step > 0
+
+
+# -- notebooks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_survives_pickling() -> None:
+    args = RaftConfig(output_dir="somewhere", use_cpu=True, epsilon=0.2, selection={"rule": "top_m", "m": 2})
+    assert pickle.loads(pickle.dumps(args)) == args
+
+
+@pytest.mark.parametrize("given", [None, False, True, "run", "run/checkpoint-3"])
+def test_any_way_to_ask_for_resuming_resumes(given: Any, trained: RaftTrainer) -> None:
+    root = Path(trained.args.output_dir)
+    assert trained.train(resume_from_checkpoint=str(root.parent / given) if isinstance(given, str) else given)
+
+
+def test_an_interrupt_leaves_train_from_wherever_it_comes(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    found = trainer(tmp_path / "run", num_rounds=2, callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        found.train()
+    assert not (tmp_path / "run" / "round-0002").exists()
+    with pytest.raises(KeyboardInterrupt):
+        found.evaluate(ROWS[:1], metric_key_prefix=Interrupting("eval"))
+
+
+class Interrupting(str):
+    """A prefix that Ctrl-C comes with."""
+
+    def __format__(self, spec: str) -> str:
+        raise KeyboardInterrupt
+
+
+# -- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_advice_is_in_python() -> None:
+    for message, said in {
+        "Mend the reward and run `raftune resume RUN --from score`.": "Mend the reward and run `train(redo='score')`.",
+        "Put back, or add `--from 1/select` to redo it.": "Put back, or call train(redo='1/select') to redo it.",
+        "Resume with: raftune resume 'out y/b 1'": "Resume with: `train()`",
+        "`raftune resume runs/a --from 2/tune --keep-models all`": "`train(redo='2/tune')` with keep_models='all'",
+        "sampling.top_k must be 3": "top_k must be 3",
+    }.items():
+        assert in_python(message) == said
+
+
+def test_a_failing_reward_is_explained_without_command_lines(tmp_path: Path) -> None:
+    def nothing(completions: list[str], **columns: Any) -> list[None]:
+        return [None] * len(completions)
+
+    found = trainer(tmp_path / "run", nothing, num_rounds=1, num_eval_prompts=0)
+    try:
+        found.train()
+    except RaftuneError as error:
+        assert "raftune resume" not in str(error)
+        assert "--from" not in str(error)
+
+
+def test_a_second_cell_with_other_arguments_is_told_the_difference(trained: RaftTrainer) -> None:
+    root = Path(trained.args.output_dir)
+    again = trainer(root, num_rounds=1, train_dataset=Dataset.from_list(ROWS), temperature=0.5)
+    with pytest.raises(ConfigError, match=r"temperature: 1\.0 → 0\.5"):
+        again.train()
