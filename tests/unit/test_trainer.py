@@ -183,6 +183,13 @@ def test_every_argument_of_both_trainers_is_read_or_has_a_verdict() -> None:
     assert len(verdicts) == len({*verdicts})
 
 
+def test_the_guide_names_every_argument_that_is_mapped_warned_of_or_refused() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "from_grpo.md").read_text()
+    shortened = ("sapo_", "vespo_", "torch_compile_")
+    named = [name for name in (*MAPPED, *WITHOUT, *REFUSED) if not name.startswith(shortened)]
+    assert [name for name in named if f"`{name}" not in guide] == []
+
+
 def test_borrowed_arguments_have_the_defaults_of_trl() -> None:
     theirs = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
     ours = {name: default for name, (_, default) in BORROWED.items() if name in theirs}
