@@ -1,15 +1,33 @@
-"""Whether this process was asked to stop: after that nothing is published, whatever became of the signal."""
+"""Whether this process was asked to stop: after that nothing is published, whatever became of the signal.
+
+Work that saves what it has done (`stretch`) stops by itself at its next step (`raise_if_asked`), so that nothing is
+lost. Anywhere else the handler of the signal raises KeyboardInterrupt at once.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Callable, Iterator
 
 _asked = threading.Event()
+_stretches: list[Callable[[], str]] = []
 
 
-def ask_to_stop() -> None:
-    """Called by the handler of SIGINT and SIGTERM, before it raises KeyboardInterrupt."""
+def ask_to_stop() -> str | None:
+    """Called by the handler of SIGINT and SIGTERM. What the work under way will keep, in words, if it stops by itself
+    at its next step; else None, and the handler raises KeyboardInterrupt."""
     _asked.set()
+    if not _stretches:
+        return None
+    try:
+        return _stretches[-1]()
+    except Exception:  # asked from a signal handler, the work may be between two states
+        return "what was saved is kept"
+
+
+def asked() -> bool:
+    return _asked.is_set()
 
 
 def forget() -> None:
@@ -17,9 +35,31 @@ def forget() -> None:
 
 
 def raise_if_asked() -> None:
-    """Raises KeyboardInterrupt where the process was asked to stop and code that was called swallowed the interrupt."""
+    """Raises KeyboardInterrupt where the process was asked to stop and code that was called swallowed the interrupt,
+    or where work stops by itself."""
     if _asked.is_set():
         raise KeyboardInterrupt
+
+
+def in_stretch() -> bool:
+    """Whether the work under way stops by itself at its next step."""
+    return bool(_stretches)
+
+
+@contextlib.contextmanager
+def stretch(promise: Callable[[], str]) -> Iterator[None]:
+    """Work that calls `raise_if_asked` after each of its steps; `promise` says in words what a stop there keeps.
+
+    Only the main thread hears signals: elsewhere this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _stretches.append(promise)
+    try:
+        yield
+    finally:
+        _stretches.pop()
 
 
 def caused_by_interrupt(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -111,27 +112,42 @@ def unforeseen(error: Exception) -> str:
 Observer = Callable[[str, dict[str, Any]], None]
 
 
+GRACE = 8.0  # seconds that a step may take once a stop was asked for; what awaits us may kill after ten
+
+
 @contextlib.contextmanager
 def interruptible(root: Path, again: str | None = None) -> Iterator[Observer]:
     """Turns SIGINT and SIGTERM into Interrupted, which says how to resume; a second signal ends the process at once.
 
     `again` is what to say of work that is no run: what is kept, and how to go on.
 
-    The first raises KeyboardInterrupt where the work is: what is written is written atomically, so any moment will do.
-    Where foreign code swallows it, the observer that this yields raises at the run's next event.
+    The first is answered by a line on stderr. Work that saves what it does then goes on to the end of its step, for
+    GRACE seconds at most; elsewhere KeyboardInterrupt is raised where the work is: what is written is written
+    atomically, so any moment will do. Where foreign code swallows it, the observer that this yields raises at the run's
+    next event.
     """
     asked: list[int] = []
+    late = threading.Timer(GRACE, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2))
+    late.daemon = True
+    since = [time.monotonic()]
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR2:  # from ourselves: the step takes too long
+            if asked:
+                raise KeyboardInterrupt
+            return
         asked.append(number)
-        interruption.ask_to_stop()
         if len(asked) > 1:
             os.write(2, b"\nstopped at once.\n")
             os._exit(INTERRUPTED)
-        raise KeyboardInterrupt
+        os.write(2, f"\n{answer(interruption.ask_to_stop(), time.monotonic() - since[0])}\n".encode())
+        if not interruption.in_stretch():
+            raise KeyboardInterrupt
+        late.start()
 
     def observe(kind: str, facts: dict[str, Any]) -> None:
-        if asked:
+        since[0] = time.monotonic()
+        if asked and not interruption.in_stretch():
             raise KeyboardInterrupt
 
     def farewell() -> Interrupted:
@@ -149,16 +165,25 @@ def interruptible(root: Path, again: str | None = None) -> Iterator[Observer]:
                 raise farewell() from None
             raise
         finally:
+            late.cancel()
             interruption.forget()
+
+
+def answer(promise: str | None, seconds: float) -> str:
+    """What is said at once to the first signal."""
+    again = "Once more stops at once"
+    if promise is not None:
+        return f"stopping after the current step: {promise}. {again}; then up to a minute of work is lost."
+    return f"stopping: what is done is kept, but for the last {seconds:.0f} s of unfinished work. {again}."
 
 
 @contextlib.contextmanager
 def handling(stop: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Installs the handler for SIGINT and SIGTERM while the block runs; only the main thread may."""
+    """Installs the handler for SIGINT, SIGTERM and our own SIGUSR2 while the block runs; only the main thread may."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
     try:
         yield
     finally:

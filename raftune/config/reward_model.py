@@ -76,8 +76,8 @@ class RewardModelConfig(Frozen):
     disable_dropout: bool = Field(True, description="As in TRL: without it the two answers of a pair differ by noise.")
     bf16: bool = Field(False, description="bfloat16 arithmetic over float32 weights (CUDA).")
     gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
-    save_steps: int = Field(
-        200, ge=1, description="Optimizer steps between checkpoints, from which a new call goes on."
+    save_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between further checkpoints; about one a minute there is in any case."
     )
     threads: int = Field(
         default_factory=lambda: os.cpu_count() or 1, ge=1, description="Threads for tensor arithmetic (CPU)."

@@ -81,7 +81,9 @@ class TuningConfig(Frozen):
     replay_rounds: int = Field(0, ge=0, description="How many earlier rounds' kept rows are trained on again.")
     reference: ReferenceConfig | None = Field(None, description="Reference answers mixed in against the alignment tax.")
     diffusion: DiffusionTuning = Field(default_factory=DiffusionTuning, description="The dials of a denoising loss.")
-    save_steps: int = Field(100, ge=1, description="Optimizer steps between checkpoints inside a round.")
+    save_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between further checkpoints; about one a minute there is in any case."
+    )
     bf16: bool = Field(False, description="bfloat16 arithmetic over float32 weights (CUDA).")
     gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
     trainer_kwargs: dict[str, Any] = Field(

@@ -113,6 +113,7 @@ def look(
     rows = min(config.sampling.unit_size, planned.prompts) * config.sampling.num_generations
     work = work_of(pipeline, config, planned) if pipeline else None
     seconds = seconds_by_stage(found, planned, assembly) if found else None
+    fit = seconds["tuning"] / planned.rounds if seconds and planned.rounds else None
     if pipeline and work and found is None:
         seconds = seconds_at(pipeline, config, work)
     return Forecast(
@@ -125,7 +126,7 @@ def look(
         work=work,
         memory=memory(model, config, prompts.longest or 0, rows) if model else None,
         room=room(pipeline, config) if pipeline else None,
-        disk=disk_of(pipeline, config, planned, size) if pipeline else disk(model, config, planned, size),
+        disk=disk_of(pipeline, config, planned, size, fit) if pipeline else disk(model, config, planned, size, fit),
         probe=found,
         seconds=seconds,
         notes=tuple(dict.fromkeys([*notes, *(found.notes if found else ())])),

@@ -12,7 +12,7 @@ from raftune.config.policy import AdapterConfig, DiffusionPolicy
 from raftune.config.run import RunConfig
 from raftune.planning.amounts import Amounts
 from raftune.planning.published import PUBLISHED, Published
-from raftune.planning.sizes import ADAM, BYTES, PER_SAMPLE, Disk
+from raftune.planning.sizes import ADAM, BYTES, PER_SAMPLE, Disk, takes_checkpoints
 
 PNG = 1.6  # bytes a pixel of a photograph-like picture; flat drawings take less
 CHECKPOINTED = 0.2  # of the layers' outputs that learning keeps with gradient checkpointing, about
@@ -212,13 +212,13 @@ def room(model: Pipeline, config: RunConfig) -> Room:
     return Room(model.parameters * model.weight, model.frozen, model.kept * copies, outputs)
 
 
-def disk_of(model: Pipeline, config: RunConfig, planned: Amounts, png: float | None) -> Disk:
-    """What the run writes; `png` is the size of a picture where some were drawn."""
+def disk_of(model: Pipeline, config: RunConfig, planned: Amounts, png: float | None, fit: float | None = None) -> Disk:
+    """What the run writes; `png` is the size of a picture where some were drawn, `fit` the seconds of a round's fit."""
     stored = {"all": planned.rounds, "best": min(3, planned.rounds), "last": min(2, planned.rounds)}[config.keep_models]
     each = model.height * model.width * PNG if png is None else png
     copied = planned.rounds * planned.kept * (1 + config.tuning.replay_rounds)  # rows.parquet holds what is learned
     drawn = planned.rounds * planned.drawn if config.keep_latents == "all" else 0
-    checkpoint = model.kept * (1 + ADAM) if planned.steps > config.tuning.save_steps else 0
+    checkpoint = model.kept * (1 + ADAM) if takes_checkpoints(config, planned, fit) else 0
     pictures = int((planned.samples + copied) * each + planned.samples * PER_SAMPLE)
     return Disk(stored * model.kept, 2 * checkpoint, pictures, (drawn + copied) * model.latents)
 

@@ -9,6 +9,7 @@ from typing import Any
 from raftune.config.policy import CausalLMPolicy
 from raftune.config.run import RunConfig
 from raftune.planning.amounts import Amounts
+from raftune.store.partial import SAVE_EVERY
 
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 ADAM = 2  # moments for each trained weight
@@ -26,6 +27,7 @@ class Footprint:
     dtype: str
     weight: int
     cached_token: int
+    trained_weight: int  # bytes; those of an adapter are float32 over a model of any dtype
     vocabulary: int
     context: int | None
     device: str
@@ -45,6 +47,7 @@ def footprint(config: CausalLMPolicy, start: Path, facts: dict[str, Any]) -> Foo
         dtype=dtype,
         weight=BYTES.get(dtype, 4),
         cached_token=cached_token(found.get_text_config(decoder=True), BYTES.get(dtype, 4)),
+        trained_weight=BYTES.get(dtype, 4) if config.adapter is None else 4,
         vocabulary=facts["vocabulary"],
         context=facts["context"],
         device=str(choose_device(config.device)),
@@ -101,7 +104,7 @@ def memory(model: Footprint, config: RunConfig, longest_prompt: int, rows: int) 
     return Memory(
         weights=model.parameters // 2 if four_bits else model.parameters * model.weight,
         cache=alive * length * model.cached_token,
-        training=model.trained * model.weight * (1 + ADAM),
+        training=model.trained * model.trained_weight * (1 + ADAM),
     )
 
 
@@ -120,15 +123,27 @@ class Disk:
         return self.models + self.checkpoints + self.samples + self.latents
 
 
-def disk(model: Footprint | None, config: RunConfig, planned: Amounts, picture: float | None = None) -> Disk:
+def takes_checkpoints(config: RunConfig, planned: Amounts, fit: float | None) -> bool:
+    """Whether a fit that takes `fit` seconds (None: not known) leaves checkpoints before it is done."""
+    by_steps = config.tuning.save_steps is not None and planned.steps > config.tuning.save_steps
+    return by_steps or (planned.steps > 1 and (fit is None or fit > SAVE_EVERY))
+
+
+def disk(
+    model: Footprint | None,
+    config: RunConfig,
+    planned: Amounts,
+    picture: float | None = None,
+    fit: float | None = None,
+) -> Disk:
     """What the run writes; a family without tokens writes next to nothing for its models.
 
-    `picture`: bytes of a sample of a family of pictures, where some were drawn.
+    `picture`: bytes of a sample of a family of pictures, where some were drawn. `fit`: seconds of a round's fit.
     """
     stored = {"all": planned.rounds, "best": min(3, planned.rounds), "last": min(2, planned.rounds)}[config.keep_models]
-    one = model.trained * model.weight if model else 0
+    one = model.trained * model.trained_weight if model else 0
     tokens = config.sampling.max_completion_length if model else 1
     every = planned.samples + planned.rounds * (planned.competing - planned.drawn)
-    checkpoint = one * (1 + ADAM) if planned.steps > config.tuning.save_steps else 0
+    checkpoint = one * (1 + ADAM) if takes_checkpoints(config, planned, fit) else 0
     content = tokens * PER_TOKEN if picture is None else picture
     return Disk(stored * one, 2 * checkpoint, int(every * (content + PER_SAMPLE)))

@@ -12,6 +12,7 @@ import gc
 import json
 import math
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,18 +23,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from raftune import interruption
 from raftune.config.tuning import TuningConfig
 from raftune.errors import ConfigError, ModelError, OutOfMemory
 from raftune.ordering import LengthGrouped
 from raftune.policies.checkpoints import newest_verified, seal
 from raftune.policies.memory import is_out_of_memory
 from raftune.quiet import quiet
+from raftune.store.partial import Pace
 
 WEIGHTS = "weights.safetensors"
 MICRO_BATCH = "micro_batch.json"
 # Below this many parameters a full garbage collection costs more than the memory it could give back.
 SMALL = 50_000_000
 MANY_PASSES = 10  # of a round over its rows, above which it is said
+NEVER = 2**31 - 1  # steps between checkpoints, where time alone decides
 
 Batch = Mapping[str, torch.Tensor]
 # Of a micro-batch: its share of the step's loss (what backward sees), and the sum of the coefficients in it.
@@ -116,7 +120,7 @@ def _attempt(task: Task, config: TuningConfig, size: MicroBatch, work: Path, dev
     companion = task.companion(trained(model)) if task.companion else None
     watch = Watch(task.identity, companion)
     trainer = FitTrainer(task, model, watch, arguments(config, size, work, device, task.seed))
-    with settled_heap(model), quiet():
+    with settled_heap(model), quiet(), interruption.stretch(watch.promise):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if companion:
         companion.publish(trained(model))
@@ -199,7 +203,8 @@ def arguments(config: TuningConfig, size: MicroBatch, work: Path, device: torch.
                 remove_unused_columns=False,
                 use_cpu=device.type == "cpu",
                 seed=seed % 2**32,  # numpy takes no more
-                **{**_passed_on(config), "dataloader_pin_memory": device.type == "cuda", "save_total_limit": 3},
+                save_steps=config.save_steps or NEVER,
+                **{**_passed_on(config), "dataloader_pin_memory": device.type == "cuda", "save_total_limit": 2},
                 **config.trainer_kwargs,
             )
     except (ValueError, TypeError, ImportError) as error:
@@ -216,19 +221,32 @@ def arguments(config: TuningConfig, size: MicroBatch, work: Path, device: torch.
 
 def _passed_on(config: TuningConfig) -> dict[str, Any]:
     names = (
-        "learning_rate num_train_epochs max_steps lr_scheduler_type warmup_steps weight_decay max_grad_norm optim "
-        "save_steps bf16"
+        "learning_rate num_train_epochs max_steps lr_scheduler_type warmup_steps weight_decay max_grad_norm optim bf16"
     )
     checkpointing = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
     return {name: getattr(config, name) for name in names.split()} | checkpointing
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Notes the loss of each step, stops at the first that is not finite, and seals checkpoints once they are whole."""
+    """Notes the loss of each step, stops at the first that is not finite, and seals checkpoints once they are whole.
+
+    A checkpoint is due about once a minute (Pace), and where a stop was asked for. When it was taken leaves no trace in
+    the result.
+    """
 
     def __init__(self, identity: str, companion: Companion | None = None) -> None:
         self.identity, self.companion = identity, companion
         self.loss = self.mass = 0.0
+        self.pace, self.nbytes = Pace(), 0
+        self._began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.nbytes = checkpoint_bytes(model)
+        self.pace = Pace()
+
+    def promise(self) -> str:
+        """What a stop after the current step keeps, in words."""
+        return self.pace.promise(lambda: self.nbytes)
 
     def add(self, loss: float, mass: float) -> None:
         self.loss, self.mass = self.loss + loss, self.mass + mass
@@ -243,10 +261,17 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.companion.follow(trained(model))
         if state.global_step >= state.max_steps:  # what follows is the model itself: nothing would read this checkpoint
             control.should_save = False
+            return
+        control.should_save |= self.pace.due(lambda: self.nbytes)
+        self._began = time.monotonic()
+        if not control.should_save:
+            interruption.raise_if_asked()
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         refuse_non_finite(model)
         seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.identity)
+        self.pace.took(time.monotonic() - self._began, self.nbytes)
+        interruption.raise_if_asked()
 
 
 def _not_finite(what: str, value: object) -> str:
@@ -258,6 +283,11 @@ def refuse_non_finite(model: Any) -> None:
     for name, weight in trained(model).items():
         if not bool(torch.isfinite(weight).all()):
             raise ModelError(_not_finite("Every weight", f"a NaN or an infinity in {name}"))
+
+
+def checkpoint_bytes(model: Any) -> int:
+    """About how much a checkpoint writes: the trained weights and two moments of each."""
+    return int(3 * sum(weight.nbytes for weight in model.parameters() if weight.requires_grad))
 
 
 def trained(model: Any) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
+from raftune import interruption
 from raftune.config.policy import AdapterConfig
 from raftune.config.reward_model import RewardModelConfig, rate_for
 from raftune.errors import ConfigError, ModelError, OutOfMemory
@@ -24,9 +26,11 @@ from raftune.ordering import LengthGrouped
 from raftune.plain import first_line
 from raftune.quiet import quiet
 from raftune.reward_models.examples import Example, Objective
+from raftune.store.partial import Pace
 
 Observer = Callable[[str, dict[str, Any]], None]
 Floats = npt.NDArray[np.float64]
+NEVER = 2**31 - 1  # steps between checkpoints, where time alone decides
 
 
 @dataclass(frozen=True)
@@ -99,15 +103,31 @@ class RatingTrainer(Watched, Trainer):  # type: ignore[misc]
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]
-    """Tells of each optimizer step, and leaves out the checkpoint of the last: what follows is the model itself."""
+    """Tells of each optimizer step; has a checkpoint taken about once a minute and where a stop was asked for, but none
+    after the last step: what follows is the model itself."""
 
-    def __init__(self, observe: Observer) -> None:
-        self.observe = observe
+    def __init__(self, observe: Observer, nbytes: int) -> None:
+        self.observe, self.nbytes = observe, nbytes
+        self.pace = Pace()
+        self._began = 0.0
+
+    def promise(self) -> str:
+        """What a stop after the current step keeps, in words."""
+        return self.pace.promise(lambda: self.nbytes)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.observe("progress", {"done": state.global_step, "of": state.max_steps})
         if state.global_step >= state.max_steps:
             control.should_save = False
+            return
+        control.should_save |= self.pace.due(lambda: self.nbytes)
+        self._began = time.monotonic()
+        if not control.should_save:
+            interruption.raise_if_asked()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pace.took(time.monotonic() - self._began, self.nbytes)
+        interruption.raise_if_asked()
 
 
 def fit(
@@ -129,10 +149,11 @@ def fit(
     model, rate = prepared(config, model)
     trainer = build(config, objective, model, tokenizer, examples, work, rate)
     trainer.lengths = [max(len(ids) for ids in one.ids) for one in examples]
-    trainer.add_callback(Steps(observe))
+    steps = Steps(observe, checkpoint_bytes(model))
+    trainer.add_callback(steps)
     checkpoint = newest_checkpoint(work)
     try:
-        with quiet():
+        with quiet(), interruption.stretch(steps.promise):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
@@ -161,6 +182,12 @@ def prepared(config: RewardModelConfig, model: Any) -> tuple[Any, float]:
             model.enable_input_require_grads()
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return model, config.learning_rate or rate_for(trained, config.adapter is not None)
+
+
+def checkpoint_bytes(model: Any) -> int:
+    """About how much a checkpoint writes: all weights, and two moments of each that is trained."""
+    weights = list(model.parameters())
+    return int(sum(weight.nbytes for weight in weights) + 2 * sum(w.nbytes for w in weights if w.requires_grad))
 
 
 def lora(adapter: AdapterConfig) -> Any:
@@ -229,7 +256,7 @@ def arguments(config: RewardModelConfig, work: Path, rate: float) -> dict[str, A
     """What both trainers are told."""
     names = (
         "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type "
-        "warmup_steps weight_decay max_grad_norm save_steps seed bf16 gradient_checkpointing"
+        "warmup_steps weight_decay max_grad_norm seed bf16 gradient_checkpointing"
     )
     return {
         **{name: getattr(config, name) for name in names.split()},
@@ -237,6 +264,7 @@ def arguments(config: RewardModelConfig, work: Path, rate: float) -> dict[str, A
         "learning_rate": rate,
         "use_cpu": config.device == "cpu",
         "save_strategy": "steps",
+        "save_steps": config.save_steps or NEVER,
         "save_total_limit": 2,
         "logging_strategy": "no",
         "logging_nan_inf_filter": False,

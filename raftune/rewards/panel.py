@@ -9,18 +9,20 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from raftune.errors import ConfigError
 from raftune.protocols import Reward
-from raftune.records import Score
-from raftune.rewards.batch import Batch
+from raftune.records import Part, Score, Status
+from raftune.rewards.batch import Batch, Log
 from raftune.rewards.combining import Bounds, Combine, Share, combined
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.outcome import Outcome
 from raftune.rewards.places import finish, place
 from raftune.rewards.runner import Loop
+from raftune.store import partial
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,13 @@ class Panel:
         `combine` is another way than the panel's own. Raises RewardError where a reward model's weights cannot be read.
         """
         chunks = [range(i, min(i + self._batch_size, len(batch))) for i in range(0, len(batch), self._batch_size)]
-        calls = [self._call(batch.take(chunk)) for chunk in chunks]
+        calls: list[dict[str, Outcome]] = []
+        with partial.current("scores").work() as part:
+            if (path := part.find()) is not None:
+                calls = [outcomes_from(call) for call in json.loads(path.read_bytes())]
+            for chunk in chunks[len(calls) :]:
+                calls.append(self._call(batch.take(chunk)))
+                part.step(lambda path: write_calls(calls, path))
         self.extras = gather_extras(calls, [len(chunk) for chunk in chunks])
         parts = [
             {name: call[name].parts[i] for name in self.names}
@@ -180,6 +188,36 @@ class Panel:
     def _start(self, name: str, batch: Batch) -> tuple[Future[Outcome], float]:
         future = self._places[name].start(batch)
         return future, time.monotonic() + self._timeouts[name]
+
+
+def write_calls(calls: Sequence[Mapping[str, Outcome]], path: Path) -> None:
+    """Writes the outcomes of some calls, from which an interrupted scoring goes on."""
+    plain = [
+        {
+            name: {
+                "parts": [[part.value, part.status.value, part.detail] for part in outcome.parts],
+                "log": [outcome.log.metrics, outcome.log.columns],
+                "returned": outcome.returned,
+            }
+            for name, outcome in call.items()
+        }
+        for call in calls
+    ]
+    try:
+        path.write_text(json.dumps(plain), encoding="utf-8")
+    except (TypeError, ValueError) as error:  # `log_extra` takes anything: what JSON does not hold is asked for again
+        raise OSError(f"not kept: {error}") from error
+
+
+def outcomes_from(call: Mapping[str, Any]) -> dict[str, Outcome]:
+    """The outcomes of a call, as `write_calls` wrote them."""
+    found = {}
+    for name, plain in call.items():
+        log = Log()
+        log.metrics, log.columns = plain["log"]
+        parts = [Part(value, Status(status), detail) for value, status, detail in plain["parts"]]
+        found[name] = Outcome(parts, log, plain["returned"])
+    return found
 
 
 def gather_extras(calls: Sequence[Mapping[str, Outcome]], sizes: Sequence[int]) -> Extras:

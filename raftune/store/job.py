@@ -26,6 +26,7 @@ from raftune.store.files import (
 )
 from raftune.store.layout import batch_file, source_of, unit_file
 from raftune.store.parquet import read_metadata
+from raftune.store.partial import unfinished_work
 from raftune.store.run import RunFolder
 
 RECEIPTS = "_receipts.jsonl"  # the underscore keeps readers of a folder of Parquet files from opening it
@@ -116,7 +117,10 @@ def run_unit(job: Job, stage: UnitStage, index: int) -> Receipt:
     while True:
         metadata = revised(revision, job.key)
         try:
-            with stage_file(job.run.tmp, final, publish_unsealed) as staged:
+            with (
+                unfinished_work(job.folder, job.run.tmp, f"{index:05d}", job.key, metadata),
+                stage_file(job.run.tmp, final, publish_unsealed) as staged,
+            ):
                 notes += stage.run_unit(job.inputs, index, staged, metadata)
                 raise_if_asked()
                 rows, _ = read_metadata(staged)

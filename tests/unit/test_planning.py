@@ -99,7 +99,7 @@ def test_steps_count_epochs_accumulation_and_replay() -> None:
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
 
-MODEL = Footprint("Llama", 1000, 1000, "float32", 4, 64, 100, 128, "cpu")
+MODEL = Footprint("Llama", 1000, 1000, "float32", 4, 64, 4, 100, 128, "cpu")
 
 
 def test_memory_is_weights_and_cache_or_weights_gradients_and_moments() -> None:
@@ -117,6 +117,20 @@ def test_kept_models_are_counted() -> None:
     planned_ = amounts(config(num_rounds=10), train=100, held_out=0)
     assert disk(MODEL, config(num_rounds=10), planned_).models == 10 * 4000
     assert disk(MODEL, config(num_rounds=10, keep_models="best"), planned_).models == 3 * 4000
+
+
+def test_an_adapter_over_bfloat16_weights_is_float32() -> None:
+    model = Footprint("Llama", 1000, 100, "bfloat16", 2, 64, 4, 100, 128, "cpu")
+    planned_ = amounts(config(num_rounds=10), train=100, held_out=0)
+    assert disk(model, config(num_rounds=10), planned_).models == 10 * 400
+    assert memory(model, config(), longest_prompt=10, rows=1).tuning == 2000 + 3 * 400
+
+
+def test_checkpoints_are_counted_where_a_fit_takes_longer_than_a_minute_or_is_asked_for_them() -> None:
+    planned_ = amounts(config(prompts_per_round=100, tuning={"per_device_train_batch_size": 1}), 1000, 0)
+    assert disk(MODEL, config(), planned_, fit=59.0).checkpoints == 0
+    assert disk(MODEL, config(), planned_, fit=61.0).checkpoints == 2 * 3 * 4000
+    assert disk(MODEL, config(tuning={"save_steps": 10}), planned_, fit=1.0).checkpoints == 2 * 3 * 4000
 
 
 def test_a_line_through_two_measurements_is_never_negative() -> None:

@@ -6,7 +6,7 @@ alike. A *row* is a sample by its flat number: samples are counted prompt by pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,6 +130,16 @@ class Answers:
     def drawn(self) -> list[list[Drawn]]:
         """The finished completions, prompt by prompt."""
         return [[self._drawn(int(row)) for row in rows] for rows in self.groups()]
+
+    def state(self) -> dict[str, Tensor]:
+        """How far every completion has come: what changes while drawing."""
+        arrays = {"ids": self._ids, "logprobs": self._logprobs, "lengths": self._lengths, "finish": self._finish}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Puts every completion to where it was when `state` was taken."""
+        self._ids, self._logprobs = state["ids"].numpy().copy(), state["logprobs"].numpy().copy()
+        self._lengths, self._finish = state["lengths"].numpy().copy(), state["finish"].numpy().copy()
 
     def _drawn(self, row: int) -> Drawn:
         length = self._lengths[row]

@@ -7,7 +7,9 @@ P prompt columns, T own columns, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +48,38 @@ class Cohort:
         self._groups = groups
         self._layers = [self._new_layer(keys, values) for keys, values in prompts]
         self._place()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(
+            tensor.untyped_storage().nbytes()
+            for layer in self._layers
+            for tensor in (layer.prompt_keys, layer.prompt_values, layer.keys, layer.values)
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What the rows' further tokens depend on. The tensors are not copied, and keep their strides."""
+        return {
+            "rows": self.rows,
+            "step": self.step,
+            "most": self._most,
+            "width": self._width,
+            "lengths": torch.from_numpy(self._lengths),
+            "groups": torch.from_numpy(self._groups),
+            "layers": [[own.prompt_keys, own.prompt_values, own.keys, own.values] for own in self._layers],
+        }
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> Cohort:
+        """The cohort whose `state` this was."""
+        cohort = cls.__new__(cls)
+        cohort.rows, cohort.step = state["rows"], state["step"]
+        cohort._most, cohort._width = state["most"], state["width"]
+        cohort._lengths, cohort._groups = state["lengths"].numpy(), state["groups"].numpy()
+        cohort._layers = [Layer(*tensors) for tensors in state["layers"]]
+        cohort._place()
+        return cohort
 
     @property
     def positions(self) -> Ints:

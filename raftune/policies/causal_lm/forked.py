@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from raftune.policies.causal_lm.answers import Answers
 from raftune.policies.causal_lm.cohort import Cohort
 from raftune.policies.causal_lm.models import as_it_was, device_of
+from raftune.store import partial
 
 ATTENTION = "raftune_forked"
 PREFILL_TOKENS = 8192  # prompt tokens computed at once, padding included
@@ -118,6 +120,18 @@ class Forks:
         self._cache.cohorts.append(Cohort(layers, lengths, groups, most))
         return logits.index_select(0, torch.from_numpy(groups).to(logits.device))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values of all rows."""
+        return sum(cohort.nbytes for cohort in self._cache.cohorts)
+
+    def state(self) -> list[dict[str, Any]]:
+        """What the next tokens depend on, besides the model."""
+        return [cohort.state() for cohort in self._cache.cohorts]
+
+    def restore(self, state: Sequence[dict[str, Any]]) -> None:
+        self._cache.cohorts = [Cohort.restored(cohort) for cohort in state]
+
     def step(self, tokens: Tensor) -> Tensor:
         """Feeds every row its token and returns the logits of the next, of shape (rows, vocabulary)."""
         positions = np.concatenate([cohort.positions for cohort in self._cache.cohorts])
@@ -197,9 +211,21 @@ def draw_forked(model: nn.Module, answers: Answers) -> None:
     queue = _queue(answers)
     size = answers.settings.batch_size
     rows, tokens = np.zeros(0, dtype=np.int64), torch.zeros(0, dtype=torch.int64)
-    with torch.inference_mode(), as_it_was(model):
+    with torch.inference_mode(), as_it_was(model), partial.current("forked").work(lambda: forks.nbytes) as part:
         forks = Forks(model)
+        if (found := part.find()) is not None:
+            state = torch.load(found, weights_only=True)
+            answers.restore(state["answers"])
+            forks.restore(state["cohorts"])
+            rows, tokens = state["rows"].numpy(), state["tokens"]
+            queue = deque([*queue][len(queue) - state["queued"] :])
+
+        def save(path: Path) -> None:
+            own = {"rows": torch.from_numpy(rows), "tokens": tokens, "queued": len(queue)}
+            torch.save({**own, "answers": answers.state(), "cohorts": forks.state()}, path)
+
         while queue or len(rows):
+            part.step(save, lambda: forks.nbytes)
             new = _admitted(queue, size - len(rows), size)
             if new:
                 first, ended = _admit(forks, answers, new)

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from raftune.errors import ConfigError
 from raftune.policies.causal_lm.answers import Answers
 from raftune.policies.causal_lm.models import as_it_was, base_of, device_of
+from raftune.store import partial
 
 Ints = NDArray[np.int64]
 
@@ -52,7 +53,7 @@ def draw_generated(model: nn.Module, answers: Answers, same_length: bool) -> Non
     """
     settings, device = answers.settings, device_of(model)
     with _ready(model) as generate:
-        for rows in _batches(answers, same_length):
+        for rows in _unfinished(answers, _batches(answers, same_length)):
             choosing = _Choosing(answers, rows)
             ids, mask = _left_padded([answers.prompts[i] for i in answers.prompt_of[rows]], settings.pad_id)
             config = GenerationConfig(
@@ -79,13 +80,28 @@ def draw_by_generate_alone(model: nn.Module, answers: Answers, same_length: bool
     """
     groups = answers.groups()
     with _ready(model) as generate, torch.random.fork_rng(_cuda_devices(model)):
-        for prompts in _prompt_batches(answers, groups, same_length):
+        for prompts in _unfinished(answers, _prompt_batches(answers, groups, same_length)):
             rows = np.concatenate([groups[prompt] for prompt in prompts])
             torch.manual_seed(answers.seed(int(rows[0])))
             found = _found(generate, model, answers, prompts, rows)
             for row, ids in zip(rows, found.tolist(), strict=True):
                 cut = _cut(ids, answers, int(row))
                 answers.record(int(row), cut, _logprobs(model, answers.prompts[answers.prompt_of[row]], cut))
+
+
+def _unfinished(answers: Answers, batches: Iterator[Ints]) -> Iterator[Ints]:
+    """The batches that an earlier attempt at this unit has not finished; each is saved where that is due."""
+    with partial.current("generate").work() as part:
+        done = 0
+        if (path := part.find()) is not None:
+            state = torch.load(path, weights_only=True)
+            answers.restore(state["answers"])
+            done = state["batches"]
+        for number, batch in enumerate(batches, start=1):
+            if number > done:
+                yield batch
+                state = {"answers": answers.state(), "batches": number}
+                part.step(lambda path, state=state: torch.save(state, path))  # type: ignore[misc]
 
 
 def _found(generate: Any, model: nn.Module, answers: Answers, prompts: Ints, rows: Ints) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from raftune.errors import OutOfMemory
 from raftune.policies.causal_lm.models import as_it_was, base_of, device_of
 from raftune.policies.memory import is_out_of_memory
 from raftune.protocols import FloatN
+from raftune.store import partial
 
 # Logits held in float32 at once while scoring: 64 Mi numbers, a quarter of a GiB.
 LOGITS_AT_ONCE = 1 << 26
@@ -106,11 +108,22 @@ def log_probs(model: Any, examples: Sequence[Example], batch_size: int, pad_id: 
     reader = Reader(model)
     order = np.argsort([-len(e.ids) for e in examples], kind="stable")
     sums = np.zeros(len(examples), dtype=np.float64)
-    with as_it_was(model):
-        for first in range(0, len(order), batch_size):
+    with as_it_was(model), partial.current("log_probs").work() as part:
+        done = 0
+        if (path := part.find()) is not None:
+            saved = np.load(path)
+            sums[order[: len(saved)]] = saved
+            done = len(saved)
+        for first in range(done, len(order), batch_size):
             chosen = order[first : first + batch_size]
             sums[chosen] = _sums(reader, [examples[i] for i in chosen], batch_size, pad_id)
+            part.step(lambda path, ready=sums[order[: first + batch_size]]: _write_array(path, ready))  # type: ignore[misc]
     return sums
+
+
+def _write_array(path: Path, array: FloatN) -> None:
+    with path.open("wb") as file:  # np.save would add a suffix to a name
+        np.save(file, array)
 
 
 def _sums(reader: Reader, group: Sequence[Example], batch_size: int, pad_id: int) -> FloatN:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from raftune.pictures import png_of, sha256_of_png, why_invalid
 from raftune.policies.diffusion.binding import Binding, Call, Conditions, Pictures
 from raftune.policies.diffusion.lanes import lanes
-from raftune.policies.diffusion.latents import NONE, columns_of
+from raftune.policies.diffusion.latents import FIELDS, NONE, columns_of
 from raftune.policies.memory import names_out_of_memory
 from raftune.quiet import quiet
+from raftune.store import partial
 
 NOT_FINITE = "not finite"
 FLAGGED = "flagged by the safety checker"
@@ -47,8 +51,24 @@ def draw(
             pictures = bound().sample(conditions.take(rows).to(device), away, generators, call)
         return [payload_of(pictures, row, with_latents=with_latents) for row in range(len(rows))]
 
-    with quiet(), lanes(at_once) as mapped:
-        return [one for batch in mapped(drawn, batches(len(seeds), batch_size, at_once)) for one in batch]
+    payloads: list[dict[str, Any]] = []
+
+    def save(path: Path) -> None:
+        pq.write_table(pa.Table.from_pylist(payloads, schema=COLUMNS), path, compression="none")
+
+    def size() -> int:
+        return sum(len(value) for payload in payloads for value in payload.values() if isinstance(value, bytes))
+
+    every = batches(len(seeds), batch_size, at_once)
+    with quiet(), partial.current("pictures").work() as part, lanes(at_once) as mapped:
+        if (found := part.find()) is not None:  # what an earlier attempt had drawn
+            payloads.extend(pq.read_table(found, use_threads=False).to_pylist())
+        ready = len(payloads)
+        left = [rows for rows in every if rows[0] >= ready]
+        for at in range(0, len(left), at_once):  # side by side, and all of them done before the next are begun
+            payloads.extend(one for batch in mapped(drawn, left[at : at + at_once]) for one in batch)
+            part.step(save, size)
+    return payloads
 
 
 def lanes_for(binding: Binding, call: Call, device: torch.device, rows: int) -> int:
@@ -67,6 +87,16 @@ def batches(count: int, batch_size: int, at_once: int) -> list[list[int]]:
     """The rows 0…count-1 in consecutive batches of like size, of which `at_once` have at most batch_size rows."""
     parts = np.array_split(np.arange(count), math.ceil(count / batch_size) * at_once)
     return [part.tolist() for part in parts if len(part)]
+
+
+COLUMNS = pa.schema(
+    [
+        pa.field("completion", pa.binary()),
+        pa.field("image_sha256", pa.string()),
+        pa.field("invalid", pa.string()),
+        *FIELDS,
+    ]
+)
 
 
 def payload_of(pictures: Pictures, row: int, *, with_latents: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from raftune import interruption
 from raftune.config.load import validate_as
 from raftune.config.reward_model import RewardModelConfig, rate_for
 from raftune.config.rewards import RewardSpec
@@ -166,6 +167,25 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(data: str, place: Pat
     assert steps[0] == 5
     assert tree_hash(tmp_path / "whole" / "model") == tree_hash(tmp_path / "cut" / "model")
     assert (tmp_path / "whole" / "report.json").read_bytes() == (tmp_path / "cut" / "report.json").read_bytes()
+
+
+@pytest.mark.parametrize("data", ["marked", "rated"])
+def test_a_training_that_is_asked_to_stop_keeps_the_step_that_it_was_at(data: str, place: Path, tmp_path: Path) -> None:
+    changes = {"max_steps": 10, "allow_chance": True}
+    whole, cut = (asked(place, data, "llama", tmp_path / name, **changes) for name in ("whole", "cut"))
+    train(whole)
+
+    def stop(kind: str, facts: dict[str, Any]) -> None:
+        if kind == "progress" and facts["of"] == 10 and facts["done"] == 6:
+            assert interruption.ask_to_stop() == "what is done until then is kept"
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, stop)
+    interruption.forget()
+    steps: list[int] = []
+    train(cut, lambda kind, facts: steps.append(facts["done"]) if facts.get("of") == 10 else None)
+    assert steps[0] == 7
+    assert tree_hash(tmp_path / "whole" / "model") == tree_hash(tmp_path / "cut" / "model")
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(place: Path, tmp_path: Path) -> None:

@@ -7,16 +7,19 @@ import math
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raftune import interruption
 from raftune.config.rewards import RewardsConfig
 from raftune.errors import ConfigError
 from raftune.records import Score, Status
 from raftune.rewards import Batch, Panel, failure_message, load_panel, load_reward
 from raftune.rewards.function import FunctionReward
 from raftune.rewards.length import Length
+from raftune.store import partial as unfinished
 
 
 def batch(size: int = 3, **columns: list[Any]) -> Batch:
@@ -37,6 +40,38 @@ def test_the_score_is_the_weighted_sum_of_the_parts() -> None:
     scores = score([gives(1, 2, 3), gives(10, 20, 30)], batch(), weights=[0.5, -1.0])
     assert [s.value for s in scores] == [-9.5, -19.0, -28.5]
     assert {name: part.value for name, part in scores[1].parts.items()} == {"r0": 2.0, "r1": 20.0}
+
+
+def test_an_interrupted_scoring_asks_only_for_the_batches_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0.0)
+    asked: list[list[str]] = []
+
+    def reward(completions: list[str], log_metric: Any, **kwargs: Any) -> list[float | None]:
+        asked.append(completions)
+        log_metric("asked", len(completions))
+        return [None if text == "a3" else 0.1 * int(text[1:]) for text in completions]
+
+    def scored(at: Path) -> tuple[list[Score], Any]:
+        with (
+            unfinished.unfinished_work(at, at / "tmp", "00000", "key", {}),
+            Panel([FunctionReward(reward, name="r")], batch_size=4) as panel,
+        ):
+            return panel.score(batch(10)), panel.extras
+
+    whole = scored(tmp_path / "whole")
+    calls = len(asked)
+
+    def stop() -> None:
+        if len(asked) == calls + 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(interruption, "raise_if_asked", stop)
+    with pytest.raises(KeyboardInterrupt):
+        scored(tmp_path / "cut")
+    assert scored(tmp_path / "cut") == whole
+    assert [len(texts) for texts in asked[calls:]] == [4, 4, 2]
 
 
 def test_a_part_that_does_not_apply_is_left_out_of_the_sum_and_without_any_the_score_does_not_apply() -> None:

@@ -16,12 +16,14 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from raftune import interruption
 from raftune.config.tuning import TuningConfig
 from raftune.errors import ConfigError, ModelError, OutOfMemory
 from raftune.policies import training
 from raftune.policies.causal_lm import CausalLM, tuning
 from raftune.policies.causal_lm.saving import OPTIMIZER
 from raftune.policies.checkpoints import MANIFEST, REQUIRED, newest_verified, verifies
+from raftune.store import partial
 from tests.builders import Parts, parts, tree_hash, write_rows
 from tests.unit.policies.causal_lm.fits import model_folders, some_rows, tuned
 
@@ -156,6 +158,40 @@ def test_no_checkpoint_is_written_where_the_model_itself_follows(folders: Any, t
     tuned(config, tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
     saved = [path.name for path in (tmp_path / "round-0001" / "tune").iterdir()]
     assert sorted(saved) == ["checkpoint-2", "checkpoint-4"]
+
+
+class AskToStop(TrainerCallback):
+    """Ctrl-C in the middle of this step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            assert interruption.ask_to_stop() == "what is done until then is kept"
+
+
+def test_checkpoints_are_taken_by_time_and_when_they_were_taken_leaves_no_trace(
+    folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, rows = parts(folders["gpt2"], save_steps=None), write_rows(tmp_path / "r.parquet", some_rows())
+    whole, report = tuned(config, tmp_path / "whole", rows)
+    assert not list((tmp_path / "whole" / "round-0001" / "tune").glob("checkpoint-*"))
+    monkeypatch.setattr(partial, "SAVE_EVERY", 0.0)
+    with pytest.raises(Killed):
+        tuned(config, tmp_path / "killed", rows, callbacks=[KillAfter(3)])
+    again, resumed = tuned(config, tmp_path / "killed", rows)
+    assert tree_hash(again) == tree_hash(whole) and resumed == report
+
+
+def test_a_fit_that_is_asked_to_stop_keeps_the_step_that_it_was_at(folders: Any, tmp_path: Path) -> None:
+    config, rows = parts(folders["gpt2"], save_steps=None), write_rows(tmp_path / "r.parquet", some_rows())
+    whole = tree_hash(tuned(config, tmp_path / "whole", rows)[0])
+    with pytest.raises(KeyboardInterrupt):
+        tuned(config, tmp_path / "stopped", rows, callbacks=[AskToStop(4)])
+    interruption.forget()
+    assert [path.name for path in (tmp_path / "stopped" / "round-0001" / "tune").iterdir()] == ["checkpoint-4"]
+    assert tree_hash(tuned(config, tmp_path / "stopped", rows)[0]) == whole
 
 
 # -- numbers that are none -------------------------------------------------------------------------------------------

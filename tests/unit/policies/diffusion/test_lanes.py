@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from raftune import interruption
 from raftune.errors import OutOfMemory
 from raftune.policies.diffusion.binding import Binding, Call
 from raftune.policies.diffusion.drawing import batches, lanes_for
 from raftune.policies.diffusion.lanes import lanes
+from raftune.store import partial
 from tests.pipelines import save_tiny
 from tests.unit.policies.diffusion.runs import TEXTS, pixels, policy, unit
 
@@ -41,6 +43,40 @@ def test_batches_at_once_give_the_pictures_of_one_after_the_other(
     assert [s.completion for s in together] == [s.completion for s in again]
     for one, other in zip(together, alone, strict=True):
         assert np.abs(pixels(one) - pixels(other)).max() <= 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_batches_that_an_interrupted_unit_had_drawn_are_not_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(partial, "SAVE_EVERY", 0.0)
+    drawer = policy(save_tiny("sd", tmp_path / "sd"), tmp_path)
+    steps: list[int] = []
+
+    def check() -> None:
+        steps.append(1)
+        if len(steps) == stop:
+            raise KeyboardInterrupt
+
+    def drawn() -> list[Any]:
+        with partial.unfinished_work(tmp_path / "draw", tmp_path / "tmp", "00000", "key", {}):
+            return drawer.draw(unit(batch_size=4))
+
+    monkeypatch.setattr(interruption, "raise_if_asked", check)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        stop = 0
+        whole = drawn()
+        total = len(steps)
+        assert total > 1
+        stop = total + 1
+        with pytest.raises(KeyboardInterrupt):
+            drawn()
+        assert drawn() == whole
+        assert len(steps) == 2 * total
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("two_threads")

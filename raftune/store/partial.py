@@ -1,0 +1,134 @@
+"""What an interrupted unit is continued from: what its work had come to, saved about once a minute.
+
+A stage that takes long inside one unit asks for `current()`, loads what an earlier attempt left, and saves as it goes.
+It must be such that the work ends in the same bytes from there. The file lies beside the stage's shards until its unit
+is committed; its name holds the unit, a hash of what shaped the unit, and a hash of the file itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+
+from raftune import interruption
+from raftune.store.files import ensure_folder, sha256_of, sync, unique
+
+SAVE_EVERY = 60.0  # seconds of work that an interrupt may cost
+SHARE = 0.05  # of the time, at most, is spent on saving
+RATE = 200e6  # bytes a second that a disk takes, until one was seen to
+AT_A_STOP = 5.0  # seconds that saving may take when somebody waits for the end
+VERSION = 1
+
+
+class Pace:
+    """When to save: once a minute, more seldom where saving takes long, and at once when a stop was asked for."""
+
+    def __init__(self) -> None:
+        self.saved = time.monotonic()
+        self.rate = RATE
+
+    def due(self, nbytes: Callable[[], int]) -> bool:
+        """Whether to save now; `nbytes` tells how much there is to write, and is asked only where that matters."""
+        if interruption.asked():
+            return nbytes() / self.rate <= AT_A_STOP
+        waited = time.monotonic() - self.saved
+        return waited >= SAVE_EVERY and waited >= nbytes() / self.rate / SHARE
+
+    def took(self, seconds: float, nbytes: int) -> None:
+        """So much was saved in so many seconds."""
+        self.saved = time.monotonic()
+        if nbytes >= 10e6:  # what is small tells of the disk's latency alone
+            self.rate = nbytes / max(seconds, 1e-3)
+
+    def promise(self, nbytes: Callable[[], int]) -> str:
+        """What a stop at the next step keeps, in words."""
+        if nbytes() / self.rate <= AT_A_STOP:
+            return "what is done until then is kept"
+        lost = time.monotonic() - self.saved
+        return f"the last {lost:.0f} s of work are lost (saving them would take longer), all before is kept"
+
+
+class Part:
+    """The unfinished work of one unit. Without a folder nothing is found and nothing is kept."""
+
+    def __init__(self, folder: Path | None = None, tmp: Path | None = None, name: str = "", key: str = "") -> None:
+        self.folder, self.tmp, self.name, self.key = folder, tmp, name, key
+        self.prefix = f"_part-{name}-{hashlib.sha256(f'{VERSION} {key}'.encode()).hexdigest()[:16]}-"
+        self.pace = Pace()
+
+    def find(self) -> Path | None:
+        """The file that an earlier attempt at the same work left, if it is whole."""
+        if self.folder is None:
+            return None
+        for path in self.folder.glob(f"{self.prefix}*"):
+            if sha256_of(path) == path.name.removeprefix(self.prefix):
+                return path
+        return None
+
+    @contextlib.contextmanager
+    def work(self, nbytes: Callable[[], int] = lambda: 0) -> Iterator[Part]:
+        """Within, a stop waits for the next `step`."""
+        with interruption.stretch(lambda: self._promise(nbytes)):
+            yield self
+
+    def step(self, write: Callable[[Path], None], nbytes: Callable[[], int] = lambda: 0) -> None:
+        """A point from which the work can go on: saves it if that is due, and stops if that was asked for."""
+        if self.folder is not None and self.pace.due(nbytes):
+            self.save(write)
+        interruption.raise_if_asked()
+
+    def save(self, write: Callable[[Path], None]) -> None:
+        """Saves what `write` writes, in place of what was saved before; a disk that is full is no reason to stop."""
+        assert self.folder is not None and self.tmp is not None
+        began = time.monotonic()
+        staged = unique(self.tmp)
+        try:
+            write(staged)
+            sync(staged)
+            ensure_folder(self.folder)
+            size, final = staged.stat().st_size, self.folder / f"{self.prefix}{sha256_of(staged)}"
+            staged.replace(final)
+        except (OSError, RuntimeError):  # torch's own error for a write that failed is a RuntimeError
+            staged.unlink(missing_ok=True)
+            size, final = 0, None
+        self.pace.took(time.monotonic() - began, size)
+        if final is not None:
+            self._remove(but=final)
+
+    def _remove(self, but: Path) -> None:
+        assert self.folder is not None
+        for path in self.folder.glob(f"_part-{self.name}-*"):
+            if path != but:
+                path.unlink(missing_ok=True)
+
+    def _promise(self, nbytes: Callable[[], int]) -> str:
+        if self.folder is None:
+            return "what this step has done is lost, all before it is kept"
+        return self.pace.promise(nbytes)
+
+
+_current: ContextVar[Part | None] = ContextVar("_current", default=None)
+
+
+def current(kind: str) -> Part:
+    """The unfinished work, of this kind, of the unit that runs now; outside of a unit one that keeps nothing."""
+    unit = _current.get()
+    return Part() if unit is None else Part(unit.folder, unit.tmp, f"{unit.name}-{kind}", unit.key)
+
+
+@contextlib.contextmanager
+def unfinished_work(folder: Path, tmp: Path, unit: str, key: str, metadata: Mapping[str, str]) -> Iterator[None]:
+    """Within, `current()` is the work of this unit; once it ends well, what was saved of it is removed."""
+    part = Part(folder, tmp, unit, json.dumps([key, dict(metadata)], sort_keys=True))
+    token = _current.set(part)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+    for path in folder.glob(f"_part-{unit}-*"):
+        path.unlink(missing_ok=True)
