@@ -154,11 +154,23 @@ def duration(seconds: float) -> str:
 
 
 def seconds_by_round(events: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-    """The time that each round's stages took, over all the sessions that worked on it."""
+    """The time that each round's stages took, over all the sessions that worked on it.
+
+    A session that was interrupted says how long it was at a stage; one that was killed left the times of its units.
+    """
     total: defaultdict[int, float] = defaultdict(float)
+    units: list[tuple[int, float]] = []  # of an attempt at a stage of which no end is known yet
     for event in events:
-        if event.get("event") == "stage_end":
+        kind = event.get("event")
+        if kind == "unit":
+            units.append((int(event["round"]), float(event["seconds"])))
+        elif kind in ("stage_end", "stage_stop"):
             total[int(event["round"])] += float(event["seconds"])
+            units.clear()
+        elif kind == "stage_begin":
+            for round_, seconds in units:
+                total[round_] += seconds
+            units.clear()
     return dict(total)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from raftune import pulse
 from raftune.config.run import RunConfig
 from raftune.digest import alarms_of, done_words
 from raftune.evaluation.history import Metrics, best_round, reason_of_alarm, reason_to_stop
@@ -82,13 +83,19 @@ def ensure(shop: Workshop, stage: Stage, round_: int, say: Callable[..., None]) 
         return False
     job = shop.job(stage, round_)
     began = time.perf_counter()
+    pulse.clear()
     say("stage_begin", round=round_, stage=stage.name)
     notes: tuple[str, ...] = ()  # those of units are told with each
-    if isinstance(stage, UnitStage):
-        run_units(shop, job, stage, say)
-    else:
-        shop.engine.rest()
-        notes = run_once(job, stage)
+    try:
+        if isinstance(stage, UnitStage):
+            run_units(shop, job, stage, say)
+        else:
+            shop.engine.rest()
+            notes = run_once(job, stage)
+    except BaseException:
+        seconds = round(time.perf_counter() - began, 4)
+        shop.run.events.add("stage_stop", round=round_, stage=stage.name, seconds=seconds)
+        raise
     tidy(shop, stage, round_)
     seconds = round(time.perf_counter() - began, 4)
     say("stage_end", round=round_, stage=stage.name, seconds=seconds, notes=list(notes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from raftune.digest import Column, cell, columns_for, duration, overlap_warning, row_of
+from raftune import pulse
+from raftune.digest import Column, cell, columns_for, duration, overlap_warning, row_of, seconds_by_round
 from raftune.plain import one_line
+from raftune.store.run import RunFolder
 
 VERBS = {
     "data": "reading the prompts",
@@ -46,14 +49,16 @@ VERBS = {
     "guard": "guarding",
 }
 BEGINNING = (0, "data")  # the first stage of a run
+SOON = 3.0  # seconds of a stage after which a line names it, where there is no bar
+QUIET = 30.0  # seconds without a line after which one says how far the stage is
 
 
 class Progress:
     """An observer of a run: `with Progress() as observe: raftune.run(config, observe=observe)`.
 
     On a terminal and in a notebook a bar shows the stage, what the samples so far are worth and the time left;
-    elsewhere (a file, a CI job) there is one plain line a round. `worked` tells afterwards whether anything had to be
-    done.
+    elsewhere (a file, a CI job) there is one plain line a round, one for each stage that takes long, and one every half
+    minute that says how far it is. `worked` tells afterwards whether anything had to be done.
     """
 
     def __init__(self, console: Console | None = None, held_out: tuple[str, ...] = ()) -> None:
@@ -69,17 +74,39 @@ class Progress:
         self._root = Path()
         self._of = 0
         self._notes: set[str] = set()
+        self._stage: StageUnderWay | None = None
+        self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
         if self._bars is not None:
             self._bars.start()
+        self._watcher.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over.set()
+        self._watcher.join()
         if self._bars is not None:
             self._bars.stop()
+
+    def _watch(self) -> None:
+        """Says, on a thread of its own, how far a stage is that says nothing for long; a bar is moved."""
+        while not self._over.wait(0.5):
+            stage, now = self._stage, time.monotonic()
+            if stage is None:
+                continue
+            if self._bars is not None:
+                if pulse.now() is not None and self._task is not None:
+                    self._bars.update(self._task, worth=stage.so_far(), left=stage.left(now))
+            elif not stage.named and now - stage.began >= SOON:
+                stage.named, stage.said = True, now
+                self._say(stage.title)
+            elif stage.named and now - stage.said >= QUIET:
+                stage.said = now
+                self._say(stage.words(now))
 
     def __call__(self, kind: str, facts: dict[str, Any]) -> None:
         if handler := getattr(self, f"_on_{kind}", None):
@@ -89,6 +116,7 @@ class Progress:
 
     def _on_begin(self, root: str, set_aside: list[str], changed: dict[str, Any], **_: Any) -> None:
         self._root = Path(root)
+        self._pace.before = seconds_by_round(RunFolder(root).events)
         if set_aside:
             self._say(f"set aside, to superseded/: {', '.join(set_aside[:6])}{' …' if len(set_aside) > 6 else ''}")
         for name, (old, new) in sorted(changed.items()):
@@ -104,6 +132,7 @@ class Progress:
         self.worked = True
         if stage in ("draw", "evaluation draw"):
             self._tally = Tally()
+        self._stage = StageUnderWay(f"{self._where(round)} · {VERBS.get(stage, stage)}")
         if self._bars is None:
             return
         if self._task is not None:
@@ -114,6 +143,8 @@ class Progress:
         self._show()
 
     def _on_units(self, stage: str, total: int, found: int, **_: Any) -> None:
+        if self._stage is not None:
+            self._stage.units = (found, total)
         if found:
             self._say(f"{VERBS.get(stage, stage)}: {found} of {total} units were there already")
         if self._bars is not None and self._task is not None:
@@ -121,6 +152,9 @@ class Progress:
 
     def _on_unit(self, round: int, stage: str, unit: int, notes: list[str], **_: Any) -> None:
         self._note(notes)
+        if self._stage is not None:
+            self._stage.units = (self._stage.units[0] + 1, self._stage.units[1])
+            pulse.clear()
         if self._bars is not None and self._task is not None:
             self._tally.add(self._root / f"round-{round:04d}", stage, unit)
             self._bars.advance(self._task)
@@ -128,6 +162,7 @@ class Progress:
 
     def _on_stage_end(self, round: int, stage: str, seconds: float, notes: Sequence[str] = (), **_: Any) -> None:
         self._note(notes)
+        self._stage = None
         self._pace.add(round, stage, seconds)
         if stage == "data" and (warning := overlap_warning(self._root)):
             self._print(Text(warning, style="yellow"))
@@ -177,6 +212,43 @@ class Progress:
     def _print(self, text: Text) -> None:
         console = self._bars.console if self._bars is not None else self.console
         console.print(text, soft_wrap=True)
+
+
+@dataclass
+class StageUnderWay:
+    """A stage under way: its title, its units (done, of), when it began and when a line last spoke of it."""
+
+    title: str
+    units: tuple[int, int] = (0, 0)
+    began: float = field(default_factory=time.monotonic)
+    said: float = 0.0
+    named: bool = False
+    start: float | None = None  # the share that was done when the stage was first asked
+
+    def share(self) -> float:
+        """How much of the stage is done, 0 … 1."""
+        word, (done, of) = pulse.now(), self.units
+        inside = word.done / word.of if word is not None and word.of else 0.0
+        return (done + inside) / of if of else inside
+
+    def so_far(self) -> str:
+        """What is done, counted: units, and what the one under way has come to."""
+        word, (done, of) = pulse.now(), self.units
+        parts = [f"{done} of {of} units"] if of > 1 else []
+        parts += [f"{word.done:,} of {word.of:,} {word.things}"] if word is not None else []
+        return ", ".join(parts)
+
+    def left(self, now: float) -> str:
+        """How long the rest will take at the rate so far; empty before that can be told."""
+        share = self.share()
+        if self.start is None:
+            self.start = share
+        done = share - self.start
+        return f"about {duration((now - self.began) * (1 - share) / done)} left" if done > 0.01 else ""
+
+    def words(self, now: float) -> str:
+        parts = [self.so_far(), f"{duration(now - self.began)} so far", self.left(now)]
+        return f"{self.title}: {', '.join(filter(None, parts))}"
 
 
 @dataclass
@@ -255,6 +327,7 @@ class Pace:
     round: int = 0
     began: float = field(default_factory=time.monotonic)
     spent: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
+    before: dict[int, float] = field(default_factory=dict)  # seconds that earlier sessions spent on the rounds
 
     def begin_round(self, round_: int, of: int) -> None:
         self.round, self.of = round_, of
@@ -263,8 +336,8 @@ class Pace:
         self.spent[round_][stage] = seconds
 
     def seconds_of(self, round_: int) -> float | None:
-        """What this session spent on the round; None where it found everything done."""
-        return sum(self.spent[round_].values()) if round_ in self.spent else None
+        """What was spent on the round, by earlier sessions too; None where this one found everything done."""
+        return self.before.get(round_, 0.0) + sum(self.spent[round_].values()) if round_ in self.spent else None
 
     def left(self) -> str:
         """The time that the stages still to run will take, as they did in earlier rounds; empty before one is known."""

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from raftune import interruption
+from raftune import interruption, pulse
 from raftune.config.tuning import TuningConfig
 from raftune.errors import ConfigError, ModelError, OutOfMemory
 from raftune.ordering import LengthGrouped
@@ -259,6 +259,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         state.log_history.append({"step": state.global_step, "step_loss": loss})
         if self.companion:
             self.companion.follow(trained(model))
+        pulse.tell(state.global_step, state.max_steps, "steps")
         if state.global_step >= state.max_steps:  # what follows is the model itself: nothing would read this checkpoint
             control.should_save = False
             return

@@ -31,7 +31,7 @@ def value_of(found: Any) -> Value | None:
 
 def rows(reader: Reader) -> list[Row]:
     """One row for each round that was evaluated, or tuned where evaluation is off: as `raftune runs` sees them."""
-    seconds = seconds_by_round(timed(reader))
+    seconds = seconds_by_round(of_stages(reader))
     found = []
     for round_ in sorted({*reader.rounds("evaluate"), *reader.rounds("model")}):
         metrics = reader.json(round_, "evaluate", "metrics.json")
@@ -45,11 +45,18 @@ def rows(reader: Reader) -> list[Row]:
     return found
 
 
-def timed(reader: Reader) -> Iterator[dict[str, Any]]:
-    """The ends of stages that say of which round, of which stage, and after how many seconds."""
+def of_stages(reader: Reader) -> Iterator[dict[str, Any]]:
+    """The beginnings and ends of stages and their units, each with its round and, at an end, its seconds."""
     for event in reader.events:
-        if finite(event.get("seconds")) is not None and isinstance(event.get("round"), int) and "stage" in event:
+        if not isinstance(event.get("round"), int) or "stage" not in event:
+            continue
+        if event.get("event") == "stage_begin" or finite(event.get("seconds")) is not None:
             yield event
+
+
+def timed(reader: Reader) -> Iterator[dict[str, Any]]:
+    """The ends of stages, interrupted ones among them."""
+    return (event for event in of_stages(reader) if event.get("event") in ("stage_end", "stage_stop"))
 
 
 def by_round(reader: Reader, name: str) -> dict[int, Value]:

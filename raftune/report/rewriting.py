@@ -31,6 +31,9 @@ def rewriting(config: RunConfig, root: Path, observe: Observer) -> Iterator[Obse
 
     try:
         yield both
+    except KeyboardInterrupt:
+        writer.write(working=False)  # else the page that lies there would go on saying that the run is at work
+        raise
     except Exception:
         writer.catch_up()
         raise

@@ -101,7 +101,7 @@ class Panel:
                 calls = [outcomes_from(call) for call in json.loads(path.read_bytes())]
             for chunk in chunks[len(calls) :]:
                 calls.append(self._call(batch.take(chunk)))
-                part.step(lambda path: write_calls(calls, path))
+                part.step(lambda path: write_calls(calls, path), done=(chunk[-1] + 1, len(batch), "samples"))
         self.extras = gather_extras(calls, [len(chunk) for chunk in chunks])
         parts = [
             {name: call[name].parts[i] for name in self.names}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 
-from raftune import interruption
+from raftune import interruption, pulse
 from raftune.store.files import ensure_folder, sha256_of, sync, unique
 
 SAVE_EVERY = 60.0  # seconds of work that an interrupt may cost
@@ -76,8 +76,19 @@ class Part:
         with interruption.stretch(lambda: self._promise(nbytes)):
             yield self
 
-    def step(self, write: Callable[[Path], None], nbytes: Callable[[], int] = lambda: 0) -> None:
-        """A point from which the work can go on: saves it if that is due, and stops if that was asked for."""
+    def step(
+        self,
+        write: Callable[[Path], None],
+        nbytes: Callable[[], int] = lambda: 0,
+        *,
+        done: tuple[int, int, str] | None = None,
+    ) -> None:
+        """A point from which the work can go on: saves it if that is due, and stops if that was asked for.
+
+        `done`: so many of so many things, for whoever watches.
+        """
+        if done is not None:
+            pulse.tell(*done)
         if self.folder is not None and self.pace.due(nbytes):
             self.save(write)
         interruption.raise_if_asked()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from raftune.digest import duration, rows_of
+from raftune import progress
+from raftune.digest import duration, rows_of, seconds_by_round
 from raftune.progress import Pace, Progress
 from raftune.runs import run
 from tests.runs import tiny
@@ -130,3 +133,67 @@ def test_the_time_left_is_what_the_stages_took_before() -> None:
 )
 def test_durations_are_in_the_unit_that_a_person_would_use(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+# -- a long stage, off a terminal --------------------------------------------------------------------------------------
+
+
+def test_off_a_terminal_a_stage_that_takes_long_is_named_and_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SOON", 0.2)
+    monkeypatch.setattr(progress, "QUIET", 0.5)
+    calls: list[int] = []
+
+    def slow(prompts: list[int], completions: list[int], **_: Any) -> list[float]:
+        calls.append(len(completions))
+        time.sleep(1.3 if len(calls) in (2, 3) else 0.0)  # the units of round 1
+        return [float(answer) for answer in completions]
+
+    console = paper()
+    with Progress(console) as watching:
+        evaluation = {"num_prompts": 4, "num_generations": 2}
+        run(
+            tiny.config(tmp_path / "run", num_rounds=1, evaluation=evaluation),
+            tiny.objects(slow),
+            observe=watching,
+        )
+    assert isinstance(console.file, io.StringIO)
+    lines = [line for line in console.file.getvalue().splitlines() if "scoring" in line and "held-out" not in line]
+    assert lines[0] == "round 1/1 · scoring"
+    assert any(re.search(r"scoring: .*1 of 2 units.* so far, about .* left", line) for line in lines), lines
+
+
+def test_the_time_of_a_round_counts_what_earlier_sessions_spent_on_it() -> None:
+    def event(kind: str, round_: int, stage: str, seconds: float | None = None) -> dict[str, Any]:
+        return {"event": kind, "round": round_, "stage": stage, **({} if seconds is None else {"seconds": seconds})}
+
+    events = [
+        event("stage_begin", 1, "draw"),
+        event("unit", 1, "draw", 5.0),  # then a SIGKILL
+        event("stage_begin", 1, "draw"),
+        event("unit", 1, "draw", 7.0),
+        event("stage_stop", 1, "draw", 9.0),  # Ctrl-C
+        event("stage_begin", 1, "draw"),
+        event("unit", 1, "draw", 3.0),
+        event("stage_end", 1, "draw", 4.0),
+        event("stage_end", 2, "draw", 1.0),
+    ]
+    assert seconds_by_round(events) == {1: 5.0 + 9.0 + 4.0, 2: 1.0}
+
+
+def test_a_resumed_round_is_shown_with_the_time_of_the_session_that_was_interrupted(tmp_path: Path) -> None:
+    def stop(kind: str, facts: dict[str, Any]) -> None:
+        if kind == "unit" and facts["stage"] == "draw":
+            time.sleep(1.2)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny.config(tmp_path / "run", num_rounds=1), tiny.objects(), observe=stop)
+    console = paper()
+    with Progress(console) as watching:
+        run(tiny.config(tmp_path / "run", num_rounds=1), tiny.objects(), observe=watching)
+    [seconds] = [row["seconds"] for row in rows_of(tmp_path / "run") if row["round"] == 1]
+    assert seconds >= 1.2
+    assert isinstance(console.file, io.StringIO)
+    assert float(console.file.getvalue().splitlines()[-1].split()[-2]) >= 1.2

@@ -101,6 +101,11 @@ class Answers:
         """How many completions are drawn."""
         return len(self._seeds)
 
+    @property
+    def ended(self) -> int:
+        """How many are complete."""
+        return int(np.count_nonzero(self._finish))
+
     def groups(self) -> list[Ints]:
         """The rows of each prompt."""
         return np.split(np.arange(len(self._seeds)), np.cumsum(self.counts)[:-1]) if len(self.counts) else []

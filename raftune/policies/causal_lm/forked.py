@@ -225,7 +225,7 @@ def draw_forked(model: nn.Module, answers: Answers) -> None:
             torch.save({**own, "answers": answers.state(), "cohorts": forks.state()}, path)
 
         while queue or len(rows):
-            part.step(save, lambda: forks.nbytes)
+            part.step(save, lambda: forks.nbytes, done=(answers.ended, answers.rows, "answers"))
             new = _admitted(queue, size - len(rows), size)
             if new:
                 first, ended = _admit(forks, answers, new)

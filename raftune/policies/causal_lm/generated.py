@@ -92,16 +92,17 @@ def draw_by_generate_alone(model: nn.Module, answers: Answers, same_length: bool
 def _unfinished(answers: Answers, batches: Iterator[Ints]) -> Iterator[Ints]:
     """The batches that an earlier attempt at this unit has not finished; each is saved where that is due."""
     with partial.current("generate").work() as part:
-        done = 0
+        ready = 0
         if (path := part.find()) is not None:
             state = torch.load(path, weights_only=True)
             answers.restore(state["answers"])
-            done = state["batches"]
+            ready = state["batches"]
         for number, batch in enumerate(batches, start=1):
-            if number > done:
+            if number > ready:
                 yield batch
                 state = {"answers": answers.state(), "batches": number}
-                part.step(lambda path, state=state: torch.save(state, path))  # type: ignore[misc]
+                done = (answers.ended, answers.rows, "answers")
+                part.step(lambda path, state=state: torch.save(state, path), done=done)  # type: ignore[misc]
 
 
 def _found(generate: Any, model: nn.Module, answers: Answers, prompts: Ints, rows: Ints) -> Tensor:

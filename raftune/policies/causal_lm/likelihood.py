@@ -109,15 +109,17 @@ def log_probs(model: Any, examples: Sequence[Example], batch_size: int, pad_id: 
     order = np.argsort([-len(e.ids) for e in examples], kind="stable")
     sums = np.zeros(len(examples), dtype=np.float64)
     with as_it_was(model), partial.current("log_probs").work() as part:
-        done = 0
+        ready = 0
         if (path := part.find()) is not None:
             saved = np.load(path)
             sums[order[: len(saved)]] = saved
-            done = len(saved)
-        for first in range(done, len(order), batch_size):
+            ready = len(saved)
+        for first in range(ready, len(order), batch_size):
             chosen = order[first : first + batch_size]
             sums[chosen] = _sums(reader, [examples[i] for i in chosen], batch_size, pad_id)
-            part.step(lambda path, ready=sums[order[: first + batch_size]]: _write_array(path, ready))  # type: ignore[misc]
+            there = sums[order[: first + batch_size]]
+            done = (len(there), len(order), "samples")
+            part.step(lambda path, there=there: _write_array(path, there), done=done)  # type: ignore[misc]
     return sums
 
 

@@ -67,7 +67,7 @@ def draw(
         left = [rows for rows in every if rows[0] >= ready]
         for at in range(0, len(left), at_once):  # side by side, and all of them done before the next are begun
             payloads.extend(one for batch in mapped(drawn, left[at : at + at_once]) for one in batch)
-            part.step(save, size)
+            part.step(save, size, done=(len(payloads), len(seeds), "pictures"))
     return payloads
 
 

@@ -1,0 +1,34 @@
+"""How far the work under way is, for whoever shows it: a word from inside a stage, about nothing but time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """So many of so many things are done."""
+
+    done: int
+    of: int
+    things: str
+
+
+_now: Pulse | None = None
+
+
+def tell(done: int, of: int, things: str) -> None:
+    """Called by the work, as often as it likes."""
+    global _now
+    _now = Pulse(done, of, things)
+
+
+def now() -> Pulse | None:
+    """The latest word; None where nothing was said since `clear`."""
+    return _now
+
+
+def clear() -> None:
+    """Called where other work begins."""
+    global _now
+    _now = None
