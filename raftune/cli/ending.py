@@ -31,6 +31,8 @@ def run_command(app: App, tokens: list[str]) -> int:
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
     try:
+        if unknown := unknown_command(app, tokens):
+            return complain(unknown, USAGE)
         explain(app, tokens)
         result = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
@@ -86,6 +88,18 @@ def usage_message(error: CycloptsError, app: App, tokens: list[str]) -> str:
     said = str(error).strip().rstrip(".")
     stop = "" if said.endswith("?") else "."
     return f"{said[:1].lower()}{said[1:]}{stop} `{place} --help` explains it."
+
+
+def unknown_command(app: App, tokens: list[str]) -> str | None:
+    """What to say where the first word is no command, whatever follows it: --help must not hide that."""
+    if not tokens or tokens[0].startswith("-"):
+        return None
+    if tokens[0] not in commands_of(app):
+        return no_command(tokens[0], app)
+    inner = app[tokens[0]]
+    if len(tokens) > 1 and not tokens[1].startswith("-") and commands_of(inner) and tokens[1] not in commands_of(inner):
+        return no_command(tokens[1], inner)
+    return None
 
 
 def no_command(word: str, app: App) -> str:

@@ -116,12 +116,23 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
         hint = owner.model_fields[names[-1]].description or "Change it."
         return f"{field} must match {fault['ctx']['pattern']}; got {given}. {hint}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{field} must be a section with fields of its own; got {given}. Write `name: value` lines below it."
+        return f"{field} must be a section with fields of its own; got {given}. {as_section(names, fault, owner)}"
     if kind == "literal_error":
         return f"{field} must be {fault['ctx']['expected']}; got {given}. {likely(fault)}"
     rule = fault["msg"][0].lower() + fault["msg"][1:]
     rule = rule.replace("input should be", "must be").replace("input should have", "must have")
     return f"{field} {rule if rule.startswith('must') else 'is wrong: ' + rule}; got {given}. Change it."
+
+
+def as_section(names: Sequence[str], fault: Mapping[str, Any], owner: type[BaseModel]) -> str:
+    """The section to write where a single value was given, if it is clear which of its fields was meant."""
+    field = owner.model_fields.get(names[-1]) if names else None
+    sections = models_in(field.annotation) if field is not None else []
+    usual = ("model", "prompts", "path", "reward_funcs", "rule")
+    known = [name for name in usual if sections and name in sections[0].model_fields]
+    if known and isinstance(fault.get("input"), str):
+        return f"Write `{names[-1]}: {{{known[0]}: {fault['input']}}}`."
+    return "Write `name: value` lines below it."
 
 
 def likely(fault: Mapping[str, Any]) -> str:

@@ -84,7 +84,7 @@ class CustomPolicy(Frozen):
 
 
 def _family(value: Any) -> str:
-    family = value.get("family", "causal_lm") if isinstance(value, dict) else value.family
+    family = value.get("family", "causal_lm") if isinstance(value, dict) else getattr(value, "family", "causal_lm")
     return "custom" if ":" in str(family) else str(family)
 
 

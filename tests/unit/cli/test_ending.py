@@ -206,3 +206,17 @@ sys.exit(run_command(app, ["words"]))
         process.stdout.readline()
         process.stdout.close()
         assert (process.stderr.read(), process.wait(30)) == (b"", 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "meant"),
+    [(["trian"], "'train'"), (["trian", "--help"], "'train'"), (["reward", "chekc", "--help"], "'check'")],
+)
+def test_an_unknown_command_is_a_usage_error_whatever_follows_it(
+    tokens: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from raftune.cli import main
+
+    assert main(tokens) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and f"did you mean {meant}?" in printed.err

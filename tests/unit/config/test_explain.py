@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from raftune.config import Frozen, options_of
-from raftune.config.load import validate
+from raftune.config.load import models_in, nested, validate, validate_as
+from raftune.config.reward_model import RewardModelConfig
+from raftune.config.run import RunConfig
+from raftune.config.sft import SftConfig
 from raftune.errors import ConfigError
 
 BASE: dict[str, Any] = {
@@ -62,3 +67,33 @@ def test_options_of_a_family_of_your_own_are_explained_like_any_field() -> None:
         options_of(validate(given), Options)
     given["policy"] = {"family": "mine:Family", "options": {"hidden": 7}}
     assert options_of(validate(given), Options).hidden == 7
+
+
+def sections(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every section, however deep."""
+    for name, field in model.model_fields.items():
+        for inner in models_in(field.annotation):
+            yield (*prefix, name)
+            yield from sections(inner, (*prefix, name))
+
+
+@pytest.mark.parametrize("model", [RunConfig, SftConfig, RewardModelConfig])
+@pytest.mark.parametrize("value", ["starter", 3, True, ["a"], [[1]], None, {"a": 1}], ids=repr)
+def test_whatever_stands_in_the_place_of_a_section_is_valid_or_refused_by_name(
+    model: type[BaseModel], value: object
+) -> None:
+    for path in dict.fromkeys(sections(model)):
+        try:
+            validate_as(model, nested({".".join(path): value}))
+        except ConfigError as error:  # anything else would be shown as a bug
+            assert path[0] in str(error) or "must be given" in str(error)
+
+
+def test_a_text_for_a_section_is_answered_by_the_section_to_write() -> None:
+    for section, given, written in (
+        ("policy", "starter", "policy: {model: starter}"),
+        ("data", "rows.jsonl", "data: {prompts: rows.jsonl}"),
+        ("rewards", "length", "rewards: {reward_funcs: length}"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"got {given!r}. Write `{written}`.")):
+            validate_as(RunConfig, {section: given})
