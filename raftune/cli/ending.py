@@ -34,7 +34,8 @@ def run_command(app: App, tokens: list[str]) -> int:
         if unknown := unknown_command(app, tokens):
             return complain(unknown, USAGE)
         explain(app, tokens)
-        result = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        with handling(at_once()):
+            result = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except CycloptsError as error:
@@ -44,7 +45,7 @@ def run_command(app: App, tokens: list[str]) -> int:
             raise
         return complain(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return complain("interrupted.", INTERRUPTED)
+        return complain("interrupted; no file was left half written. Run the same command again.", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -121,6 +122,24 @@ def unforeseen(error: Exception) -> str:
         return f"{what}{error.strerror}."
     line = (str(error).strip() or "no message").splitlines()[0]
     return f"unexpected {type(error).__name__}: {line} (a bug, here or in code that was called; --debug shows where)."
+
+
+def at_once() -> Callable[[int, FrameType | None], None]:
+    """The handler of a command that has nothing to go on with: the first signal is answered and ends it, where it is;
+    the second ends the process at once."""
+    asked: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR2:
+            return
+        asked.append(number)
+        if len(asked) > 1:
+            os.write(2, b"\nstopped at once.\n")
+            os._exit(INTERRUPTED)
+        os.write(2, b"\nstopping. Once more stops at once.\n")
+        raise KeyboardInterrupt
+
+    return stop
 
 
 Observer = Callable[[str, dict[str, Any]], None]

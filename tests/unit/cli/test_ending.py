@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,78 @@ def test_an_unknown_command_is_a_usage_error_whatever_follows_it(
     assert main(tokens) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and f"did you mean {meant}?" in printed.err
+
+
+SLEEPER = """
+import signal, sys, time
+from pathlib import Path
+from cyclopts import App
+from raftune import interruption
+from raftune.cli.ending import interruptible, run_command
+app = App(name="raftune", suppress_keyboard_interrupt=False)
+
+def nap(seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        time.sleep(0.01)
+
+@app.command
+def plain():
+    print("ready", flush=True)
+    nap(60)
+
+@app.command
+def steps():
+    with interruptible(Path("runs/x")):
+        with interruption.stretch(lambda: "all is kept"):
+            print("ready", flush=True)
+            for _ in range(600):
+                nap(0.3)
+                interruption.raise_if_asked()
+
+@app.command
+def stuck():
+    with interruptible(Path("runs/x")):
+        with interruption.stretch(lambda: "all is kept"):
+            print("ready", flush=True)
+            nap(60)
+
+@app.command
+def unsaved():
+    with interruptible(Path("runs/x")) as observe:
+        observe("unit", {})
+        print("ready", flush=True)
+        nap(60)
+
+import raftune.cli.ending as ending
+ending.GRACE = 1.0
+sys.exit(run_command(app, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("command", "first", "last"),
+    [
+        ("plain", "stopping. Once more stops at once.", "no file was left half written"),
+        ("steps", "stopping after the current step: all is kept", "Resume with: raftune resume runs/x"),
+        ("stuck", "stopping after the current step: all is kept", "Resume with: raftune resume runs/x"),
+        ("unsaved", "s of unfinished work", "Resume with: raftune resume runs/x"),
+    ],
+)
+def test_the_first_signal_is_answered_within_a_second_and_ends_the_work_soon_after(
+    command: str, first: str, last: str, number: int
+) -> None:
+    words = [sys.executable, "-c", SLEEPER, command]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        began = time.monotonic()
+        process.send_signal(number)
+        assert process.stderr.readline() == "\n"
+        assert first in process.stderr.readline()
+        assert time.monotonic() - began < 1
+        rest = process.stderr.read()
+        assert process.wait(10) == 130
+        assert last in rest and "Traceback" not in rest
+        assert time.monotonic() - began < 6
