@@ -20,7 +20,7 @@ from raftune.evaluation.examine import Examination
 from raftune.evaluation.images import looked_at
 from raftune.evaluation.metrics import METRICS
 from raftune.families import Family, code_of, family_of, load_policy
-from raftune.protocols import Extractor, Policy, Stage, UnitStage
+from raftune.protocols import Extractor, Policy, Stage, SupportsBackends, UnitStage
 from raftune.records import LATENTS
 from raftune.rewards.combining import with_counts
 from raftune.rewards.samples import SamplePanel
@@ -31,6 +31,7 @@ from raftune.stages.features import Features
 from raftune.stages.gather import Gather
 from raftune.stages.guard import Guard
 from raftune.stages.logp import LogProbs
+from raftune.stages.parity import Parity, read_backend
 from raftune.stages.plan import EvaluationPlan, Plan
 from raftune.stages.prompts import Prompts
 from raftune.stages.reference import Reference
@@ -116,6 +117,10 @@ class Shelf:
         if folder.name == "teacher":
             config, start = teacher_config(config), folder
         policy = load_policy(self.family, config, folder, start)
+        if folder.name != "teacher" and isinstance(policy, SupportsBackends):
+            record = read_backend(self.run.folder(0, Parity.writes))
+            if record is not None:
+                policy.use_backend(record)
         self._share(start, getattr(policy, "shared", None))
         return policy
 
@@ -175,6 +180,9 @@ class Assembly:
             stages.append(Start(lambda out: start_teacher(self.family, config, out), name="teacher"))
         if hasattr(self.family, "unread"):
             stages.append(Prompts(self.policies, data))
+        if hasattr(self.family, "choose_backend"):
+            here = isinstance(self.engine, ThisProcess)
+            stages.append(Parity(self.policies, (lambda: None) if here else self.policies.release))
         return stages
 
     def _training(self, round_: int) -> list[Stage]:

@@ -29,6 +29,7 @@ VERBS = {
     "start": "checking the start model",
     "prompts": "asking the model whether it reads the prompts",
     "teacher": "checking the teacher",
+    "parity": "checking how the model generates",
     "plan": "planning",
     "draw": "drawing",
     "teach": "asking the teacher",

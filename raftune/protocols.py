@@ -122,6 +122,19 @@ class Reader(Protocol):
 
 
 @runtime_checkable
+class SupportsBackends(Protocol):
+    """A policy that can generate in several ways: one is chosen once a run, and recorded."""
+
+    def choose_backend(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """What a trial on these prompts found, as JSON holds it. Raises ModelError where no way is right."""
+        ...
+
+    def use_backend(self, record: Mapping[str, Any]) -> None:
+        """From now on, this policy generates as the record of its run says."""
+        ...
+
+
+@runtime_checkable
 class Particular(Protocol):
     """A policy that says which dials it does not have: asked again where a run goes on under another configuration."""
 

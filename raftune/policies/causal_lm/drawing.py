@@ -1,4 +1,4 @@
-"""Completions for token prompts: one function, behind which stand the forked cache and `generate`."""
+"""Completions for token prompts: one function, behind which stand the shared-prefix cache and `generate`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 from torch import nn
 
 from raftune.policies.causal_lm.answers import Answers
-from raftune.policies.causal_lm.forked import draw_forked
-from raftune.policies.causal_lm.generated import draw_by_generate_alone, draw_generated
-from raftune.policies.causal_lm.models import context_of, is_recurrent
-from raftune.policies.causal_lm.paths import asked_of_generate, draw_path
+from raftune.policies.causal_lm.models import context_of
+from raftune.policies.causal_lm.parity import rows_of_prompts
+from raftune.policies.causal_lm.paths import choose_backend, generate_along
 from raftune.policies.causal_lm.settings import Drawn, DrawPath, DrawSettings
 from raftune.policies.memory import names_out_of_memory
 
-__all__ = ["DrawPath", "DrawSettings", "Drawn", "draw", "draw_path"]
+__all__ = ["DrawPath", "DrawSettings", "Drawn", "draw"]
 
 
 def draw(
@@ -30,8 +29,8 @@ def draw(
 
     A completion depends on the model, its prompt, its seed and the settings, and (up to the rounding of floating-point
     batches) on nothing else; only with `generation_kwargs` of generate's own does it depend on its batch. `path` is
-    what `draw_path` said; without it, it is asked. `tokenizer` is used for stop strings alone. The model is left as it
-    was.
+    what the run's `Backend` says; without it, it is tried on these prompts. `tokenizer` is used for stop strings alone.
+    The model is left as it was.
 
     Raises DataError for an empty prompt or one that fills the context, OutOfMemory (with the batch size) where the
     device's memory did not suffice, ModelError where logits are not numbers, ConfigError for `generation_kwargs` that
@@ -40,14 +39,8 @@ def draw(
     answers = Answers(tokenizer, prompts, seeds, settings, context_of(model))
     with names_out_of_memory(settings.batch_size, "max_completion_length"):
         if answers.rows:
-            _fill(answers, model, path or draw_path(model, settings, max(map(len, prompts)))[0])
+            if path is None:
+                backend = choose_backend(model, rows_of_prompts(prompts), settings)
+                path, _ = backend.path(model, settings, max(map(len, prompts)))
+            generate_along(path, model, answers)
     return answers.drawn()
-
-
-def _fill(answers: Answers, model: nn.Module, path: DrawPath) -> None:
-    if path == "forked":
-        draw_forked(model, answers)
-    elif asked_of_generate(answers.settings):
-        draw_by_generate_alone(model, answers, is_recurrent(model))
-    else:
-        draw_generated(model, answers, is_recurrent(model))

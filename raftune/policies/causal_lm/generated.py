@@ -46,14 +46,14 @@ class _AllEnded(StoppingCriteria):  # type: ignore[misc]
         return torch.from_numpy(self._choosing.ended.copy()).to(input_ids.device)
 
 
-def draw_generated(model: nn.Module, answers: Answers, same_length: bool) -> None:
-    """Fills `answers` through `generate`, noise per sample included.
+def draw_generated(model: nn.Module, answers: Answers, same_length: bool, size: int) -> None:
+    """Fills `answers` through `generate`, at most `size` rows at once, noise per sample included.
 
     `same_length` keeps prompts of different lengths apart, for models that padding on the left would disturb.
     """
     settings, device = answers.settings, device_of(model)
     with _ready(model) as generate:
-        for rows in _unfinished(answers, _batches(answers, same_length)):
+        for rows in _unfinished(answers, _batches(answers, same_length, size)):
             choosing = _Choosing(answers, rows)
             ids, mask = _left_padded([answers.prompts[i] for i in answers.prompt_of[rows]], settings.pad_id)
             config = GenerationConfig(
@@ -160,10 +160,10 @@ def _logprobs(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> list[flo
     return logprobs
 
 
-def _batches(answers: Answers, same_length: bool) -> Iterator[Ints]:
+def _batches(answers: Answers, same_length: bool, size: int) -> Iterator[Ints]:
     """Rows in batches, all of one limit (and of one prompt length, where that is asked)."""
     lengths = np.array([len(prompt) for prompt in answers.prompts])[answers.prompt_of]
-    yield from _alike(answers.limits, lengths, same_length, answers.settings.batch_size)
+    yield from _alike(answers.limits, lengths, same_length, size)
 
 
 def _prompt_batches(answers: Answers, groups: list[Ints], same_length: bool) -> Iterator[Ints]:

@@ -132,7 +132,7 @@ def _sums(reader: Reader, group: Sequence[Example], batch_size: int, pad_id: int
     """(B,) nats of a batch."""
     device = device_of(reader.model)
     try:
-        scores_T = _token_log_probs(reader, {k: v.to(device) for k, v in collate(group, pad_id).items()})
+        scores_T = token_log_probs(reader, group, pad_id)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -143,8 +143,10 @@ def _sums(reader: Reader, group: Sequence[Example], batch_size: int, pad_id: int
 
 
 @torch.no_grad()
-def _token_log_probs(reader: Reader, batch: Mapping[str, torch.Tensor]) -> FloatN:
-    """(T,) nats of each completion token, the head applied to a bounded number of positions at a time."""
+def token_log_probs(reader: Reader, group: Sequence[Example], pad_id: int) -> FloatN:
+    """(T,) nats of each completion token of a batch, the head applied to a bounded number of positions at a time."""
+    device = device_of(reader.model)
+    batch = {name: tensor.to(device) for name, tensor in collate(group, pad_id).items()}
     hidden_TD, targets_T = reader.hidden(batch), batch["targets"]
     width = reader.model.config.get_text_config().vocab_size
     at_once = max(1, LOGITS_AT_ONCE // width)

@@ -21,12 +21,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from raftune.config.policy import AdapterConfig, CausalLMPolicy
 from raftune.errors import ConfigError, ModelError
+from raftune.load_errors import why_not_loaded
 from raftune.plain import first_line
+from raftune.policies.causal_lm.models import base_of
 from raftune.quiet import quiet
 from raftune.reading import is_hollow
 
 REFERENCE = "reference.json"
 ADAPTER = "adapter_config.json"
+PROBE = "parity.json"  # of a round that was trained: see parity.py
 
 
 @dataclass(frozen=True)
@@ -129,10 +132,10 @@ def load_tokenizer(config: CausalLMPolicy, start: Path) -> Any:
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **at(revision))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
         raise ModelError(
-            f"policy.tokenizer must name a tokenizer where the model has none; found none at {name!r} "
-            f"({first_line(error)}). Save one there, or set policy.tokenizer."
+            f"policy.tokenizer must name a tokenizer where the model has none; found none at {name!r}: "
+            f"{why_not_loaded(error, name)} Save one there, or set policy.tokenizer."
         ) from error
     if is_hollow(tokenizer):
         raise ModelError(
@@ -207,8 +210,8 @@ def load_weights(config: CausalLMPolicy, name: str, revision: str | None, device
             model, info = AutoModelForCausalLM.from_pretrained(
                 name, output_loading_info=True, **{**options, **config.model_init_kwargs}
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        what = f"policy.model must be a causal language model; {name!r} did not load: {first_line(error)}."
+    except Exception as error:
+        what = f"policy.model must be a causal language model; {name!r} did not load: {why_not_loaded(error, name)}"
         raise ModelError(what) from error
     refuse_other_kind(name, list(getattr(model.config, "architectures", None) or []))
     if missing := sorted(info["missing_keys"]):
@@ -258,22 +261,41 @@ def load_round(
 ) -> Any:
     """The model of a round's folder, ready to be trained if a seed is given and ready to be drawn from if not.
 
-    For drawing, an adapter is merged where that is exact enough (float32 weights). For training, `seed` initialises the
-    adapter of a round that has none yet.
+    For generation, an adapter is merged: always into float32 weights, and into 16-bit ones where the probe of its
+    training says that they can hold it. For training, `seed` initialises the adapter of a round that has none yet.
     """
     adapted = (folder / ADAPTER).is_file()
     if not adapted and not _is_start(folder, start):
         return load_weights(config, str(folder), None, device)
     model = load_start(config, start, device)
     if adapted:
-        with quiet():
-            model = PeftModel.from_pretrained(model, str(folder), is_trainable=seed is not None)
+        model = with_adapter(model, str(folder), None, trainable=seed is not None)
     elif config.adapter is not None and seed is not None:
         model = fresh_adapter(model, config.adapter, seed)
-    exact = model.dtype == torch.float32 and not config.load_in_4bit
-    if merge and exact and seed is None and isinstance(model, PeftModel):
+    if merge and seed is None and isinstance(model, PeftModel) and may_merge(model, config, folder):
         model = merged(model)
     return model.eval()
+
+
+def with_adapter(model: Any, name: str, revision: str | None, *, trainable: bool = False) -> PeftModel:
+    """The model under the adapter of this name. ModelError where the adapter does not load or does not fit."""
+    try:
+        with quiet():
+            return PeftModel.from_pretrained(model, name, is_trainable=trainable, **at(revision))
+    except Exception as error:
+        base = base_of(model).name_or_path or "its base"
+        raise ModelError(
+            f"policy.model may be an adapter that fits its base; the one at {name!r} does not load onto {base!r}: "
+            f"{why_not_loaded(error, name)}"
+        ) from error
+
+
+def may_merge(model: Any, config: CausalLMPolicy, folder: Path) -> bool:
+    """Whether the adapter in this folder can be added to these weights without a loss."""
+    if config.load_in_4bit:
+        return False
+    path = folder / PROBE
+    return bool(model.dtype == torch.float32 or (path.is_file() and json.loads(path.read_text())["merge"]))
 
 
 def merged(model: PeftModel) -> Any:
@@ -307,9 +329,25 @@ def _is_start(folder: Path, start: Path) -> bool:
     return folder.resolve() == start.resolve() or (folder / REFERENCE).is_file()
 
 
+def returning_tuples(model: Any) -> list[str]:
+    """The linear layers that an architecture made its own, such as the routers of a mixture of experts.
+
+    They return more than one tensor, which LoRA cannot add to.
+    """
+    own = torch.nn.Linear.forward
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and type(module).forward is not own
+        and type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
+    ]
+
+
 def fresh_adapter(model: Any, config: AdapterConfig, seed: int) -> PeftModel:
     """The model with a new LoRA adapter, whose product is zero; its random half depends on the seed alone."""
     targets: Any = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    excluded = returning_tuples(model) if targets == "all-linear" else []
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
@@ -317,6 +355,7 @@ def fresh_adapter(model: Any, config: AdapterConfig, seed: int) -> PeftModel:
         lora_dropout=config.dropout,
         target_modules=targets,
         modules_to_save=list(config.modules_to_save) or None,
+        exclude_modules=excluded or None,
     )
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)

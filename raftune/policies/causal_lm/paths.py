@@ -1,35 +1,116 @@
-"""Which way a model's draws go, and why: the forked cache where it is right, else `generate`."""
+"""Which way a model generates, and why: the shared-prefix cache where it is right, else `generate`.
+
+`Backend` is decided once a run, on the run's own prompts, by replaying their tokens through each way and comparing the
+log-probabilities with those of a plain forward (parity.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from raftune.policies.causal_lm.forked import Forks, NotForkableError
-from raftune.policies.causal_lm.models import as_it_was, base_of, context_of, device_of, is_recurrent
+from raftune.errors import ConfigError, ModelError
+from raftune.plain import first_line
+from raftune.policies.causal_lm.answers import Answers
+from raftune.policies.causal_lm.forked import NotForkableError, draw_forked
+from raftune.policies.causal_lm.generated import draw_by_generate_alone, draw_generated
+from raftune.policies.causal_lm.likelihood import Example
+from raftune.policies.causal_lm.models import base_of, context_of, is_recurrent
+from raftune.policies.causal_lm.parity import COPIES, Probe, measure, replayed_log_probs
 from raftune.policies.causal_lm.settings import DrawPath, DrawSettings
 from raftune.policies.memory import is_out_of_memory
 
 _HARMLESS = {"use_cache": True}
-_TRIAL = ((3, 1, 4, 1, 5), (9, 2, 6))  # two prompts, of unequal length, for the trial
-_TRIAL_STEPS = ((5, 3, 5, 8), (9, 7, 9, 3))  # what its four rows are fed
-_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-6}
-_CLOSE_IN_HALF = 0.1
 
 
-def draw_path(model: nn.Module, settings: DrawSettings, longest_prompt: int | None = None) -> tuple[DrawPath, str]:
-    """`forked` or `generate`, and the reason in words.
+@dataclass(frozen=True)
+class Backend:
+    """What the trial on a run's prompts found. `forked` is why the shared-prefix cache is not used, empty where it is.
 
-    `longest_prompt` (tokens) tells how much context is needed; without it, all that the model has. The last check is a
-    trial: a few tokens through the forked cache must give the logits of the model's own forward.
+    `rows` is what `generate` takes at once: 0 for any number, 1 where it gives rows of a batch other logits. Distances
+    are nats a token from a plain forward, of what was tried; `allowed` is the limit.
     """
-    reason = asked_of_generate(settings) or _structure(model, settings, longest_prompt) or _trial(model)
-    return ("generate", reason) if reason else ("forked", "every layer caches keys and values of all tokens")
+
+    forked: str
+    rows: int
+    distances: dict[str, float]
+    noise: float
+    allowed: float
+
+    def path(self, model: nn.Module, settings: DrawSettings, longest_prompt: int | None = None) -> tuple[DrawPath, str]:
+        """The way, and the reason in words. `longest_prompt` (tokens) tells how much context is needed.
+
+        Raises ConfigError for `generation_kwargs` with a model whose batches `generate` gets wrong.
+        """
+        asked = asked_of_generate(settings)
+        if asked and self.rows:
+            raise ConfigError(
+                f"sampling.generation_kwargs must be left out with this model; {asked}, and `generate` gives equal "
+                "rows of a batch different logits, so that only one row at a time can be drawn."
+            )
+        reason = asked or _structure(model, settings, longest_prompt) or self.forked
+        if not reason:
+            return "forked", "every layer caches keys and values of all tokens"
+        if self.rows:
+            return "single", f"{reason}; `generate` gives equal rows of a batch different logits: one row at a time"
+        return "generate", reason
+
+
+def choose_backend(model: nn.Module, rows: Sequence[Example], settings: DrawSettings) -> Backend:
+    """Tries each way that the architecture admits on these rows, the fastest first.
+
+    Raises ModelError where none gives the log-probabilities of a plain forward.
+    """
+    probe = measure(model, rows, settings.pad_id)
+    distances: dict[str, float] = {}
+    longest = max(row.start for row in rows)
+    forked = _structure(model, settings, longest) or _tried("forked", model, probe, settings, distances)
+    if not forked and not (asked_of_generate(settings) or _structure(model, settings, None)):
+        return Backend(forked, 0, distances, probe.noise, probe.allowed)
+    batched = _tried("generate", model, probe, settings, distances)
+    if batched and (alone := _tried("single", model, probe, settings, distances)):
+        raise ModelError(
+            "policy.model must generate with the log-probabilities of its own forward, and no way of generating does: "
+            f"shared prefix: {forked or 'not possible for the whole context'}; generate: {batched}; one row at a time: "
+            f"{alone}. Use another dtype, or another model, and report the architecture."
+        )
+    return Backend(forked, 1 if batched else 0, distances, probe.noise, probe.allowed)
+
+
+def generate_along(path: DrawPath, model: nn.Module, answers: Answers) -> None:
+    """Fills the answers, this way."""
+    if path == "forked":
+        draw_forked(model, answers)
+    elif asked_of_generate(answers.settings):
+        draw_by_generate_alone(model, answers, is_recurrent(model))
+    else:
+        draw_generated(model, answers, is_recurrent(model), 1 if path == "single" else answers.settings.batch_size)
+
+
+def replay(path: DrawPath, model: nn.Module, probe: Probe, settings: DrawSettings) -> list[list[float]]:
+    """The log-probs of the probe's completions, as this way of generating records them."""
+    rows = min(settings.batch_size, COPIES * len(probe.prompts))
+    return replayed_log_probs(lambda answers: generate_along(path, model, answers), probe, settings.pad_id, rows)
+
+
+def _tried(path: DrawPath, model: nn.Module, probe: Probe, settings: DrawSettings, distances: dict[str, float]) -> str:
+    """Why this way is not to be used, empty where it is right; `distances` takes how far it is from a plain forward."""
+    try:
+        apart = probe.distance(replay(path, model, probe, settings))
+    except NotForkableError as error:
+        return str(error)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        return f"a trial of it failed: {type(error).__name__}: {first_line(error)}"
+    distances[path] = apart
+    if apart <= probe.allowed:
+        return ""
+    return f"a trial gave other log-probabilities (by {apart:.1e} nats a token, allowed {probe.allowed:.0e})"
 
 
 def asked_of_generate(settings: DrawSettings) -> str:
@@ -80,42 +161,3 @@ def _moving_rope(config: Any, context: int | None) -> Iterator[str]:
     trained: int = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     if context is None or context > trained:
         yield f"its rotary frequencies ({rope['rope_type']}) change beyond {trained} tokens"
-
-
-def _trial(model: nn.Module) -> str:
-    """Compares the forked cache's logits with the model's own on a few tokens; empty where they agree."""
-    try:
-        ours, own = _trial_logits(model)
-    except NotForkableError as error:
-        return str(error)
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
-        if is_out_of_memory(error):
-            raise
-        first_line = next(iter(str(error).splitlines()), "")
-        return f"a trial of the forked cache failed: {type(error).__name__}: {first_line}"
-    apart, close = _apart(ours, own), _CLOSE.get(own.dtype, _CLOSE_IN_HALF)
-    if apart <= close:
-        return ""
-    return f"a trial of the forked cache gave other logits (relative distance {apart:.1e}, allowed {close:.0e})"
-
-
-def _trial_logits(model: Any) -> tuple[Tensor, Tensor]:
-    """Logits (2 rows a prompt, 3 positions, V) of the forked cache, and of whole sequences without a cache."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    prompts = [[token % vocabulary for token in prompt] for prompt in _TRIAL]
-    steps = [[token % vocabulary for token in step] for step in _TRIAL_STEPS]
-    with torch.inference_mode(), as_it_was(model):
-        forks = Forks(model)
-        ours = [forks.admit(prompts, [2, 2], len(steps))]
-        ours += [forks.step(torch.tensor(step)) for step in steps]
-        own = []
-        for row, prompt in enumerate(np.repeat(np.arange(2), 2)):
-            ids = torch.tensor([prompts[prompt] + [step[row] for step in steps]], device=device_of(model))
-            own.append(model(input_ids=ids, use_cache=False, return_dict=True).logits[0, -3:])
-    return torch.stack(ours, dim=1), torch.stack(own)
-
-
-def _apart(ours: Tensor, own: Tensor) -> float:
-    """Distance of the logits relative to their spread over the vocabulary; a shift of all of them means nothing."""
-    ours, own = (logits.double().cpu() - logits.double().cpu().mean(-1, keepdim=True) for logits in (ours, own))
-    return float((ours - own).norm() / own.norm().clamp(min=1e-12))

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
 
-from raftune.errors import OutOfMemory
 from raftune.policies.causal_lm import loading, starting
-from raftune.policies.causal_lm.drawing import draw, draw_path
+from raftune.policies.causal_lm.drawing import draw
 from raftune.policies.causal_lm.encoding import Encoder
 from raftune.policies.causal_lm.likelihood import Example, log_probs
+from raftune.policies.causal_lm.parity import check_parity, plain_log_probs, probe_of_fit, read_probe, rows_of_prompts
+from raftune.policies.causal_lm.paths import Backend, choose_backend, replay
 from raftune.policies.causal_lm.saving import read_optimizer, write_model
 from raftune.policies.causal_lm.settings import DrawPath, DrawSettings
 from raftune.policies.devices import choose_device
 from raftune.policies.dials import RunParts, refuse_unused
-from raftune.policies.memory import is_out_of_memory
+from raftune.policies.memory import names_out_of_memory
 from raftune.protocols import FloatN, TuneReport, Unit
 from raftune.records import Prompt, Sample, derive_seed
 
@@ -52,7 +55,8 @@ class CausalLM:
         limit = loading.context(loading.model_config(config.policy, start))
         self.encoder = Encoder(self.tokenizer, config.sampling, limit, self.eos_ids[0])
         self._model: Any = None
-        self._forks = False
+        self._backend: Backend | None = None
+        self._checked: set[DrawPath] = set()
 
     @classmethod
     def load(cls, config: RunParts, folder: Path, start: Path) -> CausalLM:
@@ -91,10 +95,17 @@ class CausalLM:
 
     @property
     def model(self) -> Any:
-        """The weights on the device, in eval mode; read on first use."""
+        """The weights on the device, in eval mode, read on first use. Raises ModelError unless training had them."""
         if self._model is None:
-            self._model = loading.load_round(self.config.policy, self.folder, self.start_folder, self.device)
+            model = loading.load_round(self.config.policy, self.folder, self.start_folder, self.device)
+            if (probe := read_probe(self.folder)) is not None:
+                check_parity(probe, plain_log_probs(model, probe.examples, self._pad_id), "as it was loaded")
+            self._model = model
         return self._model
+
+    @property
+    def _pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +116,7 @@ class CausalLM:
         """All samples of the unit, prompt by prompt, k ascending. Raises DataError, ModelError, OutOfMemory."""
         prompts = self.encoder.encode(unit.prompts, for_drawing=True)
         settings = self._settings(unit.batch_size)
-        path = self._path(settings, max(map(len, prompts)))
+        path = self._path(settings, prompts)
         drawn = draw(self.model, self.tokenizer, prompts, unit.seeds, settings, path)
         texts = iter(self.encoder.decode([one.ids for group in drawn for one in group]))
         return [
@@ -134,21 +145,29 @@ class CausalLM:
             batch_size=batch_size,
         )
 
-    def _path(self, settings: DrawSettings, longest: int) -> DrawPath:
-        """How this unit is drawn; what holds for the whole context is found out once."""
-        if self._forks:
-            return "forked"
-        try:
-            path, reason = draw_path(self.model, settings)
-            self._forks = path == "forked"
-            if not self._forks:
-                path, reason = draw_path(self.model, settings, longest)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            what = "policy.model must leave room in the device's memory to draw; a trial of two rows found none."
-            raise OutOfMemory(what, settings.batch_size) from None
-        if path == "generate":
+    def choose_backend(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """How a run on such prompts generates, for the record: decided once, by trial on a few of them."""
+        settings = self._settings(self.config.sampling.batch_size or 8)
+        with names_out_of_memory(settings.batch_size, "max_completion_length"):
+            rows = rows_of_prompts(self.encoder.encode(prompts, for_drawing=True))
+            self._backend = choose_backend(self.model, rows, settings)
+        return asdict(self._backend)
+
+    def use_backend(self, record: Mapping[str, Any]) -> None:
+        """From now on this policy generates as `choose_backend` found for its run."""
+        self._backend = Backend(**record)
+
+    def _path(self, settings: DrawSettings, prompts: Sequence[Sequence[int]]) -> DrawPath:
+        """How this unit is drawn; that the trained model is what generates this way is checked once."""
+        with names_out_of_memory(settings.batch_size, "max_completion_length"):
+            if self._backend is None:
+                self._backend = choose_backend(self.model, rows_of_prompts(prompts), settings)
+            path, reason = self._backend.path(self.model, settings, max(map(len, prompts)))
+            if path not in self._checked and (probe := read_probe(self.folder)) is not None:
+                how = "through the shared-prefix cache" if path == "forked" else "through `generate`"
+                check_parity(probe, replay(path, self.model, probe, settings), how)
+            self._checked.add(path)
+        if path != "forked":
             self._notes[f"drawn through `generate`, slower than the shared cache: {reason}"] = None
         return path
 
@@ -205,6 +224,8 @@ class CausalLM:
         )
         fitted = fit(task, tuning, work, self.device)
         write_model(fitted.model, self.tokenizer, out, loading.base_of_adapters(self.start_folder), fitted.optimizer)
+        plain = extract_model_from_parallel(fitted.model, keep_fp32_wrapper=False)  # without autocast in its forward
+        probe_of_fit(plain, found.examples, self._pad_id).write(out)
         self._notes |= dict.fromkeys(fitted.notes)
         details = {
             "tokens": sum(example.tokens for example in found.examples),

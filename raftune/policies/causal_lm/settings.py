@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Finish = Literal["eos", "length", "stop"]
-DrawPath = Literal["forked", "generate"]
+DrawPath = Literal["forked", "generate", "single"]  # single: `generate` with one row at a time
 
 
 @dataclass(frozen=True)

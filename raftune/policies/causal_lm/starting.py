@@ -25,6 +25,7 @@ from raftune.policies.causal_lm.loading import (
     merged,
     model_config,
     resolve,
+    with_adapter,
 )
 from raftune.policies.causal_lm.models import base_of
 from raftune.policies.causal_lm.saving import write_model
@@ -89,8 +90,7 @@ def _begin_on_base(
     base.write(out)
     device = choose_device(config.device) if config.load_in_4bit else torch.device("cpu")
     weights = load_weights(config, base.name, base.revision, device)
-    with quiet():
-        adapted = PeftModel.from_pretrained(weights, reference.name, **at(reference.revision))
+    adapted = with_adapter(weights, reference.name, reference.revision)
     tokenizer = tokenizer or _tokenizer_of(config, reference.name, adapter)
     write_model(adapted, tokenizer, out, (base.name, base.revision))
     tokenizer.save_pretrained(out)
@@ -99,7 +99,12 @@ def _begin_on_base(
 
 def _base_at(adapter: PeftConfig, name: str) -> str:
     """The name of an adapter's base; a path in it starts from the adapter's folder, as in the runs that we write."""
-    base = str(adapter.base_model_name_or_path)
+    base = adapter.base_model_name_or_path
+    if not base:
+        raise ModelError(
+            f"policy.model may be an adapter whose {ADAPTER} names its base; {name!r} names none. Write the base's "
+            "folder or hub name there as base_model_name_or_path."
+        )
     beside = Path(name) / base
     return str(beside.resolve()) if base.startswith("..") and beside.is_dir() else base
 
@@ -109,8 +114,13 @@ def _merged(config: CausalLMPolicy, name: str, revision: str | None, adapter: Pe
     base = _base_at(adapter, name)
     exact = config.model_copy(update={"dtype": "float32", "load_in_4bit": False})
     model = load_weights(exact, base, adapter.revision, torch.device("cpu"))
-    with quiet():
-        whole = merged(PeftModel.from_pretrained(model, name, **at(revision)))
+    adapted = with_adapter(model, name, revision)
+    if adapter.is_prompt_learning or not hasattr(adapted.base_model, "merge_and_unload"):
+        raise ModelError(
+            f"policy.model must be a model, or an adapter that can be merged into its base; {name!r} is "
+            f"{adapter.peft_type}, which adds to the prompt and not to weights. Name its base, {base!r}, or a LoRA."
+        )
+    whole = merged(adapted)
     return whole if config.dtype in ("float32", "auto") else whole.to(getattr(torch, config.dtype))
 
 

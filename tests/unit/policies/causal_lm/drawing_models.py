@@ -28,6 +28,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from raftune.policies.causal_lm.parity import rows_of_prompts
+from raftune.policies.causal_lm.paths import choose_backend
+from raftune.policies.causal_lm.settings import DrawSettings
+
 VOCABULARY = 97
 CONTEXT = 128
 
@@ -89,6 +93,12 @@ def _with_biases(model: PreTrainedModel) -> PreTrainedModel:
 def prompts(*lengths: int) -> list[list[int]]:
     rng = np.random.default_rng(0)
     return [rng.integers(3, VOCABULARY, size=length).tolist() for length in lengths]
+
+
+def path_of(model: PreTrainedModel, settings: DrawSettings, longest: int | None = None) -> tuple[str, str]:
+    """How the model generates, as a trial on two prompts finds it, and why."""
+    rows = rows_of_prompts(prompts(12, 7))
+    return choose_backend(model, rows, settings).path(model, settings, longest)
 
 
 def seeds(*counts: int) -> list[list[int]]:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from drawing_models import VOCABULARY, gpt2, gpt_neox, llama, mamba, mistral, prompts, qwen2, seeds
+from drawing_models import VOCABULARY, gpt2, gpt_neox, llama, mamba, mistral, path_of, prompts, qwen2, seeds
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raftune.policies.causal_lm.drawing import Drawn, DrawSettings, draw, draw_path
+from raftune.policies.causal_lm.drawing import Drawn, DrawSettings, draw
 
 LENGTHS = (3, 9, 5, 12, 1, 7)
 GREEDY = DrawSettings(temperature=0, max_completion_length=30, eos_ids=(2, 5, 6, 7), batch_size=8)
@@ -53,7 +53,7 @@ def greedy_by_generate(model: nn.Module, prompt: list[int]) -> list[int]:
 
 
 def assert_greedy_is_that_of_generate(model: nn.Module, wanted: str) -> list[list[Drawn]]:
-    path, reason = draw_path(model, GREEDY, max(LENGTHS))
+    path, reason = path_of(model, GREEDY, max(LENGTHS))
     assert path == wanted, reason
     drawn = draw(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), GREEDY)
     for prompt, group in zip(prompts(*LENGTHS), drawn, strict=True):
@@ -143,7 +143,7 @@ def test_a_group_larger_than_the_batch_is_drawn_in_parts() -> None:
 def test_half_precision_draws_what_its_own_forward_finds_likely() -> None:
     model = llama().to(torch.bfloat16)
     settings = DrawSettings(max_completion_length=20, eos_ids=(2,))
-    path, reason = draw_path(model, settings)
+    path, reason = path_of(model, settings)
     assert path == "forked", reason
     drawn = draw(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), settings)
     for prompt, group in zip(prompts(*LENGTHS), drawn, strict=True):

@@ -112,7 +112,7 @@ def test_a_full_memory_names_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> 
     def full(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(likelihood, "_token_log_probs", full)
+    monkeypatch.setattr(likelihood, "token_log_probs", full)
     with pytest.raises(OutOfMemory, match=r"sampling\.batch_size") as caught:
         log_probs(model, examples(), 5, PAD)
     assert caught.value.batch_size == 5  # of the five rows that were alive

@@ -332,7 +332,7 @@ def test_plain_transformers_loads_a_full_model(tmp_path: Path, arch: str) -> Non
     assert plain.config.use_cache
     assert torch.equal(logits(plain), logits(CausalLM.load(config, out, start_of(tmp_path)).model))
     assert AutoTokenizer.from_pretrained(out)("the cab") == tiny_tokenizer()("the cab")
-    assert sorted(path.suffix for path in out.iterdir()) == [".json"] * 4 + [".safetensors"]
+    assert sorted(path.suffix for path in out.iterdir()) == [".json"] * 5 + [".safetensors"]
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
@@ -340,7 +340,8 @@ def test_plain_peft_loads_an_adapter_onto_the_base_that_it_names(tmp_path: Path,
     model = save_tiny(tmp_path / "model", arch)
     config = parts(model, lora=True)
     out = one_round(config, tmp_path)
-    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = ["adapter_config.json", "adapter_model.safetensors", "parity.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
     ours = logits(CausalLM.load(config, out, start_of(tmp_path)).model)
     torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(out)), ours, atol=1e-5, rtol=0)
     start = logits(AutoModelForCausalLM.from_pretrained(model))
@@ -414,7 +415,7 @@ def test_equal_runs_in_other_folders_and_processes_leave_equal_bytes(tmp_path: P
     here_lora, here_full, there_lora, there_full = (tree_hash(root / "round-0001" / "model") for root in roots)
     assert here_lora == there_lora
     assert here_full == there_full
-    assert (len(here_lora), len(here_full)) == (3, 6)
+    assert (len(here_lora), len(here_full)) == (4, 7)
 
 
 def test_a_pipeline_of_diffusers_is_told_its_family(tmp_path: Path) -> None:

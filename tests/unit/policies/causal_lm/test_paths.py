@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drawing_models import VOCABULARY, gpt2, llama, mamba, mistral
+from drawing_models import VOCABULARY, gpt2, llama, mamba, mistral, path_of
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from raftune.policies.causal_lm.drawing import DrawSettings, draw_path
+from raftune.policies.causal_lm.drawing import DrawSettings
+from raftune.policies.causal_lm.paths import Backend
 
 SETTINGS = DrawSettings(max_completion_length=30)
 SMALL = {
@@ -36,19 +37,19 @@ SMALL = {
 
 
 def assert_through_generate(model: nn.Module, settings: DrawSettings, longest: int | None, because: str) -> None:
-    path, reason = draw_path(model, settings, longest)
+    path, reason = path_of(model, settings, longest)
     assert path == "generate"
     assert because in reason
 
 
 @pytest.mark.parametrize("model", [llama, gpt2])
 def test_full_attention_is_forked(model: type) -> None:
-    assert draw_path(model(), SETTINGS)[0] == "forked"
+    assert path_of(model(), SETTINGS)[0] == "forked"
 
 
 def test_a_sliding_window_is_forked_only_where_the_context_stays_inside_it() -> None:
     model = mistral(40)
-    assert draw_path(model, SETTINGS, 10)[0] == "forked"
+    assert path_of(model, SETTINGS, 10)[0] == "forked"
     assert_through_generate(model, SETTINGS, 11, "a layer sees the last 40 tokens only, within a context of 41")
     assert_through_generate(model, SETTINGS, None, "within a context of 128")
 
@@ -59,7 +60,8 @@ def test_a_recurrent_state_is_not_forked() -> None:
 
 def test_an_encoder_is_not_forked() -> None:
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=16, num_layers=1, num_heads=2))
-    assert_through_generate(t5, SETTINGS, 10, "encoder")
+    path, reason = Backend("", 0, {}, 0, 1).path(t5, SETTINGS, 10)
+    assert (path, reason) == ("generate", "it attends to an encoder")
     crossing = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True)
     assert_through_generate(GPT2LMHeadModel(crossing), SETTINGS, 10, "encoder")
 
@@ -76,13 +78,13 @@ def test_attention_with_more_than_queries_keys_and_values_is_not_forked() -> Non
 def test_options_of_generate_alone_go_through_generate() -> None:
     beams = DrawSettings(generation_kwargs={"num_beams": 4, "no_repeat_ngram_size": 2})
     assert_through_generate(llama(), beams, 10, "no_repeat_ngram_size, num_beams are generate's own")
-    assert draw_path(llama(), DrawSettings(generation_kwargs={"use_cache": True}))[0] == "forked"
+    assert path_of(llama(), DrawSettings(generation_kwargs={"use_cache": True}))[0] == "forked"
 
 
 def test_rotary_frequencies_that_move_with_the_batch_are_not_forked_beyond_their_length() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 50}
     model = llama(rope_parameters=rope)
-    assert draw_path(model, SETTINGS, 20)[0] == "forked"
+    assert path_of(model, SETTINGS, 20)[0] == "forked"
     assert_through_generate(model, SETTINGS, 21, "change beyond 50 tokens")
 
 
@@ -94,13 +96,13 @@ def _leaning(module: nn.Module, query: Tensor, key: Tensor, *args: object, **kwa
 def test_a_trial_finds_attention_that_differs_from_ours() -> None:
     AttentionInterface.register("raftune_test_leaning", _leaning)
     model: PreTrainedModel = llama(attn_implementation="raftune_test_leaning")
-    assert_through_generate(model, SETTINGS, 10, "gave other logits")
+    assert_through_generate(model, SETTINGS, 10, "gave other log-probabilities")
 
 
 def test_asking_for_the_path_leaves_the_model_as_it_was() -> None:
     model = llama().train()
     random_state = torch.random.get_rng_state()
-    draw_path(model, SETTINGS)
+    path_of(model, SETTINGS)
     assert all(module.training for module in model.modules())
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(torch.random.get_rng_state(), random_state)

@@ -1,0 +1,44 @@
+"""Stage `parity`: how a run's models generate, decided once, by trial on the run's own prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from raftune.protocols import Inputs, PolicyShelf, SupportsBackends
+from raftune.stages.prompts import prompts_in
+
+BACKEND = "backend.json"
+TRIED = 4  # prompts
+
+
+class Parity:
+    """backend.json: what the trial found, so that every round and every process generate the same way."""
+
+    name = writes = "parity"
+    reads = ("data@0", "model@0")
+    fields: tuple[str, ...] = ()
+
+    def __init__(self, policies: PolicyShelf, release: Callable[[], None]) -> None:
+        """`release` is called afterwards: it frees the model where other processes generate."""
+        self.policies, self.release = policies, release
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return {}
+
+    def run(self, inputs: Inputs, out: Path) -> tuple[str, ...]:
+        policy = self.policies.at(inputs["model@0"])
+        assert isinstance(policy, SupportsBackends)  # the table of stages holds this one for no other
+        record = policy.choose_backend(list(islice(prompts_in(inputs["data@0"]), TRIED)))
+        (out / BACKEND).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+        self.release()
+        return ()
+
+
+def read_backend(folder: Path) -> dict[str, Any] | None:
+    """What the trial found; None where it was not made."""
+    path = folder / BACKEND
+    return dict(json.loads(path.read_text())) if path.is_file() else None
