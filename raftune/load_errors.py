@@ -8,6 +8,7 @@ from pathlib import Path
 
 from raftune.plain import first_line, one_line
 
+UNTRUSTED = "trust_remote_code"  # what transformers asks for where a model needs code of its own
 LFS = b"version https://git-lfs"
 # A word in an error about a missing package, and what else helps than installing it.
 PACKAGES = {
@@ -32,6 +33,8 @@ MISMATCH = re.compile(
 
 def why_not_loaded(error: BaseException, place: str | Path) -> str:
     """The cause, and the fix, as sentences. `place` is the folder or hub name that was read."""
+    if UNTRUSTED in str(error):
+        return "it needs Python code that comes with it. Read that code, then set trust_remote_code: true."
     cause, fix = _damaged(place) or _mismatched(error) or _lacking(error) or _pickled(error) or ("", "")
     return f"{cause}. {fix}." if cause else f"{one_line(first_line(error), 300)}."
 

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from raftune.config.rewards import derived_name
 from raftune.errors import RewardError
+from raftune.load_errors import why_not_loaded
 from raftune.reading import NOTES, Reading, is_hollow, longest, read_notes, tokens
 from raftune.rewards import fingerprint
 from raftune.rewards.model_options import ClassifierOptions
@@ -240,6 +241,15 @@ class Classifier:
         return {"revision": self.options.revision, "trust_remote_code": self.options.trust_remote_code}
 
     def _unreadable(self, what: str, name: str, error: Exception) -> RewardError:
+        folder = Path(name).expanduser()
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            return RewardError(
+                f"reward_funcs: a reward model must be whole; {name!r} is an adapter alone. Merge it into its base: "
+                f"AutoPeftModelForSequenceClassification.from_pretrained({name!r}).merge_and_unload()"
+                ".save_pretrained(FOLDER), save its tokenizer there too, and name that folder."
+            )
+        if folder.is_dir():
+            return RewardError(f"reward_funcs: {name!r}: its {what} cannot be read: {why_not_loaded(error, name)}")
         return RewardError(
             f"reward_funcs: {name!r} is no built-in reward and no module:function, and as a model's folder or hub name "
             f"its {what} cannot be read: {one_line(error)}"

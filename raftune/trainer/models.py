@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from raftune.errors import ConfigError, ModelError
 from raftune.plain import first_line
+from raftune.policies.causal_lm.loading import refuse_untrusted_code
 from raftune.quiet import quiet
 
 logger = logging.getLogger("raftune")
@@ -69,6 +70,8 @@ def given_model(
         policy = {"model": str(model), **_init(init)}
         if quantization is not None:
             policy["load_in_4bit"] = _is_nf4(quantization, "quantization_config")
+        trust = policy.get("trust_remote_code", trust)
+        refuse_untrusted_code(str(model), policy.get("revision"), trust, "model")
         config = lambda: _config_of(str(model), policy, trust)  # noqa: E731
         name = str(model).rstrip("/").rsplit("/", 1)[-1]
     elif isinstance(model, (PreTrainedModel, PeftModel)):

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from raftune.config.policy import AdapterConfig, CausalLMPolicy
 from raftune.errors import ConfigError, ModelError
-from raftune.load_errors import why_not_loaded
+from raftune.load_errors import UNTRUSTED, why_not_loaded
 from raftune.plain import first_line
 from raftune.policies.causal_lm.models import base_of
 from raftune.quiet import quiet
@@ -44,7 +45,7 @@ class Reference:
         (folder / REFERENCE).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
 
 
-def resolve(name: str, revision: str | None = None) -> Reference:
+def resolve(name: str, revision: str | None = None, trust: bool = False) -> Reference:
     """The reference of a folder or a hub name. ModelError says what was looked for and where."""
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -54,7 +55,7 @@ def resolve(name: str, revision: str | None = None) -> Reference:
         raise ModelError(
             f"policy.model must be a folder or a hub name; got {name!r}, and {folder.resolve()} is no folder."
         )
-    commit = _commit(name, revision)
+    commit = _commit(name, revision, trust)
     return Reference(name, commit or revision, f"hub:{commit}")
 
 
@@ -69,18 +70,31 @@ def refuse_no_model(folder: Path) -> None:
     raise ModelError(f"policy.model must be a causal language model; {folder} has no config.json. {fix}")
 
 
-def _commit(name: str, revision: str | None) -> str | None:
+def _commit(name: str, revision: str | None, trust: bool) -> str | None:
     """The hub commit that `name` stands for now, from the network or the local cache."""
-    for kind in (AutoConfig, PeftConfig):  # a folder on the hub may hold a model, or an adapter alone
+    refuse_untrusted_code(name, revision, trust)
+    for file in ("config.json", ADAPTER):  # a folder on the hub may hold a model, or an adapter alone
         with contextlib.suppress(OSError, ValueError), quiet():
-            found = kind.from_pretrained(name, **at(revision))
-            return getattr(found, "_commit_hash", None)
+            commit: str | None = extract_commit_hash(cached_file(name, file, **at(revision)), None)
+            return commit
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
     hint = "HF_HUB_OFFLINE is set: unset it, or download the model first." if offline else "Check name and network."
     raise ModelError(
         f"policy.model must be a folder or a hub name; got {name!r}{f' at revision {revision!r}' if revision else ''}, "
         f"and there is no folder {Path(name).resolve()} and nothing of that name on the hub or in its cache. {hint}"
     )
+
+
+def refuse_untrusted_code(name: str, revision: str | None, trust: bool, field: str = "policy.model") -> None:
+    """Raises ModelError for a model that needs code of its own, where that is not trusted. Other faults pass."""
+    if trust:
+        return
+    try:
+        with quiet():  # told False, transformers asks nobody at the terminal
+            AutoConfig.from_pretrained(name, trust_remote_code=False, **at(revision))
+    except Exception as error:
+        if UNTRUSTED in str(error):
+            raise ModelError(f"{field} {name!r} does not load: {why_not_loaded(error, name)}") from error
 
 
 def at(revision: str | None) -> dict[str, str]:

@@ -47,7 +47,7 @@ def begin(
     device = choose_device(config.device)
     if model is not None:
         return _begin_with_object(config, out, model, tokenizer)
-    reference = resolve(config.model, config.revision)
+    reference = resolve(config.model, config.revision, config.trust_remote_code)
     adapter = _adapter_at(reference.name, reference.revision)
     if adapter and not merge:
         return _begin_on_base(config, out, reference, adapter, tokenizer)
@@ -86,7 +86,7 @@ def _adapter_at(name: str, revision: str | None) -> PeftConfig | None:
 def _begin_on_base(
     config: CausalLMPolicy, out: Path, reference: Reference, adapter: PeftConfig, tokenizer: Any
 ) -> dict[str, Any]:
-    base = resolve(_base_at(adapter, reference.name), adapter.revision)
+    base = resolve(_base_at(adapter, reference.name), adapter.revision, config.trust_remote_code)
     base.write(out)
     device = choose_device(config.device) if config.load_in_4bit else torch.device("cpu")
     weights = load_weights(config, base.name, base.revision, device)

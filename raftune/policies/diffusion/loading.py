@@ -20,7 +20,7 @@ from accelerate import init_empty_weights
 
 from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ConfigError, ModelError
-from raftune.plain import first_line
+from raftune.load_errors import why_not_loaded
 from raftune.policies.devices import choose_device
 from raftune.policies.diffusion import adapters
 from raftune.policies.diffusion.binding import Conditions
@@ -140,9 +140,10 @@ def read_pipeline(config: DiffusionPolicy, source: Source, part: Part) -> Any:
                 variant=source.variant,
                 **{part.name: hollow(source.folder, part), **options, **passed},
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+    except Exception as error:
         raise ModelError(
-            f"policy.model must be a pipeline that diffusers loads; {source.name!r} did not: {first_line(error)}."
+            f"policy.model must be a pipeline that diffusers loads; {source.name!r} did not: "
+            f"{why_not_loaded(error, source.folder)}"
         ) from error
     pipe.set_progress_bar_config(disable=True)
     for name, module in pipe.components.items():
@@ -244,9 +245,10 @@ def read_denoiser(config: DiffusionPolicy, folder: Path, part: Part, variant: st
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:
         raise ModelError(
-            f"policy.model must hold its denoiser; {folder / part.name} did not load: {first_line(error)}."
+            f"policy.model must hold its denoiser; {folder / part.name} did not load: "
+            f"{why_not_loaded(error, folder / part.name)}"
         ) from error
     if any(".lora_" in name for name in info["unexpected_keys"]):
         raise ModelError(

@@ -379,3 +379,11 @@ def test_dials_of_pictures_mean_nothing_to_tables() -> None:
             Tabular.start(config, Path("nowhere"))
     with pytest.raises(ConfigError, match=r"keep_latents means nothing to the tabular family; got 'selected'"):
         Tabular.start(validate({**tabular, "keep_latents": "selected"}), Path("nowhere"))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_damaged_weights_are_named_with_what_to_do(model: Path, tmp_path: Path, part: str) -> None:
+    weights = next((model / part).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(ModelError, match=r"\(500 bytes\) is cut short or damaged .* Copy or download it again"):
+        Diffusion.start(parts(model), tmp_path / "start")
