@@ -133,6 +133,16 @@ def current(kind: str) -> Part:
 
 
 @contextlib.contextmanager
+def outside() -> Iterator[None]:
+    """Within, work is no part of the unit that runs now: nothing is continued from it, and nothing of it is kept."""
+    token = _current.set(None)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@contextlib.contextmanager
 def unfinished_work(folder: Path, tmp: Path, unit: str, key: str, metadata: Mapping[str, str]) -> Iterator[None]:
     """Within, `current()` is the work of this unit; once it ends well, what was saved of it is removed."""
     part = Part(folder, tmp, unit, json.dumps([key, dict(metadata)], sort_keys=True))

@@ -23,6 +23,7 @@ from raftune.policies.causal_lm.models import base_of, context_of, is_recurrent
 from raftune.policies.causal_lm.parity import COPIES, Probe, measure, replayed_log_probs
 from raftune.policies.causal_lm.settings import DrawPath, DrawSettings
 from raftune.policies.memory import is_out_of_memory
+from raftune.store import partial
 
 _HARMLESS = {"use_cache": True}
 
@@ -94,7 +95,8 @@ def generate_along(path: DrawPath, model: nn.Module, answers: Answers) -> None:
 def replay(path: DrawPath, model: nn.Module, probe: Probe, settings: DrawSettings) -> list[list[float]]:
     """The log-probs of the probe's completions, as this way of generating records them."""
     rows = min(settings.batch_size, COPIES * len(probe.prompts))
-    return replayed_log_probs(lambda answers: generate_along(path, model, answers), probe, settings.pad_id, rows)
+    with partial.outside():
+        return replayed_log_probs(lambda answers: generate_along(path, model, answers), probe, settings.pad_id, rows)
 
 
 def _tried(path: DrawPath, model: nn.Module, probe: Probe, settings: DrawSettings, distances: dict[str, float]) -> str:

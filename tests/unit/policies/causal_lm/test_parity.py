@@ -28,6 +28,7 @@ from raftune.policies.causal_lm.parity import (
 )
 from raftune.policies.causal_lm.paths import choose_backend, replay
 from raftune.policies.causal_lm.settings import DrawSettings
+from raftune.store import partial
 from tests.builders import parts, save_tiny, tiny_llama, unit_of, write_rows
 from tests.unit.policies.causal_lm.fits import some_rows, tuned
 
@@ -145,3 +146,16 @@ def test_noise_of_16_bit_batches_is_no_mismatch_and_another_adapter_is_one() -> 
     check_parity(probe, replay("forked", model, probe, SETTINGS), "here")
     with pytest.raises(ModelError, match="nats a token"):
         check_parity(probe, plain_log_probs(adapted(0.0), rows, 0), "without its adapter")
+
+
+def test_a_check_in_the_middle_of_a_unit_neither_reads_nor_writes_what_the_unit_is_continued_from(
+    tmp_path: Path,
+) -> None:
+    model, rows = llama(), rows_of_prompts(prompts(12, 7))
+    probe = measure(model, rows, 0)
+    with partial.unfinished_work(tmp_path / "draw", tmp_path, "unit-00000", "key", {}):
+        unit = partial.current("forked")
+        unit.save(lambda path: path.write_bytes(b"what the unit came to"))
+        left = unit.find()
+        assert probe.distance(replay("forked", model, probe, SETTINGS)) < 1e-3
+        assert left is not None and unit.find() == left
