@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from raftune.build import Assembly
 from raftune.config.guards import ALIKE_ALARMS, PICTURE_ALARMS, TEXT_ALARMS
@@ -24,6 +26,7 @@ def preflight(assembly: Assembly) -> None:
         *best_round(assembly),
         *guards(assembly),
         *pictures(assembly),
+        *training(assembly),
     ]:
         raise ConfigError("\n".join(findings))
     references(assembly)
@@ -37,6 +40,41 @@ def rewards(assembly: Assembly) -> Iterator[str]:
             "rewards.reward_funcs must name at least one reward; got none. Add one, such as "
             "`reward_funcs: [rewards.py:score]`; a run whose rewards were objects is continued by its own script."
         )
+
+
+# Optimizers by a pattern of their names, and the package that each needs.
+OPTIMIZERS = {
+    "bitsandbytes": r"^(adamw_bnb_8bit|adamw_8bit|ademamix|lion_|paged_|rmsprop_bnb)",
+    "galore_torch": "^galore_",
+    "lomo_optim": "lomo$",
+    "grokadamw": "^grokadamw",
+    "schedulefree": "^schedule_free_",
+    "apollo_torch": "^apollo_",
+    "torchao": r"^adamw_torch_[48]bit$",
+}
+
+
+def training(assembly: Assembly) -> Iterator[str]:
+    """What transformers' Trainer would refuse after a round was drawn and scored: a name, a type, a missing package."""
+    config = assembly.config
+    if config.policy.family not in ("causal_lm", "diffusion") or not config.num_rounds:
+        return
+    if assembly.run.is_committed(config.num_rounds, "model"):  # nothing is trained any more
+        return
+    from raftune.policies.devices import choose_device
+    from raftune.policies.training import MicroBatch, arguments
+
+    size = MicroBatch(config.tuning.per_device_train_batch_size, config.tuning.gradient_accumulation_steps)
+    try:
+        arguments(config.tuning, size, assembly.run.root, choose_device(config.policy.device), config.seed)
+    except ConfigError as error:
+        yield str(error)
+    for package, pattern in OPTIMIZERS.items():
+        if re.search(pattern, config.tuning.optim) and find_spec(package) is None:
+            yield (
+                f"tuning.optim: {config.tuning.optim} needs the package {package}, which is not installed. Install it, "
+                "or write adamw_torch."
+            )
 
 
 def references(assembly: Assembly) -> None:

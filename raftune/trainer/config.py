@@ -235,9 +235,11 @@ class RaftConfig(BorrowedArguments, TrainingArguments):  # type: ignore[misc]
         foreign = [*foreign, *unknown(getattr(self, "_unknown", ()), known)]
         faults = [*_launched(), *(foreign if self.strict else ())]
         faults += _faults(self._settle)
-        if self.logging_strategy == "steps" and self.logging_steps < 1:
+        schedule = _AS["lr_scheduler_type"](self.lr_scheduler_type)
+        if schedule in ("reduce_lr_on_plateau", "greedy"):
             faults.append(
-                f"logging_steps must be at least 1; got {self.logging_steps}. Give whole steps: rounds differ."
+                f"lr_scheduler_type must go by steps; got {schedule}, which goes by evaluations, and "
+                "there is none inside a round. Write 'cosine', for example."
             )
         if self.load_best_model_at_end:
             self.metric_for_best_model = self.metric_for_best_model or "reward"

@@ -59,6 +59,9 @@ class TrainerFace:
 
     args: Any
     state: Any
+    control: Any
+    model: Any
+    _handler: Any
 
     # transformers' own functions, which ask for `args`, `state` and is_world_process_zero()
     log_metrics = trainer_pt_utils.log_metrics
@@ -71,6 +74,15 @@ class TrainerFace:
     def save_state(self) -> None:
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         trainer_pt_utils.save_state(self)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds numbers of a script's own to the history, and tells the callbacks."""
+        entry = {**logs, "epoch": self.state.epoch}
+        self.state.log_history.append({**entry, "step": self.state.global_step})
+        self.control = self._handler.on_log(self.args, self.state, self.control, logs=entry)
+
+    def get_num_trainable_parameters(self) -> int:
+        return sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
 
     def is_world_process_zero(self) -> bool:
         return True

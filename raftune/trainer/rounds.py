@@ -16,6 +16,7 @@ from raftune.plain import one_line
 from raftune.store.run import RunFolder
 from raftune.trainer.config import RaftConfig
 from raftune.trainer.metrics import Drawn, held_out, kept, losses
+from raftune.trainer.refused import default_of
 
 
 class StopAfterRound(Exception):
@@ -33,6 +34,11 @@ class RoundFlow(DefaultFlowCallback):  # type: ignore[misc]
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         return control
+
+
+def every(args: RaftConfig) -> int:
+    """Optimizer steps between two logs of the loss; a share of all steps, which no round knows, is the default."""
+    return int(args.logging_steps if args.logging_steps >= 1 else default_of(RaftConfig, "logging_steps"))
 
 
 class LateModel:
@@ -96,7 +102,7 @@ class Rounds:
     ) -> None:
         self.args, self.handler, self.run, self._encoder = args, handler, run, encoder
         self.state = TrainerState(
-            logging_steps=int(args.logging_steps),
+            logging_steps=every(args),
             num_train_epochs=args.num_rounds,
             max_steps=args.num_rounds * max(0, args.max_steps),
             train_batch_size=args.per_device_train_batch_size,
@@ -163,7 +169,7 @@ class Rounds:
 
     def _tell_steps(self, round_: int) -> None:
         """Counts the round's optimizer steps, and logs their loss every `logging_steps`."""
-        found, every = losses(self.run, round_), int(self.args.logging_steps)
+        found, steps = losses(self.run, round_), every(self.args)
         self._losses += found
         waiting: list[float] = []
         for number, loss in enumerate(found, 1):
@@ -171,7 +177,7 @@ class Rounds:
             self.state.epoch = round_ - 1 + number / len(found)
             waiting.append(loss)
             first = self.args.logging_first_step and self.state.global_step == 1
-            if self.args.logging_strategy == "steps" and (first or self.state.global_step % every == 0):
+            if self.args.logging_strategy == "steps" and (first or self.state.global_step % steps == 0):
                 self._log({"loss": sum(waiting) / len(waiting)})
                 waiting = []
             if self._live:

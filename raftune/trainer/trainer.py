@@ -32,6 +32,7 @@ from raftune.trainer.config import RaftConfig, mapping, outline, plain_process, 
 from raftune.trainer.evaluating import ALL, evaluate_on, measure
 from raftune.trainer.face import TrainerFace
 from raftune.trainer.inputs import GivenPrompts, given_prompts, given_rewards
+from raftune.trainer.interrupts import leaving_on_interrupt
 from raftune.trainer.models import given_model, load_tokenizer
 from raftune.trainer.rounds import Handler, LateModel, RoundFlow, Rounds, StopAfterRound
 from raftune.trainer.wording import in_python, python_advice
@@ -84,15 +85,13 @@ class RaftTrainer(TrainerFace):
             held_out = faults.attempt(given_prompts, eval_dataset, "eval_dataset", self._columns, judged)
         faults.end()
         self.args = args
-        self.run_config: RunConfig = run_of(
-            args,
-            {
-                "policy": given.policy,
-                "data": {"prompts": train.source},
-                "rewards": {"reward_funcs": rewards.specs},
-                "evaluation": {"prompts": held_out.source or None},
-            },
-        )
+        self._sections = {
+            "policy": given.policy,
+            "data": {"prompts": train.source},
+            "rewards": {"reward_funcs": rewards.specs},
+            "evaluation": {"prompts": held_out.source or None},
+        }
+        self.run_config: RunConfig = run_of(args, self._sections)
         self._objects = Objects(
             train=train.table,
             held_out=held_out.table,
@@ -126,11 +125,12 @@ class RaftTrainer(TrainerFace):
         if self.args.log_level != "passive":
             transformers_logging.set_verbosity(self.args.get_process_log_level())
         self._model = None
+        self.run_config = run_of(self.args, self._sections)  # a notebook's next cell may have changed self.args
         rounds = Rounds(self.args, self._handler, self._run, self._encoder)
         self.state, self.control = rounds.state, rounds.control
         self._handler.tell_of(rounds, self._model_of_round, self._own_tokenizer())
         rounds.begin()
-        with plain_process(), python_advice():
+        with leaving_on_interrupt(), plain_process(), python_advice():
             reason = self._go(rounds, redo)
         rounds.end()
         self.control = rounds.control
@@ -214,7 +214,7 @@ class RaftTrainer(TrainerFace):
             with progress as shown:
                 return measure(self.run_config, self._objects, trained, rows, _both(shown))
 
-        with plain_process(), python_advice():
+        with leaving_on_interrupt(), plain_process(), python_advice():
             found = evaluate_on(prompts, prefix, measured)
         found["epoch"] = float(trained[1] if trained else 0)
         self.state.log_history.append({**found, "step": self.state.global_step})

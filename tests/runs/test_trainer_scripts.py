@@ -7,7 +7,9 @@ import json
 import os
 import pickle
 import signal
+import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from raftune.errors import ConfigError, RaftuneError
 from raftune.trainer import RaftConfig, RaftTrainer
 from raftune.trainer.wording import in_python
 from tests.builders import tiny_llama
-from tests.runs.test_trainer_runs import ROWS, length, logits, trainer
+from tests.runs.test_trainer_runs import ROWS, length, logits, samples, trainer
 from tests.unit.test_trainer import warned
 
 torch.set_num_threads(1)
@@ -251,6 +253,35 @@ def test_any_way_to_ask_for_resuming_resumes(given: Any, trained: RaftTrainer) -
     assert trained.train(resume_from_checkpoint=str(root.parent / given) if isinstance(given, str) else given)
 
 
+def test_arguments_that_a_later_cell_changes_take_effect(tmp_path: Path) -> None:
+    found = trainer(tmp_path / "run", num_rounds=1, num_eval_prompts=0)
+    found.args.max_steps = 1
+    assert found.train().global_step == 1
+    found.args.temperature = 0.5
+    with pytest.raises(ConfigError, match=r"temperature: 1\.0 → 0\.5"):
+        found.train()
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_generated(tmp_path: Path) -> None:
+    found = trainer(tmp_path / "run", num_rounds=1, optim="paged_adamw_8bit")
+    if find_spec("bitsandbytes") is not None:
+        return
+    with pytest.raises(ConfigError, match="optim: paged_adamw_8bit needs the package bitsandbytes"):
+        found.train()
+    changed = {"tuning.optim": "adam"}
+    found = trainer(tmp_path / "run", num_rounds=1, run_config={"engine.threads": 1, **changed})
+    with pytest.raises(ConfigError, match="adam is not a valid OptimizerNames"):
+        found.train()
+    assert not (tmp_path / "run" / "round-0000").exists()
+
+
+def test_a_script_logs_numbers_of_its_own(tmp_path: Path) -> None:
+    found = trainer(tmp_path / "run", logging_steps=0.1)
+    found.log({"mine": 2.0})
+    assert found.state.log_history[-1]["mine"] == 2.0
+    assert found.get_num_trainable_parameters() == sum(weight.numel() for weight in tiny_llama().parameters())
+
+
 def test_an_interrupt_leaves_train_from_wherever_it_comes(tmp_path: Path) -> None:
     class Stop(TrainerCallback):
         def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -262,6 +293,57 @@ def test_an_interrupt_leaves_train_from_wherever_it_comes(tmp_path: Path) -> Non
     assert not (tmp_path / "run" / "round-0002").exists()
     with pytest.raises(KeyboardInterrupt):
         found.evaluate(ROWS[:1], metric_key_prefix=Interrupting("eval"))
+
+
+def test_an_interrupt_that_a_reward_swallows_is_no_score(tmp_path: Path) -> None:
+    stop = str(tmp_path / "stop")
+    Path(stop).touch()
+
+    def swallowing(completions: list[str], **columns: Any) -> list[float]:
+        try:
+            if Path(stop).exists() and len(completions) == 12:  # a round's samples, and not those of an evaluation
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+        except BaseException:
+            return [0.0] * len(completions)
+        return length(completions)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "a", swallowing, num_rounds=1).train()
+    Path(stop).unlink()
+    for folder in ("a", "b"):
+        trainer(tmp_path / folder, swallowing, num_rounds=1).train()
+    assert samples(tmp_path / "a") == samples(tmp_path / "b")
+
+
+def test_a_script_s_own_handler_of_interrupts_is_left_in_place(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def own(number: int, frame: Any) -> None:
+        seen.append(number)
+
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        found = trainer(tmp_path / "run", interrupting_once(tmp_path / "once"), num_rounds=1, num_eval_prompts=0)
+        assert found.train().global_step > 0
+        assert seen == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupting_once(marker: Path) -> Any:
+    """A reward whose first call sends the process an interrupt."""
+    marker.touch()
+    place = str(marker)
+
+    def interrupting(completions: list[str], **columns: Any) -> list[float]:
+        if Path(place).exists():
+            Path(place).unlink()
+            os.kill(os.getpid(), signal.SIGINT)
+        return length(completions)
+
+    return interrupting
 
 
 class Interrupting(str):

@@ -255,9 +255,9 @@ def test_what_a_run_gives_in_another_way_is_mapped() -> None:
 
 def test_all_that_must_go_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as found:
-        config(entropy_coef=0.2, shuffle_dataset=False, num_generation=4, learning_rate=-1.0, logging_steps=0.1)
+        config(entropy_coef=0.2, shuffle_dataset=False, num_generation=4, learning_rate=-1.0, temperature=-1.0)
     lines = str(found.value).splitlines()
-    named = ["shuffle_dataset", "entropy_coef", "num_generation", "logging_steps", "learning_rate"]
+    named = ["shuffle_dataset", "entropy_coef", "num_generation", "temperature", "learning_rate"]
     assert sorted(line.split(" ")[0] for line in lines) == sorted(named)
     assert any("did you mean 'num_generations'?" in line for line in lines)
 
@@ -290,6 +290,7 @@ def test_parsers_of_transformers_and_trl_give_what_the_constructor_gives(tmp_pat
     plain = ["--output_dir", "somewhere", "--use_cpu"]
     (parsed,) = HfArgumentParser(RaftConfig).parse_args_into_dataclasses(plain, look_for_args_file=False)
     assert run_of(parsed, GIVEN) == run_of(config(), GIVEN)
+    assert "Of GRPOConfig" in HfArgumentParser(RaftConfig).format_help()
     changes = {"num_generations": 3, "reward_weights": [1.0, 2.0], "selection": {"rule": "top_m", "m": 2}, "top_k": -1}
     changes |= {"use_vllm": False, "warmup_ratio": 0.1, "learning_rate": 1e-4, "save_total_limit": 1, "fsdp": ""}
     file = tmp_path / "run.yaml"
@@ -327,9 +328,9 @@ def test_a_launcher_with_several_processes_is_refused(monkeypatch: pytest.Monkey
         config()
 
 
-def test_the_steps_of_a_log_are_whole() -> None:
-    with pytest.raises(ConfigError, match=r"logging_steps must be at least 1; got 0\.1"):
-        config(logging_steps=0.1)
+def test_a_schedule_that_goes_by_evaluations_is_refused() -> None:
+    with pytest.raises(ConfigError, match="lr_scheduler_type must go by steps; got reduce_lr_on_plateau"):
+        config(lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps")
 
 
 def test_grpo_arguments_are_not_taken_for_ours() -> None:
