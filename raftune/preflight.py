@@ -66,7 +66,9 @@ def training(assembly: Assembly) -> Iterator[str]:
 
     size = MicroBatch(config.tuning.per_device_train_batch_size, config.tuning.gradient_accumulation_steps)
     try:
-        arguments(config.tuning, size, assembly.run.root, choose_device(config.policy.device), config.seed)
+        arguments(
+            config.tuning, size, assembly.run.root, choose_device(getattr(config.policy, "device", "cpu")), config.seed
+        )
     except ConfigError as error:
         yield str(error)
     for package, pattern in OPTIMIZERS.items():
