@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raftune.errors import ConfigError
 
@@ -27,6 +27,24 @@ def web_url(url: str, field: str, example: str, key: str) -> httpx2.URL:
     if given.userinfo:
         raise ConfigError(f"{field} must hold no password. Put the key into an environment variable: {key}.")
     return given
+
+
+async def post(client: httpx2.AsyncClient, url: str, most: int, **request: Any) -> httpx2.Response:
+    """The answer to a POST, read as it comes; one of more than `most` bytes is broken off. Raises TooMuch for it."""
+    import httpx2
+
+    body = bytearray()
+    async with client.stream("POST", url, **request) as response:
+        async for part in response.aiter_bytes():
+            body += part
+            if len(body) > most:
+                raise TooMuch(f"the answer is longer than {most:,} bytes; it was broken off")
+        headers = [(name, value) for name, value in response.headers.items() if name != "content-encoding"]
+        return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=response.request)
+
+
+class TooMuch(Exception):
+    """A server's answer has more bytes than it may."""
 
 
 def is_local(url: str) -> bool:

@@ -15,8 +15,9 @@ import yaml
 
 from raftune.config.load import declared, validate
 from raftune.config.run import RunConfig
+from raftune.config.secrets import advice, plain_secrets
 from raftune.digest import best_round, cell, columns_for, held_out_names, read_json, rows_of
-from raftune.errors import StoreError
+from raftune.errors import ConfigError, StoreError
 from raftune.plain import shell_command
 from raftune.starters.resolve import resolve_model
 from raftune.store.commit import NAME as COMMIT
@@ -44,6 +45,7 @@ def publish_model(root: str | Path, out: str | Path, round_: int | None = None) 
     run, out = RunFolder(root), Path(out)
     round_ = best_of(run) if round_ is None else round_
     refuse_missing(run, round_)
+    refuse_secrets(validate(run.read_config()))
     with explaining(out):
         out.mkdir(parents=True, exist_ok=True)
         remove_published(out)
@@ -295,8 +297,15 @@ def drawing_code(policy: Any) -> str:
     return f"image = pipe({', '.join([*asked, *(f'{name}={value!r}' for name, value in given.items())])}).images[0]"
 
 
+def refuse_secrets(config: RunConfig) -> None:
+    """Raises ConfigError where the settings that a card shows hold a key or password in plain."""
+    if fields := list(plain_secrets(declared(config))):
+        raise ConfigError(f"a model card must hold no secret; {advice(fields)} Then resume the run, and export again.")
+
+
 def settings(config: RunConfig, versions: dict[str, str]) -> str:
     """What differs from the defaults, without paths of the machine that it ran on; and the versions."""
+    refuse_secrets(config)
     shown = without_paths(declared(config))
     libraries = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     return (

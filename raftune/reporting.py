@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.config.run import RunConfig
+from raftune.config.secrets import redacted
 from raftune.errors import ConfigError
 from raftune.loop import Observer
 from raftune.plain import first_line
@@ -113,7 +114,7 @@ class Reporter:
             tracker = kind(name if kind.requires_logging_directory else PROJECT, **keywords)
             if hasattr(tracker, "start"):
                 tracker.start()
-            tracker.store_init_configuration(flat(self.config.model_dump(mode="json")))
+            tracker.store_init_configuration(flat(redacted(self.config.model_dump(mode="json"))))
         except Exception as error:
             raise ConfigError(
                 f"report_to: {name} could not be started: {first_line(error)}. Mend it, or leave it out of report_to."

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from raftune.config.beside import beside
 from raftune.config.run import RunConfig
+from raftune.config.secrets import redacted
 from raftune.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -219,5 +220,5 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             found |= differences(before, after, f"{prefix}{name}.")
         elif before != after:
-            found[prefix + name] = (before, after)
+            found[prefix + name] = (redacted(before, name), redacted(after, name))
     return found

@@ -34,7 +34,9 @@ class RewardSpec(Frozen):
         description="A threshold: the reward then counts its weight up to it, and 0 above it.",
     )
     options: dict[str, Any] = Field(
-        default_factory=dict, description="A built-in's settings; further keyword arguments of a function."
+        default_factory=dict,
+        description="A built-in's settings; further keyword arguments of a function. ${NAME} stands for an environment "
+        "variable, such as a key.",
     )
     timeout: float | None = Field(None, gt=0, le=1e7, description="Seconds a call may take; None: rewards.timeout.")
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raftune.address import is_local, web_url
+from raftune.address import TooMuch, is_local, post, web_url
+from raftune.config.secrets import expanded, masked, redacted
 from raftune.plain import one_line
 from raftune.store.files import write_json
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 T = TypeVar("T")
 
+MOST_BYTES = 32 * 2**20  # of an answer
 EXCERPT = 160  # characters of a failed answer that are kept
 IN_A_ROW = 24  # questions that fail one after another before the rest is given up
 LONGEST_WAIT = 30.0  # seconds between two tries
@@ -83,7 +85,9 @@ class Endpoint:
 
     def name_of(self, body: Mapping[str, Any]) -> str:
         """The hash under which the reply to this request is kept."""
-        canonical = json.dumps({"url": self.url, **body}, sort_keys=True, ensure_ascii=False)
+        canonical = json.dumps(
+            {"url": redacted(self.url, references=False), **body}, sort_keys=True, ensure_ascii=False
+        )
         return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
     async def _ask_all(self, bodies: Mapping[str, dict[str, Any]], tell: Callable[[], None]) -> dict[str, Reply]:
@@ -131,11 +135,13 @@ class Endpoint:
 
         try:
             async with asyncio.timeout(self.timeout):  # of the whole answer: one that trickles in must end, too
-                response = await client.post(self.url, json=body)
+                response = await post(client, self.url, MOST_BYTES, json=body)
         except (TimeoutError, httpx2.TimeoutException):
             return Reply(None, "timed out", f"no answer within {self.timeout:g} s"), None
         except httpx2.ConnectError as error:
             return Reply(None, "refused", str(error) or "no connection"), None
+        except TooMuch as error:
+            return Reply(None, "too long", str(error)), None
         except httpx2.HTTPError as error:  # such as a connection that the server closed while it was idle
             return Reply(None, "broke off", str(error) or type(error).__name__), 0.0
         if response.status_code in BUSY or response.status_code >= 500:
@@ -144,7 +150,7 @@ class Endpoint:
 
     def _masked(self, detail: str) -> str:
         """What a server said, on one line, the key blotted out where it was repeated."""
-        return one_line(detail.replace(self.key, "***") if self.key else detail, EXCERPT)
+        return one_line(masked(detail.replace(self.key, "***") if self.key else detail), EXCERPT)
 
     def _place(self, name: str) -> Path:
         assert self.cache is not None
@@ -163,7 +169,7 @@ class Endpoint:
     def _keep(self, name: str, body: Mapping[str, Any], reply: Reply) -> None:
         """Writes a reply down, whole or not at all; failures are asked again another time."""
         if self.cache is not None and reply.text is not None:
-            kept = {"url": self.url, "request": dict(body), "reply": reply.text}
+            kept = {"url": redacted(self.url, references=False), "request": dict(body), "reply": reply.text}
             write_json(self.cache / "tmp", self._place(name), kept)
 
 
@@ -189,9 +195,10 @@ def seconds_asked_for(header: str | None) -> float:
 def chat_url(url: str, flag: str = "--judge") -> str:
     """The address of /chat/completions that the given URL means. Raises ConfigError that names `flag`.
 
-    `http://host:8000`, `http://host:8000/v1` and the whole address all do; a query stays.
+    `http://host:8000`, `http://host:8000/v1` and the whole address all do; a query stays. `${NAME}` in it is the value
+    of that environment variable.
     """
-    given = web_url(url, flag, "Write http://127.0.0.1:8000/v1, for example.", "--judge-key-env")
+    given = web_url(expanded(url, flag), flag, "Write http://127.0.0.1:8000/v1, for example.", "--judge-key-env")
     path = given.path.rstrip("/")
     if not path.endswith("/chat/completions"):
         path = f"{path or '/v1'}/chat/completions"

@@ -7,9 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from raftune.config.secrets import redacted
 from raftune.digest import duration
 from raftune.report.collect import Collected
 from raftune.report.markup import block, facts, folded, number, scrolling, table, text
@@ -28,11 +30,21 @@ def written(found: Collected) -> str:
     """config.yaml, as people write it: what differs from the defaults."""
     path = found.reader.run.root / "config.yaml"
     try:
-        words = path.read_text(encoding="utf-8", errors="replace")
+        words = without_secrets(path.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         words = "(config.yaml cannot be read)"
     lead = '<p class="note">config.yaml: what differs from the defaults. <code>raftune train</code> reads it again.</p>'
     return block("config", "Configuration", lead + scrolling("config.yaml", f"<pre><code>{text(words)}</code></pre>"))
+
+
+def without_secrets(words: str) -> str:
+    """The YAML with *** for what looks like a key or password."""
+    try:
+        given = yaml.safe_load(words)
+    except yaml.YAMLError:
+        return words
+    hidden = redacted(given)
+    return words if hidden == given else yaml.safe_dump(hidden, sort_keys=False, allow_unicode=True)
 
 
 def every_field(found: Collected) -> str:
@@ -67,16 +79,17 @@ def field_row(name: str, info: FieldInfo, value: Any) -> str:
     title = text(info.description or "")
     return (
         f'<tr{kind}><th scope="row" title="{title}"><code>{text(name)}</code></th>'
-        f"<td>{text(plain(value))}</td><td>{text(was)}</td></tr>"
+        f"<td>{text(plain(value, name))}</td><td>{text(was)}</td></tr>"
     )
 
 
-def plain(value: Any) -> str:
-    """The value as YAML would have it on a line."""
+def plain(value: Any, name: str = "") -> str:
+    """The value as YAML would have it on a line, without keys and passwords."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json", exclude_defaults=True)
     if isinstance(value, tuple | list):
         value = [v.model_dump(mode="json", exclude_defaults=True) if isinstance(v, BaseModel) else v for v in value]
+    value = redacted(value, name.rsplit(".", 1)[-1])
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

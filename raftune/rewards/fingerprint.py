@@ -14,6 +14,8 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from raftune.config.secrets import redacted
+
 SIMPLE = (str, bytes, int, float, bool, type(None))
 
 
@@ -53,6 +55,11 @@ def of_module_function(function: Any, module: ModuleType) -> str:
     return of_file(Path(source)) if source and Path(source).is_file() else of_callable(function)
 
 
+def unkeyed(name: Any, value: Any) -> Any:
+    """The value without the keys and passwords in it: another key asks the same judge."""
+    return redacted(value, name if isinstance(name, str) else "", references=False) if isinstance(value, str) else value
+
+
 def describe(value: Any, seen: frozenset[int] = frozenset()) -> Any:
     """A JSON value that stands for `value` in a hash, without memory addresses and without file paths."""
     if isinstance(value, SIMPLE):
@@ -65,7 +72,7 @@ def describe(value: Any, seen: frozenset[int] = frozenset()) -> Any:
     if isinstance(value, set | frozenset):
         return ["set", sorted(json.dumps(describe(item, seen)) for item in value)]
     if isinstance(value, dict):
-        return ["dict", [[describe(key, seen), describe(item, seen)] for key, item in value.items()]]
+        return ["dict", [[describe(key, seen), describe(unkeyed(key, item), seen)] for key, item in value.items()]]
     if isinstance(value, partial):
         return ["partial", describe(value.func, seen), describe(value.args, seen), describe(value.keywords, seen)]
     return _describe_code(value, seen)
@@ -115,7 +122,7 @@ def _named_globals(function: FunctionType, seen: frozenset[int]) -> list[Any]:
     """Plain values and own functions of the module that the code names: a threshold above the function counts too."""
     named = {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
     return [
-        [name, describe(value, seen)]
+        [name, describe(unkeyed(name, value), seen)]
         for name, value in sorted(named.items())
         if isinstance(value, SIMPLE) or (inspect.isfunction(value) and value.__module__ == function.__module__)
     ]

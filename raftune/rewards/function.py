@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from raftune.config.rewards import derived_name
+from raftune.config.secrets import expanded
 from raftune.errors import ConfigError
 from raftune.rewards import fingerprint
 from raftune.rewards.media import is_image
@@ -33,11 +34,11 @@ class FunctionReward:
                 f"reward_funcs must hold callables, models or specs; got {type(function).__name__} {function!r}. "
                 "Give a function that takes prompts and completions by keyword and returns a list of numbers."
             )
-        self.function, self.options = function, dict(options or {})
         self.name = name or name_of(function)
+        self.function, self.options = function, expanded(dict(options or {}), f"rewards.options of {self.name!r}")
         self.media = frozenset(getattr(function, "media", ANY_MEDIA))
         self.fingerprint = fingerprint.digest(
-            code or fingerprint.of_callable(function), fingerprint.describe(self.options)
+            code or fingerprint.of_callable(function), fingerprint.describe(dict(options or {}))
         )
         self.accepts, self.is_async = accepted(function), is_async(function)
 

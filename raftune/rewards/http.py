@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from raftune.address import is_local, web_url
+from raftune.address import TooMuch, is_local, post, web_url
+from raftune.config.secrets import masked, redacted
 from raftune.errors import ConfigError, RewardError
 from raftune.pictures import png_of
 from raftune.plain import one_line
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import httpx2
 
 EXCERPT = 160  # characters of a wrong answer that are shown
+MOST_BYTES = 4 * 2**20  # of an answer: numbers for a few samples, and whatever else the server says
 
 
 @builtin("http", media=("text", "messages", "image"), example={"url": "http://127.0.0.1:8000/score"})
@@ -46,6 +48,9 @@ class Http:
     key_env: Annotated[
         str | None, Field(description="The environment variable whose value is sent as the bearer token.")
     ] = None
+    headers: Annotated[
+        dict[str, str], Field(description="Further headers of each request, such as X-Api-Key: ${MY_KEY}.")
+    ] = field(default_factory=dict)
     name: str = "http"
     media: frozenset[str] = field(default=frozenset({"text", "messages", "image"}), init=False)
     fingerprint: str = field(default="", init=False)
@@ -63,7 +68,14 @@ class Http:
                 f"http: options.key_env names the environment variable {self.key_env!r}, which is not set. Set it to "
                 "the key, or leave out key_env."
             )
-        self.fingerprint = digest("http", 1, self.url, self.batch_size, self.columns)
+        self.fingerprint = digest(
+            "http", 1, redacted(masked(self.url), references=False), self.batch_size, self.columns
+        )
+
+    @property
+    def shown(self) -> str:
+        """The address without keys."""
+        return str(redacted(masked(self.url)))
 
     async def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Any]:
         """The numbers as the server gave them. Raises RewardError for what is no answer."""
@@ -106,7 +118,8 @@ class Http:
 
     def _headers(self) -> dict[str, str]:
         key = os.environ.get(self.key_env or "")
-        return {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        bearer = {"Authorization": f"Bearer {key}"} if key else {}
+        return {"Content-Type": "application/json", **bearer, **self.headers}
 
     async def _ask(self, client: httpx2.AsyncClient, gate: asyncio.Semaphore, body: dict[str, Any]) -> list[Any]:
         """The scores of one request. Raises RewardError."""
@@ -114,11 +127,11 @@ class Http:
 
         async with gate:
             try:
-                response = await client.post(self.url, content=encoded(body))
-            except httpx2.HTTPError as error:
-                raise RewardError(f"{self.url}: {one_line(str(error), EXCERPT) or type(error).__name__}") from None
+                response = await post(client, self.url, MOST_BYTES, content=encoded(body))
+            except (httpx2.HTTPError, TooMuch) as error:
+                raise RewardError(f"{self.shown}: {one_line(str(error), EXCERPT) or type(error).__name__}") from None
         if not response.is_success:
-            raise RewardError(f"{self.url}: HTTP {response.status_code}: {self._shown(response)}")
+            raise RewardError(f"{self.shown}: HTTP {response.status_code}: {self._shown(response)}")
         return self._scores(response, len(body["completions"]))
 
     def _scores(self, response: httpx2.Response, size: int) -> list[Any]:
@@ -129,15 +142,17 @@ class Http:
             scores = None
         if not isinstance(scores, list):
             said = self._shown(response) or "an empty body"
-            raise RewardError(f'{self.url}: the answer must be {{"scores": […]}}; got {said}')
+            raise RewardError(f'{self.shown}: the answer must be {{"scores": […]}}; got {said}')
         if len(scores) != size:
-            raise RewardError(f"{self.url}: {len(scores)} scores for {size} completions; there must be one for each")
+            raise RewardError(f"{self.shown}: {len(scores)} scores for {size} completions; there must be one for each")
         return scores
 
     def _shown(self, response: httpx2.Response) -> str:
         """The beginning of what the server said, on one line, the key blotted out where it was repeated."""
-        key = os.environ.get(self.key_env or "")
-        return one_line(response.text.replace(key, "***") if key else response.text, EXCERPT)
+        text = masked(response.text)
+        for secret in (os.environ.get(self.key_env or ""), *self.headers.values()):
+            text = text.replace(secret, "***") if secret else text
+        return one_line(text, EXCERPT)
 
 
 def as_text(picture: Any) -> str:

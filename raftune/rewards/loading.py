@@ -17,6 +17,7 @@ from typing import Any, cast
 from pydantic import TypeAdapter, ValidationError
 
 from raftune.config.rewards import RewardsConfig, RewardSpec, unique_names
+from raftune.config.secrets import advice, expanded, masked, plain_secrets
 from raftune.errors import ConfigError, RewardError
 from raftune.protocols import Reward
 from raftune.rewards import answer, colour, file_size, fingerprint, http, length, model_options, regex, repetition
@@ -90,11 +91,19 @@ def load_panel(
             timeouts=[spec.timeout or config.timeout for spec in config.reward_funcs] + [config.timeout] * len(objects),
             batch_size=config.batch_size,
             retries=config.retries,
+            notes=secrets_in(config),
         )
     except BaseException:
         for reward in rewards:
             getattr(reward, "close", lambda: None)()
         raise
+
+
+def secrets_in(config: RewardsConfig) -> tuple[str, ...]:
+    """What to tell of keys and passwords that stand in the options in plain."""
+    options = {str(number): spec.options for number, spec in enumerate(config.reward_funcs)}
+    fields = [f"reward_funcs.{field}" for field in plain_secrets(options)]
+    return (advice(fields),) if fields else ()
 
 
 def resolve(spec: RewardSpec, device: str = "auto") -> Reward:
@@ -107,7 +116,7 @@ def resolve(spec: RewardSpec, device: str = "auto") -> Reward:
 
 
 def _from_builtin(builtin: BuiltIn, spec: RewardSpec, options: dict[str, Any], device: str) -> Reward:
-    given = with_options(builtin.options, spec.spec, options)
+    given = with_options(builtin.options, spec.spec, expanded(options, f"rewards.options of {spec.spec!r}"))
     if builtin.loads is not None:
         return cast(Reward, builtin.reward_class()(given, name=spec.derived_name, device=device))
     given.name = spec.derived_name
@@ -227,7 +236,7 @@ def with_options(cls: type[Any], spec: str, options: dict[str, Any]) -> Any:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "options"
         raise ConfigError(
-            f"rewards.options.{where} of {spec!r}: {first['msg'].lower()}; got {first['input']!r}"
+            f"rewards.options.{where} of {spec!r}: {first['msg'].lower()}; got {masked(repr(first['input']))}"
         ) from None
 
 
@@ -241,7 +250,7 @@ def _from_function(spec: RewardSpec) -> Reward:
     found = _attribute(module, attribute, spec.spec)
     if makes or inspect.isclass(found):
         try:
-            made = found(**spec.options)
+            made = found(**expanded(spec.options, f"rewards.options of {spec.spec!r}"))
         except Exception as error:
             raise RewardError(f"reward {spec.spec!r}: {attribute}(…) failed: {one_line(error)}") from error
         if not callable(made):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from raftune.config.secrets import masked
 from raftune.interruption import caused_by_interrupt
 from raftune.records import Part, Status
 from raftune.rewards.batch import Batch, Log, keywords
@@ -49,7 +50,8 @@ def whole(status: Status, detail: str, size: int, returned: int | None = None) -
 def one_line(error: BaseException) -> str:
     """Type and message of an error in one line, without memory addresses: equal failures read equal."""
     text = " ".join(str(error).split())
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(error).__name__}: {text}" if text else type(error).__name__)
+    text = masked(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)
     return text if len(text) <= LONGEST_DETAIL else text[: LONGEST_DETAIL - 1] + "…"
 
 
@@ -183,5 +185,5 @@ def _number(value: Any) -> float | None:
 
 
 def _shown(value: Any) -> str:
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(repr(value).split()))
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", masked(" ".join(repr(value).split())))
     return text if len(text) <= 60 else text[:59] + "…"

@@ -53,6 +53,7 @@ class Panel:
         timeouts: Sequence[float] | float = 120.0,
         batch_size: int = 64,
         retries: int = 0,
+        notes: Sequence[str] = (),
     ) -> None:
         self.names = tuple(names or (reward.name for reward in rewards))
         self.weights = tuple(weights if weights is not None else (1.0 for _ in rewards))
@@ -69,6 +70,7 @@ class Panel:
         self.media = {name: frozenset(reward.media) for name, reward in zip(self.names, rewards, strict=True)}
         self._rewards = tuple(rewards)
         self.extras = Extras()
+        self._notes = tuple(notes)
 
     @property
     def fingerprint(self) -> str:
@@ -133,7 +135,8 @@ class Panel:
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know about how the rewards read the samples (prompts cut), each told once."""
-        return tuple(note for reward in self._rewards if hasattr(reward, "notes") for note in reward.notes())
+        own, self._notes = self._notes, ()
+        return (*own, *(note for reward in self._rewards if hasattr(reward, "notes") for note in reward.notes()))
 
     def close(self) -> None:
         """Ends the processes and threads of the rewards."""

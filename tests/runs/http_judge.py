@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gzip
 import io
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 from PIL import Image
 
 
@@ -69,6 +70,14 @@ def make_app() -> FastAPI:
     @app.post("/empty")
     async def empty() -> dict[str, Any]:
         return {}
+
+    @app.post("/endless")
+    async def endless() -> StreamingResponse:
+        return StreamingResponse(b" " * 2**16 for _ in range(2**16))  # 4 GiB
+
+    @app.post("/bomb")
+    async def bomb() -> Response:
+        return Response(gzip.compress(b" " * 2**28), headers={"content-encoding": "gzip"})
 
     @app.post("/slow")
     async def slow(body: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -126,3 +128,16 @@ def test_columns_can_be_chosen_and_must_be_there(server: str) -> None:
 def test_wrong_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_reward(RewardSpec(spec="http", options=options))
+
+
+@pytest.mark.parametrize("path", ["endless", "bomb"])
+def test_an_answer_without_end_is_broken_off_long_before_the_time_is_up(server: str, path: str) -> None:
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ((_, status, detail),) = asked(f"{server}/{path}", texts(1), timeout=30.0)
+    assert (status, detail) == (
+        Status.ERROR,
+        f"RewardError: {server}/{path}: the answer is longer than 4,194,304 bytes; it was broken off",
+    )
+    assert time.monotonic() - began < 10
+    if sys.platform == "linux" and path == "endless":
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
