@@ -238,14 +238,19 @@ class Assembly:
         if not guards.enabled:
             return []
         judges = bool(evaluation.num_prompts and evaluation.reward_funcs)
-        kl = guards.max_kl is not None and self.knows_likelihood()
+        kl = evaluation.kl and bool(evaluation.num_prompts) and self.knows_likelihood()
+        looks = evaluation.num_prompts and self.family.media in ("text", "messages", "image")
         return [
             Guard(
                 Examination(guards),
                 self.factors,
                 round_=round_,
                 shards=("draw", "teach") if self.config.sampling.teacher else ("draw",),
-                judged=(*(["judge"] if judges else []), *(["logp", "logp-start"] if kl else [])),
+                judged=(
+                    *(["draw"] if looks else []),
+                    *(["judge"] if judges else []),
+                    *(["logp", "logp-start"] if kl else []),
+                ),
                 judge=judge_in_words(held_out_names(self.config)) if judges else "",
                 texts=self.family.media in ("text", "messages"),
                 condense=looked_at if self.family.media == "image" else None,

@@ -11,6 +11,7 @@ from typing import Any
 
 from raftune.config.run import RunConfig
 from raftune.errors import RunDamaged
+from raftune.plain import percent
 from raftune.store.run import RunFolder
 
 Row = dict[str, Any]
@@ -30,6 +31,12 @@ NUMBERS = {
 }
 MEND = "`raftune verify` lists what is damaged, and `raftune resume --from STAGE` makes it again."
 AGAIN = "`raftune resume` writes it again."
+# Columns that are shown where a round has more than this.
+WORTH_SAYING: dict[str, Callable[[Row], float]] = {
+    "nothing_to_rank": lambda row: 0.05 * row.get("prompts", 0),
+    "clipped_kept": lambda row: 0.05,
+}
+FEWEST_UNITS = 5  # prompts: of fewer a mean is said with their number, and without an interval
 LONGEST_TITLE = 12  # letters, so that the table of a whole run fits beside a picture of it
 
 
@@ -69,7 +76,9 @@ def row_of(round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], 
     row: Row = {"round": round_}
     for key, name in INTERVALS.items():
         if found := metrics.get(name):
-            row |= {key: found["mean"], f"{key}_low": found["low"], f"{key}_high": found["high"]}
+            row |= {key: found["mean"], **({f"{key}_n": found["n"]} if "n" in found else {})}
+            if ends := ends_of(found):
+                row |= {f"{key}_low": ends[0], f"{key}_high": ends[1]}
     if curve := {int(k): value for k, value in (metrics.get("best_of_k") or {}).items() if value}:
         row |= {"best_of_k": curve[max(curve)]["mean"], "k": max(curve)}
     for key, name in NUMBERS.items():
@@ -77,7 +86,7 @@ def row_of(round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], 
         value = found.get("mean") if isinstance(found, Mapping) else found
         if value is not None:
             row[key] = value
-    for key in ("samples", "kept", "reward_drawn", "reward_kept"):
+    for key in ("samples", "kept", "prompts", "nothing_to_rank", "clipped_kept", "reward_drawn", "reward_kept"):
         if summary.get(key) is not None:
             row[key] = summary[key]
     if seconds is not None:
@@ -85,14 +94,25 @@ def row_of(round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], 
     return row
 
 
+def ends_of(found: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The ends of a mean's 95 % interval; None of one without, also of one that stands on fewer than FEWEST_UNITS."""
+    if found.get("low") is None or found.get("high") is None or found.get("n", FEWEST_UNITS) < FEWEST_UNITS:
+        return None
+    return found["low"], found["high"]
+
+
 def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Column]:
     """The columns that any of the rows has a number for; `held_out` are the names of the held-out rewards."""
     rows = list(rows)
     ks = [row["k"] for row in rows if "k" in row]
     judge = held_out[0] if len(held_out) == 1 and len(held_out[0]) <= LONGEST_TITLE else "held out"
+    counts = sorted({row["reward_n"] for row in rows if "reward_n" in row})
+    counted = f" (n={' to '.join(map(str, (counts[0], counts[-1])[: len(counts)]))})" if counts else ""
+    wide = any("reward_low" in row for row in rows) or not counts
+    half = ", with the half width of its 95 % interval" if wide else f"; fewer than {FEWEST_UNITS} give no interval"
     columns = [
         Column("round", "round", "0 is the start", lambda row: str(row["round"] or "start")),
-        Column("reward", "reward", "mean on held-out prompts, with the half width of its 95 % interval", with_interval),
+        Column("reward", f"reward{counted}", f"mean on held-out prompts{half}", with_interval),
         Column(
             "best_of_k",
             f"best of {max(ks, default=0)}",
@@ -116,10 +136,18 @@ def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Colum
         Column("vendi", "Vendi", "how many different pictures of a prompt there are in effect", number("vendi", 2)),
         Column("drift", "drift", "1 - cos of features to the start's picture of the same seed", number("drift")),
         Column("invalid", "invalid", "share of samples that are no picture", percentage("invalid")),
+        Column(
+            "nothing_to_rank",
+            "ties",
+            "prompts with nothing to rank: all their candidates score the same",
+            lambda row: f"{row['nothing_to_rank']}/{row['prompts']}",
+        ),
+        Column("clipped_kept", "cut off", "share of the kept answers that were cut off", percentage("clipped_kept")),
         Column("kept", "kept", "samples tuned on, of those drawn", lambda row: f"{row['kept']}/{row['samples']}"),
         Column("seconds", "time", "of this round", lambda row: duration(row["seconds"])),
     ]
     spare = {"pixel_distance"} if any("vendi" in row for row in rows) else set()  # both say how varied pictures are
+    spare |= {key for key, worth in WORTH_SAYING.items() if all((row.get(key) or 0) <= worth(row) for row in rows)}
     return [column for column in columns if column.key not in spare and any(column.key in row for row in rows)]
 
 
@@ -133,12 +161,13 @@ def number(key: str, digits: int = 3) -> Callable[[Row], str]:
 
 
 def percentage(key: str) -> Callable[[Row], str]:
-    return lambda row: f"{100 * row[key]:.1f} %"
+    return lambda row: percent(row[key], 1)
 
 
 def with_interval(row: Row) -> str:
-    half = (row["reward_high"] - row["reward_low"]) / 2
-    return f"{row['reward']:.3f} ± {half:.3f}"
+    if "reward_low" not in row:
+        return f"{row['reward']:.3f}"
+    return f"{row['reward']:.3f} ± {(row['reward_high'] - row['reward_low']) / 2:.3f}"
 
 
 def duration(seconds: float) -> str:
@@ -174,9 +203,37 @@ def seconds_by_round(events: Iterable[Mapping[str, Any]]) -> dict[int, float]:
     return dict(total)
 
 
+def selection_words(summary: Mapping[str, Any]) -> list[str]:
+    """What should be said of a round's selection: how many prompts had no ranking, and kept answers cut off."""
+    ties, prompts, cut = (summary.get(key) or 0 for key in ("nothing_to_rank", "prompts", "clipped_kept"))
+    said = []
+    if ties > WORTH_SAYING["nothing_to_rank"](dict(summary)):
+        said.append(f"{ties} of {prompts} prompts had nothing to rank: all their candidates score the same")
+    if cut > WORTH_SAYING["clipped_kept"](dict(summary)):
+        said.append(f"{percent(cut)} of the kept answers were cut off at max_completion_length")
+    return said
+
+
 def done_words(num_rounds: int) -> str:
     """Why a run ended that did all it was asked for."""
     return f"all {num_rounds} rounds are done" if num_rounds else "the start is judged"
+
+
+def few_words(prompts: int) -> str:
+    """What is to be known of a best round that so few held-out prompts chose."""
+    named = "1 held-out prompt" if prompts == 1 else f"{prompts} held-out prompts"
+    return f"by {named}: too few to tell rounds apart; hold out {FEWEST_UNITS} at the least, better 16"
+
+
+def held_out_words(held_out: int, wanted: int) -> str:
+    """A warning that the policy is judged by few prompts, or by fewer than were asked for; empty where it is not."""
+    if not wanted or held_out >= max(FEWEST_UNITS, min(wanted, 2 * FEWEST_UNITS)):
+        return ""
+    if not held_out:
+        return "no prompt is held out (fewer than 10, or all alike): rounds are not judged, and the last is published"
+    few = f"; the best round is chosen {few_words(held_out)}" if held_out < FEWEST_UNITS else ""
+    of = f" of the {wanted} prompts that evaluation.num_prompts asks for" if held_out < wanted else " prompts"
+    return f"{held_out}{of} are held out{few}"
 
 
 def overlap_words(overlap: int, held_out: int) -> str:

@@ -15,8 +15,16 @@ from typing import Any, Protocol
 from raftune import pulse
 from raftune.config.run import RunConfig
 from raftune.digest import alarms_of, done_words
-from raftune.evaluation.history import Metrics, best_round, reason_of_alarm, reason_to_stop
+from raftune.evaluation.history import (
+    Metrics,
+    best_round,
+    compared_by,
+    reason_of_alarm,
+    reason_of_emptiness,
+    reason_to_stop,
+)
 from raftune.protocols import Receipt, Stage, UnitStage
+from raftune.stages.tune import NOTHING, REPORT
 from raftune.store.files import discard, json_bytes, write_json
 from raftune.store.job import RECEIPTS, Engine, Job, note, run_once, seal_units, unfinished
 from raftune.store.run import RunFolder
@@ -39,18 +47,23 @@ class Workshop(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run ended: rounds done, the round whose model is published, its value, and why it stopped."""
+    """Where a run ended: rounds done, the round whose model is published, its value, and why it stopped.
+
+    `prompts` are those that the value is the mean of.
+    """
 
     rounds: int
     best: int
     value: float | None
     reason: str
+    prompts: int | None = None
 
 
 def train(shop: Workshop, observe: Observer = lambda kind, facts: None) -> Outcome:
     """Runs what is not committed yet, and publishes the best round."""
     say = speaker(shop.run, observe)
     history: list[Metrics] = []
+    nothing: list[str] = []
     reason = done_words(shop.config.num_rounds)
     for round_ in range(shop.config.num_rounds + 1):
         say("round_begin", round=round_, of=shop.config.num_rounds)
@@ -62,7 +75,8 @@ def train(shop: Workshop, observe: Observer = lambda kind, facts: None) -> Outco
         shop.retire(round_, outcome.best)
         alarms = alarms_of(shop.run, round_) if shop.config.guards.enabled else []
         say("round_end", round=round_, metrics=history[-1], summary=summary_of(shop.run, round_), alarms=alarms)
-        if round_ and (stop := why_stop(shop.config, history, alarms)):
+        nothing += [nothing_learned(shop.run, round_)] if round_ else []
+        if round_ and (stop := why_stop(shop.config, history, alarms, nothing)):
             outcome = replace(outcome, reason=stop)
             break
     publish(shop, outcome)
@@ -70,8 +84,10 @@ def train(shop: Workshop, observe: Observer = lambda kind, facts: None) -> Outco
     return outcome
 
 
-def why_stop(config: RunConfig, history: list[Metrics], alarms: list[dict[str, Any]]) -> str | None:
+def why_stop(config: RunConfig, history: list[Metrics], alarms: list[dict[str, Any]], nothing: list[str]) -> str | None:
     """Why to end after the last of these rounds, in words; None to go on."""
+    if reason := reason_of_emptiness(nothing, config.stop):
+        return reason
     reason = reason_to_stop(history, config.stop, config.evaluation.best_by)
     return reason or reason_of_alarm(alarms, config.guards.stop_on)
 
@@ -135,7 +151,8 @@ def outcome_of(config: RunConfig, history: list[Metrics], reason: str) -> Outcom
     """Where the run stands: the best round so far by the held-out value, or the last where nothing was measured."""
     last = len(history) - 1
     best, value = best_round(history, config.evaluation.best_by) or (last, None)
-    return Outcome(last, best, value, reason)
+    found = compared_by(history[best], config.evaluation.best_by) if value is not None else None
+    return Outcome(last, best, value, reason, found.get("n") if found else None)
 
 
 def publish(shop: Workshop, outcome: Outcome) -> None:
@@ -145,6 +162,7 @@ def publish(shop: Workshop, outcome: Outcome) -> None:
         "round": outcome.best,
         "by": shop.config.evaluation.best_by if outcome.value is not None else "last round",
         "value": outcome.value,
+        "prompts": outcome.prompts,
         "model": f"round-{outcome.best:04d}/model",
         "rounds": outcome.rounds,
     }
@@ -157,6 +175,13 @@ def metrics_of(run: RunFolder, round_: int) -> Metrics:
     path = run.folder(round_, "evaluate") / "metrics.json"
     loaded: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     return loaded
+
+
+def nothing_learned(run: RunFolder, round_: int) -> str:
+    """Why the round had nothing to learn from and left the policy as it was; empty where it learned."""
+    path = run.folder(round_, "model") / REPORT
+    report: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return str(report.get("details", {}).get(NOTHING, ""))
 
 
 def summary_of(run: RunFolder, round_: int) -> dict[str, Any]:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raftune.digest import ends_of
+from raftune.plain import percent
+
 Metrics = Mapping[str, Any]
 
 
@@ -42,6 +45,7 @@ KNOWN: dict[str, tuple[str, Callable[[float], str], str]] = {
     "entropy": ("entropy", nats, "nats of an answer: how undecided the policy is"),
     "entropy_per_token": ("  per token", share, "nats of a token"),
     "kl": ("KL", nats, "to the start model, nats of an answer"),
+    "kl_per_token": ("  per token", share, "nats of a token"),
     "perplexity": ("perplexity", nats, "of the reference answers: lower finds them likelier"),
     "distinct_1": ("distinct-1", share, "different words over all words"),
     "distinct_2": ("distinct-2", share, "different word pairs over all word pairs"),
@@ -85,18 +89,28 @@ def parts_of(metrics: Metrics, name: str) -> dict[str, str]:
 
 def measure(name: str, title: str, found: Any, write: Callable[[float], str], meaning: str) -> Measure:
     if isinstance(found, Mapping):
-        return Measure(name, title, write(found["mean"]), f"{write(found['low'])} … {write(found['high'])}", meaning)
+        ends = ends_of(found)
+        between = f"{write(ends[0])} … {write(ends[1])}" if ends else f"none, n = {found.get('n', '?')}"
+        return Measure(name, title, write(found["mean"]), between, meaning)
     return Measure(name, title, write(found), "", meaning)
+
+
+def spread(found: Mapping[str, Any] | None, digits: int = 3) -> str:
+    """A mean with its 95 % interval, 1.310 [1.101, 1.519]; without one, with the number of units it stands on."""
+    if not found:
+        return "–"
+    if (ends := ends_of(found)) is None:
+        return f"{found['mean']:.{digits}f} (n = {found['n']}, too few for an interval)"
+    return f"{found['mean']:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
 
 
 @dataclass(frozen=True)
 class Best:
-    """The reward of the best of k draws, its interval, and the share of the largest K's gain that it has."""
+    """The reward of the best of k draws, its interval in words, and the share of the largest K's gain that it has."""
 
     k: int
     reward: float
-    low: float
-    high: float
+    interval: str
     gain: float | None
 
 
@@ -114,16 +128,11 @@ def best_of_k(metrics: Metrics, name: str = "best_of_k") -> list[Best]:
         Best(
             k,
             found["mean"],
-            found["low"],
-            found["high"],
+            measure("best_of_k", "", found, share, "").interval,
             (found["mean"] - one["mean"]) / whole if one and whole > 0 else None,
         )
         for k, found in sorted(curve.items())
     ]
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
 
 
 def worth_of_k(curve: Sequence[Best]) -> str:

@@ -42,3 +42,8 @@ def _visible(char: str) -> str:
     if char in _BIDI or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"):
         return f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}"
     return char
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share in per cent: 82 %, or 81.9 % with one digit."""
+    return f"{100 * share:.{digits}f} %"

@@ -156,6 +156,8 @@ def guards(assembly: Assembly) -> Iterator[str]:
             yield f"guards.stop_on: {name} is about {what}, and policy.family: {family} draws none. Leave it out."
     if "part_dominates" in chosen.stop_on and len([weight for weight in assembly.factors().values() if weight]) < 2:
         yield "guards.stop_on: part_dominates needs two rewards that count; got fewer. Add one, or leave it out."
+    if "kl_beyond_budget" in chosen.stop_on and not assembly.knows_likelihood():
+        yield f"guards.stop_on: kl_beyond_budget is about likelihoods, and {family} knows none. Leave it out."
     if chosen.max_kl is not None and not assembly.knows_likelihood():
         yield (
             f"guards.max_kl must be left out for a family that knows no likelihoods; got {chosen.max_kl:g} with "

@@ -20,7 +20,16 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from raftune import pulse
-from raftune.digest import Column, cell, columns_for, duration, overlap_warning, row_of, seconds_by_round
+from raftune.digest import (
+    Column,
+    cell,
+    columns_for,
+    duration,
+    overlap_warning,
+    row_of,
+    seconds_by_round,
+    selection_words,
+)
 from raftune.plain import one_line
 from raftune.store.run import RunFolder
 
@@ -180,7 +189,9 @@ class Progress:
         seconds = self._pace.seconds_of(round)
         for line in self._table.add(row_of(round, metrics, summary, seconds), learns=self._of > 0):
             self._print(line)
-        if summary.get("barren") and seconds is not None:
+        for words in selection_words(summary) if seconds is not None else ():
+            self._say(f"round {round}: {words}")
+        if len(summary.get("barren", ())) > summary.get("nothing_to_rank", 0) and seconds is not None:
             self._say(f"round {round}: {len(summary['barren'])} prompts yielded nothing (select/summary.json says why)")
         for alarm in alarms:
             self._print(Text(f"round {round}, look: {alarm_words(alarm)}", style="yellow"))

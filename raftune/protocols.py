@@ -278,7 +278,9 @@ class Evidence:
     counts where that is not its value.
     `held_out` judged the round: sample_id, prompt_id, k, score, and, where they were measured, held_out and log_ratio
     (log p - log p0, nats), None without any; `earlier` are the same of rounds 0, 1, …; `judge` says what held_out is.
-    `first` are the measures of what round 1 drew, None in round 1.
+    `first` are the measures of what round 1 drew, None in round 1. Beside these, samples and held_out say of each
+    answer, where the family lets it be known, whether it is empty and clipped, and `content`, equal where two are the
+    same; of tokens `length`. `losses` are those of the round's optimizer steps.
     """
 
     round: int
@@ -288,6 +290,7 @@ class Evidence:
     earlier: Sequence[pa.Table | None]
     judge: str
     first: Mapping[str, Any] | None
+    losses: Sequence[float] = ()
 
 
 class Examiner(Protocol):

@@ -205,6 +205,7 @@ VERDICT_SCHEMA = pa.schema(
         pa.field("rank", pa.int32(), nullable=False),
         pa.field("weight", pa.float64(), nullable=False),
         pa.field("reason", pa.dictionary(pa.int8(), pa.string()), nullable=False),
+        pa.field("cut_off", pa.bool_()),
     ]
 )
 

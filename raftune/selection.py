@@ -3,8 +3,8 @@
 Every candidate passes three gates. *Screen*: it needs to be valid, a finite score, a length inside the window and,
 where duplicates are dropped, a completion that no other one of its prompt with a lower index has. Those that pass
 compete, and are ranked inside their prompt by score, ties to the lower index. *Skip*: a prompt whose competitors all
-score the same, or whose best is too close to their mean, is left out where the configuration says so. *Rule*: of what
-is then in play, one of six rules keeps some, with a weight.
+score the same leaves nothing to rank and is left out, unless the configuration says otherwise; so is one whose best is
+too close to their mean, where it says so. *Rule*: of what is then in play, one of six rules keeps some, with a weight.
 
 Letters: N candidates, C of them in play, G prompts in play.
 """
@@ -46,6 +46,8 @@ class Reason(IntEnum):
     REACHES_THRESHOLD = "reaches the threshold"
     WEIGHTED = "weighted by its score"
     CHANCE = "kept by chance (control)"
+    ONLY_ONE = "the only candidate of its prompt"
+    KEPT_EQUAL = "kept with nothing to rank: all candidates score the same"
     BEATEN = "a better one was kept"
     TIED = "tied with a better index"
     OUTSIDE_FRACTION = "outside the kept fraction"
@@ -58,13 +60,15 @@ class Reason(IntEnum):
     TOO_SHORT = "too short"
     TOO_LONG = "too long"
     DUPLICATE = "duplicate of a lower index"
-    ALL_EQUAL = "prompt skipped: all scores equal"
+    ALL_EQUAL = "nothing to rank: all candidates score the same"
+    LEFT_ALONE = "nothing to rank: no other candidate of its prompt competes"
     SMALL_MARGIN = "prompt skipped: margin too small"
     INVALID = "invalid sample"
 
 
 REASONS: tuple[str, ...] = tuple(reason.words for reason in Reason)
-_SKIPPED = (Reason.ALL_EQUAL, Reason.SMALL_MARGIN)
+_RANKED = (Reason.BEST, Reason.AMONG_BEST, Reason.WEIGHTED)  # what is said of one that others were ranked against
+_SKIPPED = (Reason.ALL_EQUAL, Reason.LEFT_ALONE, Reason.SMALL_MARGIN)
 
 
 @dataclass(frozen=True)
@@ -105,16 +109,31 @@ def select(candidates: Candidates, config: SelectionConfig, seed: int) -> Verdic
     """
     reason = _screen(candidates, config)
     competing = _pool(candidates, np.flatnonzero(reason == _STANDING))
+    several = np.bincount(candidates.group, minlength=1)[candidates.group[competing.row[competing.start]]] > 1
     rank = np.zeros(len(reason), np.int32)
     rank[competing.row] = competing.rank
     weight = np.zeros(len(reason))
-    skip = _skips(competing, config)
+    skip = _skips(competing, several, config)
     reason[competing.row] = np.repeat(skip, competing.size)
     playing = competing.only(skip == _STANDING)
     if len(playing.row):
         weight[playing.row], reason[playing.row] = _RULES[config.rule](playing, config, seed)
     assert not (reason == _STANDING).any(), "a candidate left without a reason"
+    unranked = np.repeat(competing.equal, competing.size) & (weight[competing.row] > 0)
+    unranked &= np.isin(reason[competing.row], _RANKED)
+    alone = ~np.repeat(several, competing.size)
+    reason[competing.row[unranked]] = np.where(alone, Reason.ONLY_ONE, Reason.KEPT_EQUAL)[unranked]
     return Verdicts(rank, weight, reason)
+
+
+def nothing_to_rank(candidates: Candidates, verdicts: Verdicts) -> dict[int, float]:
+    """The prompts of several candidates whose competitors all score the same, ascending, each with that score."""
+    competing = _pool(candidates, np.flatnonzero(verdicts.rank > 0))
+    first = competing.row[competing.start]
+    group = candidates.group[first]
+    several = np.bincount(candidates.group, minlength=1)[group] > 1
+    tied = competing.equal & several
+    return dict(zip(group[tied].tolist(), candidates.score[first][tied].tolist(), strict=True))
 
 
 def barren(candidates: Candidates, verdicts: Verdicts) -> dict[int, str]:
@@ -124,7 +143,11 @@ def barren(candidates: Candidates, verdicts: Verdicts) -> dict[int, str]:
     rows = rows[np.argsort(candidates.group[rows], kind="stable")]
     groups, starts = np.unique(candidates.group[rows], return_index=True)
     reasons = np.split(verdicts.reason[rows], starts[1:])
-    return {int(group): _in_words(Counter(own.tolist())) for group, own in zip(groups, reasons, strict=False)}
+    words = {int(group): _in_words(Counter(own.tolist())) for group, own in zip(groups, reasons, strict=False)}
+    for group, score in nothing_to_rank(candidates, verdicts).items():
+        if words.get(group) == Reason.ALL_EQUAL.words:
+            words[group] = f"nothing to rank: all candidates score {score:.6g}"
+    return words
 
 
 def _in_words(counts: Counter[int]) -> str:
@@ -179,6 +202,11 @@ class _Pool:
     start: Ints  # (G,)
     size: Ints  # (G,)
 
+    @property
+    def equal(self) -> Bools:
+        """(G,) whether all of a group score the same; one alone does."""
+        return np.asarray(self.score[self.start] == self.score[self.start + self.size - 1])
+
     def only(self, groups: Bools) -> _Pool:
         """The pool without the groups that are False in `groups` (G,)."""
         if groups.all():
@@ -215,18 +243,22 @@ def _pool(candidates: Candidates, rows: Ints) -> _Pool:
     return _Pool(row, group, k, score, _positions(group, size), _starts(size), size)
 
 
-def _skips(pool: _Pool, config: SelectionConfig) -> Bytes:
-    """(G,) the reason for which a prompt is skipped, or _STANDING. A single competitor counts as all equal."""
+def _skips(pool: _Pool, several: Bools, config: SelectionConfig) -> Bytes:
+    """(G,) the reason for which a prompt is skipped, or _STANDING. One that competes alone counts as all equal.
+
+    `several` (G,): whether the prompt has more than one candidate. Where it has one, `auto` keeps it.
+    """
     skip = np.full(len(pool.start), _STANDING, np.uint8)
     if not len(skip):
         return skip
-    best, worst = pool.score[pool.start], pool.score[pool.start + pool.size - 1]
     if config.margin > 0:
+        best = pool.score[pool.start]
         with np.errstate(over="ignore"):  # scores of opposite sign near the largest float: infinitely far apart
             below_best = np.repeat(best, pool.size) - pool.score
             skip[np.add.reduceat(below_best, pool.start) / pool.size < config.margin] = Reason.SMALL_MARGIN
-    if config.all_equal == "skip":
-        skip[best == worst] = Reason.ALL_EQUAL
+    if config.skips_equal:
+        equal = pool.equal & (several | (config.all_equal == "skip"))
+        skip[equal] = np.where(pool.size > 1, Reason.ALL_EQUAL, Reason.LEFT_ALONE)[equal]
     return skip
 
 

@@ -11,7 +11,7 @@ from raftune.cli.judging import NOBODY, Judging, asking, read_judge, read_reward
 from raftune.cli.show import Grid, say
 from raftune.errors import ConfigError, GateFailed
 from raftune.ledger import answer_text
-from raftune.plain import harmless, one_line
+from raftune.plain import harmless, one_line, percent
 
 if TYPE_CHECKING:
     from raftune.comparison import Comparison, Measure
@@ -116,7 +116,7 @@ def cells(result: Paired) -> tuple[str, ...]:
     shares = "/".join(f"{100 * share:.0f}" for share in (result.wins, result.ties, result.losses))
     rate = result.win_rate
     level = (mean(result.a), mean(result.b), difference(result.difference))
-    return *level, f"{shares} %", f"{100 * rate.mean:.0f} %{ends(rate, 100, '.0f')}", f"{result.p:.4f}"
+    return *level, f"{shares} %", f"{percent(rate.mean)}{ends(rate, 100, '.0f')}", f"{result.p:.4f}"
 
 
 def mean(estimate: Estimate | None) -> str:
@@ -162,8 +162,8 @@ def words_of_judge(measure: Measure) -> list[str]:
     asked = f"{facts['questions']} questions ({facts['cached']} answered from disk)"
     said = [f"{measure.title}: {asked}; {facts['identical']} pairs of identical answers are ties, and were not asked."]
     if facts["inconsistent"] is not None:
-        first = "" if facts["first"] is None else f"; {100 * facts['first']:.0f} % of its choices were the first answer"
-        said.append(f"  position bias: {100 * facts['inconsistent']:.0f} % of verdicts changed with the order{first}.")
+        first = "" if facts["first"] is None else f"; {percent(facts['first'])} of its choices were the first answer"
+        said.append(f"  position bias: {percent(facts['inconsistent'])} of verdicts changed with the order{first}.")
     if facts["failed"]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in facts["failed"].items())
         said.append(f"  no verdict: {kinds}; {facts['left_out']} pairs are left out.")
@@ -180,17 +180,22 @@ def say_extremes(found: Comparison, number: int) -> None:
             continue
         say(f"A is furthest {title} by {found.by.title.strip()} on:")
         for prompt, lead in prompts:
-            content = found.pairs.prompts[prompt]
+            content, rows = found.pairs.prompts[prompt], int((found.pairs.groups == prompt).sum())
+            mean_of = f"  mean of {rows} pairs" if number and rows > 1 else ""
             say(
-                f"  {lead:+7.3f}  {content.id}  {one_line(text_of(content.content), 60)}",
+                f"  {lead:+7.3f}  {content.id}  {one_line(text_of(content.content), 60)}{mean_of}",
                 style="bold" if number else "",
             )
             if number:
-                say_pair(found, found.telling(prompt, lead))
+                say_pair(found, found.telling(prompt, lead), rows)
 
 
-def say_pair(found: Comparison, row: int) -> None:
-    """Both answers whole, each with its score."""
+def say_pair(found: Comparison, row: int, of: int) -> None:
+    """Both answers of a pair whole, each with its score; which of the prompt's pairs it is, and its own lead."""
+    _, k, _ = found.pairs.keys[row]
+    own = float(found.by.leads[row])
+    if of > 1:
+        say(f"    answer {k} of {of}, the clearest: {own:+.3f}", style="dim")
     for letter, answers, scores in zip("AB", found.pairs.answers, (found.by.a, found.by.b), strict=True):
         worth = "" if scores is None else f"{scores[row]:.3f}"
         lines = harmless(answer_text(answers[row])).splitlines() or ["(empty)"]

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from raftune.cli.show import Grid, say
 from raftune.cli.train import Tokens
-from raftune.plain import shell_command
+from raftune.plain import percent, shell_command
 
 if TYPE_CHECKING:
     from raftune.config.run import RunConfig
@@ -139,10 +139,8 @@ def remarks(metrics: dict[str, Any]) -> list[str]:
 
 def headroom(curve: Any) -> None:
     """The reward of the best of k answers, by k: what a larger K has to choose from."""
-    from raftune.measures import percent
-
     grid = Grid("best of", "reward", "95 % interval", "of the gain", right=frozenset({0, 1, 2, 3}))
     for best in curve:
         gain = "–" if best.gain is None else percent(best.gain)
-        grid.add(str(best.k), f"{best.reward:.3f}", f"{best.low:.3f} … {best.high:.3f}", gain)
+        grid.add(str(best.k), f"{best.reward:.3f}", best.interval, gain)
     grid.show()

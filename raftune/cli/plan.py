@@ -13,7 +13,7 @@ from raftune.cli.verify import megabytes
 from raftune.config.run import RunConfig
 from raftune.digest import duration
 from raftune.errors import ConfigError
-from raftune.plain import shell_command
+from raftune.plain import percent, shell_command
 from raftune.planning import Forecast, forecast
 from raftune.planning.images import DEVICE, SHARE, Pipeline, Room
 
@@ -150,7 +150,7 @@ def memory_of_pictures(need: Room) -> str:
 def time(found: Forecast) -> str:
     assert found.seconds is not None
     total = sum(found.seconds.values())
-    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in found.seconds.items() if seconds > 0)
+    shares = ", ".join(f"{name} {percent(seconds / total)}" for name, seconds in found.seconds.items() if seconds > 0)
     return f"about {duration(total)}: {shares} ({basis(found)})"
 
 
@@ -158,7 +158,7 @@ def basis(found: Forecast) -> str:
     """Where the seconds come from."""
     if found.probe is not None:
         return f"from a probe of two prompts that took {duration(found.probe.seconds)}"
-    return f"by arithmetic, on one {DEVICE} at {SHARE:.0%} of its peak; VAE and rewards come on top"
+    return f"by arithmetic, on one {DEVICE} at {percent(SHARE)} of its peak; VAE and rewards come on top"
 
 
 def count(number: int) -> str:

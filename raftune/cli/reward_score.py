@@ -13,6 +13,7 @@ from raftune.cli.reward import read_options
 from raftune.cli.show import say
 from raftune.cli.steps import Steps
 from raftune.errors import ConfigError, RewardError
+from raftune.measures import spread
 from raftune.plain import shell_command
 
 if TYPE_CHECKING:
@@ -125,7 +126,3 @@ def show(scored: Scored, found: dict[str, Any], out: str | None) -> None:
         say(f"    prompt {prompt!r}, completion {completion!r}")
     if out is not None:
         say(f"  rows       {out}")
-
-
-def spread(measured: dict[str, Any]) -> str:
-    return f"{measured['mean']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}]"

@@ -12,7 +12,8 @@ from raftune.cli.ending import interruptible
 from raftune.cli.show import Grid, say
 from raftune.cli.steps import Steps
 from raftune.errors import GateFailed
-from raftune.plain import shell_command
+from raftune.measures import spread
+from raftune.plain import percent, shell_command
 
 if TYPE_CHECKING:
     from raftune.config.reward_model import RewardModelConfig
@@ -106,13 +107,16 @@ def show(outcome: Outcome) -> None:
     say(f"  learned    {rows['train']:,} rows of {prompts['train']:,} prompts, {trained}")
     say(f"  held out   {rows['held_out']:,} rows of {prompts['held_out']:,} prompts")
     (show_pairwise if report["objective"] == "pairwise" else show_pointwise)(report)
-    spread = report["distribution"]
-    middle = spread["quantiles"]
+    scores = report["distribution"]
+    middle = scores["quantiles"]
     say(
-        f"  scores     mean {spread['mean']:.3f}, standard deviation {spread['std']:.3f}; "
+        f"  scores     mean {scores['mean']:.3f}, standard deviation {scores['std']:.3f}; "
         f"5 % below {middle['0.05']:.3f}, half below {middle['0.5']:.3f}, 95 % below {middle['0.95']:.3f}"
     )
-    say(f"  verdict    the model {report['verdict']}", style="bold" if report["better_than_chance"] else "bold yellow")
+    say(
+        f"  verdict    the model {report['verdict']}",
+        style="bold" if report["better_than_chance"] and report.get("better_than_length", True) else "bold yellow",
+    )
     if outcome.published:
         say(f"  model      {outcome.root / 'model'}")
         model = outcome.root / "model"
@@ -120,8 +124,10 @@ def show(outcome: Outcome) -> None:
 
 
 def losses(report: dict[str, Any]) -> str:
-    curve = report["loss"]
-    return f"loss {curve[0]['loss']:.3f} → {curve[-1]['loss']:.3f}" if curve else "no loss"
+    """The mean loss of the first and of the last tenth of what was noted."""
+    curve = [step["loss"] for step in report["loss"]]
+    tenth = -(-len(curve) // 10)
+    return f"loss {sum(curve[:tenth]) / tenth:.3f} → {sum(curve[-tenth:]) / tenth:.3f}" if curve else "no loss"
 
 
 def show_pairwise(report: dict[str, Any]) -> None:
@@ -129,15 +135,19 @@ def show_pairwise(report: dict[str, Any]) -> None:
     length, sure = report["length"], report["calibration"]
     say(f"  accuracy   {spread(report['accuracy'])} of held-out pairs are ranked as people did; 95 % interval")
     say(
-        f"  calibrated it is {sure['confidence']:.1%} sure on the mean, and right in {sure['accuracy']:.1%}; expected "
-        f"calibration error {sure['expected_error']:.3f}"
+        f"  calibrated it is {percent(sure['confidence'], 1)} sure on the mean, and right in "
+        f"{percent(sure['accuracy'], 1)}; expected calibration error {sure['expected_error']:.3f}"
     )
     grid = Grid("    sure", "pairs", "right", right=frozenset({1, 2}))
     for one in sure["bins"]:
         if one["pairs"]:
-            grid.add(f"    {one['from']:.0%} to {one['to']:.0%}", f"{one['pairs']:,}", f"{one['accuracy']:.1%}")
+            grid.add(
+                f"    {percent(one['from'])} to {percent(one['to'])}",
+                f"{one['pairs']:,}",
+                f"{percent(one['accuracy'], 1)}",
+            )
     grid.show()
-    say(f"  length     it prefers the longer answer in {length['prefers_longer']:.1%} of the pairs")
+    say(f"  length     it prefers the longer answer in {percent(length['prefers_longer'], 1)} of the pairs")
     rule, gain = spread(length["longer_wins"]), spread(length["gain_over_length"])
     say(f"    the rule that the longer wins is right in {rule}; the model gains {gain} over it")
     grid = Grid("    preferred is", "pairs", "right", right=frozenset({1}))
@@ -168,11 +178,6 @@ def show_pointwise(report: dict[str, Any]) -> None:
     )
     scale = report["ratings"]
     say(f"  unit       a score of 0 is a rating of {scale['mean']:.3f}; a score of 1 is {scale['std']:.3f} more")
-
-
-def spread(measured: dict[str, Any] | None) -> str:
-    """A mean with its interval."""
-    return "–" if measured is None else f"{measured['mean']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}]"
 
 
 def number(value: float | None) -> str:

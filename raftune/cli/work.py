@@ -8,7 +8,7 @@ from typing import Any
 
 from raftune.cli.ending import interruptible
 from raftune.config.run import RunConfig
-from raftune.digest import alarms_of, held_out_names
+from raftune.digest import FEWEST_UNITS, alarms_of, few_words, held_out_names
 from raftune.loop import Outcome
 from raftune.plain import shell_command
 from raftune.progress import Progress
@@ -60,6 +60,8 @@ def outcome_words(root: Path, outcome: Outcome, worked: bool) -> list[str]:
     """Where the run ended, and what to do with it."""
     unjudged = " (the last one: none was judged)" * (outcome.best > 0)
     value = unjudged if outcome.value is None else f", {outcome.value:.3f}"
+    if outcome.rounds and outcome.prompts is not None and outcome.prompts < FEWEST_UNITS:
+        value += f" ({few_words(outcome.prompts)})"
     best = (
         f"round {outcome.best}"
         if outcome.best

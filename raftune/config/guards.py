@@ -16,12 +16,17 @@ AlarmName = Literal[
     "part_dominates",
     "near_duplicates",
     "kl_beyond_budget",
+    "loss_diverges",
+    "equal_scores",
+    "identical_candidates",
+    "empty_answers",
+    "cut_off",
     "saturation_drifts",
     "contrast_drops",
 ]
 ALARMS: tuple[str, ...] = get_args(AlarmName)
-ALIKE_ALARMS = ("diversity_drops", "near_duplicates")  # of texts and of pictures
-TEXT_ALARMS = ("length_drifts",)
+ALIKE_ALARMS = ("diversity_drops", "near_duplicates", "identical_candidates")  # of texts and of pictures
+TEXT_ALARMS = ("length_drifts", "empty_answers", "cut_off")
 PICTURE_ALARMS = ("saturation_drifts", "contrast_drops")
 
 
@@ -68,7 +73,35 @@ class GuardsConfig(Frozen):
         "those drawn in this round, or in round 1.",
     )
     max_kl: float | None = Field(
-        None, description="kl_beyond_budget: KL to the start, nats per answer, above 0; none means no budget."
+        None,
+        description="kl_beyond_budget: KL to the start, nats per answer, above 0; none: more than log K a round, "
+        "which is the most that the best of K can teach, and more than max_kl_per_token.",
+    )
+    max_kl_per_token: float = Field(
+        1.0, gt=0, description="kl_beyond_budget without max_kl: KL to the start, nats per token, above 0."
+    )
+    loss_factor: float = Field(
+        2.0,
+        description="loss_diverges: above 1, how many times the mean loss of a round's first steps that of its last "
+        "steps is.",
+    )
+    equal_share: float = Field(
+        0.5,
+        description="equal_scores: in (0, 1], the share of prompts whose candidates all score the same, so that there "
+        "is nothing to rank; 1 never raises it.",
+    )
+    identical_share: float = Field(
+        0.5,
+        description="identical_candidates: in (0, 1], the share of prompts whose candidates are all the same; 1 never "
+        "raises it.",
+    )
+    empty_share: float = Field(
+        0.2, description="empty_answers: in (0, 1], the share of answers without a word; 1 never raises it."
+    )
+    cut_off_share: float = Field(
+        0.5,
+        description="cut_off: in (0, 1], the share of answers that reached max_completion_length; 1 never raises it, "
+        "for answers that are meant to have one length.",
     )
 
     @model_validator(mode="before")
@@ -95,6 +128,14 @@ class GuardsConfig(Frozen):
             raise ValueError(f"guards.{info.field_name} must be in (0, 1); got {value:g}. {fix}")
         return value
 
+    @field_validator("equal_share", "identical_share", "empty_share", "cut_off_share")
+    @classmethod
+    def _is_a_share_or_all(cls, value: float, info: ValidationInfo) -> float:
+        if not 0 < value <= 1:
+            fix = f"It is a fraction, not a percentage: write {value / 100:g}." if 1 < value <= 100 else "Write 0.5."
+            raise ValueError(f"guards.{info.field_name} must be in (0, 1]; got {value:g}. {fix}")
+        return value
+
     @field_validator("part_share")
     @classmethod
     def _is_a_majority(cls, value: float) -> float:
@@ -105,12 +146,12 @@ class GuardsConfig(Frozen):
             raise ValueError(f"guards.part_share must be in (0.5, 1]; got {value:g}. {fix}")
         return value
 
-    @field_validator("length_factor")
+    @field_validator("length_factor", "loss_factor")
     @classmethod
-    def _is_a_factor(cls, value: float) -> float:
+    def _is_a_factor(cls, value: float, info: ValidationInfo) -> float:
         if value <= 1:
             raise ValueError(
-                f"guards.length_factor must be above 1; got {value:g}. It stands for longer and shorter alike: write 2."
+                f"guards.{info.field_name} must be above 1; got {value:g}. It says how many times as much: write 2."
             )
         return value
 
@@ -135,10 +176,10 @@ class GuardsConfig(Frozen):
                 "guards.stop_on: held_out_falls needs a held-out reward; got no evaluation.reward_funcs or no "
                 "evaluation.num_prompts. Name a reward that the policy is not trained on, or leave out held_out_falls."
             )
-        if "kl_beyond_budget" in self.stop_on and self.max_kl is None:
+        if "kl_beyond_budget" in self.stop_on and not (evaluation.kl and evaluation.num_prompts):
             raise ValueError(
-                "guards.stop_on: kl_beyond_budget needs a budget; got no guards.max_kl. Set it, in nats per answer, or "
-                "leave out kl_beyond_budget."
+                "guards.stop_on: kl_beyond_budget needs evaluation.kl: true and evaluation.num_prompts above 0; got "
+                "them off. Turn them on, or leave out kl_beyond_budget."
             )
         if self.max_kl is not None and not (evaluation.kl and evaluation.num_prompts):
             raise ValueError(
@@ -149,6 +190,6 @@ class GuardsConfig(Frozen):
 
 def thresholds(pictures: bool) -> tuple[str, ...]:
     """The dotted fields that shape what is found, of pictures or of anything else; whether to stop on it does not."""
-    other = ("length_factor",) if pictures else ("saturation_drift", "contrast_drop")
+    other = ("length_factor", "empty_share", "cut_off_share") if pictures else ("saturation_drift", "contrast_drop")
     passed = ("enabled", "stop_on", *other)
     return tuple(f"guards.{name}" for name in GuardsConfig.model_fields if name not in passed)

@@ -61,6 +61,12 @@ class StopConfig(Frozen):
         description="Stop after so many rounds in a row in which the held-out reward fell and the trained one rose.",
     )
     max_kl: float | None = Field(None, gt=0, description="Stop when the KL to the start exceeds this, nats per answer.")
+    empty_rounds: int | None = Field(
+        3,
+        ge=1,
+        description="Stop after so many rounds in a row that had nothing to learn from; each leaves the policy as it "
+        "was. 1 stops at the first; none never stops.",
+    )
 
 
 class RunConfig(Frozen):

@@ -53,9 +53,11 @@ class SelectionConfig(Frozen):
         default=None,
         description="Most samples kept of one prompt (threshold, top_fraction): its best; none means no limit.",
     )
-    all_equal: Literal["keep", "skip"] = Field(
-        default="keep",
-        description="Prompts whose competing samples all score the same: chosen from as any other, or skipped.",
+    all_equal: Literal["auto", "keep", "skip"] = Field(
+        default="auto",
+        description="Prompts whose competing samples all score the same: chosen from as any other (keep), or skipped; "
+        "auto skips them where a prompt has several samples and the rule chooses among them (not threshold and "
+        "top_fraction, which choose by the score itself).",
     )
     margin: float = Field(
         default=0.0,
@@ -78,6 +80,11 @@ class SelectionConfig(Frozen):
         default=False,
         description="Of identical completions of a prompt only the first competes: less repetition, less data.",
     )
+
+    @property
+    def skips_equal(self) -> bool:
+        """Whether a prompt of several samples that all score the same is skipped."""
+        return self.all_equal == "skip" or (self.all_equal == "auto" and self.rule not in ("threshold", "top_fraction"))
 
     @field_validator("m", "max_per_prompt", "max_length")
     @classmethod

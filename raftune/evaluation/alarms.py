@@ -15,12 +15,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raftune.config.guards import AlarmName
+from raftune.config.guards import AlarmName, GuardsConfig
+from raftune.digest import ends_of
 from raftune.evaluation.columns import prompt_numbers
 from raftune.evaluation.diversity import near_duplicates as duplicates
 from raftune.evaluation.diversity import numbered, shingle_sets
 from raftune.evaluation.paired import sign_flip
 from raftune.interval import Interval, interval, mean_by_prompt
+from raftune.measures import spread
+from raftune.plain import percent as share
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -176,8 +179,9 @@ def length_drifts(sets: Mapping[str, Measures], first: Measures, kept: pa.Table,
     if kept.num_rows < FEWEST or found is None or not means:
         return None
     low, high = min(means.values()), max(means.values())
-    longer = found["low"] > factor * low
-    if not longer and not found["high"] < high / factor:
+    ends = ends_of(found)
+    longer = ends is not None and ends[0] > factor * low
+    if ends is None or (not longer and not ends[1] < high / factor):
         return None
     word = "longer" if longer else "shorter"
     against = ", ".join(f"of those drawn in {name} {value:.1f}" for name, value in means.items())
@@ -296,18 +300,202 @@ def kl_beyond_budget(held_out: pa.Table, budget: float) -> Alarm | None:
 
     Names the held-out answers that the start would have given the least, as against now.
     """
-    ratio = column(held_out, "log_ratio")
-    found = interval(mean_by_prompt(prompt_numbers(held_out), ratio))
+    found = interval(mean_by_prompt(prompt_numbers(held_out), column(held_out, "log_ratio")))
     if found is None or found["mean"] <= budget:
         return None
-    order = np.argsort(-np.nan_to_num(ratio, nan=-np.inf), kind="stable")
-    return Alarm(
-        "kl_beyond_budget",
+    return far_from_start(
+        held_out,
         "The policy is farther from the start than its budget",
         f"the KL to the start is {ranged(found)} nats per answer; the budget is {budget:g}",
         {"kl": found, "budget": budget},
-        [(name_of(held_out, row), f"log p - log p0 is {ratio[row]:.1f} nats") for row in one_a_prompt(held_out, order)],
     )
+
+
+def kl_beyond_selection(held_out: pa.Table, rounds: int, pool: float, most: float) -> Alarm | None:
+    """Raised where the KL to the start is above what selection can teach, and above `most` nats a token.
+
+    What is kept of `pool` candidates is at most `pool` times as likely as it was: a policy that learned its law, and
+    nothing else, is after R rounds at most R log(pool) nats from the start. A fit to few rows may go beyond it, hence
+    the second condition, which needs counted tokens. Names the same answers as `kl_beyond_budget`.
+    """
+    if "length" not in held_out.column_names:
+        return None
+    groups, ratio, tokens = prompt_numbers(held_out), column(held_out, "log_ratio"), column(held_out, "length")
+    found, known_ratio = interval(mean_by_prompt(groups, ratio)), np.isfinite(ratio)
+    if found is None or not (counted := float(tokens[known_ratio].sum())) > 0:
+        return None
+    taught, per_token = rounds * math.log(max(pool, 1.0)), float(ratio[known_ratio].sum()) / counted
+    if found["mean"] <= taught or per_token <= most:
+        return None
+    in_rounds = "1 round" if rounds == 1 else f"{rounds} rounds"
+    return far_from_start(
+        held_out,
+        "The policy is farther from the start than its selection explains",
+        f"the KL to the start is {ranged(found)} nats per answer, {per_token:.2f} a token; to choose among {pool:.0f} "
+        f"for {in_rounds} explains at most {taught:.1f} nats",
+        {"kl": found, "per_token": per_token, "taught": taught, "limit": most},
+    )
+
+
+def far_from_start(held_out: pa.Table, title: str, evidence: str, numbers: Mapping[str, Any]) -> Alarm:
+    ratio = column(held_out, "log_ratio")
+    order = np.argsort(-np.nan_to_num(ratio, nan=-np.inf), kind="stable")
+    why = [
+        (name_of(held_out, row), f"log p - log p0 is {ratio[row]:.1f} nats") for row in one_a_prompt(held_out, order)
+    ]
+    return Alarm("kl_beyond_budget", title, evidence, numbers, why)
+
+
+# -- the fit ----------------------------------------------------------------------------------------------------------
+
+
+def loss_diverges(losses: Sequence[float], factor: float) -> Alarm | None:
+    """Raised where the mean loss of the last tenth of a round's steps is so many times that of the first tenth."""
+    tenth = -(-len(losses) // 10)
+    if len(losses) < 4:
+        return None
+    first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
+    if first <= 0 or last <= factor * first:
+        return None
+    steps = "the first step" if tenth == 1 else f"the first {tenth} steps"
+    return Alarm(
+        "loss_diverges",
+        "The loss rose while the policy was trained",
+        f"the mean loss of {steps} is {first:.3g} and that of the last is {last:.3g}, of {len(losses)} steps; a "
+        "smaller learning rate may help",
+        {"first": first, "last": last, "steps": len(losses)},
+        [],
+    )
+
+
+# -- answers that teach nothing ---------------------------------------------------------------------------------------
+
+Sets = Mapping[str, pa.Table]  # samples that were drawn to learn from, kept of these, held out, or tried by `plan`
+ANSWERS = {"drawn": "drawn", "kept": "kept", "held_out": "held-out", "tried": "tried"}
+PROMPTS = ANSWERS | {"drawn": "training"}
+
+
+def empty_answers(sets: Sets, limit: float, fewest: int = FEWEST) -> Alarm | None:
+    """Raised where more than this share of the answers of a set have no word. Names such answers, a prompt each."""
+    return many(sets, "empty", limit, fewest, "empty_answers", "Many answers are empty", ("are empty", "is empty"))
+
+
+def cut_off(sets: Sets, limit: float, fewest: int = FEWEST) -> Alarm | None:
+    """Raised where more than this share of the answers of a set reached the longest length. Names some of them."""
+    words = ("were cut off at max_completion_length", "was cut off")
+    return many(sets, "clipped", limit, fewest, "cut_off", "Many answers are cut off", words)
+
+
+def many(
+    sets: Sets, flag: str, limit: float, fewest: int, alarm: AlarmName, title: str, words: tuple[str, str]
+) -> Alarm | None:
+    """The alarm where more than this share of the samples of a set of at least `fewest` bear the flag."""
+    found: dict[str, tuple[int, int]] = {}  # of each set: how many bear it, of how many
+    named: list[tuple[str, str]] = []
+    for name, table in sets.items():
+        if flag in table.column_names:
+            values = column(table, flag)
+            have, of = int(np.nansum(values)), int(np.isfinite(values).sum())
+            if of >= max(fewest, 1):
+                found[name] = (have, of)
+                if not named and have > limit * of:
+                    named = [
+                        (name_of(table, row), words[1]) for row in one_a_prompt(table, np.flatnonzero(values == 1))
+                    ]
+    if not any(have > limit * of for have, of in found.values()):
+        return None
+    said = "; ".join(f"{have} of {of} {ANSWERS[n]} answers ({share(have / of)})" for n, (have, of) in found.items())
+    return Alarm(alarm, title, f"{said} {words[0]}", {name: have / of for name, (have, of) in found.items()}, named)
+
+
+def equal_scores(samples: pa.Table, limit: float, fewest: int = FEWEST) -> Alarm | None:
+    """Raised where for more than this share of the prompts all candidates score the same: nothing can be ranked.
+
+    Prompts with one candidate, or without a score, do not count. Names a candidate of each such prompt.
+    """
+    groups, scores = prompt_numbers(samples), column(samples, "score")
+    several = np.bincount(groups)[groups] > 1
+    rows = np.flatnonzero(several & np.isfinite(scores))
+    rows = rows[np.argsort(groups[rows], kind="stable")]
+    own = np.split(rows, np.flatnonzero(np.diff(groups[rows])) + 1) if len(rows) else []
+    tied = [prompt for prompt in own if np.ptp(scores[prompt]) == 0]
+    if len(own) < max(fewest, 1) or len(tied) <= limit * len(own):
+        return None
+    values, times = np.unique([scores[prompt[0]] for prompt in tied], return_counts=True)
+    often = f"{values[np.argmax(times)]:.4g}"
+    said = often if len(values) == 1 else f"{often} most often"
+    why = {int(p[0]): f"all {len(p)} candidates score {scores[p[0]]:.4g}" for p in tied}
+    return Alarm(
+        "equal_scores",
+        "There is nothing to rank",
+        f"for {len(tied)} of {len(own)} prompts ({share(len(tied) / len(own))}) all candidates score the same: {said}",
+        {"prompts": len(own), "tied": len(tied), "share": len(tied) / len(own)},
+        [(name_of(samples, row), why[row]) for row in one_a_prompt(samples, sorted(why))],
+    )
+
+
+def identical_candidates(sets: Sets, limit: float, fewest: int = FEWEST) -> Alarm | None:
+    """Raised where for more than this share of a set's prompts all candidates are the same. Names one of each."""
+    found: dict[str, tuple[int, int]] = {}
+    named: list[tuple[str, str]] = []
+    for name, table in sets.items():
+        if "content" not in table.column_names:
+            continue
+        kinds = table.select(["prompt_id", "content"]).group_by("prompt_id")
+        counted = kinds.aggregate([("content", "count_distinct"), ("content", "count")])
+        counted = counted.filter(pc.greater(counted.column("content_count"), 1))
+        same = counted.filter(pc.equal(counted.column("content_count_distinct"), 1))
+        if counted.num_rows < max(fewest, 1):
+            continue
+        found[name] = (same.num_rows, counted.num_rows)
+        if not named and same.num_rows > limit * counted.num_rows:
+            rows = np.flatnonzero(pc.is_in(table.column("prompt_id"), same.column("prompt_id")).to_numpy())
+            named = [
+                (name_of(table, row), "all candidates of its prompt are the same") for row in one_a_prompt(table, rows)
+            ]
+    if not any(same > limit * of for same, of in found.values()):
+        return None
+    said = "; ".join(f"{same} of {of} {PROMPTS[n]} prompts ({share(same / of)})" for n, (same, of) in found.items())
+    return Alarm(
+        "identical_candidates",
+        "A prompt's candidates are all the same",
+        f"all candidates are the same for {said}",
+        {name: same / of for name, (same, of) in found.items()},
+        named,
+    )
+
+
+def with_looks(samples: pa.Table) -> pa.Table:
+    """The samples with `empty`, `clipped` and `content` (equal where two are the same), as far as columns tell."""
+    names, columns = samples.column_names, {}
+    kind = samples.schema.field("completion").type if "completion" in names else pa.null()
+    if "image_sha256" in names:
+        columns["content"] = samples.column("image_sha256")
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        columns["empty"] = pc.equal(pc.utf8_trim_whitespace(samples.column("completion")), "")
+        columns["content"] = samples.column("completion")
+    if "finish" in names:
+        columns["clipped"] = pc.equal(samples.column("finish"), "length")
+    for name, values in columns.items():
+        if name not in names:
+            samples = samples.append_column(name, values)
+    return samples
+
+
+def probe_alarms(samples: pa.Table, limits: GuardsConfig) -> list[dict[str, Any]]:
+    """The alarms that a round of such samples would raise, however few there are; as plain data, the evidence first.
+
+    `samples` has one row a sample: sample_id, prompt_id, `completion` as its shard holds it, `score` (null where there
+    is none), and where they are known finish and image_sha256.
+    """
+    sets = {"tried": with_looks(samples)}
+    found = (
+        empty_answers(sets, limits.empty_share, 1),
+        cut_off(sets, limits.cut_off_share, 1),
+        identical_candidates(sets, limits.identical_share, 1),
+        equal_scores(samples, limits.equal_share, 1),
+    )
+    return [alarm.as_json(1) for alarm in found if alarm is not None]
 
 
 # -- words and rows ---------------------------------------------------------------------------------------------------
@@ -358,11 +546,7 @@ def known(found: Interval | None) -> Interval:
 
 def ranged(found: Interval, digits: int = 2) -> str:
     """A mean with its 95 % interval: 1.31 [1.10, 1.52]."""
-    return f"{found['mean']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
-
-
-def share(value: float) -> str:
-    return f"{value:.0%}".replace("%", " %")
+    return spread(found, digits)
 
 
 def odds(chance: float) -> str:

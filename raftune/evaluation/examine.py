@@ -69,8 +69,22 @@ class Examination:
         if "thumbnail" in evidence.samples.column_names:
             yield from self.pictures(evidence.samples, sets, first, kept)
         yield alarms.part_dominates(evidence.samples, evidence.factors, limits.part_share)
-        if held_out is not None and limits.max_kl is not None:
-            yield alarms.kl_beyond_budget(held_out, limits.max_kl)
+        if held_out is not None and "log_ratio" in held_out.column_names:
+            yield self.far(held_out, evidence)
+        yield alarms.loss_diverges(evidence.losses, limits.loss_factor)
+        yield alarms.equal_scores(evidence.samples, limits.equal_share)
+        own = evidence.samples.filter(pc.equal(evidence.samples.column("source"), "policy"))
+        answers = {"drawn": own, **({} if held_out is None else {"held_out": held_out})}
+        yield alarms.identical_candidates(answers, limits.identical_share)
+        yield alarms.empty_answers(answers | {"kept": kept}, limits.empty_share)
+        yield alarms.cut_off(answers | {"kept": kept}, limits.cut_off_share)
+
+    def far(self, held_out: pa.Table, evidence: Evidence) -> Alarm | None:
+        """By the budget, or without one by what selection can teach."""
+        if self.config.max_kl is not None:
+            return alarms.kl_beyond_budget(held_out, self.config.max_kl)
+        pool = evidence.samples.num_rows / max(1, len(pc.unique(evidence.samples.column("prompt_id"))))
+        return alarms.kl_beyond_selection(held_out, evidence.round, pool, self.config.max_kl_per_token)
 
     def pictures(
         self, samples: pa.Table, sets: Mapping[str, Mapping[str, Any]], first: Mapping[str, Any], kept: pa.Table

@@ -13,10 +13,16 @@ Metrics = Mapping[str, Any]
 
 def value_of(metrics: Metrics, best_by: str) -> float | None:
     """The mean that rounds are compared by: 'reward', 'held_out', or one reward's name."""
+    found = compared_by(metrics, best_by)
+    return None if found is None else float(found["mean"])
+
+
+def compared_by(metrics: Metrics, best_by: str) -> Mapping[str, Any] | None:
+    """The interval whose mean rounds are compared by. Raises ConfigError for a name that none bears."""
     for name in (best_by, f"held_out/rewards/{best_by}/mean", f"rewards/{best_by}/mean"):
         if name in metrics:
-            found = metrics[name]
-            return None if found is None else float(found["mean"])
+            found: Mapping[str, Any] | None = metrics[name]
+            return found
     names = [n.removesuffix("/mean").split("rewards/")[-1] for n in metrics if n.endswith("/mean") and "rewards/" in n]
     raise ConfigError(
         f"evaluation.best_by must name 'reward' or one of the rewards ({', '.join(names)}); "
@@ -48,6 +54,15 @@ def reason_to_stop(history: Sequence[Metrics], stop: StopConfig, best_by: str) -
     if stop.patience is not None and (idle := rounds_without_gain(history, stop.min_gain, best_by)) >= stop.patience:
         return f"no gain above {stop.min_gain:g} for {idle} rounds (stop.patience = {stop.patience})"
     return None
+
+
+def reason_of_emptiness(nothing: Sequence[str], stop: StopConfig) -> str | None:
+    """Why to end after rounds that had nothing to learn from; `nothing` says why of each round, empty where it had."""
+    idle = next((i for i, why in enumerate(reversed(nothing)) if not why), len(nothing))
+    if stop.empty_rounds is None or idle < stop.empty_rounds:
+        return None
+    rounds = "1 round had" if idle == 1 else f"{idle} rounds in a row had"
+    return f"{rounds} nothing to learn from (stop.empty_rounds = {stop.empty_rounds}): {nothing[-1]}"
 
 
 def reason_of_alarm(alarms: Sequence[Mapping[str, Any]], stop_on: Sequence[str]) -> str | None:

@@ -52,13 +52,17 @@ class Rewards:
 
 
 class Divergence:
-    """KL to the start, nats per answer: the mean of log p - log p0 over the policy's own samples."""
+    """KL to the start: the mean of log p - log p0 over the policy's own samples, nats per answer, and per token."""
 
     needs = frozenset({"log_probs"})
 
     def __call__(self, samples: pa.Table) -> dict[str, Any]:
         ratio = (_column(samples, "log_prob") - _column(samples, "log_prob_start")).astype(np.float64)
-        return {"kl": interval(mean_by_prompt(prompt_numbers(samples), ratio))}
+        groups = prompt_numbers(samples)
+        found: dict[str, Any] = {"kl": interval(mean_by_prompt(groups, ratio))}
+        if "completion_ids" in samples.column_names:
+            found["kl_per_token"] = ratio_interval(by_prompt(groups, ratio), by_prompt(groups, token_counts(samples)))
+        return found
 
 
 class Entropy:
@@ -202,9 +206,10 @@ def by_prompt(groups: Ints, values: Floats) -> Floats:
 
 def exponential(rate: Interval | None) -> Interval | None:
     """The interval on the scale of exp, which keeps its order; None beyond what a float holds."""
-    if rate is None or rate["high"] > MOST_NATS:
+    if rate is None or max(rate["mean"], rate["high"] or 0.0) > MOST_NATS:
         return None
-    return Interval(mean=math.exp(rate["mean"]), low=math.exp(rate["low"]), high=math.exp(rate["high"]), n=rate["n"])
+    low, high = (None if end is None else math.exp(end) for end in (rate["low"], rate["high"]))
+    return Interval(mean=math.exp(rate["mean"]), low=low, high=high, n=rate["n"])
 
 
 def _finite(values: Floats) -> Floats:

@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raftune.evaluation.alarms import FEWEST, Alarm, Measures, column, name_of, one_a_prompt, ranged, share
+from raftune.digest import ends_of
+from raftune.evaluation.alarms import FEWEST, Alarm, Measures, column, name_of, one_a_prompt, ranged
 from raftune.evaluation.columns import prompt_numbers
 from raftune.evaluation.images import ALIKE, by_group, nearest, rms_distance, thumbnails
 from raftune.interval import Interval, interval, mean_by_prompt
+from raftune.plain import percent as share
 
 KNOWN = ("brightness", "saturation", "contrast")  # of one picture, averaged over a set
 
@@ -49,10 +51,11 @@ def saturation_drifts(sets: Mapping[str, Measures], first: Measures, kept: pa.Ta
     By the whole 95 % interval over prompts. Names the most, or the least, saturated of what was kept.
     """
     found, means = looked(kept, "saturation"), drawn_means(sets, first, "saturation")
-    if found is None or not means:
+    ends = ends_of(found) if found else None
+    if found is None or ends is None or not means:
         return None
-    risen = found["low"] - min(means.values()) > drift
-    if not risen and not max(means.values()) - found["high"] > drift:
+    risen = ends[0] - min(means.values()) > drift
+    if not risen and not max(means.values()) - ends[1] > drift:
         return None
     values = column(kept, "saturation")
     order = np.argsort(-values if risen else values, kind="stable")
@@ -71,7 +74,8 @@ def contrast_drops(sets: Mapping[str, Measures], first: Measures, kept: pa.Table
     By the whole 95 % interval over prompts. Names the flattest of what was kept.
     """
     found, means = looked(kept, "contrast"), drawn_means(sets, first, "contrast")
-    if found is None or not means or found["high"] >= (1 - drop) * max(means.values()):
+    ends = ends_of(found) if found else None
+    if found is None or ends is None or not means or ends[1] >= (1 - drop) * max(means.values()):
         return None
     values = column(kept, "contrast")
     return Alarm(

@@ -47,6 +47,9 @@ def read_ratings(
     return collect(source, split, field, read, WANTED)
 
 
+OWN = ", which a run's rewards gave and no person: what is learned from them is that reward again"
+
+
 def is_several(row: Row) -> bool:
     return has(row, COMPLETIONS) and has(row, SCORES)
 
@@ -59,7 +62,12 @@ def rated(number: int, row: Row) -> tuple[str, list[Rating]]:
     prompt = read_prompt(value, prompt_column)
     rating = Rating(number, prompt, read_answer(answer, prompt, column), read_number(score, score_column))
     columns = (used(prompt_column, "prompt"), used(column, "completion"), used(score_column, "score"))
-    return f"ratings ({', '.join(columns)})", [rating]
+    return f"ratings ({', '.join(columns)}){OWN if by_rewards(row, score_column) else ''}", [rating]
+
+
+def by_rewards(row: Row, score_column: str) -> bool:
+    """Whether the score is what a run's rewards gave, as `raftune samples --json` writes it, and no person's."""
+    return score_column == "score" and "sample_id" in row and any(name.startswith("rewards/") for name in row)
 
 
 def rated_several(number: int, row: Row) -> tuple[str, list[Rating]]:

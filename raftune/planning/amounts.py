@@ -53,7 +53,8 @@ def amounts(config: RunConfig, train: int, held_out: int) -> Amounts:
 def kept_of(config: RunConfig, prompts: int, pool: int) -> tuple[int, bool]:
     """Rows that a round keeps at most, and whether it is exactly that many where every sample has a score."""
     chosen = config.selection
-    free = chosen.all_equal == "keep" and chosen.margin == 0 and not chosen.drop_duplicates
+    skips = chosen.skips_equal and pool > 1
+    free = not skips and chosen.margin == 0 and not chosen.drop_duplicates
     free = free and chosen.min_length is None and chosen.max_length is None
     if chosen.rule == "best_of_k":
         return prompts, free

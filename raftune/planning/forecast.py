@@ -10,7 +10,7 @@ from typing import Any
 from raftune.build import Assembly
 from raftune.config.policy import CausalLMPolicy, DiffusionPolicy
 from raftune.config.run import RunConfig
-from raftune.digest import overlap_words, rows_of
+from raftune.digest import held_out_words, overlap_words, rows_of
 from raftune.errors import RewardError
 from raftune.plain import one_line
 from raftune.planning.amounts import Amounts, amounts
@@ -201,6 +201,8 @@ def remarks(config: RunConfig, prompts: Prompts, planned: Amounts) -> list[str]:
     if prompts.repeated:
         said.append(f"{prompts.repeated} of {prompts.train} training prompts repeat an earlier one: each is drawn for")
     if warning := overlap_words(prompts.overlap, prompts.held_out):
+        said.append(warning)
+    if config.num_rounds and (warning := held_out_words(prompts.held_out, config.evaluation.num_prompts)):
         said.append(warning)
     if config.num_rounds and config.prompts_per_round > prompts.train:
         said.append(

@@ -140,7 +140,7 @@ def _kept(rewards_XK: Floats, m: int) -> npt.NDArray[np.bool_]:
     x, k = np.indices(rewards_XK.shape)
     unused = np.zeros(rewards_XK.size, np.int64)
     candidates = Candidates(x.ravel(), k.ravel().astype(np.int32), rewards_XK.ravel(), unused, unused.astype(np.uint64))
-    verdicts = select(candidates, SelectionConfig(rule="top_m", m=m), seed=0)
+    verdicts = select(candidates, SelectionConfig(rule="top_m", m=m, all_equal="keep"), seed=0)
     return (verdicts.weight > 0).reshape(rewards_XK.shape)
 
 

@@ -6,18 +6,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raftune.digest import Row, row_of, seconds_by_round
+from raftune.digest import Row, ends_of, row_of, seconds_by_round
 from raftune.report.reading import Reader
 from raftune.report.samples import finite
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A number, with the ends of its 95 % interval where it has one."""
+    """A number, with the ends of its 95 % interval where it has one, and the number of prompts that it is a mean of."""
 
     mean: float
     low: float | None = None
     high: float | None = None
+    n: int | None = None
 
 
 def value_of(found: Any) -> Value | None:
@@ -26,7 +27,11 @@ def value_of(found: Any) -> Value | None:
         number = finite(found)
         return None if number is None else Value(number)
     mean = finite(found.get("mean"))
-    return None if mean is None else Value(mean, finite(found.get("low")), finite(found.get("high")))
+    if mean is None:
+        return None
+    low, high = map(finite, ends_of(found) or (None, None))
+    n = found.get("n")
+    return Value(mean, low, high, n if isinstance(n, int) else None)
 
 
 def rows(reader: Reader) -> list[Row]:

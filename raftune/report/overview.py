@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from raftune.digest import cell, columns_for
+from raftune.plain import percent
 from raftune.report import numbers
 from raftune.report.charts import SHAPES, Series, line_chart
 from raftune.report.charts import numbers as number_table
@@ -100,8 +101,12 @@ def figures(found: Collected) -> list[tuple[str, str]]:
     pairs = [("best round", str(best) if best else "start")] if max(found.standing.rounds, default=0) else []
     named = (("reward", "reward"), ("held_out", ", ".join(found.standing.judges) or "held out"))
     pairs += [(title, figure_) for name, title in named if (figure_ := figure(found, name))]
-    kl = numbers.by_round(found.reader, "kl").get(best)
-    pairs += [("KL to the start", f"{number(kl.mean, 2)} <small>nats per answer</small>")] if kl and best else []
+    kls = numbers.by_round(found.reader, "kl")
+    at = best or max(kls, default=0)  # where no round was better than the start, how far the last one went astray
+    where = "" if best else f", round {at}"
+    pairs += [("KL to the start", f"{number(kls[at].mean, 2)} <small>nats per answer{where}</small>")] * (
+        at in kls and at > 0
+    )
     kept, drawn = (sum(row.get(name, 0) for row in found.rows) for name in ("kept", "samples"))
     pairs += [("kept of drawn", f"{kept:,} <small>of {drawn:,}</small>")] if drawn else []
     if found.reader.rounds("guard"):
@@ -120,7 +125,10 @@ def figure(found: Collected, name: str) -> str:
 
 
 def interval_words(value: Value) -> str:
-    return "" if value.low is None or value.high is None else f"[{number(value.low, 2)}, {number(value.high, 2)}]"
+    """The interval; of a mean without one the number of prompts that it stands on."""
+    if value.low is None or value.high is None:
+        return "" if value.n is None else f"n = {value.n}"
+    return f"[{number(value.low, 2)}, {number(value.high, 2)}]"
 
 
 # -- charts -----------------------------------------------------------------------------------------------------------
@@ -249,7 +257,7 @@ def worth(curve: Values) -> str:
     one, half, full = curve[ks[0]].mean, curve[ks[-2]].mean, curve[ks[-1]].mean
     if full <= one:
         return ""
-    return f"At the start, K = {ks[-2]} gives {100 * (half - one) / (full - one):.0f} % of the gain of K = {ks[-1]}."
+    return f"At the start, K = {ks[-2]} gives {percent((half - one) / (full - one))} of the gain of K = {ks[-1]}."
 
 
 # -- selection --------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def length_report(margins: Floats, lengths_N2: Floats, prompts_N: Ints) -> dict[
         "longer_wins": by_prompt(rule, prompts_N),
         "prefers_longer": agreement,
         "gain_over_length": gain,
-        "only_length": bool(one_sided and gain is not None and gain["low"] <= 0),
+        "only_length": bool(one_sided and gain is not None and (gain["low"] is None or gain["low"] <= 0)),
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raftune.digest import FEWEST_UNITS
 from raftune.interval import Interval, interval, mean_by_prompt, resamples
 from raftune.reward_models.pairwise import right
 
@@ -49,11 +50,14 @@ def explained(ratings: Floats, predicted: Floats, mean: float, prompts_N: Ints) 
     whole = np.bincount(prompts_N, (ratings - mean) ** 2, size)
     if not whole.sum():
         return None
+    mean_r2 = float(1 - left.sum() / whole.sum())
+    if size < FEWEST_UNITS:
+        return Interval(mean=mean_r2, low=None, high=None, n=size)
     drawn = [(left[rows].sum(axis=1), whole[rows].sum(axis=1)) for rows in resamples(size)]
     above, below = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
     values = 1 - above[below > 0] / below[below > 0]
     low, high = np.quantile(values, (0.025, 0.975))
-    return Interval(mean=float(1 - left.sum() / whole.sum()), low=float(low), high=float(high), n=size)
+    return Interval(mean=mean_r2, low=float(low), high=float(high), n=size)
 
 
 def correlation(x: Floats, y: Floats) -> float | None:

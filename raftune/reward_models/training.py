@@ -31,7 +31,7 @@ from raftune.reward_models.examples import (
 )
 from raftune.reward_models.fitting import Fit, Floats, Observer, Scale, fit, ratings_of
 from raftune.reward_models.folder import HELD_OUT, SKIPPED, Folder
-from raftune.reward_models.gate import verdict
+from raftune.reward_models.gate import better_than_length, verdict
 from raftune.reward_models.pairwise import pairwise_report
 from raftune.reward_models.pointwise import pointwise_report
 from raftune.store.files import stage_file, write_json
@@ -94,6 +94,7 @@ def work(
     report = judged(folder, tmp, backbone, source, split, scale, score_with, observe)
     better, why = verdict(source.objective, report)
     whole = {"objective": source.objective, "better_than_chance": better, "verdict": why, **report, **told}
+    whole |= {"better_than_length": better_than_length(report)} if source.objective == "pairwise" else {}
     whole |= {"model": config.model, "data": json.loads(folder.data.read_bytes())}
     write_json(tmp, folder.report, whole)
 

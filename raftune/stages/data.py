@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from raftune.config.run import RunConfig
 from raftune.data import read_rows
+from raftune.digest import FEWEST_UNITS, held_out_words
 from raftune.errors import DataError
 from raftune.protocols import Inputs
 from raftune.records import TOOLS, Json, arrow_array, derive_seed, prompt_ids, without_none
@@ -38,7 +39,7 @@ class Data:
     def fingerprints(self) -> Mapping[str, str]:
         return {}
 
-    def run(self, inputs: Inputs, out: Path) -> None:
+    def run(self, inputs: Inputs, out: Path) -> tuple[str, ...]:
         data, evaluation = self.config.data, self.config.evaluation
         wanted = evaluation.num_prompts
         train, held_out = self.train(), self.held_out() if wanted else None
@@ -56,6 +57,8 @@ class Data:
         write_table(held_out, out / "held_out.parquet")
         notes = {"train": train.num_rows, "held_out": held_out.num_rows, **repeated(train), **overlap(train, held_out)}
         (out / "notes.json").write_text(json.dumps(notes, indent=2, sort_keys=True) + "\n")
+        few = held_out_words(held_out.num_rows, wanted) if self.config.num_rounds else ""
+        return (few,) if few else ()
 
     def train(self) -> pa.Table | None:
         """The prompts to learn from; None where the run has none, for it only judges."""
@@ -146,10 +149,12 @@ def check_contents(contents: list[Any], field: str) -> None:
 def hold_out(train: pa.Table, wanted: int) -> tuple[pa.Table, pa.Table]:
     """Takes about a tenth of the prompts off, equal ones together, by their hash alone: the same in every run.
 
-    Where all prompts are equal, none is held out, so that something is left to learn from.
+    Of fewer than fifty it takes FEWEST_UNITS, so that a mean can have an interval, but no more than a third; of fewer
+    than ten none. Where all prompts are equal, none is held out, so that something is left to learn from.
     """
     stems = [name.rsplit("-", 1)[0] for name in train.column("prompt_id").to_pylist()]
-    share = min(wanted, train.num_rows // 10) if len(set(stems)) > 1 else 0
+    rows = train.num_rows
+    share = min(wanted, max(rows // 10, min(FEWEST_UNITS, rows // 3))) if len(set(stems)) > 1 and rows >= 10 else 0
     order = np.argsort([derive_seed("hold out", stem) for stem in stems], kind="stable")
     chosen = {stems[i] for i in order[:share]}
     mask = pa.array([stem in chosen for stem in stems])

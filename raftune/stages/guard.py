@@ -15,7 +15,7 @@ from raftune.config.guards import thresholds
 from raftune.protocols import Evidence, Examiner, Inputs
 from raftune.records import INVALID
 from raftune.stages.evaluate import plain
-from raftune.stages.select import lengths, read_verdicts
+from raftune.stages.select import clipped, contents, lengths, read_verdicts
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import column_names, read_table
 
@@ -27,8 +27,8 @@ Ints = npt.NDArray[np.int64]
 class Guard:
     """metrics.json, of what was drawn and of what was selected, and alarms.json: evidence, with samples to look at.
 
-    `judged` are the folders of the held-out samples, besides their scores: "judge", "logp" and "logp-start". `judge` is
-    the held-out reward in words, empty without one.
+    `judged` are the folders of the held-out samples, besides their scores: "draw", "judge", "logp" and "logp-start".
+    `judge` is the held-out reward in words, empty without one.
     """
 
     name = writes = "guard"
@@ -56,7 +56,8 @@ class Guard:
         self.fields = thresholds(pictures=condense is not None)
         now = tuple(f"evaluate/{name}" for name in ("score", *judged)) if judged else ()
         then = [f"evaluate/{name}@{r}" for r in range(round_) for name in ("score", "judge")] if judge else []
-        self.reads = (*shards, "score", "select", *now, *then, *(["guard@1"] if round_ > 1 else []))
+        first = ["guard@1"] if round_ > 1 else []
+        self.reads = (*shards, "score", "select", "model", *now, *then, *first)
 
     def fingerprints(self) -> Mapping[str, str]:
         return {}
@@ -66,10 +67,11 @@ class Guard:
             round=self.round,
             samples=self.counts(pa.concat_tables(self.samples(inputs))),
             factors=self.factors(),
-            held_out=judged_samples(inputs, self.judged) if self.judged else None,
+            held_out=judged_samples(inputs, self.judged, texts=self.texts) if self.judged else None,
             earlier=[judged_samples(inputs, ("judge",), r) for r in range(self.round)] if self.judge else [],
             judge=self.judge,
             first=json.loads((inputs["guard@1"] / "metrics.json").read_text())["drawn"] if self.round > 1 else None,
+            losses=json.loads((inputs["model"] / "training.json").read_text())["losses"],
         )
         sets = self.examiner.measures(evidence)
         for name, found in (("metrics", sets), ("alarms", self.examiner.alarms(evidence, sets))):
@@ -91,9 +93,8 @@ class Guard:
         """The unit's samples with what was measured of their completions, and which of them are the control."""
         assert self.condense is not None
         known = self.condense(pa.concat_tables([read_table(path, completions_in(path)) for path in paths]))
-        for name in known.column_names:
-            if name not in table.column_names:
-                table = table.append_column(name, known.column(name))
+        table = beside(table, known)
+        table = beside(table, pa.concat_tables([told_of(path, texts=False) for path in paths]))
         return table.append_column("control", pa.array(self.control(table)))
 
     def control(self, table: pa.Table) -> npt.NDArray[np.bool_]:
@@ -112,9 +113,8 @@ class Guard:
         kept, control = table.column("weight").to_numpy() > 0, self.control(table)
         groups = numbers_of(table.column("prompt_id"))
         found = self.examiner.similarities(texts.filter(pa.array(own)).to_pylist(), groups[own])
+        table = beside(table, pa.concat_tables([told_of(path, texts=True) for path in paths]))
         columns = {
-            "length": pa.array(np.concatenate([lengths(path) for path in paths]).astype(np.float64)),
-            "clipped": pa.concat_arrays([clipped(path) for path in paths]),
             "similarity": pa.array(np.append(found, np.nan)[np.minimum(groups, len(found))], from_pandas=True),
             "control": pa.array(control),
             "text": pc.if_else(pa.array(kept | control), texts, pa.scalar(None, texts.type)),
@@ -144,23 +144,47 @@ def numbers_of(names: pa.ChunkedArray) -> Ints:
     return np.asarray(pc.index_in(names, value_set=pc.unique(names)).to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
-def clipped(path: Path) -> pa.Array:
-    """Whether each sample was cut off by its longest length; null where that is not known."""
-    if "finish" not in column_names(path):
-        return pa.nulls(read_table(path, ["k"]).num_rows, pa.bool_())
-    return pc.equal(read_table(path, ["finish"]).column("finish"), "length").combine_chunks()
+def beside(table: pa.Table, other: pa.Table) -> pa.Table:
+    """The table with the columns of another, row for row, that it does not have."""
+    for name in other.column_names:
+        if name not in table.column_names:
+            table = table.append_column(name, other.column(name))
+    return table
 
 
-def judged_samples(inputs: Inputs, judged: Sequence[str], round_: int | None = None) -> pa.Table | None:
+def told_of(path: Path, texts: bool) -> pa.Table:
+    """Of each sample of a shard: `content`, equal where two are the same; of texts length, clipped and empty.
+
+    Null where that is not known.
+    """
+    if not texts:
+        own = "image_sha256" in column_names(path)
+        named = read_table(path, ["image_sha256"]).column("image_sha256") if own else pa.array(contents(path))
+        return pa.table({"content": named})
+    return pa.table(
+        {
+            "content": pa.array(contents(path)),
+            "length": pa.array(lengths(path).astype(np.float64)),
+            "clipped": clipped(path),
+            "empty": pc.equal(pc.utf8_trim_whitespace(read_table(path, ["completion"]).column("completion")), ""),
+        }
+    )
+
+
+def judged_samples(
+    inputs: Inputs, judged: Sequence[str], round_: int | None = None, *, texts: bool = False
+) -> pa.Table | None:
     """The held-out samples of this round, or of an earlier one, with what was measured of them; None without any."""
     when = "" if round_ is None else f"@{round_}"
     folders = {name: inputs[f"evaluate/{name}{when}"] for name in ("score", *judged)}
     units = unit_numbers(*folders.values())  # of fewer than ten prompts none is held out
-    return pa.concat_tables(judged_unit(folders, unit) for unit in units) if units else None
+    return pa.concat_tables(judged_unit(folders, unit, texts) for unit in units) if units else None
 
 
-def judged_unit(folders: Mapping[str, Path], unit: int) -> pa.Table:
+def judged_unit(folders: Mapping[str, Path], unit: int, texts: bool) -> pa.Table:
     table = read_table(folders["score"] / unit_file(unit), JUDGED)
+    if "draw" in folders:
+        table = beside(table, told_of(folders["draw"] / unit_file(unit), texts))
     if "judge" in folders:
         table = table.append_column(
             "held_out", read_table(folders["judge"] / unit_file(unit), ["score"]).column("score")

@@ -17,7 +17,7 @@ from raftune.config.selection import SelectionConfig
 from raftune.errors import ModelError, RewardError
 from raftune.protocols import Inputs
 from raftune.records import INVALID, VERDICT_SCHEMA, Status, content_hash, derive_seed
-from raftune.selection import REASONS, Candidates, Reason, Verdicts, barren, select
+from raftune.selection import REASONS, Candidates, Reason, Verdicts, barren, nothing_to_rank, select
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import column_names, read_groups, read_metadata, read_table, table_writer
 
@@ -62,27 +62,30 @@ class Select:
         units = unit_numbers(*(inputs[name] for name in ("score", *self.regularised)))
         refuse_failures((self.judged(inputs, unit) for unit in units), self.max_failures)
         prompts = read_table(inputs["plan"] / "prompts.parquet", ["prompt_id"]).column("prompt_id").to_pylist()
-        candidates, scores = self.candidates(inputs, units, prompts)
+        candidates, scores, cut = self.candidates(inputs, units, prompts)
         verdicts = select(candidates, self.config, derive_seed("select", self.seed, self.round))
         who = (self.taking_part(inputs, unit, _IDENTITY) for unit in units)
-        write_verdicts(out / "verdicts.parquet", units, who, candidates, scores, verdicts)
-        summary = self.summary(candidates, scores, verdicts, prompts)
+        write_verdicts(out / "verdicts.parquet", units, who, candidates, scores, cut, verdicts)
+        summary = self.summary(candidates, scores, cut, verdicts, prompts)
         (out / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n")
 
     def candidates(
         self, inputs: Inputs, units: list[int], prompts: Sequence[str]
-    ) -> tuple[Candidates, npt.NDArray[np.float64]]:
-        """The columns that a rule looks at, of all units; beside them the scores before any regularisation."""
+    ) -> tuple[Candidates, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """The columns that a rule looks at, of all units; the scores before any regularisation; and which were cut off.
+
+        1 where a sample reached the longest length, NaN where that is not known.
+        """
         number = pa.array(prompts, pa.string())
         parts = [self.unit_candidates(inputs, unit, number) for unit in units]
-        types = (np.int64, np.int32, np.float64, np.int64, np.uint64, np.float64, np.bool_)
-        group, k, ranked, length, content, plain, invalid = (
+        types = (np.int64, np.int32, np.float64, np.int64, np.uint64, np.float64, np.bool_, np.float64)
+        group, k, ranked, length, content, plain, invalid, cut = (
             np.concatenate([np.zeros(0, kind), *(part[i] for part in parts)]) for i, kind in enumerate(types)
         )
-        return Candidates(group=group, k=k, score=ranked, length=length, content=content, invalid=invalid), plain
+        return Candidates(group=group, k=k, score=ranked, length=length, content=content, invalid=invalid), plain, cut
 
     def unit_candidates(self, inputs: Inputs, unit: int, prompts: pa.Array) -> tuple[npt.NDArray[Any], ...]:
-        """Of each sample of the unit: prompt number, k, ranked score, length, content, plain score, invalid."""
+        """Of each sample of the unit: prompt number, k, ranked score, length, content, score, invalid, clipped."""
         score = read_table(inputs["score"] / unit_file(unit), _CHEAP)
         rows = first_draws(score, self.num_generations)
         usable = pc.equal(score.column("status"), Status.OK.value)
@@ -96,7 +99,8 @@ class Select:
         if self.config.drop_duplicates:
             content = np.concatenate([contents(path) for path in paths])
         k, invalid = score.column("k").to_numpy(), self.invalid(inputs, unit)
-        return tuple(column[rows] for column in (group, k, ranked, length, content, values, invalid))
+        cut = np.concatenate([clipped(path).to_numpy(zero_copy_only=False).astype(np.float64) for path in paths])
+        return tuple(column[rows] for column in (group, k, ranked, length, content, values, invalid, cut))
 
     def invalid(self, inputs: Inputs, unit: int) -> Bools:
         """Which samples of the unit their policy calls invalid."""
@@ -122,7 +126,12 @@ class Select:
         return np.asarray(ours - start, dtype=np.float64)
 
     def summary(
-        self, candidates: Candidates, scores: npt.NDArray[np.float64], verdicts: Verdicts, prompts: Sequence[str]
+        self,
+        candidates: Candidates,
+        scores: npt.NDArray[np.float64],
+        cut: npt.NDArray[np.float64],
+        verdicts: Verdicts,
+        prompts: Sequence[str],
     ) -> dict[str, Any]:
         chosen = verdicts.weight > 0
         reasons = {REASONS[code]: int(n) for code, n in enumerate(np.bincount(verdicts.reason)) if n}
@@ -136,6 +145,9 @@ class Select:
             "kept": int(chosen.sum()),
             "prompts": len(prompts),
             "prompts_kept": len(np.unique(candidates.group[chosen])),
+            "nothing_to_rank": len(nothing_to_rank(candidates, verdicts)),
+            "clipped_drawn": _mean(cut),
+            "clipped_kept": _mean(cut[chosen]),
             "reward_drawn": _mean(scores),
             "reward_kept": _mean(scores[chosen]),
             "reward_std": float(np.nanstd(scores)) if np.isfinite(scores).any() else None,
@@ -156,6 +168,13 @@ def lengths(path: Path) -> npt.NDArray[np.int64]:
         return np.asarray(found.to_numpy(), dtype=np.int64)
     completions = read_table(path, ["completion"]).column("completion")
     return np.array([len(c) if isinstance(c, str) else 1 for c in completions.to_pylist()], dtype=np.int64)
+
+
+def clipped(path: Path) -> pa.Array:
+    """Whether each sample was cut off by its longest length; null where that is not known."""
+    if "finish" not in column_names(path):
+        return pa.nulls(read_metadata(path)[0], pa.bool_())
+    return pc.equal(read_table(path, ["finish"]).column("finish"), "length").combine_chunks()
 
 
 def contents(path: Path) -> npt.NDArray[np.uint64]:
@@ -216,6 +235,7 @@ def write_verdicts(
     samples: Iterable[pa.Table],
     candidates: Candidates,
     scores: npt.NDArray[np.float64],
+    cut: npt.NDArray[np.float64],
     verdicts: Verdicts,
 ) -> None:
     """Streams the verdicts beside their samples, one row group a unit, so that memory does not grow with the words."""
@@ -234,6 +254,7 @@ def write_verdicts(
                 "rank": pa.array(verdicts.rank[rows], pa.int32()),
                 "weight": pa.array(verdicts.weight[rows], pa.float64()),
                 "reason": reason,
+                "cut_off": pa.array(cut[rows], from_pandas=True).cast(pa.bool_()),
             }
             columns = {**{name: who.column(name) for name in who.column_names}, **values}
             writer.write_table(pa.table(columns, schema=schema))

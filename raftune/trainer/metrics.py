@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raftune.digest import ends_of
 from raftune.ledger import answer_text
 from raftune.stages.plan import read_unit
 from raftune.store.layout import unit_file, unit_numbers
@@ -118,7 +119,8 @@ def held_out(metrics: Mapping[str, Any], prefix: str = "eval", *, ends: bool = F
 def _flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping) and "mean" in value:
         yield name, float(value["mean"])
-        yield from ((f"{name}_{end}", float(value[end])) for end in ("low", "high"))
+        if ends := ends_of(value):
+            yield from ((f"{name}_low", float(ends[0])), (f"{name}_high", float(ends[1])))
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(f"{name}/{key}", inner)

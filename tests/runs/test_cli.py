@@ -46,6 +46,7 @@ CONFIG = {
     "data": {"prompts": "train.jsonl"},
     "policy": {"family": "tabular", "num_prompts": 4, "num_answers": 5, "step": 0.5},
     "sampling": {"num_generations": 4, "unit_size": 4},
+    "selection": {"all_equal": "keep"},
     "rewards": {"reward_funcs": ["rewards.py:value"]},
     "evaluation": {
         "prompts": "held_out.jsonl",

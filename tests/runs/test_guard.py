@@ -47,6 +47,7 @@ def parting(root: Path, **changes: Any) -> RunConfig:
         "data": {"prompts": "given as an object"},
         "policy": {"family": "tabular", "num_prompts": LABELS, "num_answers": ANSWERS},
         "sampling": {"num_generations": 4, "unit_size": 8},
+        "selection": {"all_equal": "keep"},
         "evaluation": {"num_prompts": LABELS, "num_generations": 8, "reward_funcs": ["tests.runs.judges:low"]},
         "engine": {"threads": 1},
         "report": False,
@@ -202,7 +203,11 @@ def test_a_teacher_s_answers_are_kept_and_are_no_draws_of_the_policy(tmp_path: P
     ("guards", "changes", "words"),
     [
         ({"stop_on": ["held_out_falls"]}, {"evaluation": {"reward_funcs": []}}, "needs a held-out reward"),
-        ({"stop_on": ["kl_beyond_budget"]}, {}, "got no guards.max_kl"),
+        (
+            {"stop_on": ["kl_beyond_budget"]},
+            {"evaluation": {"kl": False}},
+            "kl_beyond_budget needs evaluation.kl: true",
+        ),
         ({"max_kl": 3.0}, {"evaluation": {"kl": False}}, "guards.max_kl needs evaluation.kl: true"),
         ({"stop_on": ["part_dominates"], "enabled": False}, {}, "guards.stop_on needs guards.enabled: true"),
         ({"stop_on": ["hacking"]}, {}, "must be 'held_out_falls', "),

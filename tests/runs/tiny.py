@@ -63,6 +63,7 @@ def config(root: Path, **changes: Any) -> RunConfig:
         "data": {"prompts": "given as an object"},
         "policy": {} if "policy" in changes else {"family": "tabular", "num_prompts": 4, "num_answers": 5},
         "sampling": {"num_generations": 4, "unit_size": 4},
+        "selection": {"all_equal": "keep"},  # of five answers four are often the same
         "evaluation": {"num_prompts": 4, "num_generations": 2},
         "engine": {"threads": 1},
     }

@@ -69,7 +69,8 @@ def random_table(seed: int, groups: int = 60) -> Candidates:
 
 
 def choose(candidates: Candidates, seed: int = 0, **fields: Any) -> Verdicts:
-    return select(candidates, SelectionConfig(**fields), seed)
+    """The verdicts; prompts of equal scores, of which these tables have many, are kept where nothing else is said."""
+    return select(candidates, SelectionConfig(**{"all_equal": "keep", **fields}), seed)
 
 
 def kept(verdicts: Verdicts) -> list[int]:

@@ -42,7 +42,8 @@ class Drawn:
         )
 
     def verdicts(self, seed: int = 0, **fields: Any) -> Verdicts:
-        return select(self.candidates, SelectionConfig(**fields), seed)
+        # The laws are those of all prompts: also of one whose draws are all the same answer.
+        return select(self.candidates, SelectionConfig(**{"all_equal": "keep", **fields}), seed)
 
     def weights(self, seed: int = 0, **fields: Any) -> np.ndarray:
         """(X, K)"""

@@ -69,9 +69,13 @@ def planned(folder: Path, measured: bool = False, **changes: Any) -> Forecast:
     ],
 )
 def test_kept_rows_follow_from_the_rule(selection: dict[str, Any], kept: int, exact: bool) -> None:
-    found = amounts(config(prompts_per_round=10, selection=selection), train=100, held_out=5)
+    found = amounts(config(prompts_per_round=10, selection=selection | {"all_equal": "keep"}), train=100, held_out=5)
     assert found.kept == kept
     assert found.kept_exact is (exact and "drop_duplicates" not in selection)
+    ranks = selection["rule"] not in ("threshold", "top_fraction")
+    assert amounts(config(prompts_per_round=10, selection=selection), train=100, held_out=5).kept_exact is (
+        found.kept_exact and not ranks
+    )
 
 
 def test_samples_are_those_of_every_round_and_of_every_judgement() -> None:
@@ -159,7 +163,8 @@ def test_the_forecast_is_what_the_run_does(folder: Path) -> None:
     run(settings)
     summary = json.loads((folder / "held/round-0001/select/summary.json").read_text())
     report = json.loads((folder / "held/round-0001/model/training.json").read_text())
-    assert (found.amounts.drawn, found.amounts.kept) == (summary["samples"], summary["kept"])
+    assert (found.amounts.drawn, found.amounts.kept) == (summary["samples"], summary["prompts"])
+    assert not found.amounts.kept_exact and summary["kept"] == summary["prompts"] - summary["nothing_to_rank"]
     assert found.amounts.steps == report["steps"]
 
 

@@ -1,10 +1,12 @@
 """Which candidates a rule keeps, with what weight and reason, on tables small enough to check by eye."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from selection_tables import CONFIGS, INF, NAN, assert_same, choose, kept, prompts, random_table, rows, words
 
-from raftune.selection import barren
+from raftune.selection import Reason, barren, nothing_to_rank
 
 # -- best of k and top m ---------------------------------------------------------------------------------------------
 
@@ -18,7 +20,7 @@ def test_the_best_of_each_prompt_is_kept_and_every_candidate_is_ranked() -> None
 
 
 def test_ties_go_to_the_lower_index() -> None:
-    verdicts = choose(prompts([1, 2, 2, 2], [0.0, -0.0]))
+    verdicts = choose(prompts([1, 2, 2, 2], [0.0, -0.0]), all_equal="keep")
     assert kept(verdicts) == [1, 4]
     assert verdicts.rank.tolist() == [4, 1, 2, 3, 1, 2]
     assert words(verdicts)[2:4] == ["tied with a better index"] * 2
@@ -93,11 +95,51 @@ def test_of_identical_completions_only_the_lowest_usable_index_competes() -> Non
 
 def test_prompts_whose_usable_scores_are_all_equal_are_kept_or_skipped_as_told() -> None:
     table = prompts([2, 2, NAN], [2, 3], [1])
-    assert kept(choose(table)) == [0, 4, 5]
+    verdicts = choose(table, all_equal="keep")
+    assert kept(verdicts) == [0, 4, 5]
+    assert words(verdicts)[0] == Reason.KEPT_EQUAL.words
+    assert words(verdicts)[5] == Reason.ONLY_ONE.words
     verdicts = choose(table, all_equal="skip")
     assert kept(verdicts) == [4]
-    assert words(verdicts)[:3] == ["prompt skipped: all scores equal"] * 2 + ["no usable score"]
+    assert words(verdicts)[:3] == [Reason.ALL_EQUAL.words] * 2 + ["no usable score"]
+    assert words(verdicts)[5] == Reason.LEFT_ALONE.words
     assert verdicts.rank.tolist() == [1, 2, 0, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [3, 6]),
+        ({"rule": "top_m", "m": 2}, [2, 3, 6]),
+        ({"rule": "softmax", "temperature": 1}, [2, 3, 6]),
+        ({"rule": "random"}, [2, 6]),
+        ({"rule": "threshold", "threshold": 1}, [3, 4, 5, 6]),
+        ({"rule": "top_fraction", "keep_fraction": 0.75, "max_per_prompt": 1}, [0, 3, 4, 6]),
+    ],
+)
+def test_by_default_wrong_answers_alone_teach_nothing_and_a_single_candidate_is_kept(
+    fields: dict[str, Any], expected: list[int]
+) -> None:
+    """All wrong, one right, all right, one candidate: what is skipped is what a rule would have ranked, and cannot."""
+    table = prompts([0, 0], [0, 1], [1, 1], [0] if "threshold" not in fields else [1])
+    verdicts = choose(table, seed=2, all_equal="auto", **fields)
+    assert kept(verdicts) == expected
+    assert nothing_to_rank(table, verdicts) == {0: 0.0, 2: 1.0}
+
+
+def test_a_candidate_whose_rivals_have_no_score_was_ranked_against_none() -> None:
+    table = prompts([NAN, 0], [1, 2])
+    assert kept(choose(table, all_equal="auto")) == [3]
+    assert nothing_to_rank(table, choose(table)) == {0: 0.0}
+
+
+def test_where_no_scores_are_equal_the_default_keeps_what_keep_does() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        table = prompts(*rng.normal(size=(12, 4)))
+        for fields in CONFIGS:
+            if "all_equal" not in fields:
+                assert_same(choose(table, seed, **fields, all_equal="auto"), choose(table, seed, **fields))
 
 
 def test_a_best_that_exceeds_its_mean_by_just_the_margin_is_kept() -> None:
@@ -247,5 +289,5 @@ def test_a_prompt_that_yields_nothing_is_named_with_its_reason() -> None:
 
 def test_a_skipped_prompt_is_named_as_skipped_even_if_some_did_not_compete() -> None:
     table = prompts([1, 1, NAN], [1, 2])
-    assert barren(table, choose(table, all_equal="skip")) == {0: "prompt skipped: all scores equal"}
+    assert barren(table, choose(table, all_equal="skip")) == {0: "nothing to rank: all candidates score 1"}
     assert barren(table, choose(table, margin=0.5)) == {0: "prompt skipped: margin too small"}

@@ -103,6 +103,8 @@ def test_every_reason_occurs_and_keeps_or_rejects_always() -> None:
         "reaches the threshold",
         "weighted by its score",
         "kept by chance (control)",
+        "the only candidate of its prompt",
+        "kept with nothing to rank: all candidates score the same",
     }
 
 

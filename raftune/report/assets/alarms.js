@@ -7,6 +7,11 @@ const ALARM_NAMES = {
   part_dominates: "one reward dominates",
   near_duplicates: "near duplicates among what was kept",
   kl_beyond_budget: "KL beyond its budget",
+  loss_diverges: "loss rises while training",
+  equal_scores: "equal scores: nothing to rank",
+  identical_candidates: "candidates all the same",
+  empty_answers: "empty answers",
+  cut_off: "answers cut off",
   saturation_drifts: "saturation drifts",
   contrast_drops: "contrast drops",
 };

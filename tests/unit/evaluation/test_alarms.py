@@ -52,7 +52,7 @@ def drawn(texts: Sequence[Sequence[str]], scores: Any = None, *, best: int = 0, 
         "prompt_id": np.repeat(names, k),
         "k": pa.array(place, pa.int32()),
         "source": ["policy"] * len(flat),
-        "score": np.zeros(len(flat)) if scores is None else np.ravel(scores),
+        "score": place.astype(np.float64) if scores is None else np.ravel(scores),
         "weight": (place == best).astype(np.float64),
         "length": np.array([len(text.split()) for text in flat], np.float64),
         "clipped": pa.array([False] * len(flat)),
@@ -365,3 +365,99 @@ def test_a_round_that_kept_nothing_is_measured_without_words() -> None:
     found = Examination(GuardsConfig()).measures(Evidence(1, samples, {}, None, [], "", None))
     assert found["selected"] == {"samples": 0, "words": 0}
     assert look(samples) == []
+
+
+# -- answers that teach nothing, and a fit that goes astray ------------------------------------------------------------
+
+
+def tried(completions: Sequence[str], scores: Sequence[float | None] | None = None, finish: str = "eos") -> pa.Table:
+    """Samples as `plan` draws them, of prompts with four answers each."""
+    n = len(completions)
+    return pa.table(
+        {
+            "sample_id": [f"probe/{i // 4}/{i % 4}" for i in range(n)],
+            "prompt_id": [str(i // 4) for i in range(n)],
+            "completion": list(completions),
+            "finish": [finish] * n,
+            "score": pa.array(list(range(n)) if scores is None else scores, pa.float64()),
+        }
+    )
+
+
+def test_what_is_tried_raises_what_a_round_of_it_would() -> None:
+    words = ["one", "two", "three", "four"]
+    assert alarms.probe_alarms(tried(words * 2), GuardsConfig()) == []
+    found = alarms.probe_alarms(tried(["", " \n", "three", "four"] * 2), GuardsConfig())
+    assert [(alarm["alarm"], alarm["numbers"]) for alarm in found] == [("empty_answers", {"tried": 0.5})]
+    assert [sample["sample_id"] for sample in found[0]["samples"]] == ["probe/0/0", "probe/1/0"]
+    assert names(alarms.probe_alarms(tried(words, finish="length"), GuardsConfig())) == ["cut_off"]
+    assert names(alarms.probe_alarms(tried(["same"] * 8), GuardsConfig())) == ["identical_candidates"]
+    assert names(alarms.probe_alarms(tried(["same"] * 8, finish="length"), GuardsConfig(cut_off_share=1.0))) == [
+        "identical_candidates"
+    ]
+    found = alarms.probe_alarms(tried(words * 2, [0, 0, None, 0, 1, 1, 1, 1]), GuardsConfig())
+    assert [(alarm["alarm"], alarm["numbers"]["tied"]) for alarm in found] == [("equal_scores", 2)]
+    assert found[0]["samples"][0]["why"] == "all 3 candidates score 0"
+
+
+@pytest.mark.parametrize(("share", "raised"), [(0.15, False), (0.25, True)])
+def test_empty_answers_are_an_alarm_from_their_share_on(share: float, raised: bool) -> None:
+    texts = [[""] * K if i < share * P else group for i, group in enumerate(sentences(rng(), P, K))]
+    flags = pa.array([text == "" for group in texts for text in group])
+    assert ("empty_answers" in names(look(drawn(texts).append_column("empty", flags)))) is raised
+
+
+def test_kept_answers_that_were_cut_off_are_an_alarm_though_few_that_were_drawn_are() -> None:
+    samples = drawn(sentences(rng(), P, K), best=0)
+    cut = pa.array([i % K == 0 for i in range(P * K)])
+    samples = samples.set_column(samples.column_names.index("clipped"), "clipped", cut)
+    found = {alarm["alarm"]: alarm for alarm in look(samples)}
+    assert found["cut_off"]["numbers"] == {"drawn": 1 / K, "kept": 1.0}
+    assert look(samples, cut_off_share=1.0) == []
+
+
+def test_prompts_with_equal_scores_are_an_alarm_from_their_share_on() -> None:
+    scores = np.tile(np.arange(K), (P, 1)).astype(float)
+    scores[: P // 2] = 0.0
+    assert names(look(drawn(sentences(rng(), P, K), scores))) == []
+    scores[P // 2] = 1.0
+    found = look(drawn(sentences(rng(), P, K), scores))
+    assert names(found) == ["equal_scores"]
+    assert (found[0]["numbers"]["tied"], found[0]["numbers"]["prompts"]) == (P // 2 + 1, P)
+
+
+def test_one_candidate_a_prompt_is_no_alarm_for_there_was_nothing_to_rank_by_design() -> None:
+    assert look(drawn(sentences(rng(), P, 1), np.zeros((P, 1)))) == []
+
+
+def test_a_policy_that_says_one_thing_is_an_alarm_by_its_held_out_answers() -> None:
+    samples = drawn(sentences(rng(), P, K))
+    held_out = judged(np.zeros((P, K)), np.zeros((P, K))).drop_columns("held_out")
+    held_out = held_out.append_column("content", pa.array(np.repeat(np.arange(P), K)))
+    evidence = Evidence(1, samples, {}, held_out, [], "", None)
+    examination = Examination(GuardsConfig())
+    found = examination.alarms(evidence, examination.measures(evidence))
+    assert [(alarm["alarm"], alarm["numbers"]) for alarm in found] == [("identical_candidates", {"held_out": 1.0})]
+
+
+def test_a_loss_that_doubles_is_an_alarm_by_its_first_and_last_tenth() -> None:
+    assert alarms.loss_diverges([1.0, 5.0] * 50, 2.0) is None
+    assert alarms.loss_diverges([2.0] * 10 + [1.0] * 80 + [4.5] * 10, 2.0).numbers == {  # type: ignore[union-attr]
+        "first": 2.0,
+        "last": 4.5,
+        "steps": 100,
+    }
+    assert alarms.loss_diverges([1.0, 9.0], 2.0) is None
+    assert alarms.loss_diverges([], 2.0) is None
+
+
+@pytest.mark.parametrize(
+    ("nats", "tokens", "rounds", "raised"),
+    [(259.0, 64, 1, True), (5.0, 30, 8, False), (2.0, 1, 1, False), (40.0, 200, 1, False), (8.5, 8, 4, True)],
+)
+def test_without_a_budget_a_kl_is_an_alarm_beyond_what_selection_teaches_and_a_nat_a_token(
+    nats: float, tokens: int, rounds: int, raised: bool
+) -> None:
+    ratio = np.full((P, K), nats)
+    held_out = judged(ratio, ratio, log_ratio=ratio).append_column("length", pa.array([float(tokens)] * (P * K)))
+    assert (alarms.kl_beyond_selection(held_out, rounds, 8.0, 1.0) is not None) is raised

@@ -9,8 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raftune.evaluation.metrics import METRICS, Entropy, Perplexity, Text
-from raftune.interval import ratio_interval
+from raftune.digest import cell, columns_for, ends_of, row_of
+from raftune.evaluation.metrics import METRICS, Divergence, Entropy, Perplexity, Text
+from raftune.interval import interval, ratio_interval
+from raftune.measures import measures, spread
 
 P = np.array([1, 2, 5]) / 8  # of three answers: eight samples hold each as often as it is drawn on average
 
@@ -51,7 +53,7 @@ def test_entropy_per_token_is_the_ratio_of_sums_and_needs_no_second_pass() -> No
     found = Entropy()(table)
     assert found["entropy"]["mean"] == pytest.approx(((3 + 0.5) / 2 + 6) / 2)
     assert found["entropy_per_token"]["mean"] == pytest.approx(9.5 / 6)
-    assert found["entropy_per_token"]["low"] < 9.5 / 6 < found["entropy_per_token"]["high"]
+    assert found["entropy_per_token"]["n"] == 2
 
 
 def test_what_is_sharpened_by_a_temperature_is_measured_as_a_cross_entropy() -> None:
@@ -78,15 +80,15 @@ def references(*rows: tuple[float | None, int | None]) -> pa.Table:
 
 
 def test_perplexity_is_exp_of_nats_over_tokens() -> None:
-    found = Perplexity()(references((-3.0, 2), (-5.0, 10), (None, None)))
+    found = Perplexity()(references(*[(-3.0, 2), (-5.0, 10)] * 3, (None, None)))
     assert found["perplexity"]["mean"] == pytest.approx(math.exp(8 / 12))
     assert found["perplexity"]["low"] <= found["perplexity"]["mean"] <= found["perplexity"]["high"]
-    assert found["perplexity"]["n"] == 2
-    assert found["references"] == {"measured": 2, "left_out": 1, "impossible": 0}
+    assert found["perplexity"]["n"] == 6
+    assert found["references"] == {"measured": 6, "left_out": 1, "impossible": 0}
 
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary_exactly() -> None:
-    found = Perplexity()(references(*[(-n * math.log(50), n) for n in (1, 3, 9)]))["perplexity"]
+    found = Perplexity()(references(*[(-n * math.log(50), n) for n in (1, 3, 9, 2, 4)]))["perplexity"]
     assert [found[name] for name in ("mean", "low", "high")] == pytest.approx([50.0] * 3)
 
 
@@ -140,3 +142,37 @@ def test_a_ratio_s_interval_holds_the_truth_as_often_as_it_says() -> None:
         assert found is not None
         held += found["low"] <= 2.0 <= found["high"]
     assert abs(held / 300 - 0.94) < 4.75 * 0.0126  # the percentile bootstrap is a little narrow at 60 prompts
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_fewer_than_five_prompts_have_a_mean_and_no_interval(n: int) -> None:
+    values = np.random.default_rng(n).normal(size=n)
+    for found in (interval(values), ratio_interval(values, np.ones(n))):
+        assert found is not None
+        assert (found["mean"], found["n"]) == (pytest.approx(values.mean()), n)
+        assert (ends_of(found) is None) is (n < 5)
+        assert (found["low"] is None) is (found["high"] is None) is (n < 5)
+
+
+def test_an_interval_that_an_older_version_wrote_of_too_few_prompts_is_not_shown() -> None:
+    old = {"mean": 32.553, "low": 32.553, "high": 32.553, "n": 1}
+    assert ends_of(old) is None
+    assert spread(old) == "32.553 (n = 1, too few for an interval)"
+    row = row_of(1, {"reward": old}, {}, None)
+    assert (row["reward"], row["reward_n"]) == (32.553, 1) and "reward_low" not in row
+    column = columns_for([row])[1]
+    assert (column.title, cell(column, row)) == ("reward (n=1)", "32.553")
+    assert next(measures({"reward": old})).interval == "none, n = 1"
+
+
+def test_kl_is_told_by_answer_and_by_token() -> None:
+    table = pa.table(
+        {
+            "prompt_id": ["a", "a", "b"],
+            "log_prob": [-1.0, -2.0, -3.0],
+            "log_prob_start": [-3.0, -4.0, -4.0],
+            "completion_ids": [[1, 2, 3, 4], [1, 2], [1, 2, 3, 4]],
+        }
+    )
+    found = Divergence()(table)
+    assert (found["kl"]["mean"], found["kl_per_token"]["mean"]) == (1.5, 0.5)

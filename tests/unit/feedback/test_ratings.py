@@ -81,3 +81,10 @@ def test_several_answers_with_as_many_scores_are_a_rating_each(tmp_path: Path) -
 def test_a_row_without_a_rating_is_skipped_by_its_reason(tmp_path: Path, row: Any, reason: str) -> None:
     found = read(tmp_path, rated(1), row)
     assert [str(s.reason) for s in found.skipped] == [reason]
+
+
+def test_scores_that_a_run_s_rewards_gave_are_said_to_be_no_person_s(tmp_path: Path) -> None:
+    """What `raftune samples --json` prints has prompt, completion and score."""
+    row = {"sample_id": "0001/p-0/000", "prompt": "p", "completion": "c", "score": 1.5, "rewards/length": 1.5}
+    assert "which a run's rewards gave and no person" in read(tmp_path, row).words()[0]
+    assert "no person" not in read(tmp_path, {name: row[name] for name in ("prompt", "completion", "score")}).format

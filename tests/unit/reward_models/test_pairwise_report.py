@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from raftune.reward_models.gate import verdict
+from raftune.reward_models.gate import better_than_length, verdict
 from raftune.reward_models.pairwise import calibration, length_report, pairwise_report, right
 
 
@@ -87,3 +87,22 @@ def test_the_interval_must_lie_above_a_coin() -> None:
     assert verdict("pairwise", report([1.0] * 30))[0]
     assert not verdict("pairwise", report([1.0, -1.0] * 15))[0]
     assert not verdict("pairwise", report([1.0] * 9))[0]
+
+
+def test_a_verdict_says_that_the_longer_answer_wins_as_often() -> None:
+    """Right in 30 of 35 pairs, as the rule is: better than a coin, and than a ruler not."""
+    longer = np.array([[10.0, 5.0]] * 30 + [[5.0, 10.0]] * 5)
+    found = pairwise_report(longer, longer, np.arange(35))
+    better, words = verdict("pairwise", found)
+    assert better and not better_than_length(found)
+    assert "but not than the rule that the longer answer wins, over which it gains 0.000 [0.000, 0.000]" in words
+    lengths = np.array([[10.0, 5.0]] * 20 + [[5.0, 10.0]] * 15)
+    found = pairwise_report(np.array([[1.0, 0.0]] * 35), lengths, np.arange(35))
+    assert better_than_length(found) and "longer" not in verdict("pairwise", found)[1]
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 4])
+def test_so_few_pairs_have_a_number_and_no_interval(pairs: int) -> None:
+    found = report([1.0] * pairs)
+    assert found["accuracy"] == {"mean": 1.0, "low": None, "high": None, "n": pairs}
+    assert f"1.000 (n = {pairs}, too few for an interval)" in verdict("pairwise", found)[1]
