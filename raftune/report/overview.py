@@ -103,10 +103,9 @@ def figures(found: Collected) -> list[tuple[str, str]]:
     pairs += [(title, figure_) for name, title in named if (figure_ := figure(found, name))]
     kls = numbers.by_round(found.reader, "kl")
     at = best or max(kls, default=0)  # where no round was better than the start, how far the last one went astray
-    where = "" if best else f", round {at}"
-    pairs += [("KL to the start", f"{number(kls[at].mean, 2)} <small>nats per answer{where}</small>")] * (
-        at in kls and at > 0
-    )
+    if at and at in kls:
+        where = "" if best else f", round {at}"
+        pairs.append(("KL to the start", f"{number(kls[at].mean, 2)} <small>nats per answer{where}</small>"))
     kept, drawn = (sum(row.get(name, 0) for row in found.rows) for name in ("kept", "samples"))
     pairs += [("kept of drawn", f"{kept:,} <small>of {drawn:,}</small>")] if drawn else []
     if found.reader.rounds("guard"):

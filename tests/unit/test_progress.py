@@ -29,8 +29,9 @@ def watched(root: Path, console: Console, **changes: Any) -> tuple[str, Progress
 
 def table(text: str) -> list[str]:
     """The lines after the first two: the labels of these runs are few, and they are trained on and judged by."""
-    few, warning, *lines = text.splitlines()
-    assert few.startswith("4 prompts are held out; the best round is chosen by 4 held-out prompts: too few")
+    lines = text.splitlines()
+    few = [line for line in lines[:1] if line.startswith("4 prompts are held out; the best round is chosen by 4")]
+    warning, *lines = lines[len(few) :]
     assert warning == OVERLAP
     return [line for line in lines if not line.startswith("round 2: ")]  # of five answers four are often the same
 

@@ -40,9 +40,9 @@ def test_top_m_keeps_exactly_m_and_all_of_a_prompt_that_has_fewer() -> None:
         "a better one was kept",
         "among the best of its prompt",
         "a better one was kept",
-        "best of its prompt",
-        "best of its prompt",
-        "among the best of its prompt",
+        Reason.ONLY_ONE.words,
+        Reason.KEPT_EQUAL.words,
+        Reason.KEPT_EQUAL.words,
         "tied with a better index",
     ]
 
@@ -230,7 +230,7 @@ def test_the_cap_of_a_threshold_keeps_the_best_of_a_prompt() -> None:
 def test_softmax_weights_sum_to_one_in_each_prompt_and_follow_the_scores() -> None:
     verdicts = choose(prompts([0, 1, NAN], [5]), rule="softmax", temperature=0.5)
     np.testing.assert_allclose(verdicts.weight, [1 / (1 + np.e**2), np.e**2 / (1 + np.e**2), 0, 1], rtol=1e-14)
-    assert set(words(verdicts)) == {"weighted by its score", "no usable score"}
+    assert set(words(verdicts)) == {"weighted by its score", "no usable score", Reason.ONLY_ONE.words}
 
 
 def test_softmax_survives_any_scores_and_temperature() -> None:
