@@ -20,11 +20,12 @@ from raftune.build import Assembly
 from raftune.config.load import validate
 from raftune.errors import ConfigError
 from raftune.ledger import Sample
-from raftune.records import Json, Prompt
+from raftune.records import TOOLS, Json, Prompt
 from raftune.store.files import explaining
 from raftune.store.run import RunFolder
 
 Row = dict[str, Any]
+NESTED = ("prompt", TOOLS)
 IGNORED = -100  # what transformers' losses leave out
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -46,6 +47,7 @@ def preference(group: Sequence[Sample]) -> Iterator[Row]:
             "chosen": best["completion"],
             "rejected": worst["completion"],
             "margin": margin,
+            **{name: value for name, value in best.items() if name == TOOLS},
         }
 
 
@@ -61,7 +63,8 @@ def sft_tokens(encode: Callable[[list[Prompt]], list[list[int]]]) -> Callable[[S
     def rows(group: Sequence[Sample]) -> Iterator[Row]:
         if not kept(group):
             return
-        [prompt] = encode([Prompt(group[0]["prompt_id"], group[0]["prompt"])])
+        first = group[0]
+        [prompt] = encode([Prompt(first["prompt_id"], first["prompt"], {TOOLS: first.get(TOOLS)})])
         for sample in kept(group):
             ids = list(sample["completion_ids"])
             yield {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + ids}
@@ -88,7 +91,8 @@ def asked_and_answered(sample: Sample) -> Row:
         answer: Any = [{"role": "assistant", "content": sample["completion"]}]
     else:
         answer = sample["completion"]
-    return {"prompt": sample["prompt"], "completion": answer}
+    tools = {TOOLS: sample[TOOLS]} if TOOLS in sample and isinstance(sample["prompt"], list) else {}
+    return {"prompt": sample["prompt"], "completion": answer, **tools}
 
 
 def export(root: str | Path, kind: str, out: str | Path, which: str = "all") -> int:
@@ -162,15 +166,18 @@ def picture_columns(row: Row) -> list[str]:
 
 
 def has_nested_prompts(run: RunFolder) -> bool:
-    """Whether the run's prompts are messages that Arrow's own structs would give each other's keys."""
+    """Whether the run's prompts or tools are such that Arrow's own structs would give them each other's keys."""
     with pq.ParquetFile(run.folder(0, "data") / "train.parquet") as file:
-        return bool(file.schema_arrow.field("prompt").type == Json())
+        return any(field.type == Json() for field in file.schema_arrow if field.name in NESTED)
 
 
 def as_json(tables: Iterator[list[Row]]) -> Iterator[list[Row]]:
-    """The rows with their prompts as JSON, which `datasets` reads as the values that they are."""
+    """The rows with their prompts and tools as JSON, which `datasets` reads as the values that they are."""
     for rows in tables:
-        yield [{**row, "prompt": JsonText(json.dumps(row["prompt"], ensure_ascii=False))} for row in rows]
+        yield [
+            row | {name: JsonText(json.dumps(row[name], ensure_ascii=False)) for name in NESTED if name in row}
+            for row in rows
+        ]
 
 
 class JsonText(str):

@@ -11,6 +11,7 @@ import pyarrow as pa
 from raftune.digest import best_round
 from raftune.errors import ConfigError, StoreError
 from raftune.pictures import in_words
+from raftune.records import TOOLS
 from raftune.store.kinds import how_to_go_on
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import column_names, read_groups, read_table
@@ -54,7 +55,11 @@ def training_units(run: RunFolder, round_: int) -> Iterator[list[Sample]]:
         verdict = verdicts.slice(at, scores.num_rows)
         at += scores.num_rows
         prompts = prompts_of(run.folder(round_, "plan"), unit)
-        yield joined(pa.concat_tables(drawn), prompts, scores, verdict)
+        samples = joined(pa.concat_tables(drawn), prompts, scores, verdict)
+        if tools := tools_of(run.folder(round_, "plan"), unit):
+            for sample in samples:
+                sample[TOOLS] = tools[sample["prompt_id"]]
+        yield samples
 
 
 def held_out_units(run: RunFolder, round_: int) -> Iterator[list[Sample]]:
@@ -75,12 +80,17 @@ def read_drawn(path: Path) -> pa.Table:
     return read_table(path, [*IDENTITY, *names])
 
 
-def prompts_of(plan: Path, unit: int) -> dict[str, Any]:
-    """The prompts of the unit by id."""
-    for index, group in enumerate(read_groups(plan / "prompts.parquet", ["prompt_id", "prompt"])):
+def prompts_of(plan: Path, unit: int, column: str = "prompt") -> dict[str, Any]:
+    """The prompts of the unit by id, or another column of theirs."""
+    for index, group in enumerate(read_groups(plan / "prompts.parquet", ["prompt_id", column])):
         if index == unit:
-            return dict(zip(group.column("prompt_id").to_pylist(), group.column("prompt").to_pylist(), strict=True))
+            return dict(zip(group.column("prompt_id").to_pylist(), group.column(column).to_pylist(), strict=True))
     raise AssertionError(f"the plan {plan} has no unit {unit}")
+
+
+def tools_of(plan: Path, unit: int) -> dict[str, Any]:
+    """The tools of each prompt of the unit by id; nothing where the prompts have none."""
+    return prompts_of(plan, unit, TOOLS) if TOOLS in column_names(plan / "prompts.parquet") else {}
 
 
 def joined(drawn: pa.Table, prompts: dict[str, Any], *others: pa.Table | None) -> list[Sample]:

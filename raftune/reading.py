@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from raftune.errors import RewardError
 
@@ -65,15 +66,43 @@ def is_hollow(tokenizer: Any) -> bool:
     return set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
 
 
+DATED: Final = "2024-07-26"  # what a reward's chat template takes for today, so that a score is the same tomorrow
+
+
+# `strftime_now` for a template, made of data: transformers lets no function of ours into its sandbox. `parts` of a
+# format begin with a directive (`d`, `-d`), but for the first, and for one behind `%%`.
+_CLOCK: Final = (
+    "{% macro strftime_now(format) %}{% set ns = namespace(plain=true) %}{% for part in format.split('%') %}"
+    "{% if ns.plain %}{{ part }}{% set ns.plain = false %}{% elif not part %}{{ '%' }}{% set ns.plain = true %}"
+    "{% elif part[0] == '-' %}{{ raftune_date[part[:2]] ~ part[2:] }}"
+    "{% else %}{{ raftune_date[part[0]] ~ part[1:] }}{% endif %}{% endfor %}{% endmacro %}{{ '' }}"
+)
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether the chat template asks for today's date."""
+    return "strftime_now" in str(tokenizer.chat_template or "")
+
+
+def on_date(tokenizer: Any, date: str, tools: Any = None) -> dict[str, Any]:
+    """What apply_chat_template is told beside the messages, so that it is this date (YYYY-MM-DD) for the template."""
+    if not writes_date(tokenizer):
+        return {}
+    moment = datetime.fromisoformat(date)
+    letters = [*"aAwdbBmyYHIpMSfjUWcxXGuVDFTR", *(f"-{letter}" for letter in "dmHIMSj")]
+    said = {letter: moment.strftime(f"%{letter}") for letter in letters}
+    return {"chat_template": _CLOCK + tokenizer.get_chat_template(tools=tools), "raftune_date": said}
+
+
 def templated(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    """The messages as the chat template formats them. Raises RewardError without one."""
+    """The messages as the chat template formats them on a fixed date. Raises RewardError without one."""
     if not tokenizer.chat_template:
         raise RewardError(
             f"reward model {getattr(tokenizer, 'name_or_path', '')!r}: its tokenizer has no chat template, and the "
             "prompts are messages. Set options.include_prompt: false to score the answer's text alone, or give a "
             "template."
         )
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **on_date(tokenizer, DATED))
     return text
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from raftune.feedback.rows import Reason, Unusable
 from raftune.feedback.turns import (
+    SYSTEM,
     Message,
     begins,
     ends_with_assistant,
@@ -24,6 +25,7 @@ COMPLETION = ("completion", "response", "answer")
 COMPLETIONS = ("completions", "responses", "answers")
 SCORE = ("score", "rating", "reward")
 SCORES = ("scores", "ratings", "rewards")
+SYSTEM_PROMPT = ("system", "system_prompt")
 RANKS = ("ranks", "ranking", "rank")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 _COMMA = re.compile(r"([+-]?\d+),(\d+)")
@@ -44,6 +46,26 @@ def has(row: Row, names: tuple[str, ...]) -> bool:
 def used(found: str, name: str) -> str:
     """How the format names a column that another name stands for."""
     return name if found == name else f"{found} as {name}"
+
+
+def asked(row: Row) -> tuple[str, PromptContent]:
+    """The name of the row's prompt column, and the prompt: behind the row's `system`, where it has one.
+
+    To messages that is a system message, unless they begin with one; to a text, a text and a blank line before it, as
+    `sampling.system_prompt` is put.
+    """
+    column, value = find(row, PROMPT)
+    prompt = read_prompt(value, column)
+    name = next((name for name in SYSTEM_PROMPT if row.get(name) is not None), None)
+    system = row[name] if name is not None else ""
+    if not isinstance(system, str):
+        raise Unusable(Reason.WRONG_TYPE, f"{name} must be a text; got {excerpt(system)}")
+    if not system.strip():
+        return column, prompt
+    if isinstance(prompt, list):
+        given = prompt[0]["role"] in SYSTEM
+        return column, prompt if given else [{"role": "system", "content": system}, *prompt]
+    return f"{name}, {column}", f"{system}\n\n{prompt}"
 
 
 def read_prompt(value: Any, column: str) -> PromptContent:

@@ -9,15 +9,14 @@ from typing import Any
 from raftune.feedback.columns import (
     COMPLETION,
     COMPLETIONS,
-    PROMPT,
     Row,
+    asked,
     check_answer,
     check_prompt,
     find,
     has,
     read_answer,
     read_list,
-    read_prompt,
     used,
 )
 from raftune.feedback.preferences import HH, Form, preferred
@@ -25,6 +24,7 @@ from raftune.feedback.rows import Demonstration, Feedback, Reason, Unusable
 from raftune.feedback.source import collect
 from raftune.feedback.turns import answer_text, begins, ends_with_assistant, excerpt, prompt_text, read_messages
 from raftune.pictures import is_picture
+from raftune.records import TOOLS
 
 PICTURE = ("image", "picture", "completion")
 CAPTION = ("prompt", "caption", "text", "label")
@@ -52,7 +52,8 @@ def read_demonstrations(
             form, prompt, answer = pictured(row, column, base)
         else:
             form, prompt, answer = demonstrated(row, dialogues)
-        return form, [Demonstration(number, prompt, answer)]
+        tools = row.get(TOOLS) or None
+        return form, [Demonstration(number, prompt, answer, tools if isinstance(prompt, list) else None)]
 
     return collect(source, split, field, read, WANTED)
 
@@ -85,9 +86,8 @@ def demonstrated(row: Row, dialogues: Form) -> tuple[str, Any, Any]:
     if has(row, MESSAGES) and not has(row, COMPLETION):
         column, value = find(row, MESSAGES)
         return used(column, "messages"), *last_turn(read_list(value, column), column)
-    prompt_column, value = find(row, PROMPT)
+    prompt_column, prompt = asked(row)
     column, answer = find(row, COMPLETION)
-    prompt = read_prompt(value, prompt_column)
     form = f"prompts and completions ({used(prompt_column, 'prompt')}, {used(column, 'completion')})"
     answer = read_answer(answer, prompt, column)
     return form, *(parted(prompt + answer) if isinstance(prompt, list) else (prompt, answer))

@@ -13,6 +13,7 @@ from raftune.feedback.columns import (
     RANKS,
     SCORES,
     Row,
+    asked,
     check_answer,
     check_prompt,
     find,
@@ -20,7 +21,6 @@ from raftune.feedback.columns import (
     read_answer,
     read_list,
     read_number,
-    read_prompt,
     same,
 )
 from raftune.feedback.rows import Feedback, Pair, Reason, Unusable
@@ -98,8 +98,7 @@ def whole_dialogues(chosen: Any, rejected: Any) -> bool:
 
 def explicit(row: Row, chosen: Any, rejected: Any) -> Preferred:
     """Two answers beside their prompt."""
-    column, value = find(row, PROMPT)
-    prompt = read_prompt(value, column)
+    _, prompt = asked(row)
     answers = [read_answer(chosen, prompt, "chosen"), read_answer(rejected, prompt, "rejected")]
     return told_apart(EXPLICIT, prompt, *answers)
 
@@ -158,8 +157,7 @@ def ranked(row: Row) -> Iterator[Preferred]:
 
 def ranking(row: Row) -> tuple[PromptContent, list[Any], list[float]]:
     """The prompt, its answers, and what each is worth: its score, or less its rank."""
-    prompt_column, value = find(row, PROMPT)
-    prompt = read_prompt(value, prompt_column)
+    _, prompt = asked(row)
     column, listed = find(row, COMPLETIONS)
     answers = [read_answer(each, prompt, f"{column}[{i}]") for i, each in enumerate(read_list(listed, column))]
     worth_column, numbers = find(row, (*SCORES, *RANKS))

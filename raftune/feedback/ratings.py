@@ -6,15 +6,14 @@ from raftune.errors import ConfigError
 from raftune.feedback.columns import (
     COMPLETION,
     COMPLETIONS,
-    PROMPT,
     SCORE,
     SCORES,
     Row,
+    asked,
     find,
     has,
     read_answer,
     read_number,
-    read_prompt,
     used,
 )
 from raftune.feedback.preferences import ranking
@@ -56,10 +55,9 @@ def is_several(row: Row) -> bool:
 
 def rated(number: int, row: Row) -> tuple[str, list[Rating]]:
     """One answer with its rating."""
-    prompt_column, value = find(row, PROMPT)
+    prompt_column, prompt = asked(row)
     column, answer = find(row, COMPLETION)
     score_column, score = find(row, SCORE)
-    prompt = read_prompt(value, prompt_column)
     rating = Rating(number, prompt, read_answer(answer, prompt, column), read_number(score, score_column))
     columns = (used(prompt_column, "prompt"), used(column, "completion"), used(score_column, "score"))
     return f"ratings ({', '.join(columns)}){OWN if by_rewards(row, score_column) else ''}", [rating]

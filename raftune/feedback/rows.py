@@ -74,11 +74,12 @@ class Rating:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """An answer to learn from as it stands."""
+    """An answer to learn from as it stands; `tools` are what its chat template is told of, beside messages."""
 
     row: int
     prompt: PromptContent
     completion: Any
+    tools: Any = None
 
 
 class Numbered(Protocol):

@@ -12,11 +12,13 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.types as kinds
 
-from raftune.data import read_rows
+from raftune.data import read_rows, with_plain_types
 from raftune.errors import DataError
 from raftune.feedback.rows import Feedback, Numbered, Reason, Skipped, Unusable, reasons
 from raftune.plain import first_line
+from raftune.records import Json, without_none
 
 Row = dict[str, Any]
 T = TypeVar("T", bound=Numbered)
@@ -69,7 +71,11 @@ def raw_rows(source: str, split: str, field: str) -> Iterator[tuple[int, Row | S
     written = path.is_file() and suffix in (".csv", ".tsv")
     number = 0
     for batch in batches or read_rows(source, split, field).to_batches(max_chunksize=BATCH):
+        padded = [column.name for column in batch.schema if kinds.is_nested(column.type) and column.type != Json()]
         for row in batch.to_pylist():
+            for name in padded:  # messages and tools, with the keys of all rows in each; a picture is a dictionary
+                if isinstance(row[name], list):
+                    row[name] = without_none(row[name])
             number += 1
             yield number, {name: as_written(name, cell) for name, cell in row.items()} if written else row
 
@@ -82,7 +88,8 @@ def as_written(name: str, cell: Any) -> Any:
 def parquet_batches(path: Path, field: str) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            yield from file.iter_batches(BATCH, use_threads=False)
+            for batch in file.iter_batches(BATCH, use_threads=False):
+                yield from with_plain_types(pa.Table.from_batches([batch]), f"{field}: {path}").to_batches()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{field}: {path} cannot be read: {first_line(error)}. Mend the file.") from error
 

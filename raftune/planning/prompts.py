@@ -10,7 +10,7 @@ from raftune.build import Assembly
 from raftune.digest import read_json
 from raftune.errors import DataError
 from raftune.records import Prompt
-from raftune.stages.plan import prompts_from
+from raftune.stages.plan import asked_columns, prompts_from
 from raftune.store.job import run_once
 from raftune.store.parquet import column_names, read_table
 
@@ -51,7 +51,8 @@ def measure(folder: Path, encoder: Any | None) -> Prompts:
     lengths: list[int] = []
     if encoder is not None:
         for name in ("train", "held_out"):
-            table = read_table(folder / f"{name}.parquet", ["prompt_id", "prompt"])
+            path = folder / f"{name}.parquet"
+            table = read_table(path, asked_columns(path))
             lengths += lengths_of(prompts_from(table), encoder)
     return Prompts(
         train=notes["train"],

@@ -10,7 +10,7 @@ import pyarrow as pa
 from raftune.errors import DataError, TooLong
 from raftune.feedback import Demonstration, Skipped
 from raftune.protocols import Policy, Shortening
-from raftune.records import Prompt, derive_seed, prompt_ids
+from raftune.records import TOOLS, Json, Prompt, derive_seed, prompt_ids, table_of
 
 TOO_LONG, UNFIT = "prompt too long", "unfit for this model"
 MESSAGE: Final = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
@@ -18,8 +18,9 @@ ENCODED_AT_ONCE: Final = 1024
 
 
 def name_of(demonstration: Demonstration) -> str:
-    """The prompt's id: equal prompts have one."""
-    return prompt_ids([demonstration.prompt])[0]
+    """The prompt's id: equal prompts have one, with tools only where those are equal too."""
+    told: Any = demonstration.prompt
+    return prompt_ids([told if demonstration.tools is None else [told, demonstration.tools]])[0]
 
 
 def held_out_prompts(rows: Sequence[Demonstration], fraction: float) -> frozenset[str]:
@@ -43,20 +44,28 @@ def as_messages(row: Demonstration) -> Demonstration:
         row.row,
         [{"role": "user", "content": row.prompt}],
         [{"role": "assistant", "content": row.completion}],
+        row.tools,
     )
 
 
 def rows_schema(rows: Sequence[Demonstration], payload: pa.Schema) -> pa.Schema:
     """The columns of rows.parquet, as a round's tuning reads them."""
     chats, labels = (any(isinstance(row.prompt, kind) for row in rows) for kind in (list, int))
-    prompt = pa.list_(MESSAGE) if chats else pa.int64() if labels else pa.string()
+    messages = pa.list_(MESSAGE) if all(map(is_plain, rows)) else Json()
+    prompt = messages if chats else pa.int64() if labels else pa.string()
     fields = [
         *(pa.field(name, pa.string(), nullable=False) for name in ("sample_id", "prompt_id")),
         pa.field("prompt", prompt, nullable=False),
+        *([pa.field(TOOLS, Json())] if any(row.tools is not None for row in rows) else []),
         pa.field("weight", pa.float64(), nullable=False),
         *(pa.field(name, pa.string(), nullable=False) for name in ("origin", "source")),
     ]
     return pa.schema([*fields, *payload], metadata={"raftune.round": "0"})
+
+
+def is_plain(row: Demonstration) -> bool:
+    """Whether the prompt is no list of messages, or each of them has a role and a content and no more."""
+    return not isinstance(row.prompt, list) or all(message.keys() == {"role", "content"} for message in row.prompt)
 
 
 class Encoding:
@@ -71,13 +80,14 @@ class Encoding:
         """The rows, some hundreds at a time."""
         for first in range(0, len(rows), ENCODED_AT_ONCE):
             found = [row for one in rows[first : first + ENCODED_AT_ONCE] if (row := self.row(one)) is not None]
-            yield pa.Table.from_pylist(found, schema=schema)
+            yield table_of(found, schema)
 
     def row(self, one: Demonstration) -> Mapping[str, Any] | None:
         """One row of rows.parquet; None where the policy cannot read it."""
         name = name_of(one)
         try:
-            prompt = Prompt(name, plain(one.prompt) if isinstance(one.prompt, list) else one.prompt)
+            content = plain(one.prompt) if isinstance(one.prompt, list) else one.prompt
+            prompt = Prompt(name, content, {} if one.tools is None else {TOOLS: one.tools})
             answer = plain(one.completion) if isinstance(one.completion, list) else one.completion
             payload = self.adopted(prompt, answer)
         except TooLong as error:
@@ -87,7 +97,7 @@ class Encoding:
             self.skipped.append(Skipped(one.row, UNFIT, str(error)))
             return None
         self.cut += payload.get("finish") == "length"
-        names = {"sample_id": f"data/{one.row}", "prompt_id": name, "prompt": prompt.content}
+        names = {"sample_id": f"data/{one.row}", "prompt_id": name, "prompt": prompt.content, **prompt.columns}
         return {**names, "weight": 1.0, "origin": "data", "source": "human", **payload}
 
     def adopted(self, prompt: Prompt, answer: Any) -> Mapping[str, Any]:
@@ -98,14 +108,12 @@ class Encoding:
 
 
 def plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with role and text alone. Raises DataError for images and calls of tools, which would be lost."""
+    """The messages, of contents in parts the text. Raises DataError for images, which would be lost."""
     found = []
     for message in messages:
-        text, rest = text_of(message["content"]), set(message) - {"role", "content"}
-        if text is None or rest:
-            what = "a content that is no text" if text is None else f"the keys {', '.join(sorted(rest))}"
-            raise DataError(f"a message must have role and text alone; the {message['role']}'s has {what}")
-        found.append({"role": message["role"], "content": text})
+        if (text := text_of(message["content"])) is None:
+            raise DataError(f"a message must have a text; the {message['role']}'s content has other parts")
+        found.append({**message, "content": text})
     return found
 
 

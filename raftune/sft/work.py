@@ -31,7 +31,7 @@ from raftune.errors import ConfigChanged, ConfigError, DataError, OutOfMemory, S
 from raftune.families import Family, family_of
 from raftune.feedback import Demonstration, Feedback, Skipped, read_demonstrations, write_skipped
 from raftune.protocols import Likelihood, Policy
-from raftune.records import Prompt
+from raftune.records import TOOLS, Prompt
 from raftune.sft.rows import Encoding, held_out_prompts, name_of, of_one_kind, rows_schema
 from raftune.starters.resolve import resolve_starters
 from raftune.store.files import discard, explaining, sha256_of, stage_file, sync, unique, write_json
@@ -210,8 +210,8 @@ class Work:
         policy = self.policy(folder)
         if not isinstance(policy, Likelihood):
             return None
-        columns = zip(held_out.column("prompt_id").to_pylist(), held_out.column("prompt").to_pylist(), strict=True)
-        prompts = [Prompt(name, content) for name, content in columns]
+        names = [name for name in ("prompt_id", "prompt", TOOLS) if name in held_out.column_names]
+        prompts = [Prompt(row["prompt_id"], row["prompt"], row) for row in held_out.select(names).to_pylist()]
         size = self.config.tuning.per_device_train_batch_size
         while True:
             try:
@@ -336,7 +336,8 @@ def write_prompts(tmp: Path, rows: Path, out: Path, reference: str | None = None
     found: dict[str, dict[str, Any]] = {}
     for table in read_groups(rows):
         for row in table.to_pylist():
-            line = found.setdefault(row["prompt_id"], {"prompt": row["prompt"]})
+            tools = {TOOLS: row[TOOLS]} if row.get(TOOLS) is not None else {}
+            line = found.setdefault(row["prompt_id"], {"prompt": row["prompt"], **tools})
             if reference is not None and not line.get(reference):
                 answer = None if row.get("finish") == "length" else row["completion"]
                 line[reference] = None if isinstance(answer, bytes) else answer  # a picture lies in the rows alone

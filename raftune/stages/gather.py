@@ -17,7 +17,7 @@ from raftune.config.tuning import ReferenceConfig, TuningConfig
 from raftune.data import read_rows
 from raftune.errors import DataError
 from raftune.protocols import Inputs, Policy, PolicyShelf
-from raftune.records import INVALID, Prompt, derive_seed, table_of
+from raftune.records import INVALID, TOOLS, Prompt, derive_seed, table_of
 from raftune.stages.data import prepare
 from raftune.stages.select import read_verdicts
 from raftune.store.layout import unit_file
@@ -89,12 +89,14 @@ class Gather:
         policy = self.policies.encoder(inputs["model@-1"])
         encoded = []
         for number in chosen:
-            prompt = Prompt(prompts.column("prompt_id")[number].as_py(), prompts.column("prompt")[number].as_py())
+            row = {name: prompts.column(name)[number].as_py() for name in prompts.column_names}
+            prompt = Prompt(row.pop("prompt_id"), row.pop("prompt"), row)
             encoded.append(
                 {
                     "sample_id": f"reference/{prompt.id}",
                     "prompt_id": prompt.id,
                     "prompt": prompt.content,
+                    TOOLS: prompt.columns.get(TOOLS),
                     "weight": 1.0,
                     "origin": "reference",
                     "source": "reference",
@@ -131,7 +133,8 @@ def reference_rows(config: ReferenceConfig) -> pa.Table:
 
 def prompts_of(rows: pa.Table, config: ReferenceConfig) -> pa.Table:
     """What the reference answers answer, with ids. Raises DataError that names the row of a prompt that is none."""
-    return prepare(rows.select([config.prompt_column]), config.prompt_column, "tuning.reference.path")
+    names = [name for name in rows.column_names if name in (config.prompt_column, TOOLS)]
+    return prepare(rows.select(names), config.prompt_column, "tuning.reference.path")
 
 
 def kept_rows(
@@ -145,6 +148,7 @@ def kept_rows(
         "sample_id": kept.column("sample_id"),
         "prompt_id": kept.column("prompt_id"),
         "prompt": prompts.column("prompt").take(rows),
+        **({TOOLS: prompts.column(TOOLS).take(rows)} if TOOLS in prompts.column_names else {}),
         "weight": pa.array(weight[weight > 0], pa.float64()),
         "origin": pa.array([f"round-{round_:04d}"] * kept.num_rows, pa.string()),
         "source": kept.column("source"),

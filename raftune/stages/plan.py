@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from raftune.config.run import RunConfig
 from raftune.protocols import EVALUATION, Inputs, Unit
-from raftune.records import Prompt, derive_seed
-from raftune.store.parquet import read_group, read_groups, read_metadata, read_table, write_table
+from raftune.records import TOOLS, Prompt, derive_seed
+from raftune.store.parquet import column_names, read_group, read_groups, read_metadata, read_table, write_table
 
 SEED_RULES = ("run", "evaluation")
 
@@ -110,6 +110,11 @@ def read_unit(folder: Path, index: int) -> Unit:
 def read_prompts(folder: Path, index: int) -> list[Prompt]:
     """The prompts of a unit, with the columns that ride along."""
     return prompts_from(read_group(folder / "prompts.parquet", index))
+
+
+def asked_columns(path: Path) -> list[str]:
+    """The columns of a file of prompts that a policy is asked with."""
+    return [name for name in ("prompt_id", "prompt", TOOLS) if name in column_names(path)]
 
 
 def prompts_from(rows: pa.Table) -> list[Prompt]:

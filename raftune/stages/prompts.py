@@ -11,7 +11,7 @@ from raftune.plain import one_line
 from raftune.protocols import Inputs, PolicyShelf, Reader
 from raftune.records import Prompt
 from raftune.stages.data import Data
-from raftune.stages.plan import prompts_from
+from raftune.stages.plan import asked_columns, prompts_from
 from raftune.store.parquet import read_groups
 
 NAMED = 3
@@ -43,9 +43,10 @@ class Prompts:
 
 
 def prompts_in(data: Path) -> Iterator[Prompt]:
-    """All prompts of a run, those to learn from first, without the columns that ride along."""
+    """All prompts of a run, those to learn from first, without the columns that ride along but for tools."""
     for name in ("train", "held_out"):
-        for rows in read_groups(data / f"{name}.parquet", ["prompt_id", "prompt"]):
+        path = data / f"{name}.parquet"
+        for rows in read_groups(path, asked_columns(path)):
             yield from prompts_from(rows)
 
 

@@ -10,19 +10,27 @@ from typing import Any
 
 from raftune.config.sampling import SamplingConfig
 from raftune.errors import DataError, TooLong
-from raftune.records import Prompt
-
-Messages = list[dict[str, Any]]
+from raftune.plain import first_line, one_line
+from raftune.policies.causal_lm.chat import Messages, render, tools_of, turn_end
+from raftune.records import TOOLS, Prompt
 
 
 class Encoder:
-    """Encodes prompts and answers with one tokenizer; `context` is the model's limit in tokens, None for none."""
+    """Encodes prompts and answers with one tokenizer; `context` is the model's limit in tokens, None for none.
 
-    def __init__(self, tokenizer: Any, sampling: SamplingConfig, context: int | None, eos_id: int) -> None:
+    `date` is what a chat template takes for today, None for a template that does not ask. `turn_end` is how the
+    template ends an assistant's turn: with that a given answer to messages ends, where one to a text ends with EOS.
+    """
+
+    def __init__(
+        self, tokenizer: Any, sampling: SamplingConfig, context: int | None, eos_id: int, date: str | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.context = context
         self.eos_id = eos_id
+        self.date = date
+        self.turn_end = turn_end(tokenizer, date, sampling.chat_template_kwargs)
 
     def encode(self, prompts: Sequence[Prompt], *, for_drawing: bool) -> list[list[int]]:
         """The token ids of each prompt. DataError where one is empty, too long, or needs a template that is missing."""
@@ -60,17 +68,22 @@ class Encoder:
         if not messages or any("role" not in m or not m.keys() & {"content", "tool_calls"} for m in messages):
             raise DataError(f"A message must have a role and a content; got {messages!r:.200} (prompt {prompt.id}).")
         goes_on = messages[-1]["role"] == "assistant"
+        asked = self._with_system(prompt, messages) if for_drawing else messages
+        return self._templated(prompt, asked, add_generation_prompt=not goes_on, continue_final_message=goes_on)
+
+    def _templated(self, prompt: Prompt, messages: Messages, **options: bool) -> str:
+        """The messages through the chat template, with the prompt's tools. Raises DataError where it refuses them."""
+        tools = tools_of(prompt)
+        beside = {TOOLS: tools} if tools else {}
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                self._with_system(prompt, messages) if for_drawing else messages,
-                tokenize=False,
-                add_generation_prompt=not goes_on,
-                continue_final_message=goes_on,
-                **self.sampling.chat_template_kwargs,
+            return render(
+                self.tokenizer, messages, self.date, **options, **{**beside, **self.sampling.chat_template_kwargs}
             )
         except Exception as error:  # templates raise whatever Jinja and their authors chose
-            raise DataError(f"The chat template refused prompt {prompt.id}: {error}.") from error
-        return text
+            raise DataError(
+                f"The chat template refused prompt {prompt.id} ({one_line(str(messages[-1].get('content')), 40)!r}): "
+                f"{first_line(error)}."
+            ) from error
 
     def _with_system(self, prompt: Prompt, messages: Messages) -> Messages:
         if self.sampling.few_shot_prefix:
@@ -112,9 +125,8 @@ class Encoder:
             )
 
     def encode_answer(self, prompt: Prompt, answer: Any) -> tuple[str, list[int]]:
-        """Somebody else's answer as this policy would have drawn it: its text, and its ids with EOS at the end."""
-        text = _answer_text(prompt, answer)
-        ids = self._ended(text)
+        """Somebody else's answer as this policy would have drawn it: its text, and its ids with the end of its turn."""
+        text, ids = self._answer(prompt, answer)
         if self.context is not None and len(ids) >= self.context:
             raise TooLong(
                 f"An answer must fit the model's context of {self.context} tokens; one to prompt {prompt.id} has "
@@ -125,12 +137,11 @@ class Encoder:
     def encode_within(self, prompt: Prompt, answer: Any, limit: int | None) -> tuple[str, list[int], bool]:
         """As `encode_answer`, cut where prompt and answer together exceed `limit` or the context; whether it was.
 
-        What is cut has no EOS, and its text is that of the ids that are left. Raises TooLong where the prompt leaves no
+        What is cut has no end, and its text is that of the ids that are left. Raises TooLong where the prompt leaves no
         room.
         """
         [asked] = self.encode([prompt], for_drawing=False)
-        text = _answer_text(prompt, answer)
-        ids = self._ended(text)
+        text, ids = self._answer(prompt, answer)
         limits = [n for n in (limit, self.context) if n is not None]
         room = min(limits) - len(asked) if limits else len(ids)
         if room < 1:
@@ -139,8 +150,40 @@ class Encoder:
             return text, ids, False
         return self.decode([ids[:room]])[0], ids[:room], True
 
-    def _ended(self, text: str) -> list[int]:
-        return [*self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], self.eos_id]
+    def _answer(self, prompt: Prompt, answer: Any) -> tuple[str, list[int]]:
+        """The answer's text and ids. To messages it is what the template makes of it, and ends as its turns end."""
+        if isinstance(prompt.content, str):
+            text = _answer_text(prompt, answer)
+            return text, [*self._ids(text), self.eos_id]
+        message = (
+            {"role": "assistant", "content": answer} if isinstance(answer, str) else _answer_message(prompt, answer)
+        )
+        text = self._turn(prompt, message)
+        return text, [*self._ids(text), self.eos_id if self.turn_end is None else self.turn_end.token_id]
+
+    def _turn(self, prompt: Prompt, message: dict[str, Any]) -> str:
+        """What the template writes after the prompt for this message, up to the end of the turn.
+
+        The content as it stands where the template rewrites what came before, or makes something else of the content.
+        """
+        content = str(message.get("content") or "")
+        assert isinstance(prompt.content, list)
+        plain = content if not message.get("tool_calls") else None
+        if self.turn_end is None or not self.tokenizer.chat_template or prompt.content[-1]["role"] == "assistant":
+            if plain is None:
+                raise DataError(f"The chat template does not say how a call of a tool is written (prompt {prompt.id}).")
+            return plain
+        before = self._chat(prompt, prompt.content, for_drawing=False)
+        whole = self._templated(prompt, [*prompt.content, message])
+        turn = whole[len(before) :].removesuffix(self.turn_end.tail)
+        if whole.startswith(before) and whole.endswith(self.turn_end.tail) and content.strip() in turn:
+            return turn + self.turn_end.before
+        if plain is None:
+            raise DataError(f"The chat template does not say how a call of a tool is written (prompt {prompt.id}).")
+        return plain
+
+    def _ids(self, text: str) -> list[int]:
+        return [*self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
     def decode(self, rows: Sequence[list[int]]) -> list[str]:
         """The texts of the rows of ids, special tokens left out."""
@@ -148,12 +191,16 @@ class Encoder:
 
 
 def _answer_text(prompt: Prompt, answer: Any) -> str:
-    if isinstance(answer, str):
-        return answer
+    return answer if isinstance(answer, str) else str(_answer_message(prompt, answer)["content"])
+
+
+def _answer_message(prompt: Prompt, answer: Any) -> dict[str, Any]:
+    """The one message of an answer, which has a text, or calls tools where the prompt is messages."""
     if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict):
         message = answer[0]
-        if message.get("role") == "assistant" and isinstance(message.get("content"), str):
-            return str(message["content"])
+        calls = isinstance(prompt.content, list) and message.get("tool_calls") and not message.get("content")
+        if message.get("role") == "assistant" and (isinstance(message.get("content"), str) or calls):
+            return message
     raise DataError(
         f"An answer must be a text or a list of one assistant message; got {answer!r:.200} (prompt {prompt.id})."
     )

@@ -14,6 +14,7 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
 
 from raftune.policies.causal_lm import loading, starting
+from raftune.policies.causal_lm.chat import keep_date, read_date
 from raftune.policies.causal_lm.drawing import draw
 from raftune.policies.causal_lm.encoding import Encoder
 from raftune.policies.causal_lm.likelihood import Example, log_probs
@@ -25,6 +26,7 @@ from raftune.policies.devices import choose_device
 from raftune.policies.dials import RunParts, refuse_unused
 from raftune.policies.memory import names_out_of_memory
 from raftune.protocols import FloatN, TuneReport, Unit
+from raftune.reading import writes_date
 from raftune.records import Prompt, Sample, derive_seed
 
 PAYLOAD = pa.schema(
@@ -53,7 +55,12 @@ class CausalLM:
         self.eos_ids = loading.eos_ids(config.policy, start, self.tokenizer)
         self._notes: dict[str, None] = dict.fromkeys(loading.fill_pad_token(self.tokenizer, self.eos_ids))
         limit = loading.context(loading.model_config(config.policy, start))
-        self.encoder = Encoder(self.tokenizer, config.sampling, limit, self.eos_ids[0])
+        date = read_date(start) if writes_date(self.tokenizer) else None
+        if date is not None:
+            self._notes[f"the chat template writes the date: in this run it is always {date}"] = None
+        self.encoder = Encoder(self.tokenizer, config.sampling, limit, self.eos_ids[0], date)
+        if (end := self.encoder.turn_end) is not None and end.token_id not in self.eos_ids:
+            self.eos_ids = (*self.eos_ids, end.token_id)
         self._model: Any = None
         self._backend: Backend | None = None
         self._checked: set[DrawPath] = set()
@@ -74,7 +81,12 @@ class CausalLM:
         refuse_unread(config)
         out.mkdir(parents=True, exist_ok=True)
         tunes = getattr(config, "num_rounds", 1) > 0
-        return starting.begin(config.policy, out, model, tokenizer, merge=tunes)
+        facts = starting.begin(config.policy, out, model, tokenizer, merge=tunes)
+        own = loading.load_tokenizer(config.policy, out)
+        if writes_date(own):  # which has to be the same tomorrow, and in an evaluation of this run
+            own.save_pretrained(out)
+            keep_date(out, config.policy.tokenizer, config.policy.model)
+        return facts
 
     @classmethod
     def section_at(cls, policy: Mapping[str, Any], folder: Path, start: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from raftune.policies.causal_lm.likelihood import Example, Reader, collate
 from raftune.policies.normalization import Normalization, coefficients
 from raftune.policies.training import Batch, Objective
 from raftune.protocols import FloatN
-from raftune.records import Prompt
+from raftune.records import TOOLS, Prompt
 
 COLUMNS = ["prompt_id", "prompt", "weight", "completion_ids", "finish"]
 ROUND = b"raftune.round"
@@ -49,8 +49,9 @@ def read_rows(path: Path, encoder: Encoder, config: TuningConfig) -> Rows:
 
     Raises DataError for rows that cannot be used, and where none is left.
     """
-    table = pq.read_table(path, columns=COLUMNS, use_threads=False)
-    metadata = pq.read_schema(path).metadata or {}
+    schema = pq.read_schema(path)
+    metadata = schema.metadata or {}
+    table = pq.read_table(path, columns=[*COLUMNS, *({TOOLS} & {*schema.names})], use_threads=False)
     columns = table.to_pydict()
     weights = np.array(columns["weight"], dtype=np.float64)
     if (bad := weights[~(np.isfinite(weights) & (weights >= 0))]).size:
@@ -63,7 +64,10 @@ def read_rows(path: Path, encoder: Encoder, config: TuningConfig) -> Rows:
             "cut off. Raise sampling.max_completion_length, or turn it off."
         )
     first_of = {columns["prompt_id"][i]: i for i in reversed(used.tolist())}
-    asked = [Prompt(name, columns["prompt"][i]) for name, i in first_of.items()]
+    tools = columns.get(TOOLS)
+    asked = [
+        Prompt(name, columns["prompt"][i], {} if tools is None else {TOOLS: tools[i]}) for name, i in first_of.items()
+    ]
     encoded = dict(zip(first_of, encoder.encode(asked, for_drawing=False), strict=True))
     examples = [_example(encoder, columns, i, encoded[columns["prompt_id"][i]]) for i in used.tolist()]
     names = [columns["prompt_id"][i] for i in used]

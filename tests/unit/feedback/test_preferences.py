@@ -206,3 +206,23 @@ def test_rows_of_all_formats_may_stand_in_one_file(tmp_path: Path) -> None:
     found = read(tmp_path, *rows)
     assert Counter(type(pair.prompt).__name__ for pair in found.rows) == {"str": 2, "list": 1}
     assert found.format == "explicit preferences and HH-RLHF dialogues"
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_a_system_column_stands_before_the_prompt(tmp_path: Path, name: str) -> None:
+    said = [{"role": "user", "content": "p"}]
+    rows = [
+        {name: "Be kind.", "question": "p", "chosen": "a", "rejected": "b"},
+        {name: "Be kind.", "prompt": said, "chosen": "a", "rejected": "b"},
+        {name: "Be kind.", "prompt": [{"role": "system", "content": "x"}, *said], "chosen": "a", "rejected": "b"},
+        {name: "", "prompt": "p", "chosen": "a", "rejected": "b"},
+        {name: 7, "prompt": "p", "chosen": "a", "rejected": "b"},
+    ]
+    found = read(tmp_path, *rows)
+    assert [pair.prompt for pair in found.rows] == [
+        "Be kind.\n\np",
+        [{"role": "system", "content": "Be kind."}, *said],
+        [{"role": "system", "content": "x"}, *said],
+        "p",
+    ]
+    assert [(one.row, str(one.reason)) for one in found.skipped] == [(5, "wrong type")]
