@@ -122,6 +122,17 @@ def selection(assembly: Assembly) -> Iterator[str]:
     chosen, sampling = assembly.config.selection, assembly.config.sampling
     teacher = sampling.teacher.num_generations if sampling.teacher else 0
     others = len(sampling.candidate_columns) + teacher
+    pool = sampling.num_generations + others
+    if assembly.config.num_rounds and chosen.rule == "top_m" and chosen.m >= pool:
+        yield (
+            f"selection.m must be less than the candidates of a prompt, or nothing is selected; got {chosen.m} of "
+            f"{pool} (sampling.num_generations and other sources). Lower it, or raise sampling.num_generations."
+        )
+    elif assembly.config.num_rounds and chosen.rule == "random" and chosen.m > pool:
+        yield (
+            f"selection.m must not exceed the candidates of a prompt; got {chosen.m} of {pool} "
+            "(sampling.num_generations and other sources). Lower it, or raise sampling.num_generations."
+        )
     if sampling.num_generations + others == 1:
         if chosen.all_equal == "skip":
             yield (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import tempfile
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -52,6 +53,8 @@ def run(
     config = config if isinstance(config, RunConfig) else validate(config)
     folder = RunFolder(root_of(config))
     refuse_foreign(folder)
+    if not folder.exists():
+        check_writable(folder.root)
     with folder.lock():
         assembly = Assembly(folder, config, objects)
         try:
@@ -78,6 +81,21 @@ def resume(
     """Continues the run in this directory under its own configuration. Raises StoreError where there is none."""
     config = validate(RunFolder(root).read_config())
     return run(config.model_copy(update={"output_dir": str(root)}), objects, observe=observe, redo=redo)
+
+
+def check_writable(root: Path) -> None:
+    """Raises StoreError where a new run could not write its directory; leaves nothing there."""
+    place = next(path for path in (root, *root.resolve().parents) if path.exists())
+    if not place.is_dir():
+        raise StoreError(f"output_dir must be a directory; {place} is a file. Choose another output_dir.")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise StoreError(
+            f"output_dir must be in a folder that can be written; {root} cannot: {error.strerror or error}. Choose "
+            "another output_dir."
+        ) from error
 
 
 def root_of(config: RunConfig) -> Path:

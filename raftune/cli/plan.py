@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from raftune.cli.show import say
+from raftune.cli.steps import Steps
 from raftune.cli.train import Tokens, refuse_folders
 from raftune.cli.verify import megabytes
 from raftune.config.run import RunConfig
@@ -16,11 +17,13 @@ from raftune.errors import ConfigError
 from raftune.plain import percent, shell_command
 from raftune.planning import Forecast, forecast
 from raftune.planning.images import DEVICE, SHARE, Pipeline, Room
+from raftune.planning.sizes import Peaks
 
 
 def plan(
     *files: Tokens,
-    probe: Annotated[bool, Parameter(help="Try two prompts, for the time that the run will take.")] = True,
+    probe: Annotated[bool, Parameter(help="Try two prompts, for the time and memory that the run will take.")] = True,
+    probe_seconds: Annotated[float, Parameter(help="How long the trial may take, about.")] = 60.0,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the forecast as JSON.")] = False,
 ) -> None:
     """Check a configuration, and say what the run will cost: samples, tokens, disk, memory, time.
@@ -28,18 +31,22 @@ def plan(
     raftune plan base.yaml mine.yaml --sampling.num_generations 16
 
     Everything is checked that can be without training: the data, the model, the rewards, whether the selection can
-    select. Two prompts are drawn, scored and tuned on in a temporary folder; --no-probe leaves that out. Nothing is
+    select. Two prompts are drawn, scored and tuned on in a temporary folder, for a minute at most (--probe-seconds):
+    where that is not enough, to fewer tokens and with fewer rows, which is said. --no-probe leaves it out. Nothing is
     written where the run will be.
     """
     from raftune.cli.flags import read_tokens
     from raftune.config.load import load_config
 
-    given = read_tokens(files, "plan", ("--probe", "--no-probe", "--json"))
+    given = read_tokens(files, "plan", ("--probe", "--no-probe", "--probe-seconds", "--json"))
     if not given.words and not given.flags:
         raise ConfigError("plan needs a configuration file; got none. `raftune init run.yaml` writes one.")
     refuse_folders(given.words)
     config = load_config(given.words, given.flags)
-    found = forecast(config, measured=probe)
+    if probe_seconds <= 0:
+        raise ConfigError(f"--probe-seconds must be above 0; got {probe_seconds:g}. --no-probe leaves the trial out.")
+    with Steps() as steps:
+        found = forecast(config, measured=probe, seconds=probe_seconds, tell=steps.begin)
     if json:
         print(js.dumps(found.as_json() | {"command": command(files)}))
         return
@@ -60,8 +67,8 @@ def lines(config: RunConfig, found: Forecast) -> list[tuple[str, str]]:
     said = [("run", state(config, found)), ("policy", policy(config, found)), ("prompts", prompts(found))]
     said += [("a round", a_round(config, found))] if config.num_rounds else []
     said += [("in all", in_all(config, found)), ("disk", disk(found))]
-    if found.memory is not None or found.room is not None:
-        said.append(("memory", memory(config, found)))
+    if found.memory is not None or found.room is not None or found.peaks is not None:
+        said.append(("memory", measured(found.peaks) or memory(config, found)))
     if found.seconds is not None:
         said.append(("time", time(found)))
     return said
@@ -126,6 +133,20 @@ def disk(found: Forecast) -> str:
     return f"{megabytes(found.disk.total)}: " + ", ".join(f"{n} {megabytes(size)}" for n, size in parts.items() if size)
 
 
+def measured(peaks: Peaks | None) -> str:
+    """The memory that the probe took, and what the run will; empty where nothing was measured."""
+    if peaks is None or peaks.drawing is None:
+        return ""
+    run, probe = (
+        ", ".join(f"{kind} {megabytes(most)}" for kind, most in pair if most is not None)
+        for pair in (
+            (("drawing", peaks.run_drawing), ("tuning", peaks.run_tuning)),
+            (("drawing", peaks.drawing), ("tuning", peaks.tuning)),
+        )
+    )
+    return f"{run} at most; measured in the probe, with all that was loaded: {probe}"
+
+
 def memory(config: RunConfig, found: Forecast) -> str:
     if found.room is not None:
         return memory_of_pictures(found.room)
@@ -157,7 +178,8 @@ def time(found: Forecast) -> str:
 def basis(found: Forecast) -> str:
     """Where the seconds come from."""
     if found.probe is not None:
-        return f"from a probe of two prompts that took {duration(found.probe.seconds)}"
+        short = f"; extrapolated: {', '.join(found.probe.cut_short)}" if found.probe.cut_short else ""
+        return f"from a probe of two prompts that took {duration(found.probe.seconds)}{short}"
     return f"by arithmetic, on one {DEVICE} at {percent(SHARE)} of its peak; VAE and rewards come on top"
 
 

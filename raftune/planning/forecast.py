@@ -28,13 +28,13 @@ from raftune.planning.images import (
     widths,
     work_of,
 )
-from raftune.planning.probe import Probe, probe, seconds_by_stage
+from raftune.planning.probe import SECONDS, Probe, Tell, Trial, probe, seconds_by_stage
 from raftune.planning.prompts import Prompts, measure, read_prompts
-from raftune.planning.sizes import Disk, Footprint, Memory, disk, footprint, memory
+from raftune.planning.sizes import Disk, Footprint, Memory, Peaks, disk, footprint, memory, peaks
 from raftune.preflight import preflight
 from raftune.protocols import Reader
 from raftune.reporting import check_installed, wanted
-from raftune.runs import refuse_foreign, root_of
+from raftune.runs import check_writable, refuse_foreign, root_of
 from raftune.stages.data import Data
 from raftune.stages.prompts import cut_short, prompts_in, unread_ends
 from raftune.staleness import check
@@ -57,6 +57,7 @@ class Forecast:
     memory: Memory | None
     room: Room | None
     disk: Disk
+    peaks: Peaks | None
     probe: Probe | None
     seconds: dict[str, float] | None
     notes: tuple[str, ...]
@@ -65,19 +66,24 @@ class Forecast:
         return asdict(self) | {"root": str(self.root), "samples": self.amounts.samples, "notes": list(self.notes)}
 
 
-def forecast(config: RunConfig, *, measured: bool = True) -> Forecast:
+def forecast(
+    config: RunConfig, *, measured: bool = True, seconds: float = SECONDS, tell: Tell = lambda words: None
+) -> Forecast:
     """The forecast; nothing is written where the run will be. Raises what the run would: ConfigError, DataError, ….
 
-    With `measured`, two prompts are drawn, scored and tuned on, in a temporary folder.
+    With `measured`, two prompts are drawn, scored and tuned on, in a temporary folder, for about `seconds` at most;
+    `tell` hears of each step.
     """
     root = root_of(config)
+    check_writable(root)
     check_installed(wanted(config.report_to))
     with tempfile.TemporaryDirectory(prefix="raftune-plan-") as scratch:
         assembly = Assembly(RunFolder(Path(scratch) / "run"), config)
         try:
             lacking = checked(assembly)
             done = rounds_done(root, config)
-            return look(assembly, root, done, Path(scratch), measured, lacking)
+            trial = Trial(seconds, tell) if measured else None
+            return look(assembly, root, done, Path(scratch), trial, lacking)
         finally:
             assembly.close()
 
@@ -97,9 +103,11 @@ def rounds_done(root: Path, config: RunConfig) -> int | None:
 
 
 def look(
-    assembly: Assembly, root: Path, done: int | None, scratch: Path, measured: bool, lacking: list[str]
+    assembly: Assembly, root: Path, done: int | None, scratch: Path, trial: Trial | None, lacking: list[str]
 ) -> Forecast:
     config = assembly.config
+    if trial:
+        trial.tell("reading the prompts, checking the model")
     data = read_prompts(assembly)
     begun = begin(assembly, data)
     prompts = measure(data, begun.encoder)
@@ -107,8 +115,9 @@ def look(
     notes = [*begun.notes, *lacking, *remarks(config, prompts, planned)]
     notes += beyond_context(config, prompts, begun.model)
     model, pipeline = begun.model, begun.pipeline
-    tried = measured and not (pipeline and not_tried(pipeline))
-    found = probe(assembly, data, scratch / "probe", widths(pipeline) if pipeline else ()) if tried else None
+    found = None
+    if trial and not (pipeline and not_tried(pipeline)):
+        found = probe(assembly, data, scratch / "probe", trial, widths(pipeline) if pipeline else ())
     size = found.size if found else None
     rows = min(config.sampling.unit_size, planned.prompts) * config.sampling.num_generations
     work = work_of(pipeline, config, planned) if pipeline else None
@@ -127,6 +136,7 @@ def look(
         memory=memory(model, config, prompts.longest or 0, rows) if model else None,
         room=room(pipeline, config) if pipeline else None,
         disk=disk_of(pipeline, config, planned, size, fit) if pipeline else disk(model, config, planned, size, fit),
+        peaks=peaks(found.drawing, found.tuning, model, config, prompts.longest or 0, rows) if found else None,
         probe=found,
         seconds=seconds,
         notes=tuple(dict.fromkeys([*notes, *(found.notes if found else ())])),

@@ -14,6 +14,7 @@ from raftune.store.partial import SAVE_EVERY
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 ADAM = 2  # moments for each trained weight
 PER_TOKEN = 12  # on disk: an id, a log-probability, and the text, before compression
+LOGITS = 16  # bytes of a logit while a token is chosen: the logit, its share in float32, and sums in float64
 PER_SAMPLE = 200  # identity, scores and verdict
 
 
@@ -106,6 +107,50 @@ def memory(model: Footprint, config: RunConfig, longest_prompt: int, rows: int) 
         cache=alive * length * model.cached_token,
         training=model.trained * model.trained_weight * (1 + ADAM),
     )
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes that the process (on a GPU: its tensors) took at most, and before; the rows, and tokens of each answer."""
+
+    most: int
+    before: int
+    rows: int
+    tokens: float
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes that drawing and tuning took in the probe, and what they will take in the run at most; None: not known."""
+
+    drawing: int | None
+    tuning: int | None
+    run_drawing: int | None
+    run_tuning: int | None
+
+
+def peaks(
+    drawing: Peak | None, tuning: Peak | None, model: Footprint | None, config: RunConfig, prompt: int, rows: int
+) -> Peaks:
+    """What was measured, and, of a language model, what it comes to with `rows` samples to draw, prompts of `prompt`
+    tokens, and answers of the full length: the cache, the logits and the activations grow, the rest is there."""
+    tried_drawing, tried_tuning = drawing.most if drawing else None, tuning.most if tuning else None
+    run_drawing, run_tuning = tried_drawing, tried_tuning
+    if model is not None:
+        longest = prompt + config.sampling.max_completion_length
+        longest = min(longest, model.context) if model.context else longest
+        if drawing is not None:
+            alive = min(config.sampling.batch_size, rows)
+            cached = alive * longest - drawing.rows * (prompt + drawing.tokens)
+            logits = (alive - drawing.rows) * model.vocabulary * LOGITS
+            run_drawing = drawing.most + int(max(0, cached) * model.cached_token + max(0, logits))
+        if tuning is not None:
+            batch = config.tuning.per_device_train_batch_size
+            held = model.parameters * model.weight + model.trained * model.trained_weight * (1 + ADAM)
+            activations = max(0, tuning.most - tuning.before - held)
+            times = batch * longest / max(1.0, tuning.rows * (prompt + tuning.tokens))
+            run_tuning = tuning.most + int(activations * max(0.0, times - 1))
+    return Peaks(tried_drawing, tried_tuning, run_drawing, run_tuning)
 
 
 @dataclass(frozen=True)

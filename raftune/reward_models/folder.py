@@ -12,7 +12,6 @@ model/               the model: a plain transformers folder
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +83,8 @@ class Folder:
             )
 
     def publish(self) -> None:
-        """Moves the trained model to its place, and removes what was needed to get there."""
+        """Moves the trained model to its place."""
         self.candidate.replace(self.model)
-        shutil.rmtree(self.work, ignore_errors=True)
 
 
 def same_file(old: object, new: object) -> bool:

@@ -34,7 +34,7 @@ from raftune.reward_models.folder import HELD_OUT, SKIPPED, Folder
 from raftune.reward_models.gate import better_than_length, verdict
 from raftune.reward_models.pairwise import pairwise_report
 from raftune.reward_models.pointwise import pointwise_report
-from raftune.store.files import stage_file, write_json
+from raftune.store.files import discard, stage_file, write_json
 from raftune.store.parquet import write_table
 from raftune.store.run import RunFolder
 
@@ -73,6 +73,8 @@ def train_reward_model(
         report = json.loads(folder.report.read_bytes())
         if not folder.model.is_dir() and (report["better_than_chance"] or config.allow_chance):
             publish(folder)
+        if folder.model.is_dir():
+            discard(folder.work, run.tmp)  # a kill may have come between the model and this
         run.tmp.rmdir()
     return Outcome(run.root, report, folder.model.is_dir(), worked)
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raftune import runs
+from raftune import interruption, runs
 from raftune.build import Objects
 from raftune.cli.ending import interruptible
 from raftune.config.load import validate_as
@@ -39,7 +39,7 @@ from raftune.policies import training
 from raftune.quiet import quiet
 from raftune.rewards import outcome, places
 from raftune.sft import sft
-from raftune.store import files, partial
+from raftune.store import files, job, partial
 from raftune.store import run as run_folder
 from tests.builders import save_backbone, save_tiny
 from tests.runs import kill, tiny
@@ -300,6 +300,8 @@ def break_interrupts() -> None:
             return outcome.whole(outcome.Status.ERROR, type(error).__name__, len(batch))
 
     places.attempt = attempt
+    interruption.in_stretch = lambda: False  # and the interrupt is raised where the work is
+    job.raise_if_asked = interruption.raise_if_asked = lambda: None
 
 
 def break_checkpoints() -> None:
@@ -330,6 +332,7 @@ def examined(name: str, trials: int, seed: int, scratch: Path, breaks: Callable[
     place = scratch / name.replace(" ", "-")
     place.mkdir()
     act, row = SCENARIOS[name](place), Row()
+    usual_of(act, place / "warm")
     usual = usual_of(act, place / "whole")
     if breaks is not None:
         breaks()

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from raftune.config.load import merge, validate
 from raftune.config.run import RunConfig
-from raftune.errors import DataError
+from raftune.errors import DataError, StoreError
 from raftune.planning import Forecast, forecast
 from raftune.planning.amounts import amounts, steps_of
 from raftune.planning.probe import through
-from raftune.planning.sizes import Footprint, disk, memory
+from raftune.planning.sizes import Footprint, Peak, disk, memory, peaks
+from raftune.rewards.length import Length
 from raftune.runs import run
 from tests.builders import save_tiny, tiny_model, tiny_tokenizer
+from tests.runs import tiny
 
 BASE: dict[str, Any] = {"data": {"prompts": "p"}, "policy": {"model": "m"}}
 
@@ -35,7 +42,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def planned(folder: Path, measured: bool = False, **changes: Any) -> Forecast:
+def planned(
+    folder: Path,
+    measured: bool = False,
+    seconds: float = 60.0,
+    tell: Callable[[str], None] = lambda words: None,
+    **changes: Any,
+) -> Forecast:
     base = {
         "output_dir": str(folder / "run"),
         "num_rounds": 1,
@@ -47,7 +60,7 @@ def planned(folder: Path, measured: bool = False, **changes: Any) -> Forecast:
         "evaluation": {"num_prompts": 2, "num_generations": 2},
         "engine": {"threads": 1},
     }
-    return forecast(validate(merge([base, changes])), measured=measured)
+    return forecast(validate(merge([base, changes])), measured=measured, seconds=seconds, tell=tell)
 
 
 # -- amounts ----------------------------------------------------------------------------------------------------------
@@ -181,6 +194,64 @@ def test_a_probe_times_every_kind_of_work(folder: Path) -> None:
     assert 0 < found.probe.tokens <= 8
 
 
+def test_a_probe_of_little_time_tries_less_and_says_what_it_extrapolated(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that needs 20 ms a token, and a reward of 50 ms a sample: in full this would take a minute and a half."""
+    forward, score = LlamaForCausalLM.forward, Length.__call__
+
+    @functools.wraps(forward)
+    def sleepy(*args: Any, **rest: Any) -> Any:
+        time.sleep(0.02)
+        return forward(*args, **rest)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", sleepy)
+
+    def slow(self: Any, *, completions: list[Any], **rest: Any) -> Any:
+        time.sleep(0.05 * len(completions))
+        return score(self, completions=completions, **rest)
+
+    monkeypatch.setattr(Length, "__call__", slow)
+    told: list[str] = []
+    sampling = {"num_generations": 16, "max_completion_length": 100}
+    began = time.monotonic()
+    found = planned(folder, measured=True, seconds=4.0, tell=told.append, sampling=sampling)
+    assert time.monotonic() - began < 12
+    assert found.probe is not None and found.seconds is not None
+    assert any(re.fullmatch(r"answers were drawn to \d+ of 100 tokens", words) for words in found.probe.cut_short)
+    assert any(words.endswith("samples were scored") for words in found.probe.cut_short)
+    assert found.probe.tokens > 30, "what was cut off by the probe counts as if it had been drawn to the end"
+    assert [words.split(":")[0] for words in told][-1] == "probe" and len(told) >= 4
+
+
+def test_the_memory_of_the_probe_is_measured_and_scaled_to_the_run(folder: Path) -> None:
+    found = planned(folder, measured=True)
+    assert found.peaks is not None
+    assert found.peaks.drawing is not None and found.peaks.tuning is not None
+    assert found.peaks.run_drawing is not None and found.peaks.run_drawing >= found.peaks.drawing > 100e6
+    drawing, tuning = Peak(3_000, 1_000, 4, 10.0), Peak(20_000, 1_000, 2, 10.0)
+    config_ = config(sampling={"max_completion_length": 30, "batch_size": 8})
+    scaled = peaks(drawing, tuning, MODEL, config_, prompt=10, rows=512)
+    assert scaled.run_drawing == 3_000 + (8 * 40 - 4 * 20) * 64 + 4 * 100 * 16
+    batch = config_.tuning.per_device_train_batch_size
+    assert scaled.run_tuning == 20_000 + int((20_000 - 1_000 - 4_000 - 12_000) * (batch * 40 / (2 * 20) - 1))
+
+
+@pytest.mark.parametrize("root", ["/proc/x", "/proc/self/y/z"])
+def test_a_directory_that_cannot_be_written_is_refused_when_planned_and_before_a_run_begins(
+    folder: Path, root: str
+) -> None:
+    with pytest.raises(StoreError, match="output_dir must be in a folder that can be written"):
+        planned(folder, output_dir=root)
+    with pytest.raises(StoreError, match="output_dir must be in a folder that can be written"):
+        run(tiny.config(Path(root)), tiny.objects())
+
+
+def test_a_file_in_the_way_is_refused_when_planned(folder: Path) -> None:
+    with pytest.raises(StoreError, match="is a file"):
+        planned(folder, output_dir=str(folder / "prompts.jsonl" / "run"))
+
+
 def test_only_the_adapters_weights_count_as_trained(folder: Path) -> None:
     found = planned(folder, policy={"adapter": {"r": 2, "target_modules": ["q_proj"]}})
     assert found.model is not None
@@ -213,6 +284,14 @@ def test_rewards_that_cannot_rank_are_noted(folder: Path) -> None:
     reward = {"spec": "length", "options": {"min": 0}}
     found = planned(folder, measured=True, rewards={"reward_funcs": [reward]})
     assert any("all tried samples scored 0" in note for note in found.notes)
+
+
+def test_what_a_round_of_such_samples_would_raise_an_alarm_for_is_said(folder: Path) -> None:
+    cut = {"sampling": {"max_completion_length": 1}, "rewards": {"reward_funcs": [{"spec": "length"}]}}
+    notes = [note for note in planned(folder, measured=True, **cut).notes if "raises an alarm" in note]
+    assert any("cut off" in note for note in notes), notes
+    quiet = planned(folder, measured=True, guards={"enabled": False}, **cut).notes
+    assert not any("raises an alarm" in note for note in quiet)
 
 
 def test_answers_that_are_all_cut_off_are_noted_where_such_are_not_learned_from(folder: Path) -> None:

@@ -26,6 +26,8 @@ from tests.runs import tiny
             {"sampling": {"num_generations": 1}, "selection": {"margin": 0.5}},
             r"margin can never be reached by one sample a prompt.* got 0\.5",
         ),
+        ({"selection": {"rule": "top_m", "m": 4}}, r"selection\.m must be less than the candidates .* got 4 of 4"),
+        ({"selection": {"rule": "random", "m": 5}}, r"selection\.m must not exceed the candidates .* got 5 of 4"),
         ({"evaluation": {"best_by": "polite"}}, r"best_by must be one of reward, value; got 'polite'"),
         ({"evaluation": {"best_by": "value", "num_prompts": 0}}, r"best_by needs evaluations; got 'value'"),
         ({"evaluation": {"best_by": "held_out"}}, r"best_by must be one of reward, value; got 'held_out'"),

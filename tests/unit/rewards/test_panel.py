@@ -46,6 +46,7 @@ def test_an_interrupted_scoring_asks_only_for_the_batches_that_are_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unfinished, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(unfinished, "SHARE", 1e9)
     asked: list[list[str]] = []
 
     def reward(completions: list[str], log_metric: Any, **kwargs: Any) -> list[float | None]:

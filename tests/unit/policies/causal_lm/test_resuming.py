@@ -178,6 +178,7 @@ def test_checkpoints_are_taken_by_time_and_when_they_were_taken_leaves_no_trace(
     whole, report = tuned(config, tmp_path / "whole", rows)
     assert not list((tmp_path / "whole" / "round-0001" / "tune").glob("checkpoint-*"))
     monkeypatch.setattr(partial, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(partial, "SHARE", 1e9)
     with pytest.raises(Killed):
         tuned(config, tmp_path / "killed", rows, callbacks=[KillAfter(3)])
     again, resumed = tuned(config, tmp_path / "killed", rows)

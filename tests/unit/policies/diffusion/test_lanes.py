@@ -50,6 +50,7 @@ def test_batches_that_an_interrupted_unit_had_drawn_are_not_drawn_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     monkeypatch.setattr(partial, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(partial, "SHARE", 1e9)
     drawer = policy(save_tiny("sd", tmp_path / "sd"), tmp_path)
     steps: list[int] = []
 
