@@ -132,7 +132,8 @@ def probe(
     said = (*policy.notes(), *assembly.panel().notes())
     whole = factor == 1  # else a sample may have ended later, with another score
     notes = (*said, *doubts(scores), *(cut_off(samples, config.tuning.mask_truncated_completions) if whole else ()))
-    notes += tuple(alarming(config.guards, samples if whole else without_ends(samples), scores))
+    if config.num_rounds and config.guards.enabled:
+        notes += tuple(alarming(config.guards, samples if whole else without_ends(samples), scores))
     return Probe(
         load,
         draw.times(factor),
@@ -296,8 +297,6 @@ def without_ends(samples: pa.Table) -> pa.Table:
 
 def alarming(guards: GuardsConfig, samples: pa.Table, scores: list[Score]) -> list[str]:
     """The alarms that a round of such samples would raise."""
-    if not guards.enabled:
-        return []
     scored = samples.slice(0, len(scores))
     scored = scored.append_column("score", pa.array([score.value for score in scores], pa.float64()))
     return [

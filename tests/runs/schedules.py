@@ -317,7 +317,6 @@ def break_checkpoints() -> None:
 
 
 BROKEN: dict[str, tuple[str, Callable[[], None]]] = {
-    "in-place": ("tabular", kill.break_in_place),
     "names": ("tabular", kill.break_names),
     "interrupts": ("text", break_interrupts),
     "checkpoints": ("sft", break_checkpoints),

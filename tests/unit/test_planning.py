@@ -287,7 +287,7 @@ def test_rewards_that_cannot_rank_are_noted(folder: Path) -> None:
 
 
 def test_what_a_round_of_such_samples_would_raise_an_alarm_for_is_said(folder: Path) -> None:
-    cut = {"sampling": {"max_completion_length": 1}, "rewards": {"reward_funcs": [{"spec": "length"}]}}
+    cut = {"sampling": {"max_completion_length": 1}}
     notes = [note for note in planned(folder, measured=True, **cut).notes if "raises an alarm" in note]
     assert any("cut off" in note for note in notes), notes
     quiet = planned(folder, measured=True, guards={"enabled": False}, **cut).notes
