@@ -30,6 +30,7 @@ from raftune.reading import is_hollow
 
 REFERENCE = "reference.json"
 ADAPTER = "adapter_config.json"
+MAMBA = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
 PROBE = "parity.json"  # of a round that was trained: see parity.py
 
 
@@ -343,25 +344,32 @@ def _is_start(folder: Path, start: Path) -> bool:
     return folder.resolve() == start.resolve() or (folder / REFERENCE).is_file()
 
 
-def returning_tuples(model: Any) -> list[str]:
-    """The linear layers that an architecture made its own, such as the routers of a mixture of experts.
+def without_lora(model: Any) -> list[str]:
+    """The linear layers that `all-linear` leaves out.
 
-    They return more than one tensor, which LoRA cannot add to.
+    Those that an architecture made its own, such as the routers of a mixture of experts, return more than one tensor,
+    which LoRA cannot add to; in Mamba, the weights of out_proj and dt_proj are read past their layers.
     """
     own = torch.nn.Linear.forward
+    fused = ("out_proj", "dt_proj") if model.config.model_type in MAMBA else ()
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
-        and type(module).forward is not own
-        and type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
+        and (
+            name.rpartition(".")[2] in fused
+            or (
+                type(module).forward is not own
+                and type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
+            )
+        )
     ]
 
 
 def fresh_adapter(model: Any, config: AdapterConfig, seed: int) -> PeftModel:
     """The model with a new LoRA adapter, whose product is zero; its random half depends on the seed alone."""
     targets: Any = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-    excluded = returning_tuples(model) if targets == "all-linear" else []
+    excluded = without_lora(model) if targets == "all-linear" else []
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
