@@ -36,6 +36,7 @@ from raftune.sft.rows import Encoding, held_out_prompts, name_of, of_one_kind, r
 from raftune.starters.resolve import resolve_starters
 from raftune.store.files import discard, explaining, sha256_of, stage_file, sync, unique, write_json
 from raftune.store.parquet import read_groups, table_writer
+from raftune.store.partial import unfinished_work
 from raftune.store.run import RunFolder
 
 Observer = Callable[[str, dict[str, Any]], None]
@@ -214,8 +215,10 @@ class Work:
         prompts = [Prompt(row["prompt_id"], row["prompt"], row) for row in held_out.select(names).to_pylist()]
         size = self.config.tuning.per_device_train_batch_size
         while True:
+            key = json.dumps([sha256_of(self.root / HELD_OUT), size])
             try:
-                return -math.fsum(policy.log_probs(prompts, held_out, size))
+                with unfinished_work(self.root / "tune", self.tmp, folder.name, key, {}):
+                    return -math.fsum(policy.log_probs(prompts, held_out, size))
             except OutOfMemory:
                 if size == 1:
                     raise

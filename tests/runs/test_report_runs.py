@@ -367,3 +367,15 @@ def test_a_folder_that_holds_no_run_is_said(tmp_path: Path, capsys: pytest.Captu
     assert "holds no run: config.resolved.json is missing" in capsys.readouterr().err
     (tmp_path / "run").mkdir()
     assert main(["report", str(tmp_path / "nowhere")]) == 1
+
+
+def test_the_page_of_a_run_that_was_interrupted_no_longer_says_that_it_is_at_work(tmp_path: Path) -> None:
+    def stop(kind: str, facts: dict[str, Any]) -> None:
+        if kind == "stage_begin" and facts["round"] == 2 and facts["stage"] == "score":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny.config(tmp_path / "run", report=True), tiny.objects(), observe=stop)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "interrupted: 1 of 2 rounds done; raftune resume goes on with it" in page
+    assert "at work when this was written" not in page

@@ -17,6 +17,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from raftune import interruption
 from raftune.cli import main
 from raftune.config.load import validate_as
 from raftune.config.sft import SftConfig
@@ -24,6 +25,7 @@ from raftune.errors import ConfigChanged, ConfigError, DataError, ModelError, St
 from raftune.policies.causal_lm import CausalLM
 from raftune.sft import Learned, sft
 from raftune.sft.work import as_run
+from raftune.store import partial
 from tests.builders import EOS, save_tiny, tiny_tokenizer, tree_hash
 from tests.hh import write_hh
 
@@ -105,6 +107,35 @@ def test_its_prompts_are_written_once_each_for_the_rounds_that_come_after(whole:
         }
         first = {row["prompt"]: row["completion"] for row in reversed(rows_of(whole.root, source))}
         assert lines == [{} if name == "prompts.jsonl" else {"reference": first[prompt]} for prompt in prompts]
+
+
+def test_measuring_that_was_interrupted_goes_on_with_the_answers_that_are_left(
+    tmp_path: Path, model: Path, data: Path, whole: Learned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(partial, "SHARE", 1e9)
+    batches: list[int] = []
+    measuring: list[bool] = []
+
+    def check() -> None:
+        if measuring:
+            batches.append(1)
+            if len(batches) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(interruption, "raise_if_asked", check)
+
+    def observe(kind: str, facts: dict[str, Any]) -> None:
+        if facts.get("name") == "report.json":
+            measuring.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        sft(config(tmp_path / "sft", model, data), observe)
+    batches.append(0)
+    found = sft(config(tmp_path / "sft", model, data), observe)
+    assert found.report["perplexity"] == whole.report["perplexity"]
+    assert len(batches) == 2 + 2 * 2 - 1, "of the two batches before the fit, one was there"
+    assert not (found.root / "tune").exists()
 
 
 def test_the_perplexity_is_that_of_transformers_own_loss(whole: Learned) -> None:
