@@ -10,14 +10,15 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
-_asked = threading.Event()
+_asked = False  # no Event: a handler of signals must not wait for a lock that the code under it may hold
 _stretches: list[Callable[[], str]] = []
 
 
 def ask_to_stop() -> str | None:
     """Called by the handler of SIGINT and SIGTERM. What the work under way will keep, in words, if it stops by itself
     at its next step; else None, and the handler raises KeyboardInterrupt."""
-    _asked.set()
+    global _asked
+    _asked = True
     if not _stretches:
         return None
     try:
@@ -27,17 +28,18 @@ def ask_to_stop() -> str | None:
 
 
 def asked() -> bool:
-    return _asked.is_set()
+    return _asked
 
 
 def forget() -> None:
-    _asked.clear()
+    global _asked
+    _asked = False
 
 
 def raise_if_asked() -> None:
     """Raises KeyboardInterrupt where the process was asked to stop and code that was called swallowed the interrupt,
     or where work stops by itself."""
-    if _asked.is_set():
+    if _asked:
         raise KeyboardInterrupt
 
 

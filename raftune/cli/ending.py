@@ -130,8 +130,6 @@ def at_once() -> Callable[[int, FrameType | None], None]:
     asked: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGUSR2:
-            return
         asked.append(number)
         if len(asked) > 1:
             os.write(2, b"\nstopped at once.\n")
@@ -160,15 +158,22 @@ def interruptible(root: Path, again: str | None = None) -> Iterator[Observer]:
     next event.
     """
     asked: list[int] = []
-    late = threading.Timer(GRACE, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2))
-    late.daemon = True
+    deferred, over, overdue = threading.Event(), threading.Event(), list[bool]()
+
+    def end_late() -> None:
+        """On a thread of its own, for a handler of signals may start none."""
+        deferred.wait()
+        if not over.wait(GRACE):
+            overdue.append(True)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    threading.Thread(target=end_late, daemon=True).start()
     since = [time.monotonic()]
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGUSR2:  # from ourselves: the step takes too long
-            if asked:
-                raise KeyboardInterrupt
-            return
+        if overdue:  # from ourselves: the step takes too long
+            overdue.clear()
+            raise KeyboardInterrupt
         asked.append(number)
         if len(asked) > 1:
             os.write(2, b"\nstopped at once.\n")
@@ -176,7 +181,7 @@ def interruptible(root: Path, again: str | None = None) -> Iterator[Observer]:
         os.write(2, f"\n{answer(interruption.ask_to_stop(), time.monotonic() - since[0])}\n".encode())
         if not interruption.in_stretch():
             raise KeyboardInterrupt
-        late.start()
+        deferred.set()
 
     def observe(kind: str, facts: dict[str, Any]) -> None:
         since[0] = time.monotonic()
@@ -188,18 +193,19 @@ def interruptible(root: Path, again: str | None = None) -> Iterator[Observer]:
         return Interrupted(again or f"what is committed is kept. Resume with: {resume}")
 
     interruption.forget()
-    with handling(stop):
-        try:
+    try:
+        with handling(stop):
             yield observe
-        except KeyboardInterrupt:
+    except KeyboardInterrupt:
+        raise farewell() from None
+    except Exception:
+        if asked:
             raise farewell() from None
-        except Exception:
-            if asked:
-                raise farewell() from None
-            raise
-        finally:
-            late.cancel()
-            interruption.forget()
+        raise
+    finally:
+        over.set()
+        deferred.set()
+        interruption.forget()
 
 
 def answer(promise: str | None, seconds: float) -> str:
@@ -212,11 +218,11 @@ def answer(promise: str | None, seconds: float) -> str:
 
 @contextlib.contextmanager
 def handling(stop: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Installs the handler for SIGINT, SIGTERM and our own SIGUSR2 while the block runs; only the main thread may."""
+    """Installs the handler for SIGINT and SIGTERM while the block runs; only the main thread may."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
