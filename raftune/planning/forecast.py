@@ -29,7 +29,7 @@ from raftune.planning.images import (
     work_of,
 )
 from raftune.planning.probe import SECONDS, Probe, Tell, Trial, probe, seconds_by_stage
-from raftune.planning.prompts import Prompts, measure, read_prompts
+from raftune.planning.prompts import Prompts, check_answers, measure, read_prompts
 from raftune.planning.sizes import Disk, Footprint, Memory, Peaks, disk, footprint, memory, peaks
 from raftune.preflight import preflight
 from raftune.protocols import Reader
@@ -170,6 +170,7 @@ def begin(assembly: Assembly, data: Path) -> Begun:
         cut = cut_short(every, unread_ends(every, policy, source))
         notes = [*facts["notes"], *cut, *policy.notes(), not_tried(pipeline)]
         return Begun(None, pipeline, None, [note for note in notes if note])
+    check_answers(policy, data, config)
     notes = [*(facts.get("notes", []) if isinstance(facts, dict) else []), *policy.notes()]
     if not isinstance(config.policy, CausalLMPolicy):
         return Begun(None, None, None, notes)

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from raftune.build import Assembly
+from raftune.config.run import RunConfig
 from raftune.digest import read_json
 from raftune.errors import DataError
+from raftune.protocols import Policy
 from raftune.records import Prompt
+from raftune.stages.gather import adopted, prompts_of, reference_rows
 from raftune.stages.plan import asked_columns, prompts_from
 from raftune.store.job import run_once
-from raftune.store.parquet import column_names, read_table
+from raftune.store.parquet import read_table
 
 NAMED = 3
 
@@ -34,15 +37,26 @@ def read_prompts(assembly: Assembly) -> Path:
     """Copies the prompts into the assembly's run, and returns where they lie. Raises DataError."""
     stage = assembly.stage(0, "data")
     run_once(assembly.job(stage, 0), stage)  # type: ignore[arg-type]
-    folder = assembly.run.folder(0, "data")
-    given = column_names(folder / "train.parquet")
-    for column in assembly.config.sampling.candidate_columns:
-        if column not in given:
-            raise DataError(
-                f"sampling.candidate_columns names {column!r}, which the prompts lack; they have "
-                f"{', '.join(given[1:])}. Name one of these, or leave it out."
-            )
-    return folder
+    return assembly.run.folder(0, "data")
+
+
+def check_answers(policy: Policy, folder: Path, config: RunConfig) -> None:
+    """Encodes every answer that the data holds, candidates and references, as the run will. Raises DataError for the
+    first that cannot be used."""
+    columns = config.sampling.candidate_columns if config.num_rounds else ()
+    if columns:
+        for prompt in prompts_from(read_table(folder / "train.parquet")):
+            for column in columns:
+                try:
+                    policy.adopt(prompt, prompt.columns[column], f"column:{column}")
+                except DataError as error:
+                    raise DataError(f"sampling.candidate_columns, {column!r} of prompt {prompt.id}: {error}") from error
+    if config.num_rounds and (reference := config.tuning.reference) is not None:
+        rows = reference_rows(reference)
+        prompts = prompts_from(prompts_of(rows, reference))
+        answers = rows.column(reference.completion_column).to_pylist()
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
+            adopted(policy, prompt, answer, number)
 
 
 def measure(folder: Path, encoder: Any | None) -> Prompts:

@@ -51,6 +51,12 @@ class Data:
         else:
             assert train is not None  # the configuration names one or the other
             train, held_out = hold_out(train, wanted)
+        for column in self.config.sampling.candidate_columns if self.config.num_rounds else ():
+            if column not in train.column_names:
+                raise DataError(
+                    f"sampling.candidate_columns names {column!r}, which the prompts lack; they have "
+                    f"{', '.join(train.column_names[1:])}. Name one of these, or leave it out."
+                )
         if evaluation.reference_column is not None:
             check_references(held_out, evaluation.reference_column)
         write_table(train, out / "train.parquet")

@@ -247,6 +247,26 @@ def test_a_directory_that_cannot_be_written_is_refused_when_planned_and_before_a
         run(tiny.config(Path(root)), tiny.objects())
 
 
+def test_answers_in_the_data_that_cannot_be_used_are_refused_when_planned(folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {n}", "human": "yes" if n != 7 else None} for n in range(12)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"data": {"prompts": str(tmp_path / "p.jsonl")}, "evaluation": {"num_prompts": 0}}
+    with pytest.raises(DataError, match=r"sampling\.candidate_columns, 'human' of prompt"):
+        planned(folder, sampling={"candidate_columns": ["human"]}, **data)
+    with pytest.raises(DataError, match=r"candidate_columns names 'teacher', which the prompts lack; they have prompt"):
+        planned(folder, sampling={"candidate_columns": ["teacher"]}, **data)
+    reference = {"path": str(tmp_path / "p.jsonl"), "completion_column": "human"}
+    with pytest.raises(DataError, match=r"tuning\.reference\.path, row 8"):
+        planned(folder, tuning={"reference": reference}, **data)
+
+
+def test_a_column_of_candidates_that_is_not_there_is_refused_before_a_run_draws(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"sampling": {"candidate_columns": ["teacher"]}}
+    with pytest.raises(DataError, match="candidate_columns names 'teacher', which the prompts lack"):
+        run(tiny.config(tmp_path / "run", **changes), tiny.objects())
+    assert not (tmp_path / "run" / "round-0000" / "model").exists()
+
+
 def test_a_file_in_the_way_is_refused_when_planned(folder: Path) -> None:
     with pytest.raises(StoreError, match="is a file"):
         planned(folder, output_dir=str(folder / "prompts.jsonl" / "run"))
