@@ -64,6 +64,7 @@ TABLE: dict[str, str] = {
     "metric_for_best_model": "evaluation.best_by",
     "use_cpu": "policy.device",
     "trust_remote_code": "policy.trust_remote_code",
+    "empty_rounds": "stop.empty_rounds",
     "workers": "engine.workers",
 }
 # What RaftTrainer is given, and the field that it becomes.
@@ -156,6 +157,12 @@ class RaftConfig(BorrowedArguments, TrainingArguments):  # type: ignore[misc]
         default="previous", metadata={"help": "Each fit begins from the `previous` round or the `start`."}
     )
     replay_rounds: int = field(default=0, metadata={"help": "Earlier rounds whose kept answers are trained on again."})
+    empty_rounds: int = field(
+        default=3,
+        metadata={
+            "help": "Stop after so many rounds in a row with nothing to learn from; each leaves the policy as is."
+        },
+    )
     keep_models: str = field(default="all", metadata={"help": "Models of older rounds to keep: all, best or last."})
     workers: int = field(default=1, metadata={"help": "Local processes that draw; 1 is this process alone."})
     # -- the draw --

@@ -102,6 +102,20 @@ def given_prompts(
     return GivenPrompts(f"object:{known}", lambda: table)
 
 
+def given_held_out(rows: Any, columns: Callable[[str], bool] | None, wanted: int) -> GivenPrompts:
+    """The held-out prompts; of a dictionary of data sets as many of each: rounds are compared by all of them."""
+    if not isinstance(rows, Mapping) or not rows:
+        return given_prompts(rows, "eval_dataset", columns, wanted)
+    share = max(1, -(-wanted // len(rows)))
+    together: list[dict[str, Any]] = []
+    for name, part in rows.items():
+        table = given_prompts(part, f"eval_dataset[{name!r}]", columns, share).table
+        if table is None:
+            raise DataError(f"eval_dataset[{name!r}] must be a data set; got {part!r}. Load it first.")
+        together += table().slice(0, share).to_pylist()
+    return given_prompts(together, "eval_dataset")
+
+
 def table_hash(table: pa.Table) -> str:
     """16 hex digits over the rows, whatever chunks and metadata they come in."""
     total = hashlib.sha256(json.dumps(table.column_names).encode())

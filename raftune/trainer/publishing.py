@@ -44,7 +44,7 @@ def load_round(policy: CausalLMPolicy, run: RunFolder, round_: int) -> Any:
     if (folder / loading.ADAPTER).is_file():
         with quiet():
             return PeftModel.from_pretrained(loading.load_start(policy, start, device), str(folder)).eval()
-    if policy.adapter is not None and round_ == 0:
+    if policy.adapter is not None:  # the start, or a copy of it where a round had nothing to learn from
         return with_fresh_adapter(loading.load_start(policy, start, device), policy)
     return loading.load_round(policy, folder, start, device)
 
@@ -52,9 +52,9 @@ def load_round(policy: CausalLMPolicy, run: RunFolder, round_: int) -> Any:
 def publish(run: RunFolder, policy: CausalLMPolicy, out: Path, facts: Mapping[str, Any] | None = None) -> None:
     """Writes the best round's model into `out`, with its tokenizer and a model card.
 
-    Where that is the start of a run of an adapter, an adapter of zero effect: what loads the others' adapters loads it.
+    Where a run of an adapter has none yet, one of zero effect: what loads the others' adapters loads it.
     """
-    if policy.adapter is None or best_of(run):
+    if policy.adapter is None or (run.folder(best_of(run), "model") / loading.ADAPTER).is_file():
         publish_model(run.root, out)
     else:
         start = run.folder(0, "model")

@@ -31,7 +31,7 @@ from raftune.trainer import metrics, publishing
 from raftune.trainer.config import RaftConfig, mapping, outline, plain_process, run_of
 from raftune.trainer.evaluating import ALL, evaluate_on, measure
 from raftune.trainer.face import TrainerFace
-from raftune.trainer.inputs import GivenPrompts, given_prompts, given_rewards
+from raftune.trainer.inputs import GivenPrompts, given_held_out, given_prompts, given_rewards
 from raftune.trainer.interrupts import leaving_on_interrupt
 from raftune.trainer.models import given_model, load_tokenizer
 from raftune.trainer.rounds import Handler, LateModel, RoundFlow, Rounds, StopAfterRound
@@ -82,7 +82,7 @@ class RaftTrainer(TrainerFace):
         train = faults.attempt(given_prompts, train_dataset, "train_dataset", self._columns, needed, size)
         held_out = GivenPrompts("")
         if eval_dataset is not None:
-            held_out = faults.attempt(given_prompts, eval_dataset, "eval_dataset", self._columns, judged)
+            held_out = faults.attempt(given_held_out, eval_dataset, self._columns, judged)
         faults.end()
         self.args = args
         self._sections = {
@@ -182,10 +182,11 @@ class RaftTrainer(TrainerFace):
         """The metrics of the best round's model, under TRL's names.
 
         On `eval_dataset`, or a dictionary of several, its prompts are generated to and scored now, all of them; before
-        any round is done, by the start model. Without one these are the run's own held-out prompts, as they were
-        measured when the round ended.
+        any round is done, by the start model. A trainer that was given a dictionary evaluates each in it. Without
+        one these are the run's own held-out prompts, as they were measured when the round ended.
         """
-        if eval_dataset is None and self.eval_dataset is not self._given_eval:  # set since
+        several = isinstance(self.eval_dataset, Mapping)  # of which the rounds were judged together
+        if eval_dataset is None and (several or self.eval_dataset is not self._given_eval):
             eval_dataset = self.eval_dataset
         if eval_dataset is not None:
             return self._evaluate_on(eval_dataset, metric_key_prefix)

@@ -152,7 +152,7 @@ SCRIPTS: Sequence[Script] = (
     ),
     Script(
         "dapo",
-        {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28, "mask_truncated_completions": False, "beta": 0.0}
+        {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28, "mask_truncated_completions": True, "beta": 0.0}
         | {"num_iterations": 1, "steps_per_generation": 4, "top_k": -1},
         trains=True,
     ),

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from transformers import TrainerCallback
 
 from raftune.errors import ConfigError, RaftuneError
+from raftune.store.parquet import read_table
 from raftune.trainer import RaftConfig, RaftTrainer
 from raftune.trainer.wording import in_python
 from tests.builders import tiny_llama
@@ -70,6 +72,15 @@ def test_several_data_sets_are_evaluated_under_their_names(trained: RaftTrainer)
     found = trained.evaluate({"a": ROWS[:2], "b": ROWS[2:4]}, metric_key_prefix="test")
     assert {"test_a_reward", "test_b_reward"} <= {*found}
     assert trained.evaluate(ROWS[2:4], metric_key_prefix="test")["test_reward"] == found["test_b_reward"]
+
+
+def test_rounds_are_judged_by_several_held_out_sets_together(tmp_path: Path) -> None:
+    several = {"a": ROWS[:6], "b": Dataset.from_list(ROWS[6:12])}
+    found = trainer(tmp_path / "run", eval_dataset=several, num_eval_prompts=5, num_rounds=1)
+    found.train()
+    judged = read_table(tmp_path / "run" / "round-0000" / "data" / "held_out.parquet").column("prompt").to_pylist()
+    assert judged == [row["prompt"] for row in (*ROWS[:3], *ROWS[6:8])]
+    assert {"eval_a_reward", "eval_b_reward"} <= {*found.evaluate()}
 
 
 def test_a_data_set_that_is_put_in_place_is_evaluated(trained: RaftTrainer) -> None:
@@ -367,16 +378,32 @@ def test_advice_is_in_python() -> None:
         assert in_python(message) == said
 
 
-def test_a_failing_reward_is_explained_without_command_lines(tmp_path: Path) -> None:
+def test_rounds_with_nothing_to_learn_from_go_on_and_are_warned_of(tmp_path: Path) -> None:
     def nothing(completions: list[str], **columns: Any) -> list[None]:
         return [None] * len(completions)
 
-    found = trainer(tmp_path / "run", nothing, num_rounds=1, num_eval_prompts=0)
-    try:
+    given = {"num_rounds": 4, "num_eval_prompts": 0, "empty_rounds": 2, "peft_config": LORA}
+    found = trainer(tmp_path / "run", nothing, **given)
+    with warned() as lines:
+        outcome = found.train()
+    assert (outcome.global_step, outcome.training_loss) == (0, 0.0)
+    assert found.state.epoch == 2.0
+    said = "\n".join([*lines, outcome.metrics["stopped_because"]])
+    assert "nothing to learn" in said
+    assert not re.search(r"raftune (resume|train)|--from|--selection", said)
+    found.save_model(tmp_path / "saved")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(logits(loaded), logits(tiny_llama()))
+
+
+def test_a_failing_reward_is_explained_without_command_lines(tmp_path: Path) -> None:
+    def failing(completions: list[str], **columns: Any) -> list[float]:
+        raise ValueError("no")
+
+    found = trainer(tmp_path / "run", failing, num_rounds=1, num_eval_prompts=0)
+    with pytest.raises(RaftuneError, match=r"train\(redo='score'\)") as told:
         found.train()
-    except RaftuneError as error:
-        assert "raftune resume" not in str(error)
-        assert "--from" not in str(error)
+    assert not re.search(r"raftune (resume|train)|--from|`raftune", str(told.value))
 
 
 def test_a_second_cell_with_other_arguments_is_told_the_difference(trained: RaftTrainer) -> None:

@@ -72,6 +72,7 @@ CHANGED: dict[str, Any] = {
     "num_generations_eval": 2,
     "metric_for_best_model": "polite",
     "trust_remote_code": True,
+    "empty_rounds": 1,
     "workers": 2,
 }
 
