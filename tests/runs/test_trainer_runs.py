@@ -410,7 +410,7 @@ def test_another_call_in_the_same_directory_is_refused_with_the_difference(
 
 def test_what_changed_is_done_again_on_request(tmp_path: Path) -> None:
     trainer(tmp_path / "run", num_rounds=1).train()
-    found = trainer(tmp_path / "run", num_rounds=1, selection={"rule": "top_m", "m": 2})
+    found = trainer(tmp_path / "run", num_rounds=1, selection={"rule": "top_m", "m": 2, "all_equal": "keep"})
     found.train(redo="1/select")
     summary = json.loads((tmp_path / "run" / "round-0001" / "select" / "summary.json").read_text())
     assert summary["kept"] == 8
