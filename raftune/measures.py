@@ -135,6 +135,12 @@ def best_of_k(metrics: Metrics, name: str = "best_of_k") -> list[Best]:
     ]
 
 
+def loss_ends(losses: Sequence[float]) -> tuple[float, float]:
+    """The mean loss of the first and of the last tenth of the steps: one mini-batch alone says little."""
+    tenth = -(-len(losses) // 10)
+    return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+
+
 def worth_of_k(curve: Sequence[Best]) -> str:
     """What a smaller K would give, in words: the largest k below the last, `K=4 gives 93 % of the gain of K=8`."""
     if len(curve) < 3:

@@ -12,7 +12,7 @@ from raftune.cli.ending import interruptible
 from raftune.cli.show import Grid, say
 from raftune.cli.steps import Steps
 from raftune.errors import GateFailed
-from raftune.measures import spread
+from raftune.measures import loss_ends, spread
 from raftune.plain import percent, shell_command
 
 if TYPE_CHECKING:
@@ -126,8 +126,7 @@ def show(outcome: Outcome) -> None:
 def losses(report: dict[str, Any]) -> str:
     """The mean loss of the first and of the last tenth of what was noted."""
     curve = [step["loss"] for step in report["loss"]]
-    tenth = -(-len(curve) // 10)
-    return f"loss {sum(curve[:tenth]) / tenth:.3f} → {sum(curve[-tenth:]) / tenth:.3f}" if curve else "no loss"
+    return "loss {:.3f} → {:.3f}".format(*loss_ends(curve)) if curve else "no loss"
 
 
 def show_pairwise(report: dict[str, Any]) -> None:

@@ -77,7 +77,7 @@ def outcome(learned: Learned) -> list[str]:
     done = "Finished" if learned.worked else "Already finished; nothing to do"
     lines = [
         f"{done}: learned {data['learned']:,} answers in {training['steps']:,} steps, loss "
-        f"{training['loss_first']:.3f} → {training['loss_last']:.3f}.",
+        f"{training['loss_first']:.3f} → {training['loss_last']:.3f} (means of the first and the last tenth).",
         *data_lines(root, data),
     ]
     if perplexity := report["perplexity"]:

@@ -27,6 +27,7 @@ text { fill: #57606a } .heading { font-size: 13px; font-weight: 600; fill: #2429
 .s6 { color: #7d620f } .band { fill: currentColor; fill-opacity: .13 }
 .line { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round }
 .dashed { stroke-dasharray: 6 4 } .dotted { stroke-dasharray: 1.5 4; stroke-linecap: round }
+.bar { fill: currentColor; fill-opacity: .35 } .hit { fill: transparent }
 .dot { fill: currentColor; stroke: #fff } .hollow { fill: #fff; stroke: currentColor; stroke-width: 1.5 }
 @media (prefers-color-scheme: dark) {
 text { fill: #9198a1 } .heading { fill: #e6edf3 } .grid line { stroke: #30363d } .axis line { stroke: #6e7681 }
@@ -39,12 +40,14 @@ Names = Mapping[float, str]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One place of a line; y is None where nothing was measured, low and high are the ends of its interval if known."""
+    """One place of a line; y is None where nothing was measured, low and high are the ends of its interval if known,
+    n the number of prompts that it is a mean of."""
 
     x: float
     y: float | None
     low: float | None = None
     high: float | None = None
+    n: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +89,25 @@ def line_chart(
     size: tuple[int, int] = (WIDTH, HEIGHT),
     standalone: bool = False,
 ) -> str:
-    """The lines as an <svg>; `title` and `description` are what those hear who do not see it.
+    """The lines as an <svg>, or labelled bars where all of them have one and the same x.
+
+    `title` and `description` are what those hear who do not see it.
 
     `x_names` replaces the numbers of ticks, `mark` is a vertical line with a word. Numbers that are None or not finite
     are gaps. A chart that stands alone brings its style and shows its title: it can be a file of its own.
     """
     width, height = size
+    xs = {point.x for line in series for point in line.known()}
+    if len(xs) == 1:
+        return bar_chart(
+            series,
+            title=title,
+            description=description,
+            x_label=x_label,
+            x_names=x_names,
+            width=width,
+            standalone=standalone,
+        )
     top = TOP + (22 if standalone else 0)
     frame = frame_of(series, width, top, height - BOTTOM, log_x)
     parts = [
@@ -108,6 +124,53 @@ def line_chart(
     return head + "".join(parts) + "</svg>"
 
 
+def bar_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    description: str = "",
+    x_label: str = "round",
+    x_names: Names | None = None,
+    width: int = WIDTH,
+    standalone: bool = False,
+) -> str:
+    """One bar for each line that has a number, from zero: its name before it, its number and interval after it."""
+    lines = [line for line in series if line.known()]
+    points = [line.known()[0] for line in lines]
+    names = end_labels(lines, width) if len(lines) > 1 else [line.name for line in lines]
+    written = [number(point.y) for point in points]
+    values = [v for p in points for v in (p.y, p.low, p.high) if v is not None and math.isfinite(v)]
+    left = GAP + LETTER * max(map(len, names))
+    right = width - GAP - LETTER * max(map(len, written))
+    low, high = min(0.0, *values), max(0.0, *values)
+    x = Scale(low, high if high > low else 1.0, left, max(right, left + 60), ())
+    top, height = TOP + (22 if standalone else 0), 26
+    where = (x_names or {}).get(points[0].x, f"{x_label} {points[0].x:g}")
+    parts = [
+        f"<title>{text(title)}</title>" + (f"<desc>{text(description)}</desc>" if description else ""),
+        f"<style>{STYLE}</style>" + f'<text class="heading" x="2" y="14">{text(title)}</text>' if standalone else "",
+    ]
+    for i, (line, point, name, words) in enumerate(zip(lines, points, names, written, strict=True)):
+        y = top + i * height
+        start, end = sorted((x(0.0), x(point.y or 0.0)))
+        parts.append(
+            f'<g class="series s{line.colour}"><text x="{left - 6:.1f}" y="{y + 13}" text-anchor="end">{text(name)}'
+            f'</text><rect class="bar" x="{start:.1f}" y="{y + 2}" width="{max(end - start, 1):.1f}" height="14">'
+            f"<title>{text(f'{line.name}, {where}: {spoken(line, point)}')}</title></rect>"
+            + (
+                f'<path class="line" d="M{x(point.low):.1f} {y + 9}L{x(point.high):.1f} {y + 9}"/>'
+                if point.low is not None and point.high is not None and point.low < point.high
+                else ""
+            )
+            + f'<text class="end" x="{max(end, x(point.high or 0.0)) + 6:.1f}" y="{y + 13}">{words}</text></g>'
+        )
+    bottom = top + len(lines) * height
+    parts.append(f'<g class="axis"><text x="{left:.1f}" y="{bottom + 12}">{text(where)} alone</text></g>')
+    space = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
+    head = f'<svg{space} class="bars" viewBox="0 0 {width} {bottom + 18}" role="img" aria-label="{text(title)}">'
+    return head + "".join(parts) + "</svg>"
+
+
 def numbers(
     series: Sequence[Series], x_title: str, x_names: Names | None = None, *, label: str, best: float | None = None
 ) -> str:
@@ -117,6 +180,7 @@ def numbers(
     titles = [text(x_title)]
     for line in series:
         titles += [text(line.name)] + (["95 % interval"] if has_interval(line) else [])
+        titles += ["n"] if has_n(line) else []
     rows = [[text(names.get(x, f"{x:g}")), *(cell for line in series for cell in cells(line, x))] for x in xs]
     return table(titles, rows, label=label, best=xs.index(best) if best in xs else None)
 
@@ -127,7 +191,20 @@ def cells(line: Series, x: float) -> list[str]:
     mean = number(point.y if measured(point.y) else None)
     known = measured(point.low) and measured(point.high)
     between = f"{number(point.low)} … {number(point.high)}" if known else "–"
-    return [mean, between] if has_interval(line) else [mean]
+    n = ["–" if point.n is None else f"{point.n:,}"] if has_n(line) else []
+    return [mean, *([between] if has_interval(line) else []), *n]
+
+
+def spoken(line: Series, point: Point) -> str:
+    """The point's number, its interval and what it is a mean of, for who hovers over its mark or touches it."""
+    words = number(point.y)
+    if measured(point.low) and measured(point.high):
+        words += f" [{number(point.low)}, {number(point.high)}]"
+    return words if point.n is None else f"{words}, n = {point.n:,}"
+
+
+def has_n(line: Series) -> bool:
+    return any(point.n is not None for point in line.points)
 
 
 def has_interval(line: Series) -> bool:
@@ -194,12 +271,14 @@ def drawn(line: Series, frame: Frame, x_label: str, x_names: Names) -> str:
     runs = list(runs_of(line.points))
     known = line.known()
     shown = known if len(known) <= DOTS else [known[0], known[-1]]
+    ends = {point.x for point in shown}
     parts = [band(run, frame) for run in runs if line.band]
     parts += [path([(p.x, p.y) for p in run], frame, line.line) for run in runs if len(run) > 1]
-    for point in shown:
+    for point in known:
         where = f"{x_label} {x_names.get(point.x, f'{point.x:g}')}"
-        words = f"{line.name}, {where}: {' '.join(cells(line, point.x))}"
-        parts.append(dot(frame.x(point.x), frame.y(point.y or 0.0), line.shape, words))
+        words = f"{line.name}, {where}: {spoken(line, point)}"
+        x, y = frame.x(point.x), frame.y(point.y or 0.0)
+        parts.append(dot(x, y, line.shape if point.x in ends else "hit", words))
     return f'<g class="series s{line.colour}">{"".join(parts)}</g>'
 
 
@@ -234,8 +313,8 @@ def places(points: Sequence[tuple[float, float | None]], frame: Frame) -> str:
 def dot(x: float, y: float, shape: str, words: str = "") -> str:
     """A mark, with words on hovering."""
     inside = f"<title>{text(words)}</title>" if words else ""
-    if shape in ("round", "hollow"):
-        kind = "dot hollow" if shape == "hollow" else "dot"
+    if shape in ("round", "hollow", "hit"):
+        kind = {"hollow": "dot hollow", "round": "dot", "hit": "hit"}[shape]
         return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.2">{inside}</circle>'
     corners = {"square": "M{0} {1}m-3-3h6v6h-6z", "diamond": "M{0} {1}m0-4.4l4.4 4.4-4.4 4.4-4.4-4.4z"}[shape]
     return f'<path class="dot" d="{corners.format(f"{x:.1f}", f"{y:.1f}")}">{inside}</path>'

@@ -19,6 +19,7 @@ from raftune.report.pictures import Album, Embedded
 from raftune.report.prompts import prompts
 from raftune.report.reading import Reader
 from raftune.report.standing import Standing, standing_of
+from raftune.store.kinds import is_evaluation
 from raftune.store.run import RunFolder
 
 VERSION = 1
@@ -65,6 +66,7 @@ def collect(
         "guarded": reader.rounds("guard"),
         "by_round": rows,
     }
+    document["run"]["evaluation"] = is_evaluation(reader.config)
     document["run"]["media"] = "image" if reader.pictured else media_of(document)
     if reader.pictured:
         document["pictures"] = album.as_json()

@@ -119,14 +119,19 @@ def figure(found: Collected, name: str) -> str:
     if best not in values:
         return ""
     start = f" from {number(values[0].mean, 2)}" if 0 in values and best else ""
-    between = interval_words(values[best])
-    return f"{number(values[best].mean, 2)} <small>{between}{start}</small>"
+    words = f"{interval_words(values[best])}{start}{prompts_words(values[best])}".strip(", ")
+    return f"{number(values[best].mean, 2)} <small>{words}</small>"
+
+
+def prompts_words(value: Value) -> str:
+    """How many prompts the mean stands on."""
+    return "" if value.n is None else f", {value.n:,} prompt{'s' * (value.n != 1)}"
 
 
 def interval_words(value: Value) -> str:
-    """The interval; of a mean without one the number of prompts that it stands on."""
+    """The interval, where there is one."""
     if value.low is None or value.high is None:
-        return "" if value.n is None else f"n = {value.n}"
+        return ""
     return f"[{number(value.low, 2)}, {number(value.high, 2)}]"
 
 
@@ -303,7 +308,7 @@ def time_charts(found: Collected) -> str:
     lines = [
         line(name, share, colour, LINES[i % 3], SHAPES[i])
         for i, (name, stages, colour) in enumerate(SPENT)
-        if len(share := spent_on(spent, stages)) > 1
+        if (share := spent_on(spent, stages))
     ]
     note = "Over all the sessions that worked on it. The configuration's screen has every stage."
     return group("time", "Time", note, chart(found, "seconds", "Time of a round", "seconds", *lines))
@@ -337,4 +342,25 @@ def by_round(found: Collected) -> str:
     best = next((i for i, row in enumerate(found.rows) if row["round"] == found.standing.best), None)
     rows = [[text(cell(column, row)).replace("-", "−") for column in columns] for row in found.rows]
     titles = [f'<abbr title="{text(column.meaning)}">{text(column.title)}</abbr>' for column in columns]
-    return block("by-round", "By round", table(titles, rows, label="Numbers of each round", best=best))
+    meanings = "".join(
+        f"<div><dt>{text(column.title)}</dt><dd>{text(IN_FULL.get(column.key, column.meaning))}</dd></div>"
+        for column in columns
+    )
+    inside = table(titles, rows, label="Numbers of each round", best=best)
+    return block(
+        "by-round", "By round", inside + folded("What the columns mean", f'<dl class="meanings">{meanings}</dl>')
+    )
+
+
+IN_FULL = {
+    "kl": "How far the policy has moved from the start: the mean over its answers of log p(answer) under the policy "
+    "less that under the start, in nats per answer. 0 at the start.",
+    "distinct_2": "Different word pairs over all word pairs of all answers: 1 where no pair is repeated. It falls "
+    "when the answers become alike, and also when there are more or longer answers.",
+    "msttr": "Of every hundred words in a row, the share that are different words, on average (MSTTR-100). Unlike "
+    "distinct-2 it does not depend on how much text there is.",
+    "vendi": "The Vendi score: how many different pictures of a prompt there are in effect, by the similarity of their "
+    "features. 1 where all are the same, K where nothing is shared.",
+    "perplexity": "exp of the mean nats per token of the reference answers under the round's model: lower finds them "
+    "likelier.",
+}

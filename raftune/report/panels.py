@@ -18,7 +18,7 @@ Values = Mapping[int, Value]
 
 def line(name: str, values: Values, colour: int, kind: str = "solid", shape: str = "round") -> Series:
     """A line of the values by round."""
-    points = tuple(Point(x, value.mean, value.low, value.high) for x, value in sorted(values.items()))
+    points = tuple(Point(x, value.mean, value.low, value.high, value.n) for x, value in sorted(values.items()))
     return Series(name, points, colour, kind, shape)
 
 

@@ -30,6 +30,7 @@ from raftune.config.sft import SftConfig
 from raftune.errors import ConfigChanged, ConfigError, DataError, OutOfMemory, StoreError
 from raftune.families import Family, family_of
 from raftune.feedback import Demonstration, Feedback, Skipped, read_demonstrations, write_skipped
+from raftune.measures import loss_ends
 from raftune.protocols import Likelihood, Policy
 from raftune.records import TOOLS, Prompt
 from raftune.sft.rows import Encoding, held_out_prompts, name_of, of_one_kind, rows_schema
@@ -184,7 +185,7 @@ class Work:
             "model": "model",
             "start": self.config.policy.model_dump(mode="json").get("model"),
             "data": data,
-            "training": training | {"loss_first": losses[0], "loss_last": losses[-1]},
+            "training": training | dict(zip(("loss_first", "loss_last"), loss_ends(losses), strict=True)),
             "perplexity": self.perplexities(),
             "sha256": {path.relative_to(self.root).as_posix(): sha256_of(path) for path in files if path.is_file()},
         }

@@ -135,7 +135,7 @@ CLAIMS: dict[str, tuple[str, str, Callable[[Opened], Any], Any]] = {
 def test_every_key_does_what_the_help_says(opened: Opened) -> None:
     opened.press("?")
     rows = opened.page.locator("#help dl > div").all()
-    said = {row.locator("dd").inner_text(): row.locator("kbd").inner_text() for row in rows}
+    said = {row.locator("dd").inner_text(): row.locator("kbd").first.inner_text() for row in rows}
     opened.press("Escape")
     assert not opened.visible("#help")
     assert said == {words: key for words, (_, key, _, _) in CLAIMS.items()}
@@ -164,6 +164,69 @@ def test_the_arrows_do_in_a_list_what_the_letters_do_anywhere(opened: Opened) ->
     opened.page.locator("#prompts .card").first.focus()
     opened.press("ArrowRight")
     assert candidate(opened) == "rank 2 of 3"
+
+
+def test_the_arrows_work_anywhere_on_a_screen_with_a_list_and_are_left_alone_elsewhere(opened: Opened) -> None:
+    opened.go("#prompts")
+    opened.press("ArrowDown")
+    assert opened.text("#prompts .asked") == "Question 1?"
+    opened.press("ArrowRight")
+    assert candidate(opened) == "rank 2 of 3"
+    opened.press("ArrowLeft", "ArrowUp")
+    assert (candidate(opened), opened.text("#prompts .asked")) == ("rank 1 of 3", "Question 0?")
+    opened.go("#overview")
+    opened.press("ArrowDown", "ArrowRight")
+    assert opened.screen() == "overview"
+
+
+def test_on_a_phone_every_tab_is_in_sight(chromium: Browser, file: Path) -> None:
+    with Opened(chromium, file, viewport={"width": 390, "height": 844}) as page:
+        for screen in SCREENS:
+            box = page.page.locator(f"#tab-{screen}").bounding_box()
+            assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= 390, screen
+
+
+def test_a_mark_of_a_chart_says_its_number_where_it_is_touched(chromium: Browser, tmp_path: Path) -> None:
+    runs.run(tiny.config(tmp_path / "run"), tiny.objects())
+    with Opened(chromium, write_report(tmp_path / "run")) as page:
+        mark = page.page.locator("#reward svg .dot").first
+        mark.scroll_into_view_if_needed()
+        box = mark.bounding_box()
+        assert box is not None and page.page.locator(".tip").is_hidden()
+        x, y = box["x"] + box["width"] / 2 + 6, box["y"] + box["height"] / 2 + 6  # a finger is no needle
+        page.page.evaluate(
+            "([x, y]) => document.elementFromPoint(x, y).dispatchEvent("
+            "new PointerEvent('pointerdown', {bubbles: true, clientX: x, clientY: y, pointerType: 'touch'}))",
+            [x, y],
+        )
+        said = page.page.locator(".tip").inner_text()
+        assert said.startswith("policy, round start: ") and said.endswith("n = 4")
+
+
+def test_answers_that_share_little_are_shown_whole(chromium: Browser, tmp_path: Path) -> None:
+    found = document()
+    before, after = "one two three four five", "six seven eight nine five"
+    for item in found["compare"]["items"]:
+        item["answers"]["0"]["completion"], item["answers"]["2"]["completion"] = before, after
+        item["answers"]["1"]["completion"] = "one two three four six"
+    with Opened(chromium, written(tmp_path, found)) as page:
+        page.go("#compare?round=2")
+        assert page.count("#compare ins, #compare del") == 0
+        assert "few words in common" in page.text("#compare .detail .note")
+        page.go("#compare?round=1")
+        assert page.count("#compare ins, #compare del") == 2
+
+
+def test_an_evaluation_offers_its_answers_and_no_screens_of_training(chromium: Browser, tmp_path: Path) -> None:
+    runs.run(tiny.config(tmp_path / "run", num_rounds=0), tiny.objects())
+    with Opened(chromium, write_report(tmp_path / "run")) as page:
+        shown = [screen for screen in SCREENS if page.page.locator(f"#tab-{screen}").is_visible()]
+        assert shown == ["overview", "compare", "configuration"]
+        page.go("#compare")
+        assert page.count("#compare .card") == 1
+        page.go("#prompts")
+        assert "This is an evaluation" in page.text("#prompts .empty")
+        assert page.complaints == []
 
 
 def test_rounds_step_through_prompts_and_training_rows(opened: Opened) -> None:

@@ -156,7 +156,7 @@ def test_the_slider_moves_by_arrow_keys_and_says_where_it_stands(opened: Opened)
     assert opened.address() == "#compare?round=2&cut=48"
     opened.press("j")  # the letters go on to mean what they do elsewhere
     assert cut(opened) == "48"
-    assert opened.text("#compare .detail .eyebrow").startswith("Prompt 2 of 6")
+    assert opened.text("#compare .detail .eyebrow").startswith("Pair 2 of 6")
 
 
 def test_the_slider_follows_the_pointer(opened: Opened) -> None:

@@ -118,6 +118,7 @@ def test_the_document_keeps_its_contract(finished: Path) -> None:
     assert document["run"] | {"best": None} == {
         "name": "run",
         "status": "finished",
+        "evaluation": False,
         "status_words": "finished: all 2 rounds are done",
         "rounds": [0, 1, 2],
         "best": None,

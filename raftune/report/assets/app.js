@@ -72,10 +72,10 @@ function arrive(named) {
 const ask = (verb, by) => () => screens[state.screen]?.[verb]?.(by);
 
 const KEYS = [
-  { key: "j", words: "next prompt or row", act: ask("step", 1) },
-  { key: "k", words: "previous prompt or row", act: ask("step", -1) },
-  { key: "l", words: "next sample of the prompt", act: ask("across", 1) },
-  { key: "h", words: "previous sample of the prompt", act: ask("across", -1) },
+  { key: "j", also: "↓", words: "next prompt or row", act: ask("step", 1) },
+  { key: "k", also: "↑", words: "previous prompt or row", act: ask("step", -1) },
+  { key: "l", also: "→", words: "next sample of the prompt", act: ask("across", 1) },
+  { key: "h", also: "←", words: "previous sample of the prompt", act: ask("across", -1) },
   { key: "]", words: "next round", act: ask("turn", 1) },
   { key: "[", words: "previous round", act: ask("turn", -1) },
   { key: "/", words: "search", act: search },
@@ -120,12 +120,14 @@ function onKey(event) {
   known.act();
 }
 
-/** Inside a list or a strip the arrow keys do what j, k, h and l do. */
+const ARROWS = { ArrowDown: "j", ArrowUp: "k", ArrowRight: "l", ArrowLeft: "h" };
+
+/** On a screen with a list the arrow keys do what j, k, h and l do; in what scrolls by itself they scroll. */
 function arrow(event) {
-  const within = (selector) => event.target.closest?.(selector);
-  if (viewer.open) return { ArrowRight: "l", ArrowLeft: "h" }[event.key] ?? event.key;
-  const vertical = within(".rows, .lessons") && { ArrowDown: "j", ArrowUp: "k" }[event.key];
-  return vertical || (within(".strip") && { ArrowRight: "l", ArrowLeft: "h" }[event.key]) || event.key;
+  const sideways = event.key === "ArrowRight" || event.key === "ArrowLeft";
+  if (viewer.open) return (sideways && ARROWS[event.key]) || event.key;
+  if (event.shiftKey || !screens[state.screen]?.step || event.target.closest?.(".scroll, .tabs, input")) return event.key;
+  return ARROWS[event.key] ?? event.key;
 }
 
 /** Arrow keys move between the tabs, as in any list of tabs. */
@@ -171,8 +173,44 @@ function drawBanner() {
   document.getElementById("tab-alarms").append(" ", el("span.badge", count(page.alarms.length)));
 }
 
+/** Of an evaluation, which trains nothing, the screens of training are not offered. */
+function drawTabs() {
+  if (!run.run.evaluation) return;
+  for (const name of ["prompts", "learned", "alarms"]) document.getElementById(`tab-${name}`).hidden = true;
+  document.getElementById("tab-compare").firstChild.textContent = "Answers";
+}
+
+/** The number of the mark of a chart that is pointed at, or touched near, in words beside it. */
+function drawTips() {
+  const tip = el("p.tip", { role: "status" });
+  tip.hidden = true;
+  document.body.append(tip);
+  const marks = (svg) => [...svg.querySelectorAll(".dot, .hit, .bar")].filter((mark) => mark.querySelector("title"));
+  const middle = (mark) => {
+    const { left, right, top, bottom } = mark.getBoundingClientRect();
+    return [(left + right) / 2, (top + bottom) / 2];
+  };
+  const away = (event) => (mark) => Math.hypot(middle(mark)[0] - event.clientX, middle(mark)[1] - event.clientY);
+  const point = (event) => {
+    const svg = event.target.closest?.(".chart svg");
+    const distance = away(event);
+    const found = svg ? marks(svg).sort((a, b) => distance(a) - distance(b))[0] : null;
+    const on = found && (event.target === found || distance(found) < 28) ? found : null;
+    tip.hidden = !on;
+    if (!on) return;
+    fill(tip, on.querySelector("title").textContent);
+    const [x, y] = middle(on);
+    const half = tip.offsetWidth / 2 + 8;
+    tip.style.left = `${window.scrollX + Math.min(Math.max(x, half), document.documentElement.clientWidth - half)}px`;
+    tip.style.top = `${window.scrollY + y - 10}px`;
+  };
+  for (const kind of ["pointermove", "pointerdown"]) document.addEventListener(kind, point);
+  for (const kind of ["scroll", "keydown"]) window.addEventListener(kind, () => (tip.hidden = true), { passive: true });
+}
+
 function drawHelp() {
-  const rows = KEYS.map(({ key, words }) => el("div", el("dt", el("kbd", key)), el("dd", words)));
+  const keys = ({ key, also }) => el("dt", el("kbd", key), also ? [" ", el("kbd", also)] : null);
+  const rows = KEYS.map((own) => el("div", keys(own), el("dd", own.words)));
   const dialog = document.getElementById("help");
   const close = el("button", { type: "button", onclick: () => dialog.close() }, "Close");
   dialog.append(el("h2", { id: "help-title" }, "Keys"), el("dl", rows), close);
@@ -190,6 +228,8 @@ function start() {
   drawMissing();
   drawHelp();
   drawBanner();
+  drawTabs();
+  drawTips();
   drawGallery(page);
   follow();
   window.addEventListener("hashchange", follow);

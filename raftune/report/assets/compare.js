@@ -82,7 +82,7 @@ class Compare extends Listing {
   show() {
     const { item } = this;
     if (!item) return fill(this.detail, this.absent(), nothing(this.all, "answer"));
-    const place = `Prompt ${this.found.indexOf(item) + 1} of ${this.found.length} · k ${item.k}`;
+    const place = `Pair ${this.found.indexOf(item) + 1} of ${this.found.length} · prompt and seed ${item.k}`;
     fill(
       this.detail,
       this.absent(),
@@ -97,9 +97,12 @@ class Compare extends Listing {
   middle(item) {
     const { round } = this;
     const [before, after] = [item.answers[0], item.answers[round]].map((own) => own && trimmed(plain(own.completion)));
-    const marked = before && after ? difference(before, after) : {};
+    const found = before && after ? difference(before, after) : {};
+    const rewritten = found.common < ALIKE;
+    const marked = rewritten ? {} : found;
     const later = round ? this.side(item, round, "ins", marked.after) : null;
-    return [this.ladder(item), el("div.pair", this.side(item, 0, "del", marked.before), later)];
+    const note = rewritten ? el("p.note", "The two answers have few words in common: both are shown whole.") : null;
+    return [this.ladder(item), note, el("div.pair", this.side(item, 0, "del", marked.before), later)];
   }
 
   /** What to say where the address names a sample or a pair that cannot be shown. */

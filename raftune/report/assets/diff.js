@@ -9,11 +9,18 @@ function words(text) {
 
 const blank = (word) => !word.trim();
 
-/** {before, after}: each a list of [piece, changed]. What is not changed is, but for blank space, the same in both. */
+const ALIKE = 0.4; // the share of words in common below which marks between two texts are only noise
+
+/**
+ * {before, after}: each a list of [piece, changed]. What is not changed is, but for blank space, the same in both.
+ * `common` is the share of the words of both that are not changed; 1 where there are none.
+ */
 function difference(before, after) {
   const [left, right] = [words(before), words(after)];
   const kept = shared(left.filter((word) => !blank(word)), right.filter((word) => !blank(word)));
-  return { before: pieces(left, kept.a), after: pieces(right, kept.b) };
+  const all = [...kept.a, ...kept.b];
+  const common = all.length ? all.filter(Boolean).length / all.length : 1;
+  return { before: pieces(left, kept.a), after: pieces(right, kept.b), common };
 }
 
 /** {a, b}: for each word whether it belongs to the longest common subsequence; common ends need no table. */

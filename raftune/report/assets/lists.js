@@ -120,8 +120,11 @@ function notice(what, name, why) {
 
 /** What stands where a list is empty. */
 function nothing(list, one) {
-  const words = list.items.length ? `No ${one} matches what was asked for.` : `There is no ${one} in this page yet.`;
-  return el("p.empty", words);
+  if (list.items.length) return el("p.empty", `No ${one} matches what was asked for.`);
+  const none = run.run.evaluation
+    ? "This is an evaluation: nothing was trained. Its answers are on the screen Answers."
+    : `There is no ${one} in this page yet.`;
+  return el("p.empty", none);
 }
 
 /** A labelled search field that sets the option `q` of the screen. */

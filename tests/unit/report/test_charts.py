@@ -41,6 +41,10 @@ def circles(svg: ElementTree.Element) -> list[tuple[float, float]]:
     return [(float(e.get("cx", "")), float(e.get("cy", ""))) for e in svg.iter("circle")]
 
 
+def bars(svg: ElementTree.Element) -> list[tuple[float, float]]:
+    return [(float(e.get("x", "")), float(e.get("width", ""))) for e in svg.iter("rect")]
+
+
 @pytest.mark.parametrize(
     "values",
     [(), (1.0,), (0.0,), (-3.0,), (2.0, 2.0, 2.0), (1e-9, 2e-9), (1e12, -1e12), (0.1, None, 0.3), (None, None)],
@@ -50,17 +54,27 @@ def test_any_numbers_are_drawn_inside_the_picture(values: tuple[float | None, ..
     svg = drawn(series(*values), mark=(0, "published"))
     found = coordinates(svg)
     assert all(math.isfinite(n) and -10 <= n <= 410 for n in found)
-    assert len(circles(svg)) == sum(value is not None for value in values)
+    assert len(circles(svg)) + len(bars(svg)) == sum(value is not None for value in values)
 
 
-def test_a_single_round_is_a_mark_in_the_middle_with_its_interval_as_a_bar() -> None:
-    svg = drawn(series(3.0, band=0.5))
-    ((x, y),) = circles(svg)
-    (bar,) = paths(svg, "line")
-    ends = [tuple(map(float, place.split())) for place in bar[1:].split("L")]
-    assert [end[0] for end in ends] == [x, x]
-    assert ends[0][1] > y > ends[1][1]
-    assert 130 < x < 270
+def test_a_single_round_is_bars_from_zero_each_with_its_name_its_number_and_its_interval() -> None:
+    svg = drawn(series(3.0, band=0.5), series(6.0, name="best of 4"), x_names={0: "start"})
+    assert circles(svg) == []
+    (start, width), (same, twice) = bars(svg)
+    assert (same, twice) == (start, pytest.approx(2 * width, abs=0.2))
+    assert [e.text for e in svg.iter("text")] == ["policy", "3.000", "best of 4", "6.000", "start alone"]
+    ((left, y), (right, _)) = [tuple(map(float, at.split())) for at in paths(svg, "line")[0][1:].split("L")]
+    assert left < start + width < right and y > 0
+    assert [e.find("title").text for e in svg.iter("rect")] == [  # type: ignore[union-attr]
+        "policy, start: 3.000 [2.500, 3.500]",
+        "best of 4, start: 6.000",
+    ]
+
+
+def test_every_place_of_a_long_line_says_its_number() -> None:
+    svg = drawn(series(*map(float, range(40))))
+    assert len([e for e in svg.iter("circle") if e.find("title") is not None]) == 40
+    assert len([e for e in svg.iter("circle") if "dot" in e.get("class", "")]) == 2
 
 
 def test_what_was_not_measured_is_a_gap_whether_none_or_nan() -> None:
@@ -101,7 +115,7 @@ def test_who_does_not_see_it_hears_a_title_and_a_description() -> None:
 def test_each_mark_says_its_number_on_pointing() -> None:
     svg = drawn(series(1.25, 2.5, band=0.25), x_names={0: "start"})
     said = [e.find("title").text for e in svg.iter("circle") if e.find("title") is not None]  # type: ignore[union-attr]
-    assert said == ["policy, round start: 1.250 1.000 … 1.500", "policy, round 1: 2.500 2.250 … 2.750"]
+    assert said == ["policy, round start: 1.250 [1.000, 1.500]", "policy, round 1: 2.500 [2.250, 2.750]"]
 
 
 def test_a_chart_that_stands_alone_is_a_file_of_its_own() -> None:
