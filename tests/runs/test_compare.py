@@ -360,6 +360,21 @@ def test_the_prompts_that_stand_out_show_the_pair_that_says_most(base: Path) -> 
         assert a[row] - b[row] == max(a[i] - b[i] for i in rows)
 
 
+def test_a_shown_pair_says_its_own_lead_beside_the_mean_of_its_prompt(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pair scored 4 against 0 stood under the mean lead of its prompt, +1.750, and nothing said so."""
+    out, _ = said(capsys, f"{base}@2", "--show", 1)
+    found = compare(f"{base}@2")
+    prompt, lead = found.extremes(1)[0][0]
+    row = found.telling(prompt, lead)
+    lines = out.splitlines()
+    at = next(i for i, line in enumerate(lines) if found.pairs.prompts[prompt].id in line)
+    assert f"{lead:+.3f}" in lines[at] and lines[at].endswith("mean of 3 pairs")
+    assert lines[at + 1].endswith(f"{found.by.leads[row]:+.3f}")
+    assert found.by.leads[row] == found.by.a[row] - found.by.b[row]  # type: ignore[index]
+
+
 def test_a_program_can_read_it_whole(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = said(capsys, base, "--json", "--fail-if", "reward.p > 2")
     found = json.loads(out)

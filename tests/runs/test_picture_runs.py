@@ -79,7 +79,7 @@ def test_the_saturation_of_the_metrics_is_that_of_the_pictures_on_disk(vivid: Pa
 
 def test_the_table_of_rounds_has_the_columns_of_pictures_and_none_of_texts(vivid: Path) -> None:
     titles = [column.title for column in columns_for(rows_of(vivid))]
-    assert titles[:2] == ["round", "reward"]
+    assert (titles[0], titles[1].split()[0]) == ("round", "reward")
     assert {"saturation", "contrast", "pixels", "invalid"} <= set(titles)
     assert not {"length", "distinct-2", "MSTTR", "KL", "Vendi"} & set(titles)
 
