@@ -144,6 +144,10 @@ def stale_of(assembly: Assembly, round_: int, stage: Stage) -> Stale | None:
     if commit is None:
         return None
     fields, hashes = fields_of(stage, assembly.plain), hashes_of(assembly.run, stage, round_)
+    if getattr(stage, "grows", False) and fields.keys() - commit.fields.keys():
+        # A version that looked at less made it: what it looked at must be as it was, and old rounds stay as they are.
+        fields = {name: value for name, value in fields.items() if name in commit.fields}
+        hashes = {name: value for name, value in hashes.items() if name in commit.inputs}
     if stage_key(stage.name, fields, hashes) == commit.key:
         return None
     changed = differences(commit.fields, fields)

@@ -13,8 +13,8 @@ class EvaluationConfig(Frozen):
 
     prompts: str | None = Field(
         None,
-        description="Held-out prompts, or a run's directory (its own); None: a tenth of the training prompts is "
-        "held out.",
+        description="Held-out prompts, or a run's directory (its own); None: a tenth of the training prompts, "
+        "five at the least, is held out.",
     )
     split: str = Field("test", description="Split of a hub or `datasets` folder.")
     num_prompts: int = Field(

@@ -32,6 +32,7 @@ class Guard:
     """
 
     name = writes = "guard"
+    grows = True  # a later version has thresholds and inputs that an earlier one did not know
 
     def __init__(
         self,

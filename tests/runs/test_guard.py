@@ -21,6 +21,7 @@ from raftune.digest import alarms_of
 from raftune.errors import ConfigChanged, ConfigError
 from raftune.progress import Progress
 from raftune.runs import resume, run, verify
+from raftune.store.commit import Commit, stage_key
 from raftune.store.run import RunFolder
 from tests.builders import tree_hash
 from tests.runs import tiny
@@ -167,6 +168,25 @@ def test_a_run_of_a_version_without_guards_gets_them_and_nothing_else_changes(co
     assert changes == [{}]  # a section that the version did not know is no change that a person made
     after = tree_hash(copied)
     assert {name for name in before if before[name] != after.get(name)} <= {"events.jsonl", "config.yaml"}
+
+
+def test_a_round_whose_guard_looked_at_less_stays_as_it_is_and_other_thresholds_are_still_refused(copied: Path) -> None:
+    """A version before `empty_share`, `cut_off_share` and the others wrote COMMITs without them."""
+    folder, known = RunFolder(copied), ("guards.diversity_drop", "guards.false_alarms", "guards.part_share")
+    for round_ in (1, 2, 3):
+        commit = folder.commit(round_, "guard")
+        assert commit is not None
+        fields = {name: value for name, value in commit.fields.items() if name in known}
+        inputs = {name: folder.commit_hash(int(name.split("/")[0]), name.split("/", 1)[1]) for name in commit.inputs}
+        inputs = {name: value for name, value in inputs.items() if not name.endswith("/model")}
+        folder.seal(
+            Commit(commit.stage, round_, stage_key("guard", fields, inputs), fields, inputs, commit.files), "guard"
+        )
+    seen: list[str] = []
+    assert run(parting(copied), given(), observe=lambda kind, facts: seen.append(kind)).rounds == ROUNDS
+    assert "stage_begin" not in seen
+    with pytest.raises(ConfigChanged, match=r"guards\.part_share: 0\.9 → 0\.95"):
+        run(parting(copied, guards={"part_share": 0.95}), given())
 
 
 def test_other_thresholds_are_refused_until_the_guards_are_redone_and_then_nothing_else_is(copied: Path) -> None:
