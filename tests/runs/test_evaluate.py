@@ -207,7 +207,7 @@ def judge_again(reference: str, root: Path, objects: Objects, **flags: Any) -> R
 
 
 def same_but_for_kl(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return {**a, "kl": None} == {**b, "kl": None}
+    return {**a, "kl": None, "kl_per_token": None} == {**b, "kl": None, "kl_per_token": None}
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
