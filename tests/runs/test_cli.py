@@ -120,7 +120,8 @@ def test_results_are_on_stdout_and_progress_on_stderr(fresh: Path, capsys: pytes
     assert out.startswith("Finished: all 2 rounds are done.\n")
     assert "runs/tab/round-000" in out
     assert "none was judged" not in out
-    warning, *lines = err.splitlines()
+    few, warning, *lines = err.splitlines()
+    assert few.startswith("4 prompts are held out")
     assert warning.startswith("4 of 4 held-out prompts are also trained on")
     assert [line.split()[0] for line in lines] == ["round", "start", "1", "2"]
 

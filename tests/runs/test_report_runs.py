@@ -14,6 +14,7 @@ from raftune import ledger
 from raftune.cli import main
 from raftune.report import collect, learned, pairs, prompts, render, write_report
 from raftune.runs import run
+from raftune.selection import Reason
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.files import sha256_of
 from raftune.store.parquet import read_table
@@ -106,7 +107,7 @@ def test_what_it_learned_from_is_exactly_the_rows_of_the_tuning(finished: Path) 
         names = ("sample_id", "origin", "source", "prompt", "completion", "weight")
         keyed = [{tuple(row[name] for name in names) for row in found} for found in (rows, table)]
         assert keyed[0] == keyed[1]
-        assert all(row["reason"] == "best of its prompt" for row in rows)
+        assert {row["reason"] for row in rows} <= {Reason.BEST.words, Reason.KEPT_EQUAL.words}
     assert {item["origin"] for item in shown["items"] if item["round"] == 2} == {"round-0001", "round-0002"}
 
 
@@ -340,7 +341,7 @@ def test_weights_that_were_dropped_on_purpose_are_not_missing(tmp_path: Path) ->
 
 
 def test_a_run_of_injections_has_the_elements_of_any_other(tmp_path: Path) -> None:
-    words = ["one", "two"]
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
     hostile, plain = hostile_run(tmp_path / "a"), hostile_run(tmp_path / "b", policy={"options": {"sentences": words}})
     (plain / "config.yaml").write_text("name: plain\n")
     shown, other_ = (Seen(write_report(root).read_text(encoding="utf-8")) for root in (hostile, plain))
