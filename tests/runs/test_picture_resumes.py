@@ -9,12 +9,33 @@ from typing import Any
 import pytest
 
 from raftune.errors import ConfigError
+from raftune.loop import nothing_learned
 from raftune.runs import run
+from raftune.store.parquet import read_table
+from raftune.store.run import RunFolder
 from tests.pipelines import save_tiny
 from tests.runs.kill import tree
 from tests.runs.test_diffusion_families import config, objects
 
 SHORT: dict[str, Any] = {"num_rounds": 1, "evaluation": {"num_prompts": 0}}
+
+
+@pytest.mark.parametrize("adapter", [None, {"r": 2}])
+def test_a_round_that_keeps_nothing_leaves_a_pipeline_as_it_was(tmp_path: Path, adapter: dict[str, int] | None) -> None:
+    """The start is a reference: a round's copy of it draws the start's own pictures."""
+    model = save_tiny("dit", tmp_path / "dit")
+    never = {"rule": "threshold", "threshold": 1e9}
+    changes = {"num_rounds": 2, "selection": never, "policy": {"adapter": adapter}, "evaluation": {"num_prompts": 1}}
+    assert run(config(tmp_path / "run", model, "dit", **changes), objects("dit")).rounds == 2
+    folder = RunFolder(tmp_path / "run")
+    assert nothing_learned(folder, 1) and nothing_learned(folder, 2)
+    draws = [
+        [table.column("image_sha256").to_pylist() for table in shards]
+        for shards in (
+            [read_table(path) for path in sorted(folder.folder(r, "evaluate/draw").glob("*.parquet"))] for r in range(3)
+        )
+    ]
+    assert draws[0] and draws[0] == draws[1] == draws[2]
 
 
 @pytest.fixture(scope="module")

@@ -216,7 +216,7 @@ def load_denoiser(config: DiffusionPolicy, folder: Path, start: Path, *, train: 
 
 def _beneath(config: DiffusionPolicy, folder: Path, record: Record, start: Path) -> Any:
     """The denoiser on which a folder's LoRA rests: that of the run's start, or of what the start itself names."""
-    if folder.resolve() != start.resolve() and record != read_record(start):  # not a copy of the start's
+    if folder.resolve() != start.resolve():
         return load_denoiser(config, start, start, train=False)
     place = (folder / record.model).resolve()
     if (place / RECORD).is_file():
