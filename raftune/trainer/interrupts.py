@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
 from raftune import interruption
-
-logger = logging.getLogger("raftune")
 
 
 @contextlib.contextmanager
@@ -31,7 +29,8 @@ def leaving_on_interrupt() -> Iterator[None]:
         promise = interruption.ask_to_stop()
         if not first or promise is None:
             raise KeyboardInterrupt
-        logger.warning("Stopping after the current step: %s. Once more stops at once.", promise)
+        # no logger: a handler of signals takes no lock
+        os.write(2, f"\nstopping after the current step: {promise}. Once more stops at once.\n".encode())
 
     interruption.forget()
     signal.signal(signal.SIGINT, stop)

@@ -20,9 +20,11 @@ from datasets import Dataset, IterableDataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from transformers import TrainerCallback
 
+from raftune import interruption
 from raftune.errors import ConfigError, RaftuneError
 from raftune.store.parquet import read_table
 from raftune.trainer import RaftConfig, RaftTrainer
+from raftune.trainer.interrupts import leaving_on_interrupt
 from raftune.trainer.wording import in_python
 from tests.builders import tiny_llama
 from tests.runs.test_trainer_runs import ROWS, length, logits, samples, trainer
@@ -325,6 +327,19 @@ def test_an_interrupt_that_a_reward_swallows_is_no_score(tmp_path: Path) -> None
     for folder in ("a", "b"):
         trainer(tmp_path / folder, swallowing, num_rounds=1).train()
     assert samples(tmp_path / "a") == samples(tmp_path / "b")
+
+
+def test_the_first_interrupt_lets_a_step_end_and_the_second_does_not(capfd: pytest.CaptureFixture[str]) -> None:
+    done: list[str] = []
+    for times in (1, 2):
+        with pytest.raises(KeyboardInterrupt), leaving_on_interrupt(), interruption.stretch(lambda: "three steps"):
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+            done.append(f"step after {times}")
+    assert done == ["step after 1"]
+    assert "stopping after the current step: three steps" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not interruption.asked()
 
 
 def test_a_script_s_own_handler_of_interrupts_is_left_in_place(tmp_path: Path) -> None:
