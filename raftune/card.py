@@ -26,7 +26,7 @@ from raftune.store.kinds import how_to_go_on
 from raftune.store.run import DROPPED, RunFolder
 
 # What a committed model folder holds besides the model.
-OURS = frozenset({COMMIT, DROPPED, "training.json", "reference.json", "optimizer.safetensors"})
+OURS = frozenset({COMMIT, DROPPED, "training.json", "reference.json", "optimizer.safetensors", "parity.json"})
 ADAPTER = "adapter_config.json"
 ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")  # owner/name, or the name alone of a model without an owner
 PIPELINE, LORA = "model_index.json", "pytorch_lora_weights.safetensors"
@@ -34,13 +34,13 @@ DIALS = ("height", "width", "num_inference_steps", "guidance_scale")
 TAG = "reward-ranked-fine-tuning"
 
 
-def publish_model(root: str | Path, out: str | Path, round_: int | None = None) -> Path:
+def publish_model(root: str | Path, out: str | Path, round_: int | None = None, merged: bool = False) -> Path:
     """Writes the model of the best round (or of the given one) into `out`, with README.md and what else it needs.
 
     The folder loads with plain transformers, peft or diffusers. Where the run holds an adapter's base itself, because
     the start was given as an object or merged, or is a pipeline of this package, the base goes into `out`/base. What an
-    earlier call wrote there is replaced; nothing that the run committed is touched. Raises StoreError where the weights
-    are gone or `out` cannot be written.
+    earlier call wrote there is replaced; nothing that the run committed is touched. `merged` adds a LoRA adapter to its
+    base, for a plain model. Raises StoreError where the weights are gone or `out` cannot be written.
     """
     run, out = RunFolder(root), Path(out)
     round_ = best_of(run) if round_ is None else round_
@@ -51,6 +51,8 @@ def publish_model(root: str | Path, out: str | Path, round_: int | None = None) 
         remove_published(out)
         if run.read_config()["policy"].get("family") == "diffusion":
             use = publish_pipeline(run, round_, out)
+        elif merged:
+            use = publish_merged(run, round_, out)
         else:
             use = publish_language_model(run, round_, out)
         (out / "README.md").write_text(card(root, round_, use), encoding="utf-8")
@@ -64,6 +66,7 @@ class Use:
     library: str = ""
     task: str = ""
     code: str = ""
+    note: str = ""
 
 
 def publish_language_model(run: RunFolder, round_: int, out: Path) -> Use:
@@ -77,6 +80,21 @@ def publish_language_model(run: RunFolder, round_: int, out: Path) -> Use:
     if run.read_config()["policy"].get("family", "causal_lm") != "causal_lm":
         return Use("peft" if adapter else "transformers")
     return Use("peft" if adapter else "transformers", "text-generation", language_model_code(adapter))
+
+
+def publish_merged(run: RunFolder, round_: int, out: Path) -> Use:
+    """Writes a language model with its adapter added in. Raises ConfigError where there is none to add."""
+    from raftune.build import Assembly
+
+    assembly = Assembly(run, validate(run.read_config()))
+    try:
+        policy: Any = assembly.family.load(assembly.config, run.folder(round_, "model"), run.folder(0, "model"))
+        if not hasattr(policy, "export_merged"):
+            raise ConfigError(f"--merged is for language models with LoRA; {run.root} has another kind. Leave it out.")
+        note = policy.export_merged(out)
+    finally:
+        assembly.close()
+    return Use("transformers", "text-generation", language_model_code(False), note)
 
 
 def publish_pipeline(run: RunFolder, round_: int, out: Path) -> Use:
@@ -199,6 +217,8 @@ def card(root: str | Path, round_: int, use: Use) -> str:
     config = validate(run.read_config())
     versions = read_json(run.root / "environment.json").get("libraries", {})
     parts = [front_matter(config, use), summary(config, round_), table(run, config, round_)]
+    if use.note:
+        parts.append(use.note)
     if use.code:
         parts.append(f"## How to load it\n\n```python\n{use.code}\n```")
     parts.append(settings(config, versions))

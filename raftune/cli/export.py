@@ -19,6 +19,7 @@ def export(
     format_: Annotated[Format, Parameter(name="--format", help="What to take.")],
     out: Annotated[str, Parameter(help="Where to write it: FILE.jsonl, FILE.parquet, or a folder.")],
     round_: Annotated[str | None, Parameter(name="--round", help="A number, best, or all.")] = None,
+    merged: Annotated[bool, Parameter(help="Of a LoRA run, a plain model: the adapter added to its base.")] = False,
 ) -> None:
     """Take a run's model or its samples away, in the formats that TRL reads.
 
@@ -32,15 +33,17 @@ def export(
     one that `datasets.load_from_disk` reads. Nothing is overwritten.
     """
     if format_ == "model":
-        export_model(run, Path(out), round_)
+        export_model(run, Path(out), round_, merged)
         return
+    if merged:
+        raise ConfigError(f"--merged goes with --format model; got --format {format_}. Leave it out.")
     from raftune.export import export as write
 
     count = write(run, format_, out, round_ or "all")
     say(f"Wrote {count} rows to {out}.")
 
 
-def export_model(run: str, out: Path, which: str | None) -> None:
+def export_model(run: str, out: Path, which: str | None, merged: bool) -> None:
     from raftune.card import publish_model
 
     if which not in (None, "best") and not which.isdigit():
@@ -49,5 +52,5 @@ def export_model(run: str, out: Path, which: str | None) -> None:
         raise ConfigError(f"--out must be a folder for a model; got {out.name!r}. Rename it.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out must not exist yet, or be empty; {out} is not. Choose another name.")
-    publish_model(run, out, int(which) if which and which.isdigit() else None)
+    publish_model(run, out, int(which) if which and which.isdigit() else None, merged)
     say(f"Wrote the model and its card to {out}.")

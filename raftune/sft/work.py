@@ -44,6 +44,7 @@ Observer = Callable[[str, dict[str, Any]], None]
 CONFIG, DATA, ROWS, HELD_OUT, SKIPPED, REPORT = (
     *("config.yaml", "data.json", "rows.parquet", "held_out.parquet", "skipped.jsonl", "report.json"),
 )
+PARITY = "parity.json"
 OURS = frozenset({"tmp", "LOCK"})  # what may lie there before config.yaml does
 
 
@@ -172,6 +173,8 @@ class Work:
         policy: Any = self.policy(fitted)
         staged = new_folder(self.tmp)
         policy.export(staged)
+        if (fitted / PARITY).is_file():  # what is measured next is checked against what was trained
+            (fitted / PARITY).rename(staged / PARITY)
         discard(fitted, self.tmp)
         return staged
 
@@ -180,13 +183,15 @@ class Work:
         data = json.loads((self.root / DATA).read_bytes())
         training = json.loads((self.model / "training.json").read_bytes())
         losses = training.pop("losses")
+        perplexity = self.perplexities()
+        (self.model / PARITY).unlink(missing_ok=True)  # it holds tokens of the rows, and the model is to be given away
         files = [*(self.root / name for name in (ROWS, HELD_OUT, SKIPPED)), *sorted(self.model.iterdir())]
         report = {
             "model": "model",
             "start": self.config.policy.model_dump(mode="json").get("model"),
             "data": data,
             "training": training | dict(zip(("loss_first", "loss_last"), loss_ends(losses), strict=True)),
-            "perplexity": self.perplexities(),
+            "perplexity": perplexity,
             "sha256": {path.relative_to(self.root).as_posix(): sha256_of(path) for path in files if path.is_file()},
         }
         write_json(self.tmp, self.root / REPORT, report)

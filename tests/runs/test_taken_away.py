@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raftune.build import Objects
 from raftune.card import base_name, publish_model
+from raftune.cli import main
 from raftune.config.load import merge, validate
 from raftune.errors import ConfigError, StoreError
 from raftune.export import export
@@ -153,6 +154,23 @@ def test_the_card_of_an_adapter_loads_it_with_peft(folder: Path, tmp_path: Path)
 
 
 # -- the samples ----------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_published_merged_as_a_plain_model_of_the_same_function(folder: Path, tmp_path: Path) -> None:
+    publish_model(folder / "lora", tmp_path / "adapter", 2)
+    assert main(["export", str(folder / "lora"), "--format", "model", "--merged", "--round", "2", "--out",
+                 str(tmp_path / "plain")]) == 0  # fmt: skip
+    assert not {"adapter_config.json", "parity.json", "base"} & {path.name for path in (tmp_path / "plain").iterdir()}
+    ids = torch.arange(3, 20)[None]
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain")("say it") == tiny_tokenizer()("say it")
+    text = (tmp_path / "plain" / "README.md").read_text()
+    assert "The LoRA adapter is merged into its base: these are whole weights, in float32." in text
+    assert "AutoModelForCausalLM.from_pretrained" in text and "library_name: transformers" in text
+    with pytest.raises(ConfigError, match="--merged needs a round with a LoRA adapter"):
+        publish_model(folder / "lora", tmp_path / "start", 0, merged=True)
 
 
 def test_sft_rows_are_what_was_kept(folder: Path, tmp_path: Path) -> None:

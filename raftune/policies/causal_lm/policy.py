@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
 
+from raftune.errors import ConfigError
 from raftune.policies.causal_lm import loading, starting
 from raftune.policies.causal_lm.chat import keep_date, read_date
 from raftune.policies.causal_lm.drawing import draw
@@ -259,6 +261,36 @@ class CausalLM:
         local = Path(name).is_dir()
         write_model(model, self.tokenizer, out, (str(Path(name).resolve()) if local else name, revision))
         self.tokenizer.save_pretrained(out)
+
+    def export_merged(self, out: Path) -> str:
+        """Writes a plain model into `out`, the adapter added in, and returns what its card says of that.
+
+        Added in float32; rounded to the run's dtype only where that keeps what the adapter learned. Raises ConfigError
+        where there is no adapter, or one on 4-bit weights; ModelError where the sum is not what was trained.
+        """
+        policy, probe = self.config.policy, read_probe(self.folder)
+        if not (self.folder / loading.ADAPTER).is_file():
+            raise ConfigError(f"--merged needs a round with a LoRA adapter; {self.folder} has none. Leave it out.")
+        if policy.load_in_4bit:
+            raise ConfigError(
+                "--merged needs a base in full precision; this run's is in 4 bits, and an adapter trained on those is "
+                "another model on others. Leave it out: peft loads the adapter on its base."
+            )
+        exact = policy.model_copy(update={"dtype": "float32"})
+        model = loading.load_round(exact, self.folder, self.start_folder, torch.device("cpu"))
+        dtype = getattr(torch, probe.dtype) if probe is not None and probe.merge else torch.float32
+        model = model.to(dtype)
+        if probe is not None:
+            check_parity(probe, plain_log_probs(model, probe.examples, self._pad_id), "merged")
+        write_model(model, self.tokenizer, out, ("", None))
+        self.tokenizer.save_pretrained(out)
+        tied = loading.model_config(policy, self.start_folder).get_text_config().tie_word_embeddings
+        parts = [f"The LoRA adapter is merged into its base: these are whole weights, in {str(model.dtype)[6:]}."]
+        if dtype == torch.float32 and probe is not None and probe.dtype != "float32":
+            parts.append(f"Rounded to the run's {probe.dtype}, they would lose part of what the adapter learned.")
+        if tied and not model.config.get_text_config().tie_word_embeddings:
+            parts.append("Embedding and output layer share a weight in the base; here each has its own.")
+        return " ".join(parts)
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know about how this policy was loaded, drew and was tuned, each once."""

@@ -96,3 +96,8 @@ def test_what_generates_what_plain_peft_loads_and_what_was_trained_are_one_funct
         plain = PeftModel.from_pretrained(tiny_model(arch), tmp_path / "export").eval()
     assert (logits(plain) - logits(tiny_model(arch))).abs().max() > 0.1
     torch.testing.assert_close(logits(policy.model), logits(plain), atol=1e-4, rtol=0)
+    note = policy.export_merged(tmp_path / "merged")
+    with quiet():
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(whole), logits(plain), atol=1e-4, rtol=0)
+    assert "Embedding and output layer share a weight in the base; here each has its own." in note
