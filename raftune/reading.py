@@ -5,8 +5,11 @@ What a model was trained to read lies beside it in `raftune_reward.json`, with t
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any, Final
 from raftune.errors import RewardError
 
 NOTES = "raftune_reward.json"
+TEMPLATE_SECONDS = 20.0  # that a chat template may take for one prompt
 UNBOUNDED = 1_000_000  # tokenizers without a limit report a number beyond this
 # Position embeddings of these begin behind the padding token's own, so that the first rows are never used.
 SHIFTED_POSITIONS = frozenset(
@@ -102,8 +106,47 @@ def templated(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
             "prompts are messages. Set options.include_prompt: false to score the answer's text alone, or give a "
             "template."
         )
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **on_date(tokenizer, DATED))
+    return apply_template(tokenizer, messages, **on_date(tokenizer, DATED))
+
+
+def apply_template(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    """The messages as the chat template formats them. Raises TemplateTimeoutError for one that does not come to an end.
+
+    A template is a program that came with the model: nested loops over large ranges run for hours.
+    """
+    with time_limit(TEMPLATE_SECONDS):
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     return text
+
+
+class TemplateTimeoutError(Exception):
+    """A chat template took longer than it may."""
+
+    def __str__(self) -> str:
+        return f"it was not done after {TEMPLATE_SECONDS:g} seconds: its loops are too long"
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Within, Python code of this thread is stopped by TemplateTimeoutError after so many seconds."""
+    thread, lock, over = threading.get_ident(), threading.Lock(), False
+
+    def stop() -> None:
+        with lock:
+            if not over:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(thread), ctypes.py_object(TemplateTimeoutError)
+                )
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        with lock:
+            over = True
 
 
 def text_of(completion: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raftune.errors import DataError
-from raftune.reading import on_date
+from raftune.reading import apply_template, on_date
 from raftune.records import TOOLS, Prompt
 
 Messages = list[dict[str, Any]]
@@ -43,8 +43,7 @@ def render(tokenizer: Any, messages: Messages, date: str | None, **options: Any)
     Raises whatever Jinja and the template's author chose.
     """
     dated = on_date(tokenizer, date, options.get(TOOLS)) if date is not None else {}
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **{**dated, **options})
-    return text
+    return apply_template(tokenizer, messages, **{**dated, **options})
 
 
 def tools_of(prompt: Prompt) -> list[Any] | None:

@@ -173,3 +173,15 @@ def test_an_answer_is_cut_to_what_prompt_limit_and_context_leave_and_has_no_eos_
 def test_a_prompt_that_leaves_no_room_within_the_limit_is_too_long() -> None:
     with pytest.raises(TooLong, match="the prompt has 3 tokens and leaves no room for an answer within 3"):
         encoder(context=32).encode_within(Prompt("p", "123"), "x", 3)
+
+
+def test_a_template_whose_loops_do_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raftune.reading.TEMPLATE_SECONDS", 0.2)
+    tokenizer = tiny_tokenizer(chat=True)
+    template = tokenizer.chat_template
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = loops + template
+    with pytest.raises(DataError, match=r"refused prompt p .*not done after 0\.2 seconds: its loops are too long"):
+        ids_of(encoder(tokenizer), CHAT)
+    tokenizer.chat_template = template
+    assert ids_of(encoder(tokenizer), CHAT)
