@@ -101,7 +101,7 @@ def test_a_round_of_lora_moves_the_model_and_leaves_its_probe(half: Path) -> Non
         probe = json.loads((half / f"round-000{round_}" / "model" / "parity.json").read_text())
         assert probe["dtype"] == "bfloat16" and 0 < probe["noise"] < 0.2
         kept = pq.read_table(half / f"round-000{round_}" / "rows" / "rows.parquet").num_rows
-        assert kept == len(QUESTIONS)
+        assert 0 < kept <= len(QUESTIONS)  # a prompt whose answers are equally long teaches nothing
     losses = json.loads((half / "round-0002" / "model" / "training.json").read_text())["losses"]
     assert all(0 < loss < 10 for loss in losses)
 

@@ -165,7 +165,7 @@ def test_an_adapter_is_published_merged_as_a_plain_model_of_the_same_function(fo
     adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
     torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0)
-    assert AutoTokenizer.from_pretrained(tmp_path / "plain")("say it") == tiny_tokenizer()("say it")
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain")("say it") == tiny_tokenizer(bos=True)("say it")
     text = (tmp_path / "plain" / "README.md").read_text()
     assert "The LoRA adapter is merged into its base: these are whole weights, in float32." in text
     assert "AutoModelForCausalLM.from_pretrained" in text and "library_name: transformers" in text

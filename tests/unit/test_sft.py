@@ -23,6 +23,7 @@ from raftune.config.load import validate_as
 from raftune.config.sft import SftConfig
 from raftune.errors import ConfigChanged, ConfigError, DataError, ModelError, StoreError
 from raftune.policies.causal_lm import CausalLM
+from raftune.quiet import quiet
 from raftune.sft import Learned, sft
 from raftune.sft.work import as_run
 from raftune.store import partial
@@ -139,10 +140,20 @@ def test_measuring_that_was_interrupted_goes_on_with_the_answers_that_are_left(
 
 
 def test_the_perplexity_is_that_of_transformers_own_loss(whole: Learned) -> None:
-    model, held_out = (
-        AutoModelForCausalLM.from_pretrained(whole.root / "model"),
-        rows_of(whole.root, "held_out.parquet"),
-    )
+    assert_perplexity_is_that_of(AutoModelForCausalLM.from_pretrained(whole.root / "model"), whole)
+
+
+def test_an_adapter_on_tied_embeddings_has_the_perplexity_that_plain_peft_gives_it(tmp_path: Path, data: Path) -> None:
+    adapter = {"policy": {"adapter": {"r": 4, "target_modules": ["q_proj", "lm_head"]}}}
+    done = sft(config(tmp_path / "sft", save_tiny(tmp_path / "tied", "qwen2"), data, **adapter))
+    with quiet():  # peft warns of tied layers
+        plain = AutoPeftModelForCausalLM.from_pretrained(done.root / "model")
+    assert_perplexity_is_that_of(plain, done)
+    assert not (done.root / "model" / "parity.json").exists()  # it holds tokens of the rows
+
+
+def assert_perplexity_is_that_of(model: Any, whole: Learned) -> None:
+    held_out = rows_of(whole.root, "held_out.parquet")
     nats = tokens = 0.0
     for row in held_out:
         prompt = tiny_tokenizer()(row["prompt"])["input_ids"]
