@@ -124,11 +124,12 @@ def probe(
     score, scores = time_panel(assembly.panel(), owners, samples, trial)
     refuse_failures(scores, config.rewards.max_failure_fraction)
     judge = time_panel(assembly.judge(), owners, samples, trial)[0] if config.evaluation.reward_funcs else Line()
-    logp = time_logp(policy, owners, samples, config.sampling.batch_size, trial).times(factor)
+    longer = factor_of_rows(policy, prompts, mean_tokens(samples), factor)
+    logp = time_logp(policy, owners, samples, config.sampling.batch_size, trial).times(longer)
     tune, tuning = Line(), None
     if config.num_rounds:
         tell("probe: tuning")
-        tune, tuning = time_tune(assembly, samples, table, work, load, draw, trial)
+        tune, tuning = time_tune(assembly, samples, table, work, load, draw.times(1 / factor), trial)
     said = (*policy.notes(), *assembly.panel().notes())
     whole = factor == 1  # else a sample may have ended later, with another score
     notes = (*said, *doubts(scores), *(cut_off(samples, config.tuning.mask_truncated_completions) if whole else ()))
@@ -136,11 +137,11 @@ def probe(
         notes += tuple(alarming(config.guards, samples if whole else without_ends(samples), scores))
     return Probe(
         load,
-        draw.times(factor),
+        draw,
         score,
         judge,
         logp,
-        tune.times(factor),
+        tune.times(longer),
         mean_tokens(samples) * factor,
         mean_size(samples),
         notes,
@@ -230,6 +231,7 @@ def time_draw(
             return timed(lambda: drawn(policy, asking(prompts, width, 0, sampling.batch_size)))
 
     tokens: int | None = None
+    brief, spent = 0, 0.0
     if "completion_ids" in policy.payload.names:
         brief = min(BRIEF, longest)
         spent, _ = spend(widths[0], brief)
@@ -245,14 +247,26 @@ def time_draw(
             break
         spent, found = spend(width, tokens)
         seconds.append(spent)
-    factor = 1.0
+    factor = longer = 1.0
     if tokens is not None and tokens < longest:
         factor = still_to_come(found, tokens, longest)
-    if factor > 1:
+    if tokens is not None and factor > 1:
         trial.cut_short.append(f"answers were drawn to {tokens} of {longest} tokens")
+        # What a token takes beside the prompt, by the two draws of one width; by one of them, where noise denies it.
+        token = (spent - seconds[0]) / (brief - tokens) if brief != tokens else 0.0
+        longer = 1 + (token if token > 0 else seconds[0] / tokens) * tokens * (factor - 1) / seconds[0]
     if len(seconds) == 1:
-        return Line(0.0, seconds[0] / len(found)), found, factor
-    return through(widths[0] * len(prompts), seconds[0], widths[1] * len(prompts), seconds[1]), found, factor
+        return Line(0.0, seconds[0] / len(found)).times(longer), found, factor
+    line = through(widths[0] * len(prompts), seconds[0], widths[1] * len(prompts), seconds[1])
+    return line.times(longer), found, factor
+
+
+def factor_of_rows(policy: Any, prompts: list[Prompt], tokens: float, factor: float) -> float:
+    """How many times as many tokens, those of the prompt included, a row will have as in the probe."""
+    if factor == 1:
+        return 1.0
+    asked = sum(map(len, policy.encoder.encode(prompts, for_drawing=True))) / len(prompts)
+    return (asked + tokens * factor) / (asked + tokens)
 
 
 def still_to_come(samples: Sequence[Sample], limit: int, longest: int) -> float:
