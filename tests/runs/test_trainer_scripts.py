@@ -389,6 +389,9 @@ def test_advice_is_in_python() -> None:
         "Resume with: raftune resume 'out y/b 1'": "Resume with: `train()`",
         "`raftune resume runs/a --from 2/tune --keep-models all`": "`train(redo='2/tune')` with keep_models='all'",
         "sampling.top_k must be 3": "top_k must be 3",
+        "--from must be STAGE; got 'x'. Write --from 3/select, for example.": "redo must be STAGE; got 'x'. "
+        "Write redo='3/select', for example.",
+        "Restore it, or redo its stage with `--from`.": "Restore it, or redo its stage with train(redo=STAGE).",
     }.items():
         assert in_python(message) == said
 
