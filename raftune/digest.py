@@ -216,6 +216,8 @@ def selection_words(summary: Mapping[str, Any]) -> list[str]:
 
 def done_words(num_rounds: int) -> str:
     """Why a run ended that did all it was asked for."""
+    if num_rounds == 1:
+        return "its one round is done"
     return f"all {num_rounds} rounds are done" if num_rounds else "the start is judged"
 
 

@@ -34,6 +34,11 @@ def shell_command(*words: object) -> str:
     return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
+def counted(number: int, noun: str, nouns: str | None = None) -> str:
+    """The number with its noun: 1 prompt, 12,800 prompts."""
+    return f"{number:,} {noun if number == 1 else nouns or f'{noun}s'}"
+
+
 def _visible(char: str) -> str:
     if char == "\n":
         return char

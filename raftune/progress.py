@@ -30,7 +30,7 @@ from raftune.digest import (
     seconds_by_round,
     selection_words,
 )
-from raftune.plain import one_line
+from raftune.plain import counted, one_line
 from raftune.store.run import RunFolder
 
 VERBS = {
@@ -192,7 +192,8 @@ class Progress:
         for words in selection_words(summary) if seconds is not None else ():
             self._say(f"round {round}: {words}")
         if len(summary.get("barren", ())) > summary.get("nothing_to_rank", 0) and seconds is not None:
-            self._say(f"round {round}: {len(summary['barren'])} prompts yielded nothing (select/summary.json says why)")
+            barren = counted(len(summary["barren"]), "prompt")
+            self._say(f"round {round}: {barren} yielded nothing (select/summary.json says why)")
         for alarm in alarms:
             self._print(Text(f"round {round}, look: {alarm_words(alarm)}", style="yellow"))
 

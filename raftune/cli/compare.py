@@ -11,7 +11,7 @@ from raftune.cli.judging import NOBODY, Judging, asking, read_judge, read_reward
 from raftune.cli.show import Grid, say
 from raftune.errors import ConfigError, GateFailed
 from raftune.ledger import answer_text
-from raftune.plain import harmless, one_line, percent
+from raftune.plain import counted, harmless, one_line, percent
 
 if TYPE_CHECKING:
     from raftune.comparison import Comparison, Measure
@@ -84,7 +84,8 @@ def say_all(found: Comparison, number: int, out: str | None) -> None:
     say(f"A  {pairs.side_a.words}")
     say(f"B  {pairs.side_b.words}")
     a_prompt = f"{len(pairs) / len(pairs.prompts):.3g}"
-    say(f"{len(pairs)} pairs: {len(pairs.prompts)} prompts, {a_prompt} answers each, the same seeds", style="dim")
+    asked = counted(len(pairs.prompts), "prompt")
+    say(f"{counted(len(pairs), 'pair')}: {asked}, {a_prompt} answers each, the same seeds", style="dim")
     for line in found.differences:
         say(f"differs: {line}", style="yellow")
     say("")
@@ -99,7 +100,7 @@ def say_all(found: Comparison, number: int, out: str | None) -> None:
     for checked in passed:
         say(f"gate passed: {checked.gate.text}: {checked.words}.")
     if out is not None:
-        say(f"Wrote {len(pairs)} pairs to {out}.")
+        say(f"Wrote {counted(len(pairs), 'pair')} to {out}.")
 
 
 def table(found: Comparison) -> Grid:
@@ -144,7 +145,9 @@ def notes(found: Comparison) -> list[str]:
     said = [f"[95 % intervals] over prompts; p: sign-flip test on prompts, two-sided, {how}."]
     few = min(result.prompts for result in results)
     if few < FEWEST:
-        said.append(f"{few} prompts are too few for an interval or for p below 0.05: compare on {FEWEST} or more.")
+        said.append(
+            f"too few for an interval or for p below 0.05: {counted(few, 'prompt')}; compare on {FEWEST} or more."
+        )
     for measure in found.measures:
         said += [f"not compared: {measure.title.strip()}: {measure.why}."] if measure.result is None else []
         said += words_of_judge(measure) if measure.kind == "judge" else left_out(measure)
@@ -153,7 +156,7 @@ def notes(found: Comparison) -> list[str]:
 
 def left_out(measure: Measure) -> list[str]:
     count = measure.facts.get("left_out", 0) if measure.result is not None else 0
-    return [f"{measure.title.strip()}: {count} pairs are left out, which lack a score in A or B."] if count else []
+    return [f"{measure.title.strip()}: {counted(count, 'pair')} left out, without a score in A or B."] if count else []
 
 
 def words_of_judge(measure: Measure) -> list[str]:
@@ -166,7 +169,7 @@ def words_of_judge(measure: Measure) -> list[str]:
         said.append(f"  position bias: {percent(facts['inconsistent'])} of verdicts changed with the order{first}.")
     if facts["failed"]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in facts["failed"].items())
-        said.append(f"  no verdict: {kinds}; {facts['left_out']} pairs are left out.")
+        said.append(f"  no verdict: {kinds}; {counted(facts['left_out'], 'pair')} left out.")
     return said
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from raftune.cli.samples import prompt_text
 from raftune.cli.show import Grid, out, say
 from raftune.ledger import answer_text, span
-from raftune.plain import one_line, percent
+from raftune.plain import counted, one_line, percent
 from raftune.whatif import Difference, WhatIf
 from raftune.whatif.difference import BestOf, Change
 from raftune.whatif.folder import in_words
@@ -86,7 +86,7 @@ def best_of_words(best: BestOf, name: str) -> str:
     most = max(best.rewards)
     half = [k for k in best.shares if k < most]
     worth = f"; K = {half[-1]} gives {percent(best.shares[half[-1]])} of the gain of K = {most}" if half else ""
-    left = f" ({best.left_out} prompts with a draw without a score left out)" if best.left_out else ""
+    left = f" ({counted(best.left_out, 'prompt')} with a draw without a score left out)" if best.left_out else ""
     return f"Best of k draws by {name}, unbiased: {curve}{worth}{left}."
 
 

@@ -60,12 +60,16 @@ def complain(message: str, code: int) -> int:
     from rich.console import Console
     from rich.text import Text
 
+    from raftune.cli.show import fitted, room
     from raftune.plain import harmless
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     word, style = ("stopped", "bold yellow") if code == INTERRUPTED else ("error", "bold red")
     for line in message.splitlines() or [""]:
-        console.print(Text.assemble((f"{word}: ", style), harmless(line)))
+        first, *others = fitted(harmless(line), room(console), len(word) + 2)
+        console.print(Text.assemble((f"{word}: ", style), first))
+        for part in others:
+            console.print(Text(part))
     return code
 
 

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from raftune.cli.show import Grid, say
 from raftune.cli.train import Tokens
-from raftune.plain import percent, shell_command
+from raftune.plain import counted, percent, shell_command
 
 if TYPE_CHECKING:
     from raftune.config.run import RunConfig
@@ -88,10 +88,10 @@ def drawn_words(config: RunConfig) -> str:
     """How many answers or pictures a prompt was given, and by which dials."""
     count, dials = config.evaluation.num_generations, config.sampling.diffusion
     if config.policy.family != "diffusion":
-        return f"{count} answers, temperature {config.sampling.temperature:g}"
-    steps = [] if dials.num_inference_steps is None else [f"{dials.num_inference_steps} steps"]
+        return f"{counted(count, 'answer')}, temperature {config.sampling.temperature:g}"
+    steps = [] if dials.num_inference_steps is None else [counted(dials.num_inference_steps, "step")]
     guidance = [] if dials.guidance_scale is None else [f"guidance {dials.guidance_scale:g}"]
-    return ", ".join([f"{count} pictures", *steps, *guidance])
+    return ", ".join([counted(count, "picture"), *steps, *guidance])
 
 
 def show(who: Subject, config: RunConfig, root: Path, judged: dict[str, int], metrics: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from raftune.cli.show import say
 from raftune.errors import ConfigError
+from raftune.plain import counted
 
 Format = Literal["model", "sft", "preference", "unpaired", "sft-tokens"]
 
@@ -40,7 +41,7 @@ def export(
     from raftune.export import export as write
 
     count = write(run, format_, out, round_ or "all")
-    say(f"Wrote {count} rows to {out}.")
+    say(f"Wrote {counted(count, 'row')} to {out}.")
 
 
 def export_model(run: str, out: Path, which: str | None, merged: bool) -> None:

@@ -14,7 +14,7 @@ from raftune.cli.verify import megabytes
 from raftune.config.run import RunConfig
 from raftune.digest import duration
 from raftune.errors import ConfigError
-from raftune.plain import percent, shell_command
+from raftune.plain import counted, percent, shell_command
 from raftune.planning import Forecast, forecast
 from raftune.planning.images import DEVICE, SHARE, Pipeline, Room
 from raftune.planning.sizes import Peaks
@@ -109,14 +109,14 @@ def a_round(config: RunConfig, found: Forecast) -> str:
     a = found.amounts
     others = f" + {a.competing - a.drawn:,} from other sources" if a.competing > a.drawn else ""
     kept = f"{'' if a.kept_exact else 'at most '}{a.kept:,} kept ({config.selection.rule})"
-    drawn = f"{a.prompts:,} prompts x {config.sampling.num_generations} = {a.drawn:,} samples{others}"
+    drawn = f"{counted(a.prompts, 'prompt')} x {config.sampling.num_generations} = {counted(a.drawn, 'sample')}{others}"
     return f"{drawn}, {kept}, {a.steps:,} optimizer step{'s' * (a.steps > 1)}"
 
 
 def in_all(config: RunConfig, found: Forecast) -> str:
     a, longest = found.amounts, config.sampling.max_completion_length
     judged = (a.rounds + 1) * a.judged
-    text = f"{a.samples:,} samples: {a.rounds * a.drawn:,} to learn from, {judged:,} to judge by"
+    text = f"{counted(a.samples, 'sample')}: {a.rounds * a.drawn:,} to learn from, {judged:,} to judge by"
     if found.work is not None:
         learned = f"{found.work.learned:,} forwards and backwards to learn"
         return f"{text}; {found.work.forwards:,} forwards of the denoiser to draw them, at most {learned}"

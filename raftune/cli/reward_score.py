@@ -14,7 +14,7 @@ from raftune.cli.show import say
 from raftune.cli.steps import Steps
 from raftune.errors import ConfigError, RewardError
 from raftune.measures import spread
-from raftune.plain import shell_command
+from raftune.plain import counted, shell_command
 
 if TYPE_CHECKING:
     from raftune.rewards.files import Scored
@@ -100,7 +100,7 @@ def run(
     config = config.model_copy(update={"reward_funcs": (resolve_reward(config.reward_funcs[0], family),)})
     with interruptible(Path(), "nothing was written.") as watch, Steps() as steps, load_panel(config) as panel:
         refuse_unfit(panel.media, answers.media)
-        steps.begin(f"scoring {len(answers.completions):,} answers")
+        steps.begin(f"scoring {counted(len(answers.completions), 'answer')}")
 
         def observe(done: int, of: int) -> None:
             steps.advance(done, of)
@@ -116,7 +116,7 @@ def show(scored: Scored, found: dict[str, Any], out: str | None) -> None:
     say("  statuses   " + ", ".join(f"{count:,} {status}" for status, count in sorted(found["statuses"].items())))
     if found["score"]:
         low, middle, high = (found["quantiles"][name] for name in ("0.05", "0.5", "0.95"))
-        say(f"  score      {spread(found['score'])} over {found['score']['n']:,} prompts, 95 % interval")
+        say(f"  score      {spread(found['score'])} over {counted(found['score']['n'], 'prompt')}, 95 % interval")
         quantiles = f"5 % below {low:.3f}, half below {middle:.3f}, 95 % below {high:.3f}"
         say(f"  spread     standard deviation {found['std']:.3f}; {quantiles}")
     if found.get("accuracy"):

@@ -13,7 +13,7 @@ from raftune.cli.show import Grid, say
 from raftune.cli.steps import Steps
 from raftune.errors import GateFailed
 from raftune.measures import loss_ends, spread
-from raftune.plain import percent, shell_command
+from raftune.plain import counted, percent, shell_command
 
 if TYPE_CHECKING:
     from raftune.config.reward_model import RewardModelConfig
@@ -103,9 +103,9 @@ def show(outcome: Outcome) -> None:
     if data["skipped"]:
         say(f"    each is named in {outcome.root / 'skipped.jsonl'}")
     rows, prompts = data["rows"], data["prompts"]
-    trained = f"{report['steps']:,} steps, {losses(report)}"
-    say(f"  learned    {rows['train']:,} rows of {prompts['train']:,} prompts, {trained}")
-    say(f"  held out   {rows['held_out']:,} rows of {prompts['held_out']:,} prompts")
+    trained = f"{counted(report['steps'], 'step')}, {losses(report)}"
+    say(f"  learned    {counted(rows['train'], 'row')} of {prompts['train']:,} prompts, {trained}")
+    say(f"  held out   {counted(rows['held_out'], 'row')} of {prompts['held_out']:,} prompts")
     (show_pairwise if report["objective"] == "pairwise" else show_pointwise)(report)
     scores = report["distribution"]
     middle = scores["quantiles"]

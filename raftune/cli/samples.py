@@ -16,7 +16,7 @@ from raftune.cli.saving import check_folder, save_pictures
 from raftune.cli.show import out, say
 from raftune.errors import ConfigError
 from raftune.ledger import Sample
-from raftune.plain import harmless, one_line
+from raftune.plain import counted, harmless, one_line
 from raftune.store.kinds import how_to_go_on
 from raftune.store.run import RunFolder
 
@@ -78,7 +78,7 @@ def samples(
         show(group, full)
     if save is not None:
         say("")
-        say(f"Wrote {saved} pictures and metadata.jsonl to {save}.")
+        say(f"Wrote {counted(saved, 'picture')} and metadata.jsonl to {save}.")
 
 
 def choose_round(folder: RunFolder, asked: int | None, held_out: bool) -> tuple[int, bool]:

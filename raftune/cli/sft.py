@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from raftune.cli.ending import interruptible
 from raftune.cli.show import say
 from raftune.cli.steps import Steps
-from raftune.plain import shell_command
+from raftune.plain import counted, shell_command
 
 if TYPE_CHECKING:
     from raftune.sft import Learned
@@ -76,7 +76,7 @@ def outcome(learned: Learned) -> list[str]:
     data, training = report["data"], report["training"]
     done = "Finished" if learned.worked else "Already finished; nothing to do"
     lines = [
-        f"{done}: learned {data['learned']:,} answers in {training['steps']:,} steps, loss "
+        f"{done}: learned {counted(data['learned'], 'answer')} in {counted(training['steps'], 'step')}, loss "
         f"{training['loss_first']:.3f} → {training['loss_last']:.3f} (means of the first and the last tenth).",
         *data_lines(root, data),
     ]
@@ -94,12 +94,12 @@ def outcome(learned: Learned) -> list[str]:
 def data_lines(root: Path, data: dict[str, Any]) -> list[str]:
     """Where each row of the source went."""
     learned, held_out, skipped = data["learned"], data["held_out"], sum(data["skipped"].values())
-    lines = [f"  data        {data['source']}: {data['rows']:,} rows, {data['format']}"]
+    lines = [f"  data        {data['source']}: {counted(data['rows'], 'row')}, {data['format']}"]
     lines.append(f"  rows        {learned:,} learned, {held_out:,} held out, {skipped:,} skipped")
     for reason, count in sorted(data["skipped"].items(), key=lambda item: -item[1]):
         lines.append(f"                {count:,} {reason}")
     if skipped:
         lines.append(f"              each is named in {root / 'skipped.jsonl'}")
     if data["cut"]:
-        lines.append(f"              {data['cut']:,} answers were cut to fit")
+        lines.append(f"              {counted(data['cut'], 'answer')} were cut to fit")
     return lines + [f"  note        {note}" for note in data["notes"]]

@@ -13,6 +13,7 @@ from raftune import runs
 from raftune.cli.show import say
 from raftune.errors import RunDamaged
 from raftune.ledger import span
+from raftune.plain import counted
 from raftune.store.commit import Commit
 from raftune.store.run import RunFolder
 
@@ -45,7 +46,8 @@ def verify(
             say(fault)
         say(f"{len(faults)} of {files} files or links are not as committed. Restore them, or redo with --from.")
     else:
-        say(f"{run} is whole: {len(commits)} stages, {files} files, {megabytes(size)}, every SHA-256 as committed.")
+        whole = f"{counted(len(commits), 'stage')}, {counted(files, 'file')}"
+        say(f"{run} is whole: {whole}, {megabytes(size)}, every SHA-256 as committed.")
     for what, rounds in dropped.items():
         say(f"  not here on purpose: {what} of round {span(rounds)}. {AGAIN[what]}", style="dim")
     return 1 if faults else 0

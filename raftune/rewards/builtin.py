@@ -63,8 +63,11 @@ class BuiltIn:
         for field in dataclasses.fields(self.options):
             if field.init and field.name not in NOT_OPTIONS:
                 kind, meaning = _described(hints[field.name])
-                required = field.default is dataclasses.MISSING
-                listed.append(Option(field.name, kind, meaning, required, None if required else field.default))
+                default: Any = field.default
+                if field.default_factory is not dataclasses.MISSING:
+                    default = field.default_factory()
+                required = default is dataclasses.MISSING
+                listed.append(Option(field.name, kind, meaning, required, None if required else default))
         return listed
 
     def reward_class(self) -> type[Any]:

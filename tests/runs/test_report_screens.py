@@ -54,7 +54,7 @@ def test_the_kept_one_stands_first_beside_the_mean_with_its_reason(opened: Opene
 def test_what_is_left_out_is_said_on_every_list(opened: Opened) -> None:
     for screen, words in [
         ("prompts", "Showing 6 of 12,800, chosen by hash"),
-        ("compare", "Showing all 6"),
+        ("compare", "Showing all 6 pairs of prompt and seed (3 prompts)"),
         ("learned", "Showing 6 of 900, chosen by hash"),
     ]:
         opened.go(f"#{screen}")

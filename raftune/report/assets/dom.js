@@ -136,6 +136,7 @@ function counted(value, one, many = one + "s") {
 
 /** A gain or a loss in sign, arrow and colour. */
 function change(value) {
-  const way = value > 0 ? ".gain" : value < 0 ? ".loss" : "";
-  return el(`span.change${way}`, signed(value, 2));
+  const rounded = Number.isFinite(value) && Math.abs(value) < 0.005 ? 0 : value;
+  const way = rounded > 0 ? ".gain" : rounded < 0 ? ".loss" : "";
+  return el(`span.change${way}`, signed(rounded, 2));
 }

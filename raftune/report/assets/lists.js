@@ -167,7 +167,9 @@ function showing(list, matching) {
   const narrowed = ` · ${count(matching)} of them ${matching === 1 ? "matches" : "match"}`;
   const chosen = list.shown === list.of ? null : [` of ${count(list.of)}, chosen by `, inline(list.chosen_by)];
   const all = list.shown === list.of ? "all " : "";
-  return [`Showing ${all}${count(list.shown)}`, chosen, matching === list.items.length ? null : narrowed];
+  const prompts = new Set(list.items.filter((item) => item.answers).map((item) => item.prompt_id)).size;
+  const pairs = prompts ? ` ${list.shown === 1 ? "pair" : "pairs"} of prompt and seed (${counted(prompts, "prompt")})` : null;
+  return [`Showing ${all}${count(list.shown)}`, pairs, chosen, matching === list.items.length ? null : narrowed];
 }
 
 /** Whether any of the texts holds the query, in either case. */
