@@ -11,7 +11,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from raftune.config.load import validate
 from raftune.config.policy import CustomPolicy
 from raftune.config.run import RunConfig
 from raftune.digest import held_out_names
@@ -19,7 +18,7 @@ from raftune.engines.local import ThisProcess, make_engine
 from raftune.evaluation.examine import Examination
 from raftune.evaluation.images import looked_at
 from raftune.evaluation.metrics import METRICS
-from raftune.families import Family, code_of, family_of, load_policy
+from raftune.families import Family, code_of, family_of, load_policy, start_policy
 from raftune.protocols import Extractor, Policy, Stage, SupportsBackends, UnitStage
 from raftune.records import LATENTS
 from raftune.rewards.combining import with_counts
@@ -145,7 +144,7 @@ class Assembly:
     """Everything a run needs, made from its configuration: the table of stages by round, and the engine."""
 
     def __init__(self, run: RunFolder, config: RunConfig, objects: Objects | None = None) -> None:
-        self.plain = config.model_dump(mode="json")  # enters the keys: as written, with no path of this machine
+        self.plain = run.in_own_terms(config)  # enters the keys: as written, with no path of this machine
         config = resolve_starters(config)
         self.run, self.config, self.objects = run, config, with_starter_prompts(config, objects or Objects())
         self.family = family_of(config)
@@ -174,7 +173,10 @@ class Assembly:
         data = Data(config, objects.train, objects.held_out)
         stages: list[Stage] = [
             data,
-            Start(lambda out: self.family.start(config, out, objects.model, objects.tokenizer), code=code_of(config)),
+            Start(
+                lambda out: start_policy(self.family, config, out, objects.model, objects.tokenizer),
+                code=code_of(config),
+            ),
         ]
         if config.sampling.teacher is not None:
             stages.append(Start(lambda out: start_teacher(self.family, config, out), name="teacher"))
@@ -386,7 +388,7 @@ def limit_threads(config: RunConfig) -> None:
 def open_assembly(root: str | Path) -> Assembly:
     """The assembly of a run directory, from its own configuration."""
     run = RunFolder(root)
-    return Assembly(run, validate(run.read_config()))
+    return Assembly(run, run.configuration())
 
 
 __all__ = ["Assembly", "Objects", "Shelf", "open_assembly"]

@@ -18,15 +18,17 @@ from raftune.config.run import RunConfig
 from raftune.config.secrets import advice, plain_secrets
 from raftune.digest import best_round, cell, columns_for, held_out_names, read_json, rows_of
 from raftune.errors import ConfigError, StoreError
+from raftune.families import FAMILIES, family_of
 from raftune.plain import shell_command
 from raftune.starters.resolve import resolve_model
 from raftune.store.commit import NAME as COMMIT
-from raftune.store.files import explaining
+from raftune.store.committed import MANIFEST, check_folder, signatures, write_manifest
+from raftune.store.files import explaining, set_usual_mode
 from raftune.store.kinds import how_to_go_on
 from raftune.store.run import DROPPED, RunFolder
 
 # What a committed model folder holds besides the model.
-OURS = frozenset({COMMIT, DROPPED, "training.json", "reference.json", "optimizer.safetensors", "parity.json"})
+OURS = frozenset({COMMIT, DROPPED, "training.json", "reference.json", "optimizer.safetensors", "parity.json", MANIFEST})
 ADAPTER = "adapter_config.json"
 ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")  # owner/name, or the name alone of a model without an owner
 PIPELINE, LORA = "model_index.json", "pytorch_lora_weights.safetensors"
@@ -44,11 +46,12 @@ def publish_model(root: str | Path, out: str | Path, round_: int | None = None, 
     """
     run, out = RunFolder(root), Path(out)
     round_ = best_of(run) if round_ is None else round_
-    refuse_missing(run, round_)
+    check_model(run, round_)
     refuse_secrets(validate(run.read_config()))
     with explaining(out):
         out.mkdir(parents=True, exist_ok=True)
         remove_published(out)
+        before = signatures(out)
         if run.read_config()["policy"].get("family") == "diffusion":
             use = publish_pipeline(run, round_, out)
         elif merged:
@@ -56,6 +59,8 @@ def publish_model(root: str | Path, out: str | Path, round_: int | None = None, 
         else:
             use = publish_language_model(run, round_, out)
         (out / "README.md").write_text(card(root, round_, use), encoding="utf-8")
+        write_manifest(out, before)
+        set_usual_mode(*(out / name for name in signatures(out).keys() - before.keys()))
     return out
 
 
@@ -101,7 +106,7 @@ def publish_pipeline(run: RunFolder, round_: int, out: Path) -> Use:
     """Writes a whole pipeline, or a LoRA alone; with a LoRA its base, where only the run or this package has that."""
     from raftune.build import Assembly
 
-    config = validate(run.read_config())
+    config = run.configuration()
     assembly = Assembly(run, config)
     try:
         start = run.folder(0, "model")
@@ -128,7 +133,7 @@ def remove_published(out: Path) -> None:
         if (out / name).is_dir():
             shutil.rmtree(out / name)
     weights = [*out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")]
-    for path in [*weights, out / ADAPTER, out / PIPELINE]:
+    for path in [*weights, out / ADAPTER, out / PIPELINE, out / MANIFEST]:
         path.unlink(missing_ok=True)
     shutil.rmtree(out / "base", ignore_errors=True)
 
@@ -143,7 +148,7 @@ def best_of(run: RunFolder) -> int:
 
 
 def refuse_missing(run: RunFolder, round_: int) -> None:
-    if not run.is_committed(round_, "model"):
+    if not run.was_made(round_, "model"):
         raise StoreError(f"round {round_} of {run.root} has no model. `raftune runs` says how far the run is.")
     if run.is_dropped(round_, "model"):
         flags = ("--from", f"{round_}/tune", "--keep-models", "all")
@@ -153,13 +158,25 @@ def refuse_missing(run: RunFolder, round_: int) -> None:
         )
 
 
+def check_model(run: RunFolder, round_: int) -> None:
+    """Raises StoreError where a round has no model any more, RunDamaged where it or the start is not as committed."""
+    refuse_missing(run, round_)
+    start = run.folder(0, "model")
+    for folder in {run.folder(round_, "model"), start}:
+        check_folder(folder)
+    config = run.configuration()
+    if config.policy.family in FAMILIES:  # what a start refers to; a family of your own guards its own
+        family_of(config).verify(start)
+
+
 def weights_of(folder: Path) -> Path:
     """Where the files of a committed model lie: in its folder, or where the start's reference points to."""
     reference = read_json(folder / "reference.json")
     if not reference or (folder / ADAPTER).is_file():
         return folder
-    if Path(reference["name"]).is_dir():
-        return Path(reference["name"])
+    place = (folder / reference["name"]).resolve() if reference["name"].startswith("..") else Path(reference["name"])
+    if place.is_dir():
+        return place
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -172,14 +189,30 @@ def weights_of(folder: Path) -> Path:
 
 
 def copy_files(source: Path, out: Path) -> None:
-    """Copies a model's own files, and those of folders in it; hidden ones and ours stay behind."""
-    for path in sorted(source.iterdir()):
-        if path.name in OURS or path.name.startswith(".") or path.name == "README.md":
+    """Copies a model's own files, and those of folders in it; hidden ones and ours stay behind.
+
+    Raises StoreError for a link that leads out of the folder, unless to the hub's cache: what it points to is no part
+    of a model, and must not be sent along with it.
+    """
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if hidden or path.is_dir() or name.as_posix() in (*OURS, "README.md"):
             continue
-        if path.is_dir():
-            shutil.copytree(path, out / path.name, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(path, out / path.name)
+        copy_file(path, out / name, source)
+
+
+def copy_file(path: Path, out: Path, source: Path) -> None:
+    """Copies one file of a model folder, made of regular files alone. Raises StoreError as `copy_files` does."""
+    home = source.resolve()
+    allowed = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
+    target = path.resolve()
+    if not target.is_file() or not any(target.is_relative_to(place) for place in allowed):
+        raise StoreError(
+            f"{path} is a link out of the model's folder, to {target}, and is not copied. Put the file itself there."
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(target, out)
 
 
 def ground_adapter(run: RunFolder, out: Path) -> None:
@@ -192,17 +225,21 @@ def ground_adapter(run: RunFolder, out: Path) -> None:
         path = out / ADAPTER
         config = json.loads(path.read_text()) | {"base_model_name_or_path": str(base.resolve()), "revision": None}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    elif (base := weights_of(start)) != start and base.parent.name != "snapshots":  # the project may have moved since
+        path = out / ADAPTER
+        config = json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     copy_tokenizer(run, out)
 
 
 def copy_tokenizer(run: RunFolder, out: Path) -> None:
     for path in tokenizer_files(run, run.folder(0, "model")):
-        shutil.copyfile(path, out / path.name)
+        copy_file(path, out / path.name, path.parent)
 
 
 def tokenizer_files(run: RunFolder, start: Path) -> Iterator[Path]:
     """The files of the run's tokenizer: the configured one where it is a folder, else what lies beside the start."""
-    configured = run.read_config()["policy"].get("tokenizer")
+    configured = getattr(run.configuration().policy, "tokenizer", None)
     place = Path(configured) if configured and Path(configured).is_dir() else weights_of(start)
     place = start if (start / "tokenizer_config.json").is_file() else place  # one given as an object lies there
     for path in sorted(place.iterdir()):
@@ -214,14 +251,14 @@ def tokenizer_files(run: RunFolder, start: Path) -> Iterator[Path]:
 def card(root: str | Path, round_: int, use: Use) -> str:
     """The model card: what the model is, where it comes from, how it did by round, and how to load it."""
     run = RunFolder(root)
-    config = validate(run.read_config())
+    config = run.configuration()
     versions = read_json(run.root / "environment.json").get("libraries", {})
     parts = [front_matter(config, use), summary(config, round_), table(run, config, round_)]
     if use.note:
         parts.append(use.note)
     if use.code:
         parts.append(f"## How to load it\n\n```python\n{use.code}\n```")
-    parts.append(settings(config, versions))
+    parts.append(settings(validate(run.read_config()), versions))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -340,4 +377,4 @@ def without_paths(value: Any) -> Any:
         return {name: without_paths(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [without_paths(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "..")) else value

@@ -12,6 +12,8 @@ from typing import Any
 from raftune.config.run import RunConfig
 from raftune.errors import RunDamaged
 from raftune.plain import percent
+from raftune.store.commit import has_changed
+from raftune.store.committed import check_file, is_listed
 from raftune.store.run import RunFolder
 
 Row = dict[str, Any]
@@ -57,18 +59,23 @@ def rows_of(root: str | Path) -> list[Row]:
     """
     run = RunFolder(root)
     seconds = seconds_by_round(run.events)
-    found = []
-    for round_ in run.rounds():
-        last = "evaluate" if (run.folder(round_, "evaluate") / "_COMMIT.json").is_file() else "model"
-        if (run.folder(round_, last) / "_COMMIT.json").is_file():
-            metrics = read_json(run.folder(round_, "evaluate") / "metrics.json")
-            summary = read_json(run.folder(round_, "select") / "summary.json")
-            try:
-                found.append(row_of(round_, metrics, summary, seconds.get(round_)))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                place = run.folder(round_, "evaluate") / "metrics.json"
-                raise RunDamaged(f"{place} does not hold the numbers of an evaluation. {MEND}") from error
-    return found
+    return [read_row(run, round_, seconds.get(round_)) for round_ in run.rounds() if is_done(run, round_)]
+
+
+def is_done(run: RunFolder, round_: int) -> bool:
+    """Whether the round was evaluated, or trained where evaluation is off."""
+    return run.is_committed(round_, "evaluate") or run.is_committed(round_, "model")
+
+
+def read_row(run: RunFolder, round_: int, seconds: float | None = None) -> Row:
+    """The numbers of one round, read from what it committed. Raises RunDamaged for numbers that are none."""
+    metrics = read_json(run.folder(round_, "evaluate") / "metrics.json")
+    summary = read_json(run.folder(round_, "select") / "summary.json")
+    try:
+        return row_of(round_, metrics, summary, seconds)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        place = run.folder(round_, "evaluate") / "metrics.json"
+        raise RunDamaged(f"{place} does not hold the numbers of an evaluation. {MEND}") from error
 
 
 def row_of(round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], seconds: float | None) -> Row:
@@ -251,7 +258,7 @@ def alarms_of(run: RunFolder, round_: int) -> list[dict[str, Any]]:
     Raises RunDamaged for a file that holds no alarms.
     """
     path = run.folder(round_, "guard") / "alarms.json"
-    found = loaded(path) if path.is_file() else []
+    found = loaded(path) if path.is_file() or is_listed(path) else []
     if not isinstance(found, list) or not all(is_alarm(item) for item in found):
         raise RunDamaged(f"{path} does not hold a list of alarms. {MEND}")
     return found
@@ -271,7 +278,10 @@ def is_alarm(item: Any) -> bool:
 def best_round(root: Path) -> int | None:
     """The round that the run published as its best; None before there is one. Raises RunDamaged."""
     path = root / "best.json"
-    found = read_json(path).get("round")
+    content = read_json(path)
+    if has_changed(content):
+        raise RunDamaged(f"{path} has changed since it was written. {AGAIN}")
+    found = content.get("round")
     if isinstance(found, bool) or not isinstance(found, int | None):
         raise RunDamaged(f"{path} must name a round by its number; it holds {found!r}. {AGAIN}")
     return found
@@ -284,8 +294,8 @@ def overlap_warning(root: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The file's object; empty where there is no such file. Raises RunDamaged for what is no object."""
-    found = loaded(path) if path.is_file() else {}
+    """The file's object; empty where there is no such file. Raises RunDamaged for what is no object, or was changed."""
+    found = loaded(path) if path.is_file() or is_listed(path) else {}
     if not isinstance(found, dict):
         raise RunDamaged(f"{path} is not a JSON object. {mend(path)}")
     return found
@@ -294,7 +304,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def loaded(path: Path) -> Any:
     """What the file holds. Raises RunDamaged for what is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(check_file(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunDamaged(f"{path} is not valid JSON. {mend(path)}") from error
 

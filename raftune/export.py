@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 
 from raftune import ledger
 from raftune.build import Assembly
-from raftune.config.load import validate
+from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
+from raftune.families import FAMILIES
 from raftune.ledger import Sample
 from raftune.records import TOOLS, Json, Prompt
 from raftune.store.files import explaining
@@ -95,8 +96,10 @@ def asked_and_answered(sample: Sample) -> Row:
     return {"prompt": sample["prompt"], "completion": answer, **tools}
 
 
-def export(root: str | Path, kind: str, out: str | Path, which: str = "all") -> int:
+def export(root: str | Path, kind: str, out: str | Path, which: str = "all", *, allow_code: bool = False) -> int:
     """Writes the rows of this format and returns their number; rounds are `all`, `best` or a number.
+
+    `allow_code`: import code that the run's configuration names, where the format needs it.
 
     `out` ends in .jsonl or .parquet, or is a folder, which `datasets.load_from_disk` reads. Raises ConfigError where it
     exists, where the format is unknown, and where there is nothing to write.
@@ -108,7 +111,7 @@ def export(root: str | Path, kind: str, out: str | Path, which: str = "all") -> 
     if out.suffix not in (".jsonl", ".parquet", ""):
         raise ConfigError(f"--out must end in .jsonl or .parquet, or be a folder; got {out.name!r}. Rename it.")
     rounds = ledger.choose_rounds(run, which)
-    with shaping(run, kind) as shape, explaining(out):
+    with shaping(run, kind, allow_code) as shape, explaining(out):
         units = (unit for round_ in rounds for unit in ledger.training_units(run, round_))
         tables = (rows for unit in units if (rows := [row for group in ledger.by_prompt(unit) for row in shape(group)]))
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,12 +123,17 @@ def export(root: str | Path, kind: str, out: str | Path, which: str = "all") -> 
 
 
 @contextlib.contextmanager
-def shaping(run: RunFolder, kind: str) -> Iterator[Callable[[Sequence[Sample]], Iterator[Row]]]:
+def shaping(
+    run: RunFolder, kind: str, allow_code: bool = False
+) -> Iterator[Callable[[Sequence[Sample]], Iterator[Row]]]:
     """The function that makes a prompt's rows; that of sft-tokens needs the run's tokenizer."""
     if kind != "sft-tokens":
         yield FORMATS[kind]
         return
-    assembly = Assembly(run, validate(run.read_config()))
+    config = run.configuration()
+    if not allow_code:
+        refuse_code(config)
+    assembly = Assembly(run, config)
     try:
         encoder = None
         if assembly.family.media != "image":
@@ -137,6 +145,20 @@ def shaping(run: RunFolder, kind: str) -> Iterator[Callable[[Sequence[Sample]], 
         yield sft_tokens(lambda prompts: encoder.encode(prompts, for_drawing=False))
     finally:
         assembly.close()
+
+
+def refuse_code(config: RunConfig) -> None:
+    """Raises ConfigError where to load the run's tokenizer would import code that its configuration names."""
+    if config.policy.family not in FAMILIES:
+        named = f"policy.family: {config.policy.family}"
+    elif getattr(config.policy, "trust_remote_code", False):
+        named = f"policy.trust_remote_code of {getattr(config.policy, 'model', 'its model')}"
+    else:
+        return
+    raise ConfigError(
+        f"--format sft-tokens would import code that the run's configuration names ({named}). If you trust this run, "
+        "add --allow-code; --format sft needs no code."
+    )
 
 
 def write_jsonl(tables: Iterator[list[Row]], out: Path) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +17,10 @@ import pyarrow as pa
 
 from raftune.config.policy import CustomPolicy
 from raftune.config.run import RunConfig
-from raftune.errors import ConfigError
+from raftune.errors import ConfigError, ModelError
+from raftune.plain import first_line
 from raftune.protocols import Policy
+from raftune.store.committed import check_folder
 
 FAMILIES = {
     "tabular": "raftune.policies.tabular:Tabular",
@@ -78,8 +82,40 @@ def refuse_missing(found: object, names: tuple[str, ...], what: str) -> None:
         raise ConfigError(f"{what} must have {', '.join(names)}; it lacks {', '.join(missing)}. {GUIDE}")
 
 
+def start_policy(
+    family: Family, config: RunConfig, out: Path, model: Any = None, tokenizer: Any = None, *, portable: bool = True
+) -> None:
+    """Writes the start model into `out`. Raises RunDamaged where a folder that it is read from is not as written."""
+    for name in (getattr(config.policy, "model", None), getattr(config.policy, "tokenizer", None)):
+        if isinstance(name, str) and Path(name).expanduser().is_dir():
+            check_folder(Path(name).expanduser())
+    family.start(config, out, model, tokenizer)
+    if portable:
+        make_relative(out, getattr(config.policy, "model", None))
+
+
+def make_relative(out: Path, given: str | None) -> None:
+    """Makes what a start written into `out` refers to relative to the run, where it was given relative.
+
+    A folder of a stage and one under tmp/ lie equally deep in a run, so that the same path holds in both. So a project
+    can be moved as a whole, and what is made from the start does not depend on where it lies.
+    """
+    if given is None or Path(given).expanduser().is_absolute() or not Path(given).is_dir():
+        return
+    place = Path(given).resolve()
+    for path, key in ((out / "reference.json", "name"), (out / "raftune.json", "model")):
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if content.get(key) == str(place):
+            content[key] = Path(os.path.relpath(place, out.resolve())).as_posix()
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def load_policy(family: Family, config: RunConfig, folder: Path, start: Path) -> Policy:
-    """The policy of a committed folder. Raises ConfigError where a family of your own gives back what is none."""
+    """The policy of a committed folder, all of whose files are as they were committed. Raises RunDamaged.
+
+    Raises ConfigError where a family of your own gives back what is none."""
+    for place in {folder, start}:
+        check_folder(place)
     policy = family.load(config, folder, start)
     if isinstance(config.policy, CustomPolicy):
         refuse_missing(policy, OF_A_POLICY, f"what {config.policy.family} loads (a {type(policy).__name__})")
@@ -99,7 +135,12 @@ def load_object(spec: str, field_name: str) -> Any:
     left, _, name = spec.rpartition(":")
     try:
         module = module_from_file(Path(left).expanduser()) if left.endswith(".py") else importlib.import_module(left)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, MemoryError, SystemError) as error:
+        if spec in FAMILIES.values():
+            raise ModelError(
+                f"{left} cannot be loaded: {first_line(error)}. Check that memory suffices (`ulimit -v`), and "
+                "that torch and transformers are installed whole."
+            ) from error
         raise ConfigError(
             f"{field_name} must name what can be imported; got {spec!r}: {error}. Check the module or the path."
         ) from error

@@ -24,7 +24,7 @@ Sample = dict[str, Any]
 
 def training_rounds(run: RunFolder) -> list[int]:
     """The rounds whose verdicts are committed, ascending."""
-    return [round_ for round_ in run.rounds() if run.commit(round_, "select") is not None]
+    return run.rounds_with("select")
 
 
 def choose_rounds(run: RunFolder, which: str) -> list[int]:
@@ -46,10 +46,10 @@ def choose_rounds(run: RunFolder, which: str) -> list[int]:
 
 def training_units(run: RunFolder, round_: int) -> Iterator[list[Sample]]:
     """Unit by unit, the samples that the round chose from: identity, prompt, completion, score, parts, verdict."""
-    shards = ["draw", *(["teach"] if run.commit(round_, "teach") is not None else [])]
+    shards = [name for name in ("draw", "teach") if is_input(run, round_, "score", name)]
     verdicts = read_table(run.folder(round_, "select") / "verdicts.parquet", VERDICT)
     at = 0
-    for unit in unit_numbers(run.folder(round_, "score")):
+    for unit in unit_numbers(*(run.folder(round_, name) for name in ("score", *shards))):
         drawn = [read_drawn(run.folder(round_, shard) / unit_file(unit)) for shard in shards]
         scores = read_table(run.folder(round_, "score") / unit_file(unit))
         verdict = verdicts.slice(at, scores.num_rows)
@@ -65,12 +65,19 @@ def training_units(run: RunFolder, round_: int) -> Iterator[list[Sample]]:
 def held_out_units(run: RunFolder, round_: int) -> Iterator[list[Sample]]:
     """Unit by unit, the samples that the round was judged by; `held_out` is the score of held-out rewards, if any."""
     folder = run.folder(round_, "evaluate")
-    for unit in unit_numbers(folder / "score"):
+    is_judged = run.was_made(round_, "evaluate/judge")
+    for unit in unit_numbers(folder / "score", folder / "draw"):
         drawn = read_drawn(folder / "draw" / unit_file(unit))
         scores = read_table(folder / "score" / unit_file(unit))
         judged = folder / "judge" / unit_file(unit)
-        held_out = read_table(judged, ["score"]).rename_columns(["held_out"]) if judged.is_file() else None
+        held_out = read_table(judged, ["score"]).rename_columns(["held_out"]) if is_judged else None
         yield joined(drawn, prompts_of(folder / "plan", unit), scores, held_out)
+
+
+def is_input(run: RunFolder, round_: int, stage: str, name: str) -> bool:
+    """Whether a committed stage was made from this one of the same round. Raises RunDamaged without its COMMIT."""
+    commit = run.commit(round_, stage) if run.was_made(round_, stage) else None
+    return commit is not None and f"{round_}/{name}" in commit.inputs and run.was_made(round_, name)
 
 
 def read_drawn(path: Path) -> pa.Table:

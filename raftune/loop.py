@@ -6,7 +6,6 @@ run again, so that a first run, a resumed run and a longer run are the same walk
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 
 from raftune import pulse
 from raftune.config.run import RunConfig
-from raftune.digest import alarms_of, done_words
+from raftune.digest import alarms_of, done_words, read_json
 from raftune.evaluation.history import (
     Metrics,
     best_round,
@@ -25,8 +24,9 @@ from raftune.evaluation.history import (
 )
 from raftune.protocols import Receipt, Stage, UnitStage
 from raftune.stages.tune import NOTHING, REPORT
+from raftune.store.commit import RECEIPTS, with_hash
 from raftune.store.files import discard, json_bytes, write_json
-from raftune.store.job import RECEIPTS, Engine, Job, note, run_once, seal_units, unfinished
+from raftune.store.job import Engine, Job, note, run_once, seal_units, unfinished
 from raftune.store.run import RunFolder
 
 Observer = Callable[[str, dict[str, Any]], None]
@@ -158,37 +158,40 @@ def outcome_of(config: RunConfig, history: list[Metrics], reason: str) -> Outcom
 def publish(shop: Workshop, outcome: Outcome) -> None:
     """Writes best.json, unless it says so already."""
     path = shop.run.root / "best.json"
-    found = {
+    found = with_hash(published(shop.config, outcome))
+    if not path.is_file() or path.read_bytes() != json_bytes(found):
+        write_json(shop.run.tmp, path, found)
+
+
+def published(config: RunConfig, outcome: Outcome) -> dict[str, Any]:
+    """What best.json says of this outcome."""
+    return {
         "round": outcome.best,
-        "by": shop.config.evaluation.best_by if outcome.value is not None else "last round",
+        "by": config.evaluation.best_by if outcome.value is not None else "last round",
         "value": outcome.value,
         "prompts": outcome.prompts,
         "model": f"round-{outcome.best:04d}/model",
         "rounds": outcome.rounds,
     }
-    if not path.is_file() or path.read_bytes() != json_bytes(found):
-        write_json(shop.run.tmp, path, found)
 
 
 def metrics_of(run: RunFolder, round_: int) -> Metrics:
     """The round's committed metrics; empty where evaluation is off."""
     path = run.folder(round_, "evaluate") / "metrics.json"
-    loaded: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return loaded
+    return read_json(path)
 
 
 def nothing_learned(run: RunFolder, round_: int) -> str:
     """Why the round had nothing to learn from and left the policy as it was; empty where it learned."""
     path = run.folder(round_, "model") / REPORT
-    report: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    report = read_json(path)
     return str(report.get("details", {}).get(NOTHING, ""))
 
 
 def summary_of(run: RunFolder, round_: int) -> dict[str, Any]:
     """What the round's selection kept and left; empty for the start."""
     path = run.folder(round_, "select") / "summary.json"
-    loaded: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return loaded
+    return read_json(path)
 
 
 def speaker(run: RunFolder, observe: Observer) -> Callable[..., None]:

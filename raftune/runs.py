@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
 import tempfile
 from collections.abc import Callable, Mapping
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raftune.build import Assembly, Objects
+from raftune.config.beside import has_paths, moved
 from raftune.config.load import declared, differences, validate
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, StoreError
@@ -18,8 +21,9 @@ from raftune.preflight import preflight
 from raftune.report.rewriting import rewriting
 from raftune.reporting import reporting
 from raftune.staleness import check
-from raftune.store.files import stage_file, write_json
-from raftune.store.run import RunFolder
+from raftune.store.files import json_bytes, sha256_of, stage_file
+from raftune.store.run import YAML, RunFolder
+from raftune.verification import ENVIRONMENT, faults_of, refuse_edited
 
 LIBRARIES = (
     "raftune",
@@ -79,7 +83,9 @@ def resume(
     redo: str | None = None,
 ) -> Outcome:
     """Continues the run in this directory under its own configuration. Raises StoreError where there is none."""
-    config = validate(RunFolder(root).read_config())
+    folder = RunFolder(root)
+    config = folder.configuration()
+    refuse_edited(folder)
     return run(config.model_copy(update={"output_dir": str(root)}), objects, observe=observe, redo=redo)
 
 
@@ -121,13 +127,13 @@ def refuse_foreign(folder: RunFolder) -> None:
 def note_changes(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     """The fields that differ from the run's last start; those that shape anything committed were refused before."""
     before = recorded(folder)
-    return {} if before is None else differences(completed(before), resolved_config(config))
+    return {} if before is None else differences(completed(before), resolved_config(folder, config))
 
 
 def completed(recorded: dict[str, Any]) -> dict[str, Any]:
     """What an earlier version recorded, with the defaults of fields that it did not know: these are no changes."""
     try:
-        return resolved_config(validate(recorded))
+        return validate(recorded).model_dump(mode="json") | {"output_dir": None}
     except ConfigError:
         return recorded
 
@@ -139,18 +145,26 @@ def save_config(folder: RunFolder, config: RunConfig) -> None:
     """
     import yaml
 
-    resolved, chosen = resolved_config(config), declared(config)
-    if recorded(folder) != resolved:
-        write_json(folder.tmp, folder.root / "environment.json", environment())
-        folder.write_config(resolved)
-    path = folder.root / "config.yaml"
-    try:
-        written = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError):
-        written = None
-    if written != chosen:
-        with stage_file(folder.tmp, path) as staged:
-            staged.write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    resolved, base = resolved_config(folder, config), folder.base()
+    chosen = moved(declared(validate(resolved)), base, folder.root)  # from anywhere, as paths in a file are
+    place = Path(os.path.relpath(base, folder.root.resolve())).as_posix()
+    named = {"folder": place} if has_paths(resolved, base) else {}
+    unchanged = recorded(folder) == resolved
+    known = folder.config_record().get("files", {}) if unchanged else {}
+    files = {}
+    for name, content in (
+        (ENVIRONMENT, json_bytes(environment())),
+        (YAML, yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True).encode()),
+    ):
+        path = folder.root / name
+        files[name] = sha256_of(path) if path.is_file() else ""
+        if not unchanged or not path.is_file() or files[name] != known.get(name, files[name]):
+            files[name] = hashlib.sha256(content).hexdigest()
+            with stage_file(folder.tmp, path) as staged:
+                staged.write_bytes(content)
+    record = {"files": files, **named}
+    if not unchanged or record != folder.config_record():
+        folder.write_config(resolved, record)
 
 
 def recorded(folder: RunFolder) -> dict[str, Any] | None:
@@ -161,8 +175,9 @@ def recorded(folder: RunFolder) -> dict[str, Any] | None:
         return None
 
 
-def resolved_config(config: RunConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json") | {"output_dir": None}
+def resolved_config(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """The configuration as the run records it."""
+    return folder.in_own_terms(config) | {"output_dir": None}
 
 
 def environment() -> dict[str, Any]:
@@ -178,9 +193,7 @@ def environment() -> dict[str, Any]:
 
 def verify(root: str | Path) -> list[str]:
     """Everything that is wrong with a run's files, a line each; none when all is as it was committed."""
-    folder = RunFolder(root)
-    folder.read_config()
-    return folder.faults()
+    return faults_of(RunFolder(root))
 
 
 def all_runs(root: str | Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -10,12 +9,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from raftune.digest import Row, alarms_of, best_round, done_words, rows_of
+from raftune.digest import alarms_of, best_round, done_words, is_done, read_row
 from raftune.errors import RaftuneError
 from raftune.plain import first_line
+from raftune.store.committed import is_listed
 from raftune.store.run import RunFolder
 
-FINISHED, RESUMABLE, IN_USE, DAMAGED = "finished", "resumable", "in use", "damaged"
+FINISHED, RESUMABLE, IN_USE, DAMAGED, NOT_STARTED = "finished", "resumable", "in use", "damaged", "not started"
+NEWEST = 20  # rounds all of whose COMMITs are read
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Status:
 
 
 def status_of(root: Path) -> Status:
-    """The run's status; what cannot be read makes it damaged. File contents are not hashed: `verify` does that."""
+    """The run's status; what cannot be read makes it damaged. All of it is read by `verify` alone: here, of a long run,
+    the start, the best round and the newest ones."""
     changed = max((path.stat().st_mtime for path in root.iterdir() if path.is_file()), default=0)
     when = datetime.fromtimestamp(changed).astimezone()
     try:
@@ -52,44 +54,56 @@ def status_of(root: Path) -> Status:
     except (RaftuneError, OSError, KeyError, TypeError) as error:
         return Status(root, root.name, "?", 0, 0, None, None, None, DAMAGED, when, first_line(error))
     try:
-        return progress_of(Status(root, name, family, 0, planned, None, None, None, RESUMABLE, when), config)
+        return progress_of(Status(root, name, family, 0, planned, None, None, None, RESUMABLE, when))
     except (RaftuneError, OSError, ValueError, KeyError, TypeError) as error:
         return Status(root, name, family, 0, planned, None, None, None, DAMAGED, when, first_line(error))
 
 
-def progress_of(status: Status, config: dict[str, Any]) -> Status:
+def progress_of(status: Status) -> Status:
     """The status with what the run's COMMITs say. Raises what reading them raises."""
     run = RunFolder(status.root)
-    for round_, name in run.places():  # each COMMIT can be read, and is of a version that we know
-        run.commit(round_, name)
-    rows = rows_of(status.root)
-    best = best_round(status.root)
-    rewards = {row["round"]: row.get("reward") for row in rows}
-    state, why = state_of(run, config, rows)
+    rounds, best = run.rounds(), best_round(status.root)
+    looked = {*rounds[:1], *rounds[-NEWEST:], *(r for r in rounds if r == best)}
+    for round_, name in run.places(sorted(looked)):
+        run.commit(round_, name)  # it can be read, and is of a version that we know
+    last = next((round_ for round_ in reversed(rounds) if is_done(run, round_)), None)
+    rewards = {r: read_row(run, r).get("reward") for r in rounds if r in (0, best, last)}
+    state, why = state_of(run, status.num_rounds, last)
     return replace(
         status,
-        rounds=max(rewards, default=0),
+        rounds=last or 0,
         best=best,
         start_reward=rewards.get(0),
         best_reward=rewards.get(best) if best is not None else None,
         state=state,
         why=why,
-        alarms=sum(len(alarms_of(run, round_)) for round_ in run.rounds()),
+        alarms=sum(len(alarms_of(run, round_)) for round_ in rounds if may_alarm(run, round_)),
     )
 
 
-def state_of(run: RunFolder, config: dict[str, Any], rows: list[Row]) -> tuple[str, str]:
-    """The state in a word, and why in a few."""
+def may_alarm(run: RunFolder, round_: int) -> bool:
+    """Whether a round's list of alarms is not known to be empty: to look at one costs less than to check it."""
+    path = run.folder(round_, "guard") / "alarms.json"
+    try:
+        return path.read_bytes() != b"[]\n"
+    except OSError:
+        return is_listed(path)
+
+
+def state_of(run: RunFolder, planned: int, last: int | None) -> tuple[str, str]:
+    """The state in a word, and why in a few; `last` is the last round that is done."""
     if in_use(run.root):
         return IN_USE, "a process holds its lock"
-    nothing: dict[str, Any] = {}
-    last = functools.reduce(lambda _, event: event, run.events, nothing)
-    done = rows[-1]["round"] if rows else 0
-    if rows and done >= config["num_rounds"]:
-        return FINISHED, done_words(config["num_rounds"])
-    if last.get("event") == "end":
-        return FINISHED, str(last.get("reason", ""))
-    return RESUMABLE, f"round {done + 1 if rows else 0} is not finished"
+    if last is not None and last >= planned:
+        return FINISHED, done_words(planned)
+    event = run.events.last()
+    if event.get("event") == "end":
+        return FINISHED, str(event.get("reason", ""))
+    if not any(run.is_committed(*place) for place in run.places()):
+        return NOT_STARTED, "it was refused, or stopped, before anything was made"
+    if not planned:
+        return RESUMABLE, "the evaluation is not finished"
+    return RESUMABLE, f"round {last + 1 if last is not None else 0} is not finished"
 
 
 def in_use(root: Path) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raftune.card import best_of, refuse_missing
+from raftune.card import best_of, check_model
 from raftune.config.load import merge, nested, read_yaml, validate
 from raftune.config.run import RunConfig
 from raftune.digest import read_json
@@ -79,9 +79,9 @@ def run_and_round(text: str) -> tuple[RunFolder | None, str]:
 def round_of(run: RunFolder, which: str) -> Subject:
     """A round of a run, with what the run draws, scores and judges by. Raises ConfigError, StoreError."""
     round_ = number_of(run, which)
-    refuse_missing(run, round_)
-    plain = run.read_config()
-    config = validate(plain)
+    check_model(run, round_)
+    config = run.configuration()
+    plain = config.model_dump(mode="json")
     folder, start = run.folder(round_, "model").resolve(), run.folder(0, "model").resolve()
     begun_at = getattr(family_of(config), "section_at", None)
     policy = begun_at(plain["policy"], folder, start) if begun_at else {**plain["policy"], "model": str(folder)}
@@ -98,7 +98,7 @@ def number_of(run: RunFolder, which: str) -> int:
     """The round that best, last, start or a number stands for. Raises ConfigError, StoreError."""
     if which == "best":
         return best_of(run)
-    known = [round_ for round_ in run.rounds() if run.is_committed(round_, "model")]
+    known = run.rounds_with("model")
     names = {"start": 0, "last": known[-1] if known else 0}
     if which not in names and not (which.isdigit() and int(which) in known):
         whole = ", ".join(map(str, known)) or "none yet"

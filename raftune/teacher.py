@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from raftune.config.run import RunConfig
 from raftune.errors import ModelError
-from raftune.families import Family
+from raftune.families import Family, make_relative
 
 # Of `policy` what is the policy's own.
 OWN: Final[dict[str, Any]] = {
@@ -23,6 +23,7 @@ def start_teacher(family: Family, config: RunConfig, out: Path) -> None:
     """Writes down the teacher as a family writes its start; faults are said of the teacher's own field."""
     try:
         family.start(teacher_config(config), out)
+        make_relative(out, config.sampling.teacher.model if config.sampling.teacher is not None else None)
     except ModelError as error:
         raise type(error)(str(error).replace("policy.model", "sampling.teacher.model")) from error
 

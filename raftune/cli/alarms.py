@@ -58,7 +58,7 @@ def alarms(
 
 def choose_rounds(folder: RunFolder, asked: int | None) -> list[int]:
     """The guarded rounds that are meant. Raises ConfigError where there is none."""
-    guarded = [r for r in folder.rounds() if folder.commit(r, "guard") is not None]
+    guarded = folder.rounds_with("guard")
     if not guarded and not any(folder.rounds()):
         raise ConfigError(
             f"{folder.root} has no guarded round. Alarms are of rounds that train. "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import inspect
 import os
 import signal
@@ -20,7 +21,7 @@ from cyclopts import App, CycloptsError
 from raftune import interruption
 from raftune.cli.manual import explain
 from raftune.errors import Interrupted, RaftuneError
-from raftune.plain import shell_command
+from raftune.plain import first_line, harmless, shell_command
 
 INTERRUPTED = Interrupted.exit_code
 USAGE = 2
@@ -30,6 +31,10 @@ def run_command(app: App, tokens: list[str]) -> int:
     """Runs the command that the tokens name and returns its exit code."""
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return complain("the folder that the command was given in has been deleted. Change to another one: cd.", 1)
     try:
         if unknown := unknown_command(app, tokens):
             return complain(unknown, USAGE)
@@ -57,19 +62,22 @@ def run_command(app: App, tokens: list[str]) -> int:
 
 def complain(message: str, code: int) -> int:
     """Says on stderr what went wrong, a line for each finding."""
-    from rich.console import Console
-    from rich.text import Text
-
-    from raftune.cli.show import fitted, room
-    from raftune.plain import harmless
-
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     word, style = ("stopped", "bold yellow") if code == INTERRUPTED else ("error", "bold red")
-    for line in message.splitlines() or [""]:
-        first, *others = fitted(harmless(line), room(console), len(word) + 2)
-        console.print(Text.assemble((f"{word}: ", style), first))
-        for part in others:
-            console.print(Text(part))
+    lines = [harmless(line) for line in message.splitlines() or [""]]
+    try:
+        from rich.console import Console
+        from rich.text import Text
+
+        from raftune.cli.show import fitted, room
+
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        for line in lines:
+            first, *others = fitted(line, room(console), len(word) + 2)
+            console.print(Text.assemble((f"{word}: ", style), first))
+            for part in others:
+                console.print(Text(part))
+    except (ImportError, MemoryError, SystemError):  # no memory is left to say it in colours
+        os.write(2, "".join(f"{word}: {line}\n" for line in lines).encode())
     return code
 
 
@@ -119,8 +127,22 @@ def commands_of(app: App) -> list[str]:
     return [name for name in app if not name.startswith("-")]
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that the machine's memory did not suffice."""
+    words = ("cannot allocate memory", "can't allocate memory", "not enough memory", "bad_alloc", "start new thread")
+    while error is not None:
+        code = error.errno if isinstance(error, OSError) else None
+        said = isinstance(error, (RuntimeError, ImportError)) and any(part in str(error).lower() for part in words)
+        if isinstance(error, MemoryError) or code == errno.ENOMEM or said:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def unforeseen(error: Exception) -> str:
     """A line for what no one foresaw: the system's refusal in its own words, anything else as what it is, a bug."""
+    if is_out_of_memory(error):
+        return f"memory ran out: {first_line(error)}. Use a smaller model or batch, or raise the limit (`ulimit -v`)."
     if isinstance(error, OSError) and error.strerror:
         what = f"{error.filename}: " if error.filename else ""
         return f"{what}{error.strerror}."

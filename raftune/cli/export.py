@@ -21,6 +21,12 @@ def export(
     out: Annotated[str, Parameter(help="Where to write it: FILE.jsonl, FILE.parquet, or a folder.")],
     round_: Annotated[str | None, Parameter(name="--round", help="A number, best, or all.")] = None,
     merged: Annotated[bool, Parameter(help="Of a LoRA run, a plain model: the adapter added to its base.")] = False,
+    allow_code: Annotated[
+        bool,
+        Parameter(
+            negative="", show_default=False, help="sft-tokens: import a family that the run's configuration names."
+        ),
+    ] = False,
 ) -> None:
     """Take a run's model or its samples away, in the formats that TRL reads.
 
@@ -40,7 +46,7 @@ def export(
         raise ConfigError(f"--merged goes with --format model; got --format {format_}. Leave it out.")
     from raftune.export import export as write
 
-    count = write(run, format_, out, round_ or "all")
+    count = write(run, format_, out, round_ or "all", allow_code=allow_code)
     say(f"Wrote {counted(count, 'row')} to {out}.")
 
 

@@ -12,6 +12,7 @@ from raftune.cli.work import outcome_json, outcome_words
 from raftune.config.run import RunConfig
 from raftune.digest import held_out_names, rows_of
 from raftune.loop import Outcome
+from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import read_table
 from raftune.store.run import RunFolder
 
@@ -42,7 +43,7 @@ def tell(root: Path, config: RunConfig, outcome: Outcome, worked: bool, *, as_js
 def write_grid(root: Path) -> Path:
     """The run's grid.png: of the first held-out captions a row each, of the start and every round a column."""
     run = RunFolder(root)
-    rounds = [round_ for round_ in run.rounds() if run.is_committed(round_, "evaluate")]
+    rounds = run.rounds_with("evaluate")
     grid(captions(run), {round_: drawn(run, round_) for round_ in rounds}).save(root / NAME, optimize=True)
     return root / NAME
 
@@ -57,8 +58,9 @@ def captions(run: RunFolder) -> dict[str, str]:
 def drawn(run: RunFolder, round_: int) -> dict[str, bytes]:
     """The first picture of each held-out prompt that a round drew, as PNG; none for a sample that is no picture."""
     found: dict[str, bytes] = {}
-    for path in sorted((run.folder(round_, "evaluate") / "draw").glob("unit-*.parquet")):
-        table = read_table(path, ["prompt_id", "k", "completion"])
+    folder = run.folder(round_, "evaluate") / "draw"
+    for unit in unit_numbers(folder):
+        table = read_table(folder / unit_file(unit), ["prompt_id", "k", "completion"])
         for prompt_id, k, png in zip(*(column.to_pylist() for column in table.columns), strict=True):
             if k == 0 and png is not None:
                 found[prompt_id] = png

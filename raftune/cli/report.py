@@ -8,6 +8,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from raftune.cli.show import say
+from raftune.errors import RunDamaged
+from raftune.plain import shell_command
 
 
 def report(
@@ -23,11 +25,17 @@ def report(
     raftune report runs/mine --out mine.html
 
     A run writes its page itself after every round. This writes it anew: for a run that was made elsewhere, with
-    `report: false`, or by an earlier version, or whose files were damaged since; the page names what is missing.
+    `report: false`, or by an earlier version, or whose files were damaged since; the page names what is missing, and
+    the exit code is 1.
     """
     from raftune.report import collect, write_report
 
+    found = collect(run)
     if json:
-        print(js.dumps(collect(run).document, ensure_ascii=False))
+        print(js.dumps(found.document, ensure_ascii=False))
     else:
-        say(str(write_report(run, out)))
+        say(str(write_report(run, out, found=found)))
+    if missing := found.document["missing"]:
+        more = f" (and {len(missing) - 1} more, which the page names)" if len(missing) > 1 else ""
+        command = shell_command("raftune", "verify", run)
+        raise RunDamaged(f"{missing[0]}{more}. The page leaves it out; `{command}` lists what is damaged.")

@@ -32,6 +32,7 @@ def resume(
     from raftune.store.kinds import is_evaluation
     from raftune.store.run import RunFolder
     from raftune.subject import Subject
+    from raftune.verification import refuse_edited
 
     given = read_tokens(flags, "resume", ("--from", "--json"))
     if given.words:
@@ -39,7 +40,10 @@ def resume(
             f"resume takes one run; got {given.words[0]!r} as well. To change the configuration use flags, or "
             "`raftune train` with its files."
         )
-    config = validate(merge([RunFolder(run).read_config(), nested(given.flags), {"output_dir": run}]))
+    folder = RunFolder(run)
+    recorded = folder.configuration().model_dump(mode="json")
+    refuse_edited(folder)
+    config = validate(merge([recorded, nested(given.flags), {"output_dir": run}]))
     if is_evaluation({"num_rounds": config.num_rounds}):
         model = getattr(config.policy, "model", None) or config.name
         carry_out(Subject(model, config.name, {}, {}), config, from_, json)

@@ -36,7 +36,7 @@ def show(found: list[Status]) -> None:
         grid.add(
             status.root.name,
             status.family,
-            f"{status.rounds}/{status.num_rounds}",
+            f"{status.rounds}/{status.num_rounds}" if status.num_rounds else "evaluation",
             "–" if status.best is None else str(status.best or "start"),
             rewards(status),
             str(status.alarms or "–"),

@@ -83,7 +83,7 @@ def samples(
 
 def choose_round(folder: RunFolder, asked: int | None, held_out: bool) -> tuple[int, bool]:
     """The round to show, and whether its held-out samples are meant: the start has no others."""
-    judged = [r for r in folder.rounds() if folder.commit(r, "evaluate/score") is not None]
+    judged = folder.rounds_with("evaluate/score")
     known = judged if held_out or asked == 0 else ledger.training_rounds(folder)
     if not known and judged and asked is None:
         return judged[-1], True

@@ -61,7 +61,7 @@ class Side:
 
     @property
     def is_judged(self) -> bool:
-        return self.run.commit(self.round, "evaluate/judge") is not None
+        return self.run.was_made(self.round, "evaluate/judge")
 
     @cached_property
     def prompts(self) -> dict[str, Prompt]:
@@ -147,7 +147,7 @@ def choose(reference: str, letter: str) -> Side:
     path, wanted = split(reference)
     run = RunFolder(path)
     run.read_config()
-    judged = [round_ for round_ in run.rounds() if run.commit(round_, "evaluate/score") is not None]
+    judged = run.rounds_with("evaluate/score")
     if not judged:
         raise StoreError(
             f"{letter}: {path} holds no evaluation yet. `{shell_command('raftune', 'evaluate', path)}` makes one, "

@@ -21,16 +21,17 @@ def write_report(
     *,
     working: bool | None = None,
     made: dict[str, Embedded | None] | None = None,
+    found: Collected | None = None,
 ) -> Path:
     """Writes the run's page (to report.html in the run, or to `out`) and returns its path.
 
     What is missing or damaged is named on the page. Raises StoreError where the folder holds no run, or the page cannot
     be written. `working` is what the process that holds the run says of itself, `made` what a page has in common with
-    the one before: see `collect`.
+    the one before: see `collect`, whose result `found` is where there is one already.
     """
     root = Path(root)
     target = Path(out) if out is not None else root / NAME
-    content = render(collect(root, working=working, made=made)).encode()
+    content = render(found or collect(root, working=working, made=made)).encode()
     if target.is_dir():
         raise StoreError(f"the report must be a file; {target} is a directory. Name a file in it.")
     with explaining(target):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +15,12 @@ import pyarrow as pa
 
 from raftune.errors import RaftuneError
 from raftune.plain import first_line
-from raftune.store.commit import Commit
-from raftune.store.dropping import MARKER
-from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.commit import MARKER, Commit, has_changed, surplus
+from raftune.store.layout import unit_file
 from raftune.store.parquet import column_names, read_groups, read_metadata, read_table
 from raftune.store.run import CONFIG, RunFolder
 
+_UNIT = re.compile(r"unit-(\d{5,})\.parquet")
 UNITS = "raftune.units"  # in the metadata of verdicts.parquet: the unit of each of its row groups
 
 
@@ -82,8 +83,16 @@ class Reader:
         """A JSON file at the run's top; empty where there is none or it cannot be read."""
         path = self.run.root / name
         read = path.is_file() and path not in self._bad
-        found: dict[str, Any] = self._json(path, "the run", dict) if read else {}
+        found: dict[str, Any] = self._json(path, "the run", dict, self._recorded(name)) if read else {}
         return found
+
+    def _recorded(self, name: str) -> str | None:
+        """The hash of a file that was written with the configuration."""
+        try:
+            known = self.run.config_record().get("files", {}).get(name)
+            return known if isinstance(known, str) else None
+        except (RaftuneError, OSError, AttributeError):
+            return None
 
     def _json(self, path: Path, where: str, kind: type[Any], sha256: str | None = None) -> Any:
         """The file's content; Parquet has checksums of its own, of JSON the committed hash is compared."""
@@ -94,6 +103,8 @@ class Reader:
             found = json.loads(content)
             if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
                 self.note(where, f"{path.name} has changed since it was committed")
+            elif isinstance(found, dict) and has_changed(found):
+                self.note(where, f"{path.name} has changed since it was written")
             elif isinstance(found, kind):
                 self._read[path] = found
                 return found
@@ -159,7 +170,11 @@ class Reader:
 
     def units(self, round_: int, stage: str) -> list[int]:
         """The units of a stage, ascending."""
-        return unit_numbers(self.run.folder(round_, stage)) if self.has(round_, stage) else []
+        if not self.has(round_, stage):
+            return []
+        commit, folder = self.commits.get((round_, stage)), self.run.folder(round_, stage)
+        names = [path.name for path in folder.glob("unit-*") if commit is None or path.name in commit.files]
+        return sorted(int(match[1]) for name in names if (match := _UNIT.fullmatch(name)))
 
     def verdicts(self, round_: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
         """Each unit that was selected from, with these columns of its verdicts."""
@@ -275,7 +290,7 @@ class Reader:
         return any(line.startswith(f"round {round_}, {stage}: ") for line in self.missing)
 
     def _compare(self, round_: int, stage: str, commit: Commit) -> None:
-        """Names and sizes only: `raftune verify` hashes."""
+        """Names and sizes only: what the page shows is compared with its hash as it is read."""
         for name, entry in sorted(self.run.files_now(round_, stage, commit).items()):
             path = self.run.folder(round_, stage) / name
             size = path.stat().st_size if path.is_file() else None
@@ -283,6 +298,8 @@ class Reader:
                 self._bad.add(path)
                 what = "is missing" if size is None else f"has {size:,} bytes; {entry.bytes:,} were committed"
                 self.note(f"round {round_}, {stage}", f"{name} {what}")
+        for name in surplus(self.run.folder(round_, stage), commit):
+            self.note(f"round {round_}, {stage}", f"{name} was not committed and is passed over")
 
 
 def said(error: Exception, path: Path) -> str:

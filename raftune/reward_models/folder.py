@@ -20,6 +20,8 @@ import yaml
 from raftune.config.load import differences
 from raftune.config.reward_model import RewardModelConfig
 from raftune.errors import ConfigChanged, ConfigError
+from raftune.store.committed import write_manifest
+from raftune.store.files import set_usual_mode
 from raftune.store.run import CONFIG as OF_A_RUN
 
 CONFIG, DATA, SKIPPED, HELD_OUT, REPORT = "config.yaml", "data.json", "skipped.jsonl", "held_out.parquet", "report.json"
@@ -84,6 +86,8 @@ class Folder:
 
     def publish(self) -> None:
         """Moves the trained model to its place."""
+        write_manifest(self.candidate)
+        set_usual_mode(self.candidate)
         self.candidate.replace(self.model)
 
 

@@ -15,6 +15,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from raftune.config.secrets import redacted
+from raftune.store.committed import check_folder
 
 SIMPLE = (str, bytes, int, float, bool, type(None))
 
@@ -36,8 +37,11 @@ def of_file(path: Path) -> str:
 
 
 def of_folder(folder: Path) -> str:
-    """The hash of the names, sizes and contents of all files below, in the order of their names."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    """The hash of the names, sizes and contents of all files below, in the order of their names.
+
+    Raises RunDamaged where a model's folder is not as it was written.
+    """
+    paths = sorted(path for path in check_folder(folder).rglob("*") if path.is_file())
     return digest(*[[path.relative_to(folder).as_posix(), path.stat().st_size, of_file(path)] for path in paths])
 
 

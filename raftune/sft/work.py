@@ -28,14 +28,15 @@ from raftune.config.run import DataConfig, EngineConfig, RunConfig
 from raftune.config.sampling import DiffusionSampling, SamplingConfig
 from raftune.config.sft import SftConfig
 from raftune.errors import ConfigChanged, ConfigError, DataError, OutOfMemory, StoreError
-from raftune.families import Family, family_of
+from raftune.families import Family, family_of, start_policy
 from raftune.feedback import Demonstration, Feedback, Skipped, read_demonstrations, write_skipped
 from raftune.measures import loss_ends
 from raftune.protocols import Likelihood, Policy
 from raftune.records import TOOLS, Prompt
 from raftune.sft.rows import Encoding, held_out_prompts, name_of, of_one_kind, rows_schema
 from raftune.starters.resolve import resolve_starters
-from raftune.store.files import discard, explaining, sha256_of, stage_file, sync, unique, write_json
+from raftune.store.committed import check_folder, write_manifest
+from raftune.store.files import discard, explaining, set_usual_mode, sha256_of, stage_file, sync, unique, write_json
 from raftune.store.parquet import read_groups, table_writer
 from raftune.store.partial import unfinished_work
 from raftune.store.run import RunFolder
@@ -106,7 +107,7 @@ class Work:
         return bool(missing)
 
     def policy(self, folder: Path) -> Policy:
-        return self.family.load(self.run, folder, self.start)
+        return self.family.load(self.run, check_folder(folder), self.start)
 
     # -- the steps ---------------------------------------------------------------------------------------------------
 
@@ -119,7 +120,7 @@ class Work:
     def begin(self) -> None:
         """start/: the model, checked and written down."""
         staged = new_folder(self.tmp)
-        self.family.start(self.run, staged)
+        start_policy(self.family, self.run, staged, portable=False)
         publish_whole(staged, self.start)
 
     def gather(self) -> None:
@@ -160,6 +161,7 @@ class Work:
         if getattr(self.run.policy, "adapter", None) is not None:
             fitted = self.exported(fitted)
         (fitted / "training.json").write_text(json.dumps(asdict(report), indent=2, sort_keys=True) + "\n")
+        write_manifest(fitted)
         publish_whole(fitted, self.model)
 
     def fit(self, out: Path) -> Any:
@@ -317,6 +319,7 @@ def new_folder(tmp: Path) -> Path:
 def publish_whole(staged: Path, final: Path) -> None:
     """Gives a finished folder its name in one rename, its contents durable before."""
     with explaining(staged, final):
+        set_usual_mode(staged)
         sync(*sorted(path for path in staged.rglob("*") if path.is_file()), staged)
         staged.rename(final)
         sync(final.parent)

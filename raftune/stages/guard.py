@@ -16,6 +16,7 @@ from raftune.protocols import Evidence, Examiner, Inputs
 from raftune.records import INVALID
 from raftune.stages.evaluate import plain
 from raftune.stages.select import clipped, contents, lengths, read_verdicts
+from raftune.store.committed import read_json
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import column_names, read_table
 
@@ -71,8 +72,8 @@ class Guard:
             held_out=judged_samples(inputs, self.judged, texts=self.texts) if self.judged else None,
             earlier=[judged_samples(inputs, ("judge",), r) for r in range(self.round)] if self.judge else [],
             judge=self.judge,
-            first=json.loads((inputs["guard@1"] / "metrics.json").read_text())["drawn"] if self.round > 1 else None,
-            losses=json.loads((inputs["model"] / "training.json").read_text())["losses"],
+            first=read_json(inputs["guard@1"] / "metrics.json")["drawn"] if self.round > 1 else None,
+            losses=read_json(inputs["model"] / "training.json")["losses"],
         )
         sets = self.examiner.measures(evidence)
         for name, found in (("metrics", sets), ("alarms", self.examiner.alarms(evidence, sets))):

@@ -10,6 +10,7 @@ from typing import Any
 
 from raftune.protocols import Inputs, PolicyShelf, SupportsBackends
 from raftune.stages.prompts import prompts_in
+from raftune.store.committed import read_json
 
 BACKEND = "backend.json"
 TRIED = 4  # prompts
@@ -41,4 +42,4 @@ class Parity:
 def read_backend(folder: Path) -> dict[str, Any] | None:
     """What the trial found; None where it was not made."""
     path = folder / BACKEND
-    return dict(json.loads(path.read_text())) if path.is_file() else None
+    return dict(read_json(path)) if path.is_file() else None

@@ -13,6 +13,7 @@ import pyarrow as pa
 from raftune.config.run import RunConfig
 from raftune.protocols import EVALUATION, Inputs, Unit
 from raftune.records import TOOLS, Prompt, derive_seed
+from raftune.store.committed import read_json
 from raftune.store.parquet import column_names, read_group, read_groups, read_metadata, read_table, write_table
 
 SEED_RULES = ("run", "evaluation")
@@ -93,7 +94,7 @@ def write_plan(
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((folder / "plan.json").read_text())
+    loaded: dict[str, Any] = read_json(folder / "plan.json")
     return loaded
 
 

@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raftune.errors import RunDamaged, RunTooNew
-from raftune.store.files import json_bytes, publish_seal, sha256_of, stage_file
+from raftune.store.files import json_bytes, publish_seal, sha256_of, stage_file, write_json
 
-NAME = "_COMMIT.json"  # the underscore keeps readers of a folder of Parquet files from opening it
+# The underscore keeps readers of a folder of Parquet files from opening these.
+NAME = "_COMMIT.json"
+RECEIPTS = "_receipts.jsonl"  # of an interrupted stage
+MARKER = "DROPPED.json"  # what was let go on purpose
 LAYOUT = 1
+SELF = "sha256"  # of all else that a file of ours holds
+_OF_SYSTEMS = ("Thumbs.db", "desktop.ini")
+
+
+def is_own(name: str) -> bool:
+    """Whether a file in a committed folder is the store's own, or one that a file browser leaves behind."""
+    base = name.rpartition("/")[2]
+    return name in (NAME, RECEIPTS, MARKER) or base.startswith(".") or base in _OF_SYSTEMS
+
+
+def with_hash(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with the hash of itself, by which `has_changed` sees an edit."""
+    return {**content, SELF: hashlib.sha256(json_bytes(content)).hexdigest()}
+
+
+def has_changed(content: Mapping[str, Any]) -> bool:
+    """Whether the content is not what `with_hash` wrote; what has no hash is of an earlier version and passes."""
+    rest = {name: value for name, value in content.items() if name != SELF}
+    return SELF in content and content[SELF] != hashlib.sha256(json_bytes(rest)).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +78,15 @@ class Commit:
             "quarantined": dict(self.quarantined),
         }
         with stage_file(tmp, folder / NAME, lambda staged, final: publish_seal(staged, final, self.files)) as staged:
-            staged.write_bytes(json_bytes(content))
+            staged.write_bytes(json_bytes(with_hash(content)))
 
     @classmethod
     def load(cls, folder: Path) -> Commit | None:
         """The folder's COMMIT, or None where there is none. Raises RunDamaged, RunTooNew."""
         path = folder / NAME
         try:
-            data = json.loads(path.read_bytes())
+            raw = path.read_bytes()
+            data = json.loads(raw)
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -74,6 +98,8 @@ class Commit:
                 f"{path} has layout {data['layout']}; this version reads up to {LAYOUT}. "
                 "Upgrade raftune to read this run."
             )
+        if raw != json_bytes(data) or has_changed(data):
+            raise RunDamaged(f"{path} has changed since it was committed. Restore it, or redo its stage with `--from`.")
         try:
             files = {name: FileEntry(**entry) for name, entry in data["files"].items()}
             return cls(
@@ -82,22 +108,42 @@ class Commit:
         except (KeyError, TypeError, AttributeError) as error:
             raise RunDamaged(f"{path} lacks {error}. Restore it, or redo its stage with `--from`.") from error
 
-    def faults(self, folder: Path, since: Mapping[str, FileEntry] | None = None) -> list[str]:
+    def faults(self, folder: Path, dropped: Dropped | None = None) -> list[str]:
         """What differs between the folder and this COMMIT, a line each; none when all is as it was committed.
 
-        `since` are files that were replaced on purpose, as they are now: each may be as it was, or as it says there.
+        Of files that were replaced on purpose each may be as it was, or as `dropped` says; where whole files were let
+        go none is missed.
         """
         found = []
+        since = dropped.files if dropped is not None else {}
+        if stage_key(self.stage, self.fields, self.inputs) != self.key:
+            found.append(f"{folder / NAME} has a key that is not that of its fields and inputs")
         for name, entry in sorted(self.files.items()):
             path = folder / name
-            known = [entry, *([since[name]] if since and name in since else [])]
+            known = [entry, *([since[name]] if name in since else [])]
             if not path.is_file():
-                found.append(f"{path} is missing")
+                if dropped is None or dropped.columns:
+                    found.append(f"{path} is missing")
             elif (size := path.stat().st_size) not in [one.bytes for one in known]:
                 found.append(f"{path} has {size} bytes; {known[-1].bytes} were committed")
             elif sha256_of(path) not in [one.sha256 for one in known]:
                 found.append(f"{path} has changed since it was committed (its SHA-256 differs)")
-        return found
+        return found + [
+            f"{folder / name} was not committed: move it out of the folder" for name in surplus(folder, self)
+        ]
+
+
+def surplus(folder: Path, commit: Commit) -> list[str]:
+    """Files in a committed folder that its COMMIT does not list; those of stages in folders below are their own."""
+    return sorted(name for name in _files_below(folder) if name not in commit.files and not is_own(name))
+
+
+def _files_below(folder: Path, prefix: str = "") -> Iterator[str]:
+    for entry in os.scandir(folder):
+        if not entry.is_dir(follow_symlinks=False):
+            yield prefix + entry.name
+        elif prefix or not (folder.name == "evaluate" or Path(entry.path, NAME).is_file()):
+            yield from _files_below(Path(entry.path), f"{prefix}{entry.name}/")
 
 
 def _entry_json(entry: FileEntry) -> dict[str, Any]:
@@ -107,5 +153,37 @@ def _entry_json(entry: FileEntry) -> dict[str, Any]:
 
 def stage_key(stage: str, fields: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """The hash that tells whether a stage's output belongs to these fields and these inputs."""
-    text = json.dumps({"stage": stage, "fields": fields, "inputs": inputs}, sort_keys=True, default=str)
+    plain = json.loads(json.dumps({"stage": stage, "fields": fields, "inputs": inputs}, default=str))
+    text = json.dumps(plain, sort_keys=True)  # the same of what was read back from a COMMIT
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """`columns` are gone from the files, which are `files` since; none says that whole files are gone."""
+
+    why: str
+    columns: tuple[str, ...] = ()
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path) -> Dropped | None:
+        """What the folder's marker says, None without one. Raises RunDamaged."""
+        path = folder / MARKER
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_bytes())
+            if has_changed(found):
+                raise ValueError
+            files = {name: FileEntry(**entry) for name, entry in found.get("files", {}).items()}
+            return cls(str(found.get("why", "")), tuple(found.get("columns", ())), files)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RunDamaged(f"{path} does not say what was dropped. Restore it, or redo its stage.") from error
+
+    def save(self, folder: Path, tmp: Path) -> None:
+        content: dict[str, Any] = {"why": self.why}
+        if self.columns:
+            files = {name: asdict(entry) for name, entry in self.files.items()}
+            content |= {"columns": list(self.columns), "files": files}
+        write_json(tmp, folder / MARKER, with_hash(content))

@@ -6,49 +6,17 @@ where columns are, it has the sizes and hashes of the files without them, so tha
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
-from raftune.errors import RunDamaged
-from raftune.store.commit import Commit, FileEntry
-from raftune.store.files import stage_file, write_json
+from raftune.store.commit import MARKER, Commit, Dropped, FileEntry
+from raftune.store.files import stage_file
 from raftune.store.parquet import column_names, read_metadata, read_table, write_table
 
-MARKER = "DROPPED.json"
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """`columns` are gone from the files, which are `files` since; none says that whole files are gone."""
-
-    why: str
-    columns: tuple[str, ...] = ()
-    files: Mapping[str, FileEntry] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, folder: Path) -> Dropped | None:
-        """What the folder's marker says, None without one. Raises RunDamaged."""
-        path = folder / MARKER
-        if not path.is_file():
-            return None
-        try:
-            found = json.loads(path.read_bytes())
-            files = {name: FileEntry(**entry) for name, entry in found.get("files", {}).items()}
-            return cls(str(found.get("why", "")), tuple(found.get("columns", ())), files)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise RunDamaged(f"{path} does not say what was dropped. Restore it, or redo its stage.") from error
-
-    def save(self, folder: Path, tmp: Path) -> None:
-        content: dict[str, Any] = {"why": self.why}
-        if self.columns:
-            files = {name: asdict(entry) for name, entry in self.files.items()}
-            content |= {"columns": list(self.columns), "files": files}
-        write_json(tmp, folder / MARKER, content)
+__all__ = ["MARKER", "Dropped", "drop_columns"]
 
 
 def drop_columns(folder: Path, tmp: Path, columns: Sequence[str], why: str) -> None:

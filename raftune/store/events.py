@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_TAIL = 1 << 16  # bytes, in which the last event lies
 
 
 class Events:
@@ -32,6 +35,19 @@ class Events:
                     yield json.loads(line)
                 except ValueError:
                     continue
+
+    def last(self) -> dict[str, Any]:
+        """The last event, read from the end of the file; empty without one."""
+        if not self.path.is_file():
+            return {}
+        with self.path.open("rb") as file:
+            file.seek(max(0, self.path.stat().st_size - _TAIL))
+            lines = file.read().splitlines()
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError):
+                if isinstance(event := json.loads(line), dict):
+                    return event
+        return {}
 
     def _ends_in_newline(self) -> bool:
         with self.path.open("rb") as file:

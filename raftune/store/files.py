@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -19,9 +20,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from raftune.errors import StoreError
+from raftune.errors import RaftuneError, StoreError
 
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "it would be larger than files may be here (`ulimit -f`)",
+}
+# How writers that raise errors of their own say so: safetensors by the system's number, torch by its own words.
+_NUMBERED = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+_MODE = 0o666 & ~_UMASK
+_TORN = ("PytorchStreamWriter failed writing", "file write failed", "unexpected pos")
 _FORBIDDEN = {
     errno.EROFS: "the file system is read-only. Choose another output_dir",
     errno.EACCES: "permission is denied. Choose an output_dir that you may write",
@@ -33,18 +44,39 @@ _FORBIDDEN = {
 def explaining(*places: Path) -> Iterator[None]:
     """Turns the operating system's refusal to write at one of these places into a StoreError that names the fix.
 
-    A full disk is one wherever it is met; what else is refused elsewhere is somebody else's error.
+    A full disk is one wherever it is met, and whatever kind of error a writer makes of it: those of torch and
+    safetensors are no OSError. What else is refused elsewhere is somebody else's error.
     """
     try:
         yield
-    except OSError as error:
-        name, code = str(error.filename or places[0]), error.errno or 0
+    except RaftuneError:
+        raise
+    except Exception as error:
+        refusal = refusal_to_write(error)
+        if refusal is None:
+            raise
+        name, code = str(refusal.filename or places[0]), refusal.errno or 0
         if code in _FULL:
-            fix = "Free some space and run `raftune resume` again: what is committed is intact"
+            fix = "Free some space and run the same command again: what is committed is intact"
             raise StoreError(f"cannot write {name}: {_FULL[code]}. {fix}.") from error
         if code in _FORBIDDEN and any(name.startswith(str(place)) for place in places):
             raise StoreError(f"cannot write {name}: {_FORBIDDEN[code]}.") from error
         raise
+
+
+def refusal_to_write(error: BaseException) -> OSError | None:
+    """The system's refusal behind an error: the error itself, one that it came from, or one that it tells in words."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen
+        text = str(seen)
+        if match := _NUMBERED.search(text):
+            return OSError(int(match[1] or match[2]), text)
+        if any(words in text for words in _TORN):  # torch tells no number
+            return OSError(errno.ENOSPC, text)
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def sync(*paths: Path) -> None:
@@ -74,7 +106,18 @@ def move(staged: Path, final: Path) -> None:
     if not final.parent.is_dir():
         ensure_folder(final.parent.parent)
         final.parent.mkdir(exist_ok=True)
+    set_usual_mode(staged)
     staged.replace(final)
+
+
+def set_usual_mode(*paths: Path) -> None:
+    """Gives files the mode of any new file, all those in folders included: some writers make theirs 0600."""
+    if os.name == "nt":
+        return
+    for path in paths:
+        for file in [path] if path.is_file() else path.rglob("*"):
+            if not file.is_symlink() and file.is_file() and file.stat().st_mode & 0o666 != _MODE:
+                file.chmod(_MODE)
 
 
 def publish(staged: Path, final: Path) -> None:

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from raftune.errors import EngineError, OutOfMemory
 from raftune.interruption import raise_if_asked
 from raftune.protocols import OnceStage, Receipt, Stage, UnitStage
-from raftune.store.commit import Commit, FileEntry, stage_key
+from raftune.store.commit import RECEIPTS, Commit, FileEntry, stage_key
+from raftune.store.committed import remember
 from raftune.store.files import (
     ensure_folder,
     publish_folder,
@@ -28,8 +29,6 @@ from raftune.store.layout import batch_file, source_of, unit_file
 from raftune.store.parquet import read_metadata
 from raftune.store.partial import unfinished_work
 from raftune.store.run import RunFolder
-
-RECEIPTS = "_receipts.jsonl"  # the underscore keeps readers of a folder of Parquet files from opening it
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,7 @@ class Job:
         """Commits these files of the folder."""
         commit = Commit(self.stage.name, self.round, self.key, self.fields, self.hashes, files, quarantined or {})
         self.run.seal(commit, self.stage.writes)
+        remember(self.folder, files.items())
 
 
 def make_job(run: RunFolder, stage: Stage, round_: int, config: Mapping[str, Any]) -> Job:

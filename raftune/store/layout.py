@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from raftune.errors import RunDamaged
+from raftune.store.commit import NAME
+from raftune.store.committed import committed, fix_of
+
 
 def source_of(read: str, round_: int) -> tuple[int, str]:
     """The round and the folder that a read names: "draw" is of this round, "model@-1" of the last, "data@0" round 0."""
@@ -23,6 +27,15 @@ def batch_file(index: int) -> str:
 
 
 def unit_numbers(*folders: Path) -> list[int]:
-    """The units that every one of these committed folders holds, ascending: without those that were set aside."""
-    held = [{int(path.stem.removeprefix("unit-")) for path in folder.glob("unit-*.parquet")} for folder in folders]
+    """The units that every one of these committed folders holds, ascending: without those that were set aside.
+
+    Raises RunDamaged where a folder's COMMIT is gone.
+    """
+    held = []
+    for folder in folders:
+        if not folder.is_dir():
+            return []
+        if (commit := committed(folder)) is None:
+            raise RunDamaged(f"{folder / NAME} is missing. {fix_of(folder, None)}")
+        held.append({int(name[5:-8]) for name in commit.files if name.endswith(".parquet")})
     return sorted(set.intersection(*held))

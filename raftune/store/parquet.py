@@ -1,4 +1,7 @@
-"""Parquet with page checksums: a flipped bit is an error on reading, never a silent wrong value."""
+"""Parquet with page checksums: a flipped bit is an error on reading, never a silent wrong value.
+
+A committed file is compared with its COMMIT before it is opened.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import pyarrow.parquet as pq
 from raftune.errors import RunDamaged
 from raftune.plain import first_line
 from raftune.records import Json
+from raftune.store.committed import check_file
 
 _JSON = Json()  # a reader of columns of JSON must know their type
 _WRITE = {"compression": "zstd", "write_page_checksum": True}
@@ -73,6 +77,7 @@ def _listed(columns: Sequence[str] | None) -> list[str] | None:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     """The file, every page that is read verified, on this thread alone. Raises RunDamaged that names it."""
+    check_file(path)
     try:
         with path.open("rb") as file:  # buffering ahead would hand each small read to a thread and wait for it
             yield pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)

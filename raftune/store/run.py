@@ -6,22 +6,27 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from raftune.errors import RunDamaged, RunInUse, StoreError
+from raftune.config.beside import moved
+from raftune.config.load import differences, read_yaml, validate
+from raftune.config.run import RunConfig
+from raftune.errors import ConfigError, RunDamaged, RunInUse, StoreError
+from raftune.plain import shell_command
 from raftune.store import commit as commits
-from raftune.store.commit import Commit, FileEntry
-from raftune.store.dropping import MARKER, Dropped
+from raftune.store.commit import MARKER, SELF, Commit, Dropped, FileEntry, has_changed, is_own, with_hash
+from raftune.store.committed import committed, fix_of
 from raftune.store.events import Events
 from raftune.store.files import discard, ensure_folder, explaining, sha256_of, sync, unique, write_json
 from raftune.store.kinds import RUN_CONFIG, why_no_run
 
 _ROUND = re.compile(r"round-(\d{4,})$")
-CONFIG = RUN_CONFIG
+CONFIG, YAML = RUN_CONFIG, "config.yaml"
+RECORD = "raftune"  # in the configuration on disk, beside its sections: what is recorded with it
 DROPPED = MARKER  # beside the COMMIT of a stage of which something was deleted on purpose
 
 
@@ -61,18 +66,95 @@ class RunFolder:
             raise RunDamaged(f"{path} is not valid JSON. Restore it: it is the run's configuration.") from error
         if not isinstance(data, dict):
             raise RunDamaged(f"{path} is not a JSON object. Restore it: it is the run's configuration.")
-        return data
+        if has_changed(data):
+            again = shell_command("raftune", "train", self.root / YAML, "--output-dir", self.root)
+            raise RunDamaged(
+                f"{path} has changed since it was written{self._difference(data)}. Restore it; to write it anew, start "
+                f"the run again from {YAML} or a file of your own: `{again}`."
+            )
+        return {name: value for name, value in data.items() if name not in (SELF, RECORD)}
 
-    def write_config(self, resolved: Mapping[str, Any]) -> None:
-        write_json(self.tmp, self.root / CONFIG, resolved)
+    def config_record(self) -> dict[str, Any]:
+        """What is recorded beside the configuration: `files`, the hashes of those that were written with it.
+
+        Empty in a run of an earlier version. Raises what `read_config` raises.
+        """
+        self.read_config()
+        record = json.loads((self.root / CONFIG).read_bytes()).get(RECORD)
+        return record if isinstance(record, dict) else {}
+
+    def base(self) -> Path:
+        """The folder to which paths in the run's configuration are relative: where the process stood that began it.
+
+        It is known by its place beside the run, so that both can be moved together. Where it is not on record, it is
+        the folder where this process stands.
+        """
+        folder = self._known_record().get("folder")
+        place = self.root / folder if isinstance(folder, str) else Path.cwd()
+        return place.resolve() if place.is_dir() else Path.cwd()
+
+    def _known_record(self) -> dict[str, Any]:
+        """The record beside the configuration, empty where it cannot be believed: it is about to be written anew."""
+        try:
+            return self.config_record()
+        except StoreError:
+            return {}
+
+    def configuration(self) -> RunConfig:
+        """The configuration, its paths as seen from where this process stands. Raises what `read_config` raises."""
+        recorded = self.read_config()
+        base = self.base()
+        return validate(recorded if base == Path.cwd() else moved(recorded, base, Path.cwd()))
+
+    def in_own_terms(self, config: RunConfig) -> dict[str, Any]:
+        """A configuration as the run records it: plain data, its paths relative to the run's own folder of them."""
+        plain = config.model_dump(mode="json")
+        if self.exists() and "folder" not in self._known_record():  # no path, or a run of an earlier version
+            return plain
+        return moved(plain, Path.cwd(), self.base())
+
+    def write_config(self, resolved: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> None:
+        content = {**resolved, **({RECORD: dict(record)} if record else {})}
+        write_json(self.tmp, self.root / CONFIG, with_hash(content))
+
+    def _difference(self, data: Mapping[str, Any]) -> str:
+        """The fields in which a changed configuration differs from config.yaml, in words; empty without any."""
+        changed = difference_to_yaml(self.root / YAML, data)
+        words = [f"{name} is {old!r} here and {new!r} in {YAML}" for name, (old, new) in changed.items()]
+        return f": {', '.join(words[:3])}" if words else ""
 
     # -- COMMITs ----------------------------------------------------------------------------------------------------
 
     def commit(self, round_: int, name: str) -> Commit | None:
-        return Commit.load(self.folder(round_, name))
+        return committed(self.folder(round_, name))
 
     def is_committed(self, round_: int, name: str) -> bool:
         return (self.folder(round_, name) / commits.NAME).is_file()
+
+    def rounds_with(self, name: str) -> list[int]:
+        """The rounds in which the stage is committed, ascending. Raises RunDamaged where its COMMIT was lost."""
+        rounds = self.rounds()
+        return [round_ for round_ in rounds if self.was_made(round_, name)]
+
+    def was_made(self, round_: int, name: str) -> bool:
+        """Whether the stage is committed. Raises RunDamaged where it was and its COMMIT is gone.
+
+        That is so where the round has something that was made from it, or has files of it and is over.
+        """
+        if self.is_committed(round_, name):
+            return True
+        folder = self.folder(round_, name)
+        commits_here = [committed(self.folder(round_, other)) for _, other in self.places([round_])]
+        read = any(commit is not None and f"{round_}/{name}" in commit.inputs for commit in commits_here)
+        if read or (holds_files(folder) and self._is_over(round_)):
+            raise RunDamaged(f"{folder / commits.NAME} is missing. {fix_of(folder, None)}")
+        return False
+
+    def _is_over(self, round_: int) -> bool:
+        """Whether a later round has begun, or the run has come to its end."""
+        if any(self.is_committed(*place) for place in self.places([round_ + 1])):
+            return True
+        return self.events.last().get("event") == "end"
 
     def is_dropped(self, round_: int, name: str) -> bool:
         """True of a stage whose files were deleted on purpose."""
@@ -97,10 +179,12 @@ class RunFolder:
         """Commits the stage, whose files all lie in its folder, durably."""
         commit.save(self.folder(commit.round, name), self.tmp)
 
-    def places(self) -> Iterator[tuple[int, str]]:
+    def places(self, rounds: Sequence[int] | None = None) -> Iterator[tuple[int, str]]:
         """Every folder that a stage has written, by round and name: what is committed, and all of a round's own."""
-        for round_ in self.rounds():
+        for round_ in self.rounds() if rounds is None else rounds:
             base = self.root / f"round-{round_:04d}"
+            if not base.is_dir():
+                continue
             committed = (path.parent.relative_to(base).as_posix() for path in sorted(base.rglob(commits.NAME)))
             own = (path.name for path in sorted(base.iterdir()) if path.is_dir())
             yield from ((round_, name) for name in dict.fromkeys([*committed, *own]))
@@ -125,9 +209,7 @@ class RunFolder:
             commit, dropped = Commit.load(folder), Dropped.load(folder)
         except RunDamaged as error:
             return [str(error).split(". ")[0]]
-        if commit is None or (dropped is not None and not dropped.columns):
-            return []
-        return commit.faults(folder, dropped.files if dropped is not None else None)
+        return commit.faults(folder, dropped) if commit is not None else []
 
     def _replaced(self, round_: int, name: str) -> list[str]:
         """Which of the stages that it was made from are no longer what they were."""
@@ -192,6 +274,27 @@ class RunFolder:
     def _empty_tmp(self) -> None:
         shutil.rmtree(self.tmp, ignore_errors=True)
         self.tmp.mkdir(exist_ok=True)
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether a stage has left anything in its folder."""
+    return folder.is_dir() and any(path.is_file() and not is_own(path.name) for path in folder.iterdir())
+
+
+def difference_to_yaml(path: Path, data: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields of a resolved configuration that a YAML file gives another value, with both values.
+
+    Empty where the file cannot be read.
+    """
+    try:
+        asked = validate(read_yaml(path)).model_dump(mode="json") | {"output_dir": None}
+    except ConfigError:
+        return {}
+    plain = {name: value for name, value in data.items() if name not in (SELF, RECORD)}
+    folder = data.get(RECORD, {}).get("folder") if isinstance(data.get(RECORD), dict) else None
+    if isinstance(folder, str):
+        asked = moved(asked, Path.cwd(), path.parent / folder)
+    return differences(plain, asked)
 
 
 def parted(read: str) -> tuple[int, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from raftune.config.run import RunConfig
 from raftune.errors import DataError
 from raftune.policies.causal_lm.policy import CausalLM
 from raftune.runs import run
+from raftune.store.committed import read_json
 from raftune.store.run import RunFolder
 from raftune.subject import INHERITED, without_learning
 from raftune.trainer.inputs import GivenPrompts
@@ -43,7 +43,7 @@ def measure(
         own = validate({**sections, "output_dir": place, "num_rounds": 0, "report": False})
         run(own, replace(objects, train=None, held_out=prompts.table), observe=observe)
         path = RunFolder(place).folder(0, "evaluate") / "metrics.json"
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = read_json(path)
     if not found:
         raise DataError("eval_dataset must hold at least one prompt; got none.")
     return found

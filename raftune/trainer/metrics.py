@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 from raftune.digest import ends_of
 from raftune.ledger import answer_text
 from raftune.stages.plan import read_unit
+from raftune.store.committed import check_file, read_json
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import read_table
 from raftune.store.run import RunFolder
@@ -130,13 +130,13 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 def losses(run: RunFolder, round_: int) -> list[float]:
     """The mean loss of each optimizer step of the round."""
-    report = json.loads((run.folder(round_, "model") / "training.json").read_text())
+    report = read_json(run.folder(round_, "model") / "training.json")
     return [float(loss) for loss in report["losses"]]
 
 
 def kept(run: RunFolder, round_: int, count: int | None) -> list[tuple[Any, str, float | None]]:
     """The first `count` of what the round learned from: prompt, completion, score (None where it is from elsewhere)."""
-    file = pq.ParquetFile(run.folder(round_, "rows") / "rows.parquet")
+    file = pq.ParquetFile(check_file(run.folder(round_, "rows") / "rows.parquet"))
     rows: list[dict[str, Any]] = []
     for batch in file.iter_batches(batch_size=count or 1000, columns=["sample_id", "prompt", "completion"]):
         rows += batch.to_pylist()

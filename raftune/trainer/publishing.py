@@ -18,7 +18,8 @@ from raftune.policies.causal_lm import loading
 from raftune.policies.causal_lm.saving import write_model
 from raftune.policies.devices import choose_device
 from raftune.quiet import quiet
-from raftune.store.files import explaining
+from raftune.store.committed import check_folder, signatures, write_manifest
+from raftune.store.files import explaining, set_usual_mode
 from raftune.store.run import RunFolder
 
 # What push_to_hub may be told that goes into the model card.
@@ -40,6 +41,8 @@ def with_fresh_adapter(base: Any, policy: CausalLMPolicy) -> Any:
 def load_round(policy: CausalLMPolicy, run: RunFolder, round_: int) -> Any:
     """The model of a committed round in eval mode; a PeftModel where the run trains an adapter."""
     folder, start = run.folder(round_, "model"), run.folder(0, "model")
+    for place in (folder, start):
+        check_folder(place)
     device = choose_device(policy.device)
     if (folder / loading.ADAPTER).is_file():
         with quiet():
@@ -57,14 +60,17 @@ def publish(run: RunFolder, policy: CausalLMPolicy, out: Path, facts: Mapping[st
     if policy.adapter is None or (run.folder(best_of(run), "model") / loading.ADAPTER).is_file():
         publish_model(run.root, out)
     else:
-        start = run.folder(0, "model")
+        start = check_folder(run.folder(0, "model"))
         exact = policy.model_copy(update={"load_in_4bit": False})
         model = with_fresh_adapter(loading.load_start(exact, start, torch.device("cpu")), policy)
         with explaining(out):
             out.mkdir(parents=True, exist_ok=True)
             remove_published(out)
+            before = signatures(out)
             write_model(model, None, out, loading.base_of_adapters(start))
             ground_adapter(run, out)
+            write_manifest(out, before)
+            set_usual_mode(*(out / name for name in signatures(out).keys() - before.keys()))
     if facts is not None or not (out / "README.md").is_file():
         write_card(run, policy, out, facts or {})
 

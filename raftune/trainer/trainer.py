@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from raftune.build import Objects
 from raftune.config.run import RunConfig
-from raftune.digest import held_out_names
+from raftune.digest import best_round, held_out_names, read_json
 from raftune.errors import ConfigError, RaftuneError, StoreError
 from raftune.loop import Observer
 from raftune.policies.causal_lm.encoding import Encoder
@@ -201,9 +200,7 @@ class RaftTrainer(TrainerFace):
 
     def _measured(self) -> dict[str, Any]:
         """What was measured of the best round when it ended; empty without held-out prompts."""
-        path = self._run.folder(self._best(), "evaluate") / "metrics.json"
-        found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        return found
+        return read_json(self._run.folder(self._best(), "evaluate") / "metrics.json")
 
     def _evaluate_on(self, given: Any, prefix: str) -> dict[str, float]:
         several = given if isinstance(given, Mapping) else {"": given}
@@ -325,9 +322,10 @@ class RaftTrainer(TrainerFace):
 
     def _best(self) -> int:
         """The number of the best round. Raises StoreError before there is one."""
-        if not self._has_model():
+        best = best_round(self._run.root)
+        if best is None:
             raise StoreError(f"{self._run.root} has no trained model yet: no round is done. Call train() first.")
-        return int(json.loads((self._run.root / "best.json").read_text())["round"])
+        return best
 
     def _encoder(self) -> Encoder:
         return Encoder(self.processing_class, self.run_config.sampling, None, 0)

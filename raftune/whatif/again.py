@@ -17,7 +17,7 @@ from raftune.config.run import RunConfig
 from raftune.config.selection import READ_BY
 from raftune.engines.local import ThisProcess
 from raftune.errors import ConfigChanged, ConfigError, RewardError, RunDamaged
-from raftune.families import family_of
+from raftune.families import FAMILIES, family_of
 from raftune.loop import ensure
 from raftune.plain import shell_command
 from raftune.protocols import Stage, UnitStage
@@ -214,7 +214,9 @@ class Again:
         if self._panel is None:
             self._panel = SamplePanel(load_panel(resolve_starters(self.config).rewards))
             family = self.config.policy.family
-            if findings := [*misfits(self._panel.panel, family_of(self.config).media, family)]:
+            # Code that a run's configuration names is not imported to look at the run.
+            media = family_of(self.config).media if family in FAMILIES else None
+            if media is not None and (findings := [*misfits(self._panel.panel, media, family)]):
                 raise ConfigError("\n".join(findings))
             if self._panel.panel.has_weights:
                 limit_threads(self.config)  # they shape a reward model's scores

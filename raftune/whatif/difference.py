@@ -20,7 +20,7 @@ from raftune.evaluation.best_of import best_of_k_estimates
 from raftune.ledger import prompts_of, read_drawn, readable
 from raftune.stages.plan import read_plan
 from raftune.stages.select import read_verdicts
-from raftune.store.layout import unit_file
+from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
 
@@ -284,7 +284,8 @@ def ks_up_to(most: int) -> list[int]:
 
 def names_of(run: RunFolder, round_: int) -> str:
     """The rewards that gave the scores, joined."""
-    files = sorted(run.folder(round_, "score").glob("unit-*.parquet"))
+    folder = run.folder(round_, "score")
+    files = [folder / unit_file(unit) for unit in unit_numbers(folder)]
     names = [n.removeprefix("rewards/") for n in column_names(files[0]) if n.startswith("rewards/")] if files else []
     return " + ".join(names)
 

@@ -15,6 +15,7 @@ from raftune.config.load import merge
 from raftune.protocols import TuneReport, Unit
 from raftune.records import Prompt, Sample
 from raftune.runs import run
+from raftune.store.run import RunFolder
 from tests.injections import HOSTILE
 
 NAMES = (HOSTILE[0], HOSTILE[4], "__proto__", "constructor")
@@ -86,8 +87,8 @@ def hostile_run(root: Path, **changes: Any) -> Path:
     rewards = [reward_named(name) for name in NAMES]
     held_out = prompts.slice(0, 5)
     run(validate(merge([base, changes])), Objects(train=lambda: prompts, held_out=lambda: held_out, rewards=rewards))
-    path = root / "config.resolved.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"name": HOSTILE[0] + HOSTILE[-6]}))
+    folder = RunFolder(root)
+    folder.write_config(folder.read_config() | {"name": HOSTILE[0] + HOSTILE[-6]})
     with (root / "config.yaml").open("a") as file:
         file.write("\n# " + " ".join(HOSTILE[:10]) + "\n")
     return root

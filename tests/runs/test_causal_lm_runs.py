@@ -17,6 +17,7 @@ from raftune.build import Objects
 from raftune.errors import ConfigChanged, ModelError
 from raftune.policies.causal_lm import CausalLM
 from raftune.runs import resume, run
+from raftune.store.run import RunFolder
 from tests.builders import save_tiny
 
 NOT_COMPARED = ("tmp", "LOCK", "events.jsonl", "environment.json", "config.yaml")
@@ -193,7 +194,7 @@ def test_a_human_answer_that_is_best_is_learned_from_with_its_end(tmp_path: Path
 def _parts(root: Path) -> Any:
     from raftune.config import validate
 
-    return validate(json.loads((root / "config.resolved.json").read_text()))
+    return validate(RunFolder(root).read_config())
 
 
 def test_replay_and_reference_rows_join_what_a_round_learns_from(tmp_path: Path, llama: Path) -> None:

@@ -315,7 +315,7 @@ def test_alarms_that_are_none_are_refused_by_the_name_of_their_file(
     shutil.copytree(finished, fresh / "runs/harmed")
     (fresh / "runs/harmed/round-0001/guard/alarms.json").write_text('{"x": 1}')
     _, err = said(capsys, "alarms", str(fresh / "runs/harmed"), code=1)
-    assert "alarms.json does not hold a list of alarms. `raftune verify`" in err
+    assert "alarms.json has 8 bytes" in err and "--from 1/guard`" in err
 
 
 def test_a_folder_that_is_not_there_is_no_list(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -406,7 +406,7 @@ def test_export_writes_what_it_says(finished: Path, tmp_path: Path, capsys: pyte
     assert out == f"Wrote 16 rows to {tmp_path / 'a.jsonl'}.\n"
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 16
     said(capsys, "export", "runs/tab", "--format", "model", "--out", str(tmp_path / "model"))
-    assert {path.name for path in (tmp_path / "model").iterdir()} == {"README.md", "policy.json"}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"README.md", "policy.json", "raftune_files.json"}
     _, err = said(capsys, "export", "runs/tab", "--format", "model", "--out", str(tmp_path / "model"), code=2)
     assert "must not exist yet, or be empty" in err
     _, err = said(capsys, "export", "runs/tab", "--format", "sft-tokens", "--out", str(tmp_path / "t.jsonl"), code=2)

@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from raftune.build import Assembly
+from raftune.card import publish_model
 from raftune.errors import ConfigChanged, RunDamaged, RunTooNew, StoreError
+from raftune.export import export
+from raftune.report import write_report
 from raftune.runs import resume, run, verify
+from raftune.store.commit import with_hash
+from raftune.store.files import json_bytes
 from raftune.store.job import Job, receipts_of
 from raftune.store.run import RunFolder
+from raftune.subject import subject_of
 from tests.runs import tiny
 from tests.runs.kill import difference, tree
 
@@ -91,9 +98,29 @@ def test_every_file_that_is_harmed_is_found_and_named_before_anything_is_run(
     assert verify(root) == []
 
 
-def test_a_commit_that_was_replaced_is_found_by_what_was_made_from_it(copy: Path) -> None:
+def test_a_commit_that_was_edited_is_named(copy: Path) -> None:
     path = copy / "round-0001/draw/_COMMIT.json"
     path.write_text(path.read_text().replace('"rows": 20', '"rows": 21', 1))
+    assert verify(copy)[0].startswith(f"{path} has changed since it was committed")
+    with pytest.raises(RunDamaged, match=r"round-0001/draw/_COMMIT\.json has changed.*--from 1/draw"):
+        resume(copy, tiny.objects())
+
+
+def test_a_commit_whose_key_is_not_that_of_its_fields_is_named(copy: Path) -> None:
+    path = copy / "round-0002/guard/_COMMIT.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    content["key"] = content["key"][::-1]
+    path.write_bytes(json_bytes(with_hash(content)))
+    assert verify(copy) == [f"{path} has a key that is not that of its fields and inputs"]
+
+
+def test_a_commit_that_was_replaced_is_found_by_what_was_made_from_it(copy: Path) -> None:
+    path = copy / "round-0001/draw/_COMMIT.json"
+    content = json.loads(path.read_text())
+    content["files"]["unit-00000.parquet"]["rows"] += 1
+    del content["sha256"]
+    path.write_bytes(json_bytes(with_hash(content)))
     faults = verify(copy)
     assert all("was made from another 1/draw than the one on disk" in fault for fault in faults)
     assert {fault.split(" ")[0].rsplit("/", 1)[1] for fault in faults} == {
@@ -220,3 +247,91 @@ def test_a_line_of_events_that_a_kill_cut_short_is_passed_over(copy: Path) -> No
     folder.events.add("note", text="next")
     assert len(list(folder.events)) == count + 1
     assert json.loads(events.read_text().splitlines()[-1])["text"] == "next"
+
+
+def replace(path: Path, old: str, new: str) -> str:
+    """Edits a text file; returns what it was."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    return text
+
+
+def test_a_configuration_that_was_edited_on_disk_is_refused_with_the_difference(copy: Path) -> None:
+    path = copy / "config.resolved.json"
+    replace(path, '"beta": 0.3', '"beta": 9.3')
+    assert "selection.beta is 9.3 here and 0.3 in config.yaml" in verify(copy)[0]
+    with pytest.raises(RunDamaged, match=r"config\.resolved\.json has changed.*selection\.beta is 9\.3 here"):
+        resume(copy, tiny.objects())
+    run(tiny.config(copy, **tiny.EVERYTHING), tiny.objects())  # the right values write it anew
+    assert verify(copy) == []
+
+
+def test_a_config_yaml_that_was_edited_is_neither_passed_over_nor_written_over(copy: Path) -> None:
+    path = copy / "config.yaml"
+    before = yaml.safe_load(replace(path, "beta: 0.3", "beta: 9.3"))
+    assert verify(copy) == [f"{path} has changed since it was written (its SHA-256 differs)"]
+    with pytest.raises(RunDamaged, match=r"selection\.beta is 9\.3 there and was 0\.3"):
+        resume(copy, tiny.objects())
+    assert "beta: 9.3" in path.read_text()
+    path.unlink()
+    resume(copy, tiny.objects())
+    assert yaml.safe_load(path.read_text()) == before
+    assert verify(copy) == []
+
+
+@pytest.mark.parametrize("name", ["environment.json", "config.yaml", "events.jsonl", "best.json"])
+def test_a_file_at_the_top_that_was_harmed_or_deleted_is_found(copy: Path, name: str) -> None:
+    whole = (copy / name).read_bytes()
+    flip(copy / name)
+    if name == "events.jsonl":
+        (copy / name).write_bytes(whole.replace(b'"event"', b'"evemt"', 1))
+    (fault,) = verify(copy)
+    assert name in fault
+    (copy / name).unlink()
+    (fault,) = verify(copy)
+    assert fault.startswith(f"{copy / name} is missing")
+
+
+def test_a_best_round_that_the_numbers_do_not_bear_out_is_found_and_never_exported(copy: Path, tmp_path: Path) -> None:
+    path = copy / "best.json"
+    content = json.loads(path.read_text())
+    other = 2 if content["round"] == 1 else 1
+    path.write_bytes(json_bytes(content | {"round": other}))
+    for act in (lambda: publish_model(copy, tmp_path / "out"), lambda: subject_of(str(copy))):
+        with pytest.raises(RunDamaged, match=r"best\.json has changed since it was written"):
+            act()
+    del content["sha256"]
+    path.write_bytes(json_bytes(with_hash(content | {"round": other})))
+    (fault,) = verify(copy)
+    assert f"names round {other} of 2; by the rounds' own numbers it is {content['round']}" in fault
+
+
+@pytest.mark.parametrize("name", ["unit-00009.parquet", "unit-00001-copy.parquet"])
+def test_a_surplus_shard_is_named_and_read_by_nobody(copy: Path, tmp_path: Path, name: str) -> None:
+    folder = copy / "round-0001/draw"
+    shutil.copy(folder / "unit-00001.parquet", folder / name)
+    assert verify(copy) == [f"{folder / name} was not committed: move it out of the folder"]
+    with pytest.raises(RunDamaged, match=f"round-0001/draw/{name} was not committed"):
+        resume(copy, tiny.objects())
+    export(copy, "sft", tmp_path / "out.jsonl")
+    write_report(copy, tmp_path / "page.html")
+    assert f"{name} was not committed" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "guard", "model", "draw"])
+@pytest.mark.parametrize("what", ["its COMMIT", "the folder"])
+def test_a_stage_of_a_finished_round_without_its_commit_is_found(copy: Path, stage: str, what: str) -> None:
+    folder = copy / "round-0001" / stage
+    (folder / "_COMMIT.json").unlink()
+    if what == "the folder":
+        shutil.rmtree(folder)
+    assert any(f"round-0001/{stage}" in fault or f"1/{stage}" in fault for fault in verify(copy))
+
+
+def test_a_receipt_whose_unit_was_harmed_is_found_by_verify(copy: Path) -> None:
+    shutil.rmtree(copy / "round-0002")
+    folder = copy / "round-0001/guard"
+    receipt = {"unit": 0, "file": "unit-00000.parquet", "sha256": "0" * 64}
+    (folder / "_receipts.jsonl").write_text(json.dumps(receipt) + "\n")
+    assert any("round-0001/guard/_receipts.jsonl line 1" in fault for fault in verify(copy))

@@ -181,7 +181,8 @@ def test_a_published_lora_loads_as_its_card_says_onto_a_base_that_comes_along(mo
     publish_model(root, out, 0)
     assert (out / "unet").is_dir()
     publish_model(root, out, 1)
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "base", "pytorch_lora_weights.safetensors"]
+    written = ["README.md", "base", "pytorch_lora_weights.safetensors", "raftune_files.json"]
+    assert sorted(path.name for path in out.iterdir()) == written
     names: dict[str, Any] = {}
     exec(snippet(out / "README.md").replace("FOLDER", str(out)), names)
     loads_and_draws(names["pipe"], root, model)

@@ -77,10 +77,9 @@ def without_guards(root: Path) -> None:
     """Makes the run one of a version that knew no guards."""
     for folder in root.glob("round-*/guard"):
         shutil.rmtree(folder)
-    path = root / "config.resolved.json"
-    config = json.loads(path.read_text())
+    config = RunFolder(root).read_config()
     del config["guards"]
-    path.write_text(json.dumps(config))
+    RunFolder(root).write_config(config)
 
 
 def test_alarms_of_a_run_without_a_finished_round_point_to_resume_and_not_to_the_guards(

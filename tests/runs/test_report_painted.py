@@ -18,8 +18,9 @@ from raftune.report import collect, pictures, write_report
 from raftune.report.overview import overview
 from raftune.runs import run
 from raftune.store.commit import NAME as COMMIT
+from raftune.store.commit import with_hash
 from raftune.store.dropping import MARKER
-from raftune.store.files import sha256_of
+from raftune.store.files import json_bytes, sha256_of
 from raftune.store.parquet import read_metadata, read_table, write_table
 from tests.runs import sketches
 
@@ -47,7 +48,8 @@ def rewritten(root: Path, name: str, change: Callable[[pa.Table], pa.Table]) -> 
     write_table(change(before), path, read_metadata(path)[1])
     commit = json.loads((path.parent / COMMIT).read_text())
     commit["files"][path.name] |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    (path.parent / COMMIT).write_text(json.dumps(commit))
+    del commit["sha256"]
+    (path.parent / COMMIT).write_bytes(json_bytes(with_hash(commit)))
     return before
 
 

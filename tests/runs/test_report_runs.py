@@ -16,7 +16,8 @@ from raftune.report import collect, learned, pairs, prompts, render, write_repor
 from raftune.runs import run
 from raftune.selection import Reason
 from raftune.store.commit import NAME as COMMIT
-from raftune.store.files import sha256_of
+from raftune.store.commit import with_hash
+from raftune.store.files import json_bytes, sha256_of
 from raftune.store.parquet import read_table
 from raftune.store.run import RunFolder
 from tests.markup import Seen
@@ -60,7 +61,8 @@ def replace(root: Path, name: str, content: str) -> None:
     path.write_text(content, encoding="utf-8")
     commit = json.loads((path.parent / COMMIT).read_text())
     commit["files"][path.name] |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    (path.parent / COMMIT).write_text(json.dumps(commit))
+    del commit["sha256"]
+    (path.parent / COMMIT).write_bytes(json_bytes(with_hash(commit)))
 
 
 # -- what it holds ----------------------------------------------------------------------------------------------------

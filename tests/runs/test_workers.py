@@ -182,8 +182,8 @@ def test_out_of_memory_at_one_row_keeps_its_class(tmp_path: Path) -> None:
 def test_a_worker_that_cannot_be_built_says_why(tmp_path: Path) -> None:
     root = tmp_path / "run"
     run(tiny.config(root, **settings(1)), tiny.objects())
-    path = root / "config.resolved.json"
-    path.write_text(path.read_text().replace("tests.runs.crashing", "tests.runs.nowhere"))
+    config = json.dumps(RunFolder(root).read_config()).replace("tests.runs.crashing", "tests.runs.nowhere")
+    RunFolder(root).write_config(json.loads(config))
     worker = Worker(root, 0, tiny.config(root).engine)
     answer = worker.ask({"round": 1, "stage": "draw", "unit": 0, "key": "any"})
     worker.end()

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,12 @@ def fingerprint(folder: Path) -> str:
 def read_reference(start: Path) -> Reference | None:
     """The reference that a start folder holds; None where the folder holds the weights themselves."""
     path = start / REFERENCE
-    return Reference(**json.loads(path.read_text())) if path.is_file() else None
+    if not path.is_file():
+        return None
+    reference = Reference(**json.loads(path.read_text()))
+    if not reference.name.startswith(".."):
+        return reference
+    return replace(reference, name=str((start / reference.name).resolve()))  # given relative: found from the run
 
 
 def verify(start: Path) -> None:

@@ -128,10 +128,11 @@ def verify(start: Path) -> None:
     record = read_record(start)
     if not record.fingerprint or record.fingerprint.startswith("hub:"):
         return
-    if not Path(record.model).is_dir():
-        raise ModelError(f"policy.model must still be where the run began; {record.model} is gone. Put it back.")
-    if (now := fingerprint(Path(record.model))) != record.fingerprint:
+    place = (start / record.model).resolve() if record.model.startswith("..") else Path(record.model)
+    if not place.is_dir():
+        raise ModelError(f"policy.model must still be where the run began; {place} is gone. Put it back.")
+    if (now := fingerprint(place)) != record.fingerprint:
         raise ModelError(
-            f"policy.model must not change during a run; {record.model} was {record.fingerprint[:12]} and is "
+            f"policy.model must not change during a run; {place} was {record.fingerprint[:12]} and is "
             f"{now[:12]}. Put the files back, or start a new run."
         )

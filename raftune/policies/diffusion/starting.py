@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def _begin_with_object(out: Path, model: Any) -> None:
 def _begin_with_round(config: DiffusionPolicy, out: Path, folder: Path, tunes: bool) -> None:
     record, source = read_record(folder), source_of(folder, config)
     if record.kind == "reference":
-        record.write(out)
+        relative = record.model.startswith("..")
+        (replace(record, model=str(source.folder)) if relative else record).write(out)
         return
     if record.kind == "pipeline":
         Record("reference", str(folder), None, fingerprint(folder)).write(out)
