@@ -91,7 +91,7 @@ def publish_merged(run: RunFolder, round_: int, out: Path) -> Use:
     """Writes a language model with its adapter added in. Raises ConfigError where there is none to add."""
     from raftune.build import Assembly
 
-    assembly = Assembly(run, validate(run.read_config()))
+    assembly = Assembly(run, run.configuration())
     try:
         policy: Any = assembly.family.load(assembly.config, run.folder(round_, "model"), run.folder(0, "model"))
         if not hasattr(policy, "export_merged"):
