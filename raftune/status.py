@@ -67,7 +67,7 @@ def progress_of(status: Status) -> Status:
     for round_, name in run.places(sorted(looked)):
         run.commit(round_, name)  # it can be read, and is of a version that we know
     last = next((round_ for round_ in reversed(rounds) if is_done(run, round_)), None)
-    rewards = {r: read_row(run, r).get("reward") for r in rounds if r in (0, best, last)}
+    rewards = {r: read_row(run, r).get("reward") for r in sorted(looked) if is_done(run, r)}
     state, why = state_of(run, status.num_rounds, last)
     return replace(
         status,
