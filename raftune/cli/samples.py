@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from rich.text import Text
 
 from raftune import ledger
-from raftune.cli.saving import check_folder, save_pictures
+from raftune.cli.saving import check_folder, save_pictures, sheet_of
 from raftune.cli.show import out, say
 from raftune.errors import ConfigError
 from raftune.ledger import Sample
@@ -79,6 +79,7 @@ def samples(
     if save is not None:
         say("")
         say(f"Wrote {counted(saved, 'picture')} and metadata.jsonl to {save}.")
+        say(f"All at a glance: {sheet_of(Path(save))}")
 
 
 def choose_round(folder: RunFolder, asked: int | None, held_out: bool) -> tuple[int, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from raftune.cli import main
 from raftune.digest import alarms_of, columns_for, rows_of
 from raftune.errors import ConfigError
 from raftune.evaluation.images import looked_at
-from raftune.pictures import image_of, png_of, require_pillow, sha256_of_png
+from raftune.pictures import image_of, png_of, require_pillow
 from raftune.runs import run, verify
 from raftune.stages.evaluate import Evaluate
 from raftune.store.run import RunFolder
@@ -176,7 +177,12 @@ def test_pictures_are_saved_under_harmless_names_as_an_image_folder(
     lines = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
     assert len(lines) == 24 and all(line["prompt"].startswith("a ") for line in lines)
     for line in lines:
-        assert line["file_name"] == f"{sha256_of_png((out / line['file_name']).read_bytes())}.png"
+        found = re.fullmatch(r"00[123]-(.*)-k(\d\d)-([+-].*)\.png", line["file_name"])
+        assert found is not None
+        assert (int(found[2]), float(found[3])) == (line["k"], pytest.approx(line["score"], abs=1e-3))
+        assert found[1] == line["prompt"].replace(",", "").replace(" ", "-")[:40]
+    sheet = image_of((tmp_path / "out-contact-sheet.png").read_bytes())
+    assert sheet.width >= 8 * 96 and sheet.height >= 3 * 96  # a row for each prompt, K pictures in it
     loaded = datasets.load_dataset("imagefolder", data_dir=str(out), split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded.num_rows == 24 and loaded[0]["image"].size == (16, 16)
     assert main(["samples", str(vivid), "--save", str(out)]) == 2
@@ -189,7 +195,7 @@ def test_hostile_prompts_name_no_file(tmp_path: Path, capsys: pytest.CaptureFixt
     run(config(tmp_path / "run", num_rounds=1, evaluation={"num_prompts": 0}), whole)
     called(capsys, "samples", str(tmp_path / "run"), "-n", "6", "--save", str(tmp_path / "out"))
     names = {path.name for path in (tmp_path / "out").iterdir()} - {"metadata.jsonl"}
-    assert names and all(len(name) == 68 and name.endswith(".png") for name in names)
+    assert names and all(re.fullmatch(r"[0-9]{3}-[a-z0-9+.-]{1,70}\.png", name) for name in names)
 
 
 def test_a_text_run_has_no_pictures_to_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
