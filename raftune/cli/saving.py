@@ -23,10 +23,10 @@ TOLD = ("sample_id", "prompt_id", "k", "source", "score", "held_out", "weight", 
 
 def check_folder(folder: Path) -> None:
     """Raises ConfigError unless pictures can be written there without touching what somebody else wrote."""
-    if sheet_of(folder).exists():
-        raise ConfigError(f"--save writes {sheet_of(folder)} as well, which exists. Choose another folder.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--save must be a new or an empty folder; {folder} is not. Choose another.")
+    if sheet_of(folder).exists():
+        raise ConfigError(f"--save writes {sheet_of(folder)} as well, which exists. Choose another folder.")
 
 
 def save_pictures(samples: Iterable[Sample], folder: Path, round_: int) -> int:
