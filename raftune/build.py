@@ -181,16 +181,22 @@ class Assembly:
         if config.sampling.teacher is not None:
             stages.append(Start(lambda out: start_teacher(self.family, config, out), name="teacher"))
         if hasattr(self.family, "unread"):
-            stages.append(Prompts(self.policies, data))
+            text, sampling = self.family.media == "text", config.sampling
+            teacher = text and sampling.teacher is not None
+            columns = sampling.candidate_columns if text else ()
+            stages.append(Prompts(self.policies, data, drop=self.drops, teacher=teacher, columns=columns))
         if hasattr(self.family, "choose_backend"):
             here = isinstance(self.engine, ThisProcess)
-            stages.append(Parity(self.policies, (lambda: None) if here else self.policies.release))
+            stages.append(Parity(self.policies, (lambda: None) if here else self.policies.release, self.drops))
         return stages
 
     def _training(self, round_: int) -> list[Stage]:
         config, sampling = self.config, self.config.sampling
         shards = ("draw", "teach") if sampling.teacher else ("draw",)
-        stages: list[Stage] = [Plan(config, round_), Draw(self.policies, columns=sampling.candidate_columns)]
+        stages: list[Stage] = [
+            Plan(config, round_, self.drops),
+            Draw(self.policies, columns=sampling.candidate_columns),
+        ]
         if sampling.teacher is not None:
             stages.append(Teach(self.policies, sampling.teacher.num_generations))
         stages.append(ScoreSamples(self.panel, reads=shards, local=bool(self.objects.rewards)))
@@ -210,7 +216,7 @@ class Assembly:
         prefix = "evaluate/"
         plan, drawn = prefix + "plan", prefix + "draw"
         stages: list[Stage] = [
-            EvaluationPlan(self.config, round_),
+            EvaluationPlan(self.config, round_, self.drops),
             Draw(self.policies, model="model", plan=plan, writes=drawn),
             ScoreSamples(
                 self.yardstick, plan=plan, reads=(drawn,), writes=prefix + "score", local=bool(self.objects.rewards)
@@ -261,6 +267,11 @@ class Assembly:
         ]
 
     # -- what the stages need -----------------------------------------------------------------------------------------
+
+    @property
+    def drops(self) -> bool:
+        """Whether prompts that the model cannot take are left out."""
+        return self.config.sampling.unusable_prompts == "drop" and hasattr(self.family, "unread")
 
     def knows_likelihood(self) -> bool:
         return hasattr(self.family, "log_probs")

@@ -21,6 +21,7 @@ def preflight(assembly: Assembly) -> None:
     reward that cannot be loaded."""
     if findings := [
         *rewards(assembly),
+        *unusable(assembly),
         *likelihood(assembly),
         *selection(assembly),
         *best_round(assembly),
@@ -77,6 +78,14 @@ def training(assembly: Assembly) -> Iterator[str]:
                 f"tuning.optim: {config.tuning.optim} needs the package {package}, which is not installed. Install it, "
                 "or write adamw_torch."
             )
+
+
+def unusable(assembly: Assembly) -> Iterator[str]:
+    if assembly.config.sampling.unusable_prompts == "drop" and not hasattr(assembly.family, "unread"):
+        yield (
+            "sampling.unusable_prompts must be refuse for a family that does not say which prompts it cannot take; got "
+            f"drop with policy.family: {assembly.config.policy.family}. Leave it out, or give the family `unread`."
+        )
 
 
 def references(assembly: Assembly) -> None:

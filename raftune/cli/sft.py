@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from raftune.sft import Learned
 
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+SHORT = ("--min-score", "--keep", "--columns")
 STEPS = {
     "read": "reading the answers",
     "start": "checking the model",
@@ -38,6 +39,9 @@ def sft(
     chosen and rejected with or without a prompt, ranked completions, prompt and completion, or messages. A row that
     cannot be used is left out, counted, and named in skipped.jsonl. FILE.yaml holds any of the fields below.
 
+    Of answers with a score (or rating, or reward) say which to learn: --min-score 4 those of 4 or more, --keep best the
+    best of each prompt, --keep all every one. Columns of other names: --columns prompt=question,completion=reply.
+
     The directory then holds model/, which transformers or peft loads and `raftune train` takes as policy.model,
     rows.parquet (exactly what was learned from), prompts.jsonl and held_out.jsonl (for the rounds that come after) and
     report.json (with the perplexity of held-out answers before and after). Stopped at any time, the same command goes
@@ -48,7 +52,7 @@ def sft(
     from raftune.config.sft import SftConfig
     from raftune.sft import sft as learn
 
-    given = read_tokens(words, "sft", ("--json",), SftConfig)
+    given = read_tokens([in_full(word) for word in words], "sft", ("--json", *SHORT), SftConfig)
     data, files = data_and_files(given, "sft")
     config = load_as(SftConfig, files, given.flags | ({"data.path": data} if data else {}))
     root = Path(config.output_dir)
@@ -68,6 +72,12 @@ def sft(
         return
     for line in outcome(learned):
         say(line)
+
+
+def in_full(word: str) -> str:
+    """The flag of a field of `data` that has a short name, in full."""
+    flag, equals, value = word.partition("=")
+    return f"--data.{flag.replace('-', '_').strip('_')}{equals}{value}" if flag in SHORT else word
 
 
 def outcome(learned: Learned) -> list[str]:

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Frozen(BaseModel):
     """A section whose fields cannot be changed after it was validated, and that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def read_columns(value: Any) -> Any:
+    """`prompt=question,completion=answer` as the mapping that it means; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    if not all(sign and name.strip() and column.strip() for name, sign, column in pairs):
+        raise ValueError(f"columns must be name=column pairs; got {value!r}. Write prompt=question,completion=answer.")
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+# By the name that raftune reads, the column of the data that is meant.
+Columns = Annotated[dict[str, str] | None, BeforeValidator(read_columns)]
+COLUMNS_FIELD: Any = Field(
+    None,
+    exclude_if=lambda value: value is None,  # so that what was made before there was the field is still the same
+    description="Columns of other names: prompt=question,completion=answer, or a mapping.",
+)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raftune.config.base import Frozen
+from raftune.config.base import COLUMNS_FIELD, Columns, Frozen
 from raftune.config.policy import AdapterConfig
 
 # Peak rate by the number of trained parameters, where none is given: small models need and bear more.
@@ -31,6 +31,7 @@ class RewardModelConfig(Frozen):
         description="pairwise: Bradley-Terry on preferences; pointwise: squared error on ratings; auto: by data.",
     )
     split: str = Field("train", description="Split of a hub or `datasets` folder.")
+    columns: Columns = COLUMNS_FIELD
     dialogues: Literal["text", "messages"] = Field(
         "text", description="What dialogues as in HH-RLHF become: texts as they stand, or messages for a chat template."
     )

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raftune.config.base import Frozen
+from raftune.config.base import COLUMNS_FIELD, Columns, Frozen
 from raftune.config.evaluation import EvaluationConfig
 from raftune.config.guards import GuardsConfig
 from raftune.config.policy import PolicyConfig
@@ -28,6 +28,7 @@ class DataConfig(Frozen):
     split: str = Field("train", description="Split of a hub or `datasets` folder.")
     prompt_column: str = Field("prompt", description="Column that holds the prompt: text, messages, or a class label.")
     limit: int | None = Field(None, ge=1, description="Only the first so many rows.")
+    columns: Columns = COLUMNS_FIELD
 
 
 class EngineConfig(Frozen):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -48,6 +48,11 @@ class SamplingConfig(Frozen):
     )
     max_prompt_length: int | None = Field(
         None, ge=1, description="Prompts of more tokens are refused; None is the context's limit."
+    )
+    unusable_prompts: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="Prompts that the model cannot take (too long, refused by its chat template): refuse names them "
+        "before anything is drawn, drop leaves them out and records which.",
     )
     stop: tuple[str, ...] = Field((), description="Texts that end a completion once they appear in it.")
     generation_kwargs: dict[str, Any] = Field(

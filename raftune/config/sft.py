@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from raftune.config.base import Frozen
+from raftune.config.base import COLUMNS_FIELD, Columns, Frozen
 from raftune.config.policy import PolicyConfig
 from raftune.config.tuning import TuningConfig
 
@@ -21,6 +21,11 @@ class DemonstrationsConfig(Frozen):
     path: str = Field(description="JSONL (also gzipped), JSON, CSV or Parquet, a `datasets` folder, or a hub name.")
     split: str = Field("train", description="Split of a hub or `datasets` folder.")
     limit: int | None = Field(None, ge=1, description="Only the first so many answers.")
+    columns: Columns = COLUMNS_FIELD
+    min_score: float | None = Field(None, description="Of answers with a score, only those with so much or more.")
+    keep: Literal["best", "all"] | None = Field(
+        None, description="Of answers with a score: best, the first of the highest of each prompt; all, every one."
+    )
     dialogues: Literal["text", "messages"] = Field(
         "text", description="What dialogues of HH-RLHF become: texts as they stand, or messages for a chat template."
     )

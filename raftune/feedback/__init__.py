@@ -8,7 +8,7 @@ ratings.py          what a person gave an answer
 demonstrations.py   what a person would have answered
 """
 
-from raftune.feedback.demonstrations import read_demonstrations
+from raftune.feedback.demonstrations import choose, read_demonstrations
 from raftune.feedback.preferences import read_preferences
 from raftune.feedback.ratings import read_ratings
 from raftune.feedback.rows import Demonstration, Feedback, Pair, Rating, Reason, Skipped, write_skipped
@@ -20,6 +20,7 @@ __all__ = [
     "Rating",
     "Reason",
     "Skipped",
+    "choose",
     "read_demonstrations",
     "read_preferences",
     "read_ratings",

@@ -3,12 +3,17 @@ dialogues."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from raftune.errors import DataError
 from raftune.feedback.columns import (
     COMPLETION,
     COMPLETIONS,
+    SCORE,
     Row,
     asked,
     check_answer,
@@ -17,10 +22,11 @@ from raftune.feedback.columns import (
     has,
     read_answer,
     read_list,
+    read_number,
     used,
 )
 from raftune.feedback.preferences import HH, Form, preferred
-from raftune.feedback.rows import Demonstration, Feedback, Reason, Unusable
+from raftune.feedback.rows import Demonstration, Feedback, Reason, Skipped, Unusable
 from raftune.feedback.source import collect
 from raftune.feedback.turns import answer_text, begins, ends_with_assistant, excerpt, prompt_text, read_messages
 from raftune.pictures import is_picture
@@ -36,7 +42,12 @@ WANTED = (
 
 
 def read_demonstrations(
-    source: str, split: str = "train", *, field: str = "data", dialogues: Form = "text"
+    source: str,
+    split: str = "train",
+    *,
+    field: str = "data",
+    dialogues: Form = "text",
+    columns: Mapping[str, str] | None = None,
 ) -> Feedback[Demonstration]:
     """The answers to learn from, and the rows that hold none. Raises DataError where no row is usable.
 
@@ -53,9 +64,64 @@ def read_demonstrations(
         else:
             form, prompt, answer = demonstrated(row, dialogues)
         tools = row.get(TOOLS) or None
-        return form, [Demonstration(number, prompt, answer, tools if isinstance(prompt, list) else None)]
+        score = None if has(row, (*COMPLETIONS, "chosen", "rejected")) else score_of(row)
+        return form, [Demonstration(number, prompt, answer, tools if isinstance(prompt, list) else None, score)]
 
-    return collect(source, split, field, read, WANTED)
+    return collect(source, split, field, read, WANTED, columns)
+
+
+def score_of(row: Row) -> float | None:
+    """The number that the answer was given; None where there is none."""
+    try:
+        return read_number(*reversed(find(row, SCORE)))
+    except Unusable:
+        return None
+
+
+def choose(
+    feedback: Feedback[Demonstration], min_score: float | None, keep: Literal["best", "all"] | None, field: str
+) -> Feedback[Demonstration]:
+    """The answers that are good enough to learn; the others are skipped, and named.
+
+    Raises DataError where answers are scored, not all alike, and nobody said which to learn; and where scores are asked
+    for that there are not.
+    """
+    scores = [row.score for row in feedback.rows if row.score is not None]
+    if min_score is None and keep is None:
+        if len({*scores}) > 1:
+            raise DataError(
+                f"{field} holds answers with a score (one of the columns {', '.join(SCORE)}), from {min(scores):g} to "
+                f"{max(scores):g}; learning all alike would teach the bad ones too. Choose: --min-score X learns those "
+                "of X or more, --keep best the best of each prompt, --keep all every one. `reward train` learns to "
+                "tell them apart."
+            )
+        return feedback
+    if not scores and keep != "all":
+        raise DataError(
+            f"{field} must hold answers with a score ({', '.join(SCORE)}) for --min-score and --keep best; there is "
+            "none. Leave these out, or name the column: --columns score=COLUMN."
+        )
+    best: dict[str, tuple[float, int]] = {}
+    for number, row in enumerate(feedback.rows):
+        if row.score is not None:
+            key = json.dumps([row.prompt, row.tools], sort_keys=True, default=repr)
+            best[key] = max(best.get(key, (-math.inf, 0)), (row.score, -number))
+    chosen = {-number for _, number in best.values()}
+    rows, skipped = [], list(feedback.skipped)
+    for number, row in enumerate(feedback.rows):
+        if min_score is not None and (row.score is None or row.score < min_score):
+            given = "no score" if row.score is None else f"the score {row.score:g}"
+            skipped.append(Skipped(row.row, Reason.SCORED_LOW, f"{given}; data.min_score is {min_score:g}"))
+        elif keep == "best" and number not in chosen:
+            skipped.append(Skipped(row.row, Reason.NOT_BEST, f"the score {row.score}"))
+        else:
+            rows.append(row)
+    if not rows:
+        raise DataError(
+            f"{field}: no answer has a score of data.min_score = {min_score} or more; the highest is {max(scores):g}. "
+            "Lower it."
+        )
+    return Feedback(rows, sorted(skipped, key=lambda one: one.row), feedback.format, feedback.source)
 
 
 def shows(value: Any, column: str, base: Path) -> bool:

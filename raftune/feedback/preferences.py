@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -65,7 +65,12 @@ class Preferred:
 
 
 def read_preferences(
-    source: str, split: str = "train", *, field: str = "data", dialogues: Form = "text"
+    source: str,
+    split: str = "train",
+    *,
+    field: str = "data",
+    dialogues: Form = "text",
+    columns: Mapping[str, str] | None = None,
 ) -> Feedback[Pair]:
     """The pairs of any preference data, and the rows that hold none. Raises DataError where no row is usable.
 
@@ -77,7 +82,7 @@ def read_preferences(
         found = list(preferred(row))
         return found[0].format, [one.as_pair(number, dialogues) for one in found]
 
-    return collect(source, split, field, read, WANTED)
+    return collect(source, split, field, read, WANTED, columns)
 
 
 def preferred(row: Row) -> Iterator[Preferred]:

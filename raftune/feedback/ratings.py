@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from raftune.errors import ConfigError
 from raftune.feedback.columns import (
     COMPLETION,
@@ -27,7 +29,13 @@ WANTED = (
 
 
 def read_ratings(
-    source: str, split: str = "train", *, field: str = "data", low: float | None = None, high: float | None = None
+    source: str,
+    split: str = "train",
+    *,
+    field: str = "data",
+    low: float | None = None,
+    high: float | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Feedback[Rating]:
     """The rated answers, and the rows that hold none. Raises DataError where no row is usable.
 
@@ -43,7 +51,7 @@ def read_ratings(
             check_range(rating.score, low, high)
         return form, found
 
-    return collect(source, split, field, read, WANTED)
+    return collect(source, split, field, read, WANTED, columns)
 
 
 OWN = ", which a run's rewards gave and no person: what is learned from them is that reward again"

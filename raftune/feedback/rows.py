@@ -30,6 +30,8 @@ class Reason(StrEnum):
     ALL_TIED = "all answers tied"
     NOT_FINITE = "non-finite rating"
     OUT_OF_RANGE = "rating out of range"
+    SCORED_LOW = "scored too low"
+    NOT_BEST = "not the best of its prompt"
 
 
 class Unusable(Exception):
@@ -74,12 +76,16 @@ class Rating:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """An answer to learn from as it stands; `tools` are what its chat template is told of, beside messages."""
+    """An answer to learn from as it stands; `tools` are what its chat template is told of, beside messages.
+
+    `score` is what it was given, where the data says so.
+    """
 
     row: int
     prompt: PromptContent
     completion: Any
     tools: Any = None
+    score: float | None = None
 
 
 class Numbered(Protocol):

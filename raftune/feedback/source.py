@@ -6,7 +6,7 @@ import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -28,11 +28,17 @@ BATCH = 1024  # rows of an Arrow table that are Python objects at the same time
 
 
 def collect(
-    source: str, split: str, field: str, read: Callable[[int, Row], tuple[str, Iterable[T]]], wanted: str
+    source: str,
+    split: str,
+    field: str,
+    read: Callable[[int, Row], tuple[str, Iterable[T]]],
+    wanted: str,
+    columns: Mapping[str, str] | None = None,
 ) -> Feedback[T]:
     """Every row of the source as `read` understands it: the name of its format, and what it holds.
 
-    `wanted` says what a usable row looks like. Raises DataError that names `field` where no row is usable.
+    `wanted` says what a usable row looks like; `columns` which column of the data is meant by a name. Raises DataError
+    that names `field` where no row is usable.
     """
     rows: list[T] = []
     skipped: list[Skipped] = []
@@ -42,7 +48,7 @@ def collect(
             skipped.append(raw)
             continue
         try:
-            form, found = read(number, raw)
+            form, found = read(number, renamed(raw, columns or {}))
             rows.extend(found)
         except Unusable as why:
             skipped.append(Skipped(number, why.reason, why.detail))
@@ -51,6 +57,16 @@ def collect(
     if not rows:
         raise DataError(nothing_usable(source, field, skipped, wanted))
     return Feedback(rows, skipped, " and ".join(form for form, _ in formats.most_common()), source)
+
+
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row under the names that are read. Raises Unusable where it lacks a column that is named."""
+    if not columns:
+        return row
+    if missing := [column for column in columns.values() if column not in row]:
+        raise Unusable(Reason.MISSING, f"there is no column {missing[0]!r} (columns) among {', '.join(row)}")
+    others = {name: cell for name, cell in row.items() if name not in columns and name not in columns.values()}
+    return {name: row[column] for name, column in columns.items()} | others
 
 
 def nothing_usable(source: str, field: str, skipped: list[Skipped], wanted: str) -> str:

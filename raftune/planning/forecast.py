@@ -29,7 +29,7 @@ from raftune.planning.images import (
     work_of,
 )
 from raftune.planning.probe import SECONDS, Probe, Tell, Trial, probe, seconds_by_stage
-from raftune.planning.prompts import Prompts, check_answers, measure, read_prompts
+from raftune.planning.prompts import Prompts, check_answers, leave_out, measure, read_prompts
 from raftune.planning.sizes import Disk, Footprint, Memory, Peaks, disk, footprint, memory, peaks
 from raftune.preflight import preflight
 from raftune.protocols import Reader
@@ -170,8 +170,9 @@ def begin(assembly: Assembly, data: Path) -> Begun:
         cut = cut_short(every, unread_ends(every, policy, source))
         notes = [*facts["notes"], *cut, *policy.notes(), not_tried(pipeline)]
         return Begun(None, pipeline, None, [note for note in notes if note])
+    left_out = leave_out(assembly, data, policy) if isinstance(policy, Reader) else ()
     check_answers(policy, data, config)
-    notes = [*(facts.get("notes", []) if isinstance(facts, dict) else []), *policy.notes()]
+    notes = [*(facts.get("notes", []) if isinstance(facts, dict) else []), *left_out, *policy.notes()]
     if not isinstance(config.policy, CausalLMPolicy):
         return Begun(None, None, None, notes)
     return Begun(footprint(config.policy, start, facts), None, getattr(policy, "encoder", None), notes)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from raftune.build import Assembly
 from raftune.config.run import RunConfig
 from raftune.digest import read_json
 from raftune.errors import DataError
-from raftune.protocols import Policy
+from raftune.protocols import Policy, Reader
 from raftune.records import Prompt
+from raftune.stages.data import Data
 from raftune.stages.gather import adopted, prompts_of, reference_rows
 from raftune.stages.plan import asked_columns, prompts_from
+from raftune.stages.prompts import LEAVE_OUT, looked_at, prompts_in, refusal
 from raftune.store.job import run_once
-from raftune.store.parquet import read_table
+from raftune.store.parquet import read_metadata, read_table, write_table
 
 NAMED = 3
 
@@ -57,6 +62,29 @@ def check_answers(policy: Policy, folder: Path, config: RunConfig) -> None:
         answers = rows.column(reference.completion_column).to_pylist()
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
             adopted(policy, prompt, answer, number)
+
+
+def leave_out(assembly: Assembly, folder: Path, policy: Reader) -> tuple[str, ...]:
+    """Removes what the policy cannot take from the copied prompts, and says so; or raises DataError, as a run does."""
+    source = assembly.stage(0, "data")
+    assert isinstance(source, Data)
+    prompts = list(prompts_in(folder, assembly.config.sampling.candidate_columns))
+    _, refused = looked_at(prompts, [policy])
+    if not refused:
+        return ()
+    if not assembly.drops:
+        raise DataError(f"{refusal(prompts, refused, source)} {LEAVE_OUT}")
+    for name in ("train", "held_out"):
+        path = folder / f"{name}.parquet"
+        rows = read_table(path)
+        kept = rows.filter(pa.array([one not in refused for one in rows.column("prompt_id").to_pylist()], pa.bool_()))
+        if rows.num_rows and not kept.num_rows:
+            raise DataError(f"{refusal(prompts, refused, source)} None is left of the {name} prompts.")
+        write_table(kept, path)
+    notes = read_json(folder / "notes.json")
+    counts = {name: read_metadata(folder / f"{name}.parquet")[0] for name in ("train", "held_out")}
+    (folder / "notes.json").write_text(json.dumps(notes | counts))
+    return (f"left out: {refusal(prompts, refused, source)}",)
 
 
 def measure(folder: Path, encoder: Any | None) -> Prompts:

@@ -102,10 +102,12 @@ def read_feedback(
     """Pairs or ratings; with `auto`, pairs where there are any. Raises DataError, with both reasons for `auto`."""
 
     def pairs() -> Feedback[Pair]:
-        return read_preferences(name, part, field=field, dialogues=config.dialogues)
+        return read_preferences(name, part, field=field, dialogues=config.dialogues, columns=config.columns)
 
     def ratings() -> Feedback[Rating]:
-        return read_ratings(name, part, field=field, low=config.lowest_rating, high=config.highest_rating)
+        return read_ratings(
+            name, part, field=field, low=config.lowest_rating, high=config.highest_rating, columns=config.columns
+        )
 
     if objective == "pointwise":
         return only(ratings, pairs, "preferences: set objective: pairwise")

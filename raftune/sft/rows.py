@@ -45,6 +45,7 @@ def as_messages(row: Demonstration) -> Demonstration:
         [{"role": "user", "content": row.prompt}],
         [{"role": "assistant", "content": row.completion}],
         row.tools,
+        row.score,
     )
 
 

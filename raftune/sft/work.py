@@ -29,7 +29,7 @@ from raftune.config.sampling import DiffusionSampling, SamplingConfig
 from raftune.config.sft import SftConfig
 from raftune.errors import ConfigChanged, ConfigError, DataError, OutOfMemory, StoreError
 from raftune.families import Family, family_of, start_policy
-from raftune.feedback import Demonstration, Feedback, Skipped, read_demonstrations, write_skipped
+from raftune.feedback import Demonstration, Feedback, Skipped, choose, read_demonstrations, write_skipped
 from raftune.measures import loss_ends
 from raftune.protocols import Likelihood, Policy
 from raftune.records import TOOLS, Prompt
@@ -115,7 +115,10 @@ class Work:
         """The answers, in memory until they are encoded."""
         data = self.config.data
         self.print = fingerprint(data.path)
-        self.feedback = read_demonstrations(data.path, data.split, field="data.path", dialogues=data.dialogues)
+        found = read_demonstrations(
+            data.path, data.split, field="data.path", dialogues=data.dialogues, columns=data.columns
+        )
+        self.feedback = choose(found, data.min_score, data.keep, "data.path")
 
     def begin(self) -> None:
         """start/: the model, checked and written down."""

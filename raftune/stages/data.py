@@ -70,23 +70,40 @@ class Data:
         """The prompts to learn from; None where the run has none, for it only judges."""
         data = self.config.data
         if self.given_train is not None:
-            return prepare(self.given_train(), data.prompt_column, "data.prompts")
-        return read_prompts(data.prompts, data.split, "train", data.prompt_column, "data.prompts")
+            return prepare(renamed(self.given_train(), data.columns), data.prompt_column, "data.prompts")
+        return read_prompts(data.prompts, data.split, "train", data.prompt_column, "data.prompts", data.columns)
 
     def held_out(self) -> pa.Table | None:
         """The prompts to judge by; None where they are to be taken from the prompts to learn from."""
-        evaluation, column = self.config.evaluation, self.config.data.prompt_column
+        evaluation, data = self.config.evaluation, self.config.data
+        column, field = data.prompt_column, "evaluation.prompts"
         if self.given_held_out is not None:
-            return prepare(self.given_held_out(), column, "evaluation.prompts")
-        return read_prompts(evaluation.prompts, evaluation.split, "held_out", column, "evaluation.prompts")
+            return prepare(renamed(self.given_held_out(), data.columns), column, field)
+        return read_prompts(evaluation.prompts, evaluation.split, "held_out", column, field, data.columns)
 
 
-def read_prompts(source: str | None, split: str, own: str, column: str, field: str) -> pa.Table | None:
+def renamed(rows: pa.Table, columns: Mapping[str, str] | None) -> pa.Table:
+    """The rows under the names that `data.columns` gives. Raises DataError for a column that is not there."""
+    for name, column in (columns or {}).items():
+        if column not in rows.column_names:
+            raise DataError(
+                f"data.columns must name columns of the data; got {column!r} for {name!r}, and there are "
+                f"{', '.join(rows.column_names)}. Name one of these."
+            )
+        if name in rows.column_names and name != column:
+            rows = rows.drop_columns([name])
+        rows = rows.rename_columns({column: name})
+    return rows
+
+
+def read_prompts(
+    source: str | None, split: str, own: str, column: str, field: str, columns: Mapping[str, str] | None = None
+) -> pa.Table | None:
     """The prompts of a data set, or a run's `own` ones, `train` or `held_out`, under the ids that they have there."""
     if source is None:
         return None
     if not (run := RunFolder(Path(source).expanduser())).exists():
-        return prepare(read_rows(source, split, field), column, field)
+        return prepare(renamed(read_rows(source, split, field), columns), column, field)
     path = run.folder(0, "data") / f"{own}.parquet"
     prompts = read_table(path) if run.is_committed(0, "data") else None
     if prompts is None or not prompts.num_rows:

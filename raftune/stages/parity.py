@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raftune.protocols import Inputs, PolicyShelf, SupportsBackends
+from raftune.stages.plan import left_out
 from raftune.stages.prompts import prompts_in
 from raftune.store.committed import read_json
 
@@ -20,12 +21,13 @@ class Parity:
     """backend.json: what the trial found, so that every round and every process generate the same way."""
 
     name = writes = "parity"
-    reads = ("data@0", "model@0")
     fields: tuple[str, ...] = ()
 
-    def __init__(self, policies: PolicyShelf, release: Callable[[], None]) -> None:
-        """`release` is called afterwards: it frees the model where other processes generate."""
+    def __init__(self, policies: PolicyShelf, release: Callable[[], None], drop: bool = False) -> None:
+        """`release` is called afterwards: it frees the model where other processes generate. `drop`: not tried on
+        prompts that the run goes without."""
         self.policies, self.release = policies, release
+        self.reads = ("data@0", "model@0", *(("prompts@0",) if drop else ()))
 
     def fingerprints(self) -> Mapping[str, str]:
         return {}
@@ -33,7 +35,9 @@ class Parity:
     def run(self, inputs: Inputs, out: Path) -> tuple[str, ...]:
         policy = self.policies.at(inputs["model@0"])
         assert isinstance(policy, SupportsBackends)  # the table of stages holds this one for no other
-        record = policy.choose_backend(list(islice(prompts_in(inputs["data@0"]), TRIED)))
+        gone = left_out(inputs)
+        prompts = (prompt for prompt in prompts_in(inputs["data@0"]) if prompt.id not in gone)
+        record = policy.choose_backend(list(islice(prompts, TRIED)))
         (out / BACKEND).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
         self.release()
         return ()

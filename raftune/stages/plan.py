@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,19 @@ from raftune.records import TOOLS, Prompt, derive_seed
 from raftune.store.committed import read_json
 from raftune.store.parquet import column_names, read_group, read_groups, read_metadata, read_table, write_table
 
+READS_LEFT_OUT = ("data@0", "prompts@0")
 SEED_RULES = ("run", "evaluation")
 
 
 class Plan:
-    """plan.json and prompts.parquet, one row group a unit."""
+    """plan.json and prompts.parquet, one row group a unit; with `drop`, without what the stage `prompts` left out."""
 
     name = writes = "plan"
-    reads = ("data@0",)
     fields = ("seed", "prompts_per_round", "sampling.num_generations", "sampling.unit_size", "sampling.batch_size")
 
-    def __init__(self, config: RunConfig, round_: int) -> None:
+    def __init__(self, config: RunConfig, round_: int, drop: bool = False) -> None:
         self.config, self.round = config, round_
+        self.reads = READS_LEFT_OUT if drop else ("data@0",)
 
     def fingerprints(self) -> Mapping[str, str]:
         return {}
@@ -35,8 +36,9 @@ class Plan:
     def run(self, inputs: Inputs, out: Path) -> None:
         config = self.config
         train = inputs["data@0"] / "train.parquet"
-        total, _ = read_metadata(train)
-        rows = prompts_of_round(total, config.prompts_per_round, self.round, config.seed)
+        usable = usable_rows(train, inputs)
+        numbers = prompts_of_round(len(usable), config.prompts_per_round, self.round, config.seed)
+        rows = [usable[number] for number in numbers]
         write_plan(
             out,
             take(train, rows),
@@ -53,11 +55,11 @@ class EvaluationPlan:
 
     name = "evaluation plan"
     writes = "evaluate/plan"
-    reads = ("data@0",)
     fields = ("evaluation.num_generations", "evaluation.seed", "sampling.unit_size", "sampling.batch_size")
 
-    def __init__(self, config: RunConfig, round_: int) -> None:
+    def __init__(self, config: RunConfig, round_: int, drop: bool = False) -> None:
         self.config, self.round = config, round_
+        self.reads = READS_LEFT_OUT if drop else ("data@0",)
 
     def fingerprints(self) -> Mapping[str, str]:
         return {}
@@ -66,13 +68,32 @@ class EvaluationPlan:
         evaluation = self.config.evaluation
         write_plan(
             out,
-            read_table(inputs["data@0"] / "held_out.parquet"),
+            without_left_out(read_table(inputs["data@0"] / "held_out.parquet"), inputs),
             scope=f"{self.round:04d}{EVALUATION}",
             version=f"round-{self.round:04d}",
             seed=["evaluation", evaluation.seed],
             num_generations=evaluation.num_generations,
             config=self.config,
         )
+
+
+def left_out(inputs: Inputs) -> frozenset[str]:
+    """The ids of the prompts that the model cannot take and the run goes without."""
+    path = inputs["prompts@0"] / "left_out.json" if "prompts@0" in inputs else None
+    return frozenset(json.loads(path.read_text()) if path is not None and path.is_file() else ())
+
+
+def usable_rows(path: Path, inputs: Inputs) -> Sequence[int]:
+    """The numbers of the file's rows that are not left out."""
+    if not (gone := left_out(inputs)):
+        return range(read_metadata(path)[0])
+    ids = read_table(path, ["prompt_id"]).column("prompt_id").to_pylist()
+    return [number for number, name in enumerate(ids) if name not in gone]
+
+
+def without_left_out(prompts: pa.Table, inputs: Inputs) -> pa.Table:
+    gone = left_out(inputs)
+    return prompts.filter(pa.array([name not in gone for name in prompts.column("prompt_id").to_pylist()]))
 
 
 def write_plan(

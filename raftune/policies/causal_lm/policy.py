@@ -185,6 +185,16 @@ class CausalLM:
             self._notes[f"drawn through `generate`, slower than the shared cache: {reason}"] = None
         return path
 
+    def unread(self, prompt: Prompt) -> None:
+        """Raises DataError for a prompt that cannot be taken, to draw or to tune, or whose candidates cannot."""
+        sampling = self.config.sampling
+        self.encoder.encode([prompt], for_drawing=True)
+        if sampling.system_prompt or sampling.few_shot_prefix:
+            self.encoder.encode([prompt], for_drawing=False)
+        for column in sampling.candidate_columns:
+            if column in prompt.columns:
+                self.encoder.encode_answer(prompt, prompt.columns[column])
+
     def adopt(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
         """The payload of somebody else's answer: its ids as this tokenizer gives them, EOS at the end, no log-probs."""
         text, ids = self.encoder.encode_answer(prompt, answer)

@@ -167,10 +167,11 @@ def test_a_template_that_writes_the_date_writes_that_of_the_run_also_when_it_is_
     run(
         config(tmp_path / "whole", model, **settings),
         objects,
-        observe=lambda kind, facts: notes.append(facts["text"]) if kind == "note" else None,
+        observe=lambda kind, facts: notes.extend(facts.get("notes", [])),
     )
     today = calendar.datetime.now().date().isoformat()
     assert read_date(tmp_path / "whole/round-0000/model") == today
+    assert f"the chat template writes the date: in this run it is always {today}" in notes
     with pytest.raises(Killed):
         run(config(tmp_path / "cut", model, **settings), objects, observe=dying_after(12))
     monkeypatch.setattr(chat, "datetime", Tomorrow)
