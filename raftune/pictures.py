@@ -63,7 +63,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     from PIL import ImageOps
 
     try:
-        upright = ImageOps.exif_transpose(image)
+        upright = in_eight_bits(ImageOps.exif_transpose(image))
         if not upright.has_transparency_data:
             return upright.convert("RGB") if upright.mode != "RGB" else upright.copy()
         white = require_pillow().new("RGBA", upright.size, (255, 255, 255, 255))
@@ -72,6 +72,29 @@ def as_rgb(image: Image.Image) -> Image.Image:
         return flat
     except (OSError, SyntaxError) as error:
         raise DataError(f"a picture cannot be read whole: {error}. Give it again.") from error
+
+
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """The picture with 8 bits a channel; deeper grey is scaled, where Pillow would clip it to white or black.
+
+    16 bits are scaled by their range. Whole numbers of 32 bits and floats do not say theirs: those within 0 … 1 or
+    0 … 255 or, of whole numbers, 0 … 65535 are taken for it. Raises DataError for others.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    import numpy as np
+
+    levels = np.asarray(image, dtype=np.float64)
+    low, high = float(levels.min()), float(levels.max())
+    if image.mode.startswith("I;16"):
+        full = 65535.0
+    else:
+        ranges = (1.0, 255.0) if image.mode == "F" else (255.0, 65535.0)
+        full = next((end for end in ranges if low >= 0 and high <= end), 0.0)
+    if not full:
+        wanted = "0 … 1 or 0 … 255" if image.mode == "F" else "0 … 65535"
+        raise DataError(f"a grey picture's levels must be in {wanted}; these go from {low:g} to {high:g}. Scale them.")
+    return require_pillow().fromarray(np.rint(levels * (255.0 / full)).astype(np.uint8))
 
 
 def sha256_of_png(png: bytes) -> str:

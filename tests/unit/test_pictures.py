@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,3 +100,29 @@ def test_importing_it_reads_neither_pillow_nor_torch() -> None:
     code = "import sys, raftune.pictures; sys.exit(bool({'PIL', 'torch', 'numpy'} & set(sys.modules)))"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("levels", "form"),
+    [
+        (np.linspace(0, 65535, 256).astype(np.uint16), "PNG"),
+        (np.linspace(0, 65535, 256).astype(np.uint16), "TIFF"),
+        (np.linspace(0, 65535, 256).astype(np.int32), "TIFF"),
+        (np.linspace(0, 1, 256).astype(np.float32), "TIFF"),
+        (np.linspace(0, 255, 256).astype(np.float32), "TIFF"),
+    ],
+)
+def test_deep_grey_is_scaled_and_not_clipped(levels: Any, form: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(levels.reshape(16, 16)).save(buffer, format=form)
+    found = np.asarray(image_of(buffer.getvalue())).reshape(-1, 3)
+    assert (found == np.arange(256)[:, None]).all()
+    assert image_of(png_of(Image.open(buffer))).tobytes() == found.tobytes()
+
+
+@pytest.mark.parametrize("levels", [np.array([[-1.0, 2.0]]), np.array([[0.0, np.nan]]), np.array([[0.0, 1000.0]])])
+def test_grey_levels_of_no_known_range_are_refused(levels: Any) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(levels.astype(np.float32)).save(buffer, format="TIFF")
+    with pytest.raises(DataError, match=r"a grey picture's levels must be in 0 … 1 or 0 … 255; these go from"):
+        image_of(buffer.getvalue())
