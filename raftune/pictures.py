@@ -94,7 +94,8 @@ def in_eight_bits(image: Image.Image) -> Image.Image:
     if not full:
         wanted = "0 … 1 or 0 … 255" if image.mode == "F" else "0 … 65535"
         raise DataError(f"a grey picture's levels must be in {wanted}; these go from {low:g} to {high:g}. Scale them.")
-    return require_pillow().fromarray(np.rint(levels * (255.0 / full)).astype(np.uint8))
+    grey: Image.Image = require_pillow().fromarray(np.rint(levels * (255.0 / full)).astype(np.uint8))
+    return grey
 
 
 def sha256_of_png(png: bytes) -> str:
