@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
 
-from raftune.errors import ConfigError
+from raftune.errors import ConfigError, DataError
 from raftune.policies.causal_lm import loading, starting
 from raftune.policies.causal_lm.chat import keep_date, read_date
 from raftune.policies.causal_lm.drawing import draw
@@ -193,7 +193,10 @@ class CausalLM:
             self.encoder.encode([prompt], for_drawing=False)
         for column in sampling.candidate_columns:
             if column in prompt.columns:
-                self.encoder.encode_answer(prompt, prompt.columns[column])
+                try:
+                    self.encoder.encode_answer(prompt, prompt.columns[column])
+                except DataError as error:
+                    raise DataError(f"sampling.candidate_columns, {column!r} of prompt {prompt.id}: {error}") from error
 
     def adopt(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
         """The payload of somebody else's answer: its ids as this tokenizer gives them, EOS at the end, no log-probs."""
