@@ -126,6 +126,11 @@ def prepare(rows: pa.Table, column: str, field: str) -> pa.Table:
     clash = [name for name in rows.column_names if name in RESERVED and name != column and name != "completion"]
     if clash:
         raise DataError(f"{field} must not have a column named {clash[0]!r}: raftune writes it. Rename the column.")
+    if "self" in rows.column_names:
+        raise DataError(
+            f"{field} must not have a column named 'self': rewards get columns as keyword arguments, and Python has "
+            "that one. Rename it, or write data.columns: {itself: self}."
+        )
     rows = without_padding(rows, column)
     prompts = rows.column(column).combine_chunks()
     contents = prompts.to_pylist()

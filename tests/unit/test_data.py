@@ -220,3 +220,8 @@ def test_parquet_with_json_of_arrow_s_own_is_read(tmp_path: Path) -> None:
     table = pa.table({"prompt": ["a"], "x": pa.array(['{"b": 1}'], pa.json_())})
     pq.write_table(table, tmp_path / "a.parquet")
     assert read_rows(str(tmp_path / "a.parquet")).to_pylist() == [{"prompt": "a", "x": {"b": 1}}]
+
+
+def test_a_column_that_python_itself_passes_is_refused_with_a_way_out() -> None:
+    with pytest.raises(DataError, match=r"a column named 'self': .* data\.columns: \{itself: self\}"):
+        prepare(table_from([{"prompt": "a", "self": 1}]), "prompt", "x")

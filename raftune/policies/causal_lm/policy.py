@@ -40,6 +40,11 @@ PAYLOAD = pa.schema(
     ]
 )
 
+WITHOUT_TEMPLATE = (
+    "the model has a chat template, and prompts given as text go in without it: write them as lists of messages, "
+    '[{"role": "user", "content": …}], to use it'
+)
+
 
 class CausalLM:
     """A language model read from a committed folder: the tokenizer at once, the weights when first needed.
@@ -63,6 +68,8 @@ class CausalLM:
         self.encoder = Encoder(self.tokenizer, config.sampling, limit, self.eos_ids[0], date)
         if (end := self.encoder.turn_end) is not None and end.token_id not in self.eos_ids:
             self.eos_ids = (*self.eos_ids, end.token_id)
+        if unused := unused_generation(loading.generation_config(config.policy, start), config.sampling):
+            self._notes[unused] = None
         self._model: Any = None
         self._backend: Backend | None = None
         self._checked: set[DrawPath] = set()
@@ -128,6 +135,8 @@ class CausalLM:
 
     def draw(self, unit: Unit) -> list[Sample]:
         """All samples of the unit, prompt by prompt, k ascending. Raises DataError, ModelError, OutOfMemory."""
+        if self.tokenizer.chat_template and any(isinstance(prompt.content, str) for prompt in unit.prompts):
+            self._notes[WITHOUT_TEMPLATE] = None
         prompts = self.encoder.encode(unit.prompts, for_drawing=True)
         settings = self._settings(unit.batch_size)
         path = self._path(settings, prompts)
@@ -308,6 +317,18 @@ class CausalLM:
     def notes(self) -> tuple[str, ...]:
         """What a user should know about how this policy was loaded, drew and was tuned, each once."""
         return tuple(self._notes)
+
+
+def unused_generation(given: Any, sampling: Any) -> str | None:
+    """What of the model's generation_config sampling says otherwise, in words; None where they agree."""
+    said = given.to_diff_dict()
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    differs = [name for name in names if said.get(name) is not None and said[name] != getattr(sampling, name)]
+    if not differs:
+        return None
+    theirs = ", ".join(f"{name} {said[name]:g}" for name in differs)
+    ours = ", ".join(f"{name} {getattr(sampling, name):g}" for name in differs)
+    return f"of the model's generation_config only its ends of text are used: it says {theirs}; sampling says {ours}"
 
 
 def refuse_unread(config: RunParts) -> None:

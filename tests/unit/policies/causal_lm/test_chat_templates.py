@@ -270,3 +270,17 @@ def test_tools_reach_the_template_in_every_stage_and_in_fine_tuning(tmp_path: Pa
     assert drawn > 8 and len(told) > drawn + 8
     assert all(text.startswith(json.dumps([TOOL])) for text in told)
     assert json.loads((learned.root / "prompts.jsonl").read_text().splitlines()[0])["tools"] == [TOOL]
+
+
+def test_what_a_user_may_not_expect_of_a_chat_model_is_said_once(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", ZOO["chatml"])
+    (model / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "top_k": 0, "eos_token_id": [2]}')
+    notes: list[str] = []
+    run(
+        config(tmp_path / "run", model, num_rounds=1, evaluation={"num_prompts": 0}),
+        Objects(train=lambda: pa.table({"prompt": ["a", "b"]}), rewards=[lambda completions, **_: [1.0, 0.0, 0.0] * 2]),
+        observe=lambda kind, facts: notes.extend(facts.get("notes", [])),
+    )
+    told = " ".join(notes)
+    assert "it says temperature 0.6, top_p 0.9; sampling says temperature 1, top_p 1" in told
+    assert "prompts given as text go in without it" in told
