@@ -184,7 +184,9 @@ class Assembly:
             text, sampling = self.family.media == "text", config.sampling
             teacher = text and sampling.teacher is not None
             columns = sampling.candidate_columns if text else ()
-            stages.append(Prompts(self.policies, data, drop=self.drops, teacher=teacher, columns=columns))
+            stages.append(
+                Prompts(self.policies, data, drop=self.drops, teacher=teacher, columns=columns, starter=self.starter)
+            )
         if hasattr(self.family, "choose_backend"):
             here = isinstance(self.engine, ThisProcess)
             stages.append(Parity(self.policies, (lambda: None) if here else self.policies.release, self.drops))
@@ -267,6 +269,11 @@ class Assembly:
         ]
 
     # -- what the stages need -----------------------------------------------------------------------------------------
+
+    @property
+    def starter(self) -> bool:
+        """Whether the policy is the bundled language model."""
+        return self.family.media == "text" and self.plain["policy"].get("model") == "starter"
 
     @property
     def drops(self) -> bool:

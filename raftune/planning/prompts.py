@@ -18,7 +18,7 @@ from raftune.records import Prompt
 from raftune.stages.data import Data
 from raftune.stages.gather import adopted, prompts_of, reference_rows
 from raftune.stages.plan import asked_columns, prompts_from
-from raftune.stages.prompts import LEAVE_OUT, looked_at, prompts_in, refusal
+from raftune.stages.prompts import LEAVE_OUT, looked_at, prompts_in, refusal, unlike_starter
 from raftune.store.job import run_once
 from raftune.store.parquet import read_metadata, read_table, write_table
 
@@ -70,8 +70,9 @@ def leave_out(assembly: Assembly, folder: Path, policy: Reader) -> tuple[str, ..
     assert isinstance(source, Data)
     prompts = list(prompts_in(folder, assembly.config.sampling.candidate_columns))
     _, refused = looked_at(prompts, [policy])
+    said = unlike_starter(prompts) if assembly.starter else ()
     if not refused:
-        return ()
+        return said
     if not assembly.drops:
         raise DataError(f"{refusal(prompts, refused, source)} {LEAVE_OUT}")
     for name in ("train", "held_out"):
@@ -84,7 +85,7 @@ def leave_out(assembly: Assembly, folder: Path, policy: Reader) -> tuple[str, ..
     notes = read_json(folder / "notes.json")
     counts = {name: read_metadata(folder / f"{name}.parquet")[0] for name in ("train", "held_out")}
     (folder / "notes.json").write_text(json.dumps(notes | counts))
-    return (f"left out: {refusal(prompts, refused, source)}",)
+    return (*said, f"left out: {refusal(prompts, refused, source)}")
 
 
 def measure(folder: Path, encoder: Any | None) -> Prompts:

@@ -46,7 +46,10 @@ class Prompts:
         drop: bool = False,
         teacher: bool = False,
         columns: Sequence[str] = (),
+        starter: bool = False,
     ) -> None:
+        """`columns`: candidates that are looked at too; `starter`: the policy is the bundled one."""
+        self.starter = starter
         self.policies, self.data, self.drop, self.columns = policies, data, drop, columns
         self.reads = ("data@0", "model@0", *(("teacher@0",) if teacher else ()))
         self.fields = DECIDED_BY if drop else ()
@@ -60,8 +63,9 @@ class Prompts:
         if refused and not self.drop:
             raise DataError(f"{refusal(prompts, refused, self.data)} Then add `--from data`. {LEAVE_OUT}")
         (out / "unread.json").write_text(json.dumps(unread, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        said = unlike_starter(prompts) if self.starter else ()
         if not self.drop:
-            return cut_short(prompts, unread)
+            return (*said, *cut_short(prompts, unread))
         for name in ("train", "held_out"):
             ids = [prompt.id for prompt in prompts_of_file(inputs["data@0"] / f"{name}.parquet")]
             if ids and not {*ids} - refused.keys():
@@ -69,8 +73,8 @@ class Prompts:
         rows = dict(zip(refused, places([*refused], self.data), strict=True))
         left_out = {name: {"row": rows[name], "why": why} for name, why in refused.items()}
         (out / LEFT_OUT).write_text(json.dumps(left_out, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-        said = (f"left out: {refusal(prompts, refused, self.data)}",) if refused else ()
-        return (*said, *cut_short(prompts, unread))
+        gone = (f"left out: {refusal(prompts, refused, self.data)}",) if refused else ()
+        return (*said, *gone, *cut_short(prompts, unread))
 
     def reader(self, folder: Path) -> Reader:
         reader = self.policies.encoder(folder)
@@ -132,6 +136,17 @@ def places(ids: Sequence[str], data: Data) -> list[str]:
         names = table.column("prompt_id").to_pylist() if table is not None else []
         rows = {name: f"row {number} of {field}" for number, name in enumerate(names, 1)} | rows
     return [rows.get(name, f"prompt {name}") for name in ids]
+
+
+def unlike_starter(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    """How many prompts the bundled model was not trained to answer; nothing where all have its form."""
+    unlike = [p for p in prompts if not (str(p.content).startswith("User: ") and str(p.content).endswith("Assistant:"))]
+    if not unlike:
+        return ()
+    return (
+        f"{len(unlike)} of {len(prompts)} prompts are not of the form that the bundled model answers, 'User: …⏎"
+        f"Assistant:' (such as {one_line(str(unlike[0].content), 40)!r}); many of its answers will be empty",
+    )
 
 
 def cut_short(prompts: Sequence[Prompt], unread: Mapping[str, str]) -> tuple[str, ...]:

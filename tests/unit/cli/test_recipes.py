@@ -175,3 +175,12 @@ def test_gsm8k_becomes_a_message_and_a_solution_that_the_reward_reads() -> None:
     score = load_reward(reward)
     right, wrong = "It is \\boxed{7}.", "It is 7."
     assert score(prompts=["", ""], completions=[right, wrong], answer=[found["answer"]] * 2) == [1.0, 0.0]
+
+
+def test_gsm8k_is_written_of_a_local_file_too(tmp_path: Path) -> None:
+    rows = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script().write(tmp_path / "out", tmp_path / "rows.jsonl")
+    lines = [(tmp_path / f"out/{name}.jsonl").read_text().splitlines() for name in ("train", "test")]
+    assert [len(part) for part in lines] == [18, 2]
+    assert json.loads(lines[1][0])["answer"] == "#### 9"
