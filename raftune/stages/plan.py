@@ -92,8 +92,9 @@ def usable_rows(path: Path, inputs: Inputs) -> Sequence[int]:
 
 
 def without_left_out(prompts: pa.Table, inputs: Inputs) -> pa.Table:
-    gone = left_out(inputs)
-    return prompts.filter(pa.array([name not in gone for name in prompts.column("prompt_id").to_pylist()]))
+    if not (gone := left_out(inputs)):
+        return prompts
+    return prompts.filter(pa.array([name not in gone for name in prompts.column("prompt_id").to_pylist()], pa.bool_()))
 
 
 def write_plan(
