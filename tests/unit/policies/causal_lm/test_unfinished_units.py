@@ -57,7 +57,9 @@ def a_policy(folder: Path, out: Path, **changes: Any) -> CausalLM:
     config: Any = parts(folder, max_completion_length=24, batch_size=8, **changes)
     if not out.is_dir():
         CausalLM.start(config, out)
-    return CausalLM.load(config, out, out)
+    policy = CausalLM.load(config, out, out)
+    policy.use_backend({"forked": "", "rows": 0, "distances": {}, "noise": 0.0, "allowed": 1e-3})  # as a run's record
+    return policy
 
 
 def drawn(policy: CausalLM, at: Path) -> list[Sample]:
