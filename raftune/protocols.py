@@ -229,10 +229,28 @@ class UnitStage(StageFace, Protocol):
 Stage = OnceStage | UnitStage
 
 
+class Extras(Protocol):
+    """Means of what rewards gave to `log_metric`, and of how many numbers; columns of `log_extra`, a value a sample."""
+
+    @property
+    def metrics(self) -> dict[str, float]: ...
+
+    @property
+    def counts(self) -> dict[str, int]: ...
+
+    @property
+    def columns(self) -> dict[str, list[Any]]: ...
+
+
 class Panel(Protocol):
     """Several rewards with their weights: one score for each sample."""
 
     names: tuple[str, ...]
+
+    @property
+    def extras(self) -> Extras:
+        """What rewards logged during the last `score_samples`."""
+        ...
 
     @property
     def fingerprint(self) -> str: ...

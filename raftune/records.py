@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -233,6 +234,9 @@ def samples_table(samples: Iterable[Sample], payload: pa.Schema) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=sample_schema(payload))
 
 
+EXTRA = "extra/"  # prefix of the columns that rewards logged
+
+
 def score_schema(names: Sequence[str]) -> pa.Schema:
     """The columns of a score shard whose rewards bear these names."""
     parts = [f for n in names for f in (pa.field(f"rewards/{n}", pa.float64()), pa.field(f"status/{n}", pa.string()))]
@@ -250,8 +254,13 @@ def score_schema(names: Sequence[str]) -> pa.Schema:
     )
 
 
-def scores_table(samples: pa.Table, scores: Sequence[Score], names: Sequence[str]) -> pa.Table:
-    """One row a score, beside the identity of its sample; `samples` is the draw shard, row for row."""
+def scores_table(
+    samples: pa.Table, scores: Sequence[Score], names: Sequence[str], extras: Mapping[str, list[Any]] | None = None
+) -> pa.Table:
+    """One row a score, beside the identity of its sample; `samples` is the draw shard, row for row.
+
+    `extras` are columns that rewards logged, each value as JSON text: a reward may log numbers here and texts there.
+    """
     columns: dict[str, Any] = {name: samples.column(name) for name in ("sample_id", "prompt_id", "k", "source")}
     columns["score"] = [s.value for s in scores]
     columns["status"] = [s.status.value for s in scores]
@@ -261,7 +270,26 @@ def scores_table(samples: pa.Table, scores: Sequence[Score], names: Sequence[str
     columns["detail"] = [
         s.detail or "; ".join(f"{n}: {p.detail}" for n, p in s.parts.items() if p.detail) for s in scores
     ]
-    return pa.table(columns, schema=score_schema(names))
+    schema = score_schema(names)
+    for name, values in sorted((extras or {}).items()):
+        columns[f"{EXTRA}{name}"] = [None if value is None else json_text(value) for value in values]
+        schema = schema.append(pa.field(f"{EXTRA}{name}", pa.string()))
+    return pa.table(columns, schema=schema)
+
+
+def json_text(value: Any) -> str:
+    """The value as JSON; what JSON does not know as its text, without memory addresses."""
+    text = json.dumps(value, ensure_ascii=False, default=lambda other: re.sub(r" at 0x[0-9a-fA-F]+", "", str(other)))
+    return text.encode("utf-8", "replace").decode()
+
+
+def extras_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What rewards logged of the sample in this row of a score shard, by its name."""
+    return {
+        name.removeprefix(EXTRA): None if value is None else json.loads(value)
+        for name, value in row.items()
+        if name.startswith(EXTRA)
+    }
 
 
 def prompt_ids(contents: Iterable[PromptContent]) -> list[str]:

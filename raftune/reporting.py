@@ -19,6 +19,7 @@ from raftune.config.secrets import redacted
 from raftune.errors import ConfigError
 from raftune.loop import Observer
 from raftune.plain import first_line
+from raftune.stages.score import logged_metrics
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
@@ -76,7 +77,7 @@ class Reporter:
     ) -> None:
         drawn = Drawn.of(self.run, round_)
         self.tokens += drawn.tokens
-        logged = drawn.numbers() | held_out(metrics)
+        logged = logged_metrics(self.run.folder(round_, "score")) | drawn.numbers() | held_out(metrics)
         if summary.get("reward_kept") is not None:
             logged |= {"reward_kept": summary["reward_kept"], "kept_fraction": summary["kept"] / summary["samples"]}
         if round_ and self.config.guards.enabled:

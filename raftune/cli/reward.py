@@ -56,6 +56,8 @@ def check(
         print(js.dumps(dataclasses.asdict(report) | {"ok": report.ok, "findings": report.findings}))
     else:
         show(report)
+        if samples is None and not pictures and report.statuses.get("error"):
+            say("  - was tried on texts; a reward of pictures is tried with --images")
     return 0 if report.ok else 3
 
 
@@ -133,7 +135,8 @@ def painted_examples() -> Batch:
 def show(report: CheckReport) -> None:
     """The report, a line for each fact."""
     answered = report.statuses.get("ok", 0)
-    say(f"{report.name}: {'fine' if report.ok else 'not fit for a run yet'}", style="bold")
+    fine = "scores all samples the same" if report.constant else "fine"
+    say(f"{report.name}: {fine if report.ok else 'not fit for a run yet'}", style="bold")
     taken = "all columns" if report.accepts is None else ", ".join(report.accepts)
     say(f"  takes          {taken}")
     say(f"  runs in        {PLACES[report.place]}")
@@ -149,9 +152,12 @@ def show(report: CheckReport) -> None:
     say(f"  speed          {report.samples_per_second:.3g} samples a second")
     for finding in report.findings:
         say(f"  - {finding}")
+    told: set[str] = set()
     for failing in report.failing:
-        say(f"  sample {failing.index}, {failing.status}: {failing.detail}")
-        say(f"    prompt {failing.prompt!r}, completion {failing.completion!r}")
+        if failing.detail not in told:  # a call that fails fails for all its samples
+            told.add(failing.detail)
+            say(f"  sample {failing.index}, {failing.status}: {failing.detail}")
+            say(f"    prompt {failing.prompt!r}, completion {failing.completion!r}")
 
 
 def verdict(found: bool | None, good: str, bad: str) -> str:

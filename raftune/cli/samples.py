@@ -17,6 +17,7 @@ from raftune.cli.show import out, say
 from raftune.errors import ConfigError
 from raftune.ledger import Sample
 from raftune.plain import counted, harmless, one_line
+from raftune.records import EXTRA, extras_of
 from raftune.store.kinds import how_to_go_on
 from raftune.store.run import RunFolder
 
@@ -69,7 +70,8 @@ def samples(
     if json:
         for sample in (sample for group in shown for sample in group):
             facts = {"completion": ledger.readable(sample["completion"]), "round": chosen, "held_out_prompt": held_out}
-            print(js.dumps(sample | facts, ensure_ascii=False))
+            logged = {f"{EXTRA}{name}": value for name, value in extras_of(sample).items()}
+            print(js.dumps(sample | logged | facts, ensure_ascii=False))
         return
     what = "held-out prompts" if held_out else "prompts"
     order = {"order": "in order", "best": "best first", "worst": "worst first", "margin": "largest margin first"}[sort]

@@ -86,7 +86,8 @@ class Side:
         for name, (folder, _) in SCORED.items():
             if folder == "judge" and not self.is_judged:
                 continue
-            table = pa.concat_tables([read_table(self.folder / folder / unit_file(unit)) for unit in self.units])
+            tables = [read_table(self.folder / folder / unit_file(unit)) for unit in self.units]
+            table = pa.concat_tables(tables, promote_options="default")  # not every unit has each logged column
             found[name] = ok(table, "score", "status")
             for column in table.column_names:
                 if column.startswith("rewards/"):

@@ -78,7 +78,7 @@ def open_backbone(config: RewardModelConfig) -> Backbone:
             f"model {config.model!r}: its tokenizer knows no words: its files are missing. Save a tokenizer there, or "
             "name another backbone."
         )
-    said = (*about_padding(config.model, tokenizer),)
+    said = (*about_padding(config.model, tokenizer, architecture),)
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"  # a prompt's beginning says the least
     limit = longest(tokenizer, architecture, config.max_length)
     if limit is not None and limit < config.max_length:
@@ -102,10 +102,17 @@ def check_head(config: RewardModelConfig, architecture: Any) -> None:
         )
 
 
-def about_padding(name: str, tokenizer: Any) -> list[str]:
-    """Gives the tokenizer a pad token if it lacks one, and says so. Raises ModelError if there is none to take."""
+def about_padding(name: str, tokenizer: Any, architecture: Any) -> list[str]:
+    """Gives the tokenizer a pad token if it lacks one, and says so. Raises ModelError if there is none to take.
+
+    The configuration's own is taken first, then EOS.
+    """
     if tokenizer.pad_token_id is not None:
         return []
+    known = architecture.get_text_config().pad_token_id
+    if known is not None and 0 <= known < len(tokenizer) and known != tokenizer.eos_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
+        return [f"tokenizer: it has no pad token; {tokenizer.pad_token} of the model's configuration serves as one"]
     if tokenizer.eos_token is None:
         raise ModelError(
             f"model {name!r}: its tokenizer must have a pad or an EOS token; it has neither. Set one and save it "

@@ -60,7 +60,12 @@ class Log:
         self.metrics.setdefault(name, []).append(float(value))
 
     def extra(self, column: str, values: list[Any]) -> None:
-        self.columns.setdefault(column, []).extend(values)
+        self.columns.setdefault(column, []).extend(_plain(value) for value in values)
+
+
+def _plain(value: Any) -> Any:
+    """Scalars and arrays of numpy and torch as Python's own, so that every place where a reward runs logs the same."""
+    return value.tolist() if hasattr(value, "tolist") and hasattr(value, "dtype") else value
 
 
 def keywords(batch: Batch, log: Log) -> dict[str, Any]:

@@ -64,6 +64,11 @@ class CheckReport:
         )
 
     @property
+    def constant(self) -> bool:
+        """True where all samples that have a number have the same."""
+        return self.lowest is not None and self.lowest == self.highest and self.samples > 1
+
+    @property
     def findings(self) -> tuple[str, ...]:
         """What to know about the reward, one sentence each."""
         said = []
@@ -79,7 +84,7 @@ class CheckReport:
             said.append(
                 "a sample's value depends on the others in its batch: rewards.batch_size then shapes the scores"
             )
-        if self.lowest is not None and self.lowest == self.highest and self.samples > 1:
+        if self.constant:
             said.append("gives every sample the same value: there is nothing to rank")
         if self.mixed_sizes is False:
             said.append(

@@ -23,6 +23,13 @@ from raftune.rewards.outcome import one_line
 from raftune.rewards.text import TEXT_MEDIA
 
 
+def pad_of(config: Any) -> int | None:
+    """The token that a model's head takes for padding."""
+    text = config.get_text_config().pad_token_id
+    pad: int | None = config.pad_token_id if text is None else text
+    return pad
+
+
 class Classifier:
     """One number a completion, from prompt and completion together, through the model's own tokenizer and template.
 
@@ -73,6 +80,8 @@ class Classifier:
             del options[key]
         noted = [self._notes["reading"]] if self._notes else []
         scale = [self._mean, self._std] if self.options.normalize else []
+        if (pad := pad_of(self.config)) != self._tokenizer.pad_token_id:
+            noted = [*noted, ["pad", pad]]
         known = (
             weights_fingerprint(self.options.model, self.config, self.options.revision, self._given),
             self._tokenizer_fingerprint(),
@@ -83,8 +92,6 @@ class Classifier:
         """Reads the weights, unless they are here: may take longer than a call is given."""
         if self._model is None:
             self._model = (self._read_model() if self._given is None else self._given).eval()
-            text_config = self._model.config.get_text_config()
-            text_config.pad_token_id = self._model.config.pad_token_id = self._tokenizer.pad_token_id
 
     @property
     def nbytes(self) -> int:
@@ -97,9 +104,30 @@ class Classifier:
 
     def _forward(self, rows: list[list[int]]) -> list[float]:
         self.prepare()
+        own = pad_of(self._model.config)
+        places = range(self._model.get_input_embeddings().num_embeddings)
+        if own is not None and own in places:
+            return self._forward_padded(rows, own)
+        # The configuration knows no padding, so a decoder's head reads the last token, whichever it is: it is told of a
+        # token that no row has, for as long as the batch takes.
+        used = {token for row in rows for token in row}
+        pad = next((token for token in (self._tokenizer.pad_token_id, *places) if token not in (None, *used)), None)
+        if pad is None:
+            return [value for row in rows for value in self._forward_padded([row], 0)]
+        configs = [self._model.config, self._model.config.get_text_config()]
+        before = [config.pad_token_id for config in configs]
+        try:
+            for config in configs:
+                config.pad_token_id = pad
+            return self._forward_padded(rows, pad)
+        finally:
+            for config, given in zip(configs, before, strict=True):
+                config.pad_token_id = given
+
+    def _forward_padded(self, rows: list[list[int]], pad: int) -> list[float]:
         device = next(self._model.parameters()).device
         width = max(len(row) for row in rows)
-        ids_BS = torch.full((len(rows), width), self._tokenizer.pad_token_id)
+        ids_BS = torch.full((len(rows), width), pad)
         mask_BS = torch.zeros((len(rows), width), dtype=torch.long)
         for i, row in enumerate(rows):
             ids_BS[i, : len(row)] = torch.tensor(row)
@@ -207,12 +235,6 @@ class Classifier:
                 )
         else:
             tokenizer = copy.deepcopy(tokenizer)  # what is set below must not change its owner's
-        if tokenizer.pad_token_id is None:
-            if tokenizer.eos_token is None:
-                raise RewardError(
-                    f"reward model {self._source!r}: its tokenizer has neither a pad nor an EOS token; set one"
-                )
-            tokenizer.pad_token = tokenizer.eos_token
         tokenizer.truncation_side = "left"
         self._truncation = tokenizer.backend_tokenizer.truncation if tokenizer.is_fast else None
         return tokenizer

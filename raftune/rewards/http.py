@@ -49,8 +49,8 @@ class Http:
         str | None, Field(description="The environment variable whose value is sent as the bearer token.")
     ] = None
     headers: Annotated[
-        dict[str, str], Field(description="Further headers of each request, such as X-Api-Key: ${MY_KEY}.")
-    ] = field(default_factory=dict)
+        dict[str, str] | None, Field(description="Further headers of each request, such as X-Api-Key: ${MY_KEY}.")
+    ] = None
     name: str = "http"
     media: frozenset[str] = field(default=frozenset({"text", "messages", "image"}), init=False)
     fingerprint: str = field(default="", init=False)
@@ -119,7 +119,7 @@ class Http:
     def _headers(self) -> dict[str, str]:
         key = os.environ.get(self.key_env or "")
         bearer = {"Authorization": f"Bearer {key}"} if key else {}
-        return {"Content-Type": "application/json", **bearer, **self.headers}
+        return {"Content-Type": "application/json", **bearer, **(self.headers or {})}
 
     async def _ask(self, client: httpx2.AsyncClient, gate: asyncio.Semaphore, body: dict[str, Any]) -> list[Any]:
         """The scores of one request. Raises RewardError."""
@@ -150,7 +150,7 @@ class Http:
     def _shown(self, response: httpx2.Response) -> str:
         """The beginning of what the server said, on one line, the key blotted out where it was repeated."""
         text = masked(response.text)
-        for secret in (os.environ.get(self.key_env or ""), *self.headers.values()):
+        for secret in (os.environ.get(self.key_env or ""), *(self.headers or {}).values()):
             text = text.replace(secret, "***") if secret else text
         return one_line(text, EXCERPT)
 

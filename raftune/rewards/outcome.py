@@ -6,11 +6,14 @@ import errno
 import inspect
 import math
 import numbers
+import os
 import re
+import sysconfig
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from pathlib import Path
 from types import GeneratorType
 from typing import Any
 
@@ -21,6 +24,16 @@ from raftune.interruption import caused_by_interrupt
 from raftune.records import Part, Status
 from raftune.rewards.batch import Batch, Log, keywords
 
+# Code that is not the user's: raftune's own, the standard library's, what is installed.
+NOT_OF_USERS = tuple(
+    {
+        f"{folder}{os.sep}"
+        for folder in (
+            Path(__file__).parents[1],
+            *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
+        )
+    }
+)
 LONGEST_DETAIL = 300
 REAL = (numbers.Real, Decimal)
 LISTS = (Sequence, deque, GeneratorType, map)  # what gives its values in the order in which they were made
@@ -53,6 +66,17 @@ def one_line(error: BaseException) -> str:
     text = masked(f"{type(error).__name__}: {text}" if text else type(error).__name__)
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)
     return text if len(text) <= LONGEST_DETAIL else text[: LONGEST_DETAIL - 1] + "…"
+
+
+def where(error: BaseException) -> str:
+    """File and line of the user's code that the error came out of, in brackets; empty where it met none."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith((*NOT_OF_USERS, "<")):
+            place = f" ({Path(file).name}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return place
 
 
 def judge(output: Any, size: int, log: Log) -> Outcome:
@@ -88,7 +112,7 @@ def attempt(reward: Any, batch: Batch, *, ours: bool = False) -> Outcome:
             raise error if isinstance(error, KeyboardInterrupt | SystemExit) else KeyboardInterrupt from error
         if machine_failed(error, ours):
             raise
-        return whole(Status.ERROR, one_line(error), len(batch))
+        return whole(Status.ERROR, one_line(error) + where(error), len(batch))
 
 
 async def attempt_async(reward: Any, batch: Batch) -> Outcome:
@@ -99,7 +123,7 @@ async def attempt_async(reward: Any, batch: Batch) -> Outcome:
     except BaseException as error:
         if machine_failed(error):
             raise
-        return whole(Status.ERROR, one_line(error), len(batch))
+        return whole(Status.ERROR, one_line(error) + where(error), len(batch))
 
 
 def machine_failed(error: BaseException, ours: bool = False) -> bool:

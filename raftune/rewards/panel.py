@@ -31,6 +31,7 @@ class Extras:
 
     metrics: dict[str, float] = field(default_factory=dict)
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)  # how many numbers each mean was taken of
 
 
 class Panel:
@@ -236,4 +237,5 @@ def gather_extras(calls: Sequence[Mapping[str, Outcome]], sizes: Sequence[int]) 
         for outcome in call.values():
             for name, numbers in outcome.log.metrics.items():
                 metrics.setdefault(name, []).extend(numbers)
-    return Extras({name: sum(numbers) / len(numbers) for name, numbers in metrics.items() if numbers}, columns)
+    means = {name: sum(numbers) / len(numbers) for name, numbers in sorted(metrics.items()) if numbers}
+    return Extras(means, columns, {name: len(metrics[name]) for name in means})

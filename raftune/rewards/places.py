@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
+from pathlib import Path
 from typing import Any, Protocol
 
 from raftune.protocols import Reward
@@ -58,6 +61,25 @@ class Here:
         """Nothing to end."""
 
 
+@contextlib.contextmanager
+def same_folder() -> Iterator[None]:
+    """Comes back to the working folder where a reward leaves it: a run's own paths may be relative to it.
+
+    What else a callable changes in this process (random states, the environment) is between it and its user: one that
+    draws from `random` must not draw the same again.
+    """
+    try:
+        before = Path.cwd()
+    except FileNotFoundError:  # it was deleted under us
+        before = None
+    try:
+        yield
+    finally:
+        if before is not None:
+            with contextlib.suppress(OSError):
+                os.chdir(before)
+
+
 class OnThread:
     """A callable in this process. Python cannot end a thread: a hung call is left behind and goes on.
 
@@ -71,7 +93,11 @@ class OnThread:
         self._runner = Runner(f"raftune reward {reward.name}")
 
     def start(self, batch: Batch) -> Future[Outcome]:
-        return self._runner.submit(lambda: attempt(self._reward, batch))
+        return self._runner.submit(lambda: self._call(batch))
+
+    def _call(self, batch: Batch) -> Outcome:
+        with same_folder():
+            return attempt(self._reward, batch)
 
     def give_up(self, future: Future[Outcome]) -> str:
         self._runner.replace()
@@ -90,7 +116,11 @@ class OnLoop:
         self._reward, self._loop = reward, loop
 
     def start(self, batch: Batch) -> Future[Outcome]:
-        return self._loop.submit(attempt_async(self._reward, batch))
+        return self._loop.submit(self._call(batch))
+
+    async def _call(self, batch: Batch) -> Outcome:
+        with same_folder():
+            return await attempt_async(self._reward, batch)
 
     def give_up(self, future: Future[Outcome]) -> str:
         future.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from raftune.pictures import Pictures
 from raftune.records import INVALID, Part, Prompt, Score, Status
 from raftune.rewards.batch import RESERVED, Batch
 from raftune.rewards.combining import Combine
-from raftune.rewards.panel import Panel
+from raftune.rewards.panel import Extras, Panel
 
 
 class SamplePanel:
@@ -21,6 +22,7 @@ class SamplePanel:
     def __init__(self, panel: Panel, combine: Combine | None = None) -> None:
         """`combine` is another way to combine the parts than the panel's own."""
         self.panel, self.names, self.combine = panel, panel.names, combine or panel.combine
+        self.extras = Extras()
 
     @property
     def fingerprint(self) -> str:
@@ -33,12 +35,19 @@ class SamplePanel:
         No reward is asked about a sample that its policy calls invalid: it has that status, and the reason as detail.
         """
         if INVALID not in samples.column_names or samples.column(INVALID).null_count == samples.num_rows:
-            return self._asked(prompts, samples)
+            scores = self._asked(prompts, samples)
+            self.extras = self.panel.extras
+            return scores
         why = samples.column(INVALID).to_pylist()
         valid = [row for row, reason in enumerate(why) if reason is None]
         asked = self._asked([prompts[row] for row in valid], samples.take(pa.array(valid, pa.int64())))
-        scores = dict(zip(valid, asked, strict=True))
-        return [scores.get(row) or unfit(self.names, str(reason)) for row, reason in enumerate(why)]
+        columns = {
+            name: [dict(zip(valid, values, strict=True)).get(row) for row in range(len(why))]
+            for name, values in self.panel.extras.columns.items()
+        }
+        self.extras = replace(self.panel.extras, columns=columns)
+        valid_scores = dict(zip(valid, asked, strict=True))
+        return [valid_scores.get(row) or unfit(self.names, str(reason)) for row, reason in enumerate(why)]
 
     def _asked(self, prompts: list[Prompt], samples: pa.Table) -> list[Score]:
         groups = [prompt.id for prompt in prompts]

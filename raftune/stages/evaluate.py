@@ -82,7 +82,7 @@ class Evaluate:
             if start is not None:
                 table = table.append_column("features_start", start.of(table))
             tables.append(self.condense(table) if self.condense is not None else table)
-        return pa.concat_tables(tables)
+        return pa.concat_tables(tables, promote_options="default")  # not every unit has each logged column
 
     def has(self, samples: pa.Table) -> frozenset[str]:
         names = set(samples.column_names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from raftune.protocols import Inputs, Panel
 from raftune.records import scores_table
 from raftune.stages.plan import asked
 from raftune.store.layout import unit_file, unit_numbers
-from raftune.store.parquet import read_table, write_table
+from raftune.store.parquet import read_metadata, read_table, write_table
+
+METRICS = "metrics"  # in a shard's metadata: what rewards gave to log_metric, as JSON: {name: [mean, count]}
 
 
 class ScoreSamples:
@@ -43,8 +47,23 @@ class ScoreSamples:
         panel = self.panel()
         samples = pa.concat_tables(read_shards([inputs[name] for name in self.shards], index))
         scores = panel.score_samples(asked(inputs[self.plan], index, samples), samples)
-        write_table(scores_table(samples, scores, panel.names), out, metadata)
+        extras = panel.extras
+        logged = {name: [value, extras.counts[name]] for name, value in extras.metrics.items()}
+        told = {METRICS: json.dumps(logged, sort_keys=True)} if logged else {}
+        write_table(scores_table(samples, scores, panel.names, extras.columns), out, {**metadata, **told})
         return panel.notes()
+
+
+def logged_metrics(folder: Path) -> dict[str, float]:
+    """The mean of each metric that rewards logged, over all calls of a stage; what is not finite is left out."""
+    sums: dict[str, tuple[float, int]] = {}
+    for unit in unit_numbers(folder):
+        _, metadata = read_metadata(folder / unit_file(unit))
+        for name, (mean, count) in json.loads(metadata.get(METRICS, "{}")).items():
+            total, number = sums.get(name, (0.0, 0))
+            sums[name] = (total + mean * count, number + count)
+    means = {name: total / number for name, (total, number) in sorted(sums.items())}
+    return {name: mean for name, mean in means.items() if math.isfinite(mean)}
 
 
 def read_shards(folders: list[Path], index: int) -> Iterator[pa.Table]:

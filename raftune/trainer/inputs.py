@@ -36,11 +36,17 @@ def given_rewards(rewards: Any, tokenizers: Any, weights: Sequence[float] | None
         raise ConfigError(
             "reward_funcs must hold at least one reward; got none. Give a function that returns a list of numbers."
         )
-    beside = list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers] * len(several)
+    if isinstance(tokenizers, (list, tuple)):
+        beside = list(tokenizers)
+    else:  # as in TRL: one that is given belongs to one reward
+        beside = [None] * len(several) if tokenizers is None else [tokenizers]
     factors = [1.0] * len(several) if weights is None else list(weights)
     for name, one in (("reward_processing_classes", beside), ("reward_weights", factors)):
         if len(one) != len(several):
-            raise ConfigError(f"{name} must hold one entry for each reward; got {len(one)} for {len(several)} rewards.")
+            raise ConfigError(
+                f"{name} must hold one entry for each reward; got {len(one)} for {len(several)} rewards. Give a list, "
+                "with None where a reward needs none."
+            )
     found = GivenRewards()
     for number, (reward, tokenizer, weight) in enumerate(zip(several, beside, factors, strict=True)):
         if isinstance(reward, (str, Path)) and tokenizer is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 
 from raftune.digest import ends_of
 from raftune.ledger import answer_text
+from raftune.records import EXTRA, extras_of
 from raftune.stages.plan import read_unit
+from raftune.stages.score import logged_metrics
 from raftune.store.committed import check_file, read_json
 from raftune.store.layout import unit_file, unit_numbers
-from raftune.store.parquet import read_table
+from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
 
 Floats = npt.NDArray[np.float64]
@@ -39,7 +41,7 @@ class Drawn:
 
     def metrics(self) -> dict[str, float]:
         """`reward`, `reward_std`, `rewards/NAME/mean`, … of the policy's own samples; what has no value is left out."""
-        found: dict[str, float] = {}
+        found: dict[str, float] = logged_metrics(self._folders["score"])
         for name, mean, spread in self._names():
             values = np.concatenate(self._values[name])
             values = values[np.isfinite(values)]
@@ -134,8 +136,22 @@ def losses(run: RunFolder, round_: int) -> list[float]:
     return [float(loss) for loss in report["losses"]]
 
 
-def kept(run: RunFolder, round_: int, count: int | None) -> list[tuple[Any, str, float | None]]:
-    """The first `count` of what the round learned from: prompt, completion, score (None where it is from elsewhere)."""
+def logged_columns(run: RunFolder, round_: int, names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """What rewards gave to `log_extra` of these samples, by sample_id and column."""
+    found = {}
+    folder = run.folder(round_, "score")
+    for unit in unit_numbers(folder):
+        path = folder / unit_file(unit)
+        extras = [name for name in column_names(path) if name.startswith(EXTRA)]
+        for row in read_table(path, ["sample_id", *extras]).to_pylist() if extras else ():
+            if row["sample_id"] in names:
+                found[row["sample_id"]] = extras_of(row)
+    return found
+
+
+def kept(run: RunFolder, round_: int, count: int | None) -> list[tuple[Any, str, float | None, dict[str, Any]]]:
+    """The first `count` of what the round learned from: prompt, completion, score (None where it is from elsewhere),
+    and what rewards logged of it."""
     file = pq.ParquetFile(check_file(run.folder(round_, "rows") / "rows.parquet"))
     rows: list[dict[str, Any]] = []
     for batch in file.iter_batches(batch_size=count or 1000, columns=["sample_id", "prompt", "completion"]):
@@ -146,4 +162,8 @@ def kept(run: RunFolder, round_: int, count: int | None) -> list[tuple[Any, str,
     verdicts = read_table(run.folder(round_, "select") / "verdicts.parquet", ["sample_id", "score"])
     found = verdicts.filter(pc.is_in(verdicts.column("sample_id"), wanted)).to_pydict()
     scores = dict(zip(found["sample_id"], found["score"], strict=True))
-    return [(row["prompt"], answer_text(row["completion"]), scores.get(row["sample_id"])) for row in rows[:count]]
+    logged = logged_columns(run, round_, scores)
+    return [
+        (row["prompt"], answer_text(row["completion"]), scores.get(name := row["sample_id"]), logged.get(name, {}))
+        for row in rows[:count]
+    ]

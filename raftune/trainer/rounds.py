@@ -223,11 +223,15 @@ class Rounds:
         self.control = getattr(self.handler, name)(self.args, self.state, self.control, **facts)
 
 
-def show(rows: list[tuple[Any, str, float | None]], round_: int) -> None:
-    """Prints what was kept as a table; what a model wrote is shown harmless, on one line."""
-    table = Table("prompt", "completion", "reward", title=f"kept in round {round_}", title_justify="left")
-    for prompt, completion, score in rows:
+def show(rows: list[tuple[Any, str, float | None, dict[str, Any]]], round_: int) -> None:
+    """Prints what was kept as a table, with what rewards logged; what a model wrote is shown harmless, on one line."""
+    extras = sorted({name for *_, logged in rows for name in logged})
+    heads = ("prompt", "completion", "reward", *map(one_line, extras))
+    table = Table(*heads, title=f"kept in round {round_}", title_justify="left")
+    for prompt, completion, score, logged in rows:
         asked = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
         number = "" if score is None else f"{score:.3f}"
-        table.add_row(Text(one_line(asked, 200)), Text(one_line(completion, 400)), number)
+        values = ("" if logged.get(name) is None else str(logged[name]) for name in extras)
+        more = (Text(one_line(value, 100)) for value in values)
+        table.add_row(Text(one_line(asked, 200)), Text(one_line(completion, 400)), number, *more)
     Console(stderr=True).print(table)

@@ -105,9 +105,13 @@ def asked(kind: str, size: int = 3) -> Batch:
     return Batch(["q"] * size, ["a"] * size, {"act": [kind] * size})
 
 
+LINE_OF = {
+    words: next(number for number, line in enumerate(ACTS.splitlines(), 1) if words in line)
+    for words in ("raise ValueError", "sys.exit(3)")
+}
 FAILING = {
-    "raises": (Status.ERROR, "ValueError: no such judge"),
-    "sys.exit": (Status.ERROR, "SystemExit: 3"),
+    "raises": (Status.ERROR, f"ValueError: no such judge (acts.py, line {LINE_OF['raise ValueError']})"),
+    "sys.exit": (Status.ERROR, f"SystemExit: 3 (acts.py, line {LINE_OF['sys.exit(3)']})"),
     "nan": (Status.INVALID, "returned nan, not a finite number"),
     "inf": (Status.INVALID, "returned inf, not a finite number"),
     "minus inf": (Status.INVALID, "returned -inf, not a finite number"),

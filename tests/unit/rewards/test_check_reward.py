@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raftune.cli import main
 from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError
 from raftune.rewards import Batch, check_reward
@@ -118,3 +120,20 @@ def test_our_own_samples_have_every_column_in_full() -> None:
         )
         == 1
     )
+
+
+def test_the_command_names_a_failure_once_hints_at_pictures_and_calls_no_constant_fine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rewards.py").write_text(
+        "def size(completions, **kwargs):\n    return [picture.width for picture in completions]\n"
+        "def same(completions, **kwargs):\n    return [1.0] * len(completions)\n"
+    )
+    assert main(["reward", "check", f"{tmp_path / 'rewards.py'}:size"]) == 3
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("AttributeError") == 1
+    assert "(rewards.py, line 2)" in said.out + said.err
+    assert "--images" in said.out + said.err
+    assert main(["reward", "check", f"{tmp_path / 'rewards.py'}:same"]) == 0
+    said = capsys.readouterr()
+    assert (said.out + said.err).startswith("same: scores all samples the same\n")

@@ -15,6 +15,7 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    pipeline,
 )
 
 from raftune.config.rewards import RewardsConfig, RewardSpec
@@ -150,14 +151,31 @@ def test_an_eos_token_is_appended_once_where_asked(folder: str) -> None:
     assert plain(prompts=["a"], completions=[" "]) != pytest.approx(wanted)
 
 
-def test_a_tokenizer_without_a_pad_token_pads_with_eos_and_without_either_is_refused(tmp_path: Path) -> None:
-    spec = saved(tmp_path / "eos", llama(), tokenizer(pad=False))
-    values = made(spec)(prompts=PROMPTS, completions=COMPLETIONS)
+@pytest.mark.parametrize("config_pad", [None, 0, 2, 9, -1])
+@pytest.mark.parametrize("words", [{}, {"pad": False}, {"pad": False, "eos": False}])
+def test_scores_are_those_of_the_pipeline_of_transformers_whatever_pads(
+    tmp_path: Path, config_pad: int | None, words: dict[str, bool]
+) -> None:
+    """Token 2 is EOS, 9 is `b`: a head that takes it for padding reads the token before it, also in the pipeline."""
     model = llama()
-    alone = [float(logits(model, p + c)[0]) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    assert values == pytest.approx(alone, abs=1e-5)
-    with pytest.raises(RewardError, match="neither a pad nor an EOS token"):
-        made(saved(tmp_path / "none", llama(), tokenizer(pad=False, eos=False)))
+    model.config.pad_token_id = config_pad
+    spec = saved(tmp_path / "rm", model, tokenizer(**words))
+    prompts, completions = ["a b", "c", "d e f g", "a"], [" h </s>", " i j k l m </s>", " </s>", " n b"]
+    pipe = pipeline("text-classification", spec, function_to_apply="none", device="cpu")
+    wanted = [pipe(p + c)[0]["score"] for p, c in zip(prompts, completions, strict=True)]
+    reward = made(spec, batch_size=3)
+    assert reward(prompts=prompts, completions=completions) == pytest.approx(wanted, abs=1e-5)
+    assert reward._model.config.pad_token_id == config_pad
+
+
+def test_the_padding_that_a_model_reads_is_part_of_its_fingerprint(tmp_path: Path) -> None:
+    found = set()
+    for pad in (None, 0, 9):
+        model = llama()
+        model.config.pad_token_id = pad
+        with load_panel(RewardsConfig(), [model], tokenizers=[tokenizer()]) as panel:
+            found.add(panel.fingerprint)
+    assert len(found) == 3
 
 
 def test_a_model_object_is_scored_with_a_copy_of_its_tokenizer() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import os
 import threading
 import time
 from functools import partial
@@ -340,3 +342,34 @@ def _fails_by_column(completions: list[str], how: list[str], **kwargs: Any) -> l
     if how[0] not in ("ok", "none"):
         raise ValueError(how[0])
     return [None if how[0] == "none" else 1.0]
+
+
+def test_a_reward_that_leaves_the_working_folder_leaves_it_for_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def leaves(completions: list[Any], **kwargs: Any) -> list[float]:
+        os.chdir(tmp_path / "elsewhere")
+        return [1.0] * len(completions)
+
+    async def leaves_later(completions: list[Any], **kwargs: Any) -> list[float]:
+        return leaves(completions)
+
+    def raises(completions: list[Any], **kwargs: Any) -> list[float]:
+        os.chdir("/")
+        raise ValueError("gone")
+
+    for reward in (leaves, leaves_later, raises):
+        score([load_reward(reward)], batch())
+        assert Path.cwd() == tmp_path
+
+
+def test_the_detail_of_an_error_names_file_and_line_of_the_users_code_and_not_ours() -> None:
+    def raises(completions: list[Any], **kwargs: Any) -> list[float]:
+        return json.loads("{")
+
+    first = raises.__code__.co_firstlineno
+    part = score([load_reward(raises)], batch())[0].parts["r0"]
+    assert part.detail.endswith(f" (test_panel.py, line {first + 1})")

@@ -1,0 +1,105 @@
+"""What a reward gives to `log_metric` and `log_extra` is on record, and reaches logs, tables and trackers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raftune.build import Objects
+from raftune.cli import main
+from raftune.records import EXTRA, extras_of
+from raftune.rewards import Panel
+from raftune.runs import run
+from raftune.stages.score import logged_metrics
+from raftune.store.run import RunFolder
+from raftune.trainer.metrics import kept
+from tests.runs.kill import tree
+from tests.runs.test_reward_signals import parrot
+
+FILE = """
+import numpy as np
+
+def judge(completions, log_metric, log_extra, **columns):
+    lengths = [len(text) for text in completions]
+    log_metric("longest", max(lengths))
+    log_metric("broken", float("nan"))
+    log_extra("length", np.array(lengths, np.int64))
+    log_extra("words", [text.split() for text in completions])
+    if "c" in completions:
+        log_extra("has/c", [text == "c" or None for text in completions])
+    log_extra("too few", [1])
+    return [float(length) for length in lengths]
+"""
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("logging") / "judge.py"
+    path.write_text(FILE)
+    return path
+
+
+def go(root: Path, *specs: str, rewards: Any = ()) -> None:
+    prompts = pa.table({"prompt": ["a", "b", "c", "d"]})
+    run(
+        parrot(root, *specs),
+        Objects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2), rewards=rewards),
+    )
+
+
+def shards(root: Path) -> list[list[dict[str, Any]]]:
+    return [pq.read_table(path).to_pylist() for path in sorted(root.glob("round-0001/score/unit-*.parquet"))]
+
+
+def test_metrics_and_columns_are_part_of_the_record_the_same_wherever_the_reward_runs(
+    tmp_path: Path, judge: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go(tmp_path / "hosted", f"{judge}:judge")
+    root = tmp_path / "hosted"
+    drawn = {
+        row["sample_id"]: row["completion"]
+        for path in root.glob("round-0001/draw/unit-*.parquet")
+        for row in pq.read_table(path).to_pylist()
+    }
+    longest = []
+    for rows in shards(root):
+        texts = [drawn[row["sample_id"]] for row in rows]
+        for row, text in zip(rows, texts, strict=True):
+            logged = extras_of(row)
+            assert (logged["length"], logged["words"], logged["too few"]) == (len(text), text.split(), None)
+            assert row[f"{EXTRA}length"] == str(len(text))
+            assert not logged.get("has/c") or text == "c"
+        longest += [max(map(len, texts[start : start + 4])) for start in range(0, len(texts), 4)]
+    assert logged_metrics(root / "round-0001" / "score") == {"longest": sum(longest) / len(longest)}
+
+    shown = kept(RunFolder(root), 1, 2)
+    assert [row[3]["words"] for row in shown] == [row[1].split() for row in shown]
+    assert main(["samples", str(root), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(line["extra/words"] == line["completion"].split() for line in lines)
+
+    found = importlib.util.spec_from_file_location("judge", judge)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    go(tmp_path / "here", rewards=[module.judge])
+    assert shards(tmp_path / "here") == shards(root)
+
+    score, calls = Panel.score, []
+
+    def fails_once(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(self, *args, **kwargs)
+
+    monkeypatch.setattr(Panel, "score", fails_once)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "cut", f"{judge}:judge")
+    go(tmp_path / "cut", f"{judge}:judge")
+    assert tree(tmp_path / "cut") == tree(root)
