@@ -75,9 +75,10 @@ def leave_out(assembly: Assembly, folder: Path, policy: Reader) -> tuple[str, ..
         return said
     if not assembly.drops:
         raise DataError(f"{refusal(prompts, refused, source)} {LEAVE_OUT}")
-    for name in ("train", "held_out"):
+    tables = {name: read_table(folder / f"{name}.parquet") for name in ("train", "held_out")}
+    (folder / "_COMMIT.json").unlink(missing_ok=True)  # a plan's own copy, which is not what was committed any more
+    for name, rows in tables.items():
         path = folder / f"{name}.parquet"
-        rows = read_table(path)
         kept = rows.filter(pa.array([one not in refused for one in rows.column("prompt_id").to_pylist()], pa.bool_()))
         if rows.num_rows and not kept.num_rows:
             raise DataError(f"{refusal(prompts, refused, source)} None is left of the {name} prompts.")
