@@ -21,6 +21,8 @@ from raftune.store.files import json_bytes, sha256_of
 
 _ROUND = re.compile(r"round-(\d{4,})$")
 MANIFEST = "raftune_files.json"
+# The list itself, what people edit, and what is deleted before a model is given away.
+UNLISTED = (MANIFEST, "README.md", "parity.json")
 _DEEPEST = 4  # folders between a committed file and its COMMIT: those of a pipeline's parts
 _MOST = 200_000  # files remembered
 _SMALL = 50_000_000  # bytes: below, threads cost more than they save
@@ -86,7 +88,7 @@ def write_manifest(folder: Path, before: Mapping[str, Signature] | None = None) 
     Files that are as they were `before` are somebody else's.
     """
     now, before = signatures(folder), before or {}
-    names = [name for name in now if now[name] != before.get(name) and name not in (MANIFEST, "README.md")]
+    names = [name for name in now if now[name] != before.get(name) and name not in UNLISTED]
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
     content = {"files": {name: entry for name, entry in files.items() if not name.startswith(".")}}
     (folder / MANIFEST).write_bytes(json_bytes(with_hash(content)))
