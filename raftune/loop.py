@@ -110,7 +110,7 @@ def ensure(shop: Workshop, stage: Stage, round_: int, say: Callable[..., None]) 
             notes = run_once(job, stage)
     except BaseException:
         seconds = round(time.perf_counter() - began, 4)
-        shop.run.events.add("stage_stop", round=round_, stage=stage.name, seconds=seconds)
+        say("stage_stop", round=round_, stage=stage.name, seconds=seconds)
         raise
     tidy(shop, stage, round_)
     seconds = round(time.perf_counter() - began, 4)
@@ -198,8 +198,9 @@ def speaker(run: RunFolder, observe: Observer) -> Callable[..., None]:
     """Tells the observer, and writes to events.jsonl what is of use later."""
 
     def say(kind: str, **facts: Any) -> None:
-        if kind in ("stage_begin", "stage_end", "unit", "end"):
+        if kind in ("stage_begin", "stage_end", "stage_stop", "unit", "end"):
             run.events.add(kind, **facts)
-        observe(kind, facts)
+        if kind != "stage_stop":  # an error is on its way, and the observer may be what raised it
+            observe(kind, facts)
 
     return say
