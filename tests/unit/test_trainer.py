@@ -370,6 +370,12 @@ def test_what_a_trainer_cannot_use_is_refused_when_it_is_built(changes: dict[str
         trainer(**changes)
 
 
+def test_one_tokenizer_is_not_taken_for_several_rewards() -> None:
+    """Two reward models have tokenizers of their own."""
+    with pytest.raises(ConfigError, match="reward_processing_classes must hold one entry for each reward; got 1 for 2"):
+        given_rewards([len_of, len_of], tiny_tokenizer(), None)
+
+
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
