@@ -201,7 +201,7 @@ def test_replay_and_reference_rows_join_what_a_round_learns_from(tmp_path: Path,
     reference = tmp_path / "good.jsonl"
     reference.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) + "\n" for i in range(50)))
     mixed = {"replay_rounds": 1, "reference": {"path": str(reference), "fraction": 0.2}}
-    run(config(tmp_path / "a", llama, tuning=mixed), OBJECTS)
+    run(config(tmp_path / "a", llama, tuning=mixed, selection={"all_equal": "keep"}), OBJECTS)
     first = json.loads((tmp_path / "a/round-0001/rows/summary.json").read_text())
     second = json.loads((tmp_path / "a/round-0002/rows/summary.json").read_text())
     assert first == {"reference": 2, "round-0001": 8}

@@ -22,6 +22,7 @@ from raftune.evaluation.images import looked_at
 from raftune.pictures import image_of, png_of, require_pillow
 from raftune.runs import run, verify
 from raftune.stages.evaluate import Evaluate
+from raftune.store.commit import Commit, FileEntry
 from raftune.store.run import RunFolder
 from tests.runs import tiny
 from tests.runs.sketches import captions, config, indifferent, objects, saturation
@@ -274,6 +275,9 @@ def test_an_evaluation_holds_one_unit_of_pictures_at_a_time(tmp_path: Path) -> N
         for folder, columns in (("draw", table), ("score", table.drop_columns("completion"))):
             (tmp_path / folder).mkdir(exist_ok=True)
             pq.write_table(columns, tmp_path / folder / f"unit-{unit:05d}.parquet")
+    for folder in ("draw", "score"):
+        files = {path.name: FileEntry.of(path) for path in (tmp_path / folder).iterdir()}
+        Commit(folder, 0, "", {}, {}, files).save(tmp_path / folder, tmp_path / "tmp")
     held: list[int] = []
 
     def looking(samples: pa.Table) -> pa.Table:

@@ -110,7 +110,7 @@ def test_a_small_disk_that_fills_up_is_survived(tmp_path: Path, whole: dict[str,
     if os.name != "posix" or os.geteuid() != 0 or mount(disk, "200k") != 0:
         pytest.skip("only root may mount a small disk")
     try:
-        with pytest.raises(StoreError, match=r"the disk is full\. Free some space and run `raftune resume`"):
+        with pytest.raises(StoreError, match=r"the disk is full\. Free some space"):
             run(tiny.config(disk / "run"), tiny.objects())
         assert verify(disk / "run") == []
         assert mount(disk, "16m", "remount,") == 0
