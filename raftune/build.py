@@ -201,7 +201,8 @@ class Assembly:
         ]
         if sampling.teacher is not None:
             stages.append(Teach(self.policies, sampling.teacher.num_generations))
-        stages.append(ScoreSamples(self.panel, reads=shards, local=bool(self.objects.rewards)))
+        earlier, local = self.run.earlier_scores, bool(self.objects.rewards)
+        stages.append(ScoreSamples(self.panel, reads=shards, local=local, earlier=earlier(round_, "score")))
         if config.selection.beta > 0:
             stages.append(LogProbs(self.policies, model="model@-1", writes="logp", shards=shards))
             stages.append(LogProbs(self.policies, model="model@0", writes="logp-start", shards=shards))
@@ -221,12 +222,19 @@ class Assembly:
             EvaluationPlan(self.config, round_, self.drops),
             Draw(self.policies, model="model", plan=plan, writes=drawn),
             ScoreSamples(
-                self.yardstick, plan=plan, reads=(drawn,), writes=prefix + "score", local=bool(self.objects.rewards)
+                self.yardstick,
+                plan=plan,
+                reads=(drawn,),
+                writes=prefix + "score",
+                local=bool(self.objects.rewards),
+                earlier=self.run.earlier_scores(round_, prefix + "score"),
             ),
         ]
         shards = ["draw", "score"]
         if evaluation.reward_funcs:
-            stages.append(ScoreSamples(self.judge, plan=plan, reads=(drawn,), writes=prefix + "judge"))
+            writes = prefix + "judge"
+            earlier = self.run.earlier_scores(round_, writes)
+            stages.append(ScoreSamples(self.judge, plan=plan, reads=(drawn,), writes=writes, earlier=earlier))
             shards.append("judge")
         if evaluation.kl and self.knows_likelihood():
             for model, writes in (("model", "logp"), ("model@0", "logp-start")):

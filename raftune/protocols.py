@@ -255,8 +255,13 @@ class Panel(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def score_samples(self, prompts: list[Prompt], samples: pa.Table) -> list[Score]:
-        """Scores of the samples, row for row; prompts[i] is what row i answers."""
+    def score_samples(
+        self, prompts: list[Prompt], samples: pa.Table, earlier: Mapping[int, Score] | None = None
+    ) -> list[Score]:
+        """Scores of the samples, row for row; prompts[i] is what row i answers.
+
+        `earlier`: by their row, the scores of samples about which no reward is asked again.
+        """
         ...
 
     def notes(self) -> tuple[str, ...]:

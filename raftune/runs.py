@@ -20,6 +20,7 @@ from raftune.loop import Observer, Outcome, train
 from raftune.preflight import preflight
 from raftune.report.rewriting import rewriting
 from raftune.reporting import reporting
+from raftune.rescoring import finished, statuses
 from raftune.staleness import check
 from raftune.store.files import json_bytes, sha256_of, stage_file
 from raftune.store.run import YAML, RunFolder
@@ -47,15 +48,18 @@ def run(
     *,
     observe: Observer = lambda kind, facts: None,
     redo: str | None = None,
+    only: str | None = None,
     after: Callable[[Assembly, Outcome], None] | None = None,
 ) -> Outcome:
     """Runs the configuration in its directory: begins, continues, or finds everything done. Raises RaftuneError.
 
     The same directory and configuration continue what was interrupted. Another configuration is refused with the
-    difference, unless `redo` names the stage from which on the work is done again.
+    difference, unless `redo` names the stage from which on the work is done again. Where these are score stages, `only`
+    names statuses, with commas: only samples with a part of such a status are scored again.
     """
     config = config if isinstance(config, RunConfig) else validate(config)
     folder = RunFolder(root_of(config))
+    named = statuses(only, redo, folder)
     refuse_foreign(folder)
     if not folder.exists():
         check_writable(folder.root)
@@ -63,11 +67,12 @@ def run(
         assembly = Assembly(folder, config, objects)
         try:
             preflight(assembly)
-            aside = check(assembly, redo)
+            aside = check(assembly, redo, named)
             with reporting(config, folder.root, observe) as inner, rewriting(config, folder.root, inner) as tell:
                 tell("begin", {"root": str(folder.root), "set_aside": aside, "changed": note_changes(folder, config)})
                 save_config(folder, config)
                 outcome = train(assembly, tell)
+            finished(folder)
             if after is not None:
                 after(assembly, outcome)
             return outcome
@@ -81,12 +86,13 @@ def resume(
     *,
     observe: Observer = lambda kind, facts: None,
     redo: str | None = None,
+    only: str | None = None,
 ) -> Outcome:
     """Continues the run in this directory under its own configuration. Raises StoreError where there is none."""
     folder = RunFolder(root)
     config = folder.configuration()
     refuse_edited(folder)
-    return run(config.model_copy(update={"output_dir": str(root)}), objects, observe=observe, redo=redo)
+    return run(config.model_copy(update={"output_dir": str(root)}), objects, observe=observe, redo=redo, only=only)
 
 
 def check_writable(root: Path) -> None:

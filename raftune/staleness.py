@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raftune import rescoring
 from raftune.build import Assembly
 from raftune.config.load import differences
 from raftune.errors import ConfigChanged, ConfigError, RunDamaged, StoreError
 from raftune.protocols import Particular, Stage
+from raftune.rescoring import Rescoring
 from raftune.store.commit import stage_key
 from raftune.store.job import fields_of, hashes_of
 from raftune.store.layout import source_of
@@ -42,19 +44,31 @@ def change(name: str, old: Any, new: Any) -> str:
     return f"{name}: {short(old)} → {short(new)}"
 
 
-def check(assembly: Assembly, redo: str | None = None) -> list[str]:
+def check(assembly: Assembly, redo: str | None = None, only: Sequence[str] = ()) -> list[str]:
     """Makes sure that what is on disk is whole and belongs to the configuration; returns what was set aside.
 
     `redo` is STAGE or ROUND/STAGE, or several with commas: that stage, in this round and in later ones, all that is
-    made from it, and all that is stale after it move to superseded/. Raises RunDamaged, ConfigChanged (with the
+    made from it, and all that is stale after it move to superseded/. With `only` these stages are score stages, and
+    keep the scores of all samples but those of these statuses; what was begun so is ended by whoever comes next, unless
+    `redo` names what it was made from. Raises RunDamaged, ConfigChanged (with the
     differences), StoreError where weights or latents are gone that would be needed, ConfigError for a stage that does
     not exist, and for a dial that the start model does not have.
     """
     first = [parse(name, assembly) for name in redo.split(",")] if redo is not None else []
-    chosen = follows(assembly, first)
+    begun = rescoring.begun(assembly.run)
+    over: set[Place] = set()
+    if only:
+        again = begun or rescoring.wanted(table(assembly), first, Rescoring(str(redo), tuple(only)), assembly)
+        again.refuse_another(str(redo), only)
+        first = []
+    else:
+        again = begun or Rescoring("", ())
+        over = {*again.places} & follows(assembly, first).keys()
+    exact = again.not_set_aside(assembly.run) - over
+    chosen = follows(assembly, first, exact)
     refuse_damage(assembly, chosen)
-    if redo is not None and chosen:
-        refuse_dropped(assembly, chosen, redo)
+    if chosen:
+        refuse_dropped(assembly, chosen, redo or again.redo)
         refuse_dials(assembly, chosen)
     elif assembly.run.is_committed(0, "model"):
         assembly.family.verify(assembly.run.folder(0, "model"))
@@ -64,7 +78,17 @@ def check(assembly: Assembly, redo: str | None = None) -> list[str]:
             f"{stale.stage.name} of round {stale.round} was made with other settings: {stale.words}. "
             f"Put them back, choose another output_dir, or add `--from {name}` to redo it and what follows."
         )
-    return set_aside(assembly, chosen)
+    if only and begun is None:
+        kept = [(r, s.writes) for (r, _), s in chosen.items() if (r, s.writes) in exact and not reads_any(s, r, chosen)]
+        rescoring.begin(assembly.run, again, kept)
+    aside = set_aside(assembly, chosen)
+    rescoring.let_go(assembly.run, over)
+    return aside
+
+
+def reads_any(stage: Stage, round_: int, chosen: Collection[Place]) -> bool:
+    """Whether the stage is made from one of these."""
+    return any(source_of(read, round_) in chosen for read in stage.reads)
 
 
 def table(assembly: Assembly) -> Iterator[tuple[int, Stage]]:
@@ -75,13 +99,13 @@ def table(assembly: Assembly) -> Iterator[tuple[int, Stage]]:
             yield round_, stage
 
 
-def follows(assembly: Assembly, first: Sequence[tuple[int, str]]) -> dict[Place, Stage]:
-    """The stages of these names from these rounds on, what is made from them, and what is stale after them."""
+def follows(assembly: Assembly, first: Sequence[tuple[int, str]], exact: Collection[Place] = ()) -> dict[Place, Stage]:
+    """The stages of these names from these rounds on, and the `exact` ones; what is made from them, and what is stale
+    after them."""
     chosen: dict[Place, Stage] = {}
     for r, stage in table(assembly):
-        named = any(r >= round_ and stage.name == name for round_, name in first)
-        made_from_it = any(source_of(read, r) in chosen for read in stage.reads)
-        if named or made_from_it or (chosen and stale_of(assembly, r, stage)):
+        named = any(r >= round_ and stage.name == name for round_, name in first) or (r, stage.writes) in exact
+        if named or reads_any(stage, r, chosen) or (chosen and stale_of(assembly, r, stage)):
             chosen[r, stage.writes] = stage
     return chosen
 

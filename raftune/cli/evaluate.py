@@ -23,6 +23,9 @@ def evaluate(
     ],
     *files: Tokens,
     from_: Annotated[str | None, Parameter(name="--from", help="Redo from here on: STAGE of the evaluation.")] = None,
+    only: Annotated[
+        str | None, Parameter(help="With --from evaluation-score: score only samples of these statuses again.")
+    ] = None,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the metrics as JSON.")] = False,
 ) -> None:
     """Measure a model, or a round of a run, on held-out prompts: reward, headroom, length, diversity, perplexity.
@@ -44,14 +47,14 @@ def evaluate(
     from raftune.runs import root_of
     from raftune.subject import evaluation_of, refuse_training_run, subject_of
 
-    given = read_tokens(files, "evaluate", ("--from", "--json"))
+    given = read_tokens(files, "evaluate", ("--from", "--only", "--json"))
     who = subject_of(subject)
     config = evaluation_of(who, given.words, given.flags)
     refuse_training_run(root_of(config))
-    carry_out(who, config, from_, json)
+    carry_out(who, config, from_, json, only)
 
 
-def carry_out(who: Subject, config: RunConfig, from_: str | None, json: bool) -> None:
+def carry_out(who: Subject, config: RunConfig, from_: str | None, json: bool, only: str | None = None) -> None:
     """Begins the evaluation or goes on with it, and prints what came of it."""
     from raftune.cli.work import go
     from raftune.loop import metrics_of
@@ -60,7 +63,7 @@ def carry_out(who: Subject, config: RunConfig, from_: str | None, json: bool) ->
     from raftune.subject import prompts_judged
 
     root = root_of(config)
-    _, worked = go(config, from_)
+    _, worked = go(config, from_, only)
     metrics, judged = dict(metrics_of(RunFolder(root), 0)), prompts_judged(root)
     if json:
         print(js.dumps(as_json(who, config, root, judged, metrics) | {"worked": worked}))

@@ -16,6 +16,10 @@ Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 def train(
     *files: Tokens,
     from_: Annotated[str | None, Parameter(name="--from", help="Redo from here on: STAGE, or ROUND/STAGE.")] = None,
+    only: Annotated[
+        str | None,
+        Parameter(help="With --from score: score only samples of these statuses again, such as error,timeout."),
+    ] = None,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Run a configuration: begin it, continue it, or find it finished.
@@ -31,11 +35,11 @@ def train(
     from raftune.config.load import load_config
     from raftune.errors import ConfigError
 
-    given = read_tokens(files, "train", ("--from", "--json"))
+    given = read_tokens(files, "train", ("--from", "--only", "--json"))
     refuse_folders(given.words)
     if not given.words and not given.flags:
         raise ConfigError("train needs a configuration file; got none. `raftune init run.yaml` writes one.")
-    work(load_config(given.words, given.flags), redo=from_, as_json=json)
+    work(load_config(given.words, given.flags), redo=from_, only=only, as_json=json)
 
 
 def refuse_folders(files: Sequence[str]) -> None:

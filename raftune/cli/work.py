@@ -17,9 +17,9 @@ from raftune.runs import root_of, run
 from raftune.store.run import RunFolder
 
 
-def work(config: RunConfig, redo: str | None = None, *, as_json: bool = False) -> Outcome:
+def work(config: RunConfig, redo: str | None = None, *, only: str | None = None, as_json: bool = False) -> Outcome:
     """Runs the configuration and prints its outcome."""
-    outcome, worked = go(config, redo)
+    outcome, worked = go(config, redo, only)
     root = root_of(config)
     if as_json:
         print(json.dumps(outcome_json(root, outcome, worked)))
@@ -28,7 +28,7 @@ def work(config: RunConfig, redo: str | None = None, *, as_json: bool = False) -
     return outcome
 
 
-def go(config: RunConfig, redo: str | None = None) -> tuple[Outcome, bool]:
+def go(config: RunConfig, redo: str | None = None, only: str | None = None) -> tuple[Outcome, bool]:
     """Runs the configuration under the eyes of a person; whether anything had to be done."""
     root = root_of(config)
     with interruptible(root) as watch, Progress(held_out=held_out_names(config)) as progress:
@@ -37,7 +37,7 @@ def go(config: RunConfig, redo: str | None = None) -> tuple[Outcome, bool]:
             progress(kind, facts)
             watch(kind, facts)
 
-        outcome = run(config, observe=observe, redo=redo)
+        outcome = run(config, observe=observe, redo=redo, only=only)
     return outcome, progress.worked
 
 

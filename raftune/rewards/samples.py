@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ import pyarrow.types as kinds
 from raftune.pictures import Pictures
 from raftune.records import INVALID, Part, Prompt, Score, Status
 from raftune.rewards.batch import RESERVED, Batch
-from raftune.rewards.combining import Combine
+from raftune.rewards.combining import Combine, combined
 from raftune.rewards.panel import Extras, Panel
 
 
@@ -29,25 +29,40 @@ class SamplePanel:
         """Changes with the code, options and weights of any reward; worked out when first asked for."""
         return self.panel.fingerprint_by(self.combine)
 
-    def score_samples(self, prompts: list[Prompt], samples: pa.Table) -> list[Score]:
+    def score_samples(
+        self, prompts: list[Prompt], samples: pa.Table, earlier: Mapping[int, Score] | None = None
+    ) -> list[Score]:
         """Scores of the samples, row for row; prompts[i] is what row i answers.
 
         No reward is asked about a sample that its policy calls invalid: it has that status, and the reason as detail.
+        Nor about one with an `earlier` score, by its row: its parts are combined with those of the others.
         """
-        if INVALID not in samples.column_names or samples.column(INVALID).null_count == samples.num_rows:
+        invalid = INVALID in samples.column_names and samples.column(INVALID).null_count < samples.num_rows
+        if not invalid and not earlier:
             scores = self._asked(prompts, samples)
             self.extras = self.panel.extras
             return scores
-        why = samples.column(INVALID).to_pylist()
-        valid = [row for row, reason in enumerate(why) if reason is None]
-        asked = self._asked([prompts[row] for row in valid], samples.take(pa.array(valid, pa.int64())))
+        why = samples.column(INVALID).to_pylist() if invalid else [None] * samples.num_rows
+        known = {row: score for row, score in (earlier or {}).items() if why[row] is None}
+        rows = [row for row, reason in enumerate(why) if reason is None and row not in known]
+        asked = self._asked([prompts[row] for row in rows], samples.take(pa.array(rows, pa.int64()))) if rows else []
+        extras = self.panel.extras if rows else Extras()
         columns = {
-            name: [dict(zip(valid, values, strict=True)).get(row) for row in range(len(why))]
-            for name, values in self.panel.extras.columns.items()
+            name: [dict(zip(rows, values, strict=True)).get(row) for row in range(len(why))]
+            for name, values in extras.columns.items()
         }
-        self.extras = replace(self.panel.extras, columns=columns)
-        valid_scores = dict(zip(valid, asked, strict=True))
-        return [valid_scores.get(row) or unfit(self.names, str(reason)) for row, reason in enumerate(why)]
+        self.extras = replace(extras, columns=columns)
+        found = dict(zip(rows, asked, strict=True))
+        if known:
+            found = self._together(found | known, prompts)
+        return [found.get(row) or unfit(self.names, str(reason)) for row, reason in enumerate(why)]
+
+    def _together(self, scores: Mapping[int, Score], prompts: list[Prompt]) -> dict[int, Score]:
+        """The scores with their parts combined anew: a rank is one among all samples of a prompt."""
+        rows = sorted(scores)
+        parts = [scores[row].parts for row in rows]
+        found = combined(parts, self.panel.shares, self.combine, [prompts[row].id for row in rows])
+        return {row: replace(score, detail=scores[row].detail) for row, score in zip(rows, found, strict=True)}
 
     def _asked(self, prompts: list[Prompt], samples: pa.Table) -> list[Score]:
         groups = [prompt.id for prompt in prompts]

@@ -27,6 +27,7 @@ from raftune.store.kinds import RUN_CONFIG, why_no_run
 _ROUND = re.compile(r"round-(\d{4,})$")
 CONFIG, YAML = RUN_CONFIG, "config.yaml"
 RECORD = "raftune"  # in the configuration on disk, beside its sections: what is recorded with it
+AGAIN = "again"  # the scores that `--only` keeps, while their stages are made anew
 DROPPED = MARKER  # beside the COMMIT of a stage of which something was deleted on purpose
 
 
@@ -43,6 +44,10 @@ class RunFolder:
     def folder(self, round_: int, name: str) -> Path:
         """Where the stage of this name writes in this round."""
         return self.root / f"round-{round_:04d}" / name
+
+    def earlier_scores(self, round_: int, name: str) -> Path:
+        """Where the scores lie that a score stage keeps, until it is made anew: see `raftune.rescoring`."""
+        return self.root / AGAIN / f"{round_}-{name.replace('/', '-')}"
 
     def rounds(self) -> list[int]:
         """The numbers of the rounds that have a directory, ascending."""

@@ -113,11 +113,18 @@ class RaftTrainer(TrainerFace):
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *, redo: str | None = None) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *,
+        redo: str | None = None,
+        only: str | None = None,
+    ) -> TrainOutput:
         """Runs the rounds that are missing, and returns steps, mean loss and the best round's metrics.
 
         It always resumes: `resume_from_checkpoint` may say so too, or name the run's own directory. `redo` is STAGE or
-        ROUND/STAGE: the work is done again from there on, under the arguments as they are now. Ctrl-C raises
+        ROUND/STAGE: the work is done again from there on, under the arguments as they are now. With
+        redo="score", `only` names statuses such as "error,timeout": all other samples keep their scores. Ctrl-C raises
         KeyboardInterrupt: the same call goes on.
         """
         self._refuse_checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)
@@ -130,7 +137,7 @@ class RaftTrainer(TrainerFace):
         self._handler.tell_of(rounds, self._model_of_round, self._own_tokenizer())
         rounds.begin()
         with leaving_on_interrupt(), plain_process(), python_advice():
-            reason = self._go(rounds, redo)
+            reason = self._go(rounds, redo, only)
         rounds.end()
         self.control = rounds.control
         if not rounds.worked:
@@ -143,12 +150,12 @@ class RaftTrainer(TrainerFace):
             self.push_to_hub()
         return self._output(rounds, reason)
 
-    def _go(self, rounds: Rounds, redo: str | None) -> str:
+    def _go(self, rounds: Rounds, redo: str | None, only: str | None) -> str:
         """Runs, and says why it ended."""
         progress = contextlib.nullcontext() if self.args.disable_tqdm else self._progress()
         try:
             with progress as shown:
-                outcome = run(self.run_config, self._objects, observe=_both(shown, rounds), redo=redo)
+                outcome = run(self.run_config, self._objects, observe=_both(shown, rounds), redo=redo, only=only)
         except StopAfterRound as stop:
             return f"{stop}; train() goes on from there"
         return outcome.reason

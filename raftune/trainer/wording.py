@@ -29,7 +29,11 @@ def python_advice() -> Iterator[None]:
 def in_python(message: str) -> str:
     """The message with the names and calls of a trainer."""
     text = _COMMAND.sub(lambda found: _call(found[1] or found[2] or ""), message)
-    text = text.replace("--from must ", "redo must ").replace("with `--from`", "with train(redo=STAGE)")
+    text = (
+        text.replace("--from must ", "redo must ")
+        .replace("--only must ", "only must ")
+        .replace("with `--from`", "with train(redo=STAGE)")
+    )
     text = re.sub(r"Write --from ([\w/,.-]*\w)", r"Write redo='\1'", text)
     text = re.sub(r"(?:add )?`--from ([^`]+)`", r"call train(redo='\1')", text)
     text = re.sub(r"--from ((?:STAGE|[\w./,-]*\w))", r"train(redo='\1')", text)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from raftune import loop, runs
-from raftune.errors import ConfigChanged, RunDamaged, StoreError
+from raftune.errors import ConfigChanged, ConfigError, RunDamaged, StoreError
 from raftune.protocols import Receipt
 from raftune.store import commit, files, job, parquet
 from raftune.store import run as run_folder
@@ -330,6 +330,44 @@ def redo(stage: str, changes: dict[str, Any], base: Path, retry: bool) -> Scenar
     return Scenario(act, again, before, oracle)
 
 
+class Failing:
+    """The answer's number, but an error for the answer 3 until the environment says that all is well; then 10 more."""
+
+    __name__ = "failing"
+
+    def __call__(self, completions: list[int], **columns: Any) -> list[float]:
+        well = "ALL_IS_WELL" in os.environ
+        if 3 in completions and not well:
+            raise RuntimeError("the endpoint is down")
+        return [answer + 10.0 * well for answer in completions]
+
+
+def rescored(base: Path, retry: bool) -> Scenario:
+    """`--from score --only error` in a run of two rounds, in which an evaluation keeps scores, too.
+
+    After a kill a person says it again; or, with `retry`, first resumes: what was begun is ended then.
+    """
+    runs.run(tiny.config(base, rewards={"batch_size": 1}), tiny.objects(Failing()))
+
+    def act(root: Path) -> object:
+        os.environ["ALL_IS_WELL"] = "1"
+        return runs.resume(root, tiny.objects(Failing()), redo="score,evaluation-score", only="error")
+
+    def again(root: Path) -> object:
+        os.environ["ALL_IS_WELL"] = "1"
+        was_begun = (root / run_folder.AGAIN).exists()
+        if retry:
+            runs.resume(root, tiny.objects(Failing()))
+        if not retry or not was_begun:
+            try:
+                return act(root)
+            except ConfigError as error:  # it was done
+                assert "there is no such sample" in str(error)
+        return runs.resume(root, tiny.objects(Failing()))
+
+    return Scenario(act, again, lambda root: shutil.copytree(base, root))
+
+
 OTHER: dict[str, Any] = {"selection": {"rule": "top_m", "m": 2}}
 RESEEDED: dict[str, Any] = {"evaluation": {"seed": 9}}
 SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
@@ -341,6 +379,8 @@ SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
     "latents": lambda base: latents(),
     "redo": lambda base: redo("1/select", OTHER, base, retry=False),
     "redo-retried": lambda base: redo("1/select", OTHER, base, retry=True),
+    "rescored": lambda base: rescored(base, retry=False),
+    "rescored-retried": lambda base: rescored(base, retry=True),
     "redo-evaluation": lambda base: redo("evaluation-plan", RESEEDED, base, retry=False),
 }
 

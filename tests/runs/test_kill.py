@@ -21,6 +21,8 @@ TRIALS = {
     "redo": "redo --every 7",
     "redo-retried": "redo-retried --every 8",
     "redo-evaluation": "redo-evaluation --every 9",
+    "rescored": "rescored --every 29",
+    "rescored-retried": "rescored-retried --every 31",
     "in-place": "plain --broken in-place --until 'is not valid JSON'",
     "names": "everything --broken names --until 'cannot be read'",
     "order": "plain --broken order --until 'is missing'",
@@ -82,6 +84,15 @@ def test_a_kill_while_a_stage_is_redone_leaves_what_a_new_run_would_have(
     report = report_of(scenario)
     assert report["faults"] == []
     assert report["trials"] > 30
+
+
+@pytest.mark.parametrize("scenario", ["rescored", "rescored-retried"])
+def test_a_kill_while_failed_samples_are_scored_again_leaves_all_other_scores_as_they_were(
+    report_of: Callable[[str], Report], scenario: str
+) -> None:
+    report = report_of(scenario)
+    assert report["faults"] == []
+    assert report["trials"] > 10
 
 
 @pytest.mark.parametrize("way", ["in-place", "names", "order"])
