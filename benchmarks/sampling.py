@@ -24,7 +24,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from raftune.policies.causal_lm.drawing import DrawSettings, draw, draw_path
+from raftune.policies.causal_lm.drawing import DrawPath, DrawSettings, draw
+from raftune.policies.causal_lm.parity import rows_of_prompts
+from raftune.policies.causal_lm.paths import choose_backend
 
 PAD, EOS, FIRST_WORD = 0, 2, 3
 Draw = Callable[[], list[int]]  # the lengths of all completions, EOS included
@@ -57,19 +59,20 @@ def _ways(task: Task, args: argparse.Namespace) -> dict[str, Draw]:
     settings = DrawSettings(
         max_completion_length=task.max_length, eos_ids=(EOS,), pad_id=PAD, batch_size=args.batch_size
     )
-    path, reason = draw_path(task.model, settings)
+    backend = choose_backend(task.model, rows_of_prompts(task.prompts), settings)  # a run does it once, so: not timed
+    path, reason = backend.path(task.model, settings, max(map(len, task.prompts)))
     if path != "forked":
-        sys.exit(f"the forked draw was to be measured, but the model takes {path}: {reason}")
-    ways: dict[str, Draw] = {"raftune": lambda: _raftune(task, settings)}
+        sys.exit(f"the shared-prefix cache was to be measured, but the model takes {path}: {reason}")
+    ways: dict[str, Draw] = {"raftune": lambda: _raftune(task, settings, path)}
     for size in args.generate_batches:
         ways[f"generate, batch {size}"] = lambda size=size: _batched_generate(task, size)  # type: ignore[misc]
     ways["generate, prompt by prompt"] = lambda: _prompt_by_prompt(task)
     return ways
 
 
-def _raftune(task: Task, settings: DrawSettings) -> list[int]:
+def _raftune(task: Task, settings: DrawSettings, path: DrawPath) -> list[int]:
     seeds = np.arange(len(task.prompts) * task.k).reshape(len(task.prompts), task.k).tolist()
-    drawn = draw(task.model, None, task.prompts, seeds, settings)
+    drawn = draw(task.model, None, task.prompts, seeds, settings, path)
     return [len(sample.ids) for group in drawn for sample in group]
 
 

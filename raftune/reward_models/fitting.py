@@ -164,7 +164,8 @@ def fit(
     trained = trainer.accelerator.unwrap_model(trainer.model)
     refuse_non_finite(trained)
     if config.adapter is not None:
-        trained = trained.merge_and_unload()
+        with quiet():
+            trained = trained.merge_and_unload()
     if cached is not None:  # Trainer switches it off in the configuration, which is saved with the model
         trained.config.use_cache = cached
     return Fit(trained.cpu().eval(), losses_of(trainer.state), rate)
@@ -177,7 +178,8 @@ def prepared(config: RewardModelConfig, model: Any) -> tuple[Any, float]:
     if config.adapter is not None:
         from peft import get_peft_model
 
-        model = get_peft_model(model, lora(config.adapter))
+        with quiet():  # peft calls what transformers deprecates
+            model = get_peft_model(model, lora(config.adapter))
         if config.gradient_checkpointing:
             model.enable_input_require_grads()
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)

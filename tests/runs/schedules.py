@@ -23,7 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -384,7 +384,7 @@ def main() -> None:
         each = -(-args.trials // len(names))
         rows = {name: examined(name, each, args.seed, Path(scratch), breaks) for name in names}
     if args.json:
-        print(json.dumps({name: asdict(row) for name, row in rows.items()}))
+        print(json.dumps({name: vars(row) for name, row in rows.items()}))
     else:
         show(rows)
     sys.exit(0 if breaks or not any(row.faults for row in rows.values()) else 1)

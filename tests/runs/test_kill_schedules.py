@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def examined(*words: str) -> dict[str, dict[str, Any]]:
     command = [sys.executable, "-m", "tests.runs.schedules", "--json", *words]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
     assert done.stdout, done.stderr
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
     return found
@@ -28,8 +28,8 @@ def test_whatever_interrupts_whatever_the_end_has_the_same_bytes() -> None:
     found = examined("--trials", "12")
     assert [row["faults"] for row in found.values()] == [[]] * 4
     assert all(row["identical"] == row["trials"] == 3 for row in found.values())
-    assert sum(sum(row["lives"].values()) - row["lives"].get("ended before", 0) for row in found.values()) >= 1
-    assert max(row["slowest_stop"] for row in found.values()) < 60
+    assert sum(sum(row["lives"].values()) - row["lives"].get("ended before", 0) for row in found.values()) >= 5
+    assert max(row["slowest_stop"] for row in found.values()) < 20
 
 
 @pytest.mark.parametrize("way", BROKEN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +324,9 @@ def test_an_output_dir_that_is_a_file_is_refused(place: Path, tmp_path: Path) ->
 
 def test_an_adapter_is_merged_into_a_plain_folder(place: Path, tmp_path: Path) -> None:
     adapter = {"adapter": {"r": 4, "alpha": 8}, "learning_rate": 1e-2}
-    outcome = train(asked(place, "marked", "llama", tmp_path, **adapter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # nothing is deprecated that the user of a command can change
+        outcome = train(asked(place, "marked", "llama", tmp_path, **adapter))
     assert outcome.report["accuracy"]["low"] > 0.8
     assert not list((tmp_path / "model").glob("adapter*"))
     with quiet():
