@@ -9,7 +9,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,16 +205,19 @@ def _read_file(path: Path, suffix: str, field: str) -> pa.Table:
     try:
         if suffix == ".parquet":
             return with_plain_types(pq.read_table(path, page_checksum_verification=True), where)
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         if suffix in (".csv", ".tsv"):
-            return _read_csv(text_of(content, where), suffix, where)
+            return _read_csv(text_of(_content(path), where), suffix, where)
         if suffix in (".json", ".jsonl", ".ndjson"):
-            return _columns_of(_json_rows(text_of(content, where), where), where)
+            return _columns_of(_json_rows(text_of(_content(path), where), where), where)
     except (pa.ArrowException, ValueError, OSError, EOFError, OverflowError) as error:
         raise DataError(f"{field}: {path} cannot be read: {first_line(error)}. Mend the file.") from error
     raise DataError(
         f"{field} must end in one of {', '.join(_SUFFIXES)} (JSON may be gzipped); got {path.name!r}. Convert it."
     )
+
+
+def _content(path: Path) -> bytes:
+    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
 
 
 def text_of(content: bytes, where: str) -> str:
@@ -241,10 +244,19 @@ def _json_rows(text: str, where: str) -> list[dict[str, Any]]:
                 _check_row(row, f"{where} entry {number}")
             return listed
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_lines(text), 1):
         if line.strip():
             rows.append(_json_row(line, number, text, where))
     return rows
+
+
+def _lines(text: str) -> Iterator[str]:
+    """As text.split("\\n"), one by one."""
+    at = 0
+    while (end := text.find("\n", at)) >= 0:
+        yield text[at:end]
+        at = end + 1
+    yield text[at:]
 
 
 def _json_row(line: str, number: int, text: str, where: str) -> dict[str, Any]:

@@ -58,6 +58,9 @@ def json_array(values: Sequence[Any]) -> pa.Array:
     return pa.ExtensionArray.from_storage(Json(), pa.array(texts, pa.string()))
 
 
+_AT_ONCE = 1024  # values that are held a second time, to compare them
+
+
 def arrow_array(values: Sequence[Any]) -> pa.Array:
     """A column that gives the values back as they are: of Arrow's own type where that does, else of JSON text.
 
@@ -66,7 +69,7 @@ def arrow_array(values: Sequence[Any]) -> pa.Array:
     if not any(isinstance(value, list | dict | tuple) for value in values):
         return pa.array(values)
     try:
-        texts = json.dumps([_with_text_keys(value) for value in values], ensure_ascii=False, default=_as_list)
+        texts = [_json_of(values[at : at + _AT_ONCE]) for at in range(0, len(values), _AT_ONCE)]
     except (TypeError, ValueError):  # dates, bytes and the like: Arrow's own or nothing
         array = pa.array(values)
         if array.to_pylist() != list(values):
@@ -75,9 +78,16 @@ def arrow_array(values: Sequence[Any]) -> pa.Array:
     with contextlib.suppress(pa.ArrowException, OverflowError, TypeError):
         array = pa.array(values)
         # a struct that holds None may be padded: only as text is it known to be what was given
-        if not any(map(_has_none, values)) and json.dumps(array.to_pylist(), ensure_ascii=False) == texts:
+        if not any(map(_has_none, values)) and all(
+            json.dumps(array.slice(number * _AT_ONCE, _AT_ONCE).to_pylist(), ensure_ascii=False) == text
+            for number, text in enumerate(texts)
+        ):
             return array
-    return json_array(json.loads(texts))
+    return json_array([value for text in texts for value in json.loads(text)])
+
+
+def _json_of(values: Sequence[Any]) -> str:
+    return json.dumps([_with_text_keys(value) for value in values], ensure_ascii=False, default=_as_list)
 
 
 def _with_text_keys(value: Any) -> Any:

@@ -11,7 +11,7 @@ from raftune.build import Assembly
 from raftune.config.policy import CausalLMPolicy, DiffusionPolicy
 from raftune.config.run import RunConfig
 from raftune.digest import held_out_words, overlap_words, rows_of
-from raftune.errors import RewardError
+from raftune.errors import DataError, RewardError
 from raftune.plain import one_line
 from raftune.planning.amounts import Amounts, amounts
 from raftune.planning.images import (
@@ -36,7 +36,7 @@ from raftune.protocols import Reader
 from raftune.reporting import check_installed, wanted
 from raftune.runs import check_writable, refuse_foreign, root_of
 from raftune.stages.data import Data
-from raftune.stages.prompts import cut_short, prompts_in, unread_ends
+from raftune.stages.prompts import cut_short, looked_at, prompts_in, refusal
 from raftune.staleness import check
 from raftune.store.run import RunFolder
 
@@ -165,10 +165,12 @@ def begin(assembly: Assembly, data: Path) -> Begun:
     policy = assembly.policies.encoder(start)
     if isinstance(config.policy, DiffusionPolicy):
         pipeline = at_hand(policy, facts)
-        every, source = list(prompts_in(data)), assembly.stage(0, "data")
+        source = assembly.stage(0, "data")
         assert isinstance(source, Data) and isinstance(policy, Reader)
-        cut = cut_short(every, unread_ends(every, policy, source))
-        notes = [*facts["notes"], *cut, *policy.notes(), not_tried(pipeline)]
+        looks = looked_at(prompts_in(data), [policy])
+        if looks.refused:
+            raise DataError(refusal(looks, source))
+        notes = [*facts["notes"], *cut_short(looks), *policy.notes(), not_tried(pipeline)]
         return Begun(None, pipeline, None, [note for note in notes if note])
     left_out = leave_out(assembly, data, policy) if isinstance(policy, Reader) else ()
     check_answers(policy, data, config)

@@ -20,9 +20,10 @@ from raftune.stages.gather import adopted, prompts_of, reference_rows
 from raftune.stages.plan import asked_columns, prompts_from
 from raftune.stages.prompts import LEAVE_OUT, looked_at, prompts_in, refusal, unlike_starter
 from raftune.store.job import run_once
-from raftune.store.parquet import read_metadata, read_table, write_table
+from raftune.store.parquet import read_groups, read_metadata, read_table, write_table
 
 NAMED = 3
+BATCH = 512  # prompts that are encoded at once
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def check_answers(policy: Policy, folder: Path, config: RunConfig) -> None:
     first that cannot be used."""
     columns = config.sampling.candidate_columns if config.num_rounds else ()
     if columns:
-        for prompt in prompts_from(read_table(folder / "train.parquet")):
+        for prompt in (p for rows in read_groups(folder / "train.parquet") for p in prompts_from(rows)):
             for column in columns:
                 try:
                     policy.adopt(prompt, prompt.columns[column], f"column:{column}")
@@ -68,25 +69,25 @@ def leave_out(assembly: Assembly, folder: Path, policy: Reader) -> tuple[str, ..
     """Removes what the policy cannot take from the copied prompts, and says so; or raises DataError, as a run does."""
     source = assembly.stage(0, "data")
     assert isinstance(source, Data)
-    prompts = list(prompts_in(folder, assembly.config.sampling.candidate_columns))
-    _, refused = looked_at(prompts, [policy])
-    said = unlike_starter(prompts) if assembly.starter else ()
+    looks = looked_at(prompts_in(folder, assembly.config.sampling.candidate_columns), [policy])
+    refused = looks.refused
+    said = unlike_starter(looks) if assembly.starter else ()
     if not refused:
         return said
     if not assembly.drops:
-        raise DataError(f"{refusal(prompts, refused, source)} {LEAVE_OUT}")
+        raise DataError(f"{refusal(looks, source)} {LEAVE_OUT}")
     tables = {name: read_table(folder / f"{name}.parquet") for name in ("train", "held_out")}
     (folder / "_COMMIT.json").unlink(missing_ok=True)  # a plan's own copy, which is not what was committed any more
     for name, rows in tables.items():
         path = folder / f"{name}.parquet"
         kept = rows.filter(pa.array([one not in refused for one in rows.column("prompt_id").to_pylist()], pa.bool_()))
         if rows.num_rows and not kept.num_rows:
-            raise DataError(f"{refusal(prompts, refused, source)} None is left of the {name} prompts.")
+            raise DataError(f"{refusal(looks, source)} None is left of the {name} prompts.")
         write_table(kept, path)
     notes = read_json(folder / "notes.json")
     counts = {name: read_metadata(folder / f"{name}.parquet")[0] for name in ("train", "held_out")}
     (folder / "notes.json").write_text(json.dumps(notes | counts))
-    return (*said, f"left out: {refusal(prompts, refused, source)}")
+    return (*said, f"left out: {refusal(looks, source)}")
 
 
 def measure(folder: Path, encoder: Any | None) -> Prompts:
@@ -95,9 +96,7 @@ def measure(folder: Path, encoder: Any | None) -> Prompts:
     lengths: list[int] = []
     if encoder is not None:
         for name in ("train", "held_out"):
-            path = folder / f"{name}.parquet"
-            table = read_table(path, asked_columns(path))
-            lengths += lengths_of(prompts_from(table), encoder)
+            lengths += lengths_of(folder / f"{name}.parquet", encoder)
     return Prompts(
         train=notes["train"],
         held_out=notes["held_out"],
@@ -108,15 +107,29 @@ def measure(folder: Path, encoder: Any | None) -> Prompts:
     )
 
 
-def lengths_of(prompts: list[Prompt], encoder: Any) -> list[int]:
-    """Tokens of each prompt, as it is put when drawing. Raises DataError that counts what does not fit."""
-    try:
-        return [len(ids) for ids in encoder.encode(prompts, for_drawing=True)] if prompts else []
-    except DataError as first:
-        refused = [prompt for prompt in prompts if not fits(prompt, encoder)]
-        ids = ", ".join(prompt.id for prompt in refused[:NAMED])
+def lengths_of(path: Path, encoder: Any) -> list[int]:
+    """Tokens of each of the file's prompts, as it is put when drawing. Raises DataError that counts what does not fit.
+
+    Encoded in batches: a tokenizer's own record of a text is many times larger than the text.
+    """
+    lengths: list[int] = []
+    refused: list[str] = []
+    first: DataError | None = None
+    for rows in read_groups(path, asked_columns(path)):
+        for at in range(0, rows.num_rows, BATCH):
+            prompts = prompts_from(rows.slice(at, BATCH))
+            try:
+                lengths += map(len, encoder.encode(prompts, for_drawing=True))
+            except DataError as error:
+                first = first or error
+                refused += [prompt.id for prompt in prompts if not fits(prompt, encoder)]
+    if first is not None:
         more = f" and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
-        raise DataError(f"{len(refused)} of {len(prompts)} prompts cannot be used ({ids}{more}). {first}") from first
+        where = f"{', '.join(refused[:NAMED])}{more}"
+        raise DataError(
+            f"{len(refused)} of {read_metadata(path)[0]} prompts cannot be used ({where}). {first}"
+        ) from first
+    return lengths
 
 
 def fits(prompt: Prompt, encoder: Any) -> bool:

@@ -64,8 +64,8 @@ def digest(content: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
-def embedded(document: Mapping[str, Any]) -> str:
-    """The document as JSON in which no character can end its element."""
+def embedded(document: Any) -> str:
+    """The document, or a part of it, as JSON in which no character can end its element."""
     return _RISKY.sub(lambda match: f"\\u{ord(match[0]):04x}", as_json(document))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from raftune.store.parquet import read_table, write_table
 from raftune.store.run import RunFolder
 
 RESERVED = ("prompt_id", "prompt", "sample_id", "completion")
+AT_ONCE = 4096  # values
 Source = Callable[[], pa.Table]
 
 
@@ -133,9 +134,8 @@ def prepare(rows: pa.Table, column: str, field: str) -> pa.Table:
         )
     rows = without_padding(rows, column)
     prompts = rows.column(column).combine_chunks()
-    contents = prompts.to_pylist()
-    check_contents(contents, field)
-    ids = pa.array(prompt_ids(contents), pa.string())
+    check_contents(values_of(prompts), field)
+    ids = pa.array(prompt_ids(values_of(prompts)), pa.string())
     rest = [name for name in rows.column_names if name != column]
     return pa.table({"prompt_id": ids, "prompt": prompts, **{name: rows.column(name) for name in rest}})
 
@@ -149,14 +149,20 @@ def without_padding(rows: pa.Table, column: str) -> pa.Table:
     for place, name in enumerate(rows.column_names):
         kind = rows.schema.field(place).type
         if name in (column, TOOLS) and kind != Json() and pa.types.is_nested(kind):
-            values = rows.column(place).to_pylist()
-            cleaned = [without_none(value) for value in values]
-            if cleaned != values:
+            column = rows.column(place)
+            if any(without_none(value) != value for value in values_of(column)):
+                cleaned = [without_none(value) for value in values_of(column)]
                 rows = rows.set_column(place, name, arrow_array(cleaned))
     return rows
 
 
-def check_contents(contents: list[Any], field: str) -> None:
+def values_of(column: pa.Array | pa.ChunkedArray) -> Iterator[Any]:
+    """The column's values, a few thousand of them at a time in memory."""
+    for at in range(0, len(column), AT_ONCE):
+        yield from column.slice(at, AT_ONCE).to_pylist()
+
+
+def check_contents(contents: Iterable[Any], field: str) -> None:
     """Raises DataError that names the row: a prompt is a text that is not blank, a list of messages, or a label."""
     for number, content in enumerate(contents, 1):
         if isinstance(content, bool) or not isinstance(content, str | int | list):

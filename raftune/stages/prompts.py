@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from raftune.errors import DataError, RaftuneError
@@ -58,23 +59,24 @@ class Prompts:
         return {}
 
     def run(self, inputs: Inputs, out: Path) -> tuple[str, ...]:
-        prompts = list(prompts_in(inputs["data@0"], self.columns))
-        unread, refused = looked_at(prompts, [self.reader(inputs[name]) for name in self.reads[1:]])
+        readers = [self.reader(inputs[name]) for name in self.reads[1:]]
+        looks = looked_at(prompts_in(inputs["data@0"], self.columns), readers)
+        refused = looks.refused
         if refused and not self.drop:
-            raise DataError(f"{refusal(prompts, refused, self.data)} Then add `--from data`. {LEAVE_OUT}")
-        (out / "unread.json").write_text(json.dumps(unread, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-        said = unlike_starter(prompts) if self.starter else ()
+            raise DataError(f"{refusal(looks, self.data)} Then add `--from data`. {LEAVE_OUT}")
+        (out / "unread.json").write_text(json.dumps(looks.unread, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        said = unlike_starter(looks) if self.starter else ()
         if not self.drop:
-            return (*said, *cut_short(prompts, unread))
+            return (*said, *cut_short(looks))
         for name in ("train", "held_out"):
-            ids = [prompt.id for prompt in prompts_of_file(inputs["data@0"] / f"{name}.parquet")]
-            if ids and not {*ids} - refused.keys():
-                raise DataError(f"{refusal(prompts, refused, self.data)} None is left of the {name} prompts.")
+            ids = ids_in(inputs["data@0"] / f"{name}.parquet") if refused else set()
+            if ids and not ids - refused.keys():
+                raise DataError(f"{refusal(looks, self.data)} None is left of the {name} prompts.")
         rows = dict(zip(refused, places([*refused], self.data), strict=True))
         left_out = {name: {"row": rows[name], "why": why} for name, why in refused.items()}
         (out / LEFT_OUT).write_text(json.dumps(left_out, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-        gone = (f"left out: {refusal(prompts, refused, self.data)}",) if refused else ()
-        return (*said, *gone, *cut_short(prompts, unread))
+        gone = (f"left out: {refusal(looks, self.data)}",) if refused else ()
+        return (*said, *gone, *cut_short(looks))
 
     def reader(self, folder: Path) -> Reader:
         reader = self.policies.encoder(folder)
@@ -94,69 +96,80 @@ def prompts_of_file(path: Path, columns: Sequence[str] = ()) -> Iterator[Prompt]
         yield from prompts_from(rows)
 
 
-def looked_at(prompts: Sequence[Prompt], readers: Sequence[Reader]) -> tuple[dict[str, str], dict[str, str]]:
-    """By id: of prompts that are not read to their end, what is not seen; of those that cannot be taken, why."""
-    unread: dict[str, str] = {}
-    refused: dict[str, str] = {}
+def ids_in(path: Path) -> set[str]:
+    return {name for rows in read_groups(path, ["prompt_id"]) for name in rows.column("prompt_id").to_pylist()}
+
+
+@dataclass
+class Looks:
+    """What was seen of prompts that were read one after another, none of them kept."""
+
+    total: int = 0
+    unread: dict[str, str] = field(default_factory=dict)  # by id, what is not seen of prompts not read to their end
+    refused: dict[str, str] = field(default_factory=dict)  # by id, why a prompt cannot be taken
+    unlike: int = 0  # not of the form that the bundled model answers
+    first_unread: str = ""
+    first_unlike: str = ""
+
+
+def looked_at(prompts: Iterable[Prompt], readers: Sequence[Reader]) -> Looks:
+    looks = Looks()
     for prompt in prompts:
+        looks.total += 1
+        text = str(prompt.content)
+        if not (text.startswith("User: ") and text.endswith("Assistant:")):
+            looks.unlike += 1
+            looks.first_unlike = looks.first_unlike or text
         for number, reader in enumerate(readers):
             try:
                 end = reader.unread(prompt)
             except DataError as error:
-                refused[prompt.id] = f"{error}" if not number else f"The teacher: {error}"
+                looks.refused[prompt.id] = f"{error}" if not number else f"The teacher: {error}"
                 break
             if end is not None and not number:
-                unread[prompt.id] = end
-    return unread, refused
+                looks.first_unread = looks.first_unread if looks.unread else text
+                looks.unread[prompt.id] = end
+    return looks
 
 
-def refusal(prompts: Sequence[Prompt], refused: Mapping[str, str], data: Data) -> str:
+def refusal(looks: Looks, data: Data) -> str:
     """How many prompts cannot be used, the rows of the first, and why the first cannot."""
+    refused = looks.refused
     more = f" and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
     where = f"{', '.join(places([*refused][:NAMED], data))}{more}"
-    return f"{len(refused)} of {len(prompts)} prompts cannot be used ({where}): {next(iter(refused.values()))}"
-
-
-def unread_ends(prompts: Sequence[Prompt], reader: Reader, data: Data) -> dict[str, str]:
-    """Of prompts that are not read to their end, by id, what is not seen. Raises DataError for those it cannot take."""
-    unread, refused = looked_at(prompts, [reader])
-    if refused:
-        raise DataError(refusal(prompts, refused, data))
-    return unread
+    return f"{len(refused)} of {looks.total} prompts cannot be used ({where}): {next(iter(refused.values()))}"
 
 
 def places(ids: Sequence[str], data: Data) -> list[str]:
     """The row of each prompt in the data set that it came from; its id where that is no longer to be had."""
     rows: dict[str, str] = {}
-    for field, read in (("data.prompts", data.train), ("evaluation.prompts", data.held_out)):
+    for name, read in (("data.prompts", data.train), ("evaluation.prompts", data.held_out)):
         try:
             table = read()
         except RaftuneError:  # read once before; what is gone since hides no error
             continue
         names = table.column("prompt_id").to_pylist() if table is not None else []
-        rows = {name: f"row {number} of {field}" for number, name in enumerate(names, 1)} | rows
+        rows = {prompt_id: f"row {number} of {name}" for number, prompt_id in enumerate(names, 1)} | rows
     return [rows.get(name, f"prompt {name}") for name in ids]
 
 
-def unlike_starter(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+def unlike_starter(looks: Looks) -> tuple[str, ...]:
     """How many prompts the bundled model was not trained to answer; nothing where all have its form."""
-    unlike = [p for p in prompts if not (str(p.content).startswith("User: ") and str(p.content).endswith("Assistant:"))]
-    if not unlike:
+    if not looks.unlike:
         return ()
     return (
-        f"{len(unlike)} of {len(prompts)} prompts are not of the form that the bundled model answers, 'User: …⏎"
-        f"Assistant:' (such as {one_line(str(unlike[0].content), 40)!r}); many of its answers will be empty",
+        f"{looks.unlike} of {looks.total} prompts are not of the form that the bundled model answers, 'User: …⏎"
+        f"Assistant:' (such as {one_line(looks.first_unlike, 40)!r}); many of its answers will be empty",
     )
 
 
-def cut_short(prompts: Sequence[Prompt], unread: Mapping[str, str]) -> tuple[str, ...]:
+def cut_short(looks: Looks) -> tuple[str, ...]:
     """How many prompts are not read to their end, with one of them; nothing where all are."""
-    if not unread:
+    if not looks.unread:
         return ()
-    name, end = next(iter(unread.items()))
-    content = next(prompt.content for prompt in prompts if prompt.id == name)
-    verb = "is" if len(unread) == 1 else "are"
+    end = next(iter(looks.unread.values()))
+    verb = "is" if len(looks.unread) == 1 else "are"
     return (
-        f"{len(unread)} of {len(prompts)} prompts {verb} longer than what the model reads; what follows is not seen: "
-        f"{one_line(end, 60)!r} of {one_line(str(content), 40)!r}",
+        f"{len(looks.unread)} of {looks.total} prompts {verb} longer than what the model reads; what follows is not "
+        f"seen: {one_line(end, 60)!r} of {one_line(looks.first_unread, 40)!r}",
     )

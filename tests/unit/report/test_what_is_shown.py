@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raftune.report.choosing import Group, Pair, encoded_size, first, in_turn, order_groups, order_pairs, up_to
+from raftune.report.page import embedded
 from raftune.report.pairs import MOST_ROUNDS, rounds_seen
 from raftune.report.samples import LONGEST, content, cut, finite
 
@@ -46,6 +47,13 @@ def test_items_are_taken_while_they_fit_and_one_always_is() -> None:
 def test_a_size_is_that_of_the_utf8_that_is_written() -> None:
     assert encoded_size("aé日") == 2 + 1 + 2 + 3
     assert encoded_size("\ud800") > 0
+
+
+def test_answers_of_code_and_markup_weigh_what_their_escapes_weigh_in_the_page() -> None:
+    items = ["<a>&" * 100] * 50
+    kept = up_to(items, 20_000, encoded_size)
+    assert 0 < len(kept) < len(items)
+    assert sum(len(embedded(item).encode()) for item in kept) <= 20_000
 
 
 def test_a_long_text_is_cut_at_a_stated_length_and_says_how_much_follows() -> None:
