@@ -279,8 +279,10 @@ def test_a_reward_model_can_be_trained_further(place: Path, tmp_path: Path) -> N
 
 
 def test_a_tokenizer_without_a_pad_token_is_made_do_and_said(place: Path, tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.config.pad_token_id = None
     with quiet():
-        tiny_llama().save_pretrained(tmp_path / "bare")
+        model.save_pretrained(tmp_path / "bare")
         tiny_tokenizer(pad=False).save_pretrained(tmp_path / "bare")
     said: list[str] = []
     config = config_for(place / "marked.jsonl", tmp_path / "bare", tmp_path / "rm")

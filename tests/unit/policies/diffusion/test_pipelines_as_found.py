@@ -220,7 +220,7 @@ def test_a_scheduler_that_needs_what_is_not_installed_says_so(kept: Path, tmp_pa
     index = json.loads((folder / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "DPMSolverSDEScheduler"]
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="did not: DPMSolverSDEScheduler requires the torchsde library"):
+    with pytest.raises(ModelError, match="did not: it needs the package torchsde"):
         begun(parts(folder), tmp_path / "run")
 
 
