@@ -20,7 +20,7 @@ from raftune.rewards.batch import Batch, Log
 from raftune.rewards.combining import Bounds, Combine, Share, combined
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.outcome import Outcome
-from raftune.rewards.places import finish, place
+from raftune.rewards.places import call, finish, place, same_folder
 from raftune.rewards.runner import Loop
 from raftune.store import partial
 
@@ -178,13 +178,15 @@ class Panel:
     def _once(self, batch: Batch, names: Sequence[str]) -> dict[str, Outcome]:
         started = {name: self._start(name, batch) for name in self._at("process", names=names)}
         done = {
-            name: finish(self._places[name], batch, self._timeouts[name], *self._start(name, batch))
+            name: call(self._places[name], batch, self._timeouts[name])
             for name in self._at("here", "thread", names=names)
         }
-        started |= {name: self._start(name, batch) for name in self._at("loop", names=names)}
-        return done | {
-            name: finish(self._places[name], batch, self._timeouts[name], *call) for name, call in started.items()
-        }
+        with same_folder():
+            started |= {name: self._start(name, batch) for name in self._at("loop", names=names)}
+            waited = {
+                name: finish(self._places[name], batch, self._timeouts[name], *begun) for name, begun in started.items()
+            }
+        return done | waited
 
     def _at(self, *places: str, names: Sequence[str]) -> list[str]:
         return [name for name in names if self._places[name].place in places]

@@ -65,6 +65,9 @@ class Here:
 def same_folder() -> Iterator[None]:
     """Comes back to the working folder where a reward leaves it: a run's own paths may be relative to it.
 
+    It is the caller's thread that comes back. One that was left behind by a reward may end much later, when the folder
+    is another on purpose.
+
     What else a callable changes in this process (random states, the environment) is between it and its user: one that
     draws from `random` must not draw the same again.
     """
@@ -93,11 +96,7 @@ class OnThread:
         self._runner = Runner(f"raftune reward {reward.name}")
 
     def start(self, batch: Batch) -> Future[Outcome]:
-        return self._runner.submit(lambda: self._call(batch))
-
-    def _call(self, batch: Batch) -> Outcome:
-        with same_folder():
-            return attempt(self._reward, batch)
+        return self._runner.submit(lambda: attempt(self._reward, batch))
 
     def give_up(self, future: Future[Outcome]) -> str:
         self._runner.replace()
@@ -116,11 +115,7 @@ class OnLoop:
         self._reward, self._loop = reward, loop
 
     def start(self, batch: Batch) -> Future[Outcome]:
-        return self._loop.submit(self._call(batch))
-
-    async def _call(self, batch: Batch) -> Outcome:
-        with same_folder():
-            return await attempt_async(self._reward, batch)
+        return self._loop.submit(attempt_async(self._reward, batch))
 
     def give_up(self, future: Future[Outcome]) -> str:
         future.cancel()
@@ -147,7 +142,8 @@ def place(reward: Reward, loop: Loop) -> Place:
 
 def call(seat: Place, batch: Batch, limit: float) -> Outcome:
     """The outcome of one call, within `limit` seconds."""
-    return finish(seat, batch, limit, seat.start(batch), time.monotonic() + limit)
+    with same_folder():
+        return finish(seat, batch, limit, seat.start(batch), time.monotonic() + limit)
 
 
 def finish(seat: Place, batch: Batch, limit: float, future: Future[Outcome], deadline: float) -> Outcome:

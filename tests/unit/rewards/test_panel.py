@@ -366,6 +366,24 @@ def test_a_reward_that_leaves_the_working_folder_leaves_it_for_itself_alone(
         assert Path.cwd() == tmp_path
 
 
+def test_a_call_that_was_left_behind_and_ends_later_does_not_change_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, ended = threading.Event(), threading.Event()
+
+    def hangs(completions: list[Any], **kwargs: Any) -> list[float]:
+        threading.Thread(target=lambda: (goes_on.wait(20), time.sleep(0.2), ended.set())).start()
+        goes_on.wait(20)
+        return [1.0] * len(completions)
+
+    monkeypatch.chdir("/")
+    assert score([load_reward(hangs)], batch(), timeouts=[0.05])
+    monkeypatch.chdir(tmp_path)
+    goes_on.set()
+    assert ended.wait(20)
+    assert Path.cwd() == tmp_path
+
+
 def test_the_detail_of_an_error_names_file_and_line_of_the_users_code_and_not_ours() -> None:
     def raises(completions: list[Any], **kwargs: Any) -> list[float]:
         return json.loads("{")
