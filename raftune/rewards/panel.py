@@ -231,8 +231,8 @@ def gather_extras(calls: Sequence[Mapping[str, Outcome]], sizes: Sequence[int]) 
     metrics: dict[str, list[float]] = {}
     names = sorted({name for call in calls for outcome in call.values() for name in outcome.log.columns})
     columns: dict[str, list[Any]] = {name: [] for name in names}
-    for call, size in zip(calls, sizes, strict=True):
-        logged = {name: values for outcome in call.values() for name, values in outcome.log.columns.items()}
+    for outcomes, size in zip(calls, sizes, strict=True):
+        logged = {name: values for outcome in outcomes.values() for name, values in outcome.log.columns.items()}
         for name in names:
             values = logged.get(name, [])
             columns[name].extend(values if len(values) == size else [None] * size)
