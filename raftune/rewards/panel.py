@@ -236,7 +236,7 @@ def gather_extras(calls: Sequence[Mapping[str, Outcome]], sizes: Sequence[int]) 
         for name in names:
             values = logged.get(name, [])
             columns[name].extend(values if len(values) == size else [None] * size)
-        for outcome in call.values():
+        for outcome in outcomes.values():
             for name, numbers in outcome.log.metrics.items():
                 metrics.setdefault(name, []).extend(numbers)
     means = {name: sum(numbers) / len(numbers) for name, numbers in sorted(metrics.items()) if numbers}
