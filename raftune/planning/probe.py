@@ -25,7 +25,7 @@ from raftune.evaluation.alarms import probe_alarms
 from raftune.plain import one_line
 from raftune.planning.amounts import Amounts
 from raftune.planning.sizes import Peak
-from raftune.protocols import Likelihood, Policy, Unit
+from raftune.protocols import Likelihood, Policy, SupportsBackends, Unit
 from raftune.records import Prompt, Sample, Score, Status, derive_seed
 from raftune.stages.draw import as_table, drawn
 from raftune.stages.gather import kept_rows
@@ -111,6 +111,7 @@ def probe(
     tell("probe: reading the model, and a first draw")
     policy = assembly.policies.at(folder)
     first = config.sampling.num_generations if config.sampling.generation_kwargs else 1
+    trying, _ = timed(lambda: policy.choose_backend(prompts) if isinstance(policy, SupportsBackends) else {})
     with limited(policy, BRIEF):
         load, _ = timed(lambda: drawn(policy, asking(prompts, first, config.seed, config.sampling.batch_size)))
     tell("probe: drawing")
@@ -136,7 +137,7 @@ def probe(
     if config.num_rounds and config.guards.enabled:
         notes += tuple(alarming(config.guards, samples if whole else without_ends(samples), scores))
     return Probe(
-        load,
+        trying + load,
         draw,
         score,
         judge,

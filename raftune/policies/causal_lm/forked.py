@@ -7,7 +7,7 @@ for its attention through transformers' AttentionInterface, and is left as it wa
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -74,6 +74,13 @@ class ForkedCache(Cache):  # type: ignore[misc]
 _reading: ContextVar[ForkedCache] = ContextVar("_reading")
 
 
+def refuse_unknown_attention(options: Mapping[str, Any]) -> None:
+    """Raises NotForkableError where a model asks its attention for something that ours does not do."""
+    asked = [name for name in _NOT_OURS if options.get(name) is not None]
+    if asked:
+        raise NotForkableError(f"its attention uses {', '.join(asked)}")
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -84,9 +91,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The form that AttentionInterface asks for; keys and values are read from the cache that is being drawn with."""
-    asked = [name for name in _NOT_OURS if kwargs.get(name) is not None]
-    if asked:
-        raise NotForkableError(f"its attention uses {', '.join(asked)}")
+    refuse_unknown_attention(kwargs)
     return _reading.get().attend(query, scaling), None
 
 
@@ -102,8 +107,7 @@ class Forks:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._cache = ForkedCache()
-        self._configs = _configs(model)
-        self._head = self._model.get_output_embeddings()
+        self._configs = attention_configs(model)
         self._device = device_of(model)
 
     def admit(self, prompts: Sequence[Sequence[int]], counts: Sequence[int], most: int) -> Tensor:
@@ -112,7 +116,7 @@ class Forks:
         No row will get more than `most` tokens.
         """
         size = max(1, PREFILL_TOKENS // max(map(len, prompts)))
-        chunks = [self._prefill(prompts[at : at + size]) for at in range(0, len(prompts), size)]
+        chunks = [prefill(self._model, prompts[at : at + size]) for at in range(0, len(prompts), size)]
         logits = torch.cat([logits for logits, _ in chunks])
         layers = [_joined(parts) for parts in zip(*(cache for _, cache in chunks), strict=True)]
         lengths = np.array([len(prompt) for prompt in prompts])
@@ -161,46 +165,55 @@ class Forks:
         self._cache.cohorts = kept
         return np.concatenate(orders) if orders else np.zeros(0, dtype=np.int64)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Logits after each prompt (G, V), and the keys and values of every layer (G, C, P, D), right-padded.
-
-        Padding comes last, so the causal mask alone keeps it out of every prompt.
-        """
-        width = max(map(len, prompts))
-        padded = [list(prompt) + [prompt[-1]] * (width - len(prompt)) for prompt in prompts]
-        ids = torch.tensor(padded, device=self._device)
-        positions = torch.arange(width, device=self._device).expand_as(ids)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self._device)
-        cache = DynamicCache()
-        with _heading_only(self._head, last):
-            logits: Tensor = self._model(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                return_dict=True,
-            ).logits
-        if logits.shape[1] > 1:
-            logits = _at(logits, last)
-        return logits[:, 0], [(layer.keys, layer.values) for layer in cache.layers]
-
     @contextmanager
     def _attending(self) -> Iterator[None]:
         """The model's attention is ours; afterwards it is what it was."""
-        before = [config._attn_implementation_internal for config in self._configs]
         token = _reading.set(self._cache)
         try:
-            for config in self._configs:
-                config._attn_implementation_internal = ATTENTION
-            yield
+            with attention_is(ATTENTION, self._configs):
+                yield
         finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation_internal = name
             _reading.reset(token)
 
 
-def _configs(model: nn.Module) -> list[Any]:
+def prefill(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Logits after each prompt (G, V), and the keys and values of every layer (G, C, P, D), right-padded.
+
+    Padding comes last, so the causal mask alone keeps it out of every prompt.
+    """
+    width, device = max(map(len, prompts)), device_of(model)
+    padded = [list(prompt) + [prompt[-1]] * (width - len(prompt)) for prompt in prompts]
+    ids = torch.tensor(padded, device=device)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+    cache = DynamicCache()
+    with _heading_only(model.get_output_embeddings(), last):
+        logits: Tensor = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=torch.arange(width, device=device).expand_as(ids),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        ).logits
+    if logits.shape[1] > 1:
+        logits = _at(logits, last)
+    return logits[:, 0], [(layer.keys, layer.values) for layer in cache.layers]
+
+
+@contextmanager
+def attention_is(name: str, configs: Sequence[Any]) -> Iterator[None]:
+    """Within, modules of these configurations use this attention; afterwards the one that they had."""
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, earlier in zip(configs, before, strict=True):
+            config._attn_implementation_internal = earlier
+
+
+def attention_configs(model: nn.Module) -> list[Any]:
     """Every configuration that some module reads its attention's name from, once each."""
     configs = (getattr(module, "config", None) for module in model.modules())
     return list({id(config): config for config in configs if hasattr(config, "_attn_implementation_internal")}.values())

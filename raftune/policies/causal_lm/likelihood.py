@@ -5,7 +5,7 @@ Legend: B rows, L columns, T completion tokens of all rows together, D width, V 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,12 @@ class Reader:
     def hidden(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(T, D) states that predict the completion tokens, or (T, V) logits where the parts cannot be told apart."""
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        return self.states(**inputs).flatten(0, 1)[batch["positions"]]
+
+    def states(self, **inputs: Any) -> torch.Tensor:
+        """(B, L, D) outputs of the backbone, or (B, L, V) logits where the parts cannot be told apart."""
         states: torch.Tensor = self.parts[0](**inputs)[0] if self.parts else self.model(**inputs).logits
-        return states.flatten(0, 1)[batch["positions"]]
+        return states
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(T, V) in float32."""
@@ -106,18 +110,38 @@ def log_probs(model: Any, examples: Sequence[Example], batch_size: int, pad_id: 
     Rows of like length share a batch of `batch_size`; softmax in float32, sums in float64. Raises OutOfMemory.
     """
     reader = Reader(model)
-    order = np.argsort([-len(e.ids) for e in examples], kind="stable")
+    order = np.argsort([-len(e.ids) for e in examples], kind="stable").tolist()
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    return summed(model, examples, batches, lambda rows: token_log_probs(reader, rows, pad_id), "log_probs", batch_size)
+
+
+def summed(
+    model: Any,
+    examples: Sequence[Example],
+    batches: Sequence[Sequence[int]],
+    score: Callable[[Sequence[Example]], FloatN],
+    kind: str,
+    batch_size: int,
+) -> FloatN:
+    """(N,) nats of each example. `batches` are indices of examples; `score` gives the nats of a batch's tokens.
+
+    `kind` names the unfinished work, so that one way of scoring never continues what another began.
+    """
+    order = [index for batch in batches for index in batch]
     sums = np.zeros(len(examples), dtype=np.float64)
-    with as_it_was(model), partial.current("log_probs").work() as part:
+    with as_it_was(model), partial.current(kind).work() as part:
         ready = 0
         if (path := part.find()) is not None:
             saved = np.load(path)
             sums[order[: len(saved)]] = saved
             ready = len(saved)
-        for first in range(ready, len(order), batch_size):
-            chosen = order[first : first + batch_size]
-            sums[chosen] = _sums(reader, [examples[i] for i in chosen], batch_size, pad_id)
-            there = sums[order[: first + batch_size]]
+        last = 0
+        for batch in batches:
+            last += len(batch)
+            if last <= ready:
+                continue
+            sums[batch] = _sums(score, [examples[i] for i in batch], batch_size, device_of(model))
+            there = sums[order[:last]]
             done = (len(there), len(order), "samples")
             part.step(lambda path, there=there: _write_array(path, there), done=done)  # type: ignore[misc]
     return sums
@@ -128,30 +152,35 @@ def _write_array(path: Path, array: FloatN) -> None:
         np.save(file, array)
 
 
-def _sums(reader: Reader, group: Sequence[Example], batch_size: int, pad_id: int) -> FloatN:
+def _sums(
+    score: Callable[[Sequence[Example]], FloatN], rows: Sequence[Example], batch_size: int, device: torch.device
+) -> FloatN:
     """(B,) nats of a batch."""
-    device = device_of(reader.model)
     try:
-        scores_T = token_log_probs(reader, group, pad_id)
+        scores_T = score(rows)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         message = f"sampling.batch_size must fit into the memory of {device}; {batch_size} rows did not when scored."
         raise OutOfMemory(message, batch_size) from error
-    owners_T = np.repeat(np.arange(len(group)), [e.tokens for e in group])
-    return np.asarray(np.bincount(owners_T, weights=scores_T, minlength=len(group)), dtype=np.float64)
+    owners_T = np.repeat(np.arange(len(rows)), [row.tokens for row in rows])
+    return np.asarray(np.bincount(owners_T, weights=scores_T, minlength=len(rows)), dtype=np.float64)
 
 
 @torch.no_grad()
 def token_log_probs(reader: Reader, group: Sequence[Example], pad_id: int) -> FloatN:
-    """(T,) nats of each completion token of a batch, the head applied to a bounded number of positions at a time."""
+    """(T,) nats of each completion token of a batch."""
     device = device_of(reader.model)
     batch = {name: tensor.to(device) for name, tensor in collate(group, pad_id).items()}
-    hidden_TD, targets_T = reader.hidden(batch), batch["targets"]
+    return -cross_entropies(reader, reader.hidden(batch), batch["targets"])
+
+
+def cross_entropies(reader: Reader, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> FloatN:
+    """(T,) nats, the head applied to a bounded number of positions at a time."""
     width = reader.model.config.get_text_config().vocab_size
     at_once = max(1, LOGITS_AT_ONCE // width)
     losses = [
         F.cross_entropy(reader.logits(hidden_TD[i : i + at_once]), targets_T[i : i + at_once], reduction="none")
         for i in range(0, len(targets_T), at_once)
     ]
-    return -torch.cat(losses).double().cpu().numpy()
+    return torch.cat(losses).double().cpu().numpy()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -18,9 +19,10 @@ from raftune.plain import first_line
 from raftune.policies.causal_lm.answers import Answers
 from raftune.policies.causal_lm.forked import NotForkableError, draw_forked
 from raftune.policies.causal_lm.generated import draw_by_generate_alone, draw_generated
-from raftune.policies.causal_lm.likelihood import Example
-from raftune.policies.causal_lm.models import base_of, context_of, is_recurrent
+from raftune.policies.causal_lm.likelihood import Example, Reader
+from raftune.policies.causal_lm.models import as_it_was, base_of, context_of, is_recurrent
 from raftune.policies.causal_lm.parity import COPIES, Probe, measure, replayed_log_probs
+from raftune.policies.causal_lm.prefix_scoring import token_log_probs
 from raftune.policies.causal_lm.settings import DrawPath, DrawSettings
 from raftune.policies.memory import is_out_of_memory
 from raftune.store import partial
@@ -32,8 +34,9 @@ _HARMLESS = {"use_cache": True}
 class Backend:
     """What the trial on a run's prompts found. `forked` is why the shared-prefix cache is not used, empty where it is.
 
-    `rows` is what `generate` takes at once: 0 for any number, 1 where it gives rows of a batch other logits. Distances
-    are nats a token from a plain forward, of what was tried; `allowed` is the limit.
+    `scoring` is the same for log-probabilities of given completions. `rows` is what `generate` takes at once: 0 for any
+    number, 1 where it gives rows of a batch other logits. Distances are nats a token from a plain forward, of what was
+    tried; `allowed` is the limit.
     """
 
     forked: str
@@ -41,6 +44,11 @@ class Backend:
     distances: dict[str, float]
     noise: float
     allowed: float
+    scoring: str = "not tried"  # in a run of an older version
+
+    def scores_by_prefix(self, model: nn.Module, longest: int) -> bool:
+        """Whether completions of one prompt are scored from one pass over it; `longest` tokens has the longest row."""
+        return not self.scoring and not _objection(model, longest)
 
     def path(self, model: nn.Module, settings: DrawSettings, longest_prompt: int | None = None) -> tuple[DrawPath, str]:
         """The way, and the reason in words. `longest_prompt` (tokens) tells how much context is needed.
@@ -70,8 +78,9 @@ def choose_backend(model: nn.Module, rows: Sequence[Example], settings: DrawSett
     distances: dict[str, float] = {}
     longest = max(row.start for row in rows)
     forked = _structure(model, settings, longest) or _tried("forked", model, probe, settings, distances)
+    scoring = forked or _tried("scoring", model, probe, settings, distances)
     if not forked and not (asked_of_generate(settings) or _structure(model, settings, None)):
-        return Backend(forked, 0, distances, probe.noise, probe.allowed)
+        return Backend(forked, 0, distances, probe.noise, probe.allowed, scoring)
     batched = _tried("generate", model, probe, settings, distances)
     if batched and (alone := _tried("single", model, probe, settings, distances)):
         raise ModelError(
@@ -79,7 +88,7 @@ def choose_backend(model: nn.Module, rows: Sequence[Example], settings: DrawSett
             f"shared prefix: {forked or 'not possible for the whole context'}; generate: {batched}; one row at a time: "
             f"{alone}. Use another dtype, or another model, and report the architecture."
         )
-    return Backend(forked, 1 if batched else 0, distances, probe.noise, probe.allowed)
+    return Backend(forked, 1 if batched else 0, distances, probe.noise, probe.allowed, scoring)
 
 
 def generate_along(path: DrawPath, model: nn.Module, answers: Answers) -> None:
@@ -99,10 +108,27 @@ def replay(path: DrawPath, model: nn.Module, probe: Probe, settings: DrawSetting
         return replayed_log_probs(lambda answers: generate_along(path, model, answers), probe, settings.pad_id, rows)
 
 
-def _tried(path: DrawPath, model: nn.Module, probe: Probe, settings: DrawSettings, distances: dict[str, float]) -> str:
+def _scored(model: nn.Module, probe: Probe, batch_size: int) -> list[list[float]]:
+    """The log-probs of the probe's completions, twice each, where its prompts are computed once."""
+    rows = [row for row in probe.examples for _ in range(COPIES)]
+    with as_it_was(model):
+        scores = token_log_probs(Reader(model), rows, batch_size)
+    ends = np.cumsum([row.tokens for row in rows])[:-1]
+    return [part.tolist() for part in np.split(scores, ends)]
+
+
+def _tried(
+    path: DrawPath | Literal["scoring"],
+    model: nn.Module,
+    probe: Probe,
+    settings: DrawSettings,
+    distances: dict[str, float],
+) -> str:
     """Why this way is not to be used, empty where it is right; `distances` takes how far it is from a plain forward."""
     try:
-        apart = probe.distance(replay(path, model, probe, settings))
+        apart = probe.distance(
+            _scored(model, probe, settings.batch_size) if path == "scoring" else replay(path, model, probe, settings)
+        )
     except NotForkableError as error:
         return str(error)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
@@ -123,11 +149,15 @@ def asked_of_generate(settings: DrawSettings) -> str:
 
 def _structure(model: nn.Module, settings: DrawSettings, longest_prompt: int | None) -> str:
     """What in the model's architecture stands against forking; empty where nothing does."""
-    base: Any = base_of(model)
-    config = base.config.get_text_config(decoder=True)
     known = context_of(model)
     context = known if longest_prompt is None else longest_prompt + settings.max_completion_length
-    context = min(context, known) if known and context else context
+    return _objection(model, min(context, known) if known and context else context)
+
+
+def _objection(model: nn.Module, context: int | None) -> str:
+    """The same for rows of so many tokens; None where there is no limit."""
+    base: Any = base_of(model)
+    config = base.config.get_text_config(decoder=True)
     return next(filter(None, _objections(model, base, config, context)), "")
 
 

@@ -22,6 +22,7 @@ from raftune.policies.causal_lm.encoding import Encoder
 from raftune.policies.causal_lm.likelihood import Example, log_probs
 from raftune.policies.causal_lm.parity import check_parity, plain_log_probs, probe_of_fit, read_probe, rows_of_prompts
 from raftune.policies.causal_lm.paths import Backend, choose_backend, replay
+from raftune.policies.causal_lm.prefix_scoring import prefix_log_probs
 from raftune.policies.causal_lm.saving import read_optimizer, write_model
 from raftune.policies.causal_lm.settings import DrawPath, DrawSettings
 from raftune.policies.devices import choose_device
@@ -72,6 +73,7 @@ class CausalLM:
             self._notes[unused] = None
         self._model: Any = None
         self._backend: Backend | None = None
+        self._recorded = False  # what follows from it alone does not depend on whether anything was generated before
         self._checked: set[DrawPath] = set()
 
     @classmethod
@@ -173,12 +175,12 @@ class CausalLM:
         settings = self._settings(self.config.sampling.batch_size or 8)
         with names_out_of_memory(settings.batch_size, "max_completion_length"):
             rows = rows_of_prompts(self.encoder.encode(prompts, for_drawing=True))
-            self._backend = choose_backend(self.model, rows, settings)
+            self._backend, self._recorded = choose_backend(self.model, rows, settings), True
         return asdict(self._backend)
 
     def use_backend(self, record: Mapping[str, Any]) -> None:
         """From now on this policy generates as `choose_backend` found for its run."""
-        self._backend = Backend(**record)
+        self._backend, self._recorded = Backend(**record), True
 
     def _path(self, settings: DrawSettings, prompts: Sequence[Sequence[int]]) -> DrawPath:
         """How this unit is drawn; that the trained model is what generates this way is checked once."""
@@ -226,7 +228,18 @@ class CausalLM:
         encoded = dict(zip(distinct, self.encoder.encode([*distinct.values()], for_drawing=True), strict=True))
         completions = samples.column("completion_ids").to_pylist()
         examples = [Example.of(encoded[p.id], ids) for p, ids in zip(prompts, completions, strict=True)]
-        return log_probs(self.model, examples, batch_size, self.tokenizer.pad_token_id)
+        if self._scores_by_prefix(examples):
+            return prefix_log_probs(self.model, examples, batch_size)
+        return log_probs(self.model, examples, batch_size, self._pad_id)
+
+    def _scores_by_prefix(self, examples: Sequence[Example]) -> bool:
+        """Whether prompts are computed once for all of their completions: where some have several, and a run's record
+        says that this is right."""
+        if self._backend is None or not self._recorded:
+            return False
+        if len({example.ids[: example.start].tobytes() for example in examples}) == len(examples):
+            return False
+        return self._backend.scores_by_prefix(self.model, max(len(example.ids) for example in examples))
 
     def recorded_log_probs(self, samples: pa.Table) -> FloatN:
         """(N,) sums of the log-probabilities that were noted token by token while drawing; NaN where there are none."""

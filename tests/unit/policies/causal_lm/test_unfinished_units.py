@@ -23,6 +23,10 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+# How a run generates, as it is recorded.
+RECORD: dict[str, Any] = {"forked": "", "rows": 0, "distances": {}, "noise": 0.0, "allowed": 1e-3}
+
+
 class Killed(BaseException):
     """In place of SIGKILL: what was saved stays, and nothing else does."""
 
@@ -58,7 +62,7 @@ def a_policy(folder: Path, out: Path, **changes: Any) -> CausalLM:
     if not out.is_dir():
         CausalLM.start(config, out)
     policy = CausalLM.load(config, out, out)
-    policy.use_backend({"forked": "", "rows": 0, "distances": {}, "noise": 0.0, "allowed": 1e-3})  # as a run's record
+    policy.use_backend(RECORD)
     return policy
 
 
@@ -89,10 +93,12 @@ def test_a_draw_that_was_killed_goes_on_to_the_same_answers(
         assert not list(at.glob("_part-*"))
 
 
+@pytest.mark.parametrize(("scoring", "batches"), [("by rows", 5), ("", 6)], ids=["rows", "prompts"])
 def test_log_probabilities_that_were_interrupted_go_on_to_the_same_numbers(
-    folder: Path, tmp_path: Path, killed_at: list[int]
+    folder: Path, tmp_path: Path, killed_at: list[int], scoring: str, batches: int
 ) -> None:
     policy = a_policy(folder, tmp_path / "start")
+    policy.use_backend(RECORD | {"scoring": scoring})
     unit = unit_of(PROMPTS, k=4)
     table = samples_table(policy.draw(unit), policy.payload)
     prompts = [prompt for prompt in unit.prompts for _ in range(4)]
@@ -107,7 +113,7 @@ def test_log_probabilities_that_were_interrupted_go_on_to_the_same_numbers(
         scored(tmp_path / "killed")
     killed_at[0] = -1
     assert np.array_equal(scored(tmp_path / "killed"), whole)
-    assert -killed_at[0] - 1 == 2, "of five batches three were there"
+    assert -killed_at[0] - 1 == batches - 3, "three batches were there"
 
 
 def test_what_was_saved_under_other_settings_or_was_damaged_is_not_used(
