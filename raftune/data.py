@@ -6,6 +6,7 @@ import bisect
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 from collections import Counter
@@ -204,7 +205,9 @@ def _read_file(path: Path, suffix: str, field: str) -> pa.Table:
     where = f"{field}: {path}"
     try:
         if suffix == ".parquet":
-            return with_plain_types(pq.read_table(path, page_checksum_verification=True), where)
+            table = pq.read_table(path, page_checksum_verification=True)
+            table.validate(full=True)  # texts that are not UTF-8 would fail only where they are read
+            return with_plain_types(table, where)
         if suffix in (".csv", ".tsv"):
             return _read_csv(text_of(_content(path), where), suffix, where)
         if suffix in (".json", ".jsonl", ".ndjson"):
@@ -237,7 +240,7 @@ def _json_rows(text: str, where: str) -> list[dict[str, Any]]:
     if text.lstrip()[:1] == "[":
         try:
             listed = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             listed = None  # lines that each hold an array, or a broken array: the line is named below
         if isinstance(listed, list):
             for number, row in enumerate(listed, 1):
@@ -290,6 +293,8 @@ def _check_row(row: Any, place: str) -> None:
         raise DataError(f'{place} must be a JSON object; got {type(row).__name__}. Write {{"prompt": …}}.')
     try:
         json.dumps(row, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise DataError(f"{place} is nested too deeply to be read. Mend or remove the row.") from error
     except UnicodeEncodeError as error:
         raise DataError(
             f"{place} holds half of a surrogate pair, {error.object[error.start]!a}, which is no text. Mend or remove "
@@ -303,7 +308,7 @@ def _read_csv(text: str, suffix: str, where: str) -> pa.Table:
     So `007`, `4.50`, dates, `nan` and `true` are texts, and nothing that a file says is lost: `str` gives it back.
     """
     delimiter = "\t" if suffix == ".tsv" else delimiter_of(text)
-    header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+    header = next(iter(_first_rows(text, delimiter, 1)), [])
     if twice := [name for name, count in Counter(header).items() if count > 1]:
         raise DataError(f"{where} must have each column once; there are several {twice[0]!r}. Rename them.")
     content = text.encode()
@@ -320,11 +325,19 @@ def delimiter_of(text: str) -> str:
     """What separates the columns: of those that split the header, the one that splits all rows alike; else a comma."""
     widths = {}
     for delimiter in _DELIMITERS:
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        first = [len(row) for _, row in zip(range(20), rows, strict=False) if row]
+        first = [len(row) for row in _first_rows(text, delimiter, 20) if row]
         if first and first[0] > 1:
             widths[delimiter] = (len(set(first)) == 1, first[0])
     return max(widths, key=widths.__getitem__, default=",")
+
+
+def _first_rows(text: str, delimiter: str, count: int) -> list[list[str]]:
+    """The first rows, whose cells may be of any length: Python's own limit is 131,072 characters."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        return list(itertools.islice(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), count))
+    finally:
+        csv.field_size_limit(limit)
 
 
 def numbers_or_text(cells: Sequence[str]) -> pa.Array:

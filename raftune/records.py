@@ -66,7 +66,10 @@ def arrow_array(values: Sequence[Any]) -> pa.Array:
 
     Raises pa.ArrowInvalid, pa.ArrowTypeError, TypeError, OverflowError or UnicodeEncodeError where neither can.
     """
-    if not any(isinstance(value, list | dict | tuple) for value in values):
+    kinds = set(map(type, values))
+    if kinds >= {int, float} and kinds <= {int, float, type(None)}:
+        return json_array(values)  # of Arrow's own type 18 would come back as 18.0 because another row holds 0.5
+    if not any(issubclass(kind, list | dict | tuple) for kind in kinds):
         return pa.array(values)
     try:
         texts = [_json_of(values[at : at + _AT_ONCE]) for at in range(0, len(values), _AT_ONCE)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,10 @@ from raftune.config.beside import beside
 from raftune.config.run import RunConfig
 from raftune.config.secrets import redacted
 from raftune.errors import ConfigError
+from raftune.plain import first_line
 
+_shortened = reprlib.Repr()  # YAML's anchors can make a few lines stand for gigabytes
+_shortened.maxstring = _shortened.maxother = 60
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -78,15 +82,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The file's mapping, by YAML's safe loader; paths in it are found beside the file. Raises ConfigError."""
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=OnceLoader)
     except FileNotFoundError as error:
         raise ConfigError(f"there is no configuration file {path}. `raftune init` writes one.") from error
     except IsADirectoryError as error:
         raise ConfigError(f"{path} must be a YAML file; got a folder.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:  # ValueError: such as the 45th of a month
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where is not None else ""
-        problem = getattr(error, "problem", None) or type(error).__name__
+        problem = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(f"{path}{line} is not valid YAML: {problem}. Mend the line.") from error
     if data is None:
         return {}
@@ -96,6 +100,25 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             "writes an example."
         )
     return beside(data, path.parent)
+
+
+class OnceLoader(yaml.SafeLoader):
+    """The safe loader, but a name that stands twice in one section is an error: YAML would drop the first, and with it
+    perhaps a whole section."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, yaml.Node] = {}
+        for name, _ in node.value:
+            if name.tag == "tag:yaml.org,2002:merge" or not isinstance(name, yaml.ScalarNode):
+                continue
+            key = self.construct_object(name, deep=True)
+            if key in seen:
+                first = seen[key].start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} stands here and in line {first}", name.start_mark
+                )
+            seen[key] = name
+        return super().construct_mapping(node, deep)
 
 
 def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
@@ -202,7 +225,7 @@ def all_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def short(value: Any) -> str:
-    text = repr(value)
+    text = _shortened.repr(value) if isinstance(value, dict | list) else repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 

@@ -225,3 +225,33 @@ def test_parquet_with_json_of_arrow_s_own_is_read(tmp_path: Path) -> None:
 def test_a_column_that_python_itself_passes_is_refused_with_a_way_out() -> None:
     with pytest.raises(DataError, match=r"a column named 'self': .* data\.columns: \{itself: self\}"):
         prepare(table_from([{"prompt": "a", "self": 1}]), "prompt", "x")
+
+
+def test_whole_numbers_stay_whole_where_other_rows_hold_fractions(tmp_path: Path) -> None:
+    """`str(answer) in completion` is how rewards compare: 18 must not become 18.0 by what another row holds."""
+    values = [18, 0.5, None, 2**53 + 1]
+    table = read_rows(written(tmp_path / "rows.jsonl", "\n".join(json.dumps({"answer": value}) for value in values)))
+    assert [repr(row["answer"]) for row in stored(table, tmp_path)] == list(map(repr, values))
+
+
+def test_cells_of_csv_may_be_longer_than_pythons_reader_allows(tmp_path: Path) -> None:
+    long = "x, y" * 40_000
+    table = read_rows(written(tmp_path / "rows.csv", f'prompt;n\n"{long}";1\n'))
+    assert table.to_pylist() == [{"prompt": long, "n": 1}]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("depth", [960, 100_000])
+def test_rows_nested_too_deeply_are_named(suffix: str, depth: int, tmp_path: Path) -> None:
+    row = f'{{"prompt": {"[" * depth}{"]" * depth}}}'
+    text = f"[{row}]" if suffix == "json" else f'{{"prompt": "a"}}\n{row}'
+    with pytest.raises(DataError, match="line 2|line 1|entry 1"):
+        read_rows(written(tmp_path / f"rows.{suffix}", text))
+
+
+def test_a_parquet_column_of_texts_that_are_not_utf_8_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    offsets = pa.array([0, 1, 2], pa.int32()).buffers()[1]
+    broken = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"\xff\xfe")])
+    pq.write_table(pa.table({"prompt": broken}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet"):
+        read_rows(str(tmp_path / "rows.parquet"))
