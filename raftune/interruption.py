@@ -7,8 +7,13 @@ lost. Anywhere else the handler of the signal raises KeyboardInterrupt at once.
 from __future__ import annotations
 
 import contextlib
+import functools
+import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any
 
 _asked = False  # no Event: a handler of signals must not wait for a lock that the code under it may hold
 _stretches: list[Callable[[], str]] = []
@@ -64,13 +69,29 @@ def stretch(promise: Callable[[], str]) -> Iterator[None]:
         _stretches.pop()
 
 
-def caused_by_interrupt(error: BaseException) -> bool:
-    """True of KeyboardInterrupt and SystemExit, and of an error raised in place of one."""
+def interrupting(error: BaseException) -> BaseException | None:
+    """The KeyboardInterrupt, the SystemExit or the error of a signal handler's own that this one is or came from.
+
+    A script may have a handler that raises what it likes (TimeoutError, an error of a batch system): that is meant for
+    the script, and is no failure of the work that it broke into.
+    """
+    handlers = {code for number in signal.valid_signals() if (code := _code_of(signal.getsignal(number))) is not None}
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
-        if isinstance(link, KeyboardInterrupt | SystemExit):
-            return True
+        frames = traceback.walk_tb(link.__traceback__)
+        if isinstance(link, KeyboardInterrupt | SystemExit) or any(frame.f_code in handlers for frame, _ in frames):
+            return link
         seen.add(id(link))
         link = link.__cause__ or link.__context__
-    return False
+    return None
+
+
+def _code_of(handler: Any) -> CodeType | None:
+    """The code of a handler that was written in Python."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    for function in (handler, getattr(type(handler), "__call__", None)):  # noqa: B004, its code is asked for
+        if isinstance(code := getattr(function, "__code__", None), CodeType):
+            return code
+    return None

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import unicodedata
+from pathlib import PurePath
 
 _BIDI = frozenset(map(chr, (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))))
 
@@ -30,7 +31,8 @@ def first_line(error: BaseException) -> str:
 
 def shell_command(*words: object) -> str:
     """The words as a command line that can be pasted into a shell, quoted where they need it."""
-    texts = [str(word) for word in words]
+    # a path that begins like a flag would be taken for one
+    texts = [f"./{word}" if isinstance(word, PurePath) and str(word).startswith("-") else str(word) for word in words]
     return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 

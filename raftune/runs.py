@@ -115,7 +115,13 @@ def root_of(config: RunConfig) -> Path:
 
 
 def refuse_foreign(folder: RunFolder) -> None:
-    """Raises StoreError where the directory holds something that is no run."""
+    """Raises StoreError where the directory holds something that is no run, ConfigError where no file can have its name."""
+    try:
+        os.fspath(folder.root).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"output_dir must be a path in UTF-8, as the files of a run are; got {os.fspath(folder.root)!a}. Rename it."
+        ) from None
     if folder.root.exists() and not folder.root.is_dir():
         raise StoreError(f"output_dir must be a directory; {folder.root} is a file. Choose another output_dir.")
     if folder.exists() or folder.rounds() or not folder.root.is_dir():

@@ -17,6 +17,7 @@ from typing import Any
 import raftune.errors
 from raftune.config.run import EngineConfig
 from raftune.errors import EngineError, OutOfMemory, RaftuneError
+from raftune.interruption import interrupting
 from raftune.protocols import Receipt, UnitStage
 from raftune.store.job import Engine, Job, run_unit
 
@@ -41,6 +42,8 @@ class ThisProcess:
                 except FINAL:
                     raise
                 except Exception as error:
+                    if interrupting(error) is not None:
+                        raise
                     if tries > self.config.max_retries:
                         give_up(self.failed, self.config, job, index, f"{type(error).__name__}: {error}", error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import itertools
 import math
 import numbers
 import os
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from raftune.config.secrets import masked
-from raftune.interruption import caused_by_interrupt
+from raftune.interruption import interrupting
 from raftune.records import Part, Status
 from raftune.rewards.batch import Batch, Log, keywords
 
@@ -81,13 +82,15 @@ def where(error: BaseException) -> str:
 
 def judge(output: Any, size: int, log: Log) -> Outcome:
     """The parts that a reward's return value stands for; its values are numbers, or None for "not applicable"."""
-    values = _as_list(output)
+    values = _as_list(output, size)
     if values is None:
         hint = ": is a `return` missing?" if output is None else ""
         kind = "None" if output is None else f"{type(output).__name__} {_shown(output)}"
         return whole(Status.INVALID, f"returned {kind}, not a list of {size} numbers{hint}", size)
     if len(values) != size:
-        return whole(Status.INVALID, f"returned {len(values)} values for {size} completions", size, len(values))
+        more = "more than " if isinstance(output, GeneratorType | map) and len(values) > size else ""
+        count = size if more else len(values)
+        return whole(Status.INVALID, f"returned {more}{count} values for {size} completions", size, len(values))
     return Outcome([_part(value) for value in values], log, len(values))
 
 
@@ -96,8 +99,8 @@ def attempt(reward: Any, batch: Batch, *, ours: bool = False) -> Outcome:
 
     Not so what the machine lacked (see `machine_failed`): that is raised.
     `ours`: a reward model of ours, on the main thread of a run, where Python delivers signals. There an interrupt is
-    the run's and not the reward's: KeyboardInterrupt and SystemExit go through, also out of code that turned them into
-    another error; and so does a lack of memory.
+    the run's and not the reward's: KeyboardInterrupt, SystemExit and what a handler raised go through, also out of code
+    that turned them into another error; and so does a lack of memory.
     """
     log = Log()
     try:
@@ -108,8 +111,10 @@ def attempt(reward: Any, batch: Batch, *, ours: bool = False) -> Outcome:
             output = asyncio.run(_awaited(output))
         return judge(output, len(batch), log)
     except BaseException as error:
-        if ours and caused_by_interrupt(error):
-            raise error if isinstance(error, KeyboardInterrupt | SystemExit) else KeyboardInterrupt from error
+        if ours and (stop := interrupting(error)) is not None:
+            if stop is not error and isinstance(stop, KeyboardInterrupt | SystemExit):
+                raise KeyboardInterrupt from error
+            raise stop
         if machine_failed(error, ours):
             raise
         return whole(Status.ERROR, one_line(error) + where(error), len(batch))
@@ -141,7 +146,7 @@ async def _awaited(output: Any) -> Any:
     return await output
 
 
-def _as_list(output: Any) -> list[Any] | None:
+def _as_list(output: Any, size: int) -> list[Any] | None:
     """The values of a list, tuple or other sequence, of a generator, and of what has one dimension: an array or tensor
     (also as one column), a Series of pandas or polars, an Arrow array. None for all else, a set and a dict above all.
     """
@@ -157,6 +162,8 @@ def _as_list(output: Any) -> list[Any] | None:
         return None
     if isinstance(output, str | bytes | bytearray | memoryview) or not isinstance(output, LISTS):
         return None
+    if isinstance(output, GeneratorType | map):
+        return list(itertools.islice(output, size + 1))  # it may have no end
     return list(output)
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, Protocol
 
+from raftune.interruption import interrupting
 from raftune.protocols import Reward
 from raftune.records import Status
 from raftune.rewards.batch import Batch
@@ -156,7 +157,9 @@ def finish(seat: Place, batch: Batch, limit: float, future: Future[Outcome], dea
     while True:
         try:
             return future.result(timeout=max(0.0, deadline - time.monotonic()))
-        except TimeoutError:
+        except TimeoutError as error:
+            if interrupting(error) is not None:  # of a script's handler of SIGALRM, say
+                raise
             return whole(Status.TIMEOUT, f"no answer within {limit:g} s; {seat.give_up(future)}", len(batch))
         except Died as death:
             assert isinstance(seat, HostedReward)

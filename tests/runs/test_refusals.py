@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from raftune.errors import RewardError, RunInUse, StoreError
+from raftune.errors import ConfigError, RewardError, RunInUse, StoreError
 from raftune.runs import resume, run, verify
 from raftune.store.run import RunFolder
 from tests.runs import tiny
@@ -154,3 +154,11 @@ def test_a_reward_that_fails_too_often_stops_the_run_and_mended_it_goes_on(tmp_p
         run(tiny.config(root, evaluation={"num_prompts": 0}, num_rounds=1), tiny.objects(broken))
     resume(root, tiny.objects(), redo="1/score")
     assert verify(root) == []
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    """pyarrow opens no such path: the first round ended in an error of its own."""
+    root = tmp_path / os.fsdecode(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"output_dir .*UTF-8"):
+        run(tiny.config(root), tiny.objects())
+    assert not root.exists()

@@ -241,3 +241,41 @@ def test_a_signal_goes_through_every_reward_model_and_an_exit_on_a_thread_stays_
             .parts["leaves"]
             .detail.startswith("SystemExit: 3 (test_reward_signals.py, line ")
         )
+
+
+class Preempted(RuntimeError):
+    """What a script's own handler raises."""
+
+
+@pytest.mark.parametrize("kind", [TimeoutError, Preempted])
+@pytest.mark.parametrize("place", ["model", "callable"])
+def test_what_a_scripts_own_handler_raises_leaves_the_run_and_is_no_score(
+    tmp_path: Path, reward_model: str, kind: type[Exception], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deadline by SIGALRM, a batch system's warning: it was swallowed as a time-out, as an error, or by a retry."""
+    calls = iter(range(100))
+
+    def interrupt() -> None:
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.05)
+
+    def length(completions: list[str], **columns: Any) -> list[float]:
+        interrupt()
+        return [float(len(text)) for text in completions]
+
+    def stop(number: int, frame: Any) -> None:
+        raise kind("told to end")
+
+    forward = type(llama()).forward
+    monkeypatch.setattr(type(llama()), "forward", lambda *args, **kwargs: (interrupt(), forward(*args, **kwargs))[1])
+    config = parrot(tmp_path, *([reward_model] if place == "model" else []))
+    prompts = pa.table({"prompt": ["a", "b", "c", "d"]})
+    rewards = [length] if place == "callable" else []
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with pytest.raises(kind, match="told to end"):
+            run(config, Objects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2), rewards=rewards))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert next(calls) == 4

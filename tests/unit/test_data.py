@@ -245,7 +245,7 @@ def test_cells_of_csv_may_be_longer_than_pythons_reader_allows(tmp_path: Path) -
 def test_rows_nested_too_deeply_are_named(suffix: str, depth: int, tmp_path: Path) -> None:
     row = f'{{"prompt": {"[" * depth}{"]" * depth}}}'
     text = f"[{row}]" if suffix == "json" else f'{{"prompt": "a"}}\n{row}'
-    with pytest.raises(DataError, match="line 2|line 1|entry 1"):
+    with pytest.raises(DataError, match=r"(line|entry) [12] "):
         read_rows(written(tmp_path / f"rows.{suffix}", text))
 
 

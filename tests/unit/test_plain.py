@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from raftune.plain import harmless, one_line
+from raftune.plain import harmless, one_line, shell_command
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,7 @@ def test_one_line_shows_line_ends_and_cuts_with_an_ellipsis() -> None:
     assert one_line(" a\nb \r\n c ") == "a ⏎ b  ⏎  c"
     assert one_line("abcdef", 4) == "abc…"
     assert one_line("abcd", 4) == "abcd"
+
+
+def test_a_path_that_begins_like_a_flag_is_no_flag() -> None:
+    assert shell_command("raftune", "resume", Path("-a b"), "--from", "draw") == "raftune resume './-a b' --from draw"

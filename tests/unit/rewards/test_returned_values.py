@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import array
 import datetime
+import itertools
 from collections import UserList, deque
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -119,3 +121,10 @@ def test_a_value_that_is_missing_or_a_time_is_no_number(kind: str) -> None:
 def test_a_masked_array_hides_its_entries_and_only_those() -> None:
     found = parts(np.ma.array(NUMBERS, mask=[False, True, False]))
     assert [part.status for part in found] == [Status.OK, Status.INVALID, Status.OK]
+
+
+@pytest.mark.parametrize("endless", [lambda: (1.0 for _ in itertools.count()), lambda: map(float, itertools.count())])
+def test_values_without_end_are_too_many_and_not_the_end_of_the_memory(endless: Callable[[], Any]) -> None:
+    found = parts(endless())
+    assert {part.status for part in found} == {Status.INVALID}
+    assert "more than 3 values" in found[0].detail
