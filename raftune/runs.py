@@ -115,7 +115,7 @@ def root_of(config: RunConfig) -> Path:
 
 
 def refuse_foreign(folder: RunFolder) -> None:
-    """Raises StoreError where the directory holds something that is no run, ConfigError where no file can have its name."""
+    """Raises StoreError where the directory holds something that is no run, ConfigError where its name is no text."""
     try:
         os.fspath(folder.root).encode()
     except UnicodeEncodeError:

@@ -114,7 +114,7 @@ def attempt(reward: Any, batch: Batch, *, ours: bool = False) -> Outcome:
         if ours and (stop := interrupting(error)) is not None:
             if stop is not error and isinstance(stop, KeyboardInterrupt | SystemExit):
                 raise KeyboardInterrupt from error
-            raise stop
+            raise stop from stop.__cause__
         if machine_failed(error, ours):
             raise
         return whole(Status.ERROR, one_line(error) + where(error), len(batch))
