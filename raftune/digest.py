@@ -52,6 +52,28 @@ class Column:
     write: Callable[[Row], str]
 
 
+def generation_words(
+    record: Mapping[str, Any], probe: Mapping[str, Any] | None = None, *, distance: bool = True
+) -> str:
+    """How a run generates, in a line: `record` is its backend.json, `probe` the parity.json of its newest adapter.
+
+    Raises KeyError, TypeError, ValueError for a record that is none.
+    """
+    way = record.get("way") or ("forked" if not record["forked"] else "single" if record["rows"] else "generate")
+    parts = ["shared prefix (a prompt is computed once for all of its completions)"]
+    if way != "forked":
+        parts = [f"`generate`, slower than a shared prefix: {record.get('why') or record['forked']}"]
+    if distance and (nats := record["distances"].get(way)) is not None:
+        limit = float(record["allowed"])
+        parts.append(f"{float(nats):.0e} nats a token from a plain forward on its own prompts, {limit:g} allowed")
+    if way == "forked" and record.get("scoring"):
+        parts.append("log-probabilities of completions row by row")
+    if probe is not None:
+        merged = "merged into the weights" if probe["merge"] else "beside the weights, whose 16 bits cannot hold it"
+        parts.append(f"the adapter {merged}")
+    return "; ".join(parts)
+
+
 def rows_of(root: str | Path) -> list[Row]:
     """One row for each round that was evaluated, or tuned where evaluation is off; round 0 is the start.
 

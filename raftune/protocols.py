@@ -133,6 +133,10 @@ class SupportsBackends(Protocol):
         """From now on, this policy generates as the record of its run says."""
         ...
 
+    def backend(self) -> Mapping[str, Any] | None:
+        """The record by which this policy generates, its run's or one of a trial of its own; None before either."""
+        ...
+
 
 @runtime_checkable
 class Particular(Protocol):

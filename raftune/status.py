@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from raftune.digest import alarms_of, best_round, done_words, is_done, read_row
+from raftune.digest import alarms_of, best_round, done_words, generation_words, is_done, read_row
 from raftune.errors import RaftuneError
 from raftune.plain import first_line
-from raftune.store.committed import is_listed
+from raftune.store.committed import is_listed, read_json
 from raftune.store.run import RunFolder
 
 FINISHED, RESUMABLE, IN_USE, DAMAGED, NOT_STARTED = "finished", "resumable", "in use", "damaged", "not started"
@@ -23,7 +24,7 @@ NEWEST = 20  # rounds all of whose COMMITs are read
 class Status:
     """One run. `best` and the two rewards are None where nothing was measured yet; `why` explains the state.
 
-    `alarms` counts those of all rounds.
+    `alarms` counts those of all rounds; `generation` says how samples are generated, empty where there is one way only.
     """
 
     root: Path
@@ -38,6 +39,7 @@ class Status:
     when: datetime
     why: str = ""
     alarms: int = 0
+    generation: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return {**self.__dict__, "root": str(self.root), "when": self.when.isoformat(timespec="seconds")}
@@ -78,7 +80,19 @@ def progress_of(status: Status) -> Status:
         state=state,
         why=why,
         alarms=sum(len(alarms_of(run, round_)) for round_ in rounds if may_alarm(run, round_)),
+        generation=generation_of(run, rounds),
     )
+
+
+def generation_of(run: RunFolder, rounds: Sequence[int]) -> str:
+    """How the run generates, in words; empty where nothing was recorded."""
+    record = run.folder(0, "parity") / "backend.json"
+    if not record.is_file():
+        return ""
+    adapted = [r for r in rounds if (run.folder(r, "model") / "adapter_config.json").is_file()]
+    probe = run.folder(adapted[-1], "model") / "parity.json" if adapted else None
+    known = read_json(probe) if probe is not None and probe.is_file() else None
+    return generation_words(read_json(record), known)
 
 
 def may_alarm(run: RunFolder, round_: int) -> bool:

@@ -69,6 +69,8 @@ def lines(config: RunConfig, found: Forecast) -> list[tuple[str, str]]:
     said += [("in all", in_all(config, found)), ("disk", disk(found))]
     if found.memory is not None or found.room is not None or found.peaks is not None:
         said.append(("memory", measured(found.peaks) or memory(config, found)))
+    if found.probe is not None and found.probe.generation:
+        said.append(("generation", found.probe.generation))
     if found.seconds is not None:
         said.append(("time", time(found)))
     return said

@@ -47,6 +47,8 @@ def show(found: list[Status]) -> None:
     for status in found:
         if status.state == DAMAGED:
             say(f"{status.root.name}: {status.why}")
+        elif status.generation and (len(found) == 1 or not status.generation.startswith("shared prefix")):
+            say(f"{status.root.name} generates by {status.generation}")
 
 
 def rewards(status: Status) -> str:

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from raftune.build import Assembly
 from raftune.config.guards import GuardsConfig
+from raftune.digest import generation_words
 from raftune.errors import RewardError
 from raftune.evaluation.alarms import probe_alarms
 from raftune.plain import one_line
@@ -77,6 +78,7 @@ class Probe:
     notes: tuple[str, ...]
     seconds: float
     cut_short: tuple[str, ...] = ()
+    generation: str = ""  # how it generates, in words, where there are several ways
     drawing: Peak | None = None
     tuning: Peak | None = None
 
@@ -111,7 +113,7 @@ def probe(
     tell("probe: reading the model, and a first draw")
     policy = assembly.policies.at(folder)
     first = config.sampling.num_generations if config.sampling.generation_kwargs else 1
-    trying, _ = timed(lambda: policy.choose_backend(prompts) if isinstance(policy, SupportsBackends) else {})
+    trying, backend = timed(lambda: policy.choose_backend(prompts) if isinstance(policy, SupportsBackends) else None)
     with limited(policy, BRIEF):
         load, _ = timed(lambda: drawn(policy, asking(prompts, first, config.seed, config.sampling.batch_size)))
     tell("probe: drawing")
@@ -148,6 +150,7 @@ def probe(
         notes,
         time.perf_counter() - trial.began,
         tuple(trial.cut_short),
+        generation_words(backend) if backend else "",
         drawing,
         tuning,
     )

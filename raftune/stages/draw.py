@@ -10,8 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from raftune.config.sampling import DRAWN_BY
+from raftune.digest import generation_words
 from raftune.errors import DataError, ModelError
-from raftune.protocols import Inputs, Policy, PolicyShelf, Unit
+from raftune.protocols import Inputs, Policy, PolicyShelf, SupportsBackends, Unit
 from raftune.records import Prompt, Sample, derive_seed, samples_table
 from raftune.stages.plan import read_plan, read_unit
 from raftune.store.layout import unit_file, unit_numbers
@@ -164,7 +165,9 @@ class Teach:
                 Sample(unit.sample_id(prompt, k), prompt.id, k, "teacher", answer.seed, "teacher", completion, payload)
             )
         write_table(as_table(samples, policy), out, metadata)
-        return teacher.notes()
+        record = teacher.backend() if isinstance(teacher, SupportsBackends) else None
+        way = () if record is None else (f"the teacher generates by {generation_words(record, distance=False)}",)
+        return (*teacher.notes(), *way)
 
     def seeds(self, plan: Path, unit: Unit) -> tuple[tuple[int, ...], ...]:
         """Seeds of the teacher's draws: none of them a seed of the policy's."""

@@ -192,6 +192,7 @@ def test_a_probe_times_every_kind_of_work(folder: Path) -> None:
     assert found.probe is not None
     assert all(found.seconds[name] > 0 for name in ("drawing", "scoring", "log-probabilities", "tuning"))
     assert 0 < found.probe.tokens <= 8
+    assert found.probe.generation.startswith("shared prefix")
 
 
 def test_a_probe_of_little_time_tries_less_and_says_what_it_extrapolated(
@@ -298,6 +299,8 @@ def test_notes_say_what_was_perhaps_not_meant(folder: Path, tmp_path: Path) -> N
 def test_a_fallback_to_generate_is_said_with_its_reason(folder: Path) -> None:
     found = planned(folder, measured=True, sampling={"generation_kwargs": {"num_beams": 4}})
     assert any("drawn through `generate`" in note for note in found.notes)
+    assert found.probe is not None
+    assert found.probe.generation.startswith("`generate`") and "num_beams" in found.probe.generation
 
 
 def test_rewards_that_cannot_rank_are_noted(folder: Path) -> None:

@@ -7,7 +7,7 @@ log-probabilities with those of a plain forward (parity.py).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +36,7 @@ class Backend:
 
     `scoring` is the same for log-probabilities of given completions. `rows` is what `generate` takes at once: 0 for any
     number, 1 where it gives rows of a batch other logits. Distances are nats a token from a plain forward, of what was
-    tried; `allowed` is the limit.
+    tried; `allowed` is the limit. `way` and `why` are what `path` says of the prompts that it was tried on.
     """
 
     forked: str
@@ -44,7 +44,9 @@ class Backend:
     distances: dict[str, float]
     noise: float
     allowed: float
-    scoring: str = "not tried"  # in a run of an older version
+    scoring: str = "not tried"  # in a run of an older version, which has no `way` either
+    way: DrawPath | None = None
+    why: str = ""
 
     def scores_by_prefix(self, model: nn.Module, longest: int) -> bool:
         """Whether completions of one prompt are scored from one pass over it; `longest` tokens has the longest row."""
@@ -74,9 +76,14 @@ def choose_backend(model: nn.Module, rows: Sequence[Example], settings: DrawSett
 
     Raises ModelError where none gives the log-probabilities of a plain forward.
     """
-    probe = measure(model, rows, settings.pad_id)
-    distances: dict[str, float] = {}
     longest = max(row.start for row in rows)
+    backend = _backend(measure(model, rows, settings.pad_id), model, longest, settings)
+    way, why = backend.path(model, settings, longest)
+    return replace(backend, way=way, why=why)
+
+
+def _backend(probe: Probe, model: nn.Module, longest: int, settings: DrawSettings) -> Backend:
+    distances: dict[str, float] = {}
     forked = _structure(model, settings, longest) or _tried("forked", model, probe, settings, distances)
     scoring = forked or _tried("scoring", model, probe, settings, distances)
     if not forked and not (asked_of_generate(settings) or _structure(model, settings, None)):

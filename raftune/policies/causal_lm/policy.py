@@ -178,6 +178,10 @@ class CausalLM:
             self._backend, self._recorded = choose_backend(self.model, rows, settings), True
         return asdict(self._backend)
 
+    def backend(self) -> dict[str, Any] | None:
+        """The record of how this policy generates; None before that was tried."""
+        return None if self._backend is None else asdict(self._backend)
+
     def use_backend(self, record: Mapping[str, Any]) -> None:
         """From now on this policy generates as `choose_backend` found for its run."""
         self._backend, self._recorded = Backend(**record), True

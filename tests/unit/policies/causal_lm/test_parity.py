@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from drawing_models import VOCABULARY, llama, prompts, seeds
 from transformers import RwkvConfig, RwkvForCausalLM
 
 from raftune.config.policy import AdapterConfig
+from raftune.digest import generation_words
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.causal_lm import CausalLM, loading
 from raftune.policies.causal_lm.drawing import draw
@@ -89,7 +91,8 @@ def test_a_recorded_way_of_generating_is_taken_again(tmp_path: Path) -> None:
     policy = CausalLM.load(config, tmp_path / "start", tmp_path / "start")
     record = policy.choose_backend(list(unit_of(TEXTS).prompts))
     assert record["forked"] == "" and record["distances"]["forked"] < record["allowed"] == 1e-3
-    assert json.loads(json.dumps(record)) == record
+    assert json.loads(json.dumps(record)) == record == policy.backend()
+    assert record["way"] == "forked"
     again = CausalLM.load(config, tmp_path / "start", tmp_path / "start")
     again.use_backend({**record, "forked": "somebody measured"})
     again.draw(unit_of(TEXTS))
@@ -110,7 +113,8 @@ def rwkv() -> RwkvForCausalLM:
 def test_a_model_whose_batches_are_wrong_is_generated_from_one_row_at_a_time() -> None:
     model = rwkv()
     backend = choose_backend(model, rows_of_prompts(prompts(12, 7)), SETTINGS)
-    assert backend.path(model, SETTINGS)[0] == "single"
+    assert backend.path(model, SETTINGS)[0] == backend.way == "single"
+    assert "one row at a time" in generation_words(asdict(backend))
     assert backend.distances["generate"] > 0.1 > 1e-3 > backend.distances["single"]
     samples = draw(model, None, prompts(5, 5), seeds(2, 2), SETTINGS)
     for prompt, group in zip(prompts(5, 5), samples, strict=True):
