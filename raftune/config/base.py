@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Frozen(BaseModel):
     """A section whose fields cannot be changed after it was validated, and that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _whole_numbers_can_be_counted_to(self) -> Self:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, int) and abs(value) >= 2**63:  # what tables, files and tensors count by ends here
+                raise ValueError(f"{name} must be below 2**63; got {value:.3g}. Lower it.")
+        return self
 
 
 def read_columns(value: Any) -> Any:

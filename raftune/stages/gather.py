@@ -42,7 +42,7 @@ class Gather:
         shards: tuple[str, ...] = ("draw",),
     ) -> None:
         self.policies, self.config, self.seed, self.round, self.shards = policies, config, seed, round_, shards
-        self.replayed = tuple(f"rows@-{back}" for back in range(1, config.replay_rounds + 1) if back < round_)
+        self.replayed = tuple(f"rows@-{back}" for back in range(1, min(config.replay_rounds + 1, round_)))
         needs_encoder = ("model@-1",) if config.reference else ()
         self.reads = ("plan", *shards, "select", *self.replayed, *needs_encoder)
         self.whole = shards  # of what these hold, every column is needed

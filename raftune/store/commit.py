@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ RECEIPTS = "_receipts.jsonl"  # of an interrupted stage
 MARKER = "DROPPED.json"  # what was let go on purpose
 LAYOUT = 1
 SELF = "sha256"  # of all else that a file of ours holds
+_ROUND = re.compile(r"round-(\d{4,})")
 _OF_SYSTEMS = ("Thumbs.db", "desktop.ini")
 
 
@@ -100,6 +102,8 @@ class Commit:
             )
         if raw != json_bytes(data) or has_changed(data):
             raise RunDamaged(f"{path} has changed since it was committed. Restore it, or redo its stage with `--from`.")
+        if (lies_in := round_of(folder)) is not None and data.get("round") != lies_in:
+            raise RunDamaged(f"{path} is of round {data.get('round')}. Restore it, or redo its stage with `--from`.")
         try:
             files = {name: FileEntry(**entry) for name, entry in data["files"].items()}
             return cls(
@@ -131,6 +135,12 @@ class Commit:
         return found + [
             f"{folder / name} was not committed: move it out of the folder" for name in surplus(folder, self)
         ]
+
+
+def round_of(folder: Path) -> int | None:
+    """The round that a stage's folder lies in, by its path."""
+    named = [match for part in folder.parts if (match := _ROUND.fullmatch(part))]
+    return int(named[-1][1]) if named else None
 
 
 def surplus(folder: Path, commit: Commit) -> list[str]:

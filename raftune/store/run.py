@@ -53,7 +53,8 @@ class RunFolder:
         """The numbers of the rounds that have a directory, ascending."""
         if not self.root.is_dir():
             return []
-        return sorted(int(m[1]) for p in self.root.iterdir() if (m := _ROUND.match(p.name)) and p.is_dir())
+        found = [(p, int(m[1])) for p in self.root.iterdir() if (m := _ROUND.match(p.name)) and p.is_dir()]
+        return sorted(number for path, number in found if path.name == f"round-{number:04d}")
 
     def exists(self) -> bool:
         return (self.root / CONFIG).is_file()

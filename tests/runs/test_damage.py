@@ -335,3 +335,21 @@ def test_a_receipt_whose_unit_was_harmed_is_found_by_verify(copy: Path) -> None:
     receipt = {"unit": 0, "file": "unit-00000.parquet", "sha256": "0" * 64}
     (folder / "_receipts.jsonl").write_text(json.dumps(receipt) + "\n")
     assert any("round-0001/guard/_receipts.jsonl line 1" in fault for fault in verify(copy))
+
+
+@pytest.mark.parametrize("way", ["copy", "link"])
+def test_a_stage_that_lies_in_another_round_is_named(copy: Path, way: str) -> None:
+    """A copy of the last round as one more passed as whole: what it was made from lies where it says."""
+    last, beyond = copy / f"round-{RunFolder(copy).rounds()[-1]:04d}", copy / "round-0009"
+    if way == "copy":
+        shutil.copytree(last, beyond)
+    else:
+        beyond.symlink_to(last)
+    assert any("round-0009" in fault and "is of round" in fault for fault in verify(copy))
+
+
+def test_a_folder_named_like_a_round_but_for_its_zeros_is_none(copy: Path) -> None:
+    before = RunFolder(copy).rounds()
+    shutil.copytree(copy / "round-0001", copy / "round-00001")
+    assert RunFolder(copy).rounds() == before
+    assert verify(copy) == []

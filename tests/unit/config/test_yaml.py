@@ -45,3 +45,10 @@ def test_a_wrong_value_that_anchors_make_gigabytes_of_is_shown_in_short(tmp_path
     lines += [f"x{n}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 9)}]" for n in range(9)]
     with pytest.raises(ConfigError, match="data must be a section"):
         load_config([written(tmp_path, "\n".join(lines))])
+
+
+@pytest.mark.parametrize("field", ["data.limit", "sampling.unit_size", "evaluation.num_prompts", "num_rounds"])
+def test_whole_numbers_that_nothing_can_count_to_are_refused_by_their_field(field: str, tmp_path: Path) -> None:
+    path = written(tmp_path, "policy: {family: tabular, num_prompts: 4, num_answers: 5}\ndata: {prompts: x.jsonl}\n")
+    with pytest.raises(ConfigError, match=rf"^{field} must be below"):
+        load_config([path], {field: 10**30})
