@@ -291,9 +291,24 @@ def scores_table(
 
 
 def json_text(value: Any) -> str:
-    """The value as JSON; what JSON does not know as its text, without memory addresses."""
-    text = json.dumps(value, ensure_ascii=False, default=lambda other: re.sub(r" at 0x[0-9a-fA-F]+", "", str(other)))
+    """The value as JSON; what JSON does not know as its text. Equal values give equal texts in every process."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=_known_to_json)
+    except (TypeError, ValueError, RecursionError):  # keys that are no texts, a list that holds itself
+        text = json.dumps(_without_address(value), ensure_ascii=False)
     return text.encode("utf-8", "replace").decode()
+
+
+def _known_to_json(value: Any) -> Any:
+    if isinstance(value, set | frozenset):  # the order of a set's texts is another in every process
+        return sorted(value, key=json_text)
+    if hasattr(value, "tolist") and hasattr(value, "dtype"):
+        return value.tolist()
+    return _without_address(value)
+
+
+def _without_address(value: Any) -> str:
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
 
 
 def extras_of(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from raftune.records import json_text
 
 RESERVED = frozenset(
     {"prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
@@ -57,15 +60,22 @@ class Log:
         self.columns: dict[str, list[Any]] = {}
 
     def metric(self, name: str, value: float) -> None:
-        self.metrics.setdefault(name, []).append(float(value))
+        self.metrics.setdefault(_name(name), []).append(float(value))
 
     def extra(self, column: str, values: list[Any]) -> None:
-        self.columns.setdefault(column, []).extend(_plain(value) for value in values)
+        self.columns.setdefault(_name(column), []).extend(_plain(value) for value in values)
+
+
+def _name(name: Any) -> str:
+    """A reward may log under any name: one that is no text must not end the run."""
+    return str(name).encode("utf-8", "replace").decode()
 
 
 def _plain(value: Any) -> Any:
-    """Scalars and arrays of numpy and torch as Python's own, so that every place where a reward runs logs the same."""
-    return value.tolist() if hasattr(value, "tolist") and hasattr(value, "dtype") else value
+    """What JSON holds of the value, so that every place where a reward runs logs the same."""
+    if value is None or type(value) in (bool, int, float):
+        return value
+    return json.loads(json_text(value))
 
 
 def keywords(batch: Batch, log: Log) -> dict[str, Any]:

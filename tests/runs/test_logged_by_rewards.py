@@ -103,3 +103,37 @@ def test_metrics_and_columns_are_part_of_the_record_the_same_wherever_the_reward
         go(tmp_path / "cut", f"{judge}:judge")
     go(tmp_path / "cut", f"{judge}:judge")
     assert tree(tmp_path / "cut") == tree(root)
+
+
+ODD = """
+class Thing: ...
+
+def odd(completions, log_metric, log_extra, **columns):
+    inner = []
+    inner.append(inner)
+    log_metric(3, 1.0)
+    log_metric("half \\ud800", 2.0)
+    log_extra("words", [{"b", "a", "c", "dd", "ee"}] * len(completions))
+    log_extra("thing", [Thing()] * len(completions))
+    log_extra("itself", [inner] * len(completions))
+    log_extra("pairs", [{(1, 2): 3}] * len(completions))
+    log_extra(4, [1] * len(completions))
+    return [float(len(text)) for text in completions]
+"""
+
+
+def test_whatever_is_logged_neither_ends_the_run_nor_depends_on_the_process(tmp_path: Path) -> None:
+    """Sets order their texts anew in every process, and objects show their addresses."""
+    (tmp_path / "odd.py").write_text(ODD)
+    space: dict[str, Any] = {}
+    exec(ODD, space)
+    go(tmp_path / "a", f"{tmp_path / 'odd.py'}:odd")
+    go(tmp_path / "b", rewards=[space["odd"]])
+    logged = [[extras_of(row) for shard in shards(tmp_path / name) for row in shard] for name in "ab"]
+    assert logged[0][0]["words"] == ["a", "b", "c", "dd", "ee"]
+    assert logged[0][0]["4"] == 1
+    assert " at 0x" not in logged[0][0]["thing"]
+    for rows in logged:
+        for row in rows:
+            row.pop("thing")  # the name of its module is another
+    assert logged[0] == logged[1]
