@@ -213,4 +213,9 @@ def all_runs(root: str | Path) -> list[Path]:
     base = Path(root)
     if not base.is_dir():
         raise ConfigError(f"there is no folder {base}. Name the folder that holds your runs.")
-    return sorted(path for path in base.iterdir() if RunFolder(path).exists())
+    return sorted(path for path in base.iterdir() if may_look(path) and RunFolder(path).exists())
+
+
+def may_look(folder: Path) -> bool:
+    """Whether we may see what lies in the folder: a disk's lost+found must not hide the runs beside it."""
+    return os.access(folder, os.X_OK)

@@ -48,9 +48,10 @@ class Status:
 def status_of(root: Path) -> Status:
     """The run's status; what cannot be read makes it damaged. All of it is read by `verify` alone: here, of a long run,
     the start, the best round and the newest ones."""
-    changed = max((path.stat().st_mtime for path in root.iterdir() if path.is_file()), default=0)
-    when = datetime.fromtimestamp(changed).astimezone()
+    when = datetime.fromtimestamp(0).astimezone()
     try:
+        changed = max((path.stat().st_mtime for path in root.iterdir() if path.is_file()), default=0)
+        when = datetime.fromtimestamp(changed).astimezone()
         config = RunFolder(root).read_config()
         name, family, planned = config["name"], config["policy"]["family"], int(config["num_rounds"])
     except (RaftuneError, OSError, KeyError, TypeError) as error:
