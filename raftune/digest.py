@@ -11,7 +11,7 @@ from typing import Any
 
 from raftune.config.run import RunConfig
 from raftune.errors import RunDamaged
-from raftune.plain import percent
+from raftune.plain import counted, duration, percent
 from raftune.store.commit import has_changed
 from raftune.store.committed import check_file, is_listed
 from raftune.store.run import RunFolder
@@ -136,12 +136,12 @@ def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Colum
     ks = [row["k"] for row in rows if "k" in row]
     judge = held_out[0] if len(held_out) == 1 and len(held_out[0]) <= LONGEST_TITLE else "held out"
     counts = sorted({row["reward_n"] for row in rows if "reward_n" in row})
-    counted = f" (n={' to '.join(map(str, (counts[0], counts[-1])[: len(counts)]))})" if counts else ""
+    units = f" (n={' to '.join(map(str, (counts[0], counts[-1])[: len(counts)]))})" if counts else ""
     wide = any("reward_low" in row for row in rows) or not counts
     half = ", with the half width of its 95 % interval" if wide else f"; fewer than {FEWEST_UNITS} give no interval"
     columns = [
         Column("round", "round", "0 is the start", lambda row: str(row["round"] or "start")),
-        Column("reward", f"reward{counted}", f"mean on held-out prompts{half}", with_interval),
+        Column("reward", f"reward{units}", f"mean on held-out prompts{half}", with_interval),
         Column(
             "best_of_k",
             f"best of {max(ks, default=0)}",
@@ -199,18 +199,6 @@ def with_interval(row: Row) -> str:
     return f"{row['reward']:.3f} ± {(row['reward_high'] - row['reward_low']) / 2:.3f}"
 
 
-def duration(seconds: float) -> str:
-    """Seconds in the unit that a person would use: 0.8 s, 42 s, 3 min 10 s, 2 h 05 min."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def seconds_by_round(events: Iterable[Mapping[str, Any]]) -> dict[int, float]:
     """The time that each round's stages took, over all the sessions that worked on it.
 
@@ -237,7 +225,7 @@ def selection_words(summary: Mapping[str, Any]) -> list[str]:
     ties, prompts, cut = (summary.get(key) or 0 for key in ("nothing_to_rank", "prompts", "clipped_kept"))
     said = []
     if ties > WORTH_SAYING["nothing_to_rank"](dict(summary)):
-        said.append(f"{ties} of {prompts} prompts had nothing to rank: all their candidates score the same")
+        said.append(f"{ties} of {counted(prompts, 'prompt')} had nothing to rank: all their candidates score the same")
     if cut > WORTH_SAYING["clipped_kept"](dict(summary)):
         said.append(f"{percent(cut)} of the kept answers were cut off at max_completion_length")
     return said
@@ -252,7 +240,7 @@ def done_words(num_rounds: int) -> str:
 
 def few_words(prompts: int) -> str:
     """What is to be known of a best round that so few held-out prompts chose."""
-    named = "1 held-out prompt" if prompts == 1 else f"{prompts} held-out prompts"
+    named = counted(prompts, "held-out prompt")
     return f"by {named}: too few to tell rounds apart; hold out {FEWEST_UNITS} at the least, better 16"
 
 
@@ -263,8 +251,9 @@ def held_out_words(held_out: int, wanted: int) -> str:
     if not held_out:
         return "no prompt is held out (fewer than 10, or all alike): rounds are not judged, and the last is published"
     few = f"; the best round is chosen {few_words(held_out)}" if held_out < FEWEST_UNITS else ""
-    of = f" of the {wanted} prompts that evaluation.num_prompts asks for" if held_out < wanted else " prompts"
-    return f"{held_out}{of} are held out{few}"
+    some = f"{held_out} of the {wanted} prompts that evaluation.num_prompts asks for"
+    have = some if held_out < wanted else counted(held_out, "prompt")
+    return f"{have} {'is' if held_out == 1 else 'are'} held out{few}"
 
 
 def overlap_words(overlap: int, held_out: int) -> str:

@@ -24,13 +24,12 @@ from raftune.digest import (
     Column,
     cell,
     columns_for,
-    duration,
     overlap_warning,
     row_of,
     seconds_by_round,
     selection_words,
 )
-from raftune.plain import counted, one_line
+from raftune.plain import counted, duration, one_line
 from raftune.store.run import RunFolder
 
 VERBS = {
@@ -60,6 +59,7 @@ VERBS = {
 }
 BEGINNING = (0, "data")  # the first stage of a run
 SOON = 3.0  # seconds of a stage after which a line names it, where there is no bar
+MATTERS = ("round", "reward", "held_out", "kl", "kept", "seconds")  # columns that a narrow terminal keeps longest
 QUIET = 30.0  # seconds without a line after which one says how far the stage is
 
 
@@ -76,7 +76,7 @@ class Progress:
         self.held_out = held_out
         self.worked = False
         self.outcome: dict[str, Any] = {}
-        self._table = Lines(held_out)
+        self._table = Lines(held_out, self.console.width if self.console.is_terminal else None)
         self._pace = Pace()
         self._tally = Tally()
         self._bars = bars(self.console) if moves(self.console) else None
@@ -266,9 +266,13 @@ class StageUnderWay:
 
 @dataclass
 class Lines:
-    """The table by round, a line at a time: the columns are those of the first round that has numbers."""
+    """The table by round, a line at a time: the columns are those of the first round that has numbers.
+
+    On a terminal of `width` characters those are left out that matter least, until a line fits.
+    """
 
     held_out: tuple[str, ...] = ()
+    width: int | None = None
     columns: list[Column] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
 
@@ -279,10 +283,26 @@ class Lines:
             promised: dict[str, Any] = {"kept": 0, "samples": 0} if learns else {}
             promised["seconds"] = 0.0
             self.columns = columns_for([row | promised], self.held_out)
-            self.widths = [max(len(c.title), 6, len(cell(c, row)) + 2 * (c.key == "reward")) for c in self.columns]
+            left_out = self._fit(row)
+            self.widths = [self._width(column, row) for column in self.columns]
+            if left_out:
+                lines.append(Text(f"too narrow for: {', '.join(left_out)} (report.html has them)", style="dim"))
             lines.append(Text(self._joined([c.title for c in self.columns]), style="bold"))
         lines.append(Text(self._joined([cell(c, row) for c in self.columns])))
         return lines
+
+    def _width(self, column: Column, row: dict[str, Any]) -> int:
+        return max(len(column.title), 6, len(cell(column, row)) + 2 * (column.key == "reward"))
+
+    def _fit(self, row: dict[str, Any]) -> list[str]:
+        """Leaves out what there is no room for; its titles."""
+        before = self.columns
+        while self.width and sum(self._width(c, row) + 2 for c in self.columns) - 2 > self.width:
+            spare = [column for column in self.columns if column.key not in MATTERS] or self.columns[2:]
+            if not spare:
+                break
+            self.columns = [column for column in self.columns if column is not spare[-1]]
+        return [column.title for column in before if column not in self.columns]
 
     def _joined(self, cells: list[str]) -> str:
         return "  ".join(text.rjust(width) for text, width in zip(cells, self.widths, strict=True))

@@ -84,8 +84,12 @@ def say_all(found: Comparison, number: int, out: str | None) -> None:
     say(f"A  {pairs.side_a.words}")
     say(f"B  {pairs.side_b.words}")
     a_prompt = f"{len(pairs) / len(pairs.prompts):.3g}"
+    answers = "answer" if a_prompt == "1" else "answers"
     asked = counted(len(pairs.prompts), "prompt")
-    say(f"{counted(len(pairs), 'pair')}: {asked}, {a_prompt} answers each, the same seeds", style="dim")
+    say(
+        f"{counted(len(pairs), 'pair')}: {asked}, {a_prompt} {answers} each, the same seeds",
+        style="dim",
+    )
     for line in found.differences:
         say(f"differs: {line}", style="yellow")
     say("")
@@ -162,8 +166,9 @@ def left_out(measure: Measure) -> list[str]:
 def words_of_judge(measure: Measure) -> list[str]:
     """What was asked, how much the order mattered, and what failed."""
     facts = measure.facts
-    asked = f"{facts['questions']} questions ({facts['cached']} answered from disk)"
-    said = [f"{measure.title}: {asked}; {facts['identical']} pairs of identical answers are ties, and were not asked."]
+    asked = f"{counted(facts['questions'], 'question')} ({facts['cached']} answered from disk)"
+    same = counted(facts["identical"], "pair")
+    said = [f"{measure.title}: {asked}; {same} of identical answers are ties, and were not asked."]
     if facts["inconsistent"] is not None:
         first = "" if facts["first"] is None else f"; {percent(facts['first'])} of its choices were the first answer"
         said.append(f"  position bias: {percent(facts['inconsistent'])} of verdicts changed with the order{first}.")

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json as js
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from raftune.cli.show import say
-from raftune.cli.steps import Steps
 from raftune.cli.train import Tokens, refuse_folders
-from raftune.cli.verify import megabytes
-from raftune.config.run import RunConfig
-from raftune.digest import duration
 from raftune.errors import ConfigError
-from raftune.plain import counted, percent, shell_command
-from raftune.planning import Forecast, forecast
-from raftune.planning.images import DEVICE, SHARE, Pipeline, Room
-from raftune.planning.sizes import Peaks
+from raftune.plain import counted, duration, megabytes, percent, shell_command
+
+if TYPE_CHECKING:
+    from raftune.config.run import RunConfig
+    from raftune.planning import Forecast
+    from raftune.planning.images import Pipeline, Room
+    from raftune.planning.sizes import Peaks
 
 
 def plan(
@@ -36,7 +35,9 @@ def plan(
     written where the run will be.
     """
     from raftune.cli.flags import read_tokens
+    from raftune.cli.steps import Steps
     from raftune.config.load import load_config
+    from raftune.planning import forecast
 
     given = read_tokens(files, "plan", ("--probe", "--no-probe", "--probe-seconds", "--json"))
     if not given.words and not given.flags:
@@ -68,7 +69,7 @@ def lines(config: RunConfig, found: Forecast) -> list[tuple[str, str]]:
     said += [("a round", a_round(config, found))] if config.num_rounds else []
     said += [("in all", in_all(config, found)), ("disk", disk(found))]
     if found.memory is not None or found.room is not None or found.peaks is not None:
-        said.append(("memory", measured(found.peaks) or memory(config, found)))
+        said.append(("memory", measured(found.peaks, config) or memory(config, found)))
     if found.probe is not None and found.probe.generation:
         said.append(("generation", found.probe.generation))
     if found.seconds is not None:
@@ -97,7 +98,8 @@ def policy(config: RunConfig, found: Forecast) -> str:
 def pipeline(model: Pipeline) -> str:
     trained = "all trained" if model.trained == model.parameters else f"{count(model.trained)} trained (LoRA)"
     size = f"denoiser of {count(model.parameters)} parameters, {trained}"
-    asked = f"{model.height} x {model.width} pixels, {model.steps} steps, {model.forwards} forwards a picture"
+    steps = f"{counted(model.steps, 'step')}, {counted(model.forwards, 'forward')} a picture"
+    asked = f"{model.height} x {model.width} pixels, {steps}"
     return f"{model.architecture}, {size}, {model.dtype} on {model.device}; {asked} ({model.basis})"
 
 
@@ -112,7 +114,7 @@ def a_round(config: RunConfig, found: Forecast) -> str:
     others = f" + {a.competing - a.drawn:,} from other sources" if a.competing > a.drawn else ""
     kept = f"{'' if a.kept_exact else 'at most '}{a.kept:,} kept ({config.selection.rule})"
     drawn = f"{counted(a.prompts, 'prompt')} x {config.sampling.num_generations} = {counted(a.drawn, 'sample')}{others}"
-    return f"{drawn}, {kept}, {a.steps:,} optimizer step{'s' * (a.steps > 1)}"
+    return f"{drawn}, {kept}, {counted(a.steps, 'optimizer step')}"
 
 
 def in_all(config: RunConfig, found: Forecast) -> str:
@@ -124,7 +126,8 @@ def in_all(config: RunConfig, found: Forecast) -> str:
         return f"{text}; {found.work.forwards:,} forwards of the denoiser to draw them, at most {learned}"
     if found.model is None:
         return text
-    now = f", about {int(a.samples * found.probe.tokens):,} if answers stay as long as now" if found.probe else ""
+    each = found.probe.tokens if found.probe else None
+    now = f", about {int(a.samples * each):,} if answers stay as long as now" if each is not None else ""
     return f"{text}; at most {a.samples * longest:,} tokens{now}"
 
 
@@ -135,10 +138,11 @@ def disk(found: Forecast) -> str:
     return f"{megabytes(found.disk.total)}: " + ", ".join(f"{n} {megabytes(size)}" for n, size in parts.items() if size)
 
 
-def measured(peaks: Peaks | None) -> str:
+def measured(peaks: Peaks | None, config: RunConfig) -> str:
     """The memory that the probe took, and what the run will; empty where nothing was measured."""
     if peaks is None or peaks.drawing is None:
         return ""
+    lacking = "; that of tuning was not measured" if config.num_rounds and peaks.tuning is None else ""
     run, probe = (
         ", ".join(f"{kind} {megabytes(most)}" for kind, most in pair if most is not None)
         for pair in (
@@ -146,7 +150,7 @@ def measured(peaks: Peaks | None) -> str:
             (("drawing", peaks.drawing), ("tuning", peaks.tuning)),
         )
     )
-    return f"{run} at most; measured in the probe, with all that was loaded: {probe}"
+    return f"{run} at most; measured in the probe, with all that was loaded: {probe}{lacking}"
 
 
 def memory(config: RunConfig, found: Forecast) -> str:
@@ -172,17 +176,25 @@ def memory_of_pictures(need: Room) -> str:
 
 def time(found: Forecast) -> str:
     assert found.seconds is not None
+    if not found.seconds:
+        return f"not known ({basis(found)})"
     total = sum(found.seconds.values())
     shares = ", ".join(f"{name} {percent(seconds / total)}" for name, seconds in found.seconds.items() if seconds > 0)
-    return f"about {duration(total)}: {shares} ({basis(found)})"
+    least = "more than" if found.probe is not None and found.probe.missing else "about"
+    return f"{least} {duration(total)}: {shares} ({basis(found)})"
 
 
 def basis(found: Forecast) -> str:
     """Where the seconds come from."""
-    if found.probe is not None:
-        short = f"; extrapolated: {', '.join(found.probe.cut_short)}" if found.probe.cut_short else ""
-        return f"from a probe of two prompts that took {duration(found.probe.seconds)}{short}"
-    return f"by arithmetic, on one {DEVICE} at {percent(SHARE)} of its peak; VAE and rewards come on top"
+    from raftune.planning.images import DEVICE, SHARE
+
+    probe = found.probe
+    if probe is None:
+        return f"by arithmetic, on one {DEVICE} at {percent(SHARE)} of its peak; VAE and rewards come on top"
+    short = f"; extrapolated: {', '.join(probe.cut_short)}" if probe.cut_short else ""
+    missing = ", ".join(probe.missing)
+    lacking = f"; not measured within {probe.limit:g} s: {missing} (--probe-seconds gives more)" if missing else ""
+    return f"from a probe of two prompts that took {duration(probe.seconds)}{short}{lacking}"
 
 
 def count(number: int) -> str:

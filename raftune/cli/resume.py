@@ -7,7 +7,6 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from raftune.cli.train import Tokens
-from raftune.cli.work import work
 
 
 def resume(
@@ -35,6 +34,7 @@ def resume(
     """
     from raftune.cli.evaluate import carry_out
     from raftune.cli.flags import read_tokens
+    from raftune.cli.work import work
     from raftune.config.load import merge, nested, validate
     from raftune.errors import ConfigError
     from raftune.store.kinds import is_evaluation

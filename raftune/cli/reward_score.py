@@ -59,7 +59,7 @@ def score(
     failed = sum(scored.failures.counts.values())
     if scored.failures.fraction > MOST_FAILED:
         raise RewardError(
-            f"{failed:,} of {len(scored.scores):,} answers could not be scored. Mend the reward: "
+            f"{failed:,} of {counted(len(scored.scores), 'answer')} could not be scored. Mend the reward: "
             f"`{shell_command('raftune', 'reward', 'check', spec)}` shows what it does."
         )
 
@@ -120,7 +120,8 @@ def show(scored: Scored, found: dict[str, Any], out: str | None) -> None:
         quantiles = f"5 % below {low:.3f}, half below {middle:.3f}, 95 % below {high:.3f}"
         say(f"  spread     standard deviation {found['std']:.3f}; {quantiles}")
     if found.get("accuracy"):
-        say(f"  accuracy   {spread(found['accuracy'])}: the preferred answer scores higher, {found['pairs']:,} pairs")
+        pairs = counted(found["pairs"], "pair")
+        say(f"  accuracy   {spread(found['accuracy'])}: the preferred answer scores higher, {pairs}")
     for detail, (status, prompt, completion) in scored.failures.examples.items():
         say(f"  {status}: {detail}", style="yellow")
         say(f"    prompt {prompt!r}, completion {completion!r}")

@@ -104,8 +104,8 @@ def show(outcome: Outcome) -> None:
         say(f"    each is named in {outcome.root / 'skipped.jsonl'}")
     rows, prompts = data["rows"], data["prompts"]
     trained = f"{counted(report['steps'], 'step')}, {losses(report)}"
-    say(f"  learned    {counted(rows['train'], 'row')} of {prompts['train']:,} prompts, {trained}")
-    say(f"  held out   {counted(rows['held_out'], 'row')} of {prompts['held_out']:,} prompts")
+    say(f"  learned    {counted(rows['train'], 'row')} of {counted(prompts['train'], 'prompt')}, {trained}")
+    say(f"  held out   {counted(rows['held_out'], 'row')} of {counted(prompts['held_out'], 'prompt')}")
     (show_pairwise if report["objective"] == "pairwise" else show_pointwise)(report)
     scores = report["distribution"]
     middle = scores["quantiles"]

@@ -173,7 +173,9 @@ def remarks(sample: Sample) -> Iterator[str]:
     if sample["status"] != "ok":
         yield one_line(f"{sample['status']}: {sample['detail']}", 100)
     if sample.get("completion_ids"):
-        yield f"{len(sample['completion_ids'])} tokens" + (", cut off" if sample.get("finish") == "length" else "")
+        yield f"{counted(len(sample['completion_ids']), 'token')}" + (
+            ", cut off" if sample.get("finish") == "length" else ""
+        )
     yield f"k {sample['k']}" if sample["source"] == "policy" else one_line(sample["source"])
 
 

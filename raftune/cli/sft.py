@@ -92,9 +92,8 @@ def outcome(learned: Learned) -> list[str]:
     ]
     if perplexity := report["perplexity"]:
         change = f"{perplexity['before']:.2f} → {perplexity['after']:.2f}"
-        lines.append(
-            f"  perplexity  {change}, on {perplexity['answers']:,} held-out answers of {perplexity['tokens']:,} tokens"
-        )
+        answers, tokens = counted(perplexity["answers"], "held-out answer"), counted(perplexity["tokens"], "token")
+        lines.append(f"  perplexity  {change}, on {answers} of {tokens}")
     model = root / report["model"]
     flags = ("--policy.model", model, "--data.prompts", root / "prompts.jsonl")
     following = shell_command("raftune", "train", "RUN.yaml", *flags)

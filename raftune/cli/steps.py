@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import TaskID
 from rich.text import Text
 
-from raftune.digest import duration
+from raftune.plain import duration
 from raftune.progress import bars, moves
 
 QUIET = 30.0  # seconds of one step after which a line says how far it is, where there is no bar

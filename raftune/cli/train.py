@@ -8,8 +8,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from raftune.cli.work import work
-
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 
 
@@ -32,6 +30,7 @@ def train(
     there moves to superseded/.
     """
     from raftune.cli.flags import read_tokens
+    from raftune.cli.work import work
     from raftune.config.load import load_config
     from raftune.errors import ConfigError
 

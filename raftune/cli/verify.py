@@ -13,7 +13,7 @@ from raftune import runs
 from raftune.cli.show import say
 from raftune.errors import RunDamaged
 from raftune.ledger import span
-from raftune.plain import counted
+from raftune.plain import counted, megabytes
 from raftune.store.commit import Commit
 from raftune.store.run import RunFolder
 
@@ -70,12 +70,3 @@ def readable(folder: RunFolder) -> Iterator[Commit]:
         with contextlib.suppress(RunDamaged):
             if commit := folder.commit(round_, name):
                 yield commit
-
-
-def megabytes(size: float) -> str:
-    """A number of bytes in the unit that a person would use."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from raftune.comparison.measures import Measure
 from raftune.errors import ConfigError
 from raftune.evaluation.paired import FEWEST, Estimate, Paired
+from raftune.plain import counted
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -125,7 +126,7 @@ def end_of(field: str, result: Paired) -> tuple[float | None, str]:
     found: Estimate | None = getattr(result, name)
     if found is None:
         return None, "a judge gives verdicts, not scores; write win_rate"
-    few = f"{result.prompts} prompts are too few for an interval, which needs {FEWEST}"
+    few = f"{counted(result.prompts, 'prompt')}: too few for an interval, which needs {FEWEST}"
     return getattr(found, end or "mean"), few
 
 

@@ -14,6 +14,7 @@ import pyarrow.types as kinds
 
 from raftune.comparison.sides import Side
 from raftune.errors import ConfigError, DataError
+from raftune.plain import counted
 from raftune.records import Prompt
 
 Ints = npt.NDArray[np.int64]
@@ -88,8 +89,8 @@ def nothing_shared(a: Side, b: Side) -> str:
         )
     seeds = [side.plan["seed"][-1] for side in (a, b)]
     return (
-        f"A and B share {common} prompts, and no seed: evaluation.seed is {seeds[0]} in A and {seeds[1]} in B. "
-        f"Evaluate one of them again: raftune evaluate … --evaluation.seed {seeds[1]}."
+        f"A and B share {counted(common, 'prompt')}, and no seed: evaluation.seed is {seeds[0]} in A and {seeds[1]} in "
+        f"B. Evaluate one of them again: raftune evaluate … --evaluation.seed {seeds[1]}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from raftune.build import Assembly
 from raftune.config.policy import CausalLMPolicy, DiffusionPolicy
 from raftune.config.run import RunConfig
 from raftune.digest import held_out_words, overlap_words, rows_of
-from raftune.errors import DataError, RewardError
-from raftune.plain import one_line
+from raftune.errors import DataError, ModelError, RewardError
+from raftune.plain import counted, one_line
 from raftune.planning.amounts import Amounts, amounts
 from raftune.planning.images import (
     Pipeline,
@@ -30,7 +31,7 @@ from raftune.planning.images import (
 )
 from raftune.planning.probe import SECONDS, Probe, Tell, Trial, probe, seconds_by_stage
 from raftune.planning.prompts import Prompts, check_answers, leave_out, measure, read_prompts
-from raftune.planning.sizes import Disk, Footprint, Memory, Peaks, disk, footprint, memory, peaks
+from raftune.planning.sizes import Disk, Footprint, Memory, Peaks, disk, footprint, memory, peaks, unread_facts
 from raftune.preflight import preflight
 from raftune.protocols import Reader
 from raftune.reporting import check_installed, wanted
@@ -78,11 +79,11 @@ def forecast(
     check_writable(root)
     check_installed(wanted(config.report_to))
     with tempfile.TemporaryDirectory(prefix="raftune-plan-") as scratch:
+        trial = Trial(seconds, tell) if measured else None
         assembly = Assembly(RunFolder(Path(scratch) / "run"), config)
         try:
             lacking = checked(assembly)
             done = rounds_done(root, config)
-            trial = Trial(seconds, tell) if measured else None
             return look(assembly, root, done, Path(scratch), trial, lacking)
         finally:
             assembly.close()
@@ -108,9 +109,11 @@ def look(
     config = assembly.config
     if trial:
         trial.tell("reading the prompts, checking the model")
-    data = read_prompts(assembly)
-    begun = begin(assembly, data)
-    prompts = measure(data, begun.encoder)
+    with uncounted(trial):
+        data = read_prompts(assembly)
+    begun = begin(assembly, data, trial)
+    with uncounted(trial):
+        prompts = measure(data, begun.encoder)
     planned = amounts(config, prompts.train, prompts.held_out)
     notes = [*begun.notes, *lacking, *remarks(config, prompts, planned)]
     notes += beyond_context(config, prompts, begun.model)
@@ -122,7 +125,7 @@ def look(
     rows = min(config.sampling.unit_size, planned.prompts) * config.sampling.num_generations
     work = work_of(pipeline, config, planned) if pipeline else None
     seconds = seconds_by_stage(found, planned, assembly) if found else None
-    fit = seconds["tuning"] / planned.rounds if seconds and planned.rounds else None
+    fit = seconds["tuning"] / planned.rounds if seconds and "tuning" in seconds and planned.rounds else None
     if pipeline and work and found is None:
         seconds = seconds_at(pipeline, config, work)
     return Forecast(
@@ -153,7 +156,12 @@ class Begun:
     notes: list[str]
 
 
-def begin(assembly: Assembly, data: Path) -> Begun:
+def uncounted(trial: Trial | None) -> contextlib.AbstractContextManager[None]:
+    """Every prompt is looked at, however long that takes: it does not count as time of the trial."""
+    return trial.paused() if trial else contextlib.nullcontext()
+
+
+def begin(assembly: Assembly, data: Path, trial: Trial | None) -> Begun:
     """Begins the run's start, and looks at it; a pipeline of the hub that is not at hand goes by what is published."""
     config = assembly.config
     if isinstance(config.policy, DiffusionPolicy) and (known := published(config.policy)) is not None:
@@ -161,23 +169,50 @@ def begin(assembly: Assembly, data: Path) -> Begun:
         return Begun(None, pipeline, None, [not_tried(pipeline)])
     start = assembly.run.folder(0, "model")
     start.mkdir(parents=True)
-    facts = assembly.family.start(config, start)
+    facts = read_start(assembly, start, trial)
     policy = assembly.policies.encoder(start)
     if isinstance(config.policy, DiffusionPolicy):
         pipeline = at_hand(policy, facts)
         source = assembly.stage(0, "data")
         assert isinstance(source, Data) and isinstance(policy, Reader)
-        looks = looked_at(prompts_in(data), [policy])
+        with uncounted(trial):
+            looks = looked_at(prompts_in(data), [policy])
         if looks.refused:
             raise DataError(refusal(looks, source))
         notes = [*facts["notes"], *cut_short(looks), *policy.notes(), not_tried(pipeline)]
         return Begun(None, pipeline, None, [note for note in notes if note])
-    left_out = leave_out(assembly, data, policy) if isinstance(policy, Reader) else ()
-    check_answers(policy, data, config)
+    with uncounted(trial):
+        left_out = leave_out(assembly, data, policy) if isinstance(policy, Reader) else ()
+        check_answers(policy, data, config)
     notes = [*(facts.get("notes", []) if isinstance(facts, dict) else []), *left_out, *policy.notes()]
     if not isinstance(config.policy, CausalLMPolicy):
         return Begun(None, None, None, notes)
     return Begun(footprint(config.policy, start, facts), None, getattr(policy, "encoder", None), notes)
+
+
+def read_start(assembly: Assembly, start: Path, trial: Trial | None) -> Any:
+    """What the family says of the run's start. Where the trial's time ends before a language model's weights are read,
+    what its configuration says, with a note. Raises ModelError where that is not enough."""
+    config, answers = assembly.config, list[Any]()
+
+    def read() -> None:
+        answers.append(assembly.family.start(config, start))
+
+    if trial is None:
+        read()
+    elif trial.ended(read) and not answers:
+        facts = unread_facts(config.policy, start) if isinstance(config.policy, CausalLMPolicy) else None
+        if facts is None:
+            raise ModelError(
+                f"policy.model could not be read within {trial.seconds:g} seconds. Give `raftune plan` more time, with "
+                "--probe-seconds, or let it measure nothing, with --no-probe."
+            )
+        facts["notes"] = [
+            f"the model's weights could not be read within {trial.seconds:g} seconds, and were not checked: "
+            "--probe-seconds gives more time"
+        ]
+        return facts
+    return answers[0]
 
 
 def checked(assembly: Assembly) -> list[str]:
@@ -219,9 +254,8 @@ def remarks(config: RunConfig, prompts: Prompts, planned: Amounts) -> list[str]:
     if config.num_rounds and (warning := held_out_words(prompts.held_out, config.evaluation.num_prompts)):
         said.append(warning)
     if config.num_rounds and config.prompts_per_round > prompts.train:
-        said.append(
-            f"prompts_per_round is {config.prompts_per_round}; there are {prompts.train} prompts: all are asked"
-        )
+        have = counted(prompts.train, "prompt")
+        said.append(f"prompts_per_round is {config.prompts_per_round}, more than there are ({have}): all are asked")
     if config.evaluation.num_prompts and not prompts.held_out:
         said.append("too few prompts to hold any out: no round is judged, and the last one is published")
     if config.num_rounds and planned.competing == planned.prompts and config.selection.rule == "best_of_k":

@@ -1,18 +1,22 @@
 """Two prompts, drawn, scored and tuned on: what each stage costs for a sample, and before the first.
 
 All of it within a time: where a model or a reward is slow, fewer tokens are drawn, fewer samples scored and fewer rows
-tuned on, and the rest is extrapolated. What was cut short is said.
+tuned on, and the rest is extrapolated. When the time is up the probe is ended wherever it is. What was cut short, and
+what was not measured at all, is said.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -23,7 +27,8 @@ from raftune.config.guards import GuardsConfig
 from raftune.digest import generation_words
 from raftune.errors import RewardError
 from raftune.evaluation.alarms import probe_alarms
-from raftune.plain import one_line
+from raftune.interruption import caused_by_interrupt
+from raftune.plain import counted, one_line
 from raftune.planning.amounts import Amounts
 from raftune.planning.sizes import Peak
 from raftune.protocols import Likelihood, Policy, SupportsBackends, Unit
@@ -37,8 +42,8 @@ FAILED = (Status.INVALID, Status.ERROR, Status.TIMEOUT)
 ASKED = 2
 WIDER = 4  # the second draw is so many times as wide, which tells what a batch costs from what a sample does
 SECONDS = 60.0  # that a probe may take, unless it is told otherwise
-BRIEF = 12  # tokens of the first draws, which tell how long a token takes
-LEAST = 4  # tokens and samples that are tried in any case
+BRIEF = 12  # tokens of the draw that tells how long a token takes
+LEAST = 4  # tokens, and samples to score, below which a trial tells little
 # Of the time: for drawing, for each set of rewards, for log-probabilities, for tuning. The rest is for loading.
 DRAW, SCORE, LOGP, TUNE = 0.35, 0.1, 0.05, 0.3
 LEARNING = 3  # a forward and a backward pass take about so many times the forward pass
@@ -59,53 +64,137 @@ class Line:
         return Line(self.fixed * factor, self.each * factor)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Probe:
-    """What was measured: seconds by stage, tokens or bytes of a sample on average, and what a user should know.
+    """What was measured, filled as it goes: seconds by stage, tokens or bytes of a sample on average, and what a user
+    should know. None is what there was no time for; `missing` names it.
 
     `tokens` is what the samples came to, or would have, had they been drawn to `max_completion_length`. `cut_short`
     says what was not measured in full.
     """
 
-    load: float
-    draw: Line  # a batch, and a sample of it
-    score: Line  # a sample
-    judge: Line
-    logp: Line
-    tune: Line  # a fit, and a row
-    tokens: float
-    size: float | None  # bytes of a picture on average
-    notes: tuple[str, ...]
-    seconds: float
+    load: float | None = None
+    draw: Line | None = None  # a batch, and a sample of it
+    score: Line | None = None  # a sample
+    judge: Line | None = None
+    logp: Line | None = None
+    tune: Line | None = None  # a fit, and a row
+    tokens: float | None = None
+    size: float | None = None  # bytes of a picture on average
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    limit: float = SECONDS
     cut_short: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     generation: str = ""  # how it generates, in words, where there are several ways
     drawing: Peak | None = None
     tuning: Peak | None = None
 
 
+class TimeUp(KeyboardInterrupt):
+    """The time of a trial is over. Code that lets Ctrl-C through lets this through as well."""
+
+
 @dataclass
 class Trial:
-    """The probe under way: its time, what it tells meanwhile, and what it had to cut short."""
+    """The time that a plan may take for reading the model and trying it, and what it tells meanwhile."""
 
     seconds: float
     tell: Tell
     began: float = field(default_factory=time.perf_counter)
     cut_short: list[str] = field(default_factory=list)
+    shared: float = 0.0  # seconds that were left when the probe began, of which each part has its share
+
+    def spent(self) -> float:
+        return time.perf_counter() - self.began
+
+    def left(self) -> float:
+        return self.seconds - self.spent()
 
     def may(self, share: float) -> float:
         """Seconds that a part may take: its share, or what is left."""
-        return max(0.0, min(self.seconds * share, self.seconds - (time.perf_counter() - self.began)))
+        return max(0.0, min(self.shared * share, self.left()))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within does not count."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.began += time.perf_counter() - began
+
+    def ended(self, call: Callable[[], None]) -> bool:
+        """Makes the call, and ends it where the time is up, wherever it is; whether it was ended.
+
+        By the alarm of the system, and so between two operations of Python on the main thread. Where there is no such
+        alarm (Windows, another thread), the call goes on to its next look at the time.
+        """
+        if self.left() <= 0:
+            return True
+        fired: list[bool] = []
+
+        def ring(number: int, frame: FrameType | None) -> None:
+            fired.append(True)
+            raise TimeUp
+
+        try:
+            with alarm(self.left(), ring):
+                call()
+        except BaseException as error:
+            if (fired or isinstance(error, TimeUp)) and caused_by_interrupt(error):
+                return True
+            raise
+        return bool(fired)
+
+    def check(self) -> None:
+        if self.left() <= 0:
+            raise TimeUp
 
 
-def probe(
-    assembly: Assembly,
-    data: Path,
-    work: Path,
-    trial: Trial,
-    widths: Sequence[int] = (),
-) -> Probe:
+@contextlib.contextmanager
+def alarm(seconds: float, ring: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Rings after so many seconds and, as foreign code may swallow it, every second from then on. An alarm that was set
+    before rings afterwards."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    began = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, ring)
+    earlier, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if earlier:
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, earlier - (time.monotonic() - began)), interval)
+
+
+def probe(assembly: Assembly, data: Path, work: Path, trial: Trial, widths: Sequence[int] = ()) -> Probe:
     """Runs each stage's work on two prompts, in `work`; raises what the run itself would. `widths`: how many samples of
-    each are drawn, first and then; without any, K and then four times as many. Takes about `trial.seconds` at most."""
+    each are drawn, first and then; without any, K and then four times as many. It is over when the trial's time is."""
+    found, config = Probe(limit=trial.seconds), assembly.config
+    trial.shared = trial.left()
+
+    if trial.ended(lambda: try_stages(found, assembly, data, work, trial, widths)):
+        assembly.policies.release()
+    compared = assembly.knows_likelihood() and (config.evaluation.kl or config.selection.beta > 0)
+    parts = (
+        ("drawing", found.draw, True),
+        ("scoring", found.score, True),
+        ("scoring of evaluations", found.judge, bool(config.evaluation.reward_funcs)),
+        ("log-probabilities", found.logp, compared),
+        ("tuning", found.tune, config.num_rounds > 0),
+    )
+    found.missing = tuple(name for name, line, needed in parts if needed and line is None)
+    found.cut_short = tuple(trial.cut_short)
+    found.seconds = trial.spent()
+    return found
+
+
+def try_stages(found: Probe, assembly: Assembly, data: Path, work: Path, trial: Trial, widths: Sequence[int]) -> None:
+    """The work of `probe`: each result is entered as soon as it is there."""
     tell = trial.tell
     config, folder = assembly.config, assembly.run.folder(0, "model")
     table = read_table(data / ("train.parquet" if config.num_rounds else "held_out.parquet")).slice(0, ASKED)
@@ -114,46 +203,42 @@ def probe(
     policy = assembly.policies.at(folder)
     first = config.sampling.num_generations if config.sampling.generation_kwargs else 1
     trying, backend = timed(lambda: policy.choose_backend(prompts) if isinstance(policy, SupportsBackends) else None)
-    with limited(policy, BRIEF):
-        load, _ = timed(lambda: drawn(policy, asking(prompts, first, config.seed, config.sampling.batch_size)))
+    found.generation = generation_words(backend) if backend else ""
+    unit = asking(prompts[:1], first, config.seed, config.sampling.batch_size)
+    with limited(policy, 1):
+        cold, _ = timed(lambda: drawn(policy, unit))
+        token, _ = timed(lambda: drawn(policy, unit))
+    found.load = trying + max(0.0, cold - token)
+    trial.check()
     tell("probe: drawing")
     with watched() as memory:
-        draw, found, factor = time_draw(policy, prompts, assembly, widths, trial)
-    samples = as_table(found, policy)
-    drawing = memory.peak(samples.num_rows, mean_tokens(samples))
+        drawn_samples, factor = time_draw(found, policy, prompts, assembly, widths, trial, token / first)
+    samples = as_table(drawn_samples, policy)
+    found.drawing = memory.peak(samples.num_rows, mean_tokens(samples))
+    found.size = mean_size(samples)
+    found.notes = policy.notes()
+    trial.check()
     asked = {prompt.id: prompt for prompt in prompts}
-    owners = [asked[sample.prompt_id] for sample in found]
+    owners = [asked[sample.prompt_id] for sample in drawn_samples]
     tell("probe: scoring")
-    score, scores = time_panel(assembly.panel(), owners, samples, trial)
+    found.score, scores = time_panel(assembly.panel(), owners, samples, trial)
     refuse_failures(scores, config.rewards.max_failure_fraction)
-    judge = time_panel(assembly.judge(), owners, samples, trial)[0] if config.evaluation.reward_funcs else Line()
-    longer = factor_of_rows(policy, prompts, mean_tokens(samples), factor)
-    logp = time_logp(policy, owners, samples, config.sampling.batch_size, trial).times(longer)
-    tune, tuning = Line(), None
-    if config.num_rounds:
-        tell("probe: tuning")
-        tune, tuning = time_tune(assembly, samples, table, work, load, draw.times(1 / factor), trial)
-    said = (*policy.notes(), *assembly.panel().notes())
     whole = factor == 1  # else a sample may have ended later, with another score
-    notes = (*said, *doubts(scores), *(cut_off(samples, config.tuning.mask_truncated_completions) if whole else ()))
+    found.notes += (*assembly.panel().notes(), *doubts(scores))
+    found.notes += tuple(cut_off(samples, config.tuning.mask_truncated_completions)) if whole else ()
     if config.num_rounds and config.guards.enabled:
-        notes += tuple(alarming(config.guards, samples if whole else without_ends(samples), scores))
-    return Probe(
-        trying + load,
-        draw,
-        score,
-        judge,
-        logp,
-        tune.times(longer),
-        mean_tokens(samples) * factor,
-        mean_size(samples),
-        notes,
-        time.perf_counter() - trial.began,
-        tuple(trial.cut_short),
-        generation_words(backend) if backend else "",
-        drawing,
-        tuning,
-    )
+        found.notes += tuple(alarming(config.guards, samples if whole else without_ends(samples), scores))
+    trial.check()
+    found.judge = time_panel(assembly.judge(), owners, samples, trial)[0] if config.evaluation.reward_funcs else Line()
+    trial.check()
+    longer = factor_of_rows(policy, prompts, mean_tokens(samples), factor)
+    found.logp = time_logp(policy, owners, samples, config.sampling.batch_size, trial).times(longer)
+    trial.check()
+    if not config.num_rounds:
+        found.tune = Line()
+    else:
+        tell("probe: tuning")
+        time_tune(found, assembly, samples, table, work, factor, longer, trial)
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -218,51 +303,90 @@ def asking(prompts: list[Prompt], number: int, seed: int, batch_size: int) -> Un
 
 
 def time_draw(
-    policy: Policy, prompts: list[Prompt], assembly: Assembly, chosen: Sequence[int], trial: Trial
-) -> tuple[Line, list[Sample], float]:
-    """The cost of a batch and of a sample, from two draws of different width; the samples of the wider one; and how
-    many times as many tokens they would have, had they been drawn to the end."""
+    found: Probe,
+    policy: Policy,
+    prompts: list[Prompt],
+    assembly: Assembly,
+    chosen: Sequence[int],
+    trial: Trial,
+    single: float,
+) -> tuple[list[Sample], float]:
+    """The cost of a batch and of a sample, from two draws of different width. Returns the samples of the wider, and how
+    many times as many tokens they would have, had they been drawn to the end.
+
+    `single`: seconds of one sample, of one token where there are tokens. No draw is begun that would take longer than
+    there is time for, if many samples at once were no faster than one by one.
+    """
     sampling = assembly.config.sampling
     widths = list(chosen) or [sampling.num_generations, sampling.num_generations * WIDER]
     most = max(1, sampling.batch_size // len(prompts))
     widths = [min(width, most) for width in widths]
+    longest, tokens, counts = sampling.max_completion_length, None, "completion_ids" in policy.payload.names
     if sampling.generation_kwargs:  # options of `generate`, such as beams, may hang on the number of answers
         widths = [sampling.num_generations]
-    widths, longest = list(dict.fromkeys(widths)), sampling.max_completion_length
 
     def spend(width: int, tokens: int | None) -> tuple[float, list[Sample]]:
         with limited(policy, tokens):
             return timed(lambda: drawn(policy, asking(prompts, width, 0, sampling.batch_size)))
 
-    tokens: int | None = None
-    brief, spent = 0, 0.0
-    if "completion_ids" in policy.payload.names:
-        brief = min(BRIEF, longest)
-        spent, _ = spend(widths[0], brief)
-        tokens = int(trial.may(DRAW) / (spent / brief) / (sum(widths) / widths[0]))
+    def enter(seconds: list[float], samples: list[Sample], tokens: int | None, token: float) -> float:
+        factor = longer = 1.0
+        if tokens is not None and tokens < longest:
+            factor = still_to_come(samples, tokens, longest)
+        if tokens is not None and factor > 1:
+            longer = 1 + token * tokens * (factor - 1) / seconds[0]
+        found.tokens = mean_tokens(as_table(samples, policy)) * factor
+        line = Line(0.0, seconds[0] / len(samples))
+        if len(seconds) > 1:
+            line = through(widths[0] * len(prompts), seconds[0], widths[1] * len(prompts), seconds[1])
+        found.draw = line.times(longer)
+        return factor
+
+    until = time.perf_counter() + trial.may(DRAW)
+
+    def may() -> float:
+        return max(0.0, until - time.perf_counter())
+
+    brief = min(BRIEF, longest) if counts else 1
+    sample = single * brief
+    if brief > 1 and sample < may() / 4:
+        with limited(policy, brief):
+            sample, _ = timed(lambda: drawn(policy, asking(prompts[:1], 1, 0, sampling.batch_size)))
+    rows = int((may() / 2 if counts else may()) / max(sample, 1e-9))
+    if rows < 1:
+        brief = min(brief, max(1, int(may() / max(single, 1e-9))))
+    if rows < len(prompts):
+        prompts = prompts[:1]
+    if rows < len(prompts) * widths[0] and not sampling.generation_kwargs:
+        narrow = max(1, rows // len(prompts))
+        widths = [narrow * width // widths[0] for width in widths]
+    widths = list(dict.fromkeys(widths))
+    if counts:
+        spent, samples = spend(widths[0], brief)
+        factor = enter([spent], samples, brief, spent / brief)
+        tokens = int(may() / (spent / brief) / (sum(widths) / widths[0]))
         if tokens < LEAST and len(widths) > 1:  # not even that of both widths
-            widths, tokens = widths[:1], int(trial.may(DRAW) / (spent / brief))
-        tokens = min(longest, max(LEAST, tokens))
+            widths, tokens = widths[:1], int(may() / (spent / brief))
+        tokens = min(longest, tokens)
+        if tokens <= brief < longest and len(widths) == 1:  # there is no time for more than that
+            trial.cut_short.append(f"answers were drawn to {brief} of {longest} tokens")
+            return samples, factor
+        tokens = max(tokens, min(LEAST, longest))
     seconds: list[float] = []
-    found: list[Sample] = []
     for width in widths:
-        if seconds and tokens is None and seconds[0] * width / widths[0] > trial.may(DRAW):
-            trial.cut_short.append(f"only {len(found)} samples were drawn")
+        if seconds and tokens is None and seconds[0] * width / widths[0] > may():
+            trial.cut_short.append(
+                f"only {counted(len(samples), 'sample')} {'was' if len(samples) == 1 else 'were'} drawn"
+            )
             break
-        spent, found = spend(width, tokens)
-        seconds.append(spent)
-    factor = longer = 1.0
-    if tokens is not None and tokens < longest:
-        factor = still_to_come(found, tokens, longest)
+        wide, samples = spend(width, tokens)
+        seconds.append(wide)
+        # What a token takes beside the prompt, by the two draws of one width; by one of them, where noise denies it.
+        token = (spent - seconds[0]) / (brief - tokens) if tokens is not None and brief != tokens else 0.0
+        factor = enter(seconds, samples, tokens, token if token > 0 else seconds[0] / (tokens or 1))
     if tokens is not None and factor > 1:
         trial.cut_short.append(f"answers were drawn to {tokens} of {longest} tokens")
-        # What a token takes beside the prompt, by the two draws of one width; by one of them, where noise denies it.
-        token = (spent - seconds[0]) / (brief - tokens) if brief != tokens else 0.0
-        longer = 1 + (token if token > 0 else seconds[0] / tokens) * tokens * (factor - 1) / seconds[0]
-    if len(seconds) == 1:
-        return Line(0.0, seconds[0] / len(found)).times(longer), found, factor
-    line = through(widths[0] * len(prompts), seconds[0], widths[1] * len(prompts), seconds[1])
-    return line.times(longer), found, factor
+    return samples, factor
 
 
 def factor_of_rows(policy: Any, prompts: list[Prompt], tokens: float, factor: float) -> float:
@@ -288,7 +412,8 @@ def through(n1: int, t1: float, n2: int, t2: float) -> Line:
 def time_panel(panel: Any, prompts: list[Prompt], samples: pa.Table, trial: Trial) -> tuple[Line, list[Score]]:
     """The first call may load a model or start a process: that is the fixed part. Beside it, what was scored."""
     first, _ = timed(lambda: panel.score_samples(prompts[:1], samples.slice(0, 1)))
-    each, _ = timed(lambda: panel.score_samples(prompts[1:2], samples.slice(1, 1)))
+    last = len(prompts) - 1
+    each, _ = timed(lambda: panel.score_samples(prompts[last:], samples.slice(last, 1)))
     number = min(len(prompts), max(LEAST, int(trial.may(SCORE) / max(each, 1e-6))))
     if number < len(prompts):
         trial.cut_short.append(f"{number} of {len(prompts)} samples were scored")
@@ -357,13 +482,21 @@ def time_logp(policy: Policy, prompts: list[Prompt], samples: pa.Table, batch_si
 
 
 def time_tune(
-    assembly: Assembly, samples: pa.Table, prompts: pa.Table, work: Path, load: float, draw: Line, trial: Trial
-) -> tuple[Line, Peak | None]:
+    found: Probe,
+    assembly: Assembly,
+    samples: pa.Table,
+    prompts: pa.Table,
+    work: Path,
+    factor: float,
+    longer: float,
+    trial: Trial,
+) -> None:
     """Two fits of one pass, over a batch of rows and over as many as there are, or as there is time for; and the memory
     of the first."""
+    assert found.draw is not None and found.load is not None
     batch = min(assembly.config.tuning.per_device_train_batch_size, samples.num_rows)
-    row = LEARNING * draw.each  # seconds of a row, before any was tuned on
-    rows = min(batch, max(1, int(trial.may(TUNE) / max(row, 1e-9))))
+    row = LEARNING * found.draw.each / factor  # seconds of a row, before any was tuned on
+    rows = min(batch, max(1, int((trial.may(TUNE) - found.load) / max(row, 1e-9))))
     if rows < batch:
         trial.cut_short.append(f"a step was taken with {rows} of {batch} rows")
     once = {"num_train_epochs": 1.0, "max_steps": -1, "gradient_accumulation_steps": 1, "optimizer_state": "fresh"}
@@ -376,15 +509,15 @@ def time_tune(
         assembly.policies.release()
         with watched() as memory:
             first = fit(assembly, samples.slice(0, rows), prompts, work / "tune-first")
-        peak = memory.peak(rows, mean_tokens(samples))
-        step = max(first - load, 0.0)
-        steps = min(samples.num_rows // rows, int((trial.may(TUNE) - load) / max(step, 1e-6)))
-        if steps < 2:
-            return Line(first - step, step / rows), peak
-        second = fit(assembly, samples.slice(0, steps * rows), prompts, work / "tune-second")
+        found.tuning = memory.peak(rows, mean_tokens(samples))
+        step = max(first - found.load, 0.0)
+        found.tune = Line(first - step, step / rows).times(longer)
+        steps = min(samples.num_rows // rows, int((trial.may(TUNE) - found.load) / max(step, 1e-6)))
+        if steps >= 2:
+            second = fit(assembly, samples.slice(0, steps * rows), prompts, work / "tune-second")
+            found.tune = through(rows, first, steps * rows, second).times(longer)
     finally:
         assembly.policies.config = usual
-    return through(rows, first, steps * rows, second), peak
 
 
 def fit(assembly: Assembly, samples: pa.Table, prompts: pa.Table, work: Path) -> float:
@@ -413,7 +546,7 @@ def mean_size(samples: pa.Table) -> float | None:
 
 
 def seconds_by_stage(found: Probe, planned: Amounts, assembly: Assembly) -> dict[str, float]:
-    """Seconds of the whole run by kind of work, in this process."""
+    """Seconds of the whole run by kind of work, in this process; without the kinds that were not measured."""
     config, rounds = assembly.config, planned.rounds
     wide = config.sampling.batch_size
     judged = (rounds + 1) * planned.judged
@@ -421,9 +554,14 @@ def seconds_by_stage(found: Probe, planned: Amounts, assembly: Assembly) -> dict
     kl = config.evaluation.kl and assembly.knows_likelihood()
     compared = 2 * judged * kl + 2 * rounds * planned.competing * (config.selection.beta > 0)
     batch = config.tuning.per_device_train_batch_size * config.tuning.gradient_accumulation_steps
-    return {
-        "drawing": found.load * (2 * rounds + 1) + found.draw.of(planned.samples, batches),
-        "scoring": found.score.of(rounds * planned.competing + judged) + found.judge.of(judged),
-        "log-probabilities": found.logp.of(compared, 0),
-        "tuning": found.tune.of(rounds * planned.steps * batch, rounds),
-    }
+    seconds: dict[str, float] = {}
+    if found.draw is not None:
+        seconds["drawing"] = (found.load or 0.0) * (2 * rounds + 1) + found.draw.of(planned.samples, batches)
+    if found.score is not None:
+        seconds["scoring"] = found.score.of(rounds * planned.competing + judged)
+        seconds["scoring"] += found.judge.of(judged) if found.judge is not None else 0.0
+    if found.logp is not None:
+        seconds["log-probabilities"] = found.logp.of(compared, 0)
+    if found.tune is not None:
+        seconds["tuning"] = found.tune.of(rounds * planned.steps * batch, rounds)
+    return seconds

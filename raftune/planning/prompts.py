@@ -13,6 +13,7 @@ from raftune.build import Assembly
 from raftune.config.run import RunConfig
 from raftune.digest import read_json
 from raftune.errors import DataError
+from raftune.plain import counted
 from raftune.protocols import Policy, Reader
 from raftune.records import Prompt
 from raftune.stages.data import Data
@@ -127,7 +128,7 @@ def lengths_of(path: Path, encoder: Any) -> list[int]:
         more = f" and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
         where = f"{', '.join(refused[:NAMED])}{more}"
         raise DataError(
-            f"{len(refused)} of {read_metadata(path)[0]} prompts cannot be used ({where}). {first}"
+            f"{len(refused)} of {counted(read_metadata(path)[0], 'prompt')} cannot be used ({where}). {first}"
         ) from first
     return lengths
 

@@ -55,6 +55,28 @@ def footprint(config: CausalLMPolicy, start: Path, facts: dict[str, Any]) -> Foo
     )
 
 
+def unread_facts(config: CausalLMPolicy, start: Path) -> dict[str, Any] | None:
+    """What is to be known of a start model whose weights were not read; None where its folder does not name one yet."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from raftune.policies.causal_lm import loading
+
+    if loading.read_reference(start) is None:
+        return None
+    found = loading.model_config(config, start)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(found, trust_remote_code=config.trust_remote_code)
+    dtype = config.dtype if config.dtype != "auto" else found.dtype or "float32"
+    return {
+        "architecture": type(model).__name__,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "vocabulary": model.get_input_embeddings().weight.shape[0],
+        "context": loading.context(found),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
 def cached_token(found: Any, size: int) -> int:
     """Bytes that keys and values of one token take in all layers; 0 where the architecture does not say."""
     layers, heads = getattr(found, "num_hidden_layers", 0), getattr(found, "num_attention_heads", 0)

@@ -27,6 +27,7 @@ from raftune import interruption, pulse
 from raftune.config.tuning import TuningConfig
 from raftune.errors import ConfigError, ModelError, OutOfMemory
 from raftune.ordering import LengthGrouped
+from raftune.plain import counted
 from raftune.policies.checkpoints import newest_verified, seal
 from raftune.policies.memory import is_out_of_memory
 from raftune.quiet import quiet
@@ -145,8 +146,8 @@ def many_passes(steps: int, config: TuningConfig, rows: int) -> tuple[str, ...]:
         f"max_steps = {config.max_steps}" if config.max_steps > 0 else f"num_train_epochs = {config.num_train_epochs:g}"
     )
     return (
-        f"{steps} optimizer steps went {passes:.0f} times over the round's {rows} rows: tuning.{asked} is meant for "
-        "each round. Lower it, or raise prompts_per_round",
+        f"{steps} optimizer steps went {passes:.0f} times over the round's {counted(rows, 'row')}: tuning.{asked} is "
+        "meant for each round. Lower it, or raise prompts_per_round",
     )
 
 

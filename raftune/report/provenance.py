@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from raftune.config.secrets import redacted
-from raftune.digest import duration, generation_words
+from raftune.digest import generation_words
+from raftune.plain import duration
 from raftune.report.collect import Collected
 from raftune.report.markup import block, facts, folded, number, scrolling, table, text
 from raftune.report.numbers import timed

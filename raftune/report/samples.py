@@ -14,6 +14,8 @@ from raftune.report.reading import Place, Reader
 from raftune.store.layout import unit_file
 
 LONGEST = 4000  # characters of a prompt, an answer or a message
+WHOLE = 16_000  # characters of all texts of a conversation
+EACH = 16  # characters that an item of a list counts beside its texts
 DETAIL = 400
 PICTURE = "image_sha256"
 DRAWN = ("sample_id", "prompt_id", "k", "source", "seed", "completion", "completion_ids", "finish", "invalid")
@@ -80,14 +82,24 @@ def of_prompts(table: pa.Table, prompt_ids: Iterable[str]) -> pa.Table:
     return table.filter(pc.is_in(table.column("prompt_id"), pa.array(list(prompt_ids), pa.string())))
 
 
-def content(value: Any) -> Any:
-    """A prompt or an answer to show: texts cut at LONGEST, also inside of messages."""
+def content(value: Any, room: list[int] | None = None) -> Any:
+    """A prompt or an answer to show: texts cut at LONGEST, also inside of messages; of a list with more than WHOLE
+    characters the beginning, with how many items follow. `room`: the characters that are left."""
+    room = [WHOLE] if room is None else room
     if isinstance(value, str):
+        room[0] -= min(len(value), LONGEST)
         return cut(value)
     if isinstance(value, list):
-        return [content(inner) for inner in value]
+        shown: list[Any] = []
+        for inner in value:
+            if room[0] <= 0:
+                more = f"… ({len(value) - len(shown):,} more)"
+                return [*shown, {"role": "…", "content": more} if isinstance(inner, Mapping) else more]
+            room[0] -= EACH
+            shown.append(content(inner, room))
+        return shown
     if isinstance(value, Mapping):
-        return {str(name): content(inner) for name, inner in value.items() if inner is not None}
+        return {str(name): content(inner, room) for name, inner in value.items() if inner is not None}
     if isinstance(value, bytes):
         return f"({len(value):,} bytes)"
     return finite(value) if isinstance(value, float) else value

@@ -10,7 +10,7 @@ from raftune.config.load import validate
 from raftune.config.run import RunConfig
 from raftune.digest import Row, held_out_names
 from raftune.errors import RaftuneError
-from raftune.plain import first_line
+from raftune.plain import counted, first_line
 from raftune.report.numbers import by_round
 from raftune.report.reading import Reader
 from raftune.status import in_use
@@ -74,7 +74,7 @@ def config_of(reader: Reader) -> RunConfig | None:
 def state_of(reader: Reader, rounds: tuple[int, ...], working: bool | None) -> tuple[str, str]:
     """A word for programs, and a sentence that stays true when the page is opened later."""
     done, planned = max(rounds, default=0), reader.config.get("num_rounds")
-    so_far = f"{done} of {planned} rounds done" if planned else f"{done} rounds done"
+    so_far = f"{done} of {planned} rounds done" if planned else f"{counted(done, 'round')} done"
     if not reader.config:
         return "damaged", f"damaged: {so_far}; what can be read is shown"
     if working or (working is None and in_use(reader.run.root)):

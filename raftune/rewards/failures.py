@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from raftune.plain import counted
 from raftune.records import Score, Status
 from raftune.rewards.media import is_image
 from raftune.rewards.text import text_of
@@ -43,7 +44,7 @@ class Failures:
         if self.fraction <= limit:
             return None
         kinds = ", ".join(f"{count} {status}" for status, count in sorted(self.counts.items()))
-        head = f"{failed} of {self.total} samples could not be scored ({kinds})"
+        head = f"{failed} of {counted(self.total, 'sample')} could not be scored ({kinds})"
         return "\n".join([f"{head}; rewards.max_failure_fraction is {limit:g}.", *self._shown(), self._advice()])
 
     def _shown(self) -> list[str]:

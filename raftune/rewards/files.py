@@ -21,6 +21,7 @@ from raftune.feedback.columns import COMPLETION, PROMPT, find, has, read_answer,
 from raftune.feedback.rows import Reason, Unusable, reasons
 from raftune.feedback.source import raw_rows
 from raftune.interval import interval, mean_by_prompt
+from raftune.plain import counted
 from raftune.records import Score, Status
 from raftune.rewards.batch import RESERVED, Batch
 from raftune.rewards.failures import FAILED, Failures
@@ -90,7 +91,7 @@ def read_answers(source: str, split: str = "train", dialogues: Form = "text", fi
         told = "; ".join(reasons(skipped))
         raise DataError(f"{field} must hold prompts with completions, or preferences; all rows were skipped: {told}.")
     numbers, prompts, completions, others = (list(part) for part in zip(*kept, strict=True))
-    words = (f"{source}: {len(kept):,} answers", *(f"  {line}" for line in reasons(skipped)))
+    words = (f"{source}: {counted(len(kept), 'answer')}", *(f"  {line}" for line in reasons(skipped)))
     return Answers(numbers, prompts, completions, side_by_side(others), False, skipped, words)
 
 
@@ -110,7 +111,7 @@ def read_pictures(source: str, rows: Iterable[tuple[int, dict[str, Any] | Skippe
         first = f" ({skipped[0].detail})" if skipped else ""
         raise DataError(f"{field} must hold pictures with prompts; all rows were skipped: {told}{first}.")
     numbers, prompts, places, names, others = (list(part) for part in zip(*kept, strict=True))
-    words = (f"{source}: {len(kept):,} pictures", *(f"  {line}" for line in reasons(skipped)))
+    words = (f"{source}: {counted(len(kept), 'picture')}", *(f"  {line}" for line in reasons(skipped)))
     return Answers(numbers, prompts, Gallery(places, names), side_by_side(others), False, skipped, words, written=names)
 
 

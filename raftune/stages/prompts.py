@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from raftune.errors import DataError, RaftuneError
-from raftune.plain import one_line
+from raftune.plain import counted, one_line
 from raftune.protocols import Inputs, PolicyShelf, Reader
 from raftune.records import Prompt
 from raftune.stages.data import Data
@@ -137,7 +137,9 @@ def refusal(looks: Looks, data: Data) -> str:
     refused = looks.refused
     more = f" and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
     where = f"{', '.join(places([*refused][:NAMED], data))}{more}"
-    return f"{len(refused)} of {looks.total} prompts cannot be used ({where}): {next(iter(refused.values()))}"
+    return (
+        f"{len(refused)} of {counted(looks.total, 'prompt')} cannot be used ({where}): {next(iter(refused.values()))}"
+    )
 
 
 def places(ids: Sequence[str], data: Data) -> list[str]:
@@ -158,8 +160,8 @@ def unlike_starter(looks: Looks) -> tuple[str, ...]:
     if not looks.unlike:
         return ()
     return (
-        f"{looks.unlike} of {looks.total} prompts are not of the form that the bundled model answers, 'User: …⏎"
-        f"Assistant:' (such as {one_line(looks.first_unlike, 40)!r}); many of its answers will be empty",
+        f"{looks.unlike} of {counted(looks.total, 'prompt')} are not of the form that the bundled model answers, "
+        f"'User: …⏎Assistant:' (such as {one_line(looks.first_unlike, 40)!r}); many of its answers will be empty",
     )
 
 
@@ -170,6 +172,6 @@ def cut_short(looks: Looks) -> tuple[str, ...]:
     end = next(iter(looks.unread.values()))
     verb = "is" if len(looks.unread) == 1 else "are"
     return (
-        f"{len(looks.unread)} of {looks.total} prompts {verb} longer than what the model reads; what follows is not "
-        f"seen: {one_line(end, 60)!r} of {one_line(looks.first_unread, 40)!r}",
+        f"{len(looks.unread)} of {counted(looks.total, 'prompt')} {verb} longer than what the model reads; what "
+        f"follows is not seen: {one_line(end, 60)!r} of {one_line(looks.first_unread, 40)!r}",
     )

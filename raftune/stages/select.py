@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from raftune.config.selection import SelectionConfig
 from raftune.errors import ModelError, RewardError
+from raftune.plain import counted
 from raftune.protocols import Inputs
 from raftune.records import INVALID, VERDICT_SCHEMA, Status, content_hash, derive_seed
 from raftune.selection import REASONS, Candidates, Reason, Verdicts, barren, nothing_to_rank, select
@@ -224,7 +225,7 @@ def refuse_failures(scores: Iterable[pa.Table], limit: float) -> None:
         counts = ", ".join(f"{n} {status}" for status, n in sorted(failed.items()))
         shown = [f"{name}: {detail}" for detail, name in examples.items()]
         raise RewardError(
-            f"rewards: {sum(failed.values())} of {total} samples could not be scored ({counts}); "
+            f"rewards: {sum(failed.values())} of {counted(total, 'sample')} could not be scored ({counts}); "
             f"rewards.max_failure_fraction allows {limit:g}. For example: " + " | ".join(shown) + f". {MEND}"
         )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from raftune.planning.prompts import BATCH, lengths_of
 from raftune.records import Prompt
 from raftune.stages.prompts import looked_at, prompts_of_file
 from raftune.store.parquet import write_table
+from tests.builders import save_tiny
 
 MANY = 3 * BATCH + 1
 
@@ -52,3 +56,33 @@ def test_prompts_that_do_not_fit_are_counted_over_all_batches(tmp_path: Path) ->
 def test_prompts_are_looked_at_one_after_another(tmp_path: Path) -> None:
     looks = looked_at(prompts_of_file(written(tmp_path / "train.parquet", ["one"] * MANY)), [])
     assert (looks.total, looks.unlike, looks.first_unlike) == (MANY, MANY, "one")
+
+
+PLANS = """
+import json, resource, sys
+from pathlib import Path
+from raftune.config.load import validate
+from raftune.planning import forecast
+
+def planned(number):
+    prompts = Path(sys.argv[1]) / f"{number}.jsonl"
+    with prompts.open("w") as file:
+        file.writelines(json.dumps({"prompt": f"say {n} and some more words"}) + "\\n" for n in range(number))
+    settings = {"output_dir": sys.argv[1] + "/run", "data": {"prompts": str(prompts)}}
+    settings |= {"policy": {"model": sys.argv[1] + "/model"}, "engine": {"threads": 1}}
+    settings |= {"rewards": {"reward_funcs": [{"spec": "length", "options": {"target": 3}}]}}
+    found = forecast(validate(settings), measured=False).prompts
+    assert found.train + found.held_out == number, found
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+print(json.dumps([planned(10), planned(50_000)]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux alone")
+def test_the_memory_of_a_plan_hardly_grows_with_the_number_of_prompts(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", bos=True)
+    done = subprocess.run([sys.executable, "-c", PLANS, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    few, many = json.loads(done.stdout)
+    assert many - few < 100_000, f"{few:,} kB for 10 prompts, {many:,} kB for 50,000"

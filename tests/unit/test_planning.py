@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from raftune.cli.plan import lines
 from raftune.config.load import merge, validate
 from raftune.config.run import RunConfig
 from raftune.errors import DataError, StoreError
@@ -21,6 +23,8 @@ from raftune.planning import Forecast, forecast
 from raftune.planning.amounts import amounts, steps_of
 from raftune.planning.probe import through
 from raftune.planning.sizes import Footprint, Peak, disk, memory, peaks
+from raftune.policies import training
+from raftune.policies.causal_lm import loading, starting
 from raftune.rewards.length import Length
 from raftune.runs import run
 from tests.builders import save_tiny, tiny_model, tiny_tokenizer
@@ -223,6 +227,45 @@ def test_a_probe_of_little_time_tries_less_and_says_what_it_extrapolated(
     assert any(words.endswith("samples were scored") for words in found.probe.cut_short)
     assert found.probe.tokens > 30, "what was cut off by the probe counts as if it had been drawn to the end"
     assert [words.split(":")[0] for words in told][-1] == "probe" and len(told) >= 4
+
+
+@pytest.mark.parametrize(
+    ("slow", "missing"),
+    [
+        ((loading, "load_weights"), ("drawing", "scoring", "log-probabilities", "tuning")),
+        ((LlamaForCausalLM, "forward"), ("drawing", "scoring", "log-probabilities", "tuning")),
+        ((Length, "__call__"), ("scoring", "log-probabilities", "tuning")),
+        ((training, "fit"), ("tuning",)),
+    ],
+    ids=["reading", "drawing", "scoring", "tuning"],
+)
+def test_a_probe_is_ended_wherever_it_is_when_its_time_is_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, slow: tuple[Any, str], missing: tuple[str, ...]
+) -> None:
+    planned(folder)  # what is imported for the first time is no part of this
+    whose, name = slow
+    usual = getattr(whose, name)
+
+    @functools.wraps(usual)
+    def endless(*args: Any, **rest: Any) -> Any:
+        time.sleep(60)
+        return usual(*args, **rest)
+
+    for module in (starting, loading) if name == "load_weights" else (whose,):
+        monkeypatch.setattr(module, name, endless)
+    began = time.monotonic()
+    found = planned(folder, measured=True, seconds=2.0)
+    assert time.monotonic() - began < 6
+    assert found.probe is not None and found.seconds is not None and found.model is not None
+    assert found.probe.missing == missing
+    assert not found.seconds.keys() & set(missing)
+    assert found.model.parameters == sum(w.numel() for w in tiny_model("llama").parameters())
+    assert (found.probe.load is None) == (name in ("load_weights", "forward"))
+    unread = [note for note in found.notes if "could not be read within 2 seconds" in note]
+    assert len(unread) == (name == "load_weights")
+    said = dict(lines(config(num_rounds=1), found))["time"]
+    assert all(words in said for words in missing) and "--probe-seconds" in said
+    assert signal.getitimer(signal.ITIMER_REAL)[1] == 0, "no alarm of the probe is left"
 
 
 def test_the_memory_of_the_probe_is_measured_and_scaled_to_the_run(folder: Path) -> None:

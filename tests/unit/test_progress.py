@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from raftune import progress
-from raftune.digest import duration, rows_of, seconds_by_round
-from raftune.progress import Pace, Progress
+from raftune.digest import rows_of, seconds_by_round
+from raftune.plain import duration
+from raftune.progress import Lines, Pace, Progress
 from raftune.runs import run
 from tests.runs import tiny
 
@@ -66,6 +67,22 @@ def test_the_lines_say_what_is_on_disk(tmp_path: Path) -> None:
 def test_columns_stand_under_their_titles(tmp_path: Path) -> None:
     text, _ = watched(tmp_path / "run", paper())
     assert len({len(line) for line in table(text)}) == 1
+
+
+def test_a_narrow_terminal_gets_fewer_columns_and_no_line_is_wrapped() -> None:
+    row = {"round": 1, "reward": 0.5, "reward_low": 0.4, "reward_high": 0.6, "reward_n": 8, "k": 4, "best_of_k": 0.7}
+    row |= {"kl": 0.25, "length": 12.5, "distinct_2": 0.875, "msttr": 0.8, "kept": 4, "samples": 16, "seconds": 71.0}
+    wide = Lines().add(row)
+    assert len(wide) == 2 and max(line.cell_len for line in wide) > 60
+    narrow = Lines(width=60)
+    said, titles, first = (str(line) for line in narrow.add(row))
+    assert len(titles) == len(first) <= 60
+    assert titles.split() == ["round", "reward", "(n=8)", "KL", "kept", "time"]
+    assert said.startswith("too narrow for: best of 4, length, distinct-2, MSTTR")
+    assert [column.key for column in narrow.columns] == ["round", "reward", "kl", "kept", "seconds"]
+    assert str(Lines(width=10).add(row)[-1]).split() == ["1", "0.500", "±", "0.100"], (
+        "the round and its reward stay, whatever the width"
+    )
 
 
 def test_held_out_prompts_that_are_trained_on_are_warned_of_once(tmp_path: Path) -> None:

@@ -131,6 +131,18 @@ def test_help_imports_nothing_heavy() -> None:
     assert "resume" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["train", "plan", "resume", "sft"])
+def test_help_of_a_command_with_fields_imports_the_configuration_and_nothing_of_the_work(command: str) -> None:
+    heavy = ("torch", "transformers", "pyarrow", "numpy", "raftune.build", "raftune.digest", "raftune.planning")
+    code = (
+        f"import sys\nfrom raftune.cli import main\nmain([{command!r}, '--help'])\n"
+        f"print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert "--output-dir" in done.stdout
+
+
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (
         "demo",

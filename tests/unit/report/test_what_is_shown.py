@@ -71,6 +71,12 @@ def test_what_is_no_number_is_null(value: object) -> None:
 
 def test_content_that_is_no_text_stays_what_json_can_hold() -> None:
     assert content(3) == 3
+    turns = [{"role": "user", "content": "x" * 3000} for _ in range(1000)]
+    shown = content(turns)
+    assert shown[:5] == turns[:5] and len(shown) == 7
+    assert shown[-1] == {"role": "…", "content": "… (994 more)"}
+    assert content(["y"] * 2000)[-1] == "… (1,058 more)", "numbers of items are bounded too"
+    assert content(turns[:5]) == turns[:5]
     assert content(float("nan")) is None
     assert content(b"\x89PNG") == "(4 bytes)"
     assert content({"image": "data:,x"}) == {"image": "data:,x"}
