@@ -368,8 +368,8 @@ def time_draw(
         if tokens < LEAST and len(widths) > 1:  # not even that of both widths
             widths, tokens = widths[:1], int(may() / (spent / brief))
         tokens = min(longest, tokens)
-        if tokens <= brief < longest and len(widths) == 1:  # there is no time for more than that
-            trial.cut_short.append(f"answers were drawn to {brief} of {longest} tokens")
+        if tokens <= brief and len(widths) == 1:  # there is no time for more than that
+            trial.cut_short += [f"answers were drawn to {brief} of {longest} tokens"] * (factor > 1)
             return samples, factor
         tokens = max(tokens, min(LEAST, longest))
     seconds: list[float] = []
