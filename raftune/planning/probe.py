@@ -27,7 +27,7 @@ from raftune.config.guards import GuardsConfig
 from raftune.digest import generation_words
 from raftune.errors import RewardError
 from raftune.evaluation.alarms import probe_alarms
-from raftune.interruption import caused_by_interrupt
+from raftune.interruption import interrupting
 from raftune.plain import counted, one_line
 from raftune.planning.amounts import Amounts
 from raftune.planning.sizes import Peak
@@ -142,7 +142,7 @@ class Trial:
             with alarm(self.left(), ring):
                 call()
         except BaseException as error:
-            if (fired or isinstance(error, TimeUp)) and caused_by_interrupt(error):
+            if (fired or isinstance(error, TimeUp)) and interrupting(error) is not None:
                 return True
             raise
         return bool(fired)
