@@ -126,7 +126,8 @@ def end_of(field: str, result: Paired) -> tuple[float | None, str]:
     found: Estimate | None = getattr(result, name)
     if found is None:
         return None, "a judge gives verdicts, not scores; write win_rate"
-    few = f"{counted(result.prompts, 'prompt')}: too few for an interval, which needs {FEWEST}"
+    are = "is" if result.prompts == 1 else "are"
+    few = f"{counted(result.prompts, 'prompt')} {are} too few for an interval, which needs {FEWEST}"
     return getattr(found, end or "mean"), few
 
 
