@@ -122,6 +122,15 @@ class Reader(Protocol):
 
 
 @runtime_checkable
+class BatchReader(Protocol):
+    """A Reader that looks at many prompts at once faster than at each."""
+
+    def reads_all(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether `unread` would say None of every one of them."""
+        ...
+
+
+@runtime_checkable
 class SupportsBackends(Protocol):
     """A policy that can generate in several ways: one is chosen once a run, and recorded."""
 

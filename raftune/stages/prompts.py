@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,13 +10,14 @@ from pathlib import Path
 
 from raftune.errors import DataError, RaftuneError
 from raftune.plain import counted, one_line
-from raftune.protocols import Inputs, PolicyShelf, Reader
+from raftune.protocols import BatchReader, Inputs, PolicyShelf, Reader
 from raftune.records import Prompt
 from raftune.stages.data import Data
 from raftune.stages.plan import asked_columns, prompts_from
 from raftune.store.parquet import column_names, read_groups
 
 NAMED = 3
+BATCH = 512  # prompts that are looked at together
 
 
 LEFT_OUT = "left_out.json"
@@ -114,13 +116,13 @@ class Looks:
 
 def looked_at(prompts: Iterable[Prompt], readers: Sequence[Reader]) -> Looks:
     looks = Looks()
-    for prompt in prompts:
+    for prompt, asked in prompts_with_readers(prompts, readers):
         looks.total += 1
         text = str(prompt.content)
         if not (text.startswith("User: ") and text.endswith("Assistant:")):
             looks.unlike += 1
             looks.first_unlike = looks.first_unlike or text
-        for number, reader in enumerate(readers):
+        for number, reader in asked:
             try:
                 end = reader.unread(prompt)
             except DataError as error:
@@ -130,6 +132,21 @@ def looked_at(prompts: Iterable[Prompt], readers: Sequence[Reader]) -> Looks:
                 looks.first_unread = looks.first_unread if looks.unread else text
                 looks.unread[prompt.id] = end
     return looks
+
+
+def prompts_with_readers(
+    prompts: Iterable[Prompt], readers: Sequence[Reader]
+) -> Iterator[tuple[Prompt, list[tuple[int, Reader]]]]:
+    """Each prompt with the numbered readers that have to look at it alone: those that did not read its whole batch."""
+    rest = iter(prompts)
+    while batch := list(itertools.islice(rest, BATCH)):
+        alone = [
+            (number, reader)
+            for number, reader in enumerate(readers)
+            if not (isinstance(reader, BatchReader) and reader.reads_all(batch))
+        ]
+        for prompt in batch:
+            yield prompt, alone
 
 
 def refusal(looks: Looks, data: Data) -> str:

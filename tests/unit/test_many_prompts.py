@@ -58,6 +58,32 @@ def test_prompts_are_looked_at_one_after_another(tmp_path: Path) -> None:
     assert (looks.total, looks.unlike, looks.first_unlike) == (MANY, MANY, "one")
 
 
+class Batches:
+    """Reads prompts that are not long, and keeps how it was asked."""
+
+    def __init__(self) -> None:
+        self.together: list[int] = []
+        self.alone: list[str] = []
+
+    def reads_all(self, prompts: Sequence[Prompt]) -> bool:
+        self.together.append(len(prompts))
+        return all("long" not in str(prompt.content) for prompt in prompts)
+
+    def unread(self, prompt: Prompt) -> str | None:
+        self.alone.append(prompt.id)
+        if "long" in str(prompt.content):
+            raise DataError(f"{prompt.id} is too long")
+        return None
+
+
+def test_only_prompts_of_a_batch_with_one_that_is_refused_are_looked_at_one_by_one(tmp_path: Path) -> None:
+    reader = Batches()
+    texts = ["long" if number == 3 else "one" for number in range(MANY)]
+    looks = looked_at(prompts_of_file(written(tmp_path / "train.parquet", texts)), [reader])
+    assert (looks.total, looks.refused) == (MANY, {"3-0": "3-0 is too long"})
+    assert sum(reader.together) == MANY and len(reader.alone) == max(reader.together) < MANY
+
+
 PLANS = """
 import json, resource, sys
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -202,11 +203,21 @@ class CausalLM:
 
     def unread(self, prompt: Prompt) -> None:
         """Raises DataError for a prompt that cannot be taken, to draw or to tune, or whose candidates cannot."""
+        self._read([prompt])
+
+    def reads_all(self, prompts: Sequence[Prompt]) -> bool:
+        try:
+            self._read(prompts)
+        except DataError:
+            return False
+        return True
+
+    def _read(self, prompts: Sequence[Prompt]) -> None:
         sampling = self.config.sampling
-        self.encoder.encode([prompt], for_drawing=True)
+        self.encoder.encode(prompts, for_drawing=True)
         if sampling.system_prompt or sampling.few_shot_prefix:
-            self.encoder.encode([prompt], for_drawing=False)
-        for column in sampling.candidate_columns:
+            self.encoder.encode(prompts, for_drawing=False)
+        for prompt, column in itertools.product(prompts, sampling.candidate_columns):
             if column in prompt.columns:
                 try:
                     self.encoder.encode_answer(prompt, prompt.columns[column])
