@@ -255,7 +255,8 @@ def remarks(config: RunConfig, prompts: Prompts, planned: Amounts) -> list[str]:
         said.append(warning)
     if config.num_rounds and config.prompts_per_round > prompts.train:
         have = counted(prompts.train, "prompt")
-        said.append(f"prompts_per_round is {config.prompts_per_round}, more than there are ({have}): all are asked")
+        are = "is" if prompts.train == 1 else "are"
+        said.append(f"prompts_per_round is {config.prompts_per_round}; there {are} {have}: all are asked")
     if config.evaluation.num_prompts and not prompts.held_out:
         said.append("too few prompts to hold any out: no round is judged, and the last one is published")
     if config.num_rounds and planned.competing == planned.prompts and config.selection.rule == "best_of_k":

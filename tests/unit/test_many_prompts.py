@@ -49,7 +49,7 @@ def test_no_call_of_the_tokenizer_takes_more_than_a_batch(tmp_path: Path) -> Non
 
 def test_prompts_that_do_not_fit_are_counted_over_all_batches(tmp_path: Path) -> None:
     texts = ["long" if number in (3, MANY - 1) else "one" for number in range(MANY)]
-    with pytest.raises(DataError, match=rf"2 of {MANY} prompts .*\(3-0, {MANY - 1}-0\)\. 3-0 is too long"):
+    with pytest.raises(DataError, match=rf"2 of {MANY:,} prompts .*\(3-0, {MANY - 1}-0\)\. 3-0 is too long"):
         lengths_of(written(tmp_path / "train.parquet", texts), Counting())
 
 

@@ -202,7 +202,7 @@ def test_a_probe_times_every_kind_of_work(folder: Path) -> None:
 def test_a_probe_of_little_time_tries_less_and_says_what_it_extrapolated(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that needs 20 ms a token, and a reward of 50 ms a sample: in full this would take a minute and a half."""
+    """A model that needs 20 ms a token, and a reward of 0.2 s a sample: in full this would take more than a minute."""
     forward, score = LlamaForCausalLM.forward, Length.__call__
 
     @functools.wraps(forward)
@@ -213,7 +213,7 @@ def test_a_probe_of_little_time_tries_less_and_says_what_it_extrapolated(
     monkeypatch.setattr(LlamaForCausalLM, "forward", sleepy)
 
     def slow(self: Any, *, completions: list[Any], **rest: Any) -> Any:
-        time.sleep(0.05 * len(completions))
+        time.sleep(0.2 * len(completions))
         return score(self, completions=completions, **rest)
 
     monkeypatch.setattr(Length, "__call__", slow)
