@@ -220,7 +220,7 @@ def test_a_probe_of_little_time_tries_less_and_says_what_it_extrapolated(
     told: list[str] = []
     sampling = {"num_generations": 16, "max_completion_length": 100}
     began = time.monotonic()
-    found = planned(folder, measured=True, seconds=4.0, tell=told.append, sampling=sampling)
+    found = planned(folder, measured=True, seconds=6.0, tell=told.append, sampling=sampling)
     assert time.monotonic() - began < 12
     assert found.probe is not None and found.seconds is not None
     assert any(re.fullmatch(r"answers were drawn to \d+ of 100 tokens", words) for words in found.probe.cut_short)
