@@ -1,8 +1,9 @@
 """Damages a finished run at random, runs a command on it, and says whether the command noticed what it read.
 
-    python -m tests.runs.damage [--trials 300] [--seed 0] [--kind tabular|causal_lm] [--json]
+    python -m tests.runs.damage [--trials 300] [--seed 0] [--kind tabular|causal_lm] [--commands 4] [--json]
 
-Each trial copies a finished run, harms one file of it (a flipped bit, a cut, a deletion, a swap of two files, a surplus
+With `--commands 0` each damage meets the six that read a whole run (resume, verify, an export, evaluate, report,
+compare), and every file of the run has its turn. Each trial copies a finished run, harms one file of it (a flipped bit, a cut, a deletion, a swap of two files, a surplus
 copy, an edited JSON value), and gives the copy to some of the commands that read runs. A command must end as on the
 whole run, with the same output, because it does not read that file; or with exit code 1 or 2 and an error that names
 the file, or the stage that it belongs to. Everything else is a fault: another output with exit code 0, an error that
@@ -88,6 +89,9 @@ COMMANDS: dict[str, list[str]] = {
     "select": ["select", RUN, "--selection.rule", "top_m", "--selection.m", "2", "--json"],
     "runs": ["runs", "--json"],
 }
+
+
+SIX = ("resume", "verify", "export", "evaluate", "report", "compare")
 
 
 @dataclass(frozen=True)
@@ -365,11 +369,15 @@ def examine(scratch: Path, kind: str, trials: int, seed: int, commands: int = 4)
             restore(pristine)
         known = [name for name in COMMANDS if whole[name].code in (0, 2)]
         assert len(known) == len(COMMANDS), {name: whole[name].err for name in COMMANDS if name not in known}
+        in_turn = files_of(pristine)
+        random.Random(f"{seed}-{kind}").shuffle(in_turn)
         for number in range(trials):
             rng = random.Random(f"{seed}-{kind}-{number}")
             file, harm = rng.choice(files_of(pristine)), rng.choice(DAMAGES)
+            if not commands:
+                file = in_turn[number % len(in_turn)]
             state = rng.getstate()
-            for name in rng.sample(list(COMMANDS), commands):
+            for name in rng.sample(list(COMMANDS), commands) if commands else six(rng):
                 rng.setstate(state)
                 damage = harm(Path(RUN), file, rng)
                 ended = carry_out(COMMANDS[name])
@@ -378,6 +386,11 @@ def examine(scratch: Path, kind: str, trials: int, seed: int, commands: int = 4)
                 found.append(Trial(number, damage, name, outcome, why))
                 restore(pristine)
     return found
+
+
+def six(rng: random.Random) -> list[str]:
+    exports = [name for name in COMMANDS if name.startswith("export")]
+    return [rng.choice(exports) if name == "export" else name for name in SIX]
 
 
 def restore(pristine: Path) -> None:
@@ -414,7 +427,7 @@ def warm_up(kind: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=300)
-    parser.add_argument("--commands", type=int, default=4)
+    parser.add_argument("--commands", type=int, default=4, help="drawn for each damage; 0: the six, all files in turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=list(KINDS), action="append")
     parser.add_argument("--json", action="store_true")
