@@ -252,7 +252,7 @@ def card(root: str | Path, round_: int, use: Use) -> str:
     """The model card: what the model is, where it comes from, how it did by round, and how to load it."""
     run = RunFolder(root)
     config = run.configuration()
-    versions = read_json(run.root / "environment.json").get("libraries", {})
+    versions = read_json(run.recorded("environment.json")).get("libraries", {})
     parts = [front_matter(config, use), summary(config, round_), table(run, config, round_)]
     if use.note:
         parts.append(use.note)

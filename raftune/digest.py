@@ -288,7 +288,9 @@ def is_alarm(item: Any) -> bool:
 
 def best_round(root: Path) -> int | None:
     """The round that the run published as its best; None before there is one. Raises RunDamaged."""
-    path = root / "best.json"
+    path, run = root / "best.json", RunFolder(root)
+    if not path.is_file() and sum(is_done(run, round_) for round_ in run.rounds()) > 1:
+        raise RunDamaged(f"{path} is missing. {AGAIN}")
     content = read_json(path)
     if has_changed(content):
         raise RunDamaged(f"{path} has changed since it was written. {AGAIN}")

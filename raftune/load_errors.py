@@ -35,7 +35,7 @@ def why_not_loaded(error: BaseException, place: str | Path) -> str:
     """The cause, and the fix, as sentences. `place` is the folder or hub name that was read."""
     if UNTRUSTED in str(error):
         return "it needs Python code that comes with it. Read that code, then set trust_remote_code: true."
-    cause, fix = _damaged(place) or _mismatched(error) or _lacking(error) or _pickled(error) or ("", "")
+    cause, fix = _damaged(place) or _mismatched(error) or _lacking(error) or _pickled(error, place) or ("", "")
     return f"{cause}. {fix}." if cause else f"{one_line(first_line(error), 300)}."
 
 
@@ -93,9 +93,11 @@ def _lacking(error: BaseException) -> tuple[str, str] | None:
     return None
 
 
-def _pickled(error: BaseException) -> tuple[str, str] | None:
-    text = str(error)
-    if type(error).__name__ != "UnpicklingError" and "weights_only" not in text and "torch.load" not in text:
+def _pickled(error: BaseException, place: str | Path) -> tuple[str, str] | None:
+    text, kinds = str(error), {path.suffix: path.name for path in _weights(Path(place).expanduser())}
+    refused = type(error).__name__ == "UnpicklingError" or "weights_only" in text or "torch.load" in text
+    if not refused and (".bin" not in kinds or ".safetensors" in kinds):
         return None
+    name = f" ({kinds['.bin']})" if ".bin" in kinds else ""
     fix = "Load it with transformers where you trust it, and save it again: save_pretrained writes safetensors"
-    return "its weights are pickled, which may run code, and could not be read as plain tensors", fix
+    return f"its weights{name} are pickled, which may run code, and were not read", fix

@@ -12,10 +12,10 @@ from raftune.card import best_of, check_model
 from raftune.config.load import merge, nested, read_yaml, validate
 from raftune.config.run import RunConfig
 from raftune.digest import read_json
-from raftune.errors import ConfigError
+from raftune.errors import ConfigError, StoreError
 from raftune.families import family_of
 from raftune.plain import one_line, shell_command
-from raftune.store.kinds import RUNS, is_run, model_in, written_by
+from raftune.store.kinds import RUNS, is_run, model_in, was_run, why_no_run, written_by
 from raftune.store.run import RunFolder
 
 INHERITED = ("sampling", "rewards", "evaluation", "engine", "data")
@@ -55,6 +55,8 @@ def subject_of(text: str) -> Subject:
     if run is not None:
         return round_of(run, round_)
     path = Path(text)
+    if was_run(path):
+        raise StoreError(why_no_run(path))
     if written_by(path) == "raftune reward train":
         raise ConfigError(
             f"MODEL must be a model that answers, or a run; {path} holds a reward model. To judge by it write "

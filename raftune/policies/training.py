@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from raftune import interruption, pulse
+from raftune.checkpoints import newest_verified, seal
 from raftune.config.tuning import TuningConfig
 from raftune.errors import ConfigError, ModelError, OutOfMemory
 from raftune.ordering import LengthGrouped
 from raftune.plain import counted
-from raftune.policies.checkpoints import newest_verified, seal
 from raftune.policies.memory import is_out_of_memory
 from raftune.quiet import quiet
 from raftune.store.partial import Pace

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from raftune.config.reward_model import RewardModelConfig
 from raftune.errors import ModelError
-from raftune.plain import first_line
+from raftune.load_errors import why_not_loaded
 from raftune.quiet import quiet
 from raftune.reading import Reading, is_hollow, longest
 
@@ -139,5 +139,5 @@ def hub(config: RewardModelConfig) -> dict[str, Any]:
 def unreadable(name: str, what: str, error: Exception) -> ModelError:
     return ModelError(
         f"model must be a folder or a hub name of a model for text; the {what} of {name!r} cannot be read: "
-        f"{first_line(error)}. Check the name."
+        f"{why_not_loaded(error, name)} Check the name."
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from raftune import interruption
+from raftune.checkpoints import STATE, newest_verified, seal
 from raftune.config.policy import AdapterConfig
 from raftune.config.reward_model import RewardModelConfig, rate_for
 from raftune.errors import ConfigError, ModelError, OutOfMemory
@@ -30,6 +30,7 @@ from raftune.store.partial import Pace
 
 Observer = Callable[[str, dict[str, Any]], None]
 Floats = npt.NDArray[np.float64]
+IDENTITY = "reward model"  # its folder is refused to another configuration and to other rows
 NEVER = 2**31 - 1  # steps between checkpoints, where time alone decides
 
 
@@ -126,6 +127,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
             interruption.raise_if_asked()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", IDENTITY)
         self.pace.took(time.monotonic() - self._began, self.nbytes)
         interruption.raise_if_asked()
 
@@ -151,7 +153,9 @@ def fit(
     trainer.lengths = [max(len(ids) for ids in one.ids) for one in examples]
     steps = Steps(observe, checkpoint_bytes(model))
     trainer.add_callback(steps)
-    checkpoint = newest_checkpoint(work)
+    checkpoint, rejected = newest_verified(work, IDENTITY, STATE)
+    for name in rejected:
+        observe("said", {"words": f"{name} did not verify and was not used"})
     try:
         with quiet(), interruption.stretch(steps.promise):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -294,21 +298,6 @@ def silent(trainer: Any) -> Any:
         for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == name]:
             trainer.remove_callback(callback)
     return trainer
-
-
-def newest_checkpoint(work: Path) -> Path | None:
-    """The latest checkpoint that was written to its end, of which the state is the last file."""
-    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    return next((path for path in found if whole(path)), None)
-
-
-def whole(checkpoint: Path) -> bool:
-    needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
-    try:
-        json.loads((checkpoint / needed[0]).read_text())
-    except (OSError, ValueError):
-        return False
-    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size for name in needed)
 
 
 def losses_of(state: Any) -> tuple[float, ...]:

@@ -15,10 +15,12 @@ import pyarrow.compute as pc
 from raftune.config.run import RunConfig
 from raftune.data import read_rows
 from raftune.digest import FEWEST_UNITS, held_out_words
-from raftune.errors import DataError
+from raftune.errors import DataError, RunDamaged
+from raftune.plain import shell_command
 from raftune.protocols import Inputs
 from raftune.records import TOOLS, Json, arrow_array, derive_seed, prompt_ids, without_none
 from raftune.stages.reference import check_references
+from raftune.store.commit import NAME as COMMIT
 from raftune.store.parquet import read_table, write_table
 from raftune.store.run import RunFolder
 
@@ -106,7 +108,10 @@ def read_prompts(
     if not (run := RunFolder(Path(source).expanduser())).exists():
         return prepare(renamed(read_rows(source, split, field), columns), column, field)
     path = run.folder(0, "data") / f"{own}.parquet"
-    prompts = read_table(path) if run.is_committed(0, "data") else None
+    if path.is_file() and not run.is_committed(0, "data"):
+        again = shell_command("raftune", "resume", run.root)
+        raise RunDamaged(f"{path.parent / COMMIT} is missing. Restore it, or write the stage anew with `{again}`.")
+    prompts = read_table(path) if path.is_file() else None
     if prompts is None or not prompts.num_rows:
         raise DataError(
             f"{field} names the run {source}, which has no {own.replace('_', '-')} prompts. Name a file, or another "

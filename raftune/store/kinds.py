@@ -19,6 +19,11 @@ def is_run(path: Path) -> bool:
     return (path / RUN_CONFIG).is_file()
 
 
+def was_run(path: Path) -> bool:
+    """Whether the directory holds the rounds of a run whose configuration is gone."""
+    return not is_run(path) and (path / "round-0000").is_dir()
+
+
 def is_evaluation(config: Mapping[str, Any]) -> bool:
     """Whether a run with this configuration trains nothing: it only judges the model that it starts with."""
     return config.get("num_rounds") == 0
@@ -40,6 +45,8 @@ def model_in(path: Path) -> Path:
 def why_no_run(path: Path) -> str:
     """Why this path is no run, and what was probably meant or can be done with it."""
     head = f"{path} holds no run"
+    if was_run(path):
+        return f"{path / RUN_CONFIG} is missing: it is the run's configuration. Restore it."
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return f"{head}: it is a configuration. `{shell_command('raftune', 'train', path)}` runs it."
     for parent in (*path.parents, *path.absolute().parents):

@@ -80,6 +80,15 @@ class RunFolder:
             )
         return {name: value for name, value in data.items() if name not in (SELF, RECORD)}
 
+    def recorded(self, name: str) -> Path:
+        """A file that was written with the configuration. Raises RunDamaged where it has changed since, or is gone."""
+        path, known = self.root / name, self.config_record().get("files", {}).get(name)
+        if known is not None and (not path.is_file() or sha256_of(path) != known):
+            how = "has changed since it was written" if path.is_file() else "is missing"
+            again = shell_command("raftune", "verify", self.root)
+            raise RunDamaged(f"{path} {how}. Restore it; `{again}` says what else is damaged.")
+        return path
+
     def config_record(self) -> dict[str, Any]:
         """What is recorded beside the configuration: `files`, the hashes of those that were written with it.
 

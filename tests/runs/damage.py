@@ -2,12 +2,13 @@
 
     python -m tests.runs.damage [--trials 300] [--seed 0] [--kind tabular|causal_lm] [--commands 4] [--json]
 
-With `--commands 0` each damage meets the six that read a whole run (resume, verify, an export, evaluate, report,
-compare), and every file of the run has its turn. Each trial copies a finished run, harms one file of it (a flipped bit, a cut, a deletion, a swap of two files, a surplus
-copy, an edited JSON value), and gives the copy to some of the commands that read runs. A command must end as on the
-whole run, with the same output, because it does not read that file; or with exit code 1 or 2 and an error that names
-the file, or the stage that it belongs to. Everything else is a fault: another output with exit code 0, an error that
-calls the damage a bug, a traceback. Every command runs in a fork of a process that has imported all it needs.
+Each trial copies a finished run, harms one file of it (a flipped bit, a cut, a deletion, a swap of two files, a surplus
+copy, an edited JSON value), and gives the copy to some of the commands that read runs; with `--commands 0` to the six
+that read a whole run (resume, verify, an export, evaluate, report, compare), and every file has its turn. A command
+must end as on the whole run, with the same output, because it does not read that file; or with exit code 1 or 2 and an
+error that names the file, or the stage that it belongs to. Or, of `resume`, with the whole run's bytes, made again.
+Everything else is a fault: another output with exit code 0, an error that calls the damage a bug, a traceback. Every
+command runs in a fork of a process that has imported all it needs.
 """
 
 from __future__ import annotations
@@ -330,6 +331,8 @@ def judge(damage: Damage, command: str, ended: Ended, whole: Ended, mended: bool
         if command == "resume" and not mended:
             return FAULT, "resume passed over the damage"
         return UNREAD, ""
+    if command == "resume" and ended.code == 0 and mended and ended.out != whole.out:
+        return CAUGHT, ""  # said, and made again
     if any(is_named(file, said) for file in damage.files):
         if ended.code or command in NAMES_AND_GOES_ON:
             return CAUGHT, ""

@@ -52,7 +52,7 @@ def quantized(**settings: Any) -> Callable[[Path], None]:
     [
         (cut, r"model\.safetensors \(5000 bytes\) is cut short or damaged .* Copy or download it again"),
         (pointer, r"model\.safetensors is a git-lfs pointer and not the weights\. Run `git lfs pull` in "),
-        (pickled, r"its weights are pickled.* save_pretrained writes safetensors"),
+        (pickled, r"its weights \(pytorch_model.bin\) are pickled.* save_pretrained writes safetensors"),
         (quantized(quant_method="gptq", bits=4), "needs the package optimum.* Install optimum"),
         (
             quantized(quant_method="bitsandbytes", load_in_4bit=True),

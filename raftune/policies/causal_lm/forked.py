@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from raftune.checkpoints import holds_no_code
 from raftune.policies.causal_lm.answers import Answers
 from raftune.policies.causal_lm.cohort import Cohort
 from raftune.policies.causal_lm.models import as_it_was, device_of
@@ -226,7 +227,7 @@ def draw_forked(model: nn.Module, answers: Answers) -> None:
     rows, tokens = np.zeros(0, dtype=np.int64), torch.zeros(0, dtype=torch.int64)
     with torch.inference_mode(), as_it_was(model), partial.current("forked").work(lambda: forks.nbytes) as part:
         forks = Forks(model)
-        if (found := part.find()) is not None:
+        if (found := part.find()) is not None and holds_no_code(found):
             state = torch.load(found, weights_only=True)
             answers.restore(state["answers"])
             forks.restore(state["cohorts"])

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from raftune.checkpoints import holds_no_code
 from raftune.errors import ConfigError
 from raftune.policies.causal_lm.answers import Answers
 from raftune.policies.causal_lm.models import as_it_was, base_of, device_of
@@ -93,7 +94,7 @@ def _unfinished(answers: Answers, batches: Iterator[Ints]) -> Iterator[Ints]:
     """The batches that an earlier attempt at this unit has not finished; each is saved where that is due."""
     with partial.current("generate").work() as part:
         ready = 0
-        if (path := part.find()) is not None:
+        if (path := part.find()) is not None and holds_no_code(path):
             state = torch.load(path, weights_only=True)
             answers.restore(state["answers"])
             ready = state["batches"]

@@ -266,8 +266,8 @@ class CausalLM:
 
         Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
         """
+        from raftune.checkpoints import identity
         from raftune.policies.causal_lm.tuning import batch_of, objective, read_rows, rows_of
-        from raftune.policies.checkpoints import identity
         from raftune.policies.training import Task, fit
 
         self._model = None  # one large model at a time

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback
 
+from raftune.checkpoints import identity
 from raftune.config.tuning import TuningConfig
 from raftune.errors import OutOfMemory
-from raftune.policies.checkpoints import identity
 from raftune.policies.dials import RunParts
 from raftune.policies.diffusion import adapters
 from raftune.policies.diffusion.binding import Binding, Call, Conditions

@@ -17,12 +17,12 @@ import torch
 from transformers import TrainerCallback
 
 from raftune import interruption
+from raftune.checkpoints import MANIFEST, REQUIRED, newest_verified, verifies
 from raftune.config.tuning import TuningConfig
 from raftune.errors import ConfigError, ModelError, OutOfMemory
 from raftune.policies import training
 from raftune.policies.causal_lm import CausalLM, tuning
 from raftune.policies.causal_lm.saving import OPTIMIZER
-from raftune.policies.checkpoints import MANIFEST, REQUIRED, newest_verified, verifies
 from raftune.store import partial
 from tests.builders import Parts, parts, tree_hash, write_rows
 from tests.unit.policies.causal_lm.fits import model_folders, some_rows, tuned

@@ -14,8 +14,8 @@ from diffusers import DDIMScheduler, EDMEulerScheduler
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from raftune.checkpoints import MANIFEST, REQUIRED
 from raftune.errors import ConfigError, DataError, ModelError, OutOfMemory
-from raftune.policies.checkpoints import MANIFEST, REQUIRED
 from raftune.policies.diffusion import Diffusion, ema, losses
 from raftune.policies.diffusion.latents import columns_of, latents_of
 from raftune.policies.diffusion.saving import OPTIMIZER

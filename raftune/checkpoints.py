@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
 MANIFEST = "MANIFEST.json"
 # Without any one of these, transformers' Trainer resumes silently to other weights, or not at all.
-REQUIRED = frozenset({"weights.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"})
+STATE = frozenset({"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"})
+REQUIRED = STATE | {"weights.safetensors"}
 
 
 def identity(rows: Path, settings: str, seed: int) -> str:
@@ -29,22 +31,36 @@ def seal(folder: Path, identity: str) -> None:
     part.replace(folder / MANIFEST)
 
 
-def verifies(folder: Path, identity: str) -> bool:
-    """True if the checkpoint is of this fit, whole, and unchanged since it was sealed."""
+def verifies(folder: Path, identity: str, required: frozenset[str] = REQUIRED) -> bool:
+    """True if the checkpoint is of this fit, whole, unchanged since it was sealed, and holds no code."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
-        whole = manifest["identity"] == identity and files.keys() >= REQUIRED
-        return whole and all(_hash(folder / name) == content for name, content in files.items())
+        whole = manifest["identity"] == identity and files.keys() >= required
+        whole = whole and all(_hash(folder / name) == content for name, content in files.items())
+        return whole and all(holds_no_code(folder / name) for name in STATE if not name.endswith(".json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def newest_verified(work: Path, identity: str) -> tuple[Path | None, list[str]]:
+def holds_no_code(path: Path) -> bool:
+    """Whether a pickled file of the Trainer's is plain tensors and numbers. The tensors themselves are not read."""
+    import torch
+    from transformers.trainer_pt_utils import safe_globals
+
+    try:
+        with safe_globals():
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        return False
+    return True
+
+
+def newest_verified(work: Path, identity: str, required: frozenset[str] = REQUIRED) -> tuple[Path | None, list[str]]:
     """The latest checkpoint that verifies, or None; and the names of later ones that do not, which are removed."""
     rejected: list[str] = []
     for folder in sorted(work.glob("checkpoint-*"), key=_step, reverse=True):
-        if verifies(folder, identity):
+        if verifies(folder, identity, required):
             return folder, rejected
         rejected.append(folder.name)
         shutil.rmtree(folder, ignore_errors=True)
