@@ -20,7 +20,7 @@ from raftune.rewards.batch import Batch, Log
 from raftune.rewards.combining import Bounds, Combine, Share, combined
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.outcome import Outcome
-from raftune.rewards.places import call, finish, place, same_folder
+from raftune.rewards.places import call, finish, place, undisturbed
 from raftune.rewards.runner import Loop
 from raftune.store import partial
 
@@ -181,7 +181,7 @@ class Panel:
             name: call(self._places[name], batch, self._timeouts[name])
             for name in self._at("here", "thread", names=names)
         }
-        with same_folder():
+        with undisturbed():
             started |= {name: self._start(name, batch) for name in self._at("loop", names=names)}
             waited = {
                 name: finish(self._places[name], batch, self._timeouts[name], *begun) for name, begun in started.items()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import locale
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,26 +64,67 @@ class Here:
         """Nothing to end."""
 
 
+# Variables that raftune, and the libraries that a run uses, read while it goes on.
+READ_LATER = ("RAFTUNE_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "DIFFUSERS_", "ACCELERATE_", "TRL_")
+READ_LATER += ("TORCH", "PYTORCH_", "CUDA_", "CUBLAS_", "OMP_", "MKL_", "LC_", "LANG", "TMPDIR", "HOME", "TZ")
+
+
 @contextlib.contextmanager
-def same_folder() -> Iterator[None]:
-    """Comes back to the working folder where a reward leaves it: a run's own paths may be relative to it.
+def undisturbed() -> Iterator[None]:
+    """Puts back what a reward in this process changes of the process, where that would shape what follows: the working
+    folder (a run's own paths may be relative to it), environment variables that are read later, the locale, stdout and
+    stderr, torch's defaults.
 
-    It is the caller's thread that comes back. One that was left behind by a reward may end much later, when the folder
-    is another on purpose.
-
-    What else a callable changes in this process (random states, the environment) is between it and its user: one that
-    draws from `random` must not draw the same again.
+    It is the caller's thread that puts them back. One that was left behind by a reward may end much later, when the
+    folder is another on purpose. Random states are left alone: a run seeds each of its own draws, and a reward that
+    draws from `random` must not draw the same again. Grad mode and decimal contexts belong to the reward's thread.
     """
     try:
         before = Path.cwd()
     except FileNotFoundError:  # it was deleted under us
         before = None
+    environ, words, streams = read_later(), locale.setlocale(locale.LC_ALL), (sys.stdout, sys.stderr)
+    restore_torch = torch_defaults()
     try:
         yield
     finally:
         if before is not None:
             with contextlib.suppress(OSError):
                 os.chdir(before)
+        for name in read_later().keys() - environ.keys():
+            del os.environ[name]
+        os.environ.update({name: value for name, value in environ.items() if os.environ.get(name) != value})
+        if locale.setlocale(locale.LC_ALL) != words:
+            locale.setlocale(locale.LC_ALL, words)
+        sys.stdout, sys.stderr = streams
+        restore_torch()
+
+
+def read_later() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(READ_LATER)}
+
+
+def torch_defaults() -> Callable[[], None]:
+    """Puts torch's settings for the whole process back to what they are now; does nothing where torch is not loaded."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
+        return lambda: None
+    dtype, threads, precision = torch.get_default_dtype(), torch.get_num_threads(), torch.get_float32_matmul_precision()
+    strict, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    cudnn = {name: getattr(torch.backends.cudnn, name) for name in ("benchmark", "deterministic", "allow_tf32")}
+
+    def restore() -> None:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)  # another thread's number is not seen from here, and counts for MKL
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        for name, value in cudnn.items():
+            setattr(torch.backends.cudnn, name, value)
+
+    return restore
 
 
 class OnThread:
@@ -143,7 +186,7 @@ def place(reward: Reward, loop: Loop) -> Place:
 
 def call(seat: Place, batch: Batch, limit: float) -> Outcome:
     """The outcome of one call, within `limit` seconds."""
-    with same_folder():
+    with undisturbed():
         return finish(seat, batch, limit, seat.start(batch), time.monotonic() + limit)
 
 
