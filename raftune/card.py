@@ -225,7 +225,8 @@ def ground_adapter(run: RunFolder, out: Path) -> None:
         path = out / ADAPTER
         config = json.loads(path.read_text()) | {"base_model_name_or_path": str(base.resolve()), "revision": None}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    elif (base := weights_of(start)) != start and base.parent.name != "snapshots":  # the project may have moved since
+    elif not read_json(start / "reference.json")["fingerprint"].startswith("hub:"):
+        base = weights_of(start)
         path = out / ADAPTER
         config = json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -83,19 +83,27 @@ def refuse_missing(found: object, names: tuple[str, ...], what: str) -> None:
 
 
 def start_policy(
-    family: Family, config: RunConfig, out: Path, model: Any = None, tokenizer: Any = None, *, portable: bool = True
+    family: Family,
+    config: RunConfig,
+    out: Path,
+    model: Any = None,
+    tokenizer: Any = None,
+    *,
+    final: Path | None = None,
 ) -> None:
-    """Writes the start model into `out`. Raises RunDamaged where a folder that it is read from is not as written."""
+    """Writes the start model into `out`, which is then moved to `final`.
+
+    Raises RunDamaged where a folder that it is read from is not as written.
+    """
     for name in (getattr(config.policy, "model", None), getattr(config.policy, "tokenizer", None)):
         if isinstance(name, str) and Path(name).expanduser().is_dir():
             check_folder(Path(name).expanduser())
     family.start(config, out, model, tokenizer)
-    if portable:
-        make_relative(out, getattr(config.policy, "model", None))
+    make_relative(out, getattr(config.policy, "model", None), final)
 
 
-def make_relative(out: Path, given: str | None) -> None:
-    """Makes what a start written into `out` refers to relative to the run, where it was given relative.
+def make_relative(out: Path, given: str | None, final: Path | None = None) -> None:
+    """Makes what a start written into `out`, to be moved to `final`, refers to relative, where it was given relative.
 
     A folder of a stage and one under tmp/ lie equally deep in a run, so that the same path holds in both. So a project
     can be moved as a whole, and what is made from the start does not depend on where it lies.
@@ -106,7 +114,7 @@ def make_relative(out: Path, given: str | None) -> None:
     for path, key in ((out / "reference.json", "name"), (out / "raftune.json", "model")):
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if content.get(key) == str(place):
-            content[key] = Path(os.path.relpath(place, out.resolve())).as_posix()
+            content[key] = Path(os.path.relpath(place, (final or out).resolve())).as_posix()
             path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -65,8 +65,10 @@ class Here:
 
 
 # Variables that raftune, and the libraries that a run uses, read while it goes on.
-READ_LATER = ("RAFTUNE_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "DIFFUSERS_", "ACCELERATE_", "TRL_")
-READ_LATER += ("TORCH", "PYTORCH_", "CUDA_", "CUBLAS_", "OMP_", "MKL_", "LC_", "LANG", "TMPDIR", "HOME", "TZ")
+READ_LATER = (
+    *("RAFTUNE_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "DIFFUSERS_", "ACCELERATE_", "TRL_", "TORCH"),
+    *("PYTORCH_", "CUDA_", "CUBLAS_", "OMP_", "MKL_", "LC_", "LANG", "TMPDIR", "HOME", "TZ"),
+)
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ class Work:
     def begin(self) -> None:
         """start/: the model, checked and written down."""
         staged = new_folder(self.tmp)
-        start_policy(self.family, self.run, staged, portable=False)
+        start_policy(self.family, self.run, staged, final=self.start)
         publish_whole(staged, self.start)
 
     def gather(self) -> None:

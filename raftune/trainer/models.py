@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from raftune.errors import ConfigError, ModelError
 from raftune.plain import first_line
 from raftune.policies.causal_lm.loading import refuse_untrusted_code
+from raftune.policies.causal_lm.starting import base_at
 from raftune.quiet import quiet
 
 logger = logging.getLogger("raftune")
@@ -206,7 +207,7 @@ def _config_of(name: str, policy: dict[str, Any], trust: bool) -> Any:
     try:
         with quiet():
             if (Path(place) / "adapter_config.json").is_file():
-                place = str(PeftConfig.from_pretrained(place).base_model_name_or_path)
+                place = base_at(PeftConfig.from_pretrained(place), place)
             return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise ModelError(

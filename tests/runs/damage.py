@@ -1,6 +1,6 @@
 """Damages a finished run at random, runs a command on it, and says whether the command noticed what it read.
 
-    python -m tests.runs.damage [--trials 300] [--seed 0] [--kind tabular|causal_lm] [--commands 4] [--json]
+    python -m tests.runs.damage [--trials 300] [--seed 0] [--kind tabular|causal_lm|lora] [--commands 4] [--json]
 
 Each trial copies a finished run, harms one file of it (a flipped bit, a cut, a deletion, a swap of two files, a surplus
 copy, an edited JSON value), and gives the copy to some of the commands that read runs; with `--commands 0` to the six
@@ -71,7 +71,8 @@ CAUSAL_LM: dict[str, Any] = {
     "evaluation": {"num_prompts": 2, "num_generations": 2},
 }
 COMMON = {"num_rounds": 2, "data": {"prompts": "train.jsonl"}, "engine": {"threads": 1}, "report": False}
-KINDS = {"tabular": TABULAR, "causal_lm": CAUSAL_LM}
+LORA = CAUSAL_LM | {"policy": {"model": "model", "adapter": {"r": 2}}}
+KINDS = {"tabular": TABULAR, "causal_lm": CAUSAL_LM, "lora": LORA}
 
 COMMANDS: dict[str, list[str]] = {
     "resume": ["resume", RUN],
@@ -141,7 +142,7 @@ def lay_out(folder: Path, kind: str) -> None:
         config = config | {"evaluation": {**TABULAR["evaluation"], "prompts": "held_out.jsonl"}}
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     with in_folder(folder):
-        if kind == "causal_lm":
+        if kind != "tabular":
             from tests.builders import save_tiny
 
             status, said = in_child(lambda: save_tiny(folder / "model"))
@@ -418,7 +419,7 @@ def table(found: Sequence[Trial]) -> str:
 def warm_up(kind: str) -> None:
     """Imports what commands need, so that a fork has it."""
 
-    if kind == "causal_lm":
+    if kind != "tabular":
         import torch
 
         import tests.builders  # noqa: F401

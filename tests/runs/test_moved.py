@@ -12,11 +12,13 @@ from raftune.card import publish_model
 from raftune.cli import main
 from raftune.runs import verify
 from raftune.store.run import RunFolder
+from tests.builders import save_tiny
 from tests.runs import damage
 from tests.runs.kill import difference, tree
+from tests.unit.reward_models.feedback_files import marked, write
 
 
-@pytest.fixture(scope="module", params=["tabular", "causal_lm"])
+@pytest.fixture(scope="module", params=["tabular", "causal_lm", "lora"])
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with a run of two rounds, made in the project's folder."""
     folder = tmp_path_factory.mktemp(request.param) / "project"
@@ -75,3 +77,23 @@ def test_the_folder_of_the_configuration_is_on_record_beside_it(project: Path) -
     assert run.read_config()["data"]["prompts"] == "train.jsonl"
     content = json.loads((run.root / "config.resolved.json").read_text())
     assert {"raftune", "sha256"} <= content.keys()
+
+
+def test_two_projects_in_two_folders_have_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `sft` and of reward training. (An adapter that `sft` writes names its base in full, for plain peft.)"""
+    trees = []
+    for name in ("one", "two/deeper"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        save_tiny(folder / "model")
+        write(folder / "rows.jsonl", [{"prompt": f"ask {i % 3}", "completion": "cab"} for i in range(6)])
+        write(folder / "marked.jsonl", marked(16))
+        monkeypatch.chdir(folder)
+        sft = ["sft", "rows.jsonl", "--policy.model", "model", "--output-dir", "sft", "--tuning.max_steps", "1"]
+        assert main([*sft, "--policy.device", "cpu", "--threads", "1"]) == 0
+        reward = ["reward", "train", "marked.jsonl", "--model", "model", "--output-dir", "rm", "--max-steps", "1"]
+        assert main([*reward, "--device", "cpu", "--threads", "1", "--allow-chance"]) == 0
+        trees.append({root: tree(folder / root) for root in ("sft", "rm")})
+        texts = [path for root in ("sft", "rm") for path in (folder / root).rglob("*.json*")]
+        assert [path for path in texts if str(tmp_path) in path.read_text()] == []
+    assert trees[0] == trees[1]

@@ -24,6 +24,7 @@ from raftune.policies.causal_lm.loading import (
     load_weights,
     merged,
     model_config,
+    read_reference,
     resolve,
     with_adapter,
 )
@@ -86,7 +87,7 @@ def _adapter_at(name: str, revision: str | None) -> PeftConfig | None:
 def _begin_on_base(
     config: CausalLMPolicy, out: Path, reference: Reference, adapter: PeftConfig, tokenizer: Any
 ) -> dict[str, Any]:
-    base = resolve(_base_at(adapter, reference.name), adapter.revision, config.trust_remote_code)
+    base = resolve(base_at(adapter, reference.name), adapter.revision, config.trust_remote_code)
     base.write(out)
     device = choose_device(config.device) if config.load_in_4bit else torch.device("cpu")
     weights = load_weights(config, base.name, base.revision, device)
@@ -97,21 +98,24 @@ def _begin_on_base(
     return _facts(config, out, adapted) | {"model": reference.name, "merged": False}
 
 
-def _base_at(adapter: PeftConfig, name: str) -> str:
+def base_at(adapter: PeftConfig, name: str) -> str:
     """The name of an adapter's base; a path in it starts from the adapter's folder, as in the runs that we write."""
-    base = adapter.base_model_name_or_path
+    base: str | None = adapter.base_model_name_or_path
     if not base:
         raise ModelError(
             f"policy.model may be an adapter whose {ADAPTER} names its base; {name!r} names none. Write the base's "
             "folder or hub name there as base_model_name_or_path."
         )
-    beside = Path(name) / base
-    return str(beside.resolve()) if base.startswith("..") and beside.is_dir() else base
+    beside = (Path(name) / base).resolve()
+    if not base.startswith("..") or not beside.is_dir():
+        return base
+    reference = read_reference(beside)
+    return reference.name if reference is not None else str(beside)
 
 
 def _merged(config: CausalLMPolicy, name: str, revision: str | None, adapter: PeftConfig) -> Any:
     """Base and adapter as one model, added in float32 and rounded once."""
-    base = _base_at(adapter, name)
+    base = base_at(adapter, name)
     exact = config.model_copy(update={"dtype": "float32", "load_in_4bit": False})
     model = load_weights(exact, base, adapter.revision, torch.device("cpu"))
     adapted = with_adapter(model, name, revision)
@@ -126,7 +130,7 @@ def _merged(config: CausalLMPolicy, name: str, revision: str | None, adapter: Pe
 
 def _tokenizer_of(config: CausalLMPolicy, name: str, adapter: PeftConfig | None) -> Any:
     """The configured tokenizer, else the one beside the model, else the one of an adapter's base."""
-    bases = [_base_at(adapter, name)] if adapter else []
+    bases = [base_at(adapter, name)] if adapter else []
     tried = [config.tokenizer] if config.tokenizer else [name, *bases]
     for place in filter(None, tried):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError), quiet():
