@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from raftune.build import Assembly
-from raftune.errors import ConfigError
+from raftune.errors import ConfigError, RunDamaged
+from raftune.plain import first_line
 from raftune.protocols import Stage
 from raftune.records import Status
-from raftune.stages.score import ONLY, ScoreSamples, statuses_in
-from raftune.store.commit import NAME, stage_key
-from raftune.store.committed import committed
+from raftune.stages.score import ONLY, ScoreSamples, read_only, statuses_in
+from raftune.store.commit import NAME, has_changed, stage_key, with_hash
+from raftune.store.committed import check_file, committed
 from raftune.store.files import discard, explaining, json_bytes, sha256_of, sync, unique
 from raftune.store.job import fields_of, hashes_of
 from raftune.store.parquet import column_names, read_table
@@ -131,9 +133,9 @@ def begin(run: RunFolder, asked: Rescoring, places: Sequence[Place]) -> None:
             target.mkdir(parents=True)
             for name in (NAME, *commit.files):
                 shutil.copyfile(source / name, target / name)
-            (target / ONLY).write_bytes(json_bytes(list(asked.only)))
+            (target / ONLY).write_bytes(json_bytes(with_hash({"only": list(asked.only)})))
         record = {"from": asked.redo, "only": asked.only, "places": places}
-        (staged / RECORD).write_bytes(json_bytes(record))
+        (staged / RECORD).write_bytes(json_bytes(with_hash(record)))
         sync(*staged.rglob("*"), staged)
         staged.rename(run.root / AGAIN)
         sync(run.root)
@@ -141,16 +143,48 @@ def begin(run: RunFolder, asked: Rescoring, places: Sequence[Place]) -> None:
 
 def begun(run: RunFolder) -> Rescoring | None:
     """What was begun and is not done, None without; what is left of it once it is done is removed."""
+    rescoring = begun_in(run)
+    if rescoring is not None and not rescoring.places:
+        discard(run.root / AGAIN, run.tmp)
+        return None
+    return rescoring
+
+
+def begun_in(run: RunFolder) -> Rescoring | None:
+    """What was begun, with the stages that are not done. Raises RunDamaged."""
     path = run.root / AGAIN / RECORD
     if not path.is_file():
         return None
-    record = json.loads(path.read_bytes())
+    record = read_record(path)
     places = frozenset((round_, name) for round_, name in record["places"])
     left = frozenset(place for place in places if run.earlier_scores(*place).is_dir())
-    if not left:
-        discard(run.root / AGAIN, run.tmp)
-        return None
     return Rescoring(record["from"], tuple(record["only"]), left)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What was written when the work was begun. Raises RunDamaged."""
+    fix = f"Delete {path.parent} and run `raftune resume --from score`: all samples are scored again then."
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise RunDamaged(f"{path} is not valid JSON. {fix}") from error
+    if not isinstance(record, dict) or has_changed(record):
+        raise RunDamaged(f"{path} has changed since it was written. {fix}")
+    return record
+
+
+def faults(run: RunFolder) -> Iterator[str]:
+    """What is wrong with the scores that unfinished work is to keep."""
+    try:
+        rescoring = begun_in(run)
+        for place in sorted(rescoring.places) if rescoring else ():
+            folder = run.earlier_scores(*place)
+            commit = committed(folder)
+            for name in commit.files if commit is not None else ():
+                check_file(folder / name)
+            read_only(folder)
+    except RunDamaged as error:
+        yield first_line(error)
 
 
 def let_go(run: RunFolder, places: Collection[Place]) -> None:

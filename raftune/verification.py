@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+from raftune import rescoring
 from raftune.config.load import validate
 from raftune.digest import AGAIN, best_round, read_json
 from raftune.errors import ConfigError, RunDamaged
@@ -28,7 +29,15 @@ def faults_of(run: RunFolder) -> list[str]:
         run.read_config()
     except RunDamaged as error:
         return [first_line(error), *run.faults()]
-    return [*beside_config(run), *events(run), *receipts(run), *run.faults(), *uncommitted(run), *best(run)]
+    return [
+        *beside_config(run),
+        *events(run),
+        *receipts(run),
+        *run.faults(),
+        *uncommitted(run),
+        *best(run),
+        *rescoring.faults(run),
+    ]
 
 
 def refuse_edited(run: RunFolder) -> None:

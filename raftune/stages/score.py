@@ -10,10 +10,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from raftune.errors import RunDamaged
 from raftune.protocols import Inputs, Panel
 from raftune.records import Part, Score, Status, extras_of, scores_table
 from raftune.stages.plan import asked
-from raftune.store.committed import committed
+from raftune.store.commit import has_changed
+from raftune.store.committed import check_file, committed
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import read_metadata, read_table, write_table
 
@@ -72,13 +74,22 @@ def kept_scores(
     commit = committed(folder) if folder is not None else None
     if folder is None or commit is None or unit_file(unit) not in commit.files:
         return {}, {}, {}
-    path, only = folder / unit_file(unit), json.loads((folder / ONLY).read_bytes())
+    path, only = check_file(folder / unit_file(unit)), read_only(folder)
     rows = {row["sample_id"]: row for row in read_table(path).to_pylist() if not statuses_in(row).intersection(only)}
     names = samples.column("sample_id").to_pylist()
     kept = {place: rows[name] for place, name in enumerate(names) if name in rows}
     told = {"only": only, "asked": len(names) - len(kept), "kept": len(kept)}
     before = json.loads(read_metadata(path)[1].get(METRICS, "{}"))
     return kept, before, {KEPT: json.dumps(told, sort_keys=True)}
+
+
+def read_only(folder: Path) -> list[str]:
+    """The statuses of the samples that are asked about again, beside earlier scores. Raises RunDamaged."""
+    path = folder / ONLY
+    content = json.loads(path.read_bytes())
+    if has_changed(content):
+        raise RunDamaged(f"{path} has changed since it was written. Resume the run with --from score.")
+    return list(content["only"])
 
 
 def statuses_in(row: Mapping[str, Any]) -> set[str]:

@@ -23,7 +23,7 @@ from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import column_names, read_groups, read_metadata, read_table, table_writer
 
 UNITS = "raftune.units"
-MEND = "Mend the reward and run `raftune resume RUN --from score`."
+MEND = "Mend the reward and run"
 SHOWN = 3  # reasons why samples could not be scored
 _IDENTITY = ("sample_id", "prompt_id", "k", "source")
 _CHEAP = ("prompt_id", "k", "source", "score", "status")
@@ -226,7 +226,9 @@ def refuse_failures(scores: Iterable[pa.Table], limit: float) -> None:
         shown = [f"{name}: {detail}" for detail, name in examples.items()]
         raise RewardError(
             f"rewards: {sum(failed.values())} of {counted(total, 'sample')} could not be scored ({counts}); "
-            f"rewards.max_failure_fraction allows {limit:g}. For example: " + " | ".join(shown) + f". {MEND}"
+            f"rewards.max_failure_fraction allows {limit:g}. For example: " + " | ".join(shown) + f". {MEND} "
+            f"`raftune resume RUN --from score --only {','.join(sorted(failed))}` (without --only all samples are "
+            "scored again)."
         )
 
 

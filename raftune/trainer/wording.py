@@ -46,5 +46,6 @@ def _call(options: str) -> str:
     """The call that a command with these options stands for."""
     redo = _FROM.search(options)
     changed = [(name.replace("-", "_"), value) for name, value in _OPTION.findall(options) if name != "from"]
-    call = f"`train(redo='{redo[1]}')`" if redo else "`train()`"
-    return call + "".join(f" with {_FLAT.get(name, name)}={value!r}" for name, value in changed)
+    only = "".join(f", only={value!r}" for name, value in changed if name == "only")
+    call = f"`train(redo='{redo[1]}'{only})`" if redo else "`train()`"
+    return call + "".join(f" with {_FLAT.get(name, name)}={value!r}" for name, value in changed if name != "only")

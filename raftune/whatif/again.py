@@ -201,7 +201,7 @@ class Again:
                         self.run.clear(round_, "score")  # of no use, and in the way of a mended reward
                         self.forget()
                     fix = "Mend the reward and rescore." if self.anew else "Select from scores with fewer failures."
-                    raise RewardError(f"round {round_}: {str(error).removesuffix(MEND)}{fix}") from error
+                    raise RewardError(f"round {round_}: {str(error).partition(MEND)[0]}{fix}") from error
         return worked
 
     def forget(self) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from raftune import rescoring
 from raftune.cli import main
 from raftune.config.load import merge
-from raftune.errors import ConfigError
+from raftune.errors import ConfigError, RewardError, RunDamaged
 from raftune.runs import resume, run, verify
 from raftune.stages.score import KEPT, logged_metrics
+from raftune.store.run import RunFolder
 from tests.runs import tiny
 from tests.runs.kill import difference, tree
 
@@ -242,3 +244,28 @@ def test_all_is_scored_where_what_was_begun_is_given_up(tmp_path: Path) -> None:
     resume(tmp_path, tiny.objects(reward), redo="score")
     assert {row["score"] >= 100 for row in scores(tmp_path).values()} == {True}
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("file", ["again.json", "only.json", "unit-00000.parquet", "_COMMIT.json"])
+def test_damage_to_what_is_kept_for_unfinished_work_is_named_by_verify_and_refused_by_resume(
+    tmp_path: Path, file: str
+) -> None:
+    reward = Moody()
+    run(tiny.config(tmp_path, **NEVER), tiny.objects(reward))
+    asked = rescoring.Rescoring("score", ("error",), frozenset({(1, "score")}))
+    rescoring.begin(RunFolder(tmp_path), asked, [(1, "score")])
+    assert verify(tmp_path) == []
+    [path] = (tmp_path / "again").rglob(file)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"error", b"other") if path.suffix == ".json" else content[:-1])
+    if file == "_COMMIT.json":
+        path.write_bytes(content.replace(b'"bytes": ', b'"bytes": 1', 1))
+    assert any(str(path) in fault for fault in verify(tmp_path))
+    with pytest.raises(RunDamaged, match=file.replace(".", "[.]")):
+        resume(tmp_path, tiny.objects(reward), redo="score", only="error")
+
+
+def test_too_many_failures_name_the_command_that_asks_about_them_alone(tmp_path: Path) -> None:
+    rewards = {"batch_size": 1, "max_failure_fraction": 0.0}
+    with pytest.raises(RewardError, match="--from score --only error,invalid"):
+        run(tiny.config(tmp_path, **{**NEVER, "rewards": rewards}), tiny.objects(Moody()))

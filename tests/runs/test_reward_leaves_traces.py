@@ -22,7 +22,7 @@ from raftune.rewards.panel import Panel
 from raftune.runs import run
 from tests.builders import save_tiny, tree_hash
 
-LEAVES_TRACES = False
+SPOILS = "TESTS_SPOIL"  # in the environment, which is no part of a reward's hash
 
 
 def spoil() -> None:
@@ -48,13 +48,13 @@ def spoil() -> None:
 
 
 def shortness(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    if LEAVES_TRACES:
+    if SPOILS in os.environ:
         spoil()
     return [-float(len(text)) for text in completions]
 
 
 async def slowly(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    if LEAVES_TRACES:
+    if SPOILS in os.environ:
         spoil()
     return [float(text.count("a")) for text in completions]
 
@@ -62,7 +62,7 @@ async def slowly(prompts: list[str], completions: list[str], **columns: Any) -> 
 @pytest.fixture
 def spoiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(sys.modules[__name__], "LEAVES_TRACES", True)
+    monkeypatch.setenv(SPOILS, "1")
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     yield
     torch.set_default_dtype(dtype)
