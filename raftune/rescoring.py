@@ -142,11 +142,14 @@ def begin(run: RunFolder, asked: Rescoring, places: Sequence[Place]) -> None:
 
 
 def begun(run: RunFolder) -> Rescoring | None:
-    """What was begun and is not done, None without; what is left of it once it is done is removed."""
+    """What was begun and is not done, None without; what is left of it once it is done is removed. Raises
+    RunDamaged."""
     rescoring = begun_in(run)
     if rescoring is not None and not rescoring.places:
         discard(run.root / AGAIN, run.tmp)
         return None
+    if fault := next(faults(run), None):
+        raise RunDamaged(fault)
     return rescoring
 
 
