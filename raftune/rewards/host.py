@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -45,13 +44,13 @@ def main() -> None:
     if reward is None:
         return
     turn = _Turn(reward)
+    nowhere = _aside(os.open(os.devnull, os.O_WRONLY))
     for number in itertools.count(1):
         header, table = messages.get()
         limit = float(header["timeout"])
-        with Path(os.devnull).open("w") as nowhere:
-            faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True, file=nowhere)
-            answer = turn.take(batch_from(table, header["state"]))
-            faulthandler.cancel_dump_traceback_later()
+        faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True, file=nowhere)
+        answer = turn.take(batch_from(table, header["state"]))
+        faulthandler.cancel_dump_traceback_later()
         _flush()
         channel.send(number, answer)
 
@@ -133,7 +132,7 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):  # a reward may have put something else in its place
             continue
 
 

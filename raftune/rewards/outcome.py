@@ -63,7 +63,10 @@ def whole(status: Status, detail: str, size: int, returned: int | None = None) -
 
 def one_line(error: BaseException) -> str:
     """Type and message of an error in one line, without memory addresses: equal failures read equal."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # an error of a person's own whose text cannot be made
+        text = ""
     text = masked(f"{type(error).__name__}: {text}" if text else type(error).__name__)
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)
     return text if len(text) <= LONGEST_DETAIL else text[: LONGEST_DETAIL - 1] + "…"

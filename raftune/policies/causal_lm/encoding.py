@@ -75,8 +75,14 @@ class Encoder:
         """The messages through the chat template, with the prompt's tools. Raises DataError where it refuses them."""
         tools = tools_of(prompt)
         beside = {TOOLS: tools} if tools else {}
+        parted = [m["content"] for m in messages if isinstance(m.get("content"), list)]
+        if others := [part for parts in parted for part in parts if not _is_text_part(part)]:
+            raise DataError(
+                f"A message must hold text alone, for a language model reads no more; prompt {prompt.id} holds "
+                f"{others[0]!r:.80}. Leave it out."
+            )
         try:
-            return render(
+            text = render(
                 self.tokenizer, messages, self.date, **options, **{**beside, **self.sampling.chat_template_kwargs}
             )
         except Exception as error:  # templates raise whatever Jinja and their authors chose
@@ -84,6 +90,12 @@ class Encoder:
                 f"The chat template refused prompt {prompt.id} ({one_line(str(messages[-1].get('content')), 40)!r}): "
                 f"{first_line(error)}."
             ) from error
+        if any(str(parts) in text for parts in parted):
+            raise DataError(
+                f"This chat template takes a message's content as one text, and wrote a list of parts as Python shows "
+                f"it (prompt {prompt.id}). Give the content as a text."
+            )
+        return text
 
     def _with_system(self, prompt: Prompt, messages: Messages) -> Messages:
         if self.sampling.few_shot_prefix:
@@ -95,7 +107,12 @@ class Encoder:
         if not system:
             return messages
         if messages[0]["role"] == "system":  # templates refuse a second system message
-            first = {**messages[0], "content": f"{system}\n\n{messages[0]['content']}"}
+            content = messages[0]["content"]
+            if isinstance(content, list):
+                content = [{"type": "text", "text": f"{system}\n\n"}, *content]
+            else:
+                content = f"{system}\n\n{content}"
+            first = {**messages[0], "content": content}
             return [first, *messages[1:]]
         return [{"role": "system", "content": system}, *messages]
 
@@ -204,3 +221,7 @@ def _answer_message(prompt: Prompt, answer: Any) -> dict[str, Any]:
     raise DataError(
         f"An answer must be a text or a list of one assistant message; got {answer!r:.200} (prompt {prompt.id})."
     )
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from raftune.config.rewards import RewardsConfig
+from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import RewardError
 from raftune.records import Status
-from raftune.rewards import Batch, Panel, hosted, load_panel
+from raftune.rewards import Batch, Panel, hosted, load_panel, load_reward
 from raftune.rewards.channel import HEAD, BadFrame, Channel
 from raftune.rewards.processes import marked
 from tests.unit.rewards.test_hosted_rewards import alive
@@ -221,3 +221,18 @@ def test_a_frame_is_taken_only_whole_with_its_checksums_and_in_its_turn() -> Non
             through(broken)
     with pytest.raises(BadFrame):
         through(number=5)
+
+
+def test_what_a_reward_does_to_its_own_streams_and_errors_is_no_death(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(
+        "import os, sys\n"
+        "class Mute(Exception):\n    def __str__(self): raise RuntimeError('no text')\n"
+        "def act(completions, **kwargs):\n"
+        "    sys.stdout = None\n    os.closerange(0, 90)\n"
+        "    if 'c' in completions: raise Mute\n    return [1.0] * len(completions)\n"
+    )
+    with Panel([load_reward(RewardSpec(spec=f"{tmp_path / 'odd.py'}:act"))], batch_size=1) as panel:
+        scores = panel.score(Batch(["q"] * 3, ["a", "b", "c"]))
+        assert [score.value for score in scores] == [1.0, 1.0, None]
+        assert "Mute" in scores[2].parts["act"].detail
+        assert panel.notes() == ()

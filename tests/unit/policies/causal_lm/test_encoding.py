@@ -185,3 +185,26 @@ def test_a_template_whose_loops_do_not_end_is_stopped(monkeypatch: pytest.Monkey
         ids_of(encoder(tokenizer), CHAT)
     tokenizer.chat_template = template
     assert ids_of(encoder(tokenizer), CHAT)
+
+
+PARTED = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+
+
+def test_parts_of_a_message_are_rendered_or_refused_and_never_written_as_python_shows_them() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    with pytest.raises(DataError, match="as Python shows"):
+        ids_of(encoder(tokenizer, 200), [{"role": "user", "content": PARTS}])
+    tokenizer.chat_template = PARTED
+    for system in ([], [{"role": "system", "content": PARTS[:1]}]):
+        rendered = encoder(tokenizer, 200, system_prompt="x")
+        if system:
+            assert tokenizer.decode(ids_of(rendered, [*system, {"role": "user", "content": PARTS}])) == "x\n\naab"
+        else:
+            assert ids_of(encoder(tokenizer, 200), [{"role": "user", "content": PARTS}]) == tokenizer("ab").input_ids
+
+
+def test_a_picture_in_a_message_is_refused_where_only_text_is_read() -> None:
+    content = [{"type": "image"}, {"type": "text", "text": "a"}]
+    with pytest.raises(DataError, match="text alone"):
+        ids_of(encoder(tiny_tokenizer(chat=True), 200), [{"role": "user", "content": content}])
