@@ -16,10 +16,10 @@ import yaml
 from raftune.config.load import declared, validate
 from raftune.config.run import RunConfig
 from raftune.config.secrets import advice, plain_secrets
-from raftune.digest import best_round, cell, columns_for, held_out_names, read_json, rows_of
+from raftune.digest import best_round, cell, columns_for, held_out_names, read_json, read_row, rows_of
 from raftune.errors import ConfigError, StoreError
 from raftune.families import FAMILIES, family_of
-from raftune.plain import shell_command
+from raftune.plain import counted, shell_command
 from raftune.starters.resolve import resolve_model
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.committed import MANIFEST, check_folder, signatures, write_manifest
@@ -254,7 +254,7 @@ def card(root: str | Path, round_: int, use: Use) -> str:
     run = RunFolder(root)
     config = run.configuration()
     versions = read_json(run.recorded("environment.json")).get("libraries", {})
-    parts = [front_matter(config, use), summary(config, round_), table(run, config, round_)]
+    parts = [front_matter(config, use), summary(run, config, round_), table(run, config, round_)]
     if use.note:
         parts.append(use.note)
     if use.code:
@@ -298,15 +298,16 @@ def is_bundled(config: RunConfig) -> bool:
     return resolve_model(name, config.policy.family) != name
 
 
-def summary(config: RunConfig, round_: int) -> str:
+def summary(run: RunFolder, config: RunConfig, round_: int) -> str:
     rewards = ", ".join(f"`{name}`" for name in config.rewards.names) or "Python objects"
     start = base_name(config) or local_name(config) or "the start model"
     drawn = "pictures for" if config.policy.family == "diffusion" else "answers to"
     if round_ == 0:
         return f"# {config.name}\n\nThe start of this run ({start}): no round of reward-ranked fine-tuning was better."
+    asked = read_row(run, round_).get("prompts", config.prompts_per_round)  # fewer where the data has fewer
     return (
         f"# {config.name}\n\nRound {round_} of reward-ranked fine-tuning (RAFT) of {start}. Each round drew "
-        f"{config.sampling.num_generations} {drawn} each of {config.prompts_per_round} prompts, scored them with "
+        f"{config.sampling.num_generations} {drawn} each of {counted(asked, 'prompt')}, scored them with "
         f"{rewards}, selected by `{config.selection.rule}`, and fine-tuned on what was kept."
     )
 

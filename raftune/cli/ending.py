@@ -115,9 +115,13 @@ def unknown_command(app: App, tokens: list[str]) -> str | None:
     return None
 
 
+# What other tools call it, where the nearest spelling would name another command.
+ELSEWHERE = {"status": "runs", "list": "runs", "ls": "runs", "log": "runs", "whatif": "select"}
+
+
 def no_command(word: str, app: App) -> str:
     known = commands_of(app)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = [n for n in [ELSEWHERE.get(word)] if n in known] or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}."
     place = "raftune" if app.name[0] == "raftune" else f"raftune {app.name[0]}"
     return f"{word!r} is not a command of {place}; {hint}"

@@ -25,7 +25,8 @@ def rescore(
     """Score what a run has drawn with another reward, and see what it would have learned from; nothing is drawn.
 
     raftune rescore runs/mine --rewards.reward_funcs rewards.py:polite
-    raftune rescore runs/mine --rewards.reward_funcs regex --rewards.reward_funcs length --name both
+    raftune rescore runs/mine --rewards.reward_funcs '{"spec": "length", "options": {"target": 20}}' --name shorter
+    raftune rescore runs/mine --rewards.reward_funcs a.py:kind --rewards.reward_funcs b.py:brief --name both
 
     Every field of `rewards` is a flag. The run's own rule then selects by the new scores, and the two training sets are
     compared. The run itself stays as it is: scores and verdicts go to RUN/whatif/NAME, in the shape of the run's own,

@@ -57,7 +57,8 @@ def check(
     else:
         show(report)
         if samples is None and not pictures and report.statuses.get("error"):
-            say("  - was tried on texts; a reward of pictures is tried with --images")
+            say("  - was tried on texts of our own, without further columns: a reward that reads the data's columns is")
+            say("    tried with --samples FILE, one of pictures with --images")
     return 0 if report.ok else 3
 
 

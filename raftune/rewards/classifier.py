@@ -19,7 +19,7 @@ from raftune.reading import NOTES, Reading, is_hollow, longest, read_notes, toke
 from raftune.rewards import fingerprint
 from raftune.rewards.model_options import ClassifierOptions
 from raftune.rewards.models import best_device, weights_fingerprint, without_bars
-from raftune.rewards.outcome import one_line
+from raftune.rewards.outcome import hub_error
 from raftune.rewards.text import TEXT_MEDIA
 
 
@@ -274,7 +274,7 @@ class Classifier:
             return RewardError(f"reward_funcs: {name!r}: its {what} cannot be read: {why_not_loaded(error, name)}")
         return RewardError(
             f"reward_funcs: {name!r} is no built-in reward and no module:function, and as a model's folder or hub name "
-            f"its {what} cannot be read: {one_line(error)}"
+            f"its {what} cannot be read: {hub_error(error)}. Check the name, or give a folder."
         )
 
     def _tokenizer_fingerprint(self) -> str:

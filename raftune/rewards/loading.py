@@ -23,7 +23,7 @@ from raftune.protocols import Reward
 from raftune.rewards import answer, colour, file_size, fingerprint, http, length, model_options, regex, repetition
 from raftune.rewards.builtin import BUILT_IN, NOT_OPTIONS, BuiltIn, nearest
 from raftune.rewards.function import FunctionReward
-from raftune.rewards.outcome import one_line
+from raftune.rewards.outcome import hub_error, one_line
 from raftune.rewards.panel import Panel
 
 _DECLARED_IN = (regex, length, answer, repetition, model_options, file_size, colour, http)  # imported: they declare
@@ -186,14 +186,9 @@ def _kind_of(source: str, revision: str | None) -> str:
 
 def _no_such_reward(spec: str, error: Exception) -> RewardError:
     """What to say of a name that is nothing here, and that the hub does not know or cannot be asked about."""
-    text = one_line(error)
-    if "connect" in text or "offline" in text.lower():
-        text = "the hub cannot be reached, and its cache has no such model"
-    elif "valid model identifier" in text:
-        text = "the hub has no such model"
     return RewardError(
         f"reward_funcs: no reward {spec!r}: it is no built-in (`raftune reward list` shows them), no FILE.py:FUNCTION "
-        f"and no folder, and as a hub name: {text}."
+        f"and no folder, and as a hub name: {hub_error(error)}."
     )
 
 

@@ -72,6 +72,16 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= LONGEST_DETAIL else text[: LONGEST_DETAIL - 1] + "…"
 
 
+def hub_error(error: BaseException) -> str:
+    """Why a hub name did not load, in one line: transformers itself writes a page about connections and tokens."""
+    text = one_line(error)
+    if "connect" in text or "offline" in text.lower():
+        return "the hub cannot be reached, and its cache has no such model"
+    if "valid model identifier" in text:
+        return "the hub has no such model"
+    return text.rstrip(".")
+
+
 def where(error: BaseException) -> str:
     """File and line of the user's code that the error came out of, in brackets; empty where it met none."""
     place, trace = "", error.__traceback__

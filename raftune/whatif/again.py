@@ -106,7 +106,10 @@ def reselect(
     base = merge([before, other])
     given = nested(flags)
     after = validate(merge([{**base, "selection": for_rule(base["selection"], given.get("selection", {}))}, given]))
-    name = name or slug([*([under.root.name] if scores else []), *changed_values(base, plain_of(after))])
+    values = [*changed_values(base, plain_of(after))]
+    if scores is not None:
+        values = [under.root.name, *(values or ["selected"])]  # never the name under which the scores lie
+    name = name or slug(values)
     asked = record("select", under.root.name if scores else None, after)
     if not dry_run:
         place = Overlay(place_of(run, name), under, {"select"})

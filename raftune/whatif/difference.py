@@ -123,7 +123,9 @@ def compare(before: RunFolder, now: RunFolder, rounds: list[int], show: int) -> 
         margin = margins(pair)
         found = ((abs(margin[g]), -next(order), pair, g) for g in np.flatnonzero(changed(pair)).tolist())
         largest = heapq.nlargest(show, [*largest, *found], key=lambda item: item[:2])
-    everything = Tally(sum((t.counts for t in tallies.values()), Counter()))
+    everything = Tally()
+    for tally in tallies.values():
+        everything.counts.update(tally.counts)  # Counter's + would drop sums that are below 0
     names = (names_of(before, rounds[0]), names_of(now, rounds[0]))
     return Difference(
         names if names[0] != names[1] or not rescored else (f"{names[0]} (the run's)", f"{names[1]} (now)"),

@@ -18,13 +18,14 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raftune.build import Objects
-from raftune.card import base_name, publish_model
+from raftune.card import base_name, publish_model, summary
 from raftune.cli import main
 from raftune.config.load import merge, validate
 from raftune.errors import ConfigError, StoreError
 from raftune.export import export
 from raftune.quiet import quiet
 from raftune.runs import run, verify
+from raftune.store.run import RunFolder
 from tests.builders import save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -105,6 +106,12 @@ def test_an_adapter_comes_with_its_tokenizer_and_finds_its_base(folder: Path, tm
         model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.peft_config["default"].base_model_name_or_path == str(folder / "model")
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("say")["input_ids"]
+
+
+def test_the_card_counts_the_prompts_that_the_rounds_really_asked(folder: Path) -> None:
+    run_folder = RunFolder(folder / "run")
+    asked_for_more = run_folder.configuration().model_copy(update={"prompts_per_round": 64})
+    assert "4 answers to each of 4 prompts" in summary(run_folder, asked_for_more, 2)
 
 
 def test_a_base_that_only_the_run_holds_is_published_too(

@@ -34,6 +34,9 @@ def other(prompts, completions, **columns):
 def letters(prompts, completions, **columns):
     return [float(sum(c in "aeiou" for c in text)) for text in completions]
 
+def sign(prompts, completions, **columns):
+    return [float(prompt - answer) for prompt, answer in zip(prompts, completions)]
+
 def broken(prompts, completions, **columns):
     raise ValueError("no luck")
 """
@@ -227,6 +230,27 @@ def test_the_table_counts_what_the_two_files_of_verdicts_say(copy: Copy, rewards
             assert side.reward_now == pytest.approx(np.mean([new[name] for name in chosen]))
     assert found.difference.all.only_now == sum(change.only_now for change in found.difference.rounds) > 0
     assert found.difference.names == ("value", "other")
+
+
+def test_the_means_over_all_rounds_weigh_those_below_zero_too(copy: Copy, rewards: Path) -> None:
+    root = copy("plain")
+    found = rescore(root, file(rewards, "sign")).difference
+    sides = [(getattr(c, side), side) for c in found.rounds for side in ("before", "now")]
+    assert min(kept.reward_now for kept, _ in sides) < 0
+    for side in ("before", "now"):
+        rounds = [kept for kept, name in sides if name == side]
+        for by in ("reward_before", "reward_now"):
+            mean = np.average([getattr(kept, by) for kept in rounds], weights=[kept.samples for kept in rounds])
+            assert getattr(getattr(found.all, side), by) == pytest.approx(mean)
+
+
+def test_the_runs_own_rule_over_other_scores_lies_beside_these_scores(copy: Copy, rewards: Path) -> None:
+    root = copy("plain")
+    first = rescore(root, file(rewards, "other"))
+    again = reselect(root, {}, scores=first.name)
+    assert again.name == f"{first.name}-selected" and again.worked
+    assert again.difference.all == first.difference.all
+    assert not reselect(root, {}, scores=first.name).worked
 
 
 def scores(root: Path, round_: int) -> dict[str, float]:

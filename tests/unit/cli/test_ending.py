@@ -92,6 +92,7 @@ def test_debug_shows_the_traceback() -> None:
     ("tokens", "message"),
     [
         (["rnus"], "'rnus' is not a command of raftune; did you mean 'runs'?"),
+        (["status", "runs/x"], "'status' is not a command of raftune; did you mean 'runs'?"),
         (["reward", "chek"], "'chek' is not a command of raftune reward; did you mean 'check'?"),
         (["runs", "--jsn"], "unknown option: --jsn. Did you mean --json? `raftune runs --help` explains it."),
         (["runs", "a", "b"], "raftune runs takes no further argument; got 'b'. `raftune runs --help` explains it."),

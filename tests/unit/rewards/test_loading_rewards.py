@@ -224,3 +224,20 @@ def test_functions_that_take_what_they_name_say_so() -> None:
     assert FunctionReward(helped).accepts is None
     assert FunctionReward(lambda prompts, completions: []).accepts == {"prompts", "completions"}
     assert Panel([FunctionReward(helped)]).media == {"helped": {"text", "messages", "image", "category"}}
+
+
+@pytest.mark.parametrize("options", [{}, {"model": "no-such-owner/no-such-model"}])
+def test_a_name_that_the_hub_does_not_give_is_told_in_a_line_without_the_page_of_its_client(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = "We couldn't connect to 'https://hub.example' to load the files. See how to run the library in offline mode."
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(page)
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
+    spec = RewardSpec(spec="classifier" if options else "no-such-owner/no-such-model", options=options)
+    with pytest.raises(RewardError) as caught:
+        load_reward(spec)
+    assert "no-such-owner/no-such-model" in str(caught.value)
+    assert page not in str(caught.value) and len(str(caught.value)) < 330
