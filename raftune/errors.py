@@ -8,6 +8,7 @@
     ├── ModelError               1   a model or tokenizer cannot be loaded, or its weights are unfit
     │   └── OutOfMemory          1   the device's memory did not suffice at this batch size
     ├── RewardError              1   a reward broke its contract, or failed too often
+    ├── ExtensionError           1   a rule, objective or other code of the user's own failed, or broke its contract
     ├── StoreError               1   the run directory cannot be used
     │   ├── RunInUse             1   another process holds it
     │   ├── RunDamaged           1   a file on disk is not what was committed
@@ -62,6 +63,10 @@ class OutOfMemory(ModelError):
 
 class RewardError(RaftuneError):
     """A reward cannot be loaded, broke its contract, or failed more often than allowed."""
+
+
+class ExtensionError(RaftuneError):
+    """A rule, an objective or other code that the configuration names failed, or broke its contract."""
 
 
 class StoreError(RaftuneError):

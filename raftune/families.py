@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import pyarrow as pa
 
+from raftune.config.extensions import code_hash, load_object
 from raftune.config.policy import CustomPolicy
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, ModelError
@@ -48,7 +44,15 @@ class Family(Protocol):
 def family_of(config: RunConfig) -> Family:
     """The class of the configured family. Raises ConfigError where one of your own is not there, or is not whole."""
     name = config.policy.family
-    family: Family = load_object(FAMILIES.get(name, name), "policy.family")
+    try:
+        family: Family = load_object(FAMILIES.get(name, name), "policy.family")
+    except (ConfigError, MemoryError, SystemError) as error:
+        if name not in FAMILIES:
+            raise
+        raise ModelError(
+            f"policy.family: {name} cannot be loaded: {first_line(error.__cause__ or error)}. Check that memory "
+            "suffices (`ulimit -v`), and that torch and transformers are installed whole."
+        ) from error
     if isinstance(config.policy, CustomPolicy):
         refuse_incomplete(family, name)
     return family
@@ -132,62 +136,7 @@ def load_policy(family: Family, config: RunConfig, folder: Path, start: Path) ->
 
 def code_of(config: RunConfig) -> Mapping[str, str]:
     """The hash of the file that a family of your own is read from: with other code, a run is another run."""
-    path = Path(config.policy.family.rpartition(":")[0]).expanduser()
-    if not isinstance(config.policy, CustomPolicy) or path.suffix != ".py" or not path.is_file():
+    if not isinstance(config.policy, CustomPolicy) or not config.policy.family.rpartition(":")[0].endswith(".py"):
         return {}
-    return {"family's classes": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
-
-
-def load_object(spec: str, field_name: str) -> Any:
-    """The object that `module:name` or `file.py:name` names. Raises ConfigError."""
-    left, _, name = spec.rpartition(":")
-    try:
-        module = module_from_file(Path(left).expanduser()) if left.endswith(".py") else importlib.import_module(left)
-    except (ImportError, OSError, MemoryError, SystemError) as error:
-        if spec in FAMILIES.values():
-            raise ModelError(
-                f"{left} cannot be loaded: {first_line(error)}. Check that memory suffices (`ulimit -v`), and "
-                "that torch and transformers are installed whole."
-            ) from error
-        raise ConfigError(
-            f"{field_name} must name what can be imported; got {spec!r}: {error}. Check the module or the path."
-        ) from error
-    except Exception as error:
-        where = f", line {line}" if (line := line_in(error, left)) else ""
-        raise ConfigError(
-            f"{field_name}: {left}{where} raised {type(error).__name__} when it was read: {error}. Mend it; "
-            f"`python {left}` shows it all."
-        ) from error
-    if not hasattr(module, name):
-        raise ConfigError(f"{field_name}: {left} has no {name!r}. Check the name after the colon.")
-    return getattr(module, name)
-
-
-def line_in(error: Exception, file: str) -> int | None:
-    """The last line of this file that the error went through; None where it went through none."""
-    if isinstance(error, SyntaxError):
-        return error.lineno
-    trace, line = error.__traceback__, None
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename.endswith(Path(file).name):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line
-
-
-def module_from_file(path: Path) -> ModuleType:
-    """The file, run as a module; like a script's, modules beside it can be imported."""
-    name = f"raftune_family_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise OSError(f"there is no file {path}")
-    module = importlib.util.module_from_spec(spec)
-    if (folder := str(path.resolve().parent)) not in sys.path:
-        sys.path.append(folder)
-    sys.modules[name] = module  # where dataclasses and pydantic look for the names in annotations
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        sys.modules.pop(name, None)
-        raise
-    return module
+    code = code_hash(config.policy.family)
+    return {"family's classes": code} if code else {}

@@ -8,9 +8,11 @@ from importlib.util import find_spec
 
 from raftune.build import Assembly
 from raftune.config.guards import ALIKE_ALARMS, PICTURE_ALARMS, TEXT_ALARMS
+from raftune.config.selection import Random, TopM
 from raftune.errors import ConfigError
 from raftune.records import LATENTS
 from raftune.rewards.media import misfits
+from raftune.selection import load_rule
 from raftune.stages.gather import prompts_of, reference_rows
 
 
@@ -127,17 +129,18 @@ def likelihood(assembly: Assembly) -> Iterator[str]:
 
 
 def selection(assembly: Assembly) -> Iterator[str]:
-    """Rules that no draw can satisfy."""
+    """Rules that no draw can satisfy; one of the user's own is loaded, which raises ConfigError where it cannot be."""
+    load_rule(assembly.config.selection)
     chosen, sampling = assembly.config.selection, assembly.config.sampling
     teacher = sampling.teacher.num_generations if sampling.teacher else 0
     others = len(sampling.candidate_columns) + teacher
     pool = sampling.num_generations + others
-    if assembly.config.num_rounds and chosen.rule == "top_m" and chosen.m >= pool:
+    if assembly.config.num_rounds and isinstance(chosen, TopM) and chosen.m >= pool:
         yield (
             f"selection.m must be less than the candidates of a prompt, or nothing is selected; got {chosen.m} of "
             f"{pool} (sampling.num_generations and other sources). Lower it, or raise sampling.num_generations."
         )
-    elif assembly.config.num_rounds and chosen.rule == "random" and chosen.m > pool:
+    elif assembly.config.num_rounds and isinstance(chosen, Random) and chosen.m > pool:
         yield (
             f"selection.m must not exceed the candidates of a prompt; got {chosen.m} of {pool} "
             "(sampling.num_generations and other sources). Lower it, or raise sampling.num_generations."

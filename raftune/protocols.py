@@ -165,6 +165,62 @@ class Shortening(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class RankedCandidates:
+    """What a rule chooses from: C candidates sorted by prompt, then by score descending, then by k.
+
+    The i-th of G prompts is the slice start[i] : start[i] + size[i].
+    """
+
+    row: npt.NDArray[np.int64]  # (C,) the row of the candidate in the round's samples
+    group: npt.NDArray[np.int64]  # (C,) the number of its prompt
+    k: npt.NDArray[np.int32]  # (C,) its index within the prompt
+    score: FloatN  # (C,) what it is ranked by
+    rank: npt.NDArray[np.int32]  # (C,) 1 is the best of its prompt
+    start: npt.NDArray[np.int64]  # (G,)
+    size: npt.NDArray[np.int64]  # (G,) at least 1
+
+    @property
+    def equal(self) -> npt.NDArray[np.bool_]:
+        """(G,) whether all candidates of a prompt score the same; one alone does."""
+        return np.asarray(self.score[self.start] == self.score[self.start + self.size - 1])
+
+    def of_prompt(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """(C,) for each candidate the value of its prompt, from values (G,)."""
+        return np.repeat(values, self.size)
+
+    def only(self, groups: npt.NDArray[np.bool_]) -> RankedCandidates:
+        """The candidates without the prompts that are False in `groups` (G,)."""
+        if groups.all():
+            return self
+        mine = np.repeat(groups, self.size)
+        size = self.size[groups]
+        row, group, k = self.row[mine], self.group[mine], self.k[mine]
+        return RankedCandidates(row, group, k, self.score[mine], self.rank[mine], group_starts(size), size)
+
+
+def group_starts(size: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """(G,) where each of consecutive runs of these sizes starts."""
+    return np.cumsum(size) - size
+
+
+# Weights (C,), 0 for what is not kept, and reasons (C,): indices into the `reasons` of the rule.
+Decision = tuple[FloatN, npt.NDArray[Any]]
+
+
+class Rule(Protocol):
+    """Decides which of the candidates are kept, with what weight: pure, the same for the same candidates and seed."""
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why a candidate is kept or not, in words."""
+        ...
+
+    def decide(self, pool: RankedCandidates, seed: int) -> Decision:
+        """A weight and a reason for every candidate; `seed` is the round's, for what is left to chance."""
+        ...
+
+
 class Reward(Protocol):
     """What gives a number to a completion: TRL's contract, called by keyword."""
 

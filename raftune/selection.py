@@ -4,7 +4,8 @@ Every candidate passes three gates. *Screen*: it needs to be valid, a finite sco
 where duplicates are dropped, a completion that no other one of its prompt with a lower index has. Those that pass
 compete, and are ranked inside their prompt by score, ties to the lower index. *Skip*: a prompt whose competitors all
 score the same leaves nothing to rank and is left out, unless the configuration says otherwise; so is one whose best is
-too close to their mean, where it says so. *Rule*: of what is then in play, one of six rules keeps some, with a weight.
+too close to their mean, where it says so. *Rule*: of what is then in play, the configured rule keeps
+some, with a weight.
 
 Letters: N candidates, C of them in play, G prompts in play.
 """
@@ -15,12 +16,24 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from raftune.config.selection import Rule, SelectionConfig
+from raftune.config.extensions import code_hash, load_extension
+from raftune.config.selection import (
+    BestOfK,
+    CustomRule,
+    Random,
+    SelectionConfig,
+    Softmax,
+    Threshold,
+    TopFraction,
+    TopM,
+)
+from raftune.errors import ConfigError, ExtensionError
+from raftune.protocols import Decision, RankedCandidates, Rule, group_starts
 
 Bools = npt.NDArray[np.bool_]
 Bytes = npt.NDArray[np.uint8]
@@ -94,19 +107,25 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """N decisions, row for row. rank: 1 is the best competitor of its prompt, 0 did not compete. weight: 0 is a no."""
+    """N decisions, row for row. rank: 1 is the best competitor of its prompt, 0 did not compete. weight: 0 is a no.
+
+    reason: an index into `words`, which are REASONS and, after them, those of a rule of the user's own.
+    """
 
     rank: npt.NDArray[np.int32]
     weight: Floats
     reason: Bytes
+    words: tuple[str, ...] = REASONS
 
 
-def select(candidates: Candidates, config: SelectionConfig, seed: int) -> Verdicts:
+def select(candidates: Candidates, config: SelectionConfig, seed: int, rule: Rule | None = None) -> Verdicts:
     """A verdict for every candidate: which are kept, with what weight, and why.
 
     The verdict of a (group, k) does not depend on the order of rows. `seed` decides ties at the cut of top_fraction and
-    the draws of random, and nothing else. Takes O(N log N) time and about 100 bytes a candidate.
+    the draws of random, and nothing else. `rule` is the configured one; it is loaded where it is not given. Takes
+    O(N log N) time and about 100 bytes a candidate.
     """
+    rule = rule or load_rule(config)
     reason = _screen(candidates, config)
     competing = _pool(candidates, np.flatnonzero(reason == _STANDING))
     several = np.bincount(candidates.group, minlength=1)[candidates.group[competing.row[competing.start]]] > 1
@@ -117,13 +136,13 @@ def select(candidates: Candidates, config: SelectionConfig, seed: int) -> Verdic
     reason[competing.row] = np.repeat(skip, competing.size)
     playing = competing.only(skip == _STANDING)
     if len(playing.row):
-        weight[playing.row], reason[playing.row] = _RULES[config.rule](playing, config, seed)
+        weight[playing.row], reason[playing.row] = _decide_by(rule, config.rule, playing, seed)
     assert not (reason == _STANDING).any(), "a candidate left without a reason"
     unranked = np.repeat(competing.equal, competing.size) & (weight[competing.row] > 0)
     unranked &= np.isin(reason[competing.row], _RANKED)
     alone = ~np.repeat(several, competing.size)
     reason[competing.row[unranked]] = np.where(alone, Reason.ONLY_ONE, Reason.KEPT_EQUAL)[unranked]
-    return Verdicts(rank, weight, reason)
+    return Verdicts(rank, weight, reason, REASONS if isinstance(rule, BuiltInRule) else (*REASONS, *rule.reasons))
 
 
 def nothing_to_rank(candidates: Candidates, verdicts: Verdicts) -> dict[int, float]:
@@ -143,19 +162,22 @@ def barren(candidates: Candidates, verdicts: Verdicts) -> dict[int, str]:
     rows = rows[np.argsort(candidates.group[rows], kind="stable")]
     groups, starts = np.unique(candidates.group[rows], return_index=True)
     reasons = np.split(verdicts.reason[rows], starts[1:])
-    words = {int(group): _in_words(Counter(own.tolist())) for group, own in zip(groups, reasons, strict=False)}
+    words = {
+        int(group): _in_words(Counter(own.tolist()), verdicts.words)
+        for group, own in zip(groups, reasons, strict=False)
+    }
     for group, score in nothing_to_rank(candidates, verdicts).items():
         if words.get(group) == Reason.ALL_EQUAL.words:
             words[group] = f"nothing to rank: all candidates score {score:.6g}"
     return words
 
 
-def _in_words(counts: Counter[int]) -> str:
+def _in_words(counts: Counter[int], words: tuple[str, ...]) -> str:
     skipped = [reason.words for reason in _SKIPPED if reason in counts]
     if skipped or len(counts) == 1:
-        return (skipped or [REASONS[next(iter(counts))]])[0]
+        return (skipped or [words[next(iter(counts))]])[0]
     by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{REASONS[reason]} ({count} of {counts.total()})" for reason, count in by_count)
+    return ", ".join(f"{words[reason]} ({count} of {counts.total()})" for reason, count in by_count)
 
 
 # -- the screen ------------------------------------------------------------------------------------------------------
@@ -190,41 +212,9 @@ def _repeats(candidates: Candidates, rows: Ints) -> Ints:
 # -- ranking and skipping --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Pool:
-    """C candidates sorted by group, score descending, k. The i-th of G groups is start[i] : start[i] + size[i]."""
-
-    row: Ints  # (C,) where the candidate stands in Candidates
-    group: Ints  # (C,)
-    k: npt.NDArray[np.int32]  # (C,)
-    score: Floats  # (C,)
-    rank: npt.NDArray[np.int32]  # (C,) 1 is the best of its group
-    start: Ints  # (G,)
-    size: Ints  # (G,)
-
-    @property
-    def equal(self) -> Bools:
-        """(G,) whether all of a group score the same; one alone does."""
-        return np.asarray(self.score[self.start] == self.score[self.start + self.size - 1])
-
-    def only(self, groups: Bools) -> _Pool:
-        """The pool without the groups that are False in `groups` (G,)."""
-        if groups.all():
-            return self
-        mine = np.repeat(groups, self.size)
-        size = self.size[groups]
-        return _Pool(
-            self.row[mine], self.group[mine], self.k[mine], self.score[mine], self.rank[mine], _starts(size), size
-        )
-
-
-def _starts(size: Ints) -> Ints:
-    return np.cumsum(size) - size
-
-
 def _positions(group: npt.NDArray[np.int64], size: Ints) -> npt.NDArray[np.int32]:
     """(C,) 1, 2, 3, … inside each run of `size`."""
-    return (np.arange(len(group)) - np.repeat(_starts(size), size) + 1).astype(np.int32)
+    return (np.arange(len(group)) - np.repeat(group_starts(size), size) + 1).astype(np.int32)
 
 
 def _run_sizes(sorted_values: Ints) -> Ints:
@@ -233,17 +223,17 @@ def _run_sizes(sorted_values: Ints) -> Ints:
     return np.diff(np.concatenate(([0], edges, [len(sorted_values)]))) if len(sorted_values) else np.zeros(0, np.int64)
 
 
-def _pool(candidates: Candidates, rows: Ints) -> _Pool:
+def _pool(candidates: Candidates, rows: Ints) -> RankedCandidates:
     """The candidates at `rows`, ranked inside their groups: higher scores first, ties to the lower k."""
     row = rows[np.lexsort((candidates.k[rows], -candidates.score[rows], candidates.group[rows]))]
     group, k, score = candidates.group[row], candidates.k[row], candidates.score[row]
     twins = (np.diff(group) == 0) & (np.diff(k) == 0)
     assert not twins.any(), "two candidates of one group bear the same k"
     size = _run_sizes(group)
-    return _Pool(row, group, k, score, _positions(group, size), _starts(size), size)
+    return RankedCandidates(row, group, k, score, _positions(group, size), group_starts(size), size)
 
 
-def _skips(pool: _Pool, several: Bools, config: SelectionConfig) -> Bytes:
+def _skips(pool: RankedCandidates, several: Bools, config: SelectionConfig) -> Bytes:
     """(G,) the reason for which a prompt is skipped, or _STANDING. One that competes alone counts as all equal.
 
     `several` (G,): whether the prompt has more than one candidate. Where it has one, `auto` keeps it.
@@ -262,20 +252,91 @@ def _skips(pool: _Pool, several: Bools, config: SelectionConfig) -> Bytes:
     return skip
 
 
-# -- the rules: (what is in play, configuration, seed) → weight (C,), reason (C,) ------------------------------------
+# -- the rules: (what is in play, options, seed) → weight (C,), reason (C,) ------------------------------------------
 
-_Decision = tuple[Floats, Bytes]
+RULES: dict[str, Callable[[RankedCandidates, Any, int], Decision]] = {}  # the built-in rules, by selection.rule
+METHODS = {"decide": ("pool", "seed")}
+MOST_REASONS = 64  # of a rule of one's own; a verdict's reason takes a byte on disk
+_Decide = TypeVar("_Decide", bound=Callable[[RankedCandidates, Any, int], Decision])
 
 
-def _best_of_k(pool: _Pool, config: SelectionConfig, seed: int) -> _Decision:
+@dataclass(frozen=True)
+class BuiltInRule:
+    """A built-in rule with its options."""
+
+    function: Callable[[RankedCandidates, Any, int], Decision]
+    options: SelectionConfig
+    reasons: tuple[str, ...] = REASONS
+
+    def decide(self, pool: RankedCandidates, seed: int) -> Decision:
+        return self.function(pool, self.options, seed)
+
+
+def built_in(name: str) -> Callable[[_Decide], _Decide]:
+    """Enters the decorated function as the rule of this name; its options are the class of config.selection."""
+
+    def enter(function: _Decide) -> _Decide:
+        RULES[name] = function
+        return function
+
+    return enter
+
+
+def load_rule(config: SelectionConfig) -> Rule:
+    """The configured rule. Raises ConfigError where one of the user's own is not there, or is not whole."""
+    if not isinstance(config, CustomRule):
+        return BuiltInRule(RULES[config.rule], config)
+    rule: Rule = load_extension(config.rule, "selection.rule", config.options, methods=METHODS, attributes=("reasons",))
+    texts = isinstance(rule.reasons, list | tuple) and all(isinstance(reason, str) for reason in rule.reasons)
+    if not texts or not 1 <= len(rule.reasons) <= MOST_REASONS:
+        raise ConfigError(
+            f"selection.rule: `reasons` of {config.rule} must be 1 to {MOST_REASONS} texts; got {rule.reasons!r:.80}. "
+            "They say why a candidate was kept or not."
+        )
+    return rule
+
+
+def rule_code(config: SelectionConfig) -> dict[str, str]:
+    """The hash of the file that a rule of the user's own is read from: other code is another selection."""
+    return {"selection.rule": code_hash(config.rule)} if isinstance(config, CustomRule) else {}
+
+
+def _decide_by(rule: Rule, name: str, pool: RankedCandidates, seed: int) -> Decision:
+    """What the rule decides. Raises ExtensionError where one of the user's own fails or breaks its contract."""
+    if isinstance(rule, BuiltInRule):
+        return rule.decide(pool, seed)
+    try:
+        weight, reason = rule.decide(pool, seed)
+        weight, reason = np.asarray(weight, np.float64), np.asarray(reason)
+    except Exception as error:
+        raise ExtensionError(
+            f"selection.rule: {name} raised {type(error).__name__}: {error}. Fix it and run `raftune resume RUN`."
+        ) from error
+    shape = pool.row.shape
+    wrong = ""
+    if weight.shape != shape or reason.shape != shape:
+        wrong = f"(weight, reason), two arrays of {shape[0]}; got shapes {weight.shape} and {reason.shape}"
+    elif not (np.isfinite(weight) & (weight >= 0)).all():
+        bad = weight[~(np.isfinite(weight) & (weight >= 0))][0]
+        wrong = f"weights that are finite and not negative; got {bad}"
+    elif not np.issubdtype(reason.dtype, np.integer) or ((reason < 0) | (reason >= len(rule.reasons))).any():
+        wrong = f"reasons as indices into its {len(rule.reasons)} `reasons`; got {reason[:3].tolist()}"
+    if wrong:
+        raise ExtensionError(f"selection.rule: `decide` of {name} must return {wrong}. Fix it and resume the run.")
+    return weight, (reason + len(REASONS)).astype(np.uint8)
+
+
+@built_in("best_of_k")
+def _best_of_k(pool: RankedCandidates, options: BestOfK, seed: int) -> Decision:
     return _best_of_each(pool, 1)
 
 
-def _top_m(pool: _Pool, config: SelectionConfig, seed: int) -> _Decision:
-    return _best_of_each(pool, config.m)
+@built_in("top_m")
+def _top_m(pool: RankedCandidates, options: TopM, seed: int) -> Decision:
+    return _best_of_each(pool, options.m)
 
 
-def _best_of_each(pool: _Pool, m: int) -> _Decision:
+def _best_of_each(pool: RankedCandidates, m: int) -> Decision:
     """The m first of each prompt's ranking; all of a prompt that has fewer."""
     kept = pool.rank <= m
     last_kept = pool.score[pool.start + np.minimum(m, pool.size) - 1]
@@ -283,16 +344,16 @@ def _best_of_each(pool: _Pool, m: int) -> _Decision:
     return _decide(kept, np.where(pool.rank == 1, Reason.BEST, Reason.AMONG_BEST), lost)
 
 
-def _top_fraction(pool: _Pool, config: SelectionConfig, seed: int) -> _Decision:
+@built_in("top_fraction")
+def _top_fraction(pool: RankedCandidates, options: TopFraction, seed: int) -> Decision:
     """The best n = max(1, floor(C · keep_fraction)) of all prompts together, at most max_per_prompt of each.
 
     The cap comes first, so that what it frees goes to other prompts. Of the scores equal to the n-th, which are kept is
     decided by the seed, all alike; how many of each prompt that makes is then given to its lowest indices.
     """
-    assert config.keep_fraction is not None
     # 0.29 * 100 is 28.999…96 in floats, and the user means 29.
-    n = max(1, int(np.floor(len(pool.row) * config.keep_fraction + 1e-9)))
-    allowed = _under_cap(pool, config)
+    n = max(1, int(np.floor(len(pool.row) * options.keep_fraction + 1e-9)))
+    allowed = _under_cap(pool, options)
     n = min(n, int(allowed.sum()))
     cut = -np.partition(-pool.score[allowed], n - 1)[n - 1]
     kept = allowed & (pool.score > cut)
@@ -303,7 +364,7 @@ def _top_fraction(pool: _Pool, config: SelectionConfig, seed: int) -> _Decision:
     return _decide(kept, np.full(len(kept), Reason.IN_FRACTION), np.where(over_cap, Reason.OVER_CAP, lost))
 
 
-def _fair_share(pool: _Pool, tied: Ints, n: int, seed: int) -> Bools:
+def _fair_share(pool: RankedCandidates, tied: Ints, n: int, seed: int) -> Bools:
     """(len(tied),) True for n of them, every subset alike, but inside a group the lowest k first."""
     noise = _noise(seed, pool.group[tied], pool.k[tied])
     drawn = np.lexsort((pool.k[tied], pool.group[tied], noise))[:n]
@@ -313,49 +374,40 @@ def _fair_share(pool: _Pool, tied: Ints, n: int, seed: int) -> Bools:
     return _positions(own, np.bincount(own)) <= share[own]
 
 
-def _threshold(pool: _Pool, config: SelectionConfig, seed: int) -> _Decision:
+@built_in("threshold")
+def _threshold(pool: RankedCandidates, options: Threshold, seed: int) -> Decision:
     """Every score that reaches the threshold; of each prompt at most its max_per_prompt best."""
-    assert config.threshold is not None
-    reaches, allowed = pool.score >= config.threshold, _under_cap(pool, config)
+    reaches, allowed = pool.score >= options.threshold, _under_cap(pool, options)
     lost = np.where(reaches, Reason.OVER_CAP, Reason.BELOW_THRESHOLD)
     return _decide(reaches & allowed, np.full(len(reaches), Reason.REACHES_THRESHOLD), lost)
 
 
-def _softmax(pool: _Pool, config: SelectionConfig, seed: int) -> _Decision:
+@built_in("softmax")
+def _softmax(pool: RankedCandidates, options: Softmax, seed: int) -> Decision:
     """All, with weights softmax(score / temperature) that sum to 1 over each prompt."""
-    assert config.temperature is not None
     with np.errstate(over="ignore", under="ignore"):  # a gap of more than about 700 temperatures has weight 0
-        raw = np.exp((pool.score - np.repeat(pool.score[pool.start], pool.size)) / config.temperature)
+        raw = np.exp((pool.score - np.repeat(pool.score[pool.start], pool.size)) / options.temperature)
         weight = raw / np.repeat(np.add.reduceat(raw, pool.start), pool.size)
     return weight, np.where(weight > 0, Reason.WEIGHTED, Reason.NO_WEIGHT).astype(np.uint8)
 
 
-def _random(pool: _Pool, config: SelectionConfig, seed: int) -> _Decision:
+@built_in("random")
+def _random(pool: RankedCandidates, options: Random, seed: int) -> Decision:
     """m of each prompt by chance, whatever their scores: the control that a rule must beat on the same candidates."""
     drawn = np.lexsort((pool.k, _noise(seed, pool.group, pool.k), pool.group))
     kept = np.zeros(len(drawn), np.bool_)
-    kept[drawn[_positions(pool.group, pool.size) <= config.m]] = True
+    kept[drawn[_positions(pool.group, pool.size) <= options.m]] = True
     return _decide(kept, np.full(len(kept), Reason.CHANCE), np.full(len(kept), Reason.NOT_DRAWN))
 
 
-def _decide(kept: Bools, won: npt.NDArray[np.int_], lost: npt.NDArray[np.int_]) -> _Decision:
+def _decide(kept: Bools, won: npt.NDArray[np.int_], lost: npt.NDArray[np.int_]) -> Decision:
     return kept.astype(np.float64), np.where(kept, won, lost).astype(np.uint8)
 
 
-def _under_cap(pool: _Pool, config: SelectionConfig) -> Bools:
-    if config.max_per_prompt is None:
+def _under_cap(pool: RankedCandidates, options: TopFraction | Threshold) -> Bools:
+    if options.max_per_prompt is None:
         return np.ones(len(pool.rank), np.bool_)
-    return pool.rank <= config.max_per_prompt
-
-
-_RULES: dict[Rule, Callable[[_Pool, SelectionConfig, int], _Decision]] = {
-    "best_of_k": _best_of_k,
-    "top_m": _top_m,
-    "top_fraction": _top_fraction,
-    "threshold": _threshold,
-    "softmax": _softmax,
-    "random": _random,
-}
+    return pool.rank <= options.max_per_prompt
 
 
 def _noise(seed: int, group: Ints, k: npt.NDArray[np.int32]) -> Words:

@@ -9,7 +9,7 @@ from typing import Any
 
 FIELDS = (
     *("data.prompts", "evaluation.prompts", "evaluation.features", "policy.family", "policy.model"),
-    *("policy.tokenizer", "sampling.teacher.model", "tuning.reference.path"),
+    *("policy.tokenizer", "sampling.teacher.model", "tuning.reference.path", "selection.rule"),
 )
 REWARDS = ("rewards.reward_funcs", "evaluation.reward_funcs")
 OF_A_REWARD = ("spec", "options.model", "options.clip", "options.processor")
@@ -49,7 +49,7 @@ def changed(data: Any, field: list[str], old: Path, new: Path) -> Any:
         return data
     if inner:
         return {**data, name: changed(data[name], inner, old, new)}
-    return {**data, name: seen(data[name], old, new, words=name not in ("family", "spec"))}
+    return {**data, name: seen(data[name], old, new, words=name not in ("family", "spec", "rule"))}
 
 
 def rewards(given: Any, old: Path, new: Path) -> Any:

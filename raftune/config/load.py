@@ -23,6 +23,7 @@ from raftune.plain import first_line
 _shortened = reprlib.Repr()  # YAML's anchors can make a few lines stand for gigabytes
 _shortened.maxstring = _shortened.maxother = 60
 Model = TypeVar("Model", bound=BaseModel)
+DISCRIMINATORS = ("family", "rule", "objective")  # the fields that choose the class of their section
 
 
 def load_config(files: Sequence[str | Path], flags: Mapping[str, Any] | None = None) -> RunConfig:
@@ -141,6 +142,8 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
         return f"{field} must match {fault['ctx']['pattern']}; got {given}. {hint}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{field} must be a section with fields of its own; got {given}. {as_section(names, fault, owner)}"
+    if kind == "union_tag_invalid":
+        return unknown_choice(field, fault, model)
     if kind == "literal_error":
         return f"{field} must be {fault['ctx']['expected']}; got {given}. {likely(fault)}"
     rule = fault["msg"][0].lower() + fault["msg"][1:]
@@ -166,6 +169,25 @@ def likely(fault: Mapping[str, Any]) -> str:
     return f"Did you mean {close[0]!r}?" if close else "Choose one of these."
 
 
+def unknown_choice(section: str, fault: Mapping[str, Any], model: type[BaseModel]) -> str:
+    """What to say of a section whose discriminator names none of its classes."""
+    found = model
+    for name in section.split("."):
+        members = models_in(found.model_fields[name].annotation)
+        found = members[0]
+    choices = fault["ctx"]["expected_tags"].replace(", 'custom'", "")
+    given = fault["ctx"]["tag"]
+    hint = likely({"ctx": {"expected": choices}, "input": given})
+    own = " or file.py:NAME" if "'custom'" in fault["ctx"]["expected_tags"] else ""
+    return f"{section}.{discriminator(members)} must be {choices}{own}; got {given!r}. {hint}"
+
+
+def discriminator(members: Sequence[type[BaseModel]]) -> str:
+    """The field by which the classes that a section may have are told apart; empty where there is one class."""
+    several = members if len(members) > 1 else ()
+    return next((name for name in DISCRIMINATORS if several and all(name in m.model_fields for m in several)), "")
+
+
 def qualify(names: Sequence[str], message: str) -> str:
     """A validator's own message, with the section in front where the message names the field alone."""
     first = message.split(" ")[0]
@@ -179,9 +201,9 @@ def field_path(place: Sequence[str], model: type[BaseModel]) -> tuple[list[str],
     owner = model
     sections: list[type[BaseModel]] = [model]
     for part in place:
-        tags = {str(getattr(s.model_fields.get("family"), "default", "")) for s in sections} | {"custom"}
-        if len(sections) > 1 and part in tags:
-            sections = [s for s in sections if s.model_fields["family"].default == part] or sections[-1:]
+        chosen_by = discriminator(sections)
+        if chosen_by and part in {"custom", *(str(s.model_fields[chosen_by].default) for s in sections)}:
+            sections = [s for s in sections if s.model_fields[chosen_by].default == part] or sections[-1:]
             continue
         names.append(part)
         owner = next((s for s in sections if part in s.model_fields), sections[0])

@@ -13,7 +13,7 @@ from raftune.config.guards import GuardsConfig
 from raftune.config.policy import PolicyConfig
 from raftune.config.rewards import RewardsConfig
 from raftune.config.sampling import SamplingConfig
-from raftune.config.selection import SelectionConfig
+from raftune.config.selection import AnySelection, BestOfK
 from raftune.config.tuning import TuningConfig
 
 
@@ -96,7 +96,7 @@ class RunConfig(Frozen):
     policy: PolicyConfig
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     rewards: RewardsConfig = Field(default_factory=RewardsConfig)
-    selection: SelectionConfig = Field(default_factory=SelectionConfig)
+    selection: AnySelection = Field(default_factory=BestOfK)
     tuning: TuningConfig = Field(default_factory=TuningConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     guards: GuardsConfig = Field(default_factory=GuardsConfig)

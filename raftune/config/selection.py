@@ -1,57 +1,28 @@
-"""The section `selection`: which of a prompt's samples are learned from, and with what weight."""
+"""The section `selection`: which of a prompt's samples are learned from, and with what weight.
+
+Every rule has a class here with its own fields; `selection.rule` chooses the class. What all rules share is in
+`SelectionConfig`, their base.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationInfo, field_validator, model_validator
 
 from raftune.config.base import Frozen
-
-Rule = Literal["best_of_k", "top_m", "top_fraction", "threshold", "softmax", "random"]
-
-# The rules that read each field which not every rule reads.
-READ_BY: dict[str, tuple[Rule, ...]] = {
-    "m": ("top_m", "random"),
-    "keep_fraction": ("top_fraction",),
-    "threshold": ("threshold",),
-    "temperature": ("softmax",),
-    "max_per_prompt": ("threshold", "top_fraction"),
-}
-# What a rule cannot do without, and what to write there.
-_NEEDED: dict[Rule, tuple[str, str]] = {
-    "top_fraction": ("keep_fraction", "Give the share of the round's samples to keep, such as 0.125."),
-    "threshold": ("threshold", "Give the lowest score to keep, in the units of the summed rewards."),
-    "softmax": ("temperature", "Give a number above 0 in units of the score; the smaller, the nearer to best_of_k."),
-}
+from raftune.config.extensions import SPEC
 
 
 class SelectionConfig(Frozen):
-    """What is kept of each prompt's samples. A field that the chosen rule does not read must stay at its default."""
+    """What every rule has: which samples compete, and which prompts are skipped."""
 
-    rule: Rule = Field(
-        default="best_of_k",
+    within_prompt: ClassVar[bool] = True  # whether the rule compares the candidates of one prompt with each other
+
+    rule: str = Field(
         description="Who is kept: the best of each prompt (best_of_k), its m best (top_m), the best share of all "
-        "(top_fraction), all from a score upwards (threshold), all weighted by score (softmax), m by chance (random).",
-    )
-    m: int = Field(
-        default=1, description="Samples kept per prompt, at least 1 (top_m, random): more gives more, worse data."
-    )
-    keep_fraction: float | None = Field(
-        default=None,
-        description="Share in (0, 1] of all that compete (top_fraction): prompts with low scores may starve.",
-    )
-    threshold: float | None = Field(
-        default=None,
-        description="Lowest score kept, in units of the score (threshold): a prompt without one yields nothing.",
-    )
-    temperature: float | None = Field(
-        default=None,
-        description="Above 0, in units of the score (softmax): weights are softmax(score / temperature) in a prompt.",
-    )
-    max_per_prompt: int | None = Field(
-        default=None,
-        description="Most samples kept of one prompt (threshold, top_fraction): its best; none means no limit.",
+        "(top_fraction), all from a score upwards (threshold), all weighted by score (softmax), m by chance (random), "
+        "or a rule of your own (file.py:NAME, module:NAME).",
     )
     all_equal: Literal["auto", "keep", "skip"] = Field(
         default="auto",
@@ -84,9 +55,35 @@ class SelectionConfig(Frozen):
     @property
     def skips_equal(self) -> bool:
         """Whether a prompt of several samples that all score the same is skipped."""
-        return self.all_equal == "skip" or (self.all_equal == "auto" and self.rule not in ("threshold", "top_fraction"))
+        return self.all_equal == "skip" or (self.all_equal == "auto" and self.within_prompt)
 
-    @field_validator("m", "max_per_prompt", "max_length")
+    @model_validator(mode="before")
+    @classmethod
+    def _fields_belong_to_the_rule(cls, data: Any) -> Any:
+        """Refuses a field of another rule, unless it is empty or at its default there; names one that is lacking."""
+        if not isinstance(data, dict):
+            return data
+        rule = data.get("rule") or cls.model_fields["rule"].default
+        own = dict(data)
+        for name in [name for name in data if name not in cls.model_fields]:
+            readers = [other for other in RULES.values() if name in other.model_fields]
+            if not readers:
+                continue  # no field at all: refused as such
+            value = own.pop(name)
+            if value is not None and value != readers[0].model_fields[name].default:
+                rules = [reader.model_fields["rule"].default for reader in readers]
+                raise ValueError(
+                    f"selection.{name} is read by {' and '.join(rules)} only; got {name}={value} with rule={rule}, "
+                    f"which would ignore it. Remove it, or write selection.rule: {rules[0]}."
+                )
+        for name, field in cls.model_fields.items():
+            if name != "rule" and field.is_required() and own.get(name) is None:
+                raise ValueError(
+                    f"selection.{name} must be given for rule {rule}; got none. {field.description} Add it."
+                )
+        return own
+
+    @field_validator("max_length", "m", "max_per_prompt", check_fields=False)
     @classmethod
     def _at_least_one(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value is not None and value < 1:
@@ -103,23 +100,6 @@ class SelectionConfig(Frozen):
             raise ValueError(f"selection.min_length must be at least 0; got {value}. Leave it out for no limit.")
         return value
 
-    @field_validator("keep_fraction")
-    @classmethod
-    def _is_a_share(cls, value: float | None) -> float | None:
-        if value is None or 0 < value <= 1:
-            return value
-        fix = f"It is a fraction, not a percentage: write {value / 100:g}." if 1 < value <= 100 else "Write 0.125, say."
-        raise ValueError(f"selection.keep_fraction must be in (0, 1]; got {value:g}. {fix}")
-
-    @field_validator("temperature")
-    @classmethod
-    def _is_positive(cls, value: float | None) -> float | None:
-        if value is not None and value <= 0:
-            raise ValueError(
-                f"selection.temperature must be above 0; got {value:g}. Its limit at 0 is selection.rule: best_of_k."
-            )
-        return value
-
     @field_validator("margin")
     @classmethod
     def _is_a_distance(cls, value: float) -> float:
@@ -130,20 +110,6 @@ class SelectionConfig(Frozen):
         return value
 
     @model_validator(mode="after")
-    def _rule_reads_what_is_given(self) -> Self:
-        for name, rules in READ_BY.items():
-            value = getattr(self, name)
-            if self.rule not in rules and value != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"selection.{name} is read by {' and '.join(rules)} only; got {name}={value} with "
-                    f"rule={self.rule}, which would ignore it. Remove it, or write selection.rule: {rules[0]}."
-                )
-        name, fix = _NEEDED.get(self.rule, ("rule", ""))
-        if getattr(self, name) is None:
-            raise ValueError(f"selection.{name} must be given for rule {self.rule}; got none. {fix}")
-        return self
-
-    @model_validator(mode="after")
     def _something_can_be_kept(self) -> Self:
         if self.min_length is not None and self.max_length is not None and self.min_length > self.max_length:
             raise ValueError(
@@ -151,3 +117,113 @@ class SelectionConfig(Frozen):
                 f"{self.max_length}, which can never select anything. Swap them, or leave one out."
             )
         return self
+
+
+class BestOfK(SelectionConfig):
+    """The best sample of each prompt."""
+
+    rule: Literal["best_of_k"] = Field("best_of_k", description=SelectionConfig.model_fields["rule"].description)
+
+
+class TopM(SelectionConfig):
+    """The m best samples of each prompt."""
+
+    rule: Literal["top_m"] = "top_m"
+    m: int = Field(1, description="Samples kept per prompt, at least 1 (top_m, random): more gives more, worse data.")
+
+
+class TopFraction(SelectionConfig):
+    """The best share of all samples of the round."""
+
+    within_prompt: ClassVar[bool] = False
+    rule: Literal["top_fraction"] = "top_fraction"
+    keep_fraction: float = Field(
+        description="Share in (0, 1] of all that compete (top_fraction), such as 0.125: prompts with low scores may "
+        "starve.",
+    )
+    max_per_prompt: int | None = Field(
+        None, description="Most samples kept of one prompt (threshold, top_fraction): its best; none means no limit."
+    )
+
+    @field_validator("keep_fraction")
+    @classmethod
+    def _is_a_share(cls, value: float) -> float:
+        if 0 < value <= 1:
+            return value
+        fix = f"It is a fraction, not a percentage: write {value / 100:g}." if 1 < value <= 100 else "Write 0.125, say."
+        raise ValueError(f"selection.keep_fraction must be in (0, 1]; got {value:g}. {fix}")
+
+
+class Threshold(SelectionConfig):
+    """All samples from a score upwards."""
+
+    within_prompt: ClassVar[bool] = False
+    rule: Literal["threshold"] = "threshold"
+    threshold: float = Field(
+        description="Lowest score kept, in units of the score (threshold): a prompt without one yields nothing."
+    )
+    max_per_prompt: int | None = Field(None, description=TopFraction.model_fields["max_per_prompt"].description)
+
+
+class Softmax(SelectionConfig):
+    """All samples, weighted by their scores."""
+
+    rule: Literal["softmax"] = "softmax"
+    temperature: float = Field(
+        description="Above 0, in units of the score (softmax): weights are softmax(score / temperature) in a prompt; "
+        "the smaller, the nearer to best_of_k."
+    )
+
+    @field_validator("temperature")
+    @classmethod
+    def _is_positive(cls, value: float) -> float:
+        if value <= 0:
+            raise ValueError(
+                f"selection.temperature must be above 0; got {value:g}. Its limit at 0 is selection.rule: best_of_k."
+            )
+        return value
+
+
+class Random(SelectionConfig):
+    """m samples of each prompt by chance: the control that a rule must beat."""
+
+    rule: Literal["random"] = "random"
+    m: int = Field(1, description=TopM.model_fields["m"].description)
+
+
+class CustomRule(SelectionConfig):
+    """A rule of your own, with options that its class declares."""
+
+    rule: str = Field(pattern=SPEC, description="file.py:NAME or module:NAME; docs/extending.md says how.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of a rule of your own, by name.")
+
+
+BUILT_IN = (BestOfK, TopM, TopFraction, Threshold, Softmax, Random)
+RULES: dict[str, type[SelectionConfig]] = {
+    **{section.model_fields["rule"].default: section for section in BUILT_IN},
+    "custom": CustomRule,
+}
+
+
+def rule_class(data: Any) -> str:
+    """The key of RULES under which the section with this rule is declared; the rule itself where there is none."""
+    rule = data.get("rule", "best_of_k") if isinstance(data, dict) else getattr(data, "rule", "best_of_k")
+    return "custom" if ":" in str(rule) else str(rule)
+
+
+AnySelection = Annotated[
+    Annotated[BestOfK, Tag("best_of_k")]
+    | Annotated[TopM, Tag("top_m")]
+    | Annotated[TopFraction, Tag("top_fraction")]
+    | Annotated[Threshold, Tag("threshold")]
+    | Annotated[Softmax, Tag("softmax")]
+    | Annotated[Random, Tag("random")]
+    | Annotated[CustomRule, Tag("custom")],
+    Discriminator(rule_class),
+]
+_ADAPTER: TypeAdapter[AnySelection] = TypeAdapter(AnySelection)
+
+
+def selection_config(**fields: Any) -> AnySelection:
+    """The section with these fields. Raises pydantic's ValidationError."""
+    return _ADAPTER.validate_python(fields)

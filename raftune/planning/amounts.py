@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from raftune.config.run import RunConfig
+from raftune.config.selection import BestOfK, Random, Threshold, TopFraction, TopM
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ def kept_of(config: RunConfig, prompts: int, pool: int) -> tuple[int, bool]:
     skips = chosen.skips_equal and pool > 1
     free = not skips and chosen.margin == 0 and not chosen.drop_duplicates
     free = free and chosen.min_length is None and chosen.max_length is None
-    if chosen.rule == "best_of_k":
+    if isinstance(chosen, BestOfK):
         return prompts, free
-    if chosen.rule in ("top_m", "random"):
+    if isinstance(chosen, TopM | Random):
         return prompts * min(chosen.m, pool), free
-    if chosen.rule == "top_fraction":
-        assert chosen.keep_fraction is not None
+    if isinstance(chosen, TopFraction):
         return max(1, math.floor(prompts * pool * chosen.keep_fraction)), free and chosen.max_per_prompt is None
-    return prompts * min(pool, chosen.max_per_prompt or pool), False
+    most = (chosen.max_per_prompt or pool) if isinstance(chosen, Threshold) else pool
+    return prompts * min(pool, most), False
 
 
 def steps_of(config: RunConfig, kept: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from raftune.config.selection import SelectionConfig
+from raftune.config.selection import TopM
 from raftune.selection import Candidates, select
 
 Floats = npt.NDArray[np.float64]
@@ -140,7 +140,7 @@ def _kept(rewards_XK: Floats, m: int) -> npt.NDArray[np.bool_]:
     x, k = np.indices(rewards_XK.shape)
     unused = np.zeros(rewards_XK.size, np.int64)
     candidates = Candidates(x.ravel(), k.ravel().astype(np.int32), rewards_XK.ravel(), unused, unused.astype(np.uint64))
-    verdicts = select(candidates, SelectionConfig(rule="top_m", m=m, all_equal="keep"), seed=0)
+    verdicts = select(candidates, TopM(m=m, all_equal="keep"), seed=0)
     return (verdicts.weight > 0).reshape(rewards_XK.shape)
 
 

@@ -18,7 +18,17 @@ from raftune.errors import ModelError, RewardError
 from raftune.plain import counted
 from raftune.protocols import Inputs
 from raftune.records import INVALID, VERDICT_SCHEMA, Status, content_hash, derive_seed
-from raftune.selection import REASONS, Candidates, Reason, Verdicts, barren, nothing_to_rank, select
+from raftune.selection import (
+    REASONS,
+    Candidates,
+    Reason,
+    Verdicts,
+    barren,
+    load_rule,
+    nothing_to_rank,
+    rule_code,
+    select,
+)
 from raftune.store.layout import unit_file, unit_numbers
 from raftune.store.parquet import column_names, read_groups, read_metadata, read_table, table_writer
 
@@ -57,14 +67,15 @@ class Select:
         self.fields = ("selection", "seed", "rewards.max_failure_fraction", *fewer)
 
     def fingerprints(self) -> Mapping[str, str]:
-        return {}
+        return rule_code(self.config)
 
     def run(self, inputs: Inputs, out: Path) -> None:
+        rule = load_rule(self.config)
         units = unit_numbers(*(inputs[name] for name in ("score", *self.regularised)))
         refuse_failures((self.judged(inputs, unit) for unit in units), self.max_failures)
         prompts = read_table(inputs["plan"] / "prompts.parquet", ["prompt_id"]).column("prompt_id").to_pylist()
         candidates, scores, cut = self.candidates(inputs, units, prompts)
-        verdicts = select(candidates, self.config, derive_seed("select", self.seed, self.round))
+        verdicts = select(candidates, self.config, derive_seed("select", self.seed, self.round), rule)
         who = (self.taking_part(inputs, unit, _IDENTITY) for unit in units)
         write_verdicts(out / "verdicts.parquet", units, who, candidates, scores, cut, verdicts)
         summary = self.summary(candidates, scores, cut, verdicts, prompts)
@@ -135,7 +146,7 @@ class Select:
         prompts: Sequence[str],
     ) -> dict[str, Any]:
         chosen = verdicts.weight > 0
-        reasons = {REASONS[code]: int(n) for code, n in enumerate(np.bincount(verdicts.reason)) if n}
+        reasons = {verdicts.words[code]: int(n) for code, n in enumerate(np.bincount(verdicts.reason)) if n}
         empty = {prompts[group]: words for group, words in barren(candidates, verdicts).items()}
         asked = set(np.unique(candidates.group).tolist())
         empty |= {name: "its unit failed and was set aside" for i, name in enumerate(prompts) if i not in asked}
@@ -245,7 +256,9 @@ def write_verdicts(
     at = 0
     schema = VERDICT_SCHEMA.with_metadata({UNITS: json.dumps(units)})
     # Every word lies in the file: one that only some families need stays out of the files of others.
-    words = REASONS if (verdicts.reason == Reason.INVALID).any() else REASONS[: Reason.INVALID]
+    words: tuple[str, ...] = verdicts.words
+    if words == REASONS and not (verdicts.reason == Reason.INVALID).any():
+        words = REASONS[: Reason.INVALID]
     with table_writer(path, schema) as writer:
         for who in samples:
             rows = slice(at, at + who.num_rows)

@@ -14,7 +14,7 @@ from typing import Any
 from raftune.build import limit_threads
 from raftune.config.load import differences, merge, nested, validate
 from raftune.config.run import RunConfig
-from raftune.config.selection import READ_BY
+from raftune.config.selection import RULES, rule_class
 from raftune.engines.local import ThisProcess
 from raftune.errors import ConfigChanged, ConfigError, RewardError, RunDamaged
 from raftune.families import FAMILIES, family_of
@@ -365,9 +365,8 @@ def missing_rewards(config: Mapping[str, Any]) -> str:
 
 def for_rule(selection: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The run's section without what a newly given rule does not read: nobody should have to take that back."""
-    rule = given.get("rule")
-    unread = {name for name, rules in READ_BY.items() if rule is not None and rule not in rules}
-    return {name: value for name, value in selection.items() if name not in unread}
+    section = RULES.get(rule_class(given)) if given.get("rule") is not None else None
+    return {name: value for name, value in selection.items() if section is None or name in section.model_fields}
 
 
 def changed_values(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:

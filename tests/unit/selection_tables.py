@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from raftune.config.selection import SelectionConfig
+from raftune.config.selection import selection_config
 from raftune.selection import REASONS, Candidates, Verdicts, select
 
 NAN, INF = float("nan"), float("inf")
@@ -70,7 +70,7 @@ def random_table(seed: int, groups: int = 60) -> Candidates:
 
 def choose(candidates: Candidates, seed: int = 0, **fields: Any) -> Verdicts:
     """The verdicts; prompts of equal scores, of which these tables have many, are kept where nothing else is said."""
-    return select(candidates, SelectionConfig(**{"all_equal": "keep", **fields}), seed)
+    return select(candidates, selection_config(**{"all_equal": "keep", **fields}), seed)
 
 
 def kept(verdicts: Verdicts) -> list[int]:

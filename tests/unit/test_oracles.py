@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raftune.config.selection import SelectionConfig
+from raftune.config.selection import TopFraction, selection_config
 from raftune.evaluation.best_of import best_of_k_estimates
 from raftune.policies import closed_forms as exact
 from raftune.selection import Candidates, Verdicts, barren, select
@@ -43,7 +43,7 @@ class Drawn:
 
     def verdicts(self, seed: int = 0, **fields: Any) -> Verdicts:
         # The laws are those of all prompts: also of one whose draws are all the same answer.
-        return select(self.candidates, SelectionConfig(**{"all_equal": "keep", **fields}), seed)
+        return select(self.candidates, selection_config(**{"all_equal": "keep", **fields}), seed)
 
     def weights(self, seed: int = 0, **fields: Any) -> np.ndarray:
         """(X, K)"""
@@ -294,7 +294,7 @@ def test_11_global_ranking_starves_hard_prompts_as_predicted() -> None:
     k = np.concatenate([np.arange(size) for size in n]).astype(np.int32)
     unused = np.zeros(len(group), np.int64)
     table = Candidates(group, k, scores, unused, unused.astype(np.uint64))
-    weight = select(table, SelectionConfig(rule="top_fraction", keep_fraction=0.3), 1).weight
+    weight = select(table, TopFraction(keep_fraction=0.3), 1).weight
     assert weight.sum() == 120000
     # A share of 120,000 has a standard error of at most ½/√120000 = 0.0015, here from draws and from ties.
     shares = np.bincount(group, weight) / weight.sum()

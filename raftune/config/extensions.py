@@ -1,0 +1,163 @@
+"""Code of a user's own that the configuration names as `file.py:name` or `module:name`: loaded, checked, configured."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from raftune.errors import ConfigError
+
+SPEC = r".+:.+"  # the pattern of a field that names such code
+GUIDE = "docs/extending.md has an example of each."
+
+
+def load_extension(
+    spec: str,
+    field: str,
+    options: Mapping[str, Any],
+    *,
+    methods: Mapping[str, Sequence[str]],
+    attributes: Sequence[str] = (),
+) -> Any:
+    """An instance of the class that the spec names, made with these options.
+
+    `methods` are those that it must have, each with the names of its arguments. Raises ConfigError that names the
+    field, the class, and what is missing, wrong or unknown.
+    """
+    found = load_object(spec, field)
+    if not inspect.isclass(found):
+        raise ConfigError(f"{field} must name a class with {_in_words(methods)}; got {spec!r}, {_kind(found)}. {GUIDE}")
+    if missing := [name for name in methods if not callable(getattr(found, name, None))]:
+        raise ConfigError(
+            f"{field}: the class {spec} lacks the method {_in_words({missing[0]: methods[missing[0]]})}. {GUIDE}"
+        )
+    made = _with_options(found, spec, field.rpartition(".")[0] + ".options", options)
+    if absent := [name for name in attributes if not hasattr(made, name)]:
+        raise ConfigError(f"{field}: the class {spec} lacks the attribute `{absent[0]}`. {GUIDE}")
+    for name, arguments in methods.items():
+        signature = inspect.signature(getattr(made, name))
+        try:
+            signature.bind(*arguments)
+        except TypeError:
+            raise ConfigError(
+                f"{field}: the method {name} of {spec} must take ({', '.join(['self', *arguments])}); it takes "
+                f"({', '.join(['self', *signature.parameters])}). {GUIDE}"
+            ) from None
+    return made
+
+
+def _with_options(cls: type[Any], spec: str, field: str, options: Mapping[str, Any]) -> Any:
+    """An instance of the class: a pydantic model or a dataclass validates its options; any other takes keywords."""
+    names = _option_names(cls)
+    for name in options:
+        if names is not None and name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            there = f"it has {', '.join(names)}" if names else "it takes none"
+            hint = f"did you mean {close[0]!r}?" if close else f"{there}."
+            raise ConfigError(f"{field}.{name} is not an option of {spec}; {hint}")
+    try:
+        checked = issubclass(cls, BaseModel) or dataclasses.is_dataclass(cls)
+        return TypeAdapter(cls).validate_python(dict(options)) if checked else cls(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([field, *(str(part) for part in first["loc"])])
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise ConfigError(f"{where} of {spec}: {message}; got {first['input']!r}. Change it.") from None
+    except Exception as error:
+        raise ConfigError(
+            f"{field}: {spec} cannot be made with {dict(options)}: {error}. Change the options."
+        ) from error
+
+
+def _option_names(cls: type[Any]) -> list[str] | None:
+    """The names of a class's options; None where it takes any."""
+    if issubclass(cls, BaseModel):
+        return None if cls.model_config.get("extra") == "allow" else list(cls.model_fields)
+    if dataclasses.is_dataclass(cls):
+        return [field.name for field in dataclasses.fields(cls) if field.init]
+    parameters = inspect.signature(cls).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
+
+
+def _in_words(methods: Mapping[str, Sequence[str]]) -> str:
+    return " and ".join(f"`{name}({', '.join(['self', *arguments])})`" for name, arguments in methods.items())
+
+
+def _kind(found: object) -> str:
+    return "a function" if inspect.isroutine(found) else f"a {type(found).__name__}"
+
+
+def code_hash(spec: str) -> str:
+    """16 hex digits that change with the file that the spec's code is read from; empty where there is none to read."""
+    left = spec.rpartition(":")[0]
+    place = Path(left).expanduser()
+    if not left.endswith(".py"):
+        try:  # without running the module's code: a run may be looked at without it
+            found = importlib.util.find_spec(left)
+        except (ImportError, ValueError):
+            found = None
+        place = Path((found and found.origin) or "")
+    return hashlib.sha256(place.read_bytes()).hexdigest()[:16] if place.is_file() else ""
+
+
+def load_object(spec: str, field: str) -> Any:
+    """The object that `module:name` or `file.py:name` names. Raises ConfigError."""
+    left, _, name = spec.rpartition(":")
+    try:
+        module = module_from_file(Path(left).expanduser()) if left.endswith(".py") else importlib.import_module(left)
+    except (ImportError, OSError) as error:
+        raise ConfigError(
+            f"{field} must name what can be imported; got {spec!r}: {error}. Check the module or the path."
+        ) from error
+    except Exception as error:
+        where = f", line {line}" if (line := line_in(error, left)) else ""
+        raise ConfigError(
+            f"{field}: {left}{where} raised {type(error).__name__} when it was read: {error}. Fix it; "
+            f"`python {left}` shows it all."
+        ) from error
+    if not hasattr(module, name):
+        raise ConfigError(f"{field}: {left} has no {name!r}. Check the name after the colon.")
+    return getattr(module, name)
+
+
+def line_in(error: Exception, file: str) -> int | None:
+    """The last line of this file that the error went through; None where it went through none."""
+    if isinstance(error, SyntaxError):
+        return error.lineno
+    trace, line = error.__traceback__, None
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename.endswith(Path(file).name):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def module_from_file(path: Path) -> ModuleType:
+    """The file, run as a module; like a script's, modules beside it can be imported."""
+    name = f"raftune_extension_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise OSError(f"there is no file {path}")
+    module = importlib.util.module_from_spec(spec)
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
+    sys.modules[name] = module  # where dataclasses and pydantic look for the names in annotations
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return module
