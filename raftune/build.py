@@ -17,7 +17,7 @@ from raftune.digest import held_out_names
 from raftune.engines.local import ThisProcess, make_engine
 from raftune.evaluation.examine import Examination
 from raftune.evaluation.images import looked_at
-from raftune.evaluation.metrics import METRICS
+from raftune.evaluation.metrics import METRICS, load_metrics, measured, metric_code
 from raftune.families import Family, code_of, family_of, load_policy, start_policy
 from raftune.protocols import Extractor, Policy, Stage, SupportsBackends, UnitStage
 from raftune.records import LATENTS
@@ -25,7 +25,7 @@ from raftune.rewards.combining import with_counts
 from raftune.rewards.samples import SamplePanel
 from raftune.stages.data import Data
 from raftune.stages.draw import Draw, Teach
-from raftune.stages.evaluate import Evaluate
+from raftune.stages.evaluate import Evaluate, OwnMetrics
 from raftune.stages.features import Features
 from raftune.stages.gather import Gather
 from raftune.stages.guard import Guard
@@ -248,7 +248,19 @@ class Assembly:
             stages.append(Features(self.extractor))
             shards.append("features")
         media, condense = self.family.media, looked_at if self.family.media == "image" else None
-        stages.append(Evaluate(METRICS, shards=tuple(shards), media=media, references=references, condense=condense))
+        own = None
+        if evaluation.metrics:
+            own = OwnMetrics(lambda: load_metrics(evaluation), metric_code(evaluation), measured)
+        stages.append(
+            Evaluate(
+                tuple(METRICS.values()),
+                shards=tuple(shards),
+                media=media,
+                references=references,
+                condense=condense,
+                own=own,
+            )
+        )
         return stages
 
     def _guarding(self, round_: int) -> list[Stage]:

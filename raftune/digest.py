@@ -31,6 +31,7 @@ NUMBERS = {
     "drift": "feature_drift",
     "invalid": "invalid_ratio",
 }
+OWN = "metrics/"  # how the names of the user's own metrics begin
 MEND = "`raftune verify` lists what is damaged, and `raftune resume --from STAGE` makes it again."
 AGAIN = "`raftune resume` writes it again."
 # Columns that are shown where a round has more than this.
@@ -115,6 +116,10 @@ def row_of(round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], 
         value = found.get("mean") if isinstance(found, Mapping) else found
         if value is not None:
             row[key] = value
+    for key in metrics:
+        found = metrics[key].get("mean") if isinstance(metrics[key], Mapping) else metrics[key]
+        if key.startswith(OWN) and found is not None:
+            row[key] = found
     for key in ("samples", "kept", "prompts", "nothing_to_rank", "clipped_kept", "reward_drawn", "reward_kept"):
         if summary.get(key) is not None:
             row[key] = summary[key]
@@ -164,6 +169,7 @@ def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Colum
         ),
         Column("vendi", "Vendi", "how many different pictures of a prompt there are in effect", number("vendi", 2)),
         Column("drift", "drift", "1 - cos of features to the start's picture of the same seed", number("drift")),
+        *(own_column(key) for key in sorted({key for row in rows for key in row if key.startswith(OWN)})),
         Column("invalid", "invalid", "share of samples that are no picture", percentage("invalid")),
         Column(
             "nothing_to_rank",
@@ -178,6 +184,13 @@ def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Colum
     spare = {"pixel_distance"} if any("vendi" in row for row in rows) else set()  # both say how varied pictures are
     spare |= {key for key, worth in WORTH_SAYING.items() if all((row.get(key) or 0) <= worth(row) for row in rows)}
     return [column for column in columns if column.key not in spare and any(column.key in row for row in rows)]
+
+
+def own_column(key: str) -> Column:
+    """The column of a metric of the user's own."""
+    name = key.removeprefix(OWN)
+    title = name if len(name) <= LONGEST_TITLE else name[: LONGEST_TITLE - 1] + "…"
+    return Column(key, title, f"{name}, a metric of your own", lambda row: f"{row[key]:.4g}")
 
 
 def cell(column: Column, row: Row) -> str:

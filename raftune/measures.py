@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raftune.digest import ends_of
+from raftune.digest import OWN, ends_of
 from raftune.plain import percent
 
 Metrics = Mapping[str, Any]
@@ -76,6 +76,11 @@ def measures(metrics: Metrics) -> Iterator[Measure]:
         for part, key in beneath.items():
             if metrics[key] is not None and metrics[key] != found:
                 yield measure(key, f"  {part}", metrics[key], write, "a part of it")
+    for key in sorted(name for name in metrics if name.startswith(OWN)):
+        if metrics[key] is not None:
+            yield measure(
+                key, key.removeprefix(OWN), metrics[key], lambda value: f"{value:.4g}", "a metric of your own"
+            )
 
 
 def parts_of(metrics: Metrics, name: str) -> dict[str, str]:

@@ -9,7 +9,10 @@ from importlib.util import find_spec
 from raftune.build import Assembly
 from raftune.config.guards import ALIKE_ALARMS, PICTURE_ALARMS, TEXT_ALARMS
 from raftune.config.selection import Random, TopM
+from raftune.config.tuning import CustomTuning
 from raftune.errors import ConfigError
+from raftune.evaluation.metrics import load_metrics
+from raftune.objectives import load_objective
 from raftune.records import LATENTS
 from raftune.rewards.media import misfits
 from raftune.selection import load_rule
@@ -131,6 +134,13 @@ def likelihood(assembly: Assembly) -> Iterator[str]:
 def selection(assembly: Assembly) -> Iterator[str]:
     """Rules that no draw can satisfy; one of the user's own is loaded, which raises ConfigError where it cannot be."""
     load_rule(assembly.config.selection)
+    load_metrics(assembly.config.evaluation)
+    load_objective(assembly.config.tuning)
+    if isinstance(assembly.config.tuning, CustomTuning) and not getattr(assembly.family, "any_objective", False):
+        yield (
+            f"tuning.objective must be sft for policy.family: {assembly.config.policy.family}, whose loss is its own; "
+            f"got {assembly.config.tuning.objective!r}. Leave it out, or choose causal_lm."
+        )
     chosen, sampling = assembly.config.selection, assembly.config.sampling
     teacher = sampling.teacher.num_generations if sampling.teacher else 0
     others = len(sampling.candidate_columns) + teacher

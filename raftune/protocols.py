@@ -221,6 +221,34 @@ class Rule(Protocol):
         ...
 
 
+class LearnedModel(Protocol):
+    """What an objective sees of the model that is trained."""
+
+    def terms(self, batch: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+        """Tensors, with gradient: the loss of each unit (a token, an image at a noise level), the weight of each, and
+        the weight that the batch has in all."""
+        ...
+
+
+class Objective(Protocol):
+    """What of the candidates reaches training, and the loss.
+
+    needs: of kept and rejected, the samples that `rows` is given.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def rows(self, samples: pa.Table, verdicts: pa.Table) -> pa.Table:
+        """The rows to train on, of one unit's samples with their verdicts, row for row: all columns of `samples`, and
+        `weight` (0 leaves a row out). Further columns of numbers reach the batch by their names."""
+        ...
+
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Tensors: the loss of a micro-batch, normalised so that those of a step add up, and the weight behind it."""
+        ...
+
+
 class Reward(Protocol):
     """What gives a number to a completion: TRL's contract, called by keyword."""
 
@@ -352,11 +380,14 @@ class Extractor(Protocol):
 
 
 class Metric(Protocol):
-    """A pure function of committed samples, or of the reference answers to the prompts that they answer."""
+    """A pure function of committed samples, or of the reference answers to the prompts that they answer.
+
+    A built-in one gives its numbers by name; one of the user's own a number, or one for each sample.
+    """
 
     needs: frozenset[str]  # scores, text, image, features, invalid, log_probs, own_log_probs, references
 
-    def __call__(self, samples: pa.Table) -> dict[str, Any]: ...
+    def __call__(self, samples: pa.Table) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)

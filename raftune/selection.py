@@ -286,7 +286,14 @@ def load_rule(config: SelectionConfig) -> Rule:
     """The configured rule. Raises ConfigError where one of the user's own is not there, or is not whole."""
     if not isinstance(config, CustomRule):
         return BuiltInRule(RULES[config.rule], config)
-    rule: Rule = load_extension(config.rule, "selection.rule", config.options, methods=METHODS, attributes=("reasons",))
+    rule: Rule = load_extension(
+        config.rule,
+        "selection.rule",
+        config.options,
+        "selection.options",
+        methods=METHODS,
+        attributes=("reasons",),
+    )
     texts = isinstance(rule.reasons, list | tuple) and all(isinstance(reason, str) for reason in rule.reasons)
     if not texts or not 1 <= len(rule.reasons) <= MOST_REASONS:
         raise ConfigError(

@@ -131,6 +131,7 @@ def remarks(metrics: dict[str, Any]) -> list[str]:
     if statuses:
         others = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
         said.append(f"{scored} of {scored + sum(statuses.values())} answers have a score; {others}")
+    said += [f"{name} has no value: {error}" for name, error in (metrics.get("metric_errors") or {}).items()]
     references = metrics.get("references") or {}
     if references.get("left_out"):
         asked = sum(references.values())

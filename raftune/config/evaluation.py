@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, model_validator
 
 from raftune.config.base import Frozen
-from raftune.config.rewards import RewardSpec
+from raftune.config.extensions import SPEC
+from raftune.config.rewards import RewardSpec, derived_name, unique_names
+
+
+class MetricSpec(Frozen):
+    """A metric of your own. A plain string stands for a spec with every other field at its default."""
+
+    spec: str = Field(pattern=SPEC, description="file.py:NAME or module:NAME; docs/extending.md says how.")
+    name: str | None = Field(
+        None, pattern=r"^[\w.\-]+$", description="Name metrics/NAME in metrics.json; None derives it from the spec."
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the metric, by name.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_is_a_spec(cls, value: Any) -> Any:
+        return {"spec": value} if isinstance(value, str) else value
 
 
 class EvaluationConfig(Frozen):
@@ -28,6 +46,9 @@ class EvaluationConfig(Frozen):
     best_by: str = Field(
         "reward", description="What the best round is chosen by: 'reward', or a held-out reward's name."
     )
+    metrics: tuple[MetricSpec, ...] = Field(
+        (), description="Metrics of your own beside the built-in ones (file.py:NAME, module:NAME)."
+    )
     reference_column: str | None = Field(
         None,
         min_length=1,
@@ -40,3 +61,8 @@ class EvaluationConfig(Frozen):
         "and how far they went from the start's.",
     )
     kl: bool = Field(True, description="Estimate the KL to the start model, where the family knows likelihoods.")
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """One name for each metric of your own, in order, all different."""
+        return unique_names([(each.name or derived_name(each.spec), each.name is not None) for each in self.metrics])

@@ -26,6 +26,7 @@ def load_extension(
     spec: str,
     field: str,
     options: Mapping[str, Any],
+    options_field: str,
     *,
     methods: Mapping[str, Sequence[str]],
     attributes: Sequence[str] = (),
@@ -38,11 +39,11 @@ def load_extension(
     found = load_object(spec, field)
     if not inspect.isclass(found):
         raise ConfigError(f"{field} must name a class with {_in_words(methods)}; got {spec!r}, {_kind(found)}. {GUIDE}")
-    if missing := [name for name in methods if not callable(getattr(found, name, None))]:
+    if missing := [name for name in methods if not any(callable(vars(base).get(name)) for base in found.__mro__)]:
         raise ConfigError(
             f"{field}: the class {spec} lacks the method {_in_words({missing[0]: methods[missing[0]]})}. {GUIDE}"
         )
-    made = _with_options(found, spec, field.rpartition(".")[0] + ".options", options)
+    made = _with_options(found, spec, options_field, options)
     if absent := [name for name in attributes if not hasattr(made, name)]:
         raise ConfigError(f"{field}: the class {spec} lacks the attribute `{absent[0]}`. {GUIDE}")
     for name, arguments in methods.items():

@@ -14,7 +14,7 @@ from raftune.config.policy import PolicyConfig
 from raftune.config.rewards import RewardsConfig
 from raftune.config.sampling import SamplingConfig
 from raftune.config.selection import AnySelection, BestOfK
-from raftune.config.tuning import TuningConfig
+from raftune.config.tuning import AnyTuning, SftTuning
 
 
 class DataConfig(Frozen):
@@ -97,7 +97,7 @@ class RunConfig(Frozen):
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     rewards: RewardsConfig = Field(default_factory=RewardsConfig)
     selection: AnySelection = Field(default_factory=BestOfK)
-    tuning: TuningConfig = Field(default_factory=TuningConfig)
+    tuning: AnyTuning = Field(default_factory=SftTuning)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     guards: GuardsConfig = Field(default_factory=GuardsConfig)
     stop: StopConfig = Field(default_factory=StopConfig)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from raftune.config.base import Frozen
+from raftune.config.extensions import SPEC
 
 # Of transformers' TrainingArguments: what shapes a fit and is neither a field below nor set by raftune.
 TRAINER_KWARGS = {
@@ -107,3 +108,31 @@ class TuningConfig(Frozen):
                 "weights that each round throws away: set optimizer_state: fresh."
             )
         return self
+
+
+class SftTuning(TuningConfig):
+    """Minimises the weighted loss of what was kept: the negative log-likelihood, or the denoising error."""
+
+    objective: Literal["sft"] = Field(
+        "sft",
+        description="What training minimises: sft, the weighted loss of the kept samples, or an objective of your own "
+        "(file.py:NAME, module:NAME).",
+    )
+
+
+class CustomTuning(TuningConfig):
+    """Minimises an objective of your own, with options that its class declares."""
+
+    objective: str = Field(pattern=SPEC, description="file.py:NAME or module:NAME; docs/extending.md says how.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of an objective of your own, by name.")
+
+
+def objective_class(data: Any) -> str:
+    """The tag of the section with this objective; the objective itself where there is none."""
+    given = data.get("objective", "sft") if isinstance(data, dict) else getattr(data, "objective", "sft")
+    return "custom" if ":" in str(given) else str(given)
+
+
+AnyTuning = Annotated[
+    Annotated[SftTuning, Tag("sft")] | Annotated[CustomTuning, Tag("custom")], Discriminator(objective_class)
+]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raftune.config.evaluation import EvaluationConfig
+from raftune.config.extensions import GUIDE, code_hash, load_extension
+from raftune.errors import ConfigError
 from raftune.evaluation.best_of import best_of_k_estimates
 from raftune.evaluation.columns import prompt_numbers
 from raftune.evaluation.diversity import distinct, msttr, numbered, similarities, unique
@@ -19,11 +22,28 @@ from raftune.interval import Interval, interval, mean_by_prompt, ratio_interval
 from raftune.protocols import Metric
 from raftune.records import INVALID
 
+_Made = TypeVar("_Made", bound=Metric)
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+METRICS: dict[str, Metric] = {}  # the built-in metrics
+# What a metric may need: columns that a run's evaluation has only where its family or configuration gives them.
+NEEDS = frozenset(
+    {"scores", "text", "image", "category", "features", "log_probs", "own_log_probs", "references", INVALID}
+)
 MOST_NATS = 700.0  # a token; exp of more overflows
 
 
+def metric(name: str) -> Callable[[type[_Made]], type[_Made]]:
+    """Enters the decorated class as the built-in metric of this name."""
+
+    def enter(cls: type[_Made]) -> type[_Made]:
+        METRICS[name] = cls()
+        return cls
+
+    return enter
+
+
+@metric("rewards")
 class Rewards:
     """The reward of the policy, of best-of-k (unbiased), and of each part and held-out reward, with intervals."""
 
@@ -51,6 +71,7 @@ class Rewards:
         return found
 
 
+@metric("divergence")
 class Divergence:
     """KL to the start: the mean of log p - log p0 over the policy's own samples, nats per answer, and per token."""
 
@@ -65,6 +86,7 @@ class Divergence:
         return found
 
 
+@metric("entropy")
 class Entropy:
     """How undecided the policy is, in nats: the mean of -log p over its own samples, per answer and per token.
 
@@ -86,6 +108,7 @@ class Entropy:
         return found
 
 
+@metric("perplexity")
 class Perplexity:
     """exp(-Σ log p / Σ tokens) over reference answers to the held-out prompts, EOS counted, the interval over prompts.
 
@@ -103,6 +126,7 @@ class Perplexity:
         return {"perplexity": exponential(rate), "references": counts}
 
 
+@metric("text")
 class Text:
     """Length, the share cut off, and how varied the words are: over all samples, and inside a prompt's group."""
 
@@ -122,6 +146,7 @@ class Text:
         return found
 
 
+@metric("validity")
 class Validity:
     """The share of samples that their policy calls invalid: nothing to look at, and nothing to learn from."""
 
@@ -132,16 +157,51 @@ class Validity:
         return {"invalid_ratio": (count - samples.column(INVALID).null_count) / count if count else None}
 
 
-METRICS: tuple[Metric, ...] = (
-    Rewards(),
-    Divergence(),
-    Entropy(),
-    Perplexity(),
-    Text(),
-    Validity(),
-    Pixels(),
-    Vectors(),
-)
+metric("pixels")(Pixels)
+metric("vectors")(Vectors)
+
+
+def load_metrics(config: EvaluationConfig) -> dict[str, Metric]:
+    """The user's own metrics by name. Raises ConfigError where one is not there, or is not whole."""
+    found = {}
+    for name, spec in zip(config.metric_names, config.metrics, strict=True):
+        made: Metric = load_extension(
+            spec.spec,
+            "evaluation.metrics",
+            spec.options,
+            f"evaluation.metrics, options of {name}",
+            methods={"__call__": ("samples",)},
+            attributes=("needs",),
+        )
+        if not isinstance(made.needs, set | frozenset | tuple | list) or not set(made.needs) <= NEEDS:
+            raise ConfigError(
+                f"evaluation.metrics: `needs` of {spec.spec} must be of {', '.join(sorted(NEEDS))}; got "
+                f"{made.needs!r}. {GUIDE}"
+            )
+        found[name] = made
+    return found
+
+
+def metric_code(config: EvaluationConfig) -> dict[str, str]:
+    """The hashes of the files that the user's own metrics are read from."""
+    names = zip(config.metric_names, config.metrics, strict=True)
+    return {f"evaluation.metrics {name}": code_hash(spec.spec) for name, spec in names}
+
+
+def measured(metric: Metric, samples: pa.Table) -> float | Interval | None:
+    """What a metric of the user's own gives: its number, or the mean of its value of each sample, with an interval.
+
+    Raises TypeError for anything else; whatever the metric raises.
+    """
+    result: Any = metric(samples)
+    if isinstance(result, int | float | np.number):
+        return float(result) if math.isfinite(result) else None
+    values = np.asarray(result, dtype=np.float64)
+    if values.shape != (samples.num_rows,):
+        raise TypeError(
+            f"it must return a number, or one for each of the {samples.num_rows} samples; got shape {values.shape}"
+        )
+    return interval(mean_by_prompt(prompt_numbers(samples), values))
 
 
 def usable(samples: pa.Table, column: str, status: str) -> Floats:

@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from raftune import interruption, pulse
 from raftune.checkpoints import newest_verified, seal
 from raftune.config.tuning import TuningConfig
-from raftune.errors import ConfigError, ModelError, OutOfMemory
+from raftune.errors import ConfigError, ExtensionError, ModelError, OutOfMemory
 from raftune.ordering import LengthGrouped
 from raftune.plain import counted
 from raftune.policies.memory import is_out_of_memory
@@ -42,7 +42,7 @@ NEVER = 2**31 - 1  # steps between checkpoints, where time alone decides
 
 Batch = Mapping[str, torch.Tensor]
 # Of a micro-batch: its share of the step's loss (what backward sees), and the sum of the coefficients in it.
-Objective = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
+Loss = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Companion(Protocol):
@@ -73,12 +73,35 @@ class Task:
     rows: Sequence[Any]
     lengths: Sequence[int]
     collate: Callable[[list[Any]], Batch]
-    objective: Callable[[Any], Objective]
+    objective: Callable[[Any], Loss]
     seed: int
     identity: str
     carried: Mapping[str, torch.Tensor] | None = None
     callbacks: Sequence[TrainerCallback] = ()
     companion: Callable[[Mapping[str, torch.Tensor]], Companion] | None = None  # made anew for each loaded model
+
+
+def checked_loss(loss: Loss, name: str) -> Loss:
+    """The loss of an objective of this name. Raises ExtensionError where it fails or gives back no two tensors."""
+
+    def checked(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            result = loss(batch)
+        except Exception as error:
+            if ":" not in name or is_out_of_memory(error):
+                raise
+            raise ExtensionError(
+                f"tuning.objective: `loss` of {name} raised {type(error).__name__}: {error}. Fix it and resume the run."
+            ) from error
+        pair = isinstance(result, tuple) and len(result) == 2 and all(torch.is_tensor(part) for part in result)
+        if not pair or any(part.dim() for part in result) or not result[0].requires_grad:
+            raise ExtensionError(
+                f"tuning.objective: `loss` of {name} must return two tensors without dimensions, the loss (with its "
+                "gradient) and the weight behind it; it does not. Fix it and resume the run."
+            )
+        return result
+
+    return checked
 
 
 @dataclass(frozen=True)

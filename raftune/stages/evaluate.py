@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ START = "evaluate/features@0"  # of the start's samples, which have the same pro
 IDENTITY = frozenset({"sample_id", "prompt_id", "k", "source"})  # the columns that every shard repeats
 
 
+@dataclass(frozen=True)
+class OwnMetrics:
+    """The user's own metrics: loaded when the stage runs, the hashes of their code, and what makes one a value."""
+
+    load: Callable[[], Mapping[str, Metric]]
+    code: Mapping[str, str]
+    measured: Callable[[Metric, pa.Table], Any]
+
+
 class Evaluate:
     """metrics.json: every metric that the columns at hand suffice for, those of samples and those of reference answers.
 
@@ -28,7 +38,6 @@ class Evaluate:
 
     name = "evaluate"
     writes = "evaluate"
-    fields: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -38,24 +47,47 @@ class Evaluate:
         media: str,
         references: str | None = None,
         condense: Callable[[pa.Table], pa.Table] | None = None,
+        own: OwnMetrics | None = None,
     ) -> None:
-        """`condense` puts what metrics need of a unit's samples in place of what is too large to be held of all."""
+        """`own` are the user's own metrics, which do enter the key. `condense` puts what metrics need of a unit's
+        samples in place of what is too large to be held of all."""
         self.metrics, self.media, self.references, self.condense = metrics, media, references, condense
         self.shards = tuple(f"evaluate/{name}" for name in shards)
         self.start = (START,) if "features" in shards else ()
+        self.own = own
+        self.fields: tuple[str, ...] = ("evaluation.metrics",) if own else ()
         self.reads = (*self.shards, *([references] if references else []), *self.start)
 
     def fingerprints(self) -> Mapping[str, str]:
-        return {}
+        return self.own.code if self.own else {}
 
-    def run(self, inputs: Inputs, out: Path) -> None:
+    def run(self, inputs: Inputs, out: Path) -> tuple[str, ...]:
         found: dict[str, Any] = {}
+        errors = dict.fromkeys(own := self.own.load() if self.own else {}, "")
         if unit_numbers(inputs[self.shards[0]]):  # of fewer than ten prompts none is held out
             for table in self.tables(inputs):
                 for metric in self.metrics:
                     if metric.needs <= self.has(table):
                         found |= metric(table)
+                for name, metric in own.items():
+                    if f"metrics/{name}" not in found and frozenset(metric.needs) <= self.has(table):
+                        found[f"metrics/{name}"], errors[name] = self.measured(metric, table)
+            for name, metric in own.items():
+                if f"metrics/{name}" not in found:
+                    found[f"metrics/{name}"] = None
+                    errors[name] = f"it needs {', '.join(sorted(metric.needs))}, which this evaluation does not have"
+        if failed := {name: error for name, error in errors.items() if error}:
+            found["metric_errors"] = failed
         (out / "metrics.json").write_text(json.dumps(plain(found), indent=2, sort_keys=True, allow_nan=False) + "\n")
+        return tuple(f"evaluation.metrics: {name} has no value: {error}" for name, error in failed.items())
+
+    def measured(self, metric: Metric, table: pa.Table) -> tuple[Any, str]:
+        """The value of a metric of the user's own, and why it has none."""
+        assert self.own is not None
+        try:
+            return self.own.measured(metric, table), ""
+        except Exception as error:
+            return None, f"{type(error).__name__}: {error}"
 
     def tables(self, inputs: Inputs) -> Iterator[pa.Table]:
         """The samples; and where references are scored, these, a row for each held-out prompt."""

@@ -13,17 +13,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raftune.config.tuning import ReferenceConfig, TuningConfig
+from raftune.config.tuning import CustomTuning, ReferenceConfig, TuningConfig
 from raftune.data import read_rows
 from raftune.errors import DataError
-from raftune.protocols import Inputs, Policy, PolicyShelf
+from raftune.objectives import chosen_rows, load_objective, objective_code
+from raftune.protocols import FloatN, Inputs, Policy, PolicyShelf
 from raftune.records import INVALID, TOOLS, Prompt, derive_seed, table_of
 from raftune.stages.data import prepare
 from raftune.stages.select import read_verdicts
 from raftune.store.layout import unit_file
 from raftune.store.parquet import read_group, read_groups, read_table, table_writer
 
-_NOT_PAYLOAD = ("sample_id", "prompt_id", "k", "source", "seed", "version")
+VERDICT = ("score", "rank", "reason")  # of a verdict, what an objective of the user's own is given
+_NOT_PAYLOAD = ("sample_id", "prompt_id", "k", "source", "seed", "version", "weight")
 
 
 class Gather:
@@ -46,10 +48,11 @@ class Gather:
         needs_encoder = ("model@-1",) if config.reference else ()
         self.reads = ("plan", *shards, "select", *self.replayed, *needs_encoder)
         self.whole = shards  # of what these hold, every column is needed
-        self.fields = ("tuning.replay_rounds", "tuning.reference", *(("seed",) if config.reference else ()))
+        own = ("tuning.objective", "tuning.options") if isinstance(config, CustomTuning) else ()
+        self.fields = ("tuning.replay_rounds", "tuning.reference", *own, *(("seed",) if config.reference else ()))
 
     def fingerprints(self) -> Mapping[str, str]:
-        return {}
+        return objective_code(self.config)
 
     def run(self, inputs: Inputs, out: Path) -> None:
         tables = self.tables(inputs)
@@ -69,11 +72,13 @@ class Gather:
 
     def tables(self, inputs: Inputs) -> Iterator[pa.Table]:
         """This round's kept rows unit by unit, then those that earlier rounds had kept themselves."""
-        for unit, verdicts in read_verdicts(inputs["select"] / "verdicts.parquet", ["sample_id", "weight"]):
+        objective, name = load_objective(self.config), getattr(self.config, "objective", "sft")
+        columns = ["sample_id", "weight", *(VERDICT if isinstance(self.config, CustomTuning) else ())]
+        for unit, verdicts in read_verdicts(inputs["select"] / "verdicts.parquet", columns):
             samples = pa.concat_tables([read_table(inputs[name] / unit_file(unit)) for name in self.shards])
             assert samples.column("sample_id").equals(verdicts.column("sample_id")), "verdicts lie beside their samples"
-            weight = verdicts.column("weight").to_numpy()
-            yield kept_rows(samples, weight, read_group(inputs["plan"] / "prompts.parquet", unit), self.round)
+            rows = chosen_rows(objective, name, samples, verdicts)
+            yield with_prompts(rows, read_group(inputs["plan"] / "prompts.parquet", unit), self.round)
         for offset, name in enumerate(self.replayed, 1):
             origin = f"round-{self.round - offset:04d}"
             for rows in read_groups(inputs[name] / "rows.parquet"):
@@ -137,20 +142,23 @@ def prompts_of(rows: pa.Table, config: ReferenceConfig) -> pa.Table:
     return prepare(rows.select(names), config.prompt_column, "tuning.reference.path")
 
 
-def kept_rows(
-    samples: pa.Table, weight: np.ndarray[tuple[int], np.dtype[np.float64]], prompts: pa.Table, round_: int
-) -> pa.Table:
-    """The samples of positive weight, each beside its prompt."""
+def kept_rows(samples: pa.Table, weight: FloatN, prompts: pa.Table, round_: int) -> pa.Table:
+    """The samples of positive weight as rows to train on, each beside its prompt."""
     kept = samples.filter(pa.array(weight > 0))
+    return with_prompts(kept.append_column("weight", pa.array(weight[weight > 0], pa.float64())), prompts, round_)
+
+
+def with_prompts(rows: pa.Table, prompts: pa.Table, round_: int) -> pa.Table:
+    """The rows that reach training, each beside its prompt."""
     number = {name: i for i, name in enumerate(prompts.column("prompt_id").to_pylist())}
-    rows = pa.array([number[name] for name in kept.column("prompt_id").to_pylist()], pa.int64())
+    at = pa.array([number[name] for name in rows.column("prompt_id").to_pylist()], pa.int64())
     columns = {
-        "sample_id": kept.column("sample_id"),
-        "prompt_id": kept.column("prompt_id"),
-        "prompt": prompts.column("prompt").take(rows),
-        **({TOOLS: prompts.column(TOOLS).take(rows)} if TOOLS in prompts.column_names else {}),
-        "weight": pa.array(weight[weight > 0], pa.float64()),
-        "origin": pa.array([f"round-{round_:04d}"] * kept.num_rows, pa.string()),
-        "source": kept.column("source"),
+        "sample_id": rows.column("sample_id"),
+        "prompt_id": rows.column("prompt_id"),
+        "prompt": prompts.column("prompt").take(at),
+        **({TOOLS: prompts.column(TOOLS).take(at)} if TOOLS in prompts.column_names else {}),
+        "weight": rows.column("weight").cast(pa.float64()),
+        "origin": pa.array([f"round-{round_:04d}"] * rows.num_rows, pa.string()),
+        "source": rows.column("source"),
     }
-    return pa.table(columns | {name: kept.column(name) for name in kept.column_names if name not in _NOT_PAYLOAD})
+    return pa.table(columns | {name: rows.column(name) for name in rows.column_names if name not in _NOT_PAYLOAD})

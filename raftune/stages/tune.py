@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from raftune.config.tuning import TuningConfig
+from raftune.objectives import objective_code
 from raftune.protocols import Inputs, PolicyShelf, TuneReport
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.parquet import column_names, read_table
@@ -36,7 +37,7 @@ class Tune:
         self.reads = ("rows", *dict.fromkeys((self.base, "model@-1")))
 
     def fingerprints(self) -> Mapping[str, str]:
-        return {}
+        return objective_code(self.config)
 
     def run(self, inputs: Inputs, out: Path) -> tuple[str, ...]:
         rows = inputs["rows"] / "rows.parquet"

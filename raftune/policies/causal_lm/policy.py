@@ -16,6 +16,7 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
 
 from raftune.errors import ConfigError, DataError
+from raftune.objectives import load_objective, objective_code
 from raftune.policies.causal_lm import loading, starting
 from raftune.policies.causal_lm.chat import keep_date, read_date
 from raftune.policies.causal_lm.drawing import draw
@@ -56,6 +57,7 @@ class CausalLM:
 
     media = "text"
     payload = PAYLOAD
+    any_objective = True
 
     def __init__(self, config: RunParts, folder: Path, start: Path) -> None:
         self.config, self.folder, self.start_folder = config, folder, start
@@ -267,7 +269,7 @@ class CausalLM:
         Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
         """
         from raftune.checkpoints import identity
-        from raftune.policies.causal_lm.tuning import batch_of, objective, read_rows, rows_of
+        from raftune.policies.causal_lm.tuning import batch_of, loss_of, read_rows, rows_of
         from raftune.policies.training import Task, fit
 
         self._model = None  # one large model at a time
@@ -280,9 +282,9 @@ class CausalLM:
             rows=rows_of(found, tuning.loss_normalization, step),
             lengths=[len(example.ids) for example in found.examples],
             collate=lambda batch: batch_of(batch, self.tokenizer.pad_token_id),
-            objective=objective,
+            objective=loss_of(load_objective(tuning), getattr(tuning, "objective", "sft")),
             seed=seed_of_fit,
-            identity=identity(rows, tuning.model_dump_json(), seed_of_fit),
+            identity=identity(rows, tuning.model_dump_json() + "".join(objective_code(tuning).values()), seed_of_fit),
             carried=read_optimizer(self.folder) if tuning.optimizer_state == "carried" else None,
             callbacks=callbacks,
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch.nn import functional as F
@@ -17,8 +18,8 @@ from raftune.errors import DataError
 from raftune.policies.causal_lm.encoding import Encoder
 from raftune.policies.causal_lm.likelihood import Example, Reader, collate
 from raftune.policies.normalization import Normalization, coefficients
-from raftune.policies.training import Batch, Objective
-from raftune.protocols import FloatN
+from raftune.policies.training import Batch, Loss, checked_loss
+from raftune.protocols import FloatN, Objective
 from raftune.records import TOOLS, Prompt
 
 COLUMNS = ["prompt_id", "prompt", "weight", "completion_ids", "finish"]
@@ -31,6 +32,7 @@ class Row:
 
     example: Example
     coefficient: float
+    extra: Mapping[str, float] = field(default_factory=dict)  # what an objective of the user's own added to the row
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Rows:
     prompts: list[str]
     round: int
     truncated: int  # rows left out because they were cut off before their end
+    extra: Mapping[str, FloatN] = field(default_factory=dict)  # by name, columns that an objective added, (N,)
 
 
 def read_rows(path: Path, encoder: Encoder, config: TuningConfig) -> Rows:
@@ -53,6 +56,7 @@ def read_rows(path: Path, encoder: Encoder, config: TuningConfig) -> Rows:
     metadata = schema.metadata or {}
     table = pq.read_table(path, columns=[*COLUMNS, *({TOOLS} & {*schema.names})], use_threads=False)
     columns = table.to_pydict()
+    extra = {name: pq.read_table(path, columns=[name]).column(name).to_numpy() for name in _added(schema)}
     weights = np.array(columns["weight"], dtype=np.float64)
     if (bad := weights[~(np.isfinite(weights) & (weights >= 0))]).size:
         raise DataError(f"Every row's weight must be finite and not negative; got {bad[0]} in {path.name}.")
@@ -71,7 +75,15 @@ def read_rows(path: Path, encoder: Encoder, config: TuningConfig) -> Rows:
     encoded = dict(zip(first_of, encoder.encode(asked, for_drawing=False), strict=True))
     examples = [_example(encoder, columns, i, encoded[columns["prompt_id"][i]]) for i in used.tolist()]
     names = [columns["prompt_id"][i] for i in used]
-    return Rows(examples, weights[used], names, int(metadata.get(ROUND, b"0")), int(cut.sum()))
+    added = {name: np.asarray(column, np.float64)[used] for name, column in extra.items()}
+    return Rows(examples, weights[used], names, int(metadata.get(ROUND, b"0")), int(cut.sum()), added)
+
+
+def _added(schema: pa.Schema) -> list[str]:
+    """The columns of numbers that an objective of the user's own added."""
+    own = {*COLUMNS, TOOLS, "sample_id", "origin", "source"}
+    numeric = (pa.types.is_floating, pa.types.is_integer)
+    return [column.name for column in schema if column.name not in own and any(is_(column.type) for is_ in numeric)]
 
 
 def _example(encoder: Encoder, columns: Mapping[str, Any], row: int, prompt: Sequence[int]) -> Example:
@@ -90,24 +102,44 @@ def rows_of(found: Rows, normalization: Normalization, step: int) -> list[Row]:
     """The examples with their coefficients."""
     tokens = [example.tokens for example in found.examples]
     shares = coefficients(found.weights, tokens, found.prompts, normalization, step)
-    return [Row(example, float(share)) for example, share in zip(found.examples, shares, strict=True)]
+    extra = [{name: float(column[i]) for name, column in found.extra.items()} for i in range(len(tokens))]
+    return [Row(*parts) for parts in zip(found.examples, shares.tolist(), extra, strict=True)]
 
 
 def batch_of(rows: Sequence[Row], pad_id: int) -> Batch:
-    """A padded batch, with the coefficient of each completion token."""
+    """A padded batch; for each completion token its row in the batch and its coefficient, and what the row has more."""
     repeats = [row.example.tokens for row in rows]
-    per_token = np.repeat(np.array([row.coefficient for row in rows], dtype=np.float32), repeats)
-    return {**collate([row.example for row in rows], pad_id), "coefficients": torch.from_numpy(per_token)}
+
+    def per_token(values: Sequence[float]) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), repeats))
+
+    added = {name: per_token([row.extra[name] for row in rows]) for name in rows[0].extra}
+    owner = torch.from_numpy(np.repeat(np.arange(len(rows)), repeats))
+    coefficients = per_token([row.coefficient for row in rows])
+    return {**added, **collate([row.example for row in rows], pad_id), "coefficients": coefficients, "row": owner}
 
 
-def objective(model: Any) -> Objective:
-    """The weighted negative log-likelihood of the completions, EOS included; prompts and padding have no part in it."""
-    reader = Reader(model)
+class LearnedLM:
+    """A causal LM as an objective sees it: the completions' tokens, EOS included; prompts and padding have no part."""
 
-    def loss(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        logits_TV = reader.logits(reader.hidden(batch))
-        nll_T = F.cross_entropy(logits_TV, batch["targets"], reduction="none")
-        weights_T = batch["coefficients"]
-        return weights_T @ nll_T, weights_T.sum()
+    def __init__(self, module: Any) -> None:
+        self.module, self._reader = module, Reader(module)
 
-    return loss
+    def token_log_probs(self, batch: Batch) -> torch.Tensor:
+        """(T,) nats of each completion token of the batch, with gradient."""
+        return -F.cross_entropy(self._reader.logits(self._reader.hidden(batch)), batch["targets"], reduction="none")
+
+    def terms(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(T,) the negative log-likelihood of each completion token, (T,) its coefficient, and their sum."""
+        nll_T = F.cross_entropy(self._reader.logits(self._reader.hidden(batch)), batch["targets"], reduction="none")
+        return nll_T, batch["coefficients"], batch["coefficients"].sum()
+
+
+def loss_of(objective: Objective, name: str) -> Callable[[Any], Loss]:
+    """The objective as a fit calls it: for a model, the loss of a batch."""
+
+    def bind(module: Any) -> Loss:
+        model = LearnedLM(module)
+        return checked_loss(lambda batch: objective.loss(model, batch), name)
+
+    return bind

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from raftune.config.tuning import DiffusionTuning
 from raftune.policies.diffusion.binding import Binding, Conditions
 from raftune.policies.diffusion.schedules import Schedule, shares, stratified
-from raftune.policies.training import Batch, Objective
+from raftune.policies.training import Batch
 from raftune.records import derive_seed
 
 
@@ -69,22 +69,19 @@ class Denoising:
         """The same loss of another denoiser."""
         return replace(self, binding=binding)
 
-    def objective(self) -> Objective:
-        """The weighted squared error over the elements of the latents, a mean over each row's noise levels."""
-
-        def loss(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            x0, coefficients = batch["x0"], batch["coefficients"]
-            draws = self.draws(batch["rows"].tolist(), x0.shape[1:])
-            levels = draws.noise.shape[1]
-            none = len(self.conditions) - 1
-            asked = torch.where(draws.dropped, none, batch["prompts"].cpu()[:, None]).flatten()
-            t = self.schedule.times(draws.shares.flatten()).to(x0.device)
-            errors = self.errors(x0.repeat_interleave(levels, 0), draws.noise.flatten(0, 1), t, asked)
-            weights = self.schedule.weights(t, self.config.min_snr_gamma)
-            shares = coefficients.repeat_interleave(levels) / levels
-            return shares @ (weights * errors), coefficients.sum() * x0[0].numel()
-
-        return loss
+    def terms(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The squared error of each row at each of its noise levels, over the elements of its latents; its share in the
+        loss; and the weight of all."""
+        x0, coefficients = batch["x0"], batch["coefficients"]
+        draws = self.draws(batch["rows"].tolist(), x0.shape[1:])
+        levels = draws.noise.shape[1]
+        none = len(self.conditions) - 1
+        asked = torch.where(draws.dropped, none, batch["prompts"].cpu()[:, None]).flatten()
+        t = self.schedule.times(draws.shares.flatten()).to(x0.device)
+        errors = self.errors(x0.repeat_interleave(levels, 0), draws.noise.flatten(0, 1), t, asked)
+        weights = self.schedule.weights(t, self.config.min_snr_gamma)
+        shares = coefficients.repeat_interleave(levels) / levels
+        return weights * errors, shares, coefficients.sum() * x0[0].numel()
 
     def errors(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
         """(N,) the squared error of each row, summed over the latent's elements; `asked` are rows of conditions."""

@@ -7,6 +7,7 @@ one is compared, is read after the tuned one was written and let go.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 from raftune.checkpoints import identity
 from raftune.config.tuning import TuningConfig
 from raftune.errors import OutOfMemory
+from raftune.objectives import load_objective
 from raftune.policies.dials import RunParts
 from raftune.policies.diffusion import adapters
 from raftune.policies.diffusion.binding import Binding, Call, Conditions
@@ -105,7 +107,7 @@ def task_of(
     policy: Learner, found: Rows, denoising: Denoising, rows: Path, callbacks: Sequence[TrainerCallback]
 ) -> Task:
     """What the family brings to the fit."""
-    tuning = policy.config.tuning
+    tuning, objective = policy.config.tuning, load_objective(policy.config.tuning)
     decay = tuning.diffusion.ema_decay
     step = tuning.per_device_train_batch_size * tuning.gradient_accumulation_steps
     return Task(
@@ -113,7 +115,7 @@ def task_of(
         rows=found.with_coefficients(tuning.loss_normalization, step),
         lengths=[1] * len(found),
         collate=batch_of,
-        objective=lambda model: denoising.over(policy.bound(model.denoiser)).objective(),
+        objective=lambda model: partial(objective.loss, denoising.over(policy.bound(model.denoiser))),
         seed=denoising.seed,
         identity=identity(rows, tuning.model_dump_json(), denoising.seed),
         carried=read_optimizer(policy.folder) if tuning.optimizer_state == "carried" else None,

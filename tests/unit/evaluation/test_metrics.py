@@ -122,7 +122,7 @@ def test_chunks_of_a_table_are_measured_as_a_whole() -> None:
 
 def test_every_metric_says_what_it_needs() -> None:
     known = {"scores", "text", "image", "features", "invalid", "log_probs", "own_log_probs", "references"}
-    assert all(metric.needs and metric.needs <= known for metric in METRICS)
+    assert all(metric.needs and metric.needs <= known for metric in METRICS.values())
 
 
 def test_a_ratio_leaves_out_prompts_without_anything_below() -> None:

@@ -14,11 +14,12 @@ import torch
 
 from raftune.config.tuning import TuningConfig
 from raftune.errors import DataError
+from raftune.objectives import Sft
 from raftune.ordering import POOL, LengthGrouped, grouped_order
 from raftune.policies.causal_lm import CausalLM
 from raftune.policies.causal_lm.encoding import Encoder
 from raftune.policies.causal_lm.likelihood import Example
-from raftune.policies.causal_lm.tuning import Row, batch_of, objective, read_rows
+from raftune.policies.causal_lm.tuning import LearnedLM, Row, batch_of, read_rows
 from raftune.policies.normalization import coefficients
 from tests.builders import EOS, PAD, Parts, parts, tiny_model, tiny_tokenizer, tree_hash, write_rows
 from tests.unit.policies.causal_lm.fits import model_folders, some_rows, tuned
@@ -69,9 +70,9 @@ def test_the_sampler_follows_set_epoch() -> None:
 def gradient(model: Any, rows: list[Row], batches: list[list[int]]) -> torch.Tensor:
     """The summed gradient of the batches, flat."""
     model.zero_grad()
-    loss_of = objective(model)
+    learned = LearnedLM(model)
     for batch in batches:
-        loss_of(batch_of([rows[i] for i in batch], PAD))[0].backward()
+        Sft().loss(learned, batch_of([rows[i] for i in batch], PAD))[0].backward()
     return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
 

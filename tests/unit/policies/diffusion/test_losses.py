@@ -15,6 +15,7 @@ from diffusers.training_utils import EMAModel
 
 from raftune.config.tuning import DiffusionTuning
 from raftune.errors import DataError
+from raftune.objectives import Sft
 from raftune.policies.diffusion.binding import Binding, Call, Conditions, Pictures
 from raftune.policies.diffusion.ema import Average
 from raftune.policies.diffusion.latents import columns_of
@@ -92,7 +93,7 @@ def test_the_best_picture_is_the_weighted_mean_of_the_rows_whatever_is_predicted
     mean = torch.zeros(2, 3, 3, requires_grad=True)
     narrow = {"noise_range": (0.4, 0.4004), "level_sampling": "uniform", "min_snr_gamma": gamma}
     found = denoising(schedule_for(prediction), mean, **narrow)
-    loss, mass = found.objective()(batch_of(rows_of(x0, weights.tolist())))
+    loss, mass = Sft().loss(found, batch_of(rows_of(x0, weights.tolist())))
     assert mass.item() == pytest.approx(weights.sum().item() * 18)
     (slope,) = torch.autograd.grad(loss, mean, create_graph=True)
     (bend,) = torch.autograd.grad(slope.sum(), mean)
@@ -114,15 +115,15 @@ def test_the_loss_is_the_sum_over_rows_of_coefficient_and_squared_error_a_mean_o
             said = found.predict(schedule.noised(x0[i : i + 1], noise[None], t), t, torch.tensor([i % 3]))
             error = (said - schedule.target(x0[i : i + 1], noise[None], t)).square().sum()
             wanted += coefficient / 3 * float(schedule.weights(t, 5.0)) * float(error)
-    assert found.objective()(batch)[0].item() == pytest.approx(wanted, rel=1e-5)
+    assert Sft().loss(found, batch)[0].item() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_micro_batches_of_a_step_add_up_to_the_step() -> None:
     x0 = torch.randn(6, 2, 3, 3)
     rows = rows_of(x0, [0.5] * 6)
     found = denoising(schedule_for("flow"), torch.zeros(2, 3, 3), noise_levels=2)
-    whole = found.objective()(batch_of(rows))
-    parts = [found.objective()(batch_of(rows[i : i + 2])) for i in (0, 2, 4)]
+    whole = Sft().loss(found, batch_of(rows))
+    parts = [Sft().loss(found, batch_of(rows[i : i + 2])) for i in (0, 2, 4)]
     torch.testing.assert_close(whole[0], sum((loss for loss, _ in parts), torch.zeros(())))
     torch.testing.assert_close(whole[1], sum((mass for _, mass in parts), torch.zeros(())))
 
@@ -155,7 +156,7 @@ def test_a_row_s_noise_is_standard_normal_and_its_levels_are_spread() -> None:
 def test_dropped_rows_are_asked_without_their_prompt_as_often_as_is_said() -> None:
     """2,000 levels, each left out with probability .3: 600 +- 6 sigma of 20.5."""
     found = denoising(schedule_for("epsilon"), torch.zeros(1, 1, 1), condition_dropout=0.3, noise_levels=4)
-    found.objective()(batch_of(rows_of(torch.zeros(500, 1, 1, 1), [1.0] * 500)))
+    Sft().loss(found, batch_of(rows_of(torch.zeros(500, 1, 1, 1), [1.0] * 500)))
     asked = found.binding.asked  # type: ignore[attr-defined]
     assert 477 <= asked.count(-1.0) <= 723
     kept = [(i // 4 % 500) % 3 for i, number in enumerate(asked) if number != -1.0]
@@ -165,7 +166,7 @@ def test_dropped_rows_are_asked_without_their_prompt_as_often_as_is_said() -> No
 
 def _asked_without_dropout() -> list[float]:
     found = denoising(schedule_for("epsilon"), torch.zeros(1, 1, 1))
-    found.objective()(batch_of(rows_of(torch.zeros(500, 1, 1, 1), [1.0] * 500)))
+    Sft().loss(found, batch_of(rows_of(torch.zeros(500, 1, 1, 1), [1.0] * 500)))
     return found.binding.asked  # type: ignore[attr-defined, no-any-return]
 
 
