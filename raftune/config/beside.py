@@ -9,7 +9,14 @@ from typing import Any
 
 FIELDS = (
     *("data.prompts", "evaluation.prompts", "evaluation.features", "policy.family", "policy.model"),
-    *("policy.tokenizer", "sampling.teacher.model", "tuning.reference.path", "selection.rule", "tuning.objective"),
+    *(
+        "policy.tokenizer",
+        "sampling.teacher.model",
+        "tuning.reference.path",
+        "selection.rule",
+        "tuning.objective",
+        "engine.kind",
+    ),
 )
 REWARDS = ("rewards.reward_funcs", "evaluation.reward_funcs", "evaluation.metrics")  # lists of specs
 OF_A_REWARD = ("spec", "options.model", "options.clip", "options.processor")
@@ -49,7 +56,7 @@ def changed(data: Any, field: list[str], old: Path, new: Path) -> Any:
         return data
     if inner:
         return {**data, name: changed(data[name], inner, old, new)}
-    return {**data, name: seen(data[name], old, new, words=name not in ("family", "spec", "rule", "objective"))}
+    return {**data, name: seen(data[name], old, new, words=name not in ("family", "spec", "rule", "objective", "kind"))}
 
 
 def rewards(given: Any, old: Path, new: Path) -> Any:

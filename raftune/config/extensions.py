@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,8 +30,9 @@ def load_extension(
     *,
     methods: Mapping[str, Sequence[str]],
     attributes: Sequence[str] = (),
+    made_by: Callable[[type[Any]], Any] | None = None,
 ) -> Any:
-    """An instance of the class that the spec names, made with these options.
+    """An instance of the class that the spec names, made with these options, or by `made_by`.
 
     `methods` are those that it must have, each with the names of its arguments. Raises ConfigError that names the
     field, the class, and what is missing, wrong or unknown.
@@ -43,7 +44,13 @@ def load_extension(
         raise ConfigError(
             f"{field}: the class {spec} lacks the method {_in_words({missing[0]: methods[missing[0]]})}. {GUIDE}"
         )
-    made = _with_options(found, spec, options_field, options)
+    if made_by is not None:
+        try:
+            made = made_by(found)
+        except Exception as error:
+            raise ConfigError(f"{field}: {spec} cannot be made: {type(error).__name__}: {error}. Fix it.") from error
+    else:
+        made = _with_options(found, spec, options_field, options)
     if absent := [name for name in attributes if not hasattr(made, name)]:
         raise ConfigError(f"{field}: the class {spec} lacks the attribute `{absent[0]}`. {GUIDE}")
     for name, arguments in methods.items():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from raftune.config.base import COLUMNS_FIELD, Columns, Frozen
 from raftune.config.evaluation import EvaluationConfig
+from raftune.config.extensions import SPEC
 from raftune.config.guards import GuardsConfig
 from raftune.config.policy import PolicyConfig
 from raftune.config.rewards import RewardsConfig
@@ -34,6 +35,11 @@ class DataConfig(Frozen):
 class EngineConfig(Frozen):
     """Where units of work run; the bytes they give do not depend on how many workers there are."""
 
+    kind: str = Field(
+        "local",
+        pattern=f"^local$|{SPEC}",
+        description="local: this process or `workers` of this machine; or an engine of your own (file.py:NAME).",
+    )
     workers: int = Field(1, ge=1, description="Processes that draw and score; 1 is this process alone.")
     threads: int = Field(
         default_factory=lambda: os.cpu_count() or 1,
@@ -47,6 +53,7 @@ class EngineConfig(Frozen):
     unit_timeout: float | None = Field(
         None, gt=0, description="Seconds until a unit that runs in a worker counts as crashed."
     )
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of an engine of your own, by name.")
 
 
 class StopConfig(Frozen):

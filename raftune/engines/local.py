@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import raftune.errors
+from raftune.config.extensions import load_extension
 from raftune.config.run import EngineConfig
 from raftune.errors import EngineError, OutOfMemory, RaftuneError
 from raftune.interruption import interrupting
@@ -234,5 +235,37 @@ def error_from(answer: Answer) -> RaftuneError:
     return EngineError(f"a worker failed: {answer['kind']}: {answer['error']}. Its log is in tmp/ of the run.")
 
 
-def make_engine(config: EngineConfig, root: Path) -> Engine:
+ENGINES: dict[str, Callable[[EngineConfig, Path], Engine]] = {}  # the built-in engines, by engine.kind
+METHODS = {"run": ("job", "stage", "units"), "rest": (), "close": ()}
+_Make = TypeVar("_Make", bound=Callable[[EngineConfig, Path], Engine])
+
+
+def engine(kind: str) -> Callable[[_Make], _Make]:
+    """Enters what the decorated function makes as the engine of this kind."""
+
+    def enter(make: _Make) -> _Make:
+        ENGINES[kind] = make
+        return make
+
+    return enter
+
+
+@engine("local")
+def _local(config: EngineConfig, root: Path) -> Engine:
     return ThisProcess(config) if config.workers == 1 else Workers(config, root)
+
+
+def make_engine(config: EngineConfig, root: Path) -> Engine:
+    """The configured engine. Raises ConfigError where one of the user's own is not there, or is not whole."""
+    if config.kind in ENGINES:
+        return ENGINES[config.kind](config, root)
+    made: Engine = load_extension(
+        config.kind,
+        "engine.kind",
+        {},
+        "engine.options",
+        methods=METHODS,
+        attributes=("failed",),
+        made_by=lambda cls: cls(config, root),
+    )
+    return made
