@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from raftune.errors import RewardError
-from raftune.rewards.builtin import builtin
+from raftune.rewards.builtin import BuiltInReward, builtin
 from raftune.rewards.fingerprint import digest
-from raftune.rewards.text import TEXT_MEDIA, text_of
+from raftune.rewards.text import text_of
 
 NUMBER = re.compile(r"(?<![\w.])[-+−]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-+−]?\.\d+")
 Extract = Literal["last_number", "boxed", "exact"]
@@ -20,7 +20,7 @@ Extract = Literal["last_number", "boxed", "exact"]
 
 @builtin("answer", media=("text", "messages"), example={"column": "answer", "extract": "last_number"})
 @dataclass
-class Answer:
+class Answer(BuiltInReward):
     """1.0 where the answer found in the completion equals the column's, else 0.0; None where the column holds none.
 
     Numbers are compared as numbers: 1,000, $1000 and 1000.0 are equal;
@@ -37,9 +37,6 @@ class Answer:
             "of it."
         ),
     ] = "last_number"
-    name: str = "answer"
-    media: frozenset[str] = field(default=TEXT_MEDIA, init=False)
-    fingerprint: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         self.fingerprint = digest("answer", 1, self.column, self.extract)

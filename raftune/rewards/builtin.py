@@ -9,10 +9,10 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-NOT_OPTIONS = ("name", "media", "fingerprint", "is_async")
 BUILT_IN: dict[str, BuiltIn] = {}
 
 
@@ -61,7 +61,7 @@ class BuiltIn:
         hints = typing.get_type_hints(self.options, include_extras=True)
         listed = []
         for field in dataclasses.fields(self.options):
-            if field.init and field.name not in NOT_OPTIONS:
+            if field.init:
                 kind, meaning = _described(hints[field.name])
                 default: Any = field.default
                 if field.default_factory is not dataclasses.MISSING:
@@ -79,6 +79,14 @@ class BuiltIn:
         return found
 
 
+class BuiltInReward:
+    """What `@builtin` gives a reward beside its options: its name and media; it sets its fingerprint itself."""
+
+    name: str
+    media: frozenset[str]
+    fingerprint: str
+
+
 def builtin(
     name: str,
     *,
@@ -92,9 +100,19 @@ def builtin(
 
     def declare(options: type[T]) -> type[T]:
         BUILT_IN[name] = BuiltIn(name, options, media, example, loads, own_process, model_type)
+        if issubclass(options, BuiltInReward):
+            options.name, options.media = name, frozenset(media)
         return options
 
     return declare
+
+
+def import_all() -> None:
+    """Imports every file of this folder that declares a built-in reward; none of these imports torch."""
+    folder = Path(__file__).parent
+    for path in sorted(folder.glob("*.py")):
+        if path != Path(__file__) and "\n@builtin(" in path.read_text(encoding="utf-8"):
+            importlib.import_module(f"{__package__}.{path.stem}")
 
 
 def nearest(name: str, known: list[str], cutoff: float = 0.6) -> str | None:

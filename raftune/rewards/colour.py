@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -12,16 +12,16 @@ from pydantic import Field
 
 from raftune.errors import ConfigError
 from raftune.pictures import LUMA
-from raftune.rewards.builtin import builtin
+from raftune.rewards.builtin import BuiltInReward, builtin
 from raftune.rewards.fingerprint import digest
-from raftune.rewards.media import IMAGE_MEDIA, pictures
+from raftune.rewards.media import pictures
 
 Pixels = npt.NDArray[np.float64]  # (height, width, 3) in [0, 1]: red, green, blue, as stored (sRGB)
 
 
 @builtin("colour", media=("image",), example={"measure": "distance", "colour": [255, 0, 0]})
 @dataclass
-class Colour:
+class Colour(BuiltInReward):
     """One number a picture, by `measure`.
 
     brightness: mean luma, 0 (black) to 1 (white). contrast: standard deviation of the luma, 0 to 0.5. saturation: mean
@@ -38,9 +38,6 @@ class Colour:
     colour: Annotated[
         tuple[int, int, int] | None, Field(description="Red, green, blue, each 0 to 255; for distance alone.")
     ] = None
-    name: str = "colour"
-    media: frozenset[str] = field(default=IMAGE_MEDIA, init=False)
-    fingerprint: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         if (self.measure == "distance") != (self.colour is not None):

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from raftune.errors import ConfigError
-from raftune.rewards.builtin import builtin
+from raftune.rewards.builtin import BuiltInReward, builtin
 from raftune.rewards.fingerprint import digest
-from raftune.rewards.media import IMAGE_MEDIA, pictures
+from raftune.rewards.media import pictures
 
 
 @builtin("file_size", media=("image",), example={"format": "jpeg"})
 @dataclass
-class FileSize:
+class FileSize(BuiltInReward):
     """Thousands of bytes of the picture as JPEG or PNG; above 0, and larger for larger pictures.
 
     With a weight of -1 a policy learns pictures that compress well, with 1 pictures full of detail (Black et al. 2023,
@@ -25,9 +25,6 @@ class FileSize:
 
     format: Annotated[Literal["jpeg", "png"], Field(description="How the picture is compressed.")] = "jpeg"
     quality: Annotated[int, Field(description="Of the JPEG, 1 to 100; PNG is lossless and has none.")] = 95
-    name: str = "file_size"
-    media: frozenset[str] = field(default=IMAGE_MEDIA, init=False)
-    fingerprint: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.quality <= 100:

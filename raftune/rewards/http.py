@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -17,7 +17,7 @@ from raftune.errors import ConfigError, RewardError
 from raftune.pictures import png_of
 from raftune.plain import one_line
 from raftune.rewards.batch import RESERVED
-from raftune.rewards.builtin import builtin
+from raftune.rewards.builtin import BuiltInReward, builtin
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.media import is_image
 
@@ -30,7 +30,7 @@ MOST_BYTES = 4 * 2**20  # of an answer: numbers for a few samples, and whatever 
 
 @builtin("http", media=("text", "messages", "image"), example={"url": "http://127.0.0.1:8000/score"})
 @dataclass
-class Http:
+class Http(BuiltInReward):
     """What the server at `url` answers, one number or null a sample, in order; its range is the server's.
 
     Each request is a POST of {"prompts": […], "completions": […], "media": "text" or "image", "columns": {name: […]}},
@@ -51,10 +51,7 @@ class Http:
     headers: Annotated[
         dict[str, str] | None, Field(description="Further headers of each request, such as X-Api-Key: ${MY_KEY}.")
     ] = None
-    name: str = "http"
-    media: frozenset[str] = field(default=frozenset({"text", "messages", "image"}), init=False)
-    fingerprint: str = field(default="", init=False)
-    is_async: bool = field(default=True, init=False)
+    is_async = True
 
     def __post_init__(self) -> None:
         web_url(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from raftune.errors import ConfigError
-from raftune.rewards.builtin import builtin
+from raftune.rewards.builtin import BuiltInReward, builtin
 from raftune.rewards.fingerprint import digest
-from raftune.rewards.text import TEXT_MEDIA, Unit, pieces
+from raftune.rewards.text import Unit, pieces
 
 
 @builtin("length", media=("text", "messages"), example={"target": 20})
 @dataclass
-class Length:
+class Length(BuiltInReward):
     """0 for a length within [min, max] (or at the target), below it minus the relative distance to the nearer bound.
 
     A length of 30 against a target of 20 gives -0.5. Give either target, or min, max or both.
@@ -25,9 +25,6 @@ class Length:
     min: Annotated[float | None, Field(description="The least length without a penalty.")] = None
     max: Annotated[float | None, Field(description="The greatest length without a penalty.")] = None
     unit: Unit = "words"
-    name: str = "length"
-    media: frozenset[str] = field(default=TEXT_MEDIA, init=False)
-    fingerprint: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         bounds = (self.min, self.max)

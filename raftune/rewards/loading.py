@@ -20,13 +20,13 @@ from raftune.config.rewards import RewardsConfig, RewardSpec, unique_names
 from raftune.config.secrets import advice, expanded, masked, plain_secrets
 from raftune.errors import ConfigError, RewardError
 from raftune.protocols import Reward
-from raftune.rewards import answer, colour, file_size, fingerprint, http, length, model_options, regex, repetition
-from raftune.rewards.builtin import BUILT_IN, NOT_OPTIONS, BuiltIn, nearest
+from raftune.rewards import fingerprint
+from raftune.rewards.builtin import BUILT_IN, BuiltIn, import_all, nearest
 from raftune.rewards.function import FunctionReward
 from raftune.rewards.outcome import hub_error, one_line
 from raftune.rewards.panel import Panel
 
-_DECLARED_IN = (regex, length, answer, repetition, model_options, file_size, colour, http)  # imported: they declare
+import_all()
 SHORT_NAMES = {
     name: f"trl.rewards:{name}" for name in ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
 }
@@ -219,7 +219,7 @@ def _refuse_slip(spec: str) -> None:
 
 def with_options(cls: type[Any], spec: str, options: dict[str, Any]) -> Any:
     """The dataclass with these options. Raises ConfigError for an option that is unknown or cannot be meant."""
-    names = [field.name for field in dataclasses.fields(cls) if field.init and field.name not in NOT_OPTIONS]
+    names = [field.name for field in dataclasses.fields(cls) if field.init]
     for key in options:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)

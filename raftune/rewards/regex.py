@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from raftune.errors import ConfigError
-from raftune.rewards.builtin import builtin
+from raftune.rewards.builtin import BuiltInReward, builtin
 from raftune.rewards.fingerprint import digest
-from raftune.rewards.text import TEXT_MEDIA, text_of
+from raftune.rewards.text import text_of
 
 
 # A pattern can take exponential time while it holds the interpreter's lock: only another process can be ended then.
 @builtin("regex", media=("text", "messages"), example={"pattern": "(?i)thank you"}, own_process=True)
 @dataclass
-class Regex:
+class Regex(BuiltInReward):
     """`match` where the pattern is found, else `otherwise`; with mode `count`, `match` times the number of matches."""
 
     pattern: Annotated[
@@ -36,9 +36,6 @@ class Regex:
             "once."
         ),
     ] = "search"
-    name: str = "regex"
-    media: frozenset[str] = field(default=TEXT_MEDIA, init=False)
-    fingerprint: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         try:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from raftune.errors import ConfigError
-from raftune.rewards.builtin import builtin
+from raftune.rewards.builtin import BuiltInReward, builtin
 from raftune.rewards.fingerprint import digest
-from raftune.rewards.text import TEXT_MEDIA, Unit, pieces
+from raftune.rewards.text import Unit, pieces
 
 
 @builtin("repetition", media=("text", "messages"), example={"ngram_size": 3})
 @dataclass
-class Repetition:
+class Repetition(BuiltInReward):
     """Minus the share of n-grams that stood in the completion before, in [-1, 0]; case does not matter.
 
     `a b a b a b` has the bigrams ab, ba, ab, ba, ab: three of five are repeated, and the reward is -0.6.
@@ -23,9 +23,6 @@ class Repetition:
 
     ngram_size: Annotated[int, Field(description="How many units in a row make one n-gram.")] = 3
     unit: Unit = "words"
-    name: str = "repetition"
-    media: frozenset[str] = field(default=TEXT_MEDIA, init=False)
-    fingerprint: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         if self.ngram_size < 1:
