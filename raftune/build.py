@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from raftune.config.policy import CustomPolicy
 from raftune.config.run import RunConfig
+from raftune.config.sampling import backend_code
 from raftune.digest import held_out_names
 from raftune.engines.local import ThisProcess, make_engine
 from raftune.evaluation.examine import Examination
@@ -197,7 +198,7 @@ class Assembly:
         shards = ("draw", "teach") if sampling.teacher else ("draw",)
         stages: list[Stage] = [
             Plan(config, round_, self.drops),
-            Draw(self.policies, columns=sampling.candidate_columns),
+            Draw(self.policies, columns=sampling.candidate_columns, code=backend_code(sampling)),
         ]
         if sampling.teacher is not None:
             stages.append(Teach(self.policies, sampling.teacher.num_generations))
@@ -220,7 +221,7 @@ class Assembly:
         plan, drawn = prefix + "plan", prefix + "draw"
         stages: list[Stage] = [
             EvaluationPlan(self.config, round_, self.drops),
-            Draw(self.policies, model="model", plan=plan, writes=drawn),
+            Draw(self.policies, model="model", plan=plan, writes=drawn, code=backend_code(self.config.sampling)),
             ScoreSamples(
                 self.yardstick,
                 plan=plan,

@@ -60,6 +60,8 @@ def generation_words(
 
     Raises KeyError, TypeError, ValueError for a record that is none.
     """
+    if "own" in record:
+        return f"{record['own']}, a backend of your own"
     way = record.get("way") or ("forked" if not record["forked"] else "single" if record["rows"] else "generate")
     parts = ["shared prefix (a prompt is computed once for all of its completions)"]
     if way != "forked":

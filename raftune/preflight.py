@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from raftune.build import Assembly
 from raftune.config.guards import ALIKE_ALARMS, PICTURE_ALARMS, TEXT_ALARMS
+from raftune.config.sampling import load_backend
 from raftune.config.selection import Random, TopM
 from raftune.config.tuning import CustomTuning
 from raftune.errors import ConfigError
@@ -134,6 +135,12 @@ def likelihood(assembly: Assembly) -> Iterator[str]:
 def selection(assembly: Assembly) -> Iterator[str]:
     """Rules that no draw can satisfy; one of the user's own is loaded, which raises ConfigError where it cannot be."""
     load_rule(assembly.config.selection)
+    load_backend(assembly.config.sampling)
+    if assembly.config.sampling.backend != "auto" and not hasattr(assembly.family, "choose_backend"):
+        yield (
+            f"sampling.backend must be auto for policy.family: {assembly.config.policy.family}, which generates in its "
+            f"own way; got {assembly.config.sampling.backend!r}. Leave it out."
+        )
     load_metrics(assembly.config.evaluation)
     load_objective(assembly.config.tuning)
     if isinstance(assembly.config.tuning, CustomTuning) and not getattr(assembly.family, "any_objective", False):

@@ -121,6 +121,38 @@ class Reader(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What a backend generates: for each of the token prompts a completion for each of its seeds.
+
+    parameters: temperature, top_p, top_k, min_p, repetition_penalty, max_completion_length, stop_strings, eos_ids,
+    pad_id and batch_size, as attributes. tokenizer: for stop strings alone.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    seeds: Sequence[Sequence[int]]
+    parameters: Any
+    tokenizer: Any
+
+
+# Token ids with the EOS where there is one, a log-probability for each (nats, before temperature and cuts), and why it
+# ended: eos, stop (a stop string) or length.
+Completion = tuple[Sequence[int], Sequence[float], str]
+
+
+class SamplingBackend(Protocol):
+    """What generates the completions of a language model."""
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether a completion depends on model, prompt, seed and parameters alone, and not on its batch."""
+        ...
+
+    def generate(self, model: Any, request: GenerationRequest) -> Sequence[Sequence[Completion]]:
+        """result[i][k] continues prompts[i] with the noise of seeds[i][k]."""
+        ...
+
+
 @runtime_checkable
 class BatchReader(Protocol):
     """A Reader that looks at many prompts at once faster than at each."""

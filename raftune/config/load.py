@@ -252,8 +252,15 @@ def short(value: Any) -> str:
 
 
 def declared(config: RunConfig) -> dict[str, Any]:
-    """What differs from the defaults, and the family: read again, it gives the same run, wherever its directory is."""
+    """What differs from the defaults, and the family: read again, it gives the same run, wherever its directory is.
+
+    The rule and the objective are named where they are not the usual ones: they say what the fields beside them mean.
+    """
     found = config.model_dump(mode="json", exclude_defaults=True, exclude={"output_dir"})
+    if config.selection.rule != "best_of_k":
+        found["selection"] = {"rule": config.selection.rule, **found.get("selection", {})}
+    if config.tuning.objective != "sft":
+        found["tuning"] = {"objective": config.tuning.objective, **found.get("tuning", {})}
     return {**found, "policy": {"family": config.policy.family, **found.get("policy", {})}}
 
 

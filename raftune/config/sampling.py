@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from raftune.config.base import Frozen
+from raftune.config.extensions import SPEC, code_hash, load_extension
 
 
 class TeacherConfig(Frozen):
@@ -54,6 +55,15 @@ class SamplingConfig(Frozen):
         description="Prompts that the model cannot take (too long, refused by its chat template): refuse names them "
         "before anything is drawn, drop leaves them out and records which.",
     )
+    backend: str = Field(
+        "auto",
+        pattern=f"^(auto|shared_prefix|hf_generate)$|{SPEC}",
+        description="What generates: shared_prefix (prompts prefilled once), hf_generate, auto (the first of the two "
+        "that a trial finds right), or a backend of your own (file.py:NAME, module:NAME).",
+    )
+    backend_options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of a backend of your own, by name."
+    )
     stop: tuple[str, ...] = Field((), description="Texts that end a completion once they appear in it.")
     generation_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Anything else that `generate` takes; the draw then goes through `generate`."
@@ -75,6 +85,15 @@ class SamplingConfig(Frozen):
         (), description="Columns of the data set whose texts join the pool as candidates (human demonstrations)."
     )
     teacher: TeacherConfig | None = Field(None, description="Another model whose answers join the pool.")
+
+    @model_validator(mode="after")
+    def _options_have_a_backend(self) -> SamplingConfig:
+        if self.backend_options and ":" not in self.backend:
+            raise ValueError(
+                f"backend_options are those of a backend of your own; got {self.backend_options} with backend "
+                f"{self.backend!r}, which has none. Leave them out."
+            )
+        return self
 
     @model_validator(mode="after")
     def _stops_are_not_empty(self) -> SamplingConfig:
@@ -107,6 +126,8 @@ DRAWN_BY = (
     "sampling.min_p",
     "sampling.repetition_penalty",
     "sampling.max_completion_length",
+    "sampling.backend",
+    "sampling.backend_options",
     "sampling.stop",
     "sampling.generation_kwargs",
     "sampling.system_prompt",
@@ -115,3 +136,26 @@ DRAWN_BY = (
     "sampling.diffusion",
     "engine.threads",
 )
+
+
+def load_backend(config: SamplingConfig) -> Any:
+    """The generation backend of the user's own (protocols.SamplingBackend); None where it is a built-in one.
+
+    Raises ConfigError where it is not there, or is not whole.
+    """
+    if ":" not in config.backend:
+        return None
+    options, methods = config.backend_options, {"generate": ("model", "request")}
+    return load_extension(
+        config.backend,
+        "sampling.backend",
+        options,
+        "sampling.backend_options",
+        methods=methods,
+        attributes=("reproducible",),
+    )
+
+
+def backend_code(config: SamplingConfig) -> dict[str, str]:
+    """The hash of the file that a backend of the user's own is read from."""
+    return {"sampling.backend": code_hash(config.backend)} if ":" in config.backend else {}

@@ -34,7 +34,10 @@ class Draw:
         plan: str = "plan",
         writes: str = "draw",
         columns: tuple[str, ...] = (),
+        code: Mapping[str, str] | None = None,
     ) -> None:
+        """`code`: the hash of the code of a backend of the user's own."""
+        self.code = code or {}
         self.policies, self.model, self.plan, self.columns = policies, model, plan, columns
         self.name = writes.replace("evaluate/", "evaluation ")
         self.writes = writes
@@ -42,7 +45,7 @@ class Draw:
         self.fields = (*DRAWN_BY, *(("sampling.candidate_columns",) if columns else ()))
 
     def fingerprints(self) -> Mapping[str, str]:
-        return {}
+        return self.code
 
     def units(self, inputs: Inputs) -> list[int]:
         return list(range(read_plan(inputs[self.plan])["num_units"]))

@@ -21,7 +21,7 @@ class Parity:
     """backend.json: what the trial found, so that every round and every process generate the same way."""
 
     name = writes = "parity"
-    fields: tuple[str, ...] = ()
+    fields = ("sampling.backend", "sampling.backend_options")
 
     def __init__(self, policies: PolicyShelf, release: Callable[[], None], drop: bool = False) -> None:
         """`release` is called afterwards: it frees the model where other processes generate. `drop`: not tried on

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
+from raftune.errors import ExtensionError
 from raftune.policies.causal_lm.answers import Answers
 from raftune.policies.causal_lm.models import context_of
 from raftune.policies.causal_lm.parity import rows_of_prompts
-from raftune.policies.causal_lm.paths import choose_backend, generate_along
-from raftune.policies.causal_lm.settings import Drawn, DrawPath, DrawSettings
-from raftune.policies.memory import names_out_of_memory
+from raftune.policies.causal_lm.paths import HfGenerate, SharedPrefix, choose_backend
+from raftune.policies.causal_lm.settings import Drawn, DrawPath, DrawSettings, Finish
+from raftune.policies.memory import is_out_of_memory, names_out_of_memory
+from raftune.protocols import GenerationRequest, SamplingBackend
 
-__all__ = ["DrawPath", "DrawSettings", "Drawn", "draw"]
+__all__ = ["DrawPath", "DrawSettings", "Drawn", "draw", "generate_by"]
 
 
 def draw(
@@ -36,11 +39,39 @@ def draw(
     device's memory did not suffice, ModelError where logits are not numbers, ConfigError for `generation_kwargs` that
     `generate` refuses.
     """
-    answers = Answers(tokenizer, prompts, seeds, settings, context_of(model))
     with names_out_of_memory(settings.batch_size, "max_completion_length"):
-        if answers.rows:
-            if path is None:
-                backend = choose_backend(model, rows_of_prompts(prompts), settings)
-                path, _ = backend.path(model, settings, max(map(len, prompts)))
-            generate_along(path, model, answers)
-    return answers.drawn()
+        if path is None and any(seeds):
+            Answers(tokenizer, prompts, seeds, settings, context_of(model))  # refuses prompts that cannot be continued
+            chosen = choose_backend(model, rows_of_prompts(prompts), settings)
+            path, _ = chosen.path(model, settings, max(map(len, prompts)))
+        backend = SharedPrefix() if path == "forked" else HfGenerate(alone=path == "single")
+        return backend.generate(model, GenerationRequest(prompts, seeds, settings, tokenizer))
+
+
+def generate_by(backend: SamplingBackend, name: str, model: nn.Module, request: GenerationRequest) -> list[list[Drawn]]:
+    """As `draw`, by a backend of the user's own. Raises ExtensionError where it fails or breaks its contract."""
+    with names_out_of_memory(request.parameters.batch_size, "max_completion_length"):
+        try:
+            groups = [[Drawn(*completion) for completion in group] for group in backend.generate(model, request)]
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise ExtensionError(
+                f"sampling.backend: `generate` of {name} raised {type(error).__name__}: {error}. Fix it and resume."
+            ) from error
+    wanted, given = [len(seeds) for seeds in request.seeds], [len(group) for group in groups]
+    if wanted != given:
+        raise ExtensionError(
+            f"sampling.backend: `generate` of {name} must return a completion for each seed of each prompt; got "
+            f"{given} for {wanted}. Fix it and resume."
+        )
+    longest = request.parameters.max_completion_length
+    for ids, logprobs, finish in (completion for group in groups for completion in group):
+        whole = 0 < len(ids) <= longest and len(ids) == len(logprobs) and all(map(math.isfinite, logprobs))
+        if not whole or finish not in get_args(Finish):
+            raise ExtensionError(
+                f"sampling.backend: a completion of {name} must be 1 to {longest} ids, a finite log-probability for "
+                f"each, and eos, stop or length; got {len(ids)} ids, {len(logprobs)} log-probabilities, {finish!r}. "
+                "Fix it and resume."
+            )
+    return [[Drawn([*map(int, one.ids)], [*map(float, one.logprobs)], one.finish) for one in g] for g in groups]

@@ -6,9 +6,9 @@ log-probabilities with those of a plain forward (parity.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from torch import nn
@@ -23,8 +23,9 @@ from raftune.policies.causal_lm.likelihood import Example, Reader
 from raftune.policies.causal_lm.models import as_it_was, base_of, context_of, is_recurrent
 from raftune.policies.causal_lm.parity import COPIES, Probe, measure, replayed_log_probs
 from raftune.policies.causal_lm.prefix_scoring import token_log_probs
-from raftune.policies.causal_lm.settings import DrawPath, DrawSettings
+from raftune.policies.causal_lm.settings import Drawn, DrawPath, DrawSettings
 from raftune.policies.memory import is_out_of_memory
+from raftune.protocols import GenerationRequest, SamplingBackend
 from raftune.store import partial
 
 _HARMLESS = {"use_cache": True}
@@ -71,20 +72,67 @@ class Backend:
         return "generate", reason
 
 
-def choose_backend(model: nn.Module, rows: Sequence[Example], settings: DrawSettings) -> Backend:
-    """Tries each way that the architecture admits on these rows, the fastest first.
+BACKENDS: dict[str, type[SamplingBackend]] = {}  # the built-in backends, by sampling.backend
+_Class = TypeVar("_Class", bound=type[SamplingBackend])
+
+
+def backend(name: str) -> Callable[[_Class], _Class]:
+    """Enters the decorated class as the backend of this name."""
+
+    def enter(cls: _Class) -> _Class:
+        BACKENDS[name] = cls
+        return cls
+
+    return enter
+
+
+@backend("shared_prefix")
+class SharedPrefix:
+    """Prefills each prompt once, and keeps its keys for all its completions."""
+
+    reproducible = True
+
+    def generate(self, model: Any, request: GenerationRequest) -> list[list[Drawn]]:
+        return _filled("forked", model, request)
+
+
+@backend("hf_generate")
+class HfGenerate:
+    """transformers' `generate`. `alone`: one row at a time, for models whose rows depend on their batch."""
+
+    reproducible = True
+
+    def __init__(self, alone: bool = False) -> None:
+        self.path: DrawPath = "single" if alone else "generate"
+
+    def generate(self, model: Any, request: GenerationRequest) -> list[list[Drawn]]:
+        return _filled(self.path, model, request)
+
+
+def _filled(path: DrawPath, model: Any, request: GenerationRequest) -> list[list[Drawn]]:
+    answers = Answers(request.tokenizer, request.prompts, request.seeds, request.parameters, context_of(model))
+    if answers.rows:
+        generate_along(path, model, answers)
+    return answers.drawn()
+
+
+def choose_backend(model: nn.Module, rows: Sequence[Example], settings: DrawSettings, name: str = "auto") -> Backend:
+    """Tries each way that the architecture admits on these rows, the fastest first; `name` is sampling.backend.
 
     Raises ModelError where none gives the log-probabilities of a plain forward.
     """
     longest = max(row.start for row in rows)
-    backend = _backend(measure(model, rows, settings.pad_id), model, longest, settings)
+    backend = _backend(measure(model, rows, settings.pad_id), model, longest, settings, name)
     way, why = backend.path(model, settings, longest)
     return replace(backend, way=way, why=why)
 
 
-def _backend(probe: Probe, model: nn.Module, longest: int, settings: DrawSettings) -> Backend:
+def _backend(probe: Probe, model: nn.Module, longest: int, settings: DrawSettings, name: str) -> Backend:
     distances: dict[str, float] = {}
-    forked = _structure(model, settings, longest) or _tried("forked", model, probe, settings, distances)
+    forked = "sampling.backend is hf_generate" if name == "hf_generate" else _structure(model, settings, longest)
+    forked = forked or _tried("forked", model, probe, settings, distances)
+    if name == "shared_prefix" and (why := asked_of_generate(settings) or forked):
+        raise ConfigError(f"sampling.backend: shared_prefix cannot be used here: {why}. Write auto, or hf_generate.")
     scoring = forked or _tried("scoring", model, probe, settings, distances)
     if not forked and not (asked_of_generate(settings) or _structure(model, settings, None)):
         return Backend(forked, 0, distances, probe.noise, probe.allowed, scoring)

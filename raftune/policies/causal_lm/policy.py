@@ -15,22 +15,23 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
 
+from raftune.config.sampling import SamplingConfig, load_backend
 from raftune.errors import ConfigError, DataError
 from raftune.objectives import load_objective, objective_code
 from raftune.policies.causal_lm import loading, starting
 from raftune.policies.causal_lm.chat import keep_date, read_date
-from raftune.policies.causal_lm.drawing import draw
+from raftune.policies.causal_lm.drawing import draw, generate_by
 from raftune.policies.causal_lm.encoding import Encoder
 from raftune.policies.causal_lm.likelihood import Example, log_probs
 from raftune.policies.causal_lm.parity import check_parity, plain_log_probs, probe_of_fit, read_probe, rows_of_prompts
 from raftune.policies.causal_lm.paths import Backend, choose_backend, replay
 from raftune.policies.causal_lm.prefix_scoring import prefix_log_probs
 from raftune.policies.causal_lm.saving import read_optimizer, write_model
-from raftune.policies.causal_lm.settings import DrawPath, DrawSettings
+from raftune.policies.causal_lm.settings import Drawn, DrawPath, DrawSettings
 from raftune.policies.devices import choose_device
 from raftune.policies.dials import RunParts, refuse_unused
 from raftune.policies.memory import names_out_of_memory
-from raftune.protocols import FloatN, TuneReport, Unit
+from raftune.protocols import FloatN, GenerationRequest, TuneReport, Unit
 from raftune.reading import writes_date
 from raftune.records import Prompt, Sample, derive_seed
 
@@ -43,6 +44,8 @@ PAYLOAD = pa.schema(
     ]
 )
 
+COMPARED = 8  # completions of a backend of the user's own, whose log-probabilities are compared with a forward's
+NOTABLE = 0.05  # nats a token
 WITHOUT_TEMPLATE = (
     "the model has a chat template, and prompts given as text go in without it: write them as lists of messages, "
     '[{"role": "user", "content": …}], to use it'
@@ -78,6 +81,8 @@ class CausalLM:
         self._backend: Backend | None = None
         self._recorded = False  # what follows from it alone does not depend on whether anything was generated before
         self._checked: set[DrawPath] = set()
+        self._own_backend = load_backend(config.sampling) if isinstance(config.sampling, SamplingConfig) else None
+        self._compared = False
 
     @classmethod
     def load(cls, config: RunParts, folder: Path, start: Path) -> CausalLM:
@@ -144,8 +149,11 @@ class CausalLM:
             self._notes[WITHOUT_TEMPLATE] = None
         prompts = self.encoder.encode(unit.prompts, for_drawing=True)
         settings = self._settings(unit.batch_size)
-        path = self._path(settings, prompts)
-        drawn = draw(self.model, self.tokenizer, prompts, unit.seeds, settings, path)
+        if self._own_backend is not None:
+            drawn = self._draw_by_own(prompts, unit.seeds, settings)
+        else:
+            path = self._path(settings, prompts)
+            drawn = draw(self.model, self.tokenizer, prompts, unit.seeds, settings, path)
         texts = iter(self.encoder.decode([one.ids for group in drawn for one in group]))
         return [
             Sample(
@@ -162,6 +170,25 @@ class CausalLM:
             for k, (seed, one) in enumerate(zip(seeds, group, strict=True))
         ]
 
+    def _draw_by_own(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], settings: DrawSettings
+    ) -> list[list[Drawn]]:
+        """By a backend of the user's own; the first completions' log-probabilities are compared with a forward's."""
+        backend, name = self._own_backend, self.config.sampling.backend
+        request = GenerationRequest(prompts, seeds, settings, self.tokenizer)
+        groups = generate_by(backend, name, self.model, request)
+        if not backend.reproducible:
+            self._notes[f"{name} does not promise equal completions for equal seeds: a repeated draw differs"] = None
+        first = [(prompt, one) for prompt, group in zip(prompts, groups, strict=True) for one in group][:COMPARED]
+        if first and not self._compared:
+            examples = [Example.of(prompt, one.ids) for prompt, one in first]
+            plain = np.concatenate([np.asarray(row) for row in plain_log_probs(self.model, examples, self._pad_id)])
+            apart = np.abs(plain - np.concatenate([np.asarray(one.logprobs) for _, one in first])).mean()
+            if apart > NOTABLE:
+                self._notes[f"log-probabilities of {name} are {apart:.2g} nats a token from the model's own"] = None
+        self._compared = True
+        return groups
+
     def _settings(self, batch_size: int) -> DrawSettings:
         sampling = self.config.sampling
         same = "temperature top_p top_k min_p repetition_penalty max_completion_length generation_kwargs"
@@ -175,10 +202,13 @@ class CausalLM:
 
     def choose_backend(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """How a run on such prompts generates, for the record: decided once, by trial on a few of them."""
+        if self._own_backend is not None:
+            return {"own": self.config.sampling.backend}
         settings = self._settings(self.config.sampling.batch_size or 8)
         with names_out_of_memory(settings.batch_size, "max_completion_length"):
             rows = rows_of_prompts(self.encoder.encode(prompts, for_drawing=True))
-            self._backend, self._recorded = choose_backend(self.model, rows, settings), True
+            name = self.config.sampling.backend
+            self._backend, self._recorded = choose_backend(self.model, rows, settings, name), True
         return asdict(self._backend)
 
     def backend(self) -> dict[str, Any] | None:
@@ -187,14 +217,18 @@ class CausalLM:
 
     def use_backend(self, record: Mapping[str, Any]) -> None:
         """From now on this policy generates as `choose_backend` found for its run."""
-        self._backend, self._recorded = Backend(**record), True
+        if "own" not in record:
+            self._backend, self._recorded = Backend(**record), True
 
     def _path(self, settings: DrawSettings, prompts: Sequence[Sequence[int]]) -> DrawPath:
         """How this unit is drawn; that the trained model is what generates this way is checked once."""
         with names_out_of_memory(settings.batch_size, "max_completion_length"):
             if self._backend is None:
-                self._backend = choose_backend(self.model, rows_of_prompts(prompts), settings)
+                name = self.config.sampling.backend
+                self._backend = choose_backend(self.model, rows_of_prompts(prompts), settings, name)
             path, reason = self._backend.path(self.model, settings, max(map(len, prompts)))
+            if self.config.sampling.backend == "shared_prefix" and path != "forked":
+                raise ConfigError(f"sampling.backend: shared_prefix cannot be used here: {reason}. Write auto.")
             if path not in self._checked and (probe := read_probe(self.folder)) is not None:
                 how = "through the shared-prefix cache" if path == "forked" else "through `generate`"
                 check_parity(probe, replay(path, self.model, probe, settings), how)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Finish = Literal["eos", "length", "stop"]
 DrawPath = Literal["forked", "generate", "single"]  # single: `generate` with one row at a time
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """One completion: its token ids, EOS included where it was drawn, and why it ended.
 
     `logprobs` holds one number per id, in nats: the log-softmax of the raw logits, before temperature and every other

@@ -20,7 +20,7 @@ VALID: list[dict[str, Any]] = [
 INVALID: list[tuple[dict[str, Any], str]] = [
     ({"m": 2}, "selection.m is read by top_m and random only; got m=2 with rule=best_of_k, which would ignore it"),
     ({"keep_fraction": 0.3}, "write selection.rule: top_fraction"),
-    ({"rule": "softmax", "temperature": 1, "max_per_prompt": 2}, "read by threshold and top_fraction only"),
+    ({"rule": "softmax", "temperature": 1, "max_per_prompt": 2}, "read by top_fraction and threshold only"),
     ({"rule": "top_m", "m": 2, "threshold": 0}, "got threshold=0 with rule=top_m"),
     ({"rule": "random", "temperature": 0.5}, "selection.temperature is read by softmax only"),
     ({"rule": "top_fraction"}, "selection.keep_fraction must be given for rule top_fraction; got none"),
