@@ -63,14 +63,18 @@ def every_field(found: Collected) -> str:
     return block("fields", "Resolved", folded(summary, scrolling("Every field", inside)))
 
 
-def fields_of(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
-    """Every dotted field of the configuration with its value; where it was put is left out."""
+def fields_of(section: BaseModel, prefix: str = "", usual: Any = None) -> Iterator[tuple[str, FieldInfo, Any]]:
+    """Every dotted field of the configuration with its value; where it was put is left out.
+
+    `usual` is the section that there is by default: of another class where a rule or an objective was chosen.
+    """
+    defaults = type(usual).model_fields if isinstance(usual, BaseModel) else {}
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, BaseModel):
-            yield from fields_of(value, f"{prefix}{name}.")
+            yield from fields_of(value, f"{prefix}{name}.", info.get_default(call_default_factory=True))
         elif prefix or name != "output_dir":
-            yield prefix + name, info, value
+            yield prefix + name, defaults.get(name, info), value
 
 
 def field_row(name: str, info: FieldInfo, value: Any) -> str:
