@@ -28,13 +28,14 @@ from raftune.digest import generation_words
 from raftune.errors import RewardError
 from raftune.evaluation.alarms import probe_alarms
 from raftune.interruption import interrupting
+from raftune.objectives import chosen_rows, load_objective
 from raftune.plain import counted, one_line
 from raftune.planning.amounts import Amounts
 from raftune.planning.sizes import Peak
 from raftune.protocols import Likelihood, Policy, SupportsBackends, Unit
 from raftune.records import Prompt, Sample, Score, Status, derive_seed
 from raftune.stages.draw import as_table, drawn
-from raftune.stages.gather import kept_rows
+from raftune.stages.gather import with_prompts
 from raftune.stages.plan import prompts_from
 from raftune.store.parquet import read_table, write_table
 
@@ -524,7 +525,16 @@ def fit(assembly: Assembly, samples: pa.Table, prompts: pa.Table, work: Path) ->
     """Seconds of one fit to these samples, the loading of the model included."""
     for name in ("work", "out"):
         (work / name).mkdir(parents=True)
-    rows = kept_rows(samples, np.ones(samples.num_rows), prompts, 1)
+    objective, count = load_objective(assembly.config.tuning), samples.num_rows
+    verdicts = {
+        "sample_id": samples.column("sample_id"),
+        "weight": np.full(count, float("kept" in objective.needs)),
+        "score": np.zeros(count),
+        "rank": np.ones(count, np.int32),
+        "reason": [""] * count,
+    }
+    chosen = chosen_rows(objective, assembly.config.tuning.objective, samples, pa.table(verdicts))
+    rows = with_prompts(chosen, prompts, 1)
     write_table(rows, work / "rows.parquet", {"raftune.round": "1"})
     policy = assembly.policies.fresh(assembly.run.folder(0, "model"))
     return timed(lambda: policy.tune(work / "rows.parquet", work / "work", work / "out"))[0]
