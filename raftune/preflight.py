@@ -14,6 +14,7 @@ from raftune.config.tuning import CustomTuning
 from raftune.errors import ConfigError
 from raftune.evaluation.metrics import load_metrics
 from raftune.objectives import load_objective
+from raftune.protocols import SupportsObjectives
 from raftune.records import LATENTS
 from raftune.rewards.media import misfits
 from raftune.selection import load_rule
@@ -143,7 +144,7 @@ def selection(assembly: Assembly) -> Iterator[str]:
         )
     load_metrics(assembly.config.evaluation)
     load_objective(assembly.config.tuning)
-    if isinstance(assembly.config.tuning, CustomTuning) and not getattr(assembly.family, "any_objective", False):
+    if isinstance(assembly.config.tuning, CustomTuning) and not isinstance(assembly.family, SupportsObjectives):
         yield (
             f"tuning.objective must be sft for policy.family: {assembly.config.policy.family}, whose loss is its own; "
             f"got {assembly.config.tuning.objective!r}. Leave it out, or choose causal_lm."

@@ -180,6 +180,13 @@ class SupportsBackends(Protocol):
 
 
 @runtime_checkable
+class SupportsObjectives(Protocol):
+    """A family whose `tune` minimises the configured objective (objectives.load_objective), also one of the user's."""
+
+    any_objective: bool
+
+
+@runtime_checkable
 class Particular(Protocol):
     """A policy that says which dials it does not have: asked again where a run goes on under another configuration."""
 
