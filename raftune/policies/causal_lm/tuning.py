@@ -78,7 +78,7 @@ def read_rows(path: Path, encoder: Encoder, config: TuningConfig) -> Rows:
     added = {name: np.asarray(column, np.float64)[used] for name, column in extra.items()}
     if lacking := [name for name, column in added.items() if not np.isfinite(column).all()]:
         raise DataError(
-            f"tuning.objective: every row must have a number in the column {lacking[0]!r} that its `rows` adds; rows of "
+            f"tuning.objective: every row must have a number in the column {lacking[0]!r} that `rows` adds; rows of "
             "tuning.reference, and of rounds with another objective, have none. Leave out reference and replay_rounds."
         )
     return Rows(examples, weights[used], names, int(metadata.get(ROUND, b"0")), int(cut.sum()), added)
