@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raftune.build import Objects, open_assembly
@@ -20,8 +21,9 @@ from raftune.config.selection import CustomRule
 from raftune.config.tuning import CustomTuning
 from raftune.engines.local import make_engine
 from raftune.errors import ConfigError, ExtensionError
-from raftune.objectives import load_objective
+from raftune.objectives import chosen_rows, load_objective
 from raftune.policies.causal_lm import CausalLM
+from raftune.records import Prompt
 from raftune.rewards.builtin import BUILT_IN
 from raftune.rewards.loading import resolve, with_options
 from raftune.runs import run
@@ -149,7 +151,7 @@ def test_the_objective_of_the_page_is_what_a_causal_lm_is_trained_on(files: Path
     rows = write_rows(files / "rows.parquet", some_rows(6))
     signs = pa.array([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
     table = read_table(rows).append_column("sign", signs)
-    pa.parquet.write_table(table, files / "signed.parquet")
+    pq.write_table(table, files / "signed.parquet")
     losses = {}
     for strength in (0.0, 5.0):
         options = {"strength": strength}
@@ -158,7 +160,8 @@ def test_the_objective_of_the_page_is_what_a_causal_lm_is_trained_on(files: Path
         work, out = files / f"work-{strength}", files / f"out-{strength}"
         losses[strength] = policy.tune(files / "signed.parquet", work, out).losses
     policy = CausalLM.load(config, start, start)
-    logp = policy.log_probs([p for row in table.to_pylist() for p in unit_of([row["prompt"]]).prompts], table, 8)
+    prompts = [Prompt(row["prompt_id"], row["prompt"]) for row in table.to_pylist()]
+    logp = policy.log_probs(prompts, table, 8)
     tokens = np.array([len(ids) for ids in table.column("completion_ids").to_pylist()])
     assert losses[0.0] == pytest.approx([-logp[::2].sum() / tokens.sum()], rel=1e-4)
     assert losses[5.0][0] > losses[0.0][0]
@@ -166,8 +169,6 @@ def test_the_objective_of_the_page_is_what_a_causal_lm_is_trained_on(files: Path
 
 def test_rows_of_an_objective_reach_training_as_it_chose_them(files: Path) -> None:
     objective = load_objective(CustomTuning(objective="unlikelihood.py:Unlikelihood"))
-    from raftune.objectives import chosen_rows
-
     samples = pa.table({"sample_id": ["a", "b"], "prompt_id": ["p", "p"]})
     verdicts = pa.table({"sample_id": ["a", "b"], "weight": [1.0, 0.0], "score": [2.0, 1.0]})
     rows = chosen_rows(objective, "unlikelihood.py:Unlikelihood", samples, verdicts)
