@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from raftune.config.beside import beside
 from raftune.config.run import RunConfig
 from raftune.config.secrets import redacted
+from raftune.config.selection import SelectionConfig
 from raftune.errors import ConfigError
 from raftune.plain import first_line
 
@@ -258,7 +259,9 @@ def declared(config: RunConfig) -> dict[str, Any]:
     """
     found = config.model_dump(mode="json", exclude_defaults=True, exclude={"output_dir"})
     if config.selection.rule != "best_of_k":
-        found["selection"] = {"rule": config.selection.rule, **found.get("selection", {})}
+        given = found.get("selection", {})
+        own = {name: value for name, value in given.items() if name not in SelectionConfig.model_fields}
+        found["selection"] = {"rule": config.selection.rule, **own, **given}
     if config.tuning.objective != "sft":
         found["tuning"] = {"objective": config.tuning.objective, **found.get("tuning", {})}
     return {**found, "policy": {"family": config.policy.family, **found.get("policy", {})}}

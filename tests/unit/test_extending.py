@@ -14,6 +14,7 @@ import pytest
 
 from raftune.build import Objects, open_assembly
 from raftune.config import validate
+from raftune.config.extensions import module_from_file
 from raftune.config.load import declared
 from raftune.config.rewards import RewardSpec
 from raftune.config.sampling import SamplingConfig, load_backend
@@ -61,7 +62,7 @@ def test_the_rewards_of_the_page_give_numbers(files: Path) -> None:
     reward = resolve(RewardSpec(spec="polite.py:polite", options={"word": "thanks"}))
     assert reward(prompts=["a", "a"], completions=["Thanks!", "please"]) == [1.0, 0.0]
     try:
-        exec(compile(EXAMPLES["shouting.py"], "shouting.py", "exec"), {"__name__": "shouting"})
+        module_from_file(Path("shouting.py"))
         made = with_options(BUILT_IN["shouting"].options, "shouting", {"penalty": 2.0})
         assert made.name == "shouting"
         assert made(prompts=["", ""], completions=["AB", "ab"]) == [-2.0, 0.0]

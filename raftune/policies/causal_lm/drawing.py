@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from torch import nn
 
@@ -52,7 +52,10 @@ def generate_by(backend: SamplingBackend, name: str, model: nn.Module, request: 
     """As `draw`, by a backend of the user's own. Raises ExtensionError where it fails or breaks its contract."""
     with names_out_of_memory(request.parameters.batch_size, "max_completion_length"):
         try:
-            groups = [[Drawn(*completion) for completion in group] for group in backend.generate(model, request)]
+            groups = [
+                [Drawn([*map(int, ids)], [*map(float, nats)], cast(Finish, finish)) for ids, nats, finish in group]
+                for group in backend.generate(model, request)
+            ]
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -74,4 +77,4 @@ def generate_by(backend: SamplingBackend, name: str, model: nn.Module, request: 
                 f"each, and eos, stop or length; got {len(ids)} ids, {len(logprobs)} log-probabilities, {finish!r}. "
                 "Fix it and resume."
             )
-    return [[Drawn([*map(int, one.ids)], [*map(float, one.logprobs)], one.finish) for one in g] for g in groups]
+    return groups
