@@ -70,7 +70,8 @@ class SelectionConfig(Frozen):
             if not readers:
                 continue  # no field at all: refused as such
             value = own.pop(name)
-            if value is not None and str(value) != str(readers[0].model_fields[name].default):
+            usual = ("none", "null", str(readers[0].model_fields[name].default))  # a flag's value is a text
+            if str(value).lower() not in usual:
                 rules = [reader.model_fields["rule"].default for reader in readers]
                 raise ValueError(
                     f"selection.{name} is read by {' and '.join(rules)} only; got {name}={value} with rule={rule}, "

@@ -371,8 +371,11 @@ def for_rule(selection: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
 
 def changed_values(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
     """What tells this selection from the run's: the rule by its name, every other field with its value."""
-    for name, (_, value) in sorted(differences(before, after).items(), key=lambda item: item[0] != "selection.rule"):
-        if name.startswith(("selection.", FEWER)):
+    fields = RULES[rule_class(after["selection"])].model_fields
+    for name, (old, value) in sorted(differences(before, after).items(), key=lambda item: item[0] != "selection.rule"):
+        field = fields.get(name.split(".")[1])
+        follows = field is None or (old is None and value == field.default)  # from the rule alone
+        if name.startswith(FEWER) or (name.startswith("selection.") and not follows):
             yield str(value) if name == "selection.rule" else f"{name.split('.')[1]}-{value}"
 
 

@@ -516,8 +516,8 @@ def test_a_new_rule_takes_back_what_only_the_old_one_read(copy: Copy) -> None:
     resume_config["selection"] |= {"rule": "top_m", "m": 2}
     run({**resume_config, "output_dir": str(root)}, without_rewards(), redo="1/select")
     found = reselect(root, {"selection.rule": "best_of_k"}, dry_run=True)
-    assert found.changes == {"selection.rule": ("top_m", "best_of_k"), "selection.m": (2, 1)}
-    assert "--selection.m 1 --selection.rule best_of_k --from select" in found.redo
+    assert found.changes == {"selection.rule": ("top_m", "best_of_k"), "selection.m": (2, None)}
+    assert "--selection.m none --selection.rule best_of_k --from select" in found.redo
 
 
 # -- as commands -----------------------------------------------------------------------------------------------------
@@ -550,7 +550,7 @@ def test_json_is_one_object_with_everything(copy: Copy, capsys: pytest.CaptureFi
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["folder"] == str(root / "whatif/top_m-m-2")
-    assert found["changes"]["selection.m"] == {"before": 1, "now": 2}
+    assert found["changes"]["selection.m"] == {"before": None, "now": 2}
     assert found["difference"]["all"]["now"]["samples"] == 32
     assert len(found["difference"]["largest"]) == 1
     assert found["missing"] == []
