@@ -60,7 +60,7 @@ def load_objective(config: TuningConfig) -> Objective:
 
 def objective_code(config: TuningConfig) -> dict[str, str]:
     """The hash of the file that an objective of the user's own is read from: other code is another training."""
-    return {"tuning.objective": code_hash(config.objective)} if isinstance(config, CustomTuning) else {}
+    return {"objective's classes": code_hash(config.objective)} if isinstance(config, CustomTuning) else {}
 
 
 def chosen_rows(objective: Objective, name: str, samples: pa.Table, verdicts: pa.Table) -> pa.Table:

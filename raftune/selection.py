@@ -305,7 +305,7 @@ def load_rule(config: SelectionConfig) -> Rule:
 
 def rule_code(config: SelectionConfig) -> dict[str, str]:
     """The hash of the file that a rule of the user's own is read from: other code is another selection."""
-    return {"selection.rule": code_hash(config.rule)} if isinstance(config, CustomRule) else {}
+    return {"selection rule's classes": code_hash(config.rule)} if isinstance(config, CustomRule) else {}
 
 
 def _decide_by(rule: Rule, name: str, pool: RankedCandidates, seed: int) -> Decision:

@@ -158,4 +158,4 @@ def load_backend(config: SamplingConfig) -> Any:
 
 def backend_code(config: SamplingConfig) -> dict[str, str]:
     """The hash of the file that a backend of the user's own is read from."""
-    return {"sampling.backend": code_hash(config.backend)} if ":" in config.backend else {}
+    return {"backend's classes": code_hash(config.backend)} if ":" in config.backend else {}

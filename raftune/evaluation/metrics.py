@@ -185,7 +185,7 @@ def load_metrics(config: EvaluationConfig) -> dict[str, Metric]:
 def metric_code(config: EvaluationConfig) -> dict[str, str]:
     """The hashes of the files that the user's own metrics are read from."""
     names = zip(config.metric_names, config.metrics, strict=True)
-    return {f"evaluation.metrics {name}": code_hash(spec.spec) for name, spec in names}
+    return {f"classes of the metric {name}": code_hash(spec.spec) for name, spec in names}
 
 
 def measured(metric: Metric, samples: pa.Table) -> float | Interval | None:

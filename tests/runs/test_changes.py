@@ -30,7 +30,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str, str]] = {
     "unit_size": ({"sampling": {"unit_size": 2}}, "0/evaluation-plan", "sampling.unit_size: 4 → 2"),
     "temperature": ({"sampling": {"temperature": 0.5}}, "0/evaluation-draw", "sampling.temperature: 1.0 → 0.5"),
     "rewards": ({"rewards": {"batch_size": 7}}, "0/evaluation-score", "rewards.batch_size: 64 → 7"),
-    "selection": ({"selection": {"rule": "top_m", "m": 2}}, "1/select", "selection.m: 1 → 2"),
+    "selection": ({"selection": {"rule": "top_m", "m": 2}}, "1/select", "selection.m: None → 2"),
     "beta": (
         {"selection": {"beta": 0.5}},
         "1/select",
