@@ -33,6 +33,8 @@ if __name__ == "__main__":
     parser.add_argument("--share", type=float, default=0.5, help="of the prompts, to learn from")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts_per_round", type=int, default=64)
+    parser.add_argument("--max_completion_length", type=int, default=64)
+    parser.add_argument("--num_eval_prompts", type=int, default=16)
     parser.add_argument("--output_dir", default="runs/rule")
     args = parser.parse_args()
 
@@ -43,11 +45,11 @@ if __name__ == "__main__":
             "prompts_per_round": args.prompts_per_round,
             "data": {"prompts": "starter"},
             "policy": {"model": "starter"},
-            "sampling": {"max_completion_length": 64},
+            "sampling": {"max_completion_length": args.max_completion_length},
             "rewards": {"reward_funcs": ["starter"]},
             "selection": {"rule": f"{__file__}:LargestGain", "options": {"share": args.share}},
             "tuning": {"learning_rate": 5e-4, "num_train_epochs": 2},
-            "evaluation": {"prompts": "starter", "num_prompts": 16},
+            "evaluation": {"prompts": "starter", "num_prompts": args.num_eval_prompts},
         }
     )
     print(f"best round: {outcome.best}, reward on held-out prompts: {outcome.value:.3f}")

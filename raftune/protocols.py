@@ -21,7 +21,7 @@ EVALUATION = "e"  # ends the scope of a unit whose samples are only looked at
 class Unit:
     """A fixed slice of prompts x K: what is drawn and scored at once, always in the same batches.
 
-    seeds[i][k] is the seed of the k-th draw of prompts[i]; `version` names the policy that draws; `scope` begins the
+    `seeds[i][k]` is the seed of the k-th draw of prompts[i]; `version` names the policy that draws; `scope` begins the
     sample ids and tells a training round from an evaluation; `batch_size` is the number of samples alive at once.
     """
 
@@ -38,6 +38,7 @@ class Unit:
         return not self.scope.endswith(EVALUATION)
 
     def sample_id(self, prompt: Prompt, k: int) -> str:
+        """The id of the prompt's k-th sample: scope, prompt and k."""
         return f"{self.scope}/{prompt.id}/{k:03d}"
 
 

@@ -49,9 +49,9 @@ class Bigrams:
         return {"completion": str(answer)}
 
     def tune(self, rows, work, out):
-        words, counts = pq.read_table(rows).to_pylist(), np.full((27, 27), 0.1)
+        words, counts = pq.read_table(rows).to_pylist(), np.full((27, 27), 0.01)
         for row in words:
-            for pair in pairwise(row["completion"] + "."):
+            for pair in pairwise((row["completion"] + ".")[:10]):
                 counts[tuple(map(LETTERS.index, pair))] += row["weight"]
         np.save(out / FILE, counts)
         return TuneReport(rows=len(words), steps=1, losses=())

@@ -14,9 +14,9 @@ FAMILY = Path(__file__).with_name("family.py")
 
 
 def pronounceable(completions, **kwargs):
-    """The share of neighbouring letters of which exactly one is a vowel; 0 for a word of less than four letters."""
+    """For each pair of neighbouring letters 1 if exactly one of the two is a vowel, else -1; the sum over 9, the most."""
     pairs = [[(a in "aeiou") != (b in "aeiou") for a, b in pairwise(word)] for word in completions]
-    return [sum(pair) / len(pair) if len(pair) > 2 else 0.0 for pair in pairs]
+    return [(2 * sum(pair) - len(pair)) / 9 for pair in pairs]
 
 
 if __name__ == "__main__":
@@ -38,7 +38,7 @@ if __name__ == "__main__":
             "prompts_per_round": args.prompts_per_round,
             "data": {"prompts": str(prompts)},
             "policy": {"family": f"{FAMILY}:Bigrams"},
-            "sampling": {"num_generations": 8},
+            "sampling": {"num_generations": 16},
             "rewards": {"reward_funcs": [f"{__file__}:pronounceable"]},
             "evaluation": {"prompts": str(prompts), "num_prompts": len(letters)},
         }

@@ -301,12 +301,15 @@ class RaftTrainer(TrainerFace):
     # -- callbacks -----------------------------------------------------------------------------------------------------
 
     def add_callback(self, callback: Any) -> None:
+        """Adds a TrainerCallback, an instance or a class."""
         self._handler.add_callback(callback)
 
     def pop_callback(self, callback: Any) -> Any:
+        """Removes a callback, given as an instance or a class, and returns it; None where there is none."""
         return self._handler.pop_callback(callback)
 
     def remove_callback(self, callback: Any) -> None:
+        """Removes a callback, given as an instance or a class."""
         self._handler.remove_callback(callback)
 
     # -- what it stands on ---------------------------------------------------------------------------------------------
