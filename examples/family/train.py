@@ -14,7 +14,7 @@ FAMILY = Path(__file__).with_name("family.py")
 
 
 def pronounceable(completions, **kwargs):
-    """For each pair of neighbouring letters 1 if exactly one of the two is a vowel, else -1; the sum over 9, the most."""
+    """1 for each pair of neighbours of which exactly one is a vowel, else -1; summed, and divided by 9, the most."""
     pairs = [[(a in "aeiou") != (b in "aeiou") for a, b in pairwise(word)] for word in completions]
     return [(2 * sum(pair) - len(pair)) / 9 for pair in pairs]
 
