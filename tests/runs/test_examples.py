@@ -90,9 +90,11 @@ def test_programs_are_run_against_unit_tests_within_limits(call: Call) -> None:
     flags = "--num_rounds 1 --max_completion_length 8 --num_train_epochs 1 --use_cpu True --disable_tqdm True"
     printed = call("unit_tests_reward.py", f"{flags} --output_dir out")
     assert number("candidates that pass", printed) == 0.25  # the solution, of four candidates
-    kept = [weight > 0 for weight in column("out/round-0001/select/verdicts.parquet", "weight")]
-    assert sum(kept) == 2
-    assert column("out/round-0001/score/*.parquet", "score") == kept
+    verdicts = read_table(Path("out/round-0001/select/verdicts.parquet")).to_pylist()
+    kept = [row for row in verdicts if row["weight"] > 0]
+    assert [row["score"] for row in kept] == [1.0, 1.0]
+    assert {row["score"] for row in verdicts} == {0.0, 1.0}
+    assert {row["source"] for row in kept} == {"column:solution"}
 
 
 def test_preferences_lead_to_a_reward_model_and_to_an_aligned_model(call: Call) -> None:
