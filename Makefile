@@ -36,7 +36,7 @@ format: $(READY)  ## bring the code into its form
 
 docs: $(READY)  ## build the documentation site into build/site
 	@$(PIP) --editable '.[docs]'
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY)  ## the measurements of the README (long)
 	@for name in sampling rounds memory; do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || exit 1; done
