@@ -45,8 +45,8 @@ if __name__ == "__main__":
             # This function beside a CLIP score, each ranked within its prompt: dark, and still what the caption says.
             "rewards": {"reward_funcs": [f"{__file__}:darkness", args.clip], "combine": "rank"},
             "tuning": {"learning_rate": 2e-4, "max_steps": args.train_steps},
-            "evaluation": {"prompts": args.prompts, "num_prompts": 16, "num_generations": 2},
+            "evaluation": {"prompts": args.prompts, "num_prompts": 16, "num_generations": 2, "best_by": "darkness"},
         }
     )
-    print(f"best round: {outcome.best}, reward on held-out captions: {outcome.value:.3f}")
+    print(f"best round: {outcome.best}, darkness on held-out captions: {outcome.value:.3f}")
     print(f"report: {args.output_dir}/report.html")

@@ -16,9 +16,9 @@ from transformers import HfArgumentParser
 
 from raftune import RaftConfig, RaftTrainer
 
-TASKS = [
-    ("add(a, b)", "return a + b", "assert add(2, 3) == 5"),
-    ("is_even(n)", "return n % 2 == 0", "assert is_even(4) and not is_even(7)"),
+TASKS = [  # a request, a program that meets it, tests
+    ("Write add(a, b).", "def add(a, b): return a + b", "assert add(2, 3) == 5"),
+    ("Write is_even(n).", "def is_even(n): return n % 2 == 0", "assert is_even(4) and not is_even(7)"),
 ]
 HARNESS = """
 import json, resource, sys
@@ -43,9 +43,8 @@ def passes(program, tests):
 
 def unit_tests_reward(prompts, completions, tests, **kwargs):
     """1 for a completion that passes the tests of its row, else 0. The column `tests` arrives by its name."""
-    programs = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return [float(passed) for passed in pool.map(passes, programs, tests)]
+        return [float(passed) for passed in pool.map(passes, map(str.strip, completions), tests)]
 
 
 if __name__ == "__main__":
@@ -54,7 +53,7 @@ if __name__ == "__main__":
     parser.set_defaults(num_generations=3, max_completion_length=32, num_train_epochs=20, num_eval_prompts=0)
     (args,) = parser.parse_args_into_dataclasses()
     args.run_config = {"sampling.candidate_columns": ["solution"]}
-    rows = [{"prompt": f"def {head}:\n", "solution": f"    {body}\n", "tests": test} for head, body, test in TASKS]
+    rows = [{"prompt": f"User: {ask}\nAssistant:", "solution": f" {code}", "tests": test} for ask, code, test in TASKS]
     trainer = RaftTrainer(model="starter", reward_funcs=unit_tests_reward, args=args, train_dataset=rows)
     trainer.train()
-    print("candidates that pass, by round:", [log["reward"] for log in trainer.state.log_history if "reward" in log])
+    print("programs that pass, by round:", [log["reward"] for log in trainer.state.log_history if "reward" in log])
