@@ -20,8 +20,9 @@ from raftune.store.parquet import read_table
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = [path for path in sorted(EXAMPLES.rglob("*.py")) if "digits" not in path.parts]
 PROMPTS = "--prompts_per_round 4 --num_generations 4"
-TRAINER = '--max_completion_length 16 --num_train_epochs 1 --use_cpu True --disable_tqdm True --run_config {"engine.threads":1}'
+TRAINER = "--max_completion_length 16 --num_train_epochs 1 --use_cpu True --disable_tqdm True"
 ONE_ROUND = f"--num_rounds 1 {PROMPTS} {TRAINER} --num_eval_prompts 4 --num_generations_eval 2"
+ONE_ROUND += ' --run_config {"engine.threads":1}'
 
 Call = Callable[..., str]
 
