@@ -42,8 +42,8 @@ bench: $(READY)  ## the measurements of the README (long)
 	@for name in sampling rounds memory; do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 starters: $(READY)  ## build the bundled tiny models anew
-	@$(BIN)/python -m raftune.starters.text.build
-	@$(BIN)/python -m raftune.starters.image.build
+	@$(BIN)/python -m tools.starters.text.build
+	@$(BIN)/python -m tools.starters.image.build
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -116,7 +116,7 @@ def arguments() -> argparse.Namespace:
 
 def run_arm(task: Task, arm: str, seed: int, args: argparse.Namespace) -> None:
     """Trains the arm, judges its last model on every set, and writes the numbers; continues what was begun."""
-    from raftune.runs import run
+    from raftune.runtime.run import run
 
     began = time.perf_counter()
     if arm not in UNTRAINED:
@@ -160,9 +160,9 @@ def dialled(task: Task, arm: str) -> dict[str, Any]:
 def judged(task: Task, arm: str, seed: int, split: str, args: argparse.Namespace) -> dict[str, float]:
     """What the arm's last model is worth on a set of captions; every arm is asked the same, with the same seeds."""
     from raftune.loop import metrics_of
-    from raftune.runs import run
+    from raftune.runtime.evaluation_target import evaluation_of, subject_of
+    from raftune.runtime.run import run
     from raftune.store.run import RunFolder
-    from raftune.subject import evaluation_of, subject_of
 
     place = run_folder(task, arm, seed, args.work)
     subject = subject_of("starter" if arm in UNTRAINED else f"{place}@last")

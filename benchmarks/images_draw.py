@@ -32,8 +32,8 @@ import torch
 from raftune.config import RunConfig, validate
 from raftune.policies.diffusion import Diffusion
 from raftune.protocols import Unit
-from raftune.quiet import quiet
 from raftune.records import Prompt, derive_seed
+from raftune.training.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def task_of(args: argparse.Namespace, folder: Path) -> Task:
     """The pipeline on disk, and a policy's start that refers to it."""
     from diffusers import AutoencoderKL
 
-    from raftune.starters.image.drawing import untrained_flow, untrained_unet
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/ is no part of the package
     from raftune.starters.image.pictures import scenes
+    from tools.starters.image.drawing import untrained_flow, untrained_unet
 
     torch.manual_seed(0)
     weights = Path(__file__).parents[1] / "raftune/starters/image/weights/policy/vae"

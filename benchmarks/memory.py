@@ -54,9 +54,9 @@ def apart(samples: int) -> dict[str, Any]:
 
 def measure(samples: int) -> dict[str, Any]:
     """Runs one round of so many samples in this process."""
-    from raftune.build import Objects
     from raftune.config import validate
-    from raftune.runs import run
+    from raftune.runtime.assembly import Objects
+    from raftune.runtime.run import run
 
     prompts = samples // K
     with tempfile.TemporaryDirectory() as folder:

@@ -96,9 +96,9 @@ def grpo(rate: float, seed: int, steps: int, diary: Diary, folder: str) -> None:
 
 
 def raft(rate: float, seed: int, steps: int, diary: Diary, folder: str) -> None:
-    from raftune.build import Objects
     from raftune.policies.causal_lm import CausalLM
-    from raftune.runs import run
+    from raftune.runtime.assembly import Objects
+    from raftune.runtime.run import run
 
     assert CausalLM  # imported, torch with it, before the clock starts
 
@@ -246,8 +246,8 @@ def overhead(rounds: int) -> dict[str, Any]:
 
 def shares(rounds: int, spent: dict[str, float], changes: dict[str, Any]) -> dict[str, float]:
     """Medians over the rounds of one run; `spent` grows while it works."""
-    from raftune.build import Objects
-    from raftune.runs import run
+    from raftune.runtime.assembly import Objects
+    from raftune.runtime.run import run
 
     marks: list[tuple[float, dict[str, float]]] = []
 

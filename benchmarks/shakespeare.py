@@ -108,7 +108,7 @@ def write_prompts(path: Path, prompts: list[str]) -> None:
 
 def align(out: Path, name: str, seed: int, rule: str, args: argparse.Namespace) -> Path:
     """One run of RAFT, or of its random control on the same dials."""
-    from raftune.runs import run
+    from raftune.runtime.run import run
 
     root = out / "runs" / f"{name}-{seed}"
     config = {

@@ -6,7 +6,7 @@ python examples/resume_and_reselect.py                       the bundled model, 
 import argparse
 
 import raftune
-from raftune.whatif import reselect
+from raftune.analysis.whatif import reselect
 
 
 class StageLog(list):

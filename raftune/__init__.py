@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from raftune.config import RunConfig
-    from raftune.policies.raft_iteration import raft_iteration
-    from raftune.runs import resume, run
+    from raftune.policies.tabular.raft_iteration import raft_iteration
+    from raftune.runtime.run import resume, run
     from raftune.trainer import RaftConfig, RaftTrainer
 
 __all__ = ["RaftConfig", "RaftTrainer", "RunConfig", "raft_iteration", "resume", "run"]
@@ -22,9 +22,9 @@ _HOMES = {
     "RaftConfig": "raftune.trainer",
     "RaftTrainer": "raftune.trainer",
     "RunConfig": "raftune.config",
-    "raft_iteration": "raftune.policies.raft_iteration",
-    "resume": "raftune.runs",
-    "run": "raftune.runs",
+    "raft_iteration": "raftune.policies.tabular.raft_iteration",
+    "resume": "raftune.runtime.run",
+    "run": "raftune.runtime.run",
 }
 
 

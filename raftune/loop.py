@@ -11,9 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from raftune import pulse
 from raftune.config.run import RunConfig
-from raftune.digest import alarms_of, done_words, read_json
 from raftune.evaluation.history import (
     Metrics,
     best_round,
@@ -23,7 +21,9 @@ from raftune.evaluation.history import (
     reason_to_stop,
 )
 from raftune.protocols import Receipt, Stage, UnitStage
-from raftune.stages.tune import NOTHING, REPORT
+from raftune.results.summary import alarms_of, done_words, read_json
+from raftune.stages.train import NOTHING, REPORT
+from raftune.store import pulse
 from raftune.store.commit import RECEIPTS, with_hash
 from raftune.store.files import discard, json_bytes, write_json
 from raftune.store.job import Engine, Job, note, run_once, seal_units, unfinished

@@ -34,10 +34,10 @@ from transformers import (
 
 from raftune.config.policy import AdapterConfig, CausalLMPolicy
 from raftune.config.sampling import SamplingConfig
-from raftune.config.tuning import TuningConfig
+from raftune.config.training import TuningConfig
 from raftune.protocols import Unit
-from raftune.quiet import quiet
 from raftune.records import Prompt, derive_seed
+from raftune.training.quiet import quiet
 
 torch.set_num_threads(1)  # two threads for models of this size cost more than they give, and tests share their machine
 

@@ -42,7 +42,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from raftune.quiet import quiet
+from raftune.training.quiet import quiet
 
 Kind = Literal["sd", "sd-v", "sdxl", "sd3", "flux", "pixart", "dit", "ddpm", "ddim"]
 SIZE = 16  # pixels of a side

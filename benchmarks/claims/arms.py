@@ -152,7 +152,7 @@ def result_file(arm: Arm, seed: int, out: Path) -> Path:
 
 def run_arm(arm: Arm, seed: int, sizes: Sizes, out: Path) -> None:
     """Trains and judges one arm, and writes its numbers; continues what an earlier call began."""
-    from raftune.runs import run
+    from raftune.runtime.run import run
 
     began = time.process_time()
     if arm.origin == "sft":
@@ -173,9 +173,9 @@ def reference(arm: Arm, seed: int, out: Path) -> str | Path:
 
 def numbers(config: dict[str, Any], reference: str | Path) -> dict[str, float]:
     """Reward, judge, KL, diversity and length of a model, by the evaluation that any run has at its start."""
-    from raftune.build import Assembly
     from raftune.config.load import validate
     from raftune.loop import ensure, metrics_of
+    from raftune.runtime.assembly import Assembly
     from raftune.store.run import RunFolder
 
     root = RunFolder(config["output_dir"])
@@ -294,10 +294,11 @@ def make_student(out: Path) -> None:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from raftune.starters.descent import Descent
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # tools/ is no part of the package
     from raftune.starters.text import policy_path
-    from raftune.starters.text.build import TYPICAL_LENGTH, dialogue_batches
-    from raftune.starters.text.training import llama_config, pad_right, save
+    from tools.starters.optimizer import Descent
+    from tools.starters.text.build import TYPICAL_LENGTH, dialogue_batches
+    from tools.starters.text.training import llama_config, pad_right, save
 
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)

@@ -21,9 +21,9 @@ from torch.nn import Linear, ReLU, Sequential
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
 from raftune.config import Frozen, RunConfig, options_of
+from raftune.data.images import image_of, png_of, sha256_of_png, why_invalid
 from raftune.errors import DataError
-from raftune.pictures import image_of, png_of, sha256_of_png, why_invalid
-from raftune.policies.dials import all_but, refuse_unused
+from raftune.policies.unsupported import all_but, refuse_unused
 from raftune.protocols import TuneReport, Unit
 from raftune.records import Prompt, Sample
 

@@ -61,16 +61,22 @@ COMMANDS = (
 )
 
 for _number, (_name, _group, _help) in enumerate(COMMANDS):
-    app.command(f"raftune.cli.{_name}:{_name}", name=_name, group=_group, help=_help, sort_key=_number)
+    app.command(f"raftune.cli.commands.{_name}:{_name}", name=_name, group=_group, help=_help, sort_key=_number)
 _reward = App(
     name="reward",
     help="List and try rewards, train a reward model, score a file.",
     group=WORK,
 )
-_reward.command("raftune.cli.reward_train:train", name="train", help="Train a reward model on human feedback.")
-_reward.command("raftune.cli.reward_score:score", name="score", help="Score a file of answers, or of preferences.")
-_reward.command("raftune.cli.reward_list:list_rewards", name="list", help="List the built-in rewards, with options.")
-_reward.command("raftune.cli.reward:check", name="check", help="Call a reward on samples, and report what it does.")
+_reward.command("raftune.cli.commands.reward_train:train", name="train", help="Train a reward model on human feedback.")
+_reward.command(
+    "raftune.cli.commands.reward_score:score", name="score", help="Score a file of answers, or of preferences."
+)
+_reward.command(
+    "raftune.cli.commands.reward_list:list_rewards", name="list", help="List the built-in rewards, with options."
+)
+_reward.command(
+    "raftune.cli.commands.reward:check", name="check", help="Call a reward on samples, and report what it does."
+)
 app.command(_reward)
 
 

@@ -9,7 +9,7 @@ from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.config.run import DataConfig, EngineConfig, RunConfig, StopConfig
 from raftune.config.sampling import SamplingConfig, TeacherConfig
 from raftune.config.selection import SelectionConfig
-from raftune.config.tuning import ReferenceConfig, TuningConfig
+from raftune.config.training import ReferenceConfig, TuningConfig
 
 __all__ = [
     "AdapterConfig",

@@ -10,6 +10,8 @@ from raftune.config.base import Frozen
 from raftune.config.extensions import SPEC
 from raftune.config.rewards import RewardSpec, derived_name, unique_names
 
+FEWEST_UNITS = 5  # prompts: of fewer a mean is said with their number, and without an interval
+
 
 class MetricSpec(Frozen):
     """A metric of your own. A plain string stands for a spec with every other field at its default."""

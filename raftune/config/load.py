@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raftune.config.beside import beside
+from raftune.config.paths import beside
 from raftune.config.run import RunConfig
 from raftune.config.secrets import redacted
 from raftune.config.selection import SelectionConfig
 from raftune.errors import ConfigError
-from raftune.plain import first_line
+from raftune.sanitize import first_line
 
 _shortened = reprlib.Repr()  # YAML's anchors can make a few lines stand for gigabytes
 _shortened.maxstring = _shortened.maxother = 60

@@ -15,7 +15,7 @@ from raftune.config.policy import PolicyConfig
 from raftune.config.rewards import RewardsConfig
 from raftune.config.sampling import SamplingConfig
 from raftune.config.selection import AnySelection, BestOfK
-from raftune.config.tuning import AnyTuning, SftTuning
+from raftune.config.training import AnyTuning, SftTuning
 
 
 class DataConfig(Frozen):
@@ -171,3 +171,8 @@ class RunConfig(Frozen):
     def _alarms_can_be_raised(self) -> RunConfig:
         self.guards.check(self.evaluation)
         return self
+
+
+def held_out_names(config: RunConfig) -> tuple[str, ...]:
+    """The names of the held-out rewards."""
+    return config.rewards.model_copy(update={"reward_funcs": config.evaluation.reward_funcs}).names

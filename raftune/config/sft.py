@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from raftune.config.base import COLUMNS_FIELD, Columns, Frozen
 from raftune.config.policy import PolicyConfig
-from raftune.config.tuning import TuningConfig
+from raftune.config.training import TuningConfig
 
 # Fields of `tuning` that speak of rounds, of which there is one.
 OF_ROUNDS = ("optimizer_state", "start_from", "replay_rounds", "reference")

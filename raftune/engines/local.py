@@ -18,8 +18,8 @@ import raftune.errors
 from raftune.config.extensions import load_extension
 from raftune.config.run import EngineConfig
 from raftune.errors import EngineError, OutOfMemory, RaftuneError
-from raftune.interruption import interrupting
 from raftune.protocols import Receipt, UnitStage
+from raftune.store.interruption import interrupting
 from raftune.store.job import Engine, Job, run_unit
 
 FINAL = (RaftuneError, OSError, AssertionError)  # what would not go away if the unit were tried again
@@ -68,7 +68,8 @@ def give_up(
 
 
 class Workers:
-    """N processes, each `python -m raftune.worker RUN`; one that dies is started anew, and its unit is tried again."""
+    """N processes, each `python -m raftune.runtime.worker RUN`; one that dies is started anew, and its unit is tried
+    again."""
 
     def __init__(self, config: EngineConfig, root: Path) -> None:
         self.config, self.root = config, root
@@ -176,7 +177,7 @@ class Worker:
         self.killed = ""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "raftune.worker", str(root)],
+                [sys.executable, "-m", "raftune.runtime.worker", str(root)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

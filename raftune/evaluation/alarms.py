@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.config.guards import AlarmName, GuardsConfig
-from raftune.digest import ends_of
+from raftune.evaluation.bootstrap import Interval, interval, mean_by_prompt
 from raftune.evaluation.columns import prompt_numbers
 from raftune.evaluation.diversity import near_duplicates as duplicates
 from raftune.evaluation.diversity import numbered, shingle_sets
 from raftune.evaluation.paired import sign_flip
-from raftune.interval import Interval, interval, mean_by_prompt
-from raftune.measures import spread
-from raftune.plain import percent as share
+from raftune.results.measures import spread
+from raftune.results.summary import ends_of
+from raftune.sanitize import percent as share
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

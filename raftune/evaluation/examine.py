@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from raftune.config.guards import GuardsConfig
 from raftune.evaluation import alarms, picture_alarms
 from raftune.evaluation.alarms import Alarm, column, texts_of
+from raftune.evaluation.bootstrap import mean_by_prompt
 from raftune.evaluation.columns import prompt_numbers
 from raftune.evaluation.diversity import distinct, msttr, numbered, similarities, unique
-from raftune.interval import mean_by_prompt
 from raftune.protocols import Evidence
 
 Floats = npt.NDArray[np.float64]

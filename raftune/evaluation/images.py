@@ -14,9 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raftune.data.images import LUMA, Pictures, require_pillow
+from raftune.evaluation.bootstrap import interval, mean_by_prompt
 from raftune.evaluation.columns import numbers_of, prompt_numbers
-from raftune.interval import interval, mean_by_prompt
-from raftune.pictures import LUMA, Pictures, require_pillow
 from raftune.records import INVALID, LATENTS
 
 Floats = npt.NDArray[np.float64]

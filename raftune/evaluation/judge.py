@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from raftune.clients.chat import Endpoint, Reply
 from raftune.errors import ConfigError, RewardError
-from raftune.evaluation.endpoint import Endpoint, Reply
-from raftune.plain import one_line
+from raftune.sanitize import one_line
 
 Verdict = Literal["A", "B", "tie"]
 Tell = Callable[[int, int], None]

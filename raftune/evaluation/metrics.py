@@ -15,10 +15,10 @@ from raftune.config.evaluation import EvaluationConfig
 from raftune.config.extensions import GUIDE, code_hash, load_extension
 from raftune.errors import ConfigError
 from raftune.evaluation.best_of import best_of_k_estimates
+from raftune.evaluation.bootstrap import Interval, interval, mean_by_prompt, ratio_interval
 from raftune.evaluation.columns import prompt_numbers
 from raftune.evaluation.diversity import distinct, msttr, numbered, similarities, unique
 from raftune.evaluation.images import Pixels, Vectors
-from raftune.interval import Interval, interval, mean_by_prompt, ratio_interval
 from raftune.protocols import Metric
 from raftune.records import INVALID
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from raftune.interval import interval, mean_by_prompt
+from raftune.evaluation.bootstrap import interval, mean_by_prompt
 from raftune.records import derive_seed
 
 Floats = npt.NDArray[np.float64]

@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raftune.digest import ends_of
 from raftune.evaluation.alarms import FEWEST, Alarm, Measures, column, name_of, one_a_prompt, ranged
+from raftune.evaluation.bootstrap import Interval, interval, mean_by_prompt
 from raftune.evaluation.columns import prompt_numbers
 from raftune.evaluation.images import ALIKE, by_group, nearest, rms_distance, thumbnails
-from raftune.interval import Interval, interval, mean_by_prompt
-from raftune.plain import percent as share
+from raftune.results.summary import ends_of
+from raftune.sanitize import percent as share
 
 KNOWN = ("brightness", "saturation", "contrast")  # of one picture, averaged over a set
 

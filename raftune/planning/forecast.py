@@ -8,12 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from raftune.build import Assembly
 from raftune.config.policy import CausalLMPolicy, DiffusionPolicy
 from raftune.config.run import RunConfig
-from raftune.digest import held_out_words, overlap_words, rows_of
 from raftune.errors import DataError, ModelError, RewardError
-from raftune.plain import counted, one_line
 from raftune.planning.amounts import Amounts, amounts
 from raftune.planning.images import (
     Pipeline,
@@ -32,13 +29,16 @@ from raftune.planning.images import (
 from raftune.planning.probe import SECONDS, Probe, Tell, Trial, probe, seconds_by_stage
 from raftune.planning.prompts import Prompts, check_answers, leave_out, measure, read_prompts
 from raftune.planning.sizes import Disk, Footprint, Memory, Peaks, disk, footprint, memory, peaks, unread_facts
-from raftune.preflight import preflight
 from raftune.protocols import Reader
-from raftune.reporting import check_installed, wanted
-from raftune.runs import check_writable, refuse_foreign, root_of
-from raftune.stages.data import Data
-from raftune.stages.prompts import cut_short, looked_at, prompts_in, refusal
-from raftune.staleness import check
+from raftune.results.summary import overlap_words, rows_of
+from raftune.runtime.assembly import Assembly
+from raftune.runtime.preflight import preflight
+from raftune.runtime.run import check_writable, refuse_foreign, root_of
+from raftune.runtime.staleness import check
+from raftune.runtime.trackers import check_installed, wanted
+from raftune.sanitize import counted, one_line
+from raftune.stages.data import Data, held_out_words
+from raftune.stages.prompt_check import cut_short, looked_at, prompts_in, refusal
 from raftune.store.run import RunFolder
 
 

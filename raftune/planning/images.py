@@ -98,7 +98,7 @@ def count_trained(denoiser: str, config: Any, adapter: AdapterConfig | None) -> 
     import diffusers
     from accelerate import init_empty_weights
 
-    from raftune.policies.diffusion.adapters import attach_fresh
+    from raftune.policies.diffusion.lora import attach_fresh
 
     with init_empty_weights():
         model = getattr(diffusers, denoiser).from_config(dict(config))

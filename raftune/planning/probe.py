@@ -22,22 +22,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raftune.build import Assembly
 from raftune.config.guards import GuardsConfig
-from raftune.digest import generation_words
 from raftune.errors import RewardError
 from raftune.evaluation.alarms import probe_alarms
-from raftune.interruption import interrupting
-from raftune.objectives import chosen_rows, load_objective
-from raftune.plain import counted, one_line
 from raftune.planning.amounts import Amounts
 from raftune.planning.sizes import Peak
 from raftune.protocols import Likelihood, Policy, SupportsBackends, Unit
 from raftune.records import Prompt, Sample, Score, Status, derive_seed
-from raftune.stages.draw import as_table, drawn
+from raftune.runtime.assembly import Assembly
+from raftune.sanitize import counted, one_line
 from raftune.stages.gather import with_prompts
+from raftune.stages.generate import as_table, drawn
+from raftune.stages.parity import generation_words
 from raftune.stages.plan import prompts_from
+from raftune.store.interruption import interrupting
 from raftune.store.parquet import read_table, write_table
+from raftune.training.objectives import chosen_rows, load_objective
 
 FAILED = (Status.INVALID, Status.ERROR, Status.TIMEOUT)
 ASKED = 2

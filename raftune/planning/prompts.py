@@ -9,17 +9,17 @@ from typing import Any
 
 import pyarrow as pa
 
-from raftune.build import Assembly
 from raftune.config.run import RunConfig
-from raftune.digest import read_json
 from raftune.errors import DataError
-from raftune.plain import counted
 from raftune.protocols import Policy, Reader
 from raftune.records import Prompt
+from raftune.results.summary import read_json
+from raftune.runtime.assembly import Assembly
+from raftune.sanitize import counted
 from raftune.stages.data import Data
 from raftune.stages.gather import adopted, prompts_of, reference_rows
 from raftune.stages.plan import asked_columns, prompts_from
-from raftune.stages.prompts import LEAVE_OUT, looked_at, prompts_in, refusal, unlike_starter
+from raftune.stages.prompt_check import LEAVE_OUT, looked_at, prompts_in, refusal, unlike_starter
 from raftune.store.job import run_once
 from raftune.store.parquet import read_groups, read_metadata, read_table, write_table
 

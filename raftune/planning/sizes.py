@@ -37,7 +37,7 @@ class Footprint:
 def footprint(config: CausalLMPolicy, start: Path, facts: dict[str, Any]) -> Footprint:
     """The footprint of a start model that was checked before; `facts` is what the check found."""
     from raftune.policies.causal_lm import loading
-    from raftune.policies.devices import choose_device
+    from raftune.training.devices import choose_device
 
     found = loading.model_config(config, start)
     dtype = str(facts["dtype"])

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raftune.digest import Row
 from raftune.report import numbers
 from raftune.report.learned import learned
 from raftune.report.pairs import compared
@@ -19,6 +18,7 @@ from raftune.report.pictures import Album, Embedded
 from raftune.report.prompts import prompts
 from raftune.report.reading import Reader
 from raftune.report.standing import Standing, standing_of
+from raftune.results.summary import Row
 from raftune.store.kinds import is_evaluation
 from raftune.store.run import RunFolder
 

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from raftune.plain import harmless
+from raftune.sanitize import harmless
 
 
 def text(value: Any) -> str:

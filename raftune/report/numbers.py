@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raftune.digest import Row, ends_of, row_of, seconds_by_round
 from raftune.report.reading import Reader
 from raftune.report.samples import finite
+from raftune.results.summary import Row, ends_of, row_of, seconds_by_round
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from raftune.digest import cell, columns_for
-from raftune.plain import percent
 from raftune.report import numbers
 from raftune.report.charts import SHAPES, Series, line_chart
 from raftune.report.charts import numbers as number_table
@@ -30,6 +28,8 @@ from raftune.report.panels import (
     line,
 )
 from raftune.report.provenance import generation, seconds_by_stage
+from raftune.results.summary import cell, columns_for
+from raftune.sanitize import percent
 
 
 def overview(found: Collected) -> str:

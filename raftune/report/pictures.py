@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raftune.data.images import PIXELATED, mime_of, sha256_of_png, thumbnail
 from raftune.errors import ConfigError, DataError, RaftuneError
-from raftune.pictures import PIXELATED, mime_of, sha256_of_png, thumbnail
-from raftune.plain import first_line
 from raftune.report.reading import Place, Reader
 from raftune.report.samples import PICTURE
+from raftune.sanitize import first_line
 
 LONGEST = 256  # pixels of a thumbnail's longer side
 MOST_BYTES = 12_000_000  # of all pictures of a page

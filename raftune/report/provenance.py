@@ -12,12 +12,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from raftune.config.secrets import redacted
-from raftune.digest import generation_words
-from raftune.plain import duration
 from raftune.report.collect import Collected
 from raftune.report.markup import block, facts, folded, number, scrolling, table, text
 from raftune.report.numbers import timed
 from raftune.report.reading import Reader
+from raftune.sanitize import duration
+from raftune.stages.parity import generation_words
 
 SHORT = 12  # letters of a hash that are shown; the whole hash appears on pointing
 

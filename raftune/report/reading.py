@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from raftune.errors import RaftuneError
-from raftune.plain import first_line
+from raftune.sanitize import first_line
 from raftune.store.commit import MARKER, Commit, has_changed, surplus
 from raftune.store.layout import unit_file
 from raftune.store.parquet import column_names, read_groups, read_metadata, read_table

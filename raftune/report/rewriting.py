@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raftune.config.run import RunConfig
-from raftune.plain import first_line
+from raftune.sanitize import first_line
 
 if TYPE_CHECKING:
     from raftune.report.pictures import Embedded

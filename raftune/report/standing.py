@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from raftune.config.load import validate
-from raftune.config.run import RunConfig
-from raftune.digest import Row, held_out_names
+from raftune.config.run import RunConfig, held_out_names
 from raftune.errors import RaftuneError
-from raftune.plain import counted, first_line
 from raftune.report.numbers import by_round
 from raftune.report.reading import Reader
-from raftune.status import in_use
+from raftune.results.status import in_use
+from raftune.results.summary import Row
+from raftune.sanitize import counted, first_line
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from raftune.config.reward_model import RewardModelConfig
+from raftune.data.classifier_inputs import Reading, is_hollow, longest
 from raftune.errors import ModelError
-from raftune.load_errors import why_not_loaded
-from raftune.quiet import quiet
-from raftune.reading import Reading, is_hollow, longest
+from raftune.training.load_errors import why_not_loaded
+from raftune.training.quiet import quiet
 
 HEAD = "ForSequenceClassification"
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from raftune.config.reward_model import RewardModelConfig
+from raftune.data.classifier_inputs import Reading, text_of, tokens
+from raftune.data.preferences import read_preferences
+from raftune.data.ratings import read_ratings
+from raftune.data.rows import Feedback, Pair, Rating, Skipped
 from raftune.errors import DataError, RewardError
-from raftune.feedback import Feedback, Pair, Rating, Skipped, read_preferences, read_ratings
-from raftune.reading import Reading, text_of, tokens
 from raftune.records import PromptContent
 
 Objective = Literal["pairwise", "pointwise"]

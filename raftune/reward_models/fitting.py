@@ -17,16 +17,16 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from raftune import interruption
-from raftune.checkpoints import STATE, newest_verified, seal
 from raftune.config.policy import AdapterConfig
 from raftune.config.reward_model import RewardModelConfig, rate_for
 from raftune.errors import ConfigError, ModelError, OutOfMemory
-from raftune.ordering import LengthGrouped
-from raftune.plain import first_line
-from raftune.quiet import quiet
 from raftune.reward_models.examples import Example, Objective
+from raftune.sanitize import first_line
+from raftune.store import interruption
 from raftune.store.partial import Pace
+from raftune.training.checkpoints import STATE, newest_verified, seal
+from raftune.training.length_grouping import LengthGrouped
+from raftune.training.quiet import quiet
 
 Observer = Callable[[str, dict[str, Any]], None]
 Floats = npt.NDArray[np.float64]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from raftune.digest import ends_of
-from raftune.interval import Interval
-from raftune.measures import spread
+from raftune.evaluation.bootstrap import Interval
+from raftune.results.measures import spread
+from raftune.results.summary import ends_of
 
 FEWEST = 10  # held-out prompts: below, a bootstrap interval says nothing
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raftune.interval import Interval, interval, mean_by_prompt
+from raftune.evaluation.bootstrap import Interval, interval, mean_by_prompt
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

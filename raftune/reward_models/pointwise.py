@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raftune.digest import FEWEST_UNITS
-from raftune.interval import Interval, interval, mean_by_prompt, resamples
+from raftune.config.evaluation import FEWEST_UNITS
+from raftune.evaluation.bootstrap import Interval, interval, mean_by_prompt, resamples
 from raftune.reward_models.pairwise import right
 
 Floats = npt.NDArray[np.float64]

@@ -14,11 +14,10 @@ import pyarrow as pa
 import torch
 
 from raftune.config.reward_model import RewardModelConfig
+from raftune.data.classifier_inputs import Reading, write_notes
+from raftune.data.rows import write_skipped
 from raftune.errors import DataError, ModelError
-from raftune.feedback import write_skipped
 from raftune.protocols import Reward
-from raftune.quiet import quiet
-from raftune.reading import Reading, write_notes
 from raftune.reward_models.backbone import Backbone, open_backbone
 from raftune.reward_models.examples import (
     Example,
@@ -37,6 +36,7 @@ from raftune.reward_models.pointwise import pointwise_report
 from raftune.store.files import discard, stage_file, write_json
 from raftune.store.parquet import write_table
 from raftune.store.run import RunFolder
+from raftune.training.quiet import quiet
 
 CHUNK = 1024  # answers in one call of the model as a reward
 POINTS = 50  # of the curve of losses in the report

@@ -1,17 +1,14 @@
 """Rewards: functions and models that give a number to a completion, and the panel that calls several of them.
 
 batch.py, outcome.py        what a reward is asked, and what came of the call
-builtin.py                  the built-in rewards by name: each declares itself by a decorator, one to a file
-model_options.py            the options of those that are models
-clip.py, models.py          what rewards that are models share
+registry.py                 the built-in rewards by name: each declares itself by a decorator
+builtin/                    the built-in rewards, one to a file
 function.py                 a person's own callable
-host.py, hosted.py, wire.py a reward in a process of its own: the far side, this side, and what travels between
-places.py, runner.py        where a reward runs so that waiting for it can end
+process/                    a reward in a process of its own: client, server, protocol; executors and threads
 media.py                    what a reward can read
-loading.py                  spec → reward
-panel.py, combining.py      rewards → parts → scores
+loading.py, resolve.py       spec → reward
+panel.py, combining.py      samples → rewards → parts → scores
 failures.py                 failures → the message for the user
-samples.py                  rows of the ledger → what a reward is asked
 files.py, picture_files.py  a person's own file, scored
 check.py, examples.py       a report on one reward
 """

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from raftune.pictures import require_pillow
+from raftune.data.images import require_pillow
 from raftune.rewards.batch import Batch
 
 TEXTS = [

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raftune.plain import counted
 from raftune.records import Score, Status
+from raftune.rewards.builtin.text import text_of
 from raftune.rewards.media import is_image
-from raftune.rewards.text import text_of
+from raftune.sanitize import counted
 
 FAILED = frozenset({Status.ERROR, Status.TIMEOUT, Status.INVALID})
 EXAMPLES = 3

@@ -15,18 +15,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raftune.data.columns import COMPLETION, PROMPT, find, has, read_answer, read_prompt
+from raftune.data.preferences import read_preferences
+from raftune.data.rows import Reason, Skipped, Unusable, reasons
+from raftune.data.source import raw_rows
 from raftune.errors import DataError
-from raftune.feedback import Skipped, read_preferences
-from raftune.feedback.columns import COMPLETION, PROMPT, find, has, read_answer, read_prompt
-from raftune.feedback.rows import Reason, Unusable, reasons
-from raftune.feedback.source import raw_rows
-from raftune.interval import interval, mean_by_prompt
-from raftune.plain import counted
+from raftune.evaluation.bootstrap import interval, mean_by_prompt
 from raftune.records import Score, Status
 from raftune.rewards.batch import RESERVED, Batch
 from raftune.rewards.failures import FAILED, Failures
 from raftune.rewards.panel import Panel
 from raftune.rewards.picture_files import Gallery, Place, folder_rows, holds_picture, is_folder, one_picture
+from raftune.sanitize import counted
 from raftune.store.files import stage_file
 from raftune.store.parquet import write_table
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from raftune.errors import ConfigError, RewardError
-
-if TYPE_CHECKING:
-    from raftune.rewards.panel import Panel
 
 IMAGE_MEDIA = frozenset({"image"})
 WORDS = frozenset({"text", "messages", "category"})  # what reads as a text
@@ -28,19 +25,6 @@ def pictures(completions: list[Any], name: str) -> list[Any]:
                 "reward for texts, or draw from a policy that makes pictures."
             )
     return [completion if completion.mode == "RGB" else completion.convert("RGB") for completion in completions]
-
-
-def misfits(panel: Panel, media: str, family: str, field: str = "rewards.reward_funcs") -> Iterator[str]:
-    """A sentence for each reward of the panel that cannot read what a policy of this medium and family makes.
-
-    A plain function says nothing of what it reads, so nothing is said of it.
-    """
-    made, other = kinds(media)
-    for name in unfit(panel.media, media):
-        yield (
-            f"{field}: {name} scores {other}, and policy.family: {family} makes {made}. Name a reward for {made}, "
-            "or a policy of the other kind."
-        )
 
 
 def refuse_unfit(reads: Mapping[str, frozenset[str]], media: str) -> None:

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from raftune.config.secrets import masked
-from raftune.interruption import interrupting
 from raftune.records import Part, Status
 from raftune.rewards.batch import Batch, Log, keywords
+from raftune.store.interruption import interrupting
 
 # Code that is not the user's: raftune's own, the standard library's, what is installed.
 NOT_OF_USERS = tuple(

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from raftune.data.columns import find
+from raftune.data.images import SUFFIXES, image_of, sha256_of_png
+from raftune.data.rows import Reason, Skipped, Unusable
 from raftune.errors import DataError
-from raftune.feedback.columns import find
-from raftune.feedback.rows import Reason, Skipped, Unusable
-from raftune.pictures import SUFFIXES, image_of, sha256_of_png
 
 PICTURE = ("image", "picture", "completion")  # columns that may hold a picture, or the path of one
 CAPTION = ("prompt", "caption", "text")

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from raftune.data.rows import Demonstration, Skipped
 from raftune.errors import DataError, TooLong
-from raftune.feedback import Demonstration, Skipped
 from raftune.protocols import Policy, Shortening
 from raftune.records import TOOLS, Json, Prompt, derive_seed, prompt_ids, table_of
 

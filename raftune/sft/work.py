@@ -22,17 +22,18 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from raftune.build import limit_threads
 from raftune.config.load import differences, read_yaml, validate_as
 from raftune.config.run import DataConfig, EngineConfig, RunConfig
 from raftune.config.sampling import DiffusionSampling, SamplingConfig
 from raftune.config.sft import SftConfig
+from raftune.data.demonstrations import choose, read_demonstrations
+from raftune.data.rows import Demonstration, Feedback, Skipped, write_skipped
 from raftune.errors import ConfigChanged, ConfigError, DataError, OutOfMemory, StoreError
-from raftune.families import Family, family_of, start_policy
-from raftune.feedback import Demonstration, Feedback, Skipped, choose, read_demonstrations, write_skipped
-from raftune.measures import loss_ends
+from raftune.policies.registry import Family, family_of, start_policy
 from raftune.protocols import Likelihood, Policy
 from raftune.records import TOOLS, Prompt
+from raftune.results.measures import loss_ends
+from raftune.runtime.assembly import limit_threads
 from raftune.sft.rows import Encoding, held_out_prompts, name_of, of_one_kind, rows_schema
 from raftune.starters.resolve import resolve_starters
 from raftune.store.committed import check_folder, write_manifest

@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raftune.config.evaluation import FEWEST_UNITS
 from raftune.config.run import RunConfig
-from raftune.data import read_rows
-from raftune.digest import FEWEST_UNITS, held_out_words
+from raftune.data.tables import read_rows
 from raftune.errors import DataError, RunDamaged
-from raftune.plain import shell_command
 from raftune.protocols import Inputs
 from raftune.records import TOOLS, Json, arrow_array, derive_seed, prompt_ids, without_none
+from raftune.sanitize import counted, shell_command
 from raftune.stages.reference import check_references
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.parquet import read_table, write_table
@@ -210,3 +210,21 @@ def overlap(train: pa.Table, held_out: pa.Table) -> dict[str, int]:
     """How many held-out prompts are also training prompts."""
     stems = Counter(name.rsplit("-", 1)[0] for name in train.column("prompt_id").to_pylist())
     return {"overlap": sum(1 for name in held_out.column("prompt_id").to_pylist() if name.rsplit("-", 1)[0] in stems)}
+
+
+def few_words(prompts: int) -> str:
+    """What is to be known of a best round that so few held-out prompts chose."""
+    named = counted(prompts, "held-out prompt")
+    return f"by {named}: too few to tell rounds apart; hold out {FEWEST_UNITS} at the least, better 16"
+
+
+def held_out_words(held_out: int, wanted: int) -> str:
+    """A warning that the policy is judged by few prompts, or by fewer than were asked for; empty where it is not."""
+    if not wanted or held_out >= max(FEWEST_UNITS, min(wanted, 2 * FEWEST_UNITS)):
+        return ""
+    if not held_out:
+        return "no prompt is held out (fewer than 10, or all alike): rounds are not judged, and the last is published"
+    few = f"; the best round is chosen {few_words(held_out)}" if held_out < FEWEST_UNITS else ""
+    some = f"{held_out} of the {wanted} prompts that evaluation.num_prompts asks for"
+    have = some if held_out < wanted else counted(held_out, "prompt")
+    return f"{have} {'is' if held_out == 1 else 'are'} held out{few}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raftune.pictures import Pictures
+from raftune.data.images import Pictures
 from raftune.protocols import Extractor, Inputs
 from raftune.records import INVALID
 from raftune.store.layout import unit_file, unit_numbers

@@ -13,16 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raftune.config.tuning import CustomTuning, ReferenceConfig, TuningConfig
-from raftune.data import read_rows
+from raftune.config.training import CustomTuning, ReferenceConfig, TuningConfig
+from raftune.data.tables import read_rows
 from raftune.errors import DataError
-from raftune.objectives import chosen_rows, load_objective, objective_code
 from raftune.protocols import FloatN, Inputs, Policy, PolicyShelf
 from raftune.records import INVALID, TOOLS, Prompt, derive_seed, table_of
 from raftune.stages.data import prepare
 from raftune.stages.select import read_verdicts
 from raftune.store.layout import unit_file
 from raftune.store.parquet import read_group, read_groups, read_table, table_writer
+from raftune.training.objectives import chosen_rows, load_objective, objective_code
 
 VERDICT = ("score", "rank", "reason")  # of a verdict, what an objective of the user's own is given
 _NOT_PAYLOAD = ("sample_id", "prompt_id", "k", "source", "seed", "version", "weight")

@@ -10,7 +10,7 @@ from typing import Any
 
 from raftune.protocols import Inputs, PolicyShelf, SupportsBackends
 from raftune.stages.plan import left_out
-from raftune.stages.prompts import prompts_in
+from raftune.stages.prompt_check import prompts_in
 from raftune.store.committed import read_json
 
 BACKEND = "backend.json"
@@ -47,3 +47,27 @@ def read_backend(folder: Path) -> dict[str, Any] | None:
     """What the trial found; None where it was not made."""
     path = folder / BACKEND
     return dict(read_json(path)) if path.is_file() else None
+
+
+def generation_words(
+    record: Mapping[str, Any], probe: Mapping[str, Any] | None = None, *, distance: bool = True
+) -> str:
+    """How a run generates, in a line: `record` is its backend.json, `probe` the parity.json of its newest adapter.
+
+    Raises KeyError, TypeError, ValueError for a record that is none.
+    """
+    if "own" in record:
+        return f"{record['own']}, a backend of your own"
+    way = record.get("way") or ("forked" if not record["forked"] else "single" if record["rows"] else "generate")
+    parts = ["shared prefix (a prompt is computed once for all of its completions)"]
+    if way != "forked":
+        parts = [f"`generate`, slower than a shared prefix: {record.get('why') or record['forked']}"]
+    if distance and (nats := record["distances"].get(way)) is not None:
+        limit = float(record["allowed"])
+        parts.append(f"{float(nats):.0e} nats a token from a plain forward on its own prompts, {limit:g} allowed")
+    if way == "forked" and record.get("scoring"):
+        parts.append("log-probabilities of completions row by row")
+    if probe is not None:
+        merged = "merged into the weights" if probe["merge"] else "beside the weights, whose 16 bits cannot hold it"
+        parts.append(f"the adapter {merged}")
+    return "; ".join(parts)

@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 
 from raftune.config.selection import SelectionConfig
 from raftune.errors import ModelError, RewardError
-from raftune.plain import counted
 from raftune.protocols import Inputs
 from raftune.records import INVALID, VERDICT_SCHEMA, Status, content_hash, derive_seed
+from raftune.sanitize import counted
 from raftune.selection import (
     REASONS,
     Candidates,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raftune.errors import RunDamaged
-from raftune.plain import shell_command
+from raftune.sanitize import shell_command
 from raftune.store import commit as commits
 from raftune.store.commit import MARKER, Commit, Dropped, FileEntry, has_changed, surplus, with_hash
 from raftune.store.files import json_bytes, sha256_of

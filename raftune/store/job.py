@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from raftune.errors import EngineError, OutOfMemory
-from raftune.interruption import raise_if_asked
 from raftune.protocols import OnceStage, Receipt, Stage, UnitStage
 from raftune.store.commit import RECEIPTS, Commit, FileEntry, stage_key
 from raftune.store.committed import remember
@@ -25,6 +24,7 @@ from raftune.store.files import (
     unique,
     write_json,
 )
+from raftune.store.interruption import raise_if_asked
 from raftune.store.layout import batch_file, source_of, unit_file
 from raftune.store.parquet import read_metadata
 from raftune.store.partial import unfinished_work

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raftune.plain import shell_command
+from raftune.sanitize import shell_command
 
 RUN_CONFIG = "config.resolved.json"
 REWARD_NOTES = "raftune_reward.json"  # beside the weights of a model that `raftune reward train` wrote

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raftune.errors import RunDamaged
-from raftune.plain import first_line
 from raftune.records import Json
+from raftune.sanitize import first_line
 from raftune.store.committed import check_file
 
 _JSON = Json()  # a reader of columns of JSON must know their type

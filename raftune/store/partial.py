@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 
-from raftune import interruption, pulse
+from raftune.store import interruption, pulse
 from raftune.store.files import ensure_folder, sha256_of, sync, unique
 
 SAVE_EVERY = 60.0  # seconds of work that an interrupt may cost

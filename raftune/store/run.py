@@ -12,11 +12,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from raftune.config.beside import moved
 from raftune.config.load import differences, read_yaml, validate
+from raftune.config.paths import moved
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, RunDamaged, RunInUse, StoreError
-from raftune.plain import shell_command
+from raftune.sanitize import shell_command
 from raftune.store import commit as commits
 from raftune.store.commit import MARKER, SELF, Commit, Dropped, FileEntry, has_changed, is_own, with_hash
 from raftune.store.committed import committed, fix_of
@@ -46,7 +46,7 @@ class RunFolder:
         return self.root / f"round-{round_:04d}" / name
 
     def earlier_scores(self, round_: int, name: str) -> Path:
-        """Where the scores lie that a score stage keeps, until it is made anew: see `raftune.rescoring`."""
+        """Where the scores lie that a score stage keeps, until it is made anew: see `raftune.runtime.rescoring`."""
         return self.root / AGAIN / f"{round_}-{name.replace('/', '-')}"
 
     def rounds(self) -> list[int]:

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from raftune.config.load import merge, nested, validate
 from raftune.errors import ConfigError
-from raftune.plain import first_line
+from raftune.sanitize import first_line
 from raftune.trainer.refused import (
     KEPT_FROM_TRANSFORMERS,
     MAPPED,

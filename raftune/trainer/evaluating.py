@@ -8,17 +8,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from raftune.build import Objects
 from raftune.config.load import validate
 from raftune.config.run import RunConfig
 from raftune.errors import DataError
 from raftune.policies.causal_lm.policy import CausalLM
-from raftune.runs import run
+from raftune.results.round_metrics import held_out
+from raftune.runtime.assembly import Objects
+from raftune.runtime.evaluation_target import INHERITED, without_learning
+from raftune.runtime.run import run
 from raftune.store.committed import read_json
 from raftune.store.run import RunFolder
-from raftune.subject import INHERITED, without_learning
 from raftune.trainer.inputs import GivenPrompts
-from raftune.trainer.metrics import held_out
 
 ALL = 2**31  # prompts at most
 

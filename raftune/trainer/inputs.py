@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raftune.data import table_from
+from raftune.data.tables import table_from
 from raftune.errors import ConfigError, DataError
 from raftune.rewards.function import FunctionReward
 from raftune.rewards.loading import load_reward
@@ -59,8 +59,8 @@ def given_rewards(rewards: Any, tokenizers: Any, weights: Sequence[float] | None
 
 def _as_object(reward: Any, tokenizer: Any, number: int) -> Any:
     if isinstance(reward, (str, Path)):
-        from raftune.rewards.classifier import Classifier
-        from raftune.rewards.model_options import ClassifierOptions
+        from raftune.rewards.builtin.classifier import Classifier
+        from raftune.rewards.builtin.model_options import ClassifierOptions
 
         return Classifier(ClassifierOptions(model=str(reward)), tokenizer=tokenizer)
     if getattr(reward, "__name__", None) == "<lambda>":  # TRL counts what has no name

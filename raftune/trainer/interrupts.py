@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from raftune import interruption
+from raftune.store import interruption
 
 
 @contextlib.contextmanager

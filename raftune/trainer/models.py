@@ -18,10 +18,10 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from raftune.errors import ConfigError, ModelError
-from raftune.plain import first_line
 from raftune.policies.causal_lm.loading import refuse_untrusted_code
-from raftune.policies.causal_lm.starting import base_at
-from raftune.quiet import quiet
+from raftune.policies.causal_lm.start import base_at
+from raftune.sanitize import first_line
+from raftune.training.quiet import quiet
 
 logger = logging.getLogger("raftune")
 

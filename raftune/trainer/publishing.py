@@ -11,16 +11,24 @@ import torch
 import yaml
 from peft import PeftModel
 
-from raftune.card import Use, best_of, card, ground_adapter, language_model_code, publish_model, remove_published
 from raftune.config.policy import CausalLMPolicy
 from raftune.errors import StoreError
 from raftune.policies.causal_lm import loading
 from raftune.policies.causal_lm.saving import write_model
-from raftune.policies.devices import choose_device
-from raftune.quiet import quiet
+from raftune.results.model_card import (
+    Use,
+    best_of,
+    card,
+    ground_adapter,
+    language_model_code,
+    publish_model,
+    remove_published,
+)
 from raftune.store.committed import check_folder, signatures, write_manifest
 from raftune.store.files import explaining, set_usual_mode
 from raftune.store.run import RunFolder
+from raftune.training.devices import choose_device
+from raftune.training.quiet import quiet
 
 # What push_to_hub may be told that goes into the model card.
 _FACTS = ("model_name", "dataset_name", "dataset", "dataset_tags", "tags", "language", "license", "finetuned_from")

@@ -11,11 +11,11 @@ from rich.text import Text
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from raftune.digest import overlap_warning, seconds_by_round
-from raftune.plain import one_line
+from raftune.results.round_metrics import Drawn, held_out, kept, losses
+from raftune.results.summary import overlap_warning, seconds_by_round
+from raftune.sanitize import one_line
 from raftune.store.run import RunFolder
 from raftune.trainer.config import RaftConfig
-from raftune.trainer.metrics import Drawn, held_out, kept, losses
 from raftune.trainer.refused import default_of
 
 

@@ -16,17 +16,18 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging as transformers_logging
 
-from raftune.build import Objects
-from raftune.config.run import RunConfig
-from raftune.digest import best_round, held_out_names, read_json
+from raftune.config.run import RunConfig, held_out_names
 from raftune.errors import ConfigError, RaftuneError, StoreError
 from raftune.loop import Observer
 from raftune.policies.causal_lm.encoding import Encoder
-from raftune.progress import Progress
-from raftune.runs import root_of, run
+from raftune.results import round_metrics as metrics
+from raftune.results.summary import best_round, read_json
+from raftune.runtime.assembly import Objects
+from raftune.runtime.progress import Progress
+from raftune.runtime.run import root_of, run
 from raftune.starters.resolve import resolve_starters
 from raftune.store.run import RunFolder
-from raftune.trainer import metrics, publishing
+from raftune.trainer import publishing
 from raftune.trainer.config import RaftConfig, mapping, outline, plain_process, run_of
 from raftune.trainer.evaluating import ALL, evaluate_on, measure
 from raftune.trainer.face import TrainerFace

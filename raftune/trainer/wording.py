@@ -37,7 +37,7 @@ def in_python(message: str) -> str:
     text = re.sub(r"Write --from ([\w/,.-]*\w)", r"Write redo='\1'", text)
     text = re.sub(r"(?:add )?`--from ([^`]+)`", r"call train(redo='\1')", text)
     text = re.sub(r"--from ((?:STAGE|[\w./,-]*\w))", r"train(redo='\1')", text)
-    text = re.sub(r"`raftune verify[^`]*`", "raftune.runs.verify(output_dir)", text)
+    text = re.sub(r"`raftune verify[^`]*`", "raftune.runtime.run.verify(output_dir)", text)
     text = re.sub(r"`raftune runs[^`]*`", "trainer.state", text)
     return flat_names(text)
 

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from raftune.config.load import load_config, merge, validate
-from raftune.contract import Case, Claim, begin, claims
+from raftune.data.images import png_of
 from raftune.errors import ConfigChanged, ConfigError
-from raftune.families import family_of
-from raftune.pictures import png_of
-from raftune.runs import run, verify
-from raftune.subject import evaluation_of, subject_of
+from raftune.policies.registry import family_of
+from raftune.runtime.evaluation_target import evaluation_of, subject_of
+from raftune.runtime.run import run, verify
+from raftune.testing import Case, Claim, begin, claims
 from tests.runs.kill import tree
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits"

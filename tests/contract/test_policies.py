@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raftune.contract import ALL, Case, Claim, begin, claims
-from raftune.pictures import png_of
+from raftune.data.images import png_of
+from raftune.testing import ALL, Case, Claim, begin, claims
 from tests.builders import save_tiny
 from tests.pipelines import SIZE, Kind
 from tests.pipelines import save_tiny as save_pipeline

@@ -14,7 +14,7 @@ import pytest
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.records import Status
 from raftune.rewards import Batch, Panel, load_panel
-from raftune.rewards.aesthetic import save_head
+from raftune.rewards.builtin.aesthetic import save_head
 from raftune.rewards.examples import example_pictures
 from tests.builders import tiny_clip
 from tests.runs.http_judge import judging

@@ -17,8 +17,8 @@ import httpx2
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raftune.quiet import quiet
 from raftune.starters.text import policy_path
+from raftune.training.quiet import quiet
 from tests.builders import BOS, EOS, PAD, VOCABULARY, tiny_tokenizer
 
 STARTS_WITHIN = 120.0  # seconds: four on a machine that is idle

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from raftune.card import publish_model
 from raftune.config.load import validate_as
 from raftune.config.sft import SftConfig
 from raftune.errors import RaftuneError
+from raftune.results.model_card import publish_model
 from raftune.reward_models.training import train_reward_model
 from raftune.rewards import load_reward
-from raftune.runs import run
+from raftune.runtime.run import run
 from raftune.sft import sft
 from tests.builders import save_backbone, save_tiny
 from tests.runs.kill import in_child

@@ -27,9 +27,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from raftune import loop, runs
+from raftune import loop
 from raftune.errors import ConfigChanged, ConfigError, RunDamaged, StoreError
 from raftune.protocols import Receipt
+from raftune.runtime import run as runs
 from raftune.store import commit, files, job, parquet
 from raftune.store import run as run_folder
 from tests.runs import sketches, tiny

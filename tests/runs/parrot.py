@@ -9,12 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from raftune.build import Objects
 from raftune.config import RunConfig, validate
 from raftune.config.load import merge
 from raftune.protocols import TuneReport, Unit
 from raftune.records import Prompt, Sample
-from raftune.runs import run
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import run
 from raftune.store.run import RunFolder
 from tests.injections import HOSTILE
 

@@ -29,18 +29,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from raftune import interruption, runs
-from raftune.build import Objects
-from raftune.cli.ending import interruptible
+from raftune.cli.errors import interruptible
 from raftune.config.load import validate_as
 from raftune.config.sft import SftConfig
 from raftune.errors import Interrupted
-from raftune.policies import training
-from raftune.quiet import quiet
-from raftune.rewards import outcome, places
+from raftune.rewards import outcome
+from raftune.rewards.process import executors
+from raftune.runtime import run
+from raftune.runtime.assembly import Objects
 from raftune.sft import sft
-from raftune.store import files, job, partial
+from raftune.store import files, interruption, job, partial
 from raftune.store import run as run_folder
+from raftune.training import fit
+from raftune.training.quiet import quiet
 from tests.builders import save_backbone, save_tiny
 from tests.runs import kill, tiny
 from tests.unit.reward_models.feedback_files import config_for, marked, train, write
@@ -87,7 +88,7 @@ class Row:
 
 def tabular(place: Path) -> Act:
     def act(root: Path, observe: Observe) -> object:
-        return runs.run(tiny.config(root, **tiny.EVERYTHING), tiny.objects(), observe=observe)
+        return run.run(tiny.config(root, **tiny.EVERYTHING), tiny.objects(), observe=observe)
 
     return act
 
@@ -112,7 +113,7 @@ def text(place: Path) -> Act:
     objects = Objects(train=lambda: prompts, rewards=[shortness])
 
     def act(root: Path, observe: Observe) -> object:
-        return runs.run({"output_dir": str(root), **config}, objects, observe=observe)
+        return run.run({"output_dir": str(root), **config}, objects, observe=observe)
 
     return act
 
@@ -299,7 +300,7 @@ def break_interrupts() -> None:
         except BaseException as error:
             return outcome.whole(outcome.Status.ERROR, type(error).__name__, len(batch))
 
-    places.attempt = attempt
+    executors.attempt = attempt
     interruption.in_stretch = lambda: False  # and the interrupt is raised where the work is
     job.raise_if_asked = interruption.raise_if_asked = lambda: None
 
@@ -313,7 +314,7 @@ def break_checkpoints() -> None:
             (path / "optimizer.pt").unlink(missing_ok=True)
         return (paths[-1], []) if paths else (None, [])
 
-    training.newest_verified = newest
+    fit.newest_verified = newest
 
 
 BROKEN: dict[str, tuple[str, Callable[[], None]]] = {

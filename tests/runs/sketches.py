@@ -19,13 +19,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raftune.build import Objects
 from raftune.config import RunConfig, validate
 from raftune.config.load import merge
+from raftune.data.images import image_of, png_of, require_pillow, sha256_of_png, why_invalid
 from raftune.errors import DataError
-from raftune.pictures import image_of, png_of, require_pillow, sha256_of_png, why_invalid
 from raftune.protocols import TuneReport, Unit
 from raftune.records import Prompt, Sample
+from raftune.runtime.assembly import Objects
 
 Floats = npt.NDArray[np.float64]
 COLOURS = ("red", "green", "blue", "yellow", "pink", "grey")

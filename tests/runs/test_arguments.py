@@ -12,7 +12,7 @@ import yaml
 
 from raftune.cli import main
 from raftune.errors import ConfigError
-from raftune.subject import subject_of
+from raftune.runtime.evaluation_target import subject_of
 from tests.runs.test_cli import CONFIG, REWARDS
 
 NEEDS = {

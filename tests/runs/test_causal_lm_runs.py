@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raftune.build import Objects
 from raftune.errors import ConfigChanged, ModelError
 from raftune.policies.causal_lm import CausalLM
 from raftune.report.collect import collect
 from raftune.report.overview import overview
 from raftune.report.provenance import configuration
-from raftune.runs import resume, run
-from raftune.status import status_of
+from raftune.results.status import status_of
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import resume, run
 from raftune.store.run import RunFolder
 from tests.builders import save_tiny
 

@@ -11,7 +11,7 @@ import pytest
 
 from raftune.config.load import merge
 from raftune.errors import ConfigChanged, ConfigError, StoreError
-from raftune.runs import resume, run, verify
+from raftune.runtime.run import resume, run, verify
 from raftune.store.run import RunFolder
 from tests.runs import tiny
 from tests.runs.kill import difference, tree

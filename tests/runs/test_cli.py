@@ -19,8 +19,8 @@ from filelock import FileLock
 
 from raftune.cli import main
 from raftune.config.load import load_config
-from raftune.runs import verify
-from raftune.status import status_of
+from raftune.results.status import status_of
+from raftune.runtime.run import verify
 from tests.runs.kill import tree
 
 REWARDS = """
@@ -245,7 +245,7 @@ def test_a_second_signal_ends_at_once(fresh: Path) -> None:
     (fresh / "stuck.py").write_text(
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from raftune.cli.ending import interruptible\n"
+        "from raftune.cli.errors import interruptible\n"
         "with interruptible(Path('x')):\n"
         "    try:\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"

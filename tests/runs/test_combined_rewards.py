@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raftune.analysis.whatif import rescore, reselect
 from raftune.config.rewards import RewardsConfig
 from raftune.errors import ConfigChanged, ConfigError
+from raftune.rewards.builtin.models import devices
 from raftune.rewards.combining import numbered, ranks
-from raftune.rewards.models import devices
-from raftune.runs import run, verify
-from raftune.whatif import rescore, reselect
+from raftune.runtime.run import run, verify
 from tests.builders import tiny_clip
 from tests.runs import sketches, tiny
 

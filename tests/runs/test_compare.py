@@ -15,19 +15,19 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from raftune.build import Objects
+from raftune.analysis.compare import Comparison, compare
+from raftune.analysis.compare.gate import FIELDS, check, read_gate
 from raftune.cli import main
-from raftune.comparison import Comparison, compare
-from raftune.comparison.gate import FIELDS, check, read_gate
 from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError, DataError, RewardError, RunDamaged, StoreError
-from raftune.ledger import held_out_units
-from raftune.runs import run
+from raftune.results.samples import held_out_units
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import run
 from raftune.store.run import RunFolder
 from tests.runs import tiny
 from tests.runs.chat_server import ChatServer, chat_server
 from tests.runs.kill import tree
-from tests.unit.evaluation.servers import asked, chat, closed_url, serving
+from tests.unit.clients.servers import asked, chat, closed_url, serving
 
 REWARDS = """
 def value(prompts, completions, **columns):

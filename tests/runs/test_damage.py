@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import yaml
 
-from raftune.build import Assembly
-from raftune.card import publish_model
 from raftune.errors import ConfigChanged, RunDamaged, RunTooNew, StoreError
-from raftune.export import export
 from raftune.report import write_report
-from raftune.runs import resume, run, verify
+from raftune.results.export import export
+from raftune.results.model_card import publish_model
+from raftune.runtime.assembly import Assembly
+from raftune.runtime.evaluation_target import subject_of
+from raftune.runtime.run import resume, run, verify
 from raftune.store.commit import with_hash
 from raftune.store.files import json_bytes
 from raftune.store.job import Job, receipts_of
 from raftune.store.run import RunFolder
-from raftune.subject import subject_of
 from tests.runs import tiny
 from tests.runs.kill import difference, tree
 

@@ -17,11 +17,11 @@ import torch
 from peft import PeftModel
 from PIL import Image
 
-from raftune.build import Objects
+from raftune.data.images import image_of
 from raftune.errors import ConfigError, DataError, ModelError
-from raftune.pictures import image_of
-from raftune.quiet import quiet
-from raftune.runs import run
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import run
+from raftune.training.quiet import quiet
 from tests.pipelines import SIZE, WORDS, Kind, save_tiny
 from tests.runs.test_causal_lm_runs import Killed, dying_after, tree
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from raftune.build import Objects
 from raftune.cli import main
 from raftune.config.load import validate_as
 from raftune.config.sft import SftConfig
+from raftune.data.images import png_of
 from raftune.errors import DataError, ModelError
-from raftune.pictures import png_of
 from raftune.policies.diffusion import loading
-from raftune.policies.diffusion.bindings.stable_diffusion import StableDiffusion
-from raftune.runs import run
+from raftune.policies.diffusion.pipelines.stable_diffusion import StableDiffusion
+from raftune.runtime.assembly import Objects
+from raftune.runtime.evaluation_target import evaluation_of, subject_of
+from raftune.runtime.run import run
 from raftune.sft import sft
-from raftune.subject import evaluation_of, subject_of
 from tests.pipelines import SIZE, WORDS, save_tiny
 from tests.runs.test_causal_lm_runs import tree
 from tests.runs.test_diffusion_families import config, redness

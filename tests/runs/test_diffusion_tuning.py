@@ -15,16 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from raftune.build import Objects
-from raftune.card import publish_model
 from raftune.config import validate
+from raftune.data.images import image_of, png_of
 from raftune.errors import ConfigError, DataError
-from raftune.export import export
-from raftune.pictures import image_of, png_of
 from raftune.policies.diffusion import Diffusion
 from raftune.policies.diffusion.latents import latents_of
-from raftune.quiet import quiet
-from raftune.runs import run, verify
+from raftune.results.export import export
+from raftune.results.model_card import publish_model
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import run, verify
+from raftune.training.quiet import quiet
 from tests.pipelines import SIZE, save_tiny, tiny_pipeline
 from tests.runs import sketches
 from tests.runs.test_diffusion_families import config, first_of, objects, pixels, plainly

@@ -10,12 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from raftune.build import Objects
 from raftune.cli import main
 from raftune.errors import ConfigError
 from raftune.loop import Outcome, nothing_learned
-from raftune.runs import run, verify
-from raftune.stages.tune import nothing_to_learn
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import run, verify
+from raftune.stages.train import nothing_to_learn
 from raftune.store.parquet import write_table
 from raftune.store.run import RunFolder
 from tests.builders import save_tiny, tree_hash

@@ -14,16 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raftune import build
-from raftune.build import Objects
 from raftune.cli import main
 from raftune.config import RunConfig
 from raftune.errors import ConfigChanged, ConfigError, DataError, StoreError
-from raftune.policies.tabular import Tabular
-from raftune.runs import resume, run, verify
-from raftune.status import status_of
+from raftune.policies.tabular.policy import Tabular
+from raftune.results.status import status_of
+from raftune.runtime import assembly
+from raftune.runtime.assembly import Objects
+from raftune.runtime.evaluation_target import evaluation_of, subject_of
+from raftune.runtime.run import resume, run, verify
 from raftune.store.run import RunFolder
-from raftune.subject import evaluation_of, subject_of
 from tests.builders import save_tiny, tiny_llama, tiny_tokenizer
 from tests.runs import tiny
 from tests.runs.test_causal_lm_runs import OBJECTS, config, shortness
@@ -153,7 +153,7 @@ def test_a_version_that_measures_more_leaves_an_old_run_as_it_is(
 ) -> None:
     root = tmp_path / "run"
     with monkeypatch.context() as older:
-        older.setattr(build, "METRICS", {"rewards": build.METRICS["rewards"]})
+        older.setattr(assembly, "METRICS", {"rewards": assembly.METRICS["rewards"]})
         run(tiny.config(root), tiny.objects())
     assert "entropy" not in metrics(root, 2)
     resume(root, tiny.objects())

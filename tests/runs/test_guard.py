@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from raftune.build import Objects
 from raftune.cli import main
 from raftune.config import RunConfig, validate
 from raftune.config.load import merge
-from raftune.digest import alarms_of
 from raftune.errors import ConfigChanged, ConfigError
-from raftune.progress import Progress
-from raftune.runs import resume, run, verify
+from raftune.results.summary import alarms_of
+from raftune.runtime.assembly import Objects
+from raftune.runtime.progress import Progress
+from raftune.runtime.run import resume, run, verify
 from raftune.store.commit import Commit, stage_key
 from raftune.store.run import RunFolder
 from tests.builders import tree_hash

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raftune.digest import columns_for, rows_of
 from raftune.errors import DataError, ModelError, RewardError
 from raftune.records import Prompt, Status
+from raftune.results.summary import columns_for, rows_of
 from raftune.rewards.loading import load_panel
-from raftune.rewards.samples import SamplePanel, batch_of
-from raftune.runs import run, verify
+from raftune.rewards.panel import SamplePanel, batch_of
+from raftune.runtime.run import run, verify
 from tests.runs.sketches import config, objects, saturation
 
 BROKEN = {"size": 16, "broken": 0.2, "lost": 0.1}

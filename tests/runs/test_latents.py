@@ -12,7 +12,7 @@ import pytest
 
 from raftune.cli import main
 from raftune.errors import ConfigError, StoreError
-from raftune.runs import run, verify
+from raftune.runtime.run import run, verify
 from tests.runs import tiny
 from tests.runs.kill import tree
 from tests.runs.sketches import config, darkness, objects

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raftune.build import Objects
 from raftune.cli import main
 from raftune.records import EXTRA, extras_of
+from raftune.results.round_metrics import kept
 from raftune.rewards import Panel
-from raftune.runs import run
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import run
 from raftune.stages.score import logged_metrics
 from raftune.store.run import RunFolder
-from raftune.trainer.metrics import kept
 from tests.runs.kill import tree
 from tests.runs.test_reward_signals import parrot
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from raftune.card import publish_model
 from raftune.cli import main
-from raftune.runs import verify
+from raftune.results.model_card import publish_model
+from raftune.runtime.run import verify
 from raftune.store.run import RunFolder
 from tests.builders import save_tiny
 from tests.runs import damage

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raftune.build import Objects
-from raftune.export import export
-from raftune.ledger import training_units
-from raftune.runs import run
+from raftune.results.export import export
+from raftune.results.samples import training_units
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import run
 from raftune.store.run import RunFolder
 from raftune.trainer import RaftConfig, RaftTrainer
 from tests.builders import save_tiny, tiny_model, tiny_tokenizer

@@ -15,15 +15,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
-from raftune.build import Objects
-from raftune.policies.closed_forms import (
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import run
+from tests.runs import tiny
+from tools.closed_forms import (
     best_of_k_rounds,
     regularised_target,
     rounds_variance,
     temperature_law,
 )
-from raftune.runs import run
-from tests.runs import tiny
 
 Floats = npt.NDArray[np.float64]
 P = np.array([0.35, 0.3, 0.2, 0.1, 0.05])

@@ -16,17 +16,17 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification
 
-from raftune import checkpoints
-from raftune.build import Objects
 from raftune.cli import main
 from raftune.config.load import validate_as
 from raftune.config.sft import SftConfig
 from raftune.policies.causal_lm.loading import fingerprint
-from raftune.quiet import quiet
-from raftune.runs import run
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import run
 from raftune.sft import sft
 from raftune.store import partial
 from raftune.store.commit import Commit, FileEntry
+from raftune.training import checkpoints
+from raftune.training.quiet import quiet
 from tests.builders import save_backbone, save_tiny
 from tests.unit.reward_models.feedback_files import config_for, marked, train, write
 

@@ -10,7 +10,7 @@ import pytest
 
 from raftune.errors import ConfigError
 from raftune.loop import nothing_learned
-from raftune.runs import run
+from raftune.runtime.run import run
 from raftune.store.parquet import read_table
 from raftune.store.run import RunFolder
 from tests.pipelines import save_tiny

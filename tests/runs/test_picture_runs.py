@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raftune.build import Assembly, Objects
 from raftune.cli import main
-from raftune.digest import alarms_of, columns_for, rows_of
+from raftune.data.images import image_of, png_of, require_pillow
 from raftune.errors import ConfigError
 from raftune.evaluation.images import looked_at
-from raftune.pictures import image_of, png_of, require_pillow
-from raftune.runs import run, verify
+from raftune.results.summary import alarms_of, columns_for, rows_of
+from raftune.runtime.assembly import Assembly, Objects
+from raftune.runtime.run import run, verify
 from raftune.stages.evaluate import Evaluate
 from raftune.store.commit import Commit, FileEntry
 from raftune.store.run import RunFolder

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from raftune.build import Assembly
-from raftune.card import publish_model
-from raftune.cli.ending import unforeseen
+from raftune.cli.errors import unforeseen
 from raftune.errors import ConfigError, RunDamaged, StoreError
-from raftune.export import export
-from raftune.families import load_policy
-from raftune.runs import run
-from raftune.status import status_of
+from raftune.policies.registry import load_policy
+from raftune.results.export import export
+from raftune.results.model_card import publish_model
+from raftune.results.status import status_of
+from raftune.runtime.assembly import Assembly
+from raftune.runtime.run import run
 from raftune.store.committed import check_folder
 from raftune.store.files import set_usual_mode
 from raftune.store.run import RunFolder
@@ -26,7 +26,7 @@ from tests.runs import tiny
 FAMILY = """
 from pathlib import Path
 Path({marker!r}).touch()
-from raftune.policies.tabular import Tabular as Family
+from raftune.policies.tabular.policy import Tabular as Family
 """
 
 

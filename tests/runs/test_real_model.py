@@ -17,13 +17,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raftune.build import Objects
-from raftune.card import publish_model
 from raftune.config.load import validate
 from raftune.policies.causal_lm import CausalLM
-from raftune.quiet import quiet
 from raftune.records import Prompt
-from raftune.runs import run
+from raftune.results.model_card import publish_model
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import run
+from raftune.training.quiet import quiet
 from tests.builders import parts, unit_of
 
 MODEL = os.environ.get("RAFTUNE_REAL_MODEL", "")

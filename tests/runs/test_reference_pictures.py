@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from raftune.data.images import image_of
 from raftune.errors import DataError
-from raftune.pictures import image_of
-from raftune.runs import run
+from raftune.runtime.run import run
 from tests.runs.sketches import config, objects
 
 SIDE = 16

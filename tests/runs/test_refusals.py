@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from raftune.errors import ConfigError, RewardError, RunInUse, StoreError
-from raftune.runs import resume, run, verify
+from raftune.runtime.run import resume, run, verify
 from raftune.store.run import RunFolder
 from tests.runs import tiny
 from tests.runs.kill import difference, harness, tree

@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser
 
-from raftune import runs
 from raftune.report import write_report
+from raftune.runtime import run
 from tests.injections import HOSTILE
 from tests.runs import report_pages as pages
 from tests.runs import tiny
@@ -48,7 +48,7 @@ def opened(chromium: Browser, file: Path) -> Iterator[Opened]:
 
 
 def test_the_page_of_a_run_asks_for_nothing_but_itself(chromium: Browser, tmp_path: Path) -> None:
-    runs.run(tiny.config(tmp_path / "run"), tiny.objects())
+    run.run(tiny.config(tmp_path / "run"), tiny.objects())
     file = write_report(tmp_path / "run")
     with Opened(chromium, file) as page:
         for screen in SCREENS:
@@ -187,7 +187,7 @@ def test_on_a_phone_every_tab_is_in_sight(chromium: Browser, file: Path) -> None
 
 
 def test_a_mark_of_a_chart_says_its_number_where_it_is_touched(chromium: Browser, tmp_path: Path) -> None:
-    runs.run(tiny.config(tmp_path / "run"), tiny.objects())
+    run.run(tiny.config(tmp_path / "run"), tiny.objects())
     with Opened(chromium, write_report(tmp_path / "run")) as page:
         mark = page.page.locator("#reward svg .dot").first
         mark.scroll_into_view_if_needed()
@@ -218,7 +218,7 @@ def test_answers_that_share_little_are_shown_whole(chromium: Browser, tmp_path: 
 
 
 def test_an_evaluation_offers_its_answers_and_no_screens_of_training(chromium: Browser, tmp_path: Path) -> None:
-    runs.run(tiny.config(tmp_path / "run", num_rounds=0), tiny.objects())
+    run.run(tiny.config(tmp_path / "run", num_rounds=0), tiny.objects())
     with Opened(chromium, write_report(tmp_path / "run")) as page:
         shown = [screen for screen in SCREENS if page.page.locator(f"#tab-{screen}").is_visible()]
         assert shown == ["overview", "compare", "configuration"]

@@ -16,12 +16,12 @@ import pytest
 
 from raftune.report import collect, pictures, write_report
 from raftune.report.overview import overview
-from raftune.runs import run
+from raftune.runtime.run import run
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.commit import with_hash
-from raftune.store.dropping import MARKER
 from raftune.store.files import json_bytes, sha256_of
 from raftune.store.parquet import read_metadata, read_table, write_table
+from raftune.store.pruning import MARKER
 from tests.runs import sketches
 
 SHARD = "round-0001/draw/unit-00000.parquet"

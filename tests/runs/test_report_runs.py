@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from raftune import ledger
 from raftune.cli import main
 from raftune.report import collect, learned, pairs, prompts, render, write_report
-from raftune.runs import run
+from raftune.results import samples as ledger
+from raftune.runtime.run import run
 from raftune.selection import Reason
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.commit import with_hash

@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from raftune import rescoring
 from raftune.cli import main
 from raftune.config.load import merge
 from raftune.errors import ConfigError, RewardError, RunDamaged
-from raftune.runs import resume, run, verify
+from raftune.runtime import rescoring
+from raftune.runtime.run import resume, run, verify
 from raftune.stages.score import KEPT, logged_metrics
 from raftune.store.run import RunFolder
 from tests.runs import tiny

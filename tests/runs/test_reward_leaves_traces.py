@@ -17,9 +17,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from raftune.build import Objects
 from raftune.rewards.panel import Panel
-from raftune.runs import run
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import run
 from tests.builders import save_tiny, tree_hash
 
 SPOILS = "TESTS_SPOIL"  # in the environment, which is no part of a reward's hash

@@ -16,18 +16,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raftune.build import Objects
-from raftune.cli.ending import interruptible
+from raftune.cli.errors import interruptible
 from raftune.config import RunConfig, validate
 from raftune.config.rewards import RewardSpec
 from raftune.errors import Interrupted
 from raftune.rewards import Batch, Panel, load_reward
-from raftune.rewards.aesthetic import save_head
+from raftune.rewards.builtin.aesthetic import save_head
 from raftune.rewards.examples import example_pictures
-from raftune.runs import run
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import run
 from tests.builders import tiny_clip
 from tests.runs.kill import tree
-from tests.unit.rewards.test_classifier_reward import llama, saved, tokenizer
+from tests.unit.rewards.builtin.test_classifier_reward import llama, saved, tokenizer
 
 SENTENCES = ["a b", "c", "d e f g", "a c", "b b b"]
 SIGNALS = [signal.SIGINT, signal.SIGTERM]

@@ -10,16 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from raftune.build import Objects
-from raftune.card import publish_model
+from raftune.clients.chat import Endpoint, chat_url
 from raftune.config import validate
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.config.secrets import HIDDEN, plain_secrets, redacted
 from raftune.errors import ConfigError
-from raftune.evaluation.endpoint import Endpoint, chat_url
+from raftune.results.model_card import publish_model
 from raftune.rewards import Batch, load_panel, load_reward
 from raftune.rewards.function import FunctionReward
-from raftune.runs import run
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import run
 from tests.runs.http_judge import judging
 from tests.runs.kill import tree
 from tests.runs.test_reward_signals import parrot

@@ -12,7 +12,7 @@ import pytest
 
 from raftune.errors import OutOfMemory
 from raftune.records import derive_seed
-from raftune.runs import resume, run
+from raftune.runtime.run import resume, run
 from raftune.stages.plan import prompts_of_round, read_unit, take
 from raftune.store.parquet import write_table
 from raftune.store.run import RunFolder

@@ -17,15 +17,15 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raftune.build import Objects
-from raftune.card import base_name, publish_model, summary
 from raftune.cli import main
 from raftune.config.load import merge, validate
 from raftune.errors import ConfigError, StoreError
-from raftune.export import export
-from raftune.quiet import quiet
-from raftune.runs import run, verify
+from raftune.results.export import export
+from raftune.results.model_card import base_name, publish_model, summary
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import run, verify
 from raftune.store.run import RunFolder
+from raftune.training.quiet import quiet
 from tests.builders import save_tiny, tiny_model, tiny_tokenizer
 
 

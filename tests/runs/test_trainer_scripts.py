@@ -20,15 +20,15 @@ from datasets import Dataset, IterableDataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from transformers import TrainerCallback
 
-from raftune import interruption
 from raftune.errors import ConfigError, RaftuneError
+from raftune.store import interruption
 from raftune.store.parquet import read_table
 from raftune.trainer import RaftConfig, RaftTrainer
 from raftune.trainer.interrupts import leaving_on_interrupt
 from raftune.trainer.wording import in_python
 from tests.builders import tiny_llama
 from tests.runs.test_trainer_runs import ROWS, length, logits, samples, trainer
-from tests.unit.test_trainer import warned
+from tests.unit.trainer.test_trainer import warned
 
 torch.set_num_threads(1)
 

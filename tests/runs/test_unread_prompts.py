@@ -12,9 +12,9 @@ from rich.console import Console
 
 from raftune.config import RunConfig, validate
 from raftune.errors import DataError
-from raftune.progress import Progress
 from raftune.records import Prompt
-from raftune.runs import run
+from raftune.runtime.progress import Progress
+from raftune.runtime.run import run
 from tests.pipelines import save_tiny
 from tests.runs.sketches import Sketcher
 

@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from raftune.build import Objects
 from raftune.config import validate
 from raftune.errors import ConfigError, DataError
 from raftune.planning import forecast
 from raftune.records import Prompt
-from raftune.runs import resume, run
-from raftune.stages.prompts import looked_at, unlike_starter
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import resume, run
+from raftune.stages.prompt_check import looked_at, unlike_starter
 from tests.builders import save_tiny
 from tests.runs import tiny
 from tests.runs.test_causal_lm_runs import config, tree

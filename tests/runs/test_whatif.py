@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raftune.build import Objects
+from raftune.analysis.whatif import WhatIf, rescore, reselect
 from raftune.cli import main
 from raftune.errors import ConfigChanged, ConfigError, RewardError, RunDamaged, RunInUse
-from raftune.runs import resume, run, verify
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import resume, run, verify
 from raftune.store.run import RunFolder
-from raftune.whatif import WhatIf, rescore, reselect
 from tests.builders import save_tiny
 from tests.runs import tiny
 from tests.runs.kill import difference, tree

@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from raftune.build import Objects
 from raftune.engines.local import ThisProcess, Worker, Workers
 from raftune.errors import DataError, EngineError, OutOfMemory
-from raftune.runs import resume, run
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import resume, run
 from raftune.store.run import RunFolder
 from tests.runs import tiny
 from tests.runs.crashing import ORDERS
@@ -197,7 +197,7 @@ def test_workers_end_when_the_loop_is_killed_even_in_the_middle_of_a_unit(tmp_pa
     orders(hang_always=[0, 1])
     script = f"""
         from raftune.config import RunConfig
-        from raftune.runs import run
+        from raftune.runtime.run import run
         from tests.runs import tiny
         run(RunConfig.model_validate_json({tiny.config(root, **settings(2)).model_dump_json()!r}), tiny.objects())
     """
@@ -248,7 +248,7 @@ def workers_of(root: Path) -> list[int]:
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or []
-        if words[1:] == ["-m", "raftune.worker", str(root)] and process.info["status"] != psutil.STATUS_ZOMBIE:
+        if words[1:] == ["-m", "raftune.runtime.worker", str(root)] and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process.pid)
     return found
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from raftune.runs import run
+from raftune.runtime.run import run
 from tests.runs import tiny
 
 Inode = int

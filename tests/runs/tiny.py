@@ -7,13 +7,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from raftune.build import Objects
 from raftune.config import RunConfig, TabularPolicy, validate
 from raftune.config.load import merge
 from raftune.errors import OutOfMemory
-from raftune.policies.tabular import Tabular
+from raftune.policies.tabular.policy import Tabular
 from raftune.protocols import Unit
 from raftune.records import Sample
+from raftune.runtime.assembly import Objects
 
 # Every stage that there is: a teacher, a human's answers, likelihoods, replay.
 EVERYTHING: dict[str, Any] = {

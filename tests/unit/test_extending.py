@@ -12,24 +12,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raftune.build import Objects, open_assembly
 from raftune.config import validate
 from raftune.config.extensions import module_from_file
 from raftune.config.load import declared
 from raftune.config.rewards import RewardSpec
 from raftune.config.sampling import SamplingConfig, load_backend
 from raftune.config.selection import CustomRule
-from raftune.config.tuning import CustomTuning
+from raftune.config.training import CustomTuning
 from raftune.engines.local import make_engine
 from raftune.errors import ConfigError, ExtensionError
-from raftune.objectives import chosen_rows, load_objective
 from raftune.policies.causal_lm import CausalLM
 from raftune.records import Prompt
-from raftune.rewards.builtin import BUILT_IN
-from raftune.rewards.loading import resolve, with_options
-from raftune.runs import run
+from raftune.rewards.registry import BUILT_IN
+from raftune.rewards.resolve import resolve, with_options
+from raftune.runtime.assembly import Objects, open_assembly
+from raftune.runtime.run import run
 from raftune.selection import Candidates, load_rule, select
 from raftune.store.parquet import read_table
+from raftune.training.objectives import chosen_rows, load_objective
 from tests.builders import Parts, parts, save_tiny, unit_of, write_rows
 from tests.runs import tiny
 from tests.unit.policies.causal_lm.fits import some_rows

@@ -2,7 +2,7 @@
 
 Where it can be, a claim is checked over *all* V**K sequences of draws, each weighed with its probability: then it
 holds up to rounding. Where draws are random, the seed is fixed and the tolerance is five standard errors or more: a
-false alarm of at most 6e-7 a comparison. The closed forms are checked by brute force in policies/test_closed_forms.py.
+false alarm of at most 6e-7 a comparison. The closed forms are checked by brute force in tools/test_closed_forms.py.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ import pytest
 
 from raftune.config.selection import TopFraction, selection_config
 from raftune.evaluation.best_of import best_of_k_estimates
-from raftune.policies import closed_forms as exact
 from raftune.selection import Candidates, Verdicts, barren, select
+from tools import closed_forms as exact
 
 P = np.array([0.1, 0.35, 0.2, 0.05, 0.3])
 R = np.array([1.0, 0.0, 1.0, 2.5, 0.0])

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from raftune.data.classifier_inputs import apply_template, on_date
 from raftune.errors import DataError
-from raftune.reading import apply_template, on_date
 from raftune.records import TOOLS, Prompt
 
 Messages = list[dict[str, Any]]

@@ -10,9 +10,9 @@ from typing import Any
 
 from raftune.config.sampling import SamplingConfig
 from raftune.errors import DataError, TooLong
-from raftune.plain import first_line, one_line
 from raftune.policies.causal_lm.chat import Messages, render, tools_of, turn_end
 from raftune.records import TOOLS, Prompt
+from raftune.sanitize import first_line, one_line
 
 
 class Encoder:

@@ -21,12 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from raftune.config.policy import AdapterConfig, CausalLMPolicy
+from raftune.data.classifier_inputs import is_hollow
 from raftune.errors import ConfigError, ModelError
-from raftune.load_errors import UNTRUSTED, why_not_loaded
-from raftune.plain import first_line
-from raftune.policies.causal_lm.models import base_of
-from raftune.quiet import quiet
-from raftune.reading import is_hollow
+from raftune.policies.causal_lm.model_utils import base_of
+from raftune.sanitize import first_line
+from raftune.training.load_errors import UNTRUSTED, why_not_loaded
+from raftune.training.quiet import quiet
 
 REFERENCE = "reference.json"
 ADAPTER = "adapter_config.json"

@@ -16,24 +16,31 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
 
 from raftune.config.sampling import SamplingConfig, load_backend
+from raftune.data.classifier_inputs import writes_date
 from raftune.errors import ConfigError, DataError
-from raftune.objectives import load_objective, objective_code
-from raftune.policies.causal_lm import loading, starting
+from raftune.policies.causal_lm import loading
+from raftune.policies.causal_lm import start as starting
 from raftune.policies.causal_lm.chat import keep_date, read_date
-from raftune.policies.causal_lm.drawing import draw, generate_by
 from raftune.policies.causal_lm.encoding import Encoder
 from raftune.policies.causal_lm.likelihood import Example, log_probs
-from raftune.policies.causal_lm.parity import check_parity, plain_log_probs, probe_of_fit, read_probe, rows_of_prompts
-from raftune.policies.causal_lm.paths import Backend, choose_backend, replay
-from raftune.policies.causal_lm.prefix_scoring import prefix_log_probs
+from raftune.policies.causal_lm.sampling.backend import Backend, choose_backend, replay
+from raftune.policies.causal_lm.sampling.params import Drawn, DrawPath, DrawSettings
+from raftune.policies.causal_lm.sampling.parity import (
+    check_parity,
+    plain_log_probs,
+    probe_of_fit,
+    read_probe,
+    rows_of_prompts,
+)
+from raftune.policies.causal_lm.sampling.prefix_scoring import prefix_log_probs
+from raftune.policies.causal_lm.sampling.sample import draw, generate_by
 from raftune.policies.causal_lm.saving import read_optimizer, write_model
-from raftune.policies.causal_lm.settings import Drawn, DrawPath, DrawSettings
-from raftune.policies.devices import choose_device
-from raftune.policies.dials import RunParts, refuse_unused
-from raftune.policies.memory import names_out_of_memory
+from raftune.policies.unsupported import RunParts, refuse_unused
 from raftune.protocols import FloatN, GenerationRequest, TuneReport, Unit
-from raftune.reading import writes_date
 from raftune.records import Prompt, Sample, derive_seed
+from raftune.training.devices import choose_device
+from raftune.training.memory import names_out_of_memory
+from raftune.training.objectives import load_objective, objective_code
 
 PAYLOAD = pa.schema(
     [
@@ -302,9 +309,9 @@ class CausalLM:
 
         Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
         """
-        from raftune.checkpoints import identity
-        from raftune.policies.causal_lm.tuning import batch_of, loss_of, read_rows, rows_of
-        from raftune.policies.training import Task, fit
+        from raftune.policies.causal_lm.sft_loss import batch_of, loss_of, read_rows, rows_of
+        from raftune.training.checkpoints import identity
+        from raftune.training.fit import Task, fit
 
         self._model = None  # one large model at a time
         tuning, seed = self.config.tuning, self.config.seed

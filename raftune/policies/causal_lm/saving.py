@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from raftune.policies.causal_lm.loading import ADAPTER
-from raftune.quiet import quiet
+from raftune.training.quiet import quiet
 
 OPTIMIZER = "optimizer.safetensors"
 # One key only: with two or more, safetensors writes them in an order that varies from process to process.

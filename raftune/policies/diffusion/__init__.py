@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from raftune.errors import ConfigError
-from raftune.quiet import quiet
+from raftune.training.quiet import quiet
 
 for _module, _name in (("diffusers", "diffusers"), ("PIL", "Pillow")):
     if find_spec(_module) is None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from raftune.errors import DataError
-from raftune.policies.diffusion.binding import Binding, Conditions
 from raftune.policies.diffusion.loading import Frozen
-from raftune.quiet import quiet
+from raftune.policies.diffusion.pipelines.base import Binding, Conditions
 from raftune.records import Prompt
+from raftune.training.quiet import quiet
 
 LIMIT = 2**30  # bytes of conditions that are remembered, on the CPU
 

@@ -20,13 +20,11 @@ from accelerate import init_empty_weights
 
 from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ConfigError, ModelError
-from raftune.load_errors import why_not_loaded
-from raftune.policies.devices import choose_device
-from raftune.policies.diffusion import adapters
-from raftune.policies.diffusion.binding import Conditions
-from raftune.policies.diffusion.bindings import binding_class
-from raftune.policies.diffusion.parts import Part, denoiser_of, read_index, refuse_missing_parts
-from raftune.policies.diffusion.places import (
+from raftune.policies.diffusion import lora
+from raftune.policies.diffusion.components import Part, denoiser_of, read_index, refuse_missing_parts
+from raftune.policies.diffusion.pipelines import binding_class
+from raftune.policies.diffusion.pipelines.base import Conditions
+from raftune.policies.diffusion.references import (
     PASSED_ON,
     RECORD,
     Record,
@@ -34,7 +32,9 @@ from raftune.policies.diffusion.places import (
     read_record,
     source_of,
 )
-from raftune.quiet import quiet
+from raftune.training.devices import choose_device
+from raftune.training.load_errors import why_not_loaded
+from raftune.training.quiet import quiet
 
 LARGE = 64 * 2**20  # bytes: a frozen part above this leaves the accelerator once it has done its work
 # What raftune tells from_pretrained itself, with the field to use.
@@ -202,9 +202,9 @@ def load_denoiser(config: DiffusionPolicy, folder: Path, start: Path, *, train: 
     record = read_record(folder)
     if record.kind == "adapter":
         model = _beneath(config, folder, record, start)
-        adapters.attach(model, folder)
+        lora.attach(model, folder)
         if not train and model.dtype == torch.float32:
-            adapters.merge(model)
+            lora.merge(model)
     elif record.kind == "full":
         source = source_of(folder, config)
         part = denoiser_of(read_index(source.folder))

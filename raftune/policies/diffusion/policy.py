@@ -11,19 +11,20 @@ import pyarrow as pa
 from transformers import TrainerCallback
 
 from raftune.config.policy import DiffusionPolicy
-from raftune.policies.devices import choose_device
-from raftune.policies.dials import RunParts, all_but, refuse_unused
-from raftune.policies.diffusion import loading, places, starting
-from raftune.policies.diffusion.adopting import adopted
-from raftune.policies.diffusion.binding import Binding, Call
-from raftune.policies.diffusion.bindings import binding_of
-from raftune.policies.diffusion.calling import call_of, is_guided
-from raftune.policies.diffusion.drawing import draw
+from raftune.policies.diffusion import loading, references
+from raftune.policies.diffusion import start as starting
+from raftune.policies.diffusion.call_args import call_of, is_guided
+from raftune.policies.diffusion.encode_image import adopted
 from raftune.policies.diffusion.encoding import Encoder
 from raftune.policies.diffusion.latents import FIELDS
-from raftune.policies.diffusion.tunable import refuse_untunable
+from raftune.policies.diffusion.pipelines import binding_of
+from raftune.policies.diffusion.pipelines.base import Binding, Call
+from raftune.policies.diffusion.sample import draw
+from raftune.policies.diffusion.trainable import refuse_untunable
+from raftune.policies.unsupported import RunParts, all_but, refuse_unused
 from raftune.protocols import TuneReport, Unit
 from raftune.records import INVALID, Prompt, Sample
+from raftune.training.devices import choose_device
 
 PAYLOAD = pa.schema(
     [
@@ -75,7 +76,7 @@ class Diffusion:
     @classmethod
     def section_at(cls, policy: Mapping[str, Any], folder: Path, start: Path) -> dict[str, Any]:
         """The `policy` section, made that of a run which begins from this committed folder of a run with this start."""
-        if places.read_record(folder).kind == "reference":
+        if references.read_record(folder).kind == "reference":
             return dict(policy)
         return {**policy, "model": str(folder), "revision": None}
 
@@ -89,11 +90,11 @@ class Diffusion:
     @classmethod
     def verify(cls, start: Path) -> None:
         """Raises ModelError if the pipeline that the start folder refers to is gone or has changed."""
-        places.verify(start)
+        references.verify(start)
 
     def facts(self, *, tunes: bool) -> dict[str, Any]:
         """What the start is, for the record and for planning. Raises ModelError, ConfigError where it is unfit."""
-        from raftune.policies.diffusion.oracle import refuse_unproven, refuse_unseeded
+        from raftune.policies.diffusion.parity import refuse_unproven, refuse_unseeded
 
         self.refuse_dials()  # needs no weights, so a large model is not read in vain
         call, pipe = self.call, self.frozen.pipe
@@ -230,7 +231,7 @@ class Diffusion:
 
         Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
         """
-        from raftune.policies.diffusion.tuning import tune
+        from raftune.policies.diffusion.fit import tune
 
         self._drawer = None  # one large model at a time
         report, notes = tune(self, rows, work, out, callbacks)

@@ -14,10 +14,10 @@ import torch
 
 from raftune.errors import DataError
 from raftune.policies.diffusion.latents import FIELDS, latents_of
-from raftune.policies.normalization import Normalization, coefficients
-from raftune.policies.training import Batch
 from raftune.protocols import FloatN
 from raftune.records import INVALID, Prompt
+from raftune.training.fit import Batch
+from raftune.training.loss_weights import Normalization, coefficients
 
 LEARNED = ["sample_id", INVALID, *(field.name for field in FIELDS)]
 COLUMNS = ["prompt_id", "prompt", "weight", *LEARNED]

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from raftune.policies.diffusion import adapters
-from raftune.policies.diffusion.binding import Binding
-from raftune.policies.diffusion.places import Record
-from raftune.quiet import quiet
+from raftune.policies.diffusion import lora
+from raftune.policies.diffusion.pipelines.base import Binding
+from raftune.policies.diffusion.references import Record
+from raftune.training.quiet import quiet
 
 OPTIMIZER = "optimizer.safetensors"
 PLACE = "_name_or_path"  # diffusers notes where a part was loaded from: a path of the machine that ran
@@ -38,7 +38,7 @@ def write_model(
     is the state that the next round's fit carries on.
     """
     out.mkdir(parents=True, exist_ok=True)
-    adapted = adapters.is_adapted(binding.denoiser)
+    adapted = lora.is_adapted(binding.denoiser)
     if adapted:
         write_adapter(binding, out)
     else:
@@ -53,7 +53,7 @@ def write_model(
 def export(pipe: Any, binding: Binding, out: Path) -> None:
     """Writes a whole pipeline, or the LoRA alone where the denoiser has one, so that diffusers or peft loads it."""
     out.mkdir(parents=True, exist_ok=True)
-    if adapters.is_adapted(binding.denoiser):
+    if lora.is_adapted(binding.denoiser):
         write_adapter(binding, out)
         return
     with quiet():
@@ -63,7 +63,7 @@ def export(pipe: Any, binding: Binding, out: Path) -> None:
 
 def write_adapter(binding: Binding, out: Path) -> None:
     """Writes the LoRA for the pipeline's load_lora_weights, or for peft where the pipeline has none."""
-    adapters.write(binding.denoiser, out, binding.denoiser_name if binding.lora_layers else None)
+    lora.write(binding.denoiser, out, binding.denoiser_name if binding.lora_layers else None)
 
 
 def forget_places(folder: Path) -> None:

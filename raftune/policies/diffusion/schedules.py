@@ -16,7 +16,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from raftune.config.tuning import DiffusionTuning
+from raftune.config.training import DiffusionTuning
 from raftune.errors import ConfigError, ModelError
 
 VARIANCE_PRESERVING = (

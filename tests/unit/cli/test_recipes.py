@@ -19,10 +19,10 @@ from raftune.config.reward_model import RewardModelConfig
 from raftune.config.run import RunConfig
 from raftune.config.sft import SftConfig
 from raftune.planning import forecast
-from raftune.quiet import quiet
-from raftune.rewards.aesthetic import save_head
-from raftune.rewards.builtin import BUILT_IN
+from raftune.rewards.builtin.aesthetic import save_head
 from raftune.rewards.loading import load_reward
+from raftune.rewards.registry import BUILT_IN
+from raftune.training.quiet import quiet
 from tests.builders import save_backbone, save_tiny
 
 HOME = Path(__file__).parents[3] / "recipes"

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from raftune.data.images import png_of
 from raftune.evaluation.images import (
     SIDE,
     Pixels,
@@ -23,8 +24,7 @@ from raftune.evaluation.images import (
     vendi_score,
 )
 from raftune.evaluation.metrics import Validity
-from raftune.pictures import png_of
-from raftune.rewards import colour
+from raftune.rewards.builtin import colour
 
 
 def picture(colour_: Any, size: tuple[int, int] = (32, 32)) -> Image.Image:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raftune.clients.chat import Endpoint, Reply, chat_url
 from raftune.errors import ConfigError, RewardError
-from raftune.evaluation.endpoint import Endpoint, Reply, chat_url
 from raftune.evaluation.judge import FIRST, PLACES, TEMPLATE, check_template, judge, question, read_verdict
-from tests.unit.evaluation.servers import Answer, asked, chat, closed_url, serving
+from tests.unit.clients.servers import Answer, asked, chat, closed_url, serving
 
 SHORT = "{prompt}|{answer_a}|{answer_b}"
 PAIRS = [

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raftune.digest import cell, columns_for, ends_of, row_of
+from raftune.evaluation.bootstrap import interval, ratio_interval
 from raftune.evaluation.metrics import METRICS, Divergence, Entropy, Perplexity, Text
-from raftune.interval import interval, ratio_interval
-from raftune.measures import measures, spread
+from raftune.results.measures import measures, spread
+from raftune.results.summary import cell, columns_for, ends_of, row_of
 
 P = np.array([1, 2, 5]) / 8  # of three answers: eight samples hold each as often as it is drawn on average
 

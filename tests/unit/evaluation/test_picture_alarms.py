@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 
 from raftune.config import GuardsConfig
+from raftune.data.images import png_of, require_pillow
 from raftune.evaluation.alarms import Alarm
 from raftune.evaluation.examine import Examination
 from raftune.evaluation.images import SIDE, looked_at
-from raftune.pictures import png_of, require_pillow
 from raftune.protocols import Evidence
 
 P, K = 20, 4

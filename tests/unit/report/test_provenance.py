@@ -10,7 +10,7 @@ import pytest
 from raftune.config.policy import CausalLMPolicy
 from raftune.report import collect
 from raftune.report.provenance import configuration, field_row, fields_of
-from raftune.runs import run
+from raftune.runtime.run import run
 from raftune.store.run import RunFolder
 from tests.runs import tiny
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from raftune.data.classifier_inputs import Reading
 from raftune.errors import DataError
-from raftune.reading import Reading
 from raftune.reward_models.examples import (
     Example,
     identity_of,

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from raftune import interruption
 from raftune.config.load import validate_as
 from raftune.config.reward_model import RewardModelConfig, rate_for
 from raftune.config.rewards import RewardSpec
+from raftune.data.classifier_inputs import Reading, tokens
 from raftune.errors import ConfigChanged, ConfigError, DataError, ModelError, StoreError
-from raftune.quiet import quiet
-from raftune.reading import Reading, tokens
 from raftune.rewards import load_reward
+from raftune.store import interruption
+from raftune.training.quiet import quiet
 from tests.builders import save_backbone, save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, tree_hash
 from tests.unit.reward_models.feedback_files import config_for, longer_wins, marked, rated, tossed, train, write
 

@@ -13,7 +13,8 @@ from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import ConfigError, RewardError
 from raftune.rewards import Batch, Panel, fingerprint, load_panel
 from raftune.rewards.function import FunctionReward
-from raftune.rewards.loading import load_reward, resolve
+from raftune.rewards.loading import load_reward
+from raftune.rewards.resolve import resolve
 
 RULES = '''
 """Rewards of a project."""

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from raftune import interruption
 from raftune.config.rewards import RewardsConfig
 from raftune.errors import ConfigError
 from raftune.records import Score, Status
 from raftune.rewards import Batch, Panel, failure_message, load_panel, load_reward
+from raftune.rewards.builtin.length import Length
 from raftune.rewards.function import FunctionReward
-from raftune.rewards.length import Length
+from raftune.store import interruption
 from raftune.store import partial as unfinished
 
 

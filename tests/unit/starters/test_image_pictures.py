@@ -25,7 +25,7 @@ from raftune.starters.image.pictures import (
     scene_of,
     scenes,
 )
-from raftune.starters.image.spoiling import WAYS, spoiled
+from tools.starters.image.spoiling import WAYS, spoiled
 
 SPLITS: tuple[Split, ...] = ("train", "heldout", "unseen")
 

@@ -11,14 +11,14 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from transformers import AutoTokenizer, CLIPModel
 
-from raftune.rewards.aesthetic import Aesthetic
-from raftune.rewards.clip_score import ClipScore
-from raftune.rewards.model_options import AestheticOptions, ClipScoreOptions
+from raftune.rewards.builtin.aesthetic import Aesthetic
+from raftune.rewards.builtin.clip_score import ClipScore
+from raftune.rewards.builtin.model_options import AestheticOptions, ClipScoreOptions
 from raftune.starters import image
 from raftune.starters.image.judge import all_right
 from raftune.starters.image.pictures import ANY_RADIUS, ATTRIBUTES, SCENES, as_image, paint
-from raftune.starters.image.spoiling import spoiled
-from raftune.starters.image.wording import LENGTH
+from tools.starters.image.spoiling import spoiled
+from tools.starters.image.wording import LENGTH
 
 WEIGHTS = image.policy_path().parent
 CLASSES = {"policy": StableDiffusionPipeline, "flow": StableDiffusion3Pipeline}

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raftune import interruption
-from raftune.store import partial
+from raftune.store import interruption, partial
 from raftune.store.partial import AT_A_STOP, Pace, current, unfinished_work
 
 

@@ -10,17 +10,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from raftune.build import Objects
 from raftune.config.load import validate_as
 from raftune.config.sampling import SamplingConfig
 from raftune.config.sft import SftConfig
+from raftune.data.classifier_inputs import templated
 from raftune.errors import DataError
 from raftune.policies.causal_lm import CausalLM, chat
 from raftune.policies.causal_lm.chat import keep_date, read_date, turn_end
 from raftune.policies.causal_lm.encoding import Encoder
-from raftune.reading import templated
 from raftune.records import Prompt
-from raftune.runs import resume, run
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import resume, run
 from raftune.sft import sft
 from tests.builders import BOS, EOS, tiny_model, tiny_tokenizer
 from tests.runs.test_causal_lm_runs import Killed, config, dying_after, tree

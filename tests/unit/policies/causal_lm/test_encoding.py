@@ -176,7 +176,7 @@ def test_a_prompt_that_leaves_no_room_within_the_limit_is_too_long() -> None:
 
 
 def test_a_template_whose_loops_do_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raftune.reading.TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr("raftune.data.classifier_inputs.TEMPLATE_SECONDS", 0.2)
     tokenizer = tiny_tokenizer(chat=True)
     template = tokenizer.chat_template
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

@@ -19,8 +19,8 @@ from raftune.config.policy import AdapterConfig
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.causal_lm import CausalLM
 from raftune.policies.causal_lm.loading import fingerprint, fresh_adapter, refuse_no_model
-from raftune.quiet import quiet
 from raftune.records import Prompt
+from raftune.training.quiet import quiet
 from tests.builders import (
     EOS,
     PAD,

@@ -16,14 +16,13 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from raftune import interruption
-from raftune.checkpoints import MANIFEST, REQUIRED, newest_verified, verifies
-from raftune.config.tuning import TuningConfig
+from raftune.config.training import TuningConfig
 from raftune.errors import ConfigError, ModelError, OutOfMemory
-from raftune.policies import training
-from raftune.policies.causal_lm import CausalLM, tuning
+from raftune.policies.causal_lm import CausalLM, sft_loss
 from raftune.policies.causal_lm.saving import OPTIMIZER
-from raftune.store import partial
+from raftune.store import interruption, partial
+from raftune.training import fit
+from raftune.training.checkpoints import MANIFEST, REQUIRED, newest_verified, verifies
 from tests.builders import Parts, parts, tree_hash, write_rows
 from tests.unit.policies.causal_lm.fits import model_folders, some_rows, tuned
 
@@ -204,7 +203,7 @@ def test_a_rate_that_blows_up_publishes_nothing(folders: Any, tmp_path: Path) ->
         tuned(config, tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
     assert not (tmp_path / "round-0001" / "model").exists()
     manifests = list((tmp_path / "round-0001" / "tune").glob(f"*/{MANIFEST}"))
-    weights = [training.load_file(path.parent / training.WEIGHTS) for path in manifests]
+    weights = [fit.load_file(path.parent / fit.WEIGHTS) for path in manifests]
     assert all(torch.isfinite(tensor).all() for tensors in weights for tensor in tensors.values())
 
 
@@ -213,7 +212,7 @@ def test_a_gradient_that_is_not_finite_stops_the_step(folders: Any, tmp_path: Pa
         weight = next(p for p in model.parameters() if p.requires_grad)
         return lambda batch: ((weight * 0).sqrt().sum(), torch.ones(()))  # the loss is 0, its gradient is not a number
 
-    monkeypatch.setattr(tuning, "objective", broken)
+    monkeypatch.setattr(sft_loss, "objective", broken)
     with pytest.raises(ModelError, match="The gradient of step 1 must be finite; got nan"):
         tuned(parts(folders["llama"]), tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
 
@@ -234,7 +233,7 @@ def test_a_weight_that_is_not_finite_is_named_before_anything_is_written(folders
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int, error: Exception) -> list[int]:
     """Batches of more than `rows` rows raise; the returned list fills with the sizes that were tried."""
-    tried, real = [], tuning.objective
+    tried, real = [], sft_loss.objective
 
     def limited(model: Any) -> Any:
         loss = real(model)
@@ -247,7 +246,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int, error: Exception) -
 
         return checked
 
-    monkeypatch.setattr(tuning, "objective", limited)
+    monkeypatch.setattr(sft_loss, "objective", limited)
     return tried
 
 
@@ -309,14 +308,14 @@ def test_a_fit_leaves_no_model_behind_without_a_collection(folders: Any, tmp_pat
 def test_several_processes_are_refused_and_several_gpus_are_not_split_over(
     folders: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    config, size = parts(folders["llama"]).tuning, training.MicroBatch(4, 1)
-    monkeypatch.setattr(training.TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n_gpu", 2) or 2))
-    found = training.arguments(config, size, tmp_path, torch.device("cpu"), 0)
+    config, size = parts(folders["llama"]).tuning, fit.MicroBatch(4, 1)
+    monkeypatch.setattr(fit.TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n_gpu", 2) or 2))
+    found = fit.arguments(config, size, tmp_path, torch.device("cpu"), 0)
     assert found._n_gpu == 1
     assert found.train_batch_size == 4
-    monkeypatch.setattr(training.TrainingArguments, "world_size", property(lambda self: 2))
+    monkeypatch.setattr(fit.TrainingArguments, "world_size", property(lambda self: 2))
     with pytest.raises(ConfigError, match="one process; a launcher began 2"):
-        training.arguments(config, size, tmp_path, torch.device("cpu"), 0)
+        fit.arguments(config, size, tmp_path, torch.device("cpu"), 0)
 
 
 def test_what_the_trainer_refuses_is_an_error_of_the_configuration(folders: Any, tmp_path: Path) -> None:

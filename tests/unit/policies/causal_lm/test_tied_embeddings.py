@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from raftune.config.policy import AdapterConfig
 from raftune.policies.causal_lm import CausalLM
 from raftune.policies.causal_lm.loading import fresh_adapter, merged
-from raftune.quiet import quiet
+from raftune.training.quiet import quiet
 from tests.builders import parts, save_tiny, tiny_model, tiny_tokenizer, write_rows
 from tests.unit.policies.causal_lm.fits import some_rows, tuned
 

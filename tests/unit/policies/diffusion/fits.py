@@ -13,7 +13,7 @@ import torch
 
 from raftune.config.policy import AdapterConfig, DiffusionPolicy
 from raftune.config.sampling import DiffusionSampling, SamplingConfig
-from raftune.config.tuning import DiffusionTuning, TuningConfig
+from raftune.config.training import DiffusionTuning, TuningConfig
 from raftune.policies.diffusion import Diffusion
 from raftune.policies.diffusion.latents import FIELDS, columns_of
 from raftune.protocols import Unit

@@ -40,6 +40,6 @@ def pixels(sample: Sample) -> Any:
     """(H, W, 3) whole numbers."""
     import numpy as np
 
-    from raftune.pictures import image_of
+    from raftune.data.images import image_of
 
     return np.asarray(image_of(sample.completion), dtype=int)

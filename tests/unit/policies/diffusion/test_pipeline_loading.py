@@ -19,7 +19,7 @@ from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.diffusion import Diffusion
 from raftune.policies.diffusion.loading import load_denoiser, load_pipeline
-from raftune.policies.diffusion.places import Record, fingerprint, read_record
+from raftune.policies.diffusion.references import Record, fingerprint, read_record
 from tests.pipelines import save_tiny, tiny_pipeline
 from tests.unit.policies.diffusion.fits import Parts, begun, drawn, parts, some_rows, tuned, write_rows
 
@@ -370,7 +370,7 @@ def test_a_folder_that_does_not_say_what_it_holds_is_refused(kept: Path, tmp_pat
 
 def test_dials_of_pictures_mean_nothing_to_tables() -> None:
     from raftune.config import validate
-    from raftune.policies.tabular import Tabular
+    from raftune.policies.tabular.policy import Tabular
 
     tabular = {"data": {"prompts": "-"}, "policy": {"family": "tabular"}}
     for section, value in (("sampling", {"diffusion": {"height": 64}}), ("tuning", {"diffusion": {"ema_decay": 0.9}})):

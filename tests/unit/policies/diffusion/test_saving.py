@@ -19,12 +19,13 @@ from PIL import Image
 from safetensors import safe_open
 
 from raftune.config.policy import AdapterConfig
+from raftune.data.images import image_of
 from raftune.errors import ConfigError, ModelError
-from raftune.pictures import image_of
-from raftune.policies.diffusion import Diffusion, adapters
+from raftune.policies.diffusion import Diffusion
+from raftune.policies.diffusion import lora as adapters
+from raftune.policies.diffusion.components import LORA
 from raftune.policies.diffusion.loading import load_denoiser
-from raftune.policies.diffusion.parts import LORA
-from raftune.quiet import quiet
+from raftune.training.quiet import quiet
 from tests.builders import tree_hash
 from tests.pipelines import SIZE, Kind, save_tiny, tiny_pipeline
 from tests.unit.policies.diffusion.fits import Parts, drawn, parts, some_rows, tuned, write_rows

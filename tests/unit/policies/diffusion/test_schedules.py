@@ -12,7 +12,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
-from raftune.config.tuning import DiffusionTuning
+from raftune.config.training import DiffusionTuning
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.diffusion.schedules import (
     FLOW_MATCHING,

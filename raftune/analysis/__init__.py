@@ -1,0 +1,1 @@
+"""Analyses of finished runs: comparison of two runs or rounds, and what-if selections."""

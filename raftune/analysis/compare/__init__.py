@@ -1,0 +1,6 @@
+"""Two rounds or runs, compared pair by pair: by what they recorded, by other rewards, and by a judge."""
+
+from raftune.analysis.compare.compare import Comparison, compare, document
+from raftune.analysis.compare.measures import Judge, Measure
+
+__all__ = ["Comparison", "Judge", "Measure", "compare", "document"]

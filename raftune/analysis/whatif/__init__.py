@@ -1,0 +1,8 @@
+"""Decide again without drawing again: other scores, another rule, a smaller K, over what a run has drawn."""
+
+from __future__ import annotations
+
+from raftune.analysis.whatif.again import WhatIf, rescore, reselect
+from raftune.analysis.whatif.difference import Difference
+
+__all__ = ["Difference", "WhatIf", "rescore", "reselect"]

@@ -1,0 +1,63 @@
+"""`raftune export`: a run's model or its samples, in the formats that others read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from raftune.cli.output import say
+from raftune.errors import ConfigError
+from raftune.sanitize import counted
+
+Format = Literal["model", "sft", "preference", "unpaired", "sft-tokens"]
+
+
+def export(
+    run: Annotated[str, Parameter(help="The run's directory.")],
+    *,
+    format_: Annotated[Format, Parameter(name="--format", help="What to take.")],
+    out: Annotated[str, Parameter(help="Where to write it: FILE.jsonl, FILE.parquet, or a folder.")],
+    round_: Annotated[str | None, Parameter(name="--round", help="A number, best, or all.")] = None,
+    merged: Annotated[bool, Parameter(help="Of a LoRA run, a plain model: the adapter added to its base.")] = False,
+    allow_code: Annotated[
+        bool,
+        Parameter(
+            negative="", show_default=False, help="sft-tokens: import a family that the run's configuration names."
+        ),
+    ] = False,
+) -> None:
+    """Take a run's model or its samples away, in the formats that TRL reads.
+
+    model        the best round's model with tokenizer and model card, as transformers, peft or diffusers loads it
+    sft          prompt, completion, weight: the samples that were kept
+    preference   prompt, chosen, rejected, margin: each prompt's best sample against its worst
+    unpaired     prompt, completion, label: every scored sample, true where it was kept
+    sft-tokens   input_ids, labels: the kept samples on the exact tokens that were drawn, the prompt masked
+
+    A model is taken from the best round, samples from all rounds, unless --round says otherwise. A folder of samples is
+    one that `datasets.load_from_disk` reads. Nothing is overwritten.
+    """
+    if format_ == "model":
+        export_model(run, Path(out), round_, merged)
+        return
+    if merged:
+        raise ConfigError(f"--merged goes with --format model; got --format {format_}. Leave it out.")
+    from raftune.results.export import export as write
+
+    count = write(run, format_, out, round_ or "all", allow_code=allow_code)
+    say(f"Wrote {counted(count, 'row')} to {out}.")
+
+
+def export_model(run: str, out: Path, which: str | None, merged: bool) -> None:
+    from raftune.results.model_card import publish_model
+
+    if which not in (None, "best") and not which.isdigit():
+        raise ConfigError(f"--round must be a number or best for a model; got {which!r}. Leave it out for the best.")
+    if out.suffix in (".jsonl", ".parquet"):
+        raise ConfigError(f"--out must be a folder for a model; got {out.name!r}. Rename it.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out must not exist yet, or be empty; {out} is not. Choose another name.")
+    publish_model(run, out, int(which) if which and which.isdigit() else None, merged)
+    say(f"Wrote the model and its card to {out}.")

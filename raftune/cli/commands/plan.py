@@ -1,0 +1,205 @@
+"""`raftune plan`: what a run will cost, and whether it will start."""
+
+from __future__ import annotations
+
+import json as js
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from raftune.cli.commands.train import Tokens, refuse_folders
+from raftune.cli.output import say
+from raftune.errors import ConfigError
+from raftune.sanitize import counted, duration, megabytes, percent, shell_command
+
+if TYPE_CHECKING:
+    from raftune.config.run import RunConfig
+    from raftune.planning import Forecast
+    from raftune.planning.images import Pipeline, Room
+    from raftune.planning.sizes import Peaks
+
+
+def plan(
+    *files: Tokens,
+    probe: Annotated[bool, Parameter(help="Try two prompts, for the time and memory that the run will take.")] = True,
+    probe_seconds: Annotated[float, Parameter(help="How long the trial may take, about.")] = 60.0,
+    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the forecast as JSON.")] = False,
+) -> None:
+    """Check a configuration, and say what the run will cost: samples, tokens, disk, memory, time.
+
+    raftune plan base.yaml mine.yaml --sampling.num_generations 16
+
+    Everything is checked that can be without training: the data, the model, the rewards, whether the selection can
+    select. Two prompts are drawn, scored and tuned on in a temporary folder, for a minute at most (--probe-seconds):
+    where that is not enough, to fewer tokens and with fewer rows, which is said. --no-probe leaves it out. Nothing is
+    written where the run will be.
+    """
+    from raftune.cli.flags import read_tokens
+    from raftune.config.load import load_config
+    from raftune.planning import forecast
+    from raftune.runtime.progress import Steps
+
+    given = read_tokens(files, "plan", ("--probe", "--no-probe", "--probe-seconds", "--json"))
+    if not given.words and not given.flags:
+        raise ConfigError("plan needs a configuration file; got none. `raftune init run.yaml` writes one.")
+    refuse_folders(given.words)
+    config = load_config(given.words, given.flags)
+    if probe_seconds <= 0:
+        raise ConfigError(f"--probe-seconds must be above 0; got {probe_seconds:g}. --no-probe leaves the trial out.")
+    with Steps() as steps:
+        found = forecast(config, measured=probe, seconds=probe_seconds, tell=steps.begin)
+    if json:
+        print(js.dumps(found.as_json() | {"command": command(files)}))
+        return
+    for title, words in lines(config, found):
+        say(f"{title:<10}  {words}")
+    for note in found.notes:
+        say(f"note        {note}", style="yellow")
+    say("")
+    say(f"Start it with:  {command(files)}")
+
+
+def command(tokens: tuple[str, ...]) -> str:
+    return shell_command("raftune", "train", *tokens)
+
+
+def lines(config: RunConfig, found: Forecast) -> list[tuple[str, str]]:
+    """The forecast in words: a title and a line each."""
+    said = [("run", state(config, found)), ("policy", policy(config, found)), ("prompts", prompts(found))]
+    said += [("a round", a_round(config, found))] if config.num_rounds else []
+    said += [("in all", in_all(config, found)), ("disk", disk(found))]
+    if found.memory is not None or found.room is not None or found.peaks is not None:
+        said.append(("memory", measured(found.peaks, config) or memory(config, found)))
+    if found.probe is not None and found.probe.generation:
+        said.append(("generation", found.probe.generation))
+    if found.seconds is not None:
+        said.append(("time", time(found)))
+    return said
+
+
+def state(config: RunConfig, found: Forecast) -> str:
+    if found.done is None:
+        return f"{config.name}, new, in {found.root}"
+    return f"{config.name}, in {found.root}: {found.done} of {config.num_rounds} rounds are done"
+
+
+def policy(config: RunConfig, found: Forecast) -> str:
+    model = found.model
+    if found.pipeline is not None:
+        return pipeline(found.pipeline)
+    if model is None:
+        return config.policy.family
+    trained = "all trained" if model.trained == model.parameters else f"{count(model.trained)} trained (LoRA)"
+    context = f", context {model.context}" if model.context else ""
+    size = f"{count(model.parameters)} parameters, {trained}"
+    return f"{model.architecture}, {size}, {model.dtype} on {model.device}{context}"
+
+
+def pipeline(model: Pipeline) -> str:
+    trained = "all trained" if model.trained == model.parameters else f"{count(model.trained)} trained (LoRA)"
+    size = f"denoiser of {count(model.parameters)} parameters, {trained}"
+    steps = f"{counted(model.steps, 'step')}, {counted(model.forwards, 'forward')} a picture"
+    asked = f"{model.height} x {model.width} pixels, {steps}"
+    return f"{model.architecture}, {size}, {model.dtype} on {model.device}; {asked} ({model.basis})"
+
+
+def prompts(found: Forecast) -> str:
+    have = found.prompts
+    lengths = f", of {have.shortest} to {have.longest} tokens" if have.longest is not None else ""
+    return f"{have.train:,} to learn from, {have.held_out:,} held out{lengths}"
+
+
+def a_round(config: RunConfig, found: Forecast) -> str:
+    a = found.amounts
+    others = f" + {a.competing - a.drawn:,} from other sources" if a.competing > a.drawn else ""
+    kept = f"{'' if a.kept_exact else 'at most '}{a.kept:,} kept ({config.selection.rule})"
+    drawn = f"{counted(a.prompts, 'prompt')} x {config.sampling.num_generations} = {counted(a.drawn, 'sample')}{others}"
+    return f"{drawn}, {kept}, {counted(a.steps, 'optimizer step')}"
+
+
+def in_all(config: RunConfig, found: Forecast) -> str:
+    a, longest = found.amounts, config.sampling.max_completion_length
+    judged = (a.rounds + 1) * a.judged
+    text = f"{counted(a.samples, 'sample')}: {a.rounds * a.drawn:,} to learn from, {judged:,} to judge by"
+    if found.work is not None:
+        learned = f"{found.work.learned:,} forwards and backwards to learn"
+        return f"{text}; {found.work.forwards:,} forwards of the denoiser to draw them, at most {learned}"
+    if found.model is None:
+        return text
+    each = found.probe.tokens if found.probe else None
+    now = f", about {int(a.samples * each):,} if answers stay as long as now" if each is not None else ""
+    return f"{text}; at most {a.samples * longest:,} tokens{now}"
+
+
+def disk(found: Forecast) -> str:
+    samples = "samples at most" if found.pipeline is None else "pictures about"
+    parts = {"models": found.disk.models, samples: found.disk.samples, "latents": found.disk.latents}
+    parts["checkpoints"] = found.disk.checkpoints
+    return f"{megabytes(found.disk.total)}: " + ", ".join(f"{n} {megabytes(size)}" for n, size in parts.items() if size)
+
+
+def measured(peaks: Peaks | None, config: RunConfig) -> str:
+    """The memory that the probe took, and what the run will; empty where nothing was measured."""
+    if peaks is None or peaks.drawing is None:
+        return ""
+    lacking = "; that of tuning was not measured" if config.num_rounds and peaks.tuning is None else ""
+    run, probe = (
+        ", ".join(f"{kind} {megabytes(most)}" for kind, most in pair if most is not None)
+        for pair in (
+            (("drawing", peaks.run_drawing), ("tuning", peaks.run_tuning)),
+            (("drawing", peaks.drawing), ("tuning", peaks.tuning)),
+        )
+    )
+    return f"{run} at most; measured in the probe, with all that was loaded: {probe}{lacking}"
+
+
+def memory(config: RunConfig, found: Forecast) -> str:
+    if found.room is not None:
+        return memory_of_pictures(found.room)
+    assert found.memory is not None
+    need = found.memory
+    return (
+        f"drawing {megabytes(need.drawing)} (weights {megabytes(need.weights)}, cache {megabytes(need.cache)}), tuning "
+        f"{megabytes(need.tuning)} (with gradients and optimizer); activations and reward models come on top"
+    )
+
+
+def memory_of_pictures(need: Room) -> str:
+    layers = f", layers' outputs about {megabytes(need.outputs)}" if need.outputs is not None else ""
+    on_top = "" if need.outputs is not None else "layers' outputs and "
+    return (
+        f"drawing {megabytes(need.drawing)} (denoiser {megabytes(need.denoiser)}, text encoders and VAE "
+        f"{megabytes(need.frozen)}), tuning {megabytes(need.tuning)} (gradients and optimizer "
+        f"{megabytes(need.training)}{layers}); {on_top}reward models come on top"
+    )
+
+
+def time(found: Forecast) -> str:
+    assert found.seconds is not None
+    if not found.seconds:
+        return f"not known ({basis(found)})"
+    total = sum(found.seconds.values())
+    shares = ", ".join(f"{name} {percent(seconds / total)}" for name, seconds in found.seconds.items() if seconds > 0)
+    least = "more than" if found.probe is not None and found.probe.missing else "about"
+    return f"{least} {duration(total)}: {shares} ({basis(found)})"
+
+
+def basis(found: Forecast) -> str:
+    """Where the seconds come from."""
+    from raftune.planning.images import DEVICE, SHARE
+
+    probe = found.probe
+    if probe is None:
+        return f"by arithmetic, on one {DEVICE} at {percent(SHARE)} of its peak; VAE and rewards come on top"
+    short = f"; extrapolated: {', '.join(probe.cut_short)}" if probe.cut_short else ""
+    missing = ", ".join(probe.missing)
+    lacking = f"; not measured within {probe.limit:g} s: {missing} (--probe-seconds gives more)" if missing else ""
+    return f"from a probe of two prompts that took {duration(probe.seconds)}{short}{lacking}"
+
+
+def count(number: int) -> str:
+    """A number of parameters as people say it: 0.9M, 7.2B."""
+    for size, letter in ((1_000_000_000, "B"), (1_000_000, "M")):
+        if number >= size / 10:
+            return f"{number / size:.1f}{letter}"
+    return f"{number:,}"

@@ -1,0 +1,41 @@
+"""`raftune report`: a run's page, written anew."""
+
+from __future__ import annotations
+
+import json as js
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from raftune.cli.output import say
+from raftune.errors import RunDamaged
+from raftune.sanitize import shell_command
+
+
+def report(
+    run: Annotated[str, Parameter(help="The run's directory.")],
+    *,
+    out: Annotated[str | None, Parameter(help="Where to write it; without it, RUN/report.html.")] = None,
+    json: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Print what the page shows as JSON; write no page.")
+    ] = False,
+) -> None:
+    """Write a run's page: one HTML file that opens from disk, with charts, all candidates, reasons and alarms.
+
+    raftune report runs/mine --out mine.html
+
+    A run writes its page itself after every round. This writes it anew: for a run that was made elsewhere, with
+    `report: false`, or by an earlier version, or whose files were damaged since; the page names what is missing, and
+    the exit code is 1.
+    """
+    from raftune.report import collect, write_report
+
+    found = collect(run)
+    if json:
+        print(js.dumps(found.document, ensure_ascii=False))
+    else:
+        say(str(write_report(run, out, found=found)))
+    if missing := found.document["missing"]:
+        more = f" (and {len(missing) - 1} more, which the page names)" if len(missing) > 1 else ""
+        command = shell_command("raftune", "verify", run)
+        raise RunDamaged(f"{missing[0]}{more}. The page leaves it out; `{command}` lists what is damaged.")

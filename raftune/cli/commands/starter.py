@@ -1,0 +1,69 @@
+"""`raftune starter`: data to begin with, and the commands from it to an aligned model."""
+
+from __future__ import annotations
+
+import json as js
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from raftune.cli.output import say
+from raftune.errors import ConfigError
+from raftune.sanitize import shell_command
+
+SAID = {
+    "preferences.jsonl": "prompt, chosen, rejected",
+    "ratings.jsonl": "prompt, completion, score",
+    "prompts.jsonl": "what the rounds draw answers to",
+    "held_out.jsonl": "requests that none of the others has, with reference answers",
+}
+
+
+def starter(
+    directory: Annotated[str, Parameter(help="A folder that is empty, or not there yet.")],
+    *,
+    rows: Annotated[int, Parameter(help="Preferences, and ratings, to write.", validator=Number(gte=10))] = 2000,
+    seed: Annotated[int, Parameter(help="Other rows of the same kind.")] = 0,
+    json: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Print counts and commands as JSON.")
+    ] = False,
+) -> None:
+    """Write preferences, ratings and prompts of the bundled assistant, to take the whole path by commands.
+
+    Its replies are good, rude, curt or beside the point. Who prefers and rates knows how they were made, and errs as
+    people do: one preference in twenty is turned round, and a rating is off by some tenths. No network.
+    """
+    from raftune.starters.text.preferences import write_starter
+
+    folder = Path(directory)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"DIRECTORY must be empty, or not exist yet; {folder} is not. Choose another name.")
+    counts = write_starter(folder, rows, seed)
+    if json:
+        print(js.dumps({"directory": str(folder), "rows": counts, "commands": commands(folder)}))
+        return
+    say(f"Wrote {folder}:")
+    for name, count in counts.items():
+        say(f"  {name:<18}{count:>6,} rows   {SAID[name]}")
+    say(f"  {'run.yaml':<18}{'':>11}   the run that comes after")
+    say("")
+    say("Next, one after another:")
+    for words in commands(folder):
+        say(f"  {shell_command(*words)}")
+
+
+def commands(folder: Path) -> list[list[str]]:
+    """The path from these files to an aligned model, and to the evidence that it is better."""
+    preferences, run, before = (str(folder / name) for name in ("preferences.jsonl", "run", "before"))
+    one = ["--threads", "1"]  # more cost more than they give with models this small
+    learning = ["--policy.model", "starter", "--tuning.learning_rate", "5e-4", *one]
+    return [
+        ["raftune", "sft", preferences, *learning, "--output-dir", str(folder / "sft")],
+        ["raftune", "reward", "train", preferences, "--model", "starter", "--output-dir", str(folder / "reward"), *one],
+        ["raftune", "train", str(folder / "run.yaml")],
+        ["raftune", "evaluate", "starter", str(folder / "run.yaml"), "--output-dir", before],
+        ["raftune", "compare", run, before, "--show", "2"],
+        ["raftune", "report", run],
+    ]

@@ -1,0 +1,1 @@
+"""HTTP clients: chat completions, and checks of URLs."""

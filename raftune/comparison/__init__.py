@@ -1,6 +1,0 @@
-"""Two rounds or runs, compared pair by pair: by what they recorded, by other rewards, and by a judge."""
-
-from raftune.comparison.compare import Comparison, compare, document
-from raftune.comparison.measures import Judge, Measure
-
-__all__ = ["Comparison", "Judge", "Measure", "compare", "document"]

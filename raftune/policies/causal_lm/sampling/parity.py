@@ -1,0 +1,205 @@
+"""Parity check: whatever generates must give the log-probabilities of the model that was trained.
+
+Training writes a probe beside the weights: token ids from its own rows with the trained model's log-probability of each
+completion token, from a plain forward of one row at a time. A model that is loaded to generate replays the probe's ids
+through the code that generates (merged weights, shared prefix, batches) and must come close. How close is measured in
+nats per token, against the noise that the trained model itself shows when its rows share a batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from raftune.errors import ModelError
+from raftune.policies.causal_lm.likelihood import Example, Reader, token_log_probs
+from raftune.policies.causal_lm.loading import PROBE, merged
+from raftune.policies.causal_lm.model_utils import as_it_was
+from raftune.policies.causal_lm.sampling.completions import Answers, Flags, Ints
+from raftune.policies.causal_lm.sampling.params import DrawSettings
+
+ROWS, PROMPT_TOKENS, COMPLETION_TOKENS = 4, 256, 16  # of a probe, at most
+COPIES = 2  # rows of each prompt in a replay: they share the prompt's keys, or a batch that holds equal rows
+COPIES_IN_HALF = 8  # of each row in the batch that noise is measured in: 16-bit kernels change with the batch's size
+# Nats a token that are allowed in any case, and that are never exceeded, however noisy the model is.
+LIMITS = {"float64": (1e-4, 1e-2), "float32": (1e-3, 1e-2)}
+LIMITS_IN_HALF = (0.1, 0.4)
+TIMES_NOISE = 4.0
+LOST_IN_MERGING = 0.05  # of what an adapter learned, at most, where it is merged into 16-bit weights
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fixed ids, and what the trained model makes of them.
+
+    `log_probs` are nats of each completion token. `noise` is the mean distance (nats a token) of the same model's
+    log-probs when the rows share one padded batch. `merge` says whether an adapter may be merged for generation.
+    """
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    log_probs: list[list[float]]
+    noise: float
+    dtype: str
+    merge: bool = True
+
+    @property
+    def allowed(self) -> float:
+        """Nats a token by which what generates may differ from what was trained."""
+        floor, ceiling = LIMITS.get(self.dtype, LIMITS_IN_HALF)
+        return min(max(floor, TIMES_NOISE * self.noise), ceiling)
+
+    def distance(self, log_probs: Sequence[Sequence[float]]) -> float:
+        """Mean absolute difference in nats a token of the worst copy; rows are prompt by prompt, copies side by side.
+
+        Infinite where a log-probability is not a number.
+        """
+        copies = len(log_probs) // len(self.log_probs)
+        apart = [
+            np.abs(np.concatenate(log_probs[copy::copies]) - np.concatenate(self.log_probs)) for copy in range(copies)
+        ]
+        return max(float(each.mean()) if np.isfinite(each).all() else float("inf") for each in apart)
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PROBE).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+
+    @property
+    def examples(self) -> list[Example]:
+        return [Example.of(*row) for row in zip(self.prompts, self.completions, strict=True)]
+
+
+def read_probe(folder: Path) -> Probe | None:
+    """The probe beside a round's weights; None for a model that was not trained here."""
+    path = folder / PROBE
+    return Probe(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def probe_rows(examples: Sequence[Example]) -> list[Example]:
+    """A few rows of bounded length: those with the longest completions and, of these, the shortest prompts."""
+
+    def order(index: int) -> tuple[int, int, int]:
+        return -min(examples[index].tokens, COMPLETION_TOKENS), examples[index].start, index
+
+    rows: dict[tuple[int, ...], Example] = {}
+    for index in sorted(range(len(examples)), key=order):
+        start = examples[index].start
+        left = max(0, start - PROMPT_TOKENS)
+        ids = examples[index].ids[left : start + COMPLETION_TOKENS]
+        rows.setdefault(tuple(ids.tolist()), Example(ids, start - left))
+        if len(rows) == ROWS:
+            break
+    return list(rows.values())
+
+
+def rows_of_prompts(prompts: Sequence[Sequence[int]]) -> list[Example]:
+    """Rows for a model that has no completions yet: the last tokens of a prompt stand for one."""
+    rows = []
+    for prompt in prompts[:ROWS]:
+        ids = list(prompt[-PROMPT_TOKENS:])
+        ids = ids if len(ids) > 3 else ids * 4
+        cut = min(8, len(ids) // 2)
+        rows.append(Example.of(ids[:-cut], ids[-cut:]))
+    return rows
+
+
+def measure(model: Any, rows: Sequence[Example], pad_id: int) -> Probe:
+    """The probe of these rows under this model."""
+    alone = plain_log_probs(model, rows, pad_id)
+    dtype = str(model.dtype).removeprefix("torch.")
+    copies = COPIES if dtype in LIMITS else COPIES_IN_HALF
+    with as_it_was(model):
+        together = token_log_probs(Reader(model), [row for row in rows for _ in range(copies)], pad_id)
+    noise = np.abs(together - np.concatenate([row for row in alone for _ in range(copies)])).mean()
+    prompts = [row.ids[: row.start].tolist() for row in rows]
+    completions = [row.ids[row.start :].tolist() for row in rows]
+    return Probe(prompts, completions, alone, float(noise), dtype)
+
+
+def probe_of_fit(model: Any, examples: Sequence[Example], pad_id: int) -> Probe:
+    """The probe of a model that was just trained on these rows. It must be saved already: its adapter may be merged."""
+    probe = measure(model, probe_rows(examples), pad_id)
+    if not isinstance(model, PeftModel) or probe.dtype in LIMITS:
+        return probe
+    merge = adapter_survives_merging(model)
+    if merge:
+        merge = probe.distance(plain_log_probs(merged(model), probe.examples, pad_id)) <= probe.allowed / 2
+    return replace(probe, merge=merge)
+
+
+@torch.no_grad()
+def adapter_survives_merging(model: Any) -> bool:
+    """Whether 16-bit weights can hold what the adapter learned.
+
+    A change below half a unit in the last place of the weight that it is added to is rounded away. Over all adapted
+    layers, the rounded sum must hold the adapter's change at its full length, along its own direction.
+    """
+    kept = total = 0.0
+    for layer in model.modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if (
+            weight is None
+            or not hasattr(layer, "get_delta_weight")
+            or weight.dtype not in (torch.bfloat16, torch.float16)
+        ):
+            return False
+        for name in layer.active_adapters:
+            delta = layer.get_delta_weight(name).float()
+            change = (weight.float() + delta).to(weight.dtype).float() - weight.float()
+            kept, total = kept + float((change * delta).sum()), total + float((delta * delta).sum())
+    return total > 0 and abs(kept / total - 1) <= LOST_IN_MERGING
+
+
+def plain_log_probs(model: Any, rows: Sequence[Example], pad_id: int) -> list[list[float]]:
+    """Nats of each completion token, from a forward of one row at a time without any cache."""
+    with as_it_was(model):
+        reader = Reader(model)
+        return [token_log_probs(reader, [row], pad_id).tolist() for row in rows]
+
+
+def replayed_log_probs(generate: Callable[[Answers], None], probe: Probe, pad_id: int, rows: int) -> list[list[float]]:
+    """What the code that generates records of the probe's ids: `generate` fills the answers, `rows` at once at most."""
+    answers = Replay(probe, pad_id, rows)
+    generate(answers)
+    return [completion.logprobs for group in answers.drawn() for completion in group]
+
+
+class Replay(Answers):
+    """Rows that take the probe's ids, whatever the logits say, and record what these give them."""
+
+    def __init__(self, probe: Probe, pad_id: int, rows: int) -> None:
+        longest = max(map(len, probe.completions))
+        settings = DrawSettings(max_completion_length=longest, pad_id=pad_id, batch_size=rows)
+        super().__init__(None, probe.prompts, [[0] * COPIES for _ in probe.prompts], settings, None)
+        self.limits = np.array([len(ids) for ids in probe.completions])[self.prompt_of]
+        self._wanted = probe.completions
+
+    def extend(self, rows: Ints, logits: Tensor) -> tuple[Tensor, Flags]:
+        at = self._lengths[rows]
+        ids = [self._wanted[self.prompt_of[row]][column] for row, column in zip(rows, at, strict=True)]
+        tokens = torch.tensor(ids, device=logits.device)
+        log_probs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        self._write(rows, tokens.cpu().numpy(), log_probs.cpu().numpy())
+        return tokens, self._finish[rows] != 0
+
+
+def check_parity(probe: Probe, log_probs: Sequence[Sequence[float]], how: str) -> None:
+    """Raises ModelError where these are not the log-probs of the model that was trained; `how` says whence they are."""
+    apart = probe.distance(log_probs)
+    if apart > probe.allowed:
+        raise ModelError(
+            f"what generates must be the model that was trained; {how}, it differs from what training ended with by "
+            f"{apart:.2g} nats a token on the same tokens, and {probe.allowed:.2g} are allowed. Nothing was generated: "
+            "try policy.dtype float32, other policy.adapter.target_modules or no adapter, and report the architecture."
+        )

@@ -1,0 +1,38 @@
+"""One class for each architecture, and the one that drives a given pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raftune.errors import ModelError
+from raftune.policies.diffusion.pipelines.base import Binding
+from raftune.policies.diffusion.pipelines.ddpm import DDPM
+from raftune.policies.diffusion.pipelines.dit import DiT
+from raftune.policies.diffusion.pipelines.flux import Flux
+from raftune.policies.diffusion.pipelines.pixart import PixArt
+from raftune.policies.diffusion.pipelines.sd3 import SD3
+from raftune.policies.diffusion.pipelines.sdxl import SDXL
+from raftune.policies.diffusion.pipelines.stable_diffusion import StableDiffusion
+
+BINDINGS: tuple[type[Binding], ...] = (StableDiffusion, SDXL, SD3, Flux, PixArt, DiT, DDPM)
+
+
+def binding_class(pipeline: str) -> type[Binding]:
+    """The binding of the pipelines of this class. Raises ModelError, with those that are supported."""
+    for kind in BINDINGS:
+        if pipeline in kind.pipelines:
+            return kind
+    known = ", ".join(sorted(name for kind in BINDINGS for name in kind.pipelines))
+    raise ModelError(
+        f"policy.model must be a pipeline that raftune knows how to tune; got a {pipeline}. Supported are {known}: use "
+        "one of these, or write a family of your own (docs/families.md)."
+    )
+
+
+def binding_of(pipe: Any, options: Mapping[str, Any] | None = None) -> Binding:
+    """The binding over this pipeline, called with these options. Raises ModelError for a class that none drives."""
+    return binding_class(type(pipe).__name__)(pipe, options)
+
+
+__all__ = ["BINDINGS", "binding_class", "binding_of"]

@@ -1,0 +1,103 @@
+"""DiT: a transformer over latents, told the number of a class."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from raftune.errors import ConfigError, DataError
+from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions, Pictures
+from raftune.policies.diffusion.scheduler_trace import Step, watched
+
+
+class Told:
+    """A denoiser that is told these labels: the pipeline takes 1000 for no class, however many there are.
+
+    A thing beside the denoiser, and no hook on it: several batches are drawn with one denoiser at once.
+    """
+
+    def __init__(self, denoiser: Any, labels: torch.Tensor) -> None:
+        self._denoiser, self._labels = denoiser, labels
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._denoiser(*args, **{**kwargs, "class_labels": self._labels})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._denoiser, name)
+
+
+class DiT(Binding):
+    """Conditions: `labels` (N,). No class at all is the number after the last.
+
+    The denoiser also gives a variance that no loss here reads: `predict` leaves it out, as the pipeline does.
+    """
+
+    pipelines = ("DiTPipeline",)
+    denoiser_name = "transformer"
+    takes = "label"
+    lora_layers = ""
+
+    @property
+    def classes(self) -> int:
+        return int(self.denoiser.config.num_embeds_ada_norm)
+
+    def refuse_prompts(self, prompts: Sequence[Any]) -> None:
+        for prompt in prompts:
+            if isinstance(prompt, bool) or not isinstance(prompt, int) or not 0 <= prompt < self.classes:
+                raise DataError(
+                    f"prompts of a DiTPipeline must be class labels, whole numbers from 0 to {self.classes - 1}; got "
+                    f"{prompt!r}. {self._fix(prompt)}"
+                )
+
+    def _fix(self, prompt: Any) -> str:
+        names: dict[str, int] = getattr(self.pipe, "labels", None) or {}
+        if isinstance(prompt, str) and prompt in names:
+            return f"Write its number, {names[prompt]}, as a number."
+        if isinstance(prompt, str) and prompt.strip().isdigit():
+            return f"Write {prompt.strip()} as a number, without quotes."
+        return "A model of classes reads no text, and knows no other class."
+
+    def encode(self, prompts: Sequence[Any]) -> Conditions:
+        self.refuse_prompts(prompts)
+        return Conditions({"labels": torch.tensor(list(prompts), dtype=torch.long)})
+
+    def empty(self, negative: str | None = None) -> Conditions:
+        if negative is not None:
+            raise ConfigError(
+                f"sampling.diffusion.negative_prompt must not be given to a DiTPipeline; got {negative!r}. A model of "
+                "classes reads no text: leave it out."
+            )
+        return Conditions({"labels": torch.tensor([self.classes])})
+
+    def sample(
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
+    ) -> Pictures:
+        last: deque[Step] = deque(maxlen=1)
+        labels = conditions.tensors["labels"]
+        away = (negative or self.empty()).tensors["labels"].to(labels.device).expand_as(labels)
+        told = torch.cat([labels, away]) if call.guidance_scale > 1 else labels
+        pipe = copy.copy(self.pipe)
+        vars(pipe)["transformer"] = Told(self.denoiser, told)
+        with watched(self.pipe.scheduler, last.append):
+            drawn = pipe(
+                class_labels=labels.tolist(),
+                num_inference_steps=call.num_inference_steps,
+                guidance_scale=call.guidance_scale,
+                generator=generators,
+                output_type="np",
+                **call.kwargs,
+            )
+        return Pictures.of(drawn.images, last[0].latents[: len(labels)])
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        out: torch.Tensor = self.denoiser(
+            x_t, timestep=t, class_labels=conditions.tensors["labels"], return_dict=False
+        )[0]
+        return out[:, : x_t.shape[1]]
+
+    def refuse_size(self, height: int, width: int) -> None:
+        self.refuse_other_size(height, width)

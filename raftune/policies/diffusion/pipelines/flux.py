@@ -1,0 +1,90 @@
+"""Flux.1: a flow-matching transformer over packs of 2 x 2 latent cells, told by a T5 and the summary of a CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions, LastLatents, Pictures
+from raftune.policies.diffusion.pipelines.sd3 import ONE_TEXT
+
+PACK = 2  # cells of a side that travel together
+
+
+class Flux(Binding):
+    """Conditions: `prompt_embeds` (N, T, D), `pooled` (N, P); of a guidance-distilled model also `guidance` (N,).
+
+    Latents are kept unpacked. Negative prompts count only where pipeline_kwargs hold a true_cfg_scale above 1: the
+    guidance scale itself is one more number that the denoiser is told.
+    """
+
+    pipelines = ("FluxPipeline",)
+    denoiser_name = "transformer"
+    takes = "text"
+    lora_layers = "transformer_lora_layers"
+    reads = ("max_sequence_length",)
+    shifts = True
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(("prompt_2", "negative_prompt_2"), ONE_TEXT)
+
+    def encode(self, prompts: Sequence[Any]) -> Conditions:
+        self.refuse_prompts(prompts)
+        self.require("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            prompt=list(prompts), prompt_2=None, device=self.pipe.text_encoder.device, **self.reading()
+        )
+        return self.guided(Conditions({"prompt_embeds": embeds, "pooled": pooled}), 1.0)
+
+    def guided(self, conditions: Conditions, scale: float) -> Conditions:
+        if not self.denoiser.config.guidance_embeds:
+            return conditions
+        device = conditions.tensors["pooled"].device
+        return Conditions({**conditions.tensors, "guidance": torch.full((len(conditions),), scale, device=device)})
+
+    def sample(
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
+    ) -> Pictures:
+        last = LastLatents()
+        asked = conditions.tensors
+        away = conditions.away(negative)
+        drawn = self.pipe(
+            prompt_embeds=asked["prompt_embeds"],
+            pooled_prompt_embeds=asked["pooled"],
+            negative_prompt_embeds=away.get("prompt_embeds"),
+            negative_pooled_prompt_embeds=away.get("pooled"),
+            callback_on_step_end=last,
+            **call.options(generators),
+        )
+        assert last.x0 is not None
+        return Pictures.of(drawn.images, self.unpacked(last.x0, call))
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        told = conditions.tensors
+        count, channels, height, width = x_t.shape
+        places = self.pipe._prepare_latent_image_ids(count, height // PACK, width // PACK, x_t.device, x_t.dtype)
+        out: torch.Tensor = self.denoiser(
+            hidden_states=self.pipe._pack_latents(x_t, count, channels, height, width),
+            timestep=t.to(x_t.dtype) / 1000,
+            guidance=told.get("guidance"),
+            pooled_projections=told["pooled"],
+            encoder_hidden_states=told["prompt_embeds"],
+            txt_ids=torch.zeros(told["prompt_embeds"].shape[1], 3, device=x_t.device, dtype=x_t.dtype),
+            img_ids=places,
+            return_dict=False,
+        )[0]
+        return self._unpack(out, height * self.factor, width * self.factor)
+
+    def unpacked(self, latents: torch.Tensor, call: Call) -> torch.Tensor:
+        return self._unpack(latents, call.height, call.width)
+
+    def _unpack(self, packs: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        found: torch.Tensor = self.pipe._unpack_latents(packs, height, width, self.factor)
+        return found
+
+    @property
+    def multiple(self) -> int:
+        return self.factor * PACK
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return int(self.denoiser.config.in_channels) // PACK**2, height // self.factor, width // self.factor

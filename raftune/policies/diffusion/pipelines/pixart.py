@@ -1,0 +1,90 @@
+"""PixArt, Alpha and Sigma: a transformer over latents, told by a T5 and, in some of Alpha's, by the picture's size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers.utils import is_bs4_available, is_ftfy_available
+
+from raftune.errors import ConfigError
+from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions, Pictures
+
+EXACT_SIZE = (
+    "pictures are drawn at the very size that is asked, so that their latents are theirs: ask for one of its own"
+)
+
+
+class PixArt(Binding):
+    """Conditions: `prompt_embeds` (N, T, D), `mask` (N, T). Size conditions follow from the latents' own size.
+
+    The denoiser also gives a variance that no loss here reads: `predict` leaves it out, as the pipeline does.
+    """
+
+    pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    denoiser_name = "transformer"
+    takes = "text"
+    lora_layers = ""
+    reads = ("max_sequence_length", "clean_caption")
+    refused: ClassVar[Mapping[str, str]] = {"use_resolution_binning": EXACT_SIZE}
+
+    def encode(self, prompts: Sequence[Any]) -> Conditions:
+        self.refuse_prompts(prompts)
+        self.require("text_encoder", "tokenizer")
+        embeds, mask, _, _ = self.pipe.encode_prompt(
+            prompt=list(prompts),
+            do_classifier_free_guidance=False,
+            device=self.pipe.text_encoder.device,
+            **self.reading(),
+        )
+        return Conditions({"prompt_embeds": embeds, "mask": mask})
+
+    def reading(self) -> dict[str, Any]:
+        """Captions are cleaned where what cleans them is installed, as the pipeline does; it would warn each time."""
+        found = super().reading()
+        able = is_bs4_available() and is_ftfy_available()
+        if self.options.get("clean_caption") and not able:
+            raise ConfigError(
+                "sampling.diffusion.pipeline_kwargs.clean_caption needs beautifulsoup4 and ftfy, which are not "
+                "installed: pip install beautifulsoup4 ftfy, or write false."
+            )
+        return {**found, "clean_caption": bool(found["clean_caption"]) and able}
+
+    def sample(
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
+    ) -> Pictures:
+        last: list[torch.Tensor] = []
+        asked = conditions.tensors
+        away = conditions.away(negative)
+        drawn = self.pipe(
+            negative_prompt=None,  # its default would forbid embeddings
+            prompt_embeds=asked["prompt_embeds"],
+            prompt_attention_mask=asked["mask"],
+            negative_prompt_embeds=away.get("prompt_embeds"),
+            negative_prompt_attention_mask=away.get("mask"),
+            use_resolution_binning=False,
+            callback=lambda step, timestep, latents: last.__setitem__(slice(None), [latents]),
+            **call.options(generators),
+        )
+        return Pictures.of(drawn.images, last[0])
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        out: torch.Tensor = self.denoiser(
+            x_t,
+            encoder_hidden_states=conditions.tensors["prompt_embeds"],
+            encoder_attention_mask=conditions.tensors["mask"],
+            timestep=t,
+            added_cond_kwargs=self._size_of(x_t),
+            return_dict=False,
+        )[0]
+        return out[:, : x_t.shape[1]]
+
+    def _size_of(self, x_t: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """Height and width (N, 2), and their ratio (N, 1), where the denoiser was made to be told."""
+        if not self.denoiser.use_additional_conditions:
+            return {"resolution": None, "aspect_ratio": None}
+        height, width = (side * self.factor for side in x_t.shape[-2:])
+        sizes = torch.tensor([[height, width]], device=x_t.device).to(x_t.dtype)
+        ratio = torch.tensor([[height / width]], device=x_t.device).to(x_t.dtype)
+        return {"resolution": sizes.repeat(len(x_t), 1), "aspect_ratio": ratio.repeat(len(x_t), 1)}

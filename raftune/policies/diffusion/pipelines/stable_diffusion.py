@@ -1,0 +1,51 @@
+"""Stable Diffusion 1.x and 2.x: a UNet over the latents of a VAE, told by one CLIP text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions, LastLatents, Pictures
+
+ENCODED_BEFORE = "prompts are encoded once, before the pipeline is called, without it"
+
+
+class StableDiffusion(Binding):
+    """Conditions: `prompt_embeds` (N, T, D)."""
+
+    pipelines = ("StableDiffusionPipeline",)
+    denoiser_name = "unet"
+    takes = "text"
+    lora_layers = "unet_lora_layers"
+    refused: ClassVar[Mapping[str, str]] = {"clip_skip": ENCODED_BEFORE}
+
+    def encode(self, prompts: Sequence[Any]) -> Conditions:
+        self.refuse_prompts(prompts)
+        self.require("text_encoder", "tokenizer")
+        embeds, _ = self.pipe.encode_prompt(
+            prompt=list(prompts),
+            device=self.pipe.text_encoder.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        return Conditions({"prompt_embeds": embeds})
+
+    def sample(
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
+    ) -> Pictures:
+        last = LastLatents()
+        drawn = self.pipe(
+            prompt_embeds=conditions.tensors["prompt_embeds"],
+            negative_prompt_embeds=conditions.away(negative).get("prompt_embeds"),
+            callback_on_step_end=last,
+            **call.options(generators),
+        )
+        assert last.x0 is not None
+        return Pictures.of(drawn.images, last.x0, drawn.nsfw_content_detected)
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        embeds = conditions.tensors["prompt_embeds"]
+        out: torch.Tensor = self.denoiser(x_t, t, encoder_hidden_states=embeds, return_dict=False)[0]
+        return out

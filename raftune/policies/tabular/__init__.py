@@ -1,0 +1,1 @@
+"""The tabular family: a table of logits, the method at its smallest."""

@@ -1,0 +1,1 @@
+"""What a run directory says: summary, samples, status, metrics, export, model card."""

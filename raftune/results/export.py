@@ -1,0 +1,262 @@
+"""A run's samples as data sets that TRL reads: for SFT, for preferences, for single verdicts.
+
+A picture is written as `datasets` has it, {bytes, path}, in a column that `datasets` shows as pictures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raftune.config.run import RunConfig
+from raftune.errors import ConfigError
+from raftune.policies.registry import FAMILIES, family_of, load_policy
+from raftune.records import TOOLS, Json, Prompt
+from raftune.results import samples
+from raftune.results.samples import Sample
+from raftune.starters.resolve import resolve_starters
+from raftune.store.files import explaining
+from raftune.store.run import RunFolder
+
+Row = dict[str, Any]
+NESTED = ("prompt", TOOLS)
+IGNORED = -100  # what transformers' losses leave out
+PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def sft(group: Sequence[Sample]) -> Iterator[Row]:
+    """prompt, completion, weight: the samples that were kept, as often as a rule's weights say."""
+    for sample in kept(group):
+        yield {**asked_and_answered(sample), "weight": sample["weight"]}
+
+
+def preference(group: Sequence[Sample]) -> Iterator[Row]:
+    """prompt, chosen, rejected, margin: the prompt's best sample against its worst, where they differ in score."""
+    scored = sorted(samples.usable(list(group)), key=lambda s: (s["score"], -s["k"]))
+    if scored and scored[-1]["score"] > scored[0]["score"]:
+        best, worst = asked_and_answered(scored[-1]), asked_and_answered(scored[0])
+        margin = scored[-1]["score"] - scored[0]["score"]
+        yield {
+            "prompt": best["prompt"],
+            "chosen": best["completion"],
+            "rejected": worst["completion"],
+            "margin": margin,
+            **{name: value for name, value in best.items() if name == TOOLS},
+        }
+
+
+def unpaired(group: Sequence[Sample]) -> Iterator[Row]:
+    """prompt, completion, label: every scored sample, true where it was kept."""
+    for sample in samples.usable(list(group)):
+        yield {**asked_and_answered(sample), "label": sample["weight"] > 0}
+
+
+def sft_tokens(encode: Callable[[list[Prompt]], list[list[int]]]) -> Callable[[Sequence[Sample]], Iterator[Row]]:
+    """input_ids, labels: the kept samples on the exact ids that were drawn, the prompt masked, as SFTTrainer reads."""
+
+    def rows(group: Sequence[Sample]) -> Iterator[Row]:
+        if not kept(group):
+            return
+        first = group[0]
+        [prompt] = encode([Prompt(first["prompt_id"], first["prompt"], {TOOLS: first.get(TOOLS)})])
+        for sample in kept(group):
+            ids = list(sample["completion_ids"])
+            yield {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + ids}
+
+    return rows
+
+
+FORMATS: dict[str, Callable[[Sequence[Sample]], Iterator[Row]]] = {
+    "sft": sft,
+    "preference": preference,
+    "unpaired": unpaired,
+}
+
+
+def kept(group: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in group if sample["weight"] > 0]
+
+
+def asked_and_answered(sample: Sample) -> Row:
+    """Prompt and completion in TRL's two shapes, texts or lists of messages; a picture as `datasets` has it."""
+    if isinstance(sample["completion"], bytes):
+        return {"prompt": sample["prompt"], "completion": {"bytes": sample["completion"], "path": None}}
+    if isinstance(sample["prompt"], list):
+        answer: Any = [{"role": "assistant", "content": sample["completion"]}]
+    else:
+        answer = sample["completion"]
+    tools = {TOOLS: sample[TOOLS]} if TOOLS in sample and isinstance(sample["prompt"], list) else {}
+    return {"prompt": sample["prompt"], "completion": answer, **tools}
+
+
+def export(root: str | Path, kind: str, out: str | Path, which: str = "all", *, allow_code: bool = False) -> int:
+    """Writes the rows of this format and returns their number; rounds are `all`, `best` or a number.
+
+    `allow_code`: import code that the run's configuration names, where the format needs it.
+
+    `out` ends in .jsonl or .parquet, or is a folder, which `datasets.load_from_disk` reads. Raises ConfigError where it
+    exists, where the format is unknown, and where there is nothing to write.
+    """
+    run, out = RunFolder(root), Path(out)
+    run.read_config()
+    if out.exists():
+        raise ConfigError(f"--out must not exist yet; {out} does. Choose another name.")
+    if out.suffix not in (".jsonl", ".parquet", ""):
+        raise ConfigError(f"--out must end in .jsonl or .parquet, or be a folder; got {out.name!r}. Rename it.")
+    rounds = samples.choose_rounds(run, which)
+    with shaping(run, kind, allow_code) as shape, explaining(out):
+        units = (unit for round_ in rounds for unit in samples.training_units(run, round_))
+        tables = (
+            rows for unit in units if (rows := [row for group in samples.by_prompt(unit) for row in shape(group)])
+        )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write = WRITERS[out.suffix]
+        count = write(as_json(tables) if out.suffix != ".jsonl" and has_nested_prompts(run) else tables, out)
+    if not count:
+        raise ConfigError(f"--format {kind}: no row of round {which} fits; nothing was written. Choose another round.")
+    return count
+
+
+@contextlib.contextmanager
+def shaping(
+    run: RunFolder, kind: str, allow_code: bool = False
+) -> Iterator[Callable[[Sequence[Sample]], Iterator[Row]]]:
+    """The function that makes a prompt's rows; that of sft-tokens needs the run's tokenizer."""
+    if kind != "sft-tokens":
+        yield FORMATS[kind]
+        return
+    config = run.configuration()
+    if not allow_code:
+        refuse_code(config)
+    config = resolve_starters(config)
+    family, start = family_of(config), run.folder(0, "model")
+    encoder = None
+    if family.media != "image":
+        encoder = getattr(load_policy(family, config, start, start), "encoder", None)
+    if encoder is None:
+        raise ConfigError(f"--format sft-tokens needs a family with tokens; got {config.policy.family}. Write sft.")
+    yield sft_tokens(lambda prompts: encoder.encode(prompts, for_drawing=False))
+
+
+def refuse_code(config: RunConfig) -> None:
+    """Raises ConfigError where to load the run's tokenizer would import code that its configuration names."""
+    if config.policy.family not in FAMILIES:
+        named = f"policy.family: {config.policy.family}"
+    elif getattr(config.policy, "trust_remote_code", False):
+        named = f"policy.trust_remote_code of {getattr(config.policy, 'model', 'its model')}"
+    else:
+        return
+    raise ConfigError(
+        f"--format sft-tokens would import code that the run's configuration names ({named}). If you trust this run, "
+        "add --allow-code; --format sft needs no code."
+    )
+
+
+def write_jsonl(tables: Iterator[list[Row]], out: Path) -> int:
+    count = 0
+    with written(out) as part, part.open("w", encoding="utf-8") as file:
+        for rows in tables:
+            refuse_pictures(rows, out)
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            count += len(rows)
+        if not count:
+            part.unlink()
+    return count
+
+
+def refuse_pictures(rows: Sequence[Row], out: Path) -> None:
+    """Raises ConfigError for rows that JSON cannot hold."""
+    if picture_columns(rows[0]):
+        raise ConfigError(
+            f"--out must end in .parquet or be a folder for a run of pictures; got {out.name!r}. JSON holds no bytes: "
+            "rename it."
+        )
+
+
+def picture_columns(row: Row) -> list[str]:
+    """The names of the columns that hold pictures."""
+    return [name for name, value in row.items() if isinstance(value, dict) and "bytes" in value]
+
+
+def has_nested_prompts(run: RunFolder) -> bool:
+    """Whether the run's prompts or tools are such that Arrow's own structs would give them each other's keys."""
+    with pq.ParquetFile(run.folder(0, "data") / "train.parquet") as file:
+        return any(field.type == Json() for field in file.schema_arrow if field.name in NESTED)
+
+
+def as_json(tables: Iterator[list[Row]]) -> Iterator[list[Row]]:
+    """The rows with their prompts and tools as JSON, which `datasets` reads as the values that they are."""
+    for rows in tables:
+        yield [
+            row | {name: JsonText(json.dumps(row[name], ensure_ascii=False)) for name in NESTED if name in row}
+            for row in rows
+        ]
+
+
+class JsonText(str):
+    """A text of JSON, for a column of Arrow's JSON type."""
+
+    __slots__ = ()
+
+
+def schema_of(rows: list[Row]) -> pa.Schema:
+    """The columns of such rows; those of pictures are marked as `datasets` marks them."""
+    schema, names = pa.Table.from_pylist(rows).schema, picture_columns(rows[0])
+    for name in [name for name, value in rows[0].items() if isinstance(value, JsonText)]:
+        schema = schema.set(schema.get_field_index(name), pa.field(name, pa.json_()))
+    for name in names:
+        schema = schema.set(schema.get_field_index(name), pa.field(name, PICTURE))
+    if not names:
+        return schema
+    features = {name: {"_type": "Image"} for name in names}
+    return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def write_parquet(tables: Iterator[list[Row]], out: Path) -> int:
+    count = 0
+    first = next(tables, None)
+    if first is None:
+        return 0
+    schema = schema_of(first)
+    with written(out) as part, pq.ParquetWriter(part, schema) as writer:
+        for rows in (first, *tables):
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            count += len(rows)
+    return count
+
+
+def write_folder(tables: Iterator[list[Row]], out: Path) -> int:
+    import datasets
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "rows.parquet"
+        if count := write_parquet(tables, path):
+            datasets.disable_progress_bars()
+            datasets.Dataset.from_parquet(str(path), cache_dir=scratch).save_to_disk(str(out))
+    return count
+
+
+WRITERS: dict[str, Callable[[Iterator[list[Row]], Path], int]] = {
+    ".jsonl": write_jsonl,
+    ".parquet": write_parquet,
+    "": write_folder,
+}
+
+
+@contextlib.contextmanager
+def written(out: Path) -> Iterator[Path]:
+    """A path beside `out` that takes its name when the block succeeds, and is removed when it fails."""
+    part = out.with_name(f".{out.name}.part")
+    try:
+        yield part
+        if part.exists():
+            part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,169 @@
+"""A round's numbers under TRL's names, read from what the run committed: the same however often a cell was run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from raftune.records import EXTRA, extras_of
+from raftune.results.samples import answer_text
+from raftune.results.summary import ends_of
+from raftune.stages.plan import read_unit
+from raftune.stages.score import logged_metrics
+from raftune.store.committed import check_file, read_json
+from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.parquet import column_names, read_table
+from raftune.store.run import RunFolder
+
+Floats = npt.NDArray[np.float64]
+
+
+class Drawn:
+    """What a round drew, summed up unit by unit: memory grows with the number of samples, not with their texts."""
+
+    def __init__(self, run: RunFolder, round_: int, encoder: Any) -> None:
+        self._folders = {name: run.folder(round_, name) for name in ("plan", "draw", "score", "logp", "logp-start")}
+        self._encoder = encoder
+        self._values: dict[str, list[Floats]] = {}
+        self._flat: list[bool] = []
+        self.tokens = 0
+        for unit in unit_numbers(self._folders["score"]):
+            self._add_scores(unit)
+            self._add_texts(unit)
+            self._add_divergence(unit)
+
+    def metrics(self) -> dict[str, float]:
+        """`reward`, `reward_std`, `rewards/NAME/mean`, … of the policy's own samples; what has no value is left out."""
+        found: dict[str, float] = logged_metrics(self._folders["score"])
+        for name, mean, spread in self._names():
+            values = np.concatenate(self._values[name])
+            values = values[np.isfinite(values)]
+            if len(values):
+                found[mean] = float(values.mean())
+                if spread:
+                    found[spread] = float(values.std())
+        if self._flat:
+            found["frac_reward_zero_std"] = float(np.mean(self._flat))
+        if lengths := self._values.get("length"):
+            found["completions/min_length"] = float(np.concatenate(lengths).min())
+            found["completions/max_length"] = float(np.concatenate(lengths).max())
+        return found
+
+    def _names(self) -> Iterator[tuple[str, str, str]]:
+        """Of each column the names of its mean and its standard deviation."""
+        plain = {"score": ("reward", "reward_std"), "length": ("completions/mean_length", "")}
+        plain |= {"clipped": ("completions/clipped_ratio", ""), "kl": ("kl", "")}
+        for name in self._values:
+            yield name, *plain.get(name, (f"{name}/mean", f"{name}/std"))
+
+    def _add(self, name: str, values: Any) -> None:
+        self._values.setdefault(name, []).append(np.asarray(values, dtype=np.float64))
+
+    def _add_scores(self, unit: int) -> None:
+        table = own(read_table(self._folders["score"] / unit_file(unit)))
+        usable = pc.if_else(pc.equal(table.column("status"), "ok"), table.column("score"), None)
+        self._add("score", usable.to_numpy(zero_copy_only=False))
+        for name in table.column_names:
+            if name.startswith("rewards/"):
+                self._add(name, table.column(name).to_numpy(zero_copy_only=False))
+        prompts = pa.table({"prompt_id": table.column("prompt_id"), "score": usable})
+        ends = prompts.group_by("prompt_id").aggregate([("score", "min"), ("score", "max")])
+        same = pc.equal(ends.column("score_min"), ends.column("score_max")).drop_null()
+        self._flat += same.to_pylist()
+
+    def _add_texts(self, unit: int) -> None:
+        names = ["source", "prompt_id", "completion_ids", "finish"]
+        table = own(read_table(self._folders["draw"] / unit_file(unit), names))
+        lengths = pc.list_value_length(table.column("completion_ids")).to_numpy(zero_copy_only=False)
+        self._add("length", lengths)
+        self._add("clipped", pc.equal(table.column("finish"), "length").to_numpy(zero_copy_only=False))
+        prompts = read_unit(self._folders["plan"], unit).prompts
+        asked = Counter(table.column("prompt_id").to_pylist())
+        encoded = self._encoder.encode(prompts, for_drawing=True)
+        read = sum(asked[prompt.id] * len(ids) for prompt, ids in zip(prompts, encoded, strict=True))
+        self.tokens += int(lengths.sum()) + read
+
+    def _add_divergence(self, unit: int) -> None:
+        """KL to the start, nats an answer; known while drawing where `beta` asks for it."""
+        ours, start = (self._folders[name] / unit_file(unit) for name in ("logp", "logp-start"))
+        if ours.is_file():
+            score = read_table(self._folders["score"] / unit_file(unit), ["source"])
+            both = [read_table(path, ["log_prob"]).column("log_prob").to_numpy() for path in (ours, start)]
+            mine = np.array(score.column("source").to_pylist()) == "policy"
+            self._add("kl", (both[0] - both[1])[mine])
+
+
+def own(table: pa.Table) -> pa.Table:
+    """The policy's own samples: without a teacher's, and without columns of the data."""
+    return table.filter(pc.equal(table.column("source"), "policy"))
+
+
+def held_out(metrics: Mapping[str, Any], prefix: str = "eval", *, ends: bool = False) -> dict[str, float]:
+    """The committed metrics of the held-out prompts, flat: `eval_reward`, `eval_rewards/NAME/mean`, ….
+
+    With `ends`, those of the 95 % interval stand beside each mean, as `eval_reward_low` and `eval_reward_high`.
+    """
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        for key, number in _flat(f"{prefix}_{name}", value):
+            if ends or not key.endswith(("_low", "_high")):
+                found[key] = number
+    return found
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping) and "mean" in value:
+        yield name, float(value["mean"])
+        if ends := ends_of(value):
+            yield from ((f"{name}_low", float(ends[0])), (f"{name}_high", float(ends[1])))
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(f"{name}/{key}", inner)
+    elif isinstance(value, (int, float)):
+        yield name, float(value)
+
+
+def losses(run: RunFolder, round_: int) -> list[float]:
+    """The mean loss of each optimizer step of the round."""
+    report = read_json(run.folder(round_, "model") / "training.json")
+    return [float(loss) for loss in report["losses"]]
+
+
+def logged_columns(run: RunFolder, round_: int, names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """What rewards gave to `log_extra` of these samples, by sample_id and column."""
+    found = {}
+    folder = run.folder(round_, "score")
+    for unit in unit_numbers(folder):
+        path = folder / unit_file(unit)
+        extras = [name for name in column_names(path) if name.startswith(EXTRA)]
+        for row in read_table(path, ["sample_id", *extras]).to_pylist() if extras else ():
+            if row["sample_id"] in names:
+                found[row["sample_id"]] = extras_of(row)
+    return found
+
+
+def kept(run: RunFolder, round_: int, count: int | None) -> list[tuple[Any, str, float | None, dict[str, Any]]]:
+    """The first `count` of what the round learned from: prompt, completion, score (None where it is from elsewhere),
+    and what rewards logged of it."""
+    file = pq.ParquetFile(check_file(run.folder(round_, "rows") / "rows.parquet"))
+    rows: list[dict[str, Any]] = []
+    for batch in file.iter_batches(batch_size=count or 1000, columns=["sample_id", "prompt", "completion"]):
+        rows += batch.to_pylist()
+        if count is not None and len(rows) >= count:
+            break
+    wanted = pa.array([row["sample_id"] for row in rows][:count], pa.string())
+    verdicts = read_table(run.folder(round_, "select") / "verdicts.parquet", ["sample_id", "score"])
+    found = verdicts.filter(pc.is_in(verdicts.column("sample_id"), wanted)).to_pydict()
+    scores = dict(zip(found["sample_id"], found["score"], strict=True))
+    logged = logged_columns(run, round_, scores)
+    return [
+        (row["prompt"], answer_text(row["completion"]), scores.get(name := row["sample_id"]), logged.get(name, {}))
+        for row in rows[:count]
+    ]

@@ -1,0 +1,158 @@
+"""What a run holds, read back: each sample of a round beside its prompt, its score and its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from raftune.data.images import in_words
+from raftune.errors import ConfigError, StoreError
+from raftune.records import TOOLS
+from raftune.results.summary import best_round
+from raftune.store.kinds import how_to_go_on
+from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.parquet import column_names, read_groups, read_table
+from raftune.store.run import RunFolder
+
+VERDICT = ("ranked_by", "rank", "weight", "reason")
+IDENTITY = ("sample_id", "prompt_id", "k", "source")
+Sample = dict[str, Any]
+
+
+def training_rounds(run: RunFolder) -> list[int]:
+    """The rounds whose verdicts are committed, ascending."""
+    return run.rounds_with("select")
+
+
+def choose_rounds(run: RunFolder, which: str) -> list[int]:
+    """The rounds that `all`, `best` or a number stands for. Raises ConfigError, StoreError."""
+    known = training_rounds(run)
+    if not known:
+        raise StoreError(f"{run.root} has no round with verdicts. {how_to_go_on(run.root, run.read_config())}")
+    if which == "all":
+        return known
+    if which == "best":
+        best = best_round(run.root)
+        if not best:
+            raise ConfigError("--round best: the best round is the start, which learned from nothing. Name a round.")
+        return [best]
+    if not which.isdigit() or int(which) not in known:
+        raise ConfigError(f"--round must be all, best or one of {span(known)}; got {which!r}. Choose one of these.")
+    return [int(which)]
+
+
+def training_units(run: RunFolder, round_: int) -> Iterator[list[Sample]]:
+    """Unit by unit, the samples that the round chose from: identity, prompt, completion, score, parts, verdict."""
+    shards = [name for name in ("draw", "teach") if is_input(run, round_, "score", name)]
+    verdicts = read_table(run.folder(round_, "select") / "verdicts.parquet", VERDICT)
+    at = 0
+    for unit in unit_numbers(*(run.folder(round_, name) for name in ("score", *shards))):
+        drawn = [read_drawn(run.folder(round_, shard) / unit_file(unit)) for shard in shards]
+        scores = read_table(run.folder(round_, "score") / unit_file(unit))
+        verdict = verdicts.slice(at, scores.num_rows)
+        at += scores.num_rows
+        prompts = prompts_of(run.folder(round_, "plan"), unit)
+        samples = joined(pa.concat_tables(drawn), prompts, scores, verdict)
+        if tools := tools_of(run.folder(round_, "plan"), unit):
+            for sample in samples:
+                sample[TOOLS] = tools[sample["prompt_id"]]
+        yield samples
+
+
+def held_out_units(run: RunFolder, round_: int) -> Iterator[list[Sample]]:
+    """Unit by unit, the samples that the round was judged by; `held_out` is the score of held-out rewards, if any."""
+    folder = run.folder(round_, "evaluate")
+    is_judged = run.was_made(round_, "evaluate/judge")
+    for unit in unit_numbers(folder / "score", folder / "draw"):
+        drawn = read_drawn(folder / "draw" / unit_file(unit))
+        scores = read_table(folder / "score" / unit_file(unit))
+        judged = folder / "judge" / unit_file(unit)
+        held_out = read_table(judged, ["score"]).rename_columns(["held_out"]) if is_judged else None
+        yield joined(drawn, prompts_of(folder / "plan", unit), scores, held_out)
+
+
+def is_input(run: RunFolder, round_: int, stage: str, name: str) -> bool:
+    """Whether a committed stage was made from this one of the same round. Raises RunDamaged without its COMMIT."""
+    commit = run.commit(round_, stage) if run.was_made(round_, stage) else None
+    return commit is not None and f"{round_}/{name}" in commit.inputs and run.was_made(round_, name)
+
+
+def read_drawn(path: Path) -> pa.Table:
+    """What was drawn, without the columns that only the policy reads."""
+    wanted = ("completion", "completion_ids", "finish", "image_sha256")
+    names = [name for name in wanted if name in column_names(path)]
+    return read_table(path, [*IDENTITY, *names])
+
+
+def prompts_of(plan: Path, unit: int, column: str = "prompt") -> dict[str, Any]:
+    """The prompts of the unit by id, or another column of theirs."""
+    for index, group in enumerate(read_groups(plan / "prompts.parquet", ["prompt_id", column])):
+        if index == unit:
+            return dict(zip(group.column("prompt_id").to_pylist(), group.column(column).to_pylist(), strict=True))
+    raise AssertionError(f"the plan {plan} has no unit {unit}")
+
+
+def tools_of(plan: Path, unit: int) -> dict[str, Any]:
+    """The tools of each prompt of the unit by id; nothing where the prompts have none."""
+    return prompts_of(plan, unit, TOOLS) if TOOLS in column_names(plan / "prompts.parquet") else {}
+
+
+def joined(drawn: pa.Table, prompts: dict[str, Any], *others: pa.Table | None) -> list[Sample]:
+    """The tables side by side, row for row, each row with its prompt; columns that repeat are taken from the first."""
+    rows: list[Sample] = drawn.to_pylist()
+    for table in others:
+        if table is not None:
+            for row, more in zip(rows, table.to_pylist(), strict=True):
+                row |= {name: value for name, value in more.items() if name not in row}
+    for row in rows:
+        row["prompt"] = prompts[row["prompt_id"]]
+    return rows
+
+
+def find_samples(run: RunFolder, round_: int, names: Collection[str]) -> dict[str, Sample]:
+    """Those of the named samples that the round chose from, or was judged by, by their sample_id."""
+    found: dict[str, Sample] = {}
+    for units in (training_units, held_out_units):
+        if len(found) < len(names):
+            for samples in units(run, round_):
+                found |= {sample["sample_id"]: sample for sample in samples if sample["sample_id"] in names}
+    return found
+
+
+def by_prompt(samples: list[Sample]) -> Iterator[list[Sample]]:
+    """The samples of each prompt, in the order in which the prompts appear."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample["prompt_id"], []).append(sample)
+    yield from groups.values()
+
+
+def usable(samples: list[Sample]) -> list[Sample]:
+    """The samples that have a score."""
+    return [sample for sample in samples if sample["status"] == "ok" and sample["score"] is not None]
+
+
+def readable(answer: Any) -> Any:
+    """A completion as a line or JSON can hold it: a picture as its name and size; anything else as it is."""
+    return in_words(answer) if isinstance(answer, bytes) else answer
+
+
+def answer_text(answer: Any) -> str:
+    """A completion as one text; empty where there is none."""
+    return "" if answer is None else str(readable(answer))
+
+
+def span(rounds: list[int]) -> str:
+    """Round numbers in words: 1 … 8, or 1, 3."""
+    whole = rounds == list(range(rounds[0], rounds[-1] + 1))
+    return f"{rounds[0]} … {rounds[-1]}" if whole and len(rounds) > 2 else ", ".join(map(str, rounds))
+
+
+def prompt_text(prompt: Any) -> str:
+    """The prompt as one text; of messages, the last."""
+    if isinstance(prompt, list):
+        return str(prompt[-1].get("content", ""))
+    return str(prompt)

@@ -1,0 +1,299 @@
+"""A run at a glance: one row of numbers for each round, read from what the run committed."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raftune.config.evaluation import FEWEST_UNITS
+from raftune.errors import RunDamaged
+from raftune.sanitize import counted, duration, percent
+from raftune.store.commit import has_changed
+from raftune.store.committed import check_file, is_listed
+from raftune.store.run import RunFolder
+
+Row = dict[str, Any]
+# Where a row's numbers are in metrics.json: those with an interval, and those without or with.
+INTERVALS = {"reward": "reward", "held_out": "held_out", "kl": "kl", "length": "completions/mean_length"}
+NUMBERS = {
+    "clipped": "completions/clipped_ratio",
+    "distinct_2": "distinct_2",
+    "msttr": "msttr_100",
+    "perplexity": "perplexity",
+    "saturation": "saturation",
+    "contrast": "contrast",
+    "pixel_distance": "pixel_distance",
+    "vendi": "vendi",
+    "drift": "feature_drift",
+    "invalid": "invalid_ratio",
+}
+OWN = "metrics/"  # how the names of the user's own metrics begin
+MEND = "`raftune verify` lists what is damaged, and `raftune resume --from STAGE` makes it again."
+AGAIN = "`raftune resume` writes it again."
+# Columns that are shown where a round has more than this.
+WORTH_SAYING: dict[str, Callable[[Row], float]] = {
+    "nothing_to_rank": lambda row: 0.05 * row.get("prompts", 0),
+    "clipped_kept": lambda row: 0.05,
+}
+LONGEST_TITLE = 12  # letters, so that the table of a whole run fits beside a picture of it
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table by round: its title, what it says, and how a row's number is written."""
+
+    key: str
+    title: str
+    meaning: str
+    write: Callable[[Row], str]
+
+
+def rows_of(root: str | Path) -> list[Row]:
+    """One row for each round that was evaluated, or tuned where evaluation is off; round 0 is the start.
+
+    Raises RunDamaged for numbers that are none.
+    """
+    run = RunFolder(root)
+    seconds = seconds_by_round(run.events)
+    return [read_row(run, round_, seconds.get(round_)) for round_ in run.rounds() if is_done(run, round_)]
+
+
+def is_done(run: RunFolder, round_: int) -> bool:
+    """Whether the round was evaluated, or trained where evaluation is off."""
+    return run.is_committed(round_, "evaluate") or run.is_committed(round_, "model")
+
+
+def read_row(run: RunFolder, round_: int, seconds: float | None = None) -> Row:
+    """The numbers of one round, read from what it committed. Raises RunDamaged for numbers that are none."""
+    metrics = read_json(run.folder(round_, "evaluate") / "metrics.json")
+    summary = read_json(run.folder(round_, "select") / "summary.json")
+    try:
+        return row_of(round_, metrics, summary, seconds)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        place = run.folder(round_, "evaluate") / "metrics.json"
+        raise RunDamaged(f"{place} does not hold the numbers of an evaluation. {MEND}") from error
+
+
+def row_of(round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], seconds: float | None) -> Row:
+    """The numbers of one round; what was not measured is left out."""
+    row: Row = {"round": round_}
+    for key, name in INTERVALS.items():
+        if found := metrics.get(name):
+            row |= {key: found["mean"], **({f"{key}_n": found["n"]} if "n" in found else {})}
+            if ends := ends_of(found):
+                row |= {f"{key}_low": ends[0], f"{key}_high": ends[1]}
+    if curve := {int(k): value for k, value in (metrics.get("best_of_k") or {}).items() if value}:
+        row |= {"best_of_k": curve[max(curve)]["mean"], "k": max(curve)}
+    for key, name in NUMBERS.items():
+        found = metrics.get(name)
+        value = found.get("mean") if isinstance(found, Mapping) else found
+        if value is not None:
+            row[key] = value
+    for key in metrics:
+        found = metrics[key].get("mean") if isinstance(metrics[key], Mapping) else metrics[key]
+        if key.startswith(OWN) and found is not None:
+            row[key] = found
+    for key in ("samples", "kept", "prompts", "nothing_to_rank", "clipped_kept", "reward_drawn", "reward_kept"):
+        if summary.get(key) is not None:
+            row[key] = summary[key]
+    if seconds is not None:
+        row["seconds"] = round(seconds, 2)
+    return row
+
+
+def ends_of(found: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The ends of a mean's 95 % interval; None of one without, also of one that stands on fewer than FEWEST_UNITS."""
+    if found.get("low") is None or found.get("high") is None or found.get("n", FEWEST_UNITS) < FEWEST_UNITS:
+        return None
+    return found["low"], found["high"]
+
+
+def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Column]:
+    """The columns that any of the rows has a number for; `held_out` are the names of the held-out rewards."""
+    rows = list(rows)
+    ks = [row["k"] for row in rows if "k" in row]
+    judge = held_out[0] if len(held_out) == 1 and len(held_out[0]) <= LONGEST_TITLE else "held out"
+    counts = sorted({row["reward_n"] for row in rows if "reward_n" in row})
+    units = f" (n={' to '.join(map(str, (counts[0], counts[-1])[: len(counts)]))})" if counts else ""
+    wide = any("reward_low" in row for row in rows) or not counts
+    half = ", with the half width of its 95 % interval" if wide else f"; fewer than {FEWEST_UNITS} give no interval"
+    columns = [
+        Column("round", "round", "0 is the start", lambda row: str(row["round"] or "start")),
+        Column("reward", f"reward{units}", f"mean on held-out prompts{half}", with_interval),
+        Column(
+            "best_of_k",
+            f"best of {max(ks, default=0)}",
+            "the reward of the best of so many draws: the headroom",
+            number("best_of_k"),
+        ),
+        Column("held_out", judge, "held out: a reward that is never trained on", number("held_out")),
+        Column("kl", "KL", "to the start model, nats per answer", number("kl", 2)),
+        Column("perplexity", "perplexity", "of the reference answers under the round's model", number("perplexity", 2)),
+        Column("length", "length", "mean tokens of an answer", number("length", 1)),
+        Column("distinct_2", "distinct-2", "distinct word pairs over all word pairs", number("distinct_2", 3)),
+        Column("msttr", "MSTTR", "share of different words in a hundred words (MSTTR-100)", number("msttr", 3)),
+        Column("saturation", "saturation", "mean saturation of the pictures, 0 … 1", number("saturation")),
+        Column("contrast", "contrast", "standard deviation of a picture's luma, 0 … 0.5", number("contrast")),
+        Column(
+            "pixel_distance",
+            "pixels",
+            "distance of two pictures of one prompt, by their thumbnails, 0 … 1",
+            number("pixel_distance"),
+        ),
+        Column("vendi", "Vendi", "how many different pictures of a prompt there are in effect", number("vendi", 2)),
+        Column("drift", "drift", "1 - cos of features to the start's picture of the same seed", number("drift")),
+        *(own_column(key) for key in sorted({key for row in rows for key in row if key.startswith(OWN)})),
+        Column("invalid", "invalid", "share of samples that are no picture", percentage("invalid")),
+        Column(
+            "nothing_to_rank",
+            "ties",
+            "prompts with nothing to rank: all their candidates score the same",
+            lambda row: f"{row['nothing_to_rank']}/{row['prompts']}",
+        ),
+        Column("clipped_kept", "cut off", "share of the kept answers that were cut off", percentage("clipped_kept")),
+        Column("kept", "kept", "samples tuned on, of those drawn", lambda row: f"{row['kept']}/{row['samples']}"),
+        Column("seconds", "time", "of this round", lambda row: duration(row["seconds"])),
+    ]
+    spare = {"pixel_distance"} if any("vendi" in row for row in rows) else set()  # both say how varied pictures are
+    spare |= {key for key, worth in WORTH_SAYING.items() if all((row.get(key) or 0) <= worth(row) for row in rows)}
+    return [column for column in columns if column.key not in spare and any(column.key in row for row in rows)]
+
+
+def own_column(key: str) -> Column:
+    """The column of a metric of the user's own."""
+    name = key.removeprefix(OWN)
+    title = name if len(name) <= LONGEST_TITLE else name[: LONGEST_TITLE - 1] + "…"
+    return Column(key, title, f"{name}, a metric of your own", lambda row: f"{row[key]:.4g}")
+
+
+def cell(column: Column, row: Row) -> str:
+    """The row's number as the column writes it; a dash where there is none."""
+    return column.write(row) if row.get(column.key) is not None else "–"
+
+
+def number(key: str, digits: int = 3) -> Callable[[Row], str]:
+    return lambda row: f"{row[key]:.{digits}f}"
+
+
+def percentage(key: str) -> Callable[[Row], str]:
+    return lambda row: percent(row[key], 1)
+
+
+def with_interval(row: Row) -> str:
+    if "reward_low" not in row:
+        return f"{row['reward']:.3f}"
+    return f"{row['reward']:.3f} ± {(row['reward_high'] - row['reward_low']) / 2:.3f}"
+
+
+def seconds_by_round(events: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """The time that each round's stages took, over all the sessions that worked on it.
+
+    A session that was interrupted says how long it was at a stage; one that was killed left the times of its units.
+    """
+    total: defaultdict[int, float] = defaultdict(float)
+    units: list[tuple[int, float]] = []  # of an attempt at a stage of which no end is known yet
+    for event in events:
+        kind = event.get("event")
+        if kind == "unit":
+            units.append((int(event["round"]), float(event["seconds"])))
+        elif kind in ("stage_end", "stage_stop"):
+            total[int(event["round"])] += float(event["seconds"])
+            units.clear()
+        elif kind == "stage_begin":
+            for round_, seconds in units:
+                total[round_] += seconds
+            units.clear()
+    return dict(total)
+
+
+def selection_words(summary: Mapping[str, Any]) -> list[str]:
+    """What should be said of a round's selection: how many prompts had no ranking, and kept answers cut off."""
+    ties, prompts, cut = (summary.get(key) or 0 for key in ("nothing_to_rank", "prompts", "clipped_kept"))
+    said = []
+    if ties > WORTH_SAYING["nothing_to_rank"](dict(summary)):
+        said.append(f"{ties} of {counted(prompts, 'prompt')} had nothing to rank: all their candidates score the same")
+    if cut > WORTH_SAYING["clipped_kept"](dict(summary)):
+        said.append(f"{percent(cut)} of the kept answers were cut off at max_completion_length")
+    return said
+
+
+def done_words(num_rounds: int) -> str:
+    """Why a run ended that did all it was asked for."""
+    if num_rounds == 1:
+        return "its one round is done"
+    return f"all {num_rounds} rounds are done" if num_rounds else "the start is judged"
+
+
+def overlap_words(overlap: int, held_out: int) -> str:
+    """A warning that the policy is judged by prompts that it learned from; empty where it is not."""
+    if not overlap:
+        return ""
+    return f"{overlap} of {held_out} held-out prompts are also trained on: what is measured on them flatters the policy"
+
+
+def alarms_of(run: RunFolder, round_: int) -> list[dict[str, Any]]:
+    """What the round's guard says a person should look at; empty where there is no guard, or nothing to say.
+
+    Raises RunDamaged for a file that holds no alarms.
+    """
+    path = run.folder(round_, "guard") / "alarms.json"
+    found = loaded(path) if path.is_file() or is_listed(path) else []
+    if not isinstance(found, list) or not all(is_alarm(item) for item in found):
+        raise RunDamaged(f"{path} does not hold a list of alarms. {MEND}")
+    return found
+
+
+def is_alarm(item: Any) -> bool:
+    """Whether this has what an alarm is shown by."""
+    if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ("alarm", "title", "evidence")):
+        return False
+    named = item.get("samples")
+    return isinstance(named, list) and all(
+        isinstance(one, dict) and isinstance(one.get("sample_id"), str) and isinstance(one.get("why"), str)
+        for one in named
+    )
+
+
+def best_round(root: Path) -> int | None:
+    """The round that the run published as its best; None before there is one. Raises RunDamaged."""
+    path, run = root / "best.json", RunFolder(root)
+    if not path.is_file() and sum(is_done(run, round_) for round_ in run.rounds()) > 1:
+        raise RunDamaged(f"{path} is missing. {AGAIN}")
+    content = read_json(path)
+    if has_changed(content):
+        raise RunDamaged(f"{path} has changed since it was written. {AGAIN}")
+    found = content.get("round")
+    if isinstance(found, bool) or not isinstance(found, int | None):
+        raise RunDamaged(f"{path} must name a round by its number; it holds {found!r}. {AGAIN}")
+    return found
+
+
+def overlap_warning(root: Path) -> str:
+    """The same of a run whose prompts are read: empty where there is nothing to warn of."""
+    notes = read_json(root / "round-0000" / "data" / "notes.json")
+    return overlap_words(int(notes.get("overlap", 0)), int(notes.get("held_out", 0)))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's object; empty where there is no such file. Raises RunDamaged for what is no object, or was changed."""
+    found = loaded(path) if path.is_file() or is_listed(path) else {}
+    if not isinstance(found, dict):
+        raise RunDamaged(f"{path} is not a JSON object. {mend(path)}")
+    return found
+
+
+def loaded(path: Path) -> Any:
+    """What the file holds. Raises RunDamaged for what is not JSON."""
+    try:
+        return json.loads(check_file(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunDamaged(f"{path} is not valid JSON. {mend(path)}") from error
+
+
+def mend(path: Path) -> str:
+    """What helps, by what the file is: best.json follows from the rounds, and all else has a hash of its own."""
+    return AGAIN if path.name == "best.json" else MEND

@@ -1,0 +1,243 @@
+"""CLIP as rewards and measures read it: pictures and texts as vectors of one space, through any CLIPModel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from transformers import AutoConfig, AutoTokenizer, CLIPModel
+
+from raftune.data.classifier_inputs import is_hollow, longest
+from raftune.errors import RewardError
+from raftune.rewards import fingerprint
+from raftune.rewards.builtin.models import best_device, weights_fingerprint
+from raftune.rewards.outcome import one_line
+from raftune.training.quiet import quiet
+
+Float32s = npt.NDArray[np.float32]
+
+
+class ClipModel:
+    """Pictures and texts as vectors of length 1: the dot product of two is the cosine between them.
+
+    `model` is a folder or hub name, or a CLIPModel itself, which then stays its owner's and needs `processor` as an
+    object. `processor` names the folder of image processor and tokenizer where the model's own lacks them. The
+    configuration and the image processor are read at once, the tokenizer when a text is first read, the weights by
+    `prepare` or the first call. Raises RewardError that names `field` where one cannot be read, ConfigError where the
+    device is not there. Radford et al. 2021, arXiv 2103.00020.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        device: str = "auto",
+        dtype: str = "float32",
+        *,
+        processor: Any = None,
+        revision: str | None = None,
+        batch_size: int = 32,
+        field: str = "reward_funcs",
+    ) -> None:
+        self.device, self.dtype, self.batch_size, self.field = best_device(device), dtype, batch_size, field
+        self.revision = revision
+        self._given = None if isinstance(model, str | Path) else model
+        self._model: Any = None
+        self.source = str(model) if self._given is None else str(getattr(model.config, "_name_or_path", "") or "model")
+        self.config = self._read_config() if self._given is None else model.config
+        self._processor = processor
+        self._pictures = self._read_image_processor()
+
+    # -- vectors ----------------------------------------------------------------------------------------------------
+
+    def image_features(self, images: Sequence[Any]) -> Float32s:
+        """(N, d) vectors of length 1 of PIL pictures of any sizes; each is resized and cropped as the model wants it.
+
+        A picture's vector depends on no other, but for what regrouping a batch changes in floating point.
+        """
+        parts = [np.zeros((0, self.width), np.float32)]
+        for chunk in chunks(images, self.batch_size):
+            pixels_BCHW = self._pictures([image.convert("RGB") for image in chunk], return_tensors="pt")["pixel_values"]
+            parts.append(self._vectors("get_image_features", pixel_values=pixels_BCHW.to(self._torch_dtype)))
+        return np.concatenate(parts)
+
+    def text_features(self, texts: Sequence[str]) -> Float32s:
+        """(N, d) vectors of length 1; of a text longer than `limit` tokens the rest is not read (see `too_long`)."""
+        parts = [np.zeros((0, self.width), np.float32)]
+        for chunk in chunks(texts, self.batch_size):
+            # Cut and padded to one length; a causal encoder does not see the padding behind a text.
+            cut = {"truncation": self.limit is not None, "max_length": self.limit}
+            found = self.tokenizer(list(chunk), padding=True, return_tensors="pt", **cut)
+            given = {name: found[name] for name in ("input_ids", "attention_mask")}
+            parts.append(self._vectors("get_text_features", **given))
+        return np.concatenate(parts)
+
+    def too_long(self, texts: Sequence[str]) -> list[int]:
+        """The lengths in tokens of those texts that are longer than `limit`, special tokens counted."""
+        if self.limit is None or not texts:
+            return []
+        lengths = [len(ids) for ids in self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]]
+        return [length for length in lengths if length > self.limit]
+
+    @property
+    def logit_scale(self) -> float:
+        """What the model multiplies a cosine by in `logits_per_image`; reads the weights."""
+        self.prepare()
+        return math.exp(float(self._model.logit_scale.detach().float().cpu()))
+
+    @property
+    def width(self) -> int:
+        """Numbers in a vector."""
+        return int(self.config.projection_dim)
+
+    @cached_property
+    def limit(self) -> int | None:
+        """Tokens of a text that the model reads, special tokens counted; None: no limit is known."""
+        return longest(self.tokenizer, self.config.text_config, None)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer. Raises RewardError where it cannot be read."""
+        if self._given is not None:
+            return self._of_object("tokenizer")
+        place = str(self._processor or self.source)
+        try:
+            with quiet():
+                found = AutoTokenizer.from_pretrained(place, revision=None if self._processor else self.revision)
+        except Exception as error:
+            raise self._unreadable("tokenizer", place, error) from None
+        if is_hollow(found):
+            raise RewardError(
+                f"{self.field}: the tokenizer of {place!r} knows no words: its files are missing. Save one there, or "
+                "name the folder of another: options.processor."
+            )
+        return found
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over the weights, the image processor and the precision: what shapes a picture's vector."""
+        weights = weights_fingerprint(self.source, self.config, self.revision, self._given)
+        return fingerprint.digest("clip", 1, weights, self._pictures.to_dict(), self.dtype)
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """Over the fingerprint and the tokenizer, which shapes a text's vector."""
+        words = sorted(self.tokenizer.get_vocab().items())
+        return fingerprint.digest(self.fingerprint, type(self.tokenizer).__name__, words, self.limit)
+
+    def prepare(self) -> None:
+        """Reads the weights, unless they are here."""
+        if self._model is None:
+            self._model = (self._read_model() if self._given is None else self._given).eval()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that are held now; 0 before they are read."""
+        return 0 if self._model is None else sum(weight.nbytes for weight in self._model.parameters())
+
+    def release(self) -> None:
+        """Frees the weights; the next call reads them again."""
+        self._model = None
+
+    def _vectors(self, method: str, **given: Any) -> Float32s:
+        self.prepare()
+        device = next(self._model.parameters()).device
+        with torch.inference_mode():
+            found = getattr(self._model, method)(**{name: value.to(device) for name, value in given.items()})
+            found_BD = getattr(found, "pooler_output", found).float()  # an output object since transformers 5
+            found_BD = found_BD / found_BD.norm(dim=-1, keepdim=True)
+        vectors: Float32s = found_BD.cpu().numpy()
+        return vectors
+
+    @property
+    def _torch_dtype(self) -> torch.dtype:
+        self.prepare()
+        dtype: torch.dtype = self._model.dtype
+        return dtype
+
+    def _read_config(self) -> Any:
+        try:
+            config = AutoConfig.from_pretrained(self.source, revision=self.revision)
+        except Exception as error:
+            raise self._unreadable("configuration", self.source, error) from None
+        if config.model_type != "clip":
+            heads = list(getattr(config, "architectures", None) or [config.model_type])
+            raise RewardError(
+                f"{self.field}: {self.source!r} is a {heads[0]}, and CLIP scores need a CLIPModel. Name another model."
+            )
+        return config
+
+    def _read_image_processor(self) -> Any:
+        if self._given is not None:
+            return self._of_object("image_processor")
+        place = str(self._processor or self.source)
+        # Pillow's arithmetic, also where torchvision is installed: the same numbers on every machine.
+        reader = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+        try:
+            with quiet():
+                return reader.from_pretrained(place, revision=None if self._processor else self.revision)
+        except Exception as error:
+            raise self._unreadable("image processor", place, error) from None
+
+    def _of_object(self, part: str) -> Any:
+        found = getattr(self._processor, part, None)
+        if found is None:
+            raise RewardError(
+                f"{self.field}: a CLIPModel given as an object needs its processor, which has no {part}; got "
+                f"{type(self._processor).__name__}. Give CLIPProcessor(image_processor=…, tokenizer=…) beside it, or "
+                "the model's folder."
+            )
+        return found
+
+    def _read_model(self) -> Any:
+        dtype = getattr(torch, self.dtype)
+        try:
+            with quiet():
+                model, info = CLIPModel.from_pretrained(
+                    self.source,
+                    config=self.config,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    revision=self.revision,
+                )
+        except Exception as error:
+            raise self._unreadable("weights", self.source, error) from None
+        if missing := sorted(info["missing_keys"]):
+            raise RewardError(
+                f"{self.field}: the files of {self.source!r} lack {missing[0]!r}; its numbers would be random. Fetch "
+                "the model again."
+            )
+        return model.to(self.device)
+
+    def _unreadable(self, what: str, name: str, error: Exception) -> RewardError:
+        if Path(name).is_dir():
+            why = f"its {what} cannot be read: {one_line(error)}"
+        elif name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+            why = f"there is no folder {Path(name).resolve()}. Put it there, or name another."
+        elif HF_HUB_OFFLINE:  # what the client says then is a page, and that it was told to be offline
+            why = (
+                f"there is no folder {Path(name).resolve()}, and the hub's cache has no {what} of that name. "
+                "HF_HUB_OFFLINE is set: unset it, or download the model first."
+            )
+        else:
+            why = (
+                f"there is no folder {Path(name).resolve()}, and the hub gave no {what}: {one_line(error)[:200]}. "
+                "Check name and network."
+            )
+        return RewardError(f"{self.field}: {name!r} must be the folder or hub name of a CLIPModel; {why}")
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """The items in order, so many at a time."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

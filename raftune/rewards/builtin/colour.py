@@ -1,0 +1,98 @@
+"""A plain statistic of a picture's colours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from raftune.data.images import LUMA
+from raftune.errors import ConfigError
+from raftune.rewards.fingerprint import digest
+from raftune.rewards.media import pictures
+from raftune.rewards.registry import BuiltInReward, builtin
+
+Pixels = npt.NDArray[np.float64]  # (height, width, 3) in [0, 1]: red, green, blue, as stored (sRGB)
+
+
+@builtin("colour", media=("image",), example={"measure": "distance", "colour": [255, 0, 0]})
+@dataclass
+class Colour(BuiltInReward):
+    """One number a picture, by `measure`.
+
+    brightness: mean luma, 0 (black) to 1 (white). contrast: standard deviation of the luma, 0 to 0.5. saturation: mean
+    of (max - min) / max over a pixel's channels, 0 (grey) to 1. colourfulness: as Hasler and Süsstrunk 2003 have it, 0
+    (grey) to about 1 where many strong colours meet (their scale divided by 255). warmth: mean red less mean blue, -1
+    to 1. distance: root mean square distance of the pixels to `colour`, 0 (all of that colour) to 1; give it a
+    negative weight to come near.
+    """
+
+    measure: Annotated[
+        Literal["brightness", "contrast", "saturation", "colourfulness", "warmth", "distance"],
+        Field(description="Which statistic."),
+    ] = "brightness"
+    colour: Annotated[
+        tuple[int, int, int] | None, Field(description="Red, green, blue, each 0 to 255; for distance alone.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if (self.measure == "distance") != (self.colour is not None):
+            raise ConfigError(
+                "colour: the option `colour` belongs to measure: distance, and that needs it; got measure: "
+                f"{self.measure} with colour: {self.colour}. Write `measure: distance` and `colour: [255, 0, 0]`."
+            )
+        if self.colour is not None and not all(0 <= value <= 255 for value in self.colour):
+            raise ConfigError(f"colour: each of red, green and blue must be from 0 to 255; got {list(self.colour)}.")
+        self.fingerprint = digest("colour", 1, self.measure, list(self.colour or ()))
+
+    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+        return [self._value(np.asarray(picture, np.float64) / 255) for picture in pictures(completions, self.name)]
+
+    def _value(self, pixels: Pixels) -> float:
+        if self.colour is not None:
+            return distance(pixels, np.array(self.colour) / 255)
+        return MEASURES[self.measure](pixels)
+
+
+def brightness(pixels: Pixels) -> float:
+    return float((pixels @ LUMA).mean())
+
+
+def contrast(pixels: Pixels) -> float:
+    return float((pixels @ LUMA).std())
+
+
+def saturation(pixels: Pixels) -> float:
+    """As of the HSV model; a black pixel has none."""
+    highest = pixels.max(axis=-1)
+    return float(((highest - pixels.min(axis=-1)) / np.where(highest > 0, highest, 1.0)).mean())
+
+
+def colourfulness(pixels: Pixels) -> float:
+    """Spread plus 0.3 of the mean of the opponent colours red-green and yellow-blue (Hasler and Süsstrunk 2003)."""
+    red, green, blue = np.moveaxis(pixels, -1, 0)
+    opponents = (red - green, (red + green) / 2 - blue)
+    spread, mean = (np.hypot(*(of(axis) for axis in opponents)) for of in (np.std, np.mean))
+    return float(spread + 0.3 * mean)
+
+
+def warmth(pixels: Pixels) -> float:
+    return float(pixels[..., 0].mean() - pixels[..., 2].mean())
+
+
+def distance(pixels: Pixels, colour: npt.NDArray[np.float64]) -> float:
+    """Root mean square over pixels and channels."""
+    return float(np.sqrt(((pixels - colour) ** 2).mean()))
+
+
+MEASURES: dict[str, Callable[[Pixels], float]] = {
+    "brightness": brightness,
+    "contrast": contrast,
+    "saturation": saturation,
+    "colourfulness": colourfulness,
+    "warmth": warmth,
+}

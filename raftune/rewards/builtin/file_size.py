@@ -1,0 +1,41 @@
+"""How many bytes a picture takes when it is compressed: much detail, a large file."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from raftune.errors import ConfigError
+from raftune.rewards.fingerprint import digest
+from raftune.rewards.media import pictures
+from raftune.rewards.registry import BuiltInReward, builtin
+
+
+@builtin("file_size", media=("image",), example={"format": "jpeg"})
+@dataclass
+class FileSize(BuiltInReward):
+    """Thousands of bytes of the picture as JPEG or PNG; above 0, and larger for larger pictures.
+
+    With a weight of -1 a policy learns pictures that compress well, with 1 pictures full of detail (Black et al. 2023,
+    arXiv 2305.13301).
+    """
+
+    format: Annotated[Literal["jpeg", "png"], Field(description="How the picture is compressed.")] = "jpeg"
+    quality: Annotated[int, Field(description="Of the JPEG, 1 to 100; PNG is lossless and has none.")] = 95
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.quality <= 100:
+            raise ConfigError(f"file_size: quality must be from 1 to 100; got {self.quality}. Write 95, say.")
+        self.fingerprint = digest("file_size", 1, self.format, self.quality if self.format == "jpeg" else 0)
+
+    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+        return [self._kilobytes(picture) for picture in pictures(completions, self.name)]
+
+    def _kilobytes(self, picture: Any) -> float:
+        buffer = io.BytesIO()
+        dials = {"quality": self.quality} if self.format == "jpeg" else {"compress_level": 9}
+        picture.save(buffer, format=self.format.upper(), **dials)
+        return len(buffer.getvalue()) / 1000

@@ -1,0 +1,59 @@
+"""How far a completion's length is from what is wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from raftune.errors import ConfigError
+from raftune.rewards.builtin.text import Unit, pieces
+from raftune.rewards.fingerprint import digest
+from raftune.rewards.registry import BuiltInReward, builtin
+
+
+@builtin("length", media=("text", "messages"), example={"target": 20})
+@dataclass
+class Length(BuiltInReward):
+    """0 for a length within [min, max] (or at the target), below it minus the relative distance to the nearer bound.
+
+    A length of 30 against a target of 20 gives -0.5. Give either target, or min, max or both.
+    """
+
+    target: Annotated[float | None, Field(description="The wanted length.")] = None
+    min: Annotated[float | None, Field(description="The least length without a penalty.")] = None
+    max: Annotated[float | None, Field(description="The greatest length without a penalty.")] = None
+    unit: Unit = "words"
+
+    def __post_init__(self) -> None:
+        bounds = (self.min, self.max)
+        if (self.target is None) == (bounds == (None, None)):
+            raise ConfigError(
+                "length needs either target, or min, max or both; give `target: 20`, or `min: 10` and `max: 30`"
+            )
+        self._low, self._high = (self.target, self.target) if self.target is not None else bounds
+        if any(bound is not None and bound < 0 for bound in (self._low, self._high)):
+            raise ConfigError(
+                f"length: target, min and max must be 0 or more; got {self.target}, {self.min}, {self.max}"
+            )
+        if self._low is not None and self._high is not None and self._low > self._high:
+            raise ConfigError(f"length: min must not exceed max; got min {self.min} and max {self.max}")
+        self.fingerprint = digest("length", 1, self.target, self.min, self.max, self.unit)
+
+    def __call__(
+        self,
+        *,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        return [self._value(len(items)) for items in pieces(completions, self.unit, completion_ids)]
+
+    def _value(self, length: int) -> float:
+        if self._low is not None and length < self._low:
+            return (length - self._low) / self._low
+        if self._high is not None and length > self._high:
+            return (self._high - length) / max(self._high, 1.0)
+        return 0.0

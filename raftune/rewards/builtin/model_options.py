@@ -1,0 +1,137 @@
+"""The options of the rewards that are models. Apart from the models themselves, because those import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from raftune.rewards.registry import builtin
+
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], Field(description="Precision of the model's weights.")]
+Revision = Annotated[str | None, Field(description="Branch, tag or commit of a hub model.")]
+PictureBatch = Annotated[int, Field(description="Pictures in a forward pass.")]
+
+PICK_SCORE = "yuvalkirstain/PickScore_v1"
+PICK_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # what it was trained with: its own folder has none
+
+
+@builtin(
+    "classifier",
+    media=("text", "messages"),
+    example={"model": "cardiffnlp/twitter-roberta-base-sentiment-latest", "label": "positive"},
+    loads="raftune.rewards.builtin.classifier:Classifier",
+)
+@dataclass
+class ClassifierOptions:
+    """A sequence-classification model: a reward model's number, or the log-odds of one label of a text classifier.
+
+    What is null is as the model was trained, where `raftune reward train` made it. A folder or hub name alone, as the
+    spec, stands for this reward with that model.
+    """
+
+    model: Annotated[str, Field(description="Folder or hub name of the model.")] = ""
+    tokenizer: Annotated[str | None, Field(description="Folder or hub name; null: the model's own.")] = None
+    label: Annotated[
+        int | str | None, Field(description="Index or name of the rewarded label; only for models with several.")
+    ] = None
+    output: Annotated[
+        Literal["log_odds", "probability"],
+        Field(description="log_odds: a reward model's plain number; probability: in [0, 1]."),
+    ] = "log_odds"
+    normalize: Annotated[
+        bool,
+        Field(description="(r - mean) / std of the model's scores for held-out answers of its training."),
+    ] = False
+    include_prompt: Annotated[
+        bool | None,
+        Field(description="Whether the prompt is read too; without it a message's bare content is. null: it is."),
+    ] = None
+    append_eos: Annotated[
+        bool | None, Field(description="End plain texts with the EOS token, as TRL's RewardTrainer does. null: not.")
+    ] = None
+    add_special_tokens: Annotated[
+        bool | None, Field(description="null: added to plain texts of tokenizers that have a [CLS] token.")
+    ] = None
+    max_length: Annotated[
+        int | None, Field(description="Tokens; longer texts lose their beginning. null: the model's own limit.")
+    ] = None
+    batch_size: Annotated[int, Field(description="Texts in a forward pass, grouped by length.")] = 16
+    dtype: Dtype = "float32"
+    revision: Revision = None
+    trust_remote_code: Annotated[bool, Field(description="Run code that the model's repository brings.")] = False
+
+
+@builtin(
+    "clip_score",
+    media=("image",),
+    example={"model": "openai/clip-vit-large-patch14"},
+    loads="raftune.rewards.builtin.clip_score:ClipScore",
+    model_type="clip",
+)
+@dataclass
+class ClipScoreOptions:
+    """How well a picture fits its prompt, by a CLIPModel: the cosine of the two, times the model's logit scale.
+
+    That is `logits_per_image`: for the published models from about 10 for a picture of something else to 35 (Hessel et
+    al. 2021, arXiv 2104.08718).
+    """
+
+    model: Annotated[str, Field(description="Folder or hub name of a CLIPModel.")] = "openai/clip-vit-large-patch14"
+    processor: Annotated[
+        str | None,
+        Field(description="Folder or hub name of the image processor and tokenizer, where the model's own lacks them."),
+    ] = None
+    cosine: Annotated[bool, Field(description="The cosine alone, in [-1, 1], without the logit scale.")] = False
+    column: Annotated[
+        str | None, Field(description="The data's column with the text to compare with; null: the prompt.")
+    ] = None
+    batch_size: PictureBatch = 32
+    dtype: Dtype = "float32"
+    revision: Revision = None
+
+
+@builtin("pick_score", media=("image",), example={}, loads="raftune.rewards.builtin.clip_score:ClipScore")
+@dataclass
+class PickScoreOptions(ClipScoreOptions):
+    """As clip_score, by a model that was trained on people's choices between pictures (arXiv 2305.01569).
+
+    The published model brings no processor; the one that it was trained with is taken.
+    """
+
+    model: Annotated[str, Field(description="Folder or hub name of a CLIPModel.")] = PICK_SCORE
+
+    def __post_init__(self) -> None:
+        if self.model == PICK_SCORE and self.processor is None:
+            self.processor = PICK_PROCESSOR
+
+
+@builtin(
+    "aesthetic",
+    media=("image",),
+    example={"model": "aesthetic_head.safetensors"},
+    loads="raftune.rewards.builtin.aesthetic:Aesthetic",
+    model_type="aesthetic",
+)
+@dataclass
+class AestheticOptions:
+    """How good a picture looks, whatever it shows: a small network over the CLIP vector of the picture."""
+
+    model: Annotated[
+        str,
+        Field(
+            description="A folder that `save_head` wrote, or a safetensors file of linear layers (layers.N.weight, "
+            "layers.N.bias), as the published aesthetic predictor has them."
+        ),
+    ]
+    clip: Annotated[
+        str | None,
+        Field(
+            description="Folder or hub name of the CLIPModel that the head reads. null: as the folder says, for a bare "
+            "file the published predictor's."
+        ),
+    ] = None
+    batch_size: PictureBatch = 32
+    dtype: Dtype = "float32"
+    revision: Revision = None

@@ -1,0 +1,45 @@
+"""A penalty for saying the same again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from raftune.errors import ConfigError
+from raftune.rewards.builtin.text import Unit, pieces
+from raftune.rewards.fingerprint import digest
+from raftune.rewards.registry import BuiltInReward, builtin
+
+
+@builtin("repetition", media=("text", "messages"), example={"ngram_size": 3})
+@dataclass
+class Repetition(BuiltInReward):
+    """Minus the share of n-grams that stood in the completion before, in [-1, 0]; case does not matter.
+
+    `a b a b a b` has the bigrams ab, ba, ab, ba, ab: three of five are repeated, and the reward is -0.6.
+    """
+
+    ngram_size: Annotated[int, Field(description="How many units in a row make one n-gram.")] = 3
+    unit: Unit = "words"
+
+    def __post_init__(self) -> None:
+        if self.ngram_size < 1:
+            raise ConfigError(f"repetition: ngram_size must be 1 or more; got {self.ngram_size}. Usual is 3.")
+        self.fingerprint = digest("repetition", 1, self.ngram_size, self.unit)
+
+    def __call__(
+        self,
+        *,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        return [self._value(items) for items in pieces(completions, self.unit, completion_ids)]
+
+    def _value(self, items: list[Any]) -> float:
+        folded = [item.casefold() if isinstance(item, str) else item for item in items]
+        ngrams = list(zip(*(folded[i:] for i in range(self.ngram_size)), strict=False))
+        return len(set(ngrams)) / len(ngrams) - 1.0 if ngrams else 0.0

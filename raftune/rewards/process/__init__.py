@@ -1,0 +1,1 @@
+"""Rewards in processes of their own: client, server, protocol, threads."""

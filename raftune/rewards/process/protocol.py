@@ -1,0 +1,122 @@
+"""What travels between this process and a reward's own: messages as Arrow IPC streams, in the frames of channel.py.
+
+Nothing is pickled. A column of plain values of one type is an Arrow column, pictures are a column of PNG bytes; any
+other travels as JSON text, value by value, so that a message or a nested cell arrives with exactly its own keys.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from raftune.data.images import as_rgb, image_of
+from raftune.errors import RewardError
+from raftune.records import Part, Status
+from raftune.rewards.batch import Batch, Log
+from raftune.rewards.media import is_image
+from raftune.rewards.outcome import Outcome
+
+PLAIN = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), bytes: pa.binary()}
+
+
+def packed(header: Mapping[str, Any], table: pa.Table | None = None) -> memoryview:
+    """One message as bytes: a header of JSON values, and rows."""
+    table = pa.table({}) if table is None else table
+    kinds = (table.schema.metadata or {}).get(b"columns", b"{}").decode()
+    table = table.replace_schema_metadata({"header": json.dumps(header, default=str), "columns": kinds})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return memoryview(sink.getvalue())
+
+
+def unpacked(payload: bytes) -> tuple[dict[str, Any], pa.Table]:
+    with pa.ipc.open_stream(pa.py_buffer(payload)) as reader:
+        table = reader.read_all()
+    header: dict[str, Any] = json.loads(table.schema.metadata[b"header"])
+    return header, table
+
+
+def batch_table(batch: Batch) -> pa.Table:
+    """The samples as rows; `batch_from` gives the same batch back."""
+    lists: dict[str, list[Any]] = {f"column/{name}": values for name, values in batch.columns.items()}
+    lists |= {"prompts": batch.prompts, "completions": batch.completions}
+    encoded = {name: _encode(name, values) for name, values in lists.items()}
+    if batch.completion_ids is not None:
+        encoded["completion_ids"] = (pa.array(batch.completion_ids, pa.list_(pa.int64())), "arrow")
+    kinds = json.dumps({name: kind for name, (_, kind) in encoded.items()})
+    table = pa.table({name: array for name, (array, _) in encoded.items()})
+    return table.replace_schema_metadata({"columns": kinds})
+
+
+def batch_from(table: pa.Table, state: Mapping[str, Any]) -> Batch:
+    kinds = json.loads(table.schema.metadata[b"columns"])
+    lists = {name: _decode(table.column(name), kind) for name, kind in kinds.items()}
+    columns = {name.removeprefix("column/"): values for name, values in lists.items() if name.startswith("column/")}
+    return Batch(lists["prompts"], lists["completions"], columns, lists.get("completion_ids"), dict(state))
+
+
+def outcome_table(outcome: Outcome) -> tuple[dict[str, Any], pa.Table]:
+    """Header and rows of an outcome; `outcome_from` gives it back."""
+    header = {"metrics": outcome.log.metrics, "columns": outcome.log.columns, "returned": outcome.returned}
+    rows = {
+        "value": pa.array([part.value for part in outcome.parts], pa.float64()),
+        "status": [part.status.value for part in outcome.parts],
+        "detail": [part.detail.encode("utf-8", "replace").decode() for part in outcome.parts],
+    }
+    return header, pa.table(rows)
+
+
+def outcome_from(header: Mapping[str, Any], table: pa.Table) -> Outcome:
+    log = Log()
+    log.metrics, log.columns = header["metrics"], header["columns"]
+    parts = [Part(row["value"], Status(row["status"]), row["detail"]) for row in table.to_pylist()]
+    return Outcome(parts, log, header["returned"])
+
+
+def _encode(name: str, values: list[Any]) -> tuple[pa.Array, str]:
+    if values and all(is_image(value) for value in values):
+        return pa.array([_png(value) for value in values], pa.binary()), "png"
+    types = {type(value) for value in values} - {type(None)}
+    if len(types) <= 1:
+        try:
+            return pa.array(values, PLAIN[types.pop()] if types else pa.null()), "arrow"
+        except (KeyError, pa.ArrowException, UnicodeEncodeError, OverflowError):
+            pass
+    try:
+        return pa.array([json.dumps(value) for value in values], pa.string()), "json"
+    except (TypeError, ValueError):
+        return _inferred(name, values), "arrow"
+
+
+def _png(picture: Any) -> bytes:
+    """The picture, lossless and hardly compressed: it is read again at once."""
+    buffer = io.BytesIO()
+    as_rgb(picture).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _inferred(name: str, values: list[Any]) -> pa.Array:
+    """Dates, decimals and the like, as Arrow knows them."""
+    try:
+        array = pa.array(values)
+        if array.to_pylist() == values:
+            return array
+    except (pa.ArrowException, TypeError, ValueError):
+        pass
+    kind = next(type(value).__name__ for value in values if value is not None)
+    raise RewardError(
+        f"{name} holds values (of type {kind}) that cannot be sent to a reward in its own process. "
+        "Give the reward as a function object, or the column as text, numbers or lists."
+    )
+
+
+def _decode(column: pa.ChunkedArray, kind: str) -> list[Any]:
+    values: list[Any] = column.to_pylist()
+    if kind == "png":
+        return [image_of(value) for value in values]
+    return [json.loads(value) for value in values] if kind == "json" else values

@@ -1,0 +1,144 @@
+"""The built-in rewards by name: each is declared once, by `@builtin` above the class that holds its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+BUILT_IN: dict[str, BuiltIn] = {}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a reward. `default` is missing where the option must be given."""
+
+    name: str
+    type: str
+    meaning: str
+    required: bool
+    default: Any = None
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A built-in reward, as it is declared.
+
+    options: the dataclass whose fields are the options. media: what it scores. example: options as one gives them.
+    loads: `module:Class` of the reward that is made of the options, None where they are the reward itself. Such a
+    module imports torch, so it is imported when the reward is asked for.
+    own_process: whether its calls can only be ended from outside. model_type: in the config.json of a model's folder
+    that this reward reads, where the folder alone is given.
+    """
+
+    name: str
+    options: type[Any]
+    media: tuple[str, ...]
+    example: Mapping[str, Any]
+    loads: str | None = None
+    own_process: bool = False
+    model_type: str | None = None
+
+    @property
+    def summary(self) -> str:
+        """The first paragraph of the docstring."""
+        return _paragraphs(self.options)[0]
+
+    @property
+    def details(self) -> list[str]:
+        """The other paragraphs of the docstring."""
+        return _paragraphs(self.options)[1:]
+
+    def option_list(self) -> list[Option]:
+        """The options in the order in which they are declared."""
+        hints = typing.get_type_hints(self.options, include_extras=True)
+        listed = []
+        for field in dataclasses.fields(self.options):
+            if field.init:
+                kind, meaning = _described(hints[field.name])
+                default: Any = field.default
+                if field.default_factory is not dataclasses.MISSING:
+                    default = field.default_factory()
+                required = default is dataclasses.MISSING
+                listed.append(Option(field.name, kind, meaning, required, None if required else default))
+        return listed
+
+    def reward_class(self) -> type[Any]:
+        """The class of the reward; imports its module where that needs torch."""
+        if self.loads is None:
+            return self.options
+        module, _, name = self.loads.partition(":")
+        found: type[Any] = getattr(importlib.import_module(module), name)
+        return found
+
+
+class BuiltInReward:
+    """What `@builtin` gives a reward beside its options: its name and media; it sets its fingerprint itself."""
+
+    name: str
+    media: frozenset[str]
+    fingerprint: str
+
+
+def builtin(
+    name: str,
+    *,
+    media: tuple[str, ...],
+    example: Mapping[str, Any],
+    loads: str | None = None,
+    own_process: bool = False,
+    model_type: str | None = None,
+) -> Callable[[type[T]], type[T]]:
+    """Declares the decorated dataclass as the options of the built-in reward of this name."""
+
+    def declare(options: type[T]) -> type[T]:
+        BUILT_IN[name] = BuiltIn(name, options, media, example, loads, own_process, model_type)
+        if issubclass(options, BuiltInReward):
+            options.name, options.media = name, frozenset(media)
+        return options
+
+    return declare
+
+
+def import_all() -> None:
+    """Imports every file of builtin/ that declares a reward; none of these imports torch."""
+    for path in sorted((Path(__file__).parent / "builtin").glob("*.py")):
+        if "\n@builtin(" in path.read_text(encoding="utf-8"):
+            importlib.import_module(f"{__package__}.builtin.{path.stem}")
+
+
+def nearest(name: str, known: list[str], cutoff: float = 0.6) -> str | None:
+    """The name that was probably meant."""
+    close = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=cutoff)
+    return close[0] if close else None
+
+
+def _paragraphs(cls: type[Any]) -> list[str]:
+    return [" ".join(text.split()) for text in (cls.__doc__ or "").strip().split("\n\n")]
+
+
+def _described(hint: Any) -> tuple[str, str]:
+    """The type in words, and the description that the annotation carries."""
+    if typing.get_origin(hint) is not typing.Annotated:
+        return _in_words(hint), ""
+    kind, *notes = typing.get_args(hint)
+    return _in_words(kind), next((note.description for note in notes if hasattr(note, "description")), "")
+
+
+def _in_words(kind: Any) -> str:
+    origin = typing.get_origin(kind)
+    if origin is typing.Literal:
+        return " | ".join(str(value) for value in typing.get_args(kind))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_in_words(part) for part in typing.get_args(kind))
+    if origin is not None:
+        inner = [_in_words(part) for part in typing.get_args(kind) if part is not Ellipsis]
+        return f"{origin.__name__} of {inner[0] if len(set(inner)) == 1 else ', '.join(inner)}"
+    return "null" if kind is type(None) else str(getattr(kind, "__name__", kind))

@@ -1,0 +1,432 @@
+"""The composition root: configuration in, objects out. The only place that knows every implementation."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from raftune.config.policy import CustomPolicy
+from raftune.config.run import RunConfig, held_out_names
+from raftune.config.sampling import backend_code
+from raftune.engines.local import ThisProcess, make_engine
+from raftune.evaluation.examine import Examination
+from raftune.evaluation.images import looked_at
+from raftune.evaluation.metrics import METRICS, load_metrics, measured, metric_code
+from raftune.policies.registry import Family, code_of, family_of, load_policy, start_policy
+from raftune.policies.teacher import start_teacher, teacher_config
+from raftune.protocols import Extractor, Policy, Stage, SupportsBackends, UnitStage
+from raftune.records import LATENTS
+from raftune.rewards.combining import with_counts
+from raftune.rewards.panel import SamplePanel
+from raftune.stages.data import Data
+from raftune.stages.evaluate import Evaluate, OwnMetrics
+from raftune.stages.features import Features
+from raftune.stages.gather import Gather
+from raftune.stages.generate import Draw, Teach
+from raftune.stages.guard import Guard
+from raftune.stages.log_probs import LogProbs
+from raftune.stages.parity import Parity, read_backend
+from raftune.stages.plan import EvaluationPlan, Plan
+from raftune.stages.prompt_check import Prompts
+from raftune.stages.reference import Reference
+from raftune.stages.score import ScoreSamples
+from raftune.stages.select import Select
+from raftune.stages.start import Start
+from raftune.stages.train import Tune
+from raftune.starters.resolve import resolve_starters, starter_prompts
+from raftune.store.job import Engine, Job, make_job
+from raftune.store.pruning import Dropped, drop_columns
+from raftune.store.run import RunFolder
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What was given as Python objects, not as configuration; a worker process cannot have them."""
+
+    train: Callable[[], pa.Table] | None = None
+    held_out: Callable[[], pa.Table] | None = None
+    rewards: Sequence[Any] = ()
+    reward_weights: Sequence[float] | None = None
+    reward_tokenizers: Sequence[Any] | None = None
+    model: Any = None
+    tokenizer: Any = None
+
+
+LATENTS_GONE = "keep_latents: selected; rows/ holds those of what was kept"
+SMALL = 256 * 2**20  # bytes: models that together stay below this may lie in memory side by side
+
+
+class Shelf:
+    """Hands out policies of one run: one large model at a time, or a few that are small together."""
+
+    def __init__(
+        self, config: RunConfig, family: Family, run: RunFolder, others_rest: Callable[[], None] = lambda: None
+    ) -> None:
+        self.config, self.family, self.run, self.others_rest = config, family, run, others_rest
+        self._held: dict[Path, Policy] = {}
+        self._encoder: tuple[Path, Policy] | None = None
+        self._shared: dict[Path, Any] = {}
+
+    def at(self, folder: Path) -> Policy:
+        policy = self._held.pop(folder, None)
+        if policy is None:
+            self.make_room()
+            policy = self._load(folder)
+        self._held[folder] = policy  # the latest stands last
+        return policy
+
+    def fresh(self, folder: Path) -> Policy:
+        self.make_room()
+        return self._load(folder)
+
+    def encoder(self, folder: Path) -> Policy:
+        if self._encoder is None or self._encoder[0] != folder:
+            self._encoder = (folder, self._load(folder))
+        return self._encoder[1]
+
+    def release(self) -> None:
+        """Lets go of every model that is held."""
+        held = sum(policy.nbytes for policy in self._held.values())
+        self._held.clear()
+        if held >= SMALL:
+            gc.collect()  # models hang in cycles; for small ones, the wait costs more than the memory
+            empty_device_cache()
+
+    def make_room(self) -> None:
+        """Drops models, the longest unused first, until one more as large as the largest would still be small."""
+        sizes = {folder: policy.nbytes for folder, policy in self._held.items()}
+        if max(sizes.values(), default=0) * 2 > SMALL:
+            self.release()
+            return
+        while sizes and sum(sizes.values()) + max(sizes.values()) > SMALL:
+            oldest = next(iter(sizes))
+            del sizes[oldest], self._held[oldest]
+        while len(self._held) > 2:
+            del self._held[next(iter(self._held))]
+
+    def _load(self, folder: Path) -> Policy:
+        self.others_rest()
+        config, start = self.config, self.run.folder(0, "model")
+        if folder.name == "teacher":
+            config, start = teacher_config(config), folder
+        policy = load_policy(self.family, config, folder, start)
+        if folder.name != "teacher" and isinstance(policy, SupportsBackends):
+            record = read_backend(self.run.folder(0, Parity.writes))
+            if record is not None:
+                policy.use_backend(record)
+        self._share(start, getattr(policy, "shared", None))
+        return policy
+
+    def _share(self, start: Path, parts: Any) -> None:
+        """Holds what all rounds of a start have in common, if anything, so that the next one finds it read.
+
+        Of another start (a teacher's) only what is small stays beside it.
+        """
+        if parts is not None:
+            small = {place: one for place, one in self._shared.items() if one.nbytes * 2 <= SMALL}
+            self._shared = small | {start: parts}
+
+
+def empty_device_cache() -> None:
+    """Gives the freed memory of a GPU back, where torch is in use at all."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Assembly:
+    """Everything a run needs, made from its configuration: the table of stages by round, and the engine."""
+
+    def __init__(self, run: RunFolder, config: RunConfig, objects: Objects | None = None) -> None:
+        self.plain = run.in_own_terms(config)  # enters the keys: as written, with no path of this machine
+        config = resolve_starters(config)
+        self.run, self.config, self.objects = run, config, with_starter_prompts(config, objects or Objects())
+        self.family = family_of(config)
+        self.engine: Engine = make_engine(config.engine, run.root)
+        self._panels: dict[str, SamplePanel] = {}
+        self._extractor: Any = None
+        self.policies = Shelf(config, self.family, run, self._rest_panels)
+        limit_threads(config)
+
+    # -- the table of stages ----------------------------------------------------------------------------------------
+
+    def stages(self, round_: int) -> list[Stage]:
+        """The stages of a round in their order; round 0 is the start."""
+        if not round_:
+            return [*self._beginning(), *self._judging(0)]
+        return [*self._training(round_), *self._judging(round_), *self._guarding(round_)]
+
+    def stage(self, round_: int, name: str) -> Stage:
+        return next(stage for stage in self.stages(round_) if stage.name == name)
+
+    def job(self, stage: Stage, round_: int) -> Job:
+        return make_job(self.run, stage, round_, self.plain)
+
+    def _beginning(self) -> list[Stage]:
+        config, objects = self.config, self.objects
+        data = Data(config, objects.train, objects.held_out)
+        stages: list[Stage] = [
+            data,
+            Start(
+                lambda out: start_policy(self.family, config, out, objects.model, objects.tokenizer),
+                code=code_of(config),
+            ),
+        ]
+        if config.sampling.teacher is not None:
+            stages.append(Start(lambda out: start_teacher(self.family, config, out), name="teacher"))
+        if hasattr(self.family, "unread"):
+            text, sampling = self.family.media == "text", config.sampling
+            teacher = text and sampling.teacher is not None
+            columns = sampling.candidate_columns if text else ()
+            stages.append(
+                Prompts(self.policies, data, drop=self.drops, teacher=teacher, columns=columns, starter=self.starter)
+            )
+        if hasattr(self.family, "choose_backend"):
+            here = isinstance(self.engine, ThisProcess)
+            stages.append(Parity(self.policies, (lambda: None) if here else self.policies.release, self.drops))
+        return stages
+
+    def _training(self, round_: int) -> list[Stage]:
+        config, sampling = self.config, self.config.sampling
+        shards = ("draw", "teach") if sampling.teacher else ("draw",)
+        stages: list[Stage] = [
+            Plan(config, round_, self.drops),
+            Draw(self.policies, columns=sampling.candidate_columns, code=backend_code(sampling)),
+        ]
+        if sampling.teacher is not None:
+            stages.append(Teach(self.policies, sampling.teacher.num_generations))
+        earlier, local = self.run.earlier_scores, bool(self.objects.rewards)
+        stages.append(ScoreSamples(self.panel, reads=shards, local=local, earlier=earlier(round_, "score")))
+        if config.selection.beta > 0:
+            stages.append(LogProbs(self.policies, model="model@-1", writes="logp", shards=shards))
+            stages.append(LogProbs(self.policies, model="model@0", writes="logp-start", shards=shards))
+        limit = config.rewards.max_failure_fraction
+        stages.append(Select(config.selection, seed=config.seed, round_=round_, shards=shards, max_failures=limit))
+        stages.append(Gather(self.policies, config.tuning, seed=config.seed, round_=round_, shards=shards))
+        stages.append(Tune(self.policies, config.tuning, self.run.folder(round_, "tune")))
+        return stages
+
+    def _judging(self, round_: int) -> list[Stage]:
+        if not self.config.evaluation.num_prompts:
+            return []
+        evaluation = self.config.evaluation
+        prefix = "evaluate/"
+        plan, drawn = prefix + "plan", prefix + "draw"
+        stages: list[Stage] = [
+            EvaluationPlan(self.config, round_, self.drops),
+            Draw(self.policies, model="model", plan=plan, writes=drawn, code=backend_code(self.config.sampling)),
+            ScoreSamples(
+                self.yardstick,
+                plan=plan,
+                reads=(drawn,),
+                writes=prefix + "score",
+                local=bool(self.objects.rewards),
+                earlier=self.run.earlier_scores(round_, prefix + "score"),
+            ),
+        ]
+        shards = ["draw", "score"]
+        if evaluation.reward_funcs:
+            writes = prefix + "judge"
+            earlier = self.run.earlier_scores(round_, writes)
+            stages.append(ScoreSamples(self.judge, plan=plan, reads=(drawn,), writes=writes, earlier=earlier))
+            shards.append("judge")
+        if evaluation.kl and self.knows_likelihood():
+            for model, writes in (("model", "logp"), ("model@0", "logp-start")):
+                stages.append(LogProbs(self.policies, model=model, writes=prefix + writes, plan=plan, shards=(drawn,)))
+                shards.append(writes)
+        references = None
+        if evaluation.reference_column is not None and self.knows_likelihood():
+            stages.append(Reference(self.policies, evaluation.reference_column))
+            references = Reference.writes
+        if evaluation.features is not None:
+            stages.append(Features(self.extractor))
+            shards.append("features")
+        media, condense = self.family.media, looked_at if self.family.media == "image" else None
+        own = None
+        if evaluation.metrics:
+            own = OwnMetrics(lambda: load_metrics(evaluation), metric_code(evaluation), measured)
+        stages.append(
+            Evaluate(
+                tuple(METRICS.values()),
+                shards=tuple(shards),
+                media=media,
+                references=references,
+                condense=condense,
+                own=own,
+            )
+        )
+        return stages
+
+    def _guarding(self, round_: int) -> list[Stage]:
+        guards, evaluation = self.config.guards, self.config.evaluation
+        if not guards.enabled:
+            return []
+        judges = bool(evaluation.num_prompts and evaluation.reward_funcs)
+        kl = evaluation.kl and bool(evaluation.num_prompts) and self.knows_likelihood()
+        looks = evaluation.num_prompts and self.family.media in ("text", "messages", "image")
+        return [
+            Guard(
+                Examination(guards),
+                self.factors,
+                round_=round_,
+                shards=("draw", "teach") if self.config.sampling.teacher else ("draw",),
+                judged=(
+                    *(["draw"] if looks else []),
+                    *(["judge"] if judges else []),
+                    *(["logp", "logp-start"] if kl else []),
+                ),
+                judge=judge_in_words(held_out_names(self.config)) if judges else "",
+                texts=self.family.media in ("text", "messages"),
+                condense=looked_at if self.family.media == "image" else None,
+                counts=self.counts,
+            )
+        ]
+
+    # -- what the stages need -----------------------------------------------------------------------------------------
+
+    @property
+    def starter(self) -> bool:
+        """Whether the policy is the bundled language model."""
+        return self.family.media == "text" and self.plain["policy"].get("model") == "starter"
+
+    @property
+    def drops(self) -> bool:
+        """Whether prompts that the model cannot take are left out."""
+        return self.config.sampling.unusable_prompts == "drop" and hasattr(self.family, "unread")
+
+    def knows_likelihood(self) -> bool:
+        return hasattr(self.family, "log_probs")
+
+    def panel(self) -> SamplePanel:
+        """The rewards that the policy is trained on."""
+        return self._with_room(self._train_panel())
+
+    def yardstick(self) -> SamplePanel:
+        """The same rewards for comparing rounds: added up in any case, for a rank compares one prompt's candidates."""
+        return SamplePanel(self.panel().panel, combine="sum")
+
+    def factors(self) -> dict[str, float]:
+        """The weight in the score of each reward that the policy is trained on."""
+        panel = self._train_panel().panel
+        return dict(zip(panel.names, panel.weights, strict=True))
+
+    def counts(self, samples: pa.Table) -> pa.Table:
+        """The samples, with what each reward counts in their score where that is not its value."""
+        panel = self._train_panel().panel
+        return with_counts(samples, panel.shares, panel.combine)
+
+    def _train_panel(self) -> SamplePanel:
+        return self._panel("train", self.config.rewards, self.objects.rewards)
+
+    def judge(self) -> SamplePanel:
+        """The held-out rewards, which it is never trained on."""
+        changes = {"reward_funcs": self.config.evaluation.reward_funcs, "combine": "sum"}
+        held_out = self.config.rewards.model_copy(update=changes)
+        return self._with_room(self._panel("held out", held_out, ()))
+
+    def extractor(self) -> Extractor:
+        """The model that held-out pictures are compared by."""
+        if self._extractor is None:
+            from raftune.rewards.builtin.clip import ClipModel
+
+            device = self.config.rewards.device
+            self._extractor = ClipModel(self.config.evaluation.features, device, field="evaluation.features")
+        self.policies.make_room()
+        found: Extractor = self._extractor
+        return found
+
+    def _panel(self, which: str, config: Any, objects: Sequence[Any]) -> SamplePanel:
+        if which not in self._panels:
+            from raftune.rewards.loading import load_panel
+
+            weights, tokenizers = self.objects.reward_weights, self.objects.reward_tokenizers
+            given = {"weights": weights, "tokenizers": tokenizers} if objects else {}
+            self._panels[which] = SamplePanel(load_panel(config, objects, **given))
+        return self._panels[which]
+
+    def _with_room(self, panel: SamplePanel) -> SamplePanel:
+        """The panel, after policies have made way for the models in it."""
+        if panel.panel.has_weights:
+            self.policies.make_room()
+        return panel
+
+    def _rest_panels(self) -> None:
+        """Frees reward models, unless they are small, before a policy is loaded."""
+        held = [panel.panel for panel in self._panels.values()]
+        for models in [*held, *([self._extractor] if self._extractor is not None else [])]:
+            if models.nbytes * 2 > SMALL:
+                models.release()
+
+    def engine_for(self, stage: UnitStage) -> Engine:
+        """The configured engine, or this process for a stage whose objects only it has."""
+        return ThisProcess(self.config.engine) if stage.local else self.engine
+
+    def retire(self, round_: int, best: int | None) -> None:
+        """Lets go of what the configuration does not keep once a round is done; COMMITs stay, and so do all samples.
+
+        Of rounds that `keep_models` does not keep, the weights; with `keep_latents: selected`, the latents of what was
+        drawn: those of what was kept lie in rows/, from which later rounds may replay them.
+        """
+        keep = {"all": range(round_ + 1), "best": (round_, best), "last": (round_,)}
+        for number in range(1, round_):
+            if number not in keep[self.config.keep_models]:
+                drop_weights(self.run, number)
+        if self.config.keep_latents == "selected" and round_:
+            for name in ("draw", "teach") if self.config.sampling.teacher else ("draw",):
+                drop_columns(self.run.folder(round_, name), self.run.tmp, (LATENTS,), LATENTS_GONE)
+
+    def close(self) -> None:
+        """Ends workers and the processes of rewards."""
+        self.engine.close()
+        for panel in self._panels.values():
+            panel.close()
+        self._panels.clear()
+        self.policies.release()
+
+
+def judge_in_words(names: Sequence[str]) -> str:
+    return f"the held-out {names[0]}" if len(names) == 1 else "the held-out reward"
+
+
+def with_starter_prompts(config: RunConfig, objects: Objects) -> Objects:
+    """The objects, with the bundled prompts in place of a data set where the configuration says `starter`."""
+    family = config.policy.family
+    train = starter_prompts(config.data.prompts, "train", family) or objects.train
+    held_out = starter_prompts(config.evaluation.prompts, "heldout", family) or objects.held_out
+    return replace(objects, train=train, held_out=held_out)
+
+
+def drop_weights(run: RunFolder, round_: int) -> None:
+    """Deletes a model's files, after a marker says that this was meant."""
+    folder = run.folder(round_, "model")
+    if not run.is_committed(round_, "model"):
+        return
+    if not run.is_dropped(round_, "model"):
+        Dropped("keep_models does not keep this round's weights").save(folder, run.tmp)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "policy.json":
+            path.unlink()
+
+
+def limit_threads(config: RunConfig) -> None:
+    """Gives tensor arithmetic the configured number of threads: they shape the result, so they enter the keys."""
+    if config.policy.family == "tabular" or (isinstance(config.policy, CustomPolicy) and "torch" not in sys.modules):
+        return
+    import torch
+
+    torch.set_num_threads(config.engine.threads)
+
+
+def open_assembly(root: str | Path) -> Assembly:
+    """The assembly of a run directory, from its own configuration."""
+    run = RunFolder(root)
+    return Assembly(run, run.configuration())
+
+
+__all__ = ["Assembly", "Objects", "Shelf", "open_assembly"]

@@ -1,0 +1,157 @@
+"""Everything in a run that can be checked: committed files, and those at its top, which no COMMIT lists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from raftune.config.load import validate
+from raftune.errors import ConfigError, RunDamaged
+from raftune.evaluation.history import Metrics
+from raftune.loop import outcome_of, published
+from raftune.results.summary import AGAIN, best_round, read_json
+from raftune.runtime import rescoring
+from raftune.sanitize import first_line, shell_command
+from raftune.store.commit import NAME, RECEIPTS, SELF
+from raftune.store.files import sha256_of
+from raftune.store.layout import unit_file
+from raftune.store.run import CONFIG, YAML, RunFolder, difference_to_yaml, holds_files
+
+ENVIRONMENT = "environment.json"
+
+
+def faults_of(run: RunFolder) -> list[str]:
+    """Everything that is wrong with a run's files, a line each; none when all is as it was written.
+
+    Raises StoreError where there is no run, RunTooNew.
+    """
+    try:
+        run.read_config()
+    except RunDamaged as error:
+        return [first_line(error), *run.faults()]
+    return [
+        *beside_config(run),
+        *events(run),
+        *receipts(run),
+        *run.faults(),
+        *uncommitted(run),
+        *best(run),
+        *rescoring.faults(run),
+    ]
+
+
+def refuse_edited(run: RunFolder) -> None:
+    """Raises RunDamaged where config.yaml says something else than the configuration that a run is resumed under."""
+    path = run.root / YAML
+    known = run.config_record().get("files", {}).get(YAML)
+    if known is None or not path.is_file() or sha256_of(path) == known:
+        return
+    changed = difference_to_yaml(path, json.loads((run.root / CONFIG).read_bytes()))
+    fields = [f"{name} is {new!r} there and was {old!r}" for name, (old, new) in changed.items()]
+    words = f": {', '.join(fields[:3])}" if fields else ""
+    again = shell_command("raftune", "train", path, "--output-dir", run.root)
+    raise RunDamaged(
+        f"{path} has changed since the run was started{words}. To go on with it, run `{again}`; to go on as before, "
+        "delete it: it is written again."
+    )
+
+
+def beside_config(run: RunFolder) -> Iterator[str]:
+    """What was written with the configuration and is missing or has changed."""
+    for name, known in sorted(run.config_record().get("files", {}).items()):
+        path = run.root / name
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif sha256_of(path) != known:
+            yield f"{path} has changed since it was written (its SHA-256 differs)"
+
+
+def events(run: RunFolder) -> Iterator[str]:
+    """Lines of the record of times that cannot be read, but for a last one that a kill cut short."""
+    path = run.events.path
+    if not path.is_file():
+        if run.rounds():
+            yield f"{path} is missing"
+        return
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):
+        if line and not is_event(line) and not torn(lines, number):
+            yield f"{path} line {number} is not an event"
+
+
+def torn(lines: list[bytes], number: int) -> bool:
+    """Whether a line may be the beginning of one that a kill cut short: it ends in no brace."""
+    return not lines[number - 1].rstrip().endswith(b"}")
+
+
+def is_event(line: bytes) -> bool:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return False
+    return (
+        isinstance(found, dict) and isinstance(found.get("event"), str) and isinstance(found.get("time"), int | float)
+    )
+
+
+def receipts(run: RunFolder) -> Iterator[str]:
+    """Units of interrupted stages that are not as they were written; `resume` runs them again."""
+    for path in sorted(run.root.glob(f"round-*/**/{RECEIPTS}")):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                receipt = json.loads(line)
+                unit = path.parent / unit_file(receipt["unit"])
+                whole = unit.name == receipt["file"] and sha256_of(unit) == receipt["sha256"]
+            except (OSError, ValueError, KeyError, TypeError):
+                yield f"{path} line {number} is no receipt of a unit; `raftune resume` runs that unit again"
+                continue
+            if not whole:
+                yield f"{unit} has changed since it was written; `raftune resume` runs that unit again"
+
+
+def uncommitted(run: RunFolder) -> Iterator[str]:
+    """Stages of rounds that are over without a COMMIT: each lies there, or must be there for its round to be over."""
+    committed = {place for place in run.places() if run.is_committed(*place)}
+    needed = closing(run)
+    for round_ in rounds_over(run, committed):
+        lying = {name for number, name in run.places() if number == round_ and holds_files(run.folder(round_, name))}
+        for name in sorted(lying | (needed if round_ else needed - {"rows", "guard"})):
+            if (round_, name) not in committed and name != "tune":
+                yield f"{run.folder(round_, name) / NAME} is missing, and the round is over"
+
+
+def rounds_over(run: RunFolder, committed: set[tuple[int, str]]) -> list[int]:
+    """The rounds after which another has begun, and the last one of a run that has ended."""
+    begun = sorted({round_ for round_, _ in committed})
+    return begun if run.events.last().get("event") == "end" else begun[:-1]
+
+
+def closing(run: RunFolder) -> set[str]:
+    """The stages of a round on which nothing in it depends, so that no other would miss them."""
+    config = run.read_config()
+    judged = {"evaluate"} if config.get("evaluation", {}).get("num_prompts") else set()
+    guarded = {"guard"} if config.get("guards", {}).get("enabled") else set()
+    return {"model", "rows"} | judged | guarded
+
+
+def best(run: RunFolder) -> Iterator[str]:
+    """What is wrong with best.json: it must be what the rounds say."""
+    path = run.root / "best.json"
+    try:
+        named = best_round(run.root)
+        config = validate(run.read_config())
+        history: list[Metrics] = [read_json(run.folder(round_, "evaluate") / "metrics.json") for round_ in run.rounds()]
+        done = [r for r in run.rounds() if run.is_committed(r, "evaluate" if history[r] else "model")]
+        if named is None:
+            if len(done) > 1:
+                yield f"{path} is missing. {AGAIN}"
+            return
+        content = {name: value for name, value in read_json(path).items() if name != SELF}
+        last = content["rounds"]  # the last round may have been committed and not yet weighed
+        outcome = outcome_of(config, history[: last + 1], "")
+    except (RunDamaged, ConfigError, KeyError, IndexError, TypeError) as error:
+        if path.name in str(error):
+            yield first_line(error)
+        return  # what else cannot be read is among the faults already
+    if content != published(config, outcome) or last not in range(max(done, default=0) - 1, len(history)):
+        yield f"{path} names round {named} of {last}; by the rounds' own numbers it is {outcome.best}. {AGAIN}"

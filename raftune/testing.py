@@ -1,0 +1,290 @@
+"""What every family of policies promises, as claims that can be run over any of them: the bundled ones and your own.
+
+    @pytest.mark.parametrize("claim", claims(Digits), ids=lambda claim: claim.__name__)
+    def test_digits_keep(claim, tmp_path):
+        claim(begin(config, tmp_path, prompts=[3, 1, 4], answer=picture), tmp_path)
+
+A claim raises AssertionError, in words, where the family does not keep it. Claims need no test runner.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raftune.config.load import validate
+from raftune.config.run import RunConfig
+from raftune.policies.registry import Family, family_of, load_policy
+from raftune.protocols import Likelihood, Policy, TuneReport, Unit
+from raftune.records import Prompt, PromptContent, Sample, derive_seed, prompt_ids
+from raftune.stages.gather import kept_rows
+from raftune.stages.generate import as_table, drawn
+from raftune.store.parquet import write_table
+
+K = 3
+SMALL = 1e-4  # nats: what the order of sums may change in a likelihood
+LEVELS = 2  # of 255: what the order of sums may change in a pixel
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family with its start model on disk, prompts that it takes, an answer that somebody else might give, and the
+    completion that this answer becomes."""
+
+    config: RunConfig
+    family: Family
+    start: Path
+    prompts: tuple[Prompt, ...]
+    answer: Any
+    completion: Any
+
+    def load(self, folder: Path | None = None) -> Policy:
+        return load_policy(self.family, self.config, folder or self.start, self.start)
+
+    def unit(self, batch_size: int = 64) -> Unit:
+        """K samples of each prompt."""
+        seeds = tuple(tuple(derive_seed("contract", prompt.id, k) for k in range(K)) for prompt in self.prompts)
+        return Unit(0, "0001", "round-0000", self.prompts, seeds, batch_size)
+
+    @property
+    def asked(self) -> list[Prompt]:
+        """For each sample of the unit the prompt that it answers."""
+        return [prompt for prompt in self.prompts for _ in range(K)]
+
+
+Claim = Callable[[Case, Path], None]
+
+
+def begin(
+    config: RunConfig | Mapping[str, Any],
+    folder: Path,
+    *,
+    prompts: Sequence[PromptContent],
+    answer: Any,
+    completion: Any = None,
+) -> Case:
+    """The case of the configuration's family, begun in `folder`; `completion` is given where it is not the answer."""
+    config = config if isinstance(config, RunConfig) else validate(config)
+    family, start = family_of(config), folder / "round-0000" / "model"
+    start.mkdir(parents=True)
+    family.start(config, start)
+    asked = tuple(Prompt(name, content) for name, content in zip(prompt_ids(prompts), prompts, strict=True))
+    return Case(config, family, start, asked, answer, answer if completion is None else completion)
+
+
+def claims(family: Any) -> tuple[Claim, ...]:
+    """The claims that this family is held to: those about likelihoods only where it knows any."""
+    return ALL if hasattr(family, "log_probs") else tuple(claim for claim in ALL if claim not in OF_LIKELIHOODS)
+
+
+def hold(kept: object, words: str) -> None:
+    """Raises AssertionError with these words unless the claim is kept."""
+    if not kept:
+        raise AssertionError(words)
+
+
+# -- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def every_prompt_gets_its_samples_in_order_with_ids_and_seeds_as_planned(case: Case, folder: Path) -> None:
+    drawn(case.load(), case.unit())
+
+
+def samples_fit_the_schema_that_the_family_declares(case: Case, folder: Path) -> None:
+    policy = case.load()
+    table = as_table(policy.draw(case.unit()), policy)
+    table.validate(full=True)
+    hold(table.num_rows == len(case.asked), f"draw must give {len(case.asked)} samples; got {table.num_rows}")
+    hold(policy.media == case.family.media, "media must be the same of the class and of what it loads")
+    hold(policy.payload == case.family.payload, "payload must be the same of the class and of what it loads")
+
+
+def the_same_seeds_draw_the_same_samples_in_another_instance(case: Case, folder: Path) -> None:
+    same = case.load().draw(case.unit()) == case.load().draw(case.unit())
+    hold(same, "what is drawn must depend on model, prompts and seeds alone: seed every generator from a sample's seed")
+
+
+def other_seeds_draw_other_samples(case: Case, folder: Path) -> None:
+    """Of 8 x 9 samples under other seeds at least one differs, unless the family draws one answer almost surely."""
+    policy, unit = case.load(), case.unit()
+    first = [sample.completion for sample in policy.draw(unit)]
+    others = [replace(unit, seeds=tuple(tuple(s + i for s in row) for row in unit.seeds)) for i in range(1, 9)]
+    hold(
+        any([sample.completion for sample in policy.draw(other)] != first for other in others),
+        "what is drawn must depend on the seeds; eight other sets of seeds gave the same samples",
+    )
+
+
+def a_smaller_batch_draws_the_same_samples(case: Case, folder: Path) -> None:
+    policy = case.load()
+    whole, small = policy.draw(case.unit()), policy.draw(case.unit(batch_size=K))
+    pairs = [(a.completion, b.completion) for a, b in zip(whole, small, strict=True)]
+    hold(
+        all(alike(case, one, other) for one, other in pairs),
+        "a sample must not depend on what else is in its batch: memory that runs out makes batches smaller",
+    )
+
+
+def alike(case: Case, one: Any, other: Any) -> bool:
+    """Whether two completions are the same; of images, up to what the order of sums changes."""
+    if case.family.media != "image" or one is None or other is None:
+        return bool(one == other)
+    from raftune.data.images import image_of
+
+    first, second = (np.asarray(image_of(png), dtype=np.int16) for png in (one, other))
+    return first.shape == second.shape and int(abs(first - second).max()) <= LEVELS
+
+
+def no_weights_are_read_before_they_are_needed(case: Case, folder: Path) -> None:
+    """An instance that only encodes answers stays beside the one large model: it must be small."""
+    policy = case.load()
+    before = policy.nbytes
+    policy.draw(case.unit())
+    hold(policy.nbytes > 0, "nbytes must be the bytes of the weights that are held; got 0 after a draw")
+    hold(
+        before == 0 or policy.nbytes < 2**20, f"load must read no weights; got {before} bytes before anything is drawn"
+    )
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+
+def rows_file(case: Case, samples: list[Sample], folder: Path, policy: Policy) -> Path:
+    """The samples as training rows, each of weight one."""
+    prompts = pa.table({"prompt_id": [p.id for p in case.prompts], "prompt": [p.content for p in case.prompts]})
+    rows = kept_rows(as_table(samples, policy), np.ones(len(samples)), prompts, 1)
+    write_table(rows, folder / "rows.parquet", {"raftune.round": "1"})
+    return folder / "rows.parquet"
+
+
+def tuned_on(case: Case, samples: list[Sample], folder: Path) -> TuneReport:
+    """Fits the start to the samples; the new model lies in `folder`/model."""
+    (folder / "model").mkdir(parents=True)
+    rows = rows_file(case, samples, folder, case.load())
+    return case.load().tune(rows, folder / "work", folder / "model")
+
+
+def tuned(case: Case, folder: Path) -> Path:
+    tuned_on(case, case.load().draw(case.unit()), folder)
+    return folder / "model"
+
+
+def tuning_twice_on_the_same_rows_gives_the_same_bytes(case: Case, folder: Path) -> None:
+    first, second = (hashes(tuned(case, folder / name)) for name in ("a", "b"))
+    hold(first, "tune must write the new model into the folder `out`; it wrote nothing")
+    differing = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+    hold(
+        not differing,
+        f"tune must give the same bytes for the same rows and seed; {', '.join(differing)} differed: "
+        "seed what is random from config.seed, and write no times",
+    )
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def tuning_leaves_the_start_as_it_was(case: Case, folder: Path) -> None:
+    before, first = hashes(case.start), case.load().draw(case.unit())
+    tuned(case, folder)
+    hold(hashes(case.start) == before, "tune must not write into the folder of the model that it begins from")
+    hold(case.load().draw(case.unit()) == first, "tune must not change what the start draws")
+
+
+def tuning_leaves_its_rows_as_they_were(case: Case, folder: Path) -> None:
+    tuned(case, folder / "once")
+    rows = rows_file(case, case.load().draw(case.unit()), folder, case.load())
+    hold(
+        hashlib.sha256(rows.read_bytes()).digest()
+        == hashlib.sha256((folder / "once/rows.parquet").read_bytes()).digest(),
+        "tune must not write into the file of its rows",
+    )
+
+
+def somebody_else_s_answer_is_encoded_so_that_it_can_be_learned_from(case: Case, folder: Path) -> None:
+    policy = case.load()
+    payload = dict(policy.adopt(case.prompts[0], case.answer, "column:answer"))
+    hold(payload.get("completion") == case.completion, "adopt must give the answer as a completion of this family")
+    strange = sorted(set(payload) - set(policy.payload.names))
+    hold(not strange, f"adopt must give columns of the payload; got {', '.join(strange)} besides")
+    report = tuned_on(case, [adopted(case)] * 4, folder)
+    hold(report.rows == 4, f"tune must say how many rows it learned from, 4 here; got {report.rows}")
+    hold(np.isfinite(report.losses).all(), f"tune must report finite losses; got {report.losses}")
+
+
+def adopted(case: Case) -> Sample:
+    """The answer as a sample of the first prompt."""
+    payload = dict(case.load().adopt(case.prompts[0], case.answer, "column:answer"))
+    completion = payload.pop("completion")
+    return Sample("x", case.prompts[0].id, 0, "column:answer", None, "", completion, payload)
+
+
+def learning_an_answer_changes_what_is_drawn(case: Case, folder: Path) -> None:
+    before = [sample.completion for sample in case.load().draw(case.unit())]
+    tuned_on(case, [adopted(case)] * 4, folder)
+    after = [sample.completion for sample in case.load(folder / "model").draw(case.unit())]
+    hold(before != after, "a tuned model must draw otherwise than the start; raise the rate or the steps of the test")
+
+
+# -- likelihoods ------------------------------------------------------------------------------------------------------
+
+
+def knowing(policy: Policy) -> Any:
+    """The policy, which must have both methods of `Likelihood`."""
+    hold(isinstance(policy, Likelihood), "a family with log_probs must have recorded_log_probs too")
+    return policy
+
+
+def likelihoods_are_the_same_alone_and_in_a_batch(case: Case, folder: Path) -> None:
+    policy = knowing(case.load())
+    table = as_table(policy.draw(case.unit()), policy)
+    together = policy.log_probs(case.asked, table, 64)
+    alone = [policy.log_probs([prompt], table.slice(i, 1), 1)[0] for i, prompt in enumerate(case.asked)]
+    hold(together.shape == (len(case.asked),), f"log_probs must give (N,) numbers; got the shape {together.shape}")
+    if case.family.media != "image":  # of pixels and latents there are densities, which may exceed one
+        hold((together < 0).all(), f"log-probabilities must be below 0; got {together.max():g}")
+    np.testing.assert_allclose(together, alone, atol=SMALL)
+
+
+def what_was_noted_while_drawing_is_what_the_policy_says_afterwards(case: Case, folder: Path) -> None:
+    policy = knowing(case.load())
+    table = as_table(policy.draw(case.unit()), policy)
+    noted, said = policy.recorded_log_probs(table), policy.log_probs(case.asked, table, 64)
+    hold(noted.shape == said.shape, "recorded_log_probs must give a number for each sample, NaN where none was noted")
+    np.testing.assert_allclose(noted[~np.isnan(noted)], said[~np.isnan(noted)], atol=SMALL)
+
+
+def tuning_makes_what_it_was_fitted_to_more_likely(case: Case, folder: Path) -> None:
+    policy = knowing(case.load())
+    table = as_table(policy.draw(case.unit()), policy)
+    after = knowing(case.load(tuned(case, folder)))
+    before, now = (model.log_probs(case.asked, table, 64).sum() for model in (policy, after))
+    hold(now > before, f"tuning must make its rows more likely; they went from {before:g} to {now:g} nats")
+
+
+OF_LIKELIHOODS: tuple[Claim, ...] = (
+    likelihoods_are_the_same_alone_and_in_a_batch,
+    what_was_noted_while_drawing_is_what_the_policy_says_afterwards,
+    tuning_makes_what_it_was_fitted_to_more_likely,
+)
+ALL: tuple[Claim, ...] = (
+    every_prompt_gets_its_samples_in_order_with_ids_and_seeds_as_planned,
+    samples_fit_the_schema_that_the_family_declares,
+    the_same_seeds_draw_the_same_samples_in_another_instance,
+    other_seeds_draw_other_samples,
+    a_smaller_batch_draws_the_same_samples,
+    no_weights_are_read_before_they_are_needed,
+    tuning_twice_on_the_same_rows_gives_the_same_bytes,
+    tuning_leaves_the_start_as_it_was,
+    tuning_leaves_its_rows_as_they_were,
+    somebody_else_s_answer_is_encoded_so_that_it_can_be_learned_from,
+    learning_an_answer_changes_what_is_drawn,
+    *OF_LIKELIHOODS,
+)

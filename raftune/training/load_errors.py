@@ -1,0 +1,103 @@
+"""What kept a model, an adapter or a tokenizer from loading, in words, with what to do about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from raftune.sanitize import first_line, one_line
+
+UNTRUSTED = "trust_remote_code"  # what transformers asks for where a model needs code of its own
+LFS = b"version https://git-lfs"
+# A word in an error about a missing package, and what else helps than installing it.
+PACKAGES = {
+    "flash_attn": ("flash-attn", "or set policy.attn_implementation: sdpa"),
+    "flash-attn": ("flash-attn", "or set policy.attn_implementation: sdpa"),
+    "flashattention": ("flash-attn", "or set policy.attn_implementation: sdpa"),
+    "bitsandbytes": ("bitsandbytes", "or name a model that is not quantized"),
+    "gptqmodel": ("gptqmodel", "or name a model that is not quantized"),
+    "optimum": ("optimum", "or name a model that is not quantized"),
+    "auto-gptq": ("gptqmodel", "or name a model that is not quantized"),
+    "autoawq": ("autoawq", "or name a model that is not quantized"),
+    "compressed_tensors": ("compressed-tensors", "or name a model that is not quantized"),
+    "compressed-tensors": ("compressed-tensors", "or name a model that is not quantized"),
+    "sentencepiece": ("sentencepiece", "or save a tokenizer.json beside the model"),
+    "tiktoken": ("tiktoken", "or save a tokenizer.json beside the model"),
+    "mamba_ssm": ("mamba-ssm", "or name another model"),
+}
+MISMATCH = re.compile(
+    r"size mismatch for (\S+?):.*?torch\.Size\(\[([^\]]*)\]\).*?torch\.Size\(\[([^\]]*)\]\)", re.DOTALL
+)
+
+
+def why_not_loaded(error: BaseException, place: str | Path) -> str:
+    """The cause, and the fix, as sentences. `place` is the folder or hub name that was read."""
+    if UNTRUSTED in str(error):
+        return "it needs Python code that comes with it. Read that code, then set trust_remote_code: true."
+    cause, fix = _damaged(place) or _mismatched(error) or _lacking(error) or _pickled(error, place) or ("", "")
+    return f"{cause}. {fix}." if cause else f"{one_line(first_line(error), 300)}."
+
+
+def _damaged(place: str | Path) -> tuple[str, str] | None:
+    """The first file of weights in the folder that is not what its name says."""
+    for path in _weights(Path(place).expanduser()):
+        with path.open("rb") as file:
+            head = file.read(len(LFS))
+        if head == LFS:
+            return f"{path.name} is a git-lfs pointer and not the weights", f"Run `git lfs pull` in {path.parent}"
+        if path.suffix == ".safetensors" and (fault := _fault(path)):
+            size = path.stat().st_size
+            return f"{path.name} ({size} bytes) is cut short or damaged ({fault})", "Copy or download it again"
+    return None
+
+
+def _weights(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".bin") and p.is_file())
+
+
+def _fault(path: Path) -> str:
+    """What safetensors says of the file; empty where it opens."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        return first_line(error)
+    return ""
+
+
+def _mismatched(error: BaseException) -> tuple[str, str] | None:
+    if not (match := MISMATCH.search(str(error))):
+        return None
+    name, saved, wanted = match.groups()
+    fix = "Use the model that it was made for; a vocabulary that was resized must be resized and saved there too"
+    return f"{name} is [{saved}] in the files and [{wanted}] in the model", fix
+
+
+def _lacking(error: BaseException) -> tuple[str, str] | None:
+    text = str(error)
+    if not isinstance(error, ImportError) and "pip install" not in text and "not installed" not in text:
+        return None
+    for word, (package, other) in PACKAGES.items():
+        if word in text.lower():
+            return f"it needs the package {package}, which is not installed or does not work here", (
+                f"Install {package}, {other}"
+            )
+    if match := re.search(r"pip install (?:-\S+ )*[\"']?([A-Za-z0-9_.-]+)", text):
+        return f"it needs the package {match[1]}", f"Install {match[1]}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"it needs the module {error.name}, which is not installed", f"Install the package that has {error.name}"
+    return None
+
+
+def _pickled(error: BaseException, place: str | Path) -> tuple[str, str] | None:
+    text, kinds = str(error), {path.suffix: path.name for path in _weights(Path(place).expanduser())}
+    refused = type(error).__name__ == "UnpicklingError" or "weights_only" in text or "torch.load" in text
+    if not refused and (".bin" not in kinds or ".safetensors" in kinds):
+        return None
+    name = f" ({kinds['.bin']})" if ".bin" in kinds else ""
+    fix = "Load it with transformers where you trust it, and save it again: save_pretrained writes safetensors"
+    return f"its weights{name} are pickled, which may run code, and were not read", fix

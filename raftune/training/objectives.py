@@ -1,0 +1,88 @@
+"""What training minimises: the built-in objective, and those of the user's own that the configuration names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raftune.config.extensions import GUIDE, code_hash, load_extension
+from raftune.config.training import CustomTuning, TuningConfig
+from raftune.errors import ConfigError, ExtensionError
+from raftune.protocols import LearnedModel, Objective
+
+OBJECTIVES: dict[str, type[Objective]] = {}  # the built-in objectives, by tuning.objective
+METHODS = {"rows": ("samples", "verdicts"), "loss": ("model", "batch")}
+NEEDS = frozenset({"kept", "rejected"})
+
+
+def objective(name: str) -> Any:
+    """Enters the decorated class as the built-in objective of this name."""
+
+    def enter(cls: type[Objective]) -> type[Objective]:
+        OBJECTIVES[name] = cls
+        return cls
+
+    return enter
+
+
+@objective("sft")
+class Sft:
+    """The weighted loss of the kept samples: negative log-likelihood of tokens, or squared error of latents."""
+
+    needs: frozenset[str] = frozenset({"kept"})
+
+    def rows(self, samples: pa.Table, verdicts: pa.Table) -> pa.Table:
+        """The samples, each with the weight that selection gave it."""
+        return samples.append_column("weight", verdicts.column("weight").combine_chunks())
+
+    def loss(self, model: LearnedModel, batch: Any) -> tuple[Any, Any]:
+        """The sum of weight x loss over the units of the batch, and the weight that it is a mean over."""
+        losses, weights, mass = model.terms(batch)
+        return weights @ losses, mass
+
+
+def load_objective(config: TuningConfig) -> Objective:
+    """The configured objective. Raises ConfigError where one of the user's own is not there, or is not whole."""
+    if not isinstance(config, CustomTuning):
+        return OBJECTIVES[getattr(config, "objective", "sft")]()
+    made: Objective = load_extension(
+        config.objective, "tuning.objective", config.options, "tuning.options", methods=METHODS, attributes=("needs",)
+    )
+    if not isinstance(made.needs, set | frozenset | tuple | list) or not made.needs or not set(made.needs) <= NEEDS:
+        raise ConfigError(
+            f"tuning.objective: `needs` of {config.objective} must be of {', '.join(sorted(NEEDS))}; got "
+            f"{made.needs!r}. {GUIDE}"
+        )
+    return made
+
+
+def objective_code(config: TuningConfig) -> dict[str, str]:
+    """The hash of the file that an objective of the user's own is read from: other code is another training."""
+    return {"objective's classes": code_hash(config.objective)} if isinstance(config, CustomTuning) else {}
+
+
+def chosen_rows(objective: Objective, name: str, samples: pa.Table, verdicts: pa.Table) -> pa.Table:
+    """What of these samples reaches training, with a column `weight`. Raises ExtensionError where `rows` is wrong."""
+    kept = pc.greater(verdicts.column("weight"), 0.0)
+    if "rejected" not in objective.needs:
+        samples, verdicts = samples.filter(kept), verdicts.filter(kept)
+    elif "kept" not in objective.needs:
+        samples, verdicts = samples.filter(pc.invert(kept)), verdicts.filter(pc.invert(kept))
+    if isinstance(objective, Sft) and type(objective) in OBJECTIVES.values():
+        return objective.rows(samples, verdicts)
+    try:
+        rows = objective.rows(samples, verdicts)
+    except Exception as error:
+        raise ExtensionError(
+            f"tuning.objective: `rows` of {name} raised {type(error).__name__}: {error}. Fix it and resume the run."
+        ) from error
+    missing = {*samples.column_names, "weight"} - {*getattr(rows, "column_names", ())}
+    if not isinstance(rows, pa.Table) or missing:
+        given = f"a table without {', '.join(sorted(missing))}" if isinstance(rows, pa.Table) else type(rows).__name__
+        raise ExtensionError(
+            f"tuning.objective: `rows` of {name} must return a pyarrow.Table of rows of `samples` with all their "
+            f"columns and a column `weight`; got {given}. Fix it and resume the run."
+        )
+    return rows

@@ -1,8 +1,0 @@
-"""Decide again without drawing again: other scores, another rule, a smaller K, over what a run has drawn."""
-
-from __future__ import annotations
-
-from raftune.whatif.again import WhatIf, rescore, reselect
-from raftune.whatif.difference import Difference
-
-__all__ = ["Difference", "WhatIf", "rescore", "reselect"]

@@ -1,0 +1,204 @@
+"""The forked cache gives what the model itself gives, for every architecture, and computes each thing once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from drawing_models import VOCABULARY, gpt2, gpt_neox, llama, mamba, mistral, path_of, prompts, qwen2, seeds
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from raftune.policies.causal_lm.sampling.sample import Drawn, DrawSettings, draw
+
+LENGTHS = (3, 9, 5, 12, 1, 7)
+GREEDY = DrawSettings(temperature=0, max_completion_length=30, eos_ids=(2, 5, 6, 7), batch_size=8)
+
+FORKED = {
+    "llama": llama,
+    "gpt2": gpt2,
+    "qwen2": qwen2,
+    "gpt_neox": gpt_neox,
+    "mistral without a window": lambda: mistral(None),
+    "mistral, a window never left": lambda: mistral(42),
+    "llama, one key head for each query head": lambda: llama(num_key_value_heads=4),
+    "llama, one key head for all": lambda: llama(num_key_value_heads=1),
+    "llama, head size of its own": lambda: llama(head_dim=20),
+    "llama, eager attention": lambda: llama(attn_implementation="eager"),
+}
+FALLING_BACK = {"mistral, a window of 8": lambda: mistral(8), "mamba": mamba}
+
+
+def lora(model: PreTrainedModel) -> nn.Module:
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # starts at zero, where the adapter does nothing
+            nn.init.normal_(parameter, std=0.5)
+    return adapted.eval()
+
+
+def greedy_by_generate(model: nn.Module, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=30,
+        eos_token_id=[2, 5, 6, 7],
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def assert_greedy_is_that_of_generate(model: nn.Module, wanted: str) -> list[list[Drawn]]:
+    path, reason = path_of(model, GREEDY, max(LENGTHS))
+    assert path == wanted, reason
+    drawn = draw(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), GREEDY)
+    for prompt, group in zip(prompts(*LENGTHS), drawn, strict=True):
+        assert [sample.ids for sample in group] == [greedy_by_generate(model, prompt)] * len(group)
+    return drawn
+
+
+@pytest.mark.parametrize("name", FORKED)
+def test_greedy_search_equals_generate_token_for_token(name: str) -> None:
+    assert_greedy_is_that_of_generate(FORKED[name](), "forked")
+
+
+@pytest.mark.parametrize("name", FALLING_BACK)
+def test_a_model_that_cannot_be_forked_is_drawn_through_generate(name: str) -> None:
+    assert_greedy_is_that_of_generate(FALLING_BACK[name](), "generate")
+
+
+def test_a_lora_adapter_takes_part() -> None:
+    drawn = assert_greedy_is_that_of_generate(lora(llama()), "forked")
+    assert drawn != draw(llama(), None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), GREEDY)
+
+
+def whole_forward(model: nn.Module, prompt: list[int], ids: list[int]) -> Tensor:
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.float().log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("name", FORKED)
+def test_log_probabilities_are_those_of_a_forward_over_the_whole_sequence(name: str) -> None:
+    model = FORKED[name]()
+    settings = DrawSettings(temperature=1.5, max_completion_length=30, eos_ids=(2, 5), batch_size=7)
+    drawn = draw(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), settings)
+    for prompt, group in zip(prompts(*LENGTHS), drawn, strict=True):
+        for sample in group:
+            expected = whole_forward(model, prompt, sample.ids)
+            assert torch.allclose(torch.tensor(sample.logprobs), expected, atol=1e-4)
+
+
+def test_prompts_of_more_tokens_than_fit_at_once_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raftune.policies.causal_lm.sampling.shared_prefix.PREFILL_TOKENS", 20)
+    assert_greedy_is_that_of_generate(llama(), "forked")
+    assert_greedy_is_that_of_generate(gpt2(), "forked")
+
+
+class Counted:
+    """Counts the positions that a model's embedding is asked for: prompts (wider than one) and single steps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.prompts = self.steps = self.most = 0
+        model.get_input_embeddings().register_forward_pre_hook(self._count)
+
+    def _count(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        rows, width = inputs[0].shape
+        if width > 1:
+            self.prompts += rows
+        else:
+            self.steps += rows
+            self.most = max(self.most, rows)
+
+
+def test_a_prompt_is_computed_once_for_all_its_answers_and_an_ended_row_never_again() -> None:
+    model = llama()
+    counted = Counted(model)
+    settings = DrawSettings(max_completion_length=40, eos_ids=(2, 5, 6, 7, 8, 9), batch_size=12)
+    drawn = draw(model, None, prompts(*[4, 8] * 10), seeds(*[4] * 20), settings, "forked")
+    lengths = [len(sample.ids) for group in drawn for sample in group]
+    assert counted.prompts == 20
+    assert counted.steps == sum(lengths) - len(
+        lengths
+    )  # a row's first token comes with its prompt, its last is not read
+    assert counted.most <= 12
+
+
+def test_a_group_larger_than_the_batch_is_drawn_in_parts() -> None:
+    model = llama()
+    counted = Counted(model)
+    settings = DrawSettings(max_completion_length=10, batch_size=4)
+    small = draw(model, None, prompts(5, 6), seeds(11, 3), settings, "forked")
+    assert counted.most == 4
+    large = draw(model, None, prompts(5, 6), seeds(11, 3), DrawSettings(max_completion_length=10), "forked")
+    assert [[sample.ids for sample in group] for group in small] == [
+        [sample.ids for sample in group] for group in large
+    ]
+
+
+def test_half_precision_draws_what_its_own_forward_finds_likely() -> None:
+    model = llama().to(torch.bfloat16)
+    settings = DrawSettings(max_completion_length=20, eos_ids=(2,))
+    path, reason = path_of(model, settings)
+    assert path == "forked", reason
+    drawn = draw(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), settings)
+    for prompt, group in zip(prompts(*LENGTHS), drawn, strict=True):
+        for sample in group:
+            expected = whole_forward(model, prompt, sample.ids)
+            assert (torch.tensor(sample.logprobs) - expected).abs().mean() < 0.15
+
+
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+def broken_at_step(model: nn.Module, step: int) -> None:
+    steps = iter(range(step))
+
+    def count(*_: object) -> None:
+        if next(steps, None) is None:
+            raise RuntimeError("broken on purpose")
+
+    model.get_input_embeddings().register_forward_pre_hook(count)
+
+
+@pytest.mark.parametrize("path", ["forked", "generate"])
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_model_is_left_as_it_was_even_by_a_draw_that_fails(path: str, breaks: bool) -> None:
+    model = llama()
+    model.train()
+    model.model.layers[1].eval()
+    if breaks:
+        broken_at_step(model, 4)
+    before = modes(model), model.config._attn_implementation, hooks(model), model.generation_config.to_dict()
+    settings = DrawSettings(max_completion_length=8)
+    if breaks:
+        with pytest.raises(RuntimeError, match="on purpose"):
+            draw(model, None, prompts(5, 6), seeds(2, 2), settings, path)
+    else:
+        draw(model, None, prompts(5, 6), seeds(2, 2), settings, path)
+    after = modes(model), model.config._attn_implementation, hooks(model), model.generation_config.to_dict()
+    assert after == before
+
+
+def test_weights_can_still_be_trained_after_a_draw() -> None:
+    model = llama()
+    draw(model, None, prompts(5, 6), seeds(2, 2), DrawSettings(max_completion_length=8), "forked")
+    model(input_ids=torch.tensor(prompts(6)), labels=torch.tensor(prompts(6))).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_dropout_is_off_while_drawing() -> None:
+    model: Callable[[], PreTrainedModel] = lambda: llama(attention_dropout=0.5)  # noqa: E731
+    settings = DrawSettings(max_completion_length=12)
+    drawn = draw(model().train(), None, prompts(5, 6), seeds(2, 2), settings, "forked")
+    assert drawn == draw(model().eval(), None, prompts(5, 6), seeds(2, 2), settings, "forked")
+    assert max(token for group in drawn for sample in group for token in sample.ids) < VOCABULARY

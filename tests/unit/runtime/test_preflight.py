@@ -1,0 +1,77 @@
+"""What cannot work is refused before anything is drawn, with what was given and the fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from raftune.errors import ConfigError
+from raftune.policies.tabular.policy import Tabular
+from raftune.runtime.assembly import Objects
+from raftune.runtime.run import run
+from tests.runs import tiny
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sampling": {"num_generations": 1}, "selection": {"all_equal": "skip"}},
+            r"all_equal: skip can never select .* got sampling\.num_generations = 1\. Raise it",
+        ),
+        (
+            {"sampling": {"num_generations": 1}, "selection": {"margin": 0.5}},
+            r"margin can never be reached by one sample a prompt.* got 0\.5",
+        ),
+        ({"selection": {"rule": "top_m", "m": 4}}, r"selection\.m must be less than the candidates .* got 4 of 4"),
+        ({"selection": {"rule": "random", "m": 5}}, r"selection\.m must not exceed the candidates .* got 5 of 4"),
+        ({"evaluation": {"best_by": "polite"}}, r"best_by must be one of reward, value; got 'polite'"),
+        ({"evaluation": {"best_by": "value", "num_prompts": 0}}, r"best_by needs evaluations; got 'value'"),
+        ({"evaluation": {"best_by": "held_out"}}, r"best_by must be one of reward, value; got 'held_out'"),
+    ],
+)
+def test_what_can_never_work_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tiny.config(tmp_path / "run", **changes), tiny.objects())
+    assert not list((tmp_path / "run").glob("round-*"))
+
+
+def test_another_source_in_the_pool_makes_a_margin_possible(tmp_path: Path) -> None:
+    changes = {"sampling": {"num_generations": 1, "candidate_columns": ["human"]}, "selection": {"margin": 0.01}}
+    assert run(tiny.config(tmp_path / "run", num_rounds=1, **changes), tiny.objects()).rounds == 1
+
+
+def test_a_run_without_a_reward_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="reward_funcs must name at least one reward; got none"):
+        run(tiny.config(tmp_path / "run"), Objects(train=tiny.train, held_out=tiny.held_out))
+
+
+def test_beta_is_refused_for_a_family_without_likelihoods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Tabular, "log_probs")
+    with pytest.raises(ConfigError, match=r"beta must be 0 for a family that knows no likelihoods; got 0\.1"):
+        run(tiny.config(tmp_path / "run", selection={"beta": 0.1}), tiny.objects())
+
+
+def test_all_findings_are_given_at_once(tmp_path: Path) -> None:
+    changes = {"sampling": {"num_generations": 1}, "selection": {"margin": 0.5}, "evaluation": {"best_by": "polite"}}
+    with pytest.raises(ConfigError) as caught:
+        run(tiny.config(tmp_path / "run", **changes), tiny.objects())
+    assert len(str(caught.value).splitlines()) == 2
+
+
+class Painted(tiny.Dressed):
+    """A family of pictures, as far as can be seen before it draws."""
+
+    media = "image"
+    payload = pa.schema([("completion", pa.binary())])
+
+
+@pytest.mark.parametrize("field", ["min_length", "max_length"])
+def test_a_window_of_lengths_is_refused_for_pictures_before_anything_is_drawn(field: str, tmp_path: Path) -> None:
+    policy = {"family": f"{__name__}:Painted", "options": {"num_prompts": 4, "num_answers": 5}}
+    with pytest.raises(ConfigError, match=rf"selection\.{field} is about lengths, and a picture has none; got 5"):
+        run(tiny.config(tmp_path / "run", policy=policy, selection={field: 5}), tiny.objects())
+    assert not list((tmp_path / "run").glob("round-*"))

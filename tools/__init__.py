@@ -1,0 +1,1 @@
+"""Not part of the wheel: how the bundled models were trained, and closed forms for the tests."""

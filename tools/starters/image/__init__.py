@@ -1,0 +1,1 @@
+"""How the bundled image models were trained."""
