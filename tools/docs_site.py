@@ -88,7 +88,8 @@ def type_of(value: Mapping[str, Any]) -> str:
     if value.get("type") == "array":
         return f"list of {type_of(value.get('items', {}))}"
     names = {"string": "text", "boolean": "true or false", "object": "mapping", "null": "null"}
-    return names.get(value.get("type", ""), value.get("type", "any"))
+    kind = str(value.get("type", "any"))
+    return names.get(kind, kind)
 
 
 def code(value: Any) -> str:
