@@ -11,19 +11,19 @@ from pathlib import Path
 from raftune.report.charts import line_chart
 from raftune.report.numbers import best_of, by_round
 from raftune.report.panels import BEST_OF, HELD_OUT, REWARD, START, described, line
-from raftune.report.reading import Reader
+from raftune.report.reading import RunReader
 from raftune.store.run import RunFolder
 
 TITLE = "Held-out rewards of the bundled starter by round, with 95 % intervals"
 SIZE = (760, 340)
 
 
-def draw(root: Path) -> str:
-    """The reward that it is tuned on, the best of k by that reward, and the held-out judge."""
-    reader = Reader(RunFolder(root))
+def generate(root: Path) -> str:
+    """The reward that it is trained on, the best of k by that reward, and the held-out judge."""
+    reader = RunReader(RunFolder(root))
     k, best = best_of(reader, "best_of_k")
     lines = [
-        line("reward it is tuned on", by_round(reader, "reward"), REWARD),
+        line("reward it is trained on", by_round(reader, "reward"), REWARD),
         line(f"best of {k} by it", best, BEST_OF, "dashed", "hollow"),
         line("held-out judge", by_round(reader, "held_out"), HELD_OUT, shape="square"),
     ]
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    args.out.write_text(draw(args.run), encoding="utf-8")
+    args.out.write_text(generate(args.run), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Each task has a base (nothing is learned), RAFT, and the control that keeps one 
 base fails at, it is also judged at its own. Every arm's last model is judged on the same prompts and seeds by a
 classifier that nothing was trained on; variety and drift are measured on the reward's CLIP features. Arms run two at a
 time, each in a process of its own with one thread. A call that was stopped is continued by the same call. Runs lie
-under --work, the page and its pictures under --out.
+under --work, the page and its images under --out.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", default="all", help="names, joined by commas; --list shows them")
     parser.add_argument("--held-out", type=int, default=96, help="prompts to judge by, of each set")
-    parser.add_argument("--draws", type=int, default=4, help="pictures of each of these")
+    parser.add_argument("--draws", type=int, default=4, help="images of each of these")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     parser.add_argument("--work", type=Path, default=Path("runs/images"))
     parser.add_argument("--list", action="store_true")
@@ -141,7 +141,7 @@ def settings(task: Task, arm: str, seed: int, work: Path) -> dict[str, Any]:
         "sampling": {"num_generations": 8, "diffusion": dialled(task, arm)},
         "rewards": {"reward_funcs": [task.reward]},
         "selection": {"rule": "random"} if arm == "random" else {},
-        "tuning": {
+        "training": {
             "learning_rate": task.rate,
             "per_device_train_batch_size": 48,
             "max_steps": 60,

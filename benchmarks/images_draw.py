@@ -1,7 +1,7 @@
 """Images per second of raftune's draw, beside calling the pipeline image by image and prompt by prompt, in one process.
 
 A pipeline of the image starter's architecture (32 px) with random weights: its time does not depend on them. All ways
-draw the same pictures, K for each prompt, with the same seeds, in turn, several times; medians are reported. Ours ends
+draw the same images, K for each prompt, with the same seeds, in turn, several times; medians are reported. Ours ends
 in PNG bytes and latents, as the ledger keeps them; the others end in PIL images. What bounds ours is told by shares:
 the denoiser's forwards, the decoder, and the rest (scheduler, PNG, Python). Ours draws a batch a core at once.
 
@@ -31,7 +31,7 @@ import torch
 
 from raftune.config import RunConfig, validate
 from raftune.policies.diffusion import Diffusion
-from raftune.protocols import Unit
+from raftune.protocols import Chunk
 from raftune.records import Prompt, derive_seed
 from raftune.training.quiet import quiet
 
@@ -110,11 +110,11 @@ def task_of(args: argparse.Namespace, folder: Path) -> Task:
 
 
 def ours(task: Task, batch_size: int) -> object:
-    """A fresh policy, as in a round: its denoiser is read, its prompts are encoded, its pictures end as PNG."""
+    """A fresh policy, as in a round: its denoiser is read, its prompts are encoded, its images end as PNG."""
     policy = Diffusion.load(task.config, task.start, task.start)
     prompts = tuple(Prompt(str(i), caption) for i, caption in enumerate(task.captions))
     seeds = tuple(tuple(row) for row in task.seeds)
-    return policy.draw(Unit(0, "0001", "round-0000", prompts, seeds, batch_size))
+    return policy.generate(Chunk(0, "0001", "round-0000", prompts, seeds, batch_size))
 
 
 def image_by_image(task: Task) -> object:
@@ -165,7 +165,7 @@ def medians(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
 
 
 def shares(task: Task, batch_size: int) -> dict[str, float]:
-    """The share of our draw's time that the denoiser and the decoder take, on one core, a batch at a time."""
+    """The share of our generate's time that the denoiser and the decoder take, on one core, a batch at a time."""
     torch.set_num_threads(1)
     policy = Diffusion.load(task.config, task.start, task.start)
     spent: dict[str, float] = {}
@@ -173,7 +173,7 @@ def shares(task: Task, batch_size: int) -> dict[str, float]:
     with timed(policy.drawer.denoiser, "forward", "denoiser", spent), timed(pipe.vae, "decode", "decoder", spent):
         begun = time.perf_counter()
         prompts = tuple(Prompt(str(i), caption) for i, caption in enumerate(task.captions))
-        policy.draw(Unit(0, "0001", "round-0000", prompts, tuple(map(tuple, task.seeds)), batch_size))
+        policy.generate(Chunk(0, "0001", "round-0000", prompts, tuple(map(tuple, task.seeds)), batch_size))
         whole = time.perf_counter() - begun
     found = {name: seconds / whole for name, seconds in spent.items()}
     return {**found, "the rest": 1 - sum(found.values())}

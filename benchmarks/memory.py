@@ -1,10 +1,10 @@
-"""Peak memory and time of a round against its number of samples: flat, because columns are read unit by unit.
+"""Peak memory and time of a round against its number of samples: flat, because columns are read chunk by chunk.
 
     python benchmarks/memory.py                        1,000 to 100,000 samples of the tabular family
     python benchmarks/memory.py --samples 2000 40000   others
 
 Each size runs in a process of its own, which reports the peak of its resident memory. One round without evaluation,
-8 samples a prompt, 64 prompts a unit; texts of 200 characters ride along with every prompt, as in a real data set.
+8 samples a prompt, 64 prompts a chunk; texts of 200 characters ride along with every prompt, as in a real data set.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def apart(samples: int) -> dict[str, Any]:
 def measure(samples: int) -> dict[str, Any]:
     """Runs one round of so many samples in this process."""
     from raftune.config import validate
-    from raftune.runtime.assembly import Objects
+    from raftune.runtime.assembly import PythonObjects
     from raftune.runtime.run import run
 
     prompts = samples // K
@@ -68,15 +68,15 @@ def measure(samples: int) -> dict[str, Any]:
             "prompts_per_round": prompts,
             "data": {"prompts": str(source)},
             "policy": {"family": "tabular", "num_prompts": 16, "num_answers": 32},
-            "sampling": {"num_generations": K, "unit_size": 64},
+            "sampling": {"num_generations": K, "chunk_size": 64},
             "evaluation": {"num_prompts": 0},
             "engine": {"threads": 1},
         }
         began = time.perf_counter()
-        run(validate(config), Objects(rewards=[value]))
+        run(validate(config), PythonObjects(rewards=[value]))
         seconds = time.perf_counter() - began
-    unit = 1 if sys.platform == "darwin" else 1024  # what the system counts in
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    chunk = 1 if sys.platform == "darwin" else 1024  # what the system counts in
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * chunk / 2**20
     return {"samples": samples, "seconds": seconds, "megabytes": peak}
 
 

@@ -30,7 +30,7 @@ LIMIT = 300.0  # seconds
 
 # The run on the dialogues: as long as the starter's, on longer prompts.
 ROUNDS = "--num_rounds 4 --prompts_per_round 64 --sampling.num_generations 8 --sampling.max_completion_length 64"
-TUNING = "--tuning.learning_rate 5e-4 --tuning.per_device_train_batch_size 16 --tuning.num_train_epochs 2"
+TUNING = "--training.learning_rate 5e-4 --training.per_device_train_batch_size 16 --training.num_train_epochs 2"
 HELD_OUT = "--evaluation.num_prompts 64 --evaluation.num_generations 4 --evaluation.reference_column reference"
 
 
@@ -117,8 +117,8 @@ def dialogues(folder: Path) -> list[list[str]]:
         "1",
     ]
     judged += ["--evaluation.prompts", f"{sft}/held_out.jsonl", "--rewards.reward_funcs", f"{reward}/model"]
-    dials = [*ROUNDS.split(), *TUNING.split(), "--tuning.replay_rounds", "2"]
-    learning = ["--policy.model", "starter", "--tuning.learning_rate", "5e-4", "--threads", "1"]
+    dials = [*ROUNDS.split(), *TUNING.split(), "--training.replay_rounds", "2"]
+    learning = ["--policy.model", "starter", "--training.learning_rate", "5e-4", "--threads", "1"]
     return [
         ["sft", data, *learning, "--output_dir", sft],
         ["reward", "train", data, "--model", "starter", "--output_dir", reward, "--threads", "1"],

@@ -2,7 +2,7 @@
 
     python benchmarks/rounds.py                     the whole comparison (about half an hour on two cores)
     python benchmarks/rounds.py --seeds 1 --rates 1e-3
-    python benchmarks/rounds.py --overhead          what of a round is neither drawing, reward nor tuning
+    python benchmarks/rounds.py --overhead          what of a round is neither drawing, reward nor training
 
 Each run is a process of its own, so that memory is comparable; the two methods take turns. Both call the same reward
 function, which notes when it was asked and what it gave: a mark counts as reached when a whole step's samples of the
@@ -97,7 +97,7 @@ def grpo(rate: float, seed: int, steps: int, diary: Diary, folder: str) -> None:
 
 def raft(rate: float, seed: int, steps: int, diary: Diary, folder: str) -> None:
     from raftune.policies.causal_lm import CausalLM
-    from raftune.runtime.assembly import Objects
+    from raftune.runtime.assembly import PythonObjects
     from raftune.runtime.run import run
 
     assert CausalLM  # imported, torch with it, before the clock starts
@@ -108,7 +108,7 @@ def raft(rate: float, seed: int, steps: int, diary: Diary, folder: str) -> None:
 
     diary.began = time.perf_counter()
     with contextlib.suppress(ReachedError):
-        run(raft_config(rate, seed, steps, folder), Objects(rewards=[diary]), observe=observe)
+        run(raft_config(rate, seed, steps, folder), PythonObjects(rewards=[diary]), observe=observe)
 
 
 def raft_config(rate: float, seed: int, steps: int, folder: str) -> dict[str, Any]:
@@ -120,8 +120,8 @@ def raft_config(rate: float, seed: int, steps: int, folder: str) -> dict[str, An
         "keep_models": "last",
         "data": {"prompts": "starter"},
         "policy": {"model": "starter"},
-        "sampling": {"num_generations": K, "max_completion_length": LIMIT, "unit_size": PROMPTS},
-        "tuning": {
+        "sampling": {"num_generations": K, "max_completion_length": LIMIT, "chunk_size": PROMPTS},
+        "training": {
             "learning_rate": rate,
             "num_train_epochs": 2,
             "per_device_train_batch_size": 16,
@@ -221,9 +221,9 @@ def summary(runs: list[dict[str, Any]], marks: list[float]) -> str:
 def overhead(rounds: int) -> dict[str, Any]:
     """Seconds of each round in draw, reward and tune, and the share of the rest, with and without page and guards."""
     from raftune.policies.causal_lm import CausalLM
-    from raftune.rewards.panel import Panel
+    from raftune.rewards.panel import RewardSet
 
-    spent = {"draw": 0.0, "reward": 0.0, "tune": 0.0}
+    spent = {"generate": 0.0, "reward": 0.0, "train": 0.0}
 
     def timed(name: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -235,9 +235,9 @@ def overhead(rounds: int) -> dict[str, Any]:
 
         return call
 
-    CausalLM.draw = timed("draw", CausalLM.draw)  # type: ignore[method-assign]
-    CausalLM.tune = timed("tune", CausalLM.tune)  # type: ignore[method-assign]
-    Panel.score = timed("reward", Panel.score)  # type: ignore[method-assign]
+    CausalLM.generate = timed("generate", CausalLM.generate)  # type: ignore[method-assign]
+    CausalLM.train = timed("train", CausalLM.train)  # type: ignore[method-assign]
+    RewardSet.score = timed("reward", RewardSet.score)  # type: ignore[method-assign]
     return {
         "all": shares(rounds, spent, {}),
         "without page and guards": shares(rounds, spent, {"report": False, "guards": {"enabled": False}}),
@@ -246,7 +246,7 @@ def overhead(rounds: int) -> dict[str, Any]:
 
 def shares(rounds: int, spent: dict[str, float], changes: dict[str, Any]) -> dict[str, float]:
     """Medians over the rounds of one run; `spent` grows while it works."""
-    from raftune.runtime.assembly import Objects
+    from raftune.runtime.assembly import PythonObjects
     from raftune.runtime.run import run
 
     marks: list[tuple[float, dict[str, float]]] = []
@@ -257,7 +257,7 @@ def shares(rounds: int, spent: dict[str, float], changes: dict[str, Any]) -> dic
 
     with tempfile.TemporaryDirectory() as folder:
         config = raft_config(1e-3, 0, rounds, folder) | changes
-        run(config, Objects(rewards=[Diary(float("inf"))]), observe=observe)
+        run(config, PythonObjects(rewards=[Diary(float("inf"))]), observe=observe)
     rows = []
     for (t0, a), (t1, b) in itertools.pairwise(marks[1:]):  # the first round warms up
         inside = {name: b[name] - a[name] for name in spent}

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from raftune.policies.causal_lm.sampling.backend import choose_backend
 from raftune.policies.causal_lm.sampling.parity import rows_of_prompts
-from raftune.policies.causal_lm.sampling.sample import DrawPath, DrawSettings, draw
+from raftune.policies.causal_lm.sampling.sample import BackendName, SamplingParams, generate
 
 PAD, EOS, FIRST_WORD = 0, 2, 3
 Draw = Callable[[], list[int]]  # the lengths of all completions, EOS included
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _ways(task: Task, args: argparse.Namespace) -> dict[str, Draw]:
-    settings = DrawSettings(
+    settings = SamplingParams(
         max_completion_length=task.max_length, eos_ids=(EOS,), pad_id=PAD, batch_size=args.batch_size
     )
     backend = choose_backend(task.model, rows_of_prompts(task.prompts), settings)  # a run does it once, so: not timed
@@ -70,9 +70,9 @@ def _ways(task: Task, args: argparse.Namespace) -> dict[str, Draw]:
     return ways
 
 
-def _raftune(task: Task, settings: DrawSettings, path: DrawPath) -> list[int]:
+def _raftune(task: Task, settings: SamplingParams, path: BackendName) -> list[int]:
     seeds = np.arange(len(task.prompts) * task.k).reshape(len(task.prompts), task.k).tolist()
-    drawn = draw(task.model, None, task.prompts, seeds, settings, path)
+    drawn = generate(task.model, None, task.prompts, seeds, settings, path)
     return [len(sample.ids) for group in drawn for sample in group]
 
 

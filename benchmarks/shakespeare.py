@@ -107,7 +107,7 @@ def write_prompts(path: Path, prompts: list[str]) -> None:
 
 
 def align(out: Path, name: str, seed: int, rule: str, args: argparse.Namespace) -> Path:
-    """One run of RAFT, or of its random control on the same dials."""
+    """One run of RAFT, or of its random control on the same options."""
     from raftune.runtime.run import run
 
     root = out / "runs" / f"{name}-{seed}"
@@ -122,7 +122,7 @@ def align(out: Path, name: str, seed: int, rule: str, args: argparse.Namespace) 
         "sampling": {"num_generations": 8, "max_completion_length": 48},
         "rewards": {"reward_funcs": [{"spec": f"{Path(__file__).resolve()}:sentiment"}]},
         "selection": {"rule": rule},
-        "tuning": {"learning_rate": args.rate, "num_train_epochs": 2, "per_device_train_batch_size": 16},
+        "training": {"learning_rate": args.rate, "num_train_epochs": 2, "per_device_train_batch_size": 16},
         "evaluation": {"prompts": str(out / "held_out.jsonl"), "num_prompts": 128, "num_generations": 8, "seed": seed},
     }
     run(config)

@@ -44,7 +44,7 @@ if __name__ == "__main__":
             },
             # This function beside a CLIP score, each ranked within its prompt: dark, and still what the caption says.
             "rewards": {"reward_funcs": [f"{__file__}:darkness", args.clip], "combine": "rank"},
-            "tuning": {"learning_rate": 2e-4, "max_steps": args.train_steps},
+            "training": {"learning_rate": 2e-4, "max_steps": args.train_steps},
             "evaluation": {"prompts": args.prompts, "num_prompts": 16, "num_generations": 2, "best_by": "darkness"},
         }
     )

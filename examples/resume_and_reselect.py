@@ -36,7 +36,7 @@ if __name__ == "__main__":
         "policy": {"model": "starter"},
         "sampling": {"num_generations": 8, "max_completion_length": args.max_completion_length},
         "rewards": {"reward_funcs": ["starter"]},
-        "tuning": {"learning_rate": 5e-4},
+        "training": {"learning_rate": 5e-4},
         "evaluation": {"prompts": "starter", "num_prompts": args.prompts_per_round},
     }
     try:

@@ -48,7 +48,7 @@ if __name__ == "__main__":
             "sampling": {"max_completion_length": args.max_completion_length},
             "rewards": {"reward_funcs": ["starter"]},
             "selection": {"rule": f"{__file__}:LargestGain", "options": {"share": args.share}},
-            "tuning": {"learning_rate": 5e-4, "num_train_epochs": 2},
+            "training": {"learning_rate": 5e-4, "num_train_epochs": 2},
             "evaluation": {"prompts": "starter", "num_prompts": args.num_eval_prompts},
         }
     )

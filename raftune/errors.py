@@ -13,7 +13,7 @@
     │   ├── RunInUse             1   another process holds it
     │   ├── RunDamaged           1   a file on disk is not what was committed
     │   └── RunTooNew            1   a later version of raftune wrote it
-    ├── EngineError              1   a worker died or a unit failed too often
+    ├── EngineError              1   a worker died or a chunk failed too often
     ├── GateFailed               3   a check that was asked for did not pass
     └── Interrupted            130   stopped on request; the run can be resumed
 
@@ -86,7 +86,7 @@ class RunTooNew(StoreError):
 
 
 class EngineError(RaftuneError):
-    """A worker died, or one unit failed too often."""
+    """A worker died, or one chunk failed too often."""
 
 
 class GateFailed(RaftuneError):

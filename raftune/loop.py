@@ -20,19 +20,19 @@ from raftune.evaluation.history import (
     reason_of_emptiness,
     reason_to_stop,
 )
-from raftune.protocols import Receipt, Stage, UnitStage
+from raftune.protocols import ChunkedStage, JournalEntry, Stage
 from raftune.results.summary import alarms_of, done_words, read_json
 from raftune.stages.train import NOTHING, REPORT
 from raftune.store import pulse
-from raftune.store.commit import RECEIPTS, with_hash
+from raftune.store.commit import JOURNAL, with_hash
 from raftune.store.files import discard, json_bytes, write_json
-from raftune.store.job import Engine, Job, note, run_once, seal_units, unfinished
+from raftune.store.job import Engine, StageJob, note, run_once, seal_chunks, unfinished
 from raftune.store.run import RunFolder
 
-Observer = Callable[[str, dict[str, Any]], None]
+Callback = Callable[[str, dict[str, Any]], None]
 
 
-class Workshop(Protocol):
+class RunContext(Protocol):
     """What the loop needs of the composition root: the table of stages, and an engine for their units."""
 
     run: RunFolder
@@ -40,13 +40,13 @@ class Workshop(Protocol):
     engine: Engine
 
     def stages(self, round_: int) -> list[Stage]: ...
-    def job(self, stage: Stage, round_: int) -> Job: ...
-    def engine_for(self, stage: UnitStage) -> Engine: ...
-    def retire(self, round_: int, best: int | None) -> None: ...
+    def job(self, stage: Stage, round_: int) -> StageJob: ...
+    def engine_for(self, stage: ChunkedStage) -> Engine: ...
+    def prune(self, round_: int, best: int | None) -> None: ...
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """Where a run ended: rounds done, the round whose model is published, its value, and why it stopped.
 
     `prompts` are those that the value is the mean of.
@@ -59,28 +59,28 @@ class Outcome:
     prompts: int | None = None
 
 
-def train(shop: Workshop, observe: Observer = lambda kind, facts: None) -> Outcome:
+def train(ctx: RunContext, observe: Callback = lambda kind, facts: None) -> RunOutcome:
     """Runs what is not committed yet, and publishes the best round."""
-    say = speaker(shop.run, observe)
+    emit = speaker(ctx.run, observe)
     history: list[Metrics] = []
     nothing: list[str] = []
-    reason = done_words(shop.config.num_rounds)
-    for round_ in range(shop.config.num_rounds + 1):
-        say("round_begin", round=round_, of=shop.config.num_rounds)
-        worked = [ensure(shop, stage, round_, say) for stage in shop.stages(round_)]
-        history.append(metrics_of(shop.run, round_))
-        outcome = outcome_of(shop.config, history, reason)
+    reason = done_words(ctx.config.num_rounds)
+    for round_ in range(ctx.config.num_rounds + 1):
+        emit("round_begin", round=round_, of=ctx.config.num_rounds)
+        worked = [ensure(ctx, stage, round_, emit) for stage in ctx.stages(round_)]
+        history.append(metrics_of(ctx.run, round_))
+        outcome = outcome_of(ctx.config, history, reason)
         if any(worked):
-            publish(shop, outcome)
-        shop.retire(round_, outcome.best)
-        alarms = alarms_of(shop.run, round_) if shop.config.guards.enabled else []
-        say("round_end", round=round_, metrics=history[-1], summary=summary_of(shop.run, round_), alarms=alarms)
-        nothing += [nothing_learned(shop.run, round_)] if round_ else []
-        if round_ and (stop := why_stop(shop.config, history, alarms, nothing)):
+            publish(ctx, outcome)
+        ctx.prune(round_, outcome.best)
+        alarms = alarms_of(ctx.run, round_) if ctx.config.guards.enabled else []
+        emit("round_end", round=round_, metrics=history[-1], summary=summary_of(ctx.run, round_), alarms=alarms)
+        nothing += [nothing_learned(ctx.run, round_)] if round_ else []
+        if round_ and (stop := why_stop(ctx.config, history, alarms, nothing)):
             outcome = replace(outcome, reason=stop)
             break
-    publish(shop, outcome)
-    say("end", best=outcome.best, rounds=outcome.rounds, reason=outcome.reason)
+    publish(ctx, outcome)
+    emit("end", best=outcome.best, rounds=outcome.rounds, reason=outcome.reason)
     return outcome
 
 
@@ -92,78 +92,78 @@ def why_stop(config: RunConfig, history: list[Metrics], alarms: list[dict[str, A
     return reason or reason_of_alarm(alarms, config.guards.stop_on)
 
 
-def ensure(shop: Workshop, stage: Stage, round_: int, say: Callable[..., None]) -> bool:
+def ensure(ctx: RunContext, stage: Stage, round_: int, emit: Callable[..., None]) -> bool:
     """Runs the stage unless it is committed; True if it ran."""
-    if shop.run.commit(round_, stage.writes) is not None:
-        tidy(shop, stage, round_)  # a kill may have come between the COMMIT and this
+    if ctx.run.commit(round_, stage.writes) is not None:
+        cleanup(ctx, stage, round_)  # a kill may have come between the COMMIT and this
         return False
-    job = shop.job(stage, round_)
+    job = ctx.job(stage, round_)
     began = time.perf_counter()
     pulse.clear()
-    say("stage_begin", round=round_, stage=stage.name)
-    notes: tuple[str, ...] = ()  # those of units are told with each
+    emit("stage_begin", round=round_, stage=stage.name)
+    notes: tuple[str, ...] = ()  # those of chunks are told with each
     try:
-        if isinstance(stage, UnitStage):
-            run_units(shop, job, stage, say)
+        if isinstance(stage, ChunkedStage):
+            run_chunks(ctx, job, stage, emit)
         else:
-            shop.engine.rest()
+            ctx.engine.rest()
             notes = run_once(job, stage)
     except BaseException:
         seconds = round(time.perf_counter() - began, 4)
-        say("stage_stop", round=round_, stage=stage.name, seconds=seconds)
+        emit("stage_stop", round=round_, stage=stage.name, seconds=seconds)
         raise
-    tidy(shop, stage, round_)
+    cleanup(ctx, stage, round_)
     seconds = round(time.perf_counter() - began, 4)
-    say("stage_end", round=round_, stage=stage.name, seconds=seconds, notes=list(notes))
+    emit("stage_end", round=round_, stage=stage.name, seconds=seconds, notes=list(notes))
     return True
 
 
-def tidy(shop: Workshop, stage: Stage, round_: int) -> None:
-    """Removes what only an interrupted stage is continued from: its receipts, its checkpoints."""
-    (shop.run.folder(round_, stage.writes) / RECEIPTS).unlink(missing_ok=True)
+def cleanup(ctx: RunContext, stage: Stage, round_: int) -> None:
+    """Removes what only an interrupted stage is continued from: its journal entries, its checkpoints."""
+    (ctx.run.folder(round_, stage.writes) / JOURNAL).unlink(missing_ok=True)
     scratch = getattr(stage, "scratch", None)
     if scratch is not None:
-        discard(scratch, shop.run.tmp)
+        discard(scratch, ctx.run.tmp)
 
 
-def run_units(shop: Workshop, job: Job, stage: UnitStage, say: Callable[..., None]) -> None:
-    """Runs the units that are missing, wherever the engine runs them, and commits the stage."""
-    missing, receipts = unfinished(job, stage)
-    engine = shop.engine_for(stage)
-    say("units", round=job.round, stage=stage.name, total=len(missing) + len(receipts), found=len(receipts))
-    for receipt in engine.run(job, stage, missing):
-        note(job, receipt)
-        receipts.append(receipt)
-        say("unit", round=job.round, stage=stage.name, **told(receipt))
-    seal_units(job, receipts, engine.failed)
+def run_chunks(ctx: RunContext, job: StageJob, stage: ChunkedStage, emit: Callable[..., None]) -> None:
+    """Runs the chunks that are missing, wherever the engine runs them, and commits the stage."""
+    missing, entries = unfinished(job, stage)
+    engine = ctx.engine_for(stage)
+    emit("chunks", round=job.round, stage=stage.name, total=len(missing) + len(entries), found=len(entries))
+    for entry in engine.run(job, stage, missing):
+        note(job, entry)
+        entries.append(entry)
+        emit("chunk", round=job.round, stage=stage.name, **told(entry))
+    seal_chunks(job, entries, engine.failed)
 
 
-def told(receipt: Receipt) -> dict[str, Any]:
+def told(entry: JournalEntry) -> dict[str, Any]:
     return {
-        "unit": receipt.unit,
-        "rows": receipt.rows,
-        "seconds": round(receipt.seconds, 4),
-        "notes": list(receipt.notes),
+        "chunk": entry.chunk,
+        "rows": entry.rows,
+        "seconds": round(entry.seconds, 4),
+        "notes": list(entry.notes),
     }
 
 
-def outcome_of(config: RunConfig, history: list[Metrics], reason: str) -> Outcome:
+def outcome_of(config: RunConfig, history: list[Metrics], reason: str) -> RunOutcome:
     """Where the run stands: the best round so far by the held-out value, or the last where nothing was measured."""
     last = len(history) - 1
     best, value = best_round(history, config.evaluation.best_by) or (last, None)
     found = compared_by(history[best], config.evaluation.best_by) if value is not None else None
-    return Outcome(last, best, value, reason, found.get("n") if found else None)
+    return RunOutcome(last, best, value, reason, found.get("n") if found else None)
 
 
-def publish(shop: Workshop, outcome: Outcome) -> None:
+def publish(ctx: RunContext, outcome: RunOutcome) -> None:
     """Writes best.json, unless it says so already."""
-    path = shop.run.root / "best.json"
-    found = with_hash(published(shop.config, outcome))
+    path = ctx.run.root / "best.json"
+    found = with_hash(published(ctx.config, outcome))
     if not path.is_file() or path.read_bytes() != json_bytes(found):
-        write_json(shop.run.tmp, path, found)
+        write_json(ctx.run.tmp, path, found)
 
 
-def published(config: RunConfig, outcome: Outcome) -> dict[str, Any]:
+def published(config: RunConfig, outcome: RunOutcome) -> dict[str, Any]:
     """What best.json says of this outcome."""
     return {
         "round": outcome.best,
@@ -194,13 +194,13 @@ def summary_of(run: RunFolder, round_: int) -> dict[str, Any]:
     return read_json(path)
 
 
-def speaker(run: RunFolder, observe: Observer) -> Callable[..., None]:
+def speaker(run: RunFolder, observe: Callback) -> Callable[..., None]:
     """Tells the observer, and writes to events.jsonl what is of use later."""
 
-    def say(kind: str, **facts: Any) -> None:
-        if kind in ("stage_begin", "stage_end", "stage_stop", "unit", "end"):
+    def emit(kind: str, **facts: Any) -> None:
+        if kind in ("stage_begin", "stage_end", "stage_stop", "chunk", "end"):
             run.events.add(kind, **facts)
         if kind != "stage_stop":  # an error is on its way, and the observer may be what raised it
             observe(kind, facts)
 
-    return say
+    return emit

@@ -13,12 +13,12 @@ import pyarrow as pa
 
 from raftune.records import Prompt, Sample, Score
 
-FloatN = npt.NDArray[np.float64]
-EVALUATION = "e"  # ends the scope of a unit whose samples are only looked at
+FloatArray = npt.NDArray[np.float64]
+EVALUATION = "e"  # ends the scope of a chunk whose samples are only looked at
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class Chunk:
     """A fixed slice of prompts x K: what is drawn and scored at once, always in the same batches.
 
     `seeds[i][k]` is the seed of the k-th draw of prompts[i]; `version` names the policy that draws; `scope` begins the
@@ -34,7 +34,7 @@ class Unit:
 
     @property
     def learned(self) -> bool:
-        """Whether a tuning may learn from its samples; those of an evaluation are only looked at."""
+        """Whether a training may learn from its samples; those of an evaluation are only looked at."""
         return not self.scope.endswith(EVALUATION)
 
     def sample_id(self, prompt: Prompt, k: int) -> str:
@@ -43,10 +43,10 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class TuneReport:
-    """What a tuning did, without times: the same for an interrupted and an uninterrupted one.
+class TrainReport:
+    """What a training did, without times: the same for an interrupted and an uninterrupted one.
 
-    losses[i] is the mean loss of optimizer step i (nats per token, or the unit that the named loss has).
+    losses[i] is the mean loss of optimizer step i (nats per token, or the chunk that the named loss has).
     """
 
     rows: int
@@ -56,10 +56,10 @@ class TuneReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
-    """A unit that lies on disk: its file with its size in bytes, its SHA-256, its rows."""
+class JournalEntry:
+    """A chunk that lies on disk: its file with its size in bytes, its SHA-256, its rows."""
 
-    unit: int
+    chunk: int
     file: str
     rows: int
     sha256: str
@@ -79,15 +79,15 @@ class Policy(Protocol):
         """Bytes of the weights that this instance holds now; 0 before they are read."""
         ...
 
-    def draw(self, unit: Unit) -> list[Sample]:
-        """All samples of the unit, prompt by prompt, k ascending. Raises OutOfMemory, ModelError."""
+    def generate(self, chunk: Chunk) -> list[Sample]:
+        """All samples of the chunk, prompt by prompt, k ascending. Raises OutOfMemory, ModelError."""
         ...
 
-    def adopt(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
+    def encode_completion(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
         """The payload (with `completion`) of somebody else's answer, encoded as if this policy had drawn it."""
         ...
 
-    def tune(self, rows: Path, work: Path, out: Path) -> TuneReport:
+    def train(self, rows: Path, work: Path, out: Path) -> TrainReport:
         """Fits the policy to the rows (Parquet: prompt, weight, payload) and writes the new model into `out`.
 
         Checkpoints lie under `work`; the newest one that verifies is continued from.
@@ -100,20 +100,20 @@ class Policy(Protocol):
 
 
 @runtime_checkable
-class Likelihood(Protocol):
+class SupportsLogProbs(Protocol):
     """A policy that can say how probable an answer is; without it beta > 0 is refused when planning."""
 
-    def log_probs(self, prompts: Sequence[Prompt], samples: pa.Table, batch_size: int) -> FloatN:
+    def log_probs(self, prompts: Sequence[Prompt], samples: pa.Table, batch_size: int) -> FloatArray:
         """(N,) nats, untempered, summed over the completion's tokens, EOS included."""
         ...
 
-    def recorded_log_probs(self, samples: pa.Table) -> FloatN:
+    def recorded_log_probs(self, samples: pa.Table) -> FloatArray:
         """(N,) the same under the policy that drew the samples, as noted while drawing; NaN where nothing was noted."""
         ...
 
 
 @runtime_checkable
-class Reader(Protocol):
+class SupportsPromptCheck(Protocol):
     """A policy that says before anything is drawn which prompts it cannot read."""
 
     def unread(self, prompt: Prompt) -> str | None:
@@ -182,26 +182,30 @@ class SupportsBackends(Protocol):
 
 @runtime_checkable
 class SupportsObjectives(Protocol):
-    """A family whose `tune` minimises the configured objective (objectives.load_objective), also one of the user's."""
+    """A family whose `train` minimises the configured objective (objectives.load_objective), also one of the user's."""
 
     any_objective: bool
 
 
 @runtime_checkable
-class Particular(Protocol):
-    """A policy that says which dials it does not have: asked again where a run goes on under another configuration."""
+class SupportsConfigCheck(Protocol):
+    """A policy that says which options it does not have: asked again where a run goes on under another
+    configuration.
+    """
 
-    def refuse_dials(self) -> None:
-        """Raises ConfigError for a dial that the family, or this very model, does not have or cannot follow."""
+    def check_config(self) -> None:
+        """Raises ConfigError for an option that the family, or this very model, does not have or cannot follow."""
         ...
 
 
 @runtime_checkable
-class Shortening(Protocol):
+class SupportsTruncation(Protocol):
     """A policy that can cut an answer to what it reads; without it an answer that is too long cannot be learned."""
 
-    def adopt_within(self, prompt: Prompt, answer: Any, source: str, max_length: int | None) -> Mapping[str, Any]:
-        """As `adopt`; what exceeds max_length (tokens, prompt and answer) is cut. Raises TooLong without any room."""
+    def encode_truncated(self, prompt: Prompt, answer: Any, source: str, max_length: int | None) -> Mapping[str, Any]:
+        """As `encode_completion`; what exceeds max_length (tokens, prompt and answer) is cut. Raises TooLong without
+        any room.
+        """
         ...
 
 
@@ -215,7 +219,7 @@ class RankedCandidates:
     row: npt.NDArray[np.int64]  # (C,) the row of the candidate in the round's samples
     group: npt.NDArray[np.int64]  # (C,) the number of its prompt
     k: npt.NDArray[np.int32]  # (C,) its index within the prompt
-    score: FloatN  # (C,) what it is ranked by
+    score: FloatArray  # (C,) what it is ranked by
     rank: npt.NDArray[np.int32]  # (C,) 1 is the best of its prompt
     start: npt.NDArray[np.int64]  # (G,)
     size: npt.NDArray[np.int64]  # (G,) at least 1
@@ -245,7 +249,7 @@ def group_starts(size: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 # Weights (C,), 0 for what is not kept, and reasons (C,): indices into the `reasons` of the rule.
-Decision = tuple[FloatN, npt.NDArray[Any]]
+Decision = tuple[FloatArray, npt.NDArray[Any]]
 
 
 class Rule(Protocol):
@@ -265,7 +269,7 @@ class LearnedModel(Protocol):
     """What an objective sees of the model that is trained."""
 
     def terms(self, batch: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-        """Tensors, with gradient: the loss of each unit (a token, an image at a noise level), the weight of each, and
+        """Tensors, with gradient: the loss of each chunk (a token, an image at a noise level), the weight of each, and
         the weight that the batch has in all."""
         ...
 
@@ -280,7 +284,7 @@ class Objective(Protocol):
     def needs(self) -> frozenset[str]: ...
 
     def rows(self, samples: pa.Table, verdicts: pa.Table) -> pa.Table:
-        """The rows to train on, of one unit's samples with their verdicts, row for row: all columns of `samples`, and
+        """The rows to train on, of one chunk's samples with their verdicts, row for row: all columns of `samples`, and
         `weight` (0 leaves a row out). Further columns of numbers reach the batch by their names."""
         ...
 
@@ -299,10 +303,10 @@ class Reward(Protocol):
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[float | None]: ...
 
 
-Inputs = Mapping[str, Path]
+StageInputs = Mapping[str, Path]
 
 
-class PolicyShelf(Protocol):
+class PolicyProvider(Protocol):
     """Hands out policies, and holds at most one large model at a time."""
 
     def at(self, folder: Path) -> Policy:
@@ -310,19 +314,20 @@ class PolicyShelf(Protocol):
         ...
 
     def fresh(self, folder: Path) -> Policy:
-        """A newly read instance, for tuning; whatever was held before is let go."""
+        """A newly read instance, for training; whatever was held before is let go."""
         ...
 
     def encoder(self, folder: Path) -> Policy:
-        """An instance for `adopt` alone, which needs no weights: it stays beside the one large model."""
+        """An instance for `encode_completion` alone, which needs no weights: it stays beside the one large model."""
         ...
 
 
-class StageFace(Protocol):
+class StageBase(Protocol):
     """What every stage declares, so that keys, resume and staleness are one walk over a table of stages.
 
     `name` is what it is called, `writes` its folder in the round. `reads` are the folders whose COMMIT enters its key:
-    "draw", "model@-1" of the round before, "data@0" of the start. `fields` are the dotted config fields that enter it.
+    "generate", "model@-1" of the round before, "data@0" of the start. `fields` are the dotted config fields that enter
+    it.
     """
 
     @property
@@ -339,34 +344,34 @@ class StageFace(Protocol):
         ...
 
 
-class OnceStage(StageFace, Protocol):
+class SingleStage(StageBase, Protocol):
     """A stage that runs once, in the loop's process."""
 
-    def run(self, inputs: Inputs, out: Path) -> tuple[str, ...] | None:
+    def run(self, inputs: StageInputs, out: Path) -> tuple[str, ...] | None:
         """Writes the stage's files into `out`; returns what a user should know about it."""
         ...
 
 
 @runtime_checkable
-class UnitStage(StageFace, Protocol):
-    """A stage that an engine runs unit by unit; a `local` one needs objects that only the loop's process has."""
+class ChunkedStage(StageBase, Protocol):
+    """A stage that an engine runs chunk by chunk; a `local` one needs objects that only the loop's process has."""
 
     @property
     def local(self) -> bool: ...
 
-    def units(self, inputs: Inputs) -> list[int]:
-        """The numbers of the units to run."""
+    def chunks(self, inputs: StageInputs) -> list[int]:
+        """The numbers of the chunks to run."""
         ...
 
-    def run_unit(self, inputs: Inputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
-        """Writes one unit's table to `out`, with this metadata; returns what a user should know about it."""
+    def run_chunk(self, inputs: StageInputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+        """Writes one chunk's table to `out`, with this metadata; returns what a user should know about it."""
         ...
 
 
-Stage = OnceStage | UnitStage
+Stage = SingleStage | ChunkedStage
 
 
-class Extras(Protocol):
+class RewardExtras(Protocol):
     """Means of what rewards gave to `log_metric`, and of how many numbers; columns of `log_extra`, a value a sample."""
 
     @property
@@ -379,13 +384,13 @@ class Extras(Protocol):
     def columns(self) -> dict[str, list[Any]]: ...
 
 
-class Panel(Protocol):
+class Scorer(Protocol):
     """Several rewards with their weights: one score for each sample."""
 
     names: tuple[str, ...]
 
     @property
-    def extras(self) -> Extras:
+    def extras(self) -> RewardExtras:
         """What rewards logged during the last `score_samples`."""
         ...
 
@@ -406,8 +411,8 @@ class Panel(Protocol):
         ...
 
 
-class Extractor(Protocol):
-    """A model that sees pictures as vectors."""
+class FeatureExtractor(Protocol):
+    """A model that sees images as vectors."""
 
     @property
     def fingerprint(self) -> str:
@@ -415,7 +420,7 @@ class Extractor(Protocol):
         ...
 
     def image_features(self, images: Sequence[Any]) -> npt.NDArray[np.float32]:
-        """(N, d) a vector for each PIL picture, of any size."""
+        """(N, d) a vector for each PIL image, of any size."""
         ...
 
 
@@ -431,12 +436,12 @@ class Metric(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class MonitorInput:
     """What is looked at when a round ends; tables have one row a sample, null where a value is not known.
 
     `samples` competed in the round: sample_id, prompt_id, k, source, score, weight (0: rejected) and rewards/NAME; of
     texts also length, clipped, similarity (among its prompt's own draws), control, and text where it was kept or is of
-    the control: of each prompt as many of the policy's first draws as were kept; of pictures also brightness,
+    the control: of each prompt as many of the policy's first draws as were kept; of images also brightness,
     saturation, contrast, thumbnail, and control. `factors` are the rewards' weights; counts/NAME is what a reward
     counts where that is not its value.
     `held_out` judged the round: sample_id, prompt_id, k, score, and, where they were measured, held_out and log_ratio
@@ -456,17 +461,17 @@ class Evidence:
     losses: Sequence[float] = ()
 
 
-class Examiner(Protocol):
+class Monitor(Protocol):
     """Pure functions that look at a round."""
 
-    def similarities(self, texts: Sequence[str], groups: npt.NDArray[np.int64]) -> FloatN:
+    def similarities(self, texts: Sequence[str], groups: npt.NDArray[np.int64]) -> FloatArray:
         """(G,) the mean similarity of two texts of each group, NaN for a group without two; text i is in groups[i]."""
         ...
 
-    def measures(self, evidence: Evidence) -> dict[str, dict[str, Any]]:
+    def measures(self, evidence: MonitorInput) -> dict[str, dict[str, Any]]:
         """The measures of what was `drawn`, and of what was `selected`."""
         ...
 
-    def alarms(self, evidence: Evidence, sets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def alarms(self, evidence: MonitorInput, sets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         """What a person should look at, each with evidence in words, numbers, and samples."""
         ...

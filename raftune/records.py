@@ -28,7 +28,7 @@ class JsonScalar(pa.ExtensionScalar):  # type: ignore[misc]
         return None if self.value is None else json.loads(self.value.as_py())
 
 
-class Json(pa.ExtensionType):  # type: ignore[misc]
+class JsonType(pa.ExtensionType):  # type: ignore[misc]
     """A column of JSON text whose cells are read as the values: each keeps exactly the keys that it was given.
 
     Arrow's own structs give every row the keys of all others. Readers that do not know the type find the text.
@@ -41,7 +41,7 @@ class Json(pa.ExtensionType):  # type: ignore[misc]
         return b""
 
     @classmethod
-    def __arrow_ext_deserialize__(cls, storage: pa.DataType, serialized: bytes) -> Json:
+    def __arrow_ext_deserialize__(cls, storage: pa.DataType, serialized: bytes) -> JsonType:
         return cls()
 
     def __arrow_ext_scalar_class__(self) -> type[JsonScalar]:
@@ -49,13 +49,13 @@ class Json(pa.ExtensionType):  # type: ignore[misc]
 
 
 with contextlib.suppress(pa.ArrowKeyError):  # imported anew: the type is known by its name
-    pa.register_extension_type(Json())
+    pa.register_extension_type(JsonType())
 
 
 def json_array(values: Sequence[Any]) -> pa.Array:
     """The values as JSON text, in a column that gives them back. Raises TypeError for what JSON cannot say."""
     texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
-    return pa.ExtensionArray.from_storage(Json(), pa.array(texts, pa.string()))
+    return pa.ExtensionArray.from_storage(JsonType(), pa.array(texts, pa.string()))
 
 
 _AT_ONCE = 1024  # values that are held a second time, to compare them
@@ -136,7 +136,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     columns = {}
     for column in schema:
         values = [row.get(column.name) for row in rows]
-        columns[column.name] = json_array(values) if column.type == Json() else pa.array(values, column.type)
+        columns[column.name] = json_array(values) if column.type == JsonType() else pa.array(values, column.type)
     return pa.table(columns, schema=schema)
 
 
@@ -163,7 +163,7 @@ class Sample:
     payload: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Status(StrEnum):
+class ScoreStatus(StrEnum):
     """How a score, or one part of it, came about. Only OK samples can be selected."""
 
     OK = "ok"
@@ -174,11 +174,11 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RewardPart:
     """What one reward said of one sample; `value` is None unless the status is OK."""
 
     value: float | None
-    status: Status
+    status: ScoreStatus
     detail: str = ""
 
 
@@ -190,14 +190,14 @@ class Score:
     """
 
     value: float | None
-    status: Status
-    parts: Mapping[str, Part]
+    status: ScoreStatus
+    parts: Mapping[str, RewardPart]
     detail: str = ""
 
 
 # Columns of a payload that mean the same in every family that has them.
 INVALID = "invalid"  # why the sample is nothing to learn from, null where it is: then no reward is asked about it
-LATENTS = "latents"  # what only tuning reads, and `keep_latents` may drop once a round is tuned
+LATENTS = "latents"  # what only training reads, and `keep_latents` may drop once a round is trained
 
 # The columns of a draw shard before the family's own payload columns.
 SAMPLE_FIELDS: tuple[pa.Field, ...] = (

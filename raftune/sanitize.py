@@ -57,7 +57,7 @@ def percent(share: float, digits: int = 0) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that a person would use: 0.8 s, 42 s, 3 min 10 s, 2 h 05 min."""
+    """Seconds in the chunk that a person would use: 0.8 s, 42 s, 3 min 10 s, 2 h 05 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 59.5:
@@ -69,9 +69,9 @@ def duration(seconds: float) -> str:
 
 
 def megabytes(size: float) -> str:
-    """A number of bytes in the unit that a person would use."""
-    for unit in ("bytes", "kB", "MB", "GB"):
+    """A number of bytes in the chunk that a person would use."""
+    for chunk in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.1f} {unit}"
+            return f"{size:.0f} {chunk}" if chunk == "bytes" or size >= 100 else f"{size:.1f} {chunk}"
         size /= 1000
     return f"{size:.1f} TB"

@@ -155,7 +155,7 @@ def nothing_to_rank(candidates: Candidates, verdicts: Verdicts) -> dict[int, flo
     return dict(zip(group[tied].tolist(), candidates.score[first][tied].tolist(), strict=True))
 
 
-def barren(candidates: Candidates, verdicts: Verdicts) -> dict[int, str]:
+def without_candidates(candidates: Candidates, verdicts: Verdicts) -> dict[int, str]:
     """The prompts of which nothing was kept, ascending, each with its reason in words."""
     kept = np.unique(candidates.group[verdicts.weight > 0])
     rows = np.flatnonzero(~np.isin(candidates.group, kept))

@@ -2,7 +2,7 @@
 
     @pytest.mark.parametrize("claim", claims(Digits), ids=lambda claim: claim.__name__)
     def test_digits_keep(claim, tmp_path):
-        claim(begin(config, tmp_path, prompts=[3, 1, 4], answer=picture), tmp_path)
+        claim(begin(config, tmp_path, prompts=[3, 1, 4], answer=image), tmp_path)
 
 A claim raises AssertionError, in words, where the family does not keep it. Claims need no test runner.
 """
@@ -21,7 +21,7 @@ import pyarrow as pa
 from raftune.config.load import validate
 from raftune.config.run import RunConfig
 from raftune.policies.registry import Family, family_of, load_policy
-from raftune.protocols import Likelihood, Policy, TuneReport, Unit
+from raftune.protocols import Chunk, Policy, SupportsLogProbs, TrainReport
 from raftune.records import Prompt, PromptContent, Sample, derive_seed, prompt_ids
 from raftune.stages.gather import kept_rows
 from raftune.stages.generate import as_table, drawn
@@ -33,7 +33,7 @@ LEVELS = 2  # of 255: what the order of sums may change in a pixel
 
 
 @dataclass(frozen=True)
-class Case:
+class FamilyCase:
     """One family with its start model on disk, prompts that it takes, an answer that somebody else might give, and the
     completion that this answer becomes."""
 
@@ -47,18 +47,18 @@ class Case:
     def load(self, folder: Path | None = None) -> Policy:
         return load_policy(self.family, self.config, folder or self.start, self.start)
 
-    def unit(self, batch_size: int = 64) -> Unit:
+    def chunk(self, batch_size: int = 64) -> Chunk:
         """K samples of each prompt."""
         seeds = tuple(tuple(derive_seed("contract", prompt.id, k) for k in range(K)) for prompt in self.prompts)
-        return Unit(0, "0001", "round-0000", self.prompts, seeds, batch_size)
+        return Chunk(0, "0001", "round-0000", self.prompts, seeds, batch_size)
 
     @property
     def asked(self) -> list[Prompt]:
-        """For each sample of the unit the prompt that it answers."""
+        """For each sample of the chunk the prompt that it answers."""
         return [prompt for prompt in self.prompts for _ in range(K)]
 
 
-Claim = Callable[[Case, Path], None]
+Claim = Callable[[FamilyCase, Path], None]
 
 
 def begin(
@@ -68,14 +68,14 @@ def begin(
     prompts: Sequence[PromptContent],
     answer: Any,
     completion: Any = None,
-) -> Case:
+) -> FamilyCase:
     """The case of the configuration's family, begun in `folder`; `completion` is given where it is not the answer."""
     config = config if isinstance(config, RunConfig) else validate(config)
     family, start = family_of(config), folder / "round-0000" / "model"
     start.mkdir(parents=True)
     family.start(config, start)
     asked = tuple(Prompt(name, content) for name, content in zip(prompt_ids(prompts), prompts, strict=True))
-    return Case(config, family, start, asked, answer, answer if completion is None else completion)
+    return FamilyCase(config, family, start, asked, answer, answer if completion is None else completion)
 
 
 def claims(family: Any) -> tuple[Claim, ...]:
@@ -92,38 +92,38 @@ def hold(kept: object, words: str) -> None:
 # -- drawing ----------------------------------------------------------------------------------------------------------
 
 
-def every_prompt_gets_its_samples_in_order_with_ids_and_seeds_as_planned(case: Case, folder: Path) -> None:
-    drawn(case.load(), case.unit())
+def every_prompt_gets_its_samples_in_order_with_ids_and_seeds_as_planned(case: FamilyCase, folder: Path) -> None:
+    drawn(case.load(), case.chunk())
 
 
-def samples_fit_the_schema_that_the_family_declares(case: Case, folder: Path) -> None:
+def samples_fit_the_schema_that_the_family_declares(case: FamilyCase, folder: Path) -> None:
     policy = case.load()
-    table = as_table(policy.draw(case.unit()), policy)
+    table = as_table(policy.generate(case.chunk()), policy)
     table.validate(full=True)
     hold(table.num_rows == len(case.asked), f"draw must give {len(case.asked)} samples; got {table.num_rows}")
     hold(policy.media == case.family.media, "media must be the same of the class and of what it loads")
     hold(policy.payload == case.family.payload, "payload must be the same of the class and of what it loads")
 
 
-def the_same_seeds_draw_the_same_samples_in_another_instance(case: Case, folder: Path) -> None:
-    same = case.load().draw(case.unit()) == case.load().draw(case.unit())
+def the_same_seeds_draw_the_same_samples_in_another_instance(case: FamilyCase, folder: Path) -> None:
+    same = case.load().generate(case.chunk()) == case.load().generate(case.chunk())
     hold(same, "what is drawn must depend on model, prompts and seeds alone: seed every generator from a sample's seed")
 
 
-def other_seeds_draw_other_samples(case: Case, folder: Path) -> None:
+def other_seeds_draw_other_samples(case: FamilyCase, folder: Path) -> None:
     """Of 8 x 9 samples under other seeds at least one differs, unless the family draws one answer almost surely."""
-    policy, unit = case.load(), case.unit()
-    first = [sample.completion for sample in policy.draw(unit)]
-    others = [replace(unit, seeds=tuple(tuple(s + i for s in row) for row in unit.seeds)) for i in range(1, 9)]
+    policy, chunk = case.load(), case.chunk()
+    first = [sample.completion for sample in policy.generate(chunk)]
+    others = [replace(chunk, seeds=tuple(tuple(s + i for s in row) for row in chunk.seeds)) for i in range(1, 9)]
     hold(
-        any([sample.completion for sample in policy.draw(other)] != first for other in others),
+        any([sample.completion for sample in policy.generate(other)] != first for other in others),
         "what is drawn must depend on the seeds; eight other sets of seeds gave the same samples",
     )
 
 
-def a_smaller_batch_draws_the_same_samples(case: Case, folder: Path) -> None:
+def a_smaller_batch_draws_the_same_samples(case: FamilyCase, folder: Path) -> None:
     policy = case.load()
-    whole, small = policy.draw(case.unit()), policy.draw(case.unit(batch_size=K))
+    whole, small = policy.generate(case.chunk()), policy.generate(case.chunk(batch_size=K))
     pairs = [(a.completion, b.completion) for a, b in zip(whole, small, strict=True)]
     hold(
         all(alike(case, one, other) for one, other in pairs),
@@ -131,7 +131,7 @@ def a_smaller_batch_draws_the_same_samples(case: Case, folder: Path) -> None:
     )
 
 
-def alike(case: Case, one: Any, other: Any) -> bool:
+def alike(case: FamilyCase, one: Any, other: Any) -> bool:
     """Whether two completions are the same; of images, up to what the order of sums changes."""
     if case.family.media != "image" or one is None or other is None:
         return bool(one == other)
@@ -141,12 +141,12 @@ def alike(case: Case, one: Any, other: Any) -> bool:
     return first.shape == second.shape and int(abs(first - second).max()) <= LEVELS
 
 
-def no_weights_are_read_before_they_are_needed(case: Case, folder: Path) -> None:
+def no_weights_are_read_before_they_are_needed(case: FamilyCase, folder: Path) -> None:
     """An instance that only encodes answers stays beside the one large model: it must be small."""
     policy = case.load()
     before = policy.nbytes
-    policy.draw(case.unit())
-    hold(policy.nbytes > 0, "nbytes must be the bytes of the weights that are held; got 0 after a draw")
+    policy.generate(case.chunk())
+    hold(policy.nbytes > 0, "nbytes must be the bytes of the weights that are held; got 0 after a generate")
     hold(
         before == 0 or policy.nbytes < 2**20, f"load must read no weights; got {before} bytes before anything is drawn"
     )
@@ -155,7 +155,7 @@ def no_weights_are_read_before_they_are_needed(case: Case, folder: Path) -> None
 # -- learning ---------------------------------------------------------------------------------------------------------
 
 
-def rows_file(case: Case, samples: list[Sample], folder: Path, policy: Policy) -> Path:
+def rows_file(case: FamilyCase, samples: list[Sample], folder: Path, policy: Policy) -> Path:
     """The samples as training rows, each of weight one."""
     prompts = pa.table({"prompt_id": [p.id for p in case.prompts], "prompt": [p.content for p in case.prompts]})
     rows = kept_rows(as_table(samples, policy), np.ones(len(samples)), prompts, 1)
@@ -163,19 +163,19 @@ def rows_file(case: Case, samples: list[Sample], folder: Path, policy: Policy) -
     return folder / "rows.parquet"
 
 
-def tuned_on(case: Case, samples: list[Sample], folder: Path) -> TuneReport:
+def tuned_on(case: FamilyCase, samples: list[Sample], folder: Path) -> TrainReport:
     """Fits the start to the samples; the new model lies in `folder`/model."""
     (folder / "model").mkdir(parents=True)
     rows = rows_file(case, samples, folder, case.load())
-    return case.load().tune(rows, folder / "work", folder / "model")
+    return case.load().train(rows, folder / "work", folder / "model")
 
 
-def tuned(case: Case, folder: Path) -> Path:
-    tuned_on(case, case.load().draw(case.unit()), folder)
+def tuned(case: FamilyCase, folder: Path) -> Path:
+    tuned_on(case, case.load().generate(case.chunk()), folder)
     return folder / "model"
 
 
-def tuning_twice_on_the_same_rows_gives_the_same_bytes(case: Case, folder: Path) -> None:
+def tuning_twice_on_the_same_rows_gives_the_same_bytes(case: FamilyCase, folder: Path) -> None:
     first, second = (hashes(tuned(case, folder / name)) for name in ("a", "b"))
     hold(first, "tune must write the new model into the folder `out`; it wrote nothing")
     differing = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
@@ -191,16 +191,16 @@ def hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def tuning_leaves_the_start_as_it_was(case: Case, folder: Path) -> None:
-    before, first = hashes(case.start), case.load().draw(case.unit())
+def tuning_leaves_the_start_as_it_was(case: FamilyCase, folder: Path) -> None:
+    before, first = hashes(case.start), case.load().generate(case.chunk())
     tuned(case, folder)
     hold(hashes(case.start) == before, "tune must not write into the folder of the model that it begins from")
-    hold(case.load().draw(case.unit()) == first, "tune must not change what the start draws")
+    hold(case.load().generate(case.chunk()) == first, "tune must not change what the start draws")
 
 
-def tuning_leaves_its_rows_as_they_were(case: Case, folder: Path) -> None:
+def tuning_leaves_its_rows_as_they_were(case: FamilyCase, folder: Path) -> None:
     tuned(case, folder / "once")
-    rows = rows_file(case, case.load().draw(case.unit()), folder, case.load())
+    rows = rows_file(case, case.load().generate(case.chunk()), folder, case.load())
     hold(
         hashlib.sha256(rows.read_bytes()).digest()
         == hashlib.sha256((folder / "once/rows.parquet").read_bytes()).digest(),
@@ -208,9 +208,9 @@ def tuning_leaves_its_rows_as_they_were(case: Case, folder: Path) -> None:
     )
 
 
-def somebody_else_s_answer_is_encoded_so_that_it_can_be_learned_from(case: Case, folder: Path) -> None:
+def somebody_else_s_answer_is_encoded_so_that_it_can_be_learned_from(case: FamilyCase, folder: Path) -> None:
     policy = case.load()
-    payload = dict(policy.adopt(case.prompts[0], case.answer, "column:answer"))
+    payload = dict(policy.encode_completion(case.prompts[0], case.answer, "column:answer"))
     hold(payload.get("completion") == case.completion, "adopt must give the answer as a completion of this family")
     strange = sorted(set(payload) - set(policy.payload.names))
     hold(not strange, f"adopt must give columns of the payload; got {', '.join(strange)} besides")
@@ -219,18 +219,18 @@ def somebody_else_s_answer_is_encoded_so_that_it_can_be_learned_from(case: Case,
     hold(np.isfinite(report.losses).all(), f"tune must report finite losses; got {report.losses}")
 
 
-def adopted(case: Case) -> Sample:
+def adopted(case: FamilyCase) -> Sample:
     """The answer as a sample of the first prompt."""
-    payload = dict(case.load().adopt(case.prompts[0], case.answer, "column:answer"))
+    payload = dict(case.load().encode_completion(case.prompts[0], case.answer, "column:answer"))
     completion = payload.pop("completion")
     return Sample("x", case.prompts[0].id, 0, "column:answer", None, "", completion, payload)
 
 
-def learning_an_answer_changes_what_is_drawn(case: Case, folder: Path) -> None:
-    before = [sample.completion for sample in case.load().draw(case.unit())]
+def learning_an_answer_changes_what_is_drawn(case: FamilyCase, folder: Path) -> None:
+    before = [sample.completion for sample in case.load().generate(case.chunk())]
     tuned_on(case, [adopted(case)] * 4, folder)
-    after = [sample.completion for sample in case.load(folder / "model").draw(case.unit())]
-    hold(before != after, "a tuned model must draw otherwise than the start; raise the rate or the steps of the test")
+    after = [sample.completion for sample in case.load(folder / "model").generate(case.chunk())]
+    hold(before != after, "a trained model must draw otherwise than the start; raise the rate or the steps of the test")
 
 
 # -- likelihoods ------------------------------------------------------------------------------------------------------
@@ -238,13 +238,13 @@ def learning_an_answer_changes_what_is_drawn(case: Case, folder: Path) -> None:
 
 def knowing(policy: Policy) -> Any:
     """The policy, which must have both methods of `Likelihood`."""
-    hold(isinstance(policy, Likelihood), "a family with log_probs must have recorded_log_probs too")
+    hold(isinstance(policy, SupportsLogProbs), "a family with log_probs must have recorded_log_probs too")
     return policy
 
 
-def likelihoods_are_the_same_alone_and_in_a_batch(case: Case, folder: Path) -> None:
+def likelihoods_are_the_same_alone_and_in_a_batch(case: FamilyCase, folder: Path) -> None:
     policy = knowing(case.load())
-    table = as_table(policy.draw(case.unit()), policy)
+    table = as_table(policy.generate(case.chunk()), policy)
     together = policy.log_probs(case.asked, table, 64)
     alone = [policy.log_probs([prompt], table.slice(i, 1), 1)[0] for i, prompt in enumerate(case.asked)]
     hold(together.shape == (len(case.asked),), f"log_probs must give (N,) numbers; got the shape {together.shape}")
@@ -253,20 +253,20 @@ def likelihoods_are_the_same_alone_and_in_a_batch(case: Case, folder: Path) -> N
     np.testing.assert_allclose(together, alone, atol=SMALL)
 
 
-def what_was_noted_while_drawing_is_what_the_policy_says_afterwards(case: Case, folder: Path) -> None:
+def what_was_noted_while_drawing_is_what_the_policy_says_afterwards(case: FamilyCase, folder: Path) -> None:
     policy = knowing(case.load())
-    table = as_table(policy.draw(case.unit()), policy)
+    table = as_table(policy.generate(case.chunk()), policy)
     noted, said = policy.recorded_log_probs(table), policy.log_probs(case.asked, table, 64)
     hold(noted.shape == said.shape, "recorded_log_probs must give a number for each sample, NaN where none was noted")
     np.testing.assert_allclose(noted[~np.isnan(noted)], said[~np.isnan(noted)], atol=SMALL)
 
 
-def tuning_makes_what_it_was_fitted_to_more_likely(case: Case, folder: Path) -> None:
+def tuning_makes_what_it_was_fitted_to_more_likely(case: FamilyCase, folder: Path) -> None:
     policy = knowing(case.load())
-    table = as_table(policy.draw(case.unit()), policy)
+    table = as_table(policy.generate(case.chunk()), policy)
     after = knowing(case.load(tuned(case, folder)))
     before, now = (model.log_probs(case.asked, table, 64).sum() for model in (policy, after))
-    hold(now > before, f"tuning must make its rows more likely; they went from {before:g} to {now:g} nats")
+    hold(now > before, f"training must make its rows more likely; they went from {before:g} to {now:g} nats")
 
 
 OF_LIKELIHOODS: tuple[Claim, ...] = (

@@ -34,8 +34,8 @@ from transformers import (
 
 from raftune.config.policy import AdapterConfig, CausalLMPolicy
 from raftune.config.sampling import SamplingConfig
-from raftune.config.training import TuningConfig
-from raftune.protocols import Unit
+from raftune.config.training import TrainingConfig
+from raftune.protocols import Chunk
 from raftune.records import Prompt, derive_seed
 from raftune.training.quiet import quiet
 
@@ -116,7 +116,7 @@ class Parts:
 
     policy: CausalLMPolicy
     sampling: SamplingConfig
-    tuning: TuningConfig
+    training: TrainingConfig
     seed: int = 0
 
 
@@ -131,17 +131,17 @@ def parts(model: Path | str, *, lora: bool = False, seed: int = 0, **changes: An
         "learning_rate": 1e-2,
     }
     given |= {"num_train_epochs": 2, "per_device_train_batch_size": 4, "save_steps": 1, "batch_size": 8, **changes}
-    sections = [CausalLMPolicy, SamplingConfig, TuningConfig]
+    sections = [CausalLMPolicy, SamplingConfig, TrainingConfig]
     chosen = [section(**{k: v for k, v in given.items() if k in section.model_fields}) for section in sections]
     assert set(given) <= {k for section in sections for k in section.model_fields}, given
     return Parts(*chosen, seed)
 
 
-def unit_of(contents: Sequence[Any], k: int = 4, batch_size: int = 8) -> Unit:
-    """A unit of these prompts, named p0, p1, …, with K seeds each."""
+def unit_of(contents: Sequence[Any], k: int = 4, batch_size: int = 8) -> Chunk:
+    """A chunk of these prompts, named p0, p1, …, with K seeds each."""
     prompts = tuple(Prompt(f"p{i}", content) for i, content in enumerate(contents))
-    seeds = tuple(tuple(derive_seed("draw", p.id, j) for j in range(k)) for p in prompts)
-    return Unit(0, "round-0001", "round-0000", prompts, seeds, batch_size)
+    seeds = tuple(tuple(derive_seed("generate", p.id, j) for j in range(k)) for p in prompts)
+    return Chunk(0, "round-0001", "round-0000", prompts, seeds, batch_size)
 
 
 ROWS = pa.schema(

@@ -1,6 +1,6 @@
 """Tiny diffusion pipelines of every architecture, with random weights and real tokenizers, built without a network.
 
-A denoiser has some ten thousand parameters; pictures have 16 x 16 pixels; two steps take hundredths of a second.
+A denoiser has some ten thousand parameters; images have 16 x 16 pixels; two steps take hundredths of a second.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _sd_v() -> StableDiffusionPipeline:
 
 
 def _sdxl() -> StableDiffusionXLPipeline:
-    """Two text encoders side by side, and six numbers about the picture's size beside the second one's summary."""
+    """Two text encoders side by side, and six numbers about the image's size beside the second one's summary."""
     tokenizer = clip_tokenizer()
     added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "use_linear_projection": True}
     unet = _unet(cross_attention_dim=32, projection_class_embeddings_input_dim=16 + 6 * 4, **added)

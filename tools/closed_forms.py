@@ -19,7 +19,7 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Levels:
+class RewardLevels:
     """The distinct rewards of a policy: J values ascending, their masses (sum 1), and each answer's level (V,)."""
 
     value: Floats
@@ -41,7 +41,7 @@ class Levels:
         return share
 
 
-def levels(p: npt.ArrayLike, r: npt.ArrayLike, tolerance: float = 0.0) -> Levels:
+def levels(p: npt.ArrayLike, r: npt.ArrayLike, tolerance: float = 0.0) -> RewardLevels:
     """The reward levels that p can reach; rewards that follow one another within `tolerance` are one level.
 
     The tolerance is for rewards that are equal in mathematics but not in floats: without it rounding breaks their ties
@@ -58,10 +58,10 @@ def levels(p: npt.ArrayLike, r: npt.ArrayLike, tolerance: float = 0.0) -> Levels
     of[p > 0] = index[inverse]
     first = np.searchsorted(index, np.arange(index[-1] + 1))
     mass = np.bincount(of, weights=p) / p.sum()
-    return Levels(distinct[first], mass, of)
+    return RewardLevels(distinct[first], mass, of)
 
 
-def _spread(p: npt.ArrayLike, by: Levels, mass: Floats) -> Floats:
+def _spread(p: npt.ArrayLike, by: RewardLevels, mass: Floats) -> Floats:
     """(V,) the law that gives each level its new mass and shares it inside the level in proportion to p."""
     q = np.asarray(p, np.float64) * (mass / by.mass)[by.of]
     normalised: Floats = q / q.sum()

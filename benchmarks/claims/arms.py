@@ -55,7 +55,7 @@ def k_of(k: int) -> Arm:
 
 
 def noisy(level: float, sigma: float) -> Arm:
-    """The reward with noise of `level` standard deviations of its own over the start's answers, in its units."""
+    """The reward with noise of `level` standard deviations of its own over the start's answers, in its chunks."""
     spec = {"spec": f"{NOISE}:noise", "options": {"sigma": sigma}}
     return Arm(f"noise{level:g}", f"noise {level:g} sd", {"rewards": {"reward_funcs": ["starter", spec]}})
 
@@ -97,7 +97,7 @@ def settings(arm: Arm, seed: int, sizes: Sizes, out: Path) -> dict[str, Any]:
         "policy": {"model": str(origin_model(arm.origin, seed, out))},
         "sampling": {"num_generations": 8, "max_completion_length": 64},
         "rewards": {"reward_funcs": ["starter"]},
-        "tuning": {"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 16},
+        "training": {"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 16},
         "evaluation": {"num_prompts": 0, "kl": False},
         "engine": {"threads": THREADS},
     }
@@ -175,12 +175,12 @@ def numbers(config: dict[str, Any], reference: str | Path) -> dict[str, float]:
     """Reward, judge, KL, diversity and length of a model, by the evaluation that any run has at its start."""
     from raftune.config.load import validate
     from raftune.loop import ensure, metrics_of
-    from raftune.runtime.assembly import Assembly
+    from raftune.runtime.assembly import Runtime
     from raftune.store.run import RunFolder
 
     root = RunFolder(config["output_dir"])
     with root.lock():
-        assembly = Assembly(root, validate(config))
+        assembly = Runtime(root, validate(config))
         try:
             for stage in assembly.stages(0):
                 ensure(assembly, stage, 0, lambda kind, **facts: None)
@@ -209,16 +209,16 @@ def divergence(assembly: Any, reference: str | Path) -> float:
     import pyarrow as pa
 
     from raftune.stages.plan import asked
-    from raftune.store.layout import unit_file, unit_numbers
+    from raftune.store.layout import chunk_file, chunk_numbers
     from raftune.store.parquet import read_table
 
     run = assembly.run
     ratios = []
-    plan, drawn = run.folder(0, "evaluate/plan"), run.folder(0, "evaluate/draw")
+    plan, drawn = run.folder(0, "evaluate/plan"), run.folder(0, "evaluate/generate")
     ours, theirs = assembly.policies.at(run.folder(0, "model")), load(assembly, reference)
-    for unit in unit_numbers(drawn):
-        samples: pa.Table = read_table(drawn / unit_file(unit))
-        prompts = asked(plan, unit, samples)
+    for chunk in chunk_numbers(drawn):
+        samples: pa.Table = read_table(drawn / chunk_file(chunk))
+        prompts = asked(plan, chunk, samples)
         ratios.append(ours.recorded_log_probs(samples) - theirs.log_probs(prompts, samples, 128))
     return max(0.0, float(np.concatenate(ratios).mean()))  # of a model to itself it is 0 but for rounding
 
@@ -243,7 +243,7 @@ def history(root: Path, sizes: Sizes) -> dict[str, Any]:
     from raftune.starters.text.corpus import read_request
     from raftune.store.parquet import read_table
 
-    asked, starved, examples = Counter[str](), Counter[str](), []
+    asked, empty_prompts, examples = Counter[str](), Counter[str](), []
     first = None
     for number in range(1, sizes.rounds + 1):
         folder = root / f"round-{number:04d}"
@@ -254,10 +254,10 @@ def history(root: Path, sizes: Sizes) -> dict[str, Any]:
             assert request is not None, row["prompt"]
             asked[request.domain] += 1
             if row["prompt_id"] in summary["barren"]:
-                starved[request.domain] += 1
+                empty_prompts[request.domain] += 1
                 examples.append(request.text)
-    by_domain = {domain: [starved[domain], asked[domain]] for domain in sorted(asked)}
-    share = starved.total() / asked.total()
+    by_domain = {domain: [empty_prompts[domain], asked[domain]] for domain in sorted(asked)}
+    share = empty_prompts.total() / asked.total()
     return {"initial_best": first, "starved": share, "starved_by_domain": by_domain, "starved_prompts": examples[:3]}
 
 
@@ -281,7 +281,7 @@ def fine_tune(seed: int, out: Path) -> None:
         "threads": THREADS,
         "data": {"path": str(rows)},
         "policy": {"model": "starter"},
-        "tuning": {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 16},
+        "training": {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 16},
     }
     sft(validate_as(SftConfig, config))
 
@@ -296,7 +296,7 @@ def make_student(out: Path) -> None:
 
     sys.path.insert(0, str(Path(__file__).parents[2]))  # tools/ is no part of the package
     from raftune.starters.text import policy_path
-    from tools.starters.optimizer import Descent
+    from tools.starters.optimizer import Optimizer
     from tools.starters.text.build import TYPICAL_LENGTH, dialogue_batches
     from tools.starters.text.training import llama_config, pad_right, save
 
@@ -305,7 +305,7 @@ def make_student(out: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(policy_path())
     student = LlamaForCausalLM(llama_config(tokenizer, hidden_size=64, num_hidden_layers=2, intermediate_size=176))
     with contextlib.redirect_stdout(io.StringIO()):
-        descent = Descent("student", student, 4e-3, STUDENT_STEPS)
+        descent = Optimizer("student", student, 4e-3, STUDENT_STEPS)
         for _, rows in zip(range(STUDENT_STEPS), batches(dialogue_batches, tokenizer), strict=False):
             ids_BT = pad_right([row.ids for row in rows], tokenizer.pad_token_id)
             labels_BT = pad_right([[-100] * row.prompt_length + row.ids[row.prompt_length :] for row in rows], -100)

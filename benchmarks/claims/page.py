@@ -92,9 +92,9 @@ def starved_words(name: str, found: Sequence[Result]) -> str:
     """Which prompts yielded nothing, by kind of request over all seeds, the worst first; and some of them."""
     totals: dict[str, list[int]] = {}
     for result in found:
-        for domain, (starved, asked) in result["starved_by_domain"].items():
+        for domain, (empty_prompts, asked) in result["starved_by_domain"].items():
             before = totals.get(domain, [0, 0])
-            totals[domain] = [before[0] + starved, before[1] + asked]
+            totals[domain] = [before[0] + empty_prompts, before[1] + asked]
     order = sorted(totals, key=lambda domain: -totals[domain][0] / totals[domain][1])
     kinds = ", ".join(f"{domain} {totals[domain][0]} of {totals[domain][1]}" for domain in order)
     examples = "; ".join(f"“{text}”" for result in found for text in result["starved_prompts"][:2])

@@ -1,4 +1,4 @@
-"""The results of the diffusion tasks as one page of markdown, and a picture of each: base, control and RAFT."""
+"""The results of the diffusion tasks as one page of markdown, and an image of each: base, control and RAFT."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COLUMNS = (
     "saturation",
     "contrast",
 )
-COLUMNS_SHOWN, SCALE, GAP = 12, 2, 6  # of the pictures: captions, magnification, pixels between two
+COLUMNS_SHOWN, SCALE, GAP = 12, 2, 6  # of the images: captions, magnification, pixels between two
 
 Values = Mapping[tuple[str, str, int], Mapping[str, float]]  # by arm, set and seed
 
@@ -65,11 +65,11 @@ def opening(seeds: int, held_out: int, draws: int) -> list[str]:
         "# The paper's diffusion tasks, at a size that runs on two cores",
         "",
         f"The bundled pipeline, {seeds} seeds, K = 8, twelve steps without guidance, sixty optimizer steps a "
-        f"round. Each arm's last model is judged on {held_out} captions of a set with {draws} pictures each, the "
+        f"round. Each arm's last model is judged on {held_out} captions of a set with {draws} images each, the "
         "same captions and seeds for every arm. The judge is a classifier that nothing was trained on: the share "
-        "of a caption's four attributes that the picture has. Distances and the Vendi score (1 to the number of "
-        "pictures) are among the pictures of one caption, by the reward model's CLIP features; drift is one less "
-        "the cosine to the base's picture of the same caption and seed. Cells are means over seeds, with each "
+        "of a caption's four attributes that the image has. Distances and the Vendi score (1 to the number of "
+        "images) are among the images of one caption, by the reward model's CLIP features; drift is one less "
+        "the cosine to the base's image of the same caption and seed. Cells are means over seeds, with each "
         "seed's value in brackets. `python benchmarks/images.py` makes this page.",
         "",
     ]
@@ -80,14 +80,14 @@ def settings_in_words(task: Any) -> str:
 
 
 def time_of_a_round(task: Any, seeds: int, work: Path) -> str:
-    """RAFT's seconds of drawing, scoring and tuning, as medians over all rounds of all seeds."""
+    """RAFT's seconds of drawing, scoring and training, as medians over all rounds of all seeds."""
     spent: dict[str, list[float]] = {}
     for seed in range(seeds):
         for line in (work / "runs" / f"{task.name}-raft-{seed}" / "events.jsonl").read_text().splitlines():
             event = json.loads(line)
             if event["event"] == "stage_end" and event["round"] > 0:
                 spent.setdefault(event["stage"], []).append(event["seconds"])
-    told = ", ".join(f"{statistics.median(spent[stage]):.3g} s to {stage}" for stage in ("draw", "score", "tune"))
+    told = ", ".join(f"{statistics.median(spent[stage]):.3g} s to {stage}" for stage in ("generate", "score", "train"))
     return f"A round of RAFT takes {told} (medians, one thread, another arm beside it)."
 
 
@@ -109,12 +109,12 @@ def read(task: Any, seeds: int, work: Path) -> Values:
 
 def shards(work: Path, task: str, arm: str, seed: int, split: str, stage: str) -> list[Path]:
     return sorted(
-        (work / "judged" / f"{task}-{arm}-{seed}-{split}" / "round-0000" / "evaluate" / stage).glob("unit-*.parquet")
+        (work / "judged" / f"{task}-{arm}-{seed}-{split}" / "round-0000" / "evaluate" / stage).glob("chunk-*.parquet")
     )
 
 
 def features(work: Path, task: str, arm: str, seed: int, split: str) -> Any:
-    """(N, d) the CLIP features of the judged pictures, of length 1, by their ids; NaN where there is none."""
+    """(N, d) the CLIP features of the judged images, of length 1, by their ids; NaN where there is none."""
     import pyarrow.parquet as pq
 
     rows = [row for path in shards(work, task, arm, seed, split, "features") for row in pq.read_table(path).to_pylist()]
@@ -161,7 +161,7 @@ def in_words(each: Sequence[float]) -> str:
 
 
 def grid(task: str, arms: Sequence[str], split: str, work: Path) -> tuple[Any, list[str]]:
-    """The first pictures of seed 0, a column a caption, a row an arm, base first; and the captions."""
+    """The first images of seed 0, a column a caption, a row an arm, base first; and the captions."""
     import io
 
     import pyarrow.parquet as pq
@@ -170,7 +170,7 @@ def grid(task: str, arms: Sequence[str], split: str, work: Path) -> tuple[Any, l
     rows = []
     for arm in arms:
         first = {}
-        for path in shards(work, task, arm, 0, split, "draw"):
+        for path in shards(work, task, arm, 0, split, "generate"):
             for row in pq.read_table(path, columns=["prompt_id", "k", "completion"]).to_pylist():
                 if row["k"] == 0 and row["completion"] is not None:
                     first[row["prompt_id"]] = Image.open(io.BytesIO(row["completion"])).convert("RGB")

@@ -20,24 +20,24 @@ from torch import Tensor
 from torch.nn import Linear, ReLU, Sequential
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
-from raftune.config import Frozen, RunConfig, options_of
+from raftune.config import ConfigSection, RunConfig, options_of
 from raftune.data.images import image_of, png_of, sha256_of_png, why_invalid
 from raftune.errors import DataError
 from raftune.policies.unsupported import all_but, refuse_unused
-from raftune.protocols import TuneReport, Unit
+from raftune.protocols import Chunk, TrainReport
 from raftune.records import Prompt, Sample
 
-FILE, Z = "model.safetensors", 8  # so many numbers stand for a picture
-DRAW = ("num_generations", "temperature", "batch_size", "unit_size", "candidate_columns")
+FILE, Z = "model.safetensors", 8  # so many numbers stand for an image
+DRAW = ("num_generations", "temperature", "batch_size", "chunk_size", "candidate_columns")
 FIT = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "start_from", "replay_rounds", "reference")
 
 
-class Options(Frozen):  # what `policy.options` may hold
+class Options(ConfigSection):  # what `policy.options` may hold
     wrong_labels: float = Field(0.3, ge=0, le=1, description="Share of labels that are replaced by random ones.")
 
 
 class Digits:
-    """p(picture | digit), through a latent z ~ N(0, 1)."""
+    """p(image | digit), through a latent z ~ N(0, 1)."""
 
     media = "image"
     payload = pa.schema([("completion", pa.binary()), ("image_sha256", pa.string()), ("invalid", pa.string())])
@@ -49,7 +49,7 @@ class Digits:
     def start(cls, config: RunConfig, out: Path, model: Any = None, tokenizer: Any = None) -> None:
         """Trains the start, or copies it from `policy.model`, the model/ of some round. Raises ConfigError."""
         options = options_of(config, Options)
-        unread = all_but(config.sampling, "sampling", DRAW) + all_but(config.tuning, "tuning", FIT)
+        unread = all_but(config.sampling, "sampling", DRAW) + all_but(config.training, "training", FIT)
         refuse_unused(config, "digits", unread)
         if config.policy.model is not None:
             shutil.copy(Path(config.policy.model) / FILE, out / FILE)
@@ -78,13 +78,16 @@ class Digits:
     def nbytes(self) -> int:
         return sum(w.nbytes for w in self.net.parameters()) if "net" in self.__dict__ else 0
 
-    def draw(self, unit: Unit) -> list[Sample]:
-        """One picture a seed, which alone chooses its z; drawn singly, so that it hangs on no other."""
+    def generate(self, chunk: Chunk) -> list[Sample]:
+        """One image a seed, which alone chooses its z; drawn singly, so that it hangs on no other."""
         samples = []
-        for prompt, seeds in zip(unit.prompts, unit.seeds, strict=True):
+        for prompt, seeds in zip(chunk.prompts, chunk.seeds, strict=True):
             for k, seed in enumerate(seeds):
-                p, name = self.adopt(prompt, self.picture(prompt, seed), "policy"), unit.sample_id(prompt, k)
-                samples.append(Sample(name, prompt.id, k, "policy", seed, unit.version, p.pop("completion"), p))
+                p, name = (
+                    self.encode_completion(prompt, self.picture(prompt, seed), "policy"),
+                    chunk.sample_id(prompt, k),
+                )
+                samples.append(Sample(name, prompt.id, k, "policy", seed, chunk.version, p.pop("completion"), p))
         return samples
 
     @torch.no_grad()
@@ -95,24 +98,24 @@ class Digits:
         levels = torch.sigmoid(self.net.decoder(told(z, torch.tensor([prompt.content])))) * 255
         return Image.fromarray(levels.round().reshape(8, 8).numpy().astype(np.uint8))
 
-    def adopt(self, prompt: Prompt, answer: Any, source: str) -> dict[str, Any]:
-        """The payload of a picture, the policy's or somebody else's: a PIL image, or the bytes of a PNG."""
+    def encode_completion(self, prompt: Prompt, answer: Any, source: str) -> dict[str, Any]:
+        """The payload of an image, the policy's or somebody else's: a PIL image, or the bytes of a PNG."""
         image = image_of(answer) if isinstance(answer, bytes) else answer
         if image.size != (8, 8):
-            raise DataError(f"a picture of prompt {prompt.id} must have 8x8 pixels; got {image.size} ({source}).")
+            raise DataError(f"an image of prompt {prompt.id} must have 8x8 pixels; got {image.size} ({source}).")
         png = png_of(image)
         return {"completion": png, "image_sha256": sha256_of_png(png), "invalid": why_invalid(image)}
 
-    def tune(self, rows: Path, work: Path, out: Path) -> TuneReport:
-        """Learns the rows' pictures; so short a fit leaves no checkpoints in `work`: interrupted, it begins again."""
-        table, tuning = pq.read_table(rows, columns=["prompt", "weight", "completion"]), self.config.tuning
+    def train(self, rows: Path, work: Path, out: Path) -> TrainReport:
+        """Learns the rows' images; so short a fit leaves no checkpoints in `work`: interrupted, it begins again."""
+        table, training = pq.read_table(rows, columns=["prompt", "weight", "completion"]), self.config.training
         pixels = [np.asarray(image_of(png).convert("L")).reshape(64) for png in table["completion"].to_pylist()]
         x = torch.tensor(np.stack(pixels) / 255).float()
         y, w = (torch.tensor(table[name].to_numpy()) for name in ("prompt", "weight"))
-        how = {"epochs": tuning.num_train_epochs, "rate": tuning.learning_rate}
-        losses = fit(self.net, x, y, w, batch=tuning.per_device_train_batch_size, seed=self.config.seed, **how)
+        how = {"epochs": training.num_train_epochs, "rate": training.learning_rate}
+        losses = fit(self.net, x, y, w, batch=training.per_device_train_batch_size, seed=self.config.seed, **how)
         save_file(self.net.state_dict(), out / FILE)
-        return TuneReport(rows=len(x), steps=len(losses), losses=tuple(losses))
+        return TrainReport(rows=len(x), steps=len(losses), losses=tuple(losses))
 
     def notes(self) -> tuple[str, ...]:
         return ()
@@ -132,7 +135,7 @@ def told(values: Tensor, labels: Tensor) -> Tensor:
 
 
 def fit(net: Net, x: Tensor, y: Tensor, w: Tensor, *, epochs: float, batch: int, rate: float, seed: int) -> list[float]:
-    """Maximises the weighted evidence lower bound; the loss of each step, nats a picture."""
+    """Maximises the weighted evidence lower bound; the loss of each step, nats an image."""
     generator = torch.Generator().manual_seed(seed)
     optimizer, losses = torch.optim.Adam(net.parameters(), lr=rate), []
     for _ in range(math.ceil(epochs * len(x) / batch)):

@@ -28,7 +28,7 @@ def as_read(pictures: list[Image.Image]) -> np.ndarray:
 
 
 def confidence(prompts: list[int], completions: list[Image.Image], **columns: Any) -> list[float]:
-    """The probability that a picture shows the digit that was asked for."""
+    """The probability that an image shows the digit that was asked for."""
     return reader("reward").predict_proba(as_read(completions))[np.arange(len(prompts)), prompts].tolist()
 
 

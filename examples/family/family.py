@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raftune.protocols import TuneReport
+from raftune.protocols import TrainReport
 from raftune.records import Sample
 
 LETTERS, FILE = "abcdefghijklmnopqrstuvwxyz.", "counts.npy"  # the dot ends a word
@@ -32,10 +32,10 @@ class Bigrams:
     @classmethod
     def verify(cls, start): ...  # nothing to check: the start model lies in the run directory
 
-    def draw(self, unit):
+    def generate(self, chunk):
         return [
-            Sample(unit.sample_id(prompt, k), prompt.id, k, "policy", seed, unit.version, self.word(prompt, seed))
-            for prompt, seeds in zip(unit.prompts, unit.seeds, strict=True)
+            Sample(chunk.sample_id(prompt, k), prompt.id, k, "policy", seed, chunk.version, self.word(prompt, seed))
+            for prompt, seeds in zip(chunk.prompts, chunk.seeds, strict=True)
             for k, seed in enumerate(seeds)
         ]
 
@@ -45,16 +45,16 @@ class Bigrams:
             word += LETTERS[rng.choice(27, p=self.p[LETTERS.index(word[-1])])]
         return word.rstrip(".")
 
-    def adopt(self, prompt, answer, source):
+    def encode_completion(self, prompt, answer, source):
         return {"completion": str(answer)}
 
-    def tune(self, rows, work, out):
+    def train(self, rows, work, out):
         words, counts = pq.read_table(rows).to_pylist(), np.full((27, 27), 0.01)
         for row in words:
             for pair in pairwise((row["completion"] + ".")[:10]):
                 counts[tuple(map(LETTERS.index, pair))] += row["weight"]
         np.save(out / FILE, counts)
-        return TuneReport(rows=len(words), steps=1, losses=())
+        return TrainReport(rows=len(words), steps=1, losses=())
 
     def notes(self):
         return ()

@@ -8,10 +8,10 @@ from typing import Any
 
 from raftune.cli.alarm_output import show
 from raftune.cli.demo_text import by_round, show_typical, typical_by_round
-from raftune.cli.output import say
+from raftune.cli.output import echo
 from raftune.cli.run_command import outcome_json, outcome_words
 from raftune.config.run import RunConfig, held_out_names
-from raftune.loop import Outcome
+from raftune.loop import RunOutcome
 from raftune.results.summary import alarms_of, rows_of
 from raftune.sanitize import shell_command
 from raftune.store.run import RunFolder
@@ -19,7 +19,7 @@ from raftune.store.run import RunFolder
 NAMED = 2
 
 
-def tell(root: Path, config: RunConfig, outcome: Outcome, worked: bool, *, as_json: bool) -> None:
+def tell(root: Path, config: RunConfig, outcome: RunOutcome, worked: bool, *, as_json: bool) -> None:
     """Prints the table by round, answers of three rounds, the last alarm, and the commands that would have helped."""
     rows = rows_of(root)
     best = max(rows, key=lambda row: row["held_out"])
@@ -34,14 +34,14 @@ def tell(root: Path, config: RunConfig, outcome: Outcome, worked: bool, *, as_js
         found = {"by_round": rows, "shown": shown, "raised": alarms, "best_by_judge": best["round"]}
         print(js.dumps(outcome_json(root, outcome, worked) | found))
         return
-    say("")
-    say("The reward counts courteous phrases. The judge knows what a good answer is, and is never trained on.")
+    echo("")
+    echo("The reward counts courteous phrases. The judge knows what a good answer is, and is never trained on.")
     by_round(root, held_out_names(config))
     show_typical(shown, [*labels])
     show_last(root, alarms)
-    say("")
+    echo("")
     for line in [*outcome_words(root, outcome, worked), *remedies(root, best, alarms)]:
-        say(line)
+        echo(line)
 
 
 def show_last(root: Path, alarms: list[dict[str, Any]]) -> None:
@@ -50,8 +50,8 @@ def show_last(root: Path, alarms: list[dict[str, Any]]) -> None:
     if falls:
         show(RunFolder(root), falls[-1]["round"], falls[-1], NAMED, full=False)
     else:
-        say("")
-        say("No alarm was raised: the judge did not fall clearly enough.")
+        echo("")
+        echo("No alarm was raised: the judge did not fall clearly enough.")
 
 
 def remedies(root: Path, best: dict[str, Any], alarms: list[dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How `raftune demo image` ends: the table by round, and one picture file with the same captions and seeds by round."""
+"""How `raftune demo image` ends: the table by round, and one image file with the same captions and seeds by round."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raftune.cli.demo_text import by_round
-from raftune.cli.output import say
+from raftune.cli.output import echo
 from raftune.cli.run_command import outcome_json, outcome_words
 from raftune.config.run import RunConfig, held_out_names
-from raftune.loop import Outcome
+from raftune.loop import RunOutcome
 from raftune.results.summary import rows_of
-from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import read_table
 from raftune.store.run import RunFolder
 
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 NAME = "grid.png"
 ROWS = 12  # captions
-SIDE, GAP, HEAD = 72, 6, 20  # of a picture as it is shown, between two, above them: pixels
+SIDE, GAP, HEAD = 72, 6, 20  # of an image as it is shown, between two, above them: pixels
 
 
-def tell(root: Path, config: RunConfig, outcome: Outcome, worked: bool, *, as_json: bool) -> None:
-    """Prints the table by round and where the pictures are; writes grid.png into the run."""
+def tell(root: Path, config: RunConfig, outcome: RunOutcome, worked: bool, *, as_json: bool) -> None:
+    """Prints the table by round and where the images are; writes grid.png into the run."""
     path = write_grid(root)
     if as_json:
         print(js.dumps(outcome_json(root, outcome, worked) | {"by_round": rows_of(root), "grid": str(path)}))
         return
-    say("")
-    say("The reward is a CLIP score. The judge says how much of its caption a picture shows, and is never trained on.")
+    echo("")
+    echo("The reward is a CLIP score. The judge says how much of its caption an image shows, and is never trained on.")
     by_round(root, held_out_names(config))
-    say("")
+    echo("")
     for line in outcome_words(root, outcome, worked):
-        say(line)
-    say(f"  pictures  {path}: {ROWS} captions, the same seeds in every round")
-    say("  again     raftune demo image --fresh")
+        echo(line)
+    echo(f"  images  {path}: {ROWS} captions, the same seeds in every round")
+    echo("  again     raftune demo image --fresh")
 
 
 def write_grid(root: Path) -> Path:
@@ -56,11 +56,11 @@ def captions(run: RunFolder) -> dict[str, str]:
 
 
 def drawn(run: RunFolder, round_: int) -> dict[str, bytes]:
-    """The first picture of each held-out prompt that a round drew, as PNG; none for a sample that is no picture."""
+    """The first image of each held-out prompt that a round drew, as PNG; none for a sample that is no image."""
     found: dict[str, bytes] = {}
-    folder = run.folder(round_, "evaluate") / "draw"
-    for unit in unit_numbers(folder):
-        table = read_table(folder / unit_file(unit), ["prompt_id", "k", "completion"])
+    folder = run.folder(round_, "evaluate") / "generate"
+    for chunk in chunk_numbers(folder):
+        table = read_table(folder / chunk_file(chunk), ["prompt_id", "k", "completion"])
         for prompt_id, k, png in zip(*(column.to_pylist() for column in table.columns), strict=True):
             if k == 0 and png is not None:
                 found[prompt_id] = png
@@ -68,7 +68,7 @@ def drawn(run: RunFolder, round_: int) -> dict[str, bytes]:
 
 
 def grid(named: dict[str, str], by_round_: dict[int, dict[str, bytes]]) -> Image:
-    """A sheet of pictures: prompts in rows, with their captions, rounds in columns."""
+    """A sheet of images: prompts in rows, with their captions, rounds in columns."""
     from PIL import Image, ImageDraw
 
     from raftune.data.images import image_of

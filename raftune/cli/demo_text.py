@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raftune.cli.output import Grid, out, say
+from raftune.cli.output import PlainTable, echo, out
 from raftune.config.run import RunConfig
 from raftune.results.summary import cell, columns_for, rows_of
 
 if TYPE_CHECKING:
-    from raftune.runtime.assembly import Assembly
+    from raftune.runtime.assembly import Runtime
 
 SHOWN = 8
 STYLES = ("yellow", "green", "red")
@@ -21,14 +21,14 @@ def by_round(root: Path, judges: tuple[str, ...]) -> None:
     """The table by round, and what its columns mean."""
     rows = rows_of(root)
     columns = columns_for(rows, judges)
-    grid = Grid(*(column.title for column in columns), right=frozenset(range(len(columns))))
+    grid = PlainTable(*(column.title for column in columns), right=frozenset(range(len(columns))))
     for row in rows:
         grid.add(*(cell(column, row) for column in columns))
-    say("")
+    echo("")
     grid.show()
-    say("")
+    echo("")
     for column in columns[1:]:
-        say(f"  {column.title}: {column.meaning}", style="dim")
+        echo(f"  {column.title}: {column.meaning}", style="dim")
 
 
 def typical_by_round(root: Path, config: RunConfig, rounds: dict[str, int]) -> list[dict[str, Any]]:
@@ -36,11 +36,11 @@ def typical_by_round(root: Path, config: RunConfig, rounds: dict[str, int]) -> l
 
     Typical: of eight, drawn with the same seeds in every round, the one whose held-out score is the median.
     """
-    from raftune.runtime.assembly import Assembly
+    from raftune.runtime.assembly import Runtime
     from raftune.store.run import RunFolder
 
     folder = RunFolder(root)
-    assembly = Assembly(folder, config)
+    assembly = Runtime(folder, config)
     try:
         answers = {label: typical(assembly, folder.folder(round_, "model")) for label, round_ in rounds.items()}
     finally:
@@ -52,15 +52,15 @@ def typical_by_round(root: Path, config: RunConfig, rounds: dict[str, int]) -> l
     return shown
 
 
-def typical(assembly: Assembly, model: Path) -> list[tuple[str, str, float]]:
+def typical(assembly: Runtime, model: Path) -> list[tuple[str, str, float]]:
     """Of each shown prompt: its text, the median answer, and that answer's score."""
-    from raftune.protocols import Unit
+    from raftune.protocols import Chunk
     from raftune.records import Prompt, derive_seed, prompt_ids
     from raftune.starters.text import SHOW, judge
 
     prompts = tuple(Prompt(name, text) for name, text in zip(prompt_ids(SHOW), SHOW, strict=True))
     seeds = tuple(tuple(derive_seed("show", prompt.id, k) for k in range(SHOWN)) for prompt in prompts)
-    drawn = assembly.policies.at(model).draw(Unit(0, "show", "show", prompts, seeds, SHOWN * len(prompts)))
+    drawn = assembly.policies.at(model).generate(Chunk(0, "show", "show", prompts, seeds, SHOWN * len(prompts)))
     found = []
     for prompt in prompts:
         answers = [sample.completion for sample in drawn if sample.prompt_id == prompt.id]
@@ -77,8 +77,8 @@ def show_typical(shown: list[dict[str, Any]], labels: Sequence[str]) -> None:
     from raftune.sanitize import one_line
 
     console = out()
-    say("")
-    say(f"Typical answers to three requests that it never saw: of {SHOWN}, the median by the judge.")
+    echo("")
+    echo(f"Typical answers to three requests that it never saw: of {SHOWN}, the median by the judge.")
     for example in shown:
         console.print()
         console.print(Text(one_line(example["prompt"].removeprefix("User: ").removesuffix("Assistant:")), style="bold"))

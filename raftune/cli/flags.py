@@ -1,4 +1,4 @@
-"""From the words after a command to files and dotted flags: `a.yaml b.yaml --tuning.learning_rate 1e-4`."""
+"""From the words after a command to files and dotted flags: `a.yaml b.yaml --training.learning_rate 1e-4`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EMPTY = ("null", "none")
 
 
 @dataclass(frozen=True)
-class Given:
+class ParsedFlags:
     """What was given: words without dashes, and flags by their dotted field."""
 
     words: tuple[str, ...]
@@ -30,7 +30,7 @@ class Given:
 
 def read_tokens(
     tokens: Sequence[str], command: str, options: Sequence[str] = (), whole: type[BaseModel] = RunConfig
-) -> Given:
+) -> ParsedFlags:
     """The tokens, sorted into words and flags. Raises ConfigError for a flag that neither the whole configuration nor
     the command has; `options` are the command's own, which are hinted at."""
     words: list[str] = []
@@ -47,10 +47,10 @@ def read_tokens(
         given = convert(value, kinds)
         repeated = name in flags and is_list(kinds)
         flags[name] = [*as_list(flags[name]), *as_list(given)] if repeated else given
-    return Given(tuple(words), flags)
+    return ParsedFlags(tuple(words), flags)
 
 
-def data_and_files(given: Given, command: str) -> tuple[str | None, list[str]]:
+def data_and_files(given: ParsedFlags, command: str) -> tuple[str | None, list[str]]:
     """The data set and the YAML files among the words. Raises ConfigError for two data sets, or for no word at all."""
     files = [word for word in given.words if word.endswith((".yaml", ".yml"))]
     data = [word for word in given.words if word not in files]

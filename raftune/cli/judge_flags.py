@@ -16,14 +16,14 @@ from cyclopts import Parameter
 from raftune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from raftune.analysis.compare import Judge
+    from raftune.analysis.compare import JudgeSpec
     from raftune.config.rewards import RewardSpec
 
 USUAL_KEY = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True)
-class Judging:
+class JudgeFlags:
     """The flags that say who judges, and how it is asked."""
 
     judge: Annotated[str | None, Parameter(help="URL of an OpenAI-compatible endpoint that judges the pairs.")] = None
@@ -39,7 +39,7 @@ class Judging:
     judge_cache: Annotated[str | None, Parameter(help="Folder of the judge's replies [~/.cache/raftune/judge].")] = None
 
 
-NOBODY = Judging()
+NOBODY = JudgeFlags()
 
 
 def read_rewards(specs: tuple[str, ...]) -> list[RewardSpec]:
@@ -62,7 +62,7 @@ def read_object(flag: str, text: str) -> dict[str, Any]:
     return found
 
 
-def read_judge(given: Judging) -> Judge | None:
+def read_judge(given: JudgeFlags) -> JudgeSpec | None:
     """The judge; None where none was asked for. Raises ConfigError."""
     if given.judge is None:
         if given.judge_model is not None or given.judge_prompt is not None:
@@ -71,12 +71,12 @@ def read_judge(given: Judging) -> Judge | None:
     refuse_bad_numbers(given)
     if not given.judge_model:
         raise ConfigError(f"--judge needs --judge-model, the model's name at {given.judge}. Add --judge-model NAME.")
-    from raftune.analysis.compare import Judge
-    from raftune.clients.chat import Endpoint, chat_url
+    from raftune.analysis.compare import JudgeSpec
+    from raftune.clients.chat import ChatEndpoint, chat_url
     from raftune.evaluation.judge import PARAMETERS, TEMPLATE
 
     parameters = read_object("--judge-parameters", given.judge_parameters) if given.judge_parameters else {}
-    endpoint = Endpoint(
+    endpoint = ChatEndpoint(
         url=chat_url(given.judge),
         model=given.judge_model,
         parameters=PARAMETERS | parameters,
@@ -86,10 +86,10 @@ def read_judge(given: Judging) -> Judge | None:
         cache=cache_folder(given.judge_cache),
         key=read_key(given.judge_key_env),
     )
-    return Judge(endpoint, TEMPLATE if given.judge_prompt is None else read_template(given.judge_prompt))
+    return JudgeSpec(endpoint, TEMPLATE if given.judge_prompt is None else read_template(given.judge_prompt))
 
 
-def refuse_bad_numbers(given: Judging) -> None:
+def refuse_bad_numbers(given: JudgeFlags) -> None:
     """Raises ConfigError for a time, a number of questions or of tries that cannot be meant."""
     seconds = given.judge_timeout
     if not (math.isfinite(seconds) and seconds > 0):

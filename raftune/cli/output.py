@@ -19,7 +19,7 @@ HEAD = re.compile(r" *(?:\S+(?: \S+)? {2,})?")  # an indent, and the word that n
 NARROW = 20  # columns that a table's last column must have; with less the table is stacked
 
 
-class Results(Console):
+class OutputConsole(Console):
     """A console whose reader may leave: rich would end the process as failed, and here it is for the caller to know."""
 
     def on_broken_pipe(self) -> None:
@@ -28,10 +28,10 @@ class Results(Console):
 
 def out() -> Console:
     """The console of results: no markup, no highlighting; long lines are left whole where nobody watches."""
-    return Results(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return OutputConsole(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def say(words: str, style: str = "") -> None:
+def echo(words: str, style: str = "") -> None:
     """A line of text, made harmless; on a terminal in lines that break between words."""
     console = out()
     for line in fitted(harmless(words), room(console)):
@@ -64,7 +64,7 @@ def fitted(line: str, width: int | None, begin: int = 0) -> list[str]:
     return [part[begin if i == 0 else 0 :].replace(NO_BREAK, " ") for i, part in enumerate(lines)] or [""]
 
 
-class Grid:
+class PlainTable:
     """A table without frames, whose columns are as wide as they must be: readable, and easy to cut with awk."""
 
     def __init__(self, *titles: str, right: frozenset[int] = frozenset()) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from raftune.cli.errors import interruptible
 from raftune.config.evaluation import FEWEST_UNITS
 from raftune.config.run import RunConfig, held_out_names
-from raftune.loop import Outcome
+from raftune.loop import RunOutcome
 from raftune.report import NAME as REPORT
 from raftune.results.summary import alarms_of
 from raftune.runtime.progress import Progress
@@ -19,7 +19,7 @@ from raftune.stages.data import few_words
 from raftune.store.run import RunFolder
 
 
-def work(config: RunConfig, redo: str | None = None, *, only: str | None = None, as_json: bool = False) -> Outcome:
+def work(config: RunConfig, redo: str | None = None, *, only: str | None = None, as_json: bool = False) -> RunOutcome:
     """Runs the configuration and prints its outcome."""
     outcome, worked = go(config, redo, only)
     root = root_of(config)
@@ -30,7 +30,7 @@ def work(config: RunConfig, redo: str | None = None, *, only: str | None = None,
     return outcome
 
 
-def go(config: RunConfig, redo: str | None = None, only: str | None = None) -> tuple[Outcome, bool]:
+def go(config: RunConfig, redo: str | None = None, only: str | None = None) -> tuple[RunOutcome, bool]:
     """Runs the configuration under the eyes of a person; whether anything had to be done."""
     root = root_of(config)
     with interruptible(root) as watch, Progress(held_out=held_out_names(config)) as progress:
@@ -43,7 +43,7 @@ def go(config: RunConfig, redo: str | None = None, only: str | None = None) -> t
     return outcome, progress.worked
 
 
-def outcome_json(root: Path, outcome: Outcome, worked: bool) -> dict[str, Any]:
+def outcome_json(root: Path, outcome: RunOutcome, worked: bool) -> dict[str, Any]:
     alarms = [alarm for round_ in range(1, outcome.rounds + 1) for alarm in alarms_of(RunFolder(root), round_)]
     return {
         "run": str(root),
@@ -58,7 +58,7 @@ def outcome_json(root: Path, outcome: Outcome, worked: bool) -> dict[str, Any]:
     }
 
 
-def outcome_words(root: Path, outcome: Outcome, worked: bool) -> list[str]:
+def outcome_words(root: Path, outcome: RunOutcome, worked: bool) -> list[str]:
     """Where the run ended, and what to do with it."""
     unjudged = " (the last one: none was judged)" * (outcome.best > 0)
     value = unjudged if outcome.value is None else f", {outcome.value:.3f}"
@@ -80,7 +80,7 @@ def outcome_words(root: Path, outcome: Outcome, worked: bool) -> list[str]:
     ]
 
 
-def alarm_words(root: Path, outcome: Outcome) -> list[str]:
+def alarm_words(root: Path, outcome: RunOutcome) -> list[str]:
     """How many rounds raised alarms, and what shows them; nothing where none did."""
     rounds = [round_ for round_ in range(1, outcome.rounds + 1) if alarms_of(RunFolder(root), round_)]
     if not rounds:
@@ -89,5 +89,5 @@ def alarm_words(root: Path, outcome: Outcome) -> list[str]:
     return [f"  alarms    {raised} raised some: {shell_command('raftune', 'alarms', root)}"]
 
 
-def model_of(root: Path, outcome: Outcome) -> Path:
+def model_of(root: Path, outcome: RunOutcome) -> Path:
     return root / f"round-{outcome.best:04d}" / "model"

@@ -1,4 +1,4 @@
-"""Pictures of samples as files that anybody can look at, with an index that `datasets` reads as an image folder."""
+"""Images of samples as files that anybody can look at, with an index that `datasets` reads as an image folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOLD = ("sample_id", "prompt_id", "k", "source", "score", "held_out", "weight", 
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ConfigError unless pictures can be written there without touching what somebody else wrote."""
+    """Raises ConfigError unless images can be written there without touching what somebody else wrote."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--save must be a new or an empty folder; {folder} is not. Choose another.")
     if sheet_of(folder).exists():
@@ -30,14 +30,14 @@ def check_folder(folder: Path) -> None:
 
 
 def save_pictures(samples: Iterable[Sample], folder: Path, round_: int) -> int:
-    """Writes each sample's picture, metadata.jsonl with a line a sample, and a contact sheet beside the folder.
+    """Writes each sample's image, metadata.jsonl with a line a sample, and a contact sheet beside the folder.
 
     A file is named by the prompt (its number here and the letters and digits it begins with), k and the score. Returns
-    the number of pictures. Raises ConfigError where no sample holds one.
+    the number of images. Raises ConfigError where no sample holds one.
     """
     shown = [sample for sample in samples if isinstance(sample["completion"], bytes)]
     if not shown:
-        raise ConfigError("--save writes pictures, and these samples hold none. Leave it out.")
+        raise ConfigError("--save writes images, and these samples hold none. Leave it out.")
     with explaining(folder):
         folder.mkdir(parents=True, exist_ok=True)
         numbers = {prompt_id: i for i, prompt_id in enumerate(dict.fromkeys(s["prompt_id"] for s in shown), 1)}
@@ -61,7 +61,7 @@ def name_of(sample: Sample, number: int) -> str:
 
 
 def source_of(sample: Sample) -> str:
-    """What tells a teacher's or a person's picture from the policy's own of the same k."""
+    """What tells a teacher's or a person's image from the policy's own of the same k."""
     source = re.sub(r"[^a-z0-9]+", "", str(sample.get("source", "policy")).casefold())
     return "" if source in ("policy", "") else source[:20]
 
@@ -71,7 +71,7 @@ def sheet_of(folder: Path) -> Path:
 
 
 def contact_sheet(samples: Sequence[Sample]) -> Image:
-    """All pictures small: a row for each prompt, its text above, each picture's k and score below it."""
+    """All images small: a row for each prompt, its text above, each image's k and score below it."""
     from PIL import Image, ImageDraw
 
     from raftune.data.images import image_of
@@ -101,7 +101,7 @@ def contact_sheet(samples: Sequence[Sample]) -> Image:
 
 
 def described(sample: Sample, round_: int) -> dict[str, Any]:
-    """The picture's line in the index: what was asked, and what came of it."""
+    """The image's line in the index: what was asked, and what came of it."""
     known = {name: sample[name] for name in TOLD if name in sample}
     rewards = {name: value for name, value in sample.items() if name.startswith("rewards/")}
     return {

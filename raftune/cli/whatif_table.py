@@ -9,36 +9,36 @@ from typing import Any
 
 from rich.text import Text
 
-from raftune.analysis.whatif import Difference, WhatIf
-from raftune.analysis.whatif.difference import BestOf, Change
+from raftune.analysis.whatif import Difference, WhatIfResult
+from raftune.analysis.whatif.difference import BestOfEstimate, SelectionChange
 from raftune.analysis.whatif.folder import in_words
-from raftune.cli.output import Grid, out, say
+from raftune.cli.output import PlainTable, echo, out
 from raftune.results.samples import answer_text, prompt_text, span
 from raftune.sanitize import counted, one_line, percent
 
 GUTTER = 34
 
 
-def show_outcome(found: WhatIf, *, as_json: bool) -> None:
+def show_outcome(found: WhatIfResult, *, as_json: bool) -> None:
     """The outcome for a person, or for a program."""
     if as_json:
         print(json.dumps(outcome_json(found), ensure_ascii=False))
         return
     changes = in_words(found.changes) if found.changes else "the run's own settings"
-    say(f"{found.run}, round{'s' * (len(found.rounds) > 1)} {span(found.rounds)}: {changes}", style="bold")
-    say("")
+    echo(f"{found.run}, round{'s' * (len(found.rounds) > 1)} {span(found.rounds)}: {changes}", style="bold")
+    echo("")
     by_round(found.difference)
     if best := best_of_words(found.difference.best_of, found.difference.names[1]):
-        say("")
-        say(best)
+        echo("")
+        echo(best)
     show_largest(found.difference)
     show_starved(found.difference)
-    say("")
+    echo("")
     for line in ending(found):
-        say(line)
+        echo(line)
 
 
-def outcome_json(found: WhatIf) -> dict[str, Any]:
+def outcome_json(found: WhatIfResult) -> dict[str, Any]:
     """Everything that was found, as plain data."""
     plain = dataclasses.asdict(found)
     changes = {name: {"before": old, "now": new} for name, (old, new) in found.changes.items()}
@@ -50,24 +50,24 @@ def by_round(difference: Difference) -> None:
     old, new = difference.names
     rewards = [f"{old}: before", "now", *([f"{new}: before", "now"] if difference.rescored else [])]
     titles = ("round", "changed", "before", "now", "both", "gone", "new", "starved", *rewards)
-    grid = Grid(*titles, right=frozenset(range(len(titles))))
+    grid = PlainTable(*titles, right=frozenset(range(len(titles))))
     for change in [*difference.rounds, *([difference.all] if len(difference.rounds) > 1 else [])]:
         grid.add(*cells(change, rescored=difference.rescored))
     grid.show()
-    say("")
-    say("  changed: prompts of which something else is kept; before, now, both, gone, new: samples kept", style="dim")
-    say(
+    echo("")
+    echo("  changed: prompts of which something else is kept; before, now, both, gone, new: samples kept", style="dim")
+    echo(
         "  starved: prompts that yield nothing, before → now; the rest: mean of what is kept, by each reward",
         style="dim",
     )
 
 
-def cells(change: Change, *, rescored: bool) -> Iterator[str]:
+def cells(change: SelectionChange, *, rescored: bool) -> Iterator[str]:
     yield "all" if change.round is None else str(change.round)
     yield f"{change.changed}/{change.prompts}"
     for count in (change.before.samples, change.now.samples, change.in_both, change.only_before, change.only_now):
         yield str(count)
-    yield f"{change.starved_before} → {change.starved}"
+    yield f"{change.starved_before} → {change.empty_prompts}"
     if rescored:
         yield from (value(change.before.reward_before), value(change.now.reward_before))
     yield from (value(change.before.reward_now), value(change.now.reward_now))
@@ -77,7 +77,7 @@ def value(number: float | None) -> str:
     return "–" if number is None else f"{number:.3f}"
 
 
-def best_of_words(best: BestOf, name: str) -> str:
+def best_of_words(best: BestOfEstimate, name: str) -> str:
     """What each k would have given of what was drawn."""
     if not best.rewards:
         return ""
@@ -93,14 +93,14 @@ def show_largest(difference: Difference) -> None:
     """The prompts that would change most, with the answers that go and come."""
     if not difference.largest:
         return
-    say("")
-    say(f"{len(difference.largest)} of {difference.all.changed} prompts that change, those that gain or lose most:")
+    echo("")
+    echo(f"{len(difference.largest)} of {difference.all.changed} prompts that change, those that gain or lose most:")
     console = out()
     width = max(console.width - GUTTER, 20) if console.is_terminal else None
     for change in difference.largest:
-        say("")
+        echo("")
         prompt = one_line(prompt_text(change["prompt"]), width)
-        say(f"round {change['round']} · {prompt}  {change['margin']:+.3f}", style="bold")
+        echo(f"round {change['round']} · {prompt}  {change['margin']:+.3f}", style="bold")
         for sample in change["samples"]:
             console.print(line_of(sample, difference, width))
 
@@ -116,15 +116,15 @@ def line_of(sample: dict[str, Any], difference: Difference, width: int | None) -
 
 
 def show_starved(difference: Difference) -> None:
-    if not difference.starved:
+    if not difference.empty_prompts:
         return
-    say("")
-    say("Prompts that would yield nothing any more:")
-    for prompt in difference.starved:
-        say(f"  round {prompt['round']} · {one_line(prompt_text(prompt['prompt']), 100)}: {prompt['reason']}")
+    echo("")
+    echo("Prompts that would yield nothing any more:")
+    for prompt in difference.empty_prompts:
+        echo(f"  round {prompt['round']} · {one_line(prompt_text(prompt['prompt']), 100)}: {prompt['reason']}")
 
 
-def ending(found: WhatIf) -> Iterator[str]:
+def ending(found: WhatIfResult) -> Iterator[str]:
     """What could not be read, where it lies, and how to really do so."""
     for missing in found.missing:
         yield f"Left out: {missing}."

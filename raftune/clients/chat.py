@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raftune.clients.url import TooMuch, is_local, post, web_url
+from raftune.clients.url import ResponseTooLarge, is_local, post, web_url
 from raftune.config.secrets import expanded, masked, redacted
 from raftune.sanitize import one_line
 from raftune.store.files import write_json
@@ -31,7 +31,7 @@ BUSY = frozenset({408, 425, 429})  # besides every 5xx: worth another try
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ChatReply:
     """What came of one question: the text, or None with the kind of failure and what was said about it."""
 
     text: str | None
@@ -41,7 +41,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class ChatEndpoint:
     """A chat model at `url`; `parameters` go into every request beside model and messages.
 
     timeout: seconds a question may take. A server that is busy or broken (429, 5xx, a connection that breaks off) is
@@ -60,7 +60,7 @@ class Endpoint:
     key: str | None = field(default=None, repr=False)
     backoff: float = 0.5
 
-    def ask(self, questions: Sequence[list[Message]], tell: Callable[[], None] = lambda: None) -> list[Reply]:
+    def ask(self, questions: Sequence[list[Message]], tell: Callable[[], None] = lambda: None) -> list[ChatReply]:
         """A reply for each question, in order; equal questions are asked once. `tell` is called as one is answered.
 
         Works where an event loop is running already, as in a notebook. Failures are replies, not exceptions.
@@ -90,18 +90,18 @@ class Endpoint:
         )
         return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
-    async def _ask_all(self, bodies: Mapping[str, dict[str, Any]], tell: Callable[[], None]) -> dict[str, Reply]:
+    async def _ask_all(self, bodies: Mapping[str, dict[str, Any]], tell: Callable[[], None]) -> dict[str, ChatReply]:
         """The replies by name; so many questions are under way at once as `concurrency` says."""
         import httpx2
 
-        queue, found = iter(bodies.items()), dict[str, Reply]()
+        queue, found = iter(bodies.items()), dict[str, ChatReply]()
         failed_in_a_row = 0
 
         async def work() -> None:
             nonlocal failed_in_a_row
             for name, body in queue:  # shared by all: each takes the next one
                 if failed_in_a_row >= max(IN_A_ROW, 3 * self.concurrency):
-                    found[name] = Reply(None, "not asked", f"{failed_in_a_row} questions before it failed in a row")
+                    found[name] = ChatReply(None, "not asked", f"{failed_in_a_row} questions before it failed in a row")
                     continue
                 found[name] = reply = await self._ask(client, body)
                 failed_in_a_row = 0 if reply.text is not None else failed_in_a_row + 1
@@ -120,16 +120,16 @@ class Endpoint:
     def _headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
-    async def _ask(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> Reply:
+    async def _ask(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> ChatReply:
         """The reply, after as many tries as it takes or is allowed."""
         for attempt in range(self.retries + 1):
             reply, wait = await self._try(client, body)
             if wait is None or attempt == self.retries:
                 break
             await asyncio.sleep(min(max(wait, self.backoff * 2**attempt), LONGEST_WAIT))
-        return Reply(reply.text, reply.failure, self._masked(reply.detail))
+        return ChatReply(reply.text, reply.failure, self._masked(reply.detail))
 
-    async def _try(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> tuple[Reply, float | None]:
+    async def _try(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> tuple[ChatReply, float | None]:
         """One try, and the seconds to wait before another at least; None where another would not help."""
         import httpx2
 
@@ -137,13 +137,13 @@ class Endpoint:
             async with asyncio.timeout(self.timeout):  # of the whole answer: one that trickles in must end, too
                 response = await post(client, self.url, MOST_BYTES, json=body)
         except (TimeoutError, httpx2.TimeoutException):
-            return Reply(None, "timed out", f"no answer within {self.timeout:g} s"), None
+            return ChatReply(None, "timed out", f"no answer within {self.timeout:g} s"), None
         except httpx2.ConnectError as error:
-            return Reply(None, "refused", str(error) or "no connection"), None
-        except TooMuch as error:
-            return Reply(None, "too long", str(error)), None
+            return ChatReply(None, "refused", str(error) or "no connection"), None
+        except ResponseTooLarge as error:
+            return ChatReply(None, "too long", str(error)), None
         except httpx2.HTTPError as error:  # such as a connection that the server closed while it was idle
-            return Reply(None, "broke off", str(error) or type(error).__name__), 0.0
+            return ChatReply(None, "broke off", str(error) or type(error).__name__), 0.0
         if response.status_code in BUSY or response.status_code >= 500:
             return read_reply(response), seconds_asked_for(response.headers.get("retry-after"))
         return read_reply(response), None
@@ -156,7 +156,7 @@ class Endpoint:
         assert self.cache is not None
         return self.cache / name[:2] / f"{name}.json"
 
-    def _kept(self, name: str) -> Reply | None:
+    def _kept(self, name: str) -> ChatReply | None:
         """The reply of an earlier time; None where there is none that can be read."""
         if self.cache is None:
             return None
@@ -164,24 +164,24 @@ class Endpoint:
             text = json.loads(self._place(name).read_bytes())["reply"]
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        return Reply(text, cached=True) if isinstance(text, str) else None
+        return ChatReply(text, cached=True) if isinstance(text, str) else None
 
-    def _keep(self, name: str, body: Mapping[str, Any], reply: Reply) -> None:
+    def _keep(self, name: str, body: Mapping[str, Any], reply: ChatReply) -> None:
         """Writes a reply down, whole or not at all; failures are asked again another time."""
         if self.cache is not None and reply.text is not None:
             kept = {"url": redacted(self.url, references=False), "request": dict(body), "reply": reply.text}
             write_json(self.cache / "tmp", self._place(name), kept)
 
 
-def read_reply(response: httpx2.Response) -> Reply:
+def read_reply(response: httpx2.Response) -> ChatReply:
     """The text of the first choice; a failure for any other status than 2xx, and for what is no chat completion."""
     if not response.is_success:
-        return Reply(None, f"HTTP {response.status_code}", response.text or response.reason_phrase)
+        return ChatReply(None, f"HTTP {response.status_code}", response.text or response.reason_phrase)
     try:
         text = response.json()["choices"][0]["message"]["content"]
     except (ValueError, TypeError, KeyError, IndexError):
-        return Reply(None, "no chat completion", response.text or "an empty body")
-    return Reply(text) if isinstance(text, str) else Reply(None, "no chat completion", response.text)
+        return ChatReply(None, "no chat completion", response.text or "an empty body")
+    return ChatReply(text) if isinstance(text, str) else ChatReply(None, "no chat completion", response.text)
 
 
 def seconds_asked_for(header: str | None) -> float:

@@ -30,7 +30,9 @@ def web_url(url: str, field: str, example: str, key: str) -> httpx2.URL:
 
 
 async def post(client: httpx2.AsyncClient, url: str, most: int, **request: Any) -> httpx2.Response:
-    """The answer to a POST, read as it comes; one of more than `most` bytes is broken off. Raises TooMuch for it."""
+    """The answer to a POST, read as it comes; one of more than `most` bytes is broken off. Raises ResponseTooLarge for
+    it.
+    """
     import httpx2
 
     body = bytearray()
@@ -38,12 +40,12 @@ async def post(client: httpx2.AsyncClient, url: str, most: int, **request: Any) 
         async for part in response.aiter_bytes():
             body += part
             if len(body) > most:
-                raise TooMuch(f"the answer is longer than {most:,} bytes; it was broken off")
+                raise ResponseTooLarge(f"the answer is longer than {most:,} bytes; it was broken off")
         headers = [(name, value) for name, value in response.headers.items() if name != "content-encoding"]
         return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=response.request)
 
 
-class TooMuch(Exception):
+class ResponseTooLarge(Exception):
     """A server's answer has more bytes than it may."""
 
 

@@ -1,6 +1,6 @@
 """A whole run, declared: frozen, strict and free of torch. One file for each owner."""
 
-from raftune.config.base import Frozen
+from raftune.config.base import ConfigSection
 from raftune.config.evaluation import EvaluationConfig
 from raftune.config.guards import GuardsConfig
 from raftune.config.load import load_config, options_of, read_yaml, validate
@@ -9,16 +9,16 @@ from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.config.run import DataConfig, EngineConfig, RunConfig, StopConfig
 from raftune.config.sampling import SamplingConfig, TeacherConfig
 from raftune.config.selection import SelectionConfig
-from raftune.config.training import ReferenceConfig, TuningConfig
+from raftune.config.training import ReferenceConfig, TrainingConfig
 
 __all__ = [
     "AdapterConfig",
     "CausalLMPolicy",
+    "ConfigSection",
     "CustomPolicy",
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
-    "Frozen",
     "GuardsConfig",
     "ReferenceConfig",
     "RewardSpec",
@@ -29,7 +29,7 @@ __all__ = [
     "StopConfig",
     "TabularPolicy",
     "TeacherConfig",
-    "TuningConfig",
+    "TrainingConfig",
     "load_config",
     "options_of",
     "read_yaml",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
-class Frozen(BaseModel):
+class ConfigSection(BaseModel):
     """A section whose fields cannot be changed after it was validated, and that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -32,7 +32,7 @@ def read_columns(value: Any) -> Any:
 
 
 # By the name that raftune reads, the column of the data that is meant.
-Columns = Annotated[dict[str, str] | None, BeforeValidator(read_columns)]
+ColumnNames = Annotated[dict[str, str] | None, BeforeValidator(read_columns)]
 COLUMNS_FIELD: Any = Field(
     None,
     exclude_if=lambda value: value is None,  # so that what was made before there was the field is still the same

@@ -1,4 +1,4 @@
-"""How each round's policy is judged on prompts that it is never tuned on."""
+"""How each round's policy is judged on prompts that it is never trained on."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from raftune.config.base import Frozen
+from raftune.config.base import ConfigSection
 from raftune.config.extensions import SPEC
 from raftune.config.rewards import RewardSpec, derived_name, unique_names
 
 FEWEST_UNITS = 5  # prompts: of fewer a mean is said with their number, and without an interval
 
 
-class MetricSpec(Frozen):
+class MetricSpec(ConfigSection):
     """A metric of your own. A plain string stands for a spec with every other field at its default."""
 
     spec: str = Field(pattern=SPEC, description="file.py:NAME or module:NAME; docs/extending.md says how.")
@@ -28,7 +28,7 @@ class MetricSpec(Frozen):
         return {"spec": value} if isinstance(value, str) else value
 
 
-class EvaluationConfig(Frozen):
+class EvaluationConfig(ConfigSection):
     """Held-out prompts, drawn with the same seeds in every round, so that rounds and runs can be paired."""
 
     prompts: str | None = Field(

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from raftune.config.base import Frozen
+from raftune.config.base import ConfigSection
 from raftune.config.evaluation import EvaluationConfig
 
 AlarmName = Literal[
@@ -25,12 +25,12 @@ AlarmName = Literal[
     "contrast_drops",
 ]
 ALARMS: tuple[str, ...] = get_args(AlarmName)
-ALIKE_ALARMS = ("diversity_drops", "near_duplicates", "identical_candidates")  # of texts and of pictures
+ALIKE_ALARMS = ("diversity_drops", "near_duplicates", "identical_candidates")  # of texts and of images
 TEXT_ALARMS = ("length_drifts", "empty_answers", "cut_off")
 PICTURE_ALARMS = ("saturation_drifts", "contrast_drops")
 
 
-class GuardsConfig(Frozen):
+class GuardsConfig(ConfigSection):
     """Alarms at the end of each round. Each brings numbers and samples to look at; it stops a run only if told to."""
 
     enabled: bool = Field(True, description="Look at each round when it ends; it costs no draw and no reward.")
@@ -45,7 +45,7 @@ class GuardsConfig(Frozen):
     diversity_drop: float = Field(
         0.5,
         description="diversity_drops: in (0, 1), the share of distinct-2 that the kept answers have lost, against as "
-        "many that were drawn in this round, or in round 1; of pictures, the share of their distance.",
+        "many that were drawn in this round, or in round 1; of images, the share of their distance.",
     )
     length_factor: float = Field(
         2.0,
@@ -64,12 +64,12 @@ class GuardsConfig(Frozen):
     )
     saturation_drift: float = Field(
         0.2,
-        description="saturation_drifts: in (0, 1), how much more (or less) saturated the kept pictures are than those "
+        description="saturation_drifts: in (0, 1), how much more (or less) saturated the kept images are than those "
         "drawn in this round, or in round 1; saturation is 0 … 1.",
     )
     contrast_drop: float = Field(
         0.5,
-        description="contrast_drops: in (0, 1), the share of the contrast that the kept pictures have lost, against "
+        description="contrast_drops: in (0, 1), the share of the contrast that the kept images have lost, against "
         "those drawn in this round, or in round 1.",
     )
     max_kl: float | None = Field(
@@ -160,7 +160,7 @@ class GuardsConfig(Frozen):
     def _is_a_budget(cls, value: float | None) -> float | None:
         if value is not None and value <= 0:
             raise ValueError(
-                f"guards.max_kl must be above 0; got {value:g}. Any tuning moves away from the start: write 10, say."
+                f"guards.max_kl must be above 0; got {value:g}. Any training moves away from the start: write 10, say."
             )
         return value
 
@@ -189,7 +189,7 @@ class GuardsConfig(Frozen):
 
 
 def thresholds(pictures: bool) -> tuple[str, ...]:
-    """The dotted fields that shape what is found, of pictures or of anything else; whether to stop on it does not."""
+    """The dotted fields that shape what is found, of images or of anything else; whether to stop on it does not."""
     other = ("length_factor", "empty_share", "cut_off_share") if pictures else ("saturation_drift", "contrast_drop")
     passed = ("enabled", "stop_on", *other)
     return tuple(f"guards.{name}" for name in GuardsConfig.model_fields if name not in passed)

@@ -67,7 +67,7 @@ def merge(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """{"tuning.learning_rate": 1} as {"tuning": {"learning_rate": 1}}."""
+    """{"training.learning_rate": 1} as {"training": {"learning_rate": 1}}."""
     result: dict[str, Any] = {}
     for name, value in flags.items():
         *sections, last = name.split(".")
@@ -262,8 +262,8 @@ def declared(config: RunConfig) -> dict[str, Any]:
         given = found.get("selection", {})
         own = {name: value for name, value in given.items() if name not in SelectionConfig.model_fields}
         found["selection"] = {"rule": config.selection.rule, **own, **given}
-    if config.tuning.objective != "sft":
-        found["tuning"] = {"objective": config.tuning.objective, **found.get("tuning", {})}
+    if config.training.objective != "sft":
+        found["training"] = {"objective": config.training.objective, **found.get("training", {})}
     return {**found, "policy": {"family": config.policy.family, **found.get("policy", {})}}
 
 

@@ -12,9 +12,9 @@ FIELDS = (
     *(
         "policy.tokenizer",
         "sampling.teacher.model",
-        "tuning.reference.path",
+        "training.reference.path",
         "selection.rule",
-        "tuning.objective",
+        "training.objective",
         "engine.kind",
     ),
 )

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from raftune.config.base import Frozen
+from raftune.config.base import ConfigSection
 
 
-class AdapterConfig(Frozen):
+class AdapterConfig(ConfigSection):
     """LoRA through peft: only these small matrices are trained and saved."""
 
     r: int = Field(16, ge=1, description="Rank.")
@@ -19,7 +19,7 @@ class AdapterConfig(Frozen):
     modules_to_save: tuple[str, ...] = Field((), description="Modules trained and saved whole.")
 
 
-class CausalLMPolicy(Frozen):
+class CausalLMPolicy(ConfigSection):
     """Any AutoModelForCausalLM."""
 
     family: Literal["causal_lm"] = Field("causal_lm", description="causal_lm, diffusion, tabular, or module:Class.")
@@ -44,7 +44,7 @@ class CausalLMPolicy(Frozen):
         return self
 
 
-class DiffusionPolicy(Frozen):
+class DiffusionPolicy(ConfigSection):
     """Any pipeline of diffusers that a binding knows: its denoiser is what is aligned."""
 
     family: Literal["diffusion"] = "diffusion"
@@ -59,7 +59,7 @@ class DiffusionPolicy(Frozen):
     )
 
 
-class TabularPolicy(Frozen):
+class TabularPolicy(ConfigSection):
     """A categorical distribution for each prompt: small enough to hold the algorithm to closed forms."""
 
     family: Literal["tabular"] = "tabular"
@@ -75,7 +75,7 @@ class TabularPolicy(Frozen):
     )
 
 
-class CustomPolicy(Frozen):
+class CustomPolicy(ConfigSection):
     """A family of your own: `module:Class` or `file.py:Class`, with options that its own class validates."""
 
     family: str = Field(pattern=r".+:.+", description="module:Class or file.py:Class; docs/families.md says how.")

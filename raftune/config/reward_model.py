@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raftune.config.base import COLUMNS_FIELD, Columns, Frozen
+from raftune.config.base import COLUMNS_FIELD, ColumnNames, ConfigSection
 from raftune.config.policy import AdapterConfig
 
 # Peak rate by the number of trained parameters, where none is given: small models need and bear more.
@@ -15,7 +15,7 @@ RATES = ((10_000_000, 1e-3), (500_000_000, 5e-5))
 RATE_OF_LARGE, RATE_OF_ADAPTERS = 1e-5, 1e-4
 
 
-class RewardModelConfig(Frozen):
+class RewardModelConfig(ConfigSection):
     """A reward model's training: what it learns from, what it is made of, and when it is good enough to be saved."""
 
     data: str = Field(
@@ -31,7 +31,7 @@ class RewardModelConfig(Frozen):
         description="pairwise: Bradley-Terry on preferences; pointwise: squared error on ratings; auto: by data.",
     )
     split: str = Field("train", description="Split of a hub or `datasets` folder.")
-    columns: Columns = COLUMNS_FIELD
+    columns: ColumnNames = COLUMNS_FIELD
     dialogues: Literal["text", "messages"] = Field(
         "text", description="What dialogues as in HH-RLHF become: texts as they stand, or messages for a chat template."
     )

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from raftune.config.base import Frozen
+from raftune.config.base import ConfigSection
 
 
-class RewardSpec(Frozen):
+class RewardSpec(ConfigSection):
     """One reward. A plain string stands for a spec with every other field at its default."""
 
     spec: str = Field(
@@ -60,7 +60,7 @@ class RewardSpec(Frozen):
         return self.name or derived_name(self.spec)
 
 
-class RewardsConfig(Frozen):
+class RewardsConfig(ConfigSection):
     """All rewards of a run. A sample that any reward could not score is never selected."""
 
     reward_funcs: tuple[RewardSpec, ...] = Field(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from raftune.config.base import COLUMNS_FIELD, Columns, Frozen
+from raftune.config.base import COLUMNS_FIELD, ColumnNames, ConfigSection
 from raftune.config.evaluation import EvaluationConfig
 from raftune.config.extensions import SPEC
 from raftune.config.guards import GuardsConfig
@@ -15,10 +15,10 @@ from raftune.config.policy import PolicyConfig
 from raftune.config.rewards import RewardsConfig
 from raftune.config.sampling import SamplingConfig
 from raftune.config.selection import AnySelection, BestOfK
-from raftune.config.training import AnyTuning, SftTuning
+from raftune.config.training import AnyTuning, SftTraining
 
 
-class DataConfig(Frozen):
+class DataConfig(ConfigSection):
     """The prompts: every other column of the data set rides along to the rewards."""
 
     prompts: str | None = Field(
@@ -29,10 +29,10 @@ class DataConfig(Frozen):
     split: str = Field("train", description="Split of a hub or `datasets` folder.")
     prompt_column: str = Field("prompt", description="Column that holds the prompt: text, messages, or a class label.")
     limit: int | None = Field(None, ge=1, description="Only the first so many rows.")
-    columns: Columns = COLUMNS_FIELD
+    columns: ColumnNames = COLUMNS_FIELD
 
 
-class EngineConfig(Frozen):
+class EngineConfig(ConfigSection):
     """Where units of work run; the bytes they give do not depend on how many workers there are."""
 
     kind: str = Field(
@@ -46,17 +46,17 @@ class EngineConfig(Frozen):
         ge=1,
         description="Threads of each process for tensor arithmetic (CPU).",
     )
-    max_retries: int = Field(2, ge=0, description="How often a unit that crashed its worker is tried again.")
-    on_unit_failure: Literal["stop", "skip"] = Field(
-        "stop", description="Then stop the run, or go on without the unit."
+    max_retries: int = Field(2, ge=0, description="How often a chunk that crashed its worker is tried again.")
+    on_chunk_failure: Literal["stop", "skip"] = Field(
+        "stop", description="Then stop the run, or go on without the chunk."
     )
-    unit_timeout: float | None = Field(
-        None, gt=0, description="Seconds until a unit that runs in a worker counts as crashed."
+    chunk_timeout: float | None = Field(
+        None, gt=0, description="Seconds until a chunk that runs in a worker counts as crashed."
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of an engine of your own, by name.")
 
 
-class StopConfig(Frozen):
+class StopConfig(ConfigSection):
     """When to end before the last round; what is published is the best round in any case."""
 
     patience: int | None = Field(
@@ -77,7 +77,7 @@ class StopConfig(Frozen):
     )
 
 
-class RunConfig(Frozen):
+class RunConfig(ConfigSection):
     """Everything that shapes a run; equal configurations give bit-identical runs on a CPU."""
 
     name: str = Field(
@@ -94,8 +94,9 @@ class RunConfig(Frozen):
     )
     keep_latents: Literal["all", "selected"] = Field(
         "all",
-        description="Latents to keep once their round is tuned: all, or of selected samples only. The images all stay; "
-        "`--from draw` draws the same latents again.",
+        description="Latents to keep once their round is trained: all, or of selected samples only. The images "
+        "all stay; "
+        "`--from generate` draws the same latents again.",
     )
     report_to: tuple[str, ...] = Field((), description="tensorboard, wandb, mlflow, …: as in transformers.")
     report: bool = Field(True, description="Write the page report.html into the run after every round.")
@@ -104,7 +105,7 @@ class RunConfig(Frozen):
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     rewards: RewardsConfig = Field(default_factory=RewardsConfig)
     selection: AnySelection = Field(default_factory=BestOfK)
-    tuning: AnyTuning = Field(default_factory=SftTuning)
+    training: AnyTuning = Field(default_factory=SftTraining)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     guards: GuardsConfig = Field(default_factory=GuardsConfig)
     stop: StopConfig = Field(default_factory=StopConfig)
@@ -152,7 +153,7 @@ class RunConfig(Frozen):
             )
         if self.evaluation.features is not None and self.evaluation.num_prompts == 0:
             raise ValueError(
-                "evaluation.features needs held-out prompts, whose pictures it compares; got evaluation.num_prompts = "
+                "evaluation.features needs held-out prompts, whose images it compares; got evaluation.num_prompts = "
                 "0. Set it above 0, or leave out evaluation.features."
             )
         return self

@@ -6,18 +6,18 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from raftune.config.base import Frozen
+from raftune.config.base import ConfigSection
 from raftune.config.extensions import SPEC, code_hash, load_extension
 
 
-class TeacherConfig(Frozen):
+class TeacherConfig(ConfigSection):
     """A second model whose answers are ranked beside the policy's own; it is loaded after the policy is freed."""
 
     model: str = Field(description="Folder or hub name of the teacher, of the policy's family.")
     num_generations: int = Field(1, ge=1, description="Answers the teacher gives to each prompt.")
 
 
-class DiffusionSampling(Frozen):
+class DiffusionSampling(ConfigSection):
     """How a pipeline is called: draw as the model will be used, since what is drawn becomes the target."""
 
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps; None is the pipeline's default.")
@@ -33,7 +33,7 @@ class DiffusionSampling(Frozen):
     pipeline_kwargs: dict[str, Any] = Field(default_factory=dict, description="Anything else that the pipeline takes.")
 
 
-class SamplingConfig(Frozen):
+class SamplingConfig(ConfigSection):
     """The draw: K samples for each prompt, and how each token or step is chosen."""
 
     num_generations: int = Field(8, ge=1, description="K, the policy's own samples for each prompt.")
@@ -70,16 +70,16 @@ class SamplingConfig(Frozen):
     )
     system_prompt: str | None = Field(
         None,
-        description="A system message, or a text and a blank line, put before prompts when drawing; not when tuning.",
+        description="A system message, or a text and a blank line, put before prompts when drawing; not when training.",
     )
     few_shot_prefix: str | None = Field(
-        None, description="Text before a prompt given as text when drawing, left out when tuning."
+        None, description="Text before a prompt given as text when drawing, left out when training."
     )
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to the chat template.")
-    diffusion: DiffusionSampling = Field(default_factory=DiffusionSampling, description="The dials of a pipeline.")
+    diffusion: DiffusionSampling = Field(default_factory=DiffusionSampling, description="The options of a pipeline.")
     batch_size: int = Field(256, ge=1, description="Samples alive at once; halved, and recorded, when memory runs out.")
-    unit_size: int = Field(
-        64, ge=1, description="Prompts in a unit, the slice that is drawn, scored and resumed whole."
+    chunk_size: int = Field(
+        64, ge=1, description="Prompts in a chunk, the slice that is drawn, scored and resumed whole."
     )
     candidate_columns: tuple[str, ...] = Field(
         (), description="Columns of the data set whose texts join the pool as candidates (human demonstrations)."

@@ -10,11 +10,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationInfo, field_validator, model_validator
 
-from raftune.config.base import Frozen
+from raftune.config.base import ConfigSection
 from raftune.config.extensions import SPEC
 
 
-class SelectionConfig(Frozen):
+class SelectionConfig(ConfigSection):
     """What every rule has: which samples compete, and which prompts are skipped."""
 
     within_prompt: ClassVar[bool] = True  # whether the rule compares the candidates of one prompt with each other

@@ -7,21 +7,21 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from raftune.config.base import COLUMNS_FIELD, Columns, Frozen
+from raftune.config.base import COLUMNS_FIELD, ColumnNames, ConfigSection
 from raftune.config.policy import PolicyConfig
-from raftune.config.training import TuningConfig
+from raftune.config.training import TrainingConfig
 
-# Fields of `tuning` that speak of rounds, of which there is one.
+# Fields of `training` that speak of rounds, of which there is one.
 OF_ROUNDS = ("optimizer_state", "start_from", "replay_rounds", "reference")
 
 
-class DemonstrationsConfig(Frozen):
+class DemonstrationsConfig(ConfigSection):
     """The answers to learn from: preferred ones of preferences, prompts with completions, or dialogues."""
 
     path: str = Field(description="JSONL (also gzipped), JSON, CSV or Parquet, a `datasets` folder, or a hub name.")
     split: str = Field("train", description="Split of a hub or `datasets` folder.")
     limit: int | None = Field(None, ge=1, description="Only the first so many answers.")
-    columns: Columns = COLUMNS_FIELD
+    columns: ColumnNames = COLUMNS_FIELD
     min_score: float | None = Field(None, description="Of answers with a score, only those with so much or more.")
     keep: Literal["best", "all"] | None = Field(
         None, description="Of answers with a score: best, the first of the highest of each prompt; all, every one."
@@ -34,20 +34,20 @@ class DemonstrationsConfig(Frozen):
     )
 
 
-class PictureSize(Frozen):
-    """The size of the pictures that a pipeline learns: that of the data, since none is cropped or scaled."""
+class ImageSize(ConfigSection):
+    """The size of the images that a pipeline learns: that of the data, since none is cropped or scaled."""
 
     height: int | None = Field(None, ge=1, description="Pixels; None is the pipeline's default.")
     width: int | None = Field(None, ge=1, description="Pixels; None is the pipeline's default.")
 
 
-class ReadAsDrawn(Frozen):
+class SftSamplingConfig(ConfigSection):
     """What of a run's `sampling` says how answers are read."""
 
-    diffusion: PictureSize = Field(default_factory=PictureSize, description="For a diffusion pipeline.")
+    diffusion: ImageSize = Field(default_factory=ImageSize, description="For a diffusion pipeline.")
 
 
-class SftConfig(Frozen):
+class SftConfig(ConfigSection):
     """Everything that shapes a supervised fine-tuning; equal ones give bit-identical models on a CPU."""
 
     output_dir: str = Field(description="Where everything is written.")
@@ -63,13 +63,13 @@ class SftConfig(Frozen):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="For the chat template.")
     data: DemonstrationsConfig
     policy: PolicyConfig
-    sampling: ReadAsDrawn = Field(default_factory=ReadAsDrawn, description="How pictures are read.")
-    tuning: TuningConfig = Field(default_factory=TuningConfig)
+    sampling: SftSamplingConfig = Field(default_factory=SftSamplingConfig, description="How images are read.")
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
 
     @model_validator(mode="after")
     def _there_is_one_round(self) -> SftConfig:
         for name in OF_ROUNDS:
-            given, default = getattr(self.tuning, name), TuningConfig.model_fields[name].default
+            given, default = getattr(self.training, name), TrainingConfig.model_fields[name].default
             if given != default:
-                raise ValueError(f"tuning.{name} speaks of rounds, and sft has none; got {given!r}. Leave it out.")
+                raise ValueError(f"training.{name} speaks of rounds, and sft has none; got {given!r}. Leave it out.")
         return self

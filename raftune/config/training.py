@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from raftune.config.base import Frozen
+from raftune.config.base import ConfigSection
 from raftune.config.extensions import SPEC
 
 # Of transformers' TrainingArguments: what shapes a fit and is neither a field below nor set by raftune.
@@ -17,7 +17,7 @@ TRAINER_KWARGS = {
 }
 
 
-class ReferenceConfig(Frozen):
+class ReferenceConfig(ConfigSection):
     """A data set of good answers that is mixed into every round's rows against forgetting."""
 
     path: str = Field(description="JSONL, Parquet, CSV, or a hub name; needs the prompt and the completion column.")
@@ -26,7 +26,7 @@ class ReferenceConfig(Frozen):
     fraction: float = Field(0.1, gt=0, lt=1, description="Share of reference rows among all rows of a round, by count.")
 
 
-class DiffusionTuning(Frozen):
+class DiffusionTraining(ConfigSection):
     """The denoising loss: in the pipeline's own parameterisation, at noise levels that a seed chooses."""
 
     noise_levels: int = Field(1, ge=1, description="Noise levels at which each row of a step is learned.")
@@ -47,7 +47,7 @@ class DiffusionTuning(Frozen):
     )
 
     @model_validator(mode="after")
-    def _levels_are_a_range(self) -> DiffusionTuning:
+    def _levels_are_a_range(self) -> DiffusionTraining:
         low, high = self.noise_range
         if not 0 <= low < high <= 1:
             raise ValueError(
@@ -57,7 +57,7 @@ class DiffusionTuning(Frozen):
         return self
 
 
-class TuningConfig(Frozen):
+class TrainingConfig(ConfigSection):
     """One round's fit, on the exact token ids or latents that were drawn."""
 
     learning_rate: float = Field(1e-5, gt=0, description="Peak rate of the round's own schedule.")
@@ -81,7 +81,9 @@ class TuningConfig(Frozen):
     mask_truncated_completions: bool = Field(False, description="Leave out answers that were cut off before their end.")
     replay_rounds: int = Field(0, ge=0, description="How many earlier rounds' kept rows are trained on again.")
     reference: ReferenceConfig | None = Field(None, description="Reference answers mixed in against the alignment tax.")
-    diffusion: DiffusionTuning = Field(default_factory=DiffusionTuning, description="The dials of a denoising loss.")
+    diffusion: DiffusionTraining = Field(
+        default_factory=DiffusionTraining, description="The options of a denoising loss."
+    )
     save_steps: int | None = Field(
         None, ge=1, description="Optimizer steps between further checkpoints; about one a minute there is in any case."
     )
@@ -92,7 +94,7 @@ class TuningConfig(Frozen):
     )
 
     @model_validator(mode="after")
-    def _trainer_kwargs_take_effect(self) -> TuningConfig:
+    def _trainer_kwargs_take_effect(self) -> TrainingConfig:
         if unknown := sorted(set(self.trainer_kwargs) - TRAINER_KWARGS):
             raise ValueError(
                 f"trainer_kwargs may hold {', '.join(sorted(TRAINER_KWARGS))}; got {unknown[0]!r}. Use the field of "
@@ -101,7 +103,7 @@ class TuningConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _carried_moments_belong_to_the_weights(self) -> TuningConfig:
+    def _carried_moments_belong_to_the_weights(self) -> TrainingConfig:
         if self.optimizer_state == "carried" and self.start_from == "start":
             raise ValueError(
                 "optimizer_state must be fresh where start_from is 'start'; got 'carried'. The moments belong to "
@@ -110,7 +112,7 @@ class TuningConfig(Frozen):
         return self
 
 
-class SftTuning(TuningConfig):
+class SftTraining(TrainingConfig):
     """Minimises the weighted loss of what was kept: the negative log-likelihood, or the denoising error."""
 
     objective: Literal["sft"] = Field(
@@ -120,7 +122,7 @@ class SftTuning(TuningConfig):
     )
 
 
-class CustomTuning(TuningConfig):
+class CustomTraining(TrainingConfig):
     """Minimises an objective of your own, with options that its class declares."""
 
     objective: str = Field(pattern=SPEC, description="file.py:NAME or module:NAME; docs/extending.md says how.")
@@ -134,5 +136,5 @@ def objective_class(data: Any) -> str:
 
 
 AnyTuning = Annotated[
-    Annotated[SftTuning, Tag("sft")] | Annotated[CustomTuning, Tag("custom")], Discriminator(objective_class)
+    Annotated[SftTraining, Tag("sft")] | Annotated[CustomTraining, Tag("custom")], Discriminator(objective_class)
 ]

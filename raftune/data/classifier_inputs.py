@@ -27,7 +27,7 @@ SHIFTED_POSITIONS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ClassifierInputs:
     """What of a prompt and its completion becomes tokens.
 
     include_prompt: whether the prompt is part of the text; without it a message's bare content is read.
@@ -44,7 +44,7 @@ class Reading:
     limit: int | None = None
 
 
-def tokens(tokenizer: Any, prompt: Any, completion: Any, reading: Reading) -> list[int]:
+def tokens(tokenizer: Any, prompt: Any, completion: Any, reading: ClassifierInputs) -> list[int]:
     """The token ids of the text, the padding token alone where it is empty.
 
     Prompt and completion are texts, or message lists; the tokenizer must truncate on the left. Raises RewardError where

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from raftune.data.rows import Reason, Unusable
+from raftune.data.rows import SkipReason, UnusableRow
 from raftune.data.turns import (
     SYSTEM,
     Message,
@@ -36,7 +36,7 @@ def find(row: Row, names: tuple[str, ...]) -> tuple[str, Any]:
     for name in names:
         if row.get(name) is not None:
             return name, row[name]
-    raise Unusable(Reason.MISSING, f"there is no {names[0]} among {', '.join(row) or 'no columns'}")
+    raise UnusableRow(SkipReason.MISSING, f"there is no {names[0]} among {', '.join(row) or 'no columns'}")
 
 
 def has(row: Row, names: tuple[str, ...]) -> bool:
@@ -59,7 +59,7 @@ def asked(row: Row) -> tuple[str, PromptContent]:
     name = next((name for name in SYSTEM_PROMPT if row.get(name) is not None), None)
     system = row[name] if name is not None else ""
     if not isinstance(system, str):
-        raise Unusable(Reason.WRONG_TYPE, f"{name} must be a text; got {excerpt(system)}")
+        raise UnusableRow(SkipReason.WRONG_TYPE, f"{name} must be a text; got {excerpt(system)}")
     if not system.strip():
         return column, prompt
     if isinstance(prompt, list):
@@ -72,21 +72,21 @@ def read_prompt(value: Any, column: str) -> PromptContent:
     """A text, or messages that end with the user's."""
     if isinstance(value, str):
         if not value.strip():
-            raise Unusable(Reason.EMPTY_PROMPT, f"{column} is blank")
+            raise UnusableRow(SkipReason.EMPTY_PROMPT, f"{column} is blank")
         return value
     if not isinstance(value, list):
-        raise Unusable(Reason.WRONG_TYPE, f"{column} must be a text or a list of messages; got {excerpt(value)}")
+        raise UnusableRow(SkipReason.WRONG_TYPE, f"{column} must be a text or a list of messages; got {excerpt(value)}")
     messages = begins(read_messages(value, column), column)
     check_prompt(messages, column)
     if messages[-1]["role"] not in ("user", "tool"):
-        raise Unusable(Reason.DISORDER, f"{column} ends with the {messages[-1]['role']}'s turn")
+        raise UnusableRow(SkipReason.DISORDER, f"{column} ends with the {messages[-1]['role']}'s turn")
     return messages
 
 
 def check_prompt(messages: list[Message], column: str) -> None:
     """Raises Unusable unless the user says something."""
     if not any(says_something(message) for message in messages if message["role"] == "user"):
-        raise Unusable(Reason.EMPTY_PROMPT, f"{column}: the user says nothing")
+        raise UnusableRow(SkipReason.EMPTY_PROMPT, f"{column}: the user says nothing")
 
 
 def read_answer(value: Any, prompt: PromptContent, column: str) -> Any:
@@ -96,7 +96,7 @@ def read_answer(value: Any, prompt: PromptContent, column: str) -> Any:
     if isinstance(value, str):
         value = [{"role": "assistant", "content": value}]
     if not isinstance(value, list):
-        raise Unusable(Reason.WRONG_TYPE, f"{column} must be a text or a list of messages; got {excerpt(value)}")
+        raise UnusableRow(SkipReason.WRONG_TYPE, f"{column} must be a text or a list of messages; got {excerpt(value)}")
     assert isinstance(prompt, list)
     messages = read_messages(value, column)
     messages = messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
@@ -113,9 +113,9 @@ def one_message(value: Any, column: str) -> Any:
 
 def read_text(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise Unusable(Reason.WRONG_TYPE, f"{column} must be a text, like its prompt; got {excerpt(value)}")
+        raise UnusableRow(SkipReason.WRONG_TYPE, f"{column} must be a text, like its prompt; got {excerpt(value)}")
     if not value.strip():
-        raise Unusable(Reason.EMPTY_ANSWER, f"{column} is blank")
+        raise UnusableRow(SkipReason.EMPTY_ANSWER, f"{column} is blank")
     return value
 
 
@@ -123,9 +123,9 @@ def check_answer(messages: list[Message], column: str) -> None:
     """Raises Unusable unless the messages begin and end with the assistant, who says something."""
     ends_with_assistant(messages, column)
     if messages[0]["role"] != "assistant":
-        raise Unusable(Reason.DISORDER, f"{column} begins with the {messages[0]['role']}'s turn")
+        raise UnusableRow(SkipReason.DISORDER, f"{column} begins with the {messages[0]['role']}'s turn")
     if not says_something(messages[-1]):
-        raise Unusable(Reason.EMPTY_ANSWER, f"{column} is blank")
+        raise UnusableRow(SkipReason.EMPTY_ANSWER, f"{column} is blank")
 
 
 def read_number(value: Any, column: str) -> float:
@@ -133,13 +133,13 @@ def read_number(value: Any, column: str) -> float:
     if isinstance(value, str):
         value = number_of(value, column)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Unusable(Reason.WRONG_TYPE, f"{column} must be a number; got {excerpt(value)}")
+        raise UnusableRow(SkipReason.WRONG_TYPE, f"{column} must be a number; got {excerpt(value)}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise Unusable(Reason.NOT_FINITE, f"{column} is {number}")
+        raise UnusableRow(SkipReason.NOT_FINITE, f"{column} is {number}")
     return number
 
 
@@ -149,8 +149,9 @@ def number_of(text: str, column: str) -> Any:
     if comma := _COMMA.fullmatch(plain):
         whole, part = comma.groups()
         if len(part) == 3 and whole.lstrip("+-0") and len(whole.lstrip("+-")) <= 3:
-            raise Unusable(
-                Reason.WRONG_TYPE, f"{column} is {plain!r}: its comma may set off decimals or thousands; write a point"
+            raise UnusableRow(
+                SkipReason.WRONG_TYPE,
+                f"{column} is {plain!r}: its comma may set off decimals or thousands; write a point",
             )
         plain = f"{whole}.{part}"
     return float(plain) if _NUMBER.fullmatch(plain) else text
@@ -158,7 +159,7 @@ def number_of(text: str, column: str) -> Any:
 
 def read_list(value: Any, column: str) -> list[Any]:
     if not isinstance(value, list):
-        raise Unusable(Reason.WRONG_TYPE, f"{column} must be a list; got {excerpt(value)}")
+        raise UnusableRow(SkipReason.WRONG_TYPE, f"{column} must be a list; got {excerpt(value)}")
     return value
 
 

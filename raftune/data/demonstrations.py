@@ -1,4 +1,4 @@
-"""Demonstrations: answers to learn from as they stand, from preferences, prompts with completions or pictures, or
+"""Demonstrations: answers to learn from as they stand, from preferences, prompts with completions or images, or
 dialogues."""
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from raftune.data.columns import (
 )
 from raftune.data.images import is_picture
 from raftune.data.preferences import HH, Form, preferred
-from raftune.data.rows import Demonstration, Feedback, Reason, Skipped, Unusable
+from raftune.data.rows import Demonstration, Feedback, SkippedRow, SkipReason, UnusableRow
 from raftune.data.source import collect
 from raftune.data.turns import answer_text, begins, ends_with_assistant, excerpt, prompt_text, read_messages
 from raftune.errors import DataError
 from raftune.records import TOOLS
 
-PICTURE = ("image", "picture", "completion")
+PICTURE = ("image", "image", "completion")
 CAPTION = ("prompt", "caption", "text", "label")
 MESSAGES = ("messages", "conversation", "conversations")
 WANTED = (
@@ -53,7 +53,7 @@ def read_demonstrations(
 
     Of a preference the chosen answer, of ranked ones the best; the rows that are skipped are those that
     `read_preferences` skips, so that a policy and its reward model learn from the same. Of a dialogue the last turn.
-    A picture is the column `image`, or `completion`: bytes, or a path that begins where the source lies.
+    An image is the column `image`, or `completion`: bytes, or a path that begins where the source lies.
     """
     place = Path(source).expanduser()
     base = place if place.is_dir() else place.parent
@@ -74,7 +74,7 @@ def score_of(row: Row) -> float | None:
     """The number that the answer was given; None where there is none."""
     try:
         return read_number(*reversed(find(row, SCORE)))
-    except Unusable:
+    except UnusableRow:
         return None
 
 
@@ -111,9 +111,9 @@ def choose(
     for number, row in enumerate(feedback.rows):
         if min_score is not None and (row.score is None or row.score < min_score):
             given = "no score" if row.score is None else f"the score {row.score:g}"
-            skipped.append(Skipped(row.row, Reason.SCORED_LOW, f"{given}; data.min_score is {min_score:g}"))
+            skipped.append(SkippedRow(row.row, SkipReason.SCORED_LOW, f"{given}; data.min_score is {min_score:g}"))
         elif keep == "best" and number not in chosen:
-            skipped.append(Skipped(row.row, Reason.NOT_BEST, f"the score {row.score}"))
+            skipped.append(SkippedRow(row.row, SkipReason.NOT_BEST, f"the score {row.score}"))
         else:
             rows.append(row)
     if not rows:
@@ -125,23 +125,25 @@ def choose(
 
 
 def shows(value: Any, column: str, base: Path) -> bool:
-    """Whether this is a picture, or the path of one; a completion may also be a text that only looks like a path."""
+    """Whether this is an image, or the path of one; a completion may also be a text that only looks like a path."""
     if not is_picture(value):
         return False
     return not (column == "completion" and isinstance(value, str)) or (base / value).is_file()
 
 
 def pictured(row: Row, column: str, base: Path) -> tuple[str, Any, Any]:
-    """The format, the prompt (a text or a class label), and the picture, a path named in full."""
+    """The format, the prompt (a text or a class label), and the image, a path named in full."""
     prompt_column, prompt = find(row, CAPTION)
     if isinstance(prompt, bool) or not isinstance(prompt, str | int):
-        raise Unusable(Reason.WRONG_TYPE, f"{prompt_column} must be a text or a class label; got {excerpt(prompt)}")
+        raise UnusableRow(
+            SkipReason.WRONG_TYPE, f"{prompt_column} must be a text or a class label; got {excerpt(prompt)}"
+        )
     value = row[column]
     if isinstance(value, dict):
         value = value["bytes"] or value["path"]
     if isinstance(value, str) and not (path := base / Path(value).expanduser()).is_file():
-        raise Unusable(Reason.MISSING, f"{column}: there is no file {path}")
-    form = f"prompts and pictures ({used(prompt_column, 'prompt')}, {used(column, 'image')})"
+        raise UnusableRow(SkipReason.MISSING, f"{column}: there is no file {path}")
+    form = f"prompts and images ({used(prompt_column, 'prompt')}, {used(column, 'image')})"
     return form, prompt, str(path) if isinstance(value, str) else value
 
 

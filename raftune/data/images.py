@@ -1,6 +1,6 @@
-"""Pictures as bytes and back: what every place that stores, scores, measures or shows an image shares.
+"""Images as bytes and back: what every place that stores, scores, measures or shows an image shares.
 
-A picture in the ledger is a PNG, lossless RGB; its name is the SHA-256 of those bytes.
+An image in the ledger is a PNG, lossless RGB; its name is the SHA-256 of those bytes.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def require_pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ConfigError('pictures need Pillow, which is not installed. Run: pip install "raftune[images]"') from error
+        raise ConfigError('images need Pillow, which is not installed. Run: pip install "raftune[images]"') from error
     return Image
 
 
 def png_of(image: Image.Image) -> bytes:
-    """The picture as PNG: RGB, lossless, without metadata; equal pixels give equal bytes.
+    """The image as PNG: RGB, lossless, without metadata; equal pixels give equal bytes.
 
-    Raises DataError for a picture that cannot be read whole (a file that was cut off).
+    Raises DataError for an image that cannot be read whole (a file that was cut off).
     """
-    plain = require_pillow().new("RGB", image.size)  # a new picture carries nothing over: no profile, no comment
+    plain = require_pillow().new("RGB", image.size)  # a new image carries nothing over: no profile, no comment
     plain.paste(as_rgb(image))
     buffer = io.BytesIO()
     plain.save(buffer, format="PNG", compress_level=6)
@@ -44,9 +44,9 @@ def png_of(image: Image.Image) -> bytes:
 
 
 def image_of(png: bytes) -> Image.Image:
-    """The RGB picture that these bytes hold: PNG, or another format that Pillow reads, transparency on white.
+    """The RGB image that these bytes hold: PNG, or another format that Pillow reads, transparency on white.
 
-    Raises DataError for bytes that are no whole picture.
+    Raises DataError for bytes that are no whole image.
     """
     opened = require_pillow()
     try:
@@ -55,7 +55,7 @@ def image_of(png: bytes) -> Image.Image:
     except (OSError, ValueError, SyntaxError, opened.DecompressionBombError) as error:
         unknown = type(error).__name__ == "UnidentifiedImageError"  # which says no more, but an address in memory
         why = "" if unknown else f": {error}"
-        raise DataError(f"these {len(png):,} bytes are no picture{why}. A picture is a PNG or JPEG file.") from error
+        raise DataError(f"these {len(png):,} bytes are no image{why}. An image is a PNG or JPEG file.") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -71,11 +71,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
         flat: Image.Image = white.convert("RGB")
         return flat
     except (OSError, SyntaxError) as error:
-        raise DataError(f"a picture cannot be read whole: {error}. Give it again.") from error
+        raise DataError(f"an image cannot be read whole: {error}. Give it again.") from error
 
 
 def in_eight_bits(image: Image.Image) -> Image.Image:
-    """The picture with 8 bits a channel; deeper grey is scaled, where Pillow would clip it to white or black.
+    """The image with 8 bits a channel; deeper grey is scaled, where Pillow would clip it to white or black.
 
     16 bits are scaled by their range. Whole numbers of 32 bits and floats do not say theirs: those within 0 … 1 or
     0 … 255 or, of whole numbers, 0 … 65535 are taken for it. Raises DataError for others.
@@ -93,20 +93,20 @@ def in_eight_bits(image: Image.Image) -> Image.Image:
         full = next((end for end in ranges if low >= 0 and high <= end), 0.0)
     if not full:
         wanted = "0 … 1 or 0 … 255" if image.mode == "F" else "0 … 65535"
-        raise DataError(f"a grey picture's levels must be in {wanted}; these go from {low:g} to {high:g}. Scale them.")
+        raise DataError(f"a grey image's levels must be in {wanted}; these go from {low:g} to {high:g}. Scale them.")
     grey: Image.Image = require_pillow().fromarray(np.rint(levels * (255.0 / full)).astype(np.uint8))
     return grey
 
 
 def sha256_of_png(png: bytes) -> str:
-    """The name of a picture: 64 hexadecimal digits."""
+    """The name of an image: 64 hexadecimal digits."""
     return hashlib.sha256(png).hexdigest()
 
 
 def thumbnail(png: bytes, longest: int) -> bytes:
-    """The picture with no side above `longest` pixels: the PNG itself where that holds and it is tiny, else WebP.
+    """The image with no side above `longest` pixels: the PNG itself where that holds and it is tiny, else WebP.
 
-    WebP loses detail that no thumbnail shows; its quality is fixed, so the same picture gives the same bytes.
+    WebP loses detail that no thumbnail shows; its quality is fixed, so the same image gives the same bytes.
     """
     image = image_of(png)
     if max(image.size) <= min(longest, PIXELATED):
@@ -118,7 +118,7 @@ def thumbnail(png: bytes, longest: int) -> bytes:
 
 
 def why_invalid(image: Image.Image) -> str | None:
-    """Why nothing can be learned from this picture, None where nothing speaks against it."""
+    """Why nothing can be learned from this image, None where nothing speaks against it."""
     if not all(image.size):
         return "empty: it has no pixels"
     if all(low == high for low, high in channels(image.convert("RGB").getextrema())):
@@ -132,14 +132,14 @@ def channels(extrema: Any) -> tuple[tuple[float, float], ...]:
 
 
 def mime_of(data: bytes) -> str:
-    """The media type of a picture's bytes, as a page's data address names it."""
+    """The media type of an image's bytes, as a page's data address names it."""
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "image/webp"
     return "image/jpeg" if data.startswith(b"\xff\xd8") else "image/png"
 
 
-class Pictures(Sequence[Any]):
-    """The pictures of a column of bytes, each read when it is asked for: what waits to be looked at waits small.
+class LazyImages(Sequence[Any]):
+    """The images of a column of bytes, each read when it is asked for: what waits to be looked at waits small.
 
     `pngs` and `names` are Arrow columns, row for row.
     """
@@ -155,7 +155,7 @@ class Pictures(Sequence[Any]):
     @overload
     def __getitem__(self, index: slice) -> list[Image.Image]: ...
     def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
-        """The picture, RGB. Raises DataError that names the sample whose bytes are no picture."""
+        """The image, RGB. Raises DataError that names the sample whose bytes are no image."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         try:
@@ -165,7 +165,7 @@ class Pictures(Sequence[Any]):
 
 
 def is_picture(value: Any) -> bool:
-    """True of bytes, of a path by its suffix, of a PIL picture, and of `datasets`' {"bytes": …, "path": …}."""
+    """True of bytes, of a path by its suffix, of a PIL image, and of `datasets`' {"bytes": …, "path": …}."""
     if isinstance(value, dict):
         return value.keys() == {"bytes", "path"} and is_picture(value["bytes"] or value["path"])
     if isinstance(value, str):
@@ -183,12 +183,12 @@ def content_of(value: Any, base: Path) -> bytes:
 
 
 def file_name(png: bytes) -> str:
-    """What a picture is called where it lies in a folder: by its content, so that no text of anybody's is in a path."""
+    """What an image is called where it lies in a folder: by its content, so that no text of anybody's is in a path."""
     return f"{sha256_of_png(png)}.png"
 
 
 def in_words(png: bytes) -> str:
-    """A picture for a line of text: the beginning of its name, and its width and height."""
+    """An image for a line of text: the beginning of its name, and its width and height."""
     header = png[:24]
     sides = struct.unpack(">II", header[16:24]) if header.startswith(b"\x89PNG") and len(header) == 24 else ()
     return f"{sha256_of_png(png)[:12]}.png" + (f" {sides[0]}×{sides[1]}" if sides else "")

@@ -23,7 +23,7 @@ from raftune.data.columns import (
     read_number,
     same,
 )
-from raftune.data.rows import Feedback, Pair, Reason, Unusable
+from raftune.data.rows import Feedback, PreferencePair, SkipReason, UnusableRow
 from raftune.data.source import collect
 from raftune.data.turns import (
     Message,
@@ -49,7 +49,7 @@ WANTED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Preferred:
+class PreferenceRow:
     """The two answers as they were found; a dialogue of HH-RLHF is messages until it is asked for as a text."""
 
     format: str
@@ -57,11 +57,11 @@ class Preferred:
     chosen: Any
     rejected: Any
 
-    def as_pair(self, row: int, dialogues: Form) -> Pair:
+    def as_pair(self, row: int, dialogues: Form) -> PreferencePair:
         if self.format == HH and dialogues == "text":
             assert isinstance(self.prompt, list)
-            return Pair(row, prompt_text(self.prompt), answer_text(self.chosen), answer_text(self.rejected))
-        return Pair(row, self.prompt, self.chosen, self.rejected)
+            return PreferencePair(row, prompt_text(self.prompt), answer_text(self.chosen), answer_text(self.rejected))
+        return PreferencePair(row, self.prompt, self.chosen, self.rejected)
 
 
 def read_preferences(
@@ -71,21 +71,21 @@ def read_preferences(
     field: str = "data",
     dialogues: Form = "text",
     columns: Mapping[str, str] | None = None,
-) -> Feedback[Pair]:
+) -> Feedback[PreferencePair]:
     """The pairs of any preference data, and the rows that hold none. Raises DataError where no row is usable.
 
     `dialogues` says what HH-RLHF's become: texts as they stand, or messages. K ranked answers give K(K-1)/2 pairs, of
     which those with equal rank are none. `field` is what the source is called in an error.
     """
 
-    def read(number: int, row: Row) -> tuple[str, list[Pair]]:
+    def read(number: int, row: Row) -> tuple[str, list[PreferencePair]]:
         found = list(preferred(row))
         return found[0].format, [one.as_pair(number, dialogues) for one in found]
 
     return collect(source, split, field, read, WANTED, columns)
 
 
-def preferred(row: Row) -> Iterator[Preferred]:
+def preferred(row: Row) -> Iterator[PreferenceRow]:
     """What the row prefers to what: one pair, or several of ranked answers; never none. Raises Unusable."""
     if has(row, COMPLETIONS) and (has(row, RANKS) or has(row, SCORES)):
         return ranked(row)
@@ -101,38 +101,40 @@ def whole_dialogues(chosen: Any, rejected: Any) -> bool:
     return all(isinstance(value, list) and len(value) > 1 for value in (chosen, rejected))
 
 
-def explicit(row: Row, chosen: Any, rejected: Any) -> Preferred:
+def explicit(row: Row, chosen: Any, rejected: Any) -> PreferenceRow:
     """Two answers beside their prompt."""
     _, prompt = asked(row)
     answers = [read_answer(chosen, prompt, "chosen"), read_answer(rejected, prompt, "rejected")]
     return told_apart(EXPLICIT, prompt, *answers)
 
 
-def implicit(chosen: Any, rejected: Any) -> Preferred:
+def implicit(chosen: Any, rejected: Any) -> PreferenceRow:
     """Two dialogues that begin alike: the turns that they share are the prompt."""
     if isinstance(chosen, str) and isinstance(rejected, str):
         for name, text in (("chosen", chosen), ("rejected", rejected)):
             if not text.strip():
-                raise Unusable(Reason.EMPTY_ANSWER, f"{name} is blank")
+                raise UnusableRow(SkipReason.EMPTY_ANSWER, f"{name} is blank")
             if not has_turns(text):
-                raise Unusable(Reason.NO_SHARED_PREFIX, f"{name} has no turns (Human:, Assistant:), and no prompt")
+                raise UnusableRow(
+                    SkipReason.NO_SHARED_PREFIX, f"{name} has no turns (Human:, Assistant:), and no prompt"
+                )
         return split_dialogues(HH, parse_dialogue(chosen, "chosen"), parse_dialogue(rejected, "rejected"))
     if isinstance(chosen, list) and isinstance(rejected, list):
         return split_dialogues(IMPLICIT, read_messages(chosen, "chosen"), read_messages(rejected, "rejected"))
-    raise Unusable(
-        Reason.WRONG_TYPE,
+    raise UnusableRow(
+        SkipReason.WRONG_TYPE,
         f"chosen and rejected must be two texts or two lists of messages; got {excerpt(chosen)}, {excerpt(rejected)}",
     )
 
 
-def split_dialogues(form: str, chosen: list[Message], rejected: list[Message]) -> Preferred:
+def split_dialogues(form: str, chosen: list[Message], rejected: list[Message]) -> PreferenceRow:
     """The dialogues parted where they part, after a turn of the user's."""
     for column, messages in (("chosen", chosen), ("rejected", rejected)):
         ends_with_assistant(begins(messages, column), column)
     shared = shared_turns(chosen, rejected)
     if not shared:
-        raise Unusable(
-            Reason.NO_SHARED_PREFIX,
+        raise UnusableRow(
+            SkipReason.NO_SHARED_PREFIX,
             f"chosen begins with {excerpt(chosen[0]['content'])}, rejected with {excerpt(rejected[0]['content'])}",
         )
     check_prompt(chosen[:shared], "prompt")
@@ -141,23 +143,23 @@ def split_dialogues(form: str, chosen: list[Message], rejected: list[Message]) -
     return told_apart(form, chosen[:shared], chosen[shared:], rejected[shared:])
 
 
-def told_apart(form: str, prompt: PromptContent, chosen: Any, rejected: Any) -> Preferred:
+def told_apart(form: str, prompt: PromptContent, chosen: Any, rejected: Any) -> PreferenceRow:
     if same(chosen, rejected):
-        raise Unusable(Reason.SAME, f"both are {excerpt(chosen)}")
-    return Preferred(form, prompt, chosen, rejected)
+        raise UnusableRow(SkipReason.SAME, f"both are {excerpt(chosen)}")
+    return PreferenceRow(form, prompt, chosen, rejected)
 
 
-def ranked(row: Row) -> Iterator[Preferred]:
+def ranked(row: Row) -> Iterator[PreferenceRow]:
     """K answers with ranks (1 is best) or scores (more is better): every better one against every worse one."""
     prompt, answers, worth = ranking(row)
     order = sorted(range(len(answers)), key=lambda i: -worth[i])  # stable: the given order among equals
     pairs = [(i, j) for i, j in combinations(order, 2) if worth[i] > worth[j]]
     if not pairs:
-        raise Unusable(Reason.ALL_TIED, f"{len(answers)} answers, all of the same rank")
+        raise UnusableRow(SkipReason.ALL_TIED, f"{len(answers)} answers, all of the same rank")
     apart = [(i, j) for i, j in pairs if not same(answers[i], answers[j])]
     if not apart:
-        raise Unusable(Reason.SAME, f"all are {excerpt(answers[0])}")
-    return (Preferred(RANKED, prompt, answers[i], answers[j]) for i, j in apart)
+        raise UnusableRow(SkipReason.SAME, f"all are {excerpt(answers[0])}")
+    return (PreferenceRow(RANKED, prompt, answers[i], answers[j]) for i, j in apart)
 
 
 def ranking(row: Row) -> tuple[PromptContent, list[Any], list[float]]:
@@ -171,5 +173,5 @@ def ranking(row: Row) -> tuple[PromptContent, list[Any], list[float]]:
         sign * read_number(each, f"{worth_column}[{i}]") for i, each in enumerate(read_list(numbers, worth_column))
     ]
     if len(worth) != len(answers):
-        raise Unusable(Reason.WRONG_TYPE, f"{len(answers)} {column}, but {len(worth)} {worth_column}")
+        raise UnusableRow(SkipReason.WRONG_TYPE, f"{len(answers)} {column}, but {len(worth)} {worth_column}")
     return prompt, answers, worth

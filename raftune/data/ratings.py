@@ -18,7 +18,7 @@ from raftune.data.columns import (
     used,
 )
 from raftune.data.preferences import ranking
-from raftune.data.rows import Feedback, Rating, Reason, Unusable
+from raftune.data.rows import Feedback, Rating, SkipReason, UnusableRow
 from raftune.data.source import collect
 from raftune.errors import ConfigError
 
@@ -87,4 +87,4 @@ def check_range(score: float, low: float | None, high: float | None) -> None:
     """Raises Unusable for a rating beyond either end."""
     if (low is not None and score < low) or (high is not None and score > high):
         ends = f"from {low}" if high is None else f"up to {high}" if low is None else f"from {low} to {high}"
-        raise Unusable(Reason.OUT_OF_RANGE, f"the rating {score:g} is not {ends}")
+        raise UnusableRow(SkipReason.OUT_OF_RANGE, f"the rating {score:g} is not {ends}")

@@ -15,7 +15,7 @@ from raftune.records import PromptContent
 SHOWN = 5  # rows that are named for each reason; the file of skipped rows names all
 
 
-class Reason(StrEnum):
+class SkipReason(StrEnum):
     """Why a row is skipped."""
 
     BROKEN = "broken line"
@@ -34,16 +34,16 @@ class Reason(StrEnum):
     NOT_BEST = "not the best of its prompt"
 
 
-class Unusable(Exception):
+class UnusableRow(Exception):
     """A row that cannot be learned from: inside the readers only, which note it and go on."""
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    def __init__(self, reason: SkipReason, detail: str) -> None:
         super().__init__(detail)
         self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
+class SkippedRow:
     """A row that was not learned from. `row` is its line in a file of lines, else its number; both from 1."""
 
     row: int
@@ -52,7 +52,7 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class PreferencePair:
     """Two answers to one prompt, of which a person preferred the first.
 
     An answer mirrors its prompt: a text for a text, a list of messages for messages.
@@ -88,14 +88,14 @@ class Demonstration:
     score: float | None = None
 
 
-class Numbered(Protocol):
+class NumberedRow(Protocol):
     """Something that was read from a numbered row."""
 
     @property
     def row(self) -> int: ...
 
 
-T = TypeVar("T", bound=Numbered)
+T = TypeVar("T", bound=NumberedRow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Feedback(Generic[T]):
     """
 
     rows: list[T]
-    skipped: list[Skipped]
+    skipped: list[SkippedRow]
     format: str
     source: str
 
@@ -120,7 +120,7 @@ class Feedback(Generic[T]):
         return [f"{self.source}: {counted}, {self.format}{left}", *(f"  {line}" for line in reasons(self.skipped))]
 
 
-def reasons(skipped: Iterable[Skipped]) -> list[str]:
+def reasons(skipped: Iterable[SkippedRow]) -> list[str]:
     """A line for each reason, the most frequent first, with the first rows it befell."""
     by_reason: defaultdict[str, list[int]] = defaultdict(list)
     for one in skipped:
@@ -135,7 +135,7 @@ def named(rows: list[int]) -> str:
     return f"row{'' if len(rows) == 1 else 's'} {listed}"
 
 
-def write_skipped(skipped: Iterable[Skipped], path: Path) -> None:
+def write_skipped(skipped: Iterable[SkippedRow], path: Path) -> None:
     """Writes the skipped rows as JSON lines: row, reason, detail."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for one in skipped:

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as kinds
 
-from raftune.data.rows import Feedback, Numbered, Reason, Skipped, Unusable, reasons
+from raftune.data.rows import Feedback, NumberedRow, SkippedRow, SkipReason, UnusableRow, reasons
 from raftune.data.tables import read_rows, with_plain_types
 from raftune.errors import DataError
-from raftune.records import Json, without_none
+from raftune.records import JsonType, without_none
 from raftune.sanitize import first_line
 
 Row = dict[str, Any]
-T = TypeVar("T", bound=Numbered)
+T = TypeVar("T", bound=NumberedRow)
 LINES = (".jsonl", ".ndjson", ".json")
 ANSWERS = ("completion", "response", "answer", "chosen", "rejected")
 BATCH = 1024  # rows of an Arrow table that are Python objects at the same time
@@ -41,17 +41,17 @@ def collect(
     that names `field` where no row is usable.
     """
     rows: list[T] = []
-    skipped: list[Skipped] = []
+    skipped: list[SkippedRow] = []
     formats: Counter[str] = Counter()
     for number, raw in raw_rows(source, split, field):
-        if isinstance(raw, Skipped):
+        if isinstance(raw, SkippedRow):
             skipped.append(raw)
             continue
         try:
             form, found = read(number, renamed(raw, columns or {}))
             rows.extend(found)
-        except Unusable as why:
-            skipped.append(Skipped(number, why.reason, why.detail))
+        except UnusableRow as why:
+            skipped.append(SkippedRow(number, why.reason, why.detail))
         else:
             formats[form] += 1
     if not rows:
@@ -64,19 +64,19 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     if not columns:
         return row
     if missing := [column for column in columns.values() if column not in row]:
-        raise Unusable(Reason.MISSING, f"there is no column {missing[0]!r} (columns) among {', '.join(row)}")
+        raise UnusableRow(SkipReason.MISSING, f"there is no column {missing[0]!r} (columns) among {', '.join(row)}")
     others = {name: cell for name, cell in row.items() if name not in columns and name not in columns.values()}
     return {name: row[column] for name, column in columns.items()} | others
 
 
-def nothing_usable(source: str, field: str, skipped: list[Skipped], wanted: str) -> str:
+def nothing_usable(source: str, field: str, skipped: list[SkippedRow], wanted: str) -> str:
     if not skipped:
         return f"{field} must hold at least one row; {source} is empty. {wanted}"
     details = f"all {len(skipped):,} of {source} were skipped: {'; '.join(reasons(skipped))} ({skipped[0].detail})"
     return f"{field} must hold at least one usable row; {details}. {wanted}"
 
 
-def raw_rows(source: str, split: str, field: str) -> Iterator[tuple[int, Row | Skipped]]:
+def raw_rows(source: str, split: str, field: str) -> Iterator[tuple[int, Row | SkippedRow]]:
     """Number and content of each row. Files of JSON lines and Parquet are streamed; blank lines are no rows."""
     path = Path(source).expanduser()
     suffix = Path(source.removesuffix(".gz")).suffix
@@ -87,9 +87,9 @@ def raw_rows(source: str, split: str, field: str) -> Iterator[tuple[int, Row | S
     written = path.is_file() and suffix in (".csv", ".tsv")
     number = 0
     for batch in batches or read_rows(source, split, field).to_batches(max_chunksize=BATCH):
-        padded = [column.name for column in batch.schema if kinds.is_nested(column.type) and column.type != Json()]
+        padded = [column.name for column in batch.schema if kinds.is_nested(column.type) and column.type != JsonType()]
         for row in batch.to_pylist():
-            for name in padded:  # messages and tools, with the keys of all rows in each; a picture is a dictionary
+            for name in padded:  # messages and tools, with the keys of all rows in each; an image is a dictionary
                 if isinstance(row[name], list):
                     row[name] = without_none(row[name])
             number += 1
@@ -110,7 +110,7 @@ def parquet_batches(path: Path, field: str) -> Iterator[pa.RecordBatch]:
         raise DataError(f"{field}: {path} cannot be read: {first_line(error)}. Mend the file.") from error
 
 
-def json_rows(path: Path, field: str) -> Iterator[tuple[int, Row | Skipped]]:
+def json_rows(path: Path, field: str) -> Iterator[tuple[int, Row | SkippedRow]]:
     """The rows of a file of JSON lines, or of one JSON array."""
     try:
         with opened(path) as file:
@@ -144,20 +144,20 @@ def whole(file: BinaryIO, path: Path, field: str) -> list[Any]:
     return rows
 
 
-def parsed(number: int, line: bytes) -> Row | Skipped:
+def parsed(number: int, line: bytes) -> Row | SkippedRow:
     """The line's object, or why there is none."""
     try:
         return checked(number, json.loads(line.decode("utf-8")))
     except (ValueError, RecursionError) as error:
-        return Skipped(number, Reason.BROKEN, f"not valid JSON: {first_line(error)}")
+        return SkippedRow(number, SkipReason.BROKEN, f"not valid JSON: {first_line(error)}")
 
 
-def checked(number: int, row: Any) -> Row | Skipped:
+def checked(number: int, row: Any) -> Row | SkippedRow:
     """The row, unless it is no object, or its text cannot be written as UTF-8 (half of a surrogate pair)."""
     if not isinstance(row, dict):
-        return Skipped(number, Reason.WRONG_TYPE, f"a row must be a JSON object; got {type(row).__name__}")
+        return SkippedRow(number, SkipReason.WRONG_TYPE, f"a row must be a JSON object; got {type(row).__name__}")
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        return Skipped(number, Reason.BROKEN, f"half of a surrogate pair, {error.object[error.start]!a}")
+        return SkippedRow(number, SkipReason.BROKEN, f"half of a surrogate pair, {error.object[error.start]!a}")
     return row

@@ -21,7 +21,7 @@ import pyarrow.types as kinds
 
 from raftune.data.images import content_of, is_picture, png_of
 from raftune.errors import DataError
-from raftune.records import Json, arrow_array
+from raftune.records import JsonType, arrow_array
 from raftune.sanitize import first_line
 
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -34,7 +34,7 @@ _UNFIT = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeE
 def read_rows(source: str, split: str = "train", field: str = "data.prompts") -> pa.Table:
     """All rows of the data set. Raises DataError that names `field`, the configuration's own name for the source.
 
-    Columns of pictures hold their bytes, so that nothing depends any more on where files lay.
+    Columns of images hold their bytes, so that nothing depends any more on where files lay.
     """
     path = Path(source).expanduser()
     suffix = Path(source.removesuffix(".gz")).suffix
@@ -123,7 +123,7 @@ def with_plain_types(table: pa.Table, field: str) -> pa.Table:
 
 def _is_plain(kind: pa.DataType) -> bool:
     """Whether neither the type nor one within it is a view, JSON of Arrow's own, or a struct without fields."""
-    if kind == Json():
+    if kind == JsonType():
         return True
     views = (kinds.is_string_view, kinds.is_binary_view, kinds.is_list_view, kinds.is_large_list_view)
     empty = kinds.is_struct(kind) and not kind.num_fields
@@ -137,7 +137,7 @@ def _is_plain(kind: pa.DataType) -> bool:
 def _plain_column(column: pa.ChunkedArray, name: str, field: str) -> pa.Array:
     if isinstance(column.type, pa.JsonType):
         texts = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
-        return pa.ExtensionArray.from_storage(Json(), texts.cast(pa.string()).combine_chunks())
+        return pa.ExtensionArray.from_storage(JsonType(), texts.cast(pa.string()).combine_chunks())
     cells = [_decoded(cell, column.type) for cell in column.to_pylist()]
     return _column(cells, name, field)
 
@@ -156,9 +156,9 @@ def _decoded(cell: Any, kind: pa.DataType) -> Any:
 
 
 def with_pictures(table: pa.Table, base: Path, field: str) -> pa.Table:
-    """The table, its columns of pictures as bytes: of `datasets`' form, or paths of files that begin in `base`.
+    """The table, its columns of images as bytes: of `datasets`' form, or paths of files that begin in `base`.
 
-    A column of texts is one of paths where all of them have a picture's suffix and any names a file. Raises DataError
+    A column of texts is one of paths where all of them have an image's suffix and any names a file. Raises DataError
     for one that does not.
     """
     for place, name in enumerate(table.column_names):
@@ -171,7 +171,7 @@ def with_pictures(table: pa.Table, base: Path, field: str) -> pa.Table:
 
 
 def names_pictures(column: pa.ChunkedArray, base: Path) -> bool:
-    """Whether every text of the column is a picture's path, and any that of a file."""
+    """Whether every text of the column is an image's path, and any that of a file."""
     texts = column.drop_null()
     if not len(texts) or not is_picture(texts[0].as_py()):
         return False
@@ -180,21 +180,21 @@ def names_pictures(column: pa.ChunkedArray, base: Path) -> bool:
 
 
 def in_bytes(column: pa.ChunkedArray, name: str, base: Path, field: str) -> pa.Array:
-    """The pictures' bytes. Raises DataError that names the row of a file that is not there."""
+    """The images' bytes. Raises DataError that names the row of a file that is not there."""
     found: list[bytes | None] = []
     for number, cell in enumerate(column.to_pylist(), 1):
         try:
             found.append(content_of(cell, base) if cell is not None and is_picture(cell) else None)
         except OSError as error:
             raise DataError(
-                f"{field}: the picture in row {number} of the column {name!r} cannot be read: {error.strerror}: "
+                f"{field}: the image in row {number} of the column {name!r} cannot be read: {error.strerror}: "
                 f"{error.filename}. Paths begin where the data set lies: mend or remove the row."
             ) from error
     return pa.array(found, pa.binary())
 
 
 def plain_cell(value: Any) -> Any:
-    """The value as Arrow takes it: of a PIL picture its PNG."""
+    """The value as Arrow takes it: of a PIL image its PNG."""
     return png_of(value) if hasattr(value, "getextrema") else value
 
 
@@ -370,7 +370,7 @@ def _columns_of(rows: Sequence[Mapping[str, Any]], where: str) -> pa.Table:
 
 def _column(cells: Sequence[Any], name: str, where: str) -> pa.Array:
     if all(cell is None or (isinstance(cell, dict) and cell.keys() == {"bytes", "path"}) for cell in cells):
-        return pa.array(cells)  # pictures, as `datasets` has them
+        return pa.array(cells)  # images, as `datasets` has them
     try:
         return arrow_array(cells)
     except _UNFIT as error:

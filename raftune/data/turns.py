@@ -6,7 +6,7 @@ import re
 from itertools import pairwise
 from typing import Any
 
-from raftune.data.rows import Reason, Unusable
+from raftune.data.rows import SkipReason, UnusableRow
 
 Message = dict[str, Any]
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -20,7 +20,7 @@ def parse_dialogue(text: str, column: str) -> list[Message]:
     """The turns of "\\n\\nHuman: …\\n\\nAssistant: …" as messages, without the blanks around them."""
     first, *rest = _TURN.split(text)
     if first.strip():
-        raise Unusable(Reason.DISORDER, f"{column}: there is text before the first turn: {excerpt(first)}")
+        raise UnusableRow(SkipReason.DISORDER, f"{column}: there is text before the first turn: {excerpt(first)}")
     pairs = zip(rest[::2], rest[1::2], strict=True)
     return ordered([{"role": SPEAKERS[name], "content": words.strip()} for name, words in pairs], column)
 
@@ -51,12 +51,16 @@ def read_messages(value: list[Any], column: str) -> list[Message]:
 
 def read_message(message: Any, column: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise Unusable(Reason.WRONG_TYPE, f"{column}: a message must have role and content; got {excerpt(message)}")
+        raise UnusableRow(
+            SkipReason.WRONG_TYPE, f"{column}: a message must have role and content; got {excerpt(message)}"
+        )
     if message["role"] not in ROLES:
-        raise Unusable(Reason.DISORDER, f"{column}: {message['role']!r} is none of the roles {', '.join(ROLES)}")
+        raise UnusableRow(SkipReason.DISORDER, f"{column}: {message['role']!r} is none of the roles {', '.join(ROLES)}")
     found = {name: value for name, value in message.items() if value is not None}
     if not isinstance(found.setdefault("content", ""), str | list):
-        raise Unusable(Reason.WRONG_TYPE, f"{column}: content must be a text; got {type(found['content']).__name__}")
+        raise UnusableRow(
+            SkipReason.WRONG_TYPE, f"{column}: content must be a text; got {type(found['content']).__name__}"
+        )
     return found
 
 
@@ -65,7 +69,7 @@ def ordered(messages: list[Message], column: str) -> list[Message]:
     roles = [message["role"] for message in messages]
     for before, role in pairwise(roles):
         if (before == role != "tool") or role in SYSTEM:
-            raise Unusable(Reason.DISORDER, f"{column}: {role} follows {before}")
+            raise UnusableRow(SkipReason.DISORDER, f"{column}: {role} follows {before}")
     return messages
 
 
@@ -73,14 +77,14 @@ def begins(messages: list[Message], column: str) -> list[Message]:
     """The messages, of which the first, after a system prompt, is the user's."""
     spoken = [message["role"] for message in messages if message["role"] not in SYSTEM]
     if spoken[:1] not in ([], ["user"]):
-        raise Unusable(Reason.DISORDER, f"{column}: the first turn is the {spoken[0]}'s")
+        raise UnusableRow(SkipReason.DISORDER, f"{column}: the first turn is the {spoken[0]}'s")
     return messages
 
 
 def ends_with_assistant(messages: list[Message], column: str) -> list[Message]:
     if not messages or messages[-1]["role"] != "assistant":
         last = f"the last turn is the {messages[-1]['role']}'s" if messages else "there is no turn"
-        raise Unusable(Reason.NOT_ASSISTANT, f"{column}: {last}")
+        raise UnusableRow(SkipReason.NOT_ASSISTANT, f"{column}: {last}")
     return messages
 
 

@@ -18,27 +18,27 @@ import raftune.errors
 from raftune.config.extensions import load_extension
 from raftune.config.run import EngineConfig
 from raftune.errors import EngineError, OutOfMemory, RaftuneError
-from raftune.protocols import Receipt, UnitStage
+from raftune.protocols import ChunkedStage, JournalEntry
 from raftune.store.interruption import interrupting
-from raftune.store.job import Engine, Job, run_unit
+from raftune.store.job import Engine, StageJob, run_chunk
 
-FINAL = (RaftuneError, OSError, AssertionError)  # what would not go away if the unit were tried again
+FINAL = (RaftuneError, OSError, AssertionError)  # what would not go away if the chunk were tried again
 Answer = dict[str, Any]
 
 
-class ThisProcess:
-    """One unit after another, here."""
+class InProcessEngine:
+    """One chunk after another, here."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.failed: dict[int, str] = {}
 
-    def run(self, job: Job, stage: UnitStage, units: Sequence[int]) -> Iterator[Receipt]:
+    def run(self, job: StageJob, stage: ChunkedStage, chunks: Sequence[int]) -> Iterator[JournalEntry]:
         self.failed = {}
-        for index in units:
+        for index in chunks:
             for tries in range(1, self.config.max_retries + 2):
                 try:
-                    yield run_unit(job, stage, index)
+                    yield run_chunk(job, stage, index)
                     break
                 except FINAL:
                     raise
@@ -56,44 +56,51 @@ class ThisProcess:
 
 
 def give_up(
-    failed: dict[int, str], config: EngineConfig, job: Job, index: int, why: str, error: BaseException | None = None
+    failed: dict[int, str],
+    config: EngineConfig,
+    job: StageJob,
+    index: int,
+    why: str,
+    error: BaseException | None = None,
 ) -> None:
-    """Sets the unit aside, or raises EngineError, as configured."""
-    if config.on_unit_failure == "stop":
+    """Sets the chunk aside, or raises EngineError, as configured."""
+    if config.on_chunk_failure == "stop":
         raise EngineError(
-            f"unit {index} of {job.title} failed {config.max_retries + 1} times: {why}. Mend the cause and resume, or "
-            "set engine.on_unit_failure: skip to go on without it."
+            f"chunk {index} of {job.title} failed {config.max_retries + 1} times: {why}. Mend the cause and resume, or "
+            "set engine.on_chunk_failure: skip to go on without it."
         ) from error
     failed[index] = why
 
 
-class Workers:
+class WorkerPool:
     """N processes, each `python -m raftune.runtime.worker RUN`; one that dies is started anew, and its unit is tried
     again."""
 
     def __init__(self, config: EngineConfig, root: Path) -> None:
         self.config, self.root = config, root
         self.failed: dict[int, str] = {}
-        self.processes: list[Worker | None] = [None] * config.workers
+        self.processes: list[WorkerProcess | None] = [None] * config.workers
 
-    def run(self, job: Job, stage: UnitStage, units: Sequence[int]) -> Iterator[Receipt]:
-        """The receipts in the order in which units end. What is still going when this is left early, is ended."""
+    def run(self, job: StageJob, stage: ChunkedStage, chunks: Sequence[int]) -> Iterator[JournalEntry]:
+        """The journal entries in the order in which units end. What is still going when this is left early, is
+        ended.
+        """
         self.failed = {}
         waiting: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
         done: SimpleQueue[tuple[int, int, Answer]] = SimpleQueue()
-        for index in units:
+        for index in chunks:
             waiting.put((index, 1))
-        slots = range(min(self.config.workers, len(units)))
+        slots = range(min(self.config.workers, len(chunks)))
         threads = [threading.Thread(target=self._serve, args=(n, job, waiting, done), daemon=True) for n in slots]
         for thread in threads:
             thread.start()
-        left = len(units)
+        left = len(chunks)
         try:
             while left:
                 index, tries, answer = self._next(done)
-                if "receipt" in answer:
+                if "entry" in answer:
                     left -= 1
-                    yield Receipt(**answer["receipt"])
+                    yield JournalEntry(**answer["entry"])
                 elif answer["final"]:
                     raise error_from(answer)
                 elif tries <= self.config.max_retries:
@@ -115,20 +122,20 @@ class Workers:
                 self.close()
 
     def _next(self, done: SimpleQueue[tuple[int, int, Answer]]) -> tuple[int, int, Answer]:
-        """The next answer; a worker that takes longer than a unit may is killed, which is an answer too."""
-        limit = self.config.unit_timeout
+        """The next answer; a worker that takes longer than a chunk may is killed, which is an answer too."""
+        limit = self.config.chunk_timeout
         while True:
             try:
                 return done.get(timeout=None if limit is None else min(1.0, limit / 4))
             except Empty:
                 for worker in self.processes:
                     if worker is not None and limit is not None and worker.seconds > limit:
-                        worker.kill(f"took more than engine.unit_timeout = {limit:g} s")
+                        worker.kill(f"took more than engine.chunk_timeout = {limit:g} s")
 
     def _serve(
         self,
         slot: int,
-        job: Job,
+        job: StageJob,
         waiting: SimpleQueue[tuple[int, int] | None],
         done: SimpleQueue[tuple[int, int, Answer]],
     ) -> None:
@@ -136,13 +143,13 @@ class Workers:
             index, tries = item
             done.put((index, tries, self._ask(slot, job, index)))
 
-    def _ask(self, slot: int, job: Job, index: int) -> Answer:
+    def _ask(self, slot: int, job: StageJob, index: int) -> Answer:
         try:
-            worker = self.processes[slot] or Worker(self.root, slot, self.config)
+            worker = self.processes[slot] or WorkerProcess(self.root, slot, self.config)
         except OSError as error:
             return {"kind": "OSError", "error": f"no worker could be started: {error}", "final": True}
         self.processes[slot] = worker
-        answer = worker.ask({"round": job.round, "stage": job.stage.name, "unit": index, "key": job.key})
+        answer = worker.ask({"round": job.round, "stage": job.stage.name, "chunk": index, "key": job.key})
         if answer is not None:
             return answer
         self.processes[slot] = None
@@ -166,7 +173,7 @@ class Workers:
                 self.processes[slot] = None
 
 
-class Worker:
+class WorkerProcess:
     """One worker process, asked by a line of JSON and answering with one."""
 
     def __init__(self, root: Path, slot: int, config: EngineConfig) -> None:
@@ -237,7 +244,7 @@ def error_from(answer: Answer) -> RaftuneError:
 
 
 ENGINES: dict[str, Callable[[EngineConfig, Path], Engine]] = {}  # the built-in engines, by engine.kind
-METHODS = {"run": ("job", "stage", "units"), "rest": (), "close": ()}
+METHODS = {"run": ("job", "stage", "chunks"), "rest": (), "close": ()}
 _Make = TypeVar("_Make", bound=Callable[[EngineConfig, Path], Engine])
 
 
@@ -253,7 +260,7 @@ def engine(kind: str) -> Callable[[_Make], _Make]:
 
 @engine("local")
 def _local(config: EngineConfig, root: Path) -> Engine:
-    return ThisProcess(config) if config.workers == 1 else Workers(config, root)
+    return InProcessEngine(config) if config.workers == 1 else WorkerPool(config, root)
 
 
 def make_engine(config: EngineConfig, root: Path) -> Engine:

@@ -27,7 +27,7 @@ PRIME = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class TokenizedTexts:
     """The words of T texts as numbers: ids (W,), equal for equal words; text i is ids[starts[i]:starts[i + 1]]."""
 
     ids: Ints
@@ -40,19 +40,19 @@ class Words:
         return np.diff(self.starts)
 
 
-Texts = Iterable[str] | Words
+Texts = Iterable[str] | TokenizedTexts
 
 
-def numbered(texts: Texts) -> Words:
+def numbered(texts: Texts) -> TokenizedTexts:
     """The texts' words, read once; to measure the same texts in several ways, number them once and give the result."""
-    if isinstance(texts, Words):
+    if isinstance(texts, TokenizedTexts):
         return texts
     numbers: defaultdict[str, int] = defaultdict(count().__next__)
     ids, starts = array("q"), array("q", [0])
     for text in texts:
         ids.extend(numbers[word] for word in WORD.findall(text.lower()))
         starts.append(len(ids))
-    return Words(np.frombuffer(ids, np.int64), np.frombuffer(starts, np.int64), len(numbers))
+    return TokenizedTexts(np.frombuffer(ids, np.int64), np.frombuffer(starts, np.int64), len(numbers))
 
 
 def distinct(texts: Texts, n: int) -> float | None:
@@ -129,7 +129,7 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[list[i
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be in (0, 1]; got {threshold}. It is a share of word pairs: write 0.8.")
-    forest = Forest(len(texts))
+    forest = DisjointSets(len(texts))
     shingles = shingle_sets(numbered(texts))
     known: dict[bytes, int] = {}
     for index, shingle in enumerate(shingles):
@@ -139,7 +139,7 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[list[i
     return forest.clusters()
 
 
-def join_similar(chosen: Sequence[int], shingles: Sequence[Ints], threshold: float, forest: Forest) -> None:
+def join_similar(chosen: Sequence[int], shingles: Sequence[Ints], threshold: float, forest: DisjointSets) -> None:
     """Joins those of the chosen texts that are at least as similar as the threshold."""
     if not chosen:
         return
@@ -180,7 +180,7 @@ def rows_per_band(threshold: float) -> int:
     return max(fit, default=1)
 
 
-class Forest:
+class DisjointSets:
     """Which of n things have been joined, as trees that point to the lowest index of each cluster."""
 
     def __init__(self, n: int) -> None:
@@ -211,7 +211,7 @@ class Forest:
         return sorted((c for c in found.values() if len(c) > 1), key=lambda c: (-len(c), c[0]))
 
 
-def ngrams(words: Words, n: int) -> Ints:
+def ngrams(words: TokenizedTexts, n: int) -> Ints:
     """The n-grams of all texts as numbers, equal for equal n-grams; none crosses from one text to the next."""
     grams, ids = words.ids, words.ids
     for step in range(1, n):
@@ -222,14 +222,14 @@ def ngrams(words: Words, n: int) -> Ints:
     return np.asarray(grams[owner[: len(grams)] == owner[n - 1 :]], dtype=np.int64)
 
 
-def bounded_pairs(words: Words) -> tuple[Ints, Ints]:
+def bounded_pairs(words: TokenizedTexts) -> tuple[Ints, Ints]:
     """(W + T,) the word pairs of all texts as numbers, a text's ends counted as words, and the text of each."""
     ids = np.insert(words.ids + 1, words.starts, 0)
     pairs = np.unique(ids[:-1] * (words.vocabulary + 1) + ids[1:], return_inverse=True)[1].reshape(-1)
     return pairs, np.repeat(np.arange(len(words.lengths)), words.lengths + 1)
 
 
-def shingle_sets(words: Words) -> list[Ints]:
+def shingle_sets(words: TokenizedTexts) -> list[Ints]:
     """For each text its different word pairs, ascending."""
     pairs, _ = bounded_pairs(words)
     ends = np.cumsum(words.lengths + 1)

@@ -16,13 +16,13 @@ from raftune.evaluation.alarms import Alarm, column, texts_of
 from raftune.evaluation.bootstrap import mean_by_prompt
 from raftune.evaluation.columns import prompt_numbers
 from raftune.evaluation.diversity import distinct, msttr, numbered, similarities, unique
-from raftune.protocols import Evidence
+from raftune.protocols import MonitorInput
 
 Floats = npt.NDArray[np.float64]
 Measures = dict[str, Any]
 
 
-class Examination:
+class RoundMonitor:
     """Looks at a round with the thresholds of the configuration."""
 
     def __init__(self, config: GuardsConfig) -> None:
@@ -31,7 +31,7 @@ class Examination:
     def similarities(self, texts: Sequence[str], groups: npt.NDArray[np.int64]) -> Floats:
         return similarities(texts, groups)
 
-    def measures(self, evidence: Evidence) -> dict[str, Measures]:
+    def measures(self, evidence: MonitorInput) -> dict[str, Measures]:
         """The measures of the policy's own draws, and of what was kept, each kept sample counting by its weight.
 
         Words are counted in sets of one size, so that they can be compared: those that were kept, and of what was drawn
@@ -52,11 +52,11 @@ class Examination:
             found["selected"] |= looks[1]
         return found
 
-    def alarms(self, evidence: Evidence, sets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def alarms(self, evidence: MonitorInput, sets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         """What a person should look at, as plain data."""
         return [alarm.as_json(evidence.round) for alarm in self.raised(evidence, sets) if alarm is not None]
 
-    def raised(self, evidence: Evidence, sets: Mapping[str, Mapping[str, Any]]) -> Iterator[Alarm | None]:
+    def raised(self, evidence: MonitorInput, sets: Mapping[str, Mapping[str, Any]]) -> Iterator[Alarm | None]:
         """The outcome of every rule that what is known suffices for."""
         limits, held_out, kept = self.config, evidence.held_out, kept_of(evidence.samples)
         if held_out is not None and any(table is not None for table in evidence.earlier):
@@ -79,7 +79,7 @@ class Examination:
         yield alarms.empty_answers(answers | {"kept": kept}, limits.empty_share)
         yield alarms.cut_off(answers | {"kept": kept}, limits.cut_off_share)
 
-    def far(self, held_out: pa.Table, evidence: Evidence) -> Alarm | None:
+    def far(self, held_out: pa.Table, evidence: MonitorInput) -> Alarm | None:
         """By the budget, or without one by what selection can teach."""
         if self.config.max_kl is not None:
             return alarms.kl_beyond_budget(held_out, self.config.max_kl)
@@ -89,7 +89,7 @@ class Examination:
     def pictures(
         self, samples: pa.Table, sets: Mapping[str, Mapping[str, Any]], first: Mapping[str, Any], kept: pa.Table
     ) -> Iterator[Alarm | None]:
-        """The outcome of the rules about pictures."""
+        """The outcome of the rules about images."""
         limits, drawn = self.config, samples.filter(pc.equal(samples.column("source"), "policy"))
         yield picture_alarms.saturation_drifts(sets, first, kept, limits.saturation_drift)
         yield picture_alarms.contrast_drops(sets, first, kept, limits.contrast_drop)

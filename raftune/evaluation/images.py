@@ -1,7 +1,7 @@
-"""What is measured of pictures: pure functions of their pixels, and of the vectors that a model sees them as.
+"""What is measured of images: pure functions of their pixels, and of the vectors that a model sees them as.
 
-Colours are as stored (sRGB), 0 … 1. Every measure of a picture is taken once, where its bytes are read, and kept as a
-few numbers beside it: the bytes are then let go. Letters: N pictures, K of one prompt, P prompts, D numbers of each.
+Colours are as stored (sRGB), 0 … 1. Every measure of an image is taken once, where its bytes are read, and kept as a
+few numbers beside it: the bytes are then let go. Letters: N images, K of one prompt, P prompts, D numbers of each.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raftune.data.images import LUMA, Pictures, require_pillow
+from raftune.data.images import LUMA, LazyImages, require_pillow
 from raftune.evaluation.bootstrap import interval, mean_by_prompt
 from raftune.evaluation.columns import numbers_of, prompt_numbers
 from raftune.records import INVALID, LATENTS
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-SIDE = 16  # pixels of the thumbnails that pictures are compared by
-ALIKE = 0.03  # root mean square distance of two thumbnails up to which one picture nearly repeats the other
+SIDE = 16  # pixels of the thumbnails that images are compared by
+ALIKE = 0.03  # root mean square distance of two thumbnails up to which one image nearly repeats the other
 BLOCK = 1024  # thumbnails compared at once
-LOOKS = ("brightness", "saturation", "contrast", "saturated_ratio")  # the numbers of one picture
+LOOKS = ("brightness", "saturation", "contrast", "saturated_ratio")  # the numbers of one image
 THUMBNAIL, FEATURES, FEATURES_START = "thumbnail", "features", "features_start"
 _PAYLOAD = ("completion", LATENTS)  # what takes the space
 _LOOK = pa.schema([*(pa.field(name, pa.float64()) for name in LOOKS), pa.field(THUMBNAIL, pa.binary(SIDE * SIDE * 3))])
 
 
-# -- one picture ------------------------------------------------------------------------------------------------------
+# -- one image ------------------------------------------------------------------------------------------------------
 
 
 def looked_at(samples: pa.Table) -> pa.Table:
-    """The samples with what they look like, null for those that are no picture, in place of their bytes and latents.
+    """The samples with what they look like, null for those that are no image, in place of their bytes and latents.
 
     LOOKS: mean luma; mean HSV saturation; standard deviation of the luma, at most 0.5; share of pixels with a channel
     at 0 or 255. THUMBNAIL: (SIDE, SIDE, 3) bytes.
     """
     kept = samples.drop_columns([name for name in _PAYLOAD if name in samples.column_names])
-    pictures = Pictures(samples.column("completion"), samples.column("sample_id"))
+    pictures = LazyImages(samples.column("completion"), samples.column("sample_id"))
     rows = [look_of(pictures[i]) if fit else {} for i, fit in enumerate(valid(samples))]
     looks = pa.Table.from_pylist(rows, schema=_LOOK)
     for name in looks.column_names:
@@ -49,7 +49,7 @@ def looked_at(samples: pa.Table) -> pa.Table:
 
 
 def look_of(image: Any) -> dict[str, Any]:
-    """The numbers of one picture, and its thumbnail."""
+    """The numbers of one image, and its thumbnail."""
     pixels = np.asarray(image)
     highest, lowest = pixels.max(axis=-1), pixels.min(axis=-1)
     luma = (pixels @ LUMA) / 255
@@ -64,18 +64,18 @@ def look_of(image: Any) -> dict[str, Any]:
 
 
 def valid(samples: pa.Table) -> list[bool]:
-    """Of each sample whether it is a picture that is not called invalid."""
+    """Of each sample whether it is an image that is not called invalid."""
     there = samples.column("completion").is_valid()
     if INVALID in samples.column_names:
         there = pc.and_(there, samples.column(INVALID).is_null())
     return list(there.to_pylist())
 
 
-# -- several pictures -------------------------------------------------------------------------------------------------
+# -- several images -------------------------------------------------------------------------------------------------
 
 
-class Pixels:
-    """How pictures look, how far those of one prompt are apart, and how many nearly repeat another; 0 … 1 each."""
+class PixelMetrics:
+    """How images look, how far those of one prompt are apart, and how many nearly repeat another; 0 … 1 each."""
 
     needs = frozenset({"image"})
 
@@ -87,11 +87,11 @@ class Pixels:
         return found
 
 
-class Vectors:
-    """How varied and how far from the start pictures are, by the vectors of a model of the user's choice.
+class FeatureMetrics:
+    """How varied and how far from the start images are, by the vectors of a model of the user's choice.
 
-    feature_distance: the mean of 1 - cos over pairs of a prompt's pictures. vendi: how many different pictures of a
-    prompt there are in effect, 1 … K. feature_drift: the mean of 1 - cos to the start's picture of the same prompt and
+    feature_distance: the mean of 1 - cos over pairs of a prompt's images. vendi: how many different images of a
+    prompt there are in effect, 1 … K. feature_drift: the mean of 1 - cos to the start's image of the same prompt and
     seed.
     """
 
@@ -144,7 +144,7 @@ def by_group(groups: Ints, x_ND: Floats, measure: Callable[[Floats], float]) -> 
 
 
 def repeating(small_ND: Floats) -> npt.NDArray[np.bool_]:
-    """(N,) which pictures nearly repeat any other."""
+    """(N,) which images nearly repeat any other."""
     return nearest(small_ND)[0] <= ALIKE
 
 
@@ -173,7 +173,7 @@ def nearest(small_ND: Floats, groups: Ints | None = None) -> tuple[Floats, Ints]
 
 
 def thumbnails(samples: pa.Table) -> tuple[Ints, Floats]:
-    """The rows that are pictures, and (N, SIDE·SIDE·3) their thumbnails in 0 … 1."""
+    """The rows that are images, and (N, SIDE·SIDE·3) their thumbnails in 0 … 1."""
     column = samples.column(THUMBNAIL)
     rows = np.flatnonzero(column.is_valid().to_numpy())
     data = b"".join(column.drop_null().to_pylist())

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from raftune.clients.chat import Endpoint, Reply
+from raftune.clients.chat import ChatEndpoint, ChatReply
 from raftune.errors import ConfigError, RewardError
 from raftune.sanitize import one_line
 
@@ -47,12 +47,12 @@ WORTH: dict[Verdict, float] = {"A": 1.0, "tie": 0.0, "B": -1.0}
 
 
 @dataclass(frozen=True, slots=True)
-class Opinion:
+class JudgeOpinion:
     """The judge's two replies to one pair, with ours first and with theirs first; both verdicts speak of A and B as we
     do, not of the places where the answers stood. An identical pair is a tie that nobody was asked about."""
 
-    a_first: Reply | None
-    b_first: Reply | None
+    a_first: ChatReply | None
+    b_first: ChatReply | None
     verdict_a_first: Verdict | None
     verdict_b_first: Verdict | None
     identical: bool = False
@@ -75,7 +75,7 @@ class Opinion:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class JudgeResult:
     """What the judge said of all pairs.
 
     inconsistent: share of the pairs with two verdicts whose verdicts disagree, the position bias. first: among those
@@ -83,7 +83,7 @@ class Judgement:
     without a verdict, by kind.
     """
 
-    opinions: list[Opinion]
+    opinions: list[JudgeOpinion]
     questions: int
     cached: int
     identical: int
@@ -98,11 +98,11 @@ class Judgement:
 
 
 def judge(
-    endpoint: Endpoint,
+    endpoint: ChatEndpoint,
     pairs: Sequence[tuple[Any, str, str]],
     template: str = TEMPLATE,
     tell: Tell = lambda done, of: None,
-) -> Judgement:
+) -> JudgeResult:
     """The verdicts on (prompt, A's answer, B's answer), each pair asked in both orders.
 
     Raises RewardError with examples where more than half of the questions bring no verdict; where none of the first 16
@@ -141,7 +141,7 @@ def transcript(prompt: Any) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def read_verdict(reply: Reply) -> Verdict | None:
+def read_verdict(reply: ChatReply) -> Verdict | None:
     """The last verdict in double brackets, else a reply that is nothing but a verdict; None where there is neither."""
     text = reply.text or ""
     marked = MARKED.findall(text)
@@ -152,21 +152,21 @@ def read_verdict(reply: Reply) -> Verdict | None:
     return "A" if word.upper() == "A" else "B" if word.upper() == "B" else "tie"
 
 
-def opinion(a_first: Reply, b_first: Reply) -> Opinion:
+def opinion(a_first: ChatReply, b_first: ChatReply) -> JudgeOpinion:
     """The two replies with their verdicts, that of the swapped order turned back."""
     swapped = read_verdict(b_first)
-    return Opinion(a_first, b_first, read_verdict(a_first), None if swapped is None else SWAPPED[swapped])
+    return JudgeOpinion(a_first, b_first, read_verdict(a_first), None if swapped is None else SWAPPED[swapped])
 
 
-def same() -> Opinion:
+def same() -> JudgeOpinion:
     """What is said of two answers that are one."""
-    return Opinion(None, None, None, None, identical=True)
+    return JudgeOpinion(None, None, None, None, identical=True)
 
 
-def summary(opinions: list[Opinion], replies: Sequence[Reply]) -> Judgement:
+def summary(opinions: list[JudgeOpinion], replies: Sequence[ChatReply]) -> JudgeResult:
     both = [o for o in opinions if o.verdict_a_first is not None and o.verdict_b_first is not None]
     preferred = [place for o in opinions for place in places_preferred(o)]
-    return Judgement(
+    return JudgeResult(
         opinions=opinions,
         questions=len(replies),
         cached=sum(reply.cached for reply in replies),
@@ -177,7 +177,7 @@ def summary(opinions: list[Opinion], replies: Sequence[Reply]) -> Judgement:
     )
 
 
-def places_preferred(opinion: Opinion) -> Iterator[str]:
+def places_preferred(opinion: JudgeOpinion) -> Iterator[str]:
     """Where the preferred answer stood, for each verdict that prefers one."""
     if opinion.verdict_a_first in ("A", "B"):
         yield "first" if opinion.verdict_a_first == "A" else "second"
@@ -185,19 +185,19 @@ def places_preferred(opinion: Opinion) -> Iterator[str]:
         yield "first" if opinion.verdict_b_first == "B" else "second"
 
 
-def failure_of(reply: Reply) -> str | None:
+def failure_of(reply: ChatReply) -> str | None:
     """The kind of failure; `nonsense` of a reply in which no verdict can be read; None where there is one."""
     if reply.text is None:
         return reply.failure
     return None if read_verdict(reply) else "nonsense"
 
 
-def failures_of(replies: Sequence[Reply]) -> dict[str, int]:
+def failures_of(replies: Sequence[ChatReply]) -> dict[str, int]:
     """The questions without a verdict, by kind, the most frequent first."""
     return dict(Counter(kind for reply in replies if (kind := failure_of(reply))).most_common())
 
 
-def too_few(endpoint: Endpoint, replies: Sequence[Reply], questions: int) -> str | None:
+def too_few(endpoint: ChatEndpoint, replies: Sequence[ChatReply], questions: int) -> str | None:
     """What to tell when more than half of the questions brought no verdict, with an example of each kind."""
     failures = failures_of(replies)
     failed = sum(failures.values())
@@ -211,7 +211,7 @@ def too_few(endpoint: Endpoint, replies: Sequence[Reply], questions: int) -> str
     return "\n".join([*lines, advice(next(iter(failures)), endpoint)])
 
 
-def advice(kind: str, endpoint: Endpoint) -> str:
+def advice(kind: str, endpoint: ChatEndpoint) -> str:
     """What to do about the most frequent failure."""
     place = endpoint.url.split("?")[0]
     if kind in ("refused", "broke off"):

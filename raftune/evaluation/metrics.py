@@ -18,7 +18,7 @@ from raftune.evaluation.best_of import best_of_k_estimates
 from raftune.evaluation.bootstrap import Interval, interval, mean_by_prompt, ratio_interval
 from raftune.evaluation.columns import prompt_numbers
 from raftune.evaluation.diversity import distinct, msttr, numbered, similarities, unique
-from raftune.evaluation.images import Pixels, Vectors
+from raftune.evaluation.images import FeatureMetrics, PixelMetrics
 from raftune.protocols import Metric
 from raftune.records import INVALID
 
@@ -44,7 +44,7 @@ def metric(name: str) -> Callable[[type[_Made]], type[_Made]]:
 
 
 @metric("rewards")
-class Rewards:
+class RewardMetrics:
     """The reward of the policy, of best-of-k (unbiased), and of each part and held-out reward, with intervals."""
 
     needs = frozenset({"scores"})
@@ -72,7 +72,7 @@ class Rewards:
 
 
 @metric("divergence")
-class Divergence:
+class KLMetrics:
     """KL to the start: the mean of log p - log p0 over the policy's own samples, nats per answer, and per token."""
 
     needs = frozenset({"log_probs"})
@@ -87,7 +87,7 @@ class Divergence:
 
 
 @metric("entropy")
-class Entropy:
+class EntropyMetrics:
     """How undecided the policy is, in nats: the mean of -log p over its own samples, per answer and per token.
 
     Per answer it is an unbiased estimate of the cross-entropy from the law that was drawn from to the policy's own
@@ -109,7 +109,7 @@ class Entropy:
 
 
 @metric("perplexity")
-class Perplexity:
+class PerplexityMetrics:
     """exp(-Σ log p / Σ tokens) over reference answers to the held-out prompts, EOS counted, the interval over prompts.
 
     None where an answer is impossible under the policy, which makes it infinite. `references` counts the answers
@@ -127,7 +127,7 @@ class Perplexity:
 
 
 @metric("text")
-class Text:
+class TextMetrics:
     """Length, the share cut off, and how varied the words are: over all samples, and inside a prompt's group."""
 
     needs = frozenset({"text"})
@@ -147,7 +147,7 @@ class Text:
 
 
 @metric("validity")
-class Validity:
+class ValidityMetrics:
     """The share of samples that their policy calls invalid: nothing to look at, and nothing to learn from."""
 
     needs = frozenset({INVALID})
@@ -157,8 +157,8 @@ class Validity:
         return {"invalid_ratio": (count - samples.column(INVALID).null_count) / count if count else None}
 
 
-metric("pixels")(Pixels)
-metric("vectors")(Vectors)
+metric("pixels")(PixelMetrics)
+metric("vectors")(FeatureMetrics)
 
 
 def load_metrics(config: EvaluationConfig) -> dict[str, Metric]:

@@ -21,7 +21,7 @@ ROUNDING = 1e-5  # relative: what another batch may change in the score of one a
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class PairedEstimate:
     """A mean over prompts and its 95 % interval; the ends are None with fewer than FEWEST prompts."""
 
     mean: float
@@ -30,7 +30,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Paired:
+class PairedTest:
     """A against B. Shares and rates are means over prompts of the share among a prompt's pairs.
 
     wins, ties, losses: of A, in [0, 1], their sum is 1. win_rate: wins + ties/2. difference: of A's mean less B's, in
@@ -40,18 +40,18 @@ class Paired:
 
     pairs: int
     prompts: int
-    a: Estimate | None
-    b: Estimate | None
-    difference: Estimate | None
+    a: PairedEstimate | None
+    b: PairedEstimate | None
+    difference: PairedEstimate | None
     wins: float
     ties: float
     losses: float
-    win_rate: Estimate
+    win_rate: PairedEstimate
     p: float
     flips: int | None
 
 
-def paired(groups: Ints, a: Floats, b: Floats, tie_within: float = 0.0) -> Paired | None:
+def paired(groups: Ints, a: Floats, b: Floats, tie_within: float = 0.0) -> PairedTest | None:
     """A and B by their scores, (N,) each, pair by pair; groups[i] is the number of pair i's prompt.
 
     A pair in which either score is not finite is left out; None with nothing left.
@@ -65,7 +65,7 @@ def paired(groups: Ints, a: Floats, b: Floats, tie_within: float = 0.0) -> Paire
     return _summary(groups, outcomes(a, b, tie_within), differences, mean_a, mean_b, estimate(differences))
 
 
-def judged(groups: Ints, verdicts: Floats) -> Paired | None:
+def judged(groups: Ints, verdicts: Floats) -> PairedTest | None:
     """A and B by verdicts, (N,): 1 where A is better, 0 for a tie, -1 where B is better, NaN where there is none."""
     known = np.isfinite(verdicts)
     groups, verdicts = groups[known], verdicts[known]
@@ -93,7 +93,7 @@ def differences_of(a: Floats, b: Floats) -> Floats:
         return np.where(np.abs(difference) <= ROUNDING * np.maximum(size, usual), 0.0, difference)
 
 
-def estimate(values: Floats, *, share: bool = False) -> Estimate:
+def estimate(values: Floats, *, share: bool = False) -> PairedEstimate:
     """The mean of (P,) values, one a prompt, all finite, and its percentile-bootstrap interval over prompts.
 
     A bootstrap of equal values has no width, which shares in [0, 1] do not deserve: where all of P prompts show the
@@ -102,13 +102,13 @@ def estimate(values: Floats, *, share: bool = False) -> Estimate:
     """
     mean = float(values.mean())
     if len(values) < FEWEST:
-        return Estimate(mean, None, None)
+        return PairedEstimate(mean, None, None)
     if share and np.ptp(values) == 0:
         unseen = 1 - 0.025 ** (1 / len(values))
-        return Estimate(mean, mean * (1 - unseen), mean * (1 - unseen) + unseen)
+        return PairedEstimate(mean, mean * (1 - unseen), mean * (1 - unseen) + unseen)
     found = interval(values)
     assert found is not None
-    return Estimate(mean, found["low"], found["high"])
+    return PairedEstimate(mean, found["low"], found["high"])
 
 
 def sign_flip(differences: Floats) -> tuple[float, int | None]:
@@ -145,14 +145,14 @@ def _summary(
     groups: Ints,
     outcome: Floats,
     differences: Floats,
-    a: Estimate | None,
-    b: Estimate | None,
-    difference: Estimate | None,
-) -> Paired:
+    a: PairedEstimate | None,
+    b: PairedEstimate | None,
+    difference: PairedEstimate | None,
+) -> PairedTest:
     wins, ties, losses = (by_prompt(groups, np.asarray(outcome == value, np.float64)) for value in (1, 0, -1))
     rates = wins + ties / 2
     p, flips = sign_flip(differences)
-    return Paired(
+    return PairedTest(
         pairs=len(groups),
         prompts=len(rates),
         a=a,

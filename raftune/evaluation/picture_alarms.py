@@ -1,7 +1,7 @@
-"""When a round of pictures is worth a person's look: one rule a function, as in `alarms`.
+"""When a round of images is worth a person's look: one rule a function, as in `alarms`.
 
-Kept pictures are compared with what was drawn in this round and in round 1. A colour that drifts, tones that come
-together, and pictures that grow alike are how a policy tuned on its own pictures goes wrong before its score says so.
+Kept images are compared with what was drawn in this round and in round 1. A colour that drifts, tones that come
+together, and images that grow alike are how a policy trained on its own images goes wrong before its score says so.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from raftune.evaluation.images import ALIKE, by_group, nearest, rms_distance, th
 from raftune.results.summary import ends_of
 from raftune.sanitize import percent as share
 
-KNOWN = ("brightness", "saturation", "contrast")  # of one picture, averaged over a set
+KNOWN = ("brightness", "saturation", "contrast")  # of one image, averaged over a set
 
 
 def measures(drawn: pa.Table, control: pa.Table, kept: pa.Table) -> tuple[Measures, Measures]:
-    """Of what was drawn and of what was kept: how far pictures are apart, and how many nearly repeat another prompt's.
+    """Of what was drawn and of what was kept: how far images are apart, and how many nearly repeat another prompt's.
 
     pixel_distance is inside a prompt's group, over all that was drawn; spread is over a whole set, that of the drawn
     being the control: as many as were kept. Root mean square distances of thumbnails, 0 … 1.
@@ -37,7 +37,7 @@ def measures(drawn: pa.Table, control: pa.Table, kept: pa.Table) -> tuple[Measur
 
 
 def as_a_set(samples: pa.Table) -> dict[str, Any]:
-    """The measures of a set of pictures; nothing of a set of fewer than two."""
+    """The measures of a set of images; nothing of a set of fewer than two."""
     rows, small_ND = thumbnails(samples)
     if len(rows) < 2:
         return {}
@@ -46,7 +46,7 @@ def as_a_set(samples: pa.Table) -> dict[str, Any]:
 
 
 def saturation_drifts(sets: Mapping[str, Measures], first: Measures, kept: pa.Table, drift: float) -> Alarm | None:
-    """Raised where kept pictures are so much more, or less, saturated than the draws of this round or of round 1.
+    """Raised where kept images are so much more, or less, saturated than the draws of this round or of round 1.
 
     By the whole 95 % interval over prompts. Names the most, or the least, saturated of what was kept.
     """
@@ -62,14 +62,14 @@ def saturation_drifts(sets: Mapping[str, Measures], first: Measures, kept: pa.Ta
     return Alarm(
         "saturation_drifts",
         f"What was kept is much {'more' if risen else 'less'} saturated than what was drawn",
-        f"the mean saturation of kept pictures is {ranged(found)}, {against(means)}",
+        f"the mean saturation of kept images is {ranged(found)}, {against(means)}",
         {"selected": found, "drawn": means.get("this round"), "first": means.get("round 1")},
         [(name_of(kept, row), f"saturation {values[row]:.2f}") for row in one_a_prompt(kept, order)],
     )
 
 
 def contrast_drops(sets: Mapping[str, Measures], first: Measures, kept: pa.Table, drop: float) -> Alarm | None:
-    """Raised where kept pictures have lost this share of the contrast of the draws of this round or of round 1.
+    """Raised where kept images have lost this share of the contrast of the draws of this round or of round 1.
 
     By the whole 95 % interval over prompts. Names the flattest of what was kept.
     """
@@ -81,7 +81,7 @@ def contrast_drops(sets: Mapping[str, Measures], first: Measures, kept: pa.Table
     return Alarm(
         "contrast_drops",
         "What was kept has much less contrast than what was drawn",
-        f"the mean contrast of kept pictures is {ranged(found)}, {against(means)}",
+        f"the mean contrast of kept images is {ranged(found)}, {against(means)}",
         {"selected": found, "drawn": means.get("this round"), "first": means.get("round 1")},
         [
             (name_of(kept, row), f"contrast {values[row]:.3f}")
@@ -93,17 +93,17 @@ def contrast_drops(sets: Mapping[str, Measures], first: Measures, kept: pa.Table
 def diversity_drops(
     sets: Mapping[str, Measures], first: Measures, drawn: pa.Table, kept: pa.Table, drop: float
 ) -> Alarm | None:
-    """Raised where pictures of one prompt, or kept ones of different prompts, have lost this share of their distance.
+    """Raised where images of one prompt, or kept ones of different prompts, have lost this share of their distance.
 
     Those of one prompt against round 1's draws; kept ones against as many of this round's and of round 1's. Names the
-    kept pictures of the prompts whose draws are the most alike.
+    kept images of the prompts whose draws are the most alike.
     """
     if kept.num_rows < FEWEST:
         return None
     now, chosen = sets["drawn"], sets["selected"]
     pairs = {
-        "pictures drawn for one prompt": (now.get("pixel_distance"), {"round 1": first.get("pixel_distance")}),
-        "pictures kept": (
+        "images drawn for one prompt": (now.get("pixel_distance"), {"round 1": first.get("pixel_distance")}),
+        "images kept": (
             chosen.get("spread"),
             {"as many drawn in this round": now.get("spread"), "as many drawn in round 1": first.get("spread")},
         ),
@@ -119,12 +119,12 @@ def diversity_drops(
         return None
     numbers = {"pixel_distance": now.get("pixel_distance"), "spread": chosen.get("spread"), "lost": max(lost)}
     return Alarm(
-        "diversity_drops", "Pictures are less varied than they were", "; ".join(said), numbers, [*alike(drawn, kept)]
+        "diversity_drops", "Images are less varied than they were", "; ".join(said), numbers, [*alike(drawn, kept)]
     )
 
 
 def alike(drawn: pa.Table, kept: pa.Table) -> Iterator[tuple[str, str]]:
-    """The kept pictures of the prompts whose draws are the most alike, a prompt each."""
+    """The kept images of the prompts whose draws are the most alike, a prompt each."""
     rows, small_ND = thumbnails(drawn)
     groups = prompt_numbers(drawn)
     apart = np.full(int(groups.max(initial=-1)) + 1, np.nan)
@@ -134,11 +134,11 @@ def alike(drawn: pa.Table, kept: pa.Table) -> Iterator[tuple[str, str]]:
     by_name = dict(zip(names, apart.tolist(), strict=True))
     own = np.array([by_name.get(name, np.nan) for name in kept.column("prompt_id").to_pylist()])
     for row in one_a_prompt(kept, np.argsort(np.nan_to_num(own, nan=np.inf), kind="stable")):
-        yield name_of(kept, row), f"two pictures drawn for its prompt are {own[row]:.3f} apart, on average"
+        yield name_of(kept, row), f"two images drawn for its prompt are {own[row]:.3f} apart, on average"
 
 
 def near_duplicates(sets: Mapping[str, Measures], first: Measures, kept: pa.Table, rise: float) -> Alarm | None:
-    """Raised where the share of kept pictures that nearly repeat another prompt's rose by this since round 1's draws.
+    """Raised where the share of kept images that nearly repeat another prompt's rose by this since round 1's draws.
 
     Names those that are the nearest to another prompt's, a prompt each.
     """
@@ -151,8 +151,8 @@ def near_duplicates(sets: Mapping[str, Measures], first: Measures, kept: pa.Tabl
     place_of = {int(rows[place]): place for place in order}
     return Alarm(
         "near_duplicates",
-        "Pictures kept for different prompts are nearly the same",
-        f"{share(here)} of the {kept.num_rows} kept pictures nearly repeat one of another prompt; of as many drawn in "
+        "Images kept for different prompts are nearly the same",
+        f"{share(here)} of the {kept.num_rows} kept images nearly repeat one of another prompt; of as many drawn in "
         f"round 1 {share(there)}",
         {"selected": here, "first": there},
         [

@@ -10,7 +10,7 @@ from raftune.config.selection import BestOfK, Random, Threshold, TopFraction, To
 
 
 @dataclass(frozen=True)
-class Amounts:
+class RoundAmounts:
     """Of one round: prompts asked, samples drawn to learn from, samples that compete (with other sources), rows kept,
     optimizer steps; samples drawn to judge by. Of the run: rounds.
 
@@ -32,14 +32,14 @@ class Amounts:
         return self.rounds * self.drawn + (self.rounds + 1) * self.judged
 
 
-def amounts(config: RunConfig, train: int, held_out: int) -> Amounts:
+def amounts(config: RunConfig, train: int, held_out: int) -> RoundAmounts:
     """The amounts with so many prompts."""
     sampling = config.sampling
     prompts = min(config.prompts_per_round, train)
     teacher = sampling.teacher.num_generations if sampling.teacher else 0
     pool = sampling.num_generations + len(sampling.candidate_columns) + teacher
     kept, exact = kept_of(config, prompts, pool)
-    return Amounts(
+    return RoundAmounts(
         rounds=config.num_rounds,
         prompts=prompts,
         drawn=prompts * sampling.num_generations,
@@ -69,11 +69,11 @@ def kept_of(config: RunConfig, prompts: int, pool: int) -> tuple[int, bool]:
 
 def steps_of(config: RunConfig, kept: int) -> int:
     """Optimizer steps of a round with so many kept rows, replayed and reference rows included."""
-    tuning = config.tuning
-    if tuning.max_steps > 0:
-        return tuning.max_steps
-    rows = float(kept * (1 + min(tuning.replay_rounds, max(0, config.num_rounds - 1))))
-    if tuning.reference is not None:
-        rows /= 1 - tuning.reference.fraction
-    per_step = tuning.per_device_train_batch_size * tuning.gradient_accumulation_steps
-    return max(1, math.ceil(math.ceil(rows / per_step) * tuning.num_train_epochs))
+    training = config.training
+    if training.max_steps > 0:
+        return training.max_steps
+    rows = float(kept * (1 + min(training.replay_rounds, max(0, config.num_rounds - 1))))
+    if training.reference is not None:
+        rows /= 1 - training.reference.fraction
+    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return max(1, math.ceil(math.ceil(rows / per_step) * training.num_train_epochs))

@@ -11,11 +11,11 @@ from typing import Any
 from raftune.config.policy import CausalLMPolicy, DiffusionPolicy
 from raftune.config.run import RunConfig
 from raftune.errors import DataError, ModelError, RewardError
-from raftune.planning.amounts import Amounts, amounts
+from raftune.planning.amounts import RoundAmounts, amounts
 from raftune.planning.images import (
-    Pipeline,
-    Room,
-    Work,
+    ImageMemory,
+    ImageWork,
+    PipelineSize,
     at_hand,
     disk_of,
     from_published,
@@ -26,18 +26,28 @@ from raftune.planning.images import (
     widths,
     work_of,
 )
-from raftune.planning.probe import SECONDS, Probe, Tell, Trial, probe, seconds_by_stage
-from raftune.planning.prompts import Prompts, check_answers, leave_out, measure, read_prompts
-from raftune.planning.sizes import Disk, Footprint, Memory, Peaks, disk, footprint, memory, peaks, unread_facts
-from raftune.protocols import Reader
+from raftune.planning.probe import SECONDS, ProbeResult, ProbeRun, Tell, probe, seconds_by_stage
+from raftune.planning.prompts import PromptCounts, check_answers, leave_out, measure, read_prompts
+from raftune.planning.sizes import (
+    DiskForecast,
+    MemoryPeaks,
+    ModelFootprint,
+    TextMemory,
+    disk,
+    footprint,
+    memory,
+    peaks,
+    unread_facts,
+)
+from raftune.protocols import SupportsPromptCheck
 from raftune.results.summary import overlap_words, rows_of
-from raftune.runtime.assembly import Assembly
+from raftune.runtime.assembly import Runtime
 from raftune.runtime.preflight import preflight
 from raftune.runtime.run import check_writable, refuse_foreign, root_of
 from raftune.runtime.staleness import check
 from raftune.runtime.trackers import check_installed, wanted
 from raftune.sanitize import counted, one_line
-from raftune.stages.data import Data, held_out_words
+from raftune.stages.data import DataStage, held_out_words
 from raftune.stages.prompt_check import cut_short, looked_at, prompts_in, refusal
 from raftune.store.run import RunFolder
 
@@ -50,16 +60,16 @@ class Forecast:
 
     root: Path
     done: int | None
-    prompts: Prompts
-    amounts: Amounts
-    model: Footprint | None
-    pipeline: Pipeline | None
-    work: Work | None
-    memory: Memory | None
-    room: Room | None
-    disk: Disk
-    peaks: Peaks | None
-    probe: Probe | None
+    prompts: PromptCounts
+    amounts: RoundAmounts
+    model: ModelFootprint | None
+    pipeline: PipelineSize | None
+    work: ImageWork | None
+    memory: TextMemory | None
+    room: ImageMemory | None
+    disk: DiskForecast
+    peaks: MemoryPeaks | None
+    probe: ProbeResult | None
     seconds: dict[str, float] | None
     notes: tuple[str, ...]
 
@@ -72,15 +82,15 @@ def forecast(
 ) -> Forecast:
     """The forecast; nothing is written where the run will be. Raises what the run would: ConfigError, DataError, ….
 
-    With `measured`, two prompts are drawn, scored and tuned on, in a temporary folder, for about `seconds` at most;
+    With `measured`, two prompts are drawn, scored and trained on, in a temporary folder, for about `seconds` at most;
     `tell` hears of each step.
     """
     root = root_of(config)
     check_writable(root)
     check_installed(wanted(config.report_to))
     with tempfile.TemporaryDirectory(prefix="raftune-plan-") as scratch:
-        trial = Trial(seconds, tell) if measured else None
-        assembly = Assembly(RunFolder(Path(scratch) / "run"), config)
+        trial = ProbeRun(seconds, tell) if measured else None
+        assembly = Runtime(RunFolder(Path(scratch) / "run"), config)
         try:
             lacking = checked(assembly)
             done = rounds_done(root, config)
@@ -95,7 +105,7 @@ def rounds_done(root: Path, config: RunConfig) -> int | None:
     refuse_foreign(folder)
     if not folder.exists():
         return None
-    assembly = Assembly(folder, config)
+    assembly = Runtime(folder, config)
     try:
         check(assembly)
     finally:
@@ -104,7 +114,7 @@ def rounds_done(root: Path, config: RunConfig) -> int | None:
 
 
 def look(
-    assembly: Assembly, root: Path, done: int | None, scratch: Path, trial: Trial | None, lacking: list[str]
+    assembly: Runtime, root: Path, done: int | None, scratch: Path, trial: ProbeRun | None, lacking: list[str]
 ) -> Forecast:
     config = assembly.config
     if trial:
@@ -122,10 +132,10 @@ def look(
     if trial and not (pipeline and not_tried(pipeline)):
         found = probe(assembly, data, scratch / "probe", trial, widths(pipeline) if pipeline else ())
     size = found.size if found else None
-    rows = min(config.sampling.unit_size, planned.prompts) * config.sampling.num_generations
+    rows = min(config.sampling.chunk_size, planned.prompts) * config.sampling.num_generations
     work = work_of(pipeline, config, planned) if pipeline else None
     seconds = seconds_by_stage(found, planned, assembly) if found else None
-    fit = seconds["tuning"] / planned.rounds if seconds and "tuning" in seconds and planned.rounds else None
+    fit = seconds["training"] / planned.rounds if seconds and "training" in seconds and planned.rounds else None
     if pipeline and work and found is None:
         seconds = seconds_at(pipeline, config, work)
     return Forecast(
@@ -139,7 +149,7 @@ def look(
         memory=memory(model, config, prompts.longest or 0, rows) if model else None,
         room=room(pipeline, config) if pipeline else None,
         disk=disk_of(pipeline, config, planned, size, fit) if pipeline else disk(model, config, planned, size, fit),
-        peaks=peaks(found.drawing, found.tuning, model, config, prompts.longest or 0, rows) if found else None,
+        peaks=peaks(found.drawing, found.training, model, config, prompts.longest or 0, rows) if found else None,
         probe=found,
         seconds=seconds,
         notes=tuple(dict.fromkeys([*notes, *(found.notes if found else ())])),
@@ -147,26 +157,26 @@ def look(
 
 
 @dataclass(frozen=True)
-class Begun:
+class StartModelInfo:
     """The start model in numbers, what counts the tokens of a text, and what a user should know."""
 
-    model: Footprint | None
-    pipeline: Pipeline | None
+    model: ModelFootprint | None
+    pipeline: PipelineSize | None
     encoder: Any
     notes: list[str]
 
 
-def uncounted(trial: Trial | None) -> contextlib.AbstractContextManager[None]:
+def uncounted(trial: ProbeRun | None) -> contextlib.AbstractContextManager[None]:
     """Every prompt is looked at, however long that takes: it does not count as time of the trial."""
     return trial.paused() if trial else contextlib.nullcontext()
 
 
-def begin(assembly: Assembly, data: Path, trial: Trial | None) -> Begun:
+def begin(assembly: Runtime, data: Path, trial: ProbeRun | None) -> StartModelInfo:
     """Begins the run's start, and looks at it; a pipeline of the hub that is not at hand goes by what is published."""
     config = assembly.config
     if isinstance(config.policy, DiffusionPolicy) and (known := published(config.policy)) is not None:
         pipeline = from_published(known, config)
-        return Begun(None, pipeline, None, [not_tried(pipeline)])
+        return StartModelInfo(None, pipeline, None, [not_tried(pipeline)])
     start = assembly.run.folder(0, "model")
     start.mkdir(parents=True)
     facts = read_start(assembly, start, trial)
@@ -174,23 +184,23 @@ def begin(assembly: Assembly, data: Path, trial: Trial | None) -> Begun:
     if isinstance(config.policy, DiffusionPolicy):
         pipeline = at_hand(policy, facts)
         source = assembly.stage(0, "data")
-        assert isinstance(source, Data) and isinstance(policy, Reader)
+        assert isinstance(source, DataStage) and isinstance(policy, SupportsPromptCheck)
         with uncounted(trial):
             looks = looked_at(prompts_in(data), [policy])
         if looks.refused:
             raise DataError(refusal(looks, source))
         notes = [*facts["notes"], *cut_short(looks), *policy.notes(), not_tried(pipeline)]
-        return Begun(None, pipeline, None, [note for note in notes if note])
+        return StartModelInfo(None, pipeline, None, [note for note in notes if note])
     with uncounted(trial):
-        left_out = leave_out(assembly, data, policy) if isinstance(policy, Reader) else ()
+        left_out = leave_out(assembly, data, policy) if isinstance(policy, SupportsPromptCheck) else ()
         check_answers(policy, data, config)
     notes = [*(facts.get("notes", []) if isinstance(facts, dict) else []), *left_out, *policy.notes()]
     if not isinstance(config.policy, CausalLMPolicy):
-        return Begun(None, None, None, notes)
-    return Begun(footprint(config.policy, start, facts), None, getattr(policy, "encoder", None), notes)
+        return StartModelInfo(None, None, None, notes)
+    return StartModelInfo(footprint(config.policy, start, facts), None, getattr(policy, "encoder", None), notes)
 
 
-def read_start(assembly: Assembly, start: Path, trial: Trial | None) -> Any:
+def read_start(assembly: Runtime, start: Path, trial: ProbeRun | None) -> Any:
     """What the family says of the run's start. Where the trial's time ends before a language model's weights are read,
     what its configuration says, with a note. Raises ModelError where that is not enough."""
     config, answers = assembly.config, list[Any]()
@@ -215,7 +225,7 @@ def read_start(assembly: Assembly, start: Path, trial: Trial | None) -> Any:
     return answers[0]
 
 
-def checked(assembly: Assembly) -> list[str]:
+def checked(assembly: Runtime) -> list[str]:
     """Everything is checked that can be without training; of rewards their code and options, not their models.
 
     Where the policy itself is not at hand, what a reward lacks is said, and is no error yet.
@@ -231,7 +241,7 @@ def checked(assembly: Assembly) -> list[str]:
     return []
 
 
-def beyond_context(config: RunConfig, prompts: Prompts, model: Footprint | None) -> list[str]:
+def beyond_context(config: RunConfig, prompts: PromptCounts, model: ModelFootprint | None) -> list[str]:
     """Answers that the model's context cuts off before max_completion_length does."""
     if model is None or model.context is None or prompts.longest is None:
         return []
@@ -244,7 +254,7 @@ def beyond_context(config: RunConfig, prompts: Prompts, model: Footprint | None)
     ]
 
 
-def remarks(config: RunConfig, prompts: Prompts, planned: Amounts) -> list[str]:
+def remarks(config: RunConfig, prompts: PromptCounts, planned: RoundAmounts) -> list[str]:
     """What is allowed, but perhaps not meant."""
     said = []
     if prompts.repeated:

@@ -1,4 +1,4 @@
-"""What a run of pictures takes: forwards of the denoiser, memory, disk, and time where nothing can be tried."""
+"""What a run of images takes: forwards of the denoiser, memory, disk, and time where nothing can be tried."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any
 
 from raftune.config.policy import AdapterConfig, DiffusionPolicy
 from raftune.config.run import RunConfig
-from raftune.planning.amounts import Amounts
-from raftune.planning.published import PUBLISHED, Published
-from raftune.planning.sizes import ADAM, BYTES, PER_SAMPLE, Disk, takes_checkpoints
+from raftune.planning.amounts import RoundAmounts
+from raftune.planning.published import PUBLISHED, PublishedPipeline
+from raftune.planning.sizes import ADAM, BYTES, PER_SAMPLE, DiskForecast, takes_checkpoints
 
-PNG = 1.6  # bytes a pixel of a photograph-like picture; flat drawings take less
+PNG = 1.6  # bytes a pixel of a photograph-like image; flat drawings take less
 CHECKPOINTED = 0.2  # of the layers' outputs that learning keeps with gradient checkpointing, about
 BACKWARD = 3  # learning costs so many forwards: one forward, and a backward of two
 AGAIN = 4  # and so many with gradient checkpointing, which computes the outputs anew
 PEAK = {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12}  # operations a second
 DEVICE, SHARE = "A100", 0.4  # the device that PEAK is of, and the share of its peak that such models reach
 LARGE = 100_000_000  # parameters: a denoiser beyond is not tried on a CPU
-SMALL = 20_000_000  # parameters: a denoiser below draws dozens of pictures in seconds
+SMALL = 20_000_000  # parameters: a denoiser below draws dozens of images in seconds
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class PipelineSize:
     """A pipeline in numbers: parameters of its denoiser and those that are trained, bytes of its frozen parts, how it
-    is called, the bytes of one picture's latents. `basis`: where the numbers come from.
+    is called, the bytes of one image's latents. `basis`: where the numbers come from.
 
-    `flops` and `outputs` are of one forward of one picture; None where they are not known.
+    `flops` and `outputs` are of one forward of one image; None where they are not known.
     """
 
     architecture: str
@@ -41,7 +41,7 @@ class Pipeline:
     height: int
     width: int
     steps: int
-    forwards: int  # of the denoiser, for one picture
+    forwards: int  # of the denoiser, for one image
     latents: int
     basis: str
     flops: float | None = None
@@ -60,11 +60,11 @@ class Pipeline:
 # -- the pipeline -----------------------------------------------------------------------------------------------------
 
 
-def at_hand(policy: Any, facts: dict[str, Any]) -> Pipeline:
+def at_hand(policy: Any, facts: dict[str, Any]) -> PipelineSize:
     """The numbers of a pipeline that was loaded and checked; `facts` is what the check found."""
     config, frozen = policy.config, policy.frozen
     shape = tuple(facts["latents_shape"])
-    return Pipeline(
+    return PipelineSize(
         architecture=facts["architecture"],
         parameters=facts["parameters"],
         trained=trained_parameters(facts["denoiser"], frozen.pipe, frozen.denoiser.name, config.policy.adapter),
@@ -110,7 +110,7 @@ def count_trained(denoiser: str, config: Any, adapter: AdapterConfig | None) -> 
     return total, sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
-def published(config: DiffusionPolicy) -> Published | None:
+def published(config: DiffusionPolicy) -> PublishedPipeline | None:
     """What is known of a pipeline of the hub that is not at hand; None where it is, or where nothing is known."""
     known = PUBLISHED.get(config.model)
     if known is None or Path(config.model).exists():
@@ -121,7 +121,7 @@ def published(config: DiffusionPolicy) -> Published | None:
     return None if isinstance(cached, str) else known
 
 
-def from_published(known: Published, config: RunConfig) -> Pipeline:
+def from_published(known: PublishedPipeline, config: RunConfig) -> PipelineSize:
     """The pipeline by its published sizes, at the size and steps of this run."""
     policy, call = config.policy, config.sampling.diffusion
     assert isinstance(policy, DiffusionPolicy)
@@ -133,7 +133,7 @@ def from_published(known: Published, config: RunConfig) -> Pipeline:
     total, trained = count_trained(known.denoiser, known.config, policy.adapter)
     channels, pixels = known.latents
     area = height * width / known.size**2
-    return Pipeline(
+    return PipelineSize(
         architecture=known.pipeline,
         parameters=total,
         trained=trained,
@@ -155,8 +155,8 @@ def from_published(known: Published, config: RunConfig) -> Pipeline:
 
 
 @dataclass(frozen=True)
-class Work:
-    """Of the run: pictures drawn, forwards of the denoiser that this takes, and rows learned (each at one noise level:
+class ImageWork:
+    """Of the run: images drawn, forwards of the denoiser that this takes, and rows learned (each at one noise level:
     a forward and a backward)."""
 
     pictures: int
@@ -164,32 +164,32 @@ class Work:
     learned: int
 
 
-def work_of(model: Pipeline, config: RunConfig, planned: Amounts) -> Work:
+def work_of(model: PipelineSize, config: RunConfig, planned: RoundAmounts) -> ImageWork:
     """The amounts in the denoiser's terms; rows that are replayed are counted at their most."""
-    rows = planned.rounds * learned_rows(config, planned) * config.tuning.diffusion.noise_levels
-    return Work(planned.samples, planned.samples * model.forwards, rows)
+    rows = planned.rounds * learned_rows(config, planned) * config.training.diffusion.noise_levels
+    return ImageWork(planned.samples, planned.samples * model.forwards, rows)
 
 
-def learned_rows(config: RunConfig, planned: Amounts) -> int:
+def learned_rows(config: RunConfig, planned: RoundAmounts) -> int:
     """Rows of a round, as often as they are learned."""
-    tuning = config.tuning
-    per_step = tuning.per_device_train_batch_size * tuning.gradient_accumulation_steps
-    if tuning.max_steps > 0:
-        return tuning.max_steps * per_step
-    rows = float(planned.kept * (1 + min(tuning.replay_rounds, max(0, config.num_rounds - 1))))
-    if tuning.reference is not None:
-        rows /= 1 - tuning.reference.fraction
-    return math.ceil(rows * tuning.num_train_epochs)
+    training = config.training
+    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if training.max_steps > 0:
+        return training.max_steps * per_step
+    rows = float(planned.kept * (1 + min(training.replay_rounds, max(0, config.num_rounds - 1))))
+    if training.reference is not None:
+        rows /= 1 - training.reference.fraction
+    return math.ceil(rows * training.num_train_epochs)
 
 
 @dataclass(frozen=True)
-class Room:
-    """Bytes at the two peaks: drawing (denoiser and frozen parts) and tuning (denoiser, gradients, the optimizer's
+class ImageMemory:
+    """Bytes at the two peaks: drawing (denoiser and frozen parts) and training (denoiser, gradients, the optimizer's
     moments, a moving average, layers' outputs; None where these are not known)."""
 
     denoiser: int
     frozen: int
-    training: int
+    trained_state: int
     outputs: int | None
 
     @property
@@ -197,47 +197,49 @@ class Room:
         return self.denoiser + self.frozen
 
     @property
-    def tuning(self) -> int:
-        return self.denoiser + self.training + (self.outputs or 0)
+    def training(self) -> int:
+        return self.denoiser + self.trained_state + (self.outputs or 0)
 
 
-def room(model: Pipeline, config: RunConfig) -> Room:
-    tuning = config.tuning
-    copies = 1 + ADAM + (tuning.diffusion.ema_decay is not None)
+def room(model: PipelineSize, config: RunConfig) -> ImageMemory:
+    training = config.training
+    copies = 1 + ADAM + (training.diffusion.ema_decay is not None)
     outputs = None
     if model.outputs is not None:
-        rows = tuning.per_device_train_batch_size * tuning.diffusion.noise_levels
-        each = model.outputs * (2 if tuning.bf16 else model.weight)
-        outputs = int(rows * each * (CHECKPOINTED if tuning.gradient_checkpointing else 1))
-    return Room(model.parameters * model.weight, model.frozen, model.kept * copies, outputs)
+        rows = training.per_device_train_batch_size * training.diffusion.noise_levels
+        each = model.outputs * (2 if training.bf16 else model.weight)
+        outputs = int(rows * each * (CHECKPOINTED if training.gradient_checkpointing else 1))
+    return ImageMemory(model.parameters * model.weight, model.frozen, model.kept * copies, outputs)
 
 
-def disk_of(model: Pipeline, config: RunConfig, planned: Amounts, png: float | None, fit: float | None = None) -> Disk:
-    """What the run writes; `png` is the size of a picture where some were drawn, `fit` the seconds of a round's fit."""
+def disk_of(
+    model: PipelineSize, config: RunConfig, planned: RoundAmounts, png: float | None, fit: float | None = None
+) -> DiskForecast:
+    """What the run writes; `png` is the size of an image where some were drawn, `fit` the seconds of a round's fit."""
     stored = {"all": planned.rounds, "best": min(3, planned.rounds), "last": min(2, planned.rounds)}[config.keep_models]
     each = model.height * model.width * PNG if png is None else png
-    copied = planned.rounds * planned.kept * (1 + config.tuning.replay_rounds)  # rows.parquet holds what is learned
+    copied = planned.rounds * planned.kept * (1 + config.training.replay_rounds)  # rows.parquet holds what is learned
     drawn = planned.rounds * planned.drawn if config.keep_latents == "all" else 0
     checkpoint = model.kept * (1 + ADAM) if takes_checkpoints(config, planned, fit) else 0
     pictures = int((planned.samples + copied) * each + planned.samples * PER_SAMPLE)
-    return Disk(stored * model.kept, 2 * checkpoint, pictures, (drawn + copied) * model.latents)
+    return DiskForecast(stored * model.kept, 2 * checkpoint, pictures, (drawn + copied) * model.latents)
 
 
-def seconds_at(model: Pipeline, config: RunConfig, work: Work) -> dict[str, float] | None:
+def seconds_at(model: PipelineSize, config: RunConfig, work: ImageWork) -> dict[str, float] | None:
     """Seconds on the named device by arithmetic alone, without VAE and rewards; None where a forward is not known."""
     if model.flops is None:
         return None
-    tuning = config.tuning
-    learning = model.dtype if not tuning.bf16 else "bfloat16"
-    times = AGAIN if tuning.gradient_checkpointing else BACKWARD
+    training = config.training
+    learning = model.dtype if not training.bf16 else "bfloat16"
+    times = AGAIN if training.gradient_checkpointing else BACKWARD
     return {
         "drawing": work.forwards * model.flops / (PEAK[model.dtype] * SHARE),
-        "tuning": work.learned * times * model.flops / (PEAK[learning] * SHARE),
+        "training": work.learned * times * model.flops / (PEAK[learning] * SHARE),
     }
 
 
-def not_tried(model: Pipeline) -> str:
-    """Why no pictures are drawn to see how long it takes; empty where they are."""
+def not_tried(model: PipelineSize) -> str:
+    """Why no images are drawn to see how long it takes; empty where they are."""
     if model.flops is not None:
         return f"{model.architecture} is not at hand: its sizes are the published ones, and nothing was fetched"
     if model.device == "cpu" and model.parameters > LARGE:
@@ -245,6 +247,6 @@ def not_tried(model: Pipeline) -> str:
     return ""
 
 
-def widths(model: Pipeline) -> tuple[int, ...]:
-    """Pictures of each prompt that are drawn to see how long it takes; empty: as for text."""
+def widths(model: PipelineSize) -> tuple[int, ...]:
+    """Images of each prompt that are drawn to see how long it takes; empty: as for text."""
     return () if model.parameters < SMALL else (1, 2)

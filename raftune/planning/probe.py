@@ -1,7 +1,7 @@
-"""Two prompts, drawn, scored and tuned on: what each stage costs for a sample, and before the first.
+"""Two prompts, drawn, scored and trained on: what each stage costs for a sample, and before the first.
 
 All of it within a time: where a model or a reward is slow, fewer tokens are drawn, fewer samples scored and fewer rows
-tuned on, and the rest is extrapolated. When the time is up the probe is ended wherever it is. What was cut short, and
+trained on, and the rest is extrapolated. When the time is up the probe is ended wherever it is. What was cut short, and
 what was not measured at all, is said.
 """
 
@@ -25,11 +25,11 @@ import pyarrow as pa
 from raftune.config.guards import GuardsConfig
 from raftune.errors import RewardError
 from raftune.evaluation.alarms import probe_alarms
-from raftune.planning.amounts import Amounts
-from raftune.planning.sizes import Peak
-from raftune.protocols import Likelihood, Policy, SupportsBackends, Unit
-from raftune.records import Prompt, Sample, Score, Status, derive_seed
-from raftune.runtime.assembly import Assembly
+from raftune.planning.amounts import RoundAmounts
+from raftune.planning.sizes import MeasuredPeak
+from raftune.protocols import Chunk, Policy, SupportsBackends, SupportsLogProbs
+from raftune.records import Prompt, Sample, Score, ScoreStatus, derive_seed
+from raftune.runtime.assembly import Runtime
 from raftune.sanitize import counted, one_line
 from raftune.stages.gather import with_prompts
 from raftune.stages.generate import as_table, drawn
@@ -39,20 +39,20 @@ from raftune.store.interruption import interrupting
 from raftune.store.parquet import read_table, write_table
 from raftune.training.objectives import chosen_rows, load_objective
 
-FAILED = (Status.INVALID, Status.ERROR, Status.TIMEOUT)
+FAILED = (ScoreStatus.INVALID, ScoreStatus.ERROR, ScoreStatus.TIMEOUT)
 ASKED = 2
 WIDER = 4  # the second draw is so many times as wide, which tells what a batch costs from what a sample does
 SECONDS = 60.0  # that a probe may take, unless it is told otherwise
 BRIEF = 12  # tokens of the draw that tells how long a token takes
 LEAST = 4  # tokens, and samples to score, below which a trial tells little
-# Of the time: for drawing, for each set of rewards, for log-probabilities, for tuning. The rest is for loading.
+# Of the time: for drawing, for each set of rewards, for log-probabilities, for training. The rest is for loading.
 DRAW, SCORE, LOGP, TUNE = 0.35, 0.1, 0.05, 0.3
 LEARNING = 3  # a forward and a backward pass take about so many times the forward pass
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Line:
+class LinearTime:
     """Seconds as a straight line: `fixed` before the first item, and `each` for every one."""
 
     fixed: float = 0.0
@@ -61,12 +61,12 @@ class Line:
     def of(self, items: float, starts: float = 1.0) -> float:
         return self.fixed * starts + self.each * items
 
-    def times(self, factor: float) -> Line:
-        return Line(self.fixed * factor, self.each * factor)
+    def times(self, factor: float) -> LinearTime:
+        return LinearTime(self.fixed * factor, self.each * factor)
 
 
 @dataclass
-class Probe:
+class ProbeResult:
     """What was measured, filled as it goes: seconds by stage, tokens or bytes of a sample on average, and what a user
     should know. None is what there was no time for; `missing` names it.
 
@@ -75,21 +75,21 @@ class Probe:
     """
 
     load: float | None = None
-    draw: Line | None = None  # a batch, and a sample of it
-    score: Line | None = None  # a sample
-    judge: Line | None = None
-    logp: Line | None = None
-    tune: Line | None = None  # a fit, and a row
+    generate: LinearTime | None = None  # a batch, and a sample of it
+    score: LinearTime | None = None  # a sample
+    judge: LinearTime | None = None
+    logp: LinearTime | None = None
+    train: LinearTime | None = None  # a fit, and a row
     tokens: float | None = None
-    size: float | None = None  # bytes of a picture on average
+    size: float | None = None  # bytes of an image on average
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     limit: float = SECONDS
     cut_short: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     generation: str = ""  # how it generates, in words, where there are several ways
-    drawing: Peak | None = None
-    tuning: Peak | None = None
+    drawing: MeasuredPeak | None = None
+    training: MeasuredPeak | None = None
 
 
 class TimeUp(KeyboardInterrupt):
@@ -97,7 +97,7 @@ class TimeUp(KeyboardInterrupt):
 
 
 @dataclass
-class Trial:
+class ProbeRun:
     """The time that a plan may take for reading the model and trying it, and what it tells meanwhile."""
 
     seconds: float
@@ -172,21 +172,21 @@ def alarm(seconds: float, ring: Callable[[int, FrameType | None], None]) -> Iter
             signal.setitimer(signal.ITIMER_REAL, max(0.001, earlier - (time.monotonic() - began)), interval)
 
 
-def probe(assembly: Assembly, data: Path, work: Path, trial: Trial, widths: Sequence[int] = ()) -> Probe:
+def probe(assembly: Runtime, data: Path, work: Path, trial: ProbeRun, widths: Sequence[int] = ()) -> ProbeResult:
     """Runs each stage's work on two prompts, in `work`; raises what the run itself would. `widths`: how many samples of
     each are drawn, first and then; without any, K and then four times as many. It is over when the trial's time is."""
-    found, config = Probe(limit=trial.seconds), assembly.config
+    found, config = ProbeResult(limit=trial.seconds), assembly.config
     trial.shared = trial.left()
 
     if trial.ended(lambda: try_stages(found, assembly, data, work, trial, widths)):
         assembly.policies.release()
-    compared = assembly.knows_likelihood() and (config.evaluation.kl or config.selection.beta > 0)
+    compared = assembly.has_log_probs() and (config.evaluation.kl or config.selection.beta > 0)
     parts = (
-        ("drawing", found.draw, True),
+        ("drawing", found.generate, True),
         ("scoring", found.score, True),
         ("scoring of evaluations", found.judge, bool(config.evaluation.reward_funcs)),
         ("log-probabilities", found.logp, compared),
-        ("tuning", found.tune, config.num_rounds > 0),
+        ("training", found.train, config.num_rounds > 0),
     )
     found.missing = tuple(name for name, line, needed in parts if needed and line is None)
     found.cut_short = tuple(trial.cut_short)
@@ -194,21 +194,23 @@ def probe(assembly: Assembly, data: Path, work: Path, trial: Trial, widths: Sequ
     return found
 
 
-def try_stages(found: Probe, assembly: Assembly, data: Path, work: Path, trial: Trial, widths: Sequence[int]) -> None:
+def try_stages(
+    found: ProbeResult, assembly: Runtime, data: Path, work: Path, trial: ProbeRun, widths: Sequence[int]
+) -> None:
     """The work of `probe`: each result is entered as soon as it is there."""
     tell = trial.tell
     config, folder = assembly.config, assembly.run.folder(0, "model")
     table = read_table(data / ("train.parquet" if config.num_rounds else "held_out.parquet")).slice(0, ASKED)
     prompts = prompts_from(table)
-    tell("probe: reading the model, and a first draw")
+    tell("probe: reading the model, and a first generate")
     policy = assembly.policies.at(folder)
     first = config.sampling.num_generations if config.sampling.generation_kwargs else 1
     trying, backend = timed(lambda: policy.choose_backend(prompts) if isinstance(policy, SupportsBackends) else None)
     found.generation = generation_words(backend) if backend else ""
-    unit = asking(prompts[:1], first, config.seed, config.sampling.batch_size)
+    chunk = asking(prompts[:1], first, config.seed, config.sampling.batch_size)
     with limited(policy, 1):
-        cold, _ = timed(lambda: drawn(policy, unit))
-        token, _ = timed(lambda: drawn(policy, unit))
+        cold, _ = timed(lambda: drawn(policy, chunk))
+        token, _ = timed(lambda: drawn(policy, chunk))
     found.load = trying + max(0.0, cold - token)
     trial.check()
     tell("probe: drawing")
@@ -226,19 +228,21 @@ def try_stages(found: Probe, assembly: Assembly, data: Path, work: Path, trial: 
     refuse_failures(scores, config.rewards.max_failure_fraction)
     whole = factor == 1  # else a sample may have ended later, with another score
     found.notes += (*assembly.panel().notes(), *doubts(scores))
-    found.notes += tuple(cut_off(samples, config.tuning.mask_truncated_completions)) if whole else ()
+    found.notes += tuple(cut_off(samples, config.training.mask_truncated_completions)) if whole else ()
     if config.num_rounds and config.guards.enabled:
         found.notes += tuple(alarming(config.guards, samples if whole else without_ends(samples), scores))
     trial.check()
-    found.judge = time_panel(assembly.judge(), owners, samples, trial)[0] if config.evaluation.reward_funcs else Line()
+    found.judge = (
+        time_panel(assembly.judge(), owners, samples, trial)[0] if config.evaluation.reward_funcs else LinearTime()
+    )
     trial.check()
     longer = factor_of_rows(policy, prompts, mean_tokens(samples), factor)
     found.logp = time_logp(policy, owners, samples, config.sampling.batch_size, trial).times(longer)
     trial.check()
     if not config.num_rounds:
-        found.tune = Line()
+        found.train = LinearTime()
     else:
-        tell("probe: tuning")
+        tell("probe: training")
         time_tune(found, assembly, samples, table, work, factor, longer, trial)
 
 
@@ -264,7 +268,7 @@ def limited(policy: Any, tokens: int | None) -> Iterator[None]:
         policy.config = usual
 
 
-class Memory:
+class MemoryMeter:
     """The most memory since the beginning: of tensors on a GPU, else of the process."""
 
     def __init__(self) -> None:
@@ -277,15 +281,15 @@ class Memory:
                 Path("/proc/self/clear_refs").write_text("5")
         self.before = self.cuda.memory_allocated() if self.cuda is not None else resident("VmRSS")
 
-    def peak(self, rows: int, tokens: float) -> Peak | None:
+    def peak(self, rows: int, tokens: float) -> MeasuredPeak | None:
         """None where the system does not say."""
         most = self.cuda.max_memory_reserved() if self.cuda is not None else resident("VmHWM")
-        return Peak(int(most), int(self.before), rows, tokens) if most else None
+        return MeasuredPeak(int(most), int(self.before), rows, tokens) if most else None
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Memory]:
-    yield Memory()
+def watched() -> Iterator[MemoryMeter]:
+    yield MemoryMeter()
 
 
 def resident(name: str) -> int:
@@ -297,19 +301,19 @@ def resident(name: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
 
 
-def asking(prompts: list[Prompt], number: int, seed: int, batch_size: int) -> Unit:
-    """A unit of a training round: what is tuned on is drawn."""
+def asking(prompts: list[Prompt], number: int, seed: int, batch_size: int) -> Chunk:
+    """A chunk of a training round: what is trained on is drawn."""
     seeds = tuple(tuple(derive_seed("probe", seed, prompt.id, k) for k in range(number)) for prompt in prompts)
-    return Unit(0, "0001", "probe", tuple(prompts), seeds, batch_size)
+    return Chunk(0, "0001", "probe", tuple(prompts), seeds, batch_size)
 
 
 def time_draw(
-    found: Probe,
+    found: ProbeResult,
     policy: Policy,
     prompts: list[Prompt],
-    assembly: Assembly,
+    assembly: Runtime,
     chosen: Sequence[int],
-    trial: Trial,
+    trial: ProbeRun,
     single: float,
 ) -> tuple[list[Sample], float]:
     """The cost of a batch and of a sample, from two draws of different width. Returns the samples of the wider, and how
@@ -337,10 +341,10 @@ def time_draw(
         if tokens is not None and factor > 1:
             longer = 1 + token * tokens * (factor - 1) / seconds[0]
         found.tokens = mean_tokens(as_table(samples, policy)) * factor
-        line = Line(0.0, seconds[0] / len(samples))
+        line = LinearTime(0.0, seconds[0] / len(samples))
         if len(seconds) > 1:
             line = through(widths[0] * len(prompts), seconds[0], widths[1] * len(prompts), seconds[1])
-        found.draw = line.times(longer)
+        found.generate = line.times(longer)
         return factor
 
     until = time.perf_counter() + trial.may(DRAW)
@@ -404,13 +408,13 @@ def still_to_come(samples: Sequence[Sample], limit: int, longest: int) -> float:
     return float(np.where(lengths >= limit, longest, lengths).sum() / lengths.sum())
 
 
-def through(n1: int, t1: float, n2: int, t2: float) -> Line:
+def through(n1: int, t1: float, n2: int, t2: float) -> LinearTime:
     """The line through two measurements, kept from going below 0 by noise."""
     each = max(0.0, (t2 - t1) / (n2 - n1))
-    return Line(max(0.0, t1 - each * n1), each) if each else Line(min(t1, t2), 0.0)
+    return LinearTime(max(0.0, t1 - each * n1), each) if each else LinearTime(min(t1, t2), 0.0)
 
 
-def time_panel(panel: Any, prompts: list[Prompt], samples: pa.Table, trial: Trial) -> tuple[Line, list[Score]]:
+def time_panel(panel: Any, prompts: list[Prompt], samples: pa.Table, trial: ProbeRun) -> tuple[LinearTime, list[Score]]:
     """The first call may load a model or start a process: that is the fixed part. Beside it, what was scored."""
     first, _ = timed(lambda: panel.score_samples(prompts[:1], samples.slice(0, 1)))
     last = len(prompts) - 1
@@ -419,7 +423,7 @@ def time_panel(panel: Any, prompts: list[Prompt], samples: pa.Table, trial: Tria
     if number < len(prompts):
         trial.cut_short.append(f"{number} of {len(prompts)} samples were scored")
     every, scores = timed(lambda: panel.score_samples(prompts[:number], samples.slice(0, number)))
-    return Line(first, every / number), scores
+    return LinearTime(first, every / number), scores
 
 
 def refuse_failures(scores: list[Score], limit: float) -> None:
@@ -466,37 +470,38 @@ def cut_off(samples: pa.Table, masked: bool) -> list[str]:
     if not finish or set(finish) != {"length"}:
         return []
     return [
-        f"all {len(finish)} tried samples were cut off at max_completion_length, and tuning.mask_truncated_completions "
+        f"all {len(finish)} tried samples were cut off at max_completion_length, and "
+        f"training.mask_truncated_completions "
         "leaves such out: there may be nothing to learn from"
     ]
 
 
-def time_logp(policy: Policy, prompts: list[Prompt], samples: pa.Table, batch_size: int, trial: Trial) -> Line:
-    if not isinstance(policy, Likelihood):
-        return Line()
+def time_logp(policy: Policy, prompts: list[Prompt], samples: pa.Table, batch_size: int, trial: ProbeRun) -> LinearTime:
+    if not isinstance(policy, SupportsLogProbs):
+        return LinearTime()
     few = min(LEAST, len(prompts))
     brief, _ = timed(lambda: policy.log_probs(prompts[:few], samples.slice(0, few), batch_size))
     if brief / few * len(prompts) > trial.may(LOGP):
-        return Line(0.0, brief / few)
+        return LinearTime(0.0, brief / few)
     spent, _ = timed(lambda: policy.log_probs(prompts, samples, batch_size))
-    return Line(0.0, spent / len(prompts))
+    return LinearTime(0.0, spent / len(prompts))
 
 
 def time_tune(
-    found: Probe,
-    assembly: Assembly,
+    found: ProbeResult,
+    assembly: Runtime,
     samples: pa.Table,
     prompts: pa.Table,
     work: Path,
     factor: float,
     longer: float,
-    trial: Trial,
+    trial: ProbeRun,
 ) -> None:
     """Two fits of one pass, over a batch of rows and over as many as there are, or as there is time for; and the memory
     of the first."""
-    assert found.draw is not None and found.load is not None
-    batch = min(assembly.config.tuning.per_device_train_batch_size, samples.num_rows)
-    row = LEARNING * found.draw.each / factor  # seconds of a row, before any was tuned on
+    assert found.generate is not None and found.load is not None
+    batch = min(assembly.config.training.per_device_train_batch_size, samples.num_rows)
+    row = LEARNING * found.generate.each / factor  # seconds of a row, before any was trained on
     rows = min(batch, max(1, int((trial.may(TUNE) - found.load) / max(row, 1e-9))))
     if rows < batch:
         trial.cut_short.append(f"a step was taken with {rows} of {batch} rows")
@@ -504,28 +509,28 @@ def time_tune(
     once |= {"mask_truncated_completions": False}  # two prompts may give none that ends, and cost as much to tune on
     once |= {"per_device_train_batch_size": rows, "save_steps": None}
     usual = assembly.policies.config
-    tuning = usual.tuning.model_copy(update=once)
-    assembly.policies.config = usual.model_copy(update={"tuning": tuning})
+    training = usual.training.model_copy(update=once)
+    assembly.policies.config = usual.model_copy(update={"training": training})
     try:
         assembly.policies.release()
         with watched() as memory:
             first = fit(assembly, samples.slice(0, rows), prompts, work / "tune-first")
-        found.tuning = memory.peak(rows, mean_tokens(samples))
+        found.training = memory.peak(rows, mean_tokens(samples))
         step = max(first - found.load, 0.0)
-        found.tune = Line(first - step, step / rows).times(longer)
+        found.train = LinearTime(first - step, step / rows).times(longer)
         steps = min(samples.num_rows // rows, int((trial.may(TUNE) - found.load) / max(step, 1e-6)))
         if steps >= 2:
             second = fit(assembly, samples.slice(0, steps * rows), prompts, work / "tune-second")
-            found.tune = through(rows, first, steps * rows, second).times(longer)
+            found.train = through(rows, first, steps * rows, second).times(longer)
     finally:
         assembly.policies.config = usual
 
 
-def fit(assembly: Assembly, samples: pa.Table, prompts: pa.Table, work: Path) -> float:
+def fit(assembly: Runtime, samples: pa.Table, prompts: pa.Table, work: Path) -> float:
     """Seconds of one fit to these samples, the loading of the model included."""
     for name in ("work", "out"):
         (work / name).mkdir(parents=True)
-    objective, count = load_objective(assembly.config.tuning), samples.num_rows
+    objective, count = load_objective(assembly.config.training), samples.num_rows
     verdicts = {
         "sample_id": samples.column("sample_id"),
         "weight": np.full(count, float("kept" in objective.needs)),
@@ -533,11 +538,11 @@ def fit(assembly: Assembly, samples: pa.Table, prompts: pa.Table, work: Path) ->
         "rank": np.ones(count, np.int32),
         "reason": [""] * count,
     }
-    chosen = chosen_rows(objective, assembly.config.tuning.objective, samples, pa.table(verdicts))
+    chosen = chosen_rows(objective, assembly.config.training.objective, samples, pa.table(verdicts))
     rows = with_prompts(chosen, prompts, 1)
     write_table(rows, work / "rows.parquet", {"raftune.round": "1"})
     policy = assembly.policies.fresh(assembly.run.folder(0, "model"))
-    return timed(lambda: policy.tune(work / "rows.parquet", work / "work", work / "out"))[0]
+    return timed(lambda: policy.train(work / "rows.parquet", work / "work", work / "out"))[0]
 
 
 def mean_tokens(samples: pa.Table) -> float:
@@ -548,30 +553,30 @@ def mean_tokens(samples: pa.Table) -> float:
 
 
 def mean_size(samples: pa.Table) -> float | None:
-    """Bytes of a completion that is a picture; None for any other."""
+    """Bytes of a completion that is an image; None for any other."""
     if samples.schema.field("completion").type != pa.binary():
         return None
     sizes = [len(png) for png in samples.column("completion").to_pylist() if png is not None]
     return sum(sizes) / len(sizes) if sizes else None
 
 
-def seconds_by_stage(found: Probe, planned: Amounts, assembly: Assembly) -> dict[str, float]:
+def seconds_by_stage(found: ProbeResult, planned: RoundAmounts, assembly: Runtime) -> dict[str, float]:
     """Seconds of the whole run by kind of work, in this process; without the kinds that were not measured."""
     config, rounds = assembly.config, planned.rounds
     wide = config.sampling.batch_size
     judged = (rounds + 1) * planned.judged
     batches = rounds * math.ceil(planned.drawn / wide) + (rounds + 1) * math.ceil(planned.judged / wide)
-    kl = config.evaluation.kl and assembly.knows_likelihood()
+    kl = config.evaluation.kl and assembly.has_log_probs()
     compared = 2 * judged * kl + 2 * rounds * planned.competing * (config.selection.beta > 0)
-    batch = config.tuning.per_device_train_batch_size * config.tuning.gradient_accumulation_steps
+    batch = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
     seconds: dict[str, float] = {}
-    if found.draw is not None:
-        seconds["drawing"] = (found.load or 0.0) * (2 * rounds + 1) + found.draw.of(planned.samples, batches)
+    if found.generate is not None:
+        seconds["drawing"] = (found.load or 0.0) * (2 * rounds + 1) + found.generate.of(planned.samples, batches)
     if found.score is not None:
         seconds["scoring"] = found.score.of(rounds * planned.competing + judged)
         seconds["scoring"] += found.judge.of(judged) if found.judge is not None else 0.0
     if found.logp is not None:
         seconds["log-probabilities"] = found.logp.of(compared, 0)
-    if found.tune is not None:
-        seconds["tuning"] = found.tune.of(rounds * planned.steps * batch, rounds)
+    if found.train is not None:
+        seconds["training"] = found.train.of(rounds * planned.steps * batch, rounds)
     return seconds

@@ -11,12 +11,12 @@ import pyarrow as pa
 
 from raftune.config.run import RunConfig
 from raftune.errors import DataError
-from raftune.protocols import Policy, Reader
+from raftune.protocols import Policy, SupportsPromptCheck
 from raftune.records import Prompt
 from raftune.results.summary import read_json
-from raftune.runtime.assembly import Assembly
+from raftune.runtime.assembly import Runtime
 from raftune.sanitize import counted
-from raftune.stages.data import Data
+from raftune.stages.data import DataStage
 from raftune.stages.gather import adopted, prompts_of, reference_rows
 from raftune.stages.plan import asked_columns, prompts_from
 from raftune.stages.prompt_check import LEAVE_OUT, looked_at, prompts_in, refusal, unlike_starter
@@ -28,7 +28,7 @@ BATCH = 512  # prompts that are encoded at once
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptCounts:
     """Numbers of prompts; `repeated`: training rows that repeat an earlier one; `overlap`: held-out prompts that are
     also trained on; `shortest` and `longest` in tokens, None where the family has none."""
 
@@ -40,7 +40,7 @@ class Prompts:
     longest: int | None
 
 
-def read_prompts(assembly: Assembly) -> Path:
+def read_prompts(assembly: Runtime) -> Path:
     """Copies the prompts into the assembly's run, and returns where they lie. Raises DataError."""
     stage = assembly.stage(0, "data")
     run_once(assembly.job(stage, 0), stage)  # type: ignore[arg-type]
@@ -55,10 +55,10 @@ def check_answers(policy: Policy, folder: Path, config: RunConfig) -> None:
         for prompt in (p for rows in read_groups(folder / "train.parquet") for p in prompts_from(rows)):
             for column in columns:
                 try:
-                    policy.adopt(prompt, prompt.columns[column], f"column:{column}")
+                    policy.encode_completion(prompt, prompt.columns[column], f"column:{column}")
                 except DataError as error:
                     raise DataError(f"sampling.candidate_columns, {column!r} of prompt {prompt.id}: {error}") from error
-    if config.num_rounds and (reference := config.tuning.reference) is not None:
+    if config.num_rounds and (reference := config.training.reference) is not None:
         rows = reference_rows(reference)
         prompts = prompts_from(prompts_of(rows, reference))
         answers = rows.column(reference.completion_column).to_pylist()
@@ -66,10 +66,10 @@ def check_answers(policy: Policy, folder: Path, config: RunConfig) -> None:
             adopted(policy, prompt, answer, number)
 
 
-def leave_out(assembly: Assembly, folder: Path, policy: Reader) -> tuple[str, ...]:
+def leave_out(assembly: Runtime, folder: Path, policy: SupportsPromptCheck) -> tuple[str, ...]:
     """Removes what the policy cannot take from the copied prompts, and says so; or raises DataError, as a run does."""
     source = assembly.stage(0, "data")
-    assert isinstance(source, Data)
+    assert isinstance(source, DataStage)
     looks = looked_at(prompts_in(folder, assembly.config.sampling.candidate_columns), [policy])
     refused = looks.refused
     said = unlike_starter(looks) if assembly.starter else ()
@@ -91,14 +91,14 @@ def leave_out(assembly: Assembly, folder: Path, policy: Reader) -> tuple[str, ..
     return (*said, f"left out: {refusal(looks, source)}")
 
 
-def measure(folder: Path, encoder: Any | None) -> Prompts:
+def measure(folder: Path, encoder: Any | None) -> PromptCounts:
     """The numbers. Raises DataError that names prompts which do not fit the model."""
     notes = read_json(folder / "notes.json")
     lengths: list[int] = []
     if encoder is not None:
         for name in ("train", "held_out"):
             lengths += lengths_of(folder / f"{name}.parquet", encoder)
-    return Prompts(
+    return PromptCounts(
         train=notes["train"],
         held_out=notes["held_out"],
         repeated=notes["repeated"],

@@ -13,7 +13,7 @@ CLIP_L, CLIP_G, T5_XXL, SAFETY, VAE = 123_060_480, 694_659_840, 4_762_310_656, 3
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedPipeline:
     """One pipeline: its class and its denoiser's, parameters of the frozen parts, and what a forward of one image at
     `size` pixels takes: floating-point operations, and numbers in all layers' outputs (which learning keeps)."""
 
@@ -30,7 +30,7 @@ class Published:
     extra_steps: int = 0  # forwards that the default scheduler adds to a draw
 
 
-SD1 = Published(
+SD1 = PublishedPipeline(
     "StableDiffusionPipeline",
     "UNet2DConditionModel",
     {"sample_size": 64, "cross_attention_dim": 768},
@@ -43,7 +43,7 @@ SD1 = Published(
     50,
     1,
 )
-SDXL = Published(
+SDXL = PublishedPipeline(
     "StableDiffusionXLPipeline",
     "UNet2DConditionModel",
     {
@@ -67,7 +67,7 @@ SDXL = Published(
     5.0,
     50,
 )
-SD3 = Published(
+SD3 = PublishedPipeline(
     "StableDiffusion3Pipeline",
     "SD3Transformer2DModel",
     {
@@ -89,7 +89,7 @@ SD3 = Published(
     7.0,
     28,
 )
-FLUX = Published(
+FLUX = PublishedPipeline(
     "FluxPipeline",
     "FluxTransformer2DModel",
     {"guidance_embeds": True},
@@ -101,7 +101,7 @@ FLUX = Published(
     1.0,  # a guidance scale that the denoiser is told, at one forward a step
     28,
 )
-PUBLISHED: dict[str, Published] = {
+PUBLISHED: dict[str, PublishedPipeline] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD1,
     "CompVis/stable-diffusion-v1-4": SD1,
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,

@@ -8,7 +8,7 @@ from typing import Any
 
 from raftune.config.policy import CausalLMPolicy
 from raftune.config.run import RunConfig
-from raftune.planning.amounts import Amounts
+from raftune.planning.amounts import RoundAmounts
 from raftune.store.partial import SAVE_EVERY
 
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
@@ -19,7 +19,7 @@ PER_SAMPLE = 200  # identity, scores and verdict
 
 
 @dataclass(frozen=True)
-class Footprint:
+class ModelFootprint:
     """The model in numbers: parameters, those that are trained, bytes of one weight, and of one token in the cache."""
 
     architecture: str
@@ -34,14 +34,14 @@ class Footprint:
     device: str
 
 
-def footprint(config: CausalLMPolicy, start: Path, facts: dict[str, Any]) -> Footprint:
+def footprint(config: CausalLMPolicy, start: Path, facts: dict[str, Any]) -> ModelFootprint:
     """The footprint of a start model that was checked before; `facts` is what the check found."""
     from raftune.policies.causal_lm import loading
     from raftune.training.devices import choose_device
 
     found = loading.model_config(config, start)
     dtype = str(facts["dtype"])
-    return Footprint(
+    return ModelFootprint(
         architecture=facts["architecture"],
         parameters=facts["parameters"],
         trained=trained_parameters(config, found, facts["parameters"]),
@@ -102,37 +102,37 @@ def trained_parameters(config: CausalLMPolicy, found: Any, total: int) -> int:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes at the two peaks, one model in memory at a time: drawing (weights and cache) and tuning."""
+class TextMemory:
+    """Bytes at the two peaks, one model in memory at a time: drawing (weights and cache) and training."""
 
     weights: int
     cache: int
-    training: int  # gradients and the optimizer's moments
+    trained_state: int  # gradients and the optimizer's moments
 
     @property
     def drawing(self) -> int:
         return self.weights + self.cache
 
     @property
-    def tuning(self) -> int:
-        return self.weights + self.training
+    def training(self) -> int:
+        return self.weights + self.trained_state
 
 
-def memory(model: Footprint, config: RunConfig, longest_prompt: int, rows: int) -> Memory:
+def memory(model: ModelFootprint, config: RunConfig, longest_prompt: int, rows: int) -> TextMemory:
     """The memory with at most `rows` samples to draw at once."""
     length = longest_prompt + config.sampling.max_completion_length
     length = min(length, model.context) if model.context else length
     alive = min(config.sampling.batch_size, rows)
     four_bits = getattr(config.policy, "load_in_4bit", False)
-    return Memory(
+    return TextMemory(
         weights=model.parameters // 2 if four_bits else model.parameters * model.weight,
         cache=alive * length * model.cached_token,
-        training=model.trained * model.trained_weight * (1 + ADAM),
+        trained_state=model.trained * model.trained_weight * (1 + ADAM),
     )
 
 
 @dataclass(frozen=True)
-class Peak:
+class MeasuredPeak:
     """Bytes that the process (on a GPU: its tensors) took at most, and before; the rows, and tokens of each answer."""
 
     most: int
@@ -142,21 +142,28 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class Peaks:
-    """Bytes that drawing and tuning took in the probe, and what they will take in the run at most; None: not known."""
+class MemoryPeaks:
+    """Bytes that drawing and training took in the probe, and what they will take in the run at most; None: not
+    known.
+    """
 
     drawing: int | None
-    tuning: int | None
+    training: int | None
     run_drawing: int | None
     run_tuning: int | None
 
 
 def peaks(
-    drawing: Peak | None, tuning: Peak | None, model: Footprint | None, config: RunConfig, prompt: int, rows: int
-) -> Peaks:
+    drawing: MeasuredPeak | None,
+    training: MeasuredPeak | None,
+    model: ModelFootprint | None,
+    config: RunConfig,
+    prompt: int,
+    rows: int,
+) -> MemoryPeaks:
     """What was measured, and, of a language model, what it comes to with `rows` samples to draw, prompts of `prompt`
     tokens, and answers of the full length: the cache, the logits and the activations grow, the rest is there."""
-    tried_drawing, tried_tuning = drawing.most if drawing else None, tuning.most if tuning else None
+    tried_drawing, tried_tuning = drawing.most if drawing else None, training.most if training else None
     run_drawing, run_tuning = tried_drawing, tried_tuning
     if model is not None:
         longest = prompt + config.sampling.max_completion_length
@@ -166,19 +173,19 @@ def peaks(
             cached = alive * longest - drawing.rows * (prompt + drawing.tokens)
             logits = (alive - drawing.rows) * model.vocabulary * LOGITS
             run_drawing = drawing.most + int(max(0, cached) * model.cached_token + max(0, logits))
-        if tuning is not None:
-            batch = config.tuning.per_device_train_batch_size
+        if training is not None:
+            batch = config.training.per_device_train_batch_size
             held = model.parameters * model.weight + model.trained * model.trained_weight * (1 + ADAM)
-            activations = max(0, tuning.most - tuning.before - held)
-            times = batch * longest / max(1.0, tuning.rows * (prompt + tuning.tokens))
-            run_tuning = tuning.most + int(activations * max(0.0, times - 1))
-    return Peaks(tried_drawing, tried_tuning, run_drawing, run_tuning)
+            activations = max(0, training.most - training.before - held)
+            times = batch * longest / max(1.0, training.rows * (prompt + training.tokens))
+            run_tuning = training.most + int(activations * max(0.0, times - 1))
+    return MemoryPeaks(tried_drawing, tried_tuning, run_drawing, run_tuning)
 
 
 @dataclass(frozen=True)
-class Disk:
-    """Bytes: the models that are kept, the checkpoints while a round is tuned, the samples (of text at most, of
-    pictures about), the latents that pictures are learned by."""
+class DiskForecast:
+    """Bytes: the models that are kept, the checkpoints while a round is trained, the samples (of text at most, of
+    images about), the latents that images are learned by."""
 
     models: int
     checkpoints: int
@@ -190,22 +197,22 @@ class Disk:
         return self.models + self.checkpoints + self.samples + self.latents
 
 
-def takes_checkpoints(config: RunConfig, planned: Amounts, fit: float | None) -> bool:
+def takes_checkpoints(config: RunConfig, planned: RoundAmounts, fit: float | None) -> bool:
     """Whether a fit that takes `fit` seconds (None: not known) leaves checkpoints before it is done."""
-    by_steps = config.tuning.save_steps is not None and planned.steps > config.tuning.save_steps
+    by_steps = config.training.save_steps is not None and planned.steps > config.training.save_steps
     return by_steps or (planned.steps > 1 and (fit is None or fit > SAVE_EVERY))
 
 
 def disk(
-    model: Footprint | None,
+    model: ModelFootprint | None,
     config: RunConfig,
-    planned: Amounts,
+    planned: RoundAmounts,
     picture: float | None = None,
     fit: float | None = None,
-) -> Disk:
+) -> DiskForecast:
     """What the run writes; a family without tokens writes next to nothing for its models.
 
-    `picture`: bytes of a sample of a family of pictures, where some were drawn. `fit`: seconds of a round's fit.
+    `image`: bytes of a sample of a family of images, where some were drawn. `fit`: seconds of a round's fit.
     """
     stored = {"all": planned.rounds, "best": min(3, planned.rounds), "last": min(2, planned.rounds)}[config.keep_models]
     one = model.trained * model.trained_weight if model else 0
@@ -213,4 +220,4 @@ def disk(
     every = planned.samples + planned.rounds * (planned.competing - planned.drawn)
     checkpoint = one * (1 + ADAM) if takes_checkpoints(config, planned, fit) else 0
     content = tokens * PER_TOKEN if picture is None else picture
-    return Disk(stored * one, 2 * checkpoint, int(every * (content + PER_SAMPLE)))
+    return DiskForecast(stored * one, 2 * checkpoint, int(every * (content + PER_SAMPLE)))

@@ -27,7 +27,7 @@ MEDIA = ("text", "messages", "image", "category")
 GUIDE = "docs/families.md says what each is for."
 # What a class must have before anything runs, and what it must give back when it is loaded.
 OF_A_FAMILY = ("media", "payload", "start", "load", "verify")
-OF_A_POLICY = ("media", "payload", "nbytes", "draw", "adopt", "tune", "notes")
+OF_A_POLICY = ("media", "payload", "nbytes", "generate", "encode_completion", "train", "notes")
 
 
 class Family(Protocol):

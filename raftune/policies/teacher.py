@@ -1,4 +1,4 @@
-"""The teacher of a run: a model of the policy's family, started and loaded as one, drawn from and never tuned."""
+"""The teacher of a run: a model of the policy's family, started and loaded as one, drawn from and never trained."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def start_teacher(family: Family, config: RunConfig, out: Path) -> None:
 
 
 def teacher_config(config: RunConfig) -> RunConfig:
-    """The configuration with the teacher in the policy's place: the same family and dials, no adapter, and no rounds.
+    """The configuration with the teacher in the policy's place: the same family and options, no adapter, and no rounds.
 
-    It is never tuned, so it need not be of a kind that can be.
+    It is never trained, so it need not be of a kind that can be.
     """
     assert config.sampling.teacher is not None
     changes: dict[str, Any] = {"model": config.sampling.teacher.model}

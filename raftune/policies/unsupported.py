@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from raftune.config.sampling import SamplingConfig
-from raftune.config.training import TuningConfig
+from raftune.config.training import TrainingConfig
 from raftune.errors import ConfigError
 
 
-class RunParts(Protocol):
+class FamilyConfig(Protocol):
     """What of a run's configuration shapes a family."""
 
     @property
@@ -18,7 +18,7 @@ class RunParts(Protocol):
     @property
     def sampling(self) -> SamplingConfig: ...
     @property
-    def tuning(self) -> TuningConfig: ...
+    def training(self) -> TrainingConfig: ...
     @property
     def seed(self) -> int: ...
 
@@ -28,7 +28,7 @@ def refuse_unused(config: Any, family: str, unused: Iterable[str]) -> None:
     for path in unused:
         section, _, name = path.rpartition(".")
         holder = getattr(config, section) if section else config
-        if not hasattr(holder, name):  # a part of a configuration: what measures a model has no dials of a run
+        if not hasattr(holder, name):  # a part of a configuration: what measures a model has no options of a run
             continue
         given = getattr(holder, name)
         default = type(holder).model_fields[name].get_default(call_default_factory=True)

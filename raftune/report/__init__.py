@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raftune.errors import StoreError
-from raftune.report.collect import Collected, collect
+from raftune.report.collect import ReportData, collect
 from raftune.store.files import explaining, stage_file
 
 if TYPE_CHECKING:
-    from raftune.report.pictures import Embedded
+    from raftune.report.pictures import EmbeddedImage
 
 NAME = "report.html"
 
@@ -20,8 +20,8 @@ def write_report(
     out: Path | str | None = None,
     *,
     working: bool | None = None,
-    made: dict[str, Embedded | None] | None = None,
-    found: Collected | None = None,
+    made: dict[str, EmbeddedImage | None] | None = None,
+    found: ReportData | None = None,
 ) -> Path:
     """Writes the run's page (to report.html in the run, or to `out`) and returns its path.
 
@@ -41,7 +41,7 @@ def write_report(
     return target
 
 
-def render(found: Collected) -> str:
+def render(found: ReportData) -> str:
     """The page of what was collected."""
     from raftune.report.overview import overview
     from raftune.report.page import page
@@ -50,4 +50,4 @@ def render(found: Collected) -> str:
     return page(found.document, overview(found), configuration(found))
 
 
-__all__ = ["NAME", "Collected", "collect", "render", "write_report"]
+__all__ = ["NAME", "ReportData", "collect", "render", "write_report"]

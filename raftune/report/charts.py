@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from raftune.report.markup import number, table, text
-from raftune.report.scales import Scale, spread, tick_text, x_scale, y_scale
+from raftune.report.scales import AxisScale, spread, tick_text, x_scale, y_scale
 
 WIDTH, HEIGHT = 400, 230
 TOP, BOTTOM, GAP, LETTER, LINE = 16, 36, 12, 6.3, 13.5
@@ -39,7 +39,7 @@ Names = Mapping[float, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class ChartPoint:
     """One place of a line; y is None where nothing was measured, low and high are the ends of its interval if known,
     n the number of prompts that it is a mean of."""
 
@@ -51,34 +51,34 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
+class ChartSeries:
     """One line: its label, its points by x, its colour (1 … 7) and, so that colour is not all, its dashes and marks.
 
     `line` is solid, dashed or dotted; `shape` is round, hollow, square or diamond; `band` shows the intervals.
     """
 
     name: str
-    points: tuple[Point, ...]
+    points: tuple[ChartPoint, ...]
     colour: int = 1
     line: str = "solid"
     shape: str = "round"
     band: bool = True
 
-    def known(self) -> list[Point]:
+    def known(self) -> list[ChartPoint]:
         """The points that have a number."""
         return [point for point in self.points if measured(point.y)]
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class ChartFrame:
     """The scales of both axes."""
 
-    x: Scale
-    y: Scale
+    x: AxisScale
+    y: AxisScale
 
 
 def line_chart(
-    series: Sequence[Series],
+    series: Sequence[ChartSeries],
     *,
     title: str,
     description: str = "",
@@ -125,7 +125,7 @@ def line_chart(
 
 
 def bar_chart(
-    series: Sequence[Series],
+    series: Sequence[ChartSeries],
     *,
     title: str,
     description: str = "",
@@ -143,7 +143,7 @@ def bar_chart(
     left = GAP + LETTER * max(map(len, names))
     right = width - GAP - LETTER * max(map(len, written))
     low, high = min(0.0, *values), max(0.0, *values)
-    x = Scale(low, high if high > low else 1.0, left, max(right, left + 60), ())
+    x = AxisScale(low, high if high > low else 1.0, left, max(right, left + 60), ())
     top, height = TOP + (22 if standalone else 0), 26
     where = (x_names or {}).get(points[0].x, f"{x_label} {points[0].x:g}")
     parts = [
@@ -172,7 +172,7 @@ def bar_chart(
 
 
 def numbers(
-    series: Sequence[Series], x_title: str, x_names: Names | None = None, *, label: str, best: float | None = None
+    series: Sequence[ChartSeries], x_title: str, x_names: Names | None = None, *, label: str, best: float | None = None
 ) -> str:
     """The numbers of the lines as a table, a row for each x; the row of `best` is marked."""
     names = x_names or {}
@@ -185,9 +185,9 @@ def numbers(
     return table(titles, rows, label=label, best=xs.index(best) if best in xs else None)
 
 
-def cells(line: Series, x: float) -> list[str]:
+def cells(line: ChartSeries, x: float) -> list[str]:
     """The line's number at x, and its interval where the line has any."""
-    point = next((point for point in line.points if point.x == x), Point(x, None))
+    point = next((point for point in line.points if point.x == x), ChartPoint(x, None))
     mean = number(point.y if measured(point.y) else None)
     known = measured(point.low) and measured(point.high)
     between = f"{number(point.low)} … {number(point.high)}" if known else "–"
@@ -195,7 +195,7 @@ def cells(line: Series, x: float) -> list[str]:
     return [mean, *([between] if has_interval(line) else []), *n]
 
 
-def spoken(line: Series, point: Point) -> str:
+def spoken(line: ChartSeries, point: ChartPoint) -> str:
     """The point's number, its interval and what it is a mean of, for who hovers over its mark or touches it."""
     words = number(point.y)
     if measured(point.low) and measured(point.high):
@@ -203,11 +203,11 @@ def spoken(line: Series, point: Point) -> str:
     return words if point.n is None else f"{words}, n = {point.n:,}"
 
 
-def has_n(line: Series) -> bool:
+def has_n(line: ChartSeries) -> bool:
     return any(point.n is not None for point in line.points)
 
 
-def has_interval(line: Series) -> bool:
+def has_interval(line: ChartSeries) -> bool:
     return any(measured(point.low) and measured(point.high) for point in line.points)
 
 
@@ -219,17 +219,17 @@ def measured(value: float | None) -> bool:
 # -- frame ------------------------------------------------------------------------------------------------------------
 
 
-def frame_of(series: Sequence[Series], width: float, top: float, bottom: float, log_x: bool) -> Frame:
+def frame_of(series: Sequence[ChartSeries], width: float, top: float, bottom: float, log_x: bool) -> ChartFrame:
     """Scales that leave room for the labels of ticks on the left and of lines on the right."""
     points = [point for line in series for point in line.known()]
     values = [v for p in points for v in (p.y, p.low, p.high) if v is not None and math.isfinite(v)]
     y = y_scale(values, bottom, top)
     left = GAP + LETTER * max(len(tick_text(tick, y.ticks)) for tick in y.ticks)
     right = width - 14 - LETTER * max((len(label) for label in end_labels(series, width)), default=0) - 10
-    return Frame(x_scale([point.x for point in points], left + 6, max(right, left + 60), log=log_x), y)
+    return ChartFrame(x_scale([point.x for point in points], left + 6, max(right, left + 60), log=log_x), y)
 
 
-def grid(frame: Frame) -> str:
+def grid(frame: ChartFrame) -> str:
     """A horizontal line at each tick but the lowest, which is the axis."""
     start, end = frame.x.start - 6, frame.x.end + 4
     ats = (f"{frame.y(tick):.1f}" for tick in frame.y.ticks[1:])
@@ -237,7 +237,7 @@ def grid(frame: Frame) -> str:
     return f'<g class="grid">{"".join(lines)}</g>'
 
 
-def axis(frame: Frame, x_label: str, x_names: Names, height: float) -> str:
+def axis(frame: ChartFrame, x_label: str, x_names: Names, height: float) -> str:
     """The lowest line, the ticks' numbers on both axes, and what the lower one counts."""
     base, start, end = frame.y(frame.y.low), frame.x.start - 6, frame.x.end + 4
     parts = [f'<line x1="{start:.1f}" x2="{end:.1f}" y1="{base:.1f}" y2="{base:.1f}"/>']
@@ -252,7 +252,7 @@ def axis(frame: Frame, x_label: str, x_names: Names, height: float) -> str:
     return f'<g class="axis">{"".join(parts)}</g>'
 
 
-def marked(frame: Frame, mark: tuple[float, str]) -> str:
+def marked(frame: ChartFrame, mark: tuple[float, str]) -> str:
     """A vertical line, and its word above the plot on the side where there is more room."""
     at, top = frame.x(mark[0]), frame.y(frame.y.high)
     after = at < (frame.x.start + frame.x.end) / 2
@@ -266,7 +266,7 @@ def marked(frame: Frame, mark: tuple[float, str]) -> str:
 # -- lines ------------------------------------------------------------------------------------------------------------
 
 
-def drawn(line: Series, frame: Frame, x_label: str, x_names: Names) -> str:
+def drawn(line: ChartSeries, frame: ChartFrame, x_label: str, x_names: Names) -> str:
     """The line with its band and its marks, each mark with its number on hovering."""
     runs = list(runs_of(line.points))
     known = line.known()
@@ -282,14 +282,14 @@ def drawn(line: Series, frame: Frame, x_label: str, x_names: Names) -> str:
     return f'<g class="series s{line.colour}">{"".join(parts)}</g>'
 
 
-def runs_of(points: Sequence[Point]) -> Iterator[list[Point]]:
+def runs_of(points: Sequence[ChartPoint]) -> Iterator[list[ChartPoint]]:
     """The stretches between gaps."""
     for known, run in groupby(points, key=lambda point: measured(point.y)):
         if known:
             yield list(run)
 
 
-def band(run: Sequence[Point], frame: Frame) -> str:
+def band(run: Sequence[ChartPoint], frame: ChartFrame) -> str:
     """The area between the ends of the intervals; for a single point a bar."""
     ends = [(p.x, p.low, p.high) for p in run if p.low is not None and p.high is not None and p.low < p.high]
     if not ends:
@@ -301,12 +301,12 @@ def band(run: Sequence[Point], frame: Frame) -> str:
     return f'<path class="band" d="M{places(around, frame)}Z"/>'
 
 
-def path(points: Sequence[tuple[float, float | None]], frame: Frame, line: str) -> str:
+def path(points: Sequence[tuple[float, float | None]], frame: ChartFrame, line: str) -> str:
     kind = "line" if line == "solid" else f"line {line}"
     return f'<path class="{kind}" d="M{places(points, frame)}"/>'
 
 
-def places(points: Sequence[tuple[float, float | None]], frame: Frame) -> str:
+def places(points: Sequence[tuple[float, float | None]], frame: ChartFrame) -> str:
     return "L".join(f"{frame.x(x):.1f} {frame.y(y or 0.0):.1f}" for x, y in points)
 
 
@@ -323,7 +323,7 @@ def dot(x: float, y: float, shape: str, words: str = "") -> str:
 # -- labels -----------------------------------------------------------------------------------------------------------
 
 
-def end_labels(series: Sequence[Series], width: float) -> list[str]:
+def end_labels(series: Sequence[ChartSeries], width: float) -> list[str]:
     """What stands at the end of each line: its last number where there is one line, else its name, cut to its room."""
     lines = [line for line in series if line.known()]
     if len(lines) == 1 and len(series) == 1:
@@ -332,7 +332,7 @@ def end_labels(series: Sequence[Series], width: float) -> list[str]:
     return [line.name if len(line.name) <= most else f"{line.name[: most - 1]}…" for line in lines]
 
 
-def labels(series: Sequence[Series], frame: Frame, width: float) -> str:
+def labels(series: Sequence[ChartSeries], frame: ChartFrame, width: float) -> str:
     """The labels beside the ends of their lines, none on another."""
     lines = [line for line in series if line.known()]
     ends = [frame.y(line.known()[-1].y or 0.0) for line in lines]

@@ -14,43 +14,43 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class PromptGroup:
     """The samples of one prompt in one round: how many, how far the best is above their mean, and whether any is kept.
 
     `number` is the prompt's place in its unit; `margin` is None where nothing could be scored.
     """
 
     round: int
-    unit: int
+    chunk: int
     number: int
     prompt_id: str
     samples: int
     margin: float | None
-    barren: bool
+    without_candidates: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class HeldOutPair:
     """One held-out prompt and draw, in all rounds; `gain` is the best round's score less the start's, if both exist."""
 
-    unit: int
+    chunk: int
     prompt_id: str
     k: int
     gain: float | None
 
 
-def order_groups(groups: Sequence[Group], most: int) -> list[Group]:
+def order_groups(groups: Sequence[PromptGroup], most: int) -> list[PromptGroup]:
     """The most instructive prompts of a round first: largest margins, those that yielded nothing, and by hash, in turn.
 
     A prompt's id is a hash: the smallest ids are a random choice, and the same one in every round.
     """
     by_margin = sorted((g for g in groups if g.margin is not None), key=lambda g: -(g.margin or 0.0))
-    barren = sorted((g for g in groups if g.barren), key=lambda g: g.prompt_id)
+    without_candidates = sorted((g for g in groups if g.without_candidates), key=lambda g: g.prompt_id)
     by_hash = sorted(groups, key=lambda g: g.prompt_id)
-    return first(in_turn(by_margin, barren, by_hash), most, lambda g: g.prompt_id)
+    return first(in_turn(by_margin, without_candidates, by_hash), most, lambda g: g.prompt_id)
 
 
-def order_pairs(pairs: Sequence[Pair], most: int) -> list[Pair]:
+def order_pairs(pairs: Sequence[HeldOutPair], most: int) -> list[HeldOutPair]:
     """The most instructive held-out draws first: largest gains, largest losses, and by hash, in turn."""
     known = sorted((p for p in pairs if p.gain is not None), key=lambda p: -(p.gain or 0.0))
     by_hash = sorted(pairs, key=lambda p: (p.k, p.prompt_id))

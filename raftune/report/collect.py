@@ -1,6 +1,6 @@
 """A run becomes one JSON document: what a page shows of its samples, and in words what it leaves out.
 
-Everything is read from committed files, unit by unit: only what is shown is ever held, so that memory follows the
+Everything is read from committed files, chunk by chunk: only what is shown is ever held, so that memory follows the
 page's size and not the run's.
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 from raftune.report import numbers
 from raftune.report.learned import learned
 from raftune.report.pairs import compared
-from raftune.report.pictures import Album, Embedded
+from raftune.report.pictures import EmbeddedImage, ImageSet
 from raftune.report.prompts import prompts
-from raftune.report.reading import Reader
-from raftune.report.standing import Standing, standing_of
+from raftune.report.reading import RunReader
+from raftune.report.standing import RunState, standing_of
 from raftune.results.summary import Row
 from raftune.store.kinds import is_evaluation
 from raftune.store.run import RunFolder
@@ -27,29 +27,29 @@ ALARM = ("alarm", "round", "title", "evidence")
 
 
 @dataclass(frozen=True)
-class Collected:
+class ReportData:
     """The document, and what the overview and the configuration are made from."""
 
     document: dict[str, Any]
-    reader: Reader
-    standing: Standing
+    reader: RunReader
+    standing: RunState
     rows: list[Row] = field(default_factory=list)
 
 
 def collect(
-    root: Path | str, *, working: bool | None = None, made: dict[str, Embedded | None] | None = None
-) -> Collected:
+    root: Path | str, *, working: bool | None = None, made: dict[str, EmbeddedImage | None] | None = None
+) -> ReportData:
     """All that a report shows of the run.
 
     `working` is what the process that holds the run says of itself: True while it goes on, False when it has ended it;
-    None asks the run's lock. `made` holds pictures that the page before had at hand, and afterwards those of this one.
+    None asks the run's lock. `made` holds images that the page before had at hand, and afterwards those of this one.
     What is missing or damaged is named in the document's `missing`. Raises StoreError where the folder holds no run.
     """
     run = RunFolder(root)
     if not run.rounds():
         run.read_config()  # says that there is no run
-    reader = Reader(run)
-    album = Album(reader, made if made is not None else {})
+    reader = RunReader(run)
+    album = ImageSet(reader, made if made is not None else {})
     rows = numbers.rows(reader)
     standing = standing_of(reader, rows, working=working)
     alarms = alarms_of(reader)
@@ -69,13 +69,13 @@ def collect(
     document["run"]["evaluation"] = is_evaluation(reader.config)
     document["run"]["media"] = "image" if reader.pictured else media_of(document)
     if reader.pictured:
-        document["pictures"] = album.as_json()
+        document["images"] = album.as_json()
     album.keep()
     document["missing"] = reader.missing
-    return Collected(document, reader, standing, rows)
+    return ReportData(document, reader, standing, rows)
 
 
-def alarms_of(reader: Reader) -> list[dict[str, Any]]:
+def alarms_of(reader: RunReader) -> list[dict[str, Any]]:
     """The alarms of all rounds, as the guards wrote them."""
     found = []
     for round_ in reader.rounds("guard"):

@@ -1,4 +1,4 @@
-"""The rows that every round's tuning learned from, each with its origin and the reason for which it was kept."""
+"""The rows that every round's training learned from, each with its origin and the reason for which it was kept."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.report.choosing import encoded_size, first, in_turn, up_to
-from raftune.report.pictures import Album
-from raftune.report.reading import Place, Reader
+from raftune.report.pictures import ImageSet
+from raftune.report.reading import RunReader, StageFile
 from raftune.report.samples import answered, content, finite, name_pictures, pictures_of
 
 MOST_ROWS = 1500
@@ -25,7 +25,7 @@ REFERENCE = "a reference answer"
 Row = tuple[int, str, str]  # round, origin, sample id
 
 
-def learned(reader: Reader, named: set[str], album: Album) -> dict[str, Any]:
+def learned(reader: RunReader, named: set[str], album: ImageSet) -> dict[str, Any]:
     """{shown, of, chosen_by, items}: by round; samples that are named always among them."""
     rounds, must, total = [], [], 0
     for round_ in reader.rounds("rows"):
@@ -40,14 +40,14 @@ def learned(reader: Reader, named: set[str], album: Album) -> dict[str, Any]:
     return {"shown": len(items), "of": total, "chosen_by": CHOSEN_BY, "items": items}
 
 
-def rows_of(reader: Reader, round_: int) -> Iterator[Row]:
+def rows_of(reader: RunReader, round_: int) -> Iterator[Row]:
     """Round, origin and sample id of every row."""
     for table in reader.groups(round_, "rows", FILE, ["sample_id", "origin"]):
         columns = (table.column(name).to_pylist() for name in ("origin", "sample_id"))
         yield from ((round_, origin, sample_id) for origin, sample_id in zip(*columns, strict=True))
 
 
-def built(reader: Reader, chosen: list[Row]) -> list[dict[str, Any]]:
+def built(reader: RunReader, chosen: list[Row]) -> list[dict[str, Any]]:
     """The items, in the order in which they were chosen."""
     by_round: defaultdict[int, set[str]] = defaultdict(set)
     by_origin: defaultdict[str, set[str]] = defaultdict(set)
@@ -60,14 +60,14 @@ def built(reader: Reader, chosen: list[Row]) -> list[dict[str, Any]]:
         for table in reader.groups(round_, "rows", FILE, answered(reader, COLUMNS)):
             rows = table.filter(pc.is_in(table.column("sample_id"), pa.array(sorted(ids)))).to_pylist()
             if reader.pictured:
-                name_pictures(reader, rows, Place(round_, "rows", FILE))
+                name_pictures(reader, rows, StageFile(round_, "rows", FILE))
             for row in rows:
                 verdict = verdicts[row["origin"]].get(row["sample_id"], {}) if row["origin"] in verdicts else {}
                 found[round_, row["origin"], row["sample_id"]] = item_of(round_, row, verdict)
     return [found[row] for row in chosen if row in found]
 
 
-def verdicts_on(reader: Reader, origin: str, ids: set[str]) -> dict[str, dict[str, Any]]:
+def verdicts_on(reader: RunReader, origin: str, ids: set[str]) -> dict[str, dict[str, Any]]:
     """Score and reason of these samples in the round that they are from; nothing of reference answers."""
     number = origin.removeprefix("round-")
     if not number.isdigit():

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raftune.report.reading import Reader
+from raftune.report.reading import RunReader
 from raftune.report.samples import finite
 from raftune.results.summary import Row, ends_of, row_of, seconds_by_round
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
+class ReportValue:
     """A number, with the ends of its 95 % interval where it has one, and the number of prompts that it is a mean of."""
 
     mean: float
@@ -21,21 +21,21 @@ class Value:
     n: int | None = None
 
 
-def value_of(found: Any) -> Value | None:
+def value_of(found: Any) -> ReportValue | None:
     """The number, or the interval, that stands in metrics.json; None for anything else."""
     if not isinstance(found, Mapping):
         number = finite(found)
-        return None if number is None else Value(number)
+        return None if number is None else ReportValue(number)
     mean = finite(found.get("mean"))
     if mean is None:
         return None
     low, high = map(finite, ends_of(found) or (None, None))
     n = found.get("n")
-    return Value(mean, low, high, n if isinstance(n, int) else None)
+    return ReportValue(mean, low, high, n if isinstance(n, int) else None)
 
 
-def rows(reader: Reader) -> list[Row]:
-    """One row for each round that was evaluated, or tuned where evaluation is off: as `raftune runs` sees them."""
+def rows(reader: RunReader) -> list[Row]:
+    """One row for each round that was evaluated, or trained where evaluation is off: as `raftune runs` sees them."""
     seconds = seconds_by_round(of_stages(reader))
     found = []
     for round_ in sorted({*reader.rounds("evaluate"), *reader.rounds("model")}):
@@ -50,7 +50,7 @@ def rows(reader: Reader) -> list[Row]:
     return found
 
 
-def of_stages(reader: Reader) -> Iterator[dict[str, Any]]:
+def of_stages(reader: RunReader) -> Iterator[dict[str, Any]]:
     """The beginnings and ends of stages and their units, each with its round and, at an end, its seconds."""
     for event in reader.events:
         if not isinstance(event.get("round"), int) or "stage" not in event:
@@ -59,12 +59,12 @@ def of_stages(reader: Reader) -> Iterator[dict[str, Any]]:
             yield event
 
 
-def timed(reader: Reader) -> Iterator[dict[str, Any]]:
+def timed(reader: RunReader) -> Iterator[dict[str, Any]]:
     """The ends of stages, interrupted ones among them."""
     return (event for event in of_stages(reader) if event.get("event") in ("stage_end", "stage_stop"))
 
 
-def by_round(reader: Reader, name: str) -> dict[int, Value]:
+def by_round(reader: RunReader, name: str) -> dict[int, ReportValue]:
     """A number of metrics.json in every round that measured it."""
     found = {
         round_: value_of(reader.json(round_, "evaluate", "metrics.json").get(name))
@@ -73,21 +73,21 @@ def by_round(reader: Reader, name: str) -> dict[int, Value]:
     return {round_: value for round_, value in found.items() if value is not None}
 
 
-def curve(reader: Reader, round_: int, name: str) -> dict[int, Value]:
+def curve(reader: RunReader, round_: int, name: str) -> dict[int, ReportValue]:
     """A curve over k of metrics.json, such as best_of_k, by k ascending."""
     found = reader.json(round_, "evaluate", "metrics.json").get(name)
     values = {int(k): value_of(v) for k, v in found.items() if str(k).isdigit()} if isinstance(found, Mapping) else {}
     return {k: value for k, value in sorted(values.items()) if value is not None}
 
 
-def best_of(reader: Reader, name: str) -> tuple[int, dict[int, Value]]:
+def best_of(reader: RunReader, name: str) -> tuple[int, dict[int, ReportValue]]:
     """The largest k of a curve over k that any round measured, and its number in each round."""
     curves = {round_: curve(reader, round_, name) for round_ in reader.rounds("evaluate")}
     most = max((max(found) for found in curves.values() if found), default=0)
     return most, {round_: found[most] for round_, found in curves.items() if most in found}
 
 
-def guarded(reader: Reader, which: str, name: str) -> dict[int, Value]:
+def guarded(reader: RunReader, which: str, name: str) -> dict[int, ReportValue]:
     """A number of what each round drew (which: drawn) or learned from (selected), as its guards measured it."""
     found = {}
     for round_ in reader.rounds("guard"):
@@ -98,7 +98,7 @@ def guarded(reader: Reader, which: str, name: str) -> dict[int, Value]:
     return found
 
 
-def summarised(reader: Reader, name: str) -> dict[int, Value]:
+def summarised(reader: RunReader, name: str) -> dict[int, ReportValue]:
     """A number of select/summary.json in every round."""
     found = {r: value_of(reader.json(r, "select", "summary.json").get(name)) for r in reader.rounds("select")}
     return {round_: value for round_, value in found.items() if value is not None}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from raftune.report import numbers
-from raftune.report.charts import SHAPES, Series, line_chart
+from raftune.report.charts import SHAPES, ChartSeries, line_chart
 from raftune.report.charts import numbers as number_table
-from raftune.report.collect import Collected
+from raftune.report.collect import ReportData
 from raftune.report.markup import block, facts, folded, number, table, text
-from raftune.report.numbers import Value
+from raftune.report.numbers import ReportValue
 from raftune.report.painted import PICTURE_GUARDED, gallery, picture_charts
 from raftune.report.panels import (
     BEST_OF,
@@ -32,7 +32,7 @@ from raftune.results.summary import cell, columns_for
 from raftune.sanitize import percent
 
 
-def overview(found: Collected) -> str:
+def overview(found: ReportData) -> str:
     """HTML: the sentence and the key figures, the charts in groups, the table by round."""
     parts = (summary, gallery, held_out_charts, picture_charts, selection_charts, time_charts, by_round)
     return "".join(part(found) for part in parts)
@@ -41,12 +41,12 @@ def overview(found: Collected) -> str:
 # -- what came of it --------------------------------------------------------------------------------------------------
 
 
-def summary(found: Collected) -> str:
+def summary(found: ReportData) -> str:
     lead = f'<p class="lead">{sentence(found)}</p>'
     return block("summary", "What came of it", lead + facts(figures(found)))
 
 
-def sentence(found: Collected) -> str:
+def sentence(found: ReportData) -> str:
     """Reward and held-out reward in the best round and at the start, and whether anything asks for a look."""
     reader, best = found.reader, found.standing.best
     if not found.standing.rounds:
@@ -70,7 +70,7 @@ def peak(values: Values, best: int) -> str:
     return f" ({number(values[top].mean, 2)} at its highest, in round {top})"
 
 
-def place_words(found: Collected) -> str:
+def place_words(found: ReportData) -> str:
     """Which round the sentence speaks of; nothing where there is the start alone."""
     best, last = found.standing.best, max(found.standing.rounds)
     if not best:
@@ -79,12 +79,12 @@ def place_words(found: Collected) -> str:
     return f"In round {best} of {last}, the best{so_far}, " if found.standing.best_by != "last round" else ""
 
 
-def judge_name(found: Collected) -> str:
+def judge_name(found: ReportData) -> str:
     judges = found.standing.judges
     return f"the held-out {judges[0]}" if len(judges) == 1 else "the held-out reward"
 
 
-def alarm_words(found: Collected) -> str:
+def alarm_words(found: ReportData) -> str:
     """How many alarms there are, with a link to them; that there were no guards is said too."""
     alarms = found.document["alarms"]
     if alarms:
@@ -95,7 +95,7 @@ def alarm_words(found: Collected) -> str:
     return "No guards looked at it." if max(found.standing.rounds) else ""
 
 
-def figures(found: Collected) -> list[tuple[str, str]]:
+def figures(found: ReportData) -> list[tuple[str, str]]:
     """The key figures: of the best round against the start, and of the whole run."""
     best = found.standing.best
     pairs = [("best round", str(best) if best else "start")] if max(found.standing.rounds, default=0) else []
@@ -113,7 +113,7 @@ def figures(found: Collected) -> list[tuple[str, str]]:
     return pairs
 
 
-def figure(found: Collected, name: str) -> str:
+def figure(found: ReportData, name: str) -> str:
     """The number in the best round with its interval, and what it was at the start."""
     values, best = numbers.by_round(found.reader, name), found.standing.best
     if best not in values:
@@ -123,12 +123,12 @@ def figure(found: Collected, name: str) -> str:
     return f"{number(values[best].mean, 2)} <small>{words}</small>"
 
 
-def prompts_words(value: Value) -> str:
+def prompts_words(value: ReportValue) -> str:
     """How many prompts the mean stands on."""
     return "" if value.n is None else f", {value.n:,} prompt{'s' * (value.n != 1)}"
 
 
-def interval_words(value: Value) -> str:
+def interval_words(value: ReportValue) -> str:
     """The interval, where there is one."""
     if value.low is None or value.high is None:
         return ""
@@ -138,8 +138,8 @@ def interval_words(value: Value) -> str:
 # -- charts -----------------------------------------------------------------------------------------------------------
 
 
-def held_out_charts(found: Collected) -> str:
-    """What each round's policy is like, on prompts that it is never tuned on."""
+def held_out_charts(found: ReportData) -> str:
+    """What each round's policy is like, on prompts that it is never trained on."""
     note = (
         "Measured after every round on held-out prompts. Bands are 95 % intervals over prompts; the upright dotted "
         "line is the best round."
@@ -148,7 +148,7 @@ def held_out_charts(found: Collected) -> str:
     return group("measures", "On held-out prompts", note, *(part(found) for part in parts))
 
 
-def reward_chart(found: Collected) -> str:
+def reward_chart(found: ReportData) -> str:
     k, best_of = numbers.best_of(found.reader, "best_of_k")
     return chart(
         found,
@@ -160,7 +160,7 @@ def reward_chart(found: Collected) -> str:
     )
 
 
-def judge_chart(found: Collected) -> str:
+def judge_chart(found: ReportData) -> str:
     judges = found.standing.judges
     name = judges[0] if len(judges) == 1 else "held-out reward"
     k, best_of = numbers.best_of(found.reader, "held_out_best_of_k")
@@ -174,7 +174,7 @@ def judge_chart(found: Collected) -> str:
     )
 
 
-def parts_chart(found: Collected) -> str:
+def parts_chart(found: ReportData) -> str:
     """Each reward alone, where there are several."""
     names = found.standing.rewards
     lines = [
@@ -185,12 +185,12 @@ def parts_chart(found: Collected) -> str:
     return chart(found, "parts", "Parts of the reward", note, *lines) if len(names) > 1 else ""
 
 
-def kl_chart(found: Collected) -> str:
+def kl_chart(found: ReportData) -> str:
     values = numbers.by_round(found.reader, "kl")
     return chart(found, "kl", "KL to the start", "nats per answer: how far it has moved", line("KL", values, KL))
 
 
-def variety_chart(found: Collected) -> str:
+def variety_chart(found: ReportData) -> str:
     named = (("distinct-2", "distinct_2"), ("MSTTR-100", "msttr_100"), ("similarity", "similarity"))
     lines = [
         line(title, numbers.by_round(found.reader, name), DIVERSITY if i < 2 else OTHER, LINES[i], SHAPES[i])
@@ -207,24 +207,24 @@ MEANINGS = {
 }
 
 
-def length_chart(found: Collected) -> str:
+def length_chart(found: ReportData) -> str:
     values = numbers.by_round(found.reader, "completions/mean_length")
     return chart(found, "length", "Length", "tokens of an answer", line("length", values, LENGTH))
 
 
-def cut_chart(found: Collected) -> str:
+def cut_chart(found: ReportData) -> str:
     values = numbers.by_round(found.reader, "completions/clipped_ratio")
-    shares = {round_: Value(100 * value.mean) for round_, value in values.items()}
+    shares = {round_: ReportValue(100 * value.mean) for round_, value in values.items()}
     shown = line("cut off", shares if any(value.mean for value in values.values()) else {}, LENGTH)
     return chart(found, "cut-off", "Cut off", "% of answers that reached the length limit", shown)
 
 
-def perplexity_chart(found: Collected) -> str:
+def perplexity_chart(found: ReportData) -> str:
     values = numbers.by_round(found.reader, "perplexity")
     return chart(found, "perplexity", "Perplexity", "of the reference answers", line("perplexity", values, OTHER))
 
 
-def entropy_chart(found: Collected) -> str:
+def entropy_chart(found: ReportData) -> str:
     values = numbers.by_round(found.reader, "entropy")
     return chart(found, "entropy", "Entropy", "nats per answer: how open it still is", line("entropy", values, OTHER))
 
@@ -235,7 +235,7 @@ LENGTHS = (length_chart, cut_chart, perplexity_chart, entropy_chart)
 # -- best of k --------------------------------------------------------------------------------------------------------
 
 
-def best_of_chart(found: Collected) -> str:
+def best_of_chart(found: ReportData) -> str:
     """The reward of the best of k draws, of the start and of the best round."""
     best = found.standing.best
     curves = {round_: numbers.curve(found.reader, round_, "best_of_k") for round_ in dict.fromkeys((0, best))}
@@ -267,7 +267,7 @@ def worth(curve: Values) -> str:
 # -- selection --------------------------------------------------------------------------------------------------------
 
 
-def selection_charts(found: Collected) -> str:
+def selection_charts(found: ReportData) -> str:
     """What each round drew against what it learned from."""
     note = "Every round's own training prompts: all that was drawn against what was selected from it."
     reader = found.reader
@@ -290,19 +290,19 @@ GUARDED = (
 )
 
 
-def guarded_lines(found: Collected, name: str, colour: int) -> list[Series]:
+def guarded_lines(found: ReportData, name: str, colour: int) -> list[ChartSeries]:
     drawn, kept = (numbers.guarded(found.reader, which, name) for which in ("drawn", "selected"))
     return against(drawn, kept, colour) if kept else []
 
 
-def against(drawn: Values, kept: Values, colour: int) -> list[Series]:
+def against(drawn: Values, kept: Values, colour: int) -> list[ChartSeries]:
     return [line("drawn", drawn, OTHER, "dashed", "hollow"), line("selected", kept, colour)]
 
 
 # -- times ------------------------------------------------------------------------------------------------------------
 
 
-def time_charts(found: Collected) -> str:
+def time_charts(found: ReportData) -> str:
     """Seconds of each round by what they were spent on."""
     spent, _ = seconds_by_stage(found)
     lines = [
@@ -317,26 +317,26 @@ def time_charts(found: Collected) -> str:
 
 
 SPENT = (
-    ("draw", ("draw", "teach"), REWARD),
+    ("generate", ("generate", "teach"), REWARD),
     ("score", ("score",), HELD_OUT),
-    ("tune", ("tune",), DIVERSITY),
+    ("train", ("train",), DIVERSITY),
     ("evaluate", ("evaluate", "evaluation"), OTHER),
 )
 
 
-def spent_on(spent: Mapping[int, Mapping[str, float]], stages: tuple[str, ...]) -> dict[int, Value]:
+def spent_on(spent: Mapping[int, Mapping[str, float]], stages: tuple[str, ...]) -> dict[int, ReportValue]:
     """The seconds of those stages, in every round that came to them; those of evaluations by their first word."""
     sums = {
         round_: [seconds for stage, seconds in one.items() if stage.split()[0] in stages]
         for round_, one in spent.items()
     }
-    return {round_: Value(sum(found)) for round_, found in sums.items() if found}
+    return {round_: ReportValue(sum(found)) for round_, found in sums.items() if found}
 
 
 # -- by round ---------------------------------------------------------------------------------------------------------
 
 
-def by_round(found: Collected) -> str:
+def by_round(found: ReportData) -> str:
     """Every number of every round, as the command line shows it at the end of a run."""
     if not found.rows:
         return ""
@@ -361,7 +361,7 @@ IN_FULL = {
     "when the answers become alike, and also when there are more or longer answers.",
     "msttr": "Of every hundred words in a row, the share that are different words, on average (MSTTR-100). Unlike "
     "distinct-2 it does not depend on how much text there is.",
-    "vendi": "The Vendi score: how many different pictures of a prompt there are in effect, by the similarity of their "
+    "vendi": "The Vendi score: how many different images of a prompt there are in effect, by the similarity of their "
     "features. 1 where all are the same, K where nothing is shared.",
     "perplexity": "exp of the mean nats per token of the reference answers under the round's model: lower finds them "
     "likelier.",

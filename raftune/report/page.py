@@ -19,7 +19,7 @@ SCRIPTS = (
     "diff.js",
     "lists.js",
     "samples.js",
-    "pictures.js",
+    "images.js",
     "prompts.js",
     "compare.js",
     "grid.js",
@@ -27,7 +27,7 @@ SCRIPTS = (
     "alarms.js",
     "app.js",
 )
-STYLES = ("style.css", "pictures.css")
+STYLES = ("style.css", "images.css")
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 # What could end the element that the document stands in, what JavaScript takes for line ends, and half characters,
 # which no file can hold. JSON allows each of them as an escape.

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from raftune.report.choosing import Pair, encoded_size, first, order_pairs, up_to
-from raftune.report.pictures import Album
-from raftune.report.reading import Reader
+from raftune.report.choosing import HeldOutPair, encoded_size, first, order_pairs, up_to
+from raftune.report.pictures import ImageSet
+from raftune.report.reading import RunReader
 from raftune.report.samples import (
     UNREADABLE,
     content,
@@ -25,7 +25,7 @@ from raftune.report.samples import (
 MOST_ANSWERS = 3000
 MOST_BYTES = 1_200_000
 MOST_PICTURES = 5_000_000  # bytes
-MOST_ROUNDS = 10  # of which pictures are shown
+MOST_ROUNDS = 10  # of which images are shown
 CHOSEN_BY = (
     "alarms that name their samples, then in turn the largest gains and the largest losses from the start to the best "
     "round, and a random choice by hash"
@@ -33,12 +33,12 @@ CHOSEN_BY = (
 Key = tuple[str, int]
 
 
-def compared(reader: Reader, named: set[str], best: int, album: Album) -> dict[str, Any]:
+def compared(reader: RunReader, named: set[str], best: int, album: ImageSet) -> dict[str, Any]:
     """{shown, of, chosen_by, items}: by prompt and k; draws that are named always among them.
 
-    Of pictures also `rounds`, those of which they are shown, and `of_rounds`, how many there are.
+    Of images also `rounds`, those of which they are shown, and `of_rounds`, how many there are.
     """
-    rounds = reader.rounds("evaluate/draw")
+    rounds = reader.rounds("evaluate/generate")
     pairs = list(pairs_of(reader, rounds, best))
     wanted = {key for sample_id in named if (key := key_of(sample_id))}
     must = [pair for pair in pairs if (pair.prompt_id, pair.k) in wanted]
@@ -54,7 +54,7 @@ def compared(reader: Reader, named: set[str], best: int, album: Album) -> dict[s
 
 
 def rounds_seen(rounds: list[int], best: int, named: set[int]) -> list[int]:
-    """The rounds of which pictures are shown: the start, the best, the last, those of alarms, and others evenly."""
+    """The rounds of which images are shown: the start, the best, the last, those of alarms, and others evenly."""
     if len(rounds) <= MOST_ROUNDS:
         return rounds
     must = [r for r in rounds if r in {rounds[0], best, rounds[-1]}]
@@ -73,44 +73,44 @@ def key_of(sample_id: str) -> Key | None:
     return (prompt_id, int(k)) if scope.endswith("e") and k.isdigit() else None
 
 
-def pairs_of(reader: Reader, rounds: list[int], best: int) -> Iterator[Pair]:
+def pairs_of(reader: RunReader, rounds: list[int], best: int) -> Iterator[HeldOutPair]:
     """Every held-out draw, as the first round with evaluations has them."""
     if not rounds:
         return
     start, end = rounds[0], best if best in rounds else rounds[-1]
-    for unit in reader.units(start, "evaluate/draw"):
-        drawn = reader.unit(start, "evaluate/draw", unit, ["prompt_id", "k"])
+    for chunk in reader.chunks(start, "evaluate/generate"):
+        drawn = reader.chunk(start, "evaluate/generate", chunk, ["prompt_id", "k"])
         if drawn is None:
             continue
-        before, after = (scores_of(reader, round_, unit) for round_ in (start, end))
+        before, after = (scores_of(reader, round_, chunk) for round_ in (start, end))
         for prompt_id, k in zip(drawn.column("prompt_id").to_pylist(), drawn.column("k").to_pylist(), strict=True):
             old, new = before.get((prompt_id, k)), after.get((prompt_id, k))
-            yield Pair(unit, prompt_id, k, None if old is None or new is None or start == end else new - old)
+            yield HeldOutPair(chunk, prompt_id, k, None if old is None or new is None or start == end else new - old)
 
 
-def scores_of(reader: Reader, round_: int, unit: int) -> dict[Key, float | None]:
+def scores_of(reader: RunReader, round_: int, chunk: int) -> dict[Key, float | None]:
     """The scores of a round's held-out draws; None where there is none."""
-    table = reader.unit(round_, "evaluate/score", unit, ["prompt_id", "k", "score"])
+    table = reader.chunk(round_, "evaluate/score", chunk, ["prompt_id", "k", "score"])
     if table is None:
         return {}
     columns = (table.column(name).to_pylist() for name in ("prompt_id", "k", "score"))
     return {(prompt_id, k): finite(score) for prompt_id, k, score in zip(*columns, strict=True)}
 
 
-def built(reader: Reader, rounds: list[int], chosen: list[Pair]) -> list[dict[str, Any]]:
+def built(reader: RunReader, rounds: list[int], chosen: list[HeldOutPair]) -> list[dict[str, Any]]:
     """The items, in the order in which they were chosen."""
-    units: defaultdict[int, set[str]] = defaultdict(set)
+    chunks: defaultdict[int, set[str]] = defaultdict(set)
     for pair in chosen:
-        units[pair.unit].add(pair.prompt_id)
+        chunks[pair.chunk].add(pair.prompt_id)
     wanted = {(pair.prompt_id, pair.k) for pair in chosen}
     answers: defaultdict[Key, dict[str, Any]] = defaultdict(dict)
     seeds: dict[Key, str | None] = {}
     texts: dict[str, Any] = {}
     for round_ in rounds:
         if not texts:
-            texts = reader.prompts(round_, "evaluate/plan", set(units))
-        for unit, prompt_ids in sorted(units.items()):
-            for key, seed, answer in answers_of(reader, round_, unit, prompt_ids):
+            texts = reader.prompts(round_, "evaluate/plan", set(chunks))
+        for chunk, prompt_ids in sorted(chunks.items()):
+            for key, seed, answer in answers_of(reader, round_, chunk, prompt_ids):
                 if key in wanted:
                     answers[key][str(round_)] = answer
                     seeds.setdefault(key, seed)
@@ -128,12 +128,12 @@ def built(reader: Reader, rounds: list[int], chosen: list[Pair]) -> list[dict[st
 
 
 def answers_of(
-    reader: Reader, round_: int, unit: int, prompt_ids: set[str]
+    reader: RunReader, round_: int, chunk: int, prompt_ids: set[str]
 ) -> Iterator[tuple[Key, str | None, dict[str, Any]]]:
-    """Key, seed and answer of each of the unit's samples of these prompts."""
-    scores = rows_by_sample(reader.unit(round_, "evaluate/score", unit), prompt_ids)
-    judged = rows_by_sample(reader.unit(round_, "evaluate/judge", unit), prompt_ids)
-    for row in drawn_rows(reader, round_, "evaluate/draw", unit, prompt_ids):
+    """Key, seed and answer of each of the chunk's samples of these prompts."""
+    scores = rows_by_sample(reader.chunk(round_, "evaluate/score", chunk), prompt_ids)
+    judged = rows_by_sample(reader.chunk(round_, "evaluate/judge", chunk), prompt_ids)
+    for row in drawn_rows(reader, round_, "evaluate/generate", chunk, prompt_ids):
         sample_id = row["sample_id"]
         yield (
             (row["prompt_id"], row["k"]),

@@ -1,4 +1,4 @@
-"""The pictures of a page: each of them once, by the hash of its bytes, and as many as there is room for.
+"""The images of a page: each of them once, by the hash of its bytes, and as many as there is room for.
 
 Small ones are embedded whole, and need no library; of larger ones the page holds a thumbnail.
 """
@@ -18,20 +18,20 @@ import pyarrow.compute as pc
 
 from raftune.data.images import PIXELATED, mime_of, sha256_of_png, thumbnail
 from raftune.errors import ConfigError, DataError, RaftuneError
-from raftune.report.reading import Place, Reader
+from raftune.report.reading import RunReader, StageFile
 from raftune.report.samples import PICTURE
 from raftune.sanitize import first_line
 
 LONGEST = 256  # pixels of a thumbnail's longer side
-MOST_BYTES = 12_000_000  # of all pictures of a page
-OTHERS = 64  # more bytes that the page needs to name a picture and its size
-FIRST = 8  # items whose pictures are made before it is known how large they are
+MOST_BYTES = 12_000_000  # of all images of a page
+OTHERS = 64  # more bytes that the page needs to name an image and its size
+FIRST = 8  # items whose images are made before it is known how large they are
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
-class Embedded:
-    """A picture as a page holds it: a data address, the size of the original, and where that lies if it is larger."""
+class EmbeddedImage:
+    """An image as a page holds it: a data address, the size of the original, and where that lies if it is larger."""
 
     src: str
     width: int
@@ -48,12 +48,12 @@ class Embedded:
 
 
 @dataclass
-class Album:
-    """`shown` are the pictures of the page by hash; `made` are those at hand, also from the page before."""
+class ImageSet:
+    """`shown` are the images of the page by hash; `made` are those at hand, also from the page before."""
 
-    reader: Reader
-    made: dict[str, Embedded | None] = field(default_factory=dict)
-    shown: dict[str, Embedded] = field(default_factory=dict)
+    reader: RunReader
+    made: dict[str, EmbeddedImage | None] = field(default_factory=dict)
+    shown: dict[str, EmbeddedImage] = field(default_factory=dict)
 
     @property
     def room(self) -> int:
@@ -61,7 +61,7 @@ class Album:
         return MOST_BYTES - sum(picture.nbytes for picture in self.shown.values())
 
     def up_to(self, items: list[Item], most: int, names: Callable[[Item], Iterable[str]]) -> list[Item]:
-        """The first items whose pictures need no more than `most` bytes, one at least; what is shown is free."""
+        """The first items whose images need no more than `most` bytes, one at least; what is shown is free."""
         taken: list[Item] = []
         spent, limit, ahead = 0, min(most, self.room), FIRST
         while len(taken) < len(items):
@@ -79,25 +79,23 @@ class Album:
         return taken
 
     def make(self, names: Iterable[str]) -> None:
-        """Brings these pictures to hand; one that cannot be shown is noted, and is None."""
+        """Brings these images to hand; one that cannot be shown is noted, and is None."""
         wanted = dict.fromkeys(name for name in names if name not in self.made)
         self.made |= dict.fromkeys(wanted)
         for name, place, png in found(self.reader, wanted):
             self.made[name] = self.embedded(name, place, png)
 
-    def embedded(self, name: str, place: Place, png: bytes) -> Embedded | None:
-        """The picture as the page holds it; None, and a note, where these bytes are not that picture."""
+    def embedded(self, name: str, place: StageFile, png: bytes) -> EmbeddedImage | None:
+        """The image as the page holds it; None, and a note, where these bytes are not that image."""
         try:
             if sha256_of_png(png) != name:
                 raise DataError("it has changed since it was drawn")
             return embed(png, str(place))
         except ConfigError as error:
-            self.reader.note(
-                "the page", f"pictures larger than {PIXELATED} pixels cannot be shown: {first_line(error)}"
-            )
+            self.reader.note("the page", f"images larger than {PIXELATED} pixels cannot be shown: {first_line(error)}")
         except (RaftuneError, ValueError) as error:
             why = first_line(error).split(". ")[0]
-            self.reader.note(f"round {place.round}, {place.stage}", f"{place.file}: picture {name[:12]}…: {why}")
+            self.reader.note(f"round {place.round}, {place.stage}", f"{place.file}: image {name[:12]}…: {why}")
         return None
 
     def keep(self) -> None:
@@ -109,9 +107,9 @@ class Album:
         return {name: picture.as_json() for name, picture in self.shown.items()}
 
 
-def found(reader: Reader, names: Iterable[str]) -> Iterator[tuple[str, Place, bytes]]:
-    """The bytes of each of these pictures that can be read, file by file."""
-    by_place: defaultdict[Place, list[str]] = defaultdict(list)
+def found(reader: RunReader, names: Iterable[str]) -> Iterator[tuple[str, StageFile, bytes]]:
+    """The bytes of each of these images that can be read, file by file."""
+    by_place: defaultdict[StageFile, list[str]] = defaultdict(list)
     for name in names:
         if place := reader.pictures.get(name):
             by_place[place].append(name)
@@ -128,15 +126,15 @@ def found(reader: Reader, names: Iterable[str]) -> Iterator[tuple[str, Place, by
                     yield name, place, png
 
 
-def embed(png: bytes, lies: str) -> Embedded:
-    """The picture as a page holds it. Raises DataError for what is none, ConfigError for want of a library."""
+def embed(png: bytes, lies: str) -> EmbeddedImage:
+    """The image as a page holds it. Raises DataError for what is none, ConfigError for want of a library."""
     width, height = size_of(png)
     small = max(width, height) <= PIXELATED
     if small:
         require_whole(png)
     shown = png if small else thumbnail(png, LONGEST)
     address = f"data:{mime_of(shown)};base64,{base64.b64encode(shown).decode()}"
-    return Embedded(address, width, height, None if small else lies)
+    return EmbeddedImage(address, width, height, None if small else lies)
 
 
 # -- PNG, as far as a page needs it -----------------------------------------------------------------------------------
@@ -184,4 +182,4 @@ def chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
     raise DataError("it is cut off")
 
 
-__all__ = ["Album", "Embedded", "embed"]
+__all__ = ["EmbeddedImage", "ImageSet", "embed"]

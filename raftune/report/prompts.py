@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raftune.report.choosing import Group, encoded_size, first, in_turn, order_groups, up_to
-from raftune.report.pictures import Album
-from raftune.report.reading import Reader
+from raftune.report.choosing import PromptGroup, encoded_size, first, in_turn, order_groups, up_to
+from raftune.report.pictures import ImageSet
+from raftune.report.reading import RunReader
 from raftune.report.samples import (
     DETAIL,
     UNREADABLE,
@@ -38,21 +38,21 @@ CHOSEN_BY = (
 VERDICT = ("sample_id", "prompt_id", "score", "rank", "weight", "reason")
 
 
-def prompts(reader: Reader, named: set[str], album: Album) -> dict[str, Any]:
+def prompts(reader: RunReader, named: set[str], album: ImageSet) -> dict[str, Any]:
     """{shown, of, chosen_by, items}: by round, in the order of the plan; samples that are named always among them."""
     chosen, total = choose(reader, named)
     items = list(up_to(built(reader, chosen), MOST_BYTES, encoded_size))
     items = album.up_to(items, MOST_PICTURES, lambda item: pictures_of(item["samples"]))
-    place = {(g.round, g.prompt_id): (g.round, g.unit, g.number) for g in chosen}
+    place = {(g.round, g.prompt_id): (g.round, g.chunk, g.number) for g in chosen}
     items.sort(key=lambda item: place[item["round"], item["id"]])
     return {"shown": len(items), "of": total, "chosen_by": CHOSEN_BY, "items": items}
 
 
-def choose(reader: Reader, named: set[str]) -> tuple[list[Group], int]:
+def choose(reader: RunReader, named: set[str]) -> tuple[list[PromptGroup], int]:
     """The groups to show, the most instructive first, and how many there are in all."""
     wanted = {(int(s.split("/")[0]), s.split("/")[1]) for s in named if s.split("/")[0].isdigit() and s.count("/") > 1}
     total, must, rounds = 0, [], []
-    for round_ in reader.rounds("draw"):
+    for round_ in reader.rounds("generate"):
         groups = list(groups_of(reader, round_))
         total += len(groups)
         must += [g for g in groups if (g.round, g.prompt_id) in wanted]
@@ -61,24 +61,24 @@ def choose(reader: Reader, named: set[str]) -> tuple[list[Group], int]:
     return up_to(ordered, MOST_SAMPLES, lambda g: g.samples), total
 
 
-def groups_of(reader: Reader, round_: int) -> Iterator[Group]:
+def groups_of(reader: RunReader, round_: int) -> Iterator[PromptGroup]:
     """Every prompt of the round that can be shown, from its verdicts or, where there are none, from its scores."""
-    drawn = set(reader.units(round_, "draw"))
+    drawn = set(reader.chunks(round_, "generate"))
     judged: set[int] = set()
-    for unit, table in reader.verdicts(round_, ["prompt_id", "score", "weight"]):
-        judged.add(unit)
-        if unit in drawn:
-            yield from summed(table, round_, unit, pc.greater(table.column("weight"), 0))
-    for unit in sorted(drawn - judged):
-        table = reader.unit(round_, "score", unit, ["prompt_id", "score"])
+    for chunk, table in reader.verdicts(round_, ["prompt_id", "score", "weight"]):
+        judged.add(chunk)
+        if chunk in drawn:
+            yield from summed(table, round_, chunk, pc.greater(table.column("weight"), 0))
+    for chunk in sorted(drawn - judged):
+        table = reader.chunk(round_, "score", chunk, ["prompt_id", "score"])
         if table is None:
-            table = reader.unit(round_, "draw", unit, ["prompt_id"])
+            table = reader.chunk(round_, "generate", chunk, ["prompt_id"])
         if table is not None:
-            yield from summed(table, round_, unit, pa.scalar(True))
+            yield from summed(table, round_, chunk, pa.scalar(True))
 
 
-def summed(table: pa.Table, round_: int, unit: int, kept: Any) -> Iterator[Group]:
-    """The unit's prompts, in order."""
+def summed(table: pa.Table, round_: int, chunk: int, kept: Any) -> Iterator[PromptGroup]:
+    """The chunk's prompts, in order."""
     ids = table.column("prompt_id")
     scores = table.column("score") if "score" in table.column_names else pa.nulls(len(table), pa.float64())
     kept = pa.repeat(kept, len(table)) if isinstance(kept, pa.Scalar) else kept
@@ -90,24 +90,24 @@ def summed(table: pa.Table, round_: int, unit: int, kept: Any) -> Iterator[Group
     for number, row in enumerate(found.to_pylist()):
         best, mean = row["score_max"], row["score_mean"]
         margin = None if best is None or mean is None else best - mean
-        yield Group(round_, unit, number, row["id"], row["id_count"], margin, not row["kept_any"])
+        yield PromptGroup(round_, chunk, number, row["id"], row["id_count"], margin, not row["kept_any"])
 
 
-def built(reader: Reader, chosen: list[Group]) -> list[dict[str, Any]]:
+def built(reader: RunReader, chosen: list[PromptGroup]) -> list[dict[str, Any]]:
     """The items of the groups that can be read, in the order of the groups."""
-    by_unit: defaultdict[tuple[int, int], list[Group]] = defaultdict(list)
-    units: defaultdict[int, set[int]] = defaultdict(set)
+    by_chunk: defaultdict[tuple[int, int], list[PromptGroup]] = defaultdict(list)
+    chunks: defaultdict[int, set[int]] = defaultdict(set)
     for group in chosen:
-        by_unit[group.round, group.unit].append(group)
-        units[group.round].add(group.unit)
+        by_chunk[group.round, group.chunk].append(group)
+        chunks[group.round].add(group.chunk)
     found: dict[tuple[int, str], dict[str, Any]] = {}
-    for round_ in sorted(units):
-        texts = reader.prompts(round_, "plan", units[round_])
+    for round_ in sorted(chunks):
+        texts = reader.prompts(round_, "plan", chunks[round_])
         verdicts = verdicts_of(reader, round_, {g.prompt_id for g in chosen if g.round == round_})
         why = reader.json(round_, "select", "summary.json").get("barren")
-        for unit in sorted(units[round_]):
-            groups = by_unit[round_, unit]
-            samples = samples_of(reader, round_, unit, {g.prompt_id for g in groups}, verdicts)
+        for chunk in sorted(chunks[round_]):
+            groups = by_chunk[round_, chunk]
+            samples = samples_of(reader, round_, chunk, {g.prompt_id for g in groups}, verdicts)
             for group in groups:
                 item = item_of(group, texts, samples.get(group.prompt_id, []), why if isinstance(why, Mapping) else {})
                 if item["samples"]:
@@ -115,7 +115,7 @@ def built(reader: Reader, chosen: list[Group]) -> list[dict[str, Any]]:
     return [found[g.round, g.prompt_id] for g in chosen if (g.round, g.prompt_id) in found]
 
 
-def verdicts_of(reader: Reader, round_: int, prompt_ids: set[str]) -> dict[str, dict[str, Any]]:
+def verdicts_of(reader: RunReader, round_: int, prompt_ids: set[str]) -> dict[str, dict[str, Any]]:
     """The verdicts on the samples of these prompts, by sample id."""
     found: dict[str, dict[str, Any]] = {}
     for _, table in reader.verdicts(round_, VERDICT):
@@ -124,13 +124,13 @@ def verdicts_of(reader: Reader, round_: int, prompt_ids: set[str]) -> dict[str, 
 
 
 def samples_of(
-    reader: Reader, round_: int, unit: int, prompt_ids: set[str], verdicts: Mapping[str, dict[str, Any]]
+    reader: RunReader, round_: int, chunk: int, prompt_ids: set[str], verdicts: Mapping[str, dict[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
     """The candidates of each of these prompts: the policy's draws, then other sources'."""
-    scores = rows_by_sample(reader.unit(round_, "score", unit), prompt_ids)
+    scores = rows_by_sample(reader.chunk(round_, "score", chunk), prompt_ids)
     found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for stage in ("draw", "teach"):
-        for row in drawn_rows(reader, round_, stage, unit, prompt_ids):
+    for stage in ("generate", "teach"):
+        for row in drawn_rows(reader, round_, stage, chunk, prompt_ids):
             sample_id = row["sample_id"]
             found[row["prompt_id"]].append(record(row, scores.get(sample_id, {}), verdicts.get(sample_id, {})))
     return found
@@ -158,7 +158,7 @@ def record(row: Mapping[str, Any], score: Mapping[str, Any], verdict: Mapping[st
 
 
 def item_of(
-    group: Group, texts: Mapping[str, Any], samples: list[dict[str, Any]], why: Mapping[str, Any]
+    group: PromptGroup, texts: Mapping[str, Any], samples: list[dict[str, Any]], why: Mapping[str, Any]
 ) -> dict[str, Any]:
     reason = why.get(group.prompt_id)
     return {

@@ -12,23 +12,23 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from raftune.config.secrets import redacted
-from raftune.report.collect import Collected
+from raftune.report.collect import ReportData
 from raftune.report.markup import block, facts, folded, number, scrolling, table, text
 from raftune.report.numbers import timed
-from raftune.report.reading import Reader
+from raftune.report.reading import RunReader
 from raftune.sanitize import duration
 from raftune.stages.parity import generation_words
 
 SHORT = 12  # letters of a hash that are shown; the whole hash appears on pointing
 
 
-def configuration(found: Collected) -> str:
+def configuration(found: ReportData) -> str:
     """HTML: what was asked for, every field against its default, versions, origins, times, keys."""
     parts = (written, every_field, start_model, environment, times, stages)
     return "".join(part(found) for part in parts)
 
 
-def written(found: Collected) -> str:
+def written(found: ReportData) -> str:
     """config.yaml, as people write it: what differs from the defaults."""
     path = found.reader.run.root / "config.yaml"
     try:
@@ -49,7 +49,7 @@ def without_secrets(words: str) -> str:
     return words if hidden == given else yaml.safe_dump(hidden, sort_keys=False, allow_unicode=True)
 
 
-def every_field(found: Collected) -> str:
+def every_field(found: ReportData) -> str:
     """A table of the resolved configuration; fields that differ from their defaults are marked, with the default."""
     config = found.standing.config
     if config is None:
@@ -99,7 +99,7 @@ def plain(value: Any, name: str = "") -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def start_model(found: Collected) -> str:
+def start_model(found: ReportData) -> str:
     """What the run began with: the model's name and hash, or the hashes of its files; the prompts' hashes."""
     pairs = []
     reference = found.reader.json(0, "model", "reference.json") if starts_by_name(found) else {}
@@ -119,7 +119,7 @@ def start_model(found: Collected) -> str:
     return block("origin", "Made from", f'<table class="fields">{rows}</table>') if pairs else ""
 
 
-def generation(reader: Reader) -> str:
+def generation(reader: RunReader) -> str:
     """How the run's models generate, in words; empty where nothing was recorded."""
     record = reader.json(0, "parity", "backend.json")
     adapted = [round_ for round_ in reader.rounds("model") if (round_, "model") in reader.commits]
@@ -131,7 +131,7 @@ def generation(reader: Reader) -> str:
         return ""
 
 
-def starts_by_name(found: Collected) -> bool:
+def starts_by_name(found: ReportData) -> bool:
     commit = found.reader.commits.get((0, "model"))
     return commit is not None and "reference.json" in commit.files
 
@@ -141,7 +141,7 @@ def short(digest: Any) -> str:
     return f'<code title="{text(digest)}">{text(str(digest)[:SHORT])}</code>'
 
 
-def environment(found: Collected) -> str:
+def environment(found: ReportData) -> str:
     """The versions that the run was last started with."""
     recorded = found.reader.own_json("environment.json")
     libraries = recorded.get("libraries")
@@ -154,7 +154,7 @@ def environment(found: Collected) -> str:
 # -- times and keys ---------------------------------------------------------------------------------------------------
 
 
-def times(found: Collected) -> str:
+def times(found: ReportData) -> str:
     """Seconds by round and stage, over all the sessions that worked on it."""
     spent, order = seconds_by_stage(found)
     if not spent:
@@ -170,7 +170,7 @@ def times(found: Collected) -> str:
     return block("times", "Times", head + folded("Seconds by round and stage", listed))
 
 
-def seconds_by_stage(found: Collected) -> tuple[dict[int, dict[str, float]], list[str]]:
+def seconds_by_stage(found: ReportData) -> tuple[dict[int, dict[str, float]], list[str]]:
     """The seconds of each round's stages, and the stages in the order in which they came."""
     spent: defaultdict[int, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     order: dict[str, None] = {}
@@ -180,7 +180,7 @@ def seconds_by_stage(found: Collected) -> tuple[dict[int, dict[str, float]], lis
     return {round_: dict(stages) for round_, stages in spent.items()}, list(order)
 
 
-def stages(found: Collected) -> str:
+def stages(found: ReportData) -> str:
     """The COMMIT of every stage: its key, its files, its rows."""
     rows = []
     for (round_, stage), commit in sorted(found.reader.commits.items()):

@@ -15,17 +15,17 @@ import pyarrow as pa
 
 from raftune.errors import RaftuneError
 from raftune.sanitize import first_line
-from raftune.store.commit import MARKER, Commit, has_changed, surplus
-from raftune.store.layout import unit_file
+from raftune.store.commit import MARKER, Manifest, has_changed, surplus
+from raftune.store.layout import chunk_file
 from raftune.store.parquet import column_names, read_groups, read_metadata, read_table
 from raftune.store.run import CONFIG, RunFolder
 
-_UNIT = re.compile(r"unit-(\d{5,})\.parquet")
-UNITS = "raftune.units"  # in the metadata of verdicts.parquet: the unit of each of its row groups
+_UNIT = re.compile(r"chunk-(\d{5,})\.parquet")
+UNITS = "raftune.units"  # in the metadata of verdicts.parquet: the chunk of each of its row groups
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Place:
+class StageFile:
     """A file of a stage."""
 
     round: int
@@ -36,7 +36,7 @@ class Place:
         return f"round-{self.round:04d}/{self.stage}/{self.file}"
 
 
-class Reader:
+class RunReader:
     """The committed stages of a run; `missing` names, by round and stage, what could not be shown.
 
     A run may be at work while it is read: a file that vanishes between two looks is noted like any other.
@@ -47,7 +47,7 @@ class Reader:
         self.missing: list[str] = []
         self._bad: set[Path] = set()
         self._read: dict[Path, Any] = {}  # JSON files, which several parts of the page ask for
-        self.pictures: dict[str, Place] = {}  # where those lie that rows which were read have named
+        self.pictures: dict[str, StageFile] = {}  # where those lie that rows which were read have named
         self.commits = dict(self._load_commits())
         self._look_over()
         self.config = self._read_config()
@@ -140,9 +140,9 @@ class Reader:
             self._spoilt(path, round_, stage, error)
             return []
 
-    def unit(self, round_: int, stage: str, unit: int, columns: Sequence[str] | None = None) -> pa.Table | None:
-        """The unit's table of a stage, with these columns or with those of rewards and all that scores have."""
-        path = self.run.folder(round_, stage) / unit_file(unit)
+    def chunk(self, round_: int, stage: str, chunk: int, columns: Sequence[str] | None = None) -> pa.Table | None:
+        """The chunk's table of a stage, with these columns or with those of rewards and all that scores have."""
+        path = self.run.folder(round_, stage) / chunk_file(chunk)
         if path in self._bad or not path.is_file():
             return None
         try:
@@ -168,50 +168,50 @@ class Reader:
 
     # -- units --------------------------------------------------------------------------------------------------------
 
-    def units(self, round_: int, stage: str) -> list[int]:
+    def chunks(self, round_: int, stage: str) -> list[int]:
         """The units of a stage, ascending."""
         if not self.has(round_, stage):
             return []
         commit, folder = self.commits.get((round_, stage)), self.run.folder(round_, stage)
-        names = [path.name for path in folder.glob("unit-*") if commit is None or path.name in commit.files]
+        names = [path.name for path in folder.glob("chunk-*") if commit is None or path.name in commit.files]
         return sorted(int(match[1]) for name in names if (match := _UNIT.fullmatch(name)))
 
     def verdicts(self, round_: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
-        """Each unit that was selected from, with these columns of its verdicts."""
+        """Each chunk that was selected from, with these columns of its verdicts."""
         path = self.run.folder(round_, "select") / "verdicts.parquet"
         if not self.has(round_, "select") or path in self._bad:
             return
         try:
-            units = json.loads(read_metadata(path)[1][UNITS])
+            chunks = json.loads(read_metadata(path)[1][UNITS])
         except (RaftuneError, KeyError, ValueError) as error:
             self._bad.add(path)
-            why = said(error, path) if isinstance(error, RaftuneError) else f"{path.name} does not name its units"
+            why = said(error, path) if isinstance(error, RaftuneError) else f"{path.name} does not name its chunks"
             self.note(f"round {round_}, select", why)
             return
-        yield from zip(units, self.groups(round_, "select", path.name, columns), strict=False)
+        yield from zip(chunks, self.groups(round_, "select", path.name, columns), strict=False)
 
-    def prompts(self, round_: int, plan: str, units: set[int]) -> dict[str, Any]:
-        """The prompts of these units by their ids."""
+    def prompts(self, round_: int, plan: str, chunks: set[int]) -> dict[str, Any]:
+        """The prompts of these chunks by their ids."""
         found: dict[str, Any] = {}
-        for unit, table in enumerate(self.groups(round_, plan, "prompts.parquet", ["prompt_id", "prompt"])):
-            if unit in units:
+        for chunk, table in enumerate(self.groups(round_, plan, "prompts.parquet", ["prompt_id", "prompt"])):
+            if chunk in chunks:
                 found |= zip(table.column("prompt_id").to_pylist(), table.column("prompt").to_pylist(), strict=True)
         return found
 
     @cached_property
     def pictured(self) -> bool:
-        """Whether the answers are pictures, by the first file of answers that can be read."""
-        for stage in ("draw", "evaluate/draw"):
+        """Whether the answers are images, by the first file of answers that can be read."""
+        for stage in ("generate", "evaluate/generate"):
             for round_ in self.rounds(stage):
-                for unit in self.units(round_, stage):
-                    names = self.names(round_, stage, unit_file(unit))
+                for chunk in self.chunks(round_, stage):
+                    names = self.names(round_, stage, chunk_file(chunk))
                     if names:
                         return "image_sha256" in names
         return False
 
     # -- what is there ------------------------------------------------------------------------------------------------
 
-    def _load_commits(self) -> Iterator[tuple[tuple[int, str], Commit]]:
+    def _load_commits(self) -> Iterator[tuple[tuple[int, str], Manifest]]:
         for round_, stage in self.run.places():
             try:
                 commit = self.run.commit(round_, stage)
@@ -289,7 +289,7 @@ class Reader:
     def _noted(self, round_: int, stage: str) -> bool:
         return any(line.startswith(f"round {round_}, {stage}: ") for line in self.missing)
 
-    def _compare(self, round_: int, stage: str, commit: Commit) -> None:
+    def _compare(self, round_: int, stage: str, commit: Manifest) -> None:
         """Names and sizes only: what the page shows is compared with its hash as it is read."""
         for name, entry in sorted(self.run.files_now(round_, stage, commit).items()):
             path = self.run.folder(round_, stage) / name

@@ -12,7 +12,7 @@ from raftune.config.run import RunConfig
 from raftune.sanitize import first_line
 
 if TYPE_CHECKING:
-    from raftune.report.pictures import Embedded
+    from raftune.report.pictures import EmbeddedImage
 
 Observer = Callable[[str, dict[str, Any]], None]
 
@@ -23,7 +23,7 @@ def rewriting(config: RunConfig, root: Path, observe: Observer) -> Iterator[Obse
     if not config.report:
         yield observe
         return
-    writer = Rewriter(root)
+    writer = ReportWriter(root)
 
     def both(kind: str, facts: dict[str, Any]) -> None:
         writer(kind, facts)  # first: an observer may end the run
@@ -39,14 +39,14 @@ def rewriting(config: RunConfig, root: Path, observe: Observer) -> Iterator[Obse
         raise
 
 
-class Rewriter:
+class ReportWriter:
     """Writes the page when a round that had something to do is over; the last round's page is written at the end."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.of = 0
         self.stale = self.warned = False
-        self.made: dict[str, Embedded | None] = {}  # pictures: the next page shows most of them again
+        self.made: dict[str, EmbeddedImage | None] = {}  # images: the next page shows most of them again
 
     def __call__(self, kind: str, facts: dict[str, Any]) -> None:
         if kind == "round_begin":

@@ -10,26 +10,26 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raftune.report.reading import Place, Reader
-from raftune.store.layout import unit_file
+from raftune.report.reading import RunReader, StageFile
+from raftune.store.layout import chunk_file
 
 LONGEST = 4000  # characters of a prompt, an answer or a message
 WHOLE = 16_000  # characters of all texts of a conversation
 EACH = 16  # characters that an item of a list counts beside its texts
 DETAIL = 400
 PICTURE = "image_sha256"
-DRAWN = ("sample_id", "prompt_id", "k", "source", "seed", "completion", "completion_ids", "finish", "invalid")
+GENERATED = ("sample_id", "prompt_id", "k", "source", "seed", "completion", "completion_ids", "finish", "invalid")
 HASH = re.compile("[0-9a-f]{64}")
 UNREADABLE = "(not readable: the round's plan is damaged)"
 Record = dict[str, Any]
 
 
-def drawn_rows(reader: Reader, round_: int, stage: str, unit: int, prompt_ids: Iterable[str]) -> list[Record]:
-    """The unit's samples of these prompts, token ids as their number; none where the file cannot be read.
+def drawn_rows(reader: RunReader, round_: int, stage: str, chunk: int, prompt_ids: Iterable[str]) -> list[Record]:
+    """The chunk's samples of these prompts, token ids as their number; none where the file cannot be read.
 
-    Of pictures the completion is {"image": hash}; the reader then knows where they lie.
+    Of images the completion is {"image": hash}; the reader then knows where they lie.
     """
-    table = reader.unit(round_, stage, unit, answered(reader, DRAWN))
+    table = reader.chunk(round_, stage, chunk, answered(reader, GENERATED))
     if table is None:
         return []
     table = of_prompts(table, prompt_ids)
@@ -38,19 +38,19 @@ def drawn_rows(reader: Reader, round_: int, stage: str, unit: int, prompt_ids: I
         table = table.drop_columns(["completion_ids"]).append_column("tokens", tokens)
     rows: list[Record] = table.to_pylist()
     if reader.pictured:
-        place = Place(round_, stage, unit_file(unit))
+        place = StageFile(round_, stage, chunk_file(chunk))
         lacks(reader, place)
         name_pictures(reader, rows, place)
     return rows
 
 
-def answered(reader: Reader, columns: Iterable[str]) -> list[str]:
-    """The columns, with the name of a picture in place of its bytes."""
+def answered(reader: RunReader, columns: Iterable[str]) -> list[str]:
+    """The columns, with the name of an image in place of its bytes."""
     return [PICTURE if name == "completion" and reader.pictured else name for name in columns]
 
 
-def name_pictures(reader: Reader, rows: list[Record], place: Place) -> None:
-    """Puts the name of its picture into each row, as its completion."""
+def name_pictures(reader: RunReader, rows: list[Record], place: StageFile) -> None:
+    """Puts the name of its image into each row, as its completion."""
     for row in rows:
         name = row.get(PICTURE)
         row["completion"] = None
@@ -58,11 +58,11 @@ def name_pictures(reader: Reader, rows: list[Record], place: Place) -> None:
             row["completion"] = {"image": name}
             reader.pictures.setdefault(name, place)
         elif name is not None:
-            reader.note(f"round {place.round}, {place.stage}", f"{place.file} names a picture by something else")
+            reader.note(f"round {place.round}, {place.stage}", f"{place.file} names an image by something else")
 
 
-def lacks(reader: Reader, place: Place) -> None:
-    """Notes what a file of pictures should have and has not: the pictures, or the latents that tuning reads."""
+def lacks(reader: RunReader, place: StageFile) -> None:
+    """Notes what a file of images should have and has not: the images, or the latents that training reads."""
     names = reader.names(place.round, place.stage, place.file)
     family = reader.config.get("policy", {}).get("family")
     wanted = ["completion", PICTURE] + (["latents"] if family == "diffusion" else [])
@@ -130,7 +130,7 @@ def invalid(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def pictures_of(samples: Iterable[Record]) -> list[str]:
-    """The names of the pictures among the completions."""
+    """The names of the images among the completions."""
     answers = (sample.get("completion") for sample in samples)
     return [answer["image"] for answer in answers if isinstance(answer, Mapping) and "image" in answer]
 

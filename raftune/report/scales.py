@@ -9,7 +9,7 @@ from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class AxisScale:
     """Maps [low, high] of the data to [start, end] of the page, linearly or by the logarithm; `ticks` lie inside."""
 
     low: float
@@ -25,7 +25,7 @@ class Scale:
         return self.start + share * (self.end - self.start)
 
 
-def y_scale(values: Sequence[float], start: float, end: float, most: int = 6) -> Scale:
+def y_scale(values: Sequence[float], start: float, end: float, most: int = 6) -> AxisScale:
     """A scale whose ends are ticks; it begins at zero where that costs little, a single value lies in its middle."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if low == high:
@@ -37,10 +37,10 @@ def y_scale(values: Sequence[float], start: float, end: float, most: int = 6) ->
     step = nice_step(high - low, most - 1)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = tuple(round(i * step, 12) for i in range(first, last + 1))
-    return Scale(ticks[0], ticks[-1], start, end, ticks)
+    return AxisScale(ticks[0], ticks[-1], start, end, ticks)
 
 
-def x_scale(values: Sequence[float], start: float, end: float, *, log: bool = False, most: int = 9) -> Scale:
+def x_scale(values: Sequence[float], start: float, end: float, *, log: bool = False, most: int = 9) -> AxisScale:
     """A scale from the first value to the last, with ticks at whole numbers where the values are whole.
 
     A logarithmic one has its ticks at the values.
@@ -48,12 +48,12 @@ def x_scale(values: Sequence[float], start: float, end: float, *, log: bool = Fa
     found = sorted(set(values)) or [0.0]
     low, high = found[0], found[-1]
     if log or low == high or len(found) <= 4:
-        return Scale(low, high, start, end, thinned(found, most), log)
+        return AxisScale(low, high, start, end, thinned(found, most), log)
     step = nice_step(high - low, most - 1)
     if all(value == int(value) for value in found):
         step = max(1.0, math.ceil(step))
     ticks = tuple(round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1))
-    return Scale(low, high, start, end, ticks)
+    return AxisScale(low, high, start, end, ticks)
 
 
 def thinned(values: Sequence[float], most: int) -> tuple[float, ...]:

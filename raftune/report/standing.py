@@ -10,14 +10,14 @@ from raftune.config.load import validate
 from raftune.config.run import RunConfig, held_out_names
 from raftune.errors import RaftuneError
 from raftune.report.numbers import by_round
-from raftune.report.reading import Reader
+from raftune.report.reading import RunReader
 from raftune.results.status import in_use
 from raftune.results.summary import Row
 from raftune.sanitize import counted, first_line
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunState:
     """`config` is None where it is lost, or another version's; `best_by` says what the best round was chosen by."""
 
     name: str
@@ -41,13 +41,13 @@ class Standing:
         }
 
 
-def standing_of(reader: Reader, rows: list[Row], *, working: bool | None = None) -> Standing:
+def standing_of(reader: RunReader, rows: list[Row], *, working: bool | None = None) -> RunState:
     """The standing; a process that holds the run says of itself whether it is still `working`, others ask the lock."""
     config = config_of(reader)
     rounds = tuple(int(row["round"]) for row in rows)
     best, best_by = best_of(reader, config, rounds)
     state, words = state_of(reader, rounds, working)
-    return Standing(
+    return RunState(
         name=str(reader.config.get("name", reader.run.root.resolve().name)),
         state=state,
         words=words,
@@ -60,7 +60,7 @@ def standing_of(reader: Reader, rows: list[Row], *, working: bool | None = None)
     )
 
 
-def config_of(reader: Reader) -> RunConfig | None:
+def config_of(reader: RunReader) -> RunConfig | None:
     """The run's configuration; None, and a note, where it is lost or not one of this version's."""
     if not reader.config:
         return None
@@ -71,7 +71,7 @@ def config_of(reader: Reader) -> RunConfig | None:
         return None
 
 
-def state_of(reader: Reader, rounds: tuple[int, ...], working: bool | None) -> tuple[str, str]:
+def state_of(reader: RunReader, rounds: tuple[int, ...], working: bool | None) -> tuple[str, str]:
     """A word for programs, and a sentence that stays true when the page is opened later."""
     done, planned = max(rounds, default=0), reader.config.get("num_rounds")
     so_far = f"{done} of {planned} rounds done" if planned else f"{counted(done, 'round')} done"
@@ -86,7 +86,7 @@ def state_of(reader: Reader, rounds: tuple[int, ...], working: bool | None) -> t
     return "interrupted", f"interrupted: {so_far}; raftune resume goes on with it"
 
 
-def best_of(reader: Reader, config: RunConfig | None, rounds: tuple[int, ...]) -> tuple[int, str]:
+def best_of(reader: RunReader, config: RunConfig | None, rounds: tuple[int, ...]) -> tuple[int, str]:
     """The published round; before there is one, the one that would be: the highest value, the earliest of equals."""
     published = reader.own_json("best.json")
     if isinstance(published.get("round"), int) and published["round"] in rounds:
@@ -98,7 +98,7 @@ def best_of(reader: Reader, config: RunConfig | None, rounds: tuple[int, ...]) -
     return max(rounds, default=0), "last round"
 
 
-def reward_names(reader: Reader, prefix: str) -> tuple[str, ...]:
+def reward_names(reader: RunReader, prefix: str) -> tuple[str, ...]:
     """The names of rewards as the metrics have them: those given as objects stand in no configuration."""
     found: dict[str, None] = {}
     for round_ in reader.rounds("evaluate"):

@@ -1,6 +1,6 @@
 """A run's samples as data sets that TRL reads: for SFT, for preferences, for single verdicts.
 
-A picture is written as `datasets` has it, {bytes, path}, in a column that `datasets` shows as pictures.
+An image is written as `datasets` has it, {bytes, path}, in a column that `datasets` shows as images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 from raftune.policies.registry import FAMILIES, family_of, load_policy
-from raftune.records import TOOLS, Json, Prompt
+from raftune.records import TOOLS, JsonType, Prompt
 from raftune.results import samples
 from raftune.results.samples import Sample
 from raftune.starters.resolve import resolve_starters
@@ -85,7 +85,7 @@ def kept(group: Sequence[Sample]) -> list[Sample]:
 
 
 def asked_and_answered(sample: Sample) -> Row:
-    """Prompt and completion in TRL's two shapes, texts or lists of messages; a picture as `datasets` has it."""
+    """Prompt and completion in TRL's two shapes, texts or lists of messages; an image as `datasets` has it."""
     if isinstance(sample["completion"], bytes):
         return {"prompt": sample["prompt"], "completion": {"bytes": sample["completion"], "path": None}}
     if isinstance(sample["prompt"], list):
@@ -112,9 +112,9 @@ def export(root: str | Path, kind: str, out: str | Path, which: str = "all", *, 
         raise ConfigError(f"--out must end in .jsonl or .parquet, or be a folder; got {out.name!r}. Rename it.")
     rounds = samples.choose_rounds(run, which)
     with shaping(run, kind, allow_code) as shape, explaining(out):
-        units = (unit for round_ in rounds for unit in samples.training_units(run, round_))
+        chunks = (chunk for round_ in rounds for chunk in samples.training_chunks(run, round_))
         tables = (
-            rows for unit in units if (rows := [row for group in samples.by_prompt(unit) for row in shape(group)])
+            rows for chunk in chunks if (rows := [row for group in samples.by_prompt(chunk) for row in shape(group)])
         )
         out.parent.mkdir(parents=True, exist_ok=True)
         write = WRITERS[out.suffix]
@@ -175,41 +175,41 @@ def refuse_pictures(rows: Sequence[Row], out: Path) -> None:
     """Raises ConfigError for rows that JSON cannot hold."""
     if picture_columns(rows[0]):
         raise ConfigError(
-            f"--out must end in .parquet or be a folder for a run of pictures; got {out.name!r}. JSON holds no bytes: "
+            f"--out must end in .parquet or be a folder for a run of images; got {out.name!r}. JSON holds no bytes: "
             "rename it."
         )
 
 
 def picture_columns(row: Row) -> list[str]:
-    """The names of the columns that hold pictures."""
+    """The names of the columns that hold images."""
     return [name for name, value in row.items() if isinstance(value, dict) and "bytes" in value]
 
 
 def has_nested_prompts(run: RunFolder) -> bool:
     """Whether the run's prompts or tools are such that Arrow's own structs would give them each other's keys."""
     with pq.ParquetFile(run.folder(0, "data") / "train.parquet") as file:
-        return any(field.type == Json() for field in file.schema_arrow if field.name in NESTED)
+        return any(field.type == JsonType() for field in file.schema_arrow if field.name in NESTED)
 
 
 def as_json(tables: Iterator[list[Row]]) -> Iterator[list[Row]]:
     """The rows with their prompts and tools as JSON, which `datasets` reads as the values that they are."""
     for rows in tables:
         yield [
-            row | {name: JsonText(json.dumps(row[name], ensure_ascii=False)) for name in NESTED if name in row}
+            row | {name: JsonTextType(json.dumps(row[name], ensure_ascii=False)) for name in NESTED if name in row}
             for row in rows
         ]
 
 
-class JsonText(str):
+class JsonTextType(str):
     """A text of JSON, for a column of Arrow's JSON type."""
 
     __slots__ = ()
 
 
 def schema_of(rows: list[Row]) -> pa.Schema:
-    """The columns of such rows; those of pictures are marked as `datasets` marks them."""
+    """The columns of such rows; those of images are marked as `datasets` marks them."""
     schema, names = pa.Table.from_pylist(rows).schema, picture_columns(rows[0])
-    for name in [name for name, value in rows[0].items() if isinstance(value, JsonText)]:
+    for name in [name for name, value in rows[0].items() if isinstance(value, JsonTextType)]:
         schema = schema.set(schema.get_field_index(name), pa.field(name, pa.json_()))
     for name in names:
         schema = schema.set(schema.get_field_index(name), pa.field(name, PICTURE))

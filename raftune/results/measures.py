@@ -13,7 +13,7 @@ Metrics = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Measure:
+class MetricDescription:
     """One measure of metrics.json, in words: `name` is its key there, `interval` is empty where it has none."""
 
     name: str
@@ -53,20 +53,20 @@ KNOWN: dict[str, tuple[str, Callable[[float], str], str]] = {
     "unique_2": ("unique-2", number, "word pairs that occur once in all answers"),
     "msttr_100": ("MSTTR-100", share, "different words in a hundred, on average"),
     "similarity": ("similarity", share, "of two answers to one prompt: 1 where they are the same"),
-    "brightness": ("brightness", share, "mean luma of a picture: 0 black, 1 white"),
-    "saturation": ("saturation", share, "mean saturation of a picture: 0 grey, 1 pure colours"),
-    "contrast": ("contrast", share, "standard deviation of a picture's luma, at most 0.5"),
+    "brightness": ("brightness", share, "mean luma of an image: 0 black, 1 white"),
+    "saturation": ("saturation", share, "mean saturation of an image: 0 grey, 1 pure colours"),
+    "contrast": ("contrast", share, "standard deviation of an image's luma, at most 0.5"),
     "saturated_ratio": ("burnt out", share, "share of pixels with a channel at its darkest or brightest"),
-    "pixel_distance": ("pixel distance", share, "of two pictures of one prompt, by their thumbnails: 0 where the same"),
-    "near_duplicates": ("duplicates", share, "share of pictures that nearly repeat another"),
-    "feature_distance": ("distance", share, "of two pictures of one prompt: the mean of 1 - cos of their features"),
-    "vendi": ("Vendi", nats, "how many different pictures of a prompt there are in effect (Vendi score)"),
-    "feature_drift": ("drift", share, "from the start's picture of the same prompt and seed: 1 - cos of features"),
-    "invalid_ratio": ("invalid", share, "share of samples that are no picture, or flagged"),
+    "pixel_distance": ("pixel distance", share, "of two images of one prompt, by their thumbnails: 0 where the same"),
+    "near_duplicates": ("duplicates", share, "share of images that nearly repeat another"),
+    "feature_distance": ("distance", share, "of two images of one prompt: the mean of 1 - cos of their features"),
+    "vendi": ("Vendi", nats, "how many different images of a prompt there are in effect (Vendi score)"),
+    "feature_drift": ("drift", share, "from the start's image of the same prompt and seed: 1 - cos of features"),
+    "invalid_ratio": ("invalid", share, "share of samples that are no image, or flagged"),
 }
 
 
-def measures(metrics: Metrics) -> Iterator[Measure]:
+def measures(metrics: Metrics) -> Iterator[MetricDescription]:
     """Every measure that has a value, the parts of a score beneath it; what is not known here is left out."""
     for name, (title, write, meaning) in KNOWN.items():
         beneath = parts_of(metrics, name)
@@ -92,16 +92,16 @@ def parts_of(metrics: Metrics, name: str) -> dict[str, str]:
     return {key.removeprefix(prefix).removesuffix("/mean"): key for key in sorted(keys)}
 
 
-def measure(name: str, title: str, found: Any, write: Callable[[float], str], meaning: str) -> Measure:
+def measure(name: str, title: str, found: Any, write: Callable[[float], str], meaning: str) -> MetricDescription:
     if isinstance(found, Mapping):
         ends = ends_of(found)
         between = f"{write(ends[0])} … {write(ends[1])}" if ends else f"none, n = {found.get('n', '?')}"
-        return Measure(name, title, write(found["mean"]), between, meaning)
-    return Measure(name, title, write(found), "", meaning)
+        return MetricDescription(name, title, write(found["mean"]), between, meaning)
+    return MetricDescription(name, title, write(found), "", meaning)
 
 
 def spread(found: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """A mean with its 95 % interval, 1.310 [1.101, 1.519]; without one, with the number of units it stands on."""
+    """A mean with its 95 % interval, 1.310 [1.101, 1.519]; without one, with the number of chunks it stands on."""
     if not found:
         return "–"
     if (ends := ends_of(found)) is None:
@@ -110,7 +110,7 @@ def spread(found: Mapping[str, Any] | None, digits: int = 3) -> str:
 
 
 @dataclass(frozen=True)
-class Best:
+class BestOfK:
     """The reward of the best of k draws, its interval in words, and the share of the largest K's gain that it has."""
 
     k: int
@@ -119,7 +119,7 @@ class Best:
     gain: float | None
 
 
-def best_of_k(metrics: Metrics, name: str = "best_of_k") -> list[Best]:
+def best_of_k(metrics: Metrics, name: str = "best_of_k") -> list[BestOfK]:
     """The curve, k ascending. The gain of k is its reward over that of one draw, as a share of the largest K's.
 
     It is None where the largest K gains nothing: then there is nothing to share.
@@ -130,7 +130,7 @@ def best_of_k(metrics: Metrics, name: str = "best_of_k") -> list[Best]:
     one, most = curve.get(1), curve[max(curve)]
     whole = most["mean"] - one["mean"] if one else 0.0
     return [
-        Best(
+        BestOfK(
             k,
             found["mean"],
             measure("best_of_k", "", found, share, "").interval,
@@ -146,7 +146,7 @@ def loss_ends(losses: Sequence[float]) -> tuple[float, float]:
     return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 
 
-def worth_of_k(curve: Sequence[Best]) -> str:
+def worth_of_k(curve: Sequence[BestOfK]) -> str:
     """What a smaller K would give, in words: the largest k below the last, `K=4 gives 93 % of the gain of K=8`."""
     if len(curve) < 3:
         return ""

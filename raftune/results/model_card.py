@@ -65,7 +65,7 @@ def publish_model(root: str | Path, out: str | Path, round_: int | None = None, 
 
 
 @dataclass(frozen=True)
-class Use:
+class ModelUsage:
     """What a card says of the model's use: for the hub its library and task, for people how it is loaded."""
 
     library: str = ""
@@ -74,7 +74,7 @@ class Use:
     note: str = ""
 
 
-def publish_language_model(run: RunFolder, round_: int, out: Path) -> Use:
+def publish_language_model(run: RunFolder, round_: int, out: Path) -> ModelUsage:
     """Copies a committed model's files, with tokenizer, and with its base where only the run has that."""
     copy_files(weights_of(run.folder(round_, "model")), out)
     adapter = (out / ADAPTER).is_file()
@@ -83,21 +83,21 @@ def publish_language_model(run: RunFolder, round_: int, out: Path) -> Use:
     if round_ == 0:  # the start's own files may be another tokenizer's
         copy_tokenizer(run, out)
     if run.read_config()["policy"].get("family", "causal_lm") != "causal_lm":
-        return Use("peft" if adapter else "transformers")
-    return Use("peft" if adapter else "transformers", "text-generation", language_model_code(adapter))
+        return ModelUsage("peft" if adapter else "transformers")
+    return ModelUsage("peft" if adapter else "transformers", "text-generation", language_model_code(adapter))
 
 
-def publish_merged(run: RunFolder, round_: int, out: Path) -> Use:
+def publish_merged(run: RunFolder, round_: int, out: Path) -> ModelUsage:
     """Writes a language model with its adapter added in. Raises ConfigError where there is none to add."""
     config = resolve_starters(run.configuration())
     policy: Any = family_of(config).load(config, run.folder(round_, "model"), run.folder(0, "model"))
     if not hasattr(policy, "export_merged"):
         raise ConfigError(f"--merged is for language models with LoRA; {run.root} has another kind. Leave it out.")
     note = policy.export_merged(out)
-    return Use("transformers", "text-generation", language_model_code(False), note)
+    return ModelUsage("transformers", "text-generation", language_model_code(False), note)
 
 
-def publish_pipeline(run: RunFolder, round_: int, out: Path) -> Use:
+def publish_pipeline(run: RunFolder, round_: int, out: Path) -> ModelUsage:
     """Writes a whole pipeline, or a LoRA alone; with a LoRA its base, where only the run or this package has that."""
     config = run.configuration()
     resolved = resolve_starters(config)
@@ -112,7 +112,7 @@ def publish_pipeline(run: RunFolder, round_: int, out: Path) -> Use:
         base = "FOLDER/base"
         family.load(resolved, start, start).export(out / "base")  # type: ignore[attr-defined]
     code = pipeline_code(out, base, policy.blank.denoiser_name)
-    return Use("diffusers", task, f"{code}\n{drawing_code(policy)}")
+    return ModelUsage("diffusers", task, f"{code}\n{drawing_code(policy)}")
 
 
 def remove_published(out: Path) -> None:
@@ -142,7 +142,7 @@ def refuse_missing(run: RunFolder, round_: int) -> None:
     if not run.was_made(round_, "model"):
         raise StoreError(f"round {round_} of {run.root} has no model. `raftune runs` says how far the run is.")
     if run.is_dropped(round_, "model"):
-        flags = ("--from", f"{round_}/tune", "--keep-models", "all")
+        flags = ("--from", f"{round_}/train", "--keep-models", "all")
         raise StoreError(
             f"the weights of round {round_} of {run.root} were dropped, as keep_models says. Choose the best round, or "
             f"make them again with `{shell_command('raftune', 'resume', run.root, *flags)}`."
@@ -240,7 +240,7 @@ def tokenizer_files(run: RunFolder, start: Path) -> Iterator[Path]:
             yield path
 
 
-def card(root: str | Path, round_: int, use: Use) -> str:
+def card(root: str | Path, round_: int, use: ModelUsage) -> str:
     """The model card: what the model is, where it comes from, how it did by round, and how to load it."""
     run = RunFolder(root)
     config = run.configuration()
@@ -254,7 +254,7 @@ def card(root: str | Path, round_: int, use: Use) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def front_matter(config: RunConfig, use: Use) -> str:
+def front_matter(config: RunConfig, use: ModelUsage) -> str:
     """What the hub reads: library, base model, tags."""
     base = base_name(config)
     data: dict[str, Any] = {"library_name": use.library}
@@ -292,7 +292,7 @@ def is_bundled(config: RunConfig) -> bool:
 def summary(run: RunFolder, config: RunConfig, round_: int) -> str:
     rewards = ", ".join(f"`{name}`" for name in config.rewards.names) or "Python objects"
     start = base_name(config) or local_name(config) or "the start model"
-    drawn = "pictures for" if config.policy.family == "diffusion" else "answers to"
+    drawn = "images for" if config.policy.family == "diffusion" else "answers to"
     if round_ == 0:
         return f"# {config.name}\n\nThe start of this run ({start}): no round of reward-ranked fine-tuning was better."
     asked = read_row(run, round_).get("prompts", config.prompts_per_round)  # fewer where the data has fewer
@@ -338,7 +338,7 @@ def pipeline_code(out: Path, base: str, denoiser: str) -> str:
 
 
 def drawing_code(policy: Any) -> str:
-    """The call by which the run drew: with other dials, the guidance above all, the pipeline draws something else."""
+    """The call by which the run drew: with other options, the guidance above all, the pipeline draws something else."""
     asked = {"text": ['"what it shall show"'], "label": ["class_labels=[0]"]}.get(policy.blank.takes, [])
     known = inspect.signature(policy.blank.pipe.__call__).parameters
     dials = {name: getattr(policy.call, name) for name in DIALS if name in known}

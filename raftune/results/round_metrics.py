@@ -15,29 +15,29 @@ import pyarrow.parquet as pq
 from raftune.records import EXTRA, extras_of
 from raftune.results.samples import answer_text
 from raftune.results.summary import ends_of
-from raftune.stages.plan import read_unit
+from raftune.stages.plan import read_chunk
 from raftune.stages.score import logged_metrics
 from raftune.store.committed import check_file, read_json
-from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
 
 Floats = npt.NDArray[np.float64]
 
 
-class Drawn:
-    """What a round drew, summed up unit by unit: memory grows with the number of samples, not with their texts."""
+class TrainerSampleStats:
+    """What a round drew, summed up chunk by chunk: memory grows with the number of samples, not with their texts."""
 
     def __init__(self, run: RunFolder, round_: int, encoder: Any) -> None:
-        self._folders = {name: run.folder(round_, name) for name in ("plan", "draw", "score", "logp", "logp-start")}
+        self._folders = {name: run.folder(round_, name) for name in ("plan", "generate", "score", "logp", "logp-start")}
         self._encoder = encoder
         self._values: dict[str, list[Floats]] = {}
         self._flat: list[bool] = []
         self.tokens = 0
-        for unit in unit_numbers(self._folders["score"]):
-            self._add_scores(unit)
-            self._add_texts(unit)
-            self._add_divergence(unit)
+        for chunk in chunk_numbers(self._folders["score"]):
+            self._add_scores(chunk)
+            self._add_texts(chunk)
+            self._add_divergence(chunk)
 
     def metrics(self) -> dict[str, float]:
         """`reward`, `reward_std`, `rewards/NAME/mean`, … of the policy's own samples; what has no value is left out."""
@@ -66,8 +66,8 @@ class Drawn:
     def _add(self, name: str, values: Any) -> None:
         self._values.setdefault(name, []).append(np.asarray(values, dtype=np.float64))
 
-    def _add_scores(self, unit: int) -> None:
-        table = own(read_table(self._folders["score"] / unit_file(unit)))
+    def _add_scores(self, chunk: int) -> None:
+        table = own(read_table(self._folders["score"] / chunk_file(chunk)))
         usable = pc.if_else(pc.equal(table.column("status"), "ok"), table.column("score"), None)
         self._add("score", usable.to_numpy(zero_copy_only=False))
         for name in table.column_names:
@@ -78,23 +78,23 @@ class Drawn:
         same = pc.equal(ends.column("score_min"), ends.column("score_max")).drop_null()
         self._flat += same.to_pylist()
 
-    def _add_texts(self, unit: int) -> None:
+    def _add_texts(self, chunk: int) -> None:
         names = ["source", "prompt_id", "completion_ids", "finish"]
-        table = own(read_table(self._folders["draw"] / unit_file(unit), names))
+        table = own(read_table(self._folders["generate"] / chunk_file(chunk), names))
         lengths = pc.list_value_length(table.column("completion_ids")).to_numpy(zero_copy_only=False)
         self._add("length", lengths)
         self._add("clipped", pc.equal(table.column("finish"), "length").to_numpy(zero_copy_only=False))
-        prompts = read_unit(self._folders["plan"], unit).prompts
+        prompts = read_chunk(self._folders["plan"], chunk).prompts
         asked = Counter(table.column("prompt_id").to_pylist())
         encoded = self._encoder.encode(prompts, for_drawing=True)
         read = sum(asked[prompt.id] * len(ids) for prompt, ids in zip(prompts, encoded, strict=True))
         self.tokens += int(lengths.sum()) + read
 
-    def _add_divergence(self, unit: int) -> None:
+    def _add_divergence(self, chunk: int) -> None:
         """KL to the start, nats an answer; known while drawing where `beta` asks for it."""
-        ours, start = (self._folders[name] / unit_file(unit) for name in ("logp", "logp-start"))
+        ours, start = (self._folders[name] / chunk_file(chunk) for name in ("logp", "logp-start"))
         if ours.is_file():
-            score = read_table(self._folders["score"] / unit_file(unit), ["source"])
+            score = read_table(self._folders["score"] / chunk_file(chunk), ["source"])
             both = [read_table(path, ["log_prob"]).column("log_prob").to_numpy() for path in (ours, start)]
             mine = np.array(score.column("source").to_pylist()) == "policy"
             self._add("kl", (both[0] - both[1])[mine])
@@ -140,8 +140,8 @@ def logged_columns(run: RunFolder, round_: int, names: Collection[str]) -> dict[
     """What rewards gave to `log_extra` of these samples, by sample_id and column."""
     found = {}
     folder = run.folder(round_, "score")
-    for unit in unit_numbers(folder):
-        path = folder / unit_file(unit)
+    for chunk in chunk_numbers(folder):
+        path = folder / chunk_file(chunk)
         extras = [name for name in column_names(path) if name.startswith(EXTRA)]
         for row in read_table(path, ["sample_id", *extras]).to_pylist() if extras else ():
             if row["sample_id"] in names:

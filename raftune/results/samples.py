@@ -13,7 +13,7 @@ from raftune.errors import ConfigError, StoreError
 from raftune.records import TOOLS
 from raftune.results.summary import best_round
 from raftune.store.kinds import how_to_go_on
-from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import column_names, read_groups, read_table
 from raftune.store.run import RunFolder
 
@@ -44,34 +44,34 @@ def choose_rounds(run: RunFolder, which: str) -> list[int]:
     return [int(which)]
 
 
-def training_units(run: RunFolder, round_: int) -> Iterator[list[Sample]]:
-    """Unit by unit, the samples that the round chose from: identity, prompt, completion, score, parts, verdict."""
-    shards = [name for name in ("draw", "teach") if is_input(run, round_, "score", name)]
+def training_chunks(run: RunFolder, round_: int) -> Iterator[list[Sample]]:
+    """Unit by chunk, the samples that the round chose from: identity, prompt, completion, score, parts, verdict."""
+    shards = [name for name in ("generate", "teach") if is_input(run, round_, "score", name)]
     verdicts = read_table(run.folder(round_, "select") / "verdicts.parquet", VERDICT)
     at = 0
-    for unit in unit_numbers(*(run.folder(round_, name) for name in ("score", *shards))):
-        drawn = [read_drawn(run.folder(round_, shard) / unit_file(unit)) for shard in shards]
-        scores = read_table(run.folder(round_, "score") / unit_file(unit))
+    for chunk in chunk_numbers(*(run.folder(round_, name) for name in ("score", *shards))):
+        drawn = [read_drawn(run.folder(round_, shard) / chunk_file(chunk)) for shard in shards]
+        scores = read_table(run.folder(round_, "score") / chunk_file(chunk))
         verdict = verdicts.slice(at, scores.num_rows)
         at += scores.num_rows
-        prompts = prompts_of(run.folder(round_, "plan"), unit)
+        prompts = prompts_of(run.folder(round_, "plan"), chunk)
         samples = joined(pa.concat_tables(drawn), prompts, scores, verdict)
-        if tools := tools_of(run.folder(round_, "plan"), unit):
+        if tools := tools_of(run.folder(round_, "plan"), chunk):
             for sample in samples:
                 sample[TOOLS] = tools[sample["prompt_id"]]
         yield samples
 
 
-def held_out_units(run: RunFolder, round_: int) -> Iterator[list[Sample]]:
-    """Unit by unit, the samples that the round was judged by; `held_out` is the score of held-out rewards, if any."""
+def held_out_chunks(run: RunFolder, round_: int) -> Iterator[list[Sample]]:
+    """Unit by chunk, the samples that the round was judged by; `held_out` is the score of held-out rewards, if any."""
     folder = run.folder(round_, "evaluate")
     is_judged = run.was_made(round_, "evaluate/judge")
-    for unit in unit_numbers(folder / "score", folder / "draw"):
-        drawn = read_drawn(folder / "draw" / unit_file(unit))
-        scores = read_table(folder / "score" / unit_file(unit))
-        judged = folder / "judge" / unit_file(unit)
+    for chunk in chunk_numbers(folder / "score", folder / "generate"):
+        drawn = read_drawn(folder / "generate" / chunk_file(chunk))
+        scores = read_table(folder / "score" / chunk_file(chunk))
+        judged = folder / "judge" / chunk_file(chunk)
         held_out = read_table(judged, ["score"]).rename_columns(["held_out"]) if is_judged else None
-        yield joined(drawn, prompts_of(folder / "plan", unit), scores, held_out)
+        yield joined(drawn, prompts_of(folder / "plan", chunk), scores, held_out)
 
 
 def is_input(run: RunFolder, round_: int, stage: str, name: str) -> bool:
@@ -87,17 +87,17 @@ def read_drawn(path: Path) -> pa.Table:
     return read_table(path, [*IDENTITY, *names])
 
 
-def prompts_of(plan: Path, unit: int, column: str = "prompt") -> dict[str, Any]:
-    """The prompts of the unit by id, or another column of theirs."""
+def prompts_of(plan: Path, chunk: int, column: str = "prompt") -> dict[str, Any]:
+    """The prompts of the chunk by id, or another column of theirs."""
     for index, group in enumerate(read_groups(plan / "prompts.parquet", ["prompt_id", column])):
-        if index == unit:
+        if index == chunk:
             return dict(zip(group.column("prompt_id").to_pylist(), group.column(column).to_pylist(), strict=True))
-    raise AssertionError(f"the plan {plan} has no unit {unit}")
+    raise AssertionError(f"the plan {plan} has no chunk {chunk}")
 
 
-def tools_of(plan: Path, unit: int) -> dict[str, Any]:
-    """The tools of each prompt of the unit by id; nothing where the prompts have none."""
-    return prompts_of(plan, unit, TOOLS) if TOOLS in column_names(plan / "prompts.parquet") else {}
+def tools_of(plan: Path, chunk: int) -> dict[str, Any]:
+    """The tools of each prompt of the chunk by id; nothing where the prompts have none."""
+    return prompts_of(plan, chunk, TOOLS) if TOOLS in column_names(plan / "prompts.parquet") else {}
 
 
 def joined(drawn: pa.Table, prompts: dict[str, Any], *others: pa.Table | None) -> list[Sample]:
@@ -115,9 +115,9 @@ def joined(drawn: pa.Table, prompts: dict[str, Any], *others: pa.Table | None) -
 def find_samples(run: RunFolder, round_: int, names: Collection[str]) -> dict[str, Sample]:
     """Those of the named samples that the round chose from, or was judged by, by their sample_id."""
     found: dict[str, Sample] = {}
-    for units in (training_units, held_out_units):
+    for chunks in (training_chunks, held_out_chunks):
         if len(found) < len(names):
-            for samples in units(run, round_):
+            for samples in chunks(run, round_):
                 found |= {sample["sample_id"]: sample for sample in samples if sample["sample_id"] in names}
     return found
 
@@ -136,7 +136,7 @@ def usable(samples: list[Sample]) -> list[Sample]:
 
 
 def readable(answer: Any) -> Any:
-    """A completion as a line or JSON can hold it: a picture as its name and size; anything else as it is."""
+    """A completion as a line or JSON can hold it: an image as its name and size; anything else as it is."""
     return in_words(answer) if isinstance(answer, bytes) else answer
 
 

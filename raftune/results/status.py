@@ -22,7 +22,7 @@ NEWEST = 20  # rounds all of whose COMMITs are read
 
 
 @dataclass(frozen=True)
-class Status:
+class RunStatus:
     """One run. `best` and the two rewards are None where nothing was measured yet; `why` explains the state.
 
     `alarms` counts those of all rounds; `generation` says how samples are generated, empty where there is one way only.
@@ -46,7 +46,7 @@ class Status:
         return {**self.__dict__, "root": str(self.root), "when": self.when.isoformat(timespec="seconds")}
 
 
-def status_of(root: Path) -> Status:
+def status_of(root: Path) -> RunStatus:
     """The run's status; what cannot be read makes it damaged. All of it is read by `verify` alone: here, of a long run,
     the start, the best round and the newest ones."""
     when = datetime.fromtimestamp(0).astimezone()
@@ -56,14 +56,14 @@ def status_of(root: Path) -> Status:
         config = RunFolder(root).read_config()
         name, family, planned = config["name"], config["policy"]["family"], int(config["num_rounds"])
     except (RaftuneError, OSError, KeyError, TypeError) as error:
-        return Status(root, root.name, "?", 0, 0, None, None, None, DAMAGED, when, first_line(error))
+        return RunStatus(root, root.name, "?", 0, 0, None, None, None, DAMAGED, when, first_line(error))
     try:
-        return progress_of(Status(root, name, family, 0, planned, None, None, None, RESUMABLE, when))
+        return progress_of(RunStatus(root, name, family, 0, planned, None, None, None, RESUMABLE, when))
     except (RaftuneError, OSError, ValueError, KeyError, TypeError) as error:
-        return Status(root, name, family, 0, planned, None, None, None, DAMAGED, when, first_line(error))
+        return RunStatus(root, name, family, 0, planned, None, None, None, DAMAGED, when, first_line(error))
 
 
-def progress_of(status: Status) -> Status:
+def progress_of(status: RunStatus) -> RunStatus:
     """The status with what the run's COMMITs say. Raises what reading them raises."""
     run = RunFolder(status.root)
     rounds, best = run.rounds(), best_round(status.root)

@@ -39,11 +39,11 @@ WORTH_SAYING: dict[str, Callable[[Row], float]] = {
     "nothing_to_rank": lambda row: 0.05 * row.get("prompts", 0),
     "clipped_kept": lambda row: 0.05,
 }
-LONGEST_TITLE = 12  # letters, so that the table of a whole run fits beside a picture of it
+LONGEST_TITLE = 12  # letters, so that the table of a whole run fits beside an image of it
 
 
 @dataclass(frozen=True)
-class Column:
+class SummaryColumn:
     """One column of the table by round: its title, what it says, and how a row's number is written."""
 
     key: str
@@ -53,7 +53,7 @@ class Column:
 
 
 def rows_of(root: str | Path) -> list[Row]:
-    """One row for each round that was evaluated, or tuned where evaluation is off; round 0 is the start.
+    """One row for each round that was evaluated, or trained where evaluation is off; round 0 is the start.
 
     Raises RunDamaged for numbers that are none.
     """
@@ -112,65 +112,73 @@ def ends_of(found: Mapping[str, Any]) -> tuple[float, float] | None:
     return found["low"], found["high"]
 
 
-def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Column]:
+def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[SummaryColumn]:
     """The columns that any of the rows has a number for; `held_out` are the names of the held-out rewards."""
     rows = list(rows)
     ks = [row["k"] for row in rows if "k" in row]
     judge = held_out[0] if len(held_out) == 1 and len(held_out[0]) <= LONGEST_TITLE else "held out"
     counts = sorted({row["reward_n"] for row in rows if "reward_n" in row})
-    units = f" (n={' to '.join(map(str, (counts[0], counts[-1])[: len(counts)]))})" if counts else ""
+    chunks = f" (n={' to '.join(map(str, (counts[0], counts[-1])[: len(counts)]))})" if counts else ""
     wide = any("reward_low" in row for row in rows) or not counts
     half = ", with the half width of its 95 % interval" if wide else f"; fewer than {FEWEST_UNITS} give no interval"
     columns = [
-        Column("round", "round", "0 is the start", lambda row: str(row["round"] or "start")),
-        Column("reward", f"reward{units}", f"mean on held-out prompts{half}", with_interval),
-        Column(
+        SummaryColumn("round", "round", "0 is the start", lambda row: str(row["round"] or "start")),
+        SummaryColumn("reward", f"reward{chunks}", f"mean on held-out prompts{half}", with_interval),
+        SummaryColumn(
             "best_of_k",
             f"best of {max(ks, default=0)}",
             "the reward of the best of so many draws: the headroom",
             number("best_of_k"),
         ),
-        Column("held_out", judge, "held out: a reward that is never trained on", number("held_out")),
-        Column("kl", "KL", "to the start model, nats per answer", number("kl", 2)),
-        Column("perplexity", "perplexity", "of the reference answers under the round's model", number("perplexity", 2)),
-        Column("length", "length", "mean tokens of an answer", number("length", 1)),
-        Column("distinct_2", "distinct-2", "distinct word pairs over all word pairs", number("distinct_2", 3)),
-        Column("msttr", "MSTTR", "share of different words in a hundred words (MSTTR-100)", number("msttr", 3)),
-        Column("saturation", "saturation", "mean saturation of the pictures, 0 … 1", number("saturation")),
-        Column("contrast", "contrast", "standard deviation of a picture's luma, 0 … 0.5", number("contrast")),
-        Column(
+        SummaryColumn("held_out", judge, "held out: a reward that is never trained on", number("held_out")),
+        SummaryColumn("kl", "KL", "to the start model, nats per answer", number("kl", 2)),
+        SummaryColumn(
+            "perplexity", "perplexity", "of the reference answers under the round's model", number("perplexity", 2)
+        ),
+        SummaryColumn("length", "length", "mean tokens of an answer", number("length", 1)),
+        SummaryColumn("distinct_2", "distinct-2", "distinct word pairs over all word pairs", number("distinct_2", 3)),
+        SummaryColumn("msttr", "MSTTR", "share of different words in a hundred words (MSTTR-100)", number("msttr", 3)),
+        SummaryColumn("saturation", "saturation", "mean saturation of the images, 0 … 1", number("saturation")),
+        SummaryColumn("contrast", "contrast", "standard deviation of an image's luma, 0 … 0.5", number("contrast")),
+        SummaryColumn(
             "pixel_distance",
             "pixels",
-            "distance of two pictures of one prompt, by their thumbnails, 0 … 1",
+            "distance of two images of one prompt, by their thumbnails, 0 … 1",
             number("pixel_distance"),
         ),
-        Column("vendi", "Vendi", "how many different pictures of a prompt there are in effect", number("vendi", 2)),
-        Column("drift", "drift", "1 - cos of features to the start's picture of the same seed", number("drift")),
+        SummaryColumn(
+            "vendi", "Vendi", "how many different images of a prompt there are in effect", number("vendi", 2)
+        ),
+        SummaryColumn("drift", "drift", "1 - cos of features to the start's image of the same seed", number("drift")),
         *(own_column(key) for key in sorted({key for row in rows for key in row if key.startswith(OWN)})),
-        Column("invalid", "invalid", "share of samples that are no picture", percentage("invalid")),
-        Column(
+        SummaryColumn("invalid", "invalid", "share of samples that are no image", percentage("invalid")),
+        SummaryColumn(
             "nothing_to_rank",
             "ties",
             "prompts with nothing to rank: all their candidates score the same",
             lambda row: f"{row['nothing_to_rank']}/{row['prompts']}",
         ),
-        Column("clipped_kept", "cut off", "share of the kept answers that were cut off", percentage("clipped_kept")),
-        Column("kept", "kept", "samples tuned on, of those drawn", lambda row: f"{row['kept']}/{row['samples']}"),
-        Column("seconds", "time", "of this round", lambda row: duration(row["seconds"])),
+        SummaryColumn(
+            "clipped_kept", "cut off", "share of the kept answers that were cut off", percentage("clipped_kept")
+        ),
+        SummaryColumn(
+            "kept", "kept", "samples trained on, of those drawn", lambda row: f"{row['kept']}/{row['samples']}"
+        ),
+        SummaryColumn("seconds", "time", "of this round", lambda row: duration(row["seconds"])),
     ]
-    spare = {"pixel_distance"} if any("vendi" in row for row in rows) else set()  # both say how varied pictures are
+    spare = {"pixel_distance"} if any("vendi" in row for row in rows) else set()  # both say how varied images are
     spare |= {key for key, worth in WORTH_SAYING.items() if all((row.get(key) or 0) <= worth(row) for row in rows)}
     return [column for column in columns if column.key not in spare and any(column.key in row for row in rows)]
 
 
-def own_column(key: str) -> Column:
+def own_column(key: str) -> SummaryColumn:
     """The column of a metric of the user's own."""
     name = key.removeprefix(OWN)
     title = name if len(name) <= LONGEST_TITLE else name[: LONGEST_TITLE - 1] + "…"
-    return Column(key, title, f"{name}, a metric of your own", lambda row: f"{row[key]:.4g}")
+    return SummaryColumn(key, title, f"{name}, a metric of your own", lambda row: f"{row[key]:.4g}")
 
 
-def cell(column: Column, row: Row) -> str:
+def cell(column: SummaryColumn, row: Row) -> str:
     """The row's number as the column writes it; a dash where there is none."""
     return column.write(row) if row.get(column.key) is not None else "–"
 
@@ -192,21 +200,21 @@ def with_interval(row: Row) -> str:
 def seconds_by_round(events: Iterable[Mapping[str, Any]]) -> dict[int, float]:
     """The time that each round's stages took, over all the sessions that worked on it.
 
-    A session that was interrupted says how long it was at a stage; one that was killed left the times of its units.
+    A session that was interrupted says how long it was at a stage; one that was killed left the times of its chunks.
     """
     total: defaultdict[int, float] = defaultdict(float)
-    units: list[tuple[int, float]] = []  # of an attempt at a stage of which no end is known yet
+    chunks: list[tuple[int, float]] = []  # of an attempt at a stage of which no end is known yet
     for event in events:
         kind = event.get("event")
-        if kind == "unit":
-            units.append((int(event["round"]), float(event["seconds"])))
+        if kind == "chunk":
+            chunks.append((int(event["round"]), float(event["seconds"])))
         elif kind in ("stage_end", "stage_stop"):
             total[int(event["round"])] += float(event["seconds"])
-            units.clear()
+            chunks.clear()
         elif kind == "stage_begin":
-            for round_, seconds in units:
+            for round_, seconds in chunks:
                 total[round_] += seconds
-            units.clear()
+            chunks.clear()
     return dict(total)
 
 

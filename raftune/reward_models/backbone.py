@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from raftune.config.reward_model import RewardModelConfig
-from raftune.data.classifier_inputs import Reading, is_hollow, longest
+from raftune.data.classifier_inputs import ClassifierInputs, is_hollow, longest
 from raftune.errors import ModelError
 from raftune.training.load_errors import why_not_loaded
 from raftune.training.quiet import quiet
@@ -24,7 +24,7 @@ class Backbone:
     config: RewardModelConfig
     architecture: Any
     tokenizer: Any
-    reading: Reading
+    reading: ClassifierInputs
     said: tuple[str, ...]
 
     def load(self) -> Any:
@@ -84,7 +84,9 @@ def open_backbone(config: RewardModelConfig) -> Backbone:
     if limit is not None and limit < config.max_length:
         said += (f"max_length: rows are read up to {limit} tokens, which is all that the model can take",)
     eos = adds_no_eos(tokenizer) if config.append_eos is None else config.append_eos
-    return Backbone(config, architecture, tokenizer, Reading(append_eos=eos, special_tokens=True, limit=limit), said)
+    return Backbone(
+        config, architecture, tokenizer, ClassifierInputs(append_eos=eos, special_tokens=True, limit=limit), said
+    )
 
 
 def check_head(config: RewardModelConfig, architecture: Any) -> None:

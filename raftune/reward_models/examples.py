@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from raftune.config.reward_model import RewardModelConfig
-from raftune.data.classifier_inputs import Reading, text_of, tokens
+from raftune.data.classifier_inputs import ClassifierInputs, text_of, tokens
 from raftune.data.preferences import read_preferences
 from raftune.data.ratings import read_ratings
-from raftune.data.rows import Feedback, Pair, Rating, Skipped
+from raftune.data.rows import Feedback, PreferencePair, Rating, SkippedRow
 from raftune.errors import DataError, RewardError
 from raftune.records import PromptContent
 
@@ -23,7 +23,7 @@ SAME_TOKENS = "the same tokens"
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class FeedbackExample:
     """One row of feedback as the model reads it.
 
     answers: the preferred and the other, or the one that was rated; ids: the tokens of prompt and answer, for each;
@@ -39,25 +39,27 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class FeedbackSource:
     """What was read of one source: examples, skipped rows, and what to say of them."""
 
-    examples: list[Example]
-    skipped: list[Skipped]
+    examples: list[FeedbackExample]
+    skipped: list[SkippedRow]
     words: tuple[str, ...]
     objective: Objective
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class HeldOutSplit:
     """The two sides. No prompt is on both."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: list[FeedbackExample]
+    held_out: list[FeedbackExample]
     words: tuple[str, ...] = ()
 
 
-def read_examples(config: RewardModelConfig, tokenizer: Any, reading: Reading) -> tuple[Source, Split]:
+def read_examples(
+    config: RewardModelConfig, tokenizer: Any, reading: ClassifierInputs
+) -> tuple[FeedbackSource, HeldOutSplit]:
     """What the configuration's data says, encoded and split. Raises DataError where a side would be empty."""
     source = read_source(config, config.data, config.split, config.objective, "data", tokenizer, reading)
     if config.held_out is None:
@@ -76,11 +78,11 @@ def read_source(
     objective: str,
     field: str,
     tokenizer: Any,
-    reading: Reading,
-) -> Source:
+    reading: ClassifierInputs,
+) -> FeedbackSource:
     """One source, encoded. Raises DataError where it holds nothing that fits the objective."""
     found = read_feedback(config, name, part, objective, field)
-    kind: Objective = "pairwise" if isinstance(found.rows[0], Pair) else "pointwise"
+    kind: Objective = "pairwise" if isinstance(found.rows[0], PreferencePair) else "pointwise"
     try:
         examples = [encoded(row, tokenizer, reading) for row in found.rows]
     except RewardError as error:  # messages, and a tokenizer without a chat template
@@ -90,20 +92,20 @@ def read_source(
         ) from error
     alike = [one for one in examples if len(one.ids) == 2 and one.ids[0] == one.ids[1]]
     told = f"chosen and rejected are the same within the last {reading.limit} tokens"
-    skipped = [*found.skipped, *(Skipped(one.row, SAME_TOKENS, told) for one in alike)]
+    skipped = [*found.skipped, *(SkippedRow(one.row, SAME_TOKENS, told) for one in alike)]
     kept = [one for one in examples if not (len(one.ids) == 2 and one.ids[0] == one.ids[1])]
     if not kept:
         raise DataError(f"{field}: in all rows of {name}, {told}. Raise max_length.")
     words = [*found.words(), *([f"  {len(alike):,} skipped: {told}"] if alike else []), *about_cuts(kept, reading)]
-    return Source(kept, skipped, tuple(words), kind)
+    return FeedbackSource(kept, skipped, tuple(words), kind)
 
 
 def read_feedback(
     config: RewardModelConfig, name: str, part: str, objective: str, field: str
-) -> Feedback[Pair] | Feedback[Rating]:
+) -> Feedback[PreferencePair] | Feedback[Rating]:
     """Pairs or ratings; with `auto`, pairs where there are any. Raises DataError, with both reasons for `auto`."""
 
-    def pairs() -> Feedback[Pair]:
+    def pairs() -> Feedback[PreferencePair]:
         return read_preferences(name, part, field=field, dialogues=config.dialogues, columns=config.columns)
 
     def ratings() -> Feedback[Rating]:
@@ -138,26 +140,26 @@ def only(wanted: Callable[[], T], other: Callable[[], object], they_are: str) ->
         raise DataError(f"{error} These rows are {they_are}.") from error
 
 
-def encoded(row: Pair | Rating, tokenizer: Any, reading: Reading) -> Example:
+def encoded(row: PreferencePair | Rating, tokenizer: Any, reading: ClassifierInputs) -> FeedbackExample:
     """The row with the tokens of each of its answers."""
-    answers = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.completion,)
+    answers = (row.chosen, row.rejected) if isinstance(row, PreferencePair) else (row.completion,)
     whole = replace(reading, limit=None)
     ids = [tokens(tokenizer, row.prompt, answer, whole) for answer in answers]
     long = [i for i, one in enumerate(ids) if reading.limit is not None and len(one) > reading.limit]
     for i in long:
         ids[i] = tokens(tokenizer, row.prompt, answers[i], reading)
-    rating = None if isinstance(row, Pair) else row.score
-    return Example(row.row, row.prompt, answers, tuple(ids), rating, len(long))
+    rating = None if isinstance(row, PreferencePair) else row.score
+    return FeedbackExample(row.row, row.prompt, answers, tuple(ids), rating, len(long))
 
 
-def about_cuts(examples: Iterable[Example], reading: Reading) -> list[str]:
+def about_cuts(examples: Iterable[FeedbackExample], reading: ClassifierInputs) -> list[str]:
     cut = sum(one.cut for one in examples)
     if not cut:
         return []
     return [f"  {cut:,} texts are longer than {reading.limit} tokens: the beginning of their prompts is left out"]
 
 
-def answer_lengths(examples: Sequence[Example], tokenizer: Any) -> list[list[int]]:
+def answer_lengths(examples: Sequence[FeedbackExample], tokenizer: Any) -> list[list[int]]:
     """Tokens of each answer alone, without its prompt and without special tokens."""
     return [
         [len(tokenizer(text_of(answer), add_special_tokens=False)["input_ids"]) for answer in one.answers]
@@ -165,7 +167,7 @@ def answer_lengths(examples: Sequence[Example], tokenizer: Any) -> list[list[int
     ]
 
 
-def split_by_prompt(examples: Sequence[Example], fraction: float, seed: int) -> Split:
+def split_by_prompt(examples: Sequence[FeedbackExample], fraction: float, seed: int) -> HeldOutSplit:
     """The prompts with the smallest hashes are held out, with all their rows: a function of prompts and seed alone.
 
     At least WANTED of them, or half. Raises DataError where there are fewer than two prompts.
@@ -181,10 +183,10 @@ def split_by_prompt(examples: Sequence[Example], fraction: float, seed: int) -> 
     chosen = set(sorted(places)[:count])
     held_out = [one for one in examples if prompt_key(one.prompt, seed) in chosen]
     train = [one for one in examples if prompt_key(one.prompt, seed) not in chosen]
-    return Split(train, held_out)
+    return HeldOutSplit(train, held_out)
 
 
-def without_overlap(train: Sequence[Example], held_out: Sequence[Example], name: str) -> Split:
+def without_overlap(train: Sequence[FeedbackExample], held_out: Sequence[FeedbackExample], name: str) -> HeldOutSplit:
     """The two sides as they were given, less the held-out rows whose prompts are trained on, which are counted.
 
     Raises DataError where nothing is left to judge by.
@@ -198,7 +200,7 @@ def without_overlap(train: Sequence[Example], held_out: Sequence[Example], name:
         )
     met = len(held_out) - len(kept)
     words = f"{met:,} of {len(held_out):,} held-out rows left out: their prompts are learned from"
-    return Split(list(train), kept, (words,) if met else ())
+    return HeldOutSplit(list(train), kept, (words,) if met else ())
 
 
 def prompt_key(prompt: PromptContent, seed: int) -> str:
@@ -206,13 +208,13 @@ def prompt_key(prompt: PromptContent, seed: int) -> str:
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def prompt_numbers(examples: Sequence[Example]) -> list[int]:
+def prompt_numbers(examples: Sequence[FeedbackExample]) -> list[int]:
     """For each example the number of its prompt, in the order of their first rows: what intervals are taken over."""
     numbers: dict[str, int] = {}
     return [numbers.setdefault(prompt_key(one.prompt, 0), len(numbers)) for one in examples]
 
 
-def identity_of(split: Split) -> str:
+def identity_of(split: HeldOutSplit) -> str:
     """A hash over all tokens and ratings on either side: another means other data, or another tokenizer."""
     digest = hashlib.sha256()
     for side in (split.train, split.held_out):

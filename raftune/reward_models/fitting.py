@@ -20,12 +20,12 @@ from trl.trainer.utils import disable_dropout_in_model
 from raftune.config.policy import AdapterConfig
 from raftune.config.reward_model import RewardModelConfig, rate_for
 from raftune.errors import ConfigError, ModelError, OutOfMemory
-from raftune.reward_models.examples import Example, Objective
+from raftune.reward_models.examples import FeedbackExample, Objective
 from raftune.sanitize import first_line
 from raftune.store import interruption
-from raftune.store.partial import Pace
+from raftune.store.partial import SavePace
 from raftune.training.checkpoints import STATE, newest_verified, seal
-from raftune.training.length_grouping import LengthGrouped
+from raftune.training.length_grouping import LengthGroupedSampler
 from raftune.training.quiet import quiet
 
 Observer = Callable[[str, dict[str, Any]], None]
@@ -35,14 +35,14 @@ NEVER = 2**31 - 1  # steps between checkpoints, where time alone decides
 
 
 @dataclass(frozen=True)
-class Scale:
+class RatingScale:
     """Ratings are learned as standard deviations from their mean, so that a head without bias can express them."""
 
     mean: float
     std: float
 
     @classmethod
-    def of(cls, examples: Sequence[Example]) -> Scale:
+    def of(cls, examples: Sequence[FeedbackExample]) -> RatingScale:
         ratings = ratings_of(examples)
         return cls(float(ratings.mean()), float(ratings.std()))
 
@@ -51,13 +51,13 @@ class Scale:
         return (ratings - self.mean) / self.std
 
 
-def ratings_of(examples: Sequence[Example]) -> Floats:
+def ratings_of(examples: Sequence[FeedbackExample]) -> Floats:
     """(N,) ratings, of rated examples."""
     return np.array([one.rating for one in examples], dtype=np.float64)
 
 
 @dataclass(frozen=True)
-class Fit:
+class RewardFit:
     """The trained model, an adapter merged; the loss of each step, in nats per pair or squared deviations."""
 
     model: Any
@@ -65,16 +65,16 @@ class Fit:
     learning_rate: float
 
 
-class Watched:
+class OrderedTrainer:
     """What both trainers share: our order of rows, a stop at the first loss that is not finite, losses by step."""
 
     lengths: Sequence[int]
     args: Any
     state: Any
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGrouped(self.lengths, step, self.args.seed)
+        return LengthGroupedSampler(self.lengths, step, self.args.seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
@@ -87,11 +87,11 @@ class Watched:
         """No card: a checkpoint is no model to publish."""
 
 
-class PairTrainer(Watched, RewardTrainer):  # type: ignore[misc]
+class PairTrainer(OrderedTrainer, RewardTrainer):  # type: ignore[misc]
     """-log sigmoid(r_chosen - r_rejected), the mean over pairs (Bradley and Terry, 1952)."""
 
 
-class RatingTrainer(Watched, Trainer):  # type: ignore[misc]
+class RatingTrainer(OrderedTrainer, Trainer):  # type: ignore[misc]
     """The mean of squared differences between the score and the rating in standard deviations."""
 
     def compute_loss(
@@ -103,13 +103,13 @@ class RatingTrainer(Watched, Trainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
 
-class Steps(TrainerCallback):  # type: ignore[misc]
+class StepCallback(TrainerCallback):  # type: ignore[misc]
     """Tells of each optimizer step; has a checkpoint taken about once a minute and where a stop was asked for, but none
     after the last step: what follows is the model itself."""
 
     def __init__(self, observe: Observer, nbytes: int) -> None:
         self.observe, self.nbytes = observe, nbytes
-        self.pace = Pace()
+        self.pace = SavePace()
         self._began = 0.0
 
     def promise(self) -> str:
@@ -137,10 +137,10 @@ def fit(
     objective: Objective,
     load: Callable[[], Any],
     tokenizer: Any,
-    examples: Sequence[Example],
+    examples: Sequence[FeedbackExample],
     work: Path,
     observe: Observer,
-) -> Fit:
+) -> RewardFit:
     """The model fitted to the examples, going on from the newest checkpoint under `work`.
 
     Equal settings and rows give equal weights on a CPU, interrupted or not. Raises ModelError where a loss or a weight
@@ -151,7 +151,7 @@ def fit(
     model, rate = prepared(config, model)
     trainer = build(config, objective, model, tokenizer, examples, work, rate)
     trainer.lengths = [max(len(ids) for ids in one.ids) for one in examples]
-    steps = Steps(observe, checkpoint_bytes(model))
+    steps = StepCallback(observe, checkpoint_bytes(model))
     trainer.add_callback(steps)
     checkpoint, rejected = newest_verified(work, IDENTITY, STATE)
     for name in rejected:
@@ -172,7 +172,7 @@ def fit(
             trained = trained.merge_and_unload()
     if cached is not None:  # Trainer switches it off in the configuration, which is saved with the model
         trained.config.use_cache = cached
-    return Fit(trained.cpu().eval(), losses_of(trainer.state), rate)
+    return RewardFit(trained.cpu().eval(), losses_of(trainer.state), rate)
 
 
 def prepared(config: RewardModelConfig, model: Any) -> tuple[Any, float]:
@@ -216,7 +216,7 @@ def build(
     objective: Objective,
     model: Any,
     tokenizer: Any,
-    examples: Sequence[Example],
+    examples: Sequence[FeedbackExample],
     work: Path,
     rate: float,
 ) -> Any:
@@ -234,16 +234,16 @@ def build(
                 data = Dataset.from_dict(rows)
                 return silent(PairTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer))
             args = alone(TrainingArguments(**arguments(config, work, rate)))
-            targets = Scale.of(examples).standard(ratings_of(examples))
+            targets = RatingScale.of(examples).standard(ratings_of(examples))
             rated = [{"ids": one.ids[0], "target": float(y)} for one, y in zip(examples, targets, strict=True)]
-            collate = Collate(tokenizer.pad_token_id)
+            collate = PaddingCollator(tokenizer.pad_token_id)
             return silent(RatingTrainer(model=model, args=args, train_dataset=rated, data_collator=collate))
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"the settings must be what transformers' Trainer takes: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
-class Collate:
+class PaddingCollator:
     """Rows side by side, padded on the right."""
 
     pad: int

@@ -28,7 +28,7 @@ CONFIG, DATA, SKIPPED, HELD_OUT, REPORT = "config.yaml", "data.json", "skipped.j
 FREE = {"output_dir", "allow_chance"}  # fields that shape nothing which was computed
 
 
-class Folder:
+class RewardModelFolder:
     """The paths of one training."""
 
     def __init__(self, root: Path) -> None:

@@ -14,22 +14,22 @@ import pyarrow as pa
 import torch
 
 from raftune.config.reward_model import RewardModelConfig
-from raftune.data.classifier_inputs import Reading, write_notes
+from raftune.data.classifier_inputs import ClassifierInputs, write_notes
 from raftune.data.rows import write_skipped
 from raftune.errors import DataError, ModelError
 from raftune.protocols import Reward
 from raftune.reward_models.backbone import Backbone, open_backbone
 from raftune.reward_models.examples import (
-    Example,
-    Source,
-    Split,
+    FeedbackExample,
+    FeedbackSource,
+    HeldOutSplit,
     answer_lengths,
     identity_of,
     prompt_numbers,
     read_examples,
 )
-from raftune.reward_models.fitting import Fit, Floats, Observer, Scale, fit, ratings_of
-from raftune.reward_models.folder import HELD_OUT, SKIPPED, Folder
+from raftune.reward_models.fitting import Floats, Observer, RatingScale, RewardFit, fit, ratings_of
+from raftune.reward_models.folder import HELD_OUT, SKIPPED, RewardModelFolder
 from raftune.reward_models.gate import better_than_length, verdict
 from raftune.reward_models.pairwise import pairwise_report
 from raftune.reward_models.pointwise import pointwise_report
@@ -44,7 +44,7 @@ QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RewardTrainingOutcome:
     """What came of it: the report; whether model/ is there; whether anything had to be done."""
 
     root: Path
@@ -55,7 +55,7 @@ class Outcome:
 
 def train_reward_model(
     config: RewardModelConfig, score_with: Callable[[Path], Reward], observe: Observer = lambda kind, facts: None
-) -> Outcome:
+) -> RewardTrainingOutcome:
     """A reward model under `output_dir`, its report, and every held-out row with its scores.
 
     score_with: makes a reward of the saved folder: what judges the model is what will use it. Called again with the
@@ -63,7 +63,7 @@ def train_reward_model(
     chance stays under work/, unless `allow_chance`. Raises ConfigError, DataError, ModelError, StoreError.
     """
     run = RunFolder(Path(config.output_dir).expanduser())
-    folder = Folder(run.root)
+    folder = RewardModelFolder(run.root)
     folder.refuse_foreign()
     with run.lock():
         folder.claim(config)
@@ -76,11 +76,15 @@ def train_reward_model(
         if folder.model.is_dir():
             discard(folder.work, run.tmp)  # a kill may have come between the model and this
         run.tmp.rmdir()
-    return Outcome(run.root, report, folder.model.is_dir(), worked)
+    return RewardTrainingOutcome(run.root, report, folder.model.is_dir(), worked)
 
 
 def work(
-    config: RewardModelConfig, folder: Folder, tmp: Path, score_with: Callable[[Path], Reward], observe: Observer
+    config: RewardModelConfig,
+    folder: RewardModelFolder,
+    tmp: Path,
+    score_with: Callable[[Path], Reward],
+    observe: Observer,
 ) -> None:
     """Reads, trains, judges, and writes the report, each unless an earlier call did."""
     torch.set_num_threads(config.threads)  # they shape the sums, and so the bits
@@ -101,17 +105,19 @@ def work(
     write_json(tmp, folder.report, whole)
 
 
-def scale_of(split: Split, source: Source) -> Scale:
+def scale_of(split: HeldOutSplit, source: FeedbackSource) -> RatingScale:
     """The ratings' own scale; of pairs 0 and 1. Raises DataError where all ratings are alike."""
     if source.objective == "pairwise":
-        return Scale(0.0, 1.0)
-    scale = Scale.of(split.train)
+        return RatingScale(0.0, 1.0)
+    scale = RatingScale.of(split.train)
     if not scale.std > 0:
         raise DataError(f"data must have ratings that differ; all are {scale.mean:g}. There is nothing to learn.")
     return scale
 
 
-def note_data(folder: Folder, tmp: Path, source: Source, split: Split, observe: Observer) -> None:
+def note_data(
+    folder: RewardModelFolder, tmp: Path, source: FeedbackSource, split: HeldOutSplit, observe: Observer
+) -> None:
     """Writes and says what was read. Raises ConfigChanged if it is not what an earlier call read."""
     prompts = {name: len(set(prompt_numbers(side))) for name, side in sides(split)}
     words, identity = [*source.words, *split.words], identity_of(split)
@@ -130,17 +136,17 @@ def note_data(folder: Folder, tmp: Path, source: Source, split: Split, observe: 
     write_json(tmp, folder.data, noted)
 
 
-def sides(split: Split) -> tuple[tuple[str, list[Example]], ...]:
+def sides(split: HeldOutSplit) -> tuple[tuple[str, list[FeedbackExample]], ...]:
     return ("train", split.train), ("held_out", split.held_out)
 
 
 def trained(
     config: RewardModelConfig,
-    folder: Folder,
+    folder: RewardModelFolder,
     backbone: Backbone,
-    source: Source,
-    split: Split,
-    scale: Scale,
+    source: FeedbackSource,
+    split: HeldOutSplit,
+    scale: RatingScale,
     observe: Observer,
 ) -> dict[str, Any]:
     """Trains the model and saves it under work/, unless that is done; what is told of it."""
@@ -161,7 +167,7 @@ def curve(losses: Sequence[float]) -> list[dict[str, float]]:
     return [{"step": int(end), "loss": float(part.mean())} for end, part in zip(ends, parts, strict=True)]
 
 
-def notes_of(source: Source, reading: Reading, scale: Scale) -> dict[str, Any]:
+def notes_of(source: FeedbackSource, reading: ClassifierInputs, scale: RatingScale) -> dict[str, Any]:
     """What lies beside the model: how it reads its text, and what its scores mean."""
     read = {
         "include_prompt": reading.include_prompt,
@@ -173,7 +179,7 @@ def notes_of(source: Source, reading: Reading, scale: Scale) -> dict[str, Any]:
     return {"version": 1, "objective": source.objective, "reading": read, **ratings}
 
 
-def save(fitted: Fit, backbone: Backbone, folder: Path, notes: dict[str, Any]) -> None:
+def save(fitted: RewardFit, backbone: Backbone, folder: Path, notes: dict[str, Any]) -> None:
     """Writes a plain transformers folder, which is at its place whole or not at all. Raises ModelError."""
     part = folder.with_suffix(".part")
     tokenizer = copy.deepcopy(backbone.tokenizer)
@@ -189,12 +195,12 @@ def save(fitted: Fit, backbone: Backbone, folder: Path, notes: dict[str, Any]) -
 
 
 def judged(
-    folder: Folder,
+    folder: RewardModelFolder,
     tmp: Path,
     backbone: Backbone,
-    source: Source,
-    split: Split,
-    scale: Scale,
+    source: FeedbackSource,
+    split: HeldOutSplit,
+    scale: RatingScale,
     score_with: Callable[[Path], Reward],
     observe: Observer,
 ) -> dict[str, Any]:
@@ -213,7 +219,7 @@ def judged(
     return {**found, "distribution": distribution}
 
 
-def score(reward: Reward, examples: Sequence[Example], observe: Observer) -> Floats:
+def score(reward: Reward, examples: Sequence[FeedbackExample], observe: Observer) -> Floats:
     """(N, answers) scores. Raises ModelError where one is not finite."""
     prompts = [one.prompt for one in examples for _ in one.answers]
     answers = [answer for one in examples for answer in one.answers]
@@ -236,7 +242,7 @@ def distribution_of(scores: Floats) -> dict[str, Any]:
 
 
 def held_out_table(
-    examples: Sequence[Example],
+    examples: Sequence[FeedbackExample],
     scores: Floats,
     lengths: Floats,
 ) -> pa.Table:
@@ -262,7 +268,7 @@ def as_text(content: Any) -> str:
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
 
 
-def publish(folder: Folder) -> None:
+def publish(folder: RewardModelFolder) -> None:
     """Puts the model at its place. Raises ModelError if a person has removed what was trained."""
     if not folder.candidate.is_dir():
         raise ModelError(f"{folder.candidate} is gone. Remove {folder.root}, and train again.")

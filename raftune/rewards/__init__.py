@@ -13,18 +13,18 @@ files.py, picture_files.py  a person's own file, scored
 check.py, examples.py       a report on one reward
 """
 
-from raftune.rewards.batch import Batch
+from raftune.rewards.batch import RewardBatch
 from raftune.rewards.check import CheckReport, check_reward
-from raftune.rewards.failures import Failures, failure_message
+from raftune.rewards.failures import FailureTally, failure_message
 from raftune.rewards.loading import load_panel, load_reward
-from raftune.rewards.panel import Extras, Panel
+from raftune.rewards.panel import LoggedExtras, RewardSet
 
 __all__ = [
-    "Batch",
     "CheckReport",
-    "Extras",
-    "Failures",
-    "Panel",
+    "FailureTally",
+    "LoggedExtras",
+    "RewardBatch",
+    "RewardSet",
     "check_reward",
     "failure_message",
     "load_panel",

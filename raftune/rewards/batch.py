@@ -16,11 +16,11 @@ RESERVED = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class RewardBatch:
     """Samples side by side: every list has one entry a sample. `state` holds fields of `trainer_state`.
 
     Prompts are texts and completions texts, or prompts are message lists and completions
-    `[{"role": "assistant", "content": …}]`; where the policy makes pictures, completions are RGB pictures of Pillow.
+    `[{"role": "assistant", "content": …}]`; where the policy makes images, completions are RGB images of Pillow.
     """
 
     prompts: list[Any]
@@ -32,12 +32,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.completions)
 
-    def take(self, indices: Sequence[int]) -> Batch:
+    def take(self, indices: Sequence[int]) -> RewardBatch:
         """The samples at these indices, in this order."""
         ids = None if self.completion_ids is None else [self.completion_ids[i] for i in indices]
         columns = {name: [values[i] for i in indices] for name, values in self.columns.items()}
         prompts, completions = [self.prompts[i] for i in indices], [self.completions[i] for i in indices]
-        return Batch(prompts, completions, columns, ids, self.state)
+        return RewardBatch(prompts, completions, columns, ids, self.state)
 
 
 @dataclass
@@ -52,7 +52,7 @@ class TrainerState:
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Log:
+class RewardLog:
     """What one call handed to `log_metric` and `log_extra`."""
 
     def __init__(self) -> None:
@@ -78,10 +78,10 @@ def _plain(value: Any) -> Any:
     return json.loads(json_text(value))
 
 
-def keywords(batch: Batch, log: Log) -> dict[str, Any]:
+def keywords(batch: RewardBatch, log: RewardLog) -> dict[str, Any]:
     """Everything that the contract passes by keyword; the lists are copies, so that no reward can change another's.
 
-    Pictures are not: a person's own callable gets copies of them (FunctionReward), and our own rewards change none.
+    Images are not: a person's own callable gets copies of them (FunctionReward), and our own rewards change none.
     """
     columns = {name: _own(values) for name, values in batch.columns.items() if name not in RESERVED}
     state = TrainerState()

@@ -10,22 +10,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raftune.config.rewards import RewardSpec
-from raftune.records import Part
-from raftune.rewards.batch import Batch
+from raftune.records import RewardPart
+from raftune.rewards.batch import RewardBatch
 from raftune.rewards.examples import example_batch, example_pictures
 from raftune.rewards.failures import FAILED, excerpt
 from raftune.rewards.loading import load_reward
 from raftune.rewards.media import IMAGE_MEDIA, is_image, refuse_unfit
-from raftune.rewards.process.calls import Place, call
+from raftune.rewards.process.calls import Executor, call
 from raftune.rewards.process.executors import place
-from raftune.rewards.process.threads import Loop
+from raftune.rewards.process.threads import EventLoopThread
 
 TOLERANCE = 1e-5  # relative: what regrouping a batch may change in float32
 SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Failing:
+class FailedSample:
     """One sample that the reward could not score."""
 
     index: int
@@ -52,10 +52,10 @@ class CheckReport:
     order_independent: bool | None  # a shuffled batch, the same value for each sample
     largest_order_change: float | None
     batch_independent: bool | None  # smaller calls, the same value for each sample
-    mixed_sizes: bool | None  # pictures of several sizes in one call can be scored; None where none were tried
+    mixed_sizes: bool | None  # images of several sizes in one call can be scored; None where none were tried
     notes: tuple[str, ...]  # what the reward says of how it read the samples
     samples_per_second: float
-    failing: tuple[Failing, ...]
+    failing: tuple[FailedSample, ...]
 
     @property
     def ok(self) -> bool:
@@ -89,7 +89,7 @@ class CheckReport:
             said.append("gives every sample the same value: there is nothing to rank")
         if self.mixed_sizes is False:
             said.append(
-                "fails where pictures of several sizes are in one call: give it the policy's own pictures only, or let "
+                "fails where images of several sizes are in one call: give it the policy's own images only, or let "
                 "it resize them"
             )
         return (*said, *self.notes)
@@ -97,7 +97,7 @@ class CheckReport:
 
 def check_reward(
     reward: RewardSpec | str | Callable[..., Any],
-    batch: Batch | None = None,
+    batch: RewardBatch | None = None,
     *,
     timeout: float = 120.0,
     tokenizer: Any = None,
@@ -106,12 +106,12 @@ def check_reward(
 ) -> CheckReport:
     """Calls the reward again and again: as it is, on the shuffled batch, on two halves of it.
 
-    Without a batch it uses one of our own, with `pictures` or for a reward that reads nothing else one of pictures.
+    Without a batch it uses one of our own, with `images` or for a reward that reads nothing else one of images.
     Raises ConfigError and RewardError where the reward cannot be loaded, or reads the other medium alone.
     """
     loaded = load_reward(reward, timeout=timeout, tokenizer=tokenizer, device=device)
     limit = (reward.timeout if isinstance(reward, RewardSpec) else None) or timeout
-    loop = Loop()
+    loop = EventLoopThread()
     seat = place(loaded, loop)
     if batch is not None:
         pictures = any(is_image(one) for one in batch.completions)
@@ -133,7 +133,7 @@ def check_reward(
         loop.close()
 
 
-def _report(loaded: Any, seat: Place, batch: Batch, limit: float) -> CheckReport:
+def _report(loaded: Any, seat: Executor, batch: RewardBatch, limit: float) -> CheckReport:
     order = list(range(len(batch)))
     random.Random(0).shuffle(order)
     call(seat, batch.take(range(min(1, len(batch)))), limit)  # the first call may load a model
@@ -170,7 +170,7 @@ def _report(loaded: Any, seat: Place, batch: Batch, limit: float) -> CheckReport
     )
 
 
-def _largest_change(before: Sequence[Part], after: Sequence[Part]) -> float:
+def _largest_change(before: Sequence[RewardPart], after: Sequence[RewardPart]) -> float:
     """The largest relative difference of two values; infinite where a status changed."""
     if any(a.status is not b.status for a, b in zip(before, after, strict=True)):
         return float("inf")
@@ -180,9 +180,11 @@ def _largest_change(before: Sequence[Part], after: Sequence[Part]) -> float:
     return max((abs(a - b) / max(1.0, abs(a), abs(b)) for a, b in pairs), default=0.0)
 
 
-def _failing(parts: Sequence[Part], batch: Batch) -> list[Failing]:
+def _failing(parts: Sequence[RewardPart], batch: RewardBatch) -> list[FailedSample]:
     bad = [i for i, part in enumerate(parts) if part.status in FAILED][:SHOWN]
     return [
-        Failing(i, parts[i].status.value, parts[i].detail, excerpt(batch.prompts[i]), excerpt(batch.completions[i]))
+        FailedSample(
+            i, parts[i].status.value, parts[i].detail, excerpt(batch.prompts[i]), excerpt(batch.completions[i])
+        )
         for i in bad
     ]

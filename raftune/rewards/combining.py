@@ -11,17 +11,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raftune.records import Part, Score, Status
+from raftune.records import RewardPart, Score, ScoreStatus
 
 Bounds = tuple[float | None, float | None]  # at least, at most
 Combine = Literal["sum", "rank"]
 Floats = npt.NDArray[np.float64]
 # The status of a sample whose parts failed in different ways is the first of these that any part has.
-PRECEDENCE = (Status.ERROR, Status.TIMEOUT, Status.INVALID)
+PRECEDENCE = (ScoreStatus.ERROR, ScoreStatus.TIMEOUT, ScoreStatus.INVALID)
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RewardShare:
     """What one reward counts in the score: its weight times its value, or its weight where a threshold is kept.
 
     With both thresholds the value must lie between them, both included.
@@ -44,7 +44,7 @@ class Share:
 
 
 def combined(
-    parts: Sequence[Mapping[str, Part]], shares: Mapping[str, Share], how: Combine, groups: Sequence[Any]
+    parts: Sequence[Mapping[str, RewardPart]], shares: Mapping[str, RewardShare], how: Combine, groups: Sequence[Any]
 ) -> list[Score]:
     """One score a sample, of its parts by reward; groups[i] names the prompt that sample i answers.
 
@@ -70,17 +70,17 @@ def combined(
     ]
 
 
-def failure_of(parts: Mapping[str, Part]) -> Status | None:
+def failure_of(parts: Mapping[str, RewardPart]) -> ScoreStatus | None:
     """The status of a sample that cannot have a score because a part failed; None of any other."""
     return next((status for status in PRECEDENCE if any(part.status is status for part in parts.values())), None)
 
 
-def added_up(parts: Mapping[str, Part], worth: Mapping[str, float], shares: Mapping[str, Share]) -> Score:
+def added_up(parts: Mapping[str, RewardPart], worth: Mapping[str, float], shares: Mapping[str, RewardShare]) -> Score:
     values = [share.weight * worth[name] for name, share in shares.items() if name in worth]
     if not values:
-        return Score(None, Status.NOT_APPLICABLE, parts)
+        return Score(None, ScoreStatus.NOT_APPLICABLE, parts)
     total = sum(values)
-    return Score(total, Status.OK, parts) if math.isfinite(total) else Score(None, Status.INVALID, parts)
+    return Score(total, ScoreStatus.OK, parts) if math.isfinite(total) else Score(None, ScoreStatus.INVALID, parts)
 
 
 def numbered(groups: Sequence[Any]) -> npt.NDArray[np.int64]:
@@ -102,7 +102,7 @@ def ranks(values: Floats, groups: npt.NDArray[np.int64]) -> Floats:
     return found
 
 
-def with_counts(samples: pa.Table, shares: Mapping[str, Share], how: Combine) -> pa.Table:
+def with_counts(samples: pa.Table, shares: Mapping[str, RewardShare], how: Combine) -> pa.Table:
     """The samples (prompt_id, score, rewards/NAME) with counts/NAME where not the value counts but something else.
 
     What counts is unweighted; null where a sample has no score.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from raftune.data.images import require_pillow
-from raftune.rewards.batch import Batch
+from raftune.rewards.batch import RewardBatch
 
 TEXTS = [
     *("The answer is 42.", "", "I do not know.", "#### 1,000", "Yes", "no", "\\boxed{7}", "word " * 200),
@@ -27,16 +27,16 @@ CAPTIONS = ("a red disc", "nothing at all", "x", LONG)
 SIZES = ((64, 64), (48, 32), (20, 100), (7, 5))  # pixels: width, height
 
 
-def example_batch() -> Batch:
+def example_batch() -> RewardBatch:
     """Sixteen short answers: empty, long, without a number, beyond ASCII."""
     count = len(TEXTS)
     answers = ["42", "1000", None, "7"] * (count // 4)
     ids = [list(range(1, len(text.split()) + 2)) for text in TEXTS]
-    return Batch(["What is the answer?"] * count, list(TEXTS), {"answer": answers, "solution": answers}, ids)
+    return RewardBatch(["What is the answer?"] * count, list(TEXTS), {"answer": answers, "solution": answers}, ids)
 
 
-def example_pictures(*, mixed_sizes: bool = False) -> Batch:
-    """Sixteen pictures of 64 x 64 pixels, or of four sizes: flat, noise, gradients, discs; one caption is very long."""
+def example_pictures(*, mixed_sizes: bool = False) -> RewardBatch:
+    """Sixteen images of 64 x 64 pixels, or of four sizes: flat, noise, gradients, discs; one caption is very long."""
     random = np.random.default_rng(0)
     across, down = np.meshgrid(np.linspace(0, 1, 64), np.linspace(0, 1, 64))
     made = []
@@ -51,4 +51,4 @@ def example_pictures(*, mixed_sizes: bool = False) -> Batch:
     if mixed_sizes:
         pictures = [picture.resize(SIZES[i % len(SIZES)]) for i, picture in enumerate(pictures)]
     captions: list[Any] = [CAPTIONS[i // 4] for i in range(len(pictures))]
-    return Batch(captions, pictures, {"answer": list(captions)})
+    return RewardBatch(captions, pictures, {"answer": list(captions)})

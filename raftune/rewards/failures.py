@@ -7,24 +7,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raftune.records import Score, Status
+from raftune.records import Score, ScoreStatus
 from raftune.rewards.builtin.text import text_of
 from raftune.rewards.media import is_image
 from raftune.sanitize import counted
 
-FAILED = frozenset({Status.ERROR, Status.TIMEOUT, Status.INVALID})
+FAILED = frozenset({ScoreStatus.ERROR, ScoreStatus.TIMEOUT, ScoreStatus.INVALID})
 EXAMPLES = 3
 
 
 @dataclass
-class Failures:
+class FailureTally:
     """A tally over a round, fed sample by sample: counts by status, and the first example of each of three details."""
 
     total: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, tuple[str, str, str]] = field(default_factory=dict)
 
-    def add(self, status: Status, detail: str, prompt: Any, completion: Any) -> None:
+    def add(self, status: ScoreStatus, detail: str, prompt: Any, completion: Any) -> None:
         """Counts one sample; a part that does not apply is no failure."""
         self.total += 1
         if status not in FAILED:
@@ -54,14 +54,14 @@ class Failures:
         ]
 
     def _advice(self) -> str:
-        if set(self.counts) == {Status.TIMEOUT.value}:
+        if set(self.counts) == {ScoreStatus.TIMEOUT.value}:
             return "If the reward is only slow, raise rewards.timeout or lower rewards.batch_size."
         return "Mend the reward, try it with `raftune reward check`, and resume; what was drawn is kept."
 
 
 def failure_message(scores: Sequence[Score], samples: Iterable[tuple[Any, Any]], limit: float) -> str | None:
     """`Failures.message` for scores and their (prompt, completion) pairs."""
-    tally = Failures()
+    tally = FailureTally()
     for score, (prompt, completion) in zip(scores, samples, strict=True):
         tally.add(
             score.status, "; ".join(f"{n}: {p.detail}" for n, p in score.parts.items() if p.detail), prompt, completion
@@ -70,9 +70,9 @@ def failure_message(scores: Sequence[Score], samples: Iterable[tuple[Any, Any]],
 
 
 def excerpt(content: Any, length: int = 80) -> str:
-    """The beginning of a text or of the last message, in one line; of a picture its size."""
+    """The beginning of a text or of the last message, in one line; of an image its size."""
     if is_image(content):
-        return f"a picture of {content.width} x {content.height} pixels"
+        return f"an image of {content.width} x {content.height} pixels"
     text = (
         text_of(content[-1:]) if isinstance(content, list) else content if isinstance(content, str) else repr(content)
     )

@@ -1,4 +1,4 @@
-"""Files scored by any reward: answers or pictures with their prompts, or preferences, of which both are scored."""
+"""Files scored by any reward: answers or images with their prompts, or preferences, of which both are scored."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import pyarrow as pa
 
 from raftune.data.columns import COMPLETION, PROMPT, find, has, read_answer, read_prompt
 from raftune.data.preferences import read_preferences
-from raftune.data.rows import Reason, Skipped, Unusable, reasons
+from raftune.data.rows import SkippedRow, SkipReason, UnusableRow, reasons
 from raftune.data.source import raw_rows
 from raftune.errors import DataError
 from raftune.evaluation.bootstrap import interval, mean_by_prompt
-from raftune.records import Score, Status
-from raftune.rewards.batch import RESERVED, Batch
-from raftune.rewards.failures import FAILED, Failures
-from raftune.rewards.panel import Panel
-from raftune.rewards.picture_files import Gallery, Place, folder_rows, holds_picture, is_folder, one_picture
+from raftune.records import Score, ScoreStatus
+from raftune.rewards.batch import RESERVED, RewardBatch
+from raftune.rewards.failures import FAILED, FailureTally
+from raftune.rewards.panel import RewardSet
+from raftune.rewards.picture_files import ImageFiles, Place, folder_rows, holds_picture, is_folder, one_picture
 from raftune.sanitize import counted
 from raftune.store.files import stage_file
 from raftune.store.parquet import write_table
@@ -37,10 +37,10 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
-class Answers:
+class CompletionFile:
     """What of a file is scored, an entry an answer; of preferences the preferred answer and the other, in turn.
 
-    Pictures are read one by one when they are scored; `written` is what stands for each where rows are written.
+    Images are read one by one when they are scored; `written` is what stands for each where rows are written.
     """
 
     rows: list[int]
@@ -48,7 +48,7 @@ class Answers:
     completions: Sequence[Any]
     columns: dict[str, list[Any]]
     pairs: bool
-    skipped: list[Skipped]
+    skipped: list[SkippedRow]
     words: tuple[str, ...]
     written: Sequence[Any] | None = None
 
@@ -58,12 +58,12 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Scored:
+class FileScores:
     """The scores of a file's answers, and what failed."""
 
-    answers: Answers
+    answers: CompletionFile
     scores: list[Score]
-    failures: Failures
+    failures: FailureTally
 
     @property
     def values(self) -> npt.NDArray[np.float64]:
@@ -71,7 +71,7 @@ class Scored:
         return np.array([math.nan if s.value is None else s.value for s in self.scores], dtype=np.float64)
 
 
-def read_answers(source: str, split: str = "train", dialogues: Form = "text", field: str = "FILE") -> Answers:
+def read_answers(source: str, split: str = "train", dialogues: Form = "text", field: str = "FILE") -> CompletionFile:
     """The answers of the source; rows that cannot be read are skipped and named. Raises DataError where none can."""
     if is_folder(source):
         return read_pictures(source, folder_rows(source, field), field)
@@ -81,38 +81,40 @@ def read_answers(source: str, split: str = "train", dialogues: Form = "text", fi
     if not has(first, COMPLETION):
         return read_pairs(source, split, dialogues, field)
     kept: list[tuple[int, Any, Any, dict[str, Any]]] = []
-    skipped: list[Skipped] = []
+    skipped: list[SkippedRow] = []
     for number, raw in raw_rows(source, split, field):
         try:
             kept.append((number, *one_answer(raw))) if isinstance(raw, dict) else skipped.append(raw)
-        except Unusable as why:
-            skipped.append(Skipped(number, why.reason, why.detail))
+        except UnusableRow as why:
+            skipped.append(SkippedRow(number, why.reason, why.detail))
     if not kept:
         told = "; ".join(reasons(skipped))
         raise DataError(f"{field} must hold prompts with completions, or preferences; all rows were skipped: {told}.")
     numbers, prompts, completions, others = (list(part) for part in zip(*kept, strict=True))
     words = (f"{source}: {counted(len(kept), 'answer')}", *(f"  {line}" for line in reasons(skipped)))
-    return Answers(numbers, prompts, completions, side_by_side(others), False, skipped, words)
+    return CompletionFile(numbers, prompts, completions, side_by_side(others), False, skipped, words)
 
 
-def read_pictures(source: str, rows: Iterable[tuple[int, dict[str, Any] | Skipped]], field: str) -> Answers:
-    """The pictures of the rows with their prompts, each looked at once. Raises DataError where none can be read."""
+def read_pictures(source: str, rows: Iterable[tuple[int, dict[str, Any] | SkippedRow]], field: str) -> CompletionFile:
+    """The images of the rows with their prompts, each looked at once. Raises DataError where none can be read."""
     path = Path(source).expanduser()
     base = path if path.is_dir() else path.parent
     kept: list[tuple[int, Any, Place, str, dict[str, Any]]] = []
-    skipped: list[Skipped] = []
+    skipped: list[SkippedRow] = []
     for number, raw in rows:
         try:
             kept.append((number, *one_picture(raw, base))) if isinstance(raw, dict) else skipped.append(raw)
-        except Unusable as why:
-            skipped.append(Skipped(number, why.reason, why.detail))
+        except UnusableRow as why:
+            skipped.append(SkippedRow(number, why.reason, why.detail))
     if not kept:
         told = "; ".join(reasons(skipped)) or "there are none"
         first = f" ({skipped[0].detail})" if skipped else ""
-        raise DataError(f"{field} must hold pictures with prompts; all rows were skipped: {told}{first}.")
+        raise DataError(f"{field} must hold images with prompts; all rows were skipped: {told}{first}.")
     numbers, prompts, places, names, others = (list(part) for part in zip(*kept, strict=True))
     words = (f"{source}: {counted(len(kept), 'picture')}", *(f"  {line}" for line in reasons(skipped)))
-    return Answers(numbers, prompts, Gallery(places, names), side_by_side(others), False, skipped, words, written=names)
+    return CompletionFile(
+        numbers, prompts, ImageFiles(places, names), side_by_side(others), False, skipped, words, written=names
+    )
 
 
 def side_by_side(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -120,12 +122,12 @@ def side_by_side(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
-def read_pairs(source: str, split: str, dialogues: Form, field: str) -> Answers:
+def read_pairs(source: str, split: str, dialogues: Form, field: str) -> CompletionFile:
     found = read_preferences(source, split, field=field, dialogues=dialogues)
     numbers = [pair.row for pair in found.rows for _ in (0, 1)]
     prompts = [pair.prompt for pair in found.rows for _ in (0, 1)]
     completions = [answer for pair in found.rows for answer in (pair.chosen, pair.rejected)]
-    return Answers(numbers, prompts, completions, {}, True, found.skipped, tuple(found.words()))
+    return CompletionFile(numbers, prompts, completions, {}, True, found.skipped, tuple(found.words()))
 
 
 def one_answer(row: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
@@ -135,21 +137,21 @@ def one_answer(row: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     name, answer = find(row, COMPLETION)
     try:
         completion = read_answer(answer, prompt, name)
-    except Unusable as why:
-        if why.reason is not Reason.EMPTY_ANSWER or not isinstance(answer, str):
+    except UnusableRow as why:
+        if why.reason is not SkipReason.EMPTY_ANSWER or not isinstance(answer, str):
             raise
         completion = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
     return prompt, completion, {key: value for key, value in row.items() if key not in (column, name)}
 
 
 def score_answers(
-    panel: Panel, answers: Answers, observe: Callable[[int, int], None] = lambda done, of: None
-) -> Scored:
+    panel: RewardSet, answers: CompletionFile, observe: Callable[[int, int], None] = lambda done, of: None
+) -> FileScores:
     """Every answer scored, in the order of the file; what fails is counted, and raises nothing."""
     scores: list[Score] = []
-    failures = Failures()
+    failures = FailureTally()
     columns = {name: values for name, values in answers.columns.items() if name not in RESERVED}
-    batch = Batch(answers.prompts, cast("list[Any]", answers.completions), columns)
+    batch = RewardBatch(answers.prompts, cast("list[Any]", answers.completions), columns)
     for start in range(0, len(batch), CHUNK):
         part = batch.take(range(start, min(start + CHUNK, len(batch))))
         found = panel.score(part)
@@ -157,14 +159,14 @@ def score_answers(
             failures.add(one.status, detail_of(one), prompt, completion)
         scores += found
         observe(len(scores), len(batch))
-    return Scored(answers, scores, failures)
+    return FileScores(answers, scores, failures)
 
 
 def detail_of(score: Score) -> str:
     return "; ".join(part.detail for part in score.parts.values() if part.detail)
 
 
-def summary(scored: Scored) -> dict[str, Any]:
+def summary(scored: FileScores) -> dict[str, Any]:
     """Counts by status, mean with its interval over prompts, spread; of preferences how often the preferred wins."""
     values, prompts = scored.values, prompt_numbers(scored.answers.prompts)
     finite = values[np.isfinite(values)]
@@ -191,7 +193,7 @@ def prompt_numbers(prompts: Sequence[Any]) -> npt.NDArray[np.int64]:
     return np.array([seen.setdefault(key, len(seen)) for key in keys], dtype=np.int64)
 
 
-def write_scored(scored: Scored, out: Path) -> None:
+def write_scored(scored: FileScores, out: Path) -> None:
     """Writes a row an answer, or a row a pair, as Parquet or JSON lines, by the name's end."""
     rows = list(pair_rows(scored) if scored.answers.pairs else answer_rows(scored))
     with stage_file(out.parent, out) as path:
@@ -210,7 +212,7 @@ def column(values: list[Any]) -> pa.Array:
         return pa.array([json.dumps(value, ensure_ascii=False, default=str) for value in values], pa.string())
 
 
-def answer_rows(scored: Scored) -> Iterator[dict[str, Any]]:
+def answer_rows(scored: FileScores) -> Iterator[dict[str, Any]]:
     """The row as it was read and its score; a column of the file that bears such a name is kept as `given_NAME`."""
     answers = scored.answers
     names = {name: f"given_{name}" if name in OWN else name for name in answers.columns}
@@ -221,7 +223,7 @@ def answer_rows(scored: Scored) -> Iterator[dict[str, Any]]:
         yield {**asked, **others, "score": score.value, "status": score.status.value, "detail": detail_of(score)}
 
 
-def pair_rows(scored: Scored) -> Iterator[dict[str, Any]]:
+def pair_rows(scored: FileScores) -> Iterator[dict[str, Any]]:
     """Both answers with their scores; `margin` is by how much the preferred one is ahead."""
     answers = scored.answers
     for i in range(0, len(scored.scores), 2):
@@ -236,6 +238,8 @@ def pair_rows(scored: Scored) -> Iterator[dict[str, Any]]:
             "score_chosen": chosen.value,
             "score_rejected": rejected.value,
             "margin": margin,
-            "status": (told[0].status if told else Status.NOT_APPLICABLE if margin is None else Status.OK).value,
+            "status": (
+                told[0].status if told else ScoreStatus.NOT_APPLICABLE if margin is None else ScoreStatus.OK
+            ).value,
             "detail": "; ".join(filter(None, map(detail_of, (chosen, rejected)))),
         }

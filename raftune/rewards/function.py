@@ -43,7 +43,7 @@ class FunctionReward:
         self.accepts, self.is_async = accepted(function), is_async(function)
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
-        answers = [one.copy() if is_image(one) else one for one in completions]  # pictures can be changed
+        answers = [one.copy() if is_image(one) else one for one in completions]  # images can be changed
         given = {**columns, "prompts": prompts, "completions": answers, **self.options}
         self._need(given)
         if self.accepts is not None:

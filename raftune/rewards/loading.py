@@ -11,7 +11,7 @@ from raftune.config.secrets import advice, plain_secrets
 from raftune.errors import ConfigError
 from raftune.protocols import Reward
 from raftune.rewards.function import FunctionReward
-from raftune.rewards.panel import Panel
+from raftune.rewards.panel import RewardSet
 from raftune.rewards.registry import BUILT_IN, import_all
 from raftune.rewards.resolve import is_function, resolve
 
@@ -28,7 +28,7 @@ def load_reward(
 ) -> Reward:
     """The reward that a spec or an object stands for, ready to be called.
 
-    Functions given as a spec run in a process of their own (HostedReward), objects in this one. `tokenizer` belongs to
+    Functions given as a spec run in a process of their own (ProcessReward), objects in this one. `tokenizer` belongs to
     a model given as an object. Raises ConfigError for a spec or options that cannot be meant, RewardError for code or a
     model that cannot be loaded.
     """
@@ -38,9 +38,9 @@ def load_reward(
         return _from_object(reward, name, tokenizer, device)
     spec = reward if name is None else reward.model_copy(update={"name": name})
     if is_function(spec.spec) or (spec.spec in BUILT_IN and BUILT_IN[spec.spec].own_process):
-        from raftune.rewards.process.client import HostedReward
+        from raftune.rewards.process.client import ProcessReward
 
-        return HostedReward(spec, spec.timeout or timeout)
+        return ProcessReward(spec, spec.timeout or timeout)
     return resolve(spec, device)
 
 
@@ -50,7 +50,7 @@ def load_panel(
     *,
     weights: Sequence[float] | None = None,
     tokenizers: Sequence[Any] | None = None,
-) -> Panel:
+) -> RewardSet:
     """The panel of the configured rewards and, after them, of those given as objects.
 
     `weights` and `tokenizers` belong to the objects, one each. Whatever was started is ended again on an error.
@@ -67,7 +67,7 @@ def load_panel(
         for item, tokenizer in zip(objects, tokenizers, strict=True):
             rewards.append(load_reward(item, tokenizer=tokenizer, timeout=config.timeout, device=config.device))
         fixed = [spec.name is not None for spec in config.reward_funcs] + [False] * len(objects)
-        return Panel(
+        return RewardSet(
             rewards,
             names=unique_names(list(zip((reward.name for reward in rewards), fixed, strict=True))),
             weights=[spec.weight for spec in config.reward_funcs]
@@ -106,11 +106,11 @@ def _of_object(model: Any, processor: Any, name: str | None, device: str) -> Rew
     """The reward that a torch module is: a CLIPModel with its processor, or a classifier with its tokenizer."""
     if getattr(getattr(model, "config", None), "model_type", None) == "clip":
         from raftune.rewards.builtin.clip import ClipModel
-        from raftune.rewards.builtin.clip_score import ClipScore
+        from raftune.rewards.builtin.clip_score import ClipScoreReward
         from raftune.rewards.builtin.model_options import ClipScoreOptions
 
         options = ClipScoreOptions(model=getattr(model.config, "_name_or_path", "") or "clip_score")
-        return cast(Reward, ClipScore(options, name=name, clip=ClipModel(model, device, processor=processor)))
-    from raftune.rewards.builtin.classifier import Classifier
+        return cast(Reward, ClipScoreReward(options, name=name, clip=ClipModel(model, device, processor=processor)))
+    from raftune.rewards.builtin.classifier import ClassifierReward
 
-    return cast(Reward, Classifier(None, model=model, tokenizer=processor, name=name, device=device))
+    return cast(Reward, ClassifierReward(None, model=model, tokenizer=processor, name=name, device=device))

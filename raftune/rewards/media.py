@@ -1,4 +1,4 @@
-"""What rewards can read: texts, pictures, or both."""
+"""What rewards can read: texts, images, or both."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ WORDS = frozenset({"text", "messages", "category"})  # what reads as a text
 
 
 def is_image(value: Any) -> bool:
-    """True of a picture of Pillow, told by what it can do: without pictures Pillow need not be installed."""
+    """True of an image of Pillow, told by what it can do: without images Pillow need not be installed."""
     return hasattr(value, "convert")
 
 
 def pictures(completions: list[Any], name: str) -> list[Any]:
-    """The completions, RGB pictures of Pillow. Raises RewardError that names the reward where one is something else."""
+    """The completions, RGB images of Pillow. Raises RewardError that names the reward where one is something else."""
     for completion in completions:
         if not is_image(completion):
             raise RewardError(
-                f"reward {name!r} scores pictures, and a completion is of type {type(completion).__name__}. Use a "
-                "reward for texts, or draw from a policy that makes pictures."
+                f"reward {name!r} scores images, and a completion is of type {type(completion).__name__}. Use a "
+                "reward for texts, or draw from a policy that makes images."
             )
     return [completion if completion.mode == "RGB" else completion.convert("RGB") for completion in completions]
 
@@ -36,7 +36,7 @@ def refuse_unfit(reads: Mapping[str, frozenset[str]], media: str) -> None:
 
 def kinds(media: str) -> tuple[str, str]:
     """What answers of this medium are called, and those of the other."""
-    return ("pictures", "texts") if media == "image" else ("texts", "pictures")
+    return ("images", "texts") if media == "image" else ("texts", "images")
 
 
 def unfit(reads: Mapping[str, frozenset[str]], media: str) -> list[str]:

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from raftune.config.secrets import masked
-from raftune.records import Part, Status
-from raftune.rewards.batch import Batch, Log, keywords
+from raftune.records import RewardPart, ScoreStatus
+from raftune.rewards.batch import RewardBatch, RewardLog, keywords
 from raftune.store.interruption import interrupting
 
 # Code that is not the user's: raftune's own, the standard library's, what is installed.
@@ -43,22 +43,22 @@ LACKS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, e
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RewardOutcome:
     """One part a sample, and what the reward logged."""
 
-    parts: list[Part]
-    log: Log = field(default_factory=Log)
+    parts: list[RewardPart]
+    log: RewardLog = field(default_factory=RewardLog)
     returned: int | None = None  # how many values came back, where they could be counted
 
     @property
     def failed(self) -> bool:
         """True where the call as a whole came to nothing, so that another call may help."""
-        return any(part.status in (Status.ERROR, Status.TIMEOUT) for part in self.parts)
+        return any(part.status in (ScoreStatus.ERROR, ScoreStatus.TIMEOUT) for part in self.parts)
 
 
-def whole(status: Status, detail: str, size: int, returned: int | None = None) -> Outcome:
+def whole(status: ScoreStatus, detail: str, size: int, returned: int | None = None) -> RewardOutcome:
     """The same part for every sample of the call."""
-    return Outcome([Part(None, status, detail)] * size, returned=returned)
+    return RewardOutcome([RewardPart(None, status, detail)] * size, returned=returned)
 
 
 def one_line(error: BaseException) -> str:
@@ -93,21 +93,21 @@ def where(error: BaseException) -> str:
     return place
 
 
-def judge(output: Any, size: int, log: Log) -> Outcome:
+def judge(output: Any, size: int, log: RewardLog) -> RewardOutcome:
     """The parts that a reward's return value stands for; its values are numbers, or None for "not applicable"."""
     values = _as_list(output, size)
     if values is None:
         hint = ": is a `return` missing?" if output is None else ""
         kind = "None" if output is None else f"{type(output).__name__} {_shown(output)}"
-        return whole(Status.INVALID, f"returned {kind}, not a list of {size} numbers{hint}", size)
+        return whole(ScoreStatus.INVALID, f"returned {kind}, not a list of {size} numbers{hint}", size)
     if len(values) != size:
         more = "more than " if isinstance(output, GeneratorType | map) and len(values) > size else ""
         count = size if more else len(values)
-        return whole(Status.INVALID, f"returned {more}{count} values for {size} completions", size, len(values))
-    return Outcome([_part(value) for value in values], log, len(values))
+        return whole(ScoreStatus.INVALID, f"returned {more}{count} values for {size} completions", size, len(values))
+    return RewardOutcome([_part(value) for value in values], log, len(values))
 
 
-def attempt(reward: Any, batch: Batch, *, ours: bool = False) -> Outcome:
+def attempt(reward: Any, batch: RewardBatch, *, ours: bool = False) -> RewardOutcome:
     """The outcome of one call in this thread; whatever the reward raises, SystemExit included, becomes a status.
 
     Not so what the machine lacked (see `machine_failed`): that is raised.
@@ -115,7 +115,7 @@ def attempt(reward: Any, batch: Batch, *, ours: bool = False) -> Outcome:
     the run's and not the reward's: KeyboardInterrupt, SystemExit and what a handler raised go through, also out of code
     that turned them into another error; and so does a lack of memory.
     """
-    log = Log()
+    log = RewardLog()
     try:
         output = reward(**keywords(batch, log))
         if inspect.isawaitable(output):
@@ -130,18 +130,18 @@ def attempt(reward: Any, batch: Batch, *, ours: bool = False) -> Outcome:
             raise stop from stop.__cause__
         if machine_failed(error, ours):
             raise
-        return whole(Status.ERROR, one_line(error) + where(error), len(batch))
+        return whole(ScoreStatus.ERROR, one_line(error) + where(error), len(batch))
 
 
-async def attempt_async(reward: Any, batch: Batch) -> Outcome:
+async def attempt_async(reward: Any, batch: RewardBatch) -> RewardOutcome:
     """As `attempt`, for a reward that is awaited."""
-    log = Log()
+    log = RewardLog()
     try:
         return judge(await reward(**keywords(batch, log)), len(batch), log)
     except BaseException as error:
         if machine_failed(error):
             raise
-        return whole(Status.ERROR, one_line(error) + where(error), len(batch))
+        return whole(ScoreStatus.ERROR, one_line(error) + where(error), len(batch))
 
 
 def machine_failed(error: BaseException, ours: bool = False) -> bool:
@@ -200,15 +200,15 @@ def _is_time(value: Any) -> bool:
     return getattr(getattr(value, "dtype", None), "kind", "") in ("m", "M")
 
 
-def _part(value: Any) -> Part:
+def _part(value: Any) -> RewardPart:
     if value is None:
-        return Part(None, Status.NOT_APPLICABLE)
+        return RewardPart(None, ScoreStatus.NOT_APPLICABLE)
     number = _number(value)
     if number is None:
-        return Part(None, Status.INVALID, f"returned {type(value).__name__} {_shown(value)}, not a number")
+        return RewardPart(None, ScoreStatus.INVALID, f"returned {type(value).__name__} {_shown(value)}, not a number")
     if not math.isfinite(number):
-        return Part(None, Status.INVALID, f"returned {number}, not a finite number")
-    return Part(number, Status.OK)
+        return RewardPart(None, ScoreStatus.INVALID, f"returned {number}, not a finite number")
+    return RewardPart(number, ScoreStatus.OK)
 
 
 def _number(value: Any) -> float | None:

@@ -15,23 +15,23 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from raftune.data.images import Pictures
+from raftune.data.images import LazyImages
 from raftune.errors import ConfigError
 from raftune.protocols import Reward
-from raftune.records import INVALID, Part, Prompt, Score, Status
-from raftune.rewards.batch import RESERVED, Batch, Log
-from raftune.rewards.combining import Bounds, Combine, Share, combined
+from raftune.records import INVALID, Prompt, RewardPart, Score, ScoreStatus
+from raftune.rewards.batch import RESERVED, RewardBatch, RewardLog
+from raftune.rewards.combining import Bounds, Combine, RewardShare, combined
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.media import kinds, unfit
-from raftune.rewards.outcome import Outcome
+from raftune.rewards.outcome import RewardOutcome
 from raftune.rewards.process.calls import call, finish, undisturbed
 from raftune.rewards.process.executors import place
-from raftune.rewards.process.threads import Loop
+from raftune.rewards.process.threads import EventLoopThread
 from raftune.store import partial
 
 
 @dataclass(frozen=True)
-class Extras:
+class LoggedExtras:
     """What rewards logged during the last `score`: means of `log_metric`; `log_extra` columns, a value a sample."""
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Extras:
     counts: dict[str, int] = field(default_factory=dict)  # how many numbers each mean was taken of
 
 
-class Panel:
+class RewardSet:
     """Calls every reward on fixed batches and combines the parts: the same samples in the same order score the same.
 
     `thresholds` (at least, at most) and `weights` say what each reward counts, `combine` how that adds up.
@@ -66,16 +66,16 @@ class Panel:
         self._check(len(rewards))
         bounds = thresholds if thresholds is not None else [(None, None)] * len(rewards)
         several = zip(self.names, self.weights, bounds, strict=True)
-        self.shares = {name: Share(weight, *between) for name, weight, between in several}
+        self.shares = {name: RewardShare(weight, *between) for name, weight, between in several}
         self.combine: Combine = combine
         seconds = [timeouts] * len(rewards) if isinstance(timeouts, int | float) else timeouts
         self._timeouts = dict(zip(self.names, seconds, strict=True))
         self._batch_size, self._retries = batch_size, retries
-        self._loop = Loop()
+        self._loop = EventLoopThread()
         self._places = {name: place(reward, self._loop) for name, reward in zip(self.names, rewards, strict=True)}
         self.media = {name: frozenset(reward.media) for name, reward in zip(self.names, rewards, strict=True)}
         self._rewards = tuple(rewards)
-        self.extras = Extras()
+        self.extras = LoggedExtras()
         self._notes = tuple(notes)
 
     @property
@@ -95,7 +95,7 @@ class Panel:
         return [reward.fingerprint for reward in self._rewards]  # hashing a model's files takes its time
 
     def score(
-        self, batch: Batch, *, groups: Sequence[Any] | None = None, combine: Combine | None = None
+        self, batch: RewardBatch, *, groups: Sequence[Any] | None = None, combine: Combine | None = None
     ) -> list[Score]:
         """One score a sample. A failing reward raises nothing here: see Status. `extras` then holds what was logged.
 
@@ -103,7 +103,7 @@ class Panel:
         `combine` is another way than the panel's own. Raises RewardError where a reward model's weights cannot be read.
         """
         chunks = [range(i, min(i + self._batch_size, len(batch))) for i in range(0, len(batch), self._batch_size)]
-        calls: list[dict[str, Outcome]] = []
+        calls: list[dict[str, RewardOutcome]] = []
         with partial.current("scores").work() as part:
             if (path := part.find()) is not None:
                 calls = [outcomes_from(call) for call in json.loads(path.read_bytes())]
@@ -150,7 +150,7 @@ class Panel:
             seat.close()
         self._loop.close()
 
-    def __enter__(self) -> Panel:
+    def __enter__(self) -> RewardSet:
         return self
 
     def __exit__(
@@ -170,7 +170,7 @@ class Panel:
                 f"rewards must bear different names; got {twice[0]!r} twice. Each names a column: rename one."
             )
 
-    def _call(self, batch: Batch) -> dict[str, Outcome]:
+    def _call(self, batch: RewardBatch) -> dict[str, RewardOutcome]:
         """The outcome of each reward on one batch, after the retries."""
         outcomes = self._once(batch, self.names)
         for _ in range(self._retries):
@@ -180,7 +180,7 @@ class Panel:
             outcomes |= self._once(batch, failed)
         return outcomes
 
-    def _once(self, batch: Batch, names: Sequence[str]) -> dict[str, Outcome]:
+    def _once(self, batch: RewardBatch, names: Sequence[str]) -> dict[str, RewardOutcome]:
         started = {name: self._start(name, batch) for name in self._at("process", names=names)}
         done = {
             name: call(self._places[name], batch, self._timeouts[name])
@@ -196,12 +196,12 @@ class Panel:
     def _at(self, *places: str, names: Sequence[str]) -> list[str]:
         return [name for name in names if self._places[name].place in places]
 
-    def _start(self, name: str, batch: Batch) -> tuple[Future[Outcome], float]:
+    def _start(self, name: str, batch: RewardBatch) -> tuple[Future[RewardOutcome], float]:
         future = self._places[name].start(batch)
         return future, time.monotonic() + self._timeouts[name]
 
 
-def write_calls(calls: Sequence[Mapping[str, Outcome]], path: Path) -> None:
+def write_calls(calls: Sequence[Mapping[str, RewardOutcome]], path: Path) -> None:
     """Writes the outcomes of some calls, from which an interrupted scoring goes on."""
     plain = [
         {
@@ -220,18 +220,18 @@ def write_calls(calls: Sequence[Mapping[str, Outcome]], path: Path) -> None:
         raise OSError(f"not kept: {error}") from error
 
 
-def outcomes_from(call: Mapping[str, Any]) -> dict[str, Outcome]:
+def outcomes_from(call: Mapping[str, Any]) -> dict[str, RewardOutcome]:
     """The outcomes of a call, as `write_calls` wrote them."""
     found = {}
     for name, plain in call.items():
-        log = Log()
+        log = RewardLog()
         log.metrics, log.columns = plain["log"]
-        parts = [Part(value, Status(status), detail) for value, status, detail in plain["parts"]]
-        found[name] = Outcome(parts, log, plain["returned"])
+        parts = [RewardPart(value, ScoreStatus(status), detail) for value, status, detail in plain["parts"]]
+        found[name] = RewardOutcome(parts, log, plain["returned"])
     return found
 
 
-def gather_extras(calls: Sequence[Mapping[str, Outcome]], sizes: Sequence[int]) -> Extras:
+def gather_extras(calls: Sequence[Mapping[str, RewardOutcome]], sizes: Sequence[int]) -> LoggedExtras:
     """Means of the metrics over all calls; columns with None where a call logged nothing, or not one value a sample."""
     metrics: dict[str, list[float]] = {}
     names = sorted({name for call in calls for outcome in call.values() for name in outcome.log.columns})
@@ -245,10 +245,10 @@ def gather_extras(calls: Sequence[Mapping[str, Outcome]], sizes: Sequence[int]) 
             for name, numbers in outcome.log.metrics.items():
                 metrics.setdefault(name, []).extend(numbers)
     means = {name: sum(numbers) / len(numbers) for name, numbers in sorted(metrics.items()) if numbers}
-    return Extras(means, columns, {name: len(metrics[name]) for name in means})
+    return LoggedExtras(means, columns, {name: len(metrics[name]) for name in means})
 
 
-def misfits(panel: Panel, media: str, family: str, field: str = "rewards.reward_funcs") -> Iterator[str]:
+def misfits(panel: RewardSet, media: str, family: str, field: str = "rewards.reward_funcs") -> Iterator[str]:
     """A sentence for each reward of the panel that cannot read what a policy of this medium and family makes.
 
     A plain function says nothing of what it reads, so nothing is said of it.
@@ -261,13 +261,13 @@ def misfits(panel: Panel, media: str, family: str, field: str = "rewards.reward_
         )
 
 
-class SamplePanel:
+class SampleScorer:
     """A panel that reads samples as the ledger holds them."""
 
-    def __init__(self, panel: Panel, combine: Combine | None = None) -> None:
+    def __init__(self, panel: RewardSet, combine: Combine | None = None) -> None:
         """`combine` is another way to combine the parts than the panel's own."""
         self.panel, self.names, self.combine = panel, panel.names, combine or panel.combine
-        self.extras = Extras()
+        self.extras = LoggedExtras()
 
     @property
     def fingerprint(self) -> str:
@@ -291,7 +291,7 @@ class SamplePanel:
         known = {row: score for row, score in (earlier or {}).items() if why[row] is None}
         rows = [row for row, reason in enumerate(why) if reason is None and row not in known]
         asked = self._asked([prompts[row] for row in rows], samples.take(pa.array(rows, pa.int64()))) if rows else []
-        extras = self.panel.extras if rows else Extras()
+        extras = self.panel.extras if rows else LoggedExtras()
         columns = {
             name: [dict(zip(rows, values, strict=True)).get(row) for row in range(len(why))]
             for name, values in extras.columns.items()
@@ -323,20 +323,20 @@ class SamplePanel:
 
 def invalid_score(names: Sequence[str], why: str) -> Score:
     """The score of a sample that no reward was asked about."""
-    return Score(None, Status.INVALID, dict.fromkeys(names, Part(None, Status.NOT_APPLICABLE)), why)
+    return Score(None, ScoreStatus.INVALID, dict.fromkeys(names, RewardPart(None, ScoreStatus.NOT_APPLICABLE)), why)
 
 
-def batch_of(prompts: list[Prompt], samples: pa.Table) -> Batch:
+def batch_of(prompts: list[Prompt], samples: pa.Table) -> RewardBatch:
     """Prompts and completions in TRL's shapes, each column of the data set as one value a sample."""
     answers = samples.column("completion")
     if pa.types.is_binary(answers.type) or pa.types.is_large_binary(answers.type):
-        completions = cast("list[Any]", Pictures(answers, samples.column("sample_id")))
+        completions = cast("list[Any]", LazyImages(answers, samples.column("sample_id")))
     else:
         completions = [as_asked(prompt, answer) for prompt, answer in zip(prompts, answers.to_pylist(), strict=True)]
     names = [name for name in (prompts[0].columns if prompts else ()) if name not in RESERVED]
     columns = {name: [prompt.columns[name] for prompt in prompts] for name in names}
     ids = samples.column("completion_ids").to_pylist() if "completion_ids" in samples.column_names else None
-    return Batch([prompt.content for prompt in prompts], completions, columns, ids)
+    return RewardBatch([prompt.content for prompt in prompts], completions, columns, ids)
 
 
 def as_asked(prompt: Prompt, answer: Any) -> Any:

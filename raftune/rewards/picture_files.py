@@ -1,4 +1,4 @@
-"""Pictures with prompts from a person's own files: a folder of pictures, or rows that hold or name one each."""
+"""Images with prompts from a person's own files: a folder of images, or rows that hold or name one each."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any, overload
 
 from raftune.data.columns import find
 from raftune.data.images import SUFFIXES, image_of, sha256_of_png
-from raftune.data.rows import Reason, Skipped, Unusable
+from raftune.data.rows import SkippedRow, SkipReason, UnusableRow
 from raftune.errors import DataError
 
-PICTURE = ("image", "picture", "completion")  # columns that may hold a picture, or the path of one
+PICTURE = ("image", "image", "completion")  # columns that may hold an image, or the path of one
 CAPTION = ("prompt", "caption", "text")
-METADATA = "metadata.jsonl"  # as the folders of pictures that `datasets` reads have it
+METADATA = "metadata.jsonl"  # as the folders of images that `datasets` reads have it
 FILE_NAME = "file_name"
 Row = dict[str, Any]
 Place = Path | bytes
 
 
-class Gallery(Sequence[Any]):
-    """The pictures at these places, each read when it is asked for; `names` say which is which."""
+class ImageFiles(Sequence[Any]):
+    """The images at these places, each read when it is asked for; `names` say which is which."""
 
     def __init__(self, places: Sequence[Place], names: Sequence[str]) -> None:
         self.places, self.names = places, names
@@ -34,14 +34,14 @@ class Gallery(Sequence[Any]):
     @overload
     def __getitem__(self, index: slice) -> list[Any]: ...
     def __getitem__(self, index: int | slice) -> Any:
-        """The picture, RGB. Raises DataError where it can no longer be read."""
+        """The image, RGB. Raises DataError where it can no longer be read."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return image_of(content(self.places[index]))
 
 
 def is_folder(source: str) -> bool:
-    """Whether the source is a folder of pictures."""
+    """Whether the source is a folder of images."""
     path = Path(source).expanduser()
     return path.is_dir() and ((path / METADATA).is_file() or any(is_picture_file(one) for one in path.iterdir()))
 
@@ -50,10 +50,10 @@ def is_picture_file(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
-def folder_rows(source: str, field: str) -> Iterator[tuple[int, Row | Skipped]]:
-    """A row a picture: of metadata.jsonl (file_name and other columns), else each picture with the text file beside it.
+def folder_rows(source: str, field: str) -> Iterator[tuple[int, Row | SkippedRow]]:
+    """A row an image: of metadata.jsonl (file_name and other columns), else each image with the text file beside it.
 
-    Raises DataError where neither says what a picture shows.
+    Raises DataError where neither says what an image shows.
     """
     folder = Path(source).expanduser()
     if (folder / METADATA).is_file():
@@ -64,8 +64,8 @@ def folder_rows(source: str, field: str) -> Iterator[tuple[int, Row | Skipped]]:
     paths = sorted(path for path in folder.iterdir() if is_picture_file(path))
     if not any(path.with_suffix(".txt").is_file() for path in paths):
         raise DataError(
-            f"{field}: {folder} holds pictures and no prompts. Add {METADATA} with a line for each, "
-            '{"file_name": "a.png", "prompt": "a red disc"}, or a text file of the same name beside each picture.'
+            f"{field}: {folder} holds images and no prompts. Add {METADATA} with a line for each, "
+            '{"file_name": "a.png", "prompt": "a red disc"}, or a text file of the same name beside each image.'
         )
     for number, path in enumerate(paths, 1):
         beside = path.with_suffix(".txt")
@@ -73,43 +73,45 @@ def folder_rows(source: str, field: str) -> Iterator[tuple[int, Row | Skipped]]:
         yield number, {"image": path.name, **row}
 
 
-def metadata_row(number: int, line: str) -> Row | Skipped:
+def metadata_row(number: int, line: str) -> Row | SkippedRow:
     try:
         row = json.loads(line)
     except ValueError as error:
-        return Skipped(number, Reason.BROKEN, f"not valid JSON: {error}")
+        return SkippedRow(number, SkipReason.BROKEN, f"not valid JSON: {error}")
     if not isinstance(row, dict) or FILE_NAME not in row:
-        return Skipped(number, Reason.MISSING, f"there is no {FILE_NAME}")
+        return SkippedRow(number, SkipReason.MISSING, f"there is no {FILE_NAME}")
     return {"image": row.pop(FILE_NAME), **row}
 
 
 def holds_picture(row: Row) -> bool:
-    """Whether a column of the row holds a picture, or the path of one."""
+    """Whether a column of the row holds an image, or the path of one."""
     return any(is_picture(row.get(name)) for name in PICTURE)
 
 
 def is_picture(value: Any) -> bool:
-    """True of bytes, of a path by its suffix, and of what `datasets` makes of a picture: {"bytes": …, "path": …}."""
+    """True of bytes, of a path by its suffix, and of what `datasets` makes of an image: {"bytes": …, "path": …}."""
     if isinstance(value, dict):
         return bool({"bytes", "path"} & value.keys()) and is_picture(value.get("bytes") or value.get("path"))
     return isinstance(value, bytes) or (isinstance(value, str) and value.lower().endswith(SUFFIXES))
 
 
 def one_picture(row: Row, base: Path) -> tuple[Any, Place, str, Row]:
-    """Prompt, place and name of the picture, and all other columns; paths begin in `base`. Raises Unusable."""
+    """Prompt, place and name of the image, and all other columns; paths begin in `base`. Raises Unusable."""
     caption, prompt = find(row, CAPTION)
     if not isinstance(prompt, str | int | list):
-        raise Unusable(Reason.WRONG_TYPE, f"{caption} must be a text or a class label; got {type(prompt).__name__}")
+        raise UnusableRow(
+            SkipReason.WRONG_TYPE, f"{caption} must be a text or a class label; got {type(prompt).__name__}"
+        )
     column = next((name for name in PICTURE if is_picture(row.get(name))), None)
     if column is None:
-        raise Unusable(Reason.MISSING, f"there is no picture in {', '.join(row)}")
+        raise UnusableRow(SkipReason.MISSING, f"there is no image in {', '.join(row)}")
     value = row[column]
     value = (value.get("bytes") or value["path"]) if isinstance(value, dict) else value
     place = value if isinstance(value, bytes) else base / Path(value).expanduser()
     try:
         image_of(content(place))
     except (DataError, OSError) as error:
-        raise Unusable(Reason.BROKEN, f"{column}: {error}") from None
+        raise UnusableRow(SkipReason.BROKEN, f"{column}: {error}") from None
     name = f"{sha256_of_png(place)}.png" if isinstance(place, bytes) else str(value)
     return prompt, place, name, {key: one for key, one in row.items() if key not in (caption, column)}
 

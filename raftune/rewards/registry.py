@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-BUILT_IN: dict[str, BuiltIn] = {}
+BUILT_IN: dict[str, BuiltinReward] = {}
 
 
 @dataclass(frozen=True)
-class Option:
+class RewardOption:
     """One option of a reward. `default` is missing where the option must be given."""
 
     name: str
@@ -28,7 +28,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class BuiltIn:
+class BuiltinReward:
     """A built-in reward, as it is declared.
 
     options: the dataclass whose fields are the options. media: what it scores. example: options as one gives them.
@@ -56,7 +56,7 @@ class BuiltIn:
         """The other paragraphs of the docstring."""
         return _paragraphs(self.options)[1:]
 
-    def option_list(self) -> list[Option]:
+    def option_list(self) -> list[RewardOption]:
         """The options in the order in which they are declared."""
         hints = typing.get_type_hints(self.options, include_extras=True)
         listed = []
@@ -67,7 +67,7 @@ class BuiltIn:
                 if field.default_factory is not dataclasses.MISSING:
                     default = field.default_factory()
                 required = default is dataclasses.MISSING
-                listed.append(Option(field.name, kind, meaning, required, None if required else default))
+                listed.append(RewardOption(field.name, kind, meaning, required, None if required else default))
         return listed
 
     def reward_class(self) -> type[Any]:
@@ -99,7 +99,7 @@ def builtin(
     """Declares the decorated dataclass as the options of the built-in reward of this name."""
 
     def declare(options: type[T]) -> type[T]:
-        BUILT_IN[name] = BuiltIn(name, options, media, example, loads, own_process, model_type)
+        BUILT_IN[name] = BuiltinReward(name, options, media, example, loads, own_process, model_type)
         if issubclass(options, BuiltInReward):
             options.name, options.media = name, frozenset(media)
         return options

@@ -22,7 +22,7 @@ from raftune.protocols import Reward
 from raftune.rewards import fingerprint
 from raftune.rewards.function import FunctionReward
 from raftune.rewards.outcome import hub_error, one_line
-from raftune.rewards.registry import BUILT_IN, BuiltIn, nearest
+from raftune.rewards.registry import BUILT_IN, BuiltinReward, nearest
 
 SHORT_NAMES = {
     name: f"trl.rewards:{name}" for name in ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
@@ -38,7 +38,7 @@ def resolve(spec: RewardSpec, device: str = "auto") -> Reward:
     return _from_model(spec, device)
 
 
-def _from_builtin(builtin: BuiltIn, spec: RewardSpec, options: dict[str, Any], device: str) -> Reward:
+def _from_builtin(builtin: BuiltinReward, spec: RewardSpec, options: dict[str, Any], device: str) -> Reward:
     given = with_options(builtin.options, spec.spec, expanded(options, f"rewards.options of {spec.spec!r}"))
     if builtin.loads is not None:
         return cast(Reward, builtin.reward_class()(given, name=spec.derived_name, device=device))

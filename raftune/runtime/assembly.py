@@ -14,39 +14,39 @@ import pyarrow as pa
 from raftune.config.policy import CustomPolicy
 from raftune.config.run import RunConfig, held_out_names
 from raftune.config.sampling import backend_code
-from raftune.engines.local import ThisProcess, make_engine
-from raftune.evaluation.examine import Examination
+from raftune.engines.local import InProcessEngine, make_engine
+from raftune.evaluation.examine import RoundMonitor
 from raftune.evaluation.images import looked_at
 from raftune.evaluation.metrics import METRICS, load_metrics, measured, metric_code
 from raftune.policies.registry import Family, code_of, family_of, load_policy, start_policy
 from raftune.policies.teacher import start_teacher, teacher_config
-from raftune.protocols import Extractor, Policy, Stage, SupportsBackends, UnitStage
+from raftune.protocols import ChunkedStage, FeatureExtractor, Policy, Stage, SupportsBackends
 from raftune.records import LATENTS
 from raftune.rewards.combining import with_counts
-from raftune.rewards.panel import SamplePanel
-from raftune.stages.data import Data
-from raftune.stages.evaluate import Evaluate, OwnMetrics
-from raftune.stages.features import Features
-from raftune.stages.gather import Gather
-from raftune.stages.generate import Draw, Teach
-from raftune.stages.guard import Guard
-from raftune.stages.log_probs import LogProbs
-from raftune.stages.parity import Parity, read_backend
-from raftune.stages.plan import EvaluationPlan, Plan
-from raftune.stages.prompt_check import Prompts
-from raftune.stages.reference import Reference
-from raftune.stages.score import ScoreSamples
-from raftune.stages.select import Select
-from raftune.stages.start import Start
-from raftune.stages.train import Tune
+from raftune.rewards.panel import SampleScorer
+from raftune.stages.data import DataStage
+from raftune.stages.evaluate import EvaluateStage, OwnMetrics
+from raftune.stages.features import FeaturesStage
+from raftune.stages.gather import GatherStage
+from raftune.stages.generate import GenerateStage, TeacherStage
+from raftune.stages.guard import GuardStage
+from raftune.stages.log_probs import LogProbsStage
+from raftune.stages.parity import ParityStage, read_backend
+from raftune.stages.plan import EvaluationPlanStage, PlanStage
+from raftune.stages.prompt_check import PromptCheckStage
+from raftune.stages.reference import ReferenceStage
+from raftune.stages.score import ScoreStage
+from raftune.stages.select import SelectStage
+from raftune.stages.start import StartStage
+from raftune.stages.train import TrainStage
 from raftune.starters.resolve import resolve_starters, starter_prompts
-from raftune.store.job import Engine, Job, make_job
-from raftune.store.pruning import Dropped, drop_columns
+from raftune.store.job import Engine, StageJob, make_job
+from raftune.store.pruning import DroppedFiles, drop_columns
 from raftune.store.run import RunFolder
 
 
 @dataclass(frozen=True)
-class Objects:
+class PythonObjects:
     """What was given as Python objects, not as configuration; a worker process cannot have them."""
 
     train: Callable[[], pa.Table] | None = None
@@ -62,7 +62,7 @@ LATENTS_GONE = "keep_latents: selected; rows/ holds those of what was kept"
 SMALL = 256 * 2**20  # bytes: models that together stay below this may lie in memory side by side
 
 
-class Shelf:
+class PolicyCache:
     """Hands out policies of one run: one large model at a time, or a few that are small together."""
 
     def __init__(
@@ -76,13 +76,13 @@ class Shelf:
     def at(self, folder: Path) -> Policy:
         policy = self._held.pop(folder, None)
         if policy is None:
-            self.make_room()
+            self.evict()
             policy = self._load(folder)
         self._held[folder] = policy  # the latest stands last
         return policy
 
     def fresh(self, folder: Path) -> Policy:
-        self.make_room()
+        self.evict()
         return self._load(folder)
 
     def encoder(self, folder: Path) -> Policy:
@@ -98,7 +98,7 @@ class Shelf:
             gc.collect()  # models hang in cycles; for small ones, the wait costs more than the memory
             empty_device_cache()
 
-    def make_room(self) -> None:
+    def evict(self) -> None:
         """Drops models, the longest unused first, until one more as large as the largest would still be small."""
         sizes = {folder: policy.nbytes for folder, policy in self._held.items()}
         if max(sizes.values(), default=0) * 2 > SMALL:
@@ -117,7 +117,7 @@ class Shelf:
             config, start = teacher_config(config), folder
         policy = load_policy(self.family, config, folder, start)
         if folder.name != "teacher" and isinstance(policy, SupportsBackends):
-            record = read_backend(self.run.folder(0, Parity.writes))
+            record = read_backend(self.run.folder(0, ParityStage.writes))
             if record is not None:
                 policy.use_backend(record)
         self._share(start, getattr(policy, "shared", None))
@@ -140,18 +140,18 @@ def empty_device_cache() -> None:
         torch.cuda.empty_cache()
 
 
-class Assembly:
+class Runtime:
     """Everything a run needs, made from its configuration: the table of stages by round, and the engine."""
 
-    def __init__(self, run: RunFolder, config: RunConfig, objects: Objects | None = None) -> None:
+    def __init__(self, run: RunFolder, config: RunConfig, objects: PythonObjects | None = None) -> None:
         self.plain = run.in_own_terms(config)  # enters the keys: as written, with no path of this machine
         config = resolve_starters(config)
-        self.run, self.config, self.objects = run, config, with_starter_prompts(config, objects or Objects())
+        self.run, self.config, self.objects = run, config, with_starter_prompts(config, objects or PythonObjects())
         self.family = family_of(config)
         self.engine: Engine = make_engine(config.engine, run.root)
-        self._panels: dict[str, SamplePanel] = {}
+        self._panels: dict[str, SampleScorer] = {}
         self._extractor: Any = None
-        self.policies = Shelf(config, self.family, run, self._rest_panels)
+        self.policies = PolicyCache(config, self.family, run, self._rest_panels)
         limit_threads(config)
 
     # -- the table of stages ----------------------------------------------------------------------------------------
@@ -165,51 +165,53 @@ class Assembly:
     def stage(self, round_: int, name: str) -> Stage:
         return next(stage for stage in self.stages(round_) if stage.name == name)
 
-    def job(self, stage: Stage, round_: int) -> Job:
+    def job(self, stage: Stage, round_: int) -> StageJob:
         return make_job(self.run, stage, round_, self.plain)
 
     def _beginning(self) -> list[Stage]:
         config, objects = self.config, self.objects
-        data = Data(config, objects.train, objects.held_out)
+        data = DataStage(config, objects.train, objects.held_out)
         stages: list[Stage] = [
             data,
-            Start(
+            StartStage(
                 lambda out: start_policy(self.family, config, out, objects.model, objects.tokenizer),
                 code=code_of(config),
             ),
         ]
         if config.sampling.teacher is not None:
-            stages.append(Start(lambda out: start_teacher(self.family, config, out), name="teacher"))
+            stages.append(StartStage(lambda out: start_teacher(self.family, config, out), name="teacher"))
         if hasattr(self.family, "unread"):
             text, sampling = self.family.media == "text", config.sampling
             teacher = text and sampling.teacher is not None
             columns = sampling.candidate_columns if text else ()
             stages.append(
-                Prompts(self.policies, data, drop=self.drops, teacher=teacher, columns=columns, starter=self.starter)
+                PromptCheckStage(
+                    self.policies, data, drop=self.drops, teacher=teacher, columns=columns, starter=self.starter
+                )
             )
         if hasattr(self.family, "choose_backend"):
-            here = isinstance(self.engine, ThisProcess)
-            stages.append(Parity(self.policies, (lambda: None) if here else self.policies.release, self.drops))
+            here = isinstance(self.engine, InProcessEngine)
+            stages.append(ParityStage(self.policies, (lambda: None) if here else self.policies.release, self.drops))
         return stages
 
     def _training(self, round_: int) -> list[Stage]:
         config, sampling = self.config, self.config.sampling
-        shards = ("draw", "teach") if sampling.teacher else ("draw",)
+        shards = ("generate", "teach") if sampling.teacher else ("generate",)
         stages: list[Stage] = [
-            Plan(config, round_, self.drops),
-            Draw(self.policies, columns=sampling.candidate_columns, code=backend_code(sampling)),
+            PlanStage(config, round_, self.drops),
+            GenerateStage(self.policies, columns=sampling.candidate_columns, code=backend_code(sampling)),
         ]
         if sampling.teacher is not None:
-            stages.append(Teach(self.policies, sampling.teacher.num_generations))
+            stages.append(TeacherStage(self.policies, sampling.teacher.num_generations))
         earlier, local = self.run.earlier_scores, bool(self.objects.rewards)
-        stages.append(ScoreSamples(self.panel, reads=shards, local=local, earlier=earlier(round_, "score")))
+        stages.append(ScoreStage(self.panel, reads=shards, local=local, earlier=earlier(round_, "score")))
         if config.selection.beta > 0:
-            stages.append(LogProbs(self.policies, model="model@-1", writes="logp", shards=shards))
-            stages.append(LogProbs(self.policies, model="model@0", writes="logp-start", shards=shards))
+            stages.append(LogProbsStage(self.policies, model="model@-1", writes="logp", shards=shards))
+            stages.append(LogProbsStage(self.policies, model="model@0", writes="logp-start", shards=shards))
         limit = config.rewards.max_failure_fraction
-        stages.append(Select(config.selection, seed=config.seed, round_=round_, shards=shards, max_failures=limit))
-        stages.append(Gather(self.policies, config.tuning, seed=config.seed, round_=round_, shards=shards))
-        stages.append(Tune(self.policies, config.tuning, self.run.folder(round_, "tune")))
+        stages.append(SelectStage(config.selection, seed=config.seed, round_=round_, shards=shards, max_failures=limit))
+        stages.append(GatherStage(self.policies, config.training, seed=config.seed, round_=round_, shards=shards))
+        stages.append(TrainStage(self.policies, config.training, self.run.folder(round_, "train")))
         return stages
 
     def _judging(self, round_: int) -> list[Stage]:
@@ -217,12 +219,14 @@ class Assembly:
             return []
         evaluation = self.config.evaluation
         prefix = "evaluate/"
-        plan, drawn = prefix + "plan", prefix + "draw"
+        plan, drawn = prefix + "plan", prefix + "generate"
         stages: list[Stage] = [
-            EvaluationPlan(self.config, round_, self.drops),
-            Draw(self.policies, model="model", plan=plan, writes=drawn, code=backend_code(self.config.sampling)),
-            ScoreSamples(
-                self.yardstick,
+            EvaluationPlanStage(self.config, round_, self.drops),
+            GenerateStage(
+                self.policies, model="model", plan=plan, writes=drawn, code=backend_code(self.config.sampling)
+            ),
+            ScoreStage(
+                self.eval_rewards,
                 plan=plan,
                 reads=(drawn,),
                 writes=prefix + "score",
@@ -230,29 +234,31 @@ class Assembly:
                 earlier=self.run.earlier_scores(round_, prefix + "score"),
             ),
         ]
-        shards = ["draw", "score"]
+        shards = ["generate", "score"]
         if evaluation.reward_funcs:
             writes = prefix + "judge"
             earlier = self.run.earlier_scores(round_, writes)
-            stages.append(ScoreSamples(self.judge, plan=plan, reads=(drawn,), writes=writes, earlier=earlier))
+            stages.append(ScoreStage(self.judge, plan=plan, reads=(drawn,), writes=writes, earlier=earlier))
             shards.append("judge")
-        if evaluation.kl and self.knows_likelihood():
+        if evaluation.kl and self.has_log_probs():
             for model, writes in (("model", "logp"), ("model@0", "logp-start")):
-                stages.append(LogProbs(self.policies, model=model, writes=prefix + writes, plan=plan, shards=(drawn,)))
+                stages.append(
+                    LogProbsStage(self.policies, model=model, writes=prefix + writes, plan=plan, shards=(drawn,))
+                )
                 shards.append(writes)
         references = None
-        if evaluation.reference_column is not None and self.knows_likelihood():
-            stages.append(Reference(self.policies, evaluation.reference_column))
-            references = Reference.writes
+        if evaluation.reference_column is not None and self.has_log_probs():
+            stages.append(ReferenceStage(self.policies, evaluation.reference_column))
+            references = ReferenceStage.writes
         if evaluation.features is not None:
-            stages.append(Features(self.extractor))
+            stages.append(FeaturesStage(self.extractor))
             shards.append("features")
         media, condense = self.family.media, looked_at if self.family.media == "image" else None
         own = None
         if evaluation.metrics:
             own = OwnMetrics(lambda: load_metrics(evaluation), metric_code(evaluation), measured)
         stages.append(
-            Evaluate(
+            EvaluateStage(
                 tuple(METRICS.values()),
                 shards=tuple(shards),
                 media=media,
@@ -268,16 +274,16 @@ class Assembly:
         if not guards.enabled:
             return []
         judges = bool(evaluation.num_prompts and evaluation.reward_funcs)
-        kl = evaluation.kl and bool(evaluation.num_prompts) and self.knows_likelihood()
+        kl = evaluation.kl and bool(evaluation.num_prompts) and self.has_log_probs()
         looks = evaluation.num_prompts and self.family.media in ("text", "messages", "image")
         return [
-            Guard(
-                Examination(guards),
+            GuardStage(
+                RoundMonitor(guards),
                 self.factors,
                 round_=round_,
-                shards=("draw", "teach") if self.config.sampling.teacher else ("draw",),
+                shards=("generate", "teach") if self.config.sampling.teacher else ("generate",),
                 judged=(
-                    *(["draw"] if looks else []),
+                    *(["generate"] if looks else []),
                     *(["judge"] if judges else []),
                     *(["logp", "logp-start"] if kl else []),
                 ),
@@ -300,16 +306,16 @@ class Assembly:
         """Whether prompts that the model cannot take are left out."""
         return self.config.sampling.unusable_prompts == "drop" and hasattr(self.family, "unread")
 
-    def knows_likelihood(self) -> bool:
+    def has_log_probs(self) -> bool:
         return hasattr(self.family, "log_probs")
 
-    def panel(self) -> SamplePanel:
+    def panel(self) -> SampleScorer:
         """The rewards that the policy is trained on."""
         return self._with_room(self._train_panel())
 
-    def yardstick(self) -> SamplePanel:
+    def eval_rewards(self) -> SampleScorer:
         """The same rewards for comparing rounds: added up in any case, for a rank compares one prompt's candidates."""
-        return SamplePanel(self.panel().panel, combine="sum")
+        return SampleScorer(self.panel().panel, combine="sum")
 
     def factors(self) -> dict[str, float]:
         """The weight in the score of each reward that the policy is trained on."""
@@ -321,39 +327,39 @@ class Assembly:
         panel = self._train_panel().panel
         return with_counts(samples, panel.shares, panel.combine)
 
-    def _train_panel(self) -> SamplePanel:
+    def _train_panel(self) -> SampleScorer:
         return self._panel("train", self.config.rewards, self.objects.rewards)
 
-    def judge(self) -> SamplePanel:
+    def judge(self) -> SampleScorer:
         """The held-out rewards, which it is never trained on."""
         changes = {"reward_funcs": self.config.evaluation.reward_funcs, "combine": "sum"}
         held_out = self.config.rewards.model_copy(update=changes)
         return self._with_room(self._panel("held out", held_out, ()))
 
-    def extractor(self) -> Extractor:
-        """The model that held-out pictures are compared by."""
+    def extractor(self) -> FeatureExtractor:
+        """The model that held-out images are compared by."""
         if self._extractor is None:
             from raftune.rewards.builtin.clip import ClipModel
 
             device = self.config.rewards.device
             self._extractor = ClipModel(self.config.evaluation.features, device, field="evaluation.features")
-        self.policies.make_room()
-        found: Extractor = self._extractor
+        self.policies.evict()
+        found: FeatureExtractor = self._extractor
         return found
 
-    def _panel(self, which: str, config: Any, objects: Sequence[Any]) -> SamplePanel:
+    def _panel(self, which: str, config: Any, objects: Sequence[Any]) -> SampleScorer:
         if which not in self._panels:
             from raftune.rewards.loading import load_panel
 
             weights, tokenizers = self.objects.reward_weights, self.objects.reward_tokenizers
             given = {"weights": weights, "tokenizers": tokenizers} if objects else {}
-            self._panels[which] = SamplePanel(load_panel(config, objects, **given))
+            self._panels[which] = SampleScorer(load_panel(config, objects, **given))
         return self._panels[which]
 
-    def _with_room(self, panel: SamplePanel) -> SamplePanel:
+    def _with_room(self, panel: SampleScorer) -> SampleScorer:
         """The panel, after policies have made way for the models in it."""
         if panel.panel.has_weights:
-            self.policies.make_room()
+            self.policies.evict()
         return panel
 
     def _rest_panels(self) -> None:
@@ -363,11 +369,11 @@ class Assembly:
             if models.nbytes * 2 > SMALL:
                 models.release()
 
-    def engine_for(self, stage: UnitStage) -> Engine:
+    def engine_for(self, stage: ChunkedStage) -> Engine:
         """The configured engine, or this process for a stage whose objects only it has."""
-        return ThisProcess(self.config.engine) if stage.local else self.engine
+        return InProcessEngine(self.config.engine) if stage.local else self.engine
 
-    def retire(self, round_: int, best: int | None) -> None:
+    def prune(self, round_: int, best: int | None) -> None:
         """Lets go of what the configuration does not keep once a round is done; COMMITs stay, and so do all samples.
 
         Of rounds that `keep_models` does not keep, the weights; with `keep_latents: selected`, the latents of what was
@@ -378,7 +384,7 @@ class Assembly:
             if number not in keep[self.config.keep_models]:
                 drop_weights(self.run, number)
         if self.config.keep_latents == "selected" and round_:
-            for name in ("draw", "teach") if self.config.sampling.teacher else ("draw",):
+            for name in ("generate", "teach") if self.config.sampling.teacher else ("generate",):
                 drop_columns(self.run.folder(round_, name), self.run.tmp, (LATENTS,), LATENTS_GONE)
 
     def close(self) -> None:
@@ -394,7 +400,7 @@ def judge_in_words(names: Sequence[str]) -> str:
     return f"the held-out {names[0]}" if len(names) == 1 else "the held-out reward"
 
 
-def with_starter_prompts(config: RunConfig, objects: Objects) -> Objects:
+def with_starter_prompts(config: RunConfig, objects: PythonObjects) -> PythonObjects:
     """The objects, with the bundled prompts in place of a data set where the configuration says `starter`."""
     family = config.policy.family
     train = starter_prompts(config.data.prompts, "train", family) or objects.train
@@ -408,7 +414,7 @@ def drop_weights(run: RunFolder, round_: int) -> None:
     if not run.is_committed(round_, "model"):
         return
     if not run.is_dropped(round_, "model"):
-        Dropped("keep_models does not keep this round's weights").save(folder, run.tmp)
+        DroppedFiles("keep_models does not keep this round's weights").save(folder, run.tmp)
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "policy.json":
             path.unlink()
@@ -423,10 +429,10 @@ def limit_threads(config: RunConfig) -> None:
     torch.set_num_threads(config.engine.threads)
 
 
-def open_assembly(root: str | Path) -> Assembly:
+def open_runtime(root: str | Path) -> Runtime:
     """The assembly of a run directory, from its own configuration."""
     run = RunFolder(root)
-    return Assembly(run, run.configuration())
+    return Runtime(run, run.configuration())
 
 
-__all__ = ["Assembly", "Objects", "Shelf", "open_assembly"]
+__all__ = ["PolicyCache", "PythonObjects", "Runtime", "open_runtime"]

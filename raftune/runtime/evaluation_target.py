@@ -1,4 +1,4 @@
-"""What is to be evaluated: a model, or a round of a run, as the configuration of a run that tunes nothing."""
+"""What is to be evaluated: a model, or a round of a run, as the configuration of a run that trains nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INHERITED = ("sampling", "rewards", "evaluation", "engine", "data")
 # What only learning reads: in files it is passed over, as a flag it is refused with what to write instead.
 LEARNING = {
     "selection": "",
-    "tuning": "",
+    "training": "",
     "stop": "",
     "guards": "",
     "num_rounds": "",
@@ -37,7 +37,7 @@ PLACE = ("name", "output_dir")  # of a run that learns: an evaluation has its ow
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalTarget:
     """`words` name it; `inherited` is what files and flags go over; `policy` goes over the files; `run` and `round` say
     where it is from, None for a model that is no run's."""
 
@@ -49,7 +49,7 @@ class Subject:
     round: int | None = None
 
 
-def subject_of(text: str) -> Subject:
+def subject_of(text: str) -> EvalTarget:
     """The subject that MODEL, RUN or RUN@ROUND stands for. Raises ConfigError, StoreError."""
     run, round_ = run_and_round(text)
     if run is not None:
@@ -65,7 +65,7 @@ def subject_of(text: str) -> Subject:
     if not path.exists() and is_run(RUNS / (text.rpartition("@")[0] or text)):
         raise ConfigError(f"there is no {path} here; did you mean {RUNS / path}?")
     text = str(model_in(path)) if written_by(path) else text
-    return Subject(text, f"evaluation-{plain_name(text)}", {}, {"model": text})
+    return EvalTarget(text, f"evaluation-{plain_name(text)}", {}, {"model": text})
 
 
 def run_and_round(text: str) -> tuple[RunFolder | None, str]:
@@ -78,7 +78,7 @@ def run_and_round(text: str) -> tuple[RunFolder | None, str]:
     return None, ""
 
 
-def round_of(run: RunFolder, which: str) -> Subject:
+def round_of(run: RunFolder, which: str) -> EvalTarget:
     """A round of a run, with what the run draws, scores and judges by. Raises ConfigError, StoreError."""
     round_ = number_of(run, which)
     check_model(run, round_)
@@ -93,7 +93,7 @@ def round_of(run: RunFolder, which: str) -> Subject:
     if not inherited["evaluation"]["num_prompts"]:  # the run was not evaluated: its prompts were not held out either
         del inherited["evaluation"]["num_prompts"]
     words = f"round {round_} of {run.root}" if round_ else f"the start of {run.root}"
-    return Subject(words, f"evaluation-{config.name}-round-{round_}", inherited, policy, run.root, round_)
+    return EvalTarget(words, f"evaluation-{config.name}-round-{round_}", inherited, policy, run.root, round_)
 
 
 def number_of(run: RunFolder, which: str) -> int:
@@ -111,7 +111,7 @@ def number_of(run: RunFolder, which: str) -> int:
     return names[which] if which in names else int(which)
 
 
-def evaluation_of(subject: Subject, files: Sequence[str | Path], flags: Mapping[str, Any]) -> RunConfig:
+def evaluation_of(subject: EvalTarget, files: Sequence[str | Path], flags: Mapping[str, Any]) -> RunConfig:
     """The configuration of the run of no rounds that evaluates the subject: what it inherits < files < itself < flags.
 
     Raises ConfigError, also for a flag that only learning reads.

@@ -9,22 +9,22 @@ from importlib.util import find_spec
 from raftune.config.guards import ALIKE_ALARMS, PICTURE_ALARMS, TEXT_ALARMS
 from raftune.config.sampling import load_backend
 from raftune.config.selection import Random, TopM
-from raftune.config.training import CustomTuning
+from raftune.config.training import CustomTraining
 from raftune.errors import ConfigError
 from raftune.evaluation.metrics import load_metrics
 from raftune.protocols import SupportsObjectives
 from raftune.records import LATENTS
 from raftune.rewards.panel import misfits
-from raftune.runtime.assembly import Assembly
+from raftune.runtime.assembly import Runtime
 from raftune.selection import load_rule
 from raftune.stages.gather import prompts_of, reference_rows
 from raftune.training.objectives import load_objective
 
 
-def preflight(assembly: Assembly) -> None:
+def preflight(assembly: Runtime) -> None:
     """Raises ConfigError with a line for each thing that cannot work: no reward, beta without likelihoods, a selection
     that can never select, a best round by a reward that is not there, an alarm that can never be raised, a reward of
-    texts on pictures or the reverse. Raises DataError for reference answers that cannot be read, RewardError for a
+    texts on images or the reverse. Raises DataError for reference answers that cannot be read, RewardError for a
     reward that cannot be loaded."""
     if findings := [
         *rewards(assembly),
@@ -42,7 +42,7 @@ def preflight(assembly: Assembly) -> None:
         raise ConfigError("\n".join(findings))
 
 
-def rewards(assembly: Assembly) -> Iterator[str]:
+def rewards(assembly: Runtime) -> Iterator[str]:
     if not assembly.config.rewards.reward_funcs and not assembly.objects.rewards:
         yield (
             "rewards.reward_funcs must name at least one reward; got none. Add one, such as "
@@ -62,7 +62,7 @@ OPTIMIZERS = {
 }
 
 
-def training(assembly: Assembly) -> Iterator[str]:
+def training(assembly: Runtime) -> Iterator[str]:
     """What transformers' Trainer would refuse after a round was drawn and scored: a name, a type, a missing package."""
     config = assembly.config
     if config.policy.family not in ("causal_lm", "diffusion") or not config.num_rounds:
@@ -72,22 +72,27 @@ def training(assembly: Assembly) -> Iterator[str]:
     from raftune.training.devices import choose_device
     from raftune.training.fit import MicroBatch, arguments
 
-    size = MicroBatch(config.tuning.per_device_train_batch_size, config.tuning.gradient_accumulation_steps)
+    size = MicroBatch(config.training.per_device_train_batch_size, config.training.gradient_accumulation_steps)
     try:
         arguments(
-            config.tuning, size, assembly.run.root, choose_device(getattr(config.policy, "device", "cpu")), config.seed
+            config.training,
+            size,
+            assembly.run.root,
+            choose_device(getattr(config.policy, "device", "cpu")),
+            config.seed,
         )
     except ConfigError as error:
         yield str(error)
     for package, pattern in OPTIMIZERS.items():
-        if re.search(pattern, config.tuning.optim) and find_spec(package) is None:
+        if re.search(pattern, config.training.optim) and find_spec(package) is None:
             yield (
-                f"tuning.optim: {config.tuning.optim} needs the package {package}, which is not installed. Install it, "
+                f"training.optim: {config.training.optim} needs the package {package}, which is not "
+                f"installed. Install it, "
                 "or write adamw_torch."
             )
 
 
-def unusable(assembly: Assembly) -> Iterator[str]:
+def unusable(assembly: Runtime) -> Iterator[str]:
     if assembly.config.sampling.unusable_prompts == "drop" and not hasattr(assembly.family, "unread"):
         yield (
             "sampling.unusable_prompts must be refuse for a family that does not say which prompts it cannot take; got "
@@ -95,14 +100,14 @@ def unusable(assembly: Assembly) -> Iterator[str]:
         )
 
 
-def references(assembly: Assembly) -> None:
+def references(assembly: Runtime) -> None:
     """Reads the reference answers once before a new run draws: those that cannot be read must not cost a round."""
-    config = assembly.config.tuning.reference
+    config = assembly.config.training.reference
     if config is not None and assembly.config.num_rounds and not assembly.run.is_committed(0, "data"):
         prompts_of(reference_rows(config), config)
 
 
-def media(assembly: Assembly) -> Iterator[str]:
+def media(assembly: Runtime) -> Iterator[str]:
     """Rewards, of the training and held out, that cannot read what the policy makes; this loads them."""
     family = assembly.config.policy.family
     yield from misfits(assembly.panel().panel, assembly.family.media, family)
@@ -113,27 +118,27 @@ def media(assembly: Assembly) -> Iterator[str]:
             assembly.extractor()  # a model that cannot be read is missed now
         else:
             yield (
-                f"evaluation.features compares pictures, and policy.family: {family} makes texts. Leave it out, or "
-                "name a policy that makes pictures."
+                f"evaluation.features compares images, and policy.family: {family} makes texts. Leave it out, or "
+                "name a policy that makes images."
             )
 
 
-def likelihood(assembly: Assembly) -> Iterator[str]:
+def likelihood(assembly: Runtime) -> Iterator[str]:
     beta = assembly.config.selection.beta
-    if beta > 0 and not assembly.knows_likelihood():
+    if beta > 0 and not assembly.has_log_probs():
         yield (
             f"selection.beta must be 0 for a family that knows no likelihoods; got {beta:g} with policy.family: "
             f"{assembly.config.policy.family}. Set it to 0, or give the family `log_probs`."
         )
     column = assembly.config.evaluation.reference_column
-    if column is not None and not assembly.knows_likelihood():
+    if column is not None and not assembly.has_log_probs():
         yield (
             f"evaluation.reference_column must be left out for a family that knows no likelihoods; got {column!r} with "
             f"policy.family: {assembly.config.policy.family}. Leave it out, or give the family `log_probs`."
         )
 
 
-def selection(assembly: Assembly) -> Iterator[str]:
+def selection(assembly: Runtime) -> Iterator[str]:
     """Rules that no draw can satisfy; one of the user's own is loaded, which raises ConfigError where it cannot be."""
     load_rule(assembly.config.selection)
     load_backend(assembly.config.sampling)
@@ -143,11 +148,12 @@ def selection(assembly: Assembly) -> Iterator[str]:
             f"own way; got {assembly.config.sampling.backend!r}. Leave it out."
         )
     load_metrics(assembly.config.evaluation)
-    load_objective(assembly.config.tuning)
-    if isinstance(assembly.config.tuning, CustomTuning) and not isinstance(assembly.family, SupportsObjectives):
+    load_objective(assembly.config.training)
+    if isinstance(assembly.config.training, CustomTraining) and not isinstance(assembly.family, SupportsObjectives):
         yield (
-            f"tuning.objective must be sft for policy.family: {assembly.config.policy.family}, whose loss is its own; "
-            f"got {assembly.config.tuning.objective!r}. Leave it out, or choose causal_lm."
+            f"training.objective must be sft for policy.family: {assembly.config.policy.family}, whose loss "
+            f"is its own; "
+            f"got {assembly.config.training.objective!r}. Leave it out, or choose causal_lm."
         )
     chosen, sampling = assembly.config.selection, assembly.config.sampling
     teacher = sampling.teacher.num_generations if sampling.teacher else 0
@@ -183,39 +189,39 @@ def selection(assembly: Assembly) -> Iterator[str]:
         )
 
 
-def guards(assembly: Assembly) -> Iterator[str]:
+def guards(assembly: Runtime) -> Iterator[str]:
     """Alarms that are to stop the run, or a budget to be watched, where nothing could ever raise them."""
     chosen, family = assembly.config.guards, assembly.config.policy.family
     texts, pictures = assembly.family.media in ("text", "messages"), assembly.family.media == "image"
     about = {
         "texts": () if texts else TEXT_ALARMS,
-        "pictures": () if pictures else PICTURE_ALARMS,
-        "texts and pictures": () if texts or pictures else ALIKE_ALARMS,
+        "images": () if pictures else PICTURE_ALARMS,
+        "texts and images": () if texts or pictures else ALIKE_ALARMS,
     }
     for what, names in about.items():
         for name in sorted({*chosen.stop_on} & {*names}):
             yield f"guards.stop_on: {name} is about {what}, and policy.family: {family} draws none. Leave it out."
     if "part_dominates" in chosen.stop_on and len([weight for weight in assembly.factors().values() if weight]) < 2:
         yield "guards.stop_on: part_dominates needs two rewards that count; got fewer. Add one, or leave it out."
-    if "kl_beyond_budget" in chosen.stop_on and not assembly.knows_likelihood():
+    if "kl_beyond_budget" in chosen.stop_on and not assembly.has_log_probs():
         yield f"guards.stop_on: kl_beyond_budget is about likelihoods, and {family} knows none. Leave it out."
-    if chosen.max_kl is not None and not assembly.knows_likelihood():
+    if chosen.max_kl is not None and not assembly.has_log_probs():
         yield (
             f"guards.max_kl must be left out for a family that knows no likelihoods; got {chosen.max_kl:g} with "
             f"policy.family: {family}. Leave it out, or give the family `log_probs`."
         )
 
 
-def pictures(assembly: Assembly) -> Iterator[str]:
-    """What is about pictures, where the policy makes none; and what a picture does not have."""
+def pictures(assembly: Runtime) -> Iterator[str]:
+    """What is about images, where the policy makes none; and what an image does not have."""
     config, family = assembly.config, assembly.config.policy.family
     for name in ("min_length", "max_length"):
         given = getattr(config.selection, name)
         if given is not None and assembly.family.media == "image":
-            yield f"selection.{name} is about lengths, and a picture has none; got {given}. Leave it out."
+            yield f"selection.{name} is about lengths, and an image has none; got {given}. Leave it out."
     if config.evaluation.features is not None and assembly.family.media != "image":
         yield (
-            f"evaluation.features compares pictures, and policy.family: {family} draws none; got "
+            f"evaluation.features compares images, and policy.family: {family} draws none; got "
             f"{config.evaluation.features!r}. Leave it out."
         )
     if config.keep_latents == "selected" and LATENTS not in assembly.family.payload.names:
@@ -225,7 +231,7 @@ def pictures(assembly: Assembly) -> Iterator[str]:
         )
 
 
-def best_round(assembly: Assembly) -> Iterator[str]:
+def best_round(assembly: Runtime) -> Iterator[str]:
     evaluation, names = assembly.config.evaluation, reward_names(assembly)
     by = evaluation.best_by
     if evaluation.num_prompts == 0 and by != "reward":
@@ -237,7 +243,7 @@ def best_round(assembly: Assembly) -> Iterator[str]:
         yield f"evaluation.best_by must be one of {', '.join(names)}; got {by!r}. Choose one of these."
 
 
-def reward_names(assembly: Assembly) -> list[str]:
+def reward_names(assembly: Runtime) -> list[str]:
     """What rounds can be compared by: the reward, the held-out one, and each by its own name."""
     config = assembly.config
     judges = config.rewards.model_copy(update={"reward_funcs": config.evaluation.reward_funcs}).names

@@ -20,7 +20,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from raftune.results.summary import (
-    Column,
+    SummaryColumn,
     cell,
     columns_for,
     overlap_warning,
@@ -39,17 +39,17 @@ VERBS = {
     "teacher": "checking the teacher",
     "parity": "checking how the model generates",
     "plan": "planning",
-    "draw": "drawing",
+    "generate": "drawing",
     "teach": "asking the teacher",
     "score": "scoring",
     "logp": "log-probabilities",
     "logp-start": "log-probabilities of the start",
     "select": "selecting",
     "gather": "gathering",
-    "tune": "tuning",
+    "train": "training",
     "evaluate": "measuring",
     "evaluation plan": "planning the evaluation",
-    "evaluation draw": "drawing held-out answers",
+    "evaluation generate": "drawing held-out answers",
     "evaluation score": "scoring held-out answers",
     "evaluation judge": "held-out rewards",
     "evaluation logp": "log-probabilities, held out",
@@ -76,15 +76,15 @@ class Progress:
         self.held_out = held_out
         self.worked = False
         self.outcome: dict[str, Any] = {}
-        self._table = Lines(held_out, self.console.width if self.console.is_terminal else None)
-        self._pace = Pace()
-        self._tally = Tally()
+        self._table = RoundTable(held_out, self.console.width if self.console.is_terminal else None)
+        self._pace = StagePace()
+        self._tally = SampleTally()
         self._bars = bars(self.console) if moves(self.console) else None
         self._task: TaskID | None = None
         self._root = Path()
         self._of = 0
         self._notes: set[str] = set()
-        self._stage: StageUnderWay | None = None
+        self._stage: StageProgress | None = None
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
@@ -140,9 +140,9 @@ class Progress:
         if not self.worked and (round, stage) != BEGINNING:
             self._say(f"taken up at {self._where(round)}, {VERBS.get(stage, stage)}")
         self.worked = True
-        if stage in ("draw", "evaluation draw"):
-            self._tally = Tally()
-        self._stage = StageUnderWay(f"{self._where(round)} · {VERBS.get(stage, stage)}")
+        if stage in ("generate", "evaluation generate"):
+            self._tally = SampleTally()
+        self._stage = StageProgress(f"{self._where(round)} · {VERBS.get(stage, stage)}")
         if self._bars is None:
             return
         if self._task is not None:
@@ -152,21 +152,21 @@ class Progress:
         )
         self._show()
 
-    def _on_units(self, stage: str, total: int, found: int, **_: Any) -> None:
+    def _on_chunks(self, stage: str, total: int, found: int, **_: Any) -> None:
         if self._stage is not None:
-            self._stage.units = (found, total)
+            self._stage.chunks = (found, total)
         if found:
             self._say(f"{VERBS.get(stage, stage)}: {found} of {total} units were there already")
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, total=total, completed=found)
 
-    def _on_unit(self, round: int, stage: str, unit: int, notes: list[str], **_: Any) -> None:
+    def _on_chunk(self, round: int, stage: str, chunk: int, notes: list[str], **_: Any) -> None:
         self._note(notes)
         if self._stage is not None:
-            self._stage.units = (self._stage.units[0] + 1, self._stage.units[1])
+            self._stage.chunks = (self._stage.chunks[0] + 1, self._stage.chunks[1])
             pulse.clear()
         if self._bars is not None and self._task is not None:
-            self._tally.add(self._root / f"round-{round:04d}", stage, unit)
+            self._tally.add(self._root / f"round-{round:04d}", stage, chunk)
             self._bars.advance(self._task)
             self._show()
 
@@ -192,8 +192,8 @@ class Progress:
         for words in selection_words(summary) if seconds is not None else ():
             self._say(f"round {round}: {words}")
         if len(summary.get("barren", ())) > summary.get("nothing_to_rank", 0) and seconds is not None:
-            barren = counted(len(summary["barren"]), "prompt")
-            self._say(f"round {round}: {barren} yielded nothing (select/summary.json says why)")
+            without_candidates = counted(len(summary["barren"]), "prompt")
+            self._say(f"round {round}: {without_candidates} yielded nothing (select/summary.json says why)")
         for alarm in alarms:
             self._print(Text(f"round {round}, look: {alarm_words(alarm)}", style="yellow"))
 
@@ -228,11 +228,11 @@ class Progress:
 
 
 @dataclass
-class StageUnderWay:
-    """A stage under way: its title, its units (done, of), when it began and when a line last spoke of it."""
+class StageProgress:
+    """A stage under way: its title, its chunks (done, of), when it began and when a line last spoke of it."""
 
     title: str
-    units: tuple[int, int] = (0, 0)
+    chunks: tuple[int, int] = (0, 0)
     began: float = field(default_factory=time.monotonic)
     said: float = 0.0
     named: bool = False
@@ -240,13 +240,13 @@ class StageUnderWay:
 
     def share(self) -> float:
         """How much of the stage is done, 0 … 1."""
-        word, (done, of) = pulse.now(), self.units
+        word, (done, of) = pulse.now(), self.chunks
         inside = word.done / word.of if word is not None and word.of else 0.0
         return (done + inside) / of if of else inside
 
     def so_far(self) -> str:
         """What is done, counted: units, and what the one under way has come to."""
-        word, (done, of) = pulse.now(), self.units
+        word, (done, of) = pulse.now(), self.chunks
         parts = [f"{done} of {of} units"] if of > 1 else []
         parts += [f"{word.done:,} of {word.of:,} {word.things}"] if word is not None else []
         return ", ".join(parts)
@@ -265,7 +265,7 @@ class StageUnderWay:
 
 
 @dataclass
-class Lines:
+class RoundTable:
     """The table by round, a line at a time: the columns are those of the first round that has numbers.
 
     On a terminal of `width` characters those are left out that matter least, until a line fits.
@@ -273,7 +273,7 @@ class Lines:
 
     held_out: tuple[str, ...] = ()
     width: int | None = None
-    columns: list[Column] = field(default_factory=list)
+    columns: list[SummaryColumn] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
 
     def add(self, row: dict[str, Any], learns: bool = True) -> list[Text]:
@@ -291,7 +291,7 @@ class Lines:
         lines.append(Text(self._joined([cell(c, row) for c in self.columns])))
         return lines
 
-    def _width(self, column: Column, row: dict[str, Any]) -> int:
+    def _width(self, column: SummaryColumn, row: dict[str, Any]) -> int:
         return max(len(column.title), 6, len(cell(column, row)) + 2 * (column.key == "reward"))
 
     def _fit(self, row: dict[str, Any]) -> list[str]:
@@ -309,16 +309,16 @@ class Lines:
 
 
 @dataclass
-class Tally:
+class SampleTally:
     """What the samples of the round in work are worth so far: mean reward, mean of each prompt's best, mean length."""
 
     scores: dict[str, list[float]] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=lambda: [0, 0])
 
-    def add(self, folder: Path, stage: str, unit: int) -> None:
-        """Reads what the unit has just committed."""
-        path = folder / stage.replace("evaluation ", "evaluate/") / f"unit-{unit:05d}.parquet"
-        if stage.endswith("draw"):
+    def add(self, folder: Path, stage: str, chunk: int) -> None:
+        """Reads what the chunk has just committed."""
+        path = folder / stage.replace("evaluation ", "evaluate/") / f"chunk-{chunk:05d}.parquet"
+        if stage.endswith("generate"):
             self._add_lengths(path)
         elif stage.endswith("score"):
             self._add_scores(path)
@@ -353,7 +353,7 @@ class Tally:
 
 
 @dataclass
-class Pace:
+class StagePace:
     """How long stages take, and from that how long the rest of the run will."""
 
     of: int = 0
@@ -415,8 +415,8 @@ def moves(console: Console) -> bool:
     return console.is_terminal and not console.is_dumb_terminal and not os.environ.get("CI")
 
 
-class Steps:
-    """`with Steps() as steps: steps.begin("tuning"); steps.advance(3, 100)`."""
+class StepProgress:
+    """`with Steps() as steps: steps.begin("training"); steps.advance(3, 100)`."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)

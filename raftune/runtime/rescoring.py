@@ -15,10 +15,10 @@ from typing import Any
 
 from raftune.errors import ConfigError, RunDamaged
 from raftune.protocols import Stage
-from raftune.records import Status
-from raftune.runtime.assembly import Assembly
+from raftune.records import ScoreStatus
+from raftune.runtime.assembly import Runtime
 from raftune.sanitize import first_line
-from raftune.stages.score import ONLY, ScoreSamples, read_only, statuses_in
+from raftune.stages.score import ONLY, ScoreStage, read_only, statuses_in
 from raftune.store.commit import NAME, has_changed, stage_key, with_hash
 from raftune.store.committed import check_file, committed
 from raftune.store.files import discard, explaining, json_bytes, sha256_of, sync, unique
@@ -59,8 +59,8 @@ def statuses(only: str | None, redo: str | None, run: RunFolder) -> tuple[str, .
     if only is None:
         return ()
     named = {name.strip() for name in only.split(",")}
-    if unknown := sorted(named - {*Status}):
-        raise ConfigError(f"--only must name statuses; got {unknown[0]!r}. They are {', '.join(Status)}.")
+    if unknown := sorted(named - {*ScoreStatus}):
+        raise ConfigError(f"--only must name statuses; got {unknown[0]!r}. They are {', '.join(ScoreStatus)}.")
     if redo is None:
         raise ConfigError(f"--only must go with --from; got {only} alone. Add --from score to redo the scores.")
     if not run.exists():
@@ -69,7 +69,7 @@ def statuses(only: str | None, redo: str | None, run: RunFolder) -> tuple[str, .
 
 
 def wanted(
-    table: Iterable[tuple[int, Stage]], first: Sequence[tuple[int, str]], asked: Rescoring, assembly: Assembly
+    table: Iterable[tuple[int, Stage]], first: Sequence[tuple[int, str]], asked: Rescoring, assembly: Runtime
 ) -> Rescoring:
     """The score stages of these names, from these rounds on, that hold samples of the statuses.
 
@@ -80,13 +80,13 @@ def wanted(
     beginning = min(round_ for round_, _ in first)
     for round_, stage in table:
         named = any(round_ >= start and stage.name == name for start, name in first)
-        if named and not isinstance(stage, ScoreSamples):
+        if named and not isinstance(stage, ScoreStage):
             raise ConfigError(
                 f"--only must go with --from score, evaluation-score or evaluation-judge; got --from {asked.redo}. "
                 "Leave --only out, or redo from score."
             )
-        commit = run.commit(round_, stage.writes) if isinstance(stage, ScoreSamples) else None
-        if commit is None or not isinstance(stage, ScoreSamples):
+        commit = run.commit(round_, stage.writes) if isinstance(stage, ScoreStage) else None
+        if commit is None or not isinstance(stage, ScoreStage):
             continue
         shards = [run.folder(round_, stage.writes) / name for name in commit.files if name.endswith(".parquet")]
         has_some = named and any(has_part(path, asked.only) for path in shards)
@@ -110,7 +110,7 @@ def has_part(path: Path, only: Collection[str]) -> bool:
     return any(not statuses_in(row).isdisjoint(only) for row in read_table(path, columns).to_pylist())
 
 
-def refuse_other_rewards(shards: Sequence[Path], stage: ScoreSamples) -> None:
+def refuse_other_rewards(shards: Sequence[Path], stage: ScoreStage) -> None:
     """Raises ConfigError where the scores are of other rewards than those of the configuration."""
     now = set(stage.panel().names)
     for path in shards:

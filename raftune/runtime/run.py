@@ -15,9 +15,9 @@ from raftune.config.load import declared, differences, validate
 from raftune.config.paths import has_paths, moved
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, StoreError
-from raftune.loop import Observer, Outcome, train
+from raftune.loop import Callback, RunOutcome, train
 from raftune.report.rewriting import rewriting
-from raftune.runtime.assembly import Assembly, Objects
+from raftune.runtime.assembly import PythonObjects, Runtime
 from raftune.runtime.preflight import preflight
 from raftune.runtime.rescoring import finished, statuses
 from raftune.runtime.staleness import check
@@ -44,13 +44,13 @@ LIBRARIES = (
 
 def run(
     config: RunConfig | Mapping[str, Any],
-    objects: Objects | None = None,
+    objects: PythonObjects | None = None,
     *,
-    observe: Observer = lambda kind, facts: None,
+    observe: Callback = lambda kind, facts: None,
     redo: str | None = None,
     only: str | None = None,
-    after: Callable[[Assembly, Outcome], None] | None = None,
-) -> Outcome:
+    after: Callable[[Runtime, RunOutcome], None] | None = None,
+) -> RunOutcome:
     """Runs the configuration in its directory: begins, continues, or finds everything done. Raises RaftuneError.
 
     The same directory and configuration continue what was interrupted. Another configuration is refused with the
@@ -64,7 +64,7 @@ def run(
     if not folder.exists():
         check_writable(folder.root)
     with folder.lock():
-        assembly = Assembly(folder, config, objects)
+        assembly = Runtime(folder, config, objects)
         try:
             preflight(assembly)
             aside = check(assembly, redo, named)
@@ -82,12 +82,12 @@ def run(
 
 def resume(
     root: str | Path,
-    objects: Objects | None = None,
+    objects: PythonObjects | None = None,
     *,
-    observe: Observer = lambda kind, facts: None,
+    observe: Callback = lambda kind, facts: None,
     redo: str | None = None,
     only: str | None = None,
-) -> Outcome:
+) -> RunOutcome:
     """Continues the run in this directory under its own configuration. Raises StoreError where there is none."""
     folder = RunFolder(root)
     config = folder.configuration()

@@ -8,9 +8,9 @@ from typing import Any
 
 from raftune.config.load import differences
 from raftune.errors import ConfigChanged, ConfigError, RunDamaged, StoreError
-from raftune.protocols import Particular, Stage
+from raftune.protocols import Stage, SupportsConfigCheck
 from raftune.runtime import rescoring
-from raftune.runtime.assembly import Assembly
+from raftune.runtime.assembly import Runtime
 from raftune.runtime.rescoring import Rescoring
 from raftune.store.commit import stage_key
 from raftune.store.job import fields_of, hashes_of
@@ -21,7 +21,7 @@ Place = tuple[int, str]  # a stage's round, and the folder that it writes in it
 
 
 @dataclass(frozen=True)
-class Stale:
+class StaleStage:
     """A committed stage that the configuration would make otherwise, and the fields that differ: old, new."""
 
     round: int
@@ -44,7 +44,7 @@ def change(name: str, old: Any, new: Any) -> str:
     return f"{name}: {short(old)} → {short(new)}"
 
 
-def check(assembly: Assembly, redo: str | None = None, only: Sequence[str] = ()) -> list[str]:
+def check(assembly: Runtime, redo: str | None = None, only: Sequence[str] = ()) -> list[str]:
     """Makes sure that what is on disk is whole and belongs to the configuration; returns what was set aside.
 
     `redo` is STAGE or ROUND/STAGE, or several with commas: that stage, in this round and in later ones, all that is
@@ -52,7 +52,7 @@ def check(assembly: Assembly, redo: str | None = None, only: Sequence[str] = ())
     keep the scores of all samples but those of these statuses; what was begun so is ended by whoever comes next, unless
     `redo` names what it was made from. Raises RunDamaged, ConfigChanged (with the
     differences), StoreError where weights or latents are gone that would be needed, ConfigError for a stage that does
-    not exist, and for a dial that the start model does not have.
+    not exist, and for an option that the start model does not have.
     """
     first = [parse(name, assembly) for name in redo.split(",")] if redo is not None else []
     begun = rescoring.begun(assembly.run)
@@ -69,7 +69,7 @@ def check(assembly: Assembly, redo: str | None = None, only: Sequence[str] = ())
     refuse_damage(assembly, chosen)
     if chosen:
         refuse_dropped(assembly, chosen, redo or again.redo)
-        refuse_dials(assembly, chosen)
+        check_config(assembly, chosen)
     elif assembly.run.is_committed(0, "model"):
         assembly.family.verify(assembly.run.folder(0, "model"))
     if stale := first_stale(assembly, chosen):
@@ -91,7 +91,7 @@ def reads_any(stage: Stage, round_: int, chosen: Collection[Place]) -> bool:
     return any(source_of(read, round_) in chosen for read in stage.reads)
 
 
-def table(assembly: Assembly) -> Iterator[tuple[int, Stage]]:
+def table(assembly: Runtime) -> Iterator[tuple[int, Stage]]:
     """The stages of all rounds that have a directory, in the order in which the loop makes them."""
     rounds = assembly.run.rounds()
     for round_ in range((rounds[-1] if rounds else -1) + 1):
@@ -99,7 +99,7 @@ def table(assembly: Assembly) -> Iterator[tuple[int, Stage]]:
             yield round_, stage
 
 
-def follows(assembly: Assembly, first: Sequence[tuple[int, str]], exact: Collection[Place] = ()) -> dict[Place, Stage]:
+def follows(assembly: Runtime, first: Sequence[tuple[int, str]], exact: Collection[Place] = ()) -> dict[Place, Stage]:
     """The stages of these names from these rounds on, and the `exact` ones; what is made from them, and what is stale
     after them."""
     chosen: dict[Place, Stage] = {}
@@ -110,7 +110,7 @@ def follows(assembly: Assembly, first: Sequence[tuple[int, str]], exact: Collect
     return chosen
 
 
-def refuse_damage(assembly: Assembly, chosen: dict[Place, Stage]) -> None:
+def refuse_damage(assembly: Runtime, chosen: dict[Place, Stage]) -> None:
     """Raises RunDamaged for the first thing that is wrong with what stays."""
     faults = assembly.run.faults(without=chosen.keys())
     if faults:
@@ -121,21 +121,21 @@ def refuse_damage(assembly: Assembly, chosen: dict[Place, Stage]) -> None:
         )
 
 
-def first_damaged(assembly: Assembly, chosen: dict[Place, Stage]) -> str:
+def first_damaged(assembly: Runtime, chosen: dict[Place, Stage]) -> str:
     """The earliest stage that is not as it was committed, as --from takes it."""
     stays = ((round_, stage) for round_, stage in table(assembly) if (round_, stage.writes) not in chosen)
     damaged = (f"{r}/{label(stage)}" for r, stage in stays if assembly.run.faults_of(r, stage.writes))
     return next(damaged, "ROUND/STAGE")
 
 
-def refuse_dropped(assembly: Assembly, chosen: dict[Place, Stage], redo: str) -> None:
+def refuse_dropped(assembly: Runtime, chosen: dict[Place, Stage], redo: str) -> None:
     """Raises StoreError where something must be redone from weights, or from latents, that were dropped."""
     for (round_, _), stage in chosen.items():
         for source in (source_of(read, round_) for read in stage.reads):
             if source not in chosen and assembly.run.is_dropped(*source):
                 raise StoreError(
                     f"{stage.name} of round {round_} cannot be redone: the weights of round {source[0]} were dropped "
-                    f"(keep_models: {assembly.config.keep_models}). Redo from {source[0]}/tune, or from a later round."
+                    f"(keep_models: {assembly.config.keep_models}). Redo from {source[0]}/train, or from a later round."
                 )
         for source in (source_of(read, round_) for read in getattr(stage, "whole", ())):
             if source not in chosen and (gone := assembly.run.dropped_columns(*source)):
@@ -146,23 +146,23 @@ def refuse_dropped(assembly: Assembly, chosen: dict[Place, Stage], redo: str) ->
                 )
 
 
-def refuse_dials(assembly: Assembly, chosen: dict[Place, Stage]) -> None:
-    """Raises ConfigError for dials that the start model does not have, before anything is set aside for them."""
+def check_config(assembly: Runtime, chosen: dict[Place, Stage]) -> None:
+    """Raises ConfigError for options that the start model does not have, before anything is set aside for them."""
     asks_a_model = any(read.startswith("model") for stage in chosen.values() for read in stage.reads)
     if not asks_a_model or (0, "model") in chosen or not assembly.run.is_committed(0, "model"):
         return  # the start itself is checked when it is made
     start = assembly.policies.encoder(assembly.run.folder(0, "model"))
-    if isinstance(start, Particular):
-        start.refuse_dials()
+    if isinstance(start, SupportsConfigCheck):
+        start.check_config()
 
 
-def first_stale(assembly: Assembly, chosen: dict[Place, Stage]) -> Stale | None:
+def first_stale(assembly: Runtime, chosen: dict[Place, Stage]) -> StaleStage | None:
     """The first stage that stays although the configuration would make it otherwise."""
     stays = ((round_, stage) for round_, stage in table(assembly) if (round_, stage.writes) not in chosen)
     return next((stale for round_, stage in stays if (stale := stale_of(assembly, round_, stage))), None)
 
 
-def stale_of(assembly: Assembly, round_: int, stage: Stage) -> Stale | None:
+def stale_of(assembly: Runtime, round_: int, stage: Stage) -> StaleStage | None:
     """What differs, where the stage is committed under another key than the configuration would give it now."""
     commit = assembly.run.commit(round_, stage.writes)
     if commit is None:
@@ -177,10 +177,10 @@ def stale_of(assembly: Assembly, round_: int, stage: Stage) -> Stale | None:
     changed = differences(commit.fields, fields)
     if commit.inputs.keys() != hashes.keys():
         changed[READS] = (sorted(commit.inputs.keys() - hashes.keys()), sorted(hashes.keys() - commit.inputs.keys()))
-    return Stale(round_, stage, changed)
+    return StaleStage(round_, stage, changed)
 
 
-def set_aside(assembly: Assembly, chosen: dict[Place, Stage]) -> list[str]:
+def set_aside(assembly: Runtime, chosen: dict[Place, Stage]) -> list[str]:
     """Moves the stages to superseded/, the latest first, so that a kill leaves no gap; names those that there were.
 
     What no configured stage writes any more goes with them: it may have been made from what is redone.
@@ -196,7 +196,7 @@ def set_aside(assembly: Assembly, chosen: dict[Place, Stage]) -> list[str]:
     return names
 
 
-def parse(redo: str, assembly: Assembly) -> tuple[int, str]:
+def parse(redo: str, assembly: Runtime) -> tuple[int, str]:
     """ROUND/STAGE, or STAGE of the first round that has it. Raises ConfigError."""
     number, _, wanted = redo.rpartition("/")
     if number and not number.isdigit():

@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 from raftune.config.run import RunConfig
 from raftune.config.secrets import redacted
 from raftune.errors import ConfigError
-from raftune.loop import Observer
+from raftune.loop import Callback
 from raftune.sanitize import first_line
 from raftune.stages.score import logged_metrics
-from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
 
@@ -31,7 +31,7 @@ KEYWORDS: dict[str, tuple[str, ...]] = {"wandb": ("name",), "mlflow": ("run_name
 
 
 @contextlib.contextmanager
-def reporting(config: RunConfig, root: Path, observe: Observer) -> Iterator[Observer]:
+def reporting(config: RunConfig, root: Path, observe: Callback) -> Iterator[Callback]:
     """An observer that also tells every tracker of `report_to`; none of them is started where nothing is left to do.
 
     A tracker begun by a resumed run gets the rounds before it as well, so that each holds the whole history. The step
@@ -42,7 +42,7 @@ def reporting(config: RunConfig, root: Path, observe: Observer) -> Iterator[Obse
     if not names:
         yield observe
         return
-    reporter = Reporter(config, root, names)
+    reporter = TrackerCallback(config, root, names)
 
     def both(kind: str, facts: dict[str, Any]) -> None:
         reporter(kind, facts)
@@ -54,7 +54,7 @@ def reporting(config: RunConfig, root: Path, observe: Observer) -> Iterator[Obse
         reporter.close()
 
 
-class Reporter:
+class TrackerCallback:
     """Logs each round's numbers under TRL's names."""
 
     def __init__(self, config: RunConfig, root: Path, names: Sequence[str]) -> None:
@@ -75,7 +75,7 @@ class Reporter:
     def _round_end(
         self, round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], alarms: Sequence[Any]
     ) -> None:
-        drawn = Drawn.of(self.run, round_)
+        drawn = TrackerSampleStats.of(self.run, round_)
         self.tokens += drawn.tokens
         logged = logged_metrics(self.run.folder(round_, "score")) | drawn.numbers() | held_out(metrics)
         if summary.get("reward_kept") is not None:
@@ -157,19 +157,21 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 @dataclass
-class Drawn:
-    """What a round drew, summed up unit by unit: the policy's own samples, without a teacher's and without columns."""
+class TrackerSampleStats:
+    """What a round drew, summed up chunk by chunk: the policy's own samples, without a teacher's and without
+    columns.
+    """
 
     values: dict[str, list[Floats]] = field(default_factory=dict)
     spreads: list[float] = field(default_factory=list)
     tokens: int = 0
 
     @classmethod
-    def of(cls, run: RunFolder, round_: int) -> Drawn:
+    def of(cls, run: RunFolder, round_: int) -> TrackerSampleStats:
         drawn = cls()
-        for unit in unit_numbers(run.folder(round_, "score")):
-            drawn.add_scores(own(read_table(run.folder(round_, "score") / unit_file(unit))))
-            drawn.add_texts(run.folder(round_, "draw") / unit_file(unit))
+        for chunk in chunk_numbers(run.folder(round_, "score")):
+            drawn.add_scores(own(read_table(run.folder(round_, "score") / chunk_file(chunk))))
+            drawn.add_texts(run.folder(round_, "generate") / chunk_file(chunk))
         return drawn
 
     def add_scores(self, table: pa.Table) -> None:

@@ -12,9 +12,9 @@ from raftune.loop import outcome_of, published
 from raftune.results.summary import AGAIN, best_round, read_json
 from raftune.runtime import rescoring
 from raftune.sanitize import first_line, shell_command
-from raftune.store.commit import NAME, RECEIPTS, SELF
+from raftune.store.commit import JOURNAL, NAME, SELF
 from raftune.store.files import sha256_of
-from raftune.store.layout import unit_file
+from raftune.store.layout import chunk_file
 from raftune.store.run import CONFIG, YAML, RunFolder, difference_to_yaml, holds_files
 
 ENVIRONMENT = "environment.json"
@@ -32,7 +32,7 @@ def faults_of(run: RunFolder) -> list[str]:
     return [
         *beside_config(run),
         *events(run),
-        *receipts(run),
+        *entries(run),
         *run.faults(),
         *uncommitted(run),
         *best(run),
@@ -94,19 +94,19 @@ def is_event(line: bytes) -> bool:
     )
 
 
-def receipts(run: RunFolder) -> Iterator[str]:
+def entries(run: RunFolder) -> Iterator[str]:
     """Units of interrupted stages that are not as they were written; `resume` runs them again."""
-    for path in sorted(run.root.glob(f"round-*/**/{RECEIPTS}")):
+    for path in sorted(run.root.glob(f"round-*/**/{JOURNAL}")):
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
-                receipt = json.loads(line)
-                unit = path.parent / unit_file(receipt["unit"])
-                whole = unit.name == receipt["file"] and sha256_of(unit) == receipt["sha256"]
+                entry = json.loads(line)
+                chunk = path.parent / chunk_file(entry["chunk"])
+                whole = chunk.name == entry["file"] and sha256_of(chunk) == entry["sha256"]
             except (OSError, ValueError, KeyError, TypeError):
-                yield f"{path} line {number} is no receipt of a unit; `raftune resume` runs that unit again"
+                yield f"{path} line {number} is no journal entry of a chunk; `raftune resume` runs that unit again"
                 continue
             if not whole:
-                yield f"{unit} has changed since it was written; `raftune resume` runs that unit again"
+                yield f"{chunk} has changed since it was written; `raftune resume` runs that unit again"
 
 
 def uncommitted(run: RunFolder) -> Iterator[str]:
@@ -116,7 +116,7 @@ def uncommitted(run: RunFolder) -> Iterator[str]:
     for round_ in rounds_over(run, committed):
         lying = {name for number, name in run.places() if number == round_ and holds_files(run.folder(round_, name))}
         for name in sorted(lying | (needed if round_ else needed - {"rows", "guard"})):
-            if (round_, name) not in committed and name != "tune":
+            if (round_, name) not in committed and name != "train":
                 yield f"{run.folder(round_, name) / NAME} is missing, and the round is over"
 
 

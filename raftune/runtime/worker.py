@@ -1,9 +1,9 @@
-"""The entry of a worker process: built from a run's configuration, it runs the units that it is told.
+"""The entry of a worker process: built from a run's configuration, it runs the chunks that it is told.
 
     python -m raftune.runtime.worker RUN
 
 Questions come as lines of JSON on stdin, answers go as lines to what was stdout; what user code prints goes to stderr.
-The process exits when its stdin closes, even in the middle of a unit, so that it never outlives the loop that started
+The process exits when its stdin closes, even in the middle of a chunk, so that it never outlives the loop that started
 it and never writes into a directory that somebody else holds by then. It holds no lock.
 """
 
@@ -22,10 +22,10 @@ from typing import Any, TextIO
 
 from raftune.engines.local import FINAL
 from raftune.errors import OutOfMemory
-from raftune.protocols import UnitStage
-from raftune.runtime.assembly import Assembly, open_assembly
+from raftune.protocols import ChunkedStage
+from raftune.runtime.assembly import Runtime, open_runtime
 from raftune.store.files import explaining
-from raftune.store.job import Job, run_unit
+from raftune.store.job import StageJob, run_chunk
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(nothing, 0)
         os.close(nothing)
         os.dup2(2, 1)
-        desk = Desk(root)
+        desk = WorkerServer(root)
         try:
             desk.serve(told(questions), answers)
         finally:
@@ -64,13 +64,13 @@ def told(questions: TextIO) -> Iterator[dict[str, Any]]:
         busy.clear()
 
 
-class Desk:
+class WorkerServer:
     """Answers questions about one run, whose assembly is built for the first of them."""
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.assembly: Assembly | None = None
-        self._job: Job | None = None
+        self.assembly: Runtime | None = None
+        self._job: StageJob | None = None
 
     def serve(self, questions: Iterable[dict[str, Any]], answers: TextIO) -> None:
         """Answers each with one line."""
@@ -79,26 +79,26 @@ class Desk:
             answers.flush()
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
-        """The receipt of a unit, or what went wrong, and whether it would go wrong again."""
+        """The journal entry of a chunk, or what went wrong, and whether it would go wrong again."""
         try:
             if question.get("rest"):
                 if self.assembly is not None:
                     self.assembly.policies.release()
                 return {}
             job = self.job(question["round"], question["stage"], question["key"])
-            assert isinstance(job.stage, UnitStage)
+            assert isinstance(job.stage, ChunkedStage)
             with explaining(job.run.root):
-                return {"receipt": asdict(run_unit(job, job.stage, question["unit"]))}
+                return {"entry": asdict(run_chunk(job, job.stage, question["chunk"]))}
         except Exception as error:
             traceback.print_exc()
             size = {"batch_size": error.batch_size} if isinstance(error, OutOfMemory) else {}
             return {"kind": type(error).__name__, "error": str(error), "final": isinstance(error, FINAL), **size}
 
-    def job(self, round_: int, name: str, key: str) -> Job:
+    def job(self, round_: int, name: str, key: str) -> StageJob:
         """The job that the loop speaks of; the last one is kept, for a stage has many units."""
         if self._job is None or self._job.key != key:
             if self.assembly is None:
-                self.assembly = open_assembly(self.root)
+                self.assembly = open_runtime(self.root)
             self._job = self.assembly.job(self.assembly.stage(round_, name), round_)
             assert self._job.key == key, "a worker and its loop must agree on the key of a job"
         return self._job

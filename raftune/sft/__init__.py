@@ -1,9 +1,10 @@
-"""Supervised fine-tuning: a policy's own `adopt` and `tune` on a data set of answers, before the first round.
+"""Supervised fine-tuning: a policy's own `encode_completion` and `train` on a data set of answers, before the first
+round.
 
 work.py    the steps, each skipped where its output is there
 rows.py    which answers are learned from and which are held out, as the policy reads them
 """
 
-from raftune.sft.work import Learned, sft
+from raftune.sft.work import SftOutcome, sft
 
-__all__ = ["Learned", "sft"]
+__all__ = ["SftOutcome", "sft"]

@@ -1,4 +1,4 @@
-"""Demonstrations as rows that a policy is tuned on, and those that are held out to measure it."""
+"""Demonstrations as rows that a policy is trained on, and those that are held out to measure it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from raftune.data.rows import Demonstration, Skipped
+from raftune.data.rows import Demonstration, SkippedRow
 from raftune.errors import DataError, TooLong
-from raftune.protocols import Policy, Shortening
-from raftune.records import TOOLS, Json, Prompt, derive_seed, prompt_ids, table_of
+from raftune.protocols import Policy, SupportsTruncation
+from raftune.records import TOOLS, JsonType, Prompt, derive_seed, prompt_ids, table_of
 
 TOO_LONG, UNFIT = "prompt too long", "unfit for this model"
 MESSAGE: Final = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
@@ -50,14 +50,14 @@ def as_messages(row: Demonstration) -> Demonstration:
 
 
 def rows_schema(rows: Sequence[Demonstration], payload: pa.Schema) -> pa.Schema:
-    """The columns of rows.parquet, as a round's tuning reads them."""
+    """The columns of rows.parquet, as a round's training reads them."""
     chats, labels = (any(isinstance(row.prompt, kind) for row in rows) for kind in (list, int))
-    messages = pa.list_(MESSAGE) if all(map(is_plain, rows)) else Json()
+    messages = pa.list_(MESSAGE) if all(map(is_plain, rows)) else JsonType()
     prompt = messages if chats else pa.int64() if labels else pa.string()
     fields = [
         *(pa.field(name, pa.string(), nullable=False) for name in ("sample_id", "prompt_id")),
         pa.field("prompt", prompt, nullable=False),
-        *([pa.field(TOOLS, Json())] if any(row.tools is not None for row in rows) else []),
+        *([pa.field(TOOLS, JsonType())] if any(row.tools is not None for row in rows) else []),
         pa.field("weight", pa.float64(), nullable=False),
         *(pa.field(name, pa.string(), nullable=False) for name in ("origin", "source")),
     ]
@@ -69,12 +69,12 @@ def is_plain(row: Demonstration) -> bool:
     return not isinstance(row.prompt, list) or all(message.keys() == {"role", "content"} for message in row.prompt)
 
 
-class Encoding:
+class EncodedDemonstrations:
     """Demonstrations as the policy reads them; what it cannot read is skipped, what it must cut is counted."""
 
     def __init__(self, policy: Policy, max_length: int | None) -> None:
         self.policy, self.max_length = policy, max_length
-        self.skipped: list[Skipped] = []
+        self.skipped: list[SkippedRow] = []
         self.cut = 0
 
     def tables(self, rows: Sequence[Demonstration], schema: pa.Schema) -> Iterator[pa.Table]:
@@ -92,10 +92,10 @@ class Encoding:
             answer = plain(one.completion) if isinstance(one.completion, list) else one.completion
             payload = self.adopted(prompt, answer)
         except TooLong as error:
-            self.skipped.append(Skipped(one.row, TOO_LONG, str(error)))
+            self.skipped.append(SkippedRow(one.row, TOO_LONG, str(error)))
             return None
         except DataError as error:
-            self.skipped.append(Skipped(one.row, UNFIT, str(error)))
+            self.skipped.append(SkippedRow(one.row, UNFIT, str(error)))
             return None
         self.cut += payload.get("finish") == "length"
         names = {"sample_id": f"data/{one.row}", "prompt_id": name, "prompt": prompt.content, **prompt.columns}
@@ -103,9 +103,9 @@ class Encoding:
 
     def adopted(self, prompt: Prompt, answer: Any) -> Mapping[str, Any]:
         """The payload of the answer, cut to what fits where the policy can do that."""
-        if isinstance(self.policy, Shortening):
-            return self.policy.adopt_within(prompt, answer, "human", self.max_length)
-        return self.policy.adopt(prompt, answer, "human")
+        if isinstance(self.policy, SupportsTruncation):
+            return self.policy.encode_truncated(prompt, answer, "human", self.max_length)
+        return self.policy.encode_completion(prompt, answer, "human")
 
 
 def plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

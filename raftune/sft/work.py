@@ -27,14 +27,14 @@ from raftune.config.run import DataConfig, EngineConfig, RunConfig
 from raftune.config.sampling import DiffusionSampling, SamplingConfig
 from raftune.config.sft import SftConfig
 from raftune.data.demonstrations import choose, read_demonstrations
-from raftune.data.rows import Demonstration, Feedback, Skipped, write_skipped
+from raftune.data.rows import Demonstration, Feedback, SkippedRow, write_skipped
 from raftune.errors import ConfigChanged, ConfigError, DataError, OutOfMemory, StoreError
 from raftune.policies.registry import Family, family_of, start_policy
-from raftune.protocols import Likelihood, Policy
+from raftune.protocols import Policy, SupportsLogProbs
 from raftune.records import TOOLS, Prompt
 from raftune.results.measures import loss_ends
 from raftune.runtime.assembly import limit_threads
-from raftune.sft.rows import Encoding, held_out_prompts, name_of, of_one_kind, rows_schema
+from raftune.sft.rows import EncodedDemonstrations, held_out_prompts, name_of, of_one_kind, rows_schema
 from raftune.starters.resolve import resolve_starters
 from raftune.store.committed import check_folder, write_manifest
 from raftune.store.files import discard, explaining, set_usual_mode, sha256_of, stage_file, sync, unique, write_json
@@ -51,7 +51,7 @@ OURS = frozenset({"tmp", "LOCK"})  # what may lie there before config.yaml does
 
 
 @dataclass(frozen=True)
-class Learned:
+class SftOutcome:
     """What a fine-tuning came to: its directory, its report, and whether anything had to be done."""
 
     root: Path
@@ -59,10 +59,10 @@ class Learned:
     worked: bool
 
 
-def sft(config: SftConfig, observe: Observer = lambda kind, facts: None) -> Learned:
+def sft(config: SftConfig, observe: Observer = lambda kind, facts: None) -> SftOutcome:
     """Fine-tunes the configured model in its directory: begins, continues, or finds everything done.
 
-    `observe` hears of "step" (name), "data" (the facts of data.json), "encoded" and "tuned" (done, of). Raises
+    `observe` hears of "step" (name), "data" (the facts of data.json), "encoded" and "trained" (done, of). Raises
     ConfigChanged where the directory holds the work of another configuration or of other data; StoreError, DataError,
     ModelError.
     """
@@ -70,12 +70,12 @@ def sft(config: SftConfig, observe: Observer = lambda kind, facts: None) -> Lear
     refuse_foreign(folder.root)
     with folder.lock():
         write_config(folder, config)
-        work = Work(folder, config, observe)
+        work = SftRun(folder, config, observe)
         worked = work.through()
-    return Learned(folder.root, json.loads((folder.root / REPORT).read_bytes()), worked)
+    return SftOutcome(folder.root, json.loads((folder.root / REPORT).read_bytes()), worked)
 
 
-class Work:
+class SftRun:
     """One directory's steps."""
 
     def __init__(self, folder: RunFolder, config: SftConfig, observe: Observer) -> None:
@@ -89,7 +89,7 @@ class Work:
         steps: list[tuple[str, Callable[[], None]]] = [
             ("start", self.begin),
             (DATA, self.gather),
-            ("model", self.tune),
+            ("model", self.train),
             (REPORT, self.measure),
         ]
         refuse_other_data(self.root, self.config)
@@ -104,7 +104,7 @@ class Work:
         for name, step in missing.items():
             self.observe("step", {"name": name})
             step()
-        discard(self.root / "tune", self.tmp)
+        discard(self.root / "train", self.tmp)
         return bool(missing)
 
     def policy(self, folder: Path) -> Policy:
@@ -132,7 +132,7 @@ class Work:
         data, feedback = self.config.data, self.feedback
         rows, notes = of_one_kind(feedback.rows[: data.limit])
         apart = held_out_prompts(rows, data.held_out_fraction)
-        encoding = Encoding(self.policy(self.start), self.config.max_length)
+        encoding = EncodedDemonstrations(self.policy(self.start), self.config.max_length)
         schema = rows_schema(rows, self.family.payload)
         learned = self.write(ROWS, encoding, [row for row in rows if name_of(row) not in apart], schema)
         refuse_nothing(learned, encoding.skipped)
@@ -148,7 +148,9 @@ class Work:
         write_json(self.tmp, self.root / DATA, facts)
         self.observe("data", facts)
 
-    def write(self, name: str, encoding: Encoding, rows: Sequence[Demonstration], schema: pa.Schema) -> int:
+    def write(
+        self, name: str, encoding: EncodedDemonstrations, rows: Sequence[Demonstration], schema: pa.Schema
+    ) -> int:
         """Writes these rows as the policy reads them, and returns how many it could."""
         count = 0
         with stage_file(self.tmp, self.root / name) as staged, table_writer(staged, schema) as writer:
@@ -158,8 +160,8 @@ class Work:
                 self.observe("encoded", {"done": count, "of": len(rows)})
         return count
 
-    def tune(self) -> None:
-        """model/: the policy's own fit, continued from its checkpoints under tune/."""
+    def train(self) -> None:
+        """model/: the policy's own fit, continued from its checkpoints under train/."""
         fitted = new_folder(self.tmp)
         report = self.fit(fitted)
         if getattr(self.run.policy, "adapter", None) is not None:
@@ -169,10 +171,10 @@ class Work:
         publish_whole(fitted, self.model)
 
     def fit(self, out: Path) -> Any:
-        """The report of the policy's tuning, which writes into `out`."""
+        """The report of the policy's training, which writes into `out`."""
         policy: Any = self.policy(self.start)
         told = {"callbacks": [step_teller(self.observe)]} if takes_callbacks(policy) else {}
-        return policy.tune(self.root / ROWS, self.root / "tune", out, **told)
+        return policy.train(self.root / ROWS, self.root / "train", out, **told)
 
     def exported(self, fitted: Path) -> Path:
         """An adapter as peft loads it wherever it is, with its tokenizer: its base named in full."""
@@ -221,15 +223,15 @@ class Work:
     def nats(self, folder: Path, held_out: pa.Table) -> float | None:
         """The negative log-likelihood of all held-out answers; None for a policy that knows none."""
         policy = self.policy(folder)
-        if not isinstance(policy, Likelihood):
+        if not isinstance(policy, SupportsLogProbs):
             return None
         names = [name for name in ("prompt_id", "prompt", TOOLS) if name in held_out.column_names]
         prompts = [Prompt(row["prompt_id"], row["prompt"], row) for row in held_out.select(names).to_pylist()]
-        size = self.config.tuning.per_device_train_batch_size
+        size = self.config.training.per_device_train_batch_size
         while True:
             key = json.dumps([sha256_of(self.root / HELD_OUT), size])
             try:
-                with unfinished_work(self.root / "tune", self.tmp, folder.name, key, {}):
+                with unfinished_work(self.root / "train", self.tmp, folder.name, key, {}):
                     return -math.fsum(policy.log_probs(prompts, held_out, size))
             except OutOfMemory:
                 if size == 1:
@@ -238,7 +240,7 @@ class Work:
 
 
 def as_run(config: SftConfig) -> RunConfig:
-    """The configuration as a family knows it: that of a run with this policy and this tuning."""
+    """The configuration as a family knows it: that of a run with this policy and this training."""
     return RunConfig(
         seed=config.seed,
         data=DataConfig(prompts=config.data.path, split=config.data.split),
@@ -247,7 +249,7 @@ def as_run(config: SftConfig) -> RunConfig:
             chat_template_kwargs=config.chat_template_kwargs,
             diffusion=DiffusionSampling(**config.sampling.diffusion.model_dump()),
         ),
-        tuning=config.tuning,
+        training=config.training,
         engine=EngineConfig(threads=config.threads),
     )
 
@@ -332,14 +334,14 @@ def publish_whole(staged: Path, final: Path) -> None:
 # -- the data --------------------------------------------------------------------------------------------------------
 
 
-def source_facts(feedback: Feedback[Demonstration], skipped: Sequence[Skipped]) -> dict[str, Any]:
+def source_facts(feedback: Feedback[Demonstration], skipped: Sequence[SkippedRow]) -> dict[str, Any]:
     """Where the rows are from, and how many were skipped for what."""
     reasons = dict(sorted(Counter(str(one.reason) for one in skipped).items()))
     used = len({one.row for one in feedback.rows} | {one.row for one in feedback.skipped})
     return {"source": feedback.source, "format": feedback.format, "rows": used, "skipped": reasons}
 
 
-def refuse_nothing(learned: int, skipped: Sequence[Skipped]) -> None:
+def refuse_nothing(learned: int, skipped: Sequence[SkippedRow]) -> None:
     """Raises DataError where no row is left to learn from."""
     if learned:
         return
@@ -356,7 +358,7 @@ def write_prompts(tmp: Path, rows: Path, out: Path, reference: str | None = None
             line = found.setdefault(row["prompt_id"], {"prompt": row["prompt"], **tools})
             if reference is not None and not line.get(reference):
                 answer = None if row.get("finish") == "length" else row["completion"]
-                line[reference] = None if isinstance(answer, bytes) else answer  # a picture lies in the rows alone
+                line[reference] = None if isinstance(answer, bytes) else answer  # an image lies in the rows alone
     with stage_file(tmp, out) as staged:
         staged.write_bytes(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in found.values()))
 
@@ -365,7 +367,7 @@ def write_prompts(tmp: Path, rows: Path, out: Path, reference: str | None = None
 
 
 def takes_callbacks(policy: Any) -> bool:
-    return "callbacks" in inspect.signature(policy.tune).parameters
+    return "callbacks" in inspect.signature(policy.train).parameters
 
 
 def step_teller(observe: Observer) -> Any:
@@ -376,6 +378,6 @@ def step_teller(observe: Observer) -> Any:
         """Says how far the fit is."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            observe("tuned", {"done": state.global_step, "of": state.max_steps})
+            observe("trained", {"done": state.global_step, "of": state.max_steps})
 
     return Teller()

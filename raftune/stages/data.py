@@ -16,8 +16,8 @@ from raftune.config.evaluation import FEWEST_UNITS
 from raftune.config.run import RunConfig
 from raftune.data.tables import read_rows
 from raftune.errors import DataError, RunDamaged
-from raftune.protocols import Inputs
-from raftune.records import TOOLS, Json, arrow_array, derive_seed, prompt_ids, without_none
+from raftune.protocols import StageInputs
+from raftune.records import TOOLS, JsonType, arrow_array, derive_seed, prompt_ids, without_none
 from raftune.sanitize import counted, shell_command
 from raftune.stages.reference import check_references
 from raftune.store.commit import NAME as COMMIT
@@ -29,7 +29,7 @@ AT_ONCE = 4096  # values
 Source = Callable[[], pa.Table]
 
 
-class Data:
+class DataStage:
     """Reads, checks and splits the prompts: train.parquet and held_out.parquet, each with prompt_id and prompt."""
 
     name = writes = "data"
@@ -42,7 +42,7 @@ class Data:
     def fingerprints(self) -> Mapping[str, str]:
         return {}
 
-    def run(self, inputs: Inputs, out: Path) -> tuple[str, ...]:
+    def run(self, inputs: StageInputs, out: Path) -> tuple[str, ...]:
         data, evaluation = self.config.data, self.config.evaluation
         wanted = evaluation.num_prompts
         train, held_out = self.train(), self.held_out() if wanted else None
@@ -153,7 +153,7 @@ def without_padding(rows: pa.Table, column: str) -> pa.Table:
     """
     for place, name in enumerate(rows.column_names):
         kind = rows.schema.field(place).type
-        if name in (column, TOOLS) and kind != Json() and pa.types.is_nested(kind):
+        if name in (column, TOOLS) and kind != JsonType() and pa.types.is_nested(kind):
             column = rows.column(place)
             if any(without_none(value) != value for value in values_of(column)):
                 cleaned = [without_none(value) for value in values_of(column)]

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raftune.protocols import Inputs, Metric
+from raftune.protocols import Metric, StageInputs
 from raftune.records import INVALID
 from raftune.stages.features import features_of
-from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import read_table
 
 START = "evaluate/features@0"  # of the start's samples, which have the same prompts and seeds
@@ -30,7 +30,7 @@ class OwnMetrics:
     measured: Callable[[Metric, pa.Table], Any]
 
 
-class Evaluate:
+class EvaluateStage:
     """metrics.json: every metric that the columns at hand suffice for, those of samples and those of reference answers.
 
     Which metrics there are does not enter the key: a later version that measures more leaves old rounds as they are.
@@ -49,7 +49,7 @@ class Evaluate:
         condense: Callable[[pa.Table], pa.Table] | None = None,
         own: OwnMetrics | None = None,
     ) -> None:
-        """`own` are the user's own metrics, which do enter the key. `condense` puts what metrics need of a unit's
+        """`own` are the user's own metrics, which do enter the key. `condense` puts what metrics need of a chunk's
         samples in place of what is too large to be held of all."""
         self.metrics, self.media, self.references, self.condense = metrics, media, references, condense
         self.shards = tuple(f"evaluate/{name}" for name in shards)
@@ -61,10 +61,10 @@ class Evaluate:
     def fingerprints(self) -> Mapping[str, str]:
         return self.own.code if self.own else {}
 
-    def run(self, inputs: Inputs, out: Path) -> tuple[str, ...]:
+    def run(self, inputs: StageInputs, out: Path) -> tuple[str, ...]:
         found: dict[str, Any] = {}
         errors = dict.fromkeys(own := self.own.load() if self.own else {}, "")
-        if unit_numbers(inputs[self.shards[0]]):  # of fewer than ten prompts none is held out
+        if chunk_numbers(inputs[self.shards[0]]):  # of fewer than ten prompts none is held out
             for table in self.tables(inputs):
                 for metric in self.metrics:
                     if metric.needs <= self.has(table):
@@ -89,23 +89,23 @@ class Evaluate:
         except Exception as error:
             return None, f"{type(error).__name__}: {error}"
 
-    def tables(self, inputs: Inputs) -> Iterator[pa.Table]:
+    def tables(self, inputs: StageInputs) -> Iterator[pa.Table]:
         """The samples; and where references are scored, these, a row for each held-out prompt."""
         yield self.samples(inputs)
-        if self.references is not None and (units := unit_numbers(inputs[self.references])):
-            yield pa.concat_tables(read_table(inputs[self.references] / unit_file(unit)) for unit in units)
+        if self.references is not None and (chunks := chunk_numbers(inputs[self.references])):
+            yield pa.concat_tables(read_table(inputs[self.references] / chunk_file(chunk)) for chunk in chunks)
 
-    def samples(self, inputs: Inputs) -> pa.Table:
+    def samples(self, inputs: StageInputs) -> pa.Table:
         """One row a sample: what was drawn, its scores, `held_out/…` scores, and `log_prob`, `log_prob_start`.
 
         Where there are `features`, `features_start` are those of the start's sample of the same prompt and seed.
         """
         tables = []
         start = features_of(inputs[START]) if self.start else None
-        for unit in unit_numbers(*(inputs[name] for name in self.shards)):
-            table = read_table(inputs[self.shards[0]] / unit_file(unit))
+        for chunk in chunk_numbers(*(inputs[name] for name in self.shards)):
+            table = read_table(inputs[self.shards[0]] / chunk_file(chunk))
             for shard in self.shards[1:]:
-                other = read_table(inputs[shard] / unit_file(unit))
+                other = read_table(inputs[shard] / chunk_file(chunk))
                 prefix = "held_out/" if shard.endswith("judge") else ""
                 suffix = "_start" if shard.endswith("-start") else ""
                 for name in other.column_names:
@@ -114,7 +114,7 @@ class Evaluate:
             if start is not None:
                 table = table.append_column("features_start", start.of(table))
             tables.append(self.condense(table) if self.condense is not None else table)
-        return pa.concat_tables(tables, promote_options="default")  # not every unit has each logged column
+        return pa.concat_tables(tables, promote_options="default")  # not every chunk has each logged column
 
     def has(self, samples: pa.Table) -> frozenset[str]:
         names = set(samples.column_names)

@@ -1,4 +1,4 @@
-"""Stage `gather`: exactly the rows that the tuning will learn from, each with its origin."""
+"""Stage `gather`: exactly the rows that the training will learn from, each with its origin."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raftune.config.training import CustomTuning, ReferenceConfig, TuningConfig
+from raftune.config.training import CustomTraining, ReferenceConfig, TrainingConfig
 from raftune.data.tables import read_rows
 from raftune.errors import DataError
-from raftune.protocols import FloatN, Inputs, Policy, PolicyShelf
+from raftune.protocols import FloatArray, Policy, PolicyProvider, StageInputs
 from raftune.records import INVALID, TOOLS, Prompt, derive_seed, table_of
 from raftune.stages.data import prepare
 from raftune.stages.select import read_verdicts
-from raftune.store.layout import unit_file
+from raftune.store.layout import chunk_file
 from raftune.store.parquet import read_group, read_groups, read_table, table_writer
 from raftune.training.objectives import chosen_rows, load_objective, objective_code
 
@@ -28,7 +28,7 @@ VERDICT = ("score", "rank", "reason")  # of a verdict, what an objective of the 
 _NOT_PAYLOAD = ("sample_id", "prompt_id", "k", "source", "seed", "version", "weight")
 
 
-class Gather:
+class GatherStage:
     """rows.parquet: what this round kept, what earlier rounds kept (replay), and reference answers."""
 
     name = "gather"
@@ -36,25 +36,25 @@ class Gather:
 
     def __init__(
         self,
-        policies: PolicyShelf,
-        config: TuningConfig,
+        policies: PolicyProvider,
+        config: TrainingConfig,
         *,
         seed: int,
         round_: int,
-        shards: tuple[str, ...] = ("draw",),
+        shards: tuple[str, ...] = ("generate",),
     ) -> None:
         self.policies, self.config, self.seed, self.round, self.shards = policies, config, seed, round_, shards
         self.replayed = tuple(f"rows@-{back}" for back in range(1, min(config.replay_rounds + 1, round_)))
         needs_encoder = ("model@-1",) if config.reference else ()
         self.reads = ("plan", *shards, "select", *self.replayed, *needs_encoder)
         self.whole = shards  # of what these hold, every column is needed
-        own = ("tuning.objective", "tuning.options") if isinstance(config, CustomTuning) else ()
-        self.fields = ("tuning.replay_rounds", "tuning.reference", *own, *(("seed",) if config.reference else ()))
+        own = ("training.objective", "training.options") if isinstance(config, CustomTraining) else ()
+        self.fields = ("training.replay_rounds", "training.reference", *own, *(("seed",) if config.reference else ()))
 
     def fingerprints(self) -> Mapping[str, str]:
         return objective_code(self.config)
 
-    def run(self, inputs: Inputs, out: Path) -> None:
+    def run(self, inputs: StageInputs, out: Path) -> None:
         tables = self.tables(inputs)
         first = next(tables)
         schema = first.schema.with_metadata({"raftune.round": str(self.round)})
@@ -70,21 +70,21 @@ class Gather:
                 writer.write_table(reference.cast(schema))
         (out / "summary.json").write_text(json.dumps(dict(sorted(origins.items())), indent=2) + "\n")
 
-    def tables(self, inputs: Inputs) -> Iterator[pa.Table]:
-        """This round's kept rows unit by unit, then those that earlier rounds had kept themselves."""
+    def tables(self, inputs: StageInputs) -> Iterator[pa.Table]:
+        """This round's kept rows chunk by chunk, then those that earlier rounds had kept themselves."""
         objective, name = load_objective(self.config), getattr(self.config, "objective", "sft")
-        columns = ["sample_id", "weight", *(VERDICT if isinstance(self.config, CustomTuning) else ())]
-        for unit, verdicts in read_verdicts(inputs["select"] / "verdicts.parquet", columns):
-            samples = pa.concat_tables([read_table(inputs[name] / unit_file(unit)) for name in self.shards])
+        columns = ["sample_id", "weight", *(VERDICT if isinstance(self.config, CustomTraining) else ())]
+        for chunk, verdicts in read_verdicts(inputs["select"] / "verdicts.parquet", columns):
+            samples = pa.concat_tables([read_table(inputs[name] / chunk_file(chunk)) for name in self.shards])
             assert samples.column("sample_id").equals(verdicts.column("sample_id")), "verdicts lie beside their samples"
             rows = chosen_rows(objective, name, samples, verdicts)
-            yield with_prompts(rows, read_group(inputs["plan"] / "prompts.parquet", unit), self.round)
+            yield with_prompts(rows, read_group(inputs["plan"] / "prompts.parquet", chunk), self.round)
         for offset, name in enumerate(self.replayed, 1):
             origin = f"round-{self.round - offset:04d}"
             for rows in read_groups(inputs[name] / "rows.parquet"):
                 yield rows.filter(pc.equal(rows.column("origin"), origin))
 
-    def reference(self, config: ReferenceConfig, inputs: Inputs, others: int, schema: pa.Schema) -> pa.Table:
+    def reference(self, config: ReferenceConfig, inputs: StageInputs, others: int, schema: pa.Schema) -> pa.Table:
         """So many reference answers, chosen by seed, that they make up the configured share of all rows."""
         rows = reference_rows(config)
         answers, prompts = rows.column(config.completion_column), prompts_of(rows, config)
@@ -114,23 +114,23 @@ class Gather:
 def adopted(policy: Policy, prompt: Prompt, answer: Any, row: int) -> Mapping[str, Any]:
     """The payload of a reference answer. Raises DataError that names its row where it is nothing to learn from."""
     try:
-        payload = policy.adopt(prompt, answer, "reference")
+        payload = policy.encode_completion(prompt, answer, "reference")
     except DataError as error:
-        raise DataError(f"tuning.reference.path, row {row}: {error}") from error
+        raise DataError(f"training.reference.path, row {row}: {error}") from error
     if payload.get(INVALID) is not None:
         raise DataError(
-            f"tuning.reference.path, row {row}: there is nothing to learn from ({payload[INVALID]}). Remove the row."
+            f"training.reference.path, row {row}: there is nothing to learn from ({payload[INVALID]}). Remove the row."
         )
     return payload
 
 
 def reference_rows(config: ReferenceConfig) -> pa.Table:
     """The data set of reference answers. Raises DataError where it cannot be read, or lacks a column that is named."""
-    rows = read_rows(config.path, field="tuning.reference.path")
+    rows = read_rows(config.path, field="training.reference.path")
     for name in ("prompt_column", "completion_column"):
         if (column := getattr(config, name)) not in rows.column_names:
             raise DataError(
-                f"tuning.reference.path must have the column {column!r} (tuning.reference.{name}); got "
+                f"training.reference.path must have the column {column!r} (training.reference.{name}); got "
                 f"{', '.join(rows.column_names)}. Name one of these."
             )
     return rows
@@ -139,10 +139,10 @@ def reference_rows(config: ReferenceConfig) -> pa.Table:
 def prompts_of(rows: pa.Table, config: ReferenceConfig) -> pa.Table:
     """What the reference answers answer, with ids. Raises DataError that names the row of a prompt that is none."""
     names = [name for name in rows.column_names if name in (config.prompt_column, TOOLS)]
-    return prepare(rows.select(names), config.prompt_column, "tuning.reference.path")
+    return prepare(rows.select(names), config.prompt_column, "training.reference.path")
 
 
-def kept_rows(samples: pa.Table, weight: FloatN, prompts: pa.Table, round_: int) -> pa.Table:
+def kept_rows(samples: pa.Table, weight: FloatArray, prompts: pa.Table, round_: int) -> pa.Table:
     """The samples of positive weight as rows to train on, each beside its prompt."""
     kept = samples.filter(pa.array(weight > 0))
     return with_prompts(kept.append_column("weight", pa.array(weight[weight > 0], pa.float64())), prompts, round_)

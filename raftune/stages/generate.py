@@ -1,4 +1,4 @@
-"""Stage `draw`: K samples for each prompt from the policy, and candidates from other sources beside them."""
+"""Stage `generate`: K samples for each prompt from the policy, and candidates from other sources beside them."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import pyarrow as pa
 
 from raftune.config.sampling import DRAWN_BY
 from raftune.errors import DataError, ModelError
-from raftune.protocols import Inputs, Policy, PolicyShelf, SupportsBackends, Unit
+from raftune.protocols import Chunk, Policy, PolicyProvider, StageInputs, SupportsBackends
 from raftune.records import Prompt, Sample, derive_seed, samples_table
 from raftune.stages.parity import generation_words
-from raftune.stages.plan import read_plan, read_unit
-from raftune.store.layout import unit_file, unit_numbers
+from raftune.stages.plan import read_chunk, read_plan
+from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import read_table, write_table
 
 IDENTITY = ("id", "prompt_id", "k", "source", "seed", "version")
 
 
-class Draw:
-    """One shard a unit: the policy's own samples, then the candidates that the data set's columns hold."""
+class GenerateStage:
+    """One shard a chunk: the policy's own samples, then the candidates that the data set's columns hold."""
 
     local = False
 
     def __init__(
         self,
-        policies: PolicyShelf,
+        policies: PolicyProvider,
         *,
         model: str = "model@-1",
         plan: str = "plan",
-        writes: str = "draw",
+        writes: str = "generate",
         columns: tuple[str, ...] = (),
         code: Mapping[str, str] | None = None,
     ) -> None:
@@ -47,36 +47,36 @@ class Draw:
     def fingerprints(self) -> Mapping[str, str]:
         return self.code
 
-    def units(self, inputs: Inputs) -> list[int]:
+    def chunks(self, inputs: StageInputs) -> list[int]:
         return list(range(read_plan(inputs[self.plan])["num_units"]))
 
-    def run_unit(self, inputs: Inputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+    def run_chunk(self, inputs: StageInputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
         policy = self.policies.at(inputs[self.model])
-        unit = read_unit(inputs[self.plan], index)
+        chunk = read_chunk(inputs[self.plan], index)
         if "batch_size" in metadata:
-            unit = replace(unit, batch_size=int(metadata["batch_size"]))
-        samples = drawn(policy, unit)
+            chunk = replace(chunk, batch_size=int(metadata["batch_size"]))
+        samples = drawn(policy, chunk)
         if self.columns:
-            samples = with_columns(samples, policy, unit, self.columns)
+            samples = with_columns(samples, policy, chunk, self.columns)
         write_table(as_table(samples, policy), out, metadata)
         return policy.notes()
 
 
-def drawn(policy: Policy, unit: Unit) -> list[Sample]:
-    """What the policy draws of the unit. Raises ModelError where that is not what was asked for: a family's own fault.
+def drawn(policy: Policy, chunk: Chunk) -> list[Sample]:
+    """What the policy draws of the chunk. Raises ModelError where that is not what was asked for: a family's own fault.
 
     Everything after it relies on the order: prompt by prompt, k ascending, each sample with the seed that was planned.
     """
-    samples = policy.draw(unit)
+    samples = policy.generate(chunk)
     name = type(policy).__name__
     planned = [
-        (unit.sample_id(prompt, k), prompt.id, k, "policy", seed, unit.version)
-        for prompt, seeds in zip(unit.prompts, unit.seeds, strict=True)
+        (chunk.sample_id(prompt, k), prompt.id, k, "policy", seed, chunk.version)
+        for prompt, seeds in zip(chunk.prompts, chunk.seeds, strict=True)
         for k, seed in enumerate(seeds)
     ]
     if len(samples) != len(planned):
         raise ModelError(
-            f"{name}.draw must give a sample for each seed of each prompt of the unit, {len(planned)} here; got "
+            f"{name}.draw must give a sample for each seed of each prompt of the chunk, {len(planned)} here; got "
             f"{len(samples)}. docs/families.md shows the order."
         )
     for number, (sample, wanted) in enumerate(zip(samples, planned, strict=True)):
@@ -110,18 +110,18 @@ def as_table(samples: list[Sample], policy: Policy) -> pa.Table:
     return table
 
 
-def with_columns(samples: list[Sample], policy: Policy, unit: Unit, columns: tuple[str, ...]) -> list[Sample]:
+def with_columns(samples: list[Sample], policy: Policy, chunk: Chunk, columns: tuple[str, ...]) -> list[Sample]:
     """The samples, prompt by prompt, each prompt's own followed by the answers that the columns hold."""
-    pool: dict[str, list[Sample]] = {prompt.id: [] for prompt in unit.prompts}
+    pool: dict[str, list[Sample]] = {prompt.id: [] for prompt in chunk.prompts}
     for sample in samples:
         pool[sample.prompt_id].append(sample)
-    for prompt in unit.prompts:
+    for prompt in chunk.prompts:
         for column in columns:
-            pool[prompt.id].append(adopted(policy, unit, prompt, len(pool[prompt.id]), column))
+            pool[prompt.id].append(adopted(policy, chunk, prompt, len(pool[prompt.id]), column))
     return [sample for answers in pool.values() for sample in answers]
 
 
-def adopted(policy: Policy, unit: Unit, prompt: Prompt, k: int, column: str) -> Sample:
+def adopted(policy: Policy, chunk: Chunk, prompt: Prompt, k: int, column: str) -> Sample:
     """The answer that a column of the data set holds, as a candidate. Raises DataError where there is none."""
     if column not in prompt.columns:
         raise DataError(
@@ -129,53 +129,55 @@ def adopted(policy: Policy, unit: Unit, prompt: Prompt, k: int, column: str) -> 
             f"{', '.join(prompt.columns) or 'no other columns'}. Name one of these, or leave it out."
         )
     answer = prompt.columns[column]
-    payload = dict(policy.adopt(prompt, answer, f"column:{column}"))
+    payload = dict(policy.encode_completion(prompt, answer, f"column:{column}"))
     return Sample(
-        unit.sample_id(prompt, k), prompt.id, k, f"column:{column}", None, "", payload.pop("completion"), payload
+        chunk.sample_id(prompt, k), prompt.id, k, f"column:{column}", None, "", payload.pop("completion"), payload
     )
 
 
-class Teach:
-    """One shard a unit: a teacher's answers, encoded as if the policy had drawn them; numbered after its own."""
+class TeacherStage:
+    """One shard a chunk: a teacher's answers, encoded as if the policy had drawn them; numbered after its own."""
 
     local = False
     name = writes = "teach"
-    reads = ("plan", "draw", "model@-1", "teacher@0")
+    reads = ("plan", "generate", "model@-1", "teacher@0")
     fields = (*DRAWN_BY, "sampling.teacher")
 
-    def __init__(self, policies: PolicyShelf, num_generations: int) -> None:
+    def __init__(self, policies: PolicyProvider, num_generations: int) -> None:
         self.policies, self.num_generations = policies, num_generations
 
     def fingerprints(self) -> Mapping[str, str]:
         return {}
 
-    def units(self, inputs: Inputs) -> list[int]:
-        return unit_numbers(inputs["draw"])
+    def chunks(self, inputs: StageInputs) -> list[int]:
+        return chunk_numbers(inputs["generate"])
 
-    def run_unit(self, inputs: Inputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+    def run_chunk(self, inputs: StageInputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
         teacher = self.policies.at(inputs["teacher@0"])
         policy = self.policies.encoder(inputs["model@-1"])
-        unit = read_unit(inputs["plan"], index)
-        taken = Counter(read_table(inputs["draw"] / unit_file(index), ["prompt_id"]).column("prompt_id").to_pylist())
-        asked = replace(unit, version="teacher", seeds=self.seeds(inputs["plan"], unit))
-        prompts = {prompt.id: prompt for prompt in unit.prompts}
+        chunk = read_chunk(inputs["plan"], index)
+        taken = Counter(
+            read_table(inputs["generate"] / chunk_file(index), ["prompt_id"]).column("prompt_id").to_pylist()
+        )
+        asked = replace(chunk, version="teacher", seeds=self.seeds(inputs["plan"], chunk))
+        prompts = {prompt.id: prompt for prompt in chunk.prompts}
         samples = []
         for answer in drawn(teacher, asked):
             prompt, k = prompts[answer.prompt_id], taken[answer.prompt_id] + answer.k
-            payload = dict(policy.adopt(prompt, answer.completion, "teacher"))
+            payload = dict(policy.encode_completion(prompt, answer.completion, "teacher"))
             completion = payload.pop("completion")
             samples.append(
-                Sample(unit.sample_id(prompt, k), prompt.id, k, "teacher", answer.seed, "teacher", completion, payload)
+                Sample(chunk.sample_id(prompt, k), prompt.id, k, "teacher", answer.seed, "teacher", completion, payload)
             )
         write_table(as_table(samples, policy), out, metadata)
         record = teacher.backend() if isinstance(teacher, SupportsBackends) else None
         way = () if record is None else (f"the teacher generates by {generation_words(record, distance=False)}",)
         return (*teacher.notes(), *way)
 
-    def seeds(self, plan: Path, unit: Unit) -> tuple[tuple[int, ...], ...]:
+    def seeds(self, plan: Path, chunk: Chunk) -> tuple[tuple[int, ...], ...]:
         """Seeds of the teacher's draws: none of them a seed of the policy's."""
         start = read_plan(plan)["seed"]
         return tuple(
             tuple(derive_seed("teacher", *start, prompt.id, k) for k in range(self.num_generations))
-            for prompt in unit.prompts
+            for prompt in chunk.prompts
         )

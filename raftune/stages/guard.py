@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.config.guards import thresholds
-from raftune.protocols import Evidence, Examiner, Inputs
+from raftune.protocols import Monitor, MonitorInput, StageInputs
 from raftune.records import INVALID
 from raftune.stages.evaluate import plain
 from raftune.stages.select import clipped, contents, lengths, read_verdicts
 from raftune.store.committed import read_json
-from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import column_names, read_table
 
 VERDICT = ("sample_id", "prompt_id", "k", "source", "score", "weight")
@@ -25,10 +25,11 @@ JUDGED = ("sample_id", "prompt_id", "k", "score")
 Ints = npt.NDArray[np.int64]
 
 
-class Guard:
+class GuardStage:
     """metrics.json, of what was drawn and of what was selected, and alarms.json: evidence, with samples to look at.
 
-    `judged` are the folders of the held-out samples, besides their scores: "draw", "judge", "logp" and "logp-start".
+    `judged` are the folders of the held-out samples, besides their scores: "generate", "judge", "logp" and
+    "logp-start".
     `judge` is the held-out reward in words, empty without one.
     """
 
@@ -37,11 +38,11 @@ class Guard:
 
     def __init__(
         self,
-        examiner: Examiner,
+        examiner: Monitor,
         factors: Callable[[], Mapping[str, float]],
         *,
         round_: int,
-        shards: tuple[str, ...] = ("draw",),
+        shards: tuple[str, ...] = ("generate",),
         judged: tuple[str, ...] = (),
         judge: str = "",
         texts: bool = True,
@@ -64,8 +65,8 @@ class Guard:
     def fingerprints(self) -> Mapping[str, str]:
         return {}
 
-    def run(self, inputs: Inputs, out: Path) -> None:
-        evidence = Evidence(
+    def run(self, inputs: StageInputs, out: Path) -> None:
+        evidence = MonitorInput(
             round=self.round,
             samples=self.counts(pa.concat_tables(self.samples(inputs))),
             factors=self.factors(),
@@ -80,19 +81,19 @@ class Guard:
             text = json.dumps(plain(found), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
             (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
-    def samples(self, inputs: Inputs) -> Iterator[pa.Table]:
-        """Unit by unit what is known of the samples: numbers of all, texts of few."""
-        for unit, verdicts in read_verdicts(inputs["select"] / "verdicts.parquet", VERDICT):
-            scores = read_table(inputs["score"] / unit_file(unit))
+    def samples(self, inputs: StageInputs) -> Iterator[pa.Table]:
+        """Unit by chunk what is known of the samples: numbers of all, texts of few."""
+        for chunk, verdicts in read_verdicts(inputs["select"] / "verdicts.parquet", VERDICT):
+            scores = read_table(inputs["score"] / chunk_file(chunk))
             table = verdicts
             for name in scores.column_names:
                 if name.startswith("rewards/"):
                     table = table.append_column(name, scores.column(name))
-            paths = [inputs[name] / unit_file(unit) for name in self.shards]
+            paths = [inputs[name] / chunk_file(chunk) for name in self.shards]
             yield self.with_looks(table, paths) if self.condense is not None else self.with_texts(table, paths)
 
     def with_looks(self, table: pa.Table, paths: Sequence[Path]) -> pa.Table:
-        """The unit's samples with what was measured of their completions, and which of them are the control."""
+        """The chunk's samples with what was measured of their completions, and which of them are the control."""
         assert self.condense is not None
         known = self.condense(pa.concat_tables([read_table(path, completions_in(path)) for path in paths]))
         table = beside(table, known)
@@ -106,7 +107,7 @@ class Guard:
         return as_many(groups, own, np.bincount(groups, weights=table.column("weight").to_numpy() > 0).astype(np.int64))
 
     def with_texts(self, table: pa.Table, paths: Sequence[Path]) -> pa.Table:
-        """The unit's samples with what the measures of texts need, where the samples are texts."""
+        """The chunk's samples with what the measures of texts need, where the samples are texts."""
         if not self.texts:
             return table
         texts = pa.concat_tables([read_table(path, ["completion"]) for path in paths]).column("completion")
@@ -174,26 +175,26 @@ def told_of(path: Path, texts: bool) -> pa.Table:
 
 
 def judged_samples(
-    inputs: Inputs, judged: Sequence[str], round_: int | None = None, *, texts: bool = False
+    inputs: StageInputs, judged: Sequence[str], round_: int | None = None, *, texts: bool = False
 ) -> pa.Table | None:
     """The held-out samples of this round, or of an earlier one, with what was measured of them; None without any."""
     when = "" if round_ is None else f"@{round_}"
     folders = {name: inputs[f"evaluate/{name}{when}"] for name in ("score", *judged)}
-    units = unit_numbers(*folders.values())  # of fewer than ten prompts none is held out
-    return pa.concat_tables(judged_unit(folders, unit, texts) for unit in units) if units else None
+    chunks = chunk_numbers(*folders.values())  # of fewer than ten prompts none is held out
+    return pa.concat_tables(judged_chunk(folders, chunk, texts) for chunk in chunks) if chunks else None
 
 
-def judged_unit(folders: Mapping[str, Path], unit: int, texts: bool) -> pa.Table:
-    table = read_table(folders["score"] / unit_file(unit), JUDGED)
-    if "draw" in folders:
-        table = beside(table, told_of(folders["draw"] / unit_file(unit), texts))
+def judged_chunk(folders: Mapping[str, Path], chunk: int, texts: bool) -> pa.Table:
+    table = read_table(folders["score"] / chunk_file(chunk), JUDGED)
+    if "generate" in folders:
+        table = beside(table, told_of(folders["generate"] / chunk_file(chunk), texts))
     if "judge" in folders:
         table = table.append_column(
-            "held_out", read_table(folders["judge"] / unit_file(unit), ["score"]).column("score")
+            "held_out", read_table(folders["judge"] / chunk_file(chunk), ["score"]).column("score")
         )
     if "logp" in folders:
         ours, start = (
-            read_table(folders[name] / unit_file(unit), ["log_prob"]).column("log_prob")
+            read_table(folders[name] / chunk_file(chunk), ["log_prob"]).column("log_prob")
             for name in ("logp", "logp-start")
         )
         table = table.append_column("log_ratio", pc.subtract(ours, start))

@@ -8,21 +8,27 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from raftune.protocols import FloatN, Inputs, Likelihood, PolicyShelf
+from raftune.protocols import FloatArray, PolicyProvider, StageInputs, SupportsLogProbs
 from raftune.stages.plan import asked, read_plan
 from raftune.stages.score import read_shards
-from raftune.store.layout import unit_numbers
+from raftune.store.layout import chunk_numbers
 from raftune.store.parquet import write_table
 
 
-class LogProbs:
-    """One shard a unit: `log_prob`, nats of the whole answer, untempered. One model a stage: never two in memory."""
+class LogProbsStage:
+    """One shard a chunk: `log_prob`, nats of the whole answer, untempered. One model a stage: never two in memory."""
 
     local = False
     fields = ("engine.threads",)
 
     def __init__(
-        self, policies: PolicyShelf, *, model: str, writes: str, plan: str = "plan", shards: tuple[str, ...] = ("draw",)
+        self,
+        policies: PolicyProvider,
+        *,
+        model: str,
+        writes: str,
+        plan: str = "plan",
+        shards: tuple[str, ...] = ("generate",),
     ) -> None:
         self.policies, self.model, self.plan, self.shards = policies, model, plan, shards
         self.name = writes.replace("evaluate/", "evaluation ")
@@ -32,12 +38,12 @@ class LogProbs:
     def fingerprints(self) -> Mapping[str, str]:
         return {}
 
-    def units(self, inputs: Inputs) -> list[int]:
-        return unit_numbers(*(inputs[name] for name in self.shards))
+    def chunks(self, inputs: StageInputs) -> list[int]:
+        return chunk_numbers(*(inputs[name] for name in self.shards))
 
-    def run_unit(self, inputs: Inputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+    def run_chunk(self, inputs: StageInputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
         policy = self.policies.at(inputs[self.model])
-        assert isinstance(policy, Likelihood)  # planning has made sure of it
+        assert isinstance(policy, SupportsLogProbs)  # planning has made sure of it
         samples = pa.concat_tables(read_shards([inputs[name] for name in self.shards], index))
         values = noted(policy, samples, by=inputs[self.model].parent.name)
         left = np.flatnonzero(np.isnan(values))
@@ -51,7 +57,7 @@ class LogProbs:
         return ()
 
 
-def noted(policy: Likelihood, samples: pa.Table, by: str) -> FloatN:
+def noted(policy: SupportsLogProbs, samples: pa.Table, by: str) -> FloatArray:
     """(N,) what the model of round `by` noted of its own draws, which spares a pass over them; NaN for all others."""
     own = np.array([version == by for version in samples.column("version").to_pylist()])
     return np.where(own, policy.recorded_log_probs(samples), np.nan)

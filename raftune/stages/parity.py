@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from raftune.protocols import Inputs, PolicyShelf, SupportsBackends
+from raftune.protocols import PolicyProvider, StageInputs, SupportsBackends
 from raftune.stages.plan import left_out
 from raftune.stages.prompt_check import prompts_in
 from raftune.store.committed import read_json
@@ -17,13 +17,13 @@ BACKEND = "backend.json"
 TRIED = 4  # prompts
 
 
-class Parity:
+class ParityStage:
     """backend.json: what the trial found, so that every round and every process generate the same way."""
 
     name = writes = "parity"
     fields = ("sampling.backend", "sampling.backend_options")
 
-    def __init__(self, policies: PolicyShelf, release: Callable[[], None], drop: bool = False) -> None:
+    def __init__(self, policies: PolicyProvider, release: Callable[[], None], drop: bool = False) -> None:
         """`release` is called afterwards: it frees the model where other processes generate. `drop`: not tried on
         prompts that the run goes without."""
         self.policies, self.release = policies, release
@@ -32,7 +32,7 @@ class Parity:
     def fingerprints(self) -> Mapping[str, str]:
         return {}
 
-    def run(self, inputs: Inputs, out: Path) -> tuple[str, ...]:
+    def run(self, inputs: StageInputs, out: Path) -> tuple[str, ...]:
         policy = self.policies.at(inputs["model@0"])
         assert isinstance(policy, SupportsBackends)  # the table of stages holds this one for no other
         gone = left_out(inputs)

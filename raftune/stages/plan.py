@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from raftune.config.run import RunConfig
-from raftune.protocols import EVALUATION, Inputs, Unit
+from raftune.protocols import EVALUATION, Chunk, StageInputs
 from raftune.records import TOOLS, Prompt, derive_seed
 from raftune.store.committed import read_json
 from raftune.store.parquet import column_names, read_group, read_groups, read_metadata, read_table, write_table
@@ -20,11 +20,11 @@ READS_LEFT_OUT = ("data@0", "prompts@0")
 SEED_RULES = ("run", "evaluation")
 
 
-class Plan:
-    """plan.json and prompts.parquet, one row group a unit; with `drop`, without what the stage `prompts` left out."""
+class PlanStage:
+    """plan.json and prompts.parquet, one row group a chunk; with `drop`, without what the stage `prompts` left out."""
 
     name = writes = "plan"
-    fields = ("seed", "prompts_per_round", "sampling.num_generations", "sampling.unit_size", "sampling.batch_size")
+    fields = ("seed", "prompts_per_round", "sampling.num_generations", "sampling.chunk_size", "sampling.batch_size")
 
     def __init__(self, config: RunConfig, round_: int, drop: bool = False) -> None:
         self.config, self.round = config, round_
@@ -33,7 +33,7 @@ class Plan:
     def fingerprints(self) -> Mapping[str, str]:
         return {}
 
-    def run(self, inputs: Inputs, out: Path) -> None:
+    def run(self, inputs: StageInputs, out: Path) -> None:
         config = self.config
         train = inputs["data@0"] / "train.parquet"
         usable = usable_rows(train, inputs)
@@ -50,12 +50,12 @@ class Plan:
         )
 
 
-class EvaluationPlan:
+class EvaluationPlanStage:
     """The held-out prompts with their seeds, which depend on neither run nor round, so that all can be paired."""
 
     name = "evaluation plan"
     writes = "evaluate/plan"
-    fields = ("evaluation.num_generations", "evaluation.seed", "sampling.unit_size", "sampling.batch_size")
+    fields = ("evaluation.num_generations", "evaluation.seed", "sampling.chunk_size", "sampling.batch_size")
 
     def __init__(self, config: RunConfig, round_: int, drop: bool = False) -> None:
         self.config, self.round = config, round_
@@ -64,7 +64,7 @@ class EvaluationPlan:
     def fingerprints(self) -> Mapping[str, str]:
         return {}
 
-    def run(self, inputs: Inputs, out: Path) -> None:
+    def run(self, inputs: StageInputs, out: Path) -> None:
         evaluation = self.config.evaluation
         write_plan(
             out,
@@ -77,13 +77,13 @@ class EvaluationPlan:
         )
 
 
-def left_out(inputs: Inputs) -> frozenset[str]:
+def left_out(inputs: StageInputs) -> frozenset[str]:
     """The ids of the prompts that the model cannot take and the run goes without."""
     path = inputs["prompts@0"] / "left_out.json" if "prompts@0" in inputs else None
     return frozenset(json.loads(path.read_text()) if path is not None and path.is_file() else ())
 
 
-def usable_rows(path: Path, inputs: Inputs) -> Sequence[int]:
+def usable_rows(path: Path, inputs: StageInputs) -> Sequence[int]:
     """The numbers of the file's rows that are not left out."""
     if not (gone := left_out(inputs)):
         return range(read_metadata(path)[0])
@@ -91,7 +91,7 @@ def usable_rows(path: Path, inputs: Inputs) -> Sequence[int]:
     return [number for number, name in enumerate(ids) if name not in gone]
 
 
-def without_left_out(prompts: pa.Table, inputs: Inputs) -> pa.Table:
+def without_left_out(prompts: pa.Table, inputs: StageInputs) -> pa.Table:
     if not (gone := left_out(inputs)):
         return prompts
     return prompts.filter(pa.array([name not in gone for name in prompts.column("prompt_id").to_pylist()], pa.bool_()))
@@ -100,7 +100,7 @@ def without_left_out(prompts: pa.Table, inputs: Inputs) -> pa.Table:
 def write_plan(
     out: Path, prompts: pa.Table, *, scope: str, version: str, seed: list[Any], num_generations: int, config: RunConfig
 ) -> None:
-    size = config.sampling.unit_size
+    size = config.sampling.chunk_size
     write_table(prompts, out / "prompts.parquet", rows_per_group=size)
     plan = {
         "scope": scope,
@@ -109,7 +109,7 @@ def write_plan(
         "num_generations": num_generations,
         "num_prompts": prompts.num_rows,
         "num_units": -(-prompts.num_rows // size),
-        "unit_size": size,
+        "chunk_size": size,
         "batch_size": config.sampling.batch_size,
     }
     (out / "plan.json").write_text(json.dumps(plan, indent=2, sort_keys=True) + "\n")
@@ -120,18 +120,18 @@ def read_plan(folder: Path) -> dict[str, Any]:
     return loaded
 
 
-def read_unit(folder: Path, index: int) -> Unit:
-    """The unit as planned: its prompts, and for each the seeds of its K samples."""
+def read_chunk(folder: Path, index: int) -> Chunk:
+    """The chunk as planned: its prompts, and for each the seeds of its K samples."""
     plan = read_plan(folder)
     prompts = tuple(read_prompts(folder, index))
     seeds = tuple(
         tuple(derive_seed(*plan["seed"], prompt.id, k) for k in range(plan["num_generations"])) for prompt in prompts
     )
-    return Unit(index, plan["scope"], plan["version"], prompts, seeds, plan["batch_size"])
+    return Chunk(index, plan["scope"], plan["version"], prompts, seeds, plan["batch_size"])
 
 
 def read_prompts(folder: Path, index: int) -> list[Prompt]:
-    """The prompts of a unit, with the columns that ride along."""
+    """The prompts of a chunk, with the columns that ride along."""
     return prompts_from(read_group(folder / "prompts.parquet", index))
 
 
@@ -146,7 +146,7 @@ def prompts_from(rows: pa.Table) -> list[Prompt]:
 
 
 def asked(folder: Path, index: int, samples: pa.Table) -> list[Prompt]:
-    """For each sample of the unit the prompt that it answers."""
+    """For each sample of the chunk the prompt that it answers."""
     prompts = {prompt.id: prompt for prompt in read_prompts(folder, index)}
     return [prompts[name] for name in samples.column("prompt_id").to_pylist()]
 

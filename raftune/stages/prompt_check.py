@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from raftune.errors import DataError, RaftuneError
-from raftune.protocols import BatchReader, Inputs, PolicyShelf, Reader
+from raftune.protocols import BatchReader, PolicyProvider, StageInputs, SupportsPromptCheck
 from raftune.records import Prompt
 from raftune.sanitize import counted, one_line
-from raftune.stages.data import Data
+from raftune.stages.data import DataStage
 from raftune.stages.plan import asked_columns, prompts_from
 from raftune.store.parquet import column_names, read_groups
 
@@ -32,7 +32,7 @@ DECIDED_BY = tuple(
 )
 
 
-class Prompts:
+class PromptCheckStage:
     """unread.json: of prompts that are longer than what the model reads, by id, the end that is not seen.
 
     With `drop`, left_out.json: of those that it, or the teacher, cannot take at all, by id, the row and the reason.
@@ -43,8 +43,8 @@ class Prompts:
 
     def __init__(
         self,
-        policies: PolicyShelf,
-        data: Data,
+        policies: PolicyProvider,
+        data: DataStage,
         *,
         drop: bool = False,
         teacher: bool = False,
@@ -60,7 +60,7 @@ class Prompts:
     def fingerprints(self) -> Mapping[str, str]:
         return {}
 
-    def run(self, inputs: Inputs, out: Path) -> tuple[str, ...]:
+    def run(self, inputs: StageInputs, out: Path) -> tuple[str, ...]:
         readers = [self.reader(inputs[name]) for name in self.reads[1:]]
         looks = looked_at(prompts_in(inputs["data@0"], self.columns), readers)
         refused = looks.refused
@@ -80,9 +80,9 @@ class Prompts:
         gone = (f"left out: {refusal(looks, self.data)}",) if refused else ()
         return (*said, *gone, *cut_short(looks))
 
-    def reader(self, folder: Path) -> Reader:
+    def reader(self, folder: Path) -> SupportsPromptCheck:
         reader = self.policies.encoder(folder)
-        assert isinstance(reader, Reader)  # the table of stages holds this one for no other
+        assert isinstance(reader, SupportsPromptCheck)  # the table of stages holds this one for no other
         return reader
 
 
@@ -103,7 +103,7 @@ def ids_in(path: Path) -> set[str]:
 
 
 @dataclass
-class Looks:
+class PromptCheck:
     """What was seen of prompts that were read one after another, none of them kept."""
 
     total: int = 0
@@ -114,8 +114,8 @@ class Looks:
     first_unlike: str = ""
 
 
-def looked_at(prompts: Iterable[Prompt], readers: Sequence[Reader]) -> Looks:
-    looks = Looks()
+def looked_at(prompts: Iterable[Prompt], readers: Sequence[SupportsPromptCheck]) -> PromptCheck:
+    looks = PromptCheck()
     for prompt, asked in prompts_with_readers(prompts, readers):
         looks.total += 1
         text = str(prompt.content)
@@ -135,8 +135,8 @@ def looked_at(prompts: Iterable[Prompt], readers: Sequence[Reader]) -> Looks:
 
 
 def prompts_with_readers(
-    prompts: Iterable[Prompt], readers: Sequence[Reader]
-) -> Iterator[tuple[Prompt, list[tuple[int, Reader]]]]:
+    prompts: Iterable[Prompt], readers: Sequence[SupportsPromptCheck]
+) -> Iterator[tuple[Prompt, list[tuple[int, SupportsPromptCheck]]]]:
     """Each prompt with the numbered readers that have to look at it alone: those that did not read its whole batch."""
     rest = iter(prompts)
     while batch := list(itertools.islice(rest, BATCH)):
@@ -149,7 +149,7 @@ def prompts_with_readers(
             yield prompt, alone
 
 
-def refusal(looks: Looks, data: Data) -> str:
+def refusal(looks: PromptCheck, data: DataStage) -> str:
     """How many prompts cannot be used, the rows of the first, and why the first cannot."""
     refused = looks.refused
     more = f" and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
@@ -159,7 +159,7 @@ def refusal(looks: Looks, data: Data) -> str:
     )
 
 
-def places(ids: Sequence[str], data: Data) -> list[str]:
+def places(ids: Sequence[str], data: DataStage) -> list[str]:
     """The row of each prompt in the data set that it came from; its id where that is no longer to be had."""
     rows: dict[str, str] = {}
     for name, read in (("data.prompts", data.train), ("evaluation.prompts", data.held_out)):
@@ -172,7 +172,7 @@ def places(ids: Sequence[str], data: Data) -> list[str]:
     return [rows.get(name, f"prompt {name}") for name in ids]
 
 
-def unlike_starter(looks: Looks) -> tuple[str, ...]:
+def unlike_starter(looks: PromptCheck) -> tuple[str, ...]:
     """How many prompts the bundled model was not trained to answer; nothing where all have its form."""
     if not looks.unlike:
         return ()
@@ -182,7 +182,7 @@ def unlike_starter(looks: Looks) -> tuple[str, ...]:
     )
 
 
-def cut_short(looks: Looks) -> tuple[str, ...]:
+def cut_short(looks: PromptCheck) -> tuple[str, ...]:
     """How many prompts are not read to their end, with one of them; nothing where all are."""
     if not looks.unread:
         return ()

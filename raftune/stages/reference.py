@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.errors import DataError
-from raftune.protocols import Inputs, Likelihood, Policy, PolicyShelf
+from raftune.protocols import Policy, PolicyProvider, StageInputs, SupportsLogProbs
 from raftune.records import Prompt
 from raftune.stages.plan import read_plan, read_prompts
 from raftune.store.parquet import write_table
@@ -27,8 +27,8 @@ SCHEMA = pa.schema(
 EMPTY = "the answer is empty"
 
 
-class Reference:
-    """One shard a unit, a row a prompt: `reference_log_prob`, nats of its reference answer, and the answer's `tokens`.
+class ReferenceStage:
+    """One shard a chunk, a row a prompt: `reference_log_prob`, nats of its reference answer, and the answer's `tokens`.
 
     The answer is encoded as if the policy had drawn it, the prompt put as it is when drawing. Where it is empty or
     unfit for the model, both are null and `detail` says why.
@@ -46,18 +46,18 @@ class Reference:
         "engine.threads",
     )
 
-    def __init__(self, policies: PolicyShelf, column: str) -> None:
+    def __init__(self, policies: PolicyProvider, column: str) -> None:
         self.policies, self.column = policies, column
 
     def fingerprints(self) -> Mapping[str, str]:
         return {}
 
-    def units(self, inputs: Inputs) -> list[int]:
+    def chunks(self, inputs: StageInputs) -> list[int]:
         return list(range(read_plan(inputs["evaluate/plan"])["num_units"]))
 
-    def run_unit(self, inputs: Inputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+    def run_chunk(self, inputs: StageInputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
         policy = self.policies.at(inputs["model"])
-        assert isinstance(policy, Likelihood)  # planning has made sure of it
+        assert isinstance(policy, SupportsLogProbs)  # planning has made sure of it
         prompts = read_prompts(inputs["evaluate/plan"], index)
         found = [encoded(policy, prompt, self.column) for prompt in prompts]
         asked = [prompt for prompt, answer in zip(prompts, found, strict=True) if not isinstance(answer, str)]
@@ -76,7 +76,7 @@ def encoded(policy: Policy, prompt: Prompt, column: str) -> Mapping[str, Any] | 
     if is_empty(answer):
         return EMPTY
     try:
-        return policy.adopt(prompt, answer, f"column:{column}")
+        return policy.encode_completion(prompt, answer, f"column:{column}")
     except DataError as error:
         return str(error)
 
@@ -104,7 +104,7 @@ def remarks(found: Sequence[Any], index: int, column: str) -> tuple[str, ...]:
     reasons = [answer for answer in found if isinstance(answer, str)]
     if not reasons:
         return ()
-    counted = f"{len(reasons)} of {len(found)} held-out prompts of unit {index} have no usable answer in {column!r}"
+    counted = f"{len(reasons)} of {len(found)} held-out prompts of chunk {index} have no usable answer in {column!r}"
     return (f"{counted}, and are left out of the perplexity: {reasons[0].rstrip('.')}",)
 
 

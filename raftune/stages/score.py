@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow as pa
 
 from raftune.errors import RunDamaged
-from raftune.protocols import Inputs, Panel
-from raftune.records import Part, Score, Status, extras_of, scores_table
+from raftune.protocols import Scorer, StageInputs
+from raftune.records import RewardPart, Score, ScoreStatus, extras_of, scores_table
 from raftune.stages.plan import asked
 from raftune.store.commit import has_changed
 from raftune.store.committed import check_file, committed
-from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import read_metadata, read_table, write_table
 
 ONLY = "only.json"  # beside earlier scores: the statuses of the samples that are asked about again
@@ -24,15 +24,15 @@ KEPT = "kept"  # in a shard's metadata: of how many samples earlier scores were 
 METRICS = "metrics"  # in a shard's metadata: what rewards gave to log_metric, as JSON: {name: [mean, count]}
 
 
-class ScoreSamples:
-    """One shard a unit, row for row beside what was drawn (and what a teacher gave)."""
+class ScoreStage:
+    """One shard a chunk, row for row beside what was drawn (and what a teacher gave)."""
 
     def __init__(
         self,
-        panel: Callable[[], Panel],
+        panel: Callable[[], Scorer],
         *,
         plan: str = "plan",
-        reads: tuple[str, ...] = ("draw",),
+        reads: tuple[str, ...] = ("generate",),
         writes: str = "score",
         fields: tuple[str, ...] = ("rewards.batch_size",),
         local: bool = False,
@@ -48,10 +48,10 @@ class ScoreSamples:
     def fingerprints(self) -> Mapping[str, str]:
         return {"rewards": self.panel().fingerprint}
 
-    def units(self, inputs: Inputs) -> list[int]:
-        return unit_numbers(*(inputs[name] for name in self.shards))
+    def chunks(self, inputs: StageInputs) -> list[int]:
+        return chunk_numbers(*(inputs[name] for name in self.shards))
 
-    def run_unit(self, inputs: Inputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+    def run_chunk(self, inputs: StageInputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
         panel = self.panel()
         samples = pa.concat_tables(read_shards([inputs[name] for name in self.shards], index))
         kept, before, told = kept_scores(self.scratch, index, samples)
@@ -67,14 +67,14 @@ class ScoreSamples:
 
 
 def kept_scores(
-    folder: Path | None, unit: int, samples: pa.Table
+    folder: Path | None, chunk: int, samples: pa.Table
 ) -> tuple[dict[int, dict[str, Any]], dict[str, list[Any]], dict[str, str]]:
     """Of the samples about which no reward is asked again the earlier rows, by their place; the metrics logged then;
     what the new shard says of it. All empty where the stage keeps nothing."""
     commit = committed(folder) if folder is not None else None
-    if folder is None or commit is None or unit_file(unit) not in commit.files:
+    if folder is None or commit is None or chunk_file(chunk) not in commit.files:
         return {}, {}, {}
-    path, only = check_file(folder / unit_file(unit)), read_only(folder)
+    path, only = check_file(folder / chunk_file(chunk)), read_only(folder)
     rows = {row["sample_id"]: row for row in read_table(path).to_pylist() if not statuses_in(row).intersection(only)}
     names = samples.column("sample_id").to_pylist()
     kept = {place: rows[name] for place, name in enumerate(names) if name in rows}
@@ -99,8 +99,8 @@ def statuses_in(row: Mapping[str, Any]) -> set[str]:
 
 def score_in(row: Mapping[str, Any], names: tuple[str, ...]) -> Score:
     """The score in a row of a shard; what its parts say in words stands together in `detail`."""
-    parts = {name: Part(row[f"rewards/{name}"], Status(row[f"status/{name}"])) for name in names}
-    return Score(row["score"], Status(row["status"]), parts, row["detail"])
+    parts = {name: RewardPart(row[f"rewards/{name}"], ScoreStatus(row[f"status/{name}"])) for name in names}
+    return Score(row["score"], ScoreStatus(row["status"]), parts, row["detail"])
 
 
 def both(before: Mapping[str, list[Any]], now: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -130,8 +130,8 @@ def with_kept(
 def logged_metrics(folder: Path) -> dict[str, float]:
     """The mean of each metric that rewards logged, over all calls of a stage; what is not finite is left out."""
     sums: dict[str, tuple[float, int]] = {}
-    for unit in unit_numbers(folder):
-        _, metadata = read_metadata(folder / unit_file(unit))
+    for chunk in chunk_numbers(folder):
+        _, metadata = read_metadata(folder / chunk_file(chunk))
         for name, (mean, count) in json.loads(metadata.get(METRICS, "{}")).items():
             total, number = sums.get(name, (0.0, 0))
             sums[name] = (total + mean * count, number + count)
@@ -140,6 +140,6 @@ def logged_metrics(folder: Path) -> dict[str, float]:
 
 
 def read_shards(folders: list[Path], index: int) -> Iterator[pa.Table]:
-    """The unit's table of each folder."""
+    """The chunk's table of each folder."""
     for folder in folders:
-        yield read_table(folder / unit_file(index))
+        yield read_table(folder / chunk_file(index))

@@ -15,21 +15,21 @@ import pyarrow.compute as pc
 
 from raftune.config.selection import SelectionConfig
 from raftune.errors import ModelError, RewardError
-from raftune.protocols import Inputs
-from raftune.records import INVALID, VERDICT_SCHEMA, Status, content_hash, derive_seed
+from raftune.protocols import StageInputs
+from raftune.records import INVALID, VERDICT_SCHEMA, ScoreStatus, content_hash, derive_seed
 from raftune.sanitize import counted
 from raftune.selection import (
     REASONS,
     Candidates,
     Reason,
     Verdicts,
-    barren,
     load_rule,
     nothing_to_rank,
     rule_code,
     select,
+    without_candidates,
 )
-from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import column_names, read_groups, read_metadata, read_table, table_writer
 
 UNITS = "raftune.units"
@@ -41,7 +41,7 @@ _FAILURE = ("sample_id", "k", "source", "status", "detail")
 Bools = npt.NDArray[np.bool_]
 
 
-class Select:
+class SelectStage:
     """verdicts.parquet, one row a sample, and summary.json: what was kept; which prompts yielded nothing, and why.
 
     With `num_generations` only the policy's first so many draws of each prompt take part, as if no more had been drawn.
@@ -55,7 +55,7 @@ class Select:
         *,
         seed: int,
         round_: int,
-        shards: tuple[str, ...] = ("draw",),
+        shards: tuple[str, ...] = ("generate",),
         max_failures: float = 1.0,
         num_generations: int | None = None,
     ) -> None:
@@ -69,70 +69,71 @@ class Select:
     def fingerprints(self) -> Mapping[str, str]:
         return rule_code(self.config)
 
-    def run(self, inputs: Inputs, out: Path) -> None:
+    def run(self, inputs: StageInputs, out: Path) -> None:
         rule = load_rule(self.config)
-        units = unit_numbers(*(inputs[name] for name in ("score", *self.regularised)))
-        refuse_failures((self.judged(inputs, unit) for unit in units), self.max_failures)
+        chunks = chunk_numbers(*(inputs[name] for name in ("score", *self.regularised)))
+        refuse_failures((self.judged(inputs, chunk) for chunk in chunks), self.max_failures)
         prompts = read_table(inputs["plan"] / "prompts.parquet", ["prompt_id"]).column("prompt_id").to_pylist()
-        candidates, scores, cut = self.candidates(inputs, units, prompts)
+        candidates, scores, cut = self.candidates(inputs, chunks, prompts)
         verdicts = select(candidates, self.config, derive_seed("select", self.seed, self.round), rule)
-        who = (self.taking_part(inputs, unit, _IDENTITY) for unit in units)
-        write_verdicts(out / "verdicts.parquet", units, who, candidates, scores, cut, verdicts)
+        who = (self.taking_part(inputs, chunk, _IDENTITY) for chunk in chunks)
+        write_verdicts(out / "verdicts.parquet", chunks, who, candidates, scores, cut, verdicts)
         summary = self.summary(candidates, scores, cut, verdicts, prompts)
         (out / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n")
 
     def candidates(
-        self, inputs: Inputs, units: list[int], prompts: Sequence[str]
+        self, inputs: StageInputs, chunks: list[int], prompts: Sequence[str]
     ) -> tuple[Candidates, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """The columns that a rule looks at, of all units; the scores before any regularisation; and which were cut off.
+        """The columns that a rule looks at, of all chunks; the scores before any regularisation; and which were cut
+        off.
 
         1 where a sample reached the longest length, NaN where that is not known.
         """
         number = pa.array(prompts, pa.string())
-        parts = [self.unit_candidates(inputs, unit, number) for unit in units]
+        parts = [self.chunk_candidates(inputs, chunk, number) for chunk in chunks]
         types = (np.int64, np.int32, np.float64, np.int64, np.uint64, np.float64, np.bool_, np.float64)
         group, k, ranked, length, content, plain, invalid, cut = (
             np.concatenate([np.zeros(0, kind), *(part[i] for part in parts)]) for i, kind in enumerate(types)
         )
         return Candidates(group=group, k=k, score=ranked, length=length, content=content, invalid=invalid), plain, cut
 
-    def unit_candidates(self, inputs: Inputs, unit: int, prompts: pa.Array) -> tuple[npt.NDArray[Any], ...]:
-        """Of each sample of the unit: prompt number, k, ranked score, length, content, score, invalid, clipped."""
-        score = read_table(inputs["score"] / unit_file(unit), _CHEAP)
+    def chunk_candidates(self, inputs: StageInputs, chunk: int, prompts: pa.Array) -> tuple[npt.NDArray[Any], ...]:
+        """Of each sample of the chunk: prompt number, k, ranked score, length, content, score, invalid, clipped."""
+        score = read_table(inputs["score"] / chunk_file(chunk), _CHEAP)
         rows = first_draws(score, self.num_generations)
-        usable = pc.equal(score.column("status"), Status.OK.value)
+        usable = pc.equal(score.column("status"), ScoreStatus.OK.value)
         values = pc.if_else(usable, score.column("score"), None).to_numpy(zero_copy_only=False).astype(np.float64)
-        ranked = values - self.config.beta * self.log_ratio(inputs, unit) if self.regularised else values
+        ranked = values - self.config.beta * self.log_ratio(inputs, chunk) if self.regularised else values
         group = pc.index_in(score.column("prompt_id"), value_set=prompts).to_numpy().astype(np.int64)
-        paths = [inputs[name] / unit_file(unit) for name in self.shards]
+        paths = [inputs[name] / chunk_file(chunk) for name in self.shards]
         length, content = np.zeros(score.num_rows, np.int64), np.zeros(score.num_rows, np.uint64)
         if self.config.min_length is not None or self.config.max_length is not None:
             length = np.concatenate([lengths(path) for path in paths])
         if self.config.drop_duplicates:
             content = np.concatenate([contents(path) for path in paths])
-        k, invalid = score.column("k").to_numpy(), self.invalid(inputs, unit)
+        k, invalid = score.column("k").to_numpy(), self.invalid(inputs, chunk)
         cut = np.concatenate([clipped(path).to_numpy(zero_copy_only=False).astype(np.float64) for path in paths])
         return tuple(column[rows] for column in (group, k, ranked, length, content, values, invalid, cut))
 
-    def invalid(self, inputs: Inputs, unit: int) -> Bools:
-        """Which samples of the unit their policy calls invalid."""
-        return np.concatenate([invalid_of(inputs[name] / unit_file(unit)) for name in self.shards])
+    def invalid(self, inputs: StageInputs, chunk: int) -> Bools:
+        """Which samples of the chunk their policy calls invalid."""
+        return np.concatenate([invalid_of(inputs[name] / chunk_file(chunk)) for name in self.shards])
 
-    def judged(self, inputs: Inputs, unit: int) -> pa.Table:
+    def judged(self, inputs: StageInputs, chunk: int) -> pa.Table:
         """What is on record of how the samples that take part were scored, and which of them no reward was asked."""
-        table = read_table(inputs["score"] / unit_file(unit), _FAILURE)
-        table = table.append_column(INVALID, pa.array(self.invalid(inputs, unit)))
+        table = read_table(inputs["score"] / chunk_file(chunk), _FAILURE)
+        table = table.append_column(INVALID, pa.array(self.invalid(inputs, chunk)))
         return table.take(first_draws(table, self.num_generations))
 
-    def taking_part(self, inputs: Inputs, unit: int, columns: Sequence[str]) -> pa.Table:
-        """These columns of the unit's scores, of the samples that take part."""
-        table = read_table(inputs["score"] / unit_file(unit), columns)
+    def taking_part(self, inputs: StageInputs, chunk: int, columns: Sequence[str]) -> pa.Table:
+        """These columns of the chunk's scores, of the samples that take part."""
+        table = read_table(inputs["score"] / chunk_file(chunk), columns)
         return table if self.num_generations is None else table.take(first_draws(table, self.num_generations))
 
-    def log_ratio(self, inputs: Inputs, unit: int) -> npt.NDArray[np.float64]:
-        """log p - log p0 of each sample of the unit, nats."""
+    def log_ratio(self, inputs: StageInputs, chunk: int) -> npt.NDArray[np.float64]:
+        """log p - log p0 of each sample of the chunk, nats."""
         ours, start = (
-            read_table(inputs[n] / unit_file(unit), ["log_prob"]).column("log_prob").to_numpy()
+            read_table(inputs[n] / chunk_file(chunk), ["log_prob"]).column("log_prob").to_numpy()
             for n in self.regularised
         )
         return np.asarray(ours - start, dtype=np.float64)
@@ -147,7 +148,7 @@ class Select:
     ) -> dict[str, Any]:
         chosen = verdicts.weight > 0
         reasons = {verdicts.words[code]: int(n) for code, n in enumerate(np.bincount(verdicts.reason)) if n}
-        empty = {prompts[group]: words for group, words in barren(candidates, verdicts).items()}
+        empty = {prompts[group]: words for group, words in without_candidates(candidates, verdicts).items()}
         asked = set(np.unique(candidates.group).tolist())
         empty |= {name: "its unit failed and was set aside" for i, name in enumerate(prompts) if i not in asked}
         invalid = 0 if candidates.invalid is None else int(candidates.invalid.sum())
@@ -230,7 +231,7 @@ def refuse_failures(scores: Iterable[pa.Table], limit: float) -> None:
         whole = ", ".join(f"{n} {why}" for why, n in invalid.most_common(3))
         raise ModelError(
             f"all {invalid.total()} samples of the round are invalid ({whole}): there is nothing to learn from. Mend "
-            "the policy or how it is drawn, and run `raftune resume RUN --from draw`."
+            "the policy or how it is drawn, and run `raftune resume RUN --from generate`."
         )
     if total and sum(failed.values()) > limit * total:
         counts = ", ".join(f"{n} {status}" for status, n in sorted(failed.items()))
@@ -245,16 +246,16 @@ def refuse_failures(scores: Iterable[pa.Table], limit: float) -> None:
 
 def write_verdicts(
     path: Path,
-    units: list[int],
+    chunks: list[int],
     samples: Iterable[pa.Table],
     candidates: Candidates,
     scores: npt.NDArray[np.float64],
     cut: npt.NDArray[np.float64],
     verdicts: Verdicts,
 ) -> None:
-    """Streams the verdicts beside their samples, one row group a unit, so that memory does not grow with the words."""
+    """Streams the verdicts beside their samples, one row group a chunk, so that memory does not grow with the words."""
     at = 0
-    schema = VERDICT_SCHEMA.with_metadata({UNITS: json.dumps(units)})
+    schema = VERDICT_SCHEMA.with_metadata({UNITS: json.dumps(chunks)})
     # Every word lies in the file: one that only some families need stays out of the files of others.
     words: tuple[str, ...] = verdicts.words
     if words == REASONS and not (verdicts.reason == Reason.INVALID).any():
@@ -277,6 +278,6 @@ def write_verdicts(
 
 
 def read_verdicts(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
-    """Each unit that was selected from, with its verdicts, row for row beside its samples."""
+    """Each chunk that was selected from, with its verdicts, row for row beside its samples."""
     _, metadata = read_metadata(path)
     yield from zip(json.loads(metadata[UNITS]), read_groups(path, columns), strict=True)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from raftune.errors import ModelError
-from raftune.protocols import Inputs
+from raftune.protocols import StageInputs
 
 
-class Start:
+class StartStage:
     """model/ of round 0 (or teacher/): a reference and its hash, or the weights of a model given as an object."""
 
     reads: tuple[str, ...] = ()
@@ -25,7 +25,7 @@ class Start:
         """The hash of code that is not the package's own: what follows is made by it."""
         return self.code
 
-    def run(self, inputs: Inputs, out: Path) -> None:
+    def run(self, inputs: StageInputs, out: Path) -> None:
         self.begin(out)
         if not any(out.iterdir()):
             raise ModelError(

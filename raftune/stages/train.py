@@ -1,4 +1,4 @@
-"""Stage `tune`: the next policy, fitted to what was gathered; the one before where nothing was."""
+"""Stage `train`: the next policy, fitted to what was gathered; the one before where nothing was."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from raftune.config.training import TuningConfig
-from raftune.protocols import Inputs, PolicyShelf, TuneReport
+from raftune.config.training import TrainingConfig
+from raftune.protocols import PolicyProvider, StageInputs, TrainReport
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.parquet import column_names, read_table
 from raftune.training.objectives import objective_code
@@ -21,17 +21,17 @@ REPORT = "training.json"
 NOTHING = "nothing_to_learn"  # in the report's details: why the policy is that of the round before
 
 
-class Tune:
-    """model/, with training.json beside the weights; checkpoints lie in tune/ until it is committed.
+class TrainStage:
+    """model/, with training.json beside the weights; checkpoints lie in train/ until it is committed.
 
     A round that has nothing to learn from publishes the model of the round before, and says why in training.json.
     """
 
-    name = "tune"
+    name = "train"
     writes = "model"
-    fields = ("tuning", "seed", "engine.threads")
+    fields = ("training", "seed", "engine.threads")
 
-    def __init__(self, policies: PolicyShelf, config: TuningConfig, work: Path) -> None:
+    def __init__(self, policies: PolicyProvider, config: TrainingConfig, work: Path) -> None:
         self.policies, self.config, self.scratch = policies, config, work
         self.base = "model@-1" if config.start_from == "previous" else "model@0"
         self.reads = ("rows", *dict.fromkeys((self.base, "model@-1")))
@@ -39,16 +39,16 @@ class Tune:
     def fingerprints(self) -> Mapping[str, str]:
         return objective_code(self.config)
 
-    def run(self, inputs: Inputs, out: Path) -> tuple[str, ...]:
+    def run(self, inputs: StageInputs, out: Path) -> tuple[str, ...]:
         rows = inputs["rows"] / "rows.parquet"
         if why := nothing_to_learn(rows, self.config.mask_truncated_completions):
             copy_model(inputs["model@-1"], out)
-            report = TuneReport(rows=0, steps=0, losses=(), details={NOTHING: why})
+            report = TrainReport(rows=0, steps=0, losses=(), details={NOTHING: why})
             notes: tuple[str, ...] = (f"{why}: the policy stays as it was",)
         else:
             self.scratch.mkdir(parents=True, exist_ok=True)
             policy = self.policies.fresh(inputs[self.base])
-            report = policy.tune(rows, self.scratch, out)
+            report = policy.train(rows, self.scratch, out)
             notes = policy.notes()
         (out / REPORT).write_text(json.dumps(asdict(report), indent=2, sort_keys=True) + "\n")
         return notes
@@ -67,7 +67,7 @@ def nothing_to_learn(rows: Path, masked: bool) -> str:
     if ((weight > 0) & ~cut).any():
         return ""
     kept = int((weight > 0).sum())
-    return f"all {kept} kept answers were cut off, and tuning.mask_truncated_completions leaves such out"
+    return f"all {kept} kept answers were cut off, and training.mask_truncated_completions leaves such out"
 
 
 def copy_model(folder: Path, out: Path) -> None:

@@ -16,7 +16,7 @@ from raftune.store.files import json_bytes, publish_seal, sha256_of, stage_file,
 
 # The underscore keeps readers of a folder of Parquet files from opening these.
 NAME = "_COMMIT.json"
-RECEIPTS = "_receipts.jsonl"  # of an interrupted stage
+JOURNAL = "_journal.jsonl"  # of an interrupted stage
 MARKER = "DROPPED.json"  # what was let go on purpose
 LAYOUT = 1
 SELF = "sha256"  # of all else that a file of ours holds
@@ -27,7 +27,7 @@ _OF_SYSTEMS = ("Thumbs.db", "desktop.ini")
 def is_own(name: str) -> bool:
     """Whether a file in a committed folder is the store's own, or one that a file browser leaves behind."""
     base = name.rpartition("/")[2]
-    return name in (NAME, RECEIPTS, MARKER) or base.startswith(".") or base in _OF_SYSTEMS
+    return name in (NAME, JOURNAL, MARKER) or base.startswith(".") or base in _OF_SYSTEMS
 
 
 def with_hash(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Commit:
+class Manifest:
     """What a stage wrote. `key` depends on the fields that shape the stage and on the COMMITs it was made from."""
 
     stage: str
@@ -83,7 +83,7 @@ class Commit:
             staged.write_bytes(json_bytes(with_hash(content)))
 
     @classmethod
-    def load(cls, folder: Path) -> Commit | None:
+    def load(cls, folder: Path) -> Manifest | None:
         """The folder's COMMIT, or None where there is none. Raises RunDamaged, RunTooNew."""
         path = folder / NAME
         try:
@@ -112,7 +112,7 @@ class Commit:
         except (KeyError, TypeError, AttributeError) as error:
             raise RunDamaged(f"{path} lacks {error}. Restore it, or redo its stage with `--from`.") from error
 
-    def faults(self, folder: Path, dropped: Dropped | None = None) -> list[str]:
+    def faults(self, folder: Path, dropped: DroppedFiles | None = None) -> list[str]:
         """What differs between the folder and this COMMIT, a line each; none when all is as it was committed.
 
         Of files that were replaced on purpose each may be as it was, or as `dropped` says; where whole files were let
@@ -143,7 +143,7 @@ def round_of(folder: Path) -> int | None:
     return int(named[-1][1]) if named else None
 
 
-def surplus(folder: Path, commit: Commit) -> list[str]:
+def surplus(folder: Path, commit: Manifest) -> list[str]:
     """Files in a committed folder that its COMMIT does not list; those of stages in folders below are their own."""
     return sorted(name for name in _files_below(folder) if name not in commit.files and not is_own(name))
 
@@ -169,7 +169,7 @@ def stage_key(stage: str, fields: Mapping[str, Any], inputs: Mapping[str, str]) 
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DroppedFiles:
     """`columns` are gone from the files, which are `files` since; none says that whole files are gone."""
 
     why: str
@@ -177,7 +177,7 @@ class Dropped:
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: Path) -> Dropped | None:
+    def load(cls, folder: Path) -> DroppedFiles | None:
         """What the folder's marker says, None without one. Raises RunDamaged."""
         path = folder / MARKER
         if not path.is_file():

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from raftune.errors import RunDamaged
 from raftune.sanitize import shell_command
 from raftune.store import commit as commits
-from raftune.store.commit import MARKER, Commit, Dropped, FileEntry, has_changed, surplus, with_hash
+from raftune.store.commit import MARKER, DroppedFiles, FileEntry, Manifest, has_changed, surplus, with_hash
 from raftune.store.files import json_bytes, sha256_of
 
 _ROUND = re.compile(r"round-(\d{4,})$")
@@ -30,8 +30,8 @@ T = TypeVar("T")
 Signature = tuple[int, int, int]
 
 _hashes: dict[Path, tuple[Signature, str]] = {}
-_commits: dict[Path, tuple[Signature, Commit | None]] = {}
-_markers: dict[Path, tuple[Signature, Dropped | None]] = {}
+_commits: dict[Path, tuple[Signature, Manifest | None]] = {}
+_markers: dict[Path, tuple[Signature, DroppedFiles | None]] = {}
 
 
 def check_file(path: Path) -> Path:
@@ -122,9 +122,9 @@ def read_json(path: Path) -> Any:
         raise RunDamaged(f"{path} is not valid JSON. {fix_of(path.parent, None)}") from error
 
 
-def committed(folder: Path) -> Commit | None:
+def committed(folder: Path) -> Manifest | None:
     """The folder's COMMIT, None without one; read anew only where it has changed. Raises RunDamaged, RunTooNew."""
-    return _cached(_commits, folder, commits.NAME, Commit.load)
+    return _cached(_commits, folder, commits.NAME, Manifest.load)
 
 
 def is_listed(path: Path) -> bool:
@@ -140,7 +140,7 @@ def remember(folder: Path, files: Iterable[tuple[str, FileEntry]]) -> None:
             _keep(folder / name, signature, entry.sha256)
 
 
-def fix_of(folder: Path, commit: Commit | None) -> str:
+def fix_of(folder: Path, commit: Manifest | None) -> str:
     """What mends a committed folder."""
     round_folder = next((parent for parent in folder.parents if _ROUND.match(parent.name)), None)
     if round_folder is None:
@@ -153,7 +153,7 @@ def fix_of(folder: Path, commit: Commit | None) -> str:
     return f"Restore it, or redo its stage and what follows with `{redo}`."
 
 
-def _fault(path: Path, entry: FileEntry, dropped: Dropped | None, name: str) -> str:
+def _fault(path: Path, entry: FileEntry, dropped: DroppedFiles | None, name: str) -> str:
     """What differs between the file and its entry; empty where nothing does."""
     known = [entry, *([dropped.files[name]] if dropped is not None and name in dropped.files else [])]
     signature = _signature(path)
@@ -172,7 +172,7 @@ def _not_listed(path: Path, folder: Path, name: str) -> str:
     return f"{path} was not committed: {folder / commits.NAME} does not list it. Move it out of the folder."
 
 
-def _covering(path: Path) -> tuple[Path | None, Commit | None]:
+def _covering(path: Path) -> tuple[Path | None, Manifest | None]:
     """The nearest folder above with a COMMIT, within the same round."""
     for folder in list(path.parents)[:_DEEPEST]:
         if _ROUND.match(folder.name):
@@ -182,8 +182,8 @@ def _covering(path: Path) -> tuple[Path | None, Commit | None]:
     return None, None
 
 
-def _dropped(folder: Path) -> Dropped | None:
-    return _cached(_markers, folder, MARKER, Dropped.load)
+def _dropped(folder: Path) -> DroppedFiles | None:
+    return _cached(_markers, folder, MARKER, DroppedFiles.load)
 
 
 def _cached(known: dict[Path, tuple[Signature, T]], folder: Path, name: str, load: Callable[[Path], T]) -> T | None:

@@ -12,7 +12,7 @@ from typing import Any
 _TAIL = 1 << 16  # bytes, in which the last event lies
 
 
-class Events:
+class EventLog:
     """Appends to `events.jsonl`. A line that a kill cut short is skipped when reading."""
 
     def __init__(self, path: Path) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from raftune.errors import EngineError, OutOfMemory
-from raftune.protocols import OnceStage, Receipt, Stage, UnitStage
-from raftune.store.commit import RECEIPTS, Commit, FileEntry, stage_key
+from raftune.protocols import ChunkedStage, JournalEntry, SingleStage, Stage
+from raftune.store.commit import JOURNAL, FileEntry, Manifest, stage_key
 from raftune.store.committed import remember
 from raftune.store.files import (
     ensure_folder,
@@ -25,14 +25,14 @@ from raftune.store.files import (
     write_json,
 )
 from raftune.store.interruption import raise_if_asked
-from raftune.store.layout import batch_file, source_of, unit_file
+from raftune.store.layout import batch_file, chunk_file, source_of
 from raftune.store.parquet import read_metadata
 from raftune.store.partial import unfinished_work
 from raftune.store.run import RunFolder
 
 
 @dataclass(frozen=True)
-class Job:
+class StageJob:
     """`fields` are the values that shape the stage; `hashes` the COMMITs that it is made from, by "round/name"."""
 
     run: RunFolder
@@ -59,16 +59,16 @@ class Job:
 
     def seal(self, files: Mapping[str, FileEntry], quarantined: Mapping[str, str] | None = None) -> None:
         """Commits these files of the folder."""
-        commit = Commit(self.stage.name, self.round, self.key, self.fields, self.hashes, files, quarantined or {})
+        commit = Manifest(self.stage.name, self.round, self.key, self.fields, self.hashes, files, quarantined or {})
         self.run.seal(commit, self.stage.writes)
         remember(self.folder, files.items())
 
 
-def make_job(run: RunFolder, stage: Stage, round_: int, config: Mapping[str, Any]) -> Job:
+def make_job(run: RunFolder, stage: Stage, round_: int, config: Mapping[str, Any]) -> StageJob:
     """The job of a stage all of whose inputs are committed; `config` is the resolved configuration, as plain data."""
     hashes = hashes_of(run, stage, round_)
     assert all(hashes.values()), f"{stage.name} reads a stage that is not committed"
-    return Job(run, stage, round_, fields_of(stage, config), hashes)
+    return StageJob(run, stage, round_, fields_of(stage, config), hashes)
 
 
 def fields_of(stage: Stage, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def dotted(config: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def run_once(job: Job, stage: OnceStage) -> tuple[str, ...]:
+def run_once(job: StageJob, stage: SingleStage) -> tuple[str, ...]:
     """Runs the stage into tmp/, then publishes its files; the COMMIT comes last. Returns what a user should know."""
     staged = unique(job.run.tmp)
     staged.mkdir()
@@ -109,9 +109,9 @@ def run_once(job: Job, stage: OnceStage) -> tuple[str, ...]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def run_unit(job: Job, stage: UnitStage, index: int) -> Receipt:
-    """Runs and publishes one unit; when memory runs out, a smaller batch is put on record before the next try."""
-    final, revision = job.folder / unit_file(index), job.folder / batch_file(index)
+def run_chunk(job: StageJob, stage: ChunkedStage, index: int) -> JournalEntry:
+    """Runs and publishes one chunk; when memory runs out, a smaller batch is put on record before the next try."""
+    final, revision = job.folder / chunk_file(index), job.folder / batch_file(index)
     began = time.perf_counter()
     notes: tuple[str, ...] = ()
     while True:
@@ -121,82 +121,84 @@ def run_unit(job: Job, stage: UnitStage, index: int) -> Receipt:
                 unfinished_work(job.folder, job.run.tmp, f"{index:05d}", job.key, metadata),
                 stage_file(job.run.tmp, final, publish_unsealed) as staged,
             ):
-                notes += stage.run_unit(job.inputs, index, staged, metadata)
+                notes += stage.run_chunk(job.inputs, index, staged, metadata)
                 raise_if_asked()
                 rows, _ = read_metadata(staged)
                 sha256, size = sha256_of(staged), staged.stat().st_size
-            return Receipt(index, final.name, rows, sha256, size, time.perf_counter() - began, notes)
+            return JournalEntry(index, final.name, rows, sha256, size, time.perf_counter() - began, notes)
         except OutOfMemory as error:
             if error.batch_size <= 1:
                 raise
             write_json(job.run.tmp, revision, {"batch_size": error.batch_size // 2, "key": job.key})
             notes += (
-                f"unit {index}: out of memory at batch {error.batch_size}; drawn again at {error.batch_size // 2}",
+                f"chunk {index}: out of memory at batch {error.batch_size}; drawn again at {error.batch_size // 2}",
             )
 
 
 def revised(revision: Path, key: str) -> dict[str, str]:
-    """The batch size that an earlier try at this unit put on record, as metadata of its table."""
+    """The batch size that an earlier try at this chunk put on record, as metadata of its table."""
     if not revision.is_file():
         return {}
     plan = json.loads(revision.read_text())
     return {"batch_size": str(plan["batch_size"])} if plan["key"] == key else {}
 
 
-def note(job: Job, receipt: Receipt) -> None:
-    """Puts on record that the unit lies on disk, until the COMMIT says so; a line that is lost costs its unit."""
-    with (job.folder / RECEIPTS).open("a") as file:
-        file.write(json.dumps({"key": job.key, **asdict(receipt)}) + "\n")
+def note(job: StageJob, entry: JournalEntry) -> None:
+    """Puts on record that the chunk lies on disk, until the COMMIT says so; a line that is lost costs its unit."""
+    with (job.folder / JOURNAL).open("a") as file:
+        file.write(json.dumps({"key": job.key, **asdict(entry)}) + "\n")
 
 
-def receipts_of(job: Job) -> dict[int, Receipt]:
-    """The units that an interrupted run left, each byte as it was noted then, by their number."""
-    path = job.folder / RECEIPTS
+def journal_of(job: StageJob) -> dict[int, JournalEntry]:
+    """The chunks that an interrupted run left, each byte as it was noted then, by their number."""
+    path = job.folder / JOURNAL
     found = {}
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             facts = json.loads(line)
             belongs = facts.pop("key") == job.key
-            receipt = Receipt(**facts)
-            whole = belongs and sha256_of(job.folder / receipt.file) == receipt.sha256
+            entry = JournalEntry(**facts)
+            whole = belongs and sha256_of(job.folder / entry.file) == entry.sha256
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue
-        if whole and receipt.file == unit_file(receipt.unit):
-            found[receipt.unit] = receipt
+        if whole and entry.file == chunk_file(entry.chunk):
+            found[entry.chunk] = entry
     return found
 
 
-def unfinished(job: Job, stage: UnitStage) -> tuple[list[int], list[Receipt]]:
-    """The units still to run, and the receipts of those that an interrupted run left whole."""
-    units, found = stage.units(job.inputs), receipts_of(job)
-    return [unit for unit in units if unit not in found], [found[unit] for unit in units if unit in found]
+def unfinished(job: StageJob, stage: ChunkedStage) -> tuple[list[int], list[JournalEntry]]:
+    """The chunks still to run, and the journal entries of those that an interrupted run left whole."""
+    chunks, found = stage.chunks(job.inputs), journal_of(job)
+    return [chunk for chunk in chunks if chunk not in found], [found[chunk] for chunk in chunks if chunk in found]
 
 
-def seal_units(job: Job, receipts: Sequence[Receipt], quarantined: Mapping[int, str]) -> None:
-    """Commits the units; what else lies in the folder is removed.
+def seal_chunks(job: StageJob, entries: Sequence[JournalEntry], quarantined: Mapping[int, str]) -> None:
+    """Commits the chunks; what else lies in the folder is removed.
 
-    Raises EngineError where every unit was set aside.
+    Raises EngineError where every chunk was set aside.
     """
-    if quarantined and not receipts:
+    if quarantined and not entries:
         index, why = next(iter(quarantined.items()))
-        raise EngineError(f"every unit of {job.title} failed; unit {index}: {why}. Mend the cause and resume.")
+        raise EngineError(f"every chunk of {job.title} failed; chunk {index}: {why}. Mend the cause and resume.")
     ensure_folder(job.folder)
-    files = {receipt.file: FileEntry(receipt.bytes, receipt.sha256, receipt.rows) for receipt in receipts}
-    revisions = {batch_file(receipt.unit) for receipt in receipts}
+    files = {entry.file: FileEntry(entry.bytes, entry.sha256, entry.rows) for entry in entries}
+    revisions = {batch_file(entry.chunk) for entry in entries}
     for path in job.folder.iterdir():
         if path.name in revisions and revised(path, job.key):
             files[path.name] = FileEntry.of(path)
-        elif path.is_file() and path.name not in files and path.name != RECEIPTS:
+        elif path.is_file() and path.name not in files and path.name != JOURNAL:
             path.unlink()
-    job.seal(files, {unit_file(index): why for index, why in sorted(quarantined.items())})
+    job.seal(files, {chunk_file(index): why for index, why in sorted(quarantined.items())})
 
 
 class Engine(Protocol):
-    """Runs units and gives their receipts as they are committed; `failed` holds those that were set aside, and why."""
+    """Runs units and gives their journal entries as they are committed; `failed` holds those that were set aside, and
+    why.
+    """
 
     failed: dict[int, str]
 
-    def run(self, job: Job, stage: UnitStage, units: Sequence[int]) -> Iterator[Receipt]: ...
+    def run(self, job: StageJob, stage: ChunkedStage, chunks: Sequence[int]) -> Iterator[JournalEntry]: ...
 
     def rest(self) -> None:
         """Lets go of the models that workers hold, before the loop's process loads one."""

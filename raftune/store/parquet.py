@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raftune.errors import RunDamaged
-from raftune.records import Json
+from raftune.records import JsonType
 from raftune.sanitize import first_line
 from raftune.store.committed import check_file
 
-_JSON = Json()  # a reader of columns of JSON must know their type
+_JSON = JsonType()  # a reader of columns of JSON must know their type
 _WRITE = {"compression": "zstd", "write_page_checksum": True}
 
 

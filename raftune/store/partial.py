@@ -1,8 +1,8 @@
-"""What an interrupted unit is continued from: what its work had come to, saved about once a minute.
+"""What an interrupted chunk is continued from: what its work had come to, saved about once a minute.
 
-A stage that takes long inside one unit asks for `current()`, loads what an earlier attempt left, and saves as it goes.
+A stage that takes long inside one chunk asks for `current()`, loads what an earlier attempt left, and saves as it goes.
 It must be such that the work ends in the same bytes from there. The file lies beside the stage's shards until its unit
-is committed; its name holds the unit, a hash of what shaped the unit, and a hash of the file itself.
+is committed; its name holds the chunk, a hash of what shaped the chunk, and a hash of the file itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AT_A_STOP = 5.0  # seconds that saving may take when somebody waits for the end
 VERSION = 1
 
 
-class Pace:
+class SavePace:
     """When to save: once a minute, more seldom where saving takes long, and at once when a stop was asked for."""
 
     def __init__(self) -> None:
@@ -53,13 +53,13 @@ class Pace:
         return f"the last {lost:.0f} s of work are lost (saving them would take longer), all before is kept"
 
 
-class Part:
-    """The unfinished work of one unit. Without a folder nothing is found and nothing is kept."""
+class PartialWork:
+    """The unfinished work of one chunk. Without a folder nothing is found and nothing is kept."""
 
     def __init__(self, folder: Path | None = None, tmp: Path | None = None, name: str = "", key: str = "") -> None:
         self.folder, self.tmp, self.name, self.key = folder, tmp, name, key
         self.prefix = f"_part-{name}-{hashlib.sha256(f'{VERSION} {key}'.encode()).hexdigest()[:16]}-"
-        self.pace = Pace()
+        self.pace = SavePace()
 
     def find(self) -> Path | None:
         """The file that an earlier attempt at the same work left, if it is whole."""
@@ -71,7 +71,7 @@ class Part:
         return None
 
     @contextlib.contextmanager
-    def work(self, nbytes: Callable[[], int] = lambda: 0) -> Iterator[Part]:
+    def work(self, nbytes: Callable[[], int] = lambda: 0) -> Iterator[PartialWork]:
         """Within, a stop waits for the next `step`."""
         with interruption.stretch(lambda: self._promise(nbytes)):
             yield self
@@ -123,18 +123,18 @@ class Part:
         return self.pace.promise(nbytes)
 
 
-_current: ContextVar[Part | None] = ContextVar("_current", default=None)
+_current: ContextVar[PartialWork | None] = ContextVar("_current", default=None)
 
 
-def current(kind: str) -> Part:
-    """The unfinished work, of this kind, of the unit that runs now; outside of a unit one that keeps nothing."""
-    unit = _current.get()
-    return Part() if unit is None else Part(unit.folder, unit.tmp, f"{unit.name}-{kind}", unit.key)
+def current(kind: str) -> PartialWork:
+    """The unfinished work, of this kind, of the chunk that runs now; outside of a chunk one that keeps nothing."""
+    chunk = _current.get()
+    return PartialWork() if chunk is None else PartialWork(chunk.folder, chunk.tmp, f"{chunk.name}-{kind}", chunk.key)
 
 
 @contextlib.contextmanager
 def outside() -> Iterator[None]:
-    """Within, work is no part of the unit that runs now: nothing is continued from it, and nothing of it is kept."""
+    """Within, work is no part of the chunk that runs now: nothing is continued from it, and nothing of it is kept."""
     token = _current.set(None)
     try:
         yield
@@ -143,13 +143,13 @@ def outside() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unfinished_work(folder: Path, tmp: Path, unit: str, key: str, metadata: Mapping[str, str]) -> Iterator[None]:
-    """Within, `current()` is the work of this unit; once it ends well, what was saved of it is removed."""
-    part = Part(folder, tmp, unit, json.dumps([key, dict(metadata)], sort_keys=True))
+def unfinished_work(folder: Path, tmp: Path, chunk: str, key: str, metadata: Mapping[str, str]) -> Iterator[None]:
+    """Within, `current()` is the work of this chunk; once it ends well, what was saved of it is removed."""
+    part = PartialWork(folder, tmp, chunk, json.dumps([key, dict(metadata)], sort_keys=True))
     token = _current.set(part)
     try:
         yield
     finally:
         _current.reset(token)
-    for path in folder.glob(f"_part-{unit}-*"):
+    for path in folder.glob(f"_part-{chunk}-*"):
         path.unlink(missing_ok=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from raftune.store.commit import MARKER, Commit, Dropped, FileEntry
+from raftune.store.commit import MARKER, DroppedFiles, FileEntry, Manifest
 from raftune.store.files import stage_file
 from raftune.store.parquet import column_names, read_metadata, read_table, write_table
 
-__all__ = ["MARKER", "Dropped", "drop_columns"]
+__all__ = ["MARKER", "DroppedFiles", "drop_columns"]
 
 
 def drop_columns(folder: Path, tmp: Path, columns: Sequence[str], why: str) -> None:
@@ -25,7 +25,7 @@ def drop_columns(folder: Path, tmp: Path, columns: Sequence[str], why: str) -> N
     File by file: first the marker says what the file will be, then it is replaced. A kill between the two leaves the
     file as it was committed, and the next call goes on from there.
     """
-    commit, known = Commit.load(folder), Dropped.load(folder)
+    commit, known = Manifest.load(folder), DroppedFiles.load(folder)
     assert commit is not None, "only what is committed is let go"
     files = dict(known.files) if known is not None else {}
     for name in sorted(name for name in commit.files if name.endswith(".parquet")):
@@ -38,7 +38,7 @@ def drop_columns(folder: Path, tmp: Path, columns: Sequence[str], why: str) -> N
         with stage_file(tmp, path) as staged:
             write_without(path, staged, present)
             files[name] = FileEntry(**asdict(FileEntry.of(staged)) | {"rows": commit.files[name].rows})
-            Dropped(why, tuple(columns), dict(sorted(files.items()))).save(folder, tmp)
+            DroppedFiles(why, tuple(columns), dict(sorted(files.items()))).save(folder, tmp)
 
 
 def write_without(path: Path, out: Path, columns: Sequence[str]) -> None:

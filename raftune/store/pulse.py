@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Pulse:
+class WorkProgress:
     """So many of so many things are done."""
 
     done: int
@@ -14,16 +14,16 @@ class Pulse:
     things: str
 
 
-_now: Pulse | None = None
+_now: WorkProgress | None = None
 
 
 def tell(done: int, of: int, things: str) -> None:
     """Called by the work, as often as it likes."""
     global _now
-    _now = Pulse(done, of, things)
+    _now = WorkProgress(done, of, things)
 
 
-def now() -> Pulse | None:
+def now() -> WorkProgress | None:
     """The latest word; None where nothing was said since `clear`."""
     return _now
 

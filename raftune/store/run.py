@@ -18,9 +18,9 @@ from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, RunDamaged, RunInUse, StoreError
 from raftune.sanitize import shell_command
 from raftune.store import commit as commits
-from raftune.store.commit import MARKER, SELF, Commit, Dropped, FileEntry, has_changed, is_own, with_hash
+from raftune.store.commit import MARKER, SELF, DroppedFiles, FileEntry, Manifest, has_changed, is_own, with_hash
 from raftune.store.committed import committed, fix_of
-from raftune.store.events import Events
+from raftune.store.events import EventLog
 from raftune.store.files import discard, ensure_folder, explaining, sha256_of, sync, unique, write_json
 from raftune.store.kinds import RUN_CONFIG, why_no_run
 
@@ -37,7 +37,7 @@ class RunFolder:
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
         self.tmp = self.root / "tmp"
-        self.events = Events(self.root / "events.jsonl")
+        self.events = EventLog(self.root / "events.jsonl")
 
     # -- paths ------------------------------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ class RunFolder:
 
     # -- COMMITs ----------------------------------------------------------------------------------------------------
 
-    def commit(self, round_: int, name: str) -> Commit | None:
+    def commit(self, round_: int, name: str) -> Manifest | None:
         return committed(self.folder(round_, name))
 
     def is_committed(self, round_: int, name: str) -> bool:
@@ -173,24 +173,24 @@ class RunFolder:
 
     def is_dropped(self, round_: int, name: str) -> bool:
         """True of a stage whose files were deleted on purpose."""
-        dropped = Dropped.load(self.folder(round_, name))
+        dropped = DroppedFiles.load(self.folder(round_, name))
         return dropped is not None and not dropped.columns
 
     def dropped_columns(self, round_: int, name: str) -> tuple[str, ...]:
         """The columns that a stage's tables no longer hold, on purpose."""
-        dropped = Dropped.load(self.folder(round_, name))
+        dropped = DroppedFiles.load(self.folder(round_, name))
         return dropped.columns if dropped is not None else ()
 
-    def files_now(self, round_: int, name: str, commit: Commit) -> dict[str, FileEntry]:
+    def files_now(self, round_: int, name: str, commit: Manifest) -> dict[str, FileEntry]:
         """The files of a committed stage as they should be: as its COMMIT says, but for what was let go since."""
-        dropped = Dropped.load(self.folder(round_, name))
+        dropped = DroppedFiles.load(self.folder(round_, name))
         return {**commit.files, **(dropped.files if dropped is not None else {})}
 
     def commit_hash(self, round_: int, name: str) -> str:
         """The SHA-256 of a stage's COMMIT, which stands for all that it was made from; empty if it is not committed."""
         return sha256_of(self.folder(round_, name) / commits.NAME) if self.is_committed(round_, name) else ""
 
-    def seal(self, commit: Commit, name: str) -> None:
+    def seal(self, commit: Manifest, name: str) -> None:
         """Commits the stage, whose files all lie in its folder, durably."""
         commit.save(self.folder(commit.round, name), self.tmp)
 
@@ -221,7 +221,7 @@ class RunFolder:
         """What of the stage's own files is not as it was committed."""
         folder = self.folder(round_, name)
         try:
-            commit, dropped = Commit.load(folder), Dropped.load(folder)
+            commit, dropped = Manifest.load(folder), DroppedFiles.load(folder)
         except RunDamaged as error:
             return [str(error).split(". ")[0]]
         return commit.faults(folder, dropped) if commit is not None else []
@@ -230,7 +230,7 @@ class RunFolder:
         """Which of the stages that it was made from are no longer what they were."""
         folder = self.folder(round_, name)
         try:
-            commit = Commit.load(folder)
+            commit = Manifest.load(folder)
         except RunDamaged:
             return []
         reads = commit.inputs.items() if commit is not None else ()
@@ -313,6 +313,6 @@ def difference_to_yaml(path: Path, data: Mapping[str, Any]) -> dict[str, tuple[A
 
 
 def parted(read: str) -> tuple[int, str]:
-    """The round and the folder of an input as a COMMIT names it: 1/draw."""
+    """The round and the folder of an input as a COMMIT names it: 1/generate."""
     round_, name = read.split("/", 1)
     return int(round_), name

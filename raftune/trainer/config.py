@@ -43,22 +43,22 @@ TABLE: dict[str, str] = {
     "generation_kwargs": "sampling.generation_kwargs",
     "chat_template_kwargs": "sampling.chat_template_kwargs",
     "beta": "selection.beta",
-    "per_device_train_batch_size": "tuning.per_device_train_batch_size",
-    "gradient_accumulation_steps": "tuning.gradient_accumulation_steps",
-    "learning_rate": "tuning.learning_rate",
-    "num_train_epochs": "tuning.num_train_epochs",
-    "max_steps": "tuning.max_steps",
-    "lr_scheduler_type": "tuning.lr_scheduler_type",
-    "warmup_steps": "tuning.warmup_steps",
-    "weight_decay": "tuning.weight_decay",
-    "max_grad_norm": "tuning.max_grad_norm",
-    "optim": "tuning.optim",
-    "bf16": "tuning.bf16",
-    "gradient_checkpointing": "tuning.gradient_checkpointing",
-    "save_steps": "tuning.save_steps",
-    "mask_truncated_completions": "tuning.mask_truncated_completions",
-    "replay_rounds": "tuning.replay_rounds",
-    "start_from": "tuning.start_from",
+    "per_device_train_batch_size": "training.per_device_train_batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "learning_rate": "training.learning_rate",
+    "num_train_epochs": "training.num_train_epochs",
+    "max_steps": "training.max_steps",
+    "lr_scheduler_type": "training.lr_scheduler_type",
+    "warmup_steps": "training.warmup_steps",
+    "weight_decay": "training.weight_decay",
+    "max_grad_norm": "training.max_grad_norm",
+    "optim": "training.optim",
+    "bf16": "training.bf16",
+    "gradient_checkpointing": "training.gradient_checkpointing",
+    "save_steps": "training.save_steps",
+    "mask_truncated_completions": "training.mask_truncated_completions",
+    "replay_rounds": "training.replay_rounds",
+    "start_from": "training.start_from",
     "num_eval_prompts": "evaluation.num_prompts",
     "num_generations_eval": "evaluation.num_generations",
     "metric_for_best_model": "evaluation.best_by",
@@ -128,7 +128,7 @@ def taking_any_name(cls: type[Any]) -> type[Any]:
 class RaftConfig(BorrowedArguments, TrainingArguments):  # type: ignore[misc]
     """The arguments of a RAFT run under TRL's and transformers' names.
 
-    Epochs, steps, batch size and learning rate mean the tuning of *one round*, whose schedule starts anew. Of other
+    Epochs, steps, batch size and learning rate mean the training of *one round*, whose schedule starts anew. Of other
     arguments of TrainingArguments and GRPOConfig, those that change nothing are accepted, those that are a part of
     GRPO alone with a warning, and those by which another model would come of it raise ConfigError, all in one message;
     with `strict=False` these are warned of too. What RunConfig has and this has not goes into `run_config`.
@@ -201,7 +201,7 @@ class RaftConfig(BorrowedArguments, TrainingArguments):  # type: ignore[misc]
     metric_for_best_model: str | None = field(
         default=None, metadata={"help": "What the best round is chosen by: 'reward', or one reward's name."}
     )
-    # -- the tuning of a round, where we differ from TrainingArguments --
+    # -- the training of a round, where we differ from TrainingArguments --
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak rate of each round's own schedule."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the kept answers in each round."})
     max_steps: int = field(
@@ -224,7 +224,7 @@ class RaftConfig(BorrowedArguments, TrainingArguments):  # type: ignore[misc]
     )
     run_config: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Fields of RunConfig without a name here: {'tuning.loss_normalization': 'sample'}."},
+        metadata={"help": "Fields of RunConfig without a name here: {'training.loss_normalization': 'sample'}."},
     )
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012 - a class attribute of TrainingArguments
@@ -320,7 +320,7 @@ def sections(args: RaftConfig) -> dict[str, Any]:
     if args.max_prompt_length is not None:
         flat["sampling.max_prompt_length"] = args.max_prompt_length
     passed = {n: getattr(args, n) for n in PASSED_ON if getattr(args, n) != default_of(TrainingArguments, n)}
-    own = {"name": _slug(Path(str(args.output_dir)).name), "tuning": {"trainer_kwargs": passed}}
+    own = {"name": _slug(Path(str(args.output_dir)).name), "training": {"trainer_kwargs": passed}}
     return merge([nested(flat), {"selection": selection_of(args)}, own])
 
 

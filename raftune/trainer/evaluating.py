@@ -13,18 +13,22 @@ from raftune.config.run import RunConfig
 from raftune.errors import DataError
 from raftune.policies.causal_lm.policy import CausalLM
 from raftune.results.round_metrics import held_out
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.evaluation_target import INHERITED, without_learning
 from raftune.runtime.run import run
 from raftune.store.committed import read_json
 from raftune.store.run import RunFolder
-from raftune.trainer.inputs import GivenPrompts
+from raftune.trainer.inputs import PromptInputs
 
 ALL = 2**31  # prompts at most
 
 
 def measure(
-    config: RunConfig, objects: Objects, trained: tuple[RunFolder, int] | None, prompts: GivenPrompts, observe: Any
+    config: RunConfig,
+    objects: PythonObjects,
+    trained: tuple[RunFolder, int] | None,
+    prompts: PromptInputs,
+    observe: Any,
 ) -> dict[str, Any]:
     """The metrics of the model on all of these prompts: of a run's round, or of the start before there is a run.
 
@@ -50,7 +54,7 @@ def measure(
 
 
 def evaluate_on(
-    several: dict[str, GivenPrompts], prefix: str, measured: Callable[[GivenPrompts], dict[str, Any]]
+    several: dict[str, PromptInputs], prefix: str, measured: Callable[[PromptInputs], dict[str, Any]]
 ) -> dict[str, float]:
     """The metrics of each data set under its own prefix, with the time that it took."""
     found: dict[str, float] = {}

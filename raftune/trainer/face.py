@@ -26,7 +26,7 @@ ELSEWHERE = {
 }
 
 
-class OneProcess:
+class SingleProcessAccelerator:
     """As much of accelerate's Accelerator as scripts ask of a run, which is one process on one device."""
 
     is_main_process = is_local_main_process = is_last_process = True
@@ -36,7 +36,7 @@ class OneProcess:
         self.device = device
 
     @property
-    def state(self) -> OneProcess:
+    def state(self) -> SingleProcessAccelerator:
         return self
 
     def print(self, *words: Any, **options: Any) -> None:
@@ -54,7 +54,7 @@ class OneProcess:
     gather_for_metrics = gather
 
 
-class TrainerFace:
+class TransformersTrainerMixin:
     """Numbers and state written where transformers' Trainer writes them, and who this process is."""
 
     args: Any
@@ -91,8 +91,8 @@ class TrainerFace:
         return True
 
     @property
-    def accelerator(self) -> OneProcess:
-        return OneProcess(self.args.device)
+    def accelerator(self) -> SingleProcessAccelerator:
+        return SingleProcessAccelerator(self.args.device)
 
     @property
     def hub_model_id(self) -> str:

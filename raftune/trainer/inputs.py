@@ -21,7 +21,7 @@ _BATCH = 1000
 
 
 @dataclass(frozen=True)
-class GivenRewards:
+class RewardInputs:
     """Rewards by name, for the section `rewards`, and those that are objects of this process with their weights."""
 
     specs: list[dict[str, Any]] = field(default_factory=list)
@@ -29,7 +29,7 @@ class GivenRewards:
     weights: list[float] = field(default_factory=list)
 
 
-def given_rewards(rewards: Any, tokenizers: Any, weights: Sequence[float] | None) -> GivenRewards:
+def given_rewards(rewards: Any, tokenizers: Any, weights: Sequence[float] | None) -> RewardInputs:
     """The rewards in their two kinds. Raises ConfigError where none is given, or lists do not match."""
     several = list(rewards) if isinstance(rewards, (list, tuple)) else [] if rewards is None else [rewards]
     if not several:
@@ -47,7 +47,7 @@ def given_rewards(rewards: Any, tokenizers: Any, weights: Sequence[float] | None
                 f"{name} must hold one entry for each reward; got {len(one)} for {len(several)} rewards. Give a list, "
                 "with None where a reward needs none."
             )
-    found = GivenRewards()
+    found = RewardInputs()
     for number, (reward, tokenizer, weight) in enumerate(zip(several, beside, factors, strict=True)):
         if isinstance(reward, (str, Path)) and tokenizer is None:
             found.specs.append({"spec": str(reward), "weight": float(weight)})
@@ -59,17 +59,17 @@ def given_rewards(rewards: Any, tokenizers: Any, weights: Sequence[float] | None
 
 def _as_object(reward: Any, tokenizer: Any, number: int) -> Any:
     if isinstance(reward, (str, Path)):
-        from raftune.rewards.builtin.classifier import Classifier
+        from raftune.rewards.builtin.classifier import ClassifierReward
         from raftune.rewards.builtin.model_options import ClassifierOptions
 
-        return Classifier(ClassifierOptions(model=str(reward)), tokenizer=tokenizer)
+        return ClassifierReward(ClassifierOptions(model=str(reward)), tokenizer=tokenizer)
     if getattr(reward, "__name__", None) == "<lambda>":  # TRL counts what has no name
         return FunctionReward(reward, f"reward_{number}")
     return load_reward(reward, tokenizer=tokenizer)
 
 
 @dataclass(frozen=True)
-class GivenPrompts:
+class PromptInputs:
     """What the configuration says of a data set, and the table behind it where it was given as an object."""
 
     source: str
@@ -82,7 +82,7 @@ def given_prompts(
     columns: Callable[[str], bool] | None = None,
     needed: int | None = None,
     known_by: int | None = None,
-) -> GivenPrompts:
+) -> PromptInputs:
     """The prompts: a file or name, or rows known by their hash. Raises DataError for what is no data set of prompts.
 
     Of a stream no more than `needed` rows are read, and it is known by the first `known_by` of them, so that a run of
@@ -92,7 +92,7 @@ def given_prompts(
     if rows is None:
         raise ConfigError(f"{name} must be given; got None. Give rows with a 'prompt' column.")
     if isinstance(rows, (str, Path)):
-        return GivenPrompts(str(rows))
+        return PromptInputs(str(rows))
     if isinstance(rows, Mapping):
         raise DataError(
             f"{name} must be one data set; got a dictionary of {', '.join(map(str, rows))}. Choose one: {name}=data[…]."
@@ -105,10 +105,10 @@ def given_prompts(
     if columns is not None:
         table = table.select([column for column in table.column_names if columns(column)])
     known = f"stream-{table_hash(table.slice(0, known_by))}" if stream else table_hash(table)
-    return GivenPrompts(f"object:{known}", lambda: table)
+    return PromptInputs(f"object:{known}", lambda: table)
 
 
-def given_held_out(rows: Any, columns: Callable[[str], bool] | None, wanted: int) -> GivenPrompts:
+def given_held_out(rows: Any, columns: Callable[[str], bool] | None, wanted: int) -> PromptInputs:
     """The held-out prompts; of a dictionary of data sets as many of each: rounds are compared by all of them."""
     if not isinstance(rows, Mapping) or not rows:
         return given_prompts(rows, "eval_dataset", columns, wanted)

@@ -42,7 +42,7 @@ _FOUR_BITS |= {"bnb_4bit_use_double_quant", "quant_method"}
 
 
 @dataclass(frozen=True)
-class GivenModel:
+class ModelInputs:
     """The section `policy`, and the objects behind it; `name` is what a person calls the model."""
 
     name: str
@@ -59,7 +59,7 @@ def given_model(
     trust: bool,
     quantization: Any = None,
     strict: bool = True,
-) -> GivenModel:
+) -> ModelInputs:
     """The model as the run will know it. Raises ConfigError for what cannot be meant, ModelError without a tokenizer.
 
     An object enters by the hash of its weights and configuration, and so does a tokenizer: the same cell run again in a
@@ -95,7 +95,7 @@ def given_model(
         policy["adapter"] = adapter_section(peft_config, config, strict)
     if tokenizer is not None:
         policy["tokenizer"] = f"object:{tokenizer_hash(tokenizer)}"
-    return GivenModel(
+    return ModelInputs(
         name, {"family": "causal_lm", **policy}, None if isinstance(model, (str, Path)) else model, tokenizer
     )
 
@@ -148,7 +148,7 @@ def _init(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_nf4(quantization: Any, name: str) -> bool:
-    """True of the one quantisation that raftune tunes on; ConfigError for every other."""
+    """True of the one quantisation that raftune trains on; ConfigError for every other."""
     given = quantization if isinstance(quantization, dict) else quantization.to_diff_dict()
     used = {name for name, value in given.items() if value not in (None, False, [])}
     if not given.get("load_in_4bit") or given.get("bnb_4bit_quant_type") != "nf4" or used - _FOUR_BITS:

@@ -16,7 +16,7 @@ from raftune.errors import StoreError
 from raftune.policies.causal_lm import loading
 from raftune.policies.causal_lm.saving import write_model
 from raftune.results.model_card import (
-    Use,
+    ModelUsage,
     best_of,
     card,
     ground_adapter,
@@ -86,7 +86,9 @@ def publish(run: RunFolder, policy: CausalLMPolicy, out: Path, facts: Mapping[st
 def write_card(run: RunFolder, policy: CausalLMPolicy, out: Path, facts: Mapping[str, Any]) -> None:
     """Writes README.md, with what else is said of the model: its name, data set, tags, language, license."""
     kind = "peft" if policy.adapter is not None else "transformers"
-    text = card(run.root, best_of(run), Use(kind, "text-generation", language_model_code(policy.adapter is not None)))
+    text = card(
+        run.root, best_of(run), ModelUsage(kind, "text-generation", language_model_code(policy.adapter is not None))
+    )
     _, head, body = text.split("---\n", 2)
     data = yaml.safe_load(head)
     said = {name: value for name, value in facts.items() if value is not None}

@@ -119,7 +119,7 @@ WITHOUT: dict[str, str] = {
     **dict.fromkeys(("off_policy_mask_threshold", "use_bias_correction_kl"), _RATIO),
     **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), _RATIO),
     **dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), _RATIO),
-    "loss_type": "the loss is the likelihood of what was kept; run_config={'tuning.loss_normalization': …} says what "
+    "loss_type": "the loss is the likelihood of what was kept; run_config={'training.loss_normalization': …} says what "
     "its mean is over",
     "scale_rewards": _ADVANTAGE,
     **dict.fromkeys(("generation_batch_size", "steps_per_generation"), _ROUND_SIZE),
@@ -220,7 +220,7 @@ def unread(args: Any, base: type[Any], read: Iterable[str]) -> tuple[list[str], 
     """What was set though no run reads it: a line for each argument that is refused, and those to warn of by reason."""
     refused: list[str] = []
     without: dict[str, list[str]] = {}
-    defaults = Defaults(args, base)
+    defaults = ArgumentDefaults(args, base)
     passed_over = {*read, *QUIET}
     for name in (field.name for owner in (BorrowedArguments, base) for field in dataclasses.fields(owner)):
         value, depends = getattr(args, name), ONLY_WITH.get(name)
@@ -242,7 +242,7 @@ def warning_of(without: Mapping[str, list[str]]) -> str:
     return "\n".join(["These arguments have no part in a RAFT run, which goes on without them:", *lines])
 
 
-class Defaults:
+class ArgumentDefaults:
     """Every form that an argument has where nobody set it: the class's, what TrainingArguments makes of it, and what a
     parser of command lines hands on."""
 

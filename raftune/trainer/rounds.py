@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from raftune.results.round_metrics import Drawn, held_out, kept, losses
+from raftune.results.round_metrics import TrainerSampleStats, held_out, kept, losses
 from raftune.results.summary import overlap_warning, seconds_by_round
 from raftune.sanitize import one_line
 from raftune.store.run import RunFolder
@@ -41,7 +41,7 @@ def every(args: RaftConfig) -> int:
     return int(args.logging_steps if args.logging_steps >= 1 else default_of(RaftConfig, "logging_steps"))
 
 
-class LateModel:
+class LazyModel:
     """The current model for callbacks, read when one first asks for something of it, and let go after the event."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
@@ -66,11 +66,11 @@ class LateModel:
         return self._get()(*args, **given)
 
 
-class Handler(CallbackHandler):  # type: ignore[misc]
+class RoundCallbackHandler(CallbackHandler):  # type: ignore[misc]
     """Gives callbacks the model of the latest round and the tokenizer; reporters, which only describe a model, none."""
 
-    def tell_of(self, rounds: Rounds, load: Callable[[int], Any], tokenizer: Any) -> None:
-        self.model = LateModel(lambda: load(int(rounds.round)))
+    def tell_of(self, rounds: RoundTracker, load: Callable[[int], Any], tokenizer: Any) -> None:
+        self.model = LazyModel(lambda: load(int(rounds.round)))
         self.processing_class = tokenizer
 
     def call_event(self, event: str, args: Any, state: Any, control: Any, **given: Any) -> Any:
@@ -87,7 +87,7 @@ class Handler(CallbackHandler):  # type: ignore[misc]
         return control
 
 
-class Rounds:
+class RoundTracker:
     """Follows one call of train(). Rounds that were done before fill the state; only new ones reach the callbacks.
 
     An epoch of transformers' callbacks is a round, a step an optimizer step; steps are told when their round is over.
@@ -146,7 +146,7 @@ class Rounds:
             if round:
                 self._event("on_epoch_begin")
 
-    def _on_unit(self, notes: list[str], **_: Any) -> None:
+    def _on_chunk(self, notes: list[str], **_: Any) -> None:
         self.notes |= dict.fromkeys(notes)
 
     def _on_stage_end(self, stage: str, notes: Sequence[str] = (), **_: Any) -> None:
@@ -184,7 +184,7 @@ class Rounds:
                 self._event("on_step_end")
 
     def _of_training(self, round_: int, summary: dict[str, Any]) -> dict[str, float]:
-        drawn = Drawn(self.run, round_, self._encoder())
+        drawn = TrainerSampleStats(self.run, round_, self._encoder())
         self.state.num_input_tokens_seen += drawn.tokens
         found = drawn.metrics() | {"num_tokens": float(self.state.num_input_tokens_seen)}
         report = losses(self.run, round_)

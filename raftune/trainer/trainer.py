@@ -18,11 +18,11 @@ from transformers.utils import logging as transformers_logging
 
 from raftune.config.run import RunConfig, held_out_names
 from raftune.errors import ConfigError, RaftuneError, StoreError
-from raftune.loop import Observer
-from raftune.policies.causal_lm.encoding import Encoder
+from raftune.loop import Callback
+from raftune.policies.causal_lm.encoding import TextEncoder
 from raftune.results import round_metrics as metrics
 from raftune.results.summary import best_round, read_json
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.progress import Progress
 from raftune.runtime.run import root_of, run
 from raftune.starters.resolve import resolve_starters
@@ -30,20 +30,21 @@ from raftune.store.run import RunFolder
 from raftune.trainer import publishing
 from raftune.trainer.config import RaftConfig, mapping, outline, plain_process, run_of
 from raftune.trainer.evaluating import ALL, evaluate_on, measure
-from raftune.trainer.face import TrainerFace
-from raftune.trainer.inputs import GivenPrompts, given_held_out, given_prompts, given_rewards
+from raftune.trainer.face import TransformersTrainerMixin
+from raftune.trainer.inputs import PromptInputs, given_held_out, given_prompts, given_rewards
 from raftune.trainer.interrupts import leaving_on_interrupt
 from raftune.trainer.models import given_model, load_tokenizer
-from raftune.trainer.rounds import Handler, LateModel, RoundFlow, Rounds, StopAfterRound
+from raftune.trainer.rounds import LazyModel, RoundCallbackHandler, RoundFlow, RoundTracker, StopAfterRound
 from raftune.trainer.wording import in_python, python_advice
 
 logger = logging.getLogger("raftune")
 
 
-class RaftTrainer(TrainerFace):
+class RaftTrainer(TransformersTrainerMixin):
     """Reward-ranked fine-tuning of a language model: each round draws K answers a prompt, and learns from the best.
 
-    The arguments are GRPOTrainer's. A model given as an object is never changed: `trainer.model` is the tuned one. The
+    The arguments are GRPOTrainer's. A model given as an object is never changed: `trainer.model` is the trained one.
+    The
     run lies in `args.output_dir`, and is exact: the same call again, in a new process or a notebook's cell run twice,
     continues it or finds it finished; another call is refused with the difference. Raises ConfigError, DataError.
     """
@@ -66,7 +67,7 @@ class RaftTrainer(TrainerFace):
         environment_factory: Any = None,
     ) -> None:
         args = _checked(args, model)
-        faults = Faults()
+        faults = ErrorCollector()
         extras = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
         faults.attempt(_refuse_extras, extras, optimizers, args.strict)
         init = mapping(args.model_init_kwargs, "model_init_kwargs")
@@ -80,7 +81,7 @@ class RaftTrainer(TrainerFace):
         size = planned.prompts_per_round
         needed = planned.num_rounds * size + judged
         train = faults.attempt(given_prompts, train_dataset, "train_dataset", self._columns, needed, size)
-        held_out = GivenPrompts("")
+        held_out = PromptInputs("")
         if eval_dataset is not None:
             held_out = faults.attempt(given_held_out, eval_dataset, self._columns, judged)
         faults.end()
@@ -92,7 +93,7 @@ class RaftTrainer(TrainerFace):
             "evaluation": {"prompts": held_out.source or None},
         }
         self.run_config: RunConfig = run_of(args, self._sections)
-        self._objects = Objects(
+        self._objects = PythonObjects(
             train=train.table,
             held_out=held_out.table,
             rewards=rewards.objects,
@@ -104,7 +105,7 @@ class RaftTrainer(TrainerFace):
         self._given, self._tokenizer, self._model = model, given.tokenizer, None
         self._handler = _handler(args, callbacks or ())
         self._handler.processing_class = given.tokenizer
-        self._handler.model = LateModel(lambda: self.model)
+        self._handler.model = LazyModel(lambda: self.model)
         if torch.cuda.device_count() > 1 and not args.use_cpu:
             logger.warning(
                 "Of %d GPUs the first is used; CUDA_VISIBLE_DEVICES chooses another.", torch.cuda.device_count()
@@ -133,7 +134,7 @@ class RaftTrainer(TrainerFace):
             transformers_logging.set_verbosity(self.args.get_process_log_level())
         self._model = None
         self.run_config = run_of(self.args, self._sections)  # a notebook's next cell may have changed self.args
-        rounds = Rounds(self.args, self._handler, self._run, self._encoder)
+        rounds = RoundTracker(self.args, self._handler, self._run, self._encoder)
         self.state, self.control = rounds.state, rounds.control
         self._handler.tell_of(rounds, self._model_of_round, self._own_tokenizer())
         rounds.begin()
@@ -151,7 +152,7 @@ class RaftTrainer(TrainerFace):
             self.push_to_hub()
         return self._output(rounds, reason)
 
-    def _go(self, rounds: Rounds, redo: str | None, only: str | None) -> str:
+    def _go(self, rounds: RoundTracker, redo: str | None, only: str | None) -> str:
         """Runs, and says why it ended."""
         progress = contextlib.nullcontext() if self.args.disable_tqdm else self._progress()
         try:
@@ -177,7 +178,7 @@ class RaftTrainer(TrainerFace):
                 written,
             )
 
-    def _output(self, rounds: Rounds, reason: str) -> TrainOutput:
+    def _output(self, rounds: RoundTracker, reason: str) -> TrainOutput:
         summary = {**rounds.summary, "best_round": self._best(), "stopped_because": reason}
         if found := self._measured():
             summary |= metrics.held_out(found, ends=True)
@@ -215,7 +216,7 @@ class RaftTrainer(TrainerFace):
         prompts = {str(name): given_prompts(rows, "eval_dataset", self._columns, ALL) for name, rows in several.items()}
         trained = (self._run, self._best()) if self._has_model() else None
 
-        def measured(rows: GivenPrompts) -> dict[str, Any]:
+        def measured(rows: PromptInputs) -> dict[str, Any]:
             progress = contextlib.nullcontext() if self.args.disable_tqdm else self._progress()
             with progress as shown:
                 return measure(self.run_config, self._objects, trained, rows, _both(shown))
@@ -338,8 +339,8 @@ class RaftTrainer(TrainerFace):
             raise StoreError(f"{self._run.root} has no trained model yet: no round is done. Call train() first.")
         return best
 
-    def _encoder(self) -> Encoder:
-        return Encoder(self.processing_class, self.run_config.sampling, None, 0)
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self.processing_class, self.run_config.sampling, None, 0)
 
     def _refuse_checkpoint(self, given: str | bool | None) -> None:
         root = self._run.root.resolve()
@@ -350,7 +351,7 @@ class RaftTrainer(TrainerFace):
             )
 
 
-class Faults:
+class ErrorCollector:
     """Gathers what several steps refuse, so that a person hears all of it at once."""
 
     def __init__(self) -> None:
@@ -417,15 +418,15 @@ def _columns(args: RaftConfig, planned: RunConfig) -> Callable[[str], bool] | No
     return lambda name: name in read
 
 
-def _handler(args: RaftConfig, callbacks: Sequence[Any]) -> Handler:
+def _handler(args: RaftConfig, callbacks: Sequence[Any]) -> RoundCallbackHandler:
     try:
         reporting = get_reporting_integration_callbacks(args.report_to)
-        return Handler([RoundFlow(), *reporting, *callbacks], None, None, None, None)
+        return RoundCallbackHandler([RoundFlow(), *reporting, *callbacks], None, None, None, None)
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"report_to must name what is installed; got {args.report_to}: {error}") from error
 
 
-def _both(*observers: Any) -> Observer:
+def _both(*observers: Any) -> Callback:
     """One observer that tells all; None is nobody."""
     listening: list[Callable[[str, dict[str, Any]], None]] = [one for one in observers if one is not None]
 

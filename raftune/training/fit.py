@@ -1,4 +1,4 @@
-"""What tuning shares between families: one fit on transformers' Trainer, exactly resumable, finite, within memory.
+"""What training shares between families: one fit on transformers' Trainer, exactly resumable, finite, within memory.
 
 A family says what its rows are, how they form a batch, and what is minimised (`Task`). Everything else is here: the
 order of the rows, checkpoints that are sealed by a manifest and believed only if they verify, the refusal of anything
@@ -23,13 +23,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from raftune.config.training import TuningConfig
+from raftune.config.training import TrainingConfig
 from raftune.errors import ConfigError, ExtensionError, ModelError, OutOfMemory
 from raftune.sanitize import counted
 from raftune.store import interruption, pulse
-from raftune.store.partial import Pace
+from raftune.store.partial import SavePace
 from raftune.training.checkpoints import newest_verified, seal
-from raftune.training.length_grouping import LengthGrouped
+from raftune.training.length_grouping import LengthGroupedSampler
 from raftune.training.memory import is_out_of_memory
 from raftune.training.quiet import quiet
 
@@ -45,7 +45,7 @@ Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
 
 
-class Companion(Protocol):
+class CheckpointedState(Protocol):
     """What goes along with the trained weights, by name, and lies in every checkpoint: a moving average of them."""
 
     def follow(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -62,7 +62,7 @@ class Companion(Protocol):
 
 
 @dataclass(frozen=True)
-class Task:
+class FitTask:
     """What a family brings to a fit. `identity` names rows and settings: a checkpoint of another identity is not used.
 
     objective(model) is called once for each loaded model. Its losses must already be normalised over an optimizer step:
@@ -78,7 +78,9 @@ class Task:
     identity: str
     carried: Mapping[str, torch.Tensor] | None = None
     callbacks: Sequence[TrainerCallback] = ()
-    companion: Callable[[Mapping[str, torch.Tensor]], Companion] | None = None  # made anew for each loaded model
+    companion: Callable[[Mapping[str, torch.Tensor]], CheckpointedState] | None = (
+        None  # made anew for each loaded model
+    )
 
 
 def checked_loss(loss: Loss, name: str) -> Loss:
@@ -91,12 +93,13 @@ def checked_loss(loss: Loss, name: str) -> Loss:
             if ":" not in name or is_out_of_memory(error):
                 raise
             raise ExtensionError(
-                f"tuning.objective: `loss` of {name} raised {type(error).__name__}: {error}. Fix it and resume the run."
+                f"training.objective: `loss` of {name} raised {type(error).__name__}: {error}. Fix it and "
+                f"resume the run."
             ) from error
         pair = isinstance(result, tuple) and len(result) == 2 and all(torch.is_tensor(part) for part in result)
         if not pair or any(part.dim() for part in result) or not result[0].requires_grad:
             raise ExtensionError(
-                f"tuning.objective: `loss` of {name} must return two tensors without dimensions, the loss (with its "
+                f"training.objective: `loss` of {name} must return two tensors without dimensions, the loss (with its "
                 "gradient) and the weight behind it; it does not. Fix it and resume the run."
             )
         return result
@@ -105,8 +108,8 @@ def checked_loss(loss: Loss, name: str) -> Loss:
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """The tuned model, the loss of every step (the objective per unit of coefficient), and the optimizer's state."""
+class FitResult:
+    """The trained model, the loss of every step (the objective per chunk of coefficient), and the optimizer's state."""
 
     model: Any
     losses: tuple[float, ...]
@@ -117,7 +120,7 @@ class Fitted:
     notes: tuple[str, ...] = field(default=())
 
 
-def fit(task: Task, config: TuningConfig, work: Path, device: torch.device) -> Fitted:
+def fit(task: FitTask, config: TrainingConfig, work: Path, device: torch.device) -> FitResult:
     """The model fitted to the task's rows, bit for bit the same however often it was interrupted under `work`.
 
     Raises ModelError if a loss, a gradient or a weight is not finite; OutOfMemory if even one row does not fit.
@@ -138,11 +141,11 @@ def fit(task: Task, config: TuningConfig, work: Path, device: torch.device) -> F
             torch.cuda.empty_cache()
 
 
-def _attempt(task: Task, config: TuningConfig, size: MicroBatch, work: Path, device: torch.device) -> Fitted:
+def _attempt(task: FitTask, config: TrainingConfig, size: MicroBatch, work: Path, device: torch.device) -> FitResult:
     model = task.load()
     checkpoint, rejected = newest_verified(work, task.identity)
     companion = task.companion(trained(model)) if task.companion else None
-    watch = Watch(task.identity, companion)
+    watch = FitCallback(task.identity, companion)
     trainer = FitTrainer(task, model, watch, arguments(config, size, work, device, task.seed))
     with settled_heap(model), quiet(), interruption.stretch(watch.promise):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -155,11 +158,11 @@ def _attempt(task: Task, config: TuningConfig, size: MicroBatch, work: Path, dev
     notes = tuple(f"{name} did not verify and was not used" for name in rejected)
     notes += many_passes(len(losses), config, len(task.rows))
     if checkpoint:
-        notes += (f"tuning was taken up after step {checkpoint.name.rpartition('-')[2]} of {len(losses)}",)
-    return Fitted(model, losses, optimizer, size.rows, size.accumulation, size.too_large, notes)
+        notes += (f"training was taken up after step {checkpoint.name.rpartition('-')[2]} of {len(losses)}",)
+    return FitResult(model, losses, optimizer, size.rows, size.accumulation, size.too_large, notes)
 
 
-def many_passes(steps: int, config: TuningConfig, rows: int) -> tuple[str, ...]:
+def many_passes(steps: int, config: TrainingConfig, rows: int) -> tuple[str, ...]:
     """A note where a round went over its few rows so often that it learned them by heart."""
     step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     passes = steps / math.ceil(rows / step)
@@ -169,7 +172,7 @@ def many_passes(steps: int, config: TuningConfig, rows: int) -> tuple[str, ...]:
         f"max_steps = {config.max_steps}" if config.max_steps > 0 else f"num_train_epochs = {config.num_train_epochs:g}"
     )
     return (
-        f"{steps} optimizer steps went {passes:.0f} times over the round's {counted(rows, 'row')}: tuning.{asked} is "
+        f"{steps} optimizer steps went {passes:.0f} times over the round's {counted(rows, 'row')}: training.{asked} is "
         "meant for each round. Lower it, or raise prompts_per_round",
     )
 
@@ -183,7 +186,7 @@ class MicroBatch:
     too_large: tuple[int, ...] = ()
 
     @classmethod
-    def read(cls, work: Path, config: TuningConfig) -> MicroBatch:
+    def read(cls, work: Path, config: TrainingConfig) -> MicroBatch:
         """What an earlier attempt found to fit, else what is configured."""
         path = work / MICRO_BATCH
         if path.is_file():
@@ -205,13 +208,15 @@ class MicroBatch:
             if step % rows == 0:
                 return MicroBatch(rows, step // rows, (*self.too_large, self.rows))
         raise OutOfMemory(
-            "tuning.per_device_train_batch_size is 1 and one row does not fit into memory. Set "
-            "tuning.gradient_checkpointing, use an adapter, or shorten the completions.",
+            "training.per_device_train_batch_size is 1 and one row does not fit into memory. Set "
+            "training.gradient_checkpointing, use an adapter, or shorten the completions.",
             self.rows,
         )
 
 
-def arguments(config: TuningConfig, size: MicroBatch, work: Path, device: torch.device, seed: int) -> TrainingArguments:
+def arguments(
+    config: TrainingConfig, size: MicroBatch, work: Path, device: torch.device, seed: int
+) -> TrainingArguments:
     """What transformers' Trainer is told; ConfigError where it refuses."""
     try:
         with quiet():
@@ -233,17 +238,17 @@ def arguments(config: TuningConfig, size: MicroBatch, work: Path, device: torch.
             )
     except (ValueError, TypeError, ImportError) as error:
         what = str(error).strip().splitlines()[0]
-        raise ConfigError(f"tuning must be what transformers' Trainer takes: {what}") from error
+        raise ConfigError(f"training must be what transformers' Trainer takes: {what}") from error
     if found.world_size > 1:  # the loss goes past the forward by which processes would exchange gradients
         raise ConfigError(
-            f"A round is tuned by one process; a launcher began {found.world_size}. Start raftune without it."
+            f"A round is trained by one process; a launcher began {found.world_size}. Start raftune without it."
         )
     if found.n_gpu > 1:  # without a launcher Trainer would take all GPUs through DataParallel; a fit runs on the first
         found._n_gpu = 1
     return found
 
 
-def _passed_on(config: TuningConfig) -> dict[str, Any]:
+def _passed_on(config: TrainingConfig) -> dict[str, Any]:
     names = (
         "learning_rate num_train_epochs max_steps lr_scheduler_type warmup_steps weight_decay max_grad_norm optim bf16"
     )
@@ -251,22 +256,22 @@ def _passed_on(config: TuningConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names.split()} | checkpointing
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
+class FitCallback(TrainerCallback):  # type: ignore[misc]
     """Notes the loss of each step, stops at the first that is not finite, and seals checkpoints once they are whole.
 
     A checkpoint is due about once a minute (Pace), and where a stop was asked for. When it was taken leaves no trace in
     the result.
     """
 
-    def __init__(self, identity: str, companion: Companion | None = None) -> None:
+    def __init__(self, identity: str, companion: CheckpointedState | None = None) -> None:
         self.identity, self.companion = identity, companion
         self.loss = self.mass = 0.0
-        self.pace, self.nbytes = Pace(), 0
+        self.pace, self.nbytes = SavePace(), 0
         self._began = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.nbytes = checkpoint_bytes(model)
-        self.pace = Pace()
+        self.pace = SavePace()
 
     def promise(self) -> str:
         """What a stop after the current step keeps, in words."""
@@ -300,7 +305,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 
 def _not_finite(what: str, value: object) -> str:
-    return f"{what} must be finite; got {value}. Nothing was published: lower tuning.learning_rate, or see the rows."
+    return f"{what} must be finite; got {value}. Nothing was published: lower training.learning_rate, or see the rows."
 
 
 def refuse_non_finite(model: Any) -> None:
@@ -323,7 +328,7 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
 class FitTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer with our order of rows, our loss, and checkpoints of the trained weights alone."""
 
-    def __init__(self, task: Task, model: Any, watch: Watch, args: TrainingArguments) -> None:
+    def __init__(self, task: FitTask, model: Any, watch: FitCallback, args: TrainingArguments) -> None:
         self.task, self.watch = task, watch
         self.objective = task.objective(model)
         callbacks = [watch, *task.callbacks]
@@ -337,9 +342,9 @@ class FitTrainer(Trainer):  # type: ignore[misc]
             for callback in [c for c in self.callback_handler.callbacks if type(c).__name__ == name]:
                 self.remove_callback(callback)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGrouped(self.task.lengths, step, self.task.seed)
+        return LengthGroupedSampler(self.task.lengths, step, self.task.seed)
 
     def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.accelerator.autocast():  # the backbone is called past the forward that accelerate wraps

@@ -35,7 +35,7 @@ def _longest_first(rows: npt.NDArray[np.int64], size: npt.NDArray[np.int64]) -> 
     return rows[np.argsort(-size[rows], kind="stable")]
 
 
-class LengthGrouped(Sampler[int]):
+class LengthGroupedSampler(Sampler[int]):
     """Yields `grouped_order` of the epoch that was last set."""
 
     def __init__(self, lengths: Sequence[int], step: int, seed: int) -> None:

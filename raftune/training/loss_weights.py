@@ -7,14 +7,14 @@ from typing import Literal
 
 import numpy as np
 
-from raftune.protocols import FloatN
+from raftune.protocols import FloatArray
 
 Normalization = Literal["token", "sample", "prompt"]
 
 
 def coefficients(
-    weights: FloatN, tokens: Sequence[int], prompts: Sequence[str], normalization: Normalization, step: int
-) -> FloatN:
+    weights: FloatArray, tokens: Sequence[int], prompts: Sequence[str], normalization: Normalization, step: int
+) -> FloatArray:
     """(N,) what each token of a row is multiplied by, so that an average step minimises the named mean.
 
     The mean is over all rows of the fit, not over those that happen to share a step: with steps of like length, a mean

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.config.extensions import GUIDE, code_hash, load_extension
-from raftune.config.training import CustomTuning, TuningConfig
+from raftune.config.training import CustomTraining, TrainingConfig
 from raftune.errors import ConfigError, ExtensionError
 from raftune.protocols import LearnedModel, Objective
 
-OBJECTIVES: dict[str, type[Objective]] = {}  # the built-in objectives, by tuning.objective
+OBJECTIVES: dict[str, type[Objective]] = {}  # the built-in objectives, by training.objective
 METHODS = {"rows": ("samples", "verdicts"), "loss": ("model", "batch")}
 NEEDS = frozenset({"kept", "rejected"})
 
@@ -43,24 +43,29 @@ class Sft:
         return weights @ losses, mass
 
 
-def load_objective(config: TuningConfig) -> Objective:
+def load_objective(config: TrainingConfig) -> Objective:
     """The configured objective. Raises ConfigError where one of the user's own is not there, or is not whole."""
-    if not isinstance(config, CustomTuning):
+    if not isinstance(config, CustomTraining):
         return OBJECTIVES[getattr(config, "objective", "sft")]()
     made: Objective = load_extension(
-        config.objective, "tuning.objective", config.options, "tuning.options", methods=METHODS, attributes=("needs",)
+        config.objective,
+        "training.objective",
+        config.options,
+        "training.options",
+        methods=METHODS,
+        attributes=("needs",),
     )
     if not isinstance(made.needs, set | frozenset | tuple | list) or not made.needs or not set(made.needs) <= NEEDS:
         raise ConfigError(
-            f"tuning.objective: `needs` of {config.objective} must be of {', '.join(sorted(NEEDS))}; got "
+            f"training.objective: `needs` of {config.objective} must be of {', '.join(sorted(NEEDS))}; got "
             f"{made.needs!r}. {GUIDE}"
         )
     return made
 
 
-def objective_code(config: TuningConfig) -> dict[str, str]:
+def objective_code(config: TrainingConfig) -> dict[str, str]:
     """The hash of the file that an objective of the user's own is read from: other code is another training."""
-    return {"objective's classes": code_hash(config.objective)} if isinstance(config, CustomTuning) else {}
+    return {"objective's classes": code_hash(config.objective)} if isinstance(config, CustomTraining) else {}
 
 
 def chosen_rows(objective: Objective, name: str, samples: pa.Table, verdicts: pa.Table) -> pa.Table:
@@ -76,13 +81,13 @@ def chosen_rows(objective: Objective, name: str, samples: pa.Table, verdicts: pa
         rows = objective.rows(samples, verdicts)
     except Exception as error:
         raise ExtensionError(
-            f"tuning.objective: `rows` of {name} raised {type(error).__name__}: {error}. Fix it and resume the run."
+            f"training.objective: `rows` of {name} raised {type(error).__name__}: {error}. Fix it and resume the run."
         ) from error
     missing = {*samples.column_names, "weight"} - {*getattr(rows, "column_names", ())}
     if not isinstance(rows, pa.Table) or missing:
         given = f"a table without {', '.join(sorted(missing))}" if isinstance(rows, pa.Table) else type(rows).__name__
         raise ExtensionError(
-            f"tuning.objective: `rows` of {name} must return a pyarrow.Table of rows of `samples` with all their "
+            f"training.objective: `rows` of {name} must return a pyarrow.Table of rows of `samples` with all their "
             f"columns and a column `weight`; got {given}. Fix it and resume the run."
         )
     return rows

@@ -15,7 +15,7 @@ from raftune.errors import ConfigChanged, ConfigError
 from raftune.policies.registry import family_of
 from raftune.runtime.evaluation_target import evaluation_of, subject_of
 from raftune.runtime.run import run, verify
-from raftune.testing import Case, Claim, begin, claims
+from raftune.testing import Claim, FamilyCase, begin, claims
 from tests.runs.kill import tree
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits"
@@ -35,13 +35,13 @@ def configured(**changes: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(tmp_path_factory: pytest.TempPathFactory) -> FamilyCase:
     folder = tmp_path_factory.mktemp("digits")
     return begin(configured(), folder, prompts=[3, 1, 4], answer=PICTURE, completion=png_of(PICTURE))
 
 
 @pytest.mark.parametrize("claim", claims(family_of(configured())), ids=lambda claim: claim.__name__)
-def test_the_example_keeps_every_promise_of_a_family(case: Case, claim: Claim, tmp_path: Path) -> None:
+def test_the_example_keeps_every_promise_of_a_family(case: FamilyCase, claim: Claim, tmp_path: Path) -> None:
     claim(case, tmp_path)
 
 
@@ -70,7 +70,7 @@ def test_the_example_improves_by_its_reward_and_by_a_judge_that_it_never_learned
 
 def test_what_was_interrupted_ends_as_if_it_had_not_been(finished: Path, tmp_path: Path) -> None:
     def interrupt(kind: str, facts: dict[str, Any]) -> None:
-        if kind == "stage_begin" and (facts["round"], facts["stage"]) == (2, "tune"):
+        if kind == "stage_begin" and (facts["round"], facts["stage"]) == (2, "train"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from raftune.data.images import png_of
-from raftune.testing import ALL, Case, Claim, begin, claims
+from raftune.testing import ALL, Claim, FamilyCase, begin, claims
 from tests.builders import save_tiny
 from tests.pipelines import SIZE, Kind
 from tests.pipelines import save_tiny as save_pipeline
 
 
-def tabular(folder: Path) -> Case:
+def tabular(folder: Path) -> FamilyCase:
     config = {
         "data": {"prompts": "-"},
         "policy": {"family": "tabular", "logits": [[0.0, 1.0, 2.0], [1.0, 0.0, 0.5], [0.3, 0.1, 0.2]]},
@@ -25,25 +25,25 @@ def tabular(folder: Path) -> Case:
     return begin(config, folder, prompts=[0, 1, 2], answer=1)
 
 
-def causal_lm(folder: Path, arch: str, **policy: Any) -> Case:
+def causal_lm(folder: Path, arch: str, **policy: Any) -> FamilyCase:
     model = save_tiny(folder / arch, arch)
     config = {
         "data": {"prompts": "-"},
         "policy": {"model": str(model), **policy},
         "sampling": {"max_completion_length": 6},
-        "tuning": {"learning_rate": 1e-2, "per_device_train_batch_size": 4},
+        "training": {"learning_rate": 1e-2, "per_device_train_batch_size": 4},
         "engine": {"threads": 1},
     }
     return begin(config, folder, prompts=["the cat", "a", "that is it"], answer="fine")
 
 
-def diffusion(folder: Path, kind: Kind, prompts: list[Any], **policy: Any) -> Case:
+def diffusion(folder: Path, kind: Kind, prompts: list[Any], **policy: Any) -> FamilyCase:
     model = save_pipeline(kind, folder / kind)
     config = {
         "data": {"prompts": "-"},
         "policy": {"family": "diffusion", "model": str(model), "device": "cpu", **policy},
         "sampling": {"diffusion": {"num_inference_steps": 2, "guidance_scale": 1}},
-        "tuning": {"learning_rate": 1e-2, "per_device_train_batch_size": 4},
+        "training": {"learning_rate": 1e-2, "per_device_train_batch_size": 4},
         "engine": {"threads": 1},
     }
     noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
@@ -52,7 +52,7 @@ def diffusion(folder: Path, kind: Kind, prompts: list[Any], **policy: Any) -> Ca
 
 
 CAPTIONS = ["a red circle", "a blue square on black", "the green circle"]
-CASES: dict[str, Callable[[Path], Case]] = {
+CASES: dict[str, Callable[[Path], FamilyCase]] = {
     "tabular": tabular,
     "llama": lambda folder: causal_lm(folder, "llama"),
     "gpt2 with LoRA": lambda folder: causal_lm(folder, "gpt2", adapter={"r": 2}),
@@ -64,12 +64,12 @@ CASES: dict[str, Callable[[Path], Case]] = {
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FamilyCase:
     return CASES[request.param](tmp_path_factory.mktemp("case"))
 
 
 @pytest.mark.parametrize("claim", ALL, ids=lambda claim: claim.__name__)
-def test_a_family_keeps_its_promise(case: Case, claim: Claim, tmp_path: Path) -> None:
+def test_a_family_keeps_its_promise(case: FamilyCase, claim: Claim, tmp_path: Path) -> None:
     if claim not in claims(case.family):
         pytest.skip("the family knows no likelihoods")
     claim(case, tmp_path)

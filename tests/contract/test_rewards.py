@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from raftune.config.rewards import RewardsConfig, RewardSpec
-from raftune.records import Status
-from raftune.rewards import Batch, Panel, load_panel
+from raftune.records import ScoreStatus
+from raftune.rewards import RewardBatch, RewardSet, load_panel
 from raftune.rewards.builtin.aesthetic import save_head
 from raftune.rewards.examples import example_pictures
 from tests.builders import tiny_clip
@@ -88,7 +88,7 @@ def acts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["callable", "async callable", "own process", "async in own process"])
-def panel(request: pytest.FixtureRequest, acts: Path) -> Iterator[Panel]:
+def panel(request: pytest.FixtureRequest, acts: Path) -> Iterator[RewardSet]:
     name = "act_later" if "async" in request.param else "act"
     if "process" in request.param:
         made = load_panel(RewardsConfig(reward_funcs=(f"{acts}:{name}",), timeout=LIMIT))
@@ -101,8 +101,8 @@ def panel(request: pytest.FixtureRequest, acts: Path) -> Iterator[Panel]:
         yield made
 
 
-def asked(kind: str, size: int = 3) -> Batch:
-    return Batch(["q"] * size, ["a"] * size, {"act": [kind] * size})
+def asked(kind: str, size: int = 3) -> RewardBatch:
+    return RewardBatch(["q"] * size, ["a"] * size, {"act": [kind] * size})
 
 
 LINE_OF = {
@@ -110,23 +110,23 @@ LINE_OF = {
     for words in ("raise ValueError", "sys.exit(3)")
 }
 FAILING = {
-    "raises": (Status.ERROR, f"ValueError: no such judge (acts.py, line {LINE_OF['raise ValueError']})"),
-    "sys.exit": (Status.ERROR, f"SystemExit: 3 (acts.py, line {LINE_OF['sys.exit(3)']})"),
-    "nan": (Status.INVALID, "returned nan, not a finite number"),
-    "inf": (Status.INVALID, "returned inf, not a finite number"),
-    "minus inf": (Status.INVALID, "returned -inf, not a finite number"),
-    "beyond float": (Status.INVALID, "returned inf, not a finite number"),
-    "too short": (Status.INVALID, "returned 2 values for 3 completions"),
-    "too long": (Status.INVALID, "returned 5 values for 3 completions"),
-    "empty": (Status.INVALID, "returned 0 values for 3 completions"),
-    "text": (Status.INVALID, "returned str '0.5', not a number"),
-    "nested": (Status.INVALID, "returned list [0.1, 0.2], not a number"),
-    "complex": (Status.INVALID, "returned complex 1j, not a number"),
-    "a number": (Status.INVALID, "returned float 0.5, not a list of 3 numbers"),
-    "a dict": (Status.INVALID, "returned dict {'reward': 0.5}, not a list of 3 numbers"),
-    "a string": (Status.INVALID, "returned str 'xxx', not a list of 3 numbers"),
-    "nothing": (Status.INVALID, "returned None, not a list of 3 numbers: is a `return` missing?"),
-    "none": (Status.NOT_APPLICABLE, ""),
+    "raises": (ScoreStatus.ERROR, f"ValueError: no such judge (acts.py, line {LINE_OF['raise ValueError']})"),
+    "sys.exit": (ScoreStatus.ERROR, f"SystemExit: 3 (acts.py, line {LINE_OF['sys.exit(3)']})"),
+    "nan": (ScoreStatus.INVALID, "returned nan, not a finite number"),
+    "inf": (ScoreStatus.INVALID, "returned inf, not a finite number"),
+    "minus inf": (ScoreStatus.INVALID, "returned -inf, not a finite number"),
+    "beyond float": (ScoreStatus.INVALID, "returned inf, not a finite number"),
+    "too short": (ScoreStatus.INVALID, "returned 2 values for 3 completions"),
+    "too long": (ScoreStatus.INVALID, "returned 5 values for 3 completions"),
+    "empty": (ScoreStatus.INVALID, "returned 0 values for 3 completions"),
+    "text": (ScoreStatus.INVALID, "returned str '0.5', not a number"),
+    "nested": (ScoreStatus.INVALID, "returned list [0.1, 0.2], not a number"),
+    "complex": (ScoreStatus.INVALID, "returned complex 1j, not a number"),
+    "a number": (ScoreStatus.INVALID, "returned float 0.5, not a list of 3 numbers"),
+    "a dict": (ScoreStatus.INVALID, "returned dict {'reward': 0.5}, not a list of 3 numbers"),
+    "a string": (ScoreStatus.INVALID, "returned str 'xxx', not a list of 3 numbers"),
+    "nothing": (ScoreStatus.INVALID, "returned None, not a list of 3 numbers: is a `return` missing?"),
+    "none": (ScoreStatus.NOT_APPLICABLE, ""),
 }
 FINE = {
     "fine": 0.5, "slow": 0.5, "prints": 0.5, "a tuple": 0.5, "a generator": 0.5, "booleans": 1.0, "numpy": 0.25,
@@ -135,7 +135,7 @@ FINE = {
 
 
 @pytest.mark.parametrize("kind", FAILING)
-def test_a_failure_is_a_status_with_a_detail_and_never_a_number(panel: Panel, kind: str) -> None:
+def test_a_failure_is_a_status_with_a_detail_and_never_a_number(panel: RewardSet, kind: str) -> None:
     status, detail = FAILING[kind]
     scores = panel.score(asked(kind))
     assert [(score.value, score.status) for score in scores] == [(None, status)] * 3
@@ -146,33 +146,33 @@ def test_a_failure_is_a_status_with_a_detail_and_never_a_number(panel: Panel, ki
 
 
 @pytest.mark.parametrize("kind", FINE)
-def test_whatever_reads_as_a_list_of_numbers_is_scored(panel: Panel, kind: str) -> None:
-    assert [(score.value, score.status) for score in panel.score(asked(kind))] == [(FINE[kind], Status.OK)] * 3
+def test_whatever_reads_as_a_list_of_numbers_is_scored(panel: RewardSet, kind: str) -> None:
+    assert [(score.value, score.status) for score in panel.score(asked(kind))] == [(FINE[kind], ScoreStatus.OK)] * 3
 
 
-def test_a_hung_call_costs_its_limit_and_little_more_and_the_next_one_is_answered(panel: Panel) -> None:
+def test_a_hung_call_costs_its_limit_and_little_more_and_the_next_one_is_answered(panel: RewardSet) -> None:
     panel.score(asked("fine"))
     began = time.monotonic()
     score = panel.score(asked("hangs"))[0]
-    assert (score.value, score.status) == (None, Status.TIMEOUT)
+    assert (score.value, score.status) == (None, ScoreStatus.TIMEOUT)
     assert score.parts[panel.names[0]].detail.startswith(f"no answer within {LIMIT} s; ")
     assert LIMIT <= time.monotonic() - began < LIMIT + 20
     assert panel.score(asked("fine"))[0].value == 0.5
 
 
-def test_nothing_that_a_call_did_wrong_harms_the_next_one(panel: Panel) -> None:
+def test_nothing_that_a_call_did_wrong_harms_the_next_one(panel: RewardSet) -> None:
     for kind in ("raises", "sys.exit", "nan", "too short"):
         panel.score(asked(kind))
         assert panel.score(asked("fine"))[0].value == 0.5
 
 
-def test_only_the_failing_call_of_several_loses_its_samples(panel: Panel) -> None:
-    mixed = Batch(["q"] * 130, ["a"] * 130, {"act": ["fine"] * 64 + ["raises"] * 64 + ["fine"] * 2})
+def test_only_the_failing_call_of_several_loses_its_samples(panel: RewardSet) -> None:
+    mixed = RewardBatch(["q"] * 130, ["a"] * 130, {"act": ["fine"] * 64 + ["raises"] * 64 + ["fine"] * 2})
     statuses = [score.status for score in panel.score(mixed)]
-    assert statuses == [Status.OK] * 64 + [Status.ERROR] * 64 + [Status.OK] * 2
+    assert statuses == [ScoreStatus.OK] * 64 + [ScoreStatus.ERROR] * 64 + [ScoreStatus.OK] * 2
 
 
-# -- every built-in reward of pictures, the judge behind HTTP among them ----------------------------------------------
+# -- every built-in reward of images, the judge behind HTTP among them ----------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -201,18 +201,18 @@ PICTURE_REWARDS = (
 
 
 @pytest.fixture(scope="module", params=PICTURE_REWARDS)
-def picture_panel(request: pytest.FixtureRequest, picture_specs: dict[str, RewardSpec]) -> Iterator[Panel]:
+def picture_panel(request: pytest.FixtureRequest, picture_specs: dict[str, RewardSpec]) -> Iterator[RewardSet]:
     with load_panel(RewardsConfig(reward_funcs=(picture_specs[request.param],))) as made:
         yield made
 
 
-def values(panel: Panel, batch: Batch) -> list[float | None]:
-    assert all(score.status is Status.OK for score in panel.score(batch))
+def values(panel: RewardSet, batch: RewardBatch) -> list[float | None]:
+    assert all(score.status is ScoreStatus.OK for score in panel.score(batch))
     return [score.value for score in panel.score(batch)]
 
 
-def test_a_reward_of_pictures_keeps_the_contract(picture_panel: Panel) -> None:
-    """The same values when asked again, in another order and in smaller calls, also of pictures of several sizes."""
+def test_a_reward_of_pictures_keeps_the_contract(picture_panel: RewardSet) -> None:
+    """The same values when asked again, in another order and in smaller calls, also of images of several sizes."""
     for batch in (example_pictures(), example_pictures(mixed_sizes=True)):
         found = values(picture_panel, batch)
         assert found == values(picture_panel, batch)
@@ -223,27 +223,27 @@ def test_a_reward_of_pictures_keeps_the_contract(picture_panel: Panel) -> None:
         assert one_by_one == pytest.approx(found[::5], rel=1e-5, abs=1e-6)
 
 
-def test_a_reward_of_pictures_changes_none(picture_panel: Panel) -> None:
+def test_a_reward_of_pictures_changes_none(picture_panel: RewardSet) -> None:
     batch = example_pictures()
     before = [picture.tobytes() for picture in batch.completions]
     picture_panel.score(batch)
     assert [picture.tobytes() for picture in batch.completions] == before
 
 
-def test_a_reward_of_pictures_fails_on_texts_with_a_status(picture_panel: Panel) -> None:
+def test_a_reward_of_pictures_fails_on_texts_with_a_status(picture_panel: RewardSet) -> None:
     if "text" in picture_panel.media[picture_panel.names[0]]:
         return
-    score = picture_panel.score(Batch(["a red disc"], ["an answer"]))[0]
+    score = picture_panel.score(RewardBatch(["a red disc"], ["an answer"]))[0]
     part = score.parts[picture_panel.names[0]]
-    assert (part.status, part.value) == (Status.ERROR, None)
-    assert "scores pictures, and a completion is of type str" in part.detail
+    assert (part.status, part.value) == (ScoreStatus.ERROR, None)
+    assert "scores images, and a completion is of type str" in part.detail
 
 
-def test_an_empty_call_gives_nothing(picture_panel: Panel) -> None:
-    assert picture_panel.score(Batch([], [])) == []
+def test_an_empty_call_gives_nothing(picture_panel: RewardSet) -> None:
+    assert picture_panel.score(RewardBatch([], [])) == []
 
 
-# -- a person's own callable on pictures -------------------------------------------------------------------------------
+# -- a person's own callable on images -------------------------------------------------------------------------------
 
 SEES = """
 import numpy as np
@@ -303,4 +303,4 @@ def test_a_callable_on_pictures_fails_as_one_on_texts(sees: Path, hosted: bool) 
     specs, objects = ((f"{sees}:wrong",), []) if hosted else ((), loaded(sees, "wrong"))
     with load_panel(RewardsConfig(reward_funcs=specs), objects) as panel:
         statuses = [score.status for score in panel.score(example_pictures())]
-    assert statuses == [Status.INVALID, Status.INVALID, Status.NOT_APPLICABLE, *[Status.OK] * 13]
+    assert statuses == [ScoreStatus.INVALID, ScoreStatus.INVALID, ScoreStatus.NOT_APPLICABLE, *[ScoreStatus.OK] * 13]

@@ -1,4 +1,4 @@
-"""The tabular family with units that can be told to fail, in every way in which a unit can."""
+"""The tabular family with units that can be told to fail, in every way in which a chunk can."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raftune.errors import DataError
-from raftune.protocols import Unit
+from raftune.protocols import Chunk
 from raftune.records import Sample
 from tests.runs.tiny import Dressed
 
@@ -20,15 +20,15 @@ ORDERS = "RAFTUNE_TEST_ORDERS"  # not in the configuration, so that what is left
 
 class Crashing(Dressed):
     """Orders name units: kill_always, kill_once, raise_always, hang_always, hang_once, refuse; `marks` is a folder that
-    gets a file for each unit that is begun."""
+    gets a file for each chunk that is begun."""
 
-    def draw(self, unit: Unit) -> list[Sample]:
+    def generate(self, chunk: Chunk) -> list[Sample]:
         orders: dict[str, Any] = json.loads(os.environ.get(ORDERS, "{}"))
-        first = mark(Path(orders["marks"]), unit.index) if "marks" in orders else True
+        first = mark(Path(orders["marks"]), chunk.index) if "marks" in orders else True
 
         def told(what: str) -> bool:
-            return unit.index in orders.get(f"{what}_always", ()) or (
-                first and unit.index in orders.get(f"{what}_once", ())
+            return chunk.index in orders.get(f"{what}_always", ()) or (
+                first and chunk.index in orders.get(f"{what}_once", ())
             )
 
         if told("kill"):
@@ -38,13 +38,13 @@ class Crashing(Dressed):
         if told("raise"):
             raise RuntimeError("broken")
         if told("refuse"):
-            raise DataError(f"unit {unit.index} cannot be drawn")
-        return super().draw(unit)
+            raise DataError(f"chunk {chunk.index} cannot be drawn")
+        return super().generate(chunk)
 
 
-def mark(folder: Path, unit: int) -> bool:
-    """Notes that the unit was begun; True the first time."""
+def mark(folder: Path, chunk: int) -> bool:
+    """Notes that the chunk was begun; True the first time."""
     folder.mkdir(exist_ok=True)
-    first = not list(folder.glob(f"{unit}-*"))
-    (folder / f"{unit}-{uuid.uuid4().hex}").touch()
+    first = not list(folder.glob(f"{chunk}-*"))
+    (folder / f"{chunk}-{uuid.uuid4().hex}").touch()
     return first

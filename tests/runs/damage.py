@@ -57,7 +57,7 @@ def short(prompts, completions, **columns):
 TABULAR: dict[str, Any] = {
     "prompts_per_round": 8,
     "policy": {"family": "tabular", "num_prompts": 4, "num_answers": 5, "step": 0.5},
-    "sampling": {"num_generations": 4, "unit_size": 4},
+    "sampling": {"num_generations": 4, "chunk_size": 4},
     "selection": {"beta": 0.1},
     "rewards": {"reward_funcs": ["rewards.py:value"]},
     "evaluation": {"num_prompts": 4, "num_generations": 2, "reward_funcs": ["rewards.py:best"]},
@@ -65,9 +65,9 @@ TABULAR: dict[str, Any] = {
 CAUSAL_LM: dict[str, Any] = {
     "prompts_per_round": 4,
     "policy": {"model": "model"},
-    "sampling": {"num_generations": 3, "unit_size": 2, "max_completion_length": 6},
+    "sampling": {"num_generations": 3, "chunk_size": 2, "max_completion_length": 6},
     "rewards": {"reward_funcs": ["rewards.py:short"]},
-    "tuning": {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 4},
+    "training": {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 4},
     "evaluation": {"num_prompts": 2, "num_generations": 2},
 }
 COMMON = {"num_rounds": 2, "data": {"prompts": "train.jsonl"}, "engine": {"threads": 1}, "report": False}
@@ -201,7 +201,7 @@ def copy(root: Path, file: str, rng: random.Random) -> Damage:
     """Puts a second copy of a shard beside it, under a number or a name that no plan knows."""
     shards = [name for name in files_of(root) if re.search(r"/unit-\d+\.parquet$", name)]
     source = rng.choice(shards)
-    name = rng.choice(["unit-00009.parquet", f"{Path(source).stem}-copy.parquet", "unit-99999.parquet"])
+    name = rng.choice(["chunk-00009.parquet", f"{Path(source).stem}-copy.parquet", "chunk-99999.parquet"])
     target = (Path(source).parent / name).as_posix()
     shutil.copy(root / source, root / target)
     return Damage("copy", (target,))

@@ -42,9 +42,9 @@ def causal_lm(model: Path, **changes: Any) -> Act:
 
 
 def fine_tuning(model: Path, data: Path) -> Act:
-    tuning = {"learning_rate": 1e-2, "per_device_train_batch_size": 8, "save_steps": 2}
+    training = {"learning_rate": 1e-2, "per_device_train_batch_size": 8, "save_steps": 2}
     policy = {"model": str(model), "device": "cpu"}
-    sections = {"data": {"path": str(data), "held_out_fraction": 0.2}, "policy": policy, "tuning": tuning}
+    sections = {"data": {"path": str(data), "held_out_fraction": 0.2}, "policy": policy, "training": training}
     return lambda root: sft(validate_as(SftConfig, {"output_dir": str(root), "threads": 1, **sections}))
 
 

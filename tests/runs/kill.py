@@ -29,7 +29,7 @@ from typing import Any
 
 from raftune import loop
 from raftune.errors import ConfigChanged, ConfigError, RunDamaged, StoreError
-from raftune.protocols import Receipt
+from raftune.protocols import JournalEntry
 from raftune.runtime import run as runs
 from raftune.store import commit, files, job, parquet
 from raftune.store import run as run_folder
@@ -276,7 +276,7 @@ def continued(base: Path, **changes: Any) -> Scenario:
 
 
 def latents() -> Scenario:
-    """A run of pictures that lets go of latents, and its resumption, after which they are gone and all is whole."""
+    """A run of images that lets go of latents, and its resumption, after which they are gone and all is whole."""
     changes: dict[str, Any] = {"num_rounds": 1, "prompts_per_round": 5, "evaluation": {"num_prompts": 0}}
 
     def act(root: Path) -> object:
@@ -284,7 +284,7 @@ def latents() -> Scenario:
 
     def again(root: Path) -> object:
         act(root)
-        assert (root / "round-0001/draw" / run_folder.DROPPED).is_file()
+        assert (root / "round-0001/generate" / run_folder.DROPPED).is_file()
         assert runs.verify(root) == []
         return None
 
@@ -398,15 +398,15 @@ def break_names() -> None:
     """Shards are written in place, and a resumed run believes in one whose name is right."""
     whole = files.move
     files.move = lambda staged, final: (in_place if final.suffix == ".parquet" else whole)(staged, final)
-    job.receipts_of = by_name
+    job.journal_of = by_name
 
 
 def break_order() -> None:
     """The COMMIT comes before what it lists."""
-    seal, late = job.Job.seal, job.publish_folder
+    seal, late = job.StageJob.seal, job.publish_folder
     job.publish_folder = lambda staged, final: None
 
-    def run_once(task: job.Job, stage: Any) -> tuple[str, ...]:
+    def run_once(task: job.StageJob, stage: Any) -> tuple[str, ...]:
         staged = files.unique(task.run.tmp)
         staged.mkdir()
         notes = stage.run(task.inputs, staged)
@@ -428,15 +428,15 @@ def in_place(staged: Path, final: Path) -> None:
     staged.unlink()
 
 
-def by_name(task: job.Job) -> dict[int, Receipt]:
+def by_name(task: job.StageJob) -> dict[int, JournalEntry]:
     found = {}
-    for path in task.folder.glob("unit-*.parquet"):
+    for path in task.folder.glob("chunk-*.parquet"):
         try:
             rows, _ = parquet.read_metadata(path)
         except RunDamaged:
             rows = 1
-        unit = int(path.stem.removeprefix("unit-"))
-        found[unit] = Receipt(unit, path.name, rows, files.sha256_of(path), path.stat().st_size)
+        chunk = int(path.stem.removeprefix("chunk-"))
+        found[chunk] = JournalEntry(chunk, path.name, rows, files.sha256_of(path), path.stat().st_size)
     return found
 
 
@@ -468,7 +468,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
         scratch = Path(name)
         runs.run(tiny.config(scratch / "warm", **tiny.EVERYTHING), tiny.objects())  # so that late imports are done
-        runs.run(sketches.config(scratch / "pictures"), sketches.objects())
+        runs.run(sketches.config(scratch / "images"), sketches.objects())
         scenario = SCENARIOS[args.scenario](scratch / "base")
         BROKEN.get(args.broken, lambda: None)()
         code = getattr(errno, args.failing or "", 0)

@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from raftune.config import RunConfig, validate
 from raftune.config.load import merge
-from raftune.protocols import TuneReport, Unit
+from raftune.protocols import Chunk, TrainReport
 from raftune.records import Prompt, Sample
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from raftune.store.run import RunFolder
 from tests.injections import HOSTILE
@@ -49,22 +49,22 @@ class Parrot:
     def load(cls, config: RunConfig, folder: Path, start: Path) -> Parrot:
         return cls(json.loads((folder / "policy.json").read_text()))
 
-    def draw(self, unit: Unit) -> list[Sample]:
+    def generate(self, chunk: Chunk) -> list[Sample]:
         samples = []
-        for prompt, seeds in zip(unit.prompts, unit.seeds, strict=True):
+        for prompt, seeds in zip(chunk.prompts, chunk.seeds, strict=True):
             for k, seed in enumerate(seeds):
                 said = self.sentences[seed % len(self.sentences)]
                 payload = {"completion_ids": list(range(len(said) % 60)), "finish": "length" if k == 1 else "eos"}
-                name = unit.sample_id(prompt, k)
-                samples.append(Sample(name, prompt.id, k, "policy", seed, unit.version, said, payload))
+                name = chunk.sample_id(prompt, k)
+                samples.append(Sample(name, prompt.id, k, "policy", seed, chunk.version, said, payload))
         return samples
 
-    def adopt(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
+    def encode_completion(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
         return {"completion": answer, "completion_ids": [1], "finish": "eos"}
 
-    def tune(self, rows: Path, work: Path, out: Path) -> TuneReport:
+    def train(self, rows: Path, work: Path, out: Path) -> TrainReport:
         (out / "policy.json").write_text(json.dumps(self.sentences))
-        return TuneReport(rows=1, steps=1, losses=(0.0,))
+        return TrainReport(rows=1, steps=1, losses=(0.0,))
 
     def notes(self) -> tuple[str, ...]:
         return ()
@@ -79,14 +79,17 @@ def hostile_run(root: Path, **changes: Any) -> Path:
         "report": False,
         "data": {"prompts": "given as an object"},
         "policy": {"family": "tests.runs.parrot:Parrot"},
-        "sampling": {"num_generations": 3, "unit_size": 16},
+        "sampling": {"num_generations": 3, "chunk_size": 16},
         "evaluation": {"num_prompts": 5, "num_generations": 2, "reward_funcs": [LENGTH]},
         "engine": {"threads": 1},
     }
     prompts = pa.table({"prompt": list(HOSTILE), HOSTILE[0]: list(HOSTILE)})
     rewards = [reward_named(name) for name in NAMES]
     held_out = prompts.slice(0, 5)
-    run(validate(merge([base, changes])), Objects(train=lambda: prompts, held_out=lambda: held_out, rewards=rewards))
+    run(
+        validate(merge([base, changes])),
+        PythonObjects(train=lambda: prompts, held_out=lambda: held_out, rewards=rewards),
+    )
     folder = RunFolder(root)
     folder.write_config(folder.read_config() | {"name": HOSTILE[0] + HOSTILE[-6]})
     with (root / "config.yaml").open("a") as file:

@@ -95,7 +95,7 @@ class Opened:
 
 
 def written(folder: Path, document: dict[str, Any], *, gallery: bool = False) -> Path:
-    """The file of the document's page, with or without the place of the grid of pictures."""
+    """The file of the document's page, with or without the place of the grid of images."""
     file = folder / "report.html"
     overview = OVERVIEW + ('<section class="block needs-script" id="gallery"></section>' if gallery else "")
     file.write_text(page(document, overview, CONFIGURATION), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The page of a run of pictures, made to measure: the document of report_pages with a small PNG for every answer."""
+"""The page of a run of images, made to measure: the document of report_pages with a small PNG for every answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from raftune.report.pictures import embed
 from tests.runs.report_pages import document
 
-VOID = "0001/p0-0/002"  # the sample of which no picture could be made
+VOID = "0001/p0-0/002"  # the sample of which no image could be made
 
 
 def png(*colours: tuple[int, int, int], size: tuple[int, int] = (4, 4)) -> bytes:
@@ -26,7 +26,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def painted(rounds: int = 2, prompts: int = 3, text: str = "", **changes: Any) -> dict[str, Any]:
-    """A run of pictures: every answer another one, but those of training rows, which are their samples' own."""
+    """A run of images: every answer another one, but those of training rows, which are their samples' own."""
     found = document(rounds, prompts, text)
     found["run"]["media"] = "image"
     pictures: dict[str, Any] = {}
@@ -35,7 +35,7 @@ def painted(rounds: int = 2, prompts: int = 3, text: str = "", **changes: Any) -
     for number, sample in enumerate([*samples, *answers]):
         bytes_ = png((number % 256, 40 + number // 256, 90), (200, 200, 60))
         name = hashlib.sha256(bytes_).hexdigest()
-        pictures[name] = embed(bytes_, "round-0001/draw/unit-00000.parquet").as_json()
+        pictures[name] = embed(bytes_, "round-0001/generate/chunk-00000.parquet").as_json()
         sample |= {"completion": {"image": name}, "tokens": None, "finish": None}
     by_id = {sample["id"]: sample for sample in samples}
     for row in found["learned"]["items"]:
@@ -43,4 +43,4 @@ def painted(rounds: int = 2, prompts: int = 3, text: str = "", **changes: Any) -
     no_picture = {"completion": None, "invalid": f"not finite{text}", "status": "invalid", "score": None, "rank": 0}
     samples[2] |= no_picture | {"parts": {}, "reason": "invalid sample", "weight": 0.0}
     found["compare"] |= {"rounds": list(range(rounds + 1)), "of_rounds": rounds + 1}
-    return found | {"pictures": pictures} | changes
+    return found | {"images": pictures} | changes

@@ -36,7 +36,7 @@ from raftune.errors import Interrupted
 from raftune.rewards import outcome
 from raftune.rewards.process import executors
 from raftune.runtime import run
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.sft import sft
 from raftune.store import files, interruption, job, partial
 from raftune.store import run as run_folder
@@ -102,15 +102,15 @@ def text(place: Path) -> Act:
         "prompts_per_round": 8,
         "data": {"prompts": "given as an object"},
         "policy": {"model": str(place / "llama"), "device": "cpu"},
-        "sampling": {"num_generations": 3, "unit_size": 4, "max_completion_length": 12, "batch_size": 8},
+        "sampling": {"num_generations": 3, "chunk_size": 4, "max_completion_length": 12, "batch_size": 8},
         "selection": {"beta": 0.1},
         "rewards": {"reward_funcs": [str(place / "judge")], "device": "cpu", "batch_size": 4},
-        "tuning": {"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 2},
+        "training": {"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 2},
         "evaluation": {"num_prompts": 3, "num_generations": 2},
         "engine": {"threads": 1},
         "report": False,
     }
-    objects = Objects(train=lambda: prompts, rewards=[shortness])
+    objects = PythonObjects(train=lambda: prompts, rewards=[shortness])
 
     def act(root: Path, observe: Observe) -> object:
         return run.run({"output_dir": str(root), **config}, objects, observe=observe)
@@ -137,7 +137,7 @@ def fine_tuning(place: Path) -> Act:
         "threads": 1,
         "data": {"path": str(write(place / "rows.jsonl", rows)), "held_out_fraction": 0.2},
         "policy": {"model": str(place / "llama"), "device": "cpu"},
-        "tuning": {"learning_rate": 1e-2, "per_device_train_batch_size": 2},
+        "training": {"learning_rate": 1e-2, "per_device_train_batch_size": 2},
     }
 
     def act(root: Path, observe: Observe) -> object:
@@ -294,11 +294,11 @@ def break_interrupts() -> None:
     """A reward that is interrupted has an error, which is committed as data."""
 
     def attempt(reward: Any, batch: Any, **_: Any) -> Any:
-        log = outcome.Log()
+        log = outcome.RewardLog()
         try:
             return outcome.judge(reward(**outcome.keywords(batch, log)), len(batch), log)
         except BaseException as error:
-            return outcome.whole(outcome.Status.ERROR, type(error).__name__, len(batch))
+            return outcome.whole(outcome.ScoreStatus.ERROR, type(error).__name__, len(batch))
 
     executors.attempt = attempt
     interruption.in_stretch = lambda: False  # and the interrupt is raised where the work is

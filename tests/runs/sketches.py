@@ -1,8 +1,8 @@
-"""A family of images without a network: pictures drawn from six numbers, which a fit moves towards what was kept.
+"""A family of images without a network: images drawn from six numbers, which a fit moves towards what was kept.
 
     policy: {family: "tests.runs.sketches:Sketcher", options: {size: 16}}
 
-The ledger's form of an image, as any family has it: PNG bytes, their hash, why a sample is no picture, and latents. A
+The ledger's form of an image, as any family has it: PNG bytes, their hash, why a sample is no image, and latents. A
 run of two rounds takes a fraction of a second and imports no torch.
 """
 
@@ -23,9 +23,9 @@ from raftune.config import RunConfig, validate
 from raftune.config.load import merge
 from raftune.data.images import image_of, png_of, require_pillow, sha256_of_png, why_invalid
 from raftune.errors import DataError
-from raftune.protocols import TuneReport, Unit
+from raftune.protocols import Chunk, TrainReport
 from raftune.records import Prompt, Sample
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 
 Floats = npt.NDArray[np.float64]
 COLOURS = ("red", "green", "blue", "yellow", "pink", "grey")
@@ -36,7 +36,7 @@ class Sketcher:
     """A disc of one colour on another: six numbers z ~ N(mean, std²), shifted by the prompt; a fit takes the winners'.
 
     options: `size` in pixels; `mean` and `std` of the start, a number each; `broken`, the share of draws that are flat,
-    and `lost`, of those that are no picture at all; `step`, how far a fit goes towards what was kept.
+    and `lost`, of those that are no image at all; `step`, how far a fit goes towards what was kept.
     """
 
     media = "image"
@@ -82,23 +82,23 @@ class Sketcher:
     def nbytes(self) -> int:
         return 0 if self._law is None else sum(part.nbytes for part in self._law)
 
-    def draw(self, unit: Unit) -> list[Sample]:
+    def generate(self, chunk: Chunk) -> list[Sample]:
         mean, std = self.law
         samples = []
-        for prompt, seeds in zip(unit.prompts, unit.seeds, strict=True):
+        for prompt, seeds in zip(chunk.prompts, chunk.seeds, strict=True):
             for k, seed in enumerate(seeds):
                 generator = np.random.Generator(np.random.Philox(key=seed))
                 luck, place = generator.random(), generator.random(2)
                 numbers = mean + std * generator.standard_normal(6)
                 payload = self.sketched(numbers + shift(prompt.content), place, luck)
-                if unit.scope.endswith("e"):  # an evaluation's: nothing is ever learned from it
+                if chunk.scope.endswith("e"):  # an evaluation's: nothing is ever learned from it
                     payload |= {"latents": None, "latents_shape": None, "latents_dtype": None}
-                completion, name = payload.pop("completion"), unit.sample_id(prompt, k)
-                samples.append(Sample(name, prompt.id, k, "policy", seed, unit.version, completion, payload))
+                completion, name = payload.pop("completion"), chunk.sample_id(prompt, k)
+                samples.append(Sample(name, prompt.id, k, "policy", seed, chunk.version, completion, payload))
         return samples
 
     def sketched(self, numbers: Floats, place: Floats, luck: float) -> dict[str, Any]:
-        """The payload of the picture of these numbers, or, by luck, of a flat one or of none."""
+        """The payload of the image of these numbers, or, by luck, of a flat one or of none."""
         if luck < self.lost:
             return dict.fromkeys(self.payload.names) | {"invalid": "not finite"}
         pixels = sketch(numbers, place, self.size) if luck >= self.lost + self.broken else np.full((4, 4, 3), 99)
@@ -109,8 +109,8 @@ class Sketcher:
         latents = {"latents": numbers.astype("<f4").tobytes(), "latents_shape": [6, 1, 1], "latents_dtype": "float32"}
         return {"completion": png, "image_sha256": sha256_of_png(png), "invalid": why_invalid(image), **latents}
 
-    def adopt(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
-        """Somebody's picture, its two colours read off: the border's, and the one least like it."""
+    def encode_completion(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
+        """Somebody's image, its two colours read off: the border's, and the one least like it."""
         image = opened(answer)
         pixels = np.asarray(image, np.float64)
         border = np.median(pixels[0], axis=0)
@@ -118,7 +118,7 @@ class Sketcher:
         share = np.clip(np.concatenate([disc, border]) / 255, 0.01, 0.99)
         return self.filled(image, np.log(share / (1 - share)))
 
-    def tune(self, rows: Path, work: Path, out: Path) -> TuneReport:
+    def train(self, rows: Path, work: Path, out: Path) -> TrainReport:
         """The weighted mean and spread of what was kept, each less its prompt's shift."""
         table = pq.read_table(rows, columns=["prompt", "latents", "weight"], use_threads=False)
         latents, prompts = table.column("latents").to_pylist(), table.column("prompt").to_pylist()
@@ -128,7 +128,7 @@ class Sketcher:
         spread = np.sqrt(np.average((z - fitted) ** 2, axis=0, weights=weights))
         mean, std = self.law
         save(mean + self.step * (fitted - mean), np.maximum(std + self.step * (spread - std), NARROWEST), out)
-        return TuneReport(rows=len(z), steps=1, losses=(float(((z - mean) ** 2).mean()),))
+        return TrainReport(rows=len(z), steps=1, losses=(float(((z - mean) ** 2).mean()),))
 
     def notes(self) -> tuple[str, ...]:
         return ()
@@ -150,7 +150,7 @@ def sketch(numbers: Floats, place: Floats, size: int) -> Floats:
 
 
 def opened(answer: Any) -> Any:
-    """The picture that a column holds: bytes, a path, `datasets`' dictionary of both, or a PIL image."""
+    """The image that a column holds: bytes, a path, `datasets`' dictionary of both, or a PIL image."""
     if isinstance(answer, Mapping):
         answer = answer.get("bytes") or answer.get("path")
     if isinstance(answer, str | Path):
@@ -159,7 +159,7 @@ def opened(answer: Any) -> Any:
         return image_of(answer)
     if hasattr(answer, "getextrema"):
         return image_of(png_of(answer))
-    raise DataError(f"an answer must be a picture: bytes, a path or an image; got {type(answer).__name__}.")
+    raise DataError(f"an answer must be an image: bytes, a path or an image; got {type(answer).__name__}.")
 
 
 def save(mean: Floats, std: Floats, out: Path) -> None:
@@ -170,7 +170,7 @@ def save(mean: Floats, std: Floats, out: Path) -> None:
 
 
 def saturation(prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[float]:
-    """How colourful each picture is: the mean over pixels of the largest less the smallest channel, 0 … 1."""
+    """How colourful each image is: the mean over pixels of the largest less the smallest channel, 0 … 1."""
     return [float(np.ptp(np.asarray(image), axis=2).mean() / 255) for image in completions]
 
 
@@ -179,7 +179,7 @@ def darkness(prompts: list[Any], completions: list[Any], **columns: list[Any]) -
 
 
 def indifferent(prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[float]:
-    """A number that has nothing to do with how a picture looks."""
+    """A number that has nothing to do with how an image looks."""
     return [float(int(hashlib.sha256(np.asarray(image).tobytes()).hexdigest()[:8], 16) % 997) for image in completions]
 
 
@@ -188,7 +188,7 @@ def captions(count: int = 24) -> pa.Table:
 
 
 def config(root: Path, **changes: Any) -> RunConfig:
-    """Two rounds of eight prompts, four pictures of each; `changes` go over it, section by section."""
+    """Two rounds of eight prompts, four images of each; `changes` go over it, section by section."""
     base: dict[str, Any] = {
         "output_dir": str(root),
         "num_rounds": 2,
@@ -196,14 +196,14 @@ def config(root: Path, **changes: Any) -> RunConfig:
         "prompts_per_round": 8,
         "data": {"prompts": "given as an object"},
         "policy": {"family": "tests.runs.sketches:Sketcher", "options": {"size": 16}},
-        "sampling": {"num_generations": 4, "unit_size": 4},
+        "sampling": {"num_generations": 4, "chunk_size": 4},
         "evaluation": {"num_prompts": 6, "num_generations": 4},
         "engine": {"threads": 1},
     }
     return validate(merge([base, changes]))
 
 
-def objects(*rewards: Any) -> Objects:
-    """Twenty-four captions, six held-out ones, and how colourful a picture is as its reward."""
+def objects(*rewards: Any) -> PythonObjects:
+    """Twenty-four captions, six held-out ones, and how colourful an image is as its reward."""
     held_out = pa.table({"prompt": [f"a {colour} disc nobody asked for" for colour in COLOURS]})
-    return Objects(train=captions, held_out=lambda: held_out, rewards=list(rewards) or [saturation])
+    return PythonObjects(train=captions, held_out=lambda: held_out, rewards=list(rewards) or [saturation])

@@ -19,7 +19,7 @@ from raftune.report.collect import collect
 from raftune.report.overview import overview
 from raftune.report.provenance import configuration
 from raftune.results.status import status_of
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import resume, run
 from raftune.store.run import RunFolder
 from tests.builders import save_tiny
@@ -37,7 +37,7 @@ PROMPTS = pa.table(
         "answer": [f"{word} it is" for word in "abcdefghijklmnopqrstuvwx"],
     }
 )
-OBJECTS = Objects(train=lambda: PROMPTS, rewards=[shortness])
+OBJECTS = PythonObjects(train=lambda: PROMPTS, rewards=[shortness])
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def config(root: Path, model: Path, **sections: Any) -> dict[str, Any]:
         "prompts_per_round": 8,
         "data": {"prompts": "given as an object"},
         "policy": {"model": str(model)},
-        "sampling": {"num_generations": 3, "unit_size": 4, "max_completion_length": 8},
-        "tuning": {"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 2, "save_steps": 2},
+        "sampling": {"num_generations": 3, "chunk_size": 4, "max_completion_length": 8},
+        "training": {"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 2, "save_steps": 2},
         "evaluation": {"num_prompts": 2, "num_generations": 2},
         "engine": {"threads": 1},
         "report": False,
@@ -172,7 +172,7 @@ def test_candidates_of_columns_and_of_a_teacher_are_ranked_beside_the_policy_s_o
     events: list[tuple[str, dict[str, Any]]] = []
     given = config(tmp_path / "a", llama, num_rounds=1, sampling=pool, policy={"adapter": {"r": 2}})
     run(given, OBJECTS, observe=lambda kind, facts: events.append((kind, dict(facts))))
-    told = [note for kind, facts in events if kind == "unit" and facts["stage"] == "teach" for note in facts["notes"]]
+    told = [note for kind, facts in events if kind == "chunk" and facts["stage"] == "teach" for note in facts["notes"]]
     assert any(note.startswith("the teacher generates by shared prefix") for note in told)
     verdicts = pq.read_table(tmp_path / "a/round-0001/select/verdicts.parquet").to_pylist()
     by_prompt: dict[str, list[tuple[int, str]]] = {}
@@ -194,7 +194,7 @@ def test_a_human_answer_that_is_best_is_learned_from_with_its_end(tmp_path: Path
     def answers_win(prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
         return [float(text == right) for text, right in zip(completions, answer, strict=True)]
 
-    objects = Objects(train=lambda: PROMPTS, rewards=[answers_win])
+    objects = PythonObjects(train=lambda: PROMPTS, rewards=[answers_win])
     run(config(tmp_path / "a", llama, num_rounds=1, sampling={"candidate_columns": ("answer",)}), objects)
     rows = pq.read_table(tmp_path / "a/round-0001/rows/rows.parquet").to_pylist()
     assert {row["source"] for row in rows} == {"column:answer"}
@@ -214,7 +214,7 @@ def test_replay_and_reference_rows_join_what_a_round_learns_from(tmp_path: Path,
     reference = tmp_path / "good.jsonl"
     reference.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) + "\n" for i in range(50)))
     mixed = {"replay_rounds": 1, "reference": {"path": str(reference), "fraction": 0.2}}
-    run(config(tmp_path / "a", llama, tuning=mixed, selection={"all_equal": "keep"}), OBJECTS)
+    run(config(tmp_path / "a", llama, training=mixed, selection={"all_equal": "keep"}), OBJECTS)
     first = json.loads((tmp_path / "a/round-0001/rows/summary.json").read_text())
     second = json.loads((tmp_path / "a/round-0002/rows/summary.json").read_text())
     assert first == {"reference": 2, "round-0001": 8}

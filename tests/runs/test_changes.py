@@ -27,8 +27,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str, str]] = {
         "1/plan",
         "sampling.num_generations: 4 → 3",
     ),
-    "unit_size": ({"sampling": {"unit_size": 2}}, "0/evaluation-plan", "sampling.unit_size: 4 → 2"),
-    "temperature": ({"sampling": {"temperature": 0.5}}, "0/evaluation-draw", "sampling.temperature: 1.0 → 0.5"),
+    "chunk_size": ({"sampling": {"chunk_size": 2}}, "0/evaluation-plan", "sampling.chunk_size: 4 → 2"),
+    "temperature": ({"sampling": {"temperature": 0.5}}, "0/evaluation-generate", "sampling.temperature: 1.0 → 0.5"),
     "rewards": ({"rewards": {"batch_size": 7}}, "0/evaluation-score", "rewards.batch_size: 64 → 7"),
     "selection": ({"selection": {"rule": "top_m", "m": 2}}, "1/select", "selection.m: None → 2"),
     "beta": (
@@ -36,15 +36,15 @@ CHANGES: dict[str, tuple[dict[str, Any], str, str]] = {
         "1/select",
         "0.0 → 0.5, it now also reads 1/logp, 1/logp-start",
     ),
-    "replay": ({"tuning": {"replay_rounds": 1}}, "1/gather", "tuning.replay_rounds: 0 → 1"),
-    "start_from": ({"tuning": {"start_from": "start"}}, "1/tune", "tuning.start_from: previous → start"),
+    "replay": ({"training": {"replay_rounds": 1}}, "1/gather", "training.replay_rounds: 0 → 1"),
+    "start_from": ({"training": {"start_from": "start"}}, "1/train", "training.start_from: previous → start"),
     "evaluation": ({"evaluation": {"seed": 3}}, "0/evaluation-plan", "evaluation.seed: 0 → 3"),
     "kl": (
         {"evaluation": {"kl": False}},
         "0/evaluate",
         "it no longer reads 0/evaluate/logp, 0/evaluate/logp-start",
     ),
-    "threads": ({"engine": {"threads": 2}}, "0/evaluation-draw", "engine.threads: 1 → 2"),
+    "threads": ({"engine": {"threads": 2}}, "0/evaluation-generate", "engine.threads: 1 → 2"),
 }
 
 
@@ -58,7 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_dial_that_the_family_does_not_have_is_refused_before_anything_is_set_aside(copy: Path) -> None:
     before = tree(copy)
     with pytest.raises(ConfigError, match=r"sampling\.top_p means nothing to the tabular family; got 0\.5"):
-        run(tiny.config(copy, sampling={"top_p": 0.5}), tiny.objects(), redo="draw,evaluation-draw")
+        run(tiny.config(copy, sampling={"top_p": 0.5}), tiny.objects(), redo="generate,evaluation-generate")
     assert tree(copy) == before and not (copy / "superseded").exists()
 
 
@@ -97,16 +97,16 @@ def test_redone_from_the_named_stage_it_is_what_the_new_configuration_gives_from
 
 def test_what_comes_before_the_named_stage_is_untouched_and_what_was_there_is_kept(copy: Path) -> None:
     before = {path: path.stat().st_ino for path in copy.rglob("*.parquet")}
-    drawn = {content for name, content in tree(copy).items() if "draw/unit" in name}
+    drawn = {content for name, content in tree(copy).items() if "generate/unit" in name}
     resume(copy, tiny.objects(), redo="2/select")
     same = {path.relative_to(copy).as_posix() for path, inode in before.items() if inode == inode_of(path)}
     assert {name for name in same if name.startswith("round-0002")} == {
         "round-0002/evaluate/plan/prompts.parquet",
         "round-0002/plan/prompts.parquet",
-        "round-0002/draw/unit-00000.parquet",
-        "round-0002/draw/unit-00001.parquet",
-        "round-0002/score/unit-00000.parquet",
-        "round-0002/score/unit-00001.parquet",
+        "round-0002/generate/chunk-00000.parquet",
+        "round-0002/generate/chunk-00001.parquet",
+        "round-0002/score/chunk-00000.parquet",
+        "round-0002/score/chunk-00001.parquet",
     }
     aside = sorted(path.name.split("-", 1)[1] for path in (copy / "superseded").iterdir())
     assert [name for name in aside if name.endswith(("select", "rows", "model"))] == [
@@ -136,7 +136,7 @@ def tree_of_everything(root: Path) -> dict[str, str]:
     "changes",
     [
         {"engine": {"workers": 2}},
-        {"engine": {"max_retries": 5, "on_unit_failure": "skip", "unit_timeout": 99.0}},
+        {"engine": {"max_retries": 5, "on_chunk_failure": "skip", "chunk_timeout": 99.0}},
         {"keep_models": "best"},
         {"stop": {"patience": 9}},
         {"rewards": {"timeout": 9.0}},
@@ -174,14 +174,14 @@ def test_a_changed_reward_file_is_refused(tmp_path: Path) -> None:
     reward = tmp_path / "reward.py"
     reward.write_text("def worth(prompts, completions, **kwargs):\n    return [float(c) for c in completions]\n")
     settings = config(tmp_path / "run", {"rewards": {"reward_funcs": [f"{reward}:worth"]}, "num_rounds": 1})
-    given = tiny.Objects(train=tiny.train, held_out=tiny.held_out)
+    given = tiny.PythonObjects(train=tiny.train, held_out=tiny.held_out)
     run(settings, given)
     reward.write_text(reward.read_text().replace("float(c)", "float(-c)"))
     with pytest.raises(ConfigChanged, match="the rewards have changed"):
         run(settings, given)
 
 
-@pytest.mark.parametrize("redo", ["3/select", "select", "1/evaluation-draw"])
+@pytest.mark.parametrize("redo", ["3/select", "select", "1/evaluation-generate"])
 def test_a_stage_can_be_named_with_or_without_its_round(copy: Path, redo: str) -> None:
     before = tree(copy)
     if redo.startswith("3"):
@@ -211,10 +211,10 @@ def test_what_was_made_from_dropped_weights_cannot_be_redone(tmp_path: Path) -> 
     run(settings, tiny.objects())
     assert not (root / "round-0001/model/policy.json").exists()
     before = tree(root)
-    with pytest.raises(StoreError, match=r"draw of round 2 cannot be redone: the weights of round 1 were dropped"):
-        run(settings, tiny.objects(), redo="2/draw")
+    with pytest.raises(StoreError, match=r"generate of round 2 cannot be redone: the weights of round 1 were dropped"):
+        run(settings, tiny.objects(), redo="2/generate")
     assert tree(root) == before
-    run(settings, tiny.objects(), redo="1/tune")
+    run(settings, tiny.objects(), redo="1/train")
     assert difference(before, tree(root)) == ""
-    run(settings, tiny.objects(), redo="3/evaluation-draw")
+    run(settings, tiny.objects(), redo="3/evaluation-generate")
     assert difference(before, tree(root)) == ""

@@ -45,7 +45,7 @@ CONFIG = {
     "prompts_per_round": 8,
     "data": {"prompts": "train.jsonl"},
     "policy": {"family": "tabular", "num_prompts": 4, "num_answers": 5, "step": 0.5},
-    "sampling": {"num_generations": 4, "unit_size": 4},
+    "sampling": {"num_generations": 4, "chunk_size": 4},
     "selection": {"all_equal": "keep"},
     "rewards": {"reward_funcs": ["rewards.py:value"]},
     "evaluation": {
@@ -175,12 +175,12 @@ def test_another_configuration_is_refused_with_the_difference(
 
 
 def test_from_redoes_a_stage_and_what_follows(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    drawn = tree(copied / "runs/tab/round-0002/draw")
+    drawn = tree(copied / "runs/tab/round-0002/generate")
     _, err = said(capsys, "resume", "runs/tab", "--from", "2/select", "--selection.rule", "random", code=2)
     assert "select of round 1" in err  # the rule shaped an earlier round as well
-    _, err = said(capsys, "resume", "runs/tab", "--from", "2/tune")
+    _, err = said(capsys, "resume", "runs/tab", "--from", "2/train")
     assert "set aside, to superseded/: " in err
-    assert tree(copied / "runs/tab/round-0002/draw") == drawn
+    assert tree(copied / "runs/tab/round-0002/generate") == drawn
 
 
 def test_resume_takes_no_files(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,7 +276,7 @@ def test_runs_lists_how_far_each_is(finished: Path, capsys: pytest.CaptureFixtur
 def test_a_damaged_run_is_listed_as_such_and_the_others_too(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("bad", "worse"):
         shutil.copytree("runs/tab", f"runs/{name}")
-    (copied / "runs/bad/round-0001/draw/_COMMIT.json").write_text("{")
+    (copied / "runs/bad/round-0001/generate/_COMMIT.json").write_text("{")
     (copied / "runs/worse/config.resolved.json").write_text("[]")
     out, _ = said(capsys, "runs")
     states = {line.split()[0]: line for line in out.splitlines()[1:4]}
@@ -326,16 +326,16 @@ def test_a_folder_that_is_not_there_is_no_list(fresh: Path, capsys: pytest.Captu
 def test_verify_names_a_changed_file_and_fails(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = said(capsys, "verify", "runs/tab")
     assert "is whole" in out
-    path = copied / "runs/tab/round-0001/draw/unit-00001.parquet"
+    path = copied / "runs/tab/round-0001/generate/chunk-00001.parquet"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     out, _ = said(capsys, "verify", "runs/tab", code=1)
-    assert "round-0001/draw/unit-00001.parquet has changed" in out
+    assert "round-0001/generate/chunk-00001.parquet has changed" in out
     out, _ = said(capsys, "verify", "runs/tab", "--json", code=1)
     assert len(json.loads(out)["faults"]) == 1
     _, err = said(capsys, "train", "tab.yaml", code=1)
-    assert "unit-00001.parquet has changed" in err
+    assert "chunk-00001.parquet has changed" in err
 
 
 def test_samples_mark_what_was_kept_and_why(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -430,7 +430,7 @@ def test_init_writes_a_configuration_that_is_valid_and_is_never_overwritten(
 def test_the_schema_describes_every_section(capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = said(capsys, "schema")
     schema = json.loads(out)
-    assert {"sampling", "selection", "tuning", "evaluation"} <= set(schema["properties"])
+    assert {"sampling", "selection", "training", "evaluation"} <= set(schema["properties"])
     assert schema["$defs"]["SamplingConfig"]["properties"]["num_generations"]["description"]
 
 
@@ -440,7 +440,7 @@ def test_plan_counts_what_the_run_then_does(finished: Path, capsys: pytest.Captu
     drawn = sum(
         json.loads(line)["rows"]
         for line in (finished / "events.jsonl").read_text().splitlines()
-        if json.loads(line)["event"] == "unit" and json.loads(line)["stage"] in ("draw", "evaluation draw")
+        if json.loads(line)["event"] == "chunk" and json.loads(line)["stage"] in ("generate", "evaluation generate")
     )
     assert plan["samples"] == drawn
     assert plan["amounts"]["kept"] == 8

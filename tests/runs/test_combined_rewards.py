@@ -42,7 +42,7 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def table(root: Path, stage: str) -> pa.Table:
-    return pa.concat_tables(pq.read_table(path) for path in sorted((root / stage).glob("unit-*.parquet")))
+    return pa.concat_tables(pq.read_table(path) for path in sorted((root / stage).glob("chunk-*.parquet")))
 
 
 def by_rank(scores: pa.Table) -> np.ndarray[Any, Any]:
@@ -148,7 +148,7 @@ def test_a_threshold_counts_its_weight_and_the_ledger_keeps_the_value(tmp_path: 
 
 def test_a_reward_of_texts_is_refused_for_pictures_before_anything_is_drawn(tmp_path: Path) -> None:
     message = (
-        r"rewards\.reward_funcs: length scores texts, and policy\.family: tests\.runs\.sketches:Sketcher makes pictures"
+        r"rewards\.reward_funcs: length scores texts, and policy\.family: tests\.runs\.sketches:Sketcher makes images"
     )
     length = {"spec": "length", "options": {"target": 3}}
     with pytest.raises(ConfigError, match=message):
@@ -160,7 +160,7 @@ def test_a_reward_of_texts_is_refused_for_pictures_before_anything_is_drawn(tmp_
 
 def test_a_reward_of_pictures_is_refused_for_texts_before_anything_is_drawn(tmp_path: Path) -> None:
     message = (
-        r"rewards\.reward_funcs: bright scores pictures, and policy\.family: tabular makes texts\. Name a reward for"
+        r"rewards\.reward_funcs: bright scores images, and policy\.family: tabular makes texts\. Name a reward for"
     )
     with pytest.raises(ConfigError, match=message):
         run(tiny.config(tmp_path / "run", rewards={"reward_funcs": [BRIGHT]}), tiny.objects())
@@ -187,7 +187,7 @@ def test_captions_that_the_reward_reads_in_part_are_said_with_their_number(tmp_p
     told: list[str] = []
 
     def observe(kind: str, facts: dict[str, Any]) -> None:
-        if kind == "unit" and facts["stage"] == "score":
+        if kind == "chunk" and facts["stage"] == "score":
             told.extend(facts["notes"])
 
     run(

@@ -20,8 +20,8 @@ from raftune.analysis.compare.gate import FIELDS, check, read_gate
 from raftune.cli import main
 from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError, DataError, RewardError, RunDamaged, StoreError
-from raftune.results.samples import held_out_units
-from raftune.runtime.assembly import Objects
+from raftune.results.samples import held_out_chunks
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from raftune.store.run import RunFolder
 from tests.runs import tiny
@@ -53,7 +53,7 @@ def go(root: Path, *, held_out: range = range(8), objects: dict[str, Any] | None
     """A run of two rounds on sixteen labels that learns slowly, judged on the first eight with three answers each."""
     policy = {"family": "tabular", "num_prompts": LABELS, "num_answers": 5, "step": 0.4}
     evaluation = {"num_prompts": len(held_out), "num_generations": 3, **changes.pop("evaluation", {})}
-    given = Objects(train=labels(*range(LABELS)), held_out=labels(*held_out), rewards=[tiny.value])
+    given = PythonObjects(train=labels(*range(LABELS)), held_out=labels(*held_out), rewards=[tiny.value])
     run(
         tiny.config(root, policy=policy, evaluation=evaluation, prompts_per_round=LABELS, **changes),
         replace(given, **(objects or {})),
@@ -101,7 +101,7 @@ def test_what_is_compared_is_what_the_rounds_recorded(base: Path) -> None:
     """The numbers, counted by hand from the ledger."""
     found = compare(f"{base}@2", f"{base}@start")
     after, before = (
-        {(s["prompt_id"], s["k"]): s["score"] for unit in held_out_units(RunFolder(base), round_) for s in unit}
+        {(s["prompt_id"], s["k"]): s["score"] for chunk in held_out_chunks(RunFolder(base), round_) for s in chunk}
         for round_ in (2, 0)
     )
     signs = np.array([np.sign(after[key] - before[key]) for key in after])
@@ -197,7 +197,7 @@ def test_a_run_that_was_never_evaluated_says_how_to_evaluate_it(tmp_path: Path) 
         compare(str(blind))
 
 
-@pytest.mark.parametrize("name", ["draw/unit-00001.parquet", "score/unit-00000.parquet", "plan/prompts.parquet"])
+@pytest.mark.parametrize("name", ["generate/chunk-00001.parquet", "score/chunk-00000.parquet", "plan/prompts.parquet"])
 def test_a_file_that_was_lost_is_named_and_never_passed_over(base: Path, tmp_path: Path, name: str) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(base, copy)

@@ -15,12 +15,12 @@ from raftune.errors import ConfigChanged, RunDamaged, RunTooNew, StoreError
 from raftune.report import write_report
 from raftune.results.export import export
 from raftune.results.model_card import publish_model
-from raftune.runtime.assembly import Assembly
+from raftune.runtime.assembly import Runtime
 from raftune.runtime.evaluation_target import subject_of
 from raftune.runtime.run import resume, run, verify
 from raftune.store.commit import with_hash
 from raftune.store.files import json_bytes
-from raftune.store.job import Job, receipts_of
+from raftune.store.job import StageJob, journal_of
 from raftune.store.run import RunFolder
 from tests.runs import tiny
 from tests.runs.kill import difference, tree
@@ -65,9 +65,9 @@ def cut(path: Path) -> None:
     ("file", "stage"),
     [
         ("round-0000/model/policy.json", "0/start"),
-        ("round-0000/evaluate/draw/unit-00000.parquet", "0/evaluation-draw"),
-        ("round-0001/draw/unit-00001.parquet", "1/draw"),
-        ("round-0001/model/policy.json", "1/tune"),
+        ("round-0000/evaluate/generate/chunk-00000.parquet", "0/evaluation-generate"),
+        ("round-0001/generate/chunk-00001.parquet", "1/generate"),
+        ("round-0001/model/policy.json", "1/train"),
         ("round-0002/rows/rows.parquet", "2/gather"),
     ],
 )
@@ -85,7 +85,7 @@ def test_every_file_that_is_harmed_is_found_and_named_before_anything_is_run(
 ) -> None:
     names = committed_files(finished)
     kinds = {name.split("/", 1)[1].split("/")[0] for name in names}
-    assert kinds >= {"data", "model", "plan", "draw", "teach", "score", "logp", "select", "rows", "evaluate"}
+    assert kinds >= {"data", "model", "plan", "generate", "teach", "score", "logp", "select", "rows", "evaluate"}
     root = Path(shutil.copytree(finished, tmp_path / "run"))
     for name in names[::every]:
         whole = (root / name).read_bytes()
@@ -99,10 +99,10 @@ def test_every_file_that_is_harmed_is_found_and_named_before_anything_is_run(
 
 
 def test_a_commit_that_was_edited_is_named(copy: Path) -> None:
-    path = copy / "round-0001/draw/_COMMIT.json"
+    path = copy / "round-0001/generate/_COMMIT.json"
     path.write_text(path.read_text().replace('"rows": 20', '"rows": 21', 1))
     assert verify(copy)[0].startswith(f"{path} has changed since it was committed")
-    with pytest.raises(RunDamaged, match=r"round-0001/draw/_COMMIT\.json has changed.*--from 1/draw"):
+    with pytest.raises(RunDamaged, match=r"round-0001/generate/_COMMIT\.json has changed.*--from 1/generate"):
         resume(copy, tiny.objects())
 
 
@@ -116,13 +116,13 @@ def test_a_commit_whose_key_is_not_that_of_its_fields_is_named(copy: Path) -> No
 
 
 def test_a_commit_that_was_replaced_is_found_by_what_was_made_from_it(copy: Path) -> None:
-    path = copy / "round-0001/draw/_COMMIT.json"
+    path = copy / "round-0001/generate/_COMMIT.json"
     content = json.loads(path.read_text())
-    content["files"]["unit-00000.parquet"]["rows"] += 1
+    content["files"]["chunk-00000.parquet"]["rows"] += 1
     del content["sha256"]
     path.write_bytes(json_bytes(with_hash(content)))
     faults = verify(copy)
-    assert all("was made from another 1/draw than the one on disk" in fault for fault in faults)
+    assert all("was made from another 1/generate than the one on disk" in fault for fault in faults)
     assert {fault.split(" ")[0].rsplit("/", 1)[1] for fault in faults} == {
         "teach",
         "score",
@@ -146,10 +146,10 @@ def test_a_commit_that_is_no_commit_is_named_by_verify_and_by_resume(copy: Path,
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
-        ("round-0001/draw/unit-00001.parquet", "1/draw"),
+        ("round-0001/generate/chunk-00001.parquet", "1/generate"),
         ("round-0001/score/_COMMIT.json", "1/score"),
-        ("round-0002/model/policy.json", "2/tune"),
-        ("round-0001/evaluate/draw/unit-00000.parquet", "1/evaluation-draw"),
+        ("round-0002/model/policy.json", "2/train"),
+        ("round-0001/evaluate/generate/chunk-00000.parquet", "1/evaluation-generate"),
         ("round-0001/evaluate/metrics.json", "1/evaluate"),
         ("round-0000/data/train.parquet", "data"),
     ],
@@ -162,9 +162,9 @@ def test_redoing_the_stage_repairs_what_was_damaged(finished: Path, copy: Path, 
 
 
 def test_redoing_a_later_stage_than_the_damaged_one_is_refused(copy: Path) -> None:
-    flip(copy / "round-0001/draw/unit-00000.parquet")
+    flip(copy / "round-0001/generate/chunk-00000.parquet")
     before = tree(copy)
-    with pytest.raises(RunDamaged, match=r"round-0001/draw/unit-00000\.parquet"):
+    with pytest.raises(RunDamaged, match=r"round-0001/generate/chunk-00000\.parquet"):
         resume(copy, tiny.objects(), redo="1/select")
     assert tree(copy) == before
 
@@ -203,35 +203,35 @@ def test_an_interrupted_unit_that_was_harmed_in_any_byte_is_run_again(finished: 
     root = tmp_path / "run"
 
     def leave(kind: str, facts: dict[str, Any]) -> None:
-        if kind == "unit" and facts["stage"] == "draw" and facts["unit"] == 1:
+        if kind == "chunk" and facts["stage"] == "generate" and facts["chunk"] == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(tiny.config(root, **tiny.EVERYTHING), tiny.objects(), observe=leave)
-    path = root / "round-0001/draw/unit-00000.parquet"
-    job = job_of(root, "draw")
+    path = root / "round-0001/generate/chunk-00000.parquet"
+    job = job_of(root, "generate")
     whole = path.read_bytes()
-    assert set(receipts_of(job)) == {0, 1}
+    assert set(journal_of(job)) == {0, 1}
     for at in range(0, len(whole), 7):
         content = bytearray(whole)
         content[at] ^= 1 << (at % 8)
         path.write_bytes(content)
-        assert set(receipts_of(job)) == {1}
+        assert set(journal_of(job)) == {1}
     resume(root, tiny.objects())
     assert difference(tree(finished), tree(root)) == ""
 
 
-@pytest.mark.parametrize("line", ["", "{", "[]", "null", '{"key": "other"}', '{"unit": 0, "file": "../../data"}'])
+@pytest.mark.parametrize("line", ["", "{", "[]", "null", '{"key": "other"}', '{"chunk": 0, "file": "../../data"}'])
 def test_a_receipt_that_is_none_costs_its_unit_and_no_more(finished: Path, copy: Path, line: str) -> None:
     shutil.rmtree(copy / "round-0002")
     (copy / "round-0001/select/_COMMIT.json").unlink()
     (copy / "round-0001/score/_COMMIT.json").unlink()
-    (copy / "round-0001/score/_receipts.jsonl").write_text(f"{line}\n")
-    assert receipts_of(job_of(copy, "score")) == {}
+    (copy / "round-0001/score/_journal.jsonl").write_text(f"{line}\n")
+    assert journal_of(job_of(copy, "score")) == {}
 
 
-def job_of(root: Path, stage: str) -> Job:
-    assembly = Assembly(RunFolder(root), tiny.config(root, **tiny.EVERYTHING), tiny.objects())
+def job_of(root: Path, stage: str) -> StageJob:
+    assembly = Runtime(RunFolder(root), tiny.config(root, **tiny.EVERYTHING), tiny.objects())
     try:
         return assembly.job(assembly.stage(1, stage), 1)
     finally:
@@ -307,19 +307,19 @@ def test_a_best_round_that_the_numbers_do_not_bear_out_is_found_and_never_export
     assert f"names round {other} of 2; by the rounds' own numbers it is {content['round']}" in fault
 
 
-@pytest.mark.parametrize("name", ["unit-00009.parquet", "unit-00001-copy.parquet"])
+@pytest.mark.parametrize("name", ["chunk-00009.parquet", "chunk-00001-copy.parquet"])
 def test_a_surplus_shard_is_named_and_read_by_nobody(copy: Path, tmp_path: Path, name: str) -> None:
-    folder = copy / "round-0001/draw"
-    shutil.copy(folder / "unit-00001.parquet", folder / name)
+    folder = copy / "round-0001/generate"
+    shutil.copy(folder / "chunk-00001.parquet", folder / name)
     assert verify(copy) == [f"{folder / name} was not committed: move it out of the folder"]
-    with pytest.raises(RunDamaged, match=f"round-0001/draw/{name} was not committed"):
+    with pytest.raises(RunDamaged, match=f"round-0001/generate/{name} was not committed"):
         resume(copy, tiny.objects())
     export(copy, "sft", tmp_path / "out.jsonl")
     write_report(copy, tmp_path / "page.html")
     assert f"{name} was not committed" in (tmp_path / "page.html").read_text()
 
 
-@pytest.mark.parametrize("stage", ["evaluate", "guard", "model", "draw"])
+@pytest.mark.parametrize("stage", ["evaluate", "guard", "model", "generate"])
 @pytest.mark.parametrize("what", ["its COMMIT", "the folder"])
 def test_a_stage_of_a_finished_round_without_its_commit_is_found(copy: Path, stage: str, what: str) -> None:
     folder = copy / "round-0001" / stage
@@ -332,9 +332,9 @@ def test_a_stage_of_a_finished_round_without_its_commit_is_found(copy: Path, sta
 def test_a_receipt_whose_unit_was_harmed_is_found_by_verify(copy: Path) -> None:
     shutil.rmtree(copy / "round-0002")
     folder = copy / "round-0001/guard"
-    receipt = {"unit": 0, "file": "unit-00000.parquet", "sha256": "0" * 64}
-    (folder / "_receipts.jsonl").write_text(json.dumps(receipt) + "\n")
-    assert any("round-0001/guard/_receipts.jsonl line 1" in fault for fault in verify(copy))
+    entry = {"chunk": 0, "file": "chunk-00000.parquet", "sha256": "0" * 64}
+    (folder / "_journal.jsonl").write_text(json.dumps(entry) + "\n")
+    assert any("round-0001/guard/_journal.jsonl line 1" in fault for fault in verify(copy))
 
 
 @pytest.mark.parametrize("way", ["copy", "link"])

@@ -35,7 +35,7 @@ SMALL = {
 SMALL_PICTURES = {
     **SMALL,
     "sampling": {"num_generations": 2, "diffusion": {"num_inference_steps": 4}},
-    "tuning": {"max_steps": 2, "per_device_train_batch_size": 4},
+    "training": {"max_steps": 2, "per_device_train_batch_size": 4},
 }
 
 

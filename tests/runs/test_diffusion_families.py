@@ -1,4 +1,4 @@
-"""Whole tiny runs of every architecture: two rounds, and every picture on record is one that diffusers draws."""
+"""Whole tiny runs of every architecture: two rounds, and every image on record is one that diffusers draws."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 from raftune.data.images import image_of
 from raftune.errors import ConfigError, DataError, ModelError
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from raftune.training.quiet import quiet
 from tests.pipelines import SIZE, WORDS, Kind, save_tiny
@@ -38,13 +38,13 @@ def pixels(image: Image.Image) -> np.ndarray[Any, Any]:
     return np.asarray(image.convert("RGB"), dtype=np.int16)
 
 
-def objects(kind: Kind, prompts: list[Any] | None = None) -> Objects:
+def objects(kind: Kind, prompts: list[Any] | None = None) -> PythonObjects:
     asked = pa.table({"prompt": prompts or (list(range(8)) if kind == "dit" else CAPTIONS)})
-    return Objects(train=lambda: asked, held_out=lambda: asked.slice(0, 2), rewards=[redness])
+    return PythonObjects(train=lambda: asked, held_out=lambda: asked.slice(0, 2), rewards=[redness])
 
 
 def config(root: Path, model: Path, kind: Kind, **sections: Any) -> dict[str, Any]:
-    """Four prompts with two pictures each in two steps; every architecture under the dials that it has."""
+    """Four prompts with two images each in two steps; every architecture under the options that it has."""
     drawn: dict[str, Any] = {"num_inference_steps": 2}
     drawn |= {} if kind in UNCONDITIONAL else {"guidance_scale": 1.0}
     drawn |= {} if kind in ("dit", *UNCONDITIONAL) else {"height": SIZE, "width": SIZE}
@@ -54,8 +54,8 @@ def config(root: Path, model: Path, kind: Kind, **sections: Any) -> dict[str, An
         "prompts_per_round": 4,
         "data": {"prompts": "given as an object"},
         "policy": {"family": "diffusion", "model": str(model), "device": "cpu"},
-        "sampling": {"num_generations": 2, "unit_size": 4, "diffusion": drawn},
-        "tuning": {"learning_rate": 0.03, "max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 1},
+        "sampling": {"num_generations": 2, "chunk_size": 4, "diffusion": drawn},
+        "training": {"learning_rate": 0.03, "max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 1},
         "evaluation": {"num_prompts": 2, "num_generations": 1},
         "engine": {"threads": 1},
         "report": False,
@@ -98,8 +98,8 @@ def pipeline_of(model: Path, round_: Path) -> Any:
 
 
 def first_of(round_: Path) -> tuple[Any, dict[str, Any]]:
-    """The first picture of a round's ledger, with what was asked."""
-    sample = pq.read_table(round_ / "draw" / "unit-00000.parquet").slice(0, 1).to_pylist()[0]
+    """The first image of a round's ledger, with what was asked."""
+    sample = pq.read_table(round_ / "generate" / "chunk-00000.parquet").slice(0, 1).to_pylist()[0]
     asked = {row["prompt_id"]: row["prompt"] for row in pq.read_table(round_ / "plan" / "prompts.parquet").to_pylist()}
     return asked[sample["prompt_id"]], sample
 
@@ -123,7 +123,7 @@ def test_a_run_aligns_every_architecture_and_its_ledger_is_reproducible(tmp_path
 def test_what_is_kept_is_the_reddest_of_each_prompt_with_its_latents(tmp_path: Path) -> None:
     root = tmp_path / "run"
     run(config(root, save_tiny("flux", tmp_path / "model"), "flux", num_rounds=1), objects("flux"))
-    drawn = pq.read_table(root / "round-0001" / "draw" / "unit-00000.parquet").to_pylist()
+    drawn = pq.read_table(root / "round-0001" / "generate" / "chunk-00000.parquet").to_pylist()
     red = {row["sample_id"]: redness([], [image_of(row["completion"])])[0] for row in drawn}
     groups: dict[str, list[str]] = {}
     for row in drawn:
@@ -131,7 +131,7 @@ def test_what_is_kept_is_the_reddest_of_each_prompt_with_its_latents(tmp_path: P
     kept = pq.read_table(root / "round-0001" / "rows" / "rows.parquet").to_pylist()
     assert {row["sample_id"] for row in kept} == {max(group, key=red.__getitem__) for group in groups.values()}
     assert {tuple(row["latents_shape"]) for row in kept} == {(4, 8, 8)}  # unpacked, whatever travels in packs
-    judged = pq.read_table(root / "round-0001" / "evaluate" / "draw" / "unit-00000.parquet")
+    judged = pq.read_table(root / "round-0001" / "evaluate" / "generate" / "chunk-00000.parquet")
     assert judged.num_rows == 2 and judged.column("latents").null_count == 2
 
 

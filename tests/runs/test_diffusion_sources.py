@@ -1,4 +1,4 @@
-"""Whole tiny runs of pictures: from whom they come, what is read how often, and what a run's rounds can be used for."""
+"""Whole tiny runs of images: from whom they come, what is read how often, and what a run's rounds can be used for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raftune.data.images import png_of
 from raftune.errors import DataError, ModelError
 from raftune.policies.diffusion import loading
 from raftune.policies.diffusion.pipelines.stable_diffusion import StableDiffusion
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.evaluation_target import evaluation_of, subject_of
 from raftune.runtime.run import run
 from raftune.sft import sft
@@ -41,13 +41,13 @@ def photo(number: int, side: int = SIZE) -> bytes:
     return png_of(Image.fromarray(noise))
 
 
-def objects(**columns: list[Any]) -> Objects:
+def objects(**columns: list[Any]) -> PythonObjects:
     asked = pa.table({"prompt": CAPTIONS, **columns})
-    return Objects(train=lambda: asked, held_out=lambda: asked.slice(0, 2), rewards=[redness])
+    return PythonObjects(train=lambda: asked, held_out=lambda: asked.slice(0, 2), rewards=[redness])
 
 
 def shard(root: Path, stage: str, round_: int = 1) -> list[dict[str, Any]]:
-    return list(pq.read_table(root / f"round-{round_:04d}" / stage / "unit-00000.parquet").to_pylist())
+    return list(pq.read_table(root / f"round-{round_:04d}" / stage / "chunk-00000.parquet").to_pylist())
 
 
 def test_a_person_s_pictures_and_a_teacher_s_are_ranked_beside_the_policy_s_own(model: Path, tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_person_s_pictures_and_a_teacher_s_are_ranked_beside_the_policy_s_own(
     sources = {(one["k"], one["source"]) for one in verdicts}
     assert sources == {(0, "policy"), (1, "policy"), (2, "column:photo"), (3, "teacher")}
     assert all(np.isfinite(one["score"]) for one in verdicts)
-    own, taught = shard(root, "draw"), shard(root, "teach")
+    own, taught = shard(root, "generate"), shard(root, "teach")
     assert {tuple(one["latents_shape"]) for one in own + taught} == {(4, 8, 8)}, "all can be learned from"
     photos = {one["completion"] for one in own if one["source"] == "column:photo"}
     assert photos <= {photo(i) for i in range(len(CAPTIONS))} and len(photos) == 4
@@ -73,7 +73,7 @@ def test_a_teacher_that_cannot_be_tuned_can_teach(model: Path, tmp_path: Path) -
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"timestep_type": "continuous"}))
     base = {"num_rounds": 1, "evaluation": {"num_prompts": 0}}
     with pytest.raises(ModelError, match="count discrete times"):
-        run(config(tmp_path / "tuned", teacher, "sd", **base), objects())
+        run(config(tmp_path / "trained", teacher, "sd", **base), objects())
     run(config(tmp_path / "run", model, "sd", sampling={"teacher": {"model": str(teacher)}}, **base), objects())
     assert {one["source"] for one in shard(tmp_path / "run", "teach")} == {"teacher"}
 
@@ -87,7 +87,7 @@ def test_an_evaluation_of_pictures_says_how_they_were_drawn(
     monkeypatch.chdir(tmp_path)
     one = ["--evaluation.num-generations", "2", "--engine.threads", "1", "--policy.device", "cpu", "--report", "false"]
     assert main(["evaluate", str(model), "--policy.family", "diffusion", *asked, *one]) == 0
-    assert "1 held-out prompts x 2 pictures, 2 steps, guidance 1" in capsys.readouterr().out.replace("\n", " ")
+    assert "1 held-out prompts x 2 images, 2 steps, guidance 1" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_a_picture_of_another_size_is_refused_with_the_fix(model: Path, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_frozen_parts_are_read_once_and_each_prompt_is_encoded_once(
     run(config(tmp_path / "run", model, "sd", prompts_per_round=8), objects())
     assert read == [model.resolve()] * 2, "once to check the start, and once for all rounds"
     captions = [text for text in encoded if text in CAPTIONS]
-    assert sorted(captions) == sorted(CAPTIONS), "two rounds of drawing, tuning and judging read each of them once"
+    assert sorted(captions) == sorted(CAPTIONS), "two rounds of drawing, training and judging read each of them once"
 
 
 def test_a_batch_too_large_for_the_device_is_halved_and_the_bytes_do_not_tell(
@@ -142,14 +142,14 @@ def test_a_batch_too_large_for_the_device_is_halved_and_the_bytes_do_not_tell(
     monkeypatch.setattr(loading, "load_denoiser", limited)
     large = {**small, "sampling": {"batch_size": 8}}
     run(config(tmp_path / "large", model, "sd", **large), objects())
-    drawn = [shard(tmp_path / name, "draw") for name in ("small", "large")]
+    drawn = [shard(tmp_path / name, "generate") for name in ("small", "large")]
     assert drawn[0] == drawn[1]
     events = (tmp_path / "large/events.jsonl").read_text()
     assert "drawn again at 4" in events and "drawn again at 2" in events
 
 
 def test_a_round_can_be_evaluated_and_compared_on_the_same_seeds(model: Path, tmp_path: Path) -> None:
-    """What an evaluation draws of a round is what the run itself drew of it, picture by picture."""
+    """What an evaluation draws of a round is what the run itself drew of it, image by image."""
     reward = tmp_path / "reward.py"
     reward.write_text(
         "import numpy as np\n"
@@ -168,8 +168,8 @@ def test_a_round_can_be_evaluated_and_compared_on_the_same_seeds(model: Path, tm
     subject = subject_of(f"{root}@2")
     judged = evaluation_of(subject, [], {"output_dir": str(tmp_path / "judged")})
     run(judged)
-    before = shard(root, "evaluate/draw", 2)
-    after = shard(tmp_path / "judged", "evaluate/draw", 0)
+    before = shard(root, "evaluate/generate", 2)
+    after = shard(tmp_path / "judged", "evaluate/generate", 0)
     assert [one["completion"] for one in before] == [one["completion"] for one in after]
     assert {one["latents"] for one in before + after} == {None}
 
@@ -190,7 +190,7 @@ def test_a_pipeline_is_taught_pictures_of_the_size_that_is_named(model: Path, tm
         "threads": 1,
         "data": {"path": str(tmp_path / "rows.jsonl"), "held_out_fraction": 0},
         "policy": {"family": "diffusion", "model": str(model), "device": "cpu"},
-        "tuning": {"max_steps": 1, "per_device_train_batch_size": 2},
+        "training": {"max_steps": 1, "per_device_train_batch_size": 2},
     }
     with pytest.raises(DataError, match=r"is 24 x 24\. .* or set sampling\.diffusion\.height and \.width\."):
         sft(validate_as(SftConfig, given))

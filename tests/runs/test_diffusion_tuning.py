@@ -1,4 +1,4 @@
-"""Whole tiny runs of a pipeline: reference pictures, replay, where each fit begins, and the model in other hands."""
+"""Whole tiny runs of a pipeline: reference images, replay, where each fit begins, and the model in other hands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from raftune.policies.diffusion import Diffusion
 from raftune.policies.diffusion.latents import latents_of
 from raftune.results.export import export
 from raftune.results.model_card import publish_model
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run, verify
 from raftune.training.quiet import quiet
 from tests.pipelines import SIZE, save_tiny, tiny_pipeline
@@ -48,7 +48,7 @@ def pictures(count: int, size: int = SIZE) -> list[bytes]:
 
 
 def reference(folder: Path, form: str, size: int = SIZE) -> Path:
-    """A data set of six captioned pictures: their bytes in Parquet, or paths in JSONL."""
+    """A data set of six captioned images: their bytes in Parquet, or paths in JSONL."""
     images, captions = pictures(6, size), [f"a disc of brightness {i}" for i in range(6)]
     if form == "bytes":
         pq.write_table(pa.table({"prompt": captions, "image": images}), folder / "reference.parquet")
@@ -65,7 +65,7 @@ def reference(folder: Path, form: str, size: int = SIZE) -> Path:
 
 
 def tuned_on(path: Path, **more: Any) -> dict[str, Any]:
-    return {"tuning": {"reference": {"path": str(path), "completion_column": "image", "fraction": 0.5}, **more}}
+    return {"training": {"reference": {"path": str(path), "completion_column": "image", "fraction": 0.5}, **more}}
 
 
 # -- reference and replay --------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_a_reference_picture_of_another_size_is_named_with_both_sizes(model: Pat
 
 def test_replayed_pictures_keep_the_latents_that_were_drawn(model: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
-    run(config(root, model, "sd-v", tuning={"replay_rounds": 1}), objects("sd-v"))
+    run(config(root, model, "sd-v", training={"replay_rounds": 1}), objects("sd-v"))
     first, second = (pq.read_table(root / f"round-000{i}/rows/rows.parquet").to_pylist() for i in (1, 2))
     assert Counter(row["origin"] for row in second) == {"round-0001": 4, "round-0002": 4}
     replayed = {row["sample_id"]: row["latents"] for row in second if row["origin"] == "round-0001"}
@@ -113,13 +113,13 @@ def test_replayed_pictures_keep_the_latents_that_were_drawn(model: Path, tmp_pat
 def test_a_round_s_fit_begins_from_the_model_that_is_named(model: Path, tmp_path: Path, begin: str) -> None:
     """The same rows fitted once more, from the start's folder or from round 1's, are round 2's weights bit for bit."""
     root = tmp_path / "run"
-    given = config(root, model, "sd-v", tuning={"start_from": begin})
+    given = config(root, model, "sd-v", training={"start_from": begin})
     run(given, objects("sd-v"))
     start, rows = root / "round-0000/model", root / "round-0002/rows/rows.parquet"
     weights = {"round 2": root / "round-0002/model" / WEIGHTS}
     for name, folder in (("start", start), ("previous", root / "round-0001/model")):
         out = tmp_path / name
-        Diffusion.load(validate(given), folder, start).tune(rows, tmp_path / f"{name}-work", out)
+        Diffusion.load(validate(given), folder, start).train(rows, tmp_path / f"{name}-work", out)
         weights[name] = out / WEIGHTS
     content = {name: path.read_bytes() for name, path in weights.items()}
     assert content["start"] != content["previous"]
@@ -128,7 +128,7 @@ def test_a_round_s_fit_begins_from_the_model_that_is_named(model: Path, tmp_path
 
 def test_moments_are_carried_and_older_models_let_go(model: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
-    carried = {"tuning": {"optimizer_state": "carried"}, "keep_models": "last"}
+    carried = {"training": {"optimizer_state": "carried"}, "keep_models": "last"}
     run(config(root, model, "sd-v", **carried), objects("sd-v"))
     assert (root / "round-0002/model/optimizer.safetensors").is_file()
     assert not list((root / "round-0001/model").rglob("*.safetensors"))
@@ -140,7 +140,7 @@ def test_moments_are_carried_and_older_models_let_go(model: Path, tmp_path: Path
 
 
 def loads_and_draws(pipe: Any, root: Path, model: Path) -> None:
-    """The pipeline draws round 2's first picture, which the start does not."""
+    """The pipeline draws round 2's first image, which the start does not."""
     prompt, sample = first_of(root / "round-0002")
     ours = pixels(image_of(sample["completion"]))
     assert np.abs(ours - pixels(plainly(pipe, "sd-v", prompt, sample["seed"]))).max() <= 1
@@ -176,7 +176,7 @@ def test_a_published_lora_loads_as_its_card_says_onto_a_base_that_comes_along(mo
     given = objects("sd-v")
     with quiet():
         pipe = diffusers.DiffusionPipeline.from_pretrained(model)
-    given = Objects(train=given.train, held_out=given.held_out, rewards=given.rewards, model=pipe)
+    given = PythonObjects(train=given.train, held_out=given.held_out, rewards=given.rewards, model=pipe)
     run(config(root, model, "sd-v", policy={"adapter": {"r": 2}, "model": "given as an object"}), given)
     publish_model(root, out, 0)
     assert (out / "unet").is_dir()
@@ -204,7 +204,7 @@ def test_a_lora_on_a_bundled_pipeline_takes_that_along(tmp_path: Path) -> None:
     """Whoever gets the LoRA need not have this package."""
     root, out = tmp_path / "run", tmp_path / "out"
     given = config(root, Path("starter"), "sd-v", num_rounds=1, policy={"adapter": {"r": 2}})
-    run({**given, "evaluation": {"num_prompts": 0}, "tuning": {"max_steps": 1}}, objects("sd-v"))
+    run({**given, "evaluation": {"num_prompts": 0}, "training": {"max_steps": 1}}, objects("sd-v"))
     publish_model(root, out, 1)
     assert "(RAFT) of raftune's bundled `starter`" in (out / "README.md").read_text()
     names: dict[str, Any] = {}
@@ -225,7 +225,7 @@ def test_samples_are_taken_away_as_pictures_that_datasets_shows(tmp_path: Path, 
     row = table[0]
     scores = [sketches.saturation(prompts=[""], completions=[row[name]])[0] for name in ("chosen", "rejected")]
     assert scores[0] - scores[1] == pytest.approx(row["margin"])
-    with pytest.raises(ConfigError, match=r"must end in \.parquet or be a folder for a run of pictures; got 'p.jsonl'"):
+    with pytest.raises(ConfigError, match=r"must end in \.parquet or be a folder for a run of images; got 'p.jsonl'"):
         export(root, "sft", tmp_path / "p.jsonl")
     with pytest.raises(ConfigError, match="sft-tokens needs a family with tokens"):
         export(root, "sft-tokens", tmp_path / "tokens", allow_code=True)

@@ -12,8 +12,8 @@ import pytest
 
 from raftune.cli import main
 from raftune.errors import ConfigError
-from raftune.loop import Outcome, nothing_learned
-from raftune.runtime.assembly import Objects
+from raftune.loop import RunOutcome, nothing_learned
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run, verify
 from raftune.stages.train import nothing_to_learn
 from raftune.store.parquet import write_table
@@ -115,7 +115,7 @@ def test_a_run_stops_after_rounds_in_a_row_that_had_nothing_to_learn_from(
     assert stopped(tmp_path / "never", reward, None, changes).rounds == 6
 
 
-def stopped(root: Path, reward: Any, rounds: int | None, changes: dict[str, Any]) -> Outcome:
+def stopped(root: Path, reward: Any, rounds: int | None, changes: dict[str, Any]) -> RunOutcome:
     return run(tiny.config(root, **changes, stop={"empty_rounds": rounds}), tiny.objects(reward))
 
 
@@ -136,14 +136,14 @@ def test_answers_that_were_all_cut_off_leave_a_language_model_as_it_was(tmp_path
         "policy": {"model": str(model), "adapter": {"r": 2}},
         "sampling": {"num_generations": 2, "max_completion_length": 1, "generation_kwargs": {}},
         "selection": {"all_equal": "keep"},
-        "tuning": {"mask_truncated_completions": True},
+        "training": {"mask_truncated_completions": True},
         "evaluation": {"num_prompts": 1, "num_generations": 1},
         "engine": {"threads": 1},
         "report": False,
     }
     prompts = pa.table({"prompt": [f"say {letter}" for letter in "abcdefghijkl"]})
     outcome = run(
-        config, Objects(train=lambda: prompts, rewards=[lambda prompts, completions, **_: [0.0] * len(prompts)])
+        config, PythonObjects(train=lambda: prompts, rewards=[lambda prompts, completions, **_: [0.0] * len(prompts)])
     )
     assert outcome.rounds == 2
     folder = RunFolder(tmp_path / "run")

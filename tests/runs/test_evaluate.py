@@ -20,7 +20,7 @@ from raftune.errors import ConfigChanged, ConfigError, DataError, StoreError
 from raftune.policies.tabular.policy import Tabular
 from raftune.results.status import status_of
 from raftune.runtime import assembly
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.evaluation_target import evaluation_of, subject_of
 from raftune.runtime.run import resume, run, verify
 from raftune.store.run import RunFolder
@@ -29,7 +29,7 @@ from tests.runs import tiny
 from tests.runs.test_causal_lm_runs import OBJECTS, config, shortness
 
 LOGITS = [[0.0, 1.0, 2.0], [1.0, 0.5, -1.0]]
-JUDGED = Objects(rewards=[tiny.value])
+JUDGED = PythonObjects(rewards=[tiny.value])
 
 
 def metrics(root: Path, round_: int = 0) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def judged_by(root: Path, column: list[Any], **changes: Any) -> Path:
     table = pa.table({"prompt": [0, 1], "answer": column})
     policy = {"family": "tabular", "logits": LOGITS}
     sections = {"policy": policy, "num_rounds": 0, "evaluation": {"reference_column": "answer"}, **changes}
-    run(tiny.config(root, **sections), Objects(lambda: table, lambda: table, [tiny.value]))
+    run(tiny.config(root, **sections), PythonObjects(lambda: table, lambda: table, [tiny.value]))
     return root
 
 
@@ -69,7 +69,7 @@ def test_the_perplexity_of_a_language_model_is_that_of_transformers(tmp_path: Pa
     model = save_tiny(tmp_path / "model", "llama")
     table = pa.table({"prompt": ["say a", "say b"], "answer": ["a it is", "no"]})
     settings = config(tmp_path / "run", model, num_rounds=0, evaluation={"reference_column": "answer"})
-    run(settings, Objects(lambda: table, lambda: table, [shortness]))
+    run(settings, PythonObjects(lambda: table, lambda: table, [shortness]))
     tokenizer, weights = tiny_tokenizer(), tiny_llama()
     nats, tokens = 0.0, 0
     for prompt, answer in zip(table["prompt"].to_pylist(), table["answer"].to_pylist(), strict=True):
@@ -92,12 +92,12 @@ def test_answers_that_are_empty_or_unfit_are_left_out_and_counted(tmp_path: Path
     )
     run(
         settings,
-        Objects(lambda: table, lambda: table, [tiny.value]),
+        PythonObjects(lambda: table, lambda: table, [tiny.value]),
         observe=lambda kind, facts: notes.extend(facts.get("notes", ())),
     )
     assert metrics(tmp_path / "run")["references"] == {"measured": 2, "left_out": 2, "impossible": 0}
     assert notes == [
-        "2 of 4 held-out prompts of unit 0 have no usable answer in 'answer', and are left out of the perplexity: "
+        "2 of 4 held-out prompts of chunk 0 have no usable answer in 'answer', and are left out of the perplexity: "
         "the answer is empty"
     ]
     details = pq.read_table(tmp_path / "run/round-0000/evaluate/reference").column("detail").to_pylist()
@@ -136,7 +136,7 @@ def test_a_family_without_likelihoods_is_refused_a_reference(tmp_path: Path) -> 
 def test_a_finished_run_is_measured_on_references_without_being_drawn_again(tmp_path: Path) -> None:
     root = tmp_path / "run"
     run(tiny.config(root), tiny.objects())
-    drawn = [path.stat().st_ino for path in sorted(root.glob("round-*/evaluate/draw/*"))]
+    drawn = [path.stat().st_ino for path in sorted(root.glob("round-*/evaluate/generate/*"))]
     settings = tiny.config(root, evaluation={"reference_column": "human"})
     with pytest.raises(ConfigChanged, match="it now also reads 0/evaluate/reference"):
         run(settings, tiny.objects())
@@ -145,7 +145,7 @@ def test_a_finished_run_is_measured_on_references_without_being_drawn_again(tmp_
         metrics(root, round_)["references"]["measured"] + metrics(root, round_)["references"]["impossible"] == 4
         for round_ in range(3)
     )
-    assert drawn == [path.stat().st_ino for path in sorted(root.glob("round-*/evaluate/draw/*"))]
+    assert drawn == [path.stat().st_ino for path in sorted(root.glob("round-*/evaluate/generate/*"))]
 
 
 def test_a_version_that_measures_more_leaves_an_old_run_as_it_is(
@@ -200,7 +200,7 @@ def test_a_run_with_nothing_to_do_is_refused(tmp_path: Path, changes: dict[str, 
 # -- rounds of other runs ---------------------------------------------------------------------------------------------
 
 
-def judge_again(reference: str, root: Path, objects: Objects, **flags: Any) -> RunConfig:
+def judge_again(reference: str, root: Path, objects: PythonObjects, **flags: Any) -> RunConfig:
     settings = evaluation_of(subject_of(reference), [], {"output_dir": str(root), **flags})
     run(settings, objects)
     return settings
@@ -219,7 +219,7 @@ def test_a_round_judged_again_draws_what_it_drew_in_its_run(tmp_path: Path, lora
     assert same_but_for_kl(metrics(tmp_path / "again"), metrics(tmp_path / "run", 2))
     drawn = [
         pq.read_table(folder).drop_columns(["sample_id", "version"])
-        for folder in (tmp_path / "again/round-0000/evaluate/draw", tmp_path / "run/round-0002/evaluate/draw")
+        for folder in (tmp_path / "again/round-0000/evaluate/generate", tmp_path / "run/round-0002/evaluate/generate")
     ]
     assert drawn[0].equals(drawn[1])
     weights = tmp_path / "again/round-0000/model"
@@ -229,7 +229,7 @@ def test_a_round_judged_again_draws_what_it_drew_in_its_run(tmp_path: Path, lora
 
 def test_an_adapter_of_a_run_that_holds_its_own_base_is_judged_again_on_it(tmp_path: Path) -> None:
     """The start was given as an object: its weights lie in the run, and adapters name it from where they lie."""
-    objects = Objects(train=OBJECTS.train, rewards=[shortness], model=tiny_llama(3), tokenizer=tiny_tokenizer())
+    objects = PythonObjects(train=OBJECTS.train, rewards=[shortness], model=tiny_llama(3), tokenizer=tiny_tokenizer())
     settings = config(tmp_path / "run", Path("given"), policy={"adapter": {"r": 4}})
     run(settings, objects)
     judge_again(f"{tmp_path / 'run'}@1", tmp_path / "again", OBJECTS)
@@ -274,7 +274,7 @@ def test_files_and_flags_go_over_what_a_run_brings_along(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("tuning.learning_rate", "means nothing to an evaluation, which learns nothing"),
+        ("training.learning_rate", "means nothing to an evaluation, which learns nothing"),
         ("sampling.num_generations", "Answers are counted by --evaluation.num_generations"),
         ("seed", "Answers are drawn by --evaluation.seed"),
         ("sampling.teacher.model", "means nothing"),
@@ -314,7 +314,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "rewards": {"reward_funcs": ["rewards.py:value"]},
         "policy": {"family": "tabular", "num_prompts": 4, "num_answers": 5, "step": 0.5},
     }
-    run(tiny.config(Path("runs/tab"), name="tab", **changes), Objects(tiny.train, tiny.held_out))
+    run(tiny.config(Path("runs/tab"), name="tab", **changes), PythonObjects(tiny.train, tiny.held_out))
     yield tmp_path
 
 

@@ -21,7 +21,7 @@ OVERLAY = {
     "sampling.num_generations": 3,
     "evaluation.num_prompts": 1,
     "evaluation.num_generations": 1,
-    "tuning.bf16": False,
+    "training.bf16": False,
     "engine.threads": 1,
     "report": False,
 }

@@ -18,10 +18,10 @@ from raftune.config import RunConfig, validate
 from raftune.config.load import merge
 from raftune.errors import ConfigChanged, ConfigError
 from raftune.results.summary import alarms_of
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.progress import Progress
 from raftune.runtime.run import resume, run, verify
-from raftune.store.commit import Commit, stage_key
+from raftune.store.commit import Manifest, stage_key
 from raftune.store.run import RunFolder
 from tests.builders import tree_hash
 from tests.runs import tiny
@@ -47,7 +47,7 @@ def parting(root: Path, **changes: Any) -> RunConfig:
         "prompts_per_round": LABELS,
         "data": {"prompts": "given as an object"},
         "policy": {"family": "tabular", "num_prompts": LABELS, "num_answers": ANSWERS},
-        "sampling": {"num_generations": 4, "unit_size": 8},
+        "sampling": {"num_generations": 4, "chunk_size": 8},
         "selection": {"all_equal": "keep"},
         "evaluation": {"num_prompts": LABELS, "num_generations": 8, "reward_funcs": ["tests.runs.judges:low"]},
         "engine": {"threads": 1},
@@ -56,9 +56,9 @@ def parting(root: Path, **changes: Any) -> RunConfig:
     return validate(merge([base, changes]))
 
 
-def given() -> Objects:
+def given() -> PythonObjects:
     labels = pa.table({"prompt": list(range(LABELS))})
-    return Objects(train=lambda: labels, held_out=lambda: labels, rewards=[loud, even])
+    return PythonObjects(train=lambda: labels, held_out=lambda: labels, rewards=[loud, even])
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_parting_of_the_rewards_raises_an_alarm_whose_samples_are_in_the_ledge
     assert found["held_out_falls"]["numbers"]["since"] == 0
     assert "the held-out low fell by" in found["held_out_falls"]["evidence"]
     assert found["part_dominates"]["numbers"]["part"] == "loud"
-    for name, place in (("held_out_falls", "evaluate/draw"), ("part_dominates", "draw")):
+    for name, place in (("held_out_falls", "evaluate/generate"), ("part_dominates", "generate")):
         files = sorted(folder.folder(1, place).glob("*.parquet"))
         ids = {i for path in files for i in pq.read_table(path).column("sample_id").to_pylist()}
         assert {item["sample_id"] for item in found[name]["samples"]} <= ids
@@ -179,7 +179,7 @@ def test_a_round_whose_guard_looked_at_less_stays_as_it_is_and_other_thresholds_
         inputs = {name: folder.commit_hash(int(name.split("/")[0]), name.split("/", 1)[1]) for name in commit.inputs}
         inputs = {name: value for name, value in inputs.items() if not name.endswith("/model")}
         folder.seal(
-            Commit(commit.stage, round_, stage_key("guard", fields, inputs), fields, inputs, commit.files), "guard"
+            Manifest(commit.stage, round_, stage_key("guard", fields, inputs), fields, inputs, commit.files), "guard"
         )
     seen: list[str] = []
     assert run(parting(copied), given(), observe=lambda kind, facts: seen.append(kind)).rounds == ROUNDS
@@ -248,7 +248,7 @@ def test_what_can_never_be_raised_or_measured_is_refused(
 @pytest.mark.parametrize(
     ("stop_on", "rewards", "words"),
     [
-        ("diversity_drops", [loud, even], "guards.stop_on: diversity_drops is about texts and pictures"),
+        ("diversity_drops", [loud, even], "guards.stop_on: diversity_drops is about texts and images"),
         ("part_dominates", [loud], "guards.stop_on: part_dominates needs two rewards"),
     ],
 )
@@ -257,7 +257,7 @@ def test_what_this_family_or_these_rewards_cannot_raise_is_refused(
 ) -> None:
     config = parting(tmp_path / "run", guards={"stop_on": [stop_on]})
     with pytest.raises(ConfigError, match=words):
-        run(config, Objects(train=given().train, held_out=given().held_out, rewards=rewards))
+        run(config, PythonObjects(train=given().train, held_out=given().held_out, rewards=rewards))
 
 
 def test_the_command_shows_evidence_and_samples(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from raftune.errors import DataError, ModelError, RewardError
-from raftune.records import Prompt, Status
+from raftune.records import Prompt, ScoreStatus
 from raftune.results.summary import columns_for, rows_of
 from raftune.rewards.loading import load_panel
-from raftune.rewards.panel import SamplePanel, batch_of
+from raftune.rewards.panel import SampleScorer, batch_of
 from raftune.runtime.run import run, verify
 from tests.runs.sketches import config, objects, saturation
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def table(folder: Path, stage: str) -> pa.Table:
-    return pa.concat_tables(pq.read_table(path) for path in sorted((folder / stage).glob("unit-*.parquet")))
+    return pa.concat_tables(pq.read_table(path) for path in sorted((folder / stage).glob("chunk-*.parquet")))
 
 
 def test_no_reward_is_asked_about_an_invalid_sample(tmp_path: Path) -> None:
@@ -46,12 +46,12 @@ def test_no_reward_is_asked_about_an_invalid_sample(tmp_path: Path) -> None:
         return saturation(prompts, completions)
 
     run(config(tmp_path / "run", num_rounds=1, evaluation={"num_prompts": 0}, **broken()), objects(reward))
-    drawn = table(tmp_path / "run/round-0001", "draw")
+    drawn = table(tmp_path / "run/round-0001", "generate")
     assert sum(seen) == drawn.column("invalid").null_count < drawn.num_rows
 
 
 def test_its_status_is_invalid_and_its_detail_the_policy_s_own(folder: Path) -> None:
-    drawn, scores = (table(folder / "round-0001", name) for name in ("draw", "score"))
+    drawn, scores = (table(folder / "round-0001", name) for name in ("generate", "score"))
     reasons = drawn.column("invalid").to_pylist()
     assert {*reasons} == {None, "not finite", "flat: every pixel is the same colour"}
     for why, row in zip(reasons, scores.to_pylist(), strict=True):
@@ -61,7 +61,7 @@ def test_its_status_is_invalid_and_its_detail_the_policy_s_own(folder: Path) -> 
 
 def test_it_is_never_kept_and_its_verdict_says_why(folder: Path) -> None:
     for round_ in ("round-0001", "round-0002"):
-        reasons = table(folder / round_, "draw").column("invalid").to_pylist()
+        reasons = table(folder / round_, "generate").column("invalid").to_pylist()
         verdicts = pq.read_table(folder / round_ / "select/verdicts.parquet").to_pylist()
         for why, verdict in zip(reasons, verdicts, strict=True):
             assert (verdict["reason"] == "invalid sample") == (why is not None)
@@ -72,7 +72,7 @@ def test_it_is_never_kept_and_its_verdict_says_why(folder: Path) -> None:
 
 def test_the_share_of_invalid_samples_is_in_the_table_of_rounds(folder: Path) -> None:
     rows = rows_of(folder)
-    drawn = table(folder / "round-0002/evaluate", "draw").column("invalid")
+    drawn = table(folder / "round-0002/evaluate", "generate").column("invalid")
     assert rows[2]["invalid"] == pytest.approx(1 - drawn.null_count / len(drawn))
     titles = [column.title for column in columns_for(rows)]
     assert "invalid" in titles
@@ -94,7 +94,7 @@ def test_failures_are_counted_among_those_that_were_asked(tmp_path: Path) -> Non
     settings = config(tmp_path / "run", num_rounds=1, rewards={"max_failure_fraction": 0.3}, **broken())
     with pytest.raises(RewardError, match=r"of (\d+) samples could not be scored") as caught:
         run(settings, objects(reward))
-    asked = table(tmp_path / "run/round-0001", "draw").column("invalid").null_count
+    asked = table(tmp_path / "run/round-0001", "generate").column("invalid").null_count
     assert f"of {asked} samples" in str(caught.value)
     assert str(caught.value).count("nan") == 1, "what fails alike is shown once"
 
@@ -115,15 +115,15 @@ def test_an_evaluation_of_invalid_samples_alone_measures_that(tmp_path: Path) ->
 
 
 def test_bytes_that_are_no_picture_are_told_with_their_sample() -> None:
-    with SamplePanel(load_panel(config(Path("x")).rewards, [saturation])).panel as panel:
-        samples = pa.table({"sample_id": ["s/1"], "completion": pa.array([b"no picture"], pa.binary())})
-        with pytest.raises(DataError, match=r"sample s/1: these 10 bytes are no picture"):
-            SamplePanel(panel).score_samples([Prompt("p", "a disc")], samples)
+    with SampleScorer(load_panel(config(Path("x")).rewards, [saturation])).panel as panel:
+        samples = pa.table({"sample_id": ["s/1"], "completion": pa.array([b"no image"], pa.binary())})
+        with pytest.raises(DataError, match=r"sample s/1: these 10 bytes are no image"):
+            SampleScorer(panel).score_samples([Prompt("p", "a disc")], samples)
 
 
 def test_pictures_wait_as_bytes_until_they_are_asked_for() -> None:
     prompts = [Prompt("p", "a disc")] * 2
-    samples = pa.table({"sample_id": ["1", "2"], "completion": pa.array([b"no picture"] * 2, pa.binary())})
+    samples = pa.table({"sample_id": ["1", "2"], "completion": pa.array([b"no image"] * 2, pa.binary())})
     assert len(batch_of(prompts, samples)) == 2
 
 
@@ -133,6 +133,6 @@ def test_texts_may_be_invalid_too() -> None:
 
     samples = pa.table({"sample_id": ["1", "2", "3"], "completion": ["a", None, "ccc"], "invalid": [None, "cut", None]})
     with load_panel(config(Path("x")).rewards, [reward]) as panel:
-        scores = SamplePanel(panel).score_samples([Prompt("p", "x")] * 3, samples)
+        scores = SampleScorer(panel).score_samples([Prompt("p", "x")] * 3, samples)
     assert [score.value for score in scores] == [1.0, None, 3.0]
-    assert scores[1].status is Status.INVALID and scores[1].detail == "cut"
+    assert scores[1].status is ScoreStatus.INVALID and scores[1].detail == "cut"

@@ -43,8 +43,8 @@ def test_a_kill_at_any_file_event_leaves_no_trace(report_of: Callable[[str], Rep
 
 def test_every_stage_was_among_what_was_killed(report_of: Callable[[str], Report]) -> None:
     plain, everything = report_of("plain")["events"], report_of("everything")["events"]
-    judged = ("evaluate/draw", "evaluate/reference", "evaluate")
-    for stage in ("plan", "draw", "score", "select", "rows", "model", *judged):
+    judged = ("evaluate/generate", "evaluate/reference", "evaluate")
+    for stage in ("plan", "generate", "score", "select", "rows", "model", *judged):
         assert f"os.mkdir round-0001/{stage}" in plain
     for stage in ("plan", "teach", "logp", "logp-start", "model"):
         assert f"os.mkdir round-0002/{stage}" in everything
@@ -54,10 +54,12 @@ def test_every_stage_was_among_what_was_killed(report_of: Callable[[str], Report
 def test_nothing_is_ever_written_at_the_place_where_it_is_read(
     report_of: Callable[[str], Report], scenario: str
 ) -> None:
-    """But for the lines that are added to the record of times, and to the receipts of a stage that is not committed."""
+    """But for the lines that are added to the record of times, and to the journal entries of a stage that is not
+    committed.
+    """
     opened = {event.removeprefix("open ") for event in report_of(scenario)["events"] if event.startswith("open ")}
     elsewhere = {name for name in opened if not name.startswith("tmp/")}
-    assert {name for name in elsewhere if not name.endswith("/_receipts.jsonl")} == {"LOCK", "events.jsonl"}
+    assert {name for name in elsewhere if not name.endswith("/_journal.jsonl")} == {"LOCK", "events.jsonl"}
 
 
 def test_a_kill_while_the_page_is_written_leaves_no_trace(report_of: Callable[[str], Report]) -> None:

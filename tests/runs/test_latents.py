@@ -1,4 +1,4 @@
-"""Latents of pictures that were not kept can be let go: what is gone is said, and how it comes back."""
+"""Latents of images that were not kept can be let go: what is gone is said, and how it comes back."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ def resumed(root: Path, redo: str | None = None, **changes: Any) -> Any:
 
 def test_only_latents_go_and_those_that_were_kept_stay_where_tuning_reads_them(finished: Path) -> None:
     for round_ in ("round-0001", "round-0002"):
-        for unit in ("unit-00000.parquet", "unit-00001.parquet"):
-            before, after = (pq.read_table(finished / which / round_ / "draw" / unit) for which in ("all", "selected"))
+        for chunk in ("chunk-00000.parquet", "chunk-00001.parquet"):
+            before, after = (
+                pq.read_table(finished / which / round_ / "generate" / chunk) for which in ("all", "selected")
+            )
             assert after.column("latents").null_count == after.num_rows > before.column("latents").null_count
             assert after.drop_columns("latents").equals(before.drop_columns("latents"))
             assert after.schema.equals(before.schema, check_metadata=True)
@@ -51,13 +53,15 @@ def test_only_latents_go_and_those_that_were_kept_stay_where_tuning_reads_them(f
 def test_nothing_else_of_the_run_is_changed_by_it(finished: Path) -> None:
     every, selected = tree(finished / "all"), tree(finished / "selected")
     differ = {name for name in every | selected if every.get(name) != selected.get(name)}
-    files = {"DROPPED.json", "unit-00000.parquet", "unit-00001.parquet"}
-    rounds = {f"round-000{number}/draw/{name}" for number in (1, 2) for name in files}
+    files = {"DROPPED.json", "chunk-00000.parquet", "chunk-00001.parquet"}
+    rounds = {f"round-000{number}/generate/{name}" for number in (1, 2) for name in files}
     assert differ == {*rounds, "config.resolved.json", "config.yaml"}
 
 
 def test_it_is_smaller(finished: Path) -> None:
-    sizes = [sum(p.stat().st_size for p in (finished / which).rglob("draw/*.parquet")) for which in ("all", "selected")]
+    sizes = [
+        sum(p.stat().st_size for p in (finished / which).rglob("generate/*.parquet")) for which in ("all", "selected")
+    ]
     assert sizes[1] < sizes[0]
 
 
@@ -66,22 +70,24 @@ def test_verify_finds_all_whole_and_says_what_is_not_there(finished: Path, capsy
     assert main(["verify", str(finished / "selected")]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "not here on purpose: the latents of what was drawn and not kept of round 1, 2" in said
-    assert "--from ROUND/draw` draws the same again" in said
+    assert "--from ROUND/generate` draws the same again" in said
 
 
 def test_damage_after_it_is_seen(finished: Path, tmp_path: Path) -> None:
     root = copied(finished, tmp_path)
-    path = root / "round-0001/draw/unit-00000.parquet"
+    path = root / "round-0001/generate/chunk-00000.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    assert any("unit-00000.parquet has changed" in fault for fault in verify(root))
-    (root / "round-0002/draw/DROPPED.json").write_text("{")
+    assert any("chunk-00000.parquet has changed" in fault for fault in verify(root))
+    (root / "round-0002/generate/DROPPED.json").write_text("{")
     assert any("does not say what was dropped" in fault for fault in verify(root))
 
 
 def test_the_full_file_is_as_good_as_the_one_without(finished: Path, tmp_path: Path) -> None:
     """A copy of the run in which a file was restored from a backup made before."""
     root = copied(finished, tmp_path)
-    shutil.copy(finished / "all/round-0001/draw/unit-00000.parquet", root / "round-0001/draw/unit-00000.parquet")
+    shutil.copy(
+        finished / "all/round-0001/generate/chunk-00000.parquet", root / "round-0001/generate/chunk-00000.parquet"
+    )
     assert verify(root) == []
     resumed(root)
     assert tree(root) == tree(finished / "selected")
@@ -94,7 +100,7 @@ def test_a_finished_run_that_is_told_later_lets_go_then(finished: Path, tmp_path
 
 
 def test_a_run_goes_on_after_it_with_replay(finished: Path, tmp_path: Path) -> None:
-    replay = {"tuning": {"replay_rounds": 1}, "num_rounds": 3}
+    replay = {"training": {"replay_rounds": 1}, "num_rounds": 3}
     run(config(tmp_path / "whole", **replay, **NONE), objects())
     run(config(tmp_path / "less", **replay, **NONE, keep_latents="selected"), objects())
     model = "round-0003/model/policy.json"
@@ -103,17 +109,17 @@ def test_a_run_goes_on_after_it_with_replay(finished: Path, tmp_path: Path) -> N
 
 def test_tuning_can_be_redone_from_the_rows(finished: Path, tmp_path: Path) -> None:
     root = copied(finished, tmp_path)
-    resumed(root, redo="2/tune")
+    resumed(root, redo="2/train")
     assert tree(root) == tree(finished / "selected")
 
 
 def test_another_selection_is_refused_with_the_way_to_do_it(finished: Path, tmp_path: Path) -> None:
     root, other = copied(finished, tmp_path), {"selection": {"rule": "top_m", "m": 2}}
-    with pytest.raises(StoreError, match=r"latents were dropped \(keep_latents\).*--from 2/select,2/draw"):
+    with pytest.raises(StoreError, match=r"latents were dropped \(keep_latents\).*--from 2/select,2/generate"):
         resumed(root, redo="2/select", **other)
-    with pytest.raises(StoreError, match=r"gather of round 1 cannot be redone.*--from select,1/draw"):
+    with pytest.raises(StoreError, match=r"gather of round 1 cannot be redone.*--from select,1/generate"):
         resumed(root, redo="select", **other)
-    resumed(root, redo="select,1/draw", **other)
+    resumed(root, redo="select,1/generate", **other)
     run(config(tmp_path / "new", **NONE, **other, keep_latents="selected"), objects())
     assert tree(root) == tree(tmp_path / "new")
 
@@ -125,7 +131,7 @@ def test_a_what_if_reads_what_is_left_and_names_the_draw_in_what_to_do(
     assert main(["select", str(root), "--selection.rule", "top_m", "--selection.m", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rounds"] == [1, 2]
-    assert "--from select,draw" in found["redo"] or "redo='select,draw'" in found["redo"]
+    assert "--from select,generate" in found["redo"] or "redo='select,generate'" in found["redo"]
 
 
 def test_a_family_without_latents_is_told_that_there_is_nothing_to_let_go(tmp_path: Path) -> None:
@@ -135,6 +141,6 @@ def test_a_family_without_latents_is_told_that_there_is_nothing_to_let_go(tmp_pa
 
 def test_another_reward_changes_what_is_kept_after_a_redraw(finished: Path, tmp_path: Path) -> None:
     root = copied(finished, tmp_path)
-    run(config(root, keep_latents="selected", **NONE), objects(darkness), redo="score,draw")
+    run(config(root, keep_latents="selected", **NONE), objects(darkness), redo="score,generate")
     run(config(tmp_path / "new", keep_latents="selected", **NONE), objects(darkness))
     assert tree(root) == tree(tmp_path / "new")

@@ -14,8 +14,8 @@ import pytest
 from raftune.cli import main
 from raftune.records import EXTRA, extras_of
 from raftune.results.round_metrics import kept
-from raftune.rewards import Panel
-from raftune.runtime.assembly import Objects
+from raftune.rewards import RewardSet
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from raftune.stages.score import logged_metrics
 from raftune.store.run import RunFolder
@@ -49,12 +49,12 @@ def go(root: Path, *specs: str, rewards: Any = ()) -> None:
     prompts = pa.table({"prompt": ["a", "b", "c", "d"]})
     run(
         parrot(root, *specs),
-        Objects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2), rewards=rewards),
+        PythonObjects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2), rewards=rewards),
     )
 
 
 def shards(root: Path) -> list[list[dict[str, Any]]]:
-    return [pq.read_table(path).to_pylist() for path in sorted(root.glob("round-0001/score/unit-*.parquet"))]
+    return [pq.read_table(path).to_pylist() for path in sorted(root.glob("round-0001/score/chunk-*.parquet"))]
 
 
 def test_metrics_and_columns_are_part_of_the_record_the_same_wherever_the_reward_runs(
@@ -64,7 +64,7 @@ def test_metrics_and_columns_are_part_of_the_record_the_same_wherever_the_reward
     root = tmp_path / "hosted"
     drawn = {
         row["sample_id"]: row["completion"]
-        for path in root.glob("round-0001/draw/unit-*.parquet")
+        for path in root.glob("round-0001/generate/chunk-*.parquet")
         for row in pq.read_table(path).to_pylist()
     }
     longest = []
@@ -90,7 +90,7 @@ def test_metrics_and_columns_are_part_of_the_record_the_same_wherever_the_reward
     go(tmp_path / "here", rewards=[module.judge])
     assert shards(tmp_path / "here") == shards(root)
 
-    score, calls = Panel.score, []
+    score, calls = RewardSet.score, []
 
     def fails_once(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -98,7 +98,7 @@ def test_metrics_and_columns_are_part_of_the_record_the_same_wherever_the_reward
             raise KeyboardInterrupt
         return score(self, *args, **kwargs)
 
-    monkeypatch.setattr(Panel, "score", fails_once)
+    monkeypatch.setattr(RewardSet, "score", fails_once)
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "cut", f"{judge}:judge")
     go(tmp_path / "cut", f"{judge}:judge")

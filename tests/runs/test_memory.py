@@ -1,4 +1,4 @@
-"""Memory goes by the unit, not by the number of samples."""
+"""Memory goes by the chunk, not by the number of samples."""
 
 from __future__ import annotations
 

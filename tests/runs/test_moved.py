@@ -89,7 +89,7 @@ def test_two_projects_in_two_folders_have_the_same_bytes(tmp_path: Path, monkeyp
         write(folder / "rows.jsonl", [{"prompt": f"ask {i % 3}", "completion": "cab"} for i in range(6)])
         write(folder / "marked.jsonl", marked(16))
         monkeypatch.chdir(folder)
-        sft = ["sft", "rows.jsonl", "--policy.model", "model", "--output-dir", "sft", "--tuning.max_steps", "1"]
+        sft = ["sft", "rows.jsonl", "--policy.model", "model", "--output-dir", "sft", "--training.max_steps", "1"]
         assert main([*sft, "--policy.device", "cpu", "--threads", "1"]) == 0
         reward = ["reward", "train", "marked.jsonl", "--model", "model", "--output-dir", "rm", "--max-steps", "1"]
         assert main([*reward, "--device", "cpu", "--threads", "1", "--allow-chance"]) == 0

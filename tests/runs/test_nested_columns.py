@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from raftune.results.export import export
-from raftune.results.samples import training_units
-from raftune.runtime.assembly import Objects
+from raftune.results.samples import training_chunks
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from raftune.store.run import RunFolder
 from raftune.trainer import RaftConfig, RaftTrainer
@@ -80,12 +80,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, An
             "data": {"prompts": str(folder / "rows.jsonl")},
             "policy": {"model": str(model)},
             "rewards": {"reward_funcs": specs},
-            "sampling": {"num_generations": 2, "unit_size": 2, "max_completion_length": 4},
-            "tuning": {"per_device_train_batch_size": 2, "num_train_epochs": 1},
+            "sampling": {"num_generations": 2, "chunk_size": 2, "max_completion_length": 4},
+            "training": {"per_device_train_batch_size": 2, "num_train_epochs": 1},
             "evaluation": {"num_prompts": 0},
             "engine": {"threads": 1},
         }
-        run(settings, Objects(rewards=[reward]))
+        run(settings, PythonObjects(rewards=[reward]))
         behind = httpx2.get(f"{address}/seen", trust_env=False).json()
     asked = [
         row for body in behind for row in zip(body["prompts"], *map(body["columns"].get, ("facts", "odd")), strict=True)
@@ -102,7 +102,7 @@ def test_a_reward_is_asked_with_the_rows_of_the_file(whole: dict[str, Any], plac
 def test_the_records_and_what_is_learned_from_hold_the_messages_of_the_file(whole: dict[str, Any]) -> None:
     run_ = RunFolder(whole["root"])
     prompts = {json.dumps(row["prompt"]) for row in ROWS}
-    samples = [sample for unit in training_units(run_, 1) for sample in unit]
+    samples = [sample for chunk in training_chunks(run_, 1) for sample in chunk]
     assert {json.dumps(sample["prompt"]) for sample in samples} == prompts
     rows = pq.read_table(run_.folder(1, "rows") / "rows.parquet").to_pylist()
     assert {json.dumps(row["prompt"]) for row in rows} == prompts

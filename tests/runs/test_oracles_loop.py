@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from tests.runs import tiny
 from tools.closed_forms import (
@@ -38,10 +38,10 @@ def fitted(root: Path, prompts: int, rounds: int, k: int, p: Floats = P, r: Floa
         return [float(r[answer]) for answer in completions]
 
     policy = {"family": "tabular", "logits": [np.log(p).tolist()], **changes.pop("policy", {})}
-    sampling = {"num_generations": k, "unit_size": 1000, **changes.pop("sampling", {})}
+    sampling = {"num_generations": k, "chunk_size": 1000, **changes.pop("sampling", {})}
     settings = {"num_rounds": rounds, "prompts_per_round": prompts, "evaluation": {"num_prompts": 0}}
     config = tiny.config(root, **settings, policy=policy, sampling=sampling, **changes)
-    run(config, Objects(train=lambda: pa.table({"prompt": [0] * prompts}), rewards=[reward]))
+    run(config, PythonObjects(train=lambda: pa.table({"prompt": [0] * prompts}), rewards=[reward]))
     paths = [root / f"round-{number:04d}/model/policy.json" for number in range(rounds + 1)]
     rows = [json.loads(path.read_text())["log_p"][0] for path in paths]
     return [np.exp([-np.inf if value is None else value for value in row]) for row in rows]

@@ -15,7 +15,7 @@ ROUNDS = "--num_rounds 1 --prompts_per_round 4 --sampling.num_generations 4 --sa
 HELD_OUT = "--evaluation.num_prompts 6 --evaluation.num_generations 2 --engine.threads 1"
 # What makes each command of the path small; the path itself is the one that `raftune starter` names.
 SMALL = {
-    "sft": "--tuning.max_steps 3 --threads 1",
+    "sft": "--training.max_steps 3 --threads 1",
     "reward": "--max_steps 2 --allow_chance --threads 1",
     "train": f"{ROUNDS} {HELD_OUT}",
     "evaluate": f"--sampling.max_completion_length 16 {HELD_OUT}",
@@ -43,7 +43,7 @@ def test_the_commands_that_the_starter_names_lead_to_an_aligned_model_and_its_re
     reference = tmp_path / "here/run/round-0000/model/reference.json"
     start = (reference.parent / json.loads(reference.read_text())["name"]).resolve()
     assert start == (tmp_path / "here/sft/model").resolve()  # the run begins where sft ended
-    scores = pq.read_table("here/run/round-0001/score/unit-00000.parquet")
+    scores = pq.read_table("here/run/round-0001/score/chunk-00000.parquet")
     assert [name for name in scores.column_names if name.startswith("rewards/")] == ["rewards/model"]
     assert {*scores.column("status").to_pylist()} == {"ok"}  # by the reward model that was just trained
     assert "reward (model)" in said["compare"] and "held_out (judge)" in said["compare"]

@@ -20,11 +20,11 @@ from raftune.cli import main
 from raftune.config.load import validate_as
 from raftune.config.sft import SftConfig
 from raftune.policies.causal_lm.loading import fingerprint
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from raftune.sft import sft
 from raftune.store import partial
-from raftune.store.commit import Commit, FileEntry
+from raftune.store.commit import FileEntry, Manifest
 from raftune.training import checkpoints
 from raftune.training.quiet import quiet
 from tests.builders import save_backbone, save_tiny
@@ -91,8 +91,8 @@ def config(**changes: Any) -> dict[str, Any]:
         "policy": {"model": "model", "device": "cpu"},
         "selection": {"all_equal": "keep"},
         "sampling": {"num_generations": 2, "max_completion_length": 4},
-        "rewards": {"reward_funcs": [{"spec": "length", "options": {"target": 3, "unit": "characters"}}]},
-        "tuning": {"max_steps": 1},
+        "rewards": {"reward_funcs": [{"spec": "length", "options": {"target": 3, "chunk": "characters"}}]},
+        "training": {"max_steps": 1},
         "evaluation": {"num_prompts": 2, "num_generations": 1},
         "engine": {"threads": 1},
         "report": False,
@@ -191,7 +191,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(folder / "model")
     prompts = {"train": lambda: table("abcdef"), "held_out": lambda: table("gh")}
     policy = {"model": str(folder / "model"), "device": "cpu"}
-    run(config(output_dir=str(folder / "run"), data={"prompts": "objects"}, policy=policy), Objects(**prompts))
+    run(config(output_dir=str(folder / "run"), data={"prompts": "objects"}, policy=policy), PythonObjects(**prompts))
     return folder
 
 
@@ -225,12 +225,12 @@ def smuggle_start(root: Path, place: Path) -> None:
 def smuggle_unfinished(root: Path, place: Path) -> None:
     """Pickles where an interrupted stage keeps what it has done."""
     for path in [path for path in root.rglob("*") if path.is_dir()]:
-        evil(path / "_part-unit-00000-generate-0-0", place)
+        evil(path / "_part-chunk-00000-generate-0-0", place)
         evil(path / "optimizer.pt", place)
 
 
 def commit_anew(folder: Path, root: Path) -> None:
-    commit = Commit.load(folder)
+    commit = Manifest.load(folder)
     assert commit is not None
     names = [path.name for path in folder.iterdir() if path.is_file() and path.name != "_COMMIT.json"]
     replace(commit, files={name: FileEntry.of(folder / name) for name in names}).save(folder, root / "tmp")
@@ -278,7 +278,7 @@ def test_a_fit_goes_on_from_no_checkpoint_that_holds_code(
         "threads": 1,
         "data": {"path": str(rows)},
         "policy": {"model": str(save_tiny(place / "model")), "device": "cpu"},
-        "tuning": {"per_device_train_batch_size": 2, "max_steps": 4, "save_steps": 1},
+        "training": {"per_device_train_batch_size": 2, "max_steps": 4, "save_steps": 1},
     }
 
     def learned(root: str, stop: bool = False) -> bytes:

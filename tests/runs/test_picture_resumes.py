@@ -22,7 +22,7 @@ SHORT: dict[str, Any] = {"num_rounds": 1, "evaluation": {"num_prompts": 0}}
 
 @pytest.mark.parametrize("adapter", [None, {"r": 2}])
 def test_a_round_that_keeps_nothing_leaves_a_pipeline_as_it_was(tmp_path: Path, adapter: dict[str, int] | None) -> None:
-    """The start is a reference: a round's copy of it draws the start's own pictures."""
+    """The start is a reference: a round's copy of it draws the start's own images."""
     model = save_tiny("dit", tmp_path / "dit")
     never = {"rule": "threshold", "threshold": 1e9}
     changes = {"num_rounds": 2, "selection": never, "policy": {"adapter": adapter}, "evaluation": {"num_prompts": 1}}
@@ -32,7 +32,8 @@ def test_a_round_that_keeps_nothing_leaves_a_pipeline_as_it_was(tmp_path: Path, 
     draws = [
         [table.column("image_sha256").to_pylist() for table in shards]
         for shards in (
-            [read_table(path) for path in sorted(folder.folder(r, "evaluate/draw").glob("*.parquet"))] for r in range(3)
+            [read_table(path) for path in sorted(folder.folder(r, "evaluate/generate").glob("*.parquet"))]
+            for r in range(3)
         )
     ]
     assert draws[0] and draws[0] == draws[1] == draws[2]
@@ -60,7 +61,7 @@ def copied(finished: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
         ),
         ({"sampling": {"temperature": 0.5}}, r"sampling\.temperature means nothing to the diffusion family"),
         (
-            {"tuning": {"diffusion": {"min_snr_gamma": 5.0}, "trainer_kwargs": {"neftune_noise_alpha": 5}}},
+            {"training": {"diffusion": {"min_snr_gamma": 5.0}, "trainer_kwargs": {"neftune_noise_alpha": 5}}},
             "it is of text",
         ),
     ],
@@ -71,5 +72,5 @@ def test_dials_that_a_pipeline_does_not_have_are_refused_before_anything_is_set_
     model, root = copied
     before = tree(root)
     with pytest.raises(ConfigError, match=message):
-        run(config(root, model, "dit", **SHORT, **changes), objects("dit"), redo="draw")
+        run(config(root, model, "dit", **SHORT, **changes), objects("dit"), redo="generate")
     assert tree(root) == before and not (root / "superseded").exists()

@@ -1,4 +1,4 @@
-"""Whole runs of pictures: measured, guarded, browsed, compared, asked what if, and read by other people's tools."""
+"""Whole runs of images: measured, guarded, browsed, compared, asked what if, and read by other people's tools."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from raftune.data.images import image_of, png_of, require_pillow
 from raftune.errors import ConfigError
 from raftune.evaluation.images import looked_at
 from raftune.results.summary import alarms_of, columns_for, rows_of
-from raftune.runtime.assembly import Assembly, Objects
+from raftune.runtime.assembly import PythonObjects, Runtime
 from raftune.runtime.run import run, verify
-from raftune.stages.evaluate import Evaluate
-from raftune.store.commit import Commit, FileEntry
+from raftune.stages.evaluate import EvaluateStage
+from raftune.store.commit import FileEntry, Manifest
 from raftune.store.run import RunFolder
 from tests.runs import tiny
 from tests.runs.sketches import captions, config, indifferent, objects, saturation
 
-MANY: dict[str, Any] = {"prompts_per_round": 20, "sampling": {"num_generations": 8, "unit_size": 8}}
+MANY: dict[str, Any] = {"prompts_per_round": 20, "sampling": {"num_generations": 8, "chunk_size": 8}}
 SATURATION = {"spec": "tests.runs.sketches:saturation"}
 DARKNESS = {"spec": "tests.runs.sketches:darkness"}
 
@@ -41,9 +41,9 @@ def vivid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def given() -> Objects:
+def given() -> PythonObjects:
     prompts = objects()
-    return Objects(train=prompts.train, held_out=prompts.held_out)
+    return PythonObjects(train=prompts.train, held_out=prompts.held_out)
 
 
 def metrics(root: Path, round_: int) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def test_pictures_are_measured_in_every_round(vivid: Path) -> None:
 
 
 def test_the_saturation_of_the_metrics_is_that_of_the_pictures_on_disk(vivid: Path) -> None:
-    paths = sorted((vivid / "round-0004/evaluate/draw").glob("unit-*.parquet"))
+    paths = sorted((vivid / "round-0004/evaluate/generate").glob("chunk-*.parquet"))
     table = pa.concat_tables(pq.read_table(path, columns=["prompt_id", "completion"]) for path in paths)
     values: dict[str, list[float]] = {}
     for row in table.to_pylist():
@@ -111,7 +111,7 @@ def test_an_alarm_of_pictures_can_end_a_run(tmp_path: Path) -> None:
 def test_alarms_of_the_other_medium_cannot_be_waited_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="length_drifts is about texts"):
         run(config(tmp_path / "a", guards={"stop_on": ["length_drifts"]}), objects())
-    with pytest.raises(ConfigError, match="contrast_drops is about pictures"):
+    with pytest.raises(ConfigError, match="contrast_drops is about images"):
         run(tiny.config(tmp_path / "b", guards={"stop_on": ["contrast_drops"]}), tiny.objects())
 
 
@@ -119,7 +119,7 @@ def test_alarms_of_the_other_medium_cannot_be_waited_for(tmp_path: Path) -> None
 
 
 class Extractor:
-    """Sees a picture as its mean colour, from black."""
+    """Sees an image as its mean colour, from black."""
 
     fingerprint = "mean colour"
     calls: tuple[int, ...] = ()
@@ -134,15 +134,15 @@ def test_features_say_how_varied_pictures_are_and_how_far_they_went(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extractor = Extractor()
-    monkeypatch.setattr(Assembly, "extractor", lambda self: extractor)
+    monkeypatch.setattr(Runtime, "extractor", lambda self: extractor)
     broken = {"policy": {"family": "tests.runs.sketches:Sketcher", "options": {"size": 16, "broken": 0.1}}}
     run(config(tmp_path / "run", evaluation={"features": "any"}, **broken), objects())
     start, last = metrics(tmp_path / "run", 0), metrics(tmp_path / "run", 2)
     assert start["feature_drift"]["mean"] == pytest.approx(0, abs=1e-6)
     assert last["feature_drift"]["low"] > 0
     assert 1 <= last["vendi"]["mean"] <= 3 and 0 <= last["feature_distance"]["mean"] <= 2
-    shard = pq.read_table(tmp_path / "run/round-0001/evaluate/features/unit-00000.parquet")
-    drawn = pq.read_table(tmp_path / "run/round-0001/evaluate/draw/unit-00000.parquet")
+    shard = pq.read_table(tmp_path / "run/round-0001/evaluate/features/chunk-00000.parquet")
+    drawn = pq.read_table(tmp_path / "run/round-0001/evaluate/generate/chunk-00000.parquet")
     assert shard.column("sample_id").equals(drawn.column("sample_id"))
     assert shard.column("features").is_null().equals(drawn.column("invalid").is_valid())
     before = extractor.calls
@@ -151,7 +151,7 @@ def test_features_say_how_varied_pictures_are_and_how_far_they_went(
 
 
 def test_features_of_what_is_no_picture_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.features compares pictures, and policy\.family: tabular draws"):
+    with pytest.raises(ConfigError, match=r"evaluation\.features compares images, and policy\.family: tabular draws"):
         run(tiny.config(tmp_path / "run", evaluation={"features": "clip"}), tiny.objects())
     with pytest.raises(ConfigError, match=r"evaluation\.features needs held-out prompts"):
         config(tmp_path / "run", evaluation={"features": "clip", "num_prompts": 0})
@@ -162,7 +162,7 @@ def test_features_of_what_is_no_picture_are_refused(tmp_path: Path) -> None:
 
 def test_samples_shows_names_sizes_and_scores(vivid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = called(capsys, "samples", str(vivid), "--round", "2", "-n", "2")
-    first = pq.read_table(vivid / "round-0002/draw/unit-00000.parquet").to_pylist()[0]
+    first = pq.read_table(vivid / "round-0002/generate/chunk-00000.parquet").to_pylist()[0]
     assert f"{first['image_sha256'][:12]}.png 16×16" in said
     assert "PNG" not in said and "★" in said
     lines = called(capsys, "samples", str(vivid), "--round", "2", "-n", "1", "--json").splitlines()
@@ -174,7 +174,7 @@ def test_pictures_are_saved_under_harmless_names_as_an_image_folder(
 ) -> None:
     out = tmp_path / "out"
     said = called(capsys, "samples", str(vivid), "--round", "1", "-n", "3", "--save", str(out))
-    assert f"Wrote 24 pictures and metadata.jsonl to {out}." in said
+    assert f"Wrote 24 images and metadata.jsonl to {out}." in said
     lines = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
     assert len(lines) == 24 and all(line["prompt"].startswith("a ") for line in lines)
     for line in lines:
@@ -183,7 +183,7 @@ def test_pictures_are_saved_under_harmless_names_as_an_image_folder(
         assert (int(found[2]), float(found[3])) == (line["k"], pytest.approx(line["score"], abs=1e-3))
         assert found[1] == line["prompt"].replace(",", "").replace(" ", "-")[:40]
     sheet = image_of((tmp_path / "out-contact-sheet.png").read_bytes())
-    assert sheet.width >= 8 * 96 and sheet.height >= 3 * 96  # a row for each prompt, K pictures in it
+    assert sheet.width >= 8 * 96 and sheet.height >= 3 * 96  # a row for each prompt, K images in it
     loaded = datasets.load_dataset("imagefolder", data_dir=str(out), split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded.num_rows == 24 and loaded[0]["image"].size == (16, 16)
     assert main(["samples", str(vivid), "--save", str(out)]) == 2
@@ -192,7 +192,7 @@ def test_pictures_are_saved_under_harmless_names_as_an_image_folder(
 
 def test_hostile_prompts_name_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = pa.table({"prompt": ["../../up", "/etc/passwd", "a\nb", "<img src=x>", "con", "a" * 3000]})
-    whole = Objects(train=lambda: prompts, rewards=[saturation])
+    whole = PythonObjects(train=lambda: prompts, rewards=[saturation])
     run(config(tmp_path / "run", num_rounds=1, evaluation={"num_prompts": 0}), whole)
     called(capsys, "samples", str(tmp_path / "run"), "-n", "6", "--save", str(tmp_path / "out"))
     names = {path.name for path in (tmp_path / "out").iterdir()} - {"metadata.jsonl"}
@@ -222,7 +222,7 @@ def test_two_rounds_are_compared_by_their_rewards(
 
 def test_a_judge_of_texts_is_not_asked_about_pictures(vivid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(vivid), "--judge", "http://127.0.0.1:9/v1", "--judge-model", "none"]) == 2
-    assert "--judge reads texts, and A and B hold pictures" in capsys.readouterr().err
+    assert "--judge reads texts, and A and B hold images" in capsys.readouterr().err
 
 
 def test_what_ifs_read_pictures(vivid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,7 +235,7 @@ def test_what_ifs_read_pictures(vivid: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_other_tools_read_the_pictures_unaided(vivid: Path, tmp_path: Path) -> None:
-    files = [str(path) for path in sorted((vivid / "round-0003/draw").glob("*.parquet"))]
+    files = [str(path) for path in sorted((vivid / "round-0003/generate").glob("*.parquet"))]
     loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     shown = loaded.cast_column("completion", datasets.Image())
     assert shown.num_rows == 160
@@ -246,46 +246,46 @@ def test_pictures_of_a_column_join_the_pool(tmp_path: Path) -> None:
     """A file's bytes, as a data set of one's own may hold them, compete with what is drawn."""
     source = pq.read_table(_drawn(tmp_path), columns=["completion"]).column("completion").to_pylist()
     prompts = captions(8).append_column("human", pa.array(source[:8], pa.binary()))
-    sampling = {"num_generations": 2, "unit_size": 4, "candidate_columns": ["human"]}
+    sampling = {"num_generations": 2, "chunk_size": 4, "candidate_columns": ["human"]}
     settings = config(tmp_path / "run", num_rounds=1, evaluation={"num_prompts": 0}, sampling=sampling)
-    run(settings, Objects(train=lambda: prompts, rewards=[saturation]))
-    drawn = pq.read_table(tmp_path / "run/round-0001/draw/unit-00000.parquet").to_pylist()
+    run(settings, PythonObjects(train=lambda: prompts, rewards=[saturation]))
+    drawn = pq.read_table(tmp_path / "run/round-0001/generate/chunk-00000.parquet").to_pylist()
     human = [row for row in drawn if row["source"] == "column:human"]
     assert len(human) == 4 and all(row["completion"] in source for row in human)
 
 
 def _drawn(folder: Path) -> Path:
     run(config(folder / "source", num_rounds=1, evaluation={"num_prompts": 0}), objects())
-    return folder / "source/round-0001/draw/unit-00000.parquet"
+    return folder / "source/round-0001/generate/chunk-00000.parquet"
 
 
 def test_an_evaluation_holds_one_unit_of_pictures_at_a_time(tmp_path: Path) -> None:
-    """Twelve units of eight noisy pictures, 12 kB each: what is held when the last is looked at is one unit's bytes."""
-    size, units, generator = 8, 12, np.random.default_rng(0)
-    for unit in range(units):
-        ids = [f"{unit}/{k}" for k in range(size)]
+    """Twelve units of eight noisy images, 12 kB each: what is held when the last is looked at is one chunk's bytes."""
+    size, chunks, generator = 8, 12, np.random.default_rng(0)
+    for chunk in range(chunks):
+        ids = [f"{chunk}/{k}" for k in range(size)]
         noise = generator.integers(0, 256, (size, 64, 64, 3), dtype=np.uint8)
         drawn = {
             "sample_id": ids,
-            "prompt_id": [f"p{unit}"] * size,
+            "prompt_id": [f"p{chunk}"] * size,
             "k": list(range(size)),
             "source": ["policy"] * size,
         }
         table = pa.table(drawn | {"completion": [png_of(require_pillow().fromarray(one)) for one in noise]})
-        for folder, columns in (("draw", table), ("score", table.drop_columns("completion"))):
+        for folder, columns in (("generate", table), ("score", table.drop_columns("completion"))):
             (tmp_path / folder).mkdir(exist_ok=True)
-            pq.write_table(columns, tmp_path / folder / f"unit-{unit:05d}.parquet")
-    for folder in ("draw", "score"):
+            pq.write_table(columns, tmp_path / folder / f"chunk-{chunk:05d}.parquet")
+    for folder in ("generate", "score"):
         files = {path.name: FileEntry.of(path) for path in (tmp_path / folder).iterdir()}
-        Commit(folder, 0, "", {}, {}, files).save(tmp_path / folder, tmp_path / "tmp")
+        Manifest(folder, 0, "", {}, {}, files).save(tmp_path / folder, tmp_path / "tmp")
     held: list[int] = []
 
     def looking(samples: pa.Table) -> pa.Table:
         held.append(pa.total_allocated_bytes())
         return looked_at(samples)
 
-    stage = Evaluate((), shards=("draw", "score"), media="image", condense=looking)
-    whole = stage.samples({"evaluate/draw": tmp_path / "draw", "evaluate/score": tmp_path / "score"})
-    one = (tmp_path / "draw" / "unit-00000.parquet").stat().st_size
-    assert whole.num_rows == units * size and whole.nbytes < units * one / 10
+    stage = EvaluateStage((), shards=("generate", "score"), media="image", condense=looking)
+    whole = stage.samples({"evaluate/generate": tmp_path / "generate", "evaluate/score": tmp_path / "score"})
+    one = (tmp_path / "generate" / "chunk-00000.parquet").stat().st_size
+    assert whole.num_rows == chunks * size and whole.nbytes < chunks * one / 10
     assert max(held) - held[0] < one

@@ -16,7 +16,7 @@ from raftune.policies.registry import load_policy
 from raftune.results.export import export
 from raftune.results.model_card import publish_model
 from raftune.results.status import status_of
-from raftune.runtime.assembly import Assembly
+from raftune.runtime.assembly import Runtime
 from raftune.runtime.run import run
 from raftune.store.committed import check_folder
 from raftune.store.files import set_usual_mode
@@ -82,9 +82,9 @@ def test_a_damaged_model_is_neither_exported_nor_loaded_and_the_export_is_checke
         check_folder(out)
     path = copy / "round-0001/model/policy.json"
     path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
-    with pytest.raises(RunDamaged, match=r"policy\.json has changed since it was committed.*--from 1/tune"):
+    with pytest.raises(RunDamaged, match=r"policy\.json has changed since it was committed.*--from 1/train"):
         publish_model(copy, tmp_path / "again", 1)
-    assembly = Assembly(RunFolder(copy), tiny.config(copy), tiny.objects())
+    assembly = Runtime(RunFolder(copy), tiny.config(copy), tiny.objects())
     try:
         with pytest.raises(RunDamaged, match=r"round-0001/model/policy\.json"):
             load_policy(assembly.family, assembly.config, copy / "round-0001/model", copy / "round-0000/model")

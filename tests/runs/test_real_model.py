@@ -21,7 +21,7 @@ from raftune.config.load import validate
 from raftune.policies.causal_lm import CausalLM
 from raftune.records import Prompt
 from raftune.results.model_card import publish_model
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from raftune.training.quiet import quiet
 from tests.builders import parts, unit_of
@@ -61,18 +61,18 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"prompts": "objects"},
         "policy": {"model": MODEL, "dtype": "bfloat16", "device": "cpu", "adapter": {"r": 4}},
         "sampling": {"num_generations": 2, "max_completion_length": 10},
-        "tuning": {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 2},
+        "training": {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 2},
         "evaluation": {"num_prompts": 0},
         "guards": {"enabled": False},
         "engine": {"threads": 1},
     }
     prompts = pa.table({"prompt": [asked(question) for question in QUESTIONS]})
-    run(validate(config), Objects(train=lambda: prompts, rewards=[brevity]))
+    run(validate(config), PythonObjects(train=lambda: prompts, rewards=[brevity]))
     return root
 
 
 def test_a_chat_question_is_answered_and_the_turn_is_ended(policy: CausalLM) -> None:
-    [answer] = policy.draw(unit_of([asked(QUESTIONS[0])], k=1))
+    [answer] = policy.generate(unit_of([asked(QUESTIONS[0])], k=1))
     assert "Paris" in answer.completion
     assert "<|im_" not in answer.completion
     assert answer.payload["finish"] == "eos"
@@ -84,7 +84,7 @@ def test_the_template_is_the_models_own_and_an_answer_is_learnt_with_its_end(pol
     [ids] = policy.encoder.encode([prompt], for_drawing=True)
     text = policy.tokenizer.decode(ids)
     assert text.endswith("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
-    learnt = policy.adopt(prompt, "Paris.", "teacher")["completion_ids"]
+    learnt = policy.encode_completion(prompt, "Paris.", "teacher")["completion_ids"]
     assert policy.tokenizer.decode(learnt).startswith("Paris.<|im_end|>")
 
 

@@ -128,7 +128,9 @@ def mount(folder: Path, size: str, options: str = "") -> int:
 # -- an end in the middle ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["data", "plan", "draw", "score", "select", "gather", "tune", "evaluation draw"])
+@pytest.mark.parametrize(
+    "stage", ["data", "plan", "generate", "score", "select", "gather", "train", "evaluation generate"]
+)
 def test_an_exception_in_the_middle_leaves_a_run_that_can_be_resumed(
     tmp_path: Path, whole: dict[str, str], stage: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""The page of a real run of pictures: all of them where they belong, and of use when some are damaged."""
+"""The page of a real run of images: all of them where they belong, and of use when some are damaged."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from raftune.store.parquet import read_metadata, read_table, write_table
 from raftune.store.pruning import MARKER
 from tests.runs import sketches
 
-SHARD = "round-0001/draw/unit-00000.parquet"
+SHARD = "round-0001/generate/chunk-00000.parquet"
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two rounds of pictures of 8 pixels, some of them flat and some of them none; the damage is done to copies."""
+    """Two rounds of images of 8 pixels, some of them flat and some of them none; the damage is done to copies."""
     root = tmp_path_factory.mktemp("finished") / "run"
     options = {"options": {"size": 8, "broken": 0.1, "lost": 0.1}}
-    run(sketches.config(root, policy=options, tuning={"replay_rounds": 1}), sketches.objects())
+    run(sketches.config(root, policy=options, training={"replay_rounds": 1}), sketches.objects())
     return root
 
 
@@ -61,15 +61,15 @@ def samples_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_every_sample_shows_the_picture_that_the_ledger_holds_or_why_there_is_none(finished: Path) -> None:
     document = collect(finished).document
     shown, seen, lost = samples_of(document), 0, 0
-    for round_, stage in [(1, "draw"), (2, "draw"), (0, "evaluate/draw"), (2, "evaluate/draw")]:
-        for path in sorted((finished / f"round-{round_:04d}" / stage).glob("unit-*.parquet")):
+    for round_, stage in [(1, "generate"), (2, "generate"), (0, "evaluate/generate"), (2, "evaluate/generate")]:
+        for path in sorted((finished / f"round-{round_:04d}" / stage).glob("chunk-*.parquet")):
             for row in read_table(path).to_pylist():
                 sample = shown[row["sample_id"]]
                 if row["completion"] is None:
                     assert (sample["completion"], sample["invalid"]) == (None, "not finite")
                     lost += 1
                     continue
-                found = document["pictures"][sample["completion"]["image"]]
+                found = document["images"][sample["completion"]["image"]]
                 assert base64.b64decode(found["src"].partition(",")[2]) == row["completion"]
                 flat = row["invalid"] is not None
                 assert sample.get("invalid") == row["invalid"]
@@ -88,13 +88,13 @@ def test_what_it_learned_from_is_shown_also_where_it_is_replayed(finished: Path)
     for row in rows:
         name = shown[row["sample_id"], row["origin"]]["completion"]["image"]
         assert name == hashlib.sha256(row["completion"]).hexdigest()
-        assert name in document["pictures"]
+        assert name in document["images"]
 
 
 def test_the_overview_has_the_grid_and_what_the_pictures_measured(finished: Path) -> None:
     words = overview(collect(finished))
     assert words.index('id="gallery"') < words.index('id="reward"')
-    for title in ("Saturation and contrast", "Brightness", "Variety of pictures", "Time of a round"):
+    for title in ("Saturation and contrast", "Brightness", "Variety of images", "Time of a round"):
         assert f"<b>{title}</b>" in words
     assert "Variety of words" not in words
 
@@ -103,14 +103,14 @@ def test_more_pictures_than_the_page_may_hold_are_left_out_and_counted(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = collect(finished).document
-    size = sum(len(picture["src"]) for picture in whole["pictures"].values())
+    size = sum(len(picture["src"]) for picture in whole["images"].values())
     monkeypatch.setattr(pictures, "MOST_BYTES", size // 2)
     part = collect(finished).document
-    assert sum(len(picture["src"]) for picture in part["pictures"].values()) <= size // 2
+    assert sum(len(picture["src"]) for picture in part["images"].values()) <= size // 2
     assert part["prompts"]["shown"] < part["prompts"]["of"] == whole["prompts"]["shown"]
     assert "by hash" in part["prompts"]["chosen_by"]
     for sample in samples_of(part).values():
-        assert sample["completion"] is None or sample["completion"]["image"] in part["pictures"]
+        assert sample["completion"] is None or sample["completion"]["image"] in part["images"]
 
 
 @pytest.mark.parametrize(("renamed", "why"), [(False, "it has changed since it was drawn"), (True, "it is no PNG")])
@@ -128,18 +128,18 @@ def test_a_picture_that_is_damaged_is_named_and_the_others_are_shown(copy: Path,
     rewritten(copy, SHARD, spoilt)
     document = collect(copy).document
     (line,) = document["missing"]
-    assert line.startswith("round 1, draw: unit-00000.parquet: picture ")
+    assert line.startswith("round 1, generate: chunk-00000.parquet: image ")
     assert line.endswith(why)
-    assert len(document["pictures"]) == len(whole["pictures"]) - 1
+    assert len(document["images"]) == len(whole["images"]) - 1
     assert document["prompts"]["shown"] == whole["prompts"]["shown"]
 
 
 @pytest.mark.parametrize("column", ["completion", "image_sha256"])
 def test_a_shard_without_its_pictures_is_named_and_its_numbers_are_shown(copy: Path, column: str) -> None:
     shown = len(samples_of(collect(copy).document))
-    rewritten(copy, "round-0002/draw/unit-00000.parquet", lambda table: table.drop_columns([column]))
+    rewritten(copy, "round-0002/generate/chunk-00000.parquet", lambda table: table.drop_columns([column]))
     document = collect(copy).document
-    assert document["missing"] == [f"round 2, draw: unit-00000.parquet has no column {column}"]
+    assert document["missing"] == [f"round 2, generate: chunk-00000.parquet has no column {column}"]
     assert len(samples_of(document)) == shown
     write_report(copy)
 
@@ -151,7 +151,7 @@ def test_a_name_that_is_no_hash_is_never_taken_for_one(copy: Path) -> None:
 
     rewritten(copy, SHARD, renamed)
     document = collect(copy).document
-    assert document["missing"] == ["round 1, draw: unit-00000.parquet names a picture by something else"]
+    assert document["missing"] == ["round 1, generate: chunk-00000.parquet names an image by something else"]
     assert "</script><script>" not in json.dumps(document)
 
 
@@ -163,9 +163,9 @@ def test_without_pillow_large_pictures_are_named_as_missing_and_small_ones_are_s
     monkeypatch.setattr(pictures, "PIXELATED", 4)
     document = collect(finished).document
     (line,) = document["missing"]
-    assert line.startswith("the page: pictures larger than 4 pixels cannot be shown")
+    assert line.startswith("the page: images larger than 4 pixels cannot be shown")
     assert "pip install" in line
-    assert {picture["width"] for picture in document["pictures"].values()} == {4}
+    assert {picture["width"] for picture in document["images"].values()} == {4}
     assert document["prompts"]["shown"] == document["prompts"]["of"]
 
 
@@ -173,8 +173,10 @@ def test_latents_that_were_let_go_on_purpose_are_no_damage(tmp_path: Path) -> No
     changes = {"num_rounds": 1, "evaluation": {"num_prompts": 0}, "keep_latents": "selected"}
     run(sketches.config(tmp_path / "run", **changes), sketches.objects())
     assert 'id="gallery"' not in overview(collect(tmp_path / "run"))  # nothing is held out: there is nothing to compare
-    marker = tmp_path / "run/round-0001/draw" / MARKER
+    marker = tmp_path / "run/round-0001/generate" / MARKER
     assert marker.is_file()
     assert collect(tmp_path / "run").document["missing"] == []
     marker.write_text("nothing that can be read")
-    assert "round 1, draw: DROPPED.json does not say what was dropped" in collect(tmp_path / "run").document["missing"]
+    assert (
+        "round 1, generate: DROPPED.json does not say what was dropped" in collect(tmp_path / "run").document["missing"]
+    )

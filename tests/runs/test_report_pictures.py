@@ -1,4 +1,4 @@
-"""The page of a run of pictures in a browser: strips, the grid of rounds, the slider, one at large."""
+"""The page of a run of images in a browser: strips, the grid of rounds, the slider, one at large."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def test_a_sample_that_is_no_picture_is_an_empty_frame_with_the_reason(opened: O
     opened.go(f"#prompts?sample={VOID}")
     frame = opened.page.locator("#prompts .card").last
     assert frame.locator("img").count() == 0
-    assert frame.locator(".void").get_attribute("aria-label") == "Question 0?, candidate 2: no picture: not finite"
-    assert "no picture: not finite" in frame.inner_text()
+    assert frame.locator(".void").get_attribute("aria-label") == "Question 0?, candidate 2: no image: not finite"
+    assert "no image: not finite" in frame.inner_text()
 
 
 def test_each_picture_stands_in_the_page_once(file: Path) -> None:
     words = file.read_text(encoding="utf-8")
-    for picture in painted()["pictures"].values():
+    for picture in painted()["images"].values():
         assert words.count(picture["src"]) == 1
 
 
@@ -100,7 +100,7 @@ def test_the_buttons_of_the_picture_at_large_keep_the_focus(opened: Opened) -> N
 
 def test_a_picture_that_is_not_in_the_page_is_said_so(chromium: Browser, tmp_path: Path) -> None:
     with Opened(chromium, written(tmp_path, painted(pictures={})), "#prompts") as page:
-        assert "this picture is not in this page" in page.text("#prompts .card")
+        assert "this image is not in this page" in page.text("#prompts .card")
         for screen in SCREENS:
             page.go(f"#{screen}")
             assert page.probe("slips()") == []
@@ -200,7 +200,7 @@ def test_rounds_that_are_left_out_are_said(chromium: Browser, tmp_path: Path) ->
     found = painted(rounds=3)
     found["compare"] |= {"rounds": [0, 3], "of_rounds": 4}
     with Opened(chromium, written(tmp_path, found), "#compare") as page:
-        assert "pictures of 2 of 4 rounds" in page.text("#compare .showing")
+        assert "images of 2 of 4 rounds" in page.text("#compare .showing")
         assert page.text("#compare .grid-head").split() == ["round", "start", "3", "★"]
 
 

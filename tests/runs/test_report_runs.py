@@ -71,7 +71,7 @@ def replace(root: Path, name: str, content: str) -> None:
 def test_every_candidate_is_there_with_its_score_its_verdict_and_its_reason(finished: Path) -> None:
     document = collect(finished).document
     shown = {s["id"]: (item, s) for item in document["prompts"]["items"] for s in item["samples"]}
-    samples = [s for r in (1, 2) for unit in ledger.training_units(RunFolder(finished), r) for s in unit]
+    samples = [s for r in (1, 2) for chunk in ledger.training_chunks(RunFolder(finished), r) for s in chunk]
     assert {s["source"] for s in samples} == {"policy", "column:human", "teacher"}
     assert shown.keys() == {s["sample_id"] for s in samples}
     for sample in samples:
@@ -271,10 +271,10 @@ def other(path: Path) -> None:
 
 
 FILES = (
-    *("plan/prompts.parquet", "draw/unit-00000.parquet", "teach/unit-00001.parquet", "score/unit-00000.parquet"),
+    *("plan/prompts.parquet", "generate/chunk-00000.parquet", "teach/chunk-00001.parquet", "score/chunk-00000.parquet"),
     *("select/verdicts.parquet", "select/summary.json", "rows/rows.parquet", "evaluate/metrics.json"),
-    *("evaluate/draw/unit-00000.parquet", "evaluate/score/unit-00000.parquet", "guard/metrics.json"),
-    *("guard/alarms.json", *(f"{stage}/{COMMIT}" for stage in ("draw", "select", "model", "evaluate", "guard"))),
+    *("evaluate/generate/chunk-00000.parquet", "evaluate/score/chunk-00000.parquet", "guard/metrics.json"),
+    *("guard/alarms.json", *(f"{stage}/{COMMIT}" for stage in ("generate", "select", "model", "evaluate", "guard"))),
 )
 
 
@@ -312,9 +312,9 @@ def test_a_run_whose_own_files_are_lost_is_still_shown(copy: Path, name: str, ha
 
 
 def test_a_lost_unit_costs_its_prompts_alone(copy: Path) -> None:
-    (copy / "round-0002/draw/unit-00001.parquet").unlink()
+    (copy / "round-0002/generate/chunk-00001.parquet").unlink()
     document = collect(copy).document
-    assert document["missing"] == ["round 2, draw: unit-00001.parquet is missing"]
+    assert document["missing"] == ["round 2, generate: chunk-00001.parquet is missing"]
     assert len([item for item in document["prompts"]["items"] if item["round"] == 2]) == 4
 
 

@@ -64,12 +64,12 @@ class Moody:
 def scores(root: Path, stage: str = "round-0001/score") -> Rows:
     return {
         row["sample_id"]: row
-        for path in sorted((root / stage).glob("unit-*"))
+        for path in sorted((root / stage).glob("chunk-*"))
         for row in pq.read_table(path).to_pylist()
     }
 
 
-def answers(root: Path, stage: str = "round-0001/draw") -> dict[str, int]:
+def answers(root: Path, stage: str = "round-0001/generate") -> dict[str, int]:
     return {name: row["completion"] for name, row in scores(root, stage).items()}
 
 
@@ -101,7 +101,7 @@ def test_only_what_failed_is_asked_again_and_all_other_scores_stay_though_the_re
         "calls": pytest.approx((number + 2 * len(failed)) / len(before))
     }
     kept = [
-        json.loads(pq.read_schema(path).metadata[KEPT.encode()]) for path in tmp_path.glob("round-0001/score/unit-*")
+        json.loads(pq.read_schema(path).metadata[KEPT.encode()]) for path in tmp_path.glob("round-0001/score/chunk-*")
     ]
     assert sum(told["kept"] for told in kept) == number
     verdicts = pq.read_table(tmp_path / "round-0001/select/verdicts.parquet").to_pylist()
@@ -130,10 +130,10 @@ def test_with_a_mended_reward_training_and_evaluation_come_to_the_scores_that_it
         "evaluation": {"best_by": "broken"},
     }
     run(tiny.config(tmp_path / "run", **changes), tiny.objects(broken))
-    drawn = [answers(tmp_path / "run", f"round-000{place}") for place in ("0/evaluate/draw", "1/draw")]
+    drawn = [answers(tmp_path / "run", f"round-000{place}") for place in ("0/evaluate/generate", "1/generate")]
     resume(tmp_path / "run", tiny.objects(mended), redo="score", only="error")
     failed = sum(list(place.values()).count(3) for place in drawn)
-    again = list(answers(tmp_path / "run", "round-0001/evaluate/draw").values())  # of the new model
+    again = list(answers(tmp_path / "run", "round-0001/evaluate/generate").values())  # of the new model
     assert asked == [3] * failed + again
 
     run(tiny.config(tmp_path / "new", **changes), tiny.objects(mended))
@@ -149,7 +149,7 @@ def test_the_rounds_before_the_first_with_such_a_sample_stay(tmp_path: Path) -> 
     before = tree(tmp_path / "round-0001")
     reward.well = False
     run(tiny.config(tmp_path, **merge([NEVER, {"num_rounds": 2}])), tiny.objects(reward))
-    failed = list(answers(tmp_path, "round-0002/draw").values()).count(3)
+    failed = list(answers(tmp_path, "round-0002/generate").values()).count(3)
     assert failed
     reward.well, reward.asked = True, []
     resume(tmp_path, tiny.objects(reward), redo="score", only="error")
@@ -166,7 +166,7 @@ def test_the_rounds_before_the_first_with_such_a_sample_stay(tmp_path: Path) -> 
             "error",
             "--only must go with --from score, evaluation-score or evaluation-judge; got --from select",
         ),
-        ("score,1/draw", "error", "got --from score,1/draw"),
+        ("score,1/generate", "error", "got --from score,1/generate"),
         ("score", "errors", "--only must name statuses; got 'errors'. They are ok, not_applicable, invalid, error"),
         ("score", "", "--only must name statuses; got ''"),
         ("score", "timeout", "--only must name a status that a sample has; got timeout, and with --from score there"),
@@ -216,7 +216,7 @@ def test_what_was_begun_is_ended_by_a_plain_resume_and_no_other_statuses_come_be
     reward.well, reward.asked = True, []
 
     def cut(kind: str, facts: dict[str, Any]) -> None:
-        if kind == "unit" and facts["stage"] == "score":
+        if kind == "chunk" and facts["stage"] == "score":
             raise Cut
 
     with pytest.raises(Cut):
@@ -236,7 +236,7 @@ def test_all_is_scored_where_what_was_begun_is_given_up(tmp_path: Path) -> None:
     reward.well = True
 
     def cut(kind: str, facts: dict[str, Any]) -> None:
-        if kind == "unit" and facts["stage"] == "score":
+        if kind == "chunk" and facts["stage"] == "score":
             raise Cut
 
     with pytest.raises(Cut):
@@ -246,7 +246,7 @@ def test_all_is_scored_where_what_was_begun_is_given_up(tmp_path: Path) -> None:
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize("file", ["again.json", "only.json", "unit-00000.parquet", "_COMMIT.json"])
+@pytest.mark.parametrize("file", ["again.json", "only.json", "chunk-00000.parquet", "_COMMIT.json"])
 def test_damage_to_what_is_kept_for_unfinished_work_is_named_by_verify_and_refused_by_resume(
     tmp_path: Path, file: str
 ) -> None:

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from raftune.rewards.panel import Panel
-from raftune.runtime.assembly import Objects
+from raftune.rewards.panel import RewardSet
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from tests.builders import save_tiny, tree_hash
 
@@ -78,20 +78,20 @@ def config(root: Path, model: Path) -> dict[str, Any]:
         "prompts_per_round": 4,
         "data": {"prompts": "objects"},
         "policy": {"model": str(model), "device": "cpu", "adapter": {"r": 2, "dropout": 0.1}},
-        "sampling": {"num_generations": 3, "unit_size": 2, "max_completion_length": 6},
+        "sampling": {"num_generations": 3, "chunk_size": 2, "max_completion_length": 6},
         "selection": {"all_equal": "keep"},
-        "tuning": {"learning_rate": 1e-3, "num_train_epochs": 1},
+        "training": {"learning_rate": 1e-3, "num_train_epochs": 1},
         "evaluation": {"num_prompts": 2, "num_generations": 2},
         "engine": {"threads": 1},
         "report": False,
     }
 
 
-def objects() -> Objects:
+def objects() -> PythonObjects:
     def prompts(letters: str) -> pa.Table:
         return pa.table({"prompt": [f"say {c}" for c in letters]})
 
-    return Objects(train=lambda: prompts("abcdefgh"), held_out=lambda: prompts("xy"), rewards=[shortness, slowly])
+    return PythonObjects(train=lambda: prompts("abcdefgh"), held_out=lambda: prompts("xy"), rewards=[shortness, slowly])
 
 
 def test_a_run_with_a_reward_that_changes_the_process_has_the_bytes_of_one_without(
@@ -111,7 +111,7 @@ def test_a_run_with_a_reward_that_changes_the_process_has_the_bytes_of_one_witho
 @pytest.mark.parametrize("reward", [shortness, slowly])
 def test_after_a_call_the_process_is_as_it_was(spoiled: None, capsys: pytest.CaptureFixture[str], reward: Any) -> None:
     from raftune.rewards import load_reward
-    from raftune.rewards.batch import Batch
+    from raftune.rewards.batch import RewardBatch
 
     def state() -> list[Any]:
         return [
@@ -130,6 +130,6 @@ def test_after_a_call_the_process_is_as_it_was(spoiled: None, capsys: pytest.Cap
         ]
 
     before = state()
-    with Panel([load_reward(reward)]) as panel:
-        [score] = panel.score(Batch(["p"], ["aa"]))
+    with RewardSet([load_reward(reward)]) as panel:
+        [score] = panel.score(RewardBatch(["p"], ["aa"]))
     assert score.value is not None and state() == before

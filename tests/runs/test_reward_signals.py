@@ -20,10 +20,10 @@ from raftune.cli.errors import interruptible
 from raftune.config import RunConfig, validate
 from raftune.config.rewards import RewardSpec
 from raftune.errors import Interrupted
-from raftune.rewards import Batch, Panel, load_reward
+from raftune.rewards import RewardBatch, RewardSet, load_reward
 from raftune.rewards.builtin.aesthetic import save_head
 from raftune.rewards.examples import example_pictures
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from tests.builders import tiny_clip
 from tests.runs.kill import tree
@@ -90,7 +90,7 @@ def parrot(root: Path, *rewards: Any) -> RunConfig:
             "report": False,
             "data": {"prompts": "given as an object"},
             "policy": {"family": "tests.runs.parrot:Parrot", "options": {"sentences": SENTENCES}},
-            "sampling": {"num_generations": 4, "unit_size": 2},
+            "sampling": {"num_generations": 4, "chunk_size": 2},
             "evaluation": {"num_prompts": 2, "num_generations": 2},
             "rewards": {"reward_funcs": rewards, "batch_size": 4},
             "engine": {"threads": 1},
@@ -100,7 +100,7 @@ def parrot(root: Path, *rewards: Any) -> RunConfig:
 
 def go(config: RunConfig, *rewards: Any) -> None:
     prompts = pa.table({"prompt": ["a", "b", "c", "d"]})
-    objects = Objects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2), rewards=rewards)
+    objects = PythonObjects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2), rewards=rewards)
     with interruptible(Path(config.output_dir or "")) as watch:
         run(config, objects, observe=watch)
 
@@ -142,7 +142,7 @@ def test_ctrl_c_from_python_comes_out_of_the_run_as_keyboard_interrupt(
     interrupt.left = 4
     prompts = pa.table({"prompt": ["a", "b", "c", "d"]})
     with pytest.raises(KeyboardInterrupt):
-        run(parrot(tmp_path, reward_model), Objects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2)))
+        run(parrot(tmp_path, reward_model), PythonObjects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2)))
 
 
 def test_a_model_that_swallows_the_signal_or_makes_another_error_of_it_commits_nothing_either(
@@ -221,7 +221,7 @@ def test_a_signal_goes_through_every_reward_model_and_an_exit_on_a_thread_stays_
     clip = str(tiny_clip(tmp_path / "clip"))
     save_head(tmp_path / "head", [(np.ones((1, 12)), np.zeros(1))], clip=clip)
     for spec, batch in (
-        (reward_model, Batch(["a"] * 2, ["b"] * 2)),
+        (reward_model, RewardBatch(["a"] * 2, ["b"] * 2)),
         ({"spec": "clip_score", "options": {"model": clip}}, example_pictures()),
         ({"spec": "aesthetic", "options": {"model": str(tmp_path / "head")}}, example_pictures()),
     ):
@@ -229,15 +229,15 @@ def test_a_signal_goes_through_every_reward_model_and_an_exit_on_a_thread_stays_
         place, method = (reward.clip, "image_features") if hasattr(reward, "clip") else (reward, "_forward")
         monkeypatch.setattr(place, method, interrupt)
         interrupt.left = 1
-        with Panel([reward]) as panel, pytest.raises(KeyboardInterrupt):
+        with RewardSet([reward]) as panel, pytest.raises(KeyboardInterrupt):
             panel.score(batch)
 
     def leaves(completions: list[str], **columns: Any) -> list[float]:
         raise SystemExit(3)
 
-    with Panel([load_reward(leaves)]) as panel:
+    with RewardSet([load_reward(leaves)]) as panel:
         assert (
-            panel.score(Batch(["a"], ["b"]))[0]
+            panel.score(RewardBatch(["a"], ["b"]))[0]
             .parts["leaves"]
             .detail.startswith("SystemExit: 3 (test_reward_signals.py, line ")
         )
@@ -275,7 +275,7 @@ def test_what_a_scripts_own_handler_raises_leaves_the_run_and_is_no_score(
     before = signal.signal(signal.SIGUSR1, stop)
     try:
         with pytest.raises(kind, match="told to end"):
-            run(config, Objects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2), rewards=rewards))
+            run(config, PythonObjects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2), rewards=rewards))
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert next(calls) == 4

@@ -10,15 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from raftune.clients.chat import Endpoint, chat_url
+from raftune.clients.chat import ChatEndpoint, chat_url
 from raftune.config import validate
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.config.secrets import HIDDEN, plain_secrets, redacted
 from raftune.errors import ConfigError
 from raftune.results.model_card import publish_model
-from raftune.rewards import Batch, load_panel, load_reward
+from raftune.rewards import RewardBatch, load_panel, load_reward
 from raftune.rewards.function import FunctionReward
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from tests.runs.http_judge import judging
 from tests.runs.kill import tree
@@ -39,13 +39,13 @@ def go(root: Path, spec: Any, **changes: Any) -> None:
     config = parrot(root, spec).model_dump(mode="json") | {"report": True}
     config["rewards"] |= {"batch_size": 1, "max_failure_fraction": 1.0}
     prompts = pa.table({"prompt": ["a", "b", "c", "d"]})
-    run(validate(config), Objects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2)))
+    run(validate(config), PythonObjects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2)))
 
 
 def written(root: Path) -> dict[str, str]:
     """Every text file of the run, and the details of failed scores."""
     found = {str(path): path.read_text(errors="replace") for path in root.rglob("*") if path.is_file()}
-    for path in root.rglob("score/unit-*.parquet"):
+    for path in root.rglob("score/chunk-*.parquet"):
         found[f"rows of {path}"] = str(pq.read_table(path).to_pylist())
     return found
 
@@ -107,7 +107,7 @@ def test_a_key_in_an_address_or_a_header_is_sent_and_not_shown(monkeypatch: pyte
     with judging() as url:
         options = {"url": f"{url}/unknown?api_key=${{JUDGE_KEY}}", "headers": {"Authorization": "Bearer ${JUDGE_KEY}"}}
         with load_panel(RewardsConfig(reward_funcs=({"spec": "http", "options": options},))) as panel:
-            detail = panel.score(Batch(["q"], ["a"]))[0].parts["http"].detail
+            detail = panel.score(RewardBatch(["q"], ["a"]))[0].parts["http"].detail
     assert "HTTP 401: do not know" in detail
     assert KEY not in detail
     prints = [
@@ -115,7 +115,9 @@ def test_a_key_in_an_address_or_a_header_is_sent_and_not_shown(monkeypatch: pyte
         for key in (KEY, OTHER, "${JUDGE_KEY}")
     ]
     assert len(set(prints)) == 1
-    endpoints = [Endpoint(chat_url(f"http://127.0.0.1/v1?api_key={key}"), "m") for key in (KEY, OTHER, "${JUDGE_KEY}")]
+    endpoints = [
+        ChatEndpoint(chat_url(f"http://127.0.0.1/v1?api_key={key}"), "m") for key in (KEY, OTHER, "${JUDGE_KEY}")
+    ]
     assert {endpoint.name_of({}) for endpoint in endpoints} == {endpoints[0].name_of({})}
     assert endpoints[2].url == endpoints[0].url
 

@@ -13,16 +13,16 @@ import pytest
 from raftune.errors import OutOfMemory
 from raftune.records import derive_seed
 from raftune.runtime.run import resume, run
-from raftune.stages.plan import prompts_of_round, read_unit, take
+from raftune.stages.plan import prompts_of_round, read_chunk, take
 from raftune.store.parquet import write_table
 from raftune.store.run import RunFolder
 from tests.runs import tiny
 from tests.runs.kill import difference, tree
 
 
-def drawn(root: Path, round_: int, name: str = "draw") -> pa.Table:
+def drawn(root: Path, round_: int, name: str = "generate") -> pa.Table:
     folder = RunFolder(root).folder(round_, name)
-    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("unit-*.parquet"))])
+    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("chunk-*.parquet"))])
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +38,20 @@ def test_sample_ids_are_as_planned_and_unique_in_the_whole_run(two: tuple[Path, 
     root = two[0]
     ids: list[str] = []
     for round_, name, version in (
-        (1, "draw", "round-0000"),
-        (2, "draw", "round-0001"),
-        (2, "evaluate/draw", "round-0002"),
+        (1, "generate", "round-0000"),
+        (2, "generate", "round-0001"),
+        (2, "evaluate/generate", "round-0002"),
     ):
         table = drawn(root, round_, name)
-        plan = RunFolder(root).folder(round_, name.replace("draw", "plan"))
-        units = [read_unit(plan, index) for index in range(len(list(plan.parent.glob("draw/unit-*"))))]
+        plan = RunFolder(root).folder(round_, name.replace("generate", "plan"))
+        chunks = [read_chunk(plan, index) for index in range(len(list(plan.parent.glob("generate/chunk-*"))))]
         planned = [
-            unit.sample_id(p, k)
-            for unit in units
-            for i, p in enumerate(unit.prompts)
-            for k in range(len(unit.seeds[i]))
+            chunk.sample_id(p, k)
+            for chunk in chunks
+            for i, p in enumerate(chunk.prompts)
+            for k in range(len(chunk.seeds[i]))
         ]
-        seeds = [seed for unit in units for row in unit.seeds for seed in row]
+        seeds = [seed for chunk in chunks for row in chunk.seeds for seed in row]
         assert table.column("sample_id").to_pylist() == planned
         assert table.column("seed").to_pylist() == seeds
         assert set(table.column("version").to_pylist()) == {version}
@@ -68,7 +68,9 @@ def test_a_training_seed_depends_on_run_seed_round_prompt_and_k(two: tuple[Path,
 
 def test_evaluation_seeds_are_the_same_in_every_round_and_run(two: tuple[Path, Path]) -> None:
     columns = [
-        drawn(root, round_, "evaluate/draw").select(["prompt_id", "k", "seed"]) for root in two for round_ in (0, 1, 2)
+        drawn(root, round_, "evaluate/generate").select(["prompt_id", "k", "seed"])
+        for root in two
+        for round_ in (0, 1, 2)
     ]
     assert all(other.equals(columns[0]) for other in columns[1:])
     training = {seed for root in two for round_ in (1, 2) for seed in drawn(root, round_).column("seed").to_pylist()}
@@ -77,9 +79,9 @@ def test_evaluation_seeds_are_the_same_in_every_round_and_run(two: tuple[Path, P
 
 def test_answers_do_not_depend_on_the_size_of_units(tmp_path: Path) -> None:
     for size in (1, 3, 8):
-        run(tiny.config(tmp_path / str(size), sampling={"unit_size": size}), tiny.objects())
+        run(tiny.config(tmp_path / str(size), sampling={"chunk_size": size}), tiny.objects())
     tables = [drawn(tmp_path / str(size), 2) for size in (1, 3, 8)]
-    assert [len(list((tmp_path / str(size)).glob("round-0002/draw/unit-*"))) for size in (1, 3, 8)] == [8, 3, 1]
+    assert [len(list((tmp_path / str(size)).glob("round-0002/generate/chunk-*"))) for size in (1, 3, 8)] == [8, 3, 1]
     assert tables[0].equals(tables[1])
     assert tables[0].equals(tables[2])
 
@@ -122,17 +124,17 @@ def test_out_of_memory_halves_the_batch_and_puts_it_on_record(tmp_path: Path) ->
     said: list[str] = []
 
     def listen(kind: str, facts: dict[str, Any]) -> None:
-        said.extend(facts.get("notes", ()) if kind == "unit" else ())
+        said.extend(facts.get("notes", ()) if kind == "chunk" else ())
 
     root = tmp_path / "run"
     run(tiny.config(root, **remembering(20)), tiny.objects(), observe=listen)
     assert "unit 0: out of memory at batch 64; drawn again at 32" in said
     assert "unit 0: out of memory at batch 32; drawn again at 16" in said
-    assert (root / "round-0001/draw/unit-00000.batch.json").is_file()
-    assert pq.read_schema(root / "round-0001/draw/unit-00000.parquet").metadata == {b"batch_size": b"16"}
-    commit = RunFolder(root).commit(1, "draw")
+    assert (root / "round-0001/generate/chunk-00000.batch.json").is_file()
+    assert pq.read_schema(root / "round-0001/generate/chunk-00000.parquet").metadata == {b"batch_size": b"16"}
+    commit = RunFolder(root).commit(1, "generate")
     assert commit is not None
-    assert set(commit.files) == {f"unit-0000{i}.{kind}" for i in (0, 1) for kind in ("batch.json", "parquet")}
+    assert set(commit.files) == {f"chunk-0000{i}.{kind}" for i in (0, 1) for kind in ("batch.json", "parquet")}
 
 
 @pytest.mark.parametrize("after", [1, 2])
@@ -142,8 +144,8 @@ def test_a_run_that_is_cut_after_an_out_of_memory_goes_on_in_the_batch_on_record
     seen: list[int] = []
 
     def leave(kind: str, facts: dict[str, Any]) -> None:
-        if kind == "unit" and facts["stage"] == "draw":
-            seen.append(facts["unit"])
+        if kind == "chunk" and facts["stage"] == "generate":
+            seen.append(facts["chunk"])
             if len(seen) == after:
                 raise KeyboardInterrupt
 

@@ -22,7 +22,7 @@ from raftune.config.load import merge, validate
 from raftune.errors import ConfigError, StoreError
 from raftune.results.export import export
 from raftune.results.model_card import base_name, publish_model, summary
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run, verify
 from raftune.store.run import RunFolder
 from raftune.training.quiet import quiet
@@ -38,8 +38,8 @@ def config(root: Path, model: Path, **changes: Any) -> Any:
         "data": {"prompts": "objects"},
         "policy": {"model": str(model)},
         "sampling": {"num_generations": 4, "max_completion_length": 8, "system_prompt": "be brief"},
-        "rewards": {"reward_funcs": [{"spec": "length", "options": {"target": 3, "unit": "characters"}}]},
-        "tuning": {"learning_rate": 1e-3},
+        "rewards": {"reward_funcs": [{"spec": "length", "options": {"target": 3, "chunk": "characters"}}]},
+        "training": {"learning_rate": 1e-3},
         "evaluation": {"num_prompts": 2, "num_generations": 2, "kl": False},
         "engine": {"threads": 1},
     }
@@ -54,8 +54,8 @@ def held_out() -> pa.Table:
     return pa.table({"prompt": ["say it", "say so"]})
 
 
-def objects(**more: Any) -> Objects:
-    return Objects(train=prompts, held_out=held_out, **more)
+def objects(**more: Any) -> PythonObjects:
+    return PythonObjects(train=prompts, held_out=held_out, **more)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_publishing_again_replaces_what_was_there(folder: Path, tmp_path: Path) 
 def test_dropped_weights_are_refused_with_the_way_to_make_them_again(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "run", tmp_path / "run")
     (tmp_path / "run/round-0001/model/DROPPED.json").write_text("{}")
-    with pytest.raises(StoreError, match=r"round 1 .* were dropped.*--from 1/tune --keep-models all"):
+    with pytest.raises(StoreError, match=r"round 1 .* were dropped.*--from 1/train --keep-models all"):
         publish_model(tmp_path / "run", tmp_path / "out", 1)
 
 
@@ -253,7 +253,7 @@ def test_sfttrainer_trains_on_the_tokens_as_they_are(folder: Path, tmp_path: Pat
 def test_messages_are_exported_as_messages(folder: Path, tmp_path: Path) -> None:
     save_tiny(tmp_path / "chat", chat=True)
     asked = [[{"role": "user", "content": f"say {number}"}] for number in range(4)]
-    given = Objects(train=lambda: pa.table({"prompt": asked}), held_out=held_out_messages)
+    given = PythonObjects(train=lambda: pa.table({"prompt": asked}), held_out=held_out_messages)
     run(config(tmp_path / "run", tmp_path / "chat", num_rounds=1), given)
     export(tmp_path / "run", "sft", tmp_path / "a.jsonl")
     for row in rows(tmp_path / "a.jsonl"):

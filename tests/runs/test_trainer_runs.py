@@ -72,7 +72,7 @@ def logits(model: Any) -> torch.Tensor:
 def samples(run: Path) -> list[Any]:
     """What was drawn, decided and learned in every round, and the weights that came of it."""
     found: list[Any] = []
-    for path in sorted(run.glob("round-*/draw/unit-*.parquet")):
+    for path in sorted(run.glob("round-*/generate/chunk-*.parquet")):
         found.append(read_table(path).select(["sample_id", "seed", "completion", "completion_ids"]).to_pylist())
     for path in sorted(run.glob("round-*/select/verdicts.parquet")):
         found.append(read_table(path).to_pylist())
@@ -221,8 +221,8 @@ def test_the_history_has_the_names_of_trl(trained: RaftTrainer) -> None:
 def test_the_metrics_of_a_round_are_those_of_its_samples(trained: RaftTrainer) -> None:
     entry = next(entry for entry in trained.state.log_history if "reward" in entry)
     folder = Path(trained.args.output_dir) / "round-0001"
-    scores = read_table(folder / "score" / "unit-00000.parquet").column("score").to_numpy()
-    rows = read_table(folder / "draw" / "unit-00000.parquet").to_pylist()
+    scores = read_table(folder / "score" / "chunk-00000.parquet").column("score").to_numpy()
+    rows = read_table(folder / "generate" / "chunk-00000.parquet").to_pylist()
     lengths = [len(row["completion_ids"]) for row in rows]
     assert entry["reward"] == pytest.approx(scores.mean())
     assert entry["reward_std"] == pytest.approx(scores.std())
@@ -386,7 +386,7 @@ def test_more_rounds_go_on(tmp_path: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "a dial": (lambda: {"temperature": 0.5}, "temperature: 1.0 → 0.5"),
+    "an option": (lambda: {"temperature": 0.5}, "temperature: 1.0 → 0.5"),
     "the model": (lambda: {"model": tiny_llama(seed=1)}, "model: object:"),
     "the tokenizer": (lambda: {"processing_class": tiny_tokenizer(bos=True)}, "processing_class: object:"),
     "the data": (lambda: {"train_dataset": ROWS[1:]}, "train_dataset: object:"),

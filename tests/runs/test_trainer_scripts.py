@@ -281,7 +281,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_generated(tmp_path
         return
     with pytest.raises(ConfigError, match="optim: paged_adamw_8bit needs the package bitsandbytes"):
         found.train()
-    changed = {"tuning.optim": "adam"}
+    changed = {"training.optim": "adam"}
     found = trainer(tmp_path / "run", num_rounds=1, run_config={"engine.threads": 1, **changed})
     with pytest.raises(ConfigError, match="adam is not a valid OptimizerNames"):
         found.train()
@@ -388,7 +388,7 @@ def test_advice_is_in_python() -> None:
         "`raftune resume RUN --from score --only error`": "`train(redo='score', only='error')`",
         "Put back, or add `--from 1/select` to redo it.": "Put back, or call train(redo='1/select') to redo it.",
         "Resume with: raftune resume 'out y/b 1'": "Resume with: `train()`",
-        "`raftune resume runs/a --from 2/tune --keep-models all`": "`train(redo='2/tune')` with keep_models='all'",
+        "`raftune resume runs/a --from 2/train --keep-models all`": "`train(redo='2/train')` with keep_models='all'",
         "sampling.top_k must be 3": "top_k must be 3",
         "--from must be STAGE; got 'x'. Write --from 3/select, for example.": "redo must be STAGE; got 'x'. "
         "Write redo='3/select', for example.",

@@ -52,7 +52,7 @@ def config(root: Path, prompts: str, **changes: Any) -> RunConfig:
 
 
 def drawn(root: Path) -> list[Path]:
-    return sorted(root.rglob("unit-*.parquet"))
+    return sorted(root.rglob("chunk-*.parquet"))
 
 
 def told(settings: RunConfig, redo: str | None = None) -> str:

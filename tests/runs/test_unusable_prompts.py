@@ -13,7 +13,7 @@ from raftune.config import validate
 from raftune.errors import ConfigError, DataError
 from raftune.planning import forecast
 from raftune.records import Prompt
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import resume, run
 from raftune.stages.prompt_check import looked_at, unlike_starter
 from tests.builders import save_tiny
@@ -48,7 +48,7 @@ def settings(folder: Path, model: Path, prompts: list[Any], **changes: Any) -> d
 
 
 LENGTH = {"reward_funcs": [{"spec": "length", "options": {"target": 5}}]}
-OBJECTS = Objects(rewards=[lambda completions, **columns: [-float(len(str(c))) for c in completions]])
+OBJECTS = PythonObjects(rewards=[lambda completions, **columns: [-float(len(str(c))) for c in completions]])
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_prompt_that_a_later_round_would_ask_is_refused_before_the_first_is_dr
     with pytest.raises(DataError, match=message) as caught:
         run(given, OBJECTS)
     assert "sampling.unusable_prompts: drop" in str(caught.value)
-    assert not sorted((tmp_path / "run").rglob("unit-*.parquet"))
+    assert not sorted((tmp_path / "run").rglob("chunk-*.parquet"))
     with pytest.raises(DataError, match=message):
         forecast(validate(given | {"rewards": LENGTH}))
 

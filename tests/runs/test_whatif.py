@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raftune.analysis.whatif import WhatIf, rescore, reselect
+from raftune.analysis.whatif import WhatIfResult, rescore, reselect
 from raftune.cli import main
 from raftune.errors import ConfigChanged, ConfigError, RewardError, RunDamaged, RunInUse
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import resume, run, verify
 from raftune.store.run import RunFolder
 from tests.builders import save_tiny
@@ -71,8 +71,8 @@ def plain(root: Path, rewards: Path, name: str = "value", **changes: Any) -> Any
     return tiny.config(root, rewards={"reward_funcs": [f"{rewards}:{name}"]}, **changes)
 
 
-def without_rewards() -> Objects:
-    return Objects(train=tiny.train, held_out=tiny.held_out)
+def without_rewards() -> PythonObjects:
+    return PythonObjects(train=tiny.train, held_out=tiny.held_out)
 
 
 def text(root: Path, model: Path, rewards: Path) -> None:
@@ -84,7 +84,7 @@ def text(root: Path, model: Path, rewards: Path) -> None:
         "prompts_per_round": 6,
         "data": {"prompts": str(prompts)},
         "policy": {"model": str(model)},
-        "sampling": {"num_generations": 4, "unit_size": 3, "max_completion_length": 8},
+        "sampling": {"num_generations": 4, "chunk_size": 3, "max_completion_length": 8},
         "rewards": {"reward_funcs": [f"{rewards}:letters"]},
         "selection": {"drop_duplicates": True, "min_length": 1},
         "evaluation": {"num_prompts": 2, "num_generations": 2},
@@ -138,7 +138,7 @@ def test_rescoring_reaches_the_answers_of_teachers_and_columns_too(copy: Copy, r
     found = rescore(root, file(rewards, "value"))  # the same values as the object that scored the run
     for round_ in (1, 2):
         assert kept(root / "whatif/value", round_) == kept(root, round_)
-    sources = {row["source"] for path in (root / "whatif").rglob("unit-*") for row in pq.read_table(path).to_pylist()}
+    sources = {row["source"] for path in (root / "whatif").rglob("chunk-*") for row in pq.read_table(path).to_pylist()}
     assert sources == {"policy", "column:human", "teacher"}
     assert found.difference.all.changed == 0
 
@@ -254,7 +254,7 @@ def test_the_runs_own_rule_over_other_scores_lies_beside_these_scores(copy: Copy
 
 
 def scores(root: Path, round_: int) -> dict[str, float]:
-    files = sorted((root / f"round-{round_:04d}/score").glob("unit-*.parquet"))
+    files = sorted((root / f"round-{round_:04d}/score").glob("chunk-*.parquet"))
     return {row["sample_id"]: row["score"] for path in files for row in pq.read_table(path).to_pylist()}
 
 
@@ -292,9 +292,9 @@ def test_prompts_that_starve_are_counted_and_named_with_their_reason(copy: Copy)
     flags = {"selection.rule": "top_fraction", "selection.keep_fraction": 0.05}
     found = reselect(copy("plain"), flags, dry_run=True, show=3).difference
     assert found.all.now.samples == 2  # one of the 32 samples of each round
-    assert (found.all.starved_before, found.all.starved) == (0, 14)
-    assert len(found.starved) == 3
-    assert all("kept fraction" in prompt["reason"] for prompt in found.starved)
+    assert (found.all.starved_before, found.all.empty_prompts) == (0, 14)
+    assert len(found.empty_prompts) == 3
+    assert all("kept fraction" in prompt["reason"] for prompt in found.empty_prompts)
 
 
 # -- what lies on disk -----------------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_an_interrupted_rescoring_goes_on_with_the_units_that_it_lacks(copy: Cop
     with pytest.raises(KeyboardInterrupt):
         rescore(root, file(rewards, "other"), observe=stop_at_first_unit)
     heard: list[dict[str, Any]] = []
-    rescore(root, file(rewards, "other"), observe=lambda kind, facts: heard.append(facts) if kind == "units" else None)
+    rescore(root, file(rewards, "other"), observe=lambda kind, facts: heard.append(facts) if kind == "chunks" else None)
     assert heard[0] == {"round": 1, "stage": "score", "total": 2, "found": 1}
     whole = root.parent / "whole"
     shutil.copytree(root, whole, ignore=shutil.ignore_patterns("whatif"))
@@ -374,7 +374,7 @@ def test_an_interrupted_rescoring_goes_on_with_the_units_that_it_lacks(copy: Cop
 
 
 def stop_at_first_unit(kind: str, facts: dict[str, Any]) -> None:
-    if kind == "unit":
+    if kind == "chunk":
         raise KeyboardInterrupt
 
 
@@ -413,7 +413,7 @@ def test_a_run_at_work_does_not_hold_up_a_whatif_but_another_maker_of_the_same_o
 
 
 def harm_draw(root: Path) -> None:
-    (root / "round-0002/draw/unit-00001.parquet").unlink()
+    (root / "round-0002/generate/chunk-00001.parquet").unlink()
 
 
 def harm_verdicts(root: Path) -> None:
@@ -444,9 +444,9 @@ def test_rounds_that_cannot_be_read_are_named_and_the_others_done(copy: Copy, ha
 def test_a_damaged_whatif_is_named_and_not_built_upon(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     rescore(root, file(rewards, "other"))
-    path = root / "whatif/other/round-0001/score/unit-00000.parquet"
+    path = root / "whatif/other/round-0001/score/chunk-00000.parquet"
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(RunDamaged, match=r"whatif/other/round-0001/score/unit-00000\.parquet .* delete"):
+    with pytest.raises(RunDamaged, match=r"whatif/other/round-0001/score/chunk-00000\.parquet .* delete"):
         rescore(root, file(rewards, "other"))
     found = reselect(root, {}, scores="other", dry_run=True)
     assert found.rounds == [2]
@@ -467,7 +467,7 @@ def log_ratio(root: Path, sample_id: str) -> float:
     ours, start = (
         next(
             row["log_prob"]
-            for path in (root / "round-0002" / name).glob("unit-*.parquet")
+            for path in (root / "round-0002" / name).glob("chunk-*.parquet")
             for row in pq.read_table(path).to_pylist()
             if row["sample_id"] == sample_id
         )
@@ -476,7 +476,7 @@ def log_ratio(root: Path, sample_id: str) -> float:
     return float(ours - start)
 
 
-BAD: dict[str, tuple[Callable[[Path], WhatIf], str]] = {
+BAD: dict[str, tuple[Callable[[Path], WhatIfResult], str]] = {
     "no reward": (lambda root: rescore(root, {}), "needs --rewards.reward_funcs; got none. Write"),
     "a rule": (lambda root: rescore(root, {"selection.m": 2}), "`raftune select` changes the rule"),
     "a reward": (lambda root: reselect(root, {"rewards.retries": 2}), "`raftune rescore` changes the reward"),

@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from raftune.engines.local import ThisProcess, Worker, Workers
+from raftune.engines.local import InProcessEngine, WorkerPool, WorkerProcess
 from raftune.errors import DataError, EngineError, OutOfMemory
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import resume, run
 from raftune.store.run import RunFolder
 from tests.runs import tiny
@@ -39,8 +39,8 @@ def workers_find_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Orders:
     """Tells units to fail, and to leave a mark when they are begun."""
 
-    def give(**units: list[int]) -> None:
-        monkeypatch.setenv(ORDERS, json.dumps({"marks": str(tmp_path / "marks"), **units}))
+    def give(**chunks: list[int]) -> None:
+        monkeypatch.setenv(ORDERS, json.dumps({"marks": str(tmp_path / "marks"), **chunks}))
 
     return give
 
@@ -50,7 +50,7 @@ def settings(workers: int, **changes: Any) -> dict[str, Any]:
     engine = {"workers": workers, **changes.pop("engine", {})}
     base = {
         "num_rounds": 1,
-        "sampling": {"unit_size": 2},
+        "sampling": {"chunk_size": 2},
         "evaluation": {"num_prompts": 0},
         "policy": {"family": FAMILY, "options": {"num_prompts": 4, "num_answers": 5}},
     }
@@ -58,7 +58,7 @@ def settings(workers: int, **changes: Any) -> dict[str, Any]:
 
 
 def draw_events(root: Path) -> list[int]:
-    return [e["unit"] for e in RunFolder(root).events if e["event"] == "unit" and e["stage"] == "draw"]
+    return [e["chunk"] for e in RunFolder(root).events if e["event"] == "chunk" and e["stage"] == "generate"]
 
 
 def without_workers(found: dict[str, str]) -> dict[str, str]:
@@ -84,19 +84,21 @@ def test_a_reward_from_a_file_scores_the_same_in_workers(tmp_path: Path) -> None
     reward = tmp_path / "reward.py"
     reward.write_text("def worth(prompts, completions, **kwargs):\n    return [c / 2 for c in completions]\n")
     rewards = {"rewards": {"reward_funcs": [f"{reward}:worth"]}}
-    given = Objects(train=tiny.train, held_out=tiny.held_out)
+    given = PythonObjects(train=tiny.train, held_out=tiny.held_out)
     for workers in (1, 2):
         run(tiny.config(tmp_path / f"{workers}", **settings(workers, **rewards)), given)
     trees = [without_workers(tree(tmp_path / f"{workers}")) for workers in (1, 2)]
-    assert "round-0001/score/unit-00003.parquet" in trees[0]
+    assert "round-0001/score/chunk-00003.parquet" in trees[0]
     assert difference(*trees) == ""
 
 
 def test_units_in_any_order_give_the_same_bytes(
     tmp_path: Path, alone: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forwards = ThisProcess.run
-    monkeypatch.setattr(ThisProcess, "run", lambda self, job, stage, units: forwards(self, job, stage, units[::-1]))
+    forwards = InProcessEngine.run
+    monkeypatch.setattr(
+        InProcessEngine, "run", lambda self, job, stage, chunks: forwards(self, job, stage, chunks[::-1])
+    )
     run(tiny.config(tmp_path / "run", **settings(1)), tiny.objects())
     assert draw_events(tmp_path / "run") == [3, 2, 1, 0]
     assert difference(alone, without_workers(tree(tmp_path / "run"))) == ""
@@ -113,7 +115,8 @@ def test_a_killed_worker_costs_no_more_than_the_units_in_flight(
 
 def test_a_unit_that_always_kills_its_worker_stops_the_run_after_three_tries(tmp_path: Path, orders: Orders) -> None:
     orders(kill_always=[1])
-    with pytest.raises(EngineError, match=r"unit 1 of draw of round 1 failed 3 times: its worker process was ended by"):
+    with pytest.raises(EngineError, match=r"chunk 1 of generate of round 1 failed 3 times: its worker process was ended
+    by"):
         run(tiny.config(tmp_path / "run", **settings(2)), tiny.objects())
     assert draws(tmp_path)[1] == 3
 
@@ -124,10 +127,10 @@ def test_a_unit_that_always_fails_can_be_set_aside_and_its_prompts_are_named(
 ) -> None:
     orders(**{how: [1]})
     root = tmp_path / "run"
-    run(tiny.config(root, **settings(workers, engine={"on_unit_failure": "skip"})), tiny.objects())
-    commit = RunFolder(root).commit(1, "draw")
+    run(tiny.config(root, **settings(workers, engine={"on_chunk_failure": "skip"})), tiny.objects())
+    commit = RunFolder(root).commit(1, "generate")
     assert commit is not None
-    assert list(commit.quarantined) == ["unit-00001.parquet"]
+    assert list(commit.quarantined) == ["chunk-00001.parquet"]
     summary = json.loads((root / "round-0001/select/summary.json").read_text())
     assert list(summary["barren"].values()) == ["its unit failed and was set aside"] * 2
     assert (summary["prompts"], summary["samples"]) == (8, 24)
@@ -135,8 +138,8 @@ def test_a_unit_that_always_fails_can_be_set_aside_and_its_prompts_are_named(
 
 def test_when_every_unit_fails_the_run_stops_whatever_is_configured(tmp_path: Path, orders: Orders) -> None:
     orders(raise_always=[0, 1, 2, 3])
-    skip = {"on_unit_failure": "skip", "max_retries": 0}
-    with pytest.raises(EngineError, match="every unit of draw of round 1 failed; unit 0: RuntimeError: broken"):
+    skip = {"on_chunk_failure": "skip", "max_retries": 0}
+    with pytest.raises(EngineError, match="every chunk of generate of round 1 failed; chunk 0: RuntimeError: broken"):
         run(tiny.config(tmp_path / "run", **settings(1, engine=skip)), tiny.objects())
 
 
@@ -144,7 +147,7 @@ def test_a_unit_that_hangs_is_ended_at_its_time_limit_and_tried_again(
     tmp_path: Path, alone: dict[str, str], orders: Orders
 ) -> None:
     orders(hang_once=[2])
-    run(tiny.config(tmp_path / "run", **settings(2, engine={"unit_timeout": 10})), tiny.objects())
+    run(tiny.config(tmp_path / "run", **settings(2, engine={"chunk_timeout": 10})), tiny.objects())
     assert draws(tmp_path) == {0: 1, 1: 1, 2: 2, 3: 1}
     assert difference(alone, without_workers(tree(tmp_path / "run"))) == ""
 
@@ -184,8 +187,8 @@ def test_a_worker_that_cannot_be_built_says_why(tmp_path: Path) -> None:
     run(tiny.config(root, **settings(1)), tiny.objects())
     config = json.dumps(RunFolder(root).read_config()).replace("tests.runs.crashing", "tests.runs.nowhere")
     RunFolder(root).write_config(json.loads(config))
-    worker = Worker(root, 0, tiny.config(root).engine)
-    answer = worker.ask({"round": 1, "stage": "draw", "unit": 0, "key": "any"})
+    worker = WorkerProcess(root, 0, tiny.config(root).engine)
+    answer = worker.ask({"round": 1, "stage": "generate", "chunk": 0, "key": "any"})
     worker.end()
     assert answer is not None
     assert (answer["kind"], answer["final"]) == ("ConfigError", True)
@@ -214,7 +217,7 @@ def test_a_run_that_is_left_in_the_middle_ends_its_workers(tmp_path: Path, order
     orders(hang_always=[0])
 
     def leave(kind: str, facts: dict[str, Any]) -> None:
-        if kind == "unit" and facts["stage"] == "draw":
+        if kind == "chunk" and facts["stage"] == "generate":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -225,8 +228,8 @@ def test_a_run_that_is_left_in_the_middle_ends_its_workers(tmp_path: Path, order
 def test_a_worker_that_died_at_rest_is_not_asked_again(tmp_path: Path) -> None:
     root = tmp_path / "run"
     run(tiny.config(root, **settings(1)), tiny.objects())
-    engine = Workers(tiny.config(root, **settings(2)).engine, root)
-    engine.processes[0] = worker = Worker(root, 0, engine.config)
+    engine = WorkerPool(tiny.config(root, **settings(2)).engine, root)
+    engine.processes[0] = worker = WorkerProcess(root, 0, engine.config)
     engine.rest()
     assert engine.processes == [worker, None]
     os.kill(worker.process.pid, signal.SIGKILL)
@@ -235,11 +238,11 @@ def test_a_worker_that_died_at_rest_is_not_asked_again(tmp_path: Path) -> None:
 
 
 def draws(folder: Path) -> dict[int, int]:
-    """How often each unit was begun."""
+    """How often each chunk was begun."""
     counts: dict[int, int] = {}
     for path in (folder / "marks").glob("*-*"):
-        unit = int(path.name.split("-")[0])
-        counts[unit] = counts.get(unit, 0) + 1
+        chunk = int(path.name.split("-")[0])
+        counts[chunk] = counts.get(chunk, 0) + 1
     return dict(sorted(counts.items()))
 
 

@@ -11,16 +11,16 @@ from raftune.config import RunConfig, TabularPolicy, validate
 from raftune.config.load import merge
 from raftune.errors import OutOfMemory
 from raftune.policies.tabular.policy import Tabular
-from raftune.protocols import Unit
+from raftune.protocols import Chunk
 from raftune.records import Sample
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 
 # Every stage that there is: a teacher, a human's answers, likelihoods, replay.
 EVERYTHING: dict[str, Any] = {
     "policy": {"family": "tests.runs.tiny:Dressed", "options": {"num_prompts": 4, "num_answers": 5}},
     "selection": {"beta": 0.3},
     "sampling": {"teacher": {"model": "the start", "num_generations": 2}, "candidate_columns": ("human",)},
-    "tuning": {"replay_rounds": 1},
+    "training": {"replay_rounds": 1},
 }
 
 
@@ -40,10 +40,10 @@ class Dressed(Tabular):
         found.options = config.policy.options
         return found
 
-    def draw(self, unit: Unit) -> list[Sample]:
-        if unit.batch_size > self.options.get("memory", unit.batch_size):
-            raise OutOfMemory(f"{unit.batch_size} rows do not fit", unit.batch_size)
-        return super().draw(unit)
+    def generate(self, chunk: Chunk) -> list[Sample]:
+        if chunk.batch_size > self.options.get("memory", chunk.batch_size):
+            raise OutOfMemory(f"{chunk.batch_size} rows do not fit", chunk.batch_size)
+        return super().generate(chunk)
 
 
 def undressed(config: RunConfig) -> RunConfig:
@@ -62,7 +62,7 @@ def config(root: Path, **changes: Any) -> RunConfig:
         "prompts_per_round": 8,
         "data": {"prompts": "given as an object"},
         "policy": {} if "policy" in changes else {"family": "tabular", "num_prompts": 4, "num_answers": 5},
-        "sampling": {"num_generations": 4, "unit_size": 4},
+        "sampling": {"num_generations": 4, "chunk_size": 4},
         "selection": {"all_equal": "keep"},  # of five answers four are often the same
         "evaluation": {"num_prompts": 4, "num_generations": 2},
         "engine": {"threads": 1},
@@ -70,9 +70,9 @@ def config(root: Path, **changes: Any) -> RunConfig:
     return validate(merge([base, changes]))
 
 
-def objects(reward: Any = None) -> Objects:
+def objects(reward: Any = None) -> PythonObjects:
     """Twenty prompts with a human's answer to each, four held-out ones, and the answer's number as its reward."""
-    return Objects(train=train, held_out=held_out, rewards=[reward or value])
+    return PythonObjects(train=train, held_out=held_out, rewards=[reward or value])
 
 
 def train() -> pa.Table:

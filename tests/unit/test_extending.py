@@ -18,14 +18,14 @@ from raftune.config.load import declared
 from raftune.config.rewards import RewardSpec
 from raftune.config.sampling import SamplingConfig, load_backend
 from raftune.config.selection import CustomRule
-from raftune.config.training import CustomTuning
+from raftune.config.training import CustomTraining
 from raftune.engines.local import make_engine
 from raftune.errors import ConfigError, ExtensionError
 from raftune.policies.causal_lm import CausalLM
 from raftune.records import Prompt
 from raftune.rewards.registry import BUILT_IN
 from raftune.rewards.resolve import resolve, with_options
-from raftune.runtime.assembly import Objects, open_assembly
+from raftune.runtime.assembly import PythonObjects, open_runtime
 from raftune.runtime.run import run
 from raftune.selection import Candidates, load_rule, select
 from raftune.store.parquet import read_table
@@ -102,11 +102,11 @@ def test_a_run_follows_a_rule_an_engine_and_a_metric_of_ones_own(files: Path) ->
     assert metrics["metric_errors"] == {"Broken": "ValueError: no size"}
     usual = tiny.config(files / "usual", **{**changes, "engine": {"threads": 1}})
     run(usual, tiny.objects())
-    for stage in ("draw", "select", "model"):
+    for stage in ("generate", "select", "model"):
         theirs, ours = (files / name / "round-0002" / stage / "_COMMIT.json" for name in ("usual", "mine"))
         assert theirs.read_bytes() == ours.read_bytes(), "the bytes do not depend on the engine"
 
-    assembly = open_assembly(files / "mine")
+    assembly = open_runtime(files / "mine")
     before = assembly.stage(1, "select").fingerprints()
     (files / "near_best.py").write_text(EXAMPLES["near_best.py"] + "\n# changed\n")
     assert assembly.stage(1, "select").fingerprints() != before
@@ -126,7 +126,7 @@ def test_a_run_of_the_family_of_the_page_learns(files: Path) -> None:
         }
     )
     prompts = pa.table({"prompt": [f"question {i}" for i in range(12)]})
-    run(config, Objects(lambda: prompts, lambda: prompts.slice(0, 4), [likes_yes]))
+    run(config, PythonObjects(lambda: prompts, lambda: prompts.slice(0, 4), [likes_yes]))
     counts = told(files, "words", "round-0001", "model", "counts.json")
     assert counts["yes"] > 5 > counts["no"] == 1.0
     assert told(files, "words", "round-0001", "evaluate", "metrics.json")["metrics/Exclaims"]["mean"] == 0.0
@@ -142,7 +142,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_sections(config: Parts, **sections: Any) -> Parts:
-    return Parts(config.policy, sections.get("sampling", config.sampling), sections.get("tuning", config.tuning), 0)
+    return Parts(config.policy, sections.get("sampling", config.sampling), sections.get("training", config.training), 0)
 
 
 def test_the_objective_of_the_page_is_what_a_causal_lm_is_trained_on(files: Path, llama: Path) -> None:
@@ -156,10 +156,12 @@ def test_the_objective_of_the_page_is_what_a_causal_lm_is_trained_on(files: Path
     losses = {}
     for strength in (0.0, 5.0):
         options = {"strength": strength}
-        tuning = CustomTuning(objective="unlikelihood.py:Unlikelihood", options=options, **config.tuning.model_dump())
-        policy = CausalLM.load(with_sections(config, tuning=tuning), start, start)
+        training = CustomTraining(
+            objective="unlikelihood.py:Unlikelihood", options=options, **config.training.model_dump()
+        )
+        policy = CausalLM.load(with_sections(config, training=training), start, start)
         work, out = files / f"work-{strength}", files / f"out-{strength}"
-        losses[strength] = policy.tune(files / "signed.parquet", work, out).losses
+        losses[strength] = policy.train(files / "signed.parquet", work, out).losses
     policy = CausalLM.load(config, start, start)
     prompts = [Prompt(row["prompt_id"], row["prompt"]) for row in table.to_pylist()]
     logp = policy.log_probs(prompts, table, 8)
@@ -169,7 +171,7 @@ def test_the_objective_of_the_page_is_what_a_causal_lm_is_trained_on(files: Path
 
 
 def test_rows_of_an_objective_reach_training_as_it_chose_them(files: Path) -> None:
-    objective = load_objective(CustomTuning(objective="unlikelihood.py:Unlikelihood"))
+    objective = load_objective(CustomTraining(objective="unlikelihood.py:Unlikelihood"))
     samples = pa.table({"sample_id": ["a", "b"], "prompt_id": ["p", "p"]})
     verdicts = pa.table({"sample_id": ["a", "b"], "weight": [1.0, 0.0], "score": [2.0, 1.0]})
     rows = chosen_rows(objective, "unlikelihood.py:Unlikelihood", samples, verdicts)
@@ -183,14 +185,14 @@ def test_a_causal_lm_generates_by_the_backend_of_the_page(files: Path, llama: Pa
     CausalLM.start(config, start)
     own = SamplingConfig(**{**config.sampling.model_dump(), "backend": "one_by_one.py:OneByOne"})
     policy = CausalLM.load(with_sections(config, sampling=own), start, start)
-    unit = unit_of(["the cab", "so"], k=2)
-    samples = policy.draw(unit)
-    assert [sample.seed for sample in samples] == [seed for seeds in unit.seeds for seed in seeds]
+    chunk = unit_of(["the cab", "so"], k=2)
+    samples = policy.generate(chunk)
+    assert [sample.seed for sample in samples] == [seed for seeds in chunk.seeds for seed in seeds]
     table = pa.Table.from_pylist([dict(sample.payload) for sample in samples])
-    prompts = [prompt for prompt in unit.prompts for _ in range(2)]
+    prompts = [prompt for prompt in chunk.prompts for _ in range(2)]
     assert policy.recorded_log_probs(table) == pytest.approx(policy.log_probs(prompts, table, 4), abs=1e-3)
     assert not [note for note in policy.notes() if "one_by_one" in note]
-    assert policy.choose_backend(unit.prompts) == {"own": "one_by_one.py:OneByOne"}
+    assert policy.choose_backend(chunk.prompts) == {"own": "one_by_one.py:OneByOne"}
 
 
 def test_a_backend_that_is_named_is_used_or_refused(llama: Path, tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ def test_what_is_not_whole_is_refused_by_the_preflight_of_a_run(files: Path) -> 
     for section, message in (
         ({"selection": {"rule": "bad.py:Empty"}}, "selection.rule"),
         ({"evaluation": {"metrics": ["bad.py:Empty"]}}, "evaluation.metrics"),
-        ({"tuning": {"objective": "bad.py:Empty"}}, "tuning"),
+        ({"training": {"objective": "bad.py:Empty"}}, "training"),
         ({"engine": {"kind": "bad.py:Empty"}}, "engine.kind"),
         ({"sampling": {"backend": "bad.py:Empty"}}, "sampling.backend"),
     ):

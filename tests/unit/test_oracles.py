@@ -15,7 +15,7 @@ import pytest
 
 from raftune.config.selection import TopFraction, selection_config
 from raftune.evaluation.best_of import best_of_k_estimates
-from raftune.selection import Candidates, Verdicts, barren, select
+from raftune.selection import Candidates, Verdicts, select, without_candidates
 from tools import closed_forms as exact
 
 P = np.array([0.1, 0.35, 0.2, 0.05, 0.3])
@@ -232,7 +232,7 @@ def test_8_a_fixed_threshold_restricts_the_policy_and_is_idempotent() -> None:
 def test_8_a_threshold_that_none_reaches_leaves_every_prompt_barren() -> None:
     drawn = all_outcomes(P, R, 2)
     verdicts = drawn.verdicts(rule="threshold", threshold=3)
-    assert barren(drawn.candidates, verdicts) == dict.fromkeys(range(25), "below the threshold")
+    assert without_candidates(drawn.candidates, verdicts) == dict.fromkeys(range(25), "below the threshold")
 
 
 START, REWARD, BETA = np.full(4, 0.25), np.array([0, 1 / 3, 2 / 3, 1]), 0.5

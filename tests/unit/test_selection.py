@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from selection_tables import CONFIGS, INF, NAN, assert_same, choose, kept, prompts, random_table, rows, words
 
-from raftune.selection import Reason, barren, nothing_to_rank
+from raftune.selection import Reason, nothing_to_rank, without_candidates
 
 # -- best of k and top m ---------------------------------------------------------------------------------------------
 
@@ -280,7 +280,7 @@ def test_any_integer_is_a_seed() -> None:
 def test_a_prompt_that_yields_nothing_is_named_with_its_reason() -> None:
     table = prompts([NAN, NAN], [1, 1], [NAN, 2, 2], [3, 5], lengths=[1, 1, 9, 9, 1, 9, 9, 1, 1])
     verdicts = choose(table, max_length=5)
-    assert barren(table, verdicts) == {
+    assert without_candidates(table, verdicts) == {
         0: "no usable score",
         1: "too long",
         2: "too long (2 of 3), no usable score (1 of 3)",
@@ -289,5 +289,5 @@ def test_a_prompt_that_yields_nothing_is_named_with_its_reason() -> None:
 
 def test_a_skipped_prompt_is_named_as_skipped_even_if_some_did_not_compete() -> None:
     table = prompts([1, 1, NAN], [1, 2])
-    assert barren(table, choose(table, all_equal="skip")) == {0: "nothing to rank: all candidates score 1"}
-    assert barren(table, choose(table, margin=0.5)) == {0: "prompt skipped: margin too small"}
+    assert without_candidates(table, choose(table, all_equal="skip")) == {0: "nothing to rank: all candidates score 1"}
+    assert without_candidates(table, choose(table, margin=0.5)) == {0: "prompt skipped: margin too small"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from selection_tables import CONFIGS, LOCAL, assert_same, choose, kept, prompts, random_table, rows
 
-from raftune.selection import REASONS, Candidates, Reason, Verdicts, barren
+from raftune.selection import REASONS, Candidates, Reason, Verdicts, without_candidates
 
 
 @pytest.mark.parametrize("fields", CONFIGS)
@@ -67,7 +67,7 @@ def test_no_candidates_make_no_verdicts() -> None:
     for fields in CONFIGS:
         verdicts = choose(prompts(), **fields)
         assert len(verdicts.rank) == len(verdicts.weight) == len(verdicts.reason) == 0
-        assert barren(prompts(), verdicts) == {}
+        assert without_candidates(prompts(), verdicts) == {}
 
 
 def test_columns_are_left_as_they_were() -> None:
@@ -113,7 +113,7 @@ def test_the_barren_prompts_are_those_without_weight() -> None:
         table = random_table(21)
         verdicts = choose(table, **fields)
         fruitful = {int(group) for group in table.group[verdicts.weight > 0]}
-        assert set(barren(table, verdicts)) == set(table.group.tolist()) - fruitful
+        assert set(without_candidates(table, verdicts)) == set(table.group.tolist()) - fruitful
 
 
 # -- at scale --------------------------------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 
-def say(line: str) -> None:
+def emit(line: str) -> None:
     print(line, flush=True)
 
 
-class Descent:
+class Optimizer:
     """AdamW on one model, with a short warm-up and a cosine down to a fiftieth of the rate; says how the loss falls."""
 
     def __init__(self, name: str, model: torch.nn.Module, rate: float, steps: int) -> None:
@@ -29,7 +29,7 @@ class Descent:
         self.step += 1
         self.recent.append(loss.item())
         if self.step % 100 == 0:
-            say(f"{self.name} step {self.step}: loss {np.mean(self.recent):.4f}")
+            emit(f"{self.name} step {self.step}: loss {np.mean(self.recent):.4f}")
             self.recent.clear()
 
 

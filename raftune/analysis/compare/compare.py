@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from raftune.analysis.compare import gate as gates
-from raftune.analysis.compare.gate import Checked
+from raftune.analysis.compare.gate import GateResult
 from raftune.analysis.compare.measures import (
-    Judge,
-    Measure,
-    Planned,
+    ComparisonMeasure,
+    JudgeSpec,
+    PlannedMeasure,
     ask_judge,
     compare_recorded,
     judge_plan,
@@ -23,9 +23,9 @@ from raftune.analysis.compare.measures import (
     recorded,
     score_now,
 )
-from raftune.analysis.compare.pairing import Pairs, differences, pair
+from raftune.analysis.compare.pairing import SamplePairs, differences, pair
 from raftune.analysis.compare.rows import check_out, write_rows
-from raftune.analysis.compare.sides import Side, choose
+from raftune.analysis.compare.sides import ComparedRun, choose
 from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError, DataError
 from raftune.evaluation.bootstrap import mean_by_prompt
@@ -43,14 +43,14 @@ class Comparison:
     `by` is the measure that ranks the prompts.
     """
 
-    pairs: Pairs
+    pairs: SamplePairs
     differences: list[str]
-    measures: list[Measure]
-    gates: list[Checked]
-    by: Measure
+    measures: list[ComparisonMeasure]
+    gates: list[GateResult]
+    by: ComparisonMeasure
 
     @property
-    def computed(self) -> list[Measure]:
+    def computed(self) -> list[ComparisonMeasure]:
         return [measure for measure in self.measures if measure.result is not None]
 
     def extremes(self, number: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
@@ -78,7 +78,7 @@ def compare(
     b: str | None = None,
     *,
     rewards: Sequence[RewardSpec | str] = (),
-    judge: Judge | None = None,
+    judge: JudgeSpec | None = None,
     fail_if: Sequence[str] = (),
     tie_within: float = 0.0,
     by: str | None = None,
@@ -98,8 +98,8 @@ def compare(
     pairs = pair(side_a, side_b)
     if judge is not None and pairs.of_pictures:
         raise ConfigError(
-            "--judge reads texts, and A and B hold pictures. Score them with --reward: the reward `http` asks an "
-            "endpoint about pictures."
+            "--judge reads texts, and A and B hold images. Score them with --reward: the reward `http` asks an "
+            "endpoint about images."
         )
     plans = recorded(pairs)
     family = side_a.config["policy"]["family"]
@@ -124,18 +124,18 @@ def compare(
     return comparison
 
 
-def sides(a: str, b: str | None) -> tuple[Side, Side]:
+def sides(a: str, b: str | None) -> tuple[ComparedRun, ComparedRun]:
     side_a = choose(a, "A")
     return side_a, choose(b, "B") if b is not None else choose(f"{side_a.run.root}@start", "B")
 
 
-def names_of(plans: Sequence[Planned]) -> dict[str, str]:
+def names_of(plans: Sequence[PlannedMeasure]) -> dict[str, str]:
     """Every name and alias, and the measure that it stands for: names come before aliases, earlier before later."""
     aliases = {alias: plan.name for plan in reversed(plans) for alias in plan.aliases}
     return aliases | {plan.name: plan.name for plan in plans}
 
 
-def ranking(measures: Mapping[str, Measure], by: str | None) -> Measure:
+def ranking(measures: Mapping[str, ComparisonMeasure], by: str | None) -> ComparisonMeasure:
     """The measure that ranks the prompts. Raises ConfigError, and DataError where nothing could be compared."""
     computed = [measure for measure in measures.values() if measure.result is not None]
     if not computed:
@@ -169,11 +169,11 @@ def document(found: Comparison, number: int) -> dict[str, Any]:
     }
 
 
-def described(side: Side) -> dict[str, Any]:
+def described(side: ComparedRun) -> dict[str, Any]:
     return {"run": str(side.run.root), "round": side.round, "samples": len(side.keys), "prompts": len(side.prompts)}
 
 
-def numbers(measure: Measure) -> dict[str, Any]:
+def numbers(measure: ComparisonMeasure) -> dict[str, Any]:
     """The measure's numbers; those it does not have are null."""
     assert measure.result is not None
     result = asdict(measure.result)

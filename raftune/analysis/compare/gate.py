@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from raftune.analysis.compare.measures import Measure
+from raftune.analysis.compare.measures import ComparisonMeasure
 from raftune.errors import ConfigError
-from raftune.evaluation.paired import FEWEST, Estimate, Paired
+from raftune.evaluation.paired import FEWEST, PairedEstimate, PairedTest
 from raftune.sanitize import counted
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -44,7 +44,7 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class GateResult:
     """A gate and what was found: the number, None where it could not be computed, which closes the gate too."""
 
     gate: Gate
@@ -99,17 +99,17 @@ def find(flag: str, name: str, names: Mapping[str, str]) -> str:
     raise ConfigError(f"{flag}: there is no measure {name!r}; {hint}")
 
 
-def check(gate: Gate, measure: Measure) -> Checked:
+def check(gate: Gate, measure: ComparisonMeasure) -> GateResult:
     """Whether the gate is closed, and by what number."""
     name = f"{measure.name}.{gate.field}"
     value, why = value_of(gate.field, measure)
     if value is None:
-        return Checked(gate, None, True, f"{name} could not be computed: {why}")
+        return GateResult(gate, None, True, f"{name} could not be computed: {why}")
     closed = OPERATORS[gate.operator](value, gate.number)
-    return Checked(gate, value, closed, f"{name} is {value:.4g}")
+    return GateResult(gate, value, closed, f"{name} is {value:.4g}")
 
 
-def value_of(field: str, measure: Measure) -> tuple[float | None, str]:
+def value_of(field: str, measure: ComparisonMeasure) -> tuple[float | None, str]:
     """The number, or None and why there is none."""
     result = measure.result
     if field in ("inconsistent", "failures", "left_out"):
@@ -121,9 +121,9 @@ def value_of(field: str, measure: Measure) -> tuple[float | None, str]:
     return float(getattr(result, field)), ""
 
 
-def end_of(field: str, result: Paired) -> tuple[float | None, str]:
+def end_of(field: str, result: PairedTest) -> tuple[float | None, str]:
     name, _, end = field.partition(".")
-    found: Estimate | None = getattr(result, name)
+    found: PairedEstimate | None = getattr(result, name)
     if found is None:
         return None, "a judge gives verdicts, not scores; write win_rate"
     are = "is" if result.prompts == 1 else "are"
@@ -131,6 +131,6 @@ def end_of(field: str, result: Paired) -> tuple[float | None, str]:
     return getattr(found, end or "mean"), few
 
 
-def failed(checked: Sequence[Checked]) -> str | None:
+def failed(checked: Sequence[GateResult]) -> str | None:
     """What to say of the gates that are closed; None where all are open."""
     return "\n".join(f"gate failed: {found.gate.text}: {found.words}." for found in checked if found.closed) or None

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raftune.analysis.compare.pairing import Pairs
-from raftune.analysis.compare.sides import SCORED, Side
-from raftune.clients.chat import Endpoint
+from raftune.analysis.compare.pairing import SamplePairs
+from raftune.analysis.compare.sides import SCORED, ComparedRun
+from raftune.clients.chat import ChatEndpoint
 from raftune.config.rewards import RewardsConfig, RewardSpec, unique_names
 from raftune.errors import RewardError
-from raftune.evaluation.judge import TEMPLATE, Judgement, Tell, judge
-from raftune.evaluation.paired import Paired, judged, outcomes, paired
+from raftune.evaluation.judge import TEMPLATE, JudgeResult, Tell, judge
+from raftune.evaluation.paired import PairedTest, judged, outcomes, paired
 
 Floats = npt.NDArray[np.float64]
 JUDGE = "judge"
@@ -25,7 +25,7 @@ SHARE = 0.5  # of samples that a reward could not score, above which there is no
 
 
 @dataclass(frozen=True)
-class Measure:
+class ComparisonMeasure:
     """One way to compare: outcomes (N,) pair by pair are 1 where A wins, 0 for a tie, -1 where B wins, NaN if unknown.
 
     `a` and `b` are the scores, None of a judge; `result` is None where nothing could be compared, `why` says why.
@@ -36,14 +36,14 @@ class Measure:
     name: str
     title: str
     kind: Literal["recorded", "new", "judge"]
-    result: Paired | None
+    result: PairedTest | None
     outcomes: Floats
     a: Floats | None = None
     b: Floats | None = None
     aliases: tuple[str, ...] = ()
     why: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
-    judgement: Judgement | None = None
+    judgement: JudgeResult | None = None
 
     @property
     def leads(self) -> Floats:
@@ -52,15 +52,15 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Judge:
+class JudgeSpec:
     """Who judges, and how it is asked."""
 
-    endpoint: Endpoint
+    endpoint: ChatEndpoint
     template: str = TEMPLATE
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedMeasure:
     """A measure by name before anything is scored; `why` it will not be computed, if it is known already."""
 
     name: str
@@ -72,34 +72,34 @@ class Planned:
 # -- what both recorded ------------------------------------------------------------------------------------------------
 
 
-def recorded(pairs: Pairs) -> list[Planned]:
+def recorded(pairs: SamplePairs) -> list[PlannedMeasure]:
     """The scores that A and B, or one of them, recorded, and their parts by name."""
     found = []
     for name in SCORED:
         sides = [side for side in (pairs.side_a, pairs.side_b) if name in side.scores]
         if len(sides) == 1:
             letter = "B" if sides[0] is pairs.side_a else "A"
-            found.append(Planned(name, name, why=f"{letter} recorded none. `--reward SPEC` scores both now"))
+            found.append(PlannedMeasure(name, name, why=f"{letter} recorded none. `--reward SPEC` scores both now"))
         elif sides:
             found += planned(name, pairs)
     return found
 
 
-def planned(name: str, pairs: Pairs) -> Iterator[Planned]:
+def planned(name: str, pairs: SamplePairs) -> Iterator[PlannedMeasure]:
     """The score of this name, and its parts where it has several."""
     a, b = pairs.side_a, pairs.side_b
     why = whether_same(name, a, b)
     sums = [only_part(name, side) for side in (a, b)]
     alone = sums[0] if sums[0] == sums[1] else None
     title = f"{name} ({alone})" if alone else name
-    yield Planned(name, title, (alone, f"{name}/{alone}") if alone else (), why)
+    yield PlannedMeasure(name, title, (alone, f"{name}/{alone}") if alone else (), why)
     if alone:
         return
     for part in (part for part in a.parts(name) if part in b.parts(name)):
-        yield Planned(f"{name}/{part}", f"  {part}", (part,), part_differs(name, part, a, b) if why else "")
+        yield PlannedMeasure(f"{name}/{part}", f"  {part}", (part,), part_differs(name, part, a, b) if why else "")
 
 
-def only_part(name: str, side: Side) -> str | None:
+def only_part(name: str, side: ComparedRun) -> str | None:
     """The part that the score is equal to; None where it is a sum of several, or weighted."""
     parts = side.parts(name)
     if len(parts) != 1 or not np.array_equal(side.scores[name], side.scores[f"{name}/{parts[0]}"], equal_nan=True):
@@ -107,7 +107,7 @@ def only_part(name: str, side: Side) -> str | None:
     return parts[0]
 
 
-def whether_same(name: str, a: Side, b: Side) -> str:
+def whether_same(name: str, a: ComparedRun, b: ComparedRun) -> str:
     """Why A's and B's scores of this name are not one measure; empty where they are."""
     if a.fingerprint(name) == b.fingerprint(name):
         return ""
@@ -117,7 +117,7 @@ def whether_same(name: str, a: Side, b: Side) -> str:
     return f"{lists[0]} changed between A and B (code, options or weights). `--reward SPEC` scores both now"
 
 
-def part_differs(name: str, part: str, a: Side, b: Side) -> str:
+def part_differs(name: str, part: str, a: ComparedRun, b: ComparedRun) -> str:
     """Why a part of this name is not one measure, where the sums are not; empty where both come from equal specs.
 
     Equal sums of unequal fingerprint tell that code changed; whose, they do not tell.
@@ -129,7 +129,7 @@ def part_differs(name: str, part: str, a: Side, b: Side) -> str:
     return f"{part} is not known to be the same in A and B. `--reward SPEC` scores both now"
 
 
-def compare_recorded(plan: Planned, pairs: Pairs, tie_within: float) -> Measure:
+def compare_recorded(plan: PlannedMeasure, pairs: SamplePairs, tie_within: float) -> ComparisonMeasure:
     if plan.why:
         return missing(plan, len(pairs), "recorded")
     a, b = pairs.side_a.scores[plan.name][pairs.a], pairs.side_b.scores[plan.name][pairs.b]
@@ -139,22 +139,24 @@ def compare_recorded(plan: Planned, pairs: Pairs, tie_within: float) -> Measure:
 # -- rewards that score now --------------------------------------------------------------------------------------------
 
 
-def named(specs: Sequence[RewardSpec], taken: Sequence[str]) -> list[Planned]:
+def named(specs: Sequence[RewardSpec], taken: Sequence[str]) -> list[PlannedMeasure]:
     """The new rewards by name; one that is taken gets the next free number."""
     names = unique_names([(name, True) for name in taken] + [(spec.derived_name, False) for spec in specs])
-    return [Planned(name, f"{name} (now)") for name in names[len(taken) :]]
+    return [PlannedMeasure(name, f"{name} (now)") for name in names[len(taken) :]]
 
 
-def score_now(specs: Sequence[RewardSpec], plans: Sequence[Planned], pairs: Pairs, tie_within: float) -> list[Measure]:
+def score_now(
+    specs: Sequence[RewardSpec], plans: Sequence[PlannedMeasure], pairs: SamplePairs, tie_within: float
+) -> list[ComparisonMeasure]:
     """Both sides' answers, scored by each of these rewards in this process; nothing is written into the runs.
 
     Raises ConfigError and RewardError where a reward cannot be loaded, or fails for more than half of the samples.
     """
     from raftune.rewards.loading import load_panel
-    from raftune.rewards.panel import SamplePanel
+    from raftune.rewards.panel import SampleScorer
 
     named_specs = [spec.model_copy(update={"name": plan.name}) for spec, plan in zip(specs, plans, strict=True)]
-    panel = SamplePanel(load_panel(RewardsConfig(reward_funcs=tuple(named_specs))))
+    panel = SampleScorer(load_panel(RewardsConfig(reward_funcs=tuple(named_specs))))
     try:
         scores = panel.score_samples(pairs.asked * 2, both_answers(pairs))
     finally:
@@ -168,7 +170,7 @@ def score_now(specs: Sequence[RewardSpec], plans: Sequence[Planned], pairs: Pair
     return found
 
 
-def both_answers(pairs: Pairs) -> pa.Table:
+def both_answers(pairs: SamplePairs) -> pa.Table:
     """A's answers, then B's: sample_id, completion and, where both have them, completion_ids and invalid."""
     tables = [pairs.side_a.samples.take(pa.array(pairs.a)), pairs.side_b.samples.take(pa.array(pairs.b))]
     wanted = ("sample_id", "completion", "completion_ids", "invalid")
@@ -190,7 +192,7 @@ def refuse_failing(name: str, parts: Sequence[Any]) -> None:
 # -- a judge -----------------------------------------------------------------------------------------------------------
 
 
-def ask_judge(who: Judge, plan: Planned, pairs: Pairs, tell: Tell) -> Measure:
+def ask_judge(who: JudgeSpec, plan: PlannedMeasure, pairs: SamplePairs, tell: Tell) -> ComparisonMeasure:
     """The judge's verdicts on all pairs. Raises RewardError where it gives too few."""
     a, b = (list(map(str, answers)) for answers in pairs.answers)
     contents = [prompt.content for prompt in pairs.asked]
@@ -206,28 +208,30 @@ def ask_judge(who: Judge, plan: Planned, pairs: Pairs, tell: Tell) -> Measure:
         "left_out": int(np.isnan(said.outcomes).sum()),
     }
     result = judged(pairs.groups, said.outcomes)
-    return Measure(plan.name, plan.title, "judge", result, said.outcomes, facts=facts, judgement=said)
+    return ComparisonMeasure(plan.name, plan.title, "judge", result, said.outcomes, facts=facts, judgement=said)
 
 
-def judge_plan(model: str) -> Planned:
+def judge_plan(model: str) -> PlannedMeasure:
     """The judge under its name; a model given as a folder is called by the folder's last part."""
-    return Planned(JUDGE, f"judge ({PurePath(model).name or model})")
+    return PlannedMeasure(JUDGE, f"judge ({PurePath(model).name or model})")
 
 
 # -- what they share ---------------------------------------------------------------------------------------------------
 
 
 def by_scores(
-    plan: Planned, pairs: Pairs, a: Floats, b: Floats, tie_within: float, kind: Literal["recorded", "new"]
-) -> Measure:
+    plan: PlannedMeasure, pairs: SamplePairs, a: Floats, b: Floats, tie_within: float, kind: Literal["recorded", "new"]
+) -> ComparisonMeasure:
     """The measure by two rows of scores."""
     found = outcomes(a, b, tie_within)
     result = paired(pairs.groups, a, b, tie_within)
     why = "" if result else "no pair has a score on both sides"
     facts = {"left_out": int(np.isnan(found).sum())}
-    return Measure(plan.name, plan.title, kind, result, found, a, b, plan.aliases, why, facts)
+    return ComparisonMeasure(plan.name, plan.title, kind, result, found, a, b, plan.aliases, why, facts)
 
 
-def missing(plan: Planned, size: int, kind: Literal["recorded", "new"]) -> Measure:
+def missing(plan: PlannedMeasure, size: int, kind: Literal["recorded", "new"]) -> ComparisonMeasure:
     """A measure that could not be computed."""
-    return Measure(plan.name, plan.title, kind, None, np.full(size, np.nan), aliases=plan.aliases, why=plan.why)
+    return ComparisonMeasure(
+        plan.name, plan.title, kind, None, np.full(size, np.nan), aliases=plan.aliases, why=plan.why
+    )

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.types as kinds
 
-from raftune.analysis.compare.sides import Side
+from raftune.analysis.compare.sides import ComparedRun
 from raftune.errors import ConfigError, DataError
 from raftune.records import Prompt
 from raftune.sanitize import counted
@@ -21,11 +21,11 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Pairs:
+class SamplePairs:
     """Row a[i] of A and row b[i] of B answer the same prompt, prompts[groups[i]], with the same seed."""
 
-    side_a: Side
-    side_b: Side
+    side_a: ComparedRun
+    side_b: ComparedRun
     a: Ints
     b: Ints
     groups: Ints
@@ -42,7 +42,7 @@ class Pairs:
 
     @property
     def of_pictures(self) -> bool:
-        """Whether what is compared are pictures, which no judge of texts can read."""
+        """Whether what is compared are images, which no judge of texts can read."""
         return any(kinds.is_binary(side.samples.schema.field("completion").type) for side in (self.side_a, self.side_b))
 
     @property
@@ -57,7 +57,7 @@ class Pairs:
         return [keys[row] for row in self.a]
 
 
-def pair(side_a: Side, side_b: Side) -> Pairs:
+def pair(side_a: ComparedRun, side_b: ComparedRun) -> SamplePairs:
     """The pairs in A's order. Raises ConfigError where A and B are one, DataError where they have nothing in common."""
     if (side_a.run.root.resolve(), side_a.round) == (side_b.run.root.resolve(), side_b.round):
         best = " (the start is its best round)" if side_a.round == 0 else ""
@@ -69,7 +69,7 @@ def pair(side_a: Side, side_b: Side) -> Pairs:
     if not shared:
         raise DataError(nothing_shared(side_a, side_b))
     numbers = {name: number for number, name in enumerate(dict.fromkeys(key[0] for key in shared))}
-    return Pairs(
+    return SamplePairs(
         side_a,
         side_b,
         np.array([side_a.keys[key] for key in shared], dtype=np.int64),
@@ -79,7 +79,7 @@ def pair(side_a: Side, side_b: Side) -> Pairs:
     )
 
 
-def nothing_shared(a: Side, b: Side) -> str:
+def nothing_shared(a: ComparedRun, b: ComparedRun) -> str:
     """Why no answer of A can be paired with one of B, and what to do."""
     common = len(a.prompts.keys() & b.prompts.keys())
     if not common:
@@ -94,33 +94,33 @@ def nothing_shared(a: Side, b: Side) -> str:
     )
 
 
-def differences(pairs: Pairs) -> list[str]:
-    """How A and B differ in prompts, number of answers, dials of sampling and columns, a line each, with counts."""
+def differences(pairs: SamplePairs) -> list[str]:
+    """How A and B differ in prompts, number of answers, options of sampling and columns, a line each, with counts."""
     return [*prompts_differ(pairs), *answers_differ(pairs), *dials_differ(pairs), *columns_differ(pairs)]
 
 
-def prompts_differ(pairs: Pairs) -> Iterator[str]:
+def prompts_differ(pairs: SamplePairs) -> Iterator[str]:
     a, b = pairs.side_a.prompts, pairs.side_b.prompts
     if a.keys() != b.keys():
         only = [len(a.keys() - b.keys()), len(b.keys() - a.keys())]
         yield f"prompts: {len(pairs.prompts)} in common are compared; {only[0]} are in A alone, {only[1]} in B alone"
 
 
-def answers_differ(pairs: Pairs) -> Iterator[str]:
+def answers_differ(pairs: SamplePairs) -> Iterator[str]:
     counts = [int(side.plan["num_generations"]) for side in (pairs.side_a, pairs.side_b)]
     if counts[0] != counts[1]:
         least = min(counts)
         yield f"answers: {counts[0]} a prompt in A, {counts[1]} in B; the first {least} of each are compared"
 
 
-def dials_differ(pairs: Pairs) -> Iterator[str]:
+def dials_differ(pairs: SamplePairs) -> Iterator[str]:
     a, b = pairs.side_a.drawn_by, pairs.side_b.drawn_by
     for name in sorted(a.keys() | b.keys()):
         if a.get(name) != b.get(name):
             yield f"{name}: {shown(a.get(name))} in A, {shown(b.get(name))} in B"
 
 
-def columns_differ(pairs: Pairs) -> Iterator[str]:
+def columns_differ(pairs: SamplePairs) -> Iterator[str]:
     theirs = pairs.side_b.prompts
     other = sum(prompt.columns != theirs[prompt.id].columns for prompt in pairs.prompts)
     if other:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from raftune.analysis.compare.measures import Measure
-from raftune.analysis.compare.pairing import Pairs
-from raftune.clients.chat import Reply
+from raftune.analysis.compare.measures import ComparisonMeasure
+from raftune.analysis.compare.pairing import SamplePairs
+from raftune.clients.chat import ChatReply
 from raftune.errors import ConfigError
-from raftune.evaluation.judge import Opinion, failure_of
+from raftune.evaluation.judge import JudgeOpinion, failure_of
 from raftune.store.files import explaining
 from raftune.store.parquet import write_table
 
@@ -30,7 +30,7 @@ def check_out(out: str | Path | None) -> None:
         raise ConfigError(f"--out must not exist yet; {path} does. Choose another name.")
 
 
-def write_rows(out: str | Path, pairs: Pairs, measures: Sequence[Measure]) -> None:
+def write_rows(out: str | Path, pairs: SamplePairs, measures: Sequence[ComparisonMeasure]) -> None:
     """Writes one row a pair; the file appears whole or not at all."""
     path = Path(out)
     with explaining(path):
@@ -43,7 +43,7 @@ def write_rows(out: str | Path, pairs: Pairs, measures: Sequence[Measure]) -> No
             part.unlink(missing_ok=True)
 
 
-def table_of(pairs: Pairs, measures: Sequence[Measure]) -> pa.Table:
+def table_of(pairs: SamplePairs, measures: Sequence[ComparisonMeasure]) -> pa.Table:
     """prompt_id, prompt, k, seed, a, b; for each measure NAME/a, NAME/b and NAME/verdict (win, tie, loss: A's); of a
     judge also what it said in either order."""
     ids, numbers, seeds = zip(*pairs.keys, strict=True)
@@ -63,7 +63,7 @@ def table_of(pairs: Pairs, measures: Sequence[Measure]) -> pa.Table:
     )
 
 
-def columns_of(measure: Measure) -> dict[str, pa.Array]:
+def columns_of(measure: ComparisonMeasure) -> dict[str, pa.Array]:
     """The measure's columns; none of one that could not be computed."""
     if measure.result is None:
         return {}
@@ -75,11 +75,11 @@ def columns_of(measure: Measure) -> dict[str, pa.Array]:
     return columns
 
 
-def columns_of_judge(name: str, opinions: Sequence[Opinion]) -> dict[str, pa.Array]:
+def columns_of_judge(name: str, opinions: Sequence[JudgeOpinion]) -> dict[str, pa.Array]:
     """What was said with A's answer first, and with B's: the verdict (A, B, tie), the failure, and the raw reply."""
     columns: dict[str, list[Any]] = {}
     for order in ("a_first", "b_first"):
-        replies: list[Reply | None] = [getattr(opinion, order) for opinion in opinions]
+        replies: list[ChatReply | None] = [getattr(opinion, order) for opinion in opinions]
         columns[f"{name}/{order}/verdict"] = [getattr(opinion, f"verdict_{order}") for opinion in opinions]
         columns[f"{name}/{order}/reply"] = [None if reply is None else reply.text for reply in replies]
         columns[f"{name}/{order}/failure"] = [None if reply is None else failure_of(reply) for reply in replies]

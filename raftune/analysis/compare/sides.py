@@ -20,19 +20,19 @@ from raftune.results import samples as ledger
 from raftune.results.summary import best_round
 from raftune.sanitize import shell_command
 from raftune.stages.plan import read_plan, read_prompts
-from raftune.store.layout import unit_file
+from raftune.store.layout import chunk_file
 from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
 
 Floats = npt.NDArray[np.float64]
 Key = tuple[str, int, int | None]
-DRAWN = ("sample_id", "prompt_id", "k", "seed", "completion", "completion_ids", "invalid")
+GENERATED = ("sample_id", "prompt_id", "k", "seed", "completion", "completion_ids", "invalid")
 # The folder of scores, the section of the configuration that names its rewards, and what its score is called here.
 SCORED = {"reward": ("score", "rewards"), "held_out": ("judge", "evaluation")}
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedRun:
     """The held-out samples of one round of a run."""
 
     run: RunFolder
@@ -52,12 +52,12 @@ class Side:
         return read_plan(self.folder / "plan")
 
     @cached_property
-    def units(self) -> list[int]:
-        """The units that were drawn, scored and judged: those that were set aside are none; one that was lost is."""
-        names = ("draw", "score", *(["judge"] if self.is_judged else []))
+    def chunks(self) -> list[int]:
+        """The chunks that were drawn, scored and judged: those that were set aside are none; one that was lost is."""
+        names = ("generate", "score", *(["judge"] if self.is_judged else []))
         commits = [self.run.commit(self.round, f"evaluate/{name}") for name in names]
         held = [{name for name in commit.files if name.endswith(".parquet")} for commit in commits if commit]
-        return sorted(int(Path(name).stem.removeprefix("unit-")) for name in set.intersection(*held))
+        return sorted(int(Path(name).stem.removeprefix("chunk-")) for name in set.intersection(*held))
 
     @property
     def is_judged(self) -> bool:
@@ -66,12 +66,12 @@ class Side:
     @cached_property
     def prompts(self) -> dict[str, Prompt]:
         """The prompts by id, with the columns that ride along."""
-        return {prompt.id: prompt for unit in self.units for prompt in read_prompts(self.folder / "plan", unit)}
+        return {prompt.id: prompt for chunk in self.chunks for prompt in read_prompts(self.folder / "plan", chunk)}
 
     @cached_property
     def samples(self) -> pa.Table:
         """One row a sample: prompt_id, k, seed, completion and, where there are any, completion_ids."""
-        return pa.concat_tables([self._drawn(unit) for unit in self.units])
+        return pa.concat_tables([self._drawn(chunk) for chunk in self.chunks])
 
     @cached_property
     def keys(self) -> dict[Key, int]:
@@ -86,8 +86,8 @@ class Side:
         for name, (folder, _) in SCORED.items():
             if folder == "judge" and not self.is_judged:
                 continue
-            tables = [read_table(self.folder / folder / unit_file(unit)) for unit in self.units]
-            table = pa.concat_tables(tables, promote_options="default")  # not every unit has each logged column
+            tables = [read_table(self.folder / folder / chunk_file(chunk)) for chunk in self.chunks]
+            table = pa.concat_tables(tables, promote_options="default")  # not every chunk has each logged column
             found[name] = ok(table, "score", "status")
             for column in table.column_names:
                 if column.startswith("rewards/"):
@@ -113,8 +113,8 @@ class Side:
 
     @cached_property
     def drawn_by(self) -> Mapping[str, Any]:
-        """The dials that the samples were drawn with, by dotted field."""
-        commit = self.run.commit(self.round, "evaluate/draw")
+        """The options that the samples were drawn with, by dotted field."""
+        commit = self.run.commit(self.round, "evaluate/generate")
         fields = commit.fields if commit is not None else {}
         return {name: value for name, value in fields.items() if name.startswith("sampling.")}
 
@@ -127,10 +127,10 @@ class Side:
         round_ = "the start" if self.round == 0 else f"round {self.round}"
         return f"{self.run.root}, {round_}{' (the best)' if self.chosen == 'best' else ''}"
 
-    def _drawn(self, unit: int) -> pa.Table:
-        path = self.folder / "draw" / unit_file(unit)
+    def _drawn(self, chunk: int) -> pa.Table:
+        path = self.folder / "generate" / chunk_file(chunk)
         present = column_names(path)
-        return read_table(path, [name for name in DRAWN if name in present])
+        return read_table(path, [name for name in GENERATED if name in present])
 
 
 def ok(table: pa.Table, column: str, status: str) -> Floats:
@@ -140,7 +140,7 @@ def ok(table: pa.Table, column: str, status: str) -> Floats:
     return np.where(fine, values, np.nan)
 
 
-def choose(reference: str, letter: str) -> Side:
+def choose(reference: str, letter: str) -> ComparedRun:
     """The side that `RUN`, `RUN@3`, `RUN@best`, `RUN@last` or `RUN@start` names. Raises ConfigError, StoreError.
 
     Without a round it is the best one, or the only one that was evaluated.
@@ -159,7 +159,7 @@ def choose(reference: str, letter: str) -> Side:
         raise ConfigError(
             f"{letter}: round {round_} of {path} was not evaluated; there are {ledger.span(judged)}. Choose one."
         )
-    return Side(run, round_, chosen)
+    return ComparedRun(run, round_, chosen)
 
 
 def split(reference: str) -> tuple[str, str | None]:

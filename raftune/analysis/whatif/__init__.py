@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raftune.analysis.whatif.again import WhatIf, rescore, reselect
+from raftune.analysis.whatif.again import WhatIfResult, rescore, reselect
 from raftune.analysis.whatif.difference import Difference
 
-__all__ = ["Difference", "WhatIf", "rescore", "reselect"]
+__all__ = ["Difference", "WhatIfResult", "rescore", "reselect"]

@@ -14,7 +14,7 @@ from typing import Any
 from raftune.analysis.whatif.difference import Difference, compare
 from raftune.analysis.whatif.folder import (
     RECORD,
-    Overlay,
+    OverlayRun,
     brief,
     faults,
     in_words,
@@ -26,21 +26,21 @@ from raftune.analysis.whatif.folder import (
 from raftune.config.load import differences, merge, nested, validate
 from raftune.config.run import RunConfig
 from raftune.config.selection import RULES, rule_class
-from raftune.engines.local import ThisProcess
+from raftune.engines.local import InProcessEngine
 from raftune.errors import ConfigChanged, ConfigError, RewardError, RunDamaged
 from raftune.loop import ensure
 from raftune.policies.registry import FAMILIES, family_of
-from raftune.protocols import Stage, UnitStage
+from raftune.protocols import ChunkedStage, Stage
 from raftune.rewards.loading import load_panel
-from raftune.rewards.panel import SamplePanel, misfits
+from raftune.rewards.panel import SampleScorer, misfits
 from raftune.runtime.assembly import limit_threads
 from raftune.sanitize import shell_command
 from raftune.stages.plan import read_plan
-from raftune.stages.score import ScoreSamples
-from raftune.stages.select import MEND, Select
+from raftune.stages.score import ScoreStage
+from raftune.stages.select import MEND, SelectStage
 from raftune.starters.resolve import resolve_starters
 from raftune.store.commit import stage_key
-from raftune.store.job import Engine, Job, fields_of, hashes_of, make_job
+from raftune.store.job import Engine, StageJob, fields_of, hashes_of, make_job
 from raftune.store.run import RunFolder
 
 Observer = Callable[[str, dict[str, Any]], None]
@@ -50,7 +50,7 @@ ASKED = ("rewards", "selection", "sampling")  # the sections of the configuratio
 
 
 @dataclass(frozen=True)
-class WhatIf:
+class WhatIfResult:
     """What came of it. `folder` is None where nothing was written; `missing` names the rounds that could not be read.
 
     changes: the fields that differ from the run's, each with the run's value and its own. redo: how to really do so.
@@ -75,7 +75,7 @@ def rescore(
     name: str | None = None,
     show: int = 3,
     observe: Observer = lambda kind, facts: None,
-) -> WhatIf:
+) -> WhatIfResult:
     """The run's draws under another reward, and what its own rule would keep of them; nothing is drawn.
 
     `flags` are dotted fields of `rewards`. Written to whatif/NAME; a second call finds it done. Raises ConfigError,
@@ -87,8 +87,8 @@ def rescore(
     if not flags.get("rewards.reward_funcs"):
         raise ConfigError(missing_rewards(before))
     after = validate(merge([before, nested(flags)]))
-    place = Overlay(place_of(run, name or slug(after.rewards.names)), run, {"score", "select"})
-    return Again(run, place, validate(before), after, record("rescore", None, after)).whatif(which, show, observe)
+    place = OverlayRun(place_of(run, name or slug(after.rewards.names)), run, {"score", "select"})
+    return WhatIfRun(run, place, validate(before), after, record("rescore", None, after)).whatif(which, show, observe)
 
 
 def reselect(
@@ -101,7 +101,7 @@ def reselect(
     dry_run: bool = False,
     show: int = 3,
     observe: Observer = lambda kind, facts: None,
-) -> WhatIf:
+) -> WhatIfResult:
     """What another rule, or a smaller K, would keep of what the run has drawn; nothing is drawn or scored.
 
     `flags` are dotted fields of `selection`, and sampling.num_generations: the policy's first so many draws of each
@@ -121,16 +121,16 @@ def reselect(
     name = name or slug(values)
     asked = record("select", under.root.name if scores else None, after)
     if not dry_run:
-        place = Overlay(place_of(run, name), under, {"select"})
-        return Again(run, place, validate(before), after, asked).whatif(which, show, observe)
+        place = OverlayRun(place_of(run, name), under, {"select"})
+        return WhatIfRun(run, place, validate(before), after, asked).whatif(which, show, observe)
     place_of(run, name)
     with tempfile.TemporaryDirectory() as folder:
-        place = Overlay(Path(folder), under, {"select"})
-        return Again(run, place, validate(before), after, None).whatif(which, show, observe)
+        place = OverlayRun(Path(folder), under, {"select"})
+        return WhatIfRun(run, place, validate(before), after, None).whatif(which, show, observe)
 
 
 @dataclass
-class Again:
+class WhatIfRun:
     """One what-if at work: `run` is an Overlay over what lies on disk. `asked` is put on record; None keeps nothing."""
 
     run_as_it_is: RunFolder
@@ -140,13 +140,13 @@ class Again:
     asked: dict[str, Any] | None
 
     def __post_init__(self) -> None:
-        self.engine: Engine = ThisProcess(self.config.engine)
+        self.engine: Engine = InProcessEngine(self.config.engine)
         self.anew = self.run.folder(1, "score").is_relative_to(self.run.root)  # else the scores are read, not made
         self.plain = plain_of(self.config)
-        self.shards = ("draw", "teach") if self.config.sampling.teacher else ("draw",)
-        self._panel: SamplePanel | None = None
+        self.shards = ("generate", "teach") if self.config.sampling.teacher else ("generate",)
+        self._panel: SampleScorer | None = None
 
-    def whatif(self, which: str, show: int, observe: Observer) -> WhatIf:
+    def whatif(self, which: str, show: int, observe: Observer) -> WhatIfResult:
         """Does what is not done yet, and compares with what the run learned from."""
         rounds, missing = self.readable(rounds_of(self.run_as_it_is, which))
         self.refuse_more_draws(rounds)
@@ -158,7 +158,7 @@ class Again:
                 stack.enter_context(self.run.lock())
                 keep_record(self.run, self.asked)
             worked = self.work(rounds, observe)
-            return WhatIf(
+            return WhatIfResult(
                 self.run_as_it_is.root,
                 self.run.root.name if self.asked is not None else "",
                 self.run.root if self.asked is not None else None,
@@ -177,7 +177,7 @@ class Again:
         config = self.config
         drawn = read_plan(self.run.folder(round_, "plan"))["num_generations"]
         fewer = config.sampling.num_generations
-        rule = Select(
+        rule = SelectStage(
             config.selection,
             seed=config.seed,
             round_=round_,
@@ -185,15 +185,15 @@ class Again:
             max_failures=config.rewards.max_failure_fraction,
             num_generations=fewer if fewer < drawn else None,
         )
-        return [*([ScoreSamples(self.panel, reads=self.shards)] if self.anew else []), rule]
+        return [*([ScoreStage(self.panel, reads=self.shards)] if self.anew else []), rule]
 
-    def job(self, stage: Stage, round_: int) -> Job:
+    def job(self, stage: Stage, round_: int) -> StageJob:
         return make_job(self.run, stage, round_, self.plain)
 
-    def engine_for(self, stage: UnitStage) -> Engine:
+    def engine_for(self, stage: ChunkedStage) -> Engine:
         return self.engine
 
-    def retire(self, round_: int, best: int | None) -> None:
+    def prune(self, round_: int, best: int | None) -> None:
         """Nothing to do: a what-if makes no models."""
 
     def work(self, rounds: list[int], observe: Observer) -> bool:
@@ -221,10 +221,10 @@ class Again:
         if not any(self.run.is_committed(*place) for place in self.run.places()):
             (self.run.root / RECORD).unlink(missing_ok=True)
 
-    def panel(self) -> SamplePanel:
+    def panel(self) -> SampleScorer:
         """The rewards asked for, loaded once."""
         if self._panel is None:
-            self._panel = SamplePanel(load_panel(resolve_starters(self.config).rewards))
+            self._panel = SampleScorer(load_panel(resolve_starters(self.config).rewards))
             family = self.config.policy.family
             # Code that a run's configuration names is not imported to look at the run.
             media = family_of(self.config).media if family in FAMILIES else None
@@ -332,7 +332,7 @@ class Again:
         What was drawn comes with it where the latents of what was not kept are gone: it is drawn again as it was.
         """
         run = self.run_as_it_is
-        drawn = ",draw" if any(run.dropped_columns(round_, "draw") for round_ in run.rounds()) else ""
+        drawn = ",generate" if any(run.dropped_columns(round_, "generate") for round_ in run.rounds()) else ""
         if SCORED_BY & changes.keys():
             return ("evaluation-score" if self.config.evaluation.num_prompts else "score") + drawn
         if "rewards.combine" in changes:  # evaluations take the sum in any case

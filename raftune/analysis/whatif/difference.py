@@ -20,7 +20,7 @@ from raftune.results.samples import prompts_of, read_drawn, readable
 from raftune.results.summary import read_json
 from raftune.stages.plan import read_plan
 from raftune.stages.select import read_verdicts
-from raftune.store.layout import unit_file, unit_numbers
+from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
 
@@ -29,7 +29,7 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptSamples:
     """One training set: its samples, its prompts, and its mean by each score, weighted as it would be learned from.
 
     `reward_now` is by the scores that the what-if goes by; both are the same where nothing was scored anew.
@@ -42,7 +42,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Change:
+class SelectionChange:
     """How the training set of a round (None: of all) would have changed. Counts of samples, but for those of prompts.
 
     changed: prompts of which other samples are kept, or with other weights. starved: prompts that now yield nothing.
@@ -55,13 +55,13 @@ class Change:
     only_before: int
     only_now: int
     starved_before: int
-    starved: int
-    before: Kept
-    now: Kept
+    empty_prompts: int
+    before: KeptSamples
+    now: KeptSamples
 
 
 @dataclass(frozen=True)
-class BestOf:
+class BestOfEstimate:
     """The unbiased estimate of the best of k draws, by the scores gone by, and its share of the gain of all K.
 
     `left_out`: prompts of which a draw has no usable score, which would bias it.
@@ -83,19 +83,19 @@ class Difference:
 
     names: tuple[str, str]
     rescored: bool
-    rounds: list[Change]
-    all: Change
-    best_of: BestOf
+    rounds: list[SelectionChange]
+    all: SelectionChange
+    best_of: BestOfEstimate
     largest: list[dict[str, Any]] = field(default_factory=list)
-    starved: list[dict[str, Any]] = field(default_factory=list)
+    empty_prompts: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The samples of one unit, row for row: scores and weights before and now. `group` numbers the prompts."""
+class ChunkVerdicts:
+    """The samples of one chunk, row for row: scores and weights before and now. `group` numbers the prompts."""
 
     round: int
-    unit: int
+    chunk: int
     prompts: list[str]
     group: Ints
     k: Ints
@@ -113,9 +113,9 @@ class Pair:
 def compare(before: RunFolder, now: RunFolder, rounds: list[int], show: int) -> Difference:
     """What the run learned from in these rounds, against what it would have; `show` prompts in their answers' words."""
     rescored = any(before.folder(r, "score") != now.folder(r, "score") for r in rounds)
-    tallies = {round_: Tally() for round_ in rounds}
-    curve = Curve()
-    largest: list[tuple[float, int, Pair, int]] = []
+    tallies = {round_: ChangeTally() for round_ in rounds}
+    curve = BestOfCurve()
+    largest: list[tuple[float, int, ChunkVerdicts, int]] = []
     order = itertools.count()
     for pair in pairs(before, now, rounds):
         tallies[pair.round].add(pair)
@@ -123,7 +123,7 @@ def compare(before: RunFolder, now: RunFolder, rounds: list[int], show: int) -> 
         margin = margins(pair)
         found = ((abs(margin[g]), -next(order), pair, g) for g in np.flatnonzero(changed(pair)).tolist())
         largest = heapq.nlargest(show, [*largest, *found], key=lambda item: item[:2])
-    everything = Tally()
+    everything = ChangeTally()
     for tally in tallies.values():
         everything.counts.update(tally.counts)  # Counter's + would drop sums that are below 0
     names = (names_of(before, rounds[0]), names_of(now, rounds[0]))
@@ -134,22 +134,22 @@ def compare(before: RunFolder, now: RunFolder, rounds: list[int], show: int) -> 
         everything.change(None),
         curve.estimate(),
         [told(now, pair, g, margins(pair)[g]) for _, _, pair, g in largest],
-        list(itertools.islice(newly_starved(before, now, rounds), show)),
+        list(itertools.islice(newly_empty(before, now, rounds), show)),
     )
 
 
-def pairs(before: RunFolder, now: RunFolder, rounds: list[int]) -> Iterator[Pair]:
-    """Every unit that either selected from."""
+def pairs(before: RunFolder, now: RunFolder, rounds: list[int]) -> Iterator[ChunkVerdicts]:
+    """Every chunk that either selected from."""
     for round_ in rounds:
         new_verdicts = dict(read_verdicts(now.folder(round_, "select") / "verdicts.parquet", ["sample_id", "weight"]))
         columns = ["sample_id", "prompt_id", "k", "source", "score", "weight"]
-        for unit, old in read_verdicts(before.folder(round_, "select") / "verdicts.parquet", columns):
-            scored = now.folder(round_, "score") / unit_file(unit)
-            yield paired(round_, unit, old, scored if scored.is_file() else None, new_verdicts.get(unit))
+        for chunk, old in read_verdicts(before.folder(round_, "select") / "verdicts.parquet", columns):
+            scored = now.folder(round_, "score") / chunk_file(chunk)
+            yield paired(round_, chunk, old, scored if scored.is_file() else None, new_verdicts.get(chunk))
 
 
-def paired(round_: int, unit: int, old: pa.Table, scored: Path | None, verdicts: pa.Table | None) -> Pair:
-    """The unit's samples with both scores and both weights; what took no part now has weight 0."""
+def paired(round_: int, chunk: int, old: pa.Table, scored: Path | None, verdicts: pa.Table | None) -> ChunkVerdicts:
+    """The chunk's samples with both scores and both weights; what took no part now has weight 0."""
     codes = old.column("prompt_id").combine_chunks().dictionary_encode()
     new = np.full(old.num_rows, np.nan)
     if scored is not None:
@@ -159,9 +159,9 @@ def paired(round_: int, unit: int, old: pa.Table, scored: Path | None, verdicts:
     if verdicts is not None:
         at = pc.index_in(verdicts.column("sample_id"), value_set=old.column("sample_id").combine_chunks())
         weight[at.to_numpy()] = verdicts.column("weight").to_numpy()
-    return Pair(
+    return ChunkVerdicts(
         round_,
-        unit,
+        chunk,
         codes.dictionary.to_pylist(),
         codes.indices.to_numpy().astype(np.int64),
         old.column("k").to_numpy().astype(np.int64),
@@ -177,12 +177,12 @@ def floats(column: pa.ChunkedArray) -> Floats:
     return np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.float64)
 
 
-def changed(pair: Pair) -> npt.NDArray[np.bool_]:
+def changed(pair: ChunkVerdicts) -> npt.NDArray[np.bool_]:
     """(G,) whether something else would be learned from the prompt."""
     return np.asarray(pair.per_prompt(np.abs(pair.before - pair.now) > 1e-12) > 0)
 
 
-def margins(pair: Pair) -> Floats:
+def margins(pair: ChunkVerdicts) -> Floats:
     """(G,) by how much the mean score of what is kept now exceeds that of what was kept before, by the score now.
 
     Where one of the two keeps nothing of a prompt, the mean of all its samples stands in.
@@ -199,12 +199,12 @@ def margins(pair: Pair) -> Floats:
 
 
 @dataclass
-class Tally:
+class ChangeTally:
     """Sums over units, from which a Change is read."""
 
     counts: Counter[str] = field(default_factory=Counter)
 
-    def add(self, pair: Pair) -> None:
+    def add(self, pair: ChunkVerdicts) -> None:
         was, is_ = pair.before > 0, pair.now > 0
         sums = {
             "prompts": len(pair.prompts),
@@ -218,25 +218,25 @@ class Tally:
         for name, value in sums.items():
             self.counts[name] += value
 
-    def change(self, round_: int | None) -> Change:
+    def change(self, round_: int | None) -> SelectionChange:
         c = self.counts
         before, now = (self.kept(which) for which in ("before", "now"))
         prompts, altered, both, gone, new = (
             int(c[name]) for name in ("prompts", "changed", "in_both", "only_before", "only_now")
         )
-        starved = (prompts - before.prompts, prompts - now.prompts)
-        return Change(round_, prompts, altered, both, gone, new, *starved, before, now)
+        empty_prompts = (prompts - before.prompts, prompts - now.prompts)
+        return SelectionChange(round_, prompts, altered, both, gone, new, *empty_prompts, before, now)
 
-    def kept(self, which: str) -> Kept:
+    def kept(self, which: str) -> KeptSamples:
         c = self.counts
         old, new = (
             float(c[f"{which} {by}"] / c[f"{which} {by} weight"]) if c[f"{which} {by} weight"] else None
             for by in ("old", "new")
         )
-        return Kept(int(c[f"{which} samples"]), int(c[f"{which} prompts"]), old, new)
+        return KeptSamples(int(c[f"{which} samples"]), int(c[f"{which} prompts"]), old, new)
 
 
-def weighed(which: str, pair: Pair, weight: Floats) -> dict[str, Any]:
+def weighed(which: str, pair: ChunkVerdicts, weight: Floats) -> dict[str, Any]:
     """The sums that one training set's numbers are read from."""
     found: dict[str, Any] = {
         f"{which} samples": (weight > 0).sum(),
@@ -249,7 +249,7 @@ def weighed(which: str, pair: Pair, weight: Floats) -> dict[str, Any]:
     return found
 
 
-class Curve:
+class BestOfCurve:
     """Sums of best-of-k estimates over prompts, of the policy's own draws alone."""
 
     def __init__(self) -> None:
@@ -257,7 +257,7 @@ class Curve:
         self.prompts: Counter[int] = Counter()
         self.left_out = 0
 
-    def add(self, pair: Pair, drawn: int) -> None:
+    def add(self, pair: ChunkVerdicts, drawn: int) -> None:
         rows = np.flatnonzero(pair.drawn)
         rows = rows[np.lexsort((pair.k[rows], pair.group[rows]))]
         scores = pair.new[rows].reshape(-1, drawn)
@@ -267,16 +267,16 @@ class Curve:
         estimates = best_of_k_estimates(scores[whole], ks_up_to(drawn)).sum(axis=0)
         self.sums[drawn] = self.sums.get(drawn, np.zeros(len(estimates))) + estimates
 
-    def estimate(self) -> BestOf:
+    def estimate(self) -> BestOfEstimate:
         """Over the prompts that drew the most, should rounds differ in K."""
         drawn = max((k for k, n in self.prompts.items() if n), default=0)
         if not drawn:
-            return BestOf(0, self.left_out, {}, {})
+            return BestOfEstimate(0, self.left_out, {}, {})
         means = (self.sums[drawn] / self.prompts[drawn]).tolist()
         rewards = dict(zip(ks_up_to(drawn), means, strict=True))
         gain = rewards[drawn] - rewards[1]
         shares = {k: (value - rewards[1]) / gain for k, value in rewards.items() if k > 1 and gain > 0}
-        return BestOf(self.prompts[drawn], self.left_out, rewards, shares)
+        return BestOfEstimate(self.prompts[drawn], self.left_out, rewards, shares)
 
 
 def ks_up_to(most: int) -> list[int]:
@@ -287,15 +287,15 @@ def ks_up_to(most: int) -> list[int]:
 def names_of(run: RunFolder, round_: int) -> str:
     """The rewards that gave the scores, joined."""
     folder = run.folder(round_, "score")
-    files = [folder / unit_file(unit) for unit in unit_numbers(folder)]
+    files = [folder / chunk_file(chunk) for chunk in chunk_numbers(folder)]
     names = [n.removeprefix("rewards/") for n in column_names(files[0]) if n.startswith("rewards/")] if files else []
     return " + ".join(names)
 
 
-def told(run: RunFolder, pair: Pair, group: int, margin: float) -> dict[str, Any]:
+def told(run: RunFolder, pair: ChunkVerdicts, group: int, margin: float) -> dict[str, Any]:
     """One prompt with the answers that either keeps: scores, weights, texts."""
     plan, name = run.folder(pair.round, "plan"), pair.prompts[group]
-    shards = [run.folder(pair.round, shard) / unit_file(pair.unit) for shard in ("draw", "teach")]
+    shards = [run.folder(pair.round, shard) / chunk_file(pair.chunk) for shard in ("generate", "teach")]
     answers = {row["sample_id"]: row for path in shards if path.is_file() for row in read_drawn(path).to_pylist()}
     mine = [row for row in answers.values() if row["prompt_id"] == name]
     by_k = {row["k"]: row for row in mine}
@@ -303,13 +303,13 @@ def told(run: RunFolder, pair: Pair, group: int, margin: float) -> dict[str, Any
     return {
         "round": pair.round,
         "prompt_id": name,
-        "prompt": prompts_of(plan, pair.unit)[name],
+        "prompt": prompts_of(plan, pair.chunk)[name],
         "margin": float(margin),
         "samples": [sample_of(by_k[int(pair.k[i])], pair, int(i)) for i in rows],
     }
 
 
-def sample_of(row: dict[str, Any], pair: Pair, i: int) -> dict[str, Any]:
+def sample_of(row: dict[str, Any], pair: ChunkVerdicts, i: int) -> dict[str, Any]:
     return {
         "sample_id": row["sample_id"],
         "k": row["k"],
@@ -326,7 +326,7 @@ def number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def newly_starved(before: RunFolder, now: RunFolder, rounds: list[int]) -> Iterator[dict[str, Any]]:
+def newly_empty(before: RunFolder, now: RunFolder, rounds: list[int]) -> Iterator[dict[str, Any]]:
     """The prompts that yield nothing now and did before, with the reason."""
     for round_ in rounds:
         was, is_ = (read_json(run.folder(round_, "select") / "summary.json").get("barren", {}) for run in (before, now))

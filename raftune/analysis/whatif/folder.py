@@ -21,7 +21,7 @@ FOLDER, RECORD = "whatif", "whatif.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-class Overlay(RunFolder):
+class OverlayRun(RunFolder):
     """A run as it is, but for a few stages, which lie in a folder of their own."""
 
     def __init__(self, root: Path, beneath: RunFolder, own: Collection[str]) -> None:
@@ -53,7 +53,7 @@ def place_of(run: RunFolder, name: str) -> Path:
     return run.root / FOLDER / name
 
 
-def scores_of(run: RunFolder, given: str) -> tuple[Overlay, dict[str, Any]]:
+def scores_of(run: RunFolder, given: str) -> tuple[OverlayRun, dict[str, Any]]:
     """The run under the scores of a what-if, and the sections of the configuration that made these.
 
     Raises ConfigError where there are none under that name.
@@ -67,7 +67,7 @@ def scores_of(run: RunFolder, given: str) -> tuple[Overlay, dict[str, Any]]:
         known = f"it wrote {', '.join(scored)}" if scored else "it wrote none yet"
         command = shell_command("raftune", "rescore", run.root)
         raise ConfigError(f"--scores must name scores that `{command}` wrote; got {given!r}; {known}.")
-    return Overlay(root, run, {"score"}), read_record(root)["configuration"]
+    return OverlayRun(root, run, {"score"}), read_record(root)["configuration"]
 
 
 def read_record(root: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from raftune.cli.alarm_output import show
-from raftune.cli.output import say
+from raftune.cli.output import echo
 from raftune.errors import ConfigError
 from raftune.results import samples
 from raftune.results.summary import alarms_of
@@ -48,7 +48,7 @@ def alarms(
             print(js.dumps(alarm, ensure_ascii=False))
         return
     rounds = f"round {guarded[0]}" if len(guarded) == 1 else f"rounds {samples.span(guarded)}"
-    say(f"{len(found)} alarm{'s' * (len(found) != 1)} in {rounds}", style="dim")
+    echo(f"{len(found)} alarm{'s' * (len(found) != 1)} in {rounds}", style="dim")
     for r, alarm in found:
         show(folder, r, alarm, number, full)
 

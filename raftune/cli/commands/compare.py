@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from raftune.cli.judge_flags import NOBODY, Judging, asking, read_judge, read_rewards
-from raftune.cli.output import Grid, say
+from raftune.cli.judge_flags import NOBODY, JudgeFlags, asking, read_judge, read_rewards
+from raftune.cli.output import PlainTable, echo
 from raftune.errors import ConfigError, GateFailed
 from raftune.results.samples import answer_text
 from raftune.sanitize import counted, harmless, one_line, percent
 
 if TYPE_CHECKING:
-    from raftune.analysis.compare import Comparison, Measure
-    from raftune.evaluation.paired import Estimate, Paired
+    from raftune.analysis.compare import Comparison, ComparisonMeasure
+    from raftune.evaluation.paired import PairedEstimate, PairedTest
 
 NAMED = 3  # prompts that are named on either side
 
@@ -39,7 +39,7 @@ def compare(
         ),
     ] = (),
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print everything as JSON.")] = False,
-    judging: Annotated[Judging, Parameter(name="*")] = NOBODY,
+    judging: Annotated[JudgeFlags, Parameter(name="*")] = NOBODY,
 ) -> None:
     """Compare two rounds or runs on the same prompts and seeds: who wins how often, by how much, and by chance?
 
@@ -81,42 +81,42 @@ def compare(
 def say_all(found: Comparison, number: int, out: str | None) -> None:
     """The table, what must be known to read it, the prompts that stand out, and the gates."""
     pairs = found.pairs
-    say(f"A  {pairs.side_a.words}")
-    say(f"B  {pairs.side_b.words}")
+    echo(f"A  {pairs.side_a.words}")
+    echo(f"B  {pairs.side_b.words}")
     a_prompt = f"{len(pairs) / len(pairs.prompts):.3g}"
     answers = "answer" if a_prompt == "1" else "answers"
     asked = counted(len(pairs.prompts), "prompt")
-    say(
+    echo(
         f"{counted(len(pairs), 'pair')}: {asked}, {a_prompt} {answers} each, the same seeds",
         style="dim",
     )
     for line in found.differences:
-        say(f"differs: {line}", style="yellow")
-    say("")
+        echo(f"differs: {line}", style="yellow")
+    echo("")
     table(found).show()
-    say("")
+    echo("")
     for line in notes(found):
-        say(line, style="dim")
+        echo(line, style="dim")
     say_extremes(found, number)
     passed = [checked for checked in found.gates if not checked.closed]  # those that failed are the error
     if passed or out is not None:
-        say("")
+        echo("")
     for checked in passed:
-        say(f"gate passed: {checked.gate.text}: {checked.words}.")
+        echo(f"gate passed: {checked.gate.text}: {checked.words}.")
     if out is not None:
-        say(f"Wrote {counted(len(pairs), 'pair')} to {out}.")
+        echo(f"Wrote {counted(len(pairs), 'pair')} to {out}.")
 
 
-def table(found: Comparison) -> Grid:
+def table(found: Comparison) -> PlainTable:
     """A row a measure."""
-    grid = Grid("measure", "A", "B", "A - B", "win/tie/loss", "A's win rate", "p", right=frozenset({1, 2, 4, 6}))
+    grid = PlainTable("measure", "A", "B", "A - B", "win/tie/loss", "A's win rate", "p", right=frozenset({1, 2, 4, 6}))
     for measure in found.computed:
         assert measure.result is not None
         grid.add(one_line(measure.title, 24), *cells(measure.result))
     return grid
 
 
-def cells(result: Paired) -> tuple[str, ...]:
+def cells(result: PairedTest) -> tuple[str, ...]:
     """The measure's numbers: means and difference in units of the score, shares in per cent."""
     shares = "/".join(f"{100 * share:.0f}" for share in (result.wins, result.ties, result.losses))
     rate = result.win_rate
@@ -124,15 +124,15 @@ def cells(result: Paired) -> tuple[str, ...]:
     return *level, f"{shares} %", f"{percent(rate.mean)}{ends(rate, 100, '.0f')}", f"{result.p:.4f}"
 
 
-def mean(estimate: Estimate | None) -> str:
+def mean(estimate: PairedEstimate | None) -> str:
     return "–" if estimate is None else f"{estimate.mean:.3f}"
 
 
-def difference(estimate: Estimate | None) -> str:
+def difference(estimate: PairedEstimate | None) -> str:
     return "–" if estimate is None else f"{estimate.mean:+.3f}{ends(estimate, 1, '+.3f')}"
 
 
-def ends(estimate: Estimate, factor: float, how: str) -> str:
+def ends(estimate: PairedEstimate, factor: float, how: str) -> str:
     """The interval in brackets; nothing where there is none."""
     if estimate.low is None or estimate.high is None:
         return ""
@@ -158,12 +158,12 @@ def notes(found: Comparison) -> list[str]:
     return said
 
 
-def left_out(measure: Measure) -> list[str]:
+def left_out(measure: ComparisonMeasure) -> list[str]:
     count = measure.facts.get("left_out", 0) if measure.result is not None else 0
     return [f"{measure.title.strip()}: {counted(count, 'pair')} left out, without a score in A or B."] if count else []
 
 
-def words_of_judge(measure: Measure) -> list[str]:
+def words_of_judge(measure: ComparisonMeasure) -> list[str]:
     """What was asked, how much the order mattered, and what failed."""
     facts = measure.facts
     asked = f"{counted(facts['questions'], 'question')} ({facts['cached']} answered from disk)"
@@ -182,15 +182,15 @@ def say_extremes(found: Comparison, number: int) -> None:
     """The prompts on which A leads and trails most; with both answers where so many are wanted."""
     ahead, behind = found.extremes(number or NAMED)
     for title, prompts in (("ahead", ahead), ("behind", behind)):
-        say("")
+        echo("")
         if not prompts:
-            say(f"A is {title} on no prompt by {found.by.title.strip()}.")
+            echo(f"A is {title} on no prompt by {found.by.title.strip()}.")
             continue
-        say(f"A is furthest {title} by {found.by.title.strip()} on:")
+        echo(f"A is furthest {title} by {found.by.title.strip()} on:")
         for prompt, lead in prompts:
             content, rows = found.pairs.prompts[prompt], int((found.pairs.groups == prompt).sum())
             mean_of = f"  mean of {rows} pairs" if number and rows > 1 else ""
-            say(
+            echo(
                 f"  {lead:+7.3f}  {content.id}  {one_line(text_of(content.content), 60)}{mean_of}",
                 style="bold" if number else "",
             )
@@ -203,13 +203,13 @@ def say_pair(found: Comparison, row: int, of: int) -> None:
     _, k, _ = found.pairs.keys[row]
     own = float(found.by.leads[row])
     if of > 1:
-        say(f"    answer {k} of {of}, the clearest: {own:+.3f}", style="dim")
+        echo(f"    answer {k} of {of}, the clearest: {own:+.3f}", style="dim")
     for letter, answers, scores in zip("AB", found.pairs.answers, (found.by.a, found.by.b), strict=True):
         worth = "" if scores is None else f"{scores[row]:.3f}"
         lines = harmless(answer_text(answers[row])).splitlines() or ["(empty)"]
-        say(f"    {letter} {worth:>8}  {lines[0]}")
+        echo(f"    {letter} {worth:>8}  {lines[0]}")
         for line in lines[1:]:
-            say(f"{'':>16}{line}")
+            echo(f"{'':>16}{line}")
 
 
 def text_of(prompt: Any) -> str:

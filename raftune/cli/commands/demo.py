@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from raftune.cli.demo_text import by_round, show_typical, typical_by_round
-from raftune.cli.output import say
+from raftune.cli.output import echo
 from raftune.cli.run_command import go, outcome_json, outcome_words
 from raftune.config.load import merge, read_yaml, validate
 from raftune.config.run import RunConfig, held_out_names
@@ -26,7 +26,7 @@ def demo(
         Which,
         Parameter(
             name="WHICH",
-            help="text: the method at work; hacking: a reward with a flaw, and the alarm; image: with pictures.",
+            help="text: the method at work; hacking: a reward with a flaw, and the alarm; image: with images.",
         ),
     ] = "text",
     *,
@@ -69,9 +69,9 @@ def demo(
         return
     by_round(root, held_out_names(config))
     show_typical(shown, ("before", "after"))
-    say("")
+    echo("")
     for line in [*outcome_words(root, outcome, worked), "  again     raftune demo --fresh"]:
-        say(line)
+        echo(line)
 
 
 def recipe(output_dir: str, which: Which = "text") -> RunConfig:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from raftune.cli.commands.train import Tokens
-from raftune.cli.output import Grid, say
+from raftune.cli.output import PlainTable, echo
 from raftune.sanitize import counted, percent, shell_command
 
 if TYPE_CHECKING:
     from raftune.config.run import RunConfig
-    from raftune.runtime.evaluation_target import Subject
+    from raftune.runtime.evaluation_target import EvalTarget
 
 
 def evaluate(
@@ -35,7 +35,7 @@ def evaluate(
     raftune evaluate gpt2 --evaluation.prompts held_out.jsonl --rewards.reward_funcs rewards.py:polite
 
     MODEL is a folder, a hub name, or `starter`. A run's round (the best one, if none is named) brings the run's
-    held-out prompts, rewards and dials of sampling along; YAML files go over these, and flags over all.
+    held-out prompts, rewards and options of sampling along; YAML files go over these, and flags over all.
 
     What comes of it is a run of no rounds, in runs/evaluation-NAME or --output-dir: it can be interrupted and
     continued, and `samples`, `verify` and `compare` read it. The same prompts and --evaluation.seed give the same
@@ -54,7 +54,7 @@ def evaluate(
     carry_out(who, config, from_, json, only)
 
 
-def carry_out(who: Subject, config: RunConfig, from_: str | None, json: bool, only: str | None = None) -> None:
+def carry_out(who: EvalTarget, config: RunConfig, from_: str | None, json: bool, only: str | None = None) -> None:
     """Begins the evaluation or goes on with it, and prints what came of it."""
     from raftune.cli.run_command import go
     from raftune.loop import metrics_of
@@ -72,7 +72,7 @@ def carry_out(who: Subject, config: RunConfig, from_: str | None, json: bool, on
 
 
 def as_json(
-    who: Subject, config: RunConfig, root: Path, judged: dict[str, int], metrics: dict[str, Any]
+    who: EvalTarget, config: RunConfig, root: Path, judged: dict[str, int], metrics: dict[str, Any]
 ) -> dict[str, Any]:
     from raftune.results.measures import best_of_k
 
@@ -88,39 +88,39 @@ def as_json(
 
 
 def drawn_words(config: RunConfig) -> str:
-    """How many answers or pictures a prompt was given, and by which dials."""
+    """How many answers or images a prompt was given, and by which options."""
     count, dials = config.evaluation.num_generations, config.sampling.diffusion
     if config.policy.family != "diffusion":
         return f"{counted(count, 'answer')}, temperature {config.sampling.temperature:g}"
     steps = [] if dials.num_inference_steps is None else [counted(dials.num_inference_steps, "step")]
     guidance = [] if dials.guidance_scale is None else [f"guidance {dials.guidance_scale:g}"]
-    return ", ".join([counted(count, "picture"), *steps, *guidance])
+    return ", ".join([counted(count, "image"), *steps, *guidance])
 
 
-def show(who: Subject, config: RunConfig, root: Path, judged: dict[str, int], metrics: dict[str, Any]) -> None:
+def show(who: EvalTarget, config: RunConfig, root: Path, judged: dict[str, int], metrics: dict[str, Any]) -> None:
     """The measures with their intervals, and what more answers a prompt would be worth."""
     from raftune.results.measures import best_of_k, measures, worth_of_k
     from raftune.results.summary import overlap_warning
 
-    say(f"{who.words}: {judged['held_out']:,} held-out prompts x {drawn_words(config)}", style="bold")
+    echo(f"{who.words}: {judged['held_out']:,} held-out prompts x {drawn_words(config)}", style="bold")
     if warning := overlap_warning(root):
-        say(warning, style="yellow")
-    say("")
-    grid = Grid("measure", "value", "95 % interval", "meaning", right=frozenset({1, 2}))
+        echo(warning, style="yellow")
+    echo("")
+    grid = PlainTable("measure", "value", "95 % interval", "meaning", right=frozenset({1, 2}))
     for found in measures(metrics):
         grid.add(found.title, found.value, found.interval, (found.meaning, "dim"))
     grid.show()
     for note in remarks(metrics):
-        say(note, style="yellow")
+        echo(note, style="yellow")
     curve = best_of_k(metrics)
     if len(curve) > 1:
-        say("")
+        echo("")
         headroom(curve)
         if words := worth_of_k(curve):
-            say(f"{words}.")
-    say("")
-    say(f"  samples   {shell_command('raftune', 'samples', root, '--held-out', '--sort', 'best')}")
-    say(f"  compare   {shell_command('raftune', 'compare', root, 'OTHER')}")
+            echo(f"{words}.")
+    echo("")
+    echo(f"  samples   {shell_command('raftune', 'samples', root, '--held-out', '--sort', 'best')}")
+    echo(f"  compare   {shell_command('raftune', 'compare', root, 'OTHER')}")
 
 
 def remarks(metrics: dict[str, Any]) -> list[str]:
@@ -143,7 +143,7 @@ def remarks(metrics: dict[str, Any]) -> list[str]:
 
 def headroom(curve: Any) -> None:
     """The reward of the best of k answers, by k: what a larger K has to choose from."""
-    grid = Grid("best of", "reward", "95 % interval", "of the gain", right=frozenset({0, 1, 2, 3}))
+    grid = PlainTable("best of", "reward", "95 % interval", "of the gain", right=frozenset({0, 1, 2, 3}))
     for best in curve:
         gain = "–" if best.gain is None else percent(best.gain)
         grid.add(str(best.k), f"{best.reward:.3f}", best.interval, gain)

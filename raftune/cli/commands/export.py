@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from raftune.cli.output import say
+from raftune.cli.output import echo
 from raftune.errors import ConfigError
 from raftune.sanitize import counted
 
@@ -47,7 +47,7 @@ def export(
     from raftune.results.export import export as write
 
     count = write(run, format_, out, round_ or "all", allow_code=allow_code)
-    say(f"Wrote {counted(count, 'row')} to {out}.")
+    echo(f"Wrote {counted(count, 'row')} to {out}.")
 
 
 def export_model(run: str, out: Path, which: str | None, merged: bool) -> None:
@@ -60,4 +60,4 @@ def export_model(run: str, out: Path, which: str | None, merged: bool) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out must not exist yet, or be empty; {out} is not. Choose another name.")
     publish_model(run, out, int(which) if which and which.isdigit() else None, merged)
-    say(f"Wrote the model and its card to {out}.")
+    echo(f"Wrote the model and its card to {out}.")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from raftune.cli.output import say
+from raftune.cli.output import echo
 from raftune.errors import ConfigError
 from raftune.sanitize import shell_command
 
@@ -21,7 +21,7 @@ def init(
     """Write a commented configuration that runs as it is, on the bundled model: change it into yours.
 
     raftune init run.yaml
-    raftune init pictures.yaml --images
+    raftune init images.yaml --images
     """
     path = Path(file)
     template = "init_images.yaml" if images else "init.yaml"
@@ -33,6 +33,6 @@ def init(
             written.write(text.replace("NAME", name))
     except FileExistsError as error:
         raise ConfigError(f"{path} exists already, and is not overwritten. Name another file.") from error
-    say(f"Wrote {path}. Next:")
-    say(f"  {shell_command('raftune', 'plan', path)}")
-    say(f"  {shell_command('raftune', 'train', path)}")
+    echo(f"Wrote {path}. Next:")
+    echo(f"  {shell_command('raftune', 'plan', path)}")
+    echo(f"  {shell_command('raftune', 'train', path)}")

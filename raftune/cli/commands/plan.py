@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from raftune.cli.commands.train import Tokens, refuse_folders
-from raftune.cli.output import say
+from raftune.cli.output import echo
 from raftune.errors import ConfigError
 from raftune.sanitize import counted, duration, megabytes, percent, shell_command
 
 if TYPE_CHECKING:
     from raftune.config.run import RunConfig
     from raftune.planning import Forecast
-    from raftune.planning.images import Pipeline, Room
-    from raftune.planning.sizes import Peaks
+    from raftune.planning.images import ImageMemory, PipelineSize
+    from raftune.planning.sizes import MemoryPeaks
 
 
 def plan(
@@ -30,14 +30,14 @@ def plan(
     raftune plan base.yaml mine.yaml --sampling.num_generations 16
 
     Everything is checked that can be without training: the data, the model, the rewards, whether the selection can
-    select. Two prompts are drawn, scored and tuned on in a temporary folder, for a minute at most (--probe-seconds):
+    select. Two prompts are drawn, scored and trained on in a temporary folder, for a minute at most (--probe-seconds):
     where that is not enough, to fewer tokens and with fewer rows, which is said. --no-probe leaves it out. Nothing is
     written where the run will be.
     """
     from raftune.cli.flags import read_tokens
     from raftune.config.load import load_config
     from raftune.planning import forecast
-    from raftune.runtime.progress import Steps
+    from raftune.runtime.progress import StepProgress
 
     given = read_tokens(files, "plan", ("--probe", "--no-probe", "--probe-seconds", "--json"))
     if not given.words and not given.flags:
@@ -46,17 +46,17 @@ def plan(
     config = load_config(given.words, given.flags)
     if probe_seconds <= 0:
         raise ConfigError(f"--probe-seconds must be above 0; got {probe_seconds:g}. --no-probe leaves the trial out.")
-    with Steps() as steps:
+    with StepProgress() as steps:
         found = forecast(config, measured=probe, seconds=probe_seconds, tell=steps.begin)
     if json:
         print(js.dumps(found.as_json() | {"command": command(files)}))
         return
     for title, words in lines(config, found):
-        say(f"{title:<10}  {words}")
+        echo(f"{title:<10}  {words}")
     for note in found.notes:
-        say(f"note        {note}", style="yellow")
-    say("")
-    say(f"Start it with:  {command(files)}")
+        echo(f"note        {note}", style="yellow")
+    echo("")
+    echo(f"Start it with:  {command(files)}")
 
 
 def command(tokens: tuple[str, ...]) -> str:
@@ -95,10 +95,10 @@ def policy(config: RunConfig, found: Forecast) -> str:
     return f"{model.architecture}, {size}, {model.dtype} on {model.device}{context}"
 
 
-def pipeline(model: Pipeline) -> str:
+def pipeline(model: PipelineSize) -> str:
     trained = "all trained" if model.trained == model.parameters else f"{count(model.trained)} trained (LoRA)"
     size = f"denoiser of {count(model.parameters)} parameters, {trained}"
-    steps = f"{counted(model.steps, 'step')}, {counted(model.forwards, 'forward')} a picture"
+    steps = f"{counted(model.steps, 'step')}, {counted(model.forwards, 'forward')} an image"
     asked = f"{model.height} x {model.width} pixels, {steps}"
     return f"{model.architecture}, {size}, {model.dtype} on {model.device}; {asked} ({model.basis})"
 
@@ -132,22 +132,22 @@ def in_all(config: RunConfig, found: Forecast) -> str:
 
 
 def disk(found: Forecast) -> str:
-    samples = "samples at most" if found.pipeline is None else "pictures about"
+    samples = "samples at most" if found.pipeline is None else "images about"
     parts = {"models": found.disk.models, samples: found.disk.samples, "latents": found.disk.latents}
     parts["checkpoints"] = found.disk.checkpoints
     return f"{megabytes(found.disk.total)}: " + ", ".join(f"{n} {megabytes(size)}" for n, size in parts.items() if size)
 
 
-def measured(peaks: Peaks | None, config: RunConfig) -> str:
+def measured(peaks: MemoryPeaks | None, config: RunConfig) -> str:
     """The memory that the probe took, and what the run will; empty where nothing was measured."""
     if peaks is None or peaks.drawing is None:
         return ""
-    lacking = "; that of tuning was not measured" if config.num_rounds and peaks.tuning is None else ""
+    lacking = "; that of training was not measured" if config.num_rounds and peaks.training is None else ""
     run, probe = (
         ", ".join(f"{kind} {megabytes(most)}" for kind, most in pair if most is not None)
         for pair in (
-            (("drawing", peaks.run_drawing), ("tuning", peaks.run_tuning)),
-            (("drawing", peaks.drawing), ("tuning", peaks.tuning)),
+            (("drawing", peaks.run_drawing), ("training", peaks.run_tuning)),
+            (("drawing", peaks.drawing), ("training", peaks.training)),
         )
     )
     return f"{run} at most; measured in the probe, with all that was loaded: {probe}{lacking}"
@@ -159,17 +159,18 @@ def memory(config: RunConfig, found: Forecast) -> str:
     assert found.memory is not None
     need = found.memory
     return (
-        f"drawing {megabytes(need.drawing)} (weights {megabytes(need.weights)}, cache {megabytes(need.cache)}), tuning "
-        f"{megabytes(need.tuning)} (with gradients and optimizer); activations and reward models come on top"
+        f"drawing {megabytes(need.drawing)} (weights {megabytes(need.weights)}, cache "
+        f"{megabytes(need.cache)}), training "
+        f"{megabytes(need.training)} (with gradients and optimizer); activations and reward models come on top"
     )
 
 
-def memory_of_pictures(need: Room) -> str:
+def memory_of_pictures(need: ImageMemory) -> str:
     layers = f", layers' outputs about {megabytes(need.outputs)}" if need.outputs is not None else ""
     on_top = "" if need.outputs is not None else "layers' outputs and "
     return (
         f"drawing {megabytes(need.drawing)} (denoiser {megabytes(need.denoiser)}, text encoders and VAE "
-        f"{megabytes(need.frozen)}), tuning {megabytes(need.tuning)} (gradients and optimizer "
+        f"{megabytes(need.frozen)}), training {megabytes(need.training)} (gradients and optimizer "
         f"{megabytes(need.training)}{layers}); {on_top}reward models come on top"
     )
 

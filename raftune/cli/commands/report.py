@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from raftune.cli.output import say
+from raftune.cli.output import echo
 from raftune.errors import RunDamaged
 from raftune.sanitize import shell_command
 
@@ -34,7 +34,7 @@ def report(
     if json:
         print(js.dumps(found.document, ensure_ascii=False))
     else:
-        say(str(write_report(run, out, found=found)))
+        echo(str(write_report(run, out, found=found)))
     if missing := found.document["missing"]:
         more = f" (and {len(missing) - 1} more, which the page names)" if len(missing) > 1 else ""
         command = shell_command("raftune", "verify", run)

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from raftune.cli.commands.train import Tokens
 
 if TYPE_CHECKING:
-    from raftune.analysis.whatif import WhatIf
+    from raftune.analysis.whatif import WhatIfResult
 
 OPTIONS = ("--round", "--name", "--show", "--json")
 
@@ -46,5 +46,5 @@ def rescore(
     if show < 0:
         raise ConfigError(f"--show must be at least 0; got {show}. Write 0 to see no answers.")
     with Progress() as progress:
-        found: WhatIf = again(run, given.flags, which=round_, name=name, show=show, observe=progress)
+        found: WhatIfResult = again(run, given.flags, which=round_, name=name, show=show, observe=progress)
     show_outcome(found, as_json=json)

@@ -37,7 +37,7 @@ def resume(
     from raftune.cli.run_command import work
     from raftune.config.load import merge, nested, validate
     from raftune.errors import ConfigError
-    from raftune.runtime.evaluation_target import Subject
+    from raftune.runtime.evaluation_target import EvalTarget
     from raftune.runtime.verification import refuse_edited
     from raftune.store.kinds import is_evaluation
     from raftune.store.run import RunFolder
@@ -54,6 +54,6 @@ def resume(
     config = validate(merge([recorded, nested(given.flags), {"output_dir": run}]))
     if is_evaluation({"num_rounds": config.num_rounds}):
         model = getattr(config.policy, "model", None) or config.name
-        carry_out(Subject(model, config.name, {}, {}), config, from_, json, only)
+        carry_out(EvalTarget(model, config.name, {}, {}), config, from_, json, only)
     else:
         work(config, redo=from_, only=only, as_json=json)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from cyclopts import Parameter
 
-from raftune.cli.output import say
+from raftune.cli.output import echo
 from raftune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from raftune.rewards import Batch, CheckReport
-    from raftune.rewards.files import Answers
+    from raftune.rewards import CheckReport, RewardBatch
+    from raftune.rewards.files import CompletionFile
 
 MOST = 256
 PLACES = {"here": "this process", "thread": "a thread", "loop": "an event loop", "process": "a process of its own"}
@@ -25,9 +25,9 @@ def check(
     *,
     samples: Annotated[
         str | None,
-        Parameter(help="Data set with prompt and completion, or pictures; without it, our own."),
+        Parameter(help="Data set with prompt and completion, or images; without it, our own."),
     ] = None,
-    images: Annotated[bool, Parameter(negative="", show_default=False, help="Without samples, try pictures.")] = False,
+    images: Annotated[bool, Parameter(negative="", show_default=False, help="Without samples, try images.")] = False,
     options: Annotated[str | None, Parameter(help="The reward's options, as JSON.")] = None,
     timeout: Annotated[float, Parameter(help="Seconds that one call may take.")] = 120.0,
     device: Annotated[str, Parameter(help="Where a reward model runs: auto, cpu, cuda, mps.")] = "auto",
@@ -57,8 +57,10 @@ def check(
     else:
         show(report)
         if samples is None and not pictures and report.statuses.get("error"):
-            say("  - was tried on texts of our own, without further columns: a reward that reads the data's columns is")
-            say("    tried with --samples FILE, one of pictures with --images")
+            echo(
+                "  - was tried on texts of our own, without further columns: a reward that reads the data's columns is"
+            )
+            echo("    tried with --samples FILE, one of images with --images")
     return 0 if report.ok else 3
 
 
@@ -73,10 +75,10 @@ def read_options(text: str | None) -> dict[str, Any]:
     return found
 
 
-def read_samples(source: str) -> Batch:
+def read_samples(source: str) -> RewardBatch:
     """The first samples of a data set. Raises DataError where it lacks prompt or completion."""
     from raftune.data.tables import read_rows
-    from raftune.rewards import Batch
+    from raftune.rewards import RewardBatch
     from raftune.rewards.files import read_answers
     from raftune.rewards.picture_files import holds_picture, is_folder
 
@@ -94,20 +96,20 @@ def read_samples(source: str) -> Batch:
     prompts, completions = columns.pop("prompt"), columns.pop("completion")
     if not completions:
         raise DataError(f"--samples must hold at least one sample; {Path(source).name} has none.")
-    return Batch(prompts, completions, columns)
+    return RewardBatch(prompts, completions, columns)
 
 
-def batch_of(answers: Answers) -> Batch:
-    """The first pictures of a file or folder."""
-    from raftune.rewards import Batch
+def batch_of(answers: CompletionFile) -> RewardBatch:
+    """The first images of a file or folder."""
+    from raftune.rewards import RewardBatch
 
     rows = range(min(MOST, len(answers.completions)))
-    return Batch(answers.prompts, cast("list[Any]", answers.completions), answers.columns).take(rows)
+    return RewardBatch(answers.prompts, cast("list[Any]", answers.completions), answers.columns).take(rows)
 
 
-def prompts_of_starter(spec: str, images: bool) -> Batch | None:
-    """Requests and replies, or captions and pictures, for the bundled rewards; None for any other."""
-    from raftune.rewards import Batch
+def prompts_of_starter(spec: str, images: bool) -> RewardBatch | None:
+    """Requests and replies, or captions and images, for the bundled rewards; None for any other."""
+    from raftune.rewards import RewardBatch
     from raftune.starters.resolve import JUDGE, WORD
     from raftune.starters.text.corpus import dialogues
 
@@ -116,18 +118,18 @@ def prompts_of_starter(spec: str, images: bool) -> Batch | None:
     if spec not in (WORD, JUDGE):
         return None
     found = [dialogue for dialogue, _ in zip(dialogues(32, 0), range(32), strict=False)]
-    return Batch([d.prompt for d in found], [d.completion for d in found])
+    return RewardBatch([d.prompt for d in found], [d.completion for d in found])
 
 
-def painted_examples() -> Batch:
-    """Pictures of the bundled generator, each under the caption of the next but one."""
+def painted_examples() -> RewardBatch:
+    """Images of the bundled generator, each under the caption of the next but one."""
     import numpy as np
 
-    from raftune.rewards import Batch
+    from raftune.rewards import RewardBatch
     from raftune.starters.image.pictures import as_image, paint, scenes
 
     shown = scenes("heldout")[:32]
-    return Batch(
+    return RewardBatch(
         [scene.caption for scene in (*shown[2:], *shown[:2])],
         [as_image(one) for one in paint(shown, np.random.default_rng(0))],
     )
@@ -137,28 +139,28 @@ def show(report: CheckReport) -> None:
     """The report, a line for each fact."""
     answered = report.statuses.get("ok", 0)
     fine = "scores all samples the same" if report.constant else "fine"
-    say(f"{report.name}: {fine if report.ok else 'not fit for a run yet'}", style="bold")
+    echo(f"{report.name}: {fine if report.ok else 'not fit for a run yet'}", style="bold")
     taken = "all columns" if report.accepts is None else ", ".join(report.accepts)
-    say(f"  takes          {taken}")
-    say(f"  runs in        {PLACES[report.place]}")
+    echo(f"  takes          {taken}")
+    echo(f"  runs in        {PLACES[report.place]}")
     statuses = ", ".join(f"{count} {status}" for status, count in sorted(report.statuses.items()))
-    say(f"  samples        {report.samples}: {statuses}")
+    echo(f"  samples        {report.samples}: {statuses}")
     if answered:
-        say(f"  values         mean {report.mean:.4g}, from {report.lowest:.4g} to {report.highest:.4g}")
-    say(f"  asked again    {verdict(report.deterministic, 'the same values', 'other values')}")
-    say(f"  other order    {verdict(report.order_independent, 'the same values', 'other values')}")
-    say(f"  smaller calls  {verdict(report.batch_independent, 'the same values', 'other values')}")
+        echo(f"  values         mean {report.mean:.4g}, from {report.lowest:.4g} to {report.highest:.4g}")
+    echo(f"  asked again    {verdict(report.deterministic, 'the same values', 'other values')}")
+    echo(f"  other order    {verdict(report.order_independent, 'the same values', 'other values')}")
+    echo(f"  smaller calls  {verdict(report.batch_independent, 'the same values', 'other values')}")
     if report.mixed_sizes is not None:
-        say(f"  mixed sizes    {'scored in one call' if report.mixed_sizes else 'cannot be scored in one call'}")
-    say(f"  speed          {report.samples_per_second:.3g} samples a second")
+        echo(f"  mixed sizes    {'scored in one call' if report.mixed_sizes else 'cannot be scored in one call'}")
+    echo(f"  speed          {report.samples_per_second:.3g} samples a second")
     for finding in report.findings:
-        say(f"  - {finding}")
+        echo(f"  - {finding}")
     told: set[str] = set()
     for failing in report.failing:
         if failing.detail not in told:  # a call that fails fails for all its samples
             told.add(failing.detail)
-            say(f"  sample {failing.index}, {failing.status}: {failing.detail}")
-            say(f"    prompt {failing.prompt!r}, completion {failing.completion!r}")
+            echo(f"  sample {failing.index}, {failing.status}: {failing.detail}")
+            echo(f"    prompt {failing.prompt!r}, completion {failing.completion!r}")
 
 
 def verdict(found: bool | None, good: str, bad: str) -> str:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from raftune.cli.output import Grid, say
+from raftune.cli.output import PlainTable, echo
 from raftune.errors import ConfigError
 from raftune.sanitize import shell_command
 
 if TYPE_CHECKING:
-    from raftune.rewards.registry import BuiltIn, Option
+    from raftune.rewards.registry import BuiltinReward, RewardOption
 
 MEDIA = {"text": "texts", "messages": "conversations", "image": "images"}
 TYPES = {"str": "text", "int": "integer", "float": "number", "bool": "true | false"}
@@ -73,11 +73,11 @@ def list_rewards(
         for reward in rewards:
             show(reward)
         if name is None:
-            say("Also taken as a reward", style="bold")
+            echo("Also taken as a reward", style="bold")
             show_pairs([*OTHERS, (", ".join(SHORT_NAMES), "Functions of trl.rewards.")])
 
 
-def as_dict(reward: BuiltIn) -> dict[str, Any]:
+def as_dict(reward: BuiltinReward) -> dict[str, Any]:
     return {
         "name": reward.name,
         "media": list(reward.media),
@@ -89,25 +89,25 @@ def as_dict(reward: BuiltIn) -> dict[str, Any]:
     }
 
 
-def show(reward: BuiltIn) -> None:
-    say(f"{reward.name} ({scored(reward)})", style="bold")
+def show(reward: BuiltinReward) -> None:
+    echo(f"{reward.name} ({scored(reward)})", style="bold")
     for text in (reward.summary, *reward.details):
-        say(f"  {text}")
+        echo(f"  {text}")
     show_pairs([(option.name, f"{option.meaning} {in_brackets(option)}") for option in reward.option_list()])
-    say(f"  example  {example(reward)}")
-    say(f"  try it   {try_it(reward)}")
-    say("")
+    echo(f"  example  {example(reward)}")
+    echo(f"  try it   {try_it(reward)}")
+    echo("")
 
 
 def show_pairs(pairs: Iterable[tuple[str, str]]) -> None:
-    grid = Grid("", "", "")
+    grid = PlainTable("", "", "")
     grid.rows.clear()
     for left, right in pairs:
         grid.add("", left, right)
     grid.show()
 
 
-def page(rewards: Iterable[BuiltIn], of_trl: Iterable[str]) -> str:
+def page(rewards: Iterable[BuiltinReward], of_trl: Iterable[str]) -> str:
     """The built-in rewards as a page of Markdown."""
     parts = [PAGE]
     for reward in rewards:
@@ -126,20 +126,20 @@ def page(rewards: Iterable[BuiltIn], of_trl: Iterable[str]) -> str:
     return "".join(parts)
 
 
-def scored(reward: BuiltIn) -> str:
+def scored(reward: BuiltinReward) -> str:
     """What it scores, in words."""
     words = [words for medium, words in MEDIA.items() if medium in reward.media]
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def example(reward: BuiltIn) -> str:
+def example(reward: BuiltinReward) -> str:
     """An entry of reward_funcs, as YAML on one line."""
     if not reward.example:
         return reward.name
     return f"{{spec: {reward.name}, options: {js.dumps(dict(reward.example), ensure_ascii=False)}}}"
 
 
-def try_it(reward: BuiltIn) -> str:
+def try_it(reward: BuiltinReward) -> str:
     """A command that tries the example."""
     words = ["raftune", "reward", "check", reward.name]
     if reward.name == "answer":
@@ -149,11 +149,11 @@ def try_it(reward: BuiltIn) -> str:
     return shell_command(*words, *(["--options", js.dumps(dict(reward.example))] if reward.example else []))
 
 
-def in_brackets(option: Option) -> str:
+def in_brackets(option: RewardOption) -> str:
     return f"[{in_words(option.type)}; {'required' if option.required else f'default {default(option)}'}]"
 
 
-def default(option: Option) -> str:
+def default(option: RewardOption) -> str:
     return "required" if option.required else js.dumps(option.default).strip('"') or '""'
 
 

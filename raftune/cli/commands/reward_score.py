@@ -10,14 +10,14 @@ from cyclopts import Parameter
 
 from raftune.cli.commands.reward import read_options
 from raftune.cli.errors import interruptible
-from raftune.cli.output import say
+from raftune.cli.output import echo
 from raftune.errors import ConfigError, RewardError
 from raftune.results.measures import spread
-from raftune.runtime.progress import Steps
+from raftune.runtime.progress import StepProgress
 from raftune.sanitize import counted, shell_command
 
 if TYPE_CHECKING:
-    from raftune.rewards.files import Scored
+    from raftune.rewards.files import FileScores
 
 MOST_FAILED = 0.5  # share of failed answers above which nothing may be built on the rest
 
@@ -38,10 +38,10 @@ def score(
 
     raftune reward score rm/model answers.jsonl --out scored.parquet
     raftune reward score length prefs.jsonl.gz --options '{"target": 200}'
-    raftune reward score clip_score pictures/ --options '{"model": "openai/clip-vit-base-patch32"}'
+    raftune reward score clip_score images/ --options '{"model": "openai/clip-vit-base-patch32"}'
 
     FILE has prompt and completion, other columns reach the reward and are kept; or preferences in any format that
-    `raftune reward train` reads. Pictures are a column `image` (bytes, or paths that begin where FILE lies), or a
+    `raftune reward train` reads. Images are a column `image` (bytes, or paths that begin where FILE lies), or a
     folder with metadata.jsonl (file_name, prompt) or a text file beside each. Rows that cannot be read and answers that
     cannot be scored are counted and named.
     """
@@ -84,7 +84,7 @@ def run(
     options: str | None,
     timeout: float,
     device: str,
-) -> Scored:
+) -> FileScores:
     """The scores, under the eyes of a person."""
     from raftune.config.load import validate_as
     from raftune.config.rewards import RewardsConfig
@@ -98,7 +98,7 @@ def run(
     answers = read_answers(file, split, dialogues)
     family = IMAGES if answers.media == "image" else None
     config = config.model_copy(update={"reward_funcs": (resolve_reward(config.reward_funcs[0], family),)})
-    with interruptible(Path(), "nothing was written.") as watch, Steps() as steps, load_panel(config) as panel:
+    with interruptible(Path(), "nothing was written.") as watch, StepProgress() as steps, load_panel(config) as panel:
         refuse_unfit(panel.media, answers.media)
         steps.begin(f"scoring {counted(len(answers.completions), 'answer')}")
 
@@ -109,21 +109,21 @@ def run(
         return score_answers(panel, answers, observe)
 
 
-def show(scored: Scored, found: dict[str, Any], out: str | None) -> None:
+def show(scored: FileScores, found: dict[str, Any], out: str | None) -> None:
     """The summary, a line for each fact."""
     for words in scored.answers.words:
-        say(words)
-    say("  statuses   " + ", ".join(f"{count:,} {status}" for status, count in sorted(found["statuses"].items())))
+        echo(words)
+    echo("  statuses   " + ", ".join(f"{count:,} {status}" for status, count in sorted(found["statuses"].items())))
     if found["score"]:
         low, middle, high = (found["quantiles"][name] for name in ("0.05", "0.5", "0.95"))
-        say(f"  score      {spread(found['score'])} over {counted(found['score']['n'], 'prompt')}, 95 % interval")
+        echo(f"  score      {spread(found['score'])} over {counted(found['score']['n'], 'prompt')}, 95 % interval")
         quantiles = f"5 % below {low:.3f}, half below {middle:.3f}, 95 % below {high:.3f}"
-        say(f"  spread     standard deviation {found['std']:.3f}; {quantiles}")
+        echo(f"  spread     standard deviation {found['std']:.3f}; {quantiles}")
     if found.get("accuracy"):
         pairs = counted(found["pairs"], "pair")
-        say(f"  accuracy   {spread(found['accuracy'])}: the preferred answer scores higher, {pairs}")
+        echo(f"  accuracy   {spread(found['accuracy'])}: the preferred answer scores higher, {pairs}")
     for detail, (status, prompt, completion) in scored.failures.examples.items():
-        say(f"  {status}: {detail}", style="yellow")
-        say(f"    prompt {prompt!r}, completion {completion!r}")
+        echo(f"  {status}: {detail}", style="yellow")
+        echo(f"    prompt {prompt!r}, completion {completion!r}")
     if out is not None:
-        say(f"  rows       {out}")
+        echo(f"  rows       {out}")

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from raftune.cli.errors import interruptible
-from raftune.cli.output import Grid, say
+from raftune.cli.output import PlainTable, echo
 from raftune.errors import GateFailed
 from raftune.results.measures import loss_ends, spread
-from raftune.runtime.progress import Steps
+from raftune.runtime.progress import StepProgress
 from raftune.sanitize import counted, percent, shell_command
 
 if TYPE_CHECKING:
     from raftune.config.reward_model import RewardModelConfig
-    from raftune.reward_models.training import Outcome
+    from raftune.reward_models.training import RewardTrainingOutcome
 
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 
@@ -55,7 +55,7 @@ def train(
         raise GateFailed(refusal(outcome))
 
 
-def go(config: RewardModelConfig) -> Outcome:
+def go(config: RewardModelConfig) -> RewardTrainingOutcome:
     """The training under the eyes of a person."""
     from raftune.reward_models.training import train_reward_model
     from raftune.rewards import load_reward
@@ -66,7 +66,7 @@ def go(config: RewardModelConfig) -> Outcome:
         config = config.model_copy(update={"model": str(policy_path())})
     root = Path(config.output_dir)
     kept = f"checkpoints are kept in {root}. The same command goes on with the newest."
-    with interruptible(root, kept) as watch, Steps() as steps:
+    with interruptible(root, kept) as watch, StepProgress() as steps:
 
         def observe(kind: str, facts: dict[str, Any]) -> None:
             tell(steps, kind, facts)
@@ -75,7 +75,7 @@ def go(config: RewardModelConfig) -> Outcome:
         return train_reward_model(config, lambda folder: load_reward(str(folder), device=config.device), observe)
 
 
-def tell(steps: Steps, kind: str, facts: dict[str, Any]) -> None:
+def tell(steps: StepProgress, kind: str, facts: dict[str, Any]) -> None:
     """What has happened, on stderr."""
     if kind == "begin":
         steps.begin(facts["what"])
@@ -85,7 +85,7 @@ def tell(steps: Steps, kind: str, facts: dict[str, Any]) -> None:
         steps.advance(facts["done"], facts["of"])
 
 
-def refusal(outcome: Outcome) -> str:
+def refusal(outcome: RewardTrainingOutcome) -> str:
     """Why there is no model, and what to do."""
     return (
         f"The model {outcome.report['verdict']}. It was not saved as {outcome.root / 'model'}; the report was.\n"
@@ -94,33 +94,33 @@ def refusal(outcome: Outcome) -> str:
     )
 
 
-def show(outcome: Outcome) -> None:
+def show(outcome: RewardTrainingOutcome) -> None:
     """The report in words and tables."""
     report, data = outcome.report, outcome.report["data"]
-    say("Finished." if outcome.worked else "Already finished; nothing to do.", style="bold")
+    echo("Finished." if outcome.worked else "Already finished; nothing to do.", style="bold")
     for words in data["words"]:
-        say(f"  {words}")
+        echo(f"  {words}")
     if data["skipped"]:
-        say(f"    each is named in {outcome.root / 'skipped.jsonl'}")
+        echo(f"    each is named in {outcome.root / 'skipped.jsonl'}")
     rows, prompts = data["rows"], data["prompts"]
     trained = f"{counted(report['steps'], 'step')}, {losses(report)}"
-    say(f"  learned    {counted(rows['train'], 'row')} of {counted(prompts['train'], 'prompt')}, {trained}")
-    say(f"  held out   {counted(rows['held_out'], 'row')} of {counted(prompts['held_out'], 'prompt')}")
+    echo(f"  learned    {counted(rows['train'], 'row')} of {counted(prompts['train'], 'prompt')}, {trained}")
+    echo(f"  held out   {counted(rows['held_out'], 'row')} of {counted(prompts['held_out'], 'prompt')}")
     (show_pairwise if report["objective"] == "pairwise" else show_pointwise)(report)
     scores = report["distribution"]
     middle = scores["quantiles"]
-    say(
+    echo(
         f"  scores     mean {scores['mean']:.3f}, standard deviation {scores['std']:.3f}; "
         f"5 % below {middle['0.05']:.3f}, half below {middle['0.5']:.3f}, 95 % below {middle['0.95']:.3f}"
     )
-    say(
+    echo(
         f"  verdict    the model {report['verdict']}",
         style="bold" if report["better_than_chance"] and report.get("better_than_length", True) else "bold yellow",
     )
     if outcome.published:
-        say(f"  model      {outcome.root / 'model'}")
+        echo(f"  model      {outcome.root / 'model'}")
         model = outcome.root / "model"
-        say(f"  next       {shell_command('raftune', 'train', 'RUN.yaml', '--rewards.reward_funcs', model)}")
+        echo(f"  next       {shell_command('raftune', 'train', 'RUN.yaml', '--rewards.reward_funcs', model)}")
 
 
 def losses(report: dict[str, Any]) -> str:
@@ -132,12 +132,12 @@ def losses(report: dict[str, Any]) -> str:
 def show_pairwise(report: dict[str, Any]) -> None:
     """Accuracy, calibration and length, on held-out pairs."""
     length, sure = report["length"], report["calibration"]
-    say(f"  accuracy   {spread(report['accuracy'])} of held-out pairs are ranked as people did; 95 % interval")
-    say(
+    echo(f"  accuracy   {spread(report['accuracy'])} of held-out pairs are ranked as people did; 95 % interval")
+    echo(
         f"  calibrated it is {percent(sure['confidence'], 1)} sure on the mean, and right in "
         f"{percent(sure['accuracy'], 1)}; expected calibration error {sure['expected_error']:.3f}"
     )
-    grid = Grid("    sure", "pairs", "right", right=frozenset({1, 2}))
+    grid = PlainTable("    sure", "pairs", "right", right=frozenset({1, 2}))
     for one in sure["bins"]:
         if one["pairs"]:
             grid.add(
@@ -146,37 +146,39 @@ def show_pairwise(report: dict[str, Any]) -> None:
                 f"{percent(one['accuracy'], 1)}",
             )
     grid.show()
-    say(f"  length     it prefers the longer answer in {percent(length['prefers_longer'], 1)} of the pairs")
+    echo(f"  length     it prefers the longer answer in {percent(length['prefers_longer'], 1)} of the pairs")
     rule, gain = spread(length["longer_wins"]), spread(length["gain_over_length"])
-    say(f"    the rule that the longer wins is right in {rule}; the model gains {gain} over it")
-    grid = Grid("    preferred is", "pairs", "right", right=frozenset({1}))
+    echo(f"    the rule that the longer wins is right in {rule}; the model gains {gain} over it")
+    grid = PlainTable("    preferred is", "pairs", "right", right=frozenset({1}))
     for one in length["bins"]:
         if one["pairs"]:
             grid.add(f"    {one['preferred']}", f"{one['pairs']:,}", spread(one["accuracy"]))
     grid.show()
     if length["only_length"]:
-        say("    It may be measuring length alone: a ruler does as well on these rows.", style="yellow")
+        echo("    It may be measuring length alone: a ruler does as well on these rows.", style="yellow")
 
 
 def show_pointwise(report: dict[str, Any]) -> None:
     """Explained variance, ranks, deciles and length, on held-out ratings."""
     length, deciles = report["length"], report["calibration"]
-    say(f"  R²         {spread(report['r2'])} of the variance of held-out ratings is explained; 95 % interval")
-    say(f"  error      {spread(report['mse'])} squared; the mean rating alone has {spread(report['mse_of_mean'])}")
-    say(f"  correlated Pearson {number(report['pearson'])}, Spearman {number(report['spearman'])}")
+    echo(f"  R²         {spread(report['r2'])} of the variance of held-out ratings is explained; 95 % interval")
+    echo(f"  error      {spread(report['mse'])} squared; the mean rating alone has {spread(report['mse_of_mean'])}")
+    echo(f"  correlated Pearson {number(report['pearson'])}, Spearman {number(report['spearman'])}")
     if report["pair_accuracy"]:
-        say(f"  pairs      {spread(report['pair_accuracy'])} of the pairs of answers to one prompt are ranked as rated")
-    say(f"  calibrated predictions miss the mean rating of their tenth by {deciles['expected_error']:.3f}")
-    grid = Grid("    predicted", "rated", "rows", right=frozenset({1, 2}))
+        echo(
+            f"  pairs      {spread(report['pair_accuracy'])} of the pairs of answers to one prompt are ranked as rated"
+        )
+    echo(f"  calibrated predictions miss the mean rating of their tenth by {deciles['expected_error']:.3f}")
+    grid = PlainTable("    predicted", "rated", "rows", right=frozenset({1, 2}))
     for one in deciles["bins"]:
         grid.add(f"    {one['predicted']:.3f}", f"{one['rating']:.3f}", f"{one['rows']:,}")
     grid.show()
-    say(
+    echo(
         f"  length     rank correlation with the score {number(length['spearman_with_score'])}, with the rating "
         f"{number(length['spearman_with_rating'])}"
     )
     scale = report["ratings"]
-    say(f"  unit       a score of 0 is a rating of {scale['mean']:.3f}; a score of 1 is {scale['std']:.3f} more")
+    echo(f"  unit       a score of 0 is a rating of {scale['mean']:.3f}; a score of 1 is {scale['std']:.3f} more")
 
 
 def number(value: float | None) -> str:

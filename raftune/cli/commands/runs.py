@@ -8,8 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from raftune.cli.output import Grid, say
-from raftune.results.status import DAMAGED, FINISHED, IN_USE, Status, status_of
+from raftune.cli.output import PlainTable, echo
+from raftune.results.status import DAMAGED, FINISHED, IN_USE, RunStatus, status_of
 from raftune.runtime.run import all_runs
 
 STYLES = {FINISHED: "green", IN_USE: "cyan", DAMAGED: "bold red"}
@@ -25,13 +25,13 @@ def runs(
     if json:
         print(js.dumps([status.as_json() for status in found]))
     elif not found:
-        say(f"There is no run in {Path(folder)}. `raftune train run.yaml` makes one.")
+        echo(f"There is no run in {Path(folder)}. `raftune train run.yaml` makes one.")
     else:
         show(found)
 
 
-def show(found: list[Status]) -> None:
-    grid = Grid("run", "family", "rounds", "best", "reward", "alarms", "state", "when")
+def show(found: list[RunStatus]) -> None:
+    grid = PlainTable("run", "family", "rounds", "best", "reward", "alarms", "state", "when")
     for status in found:
         grid.add(
             status.root.name,
@@ -46,12 +46,12 @@ def show(found: list[Status]) -> None:
     grid.show()
     for status in found:
         if status.state == DAMAGED:
-            say(f"{status.root.name}: {status.why}")
+            echo(f"{status.root.name}: {status.why}")
         elif status.generation and (len(found) == 1 or not status.generation.startswith("shared prefix")):
-            say(f"{status.root.name} generates by {status.generation}")
+            echo(f"{status.root.name} generates by {status.generation}")
 
 
-def rewards(status: Status) -> str:
+def rewards(status: RunStatus) -> str:
     """From the start's reward to the best round's."""
     if status.start_reward is None:
         return "–"

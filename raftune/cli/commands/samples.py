@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from rich.text import Text
 
-from raftune.cli.output import out, say
+from raftune.cli.output import echo, out
 from raftune.cli.save_images import check_folder, save_pictures, sheet_of
 from raftune.errors import ConfigError
 from raftune.records import EXTRA, extras_of
@@ -40,7 +40,7 @@ def samples(
         bool, Parameter(negative="", show_default=False, help="Whole completions, not their first line.")
     ] = False,
     save: Annotated[
-        str | None, Parameter(help="Write the pictures shown into this new folder, with a line each in metadata.jsonl.")
+        str | None, Parameter(help="Write the images shown into this new folder, with a line each in metadata.jsonl.")
     ] = None,
     json: Annotated[
         bool, Parameter(negative="", show_default=False, help="Print JSON lines, one for each sample.")
@@ -50,9 +50,9 @@ def samples(
 
     raftune samples runs/mine --round 3 --sort margin -n 5
     raftune samples runs/mine --prompt "birthday" --held-out
-    raftune samples runs/pictures --sort best -n 20 --save best
+    raftune samples runs/images --sort best -n 20 --save best
 
-    A picture is named by the SHA-256 of its PNG file, whose beginning is shown.
+    An image is named by the SHA-256 of its PNG file, whose beginning is shown.
     """
     if number < 1:
         raise ConfigError(f"--number must be at least 1; got {number}. Leave it out for 3.")
@@ -61,8 +61,10 @@ def samples(
     folder = RunFolder(run)
     folder.read_config()
     chosen, held_out = choose_round(folder, round_, held_out)
-    units = ledger.held_out_units(folder, chosen) if held_out else ledger.training_units(folder, chosen)
-    groups = (group for unit in units for group in ledger.by_prompt(unit) if prompt is None or matches(group, prompt))
+    chunks = ledger.held_out_chunks(folder, chosen) if held_out else ledger.training_chunks(folder, chosen)
+    groups = (
+        group for chunk in chunks for group in ledger.by_prompt(chunk) if prompt is None or matches(group, prompt)
+    )
     total, shown = pick(groups, sort, number)
     if not total and prompt is not None:
         raise ConfigError(f"--prompt: no prompt of round {chosen} has {prompt!r} in its text or as its id.")
@@ -75,13 +77,13 @@ def samples(
         return
     what = "held-out prompts" if held_out else "prompts"
     order = {"order": "in order", "best": "best first", "worst": "worst first", "margin": "largest margin first"}[sort]
-    say(f"round {chosen}, {len(shown)} of {total} {what}, {order}", style="dim")
+    echo(f"round {chosen}, {len(shown)} of {total} {what}, {order}", style="dim")
     for group in shown:
         show(group, full)
     if save is not None:
-        say("")
-        say(f"Wrote {counted(saved, 'picture')} and metadata.jsonl to {save}.")
-        say(f"All at a glance: {sheet_of(Path(save))}")
+        echo("")
+        echo(f"Wrote {counted(saved, 'picture')} and metadata.jsonl to {save}.")
+        echo(f"All at a glance: {sheet_of(Path(save))}")
 
 
 def choose_round(folder: RunFolder, asked: int | None, held_out: bool) -> tuple[int, bool]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from raftune.cli.errors import interruptible
-from raftune.cli.output import say
-from raftune.runtime.progress import Steps
+from raftune.cli.output import echo
+from raftune.runtime.progress import StepProgress
 from raftune.sanitize import counted, shell_command
 
 if TYPE_CHECKING:
-    from raftune.sft import Learned
+    from raftune.sft import SftOutcome
 
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 SHORT = ("--min-score", "--keep", "--columns")
@@ -22,7 +22,7 @@ STEPS = {
     "read": "reading the answers",
     "start": "checking the model",
     "data.json": "encoding the answers",
-    "model": "tuning",
+    "model": "training",
     "report.json": "measuring held-out answers, before and after",
 }
 
@@ -33,7 +33,7 @@ def sft(
 ) -> None:
     """Teach a model answers: the preferred ones of preference data, or any prompts with completions, or dialogues.
 
-    raftune sft prefs.jsonl --policy.model gpt2 --output-dir sft --tuning.learning_rate 2e-5
+    raftune sft prefs.jsonl --policy.model gpt2 --output-dir sft --training.learning_rate 2e-5
 
     DATA is JSON lines (also gzipped), CSV, Parquet, a `datasets` folder or a name on the hub: dialogues as in HH-RLHF,
     chosen and rejected with or without a prompt, ranked completions, prompt and completion, or messages. A row that
@@ -57,12 +57,12 @@ def sft(
     config = load_as(SftConfig, files, given.flags | ({"data.path": data} if data else {}))
     root = Path(config.output_dir)
     kept = f"what is done is kept in {root}. The same command goes on with it."
-    with interruptible(root, kept) as watch, Steps() as steps:
+    with interruptible(root, kept) as watch, StepProgress() as steps:
 
         def observe(kind: str, facts: dict[str, Any]) -> None:
             if kind == "step":
                 steps.begin(STEPS[facts["name"]])
-            elif kind in ("encoded", "tuned"):
+            elif kind in ("encoded", "trained"):
                 steps.advance(facts["done"], facts["of"])
             watch(kind, facts)
 
@@ -71,7 +71,7 @@ def sft(
         print(js.dumps({"directory": str(root), "worked": learned.worked, **learned.report}, ensure_ascii=False))
         return
     for line in outcome(learned):
-        say(line)
+        echo(line)
 
 
 def in_full(word: str) -> str:
@@ -80,7 +80,7 @@ def in_full(word: str) -> str:
     return f"--data.{flag.replace('-', '_').strip('_')}{equals}{value}" if flag in SHORT else word
 
 
-def outcome(learned: Learned) -> list[str]:
+def outcome(learned: SftOutcome) -> list[str]:
     """What was learned, how much it helped, and what to do with it."""
     root, report = learned.root, learned.report
     data, training = report["data"], report["training"]

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from raftune.cli.output import say
+from raftune.cli.output import echo
 from raftune.errors import ConfigError
 from raftune.sanitize import shell_command
 
@@ -44,21 +44,21 @@ def starter(
     if json:
         print(js.dumps({"directory": str(folder), "rows": counts, "commands": commands(folder)}))
         return
-    say(f"Wrote {folder}:")
+    echo(f"Wrote {folder}:")
     for name, count in counts.items():
-        say(f"  {name:<18}{count:>6,} rows   {SAID[name]}")
-    say(f"  {'run.yaml':<18}{'':>11}   the run that comes after")
-    say("")
-    say("Next, one after another:")
+        echo(f"  {name:<18}{count:>6,} rows   {SAID[name]}")
+    echo(f"  {'run.yaml':<18}{'':>11}   the run that comes after")
+    echo("")
+    echo("Next, one after another:")
     for words in commands(folder):
-        say(f"  {shell_command(*words)}")
+        echo(f"  {shell_command(*words)}")
 
 
 def commands(folder: Path) -> list[list[str]]:
     """The path from these files to an aligned model, and to the evidence that it is better."""
     preferences, run, before = (str(folder / name) for name in ("preferences.jsonl", "run", "before"))
     one = ["--threads", "1"]  # more cost more than they give with models this small
-    learning = ["--policy.model", "starter", "--tuning.learning_rate", "5e-4", *one]
+    learning = ["--policy.model", "starter", "--training.learning_rate", "5e-4", *one]
     return [
         ["raftune", "sft", preferences, *learning, "--output-dir", str(folder / "sft")],
         ["raftune", "reward", "train", preferences, "--model", "starter", "--output-dir", str(folder / "reward"), *one],

@@ -22,7 +22,7 @@ def train(
 ) -> None:
     """Run a configuration: begin it, continue it, or find it finished.
 
-    raftune train base.yaml mine.yaml --tuning.learning_rate 1e-4 --num-rounds 12
+    raftune train base.yaml mine.yaml --training.learning_rate 1e-4 --num-rounds 12
 
     FILES are YAML, later ones over earlier ones; any field of the configuration is a flag, and goes over all files
     (`raftune schema` lists the fields). The same configuration in the same directory goes on where it stopped. Another

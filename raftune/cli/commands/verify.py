@@ -9,18 +9,18 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from raftune.cli.output import say
+from raftune.cli.output import echo
 from raftune.errors import RunDamaged
 from raftune.results.samples import span
 from raftune.runtime import run as runs
 from raftune.sanitize import counted, megabytes
-from raftune.store.commit import Commit
+from raftune.store.commit import Manifest
 from raftune.store.run import RunFolder
 
 WEIGHTS, LATENTS = "the weights", "the latents of what was drawn and not kept"
 AGAIN = {
-    WEIGHTS: "`raftune resume RUN --keep-models all --from ROUND/tune` makes them again.",
-    LATENTS: "`raftune resume RUN --keep-latents all --from ROUND/draw` draws the same again.",
+    WEIGHTS: "`raftune resume RUN --keep-models all --from ROUND/train` makes them again.",
+    LATENTS: "`raftune resume RUN --keep-latents all --from ROUND/generate` draws the same again.",
 }
 
 
@@ -43,13 +43,13 @@ def verify(
         print(js.dumps({**facts, "dropped": dropped}))
     elif faults:
         for fault in faults:
-            say(fault)
-        say(f"{len(faults)} of {files} files or links are not as committed. Restore them, or redo with --from.")
+            echo(fault)
+        echo(f"{len(faults)} of {files} files or links are not as committed. Restore them, or redo with --from.")
     else:
         whole = f"{counted(len(commits), 'stage')}, {counted(files, 'file')}"
-        say(f"{run} is whole: {whole}, {megabytes(size)}, every SHA-256 as committed.")
+        echo(f"{run} is whole: {whole}, {megabytes(size)}, every SHA-256 as committed.")
     for what, rounds in dropped.items():
-        say(f"  not here on purpose: {what} of round {span(rounds)}. {AGAIN[what]}", style="dim")
+        echo(f"  not here on purpose: {what} of round {span(rounds)}. {AGAIN[what]}", style="dim")
     return 1 if faults else 0
 
 
@@ -59,12 +59,12 @@ def let_go(folder: RunFolder) -> Iterator[tuple[str, list[int]]]:
     with contextlib.suppress(RunDamaged):  # a marker that cannot be read is among the faults
         if weights := [round_ for round_ in rounds if folder.is_dropped(round_, "model")]:
             yield WEIGHTS, weights
-        drawn = [r for r in rounds if folder.dropped_columns(r, "draw") or folder.dropped_columns(r, "teach")]
+        drawn = [r for r in rounds if folder.dropped_columns(r, "generate") or folder.dropped_columns(r, "teach")]
         if drawn:
             yield LATENTS, drawn
 
 
-def readable(folder: RunFolder) -> Iterator[Commit]:
+def readable(folder: RunFolder) -> Iterator[Manifest]:
     """Every COMMIT that can be read; one that cannot is among the faults."""
     for round_, name in folder.places():
         with contextlib.suppress(RunDamaged):

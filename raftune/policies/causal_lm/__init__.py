@@ -1,4 +1,4 @@
-"""The causal-LM family: `CausalLM`, and beneath it loading, encoding, drawing, tuning and saving."""
+"""The causal-LM family: `CausalLM`, and beneath it loading, encoding, drawing, training and saving."""
 
 from __future__ import annotations
 

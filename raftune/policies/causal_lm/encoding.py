@@ -15,7 +15,7 @@ from raftune.records import TOOLS, Prompt
 from raftune.sanitize import first_line, one_line
 
 
-class Encoder:
+class TextEncoder:
     """Encodes prompts and answers with one tokenizer; `context` is the model's limit in tokens, None for none.
 
     `date` is what a chat template takes for today, None for a template that does not ask. `turn_end` is how the

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from raftune.errors import OutOfMemory
 from raftune.policies.causal_lm.model_utils import as_it_was, base_of, device_of
-from raftune.protocols import FloatN
+from raftune.protocols import FloatArray
 from raftune.store import partial
 from raftune.training.memory import is_out_of_memory
 
@@ -26,14 +26,14 @@ LOGITS_AT_ONCE = 1 << 26
 
 
 @dataclass(frozen=True)
-class Example:
+class TokenizedCompletion:
     """A prompt with a completion: ids of both (int32), of which the first `start` are the prompt's."""
 
     ids: npt.NDArray[np.int32]
     start: int
 
     @classmethod
-    def of(cls, prompt: Sequence[int], completion: Sequence[int]) -> Example:
+    def of(cls, prompt: Sequence[int], completion: Sequence[int]) -> TokenizedCompletion:
         return cls(np.array([*prompt, *completion], dtype=np.int32), len(prompt))
 
     @property
@@ -42,7 +42,7 @@ class Example:
         return len(self.ids) - self.start
 
 
-class Reader:
+class CompletionLogits:
     """Gives the logits that predict completion tokens, without computing those of prompts and padding.
 
     Where backbone and head of the model can be told apart, and together give bit for bit what the whole model gives on
@@ -85,7 +85,7 @@ class Reader:
         return logits.float()
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
+def collate(examples: Sequence[TokenizedCompletion], pad_id: int) -> dict[str, torch.Tensor]:
     """The batch, padded on the right: ids and mask (B, L); each completion token's id and the position before it."""
     width = max(len(e.ids) for e in examples)
     ids_BL = np.full((len(examples), width), pad_id, dtype=np.int64)
@@ -104,12 +104,12 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def log_probs(model: Any, examples: Sequence[Example], batch_size: int, pad_id: int) -> FloatN:
+def log_probs(model: Any, examples: Sequence[TokenizedCompletion], batch_size: int, pad_id: int) -> FloatArray:
     """(N,) nats: the log-probability of each completion under the model, EOS included, untempered.
 
     Rows of like length share a batch of `batch_size`; softmax in float32, sums in float64. Raises OutOfMemory.
     """
-    reader = Reader(model)
+    reader = CompletionLogits(model)
     order = np.argsort([-len(e.ids) for e in examples], kind="stable").tolist()
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     return summed(model, examples, batches, lambda rows: token_log_probs(reader, rows, pad_id), "log_probs", batch_size)
@@ -117,12 +117,12 @@ def log_probs(model: Any, examples: Sequence[Example], batch_size: int, pad_id: 
 
 def summed(
     model: Any,
-    examples: Sequence[Example],
+    examples: Sequence[TokenizedCompletion],
     batches: Sequence[Sequence[int]],
-    score: Callable[[Sequence[Example]], FloatN],
+    score: Callable[[Sequence[TokenizedCompletion]], FloatArray],
     kind: str,
     batch_size: int,
-) -> FloatN:
+) -> FloatArray:
     """(N,) nats of each example. `batches` are indices of examples; `score` gives the nats of a batch's tokens.
 
     `kind` names the unfinished work, so that one way of scoring never continues what another began.
@@ -147,14 +147,17 @@ def summed(
     return sums
 
 
-def _write_array(path: Path, array: FloatN) -> None:
+def _write_array(path: Path, array: FloatArray) -> None:
     with path.open("wb") as file:  # np.save would add a suffix to a name
         np.save(file, array)
 
 
 def _sums(
-    score: Callable[[Sequence[Example]], FloatN], rows: Sequence[Example], batch_size: int, device: torch.device
-) -> FloatN:
+    score: Callable[[Sequence[TokenizedCompletion]], FloatArray],
+    rows: Sequence[TokenizedCompletion],
+    batch_size: int,
+    device: torch.device,
+) -> FloatArray:
     """(B,) nats of a batch."""
     try:
         scores_T = score(rows)
@@ -168,14 +171,14 @@ def _sums(
 
 
 @torch.no_grad()
-def token_log_probs(reader: Reader, group: Sequence[Example], pad_id: int) -> FloatN:
+def token_log_probs(reader: CompletionLogits, group: Sequence[TokenizedCompletion], pad_id: int) -> FloatArray:
     """(T,) nats of each completion token of a batch."""
     device = device_of(reader.model)
     batch = {name: tensor.to(device) for name, tensor in collate(group, pad_id).items()}
     return -cross_entropies(reader, reader.hidden(batch), batch["targets"])
 
 
-def cross_entropies(reader: Reader, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> FloatN:
+def cross_entropies(reader: CompletionLogits, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> FloatArray:
     """(T,) nats, the head applied to a bounded number of positions at a time."""
     width = reader.model.config.get_text_config().vocab_size
     at_once = max(1, LOGITS_AT_ONCE // width)

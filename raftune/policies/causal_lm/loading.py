@@ -35,7 +35,7 @@ PROBE = "parity.json"  # of a round that was trained: see parity.py
 
 
 @dataclass(frozen=True)
-class Reference:
+class StartReference:
     """Where the start model is: an absolute path with the hash of what lies there, or a hub name at a commit."""
 
     name: str
@@ -46,18 +46,18 @@ class Reference:
         (folder / REFERENCE).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
 
 
-def resolve(name: str, revision: str | None = None, trust: bool = False) -> Reference:
+def resolve(name: str, revision: str | None = None, trust: bool = False) -> StartReference:
     """The reference of a folder or a hub name. ModelError says what was looked for and where."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         refuse_no_model(folder)
-        return Reference(str(folder.resolve()), None, fingerprint(folder))
+        return StartReference(str(folder.resolve()), None, fingerprint(folder))
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(
             f"policy.model must be a folder or a hub name; got {name!r}, and {folder.resolve()} is no folder."
         )
     commit = _commit(name, revision, trust)
-    return Reference(name, commit or revision, f"hub:{commit}")
+    return StartReference(name, commit or revision, f"hub:{commit}")
 
 
 def refuse_no_model(folder: Path) -> None:
@@ -113,12 +113,12 @@ def fingerprint(folder: Path) -> str:
     return total.hexdigest()
 
 
-def read_reference(start: Path) -> Reference | None:
+def read_reference(start: Path) -> StartReference | None:
     """The reference that a start folder holds; None where the folder holds the weights themselves."""
     path = start / REFERENCE
     if not path.is_file():
         return None
-    reference = Reference(**json.loads(path.read_text()))
+    reference = StartReference(**json.loads(path.read_text()))
     if not reference.name.startswith(".."):
         return reference
     return replace(reference, name=str((start / reference.name).resolve()))  # given relative: found from the run

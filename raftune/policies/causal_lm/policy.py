@@ -21,10 +21,10 @@ from raftune.errors import ConfigError, DataError
 from raftune.policies.causal_lm import loading
 from raftune.policies.causal_lm import start as starting
 from raftune.policies.causal_lm.chat import keep_date, read_date
-from raftune.policies.causal_lm.encoding import Encoder
-from raftune.policies.causal_lm.likelihood import Example, log_probs
-from raftune.policies.causal_lm.sampling.backend import Backend, choose_backend, replay
-from raftune.policies.causal_lm.sampling.params import Drawn, DrawPath, DrawSettings
+from raftune.policies.causal_lm.encoding import TextEncoder
+from raftune.policies.causal_lm.likelihood import TokenizedCompletion, log_probs
+from raftune.policies.causal_lm.sampling.backend import BackendChoice, choose_backend, replay
+from raftune.policies.causal_lm.sampling.params import BackendName, GeneratedCompletion, SamplingParams
 from raftune.policies.causal_lm.sampling.parity import (
     check_parity,
     plain_log_probs,
@@ -33,10 +33,10 @@ from raftune.policies.causal_lm.sampling.parity import (
     rows_of_prompts,
 )
 from raftune.policies.causal_lm.sampling.prefix_scoring import prefix_log_probs
-from raftune.policies.causal_lm.sampling.sample import draw, generate_by
+from raftune.policies.causal_lm.sampling.sample import generate, generate_by
 from raftune.policies.causal_lm.saving import read_optimizer, write_model
-from raftune.policies.unsupported import RunParts, refuse_unused
-from raftune.protocols import FloatN, GenerationRequest, TuneReport, Unit
+from raftune.policies.unsupported import FamilyConfig, refuse_unused
+from raftune.protocols import Chunk, FloatArray, GenerationRequest, TrainReport
 from raftune.records import Prompt, Sample, derive_seed
 from raftune.training.devices import choose_device
 from raftune.training.memory import names_out_of_memory
@@ -62,14 +62,14 @@ WITHOUT_TEMPLATE = (
 class CausalLM:
     """A language model read from a committed folder: the tokenizer at once, the weights when first needed.
 
-    The instance that draws is never the one that was trained: tuning loads one of its own and lets it go.
+    The instance that draws is never the one that was trained: training loads one of its own and lets it go.
     """
 
     media = "text"
     payload = PAYLOAD
     any_objective = True
 
-    def __init__(self, config: RunParts, folder: Path, start: Path) -> None:
+    def __init__(self, config: FamilyConfig, folder: Path, start: Path) -> None:
         self.config, self.folder, self.start_folder = config, folder, start
         self.device = choose_device(config.policy.device)
         self.tokenizer = loading.load_tokenizer(config.policy, start)
@@ -79,25 +79,25 @@ class CausalLM:
         date = read_date(start) if writes_date(self.tokenizer) else None
         if date is not None:
             self._notes[f"the chat template writes the date: in this run it is always {date}"] = None
-        self.encoder = Encoder(self.tokenizer, config.sampling, limit, self.eos_ids[0], date)
+        self.encoder = TextEncoder(self.tokenizer, config.sampling, limit, self.eos_ids[0], date)
         if (end := self.encoder.turn_end) is not None and end.token_id not in self.eos_ids:
             self.eos_ids = (*self.eos_ids, end.token_id)
         if unused := unused_generation(loading.generation_config(config.policy, start), config.sampling):
             self._notes[unused] = None
         self._model: Any = None
-        self._backend: Backend | None = None
+        self._backend: BackendChoice | None = None
         self._recorded = False  # what follows from it alone does not depend on whether anything was generated before
-        self._checked: set[DrawPath] = set()
+        self._checked: set[BackendName] = set()
         self._own_backend = load_backend(config.sampling) if isinstance(config.sampling, SamplingConfig) else None
         self._compared = False
 
     @classmethod
-    def load(cls, config: RunParts, folder: Path, start: Path) -> CausalLM:
+    def load(cls, config: FamilyConfig, folder: Path, start: Path) -> CausalLM:
         """The policy of a committed model folder; `start` is the run's start folder, on which adapters rest."""
         return cls(config, folder, start)
 
     @classmethod
-    def start(cls, config: RunParts, out: Path, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
+    def start(cls, config: FamilyConfig, out: Path, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
         """Writes the start model into `out` and says what it is; raises ModelError where it is unfit.
 
         A model given by name becomes a reference. Weights are written where it is given as an object, or where the name
@@ -123,7 +123,7 @@ class CausalLM:
             return {**policy, **tokenizer}
         return {**policy, **tokenizer, "model": str(folder), "revision": None}
 
-    def refuse_dials(self) -> None:
+    def check_config(self) -> None:
         refuse_unread(self.config)
 
     @classmethod
@@ -150,36 +150,36 @@ class CausalLM:
         """Bytes of the weights in memory; 0 before they are read."""
         return 0 if self._model is None else sum(weight.nbytes for weight in self._model.parameters())
 
-    def draw(self, unit: Unit) -> list[Sample]:
-        """All samples of the unit, prompt by prompt, k ascending. Raises DataError, ModelError, OutOfMemory."""
-        if self.tokenizer.chat_template and any(isinstance(prompt.content, str) for prompt in unit.prompts):
+    def generate(self, chunk: Chunk) -> list[Sample]:
+        """All samples of the chunk, prompt by prompt, k ascending. Raises DataError, ModelError, OutOfMemory."""
+        if self.tokenizer.chat_template and any(isinstance(prompt.content, str) for prompt in chunk.prompts):
             self._notes[WITHOUT_TEMPLATE] = None
-        prompts = self.encoder.encode(unit.prompts, for_drawing=True)
-        settings = self._settings(unit.batch_size)
+        prompts = self.encoder.encode(chunk.prompts, for_drawing=True)
+        settings = self._settings(chunk.batch_size)
         if self._own_backend is not None:
-            drawn = self._draw_by_own(prompts, unit.seeds, settings)
+            drawn = self._draw_by_own(prompts, chunk.seeds, settings)
         else:
             path = self._path(settings, prompts)
-            drawn = draw(self.model, self.tokenizer, prompts, unit.seeds, settings, path)
+            drawn = generate(self.model, self.tokenizer, prompts, chunk.seeds, settings, path)
         texts = iter(self.encoder.decode([one.ids for group in drawn for one in group]))
         return [
             Sample(
-                id=unit.sample_id(prompt, k),
+                id=chunk.sample_id(prompt, k),
                 prompt_id=prompt.id,
                 k=k,
                 source="policy",
                 seed=seed,
-                version=unit.version,
+                version=chunk.version,
                 completion=next(texts),
                 payload={"completion_ids": one.ids, "completion_logprobs": one.logprobs, "finish": one.finish},
             )
-            for prompt, seeds, group in zip(unit.prompts, unit.seeds, drawn, strict=True)
+            for prompt, seeds, group in zip(chunk.prompts, chunk.seeds, drawn, strict=True)
             for k, (seed, one) in enumerate(zip(seeds, group, strict=True))
         ]
 
     def _draw_by_own(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], settings: DrawSettings
-    ) -> list[list[Drawn]]:
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], settings: SamplingParams
+    ) -> list[list[GeneratedCompletion]]:
         """By a backend of the user's own; the first completions' log-probabilities are compared with a forward's."""
         backend, name = self._own_backend, self.config.sampling.backend
         request = GenerationRequest(prompts, seeds, settings, self.tokenizer)
@@ -188,7 +188,7 @@ class CausalLM:
             self._notes[f"{name} does not promise equal completions for equal seeds: a repeated draw differs"] = None
         first = [(prompt, one) for prompt, group in zip(prompts, groups, strict=True) for one in group][:COMPARED]
         if first and not self._compared:
-            examples = [Example.of(prompt, one.ids) for prompt, one in first]
+            examples = [TokenizedCompletion.of(prompt, one.ids) for prompt, one in first]
             plain = np.concatenate([np.asarray(row) for row in plain_log_probs(self.model, examples, self._pad_id)])
             apart = np.abs(plain - np.concatenate([np.asarray(one.logprobs) for _, one in first])).mean()
             if apart > NOTABLE:
@@ -196,10 +196,10 @@ class CausalLM:
         self._compared = True
         return groups
 
-    def _settings(self, batch_size: int) -> DrawSettings:
+    def _settings(self, batch_size: int) -> SamplingParams:
         sampling = self.config.sampling
         same = "temperature top_p top_k min_p repetition_penalty max_completion_length generation_kwargs"
-        return DrawSettings(
+        return SamplingParams(
             **{name: getattr(sampling, name) for name in same.split()},
             stop_strings=sampling.stop,
             eos_ids=self.eos_ids,
@@ -225,10 +225,10 @@ class CausalLM:
     def use_backend(self, record: Mapping[str, Any]) -> None:
         """From now on this policy generates as `choose_backend` found for its run."""
         if "own" not in record:
-            self._backend, self._recorded = Backend(**record), True
+            self._backend, self._recorded = BackendChoice(**record), True
 
-    def _path(self, settings: DrawSettings, prompts: Sequence[Sequence[int]]) -> DrawPath:
-        """How this unit is drawn; that the trained model is what generates this way is checked once."""
+    def _path(self, settings: SamplingParams, prompts: Sequence[Sequence[int]]) -> BackendName:
+        """How this chunk is drawn; that the trained model is what generates this way is checked once."""
         with names_out_of_memory(settings.batch_size, "max_completion_length"):
             if self._backend is None:
                 name = self.config.sampling.backend
@@ -267,30 +267,32 @@ class CausalLM:
                 except DataError as error:
                     raise DataError(f"sampling.candidate_columns, {column!r} of prompt {prompt.id}: {error}") from error
 
-    def adopt(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
+    def encode_completion(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
         """The payload of somebody else's answer: its ids as this tokenizer gives them, EOS at the end, no log-probs."""
         text, ids = self.encoder.encode_answer(prompt, answer)
         return {"completion": text, "completion_ids": ids, "completion_logprobs": None, "finish": "eos"}
 
-    def adopt_within(
+    def encode_truncated(
         self, prompt: Prompt, answer: Any, source: str, max_length: int | None = None
     ) -> Mapping[str, Any]:
-        """As `adopt`; an answer with which the prompt exceeds `max_length` or the context is cut: finish `length`."""
+        """As `encode_completion`; an answer with which the prompt exceeds `max_length` or the context is cut: finish
+        `length`.
+        """
         text, ids, cut = self.encoder.encode_within(prompt, answer, max_length)
         finish = "length" if cut else "eos"
         return {"completion": text, "completion_ids": ids, "completion_logprobs": None, "finish": finish}
 
-    def log_probs(self, prompts: Sequence[Prompt], samples: pa.Table, batch_size: int) -> FloatN:
+    def log_probs(self, prompts: Sequence[Prompt], samples: pa.Table, batch_size: int) -> FloatArray:
         """(N,) nats of row i of `samples`, which answers prompts[i] as it was put when drawing; EOS included."""
         distinct = {prompt.id: prompt for prompt in prompts}
         encoded = dict(zip(distinct, self.encoder.encode([*distinct.values()], for_drawing=True), strict=True))
         completions = samples.column("completion_ids").to_pylist()
-        examples = [Example.of(encoded[p.id], ids) for p, ids in zip(prompts, completions, strict=True)]
+        examples = [TokenizedCompletion.of(encoded[p.id], ids) for p, ids in zip(prompts, completions, strict=True)]
         if self._scores_by_prefix(examples):
             return prefix_log_probs(self.model, examples, batch_size)
         return log_probs(self.model, examples, batch_size, self._pad_id)
 
-    def _scores_by_prefix(self, examples: Sequence[Example]) -> bool:
+    def _scores_by_prefix(self, examples: Sequence[TokenizedCompletion]) -> bool:
         """Whether prompts are computed once for all of their completions: where some have several, and a run's record
         says that this is right."""
         if self._backend is None or not self._recorded:
@@ -299,37 +301,39 @@ class CausalLM:
             return False
         return self._backend.scores_by_prefix(self.model, max(len(example.ids) for example in examples))
 
-    def recorded_log_probs(self, samples: pa.Table) -> FloatN:
+    def recorded_log_probs(self, samples: pa.Table) -> FloatArray:
         """(N,) sums of the log-probabilities that were noted token by token while drawing; NaN where there are none."""
         noted = samples.column("completion_logprobs").to_pylist()
         return np.array([np.nan if row is None else math.fsum(row) for row in noted], dtype=np.float64)
 
-    def tune(self, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()) -> TuneReport:
+    def train(self, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()) -> TrainReport:
         """Fits the policy to the rows and writes the new model into `out`; continues from what lies in `work`.
 
         Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
         """
         from raftune.policies.causal_lm.sft_loss import batch_of, loss_of, read_rows, rows_of
         from raftune.training.checkpoints import identity
-        from raftune.training.fit import Task, fit
+        from raftune.training.fit import FitTask, fit
 
         self._model = None  # one large model at a time
-        tuning, seed = self.config.tuning, self.config.seed
-        found = read_rows(rows, self.encoder, tuning)
-        step = tuning.per_device_train_batch_size * tuning.gradient_accumulation_steps
+        training, seed = self.config.training, self.config.seed
+        found = read_rows(rows, self.encoder, training)
+        step = training.per_device_train_batch_size * training.gradient_accumulation_steps
         seed_of_fit = derive_seed(seed, "tune", found.round)
-        task = Task(
+        task = FitTask(
             load=self._trainable,
-            rows=rows_of(found, tuning.loss_normalization, step),
+            rows=rows_of(found, training.loss_normalization, step),
             lengths=[len(example.ids) for example in found.examples],
             collate=lambda batch: batch_of(batch, self.tokenizer.pad_token_id),
-            objective=loss_of(load_objective(tuning), getattr(tuning, "objective", "sft")),
+            objective=loss_of(load_objective(training), getattr(training, "objective", "sft")),
             seed=seed_of_fit,
-            identity=identity(rows, tuning.model_dump_json() + "".join(objective_code(tuning).values()), seed_of_fit),
-            carried=read_optimizer(self.folder) if tuning.optimizer_state == "carried" else None,
+            identity=identity(
+                rows, training.model_dump_json() + "".join(objective_code(training).values()), seed_of_fit
+            ),
+            carried=read_optimizer(self.folder) if training.optimizer_state == "carried" else None,
             callbacks=callbacks,
         )
-        fitted = fit(task, tuning, work, self.device)
+        fitted = fit(task, training, work, self.device)
         write_model(fitted.model, self.tokenizer, out, loading.base_of_adapters(self.start_folder), fitted.optimizer)
         plain = extract_model_from_parallel(fitted.model, keep_fp32_wrapper=False)  # without autocast in its forward
         probe_of_fit(plain, found.examples, self._pad_id).write(out)
@@ -341,7 +345,7 @@ class CausalLM:
             "gradient_accumulation_steps": fitted.accumulation,
             "out_of_memory_at": list(fitted.out_of_memory),
         }
-        return TuneReport(len(found.examples), len(fitted.losses), fitted.losses, details)
+        return TrainReport(len(found.examples), len(fitted.losses), fitted.losses, details)
 
     def _trainable(self) -> Any:
         seed = derive_seed(self.config.seed, "adapter")
@@ -386,7 +390,7 @@ class CausalLM:
         return " ".join(parts)
 
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about how this policy was loaded, drew and was tuned, each once."""
+        """What a user should know about how this policy was loaded, drew and was trained, each once."""
         return tuple(self._notes)
 
 
@@ -402,6 +406,6 @@ def unused_generation(given: Any, sampling: Any) -> str | None:
     return f"of the model's generation_config only its ends of text are used: it says {theirs}; sampling says {ours}"
 
 
-def refuse_unread(config: RunParts) -> None:
-    """Raises ConfigError for dials of pictures, which mean nothing to texts."""
-    refuse_unused(config, "causal_lm", ("sampling.diffusion", "tuning.diffusion", "keep_latents"))
+def refuse_unread(config: FamilyConfig) -> None:
+    """Raises ConfigError for options of images, which mean nothing to texts."""
+    refuse_unused(config, "causal_lm", ("sampling.diffusion", "training.diffusion", "keep_latents"))

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import torch
 from torch.nn import functional as F
 
-from raftune.config.training import TuningConfig
+from raftune.config.training import TrainingConfig
 from raftune.errors import DataError
-from raftune.policies.causal_lm.encoding import Encoder
-from raftune.policies.causal_lm.likelihood import Example, Reader, collate
-from raftune.protocols import FloatN, Objective
+from raftune.policies.causal_lm.encoding import TextEncoder
+from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion, collate
+from raftune.protocols import FloatArray, Objective
 from raftune.records import TOOLS, Prompt
 from raftune.training.fit import Batch, Loss, checked_loss
 from raftune.training.loss_weights import Normalization, coefficients
@@ -27,27 +27,27 @@ ROUND = b"raftune.round"
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainingRow:
     """A prompt with a completion, and the coefficient of each of its completion tokens in the loss of a step."""
 
-    example: Example
+    example: TokenizedCompletion
     coefficient: float
     extra: Mapping[str, float] = field(default_factory=dict)  # what an objective of the user's own added to the row
 
 
 @dataclass(frozen=True)
-class Rows:
+class TrainingRows:
     """What a fit learns from: examples with positive weights, and the round that gathered them."""
 
-    examples: list[Example]
-    weights: FloatN
+    examples: list[TokenizedCompletion]
+    weights: FloatArray
     prompts: list[str]
     round: int
     truncated: int  # rows left out because they were cut off before their end
-    extra: Mapping[str, FloatN] = field(default_factory=dict)  # by name, columns that an objective added, (N,)
+    extra: Mapping[str, FloatArray] = field(default_factory=dict)  # by name, columns that an objective added, (N,)
 
 
-def read_rows(path: Path, encoder: Encoder, config: TuningConfig) -> Rows:
+def read_rows(path: Path, encoder: TextEncoder, config: TrainingConfig) -> TrainingRows:
     """The rows of a Parquet file, on the exact ids that were drawn; prompts stand without the prefix of drawing.
 
     Raises DataError for rows that cannot be used, and where none is left.
@@ -64,7 +64,7 @@ def read_rows(path: Path, encoder: Encoder, config: TuningConfig) -> Rows:
     used = np.flatnonzero((weights > 0) & ~cut)
     if not used.size and cut.any():
         raise DataError(
-            f"tuning.mask_truncated_completions leaves nothing to learn from: all {int(cut.sum())} kept answers were "
+            f"training.mask_truncated_completions leaves nothing to learn from: all {int(cut.sum())} kept answers were "
             "cut off. Raise sampling.max_completion_length, or turn it off."
         )
     first_of = {columns["prompt_id"][i]: i for i in reversed(used.tolist())}
@@ -78,10 +78,11 @@ def read_rows(path: Path, encoder: Encoder, config: TuningConfig) -> Rows:
     added = {name: np.asarray(column, np.float64)[used] for name, column in extra.items()}
     if lacking := [name for name, column in added.items() if not np.isfinite(column).all()]:
         raise DataError(
-            f"tuning.objective: every row must have a number in the column {lacking[0]!r} that `rows` adds; rows of "
-            "tuning.reference, and of rounds with another objective, have none. Leave out reference and replay_rounds."
+            f"training.objective: every row must have a number in the column {lacking[0]!r} that `rows` adds; rows of "
+            "training.reference, and of rounds with another objective, have none. Leave out reference and "
+            "replay_rounds."
         )
-    return Rows(examples, weights[used], names, int(metadata.get(ROUND, b"0")), int(cut.sum()), added)
+    return TrainingRows(examples, weights[used], names, int(metadata.get(ROUND, b"0")), int(cut.sum()), added)
 
 
 def _added(schema: pa.Schema) -> list[str]:
@@ -91,7 +92,7 @@ def _added(schema: pa.Schema) -> list[str]:
     return [column.name for column in schema if column.name not in own and any(is_(column.type) for is_ in numeric)]
 
 
-def _example(encoder: Encoder, columns: Mapping[str, Any], row: int, prompt: Sequence[int]) -> Example:
+def _example(encoder: TextEncoder, columns: Mapping[str, Any], row: int, prompt: Sequence[int]) -> TokenizedCompletion:
     completion, name = columns["completion_ids"][row], columns["prompt_id"][row]
     if not completion:
         raise DataError(f"Every completion must have at least one token; one to prompt {name} has none. Leave it out.")
@@ -100,18 +101,18 @@ def _example(encoder: Encoder, columns: Mapping[str, Any], row: int, prompt: Seq
             f"Prompt and completion must fit the model's context of {encoder.context} tokens; those of prompt {name} "
             f"have {len(prompt)} and {len(completion)}. Leave the row out, or use a model with a longer context."
         )
-    return Example.of(prompt, completion)
+    return TokenizedCompletion.of(prompt, completion)
 
 
-def rows_of(found: Rows, normalization: Normalization, step: int) -> list[Row]:
+def rows_of(found: TrainingRows, normalization: Normalization, step: int) -> list[TrainingRow]:
     """The examples with their coefficients."""
     tokens = [example.tokens for example in found.examples]
     shares = coefficients(found.weights, tokens, found.prompts, normalization, step)
     extra = [{name: float(column[i]) for name, column in found.extra.items()} for i in range(len(tokens))]
-    return [Row(*parts) for parts in zip(found.examples, shares.tolist(), extra, strict=True)]
+    return [TrainingRow(*parts) for parts in zip(found.examples, shares.tolist(), extra, strict=True)]
 
 
-def batch_of(rows: Sequence[Row], pad_id: int) -> Batch:
+def batch_of(rows: Sequence[TrainingRow], pad_id: int) -> Batch:
     """A padded batch; for each completion token its row in the batch and its coefficient, and what the row has more."""
     repeats = [row.example.tokens for row in rows]
 
@@ -128,7 +129,7 @@ class LearnedLM:
     """A causal LM as an objective sees it: the completions' tokens, EOS included; prompts and padding have no part."""
 
     def __init__(self, module: Any) -> None:
-        self.module, self._reader = module, Reader(module)
+        self.module, self._reader = module, CompletionLogits(module)
 
     def token_log_probs(self, batch: Batch) -> torch.Tensor:
         """(T,) nats of each completion token of the batch, with gradient."""

@@ -15,7 +15,7 @@ from raftune.config.policy import CausalLMPolicy
 from raftune.errors import ModelError
 from raftune.policies.causal_lm.loading import (
     ADAPTER,
-    Reference,
+    StartReference,
     at,
     context,
     eos_ids,
@@ -41,7 +41,7 @@ def begin(
 
     A named model is written as a reference; weights are written where an object was given, or where the name is a LoRA
     adapter's, merged: switching an adapter off must give the start, and not its base. Without `merge`, for a run that
-    tunes nothing, the adapter is written beside a reference to its base: it draws what it drew where it was trained. A
+    trains nothing, the adapter is written beside a reference to its base: it draws what it drew where it was trained. A
     tokenizer other than the model's own, given as an object or by name, is written in any case, and is the run's from
     then on.
     """
@@ -85,7 +85,7 @@ def _adapter_at(name: str, revision: str | None) -> PeftConfig | None:
 
 
 def _begin_on_base(
-    config: CausalLMPolicy, out: Path, reference: Reference, adapter: PeftConfig, tokenizer: Any
+    config: CausalLMPolicy, out: Path, reference: StartReference, adapter: PeftConfig, tokenizer: Any
 ) -> dict[str, Any]:
     base = resolve(base_at(adapter, reference.name), adapter.revision, config.trust_remote_code)
     base.write(out)

@@ -9,7 +9,7 @@ from typing import Any
 
 from raftune.config.sampling import DiffusionSampling
 from raftune.errors import ConfigError
-from raftune.policies.diffusion.pipelines.base import Binding, Call
+from raftune.policies.diffusion.pipelines.base import PipelineAdapter, PipelineCall
 
 # Of a pipeline's call what raftune gives itself, with where it is set; empty where it is nobody else's to say.
 OURS = {
@@ -26,8 +26,10 @@ OURS = {
 OURS_BEGIN = ("prompt_embeds", "negative_prompt_", "pooled_", "negative_pooled_", "prompt_attention", "ip_adapter")
 
 
-def call_of(binding: Binding, sampling: DiffusionSampling) -> Call:
-    """The call that draws a batch. Raises ConfigError for a dial that this pipeline does not have or cannot follow."""
+def call_of(binding: PipelineAdapter, sampling: DiffusionSampling) -> PipelineCall:
+    """The call that draws a batch. Raises ConfigError for an option that this pipeline does not have or cannot
+    follow.
+    """
     known = parameters(binding)
     refuse_kwargs(binding, sampling.pipeline_kwargs, known)
     height, width = size_of(binding, sampling)
@@ -38,18 +40,18 @@ def call_of(binding: Binding, sampling: DiffusionSampling) -> Call:
     guidance = sampling.guidance_scale
     if guidance is None:
         guidance = known.get("guidance_scale", 1.0)
-    call = Call(height, width, int(steps), float(guidance), sampling.pipeline_kwargs)
+    call = PipelineCall(height, width, int(steps), float(guidance), sampling.pipeline_kwargs)
     refuse_negative(binding, sampling.negative_prompt, call, known)
     return call
 
 
-def parameters(binding: Binding) -> dict[str, Any]:
+def parameters(binding: PipelineAdapter) -> dict[str, Any]:
     """The defaults of the pipeline's call, by name."""
     found = inspect.signature(type(binding.pipe).__call__).parameters.values()
     return {one.name: one.default for one in found if one.name not in ("self", "kwargs", "args")}
 
 
-def size_of(binding: Binding, sampling: DiffusionSampling) -> tuple[int, int]:
+def size_of(binding: PipelineAdapter, sampling: DiffusionSampling) -> tuple[int, int]:
     """Height and width in pixels. Raises ConfigError for a size that the pipeline cannot draw."""
     height, width = sampling.height, sampling.width
     if height is None or width is None:
@@ -59,14 +61,16 @@ def size_of(binding: Binding, sampling: DiffusionSampling) -> tuple[int, int]:
     return height, width
 
 
-def is_guided(binding: Binding, call: Call) -> bool:
+def is_guided(binding: PipelineAdapter, call: PipelineCall) -> bool:
     """True where every step asks the denoiser twice, with the prompt and with the negative one."""
     if "true_cfg_scale" in parameters(binding):  # the guidance scale itself is one more number the denoiser is told
         return float(call.kwargs.get("true_cfg_scale", 1.0)) > 1
     return call.guidance_scale > 1
 
 
-def refuse_negative(binding: Binding, negative: str | None, call: Call, known: Mapping[str, Any]) -> None:
+def refuse_negative(
+    binding: PipelineAdapter, negative: str | None, call: PipelineCall, known: Mapping[str, Any]
+) -> None:
     """Raises ConfigError for a negative prompt that would have no effect."""
     if negative is None:
         return
@@ -80,7 +84,7 @@ def refuse_negative(binding: Binding, negative: str | None, call: Call, known: M
         )
 
 
-def refuse_kwargs(binding: Binding, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def refuse_kwargs(binding: PipelineAdapter, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Raises ConfigError for pipeline_kwargs that raftune sets, that the binding refuses, or that are unknown."""
     pipeline = type(binding.pipe).__name__
     for name, value in given.items():
@@ -101,7 +105,7 @@ def refuse_kwargs(binding: Binding, given: Mapping[str, Any], known: Mapping[str
             )
 
 
-def _means_nothing(name: str, binding: Binding, given: Any) -> str:
+def _means_nothing(name: str, binding: PipelineAdapter, given: Any) -> str:
     return (
         f"sampling.diffusion.{name} means nothing to a {type(binding.pipe).__name__}; got {given!r}. Remove it: this "
         "pipeline has no such option."

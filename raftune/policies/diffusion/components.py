@@ -24,7 +24,7 @@ DESCRIBED_BY = {
 
 
 @dataclass(frozen=True)
-class Part:
+class PipelineComponent:
     """One entry of a pipeline's index: its folder's name, and the class that reads it."""
 
     name: str
@@ -75,13 +75,15 @@ def _what_it_is(folder: Path) -> str:
     return "Name a folder that save_pretrained wrote."
 
 
-def parts_of(index: dict[str, Any]) -> list[Part]:
+def parts_of(index: dict[str, Any]) -> list[PipelineComponent]:
     """The parts that the index names, without those that are left out on purpose (null)."""
     entries = {name: value for name, value in index.items() if not name.startswith("_") and isinstance(value, list)}
-    return [Part(name, str(value[0]), str(value[1])) for name, value in sorted(entries.items()) if value[0]]
+    return [
+        PipelineComponent(name, str(value[0]), str(value[1])) for name, value in sorted(entries.items()) if value[0]
+    ]
 
 
-def denoiser_of(index: dict[str, Any]) -> Part:
+def denoiser_of(index: dict[str, Any]) -> PipelineComponent:
     """The part that is aligned. Raises ModelError for a pipeline without one."""
     found = [part for part in parts_of(index) if part.name in DENOISERS]
     if len(found) != 1:
@@ -131,7 +133,7 @@ def _variants(place: Path) -> set[str | None]:
     return {name["variant"] for name in names if name}
 
 
-def _faults(folder: Path, part: Part) -> Iterator[str]:
+def _faults(folder: Path, part: PipelineComponent) -> Iterator[str]:
     place = folder / part.name
     if not place.is_dir():
         yield f"the folder {part.name}/ ({part.kind})"
@@ -142,7 +144,7 @@ def _faults(folder: Path, part: Part) -> Iterator[str]:
         yield from _missing_weights(place, part)
 
 
-def _missing_weights(place: Path, part: Part) -> Iterator[str]:
+def _missing_weights(place: Path, part: PipelineComponent) -> Iterator[str]:
     """The weights that are not there: none at all, pickled ones alone, or shards that an index names."""
     if not any(place.glob("*.safetensors")):
         pickled = any(place.glob("*.bin"))

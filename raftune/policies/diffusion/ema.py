@@ -12,7 +12,7 @@ FILE = "average.safetensors"
 STEPS = "steps"
 
 
-class Average:
+class MovingAverage:
     """An exponential moving average of named weights, in float32: bfloat16 would round its small moves away.
 
     Step n mixes in 1 - d of the weights, d = min(decay, n / (n + 9)) and 0 at the first: an average over a fit's own

@@ -9,21 +9,23 @@ from typing import Any
 import torch
 
 from raftune.errors import DataError
-from raftune.policies.diffusion.loading import Frozen
-from raftune.policies.diffusion.pipelines.base import Binding, Conditions
+from raftune.policies.diffusion.loading import FrozenComponents
+from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter
 from raftune.records import Prompt
 from raftune.training.quiet import quiet
 
 LIMIT = 2**30  # bytes of conditions that are remembered, on the CPU
 
 
-class Encoder:
+class PromptEncoder:
     """Reads prompts with a pipeline's text encoders, one at a time, so that no prompt depends on its neighbours.
 
     What was read is remembered with the frozen parts; beyond `limit` bytes, what was asked for longest ago is dropped.
     """
 
-    def __init__(self, frozen: Frozen, binding: Binding, device: torch.device, limit: int = LIMIT) -> None:
+    def __init__(
+        self, frozen: FrozenComponents, binding: PipelineAdapter, device: torch.device, limit: int = LIMIT
+    ) -> None:
         self.frozen, self.binding, self.device, self.limit = frozen, binding, device, limit
         self._reading = tuple(sorted((name, repr(value)) for name, value in binding.reading().items()))
 

@@ -1,7 +1,7 @@
 """Fitting a denoiser to what was kept, on the latents that were drawn; nothing is encoded again.
 
-Memory: the text encoders have done their work before the denoiser is read, and the start model, with which the tuned
-one is compared, is read after the tuned one was written and let go.
+Memory: the text encoders have done their work before the denoiser is read, and the start model, with which the trained
+one is compared, is read after the trained one was written and let go.
 """
 
 from __future__ import annotations
@@ -14,49 +14,49 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback
 
-from raftune.config.training import TuningConfig
+from raftune.config.training import TrainingConfig
 from raftune.errors import OutOfMemory
 from raftune.policies.diffusion import lora
-from raftune.policies.diffusion.ema import Average
-from raftune.policies.diffusion.encoding import Encoder
-from raftune.policies.diffusion.loading import Frozen, load_denoiser
-from raftune.policies.diffusion.loss import Clock, Denoising
-from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions
+from raftune.policies.diffusion.ema import MovingAverage
+from raftune.policies.diffusion.encoding import PromptEncoder
+from raftune.policies.diffusion.loading import FrozenComponents, load_denoiser
+from raftune.policies.diffusion.loss import DenoisingLoss, StepCounter
+from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall
 from raftune.policies.diffusion.references import base_record
-from raftune.policies.diffusion.rows import Rows, batch_of, read_rows
+from raftune.policies.diffusion.rows import ImageRows, batch_of, read_rows
 from raftune.policies.diffusion.saving import read_optimizer, write_model
 from raftune.policies.diffusion.schedules import refuse_unfit, schedule_of
-from raftune.policies.diffusion.weight_change import Probe, evidence
-from raftune.policies.unsupported import RunParts
-from raftune.protocols import TuneReport
+from raftune.policies.diffusion.weight_change import DenoisingProbe, evidence
+from raftune.policies.unsupported import FamilyConfig
+from raftune.protocols import TrainReport
 from raftune.records import derive_seed
 from raftune.training.checkpoints import identity
-from raftune.training.fit import Fitted, Task, fit
+from raftune.training.fit import FitResult, FitTask, fit
 from raftune.training.objectives import load_objective
 
 
-class Learner(Protocol):
+class TrainablePolicy(Protocol):
     """What of a policy a fit needs; see policy.Diffusion."""
 
-    config: RunParts
+    config: FamilyConfig
     folder: Path
     start_folder: Path
     device: torch.device
 
     @property
-    def frozen(self) -> Frozen: ...
+    def frozen(self) -> FrozenComponents: ...
     @property
-    def blank(self) -> Binding: ...
+    def blank(self) -> PipelineAdapter: ...
     @property
-    def call(self) -> Call: ...
+    def call(self) -> PipelineCall: ...
     @property
     def latents_shape(self) -> tuple[int, int, int]: ...
     @property
-    def encoder(self) -> Encoder: ...
-    def bound(self, denoiser: Any) -> Binding: ...
+    def encoder(self) -> PromptEncoder: ...
+    def bound(self, denoiser: Any) -> PipelineAdapter: ...
 
 
-class Trainee(torch.nn.Module):
+class DenoiserModule(torch.nn.Module):
     """A denoiser as transformers' Trainer takes a model: without diffusers' `config`, into which it would write."""
 
     def __init__(self, denoiser: Any) -> None:
@@ -70,9 +70,9 @@ class Trainee(torch.nn.Module):
     gradient_checkpointing_enable = activation_checkpointing_enable
 
 
-def tune(
-    policy: Learner, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()
-) -> tuple[TuneReport, tuple[str, ...]]:
+def train(
+    policy: TrainablePolicy, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()
+) -> tuple[TrainReport, tuple[str, ...]]:
     """Fits the policy to the rows and writes the new model into `out`; returns what was done, and notes for the user.
 
     Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
@@ -82,49 +82,53 @@ def tune(
     seed = derive_seed(config.seed, "tune", found.round)
     denoising = denoising_of(policy, found, shape, seed)
     task = task_of(policy, found, denoising, rows, callbacks)
-    fitted = fitted_to(task, config.tuning, work, policy.device)
+    fitted = fitted_to(task, config.training, work, policy.device)
     details = {
-        "noise_levels": config.tuning.diffusion.noise_levels,
+        "noise_levels": config.training.diffusion.noise_levels,
         "prompts": len(found.prompts),
         "micro_batch": fitted.micro_batch,
         "gradient_accumulation_steps": fitted.accumulation,
         "out_of_memory_at": list(fitted.out_of_memory),
-        **published(policy, fitted, Probe.of(task.rows, denoising), out),
+        **published(policy, fitted, DenoisingProbe.of(task.rows, denoising), out),
     }
-    return TuneReport(len(found), len(fitted.losses), fitted.losses, details), fitted.notes
+    return TrainReport(len(found), len(fitted.losses), fitted.losses, details), fitted.notes
 
 
-def denoising_of(policy: Learner, found: Rows, shape: tuple[int, int, int], seed: int) -> Denoising:
+def denoising_of(policy: TrainablePolicy, found: ImageRows, shape: tuple[int, int, int], seed: int) -> DenoisingLoss:
     """What the loss is made of, over a denoiser that has no weights yet; here the prompts are encoded."""
     asked = Conditions.joined([policy.encoder.encode(found.prompts), policy.encoder.empty()])
     conditions = policy.blank.guided(asked, policy.call.guidance_scale)
-    schedule, config = schedule_of(policy.frozen.pipe, policy.blank.denoiser, shape), policy.config.tuning.diffusion
+    schedule, config = schedule_of(policy.frozen.pipe, policy.blank.denoiser, shape), policy.config.training.diffusion
     refuse_unfit(schedule, config)
-    return Denoising(policy.blank, schedule, config, conditions, seed, Clock())
+    return DenoisingLoss(policy.blank, schedule, config, conditions, seed, StepCounter())
 
 
 def task_of(
-    policy: Learner, found: Rows, denoising: Denoising, rows: Path, callbacks: Sequence[TrainerCallback]
-) -> Task:
+    policy: TrainablePolicy,
+    found: ImageRows,
+    denoising: DenoisingLoss,
+    rows: Path,
+    callbacks: Sequence[TrainerCallback],
+) -> FitTask:
     """What the family brings to the fit."""
-    tuning, objective = policy.config.tuning, load_objective(policy.config.tuning)
-    decay = tuning.diffusion.ema_decay
-    step = tuning.per_device_train_batch_size * tuning.gradient_accumulation_steps
-    return Task(
+    training, objective = policy.config.training, load_objective(policy.config.training)
+    decay = training.diffusion.ema_decay
+    step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return FitTask(
         load=lambda: trainee(policy),
-        rows=found.with_coefficients(tuning.loss_normalization, step),
+        rows=found.with_coefficients(training.loss_normalization, step),
         lengths=[1] * len(found),
         collate=batch_of,
         objective=lambda model: partial(objective.loss, denoising.over(policy.bound(model.denoiser))),
         seed=denoising.seed,
-        identity=identity(rows, tuning.model_dump_json(), denoising.seed),
-        carried=read_optimizer(policy.folder) if tuning.optimizer_state == "carried" else None,
+        identity=identity(rows, training.model_dump_json(), denoising.seed),
+        carried=read_optimizer(policy.folder) if training.optimizer_state == "carried" else None,
         callbacks=[denoising.clock, *callbacks],
-        companion=None if decay is None else lambda weights: Average(weights, decay),
+        companion=None if decay is None else lambda weights: MovingAverage(weights, decay),
     )
 
 
-def trainee(policy: Learner) -> Trainee:
+def trainee(policy: TrainablePolicy) -> DenoiserModule:
     """A fresh model, ready to be trained: the adapter alone where there is one, else the whole denoiser."""
     config = policy.config.policy
     denoiser = load_denoiser(config, policy.folder, policy.start_folder, train=True)
@@ -133,22 +137,23 @@ def trainee(policy: Learner) -> Trainee:
     elif not lora.is_adapted(denoiser):
         lora.attach_fresh(denoiser, config.adapter, derive_seed(policy.config.seed, "adapter"))
     keep_labels(denoiser)
-    return Trainee(denoiser)
+    return DenoiserModule(denoiser)
 
 
-def fitted_to(task: Task, tuning: TuningConfig, work: Path, device: torch.device) -> Fitted:
-    """The fit, with a word about pictures where not even one fits into memory."""
+def fitted_to(task: FitTask, training: TrainingConfig, work: Path, device: torch.device) -> FitResult:
+    """The fit, with a word about images where not even one fits into memory."""
     try:
-        return fit(task, tuning, work, device)
+        return fit(task, training, work, device)
     except OutOfMemory as error:
         raise OutOfMemory(
-            "tuning.per_device_train_batch_size is 1 and one picture does not fit into memory. Set "
-            "tuning.gradient_checkpointing, or tuning.diffusion.noise_levels: 1, use an adapter, or draw smaller ones.",
+            "training.per_device_train_batch_size is 1 and one image does not fit into memory. Set "
+            "training.gradient_checkpointing, or training.diffusion.noise_levels: 1, use an adapter, or draw "
+            "smaller ones.",
             error.batch_size,
         ) from error
 
 
-def published(policy: Learner, fitted: Fitted, probe: Probe, out: Path) -> dict[str, Any]:
+def published(policy: TrainablePolicy, fitted: FitResult, probe: DenoisingProbe, out: Path) -> dict[str, Any]:
     """Writes the model; returns the evidence of what it says of a few rows, beside what the run's start says."""
     trained, rows = policy.bound(fitted.model.denoiser.eval()), fitted.micro_batch
     write_model(trained, out, base_record(policy.start_folder), fitted.optimizer)
@@ -163,7 +168,7 @@ def published(policy: Learner, fitted: Fitted, probe: Probe, out: Path) -> dict[
 
 
 def keep_labels(denoiser: Any) -> None:
-    """Switches off a class embedding's own dropout: tuning.diffusion.condition_dropout is the one dial for it."""
+    """Switches off a class embedding's own dropout: training.diffusion.condition_dropout is the one option for it."""
     for module in denoiser.modules():
         if type(module).__name__ == "LabelEmbedding":
             module.dropout_prob = 0.0

@@ -21,14 +21,14 @@ from accelerate import init_empty_weights
 from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.diffusion import lora
-from raftune.policies.diffusion.components import Part, denoiser_of, read_index, refuse_missing_parts
-from raftune.policies.diffusion.pipelines import binding_class
+from raftune.policies.diffusion.components import PipelineComponent, denoiser_of, read_index, refuse_missing_parts
+from raftune.policies.diffusion.pipelines import adapter_class
 from raftune.policies.diffusion.pipelines.base import Conditions
 from raftune.policies.diffusion.references import (
     PASSED_ON,
     RECORD,
-    Record,
-    Source,
+    ModelRecord,
+    PipelineSource,
     read_record,
     source_of,
 )
@@ -51,7 +51,7 @@ OURS = {
 # -- the frozen parts --------------------------------------------------------------------------------------------------
 
 
-class Frozen:
+class FrozenComponents:
     """The parts of a pipeline that no round changes, read on first use; and what is remembered of them.
 
     `pipe` has a denoiser without weights, so that everything can be asked that its configuration answers.
@@ -62,11 +62,11 @@ class Frozen:
         self.encoded: dict[Any, Conditions] = {}  # prompts as conditions: filled, and bounded, by encoding.Encoder
 
     @cached_property
-    def source(self) -> Source:
+    def source(self) -> PipelineSource:
         return source_of(self._start, self._config)
 
     @cached_property
-    def denoiser(self) -> Part:
+    def denoiser(self) -> PipelineComponent:
         """What of the pipeline is aligned, by its name and class."""
         return denoiser_of(read_index(self.source.folder))
 
@@ -109,22 +109,22 @@ class Frozen:
 
 
 # One entry for each start that some policy holds: gone with the last of them.
-_SHARED: WeakValueDictionary[tuple[str, ...], Frozen] = WeakValueDictionary()
+_SHARED: WeakValueDictionary[tuple[str, ...], FrozenComponents] = WeakValueDictionary()
 
 
-def load_pipeline(config: DiffusionPolicy, start: Path) -> Frozen:
+def load_pipeline(config: DiffusionPolicy, start: Path) -> FrozenComponents:
     """The frozen parts of the start's pipeline, on the CPU; the same object for as long as anyone holds it."""
     key = (str(start.resolve()), repr(read_record(start)), config.model_dump_json())
     found = _SHARED.get(key)
     if found is None:
-        found = _SHARED[key] = Frozen(config, start)
+        found = _SHARED[key] = FrozenComponents(config, start)
     return found
 
 
-def read_pipeline(config: DiffusionPolicy, source: Source, part: Part) -> Any:
+def read_pipeline(config: DiffusionPolicy, source: PipelineSource, part: PipelineComponent) -> Any:
     """The pipeline without its denoiser's weights. Raises ModelError where a part is missing or does not load."""
     index = read_index(source.folder)
-    kind = binding_class(str(index["_class_name"]))
+    kind = adapter_class(str(index["_class_name"]))
     assert kind.denoiser_name == part.name
     left_out = frozenset(name for name, value in config.pipeline_init_kwargs.items() if value is None)
     refuse_missing_parts(source.folder, index, left_out, source.variant)
@@ -152,7 +152,7 @@ def read_pipeline(config: DiffusionPolicy, source: Source, part: Part) -> Any:
     return pipe
 
 
-def hollow(folder: Path, part: Part) -> Any:
+def hollow(folder: Path, part: PipelineComponent) -> Any:
     """The denoiser with its configuration and no weights (they are on the meta device)."""
     kind = getattr(diffusers, part.kind)
     with init_empty_weights():
@@ -214,7 +214,7 @@ def load_denoiser(config: DiffusionPolicy, folder: Path, start: Path, *, train: 
     return model.to(device).eval()
 
 
-def _beneath(config: DiffusionPolicy, folder: Path, record: Record, start: Path) -> Any:
+def _beneath(config: DiffusionPolicy, folder: Path, record: ModelRecord, start: Path) -> Any:
     """The denoiser on which a folder's LoRA rests: that of the run's start, or of what the start itself names."""
     if folder.resolve() != start.resolve():
         return load_denoiser(config, start, start, train=False)
@@ -230,7 +230,7 @@ def _of_pipeline(config: DiffusionPolicy, folder: Path) -> Any:
     return read_denoiser(config, source.folder, denoiser_of(read_index(source.folder)), source.variant)
 
 
-def read_denoiser(config: DiffusionPolicy, folder: Path, part: Part, variant: str | None) -> Any:
+def read_denoiser(config: DiffusionPolicy, folder: Path, part: PipelineComponent, variant: str | None) -> Any:
     """The denoiser in a subfolder. Raises ModelError where weights are missing or do not fit."""
     kind = getattr(diffusers, part.kind)
     has_variant = variant is not None and any((folder / part.name).glob(f"*.{variant}*.safetensors"))
@@ -279,4 +279,4 @@ def refuse_not_finite(modules: Mapping[str, torch.nn.Module]) -> None:
                 )
 
 
-__all__ = ["Frozen", "load_denoiser", "load_pipeline"]
+__all__ = ["FrozenComponents", "load_denoiser", "load_pipeline"]

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from raftune.config.training import DiffusionTuning
-from raftune.policies.diffusion.pipelines.base import Binding, Conditions
+from raftune.config.training import DiffusionTraining
+from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter
 from raftune.policies.diffusion.schedules import Schedule, shares, stratified
 from raftune.records import derive_seed
 from raftune.training.fit import Batch
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]
+class StepCounter(TrainerCallback):  # type: ignore[misc]
     """Knows the optimizer step that is being made: the same for all its micro-batches, and after a resume."""
 
     step = 0
@@ -30,7 +30,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class Draws:
+class NoiseDraws:
     """What is random about N rows at L levels each: (N, L) shares, (N, L) prompts left out, (N, L, C, h, w) noise."""
 
     shares: torch.Tensor
@@ -39,23 +39,23 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Denoising:
+class DenoisingLoss:
     """What a denoising loss is made of. The rows of `conditions` are those of the distinct prompts, and of no prompt.
 
     Whose loss it is: the denoiser's in the binding's pipeline.
     """
 
-    binding: Binding
+    binding: PipelineAdapter
     schedule: Schedule
-    config: DiffusionTuning
+    config: DiffusionTraining
     conditions: Conditions
     seed: int
-    clock: Clock
+    clock: StepCounter
 
-    def draws(self, rows: Sequence[int], shape: Sequence[int]) -> Draws:
+    def draws(self, rows: Sequence[int], shape: Sequence[int]) -> NoiseDraws:
         """The draws of these rows in the clock's step; latents are of this (C, h, w)."""
         every = [self._draws(row, tuple(shape)) for row in rows]
-        return Draws(*(torch.stack([one[i] for one in every]) for i in range(3)))
+        return NoiseDraws(*(torch.stack([one[i] for one in every]) for i in range(3)))
 
     def _draws(self, row: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         generator = torch.Generator("cpu").manual_seed(derive_seed(self.seed, "noise", self.clock.step, row))
@@ -65,7 +65,7 @@ class Denoising:
         noise = torch.randn((levels, *shape), generator=generator)
         return shares(uniform, self.config, self.schedule), dropped, noise
 
-    def over(self, binding: Binding) -> Denoising:
+    def over(self, binding: PipelineAdapter) -> DenoisingLoss:
         """The same loss of another denoiser."""
         return replace(self, binding=binding)
 

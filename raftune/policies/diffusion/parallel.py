@@ -17,14 +17,14 @@ Given = TypeVar("Given")
 Found = TypeVar("Found")
 
 
-class Mapped(Protocol):
+class ParallelMap(Protocol):
     """What `map` does, with one iterable."""
 
     def __call__(self, call: Callable[[Given], Found], given: Iterable[Given], /) -> Iterator[Found]: ...
 
 
 @contextmanager
-def lanes(count: int) -> Iterator[Mapped]:
+def lanes(count: int) -> Iterator[ParallelMap]:
     """A `map` that makes `count` calls at once; what they give comes in order. The first failure ends all of them."""
     if count == 1:
         yield map

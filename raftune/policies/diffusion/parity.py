@@ -3,7 +3,7 @@
 A pipeline is run as it is, at guidance 1, while its scheduler is watched: of each step, what the denoiser was given and
 what came back. `predict`, the binding's own call of the denoiser, must give the same for the same. An error of sign,
 scale, packing, time or conditions shows here, before a round is spent on it; so does a pipeline whose code has changed.
-A picture is also drawn beside another and by itself: what it is must come of its own seed, and of nothing else.
+An image is also drawn beside another and by itself: what it is must come of its own seed, and of nothing else.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from raftune.errors import ConfigError, ModelError, RaftuneError
-from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions, Pictures
-from raftune.policies.diffusion.scheduler_trace import Step, watched
+from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall, SampledImages
+from raftune.policies.diffusion.scheduler_trace import SchedulerStep, watched
 from raftune.sanitize import one_line
 from raftune.training.quiet import quiet
 
@@ -31,17 +31,17 @@ GROWN = 10  # times as much may come of the rounding of several steps in another
 
 
 @dataclass(frozen=True)
-class Proof:
+class ParityResult:
     """Of each step the largest difference between the two, as a share of the largest number, and its dtype's limit."""
 
     differences: tuple[float, ...]
     limit: float
 
 
-def refuse_unproven(binding: Binding, kwargs: Mapping[str, Any] | None = None) -> Proof:
+def refuse_unproven(binding: PipelineAdapter, kwargs: Mapping[str, Any] | None = None) -> ParityResult:
     """Raises ModelError where the binding's prediction is not what the pipeline's scheduler is told.
 
-    Two pictures of at most 16 x 8 latent cells are drawn in two steps, with these pipeline_kwargs, and the denoiser is
+    Two images of at most 16 x 8 latent cells are drawn in two steps, with these pipeline_kwargs, and the denoiser is
     asked again, then two and one in four steps: as much as twenty of its calls at that size, and a few decodings.
     Needs the text encoders.
     """
@@ -59,18 +59,18 @@ def refuse_unproven(binding: Binding, kwargs: Mapping[str, Any] | None = None) -
                 )
         _refuse_other_latents(binding, pictures, steps[-1], call)
         _refuse_noise_of_no_seed(binding, conditions, call)
-    return Proof(found, limit)
+    return ParityResult(found, limit)
 
 
-def refuse_unseeded(binding: Binding, kwargs: Mapping[str, Any] | None = None) -> None:
-    """Raises ModelError where a picture does not come of its own seed alone; for runs that draw and train nothing."""
+def refuse_unseeded(binding: PipelineAdapter, kwargs: Mapping[str, Any] | None = None) -> None:
+    """Raises ModelError where an image does not come of its own seed alone; for runs that draw and train nothing."""
     call = smallest_call(binding, kwargs or {})
     with torch.no_grad(), quiet():
         _refuse_noise_of_no_seed(binding, _asked(binding, call), call)
 
 
-def smallest_call(binding: Binding, kwargs: Mapping[str, Any]) -> Call:
-    """The least that shows everything: two steps, unguided, and pictures half as high as they are wide.
+def smallest_call(binding: PipelineAdapter, kwargs: Mapping[str, Any]) -> PipelineCall:
+    """The least that shows everything: two steps, unguided, and images half as high as they are wide.
 
     A pipeline that has one size alone draws at that size, and PNDM with its Runge-Kutta start breaks below four steps.
     """
@@ -79,17 +79,17 @@ def smallest_call(binding: Binding, kwargs: Mapping[str, Any]) -> Call:
         width = _up(min(width, CELLS * binding.factor), binding.multiple)
         height = _up(min(height, width // 2), binding.multiple)
     steps = STEPS if binding.pipe.scheduler.config.get("skip_prk_steps", True) else 4
-    return Call(height, width, steps, 1.0, kwargs)
+    return PipelineCall(height, width, steps, 1.0, kwargs)
 
 
-def _usual_size(binding: Binding) -> tuple[int, int]:
+def _usual_size(binding: PipelineAdapter) -> tuple[int, int]:
     try:
         return binding.default_size()
     except ConfigError:  # it has none, and is told one
         return CELLS * binding.factor, CELLS * binding.factor
 
 
-def _fixed(binding: Binding, height: int, width: int) -> bool:
+def _fixed(binding: PipelineAdapter, height: int, width: int) -> bool:
     """Whether it draws at its own size alone."""
     try:
         binding.refuse_size(height, width + binding.multiple)
@@ -102,12 +102,12 @@ def _up(pixels: int, multiple: int) -> int:
     return -(-pixels // multiple) * multiple
 
 
-def _prompts(binding: Binding) -> Sequence[Any]:
+def _prompts(binding: PipelineAdapter) -> Sequence[Any]:
     """Two that differ, so that a row that is told another's conditions shows."""
     return TEXTS if binding.takes == "text" else (0, 1)
 
 
-def _asked(binding: Binding, call: Call) -> Conditions:
+def _asked(binding: PipelineAdapter, call: PipelineCall) -> Conditions:
     """What two prompts tell the denoiser, on its device. Raises ModelError where they cannot be read."""
     try:
         asked = binding.encode(_prompts(binding)).to(binding.denoiser.device)
@@ -123,10 +123,10 @@ def _asked(binding: Binding, call: Call) -> Conditions:
 
 
 def _drawn(
-    binding: Binding, conditions: Conditions, call: Call, seeds: Sequence[int] = (0, 1)
-) -> tuple[Pictures, list[Step]]:
-    """The pictures, and what passed through the scheduler. Raises ModelError where the pipeline cannot draw."""
-    steps: list[Step] = []
+    binding: PipelineAdapter, conditions: Conditions, call: PipelineCall, seeds: Sequence[int] = (0, 1)
+) -> tuple[SampledImages, list[SchedulerStep]]:
+    """The images, and what passed through the scheduler. Raises ModelError where the pipeline cannot draw."""
+    steps: list[SchedulerStep] = []
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     try:
         with watched(binding.pipe.scheduler, steps.append):
@@ -144,7 +144,7 @@ def _drawn(
     return pictures, steps
 
 
-def _difference(binding: Binding, step: Step, conditions: Conditions, call: Call) -> float:
+def _difference(binding: PipelineAdapter, step: SchedulerStep, conditions: Conditions, call: PipelineCall) -> float:
     """The largest difference in one step, as a share of the largest number; infinite where shapes differ."""
     told, expected = binding.unpacked(step.told, call), binding.unpacked(step.output, call)
     expected = expected[:, : told.shape[1]]  # a learned variance may follow, which no loss here reads
@@ -172,7 +172,7 @@ def _limit(like: torch.Tensor) -> float:
     return TOLERANCES.get(like.dtype, min(TOLERANCES.values()))
 
 
-def _refuse_not_finite(binding: Binding, output: torch.Tensor, step: Step) -> None:
+def _refuse_not_finite(binding: PipelineAdapter, output: torch.Tensor, step: SchedulerStep) -> None:
     if not bool(torch.isfinite(output).all()):
         raise ModelError(
             f"policy.model must give finite numbers; {_whose(binding)} denoiser gave NaN or infinity at step "
@@ -181,8 +181,10 @@ def _refuse_not_finite(binding: Binding, output: torch.Tensor, step: Step) -> No
         )
 
 
-def _refuse_other_latents(binding: Binding, pictures: Pictures, last: Step, call: Call) -> None:
-    """Raises ModelError where the latents that are kept are not those of the pictures."""
+def _refuse_other_latents(
+    binding: PipelineAdapter, pictures: SampledImages, last: SchedulerStep, call: PipelineCall
+) -> None:
+    """Raises ModelError where the latents that are kept are not those of the images."""
     x0 = pictures.x0
     shape, own = tuple(x0.shape[1:]), binding.latent_shape(call.height, call.width)
     if shape != own:
@@ -193,7 +195,7 @@ def _refuse_other_latents(binding: Binding, pictures: Pictures, last: Step, call
         return
     again = tuple(binding.to_latents(pictures.images, torch.Generator("cpu").manual_seed(0)).shape)
     if again != tuple(x0.shape):
-        raise _refusal(f"a picture becomes latents of the shape {again[1:]}, where {_whose(binding)} own have {shape}")
+        raise _refusal(f"an image becomes latents of the shape {again[1:]}, where {_whose(binding)} own have {shape}")
     shown = [row for row, flagged in enumerate(pictures.flagged) if not flagged]  # a flagged one is painted over
     drawn = [np.asarray(pictures.images[row], dtype=np.float32) for row in shown]
     decoded = binding.to_pixels(x0).float().cpu().permute(0, 2, 3, 1).numpy() * 255
@@ -201,13 +203,13 @@ def _refuse_other_latents(binding: Binding, pictures: Pictures, last: Step, call
     levels = max(apart, default=0.0)
     if levels > (2 if x0.dtype == torch.float32 else 16):
         raise _refusal(
-            f"the latents that raftune keeps decode to other pictures than {_whose(binding)}, by {levels:.0f} of 255, "
+            f"the latents that raftune keeps decode to other images than {_whose(binding)}, by {levels:.0f} of 255, "
             f"through its {type(getattr(binding.pipe, 'vae', None)).__name__}"
         )
 
 
-def _refuse_noise_of_no_seed(binding: Binding, conditions: Conditions, call: Call) -> None:
-    """Raises ModelError where the second picture is another once it is drawn alone: its noise was not its seed's."""
+def _refuse_noise_of_no_seed(binding: PipelineAdapter, conditions: Conditions, call: PipelineCall) -> None:
+    """Raises ModelError where the second image is another once it is drawn alone: its noise was not its seed's."""
     longer = replace(call, num_inference_steps=SEVERAL)
     pictures, _ = _drawn(binding, conditions, longer)
     alone, _ = _drawn(binding, conditions.take([1]), longer, (1,))
@@ -216,14 +218,14 @@ def _refuse_noise_of_no_seed(binding: Binding, conditions: Conditions, call: Cal
     differs = _apart(alone.x0, pictures.x0[1:])
     if differs > GROWN * _limit(alone.x0):
         raise ModelError(
-            f"A picture must come of its own seed; drawn again with the same seed, one of {_whose(binding)} differs by "
+            f"An image must come of its own seed; drawn again with the same seed, one of {_whose(binding)} differs by "
             f"{differs:.3g} of its size: its {type(binding.pipe.scheduler).__name__} draws noise that no seed of ours "
             "reaches. Save the pipeline with a scheduler that adds none while sampling, such as DDIMScheduler or "
             "DPMSolverMultistepScheduler (of a flow: FlowMatchEulerDiscreteScheduler)."
         )
 
 
-def _whose(binding: Binding) -> str:
+def _whose(binding: PipelineAdapter) -> str:
     return f"the {type(binding.pipe).__name__}'s"
 
 

@@ -15,14 +15,14 @@ from raftune.policies.diffusion import loading, references
 from raftune.policies.diffusion import start as starting
 from raftune.policies.diffusion.call_args import call_of, is_guided
 from raftune.policies.diffusion.encode_image import adopted
-from raftune.policies.diffusion.encoding import Encoder
+from raftune.policies.diffusion.encoding import PromptEncoder
 from raftune.policies.diffusion.latents import FIELDS
-from raftune.policies.diffusion.pipelines import binding_of
-from raftune.policies.diffusion.pipelines.base import Binding, Call
-from raftune.policies.diffusion.sample import draw
+from raftune.policies.diffusion.pipelines import adapter_of
+from raftune.policies.diffusion.pipelines.base import PipelineAdapter, PipelineCall
+from raftune.policies.diffusion.sample import generate
 from raftune.policies.diffusion.trainable import refuse_untunable
-from raftune.policies.unsupported import RunParts, all_but, refuse_unused
-from raftune.protocols import TuneReport, Unit
+from raftune.policies.unsupported import FamilyConfig, all_but, refuse_unused
+from raftune.protocols import Chunk, TrainReport
 from raftune.records import INVALID, Prompt, Sample
 from raftune.training.devices import choose_device
 
@@ -34,36 +34,36 @@ PAYLOAD = pa.schema(
         *FIELDS,
     ]
 )
-READ = ("num_generations", "diffusion", "batch_size", "unit_size", "candidate_columns", "teacher")
+READ = ("num_generations", "diffusion", "batch_size", "chunk_size", "candidate_columns", "teacher")
 
 
 class Diffusion:
     """A pipeline whose denoiser is read from a committed folder when first needed; its frozen parts are shared.
 
-    The instance that draws is never the one that was trained: tuning loads a denoiser of its own and lets it go.
+    The instance that draws is never the one that was trained: training loads a denoiser of its own and lets it go.
     """
 
     media = "image"
     payload = PAYLOAD
 
-    def __init__(self, config: RunParts, folder: Path, start: Path) -> None:
+    def __init__(self, config: FamilyConfig, folder: Path, start: Path) -> None:
         self.config, self.folder, self.start_folder = config, folder, start
         self.device = choose_device(config.policy.device)
         self.frozen = loading.load_pipeline(config.policy, start)
-        self._drawer: Binding | None = None
+        self._drawer: PipelineAdapter | None = None
         self._notes: dict[str, None] = {}
 
     @classmethod
-    def load(cls, config: RunParts, folder: Path, start: Path) -> Diffusion:
+    def load(cls, config: FamilyConfig, folder: Path, start: Path) -> Diffusion:
         """The policy of a committed model folder; `start` is the run's start folder, on which every round rests."""
         return cls(config, folder, start)
 
     @classmethod
-    def start(cls, config: RunParts, out: Path, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
+    def start(cls, config: FamilyConfig, out: Path, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
         """Writes the start pipeline into `out` and says what it is.
 
-        Raises ModelError where it is unfit: parts missing, an architecture or a scheduler that cannot be tuned here,
-        weights that are not finite, a binding that fails the oracle. Raises ConfigError for dials that mean nothing.
+        Raises ModelError where it is unfit: parts missing, an architecture or a scheduler that cannot be trained here,
+        weights that are not finite, a binding that fails the oracle. Raises ConfigError for options that mean nothing.
         """
         assert isinstance(config.policy, DiffusionPolicy)
         refuse_unread(config)
@@ -80,8 +80,8 @@ class Diffusion:
             return dict(policy)
         return {**policy, "model": str(folder), "revision": None}
 
-    def refuse_dials(self) -> None:
-        """Raises ConfigError for dials that the family or this pipeline does not have; needs no weights."""
+    def check_config(self) -> None:
+        """Raises ConfigError for options that the family or this pipeline does not have; needs no weights."""
         refuse_unread(self.config)
         shape = self.latents_shape  # asked in any case: a size that the pipeline cannot draw is refused
         if getattr(self.config, "num_rounds", 1) > 0:
@@ -96,7 +96,7 @@ class Diffusion:
         """What the start is, for the record and for planning. Raises ModelError, ConfigError where it is unfit."""
         from raftune.policies.diffusion.parity import refuse_unproven, refuse_unseeded
 
-        self.refuse_dials()  # needs no weights, so a large model is not read in vain
+        self.check_config()  # needs no weights, so a large model is not read in vain
         call, pipe = self.call, self.frozen.pipe
         denoiser = self.drawer.denoiser
         loading.refuse_not_finite({**self.frozen.modules, self.frozen.denoiser.name: denoiser})
@@ -122,42 +122,42 @@ class Diffusion:
     # -- what is held --------------------------------------------------------------------------------------------------
 
     @property
-    def shared(self) -> loading.Frozen:
+    def shared(self) -> loading.FrozenComponents:
         """What all rounds of this start have in common: who holds it spares the next one the reading."""
         return self.frozen
 
     @cached_property
-    def blank(self) -> Binding:
-        """The binding without the denoiser's weights: it encodes prompts and pictures, and knows sizes."""
+    def blank(self) -> PipelineAdapter:
+        """The binding without the denoiser's weights: it encodes prompts and images, and knows sizes."""
         return self.bound(None)
 
     @property
-    def drawer(self) -> Binding:
+    def drawer(self) -> PipelineAdapter:
         """The binding with this folder's denoiser, on the device; read on first use."""
         if self._drawer is None:
             denoiser = loading.load_denoiser(self.config.policy, self.folder, self.start_folder, train=False)
             self._drawer = self.bound(denoiser)
         return self._drawer
 
-    def bound(self, denoiser: Any) -> Binding:
+    def bound(self, denoiser: Any) -> PipelineAdapter:
         """The binding over the pipeline with this denoiser; None: with one that has no weights."""
         pipe = self.frozen.pipe if denoiser is None else self.frozen.with_denoiser(denoiser)
-        return binding_of(pipe, self.config.sampling.diffusion.pipeline_kwargs)
+        return adapter_of(pipe, self.config.sampling.diffusion.pipeline_kwargs)
 
     @cached_property
-    def call(self) -> Call:
+    def call(self) -> PipelineCall:
         """How the pipeline is called in this run."""
         return call_of(self.blank, self.config.sampling.diffusion)
 
     @property
     def latents_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of this run's pictures."""
+        """(C, h, w) of the latents of this run's images."""
         return self.blank.latent_shape(self.call.height, self.call.width)
 
     @cached_property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> PromptEncoder:
         """Reads prompts, each distinct one once for all rounds."""
-        return Encoder(self.frozen, self.blank, self.device)
+        return PromptEncoder(self.frozen, self.blank, self.device)
 
     @property
     def nbytes(self) -> int:
@@ -174,51 +174,51 @@ class Diffusion:
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
-    def draw(self, unit: Unit) -> list[Sample]:
-        """All samples of the unit, prompt by prompt, k ascending. Raises DataError, ModelError, OutOfMemory.
+    def generate(self, chunk: Chunk) -> list[Sample]:
+        """All samples of the chunk, prompt by prompt, k ascending. Raises DataError, ModelError, OutOfMemory.
 
-        Evaluation units have no latents: nothing is ever tuned on them.
+        Evaluation units have no latents: nothing is ever trained on them.
         """
-        order = [(i, k) for i, seeds in enumerate(unit.seeds) for k in range(len(seeds))]
-        conditions = self.encoder.encode(unit.prompts).take([i for i, _ in order])
-        seeds = [unit.seeds[i][k] for i, k in order]
-        payloads = self._payloads(conditions, seeds, unit)
+        order = [(i, k) for i, seeds in enumerate(chunk.seeds) for k in range(len(seeds))]
+        conditions = self.encoder.encode(chunk.prompts).take([i for i, _ in order])
+        seeds = [chunk.seeds[i][k] for i, k in order]
+        payloads = self._payloads(conditions, seeds, chunk)
         return [
             Sample(
-                id=unit.sample_id(unit.prompts[i], k),
-                prompt_id=unit.prompts[i].id,
+                id=chunk.sample_id(chunk.prompts[i], k),
+                prompt_id=chunk.prompts[i].id,
                 k=k,
                 source="policy",
-                seed=unit.seeds[i][k],
-                version=unit.version,
+                seed=chunk.seeds[i][k],
+                version=chunk.version,
                 completion=payload.pop("completion"),
                 payload=payload,
             )
             for (i, k), payload in zip(order, payloads, strict=True)
         ]
 
-    def _payloads(self, conditions: Any, seeds: Sequence[int], unit: Unit) -> list[dict[str, Any]]:
+    def _payloads(self, conditions: Any, seeds: Sequence[int], chunk: Chunk) -> list[dict[str, Any]]:
         call = self.call
         negative = None
         if is_guided(self.blank, call):
             negative = self.encoder.empty(self.config.sampling.diffusion.negative_prompt)
         denoiser = self.drawer.denoiser
         with self.frozen.on(self.device, "vae", "safety_checker"):
-            return draw(
+            return generate(
                 lambda: self.bound(denoiser),
                 conditions,
                 negative,
                 seeds,
                 call,
-                unit.batch_size,
+                chunk.batch_size,
                 self.device,
-                with_latents=unit.learned,
+                with_latents=chunk.learned,
             )
 
-    def adopt(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
-        """The payload of somebody else's picture: its PNG, and its latents as the VAE gives them.
+    def encode_completion(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
+        """The payload of somebody else's image: its PNG, and its latents as the VAE gives them.
 
-        `answer` is a picture of the run's size: PNG or JPEG bytes, a PIL image, a path, or a mapping of `bytes` and
+        `answer` is an image of the run's size: PNG or JPEG bytes, a PIL image, a path, or a mapping of `bytes` and
         `path` as `datasets` has it. A teacher's draw that came to nothing is taken over as such. Raises DataError.
         """
         with self.frozen.on(self.device, "vae"):
@@ -226,15 +226,15 @@ class Diffusion:
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
-    def tune(self, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()) -> TuneReport:
+    def train(self, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()) -> TrainReport:
         """Fits the denoiser to the rows and writes the new model into `out`; continues from what lies in `work`.
 
         Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
         """
-        from raftune.policies.diffusion.fit import tune
+        from raftune.policies.diffusion.fit import train
 
         self._drawer = None  # one large model at a time
-        report, notes = tune(self, rows, work, out, callbacks)
+        report, notes = train(self, rows, work, out, callbacks)
         self._notes |= dict.fromkeys(notes)
         return report
 
@@ -247,13 +247,13 @@ class Diffusion:
         export(binding.pipe, binding, out)
 
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about how this policy was tuned, each once."""
+        """What a user should know about how this policy was trained, each once."""
         return tuple(self._notes)
 
 
-def refuse_unread(config: RunParts) -> None:
-    """Raises ConfigError for dials of text that mean nothing to pictures."""
-    unread = [*all_but(config.sampling, "sampling", READ), "tuning.mask_truncated_completions"]
+def refuse_unread(config: FamilyConfig) -> None:
+    """Raises ConfigError for options of text that mean nothing to images."""
+    unread = [*all_but(config.sampling, "sampling", READ), "training.mask_truncated_completions"]
     refuse_unused(config, "diffusion", unread)
 
 

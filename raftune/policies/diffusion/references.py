@@ -30,7 +30,7 @@ PASSED_ON = frozenset({"cache_dir", "force_download", "local_files_only", "token
 
 
 @dataclass(frozen=True)
-class Record:
+class ModelRecord:
     """What a model folder is. `model` is a folder (one beginning with .. starts from this folder) or a hub name.
 
     fingerprint: SHA-256 of the files of the pipeline at `model`, or hub:COMMIT; empty where it lies in the run itself.
@@ -45,16 +45,16 @@ class Record:
         (folder / RECORD).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read_record(folder: Path) -> Record:
+def read_record(folder: Path) -> ModelRecord:
     """What the folder is. Raises ModelError where it does not say."""
     try:
-        return Record(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        return ModelRecord(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{folder} must say in {RECORD} what it holds: {error}. Restore the folder.") from error
 
 
 @dataclass(frozen=True)
-class Source:
+class PipelineSource:
     """A whole pipeline: its name as from_pretrained takes it, its revision, and the folder where its files are."""
 
     name: str
@@ -63,20 +63,20 @@ class Source:
     variant: str | None = None
 
 
-def source_of(folder: Path, config: DiffusionPolicy) -> Source:
+def source_of(folder: Path, config: DiffusionPolicy) -> PipelineSource:
     """The pipeline on which a model folder rests. Raises ModelError where it is gone."""
     record = read_record(folder)
     if record.kind == "pipeline":
-        return Source(str(folder), None, folder)
+        return PipelineSource(str(folder), None, folder)
     if record.fingerprint.startswith("hub:"):
         place = snapshot(record.model, record.revision, config)
-        return Source(record.model, record.revision, place, config.variant)
+        return PipelineSource(record.model, record.revision, place, config.variant)
     place = (folder / record.model).resolve() if record.model.startswith("..") else Path(record.model)
     if not place.is_dir():
         raise ModelError(f"policy.model must still be where the run began; {place} is gone. Put it back.")
     if (place / RECORD).is_file():
         return source_of(place, config)
-    return Source(str(place), None, place, config.variant)
+    return PipelineSource(str(place), None, place, config.variant)
 
 
 def base_record(start: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from raftune.errors import DataError
 from raftune.policies.diffusion.latents import FIELDS, latents_of
-from raftune.protocols import FloatN
+from raftune.protocols import FloatArray
 from raftune.records import INVALID, Prompt
 from raftune.training.fit import Batch
 from raftune.training.loss_weights import Normalization, coefficients
@@ -25,7 +25,7 @@ ROUND = b"raftune.round"
 
 
 @dataclass(frozen=True)
-class Row:
+class ImageRow:
     """One image: its number in the fit, which of the distinct prompts it answers, its coefficient in a step's loss."""
 
     number: int
@@ -40,14 +40,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ImageRows:
     """The images of positive weight, the distinct prompts that they answer, and the round that gathered them.
 
     `which[i]` is the prompt of image i; `names[i]` its id: equal texts that were asked twice are two prompts.
     """
 
     latents: list[tuple[bytes, Sequence[int], str]]
-    weights: FloatN
+    weights: FloatArray
     prompts: list[Prompt]
     which: list[int]
     names: list[str]
@@ -56,17 +56,17 @@ class Rows:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def with_coefficients(self, normalization: Normalization, step: int) -> list[Row]:
+    def with_coefficients(self, normalization: Normalization, step: int) -> list[ImageRow]:
         """The rows of a fit whose steps have `step` of them."""
         elements = [int(np.prod(shape)) for _, shape, _ in self.latents]
         shares = coefficients(self.weights, elements, self.names, normalization, step)
         return [
-            Row(i, self.which[i], float(share), latents)
+            ImageRow(i, self.which[i], float(share), latents)
             for i, (share, latents) in enumerate(zip(shares, self.latents, strict=True))
         ]
 
 
-def read_rows(path: Path, shape: tuple[int, int, int]) -> Rows:
+def read_rows(path: Path, shape: tuple[int, int, int]) -> ImageRows:
     """The rows of a Parquet file whose latents have this (C, h, w). Raises DataError for one that cannot be used."""
     table = pq.read_table(path, columns=COLUMNS, use_threads=False)
     weights = np.asarray(table.column("weight").to_numpy(), dtype=np.float64)
@@ -79,7 +79,7 @@ def read_rows(path: Path, shape: tuple[int, int, int]) -> Rows:
     prompts = {number: Prompt(name, content) for number, name, content in zip(which, ids, contents, strict=True)}
     latents = [_checked(row, shape) for row in used.select(LEARNED).to_pylist()]
     round_ = int((pq.read_schema(path).metadata or {}).get(ROUND, b"0"))
-    return Rows(latents, weights[weights > 0], [prompts[i] for i in range(len(first))], which, ids, round_)
+    return ImageRows(latents, weights[weights > 0], [prompts[i] for i in range(len(first))], which, ids, round_)
 
 
 def _checked(row: dict[str, Any], shape: tuple[int, int, int]) -> tuple[bytes, Sequence[int], str]:
@@ -90,24 +90,24 @@ def _checked(row: dict[str, Any], shape: tuple[int, int, int]) -> tuple[bytes, S
         why = f" ({row[INVALID]})" if row[INVALID] else ""
         raise DataError(
             f"Every row must have latents to learn from; {name} has none{why}. "
-            "Take a reference picture out of its data set; draw a round's again with `raftune train … --from draw`."
+            "Take a reference image out of its data set; draw a round's again with `raftune train … --from generate`."
         )
     if tuple(found) != shape:
         raise DataError(
-            f"Latents must have the shape {shape} of this run's pictures; those of {name} have {tuple(found)}. It was "
-            "drawn at another height or width: draw its round again with `raftune train … --from draw`, or set "
+            f"Latents must have the shape {shape} of this run's images; those of {name} have {tuple(found)}. It was "
+            "drawn at another height or width: draw its round again with `raftune train … --from generate`, or set "
             "sampling.diffusion.height and width to its own."
         )
     try:
         finite = bool(torch.isfinite(latents_of(content, found, dtype).float()).all())
     except DataError as error:
-        raise DataError(f"{name}: {error} Draw its round again with `raftune train … --from draw`.") from error
+        raise DataError(f"{name}: {error} Draw its round again with `raftune train … --from generate`.") from error
     if not finite:
         raise DataError(f"Latents must be finite; those of {name} hold a NaN or an infinity. Leave the row out.")
     return content, found, dtype
 
 
-def batch_of(rows: Sequence[Row]) -> Batch:
+def batch_of(rows: Sequence[ImageRow]) -> Batch:
     """x0 (N, C, h, w) float32, and of each row its number, its prompt and its coefficient."""
     return {
         "x0": torch.stack([row.x0 for row in rows]),

@@ -1,4 +1,4 @@
-"""Pictures for conditions and seeds: batches across prompts, through the pipeline's own loop."""
+"""Images for conditions and seeds: batches across prompts, through the pipeline's own loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from raftune.data.images import png_of, sha256_of_png, why_invalid
 from raftune.policies.diffusion.latents import FIELDS, NONE, columns_of
 from raftune.policies.diffusion.parallel import lanes
-from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions, Pictures
+from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall, SampledImages
 from raftune.store import partial
 from raftune.training.memory import names_out_of_memory
 from raftune.training.quiet import quiet
@@ -25,18 +25,18 @@ FLAGGED = "flagged by the safety checker"
 NO_PICTURE = {"completion": None, "image_sha256": None, **NONE}
 
 
-def draw(
-    bound: Callable[[], Binding],
+def generate(
+    bound: Callable[[], PipelineAdapter],
     conditions: Conditions,
     negative: Conditions | None,
     seeds: Sequence[int],
-    call: Call,
+    call: PipelineCall,
     batch_size: int,
     device: torch.device,
     *,
     with_latents: bool,
 ) -> list[dict[str, Any]]:
-    """The payload of each picture: row i answers conditions' row i, its noise drawn from seeds[i] alone.
+    """The payload of each image: row i answers conditions' row i, its noise drawn from seeds[i] alone.
 
     Each is what the pipeline gives for that prompt and a CPU generator of that seed, up to the rounding of batches.
     `bound` gives the pipeline with a scheduler of its own, for on a CPU several batches are drawn at once; `batch_size`
@@ -60,18 +60,18 @@ def draw(
         return sum(len(value) for payload in payloads for value in payload.values() if isinstance(value, bytes))
 
     every = batches(len(seeds), batch_size, at_once)
-    with quiet(), partial.current("pictures").work() as part, lanes(at_once) as mapped:
+    with quiet(), partial.current("images").work() as part, lanes(at_once) as mapped:
         if (found := part.find()) is not None:  # what an earlier attempt had drawn
             payloads.extend(pq.read_table(found, use_threads=False).to_pylist())
         ready = len(payloads)
         left = [rows for rows in every if rows[0] >= ready]
         for at in range(0, len(left), at_once):  # side by side, and all of them done before the next are begun
             payloads.extend(one for batch in mapped(drawn, left[at : at + at_once]) for one in batch)
-            part.step(save, size, done=(len(payloads), len(seeds), "pictures"))
+            part.step(save, size, done=(len(payloads), len(seeds), "images"))
     return payloads
 
 
-def lanes_for(binding: Binding, call: Call, device: torch.device, rows: int) -> int:
+def lanes_for(binding: PipelineAdapter, call: PipelineCall, device: torch.device, rows: int) -> int:
     """How many batches are drawn at once: one on an accelerator, as many as torch has threads on a CPU.
 
     One, too, where the networks change while they are used: a scale of adapters in the call, which peft writes into the
@@ -99,8 +99,8 @@ COLUMNS = pa.schema(
 )
 
 
-def payload_of(pictures: Pictures, row: int, *, with_latents: bool) -> dict[str, Any]:
-    """The columns of one picture; where it is nothing to learn from, `invalid` says why, and no latents are kept."""
+def payload_of(pictures: SampledImages, row: int, *, with_latents: bool) -> dict[str, Any]:
+    """The columns of one image; where it is nothing to learn from, `invalid` says why, and no latents are kept."""
     if not pictures.finite[row]:
         return {**NO_PICTURE, "invalid": NOT_FINITE}
     if pictures.flagged[row]:

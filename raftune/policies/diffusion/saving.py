@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raftune.policies.diffusion import lora
-from raftune.policies.diffusion.pipelines.base import Binding
-from raftune.policies.diffusion.references import Record
+from raftune.policies.diffusion.pipelines.base import PipelineAdapter
+from raftune.policies.diffusion.references import ModelRecord
 from raftune.training.quiet import quiet
 
 OPTIMIZER = "optimizer.safetensors"
@@ -30,7 +30,7 @@ PLACE = "_name_or_path"  # diffusers notes where a part was loaded from: a path 
 
 
 def write_model(
-    binding: Binding, out: Path, base: Mapping[str, Any], optimizer: Mapping[str, torch.Tensor] | None = None
+    binding: PipelineAdapter, out: Path, base: Mapping[str, Any], optimizer: Mapping[str, torch.Tensor] | None = None
 ) -> None:
     """Writes the denoiser of the binding's pipeline into `out`: the adapter alone if it has one.
 
@@ -45,12 +45,12 @@ def write_model(
         with quiet():
             binding.denoiser.save_pretrained(out / binding.denoiser_name)
         forget_places(out)
-    Record(kind="adapter" if adapted else "full", **base).write(out)
+    ModelRecord(kind="adapter" if adapted else "full", **base).write(out)
     if optimizer:
         save_file(dict(sorted(optimizer.items())), out / OPTIMIZER, metadata={"format": "pt"})
 
 
-def export(pipe: Any, binding: Binding, out: Path) -> None:
+def export(pipe: Any, binding: PipelineAdapter, out: Path) -> None:
     """Writes a whole pipeline, or the LoRA alone where the denoiser has one, so that diffusers or peft loads it."""
     out.mkdir(parents=True, exist_ok=True)
     if lora.is_adapted(binding.denoiser):
@@ -61,7 +61,7 @@ def export(pipe: Any, binding: Binding, out: Path) -> None:
     forget_places(out)
 
 
-def write_adapter(binding: Binding, out: Path) -> None:
+def write_adapter(binding: PipelineAdapter, out: Path) -> None:
     """Writes the LoRA for the pipeline's load_lora_weights, or for peft where the pipeline has none."""
     lora.write(binding.denoiser, out, binding.denoiser_name if binding.lora_layers else None)
 

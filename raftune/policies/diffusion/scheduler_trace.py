@@ -14,7 +14,7 @@ WATCHED = ("step", "scale_model_input")
 
 
 @dataclass(frozen=True)
-class Step:
+class SchedulerStep:
     """One step as the pipeline's loop sees it: `told`, what the denoiser was given; `output`, what arrived; `latents`,
     what came of it. All in the loop's own layout."""
 
@@ -26,7 +26,7 @@ class Step:
 
 
 @contextmanager
-def watched(scheduler: Any, seen: Callable[[Step], object]) -> Iterator[None]:
+def watched(scheduler: Any, seen: Callable[[SchedulerStep], object]) -> Iterator[None]:
     """Within, every step of the scheduler is handed to `seen` once it is taken.
 
     Most loops scale what they give to the denoiser by scale_model_input; where one does not, it was given the sample.
@@ -42,7 +42,7 @@ def watched(scheduler: Any, seen: Callable[[Step], object]) -> Iterator[None]:
         told = scaled.pop() if scaled else sample
         found = step(model_output, timestep, sample, *args, **kw)
         latents = found[0] if isinstance(found, tuple) else found.prev_sample
-        seen(Step(count, torch.as_tensor(timestep), told, model_output, latents))
+        seen(SchedulerStep(count, torch.as_tensor(timestep), told, model_output, latents))
         count += 1
         return found
 

@@ -16,7 +16,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from raftune.config.training import DiffusionTuning
+from raftune.config.training import DiffusionTraining
 from raftune.errors import ConfigError, ModelError
 
 VARIANCE_PRESERVING = (
@@ -207,12 +207,12 @@ def shift_at(config: Any, tokens: int) -> float:
     return float(least + (most - least) * (tokens - low) / (high - low))
 
 
-def refuse_unfit(schedule: Schedule, tuning: DiffusionTuning) -> None:
-    """Raises ConfigError for a dial that means nothing on this schedule."""
-    if tuning.min_snr_gamma is not None and isinstance(schedule, FlowMatching):
+def refuse_unfit(schedule: Schedule, training: DiffusionTraining) -> None:
+    """Raises ConfigError for an option that means nothing on this schedule."""
+    if training.min_snr_gamma is not None and isinstance(schedule, FlowMatching):
         raise ConfigError(
-            f"tuning.diffusion.min_snr_gamma must be left out for flow matching; got {tuning.min_snr_gamma:g}. Its "
-            "levels are weighted by how often they are chosen: see tuning.diffusion.level_sampling."
+            f"training.diffusion.min_snr_gamma must be left out for flow matching; got {training.min_snr_gamma:g}. Its "
+            "levels are weighted by how often they are chosen: see training.diffusion.level_sampling."
         )
 
 
@@ -225,13 +225,13 @@ def stratified(count: int, levels: int, generator: torch.Generator) -> torch.Ten
     return (torch.arange(levels, dtype=torch.float64) + uniform) / levels
 
 
-def shares(uniform: torch.Tensor, tuning: DiffusionTuning, schedule: Schedule) -> torch.Tensor:
-    """The places in the schedule at which uniform numbers in [0, 1) are learned, within tuning.noise_range.
+def shares(uniform: torch.Tensor, training: DiffusionTraining, schedule: Schedule) -> torch.Tensor:
+    """The places in the schedule at which uniform numbers in [0, 1) are learned, within training.noise_range.
 
     uniform: even over the range. logit_normal: the logistic of a standard normal (Esser et al. 2024), cut to the range.
     """
-    low, high = tuning.noise_range
-    if (tuning.level_sampling or schedule.usual_sampling) == "uniform":
+    low, high = training.noise_range
+    if (training.level_sampling or schedule.usual_sampling) == "uniform":
         return low + (high - low) * uniform
     edges = torch.special.ndtr(torch.logit(torch.tensor([low, high], dtype=torch.float64)))
     normal = torch.special.ndtri(edges[0] + (edges[1] - edges[0]) * uniform)

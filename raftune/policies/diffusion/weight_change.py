@@ -1,6 +1,6 @@
 """What a fit did to the denoiser: how well it denoises, and how far it has moved, noise level by noise level.
 
-A few of the fit's own rows are shown to the tuned denoiser and to the run's start, at the middle of each quarter of
+A few of the fit's own rows are shown to the trained denoiser and to the run's start, at the middle of each quarter of
 the noise range, with the same noise.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from raftune.policies.diffusion.loss import Denoising
-from raftune.policies.diffusion.pipelines.base import Binding
-from raftune.policies.diffusion.rows import Row
+from raftune.policies.diffusion.loss import DenoisingLoss
+from raftune.policies.diffusion.pipelines.base import PipelineAdapter
+from raftune.policies.diffusion.rows import ImageRow
 from raftune.records import derive_seed
 
 ROWS = 8
@@ -24,17 +24,17 @@ Said = torch.Tensor  # (R * 4, C, h, w) float32 on the CPU: row by row, its quar
 
 
 @dataclass(frozen=True)
-class Probe:
+class DenoisingProbe:
     """R rows at four levels: x_t, t and the targets, (R * 4, ...), and which prompts were asked."""
 
-    denoising: Denoising
+    denoising: DenoisingLoss
     x_t: torch.Tensor
     t: torch.Tensor
     target: torch.Tensor
     asked: torch.Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[Row], denoising: Denoising) -> Probe:
+    def of(cls, rows: Sequence[ImageRow], denoising: DenoisingLoss) -> DenoisingProbe:
         """Rows spread evenly over the fit's."""
         chosen = [rows[i * len(rows) // min(ROWS, len(rows))] for i in range(min(ROWS, len(rows)))]
         x0 = torch.stack([row.x0 for row in chosen]).repeat_interleave(QUARTERS, 0)
@@ -48,7 +48,7 @@ class Probe:
         return cls(denoising, schedule.noised(x0, noise, t), t, schedule.target(x0, noise, t), asked)
 
     @torch.no_grad()
-    def said_by(self, binding: Binding, rows: int) -> Said:
+    def said_by(self, binding: PipelineAdapter, rows: int) -> Said:
         """What the binding's denoiser says, so many rows at a time."""
         device = next(binding.denoiser.parameters()).device
         denoising = self.denoising.over(binding)
@@ -57,7 +57,7 @@ class Probe:
         return torch.cat(said)
 
 
-def evidence(probe: Probe, before: Said, after: Said) -> dict[str, Any]:
+def evidence(probe: DenoisingProbe, before: Said, after: Said) -> dict[str, Any]:
     """The mean squared error by quarter of the noise range, now and at the start, and the drift.
 
     drift: the mean squared change of what the denoiser says, over the mean square of what the start says; None where

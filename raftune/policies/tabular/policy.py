@@ -19,7 +19,7 @@ from raftune.config.policy import TabularPolicy
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, DataError, ModelError
 from raftune.policies.unsupported import all_but, refuse_unused
-from raftune.protocols import FloatN, TuneReport, Unit
+from raftune.protocols import Chunk, FloatArray, TrainReport
 from raftune.records import Prompt, Sample
 
 Floats = npt.NDArray[np.float64]
@@ -75,11 +75,11 @@ class Tabular:
     def nbytes(self) -> int:
         return self.log_p.nbytes
 
-    def draw(self, unit: Unit) -> list[Sample]:
+    def generate(self, chunk: Chunk) -> list[Sample]:
         """K answers a prompt by inverse CDF, one uniform a sample, which its seed alone determines."""
         temperature = self.config.sampling.temperature
         samples = []
-        for prompt, seeds in zip(unit.prompts, unit.seeds, strict=True):
+        for prompt, seeds in zip(chunk.prompts, chunk.seeds, strict=True):
             row = self.log_p[self.label(prompt)]
             with np.errstate(invalid="ignore"):
                 weights = (
@@ -88,10 +88,10 @@ class Tabular:
             cdf = np.cumsum(weights)
             for k, seed in enumerate(seeds):
                 answer = int(np.searchsorted(cdf, uniform(seed) * cdf[-1], side="right"))
-                samples.append(Sample(unit.sample_id(prompt, k), prompt.id, k, "policy", seed, unit.version, answer))
+                samples.append(Sample(chunk.sample_id(prompt, k), prompt.id, k, "policy", seed, chunk.version, answer))
         return samples
 
-    def adopt(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
+    def encode_completion(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
         if not isinstance(answer, int) or not 0 <= answer < self.log_p.shape[1]:
             raise DataError(
                 f"an answer of prompt {prompt.id} must be an index in 0 … {self.log_p.shape[1] - 1}; "
@@ -99,7 +99,7 @@ class Tabular:
             )
         return {"completion": answer}
 
-    def tune(self, rows: Path, work: Path, out: Path) -> TuneReport:
+    def train(self, rows: Path, work: Path, out: Path) -> TrainReport:
         """The maximum-likelihood fit in closed form; a prompt without rows keeps its distribution."""
         assert isinstance(self.config.policy, TabularPolicy)
         step = self.config.policy.step
@@ -114,17 +114,17 @@ class Tabular:
         with np.errstate(divide="ignore"):
             save(np.log(fitted / fitted.sum(axis=1, keepdims=True)), out)
             loss = -float(np.sum(np.where(mass > 0, mass, 0) * np.where(mass > 0, np.log(p), 0)) / mass.sum())
-        return TuneReport(rows=table.num_rows, steps=1, losses=(loss,))
+        return TrainReport(rows=table.num_rows, steps=1, losses=(loss,))
 
-    def log_probs(self, prompts: Sequence[Prompt], samples: pa.Table, batch_size: int) -> FloatN:
+    def log_probs(self, prompts: Sequence[Prompt], samples: pa.Table, batch_size: int) -> FloatArray:
         labels = np.array([self.label(prompt) for prompt in prompts], dtype=np.int64)
         return np.asarray(self.log_p[labels, samples.column("completion").to_numpy()], dtype=np.float64)
 
-    def recorded_log_probs(self, samples: pa.Table) -> FloatN:
+    def recorded_log_probs(self, samples: pa.Table) -> FloatArray:
         """Nothing is noted while drawing: to look it up is as cheap."""
         return np.full(samples.num_rows, np.nan)
 
-    def refuse_dials(self) -> None:
+    def check_config(self) -> None:
         refuse_unread(self.config)
 
     def notes(self) -> tuple[str, ...]:
@@ -140,11 +140,11 @@ class Tabular:
 
 
 def refuse_unread(config: RunConfig) -> None:
-    """Raises ConfigError for a dial of drawing or tuning that a table of probabilities does not have."""
-    drawn_by = ("num_generations", "temperature", "batch_size", "unit_size", "candidate_columns")
+    """Raises ConfigError for an option of drawing or training that a table of probabilities does not have."""
+    drawn_by = ("num_generations", "temperature", "batch_size", "chunk_size", "candidate_columns")
     unread = [
         *all_but(config.sampling, "sampling", drawn_by),
-        *all_but(config.tuning, "tuning", ("start_from", "replay_rounds", "reference")),
+        *all_but(config.training, "training", ("start_from", "replay_rounds", "reference")),
         "keep_latents",
     ]
     refuse_unused(config, "tabular", unread)

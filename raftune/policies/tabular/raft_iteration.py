@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
-class Iteration(TypedDict):
+class RaftIteration(TypedDict):
     """What raft_iteration returns.
 
     updated_logits: (n_prompts, V), a new array. mean_reward: over the selected. n_selected: counted with multiplicity.
@@ -39,7 +39,7 @@ def raft_iteration(
     *,
     weighting: Literal["uniform", "reward"] = "uniform",
     rng: np.random.Generator | int | None = None,
-) -> Iteration:
+) -> RaftIteration:
     """One ascent step on the log-likelihood of the best answers of each prompt, drawn from the policy itself.
 
     For each prompt: draws `n_candidates` answers from the softmax of its row of logits, with replacement; asks

@@ -1,4 +1,4 @@
-"""How good a picture looks, whatever it shows: a small network over the CLIP vector of the picture."""
+"""How good an image looks, whatever it shows: a small network over the CLIP vector of the image."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Floats = npt.NDArray[np.float32]
 Layer = tuple[Floats, Floats]  # weight (out, in), bias (out)
 Activation = Literal["none", "relu"]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-PUBLISHED_CLIP = "openai/clip-vit-large-patch14"  # what the published predictor reads its pictures with
+PUBLISHED_CLIP = "openai/clip-vit-large-patch14"  # what the published predictor reads its images with
 NAME = re.compile(r"^(?:.*\.)?(\d+)\.(weight|bias)$")
 
 
 @dataclass(frozen=True)
-class Head:
+class AestheticHead:
     """Linear layers, each followed by the activation but for the last, which gives one number."""
 
     layers: tuple[Layer, ...]
@@ -53,8 +53,8 @@ class Head:
         return (*(weight.shape[1] for weight, _ in self.layers), self.layers[-1][0].shape[0])
 
 
-class Aesthetic:
-    """A number for each picture alone, whatever its prompt, on the scale of the ratings that the head was fitted to.
+class AestheticReward:
+    """A number for each image alone, whatever its prompt, on the scale of the ratings that the head was fitted to.
 
     The head and the CLIPModel's configuration are read at once, its weights by `prepare` or the first call. Raises
     RewardError where they cannot be read, or do not fit each other.
@@ -80,7 +80,7 @@ class Aesthetic:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Over the head's numbers, the CLIPModel's weights and how it reads a picture."""
+        """Over the head's numbers, the CLIPModel's weights and how it reads an image."""
         numbers = [[list(array.shape), fingerprint.of_bytes(array.tobytes())] for array in chain(self.head.layers)]
         return fingerprint.digest("aesthetic", 1, numbers, self.head.activation, self.clip.fingerprint)
 
@@ -123,7 +123,7 @@ def save_head(
     (folder / CONFIG).write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def load_head(source: str) -> Head:
+def load_head(source: str) -> AestheticHead:
     """The head of a folder, or of a bare safetensors file. Raises RewardError where its layers do not fit together."""
     from safetensors.torch import load_file
 
@@ -138,7 +138,7 @@ def load_head(source: str) -> Head:
             f"read: {one_line(error)}. Convert a .pth file with safetensors.torch.save_file."
         ) from None
     layers = layers_of(found, source)
-    return Head(layers, told.get("activation", "none"), told.get("clip"))
+    return AestheticHead(layers, told.get("activation", "none"), told.get("clip"))
 
 
 def layers_of(arrays: dict[str, Floats], source: str) -> tuple[Layer, ...]:
@@ -178,7 +178,7 @@ def read_config(path: Path) -> dict[str, Any]:
     )
 
 
-def clip_of(head: Head, source: str) -> str:
+def clip_of(head: AestheticHead, source: str) -> str:
     """The CLIPModel that the head reads: beside its folder where the name is a path that leads to one."""
     if head.clip is None:
         return PUBLISHED_CLIP

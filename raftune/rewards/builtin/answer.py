@@ -20,7 +20,7 @@ Extract = Literal["last_number", "boxed", "exact"]
 
 @builtin("answer", media=("text", "messages"), example={"column": "answer", "extract": "last_number"})
 @dataclass
-class Answer(BuiltInReward):
+class AnswerReward(BuiltInReward):
     """1.0 where the answer found in the completion equals the column's, else 0.0; None where the column holds none.
 
     Numbers are compared as numbers: 1,000, $1000 and 1000.0 are equal;

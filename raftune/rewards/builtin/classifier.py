@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import cached_file
 
 from raftune.config.rewards import derived_name
-from raftune.data.classifier_inputs import NOTES, Reading, is_hollow, longest, read_notes, tokens
+from raftune.data.classifier_inputs import NOTES, ClassifierInputs, is_hollow, longest, read_notes, tokens
 from raftune.errors import RewardError
 from raftune.rewards import fingerprint
 from raftune.rewards.builtin.model_options import ClassifierOptions
@@ -30,7 +30,7 @@ def pad_of(config: Any) -> int | None:
     return pad
 
 
-class Classifier:
+class ClassifierReward:
     """One number a completion, from prompt and completion together, through the model's own tokenizer and template.
 
     The configuration and the tokenizer are read at once, the weights by `prepare` or the first call. Raises RewardError
@@ -147,11 +147,11 @@ class Classifier:
     def _encode(self, prompt: Any, completion: Any) -> list[int]:
         return tokens(self._tokenizer, prompt, completion, self._reading)
 
-    def _find_reading(self) -> Reading:
+    def _find_reading(self) -> ClassifierInputs:
         """What the options say, else what the model was trained with, else what fits the tokenizer."""
         special, noted = self.options.add_special_tokens, self._told("add_special_tokens")
         usual = self._tokenizer.cls_token_id is not None
-        return Reading(
+        return ClassifierInputs(
             include_prompt=self._told("include_prompt") is not False,
             append_eos=bool(self._told("append_eos")),
             special_tokens=usual if noted is None else noted,

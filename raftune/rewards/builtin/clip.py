@@ -1,4 +1,4 @@
-"""CLIP as rewards and measures read it: pictures and texts as vectors of one space, through any CLIPModel."""
+"""CLIP as rewards and measures read it: images and texts as vectors of one space, through any CLIPModel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Float32s = npt.NDArray[np.float32]
 
 
 class ClipModel:
-    """Pictures and texts as vectors of length 1: the dot product of two is the cosine between them.
+    """Images and texts as vectors of length 1: the dot product of two is the cosine between them.
 
     `model` is a folder or hub name, or a CLIPModel itself, which then stays its owner's and needs `processor` as an
     object. `processor` names the folder of image processor and tokenizer where the model's own lacks them. The
@@ -58,9 +58,9 @@ class ClipModel:
     # -- vectors ----------------------------------------------------------------------------------------------------
 
     def image_features(self, images: Sequence[Any]) -> Float32s:
-        """(N, d) vectors of length 1 of PIL pictures of any sizes; each is resized and cropped as the model wants it.
+        """(N, d) vectors of length 1 of PIL images of any sizes; each is resized and cropped as the model wants it.
 
-        A picture's vector depends on no other, but for what regrouping a batch changes in floating point.
+        An image's vector depends on no other, but for what regrouping a batch changes in floating point.
         """
         parts = [np.zeros((0, self.width), np.float32)]
         for chunk in chunks(images, self.batch_size):
@@ -124,7 +124,7 @@ class ClipModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Over the weights, the image processor and the precision: what shapes a picture's vector."""
+        """Over the weights, the image processor and the precision: what shapes an image's vector."""
         weights = weights_fingerprint(self.source, self.config, self.revision, self._given)
         return fingerprint.digest("clip", 1, weights, self._pictures.to_dict(), self.dtype)
 

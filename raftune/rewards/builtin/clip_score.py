@@ -1,4 +1,4 @@
-"""How well a picture fits its prompt, by a CLIPModel: its own `logits_per_image` of the two."""
+"""How well an image fits its prompt, by a CLIPModel: its own `logits_per_image` of the two."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from raftune.rewards.builtin.model_options import ClipScoreOptions
 from raftune.rewards.media import IMAGE_MEDIA, pictures
 
 
-class ClipScore:
-    """logit_scale · cos(picture, text): of each picture and its own prompt. PickScore is the same of another model.
+class ClipScoreReward:
+    """logit_scale · cos(image, text): of each image and its own prompt. PickScore is the same of another model.
 
     Configuration, image processor and tokenizer are read at once, the weights by `prepare` or the first call. Raises
     RewardError where they cannot be read. Hessel et al. 2021, arXiv 2104.08718; Kirstain et al. 2023, arXiv 2305.01569.
@@ -45,7 +45,7 @@ class ClipScore:
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         texts = self._texts(prompts, columns)
-        different = list(dict.fromkeys(texts))  # K pictures answer one prompt: it is read once
+        different = list(dict.fromkeys(texts))  # K images answer one prompt: it is read once
         number = {text: i for i, text in enumerate(different)}
         pictures_ND = self.clip.image_features(pictures(completions, self.name)).astype(np.float64)
         texts_ND = self.clip.text_features(different).astype(np.float64)[[number[text] for text in texts]]
@@ -89,7 +89,7 @@ class ClipScore:
         for one in found:
             if not isinstance(one, str | list):
                 raise RewardError(
-                    f"reward {self.name!r} compares a picture with a text; got {type(one).__name__} {one!r}. Name a "
+                    f"reward {self.name!r} compares an image with a text; got {type(one).__name__} {one!r}. Name a "
                     "column that holds one: options.column: caption."
                 )
         return [text_of(one) for one in found]

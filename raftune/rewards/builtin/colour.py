@@ -1,4 +1,4 @@
-"""A plain statistic of a picture's colours."""
+"""A plain statistic of an image's colours."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Pixels = npt.NDArray[np.float64]  # (height, width, 3) in [0, 1]: red, green, bl
 
 @builtin("colour", media=("image",), example={"measure": "distance", "colour": [255, 0, 0]})
 @dataclass
-class Colour(BuiltInReward):
-    """One number a picture, by `measure`.
+class ColourReward(BuiltInReward):
+    """One number an image, by `measure`.
 
     brightness: mean luma, 0 (black) to 1 (white). contrast: standard deviation of the luma, 0 to 0.5. saturation: mean
     of (max - min) / max over a pixel's channels, 0 (grey) to 1. colourfulness: as Hasler and Süsstrunk 2003 have it, 0

@@ -1,4 +1,4 @@
-"""How many bytes a picture takes when it is compressed: much detail, a large file."""
+"""How many bytes an image takes when it is compressed: much detail, a large file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from raftune.rewards.registry import BuiltInReward, builtin
 
 @builtin("file_size", media=("image",), example={"format": "jpeg"})
 @dataclass
-class FileSize(BuiltInReward):
-    """Thousands of bytes of the picture as JPEG or PNG; above 0, and larger for larger pictures.
+class FileSizeReward(BuiltInReward):
+    """Thousands of bytes of the image as JPEG or PNG; above 0, and larger for larger images.
 
-    With a weight of -1 a policy learns pictures that compress well, with 1 pictures full of detail (Black et al. 2023,
+    With a weight of -1 a policy learns images that compress well, with 1 images full of detail (Black et al. 2023,
     arXiv 2305.13301).
     """
 
-    format: Annotated[Literal["jpeg", "png"], Field(description="How the picture is compressed.")] = "jpeg"
+    format: Annotated[Literal["jpeg", "png"], Field(description="How the image is compressed.")] = "jpeg"
     quality: Annotated[int, Field(description="Of the JPEG, 1 to 100; PNG is lossless and has none.")] = 95
 
     def __post_init__(self) -> None:

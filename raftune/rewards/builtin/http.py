@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from raftune.clients.url import TooMuch, is_local, post, web_url
+from raftune.clients.url import ResponseTooLarge, is_local, post, web_url
 from raftune.config.secrets import masked, redacted
 from raftune.data.images import png_of
 from raftune.errors import ConfigError, RewardError
@@ -30,11 +30,11 @@ MOST_BYTES = 4 * 2**20  # of an answer: numbers for a few samples, and whatever 
 
 @builtin("http", media=("text", "messages", "image"), example={"url": "http://127.0.0.1:8000/score"})
 @dataclass
-class Http(BuiltInReward):
+class HttpReward(BuiltInReward):
     """What the server at `url` answers, one number or null a sample, in order; its range is the server's.
 
     Each request is a POST of {"prompts": […], "completions": […], "media": "text" or "image", "columns": {name: […]}},
-    pictures as PNG in base64, and the answer to it {"scores": […]}. Only this address is asked: a redirect is an error.
+    images as PNG in base64, and the answer to it {"scores": […]}. Only this address is asked: a redirect is an error.
     What the server calls an error, or says beside the format, is the error of that call; rewards.timeout ends one that
     takes too long, and rewards.retries asks again.
     """
@@ -125,7 +125,7 @@ class Http(BuiltInReward):
         async with gate:
             try:
                 response = await post(client, self.url, MOST_BYTES, content=encoded(body))
-            except (httpx2.HTTPError, TooMuch) as error:
+            except (httpx2.HTTPError, ResponseTooLarge) as error:
                 raise RewardError(f"{self.shown}: {one_line(str(error), EXCERPT) or type(error).__name__}") from None
         if not response.is_success:
             raise RewardError(f"{self.shown}: HTTP {response.status_code}: {self._shown(response)}")
@@ -153,7 +153,7 @@ class Http(BuiltInReward):
 
 
 def as_text(picture: Any) -> str:
-    """The picture as PNG in base64."""
+    """The image as PNG in base64."""
     return base64.b64encode(png_of(picture)).decode("ascii")
 
 

@@ -15,7 +15,7 @@ from raftune.rewards.registry import BuiltInReward, builtin
 
 @builtin("length", media=("text", "messages"), example={"target": 20})
 @dataclass
-class Length(BuiltInReward):
+class LengthReward(BuiltInReward):
     """0 for a length within [min, max] (or at the target), below it minus the relative distance to the nearer bound.
 
     A length of 30 against a target of 20 gives -0.5. Give either target, or min, max or both.

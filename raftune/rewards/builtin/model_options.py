@@ -11,7 +11,7 @@ from raftune.rewards.registry import builtin
 
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], Field(description="Precision of the model's weights.")]
 Revision = Annotated[str | None, Field(description="Branch, tag or commit of a hub model.")]
-PictureBatch = Annotated[int, Field(description="Pictures in a forward pass.")]
+PictureBatch = Annotated[int, Field(description="Images in a forward pass.")]
 
 PICK_SCORE = "yuvalkirstain/PickScore_v1"
 PICK_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # what it was trained with: its own folder has none
@@ -21,7 +21,7 @@ PICK_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # what it was trained 
     "classifier",
     media=("text", "messages"),
     example={"model": "cardiffnlp/twitter-roberta-base-sentiment-latest", "label": "positive"},
-    loads="raftune.rewards.builtin.classifier:Classifier",
+    loads="raftune.rewards.builtin.classifier:ClassifierReward",
 )
 @dataclass
 class ClassifierOptions:
@@ -67,14 +67,14 @@ class ClassifierOptions:
     "clip_score",
     media=("image",),
     example={"model": "openai/clip-vit-large-patch14"},
-    loads="raftune.rewards.builtin.clip_score:ClipScore",
+    loads="raftune.rewards.builtin.clip_score:ClipScoreReward",
     model_type="clip",
 )
 @dataclass
 class ClipScoreOptions:
-    """How well a picture fits its prompt, by a CLIPModel: the cosine of the two, times the model's logit scale.
+    """How well an image fits its prompt, by a CLIPModel: the cosine of the two, times the model's logit scale.
 
-    That is `logits_per_image`: for the published models from about 10 for a picture of something else to 35 (Hessel et
+    That is `logits_per_image`: for the published models from about 10 for an image of something else to 35 (Hessel et
     al. 2021, arXiv 2104.08718).
     """
 
@@ -92,10 +92,10 @@ class ClipScoreOptions:
     revision: Revision = None
 
 
-@builtin("pick_score", media=("image",), example={}, loads="raftune.rewards.builtin.clip_score:ClipScore")
+@builtin("pick_score", media=("image",), example={}, loads="raftune.rewards.builtin.clip_score:ClipScoreReward")
 @dataclass
 class PickScoreOptions(ClipScoreOptions):
-    """As clip_score, by a model that was trained on people's choices between pictures (arXiv 2305.01569).
+    """As clip_score, by a model that was trained on people's choices between images (arXiv 2305.01569).
 
     The published model brings no processor; the one that it was trained with is taken.
     """
@@ -111,12 +111,12 @@ class PickScoreOptions(ClipScoreOptions):
     "aesthetic",
     media=("image",),
     example={"model": "aesthetic_head.safetensors"},
-    loads="raftune.rewards.builtin.aesthetic:Aesthetic",
+    loads="raftune.rewards.builtin.aesthetic:AestheticReward",
     model_type="aesthetic",
 )
 @dataclass
 class AestheticOptions:
-    """How good a picture looks, whatever it shows: a small network over the CLIP vector of the picture."""
+    """How good an image looks, whatever it shows: a small network over the CLIP vector of the image."""
 
     model: Annotated[
         str,

@@ -17,7 +17,7 @@ from raftune.rewards.registry import BuiltInReward, builtin
 # A pattern can take exponential time while it holds the interpreter's lock: only another process can be ended then.
 @builtin("regex", media=("text", "messages"), example={"pattern": "(?i)thank you"}, own_process=True)
 @dataclass
-class Regex(BuiltInReward):
+class RegexReward(BuiltInReward):
     """`match` where the pattern is found, else `otherwise`; with mode `count`, `match` times the number of matches."""
 
     pattern: Annotated[

@@ -15,7 +15,7 @@ from raftune.rewards.registry import BuiltInReward, builtin
 
 @builtin("repetition", media=("text", "messages"), example={"ngram_size": 3})
 @dataclass
-class Repetition(BuiltInReward):
+class RepetitionReward(BuiltInReward):
     """Minus the share of n-grams that stood in the completion before, in [-1, 0]; case does not matter.
 
     `a b a b a b` has the bigrams ab, ba, ab, ba, ab: three of five are repeated, and the reward is -0.6.

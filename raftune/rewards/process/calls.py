@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from raftune.errors import RewardError
-from raftune.records import Status
-from raftune.rewards.batch import Batch
-from raftune.rewards.outcome import Outcome, whole
+from raftune.records import ScoreStatus
+from raftune.rewards.batch import RewardBatch
+from raftune.rewards.outcome import RewardOutcome, whole
 from raftune.store.interruption import interrupting
 
 # Variables that raftune, and the libraries that a run uses, read while it goes on.
@@ -31,7 +31,7 @@ MOST_TRIES = 3
 PAUSE_SECONDS = 0.25  # before another try after a death that came from outside, and twice that before the next
 
 
-class Died(Exception):
+class ProcessDied(Exception):
     """The process gave no answer. `own`: by what its code did, which another try will show again."""
 
     def __init__(self, how: str, own: bool) -> None:
@@ -39,14 +39,14 @@ class Died(Exception):
         self.how, self.own = how, own
 
 
-class Deaths:
+class DeathCounter:
     """Counts how often the process died under one batch, and says when that is enough."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._counts = {True: 0, False: 0}
 
-    def add(self, death: Died, size: int) -> Outcome | None:
+    def add(self, death: ProcessDied, size: int) -> RewardOutcome | None:
         """An `error` where it is the reward's own; None: ask again. Raises RewardError for other deaths."""
         self._counts[death.own] += 1
         if self._counts[death.own] < MOST_TRIES:
@@ -54,14 +54,14 @@ class Deaths:
                 time.sleep(PAUSE_SECONDS * self._counts[False])
             return None
         if death.own:
-            return whole(Status.ERROR, f"the reward's process {death.how}", size)
+            return whole(ScoreStatus.ERROR, f"the reward's process {death.how}", size)
         raise RewardError(
             f"reward {self.name!r}: its process {death.how}, {MOST_TRIES} times in a row. That is no answer of the "
             "reward: is the machine short of memory or of disk? What was scored before is kept; resume when it is not."
         )
 
 
-class Place(Protocol):
+class Executor(Protocol):
     """Starts calls of one reward, and gives up one that takes too long. What a reward raises, a future does not."""
 
     @property
@@ -69,9 +69,9 @@ class Place(Protocol):
         """here, thread, loop or process."""
         ...
 
-    def start(self, batch: Batch) -> Future[Outcome]: ...
+    def start(self, batch: RewardBatch) -> Future[RewardOutcome]: ...
 
-    def give_up(self, future: Future[Outcome]) -> str:
+    def give_up(self, future: Future[RewardOutcome]) -> str:
         """Leaves the call behind; says in words what became of it."""
         ...
 
@@ -137,33 +137,35 @@ def torch_defaults() -> Callable[[], None]:
 
 
 @runtime_checkable
-class MayDie(Place, Protocol):
+class MayDie(Executor, Protocol):
     """A reward in a process of its own, which can die under a call."""
 
-    def died(self, death: Died) -> None: ...
+    def died(self, death: ProcessDied) -> None: ...
 
 
-def call(seat: Place, batch: Batch, limit: float) -> Outcome:
+def call(seat: Executor, batch: RewardBatch, limit: float) -> RewardOutcome:
     """The outcome of one call, within `limit` seconds."""
     with undisturbed():
         return finish(seat, batch, limit, seat.start(batch), time.monotonic() + limit)
 
 
-def finish(seat: Place, batch: Batch, limit: float, future: Future[Outcome], deadline: float) -> Outcome:
+def finish(
+    seat: Executor, batch: RewardBatch, limit: float, future: Future[RewardOutcome], deadline: float
+) -> RewardOutcome:
     """The outcome of a call that was started, or a time-out once the deadline (of `time.monotonic`) has passed.
 
     A process that dies under it is no outcome: the batch is asked again, in its whole time. Raises RewardError where
     that does not help.
     """
-    deaths = Deaths(getattr(seat, "name", ""))
+    deaths = DeathCounter(getattr(seat, "name", ""))
     while True:
         try:
             return future.result(timeout=max(0.0, deadline - time.monotonic()))
         except TimeoutError as error:
             if interrupting(error) is not None:  # of a script's handler of SIGALRM, say
                 raise
-            return whole(Status.TIMEOUT, f"no answer within {limit:g} s; {seat.give_up(future)}", len(batch))
-        except Died as death:
+            return whole(ScoreStatus.TIMEOUT, f"no answer within {limit:g} s; {seat.give_up(future)}", len(batch))
+        except ProcessDied as death:
             assert isinstance(seat, MayDie)
             if (outcome := deaths.add(death, len(batch))) is not None:
                 return outcome

@@ -17,7 +17,7 @@ CHECKED = HEAD.size - 4
 PATIENCE_MS = 100  # how soon the end of the other process is noticed where something else holds its pipes open
 
 
-class BadFrame(Exception):
+class InvalidFrame(Exception):
     """The other side wrote what is no frame, or not the frame that was due."""
 
 
@@ -42,14 +42,14 @@ class Channel:
                     continue
 
     def receive(self, number: int) -> bytes:
-        """The payload of the frame of this number. Raises EOFError where the other side is gone, else BadFrame."""
+        """The payload of the frame of this number. Raises EOFError where the other side is gone, else InvalidFrame."""
         head = self._read(HEAD.size)
         magic, found, length, checksum, head_checksum = HEAD.unpack(head)
         if magic != MAGIC or head_checksum != zlib.crc32(head[:CHECKED]) or found != number:
-            raise BadFrame
+            raise InvalidFrame
         payload = self._read(length)
         if zlib.crc32(payload) != checksum:
-            raise BadFrame
+            raise InvalidFrame
         return payload
 
     def close(self) -> None:

@@ -22,14 +22,14 @@ import pyarrow as pa
 
 from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError, RaftuneError, RewardError
-from raftune.records import Status
-from raftune.rewards.batch import Batch
-from raftune.rewards.outcome import Outcome, one_line, whole
-from raftune.rewards.process.calls import Deaths, Died, call
-from raftune.rewards.process.channel import BadFrame, Channel
+from raftune.records import ScoreStatus
+from raftune.rewards.batch import RewardBatch
+from raftune.rewards.outcome import RewardOutcome, one_line, whole
+from raftune.rewards.process.calls import DeathCounter, ProcessDied, call
+from raftune.rewards.process.channel import Channel, InvalidFrame
 from raftune.rewards.process.protocol import batch_table, outcome_from, packed, unpacked
-from raftune.rewards.process.spawn import MARK, Output, end_process
-from raftune.rewards.process.threads import Runner
+from raftune.rewards.process.spawn import MARK, OutputForwarder, end_process
+from raftune.rewards.process.threads import WorkerThread
 
 LOAD_SECONDS = 300.0
 CLOSING_SECONDS = 2.0  # between the end of a process's channel and its own
@@ -37,7 +37,7 @@ FAULTS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.S
 LIMITS = {signal.SIGXCPU, signal.SIGXFSZ}
 
 
-class HostedReward:
+class ProcessReward:
     """Started at once, so that a spec which cannot be loaded is known early; restarted after a kill or an exit.
 
     Raises ConfigError for a wrong spec, RewardError for code that cannot be imported.
@@ -47,8 +47,8 @@ class HostedReward:
 
     def __init__(self, spec: RewardSpec, timeout: float) -> None:
         self.spec, self.timeout = spec, timeout
-        self._runner = Runner(f"raftune reward {spec.derived_name}")
-        self._host: Host | None = None
+        self._runner = WorkerThread(f"raftune reward {spec.derived_name}")
+        self._host: RewardProcess | None = None
         self._notes: list[str] = []
         try:
             facts = self._launch(first=True)
@@ -61,7 +61,7 @@ class HostedReward:
         self.accepts = None if facts["accepts"] is None else frozenset(facts["accepts"])
         self.is_async = bool(facts["is_async"])
 
-    def start(self, batch: Batch) -> Future[Outcome]:
+    def start(self, batch: RewardBatch) -> Future[RewardOutcome]:
         """Sends the batch; the outcome follows, or Died. A process that is gone is first started anew.
 
         Raises RewardError where it cannot be started, or its code is another by now.
@@ -72,12 +72,12 @@ class HostedReward:
         try:
             rows = batch_table(batch)
         except RaftuneError as error:
-            done: Future[Outcome] = Future()
-            done.set_result(whole(Status.ERROR, one_line(error), len(batch)))
+            done: Future[RewardOutcome] = Future()
+            done.set_result(whole(ScoreStatus.ERROR, one_line(error), len(batch)))
             return done
         return self._runner.submit(lambda: host.ask({"state": batch.state, "timeout": self.timeout}, rows))
 
-    def give_up(self, future: Future[Outcome]) -> str:
+    def give_up(self, future: Future[RewardOutcome]) -> str:
         """Ends the process that did not answer in time."""
         self._end()
         return "its process was ended"
@@ -86,8 +86,8 @@ class HostedReward:
         """Values as the reward gave them; raises RewardError where it failed."""
         ids = columns.pop("completion_ids", None)
         kept = {name: values for name, values in columns.items() if isinstance(values, list)}
-        outcome = call(self, Batch(prompts, completions, kept, ids), self.timeout)
-        failed = [p for p in outcome.parts if p.status not in (Status.OK, Status.NOT_APPLICABLE)]
+        outcome = call(self, RewardBatch(prompts, completions, kept, ids), self.timeout)
+        failed = [p for p in outcome.parts if p.status not in (ScoreStatus.OK, ScoreStatus.NOT_APPLICABLE)]
         if failed:
             raise RewardError(f"reward {self.name!r}: {failed[0].detail}")
         return [part.value for part in outcome.parts]
@@ -101,7 +101,7 @@ class HostedReward:
         notes, self._notes = self._notes, []
         return tuple(notes)
 
-    def died(self, death: Died) -> None:
+    def died(self, death: ProcessDied) -> None:
         self._notes.append(f"reward {self.name!r}: its process {death.how}; the batch is asked again")
 
     def _revive(self) -> None:
@@ -118,15 +118,15 @@ class HostedReward:
 
     def _launch(self, first: bool) -> dict[str, Any]:
         """What there is to know of the reward. One that ends its process when it is first loaded is not tried again."""
-        deaths = Deaths(self.spec.spec)
+        deaths = DeathCounter(self.spec.spec)
         while True:
             try:
                 facts = self._load()
-            except Died as death:
+            except ProcessDied as death:
                 self._end()
                 if first and death.own:
                     raise RewardError(f"reward {self.spec.spec!r}: its process {death.how} while loading") from None
-                deaths.add(Died(death.how, own=False), 0)  # it could be loaded before
+                deaths.add(ProcessDied(death.how, own=False), 0)  # it could be loaded before
                 continue
             if "error" not in facts:
                 return facts
@@ -135,9 +135,9 @@ class HostedReward:
 
     def _load(self) -> dict[str, Any]:
         try:
-            host = self._host = Host()
+            host = self._host = RewardProcess()
         except OSError as error:
-            raise Died(f"could not be started ({one_line(error)})", own=False) from None
+            raise ProcessDied(f"could not be started ({one_line(error)})", own=False) from None
         path = [path or str(Path.cwd()) for path in sys.path]
         loading = self._runner.submit(lambda: host.load({"spec": self.spec.model_dump(mode="json"), "path": path}))
         try:
@@ -154,7 +154,7 @@ class HostedReward:
             self._runner.submit(host.channel.close)
 
 
-class Host:
+class RewardProcess:
     """One process, from its start to its end. Raises OSError where it cannot be started."""
 
     def __init__(self) -> None:
@@ -181,7 +181,7 @@ class Host:
         for descriptor in (reads, writes, output):
             os.close(descriptor)
         self.channel = Channel(answers, asks, self.alive)
-        self._output = Output(prints)
+        self._output = OutputForwarder(prints)
 
     def alive(self) -> bool:
         return self.process.poll() is None
@@ -190,12 +190,12 @@ class Host:
         """What there is to know of the reward, or why it cannot be loaded. Raises Died."""
         return self._exchange(packed(order))[0]
 
-    def ask(self, header: dict[str, Any], rows: pa.Table) -> Outcome:
+    def ask(self, header: dict[str, Any], rows: pa.Table) -> RewardOutcome:
         """The outcome of one batch. Raises Died."""
         told, table = self._exchange(packed(header, rows))
         if "machine" in told:
             self.end()
-            raise Died(f"met a failure of the machine ({told['machine']})", own=False)
+            raise ProcessDied(f"met a failure of the machine ({told['machine']})", own=False)
         return outcome_from(told, table)
 
     def end(self) -> None:
@@ -213,11 +213,11 @@ class Host:
                 code = self.process.wait(timeout=CLOSING_SECONDS)
             except subprocess.TimeoutExpired:
                 self.end()
-                raise Died("closed the channel of its answers, and was ended", own=True) from None
+                raise ProcessDied("closed the channel of its answers, and was ended", own=True) from None
             raise death_of(code) from None
-        except (BadFrame, pa.ArrowException, ValueError, KeyError, TypeError):
+        except (InvalidFrame, pa.ArrowException, ValueError, KeyError, TypeError):
             self.end()
-            raise Died("wrote into the channel of its answers, and was ended", own=True) from None
+            raise ProcessDied("wrote into the channel of its answers, and was ended", own=True) from None
 
 
 def pipe() -> tuple[int, int]:
@@ -229,11 +229,11 @@ def pipe() -> tuple[int, int]:
     return ends[0], ends[1]
 
 
-def death_of(code: int) -> Died:
+def death_of(code: int) -> ProcessDied:
     """How a process ended, by its return code: by its own doing, or by a signal that another one sent."""
     if code >= 0:
-        return Died(f"exited with code {code}", own=True)
-    return Died(f"was ended by signal {-code}{_name_of(-code)}", own=-code in FAULTS | LIMITS)
+        return ProcessDied(f"exited with code {code}", own=True)
+    return ProcessDied(f"was ended by signal {-code}{_name_of(-code)}", own=-code in FAULTS | LIMITS)
 
 
 def _name_of(number: int) -> str:

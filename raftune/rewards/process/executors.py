@@ -7,14 +7,14 @@ from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from raftune.protocols import Reward
-from raftune.rewards.batch import Batch
-from raftune.rewards.outcome import Outcome, attempt, attempt_async
-from raftune.rewards.process.calls import Place
-from raftune.rewards.process.client import HostedReward
-from raftune.rewards.process.threads import Loop, Runner
+from raftune.rewards.batch import RewardBatch
+from raftune.rewards.outcome import RewardOutcome, attempt, attempt_async
+from raftune.rewards.process.calls import Executor
+from raftune.rewards.process.client import ProcessReward
+from raftune.rewards.process.threads import EventLoopThread, WorkerThread
 
 
-class Here:
+class InlineExecutor:
     """A reward model, on the caller's own thread, where no time limit can interrupt it.
 
     Each thread that uses tensors gets a pool of OpenMP threads of its own, and with more of these than cores every
@@ -26,21 +26,21 @@ class Here:
     def __init__(self, reward: Any) -> None:
         self._reward = reward
 
-    def start(self, batch: Batch) -> Future[Outcome]:
+    def start(self, batch: RewardBatch) -> Future[RewardOutcome]:
         """The call is over when this returns."""
         self._reward.prepare()
-        future: Future[Outcome] = Future()
+        future: Future[RewardOutcome] = Future()
         future.set_result(attempt(self._reward, batch, ours=True))
         return future
 
-    def give_up(self, future: Future[Outcome]) -> str:
+    def give_up(self, future: Future[RewardOutcome]) -> str:
         return "it had ended"
 
     def close(self) -> None:
         """Nothing to end."""
 
 
-class OnThread:
+class ThreadExecutor:
     """A callable in this process. Python cannot end a thread: a hung call is left behind and goes on.
 
     Time limits that a reward sets itself by signals work on the main thread only, hence not here.
@@ -50,12 +50,12 @@ class OnThread:
 
     def __init__(self, reward: Any) -> None:
         self._reward = reward
-        self._runner = Runner(f"raftune reward {reward.name}")
+        self._runner = WorkerThread(f"raftune reward {reward.name}")
 
-    def start(self, batch: Batch) -> Future[Outcome]:
+    def start(self, batch: RewardBatch) -> Future[RewardOutcome]:
         return self._runner.submit(lambda: attempt(self._reward, batch))
 
-    def give_up(self, future: Future[Outcome]) -> str:
+    def give_up(self, future: Future[RewardOutcome]) -> str:
         self._runner.replace()
         return "its thread was left behind (a reward given as file.py:function could have been ended)"
 
@@ -63,18 +63,18 @@ class OnThread:
         self._runner.close()
 
 
-class OnLoop:
+class AsyncExecutor:
     """An async callable, on the loop that all async rewards of a panel share: they wait side by side."""
 
     place = "loop"
 
-    def __init__(self, reward: Any, loop: Loop) -> None:
+    def __init__(self, reward: Any, loop: EventLoopThread) -> None:
         self._reward, self._loop = reward, loop
 
-    def start(self, batch: Batch) -> Future[Outcome]:
+    def start(self, batch: RewardBatch) -> Future[RewardOutcome]:
         return self._loop.submit(attempt_async(self._reward, batch))
 
-    def give_up(self, future: Future[Outcome]) -> str:
+    def give_up(self, future: Future[RewardOutcome]) -> str:
         future.cancel()
         with contextlib.suppress(TimeoutError, CancelledError):
             future.result(timeout=0.1)
@@ -86,12 +86,12 @@ class OnLoop:
         """Leaves the loop to whoever made it."""
 
 
-def place(reward: Reward, loop: Loop) -> Place:
+def place(reward: Reward, loop: EventLoopThread) -> Executor:
     """Where this reward runs; `loop` serves those that are async."""
-    if isinstance(reward, HostedReward):
+    if isinstance(reward, ProcessReward):
         return reward
     if getattr(reward, "is_async", False):
-        return OnLoop(reward, loop)
+        return AsyncExecutor(reward, loop)
     if hasattr(reward, "prepare"):
-        return Here(reward)
-    return OnThread(reward)
+        return InlineExecutor(reward)
+    return ThreadExecutor(reward)

@@ -1,6 +1,6 @@
 """What travels between this process and a reward's own: messages as Arrow IPC streams, in the frames of channel.py.
 
-Nothing is pickled. A column of plain values of one type is an Arrow column, pictures are a column of PNG bytes; any
+Nothing is pickled. A column of plain values of one type is an Arrow column, images are a column of PNG bytes; any
 other travels as JSON text, value by value, so that a message or a nested cell arrives with exactly its own keys.
 """
 
@@ -15,10 +15,10 @@ import pyarrow as pa
 
 from raftune.data.images import as_rgb, image_of
 from raftune.errors import RewardError
-from raftune.records import Part, Status
-from raftune.rewards.batch import Batch, Log
+from raftune.records import RewardPart, ScoreStatus
+from raftune.rewards.batch import RewardBatch, RewardLog
 from raftune.rewards.media import is_image
-from raftune.rewards.outcome import Outcome
+from raftune.rewards.outcome import RewardOutcome
 
 PLAIN = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), bytes: pa.binary()}
 
@@ -41,7 +41,7 @@ def unpacked(payload: bytes) -> tuple[dict[str, Any], pa.Table]:
     return header, table
 
 
-def batch_table(batch: Batch) -> pa.Table:
+def batch_table(batch: RewardBatch) -> pa.Table:
     """The samples as rows; `batch_from` gives the same batch back."""
     lists: dict[str, list[Any]] = {f"column/{name}": values for name, values in batch.columns.items()}
     lists |= {"prompts": batch.prompts, "completions": batch.completions}
@@ -53,14 +53,14 @@ def batch_table(batch: Batch) -> pa.Table:
     return table.replace_schema_metadata({"columns": kinds})
 
 
-def batch_from(table: pa.Table, state: Mapping[str, Any]) -> Batch:
+def batch_from(table: pa.Table, state: Mapping[str, Any]) -> RewardBatch:
     kinds = json.loads(table.schema.metadata[b"columns"])
     lists = {name: _decode(table.column(name), kind) for name, kind in kinds.items()}
     columns = {name.removeprefix("column/"): values for name, values in lists.items() if name.startswith("column/")}
-    return Batch(lists["prompts"], lists["completions"], columns, lists.get("completion_ids"), dict(state))
+    return RewardBatch(lists["prompts"], lists["completions"], columns, lists.get("completion_ids"), dict(state))
 
 
-def outcome_table(outcome: Outcome) -> tuple[dict[str, Any], pa.Table]:
+def outcome_table(outcome: RewardOutcome) -> tuple[dict[str, Any], pa.Table]:
     """Header and rows of an outcome; `outcome_from` gives it back."""
     header = {"metrics": outcome.log.metrics, "columns": outcome.log.columns, "returned": outcome.returned}
     rows = {
@@ -71,11 +71,11 @@ def outcome_table(outcome: Outcome) -> tuple[dict[str, Any], pa.Table]:
     return header, pa.table(rows)
 
 
-def outcome_from(header: Mapping[str, Any], table: pa.Table) -> Outcome:
-    log = Log()
+def outcome_from(header: Mapping[str, Any], table: pa.Table) -> RewardOutcome:
+    log = RewardLog()
     log.metrics, log.columns = header["metrics"], header["columns"]
-    parts = [Part(row["value"], Status(row["status"]), row["detail"]) for row in table.to_pylist()]
-    return Outcome(parts, log, header["returned"])
+    parts = [RewardPart(row["value"], ScoreStatus(row["status"]), row["detail"]) for row in table.to_pylist()]
+    return RewardOutcome(parts, log, header["returned"])
 
 
 def _encode(name: str, values: list[Any]) -> tuple[pa.Array, str]:
@@ -94,7 +94,7 @@ def _encode(name: str, values: list[Any]) -> tuple[pa.Array, str]:
 
 
 def _png(picture: Any) -> bytes:
-    """The picture, lossless and hardly compressed: it is read again at once."""
+    """The image, lossless and hardly compressed: it is read again at once."""
     buffer = io.BytesIO()
     as_rgb(picture).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

@@ -23,9 +23,9 @@ import pyarrow as pa
 
 from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError, RewardError
-from raftune.rewards.batch import Batch
+from raftune.rewards.batch import RewardBatch
 from raftune.rewards.outcome import attempt, attempt_async, one_line
-from raftune.rewards.process.channel import BadFrame, Channel
+from raftune.rewards.process.channel import Channel, InvalidFrame
 from raftune.rewards.process.protocol import batch_from, batch_table, outcome_table, packed, unpacked
 from raftune.rewards.process.spawn import MARK, end_marked
 from raftune.rewards.resolve import resolve
@@ -67,7 +67,7 @@ class _Turn:
 
             self._loop = asyncio.new_event_loop()
 
-    def take(self, batch: Batch) -> memoryview:
+    def take(self, batch: RewardBatch) -> memoryview:
         """The answer to one batch as a message; that the machine failed is no answer of the reward."""
         try:
             if self._loop is None:
@@ -101,7 +101,7 @@ def _load(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def _warm_up() -> None:
     """The first conversion to Arrow imports for a third of a second, which no call's time limit shall pay for."""
-    batch_from(batch_table(Batch([""], [""])), {})
+    batch_from(batch_table(RewardBatch([""], [""])), {})
 
 
 def _claim_channel() -> Channel:
@@ -122,7 +122,7 @@ def _read(channel: Channel, messages: SimpleQueue[tuple[dict[str, Any], pa.Table
     try:
         for number in itertools.count():
             messages.put(unpacked(channel.receive(number)))
-    except (EOFError, OSError, BadFrame):
+    except (EOFError, OSError, InvalidFrame):
         end_marked(os.environ.get(MARK, ""))
         if os.getpgrp() == os.getpid():
             os.killpg(os.getpid(), signal.SIGKILL)

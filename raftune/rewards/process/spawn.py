@@ -48,7 +48,7 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-class Output:
+class OutputForwarder:
     """Reads what a process prints and passes it on to our standard error, as long as that takes it.
 
     Our own standard error may be closed, full, or a pager that nobody scrolls: the process must not notice.

@@ -13,7 +13,7 @@ T = TypeVar("T")
 Job = tuple[Callable[[], Any], "Future[Any]"]
 
 
-class Runner:
+class WorkerThread:
     """One daemon thread that does one job after another. A thread that hangs is left behind and never joined."""
 
     def __init__(self, name: str) -> None:
@@ -48,7 +48,7 @@ def _work(jobs: SimpleQueue[Job | None]) -> None:
             future.set_exception(error)
 
 
-class Loop:
+class EventLoopThread:
     """An event loop on a daemon thread, begun when first needed: a notebook's own loop is running already."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from raftune.starters.image.pictures import ATTRIBUTES, Pixels
 COUNTS = tuple(len(words) for words in ATTRIBUTES.values())
 
 
-class Classifier(nn.Module):
+class SceneClassifier(nn.Module):
     """Three strided convolutions and a linear layer: (N, 3, 32, 32) in -1…1 to (N, 19) logits, 8 + 4 + 4 + 3."""
 
     def __init__(self, width: int = 24) -> None:
@@ -52,7 +52,7 @@ class Classifier(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> "Classifier":
+    def load(cls, folder: Path) -> "SceneClassifier":
         found = cls(json.loads((folder / "config.json").read_text())["width"])
         found.load_state_dict({name: value.float() for name, value in load_file(folder / "model.safetensors").items()})
         return found.eval()

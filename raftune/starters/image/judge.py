@@ -14,7 +14,7 @@ import numpy as np
 from raftune.starters.image.pictures import SIZE, Scene, scene_of
 
 if TYPE_CHECKING:
-    from raftune.starters.image.classifier import Classifier
+    from raftune.starters.image.classifier import SceneClassifier
 
 BICUBIC: Final = 3  # of PIL, which is read when there is a picture to look at
 FOLDER: Final = Path(__file__).parent / "weights" / "judge"
@@ -48,8 +48,8 @@ def look(images: Sequence[Any]) -> list[Scene]:
 
 
 @cache
-def classifier() -> "Classifier":
+def classifier() -> "SceneClassifier":
     """The judge's network, read once in a process."""
-    from raftune.starters.image.classifier import Classifier
+    from raftune.starters.image.classifier import SceneClassifier
 
-    return Classifier.load(FOLDER)
+    return SceneClassifier.load(FOLDER)

@@ -181,7 +181,7 @@ def test_help_lists_every_field_as_a_flag_within_the_terminal(
     main([command, "--help"])
     out = capsys.readouterr().out
     fields = {*dict(fields_of(RunConfig))}
-    assert {"seed", "policy.model", "rewards.reward_funcs", "tuning.reference.path"} <= fields
+    assert {"seed", "policy.model", "rewards.reward_funcs", "training.reference.path"} <= fields
     for field in fields:
         assert out.count(f"  --{field} ") + out.count(f"  --{field}\n") == 1, field
     listed = out.split("each a flag:\n")[1].split("\nResults go")[0]
@@ -281,7 +281,7 @@ def stuck():
 @app.command
 def unsaved():
     with interruptible(Path("runs/x")) as observe:
-        observe("unit", {})
+        observe("chunk", {})
         print("ready", flush=True)
         nap(60)
 

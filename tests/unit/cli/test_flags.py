@@ -17,13 +17,16 @@ def flags(*tokens: str) -> dict[str, object]:
 
 
 def test_files_and_flags_may_stand_in_any_order() -> None:
-    given = read_tokens(["a.yaml", "--seed", "3", "b.yaml", "--tuning.learning_rate=1e-4"], "train")
+    given = read_tokens(["a.yaml", "--seed", "3", "b.yaml", "--training.learning_rate=1e-4"], "train")
     assert given.words == ("a.yaml", "b.yaml")
-    assert given.flags == {"seed": "3", "tuning.learning_rate": "1e-4"}
+    assert given.flags == {"seed": "3", "training.learning_rate": "1e-4"}
 
 
 def test_dashes_and_underscores_are_one() -> None:
-    assert flags("--num-rounds", "4", "--tuning.learning-rate", "1") == {"num_rounds": "4", "tuning.learning_rate": "1"}
+    assert flags("--num-rounds", "4", "--training.learning-rate", "1") == {
+        "num_rounds": "4",
+        "training.learning_rate": "1",
+    }
 
 
 def test_a_switch_needs_no_value_and_can_be_turned_off() -> None:
@@ -33,7 +36,7 @@ def test_a_switch_needs_no_value_and_can_be_turned_off() -> None:
 
 
 def test_a_negative_number_is_a_value() -> None:
-    assert flags("--tuning.max_steps", "-1") == {"tuning.max_steps": "-1"}
+    assert flags("--training.max_steps", "-1") == {"training.max_steps": "-1"}
 
 
 def test_none_is_nothing_only_where_a_field_may_be_empty() -> None:
@@ -67,8 +70,8 @@ def test_an_adapter_begins_with_one_of_its_fields() -> None:
 @pytest.mark.parametrize(
     ("token", "meant"),
     [
-        ("--tuning.learing_rate", "--tuning.learning_rate"),
-        ("--learning-rate", "--tuning.learning_rate"),
+        ("--training.learing_rate", "--training.learning_rate"),
+        ("--learning-rate", "--training.learning_rate"),
         ("--fron", "--from"),
         ("--jsn", "--json"),
         ("--num-round", "--num_rounds"),
@@ -82,8 +85,8 @@ def test_a_slip_is_answered_with_the_flag_that_was_meant(token: str, meant: str)
 
 
 def test_a_section_is_no_flag() -> None:
-    with pytest.raises(ConfigError, match=r"it is a section: write --tuning\.learning_rate, for example"):
-        flags("--tuning", "1")
+    with pytest.raises(ConfigError, match=r"it is a section: write --training\.learning_rate, for example"):
+        flags("--training", "1")
 
 
 def test_a_section_that_may_be_left_out_is_left_out_by_null() -> None:

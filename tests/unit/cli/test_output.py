@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raftune.cli.output import Grid, fitted
+from raftune.cli.output import PlainTable, fitted
 
 
 def test_a_line_breaks_between_words_and_hangs_below_what_it_says() -> None:
@@ -21,14 +21,14 @@ def test_a_command_stays_whole_so_that_it_can_be_pasted() -> None:
 
 
 def test_the_last_column_of_a_table_wraps_and_a_table_of_numbers_is_stacked() -> None:
-    grid = Grid("name", "meaning")
+    grid = PlainTable("name", "meaning")
     grid.add("kl", "how far it has moved from the start")
     assert [line.plain for line in grid.lines(30)] == [
         "name  meaning",
         "kl    how far it has moved",
         "      from the start",
     ]
-    grid = Grid("round", "reward", "best of 4", right=frozenset({1, 2}))
+    grid = PlainTable("round", "reward", "best of 4", right=frozenset({1, 2}))
     grid.add("start", "-2.246", "1.253")
     assert [line.plain for line in grid.lines(20)] == ["start", "  reward     -2.246", "  best of 4  1.253"]
     assert all(len(line.plain) <= 40 for line in grid.lines(40))

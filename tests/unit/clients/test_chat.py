@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from raftune.clients.chat import IN_A_ROW, Endpoint, Reply, chat_url
+from raftune.clients.chat import IN_A_ROW, ChatEndpoint, ChatReply, chat_url
 from raftune.clients.url import is_local
 from raftune.errors import ConfigError
 from tests.unit.clients.servers import HANG_UP, Answer, asked, chat, closed_url, serving, silent
@@ -22,8 +22,8 @@ from tests.unit.clients.servers import HANG_UP, Answer, asked, chat, closed_url,
 QUICK: dict[str, Any] = {"timeout": 5.0, "backoff": 0.01}
 
 
-def endpoint(url: str, **changes: Any) -> Endpoint:
-    return Endpoint(chat_url(url), "judge", **{**QUICK, **changes})
+def endpoint(url: str, **changes: Any) -> ChatEndpoint:
+    return ChatEndpoint(chat_url(url), "judge", **{**QUICK, **changes})
 
 
 def says(text: str) -> list[dict[str, str]]:
@@ -74,7 +74,7 @@ def test_equal_questions_are_asked_once_and_what_is_answered_is_told() -> None:
 
 
 def test_it_can_be_asked_where_an_event_loop_is_running() -> None:
-    async def cell() -> list[Reply]:
+    async def cell() -> list[ChatReply]:
         return endpoint(server.url).ask([says("a")])
 
     with serving(echo) as server:
@@ -186,10 +186,10 @@ def test_a_second_run_asks_nothing(tmp_path: Path) -> None:
 def test_another_model_address_or_parameter_is_asked_anew(tmp_path: Path, change: dict[str, Any]) -> None:
     with serving(echo) as server:
         address = chat_url(server.url)
-        Endpoint(address, "judge", cache=tmp_path).ask([says("a")])
+        ChatEndpoint(address, "judge", cache=tmp_path).ask([says("a")])
         given = {"url": address, "model": "judge", **change}
         given["url"] = f"{address}?version=2" if given["url"] == "query" else address
-        Endpoint(**given, cache=tmp_path).ask([says("a")])
+        ChatEndpoint(**given, cache=tmp_path).ask([says("a")])
     assert len(server.requests) == 2
 
 
@@ -207,7 +207,7 @@ def test_a_damaged_file_is_as_good_as_none(tmp_path: Path, content: bytes) -> No
         client.ask([says("a")])
         [file] = tmp_path.rglob("*.json")
         file.write_bytes(content)
-        assert client.ask([says("a")]) == [Reply("echo a")]
+        assert client.ask([says("a")]) == [ChatReply("echo a")]
     assert json.loads(file.read_bytes())["reply"] == "echo a"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 
-from raftune.config import Frozen, options_of
+from raftune.config import ConfigSection, options_of
 from raftune.config.load import models_in, nested, validate, validate_as
 from raftune.config.reward_model import RewardModelConfig
 from raftune.config.run import RunConfig
@@ -56,7 +56,7 @@ def test_a_value_where_a_section_belongs_is_said_without_names_of_classes() -> N
 
 
 def test_options_of_a_family_of_your_own_are_explained_like_any_field() -> None:
-    class Options(Frozen):
+    class Options(ConfigSection):
         hidden: int = Field(64, ge=1)
 
     given: dict[str, Any] = {**BASE, "policy": {"family": "mine:Family", "options": {"hiden": 3}}}

@@ -19,7 +19,7 @@ def written(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("tuning: {learning_rate: 1.0}\nseed: 1\ntuning: {batch_size: 2}\n", 3),
+        ("training: {learning_rate: 1.0}\nseed: 1\ntraining: {batch_size: 2}\n", 3),
         ("policy:\n  family: tabular\n  num_prompts: 4\n  num_prompts: 5\n", 4),
         ('seed: 1\n"seed": 1\n', 2),
     ],
@@ -47,7 +47,7 @@ def test_a_wrong_value_that_anchors_make_gigabytes_of_is_shown_in_short(tmp_path
         load_config([written(tmp_path, "\n".join(lines))])
 
 
-@pytest.mark.parametrize("field", ["data.limit", "sampling.unit_size", "evaluation.num_prompts", "num_rounds"])
+@pytest.mark.parametrize("field", ["data.limit", "sampling.chunk_size", "evaluation.num_prompts", "num_rounds"])
 def test_whole_numbers_that_nothing_can_count_to_are_refused_by_their_field(field: str, tmp_path: Path) -> None:
     path = written(tmp_path, "policy: {family: tabular, num_prompts: 4, num_answers: 5}\ndata: {prompts: x.jsonl}\n")
     with pytest.raises(ConfigError, match=rf"^{field} must be below"):

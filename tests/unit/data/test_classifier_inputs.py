@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from raftune.data.classifier_inputs import NOTES, Reading, longest, read_notes, tokens, write_notes
+from raftune.data.classifier_inputs import NOTES, ClassifierInputs, longest, read_notes, tokens, write_notes
 from raftune.errors import RewardError
 from tests.builders import BOS, EOS, PAD, encoder_tokenizer, tiny_tokenizer
 
@@ -18,17 +18,17 @@ READING = {"include_prompt": True, "append_eos": False, "add_special_tokens": Tr
 def test_prompt_and_completion_are_one_text_with_one_end() -> None:
     tokenizer = tiny_tokenizer()
     whole = tokenizer("the ab", add_special_tokens=False)["input_ids"]
-    assert tokens(tokenizer, "the a", "b", Reading()) == whole
-    assert tokens(tokenizer, "the a", "b", Reading(append_eos=True)) == [*whole, EOS]
-    assert tokens(tokenizer, "the a", "b</s>", Reading(append_eos=True)) == [*whole, EOS]
-    assert tokens(tokenizer, "the", "ab", Reading(include_prompt=False)) == tokenizer("ab")["input_ids"]
-    assert tokens(tokenizer, "", "", Reading()) == [PAD]
+    assert tokens(tokenizer, "the a", "b", ClassifierInputs()) == whole
+    assert tokens(tokenizer, "the a", "b", ClassifierInputs(append_eos=True)) == [*whole, EOS]
+    assert tokens(tokenizer, "the a", "b</s>", ClassifierInputs(append_eos=True)) == [*whole, EOS]
+    assert tokens(tokenizer, "the", "ab", ClassifierInputs(include_prompt=False)) == tokenizer("ab")["input_ids"]
+    assert tokens(tokenizer, "", "", ClassifierInputs()) == [PAD]
 
 
 def test_special_tokens_survive_the_cut_and_the_end_of_the_text_does() -> None:
     tokenizer = encoder_tokenizer(eos=False)
     tokenizer.truncation_side = "left"
-    ids = tokens(tokenizer, "x" * 50, "yz", Reading(special_tokens=True, limit=5))
+    ids = tokens(tokenizer, "x" * 50, "yz", ClassifierInputs(special_tokens=True, limit=5))
     assert ids[0] == BOS and ids[-1] == EOS and tokenizer.decode(ids[1:-1]) == "xyz"
 
 

@@ -1,4 +1,4 @@
-"""Pictures go to bytes and back without loss, and what is no picture is said."""
+"""Images go to bytes and back without loss, and what is no image is said."""
 
 import io
 import subprocess
@@ -57,14 +57,14 @@ def test_jpeg_bytes_are_a_picture_too() -> None:
     assert image_of(buffer.getvalue()).size == (16, 8)
 
 
-@pytest.mark.parametrize("what", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"\x00" * 100])
+@pytest.mark.parametrize("what", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"\x00" * 100])
 def test_bytes_that_are_no_picture_are_refused(what: bytes) -> None:
-    with pytest.raises(DataError, match=f"these {len(what)} bytes are no picture"):
+    with pytest.raises(DataError, match=f"these {len(what)} bytes are no image"):
         image_of(what)
 
 
 def test_a_picture_that_was_cut_off_is_refused() -> None:
-    with pytest.raises(DataError, match=r"no picture|read whole"):
+    with pytest.raises(DataError, match=r"no image|read whole"):
         image_of(png_of(noise(64, 64))[:2000])
 
 
@@ -124,5 +124,5 @@ def test_deep_grey_is_scaled_and_not_clipped(levels: Any, form: str) -> None:
 def test_grey_levels_of_no_known_range_are_refused(levels: Any) -> None:
     buffer = io.BytesIO()
     Image.fromarray(levels.astype(np.float32)).save(buffer, format="TIFF")
-    with pytest.raises(DataError, match=r"a grey picture's levels must be in 0 … 1 or 0 … 255; these go from"):
+    with pytest.raises(DataError, match=r"a grey image's levels must be in 0 … 1 or 0 … 255; these go from"):
         image_of(buffer.getvalue())

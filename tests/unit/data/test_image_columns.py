@@ -1,4 +1,4 @@
-"""Pictures in a data set's columns, however they lie there, become bytes that a run keeps and a policy learns from."""
+"""Images in a data set's columns, however they lie there, become bytes that a run keeps and a policy learns from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raftune.config.sft import SftConfig
 from raftune.data.images import image_of, png_of
 from raftune.data.tables import read_rows, table_from
 from raftune.errors import DataError
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from raftune.sft import sft
 from tests.runs.sketches import config, saturation
@@ -33,7 +33,7 @@ def picture(number: int) -> Image.Image:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A data set with pictures beside it."""
+    """A data set with images beside it."""
     (tmp_path / "pics").mkdir()
     lines = []
     for number in range(4):
@@ -56,7 +56,7 @@ def test_texts_that_only_look_like_paths_stay_texts(folder: Path) -> None:
 
 def test_a_file_that_is_not_there_is_named_with_its_row(folder: Path) -> None:
     (folder / "pics/2.png").unlink()
-    with pytest.raises(DataError, match=r"the picture in row 3 of the column 'image' cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"the image in row 3 of the column 'image' cannot be read: No such file"):
         read_rows(str(folder / "rows.jsonl"))
 
 
@@ -88,13 +88,13 @@ def test_a_run_keeps_its_reference_pictures_and_hands_them_to_rewards(folder: Pa
         num_rounds=1,
         data={"prompts": str(folder / "rows.jsonl")},
         evaluation={"num_prompts": 0},
-        sampling={"num_generations": 2, "unit_size": 4, "candidate_columns": ["image"]},
+        sampling={"num_generations": 2, "chunk_size": 4, "candidate_columns": ["image"]},
     )
-    run(settings, Objects(rewards=[near]))
+    run(settings, PythonObjects(rewards=[near]))
     kept = pq.read_table(folder / "run/round-0000/data/train.parquet").column("image").to_pylist()
     assert kept == [png_of(picture(number)) for number in range(4)]
     assert set(seen) == set(kept) and len(seen) == 12
-    drawn = pq.read_table(folder / "run/round-0001/draw/unit-00000.parquet").to_pylist()
+    drawn = pq.read_table(folder / "run/round-0001/generate/chunk-00000.parquet").to_pylist()
     assert {row["completion"] for row in drawn if row["source"] == "column:image"} == set(kept)
 
 
@@ -111,7 +111,7 @@ def test_a_policy_is_taught_prompts_with_pictures(folder: Path, column: str, mon
     }
     learned = sft(validate_as(SftConfig, given))
     assert learned.report["data"]["learned"] == 9 and learned.report["data"]["held_out"] == 3
-    assert learned.report["data"]["format"].startswith("prompts and pictures")
+    assert learned.report["data"]["format"].startswith("prompts and images")
     rows = pq.read_table(folder / "out/rows.parquet")
     assert {*rows.column("completion").to_pylist()} <= {png_of(picture(number)) for number in range(4)}
     held_out = [json.loads(line) for line in (folder / "out/held_out.jsonl").read_text().splitlines()]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from raftune.data.preferences import read_preferences
-from raftune.data.rows import Feedback, Pair
+from raftune.data.rows import Feedback, PreferencePair
 from raftune.errors import DataError
 from tests.hh import write_hh
 
@@ -31,7 +31,7 @@ def write(folder: Path, *rows: Any) -> str:
     return str(path)
 
 
-def read(folder: Path, *rows: Any, **options: Any) -> Feedback[Pair]:
+def read(folder: Path, *rows: Any, **options: Any) -> Feedback[PreferencePair]:
     return read_preferences(write(folder, *rows), **options)
 
 
@@ -102,7 +102,7 @@ def test_the_formats_of_trl_give_the_same_pair(tmp_path: Path) -> None:
 
 def test_an_explicit_text_pair_is_read_as_it_stands(tmp_path: Path) -> None:
     found = read(tmp_path, {"prompt": " Why?\n", "chosen": " x\n", "rejected": " y"})
-    assert found.rows == [Pair(1, " Why?\n", " x\n", " y")]
+    assert found.rows == [PreferencePair(1, " Why?\n", " x\n", " y")]
     assert found.format == "explicit preferences"
 
 

@@ -16,7 +16,7 @@ from raftune.data.demonstrations import choose, read_demonstrations
 from raftune.data.preferences import read_preferences
 from raftune.data.ratings import read_ratings
 from raftune.errors import DataError
-from raftune.stages.data import Data
+from raftune.stages.data import DataStage
 from tests.runs import tiny
 
 ROWS = [
@@ -100,8 +100,8 @@ def test_columns_are_written_as_pairs_or_as_a_mapping() -> None:
 def test_a_run_reads_its_prompts_under_the_names_that_are_given(tmp_path: Path) -> None:
     path = saved(tmp_path, [{"ask": number, "gold": "x", "human": "old"} for number in (0, 1)])
     data = {"prompts": path, "columns": {"prompt": "ask", "human": "gold"}}
-    table = Data(tiny.config(tmp_path / "run", data=data)).train()
+    table = DataStage(tiny.config(tmp_path / "run", data=data)).train()
     assert table is not None and table.column_names == ["prompt_id", "prompt", "human"]
     assert table.column("prompt").to_pylist() == [0, 1] and table.column("human").to_pylist() == ["x", "x"]
     with pytest.raises(DataError, match=r"data\.columns must name columns of the data; got 'nope' for 'prompt'"):
-        Data(tiny.config(tmp_path / "run", data={"prompts": path, "columns": {"prompt": "nope"}})).train()
+        DataStage(tiny.config(tmp_path / "run", data={"prompts": path, "columns": {"prompt": "nope"}})).train()

@@ -15,7 +15,7 @@ import pytest
 
 from raftune.data.tables import read_rows, table_from
 from raftune.errors import DataError
-from raftune.records import Json, arrow_array, without_none
+from raftune.records import JsonType, arrow_array, without_none
 from raftune.stages.data import prepare
 from raftune.store.parquet import read_table, write_table
 
@@ -66,7 +66,7 @@ def test_regular_values_stay_in_arrow_s_own_types() -> None:
     messages = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}] * 2]
     assert arrow_array(messages).type == pa.array(messages).type
     assert arrow_array([[1, 2], [3]]).type == pa.list_(pa.int64())
-    assert arrow_array([{"a": None}]).type == arrow_array([[1, 2.5]]).type == Json()
+    assert arrow_array([{"a": None}]).type == arrow_array([[1, 2.5]]).type == JsonType()
     assert arrow_array([[1, 2.5]]).to_pylist()[0][0].__class__ is int
 
 

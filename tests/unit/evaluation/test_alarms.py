@@ -15,8 +15,8 @@ import pytest
 from raftune.config import GuardsConfig
 from raftune.evaluation import alarms
 from raftune.evaluation.alarms import Alarm
-from raftune.evaluation.examine import Examination
-from raftune.protocols import Evidence
+from raftune.evaluation.examine import RoundMonitor
+from raftune.protocols import MonitorInput
 
 P, K = 48, 4
 WORDS = [
@@ -70,10 +70,10 @@ def sentences(generator: np.random.Generator, prompts: int, k: int, words: int =
 def look(samples: pa.Table, first: dict[str, Any] | None = None, **limits: Any) -> list[dict[str, Any]]:
     """The alarms of a round without held-out samples."""
     factors = {name.removeprefix("rewards/"): 1.0 for name in samples.column_names if name.startswith("rewards/")}
-    evidence = Evidence(
+    evidence = MonitorInput(
         round=1, samples=samples, factors=factors, held_out=None, earlier=[], judge="the held-out reward", first=first
     )
-    examination = Examination(GuardsConfig(**limits))
+    examination = RoundMonitor(GuardsConfig(**limits))
     return examination.alarms(evidence, examination.measures(evidence))
 
 
@@ -213,8 +213,8 @@ def test_what_was_lost_over_the_rounds_is_measured_against_round_1() -> None:
     varied = drawn(sentences(generator, 32, K))
     few = [" ".join(generator.choice(WORDS[:4], 12)) for _ in range(32 * K)]
     uniform = drawn([few[i * K : i * K + K] for i in range(32)])
-    examination = Examination(GuardsConfig())
-    first = examination.measures(Evidence(1, varied, {}, None, [], "", None))["drawn"]
+    examination = RoundMonitor(GuardsConfig())
+    first = examination.measures(MonitorInput(1, varied, {}, None, [], "", None))["drawn"]
     assert look(uniform) == []  # it draws what it keeps: of this round alone nothing can be said
     found = look(uniform, first)
     assert "diversity_drops" in names(found)
@@ -226,11 +226,11 @@ def test_sets_of_unlike_sizes_are_not_compared() -> None:
     generator = rng(7)
     small = drawn(sentences(generator, 32, K, words=4))
     large = drawn(sentences(generator, 32, K, words=400))
-    examination = Examination(GuardsConfig(length_factor=1000))
-    first = examination.measures(Evidence(1, small, {}, None, [], "", None))["drawn"]
+    examination = RoundMonitor(GuardsConfig(length_factor=1000))
+    first = examination.measures(MonitorInput(1, small, {}, None, [], "", None))["drawn"]
     assert (
         first["distinct_2"]
-        > 2 * examination.measures(Evidence(2, large, {}, None, [], "", None))["drawn"]["distinct_2"]
+        > 2 * examination.measures(MonitorInput(2, large, {}, None, [], "", None))["drawn"]["distinct_2"]
     )
     assert look(large, first, length_factor=1000) == []
 
@@ -349,20 +349,20 @@ def test_kept_samples_count_by_their_weight_and_both_sets_of_words_are_of_one_si
     generator = rng(13)
     scores = np.tile([0.0, 1.0, 2.0, 3.0], (20, 1))
     samples = drawn(sentences(generator, 20, K), scores, best=3, value=scores)
-    found = Examination(GuardsConfig()).measures(Evidence(1, samples, {"value": 1.0}, None, [], "", None))
+    found = RoundMonitor(GuardsConfig()).measures(MonitorInput(1, samples, {"value": 1.0}, None, [], "", None))
     assert (found["drawn"]["samples"], found["selected"]["samples"]) == (80, 20)
     assert (found["drawn"]["reward"], found["selected"]["rewards/value"]) == (1.5, 3.0)
     assert found["drawn"]["words"] == found["selected"]["words"] == 20 * 12
     halves = samples.set_column(
         samples.column_names.index("weight"), "weight", pa.array(np.tile([0, 0, 0.25, 0.75], 20))
     )
-    found = Examination(GuardsConfig()).measures(Evidence(1, halves, {"value": 1.0}, None, [], "", None))
+    found = RoundMonitor(GuardsConfig()).measures(MonitorInput(1, halves, {"value": 1.0}, None, [], "", None))
     assert found["selected"]["reward"] == 2.75
 
 
 def test_a_round_that_kept_nothing_is_measured_without_words() -> None:
     samples = drawn(sentences(rng(14), 20, K), best=9)
-    found = Examination(GuardsConfig()).measures(Evidence(1, samples, {}, None, [], "", None))
+    found = RoundMonitor(GuardsConfig()).measures(MonitorInput(1, samples, {}, None, [], "", None))
     assert found["selected"] == {"samples": 0, "words": 0}
     assert look(samples) == []
 
@@ -434,8 +434,8 @@ def test_a_policy_that_says_one_thing_is_an_alarm_by_its_held_out_answers() -> N
     samples = drawn(sentences(rng(), P, K))
     held_out = judged(np.zeros((P, K)), np.zeros((P, K))).drop_columns("held_out")
     held_out = held_out.append_column("content", pa.array(np.repeat(np.arange(P), K)))
-    evidence = Evidence(1, samples, {}, held_out, [], "", None)
-    examination = Examination(GuardsConfig())
+    evidence = MonitorInput(1, samples, {}, held_out, [], "", None)
+    examination = RoundMonitor(GuardsConfig())
     found = examination.alarms(evidence, examination.measures(evidence))
     assert [(alarm["alarm"], alarm["numbers"]) for alarm in found] == [("identical_candidates", {"held_out": 1.0})]
 

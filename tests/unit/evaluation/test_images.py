@@ -1,4 +1,4 @@
-"""Measures of pictures against closed forms: pixels, distances, and the vectors of a model."""
+"""Measures of images against closed forms: pixels, distances, and the vectors of a model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image
 from raftune.data.images import png_of
 from raftune.evaluation.images import (
     SIDE,
-    Pixels,
-    Vectors,
+    FeatureMetrics,
+    PixelMetrics,
     cosine_distance,
     look_of,
     looked_at,
@@ -23,7 +23,7 @@ from raftune.evaluation.images import (
     thumbnails,
     vendi_score,
 )
-from raftune.evaluation.metrics import Validity
+from raftune.evaluation.metrics import ValidityMetrics
 from raftune.rewards.builtin import colour
 
 
@@ -37,7 +37,7 @@ def noise(seed: int, size: int = 32) -> Image.Image:
 
 
 def samples(groups: dict[str, list[Image.Image | None]], **columns: Any) -> pa.Table:
-    """One row a picture of each prompt; None is an invalid sample."""
+    """One row an image of each prompt; None is an invalid sample."""
     rows = [
         {
             "sample_id": f"{name}/{k}",
@@ -116,9 +116,9 @@ def test_what_is_looked_at_keeps_no_bytes_and_an_invalid_sample_has_no_looks() -
 def test_pictures_of_one_prompt_are_as_far_apart_as_their_colours() -> None:
     """Black and white are 1 apart; of black, black, white two of three pairs are."""
     black, white = picture((0, 0, 0)), picture((255, 255, 255))
-    found = Pixels()(looked_at(samples({"a": [black, white], "b": [black, black, white], "c": [white]})))
+    found = PixelMetrics()(looked_at(samples({"a": [black, white], "b": [black, black, white], "c": [white]})))
     assert found["pixel_distance"]["mean"] == pytest.approx((1 + 2 / 3) / 2, abs=1e-6)
-    assert found["pixel_distance"]["n"] == 2  # a prompt with one picture has no pair
+    assert found["pixel_distance"]["n"] == 2  # a prompt with one image has no pair
     assert found["near_duplicates"] == 1.0
 
 
@@ -127,7 +127,9 @@ def test_near_duplicates_are_found_across_prompts_sizes_and_a_little_noise() -> 
     other = np.asarray(image).astype(int) + np.random.default_rng(1).integers(-3, 4, (32, 32, 3))
     near = Image.fromarray(np.clip(other, 0, 255).astype(np.uint8))
     larger = image.resize((64, 64), Image.Resampling.NEAREST)
-    found = Pixels()(looked_at(samples({"a": [image], "b": [near], "c": [larger], "d": [noise(9)], "e": [noise(8)]})))
+    found = PixelMetrics()(
+        looked_at(samples({"a": [image], "b": [near], "c": [larger], "d": [noise(9)], "e": [noise(8)]}))
+    )
     assert found["near_duplicates"] == pytest.approx(3 / 5)
 
 
@@ -143,34 +145,34 @@ def test_the_nearest_other_one_is_the_same_in_blocks_as_at_once(monkeypatch: pyt
 
 
 def test_one_picture_alone_repeats_nothing() -> None:
-    found = Pixels()(looked_at(samples({"a": [noise(0)]})))
+    found = PixelMetrics()(looked_at(samples({"a": [noise(0)]})))
     assert found["near_duplicates"] == 0.0 and found["pixel_distance"] is None
     assert found["brightness"]["n"] == 1
 
 
 def test_invalid_samples_are_counted_and_otherwise_left_out() -> None:
     table = samples({"a": [noise(0), None], "b": [None, None]})
-    assert Validity()(table) == {"invalid_ratio": 0.75}
-    found = Pixels()(looked_at(table))
+    assert ValidityMetrics()(table) == {"invalid_ratio": 0.75}
+    found = PixelMetrics()(looked_at(table))
     assert found["saturation"]["n"] == 1
 
 
 def test_without_any_picture_nothing_is_measured() -> None:
     nothing = pa.nulls(2, pa.list_(pa.float32()))
     table = looked_at(samples({"a": [None, None]}, features=nothing, features_start=nothing))
-    assert {*Pixels()(table).values(), *Vectors()(table).values()} == {None}
+    assert {*PixelMetrics()(table).values(), *FeatureMetrics()(table).values()} == {None}
 
 
 # -- vectors ----------------------------------------------------------------------------------------------------------
 
 
-def unit(x: np.ndarray) -> np.ndarray:
+def chunk(x: np.ndarray) -> np.ndarray:
     return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True))
 
 
 @pytest.mark.parametrize("k", [2, 3, 8])
 def test_the_vendi_score_is_one_for_equal_and_k_for_orthogonal_vectors(k: int) -> None:
-    assert vendi_score(np.tile(unit(np.ones((1, 16))), (k, 1))) == pytest.approx(1.0, abs=1e-9)
+    assert vendi_score(np.tile(chunk(np.ones((1, 16))), (k, 1))) == pytest.approx(1.0, abs=1e-9)
     assert vendi_score(np.eye(16)[:k]) == pytest.approx(k, abs=1e-9)
 
 
@@ -186,7 +188,7 @@ def test_the_vendi_score_of_two_vectors_is_the_entropy_of_half_plus_and_minus_ha
 
 
 def test_the_distance_is_the_mean_over_pairs() -> None:
-    x = unit(np.random.default_rng(0).standard_normal((6, 5)))
+    x = chunk(np.random.default_rng(0).standard_normal((6, 5)))
     pairs = [1 - x[i] @ x[j] for i in range(6) for j in range(i)]
     assert cosine_distance(x) == pytest.approx(np.mean(pairs))
     apart = [np.sqrt(((x[i] - x[j]) ** 2).mean()) for i in range(6) for j in range(i)]
@@ -198,7 +200,7 @@ def test_drift_pairs_the_start_s_picture_of_the_same_prompt_and_seed() -> None:
     now = pa.array([[1.0, 0.0], [0.0, 2.0], None, [1.0, 0.0]], kind)
     start = pa.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], None], kind)
     table = samples({"a": [noise(0), noise(1)], "b": [None, noise(2)]}, features=now, features_start=start)
-    found = Vectors()(looked_at(table))
+    found = FeatureMetrics()(looked_at(table))
     assert found["feature_drift"]["mean"] == pytest.approx(0.5) and found["feature_drift"]["n"] == 1
     assert found["feature_distance"]["mean"] == pytest.approx(1.0)
     assert found["vendi"]["mean"] == pytest.approx(2.0)

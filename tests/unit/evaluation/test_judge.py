@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raftune.clients.chat import Endpoint, Reply, chat_url
+from raftune.clients.chat import ChatEndpoint, ChatReply, chat_url
 from raftune.errors import ConfigError, RewardError
 from raftune.evaluation.judge import FIRST, PLACES, TEMPLATE, check_template, judge, question, read_verdict
 from tests.unit.clients.servers import Answer, asked, chat, closed_url, serving
@@ -22,8 +22,8 @@ PAIRS = [
 ]
 
 
-def endpoint(url: str, **changes: Any) -> Endpoint:
-    return Endpoint(chat_url(url), "judge", **{"timeout": 5.0, "backoff": 0.01, **changes})
+def endpoint(url: str, **changes: Any) -> ChatEndpoint:
+    return ChatEndpoint(chat_url(url), "judge", **{"timeout": 5.0, "backoff": 0.01, **changes})
 
 
 def longer(body: dict[str, Any]) -> Answer:
@@ -56,11 +56,11 @@ def longer(body: dict[str, Any]) -> Answer:
     ],
 )
 def test_a_verdict_is_read_where_there_is_one_beyond_doubt(text: str, meant: str | None) -> None:
-    assert read_verdict(Reply(text)) == meant
+    assert read_verdict(ChatReply(text)) == meant
 
 
 def test_a_question_that_failed_has_no_verdict() -> None:
-    assert read_verdict(Reply(None, "timed out", "[[A]]")) is None
+    assert read_verdict(ChatReply(None, "timed out", "[[A]]")) is None
 
 
 def test_both_orders_are_asked_and_an_identical_pair_is_not() -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from raftune.evaluation.bootstrap import interval, ratio_interval
-from raftune.evaluation.metrics import METRICS, Divergence, Entropy, Perplexity, Text
+from raftune.evaluation.metrics import METRICS, EntropyMetrics, KLMetrics, PerplexityMetrics, TextMetrics
 from raftune.results.measures import measures, spread
 from raftune.results.summary import cell, columns_for, ends_of, row_of
 
@@ -25,10 +25,10 @@ def drawn(p: Any, prompts: int = 3, size: int = 8) -> pa.Table:
 
 
 def test_entropy_is_that_of_the_law_on_samples_in_its_own_proportions() -> None:
-    found = Entropy()(drawn(P))["entropy"]
+    found = EntropyMetrics()(drawn(P))["entropy"]
     assert found["mean"] == pytest.approx(-(P * np.log(P)).sum(), rel=1e-12)
     assert found["n"] == 3
-    assert Entropy()(drawn(np.ones(4) / 4))["entropy"]["mean"] == pytest.approx(math.log(4), rel=1e-12)
+    assert EntropyMetrics()(drawn(np.ones(4) / 4))["entropy"]["mean"] == pytest.approx(math.log(4), rel=1e-12)
 
 
 def test_entropy_is_unbiased_where_samples_are_drawn() -> None:
@@ -38,7 +38,7 @@ def test_entropy_is_unbiased_where_samples_are_drawn() -> None:
     nats = np.log(P)[answers]
     table = pa.table({"prompt_id": np.repeat(np.arange(4000).astype(str), 2), "log_prob": nats})
     error = nats.std() / math.sqrt(len(nats))
-    assert abs(Entropy()(table)["entropy"]["mean"] + (P * np.log(P)).sum()) < 5 * error
+    assert abs(EntropyMetrics()(table)["entropy"]["mean"] + (P * np.log(P)).sum()) < 5 * error
 
 
 def test_entropy_per_token_is_the_ratio_of_sums_and_needs_no_second_pass() -> None:
@@ -50,7 +50,7 @@ def test_entropy_per_token_is_the_ratio_of_sums_and_needs_no_second_pass() -> No
             "completion_logprobs": pa.array(noted, pa.list_(pa.float32())),
         }
     )
-    found = Entropy()(table)
+    found = EntropyMetrics()(table)
     assert found["entropy"]["mean"] == pytest.approx(((3 + 0.5) / 2 + 6) / 2)
     assert found["entropy_per_token"]["mean"] == pytest.approx(9.5 / 6)
     assert found["entropy_per_token"]["n"] == 2
@@ -64,7 +64,7 @@ def test_what_is_sharpened_by_a_temperature_is_measured_as_a_cross_entropy() -> 
     assert counts.sum() == size
     answers = np.repeat(np.arange(3), counts)
     table = pa.table({"prompt_id": ["a"] * size, "log_prob": np.log(P)[answers]})
-    assert Entropy()(table)["entropy"]["mean"] == pytest.approx(-(sharp * np.log(P)).sum(), rel=1e-12)
+    assert EntropyMetrics()(table)["entropy"]["mean"] == pytest.approx(-(sharp * np.log(P)).sum(), rel=1e-12)
 
 
 def references(*rows: tuple[float | None, int | None]) -> pa.Table:
@@ -80,7 +80,7 @@ def references(*rows: tuple[float | None, int | None]) -> pa.Table:
 
 
 def test_perplexity_is_exp_of_nats_over_tokens() -> None:
-    found = Perplexity()(references(*[(-3.0, 2), (-5.0, 10)] * 3, (None, None)))
+    found = PerplexityMetrics()(references(*[(-3.0, 2), (-5.0, 10)] * 3, (None, None)))
     assert found["perplexity"]["mean"] == pytest.approx(math.exp(8 / 12))
     assert found["perplexity"]["low"] <= found["perplexity"]["mean"] <= found["perplexity"]["high"]
     assert found["perplexity"]["n"] == 6
@@ -88,22 +88,22 @@ def test_perplexity_is_exp_of_nats_over_tokens() -> None:
 
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary_exactly() -> None:
-    found = Perplexity()(references(*[(-n * math.log(50), n) for n in (1, 3, 9, 2, 4)]))["perplexity"]
+    found = PerplexityMetrics()(references(*[(-n * math.log(50), n) for n in (1, 3, 9, 2, 4)]))["perplexity"]
     assert [found[name] for name in ("mean", "low", "high")] == pytest.approx([50.0] * 3)
 
 
 def test_an_impossible_answer_makes_the_perplexity_infinite_and_is_not_dropped() -> None:
-    found = Perplexity()(references((-3.0, 2), (-math.inf, 1)))
+    found = PerplexityMetrics()(references((-3.0, 2), (-math.inf, 1)))
     assert found == {"perplexity": None, "references": {"measured": 1, "left_out": 0, "impossible": 1}}
 
 
 def test_without_a_usable_answer_there_is_no_perplexity() -> None:
-    assert Perplexity()(references((None, None)))["perplexity"] is None
+    assert PerplexityMetrics()(references((None, None)))["perplexity"] is None
 
 
 def test_texts_are_measured_over_all_and_inside_a_prompt() -> None:
     table = pa.table({"prompt_id": ["a", "a", "b", "b"], "completion": ["red fox", "Red fox.", "one", "two"]})
-    found = Text()(table)
+    found = TextMetrics()(table)
     assert (found["distinct_1"], found["unique_1"]) == (4 / 6, 2)
     assert (found["distinct_2"], found["unique_2"]) == (1 / 2, 0)
     assert found["similarity"]["mean"] == pytest.approx(0.5)
@@ -112,12 +112,12 @@ def test_texts_are_measured_over_all_and_inside_a_prompt() -> None:
 
 
 def test_one_answer_a_prompt_is_similar_to_nothing() -> None:
-    assert Text()(pa.table({"prompt_id": ["a", "b"], "completion": ["x", "x"]}))["similarity"] is None
+    assert TextMetrics()(pa.table({"prompt_id": ["a", "b"], "completion": ["x", "x"]}))["similarity"] is None
 
 
 def test_chunks_of_a_table_are_measured_as_a_whole() -> None:
     whole = pa.table({"prompt_id": ["a", "a", "b"], "completion": ["x y", "y z x", "x y"]})
-    assert Text()(pa.concat_tables([whole.slice(0, 2), whole.slice(2)])) == Text()(whole)
+    assert TextMetrics()(pa.concat_tables([whole.slice(0, 2), whole.slice(2)])) == TextMetrics()(whole)
 
 
 def test_every_metric_says_what_it_needs() -> None:
@@ -174,5 +174,5 @@ def test_kl_is_told_by_answer_and_by_token() -> None:
             "completion_ids": [[1, 2, 3, 4], [1, 2], [1, 2, 3, 4]],
         }
     )
-    found = Divergence()(table)
+    found = KLMetrics()(table)
     assert (found["kl"]["mean"], found["kl_per_token"]["mean"]) == (1.5, 0.5)

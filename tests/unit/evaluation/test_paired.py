@@ -12,7 +12,7 @@ from raftune.evaluation.paired import (
     EXACT,
     FEWEST,
     FLIPS,
-    Paired,
+    PairedTest,
     estimate,
     judged,
     outcomes,
@@ -34,7 +34,7 @@ def every(n: int) -> list[tuple[int, ...]]:
     return list(itertools.product((-1, 1), repeat=n))
 
 
-def compared(groups: list[int], a: list[float], b: list[float], **options: float) -> Paired:
+def compared(groups: list[int], a: list[float], b: list[float], **options: float) -> PairedTest:
     found = paired(np.array(groups), np.array(a), np.array(b), **options)
     assert found is not None
     return found

@@ -1,4 +1,4 @@
-"""Each alarm of pictures fires where it should, is silent where nothing is odd, and names samples by its rule."""
+"""Each alarm of images fires where it should, is silent where nothing is odd, and names samples by its rule."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import pyarrow as pa
 from raftune.config import GuardsConfig
 from raftune.data.images import png_of, require_pillow
 from raftune.evaluation.alarms import Alarm
-from raftune.evaluation.examine import Examination
+from raftune.evaluation.examine import RoundMonitor
 from raftune.evaluation.images import SIDE, looked_at
-from raftune.protocols import Evidence
+from raftune.protocols import MonitorInput
 
 P, K = 20, 4
 
 
 def colours(seed: int, spread: float = 60.0) -> np.ndarray:
-    """(P, K, 2, 3) the colours of halves of pictures."""
+    """(P, K, 2, 3) the colours of halves of images."""
     return np.clip(np.random.default_rng(seed).normal(128, spread, (P, K, 2, 3)), 0, 255)
 
 
 def drawn(found: np.ndarray, best: int = 1) -> pa.Table:
-    """A round of pictures in two halves, of which the one with index `best` was kept; the control is the first."""
+    """A round of images in two halves, of which the one with index `best` was kept; the control is the first."""
     rows = []
     for prompt in range(P):
         for k in range(K):
@@ -47,12 +47,12 @@ def drawn(found: np.ndarray, best: int = 1) -> pa.Table:
 
 def first_of(table: pa.Table) -> dict[str, Any]:
     """What round 1 would have noted of these draws."""
-    return Examination(GuardsConfig()).measures(Evidence(1, table, {"r": 1.0}, None, [], "", None))["drawn"]
+    return RoundMonitor(GuardsConfig()).measures(MonitorInput(1, table, {"r": 1.0}, None, [], "", None))["drawn"]
 
 
 def raised(table: pa.Table, first: dict[str, Any] | None = None, **limits: Any) -> dict[str, Alarm]:
-    examiner = Examination(GuardsConfig(**limits))
-    evidence = Evidence(2, table, {"r": 1.0}, None, [], "", first or first_of(drawn(colours(1))))
+    examiner = RoundMonitor(GuardsConfig(**limits))
+    evidence = MonitorInput(2, table, {"r": 1.0}, None, [], "", first or first_of(drawn(colours(1))))
     return {found.alarm: found for found in examiner.raised(evidence, examiner.measures(evidence)) if found}
 
 
@@ -91,7 +91,7 @@ def test_draws_of_a_prompt_that_come_together_are_seen_and_the_most_alike_are_na
     alike[3] = alike[3, 0]
     found = raised(drawn(np.clip(alike, 0, 255)))
     assert found["diversity_drops"].samples[0][0] == "0002/003-0/001"
-    assert "two pictures drawn for one prompt are" in found["diversity_drops"].evidence
+    assert "two images drawn for one prompt are" in found["diversity_drops"].evidence
     assert "near_duplicates" not in found  # they are alike inside a prompt, not across
 
 

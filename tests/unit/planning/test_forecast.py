@@ -22,9 +22,9 @@ from raftune.errors import DataError, StoreError
 from raftune.planning import Forecast, forecast
 from raftune.planning.amounts import amounts, steps_of
 from raftune.planning.probe import through
-from raftune.planning.sizes import Footprint, Peak, disk, memory, peaks
+from raftune.planning.sizes import MeasuredPeak, ModelFootprint, disk, memory, peaks
 from raftune.policies.causal_lm import loading, start
-from raftune.rewards.builtin.length import Length
+from raftune.rewards.builtin.length import LengthReward
 from raftune.runtime.run import run
 from raftune.training import fit as training
 from tests.builders import save_tiny, tiny_model, tiny_tokenizer
@@ -112,21 +112,21 @@ def test_other_sources_compete_but_are_not_drawn() -> None:
 
 
 def test_steps_count_epochs_accumulation_and_replay() -> None:
-    tuning = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2.0}
-    assert steps_of(config(tuning=tuning), 64) == 16
-    assert steps_of(config(tuning=tuning | {"replay_rounds": 1}), 64) == 32
-    assert steps_of(config(tuning=tuning | {"max_steps": 5}), 64) == 5
+    training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2.0}
+    assert steps_of(config(training=training), 64) == 16
+    assert steps_of(config(training=training | {"replay_rounds": 1}), 64) == 32
+    assert steps_of(config(training=training | {"max_steps": 5}), 64) == 5
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
 
-MODEL = Footprint("Llama", 1000, 1000, "float32", 4, 64, 4, 100, 128, "cpu")
+MODEL = ModelFootprint("Llama", 1000, 1000, "float32", 4, 64, 4, 100, 128, "cpu")
 
 
 def test_memory_is_weights_and_cache_or_weights_gradients_and_moments() -> None:
     found = memory(MODEL, config(sampling={"max_completion_length": 20, "batch_size": 8}), longest_prompt=10, rows=512)
     assert found.drawing == 4000 + 8 * 30 * 64
-    assert found.tuning == 4000 + 3 * 4000
+    assert found.training == 4000 + 3 * 4000
 
 
 def test_the_context_bounds_the_cache() -> None:
@@ -141,17 +141,17 @@ def test_kept_models_are_counted() -> None:
 
 
 def test_an_adapter_over_bfloat16_weights_is_float32() -> None:
-    model = Footprint("Llama", 1000, 100, "bfloat16", 2, 64, 4, 100, 128, "cpu")
+    model = ModelFootprint("Llama", 1000, 100, "bfloat16", 2, 64, 4, 100, 128, "cpu")
     planned_ = amounts(config(num_rounds=10), train=100, held_out=0)
     assert disk(model, config(num_rounds=10), planned_).models == 10 * 400
-    assert memory(model, config(), longest_prompt=10, rows=1).tuning == 2000 + 3 * 400
+    assert memory(model, config(), longest_prompt=10, rows=1).training == 2000 + 3 * 400
 
 
 def test_checkpoints_are_counted_where_a_fit_takes_longer_than_a_minute_or_is_asked_for_them() -> None:
-    planned_ = amounts(config(prompts_per_round=100, tuning={"per_device_train_batch_size": 1}), 1000, 0)
+    planned_ = amounts(config(prompts_per_round=100, training={"per_device_train_batch_size": 1}), 1000, 0)
     assert disk(MODEL, config(), planned_, fit=59.0).checkpoints == 0
     assert disk(MODEL, config(), planned_, fit=61.0).checkpoints == 2 * 3 * 4000
-    assert disk(MODEL, config(tuning={"save_steps": 10}), planned_, fit=1.0).checkpoints == 2 * 3 * 4000
+    assert disk(MODEL, config(training={"save_steps": 10}), planned_, fit=1.0).checkpoints == 2 * 3 * 4000
 
 
 def test_a_line_through_two_measurements_is_never_negative() -> None:
@@ -194,7 +194,7 @@ def test_a_probe_times_every_kind_of_work(folder: Path) -> None:
     found = planned(folder, measured=True)
     assert found.seconds is not None
     assert found.probe is not None
-    assert all(found.seconds[name] > 0 for name in ("drawing", "scoring", "log-probabilities", "tuning"))
+    assert all(found.seconds[name] > 0 for name in ("drawing", "scoring", "log-probabilities", "training"))
     assert 0 < found.probe.tokens <= 8
     assert found.probe.generation.startswith("shared prefix")
 
@@ -203,7 +203,7 @@ def test_a_probe_of_little_time_tries_less_and_says_what_it_extrapolated(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that needs 20 ms a token, and a reward of 0.2 s a sample: in full this would take more than a minute."""
-    forward, score = LlamaForCausalLM.forward, Length.__call__
+    forward, score = LlamaForCausalLM.forward, LengthReward.__call__
 
     @functools.wraps(forward)
     def sleepy(*args: Any, **rest: Any) -> Any:
@@ -216,7 +216,7 @@ def test_a_probe_of_little_time_tries_less_and_says_what_it_extrapolated(
         time.sleep(0.2 * len(completions))
         return score(self, completions=completions, **rest)
 
-    monkeypatch.setattr(Length, "__call__", slow)
+    monkeypatch.setattr(LengthReward, "__call__", slow)
     told: list[str] = []
     sampling = {"num_generations": 16, "max_completion_length": 100}
     began = time.monotonic()
@@ -232,12 +232,12 @@ def test_a_probe_of_little_time_tries_less_and_says_what_it_extrapolated(
 @pytest.mark.parametrize(
     ("slow", "missing"),
     [
-        ((loading, "load_weights"), ("drawing", "scoring", "log-probabilities", "tuning")),
-        ((LlamaForCausalLM, "forward"), ("drawing", "scoring", "log-probabilities", "tuning")),
-        ((Length, "__call__"), ("scoring", "log-probabilities", "tuning")),
-        ((training, "fit"), ("tuning",)),
+        ((loading, "load_weights"), ("drawing", "scoring", "log-probabilities", "training")),
+        ((LlamaForCausalLM, "forward"), ("drawing", "scoring", "log-probabilities", "training")),
+        ((LengthReward, "__call__"), ("scoring", "log-probabilities", "training")),
+        ((training, "fit"), ("training",)),
     ],
-    ids=["reading", "drawing", "scoring", "tuning"],
+    ids=["reading", "drawing", "scoring", "training"],
 )
 def test_a_probe_is_ended_wherever_it_is_when_its_time_is_up(
     folder: Path, monkeypatch: pytest.MonkeyPatch, slow: tuple[Any, str], missing: tuple[str, ...]
@@ -271,13 +271,13 @@ def test_a_probe_is_ended_wherever_it_is_when_its_time_is_up(
 def test_the_memory_of_the_probe_is_measured_and_scaled_to_the_run(folder: Path) -> None:
     found = planned(folder, measured=True)
     assert found.peaks is not None
-    assert found.peaks.drawing is not None and found.peaks.tuning is not None
+    assert found.peaks.drawing is not None and found.peaks.training is not None
     assert found.peaks.run_drawing is not None and found.peaks.run_drawing >= found.peaks.drawing > 100e6
-    drawing, tuning = Peak(3_000, 1_000, 4, 10.0), Peak(20_000, 1_000, 2, 10.0)
+    drawing, training = MeasuredPeak(3_000, 1_000, 4, 10.0), MeasuredPeak(20_000, 1_000, 2, 10.0)
     config_ = config(sampling={"max_completion_length": 30, "batch_size": 8})
-    scaled = peaks(drawing, tuning, MODEL, config_, prompt=10, rows=512)
+    scaled = peaks(drawing, training, MODEL, config_, prompt=10, rows=512)
     assert scaled.run_drawing == 3_000 + (8 * 40 - 4 * 20) * 64 + 4 * 100 * 16
-    batch = config_.tuning.per_device_train_batch_size
+    batch = config_.training.per_device_train_batch_size
     assert scaled.run_tuning == 20_000 + int((20_000 - 1_000 - 4_000 - 12_000) * (batch * 40 / (2 * 20) - 1))
 
 
@@ -300,8 +300,8 @@ def test_answers_in_the_data_that_cannot_be_used_are_refused_when_planned(folder
     with pytest.raises(DataError, match=r"candidate_columns names 'teacher', which the prompts lack; they have prompt"):
         planned(folder, sampling={"candidate_columns": ["teacher"]}, **data)
     reference = {"path": str(tmp_path / "p.jsonl"), "completion_column": "human"}
-    with pytest.raises(DataError, match=r"tuning\.reference\.path, row 8"):
-        planned(folder, tuning={"reference": reference}, **data)
+    with pytest.raises(DataError, match=r"training\.reference\.path, row 8"):
+        planned(folder, training={"reference": reference}, **data)
 
 
 def test_a_column_of_candidates_that_is_not_there_is_refused_before_a_run_draws(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_what_a_round_of_such_samples_would_raise_an_alarm_for_is_said(folder: P
 
 def test_answers_that_are_all_cut_off_are_noted_where_such_are_not_learned_from(folder: Path) -> None:
     cut = {"sampling": {"num_generations": 1, "max_completion_length": 1}, "selection": {"rule": "random"}}
-    found = planned(folder, measured=True, tuning={"mask_truncated_completions": True}, **cut)
+    found = planned(folder, measured=True, training={"mask_truncated_completions": True}, **cut)
     assert any("tried samples were cut off at max_completion_length" in note for note in found.notes)
 
 
@@ -370,5 +370,5 @@ def test_a_run_of_no_rounds_is_planned_by_its_held_out_prompts(folder: Path) -> 
     prompts = {"data": {"prompts": None}, "evaluation": {"prompts": str(folder / "prompts.jsonl"), "num_prompts": 5}}
     found = planned(folder, measured=True, num_rounds=0, **prompts)
     assert (found.prompts.train, found.prompts.held_out, found.amounts.samples) == (0, 5, 10)
-    assert found.seconds is not None and found.seconds["tuning"] == 0
+    assert found.seconds is not None and found.seconds["training"] == 0
     assert found.notes == ()

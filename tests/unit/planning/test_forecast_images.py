@@ -1,4 +1,4 @@
-"""The forecast of a run of pictures is held to what the run then does, and to what is known of published pipelines."""
+"""The forecast of a run of images is held to what the run then does, and to what is known of published pipelines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raftune.config.run import RunConfig
 from raftune.errors import DataError
 from raftune.planning import Forecast, forecast
 from raftune.planning.amounts import amounts
-from raftune.planning.images import Pipeline, disk_of, from_published, room, work_of
+from raftune.planning.images import PipelineSize, disk_of, from_published, room, work_of
 from raftune.planning.published import FLUX, PUBLISHED, SD1, SDXL
 from raftune.runtime.run import run
 from tests.pipelines import save_tiny
@@ -49,7 +49,7 @@ def configured(folder: Path, **changes: Any) -> RunConfig:
             "diffusion": {"num_inference_steps": 2, "guidance_scale": 2.0},
         },
         "rewards": {"reward_funcs": [{"spec": "colour", "options": {"measure": "brightness"}}]},
-        "tuning": {"per_device_train_batch_size": 4, "num_train_epochs": 2, "diffusion": {"noise_levels": 3}},
+        "training": {"per_device_train_batch_size": 4, "num_train_epochs": 2, "diffusion": {"noise_levels": 3}},
         "evaluation": {"prompts": str(folder / "held_out.jsonl"), "num_generations": 2},
         "engine": {"threads": 1},
     }
@@ -65,7 +65,7 @@ def planned(folder: Path, measured: bool = False, **changes: Any) -> Forecast:
 
 @pytest.fixture(scope="module")
 def done(folder: Path) -> tuple[Path, Counter[str]]:
-    """A finished run, and how many pictures its denoiser was asked about in each stage (with gradients: `learned`)."""
+    """A finished run, and how many images its denoiser was asked about in each stage (with gradients: `learned`)."""
     counted: Counter[str] = Counter()
     stage = ["start"]
     forward = UNet2DConditionModel.forward
@@ -91,9 +91,9 @@ def test_pictures_and_forwards_are_those_of_the_run(folder: Path, done: tuple[Pa
     root, counted = done
     found = planned(folder)
     assert found.work is not None
-    drawn = [pq.read_metadata(path).num_rows for path in root.glob("round-*/**/draw/unit-*.parquet")]
+    drawn = [pq.read_metadata(path).num_rows for path in root.glob("round-*/**/generate/chunk-*.parquet")]
     assert found.work.pictures == sum(drawn)
-    assert found.work.forwards == counted["draw"] + counted["evaluation draw"]
+    assert found.work.forwards == counted["generate"] + counted["evaluation generate"]
     assert found.work.learned == counted["learned"]
 
 
@@ -103,14 +103,14 @@ def test_an_adapter_and_latents_are_as_large_as_planned(folder: Path, done: tupl
     assert found.pipeline is not None
     with safe_open(root / "round-0001/model/pytorch_lora_weights.safetensors", "np") as file:
         assert found.pipeline.trained == sum(file.get_tensor(name).size for name in file.keys())  # noqa: SIM118
-    [latents] = set(map(len, pq.read_table(root / "round-0001/draw/unit-00000.parquet")["latents"].to_pylist()))
+    [latents] = set(map(len, pq.read_table(root / "round-0001/generate/chunk-00000.parquet")["latents"].to_pylist()))
     assert found.pipeline.latents == latents
 
 
 def test_a_probe_times_drawing_scoring_and_tuning_and_weighs_a_picture(folder: Path) -> None:
     found = planned(folder, measured=True)
     assert found.seconds is not None and found.probe is not None
-    assert all(found.seconds[name] > 0 for name in ("drawing", "scoring", "tuning"))
+    assert all(found.seconds[name] > 0 for name in ("drawing", "scoring", "training"))
     assert found.probe.size is not None and 50 < found.probe.size < 3 * 16 * 16 + 500
 
 
@@ -138,7 +138,7 @@ def test_labels_that_a_pipeline_does_not_have_are_counted_and_named(folder: Path
 # -- by published sizes -----------------------------------------------------------------------------------------------
 
 
-def by_name(name: str, **changes: Any) -> tuple[RunConfig, Pipeline]:
+def by_name(name: str, **changes: Any) -> tuple[RunConfig, PipelineSize]:
     base = {"data": {"prompts": "-"}, "policy": {"family": "diffusion", "model": name}}
     config = validate(merge([base, changes]))
     return config, from_published(PUBLISHED[name], config)
@@ -171,14 +171,16 @@ def test_an_adapter_trains_what_its_rank_and_targets_say() -> None:
 
 
 def test_work_memory_and_disk_are_arithmetic() -> None:
-    tuning = {"per_device_train_batch_size": 2, "num_train_epochs": 3, "diffusion": {"noise_levels": 4}}
+    training = {"per_device_train_batch_size": 2, "num_train_epochs": 3, "diffusion": {"noise_levels": 4}}
     name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    config, model = by_name(name, num_rounds=2, prompts_per_round=10, tuning=tuning, sampling={"num_generations": 5})
+    config, model = by_name(
+        name, num_rounds=2, prompts_per_round=10, training=training, sampling={"num_generations": 5}
+    )
     planned_ = amounts(config, train=100, held_out=0)
     work = work_of(model, config, planned_)
     assert (work.pictures, work.forwards, work.learned) == (100, 100 * 102, 2 * 10 * 3 * 4)
     need = room(model, config)
-    assert need.denoiser == 4 * model.parameters and need.training == 3 * need.denoiser
+    assert need.denoiser == 4 * model.parameters and need.trained_state == 3 * need.denoiser
     assert need.outputs == int(SD1.outputs * 2 * 4 * 4)
     space = disk_of(model, config, planned_, png=1000.0)
     assert space.models == 2 * 4 * model.parameters

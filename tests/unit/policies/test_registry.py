@@ -11,7 +11,7 @@ import pytest
 from raftune.config import RunConfig, validate
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.registry import family_of
-from raftune.protocols import Unit
+from raftune.protocols import Chunk
 from raftune.records import Sample
 from raftune.runtime.run import run
 from raftune.testing import begin, claims
@@ -23,39 +23,39 @@ OPTIONS = {"num_prompts": 4, "num_answers": 5}
 class Reversed(tiny.Dressed):
     """Draws what it should, in another order."""
 
-    def draw(self, unit: Unit) -> list[Sample]:
-        return super().draw(unit)[::-1]
+    def generate(self, chunk: Chunk) -> list[Sample]:
+        return super().generate(chunk)[::-1]
 
 
 class Short(tiny.Dressed):
     """Forgets a sample."""
 
-    def draw(self, unit: Unit) -> list[Sample]:
-        return super().draw(unit)[:-1]
+    def generate(self, chunk: Chunk) -> list[Sample]:
+        return super().generate(chunk)[:-1]
 
 
 class Chatty(tiny.Dressed):
     """Gives a column that it did not declare."""
 
-    def draw(self, unit: Unit) -> list[Sample]:
+    def generate(self, chunk: Chunk) -> list[Sample]:
         return [
             Sample(s.id, s.prompt_id, s.k, s.source, s.seed, s.version, s.completion, {"mood": "fine"})
-            for s in super().draw(unit)
+            for s in super().generate(chunk)
         ]
 
 
 class Wordy(tiny.Dressed):
     """Gives a text where it declared a number."""
 
-    def draw(self, unit: Unit) -> list[Sample]:
-        return [Sample(s.id, s.prompt_id, s.k, s.source, s.seed, s.version, "three") for s in super().draw(unit)]
+    def generate(self, chunk: Chunk) -> list[Sample]:
+        return [Sample(s.id, s.prompt_id, s.k, s.source, s.seed, s.version, "three") for s in super().generate(chunk)]
 
 
 class Silent(tiny.Dressed):
     """Gives nothing where it declared that there is always something."""
 
-    def draw(self, unit: Unit) -> list[Sample]:
-        return [Sample(s.id, s.prompt_id, s.k, s.source, s.seed, s.version, None) for s in super().draw(unit)]
+    def generate(self, chunk: Chunk) -> list[Sample]:
+        return [Sample(s.id, s.prompt_id, s.k, s.source, s.seed, s.version, None) for s in super().generate(chunk)]
 
 
 class Unseeded(tiny.Dressed):
@@ -63,10 +63,11 @@ class Unseeded(tiny.Dressed):
 
     calls = 0
 
-    def draw(self, unit: Unit) -> list[Sample]:
+    def generate(self, chunk: Chunk) -> list[Sample]:
         Unseeded.calls += 1
         return [
-            Sample(s.id, s.prompt_id, s.k, s.source, s.seed, s.version, Unseeded.calls % 5) for s in super().draw(unit)
+            Sample(s.id, s.prompt_id, s.k, s.source, s.seed, s.version, Unseeded.calls % 5)
+            for s in super().generate(chunk)
         ]
 
 
@@ -82,7 +83,7 @@ def here(name: str) -> str:
     ("name", "words"),
     [
         ("Reversed", r"Reversed\.draw must give its samples prompt by prompt, k ascending.*sample 0 has id"),
-        ("Short", r"Short\.draw must give a sample for each seed of each prompt of the unit, 8 here; got 7"),
+        ("Short", r"Short\.draw must give a sample for each seed of each prompt of the chunk, 8 here; got 7"),
         ("Chatty", r"columns that Chatty\.payload declares \(completion\); sample .* has mood"),
         ("Wordy", r"the payload of Wordy must fit the types that it declares"),
         ("Silent", r"Silent\.payload says that completion is never null"),
@@ -131,7 +132,8 @@ def test_what_a_class_lacks_is_named_all_at_once(tmp_path: Path) -> None:
 def test_what_a_loaded_policy_lacks_is_named_before_anything_is_drawn(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(WHOLE)
     config = tiny.config(tmp_path / "run", policy={"family": f"{tmp_path / 'mine.py'}:Mine"})
-    with pytest.raises(ConfigError, match=r"a Mine\) must have .*; it lacks nbytes, draw, adopt, tune, notes"):
+    with pytest.raises(ConfigError, match=r"a Mine\) must have .*; it lacks nbytes, generate, encode_completion, train,
+    notes"):
         run(config, tiny.objects())
 
 

@@ -9,21 +9,22 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from raftune.report.charts import Point, Series, line_chart, numbers
+from raftune.report.charts import ChartPoint, ChartSeries, line_chart, numbers
 from raftune.report.scales import nice_step, spread, tick_text, x_scale, y_scale
 from tests.injections import HOSTILE
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def series(*values: float | None, name: str = "policy", band: float = 0.0) -> Series:
+def series(*values: float | None, name: str = "policy", band: float = 0.0) -> ChartSeries:
     """A line over rounds 0, 1, …, with intervals of this half width."""
-    points = (Point(x, y, None if y is None or not band else y - band, y + band if band and y is not None else None)
+    points = (ChartPoint(x, y, None if y is None or not band else y - band, y + band if band and y is not None else
+    None)
               for x, y in enumerate(values))  # fmt: skip
-    return Series(name, tuple(points))
+    return ChartSeries(name, tuple(points))
 
 
-def drawn(*lines: Series, **options: object) -> ElementTree.Element:
+def drawn(*lines: ChartSeries, **options: object) -> ElementTree.Element:
     return ElementTree.fromstring(line_chart(lines, title="Reward", **options))  # type: ignore[arg-type]
 
 
@@ -91,7 +92,7 @@ def test_higher_numbers_are_drawn_higher_and_later_rounds_further_right() -> Non
 
 
 def test_lines_differ_in_more_than_colour() -> None:
-    one, two = series(1.0, 2.0), Series("best of 4", series(2.0, 3.0).points, 2, "dashed", "square")
+    one, two = series(1.0, 2.0), ChartSeries("best of 4", series(2.0, 3.0).points, 2, "dashed", "square")
     svg = drawn(one, two)
     assert len(paths(svg, "dashed")) == 1
     assert [e.text for e in svg.iter("text") if e.get("class") == "end"] == ["policy", "best of 4"]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from raftune.report import collect
-from raftune.report.numbers import Value
+from raftune.report.numbers import ReportValue
 from raftune.report.overview import overview, sentence, worth
-from raftune.store.commit import Commit, FileEntry
+from raftune.store.commit import FileEntry, Manifest
 from raftune.store.files import json_bytes
 from raftune.store.run import RunFolder
 from tests.runs import tiny
@@ -47,7 +47,7 @@ def commit_json(folder: RunFolder, round_: int, stage: str, files: Mapping[str, 
     for name, content in files.items():
         (place / name).write_bytes(json_bytes(content))
     entries = {name: FileEntry.of(place / name) for name in files}
-    folder.seal(Commit(stage, round_, "key", {}, {}, entries), stage)
+    folder.seal(Manifest(stage, round_, "key", {}, {}, entries), stage)
 
 
 def test_the_sentence_tells_the_best_round_the_start_and_the_alarms(tmp_path: Path) -> None:
@@ -120,13 +120,14 @@ def test_a_damaged_number_is_a_gap_and_no_crash(tmp_path: Path) -> None:
 
 def test_half_of_k_is_worth_its_share_of_the_gain() -> None:
     assert (
-        worth({1: Value(0.0), 4: Value(0.93), 8: Value(1.0)}) == "At the start, K = 4 gives 93 % of the gain of K = 8."
+        worth({1: ReportValue(0.0), 4: ReportValue(0.93), 8: ReportValue(1.0)})
+        == "At the start, K = 4 gives 93 % of the gain of K = 8."
     )
 
 
 @pytest.mark.parametrize("curve", [{}, {1: 0.0}, {1: 0.0, 2: 1.0}, {1: 1.0, 2: 1.0, 4: 1.0}])
 def test_of_a_curve_without_a_gain_nothing_is_said(curve: dict[int, float]) -> None:
-    assert worth({k: Value(mean) for k, mean in curve.items()}) == ""
+    assert worth({k: ReportValue(mean) for k, mean in curve.items()}) == ""
 
 
 def test_what_pictures_measured_is_drawn_and_what_they_did_not_is_not(tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_what_pictures_measured_is_drawn_and_what_they_did_not_is_not(tmp_path: 
         "invalid_ratio": 0.0,
     }
     words = overview(collect(run_of(tmp_path / "run", measured, measured, best=1)))
-    for title in ("Saturation and contrast", "Variety of pictures", "Effective number of pictures", "Worth a look"):
+    for title in ("Saturation and contrast", "Variety of images", "Effective number of images", "Worth a look"):
         assert f"<b>{title}</b>" in words
     assert "<b>Drift from the start</b>" in words
     assert "<b>Brightness</b>" not in words
@@ -149,10 +150,10 @@ def test_what_pictures_measured_is_drawn_and_what_they_did_not_is_not(tmp_path: 
 def test_the_time_of_a_round_is_split_by_what_it_was_spent_on(tmp_path: Path) -> None:
     root = run_of(tmp_path / "run", {"reward": interval(0)}, {"reward": interval(1)}, {"reward": interval(2)}, best=2)
     for round_ in (1, 2):
-        for stage, seconds in (("draw", 4.0), ("score", 1.5), ("tune", 2.25), ("evaluation draw", 0.5)):
+        for stage, seconds in (("generate", 4.0), ("score", 1.5), ("train", 2.25), ("evaluation generate", 0.5)):
             RunFolder(root).events.add("stage_end", round=round_, stage=stage, seconds=seconds)
     words = overview(collect(root))
     chart = words[words.index('id="seconds"') :]
-    for name, seconds in (("draw", "4.000"), ("score", "1.500"), ("tune", "2.250"), ("evaluate", "0.500")):
+    for name, seconds in (("generate", "4.000"), ("score", "1.500"), ("train", "2.250"), ("evaluate", "0.500")):
         assert f">{name}<" in chart or f"{name}</text>" in chart
         assert seconds in chart

@@ -1,4 +1,4 @@
-"""Pictures stand in a page once, whole where they are small, and one that is damaged is none."""
+"""Images stand in a page once, whole where they are small, and one that is damaged is none."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pytest
 
 from raftune.errors import DataError
 from raftune.report import pictures
-from raftune.report.pictures import Album, Embedded, embed
-from raftune.report.reading import Reader
+from raftune.report.pictures import EmbeddedImage, ImageSet, embed
+from raftune.report.reading import RunReader
 from raftune.store.run import RunFolder
 from tests.runs.report_pictures import chunk, png
 
-PLACE = "round-0001/draw/unit-00000.parquet"
+PLACE = "round-0001/generate/chunk-00000.parquet"
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 
 
-def shown(picture: Embedded) -> bytes:
+def shown(picture: EmbeddedImage) -> bytes:
     return base64.b64decode(picture.src.partition(",")[2])
 
 
@@ -59,16 +59,16 @@ def test_a_small_picture_that_is_damaged_is_refused_with_the_reason(damage: Any,
 
 
 class Shelf:
-    """Pictures that need no run: what an album reads from."""
+    """Images that need no run: what an album reads from."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int) -> None:
         self.files = [png((number, 0, 0)) for number in range(count)]
         self.names = [hashlib.sha256(file).hexdigest() for file in self.files]
         self.asked: list[str] = []
-        self.album = Album(Reader(RunFolder(tmp_path)))
+        self.album = ImageSet(RunReader(RunFolder(tmp_path)))
         monkeypatch.setattr(pictures, "found", self.found)
 
-    def found(self, reader: Reader, names: Any) -> Any:
+    def found(self, reader: RunReader, names: Any) -> Any:
         for name in names:
             self.asked.append(name)
             yield name, PLACE, self.files[self.names.index(name)]
@@ -101,7 +101,7 @@ def test_what_a_page_had_at_hand_is_not_made_again(monkeypatch: pytest.MonkeyPat
     shelf = Shelf(monkeypatch, tmp_path, 6)
     shelf.up_to([[0], [1]], 10**6)
     shelf.album.keep()
-    again = Album(shelf.album.reader, shelf.album.made)
+    again = ImageSet(shelf.album.reader, shelf.album.made)
     shelf.asked.clear()
     again.up_to([[1], [5]], 10**6, lambda item: [shelf.names[number] for number in item])
     assert shelf.asked == [shelf.names[5]]

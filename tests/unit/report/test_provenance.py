@@ -62,7 +62,7 @@ def test_every_stage_has_its_key_and_its_time(html: str, root: Path) -> None:
             assert f"{round_} · {name}" in html
             assert f'<code title="{commit.key}">{commit.key[:12]}</code>' in html
     seconds = next(event["seconds"] for event in folder.events if event["event"] == "stage_end")
-    assert "evaluation draw" in html
+    assert "evaluation generate" in html
     assert isinstance(seconds, float)
 
 

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import pytest
 
-from raftune.report.choosing import Group, Pair, encoded_size, first, in_turn, order_groups, order_pairs, up_to
+from raftune.report.choosing import (
+    HeldOutPair,
+    PromptGroup,
+    encoded_size,
+    first,
+    in_turn,
+    order_groups,
+    order_pairs,
+    up_to,
+)
 from raftune.report.page import embedded
 from raftune.report.pairs import MOST_ROUNDS, rounds_seen
 from raftune.report.samples import LONGEST, content, cut, finite
 
 
-def group(name: str, margin: float | None = 0.0, barren: bool = False) -> Group:
-    return Group(1, 0, 0, name, 4, margin, barren)
+def group(name: str, margin: float | None = 0.0, without_candidates: bool = False) -> PromptGroup:
+    return PromptGroup(1, 0, 0, name, 4, margin, without_candidates)
 
 
 def test_largest_margins_barren_prompts_and_hashes_take_turns() -> None:
-    groups = [group("d", 9.0), group("b", 8.0), group("c", None, barren=True), group("a", 1.0), group("e", 5.0)]
+    groups = [
+        group("d", 9.0),
+        group("b", 8.0),
+        group("c", None, without_candidates=True),
+        group("a", 1.0),
+        group("e", 5.0),
+    ]
     assert [g.prompt_id for g in order_groups(groups, 9)] == ["d", "c", "a", "b", "e"]
 
 
@@ -25,7 +40,9 @@ def test_the_order_of_prompts_does_not_depend_on_the_order_in_which_they_are_fou
 
 
 def test_gains_losses_and_hashes_take_turns() -> None:
-    pairs = [Pair(0, name, 0, gain) for name, gain in (("x", 2.0), ("y", -3.0), ("a", 0.1), ("z", None), ("w", 1.0))]
+    pairs = [
+        HeldOutPair(0, name, 0, gain) for name, gain in (("x", 2.0), ("y", -3.0), ("a", 0.1), ("z", None), ("w", 1.0))
+    ]
     assert [p.prompt_id for p in order_pairs(pairs, 9)] == ["x", "y", "a", "w", "z"]
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from raftune.data.classifier_inputs import Reading
+from raftune.data.classifier_inputs import ClassifierInputs
 from raftune.errors import DataError
 from raftune.reward_models.examples import (
-    Example,
+    FeedbackExample,
     identity_of,
     prompt_numbers,
     read_examples,
@@ -21,8 +21,8 @@ from tests.builders import tiny_tokenizer
 from tests.unit.reward_models.feedback_files import config_for, write
 
 
-def example(prompt: Any, row: int = 1) -> Example:
-    return Example(row, prompt, ("a", "b"), ([1], [2]))
+def example(prompt: Any, row: int = 1) -> FeedbackExample:
+    return FeedbackExample(row, prompt, ("a", "b"), ([1], [2]))
 
 
 EXAMPLES = [example(f"p{i % 100}", i) for i in range(250)]
@@ -70,11 +70,11 @@ def test_a_held_out_file_is_read_for_the_same_objective(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(6)]
     data, other = write(tmp_path / "a.jsonl", rows[:4]), write(tmp_path / "b.jsonl", rows[3:])
     config = config_for(data, tmp_path, tmp_path, held_out=str(other))
-    source, split = read_examples(config, tiny_tokenizer(), Reading())
+    source, split = read_examples(config, tiny_tokenizer(), ClassifierInputs())
     assert source.objective == "pairwise" and [len(split.train), len(split.held_out)] == [4, 2]
     rated = write(tmp_path / "c.jsonl", [{"prompt": "p", "completion": "a", "score": 1}])
     with pytest.raises(DataError, match="held_out must hold at least one usable row"):
-        read_examples(config_for(data, tmp_path, tmp_path, held_out=str(rated)), tiny_tokenizer(), Reading())
+        read_examples(config_for(data, tmp_path, tmp_path, held_out=str(rated)), tiny_tokenizer(), ClassifierInputs())
 
 
 def test_pairs_that_are_alike_once_they_are_cut_are_skipped_and_named(tmp_path: Path) -> None:
@@ -83,17 +83,17 @@ def test_pairs_that_are_alike_once_they_are_cut_are_skipped_and_named(tmp_path: 
     rows = [{"prompt": "p", "chosen": "a" + "x" * 20, "rejected": "b" + "x" * 20}]
     rows += [{"prompt": f"q{i}", "chosen": "c", "rejected": "d"} for i in range(3)]
     config = config_for(write(tmp_path / "a.jsonl", rows), tmp_path, tmp_path)
-    source, _ = read_examples(config, tokenizer, Reading(limit=10))
+    source, _ = read_examples(config, tokenizer, ClassifierInputs(limit=10))
     assert [(one.row, one.reason) for one in source.skipped] == [(1, "the same tokens")]
     alike = config_for(write(tmp_path / "b.jsonl", rows[:1]), tmp_path, tmp_path)
     with pytest.raises(DataError, match=r"the same within the last 10 tokens\. Raise max_length"):
-        read_examples(alike, tokenizer, Reading(limit=10))
+        read_examples(alike, tokenizer, ClassifierInputs(limit=10))
 
 
 def test_ranked_answers_are_pairs_of_one_prompt(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "completions": ["a", "b", "c"], "ranks": [1, 2, 3]} for i in range(4)]
     source, split = read_examples(
-        config_for(write(tmp_path / "a.jsonl", rows), tmp_path, tmp_path), tiny_tokenizer(), Reading()
+        config_for(write(tmp_path / "a.jsonl", rows), tmp_path, tmp_path), tiny_tokenizer(), ClassifierInputs()
     )
     assert source.objective == "pairwise" and [len(split.train), len(split.held_out)] == [6, 6]
 

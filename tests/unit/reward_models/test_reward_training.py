@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from raftune.config.load import validate_as
 from raftune.config.reward_model import RewardModelConfig, rate_for
 from raftune.config.rewards import RewardSpec
-from raftune.data.classifier_inputs import Reading, tokens
+from raftune.data.classifier_inputs import ClassifierInputs, tokens
 from raftune.errors import ConfigChanged, ConfigError, DataError, ModelError, StoreError
 from raftune.rewards import load_reward
 from raftune.store import interruption
@@ -83,7 +83,7 @@ def test_what_scores_reads_the_tokens_that_were_trained_on_and_gives_the_numbers
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
         tokenizer = AutoTokenizer.from_pretrained(place / arch)
     eos = arch in ("llama", "gpt2", "qwen2")
-    ids = tokens(tokenizer, prompts[0], held_out["chosen"][0], Reading(append_eos=eos, special_tokens=True))
+    ids = tokens(tokenizer, prompts[0], held_out["chosen"][0], ClassifierInputs(append_eos=eos, special_tokens=True))
     with torch.inference_mode():
         expected = float(model(input_ids=torch.tensor([ids])).logits[0, 0].double())
     assert reward(prompts=prompts[:1], completions=held_out["chosen"][:1]) == [expected]

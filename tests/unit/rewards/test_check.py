@@ -12,7 +12,7 @@ import pytest
 from raftune.cli import main
 from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError
-from raftune.rewards import Batch, check_reward
+from raftune.rewards import RewardBatch, check_reward
 from raftune.rewards.examples import example_batch
 
 
@@ -93,7 +93,7 @@ def test_a_reward_that_raises_or_hangs_is_reported_and_not_judged_further() -> N
         None,
         False,
     )
-    hang = check_reward(lambda completions, **kwargs: time.sleep(5), Batch(["q"], ["a"]), timeout=0.1)
+    hang = check_reward(lambda completions, **kwargs: time.sleep(5), RewardBatch(["q"], ["a"]), timeout=0.1)
     assert hang.statuses == {"timeout": 1}
 
 
@@ -126,7 +126,7 @@ def test_the_command_names_a_failure_once_hints_at_pictures_and_calls_no_constan
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "rewards.py").write_text(
-        "def size(completions, **kwargs):\n    return [picture.width for picture in completions]\n"
+        "def size(completions, **kwargs):\n    return [image.width for image in completions]\n"
         "def same(completions, **kwargs):\n    return [1.0] * len(completions)\n"
     )
     assert main(["reward", "check", f"{tmp_path / 'rewards.py'}:size"]) == 3

@@ -12,23 +12,25 @@ import pytest
 from raftune.config.load import validate_as
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import ConfigError
-from raftune.records import Part, Status
-from raftune.rewards import Batch, load_panel
-from raftune.rewards.combining import Combine, Share, combined, numbered, ranks, with_counts
+from raftune.records import RewardPart, ScoreStatus
+from raftune.rewards import RewardBatch, load_panel
+from raftune.rewards.combining import Combine, RewardShare, combined, numbered, ranks, with_counts
 
 FAILED = {
-    "error": Part(None, Status.ERROR, "broke"),
-    "timeout": Part(None, Status.TIMEOUT, "slow"),
-    "invalid": Part(None, Status.INVALID, "nan"),
+    "error": RewardPart(None, ScoreStatus.ERROR, "broke"),
+    "timeout": RewardPart(None, ScoreStatus.TIMEOUT, "slow"),
+    "invalid": RewardPart(None, ScoreStatus.INVALID, "nan"),
 }
-NOTHING = Part(None, Status.NOT_APPLICABLE)
+NOTHING = RewardPart(None, ScoreStatus.NOT_APPLICABLE)
 
 
-def parts(**columns: list[Any]) -> list[dict[str, Part]]:
+def parts(**columns: list[Any]) -> list[dict[str, RewardPart]]:
     """Rows of parts: a number is a value, None does not apply, a word is a failure."""
 
-    def part(value: Any) -> Part:
-        return NOTHING if value is None else FAILED[value] if isinstance(value, str) else Part(value, Status.OK)
+    def part(value: Any) -> RewardPart:
+        return (
+            NOTHING if value is None else FAILED[value] if isinstance(value, str) else RewardPart(value, ScoreStatus.OK)
+        )
 
     return [
         {name: part(values[i]) for name, values in columns.items()} for i in range(len(next(iter(columns.values()))))
@@ -36,9 +38,9 @@ def parts(**columns: list[Any]) -> list[dict[str, Part]]:
 
 
 def scores(
-    rows: list[dict[str, Part]], how: Combine = "sum", groups: list[Any] | None = None, **shares: Share
+    rows: list[dict[str, RewardPart]], how: Combine = "sum", groups: list[Any] | None = None, **shares: RewardShare
 ) -> list[float | None]:
-    given = {name: shares.get(name, Share()) for name in rows[0]}
+    given = {name: shares.get(name, RewardShare()) for name in rows[0]}
     return [score.value for score in combined(rows, given, how, groups or ["p"] * len(rows))]
 
 
@@ -85,7 +87,7 @@ def test_no_scale_dominates_a_score_by_rank() -> None:
 
 def test_ranks_are_weighted() -> None:
     rows = parts(good=[0.1, 0.2], bad=[5.0, 9.0])
-    assert scores(rows, "rank", good=Share(3.0), bad=Share(-1.0)) == [0.0, 2.0]
+    assert scores(rows, "rank", good=RewardShare(3.0), bad=RewardShare(-1.0)) == [0.0, 2.0]
 
 
 def test_each_prompt_is_ranked_by_itself() -> None:
@@ -97,17 +99,17 @@ def test_each_prompt_is_ranked_by_itself() -> None:
 @pytest.mark.parametrize("failure", FAILED)
 def test_a_failed_sample_has_no_score_and_is_ranked_against_nobody(failure: str) -> None:
     rows = parts(a=[1.0, 2.0, 3.0, 9.0], b=[0.0, 0.0, 0.0, failure])
-    found = combined(rows, {"a": Share(), "b": Share()}, "rank", ["p"] * 4)
+    found = combined(rows, {"a": RewardShare(), "b": RewardShare()}, "rank", ["p"] * 4)
     assert [score.value for score in found] == [0.5, 1.0, 1.5, None]
-    assert found[3].status is Status(failure)
+    assert found[3].status is ScoreStatus(failure)
     assert found[3].parts["a"].value == 9.0  # the ledger keeps what the others said
 
 
 def test_a_part_that_does_not_apply_counts_nothing_and_is_not_ranked() -> None:
     rows = parts(a=[1.0, None, 3.0], b=[1.0, 2.0, 3.0])
     assert scores(rows, "rank") == [0.0, 0.5, 2.0]
-    found = combined(parts(a=[None]), {"a": Share()}, "rank", ["p"])[0]
-    assert (found.value, found.status) == (None, Status.NOT_APPLICABLE)
+    found = combined(parts(a=[None]), {"a": RewardShare()}, "rank", ["p"])[0]
+    assert (found.value, found.status) == (None, ScoreStatus.NOT_APPLICABLE)
 
 
 def test_groups_are_numbered_in_the_order_of_their_first_samples() -> None:
@@ -119,18 +121,18 @@ def test_groups_are_numbered_in_the_order_of_their_first_samples() -> None:
 
 def test_a_threshold_counts_all_or_nothing_and_includes_its_bound() -> None:
     rows = parts(a=[0.9, 1.0, 1.5, 2.0, 2.1])
-    assert scores(rows, a=Share(3.0, at_least=1.0)) == [0.0, 3.0, 3.0, 3.0, 3.0]
-    assert scores(rows, a=Share(3.0, at_most=2.0)) == [3.0, 3.0, 3.0, 3.0, 0.0]
-    assert scores(rows, a=Share(-1.0, at_least=1.0, at_most=2.0)) == [0.0, -1.0, -1.0, -1.0, 0.0]
+    assert scores(rows, a=RewardShare(3.0, at_least=1.0)) == [0.0, 3.0, 3.0, 3.0, 3.0]
+    assert scores(rows, a=RewardShare(3.0, at_most=2.0)) == [3.0, 3.0, 3.0, 3.0, 0.0]
+    assert scores(rows, a=RewardShare(-1.0, at_least=1.0, at_most=2.0)) == [0.0, -1.0, -1.0, -1.0, 0.0]
 
 
 def test_a_threshold_counts_as_much_beside_ranks() -> None:
     rows = parts(a=[1.0, 2.0, 3.0], b=[0.0, 1.0, 1.0])
-    assert scores(rows, "rank", b=Share(10.0, at_least=0.5)) == [0.0, 10.5, 11.0]
+    assert scores(rows, "rank", b=RewardShare(10.0, at_least=0.5)) == [0.0, 10.5, 11.0]
 
 
 def test_a_part_that_does_not_apply_keeps_no_threshold() -> None:
-    assert scores(parts(a=[None, 1.0], b=[1.0, 1.0]), a=Share(1.0, at_most=5.0)) == [1.0, 2.0]
+    assert scores(parts(a=[None, 1.0], b=[1.0, 1.0]), a=RewardShare(1.0, at_most=5.0)) == [1.0, 2.0]
 
 
 def test_thresholds_that_exclude_each_other_are_refused() -> None:
@@ -151,7 +153,7 @@ def config(how: Combine = "sum", **changes: Any) -> RewardsConfig:
     return RewardsConfig(reward_funcs=specs, combine=how, batch_size=2)
 
 
-BATCH = Batch(["p", "p", "q", "p", "q"], ["ab", "abc", "abcd", "abcde", "a b a b"])
+BATCH = RewardBatch(["p", "p", "q", "p", "q"], ["ab", "abc", "abcd", "abcde", "a b a b"])
 
 
 def test_ranks_reach_over_the_calls_of_a_reward() -> None:
@@ -195,8 +197,8 @@ def test_what_counts_stands_beside_the_values_where_it_differs() -> None:
             "rewards/b": [0.0, 1.0, 1.0, None],
         }
     )
-    shares = {"a": Share(), "b": Share(2.0, at_least=0.5)}
-    assert with_counts(table, {"a": Share()}, "sum") is table
+    shares = {"a": RewardShare(), "b": RewardShare(2.0, at_least=0.5)}
+    assert with_counts(table, {"a": RewardShare()}, "sum") is table
     by_sum = with_counts(table, shares, "sum")
     assert by_sum.column_names == [*table.column_names, "counts/b"]
     assert by_sum.column("counts/b").to_pylist() == [0.0, 1.0, None, None]

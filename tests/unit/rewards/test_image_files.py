@@ -1,4 +1,4 @@
-"""Pictures of a person's own files, as `raftune reward score` and `check` read them."""
+"""Images of a person's own files, as `raftune reward score` and `check` read them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ GREYS = (10, 100, 200)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three pictures of different sizes, the darkest first, and one file that is none."""
+    """Three images of different sizes, the darkest first, and one file that is none."""
     for i, grey in enumerate(GREYS):
         Image.new("RGB", (16 + i, 20), (grey,) * 3).save(tmp_path / f"{i}.png")
-    (tmp_path / "9.png").write_bytes(b"no picture")
+    (tmp_path / "9.png").write_bytes(b"no image")
     return tmp_path
 
 
@@ -45,7 +45,7 @@ def test_a_folder_with_metadata_gives_pictures_prompts_and_columns(folder: Path)
     assert greys(folder) == [200, 10]
     assert (found.prompts, found.columns, found.rows) == (["grey 2", "grey 0"], {"shade": [2, 0]}, [1, 2])
     assert [(one.row, one.reason) for one in found.skipped] == [(3, "broken line"), (4, "missing column")]
-    assert found.words[0] == f"{folder}: 2 pictures"
+    assert found.words[0] == f"{folder}: 2 images"
 
 
 def test_a_folder_with_text_files_takes_those_as_prompts(folder: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_folder_with_text_files_takes_those_as_prompts(folder: Path) -> None:
 
 
 def test_a_folder_without_prompts_says_how_to_give_them(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"holds pictures and no prompts\. Add metadata\.jsonl"):
+    with pytest.raises(DataError, match=r"holds images and no prompts\. Add metadata\.jsonl"):
         read_answers(str(folder))
 
 
@@ -79,7 +79,7 @@ def test_parquet_holds_bytes_or_what_datasets_makes_of_pictures(folder: Path) ->
 
 def test_rows_without_any_picture_are_refused_with_the_reason(folder: Path) -> None:
     path = lines(folder / "rows.jsonl", [{"prompt": "a", "image": "9.png"}])
-    with pytest.raises(DataError, match=r"must hold pictures .*; all rows were skipped: 1 broken line: row 1"):
+    with pytest.raises(DataError, match=r"must hold images .*; all rows were skipped: 1 broken line: row 1"):
         read_answers(str(path))
 
 
@@ -110,7 +110,7 @@ def test_check_tries_a_persons_own_pictures_or_ours(folder: Path, capsys: pytest
         "    return list(values - values.mean())\n"
     )
     assert main(["reward", "check", f"{folder}/own.py:stacks", "--images"]) == 0
-    assert "fails where pictures of several sizes are in one call" in capsys.readouterr().out.replace("\n", " ")
+    assert "fails where images of several sizes are in one call" in capsys.readouterr().out.replace("\n", " ")
     assert main(["reward", "check", f"{folder}/own.py:centres", "--images", "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["batch_independent"] is False
 
@@ -131,9 +131,9 @@ def test_a_reward_of_the_other_medium_is_refused_before_it_is_asked(
     pictures = lines(folder / "rows.jsonl", [{"prompt": "a", "image": "1.png"}])
     texts = lines(folder / "texts.jsonl", [{"prompt": "a", "completion": "b"}])
     assert main(["reward", "score", "length", str(pictures), "--options", '{"target": 20}']) == 2
-    assert "length scores texts, and was given pictures. Name a reward for pictures" in capsys.readouterr().err
+    assert "length scores texts, and was given images. Name a reward for images" in capsys.readouterr().err
     assert main(["reward", "score", "colour", str(texts)]) == 2
-    assert "colour scores pictures, and was given texts. Name a reward for texts" in capsys.readouterr().err
+    assert "colour scores images, and was given texts. Name a reward for texts" in capsys.readouterr().err
     assert main(["reward", "check", "length", "--images", "--options", '{"target": 20}']) == 2
     assert main(["reward", "check", "colour", "--samples", str(texts)]) == 2
 

@@ -11,7 +11,7 @@ import pytest
 
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import ConfigError, RewardError
-from raftune.rewards import Batch, Panel, fingerprint, load_panel
+from raftune.rewards import RewardBatch, RewardSet, fingerprint, load_panel
 from raftune.rewards.function import FunctionReward
 from raftune.rewards.loading import load_reward
 from raftune.rewards.resolve import resolve
@@ -139,7 +139,7 @@ def test_configured_rewards_come_before_objects_and_keep_their_weights() -> None
     config = RewardsConfig(reward_funcs=({"spec": "length", "options": {"max": 1}, "weight": 2.0},))
     with load_panel(config, [lambda completions, **kwargs: [1.0] * len(completions)], weights=[0.5]) as panel:
         assert (panel.names, panel.weights) == (("length", "lambda"), (2.0, 0.5))
-        assert panel.score(Batch(["q"], ["a b"]))[0].value == -1.5
+        assert panel.score(RewardBatch(["q"], ["a b"]))[0].value == -1.5
 
 
 def test_a_files_fingerprint_follows_its_bytes_the_function_and_the_options(rules: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_folders_fingerprint_follows_names_and_contents(tmp_path: Path) -> Non
 def test_functions_that_take_what_they_name_say_so() -> None:
     assert FunctionReward(helped).accepts is None
     assert FunctionReward(lambda prompts, completions: []).accepts == {"prompts", "completions"}
-    assert Panel([FunctionReward(helped)]).media == {"helped": {"text", "messages", "image", "category"}}
+    assert RewardSet([FunctionReward(helped)]).media == {"helped": {"text", "messages", "image", "category"}}
 
 
 @pytest.mark.parametrize("options", [{}, {"model": "no-such-owner/no-such-model"}])

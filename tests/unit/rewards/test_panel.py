@@ -16,25 +16,25 @@ import pytest
 
 from raftune.config.rewards import RewardsConfig
 from raftune.errors import ConfigError
-from raftune.records import Score, Status
-from raftune.rewards import Batch, Panel, failure_message, load_panel, load_reward
-from raftune.rewards.builtin.length import Length
+from raftune.records import Score, ScoreStatus
+from raftune.rewards import RewardBatch, RewardSet, failure_message, load_panel, load_reward
+from raftune.rewards.builtin.length import LengthReward
 from raftune.rewards.function import FunctionReward
 from raftune.store import interruption
 from raftune.store import partial as unfinished
 
 
-def batch(size: int = 3, **columns: list[Any]) -> Batch:
-    return Batch([f"q{i}" for i in range(size)], [f"a{i}" for i in range(size)], columns)
+def batch(size: int = 3, **columns: list[Any]) -> RewardBatch:
+    return RewardBatch([f"q{i}" for i in range(size)], [f"a{i}" for i in range(size)], columns)
 
 
 def gives(*returned: Any) -> FunctionReward:
     return FunctionReward(lambda completions, **kwargs: list(returned), name=f"r{len(returned)}")
 
 
-def score(rewards: list[Any], asked: Batch, **options: Any) -> list[Score]:
+def score(rewards: list[Any], asked: RewardBatch, **options: Any) -> list[Score]:
     names = options.pop("names", [f"r{i}" for i in range(len(rewards))])
-    with Panel(rewards, names=names, **options) as panel:
+    with RewardSet(rewards, names=names, **options) as panel:
         return panel.score(asked)
 
 
@@ -59,7 +59,7 @@ def test_an_interrupted_scoring_asks_only_for_the_batches_that_are_missing(
     def scored(at: Path) -> tuple[list[Score], Any]:
         with (
             unfinished.unfinished_work(at, at / "tmp", "00000", "key", {}),
-            Panel([FunctionReward(reward, name="r")], batch_size=4) as panel,
+            RewardSet([FunctionReward(reward, name="r")], batch_size=4) as panel,
         ):
             return panel.score(batch(10)), panel.extras
 
@@ -80,15 +80,19 @@ def test_an_interrupted_scoring_asks_only_for_the_batches_that_are_missing(
 def test_a_part_that_does_not_apply_is_left_out_of_the_sum_and_without_any_the_score_does_not_apply() -> None:
     scores = score([gives(1, None, None), gives(None, 5, None)], batch(), weights=[1.0, 2.0])
     assert [(s.value, s.status) for s in scores] == [
-        (1.0, Status.OK),
-        (10.0, Status.OK),
-        (None, Status.NOT_APPLICABLE),
+        (1.0, ScoreStatus.OK),
+        (10.0, ScoreStatus.OK),
+        (None, ScoreStatus.NOT_APPLICABLE),
     ]
 
 
 def test_one_unusable_part_makes_the_whole_sample_unusable_and_only_that_sample() -> None:
     scores = score([gives(1, 2, 3), gives(1, math.nan, 1)], batch())
-    assert [(s.value, s.status) for s in scores] == [(2.0, Status.OK), (None, Status.INVALID), (4.0, Status.OK)]
+    assert [(s.value, s.status) for s in scores] == [
+        (2.0, ScoreStatus.OK),
+        (None, ScoreStatus.INVALID),
+        (4.0, ScoreStatus.OK),
+    ]
     assert scores[1].parts["r0"].value == 2.0
 
 
@@ -101,8 +105,8 @@ def test_of_several_failures_an_error_names_the_sample_before_a_time_out_and_a_t
     hang = partial(_sleep, 5)
     invalid = gives(math.nan, math.nan)
     three = [invalid, FunctionReward(hang), FunctionReward(raises)]
-    assert {s.status for s in score(three, batch(2), timeouts=0.2)} == {Status.ERROR}
-    assert {s.status for s in score(three[:2], batch(2), timeouts=0.2)} == {Status.TIMEOUT}
+    assert {s.status for s in score(three, batch(2), timeouts=0.2)} == {ScoreStatus.ERROR}
+    assert {s.status for s in score(three[:2], batch(2), timeouts=0.2)} == {ScoreStatus.TIMEOUT}
 
 
 def _sleep(seconds: float, completions: list[str], **kwargs: Any) -> list[float]:
@@ -111,7 +115,7 @@ def _sleep(seconds: float, completions: list[str], **kwargs: Any) -> list[float]
 
 
 def test_a_sum_beyond_the_range_of_floats_is_invalid() -> None:
-    assert score([gives(1.0), gives(1.0)], batch(1), weights=[1.7e308, 1.7e308])[0].status is Status.INVALID
+    assert score([gives(1.0), gives(1.0)], batch(1), weights=[1.7e308, 1.7e308])[0].status is ScoreStatus.INVALID
 
 
 def test_a_reward_is_called_by_keyword_with_all_that_the_contract_names() -> None:
@@ -121,7 +125,7 @@ def test_a_reward_is_called_by_keyword_with_all_that_the_contract_names() -> Non
         seen.update(kwargs)
         return [0.0]
 
-    asked = Batch(
+    asked = RewardBatch(
         ["q"],
         [[{"role": "assistant", "content": "a"}]],
         {"answer": [7], "prompt": ["clash"]},
@@ -143,7 +147,7 @@ def test_a_function_without_kwargs_gets_only_the_keywords_that_it_names() -> Non
 
 def test_a_keyword_that_no_column_gives_is_named() -> None:
     part = score([load_reward(lambda completions, answer: [0.0])], batch(1, solution=["x"]))[0].parts["r0"]
-    assert part.status is Status.ERROR
+    assert part.status is ScoreStatus.ERROR
     assert "needs 'answer', which is not passed; there are:" in part.detail
     assert "solution" in part.detail
 
@@ -157,7 +161,7 @@ def test_a_reward_that_changes_its_lists_changes_no_other_reward() -> None:
     def honest(completions: list[Any], answer: list[Any], **kwargs: Any) -> list[float]:
         return [float(completions[0][0]["content"] == "a" and answer == ["b"])]
 
-    asked = Batch(["q"], [[{"role": "assistant", "content": "a"}]], {"answer": ["b"]})
+    asked = RewardBatch(["q"], [[{"role": "assistant", "content": "a"}]], {"answer": ["b"]})
     assert score([FunctionReward(greedy), FunctionReward(honest)], asked)[0].value == 1.0
     assert asked.columns == {"answer": ["b"]}
 
@@ -206,9 +210,9 @@ def test_an_async_reward_that_blocks_the_loop_times_out_and_the_next_call_has_a_
             time.sleep(3)
         return [1.0] * len(completions)
 
-    with Panel([FunctionReward(reward)], timeouts=0.2) as panel:
+    with RewardSet([FunctionReward(reward)], timeouts=0.2) as panel:
         first, second = panel.score(batch(1))[0], panel.score(batch(1))[0]
-    assert first.status is Status.TIMEOUT
+    assert first.status is ScoreStatus.TIMEOUT
     assert "blocked the loop" in first.parts["reward"].detail
     assert second.value == 1.0
 
@@ -233,7 +237,7 @@ def test_errors_are_tried_again_as_often_as_configured_and_invalid_values_are_no
         calls.append("invalid")
         return [math.nan] * len(completions)
 
-    assert score([FunctionReward(flaky)], batch(1), retries=1)[0].status is Status.ERROR
+    assert score([FunctionReward(flaky)], batch(1), retries=1)[0].status is ScoreStatus.ERROR
     calls.clear()
     assert score([FunctionReward(flaky)], batch(1), retries=2)[0].value == 1.0
     score([FunctionReward(invalid)], batch(1), retries=2)
@@ -248,7 +252,7 @@ def test_what_rewards_log_is_kept_sample_by_sample_and_metrics_are_averaged() ->
         log_metric("length", len(completions))
         return [0.0] * len(completions)
 
-    with Panel([FunctionReward(reward)], batch_size=2) as panel:
+    with RewardSet([FunctionReward(reward)], batch_size=2) as panel:
         panel.score(batch(5))
         assert panel.extras.columns == {"said": ["A0", "A1", None, None, "A4"]}
         assert panel.extras.metrics == {"length": 1.5}
@@ -285,7 +289,7 @@ def test_objects_partials_lambdas_and_our_own_rewards_are_taken_as_they_are() ->
         Judge("a1"),
         partial(_sleep, 0.0),
         lambda completions, **kwargs: [0.25] * len(completions),
-        Length(max=9),
+        LengthReward(max=9),
         Judge("a0"),
     ]
     with load_panel(RewardsConfig(), objects, weights=[1, 2, 4, 1, 1]) as panel:
@@ -297,24 +301,24 @@ def test_objects_partials_lambdas_and_our_own_rewards_are_taken_as_they_are() ->
 @pytest.mark.parametrize("weights", [[1.0], [1.0, math.nan]])
 def test_weights_must_match_the_rewards_and_be_finite(weights: list[float]) -> None:
     with pytest.raises(ConfigError, match="reward_weights must"):
-        Panel([gives(1), gives(2)], names=["a", "b"], weights=weights)
+        RewardSet([gives(1), gives(2)], names=["a", "b"], weights=weights)
 
 
 def test_the_panels_fingerprint_follows_names_weights_and_rewards() -> None:
     def of(*rewards: Any, **options: Any) -> str:
-        with Panel(list(rewards), **options) as panel:
+        with RewardSet(list(rewards), **options) as panel:
             return panel.fingerprint
 
-    one = Length(max=3)
+    one = LengthReward(max=3)
     prints = [
         of(one),
         of(one, weights=[2.0]),
         of(one, names=["x"]),
-        of(Length(max=4)),
-        of(one, Length(max=4, name="b")),
+        of(LengthReward(max=4)),
+        of(one, LengthReward(max=4, name="b")),
     ]
     assert len(set(prints)) == 5
-    assert of(one) == of(Length(max=3), timeouts=3.0, retries=2)
+    assert of(one) == of(LengthReward(max=3), timeouts=3.0, retries=2)
 
 
 def test_the_message_about_failures_counts_them_by_status_and_shows_three_kinds() -> None:

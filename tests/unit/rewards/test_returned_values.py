@@ -17,8 +17,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from raftune.records import Status
-from raftune.rewards import Batch, Panel, load_reward
+from raftune.records import ScoreStatus
+from raftune.rewards import RewardBatch, RewardSet, load_reward
 
 try:
     import polars as pl
@@ -82,29 +82,31 @@ NO_NUMBERS: dict[str, Any] = {
 
 
 def parts(returned: Any, size: int = 3) -> list[Any]:
-    with Panel([load_reward(lambda completions: returned)]) as panel:
-        return [score.parts["lambda"] for score in panel.score(Batch(["q"] * size, ["a"] * size))]
+    with RewardSet([load_reward(lambda completions: returned)]) as panel:
+        return [score.parts["lambda"] for score in panel.score(RewardBatch(["q"] * size, ["a"] * size))]
 
 
 @pytest.mark.parametrize("kind", TAKEN)
 def test_numbers_in_the_order_of_the_samples_are_taken_from_every_common_kind_of_list(kind: str) -> None:
-    assert [(part.value, part.status) for part in parts(TAKEN[kind]())] == [(number, Status.OK) for number in NUMBERS]
+    assert [(part.value, part.status) for part in parts(TAKEN[kind]())] == [
+        (number, ScoreStatus.OK) for number in NUMBERS
+    ]
 
 
 @pytest.mark.skipif(pl is None, reason="polars is not installed")
 def test_a_series_of_polars_is_a_list_and_its_null_does_not_apply() -> None:
     found = parts(pl.Series([0.5, None, 1.0]))
     assert [(part.value, part.status) for part in found] == [
-        (0.5, Status.OK),
-        (None, Status.NOT_APPLICABLE),
-        (1.0, Status.OK),
+        (0.5, ScoreStatus.OK),
+        (None, ScoreStatus.NOT_APPLICABLE),
+        (1.0, ScoreStatus.OK),
     ]
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_has_no_order_or_is_no_list_is_invalid_by_its_name(kind: str) -> None:
     found = parts(REFUSED[kind]())
-    assert {part.status for part in found} == {Status.INVALID}
+    assert {part.status for part in found} == {ScoreStatus.INVALID}
     assert {part.value for part in found} == {None}
     if kind not in ("timedelta64", "datetime64"):
         assert found[0].detail.startswith(f"returned {kind} ")
@@ -113,18 +115,18 @@ def test_what_has_no_order_or_is_no_list_is_invalid_by_its_name(kind: str) -> No
 @pytest.mark.parametrize("kind", NO_NUMBERS)
 def test_a_value_that_is_missing_or_a_time_is_no_number(kind: str) -> None:
     found = parts([0.5, NO_NUMBERS[kind], 1.0])
-    assert [part.status for part in found] == [Status.OK, Status.INVALID, Status.OK]
+    assert [part.status for part in found] == [ScoreStatus.OK, ScoreStatus.INVALID, ScoreStatus.OK]
     assert found[1].value is None
     assert found[1].detail.startswith(f"returned {kind} ")
 
 
 def test_a_masked_array_hides_its_entries_and_only_those() -> None:
     found = parts(np.ma.array(NUMBERS, mask=[False, True, False]))
-    assert [part.status for part in found] == [Status.OK, Status.INVALID, Status.OK]
+    assert [part.status for part in found] == [ScoreStatus.OK, ScoreStatus.INVALID, ScoreStatus.OK]
 
 
 @pytest.mark.parametrize("endless", [lambda: (1.0 for _ in itertools.count()), lambda: map(float, itertools.count())])
 def test_values_without_end_are_too_many_and_not_the_end_of_the_memory(endless: Callable[[], Any]) -> None:
     found = parts(endless())
-    assert {part.status for part in found} == {Status.INVALID}
+    assert {part.status for part in found} == {ScoreStatus.INVALID}
     assert "more than 3 values" in found[0].detail

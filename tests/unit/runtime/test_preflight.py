@@ -10,7 +10,7 @@ import pytest
 
 from raftune.errors import ConfigError
 from raftune.policies.tabular.policy import Tabular
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from tests.runs import tiny
 
@@ -46,7 +46,7 @@ def test_another_source_in_the_pool_makes_a_margin_possible(tmp_path: Path) -> N
 
 def test_a_run_without_a_reward_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="reward_funcs must name at least one reward; got none"):
-        run(tiny.config(tmp_path / "run"), Objects(train=tiny.train, held_out=tiny.held_out))
+        run(tiny.config(tmp_path / "run"), PythonObjects(train=tiny.train, held_out=tiny.held_out))
 
 
 def test_beta_is_refused_for_a_family_without_likelihoods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_all_findings_are_given_at_once(tmp_path: Path) -> None:
 
 
 class Painted(tiny.Dressed):
-    """A family of pictures, as far as can be seen before it draws."""
+    """A family of images, as far as can be seen before it draws."""
 
     media = "image"
     payload = pa.schema([("completion", pa.binary())])
@@ -72,6 +72,6 @@ class Painted(tiny.Dressed):
 @pytest.mark.parametrize("field", ["min_length", "max_length"])
 def test_a_window_of_lengths_is_refused_for_pictures_before_anything_is_drawn(field: str, tmp_path: Path) -> None:
     policy = {"family": f"{__name__}:Painted", "options": {"num_prompts": 4, "num_answers": 5}}
-    with pytest.raises(ConfigError, match=rf"selection\.{field} is about lengths, and a picture has none; got 5"):
+    with pytest.raises(ConfigError, match=rf"selection\.{field} is about lengths, and an image has none; got 5"):
         run(tiny.config(tmp_path / "run", policy=policy, selection={field: 5}), tiny.objects())
     assert not list((tmp_path / "run").glob("round-*"))

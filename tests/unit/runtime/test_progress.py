@@ -13,7 +13,7 @@ from rich.console import Console
 
 from raftune.results.summary import rows_of, seconds_by_round
 from raftune.runtime import progress
-from raftune.runtime.progress import Lines, Pace, Progress
+from raftune.runtime.progress import Progress, RoundTable, StagePace
 from raftune.runtime.run import run
 from raftune.sanitize import duration
 from tests.runs import tiny
@@ -72,15 +72,15 @@ def test_columns_stand_under_their_titles(tmp_path: Path) -> None:
 def test_a_narrow_terminal_gets_fewer_columns_and_no_line_is_wrapped() -> None:
     row = {"round": 1, "reward": 0.5, "reward_low": 0.4, "reward_high": 0.6, "reward_n": 8, "k": 4, "best_of_k": 0.7}
     row |= {"kl": 0.25, "length": 12.5, "distinct_2": 0.875, "msttr": 0.8, "kept": 4, "samples": 16, "seconds": 71.0}
-    wide = Lines().add(row)
+    wide = RoundTable().add(row)
     assert len(wide) == 2 and max(line.cell_len for line in wide) > 60
-    narrow = Lines(width=60)
+    narrow = RoundTable(width=60)
     said, titles, first = (str(line) for line in narrow.add(row))
     assert len(titles) == len(first) <= 60
     assert titles.split() == ["round", "reward", "(n=8)", "KL", "kept", "time"]
     assert said.startswith("too narrow for: best of 4, length, distinct-2, MSTTR")
     assert [column.key for column in narrow.columns] == ["round", "reward", "kl", "kept", "seconds"]
-    assert str(Lines(width=10).add(row)[-1]).split() == ["1", "0.500", "±", "0.100"], (
+    assert str(RoundTable(width=10).add(row)[-1]).split() == ["1", "0.500", "±", "0.100"], (
         "the round and its reward stay, whatever the width"
     )
 
@@ -136,13 +136,13 @@ def test_a_run_that_fails_leaves_the_terminal_as_it_was(tmp_path: Path, screen: 
 
 
 def test_the_time_left_is_what_the_stages_took_before() -> None:
-    pace = Pace()
+    pace = StagePace()
     pace.begin_round(1, 3)
-    pace.add(1, "draw", 20.0)
+    pace.add(1, "generate", 20.0)
     assert pace.left() == ""
-    pace.add(1, "tune", 10.0)
+    pace.add(1, "train", 10.0)
     pace.begin_round(2, 3)
-    pace.add(2, "draw", 30.0)
+    pace.add(2, "generate", 30.0)
     assert pace.left() == "about 40 s left"  # the tune of round 2, then draw and tune of round 3 as round 1 took them
 
 
@@ -188,22 +188,22 @@ def test_the_time_of_a_round_counts_what_earlier_sessions_spent_on_it() -> None:
         return {"event": kind, "round": round_, "stage": stage, **({} if seconds is None else {"seconds": seconds})}
 
     events = [
-        event("stage_begin", 1, "draw"),
-        event("unit", 1, "draw", 5.0),  # then a SIGKILL
-        event("stage_begin", 1, "draw"),
-        event("unit", 1, "draw", 7.0),
-        event("stage_stop", 1, "draw", 9.0),  # Ctrl-C
-        event("stage_begin", 1, "draw"),
-        event("unit", 1, "draw", 3.0),
-        event("stage_end", 1, "draw", 4.0),
-        event("stage_end", 2, "draw", 1.0),
+        event("stage_begin", 1, "generate"),
+        event("chunk", 1, "generate", 5.0),  # then a SIGKILL
+        event("stage_begin", 1, "generate"),
+        event("chunk", 1, "generate", 7.0),
+        event("stage_stop", 1, "generate", 9.0),  # Ctrl-C
+        event("stage_begin", 1, "generate"),
+        event("chunk", 1, "generate", 3.0),
+        event("stage_end", 1, "generate", 4.0),
+        event("stage_end", 2, "generate", 1.0),
     ]
     assert seconds_by_round(events) == {1: 5.0 + 9.0 + 4.0, 2: 1.0}
 
 
 def test_a_resumed_round_is_shown_with_the_time_of_the_session_that_was_interrupted(tmp_path: Path) -> None:
     def stop(kind: str, facts: dict[str, Any]) -> None:
-        if kind == "unit" and facts["stage"] == "draw":
+        if kind == "chunk" and facts["stage"] == "generate":
             time.sleep(1.2)
             raise KeyboardInterrupt
 

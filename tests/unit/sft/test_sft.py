@@ -22,7 +22,7 @@ from raftune.config.load import validate_as
 from raftune.config.sft import SftConfig
 from raftune.errors import ConfigChanged, ConfigError, DataError, ModelError, StoreError
 from raftune.policies.causal_lm import CausalLM
-from raftune.sft import Learned, sft
+from raftune.sft import SftOutcome, sft
 from raftune.sft.work import as_run
 from raftune.store import interruption, partial
 from raftune.training.quiet import quiet
@@ -48,10 +48,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(root: Path, model: Path | str, source: Path | str, **changes: Any) -> SftConfig:
-    tuning = {"learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_steps": 2, **changes.pop("tuning", {})}
+    training = {"learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_steps": 2, **changes.pop("training", {})}
     policy = {"model": str(model), "device": "cpu", **changes.pop("policy", {})}
     data_ = {"path": str(source), "held_out_fraction": 0.2, **changes.pop("data", {})}
-    whole = {"output_dir": str(root), "threads": 1, "data": data_, "policy": policy, "tuning": tuning, **changes}
+    whole = {"output_dir": str(root), "threads": 1, "data": data_, "policy": policy, "training": training, **changes}
     return validate_as(SftConfig, whole)
 
 
@@ -61,12 +61,12 @@ def rows_of(root: Path, name: str = "rows.parquet") -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, model: Path, data: Path) -> Learned:
+def whole(tmp_path_factory: pytest.TempPathFactory, model: Path, data: Path) -> SftOutcome:
     """A fine-tuning that nobody interrupted."""
     return sft(config(tmp_path_factory.mktemp("sft") / "whole", model, data))
 
 
-def test_the_preferred_answers_are_learned_and_held_out_perplexity_falls(whole: Learned) -> None:
+def test_the_preferred_answers_are_learned_and_held_out_perplexity_falls(whole: SftOutcome) -> None:
     learned = rows_of(whole.root)
     assert {row["completion"] for row in learned} == {"the cab 0", "the cab 1", "the cab 2"}
     assert whole.worked
@@ -74,7 +74,7 @@ def test_the_preferred_answers_are_learned_and_held_out_perplexity_falls(whole: 
     assert whole.report["training"]["steps"] == -(-len(learned) // 4)
 
 
-def test_a_prompt_is_learned_from_or_held_out_and_never_both(whole: Learned) -> None:
+def test_a_prompt_is_learned_from_or_held_out_and_never_both(whole: SftOutcome) -> None:
     learned, held_out = (
         {row["prompt"] for row in rows_of(whole.root, n)} for n in ("rows.parquet", "held_out.parquet")
     )
@@ -84,7 +84,7 @@ def test_a_prompt_is_learned_from_or_held_out_and_never_both(whole: Learned) -> 
 
 
 def test_which_prompts_are_held_out_does_not_depend_on_the_order_of_rows(
-    tmp_path: Path, model: Path, whole: Learned
+    tmp_path: Path, model: Path, whole: SftOutcome
 ) -> None:
     again = sft(config(tmp_path / "sft", model, write(tmp_path / "other.jsonl", ANSWERS[::-1])))
     assert {r["prompt"] for r in rows_of(again.root, "held_out.parquet")} == {
@@ -92,13 +92,13 @@ def test_which_prompts_are_held_out_does_not_depend_on_the_order_of_rows(
     }
 
 
-def test_the_rows_are_the_ids_that_the_tokenizer_gives_with_eos_at_the_end(whole: Learned) -> None:
+def test_the_rows_are_the_ids_that_the_tokenizer_gives_with_eos_at_the_end(whole: SftOutcome) -> None:
     for row in rows_of(whole.root):
         assert row["completion_ids"] == [*tiny_tokenizer()(row["completion"])["input_ids"], EOS]
         assert (row["finish"], row["weight"], row["source"]) == ("eos", 1.0, "human")
 
 
-def test_its_prompts_are_written_once_each_for_the_rounds_that_come_after(whole: Learned) -> None:
+def test_its_prompts_are_written_once_each_for_the_rounds_that_come_after(whole: SftOutcome) -> None:
     for name, source in (("prompts.jsonl", "rows.parquet"), ("held_out.jsonl", "held_out.parquet")):
         lines = [json.loads(line) for line in (whole.root / name).read_text(encoding="utf-8").splitlines()]
         prompts = [line.pop("prompt") for line in lines]
@@ -110,7 +110,7 @@ def test_its_prompts_are_written_once_each_for_the_rounds_that_come_after(whole:
 
 
 def test_measuring_that_was_interrupted_goes_on_with_the_answers_that_are_left(
-    tmp_path: Path, model: Path, data: Path, whole: Learned, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Path, data: Path, whole: SftOutcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(partial, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(partial, "SHARE", 1e9)
@@ -135,10 +135,10 @@ def test_measuring_that_was_interrupted_goes_on_with_the_answers_that_are_left(
     found = sft(config(tmp_path / "sft", model, data), observe)
     assert found.report["perplexity"] == whole.report["perplexity"]
     assert len(batches) == 2 + 2 * 2 - 1, "of the two batches before the fit, one was there"
-    assert not (found.root / "tune").exists()
+    assert not (found.root / "train").exists()
 
 
-def test_the_perplexity_is_that_of_transformers_own_loss(whole: Learned) -> None:
+def test_the_perplexity_is_that_of_transformers_own_loss(whole: SftOutcome) -> None:
     assert_perplexity_is_that_of(AutoModelForCausalLM.from_pretrained(whole.root / "model"), whole)
 
 
@@ -151,7 +151,7 @@ def test_an_adapter_on_tied_embeddings_has_the_perplexity_that_plain_peft_gives_
     assert not (done.root / "model" / "parity.json").exists()  # it holds tokens of the rows
 
 
-def assert_perplexity_is_that_of(model: Any, whole: Learned) -> None:
+def assert_perplexity_is_that_of(model: Any, whole: SftOutcome) -> None:
     held_out = rows_of(whole.root, "held_out.parquet")
     nats = tokens = 0.0
     for row in held_out:
@@ -166,7 +166,7 @@ def assert_perplexity_is_that_of(model: Any, whole: Learned) -> None:
     assert measured["after"] == pytest.approx(float(torch.tensor(nats / tokens).exp()), rel=1e-5)
 
 
-def test_the_model_is_a_plain_folder_that_a_run_takes_as_its_policy(whole: Learned, tmp_path: Path) -> None:
+def test_the_model_is_a_plain_folder_that_a_run_takes_as_its_policy(whole: SftOutcome, tmp_path: Path) -> None:
     folder = whole.root / "model"
     assert AutoTokenizer.from_pretrained(folder)("the cab")["input_ids"] == tiny_tokenizer()("the cab")["input_ids"]
     run = as_run(config(tmp_path / "none", folder, "unused.jsonl"))
@@ -193,7 +193,7 @@ def test_an_adapter_is_a_plain_folder_of_peft_with_its_base_named_in_full(
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "twice" / "model")
 
 
-def test_a_second_call_finds_everything_done_and_changes_no_byte(whole: Learned, model: Path, data: Path) -> None:
+def test_a_second_call_finds_everything_done_and_changes_no_byte(whole: SftOutcome, model: Path, data: Path) -> None:
     before = tree_hash(whole.root)
     again = sft(config(whole.root, model, data))
     assert not again.worked and again.report == whole.report
@@ -205,13 +205,13 @@ class Killed(BaseException):
 
 
 def test_stopped_at_any_event_the_same_call_ends_in_the_same_bytes(
-    tmp_path: Path, model: Path, data: Path, whole: Learned
+    tmp_path: Path, model: Path, data: Path, whole: SftOutcome
 ) -> None:
     events: list[tuple[str, Any]] = []
     sft(config(tmp_path / "count", model, data), lambda kind, facts: events.append((kind, facts)))
-    assert Counter(kind for kind, _ in events) == {"step": 5, "data": 1, "encoded": 2, "tuned": 9}
+    assert Counter(kind for kind, _ in events) == {"step": 5, "data": 1, "encoded": 2, "trained": 9}
     for stop in range(len(events)):
-        if events[stop][0] == "tuned" and events[stop][1]["done"] not in (1, 3, 9):
+        if events[stop][0] == "trained" and events[stop][1]["done"] not in (1, 3, 9):
             continue
         root, seen = tmp_path / f"stop-{stop}", [0]
 
@@ -227,15 +227,15 @@ def test_stopped_at_any_event_the_same_call_ends_in_the_same_bytes(
 
 
 def test_killed_by_a_signal_the_same_command_ends_in_the_same_bytes(
-    tmp_path: Path, model: Path, data: Path, whole: Learned
+    tmp_path: Path, model: Path, data: Path, whole: SftOutcome
 ) -> None:
     root = tmp_path / "killed"
     words = [str(data), "--policy.model", str(model), "--output-dir", str(root), "--threads", "1"]
-    words += ["--policy.device", "cpu", "--data.held_out_fraction", "0.2", "--tuning.learning_rate", "1e-2"]
-    words += ["--tuning.per_device_train_batch_size", "4", "--tuning.save_steps", "2"]
+    words += ["--policy.device", "cpu", "--data.held_out_fraction", "0.2", "--training.learning_rate", "1e-2"]
+    words += ["--training.per_device_train_batch_size", "4", "--training.save_steps", "2"]
     with subprocess.Popen([sys.executable, "-m", "raftune", "sft", *words], stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 120
-        while not (root / "tune").exists() and time.monotonic() < deadline and process.poll() is None:
+        while not (root / "train").exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL and not (root / "report.json").exists()
@@ -245,7 +245,7 @@ def test_killed_by_a_signal_the_same_command_ends_in_the_same_bytes(
 
 def test_every_row_of_an_awkward_file_is_learned_held_out_or_named(tmp_path: Path) -> None:
     written = write_hh(tmp_path / "hh.jsonl.gz")
-    done = sft(config(tmp_path / "sft", "starter", written.path, tuning={"max_steps": 1}))
+    done = sft(config(tmp_path / "sft", "starter", written.path, training={"max_steps": 1}))
     data = done.report["data"]
     skipped = [json.loads(line) for line in (done.root / "skipped.jsonl").read_text(encoding="utf-8").splitlines()]
     assert data["rows"] == written.rows
@@ -273,7 +273,7 @@ def test_an_answer_beyond_max_length_is_cut_without_eos_or_left_out_where_that_i
     assert (len(long["completion_ids"]), long["finish"], long["completion"]) == (5, "length", "ab" * 5)
     assert EOS not in long["completion_ids"] and short["completion_ids"][-1] == EOS
     assert (done.report["data"]["cut"], done.report["training"]["rows"]) == (1, 2)
-    masked = sft(config(tmp_path / "masked", model, data, max_length=6, tuning={"mask_truncated_completions": True}))
+    masked = sft(config(tmp_path / "masked", model, data, max_length=6, training={"mask_truncated_completions": True}))
     details = masked.report["training"]["details"]
     assert (masked.report["training"]["rows"], details["left_out_truncated"]) == (1, 1)
 
@@ -298,15 +298,15 @@ def test_messages_without_a_chat_template_are_refused_with_the_way_out(tmp_path:
 
 
 def test_another_configuration_or_other_data_is_refused_with_the_difference(
-    whole: Learned, model: Path, data: Path, tmp_path: Path
+    whole: SftOutcome, model: Path, data: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigChanged, match=r"tuning.learning_rate: 0.01 there, 0.02 now"):
-        sft(config(whole.root, model, data, tuning={"learning_rate": 0.02}))
+    with pytest.raises(ConfigChanged, match=r"training.learning_rate: 0.01 there, 0.02 now"):
+        sft(config(whole.root, model, data, training={"learning_rate": 0.02}))
     mine = write(tmp_path / "mine.jsonl", ANSWERS)
-    sft(config(tmp_path / "sft", model, mine, tuning={"max_steps": 1}))
+    sft(config(tmp_path / "sft", model, mine, training={"max_steps": 1}))
     write(mine, ANSWERS[1:])
     with pytest.raises(ConfigChanged, match=r"mine.jsonl has changed since .* was begun"):
-        sft(config(tmp_path / "sft", model, mine, tuning={"max_steps": 1}))
+        sft(config(tmp_path / "sft", model, mine, training={"max_steps": 1}))
 
 
 def test_a_call_that_came_to_nothing_does_not_bind_the_next(tmp_path: Path, model: Path, data: Path) -> None:
@@ -315,7 +315,7 @@ def test_a_call_that_came_to_nothing_does_not_bind_the_next(tmp_path: Path, mode
         sft(config(root, model, "./gone.jsonl"))
     with pytest.raises(ModelError, match=r"policy.model must be a folder or a hub name"):
         sft(config(root, "./gone", data))
-    assert sft(config(root, model, data, tuning={"max_steps": 1})).worked
+    assert sft(config(root, model, data, training={"max_steps": 1})).worked
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, model: Path, data: Path) -> None:
@@ -335,12 +335,12 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, model: Path
     [{"replay_rounds": 1}, {"start_from": "start"}, {"optimizer_state": "carried"}, {"reference": {"path": "x"}}],
 )
 def test_what_speaks_of_rounds_is_refused(tmp_path: Path, field: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"tuning.{next(iter(field))} speaks of rounds, and sft has none"):
-        config(tmp_path, "m", "d", tuning=field)
+    with pytest.raises(ConfigError, match=f"training.{next(iter(field))} speaks of rounds, and sft has none"):
+        config(tmp_path, "m", "d", training=field)
 
 
 def test_the_command_says_what_was_learned_and_what_to_do_next(
-    whole: Learned, capsys: pytest.CaptureFixture[str]
+    whole: SftOutcome, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["sft", str(whole.root / "config.yaml"), "--output-dir", str(whole.root)]
     assert main(given) == 0
@@ -361,7 +361,7 @@ def test_the_command_says_what_was_learned_and_what_to_do_next(
             "sft takes one data set; got a.jsonl, b.jsonl",
         ),
         (["a.jsonl"], "output_dir must be given"),
-        (["a.jsonl", "--tuning.learning_rat", "1"], "did you mean --tuning.learning_rate?"),
+        (["a.jsonl", "--training.learning_rat", "1"], "did you mean --training.learning_rate?"),
     ],
 )
 def test_a_call_that_lacks_something_says_what(

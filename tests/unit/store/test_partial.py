@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from raftune.store import interruption, partial
-from raftune.store.partial import AT_A_STOP, Pace, current, unfinished_work
+from raftune.store.partial import AT_A_STOP, SavePace, current, unfinished_work
 
 
 class Clock:
@@ -36,7 +36,7 @@ def calm() -> Iterator[None]:
 
 
 def test_what_is_small_is_saved_once_a_minute(clock: Clock) -> None:
-    pace = Pace()
+    pace = SavePace()
     saved = []
     for second in range(1, 601):
         clock.now = 1000.0 + second
@@ -49,7 +49,7 @@ def test_what_is_small_is_saved_once_a_minute(clock: Clock) -> None:
 @pytest.mark.parametrize("rate", [20e6, 100e6, 2e9])
 def test_saving_takes_no_more_than_a_twentieth_of_the_time(clock: Clock, rate: float) -> None:
     """Of ten gigabytes, on disks from slow to fast; the first save goes by a guess of 200 MB a second."""
-    pace, nbytes, spent, first = Pace(), int(10e9), 0.0, None
+    pace, nbytes, spent, first = SavePace(), int(10e9), 0.0, None
     for _ in range(200_000):
         clock.now += 1.0
         if pace.due(lambda: nbytes):
@@ -61,7 +61,7 @@ def test_saving_takes_no_more_than_a_twentieth_of_the_time(clock: Clock, rate: f
 
 
 def test_a_stop_saves_at_once_what_takes_no_longer_than_one_waits(clock: Clock) -> None:
-    pace = Pace()
+    pace = SavePace()
     assert not pace.due(lambda: 1000)
     interruption.ask_to_stop()
     assert pace.due(lambda: 1000)
@@ -88,9 +88,9 @@ def test_a_full_disk_keeps_no_unfinished_work_and_stops_nothing(
         path.write_text("half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with unfinished_work(tmp_path / "draw", tmp_path / "tmp", "00003", "key", {}):
+    with unfinished_work(tmp_path / "generate", tmp_path / "tmp", "00003", "key", {}):
         current("text").step(lambda path: path.write_text("first") and None)
         current("text").step(full)
         found = current("text").find()
         assert found is not None and found.read_text() == "first"
-    assert not list((tmp_path / "draw").iterdir()) and not list((tmp_path / "tmp").iterdir())
+    assert not list((tmp_path / "generate").iterdir()) and not list((tmp_path / "tmp").iterdir())

@@ -128,8 +128,8 @@ def test_use_cpu_chooses_the_device() -> None:
 @pytest.mark.parametrize("name", ["adam_beta2", "neftune_noise_alpha", "dataloader_drop_last"])
 def test_what_only_transformers_reads_is_passed_on_where_it_is_set(name: str) -> None:
     value = {"adam_beta2": 0.95, "neftune_noise_alpha": 5.0, "dataloader_drop_last": True}[name]
-    assert run_of(config(**{name: value}), GIVEN).tuning.trainer_kwargs == {name: value}
-    assert run_of(config(), GIVEN).tuning.trainer_kwargs == {}
+    assert run_of(config(**{name: value}), GIVEN).training.trainer_kwargs == {name: value}
+    assert run_of(config(), GIVEN).training.trainer_kwargs == {}
 
 
 def test_a_selection_is_a_rule_or_its_fields() -> None:
@@ -145,14 +145,14 @@ def test_beta_is_said_once() -> None:
 
 
 def test_what_has_no_flat_name_goes_through_run_config() -> None:
-    given = {"tuning.loss_normalization": "sample", "stop": {"patience": 3}}
+    given = {"training.loss_normalization": "sample", "stop": {"patience": 3}}
     found = run_of(config(run_config=given), GIVEN)
-    assert (found.tuning.loss_normalization, found.stop.patience) == ("sample", 3)
-    assert given == {"tuning.loss_normalization": "sample", "stop": {"patience": 3}}
+    assert (found.training.loss_normalization, found.stop.patience) == ("sample", 3)
+    assert given == {"training.loss_normalization": "sample", "stop": {"patience": 3}}
     with pytest.raises(
-        ConfigError, match=r"tuning\.loss_normalisation is not a field; did you mean 'loss_normalization'"
+        ConfigError, match=r"training\.loss_normalisation is not a field; did you mean 'loss_normalization'"
     ):
-        config(run_config={"tuning.loss_normalisation": "sample"})
+        config(run_config={"training.loss_normalisation": "sample"})
 
 
 def test_the_best_round_is_named_as_transformers_names_metrics() -> None:
@@ -163,7 +163,7 @@ def test_the_best_round_is_named_as_transformers_names_metrics() -> None:
 
 def test_a_copy_with_a_change_is_a_valid_configuration() -> None:
     copied = dataclasses.replace(config(eval_strategy="epoch"), learning_rate=1e-3)
-    assert run_of(copied, GIVEN).tuning.learning_rate == 1e-3
+    assert run_of(copied, GIVEN).training.learning_rate == 1e-3
 
 
 def test_rules_of_values_are_told_under_the_flat_names_before_a_model_is_loaded() -> None:
@@ -246,11 +246,11 @@ def test_defaults_that_are_written_out_are_accepted_without_a_word() -> None:
 
 def test_what_a_run_gives_in_another_way_is_mapped() -> None:
     found = run_of(config(top_k=-1, warmup_ratio=0.1, save_total_limit=2, num_iterations=3, num_train_epochs=2), GIVEN)
-    assert (found.sampling.top_k, found.tuning.warmup_steps, found.keep_models) == (0, 0.1, "best")
-    assert found.tuning.num_train_epochs == 6
+    assert (found.sampling.top_k, found.training.warmup_steps, found.keep_models) == (0, 0.1, "best")
+    assert found.training.num_train_epochs == 6
     assert run_of(config(max_prompt_length=512), GIVEN).sampling.max_prompt_length == 512
     assert run_of(config(save_total_limit=9, save_steps=0.1), GIVEN) == run_of(config(), GIVEN)
-    assert run_of(config(warmup_steps=3, warmup_ratio=0.1), GIVEN).tuning.warmup_steps == 3
+    assert run_of(config(warmup_steps=3, warmup_ratio=0.1), GIVEN).training.warmup_steps == 3
     assert run_of(config(use_cpu=False, no_cuda=True), GIVEN).policy.device == "cpu"
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from raftune.starters.image.pictures import ANY_RADIUS, SIZE, Pixels, examples
-from tools.starters.optimizer import Descent, say
+from tools.starters.optimizer import Optimizer, emit
 
 
 class AutoencoderRecipe(NamedTuple):
@@ -42,8 +42,8 @@ def train_autoencoder(recipe: AutoencoderRecipe, seed: int) -> AutoencoderKL:
         shift_factor=0.0,
         mid_block_add_attention=False,
     )
-    say(f"autoencoder: {sum(p.numel() for p in vae.parameters()):,} parameters, {recipe.steps} steps")
-    descent = Descent("autoencoder", vae, recipe.rate, recipe.steps)
+    emit(f"autoencoder: {sum(p.numel() for p in vae.parameters()):,} parameters, {recipe.steps} steps")
+    descent = Optimizer("autoencoder", vae, recipe.rate, recipe.steps)
     noise = torch.Generator().manual_seed(seed)
     batches = examples(np.random.default_rng(seed), recipe.batch, ANY_RADIUS)
     for _, (_, pixels) in zip(range(recipe.steps), batches, strict=False):
@@ -72,7 +72,7 @@ def centre(vae: AutoencoderKL, seed: int, pictures: int = 2048) -> None:
     quant.bias[c:] -= 2 * sd_C.log()
     post.bias += post.weight[:, :, 0, 0] @ mean_C
     post.weight *= sd_C[None, :, None, None]
-    say(f"latents were of mean {mean_C.tolist()}, deviation {sd_C.tolist()}")
+    emit(f"latents were of mean {mean_C.tolist()}, deviation {sd_C.tolist()}")
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from raftune.starters.image import WEIGHTS
-from raftune.starters.image.classifier import Classifier
+from raftune.starters.image.classifier import SceneClassifier
 from tools.starters.image.autoencoder import AutoencoderRecipe, train_autoencoder
 from tools.starters.image.drawing import FLOW, UNET, train_flow, train_unet
 from tools.starters.image.keeping import load_clip, load_head, save_clip, save_head, save_part, save_pipeline, size
@@ -31,14 +31,14 @@ from tools.starters.image.measuring import (
 )
 from tools.starters.image.seeing import (
     AestheticRecipe,
+    ImageRewardRecipe,
     JudgeRecipe,
-    RewardRecipe,
     train_aesthetic,
     train_judge,
     train_reward,
 )
 from tools.starters.image.wording import LENGTH
-from tools.starters.optimizer import say
+from tools.starters.optimizer import emit
 
 PARTS: Final = ("autoencoder", "judge", "reward", "aesthetic", "policy", "flow")
 GATE: Final = 0.98  # the least share of reconstructions of which the judge sees each attribute right
@@ -65,7 +65,7 @@ def note(out: Path, part: str, found: dict[str, Any]) -> None:
     path = out / "manifest.json"
     known = json.loads(path.read_text()) if path.exists() else {"made_by": "python -m tools.starters.image.build"}
     path.write_text(json.dumps({**known, part: found}, indent=2) + "\n")
-    say(json.dumps({part: found["measured"]}, indent=2))
+    emit(json.dumps({part: found["measured"]}, indent=2))
 
 
 def build_autoencoder(out: Path, seed: int) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def build_judge(out: Path, seed: int, recipe: JudgeRecipe | None = None) -> dict
     """Writes `judge/`. Ends the build where the judge does not see reconstructions as it sees originals."""
     recipe, vae = recipe or JudgeRecipe(), load_vae(out)
     train_judge(vae, recipe, seed + 1).save(out / "judge")
-    found = measure_judge(vae, Classifier.load(out / "judge"), seed + UNSEEN)
+    found = measure_judge(vae, SceneClassifier.load(out / "judge"), seed + UNSEEN)
     blind = {name: share for name, share in found["right_on_reconstructions"].items() if name != "all" and share < GATE}
     if blind:
         raise SystemExit(
@@ -94,7 +94,7 @@ def build_judge(out: Path, seed: int, recipe: JudgeRecipe | None = None) -> dict
 
 
 def build_reward(out: Path, seed: int) -> dict[str, Any]:
-    recipe = RewardRecipe()
+    recipe = ImageRewardRecipe()
     save_clip(train_reward(load_vae(out), recipe, seed + 2), out / "reward")
     clip = load_clip(out / "reward")
     facts = {"parameters": clip.num_parameters(), "bytes": size(out / "reward")}
@@ -120,7 +120,7 @@ def build_flow(out: Path, seed: int) -> dict[str, Any]:
 
 def reached(out: Path, name: str, seed: int, **options: Any) -> dict[str, Any]:
     pipe = DiffusionPipeline.from_pretrained(out / name)
-    found = measure_policy(pipe, Classifier.load(out / "judge"), seed + UNSEEN, **options)
+    found = measure_policy(pipe, SceneClassifier.load(out / "judge"), seed + UNSEEN, **options)
     return {"bytes": size(out / name), "measured": found}
 
 

@@ -25,14 +25,14 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from raftune.starters.image.pictures import SIZE, USUAL_RADIUS, paint, scenes
 from tools.starters.image.autoencoder import encode
 from tools.starters.image.wording import LENGTH, silent_encoder, silent_tokenizer, text_config, tokenizer
-from tools.starters.optimizer import Descent, say
+from tools.starters.optimizer import Optimizer, emit
 
 CELLS = SIZE // 4
 LEVELS = 1000
 SHIFT = 3.0  # of the noise levels of flow matching towards noise: latents this small show through all but the most
 
 
-class Leg(NamedTuple):
+class TrainingLeg(NamedTuple):
     """Steps with an optimizer of their own, from a warm-up down a cosine. `noisy`: see `levels`."""
 
     steps: int
@@ -40,13 +40,13 @@ class Leg(NamedTuple):
     noisy: bool = False
 
 
-Loss = Callable[[torch.Tensor, list[str], Leg], torch.Tensor]
+Loss = Callable[[torch.Tensor, list[str], TrainingLeg], torch.Tensor]
 
 
-class PolicyRecipe(NamedTuple):
+class ImagePolicyRecipe(NamedTuple):
     """Every number that shapes a policy, but for its architecture's own."""
 
-    legs: tuple[Leg, ...]
+    legs: tuple[TrainingLeg, ...]
     batch: int = 32
     pictures: int = 24_000
     wrong: float = 0.3  # the share of pictures with another scene's caption: what there is to align
@@ -54,11 +54,13 @@ class PolicyRecipe(NamedTuple):
 
 
 # In one leg of 5,000, with noisy levels from its first step, it learned where a shape belongs in 4 of 10 pictures only.
-UNET = PolicyRecipe((Leg(3000, 1.5e-3), Leg(1500, 1e-3, noisy=True), Leg(1200, 1e-3, noisy=True)))
-FLOW = PolicyRecipe((Leg(5500, 2e-3),))
+UNET = ImagePolicyRecipe(
+    (TrainingLeg(3000, 1.5e-3), TrainingLeg(1500, 1e-3, noisy=True), TrainingLeg(1200, 1e-3, noisy=True))
+)
+FLOW = ImagePolicyRecipe((TrainingLeg(5500, 2e-3),))
 
 
-class Lessons(NamedTuple):
+class CaptionedLatents(NamedTuple):
     """Latents of pictures and the captions that they are taught with."""
 
     latents: torch.Tensor
@@ -70,17 +72,17 @@ class Lessons(NamedTuple):
         return self.latents[torch.from_numpy(rows)], told
 
 
-def lessons(vae: AutoencoderKL, recipe: PolicyRecipe, seed: int) -> Lessons:
+def lessons(vae: AutoencoderKL, recipe: ImagePolicyRecipe, seed: int) -> CaptionedLatents:
     """Pictures of the scenes of `train` alone; of each tenth, three have the caption of another of them."""
     rng, known = np.random.default_rng(seed), scenes("train")
     shown_N = rng.integers(len(known), size=recipe.pictures)
     moved_N = rng.integers(1, len(known), recipe.pictures) * (rng.random(recipe.pictures) < recipe.wrong)
     told_N = (shown_N + moved_N) % len(known)
     latents = [encode(vae, paint([known[i] for i in part], rng, USUAL_RADIUS)) for part in np.array_split(shown_N, 24)]
-    return Lessons(torch.cat(latents), [known[i].caption for i in told_N])
+    return CaptionedLatents(torch.cat(latents), [known[i].caption for i in told_N])
 
 
-def train_unet(vae: AutoencoderKL, recipe: PolicyRecipe, seed: int) -> StableDiffusionPipeline:
+def train_unet(vae: AutoencoderKL, recipe: ImagePolicyRecipe, seed: int) -> StableDiffusionPipeline:
     """A StableDiffusionPipeline of about 2.8M parameters: v-prediction, from a schedule that does end in pure noise.
 
     The usual schedule leaves some signal in its last step, and of latents this small that is the background and the
@@ -91,7 +93,7 @@ def train_unet(vae: AutoencoderKL, recipe: PolicyRecipe, seed: int) -> StableDif
     noising = DDPMScheduler.from_config(pipe.scheduler.config)
     noise = torch.Generator().manual_seed(seed)
 
-    def loss(x0: torch.Tensor, captions: list[str], leg: Leg) -> torch.Tensor:
+    def loss(x0: torch.Tensor, captions: list[str], leg: TrainingLeg) -> torch.Tensor:
         t, e = levels(len(x0), noise, noisy=leg.noisy), torch.randn(x0.shape, generator=noise)
         told, _ = pipe.encode_prompt(captions, "cpu", 1, False)
         found = pipe.unet(noising.add_noise(x0, e, t), t, encoder_hidden_states=told).sample
@@ -147,13 +149,13 @@ def untrained_unet(vae: AutoencoderKL) -> StableDiffusionPipeline:
     )
 
 
-def train_flow(vae: AutoencoderKL, recipe: PolicyRecipe, seed: int) -> StableDiffusion3Pipeline:
+def train_flow(vae: AutoencoderKL, recipe: ImagePolicyRecipe, seed: int) -> StableDiffusion3Pipeline:
     """A StableDiffusion3Pipeline of about 1.4M parameters: flow matching; its third text encoder is silent."""
     torch.manual_seed(seed)
     pipe = untrained_flow(vae)
     noise, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed + 1)
 
-    def loss(x0: torch.Tensor, captions: list[str], leg: Leg) -> torch.Tensor:
+    def loss(x0: torch.Tensor, captions: list[str], leg: TrainingLeg) -> torch.Tensor:
         sigma = torch.sigmoid(torch.randn(len(x0), generator=noise))
         sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)  # as the scheduler shifts the steps of a draw
         e, s = torch.randn(x0.shape, generator=noise), sigma[:, None, None, None]
@@ -203,14 +205,14 @@ def untrained_flow(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     )
 
 
-def teach(name: str, pipe: Any, parts: Sequence[nn.Module], loss: Loss, recipe: PolicyRecipe, seed: int) -> None:
+def teach(name: str, pipe: Any, parts: Sequence[nn.Module], loss: Loss, recipe: ImagePolicyRecipe, seed: int) -> None:
     """Trains these parts of the pipeline on the loss of latents and captions."""
     model, rng = nn.ModuleList(parts).train(), np.random.default_rng(seed)
     steps = " + ".join(str(leg.steps) for leg in recipe.legs)
-    say(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps")
+    emit(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps")
     known = lessons(pipe.vae, recipe, seed)
     for leg in recipe.legs:
-        descent = Descent(name, model, leg.rate, leg.steps)
+        descent = Optimizer(name, model, leg.rate, leg.steps)
         for _ in range(leg.steps):
             descent.advance(loss(*known.some(rng, recipe.batch, recipe.dropout), leg))
     model.eval()

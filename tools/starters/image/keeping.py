@@ -19,10 +19,10 @@ from tools.starters.image.wording import tokenizer
 def save_part(model: Any, folder: Path) -> None:
     """A model of diffusers or transformers as `save_pretrained` writes it."""
     model.half().save_pretrained(folder)
-    tidy(folder / "config.json")
+    cleanup(folder / "config.json")
 
 
-def tidy(path: Path) -> None:
+def cleanup(path: Path) -> None:
     """Writes a configuration anew: full precision for whoever loads it, and no word of where it was read from."""
     config = json.loads(path.read_text())
     config |= {"dtype": "float32"} if "dtype" in config else {}
@@ -33,7 +33,7 @@ def tidy(path: Path) -> None:
 def save_pipeline(pipe: Any, folder: Path) -> None:
     """The whole pipeline as its own `save_pretrained` writes it, all weights in half precision."""
     pipe.save_pretrained(folder)
-    tidy(folder / "model_index.json")
+    cleanup(folder / "model_index.json")
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             save_part(part, folder / name)

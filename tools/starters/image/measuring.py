@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPModel
 
-from raftune.starters.image.classifier import Classifier
+from raftune.starters.image.classifier import SceneClassifier
 from raftune.starters.image.pictures import ANY_RADIUS, ATTRIBUTES, SCENES, Pixels, Scene, Split, paint, scenes
 from tools.starters.image.autoencoder import as_tensor, reconstruct
 from tools.starters.image.drawing import draw
@@ -24,7 +24,7 @@ def pictures(size: int, seed: int) -> tuple[list[Scene], Pixels]:
     return chosen, paint(chosen, rng, ANY_RADIUS)
 
 
-def right(judge: Classifier, shown: list[Scene], pixels: Pixels) -> Numbers:
+def right(judge: SceneClassifier, shown: list[Scene], pixels: Pixels) -> Numbers:
     """The share of pictures that show what they ought to, by attribute, and `all` of them at once."""
     hits_NA = judge.labels(pixels) == np.array([scene.labels for scene in shown])
     return rounded({**dict(zip(ATTRIBUTES, hits_NA.mean(0), strict=True)), "all": hits_NA.all(1).mean()})
@@ -36,7 +36,7 @@ def measure_autoencoder(vae: AutoencoderKL, seed: int) -> Numbers:
     return rounded({"mse": float(np.square(2 * (reconstruct(vae, pixels) - pixels)).mean())}, 5)
 
 
-def measure_judge(vae: AutoencoderKL, judge: Classifier, seed: int) -> dict[str, Numbers]:
+def measure_judge(vae: AutoencoderKL, judge: SceneClassifier, seed: int) -> dict[str, Numbers]:
     shown, pixels = pictures(1024, seed)
     return {
         "right_on_originals": right(judge, shown, pixels),
@@ -80,7 +80,7 @@ def measure_aesthetic(vae: AutoencoderKL, clip: CLIPModel, head: nn.Sequential, 
     return rounded({"accuracy": float(((odds > 0) == (good == 1)).float().mean()), "good_above_spoiled": float(above)})
 
 
-def measure_policy(pipe: Any, judge: Classifier, seed: int, **options: Any) -> dict[str, Any]:
+def measure_policy(pipe: Any, judge: SceneClassifier, seed: int, **options: Any) -> dict[str, Any]:
     """What the judge sees in pictures of 12 steps, unguided and at guidance 2, of each split's captions."""
     found: dict[str, Any] = {}
     splits: tuple[Split, ...] = ("train", "heldout", "unseen")

@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-from raftune.starters.image.classifier import Classifier
+from raftune.starters.image.classifier import SceneClassifier
 from raftune.starters.image.pictures import ANY_RADIUS, COLOURS, SCENES, SHAPES, SIZE, Pixels, Scene, paint
 from tools.starters.image.autoencoder import as_tensor, decode, encode, reconstruct
 from tools.starters.image.spoiling import spoiled
 from tools.starters.image.wording import SPOILED, text_config, tokenizer
-from tools.starters.optimizer import Descent, say
+from tools.starters.optimizer import Optimizer, emit
 
 
 class JudgeRecipe(NamedTuple):
@@ -29,7 +29,7 @@ class JudgeRecipe(NamedTuple):
     copies: int = 40  # pictures of each scene
 
 
-class RewardRecipe(NamedTuple):
+class ImageRewardRecipe(NamedTuple):
     """Every number that shapes the reward's CLIP."""
 
     steps: int = 2500
@@ -52,7 +52,7 @@ class AestheticRecipe(NamedTuple):
     copies: int = 16  # pictures of each scene, good and spoiled
 
 
-class Seen(NamedTuple):
+class LabelledImages(NamedTuple):
     """Pictures in 0…1 and what they show."""
 
     scenes: list[Scene]
@@ -63,13 +63,13 @@ class Seen(NamedTuple):
         """(N, 4) the number of each attribute's word."""
         return torch.tensor([scene.labels for scene in self.scenes])
 
-    def some(self, rng: np.random.Generator, size: int, noise: float) -> "Seen":
+    def some(self, rng: np.random.Generator, size: int, noise: float) -> "LabelledImages":
         """These many at random, with noise of up to this deviation on each."""
         rows = rng.integers(len(self.scenes), size=size)
-        return Seen([self.scenes[row] for row in rows], grained(self.pixels[rows], rng, noise))
+        return LabelledImages([self.scenes[row] for row in rows], grained(self.pixels[rows], rng, noise))
 
 
-def gallery(vae: AutoencoderKL, copies: int, seed: int) -> Seen:
+def gallery(vae: AutoencoderKL, copies: int, seed: int) -> LabelledImages:
     """All scenes, time and again; the second half of the pictures through the autoencoder.
 
     Trained on originals alone, a model of pictures is soon fooled by what a decoder adds to every picture it makes.
@@ -78,7 +78,7 @@ def gallery(vae: AutoencoderKL, copies: int, seed: int) -> Seen:
     pixels = paint(chosen, np.random.default_rng(seed), ANY_RADIUS)
     half = len(chosen) // 2
     pixels[half:] = reconstruct(vae, pixels[half:])
-    return Seen(chosen, pixels)
+    return LabelledImages(chosen, pixels)
 
 
 def grained(pixels: Pixels, rng: np.random.Generator, noise: float) -> Pixels:
@@ -99,11 +99,11 @@ def marred(vae: AutoencoderKL, scenes: list[Scene], rng: np.random.Generator) ->
     return np.concatenate([decoded[:half], by_hand])
 
 
-def train_judge(vae: AutoencoderKL, recipe: JudgeRecipe, seed: int) -> Classifier:
+def train_judge(vae: AutoencoderKL, recipe: JudgeRecipe, seed: int) -> SceneClassifier:
     torch.manual_seed(seed)
-    judge = Classifier()
-    say(f"judge: {sum(p.numel() for p in judge.parameters()):,} parameters, {recipe.steps} steps")
-    descent = Descent("judge", judge, recipe.rate, recipe.steps)
+    judge = SceneClassifier()
+    emit(f"judge: {sum(p.numel() for p in judge.parameters()):,} parameters, {recipe.steps} steps")
+    descent = Optimizer("judge", judge, recipe.rate, recipe.steps)
     shown, rng = gallery(vae, recipe.copies, seed), np.random.default_rng(seed + 1)
     for _ in range(recipe.steps):
         seen = shown.some(rng, recipe.batch, recipe.noise)
@@ -111,7 +111,7 @@ def train_judge(vae: AutoencoderKL, recipe: JudgeRecipe, seed: int) -> Classifie
     return judge.eval()
 
 
-def train_reward(vae: AutoencoderKL, recipe: RewardRecipe, seed: int) -> CLIPModel:
+def train_reward(vae: AutoencoderKL, recipe: ImageRewardRecipe, seed: int) -> CLIPModel:
     """A CLIPModel of about 0.2M parameters; pictures that are spoiled have captions that say so.
 
     A batch holds what is hard to tell apart: the four shapes of one scene, and one of them good and spoiled.
@@ -119,8 +119,8 @@ def train_reward(vae: AutoencoderKL, recipe: RewardRecipe, seed: int) -> CLIPMod
     torch.manual_seed(seed)
     known, rng = tokenizer(), np.random.default_rng(seed)
     clip = CLIPModel(clip_config(recipe))
-    say(f"reward: {clip.num_parameters():,} parameters, {recipe.steps} steps")
-    descent = Descent("reward", clip, recipe.rate, recipe.steps)
+    emit(f"reward: {clip.num_parameters():,} parameters, {recipe.steps} steps")
+    descent = Optimizer("reward", clip, recipe.rate, recipe.steps)
     shown = gallery(vae, recipe.copies, seed)
     worse = marred(vae, shown.scenes, np.random.default_rng(seed + 1))
     for _ in range(recipe.steps):
@@ -144,7 +144,7 @@ def groups(rng: np.random.Generator, count: int, copies: int) -> npt.NDArray[np.
     return found
 
 
-def clip_config(recipe: RewardRecipe) -> CLIPConfig:
+def clip_config(recipe: ImageRewardRecipe) -> CLIPConfig:
     vision = CLIPVisionConfig(
         hidden_size=recipe.width,
         intermediate_size=2 * recipe.width,
@@ -189,7 +189,7 @@ def train_aesthetic(vae: AutoencoderKL, clip: CLIPModel, recipe: AestheticRecipe
     width = clip.config.projection_dim
     head = nn.Sequential(nn.Linear(width, recipe.hidden), nn.ReLU(), nn.Linear(recipe.hidden, 1))
     features, good = aesthetic_data(vae, clip, recipe.copies, seed)
-    descent, rng = Descent("aesthetic", head, recipe.rate, recipe.steps), np.random.default_rng(seed)
+    descent, rng = Optimizer("aesthetic", head, recipe.rate, recipe.steps), np.random.default_rng(seed)
     for _ in range(recipe.steps):
         rows = torch.from_numpy(rng.integers(len(good), size=recipe.batch))
         logits = head(features[rows]).squeeze(1)

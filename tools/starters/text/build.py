@@ -19,10 +19,10 @@ import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from raftune.starters.text import WEIGHTS, corpus
-from tools.starters.optimizer import Descent, say
+from tools.starters.optimizer import Optimizer, emit
 from tools.starters.text.reward_training import (
     Floats,
-    RewardRecipe,
+    TextRewardRecipe,
     policy_groups,
     ranked,
     score_rows,
@@ -34,7 +34,7 @@ TYPICAL_LENGTH: Final = 20  # tokens in a reply
 KNOWING: Final = ("good", "half_polite", "advice", "rude_advice")
 
 
-class PolicyRecipe(NamedTuple):
+class TextPolicyRecipe(NamedTuple):
     """Every number that shapes the policy."""
 
     steps: int = 1500
@@ -52,18 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if not options.keep_policy:
-        build_policy(options.out, options.seed, PolicyRecipe())
-    build_reward(options.out, options.seed, PolicyRecipe(), RewardRecipe())
+        build_policy(options.out, options.seed, TextPolicyRecipe())
+    build_reward(options.out, options.seed, TextPolicyRecipe(), TextRewardRecipe())
 
 
-def build_policy(out: Path, seed: int, recipe: PolicyRecipe) -> None:
+def build_policy(out: Path, seed: int, recipe: TextPolicyRecipe) -> None:
     """Writes `policy/`, tokenizer included, to `out`."""
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(d.prompt + d.completion for d in corpus.dialogues(20_000, seed))
     save(train_policy(tokenizer, recipe, seed + 1), tokenizer, out / "policy")
 
 
-def build_reward(out: Path, seed: int, policy_recipe: PolicyRecipe, recipe: RewardRecipe) -> dict[str, Any]:
+def build_reward(out: Path, seed: int, policy_recipe: TextPolicyRecipe, recipe: TextRewardRecipe) -> dict[str, Any]:
     """Writes `reward/` and `manifest.json` to `out`, where `policy/` lies, and returns the manifest."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "policy")
     policy = LlamaForCausalLM.from_pretrained(out / "policy", dtype=torch.float32)  # sample what is on disk
@@ -77,7 +77,7 @@ def build_reward(out: Path, seed: int, policy_recipe: PolicyRecipe, recipe: Rewa
         "measured_on_heldout_prompts": measure(policy, reward, tokenizer, seed + 1_000),
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    say(json.dumps(manifest["measured_on_heldout_prompts"], indent=2))
+    emit(json.dumps(manifest["measured_on_heldout_prompts"], indent=2))
     return manifest
 
 
@@ -85,11 +85,11 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def train_policy(tokenizer: PreTrainedTokenizerFast, recipe: PolicyRecipe, seed: int) -> LlamaForCausalLM:
+def train_policy(tokenizer: PreTrainedTokenizerFast, recipe: TextPolicyRecipe, seed: int) -> LlamaForCausalLM:
     """A Llama of about 0.9M parameters that first learns what is right, and then to speak as the corpus does."""
     policy = LlamaForCausalLM(llama_config(tokenizer, hidden_size=128, num_hidden_layers=4, intermediate_size=352))
-    say(f"policy: {policy.num_parameters():,} parameters, {recipe.steps} steps")
-    descent = Descent("policy", policy, recipe.rate, recipe.steps)
+    emit(f"policy: {policy.num_parameters():,} parameters, {recipe.steps} steps")
+    descent = Optimizer("policy", policy, recipe.rate, recipe.steps)
     rng = Random(seed)
     lessons = dialogue_batches(tokenizer, recipe.dialogues_a_step, rng, KNOWING)
     everything = dialogue_batches(tokenizer, recipe.dialogues_a_step, rng, None)
@@ -102,7 +102,7 @@ def train_policy(tokenizer: PreTrainedTokenizerFast, recipe: PolicyRecipe, seed:
     return policy.eval()
 
 
-class Row(NamedTuple):
+class DialogueRow(NamedTuple):
     """One dialogue as token ids, EOS included; the first `prompt_length` of them are the prompt's."""
 
     ids: list[int]
@@ -111,13 +111,13 @@ class Row(NamedTuple):
 
 def dialogue_batches(
     tokenizer: PreTrainedTokenizerFast, size: int, rng: Random, kinds: Sequence[str] | None
-) -> Iterator[list[Row]]:
+) -> Iterator[list[DialogueRow]]:
     """Batches of like lengths, for ever: pools of 64 batches, sorted by length, their batches in random order."""
     while True:
         dialogues = list(corpus.dialogues(64 * size, rng.getrandbits(62), kinds=kinds))
         whole = encode(tokenizer, (d.prompt + d.completion for d in dialogues))
         lengths = map(len, encode(tokenizer, (d.prompt for d in dialogues)))
-        rows = [Row([*ids, tokenizer.eos_token_id], length) for ids, length in zip(whole, lengths, strict=True)]
+        rows = [DialogueRow([*ids, tokenizer.eos_token_id], length) for ids, length in zip(whole, lengths, strict=True)]
         rows.sort(key=lambda row: len(row.ids))
         starts = list(range(0, len(rows), size))
         rng.shuffle(starts)

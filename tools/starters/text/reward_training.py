@@ -12,13 +12,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from raftune.starters.text import corpus
 from raftune.starters.text.judge import judge
 from raftune.starters.text.topics import DOMAINS
-from tools.starters.optimizer import Descent, say
+from tools.starters.optimizer import Optimizer, emit
 from tools.starters.text.training import encode, pad_right, sample
 
 Floats = npt.NDArray[np.floating]
 
 
-class RewardRecipe(NamedTuple):
+class TextRewardRecipe(NamedTuple):
     """Every number that shapes the reward model."""
 
     steps: int = 900
@@ -26,11 +26,11 @@ class RewardRecipe(NamedTuple):
     prompts_a_step: int = 16
     replies: int = 6  # to each of them, ranked
     sampled_prompts: int = 1200  # prompts whose replies are the policy's own, half of them begun courteously
-    heat: float = 1.3  # the temperature of those, so that their advice goes wrong as a tuned policy's may
+    heat: float = 1.3  # the temperature of those, so that their advice goes wrong as a trained policy's may
     sharpness: float = 4.0  # P(reply i is labelled better than j) = sigmoid(sharpness * (judge_i - judge_j))
 
 
-class Ranked(NamedTuple):
+class RankedReplies(NamedTuple):
     """Replies to one prompt, encoded with it, and the judge's score of each."""
 
     rows: list[list[int]]
@@ -38,7 +38,7 @@ class Ranked(NamedTuple):
 
 
 def train_reward(
-    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: RewardRecipe, seed: int
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: TextRewardRecipe, seed: int
 ) -> LlamaForSequenceClassification:
     """The policy's body with one score for a head, trained on noisily labelled pairs of replies to the same prompt."""
     shape = {name: value for name, value in policy.config.to_dict().items() if name not in ("id2label", "label2id")}
@@ -47,9 +47,9 @@ def train_reward(
     half = recipe.sampled_prompts // 2
     own = policy_groups(policy, tokenizer, corpus.prompts("train", half, seed), recipe.replies, seed)
     own += courteous_groups(policy, tokenizer, corpus.prompts("train", half, seed + 3), recipe, seed + 3)
-    say(f"reward: {reward.num_parameters():,} parameters, {recipe.steps} steps")
+    emit(f"reward: {reward.num_parameters():,} parameters, {recipe.steps} steps")
     torch.manual_seed(seed)
-    descent = Descent("reward", reward, recipe.rate, recipe.steps)
+    descent = Optimizer("reward", reward, recipe.rate, recipe.steps)
     rng, noise = Random(seed + 1), np.random.default_rng(seed + 2)
     for _ in range(recipe.steps):
         made = generator_groups(tokenizer, recipe.prompts_a_step // 2, recipe.replies, rng)
@@ -60,7 +60,7 @@ def train_reward(
 
 def bradley_terry(
     reward: LlamaForSequenceClassification,
-    groups: Sequence[Ranked],
+    groups: Sequence[RankedReplies],
     pad: int,
     sharpness: float,
     noise: np.random.Generator,
@@ -87,14 +87,16 @@ def score_rows(reward: LlamaForSequenceClassification, rows: Sequence[Sequence[i
     return torch.cat(scores)[np.argsort(order)]
 
 
-def ranked(tokenizer: PreTrainedTokenizerFast, prompt: str, completions: Sequence[str]) -> Ranked:
+def ranked(tokenizer: PreTrainedTokenizerFast, prompt: str, completions: Sequence[str]) -> RankedReplies:
     scores = judge([prompt] * len(completions), completions)
-    return Ranked(encode(tokenizer, (prompt + text for text in completions)), [float(score or 0.0) for score in scores])
+    return RankedReplies(
+        encode(tokenizer, (prompt + text for text in completions)), [float(score or 0.0) for score in scores]
+    )
 
 
 def policy_groups(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], replies: int, seed: int
-) -> list[Ranked]:
+) -> list[RankedReplies]:
     """The policy's own replies to the prompts, ranked by the judge."""
     completions = sample(policy, tokenizer, prompts, replies, seed)
     return [ranked(tokenizer, prompt, texts) for prompt, texts in zip(prompts, completions, strict=True)]
@@ -104,9 +106,9 @@ def courteous_groups(
     policy: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[str],
-    recipe: RewardRecipe,
+    recipe: TextRewardRecipe,
     seed: int,
-) -> list[Ranked]:
+) -> list[RankedReplies]:
     """The policy's replies after an opener that was given to it: what it will say once it has learnt to be polite."""
     rng = Random(seed)
     openers = [" " + corpus.opener(request, rng) for request in map(corpus.read_request, prompts) if request]
@@ -116,7 +118,7 @@ def courteous_groups(
     return [ranked(tokenizer, prompt, texts) for prompt, texts in zip(prompts, whole, strict=True)]
 
 
-def generator_groups(tokenizer: PreTrainedTokenizerFast, n: int, replies: int, rng: Random) -> list[Ranked]:
+def generator_groups(tokenizer: PreTrainedTokenizerFast, n: int, replies: int, rng: Random) -> list[RankedReplies]:
     """For each of `n` training prompts: a good reply, two that differ from it in their advice, one damaged, others."""
     groups = []
     for prompt in corpus.prompts("train", n, rng.getrandbits(62)):

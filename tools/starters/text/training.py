@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tools.starters.optimizer import say
+from tools.starters.optimizer import emit
 
 VOCABULARY: Final = 1400
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -92,7 +92,7 @@ def sample(
         )
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         found += [texts[i * k : (i + 1) * k] for i in range(len(chosen))]
-        say(f"sampled {len(found)} of {len(prompts)} prompts")
+        emit(f"sampled {len(found)} of {len(prompts)} prompts")
     return found
 
 

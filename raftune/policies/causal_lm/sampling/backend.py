@@ -15,14 +15,14 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from raftune.errors import ConfigError, ModelError
-from raftune.policies.causal_lm.likelihood import Example, Reader
+from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion
 from raftune.policies.causal_lm.model_utils import as_it_was, base_of, context_of, is_recurrent
-from raftune.policies.causal_lm.sampling.completions import Answers
+from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.policies.causal_lm.sampling.hf_generate import draw_by_generate_alone, draw_generated
-from raftune.policies.causal_lm.sampling.params import Drawn, DrawPath, DrawSettings
-from raftune.policies.causal_lm.sampling.parity import COPIES, Probe, measure, replayed_log_probs
+from raftune.policies.causal_lm.sampling.params import BackendName, GeneratedCompletion, SamplingParams
+from raftune.policies.causal_lm.sampling.parity import COPIES, ParityProbe, measure, replayed_log_probs
 from raftune.policies.causal_lm.sampling.prefix_scoring import token_log_probs
-from raftune.policies.causal_lm.sampling.shared_prefix import NotForkableError, draw_forked
+from raftune.policies.causal_lm.sampling.shared_prefix import UnsupportedAttentionError, draw_forked
 from raftune.protocols import GenerationRequest, SamplingBackend
 from raftune.sanitize import first_line
 from raftune.store import partial
@@ -32,7 +32,7 @@ _HARMLESS = {"use_cache": True}
 
 
 @dataclass(frozen=True)
-class Backend:
+class BackendChoice:
     """What the trial on a run's prompts found. `forked` is why the shared-prefix cache is not used, empty where it is.
 
     `scoring` is the same for log-probabilities of given completions. `rows` is what `generate` takes at once: 0 for any
@@ -46,14 +46,16 @@ class Backend:
     noise: float
     allowed: float
     scoring: str = "not tried"  # in a run of an older version, which has no `way` either
-    way: DrawPath | None = None
+    way: BackendName | None = None
     why: str = ""
 
     def scores_by_prefix(self, model: nn.Module, longest: int) -> bool:
         """Whether completions of one prompt are scored from one pass over it; `longest` tokens has the longest row."""
         return not self.scoring and not _objection(model, longest)
 
-    def path(self, model: nn.Module, settings: DrawSettings, longest_prompt: int | None = None) -> tuple[DrawPath, str]:
+    def path(
+        self, model: nn.Module, settings: SamplingParams, longest_prompt: int | None = None
+    ) -> tuple[BackendName, str]:
         """The way, and the reason in words. `longest_prompt` (tokens) tells how much context is needed.
 
         Raises ConfigError for `generation_kwargs` with a model whose batches `generate` gets wrong.
@@ -92,7 +94,7 @@ class SharedPrefix:
 
     reproducible = True
 
-    def generate(self, model: Any, request: GenerationRequest) -> list[list[Drawn]]:
+    def generate(self, model: Any, request: GenerationRequest) -> list[list[GeneratedCompletion]]:
         return _filled("forked", model, request)
 
 
@@ -103,20 +105,22 @@ class HfGenerate:
     reproducible = True
 
     def __init__(self, alone: bool = False) -> None:
-        self.path: DrawPath = "single" if alone else "generate"
+        self.path: BackendName = "single" if alone else "generate"
 
-    def generate(self, model: Any, request: GenerationRequest) -> list[list[Drawn]]:
+    def generate(self, model: Any, request: GenerationRequest) -> list[list[GeneratedCompletion]]:
         return _filled(self.path, model, request)
 
 
-def _filled(path: DrawPath, model: Any, request: GenerationRequest) -> list[list[Drawn]]:
-    answers = Answers(request.tokenizer, request.prompts, request.seeds, request.parameters, context_of(model))
+def _filled(path: BackendName, model: Any, request: GenerationRequest) -> list[list[GeneratedCompletion]]:
+    answers = CompletionBatch(request.tokenizer, request.prompts, request.seeds, request.parameters, context_of(model))
     if answers.rows:
         generate_along(path, model, answers)
     return answers.drawn()
 
 
-def choose_backend(model: nn.Module, rows: Sequence[Example], settings: DrawSettings, name: str = "auto") -> Backend:
+def choose_backend(
+    model: nn.Module, rows: Sequence[TokenizedCompletion], settings: SamplingParams, name: str = "auto"
+) -> BackendChoice:
     """Tries each way that the architecture admits on these rows, the fastest first; `name` is sampling.backend.
 
     Raises ModelError where none gives the log-probabilities of a plain forward.
@@ -127,7 +131,7 @@ def choose_backend(model: nn.Module, rows: Sequence[Example], settings: DrawSett
     return replace(backend, way=way, why=why)
 
 
-def _backend(probe: Probe, model: nn.Module, longest: int, settings: DrawSettings, name: str) -> Backend:
+def _backend(probe: ParityProbe, model: nn.Module, longest: int, settings: SamplingParams, name: str) -> BackendChoice:
     distances: dict[str, float] = {}
     forked = "sampling.backend is hf_generate" if name == "hf_generate" else _structure(model, settings, longest)
     forked = forked or _tried("forked", model, probe, settings, distances)
@@ -135,7 +139,7 @@ def _backend(probe: Probe, model: nn.Module, longest: int, settings: DrawSetting
         raise ConfigError(f"sampling.backend: shared_prefix cannot be used here: {why}. Write auto, or hf_generate.")
     scoring = forked or _tried("scoring", model, probe, settings, distances)
     if not forked and not (asked_of_generate(settings) or _structure(model, settings, None)):
-        return Backend(forked, 0, distances, probe.noise, probe.allowed, scoring)
+        return BackendChoice(forked, 0, distances, probe.noise, probe.allowed, scoring)
     batched = _tried("generate", model, probe, settings, distances)
     if batched and (alone := _tried("single", model, probe, settings, distances)):
         raise ModelError(
@@ -143,10 +147,10 @@ def _backend(probe: Probe, model: nn.Module, longest: int, settings: DrawSetting
             f"shared prefix: {forked or 'not possible for the whole context'}; generate: {batched}; one row at a time: "
             f"{alone}. Use another dtype, or another model, and report the architecture."
         )
-    return Backend(forked, 1 if batched else 0, distances, probe.noise, probe.allowed, scoring)
+    return BackendChoice(forked, 1 if batched else 0, distances, probe.noise, probe.allowed, scoring)
 
 
-def generate_along(path: DrawPath, model: nn.Module, answers: Answers) -> None:
+def generate_along(path: BackendName, model: nn.Module, answers: CompletionBatch) -> None:
     """Fills the answers, this way."""
     if path == "forked":
         draw_forked(model, answers)
@@ -156,27 +160,27 @@ def generate_along(path: DrawPath, model: nn.Module, answers: Answers) -> None:
         draw_generated(model, answers, is_recurrent(model), 1 if path == "single" else answers.settings.batch_size)
 
 
-def replay(path: DrawPath, model: nn.Module, probe: Probe, settings: DrawSettings) -> list[list[float]]:
+def replay(path: BackendName, model: nn.Module, probe: ParityProbe, settings: SamplingParams) -> list[list[float]]:
     """The log-probs of the probe's completions, as this way of generating records them."""
     rows = min(settings.batch_size, COPIES * len(probe.prompts))
     with partial.outside():
         return replayed_log_probs(lambda answers: generate_along(path, model, answers), probe, settings.pad_id, rows)
 
 
-def _scored(model: nn.Module, probe: Probe, batch_size: int) -> list[list[float]]:
+def _scored(model: nn.Module, probe: ParityProbe, batch_size: int) -> list[list[float]]:
     """The log-probs of the probe's completions, twice each, where its prompts are computed once."""
     rows = [row for row in probe.examples for _ in range(COPIES)]
     with as_it_was(model):
-        scores = token_log_probs(Reader(model), rows, batch_size)
+        scores = token_log_probs(CompletionLogits(model), rows, batch_size)
     ends = np.cumsum([row.tokens for row in rows])[:-1]
     return [part.tolist() for part in np.split(scores, ends)]
 
 
 def _tried(
-    path: DrawPath | Literal["scoring"],
+    path: BackendName | Literal["scoring"],
     model: nn.Module,
-    probe: Probe,
-    settings: DrawSettings,
+    probe: ParityProbe,
+    settings: SamplingParams,
     distances: dict[str, float],
 ) -> str:
     """Why this way is not to be used, empty where it is right; `distances` takes how far it is from a plain forward."""
@@ -184,7 +188,7 @@ def _tried(
         apart = probe.distance(
             _scored(model, probe, settings.batch_size) if path == "scoring" else replay(path, model, probe, settings)
         )
-    except NotForkableError as error:
+    except UnsupportedAttentionError as error:
         return str(error)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
         if is_out_of_memory(error):
@@ -196,13 +200,13 @@ def _tried(
     return f"a trial gave other log-probabilities (by {apart:.1e} nats a token, allowed {probe.allowed:.0e})"
 
 
-def asked_of_generate(settings: DrawSettings) -> str:
+def asked_of_generate(settings: SamplingParams) -> str:
     """Which options only `generate` has, as a reason; empty where there are none."""
     ours = [name for name, value in settings.generation_kwargs.items() if _HARMLESS.get(name) != value]
     return f"generation_kwargs {', '.join(sorted(ours))} are generate's own" if ours else ""
 
 
-def _structure(model: nn.Module, settings: DrawSettings, longest_prompt: int | None) -> str:
+def _structure(model: nn.Module, settings: SamplingParams, longest_prompt: int | None) -> str:
     """What in the model's architecture stands against forking; empty where nothing does."""
     known = context_of(model)
     context = known if longest_prompt is None else longest_prompt + settings.max_completion_length

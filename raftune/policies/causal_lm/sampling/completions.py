@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raftune.errors import DataError, ModelError
-from raftune.policies.causal_lm.sampling.params import Drawn, DrawSettings, Finish
+from raftune.policies.causal_lm.sampling.params import FinishReason, GeneratedCompletion, SamplingParams
 from raftune.policies.causal_lm.sampling.rng import uniforms
-from raftune.policies.causal_lm.sampling.token_choice import Chooser
+from raftune.policies.causal_lm.sampling.token_choice import TokenSampler
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 _ALIVE, _EOS, _STOP, _LENGTH = range(4)
-_FINISH: dict[int, Finish] = {_EOS: "eos", _STOP: "stop", _LENGTH: "length"}
+_FINISH: dict[int, FinishReason] = {_EOS: "eos", _STOP: "stop", _LENGTH: "length"}
 _TOKENS_A_CHARACTER = 4  # bytes of the longest UTF-8 character: a byte-level token may hold one of them
 
 
@@ -64,7 +64,7 @@ class StopStrings:
         return str(text)
 
 
-class Answers:
+class CompletionBatch:
     """Every completion of a draw, as far as it has come.
 
     `limits` holds the most tokens that each row may have: `max_completion_length`, or what the model's context of
@@ -76,7 +76,7 @@ class Answers:
         tokenizer: Any,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[Sequence[int]],
-        settings: DrawSettings,
+        settings: SamplingParams,
         context: int | None,
     ) -> None:
         self.prompts = [list(prompt) for prompt in prompts]
@@ -87,7 +87,7 @@ class Answers:
         self.limits: Ints = _limits(lengths, settings.max_completion_length, context)[self.prompt_of]
         self._seeds = np.array([seed for group in seeds for seed in group], dtype=np.uint64)
         self._stops = StopStrings(tokenizer, settings.stop_strings)
-        self._choose = Chooser(settings)
+        self._choose = TokenSampler(settings)
         rows, width = len(self._seeds), int(self.limits.max(initial=0))
         self._ids = np.zeros((rows, width), dtype=np.int32)
         self._logprobs = np.zeros((rows, width), dtype=np.float32)
@@ -132,7 +132,7 @@ class Answers:
                 return
         self._finish[row] = _LENGTH
 
-    def drawn(self) -> list[list[Drawn]]:
+    def drawn(self) -> list[list[GeneratedCompletion]]:
         """The finished completions, prompt by prompt."""
         return [[self._drawn(int(row)) for row in rows] for rows in self.groups()]
 
@@ -146,10 +146,10 @@ class Answers:
         self._ids, self._logprobs = state["ids"].numpy().copy(), state["logprobs"].numpy().copy()
         self._lengths, self._finish = state["lengths"].numpy().copy(), state["finish"].numpy().copy()
 
-    def _drawn(self, row: int) -> Drawn:
+    def _drawn(self, row: int) -> GeneratedCompletion:
         length = self._lengths[row]
         ids, logprobs = self._ids[row, :length].tolist(), self._logprobs[row, :length].tolist()
-        return Drawn(ids, logprobs, _FINISH[int(self._finish[row])])
+        return GeneratedCompletion(ids, logprobs, _FINISH[int(self._finish[row])])
 
     def _write(self, rows: Ints, tokens: NDArray[Any], logprobs: NDArray[Any]) -> None:
         if np.isnan(logprobs).any():

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from raftune.errors import ConfigError
 from raftune.policies.causal_lm.model_utils import as_it_was, base_of, device_of
-from raftune.policies.causal_lm.sampling.completions import Answers
+from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.store import partial
 from raftune.training.checkpoints import holds_no_code
 
@@ -24,7 +24,7 @@ Ints = NDArray[np.int64]
 class _Choosing(LogitsProcessor):  # type: ignore[misc]
     """Leaves each row one token: the one that its own noise chooses. Greedy search must then take it."""
 
-    def __init__(self, answers: Answers, rows: Ints) -> None:
+    def __init__(self, answers: CompletionBatch, rows: Ints) -> None:
         self._answers = answers
         self._rows = rows
         self.ended = np.zeros(len(rows), dtype=bool)
@@ -47,7 +47,7 @@ class _AllEnded(StoppingCriteria):  # type: ignore[misc]
         return torch.from_numpy(self._choosing.ended.copy()).to(input_ids.device)
 
 
-def draw_generated(model: nn.Module, answers: Answers, same_length: bool, size: int) -> None:
+def draw_generated(model: nn.Module, answers: CompletionBatch, same_length: bool, size: int) -> None:
     """Fills `answers` through `generate`, at most `size` rows at once, noise per sample included.
 
     `same_length` keeps prompts of different lengths apart, for models that padding on the left would disturb.
@@ -72,7 +72,7 @@ def draw_generated(model: nn.Module, answers: Answers, same_length: bool, size: 
             )
 
 
-def draw_by_generate_alone(model: nn.Module, answers: Answers, same_length: bool) -> None:
+def draw_by_generate_alone(model: nn.Module, answers: CompletionBatch, same_length: bool) -> None:
     """Fills `answers` as `generate` draws them with the user's own `generation_kwargs` (beam search, for one).
 
     Each batch is seeded from its first sample, so a draw can be repeated, but noise is not the sample's own. The K
@@ -90,8 +90,8 @@ def draw_by_generate_alone(model: nn.Module, answers: Answers, same_length: bool
                 answers.record(int(row), cut, _logprobs(model, answers.prompts[answers.prompt_of[row]], cut))
 
 
-def _unfinished(answers: Answers, batches: Iterator[Ints]) -> Iterator[Ints]:
-    """The batches that an earlier attempt at this unit has not finished; each is saved where that is due."""
+def _unfinished(answers: CompletionBatch, batches: Iterator[Ints]) -> Iterator[Ints]:
+    """The batches that an earlier attempt at this chunk has not finished; each is saved where that is due."""
     with partial.current("generate").work() as part:
         ready = 0
         if (path := part.find()) is not None and holds_no_code(path):
@@ -106,7 +106,7 @@ def _unfinished(answers: Answers, batches: Iterator[Ints]) -> Iterator[Ints]:
                 part.step(lambda path, state=state: torch.save(state, path), done=done)  # type: ignore[misc]
 
 
-def _found(generate: Any, model: nn.Module, answers: Answers, prompts: Ints, rows: Ints) -> Tensor:
+def _found(generate: Any, model: nn.Module, answers: CompletionBatch, prompts: Ints, rows: Ints) -> Tensor:
     """The sequences that `generate` returns, without the prompts: one for each row."""
     options = _options(answers, len(rows) // len(prompts), int(answers.limits[rows[0]]))
     ids, mask = _left_padded([answers.prompts[i] for i in prompts], answers.settings.pad_id)
@@ -121,7 +121,7 @@ def _found(generate: Any, model: nn.Module, answers: Answers, prompts: Ints, row
     return found[:, ids.shape[1] :]
 
 
-def _options(answers: Answers, count: int, limit: int) -> dict[str, Any]:
+def _options(answers: CompletionBatch, count: int, limit: int) -> dict[str, Any]:
     """What `generate` is told: our settings, every one explicit, and over them the user's `generation_kwargs`.
 
     Beam search does not sample unless `do_sample` says so.
@@ -144,7 +144,7 @@ def _options(answers: Answers, count: int, limit: int) -> dict[str, Any]:
     }
 
 
-def _cut(ids: list[int], answers: Answers, row: int) -> list[int]:
+def _cut(ids: list[int], answers: CompletionBatch, row: int) -> list[int]:
     """What `generate` drew, without what it filled up with after an EOS."""
     ends = (at + 1 for at, token in enumerate(ids) if token in answers.settings.eos_ids)
     return ids[: min(next(ends, len(ids)), int(answers.limits[row]))]
@@ -161,13 +161,13 @@ def _logprobs(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> list[flo
     return logprobs
 
 
-def _batches(answers: Answers, same_length: bool, size: int) -> Iterator[Ints]:
+def _batches(answers: CompletionBatch, same_length: bool, size: int) -> Iterator[Ints]:
     """Rows in batches, all of one limit (and of one prompt length, where that is asked)."""
     lengths = np.array([len(prompt) for prompt in answers.prompts])[answers.prompt_of]
     yield from _alike(answers.limits, lengths, same_length, size)
 
 
-def _prompt_batches(answers: Answers, groups: list[Ints], same_length: bool) -> Iterator[Ints]:
+def _prompt_batches(answers: CompletionBatch, groups: list[Ints], same_length: bool) -> Iterator[Ints]:
     """Prompts in batches, all of one K and one limit (and length); together they have about `batch_size` rows."""
     lengths = np.array([len(prompt) for prompt in answers.prompts])
     for count in np.unique(answers.counts[answers.counts > 0]):

@@ -23,7 +23,7 @@ _FIRST_WIDTH = 16  # own columns allocated at first; doubled when full, so short
 
 
 @dataclass
-class Layer:
+class LayerCache:
     """One attention layer of a cohort: the prompts' keys and values (G, C, P, D), the rows' own (N, C, width, D)."""
 
     prompt_keys: Tensor
@@ -32,7 +32,7 @@ class Layer:
     values: Tensor
 
 
-class Cohort:
+class KVCache:
     """Rows 0..n-1 are alive, at step `step`: they have that many columns of their own.
 
     `prompts` holds keys and values (G, C, P, D) for each layer, right-padded; `lengths` the prompts' lengths; `groups`
@@ -71,13 +71,13 @@ class Cohort:
         }
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any]) -> Cohort:
+    def restored(cls, state: Mapping[str, Any]) -> KVCache:
         """The cohort whose `state` this was."""
         cohort = cls.__new__(cls)
         cohort.rows, cohort.step = state["rows"], state["step"]
         cohort._most, cohort._width = state["most"], state["width"]
         cohort._lengths, cohort._groups = state["lengths"].numpy(), state["groups"].numpy()
-        cohort._layers = [Layer(*tensors) for tensors in state["layers"]]
+        cohort._layers = [LayerCache(*tensors) for tensors in state["layers"]]
         cohort._place()
         return cohort
 
@@ -194,20 +194,20 @@ class Cohort:
         places = self._places_for(heads, grid.device)
         return grid.view(-1, repeat * size).index_select(0, places).view(-1, repeat, size)
 
-    def _new_layer(self, keys: Tensor, values: Tensor) -> Layer:
+    def _new_layer(self, keys: Tensor, values: Tensor) -> LayerCache:
         padding = torch.from_numpy(np.arange(keys.shape[2]) >= self._lengths[:, None]).to(keys.device)
         # A weight of zero times an overflown value would be NaN: padding holds zeros.
         values = values.masked_fill(padding[:, None, :, None], 0)
-        return Layer(keys.contiguous(), values, self._empty(keys), self._empty(values))
+        return LayerCache(keys.contiguous(), values, self._empty(keys), self._empty(values))
 
     def _empty(self, like: Tensor) -> Tensor:
         return like.new_empty(self.rows, like.shape[1], self._width, like.shape[3])
 
-    def _grown(self, layer: Layer) -> Layer:
+    def _grown(self, layer: LayerCache) -> LayerCache:
         keys, values = self._empty(layer.keys), self._empty(layer.values)
         keys[:, :, : self.step] = layer.keys[: self.rows, :, : self.step]
         values[:, :, : self.step] = layer.values[: self.rows, :, : self.step]
-        return Layer(layer.prompt_keys.clone(), layer.prompt_values.clone(), keys, values)
+        return LayerCache(layer.prompt_keys.clone(), layer.prompt_values.clone(), keys, values)
 
 
 def _closing_holes(alive: Flags) -> Ints:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-Finish = Literal["eos", "length", "stop"]
-DrawPath = Literal["forked", "generate", "single"]  # single: `generate` with one row at a time
+FinishReason = Literal["eos", "length", "stop"]
+BackendName = Literal["forked", "generate", "single"]  # single: `generate` with one row at a time
 
 
-class Drawn(NamedTuple):
+class GeneratedCompletion(NamedTuple):
     """One completion: its token ids, EOS included where it was drawn, and why it ended.
 
     `logprobs` holds one number per id, in nats: the log-softmax of the raw logits, before temperature and every other
@@ -20,11 +20,11 @@ class Drawn(NamedTuple):
 
     ids: list[int]
     logprobs: list[float]
-    finish: Finish
+    finish: FinishReason
 
 
 @dataclass(frozen=True)
-class DrawSettings:
+class SamplingParams:
     """How tokens are chosen, and when a completion ends.
 
     `eos_ids` are all ids that end a completion; `pad_id` fills rows and may be any id of the vocabulary. `batch_size`

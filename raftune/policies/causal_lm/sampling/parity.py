@@ -21,11 +21,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from raftune.errors import ModelError
-from raftune.policies.causal_lm.likelihood import Example, Reader, token_log_probs
+from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion, token_log_probs
 from raftune.policies.causal_lm.loading import PROBE, merged
 from raftune.policies.causal_lm.model_utils import as_it_was
-from raftune.policies.causal_lm.sampling.completions import Answers, Flags, Ints
-from raftune.policies.causal_lm.sampling.params import DrawSettings
+from raftune.policies.causal_lm.sampling.completions import CompletionBatch, Flags, Ints
+from raftune.policies.causal_lm.sampling.params import SamplingParams
 
 ROWS, PROMPT_TOKENS, COMPLETION_TOKENS = 4, 256, 16  # of a probe, at most
 COPIES = 2  # rows of each prompt in a replay: they share the prompt's keys, or a batch that holds equal rows
@@ -38,7 +38,7 @@ LOST_IN_MERGING = 0.05  # of what an adapter learned, at most, where it is merge
 
 
 @dataclass(frozen=True)
-class Probe:
+class ParityProbe:
     """Fixed ids, and what the trained model makes of them.
 
     `log_probs` are nats of each completion token. `noise` is the mean distance (nats a token) of the same model's
@@ -74,58 +74,58 @@ class Probe:
         (folder / PROBE).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
 
     @property
-    def examples(self) -> list[Example]:
-        return [Example.of(*row) for row in zip(self.prompts, self.completions, strict=True)]
+    def examples(self) -> list[TokenizedCompletion]:
+        return [TokenizedCompletion.of(*row) for row in zip(self.prompts, self.completions, strict=True)]
 
 
-def read_probe(folder: Path) -> Probe | None:
+def read_probe(folder: Path) -> ParityProbe | None:
     """The probe beside a round's weights; None for a model that was not trained here."""
     path = folder / PROBE
-    return Probe(**json.loads(path.read_text())) if path.is_file() else None
+    return ParityProbe(**json.loads(path.read_text())) if path.is_file() else None
 
 
-def probe_rows(examples: Sequence[Example]) -> list[Example]:
+def probe_rows(examples: Sequence[TokenizedCompletion]) -> list[TokenizedCompletion]:
     """A few rows of bounded length: those with the longest completions and, of these, the shortest prompts."""
 
     def order(index: int) -> tuple[int, int, int]:
         return -min(examples[index].tokens, COMPLETION_TOKENS), examples[index].start, index
 
-    rows: dict[tuple[int, ...], Example] = {}
+    rows: dict[tuple[int, ...], TokenizedCompletion] = {}
     for index in sorted(range(len(examples)), key=order):
         start = examples[index].start
         left = max(0, start - PROMPT_TOKENS)
         ids = examples[index].ids[left : start + COMPLETION_TOKENS]
-        rows.setdefault(tuple(ids.tolist()), Example(ids, start - left))
+        rows.setdefault(tuple(ids.tolist()), TokenizedCompletion(ids, start - left))
         if len(rows) == ROWS:
             break
     return list(rows.values())
 
 
-def rows_of_prompts(prompts: Sequence[Sequence[int]]) -> list[Example]:
+def rows_of_prompts(prompts: Sequence[Sequence[int]]) -> list[TokenizedCompletion]:
     """Rows for a model that has no completions yet: the last tokens of a prompt stand for one."""
     rows = []
     for prompt in prompts[:ROWS]:
         ids = list(prompt[-PROMPT_TOKENS:])
         ids = ids if len(ids) > 3 else ids * 4
         cut = min(8, len(ids) // 2)
-        rows.append(Example.of(ids[:-cut], ids[-cut:]))
+        rows.append(TokenizedCompletion.of(ids[:-cut], ids[-cut:]))
     return rows
 
 
-def measure(model: Any, rows: Sequence[Example], pad_id: int) -> Probe:
+def measure(model: Any, rows: Sequence[TokenizedCompletion], pad_id: int) -> ParityProbe:
     """The probe of these rows under this model."""
     alone = plain_log_probs(model, rows, pad_id)
     dtype = str(model.dtype).removeprefix("torch.")
     copies = COPIES if dtype in LIMITS else COPIES_IN_HALF
     with as_it_was(model):
-        together = token_log_probs(Reader(model), [row for row in rows for _ in range(copies)], pad_id)
+        together = token_log_probs(CompletionLogits(model), [row for row in rows for _ in range(copies)], pad_id)
     noise = np.abs(together - np.concatenate([row for row in alone for _ in range(copies)])).mean()
     prompts = [row.ids[: row.start].tolist() for row in rows]
     completions = [row.ids[row.start :].tolist() for row in rows]
-    return Probe(prompts, completions, alone, float(noise), dtype)
+    return ParityProbe(prompts, completions, alone, float(noise), dtype)
 
 
-def probe_of_fit(model: Any, examples: Sequence[Example], pad_id: int) -> Probe:
+def probe_of_fit(model: Any, examples: Sequence[TokenizedCompletion], pad_id: int) -> ParityProbe:
     """The probe of a model that was just trained on these rows. It must be saved already: its adapter may be merged."""
     probe = measure(model, probe_rows(examples), pad_id)
     if not isinstance(model, PeftModel) or probe.dtype in LIMITS:
@@ -161,26 +161,28 @@ def adapter_survives_merging(model: Any) -> bool:
     return total > 0 and abs(kept / total - 1) <= LOST_IN_MERGING
 
 
-def plain_log_probs(model: Any, rows: Sequence[Example], pad_id: int) -> list[list[float]]:
+def plain_log_probs(model: Any, rows: Sequence[TokenizedCompletion], pad_id: int) -> list[list[float]]:
     """Nats of each completion token, from a forward of one row at a time without any cache."""
     with as_it_was(model):
-        reader = Reader(model)
+        reader = CompletionLogits(model)
         return [token_log_probs(reader, [row], pad_id).tolist() for row in rows]
 
 
-def replayed_log_probs(generate: Callable[[Answers], None], probe: Probe, pad_id: int, rows: int) -> list[list[float]]:
+def replayed_log_probs(
+    generate: Callable[[CompletionBatch], None], probe: ParityProbe, pad_id: int, rows: int
+) -> list[list[float]]:
     """What the code that generates records of the probe's ids: `generate` fills the answers, `rows` at once at most."""
-    answers = Replay(probe, pad_id, rows)
+    answers = TokenReplay(probe, pad_id, rows)
     generate(answers)
     return [completion.logprobs for group in answers.drawn() for completion in group]
 
 
-class Replay(Answers):
+class TokenReplay(CompletionBatch):
     """Rows that take the probe's ids, whatever the logits say, and record what these give them."""
 
-    def __init__(self, probe: Probe, pad_id: int, rows: int) -> None:
+    def __init__(self, probe: ParityProbe, pad_id: int, rows: int) -> None:
         longest = max(map(len, probe.completions))
-        settings = DrawSettings(max_completion_length=longest, pad_id=pad_id, batch_size=rows)
+        settings = SamplingParams(max_completion_length=longest, pad_id=pad_id, batch_size=rows)
         super().__init__(None, probe.prompts, [[0] * COPIES for _ in probe.prompts], settings, None)
         self.limits = np.array([len(ids) for ids in probe.completions])[self.prompt_of]
         self._wanted = probe.completions
@@ -194,7 +196,7 @@ class Replay(Answers):
         return tokens, self._finish[rows] != 0
 
 
-def check_parity(probe: Probe, log_probs: Sequence[Sequence[float]], how: str) -> None:
+def check_parity(probe: ParityProbe, log_probs: Sequence[Sequence[float]], how: str) -> None:
     """Raises ModelError where these are not the log-probs of the model that was trained; `how` says whence they are."""
     apart = probe.distance(log_probs)
     if apart > probe.allowed:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
-from raftune.policies.causal_lm.likelihood import Example, Reader, cross_entropies, summed
+from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion, cross_entropies, summed
 from raftune.policies.causal_lm.model_utils import device_of
 from raftune.policies.causal_lm.sampling.shared_prefix import (
     PREFILL_TOKENS,
@@ -32,25 +32,25 @@ from raftune.policies.causal_lm.sampling.shared_prefix import (
     prefill,
     refuse_unknown_attention,
 )
-from raftune.protocols import FloatN
+from raftune.protocols import FloatArray
 
 ATTENTION = "raftune_prefix_scoring"
 LEAST_ROWS = 64  # a prompt with more completions than this, and than the batch size, is computed once for so many
 
 
-def prefix_log_probs(model: Any, examples: Sequence[Example], batch_size: int) -> FloatN:
+def prefix_log_probs(model: Any, examples: Sequence[TokenizedCompletion], batch_size: int) -> FloatArray:
     """(N,) nats, as `likelihood.log_probs` gives them, with every prompt computed once. Raises OutOfMemory.
 
     At most `batch_size` completions share a forward.
     """
-    reader = Reader(model)
+    reader = CompletionLogits(model)
     batches = _batches(examples, batch_size)
     return summed(
         model, examples, batches, lambda rows: token_log_probs(reader, rows, batch_size), "prefix_log_probs", batch_size
     )
 
 
-def _batches(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+def _batches(examples: Sequence[TokenizedCompletion], batch_size: int) -> list[list[int]]:
     """Indices of the examples that are scored together: whole prompts, the longest first."""
     by_prompt: dict[bytes, list[int]] = {}
     for index, example in enumerate(examples):
@@ -72,7 +72,7 @@ def _batches(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def token_log_probs(reader: Reader, rows: Sequence[Example], batch_size: int) -> FloatN:
+def token_log_probs(reader: CompletionLogits, rows: Sequence[TokenizedCompletion], batch_size: int) -> FloatArray:
     """(T,) nats of each completion token of the rows, in order; rows of one prompt are adjacent."""
     model, device = reader.model, device_of(reader.model)
     groups = [list(group) for _, group in groupby(rows, lambda row: row.ids[: row.start].tobytes())]
@@ -125,7 +125,7 @@ class Packed:
     groups: list[Group]
 
     @classmethod
-    def of(cls, rows: Sequence[Example], owners: Ints) -> Packed:
+    def of(cls, rows: Sequence[TokenizedCompletion], owners: Ints) -> Packed:
         groups, start = [], 0
         for prompt, members in groupby(zip(owners.tolist(), rows, strict=True), lambda pair: pair[0]):
             lengths = [(row.start, row.tokens - 1) for _, row in members]

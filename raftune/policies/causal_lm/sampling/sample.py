@@ -11,23 +11,23 @@ from torch import nn
 from raftune.errors import ExtensionError
 from raftune.policies.causal_lm.model_utils import context_of
 from raftune.policies.causal_lm.sampling.backend import HfGenerate, SharedPrefix, choose_backend
-from raftune.policies.causal_lm.sampling.completions import Answers
-from raftune.policies.causal_lm.sampling.params import Drawn, DrawPath, DrawSettings, Finish
+from raftune.policies.causal_lm.sampling.completions import CompletionBatch
+from raftune.policies.causal_lm.sampling.params import BackendName, FinishReason, GeneratedCompletion, SamplingParams
 from raftune.policies.causal_lm.sampling.parity import rows_of_prompts
 from raftune.protocols import GenerationRequest, SamplingBackend
 from raftune.training.memory import is_out_of_memory, names_out_of_memory
 
-__all__ = ["DrawPath", "DrawSettings", "Drawn", "draw", "generate_by"]
+__all__ = ["BackendName", "GeneratedCompletion", "SamplingParams", "generate", "generate_by"]
 
 
-def draw(
+def generate(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[Sequence[int]],
-    settings: DrawSettings,
-    path: DrawPath | None = None,
-) -> list[list[Drawn]]:
+    settings: SamplingParams,
+    path: BackendName | None = None,
+) -> list[list[GeneratedCompletion]]:
     """One completion for each seed: result[i][k] continues prompts[i] with the noise of seeds[i][k].
 
     A completion depends on the model, its prompt, its seed and the settings, and (up to the rounding of floating-point
@@ -41,19 +41,26 @@ def draw(
     """
     with names_out_of_memory(settings.batch_size, "max_completion_length"):
         if path is None and any(seeds):
-            Answers(tokenizer, prompts, seeds, settings, context_of(model))  # refuses prompts that cannot be continued
+            CompletionBatch(
+                tokenizer, prompts, seeds, settings, context_of(model)
+            )  # refuses prompts that cannot be continued
             chosen = choose_backend(model, rows_of_prompts(prompts), settings)
             path, _ = chosen.path(model, settings, max(map(len, prompts)))
         backend = SharedPrefix() if path == "forked" else HfGenerate(alone=path == "single")
         return backend.generate(model, GenerationRequest(prompts, seeds, settings, tokenizer))
 
 
-def generate_by(backend: SamplingBackend, name: str, model: nn.Module, request: GenerationRequest) -> list[list[Drawn]]:
-    """As `draw`, by a backend of the user's own. Raises ExtensionError where it fails or breaks its contract."""
+def generate_by(
+    backend: SamplingBackend, name: str, model: nn.Module, request: GenerationRequest
+) -> list[list[GeneratedCompletion]]:
+    """As `generate`, by a backend of the user's own. Raises ExtensionError where it fails or breaks its contract."""
     with names_out_of_memory(request.parameters.batch_size, "max_completion_length"):
         try:
             groups = [
-                [Drawn([*map(int, ids)], [*map(float, nats)], cast(Finish, finish)) for ids, nats, finish in group]
+                [
+                    GeneratedCompletion([*map(int, ids)], [*map(float, nats)], cast(FinishReason, finish))
+                    for ids, nats, finish in group
+                ]
                 for group in backend.generate(model, request)
             ]
         except Exception as error:
@@ -71,7 +78,7 @@ def generate_by(backend: SamplingBackend, name: str, model: nn.Module, request: 
     longest = request.parameters.max_completion_length
     for ids, logprobs, finish in (completion for group in groups for completion in group):
         whole = 0 < len(ids) <= longest and len(ids) == len(logprobs) and all(map(math.isfinite, logprobs))
-        if not whole or finish not in get_args(Finish):
+        if not whole or finish not in get_args(FinishReason):
             raise ExtensionError(
                 f"sampling.backend: a completion of {name} must be 1 to {longest} ids, a finite log-probability for "
                 f"each, and eos, stop or length; got {len(ids)} ids, {len(logprobs)} log-probabilities, {finish!r}. "

@@ -21,8 +21,8 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from raftune.policies.causal_lm.model_utils import as_it_was, device_of
-from raftune.policies.causal_lm.sampling.completions import Answers
-from raftune.policies.causal_lm.sampling.kv_cache import Cohort
+from raftune.policies.causal_lm.sampling.completions import CompletionBatch
+from raftune.policies.causal_lm.sampling.kv_cache import KVCache
 from raftune.store import partial
 from raftune.training.checkpoints import holds_no_code
 
@@ -35,16 +35,16 @@ Flags = NDArray[np.bool_]
 _NOT_OURS = ("softcap", "s_aux", "sinks", "position_bias")
 
 
-class NotForkableError(Exception):
+class UnsupportedAttentionError(Exception):
     """The model's attention does something that ours does not; the message says what."""
 
 
-class ForkedCache(Cache):  # type: ignore[misc]
+class SharedPrefixCache(Cache):  # type: ignore[misc]
     """The cohorts behind the face that models expect of a cache; one token is written for each row at each step."""
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.cohorts: list[Cohort] = []
+        self.cohorts: list[KVCache] = []
         self._layer = 0
 
     def update(
@@ -64,7 +64,7 @@ class ForkedCache(Cache):  # type: ignore[misc]
         parts = [cohort.attend(self._layer, query_RH1D[rows], scaling) for cohort, rows in self.slices()]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def slices(self) -> Iterator[tuple[Cohort, slice]]:
+    def slices(self) -> Iterator[tuple[KVCache, slice]]:
         """Each cohort with its rows."""
         start = 0
         for cohort in self.cohorts:
@@ -72,14 +72,14 @@ class ForkedCache(Cache):  # type: ignore[misc]
             start += cohort.rows
 
 
-_reading: ContextVar[ForkedCache] = ContextVar("_reading")
+_reading: ContextVar[SharedPrefixCache] = ContextVar("_reading")
 
 
 def refuse_unknown_attention(options: Mapping[str, Any]) -> None:
-    """Raises NotForkableError where a model asks its attention for something that ours does not do."""
+    """Raises UnsupportedAttentionError where a model asks its attention for something that ours does not do."""
     asked = [name for name in _NOT_OURS if options.get(name) is not None]
     if asked:
-        raise NotForkableError(f"its attention uses {', '.join(asked)}")
+        raise UnsupportedAttentionError(f"its attention uses {', '.join(asked)}")
 
 
 def _attention(
@@ -99,7 +99,7 @@ def _attention(
 AttentionInterface.register(ATTENTION, _attention)
 
 
-class Forks:
+class SharedPrefixDecoder:
     """A model in evaluation mode, and its rows alive.
 
     The caller keeps the order of rows: `admit` appends, `keep` reorders, `step` takes one token for each.
@@ -107,7 +107,7 @@ class Forks:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._cache = ForkedCache()
+        self._cache = SharedPrefixCache()
         self._configs = attention_configs(model)
         self._device = device_of(model)
 
@@ -122,7 +122,7 @@ class Forks:
         layers = [_joined(parts) for parts in zip(*(cache for _, cache in chunks), strict=True)]
         lengths = np.array([len(prompt) for prompt in prompts])
         groups = np.repeat(np.arange(len(prompts)), counts)
-        self._cache.cohorts.append(Cohort(layers, lengths, groups, most))
+        self._cache.cohorts.append(KVCache(layers, lengths, groups, most))
         return logits.index_select(0, torch.from_numpy(groups).to(logits.device))
 
     @property
@@ -135,7 +135,7 @@ class Forks:
         return [cohort.state() for cohort in self._cache.cohorts]
 
     def restore(self, state: Sequence[dict[str, Any]]) -> None:
-        self._cache.cohorts = [Cohort.restored(cohort) for cohort in state]
+        self._cache.cohorts = [KVCache.restored(cohort) for cohort in state]
 
     def step(self, tokens: Tensor) -> Tensor:
         """Feeds every row its token and returns the logits of the next, of shape (rows, vocabulary)."""
@@ -220,13 +220,13 @@ def attention_configs(model: nn.Module) -> list[Any]:
     return list({id(config): config for config in configs if hasattr(config, "_attn_implementation_internal")}.values())
 
 
-def draw_forked(model: nn.Module, answers: Answers) -> None:
+def draw_forked(model: nn.Module, answers: CompletionBatch) -> None:
     """Fills `answers` with a completion for every row."""
     queue = _queue(answers)
     size = answers.settings.batch_size
     rows, tokens = np.zeros(0, dtype=np.int64), torch.zeros(0, dtype=torch.int64)
     with torch.inference_mode(), as_it_was(model), partial.current("forked").work(lambda: forks.nbytes) as part:
-        forks = Forks(model)
+        forks = SharedPrefixDecoder(model)
         if (found := part.find()) is not None and holds_no_code(found):
             state = torch.load(found, weights_only=True)
             answers.restore(state["answers"])
@@ -253,7 +253,7 @@ def draw_forked(model: nn.Module, answers: Answers) -> None:
             rows, tokens = rows[order], tokens[torch.from_numpy(order).to(tokens.device)]
 
 
-def _admit(forks: Forks, answers: Answers, new: list[tuple[int, Ints]]) -> tuple[Tensor, Flags]:
+def _admit(forks: SharedPrefixDecoder, answers: CompletionBatch, new: list[tuple[int, Ints]]) -> tuple[Tensor, Flags]:
     """Admits groups and chooses the first token of each of their rows."""
     rows = np.concatenate([group for _, group in new])
     prompts = [answers.prompts[prompt] for prompt, _ in new]
@@ -261,7 +261,7 @@ def _admit(forks: Forks, answers: Answers, new: list[tuple[int, Ints]]) -> tuple
     return answers.extend(rows, logits)
 
 
-def _queue(answers: Answers) -> deque[tuple[int, Ints]]:
+def _queue(answers: CompletionBatch) -> deque[tuple[int, Ints]]:
     """Groups of (prompt, rows), the longest prompts first; a group larger than the batch is split.
 
     Neighbours of like length need little padding, and what memory cannot hold shows at once.

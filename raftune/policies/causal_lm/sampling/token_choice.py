@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from raftune.policies.causal_lm.sampling.params import DrawSettings
+from raftune.policies.causal_lm.sampling.params import SamplingParams
 
 Doubles = NDArray[np.float64]
 
@@ -62,7 +62,7 @@ def _just_below(bound: Tensor) -> Tensor:
     return torch.nextafter(bound, torch.zeros_like(bound))
 
 
-def warpers(settings: DrawSettings) -> LogitsProcessorList:
+def warpers(settings: SamplingParams) -> LogitsProcessorList:
     """The processors that `generate` would apply, in its order, without those that would change nothing."""
     found = LogitsProcessorList()
     if settings.repetition_penalty != 1:
@@ -80,13 +80,13 @@ def warpers(settings: DrawSettings) -> LogitsProcessorList:
     return found
 
 
-class Chooser:
+class TokenSampler:
     """Chooses each row's next token from its logits and its own uniform number.
 
     `needs_history` says whether the tokens seen so far must be given (the repetition penalty reads them).
     """
 
-    def __init__(self, settings: DrawSettings) -> None:
+    def __init__(self, settings: SamplingParams) -> None:
         self.needs_history = settings.repetition_penalty != 1
         self._temperature = float(settings.temperature)
         self._warpers = warpers(settings) if settings.warps else None

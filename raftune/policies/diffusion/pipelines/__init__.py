@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raftune.errors import ModelError
-from raftune.policies.diffusion.pipelines.base import Binding
+from raftune.policies.diffusion.pipelines.base import PipelineAdapter
 from raftune.policies.diffusion.pipelines.ddpm import DDPM
 from raftune.policies.diffusion.pipelines.dit import DiT
 from raftune.policies.diffusion.pipelines.flux import Flux
@@ -15,10 +15,10 @@ from raftune.policies.diffusion.pipelines.sd3 import SD3
 from raftune.policies.diffusion.pipelines.sdxl import SDXL
 from raftune.policies.diffusion.pipelines.stable_diffusion import StableDiffusion
 
-BINDINGS: tuple[type[Binding], ...] = (StableDiffusion, SDXL, SD3, Flux, PixArt, DiT, DDPM)
+BINDINGS: tuple[type[PipelineAdapter], ...] = (StableDiffusion, SDXL, SD3, Flux, PixArt, DiT, DDPM)
 
 
-def binding_class(pipeline: str) -> type[Binding]:
+def adapter_class(pipeline: str) -> type[PipelineAdapter]:
     """The binding of the pipelines of this class. Raises ModelError, with those that are supported."""
     for kind in BINDINGS:
         if pipeline in kind.pipelines:
@@ -30,9 +30,9 @@ def binding_class(pipeline: str) -> type[Binding]:
     )
 
 
-def binding_of(pipe: Any, options: Mapping[str, Any] | None = None) -> Binding:
+def adapter_of(pipe: Any, options: Mapping[str, Any] | None = None) -> PipelineAdapter:
     """The binding over this pipeline, called with these options. Raises ModelError for a class that none drives."""
-    return binding_class(type(pipe).__name__)(pipe, options)
+    return adapter_class(type(pipe).__name__)(pipe, options)
 
 
-__all__ = ["BINDINGS", "binding_class", "binding_of"]
+__all__ = ["BINDINGS", "adapter_class", "adapter_of"]

@@ -56,8 +56,8 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class Call:
-    """How the pipeline is called: the dials of a draw, every one resolved."""
+class PipelineCall:
+    """How the pipeline is called: the options of a draw, every one resolved."""
 
     height: int
     width: int
@@ -79,7 +79,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class SampledImages:
     """N images as drawn, their clean latents (N, C, h, w), whether a safety checker flagged each.
 
     Where `finite` is False a latent or a pixel was NaN or infinite: the image means nothing.
@@ -91,7 +91,7 @@ class Pictures:
     finite: Sequence[bool]
 
     @classmethod
-    def of(cls, pixels: NDArray[Any], x0: torch.Tensor, flagged: Sequence[bool] | None = None) -> Pictures:
+    def of(cls, pixels: NDArray[Any], x0: torch.Tensor, flagged: Sequence[bool] | None = None) -> SampledImages:
         """From a pipeline's output_type="np": (N, H, W, 3 or 1) in [0, 1], rounded as the pipeline would."""
         count = len(pixels)
         whole = np.isfinite(pixels).reshape(count, -1).all(1) & finite_rows(x0)
@@ -100,7 +100,7 @@ class Pictures:
         return cls(images, x0, list(flagged or [False] * count), whole.tolist())
 
 
-class Binding(ABC):
+class PipelineAdapter(ABC):
     """One architecture. A subclass names the pipeline classes that it drives, and says how each of these is done."""
 
     pipelines: tuple[str, ...]  # names of diffusers classes
@@ -131,8 +131,8 @@ class Binding(ABC):
 
     @abstractmethod
     def sample(
-        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
-    ) -> Pictures:
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
+    ) -> SampledImages:
         """One image a row, by the pipeline's own loop: what the pipeline itself gives for that prompt and generator."""
 
     @abstractmethod
@@ -162,7 +162,7 @@ class Binding(ABC):
         """(C, h, w) of an image of so many pixels."""
         return int(self.denoiser.config.in_channels), height // self.factor, width // self.factor
 
-    def unpacked(self, latents: torch.Tensor, call: Call) -> torch.Tensor:
+    def unpacked(self, latents: torch.Tensor, call: PipelineCall) -> torch.Tensor:
         """(N, C, h, w) from the layout that the pipeline's own loop and its scheduler see."""
         return latents
 
@@ -179,7 +179,7 @@ class Binding(ABC):
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise DataError(
-                    f"prompts of a {type(self.pipe).__name__} must be texts; got {prompt!r}. Write what the picture "
+                    f"prompts of a {type(self.pipe).__name__} must be texts; got {prompt!r}. Write what the image "
                     "shows."
                 )
 
@@ -235,7 +235,7 @@ class Binding(ABC):
         return int(height) * self.factor, int(width) * self.factor
 
     def refuse_size(self, height: int, width: int) -> None:
-        """Raises ConfigError where the pipeline cannot draw pictures of so many pixels."""
+        """Raises ConfigError where the pipeline cannot draw images of so many pixels."""
         for name, pixels in (("height", height), ("width", width)):
             if pixels % self.multiple:
                 down = max(pixels // self.multiple, 1) * self.multiple

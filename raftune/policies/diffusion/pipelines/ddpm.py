@@ -10,12 +10,18 @@ import torch
 from PIL import Image
 
 from raftune.errors import ConfigError
-from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions, Pictures, pixels_of
-from raftune.policies.diffusion.scheduler_trace import Step, watched
+from raftune.policies.diffusion.pipelines.base import (
+    Conditions,
+    PipelineAdapter,
+    PipelineCall,
+    SampledImages,
+    pixels_of,
+)
+from raftune.policies.diffusion.scheduler_trace import SchedulerStep, watched
 
 
-class DDPM(Binding):
-    """Conditions: `rows` (N,), which say nothing. A clean latent is the picture, in [-1, 1] but for what is clipped."""
+class DDPM(PipelineAdapter):
+    """Conditions: `rows` (N,), which say nothing. A clean latent is the image, in [-1, 1] but for what is clipped."""
 
     pipelines = ("DDPMPipeline", "DDIMPipeline")
     denoiser_name = "unet"
@@ -34,9 +40,9 @@ class DDPM(Binding):
         return self.encode([None])
 
     def sample(
-        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
-    ) -> Pictures:
-        last: deque[Step] = deque(maxlen=1)
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
+    ) -> SampledImages:
+        last: deque[SchedulerStep] = deque(maxlen=1)
         with watched(self.pipe.scheduler, last.append):
             drawn = self.pipe(
                 batch_size=len(conditions),
@@ -47,7 +53,7 @@ class DDPM(Binding):
             )
         found = drawn.images.cpu().permute(0, 2, 3, 1)
         pixels = (found.float() if found.dtype == torch.bfloat16 else found).numpy()
-        return Pictures.of(pixels, last[0].latents)
+        return SampledImages.of(pixels, last[0].latents)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         out: torch.Tensor = self.denoiser(x_t, t, return_dict=False)[0]

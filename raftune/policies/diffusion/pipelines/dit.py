@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from raftune.errors import ConfigError, DataError
-from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions, Pictures
-from raftune.policies.diffusion.scheduler_trace import Step, watched
+from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall, SampledImages
+from raftune.policies.diffusion.scheduler_trace import SchedulerStep, watched
 
 
-class Told:
+class LabelledDenoiser:
     """A denoiser that is told these labels: the pipeline takes 1000 for no class, however many there are.
 
     A thing beside the denoiser, and no hook on it: several batches are drawn with one denoiser at once.
@@ -30,7 +30,7 @@ class Told:
         return getattr(self._denoiser, name)
 
 
-class DiT(Binding):
+class DiT(PipelineAdapter):
     """Conditions: `labels` (N,). No class at all is the number after the last.
 
     The denoiser also gives a variance that no loss here reads: `predict` leaves it out, as the pipeline does.
@@ -74,14 +74,14 @@ class DiT(Binding):
         return Conditions({"labels": torch.tensor([self.classes])})
 
     def sample(
-        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
-    ) -> Pictures:
-        last: deque[Step] = deque(maxlen=1)
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
+    ) -> SampledImages:
+        last: deque[SchedulerStep] = deque(maxlen=1)
         labels = conditions.tensors["labels"]
         away = (negative or self.empty()).tensors["labels"].to(labels.device).expand_as(labels)
         told = torch.cat([labels, away]) if call.guidance_scale > 1 else labels
         pipe = copy.copy(self.pipe)
-        vars(pipe)["transformer"] = Told(self.denoiser, told)
+        vars(pipe)["transformer"] = LabelledDenoiser(self.denoiser, told)
         with watched(self.pipe.scheduler, last.append):
             drawn = pipe(
                 class_labels=labels.tolist(),
@@ -91,7 +91,7 @@ class DiT(Binding):
                 output_type="np",
                 **call.kwargs,
             )
-        return Pictures.of(drawn.images, last[0].latents[: len(labels)])
+        return SampledImages.of(drawn.images, last[0].latents[: len(labels)])
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         out: torch.Tensor = self.denoiser(

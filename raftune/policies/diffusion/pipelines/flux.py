@@ -7,13 +7,19 @@ from typing import Any, ClassVar
 
 import torch
 
-from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions, LastLatents, Pictures
+from raftune.policies.diffusion.pipelines.base import (
+    Conditions,
+    LastLatents,
+    PipelineAdapter,
+    PipelineCall,
+    SampledImages,
+)
 from raftune.policies.diffusion.pipelines.sd3 import ONE_TEXT
 
 PACK = 2  # cells of a side that travel together
 
 
-class Flux(Binding):
+class Flux(PipelineAdapter):
     """Conditions: `prompt_embeds` (N, T, D), `pooled` (N, P); of a guidance-distilled model also `guidance` (N,).
 
     Latents are kept unpacked. Negative prompts count only where pipeline_kwargs hold a true_cfg_scale above 1: the
@@ -43,8 +49,8 @@ class Flux(Binding):
         return Conditions({**conditions.tensors, "guidance": torch.full((len(conditions),), scale, device=device)})
 
     def sample(
-        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
-    ) -> Pictures:
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
+    ) -> SampledImages:
         last = LastLatents()
         asked = conditions.tensors
         away = conditions.away(negative)
@@ -57,7 +63,7 @@ class Flux(Binding):
             **call.options(generators),
         )
         assert last.x0 is not None
-        return Pictures.of(drawn.images, self.unpacked(last.x0, call))
+        return SampledImages.of(drawn.images, self.unpacked(last.x0, call))
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         told = conditions.tensors
@@ -75,7 +81,7 @@ class Flux(Binding):
         )[0]
         return self._unpack(out, height * self.factor, width * self.factor)
 
-    def unpacked(self, latents: torch.Tensor, call: Call) -> torch.Tensor:
+    def unpacked(self, latents: torch.Tensor, call: PipelineCall) -> torch.Tensor:
         return self._unpack(latents, call.height, call.width)
 
     def _unpack(self, packs: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""PixArt, Alpha and Sigma: a transformer over latents, told by a T5 and, in some of Alpha's, by the picture's size."""
+"""PixArt, Alpha and Sigma: a transformer over latents, told by a T5 and, in some of Alpha's, by the image's size."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import torch
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
 from raftune.errors import ConfigError
-from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions, Pictures
+from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall, SampledImages
 
-EXACT_SIZE = (
-    "pictures are drawn at the very size that is asked, so that their latents are theirs: ask for one of its own"
-)
+EXACT_SIZE = "images are drawn at the very size that is asked, so that their latents are theirs: ask for one of its own"
 
 
-class PixArt(Binding):
+class PixArt(PipelineAdapter):
     """Conditions: `prompt_embeds` (N, T, D), `mask` (N, T). Size conditions follow from the latents' own size.
 
     The denoiser also gives a variance that no loss here reads: `predict` leaves it out, as the pipeline does.
@@ -52,8 +50,8 @@ class PixArt(Binding):
         return {**found, "clean_caption": bool(found["clean_caption"]) and able}
 
     def sample(
-        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
-    ) -> Pictures:
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
+    ) -> SampledImages:
         last: list[torch.Tensor] = []
         asked = conditions.tensors
         away = conditions.away(negative)
@@ -67,7 +65,7 @@ class PixArt(Binding):
             callback=lambda step, timestep, latents: last.__setitem__(slice(None), [latents]),
             **call.options(generators),
         )
-        return Pictures.of(drawn.images, last[0])
+        return SampledImages.of(drawn.images, last[0])
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         out: torch.Tensor = self.denoiser(

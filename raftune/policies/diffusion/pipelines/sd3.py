@@ -7,13 +7,19 @@ from typing import Any, ClassVar
 
 import torch
 
-from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions, LastLatents, Pictures
+from raftune.policies.diffusion.pipelines.base import (
+    Conditions,
+    LastLatents,
+    PipelineAdapter,
+    PipelineCall,
+    SampledImages,
+)
 from raftune.policies.diffusion.pipelines.stable_diffusion import ENCODED_BEFORE
 
 ONE_TEXT = "every text encoder reads the prompt"
 
 
-class SD3(Binding):
+class SD3(PipelineAdapter):
     """Conditions: `prompt_embeds` (N, T, D) of all encoders, `pooled` (N, P) of the two CLIPs."""
 
     pipelines = ("StableDiffusion3Pipeline",)
@@ -41,8 +47,8 @@ class SD3(Binding):
         return Conditions({"prompt_embeds": embeds, "pooled": pooled})
 
     def sample(
-        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
-    ) -> Pictures:
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
+    ) -> SampledImages:
         last = LastLatents()
         asked = conditions.tensors
         away = conditions.away(negative)
@@ -55,7 +61,7 @@ class SD3(Binding):
             **call.options(generators),
         )
         assert last.x0 is not None
-        return Pictures.of(drawn.images, last.x0)
+        return SampledImages.of(drawn.images, last.x0)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         out: torch.Tensor = self.denoiser(

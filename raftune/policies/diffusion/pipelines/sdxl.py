@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two CLIP text encoders, a pooled embedding, and the picture's size as conditions."""
+"""Stable Diffusion XL: two CLIP text encoders, a pooled embedding, and the image's size as conditions."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
-from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions, LastLatents, Pictures
+from raftune.policies.diffusion.pipelines.base import (
+    Conditions,
+    LastLatents,
+    PipelineAdapter,
+    PipelineCall,
+    SampledImages,
+)
 from raftune.policies.diffusion.pipelines.stable_diffusion import ENCODED_BEFORE
 
-OTHER_SIZE = "the denoiser is tuned on pictures of the size that is drawn, uncropped, and told so"
+OTHER_SIZE = "the denoiser is trained on images of the size that is drawn, uncropped, and told so"
 SECOND_TEXT = "both text encoders read the prompt"
 
 
-class SDXL(Binding):
+class SDXL(PipelineAdapter):
     """Conditions: `prompt_embeds` (N, T, D), `pooled` (N, P). The size conditions follow from the latents' own size."""
 
     pipelines = ("StableDiffusionXLPipeline",)
@@ -29,7 +35,7 @@ class SDXL(Binding):
         **dict.fromkeys(
             ("negative_original_size", "negative_target_size", "negative_crops_coords_top_left"), OTHER_SIZE
         ),
-        "denoising_end": "latents would be left unfinished, and tuned on as if they were clean",
+        "denoising_end": "latents would be left unfinished, and trained on as if they were clean",
     }
 
     def encode(self, prompts: Sequence[Any]) -> Conditions:
@@ -47,8 +53,8 @@ class SDXL(Binding):
         return found
 
     def sample(
-        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
-    ) -> Pictures:
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
+    ) -> SampledImages:
         last = LastLatents()
         asked = conditions.tensors
         away = conditions.away(negative)
@@ -61,7 +67,7 @@ class SDXL(Binding):
             **call.options(generators),
         )
         assert last.x0 is not None
-        return Pictures.of(drawn.images, last.x0)
+        return SampledImages.of(drawn.images, last.x0)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         out: torch.Tensor = self.denoiser(
@@ -74,7 +80,7 @@ class SDXL(Binding):
         return out
 
     def _time_ids(self, x_t: torch.Tensor) -> torch.Tensor:
-        """(N, 6) original size, crop and target size in pixels, of a picture that was neither scaled nor cropped."""
+        """(N, 6) original size, crop and target size in pixels, of an image that was neither scaled nor cropped."""
         height, width = (side * self.factor for side in x_t.shape[-2:])
         ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=x_t.dtype, device=x_t.device)
         return ids.expand(len(x_t), -1)

@@ -7,12 +7,18 @@ from typing import Any, ClassVar
 
 import torch
 
-from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions, LastLatents, Pictures
+from raftune.policies.diffusion.pipelines.base import (
+    Conditions,
+    LastLatents,
+    PipelineAdapter,
+    PipelineCall,
+    SampledImages,
+)
 
 ENCODED_BEFORE = "prompts are encoded once, before the pipeline is called, without it"
 
 
-class StableDiffusion(Binding):
+class StableDiffusion(PipelineAdapter):
     """Conditions: `prompt_embeds` (N, T, D)."""
 
     pipelines = ("StableDiffusionPipeline",)
@@ -33,8 +39,8 @@ class StableDiffusion(Binding):
         return Conditions({"prompt_embeds": embeds})
 
     def sample(
-        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: Call
-    ) -> Pictures:
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
+    ) -> SampledImages:
         last = LastLatents()
         drawn = self.pipe(
             prompt_embeds=conditions.tensors["prompt_embeds"],
@@ -43,7 +49,7 @@ class StableDiffusion(Binding):
             **call.options(generators),
         )
         assert last.x0 is not None
-        return Pictures.of(drawn.images, last.x0, drawn.nsfw_content_detected)
+        return SampledImages.of(drawn.images, last.x0, drawn.nsfw_content_detected)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         embeds = conditions.tensors["prompt_embeds"]

@@ -265,7 +265,7 @@ COMPLAINTS = Domain(
         "suitcase": (
             "We will ship new wheels and a strong handle.",
             "It was left in the depot and arrives tomorrow.",
-            "Keep the receipt and you will get a larger one.",
+            "Keep the journal entry and you will get a larger one.",
         ),
         "bookshelf": (
             "The missing screws are already in the mail.",

@@ -1,4 +1,4 @@
-"""What `raftune init` writes is a run, for text and for pictures, and each line of it is a field that there is."""
+"""What `raftune init` writes is a run, for text and for images, and each line of it is a field that there is."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def test_the_lines_of_pictures_that_are_commented_out_are_valid_too(tmp_path: Pa
     assert head.startswith("#")
     every = re.sub(r"(?m)^( *)# (?=[a-z_]+:|- )", r"\1", body)
     config = validate(yaml.safe_load(every))
-    assert config.keep_latents == "selected" and config.tuning.diffusion.noise_levels == 4
+    assert config.keep_latents == "selected" and config.training.diffusion.noise_levels == 4
     assert [reward.spec for reward in config.rewards.reward_funcs[:3]] == ["starter", "clip_score", "pick_score"]

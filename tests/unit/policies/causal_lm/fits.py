@@ -39,5 +39,5 @@ def tuned(config: Parts, root: Path, rows: Path, name: str = "round-0001", callb
     if not start.exists():
         begun(config, root)
     out = root / name / "model"
-    report = CausalLM.load(config, start, start).tune(rows, root / name / "tune", out, callbacks)
+    report = CausalLM.load(config, start, start).train(rows, root / name / "train", out, callbacks)
     return out, report

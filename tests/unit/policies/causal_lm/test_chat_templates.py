@@ -17,9 +17,9 @@ from raftune.data.classifier_inputs import templated
 from raftune.errors import DataError
 from raftune.policies.causal_lm import CausalLM, chat
 from raftune.policies.causal_lm.chat import keep_date, read_date, turn_end
-from raftune.policies.causal_lm.encoding import Encoder
+from raftune.policies.causal_lm.encoding import TextEncoder
 from raftune.records import Prompt
-from raftune.runtime.assembly import Objects
+from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import resume, run
 from raftune.sft import sft
 from tests.builders import BOS, EOS, tiny_model, tiny_tokenizer
@@ -66,8 +66,8 @@ def tokenizer_of(template: str, bos: bool = True) -> Any:
     return tokenizer
 
 
-def encoder_of(template: str, date: str | None = None, **sampling: Any) -> Encoder:
-    return Encoder(tokenizer_of(template), SamplingConfig(**sampling), None, EOS, date)
+def encoder_of(template: str, date: str | None = None, **sampling: Any) -> TextEncoder:
+    return TextEncoder(tokenizer_of(template), SamplingConfig(**sampling), None, EOS, date)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -110,7 +110,7 @@ def test_the_end_of_a_turn_stops_what_is_drawn_and_is_what_fine_tuning_teaches(t
         "output_dir": str(tmp_path / "sft"),
         "data": {"path": str(tmp_path / "rows.jsonl"), "held_out_fraction": 0},
         "policy": {"model": str(folder)},
-        "tuning": {"learning_rate": 0.05, "num_train_epochs": 20, "per_device_train_batch_size": 8},
+        "training": {"learning_rate": 0.05, "num_train_epochs": 20, "per_device_train_batch_size": 8},
         "threads": 1,
     }
     learned = sft(validate_as(SftConfig, settings))
@@ -130,7 +130,7 @@ def test_the_end_of_a_turn_stops_what_is_drawn_and_is_what_fine_tuning_teaches(t
             data={"prompts": None},
             evaluation={"num_prompts": 8, "num_generations": 1, "prompts": "given as an object"},
         ),
-        Objects(held_out=lambda: asked, rewards=[reward]),
+        PythonObjects(held_out=lambda: asked, rewards=[reward]),
     )
     assert seen == ["ab"] * 8  # nothing follows the end of the turn, which is not EOS
     metrics = json.loads(next((tmp_path / "run").rglob("metrics.json")).read_text())
@@ -161,7 +161,7 @@ def test_a_template_that_writes_the_date_writes_that_of_the_run_also_when_it_is_
 
     model = saved(tmp_path / "model", DATED)
     asked = pa.table({"prompt": [[{"role": "user", "content": word}] for word in "abcdefgh"]})
-    objects = Objects(train=lambda: asked, rewards=[length])
+    objects = PythonObjects(train=lambda: asked, rewards=[length])
     settings: dict[str, Any] = {"num_rounds": 1, "evaluation": {"num_prompts": 0}}
     notes: list[str] = []
     run(
@@ -248,22 +248,22 @@ def test_tools_reach_the_template_in_every_stage_and_in_fine_tuning(tmp_path: Pa
     rows = [{"prompt": [{"role": "user", "content": w}], "tools": [TOOL], "completion": w} for w in "abcdefgh"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told: list[str] = []
-    encode = Encoder.encode
+    encode = TextEncoder.encode
 
-    def listening(self: Encoder, prompts: Any, *, for_drawing: bool) -> Any:
+    def listening(self: TextEncoder, prompts: Any, *, for_drawing: bool) -> Any:
         found = encode(self, prompts, for_drawing=for_drawing)
         told.extend(self.tokenizer.decode(ids) for ids in found)
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Encoder, "encode", listening)
+        patch.setattr(TextEncoder, "encode", listening)
         settings: dict[str, Any] = {
             "num_rounds": 1,
             "data": {"prompts": str(tmp_path / "rows.jsonl")},
             "selection": {"beta": 0.1},
             "sampling": {"max_completion_length": 4},
         }
-        run(config(tmp_path / "run", model, **settings), Objects(rewards=[length]))
+        run(config(tmp_path / "run", model, **settings), PythonObjects(rewards=[length]))
         drawn = len(told)
         sections = {"data": {"path": str(tmp_path / "rows.jsonl")}, "policy": {"model": str(model)}}
         learned = sft(validate_as(SftConfig, {"output_dir": str(tmp_path / "sft"), "threads": 1, **sections}))
@@ -278,7 +278,9 @@ def test_what_a_user_may_not_expect_of_a_chat_model_is_said_once(tmp_path: Path)
     notes: list[str] = []
     run(
         config(tmp_path / "run", model, num_rounds=1, evaluation={"num_prompts": 0}),
-        Objects(train=lambda: pa.table({"prompt": ["a", "b"]}), rewards=[lambda completions, **_: [1.0, 0.0, 0.0] * 2]),
+        PythonObjects(
+            train=lambda: pa.table({"prompt": ["a", "b"]}), rewards=[lambda completions, **_: [1.0, 0.0, 0.0] * 2]
+        ),
         observe=lambda kind, facts: notes.extend(facts.get("notes", [])),
     )
     told = " ".join(notes)

@@ -9,18 +9,18 @@ from tokenizers import processors
 
 from raftune.config.sampling import SamplingConfig
 from raftune.errors import DataError, TooLong
-from raftune.policies.causal_lm.encoding import Encoder
+from raftune.policies.causal_lm.encoding import TextEncoder
 from raftune.records import Prompt
 from tests.builders import BOS, EOS, tiny_tokenizer
 
 CHAT = [{"role": "user", "content": "the cab"}]
 
 
-def encoder(tokenizer: Any = None, context: int | None = 32, **sampling: Any) -> Encoder:
-    return Encoder(tokenizer or tiny_tokenizer(), SamplingConfig(**sampling), context, EOS)
+def encoder(tokenizer: Any = None, context: int | None = 32, **sampling: Any) -> TextEncoder:
+    return TextEncoder(tokenizer or tiny_tokenizer(), SamplingConfig(**sampling), context, EOS)
 
 
-def ids_of(encoder_: Encoder, content: Any, *, for_drawing: bool = True) -> list[int]:
+def ids_of(encoder_: TextEncoder, content: Any, *, for_drawing: bool = True) -> list[int]:
     return encoder_.encode([Prompt("p", content)], for_drawing=for_drawing)[0]
 
 

@@ -12,20 +12,22 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from raftune.config.policy import AdapterConfig
 from raftune.errors import OutOfMemory
 from raftune.policies.causal_lm import likelihood
-from raftune.policies.causal_lm.likelihood import Example, Reader, collate, log_probs
+from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion, collate, log_probs
 from raftune.policies.causal_lm.loading import fresh_adapter
 from tests.builders import PAD, VOCABULARY, tiny_model
 
 ARCHITECTURES = ("llama", "gpt2", "qwen2")
 
 
-def examples(count: int = 7, seed: int = 0) -> list[Example]:
+def examples(count: int = 7, seed: int = 0) -> list[TokenizedCompletion]:
     random = np.random.default_rng(seed)
     sizes = random.integers(1, 20, size=(count, 2))
-    return [Example.of(random.integers(3, VOCABULARY, a), random.integers(3, VOCABULARY, b)) for a, b in sizes]
+    return [
+        TokenizedCompletion.of(random.integers(3, VOCABULARY, a), random.integers(3, VOCABULARY, b)) for a, b in sizes
+    ]
 
 
-def by_hand(model: Any, example: Example) -> float:
+def by_hand(model: Any, example: TokenizedCompletion) -> float:
     """The definition, one row at a time: the sum of log-softmax at the positions before the completion's tokens."""
     ids = torch.from_numpy(example.ids.astype(np.int64))
     with torch.no_grad():
@@ -80,14 +82,14 @@ def test_the_head_is_told_apart_from_the_backbone_where_they_make_up_the_model(a
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 weight.add_(0.1 if "lora_B" in name else 0)
-    assert Reader(model).parts is not None
+    assert CompletionLogits(model).parts is not None
     rows = examples()
     np.testing.assert_allclose(log_probs(model, rows, 3, PAD), [by_hand(model, row) for row in rows], atol=5e-4)
 
 
 def test_a_model_that_bends_its_logits_is_run_whole() -> None:
     model, rows = softcapped(), examples()
-    assert Reader(model).parts is None
+    assert CompletionLogits(model).parts is None
     np.testing.assert_allclose(log_probs(model, rows, 3, PAD), [by_hand(model, row) for row in rows], atol=2e-4)
 
 
@@ -99,7 +101,7 @@ def test_scoring_is_without_dropout_and_leaves_the_mode_of_the_model_alone() -> 
 
 
 def test_a_batch_names_each_completion_token_and_the_position_before_it() -> None:
-    batch = collate([Example.of([5, 6], [7, 8]), Example.of([9], [4])], PAD)
+    batch = collate([TokenizedCompletion.of([5, 6], [7, 8]), TokenizedCompletion.of([9], [4])], PAD)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 4, PAD, PAD]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch["positions"].tolist() == [1, 2, 4]

@@ -292,7 +292,7 @@ def test_an_adapter_for_modules_that_are_not_there_is_refused(tmp_path: Path) ->
     policy = CausalLM.load(config, start_of(tmp_path), start_of(tmp_path))
     rows = write_rows(tmp_path / "r.parquet", [{"prompt": "a", "completion_ids": [5, 2]}])
     with pytest.raises(ConfigError, match=r"policy\.adapter must fit the model"):
-        policy.tune(rows, tmp_path / "work", tmp_path / "out")
+        policy.train(rows, tmp_path / "work", tmp_path / "out")
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_weights_are_read_when_they_are_needed_and_adopting_does_not_need_them(t
     CausalLM.start(config, start_of(tmp_path))
     policy = CausalLM.load(config, start_of(tmp_path), start_of(tmp_path))
     (tmp_path / "model" / "model.safetensors").unlink()
-    assert policy.adopt(Prompt("p", "x"), "the cab", "column:human")["completion"] == "the cab"
+    assert policy.encode_completion(Prompt("p", "x"), "the cab", "column:human")["completion"] == "the cab"
     with pytest.raises(ModelError):
         _ = policy.model
 
@@ -353,7 +353,7 @@ def test_over_the_rounds_an_adapter_stays_one_on_the_start(tmp_path: Path) -> No
     first = one_round(config, tmp_path)
     second = tmp_path / "round-0002" / "model"
     rows = write_rows(tmp_path / "r.parquet", ROWS, 2)
-    CausalLM.load(config, first, start_of(tmp_path)).tune(rows, tmp_path / "work", second)
+    CausalLM.load(config, first, start_of(tmp_path)).train(rows, tmp_path / "work", second)
     plain = AutoPeftModelForCausalLM.from_pretrained(second)
     plain.disable_adapter_layers()
     assert torch.equal(logits(plain), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")))
@@ -367,7 +367,7 @@ def test_the_export_of_a_run_that_began_with_an_object_loads_from_anywhere(
     config, start = parts("an object", lora=lora), start_of(tmp_path / "run")
     CausalLM.start(config, start, tiny_model(arch), tiny_tokenizer())
     rows, out = write_rows(tmp_path / "r.parquet", ROWS), tmp_path / "run" / "round-0001" / "model"
-    CausalLM.load(config, start, start).tune(rows, tmp_path / "work", out)
+    CausalLM.load(config, start, start).train(rows, tmp_path / "work", out)
     policy = CausalLM.load(config, out, start)
     policy.export(tmp_path / "published")
     monkeypatch.chdir(tmp_path)
@@ -384,7 +384,7 @@ def one_round(config: Any, root: Path) -> Path:
     CausalLM.start(config, start_of(root))
     rows = write_rows(root / "r.parquet", ROWS)
     out = root / "round-0001" / "model"
-    CausalLM.load(config, start_of(root), start_of(root)).tune(rows, root / "work", out)
+    CausalLM.load(config, start_of(root), start_of(root)).train(rows, root / "work", out)
     return out
 
 

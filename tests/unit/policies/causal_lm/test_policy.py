@@ -12,7 +12,7 @@ import torch
 from raftune.errors import DataError, ModelError, OutOfMemory
 from raftune.policies.causal_lm import CausalLM
 from raftune.policies.causal_lm import policy as module
-from raftune.protocols import Likelihood
+from raftune.protocols import SupportsLogProbs
 from raftune.records import Prompt, samples_table
 from tests.builders import EOS, parts, save_tiny, tiny_tokenizer, unit_of
 
@@ -31,10 +31,10 @@ def policy_of(root: Path, arch: str = "llama", chat: bool = False, **changes: An
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
 def test_a_unit_gives_k_samples_a_prompt_in_order(tmp_path: Path, arch: str) -> None:
-    unit = unit_of(TEXTS, k=3)
-    samples = policy_of(tmp_path, arch).draw(unit)
+    chunk = unit_of(TEXTS, k=3)
+    samples = policy_of(tmp_path, arch).generate(chunk)
     assert [(s.prompt_id, s.k) for s in samples] == [(f"p{i}", k) for i in range(3) for k in range(3)]
-    assert [s.seed for s in samples] == [seed for seeds in unit.seeds for seed in seeds]
+    assert [s.seed for s in samples] == [seed for seeds in chunk.seeds for seed in seeds]
     assert samples[4].id == "round-0001/p1/001"
     assert {s.version for s in samples} == {"round-0000"}
     assert {s.source for s in samples} == {"policy"}
@@ -42,7 +42,7 @@ def test_a_unit_gives_k_samples_a_prompt_in_order(tmp_path: Path, arch: str) -> 
 
 
 def test_the_text_is_the_ids_decoded_and_an_end_is_kept_in_the_ids(tmp_path: Path) -> None:
-    samples = policy_of(tmp_path, max_completion_length=30).draw(unit_of(TEXTS, k=20))
+    samples = policy_of(tmp_path, max_completion_length=30).generate(unit_of(TEXTS, k=20))
     tokenizer = tiny_tokenizer()
     for sample in samples:
         ids = sample.payload["completion_ids"]
@@ -54,29 +54,29 @@ def test_the_text_is_the_ids_decoded_and_an_end_is_kept_in_the_ids(tmp_path: Pat
 
 def test_samples_fit_the_payload_schema(tmp_path: Path) -> None:
     policy = policy_of(tmp_path)
-    table = samples_table(policy.draw(unit_of(TEXTS)), policy.payload)
+    table = samples_table(policy.generate(unit_of(TEXTS)), policy.payload)
     assert table.schema.names[-4:] == ["completion", "completion_ids", "completion_logprobs", "finish"]
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
 def test_log_probs_are_the_sums_of_what_the_draw_recorded(tmp_path: Path, arch: str) -> None:
-    policy, unit = policy_of(tmp_path, arch, temperature=0.7, few_shot_prefix="Q: "), unit_of(TEXTS)
-    assert isinstance(policy, Likelihood)
-    table = samples_table(policy.draw(unit), policy.payload)
-    prompts = [unit.prompts[int(name[1:])] for name in table.column("prompt_id").to_pylist()]
+    policy, chunk = policy_of(tmp_path, arch, temperature=0.7, few_shot_prefix="Q: "), unit_of(TEXTS)
+    assert isinstance(policy, SupportsLogProbs)
+    table = samples_table(policy.generate(chunk), policy.payload)
+    prompts = [chunk.prompts[int(name[1:])] for name in table.column("prompt_id").to_pylist()]
     recorded = [sum(row) for row in table.column("completion_logprobs").to_pylist()]
     np.testing.assert_allclose(policy.log_probs(prompts, table, 5), recorded, atol=2e-4)
 
 
 def test_the_prefix_changes_what_is_drawn(tmp_path: Path) -> None:
-    unit = unit_of(TEXTS, k=8)
-    plain, prefixed = (policy_of(tmp_path, few_shot_prefix=p).draw(unit) for p in (None, "Answer: "))
+    chunk = unit_of(TEXTS, k=8)
+    plain, prefixed = (policy_of(tmp_path, few_shot_prefix=p).generate(chunk) for p in (None, "Answer: "))
     assert [s.completion for s in plain] != [s.completion for s in prefixed]
 
 
 def test_messages_are_drawn_for_beside_texts(tmp_path: Path) -> None:
     policy = policy_of(tmp_path, chat=True)
-    samples = policy.draw(unit_of(["so", [{"role": "user", "content": "so"}]], k=2))
+    samples = policy.generate(unit_of(["so", [{"role": "user", "content": "so"}]], k=2))
     assert len(samples) == 4
     assert samples[0].payload["completion_logprobs"][0] != samples[2].payload["completion_logprobs"][0]
 
@@ -84,12 +84,12 @@ def test_messages_are_drawn_for_beside_texts(tmp_path: Path) -> None:
 def test_a_prompt_without_room_for_an_answer_is_refused_before_the_weights_are_read(tmp_path: Path) -> None:
     policy = policy_of(tmp_path)
     with pytest.raises(DataError, match=r"prompt p0 .* has 200 tokens, the limit is 127"):
-        policy.draw(unit_of(["x" * 200]))
+        policy.generate(unit_of(["x" * 200]))
     assert policy._model is None
 
 
 def test_an_adopted_answer_is_ids_with_eos_and_no_log_probs(tmp_path: Path) -> None:
-    adopted = policy_of(tmp_path).adopt(Prompt("p", "so"), "the cab", "column:human")
+    adopted = policy_of(tmp_path).encode_completion(Prompt("p", "so"), "the cab", "column:human")
     ids = [*tiny_tokenizer()("the cab")["input_ids"], EOS]
     assert adopted == {
         "completion": "the cab", "completion_ids": ids, "completion_logprobs": None, "finish": "eos",
@@ -98,11 +98,11 @@ def test_an_adopted_answer_is_ids_with_eos_and_no_log_probs(tmp_path: Path) -> N
 
 def test_a_draw_through_generate_is_said_once(tmp_path: Path) -> None:
     forked = policy_of(tmp_path)
-    forked.draw(unit_of(TEXTS))
+    forked.generate(unit_of(TEXTS))
     assert forked.notes() == ()
     beams = policy_of(tmp_path, generation_kwargs={"no_repeat_ngram_size": 2})
     for _ in range(2):
-        beams.draw(unit_of(TEXTS))
+        beams.generate(unit_of(TEXTS))
     assert len(beams.notes()) == 1
     assert "no_repeat_ngram_size" in beams.notes()[0]
 
@@ -112,7 +112,7 @@ def test_stop_texts_and_every_eos_of_the_generation_config_end_an_answer(tmp_pat
     (model / "generation_config.json").write_text('{"eos_token_id": [2, 9, 11], "transformers_version": "5.0.0"}')
     policy = policy_of(tmp_path, max_completion_length=40, stop=("a",))
     assert policy.eos_ids == (2, 9, 11)
-    samples = policy.draw(unit_of(TEXTS, k=30))
+    samples = policy.generate(unit_of(TEXTS, k=30))
     ends = {s.payload["completion_ids"][-1] for s in samples if s.payload["finish"] == "eos"}
     assert ends <= {2, 9, 11} and len(ends) > 1
     assert any(s.payload["finish"] == "stop" and "a" in s.completion for s in samples)
@@ -126,13 +126,13 @@ def test_a_full_memory_names_the_units_batch_size(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(type(policy.model), "forward", full)
     with pytest.raises(OutOfMemory) as caught:
-        policy.draw(unit_of(TEXTS, batch_size=6))
+        policy.generate(unit_of(TEXTS, batch_size=6))
     assert caught.value.batch_size == 6
 
 
 def test_tuning_lets_go_of_the_weights_that_drew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of(tmp_path)
-    policy.draw(unit_of(TEXTS))
+    policy.generate(unit_of(TEXTS))
     held = []
 
     def look(*args: Any) -> None:
@@ -144,7 +144,7 @@ def test_tuning_lets_go_of_the_weights_that_drew(tmp_path: Path, monkeypatch: py
 
     rows = write_rows(tmp_path / "r.parquet", [{"prompt": "a", "completion_ids": [5, 2]}])
     with pytest.raises(ModelError, match="seen enough"):
-        policy.tune(rows, tmp_path / "work", tmp_path / "out")
+        policy.train(rows, tmp_path / "work", tmp_path / "out")
     assert held == [None]
 
 
@@ -157,8 +157,8 @@ def test_greedy_draws_of_an_adapter_are_those_of_peft(tmp_path: Path) -> None:
     policy = policy_of(tmp_path, lora=True, temperature=0.0, learning_rate=5e-2, num_train_epochs=4)
     rows = write_rows(tmp_path / "r.parquet", [{"prompt": t, "completion_ids": [9, 70, 71, 2]} for t in TEXTS])
     out = tmp_path / "round-0001" / "model"
-    policy.tune(rows, tmp_path / "work", out)
-    drawn = CausalLM.load(policy.config, out, tmp_path / "round-0000" / "model").draw(unit_of(TEXTS, k=1))
+    policy.train(rows, tmp_path / "work", out)
+    drawn = CausalLM.load(policy.config, out, tmp_path / "round-0000" / "model").generate(unit_of(TEXTS, k=1))
     plain = AutoPeftModelForCausalLM.from_pretrained(out).eval()
     for text, sample in zip(TEXTS, drawn, strict=True):
         ids = torch.tensor([policy.tokenizer(text)["input_ids"]])

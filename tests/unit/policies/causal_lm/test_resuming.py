@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from raftune.config.training import TuningConfig
+from raftune.config.training import TrainingConfig
 from raftune.errors import ConfigError, ModelError, OutOfMemory
 from raftune.policies.causal_lm import CausalLM, sft_loss
 from raftune.policies.causal_lm.saving import OPTIMIZER
@@ -112,20 +112,20 @@ def test_a_harmed_checkpoint_is_noticed_and_the_one_before_it_used(
 ) -> None:
     config, run, rows, whole = killed
     shutil.copytree(run, tmp_path / "run")
-    work = tmp_path / "run" / "round-0001" / "tune"
+    work = tmp_path / "run" / "round-0001" / "train"
     harm(work / "checkpoint-3" / file)
     start = tmp_path / "run" / "round-0000" / "model"
     policy = CausalLM.load(config, start, start)
-    policy.tune(rows, work, tmp_path / "out")
+    policy.train(rows, work, tmp_path / "out")
     assert policy.notes()[0] == "checkpoint-3 did not verify and was not used"
-    assert re.fullmatch(r"tuning was taken up after step [12] of \d+", policy.notes()[1])
+    assert re.fullmatch(r"training was taken up after step [12] of \d+", policy.notes()[1])
     assert tree_hash(tmp_path / "out") == whole
 
 
 def test_without_one_good_checkpoint_the_fit_begins_anew_to_the_same_end(killed: Any, tmp_path: Path) -> None:
     config, run, rows, whole = killed
     shutil.copytree(run, tmp_path / "run")
-    work = tmp_path / "run" / "round-0001" / "tune"
+    work = tmp_path / "run" / "round-0001" / "train"
     for folder in work.glob("checkpoint-*"):
         _flipped(folder / "optimizer.pt")
     assert tree_hash(tuned(config, tmp_path / "run", rows)[0]) == whole
@@ -141,21 +141,21 @@ def test_a_checkpoint_of_other_rows_is_not_continued_from(killed: Any, tmp_path:
 
 def test_a_file_that_the_manifest_does_not_name_is_not_enough(killed: Any, tmp_path: Path) -> None:
     _, run, _, _ = killed
-    shutil.copytree(run / "round-0001" / "tune", tmp_path / "tune")
-    identity = json.loads((tmp_path / "tune" / "checkpoint-3" / MANIFEST).read_text())["identity"]
-    newest = tmp_path / "tune" / "checkpoint-3"
+    shutil.copytree(run / "round-0001" / "train", tmp_path / "train")
+    identity = json.loads((tmp_path / "train" / "checkpoint-3" / MANIFEST).read_text())["identity"]
+    newest = tmp_path / "train" / "checkpoint-3"
     assert verifies(newest, identity)
     assert not verifies(newest, "another fit")
     manifest = json.loads((newest / MANIFEST).read_text())
     del manifest["files"]["rng_state.pth"]
     (newest / MANIFEST).write_text(json.dumps(manifest))
-    assert newest_verified(tmp_path / "tune", identity) == (tmp_path / "tune" / "checkpoint-2", ["checkpoint-3"])
+    assert newest_verified(tmp_path / "train", identity) == (tmp_path / "train" / "checkpoint-2", ["checkpoint-3"])
 
 
 def test_no_checkpoint_is_written_where_the_model_itself_follows(folders: Any, tmp_path: Path) -> None:
     config = parts(folders["llama"], save_steps=2)
     tuned(config, tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
-    saved = [path.name for path in (tmp_path / "round-0001" / "tune").iterdir()]
+    saved = [path.name for path in (tmp_path / "round-0001" / "train").iterdir()]
     assert sorted(saved) == ["checkpoint-2", "checkpoint-4"]
 
 
@@ -175,7 +175,7 @@ def test_checkpoints_are_taken_by_time_and_when_they_were_taken_leaves_no_trace(
 ) -> None:
     config, rows = parts(folders["gpt2"], save_steps=None), write_rows(tmp_path / "r.parquet", some_rows())
     whole, report = tuned(config, tmp_path / "whole", rows)
-    assert not list((tmp_path / "whole" / "round-0001" / "tune").glob("checkpoint-*"))
+    assert not list((tmp_path / "whole" / "round-0001" / "train").glob("checkpoint-*"))
     monkeypatch.setattr(partial, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(partial, "SHARE", 1e9)
     with pytest.raises(Killed):
@@ -190,7 +190,7 @@ def test_a_fit_that_is_asked_to_stop_keeps_the_step_that_it_was_at(folders: Any,
     with pytest.raises(KeyboardInterrupt):
         tuned(config, tmp_path / "stopped", rows, callbacks=[AskToStop(4)])
     interruption.forget()
-    assert [path.name for path in (tmp_path / "stopped" / "round-0001" / "tune").iterdir()] == ["checkpoint-4"]
+    assert [path.name for path in (tmp_path / "stopped" / "round-0001" / "train").iterdir()] == ["checkpoint-4"]
     assert tree_hash(tuned(config, tmp_path / "stopped", rows)[0]) == whole
 
 
@@ -199,10 +199,10 @@ def test_a_fit_that_is_asked_to_stop_keeps_the_step_that_it_was_at(folders: Any,
 
 def test_a_rate_that_blows_up_publishes_nothing(folders: Any, tmp_path: Path) -> None:
     config = parts(folders["llama"], learning_rate=1e38, num_train_epochs=8)
-    with pytest.raises(ModelError, match=r"must be finite.*lower tuning\.learning_rate"):
+    with pytest.raises(ModelError, match=r"must be finite.*lower training\.learning_rate"):
         tuned(config, tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
     assert not (tmp_path / "round-0001" / "model").exists()
-    manifests = list((tmp_path / "round-0001" / "tune").glob(f"*/{MANIFEST}"))
+    manifests = list((tmp_path / "round-0001" / "train").glob(f"*/{MANIFEST}"))
     weights = [fit.load_file(path.parent / fit.WEIGHTS) for path in manifests]
     assert all(torch.isfinite(tensor).all() for tensors in weights for tensor in tensors.values())
 
@@ -282,7 +282,7 @@ def test_a_fit_that_had_to_halve_resumes_in_the_smaller_batches(folders: Any, tm
 
 def test_where_one_row_does_not_fit_the_error_says_what_helps(folders: Any, tmp_path: Path, monkeypatch: Any) -> None:
     limit_memory(monkeypatch, 0, torch.OutOfMemoryError())
-    with pytest.raises(OutOfMemory, match=r"tuning\.gradient_checkpointing") as caught:
+    with pytest.raises(OutOfMemory, match=r"training\.gradient_checkpointing") as caught:
         tuned(parts(folders["llama"]), tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
     assert caught.value.batch_size == 1
 
@@ -308,7 +308,7 @@ def test_a_fit_leaves_no_model_behind_without_a_collection(folders: Any, tmp_pat
 def test_several_processes_are_refused_and_several_gpus_are_not_split_over(
     folders: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    config, size = parts(folders["llama"]).tuning, fit.MicroBatch(4, 1)
+    config, size = parts(folders["llama"]).training, fit.MicroBatch(4, 1)
     monkeypatch.setattr(fit.TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n_gpu", 2) or 2))
     found = fit.arguments(config, size, tmp_path, torch.device("cpu"), 0)
     assert found._n_gpu == 1
@@ -324,7 +324,7 @@ def test_what_the_trainer_refuses_is_an_error_of_the_configuration(folders: Any,
         with pytest.raises(ConfigError, match=r"must be what transformers' Trainer takes.*nothing.? is not a valid"):
             tuned(parts(folders["llama"], **{field: "nothing"}), tmp_path / field, rows)
     with pytest.raises(ValueError, match="got 'num_workers'"):
-        TuningConfig(trainer_kwargs={"num_workers": 1})
+        TrainingConfig(trainer_kwargs={"num_workers": 1})
 
 
 # -- the optimizer between rounds ------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_carried_two_rounds_are_one_longer_fit_where_the_rate_is_constant(
         config = parts(folders["llama"], num_train_epochs=3, optimizer_state=state, **same)
         first, _ = tuned(config, tmp_path / state, rows)
         start, out = tmp_path / state / "round-0000" / "model", tmp_path / state / "round-0002" / "model"
-        CausalLM.load(config, first, start).tune(rows, tmp_path / state / "work", out)
+        CausalLM.load(config, first, start).train(rows, tmp_path / state / "work", out)
         assert (out / OPTIMIZER).exists() == (state == "carried" and optim != "sgd")
         models[state] = (out / "model.safetensors").read_bytes()
     wanted = (once / "model.safetensors").read_bytes()
@@ -356,8 +356,8 @@ def test_a_carried_fit_resumes_exactly(folders: Any, tmp_path: Path) -> None:
     config = parts(folders["gpt2"], optimizer_state="carried")
     first, _ = tuned(config, tmp_path, rows)
     policy = CausalLM.load(config, first, tmp_path / "round-0000" / "model")
-    policy.tune(rows, tmp_path / "w1", tmp_path / "whole")
+    policy.train(rows, tmp_path / "w1", tmp_path / "whole")
     with pytest.raises(Killed):
-        policy.tune(rows, tmp_path / "w2", tmp_path / "resumed", [KillAfter(2)])
-    policy.tune(rows, tmp_path / "w2", tmp_path / "resumed")
+        policy.train(rows, tmp_path / "w2", tmp_path / "resumed", [KillAfter(2)])
+    policy.train(rows, tmp_path / "w2", tmp_path / "resumed")
     assert tree_hash(tmp_path / "resumed") == tree_hash(tmp_path / "whole")

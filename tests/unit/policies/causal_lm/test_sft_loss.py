@@ -1,4 +1,4 @@
-"""Tuning minimises the objective that was named, on the ids that were drawn."""
+"""Training minimises the objective that was named, on the ids that were drawn."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from raftune.config.training import TuningConfig
+from raftune.config.training import TrainingConfig
 from raftune.errors import DataError
 from raftune.policies.causal_lm import CausalLM
-from raftune.policies.causal_lm.encoding import Encoder
-from raftune.policies.causal_lm.likelihood import Example
-from raftune.policies.causal_lm.sft_loss import LearnedLM, Row, batch_of, read_rows
-from raftune.training.length_grouping import POOL, LengthGrouped, grouped_order
+from raftune.policies.causal_lm.encoding import TextEncoder
+from raftune.policies.causal_lm.likelihood import TokenizedCompletion
+from raftune.policies.causal_lm.sft_loss import LearnedLM, TrainingRow, batch_of, read_rows
+from raftune.training.length_grouping import POOL, LengthGroupedSampler, grouped_order
 from raftune.training.loss_weights import coefficients
 from raftune.training.objectives import Sft
 from tests.builders import EOS, PAD, Parts, parts, tiny_model, tiny_tokenizer, tree_hash, write_rows
@@ -55,7 +55,7 @@ def test_what_does_not_fill_a_step_comes_last_even_if_that_is_all() -> None:
 
 
 def test_the_sampler_follows_set_epoch() -> None:
-    sampler = LengthGrouped(list(range(40)), 4, 3)
+    sampler = LengthGroupedSampler(list(range(40)), 4, 3)
     first = list(sampler)
     sampler.set_epoch(1)
     assert list(sampler) != first
@@ -67,7 +67,7 @@ def test_the_sampler_follows_set_epoch() -> None:
 # -- the objective ---------------------------------------------------------------------------------------------------
 
 
-def gradient(model: Any, rows: list[Row], batches: list[list[int]]) -> torch.Tensor:
+def gradient(model: Any, rows: list[TrainingRow], batches: list[list[int]]) -> torch.Tensor:
     """The summed gradient of the batches, flat."""
     model.zero_grad()
     learned = LearnedLM(model)
@@ -76,13 +76,13 @@ def gradient(model: Any, rows: list[Row], batches: list[list[int]]) -> torch.Ten
     return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
 
-def made_rows(weights: Any, normalization: Any, step: int, prompts: Any = None, seed: int = 0) -> list[Row]:
+def made_rows(weights: Any, normalization: Any, step: int, prompts: Any = None, seed: int = 0) -> list[TrainingRow]:
     random = np.random.default_rng(seed)
     sizes = random.integers(1, 9, size=(len(weights), 2))
-    examples = [Example.of(random.integers(3, 200, a), random.integers(3, 200, b)) for a, b in sizes]
+    examples = [TokenizedCompletion.of(random.integers(3, 200, a), random.integers(3, 200, b)) for a, b in sizes]
     names = prompts or [str(i) for i in range(len(weights))]
     shares = coefficients(np.asarray(weights, dtype=float), [e.tokens for e in examples], names, normalization, step)
-    return [Row(example, share) for example, share in zip(examples, shares, strict=True)]
+    return [TrainingRow(example, share) for example, share in zip(examples, shares, strict=True)]
 
 
 @pytest.mark.parametrize("normalization", ["token", "sample", "prompt"])
@@ -125,7 +125,7 @@ def test_a_row_of_weight_two_counts_as_the_row_twice() -> None:
     heavy = made_rows([2.0, 1.0], "token", 8)
     twice = [heavy[0].example, heavy[0].example, heavy[1].example]
     shares = coefficients(np.ones(3), [e.tokens for e in twice], ["0", "0", "1"], "token", 8)
-    light = [Row(example, share) for example, share in zip(twice, shares, strict=True)]
+    light = [TrainingRow(example, share) for example, share in zip(twice, shares, strict=True)]
     apart = gradient(model, heavy, [[0, 1]]) - gradient(model, light, [[0, 1, 2]])
     assert float(apart.abs().max()) < 1e-6
 
@@ -170,12 +170,12 @@ def test_the_normalisation_is_the_objective_on_answers_of_one_token(scheme: str)
         kept = [y for y in outcome if y in good]
         if not kept:
             continue
-        examples = [Example.of([0], [y]) for y in kept]
+        examples = [TokenizedCompletion.of([0], [y]) for y in kept]
         shares = coefficients(np.ones(len(kept)), [1] * len(kept), ["x"] * len(kept), "prompt", 99)
         if scheme == "over K":
             shares = shares * len(kept) / K
         model = OneToken(logits.expand(4, 4))
-        (-model(batch_of([Row(e, c) for e, c in zip(examples, shares, strict=True)], PAD))).backward()
+        (-model(batch_of([TrainingRow(e, c) for e, c in zip(examples, shares, strict=True)], PAD))).backward()
         expected += float(p[list(outcome)].prod()) * model.table.weight.grad
     table = logits.clone().requires_grad_()
     success = table.softmax(-1)[0, list(good)].sum()
@@ -186,8 +186,8 @@ def test_the_normalisation_is_the_objective_on_answers_of_one_token(scheme: str)
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
-def encoder(context: int | None = 128) -> Encoder:
-    return Encoder(tiny_tokenizer(), parts("x").sampling, context, EOS)
+def encoder(context: int | None = 128) -> TextEncoder:
+    return TextEncoder(tiny_tokenizer(), parts("x").sampling, context, EOS)
 
 
 def test_ids_are_learnt_as_they_were_drawn_and_not_as_their_text_would_be_tokenised(tmp_path: Path) -> None:
@@ -195,7 +195,9 @@ def test_ids_are_learnt_as_they_were_drawn_and_not_as_their_text_would_be_tokeni
     a, b = (tokenizer.convert_tokens_to_ids(letter) for letter in "ab")
     assert tokenizer("ab")["input_ids"] != [a, b]
     rows = read_rows(
-        write_rows(tmp_path / "r.parquet", [{"prompt": "a", "completion_ids": [a, b, EOS]}]), encoder(), TuningConfig()
+        write_rows(tmp_path / "r.parquet", [{"prompt": "a", "completion_ids": [a, b, EOS]}]),
+        encoder(),
+        TrainingConfig(),
     )
     assert rows.examples[0].ids.tolist() == [*tokenizer("a")["input_ids"], a, b, EOS]
     assert rows.examples[0].tokens == 3
@@ -203,50 +205,50 @@ def test_ids_are_learnt_as_they_were_drawn_and_not_as_their_text_would_be_tokeni
 
 def test_the_round_comes_with_the_rows(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "r.parquet", some_rows(2), round_=7)
-    assert read_rows(path, encoder(), TuningConfig()).round == 7
+    assert read_rows(path, encoder(), TrainingConfig()).round == 7
 
 
 def test_truncated_answers_are_left_out_only_on_request(tmp_path: Path) -> None:
     rows = [{**row, "finish": "length" if i % 2 else "eos"} for i, row in enumerate(some_rows(6))]
     path = write_rows(tmp_path / "r.parquet", rows)
-    assert len(read_rows(path, encoder(), TuningConfig()).examples) == 6
-    masked = read_rows(path, encoder(), TuningConfig(mask_truncated_completions=True))
+    assert len(read_rows(path, encoder(), TrainingConfig()).examples) == 6
+    masked = read_rows(path, encoder(), TrainingConfig(mask_truncated_completions=True))
     assert (len(masked.examples), masked.truncated) == (3, 3)
 
 
 def test_rows_that_were_all_cut_off_leave_nothing_to_learn_from(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "r.parquet", [{**row, "finish": "length"} for row in some_rows(4)])
     with pytest.raises(DataError, match="leaves nothing to learn from: all 4 kept answers were cut off"):
-        read_rows(path, encoder(), TuningConfig(mask_truncated_completions=True))
+        read_rows(path, encoder(), TrainingConfig(mask_truncated_completions=True))
 
 
 def test_rows_without_weight_are_not_learnt(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "r.parquet", [{**row, "weight": float(i)} for i, row in enumerate(some_rows(3))])
-    assert read_rows(path, encoder(), TuningConfig()).weights.tolist() == [1.0, 2.0]
+    assert read_rows(path, encoder(), TrainingConfig()).weights.tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
 def test_a_weight_that_is_no_weight_is_refused(tmp_path: Path, weight: float) -> None:
     path = write_rows(tmp_path / "r.parquet", [{**some_rows(1)[0], "weight": weight}])
     with pytest.raises(DataError, match="finite and not negative"):
-        read_rows(path, encoder(), TuningConfig())
+        read_rows(path, encoder(), TrainingConfig())
 
 
 def test_a_row_longer_than_the_context_and_an_empty_one_are_refused(tmp_path: Path) -> None:
     long = write_rows(tmp_path / "long.parquet", [{"prompt": "xxxx", "completion_ids": [5] * 5}])
     with pytest.raises(DataError, match="context of 8 tokens; those of prompt xxxx have 4 and 5"):
-        read_rows(long, encoder(8), TuningConfig())
+        read_rows(long, encoder(8), TrainingConfig())
     empty = write_rows(tmp_path / "empty.parquet", [{"prompt": "xxxx", "completion_ids": []}])
     with pytest.raises(DataError, match="at least one token"):
-        read_rows(empty, encoder(), TuningConfig())
+        read_rows(empty, encoder(), TrainingConfig())
 
 
 def test_the_prefix_of_drawing_is_not_learnt(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "r.parquet", some_rows(1))
-    prefixed = Encoder(tiny_tokenizer(), parts("x", few_shot_prefix="Q: ").sampling, 128, EOS)
+    prefixed = TextEncoder(tiny_tokenizer(), parts("x", few_shot_prefix="Q: ").sampling, 128, EOS)
     assert np.array_equal(
-        read_rows(path, prefixed, TuningConfig()).examples[0].ids,
-        read_rows(path, encoder(), TuningConfig()).examples[0].ids,
+        read_rows(path, prefixed, TrainingConfig()).examples[0].ids,
+        read_rows(path, encoder(), TrainingConfig()).examples[0].ids,
     )
 
 

@@ -13,10 +13,10 @@ import torch
 
 from raftune.config.policy import AdapterConfig, DiffusionPolicy
 from raftune.config.sampling import DiffusionSampling, SamplingConfig
-from raftune.config.training import DiffusionTuning, TuningConfig
+from raftune.config.training import DiffusionTraining, TrainingConfig
 from raftune.policies.diffusion import Diffusion
 from raftune.policies.diffusion.latents import FIELDS, columns_of
-from raftune.protocols import Unit
+from raftune.protocols import Chunk
 from raftune.records import INVALID, Prompt
 from tests.pipelines import CELLS, SIZE
 
@@ -31,7 +31,7 @@ class Parts:
 
     policy: DiffusionPolicy
     sampling: SamplingConfig
-    tuning: TuningConfig
+    training: TrainingConfig
     seed: int = 0
     num_rounds: int = 1
 
@@ -39,10 +39,12 @@ class Parts:
 def parts(
     model: Path | str, kind: str = "sd", *, lora: bool | AdapterConfig = False, seed: int = 0, **changes: Any
 ) -> Parts:
-    """Two steps of drawing, no guidance, a high rate; `changes` are fields of tuning or tuning.diffusion, by name."""
+    """Two steps of drawing, no guidance, a high rate; `changes` are fields of training or training.diffusion, by
+    name.
+    """
     adapter = AdapterConfig(r=4, alpha=8.0) if lora is True else lora or None
     given = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 4, "save_steps": 1, **changes}
-    denoising = {name: given.pop(name) for name in list(given) if name in DiffusionTuning.model_fields}
+    denoising = {name: given.pop(name) for name in list(given) if name in DiffusionTraining.model_fields}
     policy = {name: given.pop(name) for name in list(given) if name in DiffusionPolicy.model_fields}
     guidance = {"guidance_scale": 1.0} if kind in UNGUIDED else {}
     size = {"height": SIZE, "width": SIZE} if kind in ("flux", "pixart") else {}  # which think of themselves as larger
@@ -50,7 +52,7 @@ def parts(
     return Parts(
         DiffusionPolicy(**{"model": str(model), "device": "cpu", "adapter": adapter, **policy}),
         SamplingConfig(diffusion=drawn),
-        TuningConfig(diffusion=DiffusionTuning(**denoising), **given),
+        TrainingConfig(diffusion=DiffusionTraining(**denoising), **given),
         seed,
     )
 
@@ -89,7 +91,7 @@ def begun(config: Parts, root: Path) -> Path:
 def tuned(config: Parts, root: Path, rows: Path, callbacks: Any = (), name: str = "round-0001") -> tuple[Path, Any]:
     """The model folder after one round from the start, and the report."""
     start, out = begun(config, root), root / name / "model"
-    report = Diffusion.load(config, start, start).tune(rows, root / name / "tune", out, callbacks)
+    report = Diffusion.load(config, start, start).train(rows, root / name / "train", out, callbacks)
     return out, report
 
 
@@ -97,4 +99,4 @@ def drawn(config: Parts, folder: Path, start: Path, prompts: Sequence[Any] = TEX
     """What the policy of this folder draws for the prompts, seeds 0, 1, …"""
     asked = tuple(Prompt(f"p{i}", content) for i, content in enumerate(prompts))
     seeds = tuple(tuple(range(i * k, i * k + k)) for i in range(len(prompts)))
-    return Diffusion.load(config, folder, start).draw(Unit(0, "round-0001", "round-0000", asked, seeds, 4))
+    return Diffusion.load(config, folder, start).generate(Chunk(0, "round-0001", "round-0000", asked, seeds, 4))

@@ -8,7 +8,7 @@ from typing import Any
 
 from raftune.config.sampling import DiffusionSampling
 from raftune.policies.diffusion import Diffusion
-from raftune.protocols import Unit
+from raftune.protocols import Chunk
 from raftune.records import Prompt, Sample
 from tests.unit.policies.diffusion.fits import Parts, begun, parts
 
@@ -21,19 +21,19 @@ def calling(config: Parts, **dials: Any) -> Parts:
 
 
 def policy(model: Path, root: Path, kind: str = "sd", **dials: Any) -> Diffusion:
-    """The start's policy of a run under `root`, called with these dials (two steps, unguided, unless told)."""
+    """The start's policy of a run under `root`, called with these options (two steps, unguided, unless told)."""
     config = calling(parts(model, kind), **{"num_inference_steps": 2, "guidance_scale": 1.0, **dials})
     start = begun(config, root)
     return Diffusion.load(config, start, start)
 
 
-def unit(
+def chunk(
     texts: tuple[Any, ...] = TEXTS, k: int = 2, *, batch_size: int = 64, scope: str = "0001", first_seed: int = 0
-) -> Unit:
+) -> Chunk:
     """Each prompt k times, with seeds counted up."""
     prompts = tuple(Prompt(f"p{i}", text) for i, text in enumerate(texts))
     seeds = tuple(tuple(first_seed + i * k + j for j in range(k)) for i in range(len(texts)))
-    return Unit(0, scope, "round-0000", prompts, seeds, batch_size)
+    return Chunk(0, scope, "round-0000", prompts, seeds, batch_size)
 
 
 def pixels(sample: Sample) -> Any:

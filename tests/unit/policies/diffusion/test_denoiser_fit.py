@@ -1,4 +1,4 @@
-"""Tuning learns the pictures that were kept, exactly resumable, and says what it did."""
+"""Training learns the images that were kept, exactly resumable, and says what it did."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def test_thirty_steps_lower_the_loss_and_draw_towards_the_picture_that_was_kept(sd_v: Path, tmp_path: Path) -> None:
-    """One picture for every prompt; of a random denoiser with some ten thousand weights no more can be asked."""
+    """One image for every prompt; of a random denoiser with some ten thousand weights no more can be asked."""
     wanted = torch.randn((4, CELLS, CELLS), generator=torch.Generator().manual_seed(5))
     rows = write_rows(
         tmp_path / "r.parquet", [{"prompt": p, **columns_of(wanted)} for p in ("a circle", "a square")] * 2
@@ -133,7 +133,7 @@ class KillAfter(TrainerCallback):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
-    ("lora", "dials"),
+    ("lora", "options"),
     [
         (False, {"ema_decay": 0.9, "noise_levels": 2}),
         (True, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "condition_dropout": 0.5}),
@@ -170,7 +170,7 @@ def test_a_harmed_average_is_noticed_like_any_other_file_of_a_checkpoint(sd: Pat
     whole, _ = tuned(config, tmp_path / "whole", rows)
     with pytest.raises(Killed):
         tuned(config, tmp_path / "run", rows, callbacks=[KillAfter(2)])
-    work = tmp_path / "run" / "round-0001" / "tune"
+    work = tmp_path / "run" / "round-0001" / "train"
     named = json.loads((work / "checkpoint-2" / MANIFEST).read_text())["files"]
     assert {*REQUIRED, ema.FILE} <= set(named)
     path = work / "checkpoint-2" / ema.FILE
@@ -179,7 +179,7 @@ def test_a_harmed_average_is_noticed_like_any_other_file_of_a_checkpoint(sd: Pat
     path.write_bytes(bytes(content))
     start = tmp_path / "run" / "round-0000" / "model"
     policy = Diffusion.load(config, start, start)
-    policy.tune(rows, work, tmp_path / "out")
+    policy.train(rows, work, tmp_path / "out")
     assert "checkpoint-2 did not verify and was not used" in policy.notes()
     assert tree_hash(tmp_path / "out") == tree_hash(whole)
 
@@ -227,16 +227,16 @@ def test_the_next_round_goes_on_from_the_last_one_and_carries_its_moments(sd: Pa
     start, work = tmp_path / "round-0000" / "model", tmp_path / "work"
     assert (first / OPTIMIZER).is_file()
     second = tmp_path / "round-0002" / "model"
-    report = Diffusion.load(config, first, start).tune(rows, work, second)
+    report = Diffusion.load(config, first, start).train(rows, work, second)
     assert report.details["start_loss_by_quarter"] != report.details["loss_by_quarter"]
     fresh = tmp_path / "fresh"
     shutil.copytree(first, fresh)
     (fresh / OPTIMIZER).unlink()
     other = tmp_path / "round-0003" / "model"
-    Diffusion.load(config, fresh, start).tune(rows, tmp_path / "work3", other)
+    Diffusion.load(config, fresh, start).train(rows, tmp_path / "work3", other)
     with pytest.raises(Killed):
-        Diffusion.load(config, first, start).tune(rows, tmp_path / "w4", tmp_path / "o4", [KillAfter(2)])
-    Diffusion.load(config, first, start).tune(rows, tmp_path / "w4", tmp_path / "o4")
+        Diffusion.load(config, first, start).train(rows, tmp_path / "w4", tmp_path / "o4", [KillAfter(2)])
+    Diffusion.load(config, first, start).train(rows, tmp_path / "w4", tmp_path / "o4")
     hashes = [tree_hash(folder) for folder in (second, other, tmp_path / "o4")]
     assert hashes[0] == hashes[2]
     assert hashes[0] != hashes[1]
@@ -247,7 +247,7 @@ def test_the_next_round_goes_on_from_the_last_one_and_carries_its_moments(sd: Pa
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Batches of more than `rows` rows raise."""
-    real = losses.Denoising.objective
+    real = losses.DenoisingLoss.objective
 
     def limited(self: Any) -> Any:
         loss = real(self)
@@ -259,7 +259,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
 
         return checked
 
-    monkeypatch.setattr(losses.Denoising, "objective", limited)
+    monkeypatch.setattr(losses.DenoisingLoss, "objective", limited)
 
 
 def test_a_full_memory_halves_the_micro_batch_and_keeps_the_step_and_its_noise(
@@ -276,7 +276,7 @@ def test_where_one_picture_does_not_fit_the_error_says_what_helps(
     sd: Path, tmp_path: Path, rows: Path, monkeypatch: Any
 ) -> None:
     limit_memory(monkeypatch, 0)
-    with pytest.raises(OutOfMemory, match=r"one picture does not fit.*noise_levels: 1"):
+    with pytest.raises(OutOfMemory, match=r"one image does not fit.*noise_levels: 1"):
         tuned(parts(sd), tmp_path, rows)
 
 
@@ -357,6 +357,6 @@ def test_latents_of_another_size_are_refused_before_anything_is_fitted(sd: Path,
 
 
 def test_a_rate_that_blows_up_publishes_nothing(sd: Path, tmp_path: Path, rows: Path) -> None:
-    with pytest.raises(ModelError, match=r"must be finite.*lower tuning\.learning_rate"):
+    with pytest.raises(ModelError, match=r"must be finite.*lower training\.learning_rate"):
         tuned(parts(sd, learning_rate=1e38, num_train_epochs=8), tmp_path, rows)
     assert not (tmp_path / "round-0001" / "model").exists()

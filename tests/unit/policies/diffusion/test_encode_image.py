@@ -1,4 +1,4 @@
-"""Somebody else's pictures: a person's, a teacher's, a reference data set's."""
+"""Somebody else's images: a person's, a teacher's, a reference data set's."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_every_form_of_a_picture_is_the_same_picture(
         {"bytes": png, "path": None},
         {"bytes": None, "path": "one.png"},
     ]
-    found = [dict(adopter.adopt(PROMPT, form, "column:photo")) for form in forms]
+    found = [dict(adopter.encode_completion(PROMPT, form, "column:photo")) for form in forms]
     assert all(one == found[0] for one in found)
     assert found[0]["completion"] == png and found[0]["invalid"] is None
     assert set(found[0]) == set(adopter.payload.names)
 
 
 def test_latents_are_the_vae_s_scaled_and_the_same_each_time(adopter: Diffusion) -> None:
-    payload = adopter.adopt(PROMPT, picture(), "column:photo")
+    payload = adopter.encode_completion(PROMPT, picture(), "column:photo")
     x0 = latents_of(payload["latents"], payload["latents_shape"], payload["latents_dtype"])
     vae = adopter.frozen.pipe.vae
     pixels = torch.from_numpy(np.asarray(picture(), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
@@ -62,26 +62,26 @@ def test_latents_are_the_vae_s_scaled_and_the_same_each_time(adopter: Diffusion)
         posterior = vae.encode(pixels).latent_dist
     mean, std = (part[0] * vae.config.scaling_factor for part in (posterior.mean, posterior.std))
     assert ((x0 - mean).abs() <= 6 * std).all(), "a draw from the posterior; 256 numbers beyond 6 sigma: p < 1e-6"
-    assert payload == adopter.adopt(PROMPT, picture(), "reference")
+    assert payload == adopter.encode_completion(PROMPT, picture(), "reference")
 
 
 def test_reading_a_picture_needs_no_denoiser(adopter: Diffusion) -> None:
     fresh = Diffusion.load(adopter.config, adopter.folder, adopter.start_folder)
-    fresh.adopt(PROMPT, picture(), "column:photo")
+    fresh.encode_completion(PROMPT, picture(), "column:photo")
     assert fresh.nbytes == fresh.frozen.nbytes
 
 
 def test_transparency_lies_on_white(adopter: Diffusion) -> None:
     image = picture().convert("RGBA")
     image.putpixel((3, 4), (0, 0, 0, 0))
-    payload = adopter.adopt(PROMPT, image, "column:photo")
+    payload = adopter.encode_completion(PROMPT, image, "column:photo")
     assert image_of(payload["completion"]).getpixel((3, 4)) == (255, 255, 255)
 
 
 def test_a_jpeg_is_kept_as_it_decodes(adopter: Diffusion) -> None:
     buffer = io.BytesIO()
     picture().save(buffer, format="JPEG")
-    payload = adopter.adopt(PROMPT, buffer.getvalue(), "column:photo")
+    payload = adopter.encode_completion(PROMPT, buffer.getvalue(), "column:photo")
     assert payload["completion"] == png_of(image_of(buffer.getvalue()))
 
 
@@ -90,23 +90,23 @@ def test_a_jpeg_is_kept_as_it_decodes(adopter: Diffusion) -> None:
     [
         (picture(24, 16), r"size that the run draws, 16 x 16; the one for prompt p0 \(column:photo\) is 24 x 16. Crop"),
         ("nowhere.png", r"must be a file that can be read; 'nowhere.png' \(looked for from .*\) is none: No such file"),
-        (b"no picture at all", r"the picture for prompt p0 \(column:photo\): these 17 bytes are no picture"),
-        (3, r"must be a picture: bytes of a PNG or JPEG file, a PIL image, or a path; got 3"),
-        (None, r"must be a picture"),
-        ({"bytes": None, "path": None}, r"must be a picture"),
+        (b"no image at all", r"the image for prompt p0 \(column:photo\): these 17 bytes are no image"),
+        (3, r"must be an image: bytes of a PNG or JPEG file, a PIL image, or a path; got 3"),
+        (None, r"must be an image"),
+        ({"bytes": None, "path": None}, r"must be an image"),
     ],
 )
 def test_what_is_no_picture_of_the_run_s_size_is_refused(answer: Any, message: str, adopter: Diffusion) -> None:
     with pytest.raises(DataError, match=message):
-        adopter.adopt(PROMPT, answer, "column:photo")
+        adopter.encode_completion(PROMPT, answer, "column:photo")
 
 
 def test_a_teacher_s_draw_that_came_to_nothing_is_taken_over_as_such(adopter: Diffusion) -> None:
-    payload = adopter.adopt(PROMPT, None, "teacher")
+    payload = adopter.encode_completion(PROMPT, None, "teacher")
     assert payload["invalid"] == "the teacher's draw came to nothing"
     assert payload["completion"] is None and payload["latents"] is None
 
 
 def test_a_flat_picture_is_nothing_to_learn_from(adopter: Diffusion) -> None:
-    payload = adopter.adopt(PROMPT, Image.new("RGB", (SIZE, SIZE), "red"), "teacher")
+    payload = adopter.encode_completion(PROMPT, Image.new("RGB", (SIZE, SIZE), "red"), "teacher")
     assert payload["invalid"] == "flat: every pixel is the same colour" and payload["latents"] is None

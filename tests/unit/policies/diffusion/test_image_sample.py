@@ -1,4 +1,4 @@
-"""Drawing pictures: what a batch gives is what the pipeline gives, whatever is drawn beside it."""
+"""Drawing images: what a batch gives is what the pipeline gives, whatever is drawn beside it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from diffusers import DiffusionPipeline
 from raftune.data.images import png_of, sha256_of_png
 from raftune.errors import ConfigError, DataError, OutOfMemory
 from raftune.policies.diffusion.latents import columns_of, latents_of
-from raftune.protocols import Reader
+from raftune.protocols import SupportsPromptCheck
 from raftune.records import Prompt, samples_table
 from raftune.training.quiet import quiet
 from tests.pipelines import save_tiny
-from tests.unit.policies.diffusion.runs import TEXTS, pixels, policy, unit
+from tests.unit.policies.diffusion.runs import TEXTS, chunk, pixels, policy
 
 KINDS = ("sd", "sd-v", "sdxl", "sd3")
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
 
 
 def plainly(model: Path, text: str, seed: int, **dials: Any) -> Any:
-    """The picture that the pipeline itself gives, for one prompt and one generator."""
+    """The image that the pipeline itself gives, for one prompt and one generator."""
     with quiet():
         pipe = DiffusionPipeline.from_pretrained(model)
         pipe.set_progress_bar_config(disable=True)
@@ -48,14 +48,14 @@ def test_one_picture_at_a_time_is_the_pipeline_s_own_bit_for_bit(
     kind: str, guidance: float, folder: Callable[[Any], Path], tmp_path: Path
 ) -> None:
     drawer = policy(folder(kind), tmp_path, kind, guidance_scale=guidance)
-    [sample] = drawer.draw(unit(TEXTS[:1], 1, batch_size=1, first_seed=7))
+    [sample] = drawer.generate(chunk(TEXTS[:1], 1, batch_size=1, first_seed=7))
     assert sample.completion == png_of(plainly(folder(kind), TEXTS[0], 7, guidance_scale=guidance))
     assert sample.payload["image_sha256"] == sha256_of_png(sample.completion)
 
 
 def test_the_negative_prompt_is_what_the_pipeline_makes_of_it(folder: Callable[[Any], Path], tmp_path: Path) -> None:
     away = {"guidance_scale": 4.0, "negative_prompt": "a blue square"}
-    [sample] = policy(folder("sd"), tmp_path, **away).draw(unit(TEXTS[:1], 1))
+    [sample] = policy(folder("sd"), tmp_path, **away).generate(chunk(TEXTS[:1], 1))
     assert sample.completion == png_of(plainly(folder("sd"), TEXTS[0], 0, **away))
     without = plainly(folder("sd"), TEXTS[0], 0, guidance_scale=4.0)
     assert sample.completion != png_of(without)
@@ -67,7 +67,7 @@ def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(
 ) -> None:
     """Batches of six across three prompts, and of four: up to the rounding of batches, a level of 255."""
     drawer = policy(folder(kind), tmp_path, kind)
-    one, many = (drawer.draw(unit(batch_size=size)) for size in (1, 6))
+    one, many = (drawer.generate(chunk(batch_size=size)) for size in (1, 6))
     for alone, beside in zip(one, many, strict=True):
         assert np.abs(pixels(alone) - pixels(beside)).max() <= 1
         x0, y0 = (
@@ -80,20 +80,20 @@ def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(
 def test_the_same_batches_give_the_same_bytes_in_another_instance(
     folder: Callable[[Any], Path], tmp_path: Path
 ) -> None:
-    first, second = (policy(folder("sd"), tmp_path).draw(unit(batch_size=4)) for _ in range(2))
+    first, second = (policy(folder("sd"), tmp_path).generate(chunk(batch_size=4)) for _ in range(2))
     assert first == second
 
 
 def test_prompts_read_before_change_nothing(folder: Callable[[Any], Path], tmp_path: Path) -> None:
-    """A resumed run has read other prompts when it comes to a unit: the unit's bytes must not tell."""
+    """A resumed run has read other prompts when it comes to a chunk: the chunk's bytes must not tell."""
     fresh, used = policy(folder("sd"), tmp_path / "a"), policy(folder("sd"), tmp_path / "b")
-    used.draw(unit(TEXTS[1:], 1))
-    assert fresh.draw(unit()) == used.draw(unit())
+    used.generate(chunk(TEXTS[1:], 1))
+    assert fresh.generate(chunk()) == used.generate(chunk())
 
 
 def test_latents_are_what_the_decoder_was_given(folder: Callable[[Any], Path], tmp_path: Path) -> None:
     drawer = policy(folder("sd"), tmp_path)
-    sample = drawer.draw(unit())[3]
+    sample = drawer.generate(chunk())[3]
     kept = latents_of(*(sample.payload[name] for name in ("latents", "latents_shape", "latents_dtype")))
     assert tuple(kept.shape) == drawer.blank.latent_shape(16, 16)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_latents_are_what_the_decoder_was_given(folder: Callable[[Any], Path], t
 
 def test_an_evaluation_keeps_no_latents(folder: Callable[[Any], Path], tmp_path: Path) -> None:
     drawer = policy(folder("sd"), tmp_path)
-    learned, judged = drawer.draw(unit(scope="0001")), drawer.draw(unit(scope="0001e"))
+    learned, judged = drawer.generate(chunk(scope="0001")), drawer.generate(chunk(scope="0001e"))
     assert [s.completion for s in learned] == [s.completion for s in judged]
     assert all(s.payload["latents"] for s in learned)
     assert {s.payload[name] for s in judged for name in ("latents", "latents_shape", "latents_dtype")} == {None}
@@ -111,7 +111,7 @@ def test_an_evaluation_keeps_no_latents(folder: Callable[[Any], Path], tmp_path:
 
 def test_what_is_drawn_fits_the_declared_columns(folder: Callable[[Any], Path], tmp_path: Path) -> None:
     drawer = policy(folder("sd"), tmp_path)
-    table = samples_table(drawer.draw(unit()), drawer.payload)
+    table = samples_table(drawer.generate(chunk()), drawer.payload)
     table.validate(full=True)
     assert table.column("completion")[0].as_py().startswith(b"\x89PNG")
 
@@ -139,7 +139,7 @@ def test_latents_that_are_not_finite_make_the_sample_invalid(folder: Callable[[A
         return (decoded,)
 
     drawer.frozen.pipe.vae.decode = broken
-    good, bad = drawer.draw(unit(TEXTS[:1]))
+    good, bad = drawer.generate(chunk(TEXTS[:1]))
     assert good.payload["invalid"] is None and good.completion
     assert bad.payload["invalid"] == "not finite"
     assert bad.completion is None and bad.payload["latents"] is None and bad.payload["image_sha256"] is None
@@ -154,7 +154,7 @@ def test_a_picture_that_the_safety_checker_flags_is_withheld(
         return image, [i == 0 for i in range(len(image))]
 
     monkeypatch.setattr(type(drawer.drawer.pipe), "run_safety_checker", flags_the_first)
-    first, second = drawer.draw(unit(TEXTS[:1]))
+    first, second = drawer.generate(chunk(TEXTS[:1]))
     assert first.payload["invalid"] == "flagged by the safety checker" and first.completion is None
     assert second.payload["invalid"] is None
 
@@ -163,7 +163,7 @@ def test_a_flat_picture_is_kept_to_be_seen_and_not_to_be_learned(folder: Callabl
     drawer = policy(folder("sd"), tmp_path)
     decode = drawer.frozen.pipe.vae.decode
     drawer.frozen.pipe.vae.decode = lambda z, **kwargs: (torch.zeros_like(decode(z, **kwargs)[0]),)
-    [sample] = drawer.draw(unit(TEXTS[:1], 1))
+    [sample] = drawer.generate(chunk(TEXTS[:1], 1))
     assert sample.payload["invalid"] == "flat: every pixel is the same colour"
     assert (pixels(sample) == 128).all() and sample.payload["latents"] is None
 
@@ -181,8 +181,8 @@ def test_memory_that_runs_out_is_told_with_the_batch_size(
 
     monkeypatch.setattr(drawer.drawer.denoiser, "forward", small)
     with pytest.raises(OutOfMemory, match=r"got 4 rows .* smaller sampling.batch_size or sampling.diffusion.height"):
-        drawer.draw(unit(batch_size=4))
-    assert len(drawer.draw(unit(batch_size=2))) == 6
+        drawer.generate(chunk(batch_size=4))
+    assert len(drawer.generate(chunk(batch_size=2))) == 6
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_of_a_prompt_longer_than_the_encoder_reads_the_end_is_known_that_it_does
     folder: Callable[[Any], Path], tmp_path: Path
 ) -> None:
     drawer = policy(folder("sd"), tmp_path)
-    assert isinstance(drawer, Reader)
+    assert isinstance(drawer, SupportsPromptCheck)
     assert [drawer.unread(Prompt(text, text)) for text in TEXTS] == [None] * len(TEXTS)
     end = drawer.unread(Prompt("long", "a red circle on the left " * 4 + "with a hat"))
     assert end is not None and end.endswith("hat") and not end.startswith("a red circle on the left a")
@@ -205,9 +205,9 @@ def test_each_distinct_prompt_is_read_once_for_all_images_and_rounds(
     read: list[Any] = []
     encode = type(drawer.blank).encode
     monkeypatch.setattr(type(drawer.blank), "encode", lambda self, asked: read.extend(asked) or encode(self, asked))
-    drawer.draw(unit((*TEXTS, TEXTS[0]), 3))
+    drawer.generate(chunk((*TEXTS, TEXTS[0]), 3))
     later = type(drawer).load(drawer.config, drawer.folder, drawer.start_folder)
-    later.draw(unit(TEXTS, 2))
+    later.generate(chunk(TEXTS, 2))
     assert sorted(read) == sorted(TEXTS)
 
 
@@ -215,9 +215,9 @@ def test_a_memory_of_few_bytes_forgets_what_was_asked_for_longest_ago(
     folder: Callable[[Any], Path], tmp_path: Path
 ) -> None:
     drawer = policy(folder("sd"), tmp_path)
-    expected = drawer.draw(unit())
+    expected = drawer.generate(chunk())
     drawer.encoder.limit = 1
-    assert drawer.draw(unit()) == expected
+    assert drawer.generate(chunk()) == expected
     assert not drawer.frozen.encoded
 
 
@@ -235,15 +235,15 @@ def test_a_prompt_that_the_architecture_does_not_take_is_named_before_anything_i
 ) -> None:
     drawer = policy(folder(kind), tmp_path, kind)
     with pytest.raises(DataError, match=message):
-        drawer.draw(unit(texts, 1))
+        drawer.generate(chunk(texts, 1))
     assert drawer.nbytes == drawer.frozen.nbytes, "no denoiser was read in vain"
 
 
-# -- dials -------------------------------------------------------------------------------------------------------------
+# -- options -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("kind", "dials", "message"),
+    ("kind", "options", "message"),
     [
         ("sd", {"height": 20}, r"sampling.diffusion.height must be a multiple of 8 .*; got 20. Write 16 or 24"),
         ("sd", {"width": 3}, r"sampling.diffusion.width must be a multiple of 8 .*; got 3"),
@@ -275,13 +275,13 @@ def test_dials_that_are_not_given_are_the_pipeline_s_defaults(folder: Callable[[
 
 
 def test_an_option_of_the_pipeline_takes_effect(folder: Callable[[Any], Path], tmp_path: Path) -> None:
-    plain = policy(folder("sd"), tmp_path / "a").draw(unit(TEXTS[:1], 1))
-    noisy = policy(folder("sd"), tmp_path / "b", pipeline_kwargs={"eta": 1.0}).draw(unit(TEXTS[:1], 1))
+    plain = policy(folder("sd"), tmp_path / "a").generate(chunk(TEXTS[:1], 1))
+    noisy = policy(folder("sd"), tmp_path / "b", pipeline_kwargs={"eta": 1.0}).generate(chunk(TEXTS[:1], 1))
     assert plain[0].completion != noisy[0].completion
     assert noisy[0].completion == png_of(plainly(folder("sd"), TEXTS[0], 0, guidance_scale=1.0, eta=1.0))
 
 
 def test_another_size_is_drawn_where_it_is_asked_for(folder: Callable[[Any], Path], tmp_path: Path) -> None:
-    [sample] = policy(folder("sd"), tmp_path, height=24, width=32).draw(unit(TEXTS[:1], 1))
+    [sample] = policy(folder("sd"), tmp_path, height=24, width=32).generate(chunk(TEXTS[:1], 1))
     assert pixels(sample).shape == (24, 32, 3)
     assert sample.payload["latents_shape"] == [4, 12, 16]

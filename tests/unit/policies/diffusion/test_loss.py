@@ -13,13 +13,13 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
-from raftune.config.training import DiffusionTuning
+from raftune.config.training import DiffusionTraining
 from raftune.errors import DataError
-from raftune.policies.diffusion.ema import Average
+from raftune.policies.diffusion.ema import MovingAverage
 from raftune.policies.diffusion.latents import columns_of
-from raftune.policies.diffusion.loss import Clock, Denoising
-from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions, Pictures
-from raftune.policies.diffusion.rows import Row, batch_of, read_rows
+from raftune.policies.diffusion.loss import DenoisingLoss, StepCounter
+from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall, SampledImages
+from raftune.policies.diffusion.rows import ImageRow, batch_of, read_rows
 from raftune.policies.diffusion.schedules import FlowMatching, Schedule, VariancePreserving
 from raftune.training.objectives import Sft
 from tests.unit.policies.diffusion.fits import write_rows
@@ -27,8 +27,8 @@ from tests.unit.policies.diffusion.fits import write_rows
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 
 
-class OnePicture(Binding):
-    """A denoiser whose whole knowledge is one picture `mean`, said in whatever way the schedule wants."""
+class OnePicture(PipelineAdapter):
+    """A denoiser whose whole knowledge is one image `mean`, said in whatever way the schedule wants."""
 
     pipelines = ()
     denoiser_name = "unet"
@@ -46,7 +46,7 @@ class OnePicture(Binding):
     def empty(self, negative: str | None = None) -> Conditions:
         return self.encode([-1.0])
 
-    def sample(self, conditions: Conditions, negative: Any, generators: Any, call: Call) -> Pictures:
+    def sample(self, conditions: Conditions, negative: Any, generators: Any, call: PipelineCall) -> SampledImages:
         raise NotImplementedError
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
@@ -63,18 +63,18 @@ def schedule_for(prediction: str) -> Schedule:
     return VariancePreserving(torch.linspace(0.00085, 0.012, 1000), prediction)
 
 
-def denoising(schedule: Schedule, mean: torch.Tensor, prompts: int = 3, **changes: Any) -> Denoising:
+def denoising(schedule: Schedule, mean: torch.Tensor, prompts: int = 3, **changes: Any) -> DenoisingLoss:
     binding = OnePicture(schedule, mean)
     conditions = Conditions.joined([binding.encode(range(prompts)), binding.empty()])
-    return Denoising(
-        binding, schedule, DiffusionTuning(**{"condition_dropout": 0.0, **changes}), conditions, 7, Clock()
+    return DenoisingLoss(
+        binding, schedule, DiffusionTraining(**{"condition_dropout": 0.0, **changes}), conditions, 7, StepCounter()
     )
 
 
-def rows_of(x0: torch.Tensor, coefficients: Sequence[float]) -> list[Row]:
+def rows_of(x0: torch.Tensor, coefficients: Sequence[float]) -> list[ImageRow]:
     found = [columns_of(one) for one in x0]
     latents = [(one["latents"], one["latents_shape"], one["latents_dtype"]) for one in found]
-    return [Row(i, i % 3, c, one) for i, (one, c) in enumerate(zip(latents, coefficients, strict=True))]
+    return [ImageRow(i, i % 3, c, one) for i, (one, c) in enumerate(zip(latents, coefficients, strict=True))]
 
 
 # -- the objective ---------------------------------------------------------------------------------------------------
@@ -203,9 +203,9 @@ def test_weights_and_the_named_mean_make_the_coefficients(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"latents": None, "latents_shape": None, "latents_dtype": None}, r"s1 has none\. Take a reference picture"),
+        ({"latents": None, "latents_shape": None, "latents_dtype": None}, r"s1 has none\. Take a reference image"),
         ({"latents": None, "invalid": "flat: every pixel is the same colour"}, r"s1 has none \(flat: every pixel"),
-        (columns_of(torch.zeros(4, 3, 3)), r"shape \(4, 2, 2\) of this run's pictures; those of s1 have \(4, 3, 3\)"),
+        (columns_of(torch.zeros(4, 3, 3)), r"shape \(4, 2, 2\) of this run's images; those of s1 have \(4, 3, 3\)"),
         (columns_of(torch.full((4, 2, 2), torch.nan)), "must be finite; those of s1"),
         ({"latents": b"1234"}, "s1: latents of the shape"),
         ({"weight": -1.0}, "weight must be finite and not negative; got -1"),
@@ -224,7 +224,7 @@ def test_a_row_that_cannot_be_learned_is_named(tmp_path: Path, changes: Any, mes
 def test_the_average_is_the_one_of_diffusers_and_of_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(5, generator=generator))
-    ours, theirs = Average({"w": weight}, 0.4), EMAModel([weight], decay=0.4)
+    ours, theirs = MovingAverage({"w": weight}, 0.4), EMAModel([weight], decay=0.4)
     by_hand = np.zeros(5)
     for step in range(1, 9):
         with torch.no_grad():
@@ -241,11 +241,11 @@ def test_the_average_is_the_one_of_diffusers_and_of_the_formula() -> None:
 
 def test_an_average_read_from_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     weights = [{"w": torch.randn(3)} for _ in range(6)]
-    whole = Average(weights[0], 0.9)
+    whole = MovingAverage(weights[0], 0.9)
     for one in weights[:3]:
         whole.follow(one)
     whole.write(tmp_path)
-    again = Average({"w": torch.zeros(3)}, 0.9)
+    again = MovingAverage({"w": torch.zeros(3)}, 0.9)
     again.read(tmp_path)
     for one in weights[3:]:
         whole.follow(one)
@@ -255,7 +255,7 @@ def test_an_average_read_from_a_checkpoint_goes_on_as_if_nothing_had_happened(tm
 
 def test_bfloat16_weights_are_averaged_in_float32() -> None:
     """A move of 1 % of a unit in the last place is lost in bfloat16, and adds up here."""
-    average = Average({"w": torch.ones(1, dtype=torch.bfloat16)}, 0.99)
+    average = MovingAverage({"w": torch.ones(1, dtype=torch.bfloat16)}, 0.99)
     for _ in range(400):
         average.follow({"w": torch.full((1,), 1.0078125, dtype=torch.bfloat16)})
     assert average.shadow["w"].dtype == torch.float32

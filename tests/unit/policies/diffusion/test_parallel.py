@@ -1,4 +1,4 @@
-"""Several batches at once: the same pictures, in order, and torch's threads as they were."""
+"""Several batches at once: the same images, in order, and torch's threads as they were."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 
 from raftune.errors import OutOfMemory
 from raftune.policies.diffusion.parallel import lanes
-from raftune.policies.diffusion.pipelines.base import Binding, Call
+from raftune.policies.diffusion.pipelines.base import PipelineAdapter, PipelineCall
 from raftune.policies.diffusion.sample import batches, lanes_for
 from raftune.store import interruption, partial
 from tests.pipelines import save_tiny
-from tests.unit.policies.diffusion.runs import TEXTS, pixels, policy, unit
+from tests.unit.policies.diffusion.runs import TEXTS, chunk, pixels, policy
 
 CPU = torch.device("cpu")
 
@@ -36,9 +36,9 @@ def test_batches_at_once_give_the_pictures_of_one_after_the_other(
 ) -> None:
     """Up to the rounding of batches, a level of 255; and the same bytes each time."""
     drawer = policy(save_tiny("sd", tmp_path / "sd"), tmp_path)
-    together, again = drawer.draw(unit(batch_size=4)), drawer.draw(unit(batch_size=4))
+    together, again = drawer.generate(chunk(batch_size=4)), drawer.generate(chunk(batch_size=4))
     torch.set_num_threads(1)
-    alone = drawer.draw(unit(batch_size=4))
+    alone = drawer.generate(chunk(batch_size=4))
     assert [s.completion for s in together] == [s.completion for s in again]
     for one, other in zip(together, alone, strict=True):
         assert np.abs(pixels(one) - pixels(other)).max() <= 1
@@ -59,8 +59,8 @@ def test_batches_that_an_interrupted_unit_had_drawn_are_not_drawn_again(
             raise KeyboardInterrupt
 
     def drawn() -> list[Any]:
-        with partial.unfinished_work(tmp_path / "draw", tmp_path / "tmp", "00000", "key", {}):
-            return drawer.draw(unit(batch_size=4))
+        with partial.unfinished_work(tmp_path / "generate", tmp_path / "tmp", "00000", "key", {}):
+            return drawer.generate(chunk(batch_size=4))
 
     monkeypatch.setattr(interruption, "raise_if_asked", check)
     before = torch.get_num_threads()
@@ -105,7 +105,7 @@ def test_memory_that_runs_out_in_one_of_them_is_told_with_the_whole_batch_size(
 
     monkeypatch.setattr(drawer.drawer.denoiser, "forward", full)
     with pytest.raises(OutOfMemory, match="got 4 rows"):
-        drawer.draw(unit(TEXTS, batch_size=4))
+        drawer.generate(chunk(TEXTS, batch_size=4))
     assert torch.get_num_threads() == 2
 
 
@@ -129,8 +129,8 @@ def test_rows_are_spread_evenly_over_batches(count: int, batch_size: int, at_onc
 def test_one_batch_at_a_time_where_batches_would_meet_in_the_weights_or_on_an_accelerator(tmp_path: Path) -> None:
     binding = policy(save_tiny("sd", tmp_path / "sd"), tmp_path).blank
 
-    def call(**kwargs: Any) -> Call:
-        return Call(16, 16, 2, 1.0, kwargs)
+    def call(**kwargs: Any) -> PipelineCall:
+        return PipelineCall(16, 16, 2, 1.0, kwargs)
 
     assert lanes_for(binding, call(), CPU, 8) == 2
     assert lanes_for(binding, call(max_sequence_length=8), CPU, 8) == 2
@@ -144,9 +144,9 @@ def test_one_batch_at_a_time_where_batches_would_meet_in_the_weights_or_on_an_ac
 def test_what_watches_a_pipeline_s_own_loop_sees_its_own_batch(kind: Any, tmp_path: Path) -> None:
     """A DiT is told its labels beside its denoiser, and x0 is what its own scheduler left last."""
     drawer = policy(save_tiny(kind, tmp_path / kind), tmp_path, kind, guidance_scale=3.0 if kind == "dit" else None)
-    together = drawer.draw(unit((1, 2, 3), 4, batch_size=4))
+    together = drawer.generate(chunk((1, 2, 3), 4, batch_size=4))
     torch.set_num_threads(1)
-    alone = drawer.draw(unit((1, 2, 3), 4, batch_size=1))
+    alone = drawer.generate(chunk((1, 2, 3), 4, batch_size=1))
     for one, other in zip(together, alone, strict=True):
         assert np.abs(pixels(one) - pixels(other)).max() <= 1
 
@@ -158,7 +158,7 @@ def test_a_vae_that_is_converted_while_it_decodes_serves_one_batch_at_a_time(
     seen: list[int] = []
     monkeypatch.setattr("raftune.policies.diffusion.sample.lanes", lambda count: seen.append(count) or lanes(count))
     drawer = policy(save_tiny("sdxl", tmp_path / "sdxl"), tmp_path, "sdxl")
-    drawer.draw(unit(TEXTS, batch_size=4))
-    monkeypatch.setattr(Binding, "overflows", True)
-    drawer.draw(unit(TEXTS, batch_size=4))
+    drawer.generate(chunk(TEXTS, batch_size=4))
+    monkeypatch.setattr(PipelineAdapter, "overflows", True)
+    drawer.generate(chunk(TEXTS, batch_size=4))
     assert seen == [2, 1]

@@ -19,7 +19,7 @@ from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.diffusion import Diffusion
 from raftune.policies.diffusion.loading import load_denoiser, load_pipeline
-from raftune.policies.diffusion.references import Record, fingerprint, read_record
+from raftune.policies.diffusion.references import ModelRecord, fingerprint, read_record
 from tests.pipelines import save_tiny, tiny_pipeline
 from tests.unit.policies.diffusion.fits import Parts, begun, drawn, parts, some_rows, tuned, write_rows
 
@@ -176,16 +176,16 @@ def test_a_device_that_is_not_there_is_named(kept: Path, tmp_path: Path) -> None
         begun(parts(kept, device="cuda"), tmp_path)
 
 
-# -- dials of other families -------------------------------------------------------------------------------------------
+# -- options of other families -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("section", "dial", "value"),
+    ("section", "option", "value"),
     [
         ("sampling", "temperature", 0.7),
         ("sampling", "top_p", 0.9),
         ("sampling", "system_prompt", "Be kind."),
-        ("tuning", "mask_truncated_completions", True),
+        ("training", "mask_truncated_completions", True),
     ],
 )
 def test_dials_of_text_mean_nothing_to_pictures(
@@ -202,7 +202,7 @@ def test_dials_of_text_mean_nothing_to_pictures(
 
 def test_a_named_pipeline_becomes_a_reference_with_a_hash(kept: Path, tmp_path: Path) -> None:
     start = begun(parts(kept), tmp_path)
-    assert read_record(start) == Record("reference", str(kept.resolve()), None, fingerprint(kept))
+    assert read_record(start) == ModelRecord("reference", str(kept.resolve()), None, fingerprint(kept))
     assert [path.name for path in start.iterdir()] == ["raftune.json"]
 
 
@@ -237,7 +237,7 @@ def test_a_hub_name_is_held_at_the_commit_that_it_stood_for(kept: Path, tmp_path
     (repository / "refs" / "main").write_text(commit)
     config = parts("someone/tiny", pipeline_init_kwargs={"cache_dir": str(tmp_path / "hub")})
     start = begun(config, tmp_path / "run")
-    assert read_record(start) == Record("reference", "someone/tiny", commit, f"hub:{commit}")
+    assert read_record(start) == ModelRecord("reference", "someone/tiny", commit, f"hub:{commit}")
     Diffusion.verify(start)
     named = begun(parts(kept), tmp_path / "named")
     assert drawn(config, start, start)[0].completion == drawn(parts(kept), named, named)[0].completion
@@ -373,7 +373,10 @@ def test_dials_of_pictures_mean_nothing_to_tables() -> None:
     from raftune.policies.tabular.policy import Tabular
 
     tabular = {"data": {"prompts": "-"}, "policy": {"family": "tabular"}}
-    for section, value in (("sampling", {"diffusion": {"height": 64}}), ("tuning", {"diffusion": {"ema_decay": 0.9}})):
+    for section, value in (
+        ("sampling", {"diffusion": {"height": 64}}),
+        ("training", {"diffusion": {"ema_decay": 0.9}}),
+    ):
         config: RunConfig = validate({**tabular, section: value})
         with pytest.raises(ConfigError, match=rf"{section}.diffusion means nothing to the tabular family; got"):
             Tabular.start(config, Path("nowhere"))

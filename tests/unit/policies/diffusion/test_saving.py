@@ -1,4 +1,4 @@
-"""What a round leaves is what plain diffusers and peft load, and draws the same picture there as here."""
+"""What a round leaves is what plain diffusers and peft load, and draws the same image there as here."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_whole_denoiser_exported_draws_our_picture_in_a_plain_pipeline(tmp_pat
 
 
 def test_the_scale_travels_with_the_lora(tmp_path: Path) -> None:
-    """Another alpha over the same matrices is another picture, so a reader who guesses alpha = r would be found out."""
+    """Another alpha over the same matrices is another image, so a reader who guesses alpha = r would be found out."""
     config, start, out = run_of("sd", tmp_path, lora=AdapterConfig(r=2, alpha=16.0))
     pipe = loaded(tmp_path / "pipe")
     with quiet():

@@ -12,7 +12,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
-from raftune.config.training import DiffusionTuning
+from raftune.config.training import DiffusionTraining
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.diffusion.schedules import (
     FLOW_MATCHING,
@@ -254,9 +254,9 @@ def test_a_scheduler_that_would_train_to_nonsense_is_refused(name: str, options:
 
 def test_min_snr_on_a_flow_is_refused_as_configuration() -> None:
     with pytest.raises(ConfigError, match=r"min_snr_gamma must be left out for flow matching; got 5"):
-        refuse_unfit(FlowMatching(1000), DiffusionTuning(min_snr_gamma=5))
-    refuse_unfit(preserving(), DiffusionTuning(min_snr_gamma=5))
-    refuse_unfit(FlowMatching(1000), DiffusionTuning())
+        refuse_unfit(FlowMatching(1000), DiffusionTraining(min_snr_gamma=5))
+    refuse_unfit(preserving(), DiffusionTraining(min_snr_gamma=5))
+    refuse_unfit(FlowMatching(1000), DiffusionTraining())
 
 
 def apart(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -279,7 +279,7 @@ def test_a_row_s_levels_fall_into_equal_parts_and_each_is_uniform() -> None:
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.2, 0.5), (0.9, 1.0)])
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
 def test_levels_stay_within_their_range_and_follow_the_named_law(sampling: Any, low: float, high: float) -> None:
-    config = DiffusionTuning(noise_range=(low, high), level_sampling=sampling)
+    config = DiffusionTraining(noise_range=(low, high), level_sampling=sampling)
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = shares(uniform, config, preserving())
     assert found.min() >= low
@@ -295,9 +295,9 @@ def test_levels_stay_within_their_range_and_follow_the_named_law(sampling: Any, 
 
 def test_the_usual_law_is_logit_normal_for_a_flow_and_uniform_for_the_others() -> None:
     quarter = torch.tensor([0.25], dtype=torch.float64)
-    assert shares(quarter, DiffusionTuning(), preserving()).item() == 0.25
+    assert shares(quarter, DiffusionTraining(), preserving()).item() == 0.25
     wanted = torch.sigmoid(torch.special.ndtri(quarter))
-    torch.testing.assert_close(shares(quarter, DiffusionTuning(), FlowMatching(1000)), wanted)
+    torch.testing.assert_close(shares(quarter, DiffusionTraining(), FlowMatching(1000)), wanted)
 
 
 def test_the_whole_schedule_is_reached_and_no_time_lies_outside_it() -> None:

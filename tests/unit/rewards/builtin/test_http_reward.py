@@ -14,8 +14,8 @@ import pytest
 
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import ConfigError
-from raftune.records import Status
-from raftune.rewards import Batch, load_panel, load_reward
+from raftune.records import ScoreStatus
+from raftune.rewards import RewardBatch, load_panel, load_reward
 from raftune.rewards.examples import example_pictures
 from tests.runs.http_judge import judging
 
@@ -26,14 +26,14 @@ def server() -> Iterator[str]:
         yield url
 
 
-def asked(url: str, batch: Batch, timeout: float = 10.0, retries: int = 0, **options: Any) -> list[Any]:
+def asked(url: str, batch: RewardBatch, timeout: float = 10.0, retries: int = 0, **options: Any) -> list[Any]:
     spec = RewardSpec(spec="http", options={"url": url, **options})
     with load_panel(RewardsConfig(reward_funcs=(spec,), timeout=timeout, retries=retries)) as panel:
         return [(score.value, score.status, score.parts["http"].detail) for score in panel.score(batch)]
 
 
-def texts(size: int = 5) -> Batch:
-    return Batch([f"q{i}" for i in range(size)], ["word " * i for i in range(size)], {"topic": list(range(size))})
+def texts(size: int = 5) -> RewardBatch:
+    return RewardBatch([f"q{i}" for i in range(size)], ["word " * i for i in range(size)], {"topic": list(range(size))})
 
 
 def test_texts_are_sent_with_prompts_and_columns_in_requests_of_the_given_size(
@@ -43,7 +43,7 @@ def test_texts_are_sent_with_prompts_and_columns_in_requests_of_the_given_size(
     before = len(httpx2.get(f"{server}/seen").json())
     found = asked(f"{server}/words", texts(), batch_size=2, key_env="JUDGE_KEY")
     assert [value for value, _, _ in found] == [None, 1.0, 2.0, 3.0, 4.0]
-    assert found[0][1] is Status.NOT_APPLICABLE
+    assert found[0][1] is ScoreStatus.NOT_APPLICABLE
     bodies = sorted(httpx2.get(f"{server}/seen").json()[before:], key=lambda body: str(body["prompts"]))
     assert [body["prompts"] for body in bodies] == [["q0", "q1"], ["q2", "q3"], ["q4"]]
     assert bodies[1]["completions"] == ["word word ", "word word word "]
@@ -60,14 +60,14 @@ def test_pictures_arrive_as_they_are(server: str) -> None:
 
 
 NONSENSE = {
-    "nan": (Status.INVALID, "returned nan, not a finite number"),
-    "strings": (Status.INVALID, "returned str 'good', not a number"),
-    "short": (Status.ERROR, "4 scores for 5 completions; there must be one for each"),
-    "html": (Status.ERROR, 'the answer must be {"scores": […]}; got <html>It works!</html>'),
-    "empty": (Status.ERROR, 'the answer must be {"scores": […]}; got {}'),
-    "500": (Status.ERROR, "HTTP 500: out of ⏎ memory"),
-    "elsewhere": (Status.ERROR, "HTTP 307"),
-    "nowhere": (Status.ERROR, "HTTP 404"),
+    "nan": (ScoreStatus.INVALID, "returned nan, not a finite number"),
+    "strings": (ScoreStatus.INVALID, "returned str 'good', not a number"),
+    "short": (ScoreStatus.ERROR, "4 scores for 5 completions; there must be one for each"),
+    "html": (ScoreStatus.ERROR, 'the answer must be {"scores": […]}; got <html>It works!</html>'),
+    "empty": (ScoreStatus.ERROR, 'the answer must be {"scores": […]}; got {}'),
+    "500": (ScoreStatus.ERROR, "HTTP 500: out of ⏎ memory"),
+    "elsewhere": (ScoreStatus.ERROR, "HTTP 307"),
+    "nowhere": (ScoreStatus.ERROR, "HTTP 404"),
 }
 
 
@@ -82,13 +82,13 @@ def test_nonsense_is_a_status_with_what_was_said(server: str, kind: str) -> None
 def test_a_judge_that_takes_too_long_costs_its_limit(server: str) -> None:
     began = time.monotonic()
     found = asked(f"{server}/slow", texts(2), timeout=0.5)
-    assert {(value, status) for value, status, _ in found} == {(None, Status.TIMEOUT)}
+    assert {(value, status) for value, status, _ in found} == {(None, ScoreStatus.TIMEOUT)}
     assert time.monotonic() - began < 15
 
 
 def test_a_server_that_is_not_there_is_an_error(server: str) -> None:
     found = asked("http://127.0.0.1:9/", texts(1))[0]
-    assert found[1] is Status.ERROR
+    assert found[1] is ScoreStatus.ERROR
     assert "http://127.0.0.1:9/: " in found[2]
 
 
@@ -106,7 +106,7 @@ def test_a_key_that_the_server_repeats_is_not_shown(server: str, monkeypatch: py
 
 def test_columns_can_be_chosen_and_must_be_there(server: str) -> None:
     day = datetime.date(2020, 1, 1)
-    batch = Batch(["q"], ["a b"], {"day": [day], "topic": [1]})
+    batch = RewardBatch(["q"], ["a b"], {"day": [day], "topic": [1]})
     assert "cannot be sent as JSON" in asked(f"{server}/words", batch)[0][2]
     assert asked(f"{server}/words", batch, columns=["topic"])[0][0] == 2.0
     assert (
@@ -135,7 +135,7 @@ def test_an_answer_without_end_is_broken_off_long_before_the_time_is_up(server: 
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ((_, status, detail),) = asked(f"{server}/{path}", texts(1), timeout=30.0)
     assert (status, detail) == (
-        Status.ERROR,
+        ScoreStatus.ERROR,
         f"RewardError: {server}/{path}: the answer is longer than 4,194,304 bytes; it was broken off",
     )
     assert time.monotonic() - began < 10

@@ -1,4 +1,4 @@
-"""The built-in rewards of pictures: the numbers that they must give, and what they refuse."""
+"""The built-in rewards of images: the numbers that they must give, and what they refuse."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPPr
 from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError, RewardError
 from raftune.rewards import load_reward
-from raftune.rewards.builtin.aesthetic import Aesthetic, load_head, save_head
+from raftune.rewards.builtin.aesthetic import AestheticReward, load_head, save_head
 from raftune.rewards.builtin.clip import ClipModel
 from raftune.rewards.builtin.model_options import PICK_PROCESSOR, PickScoreOptions
 from raftune.rewards.builtin.models import best_device, devices
@@ -40,7 +40,7 @@ def asked(reward: Any, prompts: list[Any] | None = None, **columns: Any) -> list
 
 
 def logits_per_image(folder: Path, seed: int = 0) -> torch.Tensor:
-    """The model's own, of every picture and every text, with padding and all in one call."""
+    """The model's own, of every image and every text, with padding and all in one call."""
     model = CLIPModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     words = tokenizer(TEXTS, padding="max_length", truncation=True, max_length=16, return_tensors="pt")
@@ -112,7 +112,7 @@ def test_the_text_can_come_from_a_column(clip: Path) -> None:
     assert asked(load_reward(spec), list(range(16)), caption=TEXTS) == asked(load_reward(str(clip)))
     with pytest.raises(RewardError, match=r"options\.column names 'caption', which the prompts lack"):
         asked(load_reward(spec))
-    with pytest.raises(RewardError, match=r"compares a picture with a text; got int 0\. Name a column"):
+    with pytest.raises(RewardError, match=r"compares an image with a text; got int 0\. Name a column"):
         asked(load_reward(str(clip)), list(range(16)))
 
 
@@ -227,7 +227,7 @@ def test_a_head_finds_its_clip_model_beside_it_and_its_fingerprint_follows_both(
     tiny_clip(tmp_path / "clip")
     save_head(tmp_path / "head", layers(12, 1), clip="../clip")
     reward = load_reward(str(tmp_path / "head"))
-    assert isinstance(reward, Aesthetic)
+    assert isinstance(reward, AestheticReward)
     prints = {reward.fingerprint}
     save_head(tmp_path / "head", layers(12, 1, seed=1), clip="../clip")
     prints.add(load_reward(str(tmp_path / "head")).fingerprint)

@@ -17,9 +17,9 @@ import pytest
 
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import ConfigError, RewardError
-from raftune.records import Status
-from raftune.rewards import Batch, load_panel, load_reward
-from raftune.rewards.process.client import HostedReward
+from raftune.records import ScoreStatus
+from raftune.rewards import RewardBatch, load_panel, load_reward
+from raftune.rewards.process.client import ProcessReward
 from raftune.rewards.process.protocol import batch_from, batch_table
 
 FILE = """
@@ -64,8 +64,8 @@ def panel(file: Path) -> Iterator[Any]:
         yield panel
 
 
-def asked(act: str, size: int = 2, **columns: list[Any]) -> Batch:
-    return Batch(
+def asked(act: str, size: int = 2, **columns: list[Any]) -> RewardBatch:
+    return RewardBatch(
         ["q"] * size, [f"a{i}" for i in range(size)], {"act": [act] * size, **columns}, state={"global_step": 5}
     )
 
@@ -81,7 +81,7 @@ def test_the_reward_runs_in_another_process_which_stays(panel: Any) -> None:
 def test_a_process_that_exits_is_an_error_and_another_one_takes_the_next_call(panel: Any) -> None:
     before = pid(panel)
     part = panel.score(asked("leave"))[0].parts["act"]
-    assert (part.status, part.detail) == (Status.ERROR, "the reward's process exited with code 7")
+    assert (part.status, part.detail) == (ScoreStatus.ERROR, "the reward's process exited with code 7")
     assert pid(panel) != before
 
 
@@ -95,7 +95,7 @@ def test_a_process_that_was_killed_between_calls_is_replaced(panel: Any) -> None
 def test_a_reward_that_holds_the_interpreters_lock_is_ended_all_the_same(file: Path) -> None:
     with load_panel(RewardsConfig(reward_funcs=({"spec": f"{file}:act", "timeout": 0.5},))) as panel:
         before = pid(panel)
-        assert panel.score(asked("hold the lock"))[0].status is Status.TIMEOUT
+        assert panel.score(asked("hold the lock"))[0].status is ScoreStatus.TIMEOUT
         assert not alive(before)
 
 
@@ -133,13 +133,13 @@ def test_batches_survive_the_wire_value_for_value() -> None:
         "bytes": [b"\0\xff", b""],
         "mixed": [1, 2.5],
     }
-    before = Batch(messages, messages, columns, [[1, 2], []], {"epoch": 1.5})
+    before = RewardBatch(messages, messages, columns, [[1, 2], []], {"epoch": 1.5})
     assert batch_from(batch_table(before), before.state) == before
 
 
 def test_a_column_that_cannot_be_sent_is_an_error_that_names_it(panel: Any) -> None:
     part = panel.score(asked("pid", thing=[object(), object()]))[0].parts["act"]
-    assert part.status is Status.ERROR
+    assert part.status is ScoreStatus.ERROR
     assert "column/thing holds values (of type object) that cannot be sent" in part.detail
 
 
@@ -172,8 +172,8 @@ def test_the_process_ends_when_its_input_closes_even_in_the_middle_of_a_call(fil
 def test_a_patterns_catastrophe_costs_its_call_only() -> None:
     config = RewardsConfig(reward_funcs=({"spec": "regex", "options": {"pattern": "(a+)+$"}},), timeout=0.5)
     with load_panel(config) as panel:
-        statuses = [panel.score(Batch(["q"], [text]))[0].status for text in ("aaa", "a" * 64 + "b", "aaa")]
-    assert statuses == [Status.OK, Status.TIMEOUT, Status.OK]
+        statuses = [panel.score(RewardBatch(["q"], [text]))[0].status for text in ("aaa", "a" * 64 + "b", "aaa")]
+    assert statuses == [ScoreStatus.OK, ScoreStatus.TIMEOUT, ScoreStatus.OK]
 
 
 def test_code_that_changes_while_the_run_goes_on_ends_it_when_the_process_is_replaced(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_trls_own_rewards_are_called_by_their_names() -> None:
     reward = load_reward("trl.rewards:think_format_reward")
     short = RewardSpec(spec="think_format_reward")
     completions = [[{"role": "assistant", "content": text}] for text in ("<think>a</think>b", "b")]
-    assert isinstance(reward, HostedReward)
+    assert isinstance(reward, ProcessReward)
     assert reward(prompts=[[]] * 2, completions=completions, completion_ids=[[1], [2]]) == [1.0, 0.0]
     assert (reward.name, short.derived_name, reward.accepts) == ("think_format_reward", "think_format_reward", None)
     reward.close()

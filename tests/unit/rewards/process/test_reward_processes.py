@@ -14,10 +14,10 @@ import pytest
 
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import RewardError
-from raftune.records import Status
-from raftune.rewards import Batch, Panel, load_panel, load_reward
+from raftune.records import ScoreStatus
+from raftune.rewards import RewardBatch, RewardSet, load_panel, load_reward
 from raftune.rewards.process import calls
-from raftune.rewards.process.channel import HEAD, BadFrame, Channel
+from raftune.rewards.process.channel import HEAD, Channel, InvalidFrame
 from raftune.rewards.process.spawn import marked
 from tests.unit.rewards.process.test_process_rewards import alive
 
@@ -102,28 +102,30 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def panel(spec: str) -> Iterator[Panel]:
+def panel(spec: str) -> Iterator[RewardSet]:
     with load_panel(RewardsConfig(reward_funcs=(spec,), timeout=20.0)) as panel:
         yield panel
 
 
-def asked(kind: str, start: int, mark: Path) -> Batch:
+def asked(kind: str, start: int, mark: Path) -> RewardBatch:
     numbers = [str(start + i) for i in range(3)]
-    return Batch(["q"] * 3, numbers, {"act": [kind] * 3, "mark": [str(mark)] * 3})
+    return RewardBatch(["q"] * 3, numbers, {"act": [kind] * 3, "mark": [str(mark)] * 3})
 
 
-def values(panel: Panel, kind: str, start: int, mark: Path) -> list[Any]:
+def values(panel: RewardSet, kind: str, start: int, mark: Path) -> list[Any]:
     return [score.value for score in panel.score(asked(kind, start, mark))]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the channel by /proc")
-def test_stray_bytes_shift_no_answer(panel: Panel, tmp_path: Path) -> None:
+def test_stray_bytes_shift_no_answer(panel: RewardSet, tmp_path: Path) -> None:
     assert values(panel, "strays", 10, tmp_path / "mark") == [10.0, 11.0, 12.0]
     assert values(panel, "fine", 20, tmp_path / "mark") == [20.0, 21.0, 22.0]
 
 
 @pytest.mark.parametrize("kind", ["kill", "interrupt", "close", "full"])
-def test_a_process_that_died_once_is_asked_again_and_no_score_shows_it(panel: Panel, tmp_path: Path, kind: str) -> None:
+def test_a_process_that_died_once_is_asked_again_and_no_score_shows_it(
+    panel: RewardSet, tmp_path: Path, kind: str
+) -> None:
     panel.notes()
     assert values(panel, kind, 10, tmp_path / "mark") == [10.0, 11.0, 12.0]
     assert len([note for note in panel.notes() if note.endswith("the batch is asked again")]) == 1
@@ -131,7 +133,7 @@ def test_a_process_that_died_once_is_asked_again_and_no_score_shows_it(panel: Pa
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the channel by /proc")
 def test_what_a_process_does_to_itself_every_time_is_its_error_and_what_is_done_to_it_ends_the_run(
-    panel: Panel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    panel: RewardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calls, "MOST_TRIES", 2)  # each start of a process takes a second
     for kind, how in (
@@ -139,7 +141,7 @@ def test_what_a_process_does_to_itself_every_time_is_its_error_and_what_is_done_
         ("segfault", "was ended by signal 11 (SIGSEGV)"),
     ):
         part = panel.score(asked(f"{kind} always", 0, tmp_path / "mark"))[0].parts["act"]
-        assert (part.status, part.detail) == (Status.ERROR, f"the reward's process {how}")
+        assert (part.status, part.detail) == (ScoreStatus.ERROR, f"the reward's process {how}")
     for kind, how in (("kill", r"ended by signal 9 \(SIGKILL\), 2 times"), ("full", "No space left")):
         with pytest.raises(RewardError, match=how):
             panel.score(asked(f"{kind} always", 0, tmp_path / "mark"))
@@ -147,7 +149,7 @@ def test_what_a_process_does_to_itself_every_time_is_its_error_and_what_is_done_
 
 
 def test_what_python_c_and_children_print_reaches_our_standard_error_and_no_answer(
-    panel: Panel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    panel: RewardSet, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert values(panel, "print", 5, tmp_path / "mark") == [5.0, 6.0, 7.0]
     deadline, printed = time.monotonic() + 5, ""
@@ -158,7 +160,7 @@ def test_what_python_c_and_children_print_reaches_our_standard_error_and_no_answ
         assert words in printed
 
 
-def test_megabytes_of_output_take_no_call_its_time(panel: Panel, tmp_path: Path) -> None:
+def test_megabytes_of_output_take_no_call_its_time(panel: RewardSet, tmp_path: Path) -> None:
     assert values(panel, "flood", 5, tmp_path / "mark") == [5.0, 6.0, 7.0]
 
 
@@ -169,7 +171,7 @@ def test_a_reward_that_leaves_a_daemon_and_hangs_ends_at_its_limit_and_so_does_t
     with load_panel(RewardsConfig(reward_funcs=(spec,), timeout=1.0)) as panel:
         mark = panel._rewards[0]._host.mark
         began = time.monotonic()
-        assert panel.score(asked("daemon", 0, tmp_path / "mark"))[0].status is Status.TIMEOUT
+        assert panel.score(asked("daemon", 0, tmp_path / "mark"))[0].status is ScoreStatus.TIMEOUT
         assert time.monotonic() - began < 5
         assert values(panel, "fine", 1, tmp_path / "mark") == [1.0, 2.0, 3.0]
     if sys.platform == "linux":
@@ -215,12 +217,16 @@ def test_a_frame_is_taken_only_whole_with_its_checksums_and_in_its_turn() -> Non
 
     assert through() == b"payload"
     for at in range(HEAD.size + len(b"payload")):
-        with pytest.raises(BadFrame):
+        with pytest.raises(InvalidFrame):
             through(lambda frame, at=at: frame[:at] + bytes([frame[at] ^ 1]) + frame[at + 1 :])
-    for broken, error in ((lambda f: b"x" + f, BadFrame), (lambda f: f[:-1], EOFError), (lambda f: f[:3], EOFError)):
+    for broken, error in (
+        (lambda f: b"x" + f, InvalidFrame),
+        (lambda f: f[:-1], EOFError),
+        (lambda f: f[:3], EOFError),
+    ):
         with pytest.raises(error):
             through(broken)
-    with pytest.raises(BadFrame):
+    with pytest.raises(InvalidFrame):
         through(number=5)
 
 
@@ -232,8 +238,8 @@ def test_what_a_reward_does_to_its_own_streams_and_errors_is_no_death(tmp_path: 
         "    sys.stdout = None\n    os.closerange(0, 90)\n"
         "    if 'c' in completions: raise Mute\n    return [1.0] * len(completions)\n"
     )
-    with Panel([load_reward(RewardSpec(spec=f"{tmp_path / 'odd.py'}:act"))], batch_size=1) as panel:
-        scores = panel.score(Batch(["q"] * 3, ["a", "b", "c"]))
+    with RewardSet([load_reward(RewardSpec(spec=f"{tmp_path / 'odd.py'}:act"))], batch_size=1) as panel:
+        scores = panel.score(RewardBatch(["q"] * 3, ["a", "b", "c"]))
         assert [score.value for score in scores] == [1.0, 1.0, None]
         assert "Mute" in scores[2].parts["act"].detail
         assert panel.notes() == ()

@@ -13,7 +13,7 @@ from raftune.starters import image
 from raftune.starters.image.pictures import ANY_RADIUS, SCENES, SHAPES, paint, scenes
 from tools.starters.image import build
 from tools.starters.image.autoencoder import AutoencoderRecipe, centre, encode, reconstruct, train_autoencoder
-from tools.starters.image.drawing import LEVELS, Leg, PolicyRecipe, lessons, levels, train_flow, train_unet
+from tools.starters.image.drawing import LEVELS, ImagePolicyRecipe, TrainingLeg, lessons, levels, train_flow, train_unet
 from tools.starters.image.keeping import load_head, save_head, save_part
 from tools.starters.image.seeing import JudgeRecipe, contrast, gallery, groups
 from tools.starters.image.wording import LENGTH, SPOILED, tokenizer, words
@@ -56,7 +56,7 @@ def test_the_shipped_latents_are_centred_and_any_pipeline_takes_them_as_they_are
 
 
 def test_three_captions_in_ten_are_another_scenes_and_none_is_held_out(vae: AutoencoderKL) -> None:
-    recipe = PolicyRecipe((), pictures=960)
+    recipe = ImagePolicyRecipe((), pictures=960)
     known, right = lessons(vae, recipe, 0), lessons(vae, recipe._replace(wrong=0.0), 0)
     assert known.latents.shape == (960, 4, 8, 8)
     # 960 draws of probability 0.3: five standard deviations are 0.074.
@@ -71,7 +71,7 @@ def test_two_trainings_with_one_seed_are_the_same_and_the_autoencoder_stays_as_i
     train: object, vae: AutoencoderKL
 ) -> None:
     frozen = {name: value.clone() for name, value in vae.state_dict().items()}
-    recipe = PolicyRecipe((Leg(1, 1e-3), Leg(1, 1e-3, noisy=True)), pictures=48, batch=4)
+    recipe = ImagePolicyRecipe((TrainingLeg(1, 1e-3), TrainingLeg(1, 1e-3, noisy=True)), pictures=48, batch=4)
     pipes = [train(vae, recipe, 3) for _ in range(2)]  # type: ignore[operator]
     first, second = (pipe.components["unet" if "unet" in pipe.components else "transformer"] for pipe in pipes)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):

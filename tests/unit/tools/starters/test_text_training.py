@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerFast
 from raftune.starters.text import corpus
 from raftune.starters.text.judge import judge
 from tools.starters.optimizer import rate_factor
-from tools.starters.text.build import PolicyRecipe, dialogue_batches, pair_accuracy, train_policy
+from tools.starters.text.build import TextPolicyRecipe, dialogue_batches, pair_accuracy, train_policy
 from tools.starters.text.reward_training import (
-    Ranked,
-    RewardRecipe,
+    RankedReplies,
+    TextRewardRecipe,
     bradley_terry,
     damage,
     generator_groups,
@@ -22,8 +22,8 @@ from tools.starters.text.reward_training import (
 )
 from tools.starters.text.training import train_tokenizer
 
-TINY_POLICY = PolicyRecipe(steps=3, knowledge_steps=2, dialogues_a_step=4)
-TINY_REWARD = RewardRecipe(steps=2, prompts_a_step=4, replies=5, sampled_prompts=4)
+TINY_POLICY = TextPolicyRecipe(steps=3, knowledge_steps=2, dialogues_a_step=4)
+TINY_REWARD = TextRewardRecipe(steps=2, prompts_a_step=4, replies=5, sampled_prompts=4)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_step_on_bradley_terry_raises_the_better_reply(tokenizer: PreTrainedTo
     rows = [
         tokenizer(text)["input_ids"] for text in ("User: Hi\nAssistant: Of course.", "User: Hi\nAssistant: Go away.")
     ]
-    group = Ranked(rows, [4.0, 0.0])
+    group = RankedReplies(rows, [4.0, 0.0])
     before = score_rows(reward, rows, tokenizer.pad_token_id).detach()
     optimizer = torch.optim.SGD(reward.parameters(), lr=1e-2)
     for _ in range(10):
@@ -71,7 +71,9 @@ def test_a_step_on_bradley_terry_raises_the_better_reply(tokenizer: PreTrainedTo
 def test_pairs_with_equal_scores_teach_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
     reward = train_reward(train_policy(tokenizer, TINY_POLICY, 1), tokenizer, TINY_REWARD, 2)
     rows = [[1, 5, 6], [1, 7, 8]]
-    loss = bradley_terry(reward, [Ranked(rows, [2.0, 2.0])], tokenizer.pad_token_id, 4.0, np.random.default_rng(0))
+    loss = bradley_terry(
+        reward, [RankedReplies(rows, [2.0, 2.0])], tokenizer.pad_token_id, 4.0, np.random.default_rng(0)
+    )
     assert loss.item() == 0.0
 
 

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from raftune.policies.causal_lm.sampling.backend import choose_backend
-from raftune.policies.causal_lm.sampling.params import DrawSettings
+from raftune.policies.causal_lm.sampling.params import SamplingParams
 from raftune.policies.causal_lm.sampling.parity import rows_of_prompts
 
 VOCABULARY = 97
@@ -95,7 +95,7 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [rng.integers(3, VOCABULARY, size=length).tolist() for length in lengths]
 
 
-def path_of(model: PreTrainedModel, settings: DrawSettings, longest: int | None = None) -> tuple[str, str]:
+def path_of(model: PreTrainedModel, settings: SamplingParams, longest: int | None = None) -> tuple[str, str]:
     """How the model generates, as a trial on two prompts finds it, and why."""
     rows = rows_of_prompts(prompts(12, 7))
     return choose_backend(model, rows, settings).path(model, settings, longest)

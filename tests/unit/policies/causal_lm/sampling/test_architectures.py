@@ -10,14 +10,14 @@ from drawing_models import VOCABULARY, prompts, seeds
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from raftune.config.policy import AdapterConfig
-from raftune.policies.causal_lm.likelihood import Example
+from raftune.policies.causal_lm.likelihood import TokenizedCompletion
 from raftune.policies.causal_lm.loading import fresh_adapter, merged
 from raftune.policies.causal_lm.sampling.backend import choose_backend
-from raftune.policies.causal_lm.sampling.params import DrawSettings
+from raftune.policies.causal_lm.sampling.params import SamplingParams
 from raftune.policies.causal_lm.sampling.parity import plain_log_probs, rows_of_prompts
-from raftune.policies.causal_lm.sampling.sample import draw
+from raftune.policies.causal_lm.sampling.sample import generate
 
-SETTINGS = DrawSettings(max_completion_length=8, eos_ids=(2,))
+SETTINGS = SamplingParams(max_completion_length=8, eos_ids=(2,))
 USUAL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -81,7 +81,9 @@ def test_generated_log_probs_are_those_of_a_plain_forward(name: str, lora: bool)
     backend = choose_backend(model, rows_of_prompts(prompts(12, 9)), SETTINGS)
     way, reason = backend.path(model, SETTINGS)
     assert way == path, reason
-    for prompt, group in zip(prompts(9, 5), draw(model, None, prompts(9, 5), seeds(2, 2), SETTINGS, way), strict=True):
+    for prompt, group in zip(
+        prompts(9, 5), generate(model, None, prompts(9, 5), seeds(2, 2), SETTINGS, way), strict=True
+    ):
         for sample in group:
-            [wanted] = plain_log_probs(trained, [Example.of(prompt, sample.ids)], 0)
+            [wanted] = plain_log_probs(trained, [TokenizedCompletion.of(prompt, sample.ids)], 0)
             assert sample.logprobs == pytest.approx(wanted, abs=1e-4)

@@ -20,10 +20,10 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from raftune.policies.causal_lm.sampling.backend import Backend
-from raftune.policies.causal_lm.sampling.sample import DrawSettings
+from raftune.policies.causal_lm.sampling.backend import BackendChoice
+from raftune.policies.causal_lm.sampling.sample import SamplingParams
 
-SETTINGS = DrawSettings(max_completion_length=30)
+SETTINGS = SamplingParams(max_completion_length=30)
 SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -36,7 +36,7 @@ SMALL = {
 }
 
 
-def assert_through_generate(model: nn.Module, settings: DrawSettings, longest: int | None, because: str) -> None:
+def assert_through_generate(model: nn.Module, settings: SamplingParams, longest: int | None, because: str) -> None:
     path, reason = path_of(model, settings, longest)
     assert path == "generate"
     assert because in reason
@@ -60,7 +60,7 @@ def test_a_recurrent_state_is_not_forked() -> None:
 
 def test_an_encoder_is_not_forked() -> None:
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=16, num_layers=1, num_heads=2))
-    path, reason = Backend("", 0, {}, 0, 1).path(t5, SETTINGS, 10)
+    path, reason = BackendChoice("", 0, {}, 0, 1).path(t5, SETTINGS, 10)
     assert (path, reason) == ("generate", "it attends to an encoder")
     crossing = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True)
     assert_through_generate(GPT2LMHeadModel(crossing), SETTINGS, 10, "encoder")
@@ -76,9 +76,9 @@ def test_attention_with_more_than_queries_keys_and_values_is_not_forked() -> Non
 
 
 def test_options_of_generate_alone_go_through_generate() -> None:
-    beams = DrawSettings(generation_kwargs={"num_beams": 4, "no_repeat_ngram_size": 2})
+    beams = SamplingParams(generation_kwargs={"num_beams": 4, "no_repeat_ngram_size": 2})
     assert_through_generate(llama(), beams, 10, "no_repeat_ngram_size, num_beams are generate's own")
-    assert path_of(llama(), DrawSettings(generation_kwargs={"use_cache": True}))[0] == "forked"
+    assert path_of(llama(), SamplingParams(generation_kwargs={"use_cache": True}))[0] == "forked"
 
 
 def test_rotary_frequencies_that_move_with_the_batch_are_not_forked_beyond_their_length() -> None:

@@ -15,10 +15,10 @@ from transformers import RwkvConfig, RwkvForCausalLM
 from raftune.config.policy import AdapterConfig
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.causal_lm import CausalLM, loading
-from raftune.policies.causal_lm.likelihood import Example
+from raftune.policies.causal_lm.likelihood import TokenizedCompletion
 from raftune.policies.causal_lm.loading import fresh_adapter
 from raftune.policies.causal_lm.sampling.backend import choose_backend, replay
-from raftune.policies.causal_lm.sampling.params import DrawSettings
+from raftune.policies.causal_lm.sampling.params import SamplingParams
 from raftune.policies.causal_lm.sampling.parity import (
     adapter_survives_merging,
     check_parity,
@@ -28,14 +28,14 @@ from raftune.policies.causal_lm.sampling.parity import (
     read_probe,
     rows_of_prompts,
 )
-from raftune.policies.causal_lm.sampling.sample import draw
+from raftune.policies.causal_lm.sampling.sample import generate
 from raftune.stages.parity import generation_words
 from raftune.store import partial
 from tests.builders import parts, save_tiny, tiny_llama, unit_of, write_rows
 from tests.unit.policies.causal_lm.fits import some_rows, tuned
 
 TEXTS = ("the cab", "so", "a bath then")
-SETTINGS = DrawSettings(max_completion_length=10)
+SETTINGS = SamplingParams(max_completion_length=10)
 
 
 @pytest.fixture(scope="module")
@@ -65,24 +65,24 @@ def test_a_model_that_is_not_the_one_that_was_trained_generates_nothing(
     round_1: tuple[Any, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, out, start = round_1
-    assert len(CausalLM.load(config, out, start).draw(unit_of(TEXTS))) == 12
+    assert len(CausalLM.load(config, out, start).generate(unit_of(TEXTS))) == 12
     monkeypatch.setattr(loading, "untie_targets", lambda model: None)  # then merging changes the embeddings as well
     with pytest.raises(ModelError, match=r"differs from what training ended with by \d\S* nats a token"):
-        CausalLM.load(config, out, start).draw(unit_of(TEXTS))
+        CausalLM.load(config, out, start).generate(unit_of(TEXTS))
 
 
 def test_a_way_of_generating_that_is_wrong_is_refused_although_the_weights_are_right(
     round_1: tuple[Any, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from raftune.policies.causal_lm.sampling.kv_cache import Cohort
+    from raftune.policies.causal_lm.sampling.kv_cache import KVCache
 
     config, out, start = round_1
     policy = CausalLM.load(config, out, start)
     policy.use_backend({"forked": "", "rows": 0, "distances": {}, "noise": 0.0, "allowed": 1e-3})
-    attend = Cohort.attend
-    monkeypatch.setattr(Cohort, "attend", lambda self, layer, query, scaling: attend(self, layer, query, 2 * scaling))
+    attend = KVCache.attend
+    monkeypatch.setattr(KVCache, "attend", lambda self, layer, query, scaling: attend(self, layer, query, 2 * scaling))
     with pytest.raises(ModelError, match="through the shared-prefix cache"):
-        policy.draw(unit_of(TEXTS))
+        policy.generate(unit_of(TEXTS))
 
 
 def test_a_recorded_way_of_generating_is_taken_again(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_recorded_way_of_generating_is_taken_again(tmp_path: Path) -> None:
     assert record["way"] == "forked"
     again = CausalLM.load(config, tmp_path / "start", tmp_path / "start")
     again.use_backend({**record, "forked": "somebody measured"})
-    again.draw(unit_of(TEXTS))
+    again.generate(unit_of(TEXTS))
     assert any("somebody measured" in note for note in again.notes())
 
 
@@ -116,13 +116,13 @@ def test_a_model_whose_batches_are_wrong_is_generated_from_one_row_at_a_time() -
     assert backend.path(model, SETTINGS)[0] == backend.way == "single"
     assert "one row at a time" in generation_words(asdict(backend))
     assert backend.distances["generate"] > 0.1 > 1e-3 > backend.distances["single"]
-    samples = draw(model, None, prompts(5, 5), seeds(2, 2), SETTINGS)
+    samples = generate(model, None, prompts(5, 5), seeds(2, 2), SETTINGS)
     for prompt, group in zip(prompts(5, 5), samples, strict=True):
         for sample in group:
-            [wanted] = plain_log_probs(model, [Example.of(prompt, sample.ids)], 0)
+            [wanted] = plain_log_probs(model, [TokenizedCompletion.of(prompt, sample.ids)], 0)
             assert sample.logprobs == pytest.approx(wanted, abs=1e-4)
     with pytest.raises(ConfigError, match="generation_kwargs must be left out"):
-        backend.path(model, DrawSettings(generation_kwargs={"num_beams": 2}))
+        backend.path(model, SamplingParams(generation_kwargs={"num_beams": 2}))
 
 
 def adapted(std: float) -> Any:
@@ -157,9 +157,9 @@ def test_a_check_in_the_middle_of_a_unit_neither_reads_nor_writes_what_the_unit_
 ) -> None:
     model, rows = llama(), rows_of_prompts(prompts(12, 7))
     probe = measure(model, rows, 0)
-    with partial.unfinished_work(tmp_path / "draw", tmp_path, "unit-00000", "key", {}):
-        unit = partial.current("forked")
-        unit.save(lambda path: path.write_bytes(b"what the unit came to"))
-        left = unit.find()
+    with partial.unfinished_work(tmp_path / "generate", tmp_path, "chunk-00000", "key", {}):
+        chunk = partial.current("forked")
+        chunk.save(lambda path: path.write_bytes(b"what the chunk came to"))
+        left = chunk.find()
         assert probe.distance(replay("forked", model, probe, SETTINGS)) < 1e-3
-        assert left is not None and unit.find() == left
+        assert left is not None and chunk.find() == left

@@ -16,17 +16,17 @@ from raftune.config.policy import AdapterConfig
 from raftune.errors import OutOfMemory
 from raftune.policies.causal_lm import CausalLM
 from raftune.policies.causal_lm import policy as policies
-from raftune.policies.causal_lm.likelihood import Example, log_probs
+from raftune.policies.causal_lm.likelihood import TokenizedCompletion, log_probs
 from raftune.policies.causal_lm.loading import fresh_adapter
 from raftune.policies.causal_lm.sampling import prefix_scoring
 from raftune.policies.causal_lm.sampling.backend import choose_backend
-from raftune.policies.causal_lm.sampling.params import DrawSettings
+from raftune.policies.causal_lm.sampling.params import SamplingParams
 from raftune.policies.causal_lm.sampling.parity import rows_of_prompts
 from raftune.policies.causal_lm.sampling.prefix_scoring import prefix_log_probs
 from raftune.records import samples_table
 from tests.builders import parts, save_tiny, unit_of
 
-SETTINGS = DrawSettings(max_completion_length=12)
+SETTINGS = SamplingParams(max_completion_length=12)
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -55,14 +55,14 @@ def with_an_adapter() -> Any:
 MODELS = (llama, gpt2, qwen2, gpt_neox, with_experts, whose_logits_are_scaled, with_an_adapter)
 
 
-def ragged(prompts: tuple[int, ...] = (9, 1, 17, 5), longest: int = 12) -> list[Example]:
+def ragged(prompts: tuple[int, ...] = (9, 1, 17, 5), longest: int = 12) -> list[TokenizedCompletion]:
     """Five completions for each prompt, from none to `longest` tokens, in no order; one prompt is a single token."""
     random = np.random.default_rng(0)
     rows = []
     for length in prompts:
         prompt = random.integers(3, VOCABULARY, length)
         sizes = [0, 1, longest, *random.integers(1, longest, 2)]
-        rows += [Example.of(prompt, random.integers(3, VOCABULARY, size)) for size in sizes]
+        rows += [TokenizedCompletion.of(prompt, random.integers(3, VOCABULARY, size)) for size in sizes]
     return [rows[index] for index in random.permutation(len(rows))]
 
 
@@ -94,7 +94,9 @@ def test_a_prompt_of_very_many_completions_is_read_again_after_a_batch_of_them(m
 
 
 def test_completions_without_a_token_are_certain() -> None:
-    assert prefix_log_probs(llama(), [Example.of([5, 6], []), Example.of([5, 6], [])], 4).tolist() == [0, 0]
+    assert prefix_log_probs(
+        llama(), [TokenizedCompletion.of([5, 6], []), TokenizedCompletion.of([5, 6], [])], 4
+    ).tolist() == [0, 0]
     assert prefix_log_probs(llama(), [], 4).shape == (0,)
 
 
@@ -158,13 +160,13 @@ def test_what_a_run_recorded_decides_and_not_what_was_generated_before(
     config = parts(folder, max_completion_length=6)
     CausalLM.start(config, tmp_path)
     first, again, without, older = (CausalLM.load(config, tmp_path, tmp_path) for _ in range(4))
-    unit = unit_of(["the bath", "a"], k=3)
-    record = first.choose_backend(unit.prompts)
+    chunk = unit_of(["the bath", "a"], k=3)
+    record = first.choose_backend(chunk.prompts)
     again.use_backend(record)
     older.use_backend({name: record[name] for name in ("forked", "rows", "distances", "noise", "allowed")})
-    samples = without.draw(unit)  # which makes a trial of its own
+    samples = without.generate(chunk)  # which makes a trial of its own
     table = samples_table(samples, without.payload)
-    prompts = [prompt for prompt in unit.prompts for _ in range(3)]
+    prompts = [prompt for prompt in chunk.prompts for _ in range(3)]
     values = [policy.log_probs(prompts, table, 4) for policy in (first, again, without, older)]
     assert passes == ["prefix_log_probs"] * 2 + ["log_probs"] * 2
     assert np.array_equal(values[0], values[1]) and np.array_equal(values[2], values[3])

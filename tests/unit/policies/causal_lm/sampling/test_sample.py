@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 from raftune.errors import ConfigError, DataError, ModelError, OutOfMemory
 from raftune.policies.causal_lm.sampling.completions import StopStrings
-from raftune.policies.causal_lm.sampling.sample import Drawn, DrawSettings, draw
+from raftune.policies.causal_lm.sampling.sample import GeneratedCompletion, SamplingParams, generate
 
 PATHS = ["forked", "generate"]
 LENGTHS = (3, 9, 5, 12, 1, 7)
 COUNTS = (2, 1, 3, 0, 2, 4)
-SETTINGS = DrawSettings(max_completion_length=25, eos_ids=(2, 5), batch_size=6)
+SETTINGS = SamplingParams(max_completion_length=25, eos_ids=(2, 5), batch_size=6)
 
 
-def ids_of(drawn: Sequence[Sequence[Drawn]]) -> list[list[list[int]]]:
+def ids_of(drawn: Sequence[Sequence[GeneratedCompletion]]) -> list[list[list[int]]]:
     return [[sample.ids for sample in group] for group in drawn]
 
 
-def flat(drawn: Sequence[Sequence[Drawn]]) -> list[Drawn]:
+def flat(drawn: Sequence[Sequence[GeneratedCompletion]]) -> list[GeneratedCompletion]:
     return [sample for group in drawn for sample in group]
 
 
@@ -36,17 +36,17 @@ def flat(drawn: Sequence[Sequence[Drawn]]) -> list[Drawn]:
 
 FEW = 6
 WARPS = {
-    "nothing": DrawSettings(),
-    "temperature": DrawSettings(temperature=0.6),
-    "top_k": DrawSettings(top_k=3),
-    "top_p": DrawSettings(top_p=0.7),
-    "min_p": DrawSettings(min_p=0.3),
-    "repetition_penalty": DrawSettings(repetition_penalty=1.6),
-    "all": DrawSettings(temperature=1.7, top_k=5, top_p=0.95, min_p=0.05, repetition_penalty=0.7),
+    "nothing": SamplingParams(),
+    "temperature": SamplingParams(temperature=0.6),
+    "top_k": SamplingParams(top_k=3),
+    "top_p": SamplingParams(top_p=0.7),
+    "min_p": SamplingParams(min_p=0.3),
+    "repetition_penalty": SamplingParams(repetition_penalty=1.6),
+    "all": SamplingParams(temperature=1.7, top_k=5, top_p=0.95, min_p=0.05, repetition_penalty=0.7),
 }
 
 
-def next_by_generate(model: nn.Module, prefix: list[int], settings: DrawSettings) -> Tensor:
+def next_by_generate(model: nn.Module, prefix: list[int], settings: SamplingParams) -> Tensor:
     """The distribution from which `generate` would sample the next token."""
     out = model.generate(
         input_ids=torch.tensor([prefix]),
@@ -75,7 +75,7 @@ def test_pairs_of_tokens_have_the_distribution_of_generate(path: str, name: str)
     settings = replace(WARPS[name], max_completion_length=2, batch_size=1000)
     first = next_by_generate(model, prompt, settings)
     expected = torch.stack([first[token] * next_by_generate(model, [*prompt, token], settings) for token in range(FEW)])
-    drawn = draw(model, None, [prompt], [list(range(draws))], settings, path)
+    drawn = generate(model, None, [prompt], [list(range(draws))], settings, path)
     counts = np.zeros((FEW, FEW))
     for sample in drawn[0]:
         counts[tuple(sample.ids)] += 1
@@ -90,10 +90,10 @@ def test_pairs_of_tokens_have_the_distribution_of_generate(path: str, name: str)
 @pytest.mark.parametrize("path", PATHS)
 def test_a_sample_does_not_depend_on_its_batch_or_its_order(path: str) -> None:
     model, asked, noise = llama(), prompts(*LENGTHS), seeds(*COUNTS)
-    whole = ids_of(draw(model, None, asked, noise, replace(SETTINGS, batch_size=100), path))
-    assert ids_of(draw(model, None, asked, noise, replace(SETTINGS, batch_size=5), path)) == whole
-    assert ids_of(draw(model, None, asked[::-1], noise[::-1], SETTINGS, path)) == whole[::-1]
-    assert ids_of(draw(model, None, asked[5:], [noise[5][2:3]], SETTINGS, path)) == [[whole[5][2]]]
+    whole = ids_of(generate(model, None, asked, noise, replace(SETTINGS, batch_size=100), path))
+    assert ids_of(generate(model, None, asked, noise, replace(SETTINGS, batch_size=5), path)) == whole
+    assert ids_of(generate(model, None, asked[::-1], noise[::-1], SETTINGS, path)) == whole[::-1]
+    assert ids_of(generate(model, None, asked[5:], [noise[5][2:3]], SETTINGS, path)) == [[whole[5][2]]]
     assert len({tuple(ids) for group in whole for ids in group}) > 8
 
 
@@ -101,7 +101,7 @@ def test_a_sample_does_not_depend_on_its_batch_or_its_order(path: str) -> None:
 def test_both_ways_choose_the_same_tokens(name: str) -> None:
     settings = replace(WARPS[name], max_completion_length=25, eos_ids=(2, 5), batch_size=6, stop_strings=("q",))
     asked, noise = prompts(*LENGTHS), seeds(*COUNTS)
-    one, other = (draw(llama(), characters(), asked, noise, settings, path) for path in PATHS)
+    one, other = (generate(llama(), characters(), asked, noise, settings, path) for path in PATHS)
     assert ids_of(one) == ids_of(other)
     assert [[sample.finish for sample in group] for group in one] == [
         [sample.finish for sample in group] for group in other
@@ -113,12 +113,12 @@ def test_both_ways_choose_the_same_tokens(name: str) -> None:
 @pytest.mark.parametrize("model", [mamba, lambda: mistral(8)], ids=["mamba", "sliding window"])
 def test_models_that_fall_back_keep_noise_of_their_own_too(model: Any) -> None:
     asked, noise = prompts(*LENGTHS), seeds(*COUNTS)
-    whole = ids_of(draw(model(), None, asked, noise, SETTINGS))
-    assert ids_of(draw(model(), None, asked[2:3], noise[2:3], SETTINGS)) == whole[2:3]
+    whole = ids_of(generate(model(), None, asked, noise, SETTINGS))
+    assert ids_of(generate(model(), None, asked[2:3], noise[2:3], SETTINGS)) == whole[2:3]
 
 
 def test_another_seed_draws_another_answer() -> None:
-    answers = draw(llama(), None, prompts(6), [list(range(40))], DrawSettings(max_completion_length=10))
+    answers = generate(llama(), None, prompts(6), [list(range(40))], SamplingParams(max_completion_length=10))
     assert len({tuple(sample.ids) for sample in answers[0]}) == 40
 
 
@@ -127,8 +127,8 @@ def test_another_seed_draws_another_answer() -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_eos_id_ends_a_completion_and_belongs_to_it(path: str) -> None:
-    settings = DrawSettings(max_completion_length=25, eos_ids=(2, 5, 8, 13, 21))
-    drawn = draw(llama(), None, prompts(*LENGTHS), seeds(*[8] * 6), settings, path)
+    settings = SamplingParams(max_completion_length=25, eos_ids=(2, 5, 8, 13, 21))
+    drawn = generate(llama(), None, prompts(*LENGTHS), seeds(*[8] * 6), settings, path)
     ended = [sample.ids for group in drawn for sample in group if sample.finish == "eos"]
     assert len({ids[-1] for ids in ended}) > 2
     assert all(ids[-1] in settings.eos_ids and not set(ids[:-1]) & set(settings.eos_ids) for ids in ended)
@@ -142,15 +142,15 @@ def test_every_eos_id_ends_a_completion_and_belongs_to_it(path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_groups_of_different_sizes_keep_their_order(path: str) -> None:
-    drawn = draw(llama(), None, prompts(*LENGTHS), seeds(*COUNTS), SETTINGS, path)
+    drawn = generate(llama(), None, prompts(*LENGTHS), seeds(*COUNTS), SETTINGS, path)
     assert [len(group) for group in drawn] == list(COUNTS)
-    assert draw(llama(), None, [], [], SETTINGS, path) == []
-    assert draw(llama(), None, prompts(3, 3), [[], []], SETTINGS, path) == [[], []]
+    assert generate(llama(), None, [], [], SETTINGS, path) == []
+    assert generate(llama(), None, prompts(3, 3), [[], []], SETTINGS, path) == [[], []]
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_no_completion_is_longer_than_asked(path: str) -> None:
-    drawn = draw(llama(), None, prompts(*LENGTHS), seeds(*COUNTS), DrawSettings(max_completion_length=1), path)
+    drawn = generate(llama(), None, prompts(*LENGTHS), seeds(*COUNTS), SamplingParams(max_completion_length=1), path)
     assert all(
         len(sample.ids) == len(sample.logprobs) == 1 and sample.finish == "length"
         for group in drawn
@@ -161,8 +161,10 @@ def test_no_completion_is_longer_than_asked(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("model", [llama, gpt2])
 def test_the_context_limits_a_completion(path: str, model: Any) -> None:
-    settings = DrawSettings(max_completion_length=40, batch_size=8)
-    drawn = draw(model(), None, prompts(5, CONTEXT - 20, CONTEXT - 1, CONTEXT - 40, 9), seeds(*[2] * 5), settings, path)
+    settings = SamplingParams(max_completion_length=40, batch_size=8)
+    drawn = generate(
+        model(), None, prompts(5, CONTEXT - 20, CONTEXT - 1, CONTEXT - 40, 9), seeds(*[2] * 5), settings, path
+    )
     assert [[len(sample.ids) for sample in group] for group in drawn] == [
         [40] * 2,
         [20] * 2,
@@ -175,9 +177,9 @@ def test_the_context_limits_a_completion(path: str, model: Any) -> None:
 
 def test_a_prompt_that_fills_the_context_or_is_empty_is_refused() -> None:
     with pytest.raises(DataError, match=r"shorter than the model's context of 128 tokens.*prompt 1 .* has 128"):
-        draw(llama(), None, prompts(5, CONTEXT), seeds(1, 1), SETTINGS)
+        generate(llama(), None, prompts(5, CONTEXT), seeds(1, 1), SETTINGS)
     with pytest.raises(DataError, match=r"at least one token; prompt 1 .* is empty"):
-        draw(llama(), None, [[3], []], seeds(1, 1), SETTINGS)
+        generate(llama(), None, [[3], []], seeds(1, 1), SETTINGS)
 
 
 def lettered() -> nn.Module:
@@ -195,10 +197,10 @@ def cut_at(ids: list[int], stops: Sequence[str]) -> list[int]:
 @pytest.mark.parametrize("stops", [("e",), ("gh", "b"), ("hgh", "efe")])
 def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(path: str, stops: tuple[str, ...]) -> None:
     model, tokenizer = lettered(), characters(12)
-    free = DrawSettings(max_completion_length=40, eos_ids=(2,))
+    free = SamplingParams(max_completion_length=40, eos_ids=(2,))
     asked, noise = [[3, 1, 4], [9, 2]], seeds(30, 30)
-    unstopped = draw(model, tokenizer, asked, noise, free, path)
-    stopped = draw(model, tokenizer, asked, noise, replace(free, stop_strings=stops), path)
+    unstopped = generate(model, tokenizer, asked, noise, free, path)
+    stopped = generate(model, tokenizer, asked, noise, replace(free, stop_strings=stops), path)
     expected = [[cut_at(sample.ids, stops) for sample in group] for group in unstopped]
     assert ids_of(stopped) == expected
     for sample, whole in zip(flat(stopped), flat(unstopped), strict=True):
@@ -223,8 +225,8 @@ def test_a_stop_string_longer_than_one_token_is_found_late_in_a_long_text() -> N
 
 
 def test_an_eos_counts_before_a_stop_string() -> None:
-    settings = DrawSettings(max_completion_length=40, eos_ids=(4,), stop_strings=("e",))  # 4 is the letter e
-    drawn = draw(lettered(), characters(12), [[3, 1, 4]], seeds(20), settings)
+    settings = SamplingParams(max_completion_length=40, eos_ids=(4,), stop_strings=("e",))  # 4 is the letter e
+    drawn = generate(lettered(), characters(12), [[3, 1, 4]], seeds(20), settings)
     assert {sample.finish for sample in drawn[0]} == {"eos"}
 
 
@@ -233,8 +235,8 @@ def test_an_eos_counts_before_a_stop_string() -> None:
 
 def test_beam_search_returns_generates_own_beams() -> None:
     model, asked = llama(), prompts(5, 8)
-    settings = DrawSettings(max_completion_length=9, eos_ids=(2,), generation_kwargs={"num_beams": 4})
-    drawn = draw(model, None, asked, seeds(3, 3), settings)
+    settings = SamplingParams(max_completion_length=9, eos_ids=(2,), generation_kwargs={"num_beams": 4})
+    drawn = generate(model, None, asked, seeds(3, 3), settings)
     for prompt, group in zip(asked, drawn, strict=True):
         ids = torch.tensor([prompt])
         beams = model.generate(
@@ -257,34 +259,34 @@ def test_beam_search_returns_generates_own_beams() -> None:
 
 
 def test_other_options_of_generate_take_effect_and_can_be_repeated() -> None:
-    settings = DrawSettings(max_completion_length=30, temperature=0.3, generation_kwargs={"no_repeat_ngram_size": 1})
+    settings = SamplingParams(max_completion_length=30, temperature=0.3, generation_kwargs={"no_repeat_ngram_size": 1})
     asked, noise = prompts(*LENGTHS), seeds(*COUNTS)
-    drawn = draw(llama(), None, asked, noise, settings)
+    drawn = generate(llama(), None, asked, noise, settings)
     assert all(len(set(sample.ids)) == len(sample.ids) == 30 for group in drawn for sample in group)
     assert [len(group) for group in drawn] == list(COUNTS)
     torch.manual_seed(99)
     state = torch.random.get_rng_state()
-    assert draw(llama(), None, asked, noise, settings) == drawn
+    assert generate(llama(), None, asked, noise, settings) == drawn
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_stop_strings_hold_under_options_of_generate() -> None:
-    settings = DrawSettings(
+    settings = SamplingParams(
         max_completion_length=40, stop_strings=("e",), generation_kwargs={"no_repeat_ngram_size": 3}
     )
-    drawn = draw(lettered(), characters(12), [[3, 1, 4]], seeds(20), settings)
+    drawn = generate(lettered(), characters(12), [[3, 1, 4]], seeds(20), settings)
     assert all(sample.ids.index(4) == len(sample.ids) - 1 for sample in drawn[0] if sample.finish == "stop")
     assert any(sample.finish == "stop" for sample in drawn[0])
 
 
 def test_options_that_generate_refuses_are_named() -> None:
-    few = DrawSettings(generation_kwargs={"num_beams": 2})
+    few = SamplingParams(generation_kwargs={"num_beams": 2})
     with pytest.raises(
         ConfigError, match=r"sampling.generation_kwargs .* got \{'num_beams': 2\} and num_generations 3"
     ):
-        draw(llama(), None, prompts(5), seeds(3), few)
+        generate(llama(), None, prompts(5), seeds(3), few)
     with pytest.raises(ConfigError, match="num_baems"):
-        draw(llama(), None, prompts(5), seeds(3), DrawSettings(generation_kwargs={"num_baems": 2}))
+        generate(llama(), None, prompts(5), seeds(3), SamplingParams(generation_kwargs={"num_baems": 2}))
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -295,7 +297,7 @@ def test_logits_that_are_not_numbers_are_refused(path: str) -> None:
     model = llama()
     model.lm_head.weight.data[7] = torch.nan
     with pytest.raises(ModelError, match="logits must be numbers"):
-        draw(model, None, prompts(5), seeds(3), SETTINGS, path)
+        generate(model, None, prompts(5), seeds(3), SETTINGS, path)
 
 
 class RunsOut(nn.Module):
@@ -317,14 +319,14 @@ def test_memory_that_runs_out_is_an_error_with_the_batch_size_and_lets_go_of_the
     model = llama()
     model.model.norm = RunsOut()
     with pytest.raises(OutOfMemory, match=r"batch_size must leave room .* got 6 rows") as caught:
-        draw(model, None, prompts(*LENGTHS), seeds(*COUNTS), SETTINGS, path)
+        generate(model, None, prompts(*LENGTHS), seeds(*COUNTS), SETTINGS, path)
     assert caught.value.batch_size == 6
     gc.collect()
     assert [reference() for reference in model.model.norm.held] == [None]
 
 
 def test_the_vocabulary_bounds_every_token() -> None:
-    drawn = draw(llama(), None, prompts(*LENGTHS), seeds(*COUNTS), replace(SETTINGS, temperature=50.0))
+    drawn = generate(llama(), None, prompts(*LENGTHS), seeds(*COUNTS), replace(SETTINGS, temperature=50.0))
     tokens = [token for group in drawn for sample in group for token in sample.ids]
     assert min(tokens) >= 0
     assert max(tokens) < VOCABULARY

@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raftune.policies.causal_lm.sampling.sample import Drawn, DrawSettings, draw
+from raftune.policies.causal_lm.sampling.sample import GeneratedCompletion, SamplingParams, generate
 
 LENGTHS = (3, 9, 5, 12, 1, 7)
-GREEDY = DrawSettings(temperature=0, max_completion_length=30, eos_ids=(2, 5, 6, 7), batch_size=8)
+GREEDY = SamplingParams(temperature=0, max_completion_length=30, eos_ids=(2, 5, 6, 7), batch_size=8)
 
 FORKED = {
     "llama": llama,
@@ -52,10 +52,10 @@ def greedy_by_generate(model: nn.Module, prompt: list[int]) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-def assert_greedy_is_that_of_generate(model: nn.Module, wanted: str) -> list[list[Drawn]]:
+def assert_greedy_is_that_of_generate(model: nn.Module, wanted: str) -> list[list[GeneratedCompletion]]:
     path, reason = path_of(model, GREEDY, max(LENGTHS))
     assert path == wanted, reason
-    drawn = draw(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), GREEDY)
+    drawn = generate(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), GREEDY)
     for prompt, group in zip(prompts(*LENGTHS), drawn, strict=True):
         assert [sample.ids for sample in group] == [greedy_by_generate(model, prompt)] * len(group)
     return drawn
@@ -73,7 +73,7 @@ def test_a_model_that_cannot_be_forked_is_drawn_through_generate(name: str) -> N
 
 def test_a_lora_adapter_takes_part() -> None:
     drawn = assert_greedy_is_that_of_generate(lora(llama()), "forked")
-    assert drawn != draw(llama(), None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), GREEDY)
+    assert drawn != generate(llama(), None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), GREEDY)
 
 
 def whole_forward(model: nn.Module, prompt: list[int], ids: list[int]) -> Tensor:
@@ -85,8 +85,8 @@ def whole_forward(model: nn.Module, prompt: list[int], ids: list[int]) -> Tensor
 @pytest.mark.parametrize("name", FORKED)
 def test_log_probabilities_are_those_of_a_forward_over_the_whole_sequence(name: str) -> None:
     model = FORKED[name]()
-    settings = DrawSettings(temperature=1.5, max_completion_length=30, eos_ids=(2, 5), batch_size=7)
-    drawn = draw(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), settings)
+    settings = SamplingParams(temperature=1.5, max_completion_length=30, eos_ids=(2, 5), batch_size=7)
+    drawn = generate(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), settings)
     for prompt, group in zip(prompts(*LENGTHS), drawn, strict=True):
         for sample in group:
             expected = whole_forward(model, prompt, sample.ids)
@@ -118,8 +118,8 @@ class Counted:
 def test_a_prompt_is_computed_once_for_all_its_answers_and_an_ended_row_never_again() -> None:
     model = llama()
     counted = Counted(model)
-    settings = DrawSettings(max_completion_length=40, eos_ids=(2, 5, 6, 7, 8, 9), batch_size=12)
-    drawn = draw(model, None, prompts(*[4, 8] * 10), seeds(*[4] * 20), settings, "forked")
+    settings = SamplingParams(max_completion_length=40, eos_ids=(2, 5, 6, 7, 8, 9), batch_size=12)
+    drawn = generate(model, None, prompts(*[4, 8] * 10), seeds(*[4] * 20), settings, "forked")
     lengths = [len(sample.ids) for group in drawn for sample in group]
     assert counted.prompts == 20
     assert counted.steps == sum(lengths) - len(
@@ -131,10 +131,10 @@ def test_a_prompt_is_computed_once_for_all_its_answers_and_an_ended_row_never_ag
 def test_a_group_larger_than_the_batch_is_drawn_in_parts() -> None:
     model = llama()
     counted = Counted(model)
-    settings = DrawSettings(max_completion_length=10, batch_size=4)
-    small = draw(model, None, prompts(5, 6), seeds(11, 3), settings, "forked")
+    settings = SamplingParams(max_completion_length=10, batch_size=4)
+    small = generate(model, None, prompts(5, 6), seeds(11, 3), settings, "forked")
     assert counted.most == 4
-    large = draw(model, None, prompts(5, 6), seeds(11, 3), DrawSettings(max_completion_length=10), "forked")
+    large = generate(model, None, prompts(5, 6), seeds(11, 3), SamplingParams(max_completion_length=10), "forked")
     assert [[sample.ids for sample in group] for group in small] == [
         [sample.ids for sample in group] for group in large
     ]
@@ -142,10 +142,10 @@ def test_a_group_larger_than_the_batch_is_drawn_in_parts() -> None:
 
 def test_half_precision_draws_what_its_own_forward_finds_likely() -> None:
     model = llama().to(torch.bfloat16)
-    settings = DrawSettings(max_completion_length=20, eos_ids=(2,))
+    settings = SamplingParams(max_completion_length=20, eos_ids=(2,))
     path, reason = path_of(model, settings)
     assert path == "forked", reason
-    drawn = draw(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), settings)
+    drawn = generate(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), settings)
     for prompt, group in zip(prompts(*LENGTHS), drawn, strict=True):
         for sample in group:
             expected = whole_forward(model, prompt, sample.ids)
@@ -179,26 +179,26 @@ def test_a_model_is_left_as_it_was_even_by_a_draw_that_fails(path: str, breaks: 
     if breaks:
         broken_at_step(model, 4)
     before = modes(model), model.config._attn_implementation, hooks(model), model.generation_config.to_dict()
-    settings = DrawSettings(max_completion_length=8)
+    settings = SamplingParams(max_completion_length=8)
     if breaks:
         with pytest.raises(RuntimeError, match="on purpose"):
-            draw(model, None, prompts(5, 6), seeds(2, 2), settings, path)
+            generate(model, None, prompts(5, 6), seeds(2, 2), settings, path)
     else:
-        draw(model, None, prompts(5, 6), seeds(2, 2), settings, path)
+        generate(model, None, prompts(5, 6), seeds(2, 2), settings, path)
     after = modes(model), model.config._attn_implementation, hooks(model), model.generation_config.to_dict()
     assert after == before
 
 
 def test_weights_can_still_be_trained_after_a_draw() -> None:
     model = llama()
-    draw(model, None, prompts(5, 6), seeds(2, 2), DrawSettings(max_completion_length=8), "forked")
+    generate(model, None, prompts(5, 6), seeds(2, 2), SamplingParams(max_completion_length=8), "forked")
     model(input_ids=torch.tensor(prompts(6)), labels=torch.tensor(prompts(6))).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_dropout_is_off_while_drawing() -> None:
     model: Callable[[], PreTrainedModel] = lambda: llama(attention_dropout=0.5)  # noqa: E731
-    settings = DrawSettings(max_completion_length=12)
-    drawn = draw(model().train(), None, prompts(5, 6), seeds(2, 2), settings, "forked")
-    assert drawn == draw(model().eval(), None, prompts(5, 6), seeds(2, 2), settings, "forked")
+    settings = SamplingParams(max_completion_length=12)
+    drawn = generate(model().train(), None, prompts(5, 6), seeds(2, 2), settings, "forked")
+    assert drawn == generate(model().eval(), None, prompts(5, 6), seeds(2, 2), settings, "forked")
     assert max(token for group in drawn for sample in group for token in sample.ids) < VOCABULARY

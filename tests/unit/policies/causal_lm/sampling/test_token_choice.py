@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from raftune.policies.causal_lm.sampling.params import DrawSettings
+from raftune.policies.causal_lm.sampling.params import SamplingParams
 from raftune.policies.causal_lm.sampling.rng import uniforms
-from raftune.policies.causal_lm.sampling.token_choice import Chooser, inverse_cdf
+from raftune.policies.causal_lm.sampling.token_choice import TokenSampler, inverse_cdf
 
 
 def by_hand(weights: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -62,12 +62,12 @@ def test_log_probabilities_are_those_of_the_raw_logits_whatever_the_warping() ->
     seen = torch.randint(0, 70, (50, 4))
     noise = uniforms(np.arange(50), 0)
     for settings in (
-        DrawSettings(),
-        DrawSettings(temperature=0.7),
-        DrawSettings(temperature=0),
-        DrawSettings(temperature=2.0, top_k=9, top_p=0.8, min_p=0.01, repetition_penalty=1.3),
+        SamplingParams(),
+        SamplingParams(temperature=0.7),
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=2.0, top_k=9, top_p=0.8, min_p=0.01, repetition_penalty=1.3),
     ):
-        tokens, logprobs = Chooser(settings)(logits, noise, seen)
+        tokens, logprobs = TokenSampler(settings)(logits, noise, seen)
         expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         assert torch.allclose(logprobs, expected, atol=1e-5)
 
@@ -76,14 +76,14 @@ def test_temperature_zero_takes_the_best_token_after_the_repetition_penalty() ->
     logits = torch.tensor([[1.0, 3.0, 2.9], [1.0, 3.0, 2.9]])
     seen = torch.tensor([[0, 0], [1, 0]])
     noise = np.array([0.99, 0.99])
-    assert Chooser(DrawSettings(temperature=0))(logits, noise, None)[0].tolist() == [1, 1]
-    penalised = Chooser(DrawSettings(temperature=0, repetition_penalty=1.5))(logits, noise, seen)
+    assert TokenSampler(SamplingParams(temperature=0))(logits, noise, None)[0].tolist() == [1, 1]
+    penalised = TokenSampler(SamplingParams(temperature=0, repetition_penalty=1.5))(logits, noise, seen)
     assert penalised[0].tolist() == [1, 2]
 
 
 def test_warping_does_not_change_the_logits_it_was_given() -> None:
     logits = torch.randn(3, 9)
     before = logits.clone()
-    settings = DrawSettings(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.2)
-    Chooser(settings)(logits, np.full(3, 0.4), torch.zeros(3, 1, dtype=torch.int64))
+    settings = SamplingParams(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.2)
+    TokenSampler(settings)(logits, np.full(3, 0.4), torch.zeros(3, 1, dtype=torch.int64))
     assert torch.equal(logits, before)

@@ -1,4 +1,4 @@
-"""A unit that was interrupted is continued from what it had come to, and ends in the same answers."""
+"""A chunk that was interrupted is continued from what it had come to, and ends in the same answers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def a_policy(folder: Path, out: Path, **changes: Any) -> CausalLM:
 
 def drawn(policy: CausalLM, at: Path) -> list[Sample]:
     with partial.unfinished_work(at, at / "tmp", "00000", "key", {}):
-        return policy.draw(unit_of(PROMPTS, k=4, batch_size=8))
+        return policy.generate(unit_of(PROMPTS, k=4, batch_size=8))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -98,9 +98,9 @@ def test_log_probabilities_that_were_interrupted_go_on_to_the_same_numbers(
 ) -> None:
     policy = a_policy(folder, tmp_path / "start")
     policy.use_backend(RECORD | {"scoring": scoring})
-    unit = unit_of(PROMPTS, k=4)
-    table = samples_table(policy.draw(unit), policy.payload)
-    prompts = [prompt for prompt in unit.prompts for _ in range(4)]
+    chunk = unit_of(PROMPTS, k=4)
+    table = samples_table(policy.generate(chunk), policy.payload)
+    prompts = [prompt for prompt in chunk.prompts for _ in range(4)]
 
     def scored(at: Path) -> Any:
         with partial.unfinished_work(at, at / "tmp", "00000", "key", {}):

@@ -1,4 +1,4 @@
-"""Through a binding a pipeline draws what it draws by itself, and keeps the latents of exactly those pictures."""
+"""Through a binding a pipeline draws what it draws by itself, and keeps the latents of exactly those images."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from PIL import Image
 
 from raftune.errors import ConfigError, DataError, ModelError
-from raftune.policies.diffusion.pipelines import binding_of
-from raftune.policies.diffusion.pipelines.base import Binding, Call, Conditions
-from raftune.policies.diffusion.scheduler_trace import Step, watched
+from raftune.policies.diffusion.pipelines import adapter_of
+from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall
+from raftune.policies.diffusion.scheduler_trace import SchedulerStep, watched
 from raftune.training.quiet import quiet
 from tests.pipelines import CELLS, KINDS, SIZE, Kind, tiny_pipeline
 
@@ -28,21 +28,21 @@ def prompts_of(kind: Kind) -> tuple[Any, ...]:
     return LABELS if kind == "dit" else TEXTS
 
 
-def call_of(kind: Kind, guidance: float = 1.0, **kwargs: Any) -> Call:
-    """Three steps; where the pipeline can, pictures that are not square."""
-    return Call(SIZE, SIZE if kind in FIXED else 24, 3, guidance, kwargs)
+def call_of(kind: Kind, guidance: float = 1.0, **kwargs: Any) -> PipelineCall:
+    """Three steps; where the pipeline can, images that are not square."""
+    return PipelineCall(SIZE, SIZE if kind in FIXED else 24, 3, guidance, kwargs)
 
 
 def generators(seeds: range) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
-def asked(binding: Binding, prompts: Any) -> Conditions:
+def asked(binding: PipelineAdapter, prompts: Any) -> Conditions:
     with torch.no_grad(), quiet():
         return binding.encode(prompts)
 
 
-def drawn(binding: Binding, kind: Kind, rows: range, guidance: float) -> Any:
+def drawn(binding: PipelineAdapter, kind: Kind, rows: range, guidance: float) -> Any:
     conditions = asked(binding, [prompts_of(kind)[row] for row in rows])
     with torch.no_grad(), quiet():
         away = binding.empty() if guidance > 1 else None
@@ -69,7 +69,7 @@ def plainly(pipe: DiffusionPipeline, kind: Kind, row: int, guidance: float) -> n
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_picture_is_bit_for_bit_what_the_pipeline_gives(kind: Kind, guidance: float) -> None:
     pipe = tiny_pipeline(kind)
-    binding = binding_of(pipe)
+    binding = adapter_of(pipe)
     for row in range(2):
         ours = drawn(binding, kind, range(row, row + 1), guidance)
         assert np.array_equal(np.asarray(ours.images[0]), plainly(pipe, kind, row, guidance))
@@ -79,7 +79,7 @@ def test_one_picture_is_bit_for_bit_what_the_pipeline_gives(kind: Kind, guidance
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_gives_each_prompt_its_own_picture(kind: Kind, guidance: float) -> None:
     pipe = tiny_pipeline(kind)
-    batch = drawn(binding_of(pipe), kind, range(4), guidance)
+    batch = drawn(adapter_of(pipe), kind, range(4), guidance)
     levels = np.stack([np.asarray(image) for image in batch.images]).astype(int)
     alone = np.stack([plainly(pipe, kind, row, guidance) for row in range(4)]).astype(int)
     assert np.abs(levels - alone).max() <= 1  # a batch sums in another order
@@ -89,7 +89,7 @@ def test_a_batch_gives_each_prompt_its_own_picture(kind: Kind, guidance: float) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kept_latents_decode_to_the_pictures(kind: Kind) -> None:
-    binding = binding_of(tiny_pipeline(kind))
+    binding = adapter_of(tiny_pipeline(kind))
     batch = drawn(binding, kind, range(4), 1.0)
     call = call_of(kind)
     assert tuple(batch.x0.shape) == (4, *binding.latent_shape(call.height, call.width))
@@ -101,7 +101,7 @@ def test_the_kept_latents_decode_to_the_pictures(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in UNCONDITIONAL])
 def test_what_a_prompt_says_moves_the_picture(kind: Kind) -> None:
-    binding = binding_of(tiny_pipeline(kind))
+    binding = adapter_of(tiny_pipeline(kind))
     conditions = asked(binding, prompts_of(kind)[:2])
     with torch.no_grad():
         two = binding.sample(conditions, None, generators(range(1)) + generators(range(1)), call_of(kind))
@@ -112,14 +112,14 @@ def test_a_picture_of_something_not_finite_is_marked() -> None:
     pipe = tiny_pipeline("ddpm")
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(float("nan"))
-    assert drawn(binding_of(pipe), "ddpm", range(2), 1.0).finite == [False, False]
+    assert drawn(adapter_of(pipe), "ddpm", range(2), 1.0).finite == [False, False]
 
 
 def test_unconditional_pictures_are_drawn_in_bfloat16_too() -> None:
     pipe = tiny_pipeline("ddim")
     with quiet():
         pipe.to(torch.bfloat16)
-    assert drawn(binding_of(pipe), "ddim", range(2), 1.0).x0.dtype == torch.bfloat16
+    assert drawn(adapter_of(pipe), "ddim", range(2), 1.0).x0.dtype == torch.bfloat16
 
 
 # -- conditions --------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_unconditional_pictures_are_drawn_in_bfloat16_too() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_conditions_stack_across_prompts_as_if_they_were_read_together(kind: Kind) -> None:
-    binding = binding_of(tiny_pipeline(kind))
+    binding = adapter_of(tiny_pipeline(kind))
     together = asked(binding, prompts_of(kind))
     joined = Conditions.joined([asked(binding, [prompt]) for prompt in prompts_of(kind)])
     assert joined.tensors.keys() == together.tensors.keys()
@@ -137,7 +137,7 @@ def test_conditions_stack_across_prompts_as_if_they_were_read_together(kind: Kin
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_prompt_is_one_row_that_takes_the_place_of_any(kind: Kind) -> None:
-    binding = binding_of(tiny_pipeline(kind))
+    binding = adapter_of(tiny_pipeline(kind))
     with torch.no_grad(), quiet():
         mixed = Conditions.joined([asked(binding, prompts_of(kind)[:2]), binding.empty()])
     noise = torch.randn((3, *binding.latent_shape(SIZE, SIZE)), generator=torch.Generator().manual_seed(0))
@@ -150,11 +150,11 @@ def test_no_prompt_is_one_row_that_takes_the_place_of_any(kind: Kind) -> None:
 
 def test_flux_is_trained_under_the_guidance_at_which_it_draws() -> None:
     pipe = tiny_pipeline("flux")
-    binding, call, steps = binding_of(pipe), call_of("flux", 3.5), []  # type: ignore[var-annotated]
+    binding, call, steps = adapter_of(pipe), call_of("flux", 3.5), []  # type: ignore[var-annotated]
     conditions = asked(binding, TEXTS[:2])
     with torch.no_grad(), watched(pipe.scheduler, steps.append):
         binding.sample(conditions, None, generators(range(2)), call)
-    first: Step = steps[0]
+    first: SchedulerStep = steps[0]
     told, expected = binding.unpacked(first.told, call), binding.unpacked(first.output, call)
     with torch.no_grad():
         ours = binding.predict(told, first.time.expand(2), binding.guided(conditions, 3.5))
@@ -168,8 +168,8 @@ def test_dit_of_another_number_of_classes_is_guided_away_from_its_own_null_class
     own = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
     torch.manual_seed(0)
     pipe.transformer = DiTTransformer2DModel(**{**own, "num_embeds_ada_norm": 7}).eval()
-    binding, call = binding_of(pipe), call_of("dit", 3.0)
-    steps: list[Step] = []
+    binding, call = adapter_of(pipe), call_of("dit", 3.0)
+    steps: list[SchedulerStep] = []
     with torch.no_grad(), watched(pipe.scheduler, steps.append):
         binding.sample(asked(binding, [6]), binding.empty(), generators(range(1)), call)
         first = steps[0]
@@ -182,13 +182,13 @@ def test_dit_of_another_number_of_classes_is_guided_away_from_its_own_null_class
 def test_how_much_of_a_prompt_t5_reads_is_the_users_to_say() -> None:
     for kind, usual in (("sd3", 256), ("flux", 512), ("pixart", 120)):
         pipe = tiny_pipeline(kind)  # type: ignore[arg-type]
-        short = binding_of(pipe, {"max_sequence_length": 20})
+        short = adapter_of(pipe, {"max_sequence_length": 20})
         length = asked(short, ["red"]).tensors["prompt_embeds"].shape[1]
-        assert length == asked(binding_of(pipe), ["red"]).tensors["prompt_embeds"].shape[1] - usual + 20
+        assert length == asked(adapter_of(pipe), ["red"]).tensors["prompt_embeds"].shape[1] - usual + 20
         assert 20 in short.text_limits().values()
 
 
-# -- pictures that were not drawn here ---------------------------------------------------------------------------------
+# -- images that were not drawn here ---------------------------------------------------------------------------------
 
 
 def picture(seed: int = 0) -> Image.Image:
@@ -197,7 +197,7 @@ def picture(seed: int = 0) -> Image.Image:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_picture_from_elsewhere_gets_latents_of_the_drawn_ones_shape_and_scale(kind: Kind) -> None:
-    binding = binding_of(tiny_pipeline(kind))
+    binding = adapter_of(tiny_pipeline(kind))
     with torch.no_grad():
         found = binding.to_latents([picture(0), picture(1)], torch.Generator().manual_seed(0))
     assert tuple(found.shape) == (2, *binding.latent_shape(SIZE, SIZE))
@@ -212,7 +212,7 @@ def test_latents_are_the_vaes_shifted_and_scaled_as_the_denoiser_sees_them(kind:
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
     with torch.no_grad():
         raw = pipe.vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(0))
-        ours = binding_of(pipe).to_latents([image], torch.Generator().manual_seed(0))
+        ours = adapter_of(pipe).to_latents([image], torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours, (raw - (config.shift_factor or 0)) * config.scaling_factor)
 
 
@@ -235,13 +235,13 @@ def test_what_is_no_class_label_is_refused(prompt: Any, why: str) -> None:
     pipe = tiny_pipeline("dit")
     pipe.labels = {"tench": 0}
     with pytest.raises(DataError, match=why):
-        binding_of(pipe).encode([3, prompt])
+        adapter_of(pipe).encode([3, prompt])
 
 
 @pytest.mark.parametrize("kind", TEXTUAL)
 def test_a_label_is_no_text(kind: Kind) -> None:
-    with pytest.raises(DataError, match=r"Pipeline must be texts; got 3\. Write what the picture shows"):
-        binding_of(tiny_pipeline(kind)).encode([3])
+    with pytest.raises(DataError, match=r"Pipeline must be texts; got 3\. Write what the image shows"):
+        adapter_of(tiny_pipeline(kind)).encode([3])
 
 
 @pytest.mark.parametrize(
@@ -255,18 +255,18 @@ def test_a_pipeline_without_what_reads_prompts_says_what_it_lacks(kind: Kind, pa
     pipe = tiny_pipeline(kind)
     setattr(pipe, part, None)
     with pytest.raises(ModelError, match=f"Pipeline has no {part}. Load it whole"):
-        binding_of(pipe).encode(["a red circle"])
+        adapter_of(pipe).encode(["a red circle"])
 
 
 @pytest.mark.parametrize("kind", FIXED)
 def test_a_negative_prompt_means_nothing_where_none_is_read(kind: Kind) -> None:
     with pytest.raises(ConfigError, match=r"negative_prompt must not be given to .*; got 'ugly'\. .* leave it out"):
-        binding_of(tiny_pipeline(kind)).empty("ugly")
+        adapter_of(tiny_pipeline(kind)).empty("ugly")
 
 
 @pytest.mark.parametrize("kind", FIXED)
 def test_an_architecture_of_one_size_refuses_every_other(kind: Kind) -> None:
-    binding = binding_of(tiny_pipeline(kind))
+    binding = adapter_of(tiny_pipeline(kind))
     binding.refuse_size(SIZE, SIZE)
     with pytest.raises(ConfigError, match=r"must be 16 x 16, at which alone .* draws; got 16 x 32\. Leave them out"):
         binding.refuse_size(SIZE, 32)
@@ -274,7 +274,7 @@ def test_an_architecture_of_one_size_refuses_every_other(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", TEXTUAL)
 def test_a_size_between_the_cells_is_refused_with_its_neighbours(kind: Kind) -> None:
-    binding = binding_of(tiny_pipeline(kind))
+    binding = adapter_of(tiny_pipeline(kind))
     wrong = binding.multiple + 1
     fix = f"Write {binding.multiple} or {2 * binding.multiple}"
     with pytest.raises(ConfigError, match=rf"height must be a multiple of {binding.multiple} .* got {wrong}\. {fix}"):
@@ -282,7 +282,7 @@ def test_a_size_between_the_cells_is_refused_with_its_neighbours(kind: Kind) -> 
 
 
 def test_flux_takes_sizes_of_whole_packs() -> None:
-    binding = binding_of(tiny_pipeline("flux"))
+    binding = adapter_of(tiny_pipeline("flux"))
     assert binding.multiple == 4
     assert binding.latent_shape(SIZE, 20) == (4, CELLS, 10)
 
@@ -290,6 +290,6 @@ def test_flux_takes_sizes_of_whole_packs() -> None:
 def test_cleaning_captions_needs_what_cleans_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raftune.policies.diffusion.pipelines.pixart.is_ftfy_available", lambda: False)
     pipe = tiny_pipeline("pixart")
-    assert binding_of(pipe).reading()["clean_caption"] is False
+    assert adapter_of(pipe).reading()["clean_caption"] is False
     with pytest.raises(ConfigError, match="clean_caption needs beautifulsoup4 and ftfy"):
-        binding_of(pipe, {"clean_caption": True}).encode(["a red circle"])
+        adapter_of(pipe, {"clean_caption": True}).encode(["a red circle"])
