@@ -115,8 +115,7 @@ def test_a_killed_worker_costs_no_more_than_the_units_in_flight(
 
 def test_a_unit_that_always_kills_its_worker_stops_the_run_after_three_tries(tmp_path: Path, orders: Orders) -> None:
     orders(kill_always=[1])
-    with pytest.raises(EngineError, match=r"chunk 1 of generate of round 1 failed 3 times: its worker process was ended
-    by"):
+    with pytest.raises(EngineError, match=r"chunk 1 of generate of round 1 failed 3 times: its worker process"):
         run(tiny.config(tmp_path / "run", **settings(2)), tiny.objects())
     assert draws(tmp_path)[1] == 3
 
