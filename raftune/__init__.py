@@ -8,7 +8,7 @@ raftune.raft_iteration              one step on a table of logits, the method at
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from raftune.config import RunConfig

@@ -12,7 +12,8 @@
     ├── StoreError               1   the run directory cannot be used
     │   ├── RunInUse             1   another process holds it
     │   ├── RunDamaged           1   a file on disk is not what was committed
-    │   └── RunTooNew            1   a later version of raftune wrote it
+    │   ├── RunTooNew            1   a later version of raftune wrote it
+    │   └── RunTooOld            1   an earlier version wrote it, under other names
     ├── EngineError              1   a worker died or a chunk failed too often
     ├── GateFailed               3   a check that was asked for did not pass
     └── Interrupted            130   stopped on request; the run can be resumed
@@ -83,6 +84,10 @@ class RunDamaged(StoreError):
 
 class RunTooNew(StoreError):
     """The run was written by a later layout than this version reads."""
+
+
+class RunTooOld(StoreError):
+    """The run was written by an earlier version, whose stages and fields have other names."""
 
 
 class EngineError(RaftuneError):

@@ -83,10 +83,8 @@ class Digits:
         samples = []
         for prompt, seeds in zip(chunk.prompts, chunk.seeds, strict=True):
             for k, seed in enumerate(seeds):
-                p, name = (
-                    self.encode_completion(prompt, self.picture(prompt, seed), "policy"),
-                    chunk.sample_id(prompt, k),
-                )
+                p = self.encode_completion(prompt, self.picture(prompt, seed), "policy")
+                name = chunk.sample_id(prompt, k)
                 samples.append(Sample(name, prompt.id, k, "policy", seed, chunk.version, p.pop("completion"), p))
         return samples
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from raftune.config.load import models_in
+from raftune.config.load import RENAMED, models_in
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 
@@ -71,6 +71,9 @@ def read_flag(
     kinds = kinds_of(name, whole)
     if kinds is None and name.startswith("no_") and bool in (kinds_of(name[3:], whole) or ()):
         return name[3:], "false"
+    new = ".".join(RENAMED.get(part, part) for part in name.split("."))
+    if kinds is None and new != name and kinds_of(new, whole) is not None:
+        raise ConfigError(f"{flag} is called --{new} since raftune 0.2. Rename it.")
     if kinds is None or not flag.startswith("--"):
         raise ConfigError(f"{flag} is not a flag of `raftune {command}`; {hint(name, options, whole)}")
     if kinds == [type(None)] and (value or " ".join(queue[:1])).lower() not in EMPTY:

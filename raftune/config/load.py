@@ -123,6 +123,15 @@ class OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# Names of raftune 0.1, by the last part of the field.
+RENAMED = {
+    "tuning": "training",
+    "unit_size": "chunk_size",
+    "on_unit_failure": "on_chunk_failure",
+    "unit_timeout": "chunk_timeout",
+}
+
+
 def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
     """One of pydantic's findings in one line: field, rule, what was given, the fix."""
     place = [str(part) for part in fault["loc"]]
@@ -131,6 +140,8 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
     given = short(fault.get("input"))
     kind = fault["type"]
     if kind == "extra_forbidden":
+        if names[-1] in RENAMED:
+            return f"{field} is called {'.'.join([*names[:-1], RENAMED[names[-1]]])} since raftune 0.2. Rename it."
         return f"{field} is not a field; {nearest(names[-1], owner, model)}"
     if kind == "missing":
         return f"{field} must be given; it has no default. Add it to the configuration."

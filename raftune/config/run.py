@@ -15,7 +15,7 @@ from raftune.config.policy import PolicyConfig
 from raftune.config.rewards import RewardsConfig
 from raftune.config.sampling import SamplingConfig
 from raftune.config.selection import AnySelection, BestOfK
-from raftune.config.training import AnyTuning, SftTraining
+from raftune.config.training import AnyTraining, SftTraining
 
 
 class DataConfig(ConfigSection):
@@ -105,7 +105,7 @@ class RunConfig(ConfigSection):
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     rewards: RewardsConfig = Field(default_factory=RewardsConfig)
     selection: AnySelection = Field(default_factory=BestOfK)
-    training: AnyTuning = Field(default_factory=SftTraining)
+    training: AnyTraining = Field(default_factory=SftTraining)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     guards: GuardsConfig = Field(default_factory=GuardsConfig)
     stop: StopConfig = Field(default_factory=StopConfig)

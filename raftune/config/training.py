@@ -135,6 +135,6 @@ def objective_class(data: Any) -> str:
     return "custom" if ":" in str(given) else str(given)
 
 
-AnyTuning = Annotated[
+AnyTraining = Annotated[
     Annotated[SftTraining, Tag("sft")] | Annotated[CustomTraining, Tag("custom")], Discriminator(objective_class)
 ]

@@ -205,6 +205,11 @@ def parse(redo: str, assembly: Runtime) -> tuple[int, str]:
         for stage in assembly.stages(round_):
             if label(stage) == wanted.replace(" ", "-"):
                 return round_, stage.name
+    for old, new in (("draw", "generate"), ("tune", "train")):  # the names of raftune 0.1
+        if wanted in (old, f"evaluation-{old}"):
+            raise ConfigError(
+                f"--from {redo}: {old} is called {new} since raftune 0.2. Write --from {redo.replace(old, new)}."
+            )
     names = dict.fromkeys(label(stage) for round_ in (0, 1) for stage in assembly.stages(round_))
     raise ConfigError(f"--from must name a stage; got {redo!r}. The stages are {', '.join(names)}.")
 

@@ -26,6 +26,7 @@ from raftune.config.load import differences, read_yaml, validate_as
 from raftune.config.run import DataConfig, EngineConfig, RunConfig
 from raftune.config.sampling import DiffusionSampling, SamplingConfig
 from raftune.config.sft import SftConfig
+from raftune.config.training import SftTraining
 from raftune.data.demonstrations import choose, read_demonstrations
 from raftune.data.rows import Demonstration, Feedback, SkippedRow, write_skipped
 from raftune.errors import ConfigChanged, ConfigError, DataError, OutOfMemory, StoreError
@@ -249,7 +250,7 @@ def as_run(config: SftConfig) -> RunConfig:
             chat_template_kwargs=config.chat_template_kwargs,
             diffusion=DiffusionSampling(**config.sampling.diffusion.model_dump()),
         ),
-        training=config.training,
+        training=SftTraining(**config.training.model_dump()),
         engine=EngineConfig(threads=config.threads),
     )
 

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raftune.errors import RunDamaged, RunTooNew
+from raftune.errors import RunDamaged, RunTooNew, RunTooOld
 from raftune.store.files import json_bytes, publish_seal, sha256_of, stage_file, write_json
 
 # The underscore keeps readers of a folder of Parquet files from opening these.
 NAME = "_COMMIT.json"
 JOURNAL = "_journal.jsonl"  # of an interrupted stage
 MARKER = "DROPPED.json"  # what was let go on purpose
-LAYOUT = 1
+LAYOUT = 2  # 1: raftune 0.1, whose stages were called draw and tune, and its section tuning
 SELF = "sha256"  # of all else that a file of ours holds
 _ROUND = re.compile(r"round-(\d{4,})")
 _OF_SYSTEMS = ("Thumbs.db", "desktop.ini")
@@ -39,6 +39,14 @@ def has_changed(content: Mapping[str, Any]) -> bool:
     """Whether the content is not what `with_hash` wrote; what has no hash is of an earlier version and passes."""
     rest = {name: value for name, value in content.items() if name != SELF}
     return SELF in content and content[SELF] != hashlib.sha256(json_bytes(rest)).hexdigest()
+
+
+def too_old(path: Path) -> RunTooOld:
+    """The error for a file of a run that raftune 0.1 wrote."""
+    return RunTooOld(
+        f"{path} was written by raftune 0.1, whose stages and fields have other names. Read this run with raftune 0.1 "
+        "(pip install 'raftune<0.2'), or train anew."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +92,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest | None:
-        """The folder's COMMIT, or None where there is none. Raises RunDamaged, RunTooNew."""
+        """The folder's COMMIT, or None where there is none. Raises RunDamaged, RunTooNew, RunTooOld."""
         path = folder / NAME
         try:
             raw = path.read_bytes()
@@ -100,6 +108,8 @@ class Manifest:
                 f"{path} has layout {data['layout']}; this version reads up to {LAYOUT}. "
                 "Upgrade raftune to read this run."
             )
+        if data["layout"] < LAYOUT:
+            raise too_old(path)
         if raw != json_bytes(data) or has_changed(data):
             raise RunDamaged(f"{path} has changed since it was committed. Restore it, or redo its stage with `--from`.")
         if (lies_in := round_of(folder)) is not None and data.get("round") != lies_in:

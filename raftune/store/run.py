@@ -62,7 +62,7 @@ class RunFolder:
     # -- the configuration ------------------------------------------------------------------------------------------
 
     def read_config(self) -> dict[str, Any]:
-        """The resolved configuration. Raises StoreError where the folder holds no run, RunDamaged."""
+        """The resolved configuration. Raises StoreError where the folder holds no run, RunDamaged, RunTooOld."""
         path = self.root / CONFIG
         try:
             data = json.loads(path.read_bytes())
@@ -72,6 +72,8 @@ class RunFolder:
             raise RunDamaged(f"{path} is not valid JSON. Restore it: it is the run's configuration.") from error
         if not isinstance(data, dict):
             raise RunDamaged(f"{path} is not a JSON object. Restore it: it is the run's configuration.")
+        if "tuning" in data:
+            raise commits.too_old(path)
         if has_changed(data):
             again = shell_command("raftune", "train", self.root / YAML, "--output-dir", self.root)
             raise RunDamaged(

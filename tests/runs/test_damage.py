@@ -171,9 +171,9 @@ def test_redoing_a_later_stage_than_the_damaged_one_is_refused(copy: Path) -> No
 
 def test_a_run_of_a_later_layout_is_refused_by_name_of_the_fix(copy: Path) -> None:
     path = copy / "round-0001/select/_COMMIT.json"
-    path.write_text(path.read_text().replace('"layout": 1', '"layout": 2'))
+    path.write_text(path.read_text().replace('"layout": 2', '"layout": 3'))
     for act in (verify, lambda root: resume(root, tiny.objects())):
-        with pytest.raises(RunTooNew, match=r"has layout 2; this version reads up to 1\. Upgrade raftune"):
+        with pytest.raises(RunTooNew, match=r"has layout 3; this version reads up to 2\. Upgrade raftune"):
             act(copy)
 
 

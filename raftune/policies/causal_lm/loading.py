@@ -213,12 +213,11 @@ def fill_pad_token(tokenizer: Any, ends: tuple[int, ...]) -> list[str]:
 
 
 def base_of_adapters(start: Path) -> tuple[str, str | None]:
-    """What an adapter's configuration names as its base: a hub name and its revision, or the start folder as it is seen
-    from a round's, so that a round's bytes do not depend on where the run or its model lies."""
+    """The base that an adapter's configuration names, so that plain peft loads a round: the model that the run started
+    from (a folder, or a hub name and its revision), or the run's own start folder as a round sees it.
+    """
     reference = read_reference(start)
-    if reference is not None and reference.fingerprint.startswith("hub:"):
-        return reference.name, reference.revision
-    return f"../../{start.parent.name}/{start.name}", None
+    return (reference.name, reference.revision) if reference else (f"../../{start.parent.name}/{start.name}", None)
 
 
 def load_weights(config: CausalLMPolicy, name: str, revision: str | None, device: torch.device) -> Any:

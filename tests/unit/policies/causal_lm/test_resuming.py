@@ -212,7 +212,7 @@ def test_a_gradient_that_is_not_finite_stops_the_step(folders: Any, tmp_path: Pa
         weight = next(p for p in model.parameters() if p.requires_grad)
         return lambda batch: ((weight * 0).sqrt().sum(), torch.ones(()))  # the loss is 0, its gradient is not a number
 
-    monkeypatch.setattr(sft_loss, "objective", broken)
+    monkeypatch.setattr(sft_loss, "loss_of", lambda objective, name: broken)
     with pytest.raises(ModelError, match="The gradient of step 1 must be finite; got nan"):
         tuned(parts(folders["llama"]), tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
 
@@ -233,20 +233,23 @@ def test_a_weight_that_is_not_finite_is_named_before_anything_is_written(folders
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int, error: Exception) -> list[int]:
     """Batches of more than `rows` rows raise; the returned list fills with the sizes that were tried."""
-    tried, real = [], sft_loss.objective
+    tried, real = [], sft_loss.loss_of
 
-    def limited(model: Any) -> Any:
-        loss = real(model)
+    def limited(objective: Any, name: str) -> Any:
+        def bind(model: Any) -> Any:
+            loss = real(objective, name)(model)
 
-        def checked(batch: Any) -> Any:
-            tried.append(len(batch["input_ids"]))
-            if tried[-1] > rows:
-                raise error
-            return loss(batch)
+            def checked(batch: Any) -> Any:
+                tried.append(len(batch["input_ids"]))
+                if tried[-1] > rows:
+                    raise error
+                return loss(batch)
 
-        return checked
+            return checked
 
-    monkeypatch.setattr(sft_loss, "objective", limited)
+        return bind
+
+    monkeypatch.setattr(sft_loss, "loss_of", limited)
     return tried
 
 
