@@ -159,7 +159,7 @@ def dialled(task: Task, arm: str) -> dict[str, Any]:
 
 def judged(task: Task, arm: str, seed: int, split: str, args: argparse.Namespace) -> dict[str, float]:
     """What the arm's last model is worth on a set of captions; every arm is asked the same, with the same seeds."""
-    from raftune.loop import metrics_of
+    from raftune.evaluation.history import metrics_of
     from raftune.runtime.evaluation_target import evaluation_of, subject_of
     from raftune.runtime.run import run
     from raftune.store.run import RunFolder

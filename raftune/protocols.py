@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +14,7 @@ import pyarrow as pa
 from raftune.records import Prompt, Sample, Score
 
 FloatArray = npt.NDArray[np.float64]
+Callback = Callable[[str, dict[str, Any]], None]  # (event, its facts)
 EVALUATION = "e"  # ends the scope of a chunk whose samples are only looked at
 
 

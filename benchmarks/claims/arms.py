@@ -174,7 +174,8 @@ def reference(arm: Arm, seed: int, out: Path) -> str | Path:
 def numbers(config: dict[str, Any], reference: str | Path) -> dict[str, float]:
     """Reward, judge, KL, diversity and length of a model, by the evaluation that any run has at its start."""
     from raftune.config.load import validate
-    from raftune.loop import ensure, metrics_of
+    from raftune.engines.run_stage import run_stage
+    from raftune.evaluation.history import metrics_of
     from raftune.runtime.assembly import Runtime
     from raftune.store.run import RunFolder
 
@@ -183,7 +184,7 @@ def numbers(config: dict[str, Any], reference: str | Path) -> dict[str, float]:
         assembly = Runtime(root, validate(config))
         try:
             for stage in assembly.stages(0):
-                ensure(assembly, stage, 0, lambda kind, **facts: None)
+                run_stage(assembly, stage, 0, lambda kind, **facts: None)
             metrics = metrics_of(root, 0)
             kl = divergence(assembly, reference)
         finally:

@@ -20,6 +20,7 @@ from cyclopts import App, CycloptsError
 
 from raftune.cli.help import explain
 from raftune.errors import Interrupted, RaftuneError
+from raftune.protocols import Callback
 from raftune.sanitize import first_line, harmless, shell_command
 from raftune.store import interruption
 
@@ -170,14 +171,11 @@ def at_once() -> Callable[[int, FrameType | None], None]:
     return stop
 
 
-Observer = Callable[[str, dict[str, Any]], None]
-
-
 GRACE = 8.0  # seconds that a step may take once a stop was asked for; what awaits us may kill after ten
 
 
 @contextlib.contextmanager
-def interruptible(root: Path, again: str | None = None) -> Iterator[Observer]:
+def interruptible(root: Path, again: str | None = None) -> Iterator[Callback]:
     """Turns SIGINT and SIGTERM into Interrupted, which says how to resume; a second signal ends the process at once.
 
     `again` is what to say of work that is no run: what is kept, and how to go on.

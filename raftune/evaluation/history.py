@@ -1,14 +1,103 @@
-"""What the rounds so far say: which is the best, and whether to go on. Pure functions of committed metrics."""
+"""The rounds so far: which is the best, and whether to go on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from raftune.config.run import StopConfig
+from raftune.config.run import RunConfig, StopConfig
 from raftune.errors import ConfigError
+from raftune.results.summary import alarms_of, read_json
+from raftune.stages.train import NOTHING, REPORT
+from raftune.store.commit import with_hash
+from raftune.store.files import json_bytes, write_json
+from raftune.store.run import RunFolder
 
 Metrics = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A round that is over: its metrics (empty without evaluation), alarms, and the summary of its selection.
+
+    `nothing_learned` is why the round had nothing to train on and kept the policy; empty where it trained.
+    """
+
+    metrics: Metrics
+    alarms: list[dict[str, Any]]
+    selection: dict[str, Any]
+    nothing_learned: str
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """Where a run ended: rounds done, the round whose model is published, its value, and why it stopped.
+
+    `prompts` are those that the value is the mean of.
+    """
+
+    rounds: int
+    best: int
+    value: float | None
+    reason: str = ""
+    prompts: int | None = None
+
+
+def read_round(run: RunFolder, round_: int, guards: bool = True) -> RoundRecord:
+    """The record of a round whose stages are committed."""
+    return RoundRecord(
+        metrics=metrics_of(run, round_),
+        alarms=alarms_of(run, round_) if guards else [],
+        selection=read_json(run.folder(round_, "select") / "summary.json"),
+        nothing_learned=nothing_learned(run, round_) if round_ else "",
+    )
+
+
+def metrics_of(run: RunFolder, round_: int) -> Metrics:
+    """The round's committed metrics; empty where evaluation is off."""
+    return read_json(run.folder(round_, "evaluate") / "metrics.json")
+
+
+def nothing_learned(run: RunFolder, round_: int) -> str:
+    """Why the round had nothing to train on and kept the policy; empty where it trained."""
+    report = read_json(run.folder(round_, "model") / REPORT)
+    return str(report.get("details", {}).get(NOTHING, ""))
+
+
+def best(config: RunConfig, history: Sequence[Metrics]) -> RunOutcome:
+    """The best round by the held-out value, or the last one where nothing was measured; history[0] is the start."""
+    last = len(history) - 1
+    round_, value = best_round(history, config.evaluation.best_by) or (last, None)
+    compared = compared_by(history[round_], config.evaluation.best_by) if value is not None else None
+    return RunOutcome(last, round_, value, prompts=compared.get("n") if compared else None)
+
+
+def write_best(run: RunFolder, config: RunConfig, outcome: RunOutcome) -> None:
+    """Writes best.json unless it is there with this content."""
+    path, content = run.root / "best.json", with_hash(best_json(config, outcome))
+    if not path.is_file() or path.read_bytes() != json_bytes(content):
+        write_json(run.tmp, path, content)
+
+
+def best_json(config: RunConfig, outcome: RunOutcome) -> dict[str, Any]:
+    """The content of best.json."""
+    return {
+        "round": outcome.best,
+        "by": config.evaluation.best_by if outcome.value is not None else "last round",
+        "value": outcome.value,
+        "prompts": outcome.prompts,
+        "model": f"round-{outcome.best:04d}/model",
+        "rounds": outcome.rounds,
+    }
+
+
+def should_stop(config: RunConfig, rounds: Sequence[RoundRecord]) -> str | None:
+    """Why to end after the last of these rounds; None to continue. rounds[0] is the initial model."""
+    if reason := reason_of_emptiness([record.nothing_learned for record in rounds[1:]], config.stop):
+        return reason
+    reason = reason_to_stop([record.metrics for record in rounds], config.stop, config.evaluation.best_by)
+    return reason or reason_of_alarm(rounds[-1].alarms, config.guards.stop_on)
 
 
 def value_of(metrics: Metrics, best_by: str) -> float | None:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raftune.config.run import RunConfig
+from raftune.protocols import Callback
 from raftune.sanitize import first_line
 
 if TYPE_CHECKING:
     from raftune.report.pictures import EmbeddedImage
 
-Observer = Callable[[str, dict[str, Any]], None]
-
 
 @contextlib.contextmanager
-def rewriting(config: RunConfig, root: Path, observe: Observer) -> Iterator[Observer]:
+def rewriting(config: RunConfig, root: Path, observe: Callback) -> Iterator[Callback]:
     """An observer that also keeps the run's page up to date; just the given one where the configuration has it off."""
     if not config.report:
         yield observe

@@ -20,6 +20,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from raftune.config.policy import AdapterConfig
 from raftune.config.reward_model import RewardModelConfig, rate_for
 from raftune.errors import ConfigError, ModelError, OutOfMemory
+from raftune.protocols import Callback
 from raftune.reward_models.examples import FeedbackExample, Objective
 from raftune.sanitize import first_line
 from raftune.store import interruption
@@ -28,7 +29,6 @@ from raftune.training.checkpoints import STATE, newest_verified, seal
 from raftune.training.length_grouping import LengthGroupedSampler
 from raftune.training.quiet import quiet
 
-Observer = Callable[[str, dict[str, Any]], None]
 Floats = npt.NDArray[np.float64]
 IDENTITY = "reward model"  # its folder is refused to another configuration and to other rows
 NEVER = 2**31 - 1  # steps between checkpoints, where time alone decides
@@ -107,7 +107,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
     """Tells of each optimizer step; has a checkpoint taken about once a minute and where a stop was asked for, but none
     after the last step: what follows is the model itself."""
 
-    def __init__(self, observe: Observer, nbytes: int) -> None:
+    def __init__(self, observe: Callback, nbytes: int) -> None:
         self.observe, self.nbytes = observe, nbytes
         self.pace = SavePace()
         self._began = 0.0
@@ -139,7 +139,7 @@ def fit(
     tokenizer: Any,
     examples: Sequence[FeedbackExample],
     work: Path,
-    observe: Observer,
+    observe: Callback,
 ) -> RewardFit:
     """The model fitted to the examples, going on from the newest checkpoint under `work`.
 

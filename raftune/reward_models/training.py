@@ -17,7 +17,7 @@ from raftune.config.reward_model import RewardModelConfig
 from raftune.data.classifier_inputs import ClassifierInputs, write_notes
 from raftune.data.rows import write_skipped
 from raftune.errors import DataError, ModelError
-from raftune.protocols import Reward
+from raftune.protocols import Callback, Reward
 from raftune.reward_models.backbone import Backbone, open_backbone
 from raftune.reward_models.examples import (
     FeedbackExample,
@@ -28,7 +28,7 @@ from raftune.reward_models.examples import (
     prompt_numbers,
     read_examples,
 )
-from raftune.reward_models.fitting import Floats, Observer, RatingScale, RewardFit, fit, ratings_of
+from raftune.reward_models.fitting import Floats, RatingScale, RewardFit, fit, ratings_of
 from raftune.reward_models.folder import HELD_OUT, SKIPPED, RewardModelFolder
 from raftune.reward_models.gate import better_than_length, verdict
 from raftune.reward_models.pairwise import pairwise_report
@@ -54,7 +54,7 @@ class RewardTrainingOutcome:
 
 
 def train_reward_model(
-    config: RewardModelConfig, score_with: Callable[[Path], Reward], observe: Observer = lambda kind, facts: None
+    config: RewardModelConfig, score_with: Callable[[Path], Reward], observe: Callback = lambda kind, facts: None
 ) -> RewardTrainingOutcome:
     """A reward model under `output_dir`, its report, and every held-out row with its scores.
 
@@ -84,7 +84,7 @@ def work(
     folder: RewardModelFolder,
     tmp: Path,
     score_with: Callable[[Path], Reward],
-    observe: Observer,
+    observe: Callback,
 ) -> None:
     """Reads, trains, judges, and writes the report, each unless an earlier call did."""
     torch.set_num_threads(config.threads)  # they shape the sums, and so the bits
@@ -116,7 +116,7 @@ def scale_of(split: HeldOutSplit, source: FeedbackSource) -> RatingScale:
 
 
 def note_data(
-    folder: RewardModelFolder, tmp: Path, source: FeedbackSource, split: HeldOutSplit, observe: Observer
+    folder: RewardModelFolder, tmp: Path, source: FeedbackSource, split: HeldOutSplit, observe: Callback
 ) -> None:
     """Writes and says what was read. Raises ConfigChanged if it is not what an earlier call read."""
     prompts = {name: len(set(prompt_numbers(side))) for name, side in sides(split)}
@@ -147,7 +147,7 @@ def trained(
     source: FeedbackSource,
     split: HeldOutSplit,
     scale: RatingScale,
-    observe: Observer,
+    observe: Callback,
 ) -> dict[str, Any]:
     """Trains the model and saves it under work/, unless that is done; what is told of it."""
     told = folder.work / "fit.json"
@@ -202,7 +202,7 @@ def judged(
     split: HeldOutSplit,
     scale: RatingScale,
     score_with: Callable[[Path], Reward],
-    observe: Observer,
+    observe: Callback,
 ) -> dict[str, Any]:
     """Scores the held-out rows by the saved model as a reward; writes them, and the distribution beside the model."""
     held_out = split.held_out
@@ -219,7 +219,7 @@ def judged(
     return {**found, "distribution": distribution}
 
 
-def score(reward: Reward, examples: Sequence[FeedbackExample], observe: Observer) -> Floats:
+def score(reward: Reward, examples: Sequence[FeedbackExample], observe: Callback) -> Floats:
     """(N, answers) scores. Raises ModelError where one is not finite."""
     prompts = [one.prompt for one in examples for _ in one.answers]
     answers = [answer for one in examples for answer in one.answers]

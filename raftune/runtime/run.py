@@ -15,7 +15,8 @@ from raftune.config.load import declared, differences, validate
 from raftune.config.paths import has_paths, moved
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, StoreError
-from raftune.loop import Callback, RunOutcome, train
+from raftune.loop import RunOutcome, train
+from raftune.protocols import Callback
 from raftune.report.rewriting import rewriting
 from raftune.runtime.assembly import PythonObjects, Runtime
 from raftune.runtime.preflight import preflight

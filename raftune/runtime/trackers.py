@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from raftune.config.run import RunConfig
 from raftune.config.secrets import redacted
 from raftune.errors import ConfigError
-from raftune.loop import Callback
+from raftune.protocols import Callback
 from raftune.sanitize import first_line
 from raftune.stages.score import logged_metrics
 from raftune.store.layout import chunk_file, chunk_numbers

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from raftune.config.load import validate
 from raftune.errors import ConfigError, RunDamaged
-from raftune.evaluation.history import Metrics
-from raftune.loop import outcome_of, published
+from raftune.evaluation.history import Metrics, best, best_json
 from raftune.results.summary import AGAIN, best_round, read_json
 from raftune.runtime import rescoring
 from raftune.sanitize import first_line, shell_command
@@ -35,7 +34,7 @@ def faults_of(run: RunFolder) -> list[str]:
         *entries(run),
         *run.faults(),
         *uncommitted(run),
-        *best(run),
+        *best_faults(run),
         *rescoring.faults(run),
     ]
 
@@ -134,7 +133,7 @@ def closing(run: RunFolder) -> set[str]:
     return {"model", "rows"} | judged | guarded
 
 
-def best(run: RunFolder) -> Iterator[str]:
+def best_faults(run: RunFolder) -> Iterator[str]:
     """What is wrong with best.json: it must be what the rounds say."""
     path = run.root / "best.json"
     try:
@@ -148,10 +147,10 @@ def best(run: RunFolder) -> Iterator[str]:
             return
         content = {name: value for name, value in read_json(path).items() if name != SELF}
         last = content["rounds"]  # the last round may have been committed and not yet weighed
-        outcome = outcome_of(config, history[: last + 1], "")
+        outcome = best(config, history[: last + 1])
     except (RunDamaged, ConfigError, KeyError, IndexError, TypeError) as error:
         if path.name in str(error):
             yield first_line(error)
         return  # what else cannot be read is among the faults already
-    if content != published(config, outcome) or last not in range(max(done, default=0) - 1, len(history)):
+    if content != best_json(config, outcome) or last not in range(max(done, default=0) - 1, len(history)):
         yield f"{path} names round {named} of {last}; by the rounds' own numbers it is {outcome.best}. {AGAIN}"

@@ -31,7 +31,7 @@ from raftune.data.demonstrations import choose, read_demonstrations
 from raftune.data.rows import Demonstration, Feedback, SkippedRow, write_skipped
 from raftune.errors import ConfigChanged, ConfigError, DataError, OutOfMemory, StoreError
 from raftune.policies.registry import Family, family_of, start_policy
-from raftune.protocols import Policy, SupportsLogProbs
+from raftune.protocols import Callback, Policy, SupportsLogProbs
 from raftune.records import TOOLS, Prompt
 from raftune.results.measures import loss_ends
 from raftune.runtime.assembly import limit_threads
@@ -43,7 +43,6 @@ from raftune.store.parquet import read_groups, table_writer
 from raftune.store.partial import unfinished_work
 from raftune.store.run import RunFolder
 
-Observer = Callable[[str, dict[str, Any]], None]
 CONFIG, DATA, ROWS, HELD_OUT, SKIPPED, REPORT = (
     *("config.yaml", "data.json", "rows.parquet", "held_out.parquet", "skipped.jsonl", "report.json"),
 )
@@ -60,7 +59,7 @@ class SftOutcome:
     worked: bool
 
 
-def sft(config: SftConfig, observe: Observer = lambda kind, facts: None) -> SftOutcome:
+def sft(config: SftConfig, observe: Callback = lambda kind, facts: None) -> SftOutcome:
     """Fine-tunes the configured model in its directory: begins, continues, or finds everything done.
 
     `observe` hears of "step" (name), "data" (the facts of data.json), "encoded" and "trained" (done, of). Raises
@@ -79,7 +78,7 @@ def sft(config: SftConfig, observe: Observer = lambda kind, facts: None) -> SftO
 class SftRun:
     """One directory's steps."""
 
-    def __init__(self, folder: RunFolder, config: SftConfig, observe: Observer) -> None:
+    def __init__(self, folder: RunFolder, config: SftConfig, observe: Callback) -> None:
         self.root, self.tmp, self.config, self.observe = folder.root, folder.tmp, config, observe
         self.run = resolve_starters(as_run(config))
         self.family: Family = family_of(self.run)
@@ -371,7 +370,7 @@ def takes_callbacks(policy: Any) -> bool:
     return "callbacks" in inspect.signature(policy.train).parameters
 
 
-def step_teller(observe: Observer) -> Any:
+def step_teller(observe: Callback) -> Any:
     """A callback of transformers' Trainer that tells the observer of each optimizer step."""
     from transformers import TrainerCallback
 

@@ -18,8 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from raftune.config.run import RunConfig, held_out_names
 from raftune.errors import ConfigError, RaftuneError, StoreError
-from raftune.loop import Callback
 from raftune.policies.causal_lm.encoding import TextEncoder
+from raftune.protocols import Callback
 from raftune.results import round_metrics as metrics
 from raftune.results.summary import best_round, read_json
 from raftune.runtime.assembly import PythonObjects

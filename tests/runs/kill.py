@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from raftune import loop
+from raftune.engines import run_stage
 from raftune.errors import ConfigChanged, ConfigError, RunDamaged, StoreError
 from raftune.protocols import JournalEntry
 from raftune.runtime import run as runs
@@ -415,7 +415,7 @@ def break_order() -> None:
         staged.rmdir()
         return notes or ()
 
-    loop.run_once = run_once
+    run_stage.run_once = run_once
 
 
 def in_place(staged: Path, final: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from raftune.cli import main
 from raftune.errors import ConfigError
-from raftune.loop import RunOutcome, nothing_learned
+from raftune.evaluation.history import RunOutcome, nothing_learned
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run, verify
 from raftune.stages.train import nothing_to_learn

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raftune.errors import ConfigError
-from raftune.loop import nothing_learned
+from raftune.evaluation.history import nothing_learned
 from raftune.runtime.run import run
 from raftune.store.parquet import read_table
 from raftune.store.run import RunFolder

@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ from raftune.config.load import differences, merge, nested, validate
 from raftune.config.run import RunConfig
 from raftune.config.selection import RULES, rule_class
 from raftune.engines.local import InProcessEngine
+from raftune.engines.run_stage import run_stage
 from raftune.errors import ConfigChanged, ConfigError, RewardError, RunDamaged
-from raftune.loop import ensure
 from raftune.policies.registry import FAMILIES, family_of
-from raftune.protocols import ChunkedStage, Stage
+from raftune.protocols import Callback, ChunkedStage, Stage
 from raftune.rewards.loading import load_panel
 from raftune.rewards.panel import SampleScorer, misfits
 from raftune.runtime.assembly import limit_threads
@@ -43,7 +43,6 @@ from raftune.store.commit import stage_key
 from raftune.store.job import Engine, StageJob, fields_of, hashes_of, make_job
 from raftune.store.run import RunFolder
 
-Observer = Callable[[str, dict[str, Any]], None]
 FEWER = "sampling.num_generations"
 SCORED_BY = {"rewards.reward_funcs", "rewards.batch_size"}
 ASKED = ("rewards", "selection", "sampling")  # the sections of the configuration that a what-if may change
@@ -74,7 +73,7 @@ def rescore(
     which: str = "all",
     name: str | None = None,
     show: int = 3,
-    observe: Observer = lambda kind, facts: None,
+    observe: Callback = lambda kind, facts: None,
 ) -> WhatIfResult:
     """The run's draws under another reward, and what its own rule would keep of them; nothing is drawn.
 
@@ -100,7 +99,7 @@ def reselect(
     scores: str | None = None,
     dry_run: bool = False,
     show: int = 3,
-    observe: Observer = lambda kind, facts: None,
+    observe: Callback = lambda kind, facts: None,
 ) -> WhatIfResult:
     """What another rule, or a smaller K, would keep of what the run has drawn; nothing is drawn or scored.
 
@@ -146,7 +145,7 @@ class WhatIfRun:
         self.shards = ("generate", "teach") if self.config.sampling.teacher else ("generate",)
         self._panel: SampleScorer | None = None
 
-    def whatif(self, which: str, show: int, observe: Observer) -> WhatIfResult:
+    def whatif(self, which: str, show: int, observe: Callback) -> WhatIfResult:
         """Does what is not done yet, and compares with what the run learned from."""
         rounds, missing = self.readable(rounds_of(self.run_as_it_is, which))
         self.refuse_more_draws(rounds)
@@ -196,7 +195,7 @@ class WhatIfRun:
     def prune(self, round_: int, best: int | None) -> None:
         """Nothing to do: a what-if makes no models."""
 
-    def work(self, rounds: list[int], observe: Observer) -> bool:
+    def work(self, rounds: list[int], observe: Callback) -> bool:
         """Runs what is not committed yet; True if anything had to be."""
         for round_ in rounds:
             for stage in self.stages(round_):
@@ -207,7 +206,7 @@ class WhatIfRun:
             observe("round_begin", {"round": round_, "of": rounds[-1]})
             for stage in self.stages(round_):
                 try:
-                    worked |= ensure(self, stage, round_, lambda kind, **facts: observe(kind, facts))
+                    worked |= run_stage(self, stage, round_, lambda kind, **facts: observe(kind, facts))
                 except RewardError as error:
                     if self.anew:
                         self.run.clear(round_, "score")  # of no use, and in the way of a mended reward

@@ -57,7 +57,7 @@ def evaluate(
 def carry_out(who: EvalTarget, config: RunConfig, from_: str | None, json: bool, only: str | None = None) -> None:
     """Begins the evaluation or goes on with it, and prints what came of it."""
     from raftune.cli.run_command import go
-    from raftune.loop import metrics_of
+    from raftune.evaluation.history import metrics_of
     from raftune.runtime.evaluation_target import prompts_judged
     from raftune.runtime.run import root_of
     from raftune.store.run import RunFolder

@@ -1,0 +1,85 @@
+"""Runs one stage of a round, unless it is committed: as a whole in this process, or chunk by chunk by an engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from raftune.config.run import RunConfig
+from raftune.protocols import ChunkedStage, JournalEntry, Stage
+from raftune.store import pulse
+from raftune.store.commit import JOURNAL
+from raftune.store.files import discard
+from raftune.store.job import Engine, StageJob, note, run_once, seal_chunks, unfinished
+from raftune.store.run import RunFolder
+
+
+class RunContext(Protocol):
+    """A run as the loop needs it: its folder, its configuration, the stages of each round, the engine of each stage."""
+
+    run: RunFolder
+    config: RunConfig
+    engine: Engine
+
+    def stages(self, round_: int) -> list[Stage]: ...
+    def job(self, stage: Stage, round_: int) -> StageJob: ...
+    def engine_for(self, stage: ChunkedStage) -> Engine: ...
+    def prune(self, round_: int, best: int | None) -> None:
+        """Deletes the weights and latents that the configuration does not keep after this round."""
+        ...
+
+
+def run_stage(ctx: RunContext, stage: Stage, round_: int, emit: Callable[..., None]) -> bool:
+    """Runs the stage unless it is committed. Returns whether it ran."""
+    if ctx.run.commit(round_, stage.writes) is not None:
+        cleanup(ctx, stage, round_)  # a kill may have come between the COMMIT and the clean-up
+        return False
+    job = ctx.job(stage, round_)
+    started = time.perf_counter()
+    pulse.clear()
+    emit("stage_begin", round=round_, stage=stage.name)
+    notes: tuple[str, ...] = ()  # a chunk's notes are reported with the chunk
+    try:
+        if isinstance(stage, ChunkedStage):
+            run_chunks(ctx, job, stage, emit)
+        else:
+            ctx.engine.rest()
+            notes = run_once(job, stage)
+    except BaseException:
+        emit("stage_stop", round=round_, stage=stage.name, seconds=round(time.perf_counter() - started, 4))
+        raise
+    cleanup(ctx, stage, round_)
+    seconds = round(time.perf_counter() - started, 4)
+    emit("stage_end", round=round_, stage=stage.name, seconds=seconds, notes=list(notes))
+    return True
+
+
+def run_chunks(ctx: RunContext, job: StageJob, stage: ChunkedStage, emit: Callable[..., None]) -> None:
+    """Runs the chunks that are missing, wherever the engine runs them, and commits the stage."""
+    missing, entries = unfinished(job, stage)
+    engine = ctx.engine_for(stage)
+    emit("chunks", round=job.round, stage=stage.name, total=len(missing) + len(entries), found=len(entries))
+    for entry in engine.run(job, stage, missing):
+        note(job, entry)
+        entries.append(entry)
+        emit("chunk", round=job.round, stage=stage.name, **as_event(entry))
+    seal_chunks(job, entries, engine.failed)
+
+
+def as_event(entry: JournalEntry) -> dict[str, Any]:
+    """The fields of a chunk's event."""
+    return {
+        "chunk": entry.chunk,
+        "rows": entry.rows,
+        "seconds": round(entry.seconds, 4),
+        "notes": list(entry.notes),
+    }
+
+
+def cleanup(ctx: RunContext, stage: Stage, round_: int) -> None:
+    """Deletes what only an interrupted stage needs: its journal and its checkpoints."""
+    (ctx.run.folder(round_, stage.writes) / JOURNAL).unlink(missing_ok=True)
+    scratch = getattr(stage, "scratch", None)
+    if scratch is not None:
+        discard(scratch, ctx.run.tmp)
