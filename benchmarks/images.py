@@ -58,7 +58,7 @@ TASKS = {
     for task in (
         Task(
             "resolution",
-            "Resolution adaptation: trained at 32 px, drawn at 48 px",
+            "Resolution adaptation: trained at 32 px, generated at 48 px",
             "starter:aesthetic",
             {"heldout": "held-out captions, at 48 px"},
             {"height": 48, "width": 48},

@@ -38,7 +38,7 @@ from raftune.training.quiet import quiet
 
 @dataclass(frozen=True)
 class Task:
-    """What every way is asked to draw."""
+    """What every way is asked to generate."""
 
     config: RunConfig
     start: Path

@@ -2,7 +2,7 @@
 
     python benchmarks/rounds.py                     the whole comparison (about half an hour on two cores)
     python benchmarks/rounds.py --seeds 1 --rates 1e-3
-    python benchmarks/rounds.py --overhead          what of a round is neither drawing, reward nor training
+    python benchmarks/rounds.py --overhead          what of a round is neither generating, reward nor training
 
 Each run is a process of its own, so that memory is comparable; the two methods take turns. Both call the same reward
 function, which notes when it was asked and what it gave: a mark counts as reached when a whole step's samples of the

@@ -1,7 +1,8 @@
 """Tokens per second of raftune's draw, of batched `generate`, and of `generate` prompt by prompt, in one process.
 
 A randomly initialised Llama (3.95M parameters, 8 query heads over 4 key/value heads) whose head is biased towards EOS,
-so that lengths spread as in chat: geometric, 24 tokens on average, cut at 96. All ways draw K completions for the same
+so that lengths spread as in chat: geometric, 24 tokens on average, cut at 96. All ways generate K completions for the
+same
 prompts at temperature 1, in turn, several times; medians are reported, and for batched `generate` the best of several
 batch sizes. The last figure is the share of the matrix-multiply rate that this machine reaches on the model's shapes.
 

@@ -1,4 +1,4 @@
-"""Reward-ranked fine-tuning (RAFT): draw K samples for each prompt, keep the best, fine-tune on them, repeat.
+"""Reward-ranked fine-tuning (RAFT): generate K samples for each prompt, keep the best, fine-tune on them, repeat.
 
 raftune.run(config)                 a whole run from a configuration
 raftune.RaftTrainer, RaftConfig     the same loop behind TRL's face

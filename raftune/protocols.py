@@ -20,9 +20,10 @@ EVALUATION = "e"  # ends the scope of a chunk whose samples are only looked at
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A fixed slice of prompts x K: what is drawn and scored at once, always in the same batches.
+    """A fixed slice of prompts x K: what is generated and scored at once, always in the same batches.
 
-    `seeds[i][k]` is the seed of the k-th draw of prompts[i]; `version` names the policy that draws; `scope` begins the
+    `seeds[i][k]` is the seed of the k-th sample of prompts[i]; `version` names the policy that draws; `scope` begins
+    the
     sample ids and tells a training round from an evaluation; `batch_size` is the number of samples alive at once.
     """
 
@@ -73,7 +74,7 @@ class Policy(Protocol):
     """The generative model being aligned. A family is a kind of policy."""
 
     media: str  # text | messages | image | category
-    payload: pa.Schema  # the family's own columns of a draw shard, `completion` first: opaque to loop and stages
+    payload: pa.Schema  # the family's own columns of a sample shard, `completion` first: opaque to loop and stages
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +86,7 @@ class Policy(Protocol):
         ...
 
     def encode_completion(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
-        """The payload (with `completion`) of somebody else's answer, encoded as if this policy had drawn it."""
+        """The payload (with `completion`) of somebody else's answer, encoded as if this policy had generated it."""
         ...
 
     def train(self, rows: Path, work: Path, out: Path) -> TrainReport:
@@ -96,7 +97,7 @@ class Policy(Protocol):
         ...
 
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about how this policy drew (a fallback taken, prompts cut), each once."""
+        """What a user should know about how this policy generated (a fallback taken, prompts cut), each once."""
         ...
 
 
@@ -109,13 +110,15 @@ class SupportsLogProbs(Protocol):
         ...
 
     def recorded_log_probs(self, samples: pa.Table) -> FloatArray:
-        """(N,) the same under the policy that drew the samples, as noted while drawing; NaN where nothing was noted."""
+        """(N,) the same under the policy that generated the samples, as noted while generating; NaN where nothing was
+        noted.
+        """
         ...
 
 
 @runtime_checkable
 class SupportsPromptCheck(Protocol):
-    """A policy that says before anything is drawn which prompts it cannot read."""
+    """A policy that says before anything is generated which prompts it cannot read."""
 
     def unread(self, prompt: Prompt) -> str | None:
         """The end of a prompt that is too long to be read whole; None where it is not. Raises DataError for one that
@@ -311,7 +314,9 @@ class PolicyProvider(Protocol):
     """Hands out policies, and holds at most one large model at a time."""
 
     def at(self, folder: Path) -> Policy:
-        """The policy of this committed folder, for drawing and log-probabilities; held until another is asked for."""
+        """The policy of this committed folder, for generating and log-probabilities; held until another is asked
+        for.
+        """
         ...
 
     def fresh(self, folder: Path) -> Policy:
@@ -441,13 +446,14 @@ class MonitorInput:
     """What is looked at when a round ends; tables have one row a sample, null where a value is not known.
 
     `samples` competed in the round: sample_id, prompt_id, k, source, score, weight (0: rejected) and rewards/NAME; of
-    texts also length, clipped, similarity (among its prompt's own draws), control, and text where it was kept or is of
-    the control: of each prompt as many of the policy's first draws as were kept; of images also brightness,
+    texts also length, clipped, similarity (among its prompt's own samples), control, and text where it was kept or is
+    of
+    the control: of each prompt as many of the policy's first generates as were kept; of images also brightness,
     saturation, contrast, thumbnail, and control. `factors` are the rewards' weights; counts/NAME is what a reward
     counts where that is not its value.
     `held_out` judged the round: sample_id, prompt_id, k, score, and, where they were measured, held_out and log_ratio
     (log p - log p0, nats), None without any; `earlier` are the same of rounds 0, 1, …; `judge` says what held_out is.
-    `first` are the measures of what round 1 drew, None in round 1. Beside these, samples and held_out say of each
+    `first` are the measures of what round 1 generated, None in round 1. Beside these, samples and held_out say of each
     answer, where the family lets it be known, whether it is empty and clipped, and `content`, equal where two are the
     same; of tokens `length`. `losses` are those of the round's optimizer steps.
     """
@@ -470,7 +476,7 @@ class Monitor(Protocol):
         ...
 
     def measures(self, evidence: MonitorInput) -> dict[str, dict[str, Any]]:
-        """The measures of what was `drawn`, and of what was `selected`."""
+        """The measures of what was `generated`, and of what was `selected`."""
         ...
 
     def alarms(self, evidence: MonitorInput, sets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -151,7 +151,9 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One answer to one prompt. `seed` is None where nothing was drawn; `payload` holds the family's own columns."""
+    """One answer to one prompt. `seed` is None where nothing was generated; `payload` holds the family's own
+    columns.
+    """
 
     id: str
     prompt_id: str
@@ -199,7 +201,7 @@ class Score:
 INVALID = "invalid"  # why the sample is nothing to learn from, null where it is: then no reward is asked about it
 LATENTS = "latents"  # what only training reads, and `keep_latents` may drop once a round is trained
 
-# The columns of a draw shard before the family's own payload columns.
+# The columns of a sample shard before the family's own payload columns.
 SAMPLE_FIELDS: tuple[pa.Field, ...] = (
     pa.field("sample_id", pa.string(), nullable=False),
     pa.field("prompt_id", pa.string(), nullable=False),
@@ -225,7 +227,7 @@ VERDICT_SCHEMA = pa.schema(
 
 
 def sample_schema(payload: pa.Schema) -> pa.Schema:
-    """The columns of a draw shard of a family with this payload."""
+    """The columns of a sample shard of a family with this payload."""
     return pa.schema([*SAMPLE_FIELDS, *payload])
 
 
@@ -270,7 +272,7 @@ def score_schema(names: Sequence[str]) -> pa.Schema:
 def scores_table(
     samples: pa.Table, scores: Sequence[Score], names: Sequence[str], extras: Mapping[str, list[Any]] | None = None
 ) -> pa.Table:
-    """One row a score, beside the identity of its sample; `samples` is the draw shard, row for row.
+    """One row a score, beside the identity of its sample; `samples` is the generation shard, row for row.
 
     `extras` are columns that rewards logged, each value as JSON text: a reward may log numbers here and texts there.
     """

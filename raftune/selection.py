@@ -64,11 +64,11 @@ class Reason(IntEnum):
     BEATEN = "a better one was kept"
     TIED = "tied with a better index"
     OUTSIDE_FRACTION = "outside the kept fraction"
-    UNLUCKY_TIE = "tied at the cut of the kept fraction, not drawn"
+    UNLUCKY_TIE = "tied at the cut of the kept fraction, not chosen"
     BELOW_THRESHOLD = "below the threshold"
     OVER_CAP = "beyond max_per_prompt of its prompt"
     NO_WEIGHT = "weight too small to represent"
-    NOT_DRAWN = "not drawn by the control"
+    NOT_DRAWN = "not chosen by the random control"
     NO_SCORE = "no usable score"
     TOO_SHORT = "too short"
     TOO_LONG = "too long"
@@ -122,7 +122,7 @@ def select(candidates: Candidates, config: SelectionConfig, seed: int, rule: Rul
     """A verdict for every candidate: which are kept, with what weight, and why.
 
     The verdict of a (group, k) does not depend on the order of rows. `seed` decides ties at the cut of top_fraction and
-    the draws of random, and nothing else. `rule` is the configured one; it is loaded where it is not given. Takes
+    the samples of random, and nothing else. `rule` is the configured one; it is loaded where it is not given. Takes
     O(N log N) time and about 100 bytes a candidate.
     """
     rule = rule or load_rule(config)

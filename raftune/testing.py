@@ -89,7 +89,7 @@ def hold(kept: object, words: str) -> None:
         raise AssertionError(words)
 
 
-# -- drawing ----------------------------------------------------------------------------------------------------------
+# -- generating --------------------------------------------------------------------------------------------------------
 
 
 def every_prompt_gets_its_samples_in_order_with_ids_and_seeds_as_planned(case: FamilyCase, folder: Path) -> None:
@@ -107,7 +107,10 @@ def samples_fit_the_schema_that_the_family_declares(case: FamilyCase, folder: Pa
 
 def the_same_seeds_draw_the_same_samples_in_another_instance(case: FamilyCase, folder: Path) -> None:
     same = case.load().generate(case.chunk()) == case.load().generate(case.chunk())
-    hold(same, "what is drawn must depend on model, prompts and seeds alone: seed every generator from a sample's seed")
+    hold(
+        same,
+        "what is generated must depend on model, prompts and seeds alone: seed every generator from a sample's seed",
+    )
 
 
 def other_seeds_draw_other_samples(case: FamilyCase, folder: Path) -> None:
@@ -117,7 +120,7 @@ def other_seeds_draw_other_samples(case: FamilyCase, folder: Path) -> None:
     others = [replace(chunk, seeds=tuple(tuple(s + i for s in row) for row in chunk.seeds)) for i in range(1, 9)]
     hold(
         any([sample.completion for sample in policy.generate(other)] != first for other in others),
-        "what is drawn must depend on the seeds; eight other sets of seeds gave the same samples",
+        "what is generated must depend on the seeds; eight other sets of seeds gave the same samples",
     )
 
 
@@ -148,7 +151,8 @@ def no_weights_are_read_before_they_are_needed(case: FamilyCase, folder: Path) -
     policy.generate(case.chunk())
     hold(policy.nbytes > 0, "nbytes must be the bytes of the weights that are held; got 0 after a generate")
     hold(
-        before == 0 or policy.nbytes < 2**20, f"load must read no weights; got {before} bytes before anything is drawn"
+        before == 0 or policy.nbytes < 2**20,
+        f"load must read no weights; got {before} bytes before anything is generated",
     )
 
 
@@ -230,7 +234,10 @@ def learning_an_answer_changes_what_is_drawn(case: FamilyCase, folder: Path) -> 
     before = [sample.completion for sample in case.load().generate(case.chunk())]
     tuned_on(case, [adopted(case)] * 4, folder)
     after = [sample.completion for sample in case.load(folder / "model").generate(case.chunk())]
-    hold(before != after, "a trained model must draw otherwise than the start; raise the rate or the steps of the test")
+    hold(
+        before != after,
+        "a trained model must generate otherwise than the start; raise the rate or the steps of the test",
+    )
 
 
 # -- likelihoods ------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """What selection does to a categorical policy, exactly: the mathematics that the tests hold the algorithm to.
 
 A policy is a vector p (V,) of probabilities over V answers; r (V,) are their rewards, finite. Levels are the distinct
-rewards, ascending; F(c) is the mass with reward ≤ c, F⁻(c) the mass below c, P_c the mass at c. All K draws are
-independent draws from one p. Ties are broken by position, which is fair: it knows nothing of content. Logarithms are
+rewards, ascending; F(c) is the mass with reward ≤ c, F⁻(c) the mass below c, P_c the mass at c. All K samples are
+independent generates from one p. Ties are broken by position, which is fair: it knows nothing of content. Logarithms
+are
 natural: divergences are in nats.
 """
 
@@ -72,7 +73,7 @@ def _spread(p: npt.ArrayLike, by: RewardLevels, mass: Floats) -> Floats:
 
 
 def best_of_k_law(p: npt.ArrayLike, r: npt.ArrayLike, k: int, tolerance: float = 0.0) -> Floats:
-    """(V,) the distribution of the best of k draws: q(y) = p(y)/P_r(y) · (F(r(y))^k − F⁻(r(y))^k)."""
+    """(V,) the distribution of the best of k samples: q(y) = p(y)/P_r(y) · (F(r(y))^k − F⁻(r(y))^k)."""
     by = levels(p, r, tolerance)
     with np.errstate(divide="ignore", under="ignore"):  # log1p(−1) where nothing lies below: the mass is F^k
         # F^k − F⁻^k = F^k · (1 − (1 − P/F)^k), written so that a small P/F is not lost in the difference.
@@ -103,7 +104,7 @@ def rounds_variance(mass_at_most: npt.ArrayLike, k: int, rounds: int, winners: i
 
 
 def expected_best(p: npt.ArrayLike, r: npt.ArrayLike, k: int) -> float:
-    """E max over k draws: v_max − Σ_j (v_{j+1} − v_j)·F(v_j)^k."""
+    """E max over k samples: v_max − Σ_j (v_{j+1} − v_j)·F(v_j)^k."""
     by = levels(p, r)
     return float(by.value[-1] - np.sum(np.diff(by.value) * by.at_most[:-1] ** k))
 
@@ -116,7 +117,7 @@ def expected_best_bound(p: npt.ArrayLike, r: npt.ArrayLike, k: int) -> float:
 
 
 def top_m_law(p: npt.ArrayLike, r: npt.ArrayLike, k: int, m: int) -> Floats:
-    """(V,) the distribution of one of the m best of k draws, picked at random; the m of a group are dependent.
+    """(V,) the distribution of one of the m best of k samples, picked at random; the m of a group are dependent.
 
     q(y) = p(y)/P_r(y) · [G(S≥) − G(S>)]/m with G(c) = E min(m, Bin(k, c)), S the mass of at least or more than r(y).
     """
@@ -147,7 +148,7 @@ def best_of_k_kl_bound(p: npt.ArrayLike, r: npt.ArrayLike, k: int) -> float:
 
 
 def win_rate(q: npt.ArrayLike, p: npt.ArrayLike, r: npt.ArrayLike) -> float:
-    """P(a draw of q scores above an independent draw of p), ties counted ½; for q = best of k at most k/(k+1)."""
+    """P(a sample of q scores above an independent draw of p), ties counted ½; for q = best of k at most k/(k+1)."""
     q, p, r = (np.asarray(x, np.float64) for x in (q, p, r))
     wins = (r[:, None] > r[None, :]) + 0.5 * (r[:, None] == r[None, :])
     return float(q @ wins @ p)
@@ -186,7 +187,9 @@ def global_shares(p: npt.ArrayLike, r: npt.ArrayLike, n: npt.ArrayLike, keep_fra
 
 
 def temperature_law(p: npt.ArrayLike, temperature: float, rounds: int = 1) -> Floats:
-    """(V,) p^{(1/temperature)^rounds}/Z: the policy after rounds of drawing at this temperature and fitting, K = 1."""
+    """(V,) p^{(1/temperature)^rounds}/Z: the policy after rounds of generating at this temperature and fitting, K =
+    1.
+    """
     with np.errstate(divide="ignore"):
         log_q = np.log(np.asarray(p, np.float64)) * temperature**-rounds
     q = np.exp(log_q - log_q.max())
@@ -235,7 +238,7 @@ def log_mass_gradient(p: npt.ArrayLike, members: npt.ArrayLike) -> Floats:
 
 
 def allocation(gradient_norms: npt.ArrayLike, acceptance: npt.ArrayLike, total: float) -> Floats:
-    """(X,) the draws of each prompt, summing to `total`, that make Σ G²/(s·n) least: n ∝ G/√s."""
+    """(X,) the samples of each prompt, summing to `total`, that make Σ G²/(s·n) least: n ∝ G/√s."""
     g, s = np.asarray(gradient_norms, np.float64), np.asarray(acceptance, np.float64)
     if not (s > 0).all():
         raise ValueError("an acceptance rate of 0 asks for infinitely many draws: leave such prompts out.")

@@ -7,7 +7,7 @@ from cyclopts import App, Group
 from raftune import __version__
 
 GUIDE = """\
-raftune {version} aligns a model by reward-ranked fine-tuning: draw K answers to each prompt, score them, keep the
+raftune {version} aligns a model by reward-ranked fine-tuning: generate K answers to each prompt, score them, keep the
 best, fine-tune on those, repeat.
 
   raftune demo                 see it work: aligns a bundled model, under a minute on a laptop, no network
@@ -31,7 +31,7 @@ START, WORK, LOOK, CHECK, OPTIONS = (
 app = App(
     name="raftune",
     version=__version__,
-    help="Reward-ranked fine-tuning: draw K answers to each prompt, keep the best, fine-tune on them, repeat.",
+    help="Reward-ranked fine-tuning: generate K answers to each prompt, keep the best, fine-tune on them, repeat.",
     help_format="plaintext",
     help_epilogue=EPILOGUE,
     suppress_keyboard_interrupt=False,
@@ -51,8 +51,8 @@ COMMANDS = (
     ("runs", LOOK, "List the runs in a folder."),
     ("report", LOOK, "Write a run's page anew: charts, candidates, reasons and alarms in one HTML file."),
     ("alarms", LOOK, "Show what a run's guards say is worth a look, with the samples."),
-    ("samples", LOOK, "Browse what a round drew, what it kept, and why."),
-    ("rescore", LOOK, "Score what a run drew with another reward: what would it have learned from?"),
+    ("samples", LOOK, "Browse what a round generated, what it kept, and why."),
+    ("rescore", LOOK, "Score what a run generated with another reward: what would it have learned from?"),
     ("select", LOOK, "Select again by another rule or a smaller K: what would be kept?"),
     ("compare", LOOK, "Compare two rounds or runs, pair by pair; a gate for whoever needs one."),
     ("export", LOOK, "Take a run's model or its samples away, in the formats that TRL reads."),

@@ -55,7 +55,9 @@ def show_last(root: Path, alarms: list[dict[str, Any]]) -> None:
 
 
 def remedies(root: Path, best: dict[str, Any], alarms: list[dict[str, Any]]) -> list[str]:
-    """What would have ended the run in time, and what would have chosen its best round: both without drawing again."""
+    """What would have ended the run in time, and what would have chosen its best round: both without generating
+    again.
+    """
     first = next((alarm["round"] for alarm in alarms if alarm["alarm"] == "held_out_falls"), None)
     again = shell_command("raftune", "resume", root)
     lines = [

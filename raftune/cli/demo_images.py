@@ -56,7 +56,7 @@ def captions(run: RunFolder) -> dict[str, str]:
 
 
 def drawn(run: RunFolder, round_: int) -> dict[str, bytes]:
-    """The first image of each held-out prompt that a round drew, as PNG; none for a sample that is no image."""
+    """The first image of each held-out prompt that a round generated, as PNG; none for a sample that is no image."""
     found: dict[str, bytes] = {}
     folder = run.folder(round_, "evaluate") / "generate"
     for chunk in chunk_numbers(folder):

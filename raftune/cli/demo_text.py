@@ -34,7 +34,7 @@ def by_round(root: Path, judges: tuple[str, ...]) -> None:
 def typical_by_round(root: Path, config: RunConfig, rounds: dict[str, int]) -> list[dict[str, Any]]:
     """A typical answer of each of these rounds, by their labels, to each of three held-out prompts.
 
-    Typical: of eight, drawn with the same seeds in every round, the one whose held-out score is the median.
+    Typical: of eight, generated with the same seeds in every round, the one whose held-out score is the median.
     """
     from raftune.runtime.assembly import Runtime
     from raftune.store.run import RunFolder

@@ -78,15 +78,15 @@ def value(number: float | None) -> str:
 
 
 def best_of_words(best: BestOfEstimate, name: str) -> str:
-    """What each k would have given of what was drawn."""
+    """What each k would have given of what was generated."""
     if not best.rewards:
         return ""
     curve = " · ".join(f"{k}: {reward:.3f}" for k, reward in best.rewards.items())
     most = max(best.rewards)
     half = [k for k in best.shares if k < most]
     worth = f"; K = {half[-1]} gives {percent(best.shares[half[-1]])} of the gain of K = {most}" if half else ""
-    left = f" ({counted(best.left_out, 'prompt')} with a draw without a score left out)" if best.left_out else ""
-    return f"Best of k draws by {name}, unbiased: {curve}{worth}{left}."
+    left = f" ({counted(best.left_out, 'prompt')} with a sample without a score left out)" if best.left_out else ""
+    return f"Best of k samples by {name}, unbiased: {curve}{worth}{left}."
 
 
 def show_largest(difference: Difference) -> None:

@@ -29,7 +29,7 @@ class MetricSpec(ConfigSection):
 
 
 class EvaluationConfig(ConfigSection):
-    """Held-out prompts, drawn with the same seeds in every round, so that rounds and runs can be paired."""
+    """Held-out prompts, generated with the same seeds in every round, so that rounds and runs can be paired."""
 
     prompts: str | None = Field(
         None,

@@ -33,7 +33,7 @@ PICTURE_ALARMS = ("saturation_drifts", "contrast_drops")
 class GuardsConfig(ConfigSection):
     """Alarms at the end of each round. Each brings numbers and samples to look at; it stops a run only if told to."""
 
-    enabled: bool = Field(True, description="Look at each round when it ends; it costs no draw and no reward.")
+    enabled: bool = Field(True, description="Look at each round when it ends; it costs no sample and no reward.")
     stop_on: tuple[AlarmName, ...] = Field(
         (), description=f"Alarms that end the run after the round that raised them: {', '.join(ALARMS)}."
     )
@@ -45,11 +45,12 @@ class GuardsConfig(ConfigSection):
     diversity_drop: float = Field(
         0.5,
         description="diversity_drops: in (0, 1), the share of distinct-2 that the kept answers have lost, against as "
-        "many that were drawn in this round, or in round 1; of images, the share of their distance.",
+        "many that were generated in this round, or in round 1; of images, the share of their distance.",
     )
     length_factor: float = Field(
         2.0,
-        description="length_drifts: above 1, how many times as long (or as short) the kept answers are as those drawn "
+        description="length_drifts: above 1, how many times as long (or as short) the kept answers are as those "
+        "generated "
         "in this round, or in round 1.",
     )
     part_share: float = Field(
@@ -60,17 +61,17 @@ class GuardsConfig(ConfigSection):
     duplicate_rise: float = Field(
         0.4,
         description="near_duplicates: in (0, 1), the share of kept answers that nearly repeat one kept for another "
-        "prompt, above the share among those drawn in round 1.",
+        "prompt, above the share among those generated in round 1.",
     )
     saturation_drift: float = Field(
         0.2,
         description="saturation_drifts: in (0, 1), how much more (or less) saturated the kept images are than those "
-        "drawn in this round, or in round 1; saturation is 0 … 1.",
+        "generated in this round, or in round 1; saturation is 0 … 1.",
     )
     contrast_drop: float = Field(
         0.5,
         description="contrast_drops: in (0, 1), the share of the contrast that the kept images have lost, against "
-        "those drawn in this round, or in round 1.",
+        "those generated in this round, or in round 1.",
     )
     max_kl: float | None = Field(
         None,

@@ -40,7 +40,7 @@ class EngineConfig(ConfigSection):
         pattern=f"^local$|{SPEC}",
         description="local: this process or `workers` of this machine; or an engine of your own (file.py:NAME).",
     )
-    workers: int = Field(1, ge=1, description="Processes that draw and score; 1 is this process alone.")
+    workers: int = Field(1, ge=1, description="Processes that generate and score; 1 is this process alone.")
     threads: int = Field(
         default_factory=lambda: os.cpu_count() or 1,
         ge=1,
@@ -87,7 +87,7 @@ class RunConfig(ConfigSection):
     seed: int = Field(0, ge=0, lt=2**63, description="All randomness derives from it.")
     num_rounds: int = Field(8, ge=0, description="Rounds at most; 0 judges the start and learns nothing.")
     prompts_per_round: int = Field(
-        64, ge=1, description="Prompts drawn in each round, without replacement within an epoch."
+        64, ge=1, description="Prompts generated in each round, without replacement within an epoch."
     )
     keep_models: Literal["all", "best", "last"] = Field(
         "all", description="Models of older rounds to keep; samples all stay."
@@ -96,7 +96,7 @@ class RunConfig(ConfigSection):
         "all",
         description="Latents to keep once their round is trained: all, or of selected samples only. The images "
         "all stay; "
-        "`--from generate` draws the same latents again.",
+        "`--from generate` generates the same latents again.",
     )
     report_to: tuple[str, ...] = Field((), description="tensorboard, wandb, mlflow, …: as in transformers.")
     report: bool = Field(True, description="Write the page report.html into the run after every round.")

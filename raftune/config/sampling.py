@@ -1,4 +1,4 @@
-"""How answers are drawn, and from whom besides the policy."""
+"""How answers are generated, and from whom besides the policy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TeacherConfig(ConfigSection):
 
 
 class DiffusionSampling(ConfigSection):
-    """How a pipeline is called: draw as the model will be used, since what is drawn becomes the target."""
+    """How a pipeline is called: draw as the model will be used, since what is generated becomes the target."""
 
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps; None is the pipeline's default.")
     guidance_scale: float | None = Field(
@@ -34,7 +34,7 @@ class DiffusionSampling(ConfigSection):
 
 
 class SamplingConfig(ConfigSection):
-    """The draw: K samples for each prompt, and how each token or step is chosen."""
+    """The generation: K samples for each prompt, and how each token or step is chosen."""
 
     num_generations: int = Field(8, ge=1, description="K, the policy's own samples for each prompt.")
     temperature: float = Field(
@@ -45,7 +45,7 @@ class SamplingConfig(ConfigSection):
     min_p: float = Field(0.0, ge=0, le=1, description="Drops tokens below this share of the likeliest; 0 is off.")
     repetition_penalty: float = Field(1.0, gt=0, description="Divides the logits of tokens already seen; 1 is off.")
     max_completion_length: int = Field(
-        128, ge=1, description="Tokens drawn at most; what is cut off never ends in EOS."
+        128, ge=1, description="Tokens generated at most; what is cut off never ends in EOS."
     )
     max_prompt_length: int | None = Field(
         None, ge=1, description="Prompts of more tokens are refused; None is the context's limit."
@@ -53,7 +53,7 @@ class SamplingConfig(ConfigSection):
     unusable_prompts: Literal["refuse", "drop"] = Field(
         "refuse",
         description="Prompts that the model cannot take (too long, refused by its chat template): refuse names them "
-        "before anything is drawn, drop leaves them out and records which.",
+        "before anything is generated, drop leaves them out and records which.",
     )
     backend: str = Field(
         "auto",
@@ -66,20 +66,22 @@ class SamplingConfig(ConfigSection):
     )
     stop: tuple[str, ...] = Field((), description="Texts that end a completion once they appear in it.")
     generation_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Anything else that `generate` takes; the draw then goes through `generate`."
+        default_factory=dict,
+        description="Anything else that `generate` takes; the generation then goes through `generate`.",
     )
     system_prompt: str | None = Field(
         None,
-        description="A system message, or a text and a blank line, put before prompts when drawing; not when training.",
+        description="A system message, or a text and a blank line, put before prompts when generating; not when "
+        "training.",
     )
     few_shot_prefix: str | None = Field(
-        None, description="Text before a prompt given as text when drawing, left out when training."
+        None, description="Text before a prompt given as text when generating, left out when training."
     )
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to the chat template.")
     diffusion: DiffusionSampling = Field(default_factory=DiffusionSampling, description="The options of a pipeline.")
     batch_size: int = Field(256, ge=1, description="Samples alive at once; halved, and recorded, when memory runs out.")
     chunk_size: int = Field(
-        64, ge=1, description="Prompts in a chunk, the slice that is drawn, scored and resumed whole."
+        64, ge=1, description="Prompts in a chunk, the slice that is generated, scored and resumed whole."
     )
     candidate_columns: tuple[str, ...] = Field(
         (), description="Columns of the data set whose texts join the pool as candidates (human demonstrations)."

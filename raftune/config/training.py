@@ -58,7 +58,7 @@ class DiffusionTraining(ConfigSection):
 
 
 class TrainingConfig(ConfigSection):
-    """One round's fit, on the exact token ids or latents that were drawn."""
+    """One round's fit, on the exact token ids or latents that were generated."""
 
     learning_rate: float = Field(1e-5, gt=0, description="Peak rate of the round's own schedule.")
     num_train_epochs: float = Field(1.0, gt=0, description="Passes over the kept rows in each round.")

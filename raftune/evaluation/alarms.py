@@ -127,12 +127,12 @@ def by_chance(moved: Floats) -> float:
 
 
 def diversity_drops(sets: Mapping[str, Measures], first: Measures, kept: pa.Table, drop: float) -> Alarm | None:
-    """Raised where the kept answers' distinct-2 has lost this share, against the draws of this round or of round 1.
+    """Raised where the kept answers' distinct-2 has lost this share, against the samples of this round or of round 1.
 
     Each is measured on as many answers as were kept; that of round 1 is left out where the sizes are too unlike. Names
     the kept answers whose word pairs are the most common among all that were kept.
     """
-    selected, drawn = sets["selected"], sets["drawn"]
+    selected, drawn = sets["selected"], sets["generated"]
     if kept.num_rows < FEWEST or "distinct_2" not in selected:
         return None
     here = selected["distinct_2"]
@@ -142,16 +142,16 @@ def diversity_drops(sets: Mapping[str, Measures], first: Measures, kept: pa.Tabl
     lost = {name: 1 - here / value for name, value in others.items() if value}
     if max(lost.values(), default=0.0) <= drop:
         return None
-    against = ", ".join(f"in as many drawn in {name} {share(others[name] or 0.0)}" for name in lost)
+    against = ", ".join(f"in as many generated in {name} {share(others[name] or 0.0)}" for name in lost)
     found = {
         "selected": here,
-        "drawn": others["this round"],
+        "generated": others["this round"],
         "first": others.get("round 1"),
         "lost": max(lost.values()),
     }
     return Alarm(
         "diversity_drops",
-        "What was kept is less varied than what was drawn",
+        "What was kept is less varied than what was generated",
         f"of the word pairs in the {kept.num_rows} kept answers {share(here)} are different; {against}",
         found,
         [*most_common(kept)],
@@ -168,13 +168,13 @@ def most_common(kept: pa.Table) -> Iterator[tuple[str, str]]:
 
 
 def length_drifts(sets: Mapping[str, Measures], first: Measures, kept: pa.Table, factor: float) -> Alarm | None:
-    """Raised where the kept answers are so many times as long, or as short, as the draws of this round or of round 1.
+    """Raised where the kept answers are so many times as long, or as short, as the samples of this round or of round 1.
 
     By the whole 95 % interval over prompts. Names the longest kept answers, or the shortest.
     """
     lengths = column(kept, "length")
     found = interval(mean_by_prompt(prompt_numbers(kept), lengths))
-    others = {"this round": sets["drawn"].get("length"), "round 1": first.get("length")}
+    others = {"this round": sets["generated"].get("length"), "round 1": first.get("length")}
     means = {name: value for name, value in others.items() if value}
     if kept.num_rows < FEWEST or found is None or not means:
         return None
@@ -184,13 +184,13 @@ def length_drifts(sets: Mapping[str, Measures], first: Measures, kept: pa.Table,
     if ends is None or (not longer and not ends[1] < high / factor):
         return None
     word = "longer" if longer else "shorter"
-    against = ", ".join(f"of those drawn in {name} {value:.1f}" for name, value in means.items())
+    against = ", ".join(f"of those generated in {name} {value:.1f}" for name, value in means.items())
     order = np.argsort(-lengths if longer else lengths, kind="stable")
     return Alarm(
         "length_drifts",
-        f"What was kept is much {word} than what was drawn",
+        f"What was kept is much {word} than what was generated",
         f"the mean length of kept answers is {ranged(found, 1)}, {against}",
-        {"selected": found, "drawn": means.get("this round"), "first": means.get("round 1")},
+        {"selected": found, "generated": means.get("this round"), "first": means.get("round 1")},
         [(name_of(kept, row), f"length {lengths[row]:.0f}") for row in one_a_prompt(kept, order)],
     )
 
@@ -210,7 +210,8 @@ def near_duplicates(sets: Mapping[str, Measures], first: Measures, kept: pa.Tabl
     return Alarm(
         "near_duplicates",
         "Answers kept for different prompts are nearly the same",
-        f"{share(here)} of the {kept.num_rows} kept answers nearly repeat one of another prompt; of as many drawn in "
+        f"{share(here)} of the {kept.num_rows} kept answers nearly repeat one of another prompt; of as many "
+        f"generated in "
         f"round 1 {share(there)}",
         {"selected": here, "first": there, "clusters": [len(cluster) for cluster in clusters[:SHOWN]]},
         [
@@ -370,9 +371,9 @@ def loss_diverges(losses: Sequence[float], factor: float) -> Alarm | None:
 
 # -- answers that teach nothing ---------------------------------------------------------------------------------------
 
-Sets = Mapping[str, pa.Table]  # samples that were drawn to learn from, kept of these, held out, or tried by `plan`
-ANSWERS = {"drawn": "drawn", "kept": "kept", "held_out": "held-out", "tried": "tried"}
-PROMPTS = ANSWERS | {"drawn": "training"}
+Sets = Mapping[str, pa.Table]  # samples that were generated to learn from, kept of these, held out, or tried by `plan`
+ANSWERS = {"generated": "generated", "kept": "kept", "held_out": "held-out", "tried": "tried"}
+PROMPTS = ANSWERS | {"generated": "training"}
 
 
 def empty_answers(sets: Sets, limit: float, fewest: int = FEWEST) -> Alarm | None:
@@ -517,7 +518,7 @@ def name_of(samples: pa.Table, row: int) -> str:
 
 
 def keys(samples: pa.Table) -> list[tuple[str, int]]:
-    """Of each row what it has in common with the same draw of another round: prompt and k, and so the seed."""
+    """Of each row what it has in common with the same sample of another round: prompt and k, and so the seed."""
     return list(zip(samples.column("prompt_id").to_pylist(), samples.column("k").to_pylist(), strict=True))
 
 

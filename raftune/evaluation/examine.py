@@ -1,4 +1,4 @@
-"""What a round drew against what it kept, and the alarms that this raises: pure functions of evidence."""
+"""What a round generated against what it kept, and the alarms that this raises: pure functions of evidence."""
 
 from __future__ import annotations
 
@@ -32,23 +32,29 @@ class RoundMonitor:
         return similarities(texts, groups)
 
     def measures(self, evidence: MonitorInput) -> dict[str, Measures]:
-        """The measures of the policy's own draws, and of what was kept, each kept sample counting by its weight.
+        """The measures of the policy's own samples, and of what was kept, each kept sample counting by its weight.
 
-        Words are counted in sets of one size, so that they can be compared: those that were kept, and of what was drawn
+        Words are counted in sets of one size, so that they can be compared: those that were kept, and of what was
+        generated
         the control. What cannot be measured is left out.
         """
         samples = evidence.samples
         drawn, kept = samples.filter(pc.equal(samples.column("source"), "policy")), kept_of(samples)
-        found = {"drawn": numbers(drawn, np.ones(drawn.num_rows)), "selected": numbers(kept, column(kept, "weight"))}
+        found = {
+            "generated": numbers(drawn, np.ones(drawn.num_rows)),
+            "selected": numbers(kept, column(kept, "weight")),
+        }
         if "text" in samples.column_names:
             control = samples.filter(samples.column("control"))
-            found["drawn"] |= mean_of("similarity", mean_by_prompt(prompt_numbers(drawn), column(drawn, "similarity")))
+            found["generated"] |= mean_of(
+                "similarity", mean_by_prompt(prompt_numbers(drawn), column(drawn, "similarity"))
+            )
             found["selected"] |= mean_of("similarity", similarities(texts_of(kept), prompt_numbers(kept)))
-            found["drawn"] |= words(control)
+            found["generated"] |= words(control)
             found["selected"] |= words(kept)
         if "thumbnail" in samples.column_names:
             looks = picture_alarms.measures(drawn, samples.filter(samples.column("control")), kept)
-            found["drawn"] |= looks[0]
+            found["generated"] |= looks[0]
             found["selected"] |= looks[1]
         return found
 
@@ -61,7 +67,7 @@ class RoundMonitor:
         limits, held_out, kept = self.config, evidence.held_out, kept_of(evidence.samples)
         if held_out is not None and any(table is not None for table in evidence.earlier):
             yield alarms.held_out_falls(held_out, evidence.earlier, evidence.judge, limits.false_alarms)
-        first = evidence.first or sets["drawn"]
+        first = evidence.first or sets["generated"]
         if "text" in evidence.samples.column_names:
             yield alarms.diversity_drops(sets, first, kept, limits.diversity_drop)
             yield alarms.length_drifts(sets, first, kept, limits.length_factor)
@@ -74,7 +80,7 @@ class RoundMonitor:
         yield alarms.loss_diverges(evidence.losses, limits.loss_factor)
         yield alarms.equal_scores(evidence.samples, limits.equal_share)
         own = evidence.samples.filter(pc.equal(evidence.samples.column("source"), "policy"))
-        answers = {"drawn": own, **({} if held_out is None else {"held_out": held_out})}
+        answers = {"generated": own, **({} if held_out is None else {"held_out": held_out})}
         yield alarms.identical_candidates(answers, limits.identical_share)
         yield alarms.empty_answers(answers | {"kept": kept}, limits.empty_share)
         yield alarms.cut_off(answers | {"kept": kept}, limits.cut_off_share)

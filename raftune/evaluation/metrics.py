@@ -90,7 +90,7 @@ class KLMetrics:
 class EntropyMetrics:
     """How undecided the policy is, in nats: the mean of -log p over its own samples, per answer and per token.
 
-    Per answer it is an unbiased estimate of the cross-entropy from the law that was drawn from to the policy's own
+    Per answer it is an unbiased estimate of the cross-entropy from the law that was generated from to the policy's own
     (untempered, whole) law of answers of at most max_completion_length tokens. At temperature 1 and without top_p,
     top_k, min_p or a penalty the two laws are one, and it is the policy's entropy, the mean over prompts. `per token`
     is the ratio of the sums over all samples, EOS counted.
@@ -212,7 +212,9 @@ def usable(samples: pa.Table, column: str, status: str) -> Floats:
 
 
 def best_of_curve(groups: Ints, scores: Floats) -> dict[str, Any]:
-    """For k = 1, 2, 4, … the reward of the best of k draws; prompts with fewer usable scores are left out of that k."""
+    """For k = 1, 2, 4, … the reward of the best of k samples; prompts with fewer usable scores are left out of that
+    k.
+    """
     usable = np.isfinite(scores)
     order = np.argsort(groups[usable], kind="stable")
     sorted_scores = scores[usable][order]
@@ -248,7 +250,9 @@ def token_counts(samples: pa.Table) -> Floats:
 
 
 def own_log_probs(samples: pa.Table) -> Floats:
-    """(N,) nats of each answer under the policy that drew it: as computed, or else the sum of what drawing noted."""
+    """(N,) nats of each answer under the policy that generated it: as computed, or else the sum of what generating
+    noted.
+    """
     if "log_prob" in samples.column_names:
         return _column(samples, "log_prob")
     sums = [

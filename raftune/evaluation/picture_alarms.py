@@ -1,6 +1,6 @@
 """When a round of images is worth a person's look: one rule a function, as in `alarms`.
 
-Kept images are compared with what was drawn in this round and in round 1. A colour that drifts, tones that come
+Kept images are compared with what was generated in this round and in round 1. A colour that drifts, tones that come
 together, and images that grow alike are how a policy trained on its own images goes wrong before its score says so.
 """
 
@@ -24,9 +24,11 @@ KNOWN = ("brightness", "saturation", "contrast")  # of one image, averaged over 
 
 
 def measures(drawn: pa.Table, control: pa.Table, kept: pa.Table) -> tuple[Measures, Measures]:
-    """Of what was drawn and of what was kept: how far images are apart, and how many nearly repeat another prompt's.
+    """Of what was generated and of what was kept: how far images are apart, and how many nearly repeat another
+    prompt's.
 
-    pixel_distance is inside a prompt's group, over all that was drawn; spread is over a whole set, that of the drawn
+    pixel_distance is inside a prompt's group, over all that was generated; spread is over a whole set, that of the
+    generated
     being the control: as many as were kept. Root mean square distances of thumbnails, 0 … 1.
     """
     rows, small_ND = thumbnails(drawn)
@@ -46,7 +48,7 @@ def as_a_set(samples: pa.Table) -> dict[str, Any]:
 
 
 def saturation_drifts(sets: Mapping[str, Measures], first: Measures, kept: pa.Table, drift: float) -> Alarm | None:
-    """Raised where kept images are so much more, or less, saturated than the draws of this round or of round 1.
+    """Raised where kept images are so much more, or less, saturated than the samples of this round or of round 1.
 
     By the whole 95 % interval over prompts. Names the most, or the least, saturated of what was kept.
     """
@@ -61,15 +63,15 @@ def saturation_drifts(sets: Mapping[str, Measures], first: Measures, kept: pa.Ta
     order = np.argsort(-values if risen else values, kind="stable")
     return Alarm(
         "saturation_drifts",
-        f"What was kept is much {'more' if risen else 'less'} saturated than what was drawn",
+        f"What was kept is much {'more' if risen else 'less'} saturated than what was generated",
         f"the mean saturation of kept images is {ranged(found)}, {against(means)}",
-        {"selected": found, "drawn": means.get("this round"), "first": means.get("round 1")},
+        {"selected": found, "generated": means.get("this round"), "first": means.get("round 1")},
         [(name_of(kept, row), f"saturation {values[row]:.2f}") for row in one_a_prompt(kept, order)],
     )
 
 
 def contrast_drops(sets: Mapping[str, Measures], first: Measures, kept: pa.Table, drop: float) -> Alarm | None:
-    """Raised where kept images have lost this share of the contrast of the draws of this round or of round 1.
+    """Raised where kept images have lost this share of the contrast of the samples of this round or of round 1.
 
     By the whole 95 % interval over prompts. Names the flattest of what was kept.
     """
@@ -80,9 +82,9 @@ def contrast_drops(sets: Mapping[str, Measures], first: Measures, kept: pa.Table
     values = column(kept, "contrast")
     return Alarm(
         "contrast_drops",
-        "What was kept has much less contrast than what was drawn",
+        "What was kept has much less contrast than what was generated",
         f"the mean contrast of kept images is {ranged(found)}, {against(means)}",
-        {"selected": found, "drawn": means.get("this round"), "first": means.get("round 1")},
+        {"selected": found, "generated": means.get("this round"), "first": means.get("round 1")},
         [
             (name_of(kept, row), f"contrast {values[row]:.3f}")
             for row in one_a_prompt(kept, np.argsort(values, kind="stable"))
@@ -100,12 +102,12 @@ def diversity_drops(
     """
     if kept.num_rows < FEWEST:
         return None
-    now, chosen = sets["drawn"], sets["selected"]
+    now, chosen = sets["generated"], sets["selected"]
     pairs = {
-        "images drawn for one prompt": (now.get("pixel_distance"), {"round 1": first.get("pixel_distance")}),
+        "images generated for one prompt": (now.get("pixel_distance"), {"round 1": first.get("pixel_distance")}),
         "images kept": (
             chosen.get("spread"),
-            {"as many drawn in this round": now.get("spread"), "as many drawn in round 1": first.get("spread")},
+            {"as many generated in this round": now.get("spread"), "as many generated in round 1": first.get("spread")},
         ),
     }
     said, lost = [], [0.0]
@@ -134,7 +136,7 @@ def alike(drawn: pa.Table, kept: pa.Table) -> Iterator[tuple[str, str]]:
     by_name = dict(zip(names, apart.tolist(), strict=True))
     own = np.array([by_name.get(name, np.nan) for name in kept.column("prompt_id").to_pylist()])
     for row in one_a_prompt(kept, np.argsort(np.nan_to_num(own, nan=np.inf), kind="stable")):
-        yield name_of(kept, row), f"two images drawn for its prompt are {own[row]:.3f} apart, on average"
+        yield name_of(kept, row), f"two images generated for its prompt are {own[row]:.3f} apart, on average"
 
 
 def near_duplicates(sets: Mapping[str, Measures], first: Measures, kept: pa.Table, rise: float) -> Alarm | None:
@@ -152,7 +154,8 @@ def near_duplicates(sets: Mapping[str, Measures], first: Measures, kept: pa.Tabl
     return Alarm(
         "near_duplicates",
         "Images kept for different prompts are nearly the same",
-        f"{share(here)} of the {kept.num_rows} kept images nearly repeat one of another prompt; of as many drawn in "
+        f"{share(here)} of the {kept.num_rows} kept images nearly repeat one of another prompt; of as many "
+        f"generated in "
         f"round 1 {share(there)}",
         {"selected": here, "first": there},
         [
@@ -173,10 +176,10 @@ def looked(kept: pa.Table, name: str) -> Interval | None:
 
 
 def drawn_means(sets: Mapping[str, Measures], first: Measures, name: str) -> dict[str, float]:
-    """What was drawn in this round and in round 1, as far as it is known."""
-    means = {"this round": sets["drawn"].get(name), "round 1": first.get(name)}
+    """What was generated in this round and in round 1, as far as it is known."""
+    means = {"this round": sets["generated"].get(name), "round 1": first.get(name)}
     return {when: value for when, value in means.items() if value is not None}
 
 
 def against(means: Mapping[str, float]) -> str:
-    return ", ".join(f"of those drawn in {name} {value:.2f}" for name, value in means.items())
+    return ", ".join(f"of those generated in {name} {value:.2f}" for name, value in means.items())

@@ -11,8 +11,9 @@ from raftune.config.selection import BestOfK, Random, Threshold, TopFraction, To
 
 @dataclass(frozen=True)
 class RoundAmounts:
-    """Of one round: prompts asked, samples drawn to learn from, samples that compete (with other sources), rows kept,
-    optimizer steps; samples drawn to judge by. Of the run: rounds.
+    """Of one round: prompts asked, samples generated to learn from, samples that compete (with other sources), rows
+    kept,
+    optimizer steps; samples generated to judge by. Of the run: rounds.
 
     `kept_exact`: how many are kept does not depend on their scores.
     """
@@ -28,7 +29,9 @@ class RoundAmounts:
 
     @property
     def samples(self) -> int:
-        """All that the policy draws in the run: every round to learn from, the start and every round to judge by."""
+        """All that the policy generates in the run: every round to learn from, the start and every round to judge
+        by.
+        """
         return self.rounds * self.drawn + (self.rounds + 1) * self.judged
 
 

@@ -82,7 +82,8 @@ def forecast(
 ) -> Forecast:
     """The forecast; nothing is written where the run will be. Raises what the run would: ConfigError, DataError, ….
 
-    With `measured`, two prompts are drawn, scored and trained on, in a temporary folder, for about `seconds` at most;
+    With `measured`, two prompts are generated, scored and trained on, in a temporary folder, for about `seconds` at
+    most;
     `tell` hears of each step.
     """
     root = root_of(config)
@@ -258,7 +259,9 @@ def remarks(config: RunConfig, prompts: PromptCounts, planned: RoundAmounts) -> 
     """What is allowed, but perhaps not meant."""
     said = []
     if prompts.repeated:
-        said.append(f"{prompts.repeated} of {prompts.train} training prompts repeat an earlier one: each is drawn for")
+        said.append(
+            f"{prompts.repeated} of {prompts.train} training prompts repeat an earlier one: each is generated for"
+        )
     if warning := overlap_words(prompts.overlap, prompts.held_out):
         said.append(warning)
     if config.num_rounds and (warning := held_out_words(prompts.held_out, config.evaluation.num_prompts)):

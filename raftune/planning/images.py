@@ -156,7 +156,8 @@ def from_published(known: PublishedPipeline, config: RunConfig) -> PipelineSize:
 
 @dataclass(frozen=True)
 class ImageWork:
-    """Of the run: images drawn, forwards of the denoiser that this takes, and rows learned (each at one noise level:
+    """Of the run: images generated, forwards of the denoiser that this takes, and rows learned (each at one noise
+    level:
     a forward and a backward)."""
 
     pictures: int
@@ -184,7 +185,7 @@ def learned_rows(config: RunConfig, planned: RoundAmounts) -> int:
 
 @dataclass(frozen=True)
 class ImageMemory:
-    """Bytes at the two peaks: drawing (denoiser and frozen parts) and training (denoiser, gradients, the optimizer's
+    """Bytes at the two peaks: generating (denoiser and frozen parts) and training (denoiser, gradients, the optimizer's
     moments, a moving average, layers' outputs; None where these are not known)."""
 
     denoiser: int
@@ -215,7 +216,9 @@ def room(model: PipelineSize, config: RunConfig) -> ImageMemory:
 def disk_of(
     model: PipelineSize, config: RunConfig, planned: RoundAmounts, png: float | None, fit: float | None = None
 ) -> DiskForecast:
-    """What the run writes; `png` is the size of an image where some were drawn, `fit` the seconds of a round's fit."""
+    """What the run writes; `png` is the size of an image where some were generated, `fit` the seconds of a round's
+    fit.
+    """
     stored = {"all": planned.rounds, "best": min(3, planned.rounds), "last": min(2, planned.rounds)}[config.keep_models]
     each = model.height * model.width * PNG if png is None else png
     copied = planned.rounds * planned.kept * (1 + config.training.replay_rounds)  # rows.parquet holds what is learned
@@ -233,13 +236,13 @@ def seconds_at(model: PipelineSize, config: RunConfig, work: ImageWork) -> dict[
     learning = model.dtype if not training.bf16 else "bfloat16"
     times = AGAIN if training.gradient_checkpointing else BACKWARD
     return {
-        "drawing": work.forwards * model.flops / (PEAK[model.dtype] * SHARE),
+        "generating": work.forwards * model.flops / (PEAK[model.dtype] * SHARE),
         "training": work.learned * times * model.flops / (PEAK[learning] * SHARE),
     }
 
 
 def not_tried(model: PipelineSize) -> str:
-    """Why no images are drawn to see how long it takes; empty where they are."""
+    """Why no images are generated to see how long it takes; empty where they are."""
     if model.flops is not None:
         return f"{model.architecture} is not at hand: its sizes are the published ones, and nothing was fetched"
     if model.device == "cpu" and model.parameters > LARGE:
@@ -248,5 +251,5 @@ def not_tried(model: PipelineSize) -> str:
 
 
 def widths(model: PipelineSize) -> tuple[int, ...]:
-    """Images of each prompt that are drawn to see how long it takes; empty: as for text."""
+    """Images of each prompt that are generated to see how long it takes; empty: as for text."""
     return () if model.parameters < SMALL else (1, 2)

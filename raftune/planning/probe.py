@@ -1,6 +1,7 @@
-"""Two prompts, drawn, scored and trained on: what each stage costs for a sample, and before the first.
+"""Two prompts, generated, scored and trained on: what each stage costs for a sample, and before the first.
 
-All of it within a time: where a model or a reward is slow, fewer tokens are drawn, fewer samples scored and fewer rows
+All of it within a time: where a model or a reward is slow, fewer tokens are generated, fewer samples scored and fewer
+rows
 trained on, and the rest is extrapolated. When the time is up the probe is ended wherever it is. What was cut short, and
 what was not measured at all, is said.
 """
@@ -41,11 +42,11 @@ from raftune.training.objectives import chosen_rows, load_objective
 
 FAILED = (ScoreStatus.INVALID, ScoreStatus.ERROR, ScoreStatus.TIMEOUT)
 ASKED = 2
-WIDER = 4  # the second draw is so many times as wide, which tells what a batch costs from what a sample does
+WIDER = 4  # the second sample is so many times as wide, which tells what a batch costs from what a sample does
 SECONDS = 60.0  # that a probe may take, unless it is told otherwise
-BRIEF = 12  # tokens of the draw that tells how long a token takes
+BRIEF = 12  # tokens of the sample that tells how long a token takes
 LEAST = 4  # tokens, and samples to score, below which a trial tells little
-# Of the time: for drawing, for each set of rewards, for log-probabilities, for training. The rest is for loading.
+# Of the time: for generating, for each set of rewards, for log-probabilities, for training. The rest is for loading.
 DRAW, SCORE, LOGP, TUNE = 0.35, 0.1, 0.05, 0.3
 LEARNING = 3  # a forward and a backward pass take about so many times the forward pass
 Tell = Callable[[str], None]
@@ -70,7 +71,7 @@ class ProbeResult:
     """What was measured, filled as it goes: seconds by stage, tokens or bytes of a sample on average, and what a user
     should know. None is what there was no time for; `missing` names it.
 
-    `tokens` is what the samples came to, or would have, had they been drawn to `max_completion_length`. `cut_short`
+    `tokens` is what the samples came to, or would have, had they been generated to `max_completion_length`. `cut_short`
     says what was not measured in full.
     """
 
@@ -174,7 +175,8 @@ def alarm(seconds: float, ring: Callable[[int, FrameType | None], None]) -> Iter
 
 def probe(assembly: Runtime, data: Path, work: Path, trial: ProbeRun, widths: Sequence[int] = ()) -> ProbeResult:
     """Runs each stage's work on two prompts, in `work`; raises what the run itself would. `widths`: how many samples of
-    each are drawn, first and then; without any, K and then four times as many. It is over when the trial's time is."""
+    each are generated, first and then; without any, K and then four times as many. It is over when the trial's time
+    is."""
     found, config = ProbeResult(limit=trial.seconds), assembly.config
     trial.shared = trial.left()
 
@@ -182,7 +184,7 @@ def probe(assembly: Runtime, data: Path, work: Path, trial: ProbeRun, widths: Se
         assembly.policies.release()
     compared = assembly.has_log_probs() and (config.evaluation.kl or config.selection.beta > 0)
     parts = (
-        ("drawing", found.generate, True),
+        ("generating", found.generate, True),
         ("scoring", found.score, True),
         ("scoring of evaluations", found.judge, bool(config.evaluation.reward_funcs)),
         ("log-probabilities", found.logp, compared),
@@ -213,7 +215,7 @@ def try_stages(
         token, _ = timed(lambda: drawn(policy, chunk))
     found.load = trying + max(0.0, cold - token)
     trial.check()
-    tell("probe: drawing")
+    tell("probe: generating")
     with watched() as memory:
         drawn_samples, factor = time_draw(found, policy, prompts, assembly, widths, trial, token / first)
     samples = as_table(drawn_samples, policy)
@@ -302,7 +304,7 @@ def resident(name: str) -> int:
 
 
 def asking(prompts: list[Prompt], number: int, seed: int, batch_size: int) -> Chunk:
-    """A chunk of a training round: what is trained on is drawn."""
+    """A chunk of a training round: what is trained on is generated."""
     seeds = tuple(tuple(derive_seed("probe", seed, prompt.id, k) for k in range(number)) for prompt in prompts)
     return Chunk(0, "0001", "probe", tuple(prompts), seeds, batch_size)
 
@@ -316,10 +318,11 @@ def time_draw(
     trial: ProbeRun,
     single: float,
 ) -> tuple[list[Sample], float]:
-    """The cost of a batch and of a sample, from two draws of different width. Returns the samples of the wider, and how
-    many times as many tokens they would have, had they been drawn to the end.
+    """The cost of a batch and of a sample, from two generations of different width. Returns the samples of the wider,
+    and how
+    many times as many tokens they would have, had they been generated to the end.
 
-    `single`: seconds of one sample, of one token where there are tokens. No draw is begun that would take longer than
+    `single`: seconds of one sample, of one token where there are tokens. No sample is begun that would take longer than
     there is time for, if many samples at once were no faster than one by one.
     """
     sampling = assembly.config.sampling
@@ -374,23 +377,24 @@ def time_draw(
             widths, tokens = widths[:1], int(may() / (spent / brief))
         tokens = min(longest, tokens)
         if tokens <= brief and len(widths) == 1:  # there is no time for more than that
-            trial.cut_short += [f"answers were drawn to {brief} of {longest} tokens"] * (factor > 1)
+            trial.cut_short += [f"answers were generated to {brief} of {longest} tokens"] * (factor > 1)
             return samples, factor
         tokens = max(tokens, min(LEAST, longest))
     seconds: list[float] = []
     for width in widths:
         if seconds and tokens is None and seconds[0] * width / widths[0] > may():
             trial.cut_short.append(
-                f"only {counted(len(samples), 'sample')} {'was' if len(samples) == 1 else 'were'} drawn"
+                f"only {counted(len(samples), 'sample')} {'was' if len(samples) == 1 else 'were'} generated"
             )
             break
         wide, samples = spend(width, tokens)
         seconds.append(wide)
-        # What a token takes beside the prompt, by the two draws of one width; by one of them, where noise denies it.
+        # What a token takes beside the prompt, by the two generations of one width; by one of them, where noise denies
+        # it.
         token = (spent - seconds[0]) / (brief - tokens) if tokens is not None and brief != tokens else 0.0
         factor = enter(seconds, samples, tokens, token if token > 0 else seconds[0] / (tokens or 1))
     if tokens is not None and factor > 1:
-        trial.cut_short.append(f"answers were drawn to {tokens} of {longest} tokens")
+        trial.cut_short.append(f"answers were generated to {tokens} of {longest} tokens")
     return samples, factor
 
 
@@ -571,7 +575,7 @@ def seconds_by_stage(found: ProbeResult, planned: RoundAmounts, assembly: Runtim
     batch = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
     seconds: dict[str, float] = {}
     if found.generate is not None:
-        seconds["drawing"] = (found.load or 0.0) * (2 * rounds + 1) + found.generate.of(planned.samples, batches)
+        seconds["generating"] = (found.load or 0.0) * (2 * rounds + 1) + found.generate.of(planned.samples, batches)
     if found.score is not None:
         seconds["scoring"] = found.score.of(rounds * planned.competing + judged)
         seconds["scoring"] += found.judge.of(judged) if found.judge is not None else 0.0

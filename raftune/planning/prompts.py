@@ -109,7 +109,8 @@ def measure(folder: Path, encoder: Any | None) -> PromptCounts:
 
 
 def lengths_of(path: Path, encoder: Any) -> list[int]:
-    """Tokens of each of the file's prompts, as it is put when drawing. Raises DataError that counts what does not fit.
+    """Tokens of each of the file's prompts, as it is put when generating. Raises DataError that counts what does not
+    fit.
 
     Encoded in batches: a tokenizer's own record of a text is many times larger than the text.
     """

@@ -27,7 +27,7 @@ class PublishedPipeline:
     outputs: float
     guidance: float  # the pipeline's default scale; at most 1 asks the denoiser once a step
     steps: int
-    extra_steps: int = 0  # forwards that the default scheduler adds to a draw
+    extra_steps: int = 0  # forwards that the default scheduler adds to a sample
 
 
 SD1 = PublishedPipeline(

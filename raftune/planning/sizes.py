@@ -103,7 +103,7 @@ def trained_parameters(config: CausalLMPolicy, found: Any, total: int) -> int:
 
 @dataclass(frozen=True)
 class TextMemory:
-    """Bytes at the two peaks, one model in memory at a time: drawing (weights and cache) and training."""
+    """Bytes at the two peaks, one model in memory at a time: generating (weights and cache) and training."""
 
     weights: int
     cache: int
@@ -119,7 +119,7 @@ class TextMemory:
 
 
 def memory(model: ModelFootprint, config: RunConfig, longest_prompt: int, rows: int) -> TextMemory:
-    """The memory with at most `rows` samples to draw at once."""
+    """The memory with at most `rows` samples to generate at once."""
     length = longest_prompt + config.sampling.max_completion_length
     length = min(length, model.context) if model.context else length
     alive = min(config.sampling.batch_size, rows)
@@ -143,7 +143,7 @@ class MeasuredPeak:
 
 @dataclass(frozen=True)
 class MemoryPeaks:
-    """Bytes that drawing and training took in the probe, and what they will take in the run at most; None: not
+    """Bytes that generating and training took in the probe, and what they will take in the run at most; None: not
     known.
     """
 
@@ -161,7 +161,8 @@ def peaks(
     prompt: int,
     rows: int,
 ) -> MemoryPeaks:
-    """What was measured, and, of a language model, what it comes to with `rows` samples to draw, prompts of `prompt`
+    """What was measured, and, of a language model, what it comes to with `rows` samples to generate, prompts of
+    `prompt`
     tokens, and answers of the full length: the cache, the logits and the activations grow, the rest is there."""
     tried_drawing, tried_tuning = drawing.most if drawing else None, training.most if training else None
     run_drawing, run_tuning = tried_drawing, tried_tuning
@@ -212,7 +213,7 @@ def disk(
 ) -> DiskForecast:
     """What the run writes; a family without tokens writes next to nothing for its models.
 
-    `image`: bytes of a sample of a family of images, where some were drawn. `fit`: seconds of a round's fit.
+    `image`: bytes of a sample of a family of images, where some were generated. `fit`: seconds of a round's fit.
     """
     stored = {"all": planned.rounds, "best": min(3, planned.rounds), "last": min(2, planned.rounds)}[config.keep_models]
     one = model.trained * model.trained_weight if model else 0

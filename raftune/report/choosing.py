@@ -31,7 +31,9 @@ class PromptGroup:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutPair:
-    """One held-out prompt and draw, in all rounds; `gain` is the best round's score less the start's, if both exist."""
+    """One held-out prompt and sample, in all rounds; `gain` is the best round's score less the start's, if both
+    exist.
+    """
 
     chunk: int
     prompt_id: str
@@ -51,7 +53,7 @@ def order_groups(groups: Sequence[PromptGroup], most: int) -> list[PromptGroup]:
 
 
 def order_pairs(pairs: Sequence[HeldOutPair], most: int) -> list[HeldOutPair]:
-    """The most instructive held-out draws first: largest gains, largest losses, and by hash, in turn."""
+    """The most instructive held-out samples first: largest gains, largest losses, and by hash, in turn."""
     known = sorted((p for p in pairs if p.gain is not None), key=lambda p: -(p.gain or 0.0))
     by_hash = sorted(pairs, key=lambda p: (p.k, p.prompt_id))
     return first(in_turn(known, known[::-1], by_hash), most, lambda p: (p.prompt_id, p.k))

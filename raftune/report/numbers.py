@@ -88,7 +88,9 @@ def best_of(reader: RunReader, name: str) -> tuple[int, dict[int, ReportValue]]:
 
 
 def guarded(reader: RunReader, which: str, name: str) -> dict[int, ReportValue]:
-    """A number of what each round drew (which: drawn) or learned from (selected), as its guards measured it."""
+    """A number of what each round generated (which: generated) or learned from (selected), as its guards measured
+    it.
+    """
     found = {}
     for round_ in reader.rounds("guard"):
         measured = reader.json(round_, "guard", "metrics.json").get(which)

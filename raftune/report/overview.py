@@ -107,7 +107,7 @@ def figures(found: ReportData) -> list[tuple[str, str]]:
         where = "" if best else f", round {at}"
         pairs.append(("KL to the start", f"{number(kls[at].mean, 2)} <small>nats per answer{where}</small>"))
     kept, drawn = (sum(row.get(name, 0) for row in found.rows) for name in ("kept", "samples"))
-    pairs += [("kept of drawn", f"{kept:,} <small>of {drawn:,}</small>")] if drawn else []
+    pairs += [("kept of generated", f"{kept:,} <small>of {drawn:,}</small>")] if drawn else []
     if found.reader.rounds("guard"):
         pairs.append(("alarms", f'<a href="#alarms">{len(found.document["alarms"])}</a>'))
     return pairs
@@ -236,7 +236,7 @@ LENGTHS = (length_chart, cut_chart, perplexity_chart, entropy_chart)
 
 
 def best_of_chart(found: ReportData) -> str:
-    """The reward of the best of k draws, of the start and of the best round."""
+    """The reward of the best of k samples, of the start and of the best round."""
     best = found.standing.best
     curves = {round_: numbers.curve(found.reader, round_, "best_of_k") for round_ in dict.fromkeys((0, best))}
     lines = [
@@ -249,7 +249,7 @@ def best_of_chart(found: ReportData) -> str:
     title = "Worth of a larger K"
     picture = line_chart(lines, title=title, description=described(lines), x_label="k: best of so many", log_x=True)
     beneath = number_table(lines, "k", label=f"{title}: numbers")
-    caption = f"reward of the best of k draws. {worth(curves[0] or curves[best])}"
+    caption = f"reward of the best of k samples. {worth(curves[0] or curves[best])}"
     return framed("best-of-k", title, caption, picture + folded("Numbers", beneath))
 
 
@@ -268,10 +268,10 @@ def worth(curve: Values) -> str:
 
 
 def selection_charts(found: ReportData) -> str:
-    """What each round drew against what it learned from."""
-    note = "Every round's own training prompts: all that was drawn against what was selected from it."
+    """What each round generated against what it learned from."""
+    note = "Every round's own training prompts: all that was generated against what was selected from it."
     reader = found.reader
-    drawn, kept = (numbers.summarised(reader, f"reward_{which}") for which in ("drawn", "kept"))
+    drawn, kept = (numbers.summarised(reader, f"reward_{which}") for which in ("generated", "kept"))
     charts = [
         chart(found, "selected-reward", "Reward", "mean score", *against(drawn, kept, REWARD)),
         *(
@@ -279,7 +279,7 @@ def selection_charts(found: ReportData) -> str:
             for slug, title, caption, name, colour in (PICTURE_GUARDED if reader.pictured else GUARDED)
         ),
     ]
-    return group("selection", "Drawn against selected", note, *charts)
+    return group("selection", "Generated against selected", note, *charts)
 
 
 GUARDED = (
@@ -291,12 +291,12 @@ GUARDED = (
 
 
 def guarded_lines(found: ReportData, name: str, colour: int) -> list[ChartSeries]:
-    drawn, kept = (numbers.guarded(found.reader, which, name) for which in ("drawn", "selected"))
+    drawn, kept = (numbers.guarded(found.reader, which, name) for which in ("generated", "selected"))
     return against(drawn, kept, colour) if kept else []
 
 
 def against(drawn: Values, kept: Values, colour: int) -> list[ChartSeries]:
-    return [line("drawn", drawn, OTHER, "dashed", "hollow"), line("selected", kept, colour)]
+    return [line("generated", drawn, OTHER, "dashed", "hollow"), line("selected", kept, colour)]
 
 
 # -- times ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The held-out prompts with the same draw in every round: same prompt, same seed, another policy."""
+"""The held-out prompts with the same sample in every round: same prompt, same seed, another policy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Key = tuple[str, int]
 
 
 def compared(reader: RunReader, named: set[str], best: int, album: ImageSet) -> dict[str, Any]:
-    """{shown, of, chosen_by, items}: by prompt and k; draws that are named always among them.
+    """{shown, of, chosen_by, items}: by prompt and k; samples that are named always among them.
 
     Of images also `rounds`, those of which they are shown, and `of_rounds`, how many there are.
     """
@@ -74,7 +74,7 @@ def key_of(sample_id: str) -> Key | None:
 
 
 def pairs_of(reader: RunReader, rounds: list[int], best: int) -> Iterator[HeldOutPair]:
-    """Every held-out draw, as the first round with evaluations has them."""
+    """Every held-out sample, as the first round with evaluations has them."""
     if not rounds:
         return
     start, end = rounds[0], best if best in rounds else rounds[-1]
@@ -89,7 +89,7 @@ def pairs_of(reader: RunReader, rounds: list[int], best: int) -> Iterator[HeldOu
 
 
 def scores_of(reader: RunReader, round_: int, chunk: int) -> dict[Key, float | None]:
-    """The scores of a round's held-out draws; None where there is none."""
+    """The scores of a round's held-out samples; None where there is none."""
     table = reader.chunk(round_, "evaluate/score", chunk, ["prompt_id", "k", "score"])
     if table is None:
         return {}

@@ -89,7 +89,7 @@ class ImageSet:
         """The image as the page holds it; None, and a note, where these bytes are not that image."""
         try:
             if sha256_of_png(png) != name:
-                raise DataError("it has changed since it was drawn")
+                raise DataError("it has changed since it was generated")
             return embed(png, str(place))
         except ConfigError as error:
             self.reader.note("the page", f"images larger than {PIXELATED} pixels cannot be shown: {first_line(error)}")

@@ -126,7 +126,7 @@ def verdicts_of(reader: RunReader, round_: int, prompt_ids: set[str]) -> dict[st
 def samples_of(
     reader: RunReader, round_: int, chunk: int, prompt_ids: set[str], verdicts: Mapping[str, dict[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """The candidates of each of these prompts: the policy's draws, then other sources'."""
+    """The candidates of each of these prompts: the policy's samples, then other sources'."""
     scores = rows_by_sample(reader.chunk(round_, "score", chunk), prompt_ids)
     found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for stage in ("generate", "teach"):

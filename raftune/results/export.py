@@ -59,7 +59,9 @@ def unpaired(group: Sequence[Sample]) -> Iterator[Row]:
 
 
 def sft_tokens(encode: Callable[[list[Prompt]], list[list[int]]]) -> Callable[[Sequence[Sample]], Iterator[Row]]:
-    """input_ids, labels: the kept samples on the exact ids that were drawn, the prompt masked, as SFTTrainer reads."""
+    """input_ids, labels: the kept samples on the exact ids that were generated, the prompt masked, as SFTTrainer
+    reads.
+    """
 
     def rows(group: Sequence[Sample]) -> Iterator[Row]:
         if not kept(group):

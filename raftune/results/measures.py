@@ -111,7 +111,7 @@ def spread(found: Mapping[str, Any] | None, digits: int = 3) -> str:
 
 @dataclass(frozen=True)
 class BestOfK:
-    """The reward of the best of k draws, its interval in words, and the share of the largest K's gain that it has."""
+    """The reward of the best of k samples, its interval in words, and the share of the largest K's gain that it has."""
 
     k: int
     reward: float
@@ -120,7 +120,7 @@ class BestOfK:
 
 
 def best_of_k(metrics: Metrics, name: str = "best_of_k") -> list[BestOfK]:
-    """The curve, k ascending. The gain of k is its reward over that of one draw, as a share of the largest K's.
+    """The curve, k ascending. The gain of k is its reward over that of one sample, as a share of the largest K's.
 
     It is None where the largest K gains nothing: then there is nothing to share.
     """

@@ -297,7 +297,7 @@ def summary(run: RunFolder, config: RunConfig, round_: int) -> str:
         return f"# {config.name}\n\nThe start of this run ({start}): no round of reward-ranked fine-tuning was better."
     asked = read_row(run, round_).get("prompts", config.prompts_per_round)  # fewer where the data has fewer
     return (
-        f"# {config.name}\n\nRound {round_} of reward-ranked fine-tuning (RAFT) of {start}. Each round drew "
+        f"# {config.name}\n\nRound {round_} of reward-ranked fine-tuning (RAFT) of {start}. Each round generated "
         f"{config.sampling.num_generations} {drawn} each of {counted(asked, 'prompt')}, scored them with "
         f"{rewards}, selected by `{config.selection.rule}`, and fine-tuned on what was kept."
     )
@@ -338,7 +338,9 @@ def pipeline_code(out: Path, base: str, denoiser: str) -> str:
 
 
 def drawing_code(policy: Any) -> str:
-    """The call by which the run drew: with other options, the guidance above all, the pipeline draws something else."""
+    """The call by which the run generated: with other options, the guidance above all, the pipeline draws something
+    else.
+    """
     asked = {"text": ['"what it shall show"'], "label": ["class_labels=[0]"]}.get(policy.blank.takes, [])
     known = inspect.signature(policy.blank.pipe.__call__).parameters
     dials = {name: getattr(policy.call, name) for name in DIALS if name in known}

@@ -26,7 +26,9 @@ Floats = npt.NDArray[np.float64]
 
 
 class TrainerSampleStats:
-    """What a round drew, summed up chunk by chunk: memory grows with the number of samples, not with their texts."""
+    """What a round generated, summed up chunk by chunk: memory grows with the number of samples, not with their
+    texts.
+    """
 
     def __init__(self, run: RunFolder, round_: int, encoder: Any) -> None:
         self._folders = {name: run.folder(round_, name) for name in ("plan", "generate", "score", "logp", "logp-start")}
@@ -91,7 +93,7 @@ class TrainerSampleStats:
         self.tokens += int(lengths.sum()) + read
 
     def _add_divergence(self, chunk: int) -> None:
-        """KL to the start, nats an answer; known while drawing where `beta` asks for it."""
+        """KL to the start, nats an answer; known while generating where `beta` asks for it."""
         ours, start = (self._folders[name] / chunk_file(chunk) for name in ("logp", "logp-start"))
         if ours.is_file():
             score = read_table(self._folders["score"] / chunk_file(chunk), ["source"])

@@ -81,7 +81,7 @@ def is_input(run: RunFolder, round_: int, stage: str, name: str) -> bool:
 
 
 def read_drawn(path: Path) -> pa.Table:
-    """What was drawn, without the columns that only the policy reads."""
+    """What was generated, without the columns that only the policy reads."""
     wanted = ("completion", "completion_ids", "finish", "image_sha256")
     names = [name for name in wanted if name in column_names(path)]
     return read_table(path, [*IDENTITY, *names])

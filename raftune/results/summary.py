@@ -97,7 +97,7 @@ def row_of(round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], 
         found = metrics[key].get("mean") if isinstance(metrics[key], Mapping) else metrics[key]
         if key.startswith(OWN) and found is not None:
             row[key] = found
-    for key in ("samples", "kept", "prompts", "nothing_to_rank", "clipped_kept", "reward_drawn", "reward_kept"):
+    for key in ("samples", "kept", "prompts", "nothing_to_rank", "clipped_kept", "reward_generated", "reward_kept"):
         if summary.get(key) is not None:
             row[key] = summary[key]
     if seconds is not None:
@@ -127,7 +127,7 @@ def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Summa
         SummaryColumn(
             "best_of_k",
             f"best of {max(ks, default=0)}",
-            "the reward of the best of so many draws: the headroom",
+            "the reward of the best of so many samples: the headroom",
             number("best_of_k"),
         ),
         SummaryColumn("held_out", judge, "held out: a reward that is never trained on", number("held_out")),
@@ -162,7 +162,7 @@ def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Summa
             "clipped_kept", "cut off", "share of the kept answers that were cut off", percentage("clipped_kept")
         ),
         SummaryColumn(
-            "kept", "kept", "samples trained on, of those drawn", lambda row: f"{row['kept']}/{row['samples']}"
+            "kept", "kept", "samples trained on, of those generated", lambda row: f"{row['kept']}/{row['samples']}"
         ),
         SummaryColumn("seconds", "time", "of this round", lambda row: duration(row["seconds"])),
     ]

@@ -28,7 +28,9 @@ class Backbone:
     said: tuple[str, ...]
 
     def load(self) -> Any:
-        """The model in float32 or bfloat16 with one output; a new head is drawn from the seed. Raises ModelError."""
+        """The model in float32 or bfloat16 with one output; a new head is generated from the seed. Raises
+        ModelError.
+        """
         torch.manual_seed(self.config.seed)
         try:
             with quiet():

@@ -22,7 +22,7 @@ def pictures(completions: list[Any], name: str) -> list[Any]:
         if not is_image(completion):
             raise RewardError(
                 f"reward {name!r} scores images, and a completion is of type {type(completion).__name__}. Use a "
-                "reward for texts, or draw from a policy that makes images."
+                "reward for texts, or generate from a policy that makes images."
             )
     return [completion if completion.mode == "RGB" else completion.convert("RGB") for completion in completions]
 

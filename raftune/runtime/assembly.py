@@ -377,7 +377,7 @@ class Runtime:
         """Lets go of what the configuration does not keep once a round is done; COMMITs stay, and so do all samples.
 
         Of rounds that `keep_models` does not keep, the weights; with `keep_latents: selected`, the latents of what was
-        drawn: those of what was kept lie in rows/, from which later rounds may replay them.
+        generated: those of what was kept lie in rows/, from which later rounds may replay them.
         """
         keep = {"all": range(round_ + 1), "best": (round_, best), "last": (round_,)}
         for number in range(1, round_):

@@ -63,7 +63,9 @@ OPTIMIZERS = {
 
 
 def training(assembly: Runtime) -> Iterator[str]:
-    """What transformers' Trainer would refuse after a round was drawn and scored: a name, a type, a missing package."""
+    """What transformers' Trainer would refuse after a round was generated and scored: a name, a type, a missing
+    package.
+    """
     config = assembly.config
     if config.policy.family not in ("causal_lm", "diffusion") or not config.num_rounds:
         return
@@ -139,7 +141,9 @@ def likelihood(assembly: Runtime) -> Iterator[str]:
 
 
 def selection(assembly: Runtime) -> Iterator[str]:
-    """Rules that no draw can satisfy; one of the user's own is loaded, which raises ConfigError where it cannot be."""
+    """Rules that no sample can satisfy; one of the user's own is loaded, which raises ConfigError where it cannot
+    be.
+    """
     load_rule(assembly.config.selection)
     load_backend(assembly.config.sampling)
     if assembly.config.sampling.backend != "auto" and not hasattr(assembly.family, "choose_backend"):
@@ -200,7 +204,7 @@ def guards(assembly: Runtime) -> Iterator[str]:
     }
     for what, names in about.items():
         for name in sorted({*chosen.stop_on} & {*names}):
-            yield f"guards.stop_on: {name} is about {what}, and policy.family: {family} draws none. Leave it out."
+            yield f"guards.stop_on: {name} is about {what}, and policy.family: {family} generates none. Leave it out."
     if "part_dominates" in chosen.stop_on and len([weight for weight in assembly.factors().values() if weight]) < 2:
         yield "guards.stop_on: part_dominates needs two rewards that count; got fewer. Add one, or leave it out."
     if "kl_beyond_budget" in chosen.stop_on and not assembly.has_log_probs():
@@ -221,7 +225,7 @@ def pictures(assembly: Runtime) -> Iterator[str]:
             yield f"selection.{name} is about lengths, and an image has none; got {given}. Leave it out."
     if config.evaluation.features is not None and assembly.family.media != "image":
         yield (
-            f"evaluation.features compares images, and policy.family: {family} draws none; got "
+            f"evaluation.features compares images, and policy.family: {family} generates none; got "
             f"{config.evaluation.features!r}. Leave it out."
         )
     if config.keep_latents == "selected" and LATENTS not in assembly.family.payload.names:

@@ -39,7 +39,7 @@ VERBS = {
     "teacher": "checking the teacher",
     "parity": "checking how the model generates",
     "plan": "planning",
-    "generate": "drawing",
+    "generate": "generating",
     "teach": "asking the teacher",
     "score": "scoring",
     "logp": "log-probabilities",
@@ -49,13 +49,13 @@ VERBS = {
     "train": "training",
     "evaluate": "measuring",
     "evaluation plan": "planning the evaluation",
-    "evaluation generate": "drawing held-out answers",
+    "evaluation generate": "generating held-out answers",
     "evaluation score": "scoring held-out answers",
     "evaluation judge": "held-out rewards",
     "evaluation logp": "log-probabilities, held out",
     "evaluation logp-start": "log-probabilities of the start, held out",
     "evaluation reference": "log-probabilities of reference answers",
-    "guard": "guarding",
+    "guard": "checking for alarms",
 }
 BEGINNING = (0, "data")  # the first stage of a run
 SOON = 3.0  # seconds of a stage after which a line names it, where there is no bar

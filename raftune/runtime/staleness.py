@@ -140,7 +140,8 @@ def refuse_dropped(assembly: Runtime, chosen: dict[Place, Stage], redo: str) -> 
         for source in (source_of(read, round_) for read in getattr(stage, "whole", ())):
             if source not in chosen and (gone := assembly.run.dropped_columns(*source)):
                 raise StoreError(
-                    f"{stage.name} of round {round_} cannot be redone: of what was drawn in it the {', '.join(gone)} "
+                    f"{stage.name} of round {round_} cannot be redone: of what was generated in it the "
+                    f"{', '.join(gone)} "
                     "were dropped (keep_latents), but for those of the samples that were kept then. Draw it again, "
                     f"which gives the same: --from {redo},{round_}/{source[1]}"
                 )

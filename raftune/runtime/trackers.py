@@ -158,7 +158,7 @@ def check_installed(names: Sequence[str]) -> None:
 
 @dataclass
 class TrackerSampleStats:
-    """What a round drew, summed up chunk by chunk: the policy's own samples, without a teacher's and without
+    """What a round generated, summed up chunk by chunk: the policy's own samples, without a teacher's and without
     columns.
     """
 

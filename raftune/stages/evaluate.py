@@ -1,4 +1,4 @@
-"""Stage `evaluate`: numbers about the round's policy, from held-out samples that were drawn and scored before."""
+"""Stage `evaluate`: numbers about the round's policy, from held-out samples that were generated and scored before."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class EvaluateStage:
             yield pa.concat_tables(read_table(inputs[self.references] / chunk_file(chunk)) for chunk in chunks)
 
     def samples(self, inputs: StageInputs) -> pa.Table:
-        """One row a sample: what was drawn, its scores, `held_out/…` scores, and `log_prob`, `log_prob_start`.
+        """One row a sample: what was generated, its scores, `held_out/…` scores, and `log_prob`, `log_prob_start`.
 
         Where there are `features`, `features_start` are those of the start's sample of the same prompt and seed.
         """

@@ -136,7 +136,7 @@ def adopted(policy: Policy, chunk: Chunk, prompt: Prompt, k: int, column: str) -
 
 
 class TeacherStage:
-    """One shard a chunk: a teacher's answers, encoded as if the policy had drawn them; numbered after its own."""
+    """One shard a chunk: a teacher's answers, encoded as if the policy had generated them; numbered after its own."""
 
     local = False
     name = writes = "teach"

@@ -1,4 +1,4 @@
-"""Stage `guard`: what a round drew against what it kept, and what a person should look at."""
+"""Stage `guard`: what a round generated against what it kept, and what a person should look at."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class GuardStage:
-    """metrics.json, of what was drawn and of what was selected, and alarms.json: evidence, with samples to look at.
+    """metrics.json, of what was generated and of what was selected, and alarms.json: evidence, with samples to look at.
 
     `judged` are the folders of the held-out samples, besides their scores: "generate", "judge", "logp" and
     "logp-start".
@@ -73,7 +73,7 @@ class GuardStage:
             held_out=judged_samples(inputs, self.judged, texts=self.texts) if self.judged else None,
             earlier=[judged_samples(inputs, ("judge",), r) for r in range(self.round)] if self.judge else [],
             judge=self.judge,
-            first=read_json(inputs["guard@1"] / "metrics.json")["drawn"] if self.round > 1 else None,
+            first=read_json(inputs["guard@1"] / "metrics.json")["generated"] if self.round > 1 else None,
             losses=read_json(inputs["model"] / "training.json")["losses"],
         )
         sets = self.examiner.measures(evidence)
@@ -101,7 +101,7 @@ class GuardStage:
         return table.append_column("control", pa.array(self.control(table)))
 
     def control(self, table: pa.Table) -> npt.NDArray[np.bool_]:
-        """(N,) as many of the policy's own draws of each prompt as were kept of it, whatever they scored."""
+        """(N,) as many of the policy's own samples of each prompt as were kept of it, whatever they scored."""
         own = pc.equal(table.column("source"), "policy").to_numpy(zero_copy_only=False)
         groups = numbers_of(table.column("prompt_id"))
         return as_many(groups, own, np.bincount(groups, weights=table.column("weight").to_numpy() > 0).astype(np.int64))
@@ -133,7 +133,7 @@ def completions_in(path: Path) -> list[str]:
 
 
 def as_many(groups: Ints, own: npt.NDArray[np.bool_], counts: Ints) -> npt.NDArray[np.bool_]:
-    """(N,) of each prompt its first counts[prompt] own draws: as good as chosen by chance, whatever they scored."""
+    """(N,) of each prompt its first counts[prompt] own samples: as good as chosen by chance, whatever they scored."""
     place = np.full(len(groups), np.iinfo(np.int64).max)
     rows = np.flatnonzero(own)
     rows = rows[np.argsort(groups[rows], kind="stable")]

@@ -58,6 +58,6 @@ class LogProbsStage:
 
 
 def noted(policy: SupportsLogProbs, samples: pa.Table, by: str) -> FloatArray:
-    """(N,) what the model of round `by` noted of its own draws, which spares a pass over them; NaN for all others."""
+    """(N,) what the model of round `by` noted of its own samples, which spares a pass over them; NaN for all others."""
     own = np.array([version == by for version in samples.column("version").to_pylist()])
     return np.where(own, policy.recorded_log_probs(samples), np.nan)

@@ -1,4 +1,4 @@
-"""Stage `prompts`: whether the start model can read every prompt, asked before anything is drawn."""
+"""Stage `prompts`: whether the start model can read every prompt, asked before anything is generated."""
 
 from __future__ import annotations
 

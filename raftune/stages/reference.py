@@ -30,7 +30,8 @@ EMPTY = "the answer is empty"
 class ReferenceStage:
     """One shard a chunk, a row a prompt: `reference_log_prob`, nats of its reference answer, and the answer's `tokens`.
 
-    The answer is encoded as if the policy had drawn it, the prompt put as it is when drawing. Where it is empty or
+    The answer is encoded as if the policy had generated it, the prompt put as it is when generating. Where it is empty
+    or
     unfit for the model, both are null and `detail` says why.
     """
 

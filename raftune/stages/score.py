@@ -25,7 +25,7 @@ METRICS = "metrics"  # in a shard's metadata: what rewards gave to log_metric, a
 
 
 class ScoreStage:
-    """One shard a chunk, row for row beside what was drawn (and what a teacher gave)."""
+    """One shard a chunk, row for row beside what was generated (and what a teacher gave)."""
 
     def __init__(
         self,

@@ -44,7 +44,8 @@ Bools = npt.NDArray[np.bool_]
 class SelectStage:
     """verdicts.parquet, one row a sample, and summary.json: what was kept; which prompts yielded nothing, and why.
 
-    With `num_generations` only the policy's first so many draws of each prompt take part, as if no more had been drawn.
+    With `num_generations` only the policy's first so many samples of each prompt take part, as if no more had been
+    generated.
     """
 
     name = writes = "select"
@@ -161,7 +162,7 @@ class SelectStage:
             "nothing_to_rank": len(nothing_to_rank(candidates, verdicts)),
             "clipped_drawn": _mean(cut),
             "clipped_kept": _mean(cut[chosen]),
-            "reward_drawn": _mean(scores),
+            "reward_generated": _mean(scores),
             "reward_kept": _mean(scores[chosen]),
             "reward_std": float(np.nanstd(scores)) if np.isfinite(scores).any() else None,
             "reasons": dict(sorted(reasons.items())),
@@ -197,7 +198,9 @@ def contents(path: Path) -> npt.NDArray[np.uint64]:
 
 
 def first_draws(samples: pa.Table, num_generations: int | None) -> npt.NDArray[np.int64]:
-    """The rows of each prompt's first so many draws by the policy (None: of all of them), and of all other answers."""
+    """The rows of each prompt's first so many samples by the policy (None: of all of them), and of all other
+    answers.
+    """
     if num_generations is None:
         return np.arange(samples.num_rows)
     drawn = pc.equal(samples.column("source"), "policy").to_numpy(zero_copy_only=False)
@@ -231,7 +234,7 @@ def refuse_failures(scores: Iterable[pa.Table], limit: float) -> None:
         whole = ", ".join(f"{n} {why}" for why, n in invalid.most_common(3))
         raise ModelError(
             f"all {invalid.total()} samples of the round are invalid ({whole}): there is nothing to learn from. Mend "
-            "the policy or how it is drawn, and run `raftune resume RUN --from generate`."
+            "the policy or how it is generated, and run `raftune resume RUN --from generate`."
         )
     if total and sum(failed.values()) > limit * total:
         counts = ", ".join(f"{n} {status}" for status, n in sorted(failed.items()))

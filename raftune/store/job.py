@@ -131,7 +131,7 @@ def run_chunk(job: StageJob, stage: ChunkedStage, index: int) -> JournalEntry:
                 raise
             write_json(job.run.tmp, revision, {"batch_size": error.batch_size // 2, "key": job.key})
             notes += (
-                f"chunk {index}: out of memory at batch {error.batch_size}; drawn again at {error.batch_size // 2}",
+                f"chunk {index}: out of memory at batch {error.batch_size}; generated again at {error.batch_size // 2}",
             )
 
 

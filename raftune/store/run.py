@@ -240,7 +240,7 @@ class RunFolder:
         return [f"{folder} was made from another {read} than the one on disk" for read in gone]
 
     def supersede(self, round_: int, name: str) -> None:
-        """Moves a stage aside, to superseded/: nothing that was drawn is ever deleted.
+        """Moves a stage aside, to superseded/: nothing that was generated is ever deleted.
 
         Stages in folders below it stay. Its COMMIT goes first, so that a kill leaves a stage that is not committed.
         """

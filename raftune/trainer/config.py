@@ -164,10 +164,10 @@ class RaftConfig(BorrowedArguments, TrainingArguments):  # type: ignore[misc]
         },
     )
     keep_models: str = field(default="all", metadata={"help": "Models of older rounds to keep: all, best or last."})
-    workers: int = field(default=1, metadata={"help": "Local processes that draw; 1 is this process alone."})
-    # -- the draw --
-    num_generations: int = field(default=8, metadata={"help": "K, answers drawn for each prompt."})
-    max_completion_length: int = field(default=512, metadata={"help": "Tokens drawn at most."})
+    workers: int = field(default=1, metadata={"help": "Local processes that generate; 1 is this process alone."})
+    # -- the generation --
+    num_generations: int = field(default=8, metadata={"help": "K, answers generated for each prompt."})
+    max_completion_length: int = field(default=512, metadata={"help": "Tokens generated at most."})
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits; 0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus; 1 is off."})
     top_k: int = field(default=0, metadata={"help": "Only the k likeliest tokens; 0 is off."})
@@ -176,7 +176,7 @@ class RaftConfig(BorrowedArguments, TrainingArguments):  # type: ignore[misc]
     )
     repetition_penalty: float = field(default=1.0, metadata={"help": "1 is off."})
     generation_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Anything else `generate` takes; the draw then goes through `generate`."}
+        default=None, metadata={"help": "Anything else `generate` takes; the generation then goes through `generate`."}
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "For the chat template."})
     # -- the model --

@@ -116,7 +116,8 @@ class RoundTracker:
         self.worked = False  # whether anything had to be done
         self.resumed = 0  # rounds that were found done
         self._live = False
-        self.notes: dict[str, None] = {}  # what a user should know about prompts and how answers were drawn, each once
+        # what a user should know about prompts and how answers were generated, each once
+        self.notes: dict[str, None] = {}
 
     def __call__(self, kind: str, facts: dict[str, Any]) -> None:
         if follow := getattr(self, f"_on_{kind}", None):

@@ -41,7 +41,7 @@ logger = logging.getLogger("raftune")
 
 
 class RaftTrainer(TransformersTrainerMixin):
-    """Reward-ranked fine-tuning of a language model: each round draws K answers a prompt, and learns from the best.
+    """Reward-ranked fine-tuning of a language model: each round generates K answers a prompt, and learns from the best.
 
     The arguments are GRPOTrainer's. A model given as an object is never changed: `trainer.model` is the trained one.
     The

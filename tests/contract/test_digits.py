@@ -100,7 +100,7 @@ def test_a_dial_that_the_family_does_not_have_is_refused(tmp_path: Path) -> None
 
 
 def test_other_code_of_the_family_is_another_run(tmp_path: Path) -> None:
-    """The file enters the keys: what another version drew is not gone on with in silence."""
+    """The file enters the keys: what another version generated is not gone on with in silence."""
     own = tmp_path / "family.py"
     own.write_text((EXAMPLE / "family.py").read_text().replace("epochs=60", "epochs=1"))
     mine = {"policy": {"family": f"{own}:Digits"}, "num_rounds": 0}

@@ -38,7 +38,7 @@ class Crashing(Dressed):
         if told("raise"):
             raise RuntimeError("broken")
         if told("refuse"):
-            raise DataError(f"chunk {chunk.index} cannot be drawn")
+            raise DataError(f"chunk {chunk.index} cannot be generated")
         return super().generate(chunk)
 
 

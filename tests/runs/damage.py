@@ -431,7 +431,9 @@ def warm_up(kind: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=300)
-    parser.add_argument("--commands", type=int, default=4, help="drawn for each damage; 0: the six, all files in turn")
+    parser.add_argument(
+        "--commands", type=int, default=4, help="generated for each damage; 0: the six, all files in turn"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=list(KINDS), action="append")
     parser.add_argument("--json", action="store_true")

@@ -1,4 +1,4 @@
-"""A family of images without a network: images drawn from six numbers, which a fit moves towards what was kept.
+"""A family of images without a network: images generated from six numbers, which a fit moves towards what was kept.
 
     policy: {family: "tests.runs.sketches:Sketcher", options: {size: 16}}
 
@@ -35,7 +35,8 @@ NARROWEST = 0.05  # of the spread that a fit may come to
 class Sketcher:
     """A disc of one colour on another: six numbers z ~ N(mean, std²), shifted by the prompt; a fit takes the winners'.
 
-    options: `size` in pixels; `mean` and `std` of the start, a number each; `broken`, the share of draws that are flat,
+    options: `size` in pixels; `mean` and `std` of the start, a number each; `broken`, the share of samples that are
+    flat,
     and `lost`, of those that are no image at all; `step`, how far a fit goes towards what was kept.
     """
 

@@ -68,7 +68,7 @@ def config(root: Path, model: Path, kind: Kind, **sections: Any) -> dict[str, An
 
 
 def plainly(pipe: Any, kind: Kind, prompt: Any, seed: int) -> Image.Image:
-    """What the pipeline draws by itself for this prompt and seed."""
+    """What the pipeline samples by itself for this prompt and seed."""
     pipe.set_progress_bar_config(disable=True)
     given: dict[str, Any] = {"num_inference_steps": 2, "generator": [torch.Generator("cpu").manual_seed(seed)]}
     if kind == "dit":

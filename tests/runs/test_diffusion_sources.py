@@ -67,7 +67,7 @@ def test_a_person_s_pictures_and_a_teacher_s_are_ranked_beside_the_policy_s_own(
 
 
 def test_a_teacher_that_cannot_be_tuned_can_teach(model: Path, tmp_path: Path) -> None:
-    """Its sampler has no known loss, and it is only drawn from."""
+    """Its sampler has no known loss, and it is only generated from."""
     teacher = save_tiny("sd", tmp_path / "teacher", seed=3)
     scheduler = teacher / "scheduler/scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"timestep_type": "continuous"}))
@@ -116,7 +116,7 @@ def test_frozen_parts_are_read_once_and_each_prompt_is_encoded_once(
     run(config(tmp_path / "run", model, "sd", prompts_per_round=8), objects())
     assert read == [model.resolve()] * 2, "once to check the start, and once for all rounds"
     captions = [text for text in encoded if text in CAPTIONS]
-    assert sorted(captions) == sorted(CAPTIONS), "two rounds of drawing, training and judging read each of them once"
+    assert sorted(captions) == sorted(CAPTIONS), "two rounds of generating, training and judging read each of them once"
 
 
 def test_a_batch_too_large_for_the_device_is_halved_and_the_bytes_do_not_tell(
@@ -145,11 +145,11 @@ def test_a_batch_too_large_for_the_device_is_halved_and_the_bytes_do_not_tell(
     drawn = [shard(tmp_path / name, "generate") for name in ("small", "large")]
     assert drawn[0] == drawn[1]
     events = (tmp_path / "large/events.jsonl").read_text()
-    assert "drawn again at 4" in events and "drawn again at 2" in events
+    assert "generated again at 4" in events and "generated again at 2" in events
 
 
 def test_a_round_can_be_evaluated_and_compared_on_the_same_seeds(model: Path, tmp_path: Path) -> None:
-    """What an evaluation draws of a round is what the run itself drew of it, image by image."""
+    """What an evaluation generates of a round is what the run itself generated of it, image by image."""
     reward = tmp_path / "reward.py"
     reward.write_text(
         "import numpy as np\n"

@@ -162,7 +162,7 @@ def test_a_published_pipeline_loads_as_its_card_says(model: Path, tmp_path: Path
     assert "pipeline_tag: text-to-image" in card
     assert str(tmp_path) not in card
     assert f"(RAFT) of the model in the folder `{model.name}`" in card
-    assert "height=16, width=16, num_inference_steps=2, guidance_scale=1.0" in card, "as the run drew"
+    assert "height=16, width=16, num_inference_steps=2, guidance_scale=1.0" in card, "as the run generated"
     names: dict[str, Any] = {}
     exec(snippet(out / "README.md").replace("FOLDER", str(out)), names)
     assert names["image"].size == (SIZE, SIZE)

@@ -25,7 +25,7 @@ NOT_COMPARED = ("tmp", "LOCK", "events.jsonl", "environment.json", "report.html"
 
 
 def rare(root: Path, **changes: Any) -> Any:
-    """One draw a round, which is kept if it is the fourth or fifth answer: by this seed some rounds keep nothing."""
+    """One sample a round, which is kept if it is the fourth or fifth answer: by this seed some rounds keep nothing."""
     base: dict[str, Any] = {
         "num_rounds": 5,
         "prompts_per_round": 1,

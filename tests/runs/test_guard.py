@@ -99,10 +99,10 @@ def test_every_round_but_the_start_is_measured_and_judged(finished: Path) -> Non
     folder = RunFolder(finished)
     assert [r for r in folder.rounds() if folder.commit(r, "guard") is not None] == [1, 2, 3]
     sets = json.loads((folder.folder(1, "guard") / "metrics.json").read_text())
-    assert set(sets["drawn"]) == {"samples", "reward", "rewards/loud", "rewards/even"}
-    assert (sets["drawn"]["samples"], sets["selected"]["samples"]) == (LABELS * 4, LABELS)
+    assert set(sets["generated"]) == {"samples", "reward", "rewards/loud", "rewards/even"}
+    assert (sets["generated"]["samples"], sets["selected"]["samples"]) == (LABELS * 4, LABELS)
     summary = json.loads((folder.folder(1, "select") / "summary.json").read_text())
-    assert sets["drawn"]["reward"] == pytest.approx(summary["reward_drawn"])
+    assert sets["generated"]["reward"] == pytest.approx(summary["reward_generated"])
     assert sets["selected"]["reward"] == pytest.approx(summary["reward_kept"])
     assert verify(finished) == []
 
@@ -215,7 +215,7 @@ def test_a_teacher_s_answers_are_kept_and_are_no_draws_of_the_policy(tmp_path: P
     root = tmp_path / "run"
     run(tiny.config(root, **tiny.EVERYTHING), tiny.objects())
     sets = json.loads((root / "round-0001/guard/metrics.json").read_text())
-    assert sets["drawn"]["samples"] == 8 * 4
+    assert sets["generated"]["samples"] == 8 * 4
 
 
 @pytest.mark.parametrize(

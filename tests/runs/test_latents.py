@@ -69,8 +69,8 @@ def test_verify_finds_all_whole_and_says_what_is_not_there(finished: Path, capsy
     assert verify(finished / "selected") == []
     assert main(["verify", str(finished / "selected")]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "not here on purpose: the latents of what was drawn and not kept of round 1, 2" in said
-    assert "--from ROUND/generate` draws the same again" in said
+    assert "not here on purpose: the latents of what was generated and not kept of round 1, 2" in said
+    assert "--from ROUND/generate` generates the same again" in said
 
 
 def test_damage_after_it_is_seen(finished: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The whole loop, from the plan to the fitted model, against laws that are known in closed form.
 
-Every prompt is the same label, so that a round's winners are independent draws from one law. Bounds are 5.3 standard
+Every prompt is the same label, so that a round's winners are independent generates from one law. Bounds are 5.3
+standard
 errors of the compounded sampling error (1e-7 a comparison) and an allowance for its curvature, of order 1/winners.
 """
 
@@ -91,7 +92,7 @@ def test_drawing_below_temperature_one_collapses_by_its_law_without_any_reward(t
 
 
 def test_kl_regularised_ranking_settles_at_its_fixed_point_when_steps_are_damped(tmp_path: Path) -> None:
-    """Within 0.46·step of it, and the noise of a walk that is drawn back by `step` a round."""
+    """Within 0.46·step of it, and the noise of a walk that is generated back by `step` a round."""
     start, r, beta, step, winners, rounds = np.full(4, 0.25), np.arange(4) / 3, 0.5, 0.1, 400, 40
     beta_and_step = {"selection": {"beta": beta}, "policy": {"step": step}}
     found = fitted(tmp_path / "run", winners, rounds, 4, p=start, r=r, **beta_and_step)

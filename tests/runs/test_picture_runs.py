@@ -91,7 +91,7 @@ def test_a_run_that_saturates_its_pictures_raises_the_alarm(vivid: Path, capsys:
     assert "saturation_drifts" in found
     assert found["saturation_drifts"]["samples"]
     said = called(capsys, "alarms", str(vivid), "-n", "1")
-    assert "What was kept is much more saturated than what was drawn" in said
+    assert "What was kept is much more saturated than what was generated" in said
     assert ".png 16×16" in said
 
 
@@ -243,7 +243,7 @@ def test_other_tools_read_the_pictures_unaided(vivid: Path, tmp_path: Path) -> N
 
 
 def test_pictures_of_a_column_join_the_pool(tmp_path: Path) -> None:
-    """A file's bytes, as a data set of one's own may hold them, compete with what is drawn."""
+    """A file's bytes, as a data set of one's own may hold them, compete with what is generated."""
     source = pq.read_table(_drawn(tmp_path), columns=["completion"]).column("completion").to_pylist()
     prompts = captions(8).append_column("human", pa.array(source[:8], pa.binary()))
     sampling = {"num_generations": 2, "chunk_size": 4, "candidate_columns": ["human"]}

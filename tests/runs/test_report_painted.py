@@ -113,7 +113,7 @@ def test_more_pictures_than_the_page_may_hold_are_left_out_and_counted(
         assert sample["completion"] is None or sample["completion"]["image"] in part["images"]
 
 
-@pytest.mark.parametrize(("renamed", "why"), [(False, "it has changed since it was drawn"), (True, "it is no PNG")])
+@pytest.mark.parametrize(("renamed", "why"), [(False, "it has changed since it was generated"), (True, "it is no PNG")])
 def test_a_picture_that_is_damaged_is_named_and_the_others_are_shown(copy: Path, renamed: bool, why: str) -> None:
     whole = collect(copy).document
 

@@ -217,7 +217,7 @@ def test_tokens_are_those_drawn_behind_the_prompt_as_it_is_tuned_on(folder: Path
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     expected = []
     for row in tuned:
-        prompt = tokenizer(row["prompt"])["input_ids"]  # without the system prompt, which is for drawing only
+        prompt = tokenizer(row["prompt"])["input_ids"]  # without the system prompt, which is for generating only
         expected.append((prompt + row["completion_ids"], [-100] * len(prompt) + row["completion_ids"]))
     assert sorted((row["input_ids"], row["labels"]) for row in rows(tmp_path / "a.jsonl")) == sorted(expected)
 

@@ -70,7 +70,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def samples(run: Path) -> list[Any]:
-    """What was drawn, decided and learned in every round, and the weights that came of it."""
+    """What was generated, decided and learned in every round, and the weights that came of it."""
     found: list[Any] = []
     for path in sorted(run.glob("round-*/generate/chunk-*.parquet")):
         found.append(read_table(path).select(["sample_id", "seed", "completion", "completion_ids"]).to_pylist())

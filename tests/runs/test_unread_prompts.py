@@ -1,4 +1,4 @@
-"""Prompts that a model cannot read are refused before anything is drawn, by their row; what is cut is said once."""
+"""Prompts that a model cannot read are refused before anything is generated, by their row; what is cut is said once."""
 
 from __future__ import annotations
 

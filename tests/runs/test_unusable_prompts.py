@@ -1,4 +1,6 @@
-"""A prompt that a language model cannot take is named by its row before anything is drawn, or left out on record."""
+"""A prompt that a language model cannot take is named by its row before anything is generated, or left out on
+record.
+"""
 
 from __future__ import annotations
 

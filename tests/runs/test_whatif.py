@@ -1,4 +1,6 @@
-"""Deciding again over what a run drew: the run's own settings give its own bytes, others what a redo would give."""
+"""Deciding again over what a run generated: the run's own settings give its own bytes, others what a redo would
+give.
+"""
 
 from __future__ import annotations
 
@@ -199,7 +201,7 @@ def test_the_first_draws_are_what_a_run_with_a_smaller_k_draws_and_keeps(
     for file_ in ("verdicts.parquet", "summary.json"):
         where = f"round-0001/select/{file_}"
         assert (root / "whatif/k2" / where).read_bytes() == (fewer / where).read_bytes()
-    assert "which draws again" in found.redo
+    assert "which generates again" in found.redo
     assert found.redo.endswith("--sampling.num_generations 2 --from plan")
 
 
@@ -208,7 +210,7 @@ def test_a_smaller_k_leaves_the_answers_of_others_in_the_pool(copy: Copy) -> Non
     reselect(root, {"sampling.num_generations": 1}, name="k1")
     rows = pq.read_table(root / "whatif/k1/round-0001/select/verdicts.parquet").to_pylist()
     per_prompt = len(rows) / len({row["prompt_id"] for row in rows})
-    assert per_prompt == 1 + 1 + 2  # one draw, a human's answer, two of the teacher's
+    assert per_prompt == 1 + 1 + 2  # one sample, a human's answer, two of the teacher's
     assert {row["k"] for row in rows if row["source"] == "policy"} == {0}
 
 
@@ -352,7 +354,7 @@ def test_a_reward_whose_code_has_changed_is_not_mixed_into_older_scores(copy: Co
 def test_scores_of_draws_that_are_no_more_are_not_selected_from(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     rescore(root, file(rewards, "other"))
-    resume(root, without_rewards(), redo="2/score")  # the same draws: the scores still hold
+    resume(root, without_rewards(), redo="2/score")  # the same samples: the scores still hold
     assert reselect(root, {}, scores="other", dry_run=True).rounds == [1, 2]
     shorter = plain(root, rewards, sampling={"num_generations": 3})
     run(shorter, without_rewards(), redo="1/plan")
@@ -480,8 +482,11 @@ BAD: dict[str, tuple[Callable[[Path], WhatIfResult], str]] = {
     "no reward": (lambda root: rescore(root, {}), "needs --rewards.reward_funcs; got none. Write"),
     "a rule": (lambda root: rescore(root, {"selection.m": 2}), "`raftune select` changes the rule"),
     "a reward": (lambda root: reselect(root, {"rewards.retries": 2}), "`raftune rescore` changes the reward"),
-    "a round": (lambda root: reselect(root, {"num_rounds": 2}), "what else changes needs new draws"),
-    "more draws": (lambda root: reselect(root, {"sampling.num_generations": 9}), "at most 4, which round 1 drew"),
+    "a round": (lambda root: reselect(root, {"num_rounds": 2}), "what else changes needs new samples"),
+    "more samples": (
+        lambda root: reselect(root, {"sampling.num_generations": 9}),
+        "at most 4, which round 1 generated",
+    ),
     "a percentage": (
         lambda root: reselect(root, {"selection.rule": "top_fraction", "selection.keep_fraction": 30}),
         "write 0.3",
@@ -539,7 +544,7 @@ def test_the_commands_show_the_table_the_answers_and_how_to_really_do_so(
     assert main(["select", str(root), "--selection.rule", "random", "--dry-run", "--diff"]) == 0
     shown = capsys.readouterr().out
     assert "prompts that change, those that gain or lose most" in shown
-    assert "Best of k draws by letters, unbiased: 1: " in shown
+    assert "Best of k samples by letters, unbiased: 1: " in shown
     assert "Nothing was written (--dry-run)." in shown
     assert not (root / "whatif/random").exists()
 

@@ -46,7 +46,9 @@ def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Orders:
 
 
 def settings(workers: int, **changes: Any) -> dict[str, Any]:
-    """One round of four units on a family that can be told to crash; the workers draw, for the reward is an object."""
+    """One round of four units on a family that can be told to crash; the workers generate, for the reward is an
+    object.
+    """
     engine = {"workers": workers, **changes.pop("engine", {})}
     base = {
         "num_rounds": 1,
@@ -156,7 +158,7 @@ def test_an_error_of_ours_keeps_its_class_and_words_and_is_not_tried_again(
     tmp_path: Path, orders: Orders, workers: int
 ) -> None:
     orders(refuse_always=[2])
-    with pytest.raises(DataError, match=r"^unit 2 cannot be drawn$"):
+    with pytest.raises(DataError, match=r"^unit 2 cannot be generated$"):
         run(tiny.config(tmp_path / "run", **settings(workers)), tiny.objects())
     assert draws(tmp_path)[2] == 1
 

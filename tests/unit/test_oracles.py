@@ -1,6 +1,6 @@
-"""Selection, run on the draws of categorical policies, has the laws that mathematics says it has.
+"""Selection, run on the samples of categorical policies, has the laws that mathematics says it has.
 
-Where it can be, a claim is checked over *all* V**K sequences of draws, each weighed with its probability: then it
+Where it can be, a claim is checked over *all* V**K sequences of samples, each weighed with its probability: then it
 holds up to rounding. Where draws are random, the seed is fixed and the tolerance is five standard errors or more: a
 false alarm of at most 6e-7 a comparison. The closed forms are checked by brute force in tools/test_closed_forms.py.
 """

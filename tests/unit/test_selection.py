@@ -207,7 +207,7 @@ def test_a_tie_that_lost_the_draw_says_so() -> None:
     assert sorted(words(verdicts)) == [
         "inside the kept fraction",
         "outside the kept fraction",
-        "tied at the cut of the kept fraction, not drawn",
+        "tied at the cut of the kept fraction, not chosen",
     ]
 
 
@@ -247,7 +247,7 @@ def test_the_control_keeps_m_of_each_prompt_with_equal_chances_whatever_they_sco
     drawn = np.array([choose(table, seed, rule="random", m=2).weight for seed in range(4000)])
     assert (drawn.sum(axis=1) == 3).all() and not drawn[:, 4].any() and drawn[:, 5].all()
     np.testing.assert_allclose(drawn[:, :4].mean(axis=0), 0.5, atol=0.04)
-    # Of the 6 pairs each is as likely (1/6, standard error 0.0059): candidates are drawn, not positions.
+    # Of the 6 pairs each is as likely (1/6, standard error 0.0059): candidates are generated, not positions.
     pairs = np.bincount((drawn[:, :4] @ [1, 2, 4, 8]).astype(int), minlength=16)[[3, 5, 6, 9, 10, 12]] / 4000
     np.testing.assert_allclose(pairs, 1 / 6, atol=0.03)
 

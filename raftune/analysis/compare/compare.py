@@ -38,7 +38,7 @@ PREFERRED = ("held_out", "reward")  # what prompts are ranked by, unless it is s
 
 @dataclass(frozen=True)
 class Comparison:
-    """A against B: `differences` in how they were drawn, in words; the measures; the gates that were asked for.
+    """A against B: `differences` in how they were generated, in words; the measures; the gates that were asked for.
 
     `by` is the measure that ranks the prompts.
     """

@@ -1,4 +1,4 @@
-"""One side of a comparison: the held-out samples of a round, and how they were drawn and scored."""
+"""One side of a comparison: the held-out samples of a round, and how they were generated and scored."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ class ComparedRun:
 
     @cached_property
     def chunks(self) -> list[int]:
-        """The chunks that were drawn, scored and judged: those that were set aside are none; one that was lost is."""
+        """The chunks that were generated, scored and judged: those that were set aside are none; one that was lost
+        is.
+        """
         names = ("generate", "score", *(["judge"] if self.is_judged else []))
         commits = [self.run.commit(self.round, f"evaluate/{name}") for name in names]
         held = [{name for name in commit.files if name.endswith(".parquet")} for commit in commits if commit]
@@ -113,7 +115,7 @@ class ComparedRun:
 
     @cached_property
     def drawn_by(self) -> Mapping[str, Any]:
-        """The options that the samples were drawn with, by dotted field."""
+        """The options that the samples were generated with, by dotted field."""
         commit = self.run.commit(self.round, "evaluate/generate")
         fields = commit.fields if commit is not None else {}
         return {name: value for name, value in fields.items() if name.startswith("sampling.")}

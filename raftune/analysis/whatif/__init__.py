@@ -1,4 +1,4 @@
-"""Decide again without drawing again: other scores, another rule, a smaller K, over what a run has drawn."""
+"""Decide again without generating again: other scores, another rule, a smaller K, over what a run has generated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages `score` and `select` once more, over what a run has drawn, into a folder beside its rounds."""
+"""The stages `score` and `select` once more, over what a run has generated, into a folder beside its rounds."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def rescore(
     show: int = 3,
     observe: Callback = lambda kind, facts: None,
 ) -> WhatIfResult:
-    """The run's draws under another reward, and what its own rule would keep of them; nothing is drawn.
+    """The run's draws under another reward, and what its own rule would keep of them; nothing is generated.
 
     `flags` are dotted fields of `rewards`. Written to whatif/NAME; a second call finds it done. Raises ConfigError,
     ConfigChanged where NAME stands for something else, RewardError, RunDamaged where no round can be read.
@@ -101,10 +101,11 @@ def reselect(
     show: int = 3,
     observe: Callback = lambda kind, facts: None,
 ) -> WhatIfResult:
-    """What another rule, or a smaller K, would keep of what the run has drawn; nothing is drawn or scored.
+    """What another rule, or a smaller K, would keep of what the run has generated; nothing is generated or scored.
 
-    `flags` are dotted fields of `selection`, and sampling.num_generations: the policy's first so many draws of each
-    prompt, which is what it would have drawn. `scores` names a what-if of `rescore`. Written to whatif/NAME, or with
+    `flags` are dotted fields of `selection`, and sampling.num_generations: the policy's first so many samples of each
+    prompt, which is what it would have generated. `scores` names a what-if of `rescore`. Written to whatif/NAME, or
+    with
     `dry_run` nowhere. Raises as `rescore` does.
     """
     refuse_fields(flags, ("selection.", FEWER), "select")
@@ -265,18 +266,18 @@ class WhatIfRun:
         command = shell_command("raftune", "resume", self.run_as_it_is.root, *flags)
         raise ConfigError(
             f"selection.beta above 0 ranks by log-probabilities; got {beta:g} for a run made with beta 0, which holds "
-            f"none. `{command}` keeps the draws and computes them."
+            f"none. `{command}` keeps the samples and computes them."
         )
 
     def refuse_more_draws(self, rounds: list[int]) -> None:
-        """Raises ConfigError where more draws are asked for than there are, or fewer than the scores' ranks count."""
+        """Raises ConfigError where more samples are asked for than there are, or fewer than the scores' ranks count."""
         wanted = self.config.sampling.num_generations
         for round_ in rounds:
             drawn = read_plan(self.run.folder(round_, "plan"))["num_generations"]
             if wanted > drawn and wanted != self.before.sampling.num_generations:
                 raise ConfigError(
-                    f"{FEWER} must be at most {drawn}, which round {round_} drew for each prompt; got {wanted}. "
-                    "More must be drawn: start another run, or resume this one with --from plan."
+                    f"{FEWER} must be at most {drawn}, which round {round_} generated for each prompt; got {wanted}. "
+                    "More must be generated: start another run, or resume this one with --from plan."
                 )
             if wanted < drawn and self.config.rewards.combine == "rank" and not self.anew:
                 raise ConfigError(
@@ -315,7 +316,7 @@ class WhatIfRun:
         if not changes:
             return ""
         first = self.first_stage(changes)
-        again = " (which draws again)" if FEWER in changes else ""
+        again = " (which generates again)" if FEWER in changes else ""
         if not self.config.rewards.reward_funcs:
             return (
                 f"To really do so{again}, change {', '.join(sorted(changes))} in the script that made the run, and "
@@ -328,7 +329,8 @@ class WhatIfRun:
     def first_stage(self, changes: Mapping[str, Any]) -> str:
         """The first stage that these changes shape: with it, all that is stale after it is done again.
 
-        What was drawn comes with it where the latents of what was not kept are gone: it is drawn again as it was.
+        What was generated comes with it where the latents of what was not kept are gone: it is generated again as it
+        was.
         """
         run = self.run_as_it_is
         drawn = ",generate" if any(run.dropped_columns(round_, "generate") for round_ in run.rounds()) else ""
@@ -360,7 +362,7 @@ def refuse_fields(flags: Mapping[str, Any], allowed: tuple[str, ...], command: s
                 "rewards": "`raftune rescore` changes the reward",
                 "selection": "`raftune select` changes the rule",
             }
-            hint = other.get(name.split(".")[0], "what else changes needs new draws: `raftune train … --from STAGE`")
+            hint = other.get(name.split(".")[0], "what else changes needs new samples: `raftune train … --from STAGE`")
             raise ConfigError(f"--{name} cannot be asked of `raftune {command}`, which changes {fields}; {hint}.")
 
 

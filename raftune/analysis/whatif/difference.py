@@ -1,4 +1,4 @@
-"""Two training sets over the same draws: what is in both, what only in one, and what either is worth."""
+"""Two training sets over the same samples: what is in both, what only in one, and what either is worth."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class SelectionChange:
 
 @dataclass(frozen=True)
 class BestOfEstimate:
-    """The unbiased estimate of the best of k draws, by the scores gone by, and its share of the gain of all K.
+    """The unbiased estimate of the best of k samples, by the scores gone by, and its share of the gain of all K.
 
-    `left_out`: prompts of which a draw has no usable score, which would bias it.
+    `left_out`: prompts of which a sample has no usable score, which would bias it.
     """
 
     prompts: int
@@ -250,7 +250,7 @@ def weighed(which: str, pair: ChunkVerdicts, weight: Floats) -> dict[str, Any]:
 
 
 class BestOfCurve:
-    """Sums of best-of-k estimates over prompts, of the policy's own draws alone."""
+    """Sums of best-of-k estimates over prompts, of the policy's own samples alone."""
 
     def __init__(self) -> None:
         self.sums: dict[int, Floats] = {}
@@ -268,7 +268,7 @@ class BestOfCurve:
         self.sums[drawn] = self.sums.get(drawn, np.zeros(len(estimates))) + estimates
 
     def estimate(self) -> BestOfEstimate:
-        """Over the prompts that drew the most, should rounds differ in K."""
+        """Over the prompts that generated the most, should rounds differ in K."""
         drawn = max((k for k, n in self.prompts.items() if n), default=0)
         if not drawn:
             return BestOfEstimate(0, self.left_out, {}, {})

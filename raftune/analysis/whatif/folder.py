@@ -140,7 +140,7 @@ def rounds_of(run: RunFolder, which: str) -> list[int]:
     """The training rounds that `all` or a number stands for. Raises ConfigError, StoreError where there is none."""
     known = [round_ for round_ in run.rounds() if round_ > 0]
     if not known:
-        raise StoreError(f"{run.root} has drawn nothing to train on. {how_to_go_on(run.root, run.read_config())}")
+        raise StoreError(f"{run.root} has generated nothing to train on. {how_to_go_on(run.root, run.read_config())}")
     if which == "all":
         return known
     if not which.isdigit() or int(which) not in known:

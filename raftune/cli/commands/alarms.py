@@ -65,7 +65,7 @@ def choose_rounds(folder: RunFolder, asked: int | None) -> list[int]:
         raise ConfigError(
             f"{folder.root} has no guarded round. "
             f"`{shell_command('raftune', 'resume', folder.root, '--guards.enabled', 'true')}` looks at what is there, "
-            "without drawing again."
+            "without generating again."
         )
     if asked is not None and asked not in guarded:
         raise ConfigError(f"--round must be one of {samples.span(guarded)}; got {asked}. Choose one of these.")

@@ -47,7 +47,8 @@ def demo(
     A tiny assistant, which is rude and of little help about half of the time, learns from a small reward model. Its
     held-out judge is never trained on. With `hacking` it learns from a reward that counts courteous phrases, which is
     soon better served by phrases than by help. With `image`, a tiny diffusion pipeline that was taught wrong captions
-    learns to draw what it is told, in two to three minutes. Each is a run like any other: every command works on it.
+    learns to generate what it is told, in two to three minutes. Each is a run like any other: every command works on
+    it.
     """
     place = output_dir or f"runs/{Path(RECIPES[which]).stem}"
     config = recipe(unused(place) if fresh else place, which)

@@ -34,7 +34,7 @@ def export(
     sft          prompt, completion, weight: the samples that were kept
     preference   prompt, chosen, rejected, margin: each prompt's best sample against its worst
     unpaired     prompt, completion, label: every scored sample, true where it was kept
-    sft-tokens   input_ids, labels: the kept samples on the exact tokens that were drawn, the prompt masked
+    sft-tokens   input_ids, labels: the kept samples on the exact tokens that were generated, the prompt masked
 
     A model is taken from the best round, samples from all rounds, unless --round says otherwise. A folder of samples is
     one that `datasets.load_from_disk` reads. Nothing is overwritten.

@@ -30,7 +30,8 @@ def plan(
     raftune plan base.yaml mine.yaml --sampling.num_generations 16
 
     Everything is checked that can be without training: the data, the model, the rewards, whether the selection can
-    select. Two prompts are drawn, scored and trained on in a temporary folder, for a minute at most (--probe-seconds):
+    select. Two prompts are generated, scored and trained on in a temporary folder, for a minute at most
+    (--probe-seconds):
     where that is not enough, to fewer tokens and with fewer rows, which is said. --no-probe leaves it out. Nothing is
     written where the run will be.
     """
@@ -123,7 +124,7 @@ def in_all(config: RunConfig, found: Forecast) -> str:
     text = f"{counted(a.samples, 'sample')}: {a.rounds * a.drawn:,} to learn from, {judged:,} to judge by"
     if found.work is not None:
         learned = f"{found.work.learned:,} forwards and backwards to learn"
-        return f"{text}; {found.work.forwards:,} forwards of the denoiser to draw them, at most {learned}"
+        return f"{text}; {found.work.forwards:,} forwards of the denoiser to generate them, at most {learned}"
     if found.model is None:
         return text
     each = found.probe.tokens if found.probe else None
@@ -146,8 +147,8 @@ def measured(peaks: MemoryPeaks | None, config: RunConfig) -> str:
     run, probe = (
         ", ".join(f"{kind} {megabytes(most)}" for kind, most in pair if most is not None)
         for pair in (
-            (("drawing", peaks.run_drawing), ("training", peaks.run_tuning)),
-            (("drawing", peaks.drawing), ("training", peaks.training)),
+            (("generating", peaks.run_drawing), ("training", peaks.run_tuning)),
+            (("generating", peaks.drawing), ("training", peaks.training)),
         )
     )
     return f"{run} at most; measured in the probe, with all that was loaded: {probe}{lacking}"
@@ -159,7 +160,7 @@ def memory(config: RunConfig, found: Forecast) -> str:
     assert found.memory is not None
     need = found.memory
     return (
-        f"drawing {megabytes(need.drawing)} (weights {megabytes(need.weights)}, cache "
+        f"generating {megabytes(need.drawing)} (weights {megabytes(need.weights)}, cache "
         f"{megabytes(need.cache)}), training "
         f"{megabytes(need.training)} (with gradients and optimizer); activations and reward models come on top"
     )
@@ -169,7 +170,7 @@ def memory_of_pictures(need: ImageMemory) -> str:
     layers = f", layers' outputs about {megabytes(need.outputs)}" if need.outputs is not None else ""
     on_top = "" if need.outputs is not None else "layers' outputs and "
     return (
-        f"drawing {megabytes(need.drawing)} (denoiser {megabytes(need.denoiser)}, text encoders and VAE "
+        f"generating {megabytes(need.drawing)} (denoiser {megabytes(need.denoiser)}, text encoders and VAE "
         f"{megabytes(need.frozen)}), training {megabytes(need.training)} (gradients and optimizer "
         f"{megabytes(need.training)}{layers}); {on_top}reward models come on top"
     )

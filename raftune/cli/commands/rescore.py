@@ -1,4 +1,4 @@
-"""`raftune rescore`: what a run drew, under another reward; nothing is drawn."""
+"""`raftune rescore`: what a run generated, under another reward; nothing is generated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def rescore(
     show: Annotated[int, Parameter(help="Prompts whose answers are shown: those that would change most.")] = 3,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the outcome as JSON.")] = False,
 ) -> None:
-    """Score what a run has drawn with another reward, and see what it would have learned from; nothing is drawn.
+    """Score what a run has generated with another reward, and see what it would have learned from; nothing is
+    generated.
 
     raftune rescore runs/mine --rewards.reward_funcs rewards.py:polite
     raftune rescore runs/mine --rewards.reward_funcs '{"spec": "length", "options": {"target": 20}}' --name shorter

@@ -46,7 +46,7 @@ def samples(
         bool, Parameter(negative="", show_default=False, help="Print JSON lines, one for each sample.")
     ] = False,
 ) -> None:
-    """Browse what a round drew, what it kept (★), and why.
+    """Browse what a round generated, what it kept (★), and why.
 
     raftune samples runs/mine --round 3 --sort margin -n 5
     raftune samples runs/mine --prompt "birthday" --held-out

@@ -1,4 +1,4 @@
-"""`raftune select`: what another rule, or a smaller K, would have kept of what a run drew."""
+"""`raftune select`: what another rule, or a smaller K, would have kept of what a run generated."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ def select(
     name: Annotated[str | None, Parameter(help="Where it goes: RUN/whatif/NAME; else the changed settings.")] = None,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the outcome as JSON.")] = False,
 ) -> None:
-    """Select again from what a run has drawn and scored, by another rule or at a smaller K, and compare.
+    """Select again from what a run has generated and scored, by another rule or at a smaller K, and compare.
 
     raftune select runs/mine --selection.rule top_m --selection.m 2 --dry-run --diff
     raftune select runs/mine --sampling.num_generations 4 --dry-run
     raftune select runs/mine --scores judge --selection.rule top_fraction --selection.keep_fraction 0.1
 
-    Every field of `selection` is a flag. --sampling.num_generations takes the first so many draws of each prompt, which
-    are what the policy would have drawn at that K. The run itself stays as it is: verdicts go to RUN/whatif/NAME, or
+    Every field of `selection` is a flag. --sampling.num_generations takes the first so many samples of each prompt,
+    which
+    are what the policy would have generated at that K. The run itself stays as it is: verdicts go to RUN/whatif/NAME,
+    or
     nowhere with --dry-run.
     """
     from raftune.analysis.whatif import reselect

@@ -16,7 +16,7 @@ from raftune.sanitize import shell_command
 SAID = {
     "preferences.jsonl": "prompt, chosen, rejected",
     "ratings.jsonl": "prompt, completion, score",
-    "prompts.jsonl": "what the rounds draw answers to",
+    "prompts.jsonl": "what the rounds generate answers to",
     "held_out.jsonl": "requests that none of the others has, with reference answers",
 }
 

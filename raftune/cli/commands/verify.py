@@ -17,10 +17,10 @@ from raftune.sanitize import counted, megabytes
 from raftune.store.commit import Manifest
 from raftune.store.run import RunFolder
 
-WEIGHTS, LATENTS = "the weights", "the latents of what was drawn and not kept"
+WEIGHTS, LATENTS = "the weights", "the latents of what was generated and not kept"
 AGAIN = {
     WEIGHTS: "`raftune resume RUN --keep-models all --from ROUND/train` makes them again.",
-    LATENTS: "`raftune resume RUN --keep-latents all --from ROUND/generate` draws the same again.",
+    LATENTS: "`raftune resume RUN --keep-latents all --from ROUND/generate` generates the same again.",
 }
 
 

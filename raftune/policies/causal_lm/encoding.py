@@ -1,6 +1,7 @@
 """Between prompts, answers and token ids: everything the family asks of a tokenizer.
 
-To draw, a prompt may stand behind a system prompt or a few-shot prefix; to tune it stands alone (context distillation).
+To generate, a prompt may stand behind a system prompt or a few-shot prefix; to tune it stands alone (context
+distillation).
 """
 
 from __future__ import annotations
@@ -142,7 +143,9 @@ class TextEncoder:
             )
 
     def encode_answer(self, prompt: Prompt, answer: Any) -> tuple[str, list[int]]:
-        """Somebody else's answer as this policy would have drawn it: its text, and its ids with the end of its turn."""
+        """Somebody else's answer as this policy would have generated it: its text, and its ids with the end of its
+        turn.
+        """
         text, ids = self._answer(prompt, answer)
         if self.context is not None and len(ids) >= self.context:
             raise TooLong(

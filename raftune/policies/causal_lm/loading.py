@@ -281,7 +281,7 @@ def load_start(config: CausalLMPolicy, start: Path, device: torch.device) -> Any
 def load_round(
     config: CausalLMPolicy, folder: Path, start: Path, device: torch.device, seed: int | None = None, merge: bool = True
 ) -> Any:
-    """The model of a round's folder, ready to be trained if a seed is given and ready to be drawn from if not.
+    """The model of a round's folder, ready to be trained if a seed is given and ready to be generated from if not.
 
     For generation, an adapter is merged: always into float32 weights, and into 16-bit ones where the probe of its
     training says that they can hold it. For training, `seed` initialises the adapter of a round that has none yet.

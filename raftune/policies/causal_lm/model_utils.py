@@ -1,4 +1,4 @@
-"""What a draw asks of a model, whatever wraps it."""
+"""What a sample asks of a model, whatever wraps it."""
 
 from __future__ import annotations
 

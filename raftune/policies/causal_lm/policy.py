@@ -185,7 +185,7 @@ class CausalLM:
         request = GenerationRequest(prompts, seeds, settings, self.tokenizer)
         groups = generate_by(backend, name, self.model, request)
         if not backend.reproducible:
-            self._notes[f"{name} does not promise equal completions for equal seeds: a repeated draw differs"] = None
+            self._notes[f"{name} does not promise equal completions for equal seeds: a repeated sample differs"] = None
         first = [(prompt, one) for prompt, group in zip(prompts, groups, strict=True) for one in group][:COMPARED]
         if first and not self._compared:
             examples = [TokenizedCompletion.of(prompt, one.ids) for prompt, one in first]
@@ -228,7 +228,7 @@ class CausalLM:
             self._backend, self._recorded = BackendChoice(**record), True
 
     def _path(self, settings: SamplingParams, prompts: Sequence[Sequence[int]]) -> BackendName:
-        """How this chunk is drawn; that the trained model is what generates this way is checked once."""
+        """How this chunk is generated; that the trained model is what generates this way is checked once."""
         with names_out_of_memory(settings.batch_size, "max_completion_length"):
             if self._backend is None:
                 name = self.config.sampling.backend
@@ -241,11 +241,11 @@ class CausalLM:
                 check_parity(probe, replay(path, self.model, probe, settings), how)
             self._checked.add(path)
         if path != "forked":
-            self._notes[f"drawn through `generate`, slower than the shared cache: {reason}"] = None
+            self._notes[f"generated through `generate`, slower than the shared cache: {reason}"] = None
         return path
 
     def unread(self, prompt: Prompt) -> None:
-        """Raises DataError for a prompt that cannot be taken, to draw or to tune, or whose candidates cannot."""
+        """Raises DataError for a prompt that cannot be taken, to generate or to tune, or whose candidates cannot."""
         self._read([prompt])
 
     def reads_all(self, prompts: Sequence[Prompt]) -> bool:
@@ -283,7 +283,7 @@ class CausalLM:
         return {"completion": text, "completion_ids": ids, "completion_logprobs": None, "finish": finish}
 
     def log_probs(self, prompts: Sequence[Prompt], samples: pa.Table, batch_size: int) -> FloatArray:
-        """(N,) nats of row i of `samples`, which answers prompts[i] as it was put when drawing; EOS included."""
+        """(N,) nats of row i of `samples`, which answers prompts[i] as it was put when generating; EOS included."""
         distinct = {prompt.id: prompt for prompt in prompts}
         encoded = dict(zip(distinct, self.encoder.encode([*distinct.values()], for_drawing=True), strict=True))
         completions = samples.column("completion_ids").to_pylist()
@@ -302,7 +302,9 @@ class CausalLM:
         return self._backend.scores_by_prefix(self.model, max(len(example.ids) for example in examples))
 
     def recorded_log_probs(self, samples: pa.Table) -> FloatArray:
-        """(N,) sums of the log-probabilities that were noted token by token while drawing; NaN where there are none."""
+        """(N,) sums of the log-probabilities that were noted token by token while generating; NaN where there are
+        none.
+        """
         noted = samples.column("completion_logprobs").to_pylist()
         return np.array([np.nan if row is None else math.fsum(row) for row in noted], dtype=np.float64)
 
@@ -390,7 +392,7 @@ class CausalLM:
         return " ".join(parts)
 
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about how this policy was loaded, drew and was trained, each once."""
+        """What a user should know about how this policy was loaded, generated and was trained, each once."""
         return tuple(self._notes)
 
 

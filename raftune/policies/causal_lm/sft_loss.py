@@ -48,7 +48,7 @@ class TrainingRows:
 
 
 def read_rows(path: Path, encoder: TextEncoder, config: TrainingConfig) -> TrainingRows:
-    """The rows of a Parquet file, on the exact ids that were drawn; prompts stand without the prefix of drawing.
+    """The rows of a Parquet file, on the exact ids that were generated; prompts stand without the prefix of generating.
 
     Raises DataError for rows that cannot be used, and where none is left.
     """

@@ -1,4 +1,4 @@
-"""Somebody else's image as if this pipeline had drawn it: a PNG, and clean latents."""
+"""Somebody else's image as if this pipeline had generated it: a PNG, and clean latents."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def adopted(
     Its latents are a draw from the VAE's posterior by a generator that the image's own hash seeds.
     """
     if answer is None and source == "teacher":
-        return {**NO_PICTURE, INVALID: "the teacher's draw came to nothing"}
+        return {**NO_PICTURE, INVALID: "the teacher's sample came to nothing"}
     image = picture_of(answer, prompt, source)
     refuse_other_size(image, prompt, source, size)
     png = png_of(image)

@@ -1,4 +1,4 @@
-"""Fitting a denoiser to what was kept, on the latents that were drawn; nothing is encoded again.
+"""Fitting a denoiser to what was kept, on the latents that were generated; nothing is encoded again.
 
 Memory: the text encoders have done their work before the denoiser is read, and the start model, with which the trained
 one is compared, is read after the trained one was written and let go.
@@ -147,7 +147,7 @@ def fitted_to(task: FitTask, training: TrainingConfig, work: Path, device: torch
     except OutOfMemory as error:
         raise OutOfMemory(
             "training.per_device_train_batch_size is 1 and one image does not fit into memory. Set "
-            "training.gradient_checkpointing, or training.diffusion.noise_levels: 1, use an adapter, or draw "
+            "training.gradient_checkpointing, or training.diffusion.noise_levels: 1, use an adapter, or generate "
             "smaller ones.",
             error.batch_size,
         ) from error

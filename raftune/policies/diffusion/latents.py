@@ -1,4 +1,4 @@
-"""Clean latents as columns of the ledger, and back: the bytes that were drawn, never encoded again."""
+"""Clean latents as columns of the ledger, and back: the bytes that were generated, never encoded again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NONE: Mapping[str, Any] = {field.name: None for field in FIELDS}
 
 
 def columns_of(x0: torch.Tensor) -> dict[str, Any]:
-    """One image's latents (C, h, w) as little-endian bytes, with their shape and the dtype that was drawn."""
+    """One image's latents (C, h, w) as little-endian bytes, with their shape and the dtype that was generated."""
     plain = x0.detach().cpu().contiguous()
     bits = plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain  # numpy has no bfloat16
     array = bits.numpy()

@@ -196,7 +196,7 @@ def load_denoiser(config: DiffusionPolicy, folder: Path, start: Path, *, train: 
     """A fresh denoiser on the device, in eval mode, with the weights or the adapter of a committed folder.
 
     For training, a round's adapter is attached under the name "default" and trainable; where the folder has none, none
-    is made. For drawing it is merged where that is exact enough (float32), else attached.
+    is made. For generating it is merged where that is exact enough (float32), else attached.
     """
     device = choose_device(config.device)
     record = read_record(folder)

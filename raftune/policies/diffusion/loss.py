@@ -53,7 +53,7 @@ class DenoisingLoss:
     clock: StepCounter
 
     def draws(self, rows: Sequence[int], shape: Sequence[int]) -> NoiseDraws:
-        """The draws of these rows in the clock's step; latents are of this (C, h, w)."""
+        """The samples of these rows in the clock's step; latents are of this (C, h, w)."""
         every = [self._draws(row, tuple(shape)) for row in rows]
         return NoiseDraws(*(torch.stack([one[i] for one in every]) for i in range(3)))
 

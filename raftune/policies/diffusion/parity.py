@@ -3,7 +3,7 @@
 A pipeline is run as it is, at guidance 1, while its scheduler is watched: of each step, what the denoiser was given and
 what came back. `predict`, the binding's own call of the denoiser, must give the same for the same. An error of sign,
 scale, packing, time or conditions shows here, before a round is spent on it; so does a pipeline whose code has changed.
-An image is also drawn beside another and by itself: what it is must come of its own seed, and of nothing else.
+An image is also generated beside another and by itself: what it is must come of its own seed, and of nothing else.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class ParityResult:
 def refuse_unproven(binding: PipelineAdapter, kwargs: Mapping[str, Any] | None = None) -> ParityResult:
     """Raises ModelError where the binding's prediction is not what the pipeline's scheduler is told.
 
-    Two images of at most 16 x 8 latent cells are drawn in two steps, with these pipeline_kwargs, and the denoiser is
+    Two images of at most 16 x 8 latent cells are generated in two steps, with these pipeline_kwargs, and the denoiser
+    is
     asked again, then two and one in four steps: as much as twenty of its calls at that size, and a few decodings.
     Needs the text encoders.
     """
@@ -63,7 +64,9 @@ def refuse_unproven(binding: PipelineAdapter, kwargs: Mapping[str, Any] | None =
 
 
 def refuse_unseeded(binding: PipelineAdapter, kwargs: Mapping[str, Any] | None = None) -> None:
-    """Raises ModelError where an image does not come of its own seed alone; for runs that draw and train nothing."""
+    """Raises ModelError where an image does not come of its own seed alone; for runs that generate and train
+    nothing.
+    """
     call = smallest_call(binding, kwargs or {})
     with torch.no_grad(), quiet():
         _refuse_noise_of_no_seed(binding, _asked(binding, call), call)
@@ -135,7 +138,8 @@ def _drawn(
         raise
     except Exception as error:
         raise ModelError(
-            f"policy.model must draw; this {type(binding.pipe).__name__} failed at {call.height} x {call.width} pixels "
+            f"policy.model must generate; this {type(binding.pipe).__name__} failed at {call.height} x {call.width} "
+            f"pixels "
             f"with {_said(error)}. Look at sampling.diffusion.pipeline_kwargs, and whether the "
             "pipeline draws outside raftune."
         ) from error
@@ -209,7 +213,7 @@ def _refuse_other_latents(
 
 
 def _refuse_noise_of_no_seed(binding: PipelineAdapter, conditions: Conditions, call: PipelineCall) -> None:
-    """Raises ModelError where the second image is another once it is drawn alone: its noise was not its seed's."""
+    """Raises ModelError where the second image is another once it is generated alone: its noise was not its seed's."""
     longer = replace(call, num_inference_steps=SEVERAL)
     pictures, _ = _drawn(binding, conditions, longer)
     alone, _ = _drawn(binding, conditions.take([1]), longer, (1,))
@@ -218,8 +222,10 @@ def _refuse_noise_of_no_seed(binding: PipelineAdapter, conditions: Conditions, c
     differs = _apart(alone.x0, pictures.x0[1:])
     if differs > GROWN * _limit(alone.x0):
         raise ModelError(
-            f"An image must come of its own seed; drawn again with the same seed, one of {_whose(binding)} differs by "
-            f"{differs:.3g} of its size: its {type(binding.pipe.scheduler).__name__} draws noise that no seed of ours "
+            f"An image must come of its own seed; generated again with the same seed, one of {_whose(binding)} "
+            f"differs by "
+            f"{differs:.3g} of its size: its {type(binding.pipe.scheduler).__name__} samples noise that no seed of "
+            f"ours "
             "reaches. Save the pipeline with a scheduler that adds none while sampling, such as DDIMScheduler or "
             "DPMSolverMultistepScheduler (of a flow: FlowMatchEulerDiscreteScheduler)."
         )

@@ -172,7 +172,7 @@ class Diffusion:
         self.blank.refuse_prompts([prompt.content])
         return self.encoder.unseen(prompt.content) if isinstance(prompt.content, str) else None
 
-    # -- drawing -------------------------------------------------------------------------------------------------------
+    # -- generating ----------------------------------------------------------------------------------------------------
 
     def generate(self, chunk: Chunk) -> list[Sample]:
         """All samples of the chunk, prompt by prompt, k ascending. Raises DataError, ModelError, OutOfMemory.

@@ -1,4 +1,4 @@
-"""What a fit of a denoiser learns from: clean latents as they were drawn, each with its prompt and its weight."""
+"""What a fit of a denoiser learns from: clean latents as they were generated, each with its prompt and its weight."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _checked(row: dict[str, Any], shape: tuple[int, int, int]) -> tuple[bytes, S
     if tuple(found) != shape:
         raise DataError(
             f"Latents must have the shape {shape} of this run's images; those of {name} have {tuple(found)}. It was "
-            "drawn at another height or width: draw its round again with `raftune train … --from generate`, or set "
+            "generated at another height or width: draw its round again with `raftune train … --from generate`, or set "
             "sampling.diffusion.height and width to its own."
         )
     try:

@@ -36,10 +36,11 @@ def generate(
     *,
     with_latents: bool,
 ) -> list[dict[str, Any]]:
-    """The payload of each image: row i answers conditions' row i, its noise drawn from seeds[i] alone.
+    """The payload of each image: row i answers conditions' row i, its noise generated from seeds[i] alone.
 
     Each is what the pipeline gives for that prompt and a CPU generator of that seed, up to the rounding of batches.
-    `bound` gives the pipeline with a scheduler of its own, for on a CPU several batches are drawn at once; `batch_size`
+    `bound` gives the pipeline with a scheduler of its own, for on a CPU several batches are generated at once;
+    `batch_size`
     counts the rows of all of them. Raises OutOfMemory with it.
     """
     away = None if negative is None else negative.to(device)
@@ -61,7 +62,7 @@ def generate(
 
     every = batches(len(seeds), batch_size, at_once)
     with quiet(), partial.current("images").work() as part, lanes(at_once) as mapped:
-        if (found := part.find()) is not None:  # what an earlier attempt had drawn
+        if (found := part.find()) is not None:  # what an earlier attempt had generated
             payloads.extend(pq.read_table(found, use_threads=False).to_pylist())
         ready = len(payloads)
         left = [rows for rows in every if rows[0] >= ready]
@@ -72,7 +73,7 @@ def generate(
 
 
 def lanes_for(binding: PipelineAdapter, call: PipelineCall, device: torch.device, rows: int) -> int:
-    """How many batches are drawn at once: one on an accelerator, as many as torch has threads on a CPU.
+    """How many batches are generated at once: one on an accelerator, as many as torch has threads on a CPU.
 
     One, too, where the networks change while they are used: a scale of adapters in the call, which peft writes into the
     weights, or a VAE that is converted while it decodes.

@@ -45,7 +45,7 @@ def refuse_other_channels(binding: PipelineAdapter, shape: tuple[int, int, int])
     vae = getattr(binding.pipe, "vae", None)
     if vae is not None and vae.config.latent_channels != shape[0]:
         raise ModelError(
-            f"policy.model must be a pipeline that draws from noise alone; this {type(binding.pipe).__name__}'s "
+            f"policy.model must be a pipeline that generates from noise alone; this {type(binding.pipe).__name__}'s "
             f"{type(binding.denoiser).__name__} takes latents of {shape[0]} channels, and those of its "
             f"{type(vae).__name__} have {vae.config.latent_channels}: it was made to fill in or to edit images. Use "
             "the text-to-image model of the same kind."
@@ -59,5 +59,5 @@ def refuse_distilled(binding: PipelineAdapter) -> None:
             f"policy.model must be a pipeline whose training loss is known; the {type(binding.pipe).__name__}'s "
             f"{type(binding.denoiser).__name__} has time_cond_proj_dim {width}: it was distilled to few steps (LCM), "
             "and a denoising loss would undo that. Use the pipeline that it was distilled "
-            "from. (It can be drawn and evaluated with num_rounds: 0.)"
+            "from. (It can be generated and evaluated with num_rounds: 0.)"
         )

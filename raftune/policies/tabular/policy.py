@@ -121,7 +121,7 @@ class Tabular:
         return np.asarray(self.log_p[labels, samples.column("completion").to_numpy()], dtype=np.float64)
 
     def recorded_log_probs(self, samples: pa.Table) -> FloatArray:
-        """Nothing is noted while drawing: to look it up is as cheap."""
+        """Nothing is noted while generating: to look it up is as cheap."""
         return np.full(samples.num_rows, np.nan)
 
     def check_config(self) -> None:
@@ -140,7 +140,7 @@ class Tabular:
 
 
 def refuse_unread(config: RunConfig) -> None:
-    """Raises ConfigError for an option of drawing or training that a table of probabilities does not have."""
+    """Raises ConfigError for an option of generating or training that a table of probabilities does not have."""
     drawn_by = ("num_generations", "temperature", "batch_size", "chunk_size", "candidate_columns")
     unread = [
         *all_but(config.sampling, "sampling", drawn_by),

@@ -20,13 +20,13 @@ class RaftIteration(TypedDict):
     """What raft_iteration returns.
 
     updated_logits: (n_prompts, V), a new array. mean_reward: over the selected. n_selected: counted with multiplicity.
-    mean_reward_drawn: over all candidates with a finite reward. Means over nothing are 0.
+    mean_reward_generated: over all candidates with a finite reward. Means over nothing are 0.
     """
 
     updated_logits: npt.NDArray[np.floating[Any]]
     mean_reward: float
     n_selected: int
-    mean_reward_drawn: float
+    mean_reward_generated: float
 
 
 def raft_iteration(
@@ -40,7 +40,7 @@ def raft_iteration(
     weighting: Literal["uniform", "reward"] = "uniform",
     rng: np.random.Generator | int | None = None,
 ) -> RaftIteration:
-    """One ascent step on the log-likelihood of the best answers of each prompt, drawn from the policy itself.
+    """One ascent step on the log-likelihood of the best answers of each prompt, generated from the policy itself.
 
     For each prompt: draws `n_candidates` answers from the softmax of its row of logits, with replacement; asks
     `reward_fn(prompt, answer)` once for each; keeps the m = max(1, floor(n_candidates · top_fraction)) best, ties to
@@ -51,7 +51,8 @@ def raft_iteration(
     Its expectation is lr · (q_i − p_i) / n_prompts with q_i = closed_forms.top_m_law(p_i, r_i, n_candidates, m). With
     weighting="reward" each kept answer's gradient (e_y − p_i) is multiplied by its reward.
 
-    policy_logits: (n_prompts, V) finite or −inf (an answer that is never drawn), never changed; integers become floats.
+    policy_logits: (n_prompts, V) finite or −inf (an answer that is never generated), never changed; integers become
+    floats.
     A reward that is None, NaN or infinite is never kept, and a prompt without a finite one moves nothing. rng: a numpy
     Generator or a seed; None draws anew each time. Raises ValueError for arguments that break these rules.
 
@@ -70,7 +71,7 @@ def raft_iteration(
         "updated_logits": (logits + step_XV).astype(logits.dtype),
         "mean_reward": _mean(rewards_XK[kept_XK]),
         "n_selected": int(kept_XK.sum()),
-        "mean_reward_drawn": _mean(rewards_XK[np.isfinite(rewards_XK)]),
+        "mean_reward_generated": _mean(rewards_XK[np.isfinite(rewards_XK)]),
     }
 
 
@@ -116,7 +117,7 @@ def _softmax(logits: Floats) -> Floats:
 
 
 def _draw(p_XV: Floats, k: int, rng: np.random.Generator) -> Ints:
-    """(X, K) independent answers of each row by inverse CDF; an answer of probability 0 is never drawn."""
+    """(X, K) independent answers of each row by inverse CDF; an answer of probability 0 is never generated."""
     uniform = rng.random((len(p_XV), k))
     answers = np.zeros((len(p_XV), k), np.int64)
     for x, p in enumerate(p_XV):
@@ -126,7 +127,7 @@ def _draw(p_XV: Floats, k: int, rng: np.random.Generator) -> Ints:
 
 
 def _rewards(prompts: Sequence[Any], answers_XK: Ints, reward_fn: Callable[[Any, int], float | None]) -> Floats:
-    """(X, K) one call each, prompt by prompt in the order of drawing; None becomes NaN."""
+    """(X, K) one call each, prompt by prompt in the order of generating; None becomes NaN."""
     rewards = np.full(answers_XK.shape, np.nan)
     for x, prompt in enumerate(prompts):
         for k, answer in enumerate(answers_XK[x].tolist()):

@@ -18,7 +18,7 @@ class InlineExecutor:
     """A reward model, on the caller's own thread, where no time limit can interrupt it.
 
     Each thread that uses tensors gets a pool of OpenMP threads of its own, and with more of these than cores every
-    parallel step waits on the scheduler: a model on a thread of its own made all later drawing twice as slow.
+    parallel step waits on the scheduler: a model on a thread of its own made all later generating twice as slow.
     """
 
     place = "here"

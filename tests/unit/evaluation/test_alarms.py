@@ -1,6 +1,6 @@
 """Each alarm fires where it should, is silent where nothing is odd, and names samples by its rule.
 
-The rules are deterministic; where data are drawn, the seeds are fixed, and the rates that a test allows are stated.
+The rules are deterministic; where data are generated, the seeds are fixed, and the rates that a test allows are stated.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def test_what_was_lost_over_the_rounds_is_measured_against_round_1() -> None:
     few = [" ".join(generator.choice(WORDS[:4], 12)) for _ in range(32 * K)]
     uniform = drawn([few[i * K : i * K + K] for i in range(32)])
     examination = RoundMonitor(GuardsConfig())
-    first = examination.measures(MonitorInput(1, varied, {}, None, [], "", None))["drawn"]
+    first = examination.measures(MonitorInput(1, varied, {}, None, [], "", None))["generated"]
     assert look(uniform) == []  # it draws what it keeps: of this round alone nothing can be said
     found = look(uniform, first)
     assert "diversity_drops" in names(found)
@@ -227,10 +227,10 @@ def test_sets_of_unlike_sizes_are_not_compared() -> None:
     small = drawn(sentences(generator, 32, K, words=4))
     large = drawn(sentences(generator, 32, K, words=400))
     examination = RoundMonitor(GuardsConfig(length_factor=1000))
-    first = examination.measures(MonitorInput(1, small, {}, None, [], "", None))["drawn"]
+    first = examination.measures(MonitorInput(1, small, {}, None, [], "", None))["generated"]
     assert (
         first["distinct_2"]
-        > 2 * examination.measures(MonitorInput(2, large, {}, None, [], "", None))["drawn"]["distinct_2"]
+        > 2 * examination.measures(MonitorInput(2, large, {}, None, [], "", None))["generated"]["distinct_2"]
     )
     assert look(large, first, length_factor=1000) == []
 
@@ -249,7 +249,7 @@ def test_kept_answers_of_another_length_than_drawn_are_a_drift(words: int, title
 
 
 def test_a_drift_that_the_interval_does_not_show_is_none() -> None:
-    """Of 32 kept answers two are very long: the mean is beyond twice that of the draws, its interval is not."""
+    """Of 32 kept answers two are very long: the mean is beyond twice that of the samples, its interval is not."""
     generator = rng(9)
     texts = sentences(generator, 32, 16)
     for group in texts[:2]:
@@ -350,9 +350,9 @@ def test_kept_samples_count_by_their_weight_and_both_sets_of_words_are_of_one_si
     scores = np.tile([0.0, 1.0, 2.0, 3.0], (20, 1))
     samples = drawn(sentences(generator, 20, K), scores, best=3, value=scores)
     found = RoundMonitor(GuardsConfig()).measures(MonitorInput(1, samples, {"value": 1.0}, None, [], "", None))
-    assert (found["drawn"]["samples"], found["selected"]["samples"]) == (80, 20)
-    assert (found["drawn"]["reward"], found["selected"]["rewards/value"]) == (1.5, 3.0)
-    assert found["drawn"]["words"] == found["selected"]["words"] == 20 * 12
+    assert (found["generated"]["samples"], found["selected"]["samples"]) == (80, 20)
+    assert (found["generated"]["reward"], found["selected"]["rewards/value"]) == (1.5, 3.0)
+    assert found["generated"]["words"] == found["selected"]["words"] == 20 * 12
     halves = samples.set_column(
         samples.column_names.index("weight"), "weight", pa.array(np.tile([0, 0, 0.25, 0.75], 20))
     )
@@ -412,7 +412,7 @@ def test_kept_answers_that_were_cut_off_are_an_alarm_though_few_that_were_drawn_
     cut = pa.array([i % K == 0 for i in range(P * K)])
     samples = samples.set_column(samples.column_names.index("clipped"), "clipped", cut)
     found = {alarm["alarm"]: alarm for alarm in look(samples)}
-    assert found["cut_off"]["numbers"] == {"drawn": 1 / K, "kept": 1.0}
+    assert found["cut_off"]["numbers"] == {"generated": 1 / K, "kept": 1.0}
     assert look(samples, cut_off_share=1.0) == []
 
 

@@ -14,7 +14,7 @@ from raftune.evaluation.metrics import METRICS, EntropyMetrics, KLMetrics, Perpl
 from raftune.results.measures import measures, spread
 from raftune.results.summary import cell, columns_for, ends_of, row_of
 
-P = np.array([1, 2, 5]) / 8  # of three answers: eight samples hold each as often as it is drawn on average
+P = np.array([1, 2, 5]) / 8  # of three answers: eight samples hold each as often as it is generated on average
 
 
 def drawn(p: Any, prompts: int = 3, size: int = 8) -> pa.Table:
@@ -57,7 +57,7 @@ def test_entropy_per_token_is_the_ratio_of_sums_and_needs_no_second_pass() -> No
 
 
 def test_what_is_sharpened_by_a_temperature_is_measured_as_a_cross_entropy() -> None:
-    """At temperature 1/2 the draws follow p², and the mean of -log p over them is no entropy of p or p²."""
+    """At temperature 1/2 the samples follow p², and the mean of -log p over them is no entropy of p or p²."""
     sharp = P**2 / (P**2).sum()
     size = 30  # 1, 4 and 25 of them
     counts = np.round(sharp * size).astype(int)

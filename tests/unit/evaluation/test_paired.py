@@ -135,7 +135,7 @@ def test_p_of_few_prompts_is_that_of_every_assignment_of_signs(n: int) -> None:
 
 
 def test_p_of_many_prompts_is_near_that_of_every_assignment() -> None:
-    """Five standard errors of the draws; the seed is fixed, so it holds or not once and for all."""
+    """Five standard errors of the samples; the seed is fixed, so it holds or not once and for all."""
     generator = np.random.default_rng(0)
     for shift in (0.0, 0.3, 0.6):
         differences = generator.normal(shift, 1, EXACT + 2)

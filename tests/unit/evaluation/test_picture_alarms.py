@@ -46,8 +46,8 @@ def drawn(found: np.ndarray, best: int = 1) -> pa.Table:
 
 
 def first_of(table: pa.Table) -> dict[str, Any]:
-    """What round 1 would have noted of these draws."""
-    return RoundMonitor(GuardsConfig()).measures(MonitorInput(1, table, {"r": 1.0}, None, [], "", None))["drawn"]
+    """What round 1 would have noted of these samples."""
+    return RoundMonitor(GuardsConfig()).measures(MonitorInput(1, table, {"r": 1.0}, None, [], "", None))["generated"]
 
 
 def raised(table: pa.Table, first: dict[str, Any] | None = None, **limits: Any) -> dict[str, Alarm]:
@@ -75,7 +75,7 @@ def test_saturation_that_is_lost_is_seen_too() -> None:
     grey = colours(0)
     grey[..., 1], grey[..., 2] = grey[..., 0], grey[..., 0]
     found = raised(drawn(grey), first_of(vivid))["saturation_drifts"]
-    assert "less saturated" in found.title and "of those drawn in round 1" in found.evidence
+    assert "less saturated" in found.title and "of those generated in round 1" in found.evidence
 
 
 def test_contrast_that_is_lost_is_seen() -> None:
@@ -91,7 +91,7 @@ def test_draws_of_a_prompt_that_come_together_are_seen_and_the_most_alike_are_na
     alike[3] = alike[3, 0]
     found = raised(drawn(np.clip(alike, 0, 255)))
     assert found["diversity_drops"].samples[0][0] == "0002/003-0/001"
-    assert "two images drawn for one prompt are" in found["diversity_drops"].evidence
+    assert "two images generated for one prompt are" in found["diversity_drops"].evidence
     assert "near_duplicates" not in found  # they are alike inside a prompt, not across
 
 

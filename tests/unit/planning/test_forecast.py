@@ -194,7 +194,7 @@ def test_a_probe_times_every_kind_of_work(folder: Path) -> None:
     found = planned(folder, measured=True)
     assert found.seconds is not None
     assert found.probe is not None
-    assert all(found.seconds[name] > 0 for name in ("drawing", "scoring", "log-probabilities", "training"))
+    assert all(found.seconds[name] > 0 for name in ("generating", "scoring", "log-probabilities", "training"))
     assert 0 < found.probe.tokens <= 8
     assert found.probe.generation.startswith("shared prefix")
 
@@ -223,21 +223,21 @@ def test_a_probe_of_little_time_tries_less_and_says_what_it_extrapolated(
     found = planned(folder, measured=True, seconds=6.0, tell=told.append, sampling=sampling)
     assert time.monotonic() - began < 12
     assert found.probe is not None and found.seconds is not None
-    assert any(re.fullmatch(r"answers were drawn to \d+ of 100 tokens", words) for words in found.probe.cut_short)
+    assert any(re.fullmatch(r"answers were generated to \d+ of 100 tokens", words) for words in found.probe.cut_short)
     assert any(words.endswith("samples were scored") for words in found.probe.cut_short)
-    assert found.probe.tokens > 30, "what was cut off by the probe counts as if it had been drawn to the end"
+    assert found.probe.tokens > 30, "what was cut off by the probe counts as if it had been generated to the end"
     assert [words.split(":")[0] for words in told][-1] == "probe" and len(told) >= 4
 
 
 @pytest.mark.parametrize(
     ("slow", "missing"),
     [
-        ((loading, "load_weights"), ("drawing", "scoring", "log-probabilities", "training")),
-        ((LlamaForCausalLM, "forward"), ("drawing", "scoring", "log-probabilities", "training")),
+        ((loading, "load_weights"), ("generating", "scoring", "log-probabilities", "training")),
+        ((LlamaForCausalLM, "forward"), ("generating", "scoring", "log-probabilities", "training")),
         ((LengthReward, "__call__"), ("scoring", "log-probabilities", "training")),
         ((training, "fit"), ("training",)),
     ],
-    ids=["reading", "drawing", "scoring", "training"],
+    ids=["reading", "generating", "scoring", "training"],
 )
 def test_a_probe_is_ended_wherever_it_is_when_its_time_is_up(
     folder: Path, monkeypatch: pytest.MonkeyPatch, slow: tuple[Any, str], missing: tuple[str, ...]
@@ -341,7 +341,7 @@ def test_notes_say_what_was_perhaps_not_meant(folder: Path, tmp_path: Path) -> N
 
 def test_a_fallback_to_generate_is_said_with_its_reason(folder: Path) -> None:
     found = planned(folder, measured=True, sampling={"generation_kwargs": {"num_beams": 4}})
-    assert any("drawn through `generate`" in note for note in found.notes)
+    assert any("generated through `generate`" in note for note in found.notes)
     assert found.probe is not None
     assert found.probe.generation.startswith("`generate`") and "num_beams" in found.probe.generation
 

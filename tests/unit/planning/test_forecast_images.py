@@ -110,7 +110,7 @@ def test_an_adapter_and_latents_are_as_large_as_planned(folder: Path, done: tupl
 def test_a_probe_times_drawing_scoring_and_tuning_and_weighs_a_picture(folder: Path) -> None:
     found = planned(folder, measured=True)
     assert found.seconds is not None and found.probe is not None
-    assert all(found.seconds[name] > 0 for name in ("drawing", "scoring", "training"))
+    assert all(found.seconds[name] > 0 for name in ("generating", "scoring", "training"))
     assert found.probe.size is not None and 50 < found.probe.size < 3 * 16 * 16 + 500
 
 

@@ -105,11 +105,11 @@ def test_there_is_a_chart_of_each_thing_that_was_measured_and_of_no_other(tmp_pa
 
 def test_drawn_stands_against_selected_where_the_guards_measured_both(tmp_path: Path) -> None:
     root = run_of(tmp_path / "run", {"reward": interval(1.0)}, {"reward": interval(2.0)}, best=1)
-    sets = {"drawn": {"length": 20.0, "similarity": 0.1}, "selected": {"length": 30.0}}
+    sets = {"generated": {"length": 20.0, "similarity": 0.1}, "selected": {"length": 30.0}}
     commit_json(RunFolder(root), 1, "guard", {"metrics.json": sets, "alarms.json": []})
     html = overview(collect(root))
     assert charts(html) == ["reward", "selected-length"]
-    assert all(words in html for words in ("drawn", "selected", "20.00", "30.00"))
+    assert all(words in html for words in ("generated", "selected", "20.00", "30.00"))
 
 
 def test_a_damaged_number_is_a_gap_and_no_crash(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_calibration_sorts_pairs_by_how_sure_the_model_is_whichever_it_prefers()
 
 
 def test_a_model_whose_confidence_is_its_accuracy_is_calibrated() -> None:
-    """20,000 outcomes drawn with the model's own probabilities: the error's expectation is below 0.01, its spread
+    """20,000 outcomes generated with the model's own probabilities: the error's expectation is below 0.01, its spread
     near 0.001."""
     rng = np.random.default_rng(0)
     margins = np.abs(rng.normal(0, 2, 20_000))

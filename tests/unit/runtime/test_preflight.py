@@ -1,4 +1,4 @@
-"""What cannot work is refused before anything is drawn, with what was given and the fix."""
+"""What cannot work is refused before anything is generated, with what was given and the fix."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_training_draws_bear_trls_names_and_held_out_ones_eval(tmp_path: Path) -
         entries[1]
     )
     assert {"eval_reward", "eval_reward_std", "eval_best_of_k", "eval_kl"} <= set(entries[0])
-    assert "reward" not in entries[0]  # the start drew nothing to learn from
+    assert "reward" not in entries[0]  # the start generated nothing to learn from
 
 
 def test_the_numbers_are_those_that_were_committed(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_the_numbers_are_those_that_were_committed(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run/round-0001/select/summary.json").read_text())
     metrics = json.loads((tmp_path / "run/round-0001/evaluate/metrics.json").read_text())
     entry = logged(tmp_path / "run")[1]
-    assert entry["reward"] == pytest.approx(summary["reward_drawn"])
+    assert entry["reward"] == pytest.approx(summary["reward_generated"])
     assert entry["reward_std"] == pytest.approx(summary["reward_std"])
     assert entry["eval_reward"] == metrics["reward"]["mean"]
     assert entry["eval_kl"] == metrics["kl"]["mean"]

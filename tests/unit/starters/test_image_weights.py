@@ -1,4 +1,4 @@
-"""The shipped weights: plain diffusers and transformers load them, they draw, they rank, and they are small."""
+"""The shipped weights: plain diffusers and transformers load them, they generate, they rank, and they are small."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_the_policy_ends_its_replies_and_leaves_headroom_that_eight_draws_can_fi
     scores = np.array(judge([p for p in prompts for _ in range(8)], texts), dtype=float).reshape(24, 8)
     assert (
         0.1 * 4 < scores.mean() < 0.45 * 4
-    )  # a mean of 192 draws, its standard error under 0.12: this seed is not lucky
+    )  # a mean of 192 samples, its standard error under 0.12: this seed is not lucky
     assert scores.max(1).mean() > 0.6 * 4
 
 

@@ -12,7 +12,7 @@ R = np.array([2.0, 0.0, 9.0, 1.0, 2.0, 0.0])
 
 
 def outcomes(p: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """All V**k sequences of k draws, and their probabilities."""
+    """All V**k sequences of k samples, and their probabilities."""
     draws = np.array(list(product(range(len(p)), repeat=k)))
     return draws, p[draws].prod(axis=1)
 
@@ -127,7 +127,7 @@ def test_scores_within_the_tolerance_are_one_level() -> None:
 
 def test_global_shares_split_the_cut_alike_for_all_prompts() -> None:
     p, r = np.array([[0.9, 0.1], [0.5, 0.5]]), np.array([[0.0, 1.0], [0.0, 1.0]])
-    # Of 1 and 3 parts drawn, 0.025 + 0.375 score 1: a fifth of all is half of them.
+    # Of 1 and 3 parts generated, 0.025 + 0.375 score 1: a fifth of all is half of them.
     np.testing.assert_allclose(exact.global_shares(p, r, [1, 3], 0.2), [1 / 16, 15 / 16], atol=1e-14)
     # Of the 0.6 that score 0, a share ρ = 1/6 fills a half.
     np.testing.assert_allclose(

@@ -64,7 +64,7 @@ class BackendChoice:
         if asked and self.rows:
             raise ConfigError(
                 f"sampling.generation_kwargs must be left out with this model; {asked}, and `generate` gives equal "
-                "rows of a batch different logits, so that only one row at a time can be drawn."
+                "rows of a batch different logits, so that only one row at a time can be generated."
             )
         reason = asked or _structure(model, settings, longest_prompt) or self.forked
         if not reason:

@@ -1,6 +1,6 @@
-"""The completions of one draw while they grow: who gets which noise, what was chosen, and when a row ends.
+"""The completions of one sample while they grow: who gets which noise, what was chosen, and when a row ends.
 
-Both ways of drawing (the forked cache, `generate`) compute logits and hand them here, so they choose, record and end
+Both ways of generating (the forked cache, `generate`) compute logits and hand them here, so they choose, record and end
 alike. A *row* is a sample by its flat number: samples are counted prompt by prompt, ragged groups included.
 """
 
@@ -65,7 +65,7 @@ class StopStrings:
 
 
 class CompletionBatch:
-    """Every completion of a draw, as far as it has come.
+    """Every completion of a sample, as far as it has come.
 
     `limits` holds the most tokens that each row may have: `max_completion_length`, or what the model's context of
     `context` tokens leaves after the prompt. Raises DataError for a prompt that is empty or fills the context.
@@ -98,7 +98,7 @@ class CompletionBatch:
 
     @property
     def rows(self) -> int:
-        """How many completions are drawn."""
+        """How many completions are generated."""
         return len(self._seeds)
 
     @property
@@ -125,7 +125,7 @@ class CompletionBatch:
         return tokens, self._finish[rows] != _ALIVE
 
     def record(self, row: int, ids: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Takes over a completion that was drawn elsewhere, up to where it ends by our rules."""
+        """Takes over a completion that was generated elsewhere, up to where it ends by our rules."""
         for token, logprob in zip(ids, logprobs, strict=True):
             self._write(np.array([row]), np.array([token]), np.array([logprob], dtype=np.float32))
             if self._finish[row] != _ALIVE:
@@ -137,7 +137,7 @@ class CompletionBatch:
         return [[self._drawn(int(row)) for row in rows] for rows in self.groups()]
 
     def state(self) -> dict[str, Tensor]:
-        """How far every completion has come: what changes while drawing."""
+        """How far every completion has come: what changes while generating."""
         arrays = {"ids": self._ids, "logprobs": self._logprobs, "lengths": self._lengths, "finish": self._finish}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -154,7 +154,7 @@ class CompletionBatch:
     def _write(self, rows: Ints, tokens: NDArray[Any], logprobs: NDArray[Any]) -> None:
         if np.isnan(logprobs).any():
             raise ModelError(
-                "the model's logits must be numbers; got NaN or inf while drawing. Its weights are damaged, or its "
+                "the model's logits must be numbers; got NaN or inf while generating. Its weights are damaged, or its "
                 "dtype overflows: load it with dtype float32 or bfloat16, or take another model."
             )
         at = self._lengths[rows]

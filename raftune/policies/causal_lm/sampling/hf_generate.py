@@ -75,7 +75,7 @@ def draw_generated(model: nn.Module, answers: CompletionBatch, same_length: bool
 def draw_by_generate_alone(model: nn.Module, answers: CompletionBatch, same_length: bool) -> None:
     """Fills `answers` as `generate` draws them with the user's own `generation_kwargs` (beam search, for one).
 
-    Each batch is seeded from its first sample, so a draw can be repeated, but noise is not the sample's own. The K
+    Each batch is seeded from its first sample, so a sample can be repeated, but noise is not the sample's own. The K
     answers of a prompt are the K sequences that `generate` returns: under beam search they are not independent draws.
     Raises ConfigError where `generate` does not take the options.
     """
@@ -145,7 +145,7 @@ def _options(answers: CompletionBatch, count: int, limit: int) -> dict[str, Any]
 
 
 def _cut(ids: list[int], answers: CompletionBatch, row: int) -> list[int]:
-    """What `generate` drew, without what it filled up with after an EOS."""
+    """What `generate` generated, without what it filled up with after an EOS."""
     ends = (at + 1 for at, token in enumerate(ids) if token in answers.settings.eos_ids)
     return ids[: min(next(ends, len(ids)), int(answers.limits[row]))]
 

@@ -1,4 +1,4 @@
-"""What a draw is asked for, and what it gives back."""
+"""What a sample is asked for, and what it gives back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BackendName = Literal["forked", "generate", "single"]  # single: `generate` with
 
 
 class GeneratedCompletion(NamedTuple):
-    """One completion: its token ids, EOS included where it was drawn, and why it ended.
+    """One completion: its token ids, EOS included where it was generated, and why it ended.
 
     `logprobs` holds one number per id, in nats: the log-softmax of the raw logits, before temperature and every other
     warp. `finish` is `eos`, `stop` (a stop string was completed by the last id) or `length` (the limit, or the model's

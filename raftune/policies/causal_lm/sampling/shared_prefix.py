@@ -91,7 +91,9 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The form that AttentionInterface asks for; keys and values are read from the cache that is being drawn with."""
+    """The form that AttentionInterface asks for; keys and values are read from the cache that is being generated
+    with.
+    """
     refuse_unknown_attention(kwargs)
     return _reading.get().attend(query, scaling), None
 

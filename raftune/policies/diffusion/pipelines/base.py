@@ -1,6 +1,7 @@
 """What ties one architecture to the family: everything that differs between SD, SDXL, SD3, Flux, PixArt, DiT and DDPM.
 
-The rest of the family (drawing in batches, losses, saving) is written once, over this interface. Shapes: N images, of
+The rest of the family (generating in batches, losses, saving) is written once, over this interface. Shapes: N images,
+of
 latents of C channels and h x w cells (of a pipeline without a VAE: the pixels); x0 is a clean latent, in the scale in
 which the denoiser sees it.
 """
@@ -57,7 +58,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class PipelineCall:
-    """How the pipeline is called: the options of a draw, every one resolved."""
+    """How the pipeline is called: the options of a sample, every one resolved."""
 
     height: int
     width: int
@@ -80,7 +81,7 @@ class PipelineCall:
 
 @dataclass(frozen=True)
 class SampledImages:
-    """N images as drawn, their clean latents (N, C, h, w), whether a safety checker flagged each.
+    """N images as generated, their clean latents (N, C, h, w), whether a safety checker flagged each.
 
     Where `finite` is False a latent or a pixel was NaN or infinite: the image means nothing.
     """
@@ -140,12 +141,12 @@ class PipelineAdapter(ABC):
         """(N, C, h, w) the model output, unguided, as the scheduler's step gets it; t (N,) as scheduler.timesteps."""
 
     def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
-        """(N, C, h, w) the clean latents of images that were not drawn here."""
+        """(N, C, h, w) the clean latents of images that were not generated here."""
         scaled: torch.Tensor = (self.encoded(images, generator) - self.shift) * self.pipe.vae.config.scaling_factor
         return scaled
 
     def encoded(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
-        """(N, C, h, w) what the VAE makes of images, in its own scale: a draw, or the one answer that it has."""
+        """(N, C, h, w) what the VAE makes of images, in its own scale: a sample, or the one answer that it has."""
         vae = self.pipe.vae
         found = vae.encode(pixels_of(images, next(vae.parameters())))
         drawn: torch.Tensor = found.latents if hasattr(found, "latents") else found.latent_dist.sample(generator)

@@ -17,7 +17,7 @@ from raftune.policies.diffusion.scheduler_trace import SchedulerStep, watched
 class LabelledDenoiser:
     """A denoiser that is told these labels: the pipeline takes 1000 for no class, however many there are.
 
-    A thing beside the denoiser, and no hook on it: several batches are drawn with one denoiser at once.
+    A thing beside the denoiser, and no hook on it: several batches are generated with one denoiser at once.
     """
 
     def __init__(self, denoiser: Any, labels: torch.Tensor) -> None:

@@ -11,7 +11,8 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from raftune.errors import ConfigError
 from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall, SampledImages
 
-EXACT_SIZE = "images are drawn at the very size that is asked, so that their latents are theirs: ask for one of its own"
+EXACT_SIZE = "images are generated at the very size that is asked, so that their latents are theirs: ask for one of "
+"its own"
 
 
 class PixArt(PipelineAdapter):

@@ -17,7 +17,7 @@ from raftune.policies.diffusion.pipelines.base import (
 )
 from raftune.policies.diffusion.pipelines.stable_diffusion import ENCODED_BEFORE
 
-OTHER_SIZE = "the denoiser is trained on images of the size that is drawn, uncropped, and told so"
+OTHER_SIZE = "the denoiser is trained on images of the size that is generated, uncropped, and told so"
 SECOND_TEXT = "both text encoders read the prompt"
 
 

@@ -1,4 +1,6 @@
-"""A small zoo of chat templates: what each writes is what is drawn from, learned and stopped at, today and tomorrow."""
+"""A small zoo of chat templates: what each writes is what is generated from, learned and stopped at, today and
+tomorrow.
+"""
 
 from __future__ import annotations
 

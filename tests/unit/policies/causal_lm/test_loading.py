@@ -1,4 +1,4 @@
-"""A run's start is checked before anything is drawn, and what a round saves, plain transformers and peft load."""
+"""A run's start is checked before anything is generated, and what a round saves, plain transformers and peft load."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_tuning_lets_go_of_the_weights_that_drew(tmp_path: Path, monkeypatch: py
 
 
 def test_greedy_draws_of_an_adapter_are_those_of_peft(tmp_path: Path) -> None:
-    """The adapter is merged to draw; what is drawn is what the adapter itself says."""
+    """The adapter is merged to generate; what is generated is what the adapter itself says."""
     from peft import AutoPeftModelForCausalLM
 
     from tests.builders import write_rows

@@ -1,4 +1,4 @@
-"""Training minimises the objective that was named, on the ids that were drawn."""
+"""Training minimises the objective that was named, on the ids that were generated."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Parts:
 def parts(
     model: Path | str, kind: str = "sd", *, lora: bool | AdapterConfig = False, seed: int = 0, **changes: Any
 ) -> Parts:
-    """Two steps of drawing, no guidance, a high rate; `changes` are fields of training or training.diffusion, by
+    """Two steps of generating, no guidance, a high rate; `changes` are fields of training or training.diffusion, by
     name.
     """
     adapter = AdapterConfig(r=4, alpha=8.0) if lora is True else lora or None

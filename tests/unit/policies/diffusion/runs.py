@@ -1,4 +1,4 @@
-"""What the tests of drawing share: starts of tiny pipelines, and units of a few prompts."""
+"""What the tests of generating share: starts of tiny pipelines, and units of a few prompts."""
 
 from __future__ import annotations
 

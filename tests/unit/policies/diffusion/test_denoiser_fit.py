@@ -220,7 +220,9 @@ def test_the_published_model_is_the_average_of_the_weights_after_each_step(
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_next_round_goes_on_from_the_last_one_and_carries_its_moments(sd: Path, tmp_path: Path, lora: bool) -> None:
-    """One row and one level, so that the order says nothing. Two rounds draw other noise than one long round does."""
+    """One row and one level, so that the order says nothing. Two rounds generate other noise than one long round
+    does.
+    """
     rows = write_rows(tmp_path / "r.parquet", some_rows(count=2))
     config = parts(sd, lora=lora, num_train_epochs=3, optimizer_state="carried", lr_scheduler_type="constant")
     first, _ = tuned(config, tmp_path, rows)

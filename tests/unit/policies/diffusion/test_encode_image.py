@@ -103,7 +103,7 @@ def test_what_is_no_picture_of_the_run_s_size_is_refused(answer: Any, message: s
 
 def test_a_teacher_s_draw_that_came_to_nothing_is_taken_over_as_such(adopter: Diffusion) -> None:
     payload = adopter.encode_completion(PROMPT, None, "teacher")
-    assert payload["invalid"] == "the teacher's draw came to nothing"
+    assert payload["invalid"] == "the teacher's sample came to nothing"
     assert payload["completion"] is None and payload["latents"] is None
 
 

@@ -1,4 +1,4 @@
-"""Drawing images: what a batch gives is what the pipeline gives, whatever is drawn beside it."""
+"""Generating images: what a batch gives is what the pipeline gives, whatever is generated beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a round leaves is what plain diffusers and peft load, and draws the same image there as here."""
+"""What a round leaves is what plain diffusers and peft load, and generates the same image there as here."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run_of(kind: Kind, root: Path, *, lora: Any, **changes: Any) -> tuple[Parts,
 
 
 def plainly(pipe: Any, kind: Kind, prompt: Any) -> Image.Image:
-    """What a pipeline of diffusers draws by itself, seed 0, at two steps."""
+    """What a pipeline of diffusers samples by itself, seed 0, at two steps."""
     pipe.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"num_inference_steps": 2, "generator": [torch.Generator().manual_seed(0)]}
     if kind in LABELS:
@@ -187,7 +187,7 @@ def test_a_fresh_adapter_changes_nothing_yet_and_depends_on_its_seed_alone() -> 
     images, weights = [], []
     for seed in (0, 0, 1):
         pipe = tiny_pipeline("sd")
-        torch.manual_seed(seed + 10)  # what has been drawn before says nothing
+        torch.manual_seed(seed + 10)  # what has been generated before says nothing
         adapters.attach_fresh(pipe.unet, AdapterConfig(r=2), seed)
         images.append(pixels(plainly(pipe, "sd", "a circle")))
         flat = [weight for name, weight in pipe.unet.named_parameters() if "lora_A" in name]

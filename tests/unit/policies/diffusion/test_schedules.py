@@ -132,7 +132,9 @@ def test_at_zero_terminal_snr_v_and_x0_weigh_nothing_and_nothing_is_nan() -> Non
 
 
 def least_error(schedule: Schedule, share: float, mean: float, spread: float) -> tuple[float, float]:
-    """Of x0 ~ N(mean, spread^2), by least squares over 200,000 draws: the best error, and the x0 that is said of 0."""
+    """Of x0 ~ N(mean, spread^2), by least squares over 200,000 samples: the best error, and the x0 that is said of
+    0.
+    """
     generator = torch.Generator().manual_seed(3)
     x0 = mean + spread * torch.randn(200_000, 1, generator=generator)
     noise = torch.randn(200_000, 1, generator=generator)
@@ -146,7 +148,7 @@ def least_error(schedule: Schedule, share: float, mean: float, spread: float) ->
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("kind", [*PREDICTIONS, "flow"])
 def test_on_gaussian_pixels_the_least_loss_is_the_conditional_variance(kind: str, share: float) -> None:
-    """Var(target | x_t) of jointly normal ones. A variance estimated from 200,000 draws errs by 2 % at 6 sigma."""
+    """Var(target | x_t) of jointly normal ones. A variance estimated from 200,000 samples errs by 2 % at 6 sigma."""
     mean, spread = 0.7, 0.4
     schedule: Schedule = FlowMatching(1000, 2.0) if kind == "flow" else preserving(kind)
     if isinstance(schedule, FlowMatching):

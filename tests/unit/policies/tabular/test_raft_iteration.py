@@ -112,8 +112,8 @@ def test_means_are_over_the_kept_and_over_all_that_were_drawn() -> None:
     result = raft_iteration(LOGITS, [0, 1], asked, 8, 0.25, rng=4)
     rewards = np.array([TABLE[pair] for pair in asked.asked]).reshape(2, 8)
     assert result["mean_reward"] == pytest.approx(np.sort(rewards, axis=1)[:, -2:].mean())
-    assert result["mean_reward_drawn"] == pytest.approx(rewards.mean())
-    assert set(result) == {"updated_logits", "mean_reward", "n_selected", "mean_reward_drawn"}
+    assert result["mean_reward_generated"] == pytest.approx(rewards.mean())
+    assert set(result) == {"updated_logits", "mean_reward", "n_selected", "mean_reward_generated"}
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, None])
@@ -131,19 +131,19 @@ def test_a_reward_that_is_not_finite_is_never_kept(bad: float | None, weighting:
     terms = [v * (np.eye(3)[asked[k]] - softmax(LOGITS)[0]) for v, k in zip(values, (1, 3), strict=True)]
     np.testing.assert_allclose(result["updated_logits"][0] - LOGITS[0], np.mean(terms, axis=0) / 2, atol=1e-14)
     np.testing.assert_array_equal(result["updated_logits"][1], LOGITS[1])
-    assert (result["n_selected"], result["mean_reward"], result["mean_reward_drawn"]) == (2, 1.5, 1.5)
+    assert (result["n_selected"], result["mean_reward"], result["mean_reward_generated"]) == (2, 1.5, 1.5)
 
 
 def test_with_no_finite_reward_at_all_nothing_moves_and_means_are_zero() -> None:
     result = raft_iteration(LOGITS, [0, 1], lambda *_: NAN, lr=1.0, rng=0)
     np.testing.assert_array_equal(result["updated_logits"], LOGITS)
-    assert (result["n_selected"], result["mean_reward"], result["mean_reward_drawn"]) == (0, 0.0, 0.0)
+    assert (result["n_selected"], result["mean_reward"], result["mean_reward_generated"]) == (0, 0.0, 0.0)
 
 
 def test_no_prompts_give_zeros() -> None:
     result = raft_iteration(np.zeros((0, 3)), [], reward, rng=0)
     assert result["updated_logits"].shape == (0, 3)
-    assert (result["n_selected"], result["mean_reward"], result["mean_reward_drawn"]) == (0, 0.0, 0.0)
+    assert (result["n_selected"], result["mean_reward"], result["mean_reward_generated"]) == (0, 0.0, 0.0)
 
 
 def test_the_logits_given_are_never_changed_and_integers_become_floats() -> None:

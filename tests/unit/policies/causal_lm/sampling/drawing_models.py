@@ -1,4 +1,5 @@
-"""What the draw is tested on: tiny random models of several architectures, a tokenizer of characters, and prompts.
+"""What the generation is tested on: tiny random models of several architectures, a tokenizer of characters, and
+prompts.
 
 Weights are spread wide (`initializer_range` 0.4), so that the best token is far from the second and greedy search can
 be compared token for token.
@@ -83,7 +84,7 @@ def _ready(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
 
 def _with_biases(model: PreTrainedModel) -> PreTrainedModel:
-    """Biases start at zero, where a draw that forgot them would not be noticed."""
+    """Biases start at zero, where a sample that forgot them would not be noticed."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.4)

@@ -1,4 +1,4 @@
-"""Which way a draw goes is decided by what the model does, and said."""
+"""Which way a sample goes is decided by what the model does, and said."""
 
 from __future__ import annotations
 

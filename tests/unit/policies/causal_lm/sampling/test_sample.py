@@ -1,4 +1,4 @@
-"""A draw has generate's distribution, its own noise for each sample, and ends where it should: on both ways alike."""
+"""A sample has generate's distribution, its own noise for each sample, and ends where it should: on both ways alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Through a binding a pipeline draws what it draws by itself, and keeps the latents of exactly those images."""
+"""Through a binding a pipeline draws what it samples by itself, and keeps the latents of exactly those images."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def plainly(pipe: DiffusionPipeline, kind: Kind, row: int, guidance: float) -> n
         return np.asarray(pipe(**given).images[0])
 
 
-# -- drawing -----------------------------------------------------------------------------------------------------------
+# -- generating --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -188,7 +188,7 @@ def test_how_much_of_a_prompt_t5_reads_is_the_users_to_say() -> None:
         assert 20 in short.text_limits().values()
 
 
-# -- images that were not drawn here ---------------------------------------------------------------------------------
+# -- images that were not generated here -------------------------------------------------------------------------------
 
 
 def picture(seed: int = 0) -> Image.Image:

@@ -146,7 +146,7 @@ def test_pictures_of_four_channels_are_refused() -> None:
 )
 def test_noise_that_no_seed_reaches_is_refused(kind: Kind, name: str, options: dict[str, Any]) -> None:
     for refuse in (refuse_unproven, refuse_unseeded):
-        with pytest.raises(ModelError, match=rf"must come of its own seed; .*: its {name} draws noise that no seed"):
+        with pytest.raises(ModelError, match=rf"must come of its own seed; .*: its {name} samples noise that no seed"):
             refuse(adapter_of(scheduled(kind, name, **options)))
 
 
