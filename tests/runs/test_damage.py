@@ -134,7 +134,7 @@ def test_a_commit_that_was_replaced_is_found_by_what_was_made_from_it(copy: Path
     }
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"layout": 1}', '{"layout": "1"}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"layout": 2}', '{"layout": "1"}'])
 def test_a_commit_that_is_no_commit_is_named_by_verify_and_by_resume(copy: Path, content: str) -> None:
     path = copy / "round-0001/score/_COMMIT.json"
     path.write_text(content)
