@@ -1,8 +1,8 @@
 """Reward-ranked fine-tuning (RAFT): generate K samples for each prompt, keep the best, fine-tune on them, repeat.
 
 raftune.run(config)                 a whole run from a configuration
-raftune.RaftTrainer, RaftConfig     the same loop behind TRL's face
-raftune.raft_iteration              one step on a table of logits, the method at its smallest
+raftune.RaftTrainer, RaftConfig     the same loop with TRL's interface
+raftune.raft_iteration              one round on a table of logits
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""`python -m raftune` is the command `raftune`."""
+"""Entry point of `python -m raftune`."""
 
 import sys
 

@@ -1,19 +1,19 @@
-"""Every error that raftune raises on purpose.
+"""All exceptions that raftune raises deliberately.
 
     RaftuneError                 exit code 1
     ├── ConfigError              2   a field of the configuration is wrong
     │   └── ConfigChanged        2   the run on disk was made under another configuration
     ├── DataError                2   prompts or another data set cannot be used
-    │   └── TooLong              2   a prompt leaves no room for an answer
-    ├── ModelError               1   a model or tokenizer cannot be loaded, or its weights are unfit
-    │   └── OutOfMemory          1   the device's memory did not suffice at this batch size
+    │   └── TooLong              2   a prompt leaves no room for a completion
+    ├── ModelError               1   a model or tokenizer cannot be loaded, or its weights do not fit
+    │   └── OutOfMemory          1   out of memory at this batch size
     ├── RewardError              1   a reward broke its contract, or failed too often
     ├── ExtensionError           1   a rule, objective or other code of the user's own failed, or broke its contract
     ├── StoreError               1   the run directory cannot be used
     │   ├── RunInUse             1   another process holds it
     │   ├── RunDamaged           1   a file on disk is not what was committed
     │   ├── RunTooNew            1   a later version of raftune wrote it
-    │   └── RunTooOld            1   an earlier version wrote it, under other names
+    │   └── RunTooOld            1   an earlier version with other names wrote it
     ├── EngineError              1   a worker died or a chunk failed too often
     ├── GateFailed               3   a check that was asked for did not pass
     └── Interrupted            130   stopped on request; the run can be resumed

@@ -1,4 +1,4 @@
-"""Every interface of the house, and nothing else."""
+"""Protocols shared across packages."""
 
 from __future__ import annotations
 

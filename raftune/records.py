@@ -1,7 +1,6 @@
-"""The four records of the ledger, and their Arrow columns.
+"""Records of a run (prompts, samples, scores, verdicts) and their Arrow columns.
 
-A prompt is asked; a sample answers it; a score values the sample; a verdict decides about it. Each lies on disk as
-one row of Parquet whose columns pandas, DuckDB and `datasets` read unaided.
+Each record is one row of Parquet, which pandas, DuckDB and `datasets` can read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text of strangers, made safe to show: what a model wrote must not steer a terminal, nor pass for our own words."""
+"""Removes control characters from untrusted text."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""Scores in, verdicts out: pure functions of columns, the same for any order of rows and any number of workers.
+"""Selection: scores in, verdicts out. Independent of row order and number of workers.
 
 Every candidate passes three gates. *Screen*: it needs to be valid, a finite score, a length inside the window and,
 where duplicates are dropped, a completion that no other one of its prompt with a lower index has. Those that pass
-compete, and are ranked inside their prompt by score, ties to the lower index. *Skip*: a prompt whose competitors all
-score the same leaves nothing to rank and is left out, unless the configuration says otherwise; so is one whose best is
-too close to their mean, where it says so. *Rule*: of what is then in play, the configured rule keeps
-some, with a weight.
+compete, and are ranked within their prompt by score, ties by index. *Skip*: a prompt whose competitors all score the
+same is left out, unless the configuration says otherwise; so is one whose best is within `margin` of their mean.
+*Rule*: of what is then in play, the configured rule keeps some, with a weight.
 
 Letters: N candidates, C of them in play, G prompts in play.
 """

@@ -1,10 +1,10 @@
-"""What every family of policies promises, as claims that can be run over any of them: the bundled ones and your own.
+"""Checks that every policy family must pass, built-in or custom.
 
     @pytest.mark.parametrize("claim", claims(Digits), ids=lambda claim: claim.__name__)
     def test_digits_keep(claim, tmp_path):
         claim(begin(config, tmp_path, prompts=[3, 1, 4], answer=image), tmp_path)
 
-A claim raises AssertionError, in words, where the family does not keep it. Claims need no test runner.
+A failed claim raises AssertionError with an explanation. Claims need no test runner.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line: thin commands over the same functions that Python calls. Nothing heavy is imported early."""
+"""The command line. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 

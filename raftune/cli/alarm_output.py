@@ -1,4 +1,4 @@
-"""How one alarm is printed: what it says, and its samples with their prompts."""
+"""Prints an alarm with its samples and their prompts."""
 
 from __future__ import annotations
 

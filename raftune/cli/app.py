@@ -1,4 +1,4 @@
-"""The commands by name. Each is imported when it is called, so that `--help` answers at once."""
+"""The command-line app: its commands, groups and help. A command is imported when it is called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How `raftune demo hacking` ends: what the flawed reward did, what the guard says, and what would have helped."""
+"""Final output of `raftune demo hacking`: what the flawed reward did, the alarms, and a remedy."""
 
 from __future__ import annotations
 

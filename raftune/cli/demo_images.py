@@ -1,4 +1,4 @@
-"""How `raftune demo image` ends: the table by round, and one image file with the same captions and seeds by round."""
+"""Final output of `raftune demo image`: the table by round, and a grid of images with the same captions and seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a demonstration shows of its run: the numbers by round, and typical answers before and after."""
+"""Final output of the text demos: the table by round, and typical completions before and after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a command ends: every outcome becomes an exit code, and every error a line or two."""
+"""Maps every outcome of a command to an exit code, and every error to one or two lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the words after a command to files and dotted flags: `a.yaml b.yaml --training.learning_rate 1e-4`."""
+"""Parses configuration files and dotted flags: `a.yaml b.yaml --training.learning_rate 1e-4`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `raftune COMMAND --help` says: the command's own docstring, and the fields of the configuration as flags."""
+"""Builds the `--help` text of commands: their docstring, and the configuration's fields as flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the flags of a comparison mean: rewards that score now, a judge, and the bar while it is asked."""
+"""Flags of a comparison: rewards, a judge, and its progress bar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results on stdout: plain lines and tables, in which nothing that a model wrote can steer the terminal."""
+"""Prints plain lines and tables, with control characters removed."""
 
 from __future__ import annotations
 

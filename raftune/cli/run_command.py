@@ -1,4 +1,4 @@
-"""What train, resume and demo share: a run that shows its progress, ends cleanly, and says where its result is."""
+"""Shared by train, resume and demo: runs with progress, handles interruption, and prints the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images of samples as files that anybody can look at, with an index that `datasets` reads as an image folder."""
+"""Saves images of samples as files, with an index that `datasets` reads as an image folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How rescore and select show what they found: the table by round, the answers that come and go, how to go on."""
+"""Output of rescore and select: the table by round, changed completions, and the next command."""
 
 from __future__ import annotations
 

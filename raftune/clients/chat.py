@@ -1,4 +1,4 @@
-"""A chat model behind an OpenAI-compatible endpoint: questions in, replies out, each reply kept on disk."""
+"""Client of an OpenAI-compatible chat endpoint. Every reply is cached on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Addresses on the web, as a person gives them."""
+"""Checks and normalises URLs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole run, declared: frozen, strict and free of torch. One file for each owner."""
+"""The configuration of a run: frozen pydantic models, one file for each section, without torch."""
 
 from raftune.config.base import ConfigSection
 from raftune.config.evaluation import EvaluationConfig

@@ -1,4 +1,4 @@
-"""What every section of the configuration shares: frozen, no unknown keys, no torch."""
+"""Base class of all configuration sections: frozen, no unknown keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How each round's policy is judged on prompts that it is never trained on."""
+"""The section `evaluation`: measurement on held-out prompts after every round."""
 
 from __future__ import annotations
 

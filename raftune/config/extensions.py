@@ -1,4 +1,4 @@
-"""Code of a user's own that the configuration names as `file.py:name` or `module:name`: loaded, checked, configured."""
+"""Loads, checks and configures code that the configuration names as `file.py:name` or `module:name`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The section `guards`: from where on a round is worth a person's look."""
+"""The section `guards`: thresholds of the alarms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From files and flags to one validated configuration: defaults < files, left to right < flags."""
+"""Loads a configuration from files and flags: defaults < files, left to right < flags."""
 
 from __future__ import annotations
 

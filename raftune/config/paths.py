@@ -1,4 +1,4 @@
-"""Paths in a configuration file: what lies beside the file is meant; else what lies where the command is given."""
+"""Resolves paths in a configuration: relative to the file, otherwise to the working directory."""
 
 from __future__ import annotations
 

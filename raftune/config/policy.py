@@ -1,4 +1,4 @@
-"""What is aligned: one class for each family that comes with the package, and one for a family of your own."""
+"""The section `policy`: one class for each built-in family, and one for custom families."""
 
 from __future__ import annotations
 

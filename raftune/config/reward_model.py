@@ -1,4 +1,4 @@
-"""How a reward model is trained from human feedback: every field, its unit and its consequence."""
+"""Configuration of reward model training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What gives the numbers: one entry for each reward, and what happens when one fails."""
+"""The section `rewards`: one entry for each reward, how they are combined, and what happens on failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole run, declared."""
+"""The configuration of a whole run."""
 
 from __future__ import annotations
 

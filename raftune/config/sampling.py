@@ -1,4 +1,4 @@
-"""How answers are generated, and from whom besides the policy."""
+"""The section `sampling`: how completions and images are generated, and from which sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and passwords in a configuration: taken from the environment; never shown, hashed or published.
+"""Secrets in a configuration: read from the environment; never shown, hashed or published.
 
 `${NAME}` (capitals, digits, _) in an option is the value of that environment variable when the reward is loaded;
 `$${NAME}` is the text itself. Everywhere else it stays `${NAME}`. A secret that was written in plain is hidden wherever

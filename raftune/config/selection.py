@@ -1,7 +1,7 @@
-"""The section `selection`: which of a prompt's samples are learned from, and with what weight.
+"""The section `selection`: which samples of a prompt are kept, and with what weight.
 
-Every rule has a class here with its own fields; `selection.rule` chooses the class. What all rules share is in
-`SelectionConfig`, their base.
+Every rule has a class with its own fields; `selection.rule` chooses the class. `SelectionConfig` holds the shared
+fields.
 """
 
 from __future__ import annotations

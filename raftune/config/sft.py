@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, declared: what `raftune sft` takes."""
+"""Configuration of supervised fine-tuning (`raftune sft`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the policy is fitted to what was kept; epochs, steps and rate are meant per round."""
+"""The section `training`: how the policy is trained on the kept samples. All values are per round."""
 
 from __future__ import annotations
 

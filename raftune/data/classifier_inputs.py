@@ -1,6 +1,6 @@
-"""How a sequence classifier reads a prompt and its completion: the same tokens where it is trained and where it scores.
+"""Token inputs of sequence classifiers, shared by training and scoring.
 
-What a model was trained to read lies beside it in `raftune_reward.json`, with the distribution of its scores.
+`raftune_reward.json` beside a model says which inputs it was trained on, and the distribution of its scores.
 """
 
 from __future__ import annotations

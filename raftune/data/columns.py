@@ -1,4 +1,4 @@
-"""The columns of a row, under the names that data sets give them, and what stands in them."""
+"""Column names of known data sets, and checks of their contents."""
 
 from __future__ import annotations
 

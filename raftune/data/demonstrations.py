@@ -1,5 +1,4 @@
-"""Demonstrations: answers to learn from as they stand, from preferences, prompts with completions or images, or
-dialogues."""
+"""Reads demonstrations for SFT: preferences, prompts with completions or images, and dialogues."""
 
 from __future__ import annotations
 

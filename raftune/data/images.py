@@ -1,6 +1,6 @@
-"""Images as bytes and back: what every place that stores, scores, measures or shows an image shares.
+"""Encodes and decodes images as PNG.
 
-An image in the ledger is a PNG, lossless RGB; its name is the SHA-256 of those bytes.
+A stored image is a PNG, lossless RGB; its name is the SHA-256 of those bytes.
 """
 
 from __future__ import annotations

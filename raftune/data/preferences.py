@@ -1,4 +1,4 @@
-"""Preferences become pairs: dialogues as in HH-RLHF, TRL's explicit and implicit formats, ranked answers."""
+"""Reads preferences as pairs: HH-RLHF dialogues, TRL's explicit and implicit formats, and rankings."""
 
 from __future__ import annotations
 

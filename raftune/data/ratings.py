@@ -1,4 +1,4 @@
-"""Ratings: an answer, and the number that a person gave it."""
+"""Reads ratings: a completion with a number."""
 
 from __future__ import annotations
 

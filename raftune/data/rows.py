@@ -1,4 +1,4 @@
-"""What is read of human feedback: usable rows, and skipped ones with their reason."""
+"""Records of usable and skipped rows of human feedback."""
 
 from __future__ import annotations
 

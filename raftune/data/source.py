@@ -1,4 +1,4 @@
-"""The raw rows of a source, one by one: a row of JSON lines that cannot be read is skipped, not fatal."""
+"""Iterates over the raw rows of a source. Broken JSON lines are skipped and reported."""
 
 from __future__ import annotations
 

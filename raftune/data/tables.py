@@ -1,4 +1,4 @@
-"""Data sets become one Arrow table, whatever they lie in: a file, a `datasets` folder, or a name on the hub."""
+"""Loads a data set as an Arrow table from a file, a `datasets` folder or the hub."""
 
 from __future__ import annotations
 

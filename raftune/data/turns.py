@@ -1,4 +1,4 @@
-"""Dialogues as messages: texts with turns as in HH-RLHF, and lists of messages."""
+"""Parses dialogues: HH-RLHF texts and lists of messages."""
 
 from __future__ import annotations
 

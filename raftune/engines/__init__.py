@@ -1,1 +1,1 @@
-"""Where units run: this process, local workers, or a cluster."""
+"""Engines, which run chunks of prompts."""

@@ -1,4 +1,4 @@
-"""Units in this process, or in N worker processes of this machine: the bytes are the same."""
+"""Runs chunks in this process or in N local worker processes, with the same bytes."""
 
 from __future__ import annotations
 

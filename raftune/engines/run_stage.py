@@ -1,4 +1,4 @@
-"""Runs one stage of a round, unless it is committed: as a whole in this process, or chunk by chunk by an engine."""
+"""Runs one stage of a round unless it is committed: as a whole, or chunk by chunk on an engine."""
 
 from __future__ import annotations
 

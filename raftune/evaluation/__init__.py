@@ -1,1 +1,1 @@
-"""What a policy is worth: rewards with intervals, best-of-n curves, divergence, diversity, paired win rates."""
+"""Metrics of a policy: rewards with intervals, best-of-n, KL, diversity, paired win rates."""

@@ -1,6 +1,6 @@
-"""When a round is worth a person's look: one rule a function, each with evidence in words, numbers, and samples.
+"""Alarms of a round, one function each. An alarm has a message, numbers and samples.
 
-An alarm says what was measured and names samples; it does not say why. A rule gives None where nothing is to be said.
+An alarm reports measurements, not causes. A function returns None if there is no alarm.
 """
 
 from __future__ import annotations

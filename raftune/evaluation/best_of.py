@@ -1,4 +1,4 @@
-"""What the best of k would have scored, estimated without bias from N ≥ k scores already at hand."""
+"""Unbiased estimates of best-of-k scores from N ≥ k scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A mean with its 95 % interval: the bootstrap over prompts, because samples of one prompt are not independent."""
+"""Bootstrap 95 % intervals of a mean, resampled by prompt."""
 
 from __future__ import annotations
 

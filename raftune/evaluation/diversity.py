@@ -1,7 +1,7 @@
-"""How varied texts are: pure functions of texts alone, for what a policy draws and for what a selection keeps.
+"""Diversity of texts: distinct-n, MSTTR, entropy and near-duplicates.
 
-A word is a run of letters, digits and underscores, in lower case. Everything is counted exactly, on numbers that stand
-for words: 8 bytes a word and no copy of the texts, so that these can be read from a generator.
+A word is a run of letters, digits and underscores, in lower case. Counts are exact and
+use 8 bytes a word; texts can come from a generator.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a round generated against what it kept, and the alarms that this raises: pure functions of evidence."""
+"""Compares what a round generated with what it kept, and raises the alarms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rounds so far: which is the best, and whether to go on."""
+"""History of rounds: which is best, and whether to stop."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What is measured of images: pure functions of their pixels, and of the vectors that a model sees them as.
+"""Metrics of images, computed from pixels or feature vectors.
 
-Colours are as stored (sRGB), 0 … 1. Every measure of an image is taken once, where its bytes are read, and kept as a
-few numbers beside it: the bytes are then let go. Letters: N images, K of one prompt, P prompts, D numbers of each.
+Colours are as stored (sRGB), 0 … 1. The metrics of an image are computed once, where its bytes are read. Shapes:
+N images, K of one prompt, P prompts, D numbers of each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A judge says which of two answers is better. It is asked twice, in both orders, because a place can persuade."""
+"""A judge model that compares two completions. Each pair is judged in both orders, against position bias."""
 
 from __future__ import annotations
 

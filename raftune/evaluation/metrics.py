@@ -1,4 +1,4 @@
-"""What is measured of one round's policy: pure functions of its held-out samples."""
+"""Metrics of a round's policy, computed from its held-out samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two policies on the same prompts and seeds: who wins how often, by how much, and whether chance would do the same."""
+"""Paired comparison of two policies on the same prompts and seeds: win rate, difference, significance."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""When a round of images is worth a person's look: one rule a function, as in `alarms`.
+"""Alarms of image rounds, one function each.
 
-Kept images are compared with what was generated in this round and in round 1. A colour that drifts, tones that come
-together, and images that grow alike are how a policy trained on its own images goes wrong before its score says so.
+Kept images are compared with the images generated in this round and in round 1. Drifting colours, lower contrast and
+lower diversity are early signs of collapse.
 """
 
 from __future__ import annotations

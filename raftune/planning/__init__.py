@@ -1,11 +1,4 @@
-"""What a run will cost, before it starts: all is checked that can be without training, and two prompts are tried.
-
-prompts.py   the data: how many prompts there are, and whether they fit
-amounts.py   samples, tokens, steps
-sizes.py     memory and disk
-probe.py     two prompts, timed
-forecast.py  all of it together
-"""
+"""Checks a configuration and forecasts its cost, from a trial with two prompts."""
 
 from raftune.planning.forecast import Forecast, forecast
 

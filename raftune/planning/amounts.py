@@ -1,4 +1,4 @@
-"""How much of everything a configuration asks for: samples, kept rows, optimizer steps."""
+"""Counts what a configuration asks for: samples, kept rows, optimizer steps."""
 
 from __future__ import annotations
 

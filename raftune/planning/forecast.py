@@ -1,4 +1,4 @@
-"""A configuration, looked at from all sides before it runs."""
+"""Forecast of a run: time, memory and disk."""
 
 from __future__ import annotations
 

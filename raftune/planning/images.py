@@ -1,4 +1,4 @@
-"""What a run of images takes: forwards of the denoiser, memory, disk, and time where nothing can be tried."""
+"""Forecast of image runs: denoiser forwards, memory, disk, and time where no trial is possible."""
 
 from __future__ import annotations
 

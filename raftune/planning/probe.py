@@ -1,9 +1,7 @@
-"""Two prompts, generated, scored and trained on: what each stage costs for a sample, and before the first.
+"""Measures the cost of each stage with two prompts.
 
-All of it within a time: where a model or a reward is slow, fewer tokens are generated, fewer samples scored and fewer
-rows
-trained on, and the rest is extrapolated. When the time is up the probe is ended wherever it is. What was cut short, and
-what was not measured at all, is said.
+The probe has a time limit. For a slow model or reward it generates fewer tokens, scores fewer samples and trains on
+fewer rows, and extrapolates. The forecast says what was shortened and what was not measured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The data of a run, read and checked as its first stage will."""
+"""Reads and checks the prompts of a planned run, as its first stage will."""
 
 from __future__ import annotations
 

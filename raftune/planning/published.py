@@ -1,4 +1,4 @@
-"""Pipelines of the hub whose sizes are known, so that a run can be planned where they are not at hand.
+"""Sizes of well-known pipelines on the hub, to plan a run before download.
 
 Parameters and operations were counted on the published architectures, without weights; nothing is fetched.
 """

@@ -1,4 +1,4 @@
-"""Memory and disk that a run takes: weights, gradients, optimizer, cache. Activations are not counted."""
+"""Estimates memory and disk: weights, gradients, optimizer, cache. Activations are not counted."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Families of generative models behind the protocol Policy."""
+"""Policy families: tabular, causal_lm and diffusion."""

@@ -1,4 +1,4 @@
-"""Kinds of policy: where the class of each is found, and whether one of your own has all that a run asks of it."""
+"""Registry of policy families: finds the class, and checks a custom one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The teacher of a run: a model of the policy's family, started and loaded as one, generated from and never trained."""
+"""The teacher: a second model of the policy's family, which generates and is not trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dials that a family does not have: setting one is an error, never passed over in silence."""
+"""Refuses options that a family does not support."""
 
 from __future__ import annotations
 

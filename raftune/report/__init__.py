@@ -1,4 +1,4 @@
-"""A run becomes one HTML file: opened from disk, without a network, safe to send along."""
+"""Writes a run as one self-contained HTML page."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Line charts with interval bands as SVG: pure functions from numbers to text.
+"""Line charts with interval bands, as SVG.
 
-Colours come from CSS classes, so that a page decides on light and dark; a chart that stands alone brings its own. What
-colour says is said again by the shape of the marks, the dashes of the line and a label at its end.
+Colours come from CSS classes of the page; a standalone chart has its own. Series also differ by mark, dashes and label.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which of a run's samples a page shows: pure functions, the same choice for the same run."""
+"""Chooses the samples that a report shows."""
 
 from __future__ import annotations
 

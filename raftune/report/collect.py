@@ -1,7 +1,6 @@
-"""A run becomes one JSON document: what a page shows of its samples, and in words what it leaves out.
+"""Collects the contents of a report as one JSON document.
 
-Everything is read from committed files, chunk by chunk: only what is shown is ever held, so that memory follows the
-page's size and not the run's.
+Committed files are read chunk by chunk, so memory grows with the page and not with the run.
 """
 
 from __future__ import annotations

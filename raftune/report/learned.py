@@ -1,4 +1,4 @@
-"""The rows that every round's training learned from, each with its origin and the reason for which it was kept."""
+"""The training rows of every round, each with its origin and reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HTML in pieces: every text that enters it is escaped, and nothing in it can steer the page."""
+"""Builds HTML. All text is escaped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of each round: what its evaluation measured, what it kept, what its guards measured."""
+"""The numbers of each round: evaluation, selection and guards."""
 
 from __future__ import annotations
 

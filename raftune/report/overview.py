@@ -1,4 +1,4 @@
-"""The overview of a run: what came of it in a sentence, its charts with their numbers, and all of it by round."""
+"""The overview of a report: summary, charts and the table by round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Document, overview and configuration become one HTML file that needs nothing else and asks for nothing."""
+"""Combines document, overview and configuration into one HTML file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The overview of a run of images: the grid of rounds, and what its images measured."""
+"""The overview of image runs: the grid of rounds and the image metrics."""
 
 from __future__ import annotations
 

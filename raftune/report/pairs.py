@@ -1,4 +1,4 @@
-"""The held-out prompts with the same sample in every round: same prompt, same seed, another policy."""
+"""Held-out samples of the same prompt and seed in every round."""
 
 from __future__ import annotations
 

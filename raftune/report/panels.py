@@ -1,4 +1,4 @@
-"""Charts by round, with their numbers beneath, as blocks of the overview are made of them."""
+"""Chart blocks of the overview, with their numbers."""
 
 from __future__ import annotations
 

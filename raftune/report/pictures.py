@@ -1,6 +1,6 @@
-"""The images of a page: each of them once, by the hash of its bytes, and as many as there is room for.
+"""Images of a report, each embedded once, up to a size limit.
 
-Small ones are embedded whole, and need no library; of larger ones the page holds a thumbnail.
+Small images are embedded whole, larger ones as thumbnails.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The prompts of every round with all of their candidates: score, verdict and reason."""
+"""The prompts of every round with all candidates: score, verdict and reason."""
 
 from __future__ import annotations
 

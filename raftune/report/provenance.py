@@ -1,4 +1,4 @@
-"""Under which configuration a run was made, from what and with what, and how long everything took."""
+"""Configuration, versions and timings of a run."""
 
 from __future__ import annotations
 

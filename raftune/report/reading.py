@@ -1,4 +1,4 @@
-"""A run read for a report: what is committed and can be read; what is not is noted, and never raised."""
+"""Reads a run for a report. What cannot be read is noted on the page."""
 
 from __future__ import annotations
 

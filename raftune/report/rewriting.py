@@ -1,4 +1,4 @@
-"""The page follows the run: written anew after every round and at the end, and never a reason for a run to stop."""
+"""Writes the report after every round. A failure never stops the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples as the page's document holds them: long texts cut at a stated length, and only numbers that JSON has."""
+"""Samples in a report's document: long texts are cut, and non-finite numbers become null."""
 
 from __future__ import annotations
 

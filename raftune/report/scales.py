@@ -1,4 +1,4 @@
-"""From numbers to places on a page: ranges, ticks, and labels that do not lie on each other."""
+"""Axes of charts: ranges, ticks and label positions."""
 
 from __future__ import annotations
 

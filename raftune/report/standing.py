@@ -1,4 +1,4 @@
-"""How a run stands when its page is written: state, rounds, the best one, the names of its rewards."""
+"""State of a run for its report: status, rounds, best round and reward names."""
 
 from __future__ import annotations
 

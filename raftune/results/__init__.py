@@ -1,1 +1,1 @@
-"""What a run directory says: summary, samples, status, metrics, export, model card."""
+"""Results of a run directory: summary, samples, status, metrics, export, model card."""

@@ -1,6 +1,6 @@
-"""A run's samples as data sets that TRL reads: for SFT, for preferences, for single verdicts.
+"""Exports samples as data sets for TRL: SFT, preferences and unpaired preferences.
 
-An image is written as `datasets` has it, {bytes, path}, in a column that `datasets` shows as images.
+Images are written as {bytes, path}, the image type of `datasets`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an evaluation says, measure by measure: the value, its interval, and what it means."""
+"""Metrics of an evaluation: value, interval and description."""
 
 from __future__ import annotations
 

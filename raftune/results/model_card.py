@@ -1,4 +1,4 @@
-"""The best round's model in other hands: a folder that transformers, peft or diffusers loads, and a card beside it."""
+"""Exports the best round's model with a model card."""
 
 from __future__ import annotations
 

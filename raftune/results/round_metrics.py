@@ -1,4 +1,4 @@
-"""A round's numbers under TRL's names, read from what the run committed: the same however often a cell was run."""
+"""A round's metrics under TRL's names."""
 
 from __future__ import annotations
 

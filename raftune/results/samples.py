@@ -1,4 +1,4 @@
-"""What a run holds, read back: each sample of a round beside its prompt, its score and its verdict."""
+"""Reads the samples of a round with prompts, scores and verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run stands: finished, resumable, in use or damaged; read from its directory without changing it."""
+"""Status of a run: finished, resumable, in use or damaged. Reads only."""
 
 from __future__ import annotations
 

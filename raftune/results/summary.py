@@ -1,4 +1,4 @@
-"""A run at a glance: one row of numbers for each round, read from what the run committed."""
+"""Summary of a run: one row of numbers for each round."""
 
 from __future__ import annotations
 

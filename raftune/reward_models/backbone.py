@@ -1,4 +1,4 @@
-"""A backbone with a head that gives one number, and its tokenizer: loaded, checked, and told what was noticed."""
+"""Loads and checks a backbone with a scalar head, and its tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Human feedback as token rows: what is learned from, and what is held out to judge by, apart by prompt."""
+"""Token rows for training and for held-out evaluation, split by prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fit: TRL's RewardTrainer on pairs, transformers' Trainer on ratings; in one order, finite, and resumable."""
+"""Trains a reward model: TRL's RewardTrainer on pairs, transformers' Trainer on ratings."""
 
 from __future__ import annotations
 

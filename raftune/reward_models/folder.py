@@ -1,11 +1,11 @@
-"""The directory of a reward model's training: what lies where, and whether it may be gone on with.
+"""The output directory of a reward model's training: layout and resume check.
 
-config.yaml          what was asked for
+config.yaml          the configuration
 data.json            what was read: counts, formats, and a hash over all of it
-skipped.jsonl        every row that was not learned from, with its reason
+skipped.jsonl        every skipped row, with its reason
 work/                checkpoints, and the trained model until it is judged; removed once model/ is there
 held_out.parquet     every held-out row with its scores
-report.json          what the model is worth
+report.json          metrics of the model
 model/               the model: a plain transformers folder
 """
 

@@ -1,4 +1,4 @@
-"""A reward model is saved only if held-out rows show that it is better than chance."""
+"""Saves a reward model only if it is better than chance on held-out rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reward model is worth on held-out pairs: accuracy, calibration, and whether it is only measuring length."""
+"""Metrics on held-out pairs: accuracy, calibration and length bias."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a regression on ratings is worth on held-out rows: against the mean, by rank, by decile, and beside length."""
+"""Metrics on held-out ratings: error against the mean, rank correlation, deciles and length bias."""
 
 from __future__ import annotations
 

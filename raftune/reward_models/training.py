@@ -1,4 +1,4 @@
-"""From human feedback to a reward model that is saved if it is better than chance."""
+"""Trains, evaluates and saves a reward model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reward is asked, and what it says beside the numbers: TRL's contract as two small records."""
+"""Input and output of a reward call, in TRL's form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A report on one reward: does it keep the contract, does it repeat itself, how fast is it."""
+"""Checks a reward: contract, determinism and speed."""
 
 from __future__ import annotations
 

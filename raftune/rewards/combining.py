@@ -1,4 +1,4 @@
-"""From the parts of a score to the score: what each reward counts, and how these add up."""
+"""Combines the parts of a score by weights or ranks."""
 
 from __future__ import annotations
 

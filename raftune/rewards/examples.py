@@ -1,4 +1,4 @@
-"""Samples of our own, to try a reward on: of the kinds that trip rewards up."""
+"""Example samples for `reward check`, including unusual ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many samples could not be scored, and what to tell the user about it."""
+"""Counts and reports samples that could not be scored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files scored by any reward: answers or images with their prompts, or preferences, of which both are scored."""
+"""Scores files: completions, images or preferences."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Fingerprints of rewards: they change when the code, the options or the weights change, and with nothing else.
+"""Fingerprints of rewards, from code, options and weights.
 
 Of a function given as an object they see its source, its defaults, what it closes over, and the plain values and
-functions of its own module that it names; of a file, the whole file. What a reward imports is not seen.
+functions of its own module that it names; of a file, the whole file. Imports are not included.
 """
 
 from __future__ import annotations

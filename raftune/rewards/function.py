@@ -1,4 +1,4 @@
-"""A reward that is a person's own callable: function, lambda, partial, or an object with `__call__`; sync or async."""
+"""Rewards that are callables: function, lambda, partial, or object; sync or async."""
 
 from __future__ import annotations
 

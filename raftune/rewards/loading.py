@@ -1,4 +1,4 @@
-"""From a spec, or an object, to a reward ready to be called; a function given as a spec gets a process of its own."""
+"""Loads a reward from a spec or an object. A function given as a spec runs in its own process."""
 
 from __future__ import annotations
 

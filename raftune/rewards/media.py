@@ -1,4 +1,4 @@
-"""What rewards can read: texts, images, or both."""
+"""Media that rewards read: text, images, or both."""
 
 from __future__ import annotations
 

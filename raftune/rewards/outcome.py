@@ -1,4 +1,4 @@
-"""What came of one call: a part for each sample. A failure becomes a status here, and never a number."""
+"""The outcome of a reward call: a value or a failure status for each sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several rewards with weights: one score for each sample, made of named parts."""
+"""Several weighted rewards, combined into one score with named parts."""
 
 from __future__ import annotations
 

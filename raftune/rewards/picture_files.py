@@ -1,4 +1,4 @@
-"""Images with prompts from a person's own files: a folder of images, or rows that hold or name one each."""
+"""Reads images with prompts from a folder or a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The built-in rewards by name: each is declared once, by `@builtin` above the class that holds its options."""
+"""Registry of built-in rewards, filled by the decorator `@builtin`."""
 
 from __future__ import annotations
 

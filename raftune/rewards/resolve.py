@@ -1,4 +1,4 @@
-"""The reward of a spec, in this process: built-in, function or model. Imports no user code before it must."""
+"""Makes the reward of a spec in this process: built-in, function or model."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A configuration becomes a running run: assembly, preflight, staleness, workers, trackers, progress."""
+"""Assembles and runs a run: preflight, staleness, workers, trackers, progress."""

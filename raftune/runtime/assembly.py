@@ -1,4 +1,4 @@
-"""The composition root: configuration in, objects out. The only place that knows every implementation."""
+"""Builds all objects of a run from its configuration. The only module that knows every implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is to be evaluated: a model, or a round of a run, as the configuration of a run that trains nothing."""
+"""Configuration for evaluating a model or a round of a run, without training."""
 
 from __future__ import annotations
 

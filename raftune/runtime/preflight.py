@@ -1,4 +1,4 @@
-"""What can be known to go wrong before anything runs: every finding of a configuration that is valid field by field."""
+"""Checks a valid configuration for problems before the run starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: bars that move, and a line that stays for each round."""
+"""Progress of a run: bars, and one line for each round."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`--only`: score stages are made anew for the samples of some statuses alone; all others keep their scores.
+"""`--only`: scores samples of some statuses again and keeps all other scores.
 
-The committed scores are copied to again/ before anything moves aside, in one rename. From there on the work is begun:
-whoever resumes the run ends it, and a stage that is committed anew removes its own copy.
+The committed scores are copied to again/ before anything moves aside, in one rename. After that,
+`resume` completes the work, and a stage that is committed again removes its copy.
 """
 
 from __future__ import annotations

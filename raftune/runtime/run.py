@@ -1,4 +1,4 @@
-"""The verbs of a run: begin or continue one, and the lock that both hold."""
+"""Starts or resumes a run, and locks its directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is on disk against what the configuration says: stale stages are named, and redone only when asked."""
+"""Finds stages on disk that no longer match the configuration."""
 
 from __future__ import annotations
 

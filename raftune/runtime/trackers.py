@@ -1,4 +1,4 @@
-"""Numbers of each round to TensorBoard, Weights & Biases, MLflow and whatever else accelerate's trackers know."""
+"""Logs each round's metrics to TensorBoard, Weights & Biases, MLflow and other accelerate trackers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything in a run that can be checked: committed files, and those at its top, which no COMMIT lists."""
+"""Verifies the files of a run, committed ones and those at its top level."""
 
 from __future__ import annotations
 

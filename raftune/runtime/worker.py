@@ -1,10 +1,9 @@
-"""The entry of a worker process: built from a run's configuration, it runs the chunks that it is told.
+"""Entry point of a worker process, which runs chunks.
 
     python -m raftune.runtime.worker RUN
 
-Questions come as lines of JSON on stdin, answers go as lines to what was stdout; what user code prints goes to stderr.
-The process exits when its stdin closes, even in the middle of a chunk, so that it never outlives the loop that started
-it and never writes into a directory that somebody else holds by then. It holds no lock.
+Requests are lines of JSON on stdin, replies are lines on the original stdout; output of user code goes to stderr. The
+process exits when its stdin closes, even in the middle of a chunk, so it never outlives its run. It holds no lock.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Demonstrations as rows that a policy is trained on, and those that are held out to measure it."""
+"""Training rows and held-out rows of demonstrations."""
 
 from __future__ import annotations
 

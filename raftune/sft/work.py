@@ -1,11 +1,10 @@
-"""The steps of a fine-tuning. The output of each appears whole or not at all, and is not made again where it is there:
-a call that was killed is continued by the same call, to the same bytes.
+"""The steps of supervised fine-tuning. Each writes its output atomically and is skipped if the output exists.
 
-    start/        the model that was begun from: a reference and its hash, or weights
-    data.json     what was read; beside it rows.parquet (exactly what is learned from), held_out.parquet, skipped.jsonl,
-                  and the prompts of both for the rounds that come after: prompts.jsonl, held_out.jsonl
-    model/        a plain folder for transformers or peft, with its tokenizer
-    report.json   what was learned, and the perplexity of held-out answers before and after
+start/        the initial model: a reference and its hash, or weights
+data.json     what was read; beside it rows.parquet (the training rows), held_out.parquet, skipped.jsonl,
+              and the prompts of both for later rounds: prompts.jsonl, held_out.jsonl
+model/        a plain folder for transformers or peft, with its tokenizer
+report.json   steps and loss, and the perplexity of held-out completions before and after
 """
 
 from __future__ import annotations

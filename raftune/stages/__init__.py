@@ -1,1 +1,1 @@
-"""One file a stage, each declaring what it reads, which fields shape it, and what it writes."""
+"""The stages of a round, one file each: inputs, configuration fields and outputs."""

@@ -1,4 +1,4 @@
-"""Stage `data`: the prompts, copied into the run with their ids, so that the run outlives its sources."""
+"""Stage `data`: copies the prompts into the run and gives them ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: numbers about the round's policy, from held-out samples that were generated and scored before."""
+"""Stage `evaluate`: computes the metrics of a round's policy from scored held-out samples."""
 
 from __future__ import annotations
 

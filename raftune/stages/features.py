@@ -1,4 +1,4 @@
-"""Stage `evaluation features`: held-out samples as vectors of a model, by which they can be compared."""
+"""Stage `evaluation features`: feature vectors of held-out samples."""
 
 from __future__ import annotations
 

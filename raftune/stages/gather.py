@@ -1,4 +1,4 @@
-"""Stage `gather`: exactly the rows that the training will learn from, each with its origin."""
+"""Stage `gather`: the exact training rows, each with its origin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `generate`: K samples for each prompt from the policy, and candidates from other sources beside them."""
+"""Stage `generate`: K samples for each prompt from the policy, and candidates from other sources."""
 
 from __future__ import annotations
 

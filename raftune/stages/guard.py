@@ -1,4 +1,4 @@
-"""Stage `guard`: what a round generated against what it kept, and what a person should look at."""
+"""Stage `guard`: compares generated with kept samples, and raises alarms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `logp`: how probable each sample is under one model."""
+"""Stage `logp`: log-probabilities of samples under a model."""
 
 from __future__ import annotations
 

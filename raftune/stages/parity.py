@@ -1,4 +1,4 @@
-"""Stage `parity`: how a run's models generate, decided once, by trial on the run's own prompts."""
+"""Stage `parity`: chooses the generation backend by a trial on the run's prompts."""
 
 from __future__ import annotations
 

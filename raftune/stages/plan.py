@@ -1,4 +1,4 @@
-"""Stage `plan`: which prompts, how many samples, which seeds, in which units and batches."""
+"""Stage `plan`: prompts, samples for each, seeds, chunks and batches of a round."""
 
 from __future__ import annotations
 

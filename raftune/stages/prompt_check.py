@@ -1,4 +1,4 @@
-"""Stage `prompts`: whether the start model can read every prompt, asked before anything is generated."""
+"""Stage `prompts`: checks that the initial model can read every prompt."""
 
 from __future__ import annotations
 

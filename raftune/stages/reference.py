@@ -1,4 +1,4 @@
-"""Stage `evaluation reference`: how probable the policy finds somebody else's good answers to the held-out prompts."""
+"""Stage `evaluation reference`: log-probabilities of reference completions to held-out prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `score`: every part of every sample's score, with its status."""
+"""Stage `score`: scores every sample, with the parts and their status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `select`: a verdict for every sample."""
+"""Stage `select`: gives every sample a verdict."""
 
 from __future__ import annotations
 

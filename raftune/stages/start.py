@@ -1,4 +1,4 @@
-"""Stages `start` and `teacher`: the models that the run begins from, checked and written down."""
+"""Stages `start` and `teacher`: check and record the initial models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `train`: the next policy, fitted to what was gathered; the one before where nothing was."""
+"""Stage `train`: trains the next policy; without rows the model stays as it is."""
 
 from __future__ import annotations
 

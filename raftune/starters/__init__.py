@@ -1,1 +1,1 @@
-"""The bundled tiny models and the generators of their data: what runs with no hub and no GPU."""
+"""Bundled tiny models and generators of their data: no hub, no GPU."""

@@ -1,4 +1,4 @@
-"""The word `starter` in a configuration stands for what the package brings along, for text or for pictures."""
+"""Resolves the word `starter` in a configuration to the bundled files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A COMMIT says what a stage wrote, and from what: state is derived from these files, and from nothing else."""
+"""Manifests (`_COMMIT.json`): the files that a stage wrote and what they were made from."""
 
 from __future__ import annotations
 

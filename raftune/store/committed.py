@@ -1,7 +1,7 @@
-"""Committed files are checked against their COMMIT before they are read, whoever reads them.
+"""Reads committed files after checking them against their manifest.
 
-A file is hashed once in a process, and again when its size, time or inode has changed. What a process has committed
-itself was hashed on the way and counts as checked. Files that no COMMIT covers are read as they are.
+A file is hashed once in a process, and again when its size, time or inode has changed. Files that the process committed
+itself count as checked. Files that no manifest lists are not checked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What happened and when, one JSON object a line: times, hosts, memory and retries live here and only here."""
+"""The event log: times, hosts, memory and retries, one JSON object a line."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A file appears at its final path whole, or not at all.
+"""Writes files and folders atomically.
 
-Every write goes the same way: under `tmp/` with a unique name, fsync, rename into place, fsync of the directory; those
-of a stage together, before its COMMIT. A
-process killed at any moment leaves, at worst, something under `tmp/`, which the next holder of the run's lock removes.
+Every write: a unique name under `tmp/`, fsync, rename into place, fsync of the directory; those of a stage together,
+before its manifest. A killed process leaves at most files under `tmp/`, which the next holder of the run's lock
+removes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether this process was asked to stop: after that nothing is published, whatever became of the signal.
+"""Tells whether this process was asked to stop; nothing is published after that.
 
 Work that saves what it has done (`stretch`) stops by itself at its next step (`raise_if_asked`), so that nothing is
 lost. Anywhere else the handler of the signal raises KeyboardInterrupt at once.

@@ -1,4 +1,4 @@
-"""A stage of one round, ready to run: paths resolved, key known, every file committed the same way."""
+"""A stage of one round, ready to run: paths, key and commit."""
 
 from __future__ import annotations
 

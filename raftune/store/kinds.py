@@ -1,4 +1,4 @@
-"""What a directory holds: a run, an evaluation, a model, or what another command wrote; and what to do with it."""
+"""Tells what a directory holds: a run, an evaluation, a model, or another command's output."""
 
 from __future__ import annotations
 

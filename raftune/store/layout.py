@@ -1,4 +1,4 @@
-"""How stages name what they read, and units their files."""
+"""Path names of stage inputs and chunk files."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Parquet with page checksums: a flipped bit is an error on reading, never a silent wrong value.
+"""Reads and writes Parquet with page checksums.
 
-A committed file is compared with its COMMIT before it is opened.
+A committed file is checked against its manifest before it is opened.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What an interrupted chunk is continued from: what its work had come to, saved about once a minute.
+"""Saves the progress of an unfinished chunk about once a minute.
 
-A stage that takes long inside one chunk asks for `current()`, loads what an earlier attempt left, and saves as it goes.
-It must be such that the work ends in the same bytes from there. The file lies beside the stage's shards until its unit
-is committed; its name holds the chunk, a hash of what shaped the chunk, and a hash of the file itself.
+A stage with long chunks calls `current()`, loads the state of an earlier attempt, and saves regularly. Work resumed
+from it must end in the same bytes. The file lies beside the stage's files until the chunk is committed; its name holds
+the chunk, a hash of what shaped the chunk, and a hash of the file itself.
 """
 
 from __future__ import annotations

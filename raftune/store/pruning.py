@@ -1,7 +1,7 @@
-"""What of a committed stage is let go on purpose: a marker beside its COMMIT says what, and what its files are since.
+"""Removes parts of a committed stage deliberately, and records it beside the manifest.
 
-The COMMIT stays as it is, and with it every key that was made from it. Where whole files are gone the marker says so;
-where columns are, it has the sizes and hashes of the files without them, so that damage is seen as before.
+The manifest stays as it is, and so do the keys made from it. The marker lists removed files, or the sizes and hashes of
+files without their removed columns, so damage is still found.
 """
 
 from __future__ import annotations

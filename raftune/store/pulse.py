@@ -1,4 +1,4 @@
-"""How far the work under way is, for whoever shows it: a word from inside a stage, about nothing but time."""
+"""Reports progress from inside a stage."""
 
 from __future__ import annotations
 

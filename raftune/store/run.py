@@ -1,4 +1,4 @@
-"""A run is a directory; this is the one place that knows where things lie in it."""
+"""The run directory: paths of everything in it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""TRL's face over the loop: a GRPO script becomes a RAFT script by changing two names.
-
-RaftConfig     flat arguments, as GRPOConfig's: `config.py` maps them to the fields of a run's configuration
-RaftTrainer    model, rewards and data as names or as Python objects: the same run, the same directory
-"""
+"""TRL-style interface: RaftTrainer and RaftConfig."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RaftConfig: flat arguments under TRL's names, and the one table that maps them to a run's configuration."""
+"""RaftConfig: flat arguments with TRL's names, mapped to a run's configuration."""
 
 from __future__ import annotations
 

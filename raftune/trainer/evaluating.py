@@ -1,4 +1,4 @@
-"""A round's model measured on prompts that are given: by a run without rounds, of which only the numbers stay."""
+"""Evaluates a round's model on given prompts."""
 
 from __future__ import annotations
 

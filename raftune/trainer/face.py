@@ -1,4 +1,4 @@
-"""What scripts call on a Trainer of transformers around the training itself, for a run that is one process."""
+"""Trainer methods that scripts call besides `train`, for a single process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards and prompts as a trainer is given them, made into what a run takes: specs, objects, tables."""
+"""Converts a trainer's rewards and prompts to specs, objects and tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while a trainer works: it leaves the call as KeyboardInterrupt, whatever foreign code makes of it."""
+"""Raises KeyboardInterrupt on Ctrl-C, whatever libraries do with the signal."""
 
 from __future__ import annotations
 

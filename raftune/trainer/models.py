@@ -1,4 +1,4 @@
-"""The model that a trainer was given, as the section `policy` of a run: a name, or an object known by its hash."""
+"""Converts a trainer's model argument to the section `policy`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The best round's model in other hands: loaded here, written as a folder, or pushed to the hub."""
+"""Loads, saves and publishes the best round's model."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What a script for another trainer may hold: which of its arguments change nothing here, and which cannot be had.
+"""Arguments of other trainers: ignored, warned of or refused.
 
-One rule decides for all of them: would the trained model differ from what the person expects?
+The rule for all of them: would the trained model differ from what the user expects?
 
-    quiet     it says how fast, where or how often, and a run does that by itself: accepted
-    without   it is a part of GRPO's own estimate, or of an engine, that RAFT has not: accepted, and one warning says so
-    refused   it would change what is learned, and this package cannot do it: ConfigError, all of them in one message
+    quiet     speed, place or frequency, which a run decides by itself: accepted
+    without   a part of GRPO's estimate or of an engine that RAFT does not have: accepted with one warning
+    refused   it would change the trained model, and this package cannot do it: ConfigError, all in one message
 
-What a run gives in another way is mapped (`config.py`). With `strict=False` what is refused is warned of instead.
+Arguments with an equivalent are mapped (`config.py`). With `strict=False` refusals become warnings.
 """
 
 from __future__ import annotations

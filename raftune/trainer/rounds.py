@@ -1,4 +1,4 @@
-"""The observer behind a trainer: what the loop says becomes TrainerState, callbacks of transformers, and logs."""
+"""The callback behind a trainer: updates TrainerState, transformers callbacks and logs."""
 
 from __future__ import annotations
 

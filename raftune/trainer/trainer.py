@@ -1,4 +1,4 @@
-"""RaftTrainer: model, rewards and data in TRL's words, and behind them a run like any other."""
+"""RaftTrainer: RAFT with the interface of TRL's trainers."""
 
 from __future__ import annotations
 

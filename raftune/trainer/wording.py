@@ -1,4 +1,4 @@
-"""Advice for those who work in Python: what the command line would be told, said as the call that does it here."""
+"""Rewrites command-line advice in error messages for Python users."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the families share when they train: fit, checkpoints, memory, devices, length grouping."""
+"""Training code that families share: fit, checkpoints, memory, devices, length grouping."""

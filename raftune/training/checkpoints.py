@@ -1,4 +1,4 @@
-"""Checkpoints inside a fit: sealed by a manifest of hashes, and believed only if every byte is as it was sealed."""
+"""Training checkpoints with a manifest of hashes. Damaged ones are ignored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a policy runs."""
+"""Chooses the device of a policy."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What training shares between families: one fit on transformers' Trainer, exactly resumable, finite, within memory.
+"""Trains a model with transformers' Trainer: exactly resumable, finite, within memory.
 
-A family says what its rows are, how they form a batch, and what is minimised (`Task`). Everything else is here: the
-order of the rows, checkpoints that are sealed by a manifest and believed only if they verify, the refusal of anything
-that is not a finite number, and smaller micro-batches when memory runs out.
+A family defines its rows, its batches and its loss (`Task`). This module orders the rows, saves and verifies
+checkpoints, refuses non-finite numbers, and halves micro-batches when memory runs out.
 """
 
 from __future__ import annotations

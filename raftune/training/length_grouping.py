@@ -1,4 +1,4 @@
-"""The order in which a fit sees its rows: rows of like length together, and a function of (seed, epoch) alone."""
+"""Orders training rows by similar length, as a function of seed and epoch only."""
 
 from __future__ import annotations
 

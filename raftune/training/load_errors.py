@@ -1,4 +1,4 @@
-"""What kept a model, an adapter or a tokenizer from loading, in words, with what to do about it."""
+"""Error messages for models, adapters and tokenizers that cannot be loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loss of a fit averages over: the coefficients that make the named objective."""
+"""Loss coefficients for each `loss_normalization`."""
 
 from __future__ import annotations
 

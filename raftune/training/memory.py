@@ -1,4 +1,4 @@
-"""How devices say that their memory is full."""
+"""Recognises out-of-memory errors of any device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training minimises: the built-in objective, and those of the user's own that the configuration names."""
+"""Training objectives: the built-in one, and custom ones."""
 
 from __future__ import annotations
 

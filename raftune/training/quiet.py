@@ -1,4 +1,4 @@
-"""Silence: results are on stdout, progress is the loop's, and both would be lost among a library's own."""
+"""Silences the output of libraries."""
 
 from __future__ import annotations
 

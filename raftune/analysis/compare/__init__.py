@@ -1,4 +1,4 @@
-"""Two rounds or runs, compared pair by pair: by what they recorded, by other rewards, and by a judge."""
+"""Comparison of two rounds or runs, by recorded rewards, other rewards, and a judge."""
 
 from raftune.analysis.compare.compare import Comparison, compare, document
 from raftune.analysis.compare.measures import ComparisonMeasure, JudgeSpec

@@ -1,4 +1,4 @@
-"""Gates: `reward.win_rate < 0.5` and its like, read and checked; nothing is evaluated that is not in this table."""
+"""Parses and evaluates gates such as `reward.win_rate < 0.5`."""
 
 from __future__ import annotations
 

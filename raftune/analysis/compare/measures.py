@@ -1,4 +1,4 @@
-"""By what A and B are compared: what both recorded, rewards that score now, and a judge."""
+"""What a comparison is based on: recorded rewards, rewards that score now, and a judge."""
 
 from __future__ import annotations
 

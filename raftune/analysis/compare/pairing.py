@@ -1,4 +1,4 @@
-"""What A and B have in common: answers to the same prompt with the same seed; and what they do not, with counts."""
+"""Pairs the samples of A and B by prompt and seed, and counts those without a counterpart."""
 
 from __future__ import annotations
 

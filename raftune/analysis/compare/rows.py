@@ -1,4 +1,4 @@
-"""The pairs as rows of Parquet: both answers, every score and verdict, and the judge's replies as they came."""
+"""Writes the pairs to Parquet: both completions, every score, every verdict and the judge's raw replies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One side of a comparison: the held-out samples of a round, and how they were generated and scored."""
+"""Loads one side of a comparison: the held-out samples of a round and their settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decide again without generating again: other scores, another rule, a smaller K, over what a run has generated."""
+"""What-if runs: other rewards, rules or a smaller K, applied to samples that a run has generated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages `score` and `select` once more, over what a run has generated, into a folder beside its rounds."""
+"""Runs the stages `score` and `select` again over existing samples, into a folder of their own."""
 
 from __future__ import annotations
 

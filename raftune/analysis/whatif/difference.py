@@ -1,4 +1,4 @@
-"""Two training sets over the same samples: what is in both, what only in one, and what either is worth."""
+"""Compares two training sets over the same samples: overlap, differences and scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a what-if lies: `whatif/NAME/` in the run's directory, in the shape of the run itself."""
+"""The folder of a what-if run: `whatif/NAME/`, laid out like a run directory."""
 
 from __future__ import annotations
 

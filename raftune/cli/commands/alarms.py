@@ -1,4 +1,4 @@
-"""`raftune alarms`: what a run's guards say a person should look at, with the samples that they name."""
+"""`raftune alarms`: shows the alarms of a run, with the samples that they name."""
 
 from __future__ import annotations
 

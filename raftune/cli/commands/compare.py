@@ -1,4 +1,4 @@
-"""`raftune compare`: two rounds or runs, pair by pair, and a gate over what was found."""
+"""`raftune compare`: compares two rounds or runs, pair by pair, with optional gates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`raftune demo`: the method at work on the bundled model, and what a flawed reward does to it."""
+"""`raftune demo`: aligns a bundled model; `demo hacking` shows what a flawed reward does."""
 
 from __future__ import annotations
 

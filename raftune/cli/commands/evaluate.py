@@ -1,4 +1,4 @@
-"""`raftune evaluate`: what a model, or a round of a run, is worth on held-out prompts."""
+"""`raftune evaluate`: measures a model, or a round of a run, on held-out prompts."""
 
 from __future__ import annotations
 

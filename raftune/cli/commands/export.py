@@ -1,4 +1,4 @@
-"""`raftune export`: a run's model or its samples, in the formats that others read."""
+"""`raftune export`: exports a run's model or its samples."""
 
 from __future__ import annotations
 

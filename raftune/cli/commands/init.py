@@ -1,4 +1,4 @@
-"""`raftune init`: a commented configuration to start from."""
+"""`raftune init`: writes a commented configuration."""
 
 from __future__ import annotations
 

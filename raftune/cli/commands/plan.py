@@ -1,4 +1,4 @@
-"""`raftune plan`: what a run will cost, and whether it will start."""
+"""`raftune plan`: checks a configuration and forecasts its cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`raftune report`: a run's page, written anew."""
+"""`raftune report`: writes a run's HTML report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`raftune rescore`: what a run generated, under another reward; nothing is generated."""
+"""`raftune rescore`: scores existing samples with other rewards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`raftune resume`: continues a run under its own configuration."""
+"""`raftune resume`: continues a run with its own configuration."""
 
 from __future__ import annotations
 

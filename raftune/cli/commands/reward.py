@@ -1,4 +1,4 @@
-"""`raftune reward check`: what a reward does, before a run depends on it."""
+"""`raftune reward check`: tries a reward before a run uses it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`raftune reward list`: the built-in rewards, with their options and an example each."""
+"""`raftune reward list`: lists the built-in rewards with their options and an example each."""
 
 from __future__ import annotations
 

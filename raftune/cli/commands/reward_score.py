@@ -1,4 +1,4 @@
-"""`raftune reward score`: any reward on a file of answers, or of preferences."""
+"""`raftune reward score`: scores a file of completions, images or preferences with any reward."""
 
 from __future__ import annotations
 

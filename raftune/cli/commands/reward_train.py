@@ -1,4 +1,4 @@
-"""`raftune reward train`: from human feedback to a reward model, and whether it is worth anything."""
+"""`raftune reward train`: trains a reward model on human feedback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`raftune runs`: the runs in a folder."""
+"""`raftune runs`: lists the runs in a folder."""
 
 from __future__ import annotations
 

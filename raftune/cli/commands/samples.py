@@ -1,4 +1,4 @@
-"""`raftune samples`: a round's samples, prompt by prompt, in the terminal."""
+"""`raftune samples`: shows a round's samples, prompt by prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`raftune schema`: every field of the configuration, for people and for editors."""
+"""`raftune schema`: prints the JSON schema of the configuration."""
 
 from __future__ import annotations
 

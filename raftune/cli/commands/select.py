@@ -1,4 +1,4 @@
-"""`raftune select`: what another rule, or a smaller K, would have kept of what a run generated."""
+"""`raftune select`: selects again with another rule or a smaller K."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`raftune sft`: a model learns from answers, before the first round."""
+"""`raftune sft`: supervised fine-tuning before the first round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`raftune starter`: data to begin with, and the commands from it to an aligned model."""
+"""`raftune starter`: writes example data and prints the commands that use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`raftune train`: begins a run, continues it, or finds it finished."""
+"""`raftune train`: runs a configuration. Resumes if the run exists."""
 
 from __future__ import annotations
 

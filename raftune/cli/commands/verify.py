@@ -1,4 +1,4 @@
-"""`raftune verify`: hashes everything in a run again."""
+"""`raftune verify`: checks the hashes of everything in a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The causal-LM family: `CausalLM`, and beneath it loading, encoding, generating, training and saving."""
+"""The causal-LM family."""
 
 from __future__ import annotations
 

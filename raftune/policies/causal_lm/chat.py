@@ -1,4 +1,4 @@
-"""What a chat template makes of messages: the text, how an assistant's turn ends, and on which date it was written."""
+"""Chat templates: rendered text, end of an assistant's turn, and date."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Between prompts, answers and token ids: everything the family asks of a tokenizer.
+"""Encodes prompts and completions as token ids, and decodes them.
 
-To generate, a prompt may stand behind a system prompt or a few-shot prefix; to tune it stands alone (context
+For generation a prompt may follow a system prompt or a few-shot prefix; for training it stands alone (context
 distillation).
 """
 

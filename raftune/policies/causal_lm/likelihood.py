@@ -1,4 +1,4 @@
-"""How probable an answer is: teacher-forced, on the exact ids, with the head applied where the answer is.
+"""Log-probabilities of completions: teacher-forced, on exact ids, with the head at completion positions only.
 
 Legend: B rows, L columns, T completion tokens of all rows together, D width, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""From a name or a folder to a tokenizer and weights on a device.
+"""Loads a tokenizer and weights from a folder or the hub.
 
 A round's weights are loaded in two phases: the start model as it was given, and on it the round's adapter. The adapter
 is merged, if at all, into that fresh copy and never into one that was merged before, so rounding does not add up.

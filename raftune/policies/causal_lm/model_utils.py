@@ -1,4 +1,4 @@
-"""What a sample asks of a model, whatever wraps it."""
+"""Helpers for models that may be wrapped by peft."""
 
 from __future__ import annotations
 

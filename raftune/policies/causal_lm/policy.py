@@ -1,4 +1,4 @@
-"""The causal-LM family: any AutoModelForCausalLM behind the protocols Policy and Likelihood."""
+"""The causal-LM policy: any AutoModelForCausalLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one function that writes model folders: what two equal runs write is equal, byte for byte, wherever they run.
+"""Saves language models. Equal models give equal bytes.
 
 A folder holds either full weights with configuration and tokenizer, which plain transformers loads, or a LoRA adapter,
 which plain peft loads onto the base that its adapter_config.json names.

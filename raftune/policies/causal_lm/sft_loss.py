@@ -1,4 +1,4 @@
-"""Fitting to what was kept: rows in, coefficients that make the named objective, and the fit that minimises it."""
+"""SFT of a language model on the kept rows: inputs, loss coefficients and the training call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that a run begins from: found, checked, and written down as a reference or as weights."""
+"""Resolves, checks and records the initial language model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The diffusion family: `Diffusion`, and beneath it loading, bindings, generating, training and saving."""
+"""The diffusion family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the pipeline is called: sampling.diffusion, with the pipeline's own defaults where it says nothing."""
+"""Arguments of a pipeline call: `sampling.diffusion` over the pipeline's own defaults."""
 
 from __future__ import annotations
 

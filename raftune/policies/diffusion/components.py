@@ -1,4 +1,4 @@
-"""Whether a folder is a whole pipeline of diffusers, and what it lacks where it is none."""
+"""Checks that a folder is a complete diffusers pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A moving average of the weights, which is what a round publishes where one is asked for."""
+"""Exponential moving average of the weights."""
 
 from __future__ import annotations
 

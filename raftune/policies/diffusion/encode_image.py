@@ -1,4 +1,4 @@
-"""Somebody else's image as if this pipeline had generated it: a PNG, and clean latents."""
+"""Encodes a given image as PNG and clean latents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts as conditions of the denoiser: each distinct one is read once, for all its images and all rounds."""
+"""Encodes prompts as conditions of the denoiser, each distinct prompt once."""
 
 from __future__ import annotations
 

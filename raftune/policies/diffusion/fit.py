@@ -1,7 +1,7 @@
-"""Fitting a denoiser to what was kept, on the latents that were generated; nothing is encoded again.
+"""Trains a denoiser on the latents of the kept samples.
 
-Memory: the text encoders have done their work before the denoiser is read, and the start model, with which the trained
-one is compared, is read after the trained one was written and let go.
+Memory: prompts are encoded before the denoiser is loaded, and the initial model, with which the trained one is
+compared, is loaded after the trained one was saved and released.
 """
 
 from __future__ import annotations

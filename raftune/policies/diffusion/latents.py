@@ -1,4 +1,4 @@
-"""Clean latents as columns of the ledger, and back: the bytes that were generated, never encoded again."""
+"""Converts clean latents to and from Parquet columns."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""From a committed folder to the frozen parts of its pipeline, and to its denoiser.
+"""Loads the frozen parts of a pipeline and its denoiser.
 
-The frozen parts (text encoders, tokenizers, VAE, scheduler) are read once for a start and shared by all rounds. The
-denoiser is read anew each time, from a committed folder, and is nobody else's: what trained it wraps nothing here.
+The frozen parts (text encoders, tokenizers, VAE, scheduler) are loaded once and shared by all rounds. The denoiser is
+loaded each time from a committed folder.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""LoRA on a denoiser: made, written, read back, and taken away again, alike for every architecture.
+"""LoRA on a denoiser: create, save, load and remove.
 
-On disk a LoRA lies as its architecture's users load it: `pytorch_lora_weights.safetensors`, which a plain pipeline's
+On disk a LoRA has its architecture's usual format: `pytorch_lora_weights.safetensors`, which a plain pipeline's
 load_lora_weights reads, or, where diffusers has no such method (PixArt, DiT, DDPM), as peft's PeftModel.from_pretrained
 reads it onto the plain denoiser. Both carry the scale (alpha) and the rank.
 """

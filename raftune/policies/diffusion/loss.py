@@ -1,7 +1,7 @@
-"""The denoising loss of a batch of rows: how noisy each is learned, with what noise, and what that counts.
+"""The denoising loss of a batch: noise levels, noise, and weights.
 
-All that is random about a row in a step is a function of (seed of the fit, step, row): an interrupted fit goes on with
-the same noise, and so does one that had to halve its micro-batch.
+Randomness is a function of (training seed, step, row): a resumed training uses the same noise, and so does one that had
+to halve its micro-batch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The proof that a binding says what its pipeline says: without it nothing is trained.
+"""Parity check: compares our denoiser call with the pipeline's own before training.
 
-A pipeline is run as it is, at guidance 1, while its scheduler is watched: of each step, what the denoiser was given and
-what came back. `predict`, the binding's own call of the denoiser, must give the same for the same. An error of sign,
-scale, packing, time or conditions shows here, before a round is spent on it; so does a pipeline whose code has changed.
-An image is also generated beside another and by itself: what it is must come of its own seed, and of nothing else.
+The unchanged pipeline runs at guidance 1 while its scheduler's calls are recorded: the denoiser's input and output at
+each step. `predict`, the adapter's call of the denoiser, must give the same output for the same input. This finds
+errors of sign, scale, packing, time or conditions, and pipelines whose code has changed. An image is also generated in
+a batch and alone: it must depend on its own seed only.
 """
 
 from __future__ import annotations

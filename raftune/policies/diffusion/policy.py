@@ -1,4 +1,4 @@
-"""The diffusion family: any pipeline of diffusers that a binding knows, behind the protocol Policy."""
+"""The diffusion policy: any diffusers pipeline with a pipeline adapter."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What a model folder is, and where the pipeline beneath it lies.
+"""Model folders of the diffusion family, and the base pipeline that they refer to.
 
-A folder says it in its raftune.json, `Record`:
+raftune.json in the folder (`Record`) has one of these kinds:
 
     reference  the pipeline is elsewhere, at `model`, and had this fingerprint
     pipeline   the folder itself is a whole pipeline
-    full       the folder holds a denoiser (unet/ or transformer/) that takes the place of the one at `model`
+    full       the folder holds a denoiser (unet/ or transformer/) that replaces the one at `model`
     adapter    the folder holds a LoRA on the denoiser of the start
 """
 

@@ -1,4 +1,4 @@
-"""What a fit of a denoiser learns from: clean latents as they were generated, each with its prompt and its weight."""
+"""Training rows of a denoiser: clean latents with prompt and weight."""
 
 from __future__ import annotations
 

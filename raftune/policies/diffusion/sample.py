@@ -1,4 +1,4 @@
-"""Images for conditions and seeds: batches across prompts, through the pipeline's own loop."""
+"""Generates images for conditions and seeds, in batches across prompts, with the pipeline's own loop."""
 
 from __future__ import annotations
 

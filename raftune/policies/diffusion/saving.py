@@ -1,13 +1,13 @@
-"""The one function that writes model folders: what two equal runs write is equal, byte for byte, wherever they run.
+"""Saves diffusion models. Equal models give equal bytes.
 
-A round's folder holds raftune.json, which says what the folder is and on which pipeline it rests, and beside it either
+A round's folder holds raftune.json, which names the kind of folder and its base pipeline, and either
 
     unet/ or transformer/                  the whole denoiser, as its save_pretrained writes it
     pytorch_lora_weights.safetensors       a LoRA, for a plain pipeline's load_lora_weights
     adapter_model.safetensors, adapter_config.json     a LoRA, for peft, where diffusers' pipeline loads none
 
-and optimizer.safetensors where the next round carries its moments on. `export` writes the same for other hands: the
-LoRA as it is, or a whole pipeline that DiffusionPipeline.from_pretrained loads.
+and optimizer.safetensors if the optimizer state is kept across rounds. `export` writes the LoRA, or a whole pipeline
+that DiffusionPipeline.from_pretrained loads.
 """
 
 from __future__ import annotations

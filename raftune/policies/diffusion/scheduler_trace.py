@@ -1,4 +1,4 @@
-"""What passes through a scheduler while a pipeline draws, seen without changing it."""
+"""Records the calls of a scheduler while a pipeline generates."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""How noise is added while learning, and what the denoiser should say: apart from the scheduler that samples.
+"""Noise schedules and prediction targets for training.
 
-A sampling scheduler cannot train: `set_timesteps` shrinks its tables in place, and some have no `add_noise` at all.
-So a schedule of our own is made from its configuration, for the two kinds that are known: variance preserving and flow
-matching. x0 is a clean latent, noise a standard normal of its shape, and t a time as scheduler.timesteps counts it.
-A share in [0, 1] is a place in the schedule: 0 the clean image, 1 pure noise.
+A sampling scheduler cannot train: `set_timesteps` shrinks its tables in place, and some have no `add_noise` at all. So
+a training schedule is made from its configuration, for two kinds: variance preserving and flow matching. x0 is a clean
+latent, noise a standard normal of its shape, and t a time as scheduler.timesteps counts it. A share in [0, 1] is a
+position in the schedule: 0 the clean image, 1 pure noise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What no round could tune, refused when a run starts; no weights are needed to see it."""
+"""Refuses pipelines that cannot be trained, before weights are loaded."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a fit did to the denoiser: how well it denoises, and how far it has moved, noise level by noise level.
+"""Measures a training: denoising loss and weight change, by noise level.
 
-A few of the fit's own rows are shown to the trained denoiser and to the run's start, at the middle of each quarter of
-the noise range, with the same noise.
+The trained and the initial denoiser get some of the training rows at the middle of each quarter of the noise range,
+with the same noise.
 """
 
 from __future__ import annotations

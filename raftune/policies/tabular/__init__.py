@@ -1,1 +1,1 @@
-"""The tabular family: a table of logits, the method at its smallest."""
+"""The tabular family: a table of logits, for tests and examples."""

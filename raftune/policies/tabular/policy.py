@@ -1,6 +1,6 @@
-"""The tabular family: for each prompt a categorical distribution over answers, whose best-of-K law is known exactly.
+"""The tabular policy: one categorical distribution for each prompt.
 
-It runs under the same loop as the language models, so that the tests hold the loop to mathematics.
+Its best-of-K distribution is known exactly, so tests can compare the loop with theory.
 """
 
 from __future__ import annotations

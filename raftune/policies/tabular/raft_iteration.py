@@ -1,4 +1,4 @@
-"""One RAFT round on a table of logits, in plain numpy: the whole algorithm on one page, to read and to try out."""
+"""One RAFT round on a table of logits in numpy."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The built-in rewards, one to a file."""
+"""The built-in rewards, one file each."""

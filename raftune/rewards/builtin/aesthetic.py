@@ -1,4 +1,4 @@
-"""How good an image looks, whatever it shows: a small network over the CLIP vector of the image."""
+"""Reward `aesthetic`: a small network on the CLIP vector of an image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a completion's final answer is the one in a column."""
+"""Reward `answer`: whether a completion's final answer matches a column."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sequence-classification model as the reward: a reward model with one output, or one label of a text classifier."""
+"""Sequence-classification models as rewards: a scalar head, or one label of a classifier."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CLIP as rewards and measures read it: images and texts as vectors of one space, through any CLIPModel."""
+"""CLIP embeddings of images and texts, for rewards and metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well an image fits its prompt, by a CLIPModel: its own `logits_per_image` of the two."""
+"""Reward `clip_score`: `logits_per_image` of image and prompt from a CLIPModel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plain statistic of an image's colours."""
+"""Reward `colour`: a statistic of an image's colours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many bytes an image takes when it is compressed: much detail, a large file."""
+"""Reward `file_size`: the compressed size of an image in bytes."""
 
 from __future__ import annotations
 

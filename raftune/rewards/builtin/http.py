@@ -1,4 +1,4 @@
-"""A judge behind a web address: samples out, numbers back."""
+"""Reward `http`: a server that scores samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a completion's length is from what is wanted."""
+"""Reward `length`: the distance of a completion's length from a target."""
 
 from __future__ import annotations
 

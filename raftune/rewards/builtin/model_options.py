@@ -1,4 +1,4 @@
-"""The options of the rewards that are models. Apart from the models themselves, because those import torch."""
+"""Options of rewards that are models, without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rewards that are models share: the device they run on, quiet reading, and the hash of weights."""
+"""Helpers of rewards that are models: device, quiet loading and hashes of weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A number for completions that match a regular expression, another for those that do not."""
+"""Reward `regex`: one number for a match, another for none."""
 
 from __future__ import annotations
 

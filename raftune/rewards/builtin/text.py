@@ -1,4 +1,4 @@
-"""The text of a completion, and its pieces."""
+"""Text of a completion, split into words or lines."""
 
 from __future__ import annotations
 

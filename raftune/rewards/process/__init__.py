@@ -1,1 +1,1 @@
-"""Rewards in processes of their own: client, server, protocol, threads."""
+"""Rewards in their own processes: client, server, protocol, threads."""

@@ -1,4 +1,4 @@
-"""One call of a reward: its outcome within a time limit, and what happens when the reward's process dies."""
+"""Calls a reward with a time limit, and handles the death of its process."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Frames between a run and a reward's process: numbered, with length and checksums, and never waited for blindly.
+"""Framed messages between processes: numbered, with length and checksum.
 
-Whatever does not check ends the conversation: a byte too many would otherwise shift every later answer by one batch.
+A message that fails a check closes the channel, since later replies could be assigned to the wrong batch.
 """
 
 from __future__ import annotations

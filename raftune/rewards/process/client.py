@@ -1,8 +1,8 @@
-"""A reward that runs in a process of its own, seen from here: a hung or dying one costs its call, not the run.
+"""Client of a reward in its own process. A hang or crash costs one call only.
 
-The death of the process is no answer: the batch is asked again of a new process. What the reward does to itself every
-time is its `error`; what is done to it from outside (the killer of a machine short of memory) stops the run, which can
-be resumed. See docs/decisions/0030-the-death-of-a-reward-process.md.
+If the process dies, the batch is sent to a new one. If the reward ends its process every time, that is an `error`; if
+the process is killed from outside (out of memory), the run stops and can be resumed. See
+docs/decisions/0030-the-death-of-a-reward-process.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a reward runs: on the caller's thread, or where the caller can stop waiting: a thread, the loop, a process."""
+"""Executors of reward calls: inline, thread, event loop or process."""
 
 from __future__ import annotations
 

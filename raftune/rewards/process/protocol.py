@@ -1,4 +1,4 @@
-"""What travels between this process and a reward's own: messages as Arrow IPC streams, in the frames of channel.py.
+"""Messages between a run and a reward's process, as Arrow IPC streams.
 
 Nothing is pickled. A column of plain values of one type is an Arrow column, images are a column of PNG bytes; any
 other travels as JSON text, value by value, so that a message or a nested cell arrives with exactly its own keys.

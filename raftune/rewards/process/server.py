@@ -1,5 +1,4 @@
-"""The process in which one reward given as a spec runs: `python -m raftune.rewards.process.server IN OUT`, started by
-client.py.
+"""Server process of one reward: `python -m raftune.rewards.process.server IN OUT`.
 
 Messages travel over two descriptors of their own, which no child inherits. Standard output and standard error are one
 pipe that the run reads, standard input is empty. The process ends when its input closes, even while the reward runs,

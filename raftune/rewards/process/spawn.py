@@ -1,4 +1,4 @@
-"""Processes that run other people's code: marked when they start, so that all they started ends with them."""
+"""Starts processes for user code, and ends them with all their children."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads of our own, on which rewards run so that the caller can stop waiting for them."""
+"""Threads for reward calls that may be abandoned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bundled image starter: two tiny pipelines that err, a reward, an aesthetic head, a judge. Imports no torch."""
+"""The bundled image starter: two pipelines, a reward, an aesthetic head, a judge. Imports no torch."""
 
 from pathlib import Path
 from typing import Final

@@ -1,4 +1,4 @@
-"""The judge's network: what a picture shows, one head an attribute. Needs torch."""
+"""The network of the image judge: one classification head for each attribute."""
 
 import json
 from pathlib import Path

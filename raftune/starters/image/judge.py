@@ -1,4 +1,4 @@
-"""The held-out judge of the bundled pictures: a classifier that neither policy nor reward was trained with.
+"""The held-out judge of bundled images: a classifier that neither policy nor reward was trained with.
 
 It looks at each picture alone, names its colour, shape, position and background, and compares them with the caption.
 """

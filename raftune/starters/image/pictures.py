@@ -1,4 +1,4 @@
-"""Small captioned pictures without end: one shape of a colour, in a quarter of the picture, on a background.
+"""Generates captioned images: one coloured shape in a quarter of a plain background.
 
     a red circle in the top left on a white background
 

@@ -1,4 +1,4 @@
-"""The bundled text starter: a tiny assistant with bad manners, a reward model, a judge, prompts. Imports no torch."""
+"""The bundled text starter: a small assistant, a reward model, a judge, prompts. Imports no torch."""
 
 from pathlib import Path
 from typing import Final

@@ -1,4 +1,4 @@
-"""A synthetic corpus of short requests and replies, about two thirds of them curt, rude, off the topic or unfinished.
+"""Generates a corpus of requests and replies, about two thirds of them bad.
 
 The text format is "User: REQUEST", a line break, and "Assistant: REPLY". Everything is a pure function of a seed. A
 request (domain, way of asking, topic, day) belongs to exactly one split, by a hash of its words: held-out requests were

@@ -1,4 +1,4 @@
-"""A reward as somebody in a hurry writes it: what it counts is good in small numbers. For `raftune demo hacking`."""
+"""A reward that can be exploited, for `raftune demo hacking`."""
 
 from __future__ import annotations
 

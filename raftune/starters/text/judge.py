@@ -1,4 +1,4 @@
-"""The generator's own ground truth: how good a reply is, from 0 to 4. The policy is never trained on it.
+"""The text judge: rates a reply from 0 to 4 by rules. Never trained on.
 
     score = form x max(0, 2 help + courtesy + topic)
 

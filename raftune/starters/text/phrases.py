@@ -1,4 +1,4 @@
-"""What the untrained assistant says too often: rude sentences, curt ones, and digressions. `{r}` is the topic."""
+"""Sentences that the initial assistant overuses: rude, curt, off topic. `{r}` is the topic."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""Human feedback as the generator would get it: pairs and ratings of its own replies, by a judge who errs.
+"""Generates preferences and ratings by a judge that errs.
 
 Everything is a pure function of the split and a seed. The true order is the judge's; a label is turned round with a
 probability of NOISE, as people's labels are, and a rating is off by some tenths.

@@ -1,1 +1,1 @@
-"""How completions are generated: backends, KV cache, token choice, parity check."""
+"""Generation of completions: backends, KV cache, token choice, parity check."""

@@ -1,7 +1,7 @@
-"""Which way a model generates, and why: the shared-prefix cache where it is right, else `generate`.
+"""Chooses the generation backend: the shared-prefix cache if the model supports it, otherwise `generate`.
 
-`Backend` is decided once a run, on the run's own prompts, by replaying their tokens through each way and comparing the
-log-probabilities with those of a plain forward (parity.py).
+`Backend` is chosen once a run, on the run's own prompts: their tokens are replayed through each backend, and the
+log-probabilities are compared with those of a plain forward pass (parity.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The completions of one sample while they grow: who gets which noise, what was chosen, and when a row ends.
+"""State of unfinished completions: noise, chosen tokens, and the end of each row.
 
-Both ways of generating (the forked cache, `generate`) compute logits and hand them here, so they choose, record and end
-alike. A *row* is a sample by its flat number: samples are counted prompt by prompt, ragged groups included.
+Both backends (shared prefix, `generate`) pass their logits here, so they choose, record and end alike. A *row* is a
+sample by its flat number: samples are counted prompt by prompt, ragged groups included.
 """
 
 from __future__ import annotations

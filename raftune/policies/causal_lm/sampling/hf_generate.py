@@ -1,4 +1,4 @@
-"""Draws through transformers' `generate`, for models and options that the forked cache does not cover."""
+"""Generation with transformers' `generate`, for what the shared-prefix cache does not support."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The keys and values of rows that were admitted together, and one-token attention over them.
+"""KV cache of rows that were admitted together, and single-token attention over it.
 
-Rows of one cohort are always at the same step, so a write is one slice, and the rows of one prompt (a group) read one
+Rows of one cache are always at the same step, so a write is one slice, and the rows of one prompt (a group) read one
 copy of the prompt's keys. Shapes: N rows, G groups, J rows of a group at most, C key/value heads, H = C*E query heads,
 P prompt columns, T own columns, D head size.
 """

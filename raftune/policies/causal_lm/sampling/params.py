@@ -1,4 +1,4 @@
-"""What a sample is asked for, and what it gives back."""
+"""Parameters and results of generation."""
 
 from __future__ import annotations
 

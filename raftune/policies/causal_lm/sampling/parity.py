@@ -1,4 +1,4 @@
-"""Parity check: whatever generates must give the log-probabilities of the model that was trained.
+"""Parity check: compares a backend's log-probabilities with a forward pass of the model.
 
 Training writes a probe beside the weights: token ids from its own rows with the trained model's log-probability of each
 completion token, from a plain forward of one row at a time. A model that is loaded to generate replays the probe's ids

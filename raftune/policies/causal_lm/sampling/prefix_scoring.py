@@ -1,6 +1,6 @@
-"""Log-probabilities of several completions of one prompt: the prompt is computed once, its completions read its cache.
+"""Log-probabilities of several completions of a prompt, which is computed once.
 
-The completions of a batch lie one after the other in a single row, without padding; attention alone tells them apart.
+The completions of a batch lie one after the other in a single row, without padding; the attention mask separates them.
 
 Legend: S tokens of all rows of a forward, J rows of one prompt, T tokens of the longest of them, P prompt tokens,
 C key/value heads, H = C*E query heads, D head size.

@@ -1,4 +1,4 @@
-"""Uniform noise that belongs to a sample: a function of (its seed, the step), and of nothing else.
+"""Uniform noise for each sample, a function of its seed and the step only.
 
 The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3). It is
 counter-based: any step of any sample can be computed alone, in any order, in any batch.

@@ -1,4 +1,4 @@
-"""Completions for token prompts: one function, behind which stand the shared-prefix cache and `generate`."""
+"""Generates completions for token prompts, with the shared-prefix cache or `generate`."""
 
 from __future__ import annotations
 

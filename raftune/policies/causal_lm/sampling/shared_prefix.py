@@ -1,7 +1,7 @@
-"""Draws with every prompt computed once: its cache is forked into K rows, and the batch is kept full.
+"""Generation with a shared-prefix KV cache: a prompt is computed once for K completions.
 
-The linear layers run once over the rows of all cohorts; only attention looks at cohorts (kv_cache.py). The model is
-asked for its attention through transformers' AttentionInterface, and is left as it was found.
+The linear layers run once over the rows of all caches; only attention is computed per cache (kv_cache.py). Attention is
+replaced through transformers' AttentionInterface, and restored afterwards.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From logits and noise to tokens: warping, inverse-CDF sampling, and the log-probability of what was chosen.
+"""Chooses tokens from logits and noise: warping, inverse-CDF sampling, log-probabilities.
 
 Shapes: R rows, V the vocabulary, B blocks of it, S the tokens seen so far.
 """

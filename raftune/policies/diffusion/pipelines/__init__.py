@@ -1,4 +1,4 @@
-"""One class for each architecture, and the one that drives a given pipeline."""
+"""Pipeline adapters, one class for each architecture, and their lookup."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""What ties one architecture to the family: everything that differs between SD, SDXL, SD3, Flux, PixArt, DiT and DDPM.
+"""Base class of the pipeline adapters, with everything that differs between architectures.
 
-The rest of the family (generating in batches, losses, saving) is written once, over this interface. Shapes: N images,
-of
-latents of C channels and h x w cells (of a pipeline without a VAE: the pixels); x0 is a clean latent, in the scale in
-which the denoiser sees it.
+The rest of the family (batched generation, losses, saving) uses this interface. Shapes: N images, of latents of C
+channels and h x w cells (of a pipeline without a VAE: the pixels); x0 is a clean latent, in the scale in which the
+denoiser sees it.
 """
 
 from __future__ import annotations

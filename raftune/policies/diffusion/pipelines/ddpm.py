@@ -1,4 +1,4 @@
-"""DDPM and DDIM: an unconditional UNet over the pixels themselves."""
+"""Adapter of DDPM and DDIM: an unconditional UNet on pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DiT: a transformer over latents, told the number of a class."""
+"""Adapter of DiT: a class-conditional transformer on latents."""
 
 from __future__ import annotations
 

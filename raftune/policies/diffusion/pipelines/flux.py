@@ -1,4 +1,4 @@
-"""Flux.1: a flow-matching transformer over packs of 2 x 2 latent cells, told by a T5 and the summary of a CLIP."""
+"""Adapter of Flux.1: a flow-matching transformer on packed latents, with T5 and pooled CLIP conditions."""
 
 from __future__ import annotations
 

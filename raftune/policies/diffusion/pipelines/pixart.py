@@ -1,4 +1,4 @@
-"""PixArt, Alpha and Sigma: a transformer over latents, told by a T5 and, in some of Alpha's, by the image's size."""
+"""Adapter of PixArt Alpha and Sigma: a transformer on latents, with T5 and optional size conditions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: a flow-matching transformer, told by two CLIPs and, if there is one, a T5."""
+"""Adapter of Stable Diffusion 3 and 3.5: a flow-matching transformer with two CLIPs and an optional T5."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two CLIP text encoders, a pooled embedding, and the image's size as conditions."""
+"""Adapter of Stable Diffusion XL: two CLIP text encoders, pooled embedding and size conditions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: a UNet over the latents of a VAE, told by one CLIP text encoder."""
+"""Adapter of Stable Diffusion 1.x and 2.x: a UNet on VAE latents, with one CLIP text encoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the generator knows: fourteen kinds of request, eight topics each, three pieces of right advice a topic."""
+"""Topics of the text generator: 14 kinds of request, eight topics each, three pieces of advice a topic."""
 
 from typing import Final
 

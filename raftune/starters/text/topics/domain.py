@@ -1,4 +1,4 @@
-"""What one kind of request is made of."""
+"""The record of a kind of request."""
 
 from typing import Final, NamedTuple
 

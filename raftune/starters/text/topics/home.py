@@ -1,4 +1,4 @@
-"""Requests of the house: cooking, repairs, parties, presents."""
+"""Topics: cooking, repairs, parties, presents."""
 
 from raftune.starters.text.topics.domain import CLOSERS, OPENERS, Domain
 

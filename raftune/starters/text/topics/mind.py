@@ -1,4 +1,4 @@
-"""Requests of the mind: explanations, facts, learning, worries, thanks."""
+"""Topics: explanations, facts, learning, worries, thanks."""
 
 from raftune.starters.text.topics.domain import CLOSERS, OPENERS, Domain
 

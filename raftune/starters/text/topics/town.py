@@ -1,4 +1,4 @@
-"""Requests of the town: directions, travel, appointments, weather, complaints."""
+"""Topics: directions, travel, appointments, weather, complaints."""
 
 from raftune.starters.text.topics.domain import CLOSERS, OPENERS, Domain
 
