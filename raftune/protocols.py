@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raftune.arrays import BoolArray, Float32Array, FloatArray, IntArray
 from raftune.records import Prompt, Sample, Score
 
-FloatArray = npt.NDArray[np.float64]
 Callback = Callable[[str, dict[str, Any]], None]  # (event, its facts)
 EVALUATION = "e"  # ends the scope of a chunk whose samples are only looked at
 
@@ -220,16 +220,16 @@ class RankedCandidates:
     The i-th of G prompts is the slice start[i] : start[i] + size[i].
     """
 
-    row: npt.NDArray[np.int64]  # (C,) the row of the candidate in the round's samples
-    group: npt.NDArray[np.int64]  # (C,) the number of its prompt
+    row: IntArray  # (C,) the row of the candidate in the round's samples
+    group: IntArray  # (C,) the number of its prompt
     k: npt.NDArray[np.int32]  # (C,) its index within the prompt
     score: FloatArray  # (C,) what it is ranked by
     rank: npt.NDArray[np.int32]  # (C,) 1 is the best of its prompt
-    start: npt.NDArray[np.int64]  # (G,)
-    size: npt.NDArray[np.int64]  # (G,) at least 1
+    start: IntArray  # (G,)
+    size: IntArray  # (G,) at least 1
 
     @property
-    def equal(self) -> npt.NDArray[np.bool_]:
+    def equal(self) -> BoolArray:
         """(G,) whether all candidates of a prompt score the same; one alone does."""
         return np.asarray(self.score[self.start] == self.score[self.start + self.size - 1])
 
@@ -237,7 +237,7 @@ class RankedCandidates:
         """(C,) for each candidate the value of its prompt, from values (G,)."""
         return np.repeat(values, self.size)
 
-    def only(self, groups: npt.NDArray[np.bool_]) -> RankedCandidates:
+    def only(self, groups: BoolArray) -> RankedCandidates:
         """The candidates without the prompts that are False in `groups` (G,)."""
         if groups.all():
             return self
@@ -247,7 +247,7 @@ class RankedCandidates:
         return RankedCandidates(row, group, k, self.score[mine], self.rank[mine], group_starts(size), size)
 
 
-def group_starts(size: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def group_starts(size: IntArray) -> IntArray:
     """(G,) where each of consecutive runs of these sizes starts."""
     return np.cumsum(size) - size
 
@@ -425,7 +425,7 @@ class FeatureExtractor(Protocol):
         """Changes with whatever shapes the vectors."""
         ...
 
-    def image_features(self, images: Sequence[Any]) -> npt.NDArray[np.float32]:
+    def image_features(self, images: Sequence[Any]) -> Float32Array:
         """(N, d) a vector for each PIL image, of any size."""
         ...
 
@@ -471,7 +471,7 @@ class MonitorInput:
 class Monitor(Protocol):
     """Pure functions that look at a round."""
 
-    def similarities(self, texts: Sequence[str], groups: npt.NDArray[np.int64]) -> FloatArray:
+    def similarities(self, texts: Sequence[str], groups: IntArray) -> FloatArray:
         """(G,) the mean similarity of two texts of each group, NaN for a group without two; text i is in groups[i]."""
         ...
 

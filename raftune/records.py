@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 TOOLS = "tools"  # the column beside messages whose value a chat template gets as `tools`, as in TRL
+Row = dict[str, Any]  # of a table, by column
 PromptContent = str | int | list[dict[str, Any]]
 
 

@@ -20,6 +20,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from raftune.arrays import BoolArray, ByteArray, FloatArray, IntArray, UInt64Array
 from raftune.config.extensions import code_hash, load_extension
 from raftune.config.selection import (
     BestOfK,
@@ -33,12 +34,6 @@ from raftune.config.selection import (
 )
 from raftune.errors import ConfigError, ExtensionError
 from raftune.protocols import Decision, RankedCandidates, Rule, group_starts
-
-Bools = npt.NDArray[np.bool_]
-Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
 
 
 class Reason(IntEnum):
@@ -92,12 +87,12 @@ class Candidates:
     policy itself says that there is nothing to learn from; None says that it never does.
     """
 
-    group: Ints
+    group: IntArray
     k: npt.NDArray[np.int32]
-    score: Floats
-    length: Ints
-    content: Words
-    invalid: Bools | None = None
+    score: FloatArray
+    length: IntArray
+    content: UInt64Array
+    invalid: BoolArray | None = None
 
     def __post_init__(self) -> None:
         columns = (self.group, self.k, self.score, self.length, self.content)
@@ -112,8 +107,8 @@ class Verdicts:
     """
 
     rank: npt.NDArray[np.int32]
-    weight: Floats
-    reason: Bytes
+    weight: FloatArray
+    reason: ByteArray
     words: tuple[str, ...] = REASONS
 
 
@@ -184,7 +179,7 @@ def _in_words(counts: Counter[int], words: tuple[str, ...]) -> str:
 _STANDING = 255  # not a reason: marks what no gate has rejected so far
 
 
-def _screen(candidates: Candidates, config: SelectionConfig) -> Bytes:
+def _screen(candidates: Candidates, config: SelectionConfig) -> ByteArray:
     """(N,) the reason for which a candidate does not compete, or _STANDING."""
     reason = np.full(len(candidates.group), _STANDING, np.uint8)
     if config.max_length is not None:
@@ -199,30 +194,30 @@ def _screen(candidates: Candidates, config: SelectionConfig) -> Bytes:
     return reason
 
 
-def _repeats(candidates: Candidates, rows: Ints) -> Ints:
+def _repeats(candidates: Candidates, rows: IntArray) -> IntArray:
     """Those of `rows` whose completion another of `rows` has, of the same prompt and with a lower k."""
     group, content = candidates.group[rows], candidates.content[rows]
     order = np.lexsort((candidates.k[rows], content, group))
     same = (np.diff(group[order]) == 0) & (content[order][1:] == content[order][:-1])
-    repeated: Ints = rows[order[1:][same]]
+    repeated: IntArray = rows[order[1:][same]]
     return repeated
 
 
 # -- ranking and skipping --------------------------------------------------------------------------------------------
 
 
-def _positions(group: npt.NDArray[np.int64], size: Ints) -> npt.NDArray[np.int32]:
+def _positions(group: IntArray, size: IntArray) -> npt.NDArray[np.int32]:
     """(C,) 1, 2, 3, … inside each run of `size`."""
     return (np.arange(len(group)) - np.repeat(group_starts(size), size) + 1).astype(np.int32)
 
 
-def _run_sizes(sorted_values: Ints) -> Ints:
+def _run_sizes(sorted_values: IntArray) -> IntArray:
     """The lengths of the runs of equal values."""
     edges = np.flatnonzero(np.diff(sorted_values)) + 1
     return np.diff(np.concatenate(([0], edges, [len(sorted_values)]))) if len(sorted_values) else np.zeros(0, np.int64)
 
 
-def _pool(candidates: Candidates, rows: Ints) -> RankedCandidates:
+def _pool(candidates: Candidates, rows: IntArray) -> RankedCandidates:
     """The candidates at `rows`, ranked inside their groups: higher scores first, ties to the lower k."""
     row = rows[np.lexsort((candidates.k[rows], -candidates.score[rows], candidates.group[rows]))]
     group, k, score = candidates.group[row], candidates.k[row], candidates.score[row]
@@ -232,7 +227,7 @@ def _pool(candidates: Candidates, rows: Ints) -> RankedCandidates:
     return RankedCandidates(row, group, k, score, _positions(group, size), group_starts(size), size)
 
 
-def _skips(pool: RankedCandidates, several: Bools, config: SelectionConfig) -> Bytes:
+def _skips(pool: RankedCandidates, several: BoolArray, config: SelectionConfig) -> ByteArray:
     """(G,) the reason for which a prompt is skipped, or _STANDING. One that competes alone counts as all equal.
 
     `several` (G,): whether the prompt has more than one candidate. Where it has one, `auto` keeps it.
@@ -370,7 +365,7 @@ def _top_fraction(pool: RankedCandidates, options: TopFraction, seed: int) -> De
     return _decide(kept, np.full(len(kept), Reason.IN_FRACTION), np.where(over_cap, Reason.OVER_CAP, lost))
 
 
-def _fair_share(pool: RankedCandidates, tied: Ints, n: int, seed: int) -> Bools:
+def _fair_share(pool: RankedCandidates, tied: IntArray, n: int, seed: int) -> BoolArray:
     """(len(tied),) True for n of them, every subset alike, but inside a group the lowest k first."""
     noise = _noise(seed, pool.group[tied], pool.k[tied])
     drawn = np.lexsort((pool.k[tied], pool.group[tied], noise))[:n]
@@ -406,17 +401,17 @@ def _random(pool: RankedCandidates, options: Random, seed: int) -> Decision:
     return _decide(kept, np.full(len(kept), Reason.CHANCE), np.full(len(kept), Reason.NOT_DRAWN))
 
 
-def _decide(kept: Bools, won: npt.NDArray[np.int_], lost: npt.NDArray[np.int_]) -> Decision:
+def _decide(kept: BoolArray, won: npt.NDArray[np.int_], lost: npt.NDArray[np.int_]) -> Decision:
     return kept.astype(np.float64), np.where(kept, won, lost).astype(np.uint8)
 
 
-def _under_cap(pool: RankedCandidates, options: TopFraction | Threshold) -> Bools:
+def _under_cap(pool: RankedCandidates, options: TopFraction | Threshold) -> BoolArray:
     if options.max_per_prompt is None:
         return np.ones(len(pool.rank), np.bool_)
     return pool.rank <= options.max_per_prompt
 
 
-def _noise(seed: int, group: Ints, k: npt.NDArray[np.int32]) -> Words:
+def _noise(seed: int, group: IntArray, k: npt.NDArray[np.int32]) -> UInt64Array:
     """(C,) 64 even bits that depend on (seed, group, k) and on nothing else: neither on rows nor on a generator."""
     state = np.full(len(group), seed % 2**64, np.uint64)
     for key in (group.astype(np.uint64), k.astype(np.uint64)):
@@ -424,7 +419,7 @@ def _noise(seed: int, group: Ints, k: npt.NDArray[np.int32]) -> Words:
     return state
 
 
-def _mix(state: Words) -> Words:
+def _mix(state: UInt64Array) -> UInt64Array:
     """The finalizer of SplitMix64 (Steele, Lea, Flood 2014) after its step: a bijection whose output bits look fair."""
     state = state + np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

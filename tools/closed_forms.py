@@ -15,30 +15,29 @@ from math import comb
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from raftune.arrays import FloatArray, IntArray
 
 
 @dataclass(frozen=True)
 class RewardLevels:
     """The distinct rewards of a policy: J values ascending, their masses (sum 1), and each answer's level (V,)."""
 
-    value: Floats
-    mass: Floats
-    of: Ints
+    value: FloatArray
+    mass: FloatArray
+    of: IntArray
 
     @property
-    def at_most(self) -> Floats:
+    def at_most(self) -> FloatArray:
         """(J,) F: the mass of this level and all below; exactly 1 for the last."""
         below = np.cumsum(self.mass)
-        share: Floats = np.minimum(below / below[-1], 1.0)
+        share: FloatArray = np.minimum(below / below[-1], 1.0)
         return share
 
     @property
-    def at_least(self) -> Floats:
+    def at_least(self) -> FloatArray:
         """(J,) the mass of this level and all above; exactly 1 for the first."""
         above = np.cumsum(self.mass[::-1])[::-1]
-        share: Floats = np.minimum(above / above[0], 1.0)
+        share: FloatArray = np.minimum(above / above[0], 1.0)
         return share
 
 
@@ -62,17 +61,17 @@ def levels(p: npt.ArrayLike, r: npt.ArrayLike, tolerance: float = 0.0) -> Reward
     return RewardLevels(distinct[first], mass, of)
 
 
-def _spread(p: npt.ArrayLike, by: RewardLevels, mass: Floats) -> Floats:
+def _spread(p: npt.ArrayLike, by: RewardLevels, mass: FloatArray) -> FloatArray:
     """(V,) the law that gives each level its new mass and shares it inside the level in proportion to p."""
     q = np.asarray(p, np.float64) * (mass / by.mass)[by.of]
-    normalised: Floats = q / q.sum()
+    normalised: FloatArray = q / q.sum()
     return normalised
 
 
 # -- best of K -------------------------------------------------------------------------------------------------------
 
 
-def best_of_k_law(p: npt.ArrayLike, r: npt.ArrayLike, k: int, tolerance: float = 0.0) -> Floats:
+def best_of_k_law(p: npt.ArrayLike, r: npt.ArrayLike, k: int, tolerance: float = 0.0) -> FloatArray:
     """(V,) the distribution of the best of k samples: q(y) = p(y)/P_r(y) · (F(r(y))^k − F⁻(r(y))^k)."""
     by = levels(p, r, tolerance)
     with np.errstate(divide="ignore", under="ignore"):  # log1p(−1) where nothing lies below: the mass is F^k
@@ -82,12 +81,12 @@ def best_of_k_law(p: npt.ArrayLike, r: npt.ArrayLike, k: int, tolerance: float =
     return _spread(p, by, mass)
 
 
-def best_of_k_rounds(p: npt.ArrayLike, r: npt.ArrayLike, k: int, rounds: int) -> Floats:
+def best_of_k_rounds(p: npt.ArrayLike, r: npt.ArrayLike, k: int, rounds: int) -> FloatArray:
     """(V,) the policy after `rounds` rounds of best of k, each fitted exactly: best of k**rounds from the start."""
     return best_of_k_law(p, r, k**rounds)
 
 
-def rounds_variance(mass_at_most: npt.ArrayLike, k: int, rounds: int, winners: int) -> Floats:
+def rounds_variance(mass_at_most: npt.ArrayLike, k: int, rounds: int, winners: int) -> FloatArray:
     """Var F_T after T rounds that are each fitted to the frequencies of `winners` samples, to first order in 1/winners.
 
     mass_at_most: F of a reward level at the start. It is Σ_t (k^{T−t}·F_T/F_t)²·F_t(1−F_t)/winners over t = 1..T, with
@@ -99,7 +98,7 @@ def rounds_variance(mass_at_most: npt.ArrayLike, k: int, rounds: int, winners: i
         (k ** (rounds - t) * exact[rounds] / exact[t]) ** 2 * exact[t] * (1 - exact[t]) / winners
         for t in range(1, rounds + 1)
     ]
-    variance: Floats = np.sum(terms, axis=0)
+    variance: FloatArray = np.sum(terms, axis=0)
     return variance
 
 
@@ -116,7 +115,7 @@ def expected_best_bound(p: npt.ArrayLike, r: npt.ArrayLike, k: int) -> float:
     return float(by.mass @ by.value + width * np.sqrt(np.log(k) / 2))
 
 
-def top_m_law(p: npt.ArrayLike, r: npt.ArrayLike, k: int, m: int) -> Floats:
+def top_m_law(p: npt.ArrayLike, r: npt.ArrayLike, k: int, m: int) -> FloatArray:
     """(V,) the distribution of one of the m best of k samples, picked at random; the m of a group are dependent.
 
     q(y) = p(y)/P_r(y) · [G(S≥) − G(S>)]/m with G(c) = E min(m, Bin(k, c)), S the mass of at least or more than r(y).
@@ -157,16 +156,16 @@ def win_rate(q: npt.ArrayLike, p: npt.ArrayLike, r: npt.ArrayLike) -> float:
 # -- other rules -----------------------------------------------------------------------------------------------------
 
 
-def threshold_law(p: npt.ArrayLike, r: npt.ArrayLike, threshold: float) -> Floats:
+def threshold_law(p: npt.ArrayLike, r: npt.ArrayLike, threshold: float) -> FloatArray:
     """(V,) p restricted to rewards ≥ threshold: idempotent, and its KL from p is −log P(r ≥ threshold)."""
     q = np.asarray(p, np.float64) * (np.asarray(r) >= threshold)
     if not q.sum() > 0:
         raise ValueError(f"no answer of positive probability reaches the threshold {threshold:g}.")
-    normalised: Floats = q / q.sum()
+    normalised: FloatArray = q / q.sum()
     return normalised
 
 
-def global_shares(p: npt.ArrayLike, r: npt.ArrayLike, n: npt.ArrayLike, keep_fraction: float) -> Floats:
+def global_shares(p: npt.ArrayLike, r: npt.ArrayLike, n: npt.ArrayLike, keep_fraction: float) -> FloatArray:
     """(X,) the share of each prompt in what the best keep_fraction of all samples holds, in the limit of many samples.
 
     p, r: (X, V), one policy a prompt; n: (X,) draws of each. w_x ∝ n_x·[P_x(r > τ) + ρ·P_x(r = τ)] with τ the cut and ρ
@@ -179,71 +178,71 @@ def global_shares(p: npt.ArrayLike, r: npt.ArrayLike, n: npt.ArrayLike, keep_fra
     rho = min(1.0, (keep_fraction - above) / pooled.mass[cut])
     tau = pooled.value[cut]
     kept = n * np.sum(p * ((r > tau) + rho * (r == tau)), axis=1)
-    shares: Floats = kept / kept.sum()
+    shares: FloatArray = kept / kept.sum()
     return shares
 
 
 # -- rounds without selection, and with a penalty --------------------------------------------------------------------
 
 
-def temperature_law(p: npt.ArrayLike, temperature: float, rounds: int = 1) -> Floats:
+def temperature_law(p: npt.ArrayLike, temperature: float, rounds: int = 1) -> FloatArray:
     """(V,) p^{(1/temperature)^rounds}/Z: the policy after rounds of generating at this temperature and fitting, K =
     1.
     """
     with np.errstate(divide="ignore"):
         log_q = np.log(np.asarray(p, np.float64)) * temperature**-rounds
     q = np.exp(log_q - log_q.max())
-    normalised: Floats = q / q.sum()
+    normalised: FloatArray = q / q.sum()
     return normalised
 
 
-def regularised_target(start: npt.ArrayLike, r: npt.ArrayLike, beta: float) -> Floats:
+def regularised_target(start: npt.ArrayLike, r: npt.ArrayLike, beta: float) -> FloatArray:
     """(V,) start·e^{r/beta}/Z: where r − beta·log(p/start) is constant, the only fixed point of full support."""
     with np.errstate(divide="ignore"):
         log_q = np.log(np.asarray(start, np.float64)) + np.asarray(r, np.float64) / beta
     q = np.exp(log_q - log_q.max())
-    normalised: Floats = q / q.sum()
+    normalised: FloatArray = q / q.sum()
     return normalised
 
 
-def regularised_scores(p: npt.ArrayLike, start: npt.ArrayLike, r: npt.ArrayLike, beta: float) -> Floats:
+def regularised_scores(p: npt.ArrayLike, start: npt.ArrayLike, r: npt.ArrayLike, beta: float) -> FloatArray:
     """(V,) r − beta·log(p/start): what a KL-regularised round ranks by."""
     with np.errstate(divide="ignore"):  # an answer that p never draws is never ranked
         log_p = np.log(np.asarray(p, np.float64))
-    scores: Floats = np.asarray(r, np.float64) - beta * (log_p - np.log(np.asarray(start, np.float64)))
+    scores: FloatArray = np.asarray(r, np.float64) - beta * (log_p - np.log(np.asarray(start, np.float64)))
     return scores
 
 
 def regularised_round(
     p: npt.ArrayLike, start: npt.ArrayLike, r: npt.ArrayLike, *, beta: float, k: int, step: float = 1.0
-) -> Floats:
+) -> FloatArray:
     """(V,) p moved by `step` towards the best of k under regularised_scores; a step of 1 is a full fit, and oscillates.
 
     At the target all scores tie in mathematics and none in floats: scores within 1e-9 count as tied.
     """
     best = best_of_k_law(p, regularised_scores(p, start, r, beta), k, tolerance=1e-9)
-    moved: Floats = (1 - step) * np.asarray(p, np.float64) + step * best
+    moved: FloatArray = (1 - step) * np.asarray(p, np.float64) + step * best
     return moved
 
 
 # -- gradients and allocation ----------------------------------------------------------------------------------------
 
 
-def log_mass_gradient(p: npt.ArrayLike, members: npt.ArrayLike) -> Floats:
+def log_mass_gradient(p: npt.ArrayLike, members: npt.ArrayLike) -> FloatArray:
     """(V,) the gradient, in the logits of p, of the log of the mass of `members` (V,), true or false."""
     p = np.asarray(p, np.float64)
     inside = p * np.asarray(members, np.bool_)
-    gradient: Floats = inside / inside.sum() - p
+    gradient: FloatArray = inside / inside.sum() - p
     return gradient
 
 
-def allocation(gradient_norms: npt.ArrayLike, acceptance: npt.ArrayLike, total: float) -> Floats:
+def allocation(gradient_norms: npt.ArrayLike, acceptance: npt.ArrayLike, total: float) -> FloatArray:
     """(X,) the samples of each prompt, summing to `total`, that make Σ G²/(s·n) least: n ∝ G/√s."""
     g, s = np.asarray(gradient_norms, np.float64), np.asarray(acceptance, np.float64)
     if not (s > 0).all():
         raise ValueError("an acceptance rate of 0 asks for infinitely many draws: leave such prompts out.")
     share = g / np.sqrt(s)
-    n: Floats = total * share / share.sum()
+    n: FloatArray = total * share / share.sum()
     return n
 
 

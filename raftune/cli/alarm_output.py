@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.text import Text
 
 from raftune.cli.output import out
+from raftune.records import Row
 from raftune.results import samples as ledger
 from raftune.results.samples import prompt_text
 from raftune.sanitize import harmless, one_line
 from raftune.store.run import RunFolder
 
-Alarm = dict[str, Any]
 
-
-def show(folder: RunFolder, round_: int, alarm: Alarm, number: int, full: bool) -> None:
+def show(folder: RunFolder, round_: int, alarm: Row, number: int, full: bool) -> None:
     """The alarm: what it says, and the first of its samples with their prompts."""
     console = out()
     console.print()
@@ -33,7 +30,7 @@ def show(folder: RunFolder, round_: int, alarm: Alarm, number: int, full: bool) 
         console.print(Text(f"  and {len(alarm['samples']) - number} more", style="dim"))
 
 
-def lines_of(sample: ledger.Sample, width: int | None, full: bool) -> list[Text]:
+def lines_of(sample: Row, width: int | None, full: bool) -> list[Text]:
     """The prompt and the completion."""
     prompt, answer = prompt_text(sample["prompt"]), ledger.answer_text(sample["completion"])
     shown = harmless(answer).replace("\n", "\n    ") if full else one_line(answer, width)

@@ -7,9 +7,10 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from cyclopts import Parameter
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -17,6 +18,7 @@ from raftune.config.load import RENAMED, models_in
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 
+Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]  # what a command reads itself
 EMPTY = ("null", "none")
 
 

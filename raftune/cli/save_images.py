@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raftune.data.classifier_inputs import text_of
 from raftune.errors import ConfigError
-from raftune.results.samples import Sample
+from raftune.records import Row
 from raftune.store.files import explaining
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def check_folder(folder: Path) -> None:
         raise ConfigError(f"--save writes {sheet_of(folder)} as well, which exists. Choose another folder.")
 
 
-def save_pictures(samples: Iterable[Sample], folder: Path, round_: int) -> int:
+def save_pictures(samples: Iterable[Row], folder: Path, round_: int) -> int:
     """Writes each sample's image, metadata.jsonl with a line a sample, and a contact sheet beside the folder.
 
     A file is named by the prompt (its number here and the letters and digits it begins with), k and the score. Returns
@@ -53,14 +53,14 @@ def save_pictures(samples: Iterable[Sample], folder: Path, round_: int) -> int:
     return len(shown)
 
 
-def name_of(sample: Sample, number: int) -> str:
+def name_of(sample: Row, number: int) -> str:
     """`003-a-red-circle-k05-+1.250.png`: sorts by prompt and k; nothing of a prompt but ASCII letters and digits."""
     words = re.sub(r"[^a-z0-9]+", "-", text_of(sample["prompt"]).casefold())[:40].strip("-")
     score = "unscored" if sample.get("score") is None else f"{sample['score']:+.3f}"
     return "-".join(filter(None, (f"{number:03d}", words, f"k{sample['k']:02d}", source_of(sample), score))) + ".png"
 
 
-def source_of(sample: Sample) -> str:
+def source_of(sample: Row) -> str:
     """What tells a teacher's or a person's image from the policy's own of the same k."""
     source = re.sub(r"[^a-z0-9]+", "", str(sample.get("source", "policy")).casefold())
     return "" if source in ("policy", "") else source[:20]
@@ -70,14 +70,14 @@ def sheet_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-contact-sheet.png")
 
 
-def contact_sheet(samples: Sequence[Sample]) -> Image:
+def contact_sheet(samples: Sequence[Row]) -> Image:
     """All images small: a row for each prompt, its text above, each image's k and score below it."""
     from PIL import Image, ImageDraw
 
     from raftune.data.images import image_of
     from raftune.sanitize import one_line
 
-    rows: dict[str, list[Sample]] = {}
+    rows: dict[str, list[Row]] = {}
     for sample in samples:
         rows.setdefault(sample["prompt_id"], []).append(sample)
     width = GAP + max(map(len, rows.values())) * (SIDE + GAP)
@@ -100,7 +100,7 @@ def contact_sheet(samples: Sequence[Sample]) -> Image:
     return sheet
 
 
-def described(sample: Sample, round_: int) -> dict[str, Any]:
+def described(sample: Row, round_: int) -> dict[str, Any]:
     """The image's line in the index: what was asked, and what came of it."""
     known = {name: sample[name] for name in TOLD if name in sample}
     rewards = {name: value for name, value in sample.items() if name.startswith("rewards/")}

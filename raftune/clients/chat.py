@@ -20,7 +20,7 @@ from raftune.store.files import write_json
 if TYPE_CHECKING:
     import httpx2
 
-Message = dict[str, str]
+ChatMessage = dict[str, str]
 T = TypeVar("T")
 
 MOST_BYTES = 32 * 2**20  # of an answer
@@ -60,7 +60,7 @@ class ChatEndpoint:
     key: str | None = field(default=None, repr=False)
     backoff: float = 0.5
 
-    def ask(self, questions: Sequence[list[Message]], tell: Callable[[], None] = lambda: None) -> list[ChatReply]:
+    def ask(self, questions: Sequence[list[ChatMessage]], tell: Callable[[], None] = lambda: None) -> list[ChatReply]:
         """A reply for each question, in order; equal questions are asked once. `tell` is called as one is answered.
 
         Works where an event loop is running already, as in a notebook. Failures are replies, not exceptions.
@@ -73,12 +73,12 @@ class ChatEndpoint:
             found |= apart(lambda: self._ask_all(missing, tell))
         return [found[name] for name in names]
 
-    def unanswered(self, questions: Sequence[list[Message]]) -> int:
+    def unanswered(self, questions: Sequence[list[ChatMessage]]) -> int:
         """How many different questions would be asked, because no reply to them is kept."""
         names = {self.name_of(self.body(messages)) for messages in questions}
         return sum(self._kept(name) is None for name in names)
 
-    def body(self, messages: list[Message]) -> dict[str, Any]:
+    def body(self, messages: list[ChatMessage]) -> dict[str, Any]:
         """The request as the endpoint reads it; a parameter that is None is left out."""
         given = {name: value for name, value in self.parameters.items() if value is not None}
         return {"model": self.model, "messages": messages, **given}

@@ -16,9 +16,8 @@ from raftune.data.turns import (
     read_messages,
     says_something,
 )
-from raftune.records import PromptContent
+from raftune.records import PromptContent, Row
 
-Row = dict[str, Any]
 # The name that we use, then others under which the same is found.
 PROMPT = ("prompt", "question")
 COMPLETION = ("completion", "response", "answer")

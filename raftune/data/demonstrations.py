@@ -12,7 +12,6 @@ from raftune.data.columns import (
     COMPLETION,
     COMPLETIONS,
     SCORE,
-    Row,
     asked,
     check_answer,
     check_prompt,
@@ -29,7 +28,7 @@ from raftune.data.rows import Demonstration, Feedback, SkippedRow, SkipReason, U
 from raftune.data.source import collect
 from raftune.data.turns import answer_text, begins, ends_with_assistant, excerpt, prompt_text, read_messages
 from raftune.errors import DataError
-from raftune.records import TOOLS
+from raftune.records import TOOLS, Row
 
 PICTURE = ("image", "image", "completion")
 CAPTION = ("prompt", "caption", "text", "label")

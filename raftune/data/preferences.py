@@ -12,7 +12,6 @@ from raftune.data.columns import (
     PROMPT,
     RANKS,
     SCORES,
-    Row,
     asked,
     check_answer,
     check_prompt,
@@ -37,7 +36,7 @@ from raftune.data.turns import (
     read_messages,
     shared_turns,
 )
-from raftune.records import PromptContent
+from raftune.records import PromptContent, Row
 
 Form = Literal["text", "messages"]
 HH = "HH-RLHF dialogues"

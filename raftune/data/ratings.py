@@ -9,7 +9,6 @@ from raftune.data.columns import (
     COMPLETIONS,
     SCORE,
     SCORES,
-    Row,
     asked,
     find,
     has,
@@ -21,6 +20,7 @@ from raftune.data.preferences import ranking
 from raftune.data.rows import Feedback, Rating, SkipReason, UnusableRow
 from raftune.data.source import collect
 from raftune.errors import ConfigError
+from raftune.records import Row
 
 WANTED = (
     f"A rating has prompt, completion and score; {' and '.join(COMPLETION[1:])} are read as completion, "

@@ -17,10 +17,9 @@ import pyarrow.types as kinds
 from raftune.data.rows import Feedback, NumberedRow, SkippedRow, SkipReason, UnusableRow, reasons
 from raftune.data.tables import read_rows, with_plain_types
 from raftune.errors import DataError
-from raftune.records import JsonType, without_none
+from raftune.records import JsonType, Row, without_none
 from raftune.sanitize import first_line
 
-Row = dict[str, Any]
 T = TypeVar("T", bound=NumberedRow)
 LINES = (".jsonl", ".ndjson", ".json")
 ANSWERS = ("completion", "response", "answer", "chosen", "rejected")

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raftune.arrays import FloatArray, IntArray
 from raftune.config.guards import AlarmName, GuardsConfig
 from raftune.evaluation.bootstrap import Interval, interval, mean_by_prompt
 from raftune.evaluation.columns import prompt_numbers
@@ -25,8 +25,6 @@ from raftune.results.measures import spread
 from raftune.results.summary import ends_of
 from raftune.sanitize import percent as share
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 Measures = Mapping[str, Any]
 
 SHOWN = 8  # samples that an alarm names, each of another prompt
@@ -98,7 +96,7 @@ def liked_but_bad(now: pa.Table, then: pa.Table, judge: str, start: str) -> Iter
         yield name_of(now, row), f"trained reward {trained[row]:.3g}, {judge} {held_out[row]:.3g}{was}"
 
 
-def differences(now: pa.Table, then: pa.Table, name: str) -> Floats:
+def differences(now: pa.Table, then: pa.Table, name: str) -> FloatArray:
     """(P,) by how much the mean over a prompt's samples rose, for each prompt that both tables have a value for."""
     ids = pc.unique(now.column("prompt_id"))
     means = []
@@ -112,7 +110,7 @@ def differences(now: pa.Table, then: pa.Table, name: str) -> Floats:
     return np.asarray(rise[np.isfinite(rise)])
 
 
-def by_chance(moved: Floats) -> float:
+def by_chance(moved: FloatArray) -> float:
     """At most the probability that differences of these sizes, their signs tossed, have a sum as far from 0.
 
     By the sign test that `compare` uses, whose random assignments resolve 1 in 10,000; beyond that by Hoeffding's bound
@@ -221,7 +219,7 @@ def near_duplicates(sets: Mapping[str, Measures], first: Measures, kept: pa.Tabl
     )
 
 
-def repeats(texts: Sequence[str], groups: Ints) -> list[list[int]]:
+def repeats(texts: Sequence[str], groups: IntArray) -> list[list[int]]:
     """Clusters of near-duplicates in which there are answers to two prompts or more, the largest first."""
     return [cluster for cluster in duplicates(texts) if len(set(groups[cluster].tolist())) > 1]
 
@@ -269,25 +267,25 @@ def part_dominates(samples: pa.Table, factors: Mapping[str, float], limit: float
     )
 
 
-def counts(samples: pa.Table, name: str) -> Floats:
+def counts(samples: pa.Table, name: str) -> FloatArray:
     """(N,) what the reward counts in the score, unweighted: its value, or what stands beside it in its place."""
     return column(samples, f"counts/{name}" if f"counts/{name}" in samples.column_names else f"rewards/{name}")
 
 
-def around_mean(groups: Ints, values: Floats) -> Floats:
+def around_mean(groups: IntArray, values: FloatArray) -> FloatArray:
     """(N,) each value less the mean of its prompt; a part that does not apply adds nothing to the score, so it is 0."""
     values = np.nan_to_num(values)
     return np.asarray(values - mean_by_prompt(groups, values)[groups])
 
 
-def spread_in(groups: Ints, values: Floats) -> Floats:
+def spread_in(groups: IntArray, values: FloatArray) -> FloatArray:
     """(P,) the largest less the smallest value of each prompt that has one."""
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
     return np.asarray(np.maximum.reduceat(values[order], starts) - np.minimum.reduceat(values[order], starts))
 
 
-def leaders(groups: Ints, values: Floats) -> Ints:
+def leaders(groups: IntArray, values: FloatArray) -> IntArray:
     """(P,) the row of the highest value of each prompt, the first of equals."""
     order = np.lexsort((np.arange(len(values)), -np.round(values, 12), groups))
     return np.asarray(order[np.flatnonzero(np.diff(groups[order], prepend=-1))])
@@ -526,7 +524,7 @@ def texts_of(samples: pa.Table) -> list[str]:
     return [text or "" for text in samples.column("text").to_pylist()]
 
 
-def column(samples: pa.Table, name: str) -> Floats:
+def column(samples: pa.Table, name: str) -> FloatArray:
     """The column as numbers, NaN where it is null."""
     return np.asarray(pc.cast(samples.column(name), pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
 

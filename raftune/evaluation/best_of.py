@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from raftune.arrays import FloatArray
 
 
-def best_of_k_estimates(scores: npt.ArrayLike, ks: Sequence[int]) -> Floats:
+def best_of_k_estimates(scores: npt.ArrayLike, ks: Sequence[int]) -> FloatArray:
     """(..., len(ks)): for each k the mean, over all subsets of k of the N scores, of the subset's maximum.
 
     An unbiased estimate of E max_k where the N scores are independent draws of one policy, N was fixed beforehand and
@@ -33,7 +33,7 @@ def pass_at_k(n: int, successes: int, k: int) -> float:
     return float(best_of_k_estimates(np.repeat([0.0, 1.0], [n - successes, successes]), [k])[0])
 
 
-def _weights(n: int, ks: Sequence[int]) -> Floats:
+def _weights(n: int, ks: Sequence[int]) -> FloatArray:
     """(n, len(ks)) the weight of the i-th smallest of n scores in the estimate for k; each column sums to 1.
 
     From the largest down: w_n = k/n and w_{j−1} = w_j · (j−k)/(j−1), so that no binomial coefficient can overflow.

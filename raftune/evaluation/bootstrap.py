@@ -7,8 +7,8 @@ from functools import lru_cache
 from typing import TypedDict
 
 import numpy as np
-import numpy.typing as npt
 
+from raftune.arrays import FloatArray, IntArray
 from raftune.config.evaluation import FEWEST_UNITS
 from raftune.records import derive_seed
 
@@ -29,7 +29,7 @@ class Interval(TypedDict):
     n: int
 
 
-def interval(values: npt.NDArray[np.float64]) -> Interval | None:
+def interval(values: FloatArray) -> Interval | None:
     """The interval of the mean of (P,) values, one a prompt; what is not finite is left out; None with nothing left.
 
     Percentile bootstrap with a fixed seed: the same values give the same interval.
@@ -45,7 +45,7 @@ def interval(values: npt.NDArray[np.float64]) -> Interval | None:
     return Interval(mean=mean, low=float(low), high=float(high), n=len(values))
 
 
-def ratio_interval(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> Interval | None:
+def ratio_interval(above: FloatArray, below: FloatArray) -> Interval | None:
     """The interval of Σ above / Σ below over (P,) prompts, such as nats over tokens; None where nothing is left.
 
     A prompt whose values are not finite, or that has nothing below, is left out.
@@ -62,25 +62,25 @@ def ratio_interval(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64
     return Interval(mean=mean, low=float(low), high=float(high), n=len(above))
 
 
-def resamples(n: int) -> Iterable[npt.NDArray[np.int64]]:
+def resamples(n: int) -> Iterable[IntArray]:
     """For each of the RESAMPLES, n numbers below n, in blocks near 8 MB; they depend on n alone."""
     return one_block(n) if RESAMPLES * n <= BLOCK else draw_blocks(n)
 
 
 @lru_cache(maxsize=1)
-def one_block(n: int) -> list[npt.NDArray[np.int64]]:
+def one_block(n: int) -> list[IntArray]:
     """The same for every metric of an evaluation, hence kept."""
     return list(draw_blocks(n))
 
 
-def draw_blocks(n: int) -> Iterator[npt.NDArray[np.int64]]:
+def draw_blocks(n: int) -> Iterator[IntArray]:
     generator = np.random.Generator(np.random.Philox(derive_seed("bootstrap", n)))
     size = max(1, min(RESAMPLES, BLOCK // n))
     for at in range(0, RESAMPLES, size):
         yield generator.integers(0, n, (min(size, RESAMPLES - at), n))
 
 
-def mean_by_prompt(groups: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def mean_by_prompt(groups: IntArray, values: FloatArray) -> FloatArray:
     """(P,) means of the finite values of each prompt; NaN for a prompt without one."""
     finite = np.isfinite(values)
     size = int(groups.max(initial=-1)) + 1

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
-import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
+from raftune.arrays import FloatArray, IntArray, UInt64Array
+
 WORD = re.compile(r"\w+")
 
 HASHES = 256  # of a text's word pairs, in bands
@@ -30,12 +29,12 @@ PRIME = (1 << 31) - 1
 class TokenizedTexts:
     """The words of T texts as numbers: ids (W,), equal for equal words; text i is ids[starts[i]:starts[i + 1]]."""
 
-    ids: Ints
-    starts: Ints
+    ids: IntArray
+    starts: IntArray
     vocabulary: int
 
     @property
-    def lengths(self) -> Ints:
+    def lengths(self) -> IntArray:
         """(T,) words of each text."""
         return np.diff(self.starts)
 
@@ -96,7 +95,7 @@ def similarity(groups: Sequence[Sequence[str]]) -> float | None:
     return float(np.nanmean(values)) if np.isfinite(values).any() else None
 
 
-def similarities(texts: Texts, groups: Ints) -> Floats:
+def similarities(texts: Texts, groups: IntArray) -> FloatArray:
     """(G,) the mean similarity of two different texts of each group, in [0, 1]; NaN for a group of one text or none.
 
     Text i belongs to group groups[i]. Two texts are as similar as the cosine of the counts of their word pairs, the
@@ -139,7 +138,7 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[list[i
     return forest.clusters()
 
 
-def join_similar(chosen: Sequence[int], shingles: Sequence[Ints], threshold: float, forest: DisjointSets) -> None:
+def join_similar(chosen: Sequence[int], shingles: Sequence[IntArray], threshold: float, forest: DisjointSets) -> None:
     """Joins those of the chosen texts that are at least as similar as the threshold."""
     if not chosen:
         return
@@ -156,7 +155,7 @@ def join_similar(chosen: Sequence[int], shingles: Sequence[Ints], threshold: flo
                     forest.join_if(other, index, sets, threshold)
 
 
-def buckets(flat: Ints, starts: Ints, factors: Ints) -> Iterator[list[int]]:
+def buckets(flat: IntArray, starts: IntArray, factors: IntArray) -> Iterator[list[int]]:
     """The texts, two or more together, whose least hashes are equal for every one of the factors (rows, 2)."""
     # Shingles are numbered from 0, so that a·x + b, mixed once more, has no order that the numbering gave it.
     least = [np.minimum.reduceat(mixed(flat, int(a), int(b)), starts) for a, b in factors]
@@ -166,7 +165,7 @@ def buckets(flat: Ints, starts: Ints, factors: Ints) -> Iterator[list[int]]:
     return (bucket for bucket in together.values() if len(bucket) > 1)
 
 
-def mixed(numbers: Ints, a: int, b: int) -> npt.NDArray[np.uint64]:
+def mixed(numbers: IntArray, a: int, b: int) -> UInt64Array:
     """A hash of each number, by multiplication and shifts (as in SplitMix64)."""
     x = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(a << 32 | b)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -211,7 +210,7 @@ class DisjointSets:
         return sorted((c for c in found.values() if len(c) > 1), key=lambda c: (-len(c), c[0]))
 
 
-def ngrams(words: TokenizedTexts, n: int) -> Ints:
+def ngrams(words: TokenizedTexts, n: int) -> IntArray:
     """The n-grams of all texts as numbers, equal for equal n-grams; none crosses from one text to the next."""
     grams, ids = words.ids, words.ids
     for step in range(1, n):
@@ -222,14 +221,14 @@ def ngrams(words: TokenizedTexts, n: int) -> Ints:
     return np.asarray(grams[owner[: len(grams)] == owner[n - 1 :]], dtype=np.int64)
 
 
-def bounded_pairs(words: TokenizedTexts) -> tuple[Ints, Ints]:
+def bounded_pairs(words: TokenizedTexts) -> tuple[IntArray, IntArray]:
     """(W + T,) the word pairs of all texts as numbers, a text's ends counted as words, and the text of each."""
     ids = np.insert(words.ids + 1, words.starts, 0)
     pairs = np.unique(ids[:-1] * (words.vocabulary + 1) + ids[1:], return_inverse=True)[1].reshape(-1)
     return pairs, np.repeat(np.arange(len(words.lengths)), words.lengths + 1)
 
 
-def shingle_sets(words: TokenizedTexts) -> list[Ints]:
+def shingle_sets(words: TokenizedTexts) -> list[IntArray]:
     """For each text its different word pairs, ascending."""
     pairs, _ = bounded_pairs(words)
     ends = np.cumsum(words.lengths + 1)

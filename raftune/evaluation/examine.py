@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raftune.arrays import FloatArray, IntArray
 from raftune.config.guards import GuardsConfig
 from raftune.evaluation import alarms, picture_alarms
 from raftune.evaluation.alarms import Alarm, column, texts_of
@@ -18,9 +18,6 @@ from raftune.evaluation.columns import prompt_numbers
 from raftune.evaluation.diversity import distinct, msttr, numbered, similarities, unique
 from raftune.protocols import MonitorInput
 
-Floats = npt.NDArray[np.float64]
-Measures = dict[str, Any]
-
 
 class RoundMonitor:
     """Looks at a round with the thresholds of the configuration."""
@@ -28,10 +25,10 @@ class RoundMonitor:
     def __init__(self, config: GuardsConfig) -> None:
         self.config = config
 
-    def similarities(self, texts: Sequence[str], groups: npt.NDArray[np.int64]) -> Floats:
+    def similarities(self, texts: Sequence[str], groups: IntArray) -> FloatArray:
         return similarities(texts, groups)
 
-    def measures(self, evidence: MonitorInput) -> dict[str, Measures]:
+    def measures(self, evidence: MonitorInput) -> dict[str, dict[str, Any]]:
         """The measures of the policy's own samples, and of what was kept, each kept sample counting by its weight.
 
         Words are counted in sets of one size, so that they can be compared: those that were kept, and of what was
@@ -107,9 +104,9 @@ def kept_of(samples: pa.Table) -> pa.Table:
     return samples.filter(pc.greater(samples.column("weight"), 0))
 
 
-def numbers(samples: pa.Table, weights: Floats) -> Measures:
+def numbers(samples: pa.Table, weights: FloatArray) -> dict[str, Any]:
     """How many samples there are, and the weighted means of what is known of them."""
-    found: Measures = {"samples": samples.num_rows}
+    found: dict[str, Any] = {"samples": samples.num_rows}
     columns = {"score": "reward", "length": "length", "clipped": "clipped_ratio"}
     columns |= {name: name for name in picture_alarms.KNOWN}
     columns |= {name: name for name in samples.column_names if name.startswith("rewards/")}
@@ -121,11 +118,11 @@ def numbers(samples: pa.Table, weights: Floats) -> Measures:
     return found
 
 
-def words(samples: pa.Table) -> Measures:
+def words(samples: pa.Table) -> dict[str, Any]:
     """The measures of how varied the texts are, and the share of them that nearly repeat one of another prompt."""
     texts = texts_of(samples)
     numbered_texts = numbered(texts)
-    found: Measures = {f"distinct_{n}": distinct(numbered_texts, n) for n in (1, 2)}
+    found: dict[str, Any] = {f"distinct_{n}": distinct(numbered_texts, n) for n in (1, 2)}
     found |= {f"unique_{n}": unique(numbered_texts, n) for n in (1, 2)}
     found |= {"msttr_100": msttr(numbered_texts), "words": len(numbered_texts.ids)}
     if texts:
@@ -134,7 +131,7 @@ def words(samples: pa.Table) -> Measures:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def mean_of(name: str, found: Floats) -> Measures:
+def mean_of(name: str, found: FloatArray) -> dict[str, Any]:
     """The mean of what is finite, under this name; nothing where nothing is."""
     finite = found[np.isfinite(found)]
     return {name: float(finite.mean())} if len(finite) else {}

@@ -10,17 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raftune.arrays import BoolArray, FloatArray, IntArray
 from raftune.data.images import LUMA, LazyImages, require_pillow
 from raftune.evaluation.bootstrap import interval, mean_by_prompt
 from raftune.evaluation.columns import numbers_of, prompt_numbers
 from raftune.records import INVALID, LATENTS
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 SIDE = 16  # pixels of the thumbnails that images are compared by
 ALIKE = 0.03  # root mean square distance of two thumbnails up to which one image nearly repeats the other
 BLOCK = 1024  # thumbnails compared at once
@@ -111,21 +109,21 @@ class FeatureMetrics:
         return found
 
 
-def rms_distance(x_KD: Floats) -> float:
+def rms_distance(x_KD: FloatArray) -> float:
     """The mean over pairs of the root mean square difference of two rows."""
     squares = (x_KD**2).sum(axis=1)
     apart = np.maximum(squares[:, None] + squares[None] - 2 * x_KD @ x_KD.T, 0.0) / x_KD.shape[1]
     return float(np.sqrt(apart[np.triu_indices(len(x_KD), 1)]).mean())
 
 
-def cosine_distance(x_KD: Floats) -> float:
+def cosine_distance(x_KD: FloatArray) -> float:
     """The mean over pairs of 1 - cos; the rows have length 1."""
     k = len(x_KD)
     total = x_KD.sum(axis=0)
     return float(1 - (total @ total - k) / (k * (k - 1)))
 
 
-def vendi_score(x_KD: Floats) -> float:
+def vendi_score(x_KD: FloatArray) -> float:
     """exp of the entropy (nats) of the eigenvalues of the cosine kernel over K; the rows have length 1.
 
     1 where all are the same, K where all are orthogonal: the number of different rows in effect. Friedman and Dieng,
@@ -136,19 +134,19 @@ def vendi_score(x_KD: Floats) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def by_group(groups: Ints, x_ND: Floats, measure: Callable[[Floats], float]) -> Floats:
+def by_group(groups: IntArray, x_ND: FloatArray, measure: Callable[[FloatArray], float]) -> FloatArray:
     """(P,) the measure of each group's rows; NaN for a group of fewer than two."""
     order = np.argsort(groups, kind="stable")
     parts = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(order) else []
     return np.array([measure(x_ND[part]) if len(part) > 1 else np.nan for part in parts], dtype=np.float64)
 
 
-def repeating(small_ND: Floats) -> npt.NDArray[np.bool_]:
+def repeating(small_ND: FloatArray) -> BoolArray:
     """(N,) which images nearly repeat any other."""
     return nearest(small_ND)[0] <= ALIKE
 
 
-def nearest(small_ND: Floats, groups: Ints | None = None) -> tuple[Floats, Ints]:
+def nearest(small_ND: FloatArray, groups: IntArray | None = None) -> tuple[FloatArray, IntArray]:
     """(N,) the distance of each thumbnail to the nearest other one, of another group where groups are given, and which.
 
     Root mean square over pixels and channels, 0 … 1; inf where there is no other. In blocks: memory is bounded, time
@@ -172,7 +170,7 @@ def nearest(small_ND: Floats, groups: Ints | None = None) -> tuple[Floats, Ints]
 # -- columns ----------------------------------------------------------------------------------------------------------
 
 
-def thumbnails(samples: pa.Table) -> tuple[Ints, Floats]:
+def thumbnails(samples: pa.Table) -> tuple[IntArray, FloatArray]:
     """The rows that are images, and (N, SIDE·SIDE·3) their thumbnails in 0 … 1."""
     column = samples.column(THUMBNAIL)
     rows = np.flatnonzero(column.is_valid().to_numpy())
@@ -180,7 +178,7 @@ def thumbnails(samples: pa.Table) -> tuple[Ints, Floats]:
     return rows, np.frombuffer(data, np.uint8).reshape(len(rows), SIDE * SIDE * 3) / 255
 
 
-def vectors(samples: pa.Table, name: str) -> tuple[Ints, Floats]:
+def vectors(samples: pa.Table, name: str) -> tuple[IntArray, FloatArray]:
     """The rows that have a vector, and (N, d) these, made of length 1."""
     column = samples.column(name)
     rows = np.flatnonzero(column.is_valid().to_numpy())

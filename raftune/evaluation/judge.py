@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from raftune.arrays import FloatArray
 from raftune.clients.chat import ChatEndpoint, ChatReply
 from raftune.errors import ConfigError, RewardError
 from raftune.sanitize import one_line
 
 Verdict = Literal["A", "B", "tie"]
-Tell = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 TEMPLATE = """\
 Two answers were given to the same request. Judge which of them serves the person who asked better: what it says is
@@ -92,7 +92,7 @@ class JudgeResult:
     failures: dict[str, int]
 
     @property
-    def outcomes(self) -> npt.NDArray[np.float64]:
+    def outcomes(self) -> FloatArray:
         """(N,) 1, 0, -1 or NaN, pair by pair."""
         return np.array([opinion.outcome for opinion in self.opinions], dtype=np.float64)
 
@@ -101,7 +101,7 @@ def judge(
     endpoint: ChatEndpoint,
     pairs: Sequence[tuple[Any, str, str]],
     template: str = TEMPLATE,
-    tell: Tell = lambda done, of: None,
+    tell: ProgressCallback = lambda done, of: None,
 ) -> JudgeResult:
     """The verdicts on (prompt, A's answer, B's answer), each pair asked in both orders.
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raftune.arrays import FloatArray, IntArray
 from raftune.config.evaluation import EvaluationConfig
 from raftune.config.extensions import GUIDE, code_hash, load_extension
 from raftune.errors import ConfigError
@@ -23,8 +23,6 @@ from raftune.protocols import Metric
 from raftune.records import INVALID
 
 _Made = TypeVar("_Made", bound=Metric)
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 METRICS: dict[str, Metric] = {}  # the built-in metrics
 # What a metric may need: columns that a run's evaluation has only where its family or configuration gives them.
 NEEDS = frozenset(
@@ -204,14 +202,14 @@ def measured(metric: Metric, samples: pa.Table) -> float | Interval | None:
     return interval(mean_by_prompt(prompt_numbers(samples), values))
 
 
-def usable(samples: pa.Table, column: str, status: str) -> Floats:
+def usable(samples: pa.Table, column: str, status: str) -> FloatArray:
     """The column's values, NaN where the status is not ok."""
     values = _column(samples, column)
     ok = np.array([s == "ok" for s in samples.column(status).to_pylist()])
     return np.where(ok, values, np.nan)
 
 
-def best_of_curve(groups: Ints, scores: Floats) -> dict[str, Any]:
+def best_of_curve(groups: IntArray, scores: FloatArray) -> dict[str, Any]:
     """For k = 1, 2, 4, … the reward of the best of k samples; prompts with fewer usable scores are left out of that
     k.
     """
@@ -231,7 +229,7 @@ def best_of_curve(groups: Ints, scores: Floats) -> dict[str, Any]:
     return {str(k): interval(estimates[:, i]) for i, k in enumerate(ks)}
 
 
-def share_without_spread(groups: Ints, scores: Floats) -> float:
+def share_without_spread(groups: IntArray, scores: FloatArray) -> float:
     """The share of prompts whose usable scores are all equal: nothing can be learned from ranking these."""
     spreads = [np.ptp(s) for g in range(int(groups.max(initial=-1)) + 1) if len(s := _finite(scores[groups == g]))]
     return float(np.mean([spread == 0 for spread in spreads])) if spreads else float("nan")
@@ -243,13 +241,13 @@ def texts_of(samples: pa.Table) -> Iterator[str]:
         yield from chunk.to_pylist()
 
 
-def token_counts(samples: pa.Table) -> Floats:
+def token_counts(samples: pa.Table) -> FloatArray:
     """(N,) tokens of each completion."""
     counts = pc.list_value_length(samples.column("completion_ids")).to_numpy(zero_copy_only=False)
     return np.nan_to_num(np.asarray(counts, dtype=np.float64))
 
 
-def own_log_probs(samples: pa.Table) -> Floats:
+def own_log_probs(samples: pa.Table) -> FloatArray:
     """(N,) nats of each answer under the policy that generated it: as computed, or else the sum of what generating
     noted.
     """
@@ -263,7 +261,7 @@ def own_log_probs(samples: pa.Table) -> Floats:
     return np.array(sums, dtype=np.float64)
 
 
-def by_prompt(groups: Ints, values: Floats) -> Floats:
+def by_prompt(groups: IntArray, values: FloatArray) -> FloatArray:
     """(P,) sums of each prompt's values; NaN where one of them is."""
     return np.bincount(groups, weights=values, minlength=int(groups.max(initial=-1)) + 1).astype(np.float64)
 
@@ -276,14 +274,14 @@ def exponential(rate: Interval | None) -> Interval | None:
     return Interval(mean=math.exp(rate["mean"]), low=low, high=high, n=rate["n"])
 
 
-def _finite(values: Floats) -> Floats:
+def _finite(values: FloatArray) -> FloatArray:
     return values[np.isfinite(values)]
 
 
-def _column(samples: pa.Table, name: str) -> Floats:
+def _column(samples: pa.Table, name: str) -> FloatArray:
     return np.asarray(samples.column(name).to_numpy(zero_copy_only=False), dtype=np.float64)
 
 
-def _std(values: Floats) -> float | None:
+def _std(values: FloatArray) -> float | None:
     finite = _finite(values)
     return float(finite.std()) if len(finite) else None

@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from raftune.arrays import FloatArray, IntArray
 from raftune.evaluation.bootstrap import interval, mean_by_prompt
 from raftune.records import derive_seed
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 FEWEST = 6  # prompts: with fewer, no assignment of signs reaches p = 0.05, so no 95 % interval is claimed either
 EXACT = 14  # prompts up to which all 2^n assignments of signs are looked at
@@ -51,7 +48,7 @@ class PairedTest:
     flips: int | None
 
 
-def paired(groups: Ints, a: Floats, b: Floats, tie_within: float = 0.0) -> PairedTest | None:
+def paired(groups: IntArray, a: FloatArray, b: FloatArray, tie_within: float = 0.0) -> PairedTest | None:
     """A and B by their scores, (N,) each, pair by pair; groups[i] is the number of pair i's prompt.
 
     A pair in which either score is not finite is left out; None with nothing left.
@@ -65,7 +62,7 @@ def paired(groups: Ints, a: Floats, b: Floats, tie_within: float = 0.0) -> Paire
     return _summary(groups, outcomes(a, b, tie_within), differences, mean_a, mean_b, estimate(differences))
 
 
-def judged(groups: Ints, verdicts: Floats) -> PairedTest | None:
+def judged(groups: IntArray, verdicts: FloatArray) -> PairedTest | None:
     """A and B by verdicts, (N,): 1 where A is better, 0 for a tie, -1 where B is better, NaN where there is none."""
     known = np.isfinite(verdicts)
     groups, verdicts = groups[known], verdicts[known]
@@ -74,7 +71,7 @@ def judged(groups: Ints, verdicts: Floats) -> PairedTest | None:
     return _summary(groups, verdicts, by_prompt(groups, verdicts), None, None, None)
 
 
-def outcomes(a: Floats, b: Floats, tie_within: float = 0.0) -> Floats:
+def outcomes(a: FloatArray, b: FloatArray, tie_within: float = 0.0) -> FloatArray:
     """(N,) 1 where A's score is higher, -1 where B's is, 0 for a tie, NaN where either is not finite.
 
     A tie: the scores differ by no more than `tie_within` (units of the score) or than rounding.
@@ -83,7 +80,7 @@ def outcomes(a: Floats, b: Floats, tie_within: float = 0.0) -> Floats:
     return np.where(np.abs(difference) <= tie_within, 0.0, np.sign(difference))
 
 
-def differences_of(a: Floats, b: Floats) -> Floats:
+def differences_of(a: FloatArray, b: FloatArray) -> FloatArray:
     """(N,) a - b, exactly 0 where rounding explains it: within 1e-5 of the larger score or of the median score."""
     size = np.maximum(np.abs(a), np.abs(b))
     finite = np.isfinite(size)
@@ -93,7 +90,7 @@ def differences_of(a: Floats, b: Floats) -> Floats:
         return np.where(np.abs(difference) <= ROUNDING * np.maximum(size, usual), 0.0, difference)
 
 
-def estimate(values: Floats, *, share: bool = False) -> PairedEstimate:
+def estimate(values: FloatArray, *, share: bool = False) -> PairedEstimate:
     """The mean of (P,) values, one a prompt, all finite, and its percentile-bootstrap interval over prompts.
 
     A bootstrap of equal values has no width, which shares in [0, 1] do not deserve: where all of P prompts show the
@@ -111,7 +108,7 @@ def estimate(values: Floats, *, share: bool = False) -> PairedEstimate:
     return PairedEstimate(mean, found["low"], found["high"])
 
 
-def sign_flip(differences: Floats) -> tuple[float, int | None]:
+def sign_flip(differences: FloatArray) -> tuple[float, int | None]:
     """The two-sided p of (P,) differences, one a prompt, and the number of random assignments behind it, None if exact.
 
     The share of assignments of signs whose mean is as far from 0 as the one seen (Fisher 1935; Pitman 1937). Valid at
@@ -131,7 +128,7 @@ def sign_flip(differences: Floats) -> tuple[float, int | None]:
     return (1 + _reached(moved, seen)) / (1 + FLIPS), FLIPS
 
 
-def _reached(moved: Floats, seen: float) -> int:
+def _reached(moved: FloatArray, seen: float) -> int:
     """How many of FLIPS random assignments of signs give a sum as far from 0."""
     generator = np.random.Generator(np.random.Philox(derive_seed("sign flips", len(moved))))
     total, size, reached = moved.sum(), max(1, BLOCK // len(moved)), 0
@@ -142,9 +139,9 @@ def _reached(moved: Floats, seen: float) -> int:
 
 
 def _summary(
-    groups: Ints,
-    outcome: Floats,
-    differences: Floats,
+    groups: IntArray,
+    outcome: FloatArray,
+    differences: FloatArray,
     a: PairedEstimate | None,
     b: PairedEstimate | None,
     difference: PairedEstimate | None,
@@ -167,7 +164,7 @@ def _summary(
     )
 
 
-def by_prompt(groups: Ints, values: Floats) -> Floats:
+def by_prompt(groups: IntArray, values: FloatArray) -> FloatArray:
     """(P,) the mean of each prompt that has a value, in the order of their numbers."""
     means = mean_by_prompt(groups, values)
     return means[np.isfinite(means)]

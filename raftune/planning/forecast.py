@@ -26,7 +26,7 @@ from raftune.planning.images import (
     widths,
     work_of,
 )
-from raftune.planning.probe import SECONDS, ProbeResult, ProbeRun, Tell, probe, seconds_by_stage
+from raftune.planning.probe import SECONDS, Emit, ProbeResult, ProbeRun, probe, seconds_by_stage
 from raftune.planning.prompts import PromptCounts, check_answers, leave_out, measure, read_prompts
 from raftune.planning.sizes import (
     DiskForecast,
@@ -78,7 +78,7 @@ class Forecast:
 
 
 def forecast(
-    config: RunConfig, *, measured: bool = True, seconds: float = SECONDS, tell: Tell = lambda words: None
+    config: RunConfig, *, measured: bool = True, seconds: float = SECONDS, tell: Emit = lambda words: None
 ) -> Forecast:
     """The forecast; nothing is written where the run will be. Raises what the run would: ConfigError, DataError, ….
 

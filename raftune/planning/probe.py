@@ -47,7 +47,7 @@ LEAST = 4  # tokens, and samples to score, below which a trial tells little
 # Of the time: for generating, for each set of rewards, for log-probabilities, for training. The rest is for loading.
 DRAW, SCORE, LOGP, TUNE = 0.35, 0.1, 0.05, 0.3
 LEARNING = 3  # a forward and a backward pass take about so many times the forward pass
-Tell = Callable[[str], None]
+Emit = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ProbeRun:
     """The time that a plan may take for reading the model and trying it, and what it tells meanwhile."""
 
     seconds: float
-    tell: Tell
+    tell: Emit
     began: float = field(default_factory=time.perf_counter)
     cut_short: list[str] = field(default_factory=list)
     shared: float = 0.0  # seconds that were left when the probe began, of which each part has its share

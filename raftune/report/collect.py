@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raftune.records import Row
 from raftune.report import numbers
 from raftune.report.learned import learned
 from raftune.report.pairs import compared
@@ -17,7 +18,6 @@ from raftune.report.pictures import EmbeddedImage, ImageSet
 from raftune.report.prompts import prompts
 from raftune.report.reading import RunReader
 from raftune.report.standing import RunState, standing_of
-from raftune.results.summary import Row
 from raftune.store.kinds import is_evaluation
 from raftune.store.run import RunFolder
 

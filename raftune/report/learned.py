@@ -22,7 +22,7 @@ CHOSEN_BY = "alarms that name their samples, then a random choice by hash, sprea
 COLUMNS = ("sample_id", "prompt_id", "prompt", "weight", "origin", "source", "completion")
 FILE = "rows.parquet"
 REFERENCE = "a reference answer"
-Row = tuple[int, str, str]  # round, origin, sample id
+LearnedRow = tuple[int, str, str]  # round, origin, sample id
 
 
 def learned(reader: RunReader, named: set[str], album: ImageSet) -> dict[str, Any]:
@@ -40,14 +40,14 @@ def learned(reader: RunReader, named: set[str], album: ImageSet) -> dict[str, An
     return {"shown": len(items), "of": total, "chosen_by": CHOSEN_BY, "items": items}
 
 
-def rows_of(reader: RunReader, round_: int) -> Iterator[Row]:
+def rows_of(reader: RunReader, round_: int) -> Iterator[LearnedRow]:
     """Round, origin and sample id of every row."""
     for table in reader.groups(round_, "rows", FILE, ["sample_id", "origin"]):
         columns = (table.column(name).to_pylist() for name in ("origin", "sample_id"))
         yield from ((round_, origin, sample_id) for origin, sample_id in zip(*columns, strict=True))
 
 
-def built(reader: RunReader, chosen: list[Row]) -> list[dict[str, Any]]:
+def built(reader: RunReader, chosen: list[LearnedRow]) -> list[dict[str, Any]]:
     """The items, in the order in which they were chosen."""
     by_round: defaultdict[int, set[str]] = defaultdict(set)
     by_origin: defaultdict[str, set[str]] = defaultdict(set)

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raftune.records import Row
 from raftune.report.reading import RunReader
 from raftune.report.samples import finite
-from raftune.results.summary import Row, ends_of, row_of, seconds_by_round
+from raftune.results.summary import ends_of, row_of, seconds_by_round
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ CHOSEN_BY = (
     "alarms that name their samples, then in turn the largest gains and the largest losses from the start to the best "
     "round, and a random choice by hash"
 )
-Key = tuple[str, int]
+SampleKey = tuple[str, int]
 
 
 def compared(reader: RunReader, named: set[str], best: int, album: ImageSet) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def seen_answers(item: Mapping[str, Any], rounds: list[int]) -> list[dict[str, A
     return [item["answers"][str(round_)] for round_ in rounds if str(round_) in item["answers"]]
 
 
-def key_of(sample_id: str) -> Key | None:
+def key_of(sample_id: str) -> SampleKey | None:
     """Prompt and k of a held-out sample's id, such as 0003e/1f2e-0/002; None of another id."""
     scope, _, rest = sample_id.partition("/")
     prompt_id, _, k = rest.rpartition("/")
@@ -88,7 +88,7 @@ def pairs_of(reader: RunReader, rounds: list[int], best: int) -> Iterator[HeldOu
             yield HeldOutPair(chunk, prompt_id, k, None if old is None or new is None or start == end else new - old)
 
 
-def scores_of(reader: RunReader, round_: int, chunk: int) -> dict[Key, float | None]:
+def scores_of(reader: RunReader, round_: int, chunk: int) -> dict[SampleKey, float | None]:
     """The scores of a round's held-out samples; None where there is none."""
     table = reader.chunk(round_, "evaluate/score", chunk, ["prompt_id", "k", "score"])
     if table is None:
@@ -103,8 +103,8 @@ def built(reader: RunReader, rounds: list[int], chosen: list[HeldOutPair]) -> li
     for pair in chosen:
         chunks[pair.chunk].add(pair.prompt_id)
     wanted = {(pair.prompt_id, pair.k) for pair in chosen}
-    answers: defaultdict[Key, dict[str, Any]] = defaultdict(dict)
-    seeds: dict[Key, str | None] = {}
+    answers: defaultdict[SampleKey, dict[str, Any]] = defaultdict(dict)
+    seeds: dict[SampleKey, str | None] = {}
     texts: dict[str, Any] = {}
     for round_ in rounds:
         if not texts:
@@ -129,7 +129,7 @@ def built(reader: RunReader, rounds: list[int], chosen: list[HeldOutPair]) -> li
 
 def answers_of(
     reader: RunReader, round_: int, chunk: int, prompt_ids: set[str]
-) -> Iterator[tuple[Key, str | None, dict[str, Any]]]:
+) -> Iterator[tuple[SampleKey, str | None, dict[str, Any]]]:
     """Key, seed and answer of each of the chunk's samples of these prompts."""
     scores = rows_by_sample(reader.chunk(round_, "evaluate/score", chunk), prompt_ids)
     judged = rows_by_sample(reader.chunk(round_, "evaluate/judge", chunk), prompt_ids)

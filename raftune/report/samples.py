@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raftune.records import Row
 from raftune.report.reading import RunReader, StageFile
 from raftune.store.layout import chunk_file
 
@@ -21,10 +22,9 @@ PICTURE = "image_sha256"
 GENERATED = ("sample_id", "prompt_id", "k", "source", "seed", "completion", "completion_ids", "finish", "invalid")
 HASH = re.compile("[0-9a-f]{64}")
 UNREADABLE = "(not readable: the round's plan is damaged)"
-Record = dict[str, Any]
 
 
-def drawn_rows(reader: RunReader, round_: int, stage: str, chunk: int, prompt_ids: Iterable[str]) -> list[Record]:
+def drawn_rows(reader: RunReader, round_: int, stage: str, chunk: int, prompt_ids: Iterable[str]) -> list[Row]:
     """The chunk's samples of these prompts, token ids as their number; none where the file cannot be read.
 
     Of images the completion is {"image": hash}; the reader then knows where they lie.
@@ -36,7 +36,7 @@ def drawn_rows(reader: RunReader, round_: int, stage: str, chunk: int, prompt_id
     if "completion_ids" in table.column_names:
         tokens = pc.list_value_length(table.column("completion_ids"))
         table = table.drop_columns(["completion_ids"]).append_column("tokens", tokens)
-    rows: list[Record] = table.to_pylist()
+    rows: list[Row] = table.to_pylist()
     if reader.pictured:
         place = StageFile(round_, stage, chunk_file(chunk))
         lacks(reader, place)
@@ -49,7 +49,7 @@ def answered(reader: RunReader, columns: Iterable[str]) -> list[str]:
     return [PICTURE if name == "completion" and reader.pictured else name for name in columns]
 
 
-def name_pictures(reader: RunReader, rows: list[Record], place: StageFile) -> None:
+def name_pictures(reader: RunReader, rows: list[Row], place: StageFile) -> None:
     """Puts the name of its image into each row, as its completion."""
     for row in rows:
         name = row.get(PICTURE)
@@ -70,11 +70,11 @@ def lacks(reader: RunReader, place: StageFile) -> None:
         reader.note(f"round {place.round}, {place.stage}", f"{place.file} has no column {name}")
 
 
-def rows_by_sample(table: pa.Table | None, prompt_ids: Iterable[str]) -> dict[str, Record]:
+def rows_by_sample(table: pa.Table | None, prompt_ids: Iterable[str]) -> dict[str, Row]:
     """The table's rows of these prompts by sample id; none of a table that could not be read."""
     if table is None:
         return {}
-    rows: list[Record] = of_prompts(table, prompt_ids).to_pylist()
+    rows: list[Row] = of_prompts(table, prompt_ids).to_pylist()
     return {row["sample_id"]: row for row in rows}
 
 
@@ -129,7 +129,7 @@ def invalid(row: Mapping[str, Any]) -> dict[str, str]:
     return {"invalid": cut(str(row["invalid"]), DETAIL)} if row.get("invalid") is not None else {}
 
 
-def pictures_of(samples: Iterable[Record]) -> list[str]:
+def pictures_of(samples: Iterable[Row]) -> list[str]:
     """The names of the images among the completions."""
     answers = (sample.get("completion") for sample in samples)
     return [answer["image"] for answer in answers if isinstance(answer, Mapping) and "image" in answer]

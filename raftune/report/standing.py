@@ -9,10 +9,10 @@ from typing import Any
 from raftune.config.load import validate
 from raftune.config.run import RunConfig, held_out_names
 from raftune.errors import RaftuneError
+from raftune.records import Row
 from raftune.report.numbers import by_round
 from raftune.report.reading import RunReader
 from raftune.results.status import in_use
-from raftune.results.summary import Row
 from raftune.sanitize import counted, first_line
 
 

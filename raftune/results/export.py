@@ -18,26 +18,24 @@ import pyarrow.parquet as pq
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 from raftune.policies.registry import FAMILIES, family_of, load_policy
-from raftune.records import TOOLS, JsonType, Prompt
+from raftune.records import TOOLS, JsonType, Prompt, Row
 from raftune.results import samples
-from raftune.results.samples import Sample
 from raftune.starters.resolve import resolve_starters
 from raftune.store.files import explaining
 from raftune.store.run import RunFolder
 
-Row = dict[str, Any]
 NESTED = ("prompt", TOOLS)
 IGNORED = -100  # what transformers' losses leave out
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def sft(group: Sequence[Sample]) -> Iterator[Row]:
+def sft(group: Sequence[Row]) -> Iterator[Row]:
     """prompt, completion, weight: the samples that were kept, as often as a rule's weights say."""
     for sample in kept(group):
         yield {**asked_and_answered(sample), "weight": sample["weight"]}
 
 
-def preference(group: Sequence[Sample]) -> Iterator[Row]:
+def preference(group: Sequence[Row]) -> Iterator[Row]:
     """prompt, chosen, rejected, margin: the prompt's best sample against its worst, where they differ in score."""
     scored = sorted(samples.usable(list(group)), key=lambda s: (s["score"], -s["k"]))
     if scored and scored[-1]["score"] > scored[0]["score"]:
@@ -52,18 +50,18 @@ def preference(group: Sequence[Sample]) -> Iterator[Row]:
         }
 
 
-def unpaired(group: Sequence[Sample]) -> Iterator[Row]:
+def unpaired(group: Sequence[Row]) -> Iterator[Row]:
     """prompt, completion, label: every scored sample, true where it was kept."""
     for sample in samples.usable(list(group)):
         yield {**asked_and_answered(sample), "label": sample["weight"] > 0}
 
 
-def sft_tokens(encode: Callable[[list[Prompt]], list[list[int]]]) -> Callable[[Sequence[Sample]], Iterator[Row]]:
+def sft_tokens(encode: Callable[[list[Prompt]], list[list[int]]]) -> Callable[[Sequence[Row]], Iterator[Row]]:
     """input_ids, labels: the kept samples on the exact ids that were generated, the prompt masked, as SFTTrainer
     reads.
     """
 
-    def rows(group: Sequence[Sample]) -> Iterator[Row]:
+    def rows(group: Sequence[Row]) -> Iterator[Row]:
         if not kept(group):
             return
         first = group[0]
@@ -75,18 +73,18 @@ def sft_tokens(encode: Callable[[list[Prompt]], list[list[int]]]) -> Callable[[S
     return rows
 
 
-FORMATS: dict[str, Callable[[Sequence[Sample]], Iterator[Row]]] = {
+FORMATS: dict[str, Callable[[Sequence[Row]], Iterator[Row]]] = {
     "sft": sft,
     "preference": preference,
     "unpaired": unpaired,
 }
 
 
-def kept(group: Sequence[Sample]) -> list[Sample]:
+def kept(group: Sequence[Row]) -> list[Row]:
     return [sample for sample in group if sample["weight"] > 0]
 
 
-def asked_and_answered(sample: Sample) -> Row:
+def asked_and_answered(sample: Row) -> Row:
     """Prompt and completion in TRL's two shapes, texts or lists of messages; an image as `datasets` has it."""
     if isinstance(sample["completion"], bytes):
         return {"prompt": sample["prompt"], "completion": {"bytes": sample["completion"], "path": None}}
@@ -127,9 +125,7 @@ def export(root: str | Path, kind: str, out: str | Path, which: str = "all", *, 
 
 
 @contextlib.contextmanager
-def shaping(
-    run: RunFolder, kind: str, allow_code: bool = False
-) -> Iterator[Callable[[Sequence[Sample]], Iterator[Row]]]:
+def shaping(run: RunFolder, kind: str, allow_code: bool = False) -> Iterator[Callable[[Sequence[Row]], Iterator[Row]]]:
     """The function that makes a prompt's rows; that of sft-tokens needs the run's tokenizer."""
     if kind != "sft-tokens":
         yield FORMATS[kind]

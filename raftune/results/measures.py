@@ -110,7 +110,7 @@ def spread(found: Mapping[str, Any] | None, digits: int = 3) -> str:
 
 
 @dataclass(frozen=True)
-class BestOfK:
+class BestOfKPoint:
     """The reward of the best of k samples, its interval in words, and the share of the largest K's gain that it has."""
 
     k: int
@@ -119,7 +119,7 @@ class BestOfK:
     gain: float | None
 
 
-def best_of_k(metrics: Metrics, name: str = "best_of_k") -> list[BestOfK]:
+def best_of_k(metrics: Metrics, name: str = "best_of_k") -> list[BestOfKPoint]:
     """The curve, k ascending. The gain of k is its reward over that of one sample, as a share of the largest K's.
 
     It is None where the largest K gains nothing: then there is nothing to share.
@@ -130,7 +130,7 @@ def best_of_k(metrics: Metrics, name: str = "best_of_k") -> list[BestOfK]:
     one, most = curve.get(1), curve[max(curve)]
     whole = most["mean"] - one["mean"] if one else 0.0
     return [
-        BestOfK(
+        BestOfKPoint(
             k,
             found["mean"],
             measure("best_of_k", "", found, share, "").interval,
@@ -146,7 +146,7 @@ def loss_ends(losses: Sequence[float]) -> tuple[float, float]:
     return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 
 
-def worth_of_k(curve: Sequence[BestOfK]) -> str:
+def worth_of_k(curve: Sequence[BestOfKPoint]) -> str:
     """What a smaller K would give, in words: the largest k below the last, `K=4 gives 93 % of the gain of K=8`."""
     if len(curve) < 3:
         return ""

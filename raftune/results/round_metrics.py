@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raftune.arrays import FloatArray
 from raftune.records import EXTRA, extras_of
 from raftune.results.samples import answer_text
 from raftune.results.summary import ends_of
@@ -22,8 +22,6 @@ from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
 
-Floats = npt.NDArray[np.float64]
-
 
 class TrainerSampleStats:
     """What a round generated, summed up chunk by chunk: memory grows with the number of samples, not with their
@@ -33,7 +31,7 @@ class TrainerSampleStats:
     def __init__(self, run: RunFolder, round_: int, encoder: Any) -> None:
         self._folders = {name: run.folder(round_, name) for name in ("plan", "generate", "score", "logp", "logp-start")}
         self._encoder = encoder
-        self._values: dict[str, list[Floats]] = {}
+        self._values: dict[str, list[FloatArray]] = {}
         self._flat: list[bool] = []
         self.tokens = 0
         for chunk in chunk_numbers(self._folders["score"]):

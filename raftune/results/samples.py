@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from raftune.data.images import in_words
 from raftune.errors import ConfigError, StoreError
-from raftune.records import TOOLS
+from raftune.records import TOOLS, Row
 from raftune.results.summary import best_round
 from raftune.store.kinds import how_to_go_on
 from raftune.store.layout import chunk_file, chunk_numbers
@@ -19,7 +19,6 @@ from raftune.store.run import RunFolder
 
 VERDICT = ("ranked_by", "rank", "weight", "reason")
 IDENTITY = ("sample_id", "prompt_id", "k", "source")
-Sample = dict[str, Any]
 
 
 def training_rounds(run: RunFolder) -> list[int]:
@@ -44,7 +43,7 @@ def choose_rounds(run: RunFolder, which: str) -> list[int]:
     return [int(which)]
 
 
-def training_chunks(run: RunFolder, round_: int) -> Iterator[list[Sample]]:
+def training_chunks(run: RunFolder, round_: int) -> Iterator[list[Row]]:
     """Unit by chunk, the samples that the round chose from: identity, prompt, completion, score, parts, verdict."""
     shards = [name for name in ("generate", "teach") if is_input(run, round_, "score", name)]
     verdicts = read_table(run.folder(round_, "select") / "verdicts.parquet", VERDICT)
@@ -62,7 +61,7 @@ def training_chunks(run: RunFolder, round_: int) -> Iterator[list[Sample]]:
         yield samples
 
 
-def held_out_chunks(run: RunFolder, round_: int) -> Iterator[list[Sample]]:
+def held_out_chunks(run: RunFolder, round_: int) -> Iterator[list[Row]]:
     """Unit by chunk, the samples that the round was judged by; `held_out` is the score of held-out rewards, if any."""
     folder = run.folder(round_, "evaluate")
     is_judged = run.was_made(round_, "evaluate/judge")
@@ -100,9 +99,9 @@ def tools_of(plan: Path, chunk: int) -> dict[str, Any]:
     return prompts_of(plan, chunk, TOOLS) if TOOLS in column_names(plan / "prompts.parquet") else {}
 
 
-def joined(drawn: pa.Table, prompts: dict[str, Any], *others: pa.Table | None) -> list[Sample]:
+def joined(drawn: pa.Table, prompts: dict[str, Any], *others: pa.Table | None) -> list[Row]:
     """The tables side by side, row for row, each row with its prompt; columns that repeat are taken from the first."""
-    rows: list[Sample] = drawn.to_pylist()
+    rows: list[Row] = drawn.to_pylist()
     for table in others:
         if table is not None:
             for row, more in zip(rows, table.to_pylist(), strict=True):
@@ -112,9 +111,9 @@ def joined(drawn: pa.Table, prompts: dict[str, Any], *others: pa.Table | None) -
     return rows
 
 
-def find_samples(run: RunFolder, round_: int, names: Collection[str]) -> dict[str, Sample]:
+def find_samples(run: RunFolder, round_: int, names: Collection[str]) -> dict[str, Row]:
     """Those of the named samples that the round chose from, or was judged by, by their sample_id."""
-    found: dict[str, Sample] = {}
+    found: dict[str, Row] = {}
     for chunks in (training_chunks, held_out_chunks):
         if len(found) < len(names):
             for samples in chunks(run, round_):
@@ -122,15 +121,15 @@ def find_samples(run: RunFolder, round_: int, names: Collection[str]) -> dict[st
     return found
 
 
-def by_prompt(samples: list[Sample]) -> Iterator[list[Sample]]:
+def by_prompt(samples: list[Row]) -> Iterator[list[Row]]:
     """The samples of each prompt, in the order in which the prompts appear."""
-    groups: dict[str, list[Sample]] = {}
+    groups: dict[str, list[Row]] = {}
     for sample in samples:
         groups.setdefault(sample["prompt_id"], []).append(sample)
     yield from groups.values()
 
 
-def usable(samples: list[Sample]) -> list[Sample]:
+def usable(samples: list[Row]) -> list[Row]:
     """The samples that have a score."""
     return [sample for sample in samples if sample["status"] == "ok" and sample["score"] is not None]
 

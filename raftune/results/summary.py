@@ -11,12 +11,12 @@ from typing import Any
 
 from raftune.config.evaluation import FEWEST_UNITS
 from raftune.errors import RunDamaged
+from raftune.records import Row
 from raftune.sanitize import counted, duration, percent
 from raftune.store.commit import has_changed
 from raftune.store.committed import check_file, is_listed
 from raftune.store.run import RunFolder
 
-Row = dict[str, Any]
 # Where a row's numbers are in metrics.json: those with an interval, and those without or with.
 INTERVALS = {"reward": "reward", "held_out": "held_out", "kl": "kl", "length": "completions/mean_length"}
 NUMBERS = {

@@ -16,7 +16,7 @@ from raftune.data.rows import Feedback, PreferencePair, Rating, SkippedRow
 from raftune.errors import DataError, RewardError
 from raftune.records import PromptContent
 
-Objective = Literal["pairwise", "pointwise"]
+FeedbackKind = Literal["pairwise", "pointwise"]
 WANTED = 20  # held-out prompts: a narrower share of few prompts could show nothing
 T = TypeVar("T")
 SAME_TOKENS = "the same tokens"
@@ -45,7 +45,7 @@ class FeedbackSource:
     examples: list[FeedbackExample]
     skipped: list[SkippedRow]
     words: tuple[str, ...]
-    objective: Objective
+    objective: FeedbackKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def read_source(
 ) -> FeedbackSource:
     """One source, encoded. Raises DataError where it holds nothing that fits the objective."""
     found = read_feedback(config, name, part, objective, field)
-    kind: Objective = "pairwise" if isinstance(found.rows[0], PreferencePair) else "pointwise"
+    kind: FeedbackKind = "pairwise" if isinstance(found.rows[0], PreferencePair) else "pointwise"
     try:
         examples = [encoded(row, tokenizer, reading) for row in found.rows]
     except RewardError as error:  # messages, and a tokenizer without a chat template

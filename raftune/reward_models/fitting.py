@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
+from raftune.arrays import FloatArray
 from raftune.config.policy import AdapterConfig
 from raftune.config.reward_model import RewardModelConfig, rate_for
 from raftune.errors import ConfigError, ModelError, OutOfMemory
 from raftune.protocols import Callback
-from raftune.reward_models.examples import FeedbackExample, Objective
+from raftune.reward_models.examples import FeedbackExample, FeedbackKind
 from raftune.sanitize import first_line
 from raftune.store import interruption
 from raftune.store.partial import SavePace
@@ -29,7 +29,6 @@ from raftune.training.checkpoints import STATE, newest_verified, seal
 from raftune.training.length_grouping import LengthGroupedSampler
 from raftune.training.quiet import quiet
 
-Floats = npt.NDArray[np.float64]
 IDENTITY = "reward model"  # its folder is refused to another configuration and to other rows
 NEVER = 2**31 - 1  # steps between checkpoints, where time alone decides
 
@@ -46,12 +45,12 @@ class RatingScale:
         ratings = ratings_of(examples)
         return cls(float(ratings.mean()), float(ratings.std()))
 
-    def standard(self, ratings: Floats) -> Floats:
+    def standard(self, ratings: FloatArray) -> FloatArray:
         """The ratings as standard deviations from the mean."""
         return (ratings - self.mean) / self.std
 
 
-def ratings_of(examples: Sequence[FeedbackExample]) -> Floats:
+def ratings_of(examples: Sequence[FeedbackExample]) -> FloatArray:
     """(N,) ratings, of rated examples."""
     return np.array([one.rating for one in examples], dtype=np.float64)
 
@@ -134,7 +133,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 
 def fit(
     config: RewardModelConfig,
-    objective: Objective,
+    objective: FeedbackKind,
     load: Callable[[], Any],
     tokenizer: Any,
     examples: Sequence[FeedbackExample],
@@ -213,7 +212,7 @@ def lora(adapter: AdapterConfig) -> Any:
 
 def build(
     config: RewardModelConfig,
-    objective: Objective,
+    objective: FeedbackKind,
     model: Any,
     tokenizer: Any,
     examples: Sequence[FeedbackExample],

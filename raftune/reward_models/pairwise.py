@@ -5,12 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from raftune.arrays import BoolArray, FloatArray, IntArray
 from raftune.evaluation.bootstrap import Interval, interval, mean_by_prompt
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 CONFIDENCES = 10  # bins of equal width in [0.5, 1]
 # By how much the preferred answer is longer, as a share of the longer one of the two: (name, from, to).
@@ -24,7 +21,7 @@ LENGTHS = (
 ONE_SIDED = 0.9  # a model that prefers the longer (or the shorter) answer so often may be measuring nothing else
 
 
-def pairwise_report(scores_N2: Floats, lengths_N2: Floats, prompts_N: Ints) -> dict[str, Any]:
+def pairwise_report(scores_N2: FloatArray, lengths_N2: FloatArray, prompts_N: IntArray) -> dict[str, Any]:
     """Everything that is told of N held-out pairs, with intervals by the bootstrap over prompts.
 
     scores_N2, lengths_N2: of the preferred answer and of the other; lengths in tokens.
@@ -39,12 +36,12 @@ def pairwise_report(scores_N2: Floats, lengths_N2: Floats, prompts_N: Ints) -> d
     }
 
 
-def right(margins: Floats) -> Floats:
+def right(margins: FloatArray) -> FloatArray:
     """1 where the preferred answer scores higher, 0 where lower, ½ at a tie."""
     return np.asarray((np.sign(margins) + 1) / 2, dtype=np.float64)
 
 
-def calibration(margins: Floats) -> dict[str, Any]:
+def calibration(margins: FloatArray) -> dict[str, Any]:
     """How often the model is right when it is sure to this degree.
 
     Its confidence in a pair is sigmoid(|margin|), in [½, 1]: what Bradley-Terry says the answer that it prefers is
@@ -63,7 +60,7 @@ def calibration(margins: Floats) -> dict[str, Any]:
     }
 
 
-def bin_of(low: float, high: float, confidence: Floats, correct: Floats) -> dict[str, Any]:
+def bin_of(low: float, high: float, confidence: FloatArray, correct: FloatArray) -> dict[str, Any]:
     some = len(confidence) > 0
     return {
         "from": round(float(low), 2),
@@ -74,7 +71,7 @@ def bin_of(low: float, high: float, confidence: Floats, correct: Floats) -> dict
     }
 
 
-def length_report(margins: Floats, lengths_N2: Floats, prompts_N: Ints) -> dict[str, Any]:
+def length_report(margins: FloatArray, lengths_N2: FloatArray, prompts_N: IntArray) -> dict[str, Any]:
     """Accuracy by how much longer the preferred answer is, beside the rule that the longer answer wins.
 
     `only_length` is True where that rule (or its reverse) does as well within the interval, and the model nearly always
@@ -96,7 +93,7 @@ def length_report(margins: Floats, lengths_N2: Floats, prompts_N: Ints) -> dict[
     }
 
 
-def length_bin(name: str, inside: npt.NDArray[np.bool_], margins: Floats, prompts_N: Ints) -> dict[str, Any]:
+def length_bin(name: str, inside: BoolArray, margins: FloatArray, prompts_N: IntArray) -> dict[str, Any]:
     return {
         "preferred": name,
         "pairs": int(inside.sum()),
@@ -104,6 +101,6 @@ def length_bin(name: str, inside: npt.NDArray[np.bool_], margins: Floats, prompt
     }
 
 
-def by_prompt(values: Floats, prompts_N: Ints) -> Interval | None:
+def by_prompt(values: FloatArray, prompts_N: IntArray) -> Interval | None:
     """The interval of the mean over prompts of what each prompt's rows are on the mean."""
     return interval(mean_by_prompt(prompts_N, values))

@@ -5,19 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from raftune.arrays import FloatArray, IntArray
 from raftune.config.evaluation import FEWEST_UNITS
 from raftune.evaluation.bootstrap import Interval, interval, mean_by_prompt, resamples
 from raftune.reward_models.pairwise import right
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 GROUPS = 10
 
 
 def pointwise_report(
-    scores_N: Floats, ratings_N: Floats, lengths_N: Floats, prompts_N: Ints, mean: float, std: float
+    scores_N: FloatArray, ratings_N: FloatArray, lengths_N: FloatArray, prompts_N: IntArray, mean: float, std: float
 ) -> dict[str, Any]:
     """Everything that is told of N held-out ratings, in the ratings' own unit, with intervals over prompts.
 
@@ -40,7 +38,7 @@ def pointwise_report(
     }
 
 
-def explained(ratings: Floats, predicted: Floats, mean: float, prompts_N: Ints) -> Interval | None:
+def explained(ratings: FloatArray, predicted: FloatArray, mean: float, prompts_N: IntArray) -> Interval | None:
     """R² = 1 - Σ(y - ŷ)² / Σ(y - ȳ)², where ȳ is the mean of the training ratings: 0 is no better than that mean.
 
     Prompts are resampled whole; None where all held-out ratings are that mean.
@@ -60,33 +58,33 @@ def explained(ratings: Floats, predicted: Floats, mean: float, prompts_N: Ints) 
     return Interval(mean=mean_r2, low=float(low), high=float(high), n=size)
 
 
-def correlation(x: Floats, y: Floats) -> float | None:
+def correlation(x: FloatArray, y: FloatArray) -> float | None:
     """Pearson's r; None where one side does not vary."""
     if len(x) < 2 or not x.std() or not y.std():
         return None
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def ranks(values: Floats) -> Floats:
+def ranks(values: FloatArray) -> FloatArray:
     """Ranks from 0 on; ties get the mean of theirs."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts) - 1
     return np.asarray((last - (counts - 1) / 2)[inverse], dtype=np.float64)
 
 
-def pair_accuracy(predicted: Floats, ratings: Floats, prompts_N: Ints) -> Interval | None:
+def pair_accuracy(predicted: FloatArray, ratings: FloatArray, prompts_N: IntArray) -> Interval | None:
     """How often the better rated of two answers to one prompt scores higher; None where no prompt has two."""
     means = [pairs_right(predicted[prompts_N == p], ratings[prompts_N == p]) for p in repeated(prompts_N)]
     return interval(np.array(means, dtype=np.float64))
 
 
-def repeated(prompts_N: Ints) -> Ints:
+def repeated(prompts_N: IntArray) -> IntArray:
     """The prompts that have several rows."""
     prompts, counts = np.unique(prompts_N, return_counts=True)
     return np.asarray(prompts[counts > 1], dtype=np.int64)
 
 
-def pairs_right(predicted: Floats, ratings: Floats) -> float:
+def pairs_right(predicted: FloatArray, ratings: FloatArray) -> float:
     """Over all pairs of answers whose ratings differ; NaN where none do."""
     first, second = np.triu_indices(len(ratings), 1)
     gap = ratings[first] - ratings[second]
@@ -94,7 +92,7 @@ def pairs_right(predicted: Floats, ratings: Floats) -> float:
     return float(agreement.mean()) if len(agreement) else float("nan")
 
 
-def deciles(predicted: Floats, ratings: Floats) -> dict[str, Any]:
+def deciles(predicted: FloatArray, ratings: FloatArray) -> dict[str, Any]:
     """Mean prediction and mean rating of the rows in groups of like prediction, from the lowest to the highest."""
     order = np.argsort(predicted, kind="stable")
     groups = [group for group in np.array_split(order, GROUPS) if len(group)]

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from raftune.arrays import FloatArray
 from raftune.config.reward_model import RewardModelConfig
 from raftune.data.classifier_inputs import ClassifierInputs, write_notes
 from raftune.data.rows import write_skipped
@@ -28,7 +29,7 @@ from raftune.reward_models.examples import (
     prompt_numbers,
     read_examples,
 )
-from raftune.reward_models.fitting import Floats, RatingScale, RewardFit, fit, ratings_of
+from raftune.reward_models.fitting import RatingScale, RewardFit, fit, ratings_of
 from raftune.reward_models.folder import HELD_OUT, SKIPPED, RewardModelFolder
 from raftune.reward_models.gate import better_than_length, verdict
 from raftune.reward_models.pairwise import pairwise_report
@@ -219,7 +220,7 @@ def judged(
     return {**found, "distribution": distribution}
 
 
-def score(reward: Reward, examples: Sequence[FeedbackExample], observe: Callback) -> Floats:
+def score(reward: Reward, examples: Sequence[FeedbackExample], observe: Callback) -> FloatArray:
     """(N, answers) scores. Raises ModelError where one is not finite."""
     prompts = [one.prompt for one in examples for _ in one.answers]
     answers = [answer for one in examples for answer in one.answers]
@@ -235,7 +236,7 @@ def score(reward: Reward, examples: Sequence[FeedbackExample], observe: Callback
     return scores
 
 
-def distribution_of(scores: Floats) -> dict[str, Any]:
+def distribution_of(scores: FloatArray) -> dict[str, Any]:
     """Mean, standard deviation and quantiles of all held-out scores: what `normalize` goes by."""
     quantiles = {f"{q:g}": float(np.quantile(scores, q)) for q in QUANTILES}
     return {"n": scores.size, "mean": float(scores.mean()), "std": float(scores.std()), "quantiles": quantiles}
@@ -243,8 +244,8 @@ def distribution_of(scores: Floats) -> dict[str, Any]:
 
 def held_out_table(
     examples: Sequence[FeedbackExample],
-    scores: Floats,
-    lengths: Floats,
+    scores: FloatArray,
+    lengths: FloatArray,
 ) -> pa.Table:
     """Every held-out row: texts as they are, messages as JSON; scores and tokens of each answer; margin or rating."""
     names = ("chosen", "rejected") if len(examples[0].answers) == 2 else ("completion",)

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from raftune.arrays import FloatArray, IntArray
 from raftune.records import RewardPart, Score, ScoreStatus
 
 Bounds = tuple[float | None, float | None]  # at least, at most
 Combine = Literal["sum", "rank"]
-Floats = npt.NDArray[np.float64]
 # The status of a sample whose parts failed in different ways is the first of these that any part has.
 PRECEDENCE = (ScoreStatus.ERROR, ScoreStatus.TIMEOUT, ScoreStatus.INVALID)
 
@@ -83,13 +82,13 @@ def added_up(parts: Mapping[str, RewardPart], worth: Mapping[str, float], shares
     return Score(total, ScoreStatus.OK, parts) if math.isfinite(total) else Score(None, ScoreStatus.INVALID, parts)
 
 
-def numbered(groups: Sequence[Any]) -> npt.NDArray[np.int64]:
+def numbered(groups: Sequence[Any]) -> IntArray:
     """For each sample the number of its group, in the order in which they first come."""
     seen: dict[Any, int] = {}
     return np.array([seen.setdefault(group, len(seen)) for group in groups], np.int64)
 
 
-def ranks(values: Floats, groups: npt.NDArray[np.int64]) -> Floats:
+def ranks(values: FloatArray, groups: IntArray) -> FloatArray:
     """(N,) the rank of each value in its group, 0 (lowest) to 1; equal ones share their mean; 0.5 for one alone."""
     found = np.full(len(values), 0.5)
     order = np.argsort(groups, kind="stable")

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from raftune.arrays import FloatArray, IntArray
 from raftune.data.columns import COMPLETION, PROMPT, find, has, read_answer, read_prompt
-from raftune.data.preferences import read_preferences
+from raftune.data.preferences import Form, read_preferences
 from raftune.data.rows import SkippedRow, SkipReason, UnusableRow, reasons
 from raftune.data.source import raw_rows
 from raftune.errors import DataError
@@ -25,12 +25,11 @@ from raftune.records import Score, ScoreStatus
 from raftune.rewards.batch import RESERVED, RewardBatch
 from raftune.rewards.failures import FAILED, FailureTally
 from raftune.rewards.panel import RewardSet
-from raftune.rewards.picture_files import ImageFiles, Place, folder_rows, holds_picture, is_folder, one_picture
+from raftune.rewards.picture_files import ImageFiles, ImageSource, folder_rows, holds_picture, is_folder, one_picture
 from raftune.sanitize import counted
 from raftune.store.files import stage_file
 from raftune.store.parquet import write_table
 
-Form = Literal["text", "messages"]
 CHUNK = 256  # answers in one call of the panel, which cuts them into calls of the reward
 OWN = ("row", "score", "status", "detail")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -66,7 +65,7 @@ class FileScores:
     failures: FailureTally
 
     @property
-    def values(self) -> npt.NDArray[np.float64]:
+    def values(self) -> FloatArray:
         """(N,) scores; NaN where there is none."""
         return np.array([math.nan if s.value is None else s.value for s in self.scores], dtype=np.float64)
 
@@ -99,7 +98,7 @@ def read_pictures(source: str, rows: Iterable[tuple[int, dict[str, Any] | Skippe
     """The images of the rows with their prompts, each looked at once. Raises DataError where none can be read."""
     path = Path(source).expanduser()
     base = path if path.is_dir() else path.parent
-    kept: list[tuple[int, Any, Place, str, dict[str, Any]]] = []
+    kept: list[tuple[int, Any, ImageSource, str, dict[str, Any]]] = []
     skipped: list[SkippedRow] = []
     for number, raw in rows:
         try:
@@ -186,7 +185,7 @@ def summary(scored: FileScores) -> dict[str, Any]:
     return found
 
 
-def prompt_numbers(prompts: Sequence[Any]) -> npt.NDArray[np.int64]:
+def prompt_numbers(prompts: Sequence[Any]) -> IntArray:
     """For each answer the number of its prompt, in the order of their first answers."""
     seen: dict[str, int] = {}
     keys = (json.dumps(prompt, sort_keys=True) for prompt in prompts)

@@ -11,19 +11,19 @@ from raftune.data.columns import find
 from raftune.data.images import SUFFIXES, image_of, sha256_of_png
 from raftune.data.rows import SkippedRow, SkipReason, UnusableRow
 from raftune.errors import DataError
+from raftune.records import Row
 
 PICTURE = ("image", "image", "completion")  # columns that may hold an image, or the path of one
 CAPTION = ("prompt", "caption", "text")
 METADATA = "metadata.jsonl"  # as the folders of images that `datasets` reads have it
 FILE_NAME = "file_name"
-Row = dict[str, Any]
-Place = Path | bytes
+ImageSource = Path | bytes
 
 
 class ImageFiles(Sequence[Any]):
     """The images at these places, each read when it is asked for; `names` say which is which."""
 
-    def __init__(self, places: Sequence[Place], names: Sequence[str]) -> None:
+    def __init__(self, places: Sequence[ImageSource], names: Sequence[str]) -> None:
         self.places, self.names = places, names
 
     def __len__(self) -> int:
@@ -95,7 +95,7 @@ def is_picture(value: Any) -> bool:
     return isinstance(value, bytes) or (isinstance(value, str) and value.lower().endswith(SUFFIXES))
 
 
-def one_picture(row: Row, base: Path) -> tuple[Any, Place, str, Row]:
+def one_picture(row: Row, base: Path) -> tuple[Any, ImageSource, str, Row]:
     """Prompt, place and name of the image, and all other columns; paths begin in `base`. Raises Unusable."""
     caption, prompt = find(row, CAPTION)
     if not isinstance(prompt, str | int | list):
@@ -116,5 +116,5 @@ def one_picture(row: Row, base: Path) -> tuple[Any, Place, str, Row]:
     return prompt, place, name, {key: one for key, one in row.items() if key not in (caption, column)}
 
 
-def content(place: Place) -> bytes:
+def content(place: ImageSource) -> bytes:
     return place if isinstance(place, bytes) else place.read_bytes()

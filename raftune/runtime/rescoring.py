@@ -27,7 +27,7 @@ from raftune.store.parquet import column_names, read_table
 from raftune.store.run import AGAIN, RunFolder
 
 RECORD = "again.json"
-Place = tuple[int, str]
+RoundStage = tuple[int, str]  # a stage's round, and the folder that it writes in it
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Rescoring:
 
     redo: str
     only: tuple[str, ...]
-    places: frozenset[Place] = frozenset()
+    places: frozenset[RoundStage] = frozenset()
 
-    def not_set_aside(self, run: RunFolder) -> set[Place]:
+    def not_set_aside(self, run: RunFolder) -> set[RoundStage]:
         """The stages that are still as they were when the work was begun."""
         if not (run.root / AGAIN).is_dir():
             return set(self.places)
@@ -122,7 +122,7 @@ def refuse_other_rewards(shards: Sequence[Path], stage: ScoreStage) -> None:
             )
 
 
-def begin(run: RunFolder, asked: Rescoring, places: Sequence[Place]) -> None:
+def begin(run: RunFolder, asked: Rescoring, places: Sequence[RoundStage]) -> None:
     """Copies the scores of these stages, durably and at once: from here on the work is begun."""
     staged = unique(run.tmp)
     with explaining(run.root / AGAIN):
@@ -190,7 +190,7 @@ def faults(run: RunFolder) -> Iterator[str]:
         yield first_line(error)
 
 
-def let_go(run: RunFolder, places: Collection[Place]) -> None:
+def let_go(run: RunFolder, places: Collection[RoundStage]) -> None:
     """Forgets the scores that these stages were to keep: what they are of is redone."""
     for place in sorted(places):
         discard(run.earlier_scores(*place), run.tmp)

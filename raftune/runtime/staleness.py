@@ -11,13 +11,12 @@ from raftune.errors import ConfigChanged, ConfigError, RunDamaged, StoreError
 from raftune.protocols import Stage, SupportsConfigCheck
 from raftune.runtime import rescoring
 from raftune.runtime.assembly import Runtime
-from raftune.runtime.rescoring import Rescoring
+from raftune.runtime.rescoring import Rescoring, RoundStage
 from raftune.store.commit import stage_key
 from raftune.store.job import fields_of, hashes_of
 from raftune.store.layout import source_of
 
 READS = "what it reads"
-Place = tuple[int, str]  # a stage's round, and the folder that it writes in it
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def check(assembly: Runtime, redo: str | None = None, only: Sequence[str] = ()) 
     """
     first = [parse(name, assembly) for name in redo.split(",")] if redo is not None else []
     begun = rescoring.begun(assembly.run)
-    over: set[Place] = set()
+    over: set[RoundStage] = set()
     if only:
         again = begun or rescoring.wanted(table(assembly), first, Rescoring(str(redo), tuple(only)), assembly)
         again.refuse_another(str(redo), only)
@@ -86,7 +85,7 @@ def check(assembly: Runtime, redo: str | None = None, only: Sequence[str] = ()) 
     return aside
 
 
-def reads_any(stage: Stage, round_: int, chosen: Collection[Place]) -> bool:
+def reads_any(stage: Stage, round_: int, chosen: Collection[RoundStage]) -> bool:
     """Whether the stage is made from one of these."""
     return any(source_of(read, round_) in chosen for read in stage.reads)
 
@@ -99,10 +98,12 @@ def table(assembly: Runtime) -> Iterator[tuple[int, Stage]]:
             yield round_, stage
 
 
-def follows(assembly: Runtime, first: Sequence[tuple[int, str]], exact: Collection[Place] = ()) -> dict[Place, Stage]:
+def follows(
+    assembly: Runtime, first: Sequence[tuple[int, str]], exact: Collection[RoundStage] = ()
+) -> dict[RoundStage, Stage]:
     """The stages of these names from these rounds on, and the `exact` ones; what is made from them, and what is stale
     after them."""
-    chosen: dict[Place, Stage] = {}
+    chosen: dict[RoundStage, Stage] = {}
     for r, stage in table(assembly):
         named = any(r >= round_ and stage.name == name for round_, name in first) or (r, stage.writes) in exact
         if named or reads_any(stage, r, chosen) or (chosen and stale_of(assembly, r, stage)):
@@ -110,7 +111,7 @@ def follows(assembly: Runtime, first: Sequence[tuple[int, str]], exact: Collecti
     return chosen
 
 
-def refuse_damage(assembly: Runtime, chosen: dict[Place, Stage]) -> None:
+def refuse_damage(assembly: Runtime, chosen: dict[RoundStage, Stage]) -> None:
     """Raises RunDamaged for the first thing that is wrong with what stays."""
     faults = assembly.run.faults(without=chosen.keys())
     if faults:
@@ -121,14 +122,14 @@ def refuse_damage(assembly: Runtime, chosen: dict[Place, Stage]) -> None:
         )
 
 
-def first_damaged(assembly: Runtime, chosen: dict[Place, Stage]) -> str:
+def first_damaged(assembly: Runtime, chosen: dict[RoundStage, Stage]) -> str:
     """The earliest stage that is not as it was committed, as --from takes it."""
     stays = ((round_, stage) for round_, stage in table(assembly) if (round_, stage.writes) not in chosen)
     damaged = (f"{r}/{label(stage)}" for r, stage in stays if assembly.run.faults_of(r, stage.writes))
     return next(damaged, "ROUND/STAGE")
 
 
-def refuse_dropped(assembly: Runtime, chosen: dict[Place, Stage], redo: str) -> None:
+def refuse_dropped(assembly: Runtime, chosen: dict[RoundStage, Stage], redo: str) -> None:
     """Raises StoreError where something must be redone from weights, or from latents, that were dropped."""
     for (round_, _), stage in chosen.items():
         for source in (source_of(read, round_) for read in stage.reads):
@@ -147,7 +148,7 @@ def refuse_dropped(assembly: Runtime, chosen: dict[Place, Stage], redo: str) -> 
                 )
 
 
-def check_config(assembly: Runtime, chosen: dict[Place, Stage]) -> None:
+def check_config(assembly: Runtime, chosen: dict[RoundStage, Stage]) -> None:
     """Raises ConfigError for options that the start model does not have, before anything is set aside for them."""
     asks_a_model = any(read.startswith("model") for stage in chosen.values() for read in stage.reads)
     if not asks_a_model or (0, "model") in chosen or not assembly.run.is_committed(0, "model"):
@@ -157,7 +158,7 @@ def check_config(assembly: Runtime, chosen: dict[Place, Stage]) -> None:
         start.check_config()
 
 
-def first_stale(assembly: Runtime, chosen: dict[Place, Stage]) -> StaleStage | None:
+def first_stale(assembly: Runtime, chosen: dict[RoundStage, Stage]) -> StaleStage | None:
     """The first stage that stays although the configuration would make it otherwise."""
     stays = ((round_, stage) for round_, stage in table(assembly) if (round_, stage.writes) not in chosen)
     return next((stale for round_, stage in stays if (stale := stale_of(assembly, round_, stage))), None)
@@ -181,7 +182,7 @@ def stale_of(assembly: Runtime, round_: int, stage: Stage) -> StaleStage | None:
     return StaleStage(round_, stage, changed)
 
 
-def set_aside(assembly: Runtime, chosen: dict[Place, Stage]) -> list[str]:
+def set_aside(assembly: Runtime, chosen: dict[RoundStage, Stage]) -> list[str]:
     """Moves the stages to superseded/, the latest first, so that a kill leaves no gap; names those that there were.
 
     What no configured stage writes any more goes with them: it may have been made from what is redone.

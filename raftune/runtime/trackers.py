@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raftune.arrays import FloatArray
 from raftune.config.run import RunConfig
 from raftune.config.secrets import redacted
 from raftune.errors import ConfigError
@@ -24,7 +24,6 @@ from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
 
-Floats = npt.NDArray[np.float64]
 PROJECT = "raftune"
 # What each tracker is told besides the project's name; those that write files put them into the run.
 KEYWORDS: dict[str, tuple[str, ...]] = {"wandb": ("name",), "mlflow": ("run_name",), "trackio": ("name",)}
@@ -162,7 +161,7 @@ class TrackerSampleStats:
     columns.
     """
 
-    values: dict[str, list[Floats]] = field(default_factory=dict)
+    values: dict[str, list[FloatArray]] = field(default_factory=dict)
     spreads: list[float] = field(default_factory=list)
     tokens: int = 0
 

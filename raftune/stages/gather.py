@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raftune.arrays import FloatArray
 from raftune.config.training import CustomTraining, ReferenceConfig, TrainingConfig
 from raftune.data.tables import read_rows
 from raftune.errors import DataError
-from raftune.protocols import FloatArray, Policy, PolicyProvider, StageInputs
+from raftune.protocols import Policy, PolicyProvider, StageInputs
 from raftune.records import INVALID, TOOLS, Prompt, derive_seed, table_of
 from raftune.stages.data import prepare
 from raftune.stages.select import read_verdicts

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raftune.arrays import BoolArray, IntArray
 from raftune.config.guards import thresholds
 from raftune.protocols import Monitor, MonitorInput, StageInputs
 from raftune.records import INVALID
@@ -22,7 +22,6 @@ from raftune.store.parquet import column_names, read_table
 
 VERDICT = ("sample_id", "prompt_id", "k", "source", "score", "weight")
 JUDGED = ("sample_id", "prompt_id", "k", "score")
-Ints = npt.NDArray[np.int64]
 
 
 class GuardStage:
@@ -100,7 +99,7 @@ class GuardStage:
         table = beside(table, pa.concat_tables([told_of(path, texts=False) for path in paths]))
         return table.append_column("control", pa.array(self.control(table)))
 
-    def control(self, table: pa.Table) -> npt.NDArray[np.bool_]:
+    def control(self, table: pa.Table) -> BoolArray:
         """(N,) as many of the policy's own samples of each prompt as were kept of it, whatever they scored."""
         own = pc.equal(table.column("source"), "policy").to_numpy(zero_copy_only=False)
         groups = numbers_of(table.column("prompt_id"))
@@ -132,7 +131,7 @@ def completions_in(path: Path) -> list[str]:
     return [name for name in ("sample_id", "completion", INVALID) if name in column_names(path)]
 
 
-def as_many(groups: Ints, own: npt.NDArray[np.bool_], counts: Ints) -> npt.NDArray[np.bool_]:
+def as_many(groups: IntArray, own: BoolArray, counts: IntArray) -> BoolArray:
     """(N,) of each prompt its first counts[prompt] own samples: as good as chosen by chance, whatever they scored."""
     place = np.full(len(groups), np.iinfo(np.int64).max)
     rows = np.flatnonzero(own)
@@ -142,7 +141,7 @@ def as_many(groups: Ints, own: npt.NDArray[np.bool_], counts: Ints) -> npt.NDArr
     return np.asarray(place < counts[groups])
 
 
-def numbers_of(names: pa.ChunkedArray) -> Ints:
+def numbers_of(names: pa.ChunkedArray) -> IntArray:
     """For each row the number of its name, in order of appearance."""
     return np.asarray(pc.index_in(names, value_set=pc.unique(names)).to_numpy(zero_copy_only=False), dtype=np.int64)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from raftune.protocols import FloatArray, PolicyProvider, StageInputs, SupportsLogProbs
+from raftune.arrays import FloatArray
+from raftune.protocols import PolicyProvider, StageInputs, SupportsLogProbs
 from raftune.stages.plan import asked, read_plan
 from raftune.stages.score import read_shards
 from raftune.store.layout import chunk_numbers

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raftune.arrays import BoolArray, FloatArray, IntArray, UInt64Array
 from raftune.config.selection import SelectionConfig
 from raftune.errors import ModelError, RewardError
 from raftune.protocols import StageInputs
@@ -38,7 +39,6 @@ SHOWN = 3  # reasons why samples could not be scored
 _IDENTITY = ("sample_id", "prompt_id", "k", "source")
 _CHEAP = ("prompt_id", "k", "source", "score", "status")
 _FAILURE = ("sample_id", "k", "source", "status", "detail")
-Bools = npt.NDArray[np.bool_]
 
 
 class SelectStage:
@@ -84,7 +84,7 @@ class SelectStage:
 
     def candidates(
         self, inputs: StageInputs, chunks: list[int], prompts: Sequence[str]
-    ) -> tuple[Candidates, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    ) -> tuple[Candidates, FloatArray, FloatArray]:
         """The columns that a rule looks at, of all chunks; the scores before any regularisation; and which were cut
         off.
 
@@ -116,7 +116,7 @@ class SelectStage:
         cut = np.concatenate([clipped(path).to_numpy(zero_copy_only=False).astype(np.float64) for path in paths])
         return tuple(column[rows] for column in (group, k, ranked, length, content, values, invalid, cut))
 
-    def invalid(self, inputs: StageInputs, chunk: int) -> Bools:
+    def invalid(self, inputs: StageInputs, chunk: int) -> BoolArray:
         """Which samples of the chunk their policy calls invalid."""
         return np.concatenate([invalid_of(inputs[name] / chunk_file(chunk)) for name in self.shards])
 
@@ -131,7 +131,7 @@ class SelectStage:
         table = read_table(inputs["score"] / chunk_file(chunk), columns)
         return table if self.num_generations is None else table.take(first_draws(table, self.num_generations))
 
-    def log_ratio(self, inputs: StageInputs, chunk: int) -> npt.NDArray[np.float64]:
+    def log_ratio(self, inputs: StageInputs, chunk: int) -> FloatArray:
         """log p - log p0 of each sample of the chunk, nats."""
         ours, start = (
             read_table(inputs[n] / chunk_file(chunk), ["log_prob"]).column("log_prob").to_numpy()
@@ -142,8 +142,8 @@ class SelectStage:
     def summary(
         self,
         candidates: Candidates,
-        scores: npt.NDArray[np.float64],
-        cut: npt.NDArray[np.float64],
+        scores: FloatArray,
+        cut: FloatArray,
         verdicts: Verdicts,
         prompts: Sequence[str],
     ) -> dict[str, Any]:
@@ -170,12 +170,12 @@ class SelectStage:
         }
 
 
-def _mean(values: npt.NDArray[np.float64]) -> float | None:
+def _mean(values: FloatArray) -> float | None:
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else None
 
 
-def lengths(path: Path) -> npt.NDArray[np.int64]:
+def lengths(path: Path) -> IntArray:
     """Each sample's length in the family's unit: tokens, else characters of a text, else 1."""
     if "completion_ids" in column_names(path):
         found = pc.list_value_length(read_table(path, ["completion_ids"]).column("completion_ids")).fill_null(0)
@@ -191,13 +191,13 @@ def clipped(path: Path) -> pa.Array:
     return pc.equal(read_table(path, ["finish"]).column("finish"), "length").combine_chunks()
 
 
-def contents(path: Path) -> npt.NDArray[np.uint64]:
+def contents(path: Path) -> UInt64Array:
     """For each sample a hash, equal where completions are identical."""
     completions = read_table(path, ["completion"]).column("completion")
     return np.array([content_hash(c) for c in completions.to_pylist()], dtype=np.uint64)
 
 
-def first_draws(samples: pa.Table, num_generations: int | None) -> npt.NDArray[np.int64]:
+def first_draws(samples: pa.Table, num_generations: int | None) -> IntArray:
     """The rows of each prompt's first so many samples by the policy (None: of all of them), and of all other
     answers.
     """
@@ -207,7 +207,7 @@ def first_draws(samples: pa.Table, num_generations: int | None) -> npt.NDArray[n
     return np.flatnonzero(~drawn | (samples.column("k").to_numpy() < num_generations))
 
 
-def invalid_of(path: Path) -> Bools:
+def invalid_of(path: Path) -> BoolArray:
     """(N,) which samples of a shard their policy calls invalid; none where it has no such column."""
     if INVALID not in column_names(path):
         return np.zeros(read_metadata(path)[0], np.bool_)
@@ -252,8 +252,8 @@ def write_verdicts(
     chunks: list[int],
     samples: Iterable[pa.Table],
     candidates: Candidates,
-    scores: npt.NDArray[np.float64],
-    cut: npt.NDArray[np.float64],
+    scores: FloatArray,
+    cut: FloatArray,
     verdicts: Verdicts,
 ) -> None:
     """Streams the verdicts beside their samples, one row group a chunk, so that memory does not grow with the words."""

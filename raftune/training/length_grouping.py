@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 from torch.utils.data import Sampler
 
+from raftune.arrays import IntArray
 from raftune.records import derive_seed
 
 # Steps among whose rows lengths are sorted: enough to save the padding, few enough to keep the steps' rows random.
 POOL = 50
 
 
-def grouped_order(lengths: Sequence[int], step: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def grouped_order(lengths: Sequence[int], step: int, seed: int, epoch: int) -> IntArray:
     """A permutation of the rows in which every `step` successive ones are of like length.
 
     Rows are shuffled, sorted by length within pools of POOL steps, and cut into steps, which are shuffled again: so a
@@ -31,7 +31,7 @@ def grouped_order(lengths: Sequence[int], step: int, seed: int, epoch: int) -> n
     return np.concatenate([random.permutation(steps).reshape(-1), rest]).astype(np.int64)
 
 
-def _longest_first(rows: npt.NDArray[np.int64], size: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _longest_first(rows: IntArray, size: IntArray) -> IntArray:
     return rows[np.argsort(-size[rows], kind="stable")]
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from raftune.protocols import FloatArray
+from raftune.arrays import FloatArray
 
 Normalization = Literal["token", "sample", "prompt"]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +52,28 @@ print(*sorted({HEAVY!r} & set(sys.modules)))
 """
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
+
+
+def named_types() -> Iterator[tuple[str, str]]:
+    """Every class and every public alias of a type: its name, and the module that defines it."""
+    for path, module in MODULES.items():
+        for node in ast.walk(module):
+            if isinstance(node, ast.ClassDef):
+                yield node.name, named(path)
+        for node in module.body:
+            match node:
+                case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                    made_by_call = isinstance(node.value, ast.Call)  # such as a TypeVar
+                    if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name) and not made_by_call:
+                        yield name, named(path)
+
+
+def test_no_class_and_no_type_alias_is_defined_twice() -> None:
+    places = defaultdict(list)
+    for name, place in named_types():
+        places[name].append(place)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+    assert "FloatArray" in places
 
 
 @pytest.mark.parametrize("name", raftune.__all__)

@@ -29,7 +29,7 @@ from raftune.analysis.compare.sides import ComparedRun, choose
 from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError, DataError
 from raftune.evaluation.bootstrap import mean_by_prompt
-from raftune.evaluation.judge import Tell
+from raftune.evaluation.judge import ProgressCallback
 from raftune.results.samples import readable
 from raftune.starters.resolve import resolve_reward
 
@@ -83,7 +83,7 @@ def compare(
     tie_within: float = 0.0,
     by: str | None = None,
     out: str | Path | None = None,
-    tell: Tell = lambda done, of: None,
+    tell: ProgressCallback = lambda done, of: None,
 ) -> Comparison:
     """A against B, each `RUN`, `RUN@3`, `RUN@best`, `RUN@last` or `RUN@start`; without B, A's run as it started.
 

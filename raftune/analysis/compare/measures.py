@@ -8,18 +8,17 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from raftune.analysis.compare.pairing import SamplePairs
 from raftune.analysis.compare.sides import SCORED, ComparedRun
+from raftune.arrays import FloatArray
 from raftune.clients.chat import ChatEndpoint
 from raftune.config.rewards import RewardsConfig, RewardSpec, unique_names
 from raftune.errors import RewardError
-from raftune.evaluation.judge import TEMPLATE, JudgeResult, Tell, judge
+from raftune.evaluation.judge import TEMPLATE, JudgeResult, ProgressCallback, judge
 from raftune.evaluation.paired import PairedTest, judged, outcomes, paired
 
-Floats = npt.NDArray[np.float64]
 JUDGE = "judge"
 SHARE = 0.5  # of samples that a reward could not score, above which there is no result
 
@@ -37,16 +36,16 @@ class ComparisonMeasure:
     title: str
     kind: Literal["recorded", "new", "judge"]
     result: PairedTest | None
-    outcomes: Floats
-    a: Floats | None = None
-    b: Floats | None = None
+    outcomes: FloatArray
+    a: FloatArray | None = None
+    b: FloatArray | None = None
     aliases: tuple[str, ...] = ()
     why: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     judgement: JudgeResult | None = None
 
     @property
-    def leads(self) -> Floats:
+    def leads(self) -> FloatArray:
         """(N,) by how much A is ahead in each pair: in units of the score, or of verdicts; NaN where it is unknown."""
         return self.outcomes if self.a is None or self.b is None else self.a - self.b
 
@@ -192,7 +191,7 @@ def refuse_failing(name: str, parts: Sequence[Any]) -> None:
 # -- a judge -----------------------------------------------------------------------------------------------------------
 
 
-def ask_judge(who: JudgeSpec, plan: PlannedMeasure, pairs: SamplePairs, tell: Tell) -> ComparisonMeasure:
+def ask_judge(who: JudgeSpec, plan: PlannedMeasure, pairs: SamplePairs, tell: ProgressCallback) -> ComparisonMeasure:
     """The judge's verdicts on all pairs. Raises RewardError where it gives too few."""
     a, b = (list(map(str, answers)) for answers in pairs.answers)
     contents = [prompt.content for prompt in pairs.asked]
@@ -220,7 +219,12 @@ def judge_plan(model: str) -> PlannedMeasure:
 
 
 def by_scores(
-    plan: PlannedMeasure, pairs: SamplePairs, a: Floats, b: Floats, tie_within: float, kind: Literal["recorded", "new"]
+    plan: PlannedMeasure,
+    pairs: SamplePairs,
+    a: FloatArray,
+    b: FloatArray,
+    tie_within: float,
+    kind: Literal["recorded", "new"],
 ) -> ComparisonMeasure:
     """The measure by two rows of scores."""
     found = outcomes(a, b, tie_within)

@@ -8,16 +8,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.types as kinds
 
 from raftune.analysis.compare.sides import ComparedRun
+from raftune.arrays import IntArray
 from raftune.errors import ConfigError, DataError
 from raftune.records import Prompt
 from raftune.sanitize import counted
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -26,9 +24,9 @@ class SamplePairs:
 
     side_a: ComparedRun
     side_b: ComparedRun
-    a: Ints
-    b: Ints
-    groups: Ints
+    a: IntArray
+    b: IntArray
+    groups: IntArray
     prompts: list[Prompt]
 
     def __len__(self) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from raftune.arrays import FloatArray
 from raftune.config.rewards import RewardsConfig
 from raftune.errors import ConfigError, StoreError
 from raftune.records import Prompt
@@ -24,8 +24,7 @@ from raftune.store.layout import chunk_file
 from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
 
-Floats = npt.NDArray[np.float64]
-Key = tuple[str, int, int | None]
+PairKey = tuple[str, int, int | None]
 GENERATED = ("sample_id", "prompt_id", "k", "seed", "completion", "completion_ids", "invalid")
 # The folder of scores, the section of the configuration that names its rewards, and what its score is called here.
 SCORED = {"reward": ("score", "rewards"), "held_out": ("judge", "evaluation")}
@@ -76,15 +75,15 @@ class ComparedRun:
         return pa.concat_tables([self._drawn(chunk) for chunk in self.chunks])
 
     @cached_property
-    def keys(self) -> dict[Key, int]:
+    def keys(self) -> dict[PairKey, int]:
         """The row of each sample by its prompt, number and seed."""
         names = (self.samples.column(name).to_pylist() for name in ("prompt_id", "k", "seed"))
         return {key: row for row, key in enumerate(zip(*names, strict=True))}
 
     @cached_property
-    def scores(self) -> dict[str, Floats]:
+    def scores(self) -> dict[str, FloatArray]:
         """(N,) `reward`, `reward/NAME`, `held_out`, `held_out/NAME`, in the order of samples; NaN where it failed."""
-        found: dict[str, Floats] = {}
+        found: dict[str, FloatArray] = {}
         for name, (folder, _) in SCORED.items():
             if folder == "judge" and not self.is_judged:
                 continue
@@ -135,7 +134,7 @@ class ComparedRun:
         return read_table(path, [name for name in GENERATED if name in present])
 
 
-def ok(table: pa.Table, column: str, status: str) -> Floats:
+def ok(table: pa.Table, column: str, status: str) -> FloatArray:
     """(N,) the column's values, NaN where the status is not ok."""
     values = table.column(column).to_numpy(zero_copy_only=False).astype(np.float64)
     fine = np.array([found == "ok" for found in table.column(status).to_pylist()])

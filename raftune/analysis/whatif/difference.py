@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raftune.arrays import BoolArray, FloatArray, IntArray
 from raftune.evaluation.best_of import best_of_k_estimates
 from raftune.results.samples import prompts_of, read_drawn, readable
 from raftune.results.summary import read_json
@@ -23,9 +23,6 @@ from raftune.stages.select import read_verdicts
 from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -97,15 +94,15 @@ class ChunkVerdicts:
     round: int
     chunk: int
     prompts: list[str]
-    group: Ints
-    k: Ints
-    drawn: npt.NDArray[np.bool_]
-    old: Floats
-    new: Floats
-    before: Floats
-    now: Floats
+    group: IntArray
+    k: IntArray
+    drawn: BoolArray
+    old: FloatArray
+    new: FloatArray
+    before: FloatArray
+    now: FloatArray
 
-    def per_prompt(self, values: Any) -> Floats:
+    def per_prompt(self, values: Any) -> FloatArray:
         """Sums over each prompt's samples."""
         return np.bincount(self.group, weights=values, minlength=len(self.prompts)).astype(np.float64)
 
@@ -173,16 +170,16 @@ def paired(round_: int, chunk: int, old: pa.Table, scored: Path | None, verdicts
     )
 
 
-def floats(column: pa.ChunkedArray) -> Floats:
+def floats(column: pa.ChunkedArray) -> FloatArray:
     return np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.float64)
 
 
-def changed(pair: ChunkVerdicts) -> npt.NDArray[np.bool_]:
+def changed(pair: ChunkVerdicts) -> BoolArray:
     """(G,) whether something else would be learned from the prompt."""
     return np.asarray(pair.per_prompt(np.abs(pair.before - pair.now) > 1e-12) > 0)
 
 
-def margins(pair: ChunkVerdicts) -> Floats:
+def margins(pair: ChunkVerdicts) -> FloatArray:
     """(G,) by how much the mean score of what is kept now exceeds that of what was kept before, by the score now.
 
     Where one of the two keeps nothing of a prompt, the mean of all its samples stands in.
@@ -236,7 +233,7 @@ class ChangeTally:
         return KeptSamples(int(c[f"{which} samples"]), int(c[f"{which} prompts"]), old, new)
 
 
-def weighed(which: str, pair: ChunkVerdicts, weight: Floats) -> dict[str, Any]:
+def weighed(which: str, pair: ChunkVerdicts, weight: FloatArray) -> dict[str, Any]:
     """The sums that one training set's numbers are read from."""
     found: dict[str, Any] = {
         f"{which} samples": (weight > 0).sum(),
@@ -253,7 +250,7 @@ class BestOfCurve:
     """Sums of best-of-k estimates over prompts, of the policy's own samples alone."""
 
     def __init__(self) -> None:
-        self.sums: dict[int, Floats] = {}
+        self.sums: dict[int, FloatArray] = {}
         self.prompts: Counter[int] = Counter()
         self.left_out = 0
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from raftune.cli.commands.train import Tokens
+from raftune.cli.flags import Tokens
 from raftune.cli.output import PlainTable, echo
 from raftune.sanitize import counted, percent, shell_command
 

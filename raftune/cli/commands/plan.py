@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from raftune.cli.commands.train import Tokens, refuse_folders
+from raftune.cli.commands.train import refuse_folders
+from raftune.cli.flags import Tokens
 from raftune.cli.output import echo
 from raftune.errors import ConfigError
 from raftune.sanitize import counted, duration, megabytes, percent, shell_command

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from raftune.cli.commands.train import Tokens
+from raftune.cli.flags import Tokens
 
 if TYPE_CHECKING:
     from raftune.analysis.whatif import WhatIfResult

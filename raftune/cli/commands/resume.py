@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from raftune.cli.commands.train import Tokens
+from raftune.cli.flags import Tokens
 
 
 def resume(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from raftune.cli.errors import interruptible
+from raftune.cli.flags import Tokens
 from raftune.cli.output import PlainTable, echo
 from raftune.errors import GateFailed
 from raftune.results.measures import loss_ends, spread
@@ -18,8 +19,6 @@ from raftune.sanitize import counted, percent, shell_command
 if TYPE_CHECKING:
     from raftune.config.reward_model import RewardModelConfig
     from raftune.reward_models.training import RewardTrainingOutcome
-
-Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 
 
 def train(

@@ -14,14 +14,14 @@ from rich.text import Text
 from raftune.cli.output import echo, out
 from raftune.cli.save_images import check_folder, save_pictures, sheet_of
 from raftune.errors import ConfigError
-from raftune.records import EXTRA, extras_of
+from raftune.records import EXTRA, Row, extras_of
 from raftune.results import samples as ledger
-from raftune.results.samples import Sample, prompt_text
+from raftune.results.samples import prompt_text
 from raftune.sanitize import counted, harmless, one_line
 from raftune.store.kinds import how_to_go_on
 from raftune.store.run import RunFolder
 
-Group = list[Sample]
+PromptRows = list[Row]
 Sort = Literal["best", "worst", "margin", "order"]
 GUTTER = 12
 
@@ -99,16 +99,16 @@ def choose_round(folder: RunFolder, asked: int | None, held_out: bool) -> tuple[
     return (known[-1] if asked is None else asked), held_out or asked == 0
 
 
-def matches(group: Group, wanted: str) -> bool:
+def matches(group: PromptRows, wanted: str) -> bool:
     """Whether the prompt bears this id, or holds this text in any case."""
     return group[0]["prompt_id"].startswith(wanted) or wanted.casefold() in prompt_text(group[0]["prompt"]).casefold()
 
 
-def pick(groups: Iterator[Group], sort: Sort, number: int) -> tuple[int, list[Group]]:
+def pick(groups: Iterator[PromptRows], sort: Sort, number: int) -> tuple[int, list[PromptRows]]:
     """How many prompts there are, and the first of them in the wanted order; only these are held in memory."""
     count = 0
 
-    def counted() -> Iterator[tuple[float, int, Group]]:
+    def counted() -> Iterator[tuple[float, int, PromptRows]]:
         nonlocal count
         for group in groups:
             count += 1
@@ -118,20 +118,20 @@ def pick(groups: Iterator[Group], sort: Sort, number: int) -> tuple[int, list[Gr
     return count, [group for _, _, group in first]
 
 
-def by_best(group: Group) -> float:
+def by_best(group: PromptRows) -> float:
     return -max((s["score"] for s in ledger.usable(group)), default=float("-inf"))
 
 
-def by_worst(group: Group) -> float:
+def by_worst(group: PromptRows) -> float:
     return min((s["score"] for s in ledger.usable(group)), default=float("-inf"))
 
 
-def by_margin(group: Group) -> float:
+def by_margin(group: PromptRows) -> float:
     scores = [s["score"] for s in ledger.usable(group)]
     return sum(scores) / len(scores) - max(scores) if scores else float("inf")
 
 
-KEYS: dict[str, Callable[[Group], float]] = {
+KEYS: dict[str, Callable[[PromptRows], float]] = {
     "best": by_best,
     "worst": by_worst,
     "margin": by_margin,
@@ -139,7 +139,7 @@ KEYS: dict[str, Callable[[Group], float]] = {
 }
 
 
-def show(group: Group, full: bool) -> None:
+def show(group: PromptRows, full: bool) -> None:
     """The prompt, and the strip of its samples, best first."""
     console = out()
     console.print()
@@ -152,7 +152,7 @@ def show(group: Group, full: bool) -> None:
             console.print(line)
 
 
-def lines_of(sample: Sample, width: int | None, full: bool) -> Iterator[Text]:
+def lines_of(sample: Row, width: int | None, full: bool) -> Iterator[Text]:
     """★ where it was kept, its score, its text, and beneath it the reason, the parts and where it came from."""
     kept = (sample.get("weight") or 0) > 0
     score = "–" if sample["score"] is None else f"{sample['score']:.3f}"
@@ -163,7 +163,7 @@ def lines_of(sample: Sample, width: int | None, full: bool) -> Iterator[Text]:
     yield Text(" " * GUTTER + " · ".join(remarks(sample)), style="dim")
 
 
-def remarks(sample: Sample) -> Iterator[str]:
+def remarks(sample: Row) -> Iterator[str]:
     """What is on record about the sample besides its text."""
     if sample.get("reason"):
         yield str(sample["reason"])

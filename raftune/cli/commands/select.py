@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from raftune.cli.commands.train import Tokens
+from raftune.cli.flags import Tokens
 
 OPTIONS = ("--round", "--scores", "--dry-run", "--diff", "--show", "--name", "--json")
 SHOWN = 3

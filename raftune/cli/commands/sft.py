@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from raftune.cli.errors import interruptible
+from raftune.cli.flags import Tokens
 from raftune.cli.output import echo
 from raftune.runtime.progress import StepProgress
 from raftune.sanitize import counted, shell_command
@@ -16,7 +17,6 @@ from raftune.sanitize import counted, shell_command
 if TYPE_CHECKING:
     from raftune.sft import SftOutcome
 
-Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 SHORT = ("--min-score", "--keep", "--columns")
 STEPS = {
     "read": "reading the answers",

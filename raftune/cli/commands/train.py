@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+from raftune.cli.flags import Tokens
 
 
 def train(

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
+from raftune.arrays import FloatArray
 from raftune.errors import OutOfMemory
 from raftune.policies.causal_lm.model_utils import as_it_was, base_of, device_of
-from raftune.protocols import FloatArray
 from raftune.store import partial
 from raftune.training.memory import is_out_of_memory
 

@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
 
+from raftune.arrays import FloatArray
 from raftune.config.sampling import SamplingConfig, load_backend
 from raftune.data.classifier_inputs import writes_date
 from raftune.errors import ConfigError, DataError
@@ -36,7 +37,7 @@ from raftune.policies.causal_lm.sampling.prefix_scoring import prefix_log_probs
 from raftune.policies.causal_lm.sampling.sample import generate, generate_by
 from raftune.policies.causal_lm.saving import read_optimizer, write_model
 from raftune.policies.unsupported import FamilyConfig, refuse_unused
-from raftune.protocols import Chunk, FloatArray, GenerationRequest, TrainReport
+from raftune.protocols import Chunk, GenerationRequest, TrainReport
 from raftune.records import Prompt, Sample, derive_seed
 from raftune.training.devices import choose_device
 from raftune.training.memory import names_out_of_memory

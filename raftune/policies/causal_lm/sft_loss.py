@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import torch
 from torch.nn import functional as F
 
+from raftune.arrays import FloatArray
 from raftune.config.training import TrainingConfig
 from raftune.errors import DataError
 from raftune.policies.causal_lm.encoding import TextEncoder
 from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion, collate
-from raftune.protocols import FloatArray, Objective
+from raftune.protocols import Objective
 from raftune.records import TOOLS, Prompt
 from raftune.training.fit import Batch, Loss, checked_loss
 from raftune.training.loss_weights import Normalization, coefficients

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from raftune.arrays import FloatArray
 from raftune.errors import DataError
 from raftune.policies.diffusion.latents import FIELDS, latents_of
-from raftune.protocols import FloatArray
 from raftune.records import INVALID, Prompt
 from raftune.training.fit import Batch
 from raftune.training.loss_weights import Normalization, coefficients

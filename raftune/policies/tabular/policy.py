@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raftune.arrays import FloatArray
 from raftune.config.policy import TabularPolicy
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, DataError, ModelError
 from raftune.policies.unsupported import all_but, refuse_unused
-from raftune.protocols import Chunk, FloatArray, TrainReport
+from raftune.protocols import Chunk, TrainReport
 from raftune.records import Prompt, Sample
 
-Floats = npt.NDArray[np.float64]
 FILE = "policy.json"
 
 
@@ -32,7 +31,7 @@ class Tabular:
     media = "category"
     payload = pa.schema([pa.field("completion", pa.int64(), nullable=False)])
 
-    def __init__(self, log_p: Floats, config: RunConfig) -> None:
+    def __init__(self, log_p: FloatArray, config: RunConfig) -> None:
         self.log_p, self.config = log_p, config
 
     @classmethod
@@ -150,13 +149,13 @@ def refuse_unread(config: RunConfig) -> None:
     refuse_unused(config, "tabular", unread)
 
 
-def save(log_p: Floats, out: Path) -> None:
+def save(log_p: FloatArray, out: Path) -> None:
     """Writes the table as JSON; zero probability (log -inf) is null."""
     values = [[float(v) if np.isfinite(v) else None for v in row] for row in log_p]
     (out / FILE).write_text(json.dumps({"log_p": values}) + "\n")
 
 
-def log_softmax(logits: Floats) -> Floats:
+def log_softmax(logits: FloatArray) -> FloatArray:
     shifted = logits - logits.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), dtype=np.float64)
 

@@ -9,11 +9,9 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from raftune.arrays import BoolArray, FloatArray, IntArray
 from raftune.config.selection import TopM
 from raftune.selection import Candidates, select
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 
 class RaftIteration(TypedDict):
@@ -110,13 +108,13 @@ def _check_step(lr: float, weighting: str) -> None:
         raise ValueError(f'weighting must be "uniform" or "reward"; got {weighting!r}.')
 
 
-def _softmax(logits: Floats) -> Floats:
+def _softmax(logits: FloatArray) -> FloatArray:
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities: Floats = shifted / shifted.sum(axis=-1, keepdims=True)
+    probabilities: FloatArray = shifted / shifted.sum(axis=-1, keepdims=True)
     return probabilities
 
 
-def _draw(p_XV: Floats, k: int, rng: np.random.Generator) -> Ints:
+def _draw(p_XV: FloatArray, k: int, rng: np.random.Generator) -> IntArray:
     """(X, K) independent answers of each row by inverse CDF; an answer of probability 0 is never generated."""
     uniform = rng.random((len(p_XV), k))
     answers = np.zeros((len(p_XV), k), np.int64)
@@ -126,7 +124,7 @@ def _draw(p_XV: Floats, k: int, rng: np.random.Generator) -> Ints:
     return answers
 
 
-def _rewards(prompts: Sequence[Any], answers_XK: Ints, reward_fn: Callable[[Any, int], float | None]) -> Floats:
+def _rewards(prompts: Sequence[Any], answers_XK: IntArray, reward_fn: Callable[[Any, int], float | None]) -> FloatArray:
     """(X, K) one call each, prompt by prompt in the order of generating; None becomes NaN."""
     rewards = np.full(answers_XK.shape, np.nan)
     for x, prompt in enumerate(prompts):
@@ -136,7 +134,7 @@ def _rewards(prompts: Sequence[Any], answers_XK: Ints, reward_fn: Callable[[Any,
     return rewards
 
 
-def _kept(rewards_XK: Floats, m: int) -> npt.NDArray[np.bool_]:
+def _kept(rewards_XK: FloatArray, m: int) -> BoolArray:
     """(X, K) True for the m best of each row. The house's own selection decides, so that there is one rule for ties."""
     x, k = np.indices(rewards_XK.shape)
     unused = np.zeros(rewards_XK.size, np.int64)
@@ -145,7 +143,7 @@ def _kept(rewards_XK: Floats, m: int) -> npt.NDArray[np.bool_]:
     return (verdicts.weight > 0).reshape(rewards_XK.shape)
 
 
-def _gradient(p_XV: Floats, answers_XK: Ints, kept_XK: npt.NDArray[np.bool_], values_XK: Floats) -> Floats:
+def _gradient(p_XV: FloatArray, answers_XK: IntArray, kept_XK: BoolArray, values_XK: FloatArray) -> FloatArray:
     """(X, V) of the mean over prompts of the mean over what was kept of value · log p(answer), in the logits."""
     gradient = np.zeros_like(p_XV)
     for x in np.flatnonzero(kept_XK.any(axis=1)):
@@ -156,5 +154,5 @@ def _gradient(p_XV: Floats, answers_XK: Ints, kept_XK: npt.NDArray[np.bool_], va
     return gradient / max(1, len(p_XV))
 
 
-def _mean(values: Floats) -> float:
+def _mean(values: FloatArray) -> float:
     return float(values.mean()) if values.size else 0.0

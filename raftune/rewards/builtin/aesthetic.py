@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
+from raftune.arrays import Float32Array, FloatArray
 from raftune.config.rewards import derived_name
 from raftune.errors import RewardError
 from raftune.rewards import fingerprint
@@ -22,8 +22,7 @@ from raftune.rewards.builtin.model_options import AestheticOptions
 from raftune.rewards.media import IMAGE_MEDIA, pictures
 from raftune.rewards.outcome import one_line
 
-Floats = npt.NDArray[np.float32]
-Layer = tuple[Floats, Floats]  # weight (out, in), bias (out)
+Layer = tuple[Float32Array, Float32Array]  # weight (out, in), bias (out)
 Activation = Literal["none", "relu"]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 PUBLISHED_CLIP = "openai/clip-vit-large-patch14"  # what the published predictor reads its images with
@@ -38,7 +37,7 @@ class AestheticHead:
     activation: Activation = "none"
     clip: str | None = None
 
-    def __call__(self, vectors_ND: Floats) -> npt.NDArray[np.float64]:
+    def __call__(self, vectors_ND: Float32Array) -> FloatArray:
         """(N,) a number for each vector of length 1; the range is that of the ratings which the head was fitted to."""
         values = vectors_ND.astype(np.float64)
         for number, (weight, bias) in enumerate(self.layers, 1):
@@ -98,7 +97,7 @@ class AestheticReward:
         self.clip.release()
 
 
-def chain(layers: Sequence[Layer]) -> itertools.chain[Floats]:
+def chain(layers: Sequence[Layer]) -> itertools.chain[Float32Array]:
     """Weight and bias of each layer in turn."""
     return itertools.chain.from_iterable(layers)
 
@@ -141,9 +140,9 @@ def load_head(source: str) -> AestheticHead:
     return AestheticHead(layers, told.get("activation", "none"), told.get("clip"))
 
 
-def layers_of(arrays: dict[str, Floats], source: str) -> tuple[Layer, ...]:
+def layers_of(arrays: dict[str, Float32Array], source: str) -> tuple[Layer, ...]:
     """The layers in the order of their numbers; numbers may be missing, where a dropout or an activation stood."""
-    found: dict[int, dict[str, Floats]] = {}
+    found: dict[int, dict[str, Float32Array]] = {}
     for name, array in arrays.items():
         if (match := NAME.match(name)) is None:
             raise RewardError(

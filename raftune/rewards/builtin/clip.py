@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import transformers
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
+from raftune.arrays import Float32Array
 from raftune.data.classifier_inputs import is_hollow, longest
 from raftune.errors import RewardError
 from raftune.rewards import fingerprint
 from raftune.rewards.builtin.models import best_device, weights_fingerprint
 from raftune.rewards.outcome import one_line
 from raftune.training.quiet import quiet
-
-Float32s = npt.NDArray[np.float32]
 
 
 class ClipModel:
@@ -57,7 +55,7 @@ class ClipModel:
 
     # -- vectors ----------------------------------------------------------------------------------------------------
 
-    def image_features(self, images: Sequence[Any]) -> Float32s:
+    def image_features(self, images: Sequence[Any]) -> Float32Array:
         """(N, d) vectors of length 1 of PIL images of any sizes; each is resized and cropped as the model wants it.
 
         An image's vector depends on no other, but for what regrouping a batch changes in floating point.
@@ -68,7 +66,7 @@ class ClipModel:
             parts.append(self._vectors("get_image_features", pixel_values=pixels_BCHW.to(self._torch_dtype)))
         return np.concatenate(parts)
 
-    def text_features(self, texts: Sequence[str]) -> Float32s:
+    def text_features(self, texts: Sequence[str]) -> Float32Array:
         """(N, d) vectors of length 1; of a text longer than `limit` tokens the rest is not read (see `too_long`)."""
         parts = [np.zeros((0, self.width), np.float32)]
         for chunk in chunks(texts, self.batch_size):
@@ -148,14 +146,14 @@ class ClipModel:
         """Frees the weights; the next call reads them again."""
         self._model = None
 
-    def _vectors(self, method: str, **given: Any) -> Float32s:
+    def _vectors(self, method: str, **given: Any) -> Float32Array:
         self.prepare()
         device = next(self._model.parameters()).device
         with torch.inference_mode():
             found = getattr(self._model, method)(**{name: value.to(device) for name, value in given.items()})
             found_BD = getattr(found, "pooler_output", found).float()  # an output object since transformers 5
             found_BD = found_BD / found_BD.norm(dim=-1, keepdim=True)
-        vectors: Float32s = found_BD.cpu().numpy()
+        vectors: Float32Array = found_BD.cpu().numpy()
         return vectors
 
     @property

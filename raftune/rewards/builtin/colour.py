@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
+from raftune.arrays import FloatArray
 from raftune.data.images import LUMA
 from raftune.errors import ConfigError
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.media import pictures
 from raftune.rewards.registry import BuiltInReward, builtin
-
-Pixels = npt.NDArray[np.float64]  # (height, width, 3) in [0, 1]: red, green, blue, as stored (sRGB)
 
 
 @builtin("colour", media=("image",), example={"measure": "distance", "colour": [255, 0, 0]})
@@ -52,27 +50,27 @@ class ColourReward(BuiltInReward):
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         return [self._value(np.asarray(picture, np.float64) / 255) for picture in pictures(completions, self.name)]
 
-    def _value(self, pixels: Pixels) -> float:
+    def _value(self, pixels: FloatArray) -> float:
         if self.colour is not None:
             return distance(pixels, np.array(self.colour) / 255)
         return MEASURES[self.measure](pixels)
 
 
-def brightness(pixels: Pixels) -> float:
+def brightness(pixels: FloatArray) -> float:
     return float((pixels @ LUMA).mean())
 
 
-def contrast(pixels: Pixels) -> float:
+def contrast(pixels: FloatArray) -> float:
     return float((pixels @ LUMA).std())
 
 
-def saturation(pixels: Pixels) -> float:
+def saturation(pixels: FloatArray) -> float:
     """As of the HSV model; a black pixel has none."""
     highest = pixels.max(axis=-1)
     return float(((highest - pixels.min(axis=-1)) / np.where(highest > 0, highest, 1.0)).mean())
 
 
-def colourfulness(pixels: Pixels) -> float:
+def colourfulness(pixels: FloatArray) -> float:
     """Spread plus 0.3 of the mean of the opponent colours red-green and yellow-blue (Hasler and Süsstrunk 2003)."""
     red, green, blue = np.moveaxis(pixels, -1, 0)
     opponents = (red - green, (red + green) / 2 - blue)
@@ -80,16 +78,16 @@ def colourfulness(pixels: Pixels) -> float:
     return float(spread + 0.3 * mean)
 
 
-def warmth(pixels: Pixels) -> float:
+def warmth(pixels: FloatArray) -> float:
     return float(pixels[..., 0].mean() - pixels[..., 2].mean())
 
 
-def distance(pixels: Pixels, colour: npt.NDArray[np.float64]) -> float:
+def distance(pixels: FloatArray, colour: FloatArray) -> float:
     """Root mean square over pixels and channels."""
     return float(np.sqrt(((pixels - colour) ** 2).mean()))
 
 
-MEASURES: dict[str, Callable[[Pixels], float]] = {
+MEASURES: dict[str, Callable[[FloatArray], float]] = {
     "brightness": brightness,
     "contrast": contrast,
     "saturation": saturation,

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+from raftune.arrays import IntArray
 from raftune.starters.image.pictures import ATTRIBUTES, Pixels
 
 COUNTS = tuple(len(words) for words in ATTRIBUTES.values())
@@ -38,7 +38,7 @@ class SceneClassifier(nn.Module):
         return torch.stack([functional.cross_entropy(part, labels_NA[:, a]) for a, part in enumerate(parts)]).mean()
 
     @torch.no_grad()
-    def labels(self, pixels_NHW3: Pixels) -> npt.NDArray[np.int64]:
+    def labels(self, pixels_NHW3: Pixels) -> IntArray:
         """(N, 4): the index of the likeliest word of each attribute, for pictures of 32 x 32 in 0…1."""
         x = torch.from_numpy(np.ascontiguousarray(pixels_NHW3)).permute(0, 3, 1, 2) * 2 - 1
         logits = torch.cat([self(part) for part in torch.split(x, 512)])

@@ -17,7 +17,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Split = Literal["train", "heldout", "unseen"]
+ImageSplit = Literal["train", "heldout", "unseen"]
 Pixels = npt.NDArray[np.float32]
 
 SIZE: Final = 32
@@ -88,7 +88,7 @@ def scene_of(caption: str) -> Scene | None:
     return Scene(*(word.lower() for word in found.groups())) if found else None
 
 
-def split_of(scene: Scene) -> Split:
+def split_of(scene: Scene) -> ImageSplit:
     """Which captions a scene's belongs to. Each split has every word, but of colours `unseen` has every second only."""
     colour, shape, position, background = scene.labels
     if colour == 2 * shape + 1:
@@ -96,11 +96,11 @@ def split_of(scene: Scene) -> Split:
     return "heldout" if (colour + 2 * shape + 3 * position + background) % 6 == 0 else "train"
 
 
-def scenes(split: Split) -> tuple[Scene, ...]:
+def scenes(split: ImageSplit) -> tuple[Scene, ...]:
     return tuple(scene for scene in SCENES if split_of(scene) == split)
 
 
-def prompts(split: Split, size: int, seed: int) -> list[str]:
+def prompts(split: ImageSplit, size: int, seed: int) -> list[str]:
     """`size` captions of a split in random order; all of them are there before one comes again."""
     rng, known = np.random.default_rng(seed), scenes(split)
     order = [int(i) for _ in range(-(-size // len(known))) for i in rng.permutation(len(known))]

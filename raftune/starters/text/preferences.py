@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
+from raftune.records import Row
 from raftune.starters.text.corpus import Dialogue, Request, Split, prompts, read_request, reply, requests
 from raftune.starters.text.judge import MAXIMUM, parts
 from raftune.starters.text.topics import DOMAINS
@@ -19,8 +20,6 @@ RATING_ERROR: Final = 0.25  # standard deviation of a rating around the judge's 
 PROMPTS: Final = 1024
 HELD_OUT: Final = 128
 REFERENCES: Final = ("good",)  # the kind of reply that a reference answer is
-
-Row = dict[str, Any]
 
 
 def preferences(split: Split, n: int, seed: int = 0) -> list[Row]:

@@ -18,8 +18,8 @@ from raftune.starters.image.pictures import (
     SCENES,
     SIZE,
     USUAL_RADIUS,
+    ImageSplit,
     Scene,
-    Split,
     as_image,
     paint,
     scene_of,
@@ -27,7 +27,7 @@ from raftune.starters.image.pictures import (
 )
 from tools.starters.image.spoiling import WAYS, spoiled
 
-SPLITS: tuple[Split, ...] = ("train", "heldout", "unseen")
+SPLITS: tuple[ImageSplit, ...] = ("train", "heldout", "unseen")
 
 
 def test_importing_the_starter_imports_neither_torch_nor_pillow() -> None:
@@ -63,7 +63,7 @@ def test_unseen_pairs_of_colour_and_shape_are_never_trained_on_but_each_alone_is
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_prompts_are_a_split_in_an_order_that_the_seed_gives(split: Split) -> None:
+def test_prompts_are_a_split_in_an_order_that_the_seed_gives(split: ImageSplit) -> None:
     captions = {scene.caption for scene in scenes(split)}
     assert set(prompts(split, len(captions), 3)) == captions
     assert prompts(split, 20, 3) == prompts(split, 20, 3) != prompts(split, 20, 4)

@@ -40,7 +40,7 @@ class TrainingLeg(NamedTuple):
     noisy: bool = False
 
 
-Loss = Callable[[torch.Tensor, list[str], TrainingLeg], torch.Tensor]
+DrawingLoss = Callable[[torch.Tensor, list[str], TrainingLeg], torch.Tensor]
 
 
 class ImagePolicyRecipe(NamedTuple):
@@ -205,7 +205,9 @@ def untrained_flow(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     )
 
 
-def teach(name: str, pipe: Any, parts: Sequence[nn.Module], loss: Loss, recipe: ImagePolicyRecipe, seed: int) -> None:
+def teach(
+    name: str, pipe: Any, parts: Sequence[nn.Module], loss: DrawingLoss, recipe: ImagePolicyRecipe, seed: int
+) -> None:
     """Trains these parts of the pipeline on the loss of latents and captions."""
     model, rng = nn.ModuleList(parts).train(), np.random.default_rng(seed)
     steps = " + ".join(str(leg.steps) for leg in recipe.legs)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CLIPModel
 
 from raftune.starters.image.classifier import SceneClassifier
-from raftune.starters.image.pictures import ANY_RADIUS, ATTRIBUTES, SCENES, Pixels, Scene, Split, paint, scenes
+from raftune.starters.image.pictures import ANY_RADIUS, ATTRIBUTES, SCENES, ImageSplit, Pixels, Scene, paint, scenes
 from tools.starters.image.autoencoder import as_tensor, reconstruct
 from tools.starters.image.drawing import draw
 from tools.starters.image.seeing import aesthetic_data, grained
@@ -83,7 +83,7 @@ def measure_aesthetic(vae: AutoencoderKL, clip: CLIPModel, head: nn.Sequential, 
 def measure_policy(pipe: Any, judge: SceneClassifier, seed: int, **options: Any) -> dict[str, Any]:
     """What the judge sees in pictures of 12 steps, unguided and at guidance 2, of each split's captions."""
     found: dict[str, Any] = {}
-    splits: tuple[Split, ...] = ("train", "heldout", "unseen")
+    splits: tuple[ImageSplit, ...] = ("train", "heldout", "unseen")
     for guidance in (1.0, 2.0):
         for split in splits:
             known = scenes(split)

@@ -4,13 +4,13 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
+from raftune.arrays import IntArray
 from raftune.starters.image.classifier import SceneClassifier
 from raftune.starters.image.pictures import ANY_RADIUS, COLOURS, SCENES, SHAPES, SIZE, Pixels, Scene, paint
 from tools.starters.image.autoencoder import as_tensor, decode, encode, reconstruct
@@ -136,11 +136,11 @@ def train_reward(vae: AutoencoderKL, recipe: ImageRewardRecipe, seed: int) -> CL
     return clip.eval()
 
 
-def groups(rng: np.random.Generator, count: int, copies: int) -> npt.NDArray[np.int64]:
+def groups(rng: np.random.Generator, count: int, copies: int) -> IntArray:
     """(count·4,) numbers of pictures in a gallery: of so many scenes each, one picture of every shape."""
     of_shape = np.arange(len(SCENES)).reshape(len(COLOURS), len(SHAPES), -1).swapaxes(1, 2).reshape(-1, len(SHAPES))
     scenes_G4 = of_shape[rng.choice(len(of_shape), count, replace=False)]
-    found: npt.NDArray[np.int64] = (scenes_G4 + len(SCENES) * rng.integers(copies, size=scenes_G4.shape)).ravel()
+    found: IntArray = (scenes_G4 + len(SCENES) * rng.integers(copies, size=scenes_G4.shape)).ravel()
     return found
 
 

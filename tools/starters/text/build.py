@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from raftune.arrays import FloatArray
 from raftune.starters.text import WEIGHTS, corpus
 from tools.starters.optimizer import Optimizer, emit
 from tools.starters.text.reward_training import (
-    Floats,
     TextRewardRecipe,
     policy_groups,
     ranked,
@@ -158,7 +158,7 @@ def good_and_bad(tokenizer: PreTrainedTokenizerFast, prompt: str, rng: Random) -
     return ranked(tokenizer, prompt, [corpus.reply(request, rng, [kind]).completion for kind in ("good", bad)]).rows
 
 
-def pair_accuracy(scores_NK: Floats, rewards_NK: Floats) -> float:
+def pair_accuracy(scores_NK: FloatArray, rewards_NK: FloatArray) -> float:
     """The share of pairs inside a group, with different judge's scores, that the reward model orders alike."""
     left, right = np.triu_indices(scores_NK.shape[1], 1)
     gap = scores_NK[:, left] - scores_NK[:, right]

@@ -5,7 +5,6 @@ from random import Random
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
@@ -14,8 +13,6 @@ from raftune.starters.text.judge import judge
 from raftune.starters.text.topics import DOMAINS
 from tools.starters.optimizer import Optimizer, emit
 from tools.starters.text.training import encode, pad_right, sample
-
-Floats = npt.NDArray[np.floating]
 
 
 class TextRewardRecipe(NamedTuple):

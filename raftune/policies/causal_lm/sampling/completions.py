@@ -14,13 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raftune.arrays import BoolArray, IntArray
 from raftune.errors import DataError, ModelError
 from raftune.policies.causal_lm.sampling.params import FinishReason, GeneratedCompletion, SamplingParams
 from raftune.policies.causal_lm.sampling.rng import uniforms
 from raftune.policies.causal_lm.sampling.token_choice import TokenSampler
-
-Ints = NDArray[np.int64]
-Flags = NDArray[np.bool_]
 
 _ALIVE, _EOS, _STOP, _LENGTH = range(4)
 _FINISH: dict[int, FinishReason] = {_EOS: "eos", _STOP: "stop", _LENGTH: "length"}
@@ -81,17 +79,17 @@ class CompletionBatch:
     ) -> None:
         self.prompts = [list(prompt) for prompt in prompts]
         self.settings = settings
-        self.counts: Ints = np.array([len(group) for group in seeds], dtype=np.int64)
-        self.prompt_of: Ints = np.repeat(np.arange(len(prompts)), self.counts)
+        self.counts: IntArray = np.array([len(group) for group in seeds], dtype=np.int64)
+        self.prompt_of: IntArray = np.repeat(np.arange(len(prompts)), self.counts)
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-        self.limits: Ints = _limits(lengths, settings.max_completion_length, context)[self.prompt_of]
+        self.limits: IntArray = _limits(lengths, settings.max_completion_length, context)[self.prompt_of]
         self._seeds = np.array([seed for group in seeds for seed in group], dtype=np.uint64)
         self._stops = StopStrings(tokenizer, settings.stop_strings)
         self._choose = TokenSampler(settings)
         rows, width = len(self._seeds), int(self.limits.max(initial=0))
         self._ids = np.zeros((rows, width), dtype=np.int32)
         self._logprobs = np.zeros((rows, width), dtype=np.float32)
-        self._lengths: Ints = np.zeros(rows, dtype=np.int64)
+        self._lengths: IntArray = np.zeros(rows, dtype=np.int64)
         self._finish = np.full(rows, _ALIVE, dtype=np.int8)
         self._eos = np.array(settings.eos_ids, dtype=np.int64)
         self._padded = _left_padded(self.prompts) if self._choose.needs_history else None
@@ -106,7 +104,7 @@ class CompletionBatch:
         """How many are complete."""
         return int(np.count_nonzero(self._finish))
 
-    def groups(self) -> list[Ints]:
+    def groups(self) -> list[IntArray]:
         """The rows of each prompt."""
         return np.split(np.arange(len(self._seeds)), np.cumsum(self.counts)[:-1]) if len(self.counts) else []
 
@@ -114,7 +112,7 @@ class CompletionBatch:
         """The row's seed, as torch's global generator takes it."""
         return int(self._seeds[row] & np.uint64(2**63 - 1))
 
-    def extend(self, rows: Ints, logits: Tensor) -> tuple[Tensor, Flags]:
+    def extend(self, rows: IntArray, logits: Tensor) -> tuple[Tensor, BoolArray]:
         """Chooses and records the next token of each row; returns the tokens and which rows have ended with them.
 
         `logits` has shape (rows, vocabulary). Raises ModelError where they are not numbers.
@@ -151,7 +149,7 @@ class CompletionBatch:
         ids, logprobs = self._ids[row, :length].tolist(), self._logprobs[row, :length].tolist()
         return GeneratedCompletion(ids, logprobs, _FINISH[int(self._finish[row])])
 
-    def _write(self, rows: Ints, tokens: NDArray[Any], logprobs: NDArray[Any]) -> None:
+    def _write(self, rows: IntArray, tokens: NDArray[Any], logprobs: NDArray[Any]) -> None:
         if np.isnan(logprobs).any():
             raise ModelError(
                 "the model's logits must be numbers; got NaN or inf while generating. Its weights are damaged, or its "
@@ -163,7 +161,7 @@ class CompletionBatch:
         self._lengths[rows] = at + 1
         self._mark_ends(rows, tokens)
 
-    def _mark_ends(self, rows: Ints, tokens: NDArray[Any]) -> None:
+    def _mark_ends(self, rows: IntArray, tokens: NDArray[Any]) -> None:
         """Writes down which rows end here: an EOS counts before a stop string, and that before the limit."""
         finish = np.where(self._lengths[rows] >= self.limits[rows], _LENGTH, _ALIVE).astype(np.int8)
         if self.settings.stop_strings:
@@ -172,7 +170,7 @@ class CompletionBatch:
         finish[np.isin(tokens, self._eos)] = _EOS
         self._finish[rows] = finish
 
-    def _seen(self, rows: Ints, device: torch.device) -> Tensor | None:
+    def _seen(self, rows: IntArray, device: torch.device) -> Tensor | None:
         """Prompt and completion of each row, filled up with tokens of the same row; None where nobody asks for them."""
         if self._padded is None:
             return None
@@ -183,7 +181,7 @@ class CompletionBatch:
         return torch.from_numpy(np.concatenate([prompts, own], axis=1)).to(device)
 
 
-def _limits(lengths: Ints, wanted: int, context: int | None) -> Ints:
+def _limits(lengths: IntArray, wanted: int, context: int | None) -> IntArray:
     """Tokens that may follow each prompt: at most `wanted`, and no more than the context holds."""
     if (lengths == 0).any():
         raise DataError(
@@ -201,7 +199,7 @@ def _limits(lengths: Ints, wanted: int, context: int | None) -> Ints:
     return np.minimum(wanted, context - lengths).astype(np.int64)
 
 
-def _left_padded(prompts: Sequence[Sequence[int]]) -> Ints:
+def _left_padded(prompts: Sequence[Sequence[int]]) -> IntArray:
     """Prompts of one width, each filled up on the left with its own first token."""
     width = max(map(len, prompts), default=0)
     return np.array([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts], dtype=np.int64)

@@ -8,23 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from raftune.arrays import IntArray
 from raftune.errors import ConfigError
 from raftune.policies.causal_lm.model_utils import as_it_was, base_of, device_of
 from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.store import partial
 from raftune.training.checkpoints import holds_no_code
 
-Ints = NDArray[np.int64]
-
 
 class _Choosing(LogitsProcessor):  # type: ignore[misc]
     """Leaves each row one token: the one that its own noise chooses. Greedy search must then take it."""
 
-    def __init__(self, answers: CompletionBatch, rows: Ints) -> None:
+    def __init__(self, answers: CompletionBatch, rows: IntArray) -> None:
         self._answers = answers
         self._rows = rows
         self.ended = np.zeros(len(rows), dtype=bool)
@@ -90,7 +88,7 @@ def draw_by_generate_alone(model: nn.Module, answers: CompletionBatch, same_leng
                 answers.record(int(row), cut, _logprobs(model, answers.prompts[answers.prompt_of[row]], cut))
 
 
-def _unfinished(answers: CompletionBatch, batches: Iterator[Ints]) -> Iterator[Ints]:
+def _unfinished(answers: CompletionBatch, batches: Iterator[IntArray]) -> Iterator[IntArray]:
     """The batches that an earlier attempt at this chunk has not finished; each is saved where that is due."""
     with partial.current("generate").work() as part:
         ready = 0
@@ -106,7 +104,7 @@ def _unfinished(answers: CompletionBatch, batches: Iterator[Ints]) -> Iterator[I
                 part.step(lambda path, state=state: torch.save(state, path), done=done)  # type: ignore[misc]
 
 
-def _found(generate: Any, model: nn.Module, answers: CompletionBatch, prompts: Ints, rows: Ints) -> Tensor:
+def _found(generate: Any, model: nn.Module, answers: CompletionBatch, prompts: IntArray, rows: IntArray) -> Tensor:
     """The sequences that `generate` returns, without the prompts: one for each row."""
     options = _options(answers, len(rows) // len(prompts), int(answers.limits[rows[0]]))
     ids, mask = _left_padded([answers.prompts[i] for i in prompts], answers.settings.pad_id)
@@ -161,13 +159,13 @@ def _logprobs(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> list[flo
     return logprobs
 
 
-def _batches(answers: CompletionBatch, same_length: bool, size: int) -> Iterator[Ints]:
+def _batches(answers: CompletionBatch, same_length: bool, size: int) -> Iterator[IntArray]:
     """Rows in batches, all of one limit (and of one prompt length, where that is asked)."""
     lengths = np.array([len(prompt) for prompt in answers.prompts])[answers.prompt_of]
     yield from _alike(answers.limits, lengths, same_length, size)
 
 
-def _prompt_batches(answers: CompletionBatch, groups: list[Ints], same_length: bool) -> Iterator[Ints]:
+def _prompt_batches(answers: CompletionBatch, groups: list[IntArray], same_length: bool) -> Iterator[IntArray]:
     """Prompts in batches, all of one K and one limit (and length); together they have about `batch_size` rows."""
     lengths = np.array([len(prompt) for prompt in answers.prompts])
     for count in np.unique(answers.counts[answers.counts > 0]):
@@ -177,7 +175,7 @@ def _prompt_batches(answers: CompletionBatch, groups: list[Ints], same_length: b
         yield from (prompts[batch] for batch in _alike(limits, lengths[prompts], same_length, size))
 
 
-def _alike(limits: Ints, lengths: Ints, same_length: bool, size: int) -> Iterator[Ints]:
+def _alike(limits: IntArray, lengths: IntArray, same_length: bool, size: int) -> Iterator[IntArray]:
     """Indices by falling length, in batches of at most `size` that share the limit (and the length)."""
     keys = np.stack([limits, lengths if same_length else np.zeros_like(lengths)], axis=1)
     for key in np.unique(keys, axis=0):

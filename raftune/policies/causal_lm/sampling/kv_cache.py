@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Ints = NDArray[np.int64]
-Flags = NDArray[np.bool_]
+from raftune.arrays import BoolArray, IntArray
 
 _FIRST_WIDTH = 16  # own columns allocated at first; doubled when full, so short rows never pay for long ones
 
@@ -39,7 +37,7 @@ class KVCache:
     the group of each row. No row will have more than `most` tokens of its own.
     """
 
-    def __init__(self, prompts: list[tuple[Tensor, Tensor]], lengths: Ints, groups: Ints, most: int) -> None:
+    def __init__(self, prompts: list[tuple[Tensor, Tensor]], lengths: IntArray, groups: IntArray, most: int) -> None:
         self.rows = len(groups)
         self.step = 0
         self._most = most
@@ -82,7 +80,7 @@ class KVCache:
         return cohort
 
     @property
-    def positions(self) -> Ints:
+    def positions(self) -> IntArray:
         """The position of each row's next token."""
         return self._lengths[self._groups] + self.step
 
@@ -122,7 +120,7 @@ class KVCache:
             self._width = min(2 * self._width, self._most)
             self._layers = [self._grown(layer) for layer in self._layers]
 
-    def keep(self, alive: Flags) -> Ints:
+    def keep(self, alive: BoolArray) -> IntArray:
         """Drops the rows that are not alive, and returns which old row each remaining one was.
 
         Holes are filled with the last rows, so only as many rows move as have ended; prompts without rows likewise.
@@ -210,7 +208,7 @@ class KVCache:
         return LayerCache(layer.prompt_keys.clone(), layer.prompt_values.clone(), keys, values)
 
 
-def _closing_holes(alive: Flags) -> Ints:
+def _closing_holes(alive: BoolArray) -> IntArray:
     """Old indices in their new order: the survivors beyond the new end take the places of the dead before it."""
     order = np.arange(int(alive.sum()))
     holes = np.flatnonzero(~alive[: len(order)])
@@ -218,7 +216,7 @@ def _closing_holes(alive: Flags) -> Ints:
     return order
 
 
-def _moves(order: Ints) -> tuple[Tensor, Tensor]:
+def _moves(order: IntArray) -> tuple[Tensor, Tensor]:
     """Where something moves to, and from where: only rows that change."""
     to = np.flatnonzero(order != np.arange(len(order)))
     return torch.from_numpy(to), torch.from_numpy(order[to])

@@ -20,11 +20,12 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from raftune.arrays import BoolArray, IntArray
 from raftune.errors import ModelError
 from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion, token_log_probs
 from raftune.policies.causal_lm.loading import PROBE, merged
 from raftune.policies.causal_lm.model_utils import as_it_was
-from raftune.policies.causal_lm.sampling.completions import CompletionBatch, Flags, Ints
+from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.policies.causal_lm.sampling.params import SamplingParams
 
 ROWS, PROMPT_TOKENS, COMPLETION_TOKENS = 4, 256, 16  # of a probe, at most
@@ -187,7 +188,7 @@ class TokenReplay(CompletionBatch):
         self.limits = np.array([len(ids) for ids in probe.completions])[self.prompt_of]
         self._wanted = probe.completions
 
-    def extend(self, rows: Ints, logits: Tensor) -> tuple[Tensor, Flags]:
+    def extend(self, rows: IntArray, logits: Tensor) -> tuple[Tensor, BoolArray]:
         at = self._lengths[rows]
         ids = [self._wanted[self.prompt_of[row]][column] for row, column in zip(rows, at, strict=True)]
         tokens = torch.tensor(ids, device=logits.device)

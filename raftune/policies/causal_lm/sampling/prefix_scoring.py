@@ -22,17 +22,16 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
+from raftune.arrays import FloatArray, IntArray
 from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion, cross_entropies, summed
 from raftune.policies.causal_lm.model_utils import device_of
 from raftune.policies.causal_lm.sampling.shared_prefix import (
     PREFILL_TOKENS,
-    Ints,
     attention_configs,
     attention_is,
     prefill,
     refuse_unknown_attention,
 )
-from raftune.protocols import FloatArray
 
 ATTENTION = "raftune_prefix_scoring"
 LEAST_ROWS = 64  # a prompt with more completions than this, and than the batch size, is computed once for so many
@@ -114,7 +113,7 @@ class Group:
 
     prompt: int
     length: int
-    places: Ints
+    places: IntArray
     real: np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -125,7 +124,7 @@ class Packed:
     groups: list[Group]
 
     @classmethod
-    def of(cls, rows: Sequence[TokenizedCompletion], owners: Ints) -> Packed:
+    def of(cls, rows: Sequence[TokenizedCompletion], owners: IntArray) -> Packed:
         groups, start = [], 0
         for prompt, members in groupby(zip(owners.tolist(), rows, strict=True), lambda pair: pair[0]):
             lengths = [(row.start, row.tokens - 1) for _, row in members]

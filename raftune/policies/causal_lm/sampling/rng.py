@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from raftune.arrays import FloatArray, UInt64Array
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
@@ -17,10 +19,10 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 _ROUNDS = 10
 
-Words = NDArray[np.uint64]
 
-
-def philox4x32(counter: Sequence[Words], key: Sequence[Words]) -> tuple[Words, Words, Words, Words]:
+def philox4x32(
+    counter: Sequence[UInt64Array], key: Sequence[UInt64Array]
+) -> tuple[UInt64Array, UInt64Array, UInt64Array, UInt64Array]:
     """Four pseudo-random 32-bit words for each (counter, key).
 
     `counter` is four and `key` two arrays of 32-bit words, held in uint64 and of shapes that broadcast.
@@ -35,7 +37,7 @@ def philox4x32(counter: Sequence[Words], key: Sequence[Words]) -> tuple[Words, W
     return c0, c1, c2, c3
 
 
-def uniforms(seeds: ArrayLike, steps: ArrayLike) -> NDArray[np.float64]:
+def uniforms(seeds: ArrayLike, steps: ArrayLike) -> FloatArray:
     """Numbers uniform on [0, 1) with 53 random bits, one for each (seed, step).
 
     Seeds are integers of up to 64 bits, steps are at least 0; the shapes broadcast. The seed is the key, the step the

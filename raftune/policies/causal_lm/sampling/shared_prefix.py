@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from raftune.arrays import BoolArray, IntArray
 from raftune.policies.causal_lm.model_utils import as_it_was, device_of
 from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.policies.causal_lm.sampling.kv_cache import KVCache
@@ -30,8 +30,6 @@ ATTENTION = "raftune_forked"
 PREFILL_TOKENS = 8192  # prompt tokens computed at once, padding included
 REFILL_SHARE = 4  # the queue is asked again once 1/4 of the rows are free: smaller cohorts lose to overhead
 
-Ints = NDArray[np.int64]
-Flags = NDArray[np.bool_]
 _NOT_OURS = ("softcap", "s_aux", "sinks", "position_bias")
 
 
@@ -154,7 +152,7 @@ class SharedPrefixDecoder:
             cohort.advance()
         return logits[:, -1]
 
-    def keep(self, alive: Flags) -> Ints:
+    def keep(self, alive: BoolArray) -> IntArray:
         """Drops rows, and returns which old row each remaining one was."""
         if alive.all():
             return np.arange(len(alive))
@@ -255,7 +253,9 @@ def draw_forked(model: nn.Module, answers: CompletionBatch) -> None:
             rows, tokens = rows[order], tokens[torch.from_numpy(order).to(tokens.device)]
 
 
-def _admit(forks: SharedPrefixDecoder, answers: CompletionBatch, new: list[tuple[int, Ints]]) -> tuple[Tensor, Flags]:
+def _admit(
+    forks: SharedPrefixDecoder, answers: CompletionBatch, new: list[tuple[int, IntArray]]
+) -> tuple[Tensor, BoolArray]:
     """Admits groups and chooses the first token of each of their rows."""
     rows = np.concatenate([group for _, group in new])
     prompts = [answers.prompts[prompt] for prompt, _ in new]
@@ -263,7 +263,7 @@ def _admit(forks: SharedPrefixDecoder, answers: CompletionBatch, new: list[tuple
     return answers.extend(rows, logits)
 
 
-def _queue(answers: CompletionBatch) -> deque[tuple[int, Ints]]:
+def _queue(answers: CompletionBatch) -> deque[tuple[int, IntArray]]:
     """Groups of (prompt, rows), the longest prompts first; a group larger than the batch is split.
 
     Neighbours of like length need little padding, and what memory cannot hold shows at once.
@@ -274,7 +274,7 @@ def _queue(answers: CompletionBatch) -> deque[tuple[int, Ints]]:
     return deque((i, groups[i][at : at + size]) for i in longest_first for at in range(0, len(groups[i]), size))
 
 
-def _admitted(queue: deque[tuple[int, Ints]], room: int, size: int) -> list[tuple[int, Ints]]:
+def _admitted(queue: deque[tuple[int, IntArray]], room: int, size: int) -> list[tuple[int, IntArray]]:
     """Takes from the queue the groups that fit, once they are worth a cohort of their own."""
     taken = 0
     groups = 0

@@ -5,9 +5,7 @@ Shapes: R rows, V the vocabulary, B blocks of it, S the tokens seen so far.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -18,9 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from raftune.arrays import FloatArray
 from raftune.policies.causal_lm.sampling.params import SamplingParams
-
-Doubles = NDArray[np.float64]
 
 _BLOCK = 64
 
@@ -91,7 +88,7 @@ class TokenSampler:
         self._temperature = float(settings.temperature)
         self._warpers = warpers(settings) if settings.warps else None
 
-    def __call__(self, logits_RV: Tensor, uniforms_R: Doubles, seen_RS: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits_RV: Tensor, uniforms_R: FloatArray, seen_RS: Tensor | None) -> tuple[Tensor, Tensor]:
         """Token ids and their log-probabilities under the raw logits, both of shape (R,).
 
         Rows of `seen_RS` may be padded with any token of the same row: what was seen counts once.
@@ -111,7 +108,7 @@ class TokenSampler:
             return warped_RV
         return logits_RV / self._temperature if self._temperature > 0 else logits_RV
 
-    def _pick(self, scores_RV: Tensor, uniforms_R: Doubles) -> Tensor:
+    def _pick(self, scores_RV: Tensor, uniforms_R: FloatArray) -> Tensor:
         if self._temperature == 0:
             return scores_RV.argmax(-1)
         return inverse_cdf(torch.softmax(scores_RV, dim=-1), torch.from_numpy(uniforms_R))

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from raftune.arrays import BoolArray
 from raftune.errors import ConfigError, DataError, ModelError
 
 
@@ -265,7 +266,7 @@ class PipelineAdapter(ABC):
         return limits
 
 
-def finite_rows(x: torch.Tensor) -> NDArray[np.bool_]:
+def finite_rows(x: torch.Tensor) -> BoolArray:
     """(N,) whether every number of a row is finite."""
     return np.asarray(torch.isfinite(x.float()).flatten(1).all(1).cpu().numpy(), dtype=np.bool_)
 
