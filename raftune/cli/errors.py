@@ -14,15 +14,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cyclopts import App, CycloptsError
 
 from raftune.cli.help import explain
 from raftune.errors import Interrupted, RaftuneError
-from raftune.protocols import Callback
 from raftune.sanitize import first_line, harmless, shell_command
 from raftune.store import interruption
+
+if TYPE_CHECKING:  # `--help` imports neither numpy nor pyarrow
+    from raftune.protocols import Callback
 
 INTERRUPTED = Interrupted.exit_code
 USAGE = 2

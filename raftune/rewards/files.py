@@ -110,7 +110,7 @@ def read_pictures(source: str, rows: Iterable[tuple[int, dict[str, Any] | Skippe
         first = f" ({skipped[0].detail})" if skipped else ""
         raise DataError(f"{field} must hold images with prompts; all rows were skipped: {told}{first}.")
     numbers, prompts, places, names, others = (list(part) for part in zip(*kept, strict=True))
-    words = (f"{source}: {counted(len(kept), 'picture')}", *(f"  {line}" for line in reasons(skipped)))
+    words = (f"{source}: {counted(len(kept), 'image')}", *(f"  {line}" for line in reasons(skipped)))
     return CompletionFile(
         numbers, prompts, ImageFiles(places, names), side_by_side(others), False, skipped, words, written=names
     )

@@ -82,7 +82,7 @@ def samples(
         show(group, full)
     if save is not None:
         echo("")
-        echo(f"Wrote {counted(saved, 'picture')} and metadata.jsonl to {save}.")
+        echo(f"Wrote {counted(saved, 'image')} and metadata.jsonl to {save}.")
         echo(f"All at a glance: {sheet_of(Path(save))}")
 
 

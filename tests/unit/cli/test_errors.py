@@ -212,7 +212,7 @@ def test_an_error_that_a_signal_caused_counts_as_the_interruption() -> None:
 
 
 def test_a_table_whose_reader_has_left_is_no_failure() -> None:
-    lines = "\n".join(["from raftune.cli.output import say", "[say('x' * 99) for _ in range(9_999)]", "return 0"])
+    lines = "\n".join(["from raftune.cli.output import echo", "[echo('x' * 99) for _ in range(9_999)]", "return 0"])
     program = f"""
 import sys
 from cyclopts import App

@@ -315,7 +315,7 @@ def test_the_panels_fingerprint_follows_names_weights_and_rewards() -> None:
         of(one, weights=[2.0]),
         of(one, names=["x"]),
         of(LengthReward(max=4)),
-        of(one, LengthReward(max=4, name="b")),
+        of(one, LengthReward(max=4), names=["length", "b"]),
     ]
     assert len(set(prints)) == 5
     assert of(one) == of(LengthReward(max=3), timeouts=3.0, retries=2)

@@ -153,8 +153,8 @@ def test_the_process_ends_when_its_input_closes_even_in_the_middle_of_a_call(fil
     code = (
         "import os, sys; from raftune.rewards import *; from raftune.config.rewards import RewardsConfig\n"
         f"panel = load_panel(RewardsConfig(reward_funcs=({str(file)!r} + ':act',)))\n"
-        "print(int(panel.score(Batch(['q'], ['a'], {'act': ['pid']}))[0].value), flush=True)\n"
-        "panel.score(Batch(['q'], ['a'], {'act': ['sleep']}))\n"
+        "print(int(panel.score(RewardBatch(['q'], ['a'], {'act': ['pid']}))[0].value), flush=True)\n"
+        "panel.score(RewardBatch(['q'], ['a'], {'act': ['sleep']}))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

@@ -186,7 +186,7 @@ def test_a_standard_error_that_takes_nothing_costs_no_score(spec: str, tmp_path:
         "from raftune.config.rewards import RewardsConfig\n"
         f"panel = load_panel(RewardsConfig(reward_funcs=({spec!r},)))\n"
         f"columns = {{'act': ['print'], 'mark': [{str(tmp_path / 'mark')!r}]}}\n"
-        "values = [panel.score(Batch(['q'], [str(n)], columns))[0].value for n in range(2)]\n"
+        "values = [panel.score(RewardBatch(['q'], [str(n)], columns))[0].value for n in range(2)]\n"
         "Path(sys.argv[1]).write_text(json.dumps(values))\n"
     )
     (tmp_path / "score.py").write_text(code)
