@@ -214,6 +214,32 @@ class SupportsTruncation(Protocol):
 
 
 @dataclass(frozen=True)
+class ModelUsage:
+    """What a model card says of a model's use: library and task for the hub, the code that loads it, a remark; and in
+    words what was generated for a prompt."""
+
+    library: str = ""
+    task: str = ""
+    code: str = ""
+    note: str = ""
+    generated: str = "answers to"
+
+
+@runtime_checkable
+class SupportsPublishing(Protocol):
+    """A family whose models other libraries load; without it the committed files are copied as they are."""
+
+    @classmethod
+    def publish(cls, config: Any, folder: Path, start: Path, out: Path, base: str | None, merged: bool) -> ModelUsage:
+        """Writes the model of a committed folder into `out`, with what it needs, and returns what its card says.
+
+        base: what the start is called elsewhere, None for a bundled one. merged: an adapter is added to its base;
+        raises ConfigError where there is none.
+        """
+        ...
+
+
+@dataclass(frozen=True)
 class RankedCandidates:
     """What a rule chooses from: C candidates sorted by prompt, then by score descending, then by k.
 

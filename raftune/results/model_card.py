@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +13,19 @@ from raftune.config.load import declared, validate
 from raftune.config.run import RunConfig, held_out_names
 from raftune.config.secrets import advice, plain_secrets
 from raftune.errors import ConfigError, StoreError
+from raftune.policies.publishing import ADAPTER, publish_files
 from raftune.policies.registry import FAMILIES, family_of
+from raftune.protocols import ModelUsage, SupportsPublishing
 from raftune.results.summary import best_round, cell, columns_for, read_json, read_row, rows_of
 from raftune.sanitize import counted, shell_command
 from raftune.starters.resolve import resolve_model, resolve_starters
-from raftune.store.commit import NAME as COMMIT
 from raftune.store.committed import MANIFEST, check_folder, signatures, write_manifest
 from raftune.store.files import explaining, set_usual_mode
 from raftune.store.kinds import how_to_go_on
-from raftune.store.run import DROPPED, RunFolder
+from raftune.store.run import RunFolder
 
-# What a committed model folder holds besides the model.
-OURS = frozenset({COMMIT, DROPPED, "training.json", "reference.json", "optimizer.safetensors", "parity.json", MANIFEST})
-ADAPTER = "adapter_config.json"
 ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")  # owner/name, or the name alone of a model without an owner
-PIPELINE, LORA = "model_index.json", "pytorch_lora_weights.safetensors"
-DIALS = ("height", "width", "num_inference_steps", "guidance_scale")
+PIPELINE = "model_index.json"
 TAG = "reward-ranked-fine-tuning"
 
 
@@ -52,67 +45,25 @@ def publish_model(root: str | Path, out: str | Path, round_: int | None = None, 
         out.mkdir(parents=True, exist_ok=True)
         remove_published(out)
         before = signatures(out)
-        if run.read_config()["policy"].get("family") == "diffusion":
-            use = publish_pipeline(run, round_, out)
-        elif merged:
-            use = publish_merged(run, round_, out)
-        else:
-            use = publish_language_model(run, round_, out)
+        use = write_weights(run, round_, out, merged)
         (out / "README.md").write_text(card(root, round_, use), encoding="utf-8")
         write_manifest(out, before)
         set_usual_mode(*(out / name for name in signatures(out).keys() - before.keys()))
     return out
 
 
-@dataclass(frozen=True)
-class ModelUsage:
-    """What a card says of the model's use: for the hub its library and task, for people how it is loaded."""
-
-    library: str = ""
-    task: str = ""
-    code: str = ""
-    note: str = ""
-
-
-def publish_language_model(run: RunFolder, round_: int, out: Path) -> ModelUsage:
-    """Copies a committed model's files, with tokenizer, and with its base where only the run has that."""
-    copy_files(weights_of(run.folder(round_, "model")), out)
-    adapter = (out / ADAPTER).is_file()
-    if adapter:
-        ground_adapter(run, out)
-    if round_ == 0:  # the start's own files may be another tokenizer's
-        copy_tokenizer(run, out)
-    if run.read_config()["policy"].get("family", "causal_lm") != "causal_lm":
-        return ModelUsage("peft" if adapter else "transformers")
-    return ModelUsage("peft" if adapter else "transformers", "text-generation", language_model_code(adapter))
-
-
-def publish_merged(run: RunFolder, round_: int, out: Path) -> ModelUsage:
-    """Writes a language model with its adapter added in. Raises ConfigError where there is none to add."""
-    config = resolve_starters(run.configuration())
-    policy: Any = family_of(config).load(config, run.folder(round_, "model"), run.folder(0, "model"))
-    if not hasattr(policy, "export_merged"):
+def write_weights(run: RunFolder, round_: int, out: Path, merged: bool) -> ModelUsage:
+    """Writes the model as its family does; of a family of the user's own, whose code is not run, copies the files."""
+    config, folder, start = run.configuration(), run.folder(round_, "model"), run.folder(0, "model")
+    family: Any = family_of(config) if config.policy.family in FAMILIES else None
+    if isinstance(family, SupportsPublishing):
+        base = None
+        if not is_bundled(config):
+            base = base_name(config) or f"PATH/TO/{Path(getattr(config.policy, 'model', None) or '').name}"
+        return family.publish(resolve_starters(config), folder, start, out, base, merged)
+    if merged:
         raise ConfigError(f"--merged is for language models with LoRA; {run.root} has another kind. Leave it out.")
-    note = policy.export_merged(out)
-    return ModelUsage("transformers", "text-generation", language_model_code(False), note)
-
-
-def publish_pipeline(run: RunFolder, round_: int, out: Path) -> ModelUsage:
-    """Writes a whole pipeline, or a LoRA alone; with a LoRA its base, where only the run or this package has that."""
-    config = run.configuration()
-    resolved = resolve_starters(config)
-    family = family_of(resolved)
-    start = run.folder(0, "model")
-    policy: Any = family.load(resolved, run.folder(round_, "model"), start)
-    policy.export(out)
-    task = {"text": "text-to-image", "nothing": "unconditional-image-generation"}.get(policy.blank.takes, "")
-    base = base_name(config) or f"PATH/TO/{Path(policy.config.policy.model).name}"
-    elsewhere = read_json(start / "raftune.json").get("kind") == "reference" and not is_bundled(config)
-    if not (out / PIPELINE).is_file() and not elsewhere:
-        base = "FOLDER/base"
-        family.load(resolved, start, start).export(out / "base")  # type: ignore[attr-defined]
-    code = pipeline_code(out, base, policy.blank.denoiser_name)
-    return ModelUsage("diffusers", task, f"{code}\n{drawing_code(policy)}")
+    return publish_files(folder, start, out, getattr(config.policy, "tokenizer", None))
 
 
 def remove_published(out: Path) -> None:
@@ -160,92 +111,12 @@ def check_model(run: RunFolder, round_: int) -> None:
         family_of(config).verify(start)
 
 
-def weights_of(folder: Path) -> Path:
-    """Where the files of a committed model lie: in its folder, or where the start's reference points to."""
-    reference = read_json(folder / "reference.json")
-    if not reference or (folder / ADAPTER).is_file():
-        return folder
-    place = (folder / reference["name"]).resolve() if reference["name"].startswith("..") else Path(reference["name"])
-    if place.is_dir():
-        return place
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(reference["name"], revision=reference["revision"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise StoreError(
-            f"the start model {reference['name']!r} is neither here nor on the hub now. Check the network."
-        ) from error
-
-
-def copy_files(source: Path, out: Path) -> None:
-    """Copies a model's own files, and those of folders in it; hidden ones and ours stay behind.
-
-    Raises StoreError for a link that leads out of the folder, unless to the hub's cache: what it points to is no part
-    of a model, and must not be sent along with it.
-    """
-    for path in sorted(source.rglob("*")):
-        name = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or path.is_dir() or name.as_posix() in (*OURS, "README.md"):
-            continue
-        copy_file(path, out / name, source)
-
-
-def copy_file(path: Path, out: Path, source: Path) -> None:
-    """Copies one file of a model folder, made of regular files alone. Raises StoreError as `copy_files` does."""
-    home = source.resolve()
-    allowed = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
-    target = path.resolve()
-    if not target.is_file() or not any(target.is_relative_to(place) for place in allowed):
-        raise StoreError(
-            f"{path} is a link out of the model's folder, to {target}, and is not copied. Put the file itself there."
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(target, out)
-
-
-def ground_adapter(run: RunFolder, out: Path) -> None:
-    """Gives an adapter its tokenizer, and a base that can be found from anywhere."""
-    start = run.folder(0, "model")
-    if not (start / "reference.json").is_file():
-        base = out / "base"
-        base.mkdir(exist_ok=True)
-        copy_files(start, base)
-        path = out / ADAPTER
-        config = json.loads(path.read_text()) | {"base_model_name_or_path": str(base.resolve()), "revision": None}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    elif not read_json(start / "reference.json")["fingerprint"].startswith("hub:"):
-        base = weights_of(start)
-        path = out / ADAPTER
-        config = json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    copy_tokenizer(run, out)
-
-
-def copy_tokenizer(run: RunFolder, out: Path) -> None:
-    for path in tokenizer_files(run, run.folder(0, "model")):
-        copy_file(path, out / path.name, path.parent)
-
-
-def tokenizer_files(run: RunFolder, start: Path) -> Iterator[Path]:
-    """The files of the run's tokenizer: the configured one where it is a folder, else what lies beside the start."""
-    configured = getattr(run.configuration().policy, "tokenizer", None)
-    place = Path(configured) if configured and Path(configured).is_dir() else weights_of(start)
-    place = start if (start / "tokenizer_config.json").is_file() else place  # one given as an object lies there
-    for path in sorted(place.iterdir()):
-        named = path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece"))
-        if path.is_file() and (named or path.name.startswith("chat_template")):
-            yield path
-
-
 def card(root: str | Path, round_: int, use: ModelUsage) -> str:
     """The model card: what the model is, where it comes from, how it did by round, and how to load it."""
     run = RunFolder(root)
     config = run.configuration()
     versions = read_json(run.recorded("environment.json")).get("libraries", {})
-    parts = [front_matter(config, use), summary(run, config, round_), table(run, config, round_)]
+    parts = [front_matter(config, use), summary(run, config, round_, use.generated), table(run, config, round_)]
     if use.note:
         parts.append(use.note)
     if use.code:
@@ -289,16 +160,15 @@ def is_bundled(config: RunConfig) -> bool:
     return resolve_model(name, config.policy.family) != name
 
 
-def summary(run: RunFolder, config: RunConfig, round_: int) -> str:
+def summary(run: RunFolder, config: RunConfig, round_: int, generated: str = "answers to") -> str:
     rewards = ", ".join(f"`{name}`" for name in config.rewards.names) or "Python objects"
     start = base_name(config) or local_name(config) or "the start model"
-    drawn = "images for" if config.policy.family == "diffusion" else "answers to"
     if round_ == 0:
         return f"# {config.name}\n\nThe start of this run ({start}): no round of reward-ranked fine-tuning was better."
     asked = read_row(run, round_).get("prompts", config.prompts_per_round)  # fewer where the data has fewer
     return (
         f"# {config.name}\n\nRound {round_} of reward-ranked fine-tuning (RAFT) of {start}. Each round generated "
-        f"{config.sampling.num_generations} {drawn} each of {counted(asked, 'prompt')}, scored them with "
+        f"{config.sampling.num_generations} {generated} each of {counted(asked, 'prompt')}, scored them with "
         f"{rewards}, selected by `{config.selection.rule}`, and fine-tuned on what was kept."
     )
 
@@ -315,38 +185,6 @@ def table(run: RunFolder, config: RunConfig, round_: int) -> str:
         lines.append(f"| {' | '.join(marked)} |")
     meanings = [f"- *{column.title}*: {column.meaning}" for column in columns[1:]]
     return "\n".join(["## By round", "", *lines, "", *meanings])
-
-
-def language_model_code(adapter: bool) -> str:
-    kind = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
-    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-    if adapter:
-        imports = f"from peft import {kind}\nfrom transformers import AutoTokenizer\n"
-    return f'{imports}\nmodel = {kind}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")'
-
-
-def pipeline_code(out: Path, base: str, denoiser: str) -> str:
-    """How plain diffusers loads what lies in `out`."""
-    imports, whole = "from diffusers import DiffusionPipeline\n", (out / PIPELINE).is_file()
-    code = f'pipe = DiffusionPipeline.from_pretrained("{"FOLDER" if whole else base}")'
-    if (out / LORA).is_file():
-        code += '\npipe.load_lora_weights("FOLDER")'
-    elif not whole:
-        imports += "from peft import PeftModel\n"
-        code += f'\npipe.{denoiser} = PeftModel.from_pretrained(pipe.{denoiser}, "FOLDER")'
-    return f"{imports}\n{code}"
-
-
-def drawing_code(policy: Any) -> str:
-    """The call by which the run generated: with other options, the guidance above all, the pipeline draws something
-    else.
-    """
-    asked = {"text": ['"what it shall show"'], "label": ["class_labels=[0]"]}.get(policy.blank.takes, [])
-    known = inspect.signature(policy.blank.pipe.__call__).parameters
-    dials = {name: getattr(policy.call, name) for name in DIALS if name in known}
-    negative = policy.config.sampling.diffusion.negative_prompt
-    given = dials | dict(policy.call.kwargs) | ({} if negative is None else {"negative_prompt": negative})
-    return f"image = pipe({', '.join([*asked, *(f'{name}={value!r}' for name, value in given.items())])}).images[0]"
 
 
 def refuse_secrets(config: RunConfig) -> None:

@@ -14,13 +14,11 @@ from peft import PeftModel
 from raftune.config.policy import CausalLMPolicy
 from raftune.errors import StoreError
 from raftune.policies.causal_lm import loading
-from raftune.policies.causal_lm.saving import write_model
+from raftune.policies.causal_lm.saving import model_usage, write_model
+from raftune.policies.publishing import ground_adapter
 from raftune.results.model_card import (
-    ModelUsage,
     best_of,
     card,
-    ground_adapter,
-    language_model_code,
     publish_model,
     remove_published,
 )
@@ -76,7 +74,7 @@ def publish(run: RunFolder, policy: CausalLMPolicy, out: Path, facts: Mapping[st
             remove_published(out)
             before = signatures(out)
             write_model(model, None, out, loading.base_of_adapters(start))
-            ground_adapter(run, out)
+            ground_adapter(start, out, policy.tokenizer)
             write_manifest(out, before)
             set_usual_mode(*(out / name for name in signatures(out).keys() - before.keys()))
     if facts is not None or not (out / "README.md").is_file():
@@ -85,10 +83,7 @@ def publish(run: RunFolder, policy: CausalLMPolicy, out: Path, facts: Mapping[st
 
 def write_card(run: RunFolder, policy: CausalLMPolicy, out: Path, facts: Mapping[str, Any]) -> None:
     """Writes README.md, with what else is said of the model: its name, data set, tags, language, license."""
-    kind = "peft" if policy.adapter is not None else "transformers"
-    text = card(
-        run.root, best_of(run), ModelUsage(kind, "text-generation", language_model_code(policy.adapter is not None))
-    )
+    text = card(run.root, best_of(run), model_usage(policy.adapter is not None))
     _, head, body = text.split("---\n", 2)
     data = yaml.safe_load(head)
     said = {name: value for name, value in facts.items() if value is not None}

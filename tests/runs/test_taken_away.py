@@ -38,7 +38,7 @@ def config(root: Path, model: Path, **changes: Any) -> Any:
         "data": {"prompts": "objects"},
         "policy": {"model": str(model)},
         "sampling": {"num_generations": 4, "max_completion_length": 8, "system_prompt": "be brief"},
-        "rewards": {"reward_funcs": [{"spec": "length", "options": {"target": 3, "chunk": "characters"}}]},
+        "rewards": {"reward_funcs": [{"spec": "length", "options": {"target": 3, "unit": "characters"}}]},
         "training": {"learning_rate": 1e-3},
         "evaluation": {"num_prompts": 2, "num_generations": 2, "kl": False},
         "engine": {"threads": 1},

@@ -35,9 +35,10 @@ from raftune.policies.causal_lm.sampling.parity import (
 )
 from raftune.policies.causal_lm.sampling.prefix_scoring import prefix_log_probs
 from raftune.policies.causal_lm.sampling.sample import generate, generate_by
-from raftune.policies.causal_lm.saving import read_optimizer, write_model
+from raftune.policies.causal_lm.saving import model_usage, read_optimizer, write_model
+from raftune.policies.publishing import publish_files
 from raftune.policies.unsupported import FamilyConfig, refuse_unused
-from raftune.protocols import Chunk, GenerationRequest, TrainReport
+from raftune.protocols import Chunk, GenerationRequest, ModelUsage, TrainReport
 from raftune.records import Prompt, Sample, derive_seed
 from raftune.training.devices import choose_device
 from raftune.training.memory import names_out_of_memory
@@ -353,6 +354,15 @@ class CausalLM:
     def _trainable(self) -> Any:
         seed = derive_seed(self.config.seed, "adapter")
         return loading.load_round(self.config.policy, self.folder, self.start_folder, self.device, seed)
+
+    @classmethod
+    def publish(
+        cls, config: FamilyConfig, folder: Path, start: Path, out: Path, base: str | None, merged: bool
+    ) -> ModelUsage:
+        """Copies a committed model with its tokenizer, or merges its adapter; as SupportsPublishing."""
+        if merged:
+            return model_usage(False, cls.load(config, folder, start).export_merged(out))
+        return model_usage(publish_files(folder, start, out, config.policy.tokenizer).library == "peft")
 
     def export(self, out: Path) -> None:
         """Writes this policy's model so that plain transformers or peft loads it from `out`, wherever that is."""

@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from raftune.policies.causal_lm.loading import ADAPTER
+from raftune.protocols import ModelUsage
 from raftune.training.quiet import quiet
 
 OPTIMIZER = "optimizer.safetensors"
@@ -43,6 +44,16 @@ def write_model(
             tokenizer.save_pretrained(out)
     if optimizer:
         save_file(dict(sorted(optimizer.items())), out / OPTIMIZER, metadata=METADATA)
+
+
+def model_usage(adapter: bool, note: str = "") -> ModelUsage:
+    """What a card says of a published language model."""
+    kind = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+    if adapter:
+        imports = f"from peft import {kind}\nfrom transformers import AutoTokenizer\n"
+    code = f'{imports}\nmodel = {kind}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+    return ModelUsage("peft" if adapter else "transformers", "text-generation", code, note)
 
 
 def _write_adapter(model: PeftModel, out: Path, base: tuple[str, str | None]) -> None:

@@ -11,9 +11,11 @@ import pyarrow as pa
 from transformers import TrainerCallback
 
 from raftune.config.policy import DiffusionPolicy
+from raftune.errors import ConfigError
 from raftune.policies.diffusion import loading, references
 from raftune.policies.diffusion import start as starting
 from raftune.policies.diffusion.call_args import call_of, is_guided
+from raftune.policies.diffusion.components import INDEX
 from raftune.policies.diffusion.encode_image import adopted
 from raftune.policies.diffusion.encoding import PromptEncoder
 from raftune.policies.diffusion.latents import FIELDS
@@ -22,7 +24,7 @@ from raftune.policies.diffusion.pipelines.base import PipelineAdapter, PipelineC
 from raftune.policies.diffusion.sample import generate
 from raftune.policies.diffusion.trainable import refuse_untunable
 from raftune.policies.unsupported import FamilyConfig, all_but, refuse_unused
-from raftune.protocols import Chunk, TrainReport
+from raftune.protocols import Chunk, ModelUsage, TrainReport
 from raftune.records import INVALID, Prompt, Sample
 from raftune.training.devices import choose_device
 
@@ -237,6 +239,22 @@ class Diffusion:
         report, notes = train(self, rows, work, out, callbacks)
         self._notes |= dict.fromkeys(notes)
         return report
+
+    @classmethod
+    def publish(
+        cls, config: FamilyConfig, folder: Path, start: Path, out: Path, base: str | None, merged: bool
+    ) -> ModelUsage:
+        """Writes a whole pipeline, or a LoRA alone; its base where only the run or this package has that."""
+        from raftune.policies.diffusion.saving import model_usage
+
+        if merged:
+            raise ConfigError(f"--merged is for language models with LoRA; {folder} holds another kind. Leave it out.")
+        policy = cls.load(config, folder, start)
+        policy.export(out)
+        if not (out / INDEX).is_file() and (base is None or references.read_record(start).kind != "reference"):
+            base = "FOLDER/base"
+            cls.load(config, start, start).export(out / "base")
+        return model_usage(policy.blank, policy.call, config.sampling.diffusion.negative_prompt, out, base)
 
     def export(self, out: Path) -> None:
         """Writes this policy's model so that plain diffusers loads it from `out`, wherever that is."""

@@ -12,6 +12,7 @@ that DiffusionPipeline.from_pretrained loads.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +22,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raftune.policies.diffusion import lora
-from raftune.policies.diffusion.pipelines.base import PipelineAdapter
+from raftune.policies.diffusion.components import INDEX, LORA
+from raftune.policies.diffusion.pipelines.base import PipelineAdapter, PipelineCall
 from raftune.policies.diffusion.references import ModelRecord
+from raftune.protocols import ModelUsage
 from raftune.training.quiet import quiet
 
 OPTIMIZER = "optimizer.safetensors"
+SHOWN = ("height", "width", "num_inference_steps", "guidance_scale")  # of a call, in a model card
 PLACE = "_name_or_path"  # diffusers notes where a part was loaded from: a path of the machine that ran
 
 
@@ -59,6 +63,33 @@ def export(pipe: Any, binding: PipelineAdapter, out: Path) -> None:
     with quiet():
         pipe.save_pretrained(out)
     forget_places(out)
+
+
+def model_usage(
+    binding: PipelineAdapter, call: PipelineCall, negative: str | None, out: Path, base: str | None
+) -> ModelUsage:
+    """What a card says of the pipeline in `out`: how plain diffusers loads it, and the call by which the run generated:
+    with other options, the guidance above all, the pipeline generates something else.
+    """
+    imports, whole, denoiser = (
+        "from diffusers import DiffusionPipeline\n",
+        (out / INDEX).is_file(),
+        binding.denoiser_name,
+    )
+    code = f'pipe = DiffusionPipeline.from_pretrained("{"FOLDER" if whole else base}")'
+    if (out / LORA).is_file():
+        code += '\npipe.load_lora_weights("FOLDER")'
+    elif not whole:
+        imports += "from peft import PeftModel\n"
+        code += f'\npipe.{denoiser} = PeftModel.from_pretrained(pipe.{denoiser}, "FOLDER")'
+    prompt = {"text": ['"what it shall show"'], "label": ["class_labels=[0]"]}.get(binding.takes, [])
+    known = inspect.signature(binding.pipe.__call__).parameters
+    given = {name: getattr(call, name) for name in SHOWN if name in known} | dict(call.kwargs)
+    given |= {} if negative is None else {"negative_prompt": negative}
+    arguments = ", ".join([*prompt, *(f"{name}={value!r}" for name, value in given.items())])
+    task = {"text": "text-to-image", "nothing": "unconditional-image-generation"}.get(binding.takes, "")
+    code = f"{imports}\n{code}\nimage = pipe({arguments}).images[0]"
+    return ModelUsage("diffusers", task, code, generated="images for")
 
 
 def write_adapter(binding: PipelineAdapter, out: Path) -> None:
