@@ -9,7 +9,6 @@ A failed claim raises AssertionError with an explanation. Claims need no test ru
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from raftune.protocols import Chunk, Policy, SupportsLogProbs, TrainReport
 from raftune.records import Prompt, PromptContent, Sample, derive_seed, prompt_ids
 from raftune.stages.gather import kept_rows
 from raftune.stages.generate import as_table, drawn
+from raftune.store.files import sha256_of
 from raftune.store.parquet import write_table
 
 K = 3
@@ -192,7 +192,7 @@ def tuning_twice_on_the_same_rows_gives_the_same_bytes(case: FamilyCase, folder:
 
 def hashes(folder: Path) -> dict[str, str]:
     files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
 
 
 def tuning_leaves_the_start_as_it_was(case: FamilyCase, folder: Path) -> None:
@@ -206,8 +206,7 @@ def tuning_leaves_its_rows_as_they_were(case: FamilyCase, folder: Path) -> None:
     tuned(case, folder / "once")
     rows = rows_file(case, case.load().generate(case.chunk()), folder, case.load())
     hold(
-        hashlib.sha256(rows.read_bytes()).digest()
-        == hashlib.sha256((folder / "once/rows.parquet").read_bytes()).digest(),
+        rows.read_bytes() == (folder / "once/rows.parquet").read_bytes(),
         "tune must not write into the file of its rows",
     )
 

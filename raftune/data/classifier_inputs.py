@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from raftune.errors import RewardError
+from raftune.store.files import dump_json
 
 NOTES = "raftune_reward.json"
 TEMPLATE_SECONDS = 20.0  # that a chat template may take for one prompt
@@ -191,4 +192,4 @@ READING = frozenset({"include_prompt", "append_eos", "add_special_tokens", "max_
 
 def write_notes(folder: Path, notes: Mapping[str, Any]) -> None:
     """Writes what `read_notes` reads."""
-    (folder / NOTES).write_text(json.dumps(notes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    dump_json(folder / NOTES, notes)

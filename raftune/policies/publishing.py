@@ -10,6 +10,7 @@ from raftune.errors import StoreError
 from raftune.protocols import ModelUsage
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.committed import MANIFEST
+from raftune.store.files import dump_json
 from raftune.store.run import DROPPED
 
 # What a committed model folder holds besides the model.
@@ -85,7 +86,7 @@ def ground_adapter(start: Path, out: Path, tokenizer: str | None) -> None:
     elif not json.loads((start / REFERENCE).read_text(encoding="utf-8"))["fingerprint"].startswith("hub:"):
         place = {"base_model_name_or_path": str(weights_of(start))}
     if place:
-        path.write_text(json.dumps(json.loads(path.read_text()) | place, indent=2, sort_keys=True) + "\n")
+        dump_json(path, json.loads(path.read_text()) | place)
     copy_tokenizer(start, out, tokenizer)
 
 

@@ -17,6 +17,7 @@ from raftune.errors import ConfigError, ModelError
 from raftune.protocols import Policy
 from raftune.sanitize import first_line
 from raftune.store.committed import check_folder
+from raftune.store.files import dump_json
 
 FAMILIES = {
     "tabular": "raftune.policies.tabular.policy:Tabular",
@@ -119,7 +120,7 @@ def make_relative(out: Path, given: str | None, final: Path | None = None) -> No
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if content.get(key) == str(place):
             content[key] = Path(os.path.relpath(place, (final or out).resolve())).as_posix()
-            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            dump_json(path, content)
 
 
 def load_policy(family: Family, config: RunConfig, folder: Path, start: Path) -> Policy:

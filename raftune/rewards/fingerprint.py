@@ -16,6 +16,7 @@ from typing import Any
 
 from raftune.config.secrets import redacted
 from raftune.store.committed import check_folder
+from raftune.store.files import sha256_of
 
 SIMPLE = (str, bytes, int, float, bool, type(None))
 
@@ -30,19 +31,13 @@ def of_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def of_file(path: Path) -> str:
-    """The sha256 of the file, shortened."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
 def of_folder(folder: Path) -> str:
     """The hash of the names, sizes and contents of all files below, in the order of their names.
 
     Raises RunDamaged where a model's folder is not as it was written.
     """
     paths = sorted(path for path in check_folder(folder).rglob("*") if path.is_file())
-    return digest(*[[path.relative_to(folder).as_posix(), path.stat().st_size, of_file(path)] for path in paths])
+    return digest(*[[path.relative_to(folder).as_posix(), path.stat().st_size, sha256_of(path)[:16]] for path in paths])
 
 
 def of_callable(function: Any) -> str:
@@ -56,7 +51,7 @@ def of_module_function(function: Any, module: ModuleType) -> str:
         source = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:
         source = getattr(module, "__file__", None)
-    return of_file(Path(source)) if source and Path(source).is_file() else of_callable(function)
+    return sha256_of(Path(source))[:16] if source and Path(source).is_file() else of_callable(function)
 
 
 def unkeyed(name: Any, value: Any) -> Any:

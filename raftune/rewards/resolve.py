@@ -23,6 +23,7 @@ from raftune.rewards import fingerprint
 from raftune.rewards.function import FunctionReward
 from raftune.rewards.outcome import hub_error, one_line
 from raftune.rewards.registry import BUILT_IN, BuiltinReward, nearest
+from raftune.store.files import sha256_of
 
 SHORT_NAMES = {
     name: f"trl.rewards:{name}" for name in ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
@@ -171,7 +172,7 @@ def _from_file(left: str, spec: str) -> tuple[ModuleType, str]:
         )
         hint = f"did you mean {str(path.with_name(near[0]))!r}?" if near else f"looked in {path.resolve().parent}"
         raise ConfigError(f"reward_funcs: no file {left!r} (of {spec!r}); {hint}")
-    code = fingerprint.of_file(path)
+    code = sha256_of(path)[:16]
     name = f"raftune_reward_{path.stem}"
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None and found.loader is not None

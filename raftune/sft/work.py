@@ -37,7 +37,17 @@ from raftune.runtime.assembly import limit_threads
 from raftune.sft.rows import EncodedDemonstrations, held_out_prompts, name_of, of_one_kind, rows_schema
 from raftune.starters.resolve import resolve_starters
 from raftune.store.committed import check_folder, write_manifest
-from raftune.store.files import discard, explaining, set_usual_mode, sha256_of, stage_file, sync, unique, write_json
+from raftune.store.files import (
+    discard,
+    dump_json,
+    explaining,
+    set_usual_mode,
+    sha256_of,
+    stage_file,
+    sync,
+    unique,
+    write_json,
+)
 from raftune.store.parquet import read_groups, table_writer
 from raftune.store.partial import unfinished_work
 from raftune.store.run import RunFolder
@@ -165,7 +175,7 @@ class SftRun:
         report = self.fit(fitted)
         if getattr(self.run.policy, "adapter", None) is not None:
             fitted = self.exported(fitted)
-        (fitted / "training.json").write_text(json.dumps(asdict(report), indent=2, sort_keys=True) + "\n")
+        dump_json(fitted / "training.json", asdict(report))
         write_manifest(fitted)
         publish_whole(fitted, self.model)
 

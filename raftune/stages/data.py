@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from raftune.records import TOOLS, JsonType, arrow_array, derive_seed, prompt_id
 from raftune.sanitize import counted, shell_command
 from raftune.stages.reference import check_references
 from raftune.store.commit import NAME as COMMIT
+from raftune.store.files import dump_json
 from raftune.store.parquet import read_table, write_table
 from raftune.store.run import RunFolder
 
@@ -65,7 +65,7 @@ class DataStage:
         write_table(train, out / "train.parquet")
         write_table(held_out, out / "held_out.parquet")
         notes = {"train": train.num_rows, "held_out": held_out.num_rows, **repeated(train), **overlap(train, held_out)}
-        (out / "notes.json").write_text(json.dumps(notes, indent=2, sort_keys=True) + "\n")
+        dump_json(out / "notes.json", notes)
         few = held_out_words(held_out.num_rows, wanted) if self.config.num_rounds else ""
         return (few,) if few else ()
 

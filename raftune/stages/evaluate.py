@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyarrow as pa
 from raftune.protocols import Metric, StageInputs
 from raftune.records import INVALID
 from raftune.stages.features import features_of
+from raftune.store.files import dump_json
 from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import read_table
 
@@ -78,7 +78,7 @@ class EvaluateStage:
                     errors[name] = f"it needs {', '.join(sorted(metric.needs))}, which this evaluation does not have"
         if failed := {name: error for name, error in errors.items() if error}:
             found["metric_errors"] = failed
-        (out / "metrics.json").write_text(json.dumps(plain(found), indent=2, sort_keys=True, allow_nan=False) + "\n")
+        dump_json(out / "metrics.json", plain(found), allow_nan=False)
         return tuple(f"evaluation.metrics: {name} has no value: {error}" for name, error in failed.items())
 
     def measured(self, metric: Metric, table: pa.Table) -> tuple[Any, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from raftune.protocols import Policy, PolicyProvider, StageInputs
 from raftune.records import INVALID, TOOLS, Prompt, derive_seed, table_of
 from raftune.stages.data import prepare
 from raftune.stages.select import read_verdicts
+from raftune.store.files import dump_json
 from raftune.store.layout import chunk_file
 from raftune.store.parquet import read_group, read_groups, read_table, table_writer
 from raftune.training.objectives import chosen_rows, load_objective, objective_code
@@ -69,7 +69,7 @@ class GatherStage:
                 reference = self.reference(self.config.reference, inputs, sum(origins.values()), first.schema)
                 origins.update(reference.column("origin").to_pylist())
                 writer.write_table(reference.cast(schema))
-        (out / "summary.json").write_text(json.dumps(dict(sorted(origins.items())), indent=2) + "\n")
+        dump_json(out / "summary.json", origins)
 
     def tables(self, inputs: StageInputs) -> Iterator[pa.Table]:
         """This round's kept rows chunk by chunk, then those that earlier rounds had kept themselves."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from raftune.records import INVALID
 from raftune.stages.evaluate import plain
 from raftune.stages.select import clipped, contents, lengths, read_verdicts
 from raftune.store.committed import read_json
+from raftune.store.files import json_bytes
 from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import column_names, read_table
 
@@ -77,8 +77,7 @@ class GuardStage:
         )
         sets = self.examiner.measures(evidence)
         for name, found in (("metrics", sets), ("alarms", self.examiner.alarms(evidence, sets))):
-            text = json.dumps(plain(found), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
-            (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+            (out / f"{name}.json").write_bytes(json_bytes(plain(found)))
 
     def samples(self, inputs: StageInputs) -> Iterator[pa.Table]:
         """Unit by chunk what is known of the samples: numbers of all, texts of few."""

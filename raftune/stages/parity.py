@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ from raftune.protocols import PolicyProvider, StageInputs, SupportsBackends
 from raftune.stages.plan import left_out
 from raftune.stages.prompt_check import prompts_in
 from raftune.store.committed import read_json
+from raftune.store.files import dump_json
 
 BACKEND = "backend.json"
 TRIED = 4  # prompts
@@ -38,7 +38,7 @@ class ParityStage:
         gone = left_out(inputs)
         prompts = (prompt for prompt in prompts_in(inputs["data@0"]) if prompt.id not in gone)
         record = policy.choose_backend(list(islice(prompts, TRIED)))
-        (out / BACKEND).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+        dump_json(out / BACKEND, record)
         self.release()
         return ()
 

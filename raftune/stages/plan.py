@@ -14,6 +14,7 @@ from raftune.config.run import RunConfig
 from raftune.protocols import EVALUATION, Chunk, StageInputs
 from raftune.records import TOOLS, Prompt, derive_seed
 from raftune.store.committed import read_json
+from raftune.store.files import dump_json
 from raftune.store.parquet import column_names, read_group, read_groups, read_metadata, read_table, write_table
 
 READS_LEFT_OUT = ("data@0", "prompts@0")
@@ -112,7 +113,7 @@ def write_plan(
         "chunk_size": size,
         "batch_size": config.sampling.batch_size,
     }
-    (out / "plan.json").write_text(json.dumps(plan, indent=2, sort_keys=True) + "\n")
+    dump_json(out / "plan.json", plan)
 
 
 def read_plan(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from raftune.records import Prompt
 from raftune.sanitize import counted, one_line
 from raftune.stages.data import DataStage
 from raftune.stages.plan import asked_columns, prompts_from
+from raftune.store.files import json_bytes
 from raftune.store.parquet import column_names, read_groups
 
 NAMED = 3
@@ -66,7 +66,7 @@ class PromptCheckStage:
         refused = looks.refused
         if refused and not self.drop:
             raise DataError(f"{refusal(looks, self.data)} Then add `--from data`. {LEAVE_OUT}")
-        (out / "unread.json").write_text(json.dumps(looks.unread, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        (out / "unread.json").write_bytes(json_bytes(looks.unread))
         said = unlike_starter(looks) if self.starter else ()
         if not self.drop:
             return (*said, *cut_short(looks))
@@ -76,7 +76,7 @@ class PromptCheckStage:
                 raise DataError(f"{refusal(looks, self.data)} None is left of the {name} prompts.")
         rows = dict(zip(refused, places([*refused], self.data), strict=True))
         left_out = {name: {"row": rows[name], "why": why} for name, why in refused.items()}
-        (out / LEFT_OUT).write_text(json.dumps(left_out, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        (out / LEFT_OUT).write_bytes(json_bytes(left_out))
         gone = (f"left out: {refusal(looks, self.data)}",) if refused else ()
         return (*said, *gone, *cut_short(looks))
 

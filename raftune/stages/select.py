@@ -30,6 +30,7 @@ from raftune.selection import (
     select,
     without_candidates,
 )
+from raftune.store.files import dump_json
 from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import column_names, read_groups, read_metadata, read_table, table_writer
 
@@ -80,7 +81,7 @@ class SelectStage:
         who = (self.taking_part(inputs, chunk, _IDENTITY) for chunk in chunks)
         write_verdicts(out / "verdicts.parquet", chunks, who, candidates, scores, cut, verdicts)
         summary = self.summary(candidates, scores, cut, verdicts, prompts)
-        (out / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n")
+        dump_json(out / "summary.json", summary)
 
     def candidates(
         self, inputs: StageInputs, chunks: list[int], prompts: Sequence[str]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import numpy as np
 from raftune.config.training import TrainingConfig
 from raftune.protocols import PolicyProvider, StageInputs, TrainReport
 from raftune.store.commit import NAME as COMMIT
+from raftune.store.files import dump_json
 from raftune.store.parquet import column_names, read_table
 from raftune.training.objectives import objective_code
 
@@ -50,7 +50,7 @@ class TrainStage:
             policy = self.policies.fresh(inputs[self.base])
             report = policy.train(rows, self.scratch, out)
             notes = policy.notes()
-        (out / REPORT).write_text(json.dumps(asdict(report), indent=2, sort_keys=True) + "\n")
+        dump_json(out / REPORT, asdict(report))
         return notes
 
 

@@ -189,6 +189,12 @@ def write_json(tmp: Path, final: Path, value: Any) -> None:
         staged.write_bytes(json_bytes(value))
 
 
+def dump_json(path: Path, value: Any, *, sort_keys: bool = True, allow_nan: bool = True) -> None:
+    """Writes a file of an unfinished folder as ASCII: indented JSON and a line break."""
+    text = json.dumps(value, indent=2, sort_keys=sort_keys, allow_nan=allow_nan)
+    path.write_bytes(f"{text}\n".encode())
+
+
 def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
@@ -197,6 +203,14 @@ def sha256_of(path: Path) -> str:
     """The hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint_of(folder: Path, paths: Iterable[Path]) -> str:
+    """SHA-256 over the sorted names, sizes and contents of those of the folder's paths that are files, not hidden."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in paths if path.is_file() and not path.name.startswith(".")):
+        total.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0{sha256_of(path)}\n".encode())
+    return total.hexdigest()
 
 
 def discard(path: Path, tmp: Path) -> None:

@@ -9,6 +9,8 @@ import pickle
 import shutil
 from pathlib import Path
 
+from raftune.store.files import sha256_of
+
 MANIFEST = "MANIFEST.json"
 # Without any one of these, transformers' Trainer resumes silently to other weights, or not at all.
 STATE = frozenset({"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"})
@@ -17,12 +19,12 @@ REQUIRED = STATE | {"weights.safetensors"}
 
 def identity(rows: Path, settings: str, seed: int) -> str:
     """Names a fit by its rows, settings and seed: checkpoints of another fit are not continued from."""
-    return hashlib.sha256(f"{_hash(rows)}\0{settings}\0{seed}".encode()).hexdigest()
+    return hashlib.sha256(f"{sha256_of(rows)}\0{settings}\0{seed}".encode()).hexdigest()
 
 
 def seal(folder: Path, identity: str) -> None:
     """Writes the manifest, last and atomically: size and SHA-256 of every file, and what fit it belongs to."""
-    files = {p.name: _hash(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
+    files = {p.name: sha256_of(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
     part = folder / f"{MANIFEST}.part"
     with part.open("w") as file:
         json.dump({"identity": identity, "files": files}, file, indent=2, sort_keys=True)
@@ -37,7 +39,7 @@ def verifies(folder: Path, identity: str, required: frozenset[str] = REQUIRED) -
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
         whole = manifest["identity"] == identity and files.keys() >= required
-        whole = whole and all(_hash(folder / name) == content for name, content in files.items())
+        whole = whole and all(sha256_of(folder / name) == content for name, content in files.items())
         return whole and all(holds_no_code(folder / name) for name in STATE if not name.endswith(".json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -70,8 +72,3 @@ def newest_verified(work: Path, identity: str, required: frozenset[str] = REQUIR
 def _step(folder: Path) -> int:
     number = folder.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

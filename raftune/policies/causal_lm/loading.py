@@ -7,7 +7,6 @@ is merged, if at all, into that fresh copy and never into one that was merged be
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from raftune.data.classifier_inputs import is_hollow
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.causal_lm.model_utils import base_of
 from raftune.sanitize import first_line
+from raftune.store.files import dump_json, fingerprint_of
 from raftune.training.load_errors import UNTRUSTED, why_not_loaded
 from raftune.training.quiet import quiet
 
@@ -43,7 +43,7 @@ class StartReference:
     fingerprint: str
 
     def write(self, folder: Path) -> None:
-        (folder / REFERENCE).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+        dump_json(folder / REFERENCE, asdict(self))
 
 
 def resolve(name: str, revision: str | None = None, trust: bool = False) -> StartReference:
@@ -104,13 +104,8 @@ def at(revision: str | None) -> dict[str, str]:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the sorted names, sizes and contents of the folder's files, hidden ones left out."""
-    total = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.name}\0{path.stat().st_size}\0{content}\n".encode())
-    return total.hexdigest()
+    """The hash of the names, sizes and contents of the folder's files."""
+    return fingerprint_of(folder, folder.iterdir())
 
 
 def read_reference(start: Path) -> StartReference | None:

@@ -6,7 +6,6 @@ which plain peft loads onto the base that its adapter_config.json names.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from raftune.policies.causal_lm.loading import ADAPTER
 from raftune.protocols import ModelUsage
+from raftune.store.files import dump_json
 from raftune.training.quiet import quiet
 
 OPTIMIZER = "optimizer.safetensors"
@@ -62,7 +62,7 @@ def _write_adapter(model: PeftModel, out: Path, base: tuple[str, str | None]) ->
     save_file(plain, out / "adapter_model.safetensors", metadata=METADATA)
     config = model.peft_config["default"].to_dict()
     config |= {"base_model_name_or_path": base[0], "revision": base[1], "inference_mode": True}
-    (out / ADAPTER).write_text(json.dumps(_ordered(config), indent=2, sort_keys=True) + "\n")
+    dump_json(out / ADAPTER, _ordered(config))
 
 
 def _ordered(value: Any) -> Any:

@@ -26,6 +26,7 @@ from raftune.config.policy import AdapterConfig
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.diffusion.components import LORA
 from raftune.sanitize import first_line
+from raftune.store.files import dump_json
 from raftune.training.quiet import quiet
 
 NAME = "default"
@@ -145,8 +146,7 @@ def write(model: Any, out: Path, prefix: str | None) -> None:
         save_file(
             {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}, out / PEFT_WEIGHTS, {"format": "pt"}
         )
-        text = json.dumps(config | {"inference_mode": True}, indent=2, sort_keys=True)
-        (out / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
+        dump_json(out / PEFT_CONFIG, config | {"inference_mode": True})
         return
     header = json.dumps({f"{prefix}.{key}": value for key, value in config.items()}, sort_keys=True)
     # One key only: with two or more, safetensors writes them in an order that varies from process to process.

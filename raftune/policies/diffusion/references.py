@@ -10,7 +10,6 @@ raftune.json in the folder (`Record`) has one of these kinds:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ModelError
 from raftune.policies.diffusion.components import INDEX, parts_of, read_index
 from raftune.sanitize import first_line
+from raftune.store.files import dump_json, fingerprint_of
 from raftune.training.quiet import quiet
 
 RECORD = "raftune.json"
@@ -42,7 +42,7 @@ class ModelRecord:
     fingerprint: str = ""
 
     def write(self, folder: Path) -> None:
-        (folder / RECORD).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        dump_json(folder / RECORD, asdict(self))
 
 
 def read_record(folder: Path) -> ModelRecord:
@@ -113,14 +113,8 @@ def snapshot(name: str, revision: str | None, config: DiffusionPolicy) -> Path:
 
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the paths, sizes and contents of the pipeline's own files: its index, and those of each part."""
-    total = hashlib.sha256()
     names = {part.name for part in parts_of(read_index(folder))}
-    found = [folder / INDEX, *(path for name in names for path in (folder / name).rglob("*"))]
-    for path in sorted(path for path in found if path.is_file() and not path.name.startswith(".")):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0{content}\n".encode())
-    return total.hexdigest()
+    return fingerprint_of(folder, [folder / INDEX, *(path for name in names for path in (folder / name).rglob("*"))])
 
 
 def verify(start: Path) -> None:

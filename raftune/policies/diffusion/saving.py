@@ -26,6 +26,7 @@ from raftune.policies.diffusion.components import INDEX, LORA
 from raftune.policies.diffusion.pipelines.base import PipelineAdapter, PipelineCall
 from raftune.policies.diffusion.references import ModelRecord
 from raftune.protocols import ModelUsage
+from raftune.store.files import dump_json
 from raftune.training.quiet import quiet
 
 OPTIMIZER = "optimizer.safetensors"
@@ -102,7 +103,7 @@ def forget_places(folder: Path) -> None:
     for path in sorted(folder.rglob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.pop(PLACE, None) is not None:
-            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            dump_json(path, content)
 
 
 def read_optimizer(folder: Path) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from raftune.rewards.builtin.clip import ClipModel
 from raftune.rewards.builtin.model_options import AestheticOptions
 from raftune.rewards.media import IMAGE_MEDIA, pictures
 from raftune.rewards.outcome import one_line
+from raftune.store.files import dump_json
 
 Layer = tuple[Float32Array, Float32Array]  # weight (out, in), bias (out)
 Activation = Literal["none", "relu"]
@@ -119,7 +120,7 @@ def save_head(
         arrays[f"layers.{number}.bias"] = np.ascontiguousarray(bias, np.float32)
     save_file(arrays, folder / WEIGHTS)
     told = {"model_type": "aesthetic", "activation": activation, "clip": clip}
-    (folder / CONFIG).write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    dump_json(folder / CONFIG, told)
 
 
 def load_head(source: str) -> AestheticHead:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from raftune.arrays import IntArray
 from raftune.starters.image.pictures import ATTRIBUTES, Pixels
+from raftune.store.files import dump_json
 
 COUNTS = tuple(len(words) for words in ATTRIBUTES.values())
 
@@ -49,7 +50,7 @@ class SceneClassifier(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.half() for name, value in self.state_dict().items()}, folder / "model.safetensors")
         config = {"width": self.width, "attributes": ATTRIBUTES}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        dump_json(folder / "config.json", config, sort_keys=False)
 
     @classmethod
     def load(cls, folder: Path) -> "SceneClassifier":

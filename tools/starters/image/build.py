@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 
 from raftune.starters.image import WEIGHTS
 from raftune.starters.image.classifier import SceneClassifier
+from raftune.store.files import dump_json
 from tools.starters.image.autoencoder import AutoencoderRecipe, train_autoencoder
 from tools.starters.image.drawing import FLOW, UNET, train_flow, train_unet
 from tools.starters.image.keeping import load_clip, load_head, save_clip, save_head, save_part, save_pipeline, size
@@ -64,7 +65,7 @@ def note(out: Path, part: str, found: dict[str, Any]) -> None:
     """Writes the part's recipe and measured numbers into `manifest.json`, beside the others'."""
     path = out / "manifest.json"
     known = json.loads(path.read_text()) if path.exists() else {"made_by": "python -m tools.starters.image.build"}
-    path.write_text(json.dumps({**known, part: found}, indent=2) + "\n")
+    dump_json(path, {**known, part: found}, sort_keys=False)
     emit(json.dumps({part: found["measured"]}, indent=2))
 
 

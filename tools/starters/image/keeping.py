@@ -13,6 +13,7 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPModel
 
 from raftune.starters.image.pictures import SIZE
+from raftune.store.files import dump_json
 from tools.starters.image.wording import tokenizer
 
 
@@ -27,7 +28,7 @@ def cleanup(path: Path) -> None:
     config = json.loads(path.read_text())
     config |= {"dtype": "float32"} if "dtype" in config else {}
     config.pop("_name_or_path", None)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    dump_json(path, config)
 
 
 def save_pipeline(pipe: Any, folder: Path) -> None:
@@ -59,7 +60,7 @@ def save_head(head: nn.Sequential, folder: Path, *, clip: str) -> None:
     named = {f"layers.{i}.{name}": value for i, layer in enumerate(linear) for name, value in layer.named_parameters()}
     save_file({name: value.detach().contiguous() for name, value in named.items()}, folder / "model.safetensors")
     config = {"model_type": "aesthetic", "activation": "relu", "clip": clip}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    dump_json(folder / "config.json", config)
 
 
 def load_head(folder: Path) -> nn.Sequential:

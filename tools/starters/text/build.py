@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 
 from raftune.arrays import FloatArray
 from raftune.starters.text import WEIGHTS, corpus
+from raftune.store.files import dump_json
 from tools.starters.optimizer import Optimizer, emit
 from tools.starters.text.reward_training import (
     TextRewardRecipe,
@@ -76,7 +77,7 @@ def build_reward(out: Path, seed: int, policy_recipe: TextPolicyRecipe, recipe: 
         "reward": {**recipe._asdict(), "parameters": reward.num_parameters(), "bytes": size(out / "reward")},
         "measured_on_heldout_prompts": measure(policy, reward, tokenizer, seed + 1_000),
     }
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    dump_json(out / "manifest.json", manifest, sort_keys=False)
     emit(json.dumps(manifest["measured_on_heldout_prompts"], indent=2))
     return manifest
 

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from raftune.store.files import dump_json
 from tools.starters.optimizer import emit
 
 VOCABULARY: Final = 1400
@@ -102,5 +103,5 @@ def save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     model.half().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = "float32"
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    dump_json(folder / "config.json", config)
     tokenizer.save_pretrained(folder)

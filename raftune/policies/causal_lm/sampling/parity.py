@@ -27,6 +27,7 @@ from raftune.policies.causal_lm.loading import PROBE, merged
 from raftune.policies.causal_lm.model_utils import as_it_was
 from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.policies.causal_lm.sampling.params import SamplingParams
+from raftune.store.files import dump_json
 
 ROWS, PROMPT_TOKENS, COMPLETION_TOKENS = 4, 256, 16  # of a probe, at most
 COPIES = 2  # rows of each prompt in a replay: they share the prompt's keys, or a batch that holds equal rows
@@ -72,7 +73,7 @@ class ParityProbe:
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / PROBE).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+        dump_json(folder / PROBE, asdict(self))
 
     @property
     def examples(self) -> list[TokenizedCompletion]:
