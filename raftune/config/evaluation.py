@@ -14,13 +14,13 @@ FEWEST_UNITS = 5  # prompts: of fewer a mean is said with their number, and with
 
 
 class MetricSpec(ConfigSection):
-    """A metric of your own. A plain string stands for a spec with every other field at its default."""
+    """A custom metric. A plain string stands for a spec with every other field at its default."""
 
-    spec: str = Field(pattern=SPEC, description="file.py:NAME or module:NAME; docs/extending.md says how.")
+    spec: str = Field(pattern=SPEC, description="file.py:NAME or module:NAME; see docs/extending.md.")
     name: str | None = Field(
         None, pattern=r"^[\w.\-]+$", description="Name metrics/NAME in metrics.json; None derives it from the spec."
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of the metric, by name.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the metric.")
 
     @model_validator(mode="before")
     @classmethod
@@ -29,40 +29,39 @@ class MetricSpec(ConfigSection):
 
 
 class EvaluationConfig(ConfigSection):
-    """Held-out prompts, generated with the same seeds in every round, so that rounds and runs can be paired."""
+    """Evaluation on held-out prompts, with the same seeds in every round, so rounds and runs are paired."""
 
     prompts: str | None = Field(
         None,
-        description="Held-out prompts, or a run's directory (its own); None: a tenth of the training prompts, "
-        "five at the least, is held out.",
+        description="Held-out prompts, or a run's directory (its own); None: a tenth of the training prompts, at "
+        "least five, is held out.",
     )
     split: str = Field("test", description="Split of a hub or `datasets` folder.")
     num_prompts: int = Field(
-        64, ge=0, description="Held-out prompts at most; 0 turns evaluation off (the last round is published)."
+        64,
+        ge=0,
+        description="Maximum number of held-out prompts; 0 turns evaluation off (the last round is published).",
     )
     num_generations: int = Field(
-        4, ge=1, description="Samples of each held-out prompt; best-of-k is estimated up to this k."
+        4, ge=1, description="Samples per held-out prompt; best-of-k is estimated up to this k."
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seeds of evaluation samples: the same in every round and run.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of evaluation samples, the same in every round and run.")
     reward_funcs: tuple[RewardSpec, ...] = Field((), description="Held-out rewards: reported, never trained on.")
-    best_by: str = Field(
-        "reward", description="What the best round is chosen by: 'reward', or a held-out reward's name."
-    )
-    metrics: tuple[MetricSpec, ...] = Field(
-        (), description="Metrics of your own beside the built-in ones (file.py:NAME, module:NAME)."
-    )
+    best_by: str = Field("reward", description="Chooses the best round: 'reward', or the name of a held-out reward.")
+    metrics: tuple[MetricSpec, ...] = Field((), description="Custom metrics (file.py:NAME, module:NAME).")
     reference_column: str | None = Field(
         None,
         min_length=1,
-        description="Column of the held-out prompts that holds a reference answer, text or one assistant message: "
-        "its perplexity is measured.",
+        description="Column of the held-out prompts with a reference completion, text or one assistant message; its "
+        "perplexity is measured.",
     )
     features: str | None = Field(
         None,
-        description="CLIPModel by which held-out images are compared, a folder, hub name or 'starter': their variety "
-        "and how far they went from the start's.",
+        description="CLIPModel for diversity and drift of held-out images: a folder, hub name or 'starter'.",
     )
-    kl: bool = Field(True, description="Estimate the KL to the start model, where the family knows likelihoods.")
+    kl: bool = Field(
+        True, description="Estimate the KL to the initial model, if the family computes log-probabilities."
+    )
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -31,78 +31,76 @@ PICTURE_ALARMS = ("saturation_drifts", "contrast_drops")
 
 
 class GuardsConfig(ConfigSection):
-    """Alarms at the end of each round. Each brings numbers and samples to look at; it stops a run only if told to."""
+    """Alarms at the end of each round, with numbers and samples. An alarm stops a run only if listed in stop_on."""
 
-    enabled: bool = Field(True, description="Look at each round when it ends; it costs no sample and no reward.")
+    enabled: bool = Field(True, description="Check each round at its end. Needs no further samples or reward calls.")
     stop_on: tuple[AlarmName, ...] = Field(
         (), description=f"Alarms that end the run after the round that raised them: {', '.join(ALARMS)}."
     )
     false_alarms: float = Field(
         0.01,
-        description="held_out_falls: in (0, 0.5], the chance at most, by round, that noise alone raises it. The "
-        "smaller, the later a true fall is seen.",
+        description="held_out_falls: in (0, 0.5], maximum chance per round of a false alarm. A smaller value detects"
+        " a true fall later.",
     )
     diversity_drop: float = Field(
         0.5,
-        description="diversity_drops: in (0, 1), the share of distinct-2 that the kept answers have lost, against as "
-        "many that were generated in this round, or in round 1; of images, the share of their distance.",
+        description="diversity_drops: in (0, 1), the relative loss of distinct-2 (of images: of their distance) of "
+        "the kept samples, against as many generated ones of this round or of round 1.",
     )
     length_factor: float = Field(
         2.0,
-        description="length_drifts: above 1, how many times as long (or as short) the kept answers are as those "
-        "generated "
-        "in this round, or in round 1.",
+        description="length_drifts: above 1, the factor by which kept completions are longer or shorter than those "
+        "generated in this round or in round 1.",
     )
     part_share: float = Field(
         0.9,
-        description="part_dominates: in (0.5, 1], the share of the score's differences inside a prompt that one reward "
-        "accounts for, where the others differ too.",
+        description="part_dominates: in (0.5, 1], the share of the score's differences within a prompt due to one "
+        "reward, if the others differ too.",
     )
     duplicate_rise: float = Field(
         0.4,
-        description="near_duplicates: in (0, 1), the share of kept answers that nearly repeat one kept for another "
-        "prompt, above the share among those generated in round 1.",
+        description="near_duplicates: in (0, 1), the share of kept completions that nearly repeat one kept for "
+        "another prompt, above the share among those generated in round 1.",
     )
     saturation_drift: float = Field(
         0.2,
-        description="saturation_drifts: in (0, 1), how much more (or less) saturated the kept images are than those "
-        "generated in this round, or in round 1; saturation is 0 … 1.",
+        description="saturation_drifts: in (0, 1), the change of saturation (0 … 1) of kept images against those "
+        "generated in this round or in round 1.",
     )
     contrast_drop: float = Field(
         0.5,
-        description="contrast_drops: in (0, 1), the share of the contrast that the kept images have lost, against "
-        "those generated in this round, or in round 1.",
+        description="contrast_drops: in (0, 1), the relative loss of contrast of kept images against those generated"
+        " in this round or in round 1.",
     )
     max_kl: float | None = Field(
         None,
-        description="kl_beyond_budget: KL to the start, nats per answer, above 0; none: more than log K a round, "
-        "which is the most that the best of K can teach, and more than max_kl_per_token.",
+        description="kl_beyond_budget: KL to the initial model, nats per completion, above 0; none: more than log K "
+        "per round, the most that best-of-K can cause, and more than max_kl_per_token.",
     )
     max_kl_per_token: float = Field(
-        1.0, gt=0, description="kl_beyond_budget without max_kl: KL to the start, nats per token, above 0."
+        1.0, gt=0, description="kl_beyond_budget without max_kl: KL to the initial model, nats per token, above 0."
     )
     loss_factor: float = Field(
         2.0,
-        description="loss_diverges: above 1, how many times the mean loss of a round's first steps that of its last "
-        "steps is.",
+        description="loss_diverges: above 1, the mean loss of a round's last steps relative to its first.",
     )
     equal_share: float = Field(
         0.5,
-        description="equal_scores: in (0, 1], the share of prompts whose candidates all score the same, so that there "
-        "is nothing to rank; 1 never raises it.",
+        description="equal_scores: in (0, 1], the share of prompts whose candidates all score the same; 1 turns it "
+        "off.",
     )
     identical_share: float = Field(
         0.5,
-        description="identical_candidates: in (0, 1], the share of prompts whose candidates are all the same; 1 never "
-        "raises it.",
+        description="identical_candidates: in (0, 1], the share of prompts whose candidates are all the same; 1 "
+        "turns it off.",
     )
     empty_share: float = Field(
-        0.2, description="empty_answers: in (0, 1], the share of answers without a word; 1 never raises it."
+        0.2, description="empty_answers: in (0, 1], the share of completions without a word; 1 turns it off."
     )
     cut_off_share: float = Field(
         0.5,
-        description="cut_off: in (0, 1], the share of answers that reached max_completion_length; 1 never raises it, "
-        "for answers that are meant to have one length.",
+        description="cut_off: in (0, 1], the share of completions that reached max_completion_length; 1 turns it "
+        "off, for completions of fixed length.",
     )
 
     @model_validator(mode="before")

@@ -10,13 +10,13 @@ from raftune.config.base import ConfigSection
 
 
 class AdapterConfig(ConfigSection):
-    """LoRA through peft: only these small matrices are trained and saved."""
+    """LoRA by peft: only the adapter is trained and saved."""
 
     r: int = Field(16, ge=1, description="Rank.")
-    alpha: float = Field(32.0, gt=0, description="Scale; the update is multiplied by alpha / r.")
+    alpha: float = Field(32.0, gt=0, description="Scale: the update is multiplied by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = Field("all-linear", description="Module names, or 'all-linear'.")
-    modules_to_save: tuple[str, ...] = Field((), description="Modules trained and saved whole.")
+    modules_to_save: tuple[str, ...] = Field((), description="Modules that are trained and saved in full.")
 
 
 class CausalLMPolicy(ConfigSection):
@@ -25,14 +25,16 @@ class CausalLMPolicy(ConfigSection):
     family: Literal["causal_lm"] = Field("causal_lm", description="causal_lm, diffusion, tabular, or module:Class.")
     model: str = Field(description="Folder, hub name, or 'starter' for the bundled model.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
-    tokenizer: str | None = Field(None, description="Folder or hub name, where it is not the model's own.")
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="Type of the weights.")
-    device: str = Field("auto", description="auto, cpu, cuda or mps: one device, of GPUs the first that is visible.")
-    adapter: AdapterConfig | None = Field(None, description="LoRA; without it all weights are trained.")
+    tokenizer: str | None = Field(None, description="Folder or hub name, if it is not the model's own.")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="Data type of the weights.")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda or mps: one device; with several GPUs the first visible one."
+    )
+    adapter: AdapterConfig | None = Field(None, description="LoRA; none: all weights are trained.")
     load_in_4bit: bool = Field(False, description="QLoRA: 4-bit base weights; needs CUDA, bitsandbytes, an adapter.")
-    attn_implementation: str | None = Field(None, description="As in transformers; None takes the model's default.")
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model: read it first.")
-    model_init_kwargs: dict[str, Any] = Field(default_factory=dict, description="Anything else from_pretrained takes.")
+    attn_implementation: str | None = Field(None, description="As in transformers; None: the model's default.")
+    trust_remote_code: bool = Field(False, description="Run code from the model's repository. Read it first.")
+    model_init_kwargs: dict[str, Any] = Field(default_factory=dict, description="Further arguments of from_pretrained.")
 
     @model_validator(mode="after")
     def _four_bits_need_an_adapter(self) -> CausalLMPolicy:
@@ -45,42 +47,43 @@ class CausalLMPolicy(ConfigSection):
 
 
 class DiffusionPolicy(ConfigSection):
-    """Any pipeline of diffusers that a binding knows: its denoiser is what is aligned."""
+    """A diffusers pipeline of a supported architecture. Its denoiser is trained."""
 
     family: Literal["diffusion"] = "diffusion"
     model: str = Field(description="Folder or hub name of a pipeline; 'starter' or 'starter:flow' for a bundled one.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     variant: str | None = Field(None, description="Variant of the weight files, as in diffusers: fp16.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of the weights.")
-    device: str = Field("auto", description="auto, cpu, cuda or mps: one device, of GPUs the first that is visible.")
-    adapter: AdapterConfig | None = Field(None, description="LoRA; without it the whole denoiser is trained.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Data type of the weights.")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda or mps: one device; with several GPUs the first visible one."
+    )
+    adapter: AdapterConfig | None = Field(None, description="LoRA; none: the whole denoiser is trained.")
     pipeline_init_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Anything else DiffusionPipeline.from_pretrained takes."
+        default_factory=dict, description="Further arguments of DiffusionPipeline.from_pretrained."
     )
 
 
 class TabularPolicy(ConfigSection):
-    """A categorical distribution for each prompt: small enough to hold the algorithm to closed forms."""
+    """A categorical distribution for each prompt, for tests against closed forms."""
 
     family: Literal["tabular"] = "tabular"
     logits: tuple[tuple[float | None, ...], ...] | None = Field(
         None,
-        description="One row for each prompt label, one logit for each answer, null for an impossible one; None: all "
-        "zero.",
+        description="One row per prompt label, one logit per completion, null for an impossible one; None: all zero.",
     )
-    num_prompts: int = Field(1, ge=1, description="Rows, where no logits are given.")
-    num_answers: int = Field(2, ge=2, description="Answers, where no logits are given.")
+    num_prompts: int = Field(1, ge=1, description="Number of rows, if no logits are given.")
+    num_answers: int = Field(2, ge=2, description="Number of completions, if no logits are given.")
     step: float = Field(
-        1.0, gt=0, le=1, description="p becomes (1 - step)*p + step*q, q what was kept; 1 fits it fully."
+        1.0, gt=0, le=1, description="p becomes (1 - step)*p + step*q, where q is the distribution of kept samples."
     )
 
 
 class CustomPolicy(ConfigSection):
-    """A family of your own: `module:Class` or `file.py:Class`, with options that its own class validates."""
+    """A custom family: `module:Class` or `file.py:Class`. Its class validates the options."""
 
-    family: str = Field(pattern=r".+:.+", description="module:Class or file.py:Class; docs/families.md says how.")
-    model: str | None = Field(None, description="What to begin from, as the class reads it.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Whatever the class takes, and checks.")
+    family: str = Field(pattern=r".+:.+", description="module:Class or file.py:Class; see docs/families.md.")
+    model: str | None = Field(None, description="The initial model, as the class reads it.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the class.")
 
 
 def _family(value: Any) -> str:

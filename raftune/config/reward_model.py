@@ -16,7 +16,7 @@ RATE_OF_LARGE, RATE_OF_ADAPTERS = 1e-5, 1e-4
 
 
 class RewardModelConfig(ConfigSection):
-    """A reward model's training: what it learns from, what it is made of, and when it is good enough to be saved."""
+    """Configuration of reward model training."""
 
     data: str = Field(
         description="Preferences or ratings: a file of JSON lines (.gz too), Parquet or CSV, a `datasets` folder, or a "
@@ -25,7 +25,7 @@ class RewardModelConfig(ConfigSection):
     model: str = Field(
         description="The backbone, encoder or decoder: a folder, a hub name, or 'starter' for the bundled policy."
     )
-    output_dir: str = Field(description="Receives model/, report.json, held_out.parquet and skipped.jsonl.")
+    output_dir: str = Field(description="Output directory for model/, report.json, held_out.parquet and skipped.jsonl.")
     objective: Literal["auto", "pairwise", "pointwise"] = Field(
         "auto",
         description="pairwise: Bradley-Terry on preferences; pointwise: squared error on ratings; auto: by data.",
@@ -33,58 +33,66 @@ class RewardModelConfig(ConfigSection):
     split: str = Field("train", description="Split of a hub or `datasets` folder.")
     columns: ColumnNames = COLUMNS_FIELD
     dialogues: Literal["text", "messages"] = Field(
-        "text", description="What dialogues as in HH-RLHF become: texts as they stand, or messages for a chat template."
+        "text", description="HH-RLHF dialogues as text, or as messages for a chat template."
     )
-    lowest_rating: float | None = Field(None, description="Ratings below are skipped, and named.")
-    highest_rating: float | None = Field(None, description="Ratings above are skipped, and named.")
+    lowest_rating: float | None = Field(None, description="Lower ratings are skipped and reported.")
+    highest_rating: float | None = Field(None, description="Higher ratings are skipped and reported.")
     held_out: str | None = Field(
-        None, description="Data to judge by; None: a share of the prompts of `data`. Prompts learned from are left out."
+        None,
+        description="Data for evaluation; None: a share of the prompts of `data`. Prompts that are trained on are "
+        "left out.",
     )
     held_out_split: str = Field("test", description="Split of held_out, in a hub or `datasets` folder.")
     held_out_fraction: float = Field(
-        0.1, gt=0, lt=1, description="Share of prompts held out, with all their rows; at least 20, or half."
+        0.1, gt=0, lt=1, description="Share of prompts that is held out, with all their rows; at least 20, or half."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the backbone on the hub.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the backbone's weights.")
-    device: Literal["auto", "cpu"] = Field("auto", description="auto: a GPU where there is one.")
-    trust_remote_code: bool = Field(False, description="Run code that comes with the backbone: read it first.")
-    replace_head: bool = Field(False, description="Give a classifier of several labels a new head with one number.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Data type of the backbone's weights.")
+    device: Literal["auto", "cpu"] = Field("auto", description="auto: a GPU if available.")
+    trust_remote_code: bool = Field(False, description="Run code from the backbone's repository. Read it first.")
+    replace_head: bool = Field(False, description="Replace the head of a classifier with several labels.")
     adapter: AdapterConfig | None = Field(
-        None, description="LoRA: less memory; merged into the backbone when it is saved."
+        None, description="LoRA: less memory. It is merged into the backbone when saved."
     )
     append_eos: bool | None = Field(
-        None, description="End plain texts with the EOS token; None: where the tokenizer has one and adds none itself."
+        None,
+        description="End plain texts with the EOS token; None: if the tokenizer has one and does not add it itself.",
     )
     max_length: int = Field(
-        1024, ge=8, description="Tokens of prompt and answer; longer rows lose their beginning, and are counted."
+        1024,
+        ge=8,
+        description="Maximum tokens of prompt and completion; longer rows lose their beginning, and are counted.",
     )
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="Peak rate; None: 1e-3 below 10M trained parameters, 5e-5 below 500M, 1e-5 above, 1e-4 for LoRA.",
+        description="Peak learning rate; None: 1e-3 below 10M trained parameters, 5e-5 below 500M, 1e-5 above, 1e-4 "
+        "for LoRA.",
     )
-    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the rows; reward models soon overfit.")
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps, in place of epochs; -1 is off.")
+    num_train_epochs: float = Field(1.0, gt=0, description="Epochs; reward models overfit quickly.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps, instead of epochs; -1 is off.")
     per_device_train_batch_size: int = Field(16, ge=1, description="Rows in a micro-batch; a pair is one row.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches in one optimizer step.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
     lr_scheduler_type: str = Field("cosine", description="A schedule of transformers.")
-    warmup_steps: float = Field(0.05, ge=0, description="Steps of rising rate; below 1: a share of all steps.")
+    warmup_steps: float = Field(0.05, ge=0, description="Warm-up steps; below 1: a share of all steps.")
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     center_rewards_coefficient: float | None = Field(
         None, ge=0, description="Pairwise only: weight of the squared sum of a pair's scores, which centres them; 0.01."
     )
-    disable_dropout: bool = Field(True, description="As in TRL: without it the two answers of a pair differ by noise.")
+    disable_dropout: bool = Field(
+        True, description="As in TRL. With dropout the two completions of a pair differ by noise."
+    )
     bf16: bool = Field(False, description="bfloat16 arithmetic over float32 weights (CUDA).")
-    gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
+    gradient_checkpointing: bool = Field(False, description="Less memory, about a third more time.")
     save_steps: int | None = Field(
-        None, ge=1, description="Optimizer steps between further checkpoints; about one a minute there is in any case."
+        None, ge=1, description="Optimizer steps between additional checkpoints; one a minute is always saved."
     )
     threads: int = Field(
-        default_factory=lambda: os.cpu_count() or 1, ge=1, description="Threads for tensor arithmetic (CPU)."
+        default_factory=lambda: os.cpu_count() or 1, ge=1, description="Threads for tensor arithmetic on the CPU."
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="Of the split, the new head and the order of the rows.")
-    allow_chance: bool = Field(False, description="Save the model though it may be no better than chance.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the split, the new head and the row order.")
+    allow_chance: bool = Field(False, description="Save the model even if it is not better than chance.")
 
     @model_validator(mode="after")
     def _bfloat16_weights_are_not_trained(self) -> RewardModelConfig:

@@ -18,27 +18,27 @@ class RewardSpec(ConfigSection):
         "folder or hub name of a sequence-classification model or a CLIPModel.",
     )
     name: str | None = Field(
-        None, pattern=r"^[\w.\-]+$", description="Column rewards/NAME of the ledger; None derives it from the spec."
+        None, pattern=r"^[\w.\-]+$", description="Name of the column rewards/NAME; None derives it from the spec."
     )
-    weight: float = Field(
-        1.0, description="Factor of this reward in the score; negative turns a reward into a penalty."
-    )
+    weight: float = Field(1.0, description="Weight of this reward in the score; a negative one makes it a penalty.")
     at_least: float | None = Field(
         None,
         allow_inf_nan=False,
-        description="A threshold: the reward then counts its weight where it is reached, and 0 below it.",
+        description="Threshold: the reward counts its weight if the value is at least this, otherwise 0.",
     )
     at_most: float | None = Field(
         None,
         allow_inf_nan=False,
-        description="A threshold: the reward then counts its weight up to it, and 0 above it.",
+        description="Threshold: the reward counts its weight if the value is at most this, otherwise 0.",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="A built-in's settings; further keyword arguments of a function. ${NAME} stands for an environment "
-        "variable, such as a key.",
+        description="Options of a built-in reward, or keyword arguments of a function. ${NAME} is replaced by an "
+        "environment variable, such as a key.",
     )
-    timeout: float | None = Field(None, gt=0, le=1e7, description="Seconds a call may take; None: rewards.timeout.")
+    timeout: float | None = Field(
+        None, gt=0, le=1e7, description="Time limit of a call in seconds; None: rewards.timeout."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -61,25 +61,24 @@ class RewardSpec(ConfigSection):
 
 
 class RewardsConfig(ConfigSection):
-    """All rewards of a run. A sample that any reward could not score is never selected."""
+    """The rewards of a run. A sample that a reward fails to score is never selected."""
 
     reward_funcs: tuple[RewardSpec, ...] = Field(
         (), description="The rewards; the score is the weighted sum of their parts."
     )
     combine: Literal["sum", "rank"] = Field(
         "sum",
-        description="The score: the weighted sum of the parts, or of each part's rank among the prompt's candidates, "
-        "0 (lowest) to 1 (highest), which no part's scale can dominate; evaluations take the sum in any case.",
+        description="The score: the weighted sum of the parts (sum), or of each part's rank among the prompt's "
+        "candidates, from 0 (lowest) to 1 (highest), which is independent of scale (rank). Evaluations "
+        "always use the sum.",
     )
-    batch_size: int = Field(64, ge=1, description="Samples in one call of a reward: what fails, fails for that many.")
-    timeout: float = Field(120.0, gt=0, le=1e7, description="Seconds that one call of a reward may take.")
-    retries: int = Field(
-        0, ge=0, description="Further calls after an error or a time-out, before its samples are given up."
-    )
+    batch_size: int = Field(64, ge=1, description="Samples per call of a reward; a failed call fails all of them.")
+    timeout: float = Field(120.0, gt=0, le=1e7, description="Time limit of one call in seconds.")
+    retries: int = Field(0, ge=0, description="Retries after an error or a timeout.")
     max_failure_fraction: float = Field(
-        0.5, ge=0, le=1, description="Share of failed samples in a round above which the round stops, with examples."
+        0.5, ge=0, le=1, description="Share of failed samples above which a round stops with examples."
     )
-    device: str = Field("auto", description="Where reward models run: auto, cpu, cuda, cuda:N or mps.")
+    device: str = Field("auto", description="Device of reward models: auto, cpu, cuda, cuda:N or mps.")
 
     @model_validator(mode="before")
     @classmethod

@@ -19,7 +19,7 @@ from raftune.config.training import AnyTraining, SftTraining
 
 
 class DataConfig(ConfigSection):
-    """The prompts: every other column of the data set rides along to the rewards."""
+    """The prompts. All other columns of the data set are passed to the rewards."""
 
     prompts: str | None = Field(
         None,
@@ -28,78 +28,75 @@ class DataConfig(ConfigSection):
     )
     split: str = Field("train", description="Split of a hub or `datasets` folder.")
     prompt_column: str = Field("prompt", description="Column that holds the prompt: text, messages, or a class label.")
-    limit: int | None = Field(None, ge=1, description="Only the first so many rows.")
+    limit: int | None = Field(None, ge=1, description="Use the first N rows only.")
     columns: ColumnNames = COLUMNS_FIELD
 
 
 class EngineConfig(ConfigSection):
-    """Where units of work run; the bytes they give do not depend on how many workers there are."""
+    """Where chunks run. The results do not depend on the number of workers."""
 
     kind: str = Field(
         "local",
         pattern=f"^local$|{SPEC}",
-        description="local: this process or `workers` of this machine; or an engine of your own (file.py:NAME).",
+        description="local (this process, or `workers` processes), or a custom engine (file.py:NAME).",
     )
-    workers: int = Field(1, ge=1, description="Processes that generate and score; 1 is this process alone.")
+    workers: int = Field(1, ge=1, description="Processes that generate and score; 1: this process only.")
     threads: int = Field(
         default_factory=lambda: os.cpu_count() or 1,
         ge=1,
-        description="Threads of each process for tensor arithmetic (CPU).",
+        description="Threads per process for tensor arithmetic on the CPU.",
     )
-    max_retries: int = Field(2, ge=0, description="How often a chunk that crashed its worker is tried again.")
+    max_retries: int = Field(2, ge=0, description="Retries of a chunk that crashed its worker.")
     on_chunk_failure: Literal["stop", "skip"] = Field(
-        "stop", description="Then stop the run, or go on without the chunk."
+        "stop", description="After the last retry: stop the run, or continue without the chunk."
     )
     chunk_timeout: float | None = Field(
-        None, gt=0, description="Seconds until a chunk that runs in a worker counts as crashed."
+        None, gt=0, description="Seconds after which a chunk in a worker counts as crashed."
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of an engine of your own, by name.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of a custom engine.")
 
 
 class StopConfig(ConfigSection):
-    """When to end before the last round; what is published is the best round in any case."""
+    """Early stopping. The best round is published in any case."""
 
-    patience: int | None = Field(
-        None, ge=1, description="Stop when the held-out reward set no new best for so many rounds."
-    )
-    min_gain: float = Field(0.0, ge=0, description="What counts as a new best: a gain above this, in reward units.")
+    patience: int | None = Field(None, ge=1, description="Stop after N rounds without a new best held-out reward.")
+    min_gain: float = Field(0.0, ge=0, description="Smallest gain that counts as a new best, in reward units.")
     max_falls: int | None = Field(
         None,
         ge=1,
-        description="Stop after so many rounds in a row in which the held-out reward fell and the trained one rose.",
+        description="Stop after N rounds in a row in which the held-out reward fell and the trained one rose.",
     )
-    max_kl: float | None = Field(None, gt=0, description="Stop when the KL to the start exceeds this, nats per answer.")
+    max_kl: float | None = Field(
+        None, gt=0, description="Stop when the KL to the initial model exceeds this, in nats per completion."
+    )
     empty_rounds: int | None = Field(
         3,
         ge=1,
-        description="Stop after so many rounds in a row that had nothing to learn from; each leaves the policy as it "
-        "was. 1 stops at the first; none never stops.",
+        description="Stop after N rounds in a row without training rows; such a round leaves the policy unchanged. "
+        "none never stops.",
     )
 
 
 class RunConfig(ConfigSection):
-    """Everything that shapes a run; equal configurations give bit-identical runs on a CPU."""
+    """The configuration of a run. Equal configurations give bit-identical runs on a CPU."""
 
     name: str = Field(
         "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Letters, digits, '.', '_' and '-'."
     )
-    output_dir: str | None = Field(None, description="The run's directory; None is runs/NAME.")
-    seed: int = Field(0, ge=0, lt=2**63, description="All randomness derives from it.")
-    num_rounds: int = Field(8, ge=0, description="Rounds at most; 0 judges the start and learns nothing.")
-    prompts_per_round: int = Field(
-        64, ge=1, description="Prompts generated in each round, without replacement within an epoch."
-    )
+    output_dir: str | None = Field(None, description="The run's directory; None: runs/NAME.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of all randomness.")
+    num_rounds: int = Field(8, ge=0, description="Maximum number of rounds. 0 evaluates the initial model only.")
+    prompts_per_round: int = Field(64, ge=1, description="Prompts in each round, without replacement within an epoch.")
     keep_models: Literal["all", "best", "last"] = Field(
-        "all", description="Models of older rounds to keep; samples all stay."
+        "all", description="Which rounds' models are kept. All samples are kept."
     )
     keep_latents: Literal["all", "selected"] = Field(
         "all",
-        description="Latents to keep once their round is trained: all, or of selected samples only. The images "
-        "all stay; "
+        description="Which latents are kept after a round: all, or those of selected samples. Images are kept; "
         "`--from generate` generates the same latents again.",
     )
-    report_to: tuple[str, ...] = Field((), description="tensorboard, wandb, mlflow, …: as in transformers.")
-    report: bool = Field(True, description="Write the page report.html into the run after every round.")
+    report_to: tuple[str, ...] = Field((), description="Trackers, as in transformers: tensorboard, wandb, mlflow, …")
+    report: bool = Field(True, description="Write report.html after every round.")
     data: DataConfig = Field(default_factory=DataConfig)
     policy: PolicyConfig
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)

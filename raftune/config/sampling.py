@@ -11,82 +11,85 @@ from raftune.config.extensions import SPEC, code_hash, load_extension
 
 
 class TeacherConfig(ConfigSection):
-    """A second model whose answers are ranked beside the policy's own; it is loaded after the policy is freed."""
+    """A second model whose completions join the candidates. It is loaded after the policy is released."""
 
     model: str = Field(description="Folder or hub name of the teacher, of the policy's family.")
-    num_generations: int = Field(1, ge=1, description="Answers the teacher gives to each prompt.")
+    num_generations: int = Field(1, ge=1, description="Completions of the teacher for each prompt.")
 
 
 class DiffusionSampling(ConfigSection):
-    """How a pipeline is called: draw as the model will be used, since what is generated becomes the target."""
+    """Arguments of the pipeline. Use the settings of later use, since the generated images are the training target."""
 
-    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps; None is the pipeline's default.")
+    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps; None: the pipeline's default.")
     guidance_scale: float | None = Field(
         None,
         ge=0,
-        description="Classifier-free guidance; 1 is none, and what a round of training on its own images wants. None "
-        "is the pipeline's default.",
+        description="Classifier-free guidance; 1 is off, and recommended for training on own images. None: the "
+        "pipeline's default.",
     )
-    height: int | None = Field(None, ge=1, description="Pixels; None is the pipeline's default.")
-    width: int | None = Field(None, ge=1, description="Pixels; None is the pipeline's default.")
-    negative_prompt: str | None = Field(None, description="What guidance moves away from, in place of no prompt.")
-    pipeline_kwargs: dict[str, Any] = Field(default_factory=dict, description="Anything else that the pipeline takes.")
+    height: int | None = Field(None, ge=1, description="Pixels; None: the pipeline's default.")
+    width: int | None = Field(None, ge=1, description="Pixels; None: the pipeline's default.")
+    negative_prompt: str | None = Field(None, description="Negative prompt of the guidance.")
+    pipeline_kwargs: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the pipeline.")
 
 
 class SamplingConfig(ConfigSection):
-    """The generation: K samples for each prompt, and how each token or step is chosen."""
+    """Generation: K samples per prompt, and how each token or step is chosen."""
 
-    num_generations: int = Field(8, ge=1, description="K, the policy's own samples for each prompt.")
+    num_generations: int = Field(8, ge=1, description="K: samples of the policy per prompt.")
     temperature: float = Field(
-        1.0, ge=0, description="Divides the logits; 0 is greedy. Below 1 it sharpens every round."
+        1.0, ge=0, description="Divides the logits; 0 is greedy. Values below 1 sharpen the policy every round."
     )
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus: the least set of tokens with this mass; 1 is off.")
-    top_k: int = Field(0, ge=0, description="Only the k likeliest tokens; 0 is off.")
-    min_p: float = Field(0.0, ge=0, le=1, description="Drops tokens below this share of the likeliest; 0 is off.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Nucleus sampling: the smallest set of tokens with this mass; 1 is off."
+    )
+    top_k: int = Field(0, ge=0, description="Sample from the k most likely tokens; 0 is off.")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="Drops tokens below this share of the most likely token's probability; 0 is off."
+    )
     repetition_penalty: float = Field(1.0, gt=0, description="Divides the logits of tokens already seen; 1 is off.")
     max_completion_length: int = Field(
-        128, ge=1, description="Tokens generated at most; what is cut off never ends in EOS."
+        128, ge=1, description="Maximum number of generated tokens. A completion that is cut off has no EOS."
     )
     max_prompt_length: int | None = Field(
-        None, ge=1, description="Prompts of more tokens are refused; None is the context's limit."
+        None, ge=1, description="Longer prompts are refused, in tokens; None: the model's context."
     )
     unusable_prompts: Literal["refuse", "drop"] = Field(
         "refuse",
-        description="Prompts that the model cannot take (too long, refused by its chat template): refuse names them "
-        "before anything is generated, drop leaves them out and records which.",
+        description="Prompts that the model cannot read (too long, refused by its chat template): refuse names them "
+        "before generation, drop leaves them out and records them.",
     )
     backend: str = Field(
         "auto",
         pattern=f"^(auto|shared_prefix|hf_generate)$|{SPEC}",
-        description="What generates: shared_prefix (prompts prefilled once), hf_generate, auto (the first of the two "
-        "that a trial finds right), or a backend of your own (file.py:NAME, module:NAME).",
+        description="shared_prefix (each prompt is computed once), hf_generate, auto (the first of the two that "
+        "passes a parity check), or a custom backend (file.py:NAME, module:NAME).",
     )
-    backend_options: dict[str, Any] = Field(
-        default_factory=dict, description="Options of a backend of your own, by name."
-    )
-    stop: tuple[str, ...] = Field((), description="Texts that end a completion once they appear in it.")
+    backend_options: dict[str, Any] = Field(default_factory=dict, description="Options of a custom backend.")
+    stop: tuple[str, ...] = Field((), description="Texts that end a completion.")
     generation_kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="Anything else that `generate` takes; the generation then goes through `generate`.",
+        description="Further arguments of `generate`; the backend is then hf_generate.",
     )
     system_prompt: str | None = Field(
         None,
-        description="A system message, or a text and a blank line, put before prompts when generating; not when "
-        "training.",
+        description="System message, or a text and a blank line, before each prompt in generation; not in training.",
     )
     few_shot_prefix: str | None = Field(
-        None, description="Text before a prompt given as text when generating, left out when training."
+        None, description="Text before each text prompt in generation; not in training."
     )
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to the chat template.")
-    diffusion: DiffusionSampling = Field(default_factory=DiffusionSampling, description="The options of a pipeline.")
-    batch_size: int = Field(256, ge=1, description="Samples alive at once; halved, and recorded, when memory runs out.")
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the chat template.")
+    diffusion: DiffusionSampling = Field(
+        default_factory=DiffusionSampling, description="Options of diffusion pipelines."
+    )
+    batch_size: int = Field(256, ge=1, description="Samples per batch; halved, and recorded, when memory runs out.")
     chunk_size: int = Field(
-        64, ge=1, description="Prompts in a chunk, the slice that is generated, scored and resumed whole."
+        64, ge=1, description="Prompts per chunk, the slice that is generated, scored and resumed as a whole."
     )
     candidate_columns: tuple[str, ...] = Field(
-        (), description="Columns of the data set whose texts join the pool as candidates (human demonstrations)."
+        (), description="Columns of the data set whose texts join the candidates (human demonstrations)."
     )
-    teacher: TeacherConfig | None = Field(None, description="Another model whose answers join the pool.")
+    teacher: TeacherConfig | None = Field(None, description="A second model whose completions join the candidates.")
 
     @model_validator(mode="after")
     def _options_have_a_backend(self) -> SamplingConfig:

@@ -15,41 +15,42 @@ from raftune.config.extensions import SPEC
 
 
 class SelectionConfig(ConfigSection):
-    """What every rule has: which samples compete, and which prompts are skipped."""
+    """Fields of all rules: which samples compete, and which prompts are skipped."""
 
     within_prompt: ClassVar[bool] = True  # whether the rule compares the candidates of one prompt with each other
 
     rule: str = Field(
-        description="Who is kept: the best of each prompt (best_of_k), its m best (top_m), the best share of all "
-        "(top_fraction), all from a score upwards (threshold), all weighted by score (softmax), m by chance (random), "
-        "or a rule of your own (file.py:NAME, module:NAME).",
+        description="What is kept: the best of each prompt (best_of_k), its m best (top_m), the best share of all "
+        "(top_fraction), all from a score upwards (threshold), all weighted by score (softmax), m at "
+        "random (random), or a custom rule (file.py:NAME, module:NAME).",
     )
     all_equal: Literal["auto", "keep", "skip"] = Field(
         default="auto",
-        description="Prompts whose competing samples all score the same: chosen from as any other (keep), or skipped; "
-        "auto skips them where a prompt has several samples and the rule chooses among them (not threshold and "
-        "top_fraction, which choose by the score itself).",
+        description="Prompts whose samples all score the same: keep selects from them, skip leaves them out; auto "
+        "skips them if a prompt has several samples and the rule compares them with each other (not "
+        "threshold and top_fraction).",
     )
     margin: float = Field(
         default=0.0,
-        description="In units of the score, at least 0: prompts whose best exceeds the mean by less are skipped.",
+        description="Prompts whose best exceeds the mean by less are skipped; in units of the score, at least 0.",
     )
     min_length: int | None = Field(
         default=None,
-        description="Shortest completion kept, in the family's unit (tokens for text); none means no limit.",
+        description="Shortest completion kept, in the family's unit (tokens for text); none: no limit.",
     )
     max_length: int | None = Field(
         default=None,
-        description="Longest completion kept, in the family's unit (tokens for text); none means no limit.",
+        description="Longest completion kept, in the family's unit (tokens for text); none: no limit.",
     )
     beta: float = Field(
         default=0.0,
         ge=0,
-        description="Ranks by score - beta * log(p / p0), in units of the score per nat: keeps near the start.",
+        description="Ranks by score - beta * log(p / p0), in units of the score per nat. Keeps the policy near the "
+        "initial model.",
     )
     drop_duplicates: bool = Field(
         default=False,
-        description="Of identical completions of a prompt only the first competes: less repetition, less data.",
+        description="Only the first of identical completions of a prompt competes.",
     )
 
     @property
@@ -130,7 +131,7 @@ class TopM(SelectionConfig):
     """The m best samples of each prompt."""
 
     rule: Literal["top_m"] = "top_m"
-    m: int = Field(1, description="Samples kept per prompt, at least 1 (top_m, random): more gives more, worse data.")
+    m: int = Field(1, description="Samples kept per prompt, at least 1 (top_m, random).")
 
 
 class TopFraction(SelectionConfig):
@@ -143,7 +144,7 @@ class TopFraction(SelectionConfig):
         "starve.",
     )
     max_per_prompt: int | None = Field(
-        None, description="Most samples kept of one prompt (threshold, top_fraction): its best; none means no limit."
+        None, description="Maximum number of samples kept per prompt (threshold, top_fraction); none: no limit."
     )
 
     @field_validator("keep_fraction")
@@ -186,17 +187,17 @@ class Softmax(SelectionConfig):
 
 
 class Random(SelectionConfig):
-    """m samples of each prompt by chance: the control that a rule must beat."""
+    """m random samples of each prompt: the control for other rules."""
 
     rule: Literal["random"] = "random"
     m: int = Field(1, description=TopM.model_fields["m"].description)
 
 
 class CustomRule(SelectionConfig):
-    """A rule of your own, with options that its class declares."""
+    """A custom rule. Its class declares the options."""
 
-    rule: str = Field(pattern=SPEC, description="file.py:NAME or module:NAME; docs/extending.md says how.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of a rule of your own, by name.")
+    rule: str = Field(pattern=SPEC, description="file.py:NAME or module:NAME; see docs/extending.md.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of a custom rule.")
 
 
 BUILT_IN = (BestOfK, TopM, TopFraction, Threshold, Softmax, Random)

@@ -16,51 +16,51 @@ OF_ROUNDS = ("optimizer_state", "start_from", "replay_rounds", "reference")
 
 
 class DemonstrationsConfig(ConfigSection):
-    """The answers to learn from: preferred ones of preferences, prompts with completions, or dialogues."""
+    """Demonstrations: preferred completions of preferences, prompts with completions, or dialogues."""
 
     path: str = Field(description="JSONL (also gzipped), JSON, CSV or Parquet, a `datasets` folder, or a hub name.")
     split: str = Field("train", description="Split of a hub or `datasets` folder.")
-    limit: int | None = Field(None, ge=1, description="Only the first so many answers.")
+    limit: int | None = Field(None, ge=1, description="Use the first N completions only.")
     columns: ColumnNames = COLUMNS_FIELD
-    min_score: float | None = Field(None, description="Of answers with a score, only those with so much or more.")
+    min_score: float | None = Field(None, description="Lowest score of completions that are trained on.")
     keep: Literal["best", "all"] | None = Field(
-        None, description="Of answers with a score: best, the first of the highest of each prompt; all, every one."
+        None, description="For completions with a score: best, the first of the highest of each prompt; all, every one."
     )
     dialogues: Literal["text", "messages"] = Field(
-        "text", description="What dialogues of HH-RLHF become: texts as they stand, or messages for a chat template."
+        "text", description="HH-RLHF dialogues as text, or as messages for a chat template."
     )
     held_out_fraction: float = Field(
-        0.05, ge=0, lt=1, description="Share of the prompts that is measured on and never learned from, by their hash."
+        0.05, ge=0, lt=1, description="Share of the prompts that is held out, chosen by hash."
     )
 
 
 class ImageSize(ConfigSection):
-    """The size of the images that a pipeline learns: that of the data, since none is cropped or scaled."""
+    """Image size of a pipeline. It must be that of the data; images are not cropped or scaled."""
 
-    height: int | None = Field(None, ge=1, description="Pixels; None is the pipeline's default.")
-    width: int | None = Field(None, ge=1, description="Pixels; None is the pipeline's default.")
+    height: int | None = Field(None, ge=1, description="Pixels; None: the pipeline's default.")
+    width: int | None = Field(None, ge=1, description="Pixels; None: the pipeline's default.")
 
 
 class SftSamplingConfig(ConfigSection):
-    """What of a run's `sampling` says how answers are read."""
+    """The fields of `sampling` that say how images are read."""
 
-    diffusion: ImageSize = Field(default_factory=ImageSize, description="For a diffusion pipeline.")
+    diffusion: ImageSize = Field(default_factory=ImageSize, description="For diffusion pipelines.")
 
 
 class SftConfig(ConfigSection):
-    """Everything that shapes a supervised fine-tuning; equal ones give bit-identical models on a CPU."""
+    """Configuration of supervised fine-tuning. Equal ones give bit-identical models on a CPU."""
 
-    output_dir: str = Field(description="Where everything is written.")
-    seed: int = Field(0, ge=0, lt=2**63, description="All randomness derives from it.")
+    output_dir: str = Field(description="The output directory.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of all randomness.")
     threads: int = Field(
-        default_factory=lambda: os.cpu_count() or 1, ge=1, description="Threads for tensor arithmetic (CPU)."
+        default_factory=lambda: os.cpu_count() or 1, ge=1, description="Threads for tensor arithmetic on the CPU."
     )
     max_length: int | None = Field(
         None,
         ge=2,
-        description="Tokens of prompt and answer; what is longer is cut. None: the model's context.",
+        description="Maximum tokens of prompt and completion; longer ones are cut. None: the model's context.",
     )
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="For the chat template.")
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the chat template.")
     data: DemonstrationsConfig
     policy: PolicyConfig
     sampling: SftSamplingConfig = Field(default_factory=SftSamplingConfig, description="How images are read.")

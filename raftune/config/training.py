@@ -18,32 +18,36 @@ TRAINER_KWARGS = {
 
 
 class ReferenceConfig(ConfigSection):
-    """A data set of good answers that is mixed into every round's rows against forgetting."""
+    """Reference completions that are mixed into every round's rows, against forgetting."""
 
-    path: str = Field(description="JSONL, Parquet, CSV, or a hub name; needs the prompt and the completion column.")
+    path: str = Field(description="JSONL, Parquet, CSV or a hub name, with a prompt and a completion column.")
     prompt_column: str = "prompt"
     completion_column: str = "completion"
-    fraction: float = Field(0.1, gt=0, lt=1, description="Share of reference rows among all rows of a round, by count.")
+    fraction: float = Field(0.1, gt=0, lt=1, description="Share of reference rows in a round.")
 
 
 class DiffusionTraining(ConfigSection):
-    """The denoising loss: in the pipeline's own parameterisation, at noise levels that a seed chooses."""
+    """The denoising loss, in the pipeline's own parameterisation."""
 
-    noise_levels: int = Field(1, ge=1, description="Noise levels at which each row of a step is learned.")
+    noise_levels: int = Field(1, ge=1, description="Noise levels per row and step.")
     noise_range: tuple[float, float] = Field(
-        (0.0, 1.0), description="Levels to learn, as shares of the schedule: 0 is the clean image, 1 pure noise."
+        (0.0, 1.0), description="Range of noise levels, as shares of the schedule: 0 is the clean image, 1 pure noise."
     )
     level_sampling: Literal["uniform", "logit_normal"] | None = Field(
-        None, description="How levels are chosen; None: logit-normal for flow matching, uniform for the others."
+        None, description="Distribution of the levels; None: logit-normal for flow matching, otherwise uniform."
     )
     min_snr_gamma: float | None = Field(
         None, gt=0, description="Min-SNR weighting (arXiv 2303.09556); 5 is usual. Not for flow matching."
     )
     condition_dropout: float = Field(
-        0.1, ge=0, lt=1, description="Share of rows learned without their prompt, so that guidance keeps working."
+        0.1, ge=0, lt=1, description="Share of rows trained without their prompt, for classifier-free guidance."
     )
     ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="The round's model is this moving average of the weights; None: the last ones."
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of a moving average of the weights, which becomes the round's model; None: the last "
+        "weights.",
     )
 
     @model_validator(mode="after")
@@ -58,39 +62,43 @@ class DiffusionTraining(ConfigSection):
 
 
 class TrainingConfig(ConfigSection):
-    """One round's fit, on the exact token ids or latents that were generated."""
+    """The training of one round, on the exact token ids or latents that were generated."""
 
-    learning_rate: float = Field(1e-5, gt=0, description="Peak rate of the round's own schedule.")
-    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the kept rows in each round.")
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps in each round, in place of epochs; -1 is off.")
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of each round's schedule.")
+    num_train_epochs: float = Field(1.0, gt=0, description="Epochs over the kept rows in each round.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps in each round, instead of epochs; -1 is off.")
     per_device_train_batch_size: int = Field(8, ge=1, description="Rows in a micro-batch; halved when memory runs out.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches in one optimizer step.")
-    lr_scheduler_type: str = Field("linear", description="A schedule of transformers; it starts anew every round.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    lr_scheduler_type: str = Field("linear", description="A schedule of transformers; restarts every round.")
     warmup_steps: float = Field(
-        0, ge=0, description="Steps of rising rate at the start of each round; below 1: a share of the round's steps."
+        0, ge=0, description="Warm-up steps of each round; below 1: a share of the round's steps."
     )
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     optim: str = Field("adamw_torch_fused", description="An optimizer of transformers' Trainer.")
-    optimizer_state: Literal["fresh", "carried"] = Field("fresh", description="Anew each round, or moments carried on.")
-    start_from: Literal["previous", "start"] = Field("previous", description="The model that each fit begins from.")
+    optimizer_state: Literal["fresh", "carried"] = Field(
+        "fresh", description="Optimizer state: new in each round, or carried over."
+    )
+    start_from: Literal["previous", "start"] = Field(
+        "previous", description="The model that each round's training starts from."
+    )
     loss_normalization: Literal["token", "sample", "prompt"] = Field(
         "token",
-        description="The mean over tokens (long answers weigh more), samples, or prompts (each weighs the same).",
+        description="The loss is a mean over tokens (long completions weigh more), samples, or prompts.",
     )
-    mask_truncated_completions: bool = Field(False, description="Leave out answers that were cut off before their end.")
-    replay_rounds: int = Field(0, ge=0, description="How many earlier rounds' kept rows are trained on again.")
-    reference: ReferenceConfig | None = Field(None, description="Reference answers mixed in against the alignment tax.")
+    mask_truncated_completions: bool = Field(False, description="Leave out completions that were cut off.")
+    replay_rounds: int = Field(0, ge=0, description="Number of earlier rounds whose kept rows are trained on again.")
+    reference: ReferenceConfig | None = Field(None, description="Reference completions that are mixed in.")
     diffusion: DiffusionTraining = Field(
-        default_factory=DiffusionTraining, description="The options of a denoising loss."
+        default_factory=DiffusionTraining, description="Options of the denoising loss."
     )
     save_steps: int | None = Field(
-        None, ge=1, description="Optimizer steps between further checkpoints; about one a minute there is in any case."
+        None, ge=1, description="Optimizer steps between additional checkpoints; one a minute is always saved."
     )
     bf16: bool = Field(False, description="bfloat16 arithmetic over float32 weights (CUDA).")
-    gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
+    gradient_checkpointing: bool = Field(False, description="Less memory, about a third more time.")
     trainer_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Of transformers' TrainingArguments what has no field here: adam_beta2, …"
+        default_factory=dict, description="Further TrainingArguments of transformers: adam_beta2, …"
     )
 
     @model_validator(mode="after")
@@ -113,20 +121,20 @@ class TrainingConfig(ConfigSection):
 
 
 class SftTraining(TrainingConfig):
-    """Minimises the weighted loss of what was kept: the negative log-likelihood, or the denoising error."""
+    """Minimises the weighted loss of the kept samples: negative log-likelihood or denoising error."""
 
     objective: Literal["sft"] = Field(
         "sft",
-        description="What training minimises: sft, the weighted loss of the kept samples, or an objective of your own "
+        description="What training minimises: sft, the weighted loss of the kept samples, or a custom objective "
         "(file.py:NAME, module:NAME).",
     )
 
 
 class CustomTraining(TrainingConfig):
-    """Minimises an objective of your own, with options that its class declares."""
+    """A custom objective. Its class declares the options."""
 
-    objective: str = Field(pattern=SPEC, description="file.py:NAME or module:NAME; docs/extending.md says how.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of an objective of your own, by name.")
+    objective: str = Field(pattern=SPEC, description="file.py:NAME or module:NAME; see docs/extending.md.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of a custom objective.")
 
 
 def objective_class(data: Any) -> str:

@@ -21,7 +21,7 @@ def alarms(
     run: Annotated[str, Parameter(help="The run's directory.")],
     *,
     round_: Annotated[int | None, Parameter(name="--round", help="The round; without it, all rounds.")] = None,
-    number: Annotated[int, Parameter(name=["--number", "-n"], help="Samples to show of each alarm.")] = 3,
+    number: Annotated[int, Parameter(name=["--number", "-n"], help="Samples to show per alarm.")] = 3,
     full: Annotated[
         bool, Parameter(negative="", show_default=False, help="Whole completions, not their first line.")
     ] = False,
@@ -29,13 +29,13 @@ def alarms(
         bool, Parameter(negative="", show_default=False, help="Print JSON lines, one for each alarm.")
     ] = False,
 ) -> None:
-    """Show what the guards say is worth a look, round by round: the evidence, and the samples that it names.
+    """Show the alarms of a run, round by round, with their numbers and samples.
 
     raftune alarms runs/mine
     raftune alarms runs/mine --round 7 -n 8 --full
 
-    An alarm is a reason to look at its samples, not a finding. The section `guards` of the configuration says from
-    where on one is raised, and `guards.stop_on` which of them end a run.
+    An alarm is a reason to look at samples, not a finding. The section `guards` of the configuration holds the
+    thresholds, and `guards.stop_on` the alarms that end a run.
     """
     if number < 1:
         raise ConfigError(f"--number must be at least 1; got {number}. Leave it out for 3.")

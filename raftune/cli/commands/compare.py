@@ -22,15 +22,17 @@ NAMED = 3  # prompts that are named on either side
 
 def compare(
     a: Annotated[str, Parameter(help="A run (its best round), or RUN@ROUND: a number, best, last, start.")],
-    b: Annotated[str | None, Parameter(help="The same; without it, A's run as it started.")] = None,
+    b: Annotated[str | None, Parameter(help="The other side, in the same form; none: A's run before training.")] = None,
     *,
     reward: Annotated[
         tuple[str, ...],
-        Parameter(negative="", show_default=False, help="Score both with this reward, too. Repeatable."),
+        Parameter(negative="", show_default=False, help="Also score both with this reward. Repeatable."),
     ] = (),
     tie_within: Annotated[float, Parameter(help="Scores that differ by no more than this are a tie.")] = 0.0,
-    by: Annotated[str | None, Parameter(help="Measure that ranks the prompts; else held_out, or reward.")] = None,
-    show: Annotated[int, Parameter(help="Show both answers on so many prompts won, and lost, most clearly.")] = 0,
+    by: Annotated[
+        str | None, Parameter(help="Measure that ranks the prompts; default: held_out, otherwise reward.")
+    ] = None,
+    show: Annotated[int, Parameter(help="Show both completions of the N clearest wins and losses.")] = 0,
     out: Annotated[str | None, Parameter(help="Write every pair to this file: FILE.parquet.")] = None,
     fail_if: Annotated[
         tuple[str, ...],
@@ -41,22 +43,22 @@ def compare(
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print everything as JSON.")] = False,
     judging: Annotated[JudgeFlags, Parameter(name="*")] = NOBODY,
 ) -> None:
-    """Compare two rounds or runs on the same prompts and seeds: who wins how often, by how much, and by chance?
+    """Compare two rounds or runs on the same prompts and seeds: win rate, difference, significance.
 
     raftune compare runs/mine
     raftune compare runs/mine@best runs/other@best --show 2
     raftune compare runs/mine --fail-if "held_out.win_rate.low < 0.5" --fail-if "held_out.p > 0.05"
     raftune compare runs/mine --judge http://127.0.0.1:8000/v1 --judge-model NAME --out pairs.parquet
 
-    Answers are paired where prompt and seed are the same: those of a run's rounds are, and those of two runs with the
-    same held-out prompts and evaluation.seed. Intervals are of 95 %, over prompts; p is of a paired sign-flip test.
+    Samples are paired by prompt and seed: rounds of a run, or two runs with the same held-out prompts and
+    evaluation.seed. Intervals are 95 %, over prompts; p is from a paired sign-flip test.
 
-    A judge is asked about each pair in both orders, and a verdict that changes with the order is a tie. Its replies are
-    kept on disk: a second call asks nothing. Failures are counted, never taken for ties.
+    A judge compares each pair in both orders; a verdict that depends on the order is a tie. Its replies are cached on
+    disk. Failures are counted and are not ties.
 
     A gate is MEASURE.FIELD, an operator and a number. Measures are those of the table: reward, held_out, a part's name,
     a new reward's name, judge. Fields are win_rate, difference, a, b (each with .low and .high), p, wins, ties, losses,
-    pairs, prompts, left_out, and of a judge inconsistent and failures. What could not be computed fails the gate.
+    pairs, prompts, left_out, and of a judge inconsistent and failures. A gate on a missing value fails.
     """
     from raftune.analysis.compare import compare as compare_sides
     from raftune.analysis.compare import document

@@ -26,29 +26,28 @@ def demo(
         Which,
         Parameter(
             name="WHICH",
-            help="text: the method at work; hacking: a reward with a flaw, and the alarm; image: with images.",
+            help="text; hacking: a flawed reward, and the alarm; image: with images.",
         ),
     ] = "text",
     *,
     output_dir: Annotated[
-        str | None, Parameter(show_default=False, help="The run's directory; without it, runs/demo, hacking or image.")
+        str | None, Parameter(show_default=False, help="The run's directory; default: runs/demo, hacking or image.")
     ] = None,
     fresh: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Begin a new run beside an earlier one.")
+        bool, Parameter(negative="", show_default=False, help="Start a new run beside an earlier one.")
     ] = False,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the result as JSON.")] = False,
 ) -> None:
-    """Align the bundled model, and show what came of it: under a minute on two CPU cores, no network.
+    """Align the bundled model and show the result: under a minute on two CPU cores, no network.
 
     raftune demo
     raftune demo hacking
     raftune demo image
 
-    A tiny assistant, which is rude and of little help about half of the time, learns from a small reward model. Its
-    held-out judge is never trained on. With `hacking` it learns from a reward that counts courteous phrases, which is
-    soon better served by phrases than by help. With `image`, a tiny diffusion pipeline that was taught wrong captions
-    learns to generate what it is told, in two to three minutes. Each is a run like any other: every command works on
-    it.
+    A tiny assistant, rude and unhelpful half of the time, is trained with a small reward model; a judge that is never
+    trained on evaluates it. With `hacking` the reward counts courteous phrases, and the policy exploits it. With
+    `image` a tiny diffusion pipeline that was trained on wrong captions learns to follow captions, in two to three
+    minutes. Each demo is a normal run: every command works on it.
     """
     place = output_dir or f"runs/{Path(RECIPES[which]).stem}"
     config = recipe(unused(place) if fresh else place, which)

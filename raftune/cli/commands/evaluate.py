@@ -22,24 +22,24 @@ def evaluate(
         str, Parameter(name="MODEL_OR_RUN", help="A model, a run, or RUN@ROUND: a number, best, last, start.")
     ],
     *files: Tokens,
-    from_: Annotated[str | None, Parameter(name="--from", help="Redo from here on: STAGE of the evaluation.")] = None,
+    from_: Annotated[str | None, Parameter(name="--from", help="Redo from this stage of the evaluation on.")] = None,
     only: Annotated[
-        str | None, Parameter(help="With --from evaluation-score: score only samples of these statuses again.")
+        str | None, Parameter(help="With --from evaluation-score: score only samples with these statuses again.")
     ] = None,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the metrics as JSON.")] = False,
 ) -> None:
-    """Measure a model, or a round of a run, on held-out prompts: reward, headroom, length, diversity, perplexity.
+    """Measure a model, or a round of a run, on held-out prompts: reward, best of k, length, diversity, perplexity.
 
     raftune evaluate runs/mine@best
     raftune evaluate runs/mine@3 --rewards.reward_funcs rewards.py:strict --evaluation.num_generations 8
     raftune evaluate gpt2 --evaluation.prompts held_out.jsonl --rewards.reward_funcs rewards.py:polite
 
-    MODEL is a folder, a hub name, or `starter`. A run's round (the best one, if none is named) brings the run's
-    held-out prompts, rewards and options of sampling along; YAML files go over these, and flags over all.
+    MODEL is a folder, a hub name, or `starter`. For a round of a run (default: the best), the run's held-out prompts,
+    rewards and sampling options are used; YAML files override these, and flags override all.
 
-    What comes of it is a run of no rounds, in runs/evaluation-NAME or --output-dir: it can be interrupted and
-    continued, and `samples`, `verify` and `compare` read it. The same prompts and --evaluation.seed give the same
-    seeds, so that two evaluations are paired, answer by answer.
+    The result is a run without rounds, in runs/evaluation-NAME or --output-dir: it can be interrupted and resumed, and
+    `samples`, `verify` and `compare` read it. The same prompts and --evaluation.seed give the same seeds, so two
+    evaluations are paired.
 
     --evaluation.reference_column measures perplexity, --evaluation.reward_funcs adds held-out rewards.
     """

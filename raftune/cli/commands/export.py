@@ -17,27 +17,29 @@ Format = Literal["model", "sft", "preference", "unpaired", "sft-tokens"]
 def export(
     run: Annotated[str, Parameter(help="The run's directory.")],
     *,
-    format_: Annotated[Format, Parameter(name="--format", help="What to take.")],
+    format_: Annotated[Format, Parameter(name="--format", help="What to export.")],
     out: Annotated[str, Parameter(help="Where to write it: FILE.jsonl, FILE.parquet, or a folder.")],
     round_: Annotated[str | None, Parameter(name="--round", help="A number, best, or all.")] = None,
-    merged: Annotated[bool, Parameter(help="Of a LoRA run, a plain model: the adapter added to its base.")] = False,
+    merged: Annotated[bool, Parameter(help="For a LoRA run: merge the adapter into its base.")] = False,
     allow_code: Annotated[
         bool,
         Parameter(
-            negative="", show_default=False, help="sft-tokens: import a family that the run's configuration names."
+            negative="",
+            show_default=False,
+            help="For sft-tokens: import a custom family that the run's configuration names.",
         ),
     ] = False,
 ) -> None:
-    """Take a run's model or its samples away, in the formats that TRL reads.
+    """Export a run's model or its samples, in the formats that TRL reads.
 
     model        the best round's model with tokenizer and model card, as transformers, peft or diffusers loads it
-    sft          prompt, completion, weight: the samples that were kept
-    preference   prompt, chosen, rejected, margin: each prompt's best sample against its worst
-    unpaired     prompt, completion, label: every scored sample, true where it was kept
-    sft-tokens   input_ids, labels: the kept samples on the exact tokens that were generated, the prompt masked
+    sft          prompt, completion, weight: the kept samples
+    preference   prompt, chosen, rejected, margin: each prompt's best and worst sample
+    unpaired     prompt, completion, label: every scored sample, true if it was kept
+    sft-tokens   input_ids, labels: the kept samples as the exact tokens that were generated, the prompt masked
 
-    A model is taken from the best round, samples from all rounds, unless --round says otherwise. A folder of samples is
-    one that `datasets.load_from_disk` reads. Nothing is overwritten.
+    The default is the best round for a model and all rounds for samples; --round changes it. A folder of samples is
+    read by `datasets.load_from_disk`. Existing files are not overwritten.
     """
     if format_ == "model":
         export_model(run, Path(out), round_, merged)

@@ -18,7 +18,7 @@ def init(
     *,
     images: Annotated[bool, Parameter(negative="", show_default=False, help="For a diffusion pipeline.")] = False,
 ) -> None:
-    """Write a commented configuration that runs as it is, on the bundled model: change it into yours.
+    """Write a commented configuration that runs on the bundled model, as a template for yours.
 
     raftune init run.yaml
     raftune init images.yaml --images

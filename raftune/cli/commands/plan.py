@@ -22,19 +22,17 @@ if TYPE_CHECKING:
 
 def plan(
     *files: Tokens,
-    probe: Annotated[bool, Parameter(help="Try two prompts, for the time and memory that the run will take.")] = True,
-    probe_seconds: Annotated[float, Parameter(help="How long the trial may take, about.")] = 60.0,
+    probe: Annotated[bool, Parameter(help="Measure time and memory with two prompts.")] = True,
+    probe_seconds: Annotated[float, Parameter(help="Time limit of the probe, in seconds.")] = 60.0,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the forecast as JSON.")] = False,
 ) -> None:
-    """Check a configuration, and say what the run will cost: samples, tokens, disk, memory, time.
+    """Check a configuration and forecast its cost: samples, tokens, disk, memory, time.
 
     raftune plan base.yaml mine.yaml --sampling.num_generations 16
 
-    Everything is checked that can be without training: the data, the model, the rewards, whether the selection can
-    select. Two prompts are generated, scored and trained on in a temporary folder, for a minute at most
-    (--probe-seconds):
-    where that is not enough, to fewer tokens and with fewer rows, which is said. --no-probe leaves it out. Nothing is
-    written where the run will be.
+    Everything is checked that needs no training: data, model, rewards, selection. A probe generates, scores and trains
+    on two prompts in a temporary folder, for at most --probe-seconds; if that is not enough it uses fewer tokens and
+    rows and says so. --no-probe skips it. Nothing is written to the run's directory.
     """
     from raftune.cli.flags import read_tokens
     from raftune.config.load import load_config

@@ -15,18 +15,17 @@ from raftune.sanitize import shell_command
 def report(
     run: Annotated[str, Parameter(help="The run's directory.")],
     *,
-    out: Annotated[str | None, Parameter(help="Where to write it; without it, RUN/report.html.")] = None,
+    out: Annotated[str | None, Parameter(help="Where to write it; default: RUN/report.html.")] = None,
     json: Annotated[
         bool, Parameter(negative="", show_default=False, help="Print what the page shows as JSON; write no page.")
     ] = False,
 ) -> None:
-    """Write a run's page: one HTML file that opens from disk, with charts, all candidates, reasons and alarms.
+    """Write a run's report: one HTML file with charts, all candidates, reasons and alarms.
 
     raftune report runs/mine --out mine.html
 
-    A run writes its page itself after every round. This writes it anew: for a run that was made elsewhere, with
-    `report: false`, or by an earlier version, or whose files were damaged since; the page names what is missing, and
-    the exit code is 1.
+    A run writes its report after every round. Use this command for a run with `report: false`, of an earlier version,
+    or with damaged files; the page then names what is missing, and the exit code is 1.
     """
     from raftune.report import collect, write_report
 

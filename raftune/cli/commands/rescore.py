@@ -18,20 +18,21 @@ def rescore(
     run: Annotated[str, Parameter(help="The run's directory.")],
     *flags: Tokens,
     round_: Annotated[str, Parameter(name="--round", help="A number, or all.")] = "all",
-    name: Annotated[str | None, Parameter(help="Where it goes: RUN/whatif/NAME; else the rewards' names.")] = None,
-    show: Annotated[int, Parameter(help="Prompts whose answers are shown: those that would change most.")] = 3,
+    name: Annotated[
+        str | None, Parameter(help="Name of the result, in RUN/whatif/NAME; default: the rewards' names.")
+    ] = None,
+    show: Annotated[int, Parameter(help="Number of prompts to show: those that would change most.")] = 3,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the outcome as JSON.")] = False,
 ) -> None:
-    """Score what a run has generated with another reward, and see what it would have learned from; nothing is
-    generated.
+    """Score a run's samples with another reward and show what would be kept; nothing is generated.
 
     raftune rescore runs/mine --rewards.reward_funcs rewards.py:polite
     raftune rescore runs/mine --rewards.reward_funcs '{"spec": "length", "options": {"target": 20}}' --name shorter
     raftune rescore runs/mine --rewards.reward_funcs a.py:kind --rewards.reward_funcs b.py:brief --name both
 
-    Every field of `rewards` is a flag. The run's own rule then selects by the new scores, and the two training sets are
-    compared. The run itself stays as it is: scores and verdicts go to RUN/whatif/NAME, in the shape of the run's own,
-    and `raftune select RUN --scores NAME` takes it from there. A second call finds it done.
+    Every field of `rewards` is a flag. The run's rule selects by the new scores, and the two training sets are
+    compared. The run is not changed: scores and verdicts are written to RUN/whatif/NAME, and `raftune select RUN
+    --scores NAME` can use them. A second call reads the stored result.
     """
     from raftune.analysis.whatif import rescore as again
     from raftune.cli.flags import read_tokens

@@ -12,25 +12,27 @@ from raftune.cli.flags import Tokens
 def resume(
     run: Annotated[str, Parameter(help="The run's directory.")],
     *flags: Tokens,
-    from_: Annotated[str | None, Parameter(name="--from", help="Redo from here on: STAGE, or ROUND/STAGE.")] = None,
+    from_: Annotated[
+        str | None, Parameter(name="--from", help="Redo from this stage on: STAGE, or ROUND/STAGE.")
+    ] = None,
     only: Annotated[
         str | None,
-        Parameter(help="With --from score: score only samples of these statuses again, such as error,timeout."),
+        Parameter(help="With --from score: score only samples with these statuses again, such as error,timeout."),
     ] = None,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the outcome as JSON.")] = False,
 ) -> None:
-    """Continue a run where it stopped, exactly: on a CPU the outcome is bit-identical to a run that never stopped.
+    """Resume a run exactly: on a CPU the result is bit-identical to that of an uninterrupted run.
 
     raftune resume runs/mine
     raftune resume runs/mine --num-rounds 12
     raftune resume runs/mine --from 3/select --selection.rule top_m --selection.m 2
     raftune resume runs/mine --from score --only error,timeout
 
-    Any field of the configuration is a flag. One that shaped what is already committed is refused with the difference
-    shown, unless --from redoes that stage and what follows; what was there moves to superseded/.
+    Any field of the configuration is a flag. A change that affects committed stages is refused with the difference,
+    unless --from redoes that stage and all later ones; the earlier results move to superseded/.
 
-    --only scores again what failed: every reward is asked about each sample with a part of such a status (error,
-    timeout, invalid, not_applicable, ok), from the first round on that has one. All other samples keep their scores.
+    --only scores again what failed: all samples with a part of such a status (error, timeout, invalid, not_applicable,
+    ok) get new scores from every reward, from the first round on that has one. All other samples keep their scores.
     """
     from raftune.cli.commands.evaluate import carry_out
     from raftune.cli.flags import read_tokens

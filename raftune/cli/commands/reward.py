@@ -25,22 +25,24 @@ def check(
     *,
     samples: Annotated[
         str | None,
-        Parameter(help="Data set with prompt and completion, or images; without it, our own."),
+        Parameter(help="Data set with prompt and completion, or images; default: built-in examples."),
     ] = None,
-    images: Annotated[bool, Parameter(negative="", show_default=False, help="Without samples, try images.")] = False,
+    images: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Use image examples if no samples are given.")
+    ] = False,
     options: Annotated[str | None, Parameter(help="The reward's options, as JSON.")] = None,
-    timeout: Annotated[float, Parameter(help="Seconds that one call may take.")] = 120.0,
-    device: Annotated[str, Parameter(help="Where a reward model runs: auto, cpu, cuda, mps.")] = "auto",
+    timeout: Annotated[float, Parameter(help="Time limit of one call, in seconds.")] = 120.0,
+    device: Annotated[str, Parameter(help="Device of a reward model: auto, cpu, cuda, mps.")] = "auto",
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the report as JSON.")] = False,
 ) -> int:
-    """Call a reward on samples again and again, and report signature, values, failures, determinism and speed.
+    """Try a reward on samples and report signature, values, failures, determinism and speed.
 
     raftune reward check rewards.py:polite --samples answers.jsonl
     raftune reward check length --options '{"target": 20}'
     raftune reward check rewards.py:tidy --images
 
-    Further columns of the samples reach the reward by keyword. Exit code 0 where every sample got a number or a None,
-    the same when asked again, in any order and in smaller calls; 3 where not.
+    Other columns of the samples are passed to the reward by keyword. The exit code is 0 if every sample got a number or
+    None, and the same again in any order and batch size; otherwise 3.
     """
     from raftune.config.rewards import RewardSpec
     from raftune.rewards import check_reward

@@ -26,24 +26,26 @@ def score(
     spec: Annotated[str, Parameter(name="MODEL", help="A model's folder, or any reward as in rewards.reward_funcs.")],
     file: Annotated[str, Parameter(help="Prompts with completions or images, or preferences; a file or a folder.")],
     *,
-    out: Annotated[str | None, Parameter(help="Where the rows go: FILE.jsonl or FILE.parquet.")] = None,
+    out: Annotated[str | None, Parameter(help="Output file: FILE.jsonl or FILE.parquet.")] = None,
     split: Annotated[str, Parameter(help="Split of a hub or `datasets` folder.")] = "train",
-    dialogues: Annotated[Literal["text", "messages"], Parameter(help="What dialogues as in HH-RLHF become.")] = "text",
+    dialogues: Annotated[
+        Literal["text", "messages"], Parameter(help="HH-RLHF dialogues as text, or as messages.")
+    ] = "text",
     options: Annotated[str | None, Parameter(help="The reward's options, as JSON.")] = None,
-    timeout: Annotated[float, Parameter(help="Seconds that one call may take.")] = 120.0,
-    device: Annotated[str, Parameter(help="Where a reward model runs: auto, cpu, cuda, mps.")] = "auto",
+    timeout: Annotated[float, Parameter(help="Time limit of one call, in seconds.")] = 120.0,
+    device: Annotated[str, Parameter(help="Device of a reward model: auto, cpu, cuda, mps.")] = "auto",
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Score a file of answers with any reward; of preferences both answers, and how often the preferred one wins.
+    """Score a file of completions or preferences with any reward; of preferences, also how often the chosen one wins.
 
     raftune reward score rm/model answers.jsonl --out scored.parquet
     raftune reward score length prefs.jsonl.gz --options '{"target": 200}'
     raftune reward score clip_score images/ --options '{"model": "openai/clip-vit-base-patch32"}'
 
-    FILE has prompt and completion, other columns reach the reward and are kept; or preferences in any format that
-    `raftune reward train` reads. Images are a column `image` (bytes, or paths that begin where FILE lies), or a
-    folder with metadata.jsonl (file_name, prompt) or a text file beside each. Rows that cannot be read and answers that
-    cannot be scored are counted and named.
+    FILE has prompt and completion (other columns are passed to the reward and kept), or preferences in any format that
+    `raftune reward train` reads. Images are a column `image` (bytes, or paths relative to FILE), or a folder with
+    metadata.jsonl (file_name, prompt) or a text file beside each. Rows that cannot be read and samples that cannot be
+    scored are counted and reported.
     """
     from raftune.rewards.files import summary, write_scored
 

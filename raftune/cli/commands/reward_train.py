@@ -25,18 +25,18 @@ def train(
     *words: Tokens,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the report as JSON.")] = False,
 ) -> None:
-    """Train a reward model on preferences or ratings, and say what it is worth on prompts that it has not seen.
+    """Train a reward model on preferences or ratings, and evaluate it on held-out prompts.
 
     raftune reward train prefs.jsonl --model distilbert-base-uncased --output-dir rm
     raftune reward train ratings.parquet --model starter --output-dir rm --num-train-epochs 3
 
-    DATA is JSON lines (also gzipped), CSV, Parquet, a `datasets` folder or a name on the hub: dialogues as in HH-RLHF,
-    chosen and rejected with or without a prompt, ranked completions, or prompt, completion and score. A row that cannot
-    be used is left out, counted, and named in skipped.jsonl. FILE.yaml holds any of the fields below.
+    DATA is JSON lines (also gzipped), CSV, Parquet, a `datasets` folder or a hub name: HH-RLHF dialogues, chosen and
+    rejected with or without a prompt, ranked completions, or prompt, completion and score. Rows that cannot be used are
+    counted and listed in skipped.jsonl. FILE.yaml holds any of the fields below.
 
-    The directory then holds model/, a plain transformers folder that any run takes as a reward, report.json and
-    held_out.parquet. A model that is not better than chance on the held-out prompts is not put there, and the exit code
-    is 3: --allow-chance puts it there all the same. Stopped at any time, the same command goes on where it was.
+    The directory gets model/ (a plain transformers folder that any run takes as a reward), report.json and
+    held_out.parquet. A model that is not better than chance on the held-out prompts is not saved, and the exit code is
+    3; --allow-chance saves it. The same command resumes an interrupted training.
     """
     from raftune.cli.flags import data_and_files, read_tokens
     from raftune.config.load import load_as

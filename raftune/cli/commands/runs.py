@@ -16,11 +16,11 @@ STYLES = {FINISHED: "green", IN_USE: "cyan", DAMAGED: "bold red"}
 
 
 def runs(
-    folder: Annotated[str, Parameter(help="The folder that holds them.")] = "runs",
+    folder: Annotated[str, Parameter(help="The folder.")] = "runs",
     *,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print a JSON list.")] = False,
 ) -> None:
-    """List the runs in a folder: how far each is, its best round, and whether it can be resumed."""
+    """List the runs in a folder: progress, best round, and whether they can be resumed."""
     found = sorted((status_of(path) for path in all_runs(folder)), key=lambda status: status.when)
     if json:
         print(js.dumps([status.as_json() for status in found]))

@@ -29,30 +29,28 @@ GUTTER = 12
 def samples(
     run: Annotated[str, Parameter(help="The run's directory.")],
     *,
-    round_: Annotated[int | None, Parameter(name="--round", help="The round; without it, the last one.")] = None,
-    held_out: Annotated[
-        bool, Parameter(negative="", show_default=False, help="The samples that judged the round.")
-    ] = False,
-    prompt: Annotated[str | None, Parameter(help="Only prompts with this text in them, or with this id.")] = None,
-    sort: Annotated[Sort, Parameter(help="The order of prompts; margin: of the best over the mean.")] = "order",
+    round_: Annotated[int | None, Parameter(name="--round", help="The round; default: the last one.")] = None,
+    held_out: Annotated[bool, Parameter(negative="", show_default=False, help="Show the held-out samples.")] = False,
+    prompt: Annotated[str | None, Parameter(help="Only prompts that contain this text, or have this id.")] = None,
+    sort: Annotated[Sort, Parameter(help="Order of the prompts; margin: best minus mean.")] = "order",
     number: Annotated[int, Parameter(name=["--number", "-n"], help="Prompts to show.")] = 3,
     full: Annotated[
         bool, Parameter(negative="", show_default=False, help="Whole completions, not their first line.")
     ] = False,
     save: Annotated[
-        str | None, Parameter(help="Write the images shown into this new folder, with a line each in metadata.jsonl.")
+        str | None, Parameter(help="Save the shown images in this new folder, with metadata.jsonl.")
     ] = None,
     json: Annotated[
         bool, Parameter(negative="", show_default=False, help="Print JSON lines, one for each sample.")
     ] = False,
 ) -> None:
-    """Browse what a round generated, what it kept (★), and why.
+    """Show a round's samples, with scores, verdicts (★: kept) and reasons.
 
     raftune samples runs/mine --round 3 --sort margin -n 5
     raftune samples runs/mine --prompt "birthday" --held-out
     raftune samples runs/images --sort best -n 20 --save best
 
-    An image is named by the SHA-256 of its PNG file, whose beginning is shown.
+    An image is named by the SHA-256 of its PNG file, of which the beginning is shown.
     """
     if number < 1:
         raise ConfigError(f"--number must be at least 1; got {number}. Leave it out for 3.")

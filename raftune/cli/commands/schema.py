@@ -8,7 +8,7 @@ from raftune.config.run import RunConfig
 
 
 def schema() -> None:
-    """Print the JSON schema of the configuration: every field with its type, its default and what it does.
+    """Print the JSON schema of the configuration: every field with type, default and description.
 
     raftune schema > raftune.schema.json     editors check YAML against it
     """

@@ -16,28 +16,30 @@ def select(
     run: Annotated[str, Parameter(help="The run's directory.")],
     *flags: Tokens,
     round_: Annotated[str, Parameter(name="--round", help="A number, or all.")] = "all",
-    scores: Annotated[str | None, Parameter(help="Go by the scores of this `raftune rescore`: its NAME.")] = None,
+    scores: Annotated[str | None, Parameter(help="Use the scores of this `raftune rescore`: its NAME.")] = None,
     dry_run: Annotated[
         bool, Parameter(name="--dry-run", negative="", show_default=False, help="Write nothing.")
     ] = False,
     diff: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Show answers that would come and go.")
+        bool, Parameter(negative="", show_default=False, help="Show completions that would be added or removed.")
     ] = False,
-    show: Annotated[int | None, Parameter(help="Prompts that --diff shows: those that would change most [3].")] = None,
-    name: Annotated[str | None, Parameter(help="Where it goes: RUN/whatif/NAME; else the changed settings.")] = None,
+    show: Annotated[
+        int | None, Parameter(help="Number of prompts that --diff shows: those that would change most [3].")
+    ] = None,
+    name: Annotated[
+        str | None, Parameter(help="Name of the result, in RUN/whatif/NAME; default: the changed settings.")
+    ] = None,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the outcome as JSON.")] = False,
 ) -> None:
-    """Select again from what a run has generated and scored, by another rule or at a smaller K, and compare.
+    """Select again from a run's scored samples, with another rule or a smaller K, and compare.
 
     raftune select runs/mine --selection.rule top_m --selection.m 2 --dry-run --diff
     raftune select runs/mine --sampling.num_generations 4 --dry-run
     raftune select runs/mine --scores judge --selection.rule top_fraction --selection.keep_fraction 0.1
 
-    Every field of `selection` is a flag. --sampling.num_generations takes the first so many samples of each prompt,
-    which
-    are what the policy would have generated at that K. The run itself stays as it is: verdicts go to RUN/whatif/NAME,
-    or
-    nowhere with --dry-run.
+    Every field of `selection` is a flag. --sampling.num_generations uses the first N samples of each prompt, which are
+    what the policy would have generated at that K. The run is not changed: verdicts are written to RUN/whatif/NAME, or
+    not at all with --dry-run.
     """
     from raftune.analysis.whatif import reselect
     from raftune.cli.flags import read_tokens

@@ -31,21 +31,21 @@ def sft(
     *words: Tokens,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the report as JSON.")] = False,
 ) -> None:
-    """Teach a model answers: the preferred ones of preference data, or any prompts with completions, or dialogues.
+    """Supervised fine-tuning on the chosen completions of preferences, prompts with completions, or dialogues.
 
     raftune sft prefs.jsonl --policy.model gpt2 --output-dir sft --training.learning_rate 2e-5
 
-    DATA is JSON lines (also gzipped), CSV, Parquet, a `datasets` folder or a name on the hub: dialogues as in HH-RLHF,
-    chosen and rejected with or without a prompt, ranked completions, prompt and completion, or messages. A row that
-    cannot be used is left out, counted, and named in skipped.jsonl. FILE.yaml holds any of the fields below.
+    DATA is JSON lines (also gzipped), CSV, Parquet, a `datasets` folder or a hub name: HH-RLHF dialogues, chosen and
+    rejected with or without a prompt, ranked completions, prompt and completion, or messages. Rows that cannot be used
+    are counted and listed in skipped.jsonl. FILE.yaml holds any of the fields below.
 
-    Of answers with a score (or rating, or reward) say which to learn: --min-score 4 those of 4 or more, --keep best the
-    best of each prompt, --keep all every one. Columns of other names: --columns prompt=question,completion=reply.
+    For completions with a score (or rating, or reward) choose what to train on: --min-score 4 takes those of 4 or more,
+    --keep best the best of each prompt, --keep all every one. Other column names: --columns
+    prompt=question,completion=reply.
 
-    The directory then holds model/, which transformers or peft loads and `raftune train` takes as policy.model,
-    rows.parquet (exactly what was learned from), prompts.jsonl and held_out.jsonl (for the rounds that come after) and
-    report.json (with the perplexity of held-out answers before and after). Stopped at any time, the same command goes
-    on where it was, to the same bytes.
+    The directory gets model/ (loaded by transformers or peft, and by `raftune train` as policy.model), rows.parquet
+    (the exact training rows), prompts.jsonl and held_out.jsonl (for later rounds) and report.json (with the perplexity
+    of held-out completions before and after). The same command resumes an interrupted training, to the same bytes.
     """
     from raftune.cli.flags import data_and_files, read_tokens
     from raftune.config.load import load_as

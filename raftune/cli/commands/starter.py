@@ -22,18 +22,18 @@ SAID = {
 
 
 def starter(
-    directory: Annotated[str, Parameter(help="A folder that is empty, or not there yet.")],
+    directory: Annotated[str, Parameter(help="An empty or new folder.")],
     *,
-    rows: Annotated[int, Parameter(help="Preferences, and ratings, to write.", validator=Number(gte=10))] = 2000,
-    seed: Annotated[int, Parameter(help="Other rows of the same kind.")] = 0,
+    rows: Annotated[int, Parameter(help="Number of preferences, and of ratings.", validator=Number(gte=10))] = 2000,
+    seed: Annotated[int, Parameter(help="Seed of the rows.")] = 0,
     json: Annotated[
         bool, Parameter(negative="", show_default=False, help="Print counts and commands as JSON.")
     ] = False,
 ) -> None:
-    """Write preferences, ratings and prompts of the bundled assistant, to take the whole path by commands.
+    """Write example preferences, ratings and prompts, and print the commands that use them.
 
-    Its replies are good, rude, curt or beside the point. Who prefers and rates knows how they were made, and errs as
-    people do: one preference in twenty is turned round, and a rating is off by some tenths. No network.
+    The replies of the bundled assistant are good, rude, curt or off topic. The simulated annotators err: one preference
+    in twenty is swapped, and ratings are off by some tenths. No network.
     """
     from raftune.starters.text.preferences import write_starter
 

@@ -13,21 +13,22 @@ from raftune.cli.flags import Tokens
 
 def train(
     *files: Tokens,
-    from_: Annotated[str | None, Parameter(name="--from", help="Redo from here on: STAGE, or ROUND/STAGE.")] = None,
+    from_: Annotated[
+        str | None, Parameter(name="--from", help="Redo from this stage on: STAGE, or ROUND/STAGE.")
+    ] = None,
     only: Annotated[
         str | None,
-        Parameter(help="With --from score: score only samples of these statuses again, such as error,timeout."),
+        Parameter(help="With --from score: score only samples with these statuses again, such as error,timeout."),
     ] = None,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the outcome as JSON.")] = False,
 ) -> None:
-    """Run a configuration: begin it, continue it, or find it finished.
+    """Train. Resumes if the run exists.
 
     raftune train base.yaml mine.yaml --training.learning_rate 1e-4 --num-rounds 12
 
-    FILES are YAML, later ones over earlier ones; any field of the configuration is a flag, and goes over all files
-    (`raftune schema` lists the fields). The same configuration in the same directory goes on where it stopped. Another
-    one is refused with the difference shown, unless --from says from which stage on to do the work again; what was
-    there moves to superseded/.
+    FILES are YAML, later ones override earlier ones; any field of the configuration is a flag and overrides the files
+    (`raftune schema` lists the fields). The same configuration in the same directory resumes. Another configuration is
+    refused with the difference, unless --from names the stage to redo from; the earlier results move to superseded/.
     """
     from raftune.cli.flags import read_tokens
     from raftune.cli.run_command import work

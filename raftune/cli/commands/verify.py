@@ -29,9 +29,9 @@ def verify(
     *,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the findings as JSON.")] = False,
 ) -> int:
-    """Hash everything in a run again, and name what is missing, changed, or made from something else.
+    """Check the hashes of everything in a run, and name what is missing, changed, or inconsistent.
 
-    Exit code 0 where all is as it was committed, 1 where anything is not.
+    The exit code is 0 if everything is as committed, otherwise 1.
     """
     faults = runs.verify(run)
     commits = list(readable(RunFolder(run)))
