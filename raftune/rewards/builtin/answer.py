@@ -21,20 +21,19 @@ Extract = Literal["last_number", "boxed", "exact"]
 @builtin("answer", media=("text", "messages"), example={"column": "answer", "extract": "last_number"})
 @dataclass
 class AnswerReward(BuiltInReward):
-    """1.0 where the answer found in the completion equals the column's, else 0.0; None where the column holds none.
+    """1.0 if the answer in the completion equals the column's, else 0.0; None if the column has none.
 
     Numbers are compared as numbers: 1,000, $1000 and 1000.0 are equal;
-    anything else as text without case, outer spaces, dollar signs and trailing dot. A column in the form of GSM8K (a
-    solution that ends in `#### 42`) stands for what follows its last ####; a column that holds no answer of the asked
-    kind (no number in it) gives None.
+    other answers as text without case, outer spaces, dollar signs and a trailing dot. In a GSM8K column (a solution
+    that ends in `#### 42`) the answer follows the last ####. A column without an answer of this kind (without a number)
+    gives None.
     """
 
-    column: Annotated[str, Field(description="The data's column that holds the right answer.")] = "answer"
+    column: Annotated[str, Field(description="Column with the correct answer.")] = "answer"
     extract: Annotated[
         Extract,
         Field(
-            description="Where the completion's answer is: its last_number, its last \\boxed{…} braces, or exact: all "
-            "of it."
+            description="The answer in the completion: last_number, last \\boxed{…}, or exact (the whole completion)."
         ),
     ] = "last_number"
 

@@ -20,21 +20,20 @@ from raftune.rewards.registry import BuiltInReward, builtin
 @builtin("colour", media=("image",), example={"measure": "distance", "colour": [255, 0, 0]})
 @dataclass
 class ColourReward(BuiltInReward):
-    """One number an image, by `measure`.
+    """A statistic of an image's colours, chosen by `measure`.
 
     brightness: mean luma, 0 (black) to 1 (white). contrast: standard deviation of the luma, 0 to 0.5. saturation: mean
-    of (max - min) / max over a pixel's channels, 0 (grey) to 1. colourfulness: as Hasler and Süsstrunk 2003 have it, 0
-    (grey) to about 1 where many strong colours meet (their scale divided by 255). warmth: mean red less mean blue, -1
-    to 1. distance: root mean square distance of the pixels to `colour`, 0 (all of that colour) to 1; give it a
-    negative weight to come near.
+    of (max - min) / max over a pixel's channels, 0 (grey) to 1. colourfulness: Hasler and Süsstrunk 2003, their scale
+    divided by 255, 0 (grey) to about 1. warmth: mean red minus mean blue, -1 to 1. distance: root mean square distance
+    of the pixels to `colour`, 0 to 1; use a negative weight to approach the colour.
     """
 
     measure: Annotated[
         Literal["brightness", "contrast", "saturation", "colourfulness", "warmth", "distance"],
-        Field(description="Which statistic."),
+        Field(description="The statistic."),
     ] = "brightness"
     colour: Annotated[
-        tuple[int, int, int] | None, Field(description="Red, green, blue, each 0 to 255; for distance alone.")
+        tuple[int, int, int] | None, Field(description="Red, green, blue, each 0 to 255; only for distance.")
     ] = None
 
     def __post_init__(self) -> None:

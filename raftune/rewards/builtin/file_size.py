@@ -17,14 +17,14 @@ from raftune.rewards.registry import BuiltInReward, builtin
 @builtin("file_size", media=("image",), example={"format": "jpeg"})
 @dataclass
 class FileSizeReward(BuiltInReward):
-    """Thousands of bytes of the image as JPEG or PNG; above 0, and larger for larger images.
+    """Compressed size of the image as JPEG or PNG, in thousands of bytes.
 
     With a weight of -1 a policy learns images that compress well, with 1 images full of detail (Black et al. 2023,
     arXiv 2305.13301).
     """
 
-    format: Annotated[Literal["jpeg", "png"], Field(description="How the image is compressed.")] = "jpeg"
-    quality: Annotated[int, Field(description="Of the JPEG, 1 to 100; PNG is lossless and has none.")] = 95
+    format: Annotated[Literal["jpeg", "png"], Field(description="The image format.")] = "jpeg"
+    quality: Annotated[int, Field(description="JPEG quality, 1 to 100; not used for PNG.")] = 95
 
     def __post_init__(self) -> None:
         if not 1 <= self.quality <= 100:

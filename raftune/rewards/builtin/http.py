@@ -31,22 +31,21 @@ MOST_BYTES = 4 * 2**20  # of an answer: numbers for a few samples, and whatever 
 @builtin("http", media=("text", "messages", "image"), example={"url": "http://127.0.0.1:8000/score"})
 @dataclass
 class HttpReward(BuiltInReward):
-    """What the server at `url` answers, one number or null a sample, in order; its range is the server's.
+    """The scores of a server: one number or null per sample, in order.
 
     Each request is a POST of {"prompts": […], "completions": […], "media": "text" or "image", "columns": {name: […]}},
-    images as PNG in base64, and the answer to it {"scores": […]}. Only this address is asked: a redirect is an error.
-    What the server calls an error, or says beside the format, is the error of that call; rewards.timeout ends one that
-    takes too long, and rewards.retries asks again.
+    images as PNG in base64. The response is {"scores": […]}. Redirects, errors of the server and other responses are
+    errors of that call. rewards.timeout limits its time, and rewards.retries repeats it.
     """
 
     url: Annotated[str, Field(description="The server's address.")]
     batch_size: Annotated[int, Field(description="Samples in a request.")] = 16
-    concurrency: Annotated[int, Field(description="Requests under way at once.")] = 4
+    concurrency: Annotated[int, Field(description="Concurrent requests.")] = 4
     columns: Annotated[
-        list[str] | None, Field(description="Which columns of the data are sent with the samples; null: all.")
+        list[str] | None, Field(description="Columns of the data that are sent with the samples; null: all.")
     ] = None
     key_env: Annotated[
-        str | None, Field(description="The environment variable whose value is sent as the bearer token.")
+        str | None, Field(description="Environment variable whose value is sent as the bearer token.")
     ] = None
     headers: Annotated[
         dict[str, str] | None, Field(description="Further headers of each request, such as X-Api-Key: ${MY_KEY}.")

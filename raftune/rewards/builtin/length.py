@@ -16,14 +16,14 @@ from raftune.rewards.registry import BuiltInReward, builtin
 @builtin("length", media=("text", "messages"), example={"target": 20})
 @dataclass
 class LengthReward(BuiltInReward):
-    """0 for a length within [min, max] (or at the target), below it minus the relative distance to the nearer bound.
+    """0 for a length within [min, max] or at the target, otherwise minus the relative distance to the nearest bound.
 
     A length of 30 against a target of 20 gives -0.5. Give either target, or min, max or both.
     """
 
-    target: Annotated[float | None, Field(description="The wanted length.")] = None
-    min: Annotated[float | None, Field(description="The least length without a penalty.")] = None
-    max: Annotated[float | None, Field(description="The greatest length without a penalty.")] = None
+    target: Annotated[float | None, Field(description="The target length.")] = None
+    min: Annotated[float | None, Field(description="The smallest length without a penalty.")] = None
+    max: Annotated[float | None, Field(description="The largest length without a penalty.")] = None
     unit: Unit = "words"
 
     def __post_init__(self) -> None:

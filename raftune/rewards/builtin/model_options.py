@@ -27,8 +27,8 @@ PICK_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # what it was trained 
 class ClassifierOptions:
     """A sequence-classification model: a reward model's number, or the log-odds of one label of a text classifier.
 
-    What is null is as the model was trained, where `raftune reward train` made it. A folder or hub name alone, as the
-    spec, stands for this reward with that model.
+    Options that are null are those of the model's training, if `raftune reward train` made it. A folder or hub name as
+    the spec stands for this reward with that model.
     """
 
     model: Annotated[str, Field(description="Folder or hub name of the model.")] = ""
@@ -42,11 +42,11 @@ class ClassifierOptions:
     ] = "log_odds"
     normalize: Annotated[
         bool,
-        Field(description="(r - mean) / std of the model's scores for held-out answers of its training."),
+        Field(description="Return (r - mean) / std, with the model's scores of held-out completions of its training."),
     ] = False
     include_prompt: Annotated[
         bool | None,
-        Field(description="Whether the prompt is read too; without it a message's bare content is. null: it is."),
+        Field(description="Whether the prompt is an input, too; if not, a message's content only. null: it is."),
     ] = None
     append_eos: Annotated[
         bool | None, Field(description="End plain texts with the EOS token, as TRL's RewardTrainer does. null: not.")
@@ -60,7 +60,7 @@ class ClassifierOptions:
     batch_size: Annotated[int, Field(description="Texts in a forward pass, grouped by length.")] = 16
     dtype: Dtype = "float32"
     revision: Revision = None
-    trust_remote_code: Annotated[bool, Field(description="Run code that the model's repository brings.")] = False
+    trust_remote_code: Annotated[bool, Field(description="Run code from the model's repository.")] = False
 
 
 @builtin(
@@ -72,21 +72,19 @@ class ClassifierOptions:
 )
 @dataclass
 class ClipScoreOptions:
-    """How well an image fits its prompt, by a CLIPModel: the cosine of the two, times the model's logit scale.
+    """Similarity of image and prompt by a CLIPModel: their cosine times the model's logit scale.
 
-    That is `logits_per_image`: for the published models from about 10 for an image of something else to 35 (Hessel et
+    This is `logits_per_image`: in the published models from about 10 (unrelated) to 35 (Hessel et
     al. 2021, arXiv 2104.08718).
     """
 
     model: Annotated[str, Field(description="Folder or hub name of a CLIPModel.")] = "openai/clip-vit-large-patch14"
     processor: Annotated[
         str | None,
-        Field(description="Folder or hub name of the image processor and tokenizer, where the model's own lacks them."),
+        Field(description="Folder or hub name of the image processor and tokenizer, if the model has none."),
     ] = None
-    cosine: Annotated[bool, Field(description="The cosine alone, in [-1, 1], without the logit scale.")] = False
-    column: Annotated[
-        str | None, Field(description="The data's column with the text to compare with; null: the prompt.")
-    ] = None
+    cosine: Annotated[bool, Field(description="The cosine in [-1, 1], without the logit scale.")] = False
+    column: Annotated[str | None, Field(description="Column with the text to compare with; null: the prompt.")] = None
     batch_size: PictureBatch = 32
     dtype: Dtype = "float32"
     revision: Revision = None
@@ -95,9 +93,9 @@ class ClipScoreOptions:
 @builtin("pick_score", media=("image",), example={}, loads="raftune.rewards.builtin.clip_score:ClipScoreReward")
 @dataclass
 class PickScoreOptions(ClipScoreOptions):
-    """As clip_score, by a model that was trained on people's choices between images (arXiv 2305.01569).
+    """As clip_score, with a model trained on human choices between images (arXiv 2305.01569).
 
-    The published model brings no processor; the one that it was trained with is taken.
+    The published model has no processor; that of its training is used.
     """
 
     model: Annotated[str, Field(description="Folder or hub name of a CLIPModel.")] = PICK_SCORE
@@ -116,20 +114,20 @@ class PickScoreOptions(ClipScoreOptions):
 )
 @dataclass
 class AestheticOptions:
-    """How good an image looks, whatever it shows: a small network over the CLIP vector of the image."""
+    """Aesthetic quality of an image: a small network on its CLIP vector, independent of the prompt."""
 
     model: Annotated[
         str,
         Field(
-            description="A folder that `save_head` wrote, or a safetensors file of linear layers (layers.N.weight, "
-            "layers.N.bias), as the published aesthetic predictor has them."
+            description="A folder written by `save_head`, or a safetensors file of linear layers (layers.N.weight, "
+            "layers.N.bias), like the published aesthetic predictor."
         ),
     ]
     clip: Annotated[
         str | None,
         Field(
-            description="Folder or hub name of the CLIPModel that the head reads. null: as the folder says, for a bare "
-            "file the published predictor's."
+            description="Folder or hub name of the CLIPModel that the head needs. null: as in the folder; for a "
+            "bare file the published predictor's."
         ),
     ] = None
     batch_size: PictureBatch = 32

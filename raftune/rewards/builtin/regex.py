@@ -18,13 +18,13 @@ from raftune.rewards.registry import BuiltInReward, builtin
 @builtin("regex", media=("text", "messages"), example={"pattern": "(?i)thank you"}, own_process=True)
 @dataclass
 class RegexReward(BuiltInReward):
-    """`match` where the pattern is found, else `otherwise`; with mode `count`, `match` times the number of matches."""
+    """`match` if the pattern is found, else `otherwise`; with mode `count`, `match` times the number of matches."""
 
     pattern: Annotated[
         str,
         Field(
-            description="A Python regular expression. Flags go into it: `(?i)` for either case, `(?s)` where a dot may "
-            "match a line break."
+            description="A Python regular expression. Flags are inline: `(?i)` ignores case, `(?s)` lets a dot match "
+            "line breaks."
         ),
     ]
     match: Annotated[float, Field(description="The reward of a match.")] = 1.0
@@ -32,8 +32,7 @@ class RegexReward(BuiltInReward):
     mode: Annotated[
         Literal["search", "fullmatch", "count"],
         Field(
-            description="search: anywhere; fullmatch: the whole completion; count: each match counts, overlapping ones "
-            "once."
+            description="search: anywhere; fullmatch: the whole completion; count: number of non-overlapping matches."
         ),
     ] = "search"
 

@@ -16,12 +16,12 @@ from raftune.rewards.registry import BuiltInReward, builtin
 @builtin("repetition", media=("text", "messages"), example={"ngram_size": 3})
 @dataclass
 class RepetitionReward(BuiltInReward):
-    """Minus the share of n-grams that stood in the completion before, in [-1, 0]; case does not matter.
+    """Minus the share of n-grams that occurred earlier in the completion, in [-1, 0]; case is ignored.
 
     `a b a b a b` has the bigrams ab, ba, ab, ba, ab: three of five are repeated, and the reward is -0.6.
     """
 
-    ngram_size: Annotated[int, Field(description="How many units in a row make one n-gram.")] = 3
+    ngram_size: Annotated[int, Field(description="Units per n-gram.")] = 3
     unit: Unit = "words"
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ __all__ = ["TEXT_MEDIA", "Unit", "pieces", "text_of"]
 TEXT_MEDIA = frozenset({"text", "messages"})
 Unit = Annotated[
     Literal["words", "characters", "tokens"],
-    Field(description="What is counted: words between white space, characters, or tokens (EOS included)."),
+    Field(description="What is counted: words (separated by white space), characters, or tokens (EOS included)."),
 ]
 
 
