@@ -192,6 +192,23 @@ class SupportsObjectives(Protocol):
 
 
 @runtime_checkable
+class SupportsTrainer(Protocol):
+    """A family whose `train` goes through transformers' Trainer: the options of `training` are tried when planning."""
+
+    uses_trainer: bool
+
+
+@runtime_checkable
+class SupportsDescription(Protocol):
+    """A family that names its samples and the options that shape them; without it answers and their temperature."""
+
+    @classmethod
+    def describe_samples(cls, config: Any, count: int) -> str:
+        """So many samples, in words, and by which options they are generated: 4 images, 30 steps."""
+        ...
+
+
+@runtime_checkable
 class SupportsConfigCheck(Protocol):
     """A policy that says which options it does not have: asked again where a run goes on under another
     configuration.

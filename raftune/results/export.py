@@ -136,7 +136,7 @@ def shaping(run: RunFolder, kind: str, allow_code: bool = False) -> Iterator[Cal
     config = resolve_starters(config)
     family, start = family_of(config), run.folder(0, "model")
     encoder = None
-    if family.media != "image":
+    if "completion_ids" in family.payload.names:
         encoder = getattr(load_policy(family, config, start, start), "encoder", None)
     if encoder is None:
         raise ConfigError(f"--format sft-tokens needs a family with tokens; got {config.policy.family}. Write sft.")

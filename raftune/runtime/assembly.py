@@ -20,7 +20,15 @@ from raftune.evaluation.images import looked_at
 from raftune.evaluation.metrics import METRICS, load_metrics, measured, metric_code
 from raftune.policies.registry import Family, code_of, family_of, load_policy, start_policy
 from raftune.policies.teacher import start_teacher, teacher_config
-from raftune.protocols import ChunkedStage, FeatureExtractor, Policy, Stage, SupportsBackends
+from raftune.protocols import (
+    ChunkedStage,
+    FeatureExtractor,
+    Policy,
+    Stage,
+    SupportsBackends,
+    SupportsLogProbs,
+    SupportsPromptCheck,
+)
 from raftune.records import LATENTS
 from raftune.rewards.combining import with_counts
 from raftune.rewards.panel import SampleScorer
@@ -59,6 +67,8 @@ class PythonObjects:
 
 
 LATENTS_GONE = "keep_latents: selected; rows/ holds those of what was kept"
+TEXTS = ("text", "messages")
+CONDENSE = {"image": looked_at}  # by medium: what alarms and metrics read in place of a completion
 SMALL = 256 * 2**20  # bytes: models that together stay below this may lie in memory side by side
 
 
@@ -180,7 +190,7 @@ class Runtime:
         ]
         if config.sampling.teacher is not None:
             stages.append(StartStage(lambda out: start_teacher(self.family, config, out), name="teacher"))
-        if hasattr(self.family, "unread"):
+        if isinstance(self.family, SupportsPromptCheck):
             text, sampling = self.family.media == "text", config.sampling
             teacher = text and sampling.teacher is not None
             columns = sampling.candidate_columns if text else ()
@@ -189,7 +199,7 @@ class Runtime:
                     self.policies, data, drop=self.drops, teacher=teacher, columns=columns, starter=self.starter
                 )
             )
-        if hasattr(self.family, "choose_backend"):
+        if isinstance(self.family, SupportsBackends):
             here = isinstance(self.engine, InProcessEngine)
             stages.append(ParityStage(self.policies, (lambda: None) if here else self.policies.release, self.drops))
         return stages
@@ -253,7 +263,6 @@ class Runtime:
         if evaluation.features is not None:
             stages.append(FeaturesStage(self.extractor))
             shards.append("features")
-        media, condense = self.family.media, looked_at if self.family.media == "image" else None
         own = None
         if evaluation.metrics:
             own = OwnMetrics(lambda: load_metrics(evaluation), metric_code(evaluation), measured)
@@ -261,9 +270,9 @@ class Runtime:
             EvaluateStage(
                 tuple(METRICS.values()),
                 shards=tuple(shards),
-                media=media,
+                media=self.family.media,
                 references=references,
-                condense=condense,
+                condense=CONDENSE.get(self.family.media),
                 own=own,
             )
         )
@@ -275,7 +284,7 @@ class Runtime:
             return []
         judges = bool(evaluation.num_prompts and evaluation.reward_funcs)
         kl = evaluation.kl and bool(evaluation.num_prompts) and self.has_log_probs()
-        looks = evaluation.num_prompts and self.family.media in ("text", "messages", "image")
+        looks = evaluation.num_prompts and self.family.media in (*TEXTS, *CONDENSE)
         return [
             GuardStage(
                 RoundMonitor(guards),
@@ -288,8 +297,8 @@ class Runtime:
                     *(["logp", "logp-start"] if kl else []),
                 ),
                 judge=judge_in_words(held_out_names(self.config)) if judges else "",
-                texts=self.family.media in ("text", "messages"),
-                condense=looked_at if self.family.media == "image" else None,
+                texts=self.family.media in TEXTS,
+                condense=CONDENSE.get(self.family.media),
                 counts=self.counts,
             )
         ]
@@ -304,10 +313,10 @@ class Runtime:
     @property
     def drops(self) -> bool:
         """Whether prompts that the model cannot take are left out."""
-        return self.config.sampling.unusable_prompts == "drop" and hasattr(self.family, "unread")
+        return self.config.sampling.unusable_prompts == "drop" and isinstance(self.family, SupportsPromptCheck)
 
     def has_log_probs(self) -> bool:
-        return hasattr(self.family, "log_probs")
+        return isinstance(self.family, SupportsLogProbs)
 
     def panel(self) -> SampleScorer:
         """The rewards that the policy is trained on."""

@@ -12,7 +12,7 @@ from raftune.config.selection import Random, TopM
 from raftune.config.training import CustomTraining
 from raftune.errors import ConfigError
 from raftune.evaluation.metrics import load_metrics
-from raftune.protocols import SupportsObjectives
+from raftune.protocols import SupportsBackends, SupportsObjectives, SupportsPromptCheck, SupportsTrainer
 from raftune.records import LATENTS
 from raftune.rewards.panel import misfits
 from raftune.runtime.assembly import Runtime
@@ -67,7 +67,7 @@ def training(assembly: Runtime) -> Iterator[str]:
     package.
     """
     config = assembly.config
-    if config.policy.family not in ("causal_lm", "diffusion") or not config.num_rounds:
+    if not isinstance(assembly.family, SupportsTrainer) or not config.num_rounds:
         return
     if assembly.run.is_committed(config.num_rounds, "model"):  # nothing is trained any more
         return
@@ -95,7 +95,7 @@ def training(assembly: Runtime) -> Iterator[str]:
 
 
 def unusable(assembly: Runtime) -> Iterator[str]:
-    if assembly.config.sampling.unusable_prompts == "drop" and not hasattr(assembly.family, "unread"):
+    if assembly.config.sampling.unusable_prompts == "drop" and not isinstance(assembly.family, SupportsPromptCheck):
         yield (
             "sampling.unusable_prompts must be refuse for a family that does not say which prompts it cannot take; got "
             f"drop with policy.family: {assembly.config.policy.family}. Leave it out, or give the family `unread`."
@@ -130,13 +130,14 @@ def likelihood(assembly: Runtime) -> Iterator[str]:
     if beta > 0 and not assembly.has_log_probs():
         yield (
             f"selection.beta must be 0 for a family that knows no likelihoods; got {beta:g} with policy.family: "
-            f"{assembly.config.policy.family}. Set it to 0, or give the family `log_probs`."
+            f"{assembly.config.policy.family}. Set it to 0, or give the family `log_probs` and `recorded_log_probs`."
         )
     column = assembly.config.evaluation.reference_column
     if column is not None and not assembly.has_log_probs():
         yield (
             f"evaluation.reference_column must be left out for a family that knows no likelihoods; got {column!r} with "
-            f"policy.family: {assembly.config.policy.family}. Leave it out, or give the family `log_probs`."
+            f"policy.family: {assembly.config.policy.family}. Leave it out, or give the family "
+            "`log_probs` and `recorded_log_probs`."
         )
 
 
@@ -146,7 +147,7 @@ def selection(assembly: Runtime) -> Iterator[str]:
     """
     load_rule(assembly.config.selection)
     load_backend(assembly.config.sampling)
-    if assembly.config.sampling.backend != "auto" and not hasattr(assembly.family, "choose_backend"):
+    if assembly.config.sampling.backend != "auto" and not isinstance(assembly.family, SupportsBackends):
         yield (
             f"sampling.backend must be auto for policy.family: {assembly.config.policy.family}, which generates in its "
             f"own way; got {assembly.config.sampling.backend!r}. Leave it out."
@@ -212,7 +213,7 @@ def guards(assembly: Runtime) -> Iterator[str]:
     if chosen.max_kl is not None and not assembly.has_log_probs():
         yield (
             f"guards.max_kl must be left out for a family that knows no likelihoods; got {chosen.max_kl:g} with "
-            f"policy.family: {family}. Leave it out, or give the family `log_probs`."
+            f"policy.family: {family}. Leave it out, or give the family `log_probs` and `recorded_log_probs`."
         )
 
 

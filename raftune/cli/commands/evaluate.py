@@ -87,14 +87,15 @@ def as_json(
     }
 
 
-def drawn_words(config: RunConfig) -> str:
+def describe_samples(config: RunConfig) -> str:
     """How many answers or images a prompt was given, and by which options."""
-    count, dials = config.evaluation.num_generations, config.sampling.diffusion
-    if config.policy.family != "diffusion":
-        return f"{counted(count, 'answer')}, temperature {config.sampling.temperature:g}"
-    steps = [] if dials.num_inference_steps is None else [counted(dials.num_inference_steps, "step")]
-    guidance = [] if dials.guidance_scale is None else [f"guidance {dials.guidance_scale:g}"]
-    return ", ".join([counted(count, "image"), *steps, *guidance])
+    from raftune.policies.registry import family_of
+    from raftune.protocols import SupportsDescription
+
+    count, family = config.evaluation.num_generations, family_of(config)
+    if isinstance(family, SupportsDescription):
+        return family.describe_samples(config, count)
+    return f"{counted(count, 'answer')}, temperature {config.sampling.temperature:g}"
 
 
 def show(who: EvalTarget, config: RunConfig, root: Path, judged: dict[str, int], metrics: dict[str, Any]) -> None:
@@ -102,7 +103,7 @@ def show(who: EvalTarget, config: RunConfig, root: Path, judged: dict[str, int],
     from raftune.results.measures import best_of_k, measures, worth_of_k
     from raftune.results.summary import overlap_warning
 
-    echo(f"{who.words}: {judged['held_out']:,} held-out prompts x {drawn_words(config)}", style="bold")
+    echo(f"{who.words}: {judged['held_out']:,} held-out prompts x {describe_samples(config)}", style="bold")
     if warning := overlap_warning(root):
         echo(warning, style="yellow")
     echo("")

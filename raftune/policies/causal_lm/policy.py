@@ -69,7 +69,7 @@ class CausalLM:
 
     media = "text"
     payload = PAYLOAD
-    any_objective = True
+    any_objective = uses_trainer = True
 
     def __init__(self, config: FamilyConfig, folder: Path, start: Path) -> None:
         self.config, self.folder, self.start_folder = config, folder, start

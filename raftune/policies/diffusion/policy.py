@@ -26,6 +26,7 @@ from raftune.policies.diffusion.trainable import refuse_untunable
 from raftune.policies.unsupported import FamilyConfig, all_but, refuse_unused
 from raftune.protocols import Chunk, ModelUsage, TrainReport
 from raftune.records import INVALID, Prompt, Sample
+from raftune.sanitize import counted
 from raftune.training.devices import choose_device
 
 PAYLOAD = pa.schema(
@@ -47,6 +48,7 @@ class Diffusion:
 
     media = "image"
     payload = PAYLOAD
+    uses_trainer = True
 
     def __init__(self, config: FamilyConfig, folder: Path, start: Path) -> None:
         self.config, self.folder, self.start_folder = config, folder, start
@@ -81,6 +83,14 @@ class Diffusion:
         if references.read_record(folder).kind == "reference":
             return dict(policy)
         return {**policy, "model": str(folder), "revision": None}
+
+    @classmethod
+    def describe_samples(cls, config: FamilyConfig, count: int) -> str:
+        """So many images, with their steps and guidance where these are configured."""
+        options = config.sampling.diffusion
+        steps = [] if options.num_inference_steps is None else [counted(options.num_inference_steps, "step")]
+        guidance = [] if options.guidance_scale is None else [f"guidance {options.guidance_scale:g}"]
+        return ", ".join([counted(count, "image"), *steps, *guidance])
 
     def check_config(self) -> None:
         """Raises ConfigError for options that the family or this pipeline does not have; needs no weights."""
