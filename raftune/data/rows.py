@@ -114,7 +114,11 @@ class Feedback(Generic[T]):
         """What was read, in a line, and a line for each reason to skip, with its first rows."""
         used = len({row.row for row in self.rows})
         several = f" from {used:,} row{'' if used == 1 else 's'}" if used != len(self.rows) else ""
-        kind = type(self.rows[0]).__name__.lower() if self.rows else "row"
+        kind = (
+            ("pair" if isinstance(self.rows[0], PreferencePair) else type(self.rows[0]).__name__.lower())
+            if self.rows
+            else "row"
+        )
         counted = f"{len(self.rows):,} {kind}{'' if len(self.rows) == 1 else 's'}{several}"
         left = f"; {len(self.skipped):,} of {used + len(self.skipped):,} rows skipped" if self.skipped else ""
         return [f"{self.source}: {counted}, {self.format}{left}", *(f"  {line}" for line in reasons(self.skipped))]

@@ -243,8 +243,7 @@ def refuse_failures(scores: Iterable[pa.Table], limit: float) -> None:
         raise RewardError(
             f"rewards: {sum(failed.values())} of {counted(total, 'sample')} could not be scored ({counts}); "
             f"rewards.max_failure_fraction allows {limit:g}. For example: " + " | ".join(shown) + f". {MEND} "
-            f"`raftune resume RUN --from score --only {','.join(sorted(failed))}` (without --only all samples are "
-            "scored again)."
+            f"`raftune resume RUN --from score --only {','.join(sorted(failed))}`, which scores these samples again."
         )
 
 

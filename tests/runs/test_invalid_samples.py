@@ -117,7 +117,7 @@ def test_an_evaluation_of_invalid_samples_alone_measures_that(tmp_path: Path) ->
 def test_bytes_that_are_no_picture_are_told_with_their_sample() -> None:
     with SampleScorer(load_panel(config(Path("x")).rewards, [saturation])).panel as panel:
         samples = pa.table({"sample_id": ["s/1"], "completion": pa.array([b"no image"], pa.binary())})
-        with pytest.raises(DataError, match=r"sample s/1: these 10 bytes are no image"):
+        with pytest.raises(DataError, match=r"sample s/1: these 8 bytes are no image"):
             SampleScorer(panel).score_samples([Prompt("p", "a disc")], samples)
 
 

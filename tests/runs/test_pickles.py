@@ -91,7 +91,7 @@ def config(**changes: Any) -> dict[str, Any]:
         "policy": {"model": "model", "device": "cpu"},
         "selection": {"all_equal": "keep"},
         "sampling": {"num_generations": 2, "max_completion_length": 4},
-        "rewards": {"reward_funcs": [{"spec": "length", "options": {"target": 3, "chunk": "characters"}}]},
+        "rewards": {"reward_funcs": [{"spec": "length", "options": {"target": 3, "unit": "characters"}}]},
         "training": {"max_steps": 1},
         "evaluation": {"num_prompts": 2, "num_generations": 1},
         "engine": {"threads": 1},

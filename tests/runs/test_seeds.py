@@ -128,8 +128,8 @@ def test_out_of_memory_halves_the_batch_and_puts_it_on_record(tmp_path: Path) ->
 
     root = tmp_path / "run"
     run(tiny.config(root, **remembering(20)), tiny.objects(), observe=listen)
-    assert "unit 0: out of memory at batch 64; generated again at 32" in said
-    assert "unit 0: out of memory at batch 32; generated again at 16" in said
+    assert "chunk 0: out of memory at batch 64; generated again at 32" in said
+    assert "chunk 0: out of memory at batch 32; generated again at 16" in said
     assert (root / "round-0001/generate/chunk-00000.batch.json").is_file()
     assert pq.read_schema(root / "round-0001/generate/chunk-00000.parquet").metadata == {b"batch_size": b"16"}
     commit = RunFolder(root).commit(1, "generate")

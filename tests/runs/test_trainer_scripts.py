@@ -420,7 +420,7 @@ def test_a_failing_reward_is_explained_without_command_lines(tmp_path: Path) -> 
         raise ValueError("no")
 
     found = trainer(tmp_path / "run", failing, num_rounds=1, num_eval_prompts=0)
-    with pytest.raises(RaftuneError, match=r"train\(redo='score'\)") as told:
+    with pytest.raises(RaftuneError, match=r"train\(redo='score', only='error'\)") as told:
         found.train()
     assert not re.search(r"raftune (resume|train)|--from|`raftune", str(told.value))
 

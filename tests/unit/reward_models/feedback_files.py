@@ -10,7 +10,7 @@ from typing import Any
 
 from raftune.config.load import validate_as
 from raftune.config.reward_model import RewardModelConfig
-from raftune.reward_models.fitting import Observer
+from raftune.protocols import Callback
 from raftune.reward_models.training import RewardTrainingOutcome, train_reward_model
 from raftune.rewards import load_reward
 
@@ -70,5 +70,5 @@ def config_for(data: Path, model: Path, out: Path, **changes: Any) -> RewardMode
     return validate_as(RewardModelConfig, {**given, "num_train_epochs": 3, "learning_rate": 3e-3, **changes})
 
 
-def train(config: RewardModelConfig, observe: Observer = lambda kind, facts: None) -> RewardTrainingOutcome:
+def train(config: RewardModelConfig, observe: Callback = lambda kind, facts: None) -> RewardTrainingOutcome:
     return train_reward_model(config, lambda folder: load_reward(str(folder), device="cpu"), observe)

@@ -156,7 +156,7 @@ def test_answers_are_scored_by_any_reward_and_keep_their_columns(
     data, out = write(tmp_path / "a.jsonl", rows), tmp_path / "out.jsonl"
     with data.open("a") as file:
         file.write('{broken\n{"prompt": "Q", "completion": 3}\n')
-    options = json.dumps({"target": 2, "chunk": "words"})
+    options = json.dumps({"target": 2, "unit": "words"})
     command = ["reward", "score", "length", str(data), "--options", options, "--out", str(out), "--json"]
     assert main(command) == 0
     found = json.loads(capsys.readouterr().out)
