@@ -99,7 +99,7 @@ def test_the_buttons_of_the_picture_at_large_keep_the_focus(opened: Opened) -> N
 
 
 def test_a_picture_that_is_not_in_the_page_is_said_so(chromium: Browser, tmp_path: Path) -> None:
-    with Opened(chromium, written(tmp_path, painted(pictures={})), "#prompts") as page:
+    with Opened(chromium, written(tmp_path, painted(images={})), "#prompts") as page:
         assert "this image is not in this page" in page.text("#prompts .card")
         for screen in SCREENS:
             page.go(f"#{screen}")

@@ -69,16 +69,16 @@ class Alarms {
     const reason = el("span.why", inline(why ?? ""));
     if (!place) return el("li", reason, el("span.nothing", " ", inline(sample_id), " is not in this page"));
     const link = { href: hashOf(place.screen, { sample: sample_id }) };
-    if (this.page.pictured) return el("li", el("a", link, this.picture(place), reason));
+    if (this.page.pictured) return el("li", el("a", link, this.image(place), reason));
     const begins = el("span.begins", { dir: "auto" }, shown(oneLine(place.sample.completion) || "(empty)"));
     return el("li", el("a", link, begins, reason));
   }
 
-  /** The sample's picture, and what was asked for. */
-  picture({ sample, item }) {
-    const picture = frame(sample, wordsOf(item.prompt, sample.k ?? item.k));
+  /** The sample's image, and what was asked for. */
+  image({ sample, item }) {
+    const image = frame(sample, wordsOf(item.prompt, sample.k ?? item.k));
     const score = Number.isFinite(sample.score) ? el("span.why", `score ${number(sample.score, 2)}`) : null;
-    return [picture, el("span.begins", { dir: "auto" }, shown(oneLine(item.prompt))), score];
+    return [image, el("span.begins", { dir: "auto" }, shown(oneLine(item.prompt))), score];
   }
 }
 

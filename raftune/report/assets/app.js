@@ -17,7 +17,7 @@ function readDocument() {
   const found = JSON.parse(document.getElementById("run").textContent);
   const list = (given) => ({ shown: 0, of: 0, chosen_by: "", items: [], ...given });
   const lists = { prompts: list(found.prompts), compare: list(found.compare), learned: list(found.learned) };
-  for (const [name, picture] of Object.entries(found.pictures ?? {})) pictures.set(name, picture);
+  for (const [name, image] of Object.entries(found.images ?? {})) images.set(name, image);
   return { ...found, ...lists, missing: found.missing ?? [] };
 }
 

@@ -1,4 +1,4 @@
-// Pictures of the same prompt and seed beside each other, round by round: rows are prompts, columns are rounds.
+// Images of the same prompt and seed beside each other, round by round: rows are prompts, columns are rounds.
 
 const FIRST_ROWS = 8; // of the two grids on the overview
 
@@ -10,7 +10,7 @@ function roundTitles(rounds, best, chosen) {
   return el("div.grid-head", { "aria-hidden": "true" }, el("span.caption", "round"), rounds.map(head));
 }
 
-/** A row: the prompt, and its picture in each of the rounds. */
+/** A row: the prompt, and its image in each of the rounds. */
 function gridRow(item, rounds, caption, cell) {
   return el("li", caption, rounds.map((round) => cell(item, round, frame(answerOf(item, round), pairWords(item, round)))));
 }
@@ -41,8 +41,8 @@ function drawGallery(page) {
   const href = (item, round) => hashOf("compare", { pair: pairOf(item), round: round ? String(round) : null });
   const caption = (item) =>
     el("a.caption", { href: href(item, null) }, el("span", { dir: "auto" }, shown(oneLine(item.prompt))));
-  const cell = (item, round, picture) =>
-    el("a.cell", { href: href(item, round) }, picture, el("span.figure", number(item.answers[round]?.score, 2)));
+  const cell = (item, round, image) =>
+    el("a.cell", { href: href(item, round) }, image, el("span.figure", number(item.answers[round]?.score, 2)));
   const row = (item) => gridRow(item, rounds, caption(item), cell);
   const half = Math.ceil(Math.min(first.length, FIRST_ROWS) / 2);
   const grids = [first.slice(0, half), first.slice(half, FIRST_ROWS)].filter((some) => some.length);
@@ -53,10 +53,10 @@ function drawGallery(page) {
   box.append(note, ruled(el("div.grids", grids.map(grid)), rounds));
 }
 
-/** What is said where not every round has its pictures in the page. */
+/** What is said where not every round has its images in the page. */
 function roundsLeftOut({ rounds, of_rounds }) {
   if (!rounds || rounds.length >= of_rounds) return null;
-  return ` · pictures of ${rounds.length} of ${of_rounds} rounds: the start, the best, the last, those of alarms, others evenly`;
+  return ` · images of ${rounds.length} of ${of_rounds} rounds: the start, the best, the last, those of alarms, others evenly`;
 }
 
 class ComparePictures extends Compare {
@@ -90,7 +90,7 @@ class ComparePictures extends Compare {
     const given = { href: hashOf("compare", { ...rest, pair: pairOf(item) }), tabindex: "-1", "data-key": "" };
     const text = el("span", { dir: "auto" }, shown(oneLine(item.prompt)));
     const caption = el("a.caption", given, text, el("span.where", `k ${item.k}`));
-    const cell = (_, round, picture) => el("a.cell", { href: href(round), tabindex: "-1", "data-round": round }, picture);
+    const cell = (_, round, image) => el("a.cell", { href: href(round), tabindex: "-1", "data-round": round }, image);
     return gridRow(item, this.seen, caption, cell);
   }
 
@@ -107,7 +107,7 @@ class ComparePictures extends Compare {
     return el("div.answer", enlargeable(sample, pairWords(item, round), true, open));
   }
 
-  /** The picture to show at large: of the start, or of the round beside it. */
+  /** The image to show at large: of the start, or of the round beside it. */
   enlarged() {
     const round = Number(options().large);
     const sample = options().large && this.item?.answers[round];
@@ -118,7 +118,7 @@ class ComparePictures extends Compare {
     return { sample: whole, prompt: this.item.prompt, title, facts: verdictFacts(sample, []), of };
   }
 
-  /** At large the next round's picture, else the next answer to the same prompt. */
+  /** At large the next round's image, else the next answer to the same prompt. */
   across(by) {
     if (!options().large) return super.across(by);
     const next = further(this.seen, Number(options().large), by);
@@ -128,7 +128,7 @@ class ComparePictures extends Compare {
 
 // -- the slider -------------------------------------------------------------------------------------------------------
 
-/** Two pictures on each other, of which a line shows as much as one likes: by pointer, by finger, by arrow keys. */
+/** Two images on each other, of which a line shows as much as one likes: by pointer, by finger, by arrow keys. */
 function slider(item, round) {
   const cut = el("input", { type: "range", min: "0", max: "100", step: "1", value: options().cut ?? "50" });
   cut.setAttribute("aria-label", `How much of the start is seen, the rest is round ${round}`);

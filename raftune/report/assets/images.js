@@ -1,11 +1,11 @@
-// Pictures: each stands in the document once, by the hash of its bytes, and is shown wherever a sample names it.
+// Images: each stands in the document once, by the hash of its bytes, and is shown wherever a sample names it.
 
-const PIXELS = 64; // pictures up to this side are embedded whole, and shown with their pixels
-const pictures = new Map(); // hash → { src, width, height, lies }
+const PIXELS = 64; // images up to this side are embedded whole, and shown with their pixels
+const images = new Map(); // hash → { src, width, height, lies }
 
-/** The picture that an answer names, or null where it is not in the page. */
+/** The image that an answer names, or null where it is not in the page. */
 function pictureOf(answer) {
-  return pictures.get(answer?.image) ?? null;
+  return images.get(answer?.image) ?? null;
 }
 
 /** What is said of a candidate that does not count: under an empty frame nothing more, for it says why itself. */
@@ -14,26 +14,26 @@ function invalidity(sample) {
   return pictureOf(sample.completion) ? el("p.trouble", el("b", "invalid"), ": ", inline(sample.invalid)) : null;
 }
 
-/** Why there is no picture of the sample. */
+/** Why there is no image of the sample. */
 function whyVoid(sample) {
-  if (sample.invalid && !sample.completion) return `no picture: ${sample.invalid}`;
-  return sample.completion?.image ? "this picture is not in this page" : "no picture";
+  if (sample.invalid && !sample.completion) return `no image: ${sample.invalid}`;
+  return sample.completion?.image ? "this image is not in this page" : "no image";
 }
 
-/** The sample's picture, or an empty frame that says why there is none; `words` say what it is a picture of. */
+/** The sample's image, or an empty frame that says why there is none; `words` say what it is an image of. */
 function frame(sample, words) {
   const found = pictureOf(sample.completion);
   if (!found) {
     const why = whyVoid(sample);
-    return el("span.picture.void", { role: "img", "aria-label": `${words}: ${why}` }, el("span", inline(why)));
+    return el("span.image.void", { role: "img", "aria-label": `${words}: ${why}` }, el("span", inline(why)));
   }
   const { src, width, height } = found;
   const whole = Math.max(width, height) <= PIXELS;
   const given = { src, width, height, alt: words, decoding: "async", draggable: "false" };
-  return el(`img.picture${whole ? ".pixels" : ""}${sample.invalid ? ".doubtful" : ""}`, given);
+  return el(`img.image${whole ? ".pixels" : ""}${sample.invalid ? ".doubtful" : ""}`, given);
 }
 
-/** What a picture is of, for those who do not see it. */
+/** What an image is of, for those who do not see it. */
 function wordsOf(prompt, k) {
   return `${oneLine(prompt)}, candidate ${k}`;
 }
@@ -46,7 +46,7 @@ function enlargeable(sample, words, current, onclick) {
   ]);
 }
 
-/** One candidate of a prompt as a card: the picture, ★, score, rank, reason. */
+/** One candidate of a prompt as a card: the image, ★, score, rank, reason. */
 function pictureCard(sample, item, current, onclick) {
   const star = kept(sample) ? el("span.star", { role: "img", "aria-label": "kept" }, "★") : null;
   const rank = el("span.rank", sample.rank ? `rank ${sample.rank} of ${item.samples.length}` : "not ranked");
@@ -65,7 +65,7 @@ function pictureCard(sample, item, current, onclick) {
 
 // -- at large ---------------------------------------------------------------------------------------------------------
 
-/** The dialog that shows one picture at large; what it shows is an option of the screen, and so of the address. */
+/** The dialog that shows one image at large; what it shows is an option of the screen, and so of the address. */
 class Viewer {
   constructor() {
     this.dialog = document.getElementById("viewer");
@@ -112,11 +112,11 @@ class Viewer {
   }
 }
 
-/** What is known of a picture itself. */
+/** What is known of an image itself. */
 function pictureFacts(sample) {
   const found = pictureOf(sample.completion);
   const size = found ? `${found.width} × ${found.height} pixels` : null;
-  const lies = found?.lies ? ["a thumbnail; the picture itself lies in ", el("code", inline(found.lies))] : null;
+  const lies = found?.lies ? ["a thumbnail; the image itself lies in ", el("code", inline(found.lies))] : null;
   const name = sample.completion?.image;
   return [
     ["seed", sample.seed],

@@ -33,15 +33,15 @@ class Learned extends Listing {
   }
 
   row(item, index) {
-    if (this.page.pictured) return this.picture(item, index);
+    if (this.page.pictured) return this.image(item, index);
     const query = this.asked("q");
     const given = { tabindex: "-1", "data-row": this.all.items.indexOf(item), value: index + 1 };
     const asked = el("div.asked", content(item.prompt, query));
     return el("li.lesson", given, this.about(item), asked, el("div.answer", content(item.completion, query)));
   }
 
-  /** A row that holds a picture. */
-  picture(item, index) {
+  /** A row that holds an image. */
+  image(item, index) {
     const number = this.all.items.indexOf(item);
     const open = () => set({ row: String(number), large: "1" });
     const given = { tabindex: "-1", "data-row": number, value: index + 1 };

@@ -17,7 +17,7 @@ const PROMPT_VALUES = {
   spread: (item) => Math.max(...scoresOf(item.samples)) - Math.min(...scoresOf(item.samples)),
 };
 
-const ABREAST = 6; // at most so many pictures side by side, in lines of one length
+const ABREAST = 6; // at most so many images side by side, in lines of one length
 
 class Prompts extends Listing {
   constructor(panel, page) {
@@ -111,14 +111,14 @@ class Prompts extends Listing {
 
   /** The candidates side by side. */
   strip(samples) {
-    if (this.page.pictured) return this.pictures(samples);
+    if (this.page.pictured) return this.images(samples);
     const wordy = mean(samples.map((sample) => plain(sample.completion).length)) > 300;
     const cards = samples.map((sample) => candidate(sample, samples, sample === this.sample(), this.asked("q")));
     return el(wordy ? "ol.strip.wordy" : "ol.strip", { "aria-label": "Candidates, best first" }, cards);
   }
 
-  /** The candidates side by side, as pictures. */
-  pictures(samples) {
+  /** The candidates side by side, as images. */
+  images(samples) {
     const open = (sample) => () => set({ sample: sample.id, large: "1" });
     const card = (sample) => pictureCard(sample, this.item, sample === this.sample(), open(sample));
     const strip = el("ol.strip.painted", { "aria-label": "Candidates, best first" }, samples.map(card));
