@@ -167,7 +167,7 @@ class LazyImages(Sequence[Any]):
 def is_picture(value: Any) -> bool:
     """True of bytes, of a path by its suffix, of a PIL image, and of `datasets`' {"bytes": …, "path": …}."""
     if isinstance(value, dict):
-        return value.keys() == {"bytes", "path"} and is_picture(value["bytes"] or value["path"])
+        return bool({"bytes", "path"} & value.keys()) and is_picture(value.get("bytes") or value.get("path"))
     if isinstance(value, str):
         return value.lower().endswith(SUFFIXES)
     return isinstance(value, bytes) or hasattr(value, "getextrema")
@@ -176,7 +176,7 @@ def is_picture(value: Any) -> bool:
 def content_of(value: Any, base: Path) -> bytes:
     """The bytes of what `is_picture`, a path beginning in `base`. Raises OSError for a file that is not there."""
     if isinstance(value, dict):
-        value = value["bytes"] or value["path"]
+        value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
         return (base / Path(value).expanduser()).read_bytes()
     return value if isinstance(value, bytes) else png_of(value)

@@ -208,12 +208,6 @@ def prompt_key(prompt: PromptContent, seed: int) -> str:
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def prompt_numbers(examples: Sequence[FeedbackExample]) -> list[int]:
-    """For each example the number of its prompt, in the order of their first rows: what intervals are taken over."""
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(prompt_key(one.prompt, 0), len(numbers)) for one in examples]
-
-
 def identity_of(split: HeldOutSplit) -> str:
     """A hash over all tokens and ratings on either side: another means other data, or another tokenizer."""
     digest = hashlib.sha256()

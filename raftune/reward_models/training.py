@@ -18,6 +18,7 @@ from raftune.config.reward_model import RewardModelConfig
 from raftune.data.classifier_inputs import ClassifierInputs, write_notes
 from raftune.data.rows import write_skipped
 from raftune.errors import DataError, ModelError
+from raftune.evaluation.columns import numbers_by_key
 from raftune.protocols import Callback, Reward
 from raftune.reward_models.backbone import Backbone, open_backbone
 from raftune.reward_models.examples import (
@@ -26,7 +27,7 @@ from raftune.reward_models.examples import (
     HeldOutSplit,
     answer_lengths,
     identity_of,
-    prompt_numbers,
+    prompt_key,
     read_examples,
 )
 from raftune.reward_models.fitting import RatingScale, RewardFit, fit, ratings_of
@@ -120,7 +121,7 @@ def note_data(
     folder: RewardModelFolder, tmp: Path, source: FeedbackSource, split: HeldOutSplit, observe: Callback
 ) -> None:
     """Writes and says what was read. Raises ConfigChanged if it is not what an earlier call read."""
-    prompts = {name: len(set(prompt_numbers(side))) for name, side in sides(split)}
+    prompts = {name: len({prompt_key(one.prompt, 0) for one in side}) for name, side in sides(split)}
     words, identity = [*source.words, *split.words], identity_of(split)
     noted = {
         "words": words,
@@ -209,7 +210,7 @@ def judged(
     held_out = split.held_out
     scores = score(score_with(folder.candidate), held_out, observe)
     lengths = np.array(answer_lengths(held_out, backbone.tokenizer), dtype=np.float64)
-    prompts = np.array(prompt_numbers(held_out), dtype=np.int64)
+    prompts = numbers_by_key(pa.array([prompt_key(one.prompt, 0) for one in held_out]))
     distribution = distribution_of(scores)
     write_notes(folder.candidate, {**notes_of(source, backbone.reading, scale), "distribution": distribution})
     with stage_file(tmp, folder.root / HELD_OUT) as path:

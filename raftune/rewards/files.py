@@ -14,13 +14,14 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
-from raftune.arrays import FloatArray, IntArray
+from raftune.arrays import FloatArray
 from raftune.data.columns import COMPLETION, PROMPT, find, has, read_answer, read_prompt
 from raftune.data.preferences import Form, read_preferences
 from raftune.data.rows import SkippedRow, SkipReason, UnusableRow, reasons
 from raftune.data.source import raw_rows
 from raftune.errors import DataError
 from raftune.evaluation.bootstrap import interval, mean_by_prompt
+from raftune.evaluation.columns import numbers_by_key
 from raftune.records import Score, ScoreStatus
 from raftune.rewards.batch import RESERVED, RewardBatch
 from raftune.rewards.failures import FAILED, FailureTally
@@ -167,7 +168,8 @@ def detail_of(score: Score) -> str:
 
 def summary(scored: FileScores) -> dict[str, Any]:
     """Counts by status, mean with its interval over prompts, spread; of preferences how often the preferred wins."""
-    values, prompts = scored.values, prompt_numbers(scored.answers.prompts)
+    values = scored.values
+    prompts = numbers_by_key(pa.array([json.dumps(prompt, sort_keys=True) for prompt in scored.answers.prompts]))
     finite = values[np.isfinite(values)]
     found: dict[str, Any] = {
         "answers": len(values),
@@ -183,13 +185,6 @@ def summary(scored: FileScores) -> dict[str, Any]:
         found["accuracy"] = interval(mean_by_prompt(prompts[::2], right))
         found["pairs"] = int(np.isfinite(margins).sum())
     return found
-
-
-def prompt_numbers(prompts: Sequence[Any]) -> IntArray:
-    """For each answer the number of its prompt, in the order of their first answers."""
-    seen: dict[str, int] = {}
-    keys = (json.dumps(prompt, sort_keys=True) for prompt in prompts)
-    return np.array([seen.setdefault(key, len(seen)) for key in keys], dtype=np.int64)
 
 
 def write_scored(scored: FileScores, out: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from raftune.data.columns import find
-from raftune.data.images import SUFFIXES, image_of, sha256_of_png
+from raftune.data.images import SUFFIXES, image_of, is_picture, sha256_of_png
 from raftune.data.rows import SkippedRow, SkipReason, UnusableRow
 from raftune.errors import DataError
 from raftune.records import Row
@@ -86,13 +86,6 @@ def metadata_row(number: int, line: str) -> Row | SkippedRow:
 def holds_picture(row: Row) -> bool:
     """Whether a column of the row holds an image, or the path of one."""
     return any(is_picture(row.get(name)) for name in PICTURE)
-
-
-def is_picture(value: Any) -> bool:
-    """True of bytes, of a path by its suffix, and of what `datasets` makes of an image: {"bytes": …, "path": …}."""
-    if isinstance(value, dict):
-        return bool({"bytes", "path"} & value.keys()) and is_picture(value.get("bytes") or value.get("path"))
-    return isinstance(value, bytes) or (isinstance(value, str) and value.lower().endswith(SUFFIXES))
 
 
 def one_picture(row: Row, base: Path) -> tuple[Any, ImageSource, str, Row]:

@@ -14,9 +14,9 @@ import pytest
 from raftune.analysis.whatif import rescore, reselect
 from raftune.config.rewards import RewardsConfig
 from raftune.errors import ConfigChanged, ConfigError
-from raftune.rewards.builtin.models import devices
 from raftune.rewards.combining import numbered, ranks
 from raftune.runtime.run import run, verify
+from raftune.training.devices import devices
 from tests.builders import tiny_clip
 from tests.runs import sketches, tiny
 

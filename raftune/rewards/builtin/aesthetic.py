@@ -17,9 +17,9 @@ from raftune.arrays import Float32Array, FloatArray
 from raftune.config.rewards import derived_name
 from raftune.errors import RewardError
 from raftune.rewards import fingerprint
-from raftune.rewards.builtin.clip import ClipModel
+from raftune.rewards.builtin.clip import ClipModel, ClipReward
 from raftune.rewards.builtin.model_options import AestheticOptions
-from raftune.rewards.media import IMAGE_MEDIA, pictures
+from raftune.rewards.media import pictures
 from raftune.rewards.outcome import one_line
 from raftune.store.files import dump_json
 
@@ -53,14 +53,12 @@ class AestheticHead:
         return (*(weight.shape[1] for weight, _ in self.layers), self.layers[-1][0].shape[0])
 
 
-class AestheticReward:
+class AestheticReward(ClipReward):
     """A number for each image alone, whatever its prompt, on the scale of the ratings that the head was fitted to.
 
     The head and the CLIPModel's configuration are read at once, its weights by `prepare` or the first call. Raises
     RewardError where they cannot be read, or do not fit each other.
     """
-
-    media = IMAGE_MEDIA
 
     def __init__(self, options: AestheticOptions, *, name: str | None = None, device: str = "auto") -> None:
         self.name = name or derived_name(options.model)
@@ -83,19 +81,6 @@ class AestheticReward:
         """Over the head's numbers, the CLIPModel's weights and how it reads an image."""
         numbers = [[list(array.shape), fingerprint.of_bytes(array.tobytes())] for array in chain(self.head.layers)]
         return fingerprint.digest("aesthetic", 1, numbers, self.head.activation, self.clip.fingerprint)
-
-    def prepare(self) -> None:
-        """Reads the CLIPModel's weights, unless they are here: may take longer than a call is given."""
-        self.clip.prepare()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the CLIPModel's weights that are held now; 0 before they are read."""
-        return self.clip.nbytes
-
-    def release(self) -> None:
-        """Frees the CLIPModel's weights; the next call reads them again."""
-        self.clip.release()
 
 
 def chain(layers: Sequence[Layer]) -> itertools.chain[Float32Array]:

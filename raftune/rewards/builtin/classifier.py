@@ -17,10 +17,12 @@ from raftune.data.classifier_inputs import NOTES, ClassifierInputs, is_hollow, l
 from raftune.errors import RewardError
 from raftune.rewards import fingerprint
 from raftune.rewards.builtin.model_options import ClassifierOptions
-from raftune.rewards.builtin.models import best_device, weights_fingerprint, without_bars
+from raftune.rewards.builtin.models import HeldWeights, weights_fingerprint
 from raftune.rewards.builtin.text import TEXT_MEDIA
 from raftune.rewards.outcome import hub_error
+from raftune.training.devices import choose_device
 from raftune.training.load_errors import why_not_loaded
+from raftune.training.quiet import quiet
 
 
 def pad_of(config: Any) -> int | None:
@@ -30,7 +32,7 @@ def pad_of(config: Any) -> int | None:
     return pad
 
 
-class ClassifierReward:
+class ClassifierReward(HeldWeights):
     """One number a completion, from prompt and completion together, through the model's own tokenizer and template.
 
     The configuration and the tokenizer are read at once, the weights by `prepare` or the first call. Raises RewardError
@@ -47,9 +49,8 @@ class ClassifierReward:
         name: str | None = None,
         device: str = "auto",
     ) -> None:
-        self.options, self._device = options or ClassifierOptions(), best_device(device)
+        self.options, self._device = options or ClassifierOptions(), str(choose_device(device, "rewards.device"))
         self._given = model
-        self._model: Any = None
         self.config = self._read_config() if model is None else model.config
         self._source = self.options.model or str(getattr(self.config, "_name_or_path", "") or type(model).__name__)
         self.name = name or derived_name(self._source)
@@ -87,20 +88,6 @@ class ClassifierReward:
             self._tokenizer_fingerprint(),
         )
         return fingerprint.digest("classifier", 1, options, *known, *noted, *scale)
-
-    def prepare(self) -> None:
-        """Reads the weights, unless they are here: may take longer than a call is given."""
-        if self._model is None:
-            self._model = (self._read_model() if self._given is None else self._given).eval()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights that are held now; 0 before they are read."""
-        return 0 if self._model is None else sum(weight.nbytes for weight in self._model.parameters())
-
-    def release(self) -> None:
-        """Frees the weights; the next call reads them again. A model given as an object stays its owner's."""
-        self._model = None
 
     def _forward(self, rows: list[list[int]]) -> list[float]:
         self.prepare()
@@ -242,7 +229,7 @@ class ClassifierReward:
     def _read_model(self) -> Any:
         dtype = getattr(torch, self.options.dtype)
         try:
-            with without_bars():
+            with quiet():
                 model, info = AutoModelForSequenceClassification.from_pretrained(
                     self.options.model,
                     config=self.config,

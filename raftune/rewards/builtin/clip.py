@@ -18,12 +18,14 @@ from raftune.arrays import Float32Array
 from raftune.data.classifier_inputs import is_hollow, longest
 from raftune.errors import RewardError
 from raftune.rewards import fingerprint
-from raftune.rewards.builtin.models import best_device, weights_fingerprint
+from raftune.rewards.builtin.models import HeldWeights, weights_fingerprint
+from raftune.rewards.media import IMAGE_MEDIA
 from raftune.rewards.outcome import one_line
+from raftune.training.devices import choose_device
 from raftune.training.quiet import quiet
 
 
-class ClipModel:
+class ClipModel(HeldWeights):
     """Images and texts as vectors of length 1: the dot product of two is the cosine between them.
 
     `model` is a folder or hub name, or a CLIPModel itself, which then stays its owner's and needs `processor` as an
@@ -44,10 +46,10 @@ class ClipModel:
         batch_size: int = 32,
         field: str = "reward_funcs",
     ) -> None:
-        self.device, self.dtype, self.batch_size, self.field = best_device(device), dtype, batch_size, field
+        self.device = str(choose_device(device, "rewards.device"))
+        self.dtype, self.batch_size, self.field = dtype, batch_size, field
         self.revision = revision
         self._given = None if isinstance(model, str | Path) else model
-        self._model: Any = None
         self.source = str(model) if self._given is None else str(getattr(model.config, "_name_or_path", "") or "model")
         self.config = self._read_config() if self._given is None else model.config
         self._processor = processor
@@ -131,20 +133,6 @@ class ClipModel:
         """Over the fingerprint and the tokenizer, which shapes a text's vector."""
         words = sorted(self.tokenizer.get_vocab().items())
         return fingerprint.digest(self.fingerprint, type(self.tokenizer).__name__, words, self.limit)
-
-    def prepare(self) -> None:
-        """Reads the weights, unless they are here."""
-        if self._model is None:
-            self._model = (self._read_model() if self._given is None else self._given).eval()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights that are held now; 0 before they are read."""
-        return 0 if self._model is None else sum(weight.nbytes for weight in self._model.parameters())
-
-    def release(self) -> None:
-        """Frees the weights; the next call reads them again."""
-        self._model = None
 
     def _vectors(self, method: str, **given: Any) -> Float32Array:
         self.prepare()
@@ -233,6 +221,26 @@ class ClipModel:
                 "Check name and network."
             )
         return RewardError(f"{self.field}: {name!r} must be the folder or hub name of a CLIPModel; {why}")
+
+
+class ClipReward:
+    """A reward of images by the vectors of a CLIPModel."""
+
+    media = IMAGE_MEDIA
+    clip: ClipModel
+
+    def prepare(self) -> None:
+        """Reads the CLIPModel's weights, unless they are here: may take longer than a call is given."""
+        self.clip.prepare()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the CLIPModel's weights that are held now; 0 before they are read."""
+        return self.clip.nbytes
+
+    def release(self) -> None:
+        """Frees the CLIPModel's weights; the next call reads them again."""
+        self.clip.release()
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

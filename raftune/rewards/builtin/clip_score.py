@@ -12,19 +12,17 @@ from raftune.config.rewards import derived_name
 from raftune.data.classifier_inputs import text_of
 from raftune.errors import RewardError
 from raftune.rewards import fingerprint
-from raftune.rewards.builtin.clip import ClipModel
+from raftune.rewards.builtin.clip import ClipModel, ClipReward
 from raftune.rewards.builtin.model_options import ClipScoreOptions
-from raftune.rewards.media import IMAGE_MEDIA, pictures
+from raftune.rewards.media import pictures
 
 
-class ClipScoreReward:
+class ClipScoreReward(ClipReward):
     """logit_scale · cos(image, text): of each image and its own prompt. PickScore is the same of another model.
 
     Configuration, image processor and tokenizer are read at once, the weights by `prepare` or the first call. Raises
     RewardError where they cannot be read. Hessel et al. 2021, arXiv 2104.08718; Kirstain et al. 2023, arXiv 2305.01569.
     """
-
-    media = IMAGE_MEDIA
 
     def __init__(
         self, options: ClipScoreOptions, *, name: str | None = None, device: str = "auto", clip: ClipModel | None = None
@@ -59,19 +57,6 @@ class ClipScoreReward:
         return fingerprint.digest(
             "clip_score", 1, self.clip.text_fingerprint, self.options.cosine, self.options.column or ""
         )
-
-    def prepare(self) -> None:
-        """Reads the weights, unless they are here: may take longer than a call is given."""
-        self.clip.prepare()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights that are held now; 0 before they are read."""
-        return self.clip.nbytes
-
-    def release(self) -> None:
-        """Frees the weights; the next call reads them again."""
-        self.clip.release()
 
     def notes(self) -> tuple[str, ...]:
         """What of the prompts was not read; each prompt is told of once, and what was told is not told again."""

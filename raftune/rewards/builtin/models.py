@@ -1,58 +1,38 @@
-"""Helpers of rewards that are models: device, quiet loading and hashes of weights."""
+"""Helpers of rewards that are models: weights read when needed, and their hashes."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
-from raftune.errors import ConfigError
 from raftune.rewards import fingerprint
 
 
-def best_device(device: str, field: str = "rewards.device") -> str:
-    """The device itself; for `auto` the first of CUDA, MPS and CPU that is there.
+class HeldWeights(ABC):
+    """A model whose weights are read by `prepare` or the first use; one given as an object stays its owner's."""
 
-    Raises ConfigError that names `field` for a device that this machine lacks, and for what is no device.
-    """
-    there = devices()
-    if device == "auto":
-        return there[0].split(":")[0]
-    try:
-        asked = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(
-            f"{field} must be auto, cpu, cuda, cuda:N or mps; got {device!r}. Write auto: the best that is there."
-        ) from None
-    known = {name.split(":")[0] for name in there}
-    if asked.type not in known or (asked.index or 0) >= sum(name.startswith(asked.type) for name in there):
-        raise ConfigError(
-            f"{field} must be a device of this machine; got {device!r}, and there is {', '.join(there)}. "
-            "Write one of these, or auto."
-        )
-    return device
+    _given: Any
+    _model: Any = None
 
+    def prepare(self) -> None:
+        """Reads the weights, unless they are here: may take longer than a call is given."""
+        if self._model is None:
+            self._model = (self._read_model() if self._given is None else self._given).eval()
 
-def devices() -> list[str]:
-    """The devices that torch can use here, the best first; the CPU is always there."""
-    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that are held now; 0 before they are read."""
+        return 0 if self._model is None else sum(weight.nbytes for weight in self._model.parameters())
 
+    def release(self) -> None:
+        """Frees the weights; the next call reads them again."""
+        self._model = None
 
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """Within, transformers draws no progress bars: the run's own would be torn apart."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+    @abstractmethod
+    def _read_model(self) -> Any: ...
 
 
 def weights_fingerprint(source: str, config: Any, revision: str | None, model: Any = None) -> str:

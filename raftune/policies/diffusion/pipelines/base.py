@@ -130,11 +130,19 @@ class PipelineAdapter(ABC):
         """One row: no prompt (or the negative one), for guidance and for condition dropout."""
         return self.encode([negative or ""])
 
-    @abstractmethod
     def sample(
         self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
     ) -> SampledImages:
         """One image a row, by the pipeline's own loop: what the pipeline itself gives for that prompt and generator."""
+        last, away = LastLatents(), conditions.away(negative)
+        embeddings: dict[str, torch.Tensor | None] = {}
+        for argument, name in (("prompt_embeds", "prompt_embeds"), ("pooled_prompt_embeds", "pooled")):
+            if name in conditions.tensors:
+                embeddings |= {argument: conditions.tensors[name], f"negative_{argument}": away.get(name)}
+        drawn = self.pipe(callback_on_step_end=last, **embeddings, **call.options(generators))
+        assert last.x0 is not None
+        flagged = getattr(drawn, "nsfw_content_detected", None)  # by Stable Diffusion's safety checker
+        return SampledImages.of(drawn.images, self.unpacked(last.x0, call), flagged)
 
     @abstractmethod
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:

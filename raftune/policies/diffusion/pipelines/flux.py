@@ -9,10 +9,8 @@ import torch
 
 from raftune.policies.diffusion.pipelines.base import (
     Conditions,
-    LastLatents,
     PipelineAdapter,
     PipelineCall,
-    SampledImages,
 )
 from raftune.policies.diffusion.pipelines.sd3 import ONE_TEXT
 
@@ -47,23 +45,6 @@ class Flux(PipelineAdapter):
             return conditions
         device = conditions.tensors["pooled"].device
         return Conditions({**conditions.tensors, "guidance": torch.full((len(conditions),), scale, device=device)})
-
-    def sample(
-        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
-    ) -> SampledImages:
-        last = LastLatents()
-        asked = conditions.tensors
-        away = conditions.away(negative)
-        drawn = self.pipe(
-            prompt_embeds=asked["prompt_embeds"],
-            pooled_prompt_embeds=asked["pooled"],
-            negative_prompt_embeds=away.get("prompt_embeds"),
-            negative_pooled_prompt_embeds=away.get("pooled"),
-            callback_on_step_end=last,
-            **call.options(generators),
-        )
-        assert last.x0 is not None
-        return SampledImages.of(drawn.images, self.unpacked(last.x0, call))
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         told = conditions.tensors

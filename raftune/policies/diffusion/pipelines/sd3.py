@@ -9,10 +9,7 @@ import torch
 
 from raftune.policies.diffusion.pipelines.base import (
     Conditions,
-    LastLatents,
     PipelineAdapter,
-    PipelineCall,
-    SampledImages,
 )
 from raftune.policies.diffusion.pipelines.stable_diffusion import ENCODED_BEFORE
 
@@ -45,23 +42,6 @@ class SD3(PipelineAdapter):
             **self.reading(),
         )
         return Conditions({"prompt_embeds": embeds, "pooled": pooled})
-
-    def sample(
-        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
-    ) -> SampledImages:
-        last = LastLatents()
-        asked = conditions.tensors
-        away = conditions.away(negative)
-        drawn = self.pipe(
-            prompt_embeds=asked["prompt_embeds"],
-            pooled_prompt_embeds=asked["pooled"],
-            negative_prompt_embeds=away.get("prompt_embeds"),
-            negative_pooled_prompt_embeds=away.get("pooled"),
-            callback_on_step_end=last,
-            **call.options(generators),
-        )
-        assert last.x0 is not None
-        return SampledImages.of(drawn.images, last.x0)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         out: torch.Tensor = self.denoiser(

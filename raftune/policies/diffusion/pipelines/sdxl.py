@@ -10,10 +10,7 @@ from PIL import Image
 
 from raftune.policies.diffusion.pipelines.base import (
     Conditions,
-    LastLatents,
     PipelineAdapter,
-    PipelineCall,
-    SampledImages,
 )
 from raftune.policies.diffusion.pipelines.stable_diffusion import ENCODED_BEFORE
 
@@ -51,23 +48,6 @@ class SDXL(PipelineAdapter):
         if negative is None and self.pipe.config.force_zeros_for_empty_prompt:
             return Conditions({name: torch.zeros_like(tensor) for name, tensor in found.tensors.items()})
         return found
-
-    def sample(
-        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
-    ) -> SampledImages:
-        last = LastLatents()
-        asked = conditions.tensors
-        away = conditions.away(negative)
-        drawn = self.pipe(
-            prompt_embeds=asked["prompt_embeds"],
-            pooled_prompt_embeds=asked["pooled"],
-            negative_prompt_embeds=away.get("prompt_embeds"),
-            negative_pooled_prompt_embeds=away.get("pooled"),
-            callback_on_step_end=last,
-            **call.options(generators),
-        )
-        assert last.x0 is not None
-        return SampledImages.of(drawn.images, last.x0)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         out: torch.Tensor = self.denoiser(

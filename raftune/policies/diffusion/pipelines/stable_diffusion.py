@@ -9,10 +9,7 @@ import torch
 
 from raftune.policies.diffusion.pipelines.base import (
     Conditions,
-    LastLatents,
     PipelineAdapter,
-    PipelineCall,
-    SampledImages,
 )
 
 ENCODED_BEFORE = "prompts are encoded once, before the pipeline is called, without it"
@@ -37,19 +34,6 @@ class StableDiffusion(PipelineAdapter):
             do_classifier_free_guidance=False,
         )
         return Conditions({"prompt_embeds": embeds})
-
-    def sample(
-        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
-    ) -> SampledImages:
-        last = LastLatents()
-        drawn = self.pipe(
-            prompt_embeds=conditions.tensors["prompt_embeds"],
-            negative_prompt_embeds=conditions.away(negative).get("prompt_embeds"),
-            callback_on_step_end=last,
-            **call.options(generators),
-        )
-        assert last.x0 is not None
-        return SampledImages.of(drawn.images, last.x0, drawn.nsfw_content_detected)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         embeds = conditions.tensors["prompt_embeds"]

@@ -172,7 +172,7 @@ def test_a_part_that_is_not_needed_can_be_left_out(model: Path, tmp_path: Path) 
 def test_a_device_that_is_not_there_is_named(kept: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one here")
-    with pytest.raises(ConfigError, match=r"policy.device must exist here; got 'cuda'"):
+    with pytest.raises(ConfigError, match=r"policy.device must be a device of this machine; got 'cuda'"):
         begun(parts(kept, device="cuda"), tmp_path)
 
 
@@ -188,12 +188,12 @@ def test_a_device_that_is_not_there_is_named(kept: Path, tmp_path: Path) -> None
         ("training", "mask_truncated_completions", True),
     ],
 )
-def test_dials_of_text_mean_nothing_to_pictures(
-    section: str, dial: str, value: Any, kept: Path, tmp_path: Path
+def test_options_of_text_mean_nothing_to_pictures(
+    section: str, option: str, value: Any, kept: Path, tmp_path: Path
 ) -> None:
     config = parts(kept)
-    changed = replace(config, **{section: getattr(config, section).model_copy(update={dial: value})})
-    with pytest.raises(ConfigError, match=f"{section}.{dial} means nothing to the diffusion family"):
+    changed = replace(config, **{section: getattr(config, section).model_copy(update={option: value})})
+    with pytest.raises(ConfigError, match=f"{section}.{option} means nothing to the diffusion family"):
         begun(changed, tmp_path)
 
 

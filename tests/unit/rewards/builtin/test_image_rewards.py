@@ -21,8 +21,8 @@ from raftune.rewards import load_reward
 from raftune.rewards.builtin.aesthetic import AestheticReward, load_head, save_head
 from raftune.rewards.builtin.clip import ClipModel
 from raftune.rewards.builtin.model_options import PICK_PROCESSOR, PickScoreOptions
-from raftune.rewards.builtin.models import best_device, devices
 from raftune.rewards.examples import LONG, example_pictures
+from raftune.training.devices import choose_device, devices
 from tests.builders import clip_image_processor, clip_tokenizer, save_tiny, tiny_clip, tiny_clip_model
 
 PICTURES = example_pictures(mixed_sizes=True)
@@ -179,10 +179,10 @@ def test_a_device_that_is_not_there_is_refused_when_the_reward_is_named(clip: Pa
 
 
 def test_devices_are_read_as_torch_names_them() -> None:
-    assert best_device("cpu") == "cpu"
-    assert best_device("auto") == devices()[0].split(":")[0]
+    assert choose_device("cpu") == torch.device("cpu")
+    assert str(choose_device("auto")) == devices()[0].split(":")[0]
     with pytest.raises(ConfigError, match="must be auto, cpu, cuda, cuda:N or mps; got 'gpu'"):
-        best_device("gpu")
+        choose_device("gpu")
 
 
 # -- the aesthetic head ------------------------------------------------------------------------------------------------
