@@ -8,7 +8,7 @@
     ├── ModelError               1   a model or tokenizer cannot be loaded, or its weights do not fit
     │   └── OutOfMemory          1   out of memory at this batch size
     ├── RewardError              1   a reward broke its contract, or failed too often
-    ├── ExtensionError           1   a rule, objective or other code of the user's own failed, or broke its contract
+    ├── ExtensionError           1   a rule, objective or other user code failed, or broke its contract
     ├── StoreError               1   the run directory cannot be used
     │   ├── RunInUse             1   another process holds it
     │   ├── RunDamaged           1   a file on disk is not what was committed
@@ -79,7 +79,7 @@ class RunInUse(StoreError):
 
 
 class RunDamaged(StoreError):
-    """A file differs from what its COMMIT says."""
+    """A file differs from what its manifest says."""
 
 
 class RunTooNew(StoreError):

@@ -22,7 +22,7 @@ EVALUATION = "e"  # ends the scope of a chunk whose samples are only looked at
 class Chunk:
     """A fixed slice of prompts x K: what is generated and scored at once, always in the same batches.
 
-    `seeds[i][k]` is the seed of the k-th sample of prompts[i]; `version` names the policy that draws; `scope` begins
+    `seeds[i][k]` is the seed of the k-th sample of prompts[i]; `version` names the policy; `scope` begins
     the
     sample ids and tells a training round from an evaluation; `batch_size` is the number of samples alive at once.
     """
@@ -74,7 +74,7 @@ class Policy(Protocol):
     """The generative model being aligned. A family is a kind of policy."""
 
     media: str  # text | messages | image | category
-    payload: pa.Schema  # the family's own columns of a sample shard, `completion` first: opaque to loop and stages
+    payload: pa.Schema  # the family's columns of a sample, `completion` first: opaque to the loop
 
     @property
     def nbytes(self) -> int:
@@ -374,7 +374,7 @@ class PolicyProvider(Protocol):
 class StageBase(Protocol):
     """What every stage declares, so that keys, resume and staleness are one walk over a table of stages.
 
-    `name` is what it is called, `writes` its folder in the round. `reads` are the folders whose COMMIT enters its key:
+    `name` is its name, `writes` its folder in the round. `reads` are the folders whose manifest enters its key:
     "generate", "model@-1" of the round before, "data@0" of the start. `fields` are the dotted config fields that enter
     it.
     """
@@ -476,7 +476,7 @@ class FeatureExtractor(Protocol):
 class Metric(Protocol):
     """A pure function of committed samples, or of the reference answers to the prompts that they answer.
 
-    A built-in one gives its numbers by name; one of the user's own a number, or one for each sample.
+    A built-in one gives its numbers by name; a custom one a number, or one for each sample.
     """
 
     needs: frozenset[str]  # scores, text, image, features, invalid, log_probs, own_log_probs, references

@@ -201,7 +201,7 @@ class Score:
 INVALID = "invalid"  # why the sample is nothing to learn from, null where it is: then no reward is asked about it
 LATENTS = "latents"  # what only training reads, and `keep_latents` may drop once a round is trained
 
-# The columns of a sample shard before the family's own payload columns.
+# The columns of a chunk file of samples before the family's own payload columns.
 SAMPLE_FIELDS: tuple[pa.Field, ...] = (
     pa.field("sample_id", pa.string(), nullable=False),
     pa.field("prompt_id", pa.string(), nullable=False),
@@ -227,7 +227,7 @@ VERDICT_SCHEMA = pa.schema(
 
 
 def sample_schema(payload: pa.Schema) -> pa.Schema:
-    """The columns of a sample shard of a family with this payload."""
+    """The columns of a chunk file of samples of a family with this payload."""
     return pa.schema([*SAMPLE_FIELDS, *payload])
 
 
@@ -253,7 +253,7 @@ EXTRA = "extra/"  # prefix of the columns that rewards logged
 
 
 def score_schema(names: Sequence[str]) -> pa.Schema:
-    """The columns of a score shard whose rewards bear these names."""
+    """The columns of a chunk file of scores whose rewards bear these names."""
     parts = [f for n in names for f in (pa.field(f"rewards/{n}", pa.float64()), pa.field(f"status/{n}", pa.string()))]
     return pa.schema(
         [
@@ -272,7 +272,7 @@ def score_schema(names: Sequence[str]) -> pa.Schema:
 def scores_table(
     samples: pa.Table, scores: Sequence[Score], names: Sequence[str], extras: Mapping[str, list[Any]] | None = None
 ) -> pa.Table:
-    """One row a score, beside the identity of its sample; `samples` is the generation shard, row for row.
+    """One row a score, beside the identity of its sample; `samples` is the chunk file of samples, row for row.
 
     `extras` are columns that rewards logged, each value as JSON text: a reward may log numbers here and texts there.
     """
@@ -314,7 +314,7 @@ def _without_address(value: Any) -> str:
 
 
 def extras_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What rewards logged of the sample in this row of a score shard, by its name."""
+    """What rewards logged of the sample in this row of a chunk file of scores, by its name."""
     return {
         name.removeprefix(EXTRA): None if value is None else json.loads(value)
         for name, value in row.items()

@@ -103,7 +103,7 @@ class Candidates:
 class Verdicts:
     """N decisions, row for row. rank: 1 is the best competitor of its prompt, 0 did not compete. weight: 0 is a no.
 
-    reason: an index into `words`, which are REASONS and, after them, those of a rule of the user's own.
+    reason: an index into `words`, which are REASONS and, after them, those of a custom rule.
     """
 
     rank: npt.NDArray[np.int32]
@@ -277,7 +277,7 @@ def built_in(name: str) -> Callable[[_Decide], _Decide]:
 
 
 def load_rule(config: SelectionConfig) -> Rule:
-    """The configured rule. Raises ConfigError where one of the user's own is not there, or is not whole."""
+    """The configured rule. Raises ConfigError where a custom one is not there, or is not whole."""
     if not isinstance(config, CustomRule):
         return BuiltInRule(RULES[config.rule], config)
     rule: Rule = load_extension(
@@ -298,12 +298,12 @@ def load_rule(config: SelectionConfig) -> Rule:
 
 
 def rule_code(config: SelectionConfig) -> dict[str, str]:
-    """The hash of the file that a rule of the user's own is read from: other code is another selection."""
+    """The hash of the file that a custom rule is read from: other code is another selection."""
     return {"selection rule's classes": code_hash(config.rule)} if isinstance(config, CustomRule) else {}
 
 
 def _decide_by(rule: Rule, name: str, pool: RankedCandidates, seed: int) -> Decision:
-    """What the rule decides. Raises ExtensionError where one of the user's own fails or breaks its contract."""
+    """What the rule decides. Raises ExtensionError where a custom one fails or breaks its contract."""
     if isinstance(rule, BuiltInRule):
         return rule.decide(pool, seed)
     try:

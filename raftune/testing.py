@@ -34,7 +34,7 @@ LEVELS = 2  # of 255: what the order of sums may change in a pixel
 
 @dataclass(frozen=True)
 class FamilyCase:
-    """One family with its start model on disk, prompts that it takes, an answer that somebody else might give, and the
+    """One family with its initial model on disk, prompts, a completion that the family did not generate, and the
     completion that this answer becomes."""
 
     config: RunConfig
@@ -100,7 +100,7 @@ def samples_fit_the_schema_that_the_family_declares(case: FamilyCase, folder: Pa
     policy = case.load()
     table = as_table(policy.generate(case.chunk()), policy)
     table.validate(full=True)
-    hold(table.num_rows == len(case.asked), f"draw must give {len(case.asked)} samples; got {table.num_rows}")
+    hold(table.num_rows == len(case.asked), f"generate must return {len(case.asked)} samples; got {table.num_rows}")
     hold(policy.media == case.family.media, "media must be the same of the class and of what it loads")
     hold(policy.payload == case.family.payload, "payload must be the same of the class and of what it loads")
 
@@ -114,7 +114,7 @@ def the_same_seeds_draw_the_same_samples_in_another_instance(case: FamilyCase, f
 
 
 def other_seeds_draw_other_samples(case: FamilyCase, folder: Path) -> None:
-    """Of 8 x 9 samples under other seeds at least one differs, unless the family draws one answer almost surely."""
+    """Of 8 x 9 samples under other seeds at least one differs, unless the family is nearly deterministic."""
     policy, chunk = case.load(), case.chunk()
     first = [sample.completion for sample in policy.generate(chunk)]
     others = [replace(chunk, seeds=tuple(tuple(s + i for s in row) for row in chunk.seeds)) for i in range(1, 9)]
@@ -149,7 +149,7 @@ def no_weights_are_read_before_they_are_needed(case: FamilyCase, folder: Path) -
     policy = case.load()
     before = policy.nbytes
     policy.generate(case.chunk())
-    hold(policy.nbytes > 0, "nbytes must be the bytes of the weights that are held; got 0 after a generate")
+    hold(policy.nbytes > 0, "nbytes must be the bytes of the weights that are held; got 0 after generate")
     hold(
         before == 0 or policy.nbytes < 2**20,
         f"load must read no weights; got {before} bytes before anything is generated",
@@ -181,11 +181,11 @@ def tuned(case: FamilyCase, folder: Path) -> Path:
 
 def tuning_twice_on_the_same_rows_gives_the_same_bytes(case: FamilyCase, folder: Path) -> None:
     first, second = (hashes(tuned(case, folder / name)) for name in ("a", "b"))
-    hold(first, "tune must write the new model into the folder `out`; it wrote nothing")
+    hold(first, "train must write the new model into the folder `out`; it wrote nothing")
     differing = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
     hold(
         not differing,
-        f"tune must give the same bytes for the same rows and seed; {', '.join(differing)} differed: "
+        f"train must give the same bytes for the same rows and seed; {', '.join(differing)} differed: "
         "seed what is random from config.seed, and write no times",
     )
 
@@ -198,8 +198,8 @@ def hashes(folder: Path) -> dict[str, str]:
 def tuning_leaves_the_start_as_it_was(case: FamilyCase, folder: Path) -> None:
     before, first = hashes(case.start), case.load().generate(case.chunk())
     tuned(case, folder)
-    hold(hashes(case.start) == before, "tune must not write into the folder of the model that it begins from")
-    hold(case.load().generate(case.chunk()) == first, "tune must not change what the start draws")
+    hold(hashes(case.start) == before, "train must not write into the folder of the model that it begins from")
+    hold(case.load().generate(case.chunk()) == first, "train must not change what the initial model generates")
 
 
 def tuning_leaves_its_rows_as_they_were(case: FamilyCase, folder: Path) -> None:
@@ -207,7 +207,7 @@ def tuning_leaves_its_rows_as_they_were(case: FamilyCase, folder: Path) -> None:
     rows = rows_file(case, case.load().generate(case.chunk()), folder, case.load())
     hold(
         rows.read_bytes() == (folder / "once/rows.parquet").read_bytes(),
-        "tune must not write into the file of its rows",
+        "train must not write into the file of its rows",
     )
 
 
@@ -218,8 +218,8 @@ def somebody_else_s_answer_is_encoded_so_that_it_can_be_learned_from(case: Famil
     strange = sorted(set(payload) - set(policy.payload.names))
     hold(not strange, f"adopt must give columns of the payload; got {', '.join(strange)} besides")
     report = tuned_on(case, [adopted(case)] * 4, folder)
-    hold(report.rows == 4, f"tune must say how many rows it learned from, 4 here; got {report.rows}")
-    hold(np.isfinite(report.losses).all(), f"tune must report finite losses; got {report.losses}")
+    hold(report.rows == 4, f"train must say how many rows it learned from, 4 here; got {report.rows}")
+    hold(np.isfinite(report.losses).all(), f"train must report finite losses; got {report.losses}")
 
 
 def adopted(case: FamilyCase) -> Sample:

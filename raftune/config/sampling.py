@@ -123,7 +123,7 @@ class SamplingConfig(ConfigSection):
         return self
 
 
-# The dotted fields that shape what one policy draws.
+# The dotted fields that shape what one policy generates.
 DRAWN_BY = (
     "sampling.temperature",
     "sampling.top_p",
@@ -144,7 +144,7 @@ DRAWN_BY = (
 
 
 def load_backend(config: SamplingConfig) -> Any:
-    """The generation backend of the user's own (protocols.SamplingBackend); None where it is a built-in one.
+    """The custom generation backend (protocols.SamplingBackend); None where it is a built-in one.
 
     Raises ConfigError where it is not there, or is not whole.
     """
@@ -162,5 +162,5 @@ def load_backend(config: SamplingConfig) -> Any:
 
 
 def backend_code(config: SamplingConfig) -> dict[str, str]:
-    """The hash of the file that a backend of the user's own is read from."""
+    """The hash of the file that a custom backend is read from."""
     return {"backend's classes": code_hash(config.backend)} if ":" in config.backend else {}

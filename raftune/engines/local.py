@@ -264,7 +264,7 @@ def _local(config: EngineConfig, root: Path) -> Engine:
 
 
 def make_engine(config: EngineConfig, root: Path) -> Engine:
-    """The configured engine. Raises ConfigError where one of the user's own is not there, or is not whole."""
+    """The configured engine. Raises ConfigError where a custom one is not there, or is not whole."""
     if config.kind in ENGINES:
         return ENGINES[config.kind](config, root)
     made: Engine = load_extension(

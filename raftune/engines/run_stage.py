@@ -33,7 +33,7 @@ class RunContext(Protocol):
 def run_stage(ctx: RunContext, stage: Stage, round_: int, emit: Callable[..., None]) -> bool:
     """Runs the stage unless it is committed. Returns whether it ran."""
     if ctx.run.commit(round_, stage.writes) is not None:
-        cleanup(ctx, stage, round_)  # a kill may have come between the COMMIT and the clean-up
+        cleanup(ctx, stage, round_)  # a kill may have come between the manifest and the clean-up
         return False
     job = ctx.job(stage, round_)
     started = time.perf_counter()

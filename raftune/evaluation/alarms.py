@@ -484,7 +484,7 @@ def with_looks(samples: pa.Table) -> pa.Table:
 def probe_alarms(samples: pa.Table, limits: GuardsConfig) -> list[dict[str, Any]]:
     """The alarms that a round of such samples would raise, however few there are; as plain data, the evidence first.
 
-    `samples` has one row a sample: sample_id, prompt_id, `completion` as its shard holds it, `score` (null where there
+    `samples` has one row a sample: sample_id, prompt_id, `completion` as stored, `score` (null where there
     is none), and where they are known finish and image_sha256.
     """
     sets = {"tried": with_looks(samples)}

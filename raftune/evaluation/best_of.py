@@ -22,7 +22,7 @@ def best_of_k_estimates(scores: npt.ArrayLike, ks: Sequence[int]) -> FloatArray:
     ascending = np.sort(np.asarray(scores, np.float64), axis=-1)
     n = ascending.shape[-1]
     if not all(1 <= k <= n for k in ks):
-        raise ValueError(f"ks must lie in 1..{n}, the number of scores; got {list(ks)}. Draw more, or ask for less.")
+        raise ValueError(f"ks must lie in 1..{n}, the number of scores; got {list(ks)}. Generate more samples.")
     if not np.isfinite(ascending).all():
         raise ValueError("scores must be finite; got NaN or infinity. Leaving them out would bias the estimate.")
     return ascending @ _weights(n, ks)

@@ -187,7 +187,7 @@ def metric_code(config: EvaluationConfig) -> dict[str, str]:
 
 
 def measured(metric: Metric, samples: pa.Table) -> float | Interval | None:
-    """What a metric of the user's own gives: its number, or the mean of its value of each sample, with an interval.
+    """What a custom metric gives: its number, or the mean of its value of each sample, with an interval.
 
     Raises TypeError for anything else; whatever the metric raises.
     """

@@ -159,7 +159,7 @@ def look(
 
 @dataclass(frozen=True)
 class StartModelInfo:
-    """The start model in numbers, what counts the tokens of a text, and what a user should know."""
+    """The initial model in numbers, what counts the tokens of a text, and what a user should know."""
 
     model: ModelFootprint | None
     pipeline: PipelineSize | None
@@ -173,7 +173,7 @@ def uncounted(trial: ProbeRun | None) -> contextlib.AbstractContextManager[None]
 
 
 def begin(assembly: Runtime, data: Path, trial: ProbeRun | None) -> StartModelInfo:
-    """Begins the run's start, and looks at it; a pipeline of the hub that is not at hand goes by what is published."""
+    """Starts the initial model and measures it; for a hub pipeline that is not cached, published sizes are used."""
     config = assembly.config
     if isinstance(config.policy, DiffusionPolicy) and (known := published(config.policy)) is not None:
         pipeline = from_published(known, config)
@@ -202,7 +202,7 @@ def begin(assembly: Runtime, data: Path, trial: ProbeRun | None) -> StartModelIn
 
 
 def read_start(assembly: Runtime, start: Path, trial: ProbeRun | None) -> Any:
-    """What the family says of the run's start. Where the trial's time ends before a language model's weights are read,
+    """What the family says of the initial model. If the time ends before a language model's weights are read,
     what its configuration says, with a note. Raises ModelError where that is not enough."""
     config, answers = assembly.config, list[Any]()
 

@@ -202,7 +202,7 @@ def try_stages(
     config, folder = assembly.config, assembly.run.folder(0, "model")
     table = read_table(data / ("train.parquet" if config.num_rounds else "held_out.parquet")).slice(0, ASKED)
     prompts = prompts_from(table)
-    tell("probe: reading the model, and a first generate")
+    tell("probe: loading the model, first generation")
     policy = assembly.policies.at(folder)
     first = config.sampling.num_generations if config.sampling.generation_kwargs else 1
     trying, backend = timed(lambda: policy.choose_backend(prompts) if isinstance(policy, SupportsBackends) else None)

@@ -35,7 +35,7 @@ class ModelFootprint:
 
 
 def footprint(config: CausalLMPolicy, start: Path, facts: dict[str, Any]) -> ModelFootprint:
-    """The footprint of a start model that was checked before; `facts` is what the check found."""
+    """The footprint of an initial model that was checked before; `facts` is what the check found."""
     from raftune.policies.causal_lm import loading
     from raftune.training.devices import choose_device
 
@@ -56,7 +56,7 @@ def footprint(config: CausalLMPolicy, start: Path, facts: dict[str, Any]) -> Mod
 
 
 def unread_facts(config: CausalLMPolicy, start: Path) -> dict[str, Any] | None:
-    """What is to be known of a start model whose weights were not read; None where its folder does not name one yet."""
+    """Facts about an initial model whose weights were not read; None where its folder does not name one yet."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -43,7 +43,7 @@ class Family(Protocol):
 
 
 def family_of(config: RunConfig) -> Family:
-    """The class of the configured family. Raises ConfigError where one of your own is not there, or is not whole."""
+    """The class of the configured family. Raises ConfigError where a custom one is not there, or is not whole."""
     name = config.policy.family
     try:
         family: Family = load_object(FAMILIES.get(name, name), "policy.family")
@@ -96,7 +96,7 @@ def start_policy(
     *,
     final: Path | None = None,
 ) -> None:
-    """Writes the start model into `out`, which is then moved to `final`.
+    """Writes the initial model into `out`, which is then moved to `final`.
 
     Raises RunDamaged where a folder that it is read from is not as written.
     """

@@ -181,7 +181,7 @@ def seconds_by_stage(found: ReportData) -> tuple[dict[int, dict[str, float]], li
 
 
 def stages(found: ReportData) -> str:
-    """The COMMIT of every stage: its key, its files, its rows."""
+    """The manifest of every stage: its key, its files, its rows."""
     rows = []
     for (round_, stage), commit in sorted(found.reader.commits.items()):
         files = commit.files.values()

@@ -238,7 +238,7 @@ class RunReader:
             self.note("the run", f"events.jsonl cannot be read: {first_line(error)}")
 
     def _look_over(self) -> None:
-        """Notes COMMITs that are gone although others were made from them, and files that are gone or cut."""
+        """Notes manifests that are gone although others were made from them, and files that are gone or cut."""
         self._lost: set[tuple[int, str]] = set()
         for commit in self.commits.values():
             for read in commit.inputs:

@@ -53,7 +53,7 @@ def publish_model(root: str | Path, out: str | Path, round_: int | None = None, 
 
 
 def write_weights(run: RunFolder, round_: int, out: Path, merged: bool) -> ModelUsage:
-    """Writes the model as its family does; of a family of the user's own, whose code is not run, copies the files."""
+    """Writes the model as its family does; of a custom family, whose code is not run, copies the files."""
     config, folder, start = run.configuration(), run.folder(round_, "model"), run.folder(0, "model")
     family: Any = family_of(config) if config.policy.family in FAMILIES else None
     if isinstance(family, SupportsPublishing):

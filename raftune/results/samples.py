@@ -74,7 +74,7 @@ def held_out_chunks(run: RunFolder, round_: int) -> Iterator[list[Row]]:
 
 
 def is_input(run: RunFolder, round_: int, stage: str, name: str) -> bool:
-    """Whether a committed stage was made from this one of the same round. Raises RunDamaged without its COMMIT."""
+    """Whether a committed stage was made from this one of the same round. Raises RunDamaged without its manifest."""
     commit = run.commit(round_, stage) if run.was_made(round_, stage) else None
     return commit is not None and f"{round_}/{name}" in commit.inputs and run.was_made(round_, name)
 

@@ -18,7 +18,7 @@ from raftune.store.committed import is_listed, read_json
 from raftune.store.run import RunFolder
 
 FINISHED, RESUMABLE, IN_USE, DAMAGED, NOT_STARTED = "finished", "resumable", "in use", "damaged", "not started"
-NEWEST = 20  # rounds all of whose COMMITs are read
+NEWEST = 20  # rounds all of whose manifests are read
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def status_of(root: Path) -> RunStatus:
 
 
 def progress_of(status: RunStatus) -> RunStatus:
-    """The status with what the run's COMMITs say. Raises what reading them raises."""
+    """The status with what the run's manifests say. Raises what reading them raises."""
     run = RunFolder(status.root)
     rounds, best = run.rounds(), best_round(status.root)
     looked = {*rounds[:1], *rounds[-NEWEST:], *(r for r in rounds if r == best)}

@@ -31,7 +31,7 @@ NUMBERS = {
     "drift": "feature_drift",
     "invalid": "invalid_ratio",
 }
-OWN = "metrics/"  # how the names of the user's own metrics begin
+OWN = "metrics/"  # how the names of custom metrics begin
 MEND = "`raftune verify` lists what is damaged, and `raftune resume --from STAGE` makes it again."
 AGAIN = "`raftune resume` writes it again."
 # Columns that are shown where a round has more than this.
@@ -172,7 +172,7 @@ def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Summa
 
 
 def own_column(key: str) -> SummaryColumn:
-    """The column of a metric of the user's own."""
+    """The column of a custom metric."""
     name = key.removeprefix(OWN)
     title = name if len(name) <= LONGEST_TITLE else name[: LONGEST_TITLE - 1] + "…"
     return SummaryColumn(key, title, f"{name}, a metric of your own", lambda row: f"{row[key]:.4g}")

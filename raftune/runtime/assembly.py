@@ -383,7 +383,7 @@ class Runtime:
         return InProcessEngine(self.config.engine) if stage.local else self.engine
 
     def prune(self, round_: int, best: int | None) -> None:
-        """Lets go of what the configuration does not keep once a round is done; COMMITs stay, and so do all samples.
+        """Lets go of what the configuration does not keep once a round is done; manifests stay, and so do all samples.
 
         Of rounds that `keep_models` does not keep, the weights; with `keep_latents: selected`, the latents of what was
         generated: those of what was kept lie in rows/, from which later rounds may replay them.

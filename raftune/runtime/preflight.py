@@ -103,7 +103,7 @@ def unusable(assembly: Runtime) -> Iterator[str]:
 
 
 def references(assembly: Runtime) -> None:
-    """Reads the reference answers once before a new run draws: those that cannot be read must not cost a round."""
+    """Reads the reference completions once before a new run, so that unreadable ones do not cost a round."""
     config = assembly.config.training.reference
     if config is not None and assembly.config.num_rounds and not assembly.run.is_committed(0, "data"):
         prompts_of(reference_rows(config), config)
@@ -142,7 +142,7 @@ def likelihood(assembly: Runtime) -> Iterator[str]:
 
 
 def selection(assembly: Runtime) -> Iterator[str]:
-    """Rules that no sample can satisfy; one of the user's own is loaded, which raises ConfigError where it cannot
+    """Rules that no sample can satisfy; a custom one is loaded, which raises ConfigError where it cannot
     be.
     """
     load_rule(assembly.config.selection)

@@ -105,7 +105,7 @@ def wanted(
 
 
 def has_part(path: Path, only: Collection[str]) -> bool:
-    """Whether a sample in this shard has a part of one of these statuses."""
+    """Whether a sample in this chunk file has a part of one of these statuses."""
     columns = [name for name in column_names(path) if name.startswith("status/")]
     return any(not statuses_in(row).isdisjoint(only) for row in read_table(path, columns).to_pylist())
 

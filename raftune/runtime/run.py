@@ -181,7 +181,7 @@ def save_config(folder: RunFolder, config: RunConfig) -> None:
 
 
 def recorded(folder: RunFolder) -> dict[str, Any] | None:
-    """The configuration that the run was last started with; None where it was lost: then its COMMITs still hold it."""
+    """The configuration that the run was last started with; None if it is lost (the manifests still hold it)."""
     try:
         return folder.read_config()
     except StoreError:

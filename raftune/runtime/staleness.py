@@ -51,7 +51,7 @@ def check(assembly: Runtime, redo: str | None = None, only: Sequence[str] = ()) 
     keep the scores of all samples but those of these statuses; what was begun so is ended by whoever comes next, unless
     `redo` names what it was made from. Raises RunDamaged, ConfigChanged (with the
     differences), StoreError where weights or latents are gone that would be needed, ConfigError for a stage that does
-    not exist, and for an option that the start model does not have.
+    not exist, and for an option that the initial model does not have.
     """
     first = [parse(name, assembly) for name in redo.split(",")] if redo is not None else []
     begun = rescoring.begun(assembly.run)
@@ -143,13 +143,13 @@ def refuse_dropped(assembly: Runtime, chosen: dict[RoundStage, Stage], redo: str
                 raise StoreError(
                     f"{stage.name} of round {round_} cannot be redone: of what was generated in it the "
                     f"{', '.join(gone)} "
-                    "were dropped (keep_latents), but for those of the samples that were kept then. Draw it again, "
+                    "were dropped (keep_latents), but for those of the samples that were kept then. Generate it again, "
                     f"which gives the same: --from {redo},{round_}/{source[1]}"
                 )
 
 
 def check_config(assembly: Runtime, chosen: dict[RoundStage, Stage]) -> None:
-    """Raises ConfigError for options that the start model does not have, before anything is set aside for them."""
+    """Raises ConfigError for options that the initial model does not have, before anything is set aside for them."""
     asks_a_model = any(read.startswith("model") for stage in chosen.values() for read in stage.reads)
     if not asks_a_model or (0, "model") in chosen or not assembly.run.is_committed(0, "model"):
         return  # the start itself is checked when it is made

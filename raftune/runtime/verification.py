@@ -110,7 +110,7 @@ def entries(run: RunFolder) -> Iterator[str]:
 
 
 def uncommitted(run: RunFolder) -> Iterator[str]:
-    """Stages of rounds that are over without a COMMIT: each lies there, or must be there for its round to be over."""
+    """Stages of rounds that are over without a manifest: each lies there, or must be there for its round to be over."""
     committed = {place for place in run.places() if run.is_committed(*place)}
     needed = closing(run)
     for round_ in rounds_over(run, committed):

@@ -18,7 +18,7 @@ from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import read_table
 
 START = "evaluate/features@0"  # of the start's samples, which have the same prompts and seeds
-IDENTITY = frozenset({"sample_id", "prompt_id", "k", "source"})  # the columns that every shard repeats
+IDENTITY = frozenset({"sample_id", "prompt_id", "k", "source"})  # the columns that every chunk file repeats
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class EvaluateStage:
         return tuple(f"evaluation.metrics: {name} has no value: {error}" for name, error in failed.items())
 
     def measured(self, metric: Metric, table: pa.Table) -> tuple[Any, str]:
-        """The value of a metric of the user's own, and why it has none."""
+        """The value of a custom metric, and why it has none."""
         assert self.own is not None
         try:
             return self.own.measured(metric, table), ""

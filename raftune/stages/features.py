@@ -20,7 +20,7 @@ GENERATED = "evaluate/generate"
 
 
 class FeaturesStage:
-    """One shard a chunk, row for row beside what was generated: `features`, null for a sample that is no image."""
+    """One file per chunk, row for row beside what was generated: `features`, null for a sample that is no image."""
 
     name = "evaluation features"
     writes = "evaluate/features"

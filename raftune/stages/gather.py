@@ -25,7 +25,7 @@ from raftune.store.layout import chunk_file
 from raftune.store.parquet import read_group, read_groups, read_table, table_writer
 from raftune.training.objectives import chosen_rows, load_objective, objective_code
 
-VERDICT = ("score", "rank", "reason")  # of a verdict, what an objective of the user's own is given
+VERDICT = ("score", "rank", "reason")  # of a verdict, what a custom objective is given
 _NOT_PAYLOAD = ("sample_id", "prompt_id", "k", "source", "seed", "version", "weight")
 
 

@@ -22,7 +22,7 @@ IDENTITY = ("id", "prompt_id", "k", "source", "seed", "version")
 
 
 class GenerateStage:
-    """One shard a chunk: the policy's own samples, then the candidates that the data set's columns hold."""
+    """One file per chunk: the policy's own samples, then the candidates that the data set's columns hold."""
 
     local = False
 
@@ -36,7 +36,7 @@ class GenerateStage:
         columns: tuple[str, ...] = (),
         code: Mapping[str, str] | None = None,
     ) -> None:
-        """`code`: the hash of the code of a backend of the user's own."""
+        """`code`: the hash of the code of a custom backend."""
         self.code = code or {}
         self.policies, self.model, self.plan, self.columns = policies, model, plan, columns
         self.name = writes.replace("evaluate/", "evaluation ")
@@ -63,7 +63,7 @@ class GenerateStage:
 
 
 def drawn(policy: Policy, chunk: Chunk) -> list[Sample]:
-    """What the policy draws of the chunk. Raises ModelError where that is not what was asked for: a family's own fault.
+    """The policy's samples of the chunk. Raises ModelError if they do not match it.
 
     Everything after it relies on the order: prompt by prompt, k ascending, each sample with the seed that was planned.
     """
@@ -76,7 +76,7 @@ def drawn(policy: Policy, chunk: Chunk) -> list[Sample]:
     ]
     if len(samples) != len(planned):
         raise ModelError(
-            f"{name}.draw must give a sample for each seed of each prompt of the chunk, {len(planned)} here; got "
+            f"{name}.generate must return a sample for each seed of each prompt of the chunk, {len(planned)} here; got "
             f"{len(samples)}. docs/families.md shows the order."
         )
     for number, (sample, wanted) in enumerate(zip(samples, planned, strict=True)):
@@ -84,14 +84,14 @@ def drawn(policy: Policy, chunk: Chunk) -> list[Sample]:
         if given != wanted:
             field, was, should = next(f for f in zip(IDENTITY, given, wanted, strict=True) if f[1] != f[2])
             raise ModelError(
-                f"{name}.draw must give its samples prompt by prompt, k ascending, each with its own seed; sample "
-                f"{number} has {field} {was!r} where {should!r} was asked for. docs/families.md shows the order."
+                f"{name}.generate must return its samples prompt by prompt, k ascending, each with its own seed; "
+                f"sample {number} has {field} {was!r} where {should!r} was asked for. docs/families.md shows the order."
             )
     return samples
 
 
 def as_table(samples: list[Sample], policy: Policy) -> pa.Table:
-    """The samples as the rows of a shard. Raises ModelError where a payload does not fit what its family declares."""
+    """The samples as a table. Raises ModelError for a payload that does not fit its family's schema."""
     name, columns = type(policy).__name__, set(policy.payload.names)
     for sample in samples:
         if unknown := sorted(sample.payload.keys() - columns):
@@ -136,7 +136,7 @@ def adopted(policy: Policy, chunk: Chunk, prompt: Prompt, k: int, column: str) -
 
 
 class TeacherStage:
-    """One shard a chunk: a teacher's answers, encoded as if the policy had generated them; numbered after its own."""
+    """One file per chunk: a teacher's answers, encoded as if the policy had generated them; numbered after its own."""
 
     local = False
     name = writes = "teach"

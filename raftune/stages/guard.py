@@ -126,7 +126,7 @@ class GuardStage:
 
 
 def completions_in(path: Path) -> list[str]:
-    """The columns of a shard that say what its completions are."""
+    """The columns of a chunk file that say what its completions are."""
     return [name for name in ("sample_id", "completion", INVALID) if name in column_names(path)]
 
 
@@ -154,7 +154,7 @@ def beside(table: pa.Table, other: pa.Table) -> pa.Table:
 
 
 def told_of(path: Path, texts: bool) -> pa.Table:
-    """Of each sample of a shard: `content`, equal where two are the same; of texts length, clipped and empty.
+    """Of each sample of a chunk file: `content`, equal where two are the same; of texts length, clipped and empty.
 
     Null where that is not known.
     """

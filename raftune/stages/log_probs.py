@@ -17,7 +17,7 @@ from raftune.store.parquet import write_table
 
 
 class LogProbsStage:
-    """One shard a chunk: `log_prob`, nats of the whole answer, untempered. One model a stage: never two in memory."""
+    """One file per chunk: `log_prob`, nats of the whole answer, untempered. One model a stage: never two in memory."""
 
     local = False
     fields = ("engine.threads",)

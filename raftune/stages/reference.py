@@ -28,7 +28,7 @@ EMPTY = "the answer is empty"
 
 
 class ReferenceStage:
-    """One shard a chunk, a row a prompt: `reference_log_prob`, nats of its reference answer, and the answer's `tokens`.
+    """One file per chunk, one row per prompt: `reference_log_prob` (nats) and `tokens` of its reference completion.
 
     The answer is encoded as if the policy had generated it, the prompt put as it is when generating. Where it is empty
     or

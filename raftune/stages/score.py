@@ -20,12 +20,12 @@ from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import read_metadata, read_table, write_table
 
 ONLY = "only.json"  # beside earlier scores: the statuses of the samples that are asked about again
-KEPT = "kept"  # in a shard's metadata: of how many samples earlier scores were kept, as JSON
-METRICS = "metrics"  # in a shard's metadata: what rewards gave to log_metric, as JSON: {name: [mean, count]}
+KEPT = "kept"  # in a chunk file's metadata: of how many samples earlier scores were kept, as JSON
+METRICS = "metrics"  # in a chunk file's metadata: what rewards gave to log_metric, as JSON: {name: [mean, count]}
 
 
 class ScoreStage:
-    """One shard a chunk, row for row beside what was generated (and what a teacher gave)."""
+    """One file per chunk, row for row beside what was generated (and what a teacher gave)."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ def kept_scores(
     folder: Path | None, chunk: int, samples: pa.Table
 ) -> tuple[dict[int, dict[str, Any]], dict[str, list[Any]], dict[str, str]]:
     """Of the samples about which no reward is asked again the earlier rows, by their place; the metrics logged then;
-    what the new shard says of it. All empty where the stage keeps nothing."""
+    what the new chunk file says of it. All empty where the stage keeps nothing."""
     commit = committed(folder) if folder is not None else None
     if folder is None or commit is None or chunk_file(chunk) not in commit.files:
         return {}, {}, {}
@@ -93,12 +93,12 @@ def read_only(folder: Path) -> list[str]:
 
 
 def statuses_in(row: Mapping[str, Any]) -> set[str]:
-    """The statuses of the parts of a score, in its row of a shard."""
+    """The statuses of the parts of a score, in its row of a chunk file."""
     return {value for name, value in row.items() if name.startswith("status/")}
 
 
 def score_in(row: Mapping[str, Any], names: tuple[str, ...]) -> Score:
-    """The score in a row of a shard; what its parts say in words stands together in `detail`."""
+    """The score in a row of a chunk file; what its parts say in words stands together in `detail`."""
     parts = {name: RewardPart(row[f"rewards/{name}"], ScoreStatus(row[f"status/{name}"])) for name in names}
     return Score(row["score"], ScoreStatus(row["status"]), parts, row["detail"])
 

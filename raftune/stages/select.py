@@ -209,7 +209,7 @@ def first_draws(samples: pa.Table, num_generations: int | None) -> IntArray:
 
 
 def invalid_of(path: Path) -> BoolArray:
-    """(N,) which samples of a shard their policy calls invalid; none where it has no such column."""
+    """(N,) which samples of a chunk file their policy calls invalid; none where it has no such column."""
     if INVALID not in column_names(path):
         return np.zeros(read_metadata(path)[0], np.bool_)
     return np.asarray(read_table(path, [INVALID]).column(INVALID).is_valid().to_numpy(), np.bool_)

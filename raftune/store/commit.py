@@ -65,7 +65,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a stage wrote. `key` depends on the fields that shape the stage and on the COMMITs it was made from."""
+    """What a stage wrote. `key` depends on the fields that shape the stage and on the manifests it was made from."""
 
     stage: str
     round: int
@@ -76,7 +76,7 @@ class Manifest:
     quarantined: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path, tmp: Path) -> None:
-        """Publishes the COMMIT in the stage's folder, after everything that it lists."""
+        """Publishes the manifest in the stage's folder, after everything that it lists."""
         content = {
             "layout": LAYOUT,
             "stage": self.stage,
@@ -92,7 +92,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest | None:
-        """The folder's COMMIT, or None where there is none. Raises RunDamaged, RunTooNew, RunTooOld."""
+        """The folder's manifest, or None where there is none. Raises RunDamaged, RunTooNew, RunTooOld."""
         path = folder / NAME
         try:
             raw = path.read_bytes()
@@ -123,7 +123,7 @@ class Manifest:
             raise RunDamaged(f"{path} lacks {error}. Restore it, or redo its stage with `--from`.") from error
 
     def faults(self, folder: Path, dropped: DroppedFiles | None = None) -> list[str]:
-        """What differs between the folder and this COMMIT, a line each; none when all is as it was committed.
+        """What differs between the folder and this manifest, a line each; none when all is as it was committed.
 
         Of files that were replaced on purpose each may be as it was, or as `dropped` says; where whole files were let
         go none is missed.
@@ -154,7 +154,7 @@ def round_of(folder: Path) -> int | None:
 
 
 def surplus(folder: Path, commit: Manifest) -> list[str]:
-    """Files in a committed folder that its COMMIT does not list; those of stages in folders below are their own."""
+    """Files in a committed folder that its manifest does not list; those of stages in folders below are their own."""
     return sorted(name for name in _files_below(folder) if name not in commit.files and not is_own(name))
 
 
@@ -174,7 +174,7 @@ def _entry_json(entry: FileEntry) -> dict[str, Any]:
 def stage_key(stage: str, fields: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """The hash that tells whether a stage's output belongs to these fields and these inputs."""
     plain = json.loads(json.dumps({"stage": stage, "fields": fields, "inputs": inputs}, default=str))
-    text = json.dumps(plain, sort_keys=True)  # the same of what was read back from a COMMIT
+    text = json.dumps(plain, sort_keys=True)  # the same of what was read back from a manifest
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -23,7 +23,7 @@ _ROUND = re.compile(r"round-(\d{4,})$")
 MANIFEST = "raftune_files.json"
 # The list itself, what people edit, and what is deleted before a model is given away.
 UNLISTED = (MANIFEST, "README.md", "parity.json")
-_DEEPEST = 4  # folders between a committed file and its COMMIT: those of a pipeline's parts
+_DEEPEST = 4  # folders between a committed file and its manifest: those of a pipeline's parts
 _MOST = 200_000  # files remembered
 _SMALL = 50_000_000  # bytes: below, threads cost more than they save
 T = TypeVar("T")
@@ -35,7 +35,7 @@ _markers: dict[Path, tuple[Signature, DroppedFiles | None]] = {}
 
 
 def check_file(path: Path) -> Path:
-    """The path, after its content was compared with its COMMIT. Raises RunDamaged that names file and fix."""
+    """The path, after its content was compared with its manifest. Raises RunDamaged that names file and fix."""
     folder, commit = _covering(path)
     if folder is None or commit is None:
         return path
@@ -48,7 +48,7 @@ def check_file(path: Path) -> Path:
 
 
 def check_folder(folder: Path) -> Path:
-    """The folder, after all that its COMMIT lists was compared, and nothing else lies in it. Raises RunDamaged.
+    """The folder, after all that its manifest lists was compared, and nothing else lies in it. Raises RunDamaged.
 
     What was let go on purpose is not missed. A model folder in other hands has a manifest instead, which what was
     added to the folder since does not concern. Without either there is nothing to compare.
@@ -123,12 +123,12 @@ def read_json(path: Path) -> Any:
 
 
 def committed(folder: Path) -> Manifest | None:
-    """The folder's COMMIT, None without one; read anew only where it has changed. Raises RunDamaged, RunTooNew."""
+    """The folder's manifest, None without one; read anew only where it has changed. Raises RunDamaged, RunTooNew."""
     return _cached(_commits, folder, commits.NAME, Manifest.load)
 
 
 def is_listed(path: Path) -> bool:
-    """Whether a COMMIT says that there is this file."""
+    """Whether a manifest says that there is this file."""
     folder, commit = _covering(path)
     return folder is not None and commit is not None and path.relative_to(folder).as_posix() in commit.files
 
@@ -173,7 +173,7 @@ def _not_listed(path: Path, folder: Path, name: str) -> str:
 
 
 def _covering(path: Path) -> tuple[Path | None, Manifest | None]:
-    """The nearest folder above with a COMMIT, within the same round."""
+    """The nearest folder above with a manifest, within the same round."""
     for folder in list(path.parents)[:_DEEPEST]:
         if _ROUND.match(folder.name):
             break

@@ -146,7 +146,7 @@ def publish_folder(staged: Path, final: Path) -> None:
 
 
 def publish_seal(staged: Path, final: Path, listed: Iterable[str]) -> None:
-    """Publishes a COMMIT: the names of the files that it lists are durable before it has its own."""
+    """Publishes a manifest: the names of the files that it lists are durable before it has its own."""
     folders = {final.parent, *((final.parent / name).parent for name in listed)}
     with explaining(staged, final):
         sync(staged, *sorted(folders))

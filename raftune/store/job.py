@@ -33,7 +33,7 @@ from raftune.store.run import RunFolder
 
 @dataclass(frozen=True)
 class StageJob:
-    """`fields` are the values that shape the stage; `hashes` the COMMITs that it is made from, by "round/name"."""
+    """`fields` are the values that shape the stage; `hashes` the manifests that it is made from, by "round/name"."""
 
     run: RunFolder
     stage: Stage
@@ -78,7 +78,7 @@ def fields_of(stage: Stage, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hashes_of(run: RunFolder, stage: Stage, round_: int) -> dict[str, str]:
-    """The hashes of the COMMITs that the stage is made from, by "round/name"; empty where there is none."""
+    """The hashes of the manifests that the stage is made from, by "round/name"; empty where there is none."""
     sources = [source_of(read, round_) for read in stage.reads]
     return {f"{source}/{name}": run.commit_hash(source, name) for source, name in sources}
 
@@ -92,7 +92,7 @@ def dotted(config: Mapping[str, Any], name: str) -> Any:
 
 
 def run_once(job: StageJob, stage: SingleStage) -> tuple[str, ...]:
-    """Runs the stage into tmp/, then publishes its files; the COMMIT comes last. Returns what a user should know."""
+    """Runs the stage into tmp/, then publishes its files; the manifest comes last. Returns what a user should know."""
     staged = unique(job.run.tmp)
     staged.mkdir()
     try:
@@ -144,7 +144,7 @@ def revised(revision: Path, key: str) -> dict[str, str]:
 
 
 def note(job: StageJob, entry: JournalEntry) -> None:
-    """Puts on record that the chunk lies on disk, until the COMMIT says so; a line that is lost costs its unit."""
+    """Puts on record that the chunk lies on disk, until the manifest says so; a line that is lost costs its unit."""
     with (job.folder / JOURNAL).open("a") as file:
         file.write(json.dumps({"key": job.key, **asdict(entry)}) + "\n")
 

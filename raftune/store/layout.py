@@ -31,7 +31,7 @@ def batch_file(index: int) -> str:
 def chunk_numbers(*folders: Path) -> list[int]:
     """The chunks that every one of these committed folders holds, ascending: without those that were set aside.
 
-    Raises RunDamaged where a folder's COMMIT is gone.
+    Raises RunDamaged where a folder's manifest is gone.
     """
     held = []
     for folder in folders:

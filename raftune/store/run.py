@@ -28,11 +28,11 @@ _ROUND = re.compile(r"round-(\d{4,})$")
 CONFIG, YAML = RUN_CONFIG, "config.yaml"
 RECORD = "raftune"  # in the configuration on disk, beside its sections: what is recorded with it
 AGAIN = "again"  # the scores that `--only` keeps, while their stages are made anew
-DROPPED = MARKER  # beside the COMMIT of a stage of which something was deleted on purpose
+DROPPED = MARKER  # beside the manifest of a stage of which something was deleted on purpose
 
 
 class RunFolder:
-    """The directory of one run: paths, COMMITs, the lock."""
+    """The directory of one run: paths, manifests, the lock."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
@@ -140,7 +140,7 @@ class RunFolder:
         words = [f"{name} is {old!r} here and {new!r} in {YAML}" for name, (old, new) in changed.items()]
         return f": {', '.join(words[:3])}" if words else ""
 
-    # -- COMMITs ----------------------------------------------------------------------------------------------------
+    # -- manifests ----------------------------------------------------------------------------------------------------
 
     def commit(self, round_: int, name: str) -> Manifest | None:
         return committed(self.folder(round_, name))
@@ -149,12 +149,12 @@ class RunFolder:
         return (self.folder(round_, name) / commits.NAME).is_file()
 
     def rounds_with(self, name: str) -> list[int]:
-        """The rounds in which the stage is committed, ascending. Raises RunDamaged where its COMMIT was lost."""
+        """The rounds in which the stage is committed, ascending. Raises RunDamaged where its manifest was lost."""
         rounds = self.rounds()
         return [round_ for round_ in rounds if self.was_made(round_, name)]
 
     def was_made(self, round_: int, name: str) -> bool:
-        """Whether the stage is committed. Raises RunDamaged where it was and its COMMIT is gone.
+        """Whether the stage is committed. Raises RunDamaged where it was and its manifest is gone.
 
         That is so where the round has something that was made from it, or has files of it and is over.
         """
@@ -184,12 +184,12 @@ class RunFolder:
         return dropped.columns if dropped is not None else ()
 
     def files_now(self, round_: int, name: str, commit: Manifest) -> dict[str, FileEntry]:
-        """The files of a committed stage as they should be: as its COMMIT says, but for what was let go since."""
+        """The files of a committed stage as they should be: as its manifest says, but for what was let go since."""
         dropped = DroppedFiles.load(self.folder(round_, name))
         return {**commit.files, **(dropped.files if dropped is not None else {})}
 
     def commit_hash(self, round_: int, name: str) -> str:
-        """The SHA-256 of a stage's COMMIT, which stands for all that it was made from; empty if it is not committed."""
+        """SHA-256 of a stage's manifest, which covers all inputs; empty if it is not committed."""
         return sha256_of(self.folder(round_, name) / commits.NAME) if self.is_committed(round_, name) else ""
 
     def seal(self, commit: Manifest, name: str) -> None:
@@ -207,7 +207,7 @@ class RunFolder:
             yield from ((round_, name) for name in dict.fromkeys([*committed, *own]))
 
     def faults(self, without: Collection[tuple[int, str]] = ()) -> list[str]:
-        """What is damaged, a line each: changed or missing files, then COMMITs whose inputs have been replaced.
+        """What is damaged, a line each: changed or missing files, then manifests whose inputs have been replaced.
 
         Stages in `without` are passed over. Raises RunTooNew.
         """
@@ -242,7 +242,7 @@ class RunFolder:
     def supersede(self, round_: int, name: str) -> None:
         """Moves a stage aside, to superseded/: nothing that was generated is ever deleted.
 
-        Stages in folders below it stay. Its COMMIT goes first, so that a kill leaves a stage that is not committed.
+        Stages in folders below it stay. Its manifest goes first, so that a kill leaves a stage that is not committed.
         """
         folder = self.folder(round_, name)
         if not folder.is_dir():
@@ -315,6 +315,6 @@ def difference_to_yaml(path: Path, data: Mapping[str, Any]) -> dict[str, tuple[A
 
 
 def parted(read: str) -> tuple[int, str]:
-    """The round and the folder of an input as a COMMIT names it: 1/generate."""
+    """The round and the folder of an input as a manifest names it: 1/generate."""
     round_, name = read.split("/", 1)
     return int(round_), name

@@ -190,7 +190,7 @@ class RaftTrainer(TransformersTrainerMixin):
         """The metrics of the best round's model, under TRL's names.
 
         On `eval_dataset`, or a dictionary of several, its prompts are generated to and scored now, all of them; before
-        any round is done, by the start model. A trainer that was given a dictionary evaluates each in it. Without
+        any round is done, by the initial model. A trainer that was given a dictionary evaluates each in it. Without
         one these are the run's own held-out prompts, as they were measured when the round ended.
         """
         several = isinstance(self.eval_dataset, Mapping)  # of which the rounds were judged together
@@ -232,7 +232,7 @@ class RaftTrainer(TransformersTrainerMixin):
 
     @property
     def model(self) -> Any:
-        """The best round's model, of transformers or peft, in eval mode; before any round is done, the start model."""
+        """The best round's model, of transformers or peft, in eval mode; before the first round the initial model."""
         if self._model is None:
             best = self._best() if self._has_model() else None
             self._model = self._start_model() if best is None else self._model_of_round(best)

@@ -44,7 +44,7 @@ class Sft:
 
 
 def load_objective(config: TrainingConfig) -> Objective:
-    """The configured objective. Raises ConfigError where one of the user's own is not there, or is not whole."""
+    """The configured objective. Raises ConfigError where a custom one is not there, or is not whole."""
     if not isinstance(config, CustomTraining):
         return OBJECTIVES[getattr(config, "objective", "sft")]()
     made: Objective = load_extension(
@@ -64,7 +64,7 @@ def load_objective(config: TrainingConfig) -> Objective:
 
 
 def objective_code(config: TrainingConfig) -> dict[str, str]:
-    """The hash of the file that an objective of the user's own is read from: other code is another training."""
+    """The hash of the file that a custom objective is read from: other code is another training."""
     return {"objective's classes": code_hash(config.objective)} if isinstance(config, CustomTraining) else {}
 
 

@@ -65,7 +65,7 @@ def let_go(folder: RunFolder) -> Iterator[tuple[str, list[int]]]:
 
 
 def readable(folder: RunFolder) -> Iterator[Manifest]:
-    """Every COMMIT that can be read; one that cannot is among the faults."""
+    """Every manifest that can be read; one that cannot is among the faults."""
     for round_, name in folder.places():
         with contextlib.suppress(RunDamaged):
             if commit := folder.commit(round_, name):

@@ -1,6 +1,6 @@
 """Loads a tokenizer and weights from a folder or the hub.
 
-A round's weights are loaded in two phases: the start model as it was given, and on it the round's adapter. The adapter
+A round's weights are loaded in two phases: the initial model, and on it the round's adapter. The adapter
 is merged, if at all, into that fresh copy and never into one that was merged before, so rounding does not add up.
 """
 
@@ -36,7 +36,7 @@ PROBE = "parity.json"  # of a round that was trained: see parity.py
 
 @dataclass(frozen=True)
 class StartReference:
-    """Where the start model is: an absolute path with the hash of what lies there, or a hub name at a commit."""
+    """Where the initial model is: an absolute path with the hash of what lies there, or a hub name at a commit."""
 
     name: str
     revision: str | None
@@ -134,13 +134,13 @@ def verify(start: Path) -> None:
 
 
 def source(start: Path) -> tuple[str, str | None]:
-    """What from_pretrained is given for the start model: name and revision."""
+    """What from_pretrained is given for the initial model: name and revision."""
     reference = read_reference(start)
     return (reference.name, reference.revision) if reference else (str(start), None)
 
 
 def load_tokenizer(config: CausalLMPolicy, start: Path) -> Any:
-    """The tokenizer that lies in the start folder, else the configured one, else the start model's own."""
+    """The tokenizer that lies in the start folder, else the configured one, else the initial model's own."""
     name, revision = (config.tokenizer, None) if config.tokenizer else source(start)
     if (start / "tokenizer_config.json").is_file():  # given as an object, or written beside the weights
         name, revision = str(start), None
@@ -161,7 +161,7 @@ def load_tokenizer(config: CausalLMPolicy, start: Path) -> Any:
 
 
 def generation_config(config: CausalLMPolicy, start: Path) -> GenerationConfig:
-    """The start model's generation config; made from its model config where it has none."""
+    """The initial model's generation config; made from its model config where it has none."""
     name, revision = source(start)
     with quiet():
         try:
@@ -171,7 +171,7 @@ def generation_config(config: CausalLMPolicy, start: Path) -> GenerationConfig:
 
 
 def model_config(config: CausalLMPolicy, start: Path) -> Any:
-    """The start model's transformers configuration."""
+    """The initial model's transformers configuration."""
     name, revision = source(start)
     return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **at(revision))
 
@@ -269,7 +269,7 @@ def _four_bits(device: torch.device) -> dict[str, Any]:
 
 
 def load_start(config: CausalLMPolicy, start: Path, device: torch.device) -> Any:
-    """The start model itself, without any adapter of ours."""
+    """The initial model itself, without any adapter of ours."""
     return load_weights(config, *source(start), device)
 
 

@@ -53,7 +53,7 @@ PAYLOAD = pa.schema(
     ]
 )
 
-COMPARED = 8  # completions of a backend of the user's own, whose log-probabilities are compared with a forward's
+COMPARED = 8  # completions of a custom backend, whose log-probabilities are compared with a forward's
 NOTABLE = 0.05  # nats a token
 WITHOUT_TEMPLATE = (
     "the model has a chat template, and prompts given as text go in without it: write them as lists of messages, "
@@ -95,12 +95,12 @@ class CausalLM:
 
     @classmethod
     def load(cls, config: FamilyConfig, folder: Path, start: Path) -> CausalLM:
-        """The policy of a committed model folder; `start` is the run's start folder, on which adapters rest."""
+        """The policy of a committed model folder; `start` is the initial model folder, on which adapters rest."""
         return cls(config, folder, start)
 
     @classmethod
     def start(cls, config: FamilyConfig, out: Path, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
-        """Writes the start model into `out` and says what it is; raises ModelError where it is unfit.
+        """Writes the initial model into `out` and says what it is; raises ModelError where it is unfit.
 
         A model given by name becomes a reference. Weights are written where it is given as an object, or where the name
         is a LoRA adapter's: that is merged first, since switching it off must give this start and not its base; a run
@@ -182,7 +182,7 @@ class CausalLM:
     def _draw_by_own(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], settings: SamplingParams
     ) -> list[list[GeneratedCompletion]]:
-        """By a backend of the user's own; the first completions' log-probabilities are compared with a forward's."""
+        """By a custom backend; the first completions' log-probabilities are compared with a forward's."""
         backend, name = self._own_backend, self.config.sampling.backend
         request = GenerationRequest(prompts, seeds, settings, self.tokenizer)
         groups = generate_by(backend, name, self.model, request)

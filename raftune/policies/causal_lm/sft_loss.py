@@ -33,7 +33,7 @@ class TrainingRow:
 
     example: TokenizedCompletion
     coefficient: float
-    extra: Mapping[str, float] = field(default_factory=dict)  # what an objective of the user's own added to the row
+    extra: Mapping[str, float] = field(default_factory=dict)  # what a custom objective added to the row
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def read_rows(path: Path, encoder: TextEncoder, config: TrainingConfig) -> Train
 
 
 def _added(schema: pa.Schema) -> list[str]:
-    """The columns of numbers that an objective of the user's own added."""
+    """The columns of numbers that a custom objective added."""
     own = {*COLUMNS, TOOLS, "sample_id", "origin", "source"}
     numeric = (pa.types.is_floating, pa.types.is_integer)
     return [column.name for column in schema if column.name not in own and any(is_(column.type) for is_ in numeric)]

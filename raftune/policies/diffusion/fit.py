@@ -154,7 +154,7 @@ def fitted_to(task: FitTask, training: TrainingConfig, work: Path, device: torch
 
 
 def published(policy: TrainablePolicy, fitted: FitResult, probe: DenoisingProbe, out: Path) -> dict[str, Any]:
-    """Writes the model; returns the evidence of what it says of a few rows, beside what the run's start says."""
+    """Writes the model; returns the evidence of what it says of a few rows, beside what the initial model says."""
     trained, rows = policy.bound(fitted.model.denoiser.eval()), fitted.micro_batch
     write_model(trained, out, base_record(policy.start_folder), fitted.optimizer)
     after = probe.said_by(trained, rows)

@@ -215,7 +215,7 @@ def load_denoiser(config: DiffusionPolicy, folder: Path, start: Path, *, train: 
 
 
 def _beneath(config: DiffusionPolicy, folder: Path, record: ModelRecord, start: Path) -> Any:
-    """The denoiser on which a folder's LoRA rests: that of the run's start, or of what the start itself names."""
+    """The denoiser on which a folder's LoRA rests: that of the initial model, or of what the start itself names."""
     if folder.resolve() != start.resolve():
         return load_denoiser(config, start, start, train=False)
     place = (folder / record.model).resolve()

@@ -59,7 +59,7 @@ class Diffusion:
 
     @classmethod
     def load(cls, config: FamilyConfig, folder: Path, start: Path) -> Diffusion:
-        """The policy of a committed model folder; `start` is the run's start folder, on which every round rests."""
+        """The policy of a committed model folder; `start` is the initial model folder, on which every round rests."""
         return cls(config, folder, start)
 
     @classmethod

@@ -36,7 +36,7 @@ class Tabular:
 
     @classmethod
     def start(cls, config: RunConfig, out: Path, model: Any = None, tokenizer: Any = None) -> None:
-        """Writes the start model. Raises ConfigError for fields that this family would ignore, and bad logits."""
+        """Writes the initial model. Raises ConfigError for fields that this family would ignore, and bad logits."""
         assert isinstance(config.policy, TabularPolicy)
         refuse_unread(config)
         logits = config.policy.logits or [[0.0] * config.policy.num_answers] * config.policy.num_prompts
@@ -60,7 +60,7 @@ class Tabular:
 
     @classmethod
     def verify(cls, start: Path) -> None:
-        """The start lies in the run itself, where its COMMIT guards it: nothing else to check."""
+        """The start lies in the run itself, where its manifest guards it: nothing else to check."""
 
     @classmethod
     def load(cls, config: RunConfig, folder: Path, start: Path) -> Tabular:

@@ -53,7 +53,7 @@ def generate(
 def generate_by(
     backend: SamplingBackend, name: str, model: nn.Module, request: GenerationRequest
 ) -> list[list[GeneratedCompletion]]:
-    """As `generate`, by a backend of the user's own. Raises ExtensionError where it fails or breaks its contract."""
+    """As `generate`, by a custom backend. Raises ExtensionError where it fails or breaks its contract."""
     with names_out_of_memory(request.parameters.batch_size, "max_completion_length"):
         try:
             groups = [
