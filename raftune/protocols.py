@@ -22,9 +22,8 @@ EVALUATION = "e"  # ends the scope of a chunk whose samples are only looked at
 class Chunk:
     """A fixed slice of prompts x K: what is generated and scored at once, always in the same batches.
 
-    `seeds[i][k]` is the seed of the k-th sample of prompts[i]; `version` names the policy; `scope` begins
-    the
-    sample ids and tells a training round from an evaluation; `batch_size` is the number of samples alive at once.
+    `seeds[i][k]` is the seed of the k-th sample of prompts[i]; `version` names the policy; `scope` begins the sample
+    ids and tells a training round from an evaluation; `batch_size` is the number of samples alive at once.
     """
 
     index: int
@@ -490,15 +489,13 @@ class MonitorInput:
 
     `samples` competed in the round: sample_id, prompt_id, k, source, score, weight (0: rejected) and rewards/NAME; of
     texts also length, clipped, similarity (among its prompt's own samples), control, and text where it was kept or is
-    of
-    the control: of each prompt as many of the policy's first generates as were kept; of images also brightness,
+    of the control: of each prompt as many of the policy's first generates as were kept; of images also brightness,
     saturation, contrast, thumbnail, and control. `factors` are the rewards' weights; counts/NAME is what a reward
-    counts where that is not its value.
-    `held_out` judged the round: sample_id, prompt_id, k, score, and, where they were measured, held_out and log_ratio
-    (log p - log p0, nats), None without any; `earlier` are the same of rounds 0, 1, …; `judge` says what held_out is.
-    `first` are the measures of what round 1 generated, None in round 1. Beside these, samples and held_out say of each
-    answer, where the family lets it be known, whether it is empty and clipped, and `content`, equal where two are the
-    same; of tokens `length`. `losses` are those of the round's optimizer steps.
+    counts where that is not its value. `held_out` judged the round: sample_id, prompt_id, k, score, and, where they
+    were measured, held_out and log_ratio (log p - log p0, nats), None without any; `earlier` are the same of rounds 0,
+    1, …; `judge` says what held_out is. `first` are the measures of what round 1 generated, None in round 1. Beside
+    these, samples and held_out say of each answer, where the family lets it be known, whether it is empty and clipped,
+    and `content`, equal where two are the same; of tokens `length`. `losses` are those of the round's optimizer steps.
     """
 
     round: int

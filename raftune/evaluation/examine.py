@@ -32,8 +32,7 @@ class RoundMonitor:
         """The measures of the policy's own samples, and of what was kept, each kept sample counting by its weight.
 
         Words are counted in sets of one size, so that they can be compared: those that were kept, and of what was
-        generated
-        the control. What cannot be measured is left out.
+        generated the control. What cannot be measured is left out.
         """
         samples = evidence.samples
         drawn, kept = samples.filter(pc.equal(samples.column("source"), "policy")), kept_of(samples)

@@ -28,8 +28,7 @@ def measures(drawn: pa.Table, control: pa.Table, kept: pa.Table) -> tuple[Measur
     prompt's.
 
     pixel_distance is inside a prompt's group, over all that was generated; spread is over a whole set, that of the
-    generated
-    being the control: as many as were kept. Root mean square distances of thumbnails, 0 … 1.
+    generated being the control: as many as were kept. Root mean square distances of thumbnails, 0 … 1.
     """
     rows, small_ND = thumbnails(drawn)
     apart = by_group(prompt_numbers(drawn)[rows], small_ND, rms_distance)

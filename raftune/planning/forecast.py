@@ -83,8 +83,7 @@ def forecast(
     """The forecast; nothing is written where the run will be. Raises what the run would: ConfigError, DataError, ….
 
     With `measured`, two prompts are generated, scored and trained on, in a temporary folder, for about `seconds` at
-    most;
-    `tell` hears of each step.
+    most; `tell` hears of each step.
     """
     root = root_of(config)
     check_writable(root)

@@ -157,8 +157,7 @@ def from_published(known: PublishedPipeline, config: RunConfig) -> PipelineSize:
 @dataclass(frozen=True)
 class ImageWork:
     """Of the run: images generated, forwards of the denoiser that this takes, and rows learned (each at one noise
-    level:
-    a forward and a backward)."""
+    level: a forward and a backward)."""
 
     pictures: int
     forwards: int

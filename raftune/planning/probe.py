@@ -317,8 +317,7 @@ def time_draw(
     single: float,
 ) -> tuple[list[Sample], float]:
     """The cost of a batch and of a sample, from two generations of different width. Returns the samples of the wider,
-    and how
-    many times as many tokens they would have, had they been generated to the end.
+    and how many times as many tokens they would have, had they been generated to the end.
 
     `single`: seconds of one sample, of one token where there are tokens. No sample is begun that would take longer than
     there is time for, if many samples at once were no faster than one by one.

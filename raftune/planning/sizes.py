@@ -162,8 +162,8 @@ def peaks(
     rows: int,
 ) -> MemoryPeaks:
     """What was measured, and, of a language model, what it comes to with `rows` samples to generate, prompts of
-    `prompt`
-    tokens, and answers of the full length: the cache, the logits and the activations grow, the rest is there."""
+    `prompt` tokens, and answers of the full length: the cache, the logits and the activations grow, the rest is
+    there."""
     tried_drawing, tried_tuning = drawing.most if drawing else None, training.most if training else None
     run_drawing, run_tuning = tried_drawing, tried_tuning
     if model is not None:

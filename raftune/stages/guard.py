@@ -28,8 +28,7 @@ class GuardStage:
     """metrics.json, of what was generated and of what was selected, and alarms.json: evidence, with samples to look at.
 
     `judged` are the folders of the held-out samples, besides their scores: "generate", "judge", "logp" and
-    "logp-start".
-    `judge` is the held-out reward in words, empty without one.
+    "logp-start". `judge` is the held-out reward in words, empty without one.
     """
 
     name = writes = "guard"

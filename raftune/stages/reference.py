@@ -31,8 +31,7 @@ class ReferenceStage:
     """One file per chunk, one row per prompt: `reference_log_prob` (nats) and `tokens` of its reference completion.
 
     The answer is encoded as if the policy had generated it, the prompt put as it is when generating. Where it is empty
-    or
-    unfit for the model, both are null and `detail` says why.
+    or unfit for the model, both are null and `detail` says why.
     """
 
     local = False

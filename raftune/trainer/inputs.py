@@ -86,8 +86,7 @@ def given_prompts(
     """The prompts: a file or name, or rows known by their hash. Raises DataError for what is no data set of prompts.
 
     Of a stream no more than `needed` rows are read, and it is known by the first `known_by` of them, so that a run of
-    more rounds is the same run.
-    `columns` says which columns are kept.
+    more rounds is the same run. `columns` says which columns are kept.
     """
     if rows is None:
         raise ConfigError(f"{name} must be given; got None. Give rows with a 'prompt' column.")

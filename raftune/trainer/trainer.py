@@ -44,9 +44,9 @@ class RaftTrainer(TransformersTrainerMixin):
     """Reward-ranked fine-tuning of a language model: each round generates K answers a prompt, and learns from the best.
 
     The arguments are GRPOTrainer's. A model given as an object is never changed: `trainer.model` is the trained one.
-    The
-    run lies in `args.output_dir`, and is exact: the same call again, in a new process or a notebook's cell run twice,
-    continues it or finds it finished; another call is refused with the difference. Raises ConfigError, DataError.
+    The run lies in `args.output_dir`, and is exact: the same call again, in a new process or a notebook's cell run
+    twice, continues it or finds it finished; another call is refused with the difference. Raises ConfigError,
+    DataError.
     """
 
     def __init__(

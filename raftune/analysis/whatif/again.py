@@ -105,8 +105,7 @@ def reselect(
 
     `flags` are dotted fields of `selection`, and sampling.num_generations: the policy's first so many samples of each
     prompt, which is what it would have generated. `scores` names a what-if of `rescore`. Written to whatif/NAME, or
-    with
-    `dry_run` nowhere. Raises as `rescore` does.
+    with `dry_run` nowhere. Raises as `rescore` does.
     """
     refuse_fields(flags, ("selection.", FEWER), "select")
     run = RunFolder(root)

@@ -42,8 +42,7 @@ def refuse_unproven(binding: PipelineAdapter, kwargs: Mapping[str, Any] | None =
     """Raises ModelError where the binding's prediction is not what the pipeline's scheduler is told.
 
     Two images of at most 16 x 8 latent cells are generated in two steps, with these pipeline_kwargs, and the denoiser
-    is
-    asked again, then two and one in four steps: as much as twenty of its calls at that size, and a few decodings.
+    is asked again, then two and one in four steps: as much as twenty of its calls at that size, and a few decodings.
     Needs the text encoders.
     """
     call = smallest_call(binding, kwargs or {})

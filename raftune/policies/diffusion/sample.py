@@ -40,8 +40,7 @@ def generate(
 
     Each is what the pipeline gives for that prompt and a CPU generator of that seed, up to the rounding of batches.
     `bound` gives the pipeline with a scheduler of its own, for on a CPU several batches are generated at once;
-    `batch_size`
-    counts the rows of all of them. Raises OutOfMemory with it.
+    `batch_size` counts the rows of all of them. Raises OutOfMemory with it.
     """
     away = None if negative is None else negative.to(device)
     at_once = lanes_for(bound(), call, device, min(batch_size, len(seeds)))

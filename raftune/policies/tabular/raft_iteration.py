@@ -50,9 +50,8 @@ def raft_iteration(
     weighting="reward" each kept answer's gradient (e_y − p_i) is multiplied by its reward.
 
     policy_logits: (n_prompts, V) finite or −inf (an answer that is never generated), never changed; integers become
-    floats.
-    A reward that is None, NaN or infinite is never kept, and a prompt without a finite one moves nothing. rng: a numpy
-    Generator or a seed; None draws anew each time. Raises ValueError for arguments that break these rules.
+    floats. A reward that is None, NaN or infinite is never kept, and a prompt without a finite one moves nothing. rng:
+    a numpy Generator or a seed; None draws anew each time. Raises ValueError for arguments that break these rules.
 
     Source: Dong et al. 2023, arXiv 2304.06767, Algorithm 1, with one gradient step in place of a fine-tuning.
     """
