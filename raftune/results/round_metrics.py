@@ -23,12 +23,12 @@ from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
 
 
-class TrainerSampleStats:
+class SampleStats:
     """What a round generated, summed up chunk by chunk: memory grows with the number of samples, not with their
-    texts.
+    texts. `tokens` counts those of the completions; with an encoder those of the prompts too.
     """
 
-    def __init__(self, run: RunFolder, round_: int, encoder: Any) -> None:
+    def __init__(self, run: RunFolder, round_: int, encoder: Any = None) -> None:
         self._folders = {name: run.folder(round_, name) for name in ("plan", "generate", "score", "logp", "logp-start")}
         self._encoder = encoder
         self._values: dict[str, list[FloatArray]] = {}
@@ -79,16 +79,20 @@ class TrainerSampleStats:
         self._flat += same.to_pylist()
 
     def _add_texts(self, chunk: int) -> None:
-        names = ["source", "prompt_id", "completion_ids", "finish"]
-        table = own(read_table(self._folders["generate"] / chunk_file(chunk), names))
+        path = self._folders["generate"] / chunk_file(chunk)
+        if "completion_ids" not in column_names(path):
+            return
+        table = own(read_table(path, ["source", "prompt_id", "completion_ids", "finish"]))
         lengths = pc.list_value_length(table.column("completion_ids")).to_numpy(zero_copy_only=False)
         self._add("length", lengths)
         self._add("clipped", pc.equal(table.column("finish"), "length").to_numpy(zero_copy_only=False))
+        self.tokens += int(lengths.sum())
+        if self._encoder is None:
+            return
         prompts = read_chunk(self._folders["plan"], chunk).prompts
         asked = Counter(table.column("prompt_id").to_pylist())
         encoded = self._encoder.encode(prompts, for_drawing=True)
-        read = sum(asked[prompt.id] * len(ids) for prompt, ids in zip(prompts, encoded, strict=True))
-        self.tokens += int(lengths.sum()) + read
+        self.tokens += sum(asked[prompt.id] * len(ids) for prompt, ids in zip(prompts, encoded, strict=True))
 
     def _add_divergence(self, chunk: int) -> None:
         """KL to the start, nats an answer; known while generating where `beta` asks for it."""

@@ -5,23 +5,15 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from raftune.arrays import FloatArray
 from raftune.config.run import RunConfig
 from raftune.config.secrets import redacted
 from raftune.errors import ConfigError
 from raftune.protocols import Callback
+from raftune.results.round_metrics import SampleStats
 from raftune.sanitize import first_line
-from raftune.stages.score import logged_metrics
-from raftune.store.layout import chunk_file, chunk_numbers
-from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
 
 PROJECT = "raftune"
@@ -74,9 +66,9 @@ class TrackerCallback:
     def _round_end(
         self, round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], alarms: Sequence[Any]
     ) -> None:
-        drawn = TrackerSampleStats.of(self.run, round_)
+        drawn = SampleStats(self.run, round_)
         self.tokens += drawn.tokens
-        logged = logged_metrics(self.run.folder(round_, "score")) | drawn.numbers() | held_out(metrics)
+        logged = drawn.metrics() | held_out(metrics)
         if summary.get("reward_kept") is not None:
             logged |= {"reward_kept": summary["reward_kept"], "kept_fraction": summary["kept"] / summary["samples"]}
         if round_ and self.config.guards.enabled:
@@ -153,67 +145,6 @@ def check_installed(names: Sequence[str]) -> None:
             raise ConfigError(
                 f"report_to names {name!r}, which is not installed. `pip install {package}`, or leave it out."
             )
-
-
-@dataclass
-class TrackerSampleStats:
-    """What a round generated, summed up chunk by chunk: the policy's own samples, without a teacher's and without
-    columns.
-    """
-
-    values: dict[str, list[FloatArray]] = field(default_factory=dict)
-    spreads: list[float] = field(default_factory=list)
-    tokens: int = 0
-
-    @classmethod
-    def of(cls, run: RunFolder, round_: int) -> TrackerSampleStats:
-        drawn = cls()
-        for chunk in chunk_numbers(run.folder(round_, "score")):
-            drawn.add_scores(own(read_table(run.folder(round_, "score") / chunk_file(chunk))))
-            drawn.add_texts(run.folder(round_, "generate") / chunk_file(chunk))
-        return drawn
-
-    def add_scores(self, table: pa.Table) -> None:
-        ok = pc.equal(table.column("status"), "ok")
-        scores = pc.if_else(ok, table.column("score"), None).to_numpy(zero_copy_only=False).astype(np.float64)
-        self.values.setdefault("reward", []).append(scores)
-        for name in table.column_names:
-            if name.startswith("rewards/"):
-                column = table.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
-                self.values.setdefault(name, []).append(column)
-        groups = np.unique(np.array(table.column("prompt_id").to_pylist(), dtype=str), return_inverse=True)[1]
-        for group in range(int(groups.max(initial=-1)) + 1):
-            found = scores[(groups == group) & np.isfinite(scores)]
-            self.spreads += [float(np.ptp(found))] if len(found) else []
-
-    def add_texts(self, path: Path) -> None:
-        if "completion_ids" not in column_names(path):
-            return
-        table = own(read_table(path, ["source", "completion_ids", "finish"]))
-        lengths = pc.list_value_length(table.column("completion_ids")).to_numpy(zero_copy_only=False)
-        cut = pc.equal(table.column("finish"), "length").to_numpy(zero_copy_only=False)
-        self.tokens += int(lengths.sum())
-        self.values.setdefault("completions/mean_length", []).append(lengths.astype(np.float64))
-        self.values.setdefault("completions/clipped_ratio", []).append(cut.astype(np.float64))
-
-    def numbers(self) -> dict[str, float]:
-        """Under TRL's names: `reward`, `reward_std`, `rewards/NAME/mean`, `completions/mean_length`, …"""
-        found: dict[str, float] = {}
-        for name, parts in self.values.items():
-            values = np.concatenate(parts)
-            values = values[np.isfinite(values)]
-            if len(values):
-                found[f"{name}/mean" if name.startswith("rewards/") else name] = float(values.mean())
-            if len(values) and name.startswith("reward"):
-                found["reward_std" if name == "reward" else f"{name}/std"] = float(values.std())
-        if self.spreads:
-            found["frac_reward_zero_std"] = float(np.mean([spread == 0 for spread in self.spreads]))
-        return found
-
-
-def own(table: pa.Table) -> pa.Table:
-    """The policy's own samples."""
-    return table.filter(pc.equal(table.column("source"), "policy"))
 
 
 def held_out(metrics: Mapping[str, Any]) -> dict[str, float]:

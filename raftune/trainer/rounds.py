@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from raftune.results.round_metrics import TrainerSampleStats, held_out, kept, losses
+from raftune.results.round_metrics import SampleStats, held_out, kept, losses
 from raftune.results.summary import overlap_warning, seconds_by_round
 from raftune.sanitize import one_line
 from raftune.store.run import RunFolder
@@ -185,7 +185,7 @@ class RoundTracker:
                 self._event("on_step_end")
 
     def _of_training(self, round_: int, summary: dict[str, Any]) -> dict[str, float]:
-        drawn = TrainerSampleStats(self.run, round_, self._encoder())
+        drawn = SampleStats(self.run, round_, self._encoder())
         self.state.num_input_tokens_seen += drawn.tokens
         found = drawn.metrics() | {"num_tokens": float(self.state.num_input_tokens_seen)}
         report = losses(self.run, round_)
