@@ -489,7 +489,7 @@ class MonitorInput:
 
     `samples` competed in the round: sample_id, prompt_id, k, source, score, weight (0: rejected) and rewards/NAME; of
     texts also length, clipped, similarity (among its prompt's own samples), control, and text where it was kept or is
-    of the control: of each prompt as many of the policy's first generates as were kept; of images also brightness,
+    of the control: of each prompt as many of the policy's first samples as were kept; of images also brightness,
     saturation, contrast, thumbnail, and control. `factors` are the rewards' weights; counts/NAME is what a reward
     counts where that is not its value. `held_out` judged the round: sample_id, prompt_id, k, score, and, where they
     were measured, held_out and log_ratio (log p - log p0, nats), None without any; `earlier` are the same of rounds 0,

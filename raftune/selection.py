@@ -37,7 +37,7 @@ from raftune.protocols import Decision, RankedCandidates, Rule, group_starts
 
 
 class Reason(IntEnum):
-    """Why a candidate has its weight. The value is the index into REASONS; `words` is what the ledger shows."""
+    """Why a candidate has its weight. The value is the index into REASONS; `words` are stored with the verdict."""
 
     words: str
 

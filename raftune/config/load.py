@@ -93,7 +93,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where is not None else ""
         problem = getattr(error, "problem", None) or first_line(error)
-        raise ConfigError(f"{path}{line} is not valid YAML: {problem}. Mend the line.") from error
+        raise ConfigError(f"{path}{line} is not valid YAML: {problem}. Fix the line.") from error
     if data is None:
         return {}
     if not isinstance(data, dict):

@@ -106,7 +106,7 @@ def parquet_batches(path: Path, field: str) -> Iterator[pa.RecordBatch]:
             for batch in file.iter_batches(BATCH, use_threads=False):
                 yield from with_plain_types(pa.Table.from_batches([batch]), f"{field}: {path}").to_batches()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{field}: {path} cannot be read: {first_line(error)}. Mend the file.") from error
+        raise DataError(f"{field}: {path} cannot be read: {first_line(error)}. Fix the file.") from error
 
 
 def json_rows(path: Path, field: str) -> Iterator[tuple[int, Row | SkippedRow]]:
@@ -139,7 +139,7 @@ def whole(file: BinaryIO, path: Path, field: str) -> list[Any]:
     try:
         rows: list[Any] = json.loads(file.read().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{field}: {path} is not valid JSON: {first_line(error)}. Mend the file.") from error
+        raise DataError(f"{field}: {path} is not valid JSON: {first_line(error)}. Fix the file.") from error
     return rows
 
 

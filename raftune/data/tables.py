@@ -188,7 +188,7 @@ def in_bytes(column: pa.ChunkedArray, name: str, base: Path, field: str) -> pa.A
         except OSError as error:
             raise DataError(
                 f"{field}: the image in row {number} of the column {name!r} cannot be read: {error.strerror}: "
-                f"{error.filename}. Paths begin where the data set lies: mend or remove the row."
+                f"{error.filename}. Paths begin where the data set lies: fix or remove the row."
             ) from error
     return pa.array(found, pa.binary())
 
@@ -213,7 +213,7 @@ def _read_file(path: Path, suffix: str, field: str) -> pa.Table:
         if suffix in (".json", ".jsonl", ".ndjson"):
             return _columns_of(_json_rows(text_of(_content(path), where), where), where)
     except (pa.ArrowException, ValueError, OSError, EOFError, OverflowError) as error:
-        raise DataError(f"{field}: {path} cannot be read: {first_line(error)}. Mend the file.") from error
+        raise DataError(f"{field}: {path} cannot be read: {first_line(error)}. Fix the file.") from error
     raise DataError(
         f"{field} must end in one of {', '.join(_SUFFIXES)} (JSON may be gzipped); got {path.name!r}. Convert it."
     )
@@ -272,7 +272,7 @@ def _json_row(line: str, number: int, text: str, where: str) -> dict[str, Any]:
                 'several lines. Write [{"prompt": …}, …].'
             ) from error
         raise DataError(
-            f"{where} line {number} is not valid JSON: {first_line(error)}. Mend or remove the line."
+            f"{where} line {number} is not valid JSON: {first_line(error)}. Fix or remove the line."
         ) from error
     _check_row(row, f"{where} line {number}")
     loaded: dict[str, Any] = row
@@ -294,10 +294,10 @@ def _check_row(row: Any, place: str) -> None:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except RecursionError as error:
-        raise DataError(f"{place} is nested too deeply to be read. Mend or remove the row.") from error
+        raise DataError(f"{place} is nested too deeply to be read. Fix or remove the row.") from error
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{place} holds half of a surrogate pair, {error.object[error.start]!a}, which is no text. Mend or remove "
+            f"{place} holds half of a surrogate pair, {error.object[error.start]!a}, which is no text. Fix or remove "
             "the row."
         ) from error
 
@@ -379,16 +379,16 @@ def _column(cells: Sequence[Any], name: str, where: str) -> pa.Array:
         if isinstance(error, UnicodeEncodeError):
             raise DataError(
                 f"{where}: row {row} of the column {name!r} holds half of a surrogate pair, which is no text: "
-                f"{cell!a:.60}. Mend or remove the row."
+                f"{cell!a:.60}. Fix or remove the row."
             ) from error
         if not _fit([cell]):
             raise DataError(
                 f"{where}: the column {name!r} must hold texts, numbers, or lists and dictionaries of them; row {row} "
-                f"holds {cell!r:.60}, a {type(cell).__name__}. Mend the row."
+                f"holds {cell!r:.60}, a {type(cell).__name__}. Fix the row."
             ) from error
         raise DataError(
             f"{where}: the column {name!r} must hold values of one kind; row {row} holds {cell!r:.60}, "
-            "unlike those before it. Mend the row."
+            "unlike those before it. Fix the row."
         ) from error
 
 

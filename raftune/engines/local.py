@@ -66,7 +66,7 @@ def give_up(
     """Sets the chunk aside, or raises EngineError, as configured."""
     if config.on_chunk_failure == "stop":
         raise EngineError(
-            f"chunk {index} of {job.title} failed {config.max_retries + 1} times: {why}. Mend the cause and resume, or "
+            f"chunk {index} of {job.title} failed {config.max_retries + 1} times: {why}. Fix the cause and resume, or "
             "set engine.on_chunk_failure: skip to go on without it."
         ) from error
     failed[index] = why

@@ -88,7 +88,7 @@ class KLMetrics:
 class EntropyMetrics:
     """How undecided the policy is, in nats: the mean of -log p over its own samples, per answer and per token.
 
-    Per answer it is an unbiased estimate of the cross-entropy from the law that was generated from to the policy's own
+    Per answer it is an unbiased estimate of the cross-entropy from the distribution sampled from to the policy's own
     (untempered, whole) law of answers of at most max_completion_length tokens. At temperature 1 and without top_p,
     top_k, min_p or a penalty the two laws are one, and it is the policy's entropy, the mean over prompts. `per token`
     is the ratio of the sums over all samples, EOS counted.

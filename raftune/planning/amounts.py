@@ -11,7 +11,7 @@ from raftune.config.selection import BestOfK, Random, Threshold, TopFraction, To
 
 @dataclass(frozen=True)
 class RoundAmounts:
-    """Of one round: prompts asked, samples generated to learn from, samples that compete (with other sources), rows
+    """Of one round: prompts, samples generated for training, samples that compete (with other sources), rows
     kept, optimizer steps; samples generated to judge by. Of the run: rounds.
 
     `kept_exact`: how many are kept does not depend on their scores.

@@ -302,7 +302,7 @@ def resident(name: str) -> int:
 
 
 def asking(prompts: list[Prompt], number: int, seed: int, batch_size: int) -> Chunk:
-    """A chunk of a training round: what is trained on is generated."""
+    """A chunk of a training round."""
     seeds = tuple(tuple(derive_seed("probe", seed, prompt.id, k) for k in range(number)) for prompt in prompts)
     return Chunk(0, "0001", "probe", tuple(prompts), seeds, batch_size)
 

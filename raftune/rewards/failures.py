@@ -56,7 +56,7 @@ class FailureTally:
     def _advice(self) -> str:
         if set(self.counts) == {ScoreStatus.TIMEOUT.value}:
             return "If the reward is only slow, raise rewards.timeout or lower rewards.batch_size."
-        return "Mend the reward, try it with `raftune reward check`, and resume; what was generated is kept."
+        return "Fix the reward, try it with `raftune reward check`, and resume; what was generated is kept."
 
 
 def failure_message(scores: Sequence[Score], samples: Iterable[tuple[Any, Any]], limit: float) -> str | None:

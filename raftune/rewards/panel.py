@@ -262,7 +262,7 @@ def misfits(panel: RewardSet, media: str, family: str, field: str = "rewards.rew
 
 
 class SampleScorer:
-    """A panel that reads samples as the ledger holds them."""
+    """A reward set for stored samples."""
 
     def __init__(self, panel: RewardSet, combine: Combine | None = None) -> None:
         """`combine` is another way to combine the parts than the panel's own."""

@@ -109,7 +109,7 @@ class TrackerCallback:
             tracker.store_init_configuration(flat(redacted(self.config.model_dump(mode="json"))))
         except Exception as error:
             raise ConfigError(
-                f"report_to: {name} could not be started: {first_line(error)}. Mend it, or leave it out of report_to."
+                f"report_to: {name} could not be started: {first_line(error)}. Fix it, or leave it out of report_to."
             ) from error
         return tracker
 

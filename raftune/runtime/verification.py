@@ -103,10 +103,10 @@ def entries(run: RunFolder) -> Iterator[str]:
                 chunk = path.parent / chunk_file(entry["chunk"])
                 whole = chunk.name == entry["file"] and sha256_of(chunk) == entry["sha256"]
             except (OSError, ValueError, KeyError, TypeError):
-                yield f"{path} line {number} is no journal entry of a chunk; `raftune resume` runs that unit again"
+                yield f"{path} line {number} is no journal entry of a chunk; `raftune resume` runs that chunk again"
                 continue
             if not whole:
-                yield f"{chunk} has changed since it was written; `raftune resume` runs that unit again"
+                yield f"{chunk} has changed since it was written; `raftune resume` runs that chunk again"
 
 
 def uncommitted(run: RunFolder) -> Iterator[str]:

@@ -173,15 +173,14 @@ def check_contents(contents: Iterable[Any], field: str) -> None:
         if isinstance(content, bool) or not isinstance(content, str | int | list):
             kind = "nothing" if content is None else type(content).__name__
             raise DataError(
-                f"{field}: the prompt in row {number} must be text, messages or a class label; got {kind}. "
-                "Mend the row."
+                f"{field}: the prompt in row {number} must be text, messages or a class label; got {kind}. Fix the row."
             )
         if isinstance(content, str) and not content.strip():
             raise DataError(f"{field}: the prompt in row {number} must not be empty; got {content!r}. Remove the row.")
         if isinstance(content, list) and not (content and all(isinstance(m, dict) and m.get("role") for m in content)):
             raise DataError(
                 f"{field}: the prompt in row {number} must be a list of messages, each with 'role' and 'content'; "
-                f"got {str(content)[:60]}. Mend the row."
+                f"got {str(content)[:60]}. Fix the row."
             )
 
 

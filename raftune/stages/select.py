@@ -35,7 +35,7 @@ from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import column_names, read_groups, read_metadata, read_table, table_writer
 
 UNITS = "raftune.units"
-MEND = "Mend the reward and run"
+FIX = "Fix the reward and run"
 SHOWN = 3  # reasons why samples could not be scored
 _IDENTITY = ("sample_id", "prompt_id", "k", "source")
 _CHEAP = ("prompt_id", "k", "source", "score", "status")
@@ -234,7 +234,7 @@ def refuse_failures(scores: Iterable[pa.Table], limit: float) -> None:
     if invalid and not total:
         whole = ", ".join(f"{n} {why}" for why, n in invalid.most_common(3))
         raise ModelError(
-            f"all {invalid.total()} samples of the round are invalid ({whole}): there is nothing to learn from. Mend "
+            f"all {invalid.total()} samples of the round are invalid ({whole}): there is nothing to learn from. Fix "
             "the policy or how it is generated, and run `raftune resume RUN --from generate`."
         )
     if total and sum(failed.values()) > limit * total:
@@ -242,7 +242,7 @@ def refuse_failures(scores: Iterable[pa.Table], limit: float) -> None:
         shown = [f"{name}: {detail}" for detail, name in examples.items()]
         raise RewardError(
             f"rewards: {sum(failed.values())} of {counted(total, 'sample')} could not be scored ({counts}); "
-            f"rewards.max_failure_fraction allows {limit:g}. For example: " + " | ".join(shown) + f". {MEND} "
+            f"rewards.max_failure_fraction allows {limit:g}. For example: " + " | ".join(shown) + f". {FIX} "
             f"`raftune resume RUN --from score --only {','.join(sorted(failed))}`, which scores these samples again."
         )
 

@@ -179,7 +179,7 @@ def seal_chunks(job: StageJob, entries: Sequence[JournalEntry], quarantined: Map
     """
     if quarantined and not entries:
         index, why = next(iter(quarantined.items()))
-        raise EngineError(f"every chunk of {job.title} failed; chunk {index}: {why}. Mend the cause and resume.")
+        raise EngineError(f"every chunk of {job.title} failed; chunk {index}: {why}. Fix the cause and resume.")
     ensure_folder(job.folder)
     files = {entry.file: FileEntry(entry.bytes, entry.sha256, entry.rows) for entry in entries}
     revisions = {batch_file(entry.chunk) for entry in entries}

@@ -108,7 +108,7 @@ def checked_loss(loss: Loss, name: str) -> Loss:
 
 @dataclass(frozen=True)
 class FitResult:
-    """The trained model, the loss of every step (the objective per chunk of coefficient), and the optimizer's state."""
+    """The trained model, the loss of every step (the objective per unit of coefficient), and the optimizer's state."""
 
     model: Any
     losses: tuple[float, ...]

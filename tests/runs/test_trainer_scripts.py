@@ -384,7 +384,7 @@ class Interrupting(str):
 
 def test_advice_is_in_python() -> None:
     for message, said in {
-        "Mend the reward and run `raftune resume RUN --from score`.": "Mend the reward and run `train(redo='score')`.",
+        "Fix the reward and run `raftune resume RUN --from score`.": "Fix the reward and run `train(redo='score')`.",
         "`raftune resume RUN --from score --only error`": "`train(redo='score', only='error')`",
         "Put back, or add `--from 1/select` to redo it.": "Put back, or call train(redo='1/select') to redo it.",
         "Resume with: raftune resume 'out y/b 1'": "Resume with: `train()`",

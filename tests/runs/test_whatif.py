@@ -383,7 +383,7 @@ def stop_at_first_unit(kind: str, facts: dict[str, Any]) -> None:
 def test_a_reward_that_fails_leaves_room_for_a_mended_one(copy: Copy, tmp_path: Path) -> None:
     root, code = copy("plain"), tmp_path / "mine.py"
     code.write_text(REWARDS)
-    with pytest.raises(RewardError, match=r"round 1: .*no luck.*\. Mend the reward and rescore\.$"):
+    with pytest.raises(RewardError, match=r"round 1: .*no luck.*\. Fix the reward and rescore\.$"):
         rescore(root, file(code, "broken"))
     code.write_text(REWARDS.replace('raise ValueError("no luck")', "return [1.0 for _ in completions]"))
     assert rescore(root, file(code, "broken")).rounds == [1, 2]

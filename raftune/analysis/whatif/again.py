@@ -130,7 +130,7 @@ def reselect(
 
 @dataclass
 class WhatIfRun:
-    """One what-if at work: `run` is an Overlay over what lies on disk. `asked` is put on record; None keeps nothing."""
+    """One what-if at work: `run` is an OverlayRun. `asked` is stored; None stores nothing."""
 
     run_as_it_is: RunFolder
     run: RunFolder
@@ -211,7 +211,7 @@ class WhatIfRun:
                     if self.anew:
                         self.run.clear(round_, "score")  # of no use, and in the way of a mended reward
                         self.forget()
-                    fix = "Mend the reward and rescore." if self.anew else "Select from scores with fewer failures."
+                    fix = "Fix the reward and rescore." if self.anew else "Select from scores with fewer failures."
                     raise RewardError(f"round {round_}: {str(error).partition(MEND)[0]}{fix}") from error
         return worked
 

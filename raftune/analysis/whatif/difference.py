@@ -197,7 +197,7 @@ def margins(pair: ChunkVerdicts) -> FloatArray:
 
 @dataclass
 class ChangeTally:
-    """Sums over units, from which a Change is read."""
+    """Sums over chunks, from which a SelectionChange is made."""
 
     counts: Counter[str] = field(default_factory=Counter)
 

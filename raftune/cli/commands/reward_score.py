@@ -61,7 +61,7 @@ def score(
     failed = sum(scored.failures.counts.values())
     if scored.failures.fraction > MOST_FAILED:
         raise RewardError(
-            f"{failed:,} of {counted(len(scored.scores), 'answer')} could not be scored. Mend the reward: "
+            f"{failed:,} of {counted(len(scored.scores), 'answer')} could not be scored. Fix the reward: "
             f"`{shell_command('raftune', 'reward', 'check', spec)}` shows what it does."
         )
 

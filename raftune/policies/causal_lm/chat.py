@@ -59,7 +59,7 @@ def tools_of(prompt: Prompt) -> list[Any] | None:
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise DataError(
             f"The column {TOOLS!r} must hold a list of JSON schemas, or its JSON text; got "
-            f"{prompt.columns[TOOLS]!r:.100} (prompt {prompt.id}). Mend it, or rename the column."
+            f"{prompt.columns[TOOLS]!r:.100} (prompt {prompt.id}). Fix it, or rename the column."
         )
     return value
 

@@ -41,9 +41,9 @@ def begin(
 
     A named model is written as a reference; weights are written where an object was given, or where the name is a LoRA
     adapter's, merged: switching an adapter off must give the start, and not its base. Without `merge`, for a run that
-    trains nothing, the adapter is written beside a reference to its base: it draws what it generated where it was
-    trained. A tokenizer other than the model's own, given as an object or by name, is written in any case, and is the
-    run's from then on.
+    trains nothing, the adapter is written beside a reference to its base, so that it generates the same as
+    where it was trained. A tokenizer other than the model's own, given as an object or by name, is always written, and
+    is used by the run.
     """
     device = choose_device(config.device)
     if model is not None:

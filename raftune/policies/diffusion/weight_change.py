@@ -1,4 +1,4 @@
-"""Measures a training: denoising loss and weight change, by noise level.
+"""Measures the effect of training: denoising loss and weight change, by noise level.
 
 The trained and the initial denoiser get some of the training rows at the middle of each quarter of the noise range,
 with the same noise.

@@ -86,7 +86,7 @@ def undisturbed() -> Iterator[None]:
 
     It is the caller's thread that puts them back. One that was left behind by a reward may end much later, when the
     folder is another on purpose. Random states are left alone: a run seeds each of its own samples, and a reward that
-    generates from `random` must not generate the same again. Grad mode and decimal contexts belong to the reward's
+    draws from `random` must not draw the same again. Grad mode and decimal contexts belong to the reward's
     thread.
     """
     try:
