@@ -32,7 +32,7 @@ NUMBERS = {
     "invalid": "invalid_ratio",
 }
 OWN = "metrics/"  # how the names of custom metrics begin
-MEND = "`raftune verify` lists what is damaged, and `raftune resume --from STAGE` makes it again."
+FIX = "`raftune verify` lists what is damaged, and `raftune resume --from STAGE` makes it again."
 AGAIN = "`raftune resume` writes it again."
 # Columns that are shown where a round has more than this.
 WORTH_SAYING: dict[str, Callable[[Row], float]] = {
@@ -75,7 +75,7 @@ def read_row(run: RunFolder, round_: int, seconds: float | None = None) -> Row:
         return row_of(round_, metrics, summary, seconds)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         place = run.folder(round_, "evaluate") / "metrics.json"
-        raise RunDamaged(f"{place} does not hold the numbers of an evaluation. {MEND}") from error
+        raise RunDamaged(f"{place} does not hold the numbers of an evaluation. {FIX}") from error
 
 
 def row_of(round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], seconds: float | None) -> Row:
@@ -251,7 +251,7 @@ def alarms_of(run: RunFolder, round_: int) -> list[dict[str, Any]]:
     path = run.folder(round_, "guard") / "alarms.json"
     found = loaded(path) if path.is_file() or is_listed(path) else []
     if not isinstance(found, list) or not all(is_alarm(item) for item in found):
-        raise RunDamaged(f"{path} does not hold a list of alarms. {MEND}")
+        raise RunDamaged(f"{path} does not hold a list of alarms. {FIX}")
     return found
 
 
@@ -304,4 +304,4 @@ def loaded(path: Path) -> Any:
 
 def mend(path: Path) -> str:
     """What helps, by what the file is: best.json follows from the rounds, and all else has a hash of its own."""
-    return AGAIN if path.name == "best.json" else MEND
+    return AGAIN if path.name == "best.json" else FIX

@@ -37,7 +37,7 @@ from raftune.runtime.assembly import limit_threads
 from raftune.sanitize import shell_command
 from raftune.stages.plan import read_plan
 from raftune.stages.score import ScoreStage
-from raftune.stages.select import MEND, SelectStage
+from raftune.stages.select import FIX, SelectStage
 from raftune.starters.resolve import resolve_starters
 from raftune.store.commit import stage_key
 from raftune.store.job import Engine, StageJob, fields_of, hashes_of, make_job
@@ -212,7 +212,7 @@ class WhatIfRun:
                         self.run.clear(round_, "score")  # of no use, and in the way of a mended reward
                         self.forget()
                     fix = "Fix the reward and rescore." if self.anew else "Select from scores with fewer failures."
-                    raise RewardError(f"round {round_}: {str(error).partition(MEND)[0]}{fix}") from error
+                    raise RewardError(f"round {round_}: {str(error).partition(FIX)[0]}{fix}") from error
         return worked
 
     def forget(self) -> None:
