@@ -153,9 +153,9 @@ def line_in(error: Exception, file: str) -> int | None:
     return line
 
 
-def module_from_file(path: Path) -> ModuleType:
+def module_from_file(path: Path, kind: str = "extension") -> ModuleType:
     """The file, run as a module; like a script's, modules beside it can be imported."""
-    name = f"raftune_extension_{path.stem}"
+    name = f"raftune_{kind}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise OSError(f"there is no file {path}")

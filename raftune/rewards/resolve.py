@@ -8,13 +8,13 @@ import importlib
 import importlib.util
 import inspect
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
+from raftune.config.extensions import module_from_file
 from raftune.config.rewards import RewardSpec
 from raftune.config.secrets import expanded, masked
 from raftune.errors import ConfigError, RewardError
@@ -173,19 +173,10 @@ def _from_file(left: str, spec: str) -> tuple[ModuleType, str]:
         hint = f"did you mean {str(path.with_name(near[0]))!r}?" if near else f"looked in {path.resolve().parent}"
         raise ConfigError(f"reward_funcs: no file {left!r} (of {spec!r}); {hint}")
     code = sha256_of(path)[:16]
-    name = f"raftune_reward_{path.stem}"
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    if (folder := str(path.resolve().parent)) not in sys.path:
-        sys.path.append(folder)  # as for a script: modules beside the file can be imported
-    sys.modules[name] = module
     try:
-        found.loader.exec_module(module)
+        return module_from_file(path, "reward"), code
     except BaseException as error:
-        sys.modules.pop(name, None)
         raise RewardError(f"reward {spec!r}: {left} cannot be run: {one_line(error)}") from error
-    return module, code
 
 
 def _import(left: str, spec: str) -> ModuleType:
