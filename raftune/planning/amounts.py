@@ -3,35 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from raftune.config.run import RunConfig
 from raftune.config.selection import BestOfK, Random, Threshold, TopFraction, TopM
-
-
-@dataclass(frozen=True)
-class RoundAmounts:
-    """Of one round: prompts, samples generated for training, samples that compete (with other sources), rows
-    kept, optimizer steps; samples generated to judge by. Of the run: rounds.
-
-    `kept_exact`: how many are kept does not depend on their scores.
-    """
-
-    rounds: int
-    prompts: int
-    drawn: int
-    competing: int
-    kept: int
-    kept_exact: bool
-    steps: int
-    judged: int
-
-    @property
-    def samples(self) -> int:
-        """All that the policy generates in the run: every round to learn from, the start and every round to judge
-        by.
-        """
-        return self.rounds * self.drawn + (self.rounds + 1) * self.judged
+from raftune.policies.footprint import RoundAmounts
 
 
 def amounts(config: RunConfig, train: int, held_out: int) -> RoundAmounts:

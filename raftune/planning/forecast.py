@@ -8,37 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from raftune.config.policy import CausalLMPolicy, DiffusionPolicy
 from raftune.config.run import RunConfig
-from raftune.errors import DataError, ModelError, RewardError
-from raftune.planning.amounts import RoundAmounts, amounts
-from raftune.planning.images import (
-    ImageMemory,
-    ImageWork,
-    PipelineSize,
-    at_hand,
-    disk_of,
-    from_published,
-    not_tried,
-    published,
-    room,
-    seconds_at,
-    widths,
-    work_of,
-)
+from raftune.errors import ModelError, RewardError
+from raftune.planning.amounts import amounts
 from raftune.planning.probe import SECONDS, Emit, ProbeResult, ProbeRun, probe, seconds_by_stage
 from raftune.planning.prompts import PromptCounts, check_answers, leave_out, measure, read_prompts
-from raftune.planning.sizes import (
-    DiskForecast,
-    MemoryPeaks,
-    ModelFootprint,
-    TextMemory,
-    disk,
-    footprint,
-    memory,
-    peaks,
-    unread_facts,
-)
+from raftune.policies.footprint import DiskForecast, Footprint, MemoryPeaks, RoundAmounts, footprint_of
 from raftune.protocols import SupportsPromptCheck
 from raftune.results.summary import overlap_words, rows_of
 from raftune.runtime.assembly import Runtime
@@ -47,8 +22,7 @@ from raftune.runtime.run import check_writable, refuse_foreign, root_of
 from raftune.runtime.staleness import check
 from raftune.runtime.trackers import check_installed, wanted
 from raftune.sanitize import counted, one_line
-from raftune.stages.data import DataStage, held_out_words
-from raftune.stages.prompt_check import cut_short, looked_at, prompts_in, refusal
+from raftune.stages.data import held_out_words
 from raftune.store.run import RunFolder
 
 
@@ -62,11 +36,9 @@ class Forecast:
     done: int | None
     prompts: PromptCounts
     amounts: RoundAmounts
-    model: ModelFootprint | None
-    pipeline: PipelineSize | None
-    work: ImageWork | None
-    memory: TextMemory | None
-    room: ImageMemory | None
+    model: Footprint
+    work: Any
+    memory: Any
     disk: DiskForecast
     peaks: MemoryPeaks | None
     probe: ProbeResult | None
@@ -74,7 +46,10 @@ class Forecast:
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"root": str(self.root), "samples": self.amounts.samples, "notes": list(self.notes)}
+        values = asdict(self) | {"root": str(self.root), "samples": self.amounts.samples, "notes": list(self.notes)}
+        model, memory = values.pop("model"), values.pop("memory")
+        named = {self.model.model_key: model, self.model.memory_key: memory} if self.model.model_key else {}
+        return values | dict.fromkeys(("model", "pipeline", "memory", "room")) | named
 
 
 def forecast(
@@ -126,30 +101,28 @@ def look(
         prompts = measure(data, begun.encoder)
     planned = amounts(config, prompts.train, prompts.held_out)
     notes = [*begun.notes, *lacking, *remarks(config, prompts, planned)]
-    notes += beyond_context(config, prompts, begun.model)
-    model, pipeline = begun.model, begun.pipeline
+    model = begun.model
+    notes += model.remarks(config, prompts.longest)
     found = None
-    if trial and not (pipeline and not_tried(pipeline)):
-        found = probe(assembly, data, scratch / "probe", trial, widths(pipeline) if pipeline else ())
+    if trial and not model.not_tried:
+        found = probe(assembly, data, scratch / "probe", trial, model.widths)
     size = found.size if found else None
     rows = min(config.sampling.chunk_size, planned.prompts) * config.sampling.num_generations
-    work = work_of(pipeline, config, planned) if pipeline else None
-    seconds = seconds_by_stage(found, planned, assembly) if found else None
-    fit = seconds["training"] / planned.rounds if seconds and "training" in seconds and planned.rounds else None
-    if pipeline and work and found is None:
-        seconds = seconds_at(pipeline, config, work)
+    work = model.work(config, planned)
+    seconds = seconds_by_stage(found, planned, assembly) if found else model.seconds(config, work)
+    fit = (
+        seconds["training"] / planned.rounds if found and seconds and "training" in seconds and planned.rounds else None
+    )
     return Forecast(
         root=root,
         done=done,
         prompts=prompts,
         amounts=planned,
         model=model,
-        pipeline=pipeline,
         work=work,
-        memory=memory(model, config, prompts.longest or 0, rows) if model else None,
-        room=room(pipeline, config) if pipeline else None,
-        disk=disk_of(pipeline, config, planned, size, fit) if pipeline else disk(model, config, planned, size, fit),
-        peaks=peaks(found.drawing, found.training, model, config, prompts.longest or 0, rows) if found else None,
+        memory=model.memory(config, prompts.longest or 0, rows),
+        disk=model.disk(config, planned, size, fit),
+        peaks=model.peaks(found.drawing, found.training, config, prompts.longest or 0, rows) if found else None,
         probe=found,
         seconds=seconds,
         notes=tuple(dict.fromkeys([*notes, *(found.notes if found else ())])),
@@ -160,8 +133,7 @@ def look(
 class StartModelInfo:
     """The initial model in numbers, what counts the tokens of a text, and what a user should know."""
 
-    model: ModelFootprint | None
-    pipeline: PipelineSize | None
+    model: Footprint
     encoder: Any
     notes: list[str]
 
@@ -173,31 +145,21 @@ def uncounted(trial: ProbeRun | None) -> contextlib.AbstractContextManager[None]
 
 def begin(assembly: Runtime, data: Path, trial: ProbeRun | None) -> StartModelInfo:
     """Starts the initial model and measures it; for a hub pipeline that is not cached, published sizes are used."""
-    config = assembly.config
-    if isinstance(config.policy, DiffusionPolicy) and (known := published(config.policy)) is not None:
-        pipeline = from_published(known, config)
-        return StartModelInfo(None, pipeline, None, [not_tried(pipeline)])
+    config, family_footprint = assembly.config, footprint_of(assembly.family)
+    if (known := family_footprint.published(config)) is not None:
+        return StartModelInfo(known, None, [known.not_tried])
     start = assembly.run.folder(0, "model")
     start.mkdir(parents=True)
     facts = read_start(assembly, start, trial)
     policy = assembly.policies.encoder(start)
-    if isinstance(config.policy, DiffusionPolicy):
-        pipeline = at_hand(policy, facts)
-        source = assembly.stage(0, "data")
-        assert isinstance(source, DataStage) and isinstance(policy, SupportsPromptCheck)
-        with uncounted(trial):
-            looks = looked_at(prompts_in(data), [policy])
-        if looks.refused:
-            raise DataError(refusal(looks, source))
-        notes = [*facts["notes"], *cut_short(looks), *policy.notes(), not_tried(pipeline)]
-        return StartModelInfo(None, pipeline, None, [note for note in notes if note])
+    model = family_footprint.of(policy, start, facts)
     with uncounted(trial):
         left_out = leave_out(assembly, data, policy) if isinstance(policy, SupportsPromptCheck) else ()
-        check_answers(policy, data, config)
-    notes = [*(facts.get("notes", []) if isinstance(facts, dict) else []), *left_out, *policy.notes()]
-    if not isinstance(config.policy, CausalLMPolicy):
-        return StartModelInfo(None, None, None, notes)
-    return StartModelInfo(footprint(config.policy, start, facts), None, getattr(policy, "encoder", None), notes)
+        if model.encodes_answers:
+            check_answers(policy, data, config)
+    own = facts.get("notes", []) if isinstance(facts, dict) else []
+    notes = [note for note in (*own, *left_out, *policy.notes(), model.not_tried) if note]
+    return StartModelInfo(model, policy.encoder if model.counts_tokens else None, notes)  # type: ignore[attr-defined]
 
 
 def read_start(assembly: Runtime, start: Path, trial: ProbeRun | None) -> Any:
@@ -211,7 +173,7 @@ def read_start(assembly: Runtime, start: Path, trial: ProbeRun | None) -> Any:
     if trial is None:
         read()
     elif trial.ended(read) and not answers:
-        facts = unread_facts(config.policy, start) if isinstance(config.policy, CausalLMPolicy) else None
+        facts = footprint_of(assembly.family).unread_facts(config, start)
         if facts is None:
             raise ModelError(
                 f"policy.model could not be read within {trial.seconds:g} seconds. Give `raftune plan` more time, with "
@@ -234,24 +196,10 @@ def checked(assembly: Runtime) -> list[str]:
         preflight(assembly)
         assembly.panel(), assembly.judge()
     except RewardError as error:
-        policy = assembly.config.policy
-        if not isinstance(policy, DiffusionPolicy) or published(policy) is None:
+        if footprint_of(assembly.family).published(assembly.config) is None:
             raise
         return [f"the run will need a reward that is not at hand: {one_line(str(error), 140)}"]
     return []
-
-
-def beyond_context(config: RunConfig, prompts: PromptCounts, model: ModelFootprint | None) -> list[str]:
-    """Answers that the model's context cuts off before max_completion_length does."""
-    if model is None or model.context is None or prompts.longest is None:
-        return []
-    room, asked = model.context - prompts.longest, config.sampling.max_completion_length
-    if room >= asked:
-        return []
-    return [
-        f"the longest prompt leaves room for {room} tokens in the context of {model.context}, less than "
-        f"sampling.max_completion_length = {asked}: such answers end there"
-    ]
 
 
 def remarks(config: RunConfig, prompts: PromptCounts, planned: RoundAmounts) -> list[str]:

@@ -24,8 +24,7 @@ import pyarrow as pa
 from raftune.config.guards import GuardsConfig
 from raftune.errors import RewardError
 from raftune.evaluation.alarms import probe_alarms
-from raftune.planning.amounts import RoundAmounts
-from raftune.planning.sizes import MeasuredPeak
+from raftune.policies.footprint import MeasuredPeak, RoundAmounts
 from raftune.protocols import Chunk, Policy, SupportsBackends, SupportsLogProbs
 from raftune.records import Prompt, Sample, Score, ScoreStatus, derive_seed
 from raftune.runtime.assembly import Runtime

@@ -19,7 +19,7 @@ from raftune.sanitize import counted
 from raftune.stages.data import DataStage
 from raftune.stages.gather import adopted, prompts_of, reference_rows
 from raftune.stages.plan import asked_columns, prompts_from
-from raftune.stages.prompt_check import LEAVE_OUT, looked_at, prompts_in, refusal, unlike_starter
+from raftune.stages.prompt_check import LEAVE_OUT, cut_short, looked_at, prompts_in, refusal, unlike_starter
 from raftune.store.job import run_once
 from raftune.store.parquet import read_groups, read_metadata, read_table, write_table
 
@@ -72,7 +72,7 @@ def leave_out(assembly: Runtime, folder: Path, policy: SupportsPromptCheck) -> t
     assert isinstance(source, DataStage)
     looks = looked_at(prompts_in(folder, assembly.config.sampling.candidate_columns), [policy])
     refused = looks.refused
-    said = unlike_starter(looks) if assembly.starter else ()
+    said = (*(unlike_starter(looks) if assembly.starter else ()), *cut_short(looks))
     if not refused:
         return said
     if not assembly.drops:

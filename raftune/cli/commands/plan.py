@@ -16,8 +16,7 @@ from raftune.sanitize import counted, duration, megabytes, percent, shell_comman
 if TYPE_CHECKING:
     from raftune.config.run import RunConfig
     from raftune.planning import Forecast
-    from raftune.planning.images import ImageMemory, PipelineSize
-    from raftune.planning.sizes import MemoryPeaks
+    from raftune.policies.footprint import MemoryPeaks
 
 
 def plan(
@@ -65,11 +64,15 @@ def command(tokens: tuple[str, ...]) -> str:
 
 def lines(config: RunConfig, found: Forecast) -> list[tuple[str, str]]:
     """The forecast in words: a title and a line each."""
-    said = [("run", state(config, found)), ("policy", policy(config, found)), ("prompts", prompts(found))]
+    said = [
+        ("run", state(config, found)),
+        ("policy", found.model.describe(config.policy.family)),
+        ("prompts", prompts(found)),
+    ]
     said += [("a round", a_round(config, found))] if config.num_rounds else []
     said += [("in all", in_all(config, found)), ("disk", disk(found))]
-    if found.memory is not None or found.room is not None or found.peaks is not None:
-        said.append(("memory", measured(found.peaks, config) or memory(config, found)))
+    if found.memory is not None or found.peaks is not None:
+        said.append(("memory", measured(found.peaks, config) or (found.memory.describe() if found.memory else "")))
     if found.probe is not None and found.probe.generation:
         said.append(("generation", found.probe.generation))
     if found.seconds is not None:
@@ -81,26 +84,6 @@ def state(config: RunConfig, found: Forecast) -> str:
     if found.done is None:
         return f"{config.name}, new, in {found.root}"
     return f"{config.name}, in {found.root}: {found.done} of {config.num_rounds} rounds are done"
-
-
-def policy(config: RunConfig, found: Forecast) -> str:
-    model = found.model
-    if found.pipeline is not None:
-        return pipeline(found.pipeline)
-    if model is None:
-        return config.policy.family
-    trained = "all trained" if model.trained == model.parameters else f"{count(model.trained)} trained (LoRA)"
-    context = f", context {model.context}" if model.context else ""
-    size = f"{count(model.parameters)} parameters, {trained}"
-    return f"{model.architecture}, {size}, {model.dtype} on {model.device}{context}"
-
-
-def pipeline(model: PipelineSize) -> str:
-    trained = "all trained" if model.trained == model.parameters else f"{count(model.trained)} trained (LoRA)"
-    size = f"denoiser of {count(model.parameters)} parameters, {trained}"
-    steps = f"{counted(model.steps, 'step')}, {counted(model.forwards, 'forward')} an image"
-    asked = f"{model.height} x {model.width} pixels, {steps}"
-    return f"{model.architecture}, {size}, {model.dtype} on {model.device}; {asked} ({model.basis})"
 
 
 def prompts(found: Forecast) -> str:
@@ -118,22 +101,15 @@ def a_round(config: RunConfig, found: Forecast) -> str:
 
 
 def in_all(config: RunConfig, found: Forecast) -> str:
-    a, longest = found.amounts, config.sampling.max_completion_length
+    a = found.amounts
     judged = (a.rounds + 1) * a.judged
     text = f"{counted(a.samples, 'sample')}: {a.rounds * a.drawn:,} to learn from, {judged:,} to judge by"
-    if found.work is not None:
-        learned = f"{found.work.learned:,} forwards and backwards to learn"
-        return f"{text}; {found.work.forwards:,} forwards of the denoiser to generate them, at most {learned}"
-    if found.model is None:
-        return text
-    each = found.probe.tokens if found.probe else None
-    now = f", about {int(a.samples * each):,} if answers stay as long as now" if each is not None else ""
-    return f"{text}; at most {a.samples * longest:,} tokens{now}"
+    work = found.model.describe_work(config, a, found.probe.tokens if found.probe else None)
+    return f"{text}; {work}" if work else text
 
 
 def disk(found: Forecast) -> str:
-    samples = "samples at most" if found.pipeline is None else "images about"
-    parts = {"models": found.disk.models, samples: found.disk.samples, "latents": found.disk.latents}
+    parts = {"models": found.disk.models, found.model.samples: found.disk.samples, "latents": found.disk.latents}
     parts["checkpoints"] = found.disk.checkpoints
     return f"{megabytes(found.disk.total)}: " + ", ".join(f"{n} {megabytes(size)}" for n, size in parts.items() if size)
 
@@ -153,28 +129,6 @@ def measured(peaks: MemoryPeaks | None, config: RunConfig) -> str:
     return f"{run} at most; measured in the probe, with all that was loaded: {probe}{lacking}"
 
 
-def memory(config: RunConfig, found: Forecast) -> str:
-    if found.room is not None:
-        return memory_of_pictures(found.room)
-    assert found.memory is not None
-    need = found.memory
-    return (
-        f"generating {megabytes(need.drawing)} (weights {megabytes(need.weights)}, cache "
-        f"{megabytes(need.cache)}), training "
-        f"{megabytes(need.training)} (with gradients and optimizer); activations and reward models come on top"
-    )
-
-
-def memory_of_pictures(need: ImageMemory) -> str:
-    layers = f", layers' outputs about {megabytes(need.outputs)}" if need.outputs is not None else ""
-    on_top = "" if need.outputs is not None else "layers' outputs and "
-    return (
-        f"generating {megabytes(need.drawing)} (denoiser {megabytes(need.denoiser)}, text encoders and VAE "
-        f"{megabytes(need.frozen)}), training {megabytes(need.training)} (gradients and optimizer "
-        f"{megabytes(need.training)}{layers}); {on_top}reward models come on top"
-    )
-
-
 def time(found: Forecast) -> str:
     assert found.seconds is not None
     if not found.seconds:
@@ -187,7 +141,7 @@ def time(found: Forecast) -> str:
 
 def basis(found: Forecast) -> str:
     """Where the seconds come from."""
-    from raftune.planning.images import DEVICE, SHARE
+    from raftune.policies.diffusion.footprint import DEVICE, SHARE
 
     probe = found.probe
     if probe is None:
@@ -196,11 +150,3 @@ def basis(found: Forecast) -> str:
     missing = ", ".join(probe.missing)
     lacking = f"; not measured within {probe.limit:g} s: {missing} (--probe-seconds gives more)" if missing else ""
     return f"from a probe of two prompts that took {duration(probe.seconds)}{short}{lacking}"
-
-
-def count(number: int) -> str:
-    """A number of parameters as people say it: 0.9M, 7.2B."""
-    for size, letter in ((1_000_000_000, "B"), (1_000_000, "M")):
-        if number >= size / 10:
-            return f"{number / size:.1f}{letter}"
-    return f"{number:,}"

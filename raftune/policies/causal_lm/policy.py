@@ -23,6 +23,7 @@ from raftune.policies.causal_lm import loading
 from raftune.policies.causal_lm import start as starting
 from raftune.policies.causal_lm.chat import keep_date, read_date
 from raftune.policies.causal_lm.encoding import TextEncoder
+from raftune.policies.causal_lm.footprint import ModelFootprint
 from raftune.policies.causal_lm.likelihood import TokenizedCompletion, log_probs
 from raftune.policies.causal_lm.sampling.backend import BackendChoice, choose_backend, replay
 from raftune.policies.causal_lm.sampling.params import BackendName, GeneratedCompletion, SamplingParams
@@ -70,6 +71,7 @@ class CausalLM:
     media = "text"
     payload = PAYLOAD
     any_objective = uses_trainer = True
+    footprint = ModelFootprint
 
     def __init__(self, config: FamilyConfig, folder: Path, start: Path) -> None:
         self.config, self.folder, self.start_folder = config, folder, start

@@ -18,6 +18,7 @@ from raftune.policies.diffusion.call_args import call_of, is_guided
 from raftune.policies.diffusion.components import INDEX
 from raftune.policies.diffusion.encode_image import adopted
 from raftune.policies.diffusion.encoding import PromptEncoder
+from raftune.policies.diffusion.footprint import PipelineSize
 from raftune.policies.diffusion.latents import FIELDS
 from raftune.policies.diffusion.pipelines import adapter_of
 from raftune.policies.diffusion.pipelines.base import PipelineAdapter, PipelineCall
@@ -49,6 +50,7 @@ class Diffusion:
     media = "image"
     payload = PAYLOAD
     uses_trainer = True
+    footprint = PipelineSize
 
     def __init__(self, config: FamilyConfig, folder: Path, start: Path) -> None:
         self.config, self.folder, self.start_folder = config, folder, start

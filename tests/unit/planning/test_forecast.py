@@ -22,8 +22,9 @@ from raftune.errors import DataError, StoreError
 from raftune.planning import Forecast, forecast
 from raftune.planning.amounts import amounts, steps_of
 from raftune.planning.probe import through
-from raftune.planning.sizes import MeasuredPeak, ModelFootprint, disk, memory, peaks
 from raftune.policies.causal_lm import loading, start
+from raftune.policies.causal_lm.footprint import ModelFootprint
+from raftune.policies.footprint import MeasuredPeak
 from raftune.rewards.builtin.length import LengthReward
 from raftune.runtime.run import run
 from raftune.training import fit as training
@@ -124,34 +125,34 @@ MODEL = ModelFootprint("Llama", 1000, 1000, "float32", 4, 64, 4, 100, 128, "cpu"
 
 
 def test_memory_is_weights_and_cache_or_weights_gradients_and_moments() -> None:
-    found = memory(MODEL, config(sampling={"max_completion_length": 20, "batch_size": 8}), longest_prompt=10, rows=512)
+    found = MODEL.memory(config(sampling={"max_completion_length": 20, "batch_size": 8}), longest_prompt=10, rows=512)
     assert found.drawing == 4000 + 8 * 30 * 64
     assert found.training == 4000 + 3 * 4000
 
 
 def test_the_context_bounds_the_cache() -> None:
-    found = memory(MODEL, config(sampling={"max_completion_length": 500, "batch_size": 1}), longest_prompt=10, rows=9)
+    found = MODEL.memory(config(sampling={"max_completion_length": 500, "batch_size": 1}), longest_prompt=10, rows=9)
     assert found.cache == 128 * 64
 
 
 def test_kept_models_are_counted() -> None:
     planned_ = amounts(config(num_rounds=10), train=100, held_out=0)
-    assert disk(MODEL, config(num_rounds=10), planned_).models == 10 * 4000
-    assert disk(MODEL, config(num_rounds=10, keep_models="best"), planned_).models == 3 * 4000
+    assert MODEL.disk(config(num_rounds=10), planned_).models == 10 * 4000
+    assert MODEL.disk(config(num_rounds=10, keep_models="best"), planned_).models == 3 * 4000
 
 
 def test_an_adapter_over_bfloat16_weights_is_float32() -> None:
     model = ModelFootprint("Llama", 1000, 100, "bfloat16", 2, 64, 4, 100, 128, "cpu")
     planned_ = amounts(config(num_rounds=10), train=100, held_out=0)
-    assert disk(model, config(num_rounds=10), planned_).models == 10 * 400
-    assert memory(model, config(), longest_prompt=10, rows=1).training == 2000 + 3 * 400
+    assert model.disk(config(num_rounds=10), planned_).models == 10 * 400
+    assert model.memory(config(), longest_prompt=10, rows=1).training == 2000 + 3 * 400
 
 
 def test_checkpoints_are_counted_where_a_fit_takes_longer_than_a_minute_or_is_asked_for_them() -> None:
     planned_ = amounts(config(prompts_per_round=100, training={"per_device_train_batch_size": 1}), 1000, 0)
-    assert disk(MODEL, config(), planned_, fit=59.0).checkpoints == 0
-    assert disk(MODEL, config(), planned_, fit=61.0).checkpoints == 2 * 3 * 4000
-    assert disk(MODEL, config(training={"save_steps": 10}), planned_, fit=1.0).checkpoints == 2 * 3 * 4000
+    assert MODEL.disk(config(), planned_, fit=59.0).checkpoints == 0
+    assert MODEL.disk(config(), planned_, fit=61.0).checkpoints == 2 * 3 * 4000
+    assert MODEL.disk(config(training={"save_steps": 10}), planned_, fit=1.0).checkpoints == 2 * 3 * 4000
 
 
 def test_a_line_through_two_measurements_is_never_negative() -> None:
@@ -168,7 +169,7 @@ def test_a_line_through_two_measurements_is_never_negative() -> None:
 
 def test_the_forecast_is_what_the_run_does(folder: Path) -> None:
     found = planned(folder)
-    assert found.model is not None
+    assert isinstance(found.model, ModelFootprint)
     assert found.model.parameters == sum(w.numel() for w in tiny_model("llama").parameters())
     assert found.model.cached_token == 2 * 2 * 2 * 8 * 4  # keys and values, two layers, two heads of width 8, float32
     assert (found.prompts.train, found.prompts.held_out) == (28, 2)
@@ -256,7 +257,7 @@ def test_a_probe_is_ended_wherever_it_is_when_its_time_is_up(
     began = time.monotonic()
     found = planned(folder, measured=True, seconds=2.0)
     assert time.monotonic() - began < 6
-    assert found.probe is not None and found.seconds is not None and found.model is not None
+    assert found.probe is not None and found.seconds is not None and isinstance(found.model, ModelFootprint)
     assert found.probe.missing == missing
     assert not found.seconds.keys() & set(missing)
     assert found.model.parameters == sum(w.numel() for w in tiny_model("llama").parameters())
@@ -275,7 +276,7 @@ def test_the_memory_of_the_probe_is_measured_and_scaled_to_the_run(folder: Path)
     assert found.peaks.run_drawing is not None and found.peaks.run_drawing >= found.peaks.drawing > 100e6
     drawing, training = MeasuredPeak(3_000, 1_000, 4, 10.0), MeasuredPeak(20_000, 1_000, 2, 10.0)
     config_ = config(sampling={"max_completion_length": 30, "batch_size": 8})
-    scaled = peaks(drawing, training, MODEL, config_, prompt=10, rows=512)
+    scaled = MODEL.peaks(drawing, training, config_, prompt=10, rows=512)
     assert scaled.run_drawing == 3_000 + (8 * 40 - 4 * 20) * 64 + 4 * 100 * 16
     batch = config_.training.per_device_train_batch_size
     assert scaled.run_tuning == 20_000 + int((20_000 - 1_000 - 4_000 - 12_000) * (batch * 40 / (2 * 20) - 1))
@@ -318,7 +319,7 @@ def test_a_file_in_the_way_is_refused_when_planned(folder: Path) -> None:
 
 def test_only_the_adapters_weights_count_as_trained(folder: Path) -> None:
     found = planned(folder, policy={"adapter": {"r": 2, "target_modules": ["q_proj"]}})
-    assert found.model is not None
+    assert isinstance(found.model, ModelFootprint)
     assert found.model.trained == 2 * (32 * 2 + 2 * 32)  # two layers, A and B of rank 2
 
 

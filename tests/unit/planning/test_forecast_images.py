@@ -18,8 +18,8 @@ from raftune.config.run import RunConfig
 from raftune.errors import DataError
 from raftune.planning import Forecast, forecast
 from raftune.planning.amounts import amounts
-from raftune.planning.images import PipelineSize, disk_of, from_published, room, work_of
-from raftune.planning.published import FLUX, PUBLISHED, SD1, SDXL
+from raftune.policies.diffusion.footprint import PipelineSize, from_published
+from raftune.policies.diffusion.published import FLUX, PUBLISHED, SD1, SDXL
 from raftune.runtime.run import run
 from tests.pipelines import save_tiny
 
@@ -100,11 +100,11 @@ def test_pictures_and_forwards_are_those_of_the_run(folder: Path, done: tuple[Pa
 def test_an_adapter_and_latents_are_as_large_as_planned(folder: Path, done: tuple[Path, Counter[str]]) -> None:
     root, _ = done
     found = planned(folder)
-    assert found.pipeline is not None
+    assert isinstance(found.model, PipelineSize)
     with safe_open(root / "round-0001/model/pytorch_lora_weights.safetensors", "np") as file:
-        assert found.pipeline.trained == sum(file.get_tensor(name).size for name in file.keys())  # noqa: SIM118
+        assert found.model.trained == sum(file.get_tensor(name).size for name in file.keys())  # noqa: SIM118
     [latents] = set(map(len, pq.read_table(root / "round-0001/generate/chunk-00000.parquet")["latents"].to_pylist()))
-    assert found.pipeline.latents == latents
+    assert found.model.latents == latents
 
 
 def test_a_probe_times_drawing_scoring_and_tuning_and_weighs_a_picture(folder: Path) -> None:
@@ -177,16 +177,16 @@ def test_work_memory_and_disk_are_arithmetic() -> None:
         name, num_rounds=2, prompts_per_round=10, training=training, sampling={"num_generations": 5}
     )
     planned_ = amounts(config, train=100, held_out=0)
-    work = work_of(model, config, planned_)
+    work = model.work(config, planned_)
     assert (work.pictures, work.forwards, work.learned) == (100, 100 * 102, 2 * 10 * 3 * 4)
-    need = room(model, config)
+    need = model.memory(config)
     assert need.denoiser == 4 * model.parameters and need.trained_state == 3 * need.denoiser
     assert need.outputs == int(SD1.outputs * 2 * 4 * 4)
-    space = disk_of(model, config, planned_, png=1000.0)
+    space = model.disk(config, planned_, sample=1000.0)
     assert space.models == 2 * 4 * model.parameters
     assert space.latents == (100 + 20) * 4 * 64 * 64 * 4
     selected = config.model_copy(update={"keep_latents": "selected"})
-    assert disk_of(model, selected, planned_, png=1000.0).latents == 20 * 4 * 64 * 64 * 4
+    assert model.disk(selected, planned_, sample=1000.0).latents == 20 * 4 * 64 * 64 * 4
 
 
 @pytest.mark.parametrize(("known", "billions"), [(SD1, 0.86), (SDXL, 2.57), (FLUX, 11.9)])

@@ -1,0 +1,205 @@
+"""What a language model takes: weights, gradients, optimizer, cache. Activations are not counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from raftune.config.policy import CausalLMPolicy
+from raftune.config.run import RunConfig
+from raftune.policies.footprint import (
+    ADAM,
+    BYTES,
+    PER_TOKEN,
+    DiskForecast,
+    Footprint,
+    MeasuredPeak,
+    MemoryPeaks,
+    RoundAmounts,
+    in_short,
+    kept_models,
+    sample_disk,
+    takes_checkpoints,
+)
+from raftune.sanitize import megabytes
+
+LOGITS = 16  # bytes of a logit while a token is chosen: the logit, its share in float32, and sums in float64
+
+
+@dataclass(frozen=True)
+class TextMemory:
+    """Bytes at the two peaks, one model in memory at a time: generating (weights and cache) and training."""
+
+    weights: int
+    cache: int
+    trained_state: int  # gradients and the optimizer's moments
+
+    @property
+    def drawing(self) -> int:
+        return self.weights + self.cache
+
+    @property
+    def training(self) -> int:
+        return self.weights + self.trained_state
+
+    def describe(self) -> str:
+        return (
+            f"generating {megabytes(self.drawing)} (weights {megabytes(self.weights)}, cache "
+            f"{megabytes(self.cache)}), training {megabytes(self.training)} (with gradients and optimizer); "
+            "activations and reward models come on top"
+        )
+
+
+@dataclass(frozen=True)
+class ModelFootprint(Footprint):
+    """The model in numbers: parameters, those that are trained, bytes of one weight, and of one token in the cache."""
+
+    architecture: str
+    parameters: int
+    trained: int
+    dtype: str
+    weight: int
+    cached_token: int
+    trained_weight: int  # bytes; those of an adapter are float32 over a model of any dtype
+    vocabulary: int
+    context: int | None
+    device: str
+
+    model_key: ClassVar[str] = "model"
+    memory_key: ClassVar[str] = "memory"
+    counts_tokens: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, policy: Any, start: Path, facts: Any) -> ModelFootprint:
+        from raftune.policies.causal_lm import loading
+        from raftune.training.devices import choose_device
+
+        config = policy.config.policy
+        model, dtype = loading.model_config(config, start), str(facts["dtype"])
+        weight = BYTES.get(dtype, 4)
+        return ModelFootprint(
+            architecture=facts["architecture"],
+            parameters=facts["parameters"],
+            trained=trained_parameters(config, model, facts["parameters"]),
+            dtype=dtype,
+            weight=weight,
+            cached_token=cached_token(model.get_text_config(decoder=True), weight),
+            trained_weight=weight if config.adapter is None else 4,
+            vocabulary=facts["vocabulary"],
+            context=facts["context"],
+            device=str(choose_device(config.device)),
+        )
+
+    @classmethod
+    def unread_facts(cls, config: RunConfig, start: Path) -> dict[str, Any] | None:
+        """What the model's configuration says; None where the start's folder does not name a model yet."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from raftune.policies.causal_lm import loading
+
+        policy = config.policy
+        if not isinstance(policy, CausalLMPolicy) or loading.read_reference(start) is None:
+            return None
+        found = loading.model_config(policy, start)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(found, trust_remote_code=policy.trust_remote_code)
+        dtype = policy.dtype if policy.dtype != "auto" else found.dtype or "float32"
+        return {
+            "architecture": type(model).__name__,
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "vocabulary": model.get_input_embeddings().weight.shape[0],
+            "context": loading.context(found),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+
+    def describe(self, family: str) -> str:
+        trained = "all trained" if self.trained == self.parameters else f"{in_short(self.trained)} trained (LoRA)"
+        context = f", context {self.context}" if self.context else ""
+        size = f"{in_short(self.parameters)} parameters, {trained}"
+        return f"{self.architecture}, {size}, {self.dtype} on {self.device}{context}"
+
+    def describe_work(self, config: RunConfig, planned: RoundAmounts, tokens: float | None) -> str:
+        now = f", about {int(planned.samples * tokens):,} if answers stay as long as now" if tokens is not None else ""
+        return f"at most {planned.samples * config.sampling.max_completion_length:,} tokens{now}"
+
+    def remarks(self, config: RunConfig, longest: int | None) -> list[str]:
+        """Answers that the model's context cuts off before max_completion_length does."""
+        if self.context is None or longest is None:
+            return []
+        room, asked = self.context - longest, config.sampling.max_completion_length
+        if room >= asked:
+            return []
+        return [
+            f"the longest prompt leaves room for {room} tokens in the context of {self.context}, less than "
+            f"sampling.max_completion_length = {asked}: such answers end there"
+        ]
+
+    def length(self, config: RunConfig, prompt: int) -> int:
+        """Tokens of a prompt of so many with the longest answer."""
+        length = prompt + config.sampling.max_completion_length
+        return min(length, self.context) if self.context else length
+
+    def memory(self, config: RunConfig, longest_prompt: int = 0, rows: int = 0) -> TextMemory:
+        alive = min(config.sampling.batch_size, rows)
+        four_bits = getattr(config.policy, "load_in_4bit", False)
+        return TextMemory(
+            weights=self.parameters // 2 if four_bits else self.parameters * self.weight,
+            cache=alive * self.length(config, longest_prompt) * self.cached_token,
+            trained_state=self.trained * self.trained_weight * (1 + ADAM),
+        )
+
+    def peaks(
+        self, drawing: MeasuredPeak | None, training: MeasuredPeak | None, config: RunConfig, prompt: int, rows: int
+    ) -> MemoryPeaks:
+        """What was measured, and what it comes to with `rows` samples to generate, prompts of `prompt` tokens, and
+        answers of the full length: the cache, the logits and the activations grow, the rest is there."""
+        longest = self.length(config, prompt)
+        run_drawing = run_training = None
+        if drawing is not None:
+            alive = min(config.sampling.batch_size, rows)
+            cached = alive * longest - drawing.rows * (prompt + drawing.tokens)
+            logits = (alive - drawing.rows) * self.vocabulary * LOGITS
+            run_drawing = drawing.most + int(max(0, cached) * self.cached_token + max(0, logits))
+        if training is not None:
+            batch = config.training.per_device_train_batch_size
+            held = self.parameters * self.weight + self.trained * self.trained_weight * (1 + ADAM)
+            activations = max(0, training.most - training.before - held)
+            times = batch * longest / max(1.0, training.rows * (prompt + training.tokens))
+            run_training = training.most + int(activations * max(0.0, times - 1))
+        return MemoryPeaks(
+            drawing.most if drawing else None, training.most if training else None, run_drawing, run_training
+        )
+
+    def disk(
+        self, config: RunConfig, planned: RoundAmounts, sample: float | None = None, fit: float | None = None
+    ) -> DiskForecast:
+        model = self.trained * self.trained_weight
+        checkpoint = model * (1 + ADAM) if takes_checkpoints(config, planned, fit) else 0
+        content = config.sampling.max_completion_length * PER_TOKEN if sample is None else sample
+        return sample_disk(planned, content, kept_models(config, planned.rounds) * model, checkpoint)
+
+
+def cached_token(found: Any, size: int) -> int:
+    """Bytes that keys and values of one token take in all layers; 0 where the architecture does not say."""
+    layers, heads = getattr(found, "num_hidden_layers", 0), getattr(found, "num_attention_heads", 0)
+    if not layers or not heads:
+        return 0
+    width = getattr(found, "head_dim", None) or found.hidden_size // heads
+    return int(2 * layers * (getattr(found, "num_key_value_heads", None) or heads) * width * size)
+
+
+def trained_parameters(config: CausalLMPolicy, found: Any, total: int) -> int:
+    """How many weights are trained: all, or those of the adapter, counted on a model without memory."""
+    if config.adapter is None:
+        return total
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from raftune.policies.causal_lm.loading import fresh_adapter
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(found, trust_remote_code=config.trust_remote_code)
+        adapted = fresh_adapter(model, config.adapter, 0)
+    return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
