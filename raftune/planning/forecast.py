@@ -110,9 +110,8 @@ def look(
     rows = min(config.sampling.chunk_size, planned.prompts) * config.sampling.num_generations
     work = model.work(config, planned)
     seconds = seconds_by_stage(found, planned, assembly) if found else model.seconds(config, work)
-    fit = (
-        seconds["training"] / planned.rounds if found and seconds and "training" in seconds and planned.rounds else None
-    )
+    measured = found is not None and seconds is not None and "training" in seconds and planned.rounds
+    fit = seconds["training"] / planned.rounds if seconds and measured else None
     return Forecast(
         root=root,
         done=done,

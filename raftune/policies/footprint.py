@@ -114,6 +114,11 @@ class Footprint:
         """Samples of each prompt that are generated for that; empty: as configured."""
         return ()
 
+    @property
+    def seconds_basis(self) -> str:
+        """What the `seconds` are reckoned by."""
+        return ""
+
     def describe(self, family: str) -> str:
         """The model in words."""
         return family

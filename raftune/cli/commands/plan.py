@@ -71,8 +71,8 @@ def lines(config: RunConfig, found: Forecast) -> list[tuple[str, str]]:
     ]
     said += [("a round", a_round(config, found))] if config.num_rounds else []
     said += [("in all", in_all(config, found)), ("disk", disk(found))]
-    if found.memory is not None or found.peaks is not None:
-        said.append(("memory", measured(found.peaks, config) or (found.memory.describe() if found.memory else "")))
+    if memory := measured(found.peaks, config) or (found.memory.describe() if found.memory else ""):
+        said.append(("memory", memory))
     if found.probe is not None and found.probe.generation:
         said.append(("generation", found.probe.generation))
     if found.seconds is not None:
@@ -141,11 +141,9 @@ def time(found: Forecast) -> str:
 
 def basis(found: Forecast) -> str:
     """Where the seconds come from."""
-    from raftune.policies.diffusion.footprint import DEVICE, SHARE
-
     probe = found.probe
     if probe is None:
-        return f"by arithmetic, on one {DEVICE} at {percent(SHARE)} of its peak; VAE and rewards come on top"
+        return found.model.seconds_basis
     short = f"; extrapolated: {', '.join(probe.cut_short)}" if probe.cut_short else ""
     missing = ", ".join(probe.missing)
     lacking = f"; not measured within {probe.limit:g} s: {missing} (--probe-seconds gives more)" if missing else ""

@@ -22,7 +22,7 @@ from raftune.policies.footprint import (
     kept_models,
     takes_checkpoints,
 )
-from raftune.sanitize import counted, megabytes
+from raftune.sanitize import counted, megabytes, percent
 
 PNG = 1.6  # bytes a pixel of a photograph-like image; flat drawings take less
 CHECKPOINTED = 0.2  # of the layers' outputs that learning keeps with gradient checkpointing, about
@@ -145,6 +145,10 @@ class PipelineSize(Footprint):
     @property
     def widths(self) -> tuple[int, ...]:
         return () if self.parameters < SMALL else (1, 2)
+
+    @property
+    def seconds_basis(self) -> str:
+        return f"by arithmetic, on one {DEVICE} at {percent(SHARE)} of its peak; VAE and rewards come on top"
 
     def describe(self, family: str) -> str:
         trained = "all trained" if self.trained == self.parameters else f"{in_short(self.trained)} trained (LoRA)"
