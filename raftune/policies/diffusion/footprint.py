@@ -69,7 +69,7 @@ class ImageMemory:
         return (
             f"generating {megabytes(self.drawing)} (denoiser {megabytes(self.denoiser)}, text encoders and VAE "
             f"{megabytes(self.frozen)}), training {megabytes(self.training)} (gradients and optimizer "
-            f"{megabytes(self.training)}{layers}); {on_top}reward models come on top"
+            f"{megabytes(self.trained_state)}{layers}); {on_top}reward models come on top"
         )
 
 
