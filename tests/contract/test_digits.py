@@ -18,6 +18,8 @@ from raftune.runtime.run import run, verify
 from raftune.testing import Claim, FamilyCase, begin, claims
 from tests.runs.kill import tree
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits"
 # A reward that needs no process of its own, for what does not hang on the reward.
 CHEAP: dict[str, Any] = {

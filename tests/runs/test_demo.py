@@ -22,6 +22,8 @@ from raftune.starters.text import SHOW, judge
 from raftune.starters.text.flawed import courtesies
 from raftune.store.run import RunFolder
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 SMALL = {
     "num_rounds": 1,

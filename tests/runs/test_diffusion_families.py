@@ -25,6 +25,8 @@ from raftune.training.quiet import quiet
 from tests.pipelines import SIZE, WORDS, Kind, save_tiny
 from tests.runs.test_causal_lm_runs import Killed, dying_after, tree
 
+pytestmark = pytest.mark.slow
+
 UNCONDITIONAL = ("ddpm", "ddim")
 LORA = ("sd", "sdxl", "sd3", "flux", "dit", "ddim")  # the others are trained whole
 CAPTIONS = [f"a {word} circle" for word in WORDS[:8]]

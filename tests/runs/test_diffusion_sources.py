@@ -28,6 +28,8 @@ from tests.pipelines import SIZE, WORDS, save_tiny
 from tests.runs.test_causal_lm_runs import tree
 from tests.runs.test_diffusion_families import config, redness
 
+pytestmark = pytest.mark.slow
+
 CAPTIONS = [f"a {word} circle" for word in WORDS[:8]]
 
 

@@ -29,6 +29,8 @@ from tests.pipelines import SIZE, save_tiny, tiny_pipeline
 from tests.runs import sketches
 from tests.runs.test_diffusion_families import config, first_of, objects, pixels, plainly
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 

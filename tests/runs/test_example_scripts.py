@@ -17,6 +17,8 @@ from raftune.config.load import validate
 from raftune.store.parquet import read_table
 from raftune.testing import begin, claims
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = [path for path in sorted(EXAMPLES.rglob("*.py")) if "digits" not in path.parts]
 PROMPTS = "--prompts_per_round 4 --num_generations 4"

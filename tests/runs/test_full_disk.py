@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 # A process of its own with torch, ten seconds each: nothing else writes files through torch and safetensors.
 @pytest.mark.parametrize("scenario", ["full", "sft", "reward"])

@@ -11,6 +11,8 @@ from raftune.errors import ConfigError
 from raftune.trainer import RaftConfig, RaftTrainer
 from tests.runs.grpo_sets import SCRIPTS, Script, trainer_of
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 # One small round; everything else is the script's own.

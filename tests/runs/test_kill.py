@@ -10,6 +10,8 @@ import pytest
 
 from tests.runs.kill import harness
 
+pytestmark = pytest.mark.slow
+
 Report = dict[str, Any]
 # Each in a process of its own.
 TRIALS = {

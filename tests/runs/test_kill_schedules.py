@@ -12,6 +12,8 @@ import pytest
 
 from tests.runs.schedules import BROKEN
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 
 

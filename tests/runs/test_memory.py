@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.memory import apart
+
+pytestmark = pytest.mark.slow
 
 
 def test_twenty_times_the_samples_take_less_than_60_mb_more() -> None:

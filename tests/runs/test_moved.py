@@ -17,6 +17,8 @@ from tests.runs import damage
 from tests.runs.kill import difference, tree
 from tests.unit.reward_models.feedback_files import marked, write
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=["tabular", "causal_lm", "lora"])
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:

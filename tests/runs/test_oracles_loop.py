@@ -26,6 +26,8 @@ from tools.closed_forms import (
     temperature_law,
 )
 
+pytestmark = pytest.mark.slow
+
 Floats = npt.NDArray[np.float64]
 P = np.array([0.35, 0.3, 0.2, 0.1, 0.05])
 R = np.array([0.0, 1.0, 1.0, 2.0, 3.0])

@@ -11,6 +11,8 @@ import pytest
 from raftune.cli import main
 from tests.hh import write_hh
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = "--num_rounds 1 --prompts_per_round 4 --sampling.num_generations 4 --sampling.max_completion_length 16"
 HELD_OUT = "--evaluation.num_prompts 6 --evaluation.num_generations 2 --engine.threads 1"
 # What makes each command of the path small; the path itself is the one that `raftune starter` names.

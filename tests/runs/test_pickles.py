@@ -30,6 +30,8 @@ from raftune.training.quiet import quiet
 from tests.builders import save_backbone, save_tiny
 from tests.unit.reward_models.feedback_files import config_for, marked, train, write
 
+pytestmark = pytest.mark.slow
+
 RAN = "the-pickle-ran"
 
 

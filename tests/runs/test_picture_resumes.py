@@ -17,6 +17,8 @@ from tests.pipelines import save_tiny
 from tests.runs.kill import tree
 from tests.runs.test_diffusion_families import config, objects
 
+pytestmark = pytest.mark.slow
+
 SHORT: dict[str, Any] = {"num_rounds": 1, "evaluation": {"num_prompts": 0}}
 
 

@@ -25,6 +25,8 @@ from tests.runs.damage import (
     lay_out,
 )
 
+pytestmark = pytest.mark.slow
+
 
 # A run, and then a fork for every command: fifteen seconds or so, which is what some sixty commands take.
 @pytest.mark.parametrize(("kind", "trials"), [("tabular", 12), ("causal_lm", 4)])

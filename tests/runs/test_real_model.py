@@ -27,7 +27,7 @@ from raftune.training.quiet import quiet
 from tests.builders import parts, unit_of
 
 MODEL = os.environ.get("RAFTUNE_REAL_MODEL", "")
-pytestmark = pytest.mark.skipif(not MODEL, reason="RAFTUNE_REAL_MODEL names no folder")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not MODEL, reason="RAFTUNE_REAL_MODEL names no folder")]
 
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "Why is the sky blue?", "What do bees make?"]
 

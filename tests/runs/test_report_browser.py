@@ -20,7 +20,7 @@ from tests.runs import report_pages as pages
 from tests.runs import tiny
 from tests.runs.report_pages import SCREENS, Opened, document, written
 
-pytestmark = pytest.mark.skipif(pages.CHROMIUM is None, reason=pages.NO_BROWSER)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(pages.CHROMIUM is None, reason=pages.NO_BROWSER)]
 
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 UNHARMED = {"harmed": None, "elements": 0, "scripts": 2, "handlers": 0, "links": 0, "wide": 0}

@@ -15,7 +15,7 @@ from tests.runs import report_pages as pages
 from tests.runs.report_pages import SCREENS, Opened, written
 from tests.runs.report_pictures import VOID, painted
 
-pytestmark = pytest.mark.skipif(pages.CHROMIUM is None, reason=pages.NO_BROWSER)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(pages.CHROMIUM is None, reason=pages.NO_BROWSER)]
 
 UNHARMED = {"harmed": None, "elements": 0, "scripts": 2, "handlers": 0, "links": 0, "wide": 0}
 PHONE = {"width": 390, "height": 844}

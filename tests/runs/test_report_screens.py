@@ -14,7 +14,7 @@ from playwright.sync_api import Browser
 from tests.runs import report_pages as pages
 from tests.runs.report_pages import SCREENS, Opened, document, written
 
-pytestmark = pytest.mark.skipif(pages.CHROMIUM is None, reason=pages.NO_BROWSER)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(pages.CHROMIUM is None, reason=pages.NO_BROWSER)]
 
 DIFFERENCE = resources.files("raftune.report").joinpath("assets", "diff.js").read_text(encoding="utf-8")
 Pieces = list[tuple[str, bool]]

@@ -22,6 +22,8 @@ from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from tests.builders import save_tiny, tree_hash
 
+pytestmark = pytest.mark.slow
+
 SPOILS = "TESTS_SPOIL"  # in the environment, which is no part of a reward's hash
 
 

@@ -29,6 +29,8 @@ from tests.builders import tiny_clip
 from tests.runs.kill import tree
 from tests.unit.rewards.builtin.test_classifier_reward import llama, saved, tokenizer
 
+pytestmark = pytest.mark.slow
+
 SENTENCES = ["a b", "c", "d e f g", "a c", "b b b"]
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 

@@ -24,6 +24,8 @@ from tests.runs.http_judge import judging
 from tests.runs.kill import tree
 from tests.runs.test_reward_signals import parrot
 
+pytestmark = pytest.mark.slow
+
 KEY, OTHER = "k3y-of-the-judge-0001", "k3y-of-the-judge-0002"
 FILE = """
 def judge(completions, api_key, log, **columns):

@@ -158,7 +158,7 @@ def test_an_error_of_ours_keeps_its_class_and_words_and_is_not_tried_again(
     tmp_path: Path, orders: Orders, workers: int
 ) -> None:
     orders(refuse_always=[2])
-    with pytest.raises(DataError, match=r"^unit 2 cannot be generated$"):
+    with pytest.raises(DataError, match=r"^chunk 2 cannot be generated$"):
         run(tiny.config(tmp_path / "run", **settings(workers)), tiny.objects())
     assert draws(tmp_path)[2] == 1
 

@@ -15,6 +15,8 @@ import pytest
 from raftune.runtime.run import run
 from tests.runs import tiny
 
+pytestmark = pytest.mark.slow
+
 Inode = int
 
 

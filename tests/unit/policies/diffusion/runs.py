@@ -15,14 +15,14 @@ from tests.unit.policies.diffusion.fits import Parts, begun, parts
 TEXTS = ("a red circle", "a blue square", "the green circle on black")
 
 
-def calling(config: Parts, **dials: Any) -> Parts:
+def calling(config: Parts, **options: Any) -> Parts:
     """The configuration with these fields of sampling.diffusion in place of all that it had."""
-    return replace(config, sampling=config.sampling.model_copy(update={"diffusion": DiffusionSampling(**dials)}))
+    return replace(config, sampling=config.sampling.model_copy(update={"diffusion": DiffusionSampling(**options)}))
 
 
-def policy(model: Path, root: Path, kind: str = "sd", **dials: Any) -> Diffusion:
+def policy(model: Path, root: Path, kind: str = "sd", **options: Any) -> Diffusion:
     """The start's policy of a run under `root`, called with these options (two steps, unguided, unless told)."""
-    config = calling(parts(model, kind), **{"num_inference_steps": 2, "guidance_scale": 1.0, **dials})
+    config = calling(parts(model, kind), **{"num_inference_steps": 2, "guidance_scale": 1.0, **options})
     start = begun(config, root)
     return Diffusion.load(config, start, start)
 

@@ -81,15 +81,15 @@ def test_a_row_of_weight_nothing_is_as_good_as_absent(sd: Path, tmp_path: Path) 
 
 
 def test_every_dial_of_the_denoising_loss_changes_what_is_learned(sd: Path, tmp_path: Path, rows: Path) -> None:
-    dials: list[dict[str, Any]] = [
+    options: list[dict[str, Any]] = [
         {},
         {"noise_levels": 2},
         {"noise_range": (0.0, 0.5)},
         {"level_sampling": "logit_normal"},
     ]
-    dials += [{"min_snr_gamma": 1.0}, {"condition_dropout": 0.9}, {"ema_decay": 0.9}]
-    found = [tuned(parts(sd, num_train_epochs=1, **one), tmp_path / str(i), rows)[0] for i, one in enumerate(dials)]
-    assert len({tree_hash(out)[MODEL] for out in found}) == len(dials)
+    options += [{"min_snr_gamma": 1.0}, {"condition_dropout": 0.9}, {"ema_decay": 0.9}]
+    found = [tuned(parts(sd, num_train_epochs=1, **one), tmp_path / str(i), rows)[0] for i, one in enumerate(options)]
+    assert len({tree_hash(out)[MODEL] for out in found}) == len(options)
 
 
 def test_the_evidence_says_what_was_learned_and_how_far_the_denoiser_moved(
@@ -140,9 +140,9 @@ class KillAfter(TrainerCallback):  # type: ignore[misc]
     ],
 )
 def test_interrupted_at_every_checkpoint_the_model_is_the_same_bit_for_bit(
-    sd: Path, tmp_path: Path, rows: Path, lora: bool, dials: dict[str, Any]
+    sd: Path, tmp_path: Path, rows: Path, lora: bool, options: dict[str, Any]
 ) -> None:
-    config = parts(sd, lora=lora, **dials)
+    config = parts(sd, lora=lora, **options)
     whole, report = tuned(config, tmp_path / "whole", rows)
     assert report.steps == 4
     root = tmp_path / "killed"

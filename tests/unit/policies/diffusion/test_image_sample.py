@@ -33,12 +33,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
     return saved
 
 
-def plainly(model: Path, text: str, seed: int, **dials: Any) -> Any:
+def plainly(model: Path, text: str, seed: int, **options: Any) -> Any:
     """The image that the pipeline itself gives, for one prompt and one generator."""
     with quiet():
         pipe = DiffusionPipeline.from_pretrained(model)
         pipe.set_progress_bar_config(disable=True)
-        drawn = pipe(text, generator=torch.Generator().manual_seed(seed), num_inference_steps=2, **dials)
+        drawn = pipe(text, generator=torch.Generator().manual_seed(seed), num_inference_steps=2, **options)
     return drawn.images[0]
 
 
@@ -262,10 +262,10 @@ def test_a_prompt_that_the_architecture_does_not_take_is_named_before_anything_i
     ],
 )
 def test_a_dial_that_this_pipeline_cannot_follow_is_refused(
-    kind: Any, dials: dict[str, Any], message: str, folder: Callable[[Any], Path], tmp_path: Path
+    kind: Any, options: dict[str, Any], message: str, folder: Callable[[Any], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        policy(folder(kind), tmp_path, kind, **dials)
+        policy(folder(kind), tmp_path, kind, **options)
 
 
 def test_dials_that_are_not_given_are_the_pipeline_s_defaults(folder: Callable[[Any], Path], tmp_path: Path) -> None:

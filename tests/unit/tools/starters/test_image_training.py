@@ -18,6 +18,8 @@ from tools.starters.image.keeping import load_head, save_head, save_part
 from tools.starters.image.seeing import JudgeRecipe, contrast, gallery, groups
 from tools.starters.image.wording import LENGTH, SPOILED, tokenizer, words
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:

@@ -22,6 +22,8 @@ from tools.starters.text.reward_training import (
 )
 from tools.starters.text.training import train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 TINY_POLICY = TextPolicyRecipe(steps=3, knowledge_steps=2, dialogues_a_step=4)
 TINY_REWARD = TextRewardRecipe(steps=2, prompts_a_step=4, replies=5, sampled_prompts=4)
 
