@@ -191,6 +191,26 @@ class SupportsObjectives(Protocol):
 
 
 @runtime_checkable
+class SupportsRestart(Protocol):
+    """A family whose rounds other runs can start from; without it `policy.model` is set to the round's folder."""
+
+    @classmethod
+    def section_at(cls, policy: Mapping[str, Any], folder: Path, start: Path) -> dict[str, Any]:
+        """The `policy` section of a run that starts from this committed folder of a run with this initial model."""
+        ...
+
+
+@runtime_checkable
+class SupportsSharedParts(Protocol):
+    """A policy with frozen parts that all rounds of a run have in common: they are kept in memory between rounds."""
+
+    @property
+    def shared(self) -> Any:
+        """The parts, with `nbytes`."""
+        ...
+
+
+@runtime_checkable
 class SupportsTrainer(Protocol):
     """A family whose `train` goes through transformers' Trainer: the options of `training` are tried when planning."""
 

@@ -28,6 +28,7 @@ from raftune.protocols import (
     SupportsBackends,
     SupportsLogProbs,
     SupportsPromptCheck,
+    SupportsSharedParts,
 )
 from raftune.records import LATENTS
 from raftune.rewards.combining import with_counts
@@ -130,17 +131,17 @@ class PolicyCache:
             record = read_backend(self.run.folder(0, ParityStage.writes))
             if record is not None:
                 policy.use_backend(record)
-        self._share(start, getattr(policy, "shared", None))
+        if isinstance(policy, SupportsSharedParts):
+            self._share(start, policy.shared)
         return policy
 
     def _share(self, start: Path, parts: Any) -> None:
-        """Holds what all rounds of a start have in common, if anything, so that the next one finds it read.
+        """Holds what all rounds of a start have in common, so that the next one finds it read.
 
         Of another start (a teacher's) only what is small stays beside it.
         """
-        if parts is not None:
-            small = {place: one for place, one in self._shared.items() if one.nbytes * 2 <= SMALL}
-            self._shared = small | {start: parts}
+        small = {place: one for place, one in self._shared.items() if one.nbytes * 2 <= SMALL}
+        self._shared = small | {start: parts}
 
 
 def empty_device_cache() -> None:

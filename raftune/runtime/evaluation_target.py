@@ -12,6 +12,7 @@ from raftune.config.load import merge, nested, read_yaml, validate
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, StoreError
 from raftune.policies.registry import family_of
+from raftune.protocols import SupportsRestart
 from raftune.results.model_card import best_of, check_model
 from raftune.results.summary import read_json
 from raftune.sanitize import one_line, shell_command
@@ -85,8 +86,9 @@ def round_of(run: RunFolder, which: str) -> EvalTarget:
     config = run.configuration()
     plain = config.model_dump(mode="json")
     folder, start = run.folder(round_, "model").resolve(), run.folder(0, "model").resolve()
-    begun_at = getattr(family_of(config), "section_at", None)
-    policy = begun_at(plain["policy"], folder, start) if begun_at else {**plain["policy"], "model": str(folder)}
+    family, policy = family_of(config), {**plain["policy"], "model": str(folder)}
+    if isinstance(family, SupportsRestart):
+        policy = family.section_at(plain["policy"], folder, start)
     inherited = {name: dict(plain[name]) for name in INHERITED}
     inherited["data"] |= {"prompts": str(run.root), "limit": None}
     inherited["evaluation"] |= {"prompts": str(run.root), "best_by": "reward"}
