@@ -55,7 +55,7 @@ class ModelError(RaftuneError):
 
 
 class OutOfMemory(ModelError):
-    """The device's memory did not suffice; `batch_size` rows were alive."""
+    """Out of memory with `batch_size` rows."""
 
     def __init__(self, message: str, batch_size: int) -> None:
         super().__init__(message)

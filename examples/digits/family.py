@@ -1,4 +1,4 @@
-"""A family of one's own: an autoencoder that draws the digit it is asked for, begun with some labels wrong."""
+"""A custom policy family: a conditional autoencoder that generates digits; its initial model saw wrong labels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Digits:
 
     @classmethod
     def start(cls, config: RunConfig, out: Path, model: Any = None, tokenizer: Any = None) -> None:
-        """Trains the start, or copies it from `policy.model`, the model/ of some round. Raises ConfigError."""
+        """Trains the initial model, or copies it from `policy.model`, the model/ of some round. Raises ConfigError."""
         options = options_of(config, Options)
         unread = all_but(config.sampling, "sampling", DRAW) + all_but(config.training, "training", FIT)
         refuse_unused(config, "digits", unread)
@@ -66,7 +66,7 @@ class Digits:
 
     @classmethod
     def verify(cls, start: Path) -> None:
-        """The weights lie in the run, where a COMMIT guards them."""
+        """The weights are part of the run, whose manifest covers them."""
 
     @cached_property
     def net(self) -> Net:
@@ -79,7 +79,7 @@ class Digits:
         return sum(w.nbytes for w in self.net.parameters()) if "net" in self.__dict__ else 0
 
     def generate(self, chunk: Chunk) -> list[Sample]:
-        """One image a seed, which alone chooses its z; drawn singly, so that it hangs on no other."""
+        """One image per seed, which determines z; generated one by one, so that it does not depend on the batch."""
         samples = []
         for prompt, seeds in zip(chunk.prompts, chunk.seeds, strict=True):
             for k, seed in enumerate(seeds):
@@ -97,7 +97,7 @@ class Digits:
         return Image.fromarray(levels.round().reshape(8, 8).numpy().astype(np.uint8))
 
     def encode_completion(self, prompt: Prompt, answer: Any, source: str) -> dict[str, Any]:
-        """The payload of an image, the policy's or somebody else's: a PIL image, or the bytes of a PNG."""
+        """The payload of an image, generated or given: a PIL image, or the bytes of a PNG."""
         image = image_of(answer) if isinstance(answer, bytes) else answer
         if image.size != (8, 8):
             raise DataError(f"an image of prompt {prompt.id} must have 8x8 pixels; got {image.size} ({source}).")
@@ -105,7 +105,7 @@ class Digits:
         return {"completion": png, "image_sha256": sha256_of_png(png), "invalid": why_invalid(image)}
 
     def train(self, rows: Path, work: Path, out: Path) -> TrainReport:
-        """Learns the rows' images; so short a fit leaves no checkpoints in `work`: interrupted, it begins again."""
+        """Trains on the rows. The training is short, so it saves no checkpoints in `work`."""
         table, training = pq.read_table(rows, columns=["prompt", "weight", "completion"]), self.config.training
         pixels = [np.asarray(image_of(png).convert("L")).reshape(64) for png in table["completion"].to_pylist()]
         x = torch.tensor(np.stack(pixels) / 255).float()

@@ -24,7 +24,7 @@ EMPTY = ("null", "none")
 
 @dataclass(frozen=True)
 class ParsedFlags:
-    """What was given: words without dashes, and flags by their dotted field."""
+    """Arguments without dashes, and flags by their dotted field."""
 
     words: tuple[str, ...]
     flags: dict[str, Any]

@@ -24,7 +24,7 @@ USUAL_KEY = "OPENAI_API_KEY"
 
 @dataclass(frozen=True)
 class JudgeFlags:
-    """The flags that say who judges, and how it is asked."""
+    """Flags of the judge model."""
 
     judge: Annotated[str | None, Parameter(help="URL of an OpenAI-compatible endpoint that judges the pairs.")] = None
     judge_model: Annotated[str | None, Parameter(help="The judge's name at that endpoint.")] = None

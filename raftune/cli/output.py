@@ -20,7 +20,7 @@ NARROW = 20  # columns that a table's last column must have; with less the table
 
 
 class OutputConsole(Console):
-    """A console whose reader may leave: rich would end the process as failed, and here it is for the caller to know."""
+    """A console that raises if its reader has closed the pipe; rich would end the process."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -65,7 +65,7 @@ def fitted(line: str, width: int | None, begin: int = 0) -> list[str]:
 
 
 class PlainTable:
-    """A table without frames, whose columns are as wide as they must be: readable, and easy to cut with awk."""
+    """A table without borders, easy to read and to cut with awk."""
 
     def __init__(self, *titles: str, right: frozenset[int] = frozenset()) -> None:
         self.rows: list[list[tuple[str, str]]] = [[(title, "bold") for title in titles]]

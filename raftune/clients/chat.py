@@ -32,7 +32,7 @@ BUSY = frozenset({408, 425, 429})  # besides every 5xx: worth another try
 
 @dataclass(frozen=True, slots=True)
 class ChatReply:
-    """What came of one question: the text, or None with the kind of failure and what was said about it."""
+    """A reply: the text, or None with the kind of failure and its message."""
 
     text: str | None
     failure: str = ""

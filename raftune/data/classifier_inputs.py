@@ -29,7 +29,7 @@ SHIFTED_POSITIONS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class ClassifierInputs:
-    """What of a prompt and its completion becomes tokens.
+    """Which parts of prompt and completion a classifier reads.
 
     include_prompt: whether the prompt is part of the text; without it a message's bare content is read.
     append_eos: end plain texts with the EOS token.
@@ -121,7 +121,7 @@ def apply_template(tokenizer: Any, messages: list[dict[str, Any]], **options: An
 
 
 class TemplateTimeoutError(Exception):
-    """A chat template took longer than it may."""
+    """A chat template exceeded its time limit."""
 
     def __str__(self) -> str:
         return f"it was not done after {TEMPLATE_SECONDS:g} seconds: its loops are too long"

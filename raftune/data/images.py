@@ -139,7 +139,7 @@ def mime_of(data: bytes) -> str:
 
 
 class LazyImages(Sequence[Any]):
-    """The images of a column of bytes, each read when it is asked for: what waits to be looked at waits small.
+    """The images of a column of bytes, decoded on access.
 
     `pngs` and `names` are Arrow columns, row for row.
     """

@@ -35,7 +35,7 @@ class SkipReason(StrEnum):
 
 
 class UnusableRow(Exception):
-    """A row that cannot be learned from: inside the readers only, which note it and go on."""
+    """A row that cannot be used; raised inside the readers only."""
 
     def __init__(self, reason: SkipReason, detail: str) -> None:
         super().__init__(detail)
@@ -44,7 +44,7 @@ class UnusableRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SkippedRow:
-    """A row that was not learned from. `row` is its line in a file of lines, else its number; both from 1."""
+    """A skipped row. `row` is its line in a file of lines, else its number; both from 1."""
 
     row: int
     reason: str
@@ -53,7 +53,7 @@ class SkippedRow:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two answers to one prompt, of which a person preferred the first.
+    """Two completions of a prompt; the first is the preferred one.
 
     An answer mirrors its prompt: a text for a text, a list of messages for messages.
     """
@@ -66,7 +66,7 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class Rating:
-    """An answer and the finite number that it was given."""
+    """A completion and its finite rating."""
 
     row: int
     prompt: PromptContent
@@ -76,7 +76,7 @@ class Rating:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """An answer to learn from as it stands; `tools` are what its chat template is told of, beside messages.
+    """A completion to train on; `tools` are passed to its chat template.
 
     `score` is what it was given, where the data says so.
     """

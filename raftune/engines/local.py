@@ -27,7 +27,7 @@ Answer = dict[str, Any]
 
 
 class InProcessEngine:
-    """One chunk after another, here."""
+    """Runs chunks one after another in this process."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config

@@ -36,7 +36,7 @@ ONE_MILLION = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """What to look at: evidence in words, the same as numbers, and samples as (sample id, why)."""
+    """An alarm: a message, numbers, and samples as (sample id, reason)."""
 
     alarm: AlarmName
     title: str

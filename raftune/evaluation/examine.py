@@ -20,7 +20,7 @@ from raftune.protocols import MonitorInput
 
 
 class RoundMonitor:
-    """Looks at a round with the thresholds of the configuration."""
+    """Computes the measures and alarms of a round, with the configured thresholds."""
 
     def __init__(self, config: GuardsConfig) -> None:
         self.config = config

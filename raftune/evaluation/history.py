@@ -18,7 +18,7 @@ from raftune.store.run import RunFolder
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """A round that is over: its metrics (empty without evaluation), alarms, and the summary of its selection.
+    """A finished round: its metrics (empty without evaluation), alarms, and summary of the selection.
 
     `nothing_learned` is why the round had nothing to train on and kept the policy; empty where it trained.
     """

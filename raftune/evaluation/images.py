@@ -73,7 +73,7 @@ def valid(samples: pa.Table) -> list[bool]:
 
 
 class PixelMetrics:
-    """How images look, how far those of one prompt are apart, and how many nearly repeat another; 0 … 1 each."""
+    """Pixel metrics of images: colours, distance within a prompt, and near-duplicates; each in 0 … 1."""
 
     needs = frozenset({"image"})
 
@@ -86,7 +86,7 @@ class PixelMetrics:
 
 
 class FeatureMetrics:
-    """How varied and how far from the start images are, by the vectors of a model of the user's choice.
+    """Diversity and distance from the initial model's images, in a model's feature space.
 
     feature_distance: the mean of 1 - cos over pairs of a prompt's images. vendi: how many different images of a
     prompt there are in effect, 1 … K. feature_drift: the mean of 1 - cos to the start's image of the same prompt and

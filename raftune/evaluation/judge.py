@@ -76,7 +76,7 @@ class JudgeOpinion:
 
 @dataclass(frozen=True)
 class JudgeResult:
-    """What the judge said of all pairs.
+    """The judge's verdicts on all pairs.
 
     inconsistent: share of the pairs with two verdicts whose verdicts disagree, the position bias. first: among those
     that prefer an answer, the share that prefers the one that stood first; 0.5 without bias. failures: questions

@@ -86,7 +86,7 @@ class KLMetrics:
 
 @metric("entropy")
 class EntropyMetrics:
-    """How undecided the policy is, in nats: the mean of -log p over its own samples, per answer and per token.
+    """Entropy of the policy in nats: the mean of -log p over its own samples, per completion and per token.
 
     Per answer it is an unbiased estimate of the cross-entropy from the distribution sampled from to the policy's own
     (untempered, whole) law of answers of at most max_completion_length tokens. At temperature 1 and without top_p,
@@ -146,7 +146,7 @@ class TextMetrics:
 
 @metric("validity")
 class ValidityMetrics:
-    """The share of samples that their policy calls invalid: nothing to look at, and nothing to learn from."""
+    """Share of invalid samples."""
 
     needs = frozenset({INVALID})
 

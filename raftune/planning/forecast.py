@@ -130,7 +130,7 @@ def look(
 
 @dataclass(frozen=True)
 class StartModelInfo:
-    """The initial model in numbers, what counts the tokens of a text, and what a user should know."""
+    """Numbers of the initial model, its token counter, and notes for the user."""
 
     model: Footprint
     encoder: Any

@@ -51,7 +51,7 @@ Emit = Callable[[str], None]
 
 @dataclass(frozen=True)
 class LinearTime:
-    """Seconds as a straight line: `fixed` before the first item, and `each` for every one."""
+    """A linear model of seconds: `fixed`, and `each` per item."""
 
     fixed: float = 0.0
     each: float = 0.0
@@ -91,7 +91,7 @@ class ProbeResult:
 
 
 class TimeUp(KeyboardInterrupt):
-    """The time of a trial is over. Code that lets Ctrl-C through lets this through as well."""
+    """The probe's time is over. A KeyboardInterrupt, so that user code does not catch it."""
 
 
 @dataclass

@@ -44,7 +44,7 @@ LACKS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, e
 
 @dataclass(frozen=True, slots=True)
 class RewardOutcome:
-    """One part a sample, and what the reward logged."""
+    """One part per sample, and what the reward logged."""
 
     parts: list[RewardPart]
     log: RewardLog = field(default_factory=RewardLog)

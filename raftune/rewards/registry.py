@@ -80,7 +80,7 @@ class BuiltinReward:
 
 
 class BuiltInReward:
-    """What `@builtin` gives a reward beside its options: its name and media; it sets its fingerprint itself."""
+    """Base class of built-in rewards: name and media; a subclass sets its fingerprint."""
 
     name: str
     media: frozenset[str]

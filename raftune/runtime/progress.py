@@ -310,7 +310,7 @@ class RoundTable:
 
 @dataclass
 class SampleTally:
-    """What the samples of the round in work are worth so far: mean reward, mean of each prompt's best, mean length."""
+    """Running means of the current round: reward, best of each prompt, length."""
 
     scores: dict[str, list[float]] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=lambda: [0, 0])

@@ -32,7 +32,7 @@ RoundStage = tuple[int, str]  # a stage's round, and the folder that it writes i
 
 @dataclass(frozen=True)
 class Rescoring:
-    """What was asked for, and the score stages whose earlier scores are still to be kept."""
+    """The requested statuses, and the score stages whose scores are kept."""
 
     redo: str
     only: tuple[str, ...]

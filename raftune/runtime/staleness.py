@@ -21,7 +21,7 @@ READS = "what it reads"
 
 @dataclass(frozen=True)
 class StaleStage:
-    """A committed stage that the configuration would make otherwise, and the fields that differ: old, new."""
+    """A committed stage that does not match the configuration, and the fields that differ: old, new."""
 
     round: int
     stage: Stage

@@ -64,7 +64,7 @@ def told(questions: TextIO) -> Iterator[dict[str, Any]]:
 
 
 class WorkerServer:
-    """Answers questions about one run, whose assembly is built for the first of them."""
+    """Runs chunks of one run on request; builds its runtime on the first one."""
 
     def __init__(self, root: str) -> None:
         self.root = root

@@ -61,7 +61,7 @@ OURS = frozenset({"tmp", "LOCK"})  # what may lie there before config.yaml does
 
 @dataclass(frozen=True)
 class SftOutcome:
-    """What a fine-tuning came to: its directory, its report, and whether anything had to be done."""
+    """Result of supervised fine-tuning: its directory, its report, and whether anything was done."""
 
     root: Path
     report: Mapping[str, Any]
@@ -384,7 +384,7 @@ def step_teller(observe: Callback) -> Any:
     from transformers import TrainerCallback
 
     class Teller(TrainerCallback):  # type: ignore[misc]
-        """Says how far the fit is."""
+        """Reports training progress."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             observe("trained", {"done": state.global_step, "of": state.max_steps})

@@ -26,7 +26,7 @@ VERSION = 1
 
 
 class SavePace:
-    """When to save: once a minute, more seldom where saving takes long, and at once when a stop was asked for."""
+    """Decides when to save: once a minute, less often if saving is slow, at once on a stop request."""
 
     def __init__(self) -> None:
         self.saved = time.monotonic()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WorkProgress:
-    """So many of so many things are done."""
+    """Progress of the current work: done of total."""
 
     done: int
     of: int

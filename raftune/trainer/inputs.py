@@ -70,7 +70,7 @@ def _as_object(reward: Any, tokenizer: Any, number: int) -> Any:
 
 @dataclass(frozen=True)
 class PromptInputs:
-    """What the configuration says of a data set, and the table behind it where it was given as an object."""
+    """The configuration of a data set, and its table if it was given as an object."""
 
     source: str
     table: Callable[[], pa.Table] | None = None

@@ -352,7 +352,7 @@ class RaftTrainer(TransformersTrainerMixin):
 
 
 class ErrorCollector:
-    """Gathers what several steps refuse, so that a person hears all of it at once."""
+    """Collects the errors of several steps to report them together."""
 
     def __init__(self) -> None:
         self.errors: list[RaftuneError] = []

@@ -62,7 +62,8 @@ class CheckpointedState(Protocol):
 
 @dataclass(frozen=True)
 class FitTask:
-    """What a family brings to a fit. `identity` names rows and settings: a checkpoint of another identity is not used.
+    """A family's part of a training. `identity` names rows and settings: checkpoints of another identity are
+    ignored.
 
     objective(model) is called once for each loaded model. Its losses must already be normalised over an optimizer step:
     micro-batches of a step are summed.

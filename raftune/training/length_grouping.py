@@ -36,7 +36,7 @@ def _longest_first(rows: IntArray, size: IntArray) -> IntArray:
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Yields `grouped_order` of the epoch that was last set."""
+    """Sampler of `grouped_order` for the epoch that was last set."""
 
     def __init__(self, lengths: Sequence[int], step: int, seed: int) -> None:
         self.lengths, self.step, self.seed = lengths, step, seed

@@ -38,7 +38,7 @@ PREFERRED = ("held_out", "reward")  # what prompts are ranked by, unless it is s
 
 @dataclass(frozen=True)
 class Comparison:
-    """A against B: `differences` in how they were generated, in words; the measures; the gates that were asked for.
+    """Comparison of A and B: `differences` in how they were generated, measures, and gates.
 
     `by` is the measure that ranks the prompts.
     """

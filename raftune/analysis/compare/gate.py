@@ -34,7 +34,7 @@ EXAMPLE = "Write it in quotes, such as 'reward.win_rate < 0.5'."
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """`text` as it was given: it closes where the measure's field stands in this relation to the number."""
+    """A gate: `text` as given. It fails if the measure's field is in this relation to the number."""
 
     text: str
     measure: str
@@ -45,7 +45,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """A gate and what was found: the number, None where it could not be computed, which closes the gate too."""
+    """A gate and its number, None where it could not be computed; the gate then fails."""
 
     gate: Gate
     value: float | None

@@ -52,7 +52,7 @@ class ComparisonMeasure:
 
 @dataclass(frozen=True)
 class JudgeSpec:
-    """Who judges, and how it is asked."""
+    """The judge model of a comparison and its settings."""
 
     endpoint: ChatEndpoint
     template: str = TEMPLATE

@@ -20,7 +20,7 @@ from raftune.sanitize import counted
 
 @dataclass(frozen=True)
 class SamplePairs:
-    """Row a[i] of A and row b[i] of B answer the same prompt, prompts[groups[i]], with the same seed."""
+    """Row a[i] of A and row b[i] of B have the same prompt, prompts[groups[i]], and seed."""
 
     side_a: ComparedRun
     side_b: ComparedRun

@@ -50,7 +50,7 @@ ASKED = ("rewards", "selection", "sampling")  # the sections of the configuratio
 
 @dataclass(frozen=True)
 class WhatIfResult:
-    """What came of it. `folder` is None where nothing was written; `missing` names the rounds that could not be read.
+    """Result of a what-if run. `folder` is None if nothing was written; `missing` names unreadable rounds.
 
     changes: the fields that differ from the run's, each with the run's value and its own. redo: how to really do so.
     """

@@ -59,7 +59,7 @@ class SelectionChange:
 
 @dataclass(frozen=True)
 class BestOfEstimate:
-    """The unbiased estimate of the best of k samples, by the scores gone by, and its share of the gain of all K.
+    """Unbiased estimate of the best of k samples, and its share of the gain of all K.
 
     `left_out`: prompts of which a sample has no usable score, which would bias it.
     """
@@ -72,7 +72,7 @@ class BestOfEstimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """All of it. `names`: by which rewards the run scored, and by which the what-if goes; equal where not rescored.
+    """Differences of all rounds. `names`: rewards of the run, and of the what-if; equal if not rescored.
 
     largest: the prompts with the largest margins among those that changed, as plain data with their answers;
     starved: prompts that yield nothing now and did before, each with its reason.

@@ -22,7 +22,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class OverlayRun(RunFolder):
-    """A run as it is, but for a few stages, which lie in a folder of their own."""
+    """A run with some stages replaced by those of another folder."""
 
     def __init__(self, root: Path, beneath: RunFolder, own: Collection[str]) -> None:
         super().__init__(root)

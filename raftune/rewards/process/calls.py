@@ -32,7 +32,7 @@ PAUSE_SECONDS = 0.25  # before another try after a death that came from outside,
 
 
 class ProcessDied(Exception):
-    """The process gave no answer. `own`: by what its code did, which another try will show again."""
+    """The reward's process died. `own`: caused by its own code, so that a retry would fail again."""
 
     def __init__(self, how: str, own: bool) -> None:
         super().__init__(how)

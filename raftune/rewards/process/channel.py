@@ -18,7 +18,7 @@ PATIENCE_MS = 100  # how soon the end of the other process is noticed where some
 
 
 class InvalidFrame(Exception):
-    """The other side wrote what is no frame, or not the frame that was due."""
+    """The other process wrote an invalid or unexpected frame."""
 
 
 class Channel:
