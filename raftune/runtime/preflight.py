@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.util import find_spec
 
 from raftune.config.guards import ALIKE_ALARMS, PICTURE_ALARMS, TEXT_ALARMS
@@ -15,7 +15,7 @@ from raftune.evaluation.metrics import load_metrics
 from raftune.protocols import SupportsBackends, SupportsObjectives, SupportsPromptCheck, SupportsTrainer
 from raftune.records import LATENTS
 from raftune.rewards.panel import misfits
-from raftune.runtime.assembly import Runtime
+from raftune.runtime.assembly import CONDENSE, TEXTS, Runtime
 from raftune.selection import load_rule
 from raftune.stages.gather import prompts_of, reference_rows
 from raftune.training.objectives import load_objective
@@ -116,13 +116,7 @@ def media(assembly: Runtime) -> Iterator[str]:
     if assembly.config.evaluation.reward_funcs and assembly.config.evaluation.num_prompts:
         yield from misfits(assembly.judge().panel, assembly.family.media, family, "evaluation.reward_funcs")
     if assembly.config.evaluation.features is not None and assembly.config.evaluation.num_prompts:
-        if assembly.family.media == "image":
-            assembly.extractor()  # a model that cannot be read is missed now
-        else:
-            yield (
-                f"evaluation.features compares images, and policy.family: {family} makes texts. Leave it out, or "
-                "name a policy that makes images."
-            )
+        assembly.extractor()  # a model that cannot be read is missed now
 
 
 def likelihood(assembly: Runtime) -> Iterator[str]:
@@ -197,14 +191,13 @@ def selection(assembly: Runtime) -> Iterator[str]:
 def guards(assembly: Runtime) -> Iterator[str]:
     """Alarms that are to stop the run, or a budget to be watched, where nothing could ever raise them."""
     chosen, family = assembly.config.guards, assembly.config.policy.family
-    texts, pictures = assembly.family.media in ("text", "messages"), assembly.family.media == "image"
-    about = {
-        "texts": () if texts else TEXT_ALARMS,
-        "images": () if pictures else PICTURE_ALARMS,
-        "texts and images": () if texts or pictures else ALIKE_ALARMS,
+    about: dict[str, tuple[Collection[str], Collection[str]]] = {
+        "texts": (TEXT_ALARMS, TEXTS),
+        "images": (PICTURE_ALARMS, CONDENSE),
+        "texts and images": (ALIKE_ALARMS, (*TEXTS, *CONDENSE)),
     }
-    for what, names in about.items():
-        for name in sorted({*chosen.stop_on} & {*names}):
+    for what, (names, generated) in about.items():
+        for name in sorted({*chosen.stop_on} & {*names}) if assembly.family.media not in generated else ():
             yield f"guards.stop_on: {name} is about {what}, and policy.family: {family} generates none. Leave it out."
     if "part_dominates" in chosen.stop_on and len([weight for weight in assembly.factors().values() if weight]) < 2:
         yield "guards.stop_on: part_dominates needs two rewards that count; got fewer. Add one, or leave it out."
