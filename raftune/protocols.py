@@ -102,7 +102,7 @@ class Policy(Protocol):
 
 @runtime_checkable
 class SupportsLogProbs(Protocol):
-    """A policy that can say how probable an answer is; without it beta > 0 is refused when planning."""
+    """A policy that computes log-probabilities of completions; without it beta > 0 is refused."""
 
     def log_probs(self, prompts: Sequence[Prompt], samples: pa.Table, batch_size: int) -> FloatArray:
         """(N,) nats, untempered, summed over the completion's tokens, EOS included."""
@@ -117,7 +117,7 @@ class SupportsLogProbs(Protocol):
 
 @runtime_checkable
 class SupportsPromptCheck(Protocol):
-    """A policy that says before anything is generated which prompts it cannot read."""
+    """A policy that reports unreadable prompts before generation."""
 
     def unread(self, prompt: Prompt) -> str | None:
         """The end of a prompt that is too long to be read whole; None where it is not. Raises DataError for one that
@@ -185,7 +185,7 @@ class SupportsBackends(Protocol):
 
 @runtime_checkable
 class SupportsObjectives(Protocol):
-    """A family whose `train` minimises the configured objective (objectives.load_objective), also one of the user's."""
+    """A family whose `train` minimises the configured objective (objectives.load_objective), also a custom one."""
 
     any_objective: bool
 
@@ -202,7 +202,7 @@ class SupportsRestart(Protocol):
 
 @runtime_checkable
 class SupportsSharedParts(Protocol):
-    """A policy with frozen parts that all rounds of a run have in common: they are kept in memory between rounds."""
+    """A policy with frozen parts that all rounds share; they stay in memory between rounds."""
 
     @property
     def shared(self) -> Any:
@@ -219,7 +219,7 @@ class SupportsTrainer(Protocol):
 
 @runtime_checkable
 class SupportsDescription(Protocol):
-    """A family that names its samples and the options that shape them; without it answers and their temperature."""
+    """A family that describes its samples and their options; the default is answers and temperature."""
 
     @classmethod
     def describe_samples(cls, config: Any, count: int) -> str:
@@ -229,9 +229,10 @@ class SupportsDescription(Protocol):
 
 @runtime_checkable
 class SupportsConfigCheck(Protocol):
-    """A policy that says which options it does not have: asked again where a run goes on under another
-    configuration.
-    """
+    (
+        """A policy that refuses options it does not support; called again when a run resumes with another configuration."""
+        ""
+    )
 
     def check_config(self) -> None:
         """Raises ConfigError for an option that the family, or this very model, does not have or cannot follow."""
@@ -240,7 +241,7 @@ class SupportsConfigCheck(Protocol):
 
 @runtime_checkable
 class SupportsTruncation(Protocol):
-    """A policy that can cut an answer to what it reads; without it an answer that is too long cannot be learned."""
+    """A policy that can truncate completions; without it completions that are too long are skipped."""
 
     def encode_truncated(self, prompt: Prompt, answer: Any, source: str, max_length: int | None) -> Mapping[str, Any]:
         """As `encode_completion`; what exceeds max_length (tokens, prompt and answer) is cut. Raises TooLong without
