@@ -229,10 +229,7 @@ class SupportsDescription(Protocol):
 
 @runtime_checkable
 class SupportsConfigCheck(Protocol):
-    (
-        """A policy that refuses options it does not support; called again when a run resumes with another configuration."""
-        ""
-    )
+    """A policy that refuses unsupported options; called again when a run resumes with another configuration."""
 
     def check_config(self) -> None:
         """Raises ConfigError for an option that the family, or this very model, does not have or cannot follow."""
