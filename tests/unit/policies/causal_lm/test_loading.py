@@ -263,7 +263,7 @@ def test_an_object_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("device", "said"),
-    [("tpu9", "auto, cpu, cuda or mps"), ("cuda", "sees no CUDA device"), ("mps", "sees no MPS device")],
+    [("tpu9", "auto, cpu, cuda"), ("cuda", "got 'cuda', and there is cpu"), ("mps", "got 'mps', and there is cpu")],
 )
 def test_a_device_that_is_not_here_is_refused(tmp_path: Path, device: str, said: str) -> None:
     if torch.cuda.is_available() or torch.backends.mps.is_available():
@@ -276,6 +276,7 @@ def test_a_second_gpu_is_refused_with_the_variable_that_makes_it_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=1"):
         CausalLM.start(parts(save_tiny(tmp_path / "model"), device="cuda:1"), start_of(tmp_path))
 
