@@ -46,7 +46,7 @@ def test_a_field_without_a_default_is_said_to_be_required() -> None:
 
 
 def test_every_field_says_what_it_does_and_none_says_where_it_lay(html: str, root: Path) -> None:
-    assert 'title="All randomness derives from it."' in row(html, "seed")
+    assert 'title="Seed of all randomness."' in row(html, "seed")
     assert str(root) not in html
 
 
