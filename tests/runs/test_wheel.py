@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-MOST_MEGABYTES = 12
+MOST_MEGABYTES = 16
 
 
 @pytest.fixture(scope="module")

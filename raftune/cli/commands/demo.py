@@ -14,6 +14,7 @@ from raftune.cli.output import echo
 from raftune.cli.run_command import go, outcome_json, outcome_words
 from raftune.config.load import merge, read_yaml, validate
 from raftune.config.run import RunConfig, held_out_names
+from raftune.errors import ConfigError
 from raftune.results.summary import rows_of
 from raftune.runtime.run import root_of
 
@@ -36,6 +37,9 @@ def demo(
     fresh: Annotated[
         bool, Parameter(negative="", show_default=False, help="Start a new run beside an earlier one.")
     ] = False,
+    num_rounds: Annotated[
+        int | None, Parameter(show_default=False, help="Rounds, at least 1; default: the demo's own number.")
+    ] = None,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the result as JSON.")] = False,
 ) -> None:
     """Align the bundled model and show the result: under a minute on two CPU cores, no network.
@@ -51,6 +55,10 @@ def demo(
     """
     place = output_dir or f"runs/{Path(RECIPES[which]).stem}"
     config = recipe(unused(place) if fresh else place, which)
+    if num_rounds is not None:
+        if num_rounds < 1:
+            raise ConfigError(f"--num-rounds must be at least 1; got {num_rounds}. Leave it out for the whole demo.")
+        config = config.model_copy(update={"num_rounds": num_rounds})
     outcome, worked = go(config)
     root = root_of(config)
     if which == "hacking":
