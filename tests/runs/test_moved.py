@@ -20,7 +20,7 @@ from tests.unit.reward_models.feedback_files import marked, write
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=["tabular", "causal_lm", "lora"])
+@pytest.fixture(scope="module", params=["tabular", "causal_lm"])
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with a run of two rounds, made in the project's folder."""
     folder = tmp_path_factory.mktemp(request.param) / "project"
