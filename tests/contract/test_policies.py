@@ -68,6 +68,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return CASES[request.param](tmp_path_factory.mktemp("case"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("claim", ALL, ids=lambda claim: claim.__name__)
 def test_a_family_keeps_its_promise(case: FamilyCase, claim: Claim, tmp_path: Path) -> None:
     if claim not in claims(case.family):

@@ -150,6 +150,7 @@ def test_whatever_reads_as_a_list_of_numbers_is_scored(panel: RewardSet, kind: s
     assert [(score.value, score.status) for score in panel.score(asked(kind))] == [(FINE[kind], ScoreStatus.OK)] * 3
 
 
+@pytest.mark.slow
 def test_a_hung_call_costs_its_limit_and_little_more_and_the_next_one_is_answered(panel: RewardSet) -> None:
     panel.score(asked("fine"))
     began = time.monotonic()
@@ -211,6 +212,7 @@ def values(panel: RewardSet, batch: RewardBatch) -> list[float | None]:
     return [score.value for score in panel.score(batch)]
 
 
+@pytest.mark.slow
 def test_a_reward_of_pictures_keeps_the_contract(picture_panel: RewardSet) -> None:
     """The same values when asked again, in another order and in smaller calls, also of images of several sizes."""
     for batch in (example_pictures(), example_pictures(mixed_sizes=True)):

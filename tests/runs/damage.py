@@ -199,7 +199,7 @@ def swap(root: Path, file: str, rng: random.Random) -> Damage:
 
 def copy(root: Path, file: str, rng: random.Random) -> Damage:
     """Puts a second copy of a shard beside it, under a number or a name that no plan knows."""
-    shards = [name for name in files_of(root) if re.search(r"/unit-\d+\.parquet$", name)]
+    shards = [name for name in files_of(root) if re.search(r"/chunk-\d+\.parquet$", name)]
     source = rng.choice(shards)
     name = rng.choice(["chunk-00009.parquet", f"{Path(source).stem}-copy.parquet", "chunk-99999.parquet"])
     target = (Path(source).parent / name).as_posix()

@@ -61,6 +61,7 @@ def commands_in(text: str) -> list[list[str]]:
     return [shlex.split(command) for command in [*quoted, *lines]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
@@ -134,6 +135,7 @@ def test_a_run_in_the_place_of_a_configuration_is_resumed_by_its_own_command(
     assert "YAML: IsADirectoryError" not in text
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_not_advised_to_train(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

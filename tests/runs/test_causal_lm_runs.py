@@ -91,6 +91,7 @@ def dying_after(events: int) -> Callable[[str, dict[str, Any]], None]:
     return observe
 
 
+@pytest.mark.slow
 def test_a_run_cut_short_at_any_stage_ends_with_the_same_bytes(tmp_path: Path, llama: Path) -> None:
     settings = {"policy": {"adapter": {"r": 2}}, "selection": {"beta": 0.01}}
     count = 0
@@ -114,6 +115,7 @@ def test_a_run_cut_short_at_any_stage_ends_with_the_same_bytes(tmp_path: Path, l
     assert tree(root) == whole
 
 
+@pytest.mark.slow
 def test_a_run_killed_inside_a_tuning_ends_with_the_same_bytes(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +148,7 @@ def test_a_finished_run_does_nothing_when_run_again(tmp_path: Path, llama: Path)
     assert "stage_begin" not in kinds and tree(tmp_path / "a") == before
 
 
+@pytest.mark.slow
 def test_more_rounds_continue_a_finished_run_as_if_it_had_had_them_from_the_start(tmp_path: Path, llama: Path) -> None:
     run(config(tmp_path / "a", llama, num_rounds=1), OBJECTS)
     run(config(tmp_path / "a", llama, num_rounds=2), OBJECTS)
@@ -221,6 +224,7 @@ def test_replay_and_reference_rows_join_what_a_round_learns_from(tmp_path: Path,
     assert second == {"reference": 4, "round-0001": 8, "round-0002": 8}
 
 
+@pytest.mark.slow
 def test_resume_continues_a_run_that_its_own_directory_describes(tmp_path: Path, llama: Path) -> None:
     reward = tmp_path / "reward.py"
     reward.write_text("def short(prompts, completions, **columns):\n    return [-float(len(c)) for c in completions]\n")

@@ -170,6 +170,7 @@ def test_a_changed_reward_is_refused_and_can_be_scored_anew(copy: Path) -> None:
     assert json.loads((copy / "round-0000/evaluate/metrics.json").read_text())["reward"]["mean"] < 0
 
 
+@pytest.mark.slow
 def test_a_changed_reward_file_is_refused(tmp_path: Path) -> None:
     reward = tmp_path / "reward.py"
     reward.write_text("def worth(prompts, completions, **kwargs):\n    return [float(c) for c in completions]\n")

@@ -115,6 +115,7 @@ def said(capsys: pytest.CaptureFixture[str], *tokens: str, code: int = 0) -> tup
 # -- train and resume --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_results_are_on_stdout_and_progress_on_stderr(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = said(capsys, "train", "tab.yaml")
     assert out.startswith("Finished: all 2 rounds are done.\n")
@@ -126,6 +127,7 @@ def test_results_are_on_stdout_and_progress_on_stderr(fresh: Path, capsys: pytes
     assert [line.split()[0] for line in lines if not line.startswith("round 2: ")] == ["round", "start", "1", "2"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_where_its_result_is(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(finished)
     out, _ = said(capsys, "train", "tab.yaml")
@@ -139,6 +141,7 @@ def test_an_unjudged_run_says_that_its_best_round_is_the_last(fresh: Path, capsy
     assert "best      round 2 (the last one: none was judged)" in out
 
 
+@pytest.mark.slow
 def test_a_program_can_read_the_outcome(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = said(capsys, "train", "tab.yaml", "--json")
     outcome = json.loads(out)
@@ -147,6 +150,7 @@ def test_a_program_can_read_the_outcome(finished: Path, capsys: pytest.CaptureFi
     assert (finished.parents[1] / outcome["model"] / "policy.json").is_file()
 
 
+@pytest.mark.slow
 def test_flags_go_over_files_and_later_files_over_earlier_ones(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (fresh / "more.yaml").write_text("num_rounds: 1\nseed: 5\n")
     said(capsys, "train", "tab.yaml", "more.yaml", "--seed", "7", "--name", "other")
@@ -154,17 +158,20 @@ def test_flags_go_over_files_and_later_files_over_earlier_ones(fresh: Path, caps
     assert (config["num_rounds"], config["seed"], config["prompts_per_round"]) == (1, 7, 8)
 
 
+@pytest.mark.slow
 def test_the_configuration_in_the_run_gives_the_same_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = said(capsys, "train", "runs/tab/config.yaml")
     assert out.startswith("Already finished")
 
 
+@pytest.mark.slow
 def test_resume_can_ask_for_more_rounds(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = said(capsys, "resume", "runs/tab", "--num-rounds", "3")
     assert out.startswith("Finished: all 3 rounds are done.")
     assert "num_rounds: 2 → 3" in err
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused_with_the_difference(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +181,7 @@ def test_another_configuration_is_refused_with_the_difference(
     assert verify(finished) == []
 
 
+@pytest.mark.slow
 def test_from_redoes_a_stage_and_what_follows(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawn = tree(copied / "runs/tab/round-0002/generate")
     _, err = said(capsys, "resume", "runs/tab", "--from", "2/select", "--selection.rule", "random", code=2)
@@ -201,6 +209,7 @@ def test_a_run_in_use_is_refused(finished: Path, capsys: pytest.CaptureFixture[s
     assert err.startswith("error: runs/tab is in use by another process.")
 
 
+@pytest.mark.slow
 def test_a_run_of_a_newer_version_is_refused(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copied / "runs/tab/round-0001/select/_COMMIT.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"layout": 99}))
@@ -210,6 +219,7 @@ def test_a_run_of_a_newer_version_is_refused(copied: Path, capsys: pytest.Captur
         assert "Upgrade raftune" in err
 
 
+@pytest.mark.slow
 def test_a_reward_that_breaks_its_contract_stops_the_run_in_words(
     fresh: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,6 +229,7 @@ def test_a_reward_that_breaks_its_contract_stops_the_run_in_words(
     assert "max_failure_fraction" in last
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_cleanly_and_resumes_to_the_same_bytes(
     fresh: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,6 +334,7 @@ def test_a_folder_that_is_not_there_is_no_list(fresh: Path, capsys: pytest.Captu
     assert err.startswith("error: there is no folder nowhere.")
 
 
+@pytest.mark.slow
 def test_verify_names_a_changed_file_and_fails(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = said(capsys, "verify", "runs/tab")
     assert "is whole" in out
@@ -434,6 +446,7 @@ def test_the_schema_describes_every_section(capsys: pytest.CaptureFixture[str]) 
     assert schema["$defs"]["SamplingConfig"]["properties"]["num_generations"]["description"]
 
 
+@pytest.mark.slow
 def test_plan_counts_what_the_run_then_does(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = said(capsys, "plan", "tab.yaml", "--name", "new", "--json")
     plan = json.loads(out)
@@ -449,6 +462,7 @@ def test_plan_counts_what_the_run_then_does(finished: Path, capsys: pytest.Captu
     assert not (finished.parent / "new").exists()
 
 
+@pytest.mark.slow
 def test_plan_says_how_far_a_run_is_and_how_to_start_it(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = said(capsys, "plan", "tab.yaml", "--no-probe")
     assert "2 of 2 rounds are done" in out
@@ -457,6 +471,7 @@ def test_plan_says_how_far_a_run_is_and_how_to_start_it(finished: Path, capsys: 
     assert err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "code", "message"),
     [

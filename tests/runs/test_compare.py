@@ -230,6 +230,7 @@ def test_the_parts_of_a_score_are_measures_by_name(tmp_path: Path) -> None:
     assert total.a.mean == pytest.approx(value.a.mean + 2 * half.a.mean)
 
 
+@pytest.mark.slow
 def test_parts_of_equal_spec_are_compared_where_their_sums_are_not(tmp_path: Path, rewards: Path) -> None:
     """Two evaluations whose weights differ: each reward has a process of its own, which takes its time to start."""
     sides = []
@@ -257,6 +258,7 @@ def test_scores_of_different_rewards_are_not_compared(base: Path, tmp_path: Path
         compare(str(base), str(other))
 
 
+@pytest.mark.slow
 def test_a_new_reward_scores_both_sides_and_the_runs_stay_as_they_are(base: Path, rewards: Path) -> None:
     before = tree(base)
     found = compare(str(base), rewards=[f"{rewards}:value", RewardSpec(spec=f"{rewards}:picky", name="reward")])
@@ -449,6 +451,7 @@ def judged_by(url: str, model: str, cache: Path, *more: object) -> list[object]:
     return [*tokens, "--judge-parameters", '{"max_tokens": 4}', *more]
 
 
+@pytest.mark.slow
 def test_a_model_that_always_says_a_gives_ties_and_is_found_out(
     base: Path, server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -500,6 +503,7 @@ def test_a_model_that_the_server_does_not_have_is_said_by_its_status(
     assert "--judge-model (./no-such-model)" in err
 
 
+@pytest.mark.slow
 def test_an_abler_judge_ranks_the_prompts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A judge that reads the answers as numbers agrees with the reward, verdict by verdict."""
     template = tmp_path / "prompt.txt"

@@ -79,6 +79,7 @@ def test_what_is_said_to_redo_mends_the_run(copy: Path, finished: Path, file: st
     assert verify(copy) == [] and not difference(tree(finished), tree(copy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("harm", "every"), [(flip, 1), (cut, 4), (Path.unlink, 4)], ids=["flipped", "cut", "deleted"])
 def test_every_file_that_is_harmed_is_found_and_named_before_anything_is_run(
     finished: Path, tmp_path: Path, harm: Callable[[Path], None], every: int

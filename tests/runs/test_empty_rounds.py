@@ -61,6 +61,7 @@ def test_a_round_without_a_kept_sample_publishes_the_policy_before_it(mixed: Pat
     assert verify(mixed) == []
 
 
+@pytest.mark.slow
 def test_a_run_with_such_rounds_is_resumed_to_the_same_bytes(mixed: Path, tmp_path: Path) -> None:
     whole = compared(mixed)
     for last in range(1, 5):

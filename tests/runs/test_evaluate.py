@@ -210,6 +210,7 @@ def same_but_for_kl(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return {**a, "kl": None, "kl_per_token": None} == {**b, "kl": None, "kl_per_token": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_round_judged_again_draws_what_it_drew_in_its_run(tmp_path: Path, lora: bool) -> None:
     policy = {"adapter": {"r": 4}} if lora else {}
@@ -346,6 +347,7 @@ def test_an_overlap_with_the_prompts_of_the_run_is_said_with_counts(
     assert err.count("also trained on") == 1
 
 
+@pytest.mark.slow
 def test_a_program_can_read_an_evaluation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(evaluated(capsys, "runs/tab@2", "--evaluation.reference_column", "human", "--json")[0])
     assert found["subject"] == {"words": "round 2 of runs/tab", "run": "runs/tab", "round": 2}
@@ -369,6 +371,7 @@ def test_a_model_needs_prompts_to_be_judged_by(folder: Path, capsys: pytest.Capt
     assert "evaluation.prompts must name the prompts to judge by; got none" in err
 
 
+@pytest.mark.slow
 def test_another_subject_needs_another_directory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluated(capsys, "runs/tab@1", "--output-dir", "runs/x")
     _, err = evaluated(capsys, "runs/tab@2", "--output-dir", "runs/x", code=2)

@@ -169,6 +169,7 @@ def test_a_run_of_a_version_without_guards_gets_them_and_nothing_else_changes(co
     assert {name for name in before if before[name] != after.get(name)} <= {"events.jsonl", "config.yaml"}
 
 
+@pytest.mark.slow
 def test_a_round_whose_guard_looked_at_less_stays_as_it_is_and_other_thresholds_are_still_refused(copied: Path) -> None:
     """A version before `empty_share`, `cut_off_share` and the others wrote COMMITs without them."""
     folder, known = RunFolder(copied), ("guards.diversity_drop", "guards.false_alarms", "guards.part_share")
@@ -188,6 +189,7 @@ def test_a_round_whose_guard_looked_at_less_stays_as_it_is_and_other_thresholds_
         run(parting(copied, guards={"part_share": 0.95}), given())
 
 
+@pytest.mark.slow
 def test_other_thresholds_are_refused_until_the_guards_are_redone_and_then_nothing_else_is(copied: Path) -> None:
     config = parting(copied, guards={"part_share": 1.0})
     with pytest.raises(ConfigChanged, match=r"guard of round 1 .* guards\.part_share: 0\.9 → 1\.0.*--from 1/guard"):

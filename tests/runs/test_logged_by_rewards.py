@@ -57,6 +57,7 @@ def shards(root: Path) -> list[list[dict[str, Any]]]:
     return [pq.read_table(path).to_pylist() for path in sorted(root.glob("round-0001/score/chunk-*.parquet"))]
 
 
+@pytest.mark.slow
 def test_metrics_and_columns_are_part_of_the_record_the_same_wherever_the_reward_runs(
     tmp_path: Path, judge: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

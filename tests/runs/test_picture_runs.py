@@ -151,7 +151,9 @@ def test_features_say_how_varied_pictures_are_and_how_far_they_went(
 
 
 def test_features_of_what_is_no_picture_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.features compares images, and policy\.family: tabular draws"):
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.features compares images, and policy\.family: tabular generates"
+    ):
         run(tiny.config(tmp_path / "run", evaluation={"features": "clip"}), tiny.objects())
     with pytest.raises(ConfigError, match=r"evaluation\.features needs held-out prompts"):
         config(tmp_path / "run", evaluation={"features": "clip", "num_prompts": 0})
@@ -225,6 +227,7 @@ def test_a_judge_of_texts_is_not_asked_about_pictures(vivid: Path, capsys: pytes
     assert "--judge reads texts, and A and B hold images" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_ifs_read_pictures(vivid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = Path(shutil.copytree(vivid, tmp_path / "run"))
     found = json.loads(called(capsys, "rescore", str(root), "--rewards.reward_funcs", json.dumps([DARKNESS]), "--json"))

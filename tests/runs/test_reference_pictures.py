@@ -54,7 +54,7 @@ def test_a_picture_that_is_nothing_to_learn_from_is_named_by_its_row(tmp_path: P
 
 def test_a_file_that_is_no_picture_is_named_by_its_row(tmp_path: Path) -> None:
     training = references(tmp_path, {"a.png": noise(), "b.png": b"no image"})
-    with pytest.raises(DataError, match=r"path, row 2: .*these 10 bytes are no image\. An image is a PNG or JPEG"):
+    with pytest.raises(DataError, match=r"path, row 2: .*these 8 bytes are no image\. An image is a PNG or JPEG"):
         run(config(tmp_path / "run", training=training, **NONE), objects())
 
 
@@ -63,8 +63,8 @@ def test_a_file_that_is_no_picture_is_named_by_its_row(tmp_path: Path) -> None:
     [
         ({"path": "nowhere.jsonl"}, r"training\.reference\.path must name a file that exists; got 'nowhere\.jsonl'"),
         (
-            {"completion_column": "image"},
-            r"must have the column 'image' \(training\.reference\.completion_column\); got",
+            {"completion_column": "photo"},
+            r"must have the column 'photo' \(training\.reference\.completion_column\); got",
         ),
         ({"prompt_column": "caption"}, r"must have the column 'caption' \(training\.reference\.prompt_column\); got"),
     ],

@@ -97,6 +97,7 @@ def test_a_file_in_the_directory_s_place_is_refused(tmp_path: Path) -> None:
 # -- a disk that is full, or cannot be written -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["ENOSPC", "EROFS"])
 def test_a_disk_that_cannot_be_written_from_any_event_on_is_named_and_what_is_committed_stays(code: str) -> None:
     report = harness(f"plain --every 13 --failing {code}")

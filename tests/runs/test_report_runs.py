@@ -278,6 +278,7 @@ FILES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [Path.unlink, cut, noise, other, flip])
 def test_what_is_harmed_is_named_by_round_and_stage_and_the_rest_is_shown(
     finished: Path, tmp_path: Path, harm: Callable[[Path], None]

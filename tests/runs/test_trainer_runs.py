@@ -106,6 +106,7 @@ def test_full_weights_are_loaded_back_by_plain_transformers_also_beside_the_run(
     assert found.train().metrics["best_round"] == json.loads((tmp_path / "run" / "best.json").read_text())["round"]
 
 
+@pytest.mark.slow
 def test_a_learnable_reward_goes_up(tmp_path: Path) -> None:
     """Untrained, an answer of 8 tokens holds 8/261 an "e" on average; all 128 evaluation samples then hold 4 in sum.
 
@@ -137,6 +138,7 @@ def test_the_object_that_was_given_is_not_changed(tmp_path: Path) -> None:
     assert model_hash(found.model) != before[0]
 
 
+@pytest.mark.slow
 def test_a_model_by_name_and_the_same_as_an_object_give_the_same_run(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     by_name = trainer(tmp_path / "a", model=str(folder), processing_class=None)
@@ -347,6 +349,7 @@ def test_the_same_call_finds_the_run_finished_and_tells_the_same_history(
     assert outcome.metrics["best_round"] in (0, 1, 2)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_what_an_unstopped_one_gives(tmp_path: Path) -> None:
     stopped = trainer(tmp_path / "a", callbacks=[Recorder(stop_after=1)])
     assert "after round 1; train() goes on from there" in stopped.train().metrics["stopped_because"]
@@ -359,6 +362,7 @@ def test_a_stopped_run_goes_on_to_what_an_unstopped_one_gives(tmp_path: Path) ->
     assert samples(tmp_path / "a") == samples(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_an_interrupted_cell_goes_on_to_what_an_uninterrupted_one_gives(tmp_path: Path) -> None:
     stop = str(tmp_path / "stop")
     Path(stop).touch()

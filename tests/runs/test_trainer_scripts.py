@@ -308,6 +308,7 @@ def test_an_interrupt_leaves_train_from_wherever_it_comes(tmp_path: Path) -> Non
         found.evaluate(ROWS[:1], metric_key_prefix=Interrupting("eval"))
 
 
+@pytest.mark.slow
 def test_an_interrupt_that_a_reward_swallows_is_no_score(tmp_path: Path) -> None:
     stop = str(tmp_path / "stop")
     Path(stop).touch()

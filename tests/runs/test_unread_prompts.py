@@ -78,6 +78,7 @@ def test_held_out_prompts_and_those_to_learn_from_are_told_apart(tmp_path: Path)
     assert not drawn(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_mended_data_go_on_as_the_message_says(tmp_path: Path) -> None:
     data = saved(tmp_path / "prompts.jsonl", [1, 2])
     with pytest.raises(DataError, match=r"Then add `--from data`"):
@@ -86,6 +87,7 @@ def test_the_mended_data_go_on_as_the_message_says(tmp_path: Path) -> None:
     assert run(config(tmp_path / "run", data), redo="data").rounds == 2
 
 
+@pytest.mark.slow
 def test_a_row_is_named_though_its_data_set_has_gone_since(tmp_path: Path) -> None:
     data = saved(tmp_path / "prompts.jsonl", [1, 2])
     with pytest.raises(DataError, match="row 1 of data"):
@@ -106,6 +108,7 @@ def test_prompts_that_are_cut_are_counted_once_in_a_run_with_what_is_not_seen(tm
     assert len(unread) == 6 and set(unread.values()) == {LONG[READ:], f"{LONG} again"[READ:]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "prompts", "message"),
     [

@@ -148,6 +148,7 @@ def test_rescoring_reaches_the_answers_of_teachers_and_columns_too(copy: Copy, r
 # -- what a redo, or another run, would give -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rescored_verdicts_are_those_that_redoing_the_round_from_its_scores_gives(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     found = rescore(root, file(rewards, "other"), which="1")
@@ -160,6 +161,7 @@ def test_rescored_verdicts_are_those_that_redoing_the_round_from_its_scores_give
     assert found.redo.endswith(f"--rewards.reward_funcs {rewards}:other --from evaluation-score")
 
 
+@pytest.mark.slow
 def test_another_rule_over_rescored_answers_is_what_redoing_both_gives(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     rescore(root, file(rewards, "other"))
@@ -173,6 +175,7 @@ def test_another_rule_over_rescored_answers_is_what_redoing_both_gives(copy: Cop
     assert found.redo.endswith("--selection.m 2 --selection.rule top_m --from evaluation-score")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ask", ["rescore", "select"])
 def test_the_command_that_is_given_really_does_so(copy: Copy, rewards: Path, ask: str) -> None:
     root = copy("text")
@@ -302,6 +305,7 @@ def test_prompts_that_starve_are_counted_and_named_with_their_reason(copy: Copy)
 # -- what lies on disk -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_run_is_untouched_and_neither_verify_nor_resume_minds(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     before = tree(root)
@@ -329,6 +333,7 @@ def test_a_dry_run_writes_nothing_and_tells_the_same(copy: Copy) -> None:
     assert dry.difference == wet.difference
 
 
+@pytest.mark.slow
 def test_a_second_call_finds_it_done_and_other_settings_under_its_name_are_refused(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     assert rescore(root, file(rewards, "other"), name="mine").worked
@@ -351,6 +356,7 @@ def test_a_reward_whose_code_has_changed_is_not_mixed_into_older_scores(copy: Co
         rescore(root, file(code, "other"))
 
 
+@pytest.mark.slow
 def test_scores_of_draws_that_are_no_more_are_not_selected_from(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     rescore(root, file(rewards, "other"))
@@ -362,6 +368,7 @@ def test_scores_of_draws_that_are_no_more_are_not_selected_from(copy: Copy, rewa
         reselect(root, {}, scores="other", dry_run=True)
 
 
+@pytest.mark.slow
 def test_an_interrupted_rescoring_goes_on_with_the_units_that_it_lacks(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     with pytest.raises(KeyboardInterrupt):
@@ -380,6 +387,7 @@ def stop_at_first_unit(kind: str, facts: dict[str, Any]) -> None:
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_leaves_room_for_a_mended_one(copy: Copy, tmp_path: Path) -> None:
     root, code = copy("plain"), tmp_path / "mine.py"
     code.write_text(REWARDS)
@@ -389,6 +397,7 @@ def test_a_reward_that_fails_leaves_room_for_a_mended_one(copy: Copy, tmp_path: 
     assert rescore(root, file(code, "broken")).rounds == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_leaves_its_name_free_for_other_settings(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     with pytest.raises(RewardError):
@@ -443,6 +452,7 @@ def test_rounds_that_cannot_be_read_are_named_and_the_others_done(copy: Copy, ha
         reselect(root, {"selection.rule": "random"}, which="2", dry_run=True)
 
 
+@pytest.mark.slow
 def test_a_damaged_whatif_is_named_and_not_built_upon(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     rescore(root, file(rewards, "other"))

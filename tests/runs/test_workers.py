@@ -76,12 +76,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return without_workers(tree(root))
 
 
+@pytest.mark.slow
 def test_more_workers_write_the_same_bytes(tmp_path: Path, alone: dict[str, str]) -> None:
     """Three; that two do, even when one is killed, is claimed below."""
     run(tiny.config(tmp_path / "run", **settings(3)), tiny.objects())
     assert difference(alone, without_workers(tree(tmp_path / "run"))) == ""
 
 
+@pytest.mark.slow
 def test_a_reward_from_a_file_scores_the_same_in_workers(tmp_path: Path) -> None:
     reward = tmp_path / "reward.py"
     reward.write_text("def worth(prompts, completions, **kwargs):\n    return [c / 2 for c in completions]\n")
@@ -106,6 +108,7 @@ def test_units_in_any_order_give_the_same_bytes(
     assert difference(alone, without_workers(tree(tmp_path / "run"))) == ""
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_no_more_than_the_units_in_flight(
     tmp_path: Path, alone: dict[str, str], orders: Orders
 ) -> None:
@@ -115,6 +118,7 @@ def test_a_killed_worker_costs_no_more_than_the_units_in_flight(
     assert difference(alone, without_workers(tree(tmp_path / "run"))) == ""
 
 
+@pytest.mark.slow
 def test_a_unit_that_always_kills_its_worker_stops_the_run_after_three_tries(tmp_path: Path, orders: Orders) -> None:
     orders(kill_always=[1])
     with pytest.raises(EngineError, match=r"chunk 1 of generate of round 1 failed 3 times: its worker process"):
@@ -122,6 +126,7 @@ def test_a_unit_that_always_kills_its_worker_stops_the_run_after_three_tries(tmp
     assert draws(tmp_path)[1] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "how"), [(2, "kill_always"), (2, "raise_always"), (1, "raise_always")])
 def test_a_unit_that_always_fails_can_be_set_aside_and_its_prompts_are_named(
     tmp_path: Path, orders: Orders, workers: int, how: str
@@ -144,6 +149,7 @@ def test_when_every_unit_fails_the_run_stops_whatever_is_configured(tmp_path: Pa
         run(tiny.config(tmp_path / "run", **settings(1, engine=skip)), tiny.objects())
 
 
+@pytest.mark.slow
 def test_a_unit_that_hangs_is_ended_at_its_time_limit_and_tried_again(
     tmp_path: Path, alone: dict[str, str], orders: Orders
 ) -> None:
@@ -153,6 +159,7 @@ def test_a_unit_that_hangs_is_ended_at_its_time_limit_and_tried_again(
     assert difference(alone, without_workers(tree(tmp_path / "run"))) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_of_ours_keeps_its_class_and_words_and_is_not_tried_again(
     tmp_path: Path, orders: Orders, workers: int
@@ -163,6 +170,7 @@ def test_an_error_of_ours_keeps_its_class_and_words_and_is_not_tried_again(
     assert draws(tmp_path)[2] == 1
 
 
+@pytest.mark.slow
 def test_after_an_error_no_worker_is_left_and_the_run_can_be_resumed(
     tmp_path: Path, alone: dict[str, str], orders: Orders
 ) -> None:
@@ -196,6 +204,7 @@ def test_a_worker_that_cannot_be_built_says_why(tmp_path: Path) -> None:
     assert "tests.runs.nowhere" in answer["error"]
 
 
+@pytest.mark.slow
 def test_workers_end_when_the_loop_is_killed_even_in_the_middle_of_a_unit(tmp_path: Path, orders: Orders) -> None:
     root = tmp_path / "run"
     orders(hang_always=[0, 1])

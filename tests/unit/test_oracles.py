@@ -303,6 +303,7 @@ def test_11_global_ranking_starves_hard_prompts_as_predicted() -> None:
     assert shares[2] < 0.05
 
 
+@pytest.mark.slow
 def test_11_ties_at_the_cut_do_not_starve_later_prompts() -> None:
     # Two prompts with 0/1 rewards at .7 and .3, four draws each, 2 of 8 kept: with fair ties .717/.283 in expectation.
     chances = np.repeat([0.7, 0.3], 4)

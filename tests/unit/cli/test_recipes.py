@@ -75,6 +75,7 @@ def test_the_built_in_rewards_of_a_recipe_take_its_options(
             assert load_reward(reward).name == reward.derived_name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in RUNS if name_of(path) not in (*BUNDLED, *PIPELINES)], ids=title)
 def test_a_recipe_passes_its_plan_with_models_and_data_at_hand(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -90,6 +91,7 @@ def test_a_recipe_passes_its_plan_with_models_and_data_at_hand(
     assert found.prompts.train > 0 < found.prompts.held_out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in RUNS if name_of(path) in PIPELINES], ids=title)
 def test_a_recipe_of_pictures_is_planned_from_anywhere_and_fetches_nothing(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

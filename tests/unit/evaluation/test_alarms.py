@@ -148,6 +148,7 @@ def test_prompts_that_only_one_round_has_are_left_out() -> None:
     assert found.numbers["trained"]["n"] == P - 8
 
 
+@pytest.mark.slow
 def test_without_a_change_of_the_judge_alarms_are_rarer_than_the_chosen_chance() -> None:
     """600 runs of five rounds in which the trained reward rises and the held-out one does nothing, 16 prompts.
 

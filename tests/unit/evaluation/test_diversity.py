@@ -132,6 +132,7 @@ def slow_clusters(texts: list[str], threshold: float) -> list[list[int]]:
     return sorted((g for g in groups if len(g) > 1), key=lambda g: (-len(g), g[0]))
 
 
+@pytest.mark.slow
 def test_ten_thousand_texts_that_all_say_nearly_the_same_are_one_cluster() -> None:
     texts = [
         f"I am happy to help you with that today, my dear friend number {i} of the day, ask away" for i in range(10_000)

@@ -200,6 +200,7 @@ def test_a_probe_times_every_kind_of_work(folder: Path) -> None:
     assert found.probe.generation.startswith("shared prefix")
 
 
+@pytest.mark.slow
 def test_a_probe_of_little_time_tries_less_and_says_what_it_extrapolated(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +231,7 @@ def test_a_probe_of_little_time_tries_less_and_says_what_it_extrapolated(
     assert [words.split(":")[0] for words in told][-1] == "probe" and len(told) >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("slow", "missing"),
     [

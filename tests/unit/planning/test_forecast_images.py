@@ -107,6 +107,7 @@ def test_an_adapter_and_latents_are_as_large_as_planned(folder: Path, done: tupl
     assert found.model.latents == latents
 
 
+@pytest.mark.slow
 def test_a_probe_times_drawing_scoring_and_tuning_and_weighs_a_picture(folder: Path) -> None:
     found = planned(folder, measured=True)
     assert found.seconds is not None and found.probe is not None

@@ -105,6 +105,7 @@ print(json.dumps([planned(10), planned(50_000)]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux alone")
 def test_the_memory_of_a_plan_hardly_grows_with_the_number_of_prompts(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", bos=True)

@@ -44,6 +44,7 @@ def asked(place: Path, data: str, model: str, out: Path, **changes: Any) -> Rewa
     return config_for(place / f"{data}.jsonl", place / model, out, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_learns_a_preference_and_is_saved_as_a_plain_folder(
     arch: str, place: Path, tmp_path: Path
@@ -58,6 +59,7 @@ def test_every_architecture_learns_a_preference_and_is_saved_as_a_plain_folder(
     assert model.config.num_labels == 1 and not info["missing_keys"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "roberta"])
 def test_every_architecture_learns_ratings(arch: str, place: Path, tmp_path: Path) -> None:
     report = train(asked(place, "rated", arch, tmp_path, num_train_epochs=6)).report
@@ -89,6 +91,7 @@ def test_what_scores_reads_the_tokens_that_were_trained_on_and_gives_the_numbers
     assert reward(prompts=prompts[:1], completions=held_out["chosen"][:1]) == [expected]
 
 
+@pytest.mark.slow
 def test_texts_are_cut_on_the_left_in_training_and_in_scoring_alike(place: Path, tmp_path: Path) -> None:
     rows = [{**row, "prompt": "before " * 40 + row["prompt"]} for row in marked()]
     outcome = train(config_for(write(tmp_path / "long.jsonl", rows), place / "llama", tmp_path / "rm", max_length=16))
@@ -99,6 +102,7 @@ def test_texts_are_cut_on_the_left_in_training_and_in_scoring_alike(place: Path,
     assert reward(prompts=["", ""], completions=[long, short])[0] == reward(prompts=["y"], completions=[long])[0]
 
 
+@pytest.mark.slow
 def test_messages_are_read_through_the_chat_template(place: Path, tmp_path: Path) -> None:
     outcome = train(asked(place, "messages", "chat", tmp_path))
     assert outcome.report["accuracy"]["low"] > 0.8
@@ -113,6 +117,7 @@ def test_messages_without_a_chat_template_are_refused(place: Path, tmp_path: Pat
         train(asked(place, "messages", "llama", tmp_path))
 
 
+@pytest.mark.slow
 def test_labels_of_a_coin_give_no_model_but_a_report(place: Path, tmp_path: Path) -> None:
     """Held out are 60 prompts: a coin's accuracy has an interval above 1/2 once in 40 seeds; this seed is not one."""
     outcome = train(asked(place, "tossed", "llama", tmp_path))
@@ -137,12 +142,14 @@ def test_few_held_out_prompts_cannot_show_anything(place: Path, tmp_path: Path) 
     assert not outcome.published and "10 are needed at least" in outcome.report["verdict"]
 
 
+@pytest.mark.slow
 def test_a_model_that_measures_length_alone_is_shown_to(place: Path, tmp_path: Path) -> None:
     report = train(asked(place, "longer", "llama", tmp_path, num_train_epochs=6)).report
     assert report["accuracy"]["low"] > 0.9 and report["length"]["longer_wins"]["mean"] == 1.0
     assert report["length"]["prefers_longer"] > 0.9 and report["length"]["only_length"] is True
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_bytes_and_another_seed_others(place: Path, tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         train(asked(place, "marked", "distilbert", tmp_path / name, max_steps=6, seed=seed, allow_chance=True))
@@ -151,6 +158,7 @@ def test_equal_seeds_give_equal_bytes_and_another_seed_others(place: Path, tmp_p
     assert (tmp_path / "one" / "report.json").read_bytes() == (tmp_path / "two" / "report.json").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["marked", "rated"])
 def test_an_interrupted_training_goes_on_to_the_same_bytes(data: str, place: Path, tmp_path: Path) -> None:
     changes = {"max_steps": 10, "save_steps": 4, "allow_chance": True}
@@ -170,6 +178,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(data: str, place: Pat
     assert (tmp_path / "whole" / "report.json").read_bytes() == (tmp_path / "cut" / "report.json").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["marked", "rated"])
 def test_a_training_that_is_asked_to_stop_keeps_the_step_that_it_was_at(data: str, place: Path, tmp_path: Path) -> None:
     changes = {"max_steps": 10, "allow_chance": True}
@@ -189,6 +198,7 @@ def test_a_training_that_is_asked_to_stop_keeps_the_step_that_it_was_at(data: st
     assert tree_hash(tmp_path / "whole" / "model") == tree_hash(tmp_path / "cut" / "model")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_cut_short_is_passed_over(place: Path, tmp_path: Path) -> None:
     config = asked(place, "marked", "llama", tmp_path, max_steps=9, save_steps=3, allow_chance=True)
 
@@ -204,6 +214,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(place: Path, tmp_path: P
     assert steps[0] == 4
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_step_does_not_depend_on_its_micro_batches(place: Path, tmp_path: Path) -> None:
     sizes = {"one": (16, 1), "four": (4, 4)}
     curves = []
@@ -256,6 +267,7 @@ def test_a_directory_of_something_else_is_not_touched(place: Path, tmp_path: Pat
     assert (tmp_path / "tmp" / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_head_of_several_labels_is_refused_with_the_fix_and_can_be_replaced(place: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels"
     with quiet():
@@ -271,6 +283,7 @@ def test_a_head_of_several_labels_is_refused_with_the_fix_and_can_be_replaced(pl
         train(config_for(data, tmp_path / "rm" / "model", tmp_path / "rm2", replace_head=True))
 
 
+@pytest.mark.slow
 def test_a_reward_model_can_be_trained_further(place: Path, tmp_path: Path) -> None:
     first = asked(place, "marked", "gpt2", tmp_path / "one")
     train(first)
@@ -278,6 +291,7 @@ def test_a_reward_model_can_be_trained_further(place: Path, tmp_path: Path) -> N
     assert train(further).report["accuracy"]["low"] > 0.8
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_a_pad_token_is_made_do_and_said(place: Path, tmp_path: Path) -> None:
     model = tiny_llama()
     model.config.pad_token_id = None
@@ -324,6 +338,7 @@ def test_an_output_dir_that_is_a_file_is_refused(place: Path, tmp_path: Path) ->
     assert (tmp_path / "rm").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_into_a_plain_folder(place: Path, tmp_path: Path) -> None:
     adapter = {"adapter": {"r": 4, "alpha": 8}, "learning_rate": 1e-2}
     with warnings.catch_warnings():

@@ -122,6 +122,7 @@ def test_our_own_samples_have_every_column_in_full() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_command_names_a_failure_once_hints_at_pictures_and_calls_no_constant_fine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,6 +94,7 @@ def test_score_writes_a_row_a_picture_with_its_path(folder: Path, capsys: pytest
     assert [row["shade"] for row in written] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_check_tries_a_persons_own_pictures_or_ours(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines(folder / "metadata.jsonl", [{"file_name": f"{i}.png", "prompt": "a"} for i in range(3)])
     for samples, count, mixed in ((["--samples", str(folder)], 3, None), ([], 16, True)):

@@ -157,6 +157,7 @@ def test_durations_are_in_the_unit_that_a_person_would_use(seconds: float, words
 # -- a long stage, off a terminal --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_off_a_terminal_a_stage_that_takes_long_is_named_and_says_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,6 +175,7 @@ def test_the_model_is_a_plain_folder_that_a_run_takes_as_its_policy(whole: SftOu
     assert facts["architecture"] == "LlamaForCausalLM"
 
 
+@pytest.mark.slow
 def test_an_adapter_is_a_plain_folder_of_peft_with_its_base_named_in_full(
     tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +205,7 @@ class Killed(BaseException):
     """What an observer raises in place of a kill."""
 
 
+@pytest.mark.slow
 def test_stopped_at_any_event_the_same_call_ends_in_the_same_bytes(
     tmp_path: Path, model: Path, data: Path, whole: SftOutcome
 ) -> None:
@@ -226,6 +228,7 @@ def test_stopped_at_any_event_the_same_call_ends_in_the_same_bytes(
         assert tree_hash(root) == tree_hash(whole.root), events[stop]
 
 
+@pytest.mark.slow
 def test_killed_by_a_signal_the_same_command_ends_in_the_same_bytes(
     tmp_path: Path, model: Path, data: Path, whole: SftOutcome
 ) -> None:
@@ -243,6 +246,7 @@ def test_killed_by_a_signal_the_same_command_ends_in_the_same_bytes(
     assert tree_hash(root) == tree_hash(whole.root)
 
 
+@pytest.mark.slow
 def test_every_row_of_an_awkward_file_is_learned_held_out_or_named(tmp_path: Path) -> None:
     written = write_hh(tmp_path / "hh.jsonl.gz")
     done = sft(config(tmp_path / "sft", "starter", written.path, training={"max_steps": 1}))

@@ -62,6 +62,7 @@ def test_plain_diffusers_loads_finite_float32_weights_and_draws_what_the_seed_sa
     assert first.tobytes() == second.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), [("policy", {}), ("flow", {"max_sequence_length": LENGTH})])
 def test_a_policy_errs_and_leaves_headroom_that_eight_draws_can_find(name: str, options: dict[str, Any]) -> None:
     pipe = DiffusionPipeline.from_pretrained(WEIGHTS / name)

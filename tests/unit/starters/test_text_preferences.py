@@ -19,6 +19,7 @@ from raftune.starters.text.preferences import NOISE, RATING_ERROR, preferences, 
 N = 2000
 
 
+@pytest.mark.slow
 def test_one_preference_in_twenty_is_turned_round() -> None:
     """A binomial of 2000 with p = 0.05 is off by 0.025, five deviations, with probability < 1e-6; the seed is fixed."""
     rows = preferences("train", N, seed=1)

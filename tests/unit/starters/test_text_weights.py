@@ -71,6 +71,7 @@ def test_the_prompts_tokens_are_the_first_tokens_of_prompt_and_reply() -> None:
         assert whole[: len(prompt)] == prompt
 
 
+@pytest.mark.slow
 def test_the_policy_ends_its_replies_and_leaves_headroom_that_eight_draws_can_find() -> None:
     tokenizer = AutoTokenizer.from_pretrained(text.policy_path())
     policy = AutoModelForCausalLM.from_pretrained(text.policy_path())
@@ -88,6 +89,7 @@ def test_the_policy_ends_its_replies_and_leaves_headroom_that_eight_draws_can_fi
     assert scores.max(1).mean() > 0.6 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["rude", "curt", "ramble", "rude_advice", "empty_courtesy", "wrong_advice", "unfinished"]
 )

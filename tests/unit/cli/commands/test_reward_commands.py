@@ -83,6 +83,7 @@ def test_a_model_no_better_than_chance_is_a_failed_gate_that_says_what_to_do(
     assert json.loads(capsys.readouterr().out)["worked"] is False and (tmp_path / "model").is_dir()
 
 
+@pytest.mark.slow
 def test_a_ruler_is_called_one(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(trained(place, tmp_path, "longer", "--num-train-epochs", "4", "--learning-rate", "3e-3")) == 0
     assert "It may be measuring length alone" in capsys.readouterr().out
@@ -167,6 +168,7 @@ def test_answers_are_scored_by_any_reward_and_keep_their_columns(
     assert max(written, key=lambda row: row["score"])["prompt"] == "Q2"
 
 
+@pytest.mark.slow
 def test_answers_that_cannot_be_scored_are_counted_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -403,6 +403,7 @@ def two_rounds(model: Path, root: Path) -> None:
         one_round(parts(model, lora=name == "lora", optimizer_state="carried"), root / name)
 
 
+@pytest.mark.slow
 def test_equal_runs_in_other_folders_and_processes_leave_equal_bytes(tmp_path: Path) -> None:
     """The other process hashes strings otherwise, on which the order of a set depends."""
     model = save_tiny(tmp_path / "model", "qwen2")

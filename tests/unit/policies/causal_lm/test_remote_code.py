@@ -49,6 +49,7 @@ for build in (untrusted, trainer):
 """
 
 
+@pytest.mark.slow
 def test_code_of_a_hub_model_runs_where_it_is_trusted_and_is_refused_else_also_by_the_trainer(tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--somebody--own"

@@ -50,6 +50,7 @@ class KillAfter(TrainerCallback):
             raise Killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "lora"), [("gpt2", False), ("llama", True)])
 def test_interrupted_at_every_checkpoint_the_model_is_the_same_bit_for_bit(
     folders: Any, tmp_path: Path, arch: str, lora: bool
@@ -253,6 +254,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int, error: Exception) -
     return tried
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
@@ -270,6 +272,7 @@ def test_a_full_memory_halves_the_micro_batch_and_keeps_the_step(
     np.testing.assert_allclose(found.losses, wanted.losses, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_fit_that_had_to_halve_resumes_in_the_smaller_batches(folders: Any, tmp_path: Path, monkeypatch: Any) -> None:
     rows = write_rows(tmp_path / "r.parquet", some_rows())
     tried = limit_memory(monkeypatch, 2, torch.OutOfMemoryError())
@@ -283,6 +286,7 @@ def test_a_fit_that_had_to_halve_resumes_in_the_smaller_batches(folders: Any, tm
     assert resumed == report
 
 
+@pytest.mark.slow
 def test_where_one_row_does_not_fit_the_error_says_what_helps(folders: Any, tmp_path: Path, monkeypatch: Any) -> None:
     limit_memory(monkeypatch, 0, torch.OutOfMemoryError())
     with pytest.raises(OutOfMemory, match=r"training\.gradient_checkpointing") as caught:

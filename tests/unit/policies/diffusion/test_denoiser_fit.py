@@ -45,6 +45,7 @@ def rows(tmp_path: Path) -> Path:
 # -- learning --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_thirty_steps_lower_the_loss_and_draw_towards_the_picture_that_was_kept(sd_v: Path, tmp_path: Path) -> None:
     """One image for every prompt; of a random denoiser with some ten thousand weights no more can be asked."""
     wanted = torch.randn((4, CELLS, CELLS), generator=torch.Generator().manual_seed(5))
@@ -80,6 +81,7 @@ def test_a_row_of_weight_nothing_is_as_good_as_absent(sd: Path, tmp_path: Path) 
     assert hashes[0] == hashes[1]
 
 
+@pytest.mark.slow
 def test_every_dial_of_the_denoising_loss_changes_what_is_learned(sd: Path, tmp_path: Path, rows: Path) -> None:
     options: list[dict[str, Any]] = [
         {},
@@ -92,6 +94,7 @@ def test_every_dial_of_the_denoising_loss_changes_what_is_learned(sd: Path, tmp_
     assert len({tree_hash(out)[MODEL] for out in found}) == len(options)
 
 
+@pytest.mark.slow
 def test_the_evidence_says_what_was_learned_and_how_far_the_denoiser_moved(
     sd: Path, tmp_path: Path, rows: Path
 ) -> None:
@@ -132,6 +135,7 @@ class KillAfter(TrainerCallback):  # type: ignore[misc]
             raise Killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lora", "options"),
     [
@@ -155,6 +159,7 @@ def test_interrupted_at_every_checkpoint_the_model_is_the_same_bit_for_bit(
     assert resumed == report
 
 
+@pytest.mark.slow
 def test_a_lora_with_dropout_resumes_exactly_too(sd: Path, tmp_path: Path, rows: Path) -> None:
     from raftune.config.policy import AdapterConfig
 
@@ -165,6 +170,7 @@ def test_a_lora_with_dropout_resumes_exactly_too(sd: Path, tmp_path: Path, rows:
     assert tree_hash(tuned(config, tmp_path / "killed", rows)[0]) == tree_hash(whole)
 
 
+@pytest.mark.slow
 def test_a_harmed_average_is_noticed_like_any_other_file_of_a_checkpoint(sd: Path, tmp_path: Path, rows: Path) -> None:
     config = parts(sd, ema_decay=0.9)
     whole, _ = tuned(config, tmp_path / "whole", rows)
@@ -218,6 +224,7 @@ def test_the_published_model_is_the_average_of_the_weights_after_each_step(
 # -- rounds ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_next_round_goes_on_from_the_last_one_and_carries_its_moments(sd: Path, tmp_path: Path, lora: bool) -> None:
     """One row and one level, so that the order says nothing. Two rounds generate other noise than one long round
@@ -259,6 +266,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(losses.DenoisingLoss, "terms", limited)
 
 
+@pytest.mark.slow
 def test_a_full_memory_halves_the_micro_batch_and_keeps_the_step_and_its_noise(
     sd: Path, tmp_path: Path, rows: Path, monkeypatch: Any
 ) -> None:
@@ -269,6 +277,7 @@ def test_a_full_memory_halves_the_micro_batch_and_keeps_the_step_and_its_noise(
     np.testing.assert_allclose(found.losses, wanted.losses, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_where_one_picture_does_not_fit_the_error_says_what_helps(
     sd: Path, tmp_path: Path, rows: Path, monkeypatch: Any
 ) -> None:
@@ -277,6 +286,7 @@ def test_where_one_picture_does_not_fit_the_error_says_what_helps(
         tuned(parts(sd), tmp_path, rows)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_the_memory_and_not_the_model(sd: Path, tmp_path: Path, rows: Path) -> None:
     found = [tuned(parts(sd, gradient_checkpointing=one), tmp_path / str(one), rows) for one in (False, True)]
     weights = [load_file(out / MODEL) for out, _ in found]
@@ -295,6 +305,7 @@ def test_gradient_checkpointing_reaches_the_denoiser(sd: Path, tmp_path: Path, r
     assert seen == [True, True]
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_adapter_stays_float32_and_the_model_draws(sd: Path, tmp_path: Path) -> None:
     x0 = torch.randn(4, 4, CELLS, CELLS).to(torch.bfloat16)
     rows = write_rows(tmp_path / "r.parquet", [{"prompt": "a circle", **columns_of(one)} for one in x0])

@@ -30,6 +30,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_batches_at_once_give_the_pictures_of_one_after_the_other(
     tmp_path: Path,
@@ -94,6 +95,7 @@ def test_every_call_has_its_share_of_the_threads_and_torch_has_them_all_afterwar
         assert list(mapped(lambda _: torch.get_num_threads(), range(1))) == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_memory_that_runs_out_in_one_of_them_is_told_with_the_whole_batch_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -125,6 +127,7 @@ def test_rows_are_spread_evenly_over_batches(count: int, batch_size: int, at_onc
     assert [row for rows in found for row in rows] == list(range(count))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_one_batch_at_a_time_where_batches_would_meet_in_the_weights_or_on_an_accelerator(tmp_path: Path) -> None:
     binding = policy(save_tiny("sd", tmp_path / "sd"), tmp_path).blank
@@ -139,6 +142,7 @@ def test_one_batch_at_a_time_where_batches_would_meet_in_the_weights_or_on_an_ac
     assert lanes_for(binding, call(), torch.device("cuda"), 8) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("kind", ["dit", "ddpm"])
 def test_what_watches_a_pipeline_s_own_loop_sees_its_own_batch(kind: Any, tmp_path: Path) -> None:
@@ -151,6 +155,7 @@ def test_what_watches_a_pipeline_s_own_loop_sees_its_own_batch(kind: Any, tmp_pa
         assert np.abs(pixels(one) - pixels(other)).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_a_vae_that_is_converted_while_it_decodes_serves_one_batch_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -315,6 +315,7 @@ def test_weights_are_of_the_configured_type(kept: Path, tmp_path: Path) -> None:
 # -- rounds, and runs that begin from one ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_run_that_begins_from_a_round_draws_what_the_round_drew(lora: bool, kept: Path, tmp_path: Path) -> None:
     config = parts(kept, lora=lora)
@@ -333,6 +334,7 @@ def test_a_run_that_begins_from_a_round_draws_what_the_round_drew(lora: bool, ke
     assert read_record(begins).kind == "full", "a LoRA is merged, so that the next one begins from zero"
 
 
+@pytest.mark.slow
 def test_a_round_rests_on_a_start_that_was_a_round_itself(kept: Path, tmp_path: Path) -> None:
     """A LoRA of the later run lies on the earlier run's merged one, not on the pipeline beneath both."""
     config = parts(kept, lora=True)

@@ -76,6 +76,7 @@ def same_and_changed(ours: Any, plain: Any, before: Any) -> None:
     assert np.abs(pixels(plain) - pixels(before)).max() >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BY_PIPELINE)
 def test_a_lora_saved_here_draws_our_picture_in_a_plain_pipeline(tmp_path: Path, kind: Kind) -> None:
     config, start, out = run_of(kind, tmp_path, lora=True)
@@ -100,6 +101,7 @@ def test_where_diffusers_loads_no_lora_plain_peft_does(tmp_path: Path, kind: Kin
     same_and_changed(ours, plainly(pipe, kind, prompt), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd", "sd-v", "flux", "dit"])
 def test_a_whole_denoiser_exported_draws_our_picture_in_a_plain_pipeline(tmp_path: Path, kind: Kind) -> None:
     config, start, out = run_of(kind, tmp_path, lora=False)
@@ -112,6 +114,7 @@ def test_a_whole_denoiser_exported_draws_our_picture_in_a_plain_pipeline(tmp_pat
     assert np.abs(pixels(plain) - pixels(before)).max() >= 4
 
 
+@pytest.mark.slow
 def test_the_scale_travels_with_the_lora(tmp_path: Path) -> None:
     """Another alpha over the same matrices is another image, so a reader who guesses alpha = r would be found out."""
     config, start, out = run_of("sd", tmp_path, lora=AdapterConfig(r=2, alpha=16.0))
@@ -171,6 +174,7 @@ write_both_forms(Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_hashes_strings_otherwise_writes_the_same_bytes(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "there")]

@@ -58,6 +58,7 @@ def test_the_step_is_the_gradient_of_the_mean_log_likelihood_of_what_was_kept(we
         assert result["n_selected"] == 4
 
 
+@pytest.mark.slow
 def test_the_expected_step_is_that_of_the_top_m_law() -> None:
     # Per entry the step has a standard deviation below ½·½ (a frequency's, halved by n_prompts): 0.25/√8000 = 0.0028.
     rng, n = np.random.default_rng(0), 8000
@@ -68,6 +69,7 @@ def test_the_expected_step_is_that_of_the_top_m_law() -> None:
     assert np.abs(exact).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_constant_reward_moves_nothing_on_average() -> None:
     rng, n = np.random.default_rng(1), 8000
     steps = [

@@ -78,6 +78,7 @@ def test_the_reward_runs_in_another_process_which_stays(panel: Any) -> None:
     assert pid(panel) == pid(panel) != os.getpid()
 
 
+@pytest.mark.slow
 def test_a_process_that_exits_is_an_error_and_another_one_takes_the_next_call(panel: Any) -> None:
     before = pid(panel)
     part = panel.score(asked("leave"))[0].parts["act"]
@@ -149,6 +150,7 @@ def test_time_limits_by_signal_work_inside_the_reward(file: Path) -> None:
     reward.close()
 
 
+@pytest.mark.slow
 def test_the_process_ends_when_its_input_closes_even_in_the_middle_of_a_call(file: Path) -> None:
     code = (
         "import os, sys; from raftune.rewards import *; from raftune.config.rewards import RewardsConfig\n"
@@ -169,6 +171,7 @@ def test_the_process_ends_when_its_input_closes_even_in_the_middle_of_a_call(fil
     assert not alive(child)
 
 
+@pytest.mark.slow
 def test_a_patterns_catastrophe_costs_its_call_only() -> None:
     config = RewardsConfig(reward_funcs=({"spec": "regex", "options": {"pattern": "(a+)+$"}},), timeout=0.5)
     with load_panel(config) as panel:
@@ -176,6 +179,7 @@ def test_a_patterns_catastrophe_costs_its_call_only() -> None:
     assert statuses == [ScoreStatus.OK, ScoreStatus.TIMEOUT, ScoreStatus.OK]
 
 
+@pytest.mark.slow
 def test_code_that_changes_while_the_run_goes_on_ends_it_when_the_process_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "changing.py"
     path.write_text(FILE)

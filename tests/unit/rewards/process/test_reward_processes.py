@@ -131,6 +131,7 @@ def test_a_process_that_died_once_is_asked_again_and_no_score_shows_it(
     assert len([note for note in panel.notes() if note.endswith("the batch is asked again")]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the channel by /proc")
 def test_what_a_process_does_to_itself_every_time_is_its_error_and_what_is_done_to_it_ends_the_run(
     panel: RewardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -164,6 +165,7 @@ def test_megabytes_of_output_take_no_call_its_time(panel: RewardSet, tmp_path: P
     assert values(panel, "flood", 5, tmp_path / "mark") == [5.0, 6.0, 7.0]
 
 
+@pytest.mark.slow
 def test_a_reward_that_leaves_a_daemon_and_hangs_ends_at_its_limit_and_so_does_the_daemon(
     spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +181,7 @@ def test_a_reward_that_leaves_a_daemon_and_hangs_ends_at_its_limit_and_so_does_t
         assert marked(mark) == []
 
 
+@pytest.mark.slow
 def test_a_standard_error_that_takes_nothing_costs_no_score(spec: str, tmp_path: Path) -> None:
     """Closed, on a full disk, a pipe whose reader has gone."""
     code = (

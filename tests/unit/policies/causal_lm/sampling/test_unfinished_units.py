@@ -70,6 +70,7 @@ def drawn(policy: CausalLM, at: Path) -> list[Sample]:
         return policy.generate(unit_of(PROMPTS, k=4, batch_size=8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_draw_that_was_killed_goes_on_to_the_same_answers(
     folder: Path, tmp_path: Path, killed_at: list[int], way: str
