@@ -140,6 +140,7 @@ def test_a_run_killed_inside_a_tuning_ends_with_the_same_bytes(
     assert not list((tmp_path / "cut").rglob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_nothing_when_run_again(tmp_path: Path, llama: Path) -> None:
     run(config(tmp_path / "a", llama), OBJECTS)
     before = tree(tmp_path / "a")
@@ -213,6 +214,7 @@ def _parts(root: Path) -> Any:
     return validate(RunFolder(root).read_config())
 
 
+@pytest.mark.slow
 def test_replay_and_reference_rows_join_what_a_round_learns_from(tmp_path: Path, llama: Path) -> None:
     reference = tmp_path / "good.jsonl"
     reference.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) + "\n" for i in range(50)))

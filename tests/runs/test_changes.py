@@ -84,6 +84,7 @@ def test_a_change_is_refused_with_the_difference_and_nothing_is_touched(copy: Pa
     assert difference(before, tree(copy)) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_redone_from_the_named_stage_it_is_what_the_new_configuration_gives_from_the_beginning(
     copy: Path, tmp_path: Path, name: str

@@ -102,6 +102,7 @@ def zero(prompts: list[int], completions: list[int], **columns: Any) -> list[flo
     return [0.0 for _ in completions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reward", "reason"), [(nothing, "no usable score"), (zero, "nothing to rank")])
 def test_a_run_stops_after_rounds_in_a_row_that_had_nothing_to_learn_from(
     tmp_path: Path, reward: Any, reason: str

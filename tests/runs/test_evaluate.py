@@ -228,6 +228,7 @@ def test_a_round_judged_again_draws_what_it_drew_in_its_run(tmp_path: Path, lora
     assert not (weights / "model.safetensors").is_file()  # neither merged nor copied
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_run_that_holds_its_own_base_is_judged_again_on_it(tmp_path: Path) -> None:
     """The start was given as an object: its weights lie in the run, and adapters name it from where they lie."""
     objects = PythonObjects(train=OBJECTS.train, rewards=[shortness], model=tiny_llama(3), tokenizer=tiny_tokenizer())

@@ -121,6 +121,7 @@ def test_a_parting_of_the_rewards_raises_an_alarm_whose_samples_are_in_the_ledge
         assert {item["sample_id"] for item in found[name]["samples"]} <= ids
 
 
+@pytest.mark.slow
 def test_a_guard_alone_stops_nothing_and_told_to_it_names_itself(finished: Path, tmp_path: Path) -> None:
     assert RunFolder(finished).rounds()[-1] == ROUNDS
     outcome = run(parting(tmp_path / "run", guards={"stop_on": ["held_out_falls"]}), given())
@@ -200,6 +201,7 @@ def test_other_thresholds_are_refused_until_the_guards_are_redone_and_then_nothi
     assert [alarm["alarm"] for alarm in alarms_of(RunFolder(copied), 1)] == ["held_out_falls"]
 
 
+@pytest.mark.slow
 def test_without_guards_there_are_none(tmp_path: Path) -> None:
     root = tmp_path / "run"
     run(parting(root, guards={"enabled": False}), given())

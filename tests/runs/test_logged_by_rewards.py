@@ -123,6 +123,7 @@ def odd(completions, log_metric, log_extra, **columns):
 """
 
 
+@pytest.mark.slow
 def test_whatever_is_logged_neither_ends_the_run_nor_depends_on_the_process(tmp_path: Path) -> None:
     """Sets order their texts anew in every process, and objects show their addresses."""
     (tmp_path / "odd.py").write_text(ODD)

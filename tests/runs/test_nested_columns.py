@@ -129,6 +129,7 @@ def test_the_page_shows_them(whole: dict[str, Any]) -> None:
     assert "tool_calls" in (whole["root"] / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["rows", "json"])
 def test_a_trainer_s_data_set_reaches_rewards_as_it_was_given(form: str, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(chat=True)

@@ -151,9 +151,7 @@ def test_features_say_how_varied_pictures_are_and_how_far_they_went(
 
 
 def test_features_of_what_is_no_picture_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"evaluation\.features compares images, and policy\.family: tabular generates"
-    ):
+    with pytest.raises(ConfigError, match=r"evaluation\.features compares images, and policy\.family: tabular"):
         run(tiny.config(tmp_path / "run", evaluation={"features": "clip"}), tiny.objects())
     with pytest.raises(ConfigError, match=r"evaluation\.features needs held-out prompts"):
         config(tmp_path / "run", evaluation={"features": "clip", "num_prompts": 0})

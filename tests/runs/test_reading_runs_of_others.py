@@ -113,6 +113,7 @@ def raftune(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["sh", "-c", line], cwd=folder, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_closed_stdout_is_no_failure(finished: Path) -> None:
     ended = raftune(f"verify {finished} >&-", finished.parent)
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -343,6 +343,7 @@ def test_weights_that_were_dropped_on_purpose_are_not_missing(tmp_path: Path) ->
 # -- hostile runs, and the command ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_of_injections_has_the_elements_of_any_other(tmp_path: Path) -> None:
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
     hostile, plain = hostile_run(tmp_path / "a"), hostile_run(tmp_path / "b", policy={"options": {"sentences": words}})

@@ -227,6 +227,7 @@ def test_callbacks_are_shown_the_model_of_the_round(tmp_path: Path) -> None:
 # -- streams ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_of_a_stream_only_what_the_rounds_need_is_read(tmp_path: Path) -> None:
     read: list[int] = []
 

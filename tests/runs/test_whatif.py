@@ -191,6 +191,7 @@ def test_the_command_that_is_given_really_does_so(copy: Copy, rewards: Path, ask
     assert (root / "whatif/asked" / verdicts).read_bytes() == (root / verdicts).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "text"])
 def test_the_first_draws_are_what_a_run_with_a_smaller_k_draws_and_keeps(
     copy: Copy, tmp_path: Path, rewards: Path, name: str
@@ -279,6 +280,7 @@ def test_what_k_would_have_given_is_the_mean_over_all_subsets_of_the_draws(copy:
     assert (best.prompts, best.left_out) == (16, 0)
 
 
+@pytest.mark.slow
 def test_the_prompts_shown_are_those_that_lose_or_gain_most(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     every = rescore(root, file(rewards, "other"), show=99).difference
@@ -347,6 +349,7 @@ def test_a_second_call_finds_it_done_and_other_settings_under_its_name_are_refus
     assert difference(before, tree(root)) == ""
 
 
+@pytest.mark.slow
 def test_a_reward_whose_code_has_changed_is_not_mixed_into_older_scores(copy: Copy, tmp_path: Path) -> None:
     root, code = copy("plain"), tmp_path / "mine.py"
     code.write_text(REWARDS)

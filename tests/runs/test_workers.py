@@ -222,6 +222,7 @@ def test_workers_end_when_the_loop_is_killed_even_in_the_middle_of_a_unit(tmp_pa
     wait_until(lambda: workers_of(root) == [])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_left_in_the_middle_ends_its_workers(tmp_path: Path, orders: Orders) -> None:
     root = tmp_path / "run"
     orders(hang_always=[0])

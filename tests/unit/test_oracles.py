@@ -369,6 +369,7 @@ def test_12_a_transformation_that_saturates_in_floats_makes_ties() -> None:
     assert saturated.weights().tolist() == [[1, 0]]
 
 
+@pytest.mark.slow
 def test_13_the_best_allocation_leaves_the_variance_it_promises() -> None:
     norms, acceptance, total, runs = np.array([1.0, 1.0, 6.0]), np.array([0.9, 0.5, 0.2]), 1500, 600
 

@@ -106,6 +106,7 @@ def test_texts_that_differ_in_case_and_signs_alone_are_duplicates_at_any_thresho
     assert near_duplicates(texts, 1.0) == [[0, 2], [3, 4]]
 
 
+@pytest.mark.slow
 def test_near_duplicates_are_those_of_every_pair_compared() -> None:
     """Each linked pair is seen but for one in a million; 40 clusters of 12, seeds fixed."""
     chance = random.Random(2)

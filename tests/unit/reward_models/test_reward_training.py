@@ -68,6 +68,7 @@ def test_every_architecture_learns_ratings(arch: str, place: Path, tmp_path: Pat
     assert report["mse"]["high"] < report["mse_of_mean"]["low"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_what_scores_reads_the_tokens_that_were_trained_on_and_gives_the_numbers_of_the_report(
     arch: str, place: Path, tmp_path: Path
@@ -130,6 +131,7 @@ def test_labels_of_a_coin_give_no_model_but_a_report(place: Path, tmp_path: Path
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.slow
 def test_ratings_of_a_coin_give_no_model(place: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "coin.jsonl", rated(marks=""))
     outcome = train(config_for(data, place / "gpt2", tmp_path / "rm"))

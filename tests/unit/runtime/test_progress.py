@@ -202,6 +202,7 @@ def test_the_time_of_a_round_counts_what_earlier_sessions_spent_on_it() -> None:
     assert seconds_by_round(events) == {1: 5.0 + 9.0 + 4.0, 2: 1.0}
 
 
+@pytest.mark.slow
 def test_a_resumed_round_is_shown_with_the_time_of_the_session_that_was_interrupted(tmp_path: Path) -> None:
     def stop(kind: str, facts: dict[str, Any]) -> None:
         if kind == "chunk" and facts["stage"] == "generate":

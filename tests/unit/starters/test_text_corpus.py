@@ -91,6 +91,7 @@ def test_every_rude_sentence_is_seen_as_rude(line: str) -> None:
     assert parts(request, GOOD + " " + line.format(r="your bicycle"))["courtesy"] == -1.0
 
 
+@pytest.mark.slow
 def test_no_good_reply_is_seen_as_rude() -> None:
     rng = Random(0)
     made = [corpus.reply(request, rng, ["good"]) for request in corpus.requests("train") for _ in range(3)]

@@ -47,6 +47,7 @@ def trained(place: Path, out: Path, data: str, *flags: str) -> list[str]:
     return [*command, "--device", "cpu", "--threads", "1", "--held-out-fraction", "0.25", *flags]
 
 
+@pytest.mark.slow
 def test_training_says_what_the_model_is_worth(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(trained(place, tmp_path, "marked", "--max-steps", "3", "--allow-chance")) == 0
     said = capsys.readouterr()

@@ -107,6 +107,7 @@ def test_a_draw_through_generate_is_said_once(tmp_path: Path) -> None:
     assert "no_repeat_ngram_size" in beams.notes()[0]
 
 
+@pytest.mark.slow
 def test_stop_texts_and_every_eos_of_the_generation_config_end_an_answer(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model-llama")
     (model / "generation_config.json").write_text('{"eos_token_id": [2, 9, 11], "transformers_version": "5.0.0"}')

@@ -358,6 +358,7 @@ def test_another_round_has_another_order_and_the_same_round_the_same_bytes(folde
     assert trees[0]["model.safetensors"] != trees[2]["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_bfloat16_arithmetic_take_effect_and_leave_float32_weights(
     folders: Any, tmp_path: Path
 ) -> None:

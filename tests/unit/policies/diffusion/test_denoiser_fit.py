@@ -70,6 +70,7 @@ def test_thirty_steps_lower_the_loss_and_draw_towards_the_picture_that_was_kept(
     assert distances[1] < 0.85 * distances[0]
 
 
+@pytest.mark.slow
 def test_a_row_of_weight_nothing_is_as_good_as_absent(sd: Path, tmp_path: Path) -> None:
     few, more = some_rows(count=4), some_rows(count=5)
     more[4]["weight"] = 0.0

@@ -42,6 +42,7 @@ def plainly(model: Path, text: str, seed: int, **options: Any) -> Any:
     return drawn.images[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_one_picture_at_a_time_is_the_pipeline_s_own_bit_for_bit(
@@ -129,6 +130,7 @@ def test_latents_come_back_from_their_columns_bit_for_bit(dtype: torch.dtype) ->
 # -- what is nothing to learn from -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_latents_that_are_not_finite_make_the_sample_invalid(folder: Callable[[Any], Path], tmp_path: Path) -> None:
     drawer = policy(folder("sd"), tmp_path)
     decode = drawer.frozen.pipe.vae.decode
@@ -274,6 +276,7 @@ def test_dials_that_are_not_given_are_the_pipeline_s_defaults(folder: Callable[[
     assert (call.height, call.width) == (16, 16)
 
 
+@pytest.mark.slow
 def test_an_option_of_the_pipeline_takes_effect(folder: Callable[[Any], Path], tmp_path: Path) -> None:
     plain = policy(folder("sd"), tmp_path / "a").generate(chunk(TEXTS[:1], 1))
     noisy = policy(folder("sd"), tmp_path / "b", pipeline_kwargs={"eta": 1.0}).generate(chunk(TEXTS[:1], 1))

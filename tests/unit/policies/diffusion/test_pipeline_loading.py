@@ -159,6 +159,7 @@ def test_options_of_loading_that_cannot_be_followed_are_refused(
         begun(parts(kept, pipeline_init_kwargs=given), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_part_that_is_not_needed_can_be_left_out(model: Path, tmp_path: Path) -> None:
     index = json.loads((model / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
@@ -220,6 +221,7 @@ def test_a_pipeline_that_changes_or_goes_during_the_run_is_noticed(model: Path, 
         Diffusion.verify(start)
 
 
+@pytest.mark.slow
 def test_a_pipeline_given_as_an_object_is_written_whole_and_draws_the_same(kept: Path, tmp_path: Path) -> None:
     named, given = begun(parts(kept), tmp_path / "named"), tmp_path / "given" / "round-0000" / "model"
     Diffusion.start(parts("-"), given, model=tiny_pipeline("sd"))
@@ -230,6 +232,7 @@ def test_a_pipeline_given_as_an_object_is_written_whole_and_draws_the_same(kept:
     ]
 
 
+@pytest.mark.slow
 def test_a_hub_name_is_held_at_the_commit_that_it_stood_for(kept: Path, tmp_path: Path) -> None:
     repository, commit = tmp_path / "hub" / "models--someone--tiny", "0123456789abcdef0123456789abcdef01234567"
     shutil.copytree(kept, repository / "snapshots" / commit)
@@ -264,6 +267,7 @@ def test_what_the_start_is_is_said_for_planning(kept: Path, tmp_path: Path) -> N
 # -- what is shared, and what is fresh ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_frozen_parts_are_read_once_for_a_start_and_let_go_with_its_last_policy(kept: Path, tmp_path: Path) -> None:
     config = parts(kept)
     start = begun(config, tmp_path)
@@ -289,6 +293,7 @@ def test_every_drawer_has_a_scheduler_of_its_own(kept: Path, tmp_path: Path) -> 
     assert len(second.drawer.pipe.scheduler.timesteps) == len(second.frozen.pipe.scheduler.timesteps) == 1000
 
 
+@pytest.mark.slow
 def test_bytes_are_counted_as_they_are_read(kept: Path, tmp_path: Path) -> None:
     config = parts(kept)
     policy = Diffusion.load(config, start := begun(config, tmp_path), start)

@@ -89,6 +89,7 @@ def test_a_lora_saved_here_draws_our_picture_in_a_plain_pipeline(tmp_path: Path,
     same_and_changed(ours, plainly(pipe, kind, prompt), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BY_PEFT)
 def test_where_diffusers_loads_no_lora_plain_peft_does(tmp_path: Path, kind: Kind) -> None:
     config, start, out = run_of(kind, tmp_path, lora=True, learning_rate=0.3)
@@ -131,12 +132,14 @@ def test_the_scale_travels_with_the_lora(tmp_path: Path) -> None:
         torch.testing.assert_close(weight, ours[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_exported_lora_is_the_round_s_and_holds_nothing_else(tmp_path: Path) -> None:
     config, start, out = run_of("sd", tmp_path, lora=True)
     Diffusion.load(config, out, start).export(tmp_path / "exported")
     assert tree_hash(tmp_path / "exported") == {LORA: tree_hash(out)[LORA]}
 
 
+@pytest.mark.slow
 def test_no_file_says_where_on_this_machine_its_part_came_from(tmp_path: Path) -> None:
     config, start, out = run_of("sd", tmp_path, lora=False)
     Diffusion.load(config, out, start).export(tmp_path / "exported")

@@ -130,6 +130,7 @@ def test_wrong_options_are_refused_at_once(options: dict[str, Any], message: str
         load_reward(RewardSpec(spec="http", options=options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["endless", "bomb"])
 def test_an_answer_without_end_is_broken_off_long_before_the_time_is_up(server: str, path: str) -> None:
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -86,6 +86,7 @@ def test_a_process_that_exits_is_an_error_and_another_one_takes_the_next_call(pa
     assert pid(panel) != before
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_between_calls_is_replaced(panel: Any) -> None:
     before = pid(panel)
     os.kill(before, signal.SIGKILL)
@@ -93,6 +94,7 @@ def test_a_process_that_was_killed_between_calls_is_replaced(panel: Any) -> None
     assert pid(panel) != before
 
 
+@pytest.mark.slow
 def test_a_reward_that_holds_the_interpreters_lock_is_ended_all_the_same(file: Path) -> None:
     with load_panel(RewardsConfig(reward_funcs=({"spec": f"{file}:act", "timeout": 0.5},))) as panel:
         before = pid(panel)
@@ -190,6 +192,7 @@ def test_code_that_changes_while_the_run_goes_on_ends_it_when_the_process_is_rep
             panel.score(asked("pid"))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_raises_here_what_it_raised_there(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import os\nos._exit(4)\n")
     with pytest.raises(RewardError, match="its process exited with code 4 while loading"):
@@ -199,6 +202,7 @@ def test_what_cannot_be_loaded_raises_here_what_it_raised_there(tmp_path: Path) 
         load_reward(f"{tmp_path}/empty.py:f")
 
 
+@pytest.mark.slow
 def test_trls_own_rewards_are_called_by_their_names() -> None:
     reward = load_reward("trl.rewards:think_format_reward")
     short = RewardSpec(spec="think_format_reward")

@@ -122,6 +122,7 @@ def test_stray_bytes_shift_no_answer(panel: RewardSet, tmp_path: Path) -> None:
     assert values(panel, "fine", 20, tmp_path / "mark") == [20.0, 21.0, 22.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kill", "interrupt", "close", "full"])
 def test_a_process_that_died_once_is_asked_again_and_no_score_shows_it(
     panel: RewardSet, tmp_path: Path, kind: str
