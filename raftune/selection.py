@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from raftune.arrays import BoolArray, ByteArray, FloatArray, IntArray, UInt64Array
-from raftune.config.extensions import code_hash, load_extension
+from raftune.config.extensions import code_hash, load_extension, register
 from raftune.config.selection import (
     BestOfK,
     CustomRule,
@@ -251,7 +251,6 @@ def _skips(pool: RankedCandidates, several: BoolArray, config: SelectionConfig) 
 RULES: dict[str, Callable[[RankedCandidates, Any, int], Decision]] = {}  # the built-in rules, by selection.rule
 METHODS = {"decide": ("pool", "seed")}
 MOST_REASONS = 64  # of a rule of one's own; a verdict's reason takes a byte on disk
-_Decide = TypeVar("_Decide", bound=Callable[[RankedCandidates, Any, int], Decision])
 
 
 @dataclass(frozen=True)
@@ -264,16 +263,6 @@ class BuiltInRule:
 
     def decide(self, pool: RankedCandidates, seed: int) -> Decision:
         return self.function(pool, self.options, seed)
-
-
-def built_in(name: str) -> Callable[[_Decide], _Decide]:
-    """Enters the decorated function as the rule of this name; its options are the class of config.selection."""
-
-    def enter(function: _Decide) -> _Decide:
-        RULES[name] = function
-        return function
-
-    return enter
 
 
 def load_rule(config: SelectionConfig) -> Rule:
@@ -327,12 +316,12 @@ def _decide_by(rule: Rule, name: str, pool: RankedCandidates, seed: int) -> Deci
     return weight, (reason + len(REASONS)).astype(np.uint8)
 
 
-@built_in("best_of_k")
+@register(RULES, "best_of_k")
 def _best_of_k(pool: RankedCandidates, options: BestOfK, seed: int) -> Decision:
     return _best_of_each(pool, 1)
 
 
-@built_in("top_m")
+@register(RULES, "top_m")
 def _top_m(pool: RankedCandidates, options: TopM, seed: int) -> Decision:
     return _best_of_each(pool, options.m)
 
@@ -345,7 +334,7 @@ def _best_of_each(pool: RankedCandidates, m: int) -> Decision:
     return _decide(kept, np.where(pool.rank == 1, Reason.BEST, Reason.AMONG_BEST), lost)
 
 
-@built_in("top_fraction")
+@register(RULES, "top_fraction")
 def _top_fraction(pool: RankedCandidates, options: TopFraction, seed: int) -> Decision:
     """The best n = max(1, floor(C · keep_fraction)) of all prompts together, at most max_per_prompt of each.
 
@@ -375,7 +364,7 @@ def _fair_share(pool: RankedCandidates, tied: IntArray, n: int, seed: int) -> Bo
     return _positions(own, np.bincount(own)) <= share[own]
 
 
-@built_in("threshold")
+@register(RULES, "threshold")
 def _threshold(pool: RankedCandidates, options: Threshold, seed: int) -> Decision:
     """Every score that reaches the threshold; of each prompt at most its max_per_prompt best."""
     reaches, allowed = pool.score >= options.threshold, _under_cap(pool, options)
@@ -383,7 +372,7 @@ def _threshold(pool: RankedCandidates, options: Threshold, seed: int) -> Decisio
     return _decide(reaches & allowed, np.full(len(reaches), Reason.REACHES_THRESHOLD), lost)
 
 
-@built_in("softmax")
+@register(RULES, "softmax")
 def _softmax(pool: RankedCandidates, options: Softmax, seed: int) -> Decision:
     """All, with weights softmax(score / temperature) that sum to 1 over each prompt."""
     with np.errstate(over="ignore", under="ignore"):  # a gap of more than about 700 temperatures has weight 0
@@ -392,7 +381,7 @@ def _softmax(pool: RankedCandidates, options: Softmax, seed: int) -> Decision:
     return weight, np.where(weight > 0, Reason.WEIGHTED, Reason.NO_WEIGHT).astype(np.uint8)
 
 
-@built_in("random")
+@register(RULES, "random")
 def _random(pool: RankedCandidates, options: Random, seed: int) -> Decision:
     """m of each prompt by chance, whatever their scores: the control that a rule must beat on the same candidates."""
     drawn = np.lexsort((pool.k, _noise(seed, pool.group, pool.k), pool.group))

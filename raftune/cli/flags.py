@@ -19,6 +19,11 @@ from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]  # what a command reads itself
+FromStage = Annotated[str | None, Parameter(name="--from", help="Redo from this stage on: STAGE, or ROUND/STAGE.")]
+OnlyStatuses = Annotated[
+    str | None,
+    Parameter(help="With --from score: score only samples with these statuses again: error,timeout."),
+]
 EMPTY = ("null", "none")
 
 

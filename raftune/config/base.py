@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -38,3 +39,13 @@ COLUMNS_FIELD: Any = Field(
     exclude_if=lambda value: value is None,  # so that what was made before there was the field is still the same
     description="Columns of other names: prompt=question,completion=answer, or a mapping.",
 )
+
+
+def tag_of(field: str, default: str) -> Callable[[Any], str]:
+    """Reads the tag of a section whose class this field chooses: its value, or `custom` for code of the user's own."""
+
+    def tag(section: Any) -> str:
+        value = str(section.get(field, default) if isinstance(section, dict) else getattr(section, field, default))
+        return "custom" if ":" in value else value
+
+    return tag

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -20,6 +20,8 @@ from raftune.errors import ConfigError
 
 SPEC = r".+:.+"  # the pattern of a field that names such code
 GUIDE = "docs/extending.md has an example of each."
+
+_Built = TypeVar("_Built")
 
 
 def load_extension(
@@ -169,3 +171,13 @@ def module_from_file(path: Path, kind: str = "extension") -> ModuleType:
         sys.modules.pop(name, None)
         raise
     return module
+
+
+def register(table: dict[str, Any], name: str) -> Callable[[_Built], _Built]:
+    """Enters what is decorated, a class or a function, into the table of built-in ones under this name."""
+
+    def enter(built: _Built) -> _Built:
+        table[name] = built
+        return built
+
+    return enter

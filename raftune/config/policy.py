@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from raftune.config.base import ConfigSection
+from raftune.config.base import ConfigSection, tag_of
 
 
 class AdapterConfig(ConfigSection):
@@ -86,15 +86,10 @@ class CustomPolicy(ConfigSection):
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the class.")
 
 
-def _family(value: Any) -> str:
-    family = value.get("family", "causal_lm") if isinstance(value, dict) else getattr(value, "family", "causal_lm")
-    return "custom" if ":" in str(family) else str(family)
-
-
 PolicyConfig = Annotated[
     Annotated[CausalLMPolicy, Tag("causal_lm")]
     | Annotated[DiffusionPolicy, Tag("diffusion")]
     | Annotated[TabularPolicy, Tag("tabular")]
     | Annotated[CustomPolicy, Tag("custom")],
-    Discriminator(_family),
+    Discriminator(tag_of("family", "causal_lm")),
 ]

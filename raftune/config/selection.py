@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationInfo, field_validator, model_validator
 
-from raftune.config.base import ConfigSection
+from raftune.config.base import ConfigSection, tag_of
 from raftune.config.extensions import SPEC
 
 
@@ -207,11 +207,7 @@ RULES: dict[str, type[SelectionConfig]] = {
 }
 
 
-def rule_class(data: Any) -> str:
-    """The key of RULES under which the section with this rule is declared; the rule itself where there is none."""
-    rule = data.get("rule", "best_of_k") if isinstance(data, dict) else getattr(data, "rule", "best_of_k")
-    return "custom" if ":" in str(rule) else str(rule)
-
+rule_class = tag_of("rule", "best_of_k")  # the key of RULES under which a section is declared
 
 AnySelection = Annotated[
     Annotated[BestOfK, Tag("best_of_k")]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from raftune.config.base import ConfigSection
+from raftune.config.base import ConfigSection, tag_of
 from raftune.config.extensions import SPEC
 
 # Of transformers' TrainingArguments: what shapes a fit and is neither a field below nor set by raftune.
@@ -137,12 +137,7 @@ class CustomTraining(TrainingConfig):
     options: dict[str, Any] = Field(default_factory=dict, description="Options of a custom objective.")
 
 
-def objective_class(data: Any) -> str:
-    """The tag of the section with this objective; the objective itself where there is none."""
-    given = data.get("objective", "sft") if isinstance(data, dict) else getattr(data, "objective", "sft")
-    return "custom" if ":" in str(given) else str(given)
-
-
 AnyTraining = Annotated[
-    Annotated[SftTraining, Tag("sft")] | Annotated[CustomTraining, Tag("custom")], Discriminator(objective_class)
+    Annotated[SftTraining, Tag("sft")] | Annotated[CustomTraining, Tag("custom")],
+    Discriminator(tag_of("objective", "sft")),
 ]

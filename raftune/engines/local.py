@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 
 import raftune.errors
-from raftune.config.extensions import load_extension
+from raftune.config.extensions import load_extension, register
 from raftune.config.run import EngineConfig
 from raftune.errors import EngineError, OutOfMemory, RaftuneError
 from raftune.protocols import ChunkedStage, JournalEntry
@@ -245,20 +245,9 @@ def error_from(answer: Answer) -> RaftuneError:
 
 ENGINES: dict[str, Callable[[EngineConfig, Path], Engine]] = {}  # the built-in engines, by engine.kind
 METHODS = {"run": ("job", "stage", "chunks"), "rest": (), "close": ()}
-_Make = TypeVar("_Make", bound=Callable[[EngineConfig, Path], Engine])
 
 
-def engine(kind: str) -> Callable[[_Make], _Make]:
-    """Enters what the decorated function makes as the engine of this kind."""
-
-    def enter(make: _Make) -> _Make:
-        ENGINES[kind] = make
-        return make
-
-    return enter
-
-
-@engine("local")
+@register(ENGINES, "local")
 def _local(config: EngineConfig, root: Path) -> Engine:
     return InProcessEngine(config) if config.workers == 1 else WorkerPool(config, root)
 

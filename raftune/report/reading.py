@@ -103,7 +103,7 @@ class RunReader:
             found = json.loads(content)
             if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
                 self.note(where, f"{path.name} has changed since it was committed")
-            elif isinstance(found, dict) and has_changed(found):
+            elif sha256 is None and isinstance(found, dict) and has_changed(found):
                 self.note(where, f"{path.name} has changed since it was written")
             elif isinstance(found, kind):
                 self._read[path] = found

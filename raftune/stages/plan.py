@@ -18,7 +18,6 @@ from raftune.store.files import dump_json
 from raftune.store.parquet import column_names, read_group, read_groups, read_metadata, read_table, write_table
 
 READS_LEFT_OUT = ("data@0", "prompts@0")
-SEED_RULES = ("run", "evaluation")
 
 
 class PlanStage:

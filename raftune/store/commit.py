@@ -36,9 +36,9 @@ def with_hash(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_changed(content: Mapping[str, Any]) -> bool:
-    """Whether the content is not what `with_hash` wrote; what has no hash is of an earlier version and passes."""
+    """Whether the content is not what `with_hash` wrote. Content without a hash is not."""
     rest = {name: value for name, value in content.items() if name != SELF}
-    return SELF in content and content[SELF] != hashlib.sha256(json_bytes(rest)).hexdigest()
+    return content.get(SELF) != hashlib.sha256(json_bytes(rest)).hexdigest()
 
 
 def too_old(path: Path) -> RunTooOld:

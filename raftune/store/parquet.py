@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,8 +88,3 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         raise RunDamaged(
             f"{path} cannot be read: {first_line(error)}. Restore it, or redo its stage with `--from`."
         ) from error
-
-
-def to_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """The table's rows as dictionaries."""
-    return list(table.to_pylist())

@@ -6,19 +6,14 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from raftune.cli.flags import Tokens
+from raftune.cli.flags import FromStage, OnlyStatuses, Tokens
 
 
 def resume(
     run: Annotated[str, Parameter(help="The run's directory.")],
     *flags: Tokens,
-    from_: Annotated[
-        str | None, Parameter(name="--from", help="Redo from this stage on: STAGE, or ROUND/STAGE.")
-    ] = None,
-    only: Annotated[
-        str | None,
-        Parameter(help="With --from score: score only samples with these statuses again, such as error,timeout."),
-    ] = None,
+    from_: FromStage = None,
+    only: OnlyStatuses = None,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Resume a run exactly: on a CPU the result is bit-identical to that of an uninterrupted run.

@@ -8,18 +8,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from raftune.cli.flags import Tokens
+from raftune.cli.flags import FromStage, OnlyStatuses, Tokens
 
 
 def train(
     *files: Tokens,
-    from_: Annotated[
-        str | None, Parameter(name="--from", help="Redo from this stage on: STAGE, or ROUND/STAGE.")
-    ] = None,
-    only: Annotated[
-        str | None,
-        Parameter(help="With --from score: score only samples with these statuses again, such as error,timeout."),
-    ] = None,
+    from_: FromStage = None,
+    only: OnlyStatuses = None,
     json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Train. Resumes if the run exists.

@@ -162,11 +162,6 @@ def _ordered(value: Any) -> Any:
     return value
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The files of the LoRA that lies in the folder, in either form; none where none does."""
-    return [folder / name for name in (LORA, PEFT_WEIGHTS, PEFT_CONFIG) if (folder / name).is_file()]
-
-
 def attach(model: Any, folder: Path) -> None:
     """Puts the folder's LoRA onto the denoiser, trainable. Raises ModelError where it is not whole or does not fit."""
     path = folder / (LORA if (folder / LORA).is_file() else PEFT_WEIGHTS)

@@ -6,14 +6,15 @@ log-probabilities are compared with those of a plain forward pass (parity.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from raftune.config.extensions import register
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion
 from raftune.policies.causal_lm.model_utils import as_it_was, base_of, context_of, is_recurrent
@@ -75,20 +76,9 @@ class BackendChoice:
 
 
 BACKENDS: dict[str, type[SamplingBackend]] = {}  # the built-in backends, by sampling.backend
-_Class = TypeVar("_Class", bound=type[SamplingBackend])
 
 
-def backend(name: str) -> Callable[[_Class], _Class]:
-    """Enters the decorated class as the backend of this name."""
-
-    def enter(cls: _Class) -> _Class:
-        BACKENDS[name] = cls
-        return cls
-
-    return enter
-
-
-@backend("shared_prefix")
+@register(BACKENDS, "shared_prefix")
 class SharedPrefix:
     """Prefills each prompt once, and keeps its keys for all its completions."""
 
@@ -98,7 +88,7 @@ class SharedPrefix:
         return _filled("forked", model, request)
 
 
-@backend("hf_generate")
+@register(BACKENDS, "hf_generate")
 class HfGenerate:
     """transformers' `generate`. `alone`: one row at a time, for models whose rows depend on their batch."""
 
