@@ -24,6 +24,7 @@ from raftune.results.export import export
 from raftune.results.model_card import base_name, publish_model, summary
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run, verify
+from raftune.store.commit import DroppedFiles
 from raftune.store.run import RunFolder
 from raftune.training.quiet import quiet
 from tests.builders import save_tiny, tiny_model, tiny_tokenizer
@@ -135,7 +136,8 @@ def test_publishing_again_replaces_what_was_there(folder: Path, tmp_path: Path) 
 
 def test_dropped_weights_are_refused_with_the_way_to_make_them_again(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "run", tmp_path / "run")
-    (tmp_path / "run/round-0001/model/DROPPED.json").write_text("{}")
+    run = RunFolder(tmp_path / "run")
+    DroppedFiles("not kept").save(run.folder(1, "model"), run.tmp)
     with pytest.raises(StoreError, match=r"round 1 .* were dropped.*--from 1/train --keep-models all"):
         publish_model(tmp_path / "run", tmp_path / "out", 1)
 
