@@ -15,6 +15,7 @@ from raftune.errors import ConfigChanged, RunDamaged, RunTooNew, StoreError
 from raftune.report import write_report
 from raftune.results.export import export
 from raftune.results.model_card import publish_model
+from raftune.results.summary import best_round
 from raftune.runtime.assembly import Runtime
 from raftune.runtime.evaluation_target import subject_of
 from raftune.runtime.run import resume, run, verify
@@ -354,3 +355,13 @@ def test_a_folder_named_like_a_round_but_for_its_zeros_is_none(copy: Path) -> No
     shutil.copytree(copy / "round-0001", copy / "round-00001")
     assert RunFolder(copy).rounds() == before
     assert verify(copy) == []
+
+
+def test_a_file_at_the_top_that_holds_another_one_s_content_is_named(copy: Path) -> None:
+    """It is valid JSON, and lacks the hash of itself that every such file carries."""
+    (copy / "best.json").write_bytes((copy / "round-0001/evaluate/metrics.json").read_bytes())
+    with pytest.raises(RunDamaged, match=r"best\.json has changed"):
+        best_round(copy)
+    (copy / "config.resolved.json").write_text('{"name": "x"}')
+    with pytest.raises(RunDamaged, match=r"config\.resolved\.json has changed"):
+        RunFolder(copy).read_config()
