@@ -154,7 +154,7 @@ def reward_chart(found: ReportData) -> str:
         found,
         "reward",
         "Reward",
-        f"of the policy, and of the best of {k} draws: the headroom" if k > 1 else "of the policy",
+        f"of the policy, and of the best of {k} samples: the headroom" if k > 1 else "of the policy",
         line("policy", numbers.by_round(found.reader, "reward"), REWARD),
         line(f"best of {k}", best_of if k > 1 else {}, BEST_OF, "dashed", "hollow"),
     )
