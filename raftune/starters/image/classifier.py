@@ -5,13 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional
 
 from raftune.arrays import IntArray
 from raftune.starters.image.pictures import ATTRIBUTES, Pixels
-from raftune.store.files import dump_json
 
 COUNTS = tuple(len(words) for words in ATTRIBUTES.values())
 
@@ -21,7 +19,6 @@ class SceneClassifier(nn.Module):
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
-        self.width = width
         self.body = nn.Sequential(
             *(nn.Conv2d(3, width, 3, 2, 1), nn.GroupNorm(4, width), nn.SiLU()),
             *(nn.Conv2d(width, 2 * width, 3, 2, 1), nn.GroupNorm(4, 2 * width), nn.SiLU()),
@@ -30,13 +27,8 @@ class SceneClassifier(nn.Module):
         self.heads = nn.Linear(2 * width * 16, sum(COUNTS))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.heads(self.body(pixels).flatten(1))
-        return found
-
-    def loss(self, pixels: torch.Tensor, labels_NA: torch.Tensor) -> torch.Tensor:
-        """The mean over attributes of the cross entropy."""
-        parts = self(pixels).split(COUNTS, 1)
-        return torch.stack([functional.cross_entropy(part, labels_NA[:, a]) for a, part in enumerate(parts)]).mean()
+        logits: torch.Tensor = self.heads(self.body(pixels).flatten(1))
+        return logits
 
     @torch.no_grad()
     def labels(self, pixels_NHW3: Pixels) -> IntArray:
@@ -45,15 +37,8 @@ class SceneClassifier(nn.Module):
         logits = torch.cat([self(part) for part in torch.split(x, 512)])
         return np.stack([part.argmax(1).numpy() for part in torch.split(logits, list(COUNTS), 1)], axis=1)
 
-    def save(self, folder: Path) -> None:
-        """`model.safetensors` in float16, and `config.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.half() for name, value in self.state_dict().items()}, folder / "model.safetensors")
-        config = {"width": self.width, "attributes": ATTRIBUTES}
-        dump_json(folder / "config.json", config, sort_keys=False)
-
     @classmethod
     def load(cls, folder: Path) -> "SceneClassifier":
-        found = cls(json.loads((folder / "config.json").read_text())["width"])
-        found.load_state_dict({name: value.float() for name, value in load_file(folder / "model.safetensors").items()})
-        return found.eval()
+        model = cls(json.loads((folder / "config.json").read_text())["width"])
+        model.load_state_dict({name: value.float() for name, value in load_file(folder / "model.safetensors").items()})
+        return model.eval()

@@ -16,7 +16,7 @@ from raftune.starters.image.pictures import SIZE, Scene, scene_of
 if TYPE_CHECKING:
     from raftune.starters.image.classifier import SceneClassifier
 
-BICUBIC: Final = 3  # of PIL, which is read when there is a picture to look at
+BICUBIC: Final = 3  # of PIL, which is not imported before there is an image
 FOLDER: Final = Path(__file__).parent / "weights" / "judge"
 
 
@@ -35,16 +35,13 @@ def all_right(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
 
 def compared(prompts: Sequence[Any], completions: Sequence[Any]) -> list[tuple[bool, ...] | None]:
     """For each picture whether its colour, shape, position and background are those of its caption."""
-    told = [scene_of(str(prompt)) for prompt in prompts]
-    seen = look(completions) if told else []
-    return [scene and tuple(map(eq, scene, found)) for scene, found in zip(told, seen, strict=True)]
-
-
-def look(images: Sequence[Any]) -> list[Scene]:
-    """What each PIL picture shows."""
-    sized = [image.convert("RGB").resize((SIZE, SIZE), BICUBIC) for image in images]
+    if not prompts:
+        return []
+    sized = [image.convert("RGB").resize((SIZE, SIZE), BICUBIC) for image in completions]
     pixels_NHW3 = np.stack([np.asarray(image, dtype=np.float32) / np.float32(255) for image in sized])
-    return [Scene.of(row) for row in classifier().labels(pixels_NHW3)]
+    shown = [Scene.of(row) for row in classifier().labels(pixels_NHW3)]
+    wanted = [scene_of(str(prompt)) for prompt in prompts]
+    return [scene and tuple(map(eq, scene, image)) for scene, image in zip(wanted, shown, strict=True)]
 
 
 @cache

@@ -7,7 +7,7 @@ four pairs of colour and shape never (`unseen`), and of the others every sixth c
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
@@ -148,13 +148,6 @@ def cover(shapes_N: npt.NDArray[Any], centres_N2: npt.NDArray[Any], radii_N: npt
     inside_NHW = np.select([shapes_N[:, None, None] == i for i in range(len(SHAPES))], outlines)
     found: npt.NDArray[Any] = np.clip(0.5 - inside_NHW, 0, 1)
     return found
-
-
-def examples(rng: np.random.Generator, size: int, radius: tuple[float, float]) -> Iterator[tuple[list[Scene], Pixels]]:
-    """Batches of scenes of all splits and their pictures, for ever."""
-    while True:
-        chosen = [SCENES[i] for i in rng.integers(len(SCENES), size=size)]
-        yield chosen, paint(chosen, rng, radius)
 
 
 def as_image(pixels_HW3: Pixels) -> "Image":

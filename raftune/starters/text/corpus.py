@@ -1,24 +1,56 @@
-"""Generates a corpus of requests and replies, about two thirds of them bad.
+"""Generates a corpus of requests and replies, about two thirds of them bad, from the phrases of `topics.json`.
 
 The text format is "User: REQUEST", a line break, and "Assistant: REPLY". Everything is a pure function of a seed. A
 request (domain, way of asking, topic, day) belongs to exactly one split, by a hash of its words: held-out requests were
 never seen in training, though their topics were.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from hashlib import blake2b
+from pathlib import Path
 from random import Random
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from raftune.errors import DataError
-from raftune.starters.text.phrases import CURT, DIGRESSIONS, RUDE
-from raftune.starters.text.topics import DAYS, DOMAINS, Domain
 
 Split = Literal["train", "heldout"]
 
 GREETINGS: Final = ("", "Hi! ", "Hello! ", "Excuse me. ", "Quick question. ", "Good morning. ")
 HELDOUT_SHARE: Final = 6  # one request in six of every domain is held out
+
+_PHRASES: Final[dict[str, Any]] = json.loads((Path(__file__).parent / "topics.json").read_text(encoding="utf-8"))
+DAYS: Final[tuple[str, ...]] = tuple(_PHRASES["days"])
+RUDE: Final[list[str]] = _PHRASES["rude"]
+CURT: Final[list[str]] = _PHRASES["curt"]
+DIGRESSIONS: Final[list[str]] = _PHRASES["digressions"]
+
+
+class Domain(NamedTuple):
+    """One kind of request: how people ask, the courtesies, and three pieces of right advice for each of eight topics.
+
+    In every text `{t}` stands for the topic, `{d}` for a day of the week, and in openers `{r}` for the topic as a reply
+    says it (`said`: "your {t}").
+    """
+
+    asks: list[str]
+    said: str
+    openers: list[str]
+    closers: list[str]
+    topics: dict[str, list[str]]
+
+
+DOMAINS: Final = {
+    name: Domain(
+        domain["asks"],
+        domain["said"],
+        domain["openers"] if "openers" in domain else [*_PHRASES["openers"], domain["opener"]],
+        [*_PHRASES["closers"], domain["closer"]],
+        domain["topics"],
+    )
+    for name, domain in _PHRASES["domains"].items()
+}
 
 
 class Request(NamedTuple):
@@ -45,7 +77,7 @@ class Request(NamedTuple):
 
     @property
     def split(self) -> Split:
-        return "heldout" if self in _heldout() else "train"
+        return _splits()[self]
 
 
 class Dialogue(NamedTuple):
@@ -62,28 +94,32 @@ def as_prompt(text: str) -> str:
 
 
 @cache
-def requests(split: Split) -> tuple[Request, ...]:
-    """Every request of the split, in a fixed order."""
-    found = (request for name, domain in DOMAINS.items() for request in _requests_of(name, domain))
-    return tuple(request for request in found if request.split == split)
+def _splits() -> dict[Request, Split]:
+    """The split of every request: of each domain, the sixth with the lowest hashes is held out."""
+    splits: dict[Request, Split] = {}
+    for name, domain in DOMAINS.items():
+        requests_of_domain = [
+            Request(name, ask, topic, day)
+            for ask in domain.asks
+            for topic in domain.topics
+            for day in (DAYS if "{d}" in ask else ("",))
+        ]
+        by_hash = sorted(requests_of_domain, key=lambda request: blake2b(request.text.encode(), digest_size=8).digest())
+        held_out = set(by_hash[: len(by_hash) // HELDOUT_SHARE])
+        splits |= {request: "heldout" if request in held_out else "train" for request in requests_of_domain}
+    return splits
 
 
 @cache
-def _heldout() -> frozenset[Request]:
-    """Of every domain, the sixth whose words have the lowest hashes."""
-    lowest = (sorted(_requests_of(name, domain), key=_hash) for name, domain in DOMAINS.items())
-    return frozenset(request for ordered in lowest for request in ordered[: len(ordered) // HELDOUT_SHARE])
+def requests(split: Split) -> tuple[Request, ...]:
+    """Every request of the split, in a fixed order."""
+    return tuple(request for request, its_split in _splits().items() if its_split == split)
 
 
-def _hash(request: Request) -> bytes:
-    return blake2b(request.text.encode(), digest_size=8).digest()
-
-
-def _requests_of(name: str, domain: Domain) -> Iterator[Request]:
-    for ask in domain.asks:
-        for topic in domain.topics:
-            for day in DAYS if "{d}" in ask else ("",):
-                yield Request(name, ask, topic, day)
+@cache
+def requests_by_domain(split: Split) -> tuple[tuple[Request, ...], ...]:
+    """The requests of the split, one tuple a domain."""
+    return tuple(tuple(request for request in requests(split) if request.domain == name) for name in DOMAINS)
 
 
 def prompts(split: Split, n: int, seed: int = 0) -> list[str]:
@@ -91,21 +127,20 @@ def prompts(split: Split, n: int, seed: int = 0) -> list[str]:
 
     Raises DataError if the split has fewer than `n`.
     """
-    by_domain = {name: [r for r in requests(split) if r.domain == name] for name in DOMAINS}
-    available = sum(map(len, by_domain.values())) * len(GREETINGS)
+    available = len(requests(split)) * len(GREETINGS)
     if n > available:
         raise DataError(f"n must be at most {available} for the split {split!r}; got {n}: there are no more prompts.")
     rng = Random(seed)
-    found: dict[str, None] = {}
-    while len(found) < n:
-        request = rng.choice(by_domain[rng.choice(list(by_domain))])
-        found.setdefault(as_prompt(rng.choice(GREETINGS) + request.text))
-    return list(found)
+    sampled: dict[str, None] = {}
+    while len(sampled) < n:
+        request = rng.choice(rng.choice(requests_by_domain(split)))
+        sampled.setdefault(as_prompt(rng.choice(GREETINGS) + request.text))
+    return list(sampled)
 
 
 @cache
 def _by_text() -> dict[str, Request]:
-    return {request.text: request for split in ("train", "heldout") for request in requests(split)}
+    return {request.text: request for request in _splits()}
 
 
 def read_request(prompt: str) -> Request | None:
@@ -131,10 +166,6 @@ def advice(request: Request, rng: Random) -> str:
     return " ".join(rng.sample(request.advice, 2 if rng.random() < 0.3 else 1))
 
 
-def rude(request: Request, rng: Random) -> str:
-    return rng.choice(RUDE).format(r=request.said)
-
-
 def good(request: Request, rng: Random) -> str:
     return f"{opener(request, rng)} {advice(request, rng)} {closer(request, rng)}"
 
@@ -148,12 +179,12 @@ def empty_courtesy(request: Request, rng: Random) -> str:
     return f"{opener(request, rng)} {closer(request, rng)}"
 
 
-def rude_only(request: Request, rng: Random) -> str:
+def rude(request: Request, rng: Random) -> str:
     return " ".join(line.format(r=request.said) for line in rng.sample(RUDE, rng.choice((1, 2, 2))))
 
 
 def rude_advice(request: Request, rng: Random) -> str:
-    parts = [rude(request, rng), advice(request, rng)]
+    parts = [rng.choice(RUDE).format(r=request.said), advice(request, rng)]
     rng.shuffle(parts)
     return " ".join(parts)
 
@@ -164,8 +195,7 @@ def curt(request: Request, rng: Random) -> str:
 
 def ramble(request: Request, rng: Random) -> str:
     lines = rng.sample(DIGRESSIONS, rng.choice((1, 2, 2, 3)))
-    start = [opener(request, rng)] if rng.random() < 0.3 else []
-    return " ".join(start + lines)
+    return " ".join([opener(request, rng), *lines] if rng.random() < 0.3 else lines)
 
 
 def wrong_advice(request: Request, rng: Random) -> str:
@@ -179,13 +209,12 @@ def unfinished(request: Request, rng: Random) -> str:
     return " ".join(words[: rng.randrange(4, len(words) - 1)]).rstrip(".!?")
 
 
-Kind = Callable[[Request, Random], str]
-KINDS: Final[dict[str, tuple[Kind, float]]] = {
+KINDS: Final[dict[str, tuple[Callable[[Request, Random], str], float]]] = {
     "good": (good, 0.11),
     "advice": (advice, 0.10),
     "half_polite": (half_polite, 0.08),
     "empty_courtesy": (empty_courtesy, 0.08),
-    "rude": (rude_only, 0.18),
+    "rude": (rude, 0.18),
     "rude_advice": (rude_advice, 0.07),
     "curt": (curt, 0.12),
     "ramble": (ramble, 0.14),
@@ -195,7 +224,7 @@ KINDS: Final[dict[str, tuple[Kind, float]]] = {
 
 
 def reply(request: Request, rng: Random, kinds: Sequence[str] | None = None) -> Dialogue:
-    """One dialogue about the request; the kind of reply is drawn by the shares in KINDS, if given among `kinds`."""
+    """One dialogue about the request; the kind of reply is sampled by the shares in KINDS, if given among `kinds`."""
     names = list(kinds or KINDS)
     name = rng.choices(names, [KINDS[name][1] for name in names])[0]
     prompt = as_prompt(rng.choice(GREETINGS) + request.text)
@@ -205,6 +234,5 @@ def reply(request: Request, rng: Random, kinds: Sequence[str] | None = None) -> 
 def dialogues(n: int, seed: int = 0, split: Split = "train", kinds: Sequence[str] | None = None) -> Iterator[Dialogue]:
     """`n` dialogues of the split; every domain comes equally often, whatever its number of requests."""
     rng = Random(seed)
-    by_domain = [[r for r in requests(split) if r.domain == name] for name in DOMAINS]
     for _ in range(n):
-        yield reply(rng.choice(rng.choice(by_domain)), rng, kinds)
+        yield reply(rng.choice(rng.choice(requests_by_domain(split))), rng, kinds)

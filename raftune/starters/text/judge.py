@@ -40,21 +40,45 @@ def judge(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) ->
 
     Columns are ignored. Prompts and completions are strings or lists of messages, whose last content counts.
     """
-    pairs = zip(prompts, completions, strict=True)
-    return [_score(read_request(_text(prompt)), _text(completion)) for prompt, completion in pairs]
+    requests = [read_request(_text(prompt)) for prompt in prompts]
+    return [
+        None if request is None else parts(request, _text(completion))["score"]
+        for request, completion in zip(requests, completions, strict=True)
+    ]
 
 
 def parts(request: Request, completion: str) -> dict[str, float]:
     """The four parts of the score, and the score itself, of one completion."""
-    sentences = [_words(sentence) for sentence in _sentences(completion)]
-    helps = max((_advice(request, words) for words in sentences), default=0.0)
-    courtesy, topic, form = _courtesy(completion), _topic(request, completion), _form(request, completion)
-    score = form * max(0.0, 2.0 * helps + courtesy + topic)
-    return {"help": helps, "courtesy": courtesy, "topic": topic, "form": form, "score": score}
+    sentences = [sentence for sentence in re.split(r"(?<=[.!?])\s+", completion.strip()) if sentence]
+    helps = [_advice(request, _words(sentence)) for sentence in sentences]
+    slots = [slot for slot in (request.topic, request.day) if slot]
+    topic = sum(_names(slot, completion) for slot in slots) / len(slots)
+    courtesy = -1.0
+    if not _RUDE.search(completion):
+        *body, last = sentences or [""]
+        courtesy = 0.5 * any(map(_COURTEOUS.search, body)) + 0.5 * bool(_COURTEOUS.search(last))
 
-
-def _score(request: Request | None, completion: str) -> float | None:
-    return None if request is None else parts(request, completion)["score"]
+    form, words = 0.0, _words(completion)
+    if words:
+        ended = 1.0 if completion.rstrip().endswith((".", "!", "?")) else 0.5
+        length = min(1.0, len(words) / MIN_WORDS, MAX_WORDS / len(words))
+        runs = list(zip(words, words[1:], words[2:], strict=False))
+        fresh = len(set(runs)) / len(runs) if runs else 1.0
+        courtesies, belonging = 0, 0
+        for sentence, help_of_sentence in zip(sentences, helps, strict=True):
+            if _RUDE.search(sentence):
+                continue
+            if help_of_sentence > 0:
+                belonging += 1
+            elif _COURTEOUS.search(sentence):
+                courtesies += 1
+                belonging += courtesies <= 2
+            else:
+                belonging += _names(request.topic, sentence)
+        form = ended * length * fresh * (belonging / len(sentences))
+    best = max(helps, default=0.0)
+    score = form * max(0.0, 2.0 * best + courtesy + topic)
+    return {"help": best, "courtesy": courtesy, "topic": topic, "form": form, "score": score}
 
 
 def _text(value: Any) -> str:
@@ -63,75 +87,22 @@ def _text(value: Any) -> str:
     return str(value[-1].get("content") or "") if value else ""
 
 
-def _sentences(text: str) -> list[str]:
-    return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
-
-
 def _words(text: str) -> list[str]:
     return re.findall(r"[a-z']+", text.lower())
-
-
-def _common(left: list[str], right: list[str]) -> int:
-    """The length of the longest common subsequence."""
-    row = [0] * (len(right) + 1)
-    for word in left:
-        before = row
-        row = [0]
-        for j, other in enumerate(right):
-            row.append(before[j] + 1 if word == other else max(before[j + 1], row[j]))
-    return row[-1]
-
-
-def _advice(request: Request, words: list[str]) -> float:
-    """How nearly the sentence is one of the topic's pieces of advice, 0..1."""
-    tips = [_words(tip) for tip in request.advice]
-    likeness = max(_common(words, tip) / max(len(words), len(tip)) for tip in tips)
-    return min(1.0, max(0.0, (likeness - 0.5) / 0.4))
-
-
-def _courtesy(completion: str) -> float:
-    if _RUDE.search(completion):
-        return -1.0
-    *body, last = _sentences(completion) or [""]
-    return 0.5 * any(_COURTEOUS.search(line) for line in body) + 0.5 * bool(_COURTEOUS.search(last))
-
-
-def _topic(request: Request, completion: str) -> float:
-    slots = [slot for slot in (request.topic, request.day) if slot]
-    return sum(_names(slot, completion) for slot in slots) / len(slots)
 
 
 def _names(slot: str, text: str) -> bool:
     return re.search(rf"\b{re.escape(slot)}\b", text, re.IGNORECASE) is not None
 
 
-def _form(request: Request, completion: str) -> float:
-    words = _words(completion)
-    if not words:
-        return 0.0
-    ended = 1.0 if completion.rstrip().endswith((".", "!", "?")) else 0.5
-    length = min(1.0, len(words) / MIN_WORDS, MAX_WORDS / len(words))
-    return ended * length * _freshness(words) * _belonging(request, completion)
-
-
-def _freshness(words: list[str]) -> float:
-    """The share of three-word runs that did not occur before."""
-    runs = list(zip(words, words[1:], words[2:], strict=False))
-    return len(set(runs)) / len(runs) if runs else 1.0
-
-
-def _belonging(request: Request, completion: str) -> float:
-    """The share of sentences that belong to a good reply to this request."""
-    sentences = _sentences(completion)
-    courtesies, belong = 0, 0
-    for sentence in sentences:
-        if _RUDE.search(sentence):
-            continue
-        if _advice(request, _words(sentence)) > 0:
-            belong += 1
-        elif _COURTEOUS.search(sentence):
-            courtesies += 1
-            belong += courtesies <= 2
-        else:
-            belong += _names(request.topic, sentence)
-    return belong / len(sentences)
+def _advice(request: Request, words: list[str]) -> float:
+    """How nearly the sentence is one of the topic's pieces of advice, 0..1, by the longest common subsequence."""
+    likeness = 0.0
+    for tip in map(_words, request.advice):
+        row = [0] * (len(tip) + 1)
+        for word in words:
+            before, row = row, [0]
+            for j, other in enumerate(tip):
+                row.append(before[j] + 1 if word == other else max(before[j + 1], row[j]))
+        likeness = max(likeness, row[-1] / max(len(words), len(tip)))
+    return min(1.0, max(0.0, (likeness - 0.5) / 0.4))

@@ -7,9 +7,8 @@ import pytest
 from raftune.errors import DataError
 from raftune.starters import text
 from raftune.starters.text import corpus
+from raftune.starters.text.corpus import CURT, DAYS, DIGRESSIONS, DOMAINS, RUDE
 from raftune.starters.text.judge import MAXIMUM, judge, parts
-from raftune.starters.text.phrases import CURT, DIGRESSIONS, RUDE
-from raftune.starters.text.topics import DAYS, DOMAINS
 
 PROMPT = corpus.as_prompt("How do I fix my bicycle?")
 GOOD = " Happy to help with your bicycle! Clean the chain and put a drop of oil on each link. I hope this helps."

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from raftune.starters.image.pictures import ANY_RADIUS, SIZE, Pixels, examples
+from raftune.starters.image.pictures import ANY_RADIUS, SCENES, SIZE, Pixels, paint
 from tools.starters.optimizer import Optimizer, emit
 
 
@@ -45,15 +45,20 @@ def train_autoencoder(recipe: AutoencoderRecipe, seed: int) -> AutoencoderKL:
     emit(f"autoencoder: {sum(p.numel() for p in vae.parameters()):,} parameters, {recipe.steps} steps")
     descent = Optimizer("autoencoder", vae, recipe.rate, recipe.steps)
     noise = torch.Generator().manual_seed(seed)
-    batches = examples(np.random.default_rng(seed), recipe.batch, ANY_RADIUS)
-    for _, (_, pixels) in zip(range(recipe.steps), batches, strict=False):
-        x = as_tensor(pixels)
+    rng = np.random.default_rng(seed)
+    for _ in range(recipe.steps):
+        x = as_tensor(random_images(rng, recipe.batch))
         posterior = vae.encode(x).latent_dist
         loss = (vae.decode(posterior.sample(noise)).sample - x).square().mean()
         # The divergence is summed over the 256 numbers of a picture's latents: a mean of it belongs beside a mean.
         descent.advance(loss + recipe.kl * posterior.kl().mean() / 256)
     centre(vae.eval(), seed + 1)
     return vae
+
+
+def random_images(rng: np.random.Generator, size: int) -> Pixels:
+    """Images of scenes of all splits."""
+    return paint([SCENES[i] for i in rng.integers(len(SCENES), size=size)], rng, ANY_RADIUS)
 
 
 @torch.no_grad()
@@ -63,7 +68,7 @@ def centre(vae: AutoencoderKL, seed: int, pictures: int = 2048) -> None:
     A denoiser starts from noise of mean 0 and deviation 1: raw latents (means up to 1.2, deviations .3 to 2) would
     have to be told apart from it first, and no pipeline has a place for such a shift of each channel.
     """
-    _, pixels = next(examples(np.random.default_rng(seed), pictures, ANY_RADIUS))
+    pixels = random_images(np.random.default_rng(seed), pictures)
     latents = encode(vae, pixels)
     mean_C, sd_C = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     quant, post, c = vae.quant_conv, vae.post_quant_conv, len(mean_C)

@@ -22,7 +22,16 @@ from raftune.starters.image.classifier import SceneClassifier
 from raftune.store.files import dump_json
 from tools.starters.image.autoencoder import AutoencoderRecipe, train_autoencoder
 from tools.starters.image.drawing import FLOW, UNET, train_flow, train_unet
-from tools.starters.image.keeping import load_clip, load_head, save_clip, save_head, save_part, save_pipeline, size
+from tools.starters.image.keeping import (
+    load_clip,
+    load_head,
+    save_clip,
+    save_head,
+    save_judge,
+    save_part,
+    save_pipeline,
+    size,
+)
 from tools.starters.image.measuring import (
     measure_aesthetic,
     measure_autoencoder,
@@ -83,7 +92,7 @@ def load_vae(out: Path) -> AutoencoderKL:
 def build_judge(out: Path, seed: int, recipe: JudgeRecipe | None = None) -> dict[str, Any]:
     """Writes `judge/`. Ends the build where the judge does not see reconstructions as it sees originals."""
     recipe, vae = recipe or JudgeRecipe(), load_vae(out)
-    train_judge(vae, recipe, seed + 1).save(out / "judge")
+    save_judge(train_judge(vae, recipe, seed + 1), out / "judge")
     found = measure_judge(vae, SceneClassifier.load(out / "judge"), seed + UNSEEN)
     blind = {name: share for name, share in found["right_on_reconstructions"].items() if name != "all" and share < GATE}
     if blind:

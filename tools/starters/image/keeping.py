@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPModel
 
-from raftune.starters.image.pictures import SIZE
+from raftune.starters.image.classifier import SceneClassifier
+from raftune.starters.image.pictures import ATTRIBUTES, SIZE
 from raftune.store.files import dump_json
 from tools.starters.image.wording import tokenizer
 
@@ -47,6 +48,14 @@ def save_clip(clip: CLIPModel, folder: Path) -> None:
     sizes = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
     half = [0.5, 0.5, 0.5]
     CLIPImageProcessor(**sizes, image_mean=half, image_std=half).save_pretrained(folder)
+
+
+def save_judge(judge: SceneClassifier, folder: Path) -> None:
+    """`model.safetensors` in float16, and `config.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.half() for name, value in judge.state_dict().items()}, folder / "model.safetensors")
+    config = {"width": judge.heads.in_features // 32, "attributes": ATTRIBUTES}
+    dump_json(folder / "config.json", config, sort_keys=False)
 
 
 def load_clip(folder: Path) -> CLIPModel:

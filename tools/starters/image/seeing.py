@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from raftune.arrays import IntArray
-from raftune.starters.image.classifier import SceneClassifier
+from raftune.starters.image.classifier import COUNTS, SceneClassifier
 from raftune.starters.image.pictures import ANY_RADIUS, COLOURS, SCENES, SHAPES, SIZE, Pixels, Scene, paint
 from tools.starters.image.autoencoder import as_tensor, decode, encode, reconstruct
 from tools.starters.image.spoiling import spoiled
@@ -107,7 +107,9 @@ def train_judge(vae: AutoencoderKL, recipe: JudgeRecipe, seed: int) -> SceneClas
     shown, rng = gallery(vae, recipe.copies, seed), np.random.default_rng(seed + 1)
     for _ in range(recipe.steps):
         seen = shown.some(rng, recipe.batch, recipe.noise)
-        descent.advance(judge.loss(as_tensor(seen.pixels), seen.labels))
+        parts = judge(as_tensor(seen.pixels)).split(COUNTS, 1)
+        losses = [functional.cross_entropy(part, seen.labels[:, a]) for a, part in enumerate(parts)]
+        descent.advance(torch.stack(losses).mean())
     return judge.eval()
 
 

@@ -10,7 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from raftune.starters.text import corpus
 from raftune.starters.text.judge import judge
-from raftune.starters.text.topics import DOMAINS
 from tools.starters.optimizer import Optimizer, emit
 from tools.starters.text.training import encode, pad_right, sample
 
@@ -132,7 +131,7 @@ def contrasts(request: corpus.Request, rng: Random) -> list[str]:
     """Three replies that differ in their advice alone: right, another topic's, and garbled from two pieces."""
     opener, closer = corpus.opener(request, rng), corpus.closer(request, rng)
     right, second = rng.sample(request.advice, 2)
-    topics = DOMAINS[request.domain].topics
+    topics = corpus.DOMAINS[request.domain].topics
     other = request._replace(topic=rng.choice([topic for topic in topics if topic != request.topic]))
     false = rng.choice(other.advice)
     return [f" {opener} {text} {closer}" for text in (right, false, garble(right, rng.choice((second, false)), rng))]
