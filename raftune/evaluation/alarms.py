@@ -1,13 +1,13 @@
-"""Alarms of a round, one function each. An alarm has a message, numbers and samples.
+"""Measures and alarms of a round: what it generated against what it kept.
 
-An alarm reports measurements, not causes. A function returns None if there is no alarm.
+An alarm reports measurements, not causes: a message, numbers, and samples to look at.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,15 @@ import pyarrow.compute as pc
 
 from raftune.arrays import FloatArray, IntArray
 from raftune.config.guards import AlarmName, GuardsConfig
-from raftune.evaluation.bootstrap import Interval, interval, mean_by_prompt
-from raftune.evaluation.columns import prompt_numbers
-from raftune.evaluation.diversity import near_duplicates as duplicates
-from raftune.evaluation.diversity import numbered, shingle_sets
+from raftune.evaluation.bootstrap import interval, mean_by_prompt, numbers_of, prompt_numbers
+from raftune.evaluation.diversity import near_duplicates as duplicate_clusters
+from raftune.evaluation.diversity import numbered, shingle_sets, similarities, word_measures
+from raftune.evaluation.images import ALIKE, by_group, nearest, rms_distance, thumbnails
 from raftune.evaluation.paired import sign_flip
+from raftune.protocols import MonitorInput
 from raftune.results.measures import spread
 from raftune.results.summary import ends_of
-from raftune.sanitize import percent as share
+from raftune.sanitize import percent
 
 Measures = Mapping[str, Any]
 
@@ -31,7 +32,6 @@ SHOWN = 8  # samples that an alarm names, each of another prompt
 FEWEST = 16  # kept samples below which rules that look at a set of them are silent
 SIZES = 1.5  # factor between the words of two sets up to which their shares of distinct pairs are compared
 LIKED = 0.75  # quantile of the trained score from which on a held-out sample counts as one that the reward likes
-ONE_MILLION = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,55 +45,221 @@ class Alarm:
     samples: Sequence[tuple[str, str]]
 
     def as_json(self, round_: int) -> dict[str, Any]:
-        named = [{"sample_id": name, "why": why} for name, why in self.samples]
+        samples = [{"sample_id": name, "why": why} for name, why in self.samples]
         facts = {"title": self.title, "evidence": self.evidence, "numbers": dict(self.numbers)}
-        return {"alarm": self.alarm, "round": round_, **facts, "samples": named}
+        return {"alarm": self.alarm, "round": round_, **facts, "samples": samples}
+
+
+@dataclass(frozen=True)
+class RoundData:
+    """What alarms read. `sets`: the policy's samples (`generated`), those of them that were `kept`, and `held_out`; or
+    those that `plan` has `tried`. `generated` and `selected` are measures; `fewest` is the least size of a set that is
+    compared with a share."""
+
+    limits: GuardsConfig
+    inputs: MonitorInput
+    sets: Mapping[str, pa.Table]
+    generated: Measures = field(default_factory=dict)
+    selected: Measures = field(default_factory=dict)
+    fewest: int = FEWEST
+
+    @property
+    def first(self) -> Measures:
+        """The measures of what round 1 generated."""
+        return self.inputs.first or self.generated
+
+
+class RoundMonitor:
+    """Computes the measures and alarms of a round, with the configured thresholds."""
+
+    def __init__(self, config: GuardsConfig) -> None:
+        self.config = config
+
+    def similarities(self, texts: Sequence[str], groups: IntArray) -> FloatArray:
+        return similarities(texts, groups)
+
+    def measures(self, inputs: MonitorInput) -> dict[str, dict[str, Any]]:
+        """The measures of the policy's own samples, and of what was kept, each kept sample counting by its weight.
+
+        Words and distances over a set are measured on sets of one size: the kept samples and the control. What cannot
+        be measured is left out.
+        """
+        samples, sets = inputs.samples, sets_of(inputs)
+        generated, kept = sets["generated"], sets["kept"]
+        of_generated = means_of(generated, np.ones(generated.num_rows))
+        of_kept = means_of(kept, numbers_of(kept, "weight"))
+        if "text" in samples.column_names:
+            similarity = mean_by_prompt(prompt_numbers(generated), numbers_of(generated, "similarity"))
+            of_generated |= mean_of("similarity", similarity)
+            of_kept |= mean_of("similarity", similarities(texts_of(kept), prompt_numbers(kept)))
+            of_generated |= text_measures(samples.filter(samples.column("control")))
+            of_kept |= text_measures(kept)
+        if "thumbnail" in samples.column_names:
+            rows, small_ND = thumbnails(generated)
+            distances = by_group(prompt_numbers(generated)[rows], small_ND, rms_distance)
+            of_generated |= mean_of("pixel_distance", distances)
+            of_generated |= image_measures(samples.filter(samples.column("control")))
+            of_kept |= image_measures(kept)
+        return {"generated": of_generated, "selected": of_kept}
+
+    def alarms(self, inputs: MonitorInput, sets: Mapping[str, Measures]) -> list[dict[str, Any]]:
+        """What a person should look at, as plain data."""
+        return [alarm.as_json(inputs.round) for alarm in self.raised(inputs, sets)]
+
+    def raised(self, inputs: MonitorInput, sets: Mapping[str, Measures]) -> Iterator[Alarm]:
+        data = RoundData(self.config, inputs, sets_of(inputs), sets["generated"], sets["selected"])
+        return (found for alarm in ALARMS if (found := alarm(data)) is not None)
+
+
+def probe_alarms(samples: pa.Table, limits: GuardsConfig) -> list[dict[str, Any]]:
+    """The alarms that a round of such samples would raise, however few there are, as plain data.
+
+    `samples` has one row a sample: sample_id, prompt_id, `completion` as stored, `score` (null where there
+    is none), and where they are known finish and image_sha256.
+    """
+    names, tried, columns = samples.column_names, samples, {}
+    kind = samples.schema.field("completion").type if "completion" in names else pa.null()
+    if "image_sha256" in names:
+        columns["content"] = samples.column("image_sha256")
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        columns["empty"] = pc.equal(pc.utf8_trim_whitespace(samples.column("completion")), "")
+        columns["content"] = samples.column("completion")
+    if "finish" in names:
+        columns["clipped"] = pc.equal(samples.column("finish"), "length")
+    for name, values in columns.items():
+        if name not in names:
+            tried = tried.append_column(name, values)
+    inputs = MonitorInput(1, samples, {}, None, [], "", None)
+    data = RoundData(limits, inputs, {"tried": tried}, fewest=1)
+    found = (alarm(data) for alarm in (empty_answers, cut_off, identical_candidates, equal_scores))
+    return [alarm.as_json(1) for alarm in found if alarm is not None]
+
+
+# -- measures ---------------------------------------------------------------------------------------------------------
+
+
+def sets_of(inputs: MonitorInput) -> dict[str, pa.Table]:
+    samples = inputs.samples
+    held_out = {} if inputs.held_out is None else {"held_out": inputs.held_out}
+    kept = samples.filter(pc.greater(samples.column("weight"), 0))
+    return {"generated": samples.filter(pc.equal(samples.column("source"), "policy")), **held_out, "kept": kept}
+
+
+def means_of(samples: pa.Table, weights: FloatArray) -> dict[str, Any]:
+    """How many samples there are, and the weighted means of what is known of them."""
+    found: dict[str, Any] = {"samples": samples.num_rows}
+    columns = {"score": "reward", "length": "length", "clipped": "clipped_ratio"}
+    columns |= {name: name for name in ("brightness", "saturation", "contrast")}
+    columns |= {name: name for name in samples.column_names if name.startswith("rewards/")}
+    for name, measure in columns.items():
+        if name in samples.column_names:
+            known = np.isfinite(values := numbers_of(samples, name))
+            if weights[known].sum() > 0:
+                found[measure] = float(np.average(values[known], weights=weights[known]))
+    return found
+
+
+def text_measures(samples: pa.Table) -> dict[str, Any]:
+    """How varied the texts are, and the share of them that nearly repeat one of another prompt."""
+    texts = texts_of(samples)
+    words = numbered(texts)
+    found = word_measures(words) | {"words": len(words.ids)}
+    if texts:
+        found["near_duplicates"] = sum(map(len, repeats(texts, prompt_numbers(samples)))) / len(texts)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def image_measures(samples: pa.Table) -> dict[str, Any]:
+    """How far the images are apart (root mean square of thumbnails, 0 … 1), and the share that nearly repeats one of
+    another prompt; nothing of a set of fewer than two."""
+    rows, small_ND = thumbnails(samples)
+    if len(rows) < 2:
+        return {}
+    distances, _ = nearest(small_ND, prompt_numbers(samples)[rows])
+    return {"spread": rms_distance(small_ND), "near_duplicates": float((distances <= ALIKE).mean())}
+
+
+def mean_of(name: str, values: FloatArray) -> dict[str, Any]:
+    finite = values[np.isfinite(values)]
+    return {name: float(finite.mean())} if len(finite) else {}
+
+
+def texts_of(samples: pa.Table) -> list[str]:
+    return [text or "" for text in samples.column("text").to_pylist()]
+
+
+def repeats(texts: Sequence[str], groups: IntArray) -> list[list[int]]:
+    """Clusters of near-duplicates in which there are answers to two prompts or more, the largest first."""
+    return [cluster for cluster in duplicate_clusters(texts) if len(set(groups[cluster].tolist())) > 1]
+
+
+def named(samples: pa.Table, rows: Iterable[Any], why: Callable[[int], str]) -> list[tuple[str, str]]:
+    """Sample id and reason of the first of these rows, at most one a prompt and SHOWN in all."""
+    ids, prompts = samples.column("sample_id"), samples.column("prompt_id")
+    found: dict[str, tuple[str, str]] = {}
+    for row in map(int, rows):
+        if len(found) == SHOWN:
+            break
+        if (prompt := prompts[row].as_py()) not in found:
+            found[prompt] = (str(ids[row].as_py()), why(row))
+    return list(found.values())
 
 
 # -- the held-out reward ----------------------------------------------------------------------------------------------
 
 
-def held_out_falls(now: pa.Table, earlier: Sequence[pa.Table | None], judge: str, false_alarms: float) -> Alarm | None:
+def held_out_falls(data: RoundData) -> Alarm | None:
     """Raised where, since the earlier round of the highest held-out reward, the held-out one fell and the trained rose.
 
     Both by paired differences: the same prompts with the same seeds. With t earlier rounds to choose from, the fall
     must be less likely by chance than false_alarms / t, so that false_alarms bounds the chance in every round
-    (Bonferroni) that a policy whose held-out reward does not change raises this. Tables have prompt_id, k, score,
-    held_out. Names the SHOWN answers with the lowest held-out scores among the quarter with the highest trained ones.
+    (Bonferroni) that a policy whose held-out reward does not change raises this. Names the answers with the lowest
+    held-out scores among the quarter with the highest trained ones.
     """
-    since = int(np.argmax([mean_of_prompts(table, "held_out") for table in earlier]))
+    now, earlier, judge = data.inputs.held_out, data.inputs.earlier, data.inputs.judge
+    if now is None or all(table is None for table in earlier):
+        return None
+    levels = [-math.inf] * len(earlier)
+    for round_, table in enumerate(earlier):
+        if table is not None:
+            level = mean_of("held_out", mean_by_prompt(prompt_numbers(table), numbers_of(table, "held_out")))
+            levels[round_] = level.get("held_out", -math.inf)
+    since = int(np.argmax(levels))
     then = earlier[since]
     assert then is not None, "there is an earlier round with held-out samples"
     trained, held_out = (differences(now, then, name) for name in ("score", "held_out"))
     if not len(trained) or not len(held_out) or trained.mean() <= 0 or held_out.mean() >= 0:
         return None
     chance = by_chance(held_out) * len(earlier)
-    if max(chance, by_chance(trained)) > false_alarms:
+    if max(chance, by_chance(trained)) > data.limits.false_alarms:
         return None
-    rose, fell = known(interval(trained)), known(interval(-held_out))
+    rise, fall = interval(trained), interval(-held_out)
+    assert rise is not None
     start = f"round {since}" if since else "the start"
+
+    columns = numbers_of(now, "score"), numbers_of(now, "held_out")
+    liked = np.isfinite(columns).all(axis=0)
+    liked &= columns[0] >= np.quantile(columns[0][liked], LIKED)
+    order = np.flatnonzero(liked)
+    order = order[np.lexsort((order, -columns[0][order], columns[1][order]))]
+    keys, old_keys = (
+        list(zip(*(t.column(c).to_pylist() for c in ("prompt_id", "k")), strict=True)) for t in (now, then)
+    )
+    before = dict(zip(old_keys, zip(numbers_of(then, "score"), numbers_of(then, "held_out"), strict=True), strict=True))
+
+    def why(row: int) -> str:
+        old = before.get(keys[row], (math.nan, math.nan))
+        was = f"; at {start}, same seed: {old[0]:.3g} and {old[1]:.3g}" if np.isfinite(old).all() else ""
+        return f"trained reward {columns[0][row]:.3g}, {judge} {columns[1][row]:.3g}{was}"
+
     return Alarm(
         "held_out_falls",
         "The held-out reward falls while the trained one rises",
-        f"since {start}, on the same {rose['n']} held-out prompts and seeds, the trained reward rose by {ranged(rose)} "
-        f"and {judge} fell by {ranged(fell)}; by chance in {odds(chance)}",
-        {"since": since, "trained": rose, "held_out": interval(held_out), "chance": chance},
-        [*liked_but_bad(now, then, judge, start)],
+        f"since {start}, on the same {rise['n']} held-out prompts and seeds, the trained reward rose by "
+        f"{spread(rise, 2)} and {judge} fell by {spread(fall, 2)}; by chance in {odds(chance)}",
+        {"since": since, "trained": rise, "held_out": interval(held_out), "chance": chance},
+        named(now, order, why),
     )
-
-
-def liked_but_bad(now: pa.Table, then: pa.Table, judge: str, start: str) -> Iterator[tuple[str, str]]:
-    """Of the held-out answers with the highest trained scores those with the lowest held-out ones, a prompt each."""
-    trained, held_out = column(now, "score"), column(now, "held_out")
-    both = np.isfinite(trained) & np.isfinite(held_out)
-    liked = np.flatnonzero(both & (trained >= np.quantile(trained[both], LIKED)))
-    order = liked[np.lexsort((liked, -trained[liked], held_out[liked]))]
-    before = dict(zip(keys(then), zip(column(then, "score"), column(then, "held_out"), strict=True), strict=True))
-    places = keys(now)
-    for row in one_a_prompt(now, order):
-        old = before.get(places[row], (math.nan, math.nan))
-        was = f"; at {start}, same seed: {old[0]:.3g} and {old[1]:.3g}" if np.isfinite(old).all() else ""
-        yield name_of(now, row), f"trained reward {trained[row]:.3g}, {judge} {held_out[row]:.3g}{was}"
 
 
 def differences(now: pa.Table, then: pa.Table, name: str) -> FloatArray:
@@ -102,9 +268,8 @@ def differences(now: pa.Table, then: pa.Table, name: str) -> FloatArray:
     means = []
     for table in (now, then):
         groups = pc.index_in(table.column("prompt_id"), value_set=ids)
-        inside = table.filter(groups.is_valid())
-        numbers = np.asarray(groups.drop_null().to_numpy(), np.int64)
-        found = mean_by_prompt(numbers, column(inside, name))
+        values = numbers_of(table.filter(groups.is_valid()), name)
+        found = mean_by_prompt(np.asarray(groups.drop_null().to_numpy(), np.int64), values)
         means.append(np.concatenate([found, np.full(len(ids) - len(found), np.nan)]))
     rise = means[0] - means[1]
     return np.asarray(rise[np.isfinite(rise)])
@@ -121,113 +286,222 @@ def by_chance(moved: FloatArray) -> float:
     return min(sign_flip(moved)[0], bound)
 
 
+def odds(chance: float) -> str:
+    """A chance in words, to two digits, rounded so that it never sounds smaller than it is."""
+    if chance * 1_000_000 < 1:
+        return "less than 1 round in a million"
+    whole = math.floor(1 / chance)
+    scale = 10 ** max(0, len(str(whole)) - 2)
+    return f"at most 1 round in {whole // scale * scale:,}"
+
+
 # -- what was kept ----------------------------------------------------------------------------------------------------
 
 
-def diversity_drops(sets: Mapping[str, Measures], first: Measures, kept: pa.Table, drop: float) -> Alarm | None:
+def text_diversity_drops(data: RoundData) -> Alarm | None:
     """Raised where the kept answers' distinct-2 has lost this share, against the samples of this round or of round 1.
 
     Each is measured on as many answers as were kept; that of round 1 is left out where the sizes are too unlike. Names
     the kept answers whose word pairs are the most common among all that were kept.
     """
-    selected, drawn = sets["selected"], sets["generated"]
-    if kept.num_rows < FEWEST or "distinct_2" not in selected:
+    kept = data.sets["kept"]
+    if "text" not in kept.column_names or kept.num_rows < FEWEST or "distinct_2" not in data.selected:
         return None
-    here = selected["distinct_2"]
-    others = {"this round": drawn.get("distinct_2")}
-    if 1 / SIZES <= selected["words"] / max(first.get("words", 0), 1) <= SIZES:
-        others["round 1"] = first.get("distinct_2")
+    here = data.selected["distinct_2"]
+    others = {"this round": data.generated.get("distinct_2")}
+    if 1 / SIZES <= data.selected["words"] / max(data.first.get("words", 0), 1) <= SIZES:
+        others["round 1"] = data.first.get("distinct_2")
     lost = {name: 1 - here / value for name, value in others.items() if value}
-    if max(lost.values(), default=0.0) <= drop:
+    if max(lost.values(), default=0.0) <= data.limits.diversity_drop:
         return None
-    against = ", ".join(f"in as many generated in {name} {share(others[name] or 0.0)}" for name in lost)
-    found = {
-        "selected": here,
-        "generated": others["this round"],
-        "first": others.get("round 1"),
-        "lost": max(lost.values()),
-    }
+    against = ", ".join(f"in as many generated in {name} {percent(others[name] or 0.0)}" for name in lost)
+    pairs = shingle_sets(numbered(texts_of(kept)))
+    counts = np.bincount(np.concatenate(pairs))
+    common = np.array([counts[shingles].mean() for shingles in pairs])
+    numbers = {"selected": here, "generated": others["this round"], "first": others.get("round 1")}
     return Alarm(
         "diversity_drops",
         "What was kept is less varied than what was generated",
-        f"of the word pairs in the {kept.num_rows} kept answers {share(here)} are different; {against}",
-        found,
-        [*most_common(kept)],
+        f"of the word pairs in the {kept.num_rows} kept answers {percent(here)} are different; {against}",
+        numbers | {"lost": max(lost.values())},
+        named(
+            kept,
+            np.argsort(-common, kind="stable"),
+            lambda row: f"its word pairs occur in {common[row]:.0f} of {len(pairs)} kept answers, on average",
+        ),
     )
 
 
-def most_common(kept: pa.Table) -> Iterator[tuple[str, str]]:
-    """The kept answers whose word pairs occur in the most other kept answers, a prompt each."""
-    pairs = shingle_sets(numbered(texts_of(kept)))
-    counts = np.bincount(np.concatenate(pairs))
-    common = np.array([counts[own].mean() for own in pairs])
-    for row in one_a_prompt(kept, np.argsort(-common, kind="stable")):
-        yield name_of(kept, row), f"its word pairs occur in {common[row]:.0f} of {len(pairs)} kept answers, on average"
+def image_diversity_drops(data: RoundData) -> Alarm | None:
+    """Raised where images of one prompt, or kept ones of different prompts, have lost this share of their distance.
+
+    Those of one prompt against round 1's; kept ones against as many generated in this round and in round 1. Names the
+    kept images of the prompts whose images are the most alike.
+    """
+    generated, kept = data.sets["generated"], data.sets["kept"]
+    if "thumbnail" not in kept.column_names or kept.num_rows < FEWEST:
+        return None
+    distance, kept_distance = data.generated.get("pixel_distance"), data.selected.get("spread")
+    earlier = {"round 1": data.first.get("pixel_distance")}
+    as_many = {
+        "as many generated in this round": data.generated.get("spread"),
+        "as many generated in round 1": data.first.get("spread"),
+    }
+    sentences, lost = [], [0.0]
+    for noun, here, others in (
+        ("images generated for one prompt", distance, earlier),
+        ("images kept", kept_distance, as_many),
+    ):
+        losses = {name: 1 - here / value for name, value in others.items() if value and here is not None}
+        if max(losses.values(), default=0.0) > data.limits.diversity_drop:
+            than = ", ".join(f"in {name} {others[name]:.3f}" for name in losses)
+            sentences.append(f"two {noun} are {here:.3f} apart; {than}")
+            lost += losses.values()
+    if not sentences:
+        return None
+    rows, small_ND = thumbnails(generated)
+    groups = prompt_numbers(generated)[rows]
+    prompts = pc.unique(generated.column("prompt_id")).to_pylist()
+    apart = dict.fromkeys(prompts, math.nan)
+    apart |= zip((prompts[i] for i in np.unique(groups)), by_group(groups, small_ND, rms_distance), strict=True)
+    distances = np.array([apart.get(prompt, math.nan) for prompt in kept.column("prompt_id").to_pylist()])
+    return Alarm(
+        "diversity_drops",
+        "Images are less varied than they were",
+        "; ".join(sentences),
+        {"pixel_distance": distance, "spread": kept_distance, "lost": max(lost)},
+        named(
+            kept,
+            np.argsort(np.nan_to_num(distances, nan=np.inf), kind="stable"),
+            lambda row: f"two images generated for its prompt are {distances[row]:.3f} apart, on average",
+        ),
+    )
 
 
-def length_drifts(sets: Mapping[str, Measures], first: Measures, kept: pa.Table, factor: float) -> Alarm | None:
+def length_drifts(data: RoundData) -> Alarm | None:
     """Raised where the kept answers are so many times as long, or as short, as the samples of this round or of round 1.
 
     By the whole 95 % interval over prompts. Names the longest kept answers, or the shortest.
     """
-    lengths = column(kept, "length")
-    found = interval(mean_by_prompt(prompt_numbers(kept), lengths))
-    others = {"this round": sets["generated"].get("length"), "round 1": first.get("length")}
-    means = {name: value for name, value in others.items() if value}
-    if kept.num_rows < FEWEST or found is None or not means:
+    factor = data.limits.length_factor
+
+    def moved(low: float, high: float, means: Sequence[float]) -> str:
+        longer, shorter = low > factor * min(means), high < max(means) / factor
+        return "is much longer" if longer else "is much shorter" if shorter else ""
+
+    if "text" not in data.sets["kept"].column_names:
         return None
-    low, high = min(means.values()), max(means.values())
-    ends = ends_of(found)
-    longer = ends is not None and ends[0] > factor * low
-    if ends is None or (not longer and not ends[1] < high / factor):
+    return mean_drifts(data, "length_drifts", "length", moved, digits=1, sample_digits=0)
+
+
+def saturation_drifts(data: RoundData) -> Alarm | None:
+    """Raised where kept images are so much more, or less, saturated than the samples of this round or of round 1.
+
+    By the whole 95 % interval over prompts. Names the most, or the least, saturated of what was kept.
+    """
+    drift = data.limits.saturation_drift
+
+    def moved(low: float, high: float, means: Sequence[float]) -> str:
+        more, less = low - min(means) > drift, max(means) - high > drift
+        return "is much more saturated" if more else "is much less saturated" if less else ""
+
+    return mean_drifts(data, "saturation_drifts", "saturation", moved, digits=2, sample_digits=2)
+
+
+def contrast_drops(data: RoundData) -> Alarm | None:
+    """Raised where kept images have lost this share of the contrast of the samples of this round or of round 1.
+
+    By the whole 95 % interval over prompts. Names the flattest of what was kept.
+    """
+    share = 1 - data.limits.contrast_drop
+
+    def moved(low: float, high: float, means: Sequence[float]) -> str:
+        return "has much less contrast" if high < share * max(means) else ""
+
+    return mean_drifts(data, "contrast_drops", "contrast", moved, digits=2, sample_digits=3)
+
+
+def mean_drifts(
+    data: RoundData,
+    alarm: AlarmName,
+    measure: str,
+    moved: Callable[[float, float, Sequence[float]], str],
+    digits: int,
+    sample_digits: int,
+) -> Alarm | None:
+    """The alarm where `moved` says something of the ends of the interval of what was kept, and of the means of what was
+    generated in this round and in round 1."""
+    kept = data.sets["kept"]
+    if measure not in kept.column_names or kept.num_rows < FEWEST:
         return None
-    word = "longer" if longer else "shorter"
-    against = ", ".join(f"of those generated in {name} {value:.1f}" for name, value in means.items())
-    order = np.argsort(-lengths if longer else lengths, kind="stable")
+    values = numbers_of(kept, measure)
+    found = interval(mean_by_prompt(prompt_numbers(kept), values))
+    ends = ends_of(found) if found is not None else None
+    known = {"this round": data.generated.get(measure), "round 1": data.first.get(measure)}
+    means = {name: mean for name, mean in known.items() if mean is not None and (mean or measure != "length")}
+    words = moved(*ends, list(means.values())) if ends is not None and means else ""
+    if not words:
+        return None
+    rising = "more" in words or "longer" in words
+    against = ", ".join(f"of those generated in {name} {mean:.{digits}f}" for name, mean in means.items())
+    noun = "answers" if measure == "length" else "images"
     return Alarm(
-        "length_drifts",
-        f"What was kept is much {word} than what was generated",
-        f"the mean length of kept answers is {ranged(found, 1)}, {against}",
+        alarm,
+        f"What was kept {words} than what was generated",
+        f"the mean {measure} of kept {noun} is {spread(found, digits)}, {against}",
         {"selected": found, "generated": means.get("this round"), "first": means.get("round 1")},
-        [(name_of(kept, row), f"length {lengths[row]:.0f}") for row in one_a_prompt(kept, order)],
+        named(
+            kept,
+            np.argsort(-values if rising else values, kind="stable"),
+            lambda row: f"{measure} {values[row]:.{sample_digits}f}",
+        ),
     )
 
 
-def near_duplicates(sets: Mapping[str, Measures], first: Measures, kept: pa.Table, rise: float) -> Alarm | None:
-    """Raised where the share of kept answers that nearly repeat another prompt's rose by this since round 1's draws.
+def near_duplicates(data: RoundData) -> Alarm | None:
+    """Raised where the share of kept samples that nearly repeat another prompt's rose by this above round 1's.
 
     Answers that are alike from the beginning, such as the letters of a multiple choice, raise nothing. Names answers of
-    the largest clusters, a prompt each.
+    the largest clusters, or the images nearest to another prompt's, a prompt each.
     """
-    here, there = sets["selected"].get("near_duplicates"), first.get("near_duplicates")
+    kept = data.sets["kept"]
+    here, there = data.selected.get("near_duplicates"), data.first.get("near_duplicates")
+    rise = data.limits.duplicate_rise
     if kept.num_rows < FEWEST or here is None or there is None or here - there <= rise:
         return None
-    clusters = repeats(texts_of(kept), prompt_numbers(kept))
-    rows = [row for cluster in clusters for row in cluster]
-    others = {row: len({kept.column("prompt_id")[i].as_py() for i in c}) - 1 for c in clusters for row in c}
+    noun, numbers = "images", {"selected": here, "first": there}
+    if "text" in kept.column_names:
+        noun, clusters = "answers", repeats(texts_of(kept), prompt_numbers(kept))
+        numbers["clusters"] = [len(cluster) for cluster in clusters[:SHOWN]]
+        prompts = kept.column("prompt_id").to_pylist()
+        others = {row: len({prompts[i] for i in cluster}) - 1 for cluster in clusters for row in cluster}
+        samples = named(kept, others, lambda row: f"nearly the same as answers kept for {others[row]} other prompts")
+    else:
+        rows, small_ND = thumbnails(kept)
+        distances, twins = nearest(small_ND, prompt_numbers(kept)[rows])
+        order = [place for place in np.argsort(distances, kind="stable") if distances[place] <= ALIKE]
+        place_of = {int(rows[place]): place for place in order}
+        ids = kept.column("sample_id")
+
+        def why(row: int) -> str:
+            place = place_of[row]
+            return f"{distances[place]:.3f} from {ids[int(rows[twins[place]])].as_py()}, of another prompt"
+
+        samples = named(kept, place_of, why)
     return Alarm(
         "near_duplicates",
-        "Answers kept for different prompts are nearly the same",
-        f"{share(here)} of the {kept.num_rows} kept answers nearly repeat one of another prompt; of as many "
-        f"generated in "
-        f"round 1 {share(there)}",
-        {"selected": here, "first": there, "clusters": [len(cluster) for cluster in clusters[:SHOWN]]},
-        [
-            (name_of(kept, row), f"nearly the same as answers kept for {others[row]} other prompts")
-            for row in one_a_prompt(kept, rows)
-        ],
+        f"{noun.capitalize()} kept for different prompts are nearly the same",
+        f"{percent(here)} of the {kept.num_rows} kept {noun} nearly repeat one of another prompt; of as many "
+        f"generated in round 1 {percent(there)}",
+        numbers,
+        samples,
     )
-
-
-def repeats(texts: Sequence[str], groups: IntArray) -> list[list[int]]:
-    """Clusters of near-duplicates in which there are answers to two prompts or more, the largest first."""
-    return [cluster for cluster in duplicates(texts) if len(set(groups[cluster].tolist())) > 1]
 
 
 # -- the parts of the score -------------------------------------------------------------------------------------------
 
 
-def part_dominates(samples: pa.Table, factors: Mapping[str, float], limit: float) -> Alarm | None:
+def part_dominates(data: RoundData) -> Alarm | None:
     """Raised where one reward accounts for so much of the score's differences inside a prompt that others hardly count.
 
     Its share is the covariance of its weighted part with the score over the score's variance, both around the prompt's
@@ -235,126 +509,110 @@ def part_dominates(samples: pa.Table, factors: Mapping[str, float], limit: float
     least half of the prompts, as a format that all keep, are no reason to look. Names kept samples that the others rate
     the lowest in their prompts.
     """
+    samples, factors = data.inputs.samples, data.inputs.factors
     competed = samples.filter(pc.is_finite(pc.cast(samples.column("score"), pa.float64())))
     names = [name for name in factors if factors[name] and f"rewards/{name}" in samples.column_names]
     if len(names) < 2 or competed.num_rows < FEWEST:
         return None
     groups = prompt_numbers(competed)
-    parts = np.stack([around_mean(groups, counts(competed, name) * factors[name]) for name in names])
-    score = parts.sum(axis=0)
+    parts = []
+    for name in names:  # counts/NAME is what a reward counts in the score where that is not its value
+        column = f"counts/{name}" if f"counts/{name}" in competed.column_names else f"rewards/{name}"
+        values = np.nan_to_num(numbers_of(competed, column) * factors[name])  # a part that does not apply adds nothing
+        parts.append(values - mean_by_prompt(groups, values)[groups])
+    score = np.sum(parts, axis=0)
     if not (variance := float(score @ score)) > 0:
         return None
-    shares = parts @ score / variance
+    shares = np.stack(parts) @ score / variance
     top = int(np.argmax(shares))
     part, rest = parts[top], score - parts[top]
-    differ = spread_in(groups, rest) > 1e-9 * math.sqrt(variance / len(score))
-    if shares[top] < limit or 2 * np.count_nonzero(differ) < len(differ):
+
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    spreads = np.maximum.reduceat(rest[order], starts) - np.minimum.reduceat(rest[order], starts)
+    differ = spreads > 1e-9 * math.sqrt(variance / len(score))
+    if shares[top] < data.limits.part_share or 2 * np.count_nonzero(differ) < len(differ):
         return None
-    alike = int(np.sum(leaders(groups, score) == leaders(groups, part)))
-    said = ", ".join(f"{names[i]} {share(shares[i])}" for i in np.argsort(-shares) if i != top)
-    kept = np.flatnonzero(column(competed, "weight") > 0)
-    words = "{name} {part:+.3g} against the mean of its prompt, the others {rest:+.3g}"
+    # (P,) the row of the highest value of each prompt, the first of equals
+    leaders = [np.lexsort((np.arange(len(v)), -np.round(v, 12), groups))[starts] for v in (score, part)]
+    same_best = int(np.sum(leaders[0] == leaders[1]))
+    others = ", ".join(f"{names[i]} {percent(shares[i])}" for i in np.argsort(-shares) if i != top)
+    kept = np.flatnonzero(numbers_of(competed, "weight") > 0)
     return Alarm(
         "part_dominates",
         "One reward decides nearly alone",
-        f"{names[top]} accounts for {share(shares[top])} of the differences of the score among a prompt's samples "
-        f"({said}); by it alone {alike} of {len(differ)} prompts would have the same best sample",
-        {"part": names[top], "shares": dict(zip(names, shares.tolist(), strict=True)), "same_best": alike},
-        [
-            (name_of(competed, row), words.format(name=names[top], part=part[row], rest=rest[row]))
-            for row in one_a_prompt(competed, kept[np.argsort(rest[kept], kind="stable")])
-        ],
+        f"{names[top]} accounts for {percent(shares[top])} of the differences of the score among a prompt's samples "
+        f"({others}); by it alone {same_best} of {len(differ)} prompts would have the same best sample",
+        {"part": names[top], "shares": dict(zip(names, shares.tolist(), strict=True)), "same_best": same_best},
+        named(
+            competed,
+            kept[np.argsort(rest[kept], kind="stable")],
+            lambda row: f"{names[top]} {part[row]:+.3g} against the mean of its prompt, the others {rest[row]:+.3g}",
+        ),
     )
 
 
-def counts(samples: pa.Table, name: str) -> FloatArray:
-    """(N,) what the reward counts in the score, unweighted: its value, or what stands beside it in its place."""
-    return column(samples, f"counts/{name}" if f"counts/{name}" in samples.column_names else f"rewards/{name}")
+# -- the start, and the training --------------------------------------------------------------------------------------
 
 
-def around_mean(groups: IntArray, values: FloatArray) -> FloatArray:
-    """(N,) each value less the mean of its prompt; a part that does not apply adds nothing to the score, so it is 0."""
-    values = np.nan_to_num(values)
-    return np.asarray(values - mean_by_prompt(groups, values)[groups])
+def kl_beyond_budget(data: RoundData) -> Alarm | None:
+    """Raised where the KL to the start, the mean over prompts in nats per answer, is above the budget.
 
-
-def spread_in(groups: IntArray, values: FloatArray) -> FloatArray:
-    """(P,) the largest less the smallest value of each prompt that has one."""
-    order = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
-    return np.asarray(np.maximum.reduceat(values[order], starts) - np.minimum.reduceat(values[order], starts))
-
-
-def leaders(groups: IntArray, values: FloatArray) -> IntArray:
-    """(P,) the row of the highest value of each prompt, the first of equals."""
-    order = np.lexsort((np.arange(len(values)), -np.round(values, 12), groups))
-    return np.asarray(order[np.flatnonzero(np.diff(groups[order], prepend=-1))])
-
-
-# -- the start --------------------------------------------------------------------------------------------------------
-
-
-def kl_beyond_budget(held_out: pa.Table, budget: float) -> Alarm | None:
-    """Raised where the KL to the start, the mean over prompts, is above the budget; both in nats per answer.
-
-    Names the held-out answers that the start would have given the least, as against now.
+    Without a budget, where it is above what selection can teach, and above max_kl_per_token nats a token: what is kept
+    of K candidates is at most K times as likely as it was, so that a policy that learned its law, and nothing else, is
+    after R rounds at most R log(K) nats from the start. A fit to few rows may go beyond it, hence the second condition,
+    which needs counted tokens. Names the held-out answers that the start would have given the least, as against now.
     """
-    found = interval(mean_by_prompt(prompt_numbers(held_out), column(held_out, "log_ratio")))
-    if found is None or found["mean"] <= budget:
+    held_out, samples, budget = data.inputs.held_out, data.inputs.samples, data.limits.max_kl
+    if held_out is None or "log_ratio" not in held_out.column_names:
         return None
-    return far_from_start(
-        held_out,
-        "The policy is farther from the start than its budget",
-        f"the KL to the start is {ranged(found)} nats per answer; the budget is {budget:g}",
-        {"kl": found, "budget": budget},
+    ratio = numbers_of(held_out, "log_ratio")
+    found = interval(mean_by_prompt(prompt_numbers(held_out), ratio))
+    if found is None:
+        return None
+    numbers: dict[str, Any] = {"kl": found}
+    if budget is not None:
+        if found["mean"] <= budget:
+            return None
+        title, numbers = "its budget", numbers | {"budget": budget}
+        evidence = f"the KL to the start is {spread(found, 2)} nats per answer; the budget is {budget:g}"
+    else:
+        known = np.isfinite(ratio)
+        tokens = numbers_of(held_out, "length")[known].sum() if "length" in held_out.column_names else 0.0
+        if not tokens > 0:
+            return None
+        rounds, most = data.inputs.round, data.limits.max_kl_per_token
+        candidates = samples.num_rows / max(1, len(pc.unique(samples.column("prompt_id"))))
+        taught, per_token = rounds * math.log(max(candidates, 1.0)), float(ratio[known].sum() / tokens)
+        if found["mean"] <= taught or per_token <= most:
+            return None
+        title = "its selection explains"
+        numbers |= {"per_token": per_token, "taught": taught, "limit": most}
+        evidence = (
+            f"the KL to the start is {spread(found, 2)} nats per answer, {per_token:.2f} a token; to choose among "
+            f"{candidates:.0f} for {rounds} round{'s' * (rounds != 1)} explains at most {taught:.1f} nats"
+        )
+    return Alarm(
+        "kl_beyond_budget",
+        f"The policy is farther from the start than {title}",
+        evidence,
+        numbers,
+        named(
+            held_out,
+            np.argsort(-np.nan_to_num(ratio, nan=-np.inf), kind="stable"),
+            lambda row: f"log p - log p0 is {ratio[row]:.1f} nats",
+        ),
     )
 
 
-def kl_beyond_selection(held_out: pa.Table, rounds: int, pool: float, most: float) -> Alarm | None:
-    """Raised where the KL to the start is above what selection can teach, and above `most` nats a token.
-
-    What is kept of `pool` candidates is at most `pool` times as likely as it was: a policy that learned its law, and
-    nothing else, is after R rounds at most R log(pool) nats from the start. A fit to few rows may go beyond it, hence
-    the second condition, which needs counted tokens. Names the same answers as `kl_beyond_budget`.
-    """
-    if "length" not in held_out.column_names:
-        return None
-    groups, ratio, tokens = prompt_numbers(held_out), column(held_out, "log_ratio"), column(held_out, "length")
-    found, known_ratio = interval(mean_by_prompt(groups, ratio)), np.isfinite(ratio)
-    if found is None or not (counted := float(tokens[known_ratio].sum())) > 0:
-        return None
-    taught, per_token = rounds * math.log(max(pool, 1.0)), float(ratio[known_ratio].sum()) / counted
-    if found["mean"] <= taught or per_token <= most:
-        return None
-    in_rounds = "1 round" if rounds == 1 else f"{rounds} rounds"
-    return far_from_start(
-        held_out,
-        "The policy is farther from the start than its selection explains",
-        f"the KL to the start is {ranged(found)} nats per answer, {per_token:.2f} a token; to choose among {pool:.0f} "
-        f"for {in_rounds} explains at most {taught:.1f} nats",
-        {"kl": found, "per_token": per_token, "taught": taught, "limit": most},
-    )
-
-
-def far_from_start(held_out: pa.Table, title: str, evidence: str, numbers: Mapping[str, Any]) -> Alarm:
-    ratio = column(held_out, "log_ratio")
-    order = np.argsort(-np.nan_to_num(ratio, nan=-np.inf), kind="stable")
-    why = [
-        (name_of(held_out, row), f"log p - log p0 is {ratio[row]:.1f} nats") for row in one_a_prompt(held_out, order)
-    ]
-    return Alarm("kl_beyond_budget", title, evidence, numbers, why)
-
-
-# -- the fit ----------------------------------------------------------------------------------------------------------
-
-
-def loss_diverges(losses: Sequence[float], factor: float) -> Alarm | None:
+def loss_diverges(data: RoundData) -> Alarm | None:
     """Raised where the mean loss of the last tenth of a round's steps is so many times that of the first tenth."""
+    losses = data.inputs.losses
     tenth = -(-len(losses) // 10)
     if len(losses) < 4:
         return None
     first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
-    if first <= 0 or last <= factor * first:
+    if first <= 0 or last <= data.limits.loss_factor * first:
         return None
     steps = "the first step" if tenth == 1 else f"the first {tenth} steps"
     return Alarm(
@@ -369,189 +627,113 @@ def loss_diverges(losses: Sequence[float], factor: float) -> Alarm | None:
 
 # -- answers that teach nothing ---------------------------------------------------------------------------------------
 
-Sets = Mapping[str, pa.Table]  # samples that were generated to learn from, kept of these, held out, or tried by `plan`
-ANSWERS = {"generated": "generated", "kept": "kept", "held_out": "held-out", "tried": "tried"}
-PROMPTS = ANSWERS | {"generated": "training"}
 
-
-def empty_answers(sets: Sets, limit: float, fewest: int = FEWEST) -> Alarm | None:
-    """Raised where more than this share of the answers of a set have no word. Names such answers, a prompt each."""
-    return many(sets, "empty", limit, fewest, "empty_answers", "Many answers are empty", ("are empty", "is empty"))
-
-
-def cut_off(sets: Sets, limit: float, fewest: int = FEWEST) -> Alarm | None:
-    """Raised where more than this share of the answers of a set reached the longest length. Names some of them."""
-    words = ("were cut off at max_completion_length", "was cut off")
-    return many(sets, "clipped", limit, fewest, "cut_off", "Many answers are cut off", words)
-
-
-def many(
-    sets: Sets, flag: str, limit: float, fewest: int, alarm: AlarmName, title: str, words: tuple[str, str]
-) -> Alarm | None:
-    """The alarm where more than this share of the samples of a set of at least `fewest` bear the flag."""
-    found: dict[str, tuple[int, int]] = {}  # of each set: how many bear it, of how many
-    named: list[tuple[str, str]] = []
-    for name, table in sets.items():
-        if flag in table.column_names:
-            values = column(table, flag)
-            have, of = int(np.nansum(values)), int(np.isfinite(values).sum())
-            if of >= max(fewest, 1):
-                found[name] = (have, of)
-                if not named and have > limit * of:
-                    named = [
-                        (name_of(table, row), words[1]) for row in one_a_prompt(table, np.flatnonzero(values == 1))
-                    ]
-    if not any(have > limit * of for have, of in found.values()):
-        return None
-    said = "; ".join(f"{have} of {of} {ANSWERS[n]} answers ({share(have / of)})" for n, (have, of) in found.items())
-    return Alarm(alarm, title, f"{said} {words[0]}", {name: have / of for name, (have, of) in found.items()}, named)
-
-
-def equal_scores(samples: pa.Table, limit: float, fewest: int = FEWEST) -> Alarm | None:
+def equal_scores(data: RoundData) -> Alarm | None:
     """Raised where for more than this share of the prompts all candidates score the same: nothing can be ranked.
 
     Prompts with one candidate, or without a score, do not count. Names a candidate of each such prompt.
     """
-    groups, scores = prompt_numbers(samples), column(samples, "score")
-    several = np.bincount(groups)[groups] > 1
-    rows = np.flatnonzero(several & np.isfinite(scores))
+    samples = data.inputs.samples
+    groups, scores = prompt_numbers(samples), numbers_of(samples, "score")
+    rows = np.flatnonzero((np.bincount(groups)[groups] > 1) & np.isfinite(scores))
     rows = rows[np.argsort(groups[rows], kind="stable")]
-    own = np.split(rows, np.flatnonzero(np.diff(groups[rows])) + 1) if len(rows) else []
-    tied = [prompt for prompt in own if np.ptp(scores[prompt]) == 0]
-    if len(own) < max(fewest, 1) or len(tied) <= limit * len(own):
+    prompts = np.split(rows, np.flatnonzero(np.diff(groups[rows])) + 1) if len(rows) else []
+    tied = {int(prompt[0]): len(prompt) for prompt in prompts if np.ptp(scores[prompt]) == 0}
+    if len(prompts) < data.fewest or len(tied) <= data.limits.equal_share * len(prompts):
         return None
-    values, times = np.unique([scores[prompt[0]] for prompt in tied], return_counts=True)
-    often = f"{values[np.argmax(times)]:.4g}"
-    said = often if len(values) == 1 else f"{often} most often"
-    why = {int(p[0]): f"all {len(p)} candidates score {scores[p[0]]:.4g}" for p in tied}
+    values, times = np.unique(scores[list(tied)], return_counts=True)
+    most = f"{values[np.argmax(times)]:.4g}{'' if len(values) == 1 else ' most often'}"
+    share = len(tied) / len(prompts)
     return Alarm(
         "equal_scores",
         "There is nothing to rank",
-        f"for {len(tied)} of {len(own)} prompts ({share(len(tied) / len(own))}) all candidates score the same: {said}",
-        {"prompts": len(own), "tied": len(tied), "share": len(tied) / len(own)},
-        [(name_of(samples, row), why[row]) for row in one_a_prompt(samples, sorted(why))],
+        f"for {len(tied)} of {len(prompts)} prompts ({percent(share)}) all candidates score the same: {most}",
+        {"prompts": len(prompts), "tied": len(tied), "share": share},
+        named(samples, sorted(tied), lambda row: f"all {tied[row]} candidates score {scores[row]:.4g}"),
     )
 
 
-def identical_candidates(sets: Sets, limit: float, fewest: int = FEWEST) -> Alarm | None:
+def identical_candidates(data: RoundData) -> Alarm | None:
     """Raised where for more than this share of a set's prompts all candidates are the same. Names one of each."""
-    found: dict[str, tuple[int, int]] = {}
-    named: list[tuple[str, str]] = []
-    for name, table in sets.items():
-        if "content" not in table.column_names:
+    counts: dict[str, tuple[int, int]] = {}
+    samples: list[tuple[str, str]] = []
+    for name, table in data.sets.items():
+        if name == "kept" or "content" not in table.column_names:
             continue
         kinds = table.select(["prompt_id", "content"]).group_by("prompt_id")
-        counted = kinds.aggregate([("content", "count_distinct"), ("content", "count")])
-        counted = counted.filter(pc.greater(counted.column("content_count"), 1))
-        same = counted.filter(pc.equal(counted.column("content_count_distinct"), 1))
-        if counted.num_rows < max(fewest, 1):
+        prompts = kinds.aggregate([("content", "count_distinct"), ("content", "count")])
+        prompts = prompts.filter(pc.greater(prompts.column("content_count"), 1))
+        same = prompts.filter(pc.equal(prompts.column("content_count_distinct"), 1))
+        if prompts.num_rows < data.fewest:
             continue
-        found[name] = (same.num_rows, counted.num_rows)
-        if not named and same.num_rows > limit * counted.num_rows:
+        counts[name] = (same.num_rows, prompts.num_rows)
+        if not samples and same.num_rows > data.limits.identical_share * prompts.num_rows:
             rows = np.flatnonzero(pc.is_in(table.column("prompt_id"), same.column("prompt_id")).to_numpy())
-            named = [
-                (name_of(table, row), "all candidates of its prompt are the same") for row in one_a_prompt(table, rows)
-            ]
-    if not any(same > limit * of for same, of in found.values()):
+            samples = named(table, rows, lambda row: "all candidates of its prompt are the same")
+    if not samples:
         return None
-    said = "; ".join(f"{same} of {of} {PROMPTS[n]} prompts ({share(same / of)})" for n, (same, of) in found.items())
+    nouns = {"generated": "training", "held_out": "held-out", "tried": "tried"}
+    shares = "; ".join(f"{same} of {of} {nouns[n]} prompts ({percent(same / of)})" for n, (same, of) in counts.items())
     return Alarm(
         "identical_candidates",
         "A prompt's candidates are all the same",
-        f"all candidates are the same for {said}",
-        {name: same / of for name, (same, of) in found.items()},
-        named,
+        f"all candidates are the same for {shares}",
+        {name: same / of for name, (same, of) in counts.items()},
+        samples,
     )
 
 
-def with_looks(samples: pa.Table) -> pa.Table:
-    """The samples with `empty`, `clipped` and `content` (equal where two are the same), as far as columns tell."""
-    names, columns = samples.column_names, {}
-    kind = samples.schema.field("completion").type if "completion" in names else pa.null()
-    if "image_sha256" in names:
-        columns["content"] = samples.column("image_sha256")
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        columns["empty"] = pc.equal(pc.utf8_trim_whitespace(samples.column("completion")), "")
-        columns["content"] = samples.column("completion")
-    if "finish" in names:
-        columns["clipped"] = pc.equal(samples.column("finish"), "length")
-    for name, values in columns.items():
-        if name not in names:
-            samples = samples.append_column(name, values)
-    return samples
+def empty_answers(data: RoundData) -> Alarm | None:
+    """Raised where more than this share of the answers of a set have no word. Names such answers, a prompt each."""
+    title, words = "Many answers are empty", ("are empty", "is empty")
+    return flagged(data, "empty_answers", "empty", data.limits.empty_share, title, *words)
 
 
-def probe_alarms(samples: pa.Table, limits: GuardsConfig) -> list[dict[str, Any]]:
-    """The alarms that a round of such samples would raise, however few there are; as plain data, the evidence first.
+def cut_off(data: RoundData) -> Alarm | None:
+    """Raised where more than this share of the answers of a set reached the longest length. Names some of them."""
+    title, words = "Many answers are cut off", ("were cut off at max_completion_length", "was cut off")
+    return flagged(data, "cut_off", "clipped", data.limits.cut_off_share, title, *words)
 
-    `samples` has one row a sample: sample_id, prompt_id, `completion` as stored, `score` (null where there
-    is none), and where they are known finish and image_sha256.
-    """
-    sets = {"tried": with_looks(samples)}
-    found = (
-        empty_answers(sets, limits.empty_share, 1),
-        cut_off(sets, limits.cut_off_share, 1),
-        identical_candidates(sets, limits.identical_share, 1),
-        equal_scores(samples, limits.equal_share, 1),
+
+def flagged(
+    data: RoundData, alarm: AlarmName, flag: str, limit: float, title: str, plural: str, why: str
+) -> Alarm | None:
+    """The alarm where more than this share of the samples of a set have the flag."""
+    counts: dict[str, tuple[int, int]] = {}
+    samples: list[tuple[str, str]] = []
+    for name, table in data.sets.items():
+        if flag not in table.column_names:
+            continue
+        values = numbers_of(table, flag)
+        have, of = int(np.nansum(values)), int(np.isfinite(values).sum())
+        if of < data.fewest:
+            continue
+        counts[name] = (have, of)
+        if not samples and have > limit * of:
+            samples = named(table, np.flatnonzero(values == 1), lambda row: why)
+    if not samples:
+        return None
+    shares = "; ".join(
+        f"{have} of {of} {name.replace('_', '-')} answers ({percent(have / of)})" for name, (have, of) in counts.items()
     )
-    return [alarm.as_json(1) for alarm in found if alarm is not None]
+    numbers = {name: have / of for name, (have, of) in counts.items()}
+    return Alarm(alarm, title, f"{shares} {plural}", numbers, samples)
 
 
-# -- words and rows ---------------------------------------------------------------------------------------------------
-
-
-def one_a_prompt(samples: pa.Table, rows: Iterable[Any]) -> Iterator[int]:
-    """The first of the rows, at most one for each prompt, SHOWN at most."""
-    ids, seen = samples.column("prompt_id"), set[str]()
-    for row in rows:
-        if len(seen) == SHOWN:
-            return
-        if (name := ids[int(row)].as_py()) not in seen:
-            seen.add(name)
-            yield int(row)
-
-
-def name_of(samples: pa.Table, row: int) -> str:
-    return str(samples.column("sample_id")[row].as_py())
-
-
-def keys(samples: pa.Table) -> list[tuple[str, int]]:
-    """Of each row what it has in common with the same sample of another round: prompt and k, and so the seed."""
-    return list(zip(samples.column("prompt_id").to_pylist(), samples.column("k").to_pylist(), strict=True))
-
-
-def texts_of(samples: pa.Table) -> list[str]:
-    return [text or "" for text in samples.column("text").to_pylist()]
-
-
-def column(samples: pa.Table, name: str) -> FloatArray:
-    """The column as numbers, NaN where it is null."""
-    return np.asarray(pc.cast(samples.column(name), pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
-
-
-def mean_of_prompts(samples: pa.Table | None, name: str) -> float:
-    """The mean over prompts of the mean of their samples; -inf without a value."""
-    if samples is None:
-        return -math.inf
-    means = mean_by_prompt(prompt_numbers(samples), column(samples, name))
-    finite = means[np.isfinite(means)]
-    return float(finite.mean()) if len(finite) else -math.inf
-
-
-def known(found: Interval | None) -> Interval:
-    assert found is not None, "differences that have a mean have an interval"
-    return found
-
-
-def ranged(found: Interval, digits: int = 2) -> str:
-    """A mean with its 95 % interval: 1.31 [1.10, 1.52]."""
-    return spread(found, digits)
-
-
-def odds(chance: float) -> str:
-    """A chance in words, to two digits, rounded so that it never sounds smaller than it is."""
-    if chance * ONE_MILLION < 1:
-        return "less than 1 round in a million"
-    whole = math.floor(1 / chance)
-    scale = 10 ** max(0, len(str(whole)) - 2)
-    return f"at most 1 round in {whole // scale * scale:,}"
+# In the order in which a round's alarms are listed.
+ALARMS: tuple[Callable[[RoundData], Alarm | None], ...] = (
+    held_out_falls,
+    text_diversity_drops,
+    length_drifts,
+    saturation_drifts,
+    contrast_drops,
+    image_diversity_drops,
+    near_duplicates,
+    part_dominates,
+    kl_beyond_budget,
+    loss_diverges,
+    equal_scores,
+    identical_candidates,
+    empty_answers,
+    cut_off,
+)

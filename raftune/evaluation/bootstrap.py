@@ -1,12 +1,15 @@
-"""Bootstrap 95 % intervals of a mean, resampled by prompt."""
+"""Means by prompt, their bootstrap 95 % intervals, and unbiased best-of-k estimates."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TypedDict
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from raftune.arrays import FloatArray, IntArray
 from raftune.config.evaluation import FEWEST_UNITS
@@ -35,14 +38,9 @@ def interval(values: FloatArray) -> Interval | None:
     Percentile bootstrap with a fixed seed: the same values give the same interval.
     """
     values = values[np.isfinite(values)]
-    if not len(values):
-        return None
-    mean = float(values.mean())
-    if len(values) < FEWEST_UNITS:
-        return Interval(mean=mean, low=None, high=None, n=len(values))
-    means = np.concatenate([values[rows].mean(axis=1) for rows in resamples(len(values))])
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(mean=mean, low=float(low), high=float(high), n=len(values))
+    return (
+        _bootstrap(len(values), float(values.mean()), lambda rows: values[rows].mean(axis=1)) if len(values) else None
+    )
 
 
 def ratio_interval(above: FloatArray, below: FloatArray) -> Interval | None:
@@ -55,11 +53,14 @@ def ratio_interval(above: FloatArray, below: FloatArray) -> Interval | None:
     if not len(above):
         return None
     mean = float(above.sum() / below.sum())
-    if len(above) < FEWEST_UNITS:
-        return Interval(mean=mean, low=None, high=None, n=len(above))
-    ratios = np.concatenate([above[rows].sum(axis=1) / below[rows].sum(axis=1) for rows in resamples(len(above))])
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return Interval(mean=mean, low=float(low), high=float(high), n=len(above))
+    return _bootstrap(len(above), mean, lambda rows: above[rows].sum(axis=1) / below[rows].sum(axis=1))
+
+
+def _bootstrap(n: int, mean: float, statistic: Callable[[IntArray], FloatArray]) -> Interval:
+    if n < FEWEST_UNITS:
+        return Interval(mean=mean, low=None, high=None, n=n)
+    low, high = np.quantile(np.concatenate([statistic(rows) for rows in resamples(n)]), (0.025, 0.975))
+    return Interval(mean=mean, low=float(low), high=float(high), n=n)
 
 
 def resamples(n: int) -> Iterable[IntArray]:
@@ -88,3 +89,48 @@ def mean_by_prompt(groups: IntArray, values: FloatArray) -> FloatArray:
     total = np.bincount(groups[finite], weights=values[finite], minlength=size)
     with np.errstate(invalid="ignore"):
         return np.asarray(total / count, dtype=np.float64)
+
+
+# -- columns of a table of samples ------------------------------------------------------------------------------------
+
+
+def numbers_by_key(keys: pa.Array | pa.ChunkedArray) -> IntArray:
+    """For each key the number of its value, in order of appearance."""
+    codes = (keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys).dictionary_encode()
+    codes = codes.combine_chunks() if isinstance(codes, pa.ChunkedArray) else codes
+    return np.asarray(codes.indices.to_numpy(), dtype=np.int64)
+
+
+def prompt_numbers(samples: pa.Table) -> IntArray:
+    """For each row the number of its prompt, in order of appearance."""
+    return numbers_by_key(samples.column("prompt_id"))
+
+
+def numbers_of(samples: pa.Table, name: str) -> FloatArray:
+    """The column as numbers, NaN where it is null."""
+    return np.asarray(pc.cast(samples.column(name), pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
+
+
+# -- best of k --------------------------------------------------------------------------------------------------------
+
+
+def best_of_k_estimates(scores: npt.ArrayLike, ks: Sequence[int]) -> FloatArray:
+    """(..., len(ks)): for each k the mean, over all subsets of k of the N scores, of the subset's maximum.
+
+    An unbiased estimate of E max_k where the N scores are independent samples of one policy, N was fixed beforehand and
+    nothing was filtered: no teacher's or human's answers, no scores left out. scores: (..., N), finite. Raises
+    ValueError for a k outside 1..N or a score that is not finite. For scores 0 and 1 it is pass@k (Chen et al. 2021).
+
+    With r_(1) ≤ … ≤ r_(N) it is Σ_{i≥k} C(i−1, k−1)/C(N, k) · r_(i): r_(i) leads C(i−1, k−1) of the subsets.
+    """
+    ascending = np.sort(np.asarray(scores, np.float64), axis=-1)
+    n = ascending.shape[-1]
+    if not all(1 <= k <= n for k in ks):
+        raise ValueError(f"ks must lie in 1..{n}, the number of scores; got {list(ks)}. Generate more samples.")
+    if not np.isfinite(ascending).all():
+        raise ValueError("scores must be finite; got NaN or infinity. Leaving them out would bias the estimate.")
+    # (n, len(ks)) weights, from the largest score down: w_n = k/n and w_{j−1} = w_j · (j−k)/(j−1), so that no binomial
+    # coefficient can overflow.
+    j, k = np.arange(n, 1, -1)[:, None], np.asarray(ks)[None, :]
+    weights = np.cumprod(np.concatenate((k / n, np.maximum(j - k, 0) / (j - 1))), axis=0)[::-1]
+    return np.asarray(ascending @ weights)

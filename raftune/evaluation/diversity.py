@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -88,11 +89,11 @@ def msttr(texts: Texts, window: int = 100) -> float | None:
     return float((1 + np.count_nonzero(np.diff(segments, axis=1), axis=1)).mean() / window)
 
 
-def similarity(groups: Sequence[Sequence[str]]) -> float | None:
-    """The mean over groups of the mean similarity of two texts of a group; None where no group has two texts."""
-    members = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-    values = similarities((text for group in groups for text in group), members)
-    return float(np.nanmean(values)) if np.isfinite(values).any() else None
+def word_measures(texts: Texts) -> dict[str, Any]:
+    """distinct_n and unique_n for n = 1 and 2, and msttr_100; None for what cannot be measured."""
+    words = numbered(texts)
+    found: dict[str, Any] = {f"distinct_{n}": distinct(words, n) for n in (1, 2)}
+    return found | {f"unique_{n}": unique(words, n) for n in (1, 2)} | {"msttr_100": msttr(words)}
 
 
 def similarities(texts: Texts, groups: IntArray) -> FloatArray:
@@ -121,93 +122,69 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[list[i
     """Clusters of the texts' indices, the largest first: each text shares at least `threshold` with one of its cluster.
 
     Two texts share the word pairs that are in both over those that are in either (Jaccard), the text's ends counted as
-    words: one word changed in twenty leaves 0.83. Every link is computed exactly; which pairs are compared is found by
-    MinHash (Broder 1997) in bands, so that the cost grows with the words and not with their square. A pair right at the
-    threshold goes unseen with a chance below one in a million, and where unlike texts stand between them in all bands.
-    Raises ValueError for a threshold outside (0, 1].
+    words: one word changed in twenty leaves 0.83. Every link is computed exactly; which pairs are compared is decided
+    by MinHash (Broder 1997) in bands, so that the cost grows with the words and not with their square. A pair right at
+    the threshold goes unseen with a chance below one in a million, and where unlike texts stand between them in all
+    bands. Raises ValueError for a threshold outside (0, 1].
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be in (0, 1]; got {threshold}. It is a share of word pairs: write 0.8.")
-    forest = DisjointSets(len(texts))
     shingles = shingle_sets(numbered(texts))
+    parents = list(range(len(texts)))  # disjoint sets: trees that point to the lowest index of each cluster
+
+    def root(index: int) -> int:
+        while parents[index] != index:
+            parents[index] = index = parents[parents[index]]
+        return index
+
+    def join(left: int, right: int) -> None:
+        low, high = sorted((root(left), root(right)))
+        parents[high] = low
+
     known: dict[bytes, int] = {}
     for index, shingle in enumerate(shingles):
-        forest.join(known.setdefault(shingle.tobytes(), index), index)
+        join(known.setdefault(shingle.tobytes(), index), index)
     if threshold < 1:
-        join_similar([*known.values()], shingles, threshold, forest)
-    return forest.clusters()
+        sets = {index: frozenset(shingles[index].tolist()) for index in known.values()}
+        for left, right in candidate_pairs([*known.values()], shingles, threshold):
+            if root(left) != root(right):
+                both = len(sets[left] & sets[right])
+                if both >= threshold * (len(sets[left]) + len(sets[right]) - both):
+                    join(left, right)
+    clusters: defaultdict[int, list[int]] = defaultdict(list)
+    for index in range(len(texts)):
+        clusters[root(index)].append(index)
+    return sorted((c for c in clusters.values() if len(c) > 1), key=lambda c: (-len(c), c[0]))
 
 
-def join_similar(chosen: Sequence[int], shingles: Sequence[IntArray], threshold: float, forest: DisjointSets) -> None:
-    """Joins those of the chosen texts that are at least as similar as the threshold."""
+def candidate_pairs(chosen: Sequence[int], shingles: Sequence[IntArray], limit: float) -> Iterator[tuple[int, int]]:
+    """Pairs of the chosen texts whose least hashes are equal in a band, of neighbours only where many share one."""
     if not chosen:
         return
-    sets = {index: frozenset(shingles[index].tolist()) for index in chosen}
     flat = np.concatenate([shingles[index] for index in chosen])
     starts = np.cumsum([0, *(len(shingles[index]) for index in chosen)])[:-1]
-    rows = rows_per_band(threshold)
+    # The most hashes in a band with which a pair at the threshold is still seen: longer bands compare fewer pairs.
+    fit = [rows for rows in range(1, 17) if (1 - limit**rows) ** (HASHES // rows) <= MISSED]
+    rows = max(fit, default=1)
     generator = np.random.Generator(np.random.Philox(0))
     for _ in range(HASHES // rows):
-        for bucket in buckets(flat, starts, generator.integers(1, PRIME, (rows, 2))):
-            members = [chosen[place] for place in bucket]
+        factors = generator.integers(1, PRIME, (rows, 2))
+        least = [np.minimum.reduceat(mixed(flat, int(a), int(b)), starts) for a, b in factors]
+        buckets: defaultdict[bytes, list[int]] = defaultdict(list)
+        for index, row in zip(chosen, np.stack(least, axis=1), strict=True):
+            buckets[row.tobytes()].append(index)
+        for members in buckets.values():
             for at, index in enumerate(members):
-                for other in members[max(at - NEIGHBOURS, 0) : at]:
-                    forest.join_if(other, index, sets, threshold)
-
-
-def buckets(flat: IntArray, starts: IntArray, factors: IntArray) -> Iterator[list[int]]:
-    """The texts, two or more together, whose least hashes are equal for every one of the factors (rows, 2)."""
-    # Shingles are numbered from 0, so that a·x + b, mixed once more, has no order that the numbering gave it.
-    least = [np.minimum.reduceat(mixed(flat, int(a), int(b)), starts) for a, b in factors]
-    together: dict[bytes, list[int]] = {}
-    for place, row in enumerate(np.stack(least, axis=1)):
-        together.setdefault(row.tobytes(), []).append(place)
-    return (bucket for bucket in together.values() if len(bucket) > 1)
+                yield from ((other, index) for other in members[max(at - NEIGHBOURS, 0) : at])
 
 
 def mixed(numbers: IntArray, a: int, b: int) -> UInt64Array:
     """A hash of each number, by multiplication and shifts (as in SplitMix64)."""
+    # Shingles are numbered from 0, so that a·x + b, mixed once more, has no order that the numbering gave it.
     x = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(a << 32 | b)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(x ^ (x >> np.uint64(31)), dtype=np.uint64)
-
-
-def rows_per_band(threshold: float) -> int:
-    """The most hashes in a band with which a pair at the threshold is still seen: longer bands compare fewer pairs."""
-    fit = [rows for rows in range(1, 17) if (1 - threshold**rows) ** (HASHES // rows) <= MISSED]
-    return max(fit, default=1)
-
-
-class DisjointSets:
-    """Which of n things have been joined, as trees that point to the lowest index of each cluster."""
-
-    def __init__(self, n: int) -> None:
-        self.parents = list(range(n))
-
-    def root(self, index: int) -> int:
-        while self.parents[index] != index:
-            self.parents[index] = index = self.parents[self.parents[index]]
-        return index
-
-    def join(self, left: int, right: int) -> None:
-        low, high = sorted((self.root(left), self.root(right)))
-        self.parents[high] = low
-
-    def join_if(self, left: int, right: int, sets: dict[int, frozenset[int]], threshold: float) -> None:
-        """Joins the two, unless they are already, where their sets are as similar as the threshold."""
-        if self.root(left) == self.root(right):
-            return
-        both = len(sets[left] & sets[right])
-        if both >= threshold * (len(sets[left]) + len(sets[right]) - both):
-            self.join(left, right)
-
-    def clusters(self) -> list[list[int]]:
-        """Those of two or more, members ascending, the largest first and of equals the earliest."""
-        found: dict[int, list[int]] = {}
-        for index in range(len(self.parents)):
-            found.setdefault(self.root(index), []).append(index)
-        return sorted((c for c in found.values() if len(c) > 1), key=lambda c: (-len(c), c[0]))
 
 
 def ngrams(words: TokenizedTexts, n: int) -> IntArray:

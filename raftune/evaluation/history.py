@@ -45,12 +45,9 @@ class RunOutcome:
 
 def read_round(run: RunFolder, round_: int, guards: bool = True) -> RoundRecord:
     """The record of a round whose stages are committed."""
-    return RoundRecord(
-        metrics=metrics_of(run, round_),
-        alarms=alarms_of(run, round_) if guards else [],
-        selection=read_json(run.folder(round_, "select") / "summary.json"),
-        nothing_learned=nothing_learned(run, round_) if round_ else "",
-    )
+    alarms = alarms_of(run, round_) if guards else []
+    selection = read_json(run.folder(round_, "select") / "summary.json")
+    return RoundRecord(metrics_of(run, round_), alarms, selection, nothing_learned(run, round_) if round_ else "")
 
 
 def metrics_of(run: RunFolder, round_: int) -> Metrics:
@@ -91,22 +88,11 @@ def best_json(config: RunConfig, outcome: RunOutcome) -> dict[str, Any]:
     }
 
 
-def should_stop(config: RunConfig, rounds: Sequence[RoundRecord]) -> str | None:
-    """Why to end after the last of these rounds; None to continue. rounds[0] is the initial model."""
-    if reason := reason_of_emptiness([record.nothing_learned for record in rounds[1:]], config.stop):
-        return reason
-    reason = reason_to_stop([record.metrics for record in rounds], config.stop, config.evaluation.best_by)
-    return reason or reason_of_alarm(rounds[-1].alarms, config.guards.stop_on)
-
-
-def value_of(metrics: Metrics, best_by: str) -> float | None:
-    """The mean that rounds are compared by: 'reward', 'held_out', or one reward's name."""
-    found = compared_by(metrics, best_by)
-    return None if found is None else float(found["mean"])
-
-
 def compared_by(metrics: Metrics, best_by: str) -> Mapping[str, Any] | None:
-    """The interval whose mean rounds are compared by. Raises ConfigError for a name that none bears."""
+    """The interval whose mean rounds are compared by: 'reward', 'held_out', or one reward's name.
+
+    Raises ConfigError for a name that no reward has.
+    """
     for name in (best_by, f"held_out/rewards/{best_by}/mean", f"rewards/{best_by}/mean"):
         if name in metrics:
             found: Mapping[str, Any] | None = metrics[name]
@@ -118,77 +104,62 @@ def compared_by(metrics: Metrics, best_by: str) -> Mapping[str, Any] | None:
     )
 
 
+def values_of(history: Sequence[Metrics], best_by: str) -> list[float | None]:
+    """The mean that rounds are compared by, of each round; None where it was not measured."""
+    found = [compared_by(metrics, best_by) if metrics else None for metrics in history]
+    return [None if value is None else float(value["mean"]) for value in found]
+
+
 def best_round(history: Sequence[Metrics], best_by: str) -> tuple[int, float] | None:
     """The round (0 is the start) of the highest value, the earliest of equals; None where none was measured."""
-    values = [(value_of(metrics, best_by), number) for number, metrics in enumerate(history) if metrics]
-    measured = [(value, -number) for value, number in values if value is not None]
+    measured = [(value, -round_) for round_, value in enumerate(values_of(history, best_by)) if value is not None]
     if not measured:
         return None
-    value, number = max(measured)
-    return -number, value
+    value, round_ = max(measured)
+    return -round_, value
+
+
+def should_stop(config: RunConfig, rounds: Sequence[RoundRecord]) -> str | None:
+    """Why to end after the last of these rounds; None to continue. rounds[0] is the initial model."""
+    nothing = [record.nothing_learned for record in rounds[1:]]
+    idle = next((i for i, why in enumerate(reversed(nothing)) if not why), len(nothing))
+    if config.stop.empty_rounds is not None and idle >= config.stop.empty_rounds:
+        in_a_row = "1 round had" if idle == 1 else f"{idle} rounds in a row had"
+        return f"{in_a_row} nothing to learn from (stop.empty_rounds = {config.stop.empty_rounds}): {nothing[-1]}"
+    if reason := reason_to_stop([record.metrics for record in rounds], config.stop, config.evaluation.best_by):
+        return reason
+    for alarm in rounds[-1].alarms:
+        if alarm["alarm"] in config.guards.stop_on:
+            return f"round {alarm['round']} raised {alarm['alarm']} (guards.stop_on): {alarm['evidence']}"
+    return None
 
 
 def reason_to_stop(history: Sequence[Metrics], stop: StopConfig, best_by: str) -> str | None:
-    """Why to end after these rounds, in words; None to go on. history[0] is the start."""
+    """Why the metrics of these rounds end the run, in words; None to continue. history[0] is the start."""
     last = history[-1]
     if not last:
         return None
     kl = last.get("kl")
     if stop.max_kl is not None and kl is not None and kl["mean"] > stop.max_kl:
         return f"the KL to the start is {kl['mean']:.2f} nats, above stop.max_kl = {stop.max_kl:g}"
-    if stop.max_falls is not None and (falls := rounds_of_parting(history)) >= stop.max_falls:
-        parting = "the held-out reward fell while the trained one rose"
-        return f"{parting} for {falls} rounds (stop.max_falls = {stop.max_falls})"
-    if stop.patience is not None and (idle := rounds_without_gain(history, stop.min_gain, best_by)) >= stop.patience:
-        return f"no gain above {stop.min_gain:g} for {idle} rounds (stop.patience = {stop.patience})"
+    if stop.max_falls is not None:
+        falls = 0  # of the latest rounds without a break: held-out reward lower, trained reward higher than before
+        for before, after in zip(history[-2::-1], history[:0:-1], strict=True):
+            values = [metrics.get(name) for metrics in (before, after) for name in ("reward", "held_out")]
+            means = [value["mean"] for value in values if value is not None]
+            if len(means) < 4 or not (means[2] > means[0] and means[3] < means[1]):
+                break
+            falls += 1
+        if falls >= stop.max_falls:
+            parting = "the held-out reward fell while the trained one rose"
+            return f"{parting} for {falls} rounds (stop.max_falls = {stop.max_falls})"
+    if stop.patience is not None:
+        highest, idle = float("-inf"), 0
+        for value in values_of(history, best_by):
+            if value is not None and value > highest + stop.min_gain:
+                highest, idle = value, 0
+            else:
+                idle += 1
+        if idle >= stop.patience:
+            return f"no gain above {stop.min_gain:g} for {idle} rounds (stop.patience = {stop.patience})"
     return None
-
-
-def reason_of_emptiness(nothing: Sequence[str], stop: StopConfig) -> str | None:
-    """Why to end after rounds that had nothing to learn from; `nothing` says why of each round, empty where it had."""
-    idle = next((i for i, why in enumerate(reversed(nothing)) if not why), len(nothing))
-    if stop.empty_rounds is None or idle < stop.empty_rounds:
-        return None
-    rounds = "1 round had" if idle == 1 else f"{idle} rounds in a row had"
-    return f"{rounds} nothing to learn from (stop.empty_rounds = {stop.empty_rounds}): {nothing[-1]}"
-
-
-def reason_of_alarm(alarms: Sequence[Mapping[str, Any]], stop_on: Sequence[str]) -> str | None:
-    """Why to end after a round that raised these alarms: the first of them that the run is to stop on."""
-    found = next((alarm for alarm in alarms if alarm["alarm"] in stop_on), None)
-    if found is None:
-        return None
-    return f"round {found['round']} raised {found['alarm']} (guards.stop_on): {found['evidence']}"
-
-
-def rounds_of_parting(history: Sequence[Metrics]) -> int:
-    """How many of the latest rounds, without a break, lowered the held-out reward while they raised the trained one."""
-    count = 0
-    for before, after in zip(history[-2::-1], history[:0:-1], strict=True):
-        found = [m.get(name) for m in (before, after) for name in ("reward", "held_out")]
-        values = [value["mean"] for value in found if value is not None]
-        if len(values) < 4:
-            break
-        trained, held_out, trained_after, held_out_after = values
-        if not (trained_after > trained and held_out_after < held_out):
-            break
-        count += 1
-    return count
-
-
-def gain(before: Metrics, after: Metrics, name: str) -> float | None:
-    """By how much a mean rose; None where either round did not measure it."""
-    old, new = before.get(name), after.get(name)
-    return None if old is None or new is None else float(new["mean"] - old["mean"])
-
-
-def rounds_without_gain(history: Sequence[Metrics], min_gain: float, best_by: str) -> int:
-    """How many rounds have passed since the last new best."""
-    best, since = float("-inf"), 0
-    for metrics in history:
-        value = value_of(metrics, best_by) if metrics else None
-        if value is not None and value > best + min_gain:
-            best, since = value, 0
-        else:
-            since += 1
-    return since

@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raftune.arrays import BoolArray, FloatArray, IntArray
+from raftune.arrays import FloatArray, IntArray
 from raftune.data.images import LUMA, LazyImages, require_pillow
-from raftune.evaluation.bootstrap import interval, mean_by_prompt
-from raftune.evaluation.columns import numbers_of, prompt_numbers
+from raftune.evaluation.bootstrap import interval, mean_by_prompt, numbers_of, prompt_numbers
 from raftune.records import INVALID, LATENTS
 
 SIDE = 16  # pixels of the thumbnails that images are compared by
@@ -28,9 +27,6 @@ _PAYLOAD = ("completion", LATENTS)  # what takes the space
 _LOOK = pa.schema([*(pa.field(name, pa.float64()) for name in LOOKS), pa.field(THUMBNAIL, pa.binary(SIDE * SIDE * 3))])
 
 
-# -- one image ------------------------------------------------------------------------------------------------------
-
-
 def looked_at(samples: pa.Table) -> pa.Table:
     """The samples with what they look like, null for those that are no image, in place of their bytes and latents.
 
@@ -38,8 +34,11 @@ def looked_at(samples: pa.Table) -> pa.Table:
     at 0 or 255. THUMBNAIL: (SIDE, SIDE, 3) bytes.
     """
     kept = samples.drop_columns([name for name in _PAYLOAD if name in samples.column_names])
-    pictures = LazyImages(samples.column("completion"), samples.column("sample_id"))
-    rows = [look_of(pictures[i]) if fit else {} for i, fit in enumerate(valid(samples))]
+    images = LazyImages(samples.column("completion"), samples.column("sample_id"))
+    valid = samples.column("completion").is_valid()
+    if INVALID in samples.column_names:
+        valid = pc.and_(valid, samples.column(INVALID).is_null())
+    rows = [look_of(images[i]) if fit else {} for i, fit in enumerate(valid.to_pylist())]
     looks = pa.Table.from_pylist(rows, schema=_LOOK)
     for name in looks.column_names:
         kept = kept.append_column(name, looks.column(name))
@@ -61,14 +60,6 @@ def look_of(image: Any) -> dict[str, Any]:
     }
 
 
-def valid(samples: pa.Table) -> list[bool]:
-    """Of each sample whether it is an image that is not called invalid."""
-    there = samples.column("completion").is_valid()
-    if INVALID in samples.column_names:
-        there = pc.and_(there, samples.column(INVALID).is_null())
-    return list(there.to_pylist())
-
-
 # -- several images -------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +72,7 @@ class PixelMetrics:
         groups, rows, small_ND = prompt_numbers(samples), *thumbnails(samples)
         found: dict[str, Any] = {name: interval(mean_by_prompt(groups, numbers_of(samples, name))) for name in LOOKS}
         found["pixel_distance"] = interval(by_group(groups[rows], small_ND, rms_distance))
-        found["near_duplicates"] = float(repeating(small_ND).mean()) if len(rows) else None
+        found["near_duplicates"] = float((nearest(small_ND)[0] <= ALIKE).mean()) if len(rows) else None
         return found
 
 
@@ -139,11 +130,6 @@ def by_group(groups: IntArray, x_ND: FloatArray, measure: Callable[[FloatArray],
     order = np.argsort(groups, kind="stable")
     parts = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(order) else []
     return np.array([measure(x_ND[part]) if len(part) > 1 else np.nan for part in parts], dtype=np.float64)
-
-
-def repeating(small_ND: FloatArray) -> BoolArray:
-    """(N,) which images nearly repeat any other."""
-    return nearest(small_ND)[0] <= ALIKE
 
 
 def nearest(small_ND: FloatArray, groups: IntArray | None = None) -> tuple[FloatArray, IntArray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,13 +103,13 @@ def judge(
     template: str = TEMPLATE,
     tell: ProgressCallback = lambda done, of: None,
 ) -> JudgeResult:
-    """The verdicts on (prompt, A's answer, B's answer), each pair asked in both orders.
+    """The verdicts on (prompt, A's answer, B's answer), each pair judged in both orders.
 
     Raises RewardError with examples where more than half of the questions bring no verdict; where none of the first 16
     does, the others are not asked.
     """
-    asked = [pair for pair in pairs if pair[1] != pair[2]]
-    questions = [question(template, *pair) for prompt, a, b in asked for pair in ((prompt, a, b), (prompt, b, a))]
+    different = [pair for pair in pairs if pair[1] != pair[2]]
+    questions = [question(template, prompt, *order) for prompt, a, b in different for order in ((a, b), (b, a))]
     count, total = itertools.count(1), endpoint.unanswered(questions)
 
     def done() -> None:
@@ -118,27 +118,48 @@ def judge(
     replies = endpoint.ask(questions[:FIRST], done)
     if len(questions) > FIRST and any(read_verdict(reply) for reply in replies):
         replies += endpoint.ask(questions[FIRST:], done)
-    if message := too_few(endpoint, replies, len(questions)):
-        raise RewardError(message)
-    answered = iter(zip(replies[::2], replies[1::2], strict=True))
-    opinions = [same() if a == b else opinion(*next(answered)) for _, a, b in pairs]
-    return summary(opinions, replies)
+    failures = dict(Counter(kind for reply in replies if (kind := failure_of(reply))).most_common())
+    if (failed := sum(failures.values())) > SHARE * len(replies):
+        kinds = ", ".join(f"{count} {kind}" for kind, count in failures.items())
+        rest = f"; the other {len(questions) - len(replies)} were not asked" if len(replies) < len(questions) else ""
+        lines = [f"the judge gave no verdict on {failed} of {len(replies)} questions ({kinds}){rest}."]
+        examples = {failure_of(reply): reply for reply in reversed(replies)}
+        lines += [f"  {kind}: {one_line(examples[kind].detail or repr(examples[kind].text), 160)}" for kind in failures]
+        raise RewardError("\n".join([*lines, advice(next(iter(failures)), endpoint)]))
+
+    both_orders = iter(zip(replies[::2], replies[1::2], strict=True))
+    opinions = []
+    for _, a, b in pairs:
+        if a == b:
+            opinions.append(JudgeOpinion(None, None, None, None, identical=True))
+        else:
+            a_first, b_first = next(both_orders)
+            swapped = read_verdict(b_first)
+            turned = None if swapped is None else SWAPPED[swapped]
+            opinions.append(JudgeOpinion(a_first, b_first, read_verdict(a_first), turned))
+    complete = [o for o in opinions if o.verdict_a_first is not None and o.verdict_b_first is not None]
+    prefers_first = [o.verdict_a_first == "A" for o in opinions if o.verdict_a_first in ("A", "B")]
+    prefers_first += [o.verdict_b_first == "B" for o in opinions if o.verdict_b_first in ("A", "B")]
+    return JudgeResult(
+        opinions=opinions,
+        questions=len(replies),
+        cached=sum(reply.cached for reply in replies),
+        identical=sum(o.identical for o in opinions),
+        inconsistent=sum(o.inconsistent for o in complete) / len(complete) if complete else None,
+        first=sum(prefers_first) / len(prefers_first) if prefers_first else None,
+        failures=failures,
+    )
 
 
 def question(template: str, prompt: Any, first: str, second: str) -> list[dict[str, str]]:
     """The messages that ask about two answers; what the answers hold is never taken for a place of the template."""
-    places = {"{prompt}": transcript(prompt), "{answer_a}": first.strip(), "{answer_b}": second.strip()}
-    filled = re.sub("|".join(map(re.escape, PLACES)), lambda found: places[found.group()], template)
+    if isinstance(prompt, list) and len(prompt) > 1:
+        request = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    else:
+        request = str(prompt[0]["content"] if isinstance(prompt, list) else prompt)
+    places = {"{prompt}": request, "{answer_a}": first.strip(), "{answer_b}": second.strip()}
+    filled = re.sub("|".join(map(re.escape, PLACES)), lambda match: places[match.group()], template)
     return [{"role": "user", "content": filled}]
-
-
-def transcript(prompt: Any) -> str:
-    """The prompt as one text; of several messages each with its role."""
-    if not isinstance(prompt, list):
-        return str(prompt)
-    if len(prompt) == 1:
-        return str(prompt[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def read_verdict(reply: ChatReply) -> Verdict | None:
@@ -152,63 +173,11 @@ def read_verdict(reply: ChatReply) -> Verdict | None:
     return "A" if word.upper() == "A" else "B" if word.upper() == "B" else "tie"
 
 
-def opinion(a_first: ChatReply, b_first: ChatReply) -> JudgeOpinion:
-    """The two replies with their verdicts, that of the swapped order turned back."""
-    swapped = read_verdict(b_first)
-    return JudgeOpinion(a_first, b_first, read_verdict(a_first), None if swapped is None else SWAPPED[swapped])
-
-
-def same() -> JudgeOpinion:
-    """What is said of two answers that are one."""
-    return JudgeOpinion(None, None, None, None, identical=True)
-
-
-def summary(opinions: list[JudgeOpinion], replies: Sequence[ChatReply]) -> JudgeResult:
-    both = [o for o in opinions if o.verdict_a_first is not None and o.verdict_b_first is not None]
-    preferred = [place for o in opinions for place in places_preferred(o)]
-    return JudgeResult(
-        opinions=opinions,
-        questions=len(replies),
-        cached=sum(reply.cached for reply in replies),
-        identical=sum(o.identical for o in opinions),
-        inconsistent=sum(o.inconsistent for o in both) / len(both) if both else None,
-        first=preferred.count("first") / len(preferred) if preferred else None,
-        failures=failures_of(replies),
-    )
-
-
-def places_preferred(opinion: JudgeOpinion) -> Iterator[str]:
-    """Where the preferred answer stood, for each verdict that prefers one."""
-    if opinion.verdict_a_first in ("A", "B"):
-        yield "first" if opinion.verdict_a_first == "A" else "second"
-    if opinion.verdict_b_first in ("A", "B"):
-        yield "first" if opinion.verdict_b_first == "B" else "second"
-
-
 def failure_of(reply: ChatReply) -> str | None:
     """The kind of failure; `nonsense` of a reply in which no verdict can be read; None where there is one."""
     if reply.text is None:
         return reply.failure
     return None if read_verdict(reply) else "nonsense"
-
-
-def failures_of(replies: Sequence[ChatReply]) -> dict[str, int]:
-    """The questions without a verdict, by kind, the most frequent first."""
-    return dict(Counter(kind for reply in replies if (kind := failure_of(reply))).most_common())
-
-
-def too_few(endpoint: ChatEndpoint, replies: Sequence[ChatReply], questions: int) -> str | None:
-    """What to tell when more than half of the questions brought no verdict, with an example of each kind."""
-    failures = failures_of(replies)
-    failed = sum(failures.values())
-    if failed <= SHARE * len(replies):
-        return None
-    kinds = ", ".join(f"{count} {kind}" for kind, count in failures.items())
-    rest = f"; the other {questions - len(replies)} were not asked" if len(replies) < questions else ""
-    lines = [f"the judge gave no verdict on {failed} of {len(replies)} questions ({kinds}){rest}."]
-    seen = {failure_of(reply): reply for reply in reversed(replies)}
-    lines += [f"  {kind}: {one_line(seen[kind].detail or repr(seen[kind].text), 160)}" for kind in failures]
-    return "\n".join([*lines, advice(next(iter(failures)), endpoint)])
 
 
 def advice(kind: str, endpoint: ChatEndpoint) -> str:

@@ -14,15 +14,21 @@ from raftune.arrays import FloatArray, IntArray
 from raftune.config.evaluation import EvaluationConfig
 from raftune.config.extensions import GUIDE, code_hash, load_extension
 from raftune.errors import ConfigError
-from raftune.evaluation.best_of import best_of_k_estimates
-from raftune.evaluation.bootstrap import Interval, interval, mean_by_prompt, ratio_interval
-from raftune.evaluation.columns import prompt_numbers
-from raftune.evaluation.diversity import distinct, msttr, numbered, similarities, unique
+from raftune.evaluation.bootstrap import (
+    Interval,
+    best_of_k_estimates,
+    interval,
+    mean_by_prompt,
+    numbers_of,
+    prompt_numbers,
+    ratio_interval,
+)
+from raftune.evaluation.diversity import numbered, similarities, word_measures
 from raftune.evaluation.images import FeatureMetrics, PixelMetrics
 from raftune.protocols import Metric
 from raftune.records import INVALID
 
-_Made = TypeVar("_Made", bound=Metric)
+_MetricClass = TypeVar("_MetricClass", bound=Metric)
 METRICS: dict[str, Metric] = {}  # the built-in metrics
 # What a metric may need: columns that a run's evaluation has only where its family or configuration gives them.
 NEEDS = frozenset(
@@ -31,14 +37,14 @@ NEEDS = frozenset(
 MOST_NATS = 700.0  # a token; exp of more overflows
 
 
-def metric(name: str) -> Callable[[type[_Made]], type[_Made]]:
-    """Enters the decorated class as the built-in metric of this name."""
+def metric(name: str) -> Callable[[type[_MetricClass]], type[_MetricClass]]:
+    """Registers the decorated class as the built-in metric of this name."""
 
-    def enter(cls: type[_Made]) -> type[_Made]:
+    def register(cls: type[_MetricClass]) -> type[_MetricClass]:
         METRICS[name] = cls()
         return cls
 
-    return enter
+    return register
 
 
 @metric("rewards")
@@ -48,24 +54,27 @@ class RewardMetrics:
     needs = frozenset({"scores"})
 
     def __call__(self, samples: pa.Table) -> dict[str, Any]:
-        groups = prompt_numbers(samples)
-        scores = usable(samples, "score", "status")
-        found: dict[str, Any] = {"reward": interval(mean_by_prompt(groups, scores)), "reward_std": _std(scores)}
-        found["best_of_k"] = best_of_curve(groups, scores)
-        found["frac_reward_zero_std"] = share_without_spread(groups, scores)
+        groups, scores = prompt_numbers(samples), usable(samples, "score", "status")
+        by_prompt = [finite(scores[groups == group]) for group in range(int(groups.max(initial=-1)) + 1)]
+        flat = [np.ptp(values) == 0 for values in by_prompt if len(values)]
+        found: dict[str, Any] = {
+            "reward": interval(mean_by_prompt(groups, scores)),
+            "reward_std": deviation(scores),
+            "best_of_k": best_of_curve(groups, scores),
+            "frac_reward_zero_std": float(np.mean(flat)) if flat else float("nan"),
+        }
         for name in samples.column_names:
             if "rewards/" in name:
-                values = samples.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
+                values = numbers_of(samples, name)
                 found[f"{name}/mean"] = interval(mean_by_prompt(groups, values))
-                found[f"{name}/std"] = _std(values)
+                found[f"{name}/std"] = deviation(values)
         if "held_out/score" in samples.column_names:
             held_out = usable(samples, "held_out/score", "held_out/status")
             found["held_out"] = interval(mean_by_prompt(groups, held_out))
             found["held_out_best_of_k"] = best_of_curve(groups, held_out)
-        statuses, counts = np.unique(
-            samples.column("status").to_numpy(zero_copy_only=False).astype(str), return_counts=True
-        )
-        found["statuses"] = dict(zip(statuses.tolist(), counts.tolist(), strict=True))
+        statuses = samples.column("status").to_numpy(zero_copy_only=False).astype(str)
+        names, counts = np.unique(statuses, return_counts=True)
+        found["statuses"] = dict(zip(names.tolist(), counts.tolist(), strict=True))
         return found
 
 
@@ -76,12 +85,7 @@ class KLMetrics:
     needs = frozenset({"log_probs"})
 
     def __call__(self, samples: pa.Table) -> dict[str, Any]:
-        ratio = (_column(samples, "log_prob") - _column(samples, "log_prob_start")).astype(np.float64)
-        groups = prompt_numbers(samples)
-        found: dict[str, Any] = {"kl": interval(mean_by_prompt(groups, ratio))}
-        if "completion_ids" in samples.column_names:
-            found["kl_per_token"] = ratio_interval(by_prompt(groups, ratio), by_prompt(groups, token_counts(samples)))
-        return found
+        return nats(samples, "kl", numbers_of(samples, "log_prob") - numbers_of(samples, "log_prob_start"))
 
 
 @metric("entropy")
@@ -97,13 +101,12 @@ class EntropyMetrics:
     needs = frozenset({"own_log_probs"})
 
     def __call__(self, samples: pa.Table) -> dict[str, Any]:
-        groups, nats = prompt_numbers(samples), -own_log_probs(samples)
-        found: dict[str, Any] = {"entropy": interval(mean_by_prompt(groups, nats))}
-        if "completion_ids" in samples.column_names:
-            found["entropy_per_token"] = ratio_interval(
-                by_prompt(groups, nats), by_prompt(groups, token_counts(samples))
-            )
-        return found
+        if "log_prob" in samples.column_names:
+            log_probs = numbers_of(samples, "log_prob")
+        else:  # the sums of what was recorded while generating
+            rows = (row for chunk in samples.column("completion_logprobs").chunks for row in chunk.to_pylist())
+            log_probs = np.array([math.nan if row is None else math.fsum(row) for row in rows], dtype=np.float64)
+        return nats(samples, "entropy", -log_probs)
 
 
 @metric("perplexity")
@@ -117,11 +120,15 @@ class PerplexityMetrics:
     needs = frozenset({"references"})
 
     def __call__(self, samples: pa.Table) -> dict[str, Any]:
-        nats, tokens = -_column(samples, "reference_log_prob"), _column(samples, "tokens")
-        left_out, impossible = int(np.isnan(nats).sum()), int(np.isposinf(nats).sum())
-        counts = {"measured": len(nats) - left_out - impossible, "left_out": left_out, "impossible": impossible}
-        rate = None if impossible else ratio_interval(nats, tokens)
-        return {"perplexity": exponential(rate), "references": counts}
+        values, tokens = -numbers_of(samples, "reference_log_prob"), numbers_of(samples, "tokens")
+        left_out, impossible = int(np.isnan(values).sum()), int(np.isposinf(values).sum())
+        counts = {"measured": len(values) - left_out - impossible, "left_out": left_out, "impossible": impossible}
+        rate = None if impossible else ratio_interval(values, tokens)
+        if rate is None or max(rate["mean"], rate["high"] or 0.0) > MOST_NATS:
+            return {"perplexity": None, "references": counts}
+        low, high = (None if end is None else math.exp(end) for end in (rate["low"], rate["high"]))
+        perplexity = Interval(mean=math.exp(rate["mean"]), low=low, high=high, n=rate["n"])  # exp keeps the order
+        return {"perplexity": perplexity, "references": counts}
 
 
 @metric("text")
@@ -132,15 +139,12 @@ class TextMetrics:
 
     def __call__(self, samples: pa.Table) -> dict[str, Any]:
         words, groups = numbered(texts_of(samples)), prompt_numbers(samples)
-        found: dict[str, Any] = {f"distinct_{n}": distinct(words, n) for n in (1, 2)}
-        found |= {f"unique_{n}": unique(words, n) for n in (1, 2)}
-        found |= {"msttr_100": msttr(words, 100), "similarity": interval(similarities(words, groups))}
+        found = word_measures(words) | {"similarity": interval(similarities(words, groups))}
         if "completion_ids" in samples.column_names:
             found["completions/mean_length"] = interval(mean_by_prompt(groups, token_counts(samples)))
         if "finish" in samples.column_names:
-            found["completions/clipped_ratio"] = float(
-                np.mean([f == "length" for f in samples.column("finish").to_pylist()])
-            )
+            cut_off = [finish == "length" for finish in samples.column("finish").to_pylist()]
+            found["completions/clipped_ratio"] = float(np.mean(cut_off))
         return found
 
 
@@ -204,15 +208,12 @@ def measured(metric: Metric, samples: pa.Table) -> float | Interval | None:
 
 def usable(samples: pa.Table, column: str, status: str) -> FloatArray:
     """The column's values, NaN where the status is not ok."""
-    values = _column(samples, column)
     ok = np.array([s == "ok" for s in samples.column(status).to_pylist()])
-    return np.where(ok, values, np.nan)
+    return np.where(ok, numbers_of(samples, column), np.nan)
 
 
 def best_of_curve(groups: IntArray, scores: FloatArray) -> dict[str, Any]:
-    """For k = 1, 2, 4, … the reward of the best of k samples; prompts with fewer usable scores are left out of that
-    k.
-    """
+    """For k = 1, 2, 4, … the reward of the best of k samples; a prompt counts for a k that its usable scores reach."""
     usable = np.isfinite(scores)
     order = np.argsort(groups[usable], kind="stable")
     sorted_scores = scores[usable][order]
@@ -223,16 +224,21 @@ def best_of_curve(groups: IntArray, scores: FloatArray) -> dict[str, Any]:
     estimates = np.full((len(counts), len(ks)), np.nan)
     for n in np.unique(counts[counts > 0]):
         rows = np.flatnonzero(counts == n)
-        table = sorted_scores[starts[rows][:, None] + np.arange(n)]
         reached = [k for k in ks if k <= n]
+        table = sorted_scores[starts[rows][:, None] + np.arange(n)]
         estimates[rows, : len(reached)] = best_of_k_estimates(table, reached)
     return {str(k): interval(estimates[:, i]) for i, k in enumerate(ks)}
 
 
-def share_without_spread(groups: IntArray, scores: FloatArray) -> float:
-    """The share of prompts whose usable scores are all equal: nothing can be learned from ranking these."""
-    spreads = [np.ptp(s) for g in range(int(groups.max(initial=-1)) + 1) if len(s := _finite(scores[groups == g]))]
-    return float(np.mean([spread == 0 for spread in spreads])) if spreads else float("nan")
+def nats(samples: pa.Table, name: str, values: FloatArray) -> dict[str, Any]:
+    """The mean of (N,) nats of each answer, and per token where tokens are known."""
+    groups = prompt_numbers(samples)
+    found: dict[str, Any] = {name: interval(mean_by_prompt(groups, values))}
+    if "completion_ids" in samples.column_names:
+        size = int(groups.max(initial=-1)) + 1
+        sums = (np.bincount(groups, weights=x, minlength=size) for x in (values, token_counts(samples)))
+        found[f"{name}_per_token"] = ratio_interval(*sums)
+    return found
 
 
 def texts_of(samples: pa.Table) -> Iterator[str]:
@@ -247,41 +253,10 @@ def token_counts(samples: pa.Table) -> FloatArray:
     return np.nan_to_num(np.asarray(counts, dtype=np.float64))
 
 
-def own_log_probs(samples: pa.Table) -> FloatArray:
-    """(N,) nats of each answer under the policy that generated it: as computed, or else the sum of what generating
-    noted.
-    """
-    if "log_prob" in samples.column_names:
-        return _column(samples, "log_prob")
-    sums = [
-        math.nan if row is None else math.fsum(row)
-        for chunk in samples.column("completion_logprobs").chunks
-        for row in chunk.to_pylist()
-    ]
-    return np.array(sums, dtype=np.float64)
-
-
-def by_prompt(groups: IntArray, values: FloatArray) -> FloatArray:
-    """(P,) sums of each prompt's values; NaN where one of them is."""
-    return np.bincount(groups, weights=values, minlength=int(groups.max(initial=-1)) + 1).astype(np.float64)
-
-
-def exponential(rate: Interval | None) -> Interval | None:
-    """The interval on the scale of exp, which keeps its order; None beyond what a float holds."""
-    if rate is None or max(rate["mean"], rate["high"] or 0.0) > MOST_NATS:
-        return None
-    low, high = (None if end is None else math.exp(end) for end in (rate["low"], rate["high"]))
-    return Interval(mean=math.exp(rate["mean"]), low=low, high=high, n=rate["n"])
-
-
-def _finite(values: FloatArray) -> FloatArray:
+def finite(values: FloatArray) -> FloatArray:
     return values[np.isfinite(values)]
 
 
-def _column(samples: pa.Table, name: str) -> FloatArray:
-    return np.asarray(samples.column(name).to_numpy(zero_copy_only=False), dtype=np.float64)
-
-
-def _std(values: FloatArray) -> float | None:
-    finite = _finite(values)
-    return float(finite.std()) if len(finite) else None
+def deviation(values: FloatArray) -> float | None:
+    known = finite(values)
+    return float(known.std()) if len(known) else None

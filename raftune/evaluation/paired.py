@@ -58,17 +58,15 @@ def paired(groups: IntArray, a: FloatArray, b: FloatArray, tie_within: float = 0
     if not len(groups):
         return None
     differences = by_prompt(groups, differences_of(a, b))
-    mean_a, mean_b = (estimate(by_prompt(groups, scores)) for scores in (a, b))
-    return _summary(groups, outcomes(a, b, tie_within), differences, mean_a, mean_b, estimate(differences))
+    means = [estimate(by_prompt(groups, scores)) for scores in (a, b)]
+    return _summary(groups, outcomes(a, b, tie_within), differences, *means, estimate(differences))
 
 
 def judged(groups: IntArray, verdicts: FloatArray) -> PairedTest | None:
     """A and B by verdicts, (N,): 1 where A is better, 0 for a tie, -1 where B is better, NaN where there is none."""
     known = np.isfinite(verdicts)
     groups, verdicts = groups[known], verdicts[known]
-    if not len(groups):
-        return None
-    return _summary(groups, verdicts, by_prompt(groups, verdicts), None, None, None)
+    return _summary(groups, verdicts, by_prompt(groups, verdicts)) if len(groups) else None
 
 
 def outcomes(a: FloatArray, b: FloatArray, tie_within: float = 0.0) -> FloatArray:
@@ -120,48 +118,32 @@ def sign_flip(differences: FloatArray) -> tuple[float, int | None]:
     if not len(moved):
         return 1.0, None
     slack = 1e-12 * np.abs(moved).sum()  # the same numbers, added in another order, differ in their last digits
-    seen = abs(moved.sum()) - slack
+    total = moved.sum()
+    seen = abs(total) - slack
     if len(moved) <= EXACT:
         numbers = np.arange(2 ** len(moved))[:, None]
         signs = 1.0 - 2.0 * (numbers >> np.arange(len(moved)) & 1)
         return float(np.mean(np.abs(signs @ moved) >= seen)), None
-    return (1 + _reached(moved, seen)) / (1 + FLIPS), FLIPS
-
-
-def _reached(moved: FloatArray, seen: float) -> int:
-    """How many of FLIPS random assignments of signs give a sum as far from 0."""
     generator = np.random.Generator(np.random.Philox(derive_seed("sign flips", len(moved))))
-    total, size, reached = moved.sum(), max(1, BLOCK // len(moved)), 0
+    size, reached = max(1, BLOCK // len(moved)), 0
     for at in range(0, FLIPS, size):
         kept = generator.integers(0, 2, (min(size, FLIPS - at), len(moved)), dtype=np.int8)
         reached += int(np.sum(np.abs(2 * (kept.astype(np.float64) @ moved) - total) >= seen))
-    return reached
+    return (1 + reached) / (1 + FLIPS), FLIPS
 
 
 def _summary(
     groups: IntArray,
     outcome: FloatArray,
     differences: FloatArray,
-    a: PairedEstimate | None,
-    b: PairedEstimate | None,
-    difference: PairedEstimate | None,
+    a: PairedEstimate | None = None,
+    b: PairedEstimate | None = None,
+    difference: PairedEstimate | None = None,
 ) -> PairedTest:
     wins, ties, losses = (by_prompt(groups, np.asarray(outcome == value, np.float64)) for value in (1, 0, -1))
-    rates = wins + ties / 2
-    p, flips = sign_flip(differences)
-    return PairedTest(
-        pairs=len(groups),
-        prompts=len(rates),
-        a=a,
-        b=b,
-        difference=difference,
-        wins=float(wins.mean()),
-        ties=float(ties.mean()),
-        losses=float(losses.mean()),
-        win_rate=estimate(rates, share=True),
-        p=p,
-        flips=flips,
-    )
+    shares = (float(share.mean()) for share in (wins, ties, losses))
+    win_rate = estimate(wins + ties / 2, share=True)
+    return PairedTest(len(groups), len(wins), a, b, difference, *shares, win_rate, *sign_flip(differences))
 
 
 def by_prompt(groups: IntArray, values: FloatArray) -> FloatArray:

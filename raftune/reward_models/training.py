@@ -18,7 +18,7 @@ from raftune.config.reward_model import RewardModelConfig
 from raftune.data.classifier_inputs import ClassifierInputs, write_notes
 from raftune.data.rows import write_skipped
 from raftune.errors import DataError, ModelError
-from raftune.evaluation.columns import numbers_by_key
+from raftune.evaluation.bootstrap import numbers_by_key
 from raftune.protocols import Callback, Reward
 from raftune.reward_models.backbone import Backbone, open_backbone
 from raftune.reward_models.examples import (

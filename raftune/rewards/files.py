@@ -20,8 +20,7 @@ from raftune.data.preferences import Form, read_preferences
 from raftune.data.rows import SkippedRow, SkipReason, UnusableRow, reasons
 from raftune.data.source import raw_rows
 from raftune.errors import DataError
-from raftune.evaluation.bootstrap import interval, mean_by_prompt
-from raftune.evaluation.columns import numbers_by_key
+from raftune.evaluation.bootstrap import interval, mean_by_prompt, numbers_by_key
 from raftune.records import Score, ScoreStatus
 from raftune.rewards.batch import RESERVED, RewardBatch
 from raftune.rewards.failures import FAILED, FailureTally

@@ -15,7 +15,7 @@ from raftune.config.policy import CustomPolicy
 from raftune.config.run import RunConfig, held_out_names
 from raftune.config.sampling import backend_code
 from raftune.engines.local import InProcessEngine, make_engine
-from raftune.evaluation.examine import RoundMonitor
+from raftune.evaluation.alarms import RoundMonitor
 from raftune.evaluation.images import looked_at
 from raftune.evaluation.metrics import METRICS, load_metrics, measured, metric_code
 from raftune.policies.registry import Family, code_of, family_of, load_policy, start_policy

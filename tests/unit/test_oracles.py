@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from raftune.config.selection import TopFraction, selection_config
-from raftune.evaluation.best_of import best_of_k_estimates
+from raftune.evaluation.bootstrap import best_of_k_estimates
 from raftune.selection import Candidates, Verdicts, select, without_candidates
 from tools import closed_forms as exact
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.arrays import BoolArray, FloatArray, IntArray
-from raftune.evaluation.best_of import best_of_k_estimates
+from raftune.evaluation.bootstrap import best_of_k_estimates
 from raftune.results.samples import prompts_of, read_drawn, readable
 from raftune.results.summary import read_json
 from raftune.stages.plan import read_plan

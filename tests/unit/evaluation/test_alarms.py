@@ -14,8 +14,7 @@ import pytest
 
 from raftune.config import GuardsConfig
 from raftune.evaluation import alarms
-from raftune.evaluation.alarms import Alarm
-from raftune.evaluation.examine import RoundMonitor
+from raftune.evaluation.alarms import Alarm, RoundData, RoundMonitor
 from raftune.protocols import MonitorInput
 
 P, K = 48, 4
@@ -77,6 +76,21 @@ def look(samples: pa.Table, first: dict[str, Any] | None = None, **limits: Any) 
     return examination.alarms(evidence, examination.measures(evidence))
 
 
+def data(
+    samples: pa.Table | None = None,
+    factors: dict[str, float] | None = None,
+    held_out: pa.Table | None = None,
+    earlier: Sequence[pa.Table | None] = (),
+    judge: str = "the held-out judge",
+    round_: int = 1,
+    losses: Sequence[float] = (),
+    **limits: Any,
+) -> RoundData:
+    """What an alarm reads, of a round of which this is known."""
+    inputs = MonitorInput(round_, samples, factors or {}, held_out, list(earlier), judge, None, losses)
+    return RoundData(GuardsConfig(**limits), inputs, {})
+
+
 def names(found: list[dict[str, Any]]) -> list[str]:
     return [alarm["alarm"] for alarm in found]
 
@@ -91,7 +105,7 @@ def parting(fall: float, rise: float = 1.0, noise: float = 1.0, seed: int = 0) -
     for round_ in (0, 1):
         trained, held_out = (generator.normal(0, noise, (P, K)) for _ in range(2))
         tables.append(judged(trained + rise * round_, held_out - fall * round_, round_))
-    return alarms.held_out_falls(tables[1], tables[:1], "the held-out judge", 0.01)
+    return alarms.held_out_falls(data(held_out=tables[1], earlier=tables[:1], false_alarms=0.01))
 
 
 def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_an_alarm() -> None:
@@ -111,7 +125,7 @@ def test_the_round_before_the_fall_is_the_one_that_is_compared_with() -> None:
     generator = rng(1)
     heights = [(0.0, 0.0), (1.0, 2.0), (2.0, 1.0)]
     tables = [judged(a + generator.normal(0, 1, (P, K)), b + generator.normal(0, 1, (P, K))) for a, b in heights]
-    found = alarms.held_out_falls(tables[2], tables[:2], "the held-out judge", 0.01)
+    found = alarms.held_out_falls(data(held_out=tables[2], earlier=tables[:2], false_alarms=0.01))
     assert found is not None
     assert found.numbers["since"] == 1  # against the start, both rewards rose
 
@@ -120,8 +134,8 @@ def test_a_slow_fall_that_no_single_round_shows_is_seen_in_time() -> None:
     """0.2 a round with a standard error of 0.10: from round 8 on it is 10 standard errors since the start."""
     generator = rng(2)
     tables = [judged(generator.normal(0.5 * r, 1, (P, K)), generator.normal(-0.2 * r, 1, (P, K))) for r in range(9)]
-    assert alarms.held_out_falls(tables[1], tables[:1], "it", 1e-6) is None
-    found = alarms.held_out_falls(tables[8], tables[:8], "it", 1e-6)
+    assert alarms.held_out_falls(data(held_out=tables[1], earlier=tables[:1], judge="it", false_alarms=1e-6)) is None
+    found = alarms.held_out_falls(data(held_out=tables[8], earlier=tables[:8], judge="it", false_alarms=1e-6))
     assert found is not None
 
 
@@ -129,7 +143,7 @@ def test_named_are_answers_that_the_trained_reward_likes_and_the_judge_does_not(
     generator = rng(3)
     trained, held_out = generator.normal(1, 1, (P, K)), generator.normal(-1, 1, (P, K))
     now, then = judged(trained, held_out), judged(trained - 1, held_out + 1, 0)
-    found = alarms.held_out_falls(now, [then], "the held-out judge", 0.01)
+    found = alarms.held_out_falls(data(held_out=now, earlier=[then], false_alarms=0.01))
     assert found is not None
     row = {name: i for i, name in enumerate(now.column("sample_id").to_pylist())}
     liked = [float(np.ravel(trained)[row[name]]) for name, _ in found.samples]
@@ -143,7 +157,7 @@ def test_named_are_answers_that_the_trained_reward_likes_and_the_judge_does_not(
 
 def test_prompts_that_only_one_round_has_are_left_out() -> None:
     now, then = judged(np.ones((P, K)), np.zeros((P, K))), judged(np.zeros((P - 8, K)), np.ones((P - 8, K)), 0)
-    found = alarms.held_out_falls(now, [then], "it", 0.01)
+    found = alarms.held_out_falls(data(held_out=now, earlier=[then], judge="it", false_alarms=0.01))
     assert found is not None
     assert found.numbers["trained"]["n"] == P - 8
 
@@ -163,7 +177,7 @@ def test_without_a_change_of_the_judge_alarms_are_rarer_than_the_chosen_chance()
             judged(generator.normal(r, 0.1, (16, K)), hardness + generator.exponential(1, (16, K)))
             for r in range(rounds + 1)
         ]
-        fired += alarms.held_out_falls(tables[-1], tables[:-1], "it", 0.05) is not None
+        fired += alarms.held_out_falls(data(held_out=tables[-1], earlier=tables[:-1], false_alarms=0.05)) is not None
     assert fired <= 60
 
 
@@ -315,7 +329,7 @@ def test_a_part_that_all_samples_satisfy_leaves_the_other_to_decide() -> None:
 
 def test_a_part_without_weight_does_not_take_part() -> None:
     samples = scored(loud=10.0, quiet=1.0)
-    assert alarms.part_dominates(samples, {"loud": 1.0, "quiet": 0.0}, 0.9) is None
+    assert alarms.part_dominates(data(samples, {"loud": 1.0, "quiet": 0.0})) is None
 
 
 def test_samples_without_a_score_do_not_take_part() -> None:
@@ -323,7 +337,7 @@ def test_samples_without_a_score_do_not_take_part() -> None:
     score = samples.column("score").to_numpy().copy()
     score[5] = np.nan
     holed = samples.set_column(samples.column_names.index("score"), "score", pa.array(score, from_pandas=True))
-    found = alarms.part_dominates(holed, {"loud": 1.0, "quiet": 1.0}, 0.9)
+    found = alarms.part_dominates(data(holed, {"loud": 1.0, "quiet": 1.0}))
     assert found is not None
 
 
@@ -332,7 +346,8 @@ def test_samples_without_a_score_do_not_take_part() -> None:
 
 def test_a_policy_beyond_its_budget_names_the_answers_that_are_farthest_from_the_start() -> None:
     ratio = np.arange(P * K, dtype=float).reshape(P, K)
-    found = alarms.kl_beyond_budget(judged(np.zeros((P, K)), np.zeros((P, K)), log_ratio=ratio), 50.0)
+    held_out = judged(np.zeros((P, K)), np.zeros((P, K)), log_ratio=ratio)
+    found = alarms.kl_beyond_budget(data(held_out=held_out, max_kl=50.0))
     assert found is not None
     assert found.numbers["kl"]["mean"] == ratio.mean()
     assert found.samples[0] == (f"0001e/{P - 1:03d}-0/003", f"log p - log p0 is {P * K - 1:.1f} nats")
@@ -340,7 +355,7 @@ def test_a_policy_beyond_its_budget_names_the_answers_that_are_farthest_from_the
 
 def test_a_policy_within_its_budget_is_none() -> None:
     ratio = np.ones((P, K))
-    assert alarms.kl_beyond_budget(judged(ratio, ratio, log_ratio=ratio), 1.0) is None
+    assert alarms.kl_beyond_budget(data(held_out=judged(ratio, ratio, log_ratio=ratio), max_kl=1.0)) is None
 
 
 # -- measures ---------------------------------------------------------------------------------------------------------
@@ -442,14 +457,14 @@ def test_a_policy_that_says_one_thing_is_an_alarm_by_its_held_out_answers() -> N
 
 
 def test_a_loss_that_doubles_is_an_alarm_by_its_first_and_last_tenth() -> None:
-    assert alarms.loss_diverges([1.0, 5.0] * 50, 2.0) is None
-    assert alarms.loss_diverges([2.0] * 10 + [1.0] * 80 + [4.5] * 10, 2.0).numbers == {  # type: ignore[union-attr]
+    assert alarms.loss_diverges(data(losses=[1.0, 5.0] * 50)) is None
+    assert alarms.loss_diverges(data(losses=[2.0] * 10 + [1.0] * 80 + [4.5] * 10)).numbers == {  # type: ignore[union-attr]
         "first": 2.0,
         "last": 4.5,
         "steps": 100,
     }
-    assert alarms.loss_diverges([1.0, 9.0], 2.0) is None
-    assert alarms.loss_diverges([], 2.0) is None
+    assert alarms.loss_diverges(data(losses=[1.0, 9.0])) is None
+    assert alarms.loss_diverges(data(losses=[])) is None
 
 
 @pytest.mark.parametrize(
@@ -461,4 +476,5 @@ def test_without_a_budget_a_kl_is_an_alarm_beyond_what_selection_teaches_and_a_n
 ) -> None:
     ratio = np.full((P, K), nats)
     held_out = judged(ratio, ratio, log_ratio=ratio).append_column("length", pa.array([float(tokens)] * (P * K)))
-    assert (alarms.kl_beyond_selection(held_out, rounds, 8.0, 1.0) is not None) is raised
+    samples = pa.table({"prompt_id": np.repeat(np.arange(P), 8)})
+    assert (alarms.kl_beyond_budget(data(samples, held_out=held_out, round_=rounds)) is not None) is raised

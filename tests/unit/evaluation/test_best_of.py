@@ -6,7 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from raftune.evaluation.best_of import best_of_k_estimates, pass_at_k
+from raftune.evaluation.bootstrap import best_of_k_estimates
 
 
 def test_the_estimate_is_the_mean_maximum_over_all_subsets() -> None:
@@ -34,7 +34,8 @@ def test_one_is_the_mean_and_n_the_maximum() -> None:
 def test_pass_at_k_is_the_chance_that_not_all_are_failures() -> None:
     for n, successes, k in product((1, 4, 9), (0, 1, 4, 9), (1, 3, 9)):
         if successes <= n and k <= n:
-            assert pass_at_k(n, successes, k) == pytest.approx(1 - comb(n - successes, k) / comb(n, k), abs=1e-14)
+            estimate = best_of_k_estimates(np.repeat([0.0, 1.0], [n - successes, successes]), [k])[0]
+            assert estimate == pytest.approx(1 - comb(n - successes, k) / comb(n, k), abs=1e-14)
 
 
 def test_no_binomial_overflows_for_many_scores() -> None:

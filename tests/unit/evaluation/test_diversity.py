@@ -17,9 +17,16 @@ from raftune.evaluation.diversity import (
     near_duplicates,
     numbered,
     similarities,
-    similarity,
     unique,
 )
+
+
+def similarity(groups: list[list[str]]) -> float | None:
+    """The mean over groups of the mean similarity of two texts of a group."""
+    members = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    values = similarities([text for group in groups for text in group], members)
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None
+
 
 FABLE = ["The cat saw the cat.", "the cat!", ""]
 

@@ -9,8 +9,7 @@ import pyarrow as pa
 
 from raftune.config import GuardsConfig
 from raftune.data.images import png_of, require_pillow
-from raftune.evaluation.alarms import Alarm
-from raftune.evaluation.examine import RoundMonitor
+from raftune.evaluation.alarms import Alarm, RoundMonitor
 from raftune.evaluation.images import SIDE, looked_at
 from raftune.protocols import MonitorInput
 
@@ -53,7 +52,7 @@ def first_of(table: pa.Table) -> dict[str, Any]:
 def raised(table: pa.Table, first: dict[str, Any] | None = None, **limits: Any) -> dict[str, Alarm]:
     examiner = RoundMonitor(GuardsConfig(**limits))
     evidence = MonitorInput(2, table, {"r": 1.0}, None, [], "", first or first_of(drawn(colours(1))))
-    return {found.alarm: found for found in examiner.raised(evidence, examiner.measures(evidence)) if found}
+    return {found.alarm: found for found in examiner.raised(evidence, examiner.measures(evidence))}
 
 
 def test_a_round_like_the_first_raises_nothing() -> None:
