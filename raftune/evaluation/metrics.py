@@ -236,8 +236,11 @@ def nats(samples: pa.Table, name: str, values: FloatArray) -> dict[str, Any]:
     found: dict[str, Any] = {name: interval(mean_by_prompt(groups, values))}
     if "completion_ids" in samples.column_names:
         size = int(groups.max(initial=-1)) + 1
-        sums = (np.bincount(groups, weights=x, minlength=size) for x in (values, token_counts(samples)))
-        found[f"{name}_per_token"] = ratio_interval(*sums)
+        above, below = (
+            np.bincount(groups, weights=numbers, minlength=size).astype(np.float64)
+            for numbers in (values, token_counts(samples))
+        )
+        found[f"{name}_per_token"] = ratio_interval(above, below)
     return found
 
 

@@ -58,8 +58,8 @@ def paired(groups: IntArray, a: FloatArray, b: FloatArray, tie_within: float = 0
     if not len(groups):
         return None
     differences = by_prompt(groups, differences_of(a, b))
-    means = [estimate(by_prompt(groups, scores)) for scores in (a, b)]
-    return _summary(groups, outcomes(a, b, tie_within), differences, *means, estimate(differences))
+    mean_a, mean_b = (estimate(by_prompt(groups, scores)) for scores in (a, b))
+    return _summary(groups, outcomes(a, b, tie_within), differences, mean_a, mean_b, estimate(differences))
 
 
 def judged(groups: IntArray, verdicts: FloatArray) -> PairedTest | None:
@@ -141,9 +141,20 @@ def _summary(
     difference: PairedEstimate | None = None,
 ) -> PairedTest:
     wins, ties, losses = (by_prompt(groups, np.asarray(outcome == value, np.float64)) for value in (1, 0, -1))
-    shares = (float(share.mean()) for share in (wins, ties, losses))
-    win_rate = estimate(wins + ties / 2, share=True)
-    return PairedTest(len(groups), len(wins), a, b, difference, *shares, win_rate, *sign_flip(differences))
+    p, flips = sign_flip(differences)
+    return PairedTest(
+        pairs=len(groups),
+        prompts=len(wins),
+        a=a,
+        b=b,
+        difference=difference,
+        wins=float(wins.mean()),
+        ties=float(ties.mean()),
+        losses=float(losses.mean()),
+        win_rate=estimate(wins + ties / 2, share=True),
+        p=p,
+        flips=flips,
+    )
 
 
 def by_prompt(groups: IntArray, values: FloatArray) -> FloatArray:
