@@ -1,10 +1,12 @@
-"""Kills a run at every file event, runs it again, and compares what lies on disk with a run that was never interrupted.
+"""Takes what a kill at every file event leaves, runs it again, and compares with a run that was never interrupted.
 
     python kill.py SCENARIO [--every N] [--most M] [--broken WAY --until WORDS]      prints a report as JSON
 
-A process of its own, which imports no torch and starts no threads: each trial is a fork of it, in milliseconds. Events
-are seen by an audit hook, so that the package needs no hook. SIGKILL keeps what the kernel was given, synced or not:
-syncing therefore does nothing here, and its order is the subject of another test.
+A process of its own, which imports no torch and starts no threads: each life of a trial is a fork of it, in
+milliseconds. Events are seen by an audit hook, so that the package needs no hook. What SIGKILL leaves is what the
+kernel was given, synced or not, and no more: the files as they are at that moment, which are copied at each event of
+one run. (schedules.py and other tests kill for real.) Syncing does nothing here; its order is the subject of another
+test.
 """
 
 from __future__ import annotations
@@ -56,29 +58,36 @@ def tree(root: Path) -> dict[str, str]:
 
 @dataclass
 class Watch:
-    """Sees the file events under `root` in this process; at the event of number `stop` the process is killed.
+    """Sees the file events under `root` in this process.
 
-    With an error's number in `code`, from then on all that takes space fails with this error instead.
+    At the event of number `stop` the process is killed, or with an error's number in `code`, from then on all that
+    takes space fails with this error. `snapshot` is called with the number of each event before it happens.
     """
 
     root: Path
     stop: int | None = None
     code: int = 0
+    snapshot: Callable[[int], object] | None = None
 
     def begin(self) -> Watch:
         self.seen: list[str] = []
+        self.busy = False
         sys.addaudithook(self._hear)
         return self
 
     def _hear(self, kind: str, facts: tuple[Any, ...]) -> None:
         if kind == "open" and not facts[2] & _WRITES:
             return
-        if (kind == "open" or kind in _CHANGES) and self._ours(facts[0]):
+        if (kind == "open" or kind in _CHANGES) and self._ours(facts[0]) and not self.busy:
             self.seen.append(f"{kind} {self._where(facts[0])}")
             if self.code:
                 self._fail(kind, facts[0])
             elif len(self.seen) == self.stop:
                 os.kill(os.getpid(), signal.SIGKILL)
+            elif self.snapshot:
+                self.busy = True
+                self.snapshot(len(self.seen))
+                self.busy = False
 
     def _fail(self, kind: str, path: Any) -> None:
         if kind in ("open", "os.rename", "os.mkdir") and self.stop is not None and len(self.seen) >= self.stop:
@@ -141,22 +150,21 @@ def examine(
 
     `until`: words that a fault must have; the first that has them ends the search.
     """
-    expected = made(scenario, scratch / "run", scenario.oracle or scenario.act)
-    events = events_of(scenario, scratch / "counted")
-    proven: set[State] = set()
+    root = scratch / "run"
+    expected = made(scenario, root, scenario.oracle or scenario.act)
+    events = snapshots(scenario, root, scratch / "states", range(0) if code else range(1, most + 1 if most else sys.maxsize, every))
+    numbers = range(1, len(events[:most]) + 1, every)
     faults: list[str] = []
-    trials = 0
-    for number in range(1, len(events[:most]) + 1, every):
-        trials += 1
-        root = scratch / "run"
-        fault = (
-            refused(scenario, root, number, expected, code) if code else trial(scenario, root, number, expected, proven)
-        )
+    for number in numbers:
+        if code:
+            fault = refused(scenario, root, number, expected, code)
+        else:
+            fault = trial(scenario, root, scratch / f"states/{number}", expected)
         if fault:
             faults.append(f"killed before event {number} ({events[number - 1]}): {fault}")
         if until and until in fault:
             break
-    return Report(events, trials, faults)
+    return Report(events, len(numbers), faults)
 
 
 def made(scenario: Scenario, root: Path, act: Act) -> dict[str, str]:
@@ -167,47 +175,45 @@ def made(scenario: Scenario, root: Path, act: Act) -> dict[str, str]:
     return tree(root)
 
 
-def events_of(scenario: Scenario, root: Path) -> list[str]:
-    """The events of `act`, in order."""
+def snapshots(scenario: Scenario, root: Path, states: Path, numbers: range) -> list[str]:
+    """The events of `act`, in order; what each of these numbers finds on disk is copied to a folder of `states`.
+
+    What is there is often what was there at an event before, but for tmp/ and the record of times: such a state is
+    kept at every fifth event only.
+    """
     prepare(scenario, root)
-    note = root.with_suffix(".json")
+    states.mkdir()
 
     def act() -> None:
-        watch = Watch(root).begin()
+        known: set[State] = set()
+
+        def snapshot(number: int) -> None:
+            if number not in numbers or not root.exists():
+                return
+            state = frozenset(tree(root).items())
+            if state not in known or number % 5 == 0:
+                known.add(state)
+                shutil.copytree(root, states / str(number), symlinks=True)  # in which nobody holds LOCK
+
+        watch = Watch(root, snapshot=snapshot).begin()
         scenario.act(root)
-        note.write_text(json.dumps(watch.seen))
+        watch.busy = True
+        (states / "events.json").write_text(json.dumps(watch.seen))
 
     status, errors = in_child(act)
     assert status == 0, errors
-    found: list[str] = json.loads(note.read_text())
-    return found
+    events: list[str] = json.loads((states / "events.json").read_text())
+    return events
 
 
-def trial(scenario: Scenario, root: Path, number: int, expected: dict[str, str], proven: set[State]) -> str:
-    """Empty if a kill at this event leaves no trace after the next run; else what is wrong.
-
-    What a kill leaves is often what the kill before it left, but for tmp/ and the record of times. Such a state was
-    seen to lead to the right end, and is run again only at every fifth event.
-    """
-    prepare(scenario, root)
-
-    def act() -> None:
-        Watch(root, number).begin()
-        scenario.act(root)
-
-    status, errors = in_child(act)
-    if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
-        return f"the process was not killed: {errors[-2000:]}"
-    left = frozenset(tree(root).items())
-    if left in proven and number % 5:
+def trial(scenario: Scenario, root: Path, state: Path, expected: dict[str, str]) -> str:
+    """Empty if what a kill left leads to the expected end when it is run again; else what is wrong."""
+    if not state.exists():
         return ""
+    shutil.rmtree(root)
+    state.rename(root)
     status, errors = in_child(lambda: scenario.again(root))
-    if status != 0:
-        return f"it does not resume: {errors[-2000:]}"
-    fault = difference(expected, tree(root))
-    if not fault:
-        proven.add(left)
-    return fault
+    return f"it does not resume: {errors[-2000:]}" if status else difference(expected, tree(root))
 
 
 def refused(scenario: Scenario, root: Path, number: int, expected: dict[str, str], code: int) -> str:
