@@ -152,7 +152,8 @@ def examine(
     """
     root = scratch / "run"
     expected = made(scenario, root, scenario.oracle or scenario.act)
-    events = snapshots(scenario, root, scratch / "states", range(0) if code else range(1, most + 1 if most else sys.maxsize, every))
+    wanted = range(0) if code else range(1, most + 1 if most else sys.maxsize, every)
+    events = snapshots(scenario, root, scratch / "states", wanted)
     numbers = range(1, len(events[:most]) + 1, every)
     faults: list[str] = []
     for number in numbers:
