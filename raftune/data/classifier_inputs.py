@@ -19,11 +19,21 @@ from raftune.errors import RewardError
 from raftune.store.files import dump_json
 
 NOTES = "raftune_reward.json"
+READING = frozenset({"include_prompt", "append_eos", "add_special_tokens", "max_length"})
 TEMPLATE_SECONDS = 20.0  # that a chat template may take for one prompt
+DATED: Final = "2024-07-26"  # the date of a reward's chat template, so that a score is the same tomorrow
 UNBOUNDED = 1_000_000  # tokenizers without a limit report a number beyond this
-# Position embeddings of these begin behind the padding token's own, so that the first rows are never used.
+# Position embeddings of these begin after the padding token's own, so that the first rows are never used.
 SHIFTED_POSITIONS = frozenset(
     {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "longformer"}
+)
+# `strftime_now` for a template, made of data: transformers lets no function of ours into its sandbox. `parts` of a
+# format begin with a directive (`d`, `-d`), but for the first, and for one after `%%`.
+_CLOCK: Final = (
+    "{% macro strftime_now(format) %}{% set ns = namespace(plain=true) %}{% for part in format.split('%') %}"
+    "{% if ns.plain %}{{ part }}{% set ns.plain = false %}{% elif not part %}{{ '%' }}{% set ns.plain = true %}"
+    "{% elif part[0] == '-' %}{{ raftune_date[part[:2]] ~ part[2:] }}"
+    "{% else %}{{ raftune_date[part[0]] ~ part[1:] }}{% endif %}{% endfor %}{% endmacro %}{{ '' }}"
 )
 
 
@@ -64,39 +74,26 @@ def tokens(tokenizer: Any, prompt: Any, completion: Any, reading: ClassifierInpu
 
 
 def is_hollow(tokenizer: Any) -> bool:
-    """True of a tokenizer that has special tokens alone, by which every text is empty.
+    """Whether the tokenizer has special tokens alone, so that every text is empty.
 
-    transformers makes such a one of a folder that has a model's configuration and no tokenizer's files.
+    transformers makes one of a folder that has a model's configuration and no tokenizer's files.
     """
     return set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
 
 
-DATED: Final = "2024-07-26"  # what a reward's chat template takes for today, so that a score is the same tomorrow
-
-
-# `strftime_now` for a template, made of data: transformers lets no function of ours into its sandbox. `parts` of a
-# format begin with a directive (`d`, `-d`), but for the first, and for one behind `%%`.
-_CLOCK: Final = (
-    "{% macro strftime_now(format) %}{% set ns = namespace(plain=true) %}{% for part in format.split('%') %}"
-    "{% if ns.plain %}{{ part }}{% set ns.plain = false %}{% elif not part %}{{ '%' }}{% set ns.plain = true %}"
-    "{% elif part[0] == '-' %}{{ raftune_date[part[:2]] ~ part[2:] }}"
-    "{% else %}{{ raftune_date[part[0]] ~ part[1:] }}{% endif %}{% endfor %}{% endmacro %}{{ '' }}"
-)
-
-
 def writes_date(tokenizer: Any) -> bool:
-    """Whether the chat template asks for today's date."""
+    """Whether the chat template reads today's date."""
     return "strftime_now" in str(tokenizer.chat_template or "")
 
 
 def on_date(tokenizer: Any, date: str, tools: Any = None) -> dict[str, Any]:
-    """What apply_chat_template is told beside the messages, so that it is this date (YYYY-MM-DD) for the template."""
+    """Arguments of apply_chat_template that make it this date (YYYY-MM-DD) for the template."""
     if not writes_date(tokenizer):
         return {}
     moment = datetime.fromisoformat(date)
     letters = [*"aAwdbBmyYHIpMSfjUWcxXGuVDFTR", *(f"-{letter}" for letter in "dmHIMSj")]
-    said = {letter: moment.strftime(f"%{letter}") for letter in letters}
-    return {"chat_template": _CLOCK + tokenizer.get_chat_template(tools=tools), "raftune_date": said}
+    formatted = {letter: moment.strftime(f"%{letter}") for letter in letters}
+    return {"chat_template": _CLOCK + tokenizer.get_chat_template(tools=tools), "raftune_date": formatted}
 
 
 def templated(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
@@ -111,7 +108,7 @@ def templated(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
 
 
 def apply_template(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
-    """The messages as the chat template formats them. Raises TemplateTimeoutError for one that does not come to an end.
+    """The messages as the chat template formats them. Raises TemplateTimeoutError for one that does not end.
 
     A template is a program that came with the model: nested loops over large ranges run for hours.
     """
@@ -154,40 +151,31 @@ def text_of(completion: Any) -> str:
     """The text itself; of a message list, the contents of its messages, joined by line breaks."""
     if isinstance(completion, str):
         return completion
-    return "\n".join(_content(message["content"]) for message in completion if message.get("content"))
+    contents = [message["content"] for message in completion if message.get("content")]
+    return "\n".join(
+        content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+        for content in contents
+    )
 
 
-def _content(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content)
-
-
-def longest(tokenizer: Any, config: Any, asked: int | None) -> int | None:
-    """Tokens that the model may read: what is asked for, what the tokenizer says and what it has positions for."""
-    places = getattr(config, "max_position_embeddings", None)
-    if places is not None and getattr(config, "model_type", None) in SHIFTED_POSITIONS:
-        places -= (config.pad_token_id or 0) + 1
-    known = [n for n in (asked, tokenizer.model_max_length, places) if n is not None and 0 < n < UNBOUNDED]
+def longest(tokenizer: Any, config: Any, limit: int | None) -> int | None:
+    """Tokens that the model may read: the least of `limit`, the tokenizer's limit and the model's positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and getattr(config, "model_type", None) in SHIFTED_POSITIONS:
+        positions -= (config.pad_token_id or 0) + 1
+    known = [n for n in (limit, tokenizer.model_max_length, positions) if n is not None and 0 < n < UNBOUNDED]
     return min(known) if known else None
 
 
 def read_notes(path: Path | None) -> dict[str, Any]:
-    """What lies beside a model; nothing where there is no such file. Raises RewardError where it is damaged."""
+    """The content of `raftune_reward.json`; empty where there is no file. Raises RewardError where it is damaged."""
     if path is None or not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        reading = found["reading"]
-        whole = isinstance(found, dict) and isinstance(reading, dict) and set(reading) <= READING
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise RewardError(f"{path} is damaged: it says how the reward model reads its text. Fetch the model again.")
-    return dict(found)
-
-
-READING = frozenset({"include_prompt", "append_eos", "add_special_tokens", "max_length"})
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        notes = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(notes["reading"], dict) and notes["reading"].keys() <= READING:
+            return dict(notes)
+    raise RewardError(f"{path} is damaged: it says how the reward model reads its text. Fetch the model again.")
 
 
 def write_notes(folder: Path, notes: Mapping[str, Any]) -> None:

@@ -1,24 +1,21 @@
-"""Column names of known data sets, and checks of their contents."""
+"""Column names of known data sets, and readers of the prompts, completions, dialogues and numbers in a row.
+
+All readers raise UnusableRow with the reason and the column.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 from typing import Any
 
 from raftune.data.rows import SkipReason, UnusableRow
-from raftune.data.turns import (
-    SYSTEM,
-    Message,
-    begins,
-    ends_with_assistant,
-    excerpt,
-    read_messages,
-    says_something,
-)
 from raftune.records import PromptContent, Row
 
-# The name that we use, then others under which the same is found.
+Message = dict[str, Any]
+
+# The name that raftune uses, then others under which the same is found.
 PROMPT = ("prompt", "question")
 COMPLETION = ("completion", "response", "answer")
 COMPLETIONS = ("completions", "responses", "answers")
@@ -26,12 +23,29 @@ SCORE = ("score", "rating", "reward")
 SCORES = ("scores", "ratings", "rewards")
 SYSTEM_PROMPT = ("system", "system_prompt")
 RANKS = ("ranks", "ranking", "rank")
+
+SYSTEM_ROLES = ("system", "developer")
+ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_TURN = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 _COMMA = re.compile(r"([+-]?\d+),(\d+)")
 
 
+def excerpt(value: Any, width: int = 60) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def wrong_type(column: str, rule: str, value: Any) -> UnusableRow:
+    return UnusableRow(SkipReason.WRONG_TYPE, f"{column} must be {rule}; got {excerpt(value)}")
+
+
+# -- columns ---------------------------------------------------------------------------------------------------------
+
+
 def find(row: Row, names: tuple[str, ...]) -> tuple[str, Any]:
-    """The first of the names that the row has a value for, and the value. Raises Unusable where there is none."""
+    """The first of the names that the row has a value for, and the value."""
     for name in names:
         if row.get(name) is not None:
             return name, row[name]
@@ -42,28 +56,32 @@ def has(row: Row, names: tuple[str, ...]) -> bool:
     return any(row.get(name) is not None for name in names)
 
 
-def used(found: str, name: str) -> str:
-    """How the format names a column that another name stands for."""
-    return name if found == name else f"{found} as {name}"
+def renamed_as(column: str, name: str) -> str:
+    """How the format names a column that is read as `name`."""
+    return name if column == name else f"{column} as {name}"
 
 
-def asked(row: Row) -> tuple[str, PromptContent]:
-    """The name of the row's prompt column, and the prompt: behind the row's `system`, where it has one.
+# -- prompts and completions -----------------------------------------------------------------------------------------
 
-    To messages that is a system message, unless they begin with one; to a text, a text and a blank line before it, as
-    `sampling.system_prompt` is put.
+
+def prompt_of(row: Row) -> tuple[str, PromptContent]:
+    """The name of the row's prompt column, and the prompt, behind the row's `system` text if it has one.
+
+    Messages get it as a system message, unless they begin with one; a text, as text and a blank line before it, as
+    `sampling.system_prompt` does.
     """
     column, value = find(row, PROMPT)
     prompt = read_prompt(value, column)
-    name = next((name for name in SYSTEM_PROMPT if row.get(name) is not None), None)
-    system = row[name] if name is not None else ""
+    if not has(row, SYSTEM_PROMPT):
+        return column, prompt
+    name, system = find(row, SYSTEM_PROMPT)
     if not isinstance(system, str):
-        raise UnusableRow(SkipReason.WRONG_TYPE, f"{name} must be a text; got {excerpt(system)}")
+        raise wrong_type(name, "a text", system)
     if not system.strip():
         return column, prompt
     if isinstance(prompt, list):
-        given = prompt[0]["role"] in SYSTEM
-        return column, prompt if given else [{"role": "system", "content": system}, *prompt]
+        has_system = prompt[0]["role"] in SYSTEM_ROLES
+        return column, prompt if has_system else [{"role": "system", "content": system}, *prompt]
     return f"{name}, {column}", f"{system}\n\n{prompt}"
 
 
@@ -74,28 +92,29 @@ def read_prompt(value: Any, column: str) -> PromptContent:
             raise UnusableRow(SkipReason.EMPTY_PROMPT, f"{column} is blank")
         return value
     if not isinstance(value, list):
-        raise UnusableRow(SkipReason.WRONG_TYPE, f"{column} must be a text or a list of messages; got {excerpt(value)}")
-    messages = begins(read_messages(value, column), column)
+        raise wrong_type(column, "a text or a list of messages", value)
+    messages = read_messages(value, column)
+    check_user_begins(messages, column)
     check_prompt(messages, column)
     if messages[-1]["role"] not in ("user", "tool"):
         raise UnusableRow(SkipReason.DISORDER, f"{column} ends with the {messages[-1]['role']}'s turn")
     return messages
 
 
-def check_prompt(messages: list[Message], column: str) -> None:
-    """Raises Unusable unless the user says something."""
-    if not any(says_something(message) for message in messages if message["role"] == "user"):
-        raise UnusableRow(SkipReason.EMPTY_PROMPT, f"{column}: the user says nothing")
-
-
 def read_answer(value: Any, prompt: PromptContent, column: str) -> Any:
-    """The answer in the form of its prompt: a text for a text; for messages, messages that end with the assistant's."""
+    """The completion in the form of its prompt: text for text; for messages, messages that end with the assistant's."""
     if isinstance(prompt, str):
-        return read_text(one_message(value, column), column)
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role"):
+            value = read_messages(value, column)[0]["content"]
+        if not isinstance(value, str):
+            raise wrong_type(column, "a text, like its prompt", value)
+        if not value.strip():
+            raise UnusableRow(SkipReason.EMPTY_ANSWER, f"{column} is blank")
+        return value
     if isinstance(value, str):
         value = [{"role": "assistant", "content": value}]
     if not isinstance(value, list):
-        raise UnusableRow(SkipReason.WRONG_TYPE, f"{column} must be a text or a list of messages; got {excerpt(value)}")
+        raise wrong_type(column, "a text or a list of messages", value)
     assert isinstance(prompt, list)
     messages = read_messages(value, column)
     messages = messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
@@ -103,36 +122,32 @@ def read_answer(value: Any, prompt: PromptContent, column: str) -> Any:
     return messages
 
 
-def one_message(value: Any, column: str) -> Any:
-    """The text of a list that holds a single answer; anything else as it is."""
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role"):
-        return read_messages(value, column)[0]["content"]
-    return value
+def same(left: Any, right: Any) -> bool:
+    """Whether two completions are equal up to whitespace around them."""
 
+    def stripped(completion: Any) -> Any:
+        if isinstance(completion, str):
+            return completion.strip()
+        return [m | {"content": stripped(m["content"])} if isinstance(m["content"], str) else m for m in completion]
 
-def read_text(value: Any, column: str) -> str:
-    if not isinstance(value, str):
-        raise UnusableRow(SkipReason.WRONG_TYPE, f"{column} must be a text, like its prompt; got {excerpt(value)}")
-    if not value.strip():
-        raise UnusableRow(SkipReason.EMPTY_ANSWER, f"{column} is blank")
-    return value
-
-
-def check_answer(messages: list[Message], column: str) -> None:
-    """Raises Unusable unless the messages begin and end with the assistant, who says something."""
-    ends_with_assistant(messages, column)
-    if messages[0]["role"] != "assistant":
-        raise UnusableRow(SkipReason.DISORDER, f"{column} begins with the {messages[0]['role']}'s turn")
-    if not says_something(messages[-1]):
-        raise UnusableRow(SkipReason.EMPTY_ANSWER, f"{column} is blank")
+    return bool(stripped(left) == stripped(right))
 
 
 def read_number(value: Any, column: str) -> float:
-    """A finite number, also one that is written as text, as in CSV; true and false are none."""
+    """A finite number, also one that is written as text, as in CSV; not true or false."""
     if isinstance(value, str):
-        value = number_of(value, column)
+        plain = value.strip()
+        if comma := _COMMA.fullmatch(plain):
+            whole, part = comma.groups()
+            if len(part) == 3 and whole.lstrip("+-0") and len(whole.lstrip("+-")) <= 3:
+                raise UnusableRow(
+                    SkipReason.WRONG_TYPE,
+                    f"{column} is {plain!r}: its comma may set off decimals or thousands; write a point",
+                )
+            plain = f"{whole}.{part}"
+        value = float(plain) if _NUMBER.fullmatch(plain) else value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UnusableRow(SkipReason.WRONG_TYPE, f"{column} must be a number; got {excerpt(value)}")
+        raise wrong_type(column, "a number", value)
     try:
         number = float(value)
     except OverflowError:
@@ -142,32 +157,104 @@ def read_number(value: Any, column: str) -> float:
     return number
 
 
-def number_of(text: str, column: str) -> Any:
-    """The number that a text says; the text where it says none. Raises Unusable where its comma can be two things."""
-    plain = text.strip()
-    if comma := _COMMA.fullmatch(plain):
-        whole, part = comma.groups()
-        if len(part) == 3 and whole.lstrip("+-0") and len(whole.lstrip("+-")) <= 3:
-            raise UnusableRow(
-                SkipReason.WRONG_TYPE,
-                f"{column} is {plain!r}: its comma may set off decimals or thousands; write a point",
-            )
-        plain = f"{whole}.{part}"
-    return float(plain) if _NUMBER.fullmatch(plain) else text
-
-
 def read_list(value: Any, column: str) -> list[Any]:
     if not isinstance(value, list):
-        raise UnusableRow(SkipReason.WRONG_TYPE, f"{column} must be a list; got {excerpt(value)}")
+        raise wrong_type(column, "a list", value)
     return value
 
 
-def same(left: Any, right: Any) -> bool:
-    """Whether two answers say the same, whatever blanks are around them."""
-    if isinstance(left, str) and isinstance(right, str):
-        return left.strip() == right.strip()
-    return bool(trimmed(left) == trimmed(right))
+# -- dialogues -------------------------------------------------------------------------------------------------------
 
 
-def trimmed(messages: Any) -> Any:
-    return [m | {"content": m["content"].strip() if isinstance(m["content"], str) else m["content"]} for m in messages]
+def has_turns(text: str) -> bool:
+    return _TURN.search(text) is not None
+
+
+def parse_dialogue(text: str, column: str) -> list[Message]:
+    """The turns of "\\n\\nHuman: …\\n\\nAssistant: …" (HH-RLHF) as messages, without whitespace around them."""
+    first, *rest = _TURN.split(text)
+    if first.strip():
+        raise UnusableRow(SkipReason.DISORDER, f"{column}: there is text before the first turn: {excerpt(first)}")
+    pairs = zip(rest[::2], rest[1::2], strict=True)
+    messages = [{"role": _SPEAKERS[name], "content": content.strip()} for name, content in pairs]
+    check_order(messages, column)
+    return messages
+
+
+def as_dialogue(messages: list[Message]) -> str:
+    """The messages as HH-RLHF writes them, each after a blank line and the speaker's name."""
+    names = {role: name for name, role in _SPEAKERS.items()}
+    return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in messages)
+
+
+def prompt_text(messages: list[Message]) -> str:
+    """The dialogue up to the assistant's next turn."""
+    return f"{as_dialogue(messages)}\n\nAssistant:"
+
+
+def completion_text(messages: list[Message]) -> str:
+    """What follows `prompt_text`: the reply, and further turns if there are any."""
+    return f" {messages[0]['content']}{as_dialogue(messages[1:])}"
+
+
+def read_messages(value: list[Any], column: str) -> list[Message]:
+    """The messages, of known roles in a possible order. Keys that are None (Arrow adds them) are left out."""
+    messages = []
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise wrong_type(f"{column}: a message", "an object with role and content", message)
+        if message["role"] not in ROLES:
+            raise UnusableRow(
+                SkipReason.DISORDER, f"{column}: {message['role']!r} is none of the roles {', '.join(ROLES)}"
+            )
+        present = {name: part for name, part in message.items() if part is not None}
+        if not isinstance(present.setdefault("content", ""), str | list):
+            raise wrong_type(f"{column}: content", "a text", present["content"])
+        messages.append(present)
+    check_order(messages, column)
+    return messages
+
+
+def check_order(messages: list[Message], column: str) -> None:
+    """Speakers take turns: only a tool speaks twice in a row, and a system message comes first."""
+    for before, after in pairwise(messages):
+        role = after["role"]
+        if (before["role"] == role != "tool") or role in SYSTEM_ROLES:
+            raise UnusableRow(SkipReason.DISORDER, f"{column}: {role} follows {before['role']}")
+
+
+def check_user_begins(messages: list[Message], column: str) -> None:
+    first = next((message["role"] for message in messages if message["role"] not in SYSTEM_ROLES), "user")
+    if first != "user":
+        raise UnusableRow(SkipReason.DISORDER, f"{column}: the first turn is the {first}'s")
+
+
+def check_assistant_ends(messages: list[Message], column: str) -> None:
+    if not messages or messages[-1]["role"] != "assistant":
+        last = f"the last turn is the {messages[-1]['role']}'s" if messages else "there is no turn"
+        raise UnusableRow(SkipReason.NOT_ASSISTANT, f"{column}: {last}")
+
+
+def check_prompt(messages: list[Message], column: str) -> None:
+    if not any(_has_content(message) for message in messages if message["role"] == "user"):
+        raise UnusableRow(SkipReason.EMPTY_PROMPT, f"{column}: the user says nothing")
+
+
+def check_answer(messages: list[Message], column: str) -> None:
+    """The messages must begin and end with the assistant's, the last of which must not be empty."""
+    check_assistant_ends(messages, column)
+    if messages[0]["role"] != "assistant":
+        raise UnusableRow(SkipReason.DISORDER, f"{column} begins with the {messages[0]['role']}'s turn")
+    if not _has_content(messages[-1]):
+        raise UnusableRow(SkipReason.EMPTY_ANSWER, f"{column} is blank")
+
+
+def _has_content(message: Message) -> bool:
+    """Whether the message has a text that is not blank, an image, or a call of a tool."""
+    content = message["content"]
+    if isinstance(content, str):
+        return bool(content.strip()) or bool(message.get("tool_calls"))
+    return any(
+        not isinstance(part, dict) or part.get("type") != "text" or str(part.get("text") or "").strip()
+        for part in content
+    )

@@ -12,25 +12,30 @@ from raftune.data.columns import (
     COMPLETION,
     COMPLETIONS,
     SCORE,
-    asked,
     check_answer,
+    check_assistant_ends,
     check_prompt,
+    check_user_begins,
+    completion_text,
     find,
     has,
+    prompt_of,
+    prompt_text,
     read_answer,
     read_list,
+    read_messages,
     read_number,
-    used,
+    renamed_as,
+    wrong_type,
 )
 from raftune.data.images import is_picture
 from raftune.data.preferences import HH, Form, preferred
 from raftune.data.rows import Demonstration, Feedback, SkippedRow, SkipReason, UnusableRow
 from raftune.data.source import collect
-from raftune.data.turns import answer_text, begins, ends_with_assistant, excerpt, prompt_text, read_messages
 from raftune.errors import DataError
 from raftune.records import TOOLS, Row
 
-PICTURE = ("image", "image", "completion")
+IMAGE = ("image", "completion")
 CAPTION = ("prompt", "caption", "text", "label")
 MESSAGES = ("messages", "conversation", "conversations")
 WANTED = (
@@ -47,46 +52,50 @@ def read_demonstrations(
     dialogues: Form = "text",
     columns: Mapping[str, str] | None = None,
 ) -> Feedback[Demonstration]:
-    """The answers to learn from, and the rows that hold none. Raises DataError where no row is usable.
+    """The completions to learn from, and the rows that hold none. Raises DataError where no row is usable.
 
-    Of a preference the chosen answer, of ranked ones the best; the rows that are skipped are those that
-    `read_preferences` skips, so that a policy and its reward model learn from the same. Of a dialogue the last turn.
-    An image is the column `image`, or `completion`: bytes, or a path that begins where the source lies.
+    Of a preference the chosen completion, of ranked ones the best, of a dialogue the last turn. The rows of preferences
+    that are skipped are those that `read_preferences` skips. An image is the column `image` or `completion`: bytes, or
+    a path relative to the source.
     """
-    place = Path(source).expanduser()
-    base = place if place.is_dir() else place.parent
+    path = Path(source).expanduser()
+    base = path if path.is_dir() else path.parent
 
     def read(number: int, row: Row) -> tuple[str, list[Demonstration]]:
-        if (column := next((name for name in PICTURE if shows(row.get(name), name, base)), None)) is not None:
-            form, prompt, answer = pictured(row, column, base)
+        for column in IMAGE:
+            value = row.get(column)
+            if not is_picture(value):
+                continue
+            # a completion may be a text that only looks like a path
+            if column == "image" or not isinstance(value, str) or (base / value).is_file():
+                form, prompt, completion = _captioned_image(row, column, base)
+                break
         else:
-            form, prompt, answer = demonstrated(row, dialogues)
-        tools = row.get(TOOLS) or None
-        score = None if has(row, (*COMPLETIONS, "chosen", "rejected")) else score_of(row)
-        return form, [Demonstration(number, prompt, answer, tools if isinstance(prompt, list) else None, score)]
+            form, prompt, completion = _prompt_and_completion(row, dialogues)
+        score = None
+        if not has(row, (*COMPLETIONS, "chosen", "rejected")) and has(row, SCORE):
+            try:
+                column, value = find(row, SCORE)
+                score = read_number(value, column)
+            except UnusableRow:
+                pass  # not a number: no score
+        tools = row.get(TOOLS) or None if isinstance(prompt, list) else None
+        return form, [Demonstration(number, prompt, completion, tools, score)]
 
     return collect(source, split, field, read, WANTED, columns)
-
-
-def score_of(row: Row) -> float | None:
-    """The number that the answer was given; None where there is none."""
-    try:
-        return read_number(*reversed(find(row, SCORE)))
-    except UnusableRow:
-        return None
 
 
 def choose(
     feedback: Feedback[Demonstration], min_score: float | None, keep: Literal["best", "all"] | None, field: str
 ) -> Feedback[Demonstration]:
-    """The answers that are good enough to learn; the others are skipped, and named.
+    """The completions that are good enough to learn; the others are skipped with the reason.
 
-    Raises DataError where answers are scored, not all alike, and nobody said which to learn; and where scores are asked
-    for that there are not.
+    Raises DataError where completions have different scores and neither option says which to learn, and where scores
+    are required but missing.
     """
     scores = [row.score for row in feedback.rows if row.score is not None]
     if min_score is None and keep is None:
-        if len({*scores}) > 1:
+        if len(set(scores)) > 1:
             raise DataError(
                 f"{field} holds answers with a score (one of the columns {', '.join(SCORE)}), from {min(scores):g} to "
                 f"{max(scores):g}; learning all alike would teach the bad ones too. Choose: --min-score X learns those "
@@ -99,18 +108,18 @@ def choose(
             f"{field} must hold answers with a score ({', '.join(SCORE)}) for --min-score and --keep best; there is "
             "none. Leave these out, or name the column: --columns score=COLUMN."
         )
-    best: dict[str, tuple[float, int]] = {}
+    best: dict[str, tuple[float, int]] = {}  # of each prompt, the highest score and its first row
     for number, row in enumerate(feedback.rows):
         if row.score is not None:
             key = json.dumps([row.prompt, row.tools], sort_keys=True, default=repr)
             best[key] = max(best.get(key, (-math.inf, 0)), (row.score, -number))
-    chosen = {-number for _, number in best.values()}
+    best_rows = {-number for _, number in best.values()}
     rows, skipped = [], list(feedback.skipped)
     for number, row in enumerate(feedback.rows):
         if min_score is not None and (row.score is None or row.score < min_score):
-            given = "no score" if row.score is None else f"the score {row.score:g}"
-            skipped.append(SkippedRow(row.row, SkipReason.SCORED_LOW, f"{given}; data.min_score is {min_score:g}"))
-        elif keep == "best" and number not in chosen:
+            score = "no score" if row.score is None else f"the score {row.score:g}"
+            skipped.append(SkippedRow(row.row, SkipReason.SCORED_LOW, f"{score}; data.min_score is {min_score:g}"))
+        elif keep == "best" and number not in best_rows:
             skipped.append(SkippedRow(row.row, SkipReason.NOT_BEST, f"the score {row.score}"))
         else:
             rows.append(row)
@@ -119,66 +128,48 @@ def choose(
             f"{field}: no answer has a score of data.min_score = {min_score} or more; the highest is {max(scores):g}. "
             "Lower it."
         )
-    return Feedback(rows, sorted(skipped, key=lambda one: one.row), feedback.format, feedback.source)
+    return Feedback(rows, sorted(skipped, key=lambda row: row.row), feedback.format, feedback.source)
 
 
-def shows(value: Any, column: str, base: Path) -> bool:
-    """Whether this is an image, or the path of one; a completion may also be a text that only looks like a path."""
-    if not is_picture(value):
-        return False
-    return not (column == "completion" and isinstance(value, str)) or (base / value).is_file()
-
-
-def pictured(row: Row, column: str, base: Path) -> tuple[str, Any, Any]:
-    """The format, the prompt (a text or a class label), and the image, a path named in full."""
+def _captioned_image(row: Row, column: str, base: Path) -> tuple[str, Any, Any]:
+    """The format, the prompt (a text or a class label), and the image: bytes or a full path."""
     prompt_column, prompt = find(row, CAPTION)
     if isinstance(prompt, bool) or not isinstance(prompt, str | int):
-        raise UnusableRow(
-            SkipReason.WRONG_TYPE, f"{prompt_column} must be a text or a class label; got {excerpt(prompt)}"
-        )
+        raise wrong_type(prompt_column, "a text or a class label", prompt)
     value = row[column]
     if isinstance(value, dict):
         value = value["bytes"] or value["path"]
-    if isinstance(value, str) and not (path := base / Path(value).expanduser()).is_file():
-        raise UnusableRow(SkipReason.MISSING, f"{column}: there is no file {path}")
-    form = f"prompts and images ({used(prompt_column, 'prompt')}, {used(column, 'image')})"
-    return form, prompt, str(path) if isinstance(value, str) else value
+    if isinstance(value, str):
+        path = base / Path(value).expanduser()
+        if not path.is_file():
+            raise UnusableRow(SkipReason.MISSING, f"{column}: there is no file {path}")
+        value = str(path)
+    return f"prompts and images ({renamed_as(prompt_column, 'prompt')}, {renamed_as(column, 'image')})", prompt, value
 
 
-def demonstrated(row: Row, dialogues: Form) -> tuple[str, Any, Any]:
-    """The format, the prompt, and the answer to learn."""
+def _prompt_and_completion(row: Row, dialogues: Form) -> tuple[str, Any, Any]:
+    """The format, the prompt, and the completion to learn: of messages the last turn."""
+    form_of_pair = ""
     if has(row, ("chosen", "rejected")) or has(row, COMPLETIONS):
-        return best_of(row, dialogues)
-    if has(row, MESSAGES) and not has(row, COMPLETION):
+        form_of_pair, pairs = preferred(row)
+        form = f"preferred answers of {form_of_pair}"
+        prompt, completion, _ = pairs[0]
+    elif has(row, MESSAGES) and not has(row, COMPLETION):
         column, value = find(row, MESSAGES)
-        return used(column, "messages"), *last_turn(read_list(value, column), column)
-    prompt_column, prompt = asked(row)
-    column, answer = find(row, COMPLETION)
-    form = f"prompts and completions ({used(prompt_column, 'prompt')}, {used(column, 'completion')})"
-    answer = read_answer(answer, prompt, column)
-    return form, *(parted(prompt + answer) if isinstance(prompt, list) else (prompt, answer))
-
-
-def best_of(row: Row, dialogues: Form) -> tuple[str, Any, Any]:
-    """The preferred answer; where it goes on for several turns, the last of them."""
-    best = next(preferred(row))
-    form = f"preferred answers of {best.format}"
-    if not isinstance(best.prompt, list):
-        return form, best.prompt, best.chosen
-    prompt, answer = parted(best.prompt + best.chosen)
-    if best.format == HH and dialogues == "text":
-        return form, prompt_text(prompt), answer_text(answer)
-    return form, prompt, answer
-
-
-def last_turn(value: list[Any], column: str) -> tuple[list[Any], list[Any]]:
-    """The dialogue without its last turn, and that turn."""
-    messages = ends_with_assistant(begins(read_messages(value, column), column), column)
-    prompt, answer = parted(messages)
-    check_prompt(prompt, column)
-    check_answer(answer, column)
-    return prompt, answer
-
-
-def parted(messages: list[Any]) -> tuple[list[Any], list[Any]]:
-    return messages[:-1], messages[-1:]
+        messages = read_messages(read_list(value, column), column)
+        check_user_begins(messages, column)
+        check_assistant_ends(messages, column)
+        check_prompt(messages[:-1], column)
+        check_answer(messages[-1:], column)
+        form, prompt, completion = renamed_as(column, "messages"), messages[:-1], messages[-1:]
+    else:
+        prompt_column, prompt = prompt_of(row)
+        column, value = find(row, COMPLETION)
+        form = f"prompts and completions ({renamed_as(prompt_column, 'prompt')}, {renamed_as(column, 'completion')})"
+        completion = read_answer(value, prompt, column)
+    if isinstance(prompt, list):
+        messages = prompt + completion
+        prompt, completion = messages[:-1], messages[-1:]
+        if form_of_pair == HH and dialogues == "text":
+            prompt, completion = prompt_text(prompt), completion_text(completion)
+    return form, prompt, completion

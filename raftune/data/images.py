@@ -23,7 +23,7 @@ PIXELATED = 64  # pixels: a thumbnail up to this side is exact; a larger one may
 
 
 def require_pillow() -> Any:
-    """The module PIL.Image. Raises ConfigError without Pillow, saying how to install it."""
+    """The module PIL.Image. Raises ConfigError without Pillow, with the command that installs it."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -34,9 +34,9 @@ def require_pillow() -> Any:
 def png_of(image: Image.Image) -> bytes:
     """The image as PNG: RGB, lossless, without metadata; equal pixels give equal bytes.
 
-    Raises DataError for an image that cannot be read whole (a file that was cut off).
+    Raises DataError for an image that cannot be read whole (a truncated file).
     """
-    plain = require_pillow().new("RGB", image.size)  # a new image carries nothing over: no profile, no comment
+    plain = require_pillow().new("RGB", image.size)  # a new image has no profile and no comment
     plain.paste(as_rgb(image))
     buffer = io.BytesIO()
     plain.save(buffer, format="PNG", compress_level=6)
@@ -46,24 +46,30 @@ def png_of(image: Image.Image) -> bytes:
 def image_of(png: bytes) -> Image.Image:
     """The RGB image that these bytes hold: PNG, or another format that Pillow reads, transparency on white.
 
-    Raises DataError for bytes that are no whole image.
+    Raises DataError for bytes that are not a whole image.
     """
-    opened = require_pillow()
+    pillow = require_pillow()
     try:
-        with opened.open(io.BytesIO(png)) as image:
+        with pillow.open(io.BytesIO(png)) as image:
             return as_rgb(image)
-    except (OSError, ValueError, SyntaxError, opened.DecompressionBombError) as error:
-        unknown = type(error).__name__ == "UnidentifiedImageError"  # which says no more, but an address in memory
-        why = "" if unknown else f": {error}"
-        raise DataError(f"these {len(png):,} bytes are no image{why}. An image is a PNG or JPEG file.") from error
+    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
+        unknown = type(error).__name__ == "UnidentifiedImageError"  # its message has nothing but an address in memory
+        reason = "" if unknown else f": {error}"
+        raise DataError(f"these {len(png):,} bytes are no image{reason}. An image is a PNG or JPEG file.") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A copy in RGB, upright as its EXIF says; what is transparent lies on white."""
+    """A copy in RGB with 8 bits a channel, upright as its EXIF says, transparency on white.
+
+    Deeper grey is scaled, where Pillow would clip it: 16 bits by their range; whole numbers of 32 bits and floats,
+    which have no declared range, from 0 … 1, 0 … 255 or (whole numbers) 0 … 65535. Raises DataError for other levels.
+    """
     from PIL import ImageOps
 
     try:
-        upright = in_eight_bits(ImageOps.exif_transpose(image))
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode == "F" or upright.mode.startswith("I"):
+            upright = _grey_in_8_bits(upright)
         if not upright.has_transparency_data:
             return upright.convert("RGB") if upright.mode != "RGB" else upright.copy()
         white = require_pillow().new("RGBA", upright.size, (255, 255, 255, 255))
@@ -74,24 +80,15 @@ def as_rgb(image: Image.Image) -> Image.Image:
         raise DataError(f"an image cannot be read whole: {error}. Give it again.") from error
 
 
-def in_eight_bits(image: Image.Image) -> Image.Image:
-    """The image with 8 bits a channel; deeper grey is scaled, where Pillow would clip it to white or black.
-
-    16 bits are scaled by their range. Whole numbers of 32 bits and floats do not say theirs: those within 0 … 1 or
-    0 … 255 or, of whole numbers, 0 … 65535 are taken for it. Raises DataError for others.
-    """
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return image
+def _grey_in_8_bits(image: Image.Image) -> Image.Image:
     import numpy as np
 
     levels = np.asarray(image, dtype=np.float64)
     low, high = float(levels.min()), float(levels.max())
+    ranges = (1.0, 255.0) if image.mode == "F" else (255.0, 65535.0)
     if image.mode.startswith("I;16"):
         full = 65535.0
-    else:
-        ranges = (1.0, 255.0) if image.mode == "F" else (255.0, 65535.0)
-        full = next((end for end in ranges if low >= 0 and high <= end), 0.0)
-    if not full:
+    elif not (full := next((end for end in ranges if low >= 0 and high <= end), 0.0)):
         wanted = "0 … 1 or 0 … 255" if image.mode == "F" else "0 … 65535"
         raise DataError(f"a grey image's levels must be in {wanted}; these go from {low:g} to {high:g}. Scale them.")
     grey: Image.Image = require_pillow().fromarray(np.rint(levels * (255.0 / full)).astype(np.uint8))
@@ -104,10 +101,7 @@ def sha256_of_png(png: bytes) -> str:
 
 
 def thumbnail(png: bytes, longest: int) -> bytes:
-    """The image with no side above `longest` pixels: the PNG itself where that holds and it is tiny, else WebP.
-
-    WebP loses detail that no thumbnail shows; its quality is fixed, so the same image gives the same bytes.
-    """
+    """The image with no side above `longest` pixels: PNG if it is tiny already, else WebP of fixed quality."""
     image = image_of(png)
     if max(image.size) <= min(longest, PIXELATED):
         return png_of(image)
@@ -118,31 +112,22 @@ def thumbnail(png: bytes, longest: int) -> bytes:
 
 
 def why_invalid(image: Image.Image) -> str | None:
-    """Why nothing can be learned from this image, None where nothing speaks against it."""
+    """Why nothing can be learned from this image; None for a valid one."""
     if not all(image.size):
         return "empty: it has no pixels"
-    if all(low == high for low, high in channels(image.convert("RGB").getextrema())):
-        return "flat: every pixel is the same colour"
-    return None
-
-
-def channels(extrema: Any) -> tuple[tuple[float, float], ...]:
-    """The darkest and the brightest value of each channel."""
-    return tuple((low, high) for low, high in extrema)
+    extrema: Any = image.convert("RGB").getextrema()
+    return "flat: every pixel is the same colour" if all(low == high for low, high in extrema) else None
 
 
 def mime_of(data: bytes) -> str:
-    """The media type of an image's bytes, as a page's data address names it."""
+    """The media type of an image's bytes, for a data URL."""
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "image/webp"
     return "image/jpeg" if data.startswith(b"\xff\xd8") else "image/png"
 
 
 class LazyImages(Sequence[Any]):
-    """The images of a column of bytes, decoded on access.
-
-    `pngs` and `names` are Arrow columns, row for row.
-    """
+    """The images of a column of bytes, decoded on access; `pngs` and `names` are Arrow columns, row for row."""
 
     def __init__(self, pngs: Any, names: Any) -> None:
         self.pngs, self.names = pngs, names
@@ -174,7 +159,7 @@ def is_picture(value: Any) -> bool:
 
 
 def content_of(value: Any, base: Path) -> bytes:
-    """The bytes of what `is_picture`, a path beginning in `base`. Raises OSError for a file that is not there."""
+    """The bytes of what `is_picture`; paths are relative to `base`. Raises OSError for a file that is not there."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
@@ -182,13 +167,10 @@ def content_of(value: Any, base: Path) -> bytes:
     return value if isinstance(value, bytes) else png_of(value)
 
 
-def file_name(png: bytes) -> str:
-    """What an image is called where it lies in a folder: by its content, so that no text of anybody's is in a path."""
-    return f"{sha256_of_png(png)}.png"
-
-
 def in_words(png: bytes) -> str:
     """An image for a line of text: the beginning of its name, and its width and height."""
-    header = png[:24]
-    sides = struct.unpack(">II", header[16:24]) if header.startswith(b"\x89PNG") and len(header) == 24 else ()
-    return f"{sha256_of_png(png)[:12]}.png" + (f" {sides[0]}×{sides[1]}" if sides else "")
+    size = ""
+    if png.startswith(b"\x89PNG") and len(png) >= 24:
+        width, height = struct.unpack(">II", png[16:24])
+        size = f" {width}×{height}"
+    return f"{sha256_of_png(png)[:12]}.png{size}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from typing import Any, Literal
 
@@ -12,55 +11,35 @@ from raftune.data.columns import (
     PROMPT,
     RANKS,
     SCORES,
-    asked,
+    Message,
     check_answer,
+    check_assistant_ends,
     check_prompt,
+    check_user_begins,
+    completion_text,
+    excerpt,
     find,
     has,
+    has_turns,
+    parse_dialogue,
+    prompt_of,
+    prompt_text,
     read_answer,
     read_list,
+    read_messages,
     read_number,
     same,
 )
 from raftune.data.rows import Feedback, PreferencePair, SkipReason, UnusableRow
 from raftune.data.source import collect
-from raftune.data.turns import (
-    Message,
-    answer_text,
-    begins,
-    ends_with_assistant,
-    excerpt,
-    has_turns,
-    parse_dialogue,
-    prompt_text,
-    read_messages,
-    shared_turns,
-)
 from raftune.records import PromptContent, Row
 
 Form = Literal["text", "messages"]
 HH = "HH-RLHF dialogues"
-EXPLICIT, IMPLICIT, RANKED = "explicit preferences", "implicit preferences", "ranked answers"
 WANTED = (
     "A preference has chosen and rejected, with a prompt of their own or as dialogues that share their first turns; "
     "or prompt, completions, and ranks or scores."
 )
-
-
-@dataclass(frozen=True, slots=True)
-class PreferenceRow:
-    """The two answers as they were found; a dialogue of HH-RLHF is messages until it is asked for as a text."""
-
-    format: str
-    prompt: PromptContent
-    chosen: Any
-    rejected: Any
-
-    def as_pair(self, row: int, dialogues: Form) -> PreferencePair:
-        if self.format == HH and dialogues == "text":
-            assert isinstance(self.prompt, list)
-            return PreferencePair(row, prompt_text(self.prompt), answer_text(self.chosen), answer_text(self.rejected))
-        return PreferencePair(row, self.prompt, self.chosen, self.rejected)
 
 
 def read_preferences(
@@ -73,104 +52,95 @@ def read_preferences(
 ) -> Feedback[PreferencePair]:
     """The pairs of any preference data, and the rows that hold none. Raises DataError where no row is usable.
 
-    `dialogues` says what HH-RLHF's become: texts as they stand, or messages. K ranked answers give K(K-1)/2 pairs, of
-    which those with equal rank are none. `field` is what the source is called in an error.
+    `dialogues` says whether HH-RLHF's become texts or messages. K ranked completions give K(K-1)/2 pairs, less those
+    of equal rank. `field` is what the source is called in an error.
     """
 
     def read(number: int, row: Row) -> tuple[str, list[PreferencePair]]:
-        found = list(preferred(row))
-        return found[0].format, [one.as_pair(number, dialogues) for one in found]
+        form, pairs = preferred(row)
+        if form == HH and dialogues == "text":
+            pairs = [(prompt_text(p), completion_text(c), completion_text(r)) for p, c, r in pairs]
+        return form, [PreferencePair(number, *pair) for pair in pairs]
 
     return collect(source, split, field, read, WANTED, columns)
 
 
-def preferred(row: Row) -> Iterator[PreferenceRow]:
-    """What the row prefers to what: one pair, or several of ranked answers; never none. Raises Unusable."""
+def preferred(row: Row) -> tuple[str, list[tuple[Any, Any, Any]]]:
+    """The row's format, and prompt, chosen and rejected of each pair, at least one. Raises UnusableRow."""
     if has(row, COMPLETIONS) and (has(row, RANKS) or has(row, SCORES)):
-        return ranked(row)
+        prompt, completions, worth = ranking(row)
+        order = sorted(range(len(completions)), key=lambda i: -worth[i])  # stable: the given order among equals
+        ranked = [(completions[i], completions[j]) for i, j in combinations(order, 2) if worth[i] > worth[j]]
+        if not ranked:
+            raise UnusableRow(SkipReason.ALL_TIED, f"{len(completions)} answers, all of the same rank")
+        pairs = [(prompt, better, worse) for better, worse in ranked if not same(better, worse)]
+        if not pairs:
+            raise UnusableRow(SkipReason.SAME, f"all are {excerpt(completions[0])}")
+        return "ranked answers", pairs
     _, chosen = find(row, ("chosen",))
     _, rejected = find(row, ("rejected",))
-    if has(row, PROMPT) and not (isinstance(find(row, PROMPT)[1], str) and whole_dialogues(chosen, rejected)):
-        return iter([explicit(row, chosen, rejected)])
-    return iter([implicit(chosen, rejected)])
+    # Two lists of several messages repeat the prompt that is beside them as a text.
+    dialogues = all(isinstance(value, list) and len(value) > 1 for value in (chosen, rejected))
+    if has(row, PROMPT) and not (dialogues and isinstance(find(row, PROMPT)[1], str)):
+        form, prompt = "explicit preferences", prompt_of(row)[1]
+        chosen, rejected = read_answer(chosen, prompt, "chosen"), read_answer(rejected, prompt, "rejected")
+    else:
+        form, prompt, chosen, rejected = split_dialogues(chosen, rejected)
+    if same(chosen, rejected):
+        raise UnusableRow(SkipReason.SAME, f"both are {excerpt(chosen)}")
+    return form, [(prompt, chosen, rejected)]
 
 
-def whole_dialogues(chosen: Any, rejected: Any) -> bool:
-    """Whether both are lists of several messages: then they repeat the prompt that stands beside them as a text."""
-    return all(isinstance(value, list) and len(value) > 1 for value in (chosen, rejected))
-
-
-def explicit(row: Row, chosen: Any, rejected: Any) -> PreferenceRow:
-    """Two answers beside their prompt."""
-    _, prompt = asked(row)
-    answers = [read_answer(chosen, prompt, "chosen"), read_answer(rejected, prompt, "rejected")]
-    return told_apart(EXPLICIT, prompt, *answers)
-
-
-def implicit(chosen: Any, rejected: Any) -> PreferenceRow:
-    """Two dialogues that begin alike: the turns that they share are the prompt."""
+def split_dialogues(chosen: Any, rejected: Any) -> tuple[str, list[Message], list[Message], list[Message]]:
+    """The format, the turns that two dialogues share up to a turn of the user's, and what follows in each."""
+    sides = {"chosen": chosen, "rejected": rejected}
+    parse: Callable[[Any, str], list[Message]]
     if isinstance(chosen, str) and isinstance(rejected, str):
-        for name, text in (("chosen", chosen), ("rejected", rejected)):
+        for name, text in sides.items():
             if not text.strip():
                 raise UnusableRow(SkipReason.EMPTY_ANSWER, f"{name} is blank")
             if not has_turns(text):
                 raise UnusableRow(
                     SkipReason.NO_SHARED_PREFIX, f"{name} has no turns (Human:, Assistant:), and no prompt"
                 )
-        return split_dialogues(HH, parse_dialogue(chosen, "chosen"), parse_dialogue(rejected, "rejected"))
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        return split_dialogues(IMPLICIT, read_messages(chosen, "chosen"), read_messages(rejected, "rejected"))
-    raise UnusableRow(
-        SkipReason.WRONG_TYPE,
-        f"chosen and rejected must be two texts or two lists of messages; got {excerpt(chosen)}, {excerpt(rejected)}",
-    )
-
-
-def split_dialogues(form: str, chosen: list[Message], rejected: list[Message]) -> PreferenceRow:
-    """The dialogues parted where they part, after a turn of the user's."""
-    for column, messages in (("chosen", chosen), ("rejected", rejected)):
-        ends_with_assistant(begins(messages, column), column)
-    shared = shared_turns(chosen, rejected)
+        form, parse = HH, parse_dialogue
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        form, parse = "implicit preferences", read_messages
+    else:
+        raise UnusableRow(
+            SkipReason.WRONG_TYPE,
+            "chosen and rejected must be two texts or two lists of messages; "
+            f"got {excerpt(chosen)}, {excerpt(rejected)}",
+        )
+    left, right = (parse(value, name) for name, value in sides.items())
+    for name, messages in (("chosen", left), ("rejected", right)):
+        check_user_begins(messages, name)
+        check_assistant_ends(messages, name)
+    # The prompt ends with a user's or a tool's turn, and leaves a completion to each.
+    most = min(len(left), len(right)) - 1
+    shared = next((i for i in range(most) if left[i] != right[i]), most)
+    while shared and left[shared - 1]["role"] not in ("user", "tool"):
+        shared -= 1
     if not shared:
         raise UnusableRow(
             SkipReason.NO_SHARED_PREFIX,
-            f"chosen begins with {excerpt(chosen[0]['content'])}, rejected with {excerpt(rejected[0]['content'])}",
+            f"chosen begins with {excerpt(left[0]['content'])}, rejected with {excerpt(right[0]['content'])}",
         )
-    check_prompt(chosen[:shared], "prompt")
-    for column, messages in (("chosen", chosen), ("rejected", rejected)):
-        check_answer(messages[shared:], column)
-    return told_apart(form, chosen[:shared], chosen[shared:], rejected[shared:])
-
-
-def told_apart(form: str, prompt: PromptContent, chosen: Any, rejected: Any) -> PreferenceRow:
-    if same(chosen, rejected):
-        raise UnusableRow(SkipReason.SAME, f"both are {excerpt(chosen)}")
-    return PreferenceRow(form, prompt, chosen, rejected)
-
-
-def ranked(row: Row) -> Iterator[PreferenceRow]:
-    """K answers with ranks (1 is best) or scores (more is better): every better one against every worse one."""
-    prompt, answers, worth = ranking(row)
-    order = sorted(range(len(answers)), key=lambda i: -worth[i])  # stable: the given order among equals
-    pairs = [(i, j) for i, j in combinations(order, 2) if worth[i] > worth[j]]
-    if not pairs:
-        raise UnusableRow(SkipReason.ALL_TIED, f"{len(answers)} answers, all of the same rank")
-    apart = [(i, j) for i, j in pairs if not same(answers[i], answers[j])]
-    if not apart:
-        raise UnusableRow(SkipReason.SAME, f"all are {excerpt(answers[0])}")
-    return (PreferenceRow(RANKED, prompt, answers[i], answers[j]) for i, j in apart)
+    check_prompt(left[:shared], "prompt")
+    check_answer(left[shared:], "chosen")
+    check_answer(right[shared:], "rejected")
+    return form, left[:shared], left[shared:], right[shared:]
 
 
 def ranking(row: Row) -> tuple[PromptContent, list[Any], list[float]]:
-    """The prompt, its answers, and what each is worth: its score, or less its rank."""
-    _, prompt = asked(row)
-    column, listed = find(row, COMPLETIONS)
-    answers = [read_answer(each, prompt, f"{column}[{i}]") for i, each in enumerate(read_list(listed, column))]
-    worth_column, numbers = find(row, (*SCORES, *RANKS))
+    """The prompt, its completions, and the worth of each: its score, or its negative rank (1 is best)."""
+    _, prompt = prompt_of(row)
+    column, values = find(row, COMPLETIONS)
+    completions = [read_answer(value, prompt, f"{column}[{i}]") for i, value in enumerate(read_list(values, column))]
+    worth_column, values = find(row, (*SCORES, *RANKS))
     sign = 1.0 if worth_column in SCORES else -1.0
-    worth = [
-        sign * read_number(each, f"{worth_column}[{i}]") for i, each in enumerate(read_list(numbers, worth_column))
-    ]
-    if len(worth) != len(answers):
-        raise UnusableRow(SkipReason.WRONG_TYPE, f"{len(answers)} {column}, but {len(worth)} {worth_column}")
-    return prompt, answers, worth
+    numbers = enumerate(read_list(values, worth_column))
+    worth = [sign * read_number(value, f"{worth_column}[{i}]") for i, value in numbers]
+    if len(worth) != len(completions):
+        raise UnusableRow(SkipReason.WRONG_TYPE, f"{len(completions)} {column}, but {len(worth)} {worth_column}")
+    return prompt, completions, worth

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from raftune.records import PromptContent
 
@@ -53,10 +53,7 @@ class SkippedRow:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two completions of a prompt; the first is the preferred one.
-
-    An answer mirrors its prompt: a text for a text, a list of messages for messages.
-    """
+    """Two completions of a prompt, the preferred one first: texts for a text, lists of messages for messages."""
 
     row: int
     prompt: PromptContent
@@ -76,10 +73,7 @@ class Rating:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A completion to train on; `tools` are passed to its chat template.
-
-    `score` is what it was given, where the data says so.
-    """
+    """A completion to train on, with the tools of its chat template and its score where the data has them."""
 
     row: int
     prompt: PromptContent
@@ -88,21 +82,14 @@ class Demonstration:
     score: float | None = None
 
 
-class NumberedRow(Protocol):
-    """Something that was read from a numbered row."""
-
-    @property
-    def row(self) -> int: ...
-
-
-T = TypeVar("T", bound=NumberedRow)
+T = TypeVar("T", bound=PreferencePair | Rating | Demonstration)
 
 
 @dataclass(frozen=True, slots=True)
 class Feedback(Generic[T]):
-    """What one source gave: usable rows and skipped ones, both in the order of the source.
+    """The usable and the skipped rows of one source, both in its order.
 
-    Every row of the source is in one of the two; one that ranks K answers can be in `rows` several times.
+    Every row of the source is in one of the two; one that ranks K completions can be in `rows` several times.
     """
 
     rows: list[T]
@@ -111,36 +98,29 @@ class Feedback(Generic[T]):
     source: str
 
     def words(self) -> list[str]:
-        """What was read, in a line, and a line for each reason to skip, with its first rows."""
+        """A line that sums up the rows, and a line for each reason to skip, with its first rows."""
         used = len({row.row for row in self.rows})
         several = f" from {used:,} row{'' if used == 1 else 's'}" if used != len(self.rows) else ""
-        kind = (
-            ("pair" if isinstance(self.rows[0], PreferencePair) else type(self.rows[0]).__name__.lower())
-            if self.rows
-            else "row"
-        )
+        kind = type(self.rows[0]).__name__.lower() if self.rows else "row"
+        kind = "pair" if kind == "preferencepair" else kind
         counted = f"{len(self.rows):,} {kind}{'' if len(self.rows) == 1 else 's'}{several}"
         left = f"; {len(self.skipped):,} of {used + len(self.skipped):,} rows skipped" if self.skipped else ""
         return [f"{self.source}: {counted}, {self.format}{left}", *(f"  {line}" for line in reasons(self.skipped))]
 
 
 def reasons(skipped: Iterable[SkippedRow]) -> list[str]:
-    """A line for each reason, the most frequent first, with the first rows it befell."""
+    """A line for each reason, the most frequent first, with the numbers of its first rows."""
     by_reason: defaultdict[str, list[int]] = defaultdict(list)
-    for one in skipped:
-        by_reason[one.reason].append(one.row)
-    ordered = sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [f"{len(rows):,} {reason}: {named(rows)}" for reason, rows in ordered]
-
-
-def named(rows: list[int]) -> str:
-    """The rows by number, the first few of many."""
-    listed = ", ".join(map(str, rows[:SHOWN])) + (", …" if len(rows) > SHOWN else "")
-    return f"row{'' if len(rows) == 1 else 's'} {listed}"
+    for row in skipped:
+        by_reason[row.reason].append(row.row)
+    lines = []
+    for reason, rows in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0])):
+        listed = ", ".join(map(str, rows[:SHOWN])) + (", …" if len(rows) > SHOWN else "")
+        lines.append(f"{len(rows):,} {reason}: row{'' if len(rows) == 1 else 's'} {listed}")
+    return lines
 
 
 def write_skipped(skipped: Iterable[SkippedRow], path: Path) -> None:
     """Writes the skipped rows as JSON lines: row, reason, detail."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        for one in skipped:
-            file.write(json.dumps(asdict(one), ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in skipped)

@@ -17,7 +17,7 @@ from raftune.data.demonstrations import read_demonstrations
 from raftune.data.preferences import read_preferences
 from raftune.data.ratings import read_ratings
 from raftune.data.rows import write_skipped
-from raftune.data.source import json_rows
+from raftune.data.tables import json_rows
 from raftune.errors import DataError
 
 ROWS = [
