@@ -1,31 +1,14 @@
 """All exceptions that raftune raises deliberately.
 
-    RaftuneError                 exit code 1
-    ├── ConfigError              2   a field of the configuration is wrong
-    │   └── ConfigChanged        2   the run on disk was made under another configuration
-    ├── DataError                2   prompts or another data set cannot be used
-    │   └── TooLong              2   a prompt leaves no room for a completion
-    ├── ModelError               1   a model or tokenizer cannot be loaded, or its weights do not fit
-    │   └── OutOfMemory          1   out of memory at this batch size
-    ├── RewardError              1   a reward broke its contract, or failed too often
-    ├── ExtensionError           1   a rule, objective or other user code failed, or broke its contract
-    ├── StoreError               1   the run directory cannot be used
-    │   ├── RunInUse             1   another process holds it
-    │   ├── RunDamaged           1   a file on disk is not what was committed
-    │   ├── RunTooNew            1   a later version of raftune wrote it
-    │   └── RunTooOld            1   an earlier version with other names wrote it
-    ├── EngineError              1   a worker died or a chunk failed too often
-    ├── GateFailed               3   a check that was asked for did not pass
-    └── Interrupted            130   stopped on request; the run can be resumed
-
-A message names the field, the rule, what was given, and the fix, in one or two lines.
+A message names the field, the rule, what was given, and the fix, in one or two lines. Exit codes of the command line:
+2 for ConfigError and DataError, 3 for GateFailed, 130 for Interrupted, 1 for all others.
 """
 
 from __future__ import annotations
 
 
 class RaftuneError(Exception):
-    """The base of all errors meant for the user: shown without a traceback."""
+    """The base of all errors meant for the user: shown without a traceback, `exit_code` the command's."""
 
     exit_code = 1
 
@@ -47,11 +30,11 @@ class DataError(RaftuneError):
 
 
 class TooLong(DataError):
-    """A prompt or an answer has more tokens than it may."""
+    """A prompt or completion has more tokens than allowed."""
 
 
 class ModelError(RaftuneError):
-    """A model or tokenizer cannot be loaded, or its weights are unfit for use."""
+    """A model or tokenizer cannot be loaded, or its weights cannot be used."""
 
 
 class OutOfMemory(ModelError):
@@ -95,7 +78,7 @@ class EngineError(RaftuneError):
 
 
 class GateFailed(RaftuneError):
-    """A check that the user asked for did not pass."""
+    """A check that the user requested did not pass."""
 
     exit_code = 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raftune.arrays import BoolArray, Float32Array, FloatArray, IntArray
+from raftune.arrays import BoolArray, FloatArray, IntArray
 from raftune.records import Prompt, Sample, Score
 
 Callback = Callable[[str, dict[str, Any]], None]  # (event, its facts)
-EVALUATION = "e"  # ends the scope of a chunk whose samples are only looked at
+EVALUATION = "e"  # ends the scope of a chunk whose samples are only evaluated
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A fixed slice of prompts x K: what is generated and scored at once, always in the same batches.
+    """A fixed slice of prompts x K, generated and scored together, always in the same batches.
 
     `seeds[i][k]` is the seed of the k-th sample of prompts[i]; `version` names the policy; `scope` begins the sample
     ids and tells a training round from an evaluation; `batch_size` is the number of samples alive at once.
@@ -35,7 +36,7 @@ class Chunk:
 
     @property
     def learned(self) -> bool:
-        """Whether a training may learn from its samples; those of an evaluation are only looked at."""
+        """Whether the policy may be trained on its samples; those of an evaluation are only evaluated."""
         return not self.scope.endswith(EVALUATION)
 
     def sample_id(self, prompt: Prompt, k: int) -> str:
@@ -47,7 +48,7 @@ class Chunk:
 class TrainReport:
     """What a training did, without times: the same for an interrupted and an uninterrupted one.
 
-    losses[i] is the mean loss of optimizer step i (nats per token, or the chunk that the named loss has).
+    losses[i] is the mean loss of optimizer step i (nats per token, or the unit of the loss that details name).
     """
 
     rows: int
@@ -58,7 +59,7 @@ class TrainReport:
 
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
-    """A chunk that lies on disk: its file with its size in bytes, its SHA-256, its rows."""
+    """A chunk on disk: its file, rows, SHA-256, size in bytes, the seconds it took, and notes for the user."""
 
     chunk: int
     file: str
@@ -70,7 +71,7 @@ class JournalEntry:
 
 
 class Policy(Protocol):
-    """The generative model being aligned. A family is a kind of policy."""
+    """The generative model being trained. A family is a kind of policy."""
 
     media: str  # text | messages | image | category
     payload: pa.Schema  # the family's columns of a sample, `completion` first: opaque to the loop
@@ -85,33 +86,31 @@ class Policy(Protocol):
         ...
 
     def encode_completion(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
-        """The payload (with `completion`) of somebody else's answer, encoded as if this policy had generated it."""
+        """The payload (with `completion`) of a given completion, encoded as if this policy had generated it."""
         ...
 
     def train(self, rows: Path, work: Path, out: Path) -> TrainReport:
-        """Fits the policy to the rows (Parquet: prompt, weight, payload) and writes the new model into `out`.
+        """Trains on the rows (Parquet: prompt, weight, payload) and writes the new model into `out`.
 
-        Checkpoints lie under `work`; the newest one that verifies is continued from.
+        Resumes from the newest valid checkpoint under `work`.
         """
         ...
 
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about how this policy generated (a fallback taken, prompts cut), each once."""
+        """Remarks for the user about how this policy generated (a fallback, truncated prompts), each once."""
         ...
 
 
 @runtime_checkable
 class SupportsLogProbs(Protocol):
-    """A policy that computes log-probabilities of completions; without it beta > 0 is refused."""
+    """A policy that computes log-probabilities of completions, which beta > 0 requires."""
 
     def log_probs(self, prompts: Sequence[Prompt], samples: pa.Table, batch_size: int) -> FloatArray:
         """(N,) nats, untempered, summed over the completion's tokens, EOS included."""
         ...
 
     def recorded_log_probs(self, samples: pa.Table) -> FloatArray:
-        """(N,) the same under the policy that generated the samples, as noted while generating; NaN where nothing was
-        noted.
-        """
+        """(N,) the same under the policy that generated the samples, recorded then; NaN where nothing was recorded."""
         ...
 
 
@@ -120,17 +119,25 @@ class SupportsPromptCheck(Protocol):
     """A policy that reports unreadable prompts before generation."""
 
     def unread(self, prompt: Prompt) -> str | None:
-        """The end of a prompt that is too long to be read whole; None where it is not. Raises DataError for one that
-        cannot be read at all."""
+        """The end of a prompt that is cut for its length, else None. Raises DataError for an unusable prompt."""
+        ...
+
+
+@runtime_checkable
+class BatchReader(Protocol):
+    """A policy that checks many prompts together faster than one by one."""
+
+    def reads_all(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether `unread` would return None for every one of them."""
         ...
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a backend generates: for each of the token prompts a completion for each of its seeds.
+    """A completion is generated for each seed of each of the token prompts.
 
     parameters: temperature, top_p, top_k, min_p, repetition_penalty, max_completion_length, stop_strings, eos_ids,
-    pad_id and batch_size, as attributes. tokenizer: for stop strings alone.
+    pad_id and batch_size, as attributes. tokenizer: for stop strings only.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -145,7 +152,7 @@ Completion = tuple[Sequence[int], Sequence[float], str]
 
 
 class SamplingBackend(Protocol):
-    """What generates the completions of a language model."""
+    """Generates the completions of a language model."""
 
     @property
     def reproducible(self) -> bool:
@@ -158,28 +165,19 @@ class SamplingBackend(Protocol):
 
 
 @runtime_checkable
-class BatchReader(Protocol):
-    """A Reader that looks at many prompts at once faster than at each."""
-
-    def reads_all(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether `unread` would say None of every one of them."""
-        ...
-
-
-@runtime_checkable
 class SupportsBackends(Protocol):
-    """A policy that can generate in several ways: one is chosen once a run, and recorded."""
+    """A policy with several ways to generate, of which a run chooses and records one."""
 
     def choose_backend(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """What a trial on these prompts found, as JSON holds it. Raises ModelError where no way is right."""
+        """The JSON record of a trial on these prompts. Raises ModelError where no way is correct."""
         ...
 
     def use_backend(self, record: Mapping[str, Any]) -> None:
-        """From now on, this policy generates as the record of its run says."""
+        """Makes this policy generate as the record says."""
         ...
 
     def backend(self) -> Mapping[str, Any] | None:
-        """The record by which this policy generates, its run's or one of a trial of its own; None before either."""
+        """The record by which this policy generates, None before one was chosen."""
         ...
 
 
@@ -212,7 +210,7 @@ class SupportsSharedParts(Protocol):
 
 @runtime_checkable
 class SupportsTrainer(Protocol):
-    """A family whose `train` goes through transformers' Trainer: the options of `training` are tried when planning."""
+    """A family whose `train` uses transformers' Trainer: the options of `training` are tried before the run."""
 
     uses_trainer: bool
 
@@ -223,7 +221,7 @@ class SupportsDescription(Protocol):
 
     @classmethod
     def describe_samples(cls, config: Any, count: int) -> str:
-        """So many samples, in words, and by which options they are generated: 4 images, 30 steps."""
+        """The samples and the options they are generated with, in words: 4 images, 30 steps."""
         ...
 
 
@@ -232,7 +230,7 @@ class SupportsConfigCheck(Protocol):
     """A policy that refuses unsupported options; called again when a run resumes with another configuration."""
 
     def check_config(self) -> None:
-        """Raises ConfigError for an option that the family, or this very model, does not have or cannot follow."""
+        """Raises ConfigError for an option that the family or this model does not support."""
         ...
 
 
@@ -241,16 +239,14 @@ class SupportsTruncation(Protocol):
     """A policy that can truncate completions; without it completions that are too long are skipped."""
 
     def encode_truncated(self, prompt: Prompt, answer: Any, source: str, max_length: int | None) -> Mapping[str, Any]:
-        """As `encode_completion`; what exceeds max_length (tokens, prompt and answer) is cut. Raises TooLong without
-        any room.
-        """
+        """As `encode_completion`, cut to max_length (tokens, prompt and completion). Raises TooLong without room."""
         ...
 
 
 @dataclass(frozen=True)
 class ModelUsage:
-    """What a model card says of a model's use: library and task for the hub, the code that loads it, a remark; and in
-    words what was generated for a prompt."""
+    """What a model card says: the hub's library and task, the code that loads the model, a remark, and how its samples
+    relate to prompts."""
 
     library: str = ""
     task: str = ""
@@ -265,9 +261,9 @@ class SupportsPublishing(Protocol):
 
     @classmethod
     def publish(cls, config: Any, folder: Path, start: Path, out: Path, base: str | None, merged: bool) -> ModelUsage:
-        """Writes the model of a committed folder into `out`, with what it needs, and returns what its card says.
+        """Writes the model of a committed folder into `out`, with all that it needs, and returns what its card says.
 
-        base: what the start is called elsewhere, None for a bundled one. merged: an adapter is added to its base;
+        base: the public name of the initial model, None for a bundled one. merged: an adapter is added to its base;
         raises ConfigError where there is none.
         """
         ...
@@ -290,7 +286,7 @@ class RankedCandidates:
 
     @property
     def equal(self) -> BoolArray:
-        """(G,) whether all candidates of a prompt score the same; one alone does."""
+        """(G,) whether all candidates of a prompt have the same score; true of a single one."""
         return np.asarray(self.score[self.start] == self.score[self.start + self.size - 1])
 
     def of_prompt(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -298,18 +294,12 @@ class RankedCandidates:
         return np.repeat(values, self.size)
 
     def only(self, groups: BoolArray) -> RankedCandidates:
-        """The candidates without the prompts that are False in `groups` (G,)."""
+        """The candidates of the prompts that are True in `groups` (G,)."""
         if groups.all():
             return self
-        mine = np.repeat(groups, self.size)
-        size = self.size[groups]
+        mine, size = self.of_prompt(groups), self.size[groups]
         row, group, k = self.row[mine], self.group[mine], self.k[mine]
-        return RankedCandidates(row, group, k, self.score[mine], self.rank[mine], group_starts(size), size)
-
-
-def group_starts(size: IntArray) -> IntArray:
-    """(G,) where each of consecutive runs of these sizes starts."""
-    return np.cumsum(size) - size
+        return RankedCandidates(row, group, k, self.score[mine], self.rank[mine], np.cumsum(size) - size, size)
 
 
 # Weights (C,), 0 for what is not kept, and reasons (C,): indices into the `reasons` of the rule.
@@ -317,7 +307,7 @@ Decision = tuple[FloatArray, npt.NDArray[Any]]
 
 
 class Rule(Protocol):
-    """Decides which of the candidates are kept, with what weight: pure, the same for the same candidates and seed."""
+    """Decides which candidates are kept, with what weight: pure, the same for the same candidates and seed."""
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -325,24 +315,21 @@ class Rule(Protocol):
         ...
 
     def decide(self, pool: RankedCandidates, seed: int) -> Decision:
-        """A weight and a reason for every candidate; `seed` is the round's, for what is left to chance."""
+        """A weight and a reason for every candidate; `seed`, the round's, decides anything random."""
         ...
 
 
 class LearnedModel(Protocol):
-    """What an objective sees of the model that is trained."""
+    """The trained model, as an objective sees it."""
 
     def terms(self, batch: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-        """Tensors, with gradient: the loss of each chunk (a token, an image at a noise level), the weight of each, and
-        the weight that the batch has in all."""
+        """Tensors, with gradient: the loss of each unit (a token, an image at a noise level), the weight of each, and
+        the total weight of the batch."""
         ...
 
 
 class Objective(Protocol):
-    """What of the candidates reaches training, and the loss.
-
-    needs: of kept and rejected, the samples that `rows` is given.
-    """
+    """Chooses the training rows and computes the loss. needs: which samples `rows` gets, of kept and rejected."""
 
     @property
     def needs(self) -> frozenset[str]: ...
@@ -358,7 +345,7 @@ class Objective(Protocol):
 
 
 class Reward(Protocol):
-    """What gives a number to a completion: TRL's contract, called by keyword."""
+    """Gives a number to each completion: TRL's contract, called by keyword."""
 
     name: str
     media: frozenset[str]
@@ -367,20 +354,15 @@ class Reward(Protocol):
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[float | None]: ...
 
 
-StageInputs = Mapping[str, Path]
-
-
 class PolicyProvider(Protocol):
-    """Hands out policies, and holds at most one large model at a time."""
+    """Loads policies, and holds at most one large model at a time."""
 
     def at(self, folder: Path) -> Policy:
-        """The policy of this committed folder, for generating and log-probabilities; held until another is asked
-        for.
-        """
+        """The policy of this committed folder, for generation and log-probabilities, kept for the next call."""
         ...
 
     def fresh(self, folder: Path) -> Policy:
-        """A newly read instance, for training; whatever was held before is let go."""
+        """A newly loaded instance, for training; all others are freed."""
         ...
 
     def encoder(self, folder: Path) -> Policy:
@@ -388,66 +370,52 @@ class PolicyProvider(Protocol):
         ...
 
 
-class StageBase(Protocol):
-    """What every stage declares, so that keys, resume and staleness are one walk over a table of stages.
+StageInputs = Mapping[str, Path]
 
-    `name` is its name, `writes` its folder in the round. `reads` are the folders whose manifest enters its key:
-    "generate", "model@-1" of the round before, "data@0" of the start. `fields` are the dotted config fields that enter
-    it.
+
+class StageBase(ABC):
+    """What every stage declares, so that keys, resume and staleness are computed from the table of stages alone.
+
+    `writes` is its folder in the round. `reads` are the folders whose manifest enters its key: "generate", "model@-1"
+    of the round before, "data@0" of round 0. `fields` are the dotted config fields that enter it.
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def writes(self) -> str: ...
-    @property
-    def reads(self) -> tuple[str, ...]: ...
-    @property
-    def fields(self) -> tuple[str, ...]: ...
+    name: str
+    writes: str
+    reads: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()  # those of `reads` of which every column is needed
+    grows = False  # whether later versions add fields and inputs, which leaves older rounds valid
+    scratch: Path | None = None  # deleted once the stage is committed
 
     def fingerprints(self) -> Mapping[str, str]:
         """What shapes the stage besides fields and inputs: the hash of a reward's code, of a model's weights."""
-        ...
+        return {}
 
 
-class SingleStage(StageBase, Protocol):
+class SingleStage(StageBase):
     """A stage that runs once, in the loop's process."""
 
+    @abstractmethod
     def run(self, inputs: StageInputs, out: Path) -> tuple[str, ...] | None:
-        """Writes the stage's files into `out`; returns what a user should know about it."""
-        ...
+        """Writes the stage's files into `out`; returns notes for the user."""
 
 
-@runtime_checkable
-class ChunkedStage(StageBase, Protocol):
+class ChunkedStage(StageBase):
     """A stage that an engine runs chunk by chunk; a `local` one needs objects that only the loop's process has."""
 
-    @property
-    def local(self) -> bool: ...
+    local = False
 
+    @abstractmethod
     def chunks(self, inputs: StageInputs) -> list[int]:
         """The numbers of the chunks to run."""
-        ...
 
+    @abstractmethod
     def run_chunk(self, inputs: StageInputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
-        """Writes one chunk's table to `out`, with this metadata; returns what a user should know about it."""
-        ...
+        """Writes one chunk's table to `out`, with this metadata; returns notes for the user."""
 
 
 Stage = SingleStage | ChunkedStage
-
-
-class RewardExtras(Protocol):
-    """Means of what rewards gave to `log_metric`, and of how many numbers; columns of `log_extra`, a value a sample."""
-
-    @property
-    def metrics(self) -> dict[str, float]: ...
-
-    @property
-    def counts(self) -> dict[str, int]: ...
-
-    @property
-    def columns(self) -> dict[str, list[Any]]: ...
 
 
 class Scorer(Protocol):
@@ -456,8 +424,8 @@ class Scorer(Protocol):
     names: tuple[str, ...]
 
     @property
-    def extras(self) -> RewardExtras:
-        """What rewards logged during the last `score_samples`."""
+    def extras(self) -> Any:
+        """What rewards logged in the last call: `metrics` (means), `counts` behind them, `columns` (by sample)."""
         ...
 
     @property
@@ -466,34 +434,21 @@ class Scorer(Protocol):
     def score_samples(
         self, prompts: list[Prompt], samples: pa.Table, earlier: Mapping[int, Score] | None = None
     ) -> list[Score]:
-        """Scores of the samples, row for row; prompts[i] is what row i answers.
+        """Scores of the samples, row for row; prompts[i] is the prompt of row i.
 
-        `earlier`: by their row, the scores of samples about which no reward is asked again.
+        `earlier`: by row, scores that are kept as they are; no reward is called for these samples.
         """
         ...
 
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about how the samples were read (prompts cut), each once."""
-        ...
-
-
-class FeatureExtractor(Protocol):
-    """A model that sees images as vectors."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with whatever shapes the vectors."""
-        ...
-
-    def image_features(self, images: Sequence[Any]) -> Float32Array:
-        """(N, d) a vector for each PIL image, of any size."""
+        """Remarks for the user about how the samples were read (truncated prompts), each once."""
         ...
 
 
 class Metric(Protocol):
-    """A pure function of committed samples, or of the reference answers to the prompts that they answer.
+    """A pure function of committed samples, or of the reference completions of the held-out prompts.
 
-    A built-in one gives its numbers by name; a custom one a number, or one for each sample.
+    A built-in one returns its numbers by name; a custom one a number, or one for each sample.
     """
 
     needs: frozenset[str]  # scores, text, image, features, invalid, log_probs, own_log_probs, references
@@ -503,17 +458,16 @@ class Metric(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MonitorInput:
-    """What is looked at when a round ends; tables have one row a sample, null where a value is not known.
+    """What the alarms of a round are computed from; tables have one row a sample, null where a value is not known.
 
-    `samples` competed in the round: sample_id, prompt_id, k, source, score, weight (0: rejected) and rewards/NAME; of
-    texts also length, clipped, similarity (among its prompt's own samples), control, and text where it was kept or is
-    of the control: of each prompt as many of the policy's first samples as were kept; of images also brightness,
-    saturation, contrast, thumbnail, and control. `factors` are the rewards' weights; counts/NAME is what a reward
-    counts where that is not its value. `held_out` judged the round: sample_id, prompt_id, k, score, and, where they
-    were measured, held_out and log_ratio (log p - log p0, nats), None without any; `earlier` are the same of rounds 0,
-    1, …; `judge` says what held_out is. `first` are the measures of what round 1 generated, None in round 1. Beside
-    these, samples and held_out say of each answer, where the family lets it be known, whether it is empty and clipped,
-    and `content`, equal where two are the same; of tokens `length`. `losses` are those of the round's optimizer steps.
+    `samples`, of the round: sample_id, prompt_id, k, source, score, weight (0: rejected) and rewards/NAME; counts/NAME
+    is what a reward counts in the score where that is not its value; `factors` are the rewards' weights. Of texts also
+    length, clipped, similarity (among its prompt's own samples), and text where it was kept or is in the control; of
+    images brightness, saturation, contrast, thumbnail. `control`: as many of the policy's first samples of each prompt
+    as were kept. `held_out`, of the evaluation: sample_id, prompt_id, k, score, and, where measured, held_out (the
+    reward that `judge` names) and log_ratio (log p - log p0, nats); `earlier` are the same of rounds 0, 1, …. Both
+    have, where known, `empty`, `clipped`, `length`, and `content`, equal for equal completions. `first` are the
+    measures of round 1's samples, None in round 1. `losses` are those of the round's optimizer steps.
     """
 
     round: int
@@ -524,19 +478,3 @@ class MonitorInput:
     judge: str
     first: Mapping[str, Any] | None
     losses: Sequence[float] = ()
-
-
-class Monitor(Protocol):
-    """Pure functions that look at a round."""
-
-    def similarities(self, texts: Sequence[str], groups: IntArray) -> FloatArray:
-        """(G,) the mean similarity of two texts of each group, NaN for a group without two; text i is in groups[i]."""
-        ...
-
-    def measures(self, evidence: MonitorInput) -> dict[str, dict[str, Any]]:
-        """The measures of what was `generated`, and of what was `selected`."""
-        ...
-
-    def alarms(self, evidence: MonitorInput, sets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """What a person should look at, each with evidence in words, numbers, and samples."""
-        ...

@@ -1,7 +1,4 @@
-"""Records of a run (prompts, samples, scores, verdicts) and their Arrow columns.
-
-Each record is one row of Parquet, which pandas, DuckDB and `datasets` can read.
-"""
+"""Records of a run (prompts, samples, scores, verdicts) and their Arrow columns, one row of Parquet a record."""
 
 from __future__ import annotations
 
@@ -17,21 +14,22 @@ from typing import Any
 import pyarrow as pa
 
 TOOLS = "tools"  # the column beside messages whose value a chat template gets as `tools`, as in TRL
+_AT_ONCE = 1024  # values that are held a second time, to compare them
 Row = dict[str, Any]  # of a table, by column
 PromptContent = str | int | list[dict[str, Any]]
 
 
 class JsonScalar(pa.ExtensionScalar):  # type: ignore[misc]
-    """A cell of a column of JSON text: read, it is the value."""
+    """A cell of a column of JSON text, read as the value."""
 
     def as_py(self, **kwargs: Any) -> Any:
         return None if self.value is None else json.loads(self.value.as_py())
 
 
 class JsonType(pa.ExtensionType):  # type: ignore[misc]
-    """A column of JSON text whose cells are read as the values: each keeps exactly the keys that it was given.
+    """A column of JSON text whose cells are read as the values, each with exactly its own keys.
 
-    Arrow's own structs give every row the keys of all others. Readers that do not know the type find the text.
+    Arrow's structs give every row the keys of all others. Readers that do not know the type see the text.
     """
 
     def __init__(self) -> None:
@@ -53,26 +51,26 @@ with contextlib.suppress(pa.ArrowKeyError):  # imported anew: the type is known 
 
 
 def json_array(values: Sequence[Any]) -> pa.Array:
-    """The values as JSON text, in a column that gives them back. Raises TypeError for what JSON cannot say."""
+    """A column of the values as JSON text. Raises TypeError for what JSON cannot represent."""
     texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
     return pa.ExtensionArray.from_storage(JsonType(), pa.array(texts, pa.string()))
 
 
-_AT_ONCE = 1024  # values that are held a second time, to compare them
-
-
 def arrow_array(values: Sequence[Any]) -> pa.Array:
-    """A column that gives the values back as they are: of Arrow's own type where that does, else of JSON text.
+    """A column that returns the values unchanged: of an Arrow type where possible, else of JSON text.
 
     Raises pa.ArrowInvalid, pa.ArrowTypeError, TypeError, OverflowError or UnicodeEncodeError where neither can.
     """
     kinds = set(map(type, values))
     if kinds >= {int, float} and kinds <= {int, float, type(None)}:
-        return json_array(values)  # of Arrow's own type 18 would come back as 18.0 because another row holds 0.5
+        return json_array(values)  # an Arrow column would return 18 as 18.0 because another row holds 0.5
     if not any(issubclass(kind, list | dict | tuple) for kind in kinds):
         return pa.array(values)
     try:
-        texts = [_json_of(values[at : at + _AT_ONCE]) for at in range(0, len(values), _AT_ONCE)]
+        parts = [values[at : at + _AT_ONCE] for at in range(0, len(values), _AT_ONCE)]
+        for value in values:
+            _check_keys(value)
+        texts = [json.dumps(list(part), ensure_ascii=False, default=_as_list) for part in parts]
     except (TypeError, ValueError):  # dates, bytes and the like: Arrow's own or nothing
         array = pa.array(values)
         if array.to_pylist() != list(values):
@@ -80,7 +78,7 @@ def arrow_array(values: Sequence[Any]) -> pa.Array:
         return array
     with contextlib.suppress(pa.ArrowException, OverflowError, TypeError):
         array = pa.array(values)
-        # a struct that holds None may be padded: only as text is it known to be what was given
+        # a struct with None may be padded: only JSON text is known to be unchanged
         if not any(map(_has_none, values)) and all(
             json.dumps(array.slice(number * _AT_ONCE, _AT_ONCE).to_pylist(), ensure_ascii=False) == text
             for number, text in enumerate(texts)
@@ -89,32 +87,24 @@ def arrow_array(values: Sequence[Any]) -> pa.Array:
     return json_array([value for text in texts for value in json.loads(text)])
 
 
-def _json_of(values: Sequence[Any]) -> str:
-    return json.dumps([_with_text_keys(value) for value in values], ensure_ascii=False, default=_as_list)
-
-
-def _with_text_keys(value: Any) -> Any:
-    """The value. Raises TypeError for a key that is no text: JSON would make it one."""
-    if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value):
-            raise TypeError("a key must be a text")
-        for inner in value.values():
-            _with_text_keys(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _with_text_keys(inner)
-    return value
+def _check_keys(value: Any) -> None:
+    """Raises TypeError for a key that is no text, which JSON would make one."""
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        raise TypeError("a key must be a text")
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_keys(inner)
 
 
 def _as_list(value: Any) -> Any:
-    """A number or array of NumPy as Python has it."""
+    """A NumPy number or array as Python values."""
     if not hasattr(value, "tolist"):
         raise TypeError(f"{type(value).__name__} is no JSON")
     return value.tolist()
 
 
 def _has_none(value: Any) -> bool:
-    """Whether a dictionary somewhere within holds None, or nothing at all."""
+    """Whether a dictionary inside holds None, or is empty."""
     if isinstance(value, dict):
         return not value or any(inner is None or _has_none(inner) for inner in value.values())
     return isinstance(value, list | tuple) and any(map(_has_none, value))
@@ -132,7 +122,7 @@ def without_none(value: Any) -> Any:
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """As pa.Table.from_pylist with this schema, whose columns of JSON take values."""
+    """As pa.Table.from_pylist with this schema, which may have columns of JSON."""
     columns = {}
     for column in schema:
         values = [row.get(column.name) for row in rows]
@@ -142,7 +132,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is asked: a text, a list of messages or a class label; `columns` ride along to the rewards."""
+    """A text, a list of messages or a class label; rewards get the other `columns` of its row."""
 
     id: str
     content: PromptContent
@@ -151,9 +141,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One answer to one prompt. `seed` is None where nothing was generated; `payload` holds the family's own
-    columns.
-    """
+    """One completion of a prompt. `seed` is None where it was given; `payload` holds the family's own columns."""
 
     id: str
     prompt_id: str
@@ -177,7 +165,7 @@ class ScoreStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RewardPart:
-    """What one reward said of one sample; `value` is None unless the status is OK."""
+    """One reward's value of one sample, None unless the status is OK."""
 
     value: float | None
     status: ScoreStatus
@@ -186,10 +174,7 @@ class RewardPart:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The weighted sum of the parts that apply; `value` is None unless the status is OK.
-
-    `detail` says why no reward was asked, where none was.
-    """
+    """The weighted sum of the parts that apply, None unless the status is OK. `detail`: why no reward was called."""
 
     value: float | None
     status: ScoreStatus
@@ -198,24 +183,21 @@ class Score:
 
 
 # Columns of a payload that mean the same in every family that has them.
-INVALID = "invalid"  # why the sample is nothing to learn from, null where it is: then no reward is asked about it
+INVALID = "invalid"  # why the sample cannot be trained on, else null: then no reward is called for it
 LATENTS = "latents"  # what only training reads, and `keep_latents` may drop once a round is trained
+EXTRA = "extra/"  # prefix of the columns that rewards logged
 
-# The columns of a chunk file of samples before the family's own payload columns.
-SAMPLE_FIELDS: tuple[pa.Field, ...] = (
+# The columns that identify a sample in every table of a run.
+IDENTITY_FIELDS: tuple[pa.Field, ...] = (
     pa.field("sample_id", pa.string(), nullable=False),
     pa.field("prompt_id", pa.string(), nullable=False),
     pa.field("k", pa.int32(), nullable=False),
     pa.field("source", pa.string(), nullable=False),
-    pa.field("seed", pa.int64()),
-    pa.field("version", pa.string(), nullable=False),
 )
+IDENTITY = tuple(column.name for column in IDENTITY_FIELDS)
 VERDICT_SCHEMA = pa.schema(
     [
-        pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("k", pa.int32(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
+        *IDENTITY_FIELDS,
         pa.field("score", pa.float64()),
         pa.field("ranked_by", pa.float64()),
         pa.field("rank", pa.int32(), nullable=False),
@@ -226,13 +208,9 @@ VERDICT_SCHEMA = pa.schema(
 )
 
 
-def sample_schema(payload: pa.Schema) -> pa.Schema:
-    """The columns of a chunk file of samples of a family with this payload."""
-    return pa.schema([*SAMPLE_FIELDS, *payload])
-
-
 def samples_table(samples: Iterable[Sample], payload: pa.Schema) -> pa.Table:
-    """One row a sample, in the given order; `payload` names the family's columns, `completion` among them."""
+    """One row a sample, in the given order; `payload` has the family's columns, `completion` among them."""
+    own = (pa.field("seed", pa.int64()), pa.field("version", pa.string(), nullable=False))
     rows = [
         {
             "sample_id": s.id,
@@ -246,27 +224,7 @@ def samples_table(samples: Iterable[Sample], payload: pa.Schema) -> pa.Table:
         }
         for s in samples
     ]
-    return pa.Table.from_pylist(rows, schema=sample_schema(payload))
-
-
-EXTRA = "extra/"  # prefix of the columns that rewards logged
-
-
-def score_schema(names: Sequence[str]) -> pa.Schema:
-    """The columns of a chunk file of scores whose rewards bear these names."""
-    parts = [f for n in names for f in (pa.field(f"rewards/{n}", pa.float64()), pa.field(f"status/{n}", pa.string()))]
-    return pa.schema(
-        [
-            pa.field("sample_id", pa.string(), nullable=False),
-            pa.field("prompt_id", pa.string(), nullable=False),
-            pa.field("k", pa.int32(), nullable=False),
-            pa.field("source", pa.string(), nullable=False),
-            pa.field("score", pa.float64()),
-            pa.field("status", pa.string(), nullable=False),
-            *parts,
-            pa.field("detail", pa.string(), nullable=False),
-        ]
-    )
+    return pa.Table.from_pylist(rows, schema=pa.schema([*IDENTITY_FIELDS, *own, *payload]))
 
 
 def scores_table(
@@ -276,24 +234,22 @@ def scores_table(
 
     `extras` are columns that rewards logged, each value as JSON text: a reward may log numbers here and texts there.
     """
-    columns: dict[str, Any] = {name: samples.column(name) for name in ("sample_id", "prompt_id", "k", "source")}
-    columns["score"] = [s.value for s in scores]
-    columns["status"] = [s.status.value for s in scores]
+    columns: list[tuple[pa.Field, Any]] = [(column, samples.column(column.name)) for column in IDENTITY_FIELDS]
+    columns.append((pa.field("score", pa.float64()), [s.value for s in scores]))
+    columns.append((pa.field("status", pa.string(), nullable=False), [s.status.value for s in scores]))
     for name in names:
-        columns[f"rewards/{name}"] = [s.parts[name].value for s in scores]
-        columns[f"status/{name}"] = [s.parts[name].status.value for s in scores]
-    columns["detail"] = [
-        s.detail or "; ".join(f"{n}: {p.detail}" for n, p in s.parts.items() if p.detail) for s in scores
-    ]
-    schema = score_schema(names)
+        columns.append((pa.field(f"rewards/{name}", pa.float64()), [s.parts[name].value for s in scores]))
+        columns.append((pa.field(f"status/{name}", pa.string()), [s.parts[name].status.value for s in scores]))
+    details = [s.detail or "; ".join(f"{n}: {p.detail}" for n, p in s.parts.items() if p.detail) for s in scores]
+    columns.append((pa.field("detail", pa.string(), nullable=False), details))
     for name, values in sorted((extras or {}).items()):
-        columns[f"{EXTRA}{name}"] = [None if value is None else json_text(value) for value in values]
-        schema = schema.append(pa.field(f"{EXTRA}{name}", pa.string()))
-    return pa.table(columns, schema=schema)
+        texts = [None if value is None else json_text(value) for value in values]
+        columns.append((pa.field(f"{EXTRA}{name}", pa.string()), texts))
+    return pa.table({field.name: values for field, values in columns}, schema=pa.schema([f for f, _ in columns]))
 
 
 def json_text(value: Any) -> str:
-    """The value as JSON; what JSON does not know as its text. Equal values give equal texts in every process."""
+    """The value as JSON, other types as their text. Equal values give equal texts in every process."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=_known_to_json)
     except (TypeError, ValueError, RecursionError):  # keys that are no texts, a list that holds itself
@@ -314,7 +270,7 @@ def _without_address(value: Any) -> str:
 
 
 def extras_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What rewards logged of the sample in this row of a chunk file of scores, by its name."""
+    """What rewards logged of the sample in this row of a chunk file of scores, by name."""
     return {
         name.removeprefix(EXTRA): None if value is None else json.loads(value)
         for name, value in row.items()

@@ -33,7 +33,7 @@ from raftune.config.selection import (
     TopM,
 )
 from raftune.errors import ConfigError, ExtensionError
-from raftune.protocols import Decision, RankedCandidates, Rule, group_starts
+from raftune.protocols import Decision, RankedCandidates, Rule
 
 
 class Reason(IntEnum):
@@ -208,7 +208,7 @@ def _repeats(candidates: Candidates, rows: IntArray) -> IntArray:
 
 def _positions(group: IntArray, size: IntArray) -> npt.NDArray[np.int32]:
     """(C,) 1, 2, 3, … inside each run of `size`."""
-    return (np.arange(len(group)) - np.repeat(group_starts(size), size) + 1).astype(np.int32)
+    return (np.arange(len(group)) - np.repeat(np.cumsum(size) - size, size) + 1).astype(np.int32)
 
 
 def _run_sizes(sorted_values: IntArray) -> IntArray:
@@ -224,7 +224,7 @@ def _pool(candidates: Candidates, rows: IntArray) -> RankedCandidates:
     twins = (np.diff(group) == 0) & (np.diff(k) == 0)
     assert not twins.any(), "two candidates of one group bear the same k"
     size = _run_sizes(group)
-    return RankedCandidates(row, group, k, score, _positions(group, size), group_starts(size), size)
+    return RankedCandidates(row, group, k, score, _positions(group, size), np.cumsum(size) - size, size)
 
 
 def _skips(pool: RankedCandidates, several: BoolArray, config: SelectionConfig) -> ByteArray:

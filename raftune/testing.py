@@ -22,7 +22,7 @@ from raftune.config.run import RunConfig
 from raftune.policies.registry import Family, family_of, load_policy
 from raftune.protocols import Chunk, Policy, SupportsLogProbs, TrainReport
 from raftune.records import Prompt, PromptContent, Sample, derive_seed, prompt_ids
-from raftune.stages.gather import kept_rows
+from raftune.stages.gather import with_prompts
 from raftune.stages.generate import as_table, drawn
 from raftune.store.files import sha256_of
 from raftune.store.parquet import write_table
@@ -162,7 +162,8 @@ def no_weights_are_read_before_they_are_needed(case: FamilyCase, folder: Path) -
 def rows_file(case: FamilyCase, samples: list[Sample], folder: Path, policy: Policy) -> Path:
     """The samples as training rows, each of weight one."""
     prompts = pa.table({"prompt_id": [p.id for p in case.prompts], "prompt": [p.content for p in case.prompts]})
-    rows = kept_rows(as_table(samples, policy), np.ones(len(samples)), prompts, 1)
+    table = as_table(samples, policy).append_column("weight", pa.array([1.0] * len(samples)))
+    rows = with_prompts(table, prompts, 1)
     write_table(rows, folder / "rows.parquet", {"raftune.round": "1"})
     return folder / "rows.parquet"
 

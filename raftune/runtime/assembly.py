@@ -22,7 +22,6 @@ from raftune.policies.registry import Family, code_of, family_of, load_policy, s
 from raftune.policies.teacher import start_teacher, teacher_config
 from raftune.protocols import (
     ChunkedStage,
-    FeatureExtractor,
     Policy,
     Stage,
     SupportsBackends,
@@ -34,7 +33,7 @@ from raftune.records import LATENTS
 from raftune.rewards.combining import with_counts
 from raftune.rewards.panel import SampleScorer
 from raftune.stages.data import DataStage
-from raftune.stages.evaluate import EvaluateStage, OwnMetrics
+from raftune.stages.evaluate import EvaluateStage
 from raftune.stages.features import FeaturesStage
 from raftune.stages.gather import GatherStage
 from raftune.stages.generate import GenerateStage, TeacherStage
@@ -49,8 +48,9 @@ from raftune.stages.select import SelectStage
 from raftune.stages.start import StartStage
 from raftune.stages.train import TrainStage
 from raftune.starters.resolve import resolve_starters, starter_prompts
+from raftune.store.commit import DroppedFiles
 from raftune.store.job import Engine, StageJob, make_job
-from raftune.store.pruning import DroppedFiles, drop_columns
+from raftune.store.parquet import drop_columns
 from raftune.store.run import RunFolder
 
 
@@ -264,9 +264,6 @@ class Runtime:
         if evaluation.features is not None:
             stages.append(FeaturesStage(self.extractor))
             shards.append("features")
-        own = None
-        if evaluation.metrics:
-            own = OwnMetrics(lambda: load_metrics(evaluation), metric_code(evaluation), measured)
         stages.append(
             EvaluateStage(
                 tuple(METRICS.values()),
@@ -274,7 +271,9 @@ class Runtime:
                 media=self.family.media,
                 references=references,
                 condense=CONDENSE.get(self.family.media),
-                own=own,
+                load_own=(lambda: load_metrics(evaluation)) if evaluation.metrics else None,
+                own_code=metric_code(evaluation) if evaluation.metrics else None,
+                measured=measured,
             )
         )
         return stages
@@ -346,7 +345,7 @@ class Runtime:
         held_out = self.config.rewards.model_copy(update=changes)
         return self._with_room(self._panel("held out", held_out, ()))
 
-    def extractor(self) -> FeatureExtractor:
+    def extractor(self) -> Any:
         """The model that held-out images are compared by."""
         if self._extractor is None:
             from raftune.rewards.builtin.clip import ClipModel
@@ -354,8 +353,7 @@ class Runtime:
             device = self.config.rewards.device
             self._extractor = ClipModel(self.config.evaluation.features, device, field="evaluation.features")
         self.policies.evict()
-        found: FeatureExtractor = self._extractor
-        return found
+        return self._extractor
 
     def _panel(self, which: str, config: Any, objects: Sequence[Any]) -> SampleScorer:
         if which not in self._panels:

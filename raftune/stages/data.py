@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from raftune.config.evaluation import FEWEST_UNITS
 from raftune.config.run import RunConfig
 from raftune.data.tables import read_rows
 from raftune.errors import DataError, RunDamaged
-from raftune.protocols import StageInputs
+from raftune.protocols import SingleStage, StageInputs
 from raftune.records import TOOLS, JsonType, arrow_array, derive_seed, prompt_ids, without_none
 from raftune.sanitize import counted, shell_command
 from raftune.stages.reference import check_references
@@ -25,22 +24,18 @@ from raftune.store.parquet import read_table, write_table
 from raftune.store.run import RunFolder
 
 RESERVED = ("prompt_id", "prompt", "sample_id", "completion")
-AT_ONCE = 4096  # values
+_AT_ONCE = 4096  # values
 Source = Callable[[], pa.Table]
 
 
-class DataStage:
+class DataStage(SingleStage):
     """Reads, checks and splits the prompts: train.parquet and held_out.parquet, each with prompt_id and prompt."""
 
     name = writes = "data"
-    reads: tuple[str, ...] = ()
     fields = ("data", "evaluation.prompts", "evaluation.split", "evaluation.num_prompts")
 
     def __init__(self, config: RunConfig, train: Source | None = None, held_out: Source | None = None) -> None:
         self.config, self.given_train, self.given_held_out = config, train, held_out
-
-    def fingerprints(self) -> Mapping[str, str]:
-        return {}
 
     def run(self, inputs: StageInputs, out: Path) -> tuple[str, ...]:
         data, evaluation = self.config.data, self.config.evaluation
@@ -64,29 +59,54 @@ class DataStage:
             check_references(held_out, evaluation.reference_column)
         write_table(train, out / "train.parquet")
         write_table(held_out, out / "held_out.parquet")
-        notes = {"train": train.num_rows, "held_out": held_out.num_rows, **repeated(train), **overlap(train, held_out)}
+        ids = train.column("prompt_id").to_pylist()
+        trained = set(map(_content_of, ids))
+        notes = {
+            "train": train.num_rows,
+            "held_out": held_out.num_rows,
+            "repeated": sum(not name.endswith("-0") for name in ids),
+            "overlap": sum(_content_of(name) in trained for name in held_out.column("prompt_id").to_pylist()),
+        }
         dump_json(out / "notes.json", notes)
         few = held_out_words(held_out.num_rows, wanted) if self.config.num_rounds else ""
         return (few,) if few else ()
 
     def train(self) -> pa.Table | None:
-        """The prompts to learn from; None where the run has none, for it only judges."""
+        """The training prompts; None where the run only evaluates."""
         data = self.config.data
-        if self.given_train is not None:
-            return prepare(renamed(self.given_train(), data.columns), data.prompt_column, "data.prompts")
-        return read_prompts(data.prompts, data.split, "train", data.prompt_column, "data.prompts", data.columns)
+        return self._prompts(self.given_train, data.prompts, data.split, "train", "data.prompts")
 
     def held_out(self) -> pa.Table | None:
-        """The prompts to judge by; None where they are to be taken from the prompts to learn from."""
-        evaluation, data = self.config.evaluation, self.config.data
-        column, field = data.prompt_column, "evaluation.prompts"
-        if self.given_held_out is not None:
-            return prepare(renamed(self.given_held_out(), data.columns), column, field)
-        return read_prompts(evaluation.prompts, evaluation.split, "held_out", column, field, data.columns)
+        """The held-out prompts; None where they are to be split from the training prompts."""
+        evaluation = self.config.evaluation
+        return self._prompts(
+            self.given_held_out, evaluation.prompts, evaluation.split, "held_out", "evaluation.prompts"
+        )
+
+    def _prompts(self, given: Source | None, source: str | None, split: str, part: str, field: str) -> pa.Table | None:
+        """The prompts of a Python object, of a data set, or of this part of another run, with their ids there."""
+        column, columns = self.config.data.prompt_column, self.config.data.columns
+        if given is not None:
+            return prepare(_renamed(given(), columns), column, field)
+        if source is None:
+            return None
+        if not (run := RunFolder(Path(source).expanduser())).exists():
+            return prepare(_renamed(read_rows(source, split, field), columns), column, field)
+        path = run.folder(0, "data") / f"{part}.parquet"
+        if path.is_file() and not run.is_committed(0, "data"):
+            resume = shell_command("raftune", "resume", run.root)
+            raise RunDamaged(f"{path.parent / COMMIT} is missing. Restore it, or write the stage anew with `{resume}`.")
+        prompts = read_table(path) if path.is_file() else None
+        if prompts is None or not prompts.num_rows:
+            raise DataError(
+                f"{field} names the run {source}, which has no {part.replace('_', '-')} prompts. Name a file, or "
+                "another run."
+            )
+        return prompts
 
 
-def renamed(rows: pa.Table, columns: Mapping[str, str] | None) -> pa.Table:
-    """The rows under the names that `data.columns` gives. Raises DataError for a column that is not there."""
+def _renamed(rows: pa.Table, columns: Mapping[str, str] | None) -> pa.Table:
+    """The rows under the column names of `data.columns`. Raises DataError for a missing column."""
     for name, column in (columns or {}).items():
         if column not in rows.column_names:
             raise DataError(
@@ -99,29 +119,12 @@ def renamed(rows: pa.Table, columns: Mapping[str, str] | None) -> pa.Table:
     return rows
 
 
-def read_prompts(
-    source: str | None, split: str, own: str, column: str, field: str, columns: Mapping[str, str] | None = None
-) -> pa.Table | None:
-    """The prompts of a data set, or a run's `own` ones, `train` or `held_out`, under the ids that they have there."""
-    if source is None:
-        return None
-    if not (run := RunFolder(Path(source).expanduser())).exists():
-        return prepare(renamed(read_rows(source, split, field), columns), column, field)
-    path = run.folder(0, "data") / f"{own}.parquet"
-    if path.is_file() and not run.is_committed(0, "data"):
-        again = shell_command("raftune", "resume", run.root)
-        raise RunDamaged(f"{path.parent / COMMIT} is missing. Restore it, or write the stage anew with `{again}`.")
-    prompts = read_table(path) if path.is_file() else None
-    if prompts is None or not prompts.num_rows:
-        raise DataError(
-            f"{field} names the run {source}, which has no {own.replace('_', '-')} prompts. Name a file, or another "
-            "run."
-        )
-    return prompts
-
-
 def prepare(rows: pa.Table, column: str, field: str) -> pa.Table:
-    """The rows with `prompt_id` and `prompt` first. Raises DataError for no rows, no such column, an empty prompt."""
+    """The rows with `prompt_id` and `prompt` first.
+
+    Raises DataError for no rows, a missing or reserved column, and, naming the row, for a prompt that is not a text
+    that is not blank, a list of messages, or a label.
+    """
     if rows.num_rows == 0:
         raise DataError(f"{field} must hold at least one row; got none. Add prompts.")
     if column not in rows.column_names:
@@ -137,39 +140,9 @@ def prepare(rows: pa.Table, column: str, field: str) -> pa.Table:
             f"{field} must not have a column named 'self': rewards get columns as keyword arguments, and Python has "
             "that one. Rename it, or write data.columns: {itself: self}."
         )
-    rows = without_padding(rows, column)
+    rows = _without_padding(rows, column)
     prompts = rows.column(column).combine_chunks()
-    check_contents(values_of(prompts), field)
-    ids = pa.array(prompt_ids(values_of(prompts)), pa.string())
-    rest = [name for name in rows.column_names if name != column]
-    return pa.table({"prompt_id": ids, "prompt": prompts, **{name: rows.column(name) for name in rest}})
-
-
-def without_padding(rows: pa.Table, column: str) -> pa.Table:
-    """The rows, their messages and tools without the keys that Arrow gave them because others have them.
-
-    A structure of Arrow's (of a `datasets.Dataset`, of Parquet) does not tell those from a None that somebody wrote;
-    templates ask whether a key is there. What was read from JSON or Python's own rows is JSON here, and stays.
-    """
-    for place, name in enumerate(rows.column_names):
-        kind = rows.schema.field(place).type
-        if name in (column, TOOLS) and kind != JsonType() and pa.types.is_nested(kind):
-            column = rows.column(place)
-            if any(without_none(value) != value for value in values_of(column)):
-                cleaned = [without_none(value) for value in values_of(column)]
-                rows = rows.set_column(place, name, arrow_array(cleaned))
-    return rows
-
-
-def values_of(column: pa.Array | pa.ChunkedArray) -> Iterator[Any]:
-    """The column's values, a few thousand of them at a time in memory."""
-    for at in range(0, len(column), AT_ONCE):
-        yield from column.slice(at, AT_ONCE).to_pylist()
-
-
-def check_contents(contents: Iterable[Any], field: str) -> None:
-    """Raises DataError that names the row: a prompt is a text that is not blank, a list of messages, or a label."""
-    for number, content in enumerate(contents, 1):
+    for number, content in enumerate(_values_of(prompts), 1):
         if isinstance(content, bool) or not isinstance(content, str | int | list):
             kind = "nothing" if content is None else type(content).__name__
             raise DataError(
@@ -182,43 +155,63 @@ def check_contents(contents: Iterable[Any], field: str) -> None:
                 f"{field}: the prompt in row {number} must be a list of messages, each with 'role' and 'content'; "
                 f"got {str(content)[:60]}. Fix the row."
             )
+    ids = pa.array(prompt_ids(_values_of(prompts)), pa.string())
+    others = {name: rows.column(name) for name in rows.column_names if name != column}
+    return pa.table({"prompt_id": ids, "prompt": prompts, **others})
+
+
+def _without_padding(rows: pa.Table, column: str) -> pa.Table:
+    """The rows, their messages and tools without the keys that Arrow added because other rows have them.
+
+    An Arrow struct (of a `datasets.Dataset`, of Parquet) does not tell these from a None in the data, and templates
+    test whether a key is there. Rows read from JSON or Python have the type JsonType, and stay.
+    """
+    for place, name in enumerate(rows.column_names):
+        kind = rows.schema.field(place).type
+        if name in (column, TOOLS) and kind != JsonType() and pa.types.is_nested(kind):
+            values = rows.column(place)
+            if any(without_none(value) != value for value in _values_of(values)):
+                rows = rows.set_column(place, name, arrow_array([without_none(value) for value in _values_of(values)]))
+    return rows
+
+
+def _values_of(column: pa.Array | pa.ChunkedArray) -> Iterator[Any]:
+    """The column's values, a few thousand of them at a time in memory."""
+    for at in range(0, len(column), _AT_ONCE):
+        yield from column.slice(at, _AT_ONCE).to_pylist()
+
+
+def _content_of(prompt_id: str) -> str:
+    """The part of the id that equal prompts share."""
+    return prompt_id.rsplit("-", 1)[0]
 
 
 def hold_out(train: pa.Table, wanted: int) -> tuple[pa.Table, pa.Table]:
-    """Takes about a tenth of the prompts off, equal ones together, by their hash alone: the same in every run.
+    """Splits off about a tenth of the prompts, equal ones together, by their hash alone: the same in every run.
 
-    Of fewer than fifty it takes FEWEST_UNITS, so that a mean can have an interval, but no more than a third; of fewer
-    than ten none. Where all prompts are equal, none is held out, so that something is left to learn from.
+    Of fewer than fifty prompts it takes FEWEST_UNITS, so that a mean has an interval, but at most a third; of fewer
+    than ten, or where all are equal, none.
     """
-    stems = [name.rsplit("-", 1)[0] for name in train.column("prompt_id").to_pylist()]
-    rows = train.num_rows
-    share = min(wanted, max(rows // 10, min(FEWEST_UNITS, rows // 3))) if len(set(stems)) > 1 and rows >= 10 else 0
-    order = np.argsort([derive_seed("hold out", stem) for stem in stems], kind="stable")
-    chosen = {stems[i] for i in order[:share]}
-    mask = pa.array([stem in chosen for stem in stems])
+    contents = [_content_of(name) for name in train.column("prompt_id").to_pylist()]
+    rows, share = train.num_rows, 0
+    if len(set(contents)) > 1 and rows >= 10:
+        share = min(wanted, max(rows // 10, min(FEWEST_UNITS, rows // 3)))
+    order = np.argsort([derive_seed("hold out", content) for content in contents], kind="stable")
+    chosen = {contents[i] for i in order[:share]}
+    mask = pa.array([content in chosen for content in contents])
     return train.filter(pc.invert(mask)), train.filter(mask).slice(0, share)
 
 
-def repeated(train: pa.Table) -> dict[str, int]:
-    """How many rows repeat the prompt of an earlier row."""
-    ids = train.column("prompt_id").to_pylist()
-    return {"repeated": sum(1 for name in ids if not name.endswith("-0"))}
-
-
-def overlap(train: pa.Table, held_out: pa.Table) -> dict[str, int]:
-    """How many held-out prompts are also training prompts."""
-    stems = Counter(name.rsplit("-", 1)[0] for name in train.column("prompt_id").to_pylist())
-    return {"overlap": sum(1 for name in held_out.column("prompt_id").to_pylist() if name.rsplit("-", 1)[0] in stems)}
-
-
 def few_words(prompts: int) -> str:
-    """What is to be known of a best round that so few held-out prompts chose."""
-    named = counted(prompts, "held-out prompt")
-    return f"by {named}: too few to tell rounds apart; hold out {FEWEST_UNITS} at the least, better 16"
+    """A remark about a best round that this few held-out prompts chose."""
+    return (
+        f"by {counted(prompts, 'held-out prompt')}: too few to tell rounds apart; hold out {FEWEST_UNITS} at the "
+        "least, better 16"
+    )
 
 
 def held_out_words(held_out: int, wanted: int) -> str:
-    """A warning that the policy is judged by few prompts, or by fewer than were asked for; empty where it is not."""
+    """A warning about few held-out prompts, or fewer than configured; empty where there are enough."""
     if not wanted or held_out >= max(FEWEST_UNITS, min(wanted, 2 * FEWEST_UNITS)):
         return ""
     if not held_out:

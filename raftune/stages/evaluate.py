@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from raftune.protocols import Metric, StageInputs
-from raftune.records import INVALID
-from raftune.stages.features import features_of
+from raftune.protocols import Metric, SingleStage, StageInputs
+from raftune.records import IDENTITY, INVALID
 from raftune.store.files import dump_json
 from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import read_table
 
-START = "evaluate/features@0"  # of the start's samples, which have the same prompts and seeds
-IDENTITY = frozenset({"sample_id", "prompt_id", "k", "source"})  # the columns that every chunk file repeats
+START = "evaluate/features@0"  # of the initial model's samples, which have the same prompts and seeds
 
 
-@dataclass(frozen=True)
-class OwnMetrics:
-    """The user's own metrics: loaded when the stage runs, the hashes of their code, and what makes one a value."""
+class EvaluateStage(SingleStage):
+    """metrics.json: every metric that can be computed from the columns of the samples, or of the reference completions.
 
-    load: Callable[[], Mapping[str, Metric]]
-    code: Mapping[str, str]
-    measured: Callable[[Metric, pa.Table], Any]
-
-
-class EvaluateStage:
-    """metrics.json: every metric that the columns at hand suffice for, those of samples and those of reference answers.
-
-    Which metrics there are does not enter the key: a later version that measures more leaves old rounds as they are.
+    The built-in metrics do not enter the key: a later version with more metrics leaves old rounds as they are.
     """
 
-    name = "evaluate"
-    writes = "evaluate"
+    name = writes = "evaluate"
 
     def __init__(
         self,
@@ -47,61 +34,69 @@ class EvaluateStage:
         media: str,
         references: str | None = None,
         condense: Callable[[pa.Table], pa.Table] | None = None,
-        own: OwnMetrics | None = None,
+        load_own: Callable[[], Mapping[str, Metric]] | None = None,
+        own_code: Mapping[str, str] | None = None,
+        measured: Callable[[Metric, pa.Table], Any] | None = None,
     ) -> None:
-        """`own` are the user's own metrics, which do enter the key. `condense` puts what metrics need of a chunk's
-        samples in place of what is too large to be held of all."""
+        """`condense` replaces a chunk's completions by what metrics need of them, where all would be too large.
+
+        `load_own` loads the user's own metrics, `own_code` are the hashes of their code, which enter the key, and
+        `measured` computes the value of one.
+        """
         self.metrics, self.media, self.references, self.condense = metrics, media, references, condense
+        self.load_own, self.own_code, self.measured = load_own, own_code or {}, measured
         self.shards = tuple(f"evaluate/{name}" for name in shards)
         self.start = (START,) if "features" in shards else ()
-        self.own = own
-        self.fields: tuple[str, ...] = ("evaluation.metrics",) if own else ()
+        self.fields = ("evaluation.metrics",) if load_own else ()
         self.reads = (*self.shards, *([references] if references else []), *self.start)
 
     def fingerprints(self) -> Mapping[str, str]:
-        return self.own.code if self.own else {}
+        return self.own_code
 
     def run(self, inputs: StageInputs, out: Path) -> tuple[str, ...]:
-        found: dict[str, Any] = {}
-        errors = dict.fromkeys(own := self.own.load() if self.own else {}, "")
+        values: dict[str, Any] = {}
+        own = self.load_own() if self.load_own else {}
+        errors: dict[str, str] = {}
         if chunk_numbers(inputs[self.shards[0]]):  # of fewer than ten prompts none is held out
-            for table in self.tables(inputs):
+            for table in self._tables(inputs):
+                available = self._available(table)
                 for metric in self.metrics:
-                    if metric.needs <= self.has(table):
-                        found |= metric(table)
+                    if metric.needs <= available:
+                        values |= metric(table)
                 for name, metric in own.items():
-                    if f"metrics/{name}" not in found and frozenset(metric.needs) <= self.has(table):
-                        found[f"metrics/{name}"], errors[name] = self.measured(metric, table)
+                    if f"metrics/{name}" not in values and frozenset(metric.needs) <= available:
+                        assert self.measured is not None
+                        values[f"metrics/{name}"] = None
+                        try:
+                            values[f"metrics/{name}"] = self.measured(metric, table)
+                        except Exception as error:
+                            errors[name] = f"{type(error).__name__}: {error}"
             for name, metric in own.items():
-                if f"metrics/{name}" not in found:
-                    found[f"metrics/{name}"] = None
+                if f"metrics/{name}" not in values:
+                    values[f"metrics/{name}"] = None
                     errors[name] = f"it needs {', '.join(sorted(metric.needs))}, which this evaluation does not have"
-        if failed := {name: error for name, error in errors.items() if error}:
-            found["metric_errors"] = failed
-        dump_json(out / "metrics.json", plain(found), allow_nan=False)
-        return tuple(f"evaluation.metrics: {name} has no value: {error}" for name, error in failed.items())
+        errors = {name: errors[name] for name in own if name in errors}
+        if errors:
+            values["metric_errors"] = errors
+        dump_json(out / "metrics.json", plain(values), allow_nan=False)
+        return tuple(f"evaluation.metrics: {name} has no value: {error}" for name, error in errors.items())
 
-    def measured(self, metric: Metric, table: pa.Table) -> tuple[Any, str]:
-        """The value of a custom metric, and why it has none."""
-        assert self.own is not None
-        try:
-            return self.own.measured(metric, table), ""
-        except Exception as error:
-            return None, f"{type(error).__name__}: {error}"
-
-    def tables(self, inputs: StageInputs) -> Iterator[pa.Table]:
-        """The samples; and where references are scored, these, a row for each held-out prompt."""
+    def _tables(self, inputs: StageInputs) -> Iterator[pa.Table]:
+        """The samples; and, where references are scored, a row for each held-out prompt."""
         yield self.samples(inputs)
         if self.references is not None and (chunks := chunk_numbers(inputs[self.references])):
             yield pa.concat_tables(read_table(inputs[self.references] / chunk_file(chunk)) for chunk in chunks)
 
     def samples(self, inputs: StageInputs) -> pa.Table:
-        """One row a sample: what was generated, its scores, `held_out/…` scores, and `log_prob`, `log_prob_start`.
+        """One row a sample: its columns, its scores, `held_out/…` scores, and `log_prob`, `log_prob_start`.
 
-        Where there are `features`, `features_start` are those of the start's sample of the same prompt and seed.
+        `features_start` are the features of the initial model's sample of the same prompt and seed.
         """
-        tables = []
-        start = features_of(inputs[START]) if self.start else None
+        tables, start, rows = [], None, {}
+        if self.start and (chunks := chunk_numbers(inputs[START])):
+            columns = ("prompt_id", "k", "features")
+            start = pa.concat_tables(read_table(inputs[START] / chunk_file(chunk), columns) for chunk in chunks)
+            rows = {key: row for row, key in enumerate(_keys(start))}
         for chunk in chunk_numbers(*(inputs[name] for name in self.shards)):
             table = read_table(inputs[self.shards[0]] / chunk_file(chunk))
             for shard in self.shards[1:]:
@@ -112,23 +107,33 @@ class EvaluateStage:
                     if name not in IDENTITY:
                         table = table.append_column(f"{prefix}{name}{suffix}", other.column(name))
             if start is not None:
-                table = table.append_column("features_start", start.of(table))
+                places = pa.array([rows.get(key) for key in _keys(table)], pa.int64())
+                table = table.append_column("features_start", start.column("features").take(places))
             tables.append(self.condense(table) if self.condense is not None else table)
         return pa.concat_tables(tables, promote_options="default")  # not every chunk has each logged column
 
-    def has(self, samples: pa.Table) -> frozenset[str]:
+    def _available(self, samples: pa.Table) -> frozenset[str]:
+        """Which `needs` of a metric the table satisfies."""
         names = set(samples.column_names)
-        found = {"scores"} if "score" in names else set()
-        found |= {"log_probs"} if {"log_prob", "log_prob_start"} <= names else set()
-        found |= {"own_log_probs"} if names & {"log_prob", "completion_logprobs"} else set()
-        found |= {"references"} if "reference_log_prob" in names else set()
-        found |= {"text" if self.media in ("text", "messages") else self.media} if "sample_id" in names else set()
-        found |= names & {"features", INVALID}
-        return frozenset(found)
+        has = {
+            "scores": "score" in names,
+            "log_probs": {"log_prob", "log_prob_start"} <= names,
+            "own_log_probs": bool(names & {"log_prob", "completion_logprobs"}),
+            "references": "reference_log_prob" in names,
+            "text" if self.media in ("text", "messages") else self.media: "sample_id" in names,
+            "features": "features" in names,
+            INVALID: INVALID in names,
+        }
+        return frozenset(name for name, there in has.items() if there)
+
+
+def _keys(samples: pa.Table) -> list[tuple[str, int]]:
+    """What identifies a sample in every round: prompt and k, and so the seed."""
+    return list(zip(samples.column("prompt_id").to_pylist(), samples.column("k").to_pylist(), strict=True))
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON holds it: a number that is not finite becomes null."""
+    """The value as JSON has it: a number that is not finite becomes null."""
     if isinstance(value, dict):
         return {name: plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

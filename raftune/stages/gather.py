@@ -12,51 +12,42 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raftune.arrays import FloatArray
 from raftune.config.training import CustomTraining, ReferenceConfig, TrainingConfig
 from raftune.data.tables import read_rows
 from raftune.errors import DataError
-from raftune.protocols import Policy, PolicyProvider, StageInputs
+from raftune.protocols import Policy, PolicyProvider, SingleStage, StageInputs
 from raftune.records import INVALID, TOOLS, Prompt, derive_seed, table_of
 from raftune.stages.data import prepare
+from raftune.stages.score import read_shards
 from raftune.stages.select import read_verdicts
 from raftune.store.files import dump_json
-from raftune.store.layout import chunk_file
-from raftune.store.parquet import read_group, read_groups, read_table, table_writer
+from raftune.store.parquet import read_group, read_groups, table_writer
 from raftune.training.objectives import chosen_rows, load_objective, objective_code
 
-VERDICT = ("score", "rank", "reason")  # of a verdict, what a custom objective is given
-_NOT_PAYLOAD = ("sample_id", "prompt_id", "k", "source", "seed", "version", "weight")
 
-
-class GatherStage:
-    """rows.parquet: what this round kept, what earlier rounds kept (replay), and reference answers."""
+class GatherStage(SingleStage):
+    """rows.parquet: what this round kept, what earlier rounds kept (replay), and reference completions."""
 
     name = "gather"
     writes = "rows"
 
     def __init__(
-        self,
-        policies: PolicyProvider,
-        config: TrainingConfig,
-        *,
-        seed: int,
-        round_: int,
-        shards: tuple[str, ...] = ("generate",),
+        self, policies: PolicyProvider, config: TrainingConfig, *, seed: int, round_: int, shards: tuple[str, ...]
     ) -> None:
         self.policies, self.config, self.seed, self.round, self.shards = policies, config, seed, round_, shards
+        self.custom = isinstance(config, CustomTraining)
         self.replayed = tuple(f"rows@-{back}" for back in range(1, min(config.replay_rounds + 1, round_)))
-        needs_encoder = ("model@-1",) if config.reference else ()
-        self.reads = ("plan", *shards, "select", *self.replayed, *needs_encoder)
-        self.whole = shards  # of what these hold, every column is needed
-        own = ("training.objective", "training.options") if isinstance(config, CustomTraining) else ()
-        self.fields = ("training.replay_rounds", "training.reference", *own, *(("seed",) if config.reference else ()))
+        self.reads = ("plan", *shards, "select", *self.replayed, *(("model@-1",) if config.reference else ()))
+        self.whole = shards
+        options = ("training.objective", "training.options") if self.custom else ()
+        seeded = ("seed",) if config.reference else ()
+        self.fields = ("training.replay_rounds", "training.reference", *options, *seeded)
 
     def fingerprints(self) -> Mapping[str, str]:
         return objective_code(self.config)
 
     def run(self, inputs: StageInputs, out: Path) -> None:
-        tables = self.tables(inputs)
+        tables = self._tables(inputs)
         first = next(tables)
         schema = first.schema.with_metadata({"raftune.round": str(self.round)})
         origins: Counter[str] = Counter()
@@ -66,35 +57,34 @@ class GatherStage:
                 if table.num_rows:
                     writer.write_table(table.cast(schema))
             if self.config.reference:
-                reference = self.reference(self.config.reference, inputs, sum(origins.values()), first.schema)
+                reference = self._reference(self.config.reference, inputs, sum(origins.values()), first.schema)
                 origins.update(reference.column("origin").to_pylist())
                 writer.write_table(reference.cast(schema))
         dump_json(out / "summary.json", origins)
 
-    def tables(self, inputs: StageInputs) -> Iterator[pa.Table]:
-        """This round's kept rows chunk by chunk, then those that earlier rounds had kept themselves."""
+    def _tables(self, inputs: StageInputs) -> Iterator[pa.Table]:
+        """This round's kept rows chunk by chunk, then those that earlier rounds kept of their own samples."""
         objective, name = load_objective(self.config), getattr(self.config, "objective", "sft")
-        columns = ["sample_id", "weight", *(VERDICT if isinstance(self.config, CustomTraining) else ())]
+        columns = ["sample_id", "weight", *(("score", "rank", "reason") if self.custom else ())]
         for chunk, verdicts in read_verdicts(inputs["select"] / "verdicts.parquet", columns):
-            samples = pa.concat_tables([read_table(inputs[name] / chunk_file(chunk)) for name in self.shards])
+            samples = read_shards([inputs[shard] for shard in self.shards], chunk)
             assert samples.column("sample_id").equals(verdicts.column("sample_id")), "verdicts lie beside their samples"
             rows = chosen_rows(objective, name, samples, verdicts)
             yield with_prompts(rows, read_group(inputs["plan"] / "prompts.parquet", chunk), self.round)
-        for offset, name in enumerate(self.replayed, 1):
+        for offset, replayed in enumerate(self.replayed, 1):
             origin = f"round-{self.round - offset:04d}"
-            for rows in read_groups(inputs[name] / "rows.parquet"):
+            for rows in read_groups(inputs[replayed] / "rows.parquet"):
                 yield rows.filter(pc.equal(rows.column("origin"), origin))
 
-    def reference(self, config: ReferenceConfig, inputs: StageInputs, others: int, schema: pa.Schema) -> pa.Table:
-        """So many reference answers, chosen by seed, that they make up the configured share of all rows."""
+    def _reference(self, config: ReferenceConfig, inputs: StageInputs, others: int, schema: pa.Schema) -> pa.Table:
+        """Reference completions, chosen by seed, as many as make up the configured share of all rows."""
         rows = reference_rows(config)
-        answers, prompts = rows.column(config.completion_column), prompts_of(rows, config)
+        completions, prompts = rows.column(config.completion_column), prompts_of(rows, config)
         wanted = min(round(others * config.fraction / (1 - config.fraction)), rows.num_rows)
         generator = np.random.Generator(np.random.Philox(derive_seed("reference", self.seed, self.round)))
-        chosen = sorted(int(i) for i in generator.permutation(rows.num_rows)[:wanted])
         policy = self.policies.encoder(inputs["model@-1"])
         encoded = []
-        for number in chosen:
+        for number in sorted(generator.permutation(rows.num_rows)[:wanted].tolist()):
             row = {name: prompts.column(name)[number].as_py() for name in prompts.column_names}
             prompt = Prompt(row.pop("prompt_id"), row.pop("prompt"), row)
             encoded.append(
@@ -106,14 +96,14 @@ class GatherStage:
                     "weight": 1.0,
                     "origin": "reference",
                     "source": "reference",
-                    **adopted(policy, prompt, answers[number].as_py(), number + 1),
+                    **adopted(policy, prompt, completions[number].as_py(), number + 1),
                 }
             )
         return table_of(encoded, schema)
 
 
 def adopted(policy: Policy, prompt: Prompt, answer: Any, row: int) -> Mapping[str, Any]:
-    """The payload of a reference answer. Raises DataError that names its row where it is nothing to learn from."""
+    """The payload of a reference completion. Raises DataError that names its row where it cannot be trained on."""
     try:
         payload = policy.encode_completion(prompt, answer, "reference")
     except DataError as error:
@@ -126,7 +116,7 @@ def adopted(policy: Policy, prompt: Prompt, answer: Any, row: int) -> Mapping[st
 
 
 def reference_rows(config: ReferenceConfig) -> pa.Table:
-    """The data set of reference answers. Raises DataError where it cannot be read, or lacks a column that is named."""
+    """The data set of reference completions. Raises DataError where it cannot be read, or lacks a named column."""
     rows = read_rows(config.path, field="training.reference.path")
     for name in ("prompt_column", "completion_column"):
         if (column := getattr(config, name)) not in rows.column_names:
@@ -138,19 +128,13 @@ def reference_rows(config: ReferenceConfig) -> pa.Table:
 
 
 def prompts_of(rows: pa.Table, config: ReferenceConfig) -> pa.Table:
-    """What the reference answers answer, with ids. Raises DataError that names the row of a prompt that is none."""
+    """The prompts of the reference completions, with ids. Raises DataError that names the row of an invalid prompt."""
     names = [name for name in rows.column_names if name in (config.prompt_column, TOOLS)]
     return prepare(rows.select(names), config.prompt_column, "training.reference.path")
 
 
-def kept_rows(samples: pa.Table, weight: FloatArray, prompts: pa.Table, round_: int) -> pa.Table:
-    """The samples of positive weight as rows to train on, each beside its prompt."""
-    kept = samples.filter(pa.array(weight > 0))
-    return with_prompts(kept.append_column("weight", pa.array(weight[weight > 0], pa.float64())), prompts, round_)
-
-
 def with_prompts(rows: pa.Table, prompts: pa.Table, round_: int) -> pa.Table:
-    """The rows that reach training, each beside its prompt."""
+    """The training rows, each beside its prompt."""
     number = {name: i for i, name in enumerate(prompts.column("prompt_id").to_pylist())}
     at = pa.array([number[name] for name in rows.column("prompt_id").to_pylist()], pa.int64())
     columns = {
@@ -162,4 +146,5 @@ def with_prompts(rows: pa.Table, prompts: pa.Table, round_: int) -> pa.Table:
         "origin": pa.array([f"round-{round_:04d}"] * rows.num_rows, pa.string()),
         "source": rows.column("source"),
     }
-    return pa.table(columns | {name: rows.column(name) for name in rows.column_names if name not in _NOT_PAYLOAD})
+    payload = [name for name in rows.column_names if name not in (*columns, "k", "seed", "version")]
+    return pa.table(columns | {name: rows.column(name) for name in payload})

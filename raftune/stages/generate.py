@@ -6,25 +6,22 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from raftune.config.sampling import DRAWN_BY
 from raftune.errors import DataError, ModelError
-from raftune.protocols import Chunk, Policy, PolicyProvider, StageInputs, SupportsBackends
+from raftune.protocols import Chunk, ChunkedStage, Policy, PolicyProvider, StageInputs, SupportsBackends
 from raftune.records import Prompt, Sample, derive_seed, samples_table
 from raftune.stages.parity import generation_words
 from raftune.stages.plan import read_chunk, read_plan
 from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import read_table, write_table
 
-IDENTITY = ("id", "prompt_id", "k", "source", "seed", "version")
 
-
-class GenerateStage:
-    """One file per chunk: the policy's own samples, then the candidates that the data set's columns hold."""
-
-    local = False
+class GenerateStage(ChunkedStage):
+    """One file per chunk: prompt by prompt the policy's own samples, then the completions in the data set's columns."""
 
     def __init__(
         self,
@@ -37,10 +34,8 @@ class GenerateStage:
         code: Mapping[str, str] | None = None,
     ) -> None:
         """`code`: the hash of the code of a custom backend."""
-        self.code = code or {}
-        self.policies, self.model, self.plan, self.columns = policies, model, plan, columns
-        self.name = writes.replace("evaluate/", "evaluation ")
-        self.writes = writes
+        self.policies, self.model, self.plan, self.columns, self.code = policies, model, plan, columns, code or {}
+        self.name, self.writes = writes.replace("evaluate/", "evaluation "), writes
         self.reads = (plan, model)
         self.fields = (*DRAWN_BY, *(("sampling.candidate_columns",) if columns else ()))
 
@@ -57,15 +52,79 @@ class GenerateStage:
             chunk = replace(chunk, batch_size=int(metadata["batch_size"]))
         samples = drawn(policy, chunk)
         if self.columns:
-            samples = with_columns(samples, policy, chunk, self.columns)
+            pool: dict[str, list[Sample]] = {prompt.id: [] for prompt in chunk.prompts}
+            for sample in samples:
+                pool[sample.prompt_id].append(sample)
+            for prompt in chunk.prompts:
+                for column in self.columns:
+                    if column not in prompt.columns:
+                        raise DataError(
+                            f"sampling.candidate_columns names {column!r}, which the prompts lack; they have "
+                            f"{', '.join(prompt.columns) or 'no other columns'}. Name one of these, or leave it out."
+                        )
+                    k = len(pool[prompt.id])
+                    pool[prompt.id].append(
+                        encoded(policy, chunk, prompt, k, prompt.columns[column], f"column:{column}")
+                    )
+            samples = [sample for candidates in pool.values() for sample in candidates]
         write_table(as_table(samples, policy), out, metadata)
         return policy.notes()
 
 
-def drawn(policy: Policy, chunk: Chunk) -> list[Sample]:
-    """The policy's samples of the chunk. Raises ModelError if they do not match it.
+class TeacherStage(ChunkedStage):
+    """One file per chunk: a teacher's completions, encoded as if the policy had generated them."""
 
-    Everything after it relies on the order: prompt by prompt, k ascending, each sample with the seed that was planned.
+    name = writes = "teach"
+    reads = ("plan", "generate", "model@-1", "teacher@0")
+    fields = (*DRAWN_BY, "sampling.teacher")
+
+    def __init__(self, policies: PolicyProvider, num_generations: int) -> None:
+        self.policies, self.num_generations = policies, num_generations
+
+    def chunks(self, inputs: StageInputs) -> list[int]:
+        return chunk_numbers(inputs["generate"])
+
+    def run_chunk(self, inputs: StageInputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+        teacher = self.policies.at(inputs["teacher@0"])
+        policy = self.policies.encoder(inputs["model@-1"])
+        chunk = read_chunk(inputs["plan"], index)
+        generated = read_table(inputs["generate"] / chunk_file(index), ["prompt_id"]).column("prompt_id")
+        taken = Counter(generated.to_pylist())
+        start = read_plan(inputs["plan"])["seed"]
+        seeds = tuple(
+            tuple(derive_seed("teacher", *start, prompt.id, k) for k in range(self.num_generations))
+            for prompt in chunk.prompts
+        )
+        prompts = {prompt.id: prompt for prompt in chunk.prompts}
+        samples = []
+        for sample in drawn(teacher, replace(chunk, version="teacher", seeds=seeds)):
+            prompt, k = prompts[sample.prompt_id], taken[sample.prompt_id] + sample.k
+            samples.append(encoded(policy, chunk, prompt, k, sample.completion, "teacher", sample.seed, "teacher"))
+        write_table(as_table(samples, policy), out, metadata)
+        record = teacher.backend() if isinstance(teacher, SupportsBackends) else None
+        way = () if record is None else (f"the teacher generates by {generation_words(record, distance=False)}",)
+        return (*teacher.notes(), *way)
+
+
+def encoded(
+    policy: Policy,
+    chunk: Chunk,
+    prompt: Prompt,
+    k: int,
+    completion: Any,
+    source: str,
+    seed: int | None = None,
+    version: str = "",
+) -> Sample:
+    """A given completion as the k-th sample of a prompt. Raises DataError where the policy cannot encode it."""
+    payload = dict(policy.encode_completion(prompt, completion, source))
+    return Sample(chunk.sample_id(prompt, k), prompt.id, k, source, seed, version, payload.pop("completion"), payload)
+
+
+def drawn(policy: Policy, chunk: Chunk) -> list[Sample]:
+    """The policy's samples of the chunk: prompt by prompt, k ascending, each with its planned seed.
+
+    Raises ModelError if they are not in this order, on which everything after it relies.
     """
     samples = policy.generate(chunk)
     name = type(policy).__name__
@@ -80,9 +139,10 @@ def drawn(policy: Policy, chunk: Chunk) -> list[Sample]:
             f"{len(samples)}. docs/families.md shows the order."
         )
     for number, (sample, wanted) in enumerate(zip(samples, planned, strict=True)):
-        given = (sample.id, sample.prompt_id, sample.k, sample.source, sample.seed, sample.version)
-        if given != wanted:
-            field, was, should = next(f for f in zip(IDENTITY, given, wanted, strict=True) if f[1] != f[2])
+        actual = (sample.id, sample.prompt_id, sample.k, sample.source, sample.seed, sample.version)
+        if actual != wanted:
+            names = ("id", "prompt_id", "k", "source", "seed", "version")
+            field, was, should = next(f for f in zip(names, actual, wanted, strict=True) if f[1] != f[2])
             raise ModelError(
                 f"{name}.generate must return its samples prompt by prompt, k ascending, each with its own seed; "
                 f"sample {number} has {field} {was!r} where {should!r} was asked for. docs/families.md shows the order."
@@ -108,76 +168,3 @@ def as_table(samples: list[Sample], policy: Policy) -> pa.Table:
         if not field.nullable and table.column(field.name).null_count:
             raise ModelError(f"{name}.payload says that {field.name} is never null; a sample has none. Give it one.")
     return table
-
-
-def with_columns(samples: list[Sample], policy: Policy, chunk: Chunk, columns: tuple[str, ...]) -> list[Sample]:
-    """The samples, prompt by prompt, each prompt's own followed by the answers that the columns hold."""
-    pool: dict[str, list[Sample]] = {prompt.id: [] for prompt in chunk.prompts}
-    for sample in samples:
-        pool[sample.prompt_id].append(sample)
-    for prompt in chunk.prompts:
-        for column in columns:
-            pool[prompt.id].append(adopted(policy, chunk, prompt, len(pool[prompt.id]), column))
-    return [sample for answers in pool.values() for sample in answers]
-
-
-def adopted(policy: Policy, chunk: Chunk, prompt: Prompt, k: int, column: str) -> Sample:
-    """The answer that a column of the data set holds, as a candidate. Raises DataError where there is none."""
-    if column not in prompt.columns:
-        raise DataError(
-            f"sampling.candidate_columns names {column!r}, which the prompts lack; they have "
-            f"{', '.join(prompt.columns) or 'no other columns'}. Name one of these, or leave it out."
-        )
-    answer = prompt.columns[column]
-    payload = dict(policy.encode_completion(prompt, answer, f"column:{column}"))
-    return Sample(
-        chunk.sample_id(prompt, k), prompt.id, k, f"column:{column}", None, "", payload.pop("completion"), payload
-    )
-
-
-class TeacherStage:
-    """One file per chunk: a teacher's answers, encoded as if the policy had generated them; numbered after its own."""
-
-    local = False
-    name = writes = "teach"
-    reads = ("plan", "generate", "model@-1", "teacher@0")
-    fields = (*DRAWN_BY, "sampling.teacher")
-
-    def __init__(self, policies: PolicyProvider, num_generations: int) -> None:
-        self.policies, self.num_generations = policies, num_generations
-
-    def fingerprints(self) -> Mapping[str, str]:
-        return {}
-
-    def chunks(self, inputs: StageInputs) -> list[int]:
-        return chunk_numbers(inputs["generate"])
-
-    def run_chunk(self, inputs: StageInputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
-        teacher = self.policies.at(inputs["teacher@0"])
-        policy = self.policies.encoder(inputs["model@-1"])
-        chunk = read_chunk(inputs["plan"], index)
-        taken = Counter(
-            read_table(inputs["generate"] / chunk_file(index), ["prompt_id"]).column("prompt_id").to_pylist()
-        )
-        asked = replace(chunk, version="teacher", seeds=self.seeds(inputs["plan"], chunk))
-        prompts = {prompt.id: prompt for prompt in chunk.prompts}
-        samples = []
-        for answer in drawn(teacher, asked):
-            prompt, k = prompts[answer.prompt_id], taken[answer.prompt_id] + answer.k
-            payload = dict(policy.encode_completion(prompt, answer.completion, "teacher"))
-            completion = payload.pop("completion")
-            samples.append(
-                Sample(chunk.sample_id(prompt, k), prompt.id, k, "teacher", answer.seed, "teacher", completion, payload)
-            )
-        write_table(as_table(samples, policy), out, metadata)
-        record = teacher.backend() if isinstance(teacher, SupportsBackends) else None
-        way = () if record is None else (f"the teacher generates by {generation_words(record, distance=False)}",)
-        return (*teacher.notes(), *way)
-
-    def seeds(self, plan: Path, chunk: Chunk) -> tuple[tuple[int, ...], ...]:
-        """Seeds of the teacher's draws: none of them a seed of the policy's."""
-        start = read_plan(plan)["seed"]
-        return tuple(
-            tuple(derive_seed("teacher", *start, prompt.id, k) for k in range(self.num_generations))
-            for prompt in chunk.prompts
-        )

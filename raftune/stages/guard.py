@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,111 +12,92 @@ import pyarrow.compute as pc
 
 from raftune.arrays import BoolArray, IntArray
 from raftune.config.guards import thresholds
-from raftune.protocols import Monitor, MonitorInput, StageInputs
+from raftune.protocols import MonitorInput, SingleStage, StageInputs
 from raftune.records import INVALID
 from raftune.stages.evaluate import plain
-from raftune.stages.select import clipped, contents, lengths, read_verdicts
+from raftune.stages.select import clipped, contents, lengths, log_ratio, read_verdicts
 from raftune.store.committed import read_json
 from raftune.store.files import json_bytes
 from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import column_names, read_table
 
-VERDICT = ("sample_id", "prompt_id", "k", "source", "score", "weight")
-JUDGED = ("sample_id", "prompt_id", "k", "score")
+_VERDICT = ("sample_id", "prompt_id", "k", "source", "score", "weight")
+_SCORE = ("sample_id", "prompt_id", "k", "score")
 
 
-class GuardStage:
-    """metrics.json, of what was generated and of what was selected, and alarms.json: evidence, with samples to look at.
-
-    `judged` are the folders of the held-out samples, besides their scores: "generate", "judge", "logp" and
-    "logp-start". `judge` is the held-out reward in words, empty without one.
-    """
+class GuardStage(SingleStage):
+    """metrics.json, of what was generated and of what was selected, and alarms.json: evidence, with examples."""
 
     name = writes = "guard"
-    grows = True  # a later version has thresholds and inputs that an earlier one did not know
+    grows = True
 
     def __init__(
         self,
-        examiner: Monitor,
+        monitor: Any,
         factors: Callable[[], Mapping[str, float]],
         *,
         round_: int,
-        shards: tuple[str, ...] = ("generate",),
+        shards: tuple[str, ...],
         judged: tuple[str, ...] = (),
         judge: str = "",
         texts: bool = True,
         condense: Callable[[pa.Table], pa.Table] | None = None,
         counts: Callable[[pa.Table], pa.Table] = lambda samples: samples,
     ) -> None:
-        """`condense` puts what is measured of completions in place of those that are too large to be held of all.
+        """monitor: computes measures and alarms, see evaluation.examine.RoundMonitor. factors: the rewards' weights.
 
-        `counts` adds what each reward counts in the score, where that is not its value.
+        judged: folders of the held-out samples besides their scores: "generate", "judge", "logp" and "logp-start".
+        judge: the held-out reward in words, empty without one. condense: replaces completions that are too large to
+        hold all of them by what is measured of them. counts: adds what each reward counts in the score, where that is
+        not its value.
         """
-        self.examiner, self.factors, self.round = examiner, factors, round_
+        self.monitor, self.factors, self.round = monitor, factors, round_
         self.shards, self.judged, self.judge, self.texts = shards, judged, judge, texts
         self.condense, self.counts = condense, counts
         self.fields = thresholds(pictures=condense is not None)
         now = tuple(f"evaluate/{name}" for name in ("score", *judged)) if judged else ()
-        then = [f"evaluate/{name}@{r}" for r in range(round_) for name in ("score", "judge")] if judge else []
-        first = ["guard@1"] if round_ > 1 else []
-        self.reads = (*shards, "score", "select", "model", *now, *then, *first)
-
-    def fingerprints(self) -> Mapping[str, str]:
-        return {}
+        earlier = [f"evaluate/{name}@{r}" for r in range(round_) for name in ("score", "judge")] if judge else []
+        self.reads = (*shards, "score", "select", "model", *now, *earlier, *(["guard@1"] if round_ > 1 else []))
 
     def run(self, inputs: StageInputs, out: Path) -> None:
+        verdicts = read_verdicts(inputs["select"] / "verdicts.parquet", _VERDICT)
         evidence = MonitorInput(
             round=self.round,
-            samples=self.counts(pa.concat_tables(self.samples(inputs))),
+            samples=self.counts(pa.concat_tables(self._samples(inputs, chunk, table) for chunk, table in verdicts)),
             factors=self.factors(),
-            held_out=judged_samples(inputs, self.judged, texts=self.texts) if self.judged else None,
-            earlier=[judged_samples(inputs, ("judge",), r) for r in range(self.round)] if self.judge else [],
+            held_out=_held_out(inputs, self.judged, texts=self.texts) if self.judged else None,
+            earlier=[_held_out(inputs, ("judge",), r) for r in range(self.round)] if self.judge else [],
             judge=self.judge,
             first=read_json(inputs["guard@1"] / "metrics.json")["generated"] if self.round > 1 else None,
             losses=read_json(inputs["model"] / "training.json")["losses"],
         )
-        sets = self.examiner.measures(evidence)
-        for name, found in (("metrics", sets), ("alarms", self.examiner.alarms(evidence, sets))):
-            (out / f"{name}.json").write_bytes(json_bytes(plain(found)))
+        measures = self.monitor.measures(evidence)
+        (out / "metrics.json").write_bytes(json_bytes(plain(measures)))
+        (out / "alarms.json").write_bytes(json_bytes(plain(self.monitor.alarms(evidence, measures))))
 
-    def samples(self, inputs: StageInputs) -> Iterator[pa.Table]:
-        """Unit by chunk what is known of the samples: numbers of all, texts of few."""
-        for chunk, verdicts in read_verdicts(inputs["select"] / "verdicts.parquet", VERDICT):
-            scores = read_table(inputs["score"] / chunk_file(chunk))
-            table = verdicts
-            for name in scores.column_names:
-                if name.startswith("rewards/"):
-                    table = table.append_column(name, scores.column(name))
-            paths = [inputs[name] / chunk_file(chunk) for name in self.shards]
-            yield self.with_looks(table, paths) if self.condense is not None else self.with_texts(table, paths)
-
-    def with_looks(self, table: pa.Table, paths: Sequence[Path]) -> pa.Table:
-        """The chunk's samples with what was measured of their completions, and which of them are the control."""
-        assert self.condense is not None
-        known = self.condense(pa.concat_tables([read_table(path, completions_in(path)) for path in paths]))
-        table = beside(table, known)
-        table = beside(table, pa.concat_tables([told_of(path, texts=False) for path in paths]))
-        return table.append_column("control", pa.array(self.control(table)))
-
-    def control(self, table: pa.Table) -> BoolArray:
-        """(N,) as many of the policy's own samples of each prompt as were kept of it, whatever they scored."""
-        own = pc.equal(table.column("source"), "policy").to_numpy(zero_copy_only=False)
-        groups = numbers_of(table.column("prompt_id"))
-        return as_many(groups, own, np.bincount(groups, weights=table.column("weight").to_numpy() > 0).astype(np.int64))
-
-    def with_texts(self, table: pa.Table, paths: Sequence[Path]) -> pa.Table:
-        """The chunk's samples with what the measures of texts need, where the samples are texts."""
-        if not self.texts:
+    def _samples(self, inputs: StageInputs, chunk: int, table: pa.Table) -> pa.Table:
+        """A chunk's verdicts with the rewards and what is known of the completions: numbers of all, texts of few."""
+        scores = read_table(inputs["score"] / chunk_file(chunk))
+        table = _beside(table, scores.select([name for name in scores.column_names if name.startswith("rewards/")]))
+        paths = [inputs[name] / chunk_file(chunk) for name in self.shards]
+        if self.condense is None and not self.texts:
             return table
+        own = pc.equal(table.column("source"), "policy").to_numpy(zero_copy_only=False)
+        kept = table.column("weight").to_numpy() > 0
+        groups = _numbers_of(table.column("prompt_id"))
+        control = _first_of_each(groups, own, np.bincount(groups, weights=kept).astype(np.int64))
+        if self.condense is not None:
+            names = [[n for n in ("sample_id", "completion", INVALID) if n in column_names(path)] for path in paths]
+            samples = pa.concat_tables([read_table(path, n) for path, n in zip(paths, names, strict=True)])
+            table = _beside(table, self.condense(samples))
+            table = _beside(table, pa.concat_tables([_facts_of(path, texts=False) for path in paths]))
+            return table.append_column("control", pa.array(control))
         texts = pa.concat_tables([read_table(path, ["completion"]) for path in paths]).column("completion")
         texts = pc.fill_null(texts, "")  # an invalid sample may have none
-        own = pc.equal(table.column("source"), "policy").to_numpy(zero_copy_only=False)
-        kept, control = table.column("weight").to_numpy() > 0, self.control(table)
-        groups = numbers_of(table.column("prompt_id"))
-        found = self.examiner.similarities(texts.filter(pa.array(own)).to_pylist(), groups[own])
-        table = beside(table, pa.concat_tables([told_of(path, texts=True) for path in paths]))
+        similar = self.monitor.similarities(texts.filter(pa.array(own)).to_pylist(), groups[own])
+        table = _beside(table, pa.concat_tables([_facts_of(path, texts=True) for path in paths]))
         columns = {
-            "similarity": pa.array(np.append(found, np.nan)[np.minimum(groups, len(found))], from_pandas=True),
+            "similarity": pa.array(np.append(similar, np.nan)[np.minimum(groups, len(similar))], from_pandas=True),
             "control": pa.array(control),
             "text": pc.if_else(pa.array(kept | control), texts, pa.scalar(None, texts.type)),
         }
@@ -124,13 +106,8 @@ class GuardStage:
         return table
 
 
-def completions_in(path: Path) -> list[str]:
-    """The columns of a chunk file that say what its completions are."""
-    return [name for name in ("sample_id", "completion", INVALID) if name in column_names(path)]
-
-
-def as_many(groups: IntArray, own: BoolArray, counts: IntArray) -> BoolArray:
-    """(N,) of each prompt its first counts[prompt] own samples: as good as chosen by chance, whatever they scored."""
+def _first_of_each(groups: IntArray, own: BoolArray, counts: IntArray) -> BoolArray:
+    """(N,) the control: of each prompt its first counts[prompt] own samples, whatever they scored."""
     place = np.full(len(groups), np.iinfo(np.int64).max)
     rows = np.flatnonzero(own)
     rows = rows[np.argsort(groups[rows], kind="stable")]
@@ -139,12 +116,12 @@ def as_many(groups: IntArray, own: BoolArray, counts: IntArray) -> BoolArray:
     return np.asarray(place < counts[groups])
 
 
-def numbers_of(names: pa.ChunkedArray) -> IntArray:
+def _numbers_of(names: pa.ChunkedArray) -> IntArray:
     """For each row the number of its name, in order of appearance."""
     return np.asarray(pc.index_in(names, value_set=pc.unique(names)).to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
-def beside(table: pa.Table, other: pa.Table) -> pa.Table:
+def _beside(table: pa.Table, other: pa.Table) -> pa.Table:
     """The table with the columns of another, row for row, that it does not have."""
     for name in other.column_names:
         if name not in table.column_names:
@@ -152,15 +129,12 @@ def beside(table: pa.Table, other: pa.Table) -> pa.Table:
     return table
 
 
-def told_of(path: Path, texts: bool) -> pa.Table:
-    """Of each sample of a chunk file: `content`, equal where two are the same; of texts length, clipped and empty.
-
-    Null where that is not known.
-    """
+def _facts_of(path: Path, texts: bool) -> pa.Table:
+    """For each sample of a chunk file `content`, equal for equal completions; of texts length, clipped and empty."""
     if not texts:
-        own = "image_sha256" in column_names(path)
-        named = read_table(path, ["image_sha256"]).column("image_sha256") if own else pa.array(contents(path))
-        return pa.table({"content": named})
+        hashed = "image_sha256" in column_names(path)
+        content = read_table(path, ["image_sha256"]).column("image_sha256") if hashed else pa.array(contents(path))
+        return pa.table({"content": content})
     return pa.table(
         {
             "content": pa.array(contents(path)),
@@ -171,28 +145,21 @@ def told_of(path: Path, texts: bool) -> pa.Table:
     )
 
 
-def judged_samples(
+def _held_out(
     inputs: StageInputs, judged: Sequence[str], round_: int | None = None, *, texts: bool = False
 ) -> pa.Table | None:
     """The held-out samples of this round, or of an earlier one, with what was measured of them; None without any."""
     when = "" if round_ is None else f"@{round_}"
     folders = {name: inputs[f"evaluate/{name}{when}"] for name in ("score", *judged)}
-    chunks = chunk_numbers(*folders.values())  # of fewer than ten prompts none is held out
-    return pa.concat_tables(judged_chunk(folders, chunk, texts) for chunk in chunks) if chunks else None
-
-
-def judged_chunk(folders: Mapping[str, Path], chunk: int, texts: bool) -> pa.Table:
-    table = read_table(folders["score"] / chunk_file(chunk), JUDGED)
-    if "generate" in folders:
-        table = beside(table, told_of(folders["generate"] / chunk_file(chunk), texts))
-    if "judge" in folders:
-        table = table.append_column(
-            "held_out", read_table(folders["judge"] / chunk_file(chunk), ["score"]).column("score")
-        )
-    if "logp" in folders:
-        ours, start = (
-            read_table(folders[name] / chunk_file(chunk), ["log_prob"]).column("log_prob")
-            for name in ("logp", "logp-start")
-        )
-        table = table.append_column("log_ratio", pc.subtract(ours, start))
-    return table
+    tables = []
+    for chunk in chunk_numbers(*folders.values()):  # of fewer than ten prompts none is held out
+        paths = {name: folder / chunk_file(chunk) for name, folder in folders.items()}
+        table = read_table(paths["score"], _SCORE)
+        if "generate" in paths:
+            table = _beside(table, _facts_of(paths["generate"], texts))
+        if "judge" in paths:
+            table = table.append_column("held_out", read_table(paths["judge"], ["score"]).column("score"))
+        if "logp" in paths:
+            table = table.append_column("log_ratio", pa.array(log_ratio(paths["logp"], paths["logp-start"])))
+        tables.append(table)
+    return pa.concat_tables(tables) if tables else None

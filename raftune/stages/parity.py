@@ -7,44 +7,38 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from raftune.protocols import PolicyProvider, StageInputs, SupportsBackends
+from raftune.protocols import PolicyProvider, SingleStage, StageInputs, SupportsBackends
 from raftune.stages.plan import left_out
 from raftune.stages.prompt_check import prompts_in
 from raftune.store.committed import read_json
 from raftune.store.files import dump_json
 
 BACKEND = "backend.json"
-TRIED = 4  # prompts
+_TRIED = 4  # prompts
 
 
-class ParityStage:
-    """backend.json: what the trial found, so that every round and every process generate the same way."""
+class ParityStage(SingleStage):
+    """backend.json: the trial's result, by which every round and every process generates the same way."""
 
     name = writes = "parity"
     fields = ("sampling.backend", "sampling.backend_options")
 
     def __init__(self, policies: PolicyProvider, release: Callable[[], None], drop: bool = False) -> None:
-        """`release` is called afterwards: it frees the model where other processes generate. `drop`: not tried on
-        prompts that the run goes without."""
+        """`release` frees the model afterwards, where others generate. `drop`: unusable prompts are left out."""
         self.policies, self.release = policies, release
         self.reads = ("data@0", "model@0", *(("prompts@0",) if drop else ()))
 
-    def fingerprints(self) -> Mapping[str, str]:
-        return {}
-
-    def run(self, inputs: StageInputs, out: Path) -> tuple[str, ...]:
+    def run(self, inputs: StageInputs, out: Path) -> None:
         policy = self.policies.at(inputs["model@0"])
-        assert isinstance(policy, SupportsBackends)  # the table of stages holds this one for no other
-        gone = left_out(inputs)
-        prompts = (prompt for prompt in prompts_in(inputs["data@0"]) if prompt.id not in gone)
-        record = policy.choose_backend(list(islice(prompts, TRIED)))
-        dump_json(out / BACKEND, record)
+        assert isinstance(policy, SupportsBackends)  # the table of stages has made sure of it
+        dropped = left_out(inputs)
+        prompts = (prompt for prompt in prompts_in(inputs["data@0"]) if prompt.id not in dropped)
+        dump_json(out / BACKEND, policy.choose_backend(list(islice(prompts, _TRIED))))
         self.release()
-        return ()
 
 
 def read_backend(folder: Path) -> dict[str, Any] | None:
-    """What the trial found; None where it was not made."""
+    """The trial's record; None where there was none."""
     path = folder / BACKEND
     return dict(read_json(path)) if path.is_file() else None
 
@@ -54,7 +48,7 @@ def generation_words(
 ) -> str:
     """How a run generates, in a line: `record` is its backend.json, `probe` the parity.json of its newest adapter.
 
-    Raises KeyError, TypeError, ValueError for a record that is none.
+    Raises KeyError, TypeError, ValueError for an invalid record.
     """
     if "own" in record:
         return f"{record['own']}, a backend of your own"

@@ -6,27 +6,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from raftune.errors import ModelError
-from raftune.protocols import StageInputs
+from raftune.protocols import SingleStage, StageInputs
 
 
-class StartStage:
+class StartStage(SingleStage):
     """model/ of round 0 (or teacher/): a reference and its hash, or the weights of a model given as an object."""
 
-    reads: tuple[str, ...] = ()
-
     def __init__(
-        self, begin: Callable[[Path], object], *, name: str = "start", code: Mapping[str, str] | None = None
+        self, start: Callable[[Path], object], *, name: str = "start", code: Mapping[str, str] | None = None
     ) -> None:
-        self.begin, self.name, self.code = begin, name, dict(code or {})
+        """`code`: hashes of the code of a custom family."""
+        self.start, self.name, self.code = start, name, dict(code or {})
         self.writes = "teacher" if name == "teacher" else "model"
         self.fields = ("sampling.teacher",) if name == "teacher" else ("policy",)
 
     def fingerprints(self) -> Mapping[str, str]:
-        """The hash of code that is not the package's own: what follows is made by it."""
         return self.code
 
     def run(self, inputs: StageInputs, out: Path) -> None:
-        self.begin(out)
+        self.start(out)
         if not any(out.iterdir()):
             raise ModelError(
                 "a family must write its start model into the folder `out`; it wrote nothing there. A file that says "

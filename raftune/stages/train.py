@@ -9,9 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 
 from raftune.config.training import TrainingConfig
-from raftune.protocols import PolicyProvider, StageInputs, TrainReport
+from raftune.protocols import PolicyProvider, SingleStage, StageInputs, TrainReport
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.files import dump_json
 from raftune.store.parquet import column_names, read_table
@@ -21,10 +22,10 @@ REPORT = "training.json"
 NOTHING = "nothing_to_learn"  # in the report's details: why the policy is that of the round before
 
 
-class TrainStage:
+class TrainStage(SingleStage):
     """model/, with training.json beside the weights; checkpoints lie in train/ until it is committed.
 
-    A round that has nothing to learn from publishes the model of the round before, and says why in training.json.
+    A round without rows to train on publishes the model of the round before, and says why in training.json.
     """
 
     name = "train"
@@ -32,7 +33,8 @@ class TrainStage:
     fields = ("training", "seed", "engine.threads")
 
     def __init__(self, policies: PolicyProvider, config: TrainingConfig, work: Path) -> None:
-        self.policies, self.config, self.scratch = policies, config, work
+        self.policies, self.config = policies, config
+        self.work = self.scratch = work
         self.base = "model@-1" if config.start_from == "previous" else "model@0"
         self.reads = ("rows", *dict.fromkeys((self.base, "model@-1")))
 
@@ -42,41 +44,34 @@ class TrainStage:
     def run(self, inputs: StageInputs, out: Path) -> tuple[str, ...]:
         rows = inputs["rows"] / "rows.parquet"
         if why := nothing_to_learn(rows, self.config.mask_truncated_completions):
-            copy_model(inputs["model@-1"], out)
+            previous = inputs["model@-1"]
+            for path in sorted(path for path in previous.rglob("*") if path.is_file()):
+                name = path.relative_to(previous)
+                if name.as_posix() not in (COMMIT, REPORT):
+                    (out / name).parent.mkdir(parents=True, exist_ok=True)
+                    try:
+                        os.link(path, out / name)
+                    except OSError:  # the file system has no links
+                        shutil.copyfile(path, out / name)
             report = TrainReport(rows=0, steps=0, losses=(), details={NOTHING: why})
             notes: tuple[str, ...] = (f"{why}: the policy stays as it was",)
         else:
-            self.scratch.mkdir(parents=True, exist_ok=True)
+            self.work.mkdir(parents=True, exist_ok=True)
             policy = self.policies.fresh(inputs[self.base])
-            report = policy.train(rows, self.scratch, out)
+            report = policy.train(rows, self.work, out)
             notes = policy.notes()
         dump_json(out / REPORT, asdict(report))
         return notes
 
 
 def nothing_to_learn(rows: Path, masked: bool) -> str:
-    """Why no row can be learned from, in words; empty where one can. `masked`: those that were cut off are left out."""
-    names = [name for name in ("weight", "finish") if name in column_names(rows)]
-    table = read_table(rows, names)
-    weight = table.column("weight").to_numpy()
-    if not (weight > 0).any():
+    """Why no row can be trained on, in words; empty where one can. `masked`: truncated completions are left out."""
+    table = read_table(rows, [name for name in ("weight", "finish") if name in column_names(rows)])
+    kept = table.filter(pc.greater(table.column("weight"), 0))
+    if not kept.num_rows:
         return "selection kept no sample (select/summary.json says why)"
-    if not masked or "finish" not in names:
+    if not masked or "finish" not in kept.column_names:
         return ""
-    cut = np.array([finish == "length" for finish in table.column("finish").to_pylist()])
-    if ((weight > 0) & ~cut).any():
+    if not np.all([finish == "length" for finish in kept.column("finish").to_pylist()]):
         return ""
-    kept = int((weight > 0).sum())
-    return f"all {kept} kept answers were cut off, and training.mask_truncated_completions leaves such out"
-
-
-def copy_model(folder: Path, out: Path) -> None:
-    """The files of a committed model without what is said of it alone; weights are linked where the file system can."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.relative_to(folder).as_posix() not in (COMMIT, REPORT):
-            copy = out / path.relative_to(folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path, copy)
-            except OSError:
-                shutil.copyfile(path, copy)
+    return f"all {kept.num_rows} kept answers were cut off, and training.mask_truncated_completions leaves such out"

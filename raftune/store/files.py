@@ -27,32 +27,32 @@ _FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "it would be larger than files may be here (`ulimit -f`)",
 }
-# How writers that raise errors of their own say so: safetensors by the system's number, torch by its own words.
+_DENIED = "permission is denied. Choose an output_dir that you may write"
+_FORBIDDEN = {
+    errno.EROFS: "the file system is read-only. Choose another output_dir",
+    errno.EACCES: _DENIED,
+    errno.EPERM: _DENIED,
+}
+# In errors that are no OSError: safetensors gives the number of the system's error, torch only words.
 _NUMBERED = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+_TORN = ("PytorchStreamWriter failed writing", "file write failed", "unexpected pos")
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 _MODE = 0o666 & ~_UMASK
-_TORN = ("PytorchStreamWriter failed writing", "file write failed", "unexpected pos")
-_FORBIDDEN = {
-    errno.EROFS: "the file system is read-only. Choose another output_dir",
-    errno.EACCES: "permission is denied. Choose an output_dir that you may write",
-    errno.EPERM: "permission is denied. Choose an output_dir that you may write",
-}
 
 
 @contextlib.contextmanager
 def explaining(*places: Path) -> Iterator[None]:
     """Turns the operating system's refusal to write at one of these places into a StoreError that names the fix.
 
-    A full disk is one wherever it is met, and whatever kind of error a writer makes of it: those of torch and
-    safetensors are no OSError. What else is refused elsewhere is somebody else's error.
+    A full disk is reported wherever it occurs, also where torch or safetensors raise an error of their own.
     """
     try:
         yield
     except RaftuneError:
         raise
     except Exception as error:
-        refusal = refusal_to_write(error)
+        refusal = _refusal_to_write(error)
         if refusal is None:
             raise
         name, code = str(refusal.filename or places[0]), refusal.errno or 0
@@ -64,23 +64,23 @@ def explaining(*places: Path) -> Iterator[None]:
         raise
 
 
-def refusal_to_write(error: BaseException) -> OSError | None:
-    """The system's refusal behind an error: the error itself, one that it came from, or one that it tells in words."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError):
-            return seen
-        text = str(seen)
+def _refusal_to_write(error: BaseException) -> OSError | None:
+    """The system's error behind this one: itself, one that it came from, or one that its text names."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError):
+            return link
+        text = str(link)
         if match := _NUMBERED.search(text):
             return OSError(int(match[1] or match[2]), text)
-        if any(words in text for words in _TORN):  # torch tells no number
+        if any(words in text for words in _TORN):
             return OSError(errno.ENOSPC, text)
-        seen = seen.__cause__ or seen.__context__
+        link = link.__cause__ or link.__context__
     return None
 
 
 def sync(*paths: Path) -> None:
-    """Makes the contents of files and the entries of folders durable: all at once, for which a disk waits but once."""
+    """Makes the contents of files and the entries of folders durable, several in parallel."""
     if len(paths) == 1:
         _sync(paths[0])
         return
@@ -92,7 +92,7 @@ def sync(*paths: Path) -> None:
 
 def _sync(path: Path) -> None:
     folder = path.is_dir()
-    if folder and os.name == "nt":  # where directories cannot be opened
+    if folder and os.name == "nt":  # directories cannot be opened there
         return
     descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
@@ -102,7 +102,7 @@ def _sync(path: Path) -> None:
 
 
 def move(staged: Path, final: Path) -> None:
-    """Moves a finished file from `tmp/` to its final path; a file that stood there is replaced."""
+    """Moves a finished file from `tmp/` to its final path, replacing any file there."""
     if not final.parent.is_dir():
         ensure_folder(final.parent.parent)
         final.parent.mkdir(exist_ok=True)
@@ -111,7 +111,7 @@ def move(staged: Path, final: Path) -> None:
 
 
 def set_usual_mode(*paths: Path) -> None:
-    """Gives files the mode of any new file, all those in folders included: some writers make theirs 0600."""
+    """Gives files, and all those in folders, the mode of any new file: some writers make theirs 0600."""
     if os.name == "nt":
         return
     for path in paths:
@@ -129,7 +129,7 @@ def publish(staged: Path, final: Path) -> None:
 
 
 def publish_unsealed(staged: Path, final: Path) -> None:
-    """Moves a finished file to its final path, its content durable; its name will be once its stage is sealed."""
+    """Moves a finished file to its final path, its content durable; its name becomes durable with its manifest."""
     with explaining(staged, final):
         sync(staged)
         move(staged, final)
@@ -146,7 +146,7 @@ def publish_folder(staged: Path, final: Path) -> None:
 
 
 def publish_seal(staged: Path, final: Path, listed: Iterable[str]) -> None:
-    """Publishes a manifest: the names of the files that it lists are durable before it has its own."""
+    """Publishes a manifest after making the names of the files that it lists durable."""
     folders = {final.parent, *((final.parent / name).parent for name in listed)}
     with explaining(staged, final):
         sync(staged, *sorted(folders))
@@ -156,16 +156,15 @@ def publish_seal(staged: Path, final: Path, listed: Iterable[str]) -> None:
 
 def ensure_folder(folder: Path) -> None:
     """Makes the folder and those above it where they are missing, durably."""
-    if folder.is_dir():
-        return
-    ensure_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    sync(folder.parent)
+    if not folder.is_dir():
+        ensure_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
 
 
 @contextlib.contextmanager
 def stage_file(tmp: Path, final: Path, publish: Callable[[Path, Path], None] = publish) -> Iterator[Path]:
-    """Yields a unique path under `tmp`; what was written there is published at `final` if the block succeeds."""
+    """Yields a unique path under `tmp`; the file written there is published at `final` if the block succeeds."""
     staged = unique(tmp, final.suffix)
     try:
         with explaining(tmp, final):
@@ -177,7 +176,7 @@ def stage_file(tmp: Path, final: Path, publish: Callable[[Path, Path], None] = p
 
 
 def unique(tmp: Path, suffix: str = "") -> Path:
-    """A path under `tmp` that nobody else uses."""
+    """A new path under `tmp`."""
     with explaining(tmp):
         ensure_folder(tmp)
     return tmp / f"{uuid.uuid4().hex}{suffix}"
@@ -190,13 +189,14 @@ def write_json(tmp: Path, final: Path, value: Any) -> None:
 
 
 def dump_json(path: Path, value: Any, *, sort_keys: bool = True, allow_nan: bool = True) -> None:
-    """Writes a file of an unfinished folder as ASCII: indented JSON and a line break."""
-    text = json.dumps(value, indent=2, sort_keys=sort_keys, allow_nan=allow_nan)
-    path.write_bytes(f"{text}\n".encode())
+    """Writes a file of an unfinished folder as indented ASCII JSON and a line break."""
+    path.write_bytes(json_bytes(value, sort_keys=sort_keys, allow_nan=allow_nan, ensure_ascii=True))
 
 
-def json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def json_bytes(value: Any, *, sort_keys: bool = True, allow_nan: bool = False, ensure_ascii: bool = False) -> bytes:
+    """The value as indented JSON and a line break, UTF-8."""
+    text = json.dumps(value, indent=2, sort_keys=sort_keys, allow_nan=allow_nan, ensure_ascii=ensure_ascii)
+    return f"{text}\n".encode()
 
 
 def sha256_of(path: Path) -> str:
@@ -214,7 +214,7 @@ def fingerprint_of(folder: Path, paths: Iterable[Path]) -> str:
 
 
 def discard(path: Path, tmp: Path) -> None:
-    """Takes a file or folder away in one rename, then deletes it: never half of it is seen at its old place."""
+    """Deletes a file or folder after one rename, so that no half of it is ever seen at its old place."""
     if not path.exists():
         return
     aside = unique(tmp)

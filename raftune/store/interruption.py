@@ -1,7 +1,7 @@
 """Tells whether this process was asked to stop; nothing is published after that.
 
-Work that saves what it has done (`stretch`) stops by itself at its next step (`raise_if_asked`), so that nothing is
-lost. Anywhere else the handler of the signal raises KeyboardInterrupt at once.
+Work that saves its progress (`stretch`) stops at its next step (`raise_if_asked`), so that nothing is lost. Anywhere
+else the signal handler raises KeyboardInterrupt at once.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
-_asked = False  # no Event: a handler of signals must not wait for a lock that the code under it may hold
+_asked = False  # not an Event: a signal handler must not wait for a lock that the code below it may hold
 _stretches: list[Callable[[], str]] = []
 
 
 def ask_to_stop() -> str | None:
-    """Called by the handler of SIGINT and SIGTERM. What the work under way will keep, in words, if it stops by itself
-    at its next step; else None, and the handler raises KeyboardInterrupt."""
+    """Called by the handler of SIGINT and SIGTERM. Returns what will be kept if the work stops at its next step, in
+    words; None where it does not stop by itself, and the handler raises KeyboardInterrupt."""
     global _asked
     _asked = True
     if not _stretches:
         return None
     try:
         return _stretches[-1]()
-    except Exception:  # asked from a signal handler, the work may be between two states
+    except Exception:  # the signal may have come between two states of the work
         return "what was saved is kept"
 
 
@@ -42,22 +42,21 @@ def forget() -> None:
 
 
 def raise_if_asked() -> None:
-    """Raises KeyboardInterrupt where the process was asked to stop and code that was called swallowed the interrupt,
-    or where work stops by itself."""
+    """Raises KeyboardInterrupt where the process was asked to stop, also where user code swallowed the interrupt."""
     if _asked:
         raise KeyboardInterrupt
 
 
 def in_stretch() -> bool:
-    """Whether the work under way stops by itself at its next step."""
+    """Whether the current work stops by itself at its next step."""
     return bool(_stretches)
 
 
 @contextlib.contextmanager
 def stretch(promise: Callable[[], str]) -> Iterator[None]:
-    """Work that calls `raise_if_asked` after each of its steps; `promise` says in words what a stop there keeps.
+    """Work that calls `raise_if_asked` after each step; `promise` says in words what a stop there keeps.
 
-    Only the main thread hears signals: elsewhere this does nothing.
+    Does nothing outside the main thread, which alone receives signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -70,10 +69,10 @@ def stretch(promise: Callable[[], str]) -> Iterator[None]:
 
 
 def interrupting(error: BaseException) -> BaseException | None:
-    """The KeyboardInterrupt, the SystemExit or the error of a signal handler's own that this one is or came from.
+    """The KeyboardInterrupt, SystemExit or error raised by a signal handler that this error is or came from.
 
-    A script may have a handler that raises what it likes (TimeoutError, an error of a batch system): that is meant for
-    the script, and is no failure of the work that it broke into.
+    A script may have a signal handler that raises any error (TimeoutError, an error of a batch system): it is meant
+    for the script, and is no failure of the work that it interrupted.
     """
     handlers = {code for number in signal.valid_signals() if (code := _code_of(signal.getsignal(number))) is not None}
     seen: set[int] = set()
@@ -91,7 +90,7 @@ def _code_of(handler: Any) -> CodeType | None:
     """The code of a handler that was written in Python."""
     while isinstance(handler, functools.partial):
         handler = handler.func
-    for function in (handler, getattr(type(handler), "__call__", None)):  # noqa: B004, its code is asked for
+    for function in (handler, getattr(type(handler), "__call__", None)):  # noqa: B004, its code is needed
         if isinstance(code := getattr(function, "__code__", None), CodeType):
             return code
     return None

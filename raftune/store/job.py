@@ -73,8 +73,8 @@ def make_job(run: RunFolder, stage: Stage, round_: int, config: Mapping[str, Any
 
 def fields_of(stage: Stage, config: Mapping[str, Any]) -> dict[str, Any]:
     """The values that shape the stage, by their names."""
-    prints = {f"hash of {name}": value for name, value in stage.fingerprints().items()}
-    return {name: dotted(config, name) for name in stage.fields} | prints
+    fields = {name: dotted(config, name) for name in stage.fields}
+    return fields | {f"hash of {name}": value for name, value in stage.fingerprints().items()}
 
 
 def hashes_of(run: RunFolder, stage: Stage, round_: int) -> dict[str, str]:
@@ -92,7 +92,7 @@ def dotted(config: Mapping[str, Any], name: str) -> Any:
 
 
 def run_once(job: StageJob, stage: SingleStage) -> tuple[str, ...]:
-    """Runs the stage into tmp/, then publishes its files; the manifest comes last. Returns what a user should know."""
+    """Runs the stage into tmp/, then publishes its files, the manifest last. Returns its notes for the user."""
     staged = unique(job.run.tmp)
     staged.mkdir()
     try:
@@ -110,12 +110,12 @@ def run_once(job: StageJob, stage: SingleStage) -> tuple[str, ...]:
 
 
 def run_chunk(job: StageJob, stage: ChunkedStage, index: int) -> JournalEntry:
-    """Runs and publishes one chunk; when memory runs out, a smaller batch is put on record before the next try."""
+    """Runs and publishes one chunk; out of memory, it records half the batch size and tries again."""
     final, revision = job.folder / chunk_file(index), job.folder / batch_file(index)
-    began = time.perf_counter()
+    started = time.perf_counter()
     notes: tuple[str, ...] = ()
     while True:
-        metadata = revised(revision, job.key)
+        metadata = _revised(revision, job.key)
         try:
             with (
                 unfinished_work(job.folder, job.run.tmp, f"{index:05d}", job.key, metadata),
@@ -123,60 +123,54 @@ def run_chunk(job: StageJob, stage: ChunkedStage, index: int) -> JournalEntry:
             ):
                 notes += stage.run_chunk(job.inputs, index, staged, metadata)
                 raise_if_asked()
-                rows, _ = read_metadata(staged)
-                sha256, size = sha256_of(staged), staged.stat().st_size
-            return JournalEntry(index, final.name, rows, sha256, size, time.perf_counter() - began, notes)
+                entry = FileEntry.of(staged, read_metadata(staged)[0])
+            seconds = time.perf_counter() - started
+            return JournalEntry(index, final.name, entry.rows or 0, entry.sha256, entry.bytes, seconds, notes)
         except OutOfMemory as error:
             if error.batch_size <= 1:
                 raise
-            write_json(job.run.tmp, revision, {"batch_size": error.batch_size // 2, "key": job.key})
-            notes += (
-                f"chunk {index}: out of memory at batch {error.batch_size}; generated again at {error.batch_size // 2}",
-            )
+            size = error.batch_size // 2
+            write_json(job.run.tmp, revision, {"batch_size": size, "key": job.key})
+            notes += (f"chunk {index}: out of memory at batch {error.batch_size}; generated again at {size}",)
 
 
-def revised(revision: Path, key: str) -> dict[str, str]:
-    """The batch size that an earlier try at this chunk put on record, as metadata of its table."""
-    if not revision.is_file():
-        return {}
-    plan = json.loads(revision.read_text())
+def _revised(revision: Path, key: str) -> dict[str, str]:
+    """The batch size that an earlier try at this chunk recorded, as metadata of its table."""
+    plan = json.loads(revision.read_text()) if revision.is_file() else {"key": None}
     return {"batch_size": str(plan["batch_size"])} if plan["key"] == key else {}
 
 
 def note(job: StageJob, entry: JournalEntry) -> None:
-    """Puts on record that the chunk lies on disk, until the manifest says so; a line that is lost costs its unit."""
+    """Records in the journal that the chunk is on disk; a lost line costs its chunk."""
     with (job.folder / JOURNAL).open("a") as file:
         file.write(json.dumps({"key": job.key, **asdict(entry)}) + "\n")
 
 
 def journal_of(job: StageJob) -> dict[int, JournalEntry]:
-    """The chunks that an interrupted run left, each byte as it was noted then, by their number."""
+    """The chunks that an interrupted run left unchanged on disk, by number."""
     path = job.folder / JOURNAL
-    found = {}
+    entries = {}
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             facts = json.loads(line)
-            belongs = facts.pop("key") == job.key
+            same_job = facts.pop("key") == job.key
             entry = JournalEntry(**facts)
-            whole = belongs and sha256_of(job.folder / entry.file) == entry.sha256
+            whole = same_job and sha256_of(job.folder / entry.file) == entry.sha256
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue
         if whole and entry.file == chunk_file(entry.chunk):
-            found[entry.chunk] = entry
-    return found
+            entries[entry.chunk] = entry
+    return entries
 
 
 def unfinished(job: StageJob, stage: ChunkedStage) -> tuple[list[int], list[JournalEntry]]:
     """The chunks still to run, and the journal entries of those that an interrupted run left whole."""
-    chunks, found = stage.chunks(job.inputs), journal_of(job)
-    return [chunk for chunk in chunks if chunk not in found], [found[chunk] for chunk in chunks if chunk in found]
+    chunks, done = stage.chunks(job.inputs), journal_of(job)
+    return [chunk for chunk in chunks if chunk not in done], [done[chunk] for chunk in chunks if chunk in done]
 
 
 def seal_chunks(job: StageJob, entries: Sequence[JournalEntry], quarantined: Mapping[int, str]) -> None:
-    """Commits the chunks; what else lies in the folder is removed.
-
-    Raises EngineError where every chunk was set aside.
-    """
+    """Commits the chunks and deletes other files in the folder. Raises EngineError where every chunk failed."""
     if quarantined and not entries:
         index, why = next(iter(quarantined.items()))
         raise EngineError(f"every chunk of {job.title} failed; chunk {index}: {why}. Fix the cause and resume.")
@@ -184,7 +178,7 @@ def seal_chunks(job: StageJob, entries: Sequence[JournalEntry], quarantined: Map
     files = {entry.file: FileEntry(entry.bytes, entry.sha256, entry.rows) for entry in entries}
     revisions = {batch_file(entry.chunk) for entry in entries}
     for path in job.folder.iterdir():
-        if path.name in revisions and revised(path, job.key):
+        if path.name in revisions and _revised(path, job.key):
             files[path.name] = FileEntry.of(path)
         elif path.is_file() and path.name not in files and path.name != JOURNAL:
             path.unlink()
@@ -192,16 +186,14 @@ def seal_chunks(job: StageJob, entries: Sequence[JournalEntry], quarantined: Map
 
 
 class Engine(Protocol):
-    """Runs units and gives their journal entries as they are committed; `failed` holds those that were set aside, and
-    why.
-    """
+    """Runs chunks and yields their journal entries; `failed` holds the chunks that were skipped, and why."""
 
     failed: dict[int, str]
 
     def run(self, job: StageJob, stage: ChunkedStage, chunks: Sequence[int]) -> Iterator[JournalEntry]: ...
 
     def rest(self) -> None:
-        """Lets go of the models that workers hold, before the loop's process loads one."""
+        """Frees the models that workers hold, before the loop's process loads one."""
         ...
 
     def close(self) -> None: ...

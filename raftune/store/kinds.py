@@ -25,12 +25,12 @@ def was_run(path: Path) -> bool:
 
 
 def is_evaluation(config: Mapping[str, Any]) -> bool:
-    """Whether a run with this configuration trains nothing: it only judges the model that it starts with."""
+    """Whether a run with this configuration trains nothing and only evaluates its initial model."""
     return config.get("num_rounds") == 0
 
 
 def written_by(path: Path) -> str | None:
-    """The command whose output this directory is, where that is not a run: `raftune sft`, `raftune reward train`."""
+    """The command that wrote this directory, if it is `raftune sft` or `raftune reward train`."""
     if (path / "model" / REWARD_NOTES).is_file():
         return "raftune reward train"
     names = ("config.yaml", "rows.parquet", "report.json")
@@ -43,7 +43,7 @@ def model_in(path: Path) -> Path:
 
 
 def why_no_run(path: Path) -> str:
-    """Why this path is no run, and what was probably meant or can be done with it."""
+    """Why this path is no run, and what to do instead."""
     head = f"{path} holds no run"
     if was_run(path):
         return f"{path / RUN_CONFIG} is missing: it is the run's configuration. Restore it."
@@ -66,7 +66,7 @@ def why_no_run(path: Path) -> str:
 
 
 def nearest_run(path: Path) -> str | None:
-    """The run that was probably meant: of this name in runs/, or of a similar one there or beside it."""
+    """An existing run with a similar path: in runs/, or beside the given one."""
     stem, at, round_ = path.name.rpartition("@")
     if at and is_run(path.with_name(stem)):
         return f"{path.with_name(stem)} --round {round_}"
@@ -76,8 +76,8 @@ def nearest_run(path: Path) -> str | None:
 
 
 def how_to_go_on(root: Path, config: Mapping[str, Any]) -> str:
-    """What to do with a run that lacks what was asked for, because it is not so far, or because it is an evaluation."""
+    """What to do with a run that has not come far enough, or is an evaluation."""
     if is_evaluation(config):
-        looks = shell_command("raftune", "samples", root)
-        return f"It is an evaluation: it trains no rounds. `{looks}` shows its samples."
+        command = shell_command("raftune", "samples", root)
+        return f"It is an evaluation: it trains no rounds. `{command}` shows its samples."
     return f"`{shell_command('raftune', 'resume', root)}` goes on with it."

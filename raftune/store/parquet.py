@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 from raftune.errors import RunDamaged
 from raftune.records import JsonType
 from raftune.sanitize import first_line
+from raftune.store.commit import DroppedFiles, FileEntry, Manifest
 from raftune.store.committed import check_file
+from raftune.store.files import stage_file
 
 _JSON = JsonType()  # a reader of columns of JSON must know their type
 _WRITE = {"compression": "zstd", "write_page_checksum": True}
@@ -32,7 +34,7 @@ def write_table(
 
 @contextlib.contextmanager
 def table_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A writer for tables that come one by one, each a row group."""
+    """A writer that makes each table a row group."""
     with path.open("wb") as file, pq.ParquetWriter(file, schema, **_WRITE) as writer:
         yield writer
 
@@ -40,14 +42,14 @@ def table_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """The table, its page checksums verified. Raises RunDamaged."""
     with _opened(path) as source:
-        return source.read(columns=_listed(columns), use_threads=False)
+        return source.read(columns=columns, use_threads=False)
 
 
 def read_groups(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The file's row groups one after another, their page checksums verified. Raises RunDamaged."""
     with _opened(path) as source:
         for index in range(source.num_row_groups):
-            yield source.read_row_group(index, columns=_listed(columns), use_threads=False)
+            yield source.read_row_group(index, columns=columns, use_threads=False)
 
 
 def read_group(path: Path, index: int) -> pa.Table:
@@ -69,13 +71,36 @@ def column_names(path: Path) -> list[str]:
         return list(source.schema_arrow.names)
 
 
-def _listed(columns: Sequence[str] | None) -> list[str] | None:
-    return None if columns is None else list(columns)
+def drop_columns(folder: Path, tmp: Path, columns: Sequence[str], why: str) -> None:
+    """Empties these columns of the committed tables in the folder, and lists the new files in the folder's marker.
+
+    The manifest and the keys made from it stay as they are. First the marker lists what a file will be, then the file
+    is replaced: a kill between the two leaves it as committed, and the next call continues from there.
+    """
+    commit, known = Manifest.load(folder), DroppedFiles.load(folder)
+    assert commit is not None, "the stage must be committed"
+    files = dict(known.files) if known is not None else {}
+    for name in sorted(name for name in commit.files if name.endswith(".parquet")):
+        path = folder / name
+        if name in files and files[name].bytes == path.stat().st_size:
+            continue
+        present = [column for column in columns if column in column_names(path)]
+        if not present:
+            continue
+        table, (_, metadata) = read_table(path), read_metadata(path)
+        for column in present:
+            place = table.schema.get_field_index(column)
+            nulls = pa.nulls(table.num_rows, table.schema.types[place])
+            table = table.set_column(place, table.schema.field(column), nulls)
+        with stage_file(tmp, path) as staged:
+            write_table(table, staged, metadata)
+            files[name] = FileEntry.of(staged, commit.files[name].rows)
+            DroppedFiles(why, tuple(columns), dict(sorted(files.items()))).save(folder, tmp)
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """The file, every page that is read verified, on this thread alone. Raises RunDamaged that names it."""
+    """The file, verifying every page that is read, on this thread alone. Raises RunDamaged that names it."""
     check_file(path)
     try:
         with path.open("rb") as file:  # buffering ahead would hand each small read to a thread and wait for it

@@ -20,8 +20,8 @@ from raftune.store.files import ensure_folder, sha256_of, sync, unique
 
 SAVE_EVERY = 60.0  # seconds of work that an interrupt may cost
 SHARE = 0.05  # of the time, at most, is spent on saving
-RATE = 200e6  # bytes a second that a disk takes, until one was seen to
-AT_A_STOP = 5.0  # seconds that saving may take when somebody waits for the end
+RATE = 200e6  # bytes per second of a disk, until it was measured
+AT_A_STOP = 5.0  # seconds that saving may take when a user waits for the end
 VERSION = 1
 
 
@@ -33,16 +33,16 @@ class SavePace:
         self.rate = RATE
 
     def due(self, nbytes: Callable[[], int]) -> bool:
-        """Whether to save now; `nbytes` tells how much there is to write, and is asked only where that matters."""
+        """Whether to save now; `nbytes`, the size of what would be written, is called only where it matters."""
         if interruption.asked():
             return nbytes() / self.rate <= AT_A_STOP
         waited = time.monotonic() - self.saved
         return waited >= SAVE_EVERY and waited >= nbytes() / self.rate / SHARE
 
     def took(self, seconds: float, nbytes: int) -> None:
-        """So much was saved in so many seconds."""
+        """Records a save of `nbytes`."""
         self.saved = time.monotonic()
-        if nbytes >= 10e6:  # what is small tells of the disk's latency alone
+        if nbytes >= 10e6:  # less measures only the disk's latency
             self.rate = nbytes / max(seconds, 1e-3)
 
     def promise(self, nbytes: Callable[[], int]) -> str:
@@ -54,7 +54,7 @@ class SavePace:
 
 
 class PartialWork:
-    """The unfinished work of one chunk. Without a folder nothing is found and nothing is kept."""
+    """The unfinished work of one chunk. Without a folder nothing is found and nothing is saved."""
 
     def __init__(self, folder: Path | None = None, tmp: Path | None = None, name: str = "", key: str = "") -> None:
         self.folder, self.tmp, self.name, self.key = folder, tmp, name, key
@@ -63,17 +63,19 @@ class PartialWork:
 
     def find(self) -> Path | None:
         """The file that an earlier attempt at the same work left, if it is whole."""
-        if self.folder is None:
-            return None
-        for path in self.folder.glob(f"{self.prefix}*"):
-            if sha256_of(path) == path.name.removeprefix(self.prefix):
-                return path
-        return None
+        paths = self.folder.glob(f"{self.prefix}*") if self.folder is not None else ()
+        return next((path for path in paths if sha256_of(path) == path.name.removeprefix(self.prefix)), None)
 
     @contextlib.contextmanager
     def work(self, nbytes: Callable[[], int] = lambda: 0) -> Iterator[PartialWork]:
-        """Within, a stop waits for the next `step`."""
-        with interruption.stretch(lambda: self._promise(nbytes)):
+        """Inside the block, a stop waits for the next `step`."""
+
+        def promise() -> str:
+            if self.folder is None:
+                return "what this step has done is lost, all before it is kept"
+            return self.pace.promise(nbytes)
+
+        with interruption.stretch(promise):
             yield self
 
     def step(
@@ -83,9 +85,9 @@ class PartialWork:
         *,
         done: tuple[int, int, str] | None = None,
     ) -> None:
-        """A point from which the work can go on: saves it if that is due, and stops if that was asked for.
+        """A point from which the work can be resumed: saves if that is due, and stops if that was requested.
 
-        `done`: so many of so many things, for whoever watches.
+        `done`: progress to report, as (done, total, unit).
         """
         if done is not None:
             pulse.tell(*done)
@@ -94,9 +96,9 @@ class PartialWork:
         interruption.raise_if_asked()
 
     def save(self, write: Callable[[Path], None]) -> None:
-        """Saves what `write` writes, in place of what was saved before; a disk that is full is no reason to stop."""
+        """Saves what `write` writes in place of the previous state; a full disk does not stop the work."""
         assert self.folder is not None and self.tmp is not None
-        began = time.monotonic()
+        started = time.monotonic()
         staged = unique(self.tmp)
         try:
             write(staged)
@@ -104,52 +106,43 @@ class PartialWork:
             ensure_folder(self.folder)
             size, final = staged.stat().st_size, self.folder / f"{self.prefix}{sha256_of(staged)}"
             staged.replace(final)
-        except (OSError, RuntimeError):  # torch's own error for a write that failed is a RuntimeError
+        except (OSError, RuntimeError):  # torch raises RuntimeError for a write that failed
             staged.unlink(missing_ok=True)
-            size, final = 0, None
-        self.pace.took(time.monotonic() - began, size)
-        if final is not None:
-            self._remove(but=final)
-
-    def _remove(self, but: Path) -> None:
-        assert self.folder is not None
+            self.pace.took(time.monotonic() - started, 0)
+            return
+        self.pace.took(time.monotonic() - started, size)
         for path in self.folder.glob(f"_part-{self.name}-*"):
-            if path != but:
+            if path != final:
                 path.unlink(missing_ok=True)
-
-    def _promise(self, nbytes: Callable[[], int]) -> str:
-        if self.folder is None:
-            return "what this step has done is lost, all before it is kept"
-        return self.pace.promise(nbytes)
 
 
 _current: ContextVar[PartialWork | None] = ContextVar("_current", default=None)
 
 
 def current(kind: str) -> PartialWork:
-    """The unfinished work, of this kind, of the chunk that runs now; outside of a chunk one that keeps nothing."""
+    """The unfinished work, of this kind, of the chunk that runs now; outside of a chunk one that saves nothing."""
     chunk = _current.get()
     return PartialWork() if chunk is None else PartialWork(chunk.folder, chunk.tmp, f"{chunk.name}-{kind}", chunk.key)
 
 
 @contextlib.contextmanager
-def outside() -> Iterator[None]:
-    """Within, work is no part of the chunk that runs now: nothing is continued from it, and nothing of it is kept."""
-    token = _current.set(None)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-
-
-@contextlib.contextmanager
-def unfinished_work(folder: Path, tmp: Path, chunk: str, key: str, metadata: Mapping[str, str]) -> Iterator[None]:
-    """Within, `current()` is the work of this chunk; once it ends well, what was saved of it is removed."""
-    part = PartialWork(folder, tmp, chunk, json.dumps([key, dict(metadata)], sort_keys=True))
+def _set_current(part: PartialWork | None) -> Iterator[None]:
     token = _current.set(part)
     try:
         yield
     finally:
         _current.reset(token)
+
+
+def outside() -> contextlib.AbstractContextManager[None]:
+    """Inside the block, work is not part of the chunk that runs now: nothing is resumed, nothing is saved."""
+    return _set_current(None)
+
+
+@contextlib.contextmanager
+def unfinished_work(folder: Path, tmp: Path, chunk: str, key: str, metadata: Mapping[str, str]) -> Iterator[None]:
+    """Inside the block, `current()` is the work of this chunk; once it succeeds, its saved states are deleted."""
+    with _set_current(PartialWork(folder, tmp, chunk, json.dumps([key, dict(metadata)], sort_keys=True))):
+        yield
     for path in folder.glob(f"_part-{chunk}-*"):
         path.unlink(missing_ok=True)

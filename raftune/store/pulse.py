@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class WorkProgress:
+class WorkProgress(NamedTuple):
     """Progress of the current work: done of total."""
 
     done: int
@@ -18,17 +17,17 @@ _now: WorkProgress | None = None
 
 
 def tell(done: int, of: int, things: str) -> None:
-    """Called by the work, as often as it likes."""
+    """Sets the progress; the work calls it as often as it likes."""
     global _now
     _now = WorkProgress(done, of, things)
 
 
 def now() -> WorkProgress | None:
-    """The latest word; None where nothing was said since `clear`."""
+    """The latest progress, None where there was none since `clear`."""
     return _now
 
 
 def clear() -> None:
-    """Called where other work begins."""
+    """Forgets the progress, when other work starts."""
     global _now
     _now = None

@@ -1,11 +1,11 @@
-"""The run directory: paths of everything in it."""
+"""The run directory: its configuration, manifests, event log and lock."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shutil
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,52 +17,100 @@ from raftune.config.paths import moved
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, RunDamaged, RunInUse, StoreError
 from raftune.sanitize import shell_command
-from raftune.store import commit as commits
-from raftune.store.commit import MARKER, SELF, DroppedFiles, FileEntry, Manifest, has_changed, is_own, with_hash
+from raftune.store.commit import (
+    MARKER,
+    NAME,
+    ROUND,
+    SELF,
+    DroppedFiles,
+    FileEntry,
+    Manifest,
+    has_changed,
+    is_own,
+    too_old,
+    with_hash,
+)
 from raftune.store.committed import committed, fix_of
-from raftune.store.events import EventLog
 from raftune.store.files import discard, ensure_folder, explaining, sha256_of, sync, unique, write_json
 from raftune.store.kinds import RUN_CONFIG, why_no_run
 
-_ROUND = re.compile(r"round-(\d{4,})$")
 CONFIG, YAML = RUN_CONFIG, "config.yaml"
-RECORD = "raftune"  # in the configuration on disk, beside its sections: what is recorded with it
-AGAIN = "again"  # the scores that `--only` keeps, while their stages are made anew
-DROPPED = MARKER  # beside the manifest of a stage of which something was deleted on purpose
+RECORD = "raftune"  # the key in the configuration on disk of what is recorded beside its sections
+AGAIN = "again"  # the folder of the scores that `--only` keeps while their stages are redone
+DROPPED = MARKER
+_TAIL = 1 << 16  # bytes at the end of the event log that hold the last event
+
+
+class EventLog:
+    """Times, hosts, memory and retries in `events.jsonl`. A line that a kill cut short is skipped when reading."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fresh = True
+
+    def add(self, kind: str, **facts: Any) -> None:
+        line = json.dumps({"time": round(time.time(), 3), "event": kind, **facts}, ensure_ascii=False, default=str)
+        torn = False
+        if self._fresh and self.path.exists() and self.path.stat().st_size:
+            with self.path.open("rb") as file:
+                file.seek(-1, 2)
+                torn = file.read(1) != b"\n"
+        self._fresh = False
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if torn else "") + line + "\n")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.path.exists():
+            with self.path.open(encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    with contextlib.suppress(ValueError):
+                        yield json.loads(line)
+
+    def last(self) -> dict[str, Any]:
+        """The last event, read from the end of the file; empty without one."""
+        if not self.path.is_file():
+            return {}
+        with self.path.open("rb") as file:
+            file.seek(max(0, self.path.stat().st_size - _TAIL))
+            lines = file.read().splitlines()
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError):
+                if isinstance(event := json.loads(line), dict):
+                    return event
+        return {}
 
 
 class RunFolder:
-    """The directory of one run: paths, manifests, the lock."""
+    """The directory of one run."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
         self.tmp = self.root / "tmp"
         self.events = EventLog(self.root / "events.jsonl")
 
-    # -- paths ------------------------------------------------------------------------------------------------------
-
     def folder(self, round_: int, name: str) -> Path:
         """Where the stage of this name writes in this round."""
         return self.root / f"round-{round_:04d}" / name
 
     def earlier_scores(self, round_: int, name: str) -> Path:
-        """Where the scores lie that a score stage keeps, until it is made anew: see `raftune.runtime.rescoring`."""
+        """Where `--only` keeps the scores of a score stage until it is redone: see `raftune.runtime.rescoring`."""
         return self.root / AGAIN / f"{round_}-{name.replace('/', '-')}"
 
     def rounds(self) -> list[int]:
         """The numbers of the rounds that have a directory, ascending."""
         if not self.root.is_dir():
             return []
-        found = [(p, int(m[1])) for p in self.root.iterdir() if (m := _ROUND.match(p.name)) and p.is_dir()]
-        return sorted(number for path, number in found if path.name == f"round-{number:04d}")
+        names = (path.name for path in self.root.iterdir() if ROUND.fullmatch(path.name) and path.is_dir())
+        numbers = {name: int(name.removeprefix("round-")) for name in names}
+        return sorted(number for name, number in numbers.items() if name == f"round-{number:04d}")
 
     def exists(self) -> bool:
         return (self.root / CONFIG).is_file()
 
     # -- the configuration ------------------------------------------------------------------------------------------
 
-    def read_config(self) -> dict[str, Any]:
-        """The resolved configuration. Raises StoreError where the folder holds no run, RunDamaged, RunTooOld."""
+    def _read(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The resolved configuration, and what is recorded beside it."""
         path = self.root / CONFIG
         try:
             data = json.loads(path.read_bytes())
@@ -73,60 +121,67 @@ class RunFolder:
         if not isinstance(data, dict):
             raise RunDamaged(f"{path} is not a JSON object. Restore it: it is the run's configuration.")
         if "tuning" in data:
-            raise commits.too_old(path)
+            raise too_old(path)
         if has_changed(data):
+            changed = difference_to_yaml(self.root / YAML, data)
+            fields = [f"{name} is {old!r} here and {new!r} in {YAML}" for name, (old, new) in changed.items()]
             again = shell_command("raftune", "train", self.root / YAML, "--output-dir", self.root)
             raise RunDamaged(
-                f"{path} has changed since it was written{self._difference(data)}. Restore it; to write it anew, start "
-                f"the run again from {YAML} or a file of your own: `{again}`."
+                f"{path} has changed since it was written{': ' if fields else ''}{', '.join(fields[:3])}. Restore it; "
+                f"to write it anew, start the run again from {YAML} or a file of your own: `{again}`."
             )
-        return {name: value for name, value in data.items() if name not in (SELF, RECORD)}
+        record = data.get(RECORD)
+        config = {name: value for name, value in data.items() if name not in (SELF, RECORD)}
+        return config, record if isinstance(record, dict) else {}
 
-    def recorded(self, name: str) -> Path:
-        """A file that was written with the configuration. Raises RunDamaged where it has changed since, or is gone."""
-        path, known = self.root / name, self.config_record().get("files", {}).get(name)
-        if known is not None and (not path.is_file() or sha256_of(path) != known):
-            how = "has changed since it was written" if path.is_file() else "is missing"
-            again = shell_command("raftune", "verify", self.root)
-            raise RunDamaged(f"{path} {how}. Restore it; `{again}` says what else is damaged.")
-        return path
+    def read_config(self) -> dict[str, Any]:
+        """The resolved configuration. Raises StoreError where the folder holds no run, RunDamaged, RunTooOld."""
+        return self._read()[0]
 
     def config_record(self) -> dict[str, Any]:
-        """What is recorded beside the configuration: `files`, the hashes of those that were written with it.
+        """What is recorded beside the configuration: `files`, the hashes of those written with it, and `folder`.
 
         Empty in a run of an earlier version. Raises what `read_config` raises.
         """
-        self.read_config()
-        record = json.loads((self.root / CONFIG).read_bytes()).get(RECORD)
-        return record if isinstance(record, dict) else {}
+        return self._read()[1]
+
+    def recorded(self, name: str) -> Path:
+        """A file that was written with the configuration. Raises RunDamaged where it has changed or is missing."""
+        path, known = self.root / name, self.config_record().get("files", {}).get(name)
+        if known is not None and (not path.is_file() or sha256_of(path) != known):
+            how = "has changed since it was written" if path.is_file() else "is missing"
+            verify = shell_command("raftune", "verify", self.root)
+            raise RunDamaged(f"{path} {how}. Restore it; `{verify}` says what else is damaged.")
+        return path
+
+    def _recorded_base(self) -> str | None:
+        """The path from the run to the folder of its paths; None where that is not recorded or cannot be trusted."""
+        try:
+            folder = self.config_record().get("folder")
+        except StoreError:
+            return None
+        return folder if isinstance(folder, str) else None
 
     def base(self) -> Path:
-        """The folder to which paths in the run's configuration are relative: where the process stood that began it.
+        """The folder that paths in the run's configuration are relative to: the working directory of its first start.
 
-        It is known by its place beside the run, so that both can be moved together. Where it is not on record, it is
-        the folder where this process stands.
+        It is recorded relative to the run, so that both can be moved together. Where it is not recorded, it is the
+        current working directory.
         """
-        folder = self._known_record().get("folder")
-        place = self.root / folder if isinstance(folder, str) else Path.cwd()
+        folder = self._recorded_base()
+        place = self.root / folder if folder is not None else Path.cwd()
         return place.resolve() if place.is_dir() else Path.cwd()
 
-    def _known_record(self) -> dict[str, Any]:
-        """The record beside the configuration, empty where it cannot be believed: it is about to be written anew."""
-        try:
-            return self.config_record()
-        except StoreError:
-            return {}
-
     def configuration(self) -> RunConfig:
-        """The configuration, its paths as seen from where this process stands. Raises what `read_config` raises."""
+        """The configuration, its paths relative to the working directory. Raises what `read_config` raises."""
         recorded = self.read_config()
         base = self.base()
         return validate(recorded if base == Path.cwd() else moved(recorded, base, Path.cwd()))
 
     def in_own_terms(self, config: RunConfig) -> dict[str, Any]:
-        """A configuration as the run records it: plain data, its paths relative to the run's own folder of them."""
+        """A configuration as the run records it: plain data, its paths relative to the run's base."""
         plain = config.model_dump(mode="json")
-        if self.exists() and "folder" not in self._known_record():  # no path, or a run of an earlier version
+        if self.exists() and self._recorded_base() is None:  # no path, or a run of an earlier version
             return plain
         return moved(plain, Path.cwd(), self.base())
 
@@ -134,140 +189,128 @@ class RunFolder:
         content = {**resolved, **({RECORD: dict(record)} if record else {})}
         write_json(self.tmp, self.root / CONFIG, with_hash(content))
 
-    def _difference(self, data: Mapping[str, Any]) -> str:
-        """The fields in which a changed configuration differs from config.yaml, in words; empty without any."""
-        changed = difference_to_yaml(self.root / YAML, data)
-        words = [f"{name} is {old!r} here and {new!r} in {YAML}" for name, (old, new) in changed.items()]
-        return f": {', '.join(words[:3])}" if words else ""
-
     # -- manifests ----------------------------------------------------------------------------------------------------
 
     def commit(self, round_: int, name: str) -> Manifest | None:
         return committed(self.folder(round_, name))
 
     def is_committed(self, round_: int, name: str) -> bool:
-        return (self.folder(round_, name) / commits.NAME).is_file()
+        return (self.folder(round_, name) / NAME).is_file()
 
     def rounds_with(self, name: str) -> list[int]:
         """The rounds in which the stage is committed, ascending. Raises RunDamaged where its manifest was lost."""
-        rounds = self.rounds()
-        return [round_ for round_ in rounds if self.was_made(round_, name)]
+        return [round_ for round_ in self.rounds() if self.was_made(round_, name)]
 
     def was_made(self, round_: int, name: str) -> bool:
-        """Whether the stage is committed. Raises RunDamaged where it was and its manifest is gone.
+        """Whether the stage is committed. Raises RunDamaged where its manifest is gone.
 
-        That is so where the round has something that was made from it, or has files of it and is over.
+        That is so where another stage of the round was made from it, or the round has files of it and is over.
         """
         if self.is_committed(round_, name):
             return True
         folder = self.folder(round_, name)
-        commits_here = [committed(self.folder(round_, other)) for _, other in self.places([round_])]
-        read = any(commit is not None and f"{round_}/{name}" in commit.inputs for commit in commits_here)
-        if read or (holds_files(folder) and self._is_over(round_)):
-            raise RunDamaged(f"{folder / commits.NAME} is missing. {fix_of(folder, None)}")
+        commits = [committed(self.folder(*place)) for place in self.places([round_])]
+        used = any(commit is not None and f"{round_}/{name}" in commit.inputs for commit in commits)
+        if used or (holds_files(folder) and self._is_over(round_)):
+            raise RunDamaged(f"{folder / NAME} is missing. {fix_of(folder)}")
         return False
 
     def _is_over(self, round_: int) -> bool:
-        """Whether a later round has begun, or the run has come to its end."""
-        if any(self.is_committed(*place) for place in self.places([round_ + 1])):
-            return True
-        return self.events.last().get("event") == "end"
+        started = any(self.is_committed(*place) for place in self.places([round_ + 1]))
+        return started or self.events.last().get("event") == "end"
 
     def is_dropped(self, round_: int, name: str) -> bool:
-        """True of a stage whose files were deleted on purpose."""
+        """Whether the stage's files were deleted on purpose."""
         dropped = DroppedFiles.load(self.folder(round_, name))
         return dropped is not None and not dropped.columns
 
     def dropped_columns(self, round_: int, name: str) -> tuple[str, ...]:
-        """The columns that a stage's tables no longer hold, on purpose."""
+        """The columns that were deleted from the stage's tables on purpose."""
         dropped = DroppedFiles.load(self.folder(round_, name))
         return dropped.columns if dropped is not None else ()
 
     def files_now(self, round_: int, name: str, commit: Manifest) -> dict[str, FileEntry]:
-        """The files of a committed stage as they should be: as its manifest says, but for what was let go since."""
+        """The files of a committed stage as they should be, after what was deleted on purpose."""
         dropped = DroppedFiles.load(self.folder(round_, name))
         return {**commit.files, **(dropped.files if dropped is not None else {})}
 
     def commit_hash(self, round_: int, name: str) -> str:
         """SHA-256 of a stage's manifest, which covers all inputs; empty if it is not committed."""
-        return sha256_of(self.folder(round_, name) / commits.NAME) if self.is_committed(round_, name) else ""
+        return sha256_of(self.folder(round_, name) / NAME) if self.is_committed(round_, name) else ""
 
     def seal(self, commit: Manifest, name: str) -> None:
-        """Commits the stage, whose files all lie in its folder, durably."""
+        """Commits the stage, whose files are all in its folder, durably."""
         commit.save(self.folder(commit.round, name), self.tmp)
 
     def places(self, rounds: Sequence[int] | None = None) -> Iterator[tuple[int, str]]:
-        """Every folder that a stage has written, by round and name: what is committed, and all of a round's own."""
+        """Every folder that a stage has written, by round and name: all committed ones, and all of a round's own."""
         for round_ in self.rounds() if rounds is None else rounds:
             base = self.root / f"round-{round_:04d}"
-            if not base.is_dir():
-                continue
-            committed = (path.parent.relative_to(base).as_posix() for path in sorted(base.rglob(commits.NAME)))
-            own = (path.name for path in sorted(base.iterdir()) if path.is_dir())
-            yield from ((round_, name) for name in dict.fromkeys([*committed, *own]))
+            if base.is_dir():
+                sealed = (path.parent.relative_to(base).as_posix() for path in sorted(base.rglob(NAME)))
+                folders = (path.name for path in sorted(base.iterdir()) if path.is_dir())
+                yield from ((round_, name) for name in dict.fromkeys([*sealed, *folders]))
 
     def faults(self, without: Collection[tuple[int, str]] = ()) -> list[str]:
         """What is damaged, a line each: changed or missing files, then manifests whose inputs have been replaced.
 
-        Stages in `without` are passed over. Raises RunTooNew.
+        Stages in `without` are skipped. Raises RunTooNew.
         """
-        places = [place for place in self.places() if place not in without]
-        damaged = [fault for place in places for fault in self._damage(*place)]
-        return damaged + [fault for place in places for fault in self._replaced(*place)]
+        pairs = [self._faults(*place) for place in self.places() if place not in without]
+        return [fault for damaged, _ in pairs for fault in damaged] + [fault for _, made in pairs for fault in made]
 
     def faults_of(self, round_: int, name: str) -> list[str]:
         """What is damaged in one stage's folder, a line each. Raises RunTooNew."""
-        return self._damage(round_, name) + self._replaced(round_, name)
+        damaged, replaced = self._faults(round_, name)
+        return damaged + replaced
 
-    def _damage(self, round_: int, name: str) -> list[str]:
-        """What of the stage's own files is not as it was committed."""
-        folder = self.folder(round_, name)
-        try:
-            commit, dropped = Manifest.load(folder), DroppedFiles.load(folder)
-        except RunDamaged as error:
-            return [str(error).split(". ")[0]]
-        return commit.faults(folder, dropped) if commit is not None else []
-
-    def _replaced(self, round_: int, name: str) -> list[str]:
-        """Which of the stages that it was made from are no longer what they were."""
+    def _faults(self, round_: int, name: str) -> tuple[list[str], list[str]]:
+        """How a stage's files differ from what was committed, and which of its inputs have been replaced since."""
         folder = self.folder(round_, name)
         try:
             commit = Manifest.load(folder)
-        except RunDamaged:
-            return []
-        reads = commit.inputs.items() if commit is not None else ()
-        gone = [read for read, expected in reads if self.commit_hash(*parted(read)) != expected]
-        return [f"{folder} was made from another {read} than the one on disk" for read in gone]
+        except RunDamaged as error:
+            return [str(error).split(". ")[0]], []
+        if commit is None:
+            return [], []
+        inputs = {read: read.split("/", 1) for read in commit.inputs}
+        current = {read: self.commit_hash(int(number), source) for read, (number, source) in inputs.items()}
+        gone = [read for read, expected in commit.inputs.items() if current[read] != expected]
+        replaced = [f"{folder} was made from another {read} than the one on disk" for read in gone]
+        try:
+            return commit.faults(folder, DroppedFiles.load(folder)), replaced
+        except RunDamaged as error:
+            return [str(error).split(". ")[0]], replaced
 
     def supersede(self, round_: int, name: str) -> None:
-        """Moves a stage aside, to superseded/: nothing that was generated is ever deleted.
+        """Moves a stage to superseded/, except stages in folders below it: nothing that was generated is deleted.
 
-        Stages in folders below it stay. Its manifest goes first, so that a kill leaves a stage that is not committed.
+        Its manifest goes first, so that a kill leaves a stage that is not committed.
         """
         folder = self.folder(round_, name)
         if not folder.is_dir():
             return
         target = unique(self.root / "superseded", f"-round-{round_:04d}-{name.replace('/', '-')}")
-        nested = {path.relative_to(folder).parts[0] for path in folder.glob(f"*/**/{commits.NAME}")}
-        own = [path for path in folder.iterdir() if path.name not in nested]
+        nested = {path.relative_to(folder).parts[0] for path in folder.glob(f"*/**/{NAME}")}
+        paths = [path for path in folder.iterdir() if path.name not in nested]
         with explaining(folder):
-            if own:
+            if paths:
                 ensure_folder(target)
-            for path in sorted(own, key=lambda path: path.name != commits.NAME):
+            for path in sorted(paths, key=lambda path: path.name != NAME):
                 path.rename(target / path.name)
             if not nested:
                 folder.rmdir()
-            sync(*([target] if own else []), folder if nested else folder.parent)
+            sync(*([target] if paths else []), folder if nested else folder.parent)
 
     def clear(self, round_: int, name: str) -> None:
-        """Removes what an interrupted stage left in its folder."""
+        """Deletes what an interrupted stage left in its folder."""
         discard(self.folder(round_, name), self.tmp)
 
     # -- the lock ---------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the run for this process; what an earlier holder left under tmp/ is removed.
+        """Holds the run for this process, and empties tmp/.
 
         Raises RunInUse, and StoreError where the directory cannot be written, also later while it is held.
         """
@@ -283,14 +326,11 @@ class RunFolder:
                     f"{self.root} is in use by another process. Wait for it to end, or choose another output_dir."
                 ) from error
             try:
-                self._empty_tmp()
+                shutil.rmtree(self.tmp, ignore_errors=True)
+                self.tmp.mkdir(exist_ok=True)
                 yield
             finally:
                 lock.release()
-
-    def _empty_tmp(self) -> None:
-        shutil.rmtree(self.tmp, ignore_errors=True)
-        self.tmp.mkdir(exist_ok=True)
 
 
 def holds_files(folder: Path) -> bool:
@@ -299,22 +339,15 @@ def holds_files(folder: Path) -> bool:
 
 
 def difference_to_yaml(path: Path, data: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The fields of a resolved configuration that a YAML file gives another value, with both values.
+    """The fields of a resolved configuration that differ from a YAML file, each with both values.
 
     Empty where the file cannot be read.
     """
     try:
-        asked = validate(read_yaml(path)).model_dump(mode="json") | {"output_dir": None}
+        other = validate(read_yaml(path)).model_dump(mode="json") | {"output_dir": None}
     except ConfigError:
         return {}
-    plain = {name: value for name, value in data.items() if name not in (SELF, RECORD)}
     folder = data.get(RECORD, {}).get("folder") if isinstance(data.get(RECORD), dict) else None
     if isinstance(folder, str):
-        asked = moved(asked, Path.cwd(), path.parent / folder)
-    return differences(plain, asked)
-
-
-def parted(read: str) -> tuple[int, str]:
-    """The round and the folder of an input as a manifest names it: 1/generate."""
-    round_, name = read.split("/", 1)
-    return int(round_), name
+        other = moved(other, Path.cwd(), path.parent / folder)
+    return differences({name: value for name, value in data.items() if name not in (SELF, RECORD)}, other)

@@ -17,11 +17,10 @@ import pytest
 from raftune.report import collect, pictures, write_report
 from raftune.report.overview import overview
 from raftune.runtime.run import run
+from raftune.store.commit import MARKER, with_hash
 from raftune.store.commit import NAME as COMMIT
-from raftune.store.commit import with_hash
 from raftune.store.files import json_bytes, sha256_of
 from raftune.store.parquet import read_metadata, read_table, write_table
-from raftune.store.pruning import MARKER
 from tests.runs import sketches
 
 SHARD = "round-0001/generate/chunk-00000.parquet"
