@@ -17,8 +17,6 @@ from raftune.errors import ConfigError, DataError
 from raftune.rewards.function import FunctionReward
 from raftune.rewards.loading import load_reward
 
-_BATCH = 1000
-
 
 @dataclass(frozen=True)
 class RewardInputs:
@@ -29,43 +27,41 @@ class RewardInputs:
     weights: list[float] = field(default_factory=list)
 
 
-def given_rewards(rewards: Any, tokenizers: Any, weights: Sequence[float] | None) -> RewardInputs:
-    """The rewards in their two kinds. Raises ConfigError where none is given, or lists do not match."""
-    several = list(rewards) if isinstance(rewards, (list, tuple)) else [] if rewards is None else [rewards]
-    if not several:
+def reward_inputs(rewards: Any, tokenizers: Any, weights: Sequence[float] | None) -> RewardInputs:
+    """The rewards in their two kinds. Raises ConfigError without a reward, and for lists of other lengths."""
+    if not isinstance(rewards, (list, tuple)):
+        rewards = [] if rewards is None else [rewards]
+    if not rewards:
         raise ConfigError(
             "reward_funcs must hold at least one reward; got none. Give a function that returns a list of numbers."
         )
-    if isinstance(tokenizers, (list, tuple)):
-        beside = list(tokenizers)
-    else:  # as in TRL: one that is given belongs to one reward
-        beside = [None] * len(several) if tokenizers is None else [tokenizers]
-    factors = [1.0] * len(several) if weights is None else list(weights)
-    for name, one in (("reward_processing_classes", beside), ("reward_weights", factors)):
-        if len(one) != len(several):
+    if tokenizers is None:
+        tokenizers = [None] * len(rewards)
+    elif not isinstance(tokenizers, (list, tuple)):  # as in TRL: one tokenizer belongs to one reward
+        tokenizers = [tokenizers]
+    weights = [1.0] * len(rewards) if weights is None else weights
+    for name, values in (("reward_processing_classes", tokenizers), ("reward_weights", weights)):
+        if len(values) != len(rewards):
             raise ConfigError(
-                f"{name} must hold one entry for each reward; got {len(one)} for {len(several)} rewards. Give a list, "
-                "with None where a reward needs none."
+                f"{name} must hold one entry for each reward; got {len(values)} for {len(rewards)} rewards. Give a "
+                "list, with None where a reward needs none."
             )
-    found = RewardInputs()
-    for number, (reward, tokenizer, weight) in enumerate(zip(several, beside, factors, strict=True)):
+    inputs = RewardInputs()
+    for number, (reward, tokenizer, weight) in enumerate(zip(rewards, tokenizers, weights, strict=True)):
         if isinstance(reward, (str, Path)) and tokenizer is None:
-            found.specs.append({"spec": str(reward), "weight": float(weight)})
+            inputs.specs.append({"spec": str(reward), "weight": float(weight)})
+            continue
+        inputs.weights.append(float(weight))
+        if isinstance(reward, (str, Path)):
+            from raftune.rewards.builtin.classifier import ClassifierReward
+            from raftune.rewards.builtin.model_options import ClassifierOptions
+
+            inputs.objects.append(ClassifierReward(ClassifierOptions(model=str(reward)), tokenizer=tokenizer))
+        elif getattr(reward, "__name__", None) == "<lambda>":  # TRL numbers functions without a name
+            inputs.objects.append(FunctionReward(reward, f"reward_{number}"))
         else:
-            found.objects.append(_as_object(reward, tokenizer, number))
-            found.weights.append(float(weight))
-    return found
-
-
-def _as_object(reward: Any, tokenizer: Any, number: int) -> Any:
-    if isinstance(reward, (str, Path)):
-        from raftune.rewards.builtin.classifier import ClassifierReward
-        from raftune.rewards.builtin.model_options import ClassifierOptions
-
-        return ClassifierReward(ClassifierOptions(model=str(reward)), tokenizer=tokenizer)
-    if getattr(reward, "__name__", None) == "<lambda>":  # TRL counts what has no name
-        return FunctionReward(reward, f"reward_{number}")
-    return load_reward(reward, tokenizer=tokenizer)
+            inputs.objects.append(load_reward(reward, tokenizer=tokenizer))
+    return inputs
 
 
 @dataclass(frozen=True)
@@ -76,17 +72,17 @@ class PromptInputs:
     table: Callable[[], pa.Table] | None = None
 
 
-def given_prompts(
+def prompt_inputs(
     rows: Any,
     name: str,
     columns: Callable[[str], bool] | None = None,
     needed: int | None = None,
-    known_by: int | None = None,
+    hashed: int | None = None,
 ) -> PromptInputs:
-    """The prompts: a file or name, or rows known by their hash. Raises DataError for what is no data set of prompts.
+    """The prompts: a file or name, or rows identified by their hash. Raises DataError for anything else.
 
-    Of a stream no more than `needed` rows are read, and it is known by the first `known_by` of them, so that a run of
-    more rounds is the same run. `columns` says which columns are kept.
+    Of a stream no more than `needed` rows are read, and the hash is of the first `hashed`, so that a run of more rounds
+    is the same run. `columns` says which columns are kept.
     """
     if rows is None:
         raise ConfigError(f"{name} must be given; got None. Give rows with a 'prompt' column.")
@@ -103,28 +99,28 @@ def given_prompts(
         raise DataError(str(error).replace("train_dataset", name)) from error
     if columns is not None:
         table = table.select([column for column in table.column_names if columns(column)])
-    known = f"stream-{table_hash(table.slice(0, known_by))}" if stream else table_hash(table)
-    return PromptInputs(f"object:{known}", lambda: table)
+    identity = f"stream-{table_hash(table.slice(0, hashed))}" if stream else table_hash(table)
+    return PromptInputs(f"object:{identity}", lambda: table)
 
 
-def given_held_out(rows: Any, columns: Callable[[str], bool] | None, wanted: int) -> PromptInputs:
-    """The held-out prompts; of a dictionary of data sets as many of each: rounds are compared by all of them."""
+def held_out_inputs(rows: Any, columns: Callable[[str], bool] | None, count: int) -> PromptInputs:
+    """The held-out prompts; of a dictionary of data sets equally many of each: rounds are compared by all of them."""
     if not isinstance(rows, Mapping) or not rows:
-        return given_prompts(rows, "eval_dataset", columns, wanted)
-    share = max(1, -(-wanted // len(rows)))
+        return prompt_inputs(rows, "eval_dataset", columns, count)
+    share = max(1, -(-count // len(rows)))
     together: list[dict[str, Any]] = []
     for name, part in rows.items():
-        table = given_prompts(part, f"eval_dataset[{name!r}]", columns, share).table
+        table = prompt_inputs(part, f"eval_dataset[{name!r}]", columns, share).table
         if table is None:
             raise DataError(f"eval_dataset[{name!r}] must be a data set; got {part!r}. Load it first.")
         together += table().slice(0, share).to_pylist()
-    return given_prompts(together, "eval_dataset")
+    return prompt_inputs(together, "eval_dataset")
 
 
 def table_hash(table: pa.Table) -> str:
     """16 hex digits over the rows, whatever chunks and metadata they come in."""
     total = hashlib.sha256(json.dumps(table.column_names).encode())
-    for batch in table.to_batches(max_chunksize=_BATCH):
+    for batch in table.to_batches(max_chunksize=1000):
         for row in batch.to_pylist():
             total.update(json.dumps(row, sort_keys=True, default=repr).encode())
     return total.hexdigest()[:16]

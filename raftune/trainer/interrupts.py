@@ -16,11 +16,11 @@ from raftune.store import interruption
 def leaving_on_interrupt() -> Iterator[None]:
     """While the block runs an interrupt is remembered, so that a reward that swallows it cannot turn it into data.
 
-    Training goes on to the end of its optimizer step and keeps it; a second interrupt stops at once. Where the script
+    Training goes on to the end of its optimizer step and saves it; a second interrupt stops at once. Where the script
     has a handler of its own, and in other threads, nothing is changed.
     """
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
 
@@ -29,7 +29,7 @@ def leaving_on_interrupt() -> Iterator[None]:
         promise = interruption.ask_to_stop()
         if not first or promise is None:
             raise KeyboardInterrupt
-        # no logger: a handler of signals takes no lock
+        # no logger: a signal handler takes no lock
         os.write(2, f"\nstopping after the current step: {promise}. Once more stops at once.\n".encode())
 
     interruption.forget()

@@ -15,19 +15,16 @@ from raftune.results.round_metrics import SampleStats, held_out, kept, losses
 from raftune.results.summary import overlap_warning, seconds_by_round
 from raftune.sanitize import one_line
 from raftune.store.run import RunFolder
+from raftune.trainer.arguments import default_of
 from raftune.trainer.config import RaftConfig
-from raftune.trainer.refused import default_of
 
 
 class StopAfterRound(Exception):
     """A callback asked to stop: raised at the end of a round, when everything of it is committed."""
 
-    def __init__(self, round_: int) -> None:
-        super().__init__(f"a callback stopped the training after round {round_}")
-
 
 class RoundFlow(DefaultFlowCallback):  # type: ignore[misc]
-    """Stands where transformers looks for its own flow: rounds log, evaluate and end by the run's rules."""
+    """Replaces transformers' own flow: rounds log, evaluate and end by the run's rules."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         return control
@@ -36,19 +33,11 @@ class RoundFlow(DefaultFlowCallback):  # type: ignore[misc]
         return control
 
 
-def every(args: RaftConfig) -> int:
-    """Optimizer steps between two logs of the loss; a share of all steps, which no round knows, is the default."""
-    return int(args.logging_steps if args.logging_steps >= 1 else default_of(RaftConfig, "logging_steps"))
-
-
 class LazyModel:
-    """The current model for callbacks, read when one first asks for something of it, and let go after the event."""
+    """The current model for callbacks, loaded at the first use in an event, and released after the event."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
         self._load, self._loaded = load, None
-
-    def _release(self) -> None:
-        self._loaded = None
 
     def _get(self) -> Any:
         if self._loaded is None:
@@ -56,53 +45,45 @@ class LazyModel:
         return self._loaded
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # so that isinstance tells what it stands for
+    def __class__(self) -> Any:  # so that isinstance sees the model's class
         return type(self._get())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._get(), name)
 
-    def __call__(self, *args: Any, **given: Any) -> Any:
-        return self._get()(*args, **given)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._get()(*args, **kwargs)
 
 
 class RoundCallbackHandler(CallbackHandler):  # type: ignore[misc]
     """Gives callbacks the model of the latest round and the tokenizer; reporters, which only describe a model, none."""
 
-    def tell_of(self, rounds: RoundTracker, load: Callable[[int], Any], tokenizer: Any) -> None:
-        self.model = LazyModel(lambda: load(int(rounds.round)))
-        self.processing_class = tokenizer
-
-    def call_event(self, event: str, args: Any, state: Any, control: Any, **given: Any) -> Any:
-        late, given = self.model, {"processing_class": self.processing_class, **given}
-        given |= dict.fromkeys(("optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"))
+    def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        model, kwargs = self.model, {"processing_class": self.processing_class, **kwargs}
+        kwargs |= dict.fromkeys(("optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"))
         try:
             for callback in self.callbacks:
                 reports = type(callback).__module__.startswith("transformers.integrations")
-                told = getattr(callback, event)(args, state, control, model=None if reports else late, **given)
-                control = control if told is None else told
+                result = getattr(callback, event)(args, state, control, model=None if reports else model, **kwargs)
+                control = control if result is None else result
         finally:
-            if late is not None:
-                late._release()
+            if model is not None:
+                model._loaded = None
         return control
 
 
 class RoundTracker:
     """Follows one call of train(). Rounds that were done before fill the state; only new ones reach the callbacks.
 
-    An epoch of transformers' callbacks is a round, a step an optimizer step; steps are told when their round is over.
+    An epoch of transformers' callbacks is a round, a step an optimizer step; steps are reported after their round.
     """
 
-    def __init__(
-        self,
-        args: RaftConfig,
-        handler: CallbackHandler,
-        run: RunFolder,
-        encoder: Callable[[], Any],
-    ) -> None:
+    def __init__(self, args: RaftConfig, handler: CallbackHandler, run: RunFolder, encoder: Callable[[], Any]) -> None:
         self.args, self.handler, self.run, self._encoder = args, handler, run, encoder
+        # optimizer steps between two logs of the loss; a share of all steps, which no round knows, is the default
+        self._every = int(args.logging_steps if args.logging_steps >= 1 else default_of(RaftConfig, "logging_steps"))
         self.state = TrainerState(
-            logging_steps=every(args),
+            logging_steps=self._every,
             num_train_epochs=args.num_rounds,
             max_steps=args.num_rounds * max(0, args.max_steps),
             train_batch_size=args.per_device_train_batch_size,
@@ -110,20 +91,18 @@ class RoundTracker:
             is_world_process_zero=True,
         )
         self.control = TrainerControl()
-        self.round = self.done = 0  # the latest round whose model there is; how many rounds are done
+        self.round = self.done = 0  # the latest round with a model; the number of rounds that are done
         self.summary: dict[str, float] = {}  # of the whole training, once it ended
-        self._losses: list[float] = []
         self.worked = False  # whether anything had to be done
-        self.resumed = 0  # rounds that were found done
-        self._live = False
-        # what a user should know about prompts and how answers were generated, each once
-        self.notes: dict[str, None] = {}
+        self.notes: dict[str, None] = {}  # warnings about prompts and generation, each once
+        self._losses: list[float] = []
+        self._live = False  # whether the current round is new
 
     def __call__(self, kind: str, facts: dict[str, Any]) -> None:
         if follow := getattr(self, f"_on_{kind}", None):
             follow(**facts)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         self._event("on_train_begin")
 
     def end(self) -> None:
@@ -156,63 +135,54 @@ class RoundTracker:
             self.notes[warning] = None
 
     def _on_round_end(self, round: int, metrics: dict[str, Any], summary: dict[str, Any], **_: Any) -> None:
-        self.resumed += not self._live
         self.round = round
         if round:
             self.done += 1
-            self._tell_steps(round)
-            self.state.epoch = float(round)
-            self._log(self._of_training(round, summary))
+            self._log_training(round, summary)
         if metrics:
-            self._tell_evaluation(held_out(metrics))
-        if self._live:
-            self._end_live_round(round)
+            evaluation = held_out(metrics)
+            self._log(evaluation)
+            if self._live:
+                self._event("on_evaluate", metrics=evaluation)
+            name = str(self.args.metric_for_best_model or "eval_reward")
+            value = evaluation.get(name, evaluation.get("eval_reward"))
+            if value is not None and (self.state.best_metric is None or value > self.state.best_metric):
+                self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+        if not self._live:
+            return
+        if round:
+            if self.args.log_completions:
+                show(kept(self.run, round, self.args.num_completions_to_print), round)
+            self._event("on_save")
+            self._event("on_epoch_end")
+        if self.control.should_training_stop and round < self.args.num_rounds:
+            raise StopAfterRound(f"a callback stopped the training after round {round}")
 
-    def _tell_steps(self, round_: int) -> None:
-        """Counts the round's optimizer steps, and logs their loss every `logging_steps`."""
-        found, steps = losses(self.run, round_), every(self.args)
-        self._losses += found
+    def _log_training(self, round_: int, summary: dict[str, Any]) -> None:
+        """Counts the round's optimizer steps, logs their loss every `logging_steps`, then the round's metrics."""
+        values = losses(self.run, round_)
+        self._losses += values
         waiting: list[float] = []
-        for number, loss in enumerate(found, 1):
+        for number, loss in enumerate(values, 1):
             self.state.global_step += 1
-            self.state.epoch = round_ - 1 + number / len(found)
+            self.state.epoch = round_ - 1 + number / len(values)
             waiting.append(loss)
             first = self.args.logging_first_step and self.state.global_step == 1
-            if self.args.logging_strategy == "steps" and (first or self.state.global_step % steps == 0):
+            if self.args.logging_strategy == "steps" and (first or self.state.global_step % self._every == 0):
                 self._log({"loss": sum(waiting) / len(waiting)})
                 waiting = []
             if self._live:
                 self._event("on_step_end")
-
-    def _of_training(self, round_: int, summary: dict[str, Any]) -> dict[str, float]:
-        drawn = SampleStats(self.run, round_, self._encoder())
-        self.state.num_input_tokens_seen += drawn.tokens
-        found = drawn.metrics() | {"num_tokens": float(self.state.num_input_tokens_seen)}
-        report = losses(self.run, round_)
-        if report:
-            found["train_loss"] = sum(report) / len(report)
-        for name in ("kept", "reward_kept"):
-            if summary.get(name) is not None:
-                found[name] = float(summary[name])
-        seconds = seconds_by_round(self.run.events).get(round_)
-        return found | ({"step_time": seconds / max(1, len(report)), "round_time": seconds} if seconds else {})
-
-    def _tell_evaluation(self, found: dict[str, float]) -> None:
-        self._log(found)
-        if self._live:
-            self._event("on_evaluate", metrics=found)
-        value = found.get(str(self.args.metric_for_best_model or "eval_reward"), found.get("eval_reward"))
-        if value is not None and (self.state.best_metric is None or value > self.state.best_metric):
-            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
-
-    def _end_live_round(self, round_: int) -> None:
-        if round_:
-            if self.args.log_completions:
-                show(kept(self.run, round_, self.args.num_completions_to_print), round_)
-            self._event("on_save")
-            self._event("on_epoch_end")
-        if self.control.should_training_stop and round_ < self.args.num_rounds:
-            raise StopAfterRound(round_)
+        self.state.epoch = float(round_)
+        stats = SampleStats(self.run, round_, self._encoder())
+        self.state.num_input_tokens_seen += stats.tokens
+        entry = stats.metrics() | {"num_tokens": float(self.state.num_input_tokens_seen)}
+        if values:
+            entry["train_loss"] = sum(values) / len(values)
+        entry |= {name: float(summary[name]) for name in ("kept", "reward_kept") if summary.get(name) is not None}
+        if seconds := seconds_by_round(self.run.events).get(round_):
+            entry |= {"step_time": seconds / max(1, len(values)), "round_time": seconds}
+        self._log(entry)
 
     def _log(self, entry: dict[str, float]) -> None:
         logs = {**entry, "epoch": self.state.epoch}
@@ -225,14 +195,14 @@ class RoundTracker:
 
 
 def show(rows: list[tuple[Any, str, float | None, dict[str, Any]]], round_: int) -> None:
-    """Prints what was kept as a table, with what rewards logged; what a model wrote is shown harmless, on one line."""
+    """Prints kept samples and the values that rewards logged as a table; texts are sanitized, on one line."""
     extras = sorted({name for *_, logged in rows for name in logged})
     heads = ("prompt", "completion", "reward", *map(one_line, extras))
     table = Table(*heads, title=f"kept in round {round_}", title_justify="left")
     for prompt, completion, score, logged in rows:
-        asked = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+        text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
         number = "" if score is None else f"{score:.3f}"
         values = ("" if logged.get(name) is None else str(logged[name]) for name in extras)
         more = (Text(one_line(value, 100)) for value in values)
-        table.add_row(Text(one_line(asked, 200)), Text(one_line(completion, 400)), number, *more)
+        table.add_row(Text(one_line(text, 200)), Text(one_line(completion, 400)), number, *more)
     Console(stderr=True).print(table)

@@ -25,7 +25,7 @@ from raftune.store import interruption
 from raftune.store.parquet import read_table
 from raftune.trainer import RaftConfig, RaftTrainer
 from raftune.trainer.interrupts import leaving_on_interrupt
-from raftune.trainer.wording import in_python
+from raftune.trainer.messages import in_python
 from tests.builders import tiny_llama
 from tests.runs.test_trainer_runs import ROWS, length, logits, samples, trainer
 from tests.unit.trainer.test_trainer import warned

@@ -22,10 +22,10 @@ from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 import raftune
 from raftune.errors import ConfigError, DataError, ModelError
 from raftune.trainer import RaftConfig, RaftTrainer
+from raftune.trainer.arguments import BORROWED, MAPPED, ONLY_WITH, QUIET, REFUSED, WITHOUT, default_of
 from raftune.trainer.config import OWN, PASSED_ON, TABLE, flat_names, run_of
-from raftune.trainer.inputs import given_prompts, given_rewards, table_hash
-from raftune.trainer.models import adapter_section, given_model, model_hash, tokenizer_hash
-from raftune.trainer.refused import BORROWED, MAPPED, ONLY_WITH, QUIET, REFUSED, WITHOUT, default_of
+from raftune.trainer.inputs import prompt_inputs, reward_inputs, table_hash
+from raftune.trainer.models import adapter_section, model_hash, model_inputs, tokenizer_hash
 from tests.builders import tiny_llama, tiny_tokenizer
 
 torch.set_num_threads(1)
@@ -373,14 +373,14 @@ def test_what_a_trainer_cannot_use_is_refused_when_it_is_built(changes: dict[str
 def test_one_tokenizer_is_not_taken_for_several_rewards() -> None:
     """Two reward models have tokenizers of their own."""
     with pytest.raises(ConfigError, match="reward_processing_classes must hold one entry for each reward; got 1 for 2"):
-        given_rewards([len_of, len_of], tiny_tokenizer(), None)
+        reward_inputs([len_of, len_of], tiny_tokenizer(), None)
 
 
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
 def named(**init: Any) -> dict[str, Any]:
-    return given_model("some/model", None, None, init, False).policy
+    return model_inputs("some/model", None, None, init, False).policy
 
 
 def test_a_named_model_is_loaded_in_float32_unless_it_is_told_otherwise() -> None:
@@ -452,14 +452,14 @@ def test_the_scale_of_rslora_is_carried_as_an_alpha() -> None:
 
 def test_a_lora_config_without_modules_means_those_that_peft_knows() -> None:
     model = tiny_llama()
-    found = given_model(model, tiny_tokenizer(), LoraConfig(), {}, False).policy["adapter"]["target_modules"]
+    found = model_inputs(model, tiny_tokenizer(), LoraConfig(), {}, False).policy["adapter"]["target_modules"]
     ours = {name.rsplit(".", 1)[-1] for name in get_peft_model(tiny_llama(), LoraConfig()).targeted_module_names}
     assert set(found) == ours
 
 
 def test_an_adapter_on_an_object_is_trained_on_in_its_own_shape() -> None:
     model = get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=["q_proj"]))
-    assert given_model(model, tiny_tokenizer(), None, {}, False).policy["adapter"]["r"] == 3
+    assert model_inputs(model, tiny_tokenizer(), None, {}, False).policy["adapter"]["r"] == 3
 
 
 def test_a_model_object_needs_a_tokenizer() -> None:
@@ -491,14 +491,14 @@ def test_the_hash_of_a_tokenizer_forgets_how_it_was_called_and_where_it_lay(tmp_
 
 
 def test_rewards_bear_the_names_that_trl_gives_them() -> None:
-    found = given_rewards([len_of, lambda completions, **_: [0.0], "starter"], None, [1.0, 2.0, 3.0])
+    found = reward_inputs([len_of, lambda completions, **_: [0.0], "starter"], None, [1.0, 2.0, 3.0])
     assert [reward.name for reward in found.objects] == ["len_of", "reward_1"]
     assert (found.weights, found.specs) == ([1.0, 2.0], [{"spec": "starter", "weight": 3.0}])
 
 
 def test_tokenizers_of_rewards_match_them_in_number() -> None:
     with pytest.raises(ConfigError, match="reward_processing_classes must hold one entry for each reward; got 2 for 1"):
-        given_rewards([len_of], [None, None], None)
+        reward_inputs([len_of], [None, None], None)
 
 
 def test_the_hash_of_rows_is_that_of_their_content() -> None:
@@ -510,12 +510,12 @@ def test_the_hash_of_rows_is_that_of_their_content() -> None:
 
 
 def test_rows_of_a_list_keep_every_column() -> None:
-    table = given_prompts([{"prompt": "a"}, {"prompt": "b", "answer": 2}], "train_dataset").table
+    table = prompt_inputs([{"prompt": "a"}, {"prompt": "b", "answer": 2}], "train_dataset").table
     assert table is not None and table().column("answer").to_pylist() == [None, 2]
 
 
 def test_a_data_set_by_name_is_read_by_the_run() -> None:
-    given = given_prompts("prompts.jsonl", "train_dataset")
+    given = prompt_inputs("prompts.jsonl", "train_dataset")
     assert (given.source, given.table) == ("prompts.jsonl", None)
 
 

@@ -13,103 +13,69 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import HfArgumentParser
 
-# Arguments of GRPOConfig, of the present and of earlier versions, that are none of TrainingArguments: type and default.
-# RaftConfig has them as fields, so that files and command lines may hold them.
+# Arguments of GRPOConfig, of all its versions, and of transformers before version 5 that TrainingArguments lacks: type
+# and default. RaftConfig has them as fields, so that files and command lines may hold them.
 BORROWED: dict[str, tuple[Any, Any]] = {
+    **dict.fromkeys(("sync_ref_model", "use_adaptive_entropy", "disable_dropout", "no_cuda"), (bool, False)),
+    **dict.fromkeys(("cast_lm_head_to_fp32", "log_unique_prompts", "wandb_log_unique_prompts"), (bool, False)),
+    **dict.fromkeys(("use_vllm", "vllm_enable_sleep_mode", "use_transformers_paged"), (bool, False)),
+    **dict.fromkeys(("use_transformers_continuous_batching", "use_liger_loss", "group_by_length"), (bool, False)),
+    **dict.fromkeys(("overwrite_output_dir", "use_legacy_prediction_loop"), (bool, False)),
+    "include_tokens_per_second": (bool, False),
+    **dict.fromkeys(("use_bias_correction_kl", "ds3_gather_for_generation", "log_multimodal"), (bool, True)),
+    **dict.fromkeys(("vllm_importance_sampling_correction", "save_safetensors"), (bool, True)),
+    "shuffle_dataset": (bool | None, True),
+    "vllm_enable_prefix_caching": (bool | None, None),
+    **dict.fromkeys(("generation_batch_size", "steps_per_generation", "max_prompt_length"), (int | None, None)),
+    **dict.fromkeys(("vllm_max_model_length", "vllm_max_model_len", "dataset_num_proc"), (int | None, None)),
+    "max_tool_calling_iterations": (int | None, None),
+    **dict.fromkeys(("epsilon_high", "delta", "off_policy_mask_threshold", "warmup_ratio"), (float | None, None)),
+    **dict.fromkeys(("vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap"), (float | None, None)),
+    "router_aux_loss_coef": (float | None, None),
+    **dict.fromkeys(("cache_implementation", "log_completions_hub_repo", "logging_dir"), (str | None, None)),
+    **dict.fromkeys(("vllm_structured_outputs_regex", "vllm_guided_decoding_regex"), (str | None, None)),
+    **dict.fromkeys(("vllm_server_base_url", "vllm_device", "vllm_dtype"), (str | None, None)),
+    "evaluation_strategy": (str | None, None),
     "num_iterations": (int, 1),
+    "ref_model_sync_steps": (int, 512),
+    "vllm_server_port": (int, 8000),
+    "vllm_group_port": (int, 51216),
+    "vllm_tensor_parallel_size": (int, 1),
     "epsilon": (float, 0.2),
-    "epsilon_high": (float | None, None),
-    "delta": (float | None, None),
-    "importance_sampling_level": (str, "token"),
-    "off_policy_mask_threshold": (float | None, None),
-    "use_bias_correction_kl": (bool, True),
     "sapo_temperature_neg": (float, 1.05),
     "sapo_temperature_pos": (float, 1.0),
-    "vespo_k_pos": (float, 2.0),
-    "vespo_lambda_pos": (float, 3.0),
-    "vespo_k_neg": (float, 3.0),
-    "vespo_lambda_neg": (float, 2.0),
+    **dict.fromkeys(("vespo_k_pos", "vespo_lambda_neg"), (float, 2.0)),
+    **dict.fromkeys(("vespo_k_neg", "vespo_lambda_pos"), (float, 3.0)),
+    "ref_model_mixup_alpha": (float, 0.6),
+    **dict.fromkeys(("top_entropy_quantile", "entropy_coef_max"), (float, 1.0)),
+    **dict.fromkeys(("entropy_coef", "entropy_coef_min"), (float, 0.0)),
+    "entropy_coef_delta": (float, 0.005),
+    "entropy_target": (float, 0.2),
+    "vllm_server_timeout": (float, 240.0),
+    "vllm_gpu_memory_utilization": (float, 0.3),
+    "vllm_importance_sampling_clip_max": (float | None, 3.0),
+    "importance_sampling_level": (str, "token"),
     "loss_type": (str, "dapo"),
     "scale_rewards": (str, "group"),
     "multi_objective_aggregation": (str, "sum_then_normalize"),
-    "sync_ref_model": (bool, False),
-    "ref_model_mixup_alpha": (float, 0.6),
-    "ref_model_sync_steps": (int, 512),
-    "top_entropy_quantile": (float, 1.0),
-    "entropy_coef": (float, 0.0),
-    "use_adaptive_entropy": (bool, False),
-    "entropy_coef_min": (float, 0.0),
-    "entropy_coef_max": (float, 1.0),
-    "entropy_coef_delta": (float, 0.005),
-    "entropy_target": (float, 0.2),
-    "generation_batch_size": (int | None, None),
-    "steps_per_generation": (int | None, None),
-    "shuffle_dataset": (bool | None, True),
-    "max_prompt_length": (int | None, None),
-    "pad_to_multiple_of": (int | str | None, "auto"),
-    "disable_dropout": (bool, False),
-    "cast_lm_head_to_fp32": (bool, False),
-    "router_aux_loss_coef": (float | None, None),
-    "ds3_gather_for_generation": (bool, True),
-    "cache_implementation": (str | None, None),
-    "use_transformers_paged": (bool, False),
-    "use_transformers_continuous_batching": (bool, False),
-    "transformers_continuous_batching_config": (dict[str, Any] | str | None, None),
-    "max_tool_calling_iterations": (int | None, None),
-    "log_multimodal": (bool, True),
-    "log_unique_prompts": (bool, False),
-    "wandb_log_unique_prompts": (bool, False),
-    "log_completions_hub_repo": (str | None, None),
-    "use_vllm": (bool, False),
     "vllm_mode": (str, "colocate"),
     "vllm_model_impl": (str, "vllm"),
-    "vllm_enable_sleep_mode": (bool, False),
-    "vllm_structured_outputs_regex": (str | None, None),
-    "vllm_guided_decoding_regex": (str | None, None),
-    "vllm_server_base_url": (str | None, None),
     "vllm_server_host": (str, "0.0.0.0"),
-    "vllm_server_port": (int, 8000),
-    "vllm_server_timeout": (float, 240.0),
-    "vllm_group_port": (int, 51216),
-    "vllm_gpu_memory_utilization": (float, 0.3),
-    "vllm_max_model_length": (int | None, None),
-    "vllm_max_model_len": (int | None, None),
-    "vllm_tensor_parallel_size": (int, 1),
-    "vllm_importance_sampling_correction": (bool, True),
     "vllm_importance_sampling_mode": (str, "sequence_mask"),
-    "vllm_importance_sampling_clip_max": (float | None, 3.0),
-    "vllm_importance_sampling_clip_min": (float | None, None),
-    "vllm_importance_sampling_cap": (float | None, None),
-    "vllm_device": (str | None, None),
-    "vllm_dtype": (str | None, None),
-    "vllm_enable_prefix_caching": (bool | None, None),
-    "use_liger_loss": (bool, False),
-    "dataset_num_proc": (int | None, None),
-    # of transformers before version 5
-    "warmup_ratio": (float | None, None),
-    "logging_dir": (str | None, None),
-    "evaluation_strategy": (str | None, None),
-    "overwrite_output_dir": (bool, False),
-    "save_safetensors": (bool, True),
-    "group_by_length": (bool, False),
-    "no_cuda": (bool, False),
-    "include_tokens_per_second": (bool, False),
-    "use_legacy_prediction_loop": (bool, False),
+    "pad_to_multiple_of": (int | str | None, "auto"),
+    "transformers_continuous_batching_config": (dict[str, Any] | str | None, None),
 }
 # Of these a run reads what `config.py` maps.
 MAPPED = ("num_iterations", "max_prompt_length", "warmup_ratio", "no_cuda", "save_total_limit")
 
 _RATIO = "RAFT fine-tunes on the best of the K completions, so there is no policy ratio and no clipping"
-_ADVANTAGE = "RAFT ranks the K completions of a prompt, so there are no advantages to scale"
-_VLLM = "there is no vLLM engine: raftune's own sampler generates, and shares each prompt's cache"
 _ONE_DEVICE = "the run is one process on one device, with all of the model on it"
 _ROUND_SIZE = "a round's size is prompts_per_round and num_generations"
-_NO_REFERENCE = "no reference model moves along; beta measures the distance to the start model"
 _NO_ENTROPY = "the loss has no entropy term; a higher temperature gives more variety among the K completions"
 _NO_REGEX = "completions cannot be constrained; give the format as a reward, such as the built-in `regex`"
 
@@ -121,9 +87,9 @@ WITHOUT: dict[str, str] = {
     **dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), _RATIO),
     "loss_type": "the loss is the likelihood of what was kept; run_config={'training.loss_normalization': …} says what "
     "its mean is over",
-    "scale_rewards": _ADVANTAGE,
+    "scale_rewards": "RAFT ranks the K completions of a prompt, so there are no advantages to scale",
     **dict.fromkeys(("generation_batch_size", "steps_per_generation"), _ROUND_SIZE),
-    "use_vllm": _VLLM,
+    "use_vllm": "there is no vLLM engine: raftune's own sampler generates, and shares each prompt's cache",
     **dict.fromkeys(("use_liger_kernel", "use_liger_loss"), "the loss reads the head at completion positions only"),
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "models run uncompiled"),
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), _ONE_DEVICE),
@@ -161,7 +127,7 @@ QUIET: tuple[str, ...] = (
 REFUSED: dict[str, str] = {
     "multi_objective_aggregation": "rewards are added up as they are; run_config={'rewards.combine': 'rank'} adds up "
     "ranks, which no reward's scale dominates",
-    "sync_ref_model": _NO_REFERENCE,
+    "sync_ref_model": "no reference model moves along; beta measures the distance to the start model",
     "top_entropy_quantile": "every token of a kept completion is learned",
     **dict.fromkeys(("entropy_coef", "use_adaptive_entropy"), _NO_ENTROPY),
     **dict.fromkeys(("vllm_structured_outputs_regex", "vllm_guided_decoding_regex"), _NO_REGEX),
@@ -188,83 +154,57 @@ ONLY_WITH = {
     "greater_is_better": "metric_for_best_model",
     "hub_strategy": "push_to_hub",
 }
-# What TrainingArguments would act on, or stumble over, by itself.
-KEPT_FROM_TRANSFORMERS = (
-    *("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config", "load_best_model_at_end"),
-    *("torch_compile", "torch_compile_backend", "torch_compile_mode", "dataloader_prefetch_factor"),
-    *("fp16_full_eval", "bf16_full_eval", "ddp_backend", "ddp_timeout"),
-)
 
 BorrowedArguments = dataclasses.make_dataclass(
     "BorrowedArguments",
     [
-        (name, kind, dataclasses.field(default=default, metadata={"help": f"Of GRPOConfig: {why}."}))
+        (name, kind, dataclasses.field(default=default, metadata={"help": f"Of GRPOConfig: {reason}."}))
         for name, (kind, default) in BORROWED.items()
-        for why in (WITHOUT.get(name) or REFUSED.get(name) or ("mapped" if name in MAPPED else "changes nothing here"),)
+        for reason in (
+            WITHOUT.get(name) or REFUSED.get(name) or ("mapped" if name in MAPPED else "changes nothing here"),
+        )
     ],
 )
 
 
-def unknown(given: Iterable[str], known: Iterable[str]) -> list[str]:
+def unknown(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """A line for each name that is no argument at all; hints lead to arguments that have an effect."""
-    names = list(known)
-    found = []
-    for name in given:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    known = list(known)
+    lines = []
+    for name in names:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}?" if near else "delete it, or put a field of RunConfig into run_config."
-        found.append(f"{name} is not an argument of RaftConfig; {hint}")
-    return found
+        lines.append(f"{name} is not an argument of RaftConfig; {hint}")
+    return lines
 
 
 def unread(args: Any, base: type[Any], read: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """What was set though no run reads it: a line for each argument that is refused, and those to warn of by reason."""
+    """Arguments that were set though no run reads them: a line for each refused one, and by reason those to warn of."""
     refused: list[str] = []
     without: dict[str, list[str]] = {}
-    defaults = ArgumentDefaults(args, base)
-    passed_over = {*read, *QUIET}
+    defaults: list[Any] = []  # as TrainingArguments normalizes them, and as a parser of command lines gives them
+    ignored = {*read, *QUIET}
     for name in (field.name for owner in (BorrowedArguments, base) for field in dataclasses.fields(owner)):
-        value, depends = getattr(args, name), ONLY_WITH.get(name)
-        nothing = name in passed_over or (depends and not getattr(args, depends)) or defaults.has(name, value)
-        if nothing or _among(value, NEUTRAL.get(name, ())):
+        value, default = getattr(args, name), default_of(type(args), name)
+        if name in ignored or value == default or (name in ONLY_WITH and not getattr(args, ONLY_WITH[name])):
+            continue
+        if not defaults:
+            parser = HfArgumentParser((BorrowedArguments, base))
+            normalized = base(output_dir="unused", use_cpu=args.use_cpu)
+            defaults = [vars(normalized), vars(parser.parse_known_args([])[0])]
+        if any(name in others and value == others[name] for others in defaults):
+            continue
+        # 1 == True and 0.0 == False do not count
+        if any(value == free and isinstance(value, bool) == isinstance(free, bool) for free in NEUTRAL.get(name, ())):
             continue
         if name in REFUSED:
-            refused.append(
-                f"{name} must stay at {default_of(type(args), name)!r}; got {value!r}: {REFUSED[name]}. Delete it."
-            )
+            refused.append(f"{name} must stay at {default!r}; got {value!r}: {REFUSED[name]}. Delete it.")
         else:
             without.setdefault(WITHOUT.get(name, "a run does not read it"), []).append(name)
     return refused, without
 
 
-def warning_of(without: Mapping[str, list[str]]) -> str:
-    """The one warning about arguments that have no part in a run."""
-    lines = [f"  {', '.join(names)}: {why}" for why, names in without.items()]
-    return "\n".join(["These arguments have no part in a RAFT run, which goes on without them:", *lines])
-
-
-class ArgumentDefaults:
-    """Every form that an argument has where nobody set it: the class's, what TrainingArguments makes of it, and what a
-    parser of command lines hands on."""
-
-    def __init__(self, args: Any, base: type[Any]) -> None:
-        self.args, self.base = args, base
-        self._others: list[Mapping[str, Any]] | None = None
-
-    def has(self, name: str, value: Any) -> bool:
-        if value == default_of(type(self.args), name):
-            return True
-        if self._others is None:
-            settled = self.base(output_dir="unused", use_cpu=self.args.use_cpu)
-            parsed = HfArgumentParser((BorrowedArguments, self.base)).parse_known_args([])[0]
-            self._others = [vars(settled), vars(parsed)]
-        return any(name in other and value == other[name] for other in self._others)
-
-
 def default_of(owner: type[Any], name: str) -> Any:
     """The default of a dataclass's field."""
-    field = next(f for f in dataclasses.fields(owner) if f.name == name)
+    field = owner.__dataclass_fields__[name]
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-
-
-def _among(value: Any, held: tuple[Any, ...]) -> bool:
-    return any(value is one or (value == one and isinstance(value, bool) == isinstance(one, bool)) for one in held)

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from transformers import trainer_pt_utils
 
-# Of transformers' and TRL's trainers what a run has in no form, and what does it instead.
+# Members of transformers' and TRL's trainers that RaftTrainer lacks, and what serves instead.
+_OWN_OPTIMIZER = "every round makes its own; set optim and learning_rate"
+_LIKELIHOOD = "the loss is the likelihood of what was kept"
+_HELD_OUT = "held-out prompts are generated and scored; evaluate(dataset) does it for others"
 ELSEWHERE = {
     "get_train_dataloader": "each round trains on rows that it keeps itself; they lie in round-NNNN/rows/rows.parquet",
-    "get_eval_dataloader": "held-out prompts are generated and scored; evaluate(dataset) does it for others",
-    "get_test_dataloader": "held-out prompts are generated and scored; evaluate(dataset) does it for others",
+    **dict.fromkeys(("get_eval_dataloader", "get_test_dataloader"), _HELD_OUT),
     "predict": "evaluate(dataset) measures prompts; trainer.model.generate generates",
-    "compute_loss": "the loss is the likelihood of what was kept",
-    "training_step": "the loss is the likelihood of what was kept",
-    "create_optimizer": "every round makes its own; set optim and learning_rate",
+    **dict.fromkeys(("compute_loss", "training_step"), _LIKELIHOOD),
+    **dict.fromkeys(("create_optimizer", "optimizer"), _OWN_OPTIMIZER),
     "create_optimizer_and_scheduler": "every round makes its own; set optim, learning_rate and lr_scheduler_type",
-    "optimizer": "every round makes its own; set optim and learning_rate",
     "lr_scheduler": "every round makes its own; set lr_scheduler_type and warmup_steps",
     "ref_model": "beta measures the distance to the start model, which lies in the run",
     "model_wrapped": "trainer.model is the model itself",
@@ -27,7 +27,7 @@ ELSEWHERE = {
 
 
 class SingleProcessAccelerator:
-    """As much of accelerate's Accelerator as scripts ask of a run, which is one process on one device."""
+    """The members of accelerate's Accelerator that scripts use, for one process on one device."""
 
     is_main_process = is_local_main_process = is_last_process = True
     num_processes, process_index, local_process_index = 1, 0, 0
@@ -39,11 +39,11 @@ class SingleProcessAccelerator:
     def state(self) -> SingleProcessAccelerator:
         return self
 
-    def print(self, *words: Any, **options: Any) -> None:
-        print(*words, **options)
+    def print(self, *values: Any, **options: Any) -> None:
+        print(*values, **options)
 
     def wait_for_everyone(self) -> None:
-        """There is nobody else."""
+        """Returns at once: there is one process."""
 
     def unwrap_model(self, model: Any, **options: Any) -> Any:
         return model
@@ -55,7 +55,7 @@ class SingleProcessAccelerator:
 
 
 class TransformersTrainerMixin:
-    """Numbers and state written where transformers' Trainer writes them, and who this process is."""
+    """Callbacks, and metrics and state where transformers' Trainer writes them."""
 
     args: Any
     state: Any
@@ -80,6 +80,18 @@ class TransformersTrainerMixin:
         entry = {**logs, "epoch": self.state.epoch}
         self.state.log_history.append({**entry, "step": self.state.global_step})
         self.control = self._handler.on_log(self.args, self.state, self.control, logs=entry)
+
+    def add_callback(self, callback: Any) -> None:
+        """Adds a TrainerCallback, an instance or a class."""
+        self._handler.add_callback(callback)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Removes a callback, given as an instance or a class, and returns it; None where there is none."""
+        return self._handler.pop_callback(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Removes a callback, given as an instance or a class."""
+        self._handler.remove_callback(callback)
 
     def get_num_trainable_parameters(self) -> int:
         return sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
