@@ -7,20 +7,15 @@ import sys
 from collections.abc import Sequence
 
 
-def fill_streams() -> None:
-    """Opens what the caller has closed of stdin, stdout and stderr on nothing, so that no file takes their number."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 fine, 1 failed, 2 usage, 3 a gate failed, 130 interrupted."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
+        try:  # a stream that the caller has closed is opened on nothing, so that no file takes its number
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 fine, 1 failed, 2 usage, 3 a gate failed, 130 interrupted."""
-    fill_streams()
     from raftune.cli.app import app
     from raftune.cli.errors import run_command
 

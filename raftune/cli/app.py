@@ -60,25 +60,19 @@ COMMANDS = (
     ("schema", CHECK, "Print the JSON schema of the configuration."),
 )
 
+REWARD_COMMANDS = (
+    ("train", "reward_train:train", "Train a reward model on human feedback."),
+    ("score", "reward_score:score", "Score a file of completions or preferences."),
+    ("list", "reward_list:list_rewards", "List the built-in rewards, with options."),
+    ("check", "reward:check", "Try a reward on samples and report values, failures and speed."),
+)
+
 for _number, (_name, _group, _help) in enumerate(COMMANDS):
-    app.command(f"raftune.cli.commands.{_name}:{_name}", name=_name, group=_group, help=_help, sort_key=_number)
-_reward = App(
-    name="reward",
-    help="List and try rewards, train a reward model, score a file.",
-    group=WORK,
-)
-_reward.command("raftune.cli.commands.reward_train:train", name="train", help="Train a reward model on human feedback.")
-_reward.command(
-    "raftune.cli.commands.reward_score:score", name="score", help="Score a file of completions or preferences."
-)
-_reward.command(
-    "raftune.cli.commands.reward_list:list_rewards", name="list", help="List the built-in rewards, with options."
-)
-_reward.command(
-    "raftune.cli.commands.reward:check",
-    name="check",
-    help="Try a reward on samples and report values, failures and speed.",
-)
+    _module = "whatif" if _name in ("rescore", "select") else _name
+    app.command(f"raftune.cli.commands.{_module}:{_name}", name=_name, group=_group, help=_help, sort_key=_number)
+_reward = App(name="reward", group=WORK, help="List and try rewards, train a reward model, score a file.")
+for _name, _function, _help in REWARD_COMMANDS:
+    _reward.command(f"raftune.cli.commands.{_function}", name=_name, help=_help)
 app.command(_reward)
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # `--help` imports neither numpy nor pyarrow
 
 INTERRUPTED = Interrupted.exit_code
 USAGE = 2
+GRACE = 8.0  # seconds that a step may take after the first signal; a scheduler may kill after ten
+Handler = Callable[[int, FrameType | None], None]
 
 
 def run_command(app: App, tokens: list[str]) -> int:
@@ -42,19 +44,19 @@ def run_command(app: App, tokens: list[str]) -> int:
         if unknown := unknown_command(app, tokens):
             return complain(unknown, USAGE)
         explain(app, tokens)
-        with handling(at_once()):
+        with handling(stop_at_once()):
             result = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except CycloptsError as error:
-        return complain(usage_message(error, app, tokens), USAGE)
+        return complain(usage_message(error, tokens), USAGE)
     except RaftuneError as error:
         if debug:
             raise
         return complain(str(error), error.exit_code)
     except KeyboardInterrupt:
         return complain("interrupted; no file was left half written. Run the same command again.", INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -64,7 +66,7 @@ def run_command(app: App, tokens: list[str]) -> int:
 
 
 def complain(message: str, code: int) -> int:
-    """Says on stderr what went wrong, a line for each finding."""
+    """Prints what went wrong on stderr, a line for each error, and returns the code."""
     word, style = ("stopped", "bold yellow") if code == INTERRUPTED else ("error", "bold red")
     lines = [harmless(line) for line in message.splitlines() or [""]]
     try:
@@ -79,158 +81,142 @@ def complain(message: str, code: int) -> int:
             console.print(Text.assemble((f"{word}: ", style), first))
             for part in others:
                 console.print(Text(part))
-    except (ImportError, MemoryError, SystemError):  # no memory is left to say it in colours
+    except (ImportError, MemoryError, SystemError):  # too little memory for colours
         os.write(2, "".join(f"{word}: {line}\n" for line in lines).encode())
     return code
-
-
-def usage_message(error: CycloptsError, app: App, tokens: list[str]) -> str:
-    """What was wrong with the call, and where help is."""
-    from cyclopts import MissingArgumentError, UnknownCommandError, UnusedCliTokensError
-
-    words = [token for token in tokens if not token.startswith("-")]
-    if words and words[0] not in commands_of(app):
-        return no_command(words[0], app)
-    place = " ".join(["raftune", *words[:1]])
-    if isinstance(error, UnknownCommandError):
-        return no_command(words[1], app[words[0]])
-    if isinstance(error, UnusedCliTokensError):
-        extra = " ".join(error.unused_tokens or ())
-        return f"{place} takes no further argument; got {extra!r}. `{place} --help` explains it."
-    if isinstance(error, MissingArgumentError) and error.argument is not None and not error.tokens_so_far:
-        flag = error.argument.field_info.kind is inspect.Parameter.KEYWORD_ONLY
-        needed = error.argument.name if flag else error.argument.name.removeprefix("--").upper()
-        return f"{place} needs {needed}; got none. `{place} --help` explains it."
-    said = str(error).strip().rstrip(".")
-    stop = "" if said.endswith("?") else "."
-    return f"{said[:1].lower()}{said[1:]}{stop} `{place} --help` explains it."
-
-
-def unknown_command(app: App, tokens: list[str]) -> str | None:
-    """What to say where the first word is no command, whatever follows it: --help must not hide that."""
-    if not tokens or tokens[0].startswith("-"):
-        return None
-    if tokens[0] not in commands_of(app):
-        return no_command(tokens[0], app)
-    inner = app[tokens[0]]
-    if len(tokens) > 1 and not tokens[1].startswith("-") and commands_of(inner) and tokens[1] not in commands_of(inner):
-        return no_command(tokens[1], inner)
-    return None
 
 
 # What other tools call it, where the nearest spelling would name another command.
 ELSEWHERE = {"status": "runs", "list": "runs", "ls": "runs", "log": "runs", "whatif": "select"}
 
 
-def no_command(word: str, app: App) -> str:
-    known = commands_of(app)
-    close = [n for n in [ELSEWHERE.get(word)] if n in known] or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}."
-    place = "raftune" if app.name[0] == "raftune" else f"raftune {app.name[0]}"
-    return f"{word!r} is not a command of {place}; {hint}"
+def unknown_command(app: App, tokens: list[str]) -> str | None:
+    """An error if a word in the place of a command is none. It is checked first, because --help would hide it."""
+    place = "raftune"
+    for word in tokens:
+        known = [name for name in app if not name.startswith("-")]
+        if word.startswith("-") or not known:
+            return None
+        if word not in known:
+            elsewhere = [name for name in [ELSEWHERE.get(word)] if name in known]
+            close = elsewhere or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}."
+            return f"{word!r} is not a command of {place}; {hint}"
+        app, place = app[word], f"{place} {word}"
+    return None
 
 
-def commands_of(app: App) -> list[str]:
-    return [name for name in app if not name.startswith("-")]
+def usage_message(error: CycloptsError, tokens: list[str]) -> str:
+    """What was wrong with the call, and where help is."""
+    from cyclopts import MissingArgumentError, UnusedCliTokensError
+
+    place = " ".join(["raftune", *[token for token in tokens if not token.startswith("-")][:1]])
+    message = str(error).strip().rstrip(".")
+    message = f"{message[:1].lower()}{message[1:]}{'' if message.endswith('?') else '.'}"
+    if isinstance(error, UnusedCliTokensError):
+        message = f"{place} takes no further argument; got {' '.join(error.unused_tokens or ())!r}."
+    elif isinstance(error, MissingArgumentError) and error.argument is not None and not error.tokens_so_far:
+        is_flag = error.argument.field_info.kind is inspect.Parameter.KEYWORD_ONLY
+        name = error.argument.name if is_flag else error.argument.name.removeprefix("--").upper()
+        message = f"{place} needs {name}; got none."
+    return f"{message} `{place} --help` explains it."
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that the machine's memory did not suffice."""
+    """Whether an error, or one of its causes, says that the machine's memory did not suffice."""
     words = ("cannot allocate memory", "can't allocate memory", "not enough memory", "bad_alloc", "start new thread")
     while error is not None:
-        code = error.errno if isinstance(error, OSError) else None
-        said = isinstance(error, (RuntimeError, ImportError)) and any(part in str(error).lower() for part in words)
-        if isinstance(error, MemoryError) or code == errno.ENOMEM or said:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True
+        if isinstance(error, (RuntimeError, ImportError)) and any(part in str(error).lower() for part in words):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 def unforeseen(error: Exception) -> str:
-    """A line for what no one foresaw: the system's refusal in its own words, anything else as what it is, a bug."""
+    """A line for an unexpected error: the system's own words for its errors; anything else is reported as a bug."""
     if is_out_of_memory(error):
         return f"memory ran out: {first_line(error)}. Use a smaller model or batch, or raise the limit (`ulimit -v`)."
     if isinstance(error, OSError) and error.strerror:
-        what = f"{error.filename}: " if error.filename else ""
-        return f"{what}{error.strerror}."
+        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}."
     line = (str(error).strip() or "no message").splitlines()[0]
     return f"unexpected {type(error).__name__}: {line} (a bug, here or in code that was called; --debug shows where)."
 
 
-def at_once() -> Callable[[int, FrameType | None], None]:
-    """The handler of a command that has nothing to go on with: the first signal is answered and ends it, where it is;
-    the second ends the process at once."""
-    asked: list[int] = []
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+def stop_at_once() -> Handler:
+    """The handler of a command without unfinished work: the first signal interrupts it, the second ends the process."""
+    signals: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        if len(asked) > 1:
-            os.write(2, b"\nstopped at once.\n")
-            os._exit(INTERRUPTED)
+        signals.append(number)
+        end_at_second(signals)
         os.write(2, b"\nstopping. Once more stops at once.\n")
         raise KeyboardInterrupt
 
     return stop
 
 
-GRACE = 8.0  # seconds that a step may take once a stop was asked for; what awaits us may kill after ten
+def end_at_second(signals: list[int]) -> None:
+    if len(signals) > 1:
+        os.write(2, b"\nstopped at once.\n")
+        os._exit(INTERRUPTED)
 
 
 @contextlib.contextmanager
 def interruptible(root: Path, again: str | None = None) -> Iterator[Callback]:
     """Turns SIGINT and SIGTERM into Interrupted, which says how to resume; a second signal ends the process at once.
 
-    `again` is what to say of work that is no run: what is kept, and how to go on.
-
-    The first is answered by a line on stderr. Work that saves what it does then goes on to the end of its step, for
-    GRACE seconds at most; elsewhere KeyboardInterrupt is raised where the work is: what is written is written
-    atomically, so any moment will do. Where foreign code swallows it, the observer that this yields raises at the run's
-    next event.
+    `again` is the message for work that is not a run. Work that saves its steps (`interruption.stretch`) goes on to the
+    end of its step, for at most GRACE seconds. Otherwise KeyboardInterrupt is raised at once: files are written
+    atomically. If foreign code swallows it, the yielded callback raises at the run's next event.
     """
-    asked: list[int] = []
+    message = again or f"what is committed is kept. Resume with: {shell_command('raftune', 'resume', root)}"
+    signals: list[int] = []
     deferred, over, overdue = threading.Event(), threading.Event(), list[bool]()
+    last_event = [time.monotonic()]
 
-    def end_late() -> None:
-        """On a thread of its own, for a handler of signals may start none."""
+    def interrupt_late() -> None:
         deferred.wait()
         if not over.wait(GRACE):
             overdue.append(True)
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
-    threading.Thread(target=end_late, daemon=True).start()
-    since = [time.monotonic()]
-
     def stop(number: int, frame: FrameType | None) -> None:
-        if overdue:  # from ourselves: the step takes too long
+        if overdue:  # sent by interrupt_late
             overdue.clear()
             raise KeyboardInterrupt
-        asked.append(number)
-        if len(asked) > 1:
-            os.write(2, b"\nstopped at once.\n")
-            os._exit(INTERRUPTED)
-        os.write(2, f"\n{answer(interruption.ask_to_stop(), time.monotonic() - since[0])}\n".encode())
+        signals.append(number)
+        end_at_second(signals)
+        promise, again = interruption.ask_to_stop(), "Once more stops at once"
+        if promise is not None:
+            words = f"stopping after the current step: {promise}. {again}; then up to a minute of work is lost."
+        else:
+            seconds = time.monotonic() - last_event[0]
+            words = f"stopping: what is done is kept, but for the last {seconds:.0f} s of unfinished work. {again}."
+        os.write(2, f"\n{words}\n".encode())
         if not interruption.in_stretch():
             raise KeyboardInterrupt
         deferred.set()
 
     def observe(kind: str, facts: dict[str, Any]) -> None:
-        since[0] = time.monotonic()
-        if asked and not interruption.in_stretch():
+        last_event[0] = time.monotonic()
+        if signals and not interruption.in_stretch():
             raise KeyboardInterrupt
 
-    def farewell() -> Interrupted:
-        resume = shell_command("raftune", "resume", root)
-        return Interrupted(again or f"what is committed is kept. Resume with: {resume}")
-
+    threading.Thread(target=interrupt_late, daemon=True).start()  # now, because a signal handler may start no thread
     interruption.forget()
     try:
         with handling(stop):
             yield observe
     except KeyboardInterrupt:
-        raise farewell() from None
+        raise Interrupted(message) from None
     except Exception:
-        if asked:
-            raise farewell() from None
+        if signals:
+            raise Interrupted(message) from None
         raise
     finally:
         over.set()
@@ -238,16 +224,8 @@ def interruptible(root: Path, again: str | None = None) -> Iterator[Callback]:
         interruption.forget()
 
 
-def answer(promise: str | None, seconds: float) -> str:
-    """What is said at once to the first signal."""
-    again = "Once more stops at once"
-    if promise is not None:
-        return f"stopping after the current step: {promise}. {again}; then up to a minute of work is lost."
-    return f"stopping: what is done is kept, but for the last {seconds:.0f} s of unfinished work. {again}."
-
-
 @contextlib.contextmanager
-def handling(stop: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def handling(stop: Handler) -> Iterator[None]:
     """Installs the handler for SIGINT and SIGTERM while the block runs; only the main thread may."""
     if threading.current_thread() is not threading.main_thread():
         yield

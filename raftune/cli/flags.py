@@ -1,34 +1,71 @@
-"""Parses configuration files and dotted flags: `a.yaml b.yaml --training.learning_rate 1e-4`."""
+"""Parameters that commands share, and the configuration's fields as flags: `a.yaml --training.learning_rate 1e-4`."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import types
+import functools
+import json
 import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from types import NoneType
+from typing import Annotated, Any, NamedTuple
 
 import yaml
 from cyclopts import Parameter
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
-from raftune.config.load import RENAMED, models_in
+from raftune.config.load import RENAMED, alternatives, fields_of, models_in
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 
-Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]  # what a command reads itself
+
+def switch(help: str, name: str | None = None) -> Parameter:
+    """A flag without a value."""
+    return Parameter(name=name, negative="", show_default=False, help=help)
+
+
+def at_least(flag: str, minimum: int, fix: str) -> Callable[[Any, int | None], None]:
+    """A cyclopts validator that raises ConfigError for a lower number."""
+
+    def check(_type: Any, value: int | None) -> None:
+        if value is not None and value < minimum:
+            raise ConfigError(f"{flag} must be at least {minimum}; got {value}. {fix}")
+
+    return check
+
+
+RunDirectory = Annotated[str, Parameter(help="The run's directory.")]
+Json = Annotated[bool, switch("Print the result as JSON.", "--json")]
+Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]  # read by `read_tokens`
 FromStage = Annotated[str | None, Parameter(name="--from", help="Redo from this stage on: STAGE, or ROUND/STAGE.")]
 OnlyStatuses = Annotated[
     str | None,
     Parameter(help="With --from score: score only samples with these statuses again: error,timeout."),
 ]
+Options = Annotated[str | None, Parameter(help="The reward's options, as JSON.")]
+Timeout = Annotated[float, Parameter(help="Time limit of one call, in seconds.")]
+Device = Annotated[str, Parameter(help="Device of a reward model: auto, cpu, cuda, mps.")]
+
+
+def read_object(flag: str, text: str | None) -> dict[str, Any]:
+    """The JSON object; an empty one for no text. Raises ConfigError that names the flag."""
+    try:
+        value = json.loads(text) if text else {}
+    except ValueError as error:
+        raise ConfigError(f"{flag} must be JSON; got {text!r}: {error}. Put it in quotes.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f'{flag} must be a JSON object; got {text!r}. Write {{"name": value}}.')
+    return value
+
+
+# -- fields of a configuration -----------------------------------------------------------------------------------------
+
 EMPTY = ("null", "none")
+BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
-@dataclass(frozen=True)
-class ParsedFlags:
+class ParsedFlags(NamedTuple):
     """Arguments without dashes, and flags by their dotted field."""
 
     words: tuple[str, ...]
@@ -38,8 +75,10 @@ class ParsedFlags:
 def read_tokens(
     tokens: Sequence[str], command: str, options: Sequence[str] = (), whole: type[BaseModel] = RunConfig
 ) -> ParsedFlags:
-    """The tokens, sorted into words and flags. Raises ConfigError for a flag that neither the whole configuration nor
-    the command has; `options` are the command's own, which are hinted at."""
+    """Sorts tokens into words and flags of this configuration.
+
+    `options` are flags of the command itself, for hints. Raises ConfigError for a flag that the configuration lacks.
+    """
     words: list[str] = []
     flags: dict[str, Any] = {}
     queue = list(tokens)
@@ -49,143 +88,122 @@ def read_tokens(
             words.append(token)
             continue
         flag, equals, value = token.partition("=")
-        name, value = read_flag(flag, value if equals else None, queue, command, options, whole)
+        name = flag.removeprefix("--").replace("-", "_")
         kinds = kinds_of(name, whole)
-        given = convert(value, kinds)
-        repeated = name in flags and is_list(kinds)
-        flags[name] = [*as_list(flags[name]), *as_list(given)] if repeated else given
+        if not kinds and name.startswith("no_") and bool in kinds_of(name[3:], whole):
+            flags[name[3:]] = "false"
+            continue
+        new = ".".join(RENAMED.get(part, part) for part in name.split("."))
+        if not kinds and kinds_of(new, whole):
+            raise ConfigError(f"{flag} is called --{new} since raftune 0.2. Rename it.")
+        if not kinds or not flag.startswith("--"):
+            raise ConfigError(f"{flag} is not a flag of `raftune {command}`; {hint(name, options, whole)}")
+        if all(kind is NoneType for kind in kinds) and (value if equals else " ".join(queue[:1])).lower() not in EMPTY:
+            raise ConfigError(f"{flag} takes no value but null; {hint(name, options, whole)}")
+        if not equals:
+            if bool in kinds and not (queue and queue[0].lower() in BOOLEANS):
+                value = "true"
+            elif not queue or queue[0].startswith("--"):
+                raise ConfigError(f"{flag} needs a value; got none. Write {flag} VALUE.")
+            else:
+                value = queue.pop(0)
+        flags[name] = convert(value, kinds, flags.get(name))
     return ParsedFlags(tuple(words), flags)
 
 
-def data_and_files(given: ParsedFlags, command: str) -> tuple[str | None, list[str]]:
-    """The data set and the YAML files among the words. Raises ConfigError for two data sets, or for no word at all."""
-    files = [word for word in given.words if word.endswith((".yaml", ".yml"))]
-    data = [word for word in given.words if word not in files]
-    if not data and not files and not given.flags:
+def read_run_flags(tokens: Sequence[str], command: str, options: Sequence[str], fix: str) -> dict[str, Any]:
+    """The flags of a command that takes one run. Raises ConfigError for a further word; `fix` says what to do."""
+    words, flags = read_tokens(tokens, command, options)
+    if words:
+        raise ConfigError(f"{command} takes one run; got {words[0]!r} as well. {fix}")
+    return flags
+
+
+def read_data_flags(
+    tokens: Sequence[str], command: str, options: Sequence[str], whole: type[BaseModel], field: str
+) -> tuple[list[str], dict[str, Any]]:
+    """The YAML files, and the flags with the data set in `field`. Raises ConfigError for two data sets, or nothing."""
+    words, flags = read_tokens(tokens, command, options, whole)
+    files = [word for word in words if word.endswith((".yaml", ".yml"))]
+    data = [word for word in words if word not in files]
+    if not words and not flags:
         raise ConfigError(
             f"{command} needs data, a model and a directory; got none. `raftune {command} --help` explains it."
         )
     if len(data) > 1:
         raise ConfigError(f"{command} takes one data set; got {', '.join(data)}. Put them into one file.")
-    return (data[0] if data else None), files
+    return files, flags | ({field: data[0]} if data else {})
 
 
-def read_flag(
-    flag: str, value: str | None, queue: list[str], command: str, options: Sequence[str], whole: type[BaseModel]
-) -> tuple[str, str]:
-    """The dotted field that the flag names, and its value, taken off the queue where it follows."""
-    name = flag.removeprefix("--").replace("-", "_")
-    kinds = kinds_of(name, whole)
-    if kinds is None and name.startswith("no_") and bool in (kinds_of(name[3:], whole) or ()):
-        return name[3:], "false"
-    new = ".".join(RENAMED.get(part, part) for part in name.split("."))
-    if kinds is None and new != name and kinds_of(new, whole) is not None:
-        raise ConfigError(f"{flag} is called --{new} since raftune 0.2. Rename it.")
-    if kinds is None or not flag.startswith("--"):
-        raise ConfigError(f"{flag} is not a flag of `raftune {command}`; {hint(name, options, whole)}")
-    if kinds == [type(None)] and (value or " ".join(queue[:1])).lower() not in EMPTY:
-        raise ConfigError(f"{flag} takes no value but null; {hint(name, options, whole)}")
-    if value is not None:
-        return name, value
-    if bool in kinds and not (queue and queue[0].lower() in ("true", "false", "yes", "no", "on", "off", "1", "0")):
-        return name, "true"
-    if not queue or queue[0].startswith("--"):
-        raise ConfigError(f"{flag} needs a value; got none. Write {flag} VALUE.")
-    return name, queue.pop(0)
-
-
-def kinds_of(name: str, whole: type[BaseModel] = RunConfig) -> list[Any] | None:
-    """The types that the dotted field may have; None where it is none, a whole section, or inside a list.
-
-    A section that may be left out is a field whose one value is null.
-    """
-    sections: list[Any] = [whole]
-    *path, last = name.split(".")
-    for part in path:
-        fields = [s.model_fields[part].annotation for s in sections if part in s.model_fields]
-        if any(is_mapping(kind) for field in fields for kind in alternatives(field)):
-            return [Any]
-        if any(is_list([*alternatives(field)]) for field in fields):
-            return None
-        sections = [model for field in fields for model in models_in(field)]
-    found = [kind for s in sections if last in s.model_fields for kind in alternatives(s.model_fields[last].annotation)]
-    section = all(kind is type(None) or models_in(kind) for kind in found) and not is_list(found)
-    if section:
-        return [type(None)] if type(None) in found else None
-    return found
-
-
-def fields_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every dotted field that can be a flag, with what is declared of it; a list is one field."""
+@functools.cache
+def kinds_by_field(section: type[BaseModel], prefix: str = "") -> dict[str, list[Any]]:
+    """The types of every dotted field. A section has none, but NoneType if it may be left out."""
+    kinds: dict[str, list[Any]] = {}
     for name, field in section.model_fields.items():
-        inner = models_in(field.annotation)
-        if inner and not is_list([*alternatives(field.annotation)]):
-            for model in inner:
-                yield from fields_of(model, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
+        own = alternatives(field.annotation)
+        if is_section(own):
+            for model in models_in(field.annotation):
+                for inner, types in kinds_by_field(model, f"{prefix}{name}.").items():
+                    kinds.setdefault(inner, []).extend(types)
+            own = [NoneType] if NoneType in own else []
+        kinds.setdefault(prefix + name, []).extend(own)
+    return kinds
 
 
-def alternatives(annotation: Any) -> Iterator[Any]:
-    """The members of a union, one after another."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        for inner in typing.get_args(annotation):
-            yield from alternatives(inner)
-    elif typing.get_origin(annotation) is typing.Annotated:
-        yield from alternatives(typing.get_args(annotation)[0])
-    else:
-        yield annotation
+def kinds_of(name: str, whole: type[BaseModel]) -> list[Any]:
+    """The types that the dotted field may have; none if it is no field, a section, or inside a list."""
+    fields = kinds_by_field(whole)
+    if name not in fields:
+        for outer in (known for known in fields if name.startswith(f"{known}.")):
+            if any(typing.get_origin(kind) is dict for kind in fields[outer]):
+                return [Any]
+    return fields.get(name, [])
 
 
-def convert(text: str, kinds: Sequence[Any] | None) -> Any:
-    """The value that the text stands for: lists, mappings and fields without a type of their own as YAML, the rest as
-    text, which the configuration's own types read."""
-    kinds = kinds or ()
-    if type(None) in kinds and text.lower() in EMPTY:
+def is_section(kinds: Sequence[Any]) -> bool:
+    return all(kind is NoneType or (isinstance(kind, type) and issubclass(kind, BaseModel)) for kind in kinds)
+
+
+def is_list(kinds: Sequence[Any]) -> bool:
+    return any(typing.get_origin(kind) in (tuple, list) for kind in kinds)
+
+
+def convert(text: str, kinds: Sequence[Any], earlier: Any) -> Any:
+    """The value of a flag: YAML for lists, mappings and untyped fields, otherwise text, which pydantic reads.
+
+    A list is appended to the `earlier` value of the same flag.
+    """
+    if NoneType in kinds and text.lower() in EMPTY:
         return None
-    structured = is_list(kinds) or any(is_mapping(kind) for kind in kinds)
+    structured = is_list(kinds) or any(typing.get_origin(kind) is dict for kind in kinds)
+    value: Any = text
     if Any in kinds or (structured and text.lstrip()[:1] in ("[", "{")):
-        value = from_yaml(text)
-        return [value] if is_list(kinds) and not isinstance(value, list) else value
-    return [text] if is_list(kinds) and str not in kinds else text
-
-
-def from_yaml(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"a flag's value must be valid YAML; got {text!r}. Put it in quotes.") from error
-    try:
-        return float(value) if isinstance(value, str) else value  # YAML 1.1 takes 1e-4 for a text
-    except ValueError:
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"a flag's value must be valid YAML; got {text!r}. Put it in quotes.") from error
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)  # YAML 1.1 reads 1e-4 as text
+    if not is_list(kinds):
         return value
+    added = value if isinstance(value, list) else [value]
+    if earlier is None:
+        return value if isinstance(value, str) and str in kinds else added
+    return [*(earlier if isinstance(earlier, list) else [earlier]), *added]
 
 
-def is_list(kinds: Sequence[Any] | None) -> bool:
-    return any(typing.get_origin(kind) in (tuple, list) for kind in kinds or ())
-
-
-def is_mapping(kind: Any) -> bool:
-    return typing.get_origin(kind) is dict
-
-
-def as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list) else [value]
-
-
-def hint(name: str, options: Sequence[str], whole: type[BaseModel] = RunConfig) -> str:
+def hint(name: str, options: Sequence[str], whole: type[BaseModel]) -> str:
     """The flag that was probably meant."""
-    fields = [*dict(fields_of(whole))]
-    if listed := [field for field in fields if name.startswith(f"{field}.") and is_list(kinds_of(field, whole))]:
-        return f"{listed[0]} is a list: write --{listed[0]} '[{{{name.rsplit('.', 1)[-1]}: …}}]', for example."
+    fields = list(dict(fields_of(whole)))
+    if lists := [field for field in fields if name.startswith(f"{field}.") and is_list(kinds_of(field, whole))]:
+        return f"{lists[0]} is a list: write --{lists[0]} '[{{{name.rsplit('.', 1)[-1]}: …}}]', for example."
     if inside := [field for field in fields if field.startswith(f"{name}.")]:
         return f"it is a section: write --{inside[0]}, for example."
-    candidates = {option.removeprefix("--").replace("-", "_"): option for option in options}
-    candidates |= {field: f"--{field}" for field in fields}
-    last = {field.rsplit(".", 1)[-1]: f"--{field}" for field in reversed(fields)}
-    for known, cutoff in ((candidates, 0.7), (last, 0.7)):
-        if close := difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff):
+    flags = {option.removeprefix("--").replace("-", "_"): option for option in options}
+    flags |= {field: f"--{field}" for field in fields}
+    by_last_part = {field.rsplit(".", 1)[-1]: f"--{field}" for field in reversed(fields)}
+    for word, known in ((name, flags), (name, by_last_part), (name.rsplit(".", 1)[-1], by_last_part)):
+        if close := difflib.get_close_matches(word, list(known), n=1, cutoff=0.7):
             return f"did you mean {known[close[0]]}?"
-    if close := difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.7):
-        return f"did you mean {last[close[0]]}?"
     return "`raftune schema` lists all fields of the configuration." if whole is RunConfig else "--help lists all."

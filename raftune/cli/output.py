@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
+from collections.abc import Collection
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -12,7 +13,6 @@ from rich.text import Text
 
 from raftune.sanitize import harmless
 
-Cell = str | tuple[str, str]
 NO_BREAK = "\ue000"  # stands for a blank inside a quoted command while a line is broken
 COMMAND = re.compile(r"(?:^| {2}|: )raftune ")
 HEAD = re.compile(r" *(?:\S+(?: \S+)? {2,})?")  # an indent, and the word that names what the line says
@@ -27,37 +27,38 @@ class OutputConsole(Console):
 
 
 def out() -> Console:
-    """The console of results: no markup, no highlighting; long lines are left whole where nobody watches."""
+    """The console for results: no markup, no highlighting; lines stay whole unless it is a terminal."""
     return OutputConsole(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def echo(words: str, style: str = "") -> None:
-    """A line of text, made harmless; on a terminal in lines that break between words."""
+def echo(*lines: str, style: str = "") -> None:
+    """Prints lines without control characters; on a terminal they are broken between words."""
     console = out()
-    for line in fitted(harmless(words), room(console)):
-        console.print(Text(line, style=style))
+    for line in lines:
+        for part in fitted(harmless(line), room(console)):
+            console.print(Text(part, style=style))
 
 
 def room(console: Console) -> int | None:
-    """The columns of the terminal; None where nobody watches, and lines stay whole."""
+    """The columns of the terminal; None if it is none, and lines stay whole."""
     return console.width if console.is_terminal else None
 
 
 def fitted(line: str, width: int | None, begin: int = 0) -> list[str]:
-    """The line broken between words to lines of at most so many columns; later ones hang below what the first says.
+    """Breaks the line between words to at most `width` columns, of which the first line has used `begin`.
 
-    A command stays whole, so that it can be pasted. `begin` columns of the first line are taken already.
+    Later lines are indented below the text after the first word. A command stays whole, so that it can be pasted.
     """
     if width is None or cell_len(line) + begin <= width or COMMAND.search(line):
         return [line]
-    margin = HEAD.match(line)
-    hang = min(len(margin[0]) if margin else 0, width // 2)
-    kept_whole = re.sub(r"`[^`]*`", lambda quoted: quoted[0].replace(" ", NO_BREAK), line)
+    head = HEAD.match(line)
+    indent = begin + min(len(head[0]) if head else 0, width // 2)
+    unbroken = re.sub(r"`[^`]*`", lambda quoted: quoted[0].replace(" ", NO_BREAK), line)
     lines = textwrap.wrap(
-        kept_whole,
+        unbroken,
         width,
         initial_indent=" " * begin,
-        subsequent_indent=" " * (begin + hang),
+        subsequent_indent=" " * indent,
         break_long_words=False,
         break_on_hyphens=False,
     )
@@ -65,28 +66,32 @@ def fitted(line: str, width: int | None, begin: int = 0) -> list[str]:
 
 
 class PlainTable:
-    """A table without borders, easy to read and to cut with awk."""
+    """A table without borders, easy to read and to cut with awk. `right`: columns that are aligned to the right."""
 
-    def __init__(self, *titles: str, right: frozenset[int] = frozenset()) -> None:
-        self.rows: list[list[tuple[str, str]]] = [[(title, "bold") for title in titles]]
+    def __init__(self, *titles: str, right: Collection[int] = ()) -> None:
+        self.rows: list[list[tuple[str, str]]] = [[(title, "bold") for title in titles]] if titles else []
         self.right = right
 
-    def add(self, *cells: Cell) -> None:
-        """A row; a cell is a text, or a text with a style."""
+    def add(self, *cells: str | tuple[str, str]) -> None:
+        """Adds a row; a cell is a text, or a text with a style."""
         pairs = [cell if isinstance(cell, tuple) else (cell, "") for cell in cells]
         self.rows.append([(harmless(text), style) for text, style in pairs])
 
+    def show(self) -> None:
+        console = out()
+        for line in self.lines(room(console)):
+            console.print(line)
+
     def lines(self, width: int | None = None) -> list[Text]:
-        """The rows as lines of at most so many columns: text in the last column wraps, what is wider is stacked."""
-        widths = [max(Text(row[i][0]).cell_len for row in self.rows) for i in range(len(self.rows[0]))]
-        if width is None or sum(widths) + 2 * (len(widths) - 1) <= width:
-            return [self._line(row, widths) for row in self.rows]
+        """The rows in at most `width` columns: text in the last column wraps; other wide tables are stacked."""
+        widths = [max(cell_len(text) for text, _ in column) for column in zip(*self.rows, strict=True)]
         begin = sum(widths[:-1]) + 2 * (len(widths) - 1)
+        if width is None or begin + widths[-1] <= width:
+            return [self._line(row, widths) for row in self.rows]
         if len(widths) - 1 in self.right or width - begin < NARROW:
             return self._stacked(width)
         lines = []
-        for row in self.rows:
-            *cells, (text, style) = row
+        for *cells, (text, style) in self.rows:
             first, *others = fitted(text, width - begin)
             lines.append(self._line([*cells, (first, style)], [*widths[:-1], 0]))
             lines += [Text(" " * begin + part, style=style) for part in others]
@@ -95,28 +100,21 @@ class PlainTable:
     def _stacked(self, width: int) -> list[Text]:
         """Each row as its first cell and, below it, each other cell after its title."""
         (_, *titles), *rows = self.rows
-        margin = max(Text(title).cell_len for title, _ in titles) if titles else 0
+        margin = max((cell_len(title) for title, _ in titles), default=0)
         lines = []
         for (head, style), *cells in rows:
             lines.append(Text(head, style=style or "bold"))
-            for (title, _), (text, own) in zip(titles, cells, strict=True):
+            for (title, _), (text, text_style) in zip(titles, cells, strict=True):
                 if text:
                     first, *others = fitted(text, max(width - margin - 4, NARROW))
-                    lines.append(Text(f"  {title.strip():<{margin}}  ") + Text(first, style=own))
-                    lines += [Text(" " * (margin + 4) + part, style=own) for part in others]
+                    lines.append(Text(f"  {title.strip():<{margin}}  ") + Text(first, style=text_style))
+                    lines += [Text(" " * (margin + 4) + part, style=text_style) for part in others]
         return lines
-
-    def show(self) -> None:
-        console = out()
-        for line in self.lines(room(console)):
-            console.print(line)
 
     def _line(self, row: list[tuple[str, str]], widths: list[int]) -> Text:
         line = Text()
         for i, ((text, style), width) in enumerate(zip(row, widths, strict=True)):
-            cell = Text(text, style=style)
-            room = width - cell.cell_len
-            cell = Text(" " * room) + cell if i in self.right else cell + Text(" " * room)
-            line += cell + Text("  ")
+            cell, blank = Text(text, style=style), Text(" " * (width - cell_len(text)))
+            line += (blank + cell if i in self.right else cell + blank) + Text("  ")
         line.rstrip()
         return line

@@ -1,4 +1,4 @@
-"""Shared by train, resume and demo: runs with progress, handles interruption, and prints the result."""
+"""Shared by train, resume, evaluate and demo: runs with progress, handles interruption, and prints the result."""
 
 from __future__ import annotations
 
@@ -19,21 +19,18 @@ from raftune.stages.data import few_words
 from raftune.store.run import RunFolder
 
 
-def work(config: RunConfig, redo: str | None = None, *, only: str | None = None, as_json: bool = False) -> RunOutcome:
+def work(config: RunConfig, redo: str | None = None, *, only: str | None = None, as_json: bool = False) -> None:
     """Runs the configuration and prints its outcome."""
-    outcome, worked = go(config, redo, only)
+    outcome, worked = run_with_progress(config, redo, only)
     root = root_of(config)
-    if as_json:
-        print(json.dumps(outcome_json(root, outcome, worked)))
-    else:
-        print("\n".join(outcome_words(root, outcome, worked)))
-    return outcome
+    print(
+        json.dumps(outcome_json(root, outcome, worked)) if as_json else "\n".join(outcome_words(root, outcome, worked))
+    )
 
 
-def go(config: RunConfig, redo: str | None = None, only: str | None = None) -> tuple[RunOutcome, bool]:
-    """Runs the configuration under the eyes of a person; whether anything had to be done."""
-    root = root_of(config)
-    with interruptible(root) as watch, Progress(held_out=held_out_names(config)) as progress:
+def run_with_progress(config: RunConfig, redo: str | None = None, only: str | None = None) -> tuple[RunOutcome, bool]:
+    """Runs the configuration with progress on stderr. Returns the outcome, and whether anything had to be done."""
+    with interruptible(root_of(config)) as watch, Progress(held_out=held_out_names(config)) as progress:
 
         def observe(kind: str, facts: dict[str, Any]) -> None:
             progress(kind, facts)
@@ -43,16 +40,20 @@ def go(config: RunConfig, redo: str | None = None, only: str | None = None) -> t
     return outcome, progress.worked
 
 
+def all_alarms(root: Path, outcome: RunOutcome) -> list[dict[str, Any]]:
+    rounds = range(1, outcome.rounds + 1)
+    return [alarm | {"round": round_} for round_ in rounds for alarm in alarms_of(RunFolder(root), round_)]
+
+
 def outcome_json(root: Path, outcome: RunOutcome, worked: bool) -> dict[str, Any]:
-    alarms = [alarm for round_ in range(1, outcome.rounds + 1) for alarm in alarms_of(RunFolder(root), round_)]
     return {
         "run": str(root),
         "rounds": outcome.rounds,
         "best": outcome.best,
         "value": outcome.value,
-        "model": str(model_of(root, outcome)),
+        "model": str(root / f"round-{outcome.best:04d}" / "model"),
         "report": str(root / REPORT) if (root / REPORT).is_file() else None,
-        "alarms": len(alarms),
+        "alarms": len(all_alarms(root, outcome)),
         "reason": outcome.reason,
         "worked": worked,
     }
@@ -60,34 +61,25 @@ def outcome_json(root: Path, outcome: RunOutcome, worked: bool) -> dict[str, Any
 
 def outcome_words(root: Path, outcome: RunOutcome, worked: bool) -> list[str]:
     """Where the run ended, and what to do with it."""
-    unjudged = " (the last one: none was judged)" * (outcome.best > 0)
-    value = unjudged if outcome.value is None else f", {outcome.value:.3f}"
+    best = f"round {outcome.best}" if outcome.best else "the start itself"
+    if not outcome.best and outcome.rounds:
+        best += " (no round was better)"
+    if outcome.value is not None:
+        best += f", {outcome.value:.3f}"
+    elif outcome.best:
+        best += " (the last one: none was judged)"
     if outcome.rounds and outcome.prompts is not None and outcome.prompts < FEWEST_UNITS:
-        value += f" ({few_words(outcome.prompts)})"
-    best = (
-        f"round {outcome.best}"
-        if outcome.best
-        else f"the start itself{' (no round was better)' * (outcome.rounds > 0)}"
-    )
-    return [
+        best += f" ({few_words(outcome.prompts)})"
+    lines = [
         f"{'Finished' if worked else 'Already finished; nothing to do'}: {outcome.reason}.",
-        f"  best      {best}{value}",
-        f"  model     {model_of(root, outcome)}",
-        *([f"  look      {page}"] if (page := root / REPORT).is_file() else []),
-        *alarm_words(root, outcome),
-        f"  samples   {shell_command('raftune', 'samples', root, '--sort', 'best')}",
-        f"  take      {shell_command('raftune', 'export', root, '--format', 'model', '--out', 'DIR')}",
+        f"  best      {best}",
+        f"  model     {root / f'round-{outcome.best:04d}' / 'model'}",
     ]
-
-
-def alarm_words(root: Path, outcome: RunOutcome) -> list[str]:
-    """How many rounds raised alarms, and what shows them; nothing where none did."""
-    rounds = [round_ for round_ in range(1, outcome.rounds + 1) if alarms_of(RunFolder(root), round_)]
-    if not rounds:
-        return []
-    raised = f"round {rounds[0]}" if len(rounds) == 1 else f"{len(rounds)} rounds"
-    return [f"  alarms    {raised} raised some: {shell_command('raftune', 'alarms', root)}"]
-
-
-def model_of(root: Path, outcome: RunOutcome) -> Path:
-    return root / f"round-{outcome.best:04d}" / "model"
+    if (root / REPORT).is_file():
+        lines.append(f"  look      {root / REPORT}")
+    if rounds := list(dict.fromkeys(alarm["round"] for alarm in all_alarms(root, outcome))):
+        words = f"round {rounds[0]}" if len(rounds) == 1 else f"{len(rounds)} rounds"
+        lines.append(f"  alarms    {words} raised some: {shell_command('raftune', 'alarms', root)}")
+    lines.append(f"  samples   {shell_command('raftune', 'samples', root, '--sort', 'best')}")
+    lines.append(f"  take      {shell_command('raftune', 'export', root, '--format', 'model', '--out', 'DIR')}")
+    return lines

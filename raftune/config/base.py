@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class ConfigSection(BaseModel):
-    """A section whose fields cannot be changed after it was validated, and that refuses unknown keys."""
+    """A section whose fields cannot be changed after it was validated, and that refuses unknown keys.
 
+    `shorthand` names the field that a plain text stands for.
+    """
+
+    shorthand: ClassVar[str] = ""
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _text_is_one_field(cls, value: Any) -> Any:
+        return {cls.shorthand: value} if cls.shorthand and isinstance(value, str) else value
+
     @model_validator(mode="after")
-    def _whole_numbers_can_be_counted_to(self) -> Self:
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            if isinstance(value, int) and abs(value) >= 2**63:  # what tables, files and tensors count by ends here
+    def _integers_have_64_bits(self) -> Self:
+        for name, value in self:
+            if isinstance(value, int) and abs(value) >= 2**63:
                 raise ValueError(f"{name} must be below 2**63; got {value:.3g}. Lower it.")
         return self
 
 
 def read_columns(value: Any) -> Any:
-    """`prompt=question,completion=answer` as the mapping that it means; anything else as it is."""
+    """Parses `prompt=question,completion=answer`; anything else is returned as it is."""
     if not isinstance(value, str):
         return value
     pairs = [part.partition("=") for part in value.split(",") if part.strip()]
@@ -32,17 +41,22 @@ def read_columns(value: Any) -> Any:
     return {name.strip(): column.strip() for name, _, column in pairs}
 
 
-# By the name that raftune reads, the column of the data that is meant.
+# The data's column for each name that raftune reads.
 ColumnNames = Annotated[dict[str, str] | None, BeforeValidator(read_columns)]
+# A text or mapping that stands for a list of one.
+OneOrMore = BeforeValidator(lambda value: (value,) if isinstance(value, str | dict | BaseModel) else value)
+THREADS_FIELD: Any = Field(
+    default_factory=lambda: os.cpu_count() or 1, ge=1, description="Threads for tensor arithmetic on the CPU."
+)
 COLUMNS_FIELD: Any = Field(
     None,
-    exclude_if=lambda value: value is None,  # so that what was made before there was the field is still the same
+    exclude_if=lambda value: value is None,  # so that fingerprints from before this field stay valid
     description="Columns of other names: prompt=question,completion=answer, or a mapping.",
 )
 
 
 def tag_of(field: str, default: str) -> Callable[[Any], str]:
-    """Reads the tag of a section whose class this field chooses: its value, or `custom` for code of the user's own."""
+    """Returns a discriminator by this field: its value, or `custom` for a user's own code."""
 
     def tag(section: Any) -> str:
         value = str(section.get(field, default) if isinstance(section, dict) else getattr(section, field, default))

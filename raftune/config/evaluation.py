@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from raftune.config.base import ConfigSection
 from raftune.config.extensions import SPEC
@@ -16,16 +16,12 @@ FEWEST_UNITS = 5  # prompts: of fewer a mean is said with their number, and with
 class MetricSpec(ConfigSection):
     """A custom metric. A plain string stands for a spec with every other field at its default."""
 
+    shorthand: ClassVar[str] = "spec"
     spec: str = Field(pattern=SPEC, description="file.py:NAME or module:NAME; see docs/extending.md.")
     name: str | None = Field(
         None, pattern=r"^[\w.\-]+$", description="Name metrics/NAME in metrics.json; None derives it from the spec."
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the metric.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text_is_a_spec(cls, value: Any) -> Any:
-        return {"spec": value} if isinstance(value, str) else value
 
 
 class EvaluationConfig(ConfigSection):

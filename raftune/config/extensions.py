@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -39,88 +40,83 @@ def load_extension(
     `methods` are those that it must have, each with the names of its arguments. Raises ConfigError that names the
     field, the class, and what is missing, wrong or unknown.
     """
-    found = load_object(spec, field)
-    if not inspect.isclass(found):
-        raise ConfigError(f"{field} must name a class with {_in_words(methods)}; got {spec!r}, {_kind(found)}. {GUIDE}")
-    if missing := [name for name in methods if not any(callable(vars(base).get(name)) for base in found.__mro__)]:
-        raise ConfigError(
-            f"{field}: the class {spec} lacks the method {_in_words({missing[0]: methods[missing[0]]})}. {GUIDE}"
-        )
-    if made_by is not None:
-        try:
-            made = made_by(found)
-        except Exception as error:
-            raise ConfigError(f"{field}: {spec} cannot be made: {type(error).__name__}: {error}. Fix it.") from error
-    else:
-        made = _with_options(found, spec, options_field, options)
-    if absent := [name for name in attributes if not hasattr(made, name)]:
-        raise ConfigError(f"{field}: the class {spec} lacks the attribute `{absent[0]}`. {GUIDE}")
+    cls = load_object(spec, field)
+    signatures = {name: f"({', '.join(['self', *arguments])})" for name, arguments in methods.items()}
+    if not inspect.isclass(cls):
+        wanted = " and ".join(f"`{name}{signature}`" for name, signature in signatures.items())
+        kind = "a function" if inspect.isroutine(cls) else f"a {type(cls).__name__}"
+        raise ConfigError(f"{field} must name a class with {wanted}; got {spec!r}, {kind}. {GUIDE}")
+    for name, signature in signatures.items():
+        if not any(callable(vars(base).get(name)) for base in cls.__mro__):
+            raise ConfigError(f"{field}: the class {spec} lacks the method `{name}{signature}`. {GUIDE}")
+    try:
+        made = made_by(cls) if made_by is not None else _with_options(cls, spec, options_field, options)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{field}: {spec} cannot be made: {type(error).__name__}: {error}. Fix it.") from error
+    for name in attributes:
+        if not hasattr(made, name):
+            raise ConfigError(f"{field}: the class {spec} lacks the attribute `{name}`. {GUIDE}")
     for name, arguments in methods.items():
-        signature = inspect.signature(getattr(made, name))
+        signature_ = inspect.signature(getattr(made, name))
         try:
-            signature.bind(*arguments)
+            signature_.bind(*arguments)
         except TypeError:
             raise ConfigError(
-                f"{field}: the method {name} of {spec} must take ({', '.join(['self', *arguments])}); it takes "
-                f"({', '.join(['self', *signature.parameters])}). {GUIDE}"
+                f"{field}: the method {name} of {spec} must take {signatures[name]}; it takes "
+                f"({', '.join(['self', *signature_.parameters])}). {GUIDE}"
             ) from None
     return made
 
 
 def _with_options(cls: type[Any], spec: str, field: str, options: Mapping[str, Any]) -> Any:
     """An instance of the class: a pydantic model or a dataclass validates its options; any other takes keywords."""
-    names = _option_names(cls)
+    names: list[str] | None  # None: any
+    if issubclass(cls, BaseModel):
+        names = None if cls.model_config.get("extra") == "allow" else list(cls.model_fields)
+    elif dataclasses.is_dataclass(cls):
+        names = [item.name for item in dataclasses.fields(cls) if item.init]
+    else:
+        parameters = inspect.signature(cls).parameters.values()
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        names = None if takes_any else [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
     for name in options:
         if names is not None and name not in names:
             close = difflib.get_close_matches(name, names, n=1)
-            there = f"it has {', '.join(names)}" if names else "it takes none"
-            hint = f"did you mean {close[0]!r}?" if close else f"{there}."
-            raise ConfigError(f"{field}.{name} is not an option of {spec}; {hint}")
+            known = f"it has {', '.join(names)}." if names else "it takes none."
+            raise ConfigError(
+                f"{field}.{name} is not an option of {spec}; {f'did you mean {close[0]!r}?' if close else known}"
+            )
     try:
-        checked = issubclass(cls, BaseModel) or dataclasses.is_dataclass(cls)
-        return TypeAdapter(cls).validate_python(dict(options)) if checked else cls(**options)
+        if issubclass(cls, BaseModel) or dataclasses.is_dataclass(cls):
+            return TypeAdapter(cls).validate_python(dict(options))
+        return cls(**options)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join([field, *(str(part) for part in first["loc"])])
+        option = ".".join([field, *(str(part) for part in first["loc"])])
         message = first["msg"][0].lower() + first["msg"][1:]
-        raise ConfigError(f"{where} of {spec}: {message}; got {first['input']!r}. Change it.") from None
+        raise ConfigError(f"{option} of {spec}: {message}; got {first['input']!r}. Change it.") from None
     except Exception as error:
         raise ConfigError(
             f"{field}: {spec} cannot be made with {dict(options)}: {error}. Change the options."
         ) from error
 
 
-def _option_names(cls: type[Any]) -> list[str] | None:
-    """The names of a class's options; None where it takes any."""
-    if issubclass(cls, BaseModel):
-        return None if cls.model_config.get("extra") == "allow" else list(cls.model_fields)
-    if dataclasses.is_dataclass(cls):
-        return [field.name for field in dataclasses.fields(cls) if field.init]
-    parameters = inspect.signature(cls).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
-
-
-def _in_words(methods: Mapping[str, Sequence[str]]) -> str:
-    return " and ".join(f"`{name}({', '.join(['self', *arguments])})`" for name, arguments in methods.items())
-
-
-def _kind(found: object) -> str:
-    return "a function" if inspect.isroutine(found) else f"a {type(found).__name__}"
-
-
 def code_hash(spec: str) -> str:
-    """16 hex digits that change with the file that the spec's code is read from; empty where there is none to read."""
+    """16 hex digits that change with the file of the spec's code; empty if there is none.
+
+    The code is not run, so that a run can be inspected without it.
+    """
     left = spec.rpartition(":")[0]
-    place = Path(left).expanduser()
+    path = Path(left).expanduser()
     if not left.endswith(".py"):
-        try:  # without running the module's code: a run may be looked at without it
-            found = importlib.util.find_spec(left)
+        try:
+            module = importlib.util.find_spec(left)
         except (ImportError, ValueError):
-            found = None
-        place = Path((found and found.origin) or "")
-    return hashlib.sha256(place.read_bytes()).hexdigest()[:16] if place.is_file() else ""
+            module = None
+        path = Path((module and module.origin) or "")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
 
 
 def load_object(spec: str, field: str) -> Any:
@@ -144,15 +140,11 @@ def load_object(spec: str, field: str) -> Any:
 
 
 def line_in(error: Exception, file: str) -> int | None:
-    """The last line of this file that the error went through; None where it went through none."""
+    """The last line of this file that the error went through; None if there is none."""
     if isinstance(error, SyntaxError):
         return error.lineno
-    trace, line = error.__traceback__, None
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename.endswith(Path(file).name):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.lineno for frame in reversed(frames) if frame.filename.endswith(Path(file).name)), None)
 
 
 def module_from_file(path: Path, kind: str = "extension") -> ModuleType:
@@ -174,7 +166,7 @@ def module_from_file(path: Path, kind: str = "extension") -> ModuleType:
 
 
 def register(table: dict[str, Any], name: str) -> Callable[[_Built], _Built]:
-    """Enters what is decorated, a class or a function, into the table of built-in ones under this name."""
+    """Enters the decorated class or function into the table of built-in ones under this name."""
 
     def enter(built: _Built) -> _Built:
         table[name] = built

@@ -7,12 +7,13 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from raftune.config.paths import beside
 from raftune.config.run import RunConfig
@@ -105,8 +106,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class OnceLoader(yaml.SafeLoader):
-    """The safe loader, but a name that stands twice in one section is an error: YAML would drop the first, and with it
-    perhaps a whole section."""
+    """The safe loader, but a name that occurs twice in a section is an error; YAML would drop the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, yaml.Node] = {}
@@ -133,158 +133,143 @@ RENAMED = {
 
 
 def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
-    """One of pydantic's findings in one line: field, rule, what was given, the fix."""
-    place = [str(part) for part in fault["loc"]]
-    names, owner = field_path(place, model)
+    """One of pydantic's errors in one line: field, rule, what was given, the fix."""
+    names, owner, members = locate([str(part) for part in fault["loc"]], model)
+    last, context = names[-1] if names else "", fault.get("ctx", {})
+    value: Any = fault.get("input")
     field = ".".join(names).rstrip("0123456789").rstrip(".") or "the configuration"
-    given = short(fault.get("input"))
-    kind = fault["type"]
+    declaration, kind = owner.model_fields.get(last), fault["type"]
+    text = _shortened.repr(value) if isinstance(value, dict | list) else repr(value)
+    given = text if len(text) <= 60 else text[:57] + "…"
     if kind == "extra_forbidden":
-        if names[-1] in RENAMED:
-            return f"{field} is called {'.'.join([*names[:-1], RENAMED[names[-1]]])} since raftune 0.2. Rename it."
-        return f"{field} is not a field; {nearest(names[-1], owner, model)}"
+        if last in RENAMED:
+            return f"{field} is called {'.'.join([*names[:-1], RENAMED[last]])} since raftune 0.2. Rename it."
+        return f"{field} is not a field; {nearest(last, owner, model)}"
     if kind == "missing":
         return f"{field} must be given; it has no default. Add it to the configuration."
-    if kind == "value_error":
-        return qualify(names, str(fault["ctx"]["error"]))
+    if kind == "value_error":  # a validator's own message, which may name the field without its section
+        message = str(context["error"])
+        first = message.split(" ")[0]
+        section = [] if "." in first else [name for name in names if name != first]
+        return ".".join([*section, message])
     if kind in ("tuple_type", "list_type"):
-        return f"{field} must be a list; got {given}. Write [{fault.get('input')}]."
+        return f"{field} must be a list; got {given}. Write [{value}]."
     if kind == "string_pattern_mismatch":
-        hint = owner.model_fields[names[-1]].description or "Change it."
-        return f"{field} must match {fault['ctx']['pattern']}; got {given}. {hint}"
+        hint = (declaration and declaration.description) or "Change it."
+        return f"{field} must match {context['pattern']}; got {given}. {hint}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{field} must be a section with fields of its own; got {given}. {as_section(names, fault, owner)}"
-    if kind == "union_tag_invalid":
-        return unknown_choice(field, fault, model)
-    if kind == "literal_error":
-        return f"{field} must be {fault['ctx']['expected']}; got {given}. {likely(fault)}"
+        fix = "Write `name: value` lines below it."
+        usual = ("model", "prompts", "path", "reward_funcs", "rule", "kind")
+        known = [name for name in usual if members and name in members[0].model_fields]
+        if known and declaration is not None and isinstance(value, str):
+            fix = f"Write `{last}: {{{known[0]}: {value}}}`."
+        return f"{field} must be a section with fields of its own; got {given}. {fix}"
+    if kind in ("union_tag_invalid", "literal_error"):
+        expected = context["expected"] if kind == "literal_error" else context["expected_tags"]
+        if kind == "union_tag_invalid":
+            field, value = f"{field}.{discriminator(members)}", context["tag"]
+        choices = expected.replace(", 'custom'", "")
+        close = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", choices), n=1, cutoff=0.5)
+        hint = f"Did you mean {close[0]!r}?" if close else "Choose one of these."
+        custom = " or file.py:NAME" if choices != expected else ""
+        return f"{field} must be {choices}{custom}; got {given if kind == 'literal_error' else repr(value)}. {hint}"
+    fix = "Change it."
+    if kind in ("less_than", "less_than_equal") and max(context.values()) <= 1 < float(value) <= 100:
+        fix = f"It is a fraction, not a percentage: write {float(value) / 100:g}."
     rule = fault["msg"][0].lower() + fault["msg"][1:]
     rule = rule.replace("input should be", "must be").replace("input should have", "must have")
-    return f"{field} {rule if rule.startswith('must') else 'is wrong: ' + rule}; got {given}. Change it."
-
-
-def as_section(names: Sequence[str], fault: Mapping[str, Any], owner: type[BaseModel]) -> str:
-    """The section to write where a single value was given, if it is clear which of its fields was meant."""
-    field = owner.model_fields.get(names[-1]) if names else None
-    sections = models_in(field.annotation) if field is not None else []
-    usual = ("model", "prompts", "path", "reward_funcs", "rule")
-    known = [name for name in usual if sections and name in sections[0].model_fields]
-    if known and isinstance(fault.get("input"), str):
-        return f"Write `{names[-1]}: {{{known[0]}: {fault['input']}}}`."
-    return "Write `name: value` lines below it."
-
-
-def likely(fault: Mapping[str, Any]) -> str:
-    """A hint at the choice that was probably meant."""
-    choices = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
-    close = difflib.get_close_matches(str(fault.get("input")), choices, n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}?" if close else "Choose one of these."
-
-
-def unknown_choice(section: str, fault: Mapping[str, Any], model: type[BaseModel]) -> str:
-    """What to say of a section whose discriminator names none of its classes."""
-    found = model
-    for name in section.split("."):
-        members = models_in(found.model_fields[name].annotation)
-        found = members[0]
-    choices = fault["ctx"]["expected_tags"].replace(", 'custom'", "")
-    given = fault["ctx"]["tag"]
-    hint = likely({"ctx": {"expected": choices}, "input": given})
-    own = " or file.py:NAME" if "'custom'" in fault["ctx"]["expected_tags"] else ""
-    return f"{section}.{discriminator(members)} must be {choices}{own}; got {given!r}. {hint}"
+    return f"{field} {rule if rule.startswith('must') else 'is wrong: ' + rule}; got {given}. {fix}"
 
 
 def discriminator(members: Sequence[type[BaseModel]]) -> str:
-    """The field by which the classes that a section may have are told apart; empty where there is one class."""
-    several = members if len(members) > 1 else ()
-    return next((name for name in DISCRIMINATORS if several and all(name in m.model_fields for m in several)), "")
+    """The field by which the classes of a section are told apart."""
+    return next(name for name in DISCRIMINATORS if all(name in member.model_fields for member in members))
 
 
-def qualify(names: Sequence[str], message: str) -> str:
-    """A validator's own message, with the section in front where the message names the field alone."""
-    first = message.split(" ")[0]
-    section = [name for name in names if name != first]
-    return message if "." in first or not section else f"{'.'.join(section)}.{message}"
-
-
-def field_path(place: Sequence[str], model: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
-    """The dotted names of a finding, without pydantic's own tags, and the section that the last of them is in."""
+def locate(
+    place: Sequence[str], model: type[BaseModel]
+) -> tuple[list[str], type[BaseModel], Sequence[type[BaseModel]]]:
+    """The dotted names of an error without pydantic's tags, the section of the last, and the classes it may hold."""
     names: list[str] = []
-    owner = model
-    sections: list[type[BaseModel]] = [model]
+    owner, members = model, [model]
     for part in place:
-        chosen_by = discriminator(sections)
-        if chosen_by and part in {"custom", *(str(s.model_fields[chosen_by].default) for s in sections)}:
-            sections = [s for s in sections if s.model_fields[chosen_by].default == part] or sections[-1:]
+        if len(members) > 1:  # the part is the tag of a union
+            chosen_by = discriminator(members)
+            members = [m for m in members if m.model_fields[chosen_by].default == part] or members[-1:]
             continue
         names.append(part)
-        owner = next((s for s in sections if part in s.model_fields), sections[0])
-        inner = [
-            s
-            for section in sections
-            if part in section.model_fields
-            for s in models_in(section.model_fields[part].annotation)
-        ]
-        sections = inner or sections
-    return names, owner
+        owner = members[0]
+        if part in owner.model_fields:
+            members = models_in(owner.model_fields[part].annotation) or members
+    return names, owner, members
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """The members of a union, however deep."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return alternatives(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return [kind for argument in arguments for kind in alternatives(argument)]
+    return [annotation]
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a field's type may hold."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple, list):
-        return [model for inner in typing.get_args(annotation) for model in models_in(inner)]
-    return []
+    """The sections that a field of this type may hold, also in a list."""
+    models = []
+    for kind in alternatives(annotation):
+        if typing.get_origin(kind) in (tuple, list):
+            models += [model for inner in typing.get_args(kind) for model in models_in(inner)]
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            models.append(kind)
+    return models
+
+
+def fields_of(section: type[BaseModel], prefix: str = "", *, in_lists: bool = False) -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted field with its declaration; those of sections in lists too if `in_lists`."""
+    for name, field in section.model_fields.items():
+        models = models_in(field.annotation)
+        is_list = any(typing.get_origin(kind) in (tuple, list) for kind in alternatives(field.annotation))
+        if models and (in_lists or not is_list):
+            for model in models:
+                yield from fields_of(model, f"{prefix}{name}.", in_lists=in_lists)
+        else:
+            yield prefix + name, field
 
 
 def nearest(name: str, owner: type[BaseModel], whole: type[BaseModel]) -> str:
-    """A hint at the field that was probably meant: in this section, or else anywhere in the whole."""
+    """A hint at the field that was probably meant: in this section, or else anywhere in the configuration."""
     here = list(owner.model_fields)
     if close := difflib.get_close_matches(name, here, n=1, cutoff=0.6):
         return f"did you mean {close[0]!r}?"
-    elsewhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted in all_fields(whole)}
+    elsewhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted, _ in fields_of(whole, in_lists=True)}
     if close := difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.75):
         return f"did you mean {elsewhere[close[0]]!r}?"
     return f"there are {', '.join(here)}."
 
 
-def all_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted field of the configuration."""
-    found = []
-    for name, field in model.model_fields.items():
-        inner = models_in(field.annotation)
-        found += [d for section in inner for d in all_fields(section, f"{prefix}{name}.")] if inner else [prefix + name]
-    return found
-
-
-def short(value: Any) -> str:
-    text = _shortened.repr(value) if isinstance(value, dict | list) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
 def declared(config: RunConfig) -> dict[str, Any]:
-    """What differs from the defaults, and the family: read again, it gives the same run, wherever its directory is.
+    """The policy family and every field that differs from its default; reading it again gives the same run.
 
-    The rule and the objective are named where they are not the usual ones: they say what the fields beside them mean.
+    The rule and the objective are included unless they are the default, because other fields depend on them.
     """
-    found = config.model_dump(mode="json", exclude_defaults=True, exclude={"output_dir"})
+    fields = config.model_dump(mode="json", exclude_defaults=True, exclude={"output_dir"})
     if config.selection.rule != "best_of_k":
-        given = found.get("selection", {})
-        own = {name: value for name, value in given.items() if name not in SelectionConfig.model_fields}
-        found["selection"] = {"rule": config.selection.rule, **own, **given}
+        selection = fields.get("selection", {})
+        options = {name: value for name, value in selection.items() if name not in SelectionConfig.model_fields}
+        fields["selection"] = {"rule": config.selection.rule, **options, **selection}
     if config.training.objective != "sft":
-        found["training"] = {"objective": config.training.objective, **found.get("training", {})}
-    return {**found, "policy": {"family": config.policy.family, **found.get("policy", {})}}
+        fields["training"] = {"objective": config.training.objective, **fields.get("training", {})}
+    return {**fields, "policy": {"family": config.policy.family, **fields.get("policy", {})}}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """The dotted fields whose values differ, each with its old and its new value."""
-    found: dict[str, tuple[Any, Any]] = {}
+    changed: dict[str, tuple[Any, Any]] = {}
     for name in dict.fromkeys([*old, *new]):
         before, after = old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found |= differences(before, after, f"{prefix}{name}.")
+            changed |= differences(before, after, f"{prefix}{name}.")
         elif before != after:
-            found[prefix + name] = (redacted(before, name), redacted(after, name))
-    return found
+            changed[prefix + name] = (redacted(before, name), redacted(after, name))
+    return changed

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raftune.config.base import COLUMNS_FIELD, ColumnNames, ConfigSection
+from raftune.config.base import COLUMNS_FIELD, THREADS_FIELD, ColumnNames, ConfigSection
 from raftune.config.policy import AdapterConfig
-
-# Peak rate by the number of trained parameters, where none is given: small models need and bear more.
-RATES = ((10_000_000, 1e-3), (500_000_000, 5e-5))
-RATE_OF_LARGE, RATE_OF_ADAPTERS = 1e-5, 1e-4
 
 
 class RewardModelConfig(ConfigSection):
@@ -88,9 +83,7 @@ class RewardModelConfig(ConfigSection):
     save_steps: int | None = Field(
         None, ge=1, description="Optimizer steps between additional checkpoints; one a minute is always saved."
     )
-    threads: int = Field(
-        default_factory=lambda: os.cpu_count() or 1, ge=1, description="Threads for tensor arithmetic on the CPU."
-    )
+    threads: int = THREADS_FIELD
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the split, the new head and the row order.")
     allow_chance: bool = Field(False, description="Save the model even if it is not better than chance.")
 
@@ -112,7 +105,7 @@ class RewardModelConfig(ConfigSection):
 
 
 def rate_for(trained: int, adapter: bool) -> float:
-    """The peak rate for so many trained parameters, where the configuration gives none."""
+    """The default peak learning rate for so many trained parameters: small models need a higher one."""
     if adapter:
-        return RATE_OF_ADAPTERS
-    return next((rate for below, rate in RATES if trained < below), RATE_OF_LARGE)
+        return 1e-4
+    return 1e-3 if trained < 10_000_000 else 5e-5 if trained < 500_000_000 else 1e-5

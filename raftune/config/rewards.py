@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from raftune.config.base import ConfigSection
+from raftune.config.base import ConfigSection, OneOrMore
 
 
 class RewardSpec(ConfigSection):
     """One reward. A plain string stands for a spec with every other field at its default."""
 
+    shorthand: ClassVar[str] = "spec"
     spec: str = Field(
         min_length=1,
         description="A built-in reward (`raftune reward list`), module:function, file.py:function, 'starter', or a "
@@ -40,11 +41,6 @@ class RewardSpec(ConfigSection):
         None, gt=0, le=1e7, description="Time limit of a call in seconds; None: rewards.timeout."
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _text_is_a_spec(cls, value: Any) -> Any:
-        return {"spec": value} if isinstance(value, str) else value
-
     @model_validator(mode="after")
     def _thresholds_can_be_kept(self) -> RewardSpec:
         if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
@@ -63,7 +59,7 @@ class RewardSpec(ConfigSection):
 class RewardsConfig(ConfigSection):
     """The rewards of a run. A sample that a reward fails to score is never selected."""
 
-    reward_funcs: tuple[RewardSpec, ...] = Field(
+    reward_funcs: Annotated[tuple[RewardSpec, ...], OneOrMore] = Field(
         (), description="The rewards; the score is the weighted sum of their parts."
     )
     combine: Literal["sum", "rank"] = Field(
@@ -80,17 +76,10 @@ class RewardsConfig(ConfigSection):
     )
     device: str = Field("auto", description="Device of reward models: auto, cpu, cuda, cuda:N or mps.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_stands_for_a_list(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("reward_funcs"), str | dict | RewardSpec):
-            return {**value, "reward_funcs": (value["reward_funcs"],)}
-        return value
-
     @model_validator(mode="after")
     def _names_differ(self) -> RewardsConfig:
-        given = [spec.name for spec in self.reward_funcs if spec.name is not None]
-        if twice := sorted({name for name in given if given.count(name) > 1}):
+        names = [spec.name for spec in self.reward_funcs if spec.name is not None]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"reward_funcs must bear different names; got {twice[0]!r} twice. Each names a column: rename one."
             )

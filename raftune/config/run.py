@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -35,6 +35,7 @@ class DataConfig(ConfigSection):
 class EngineConfig(ConfigSection):
     """Where chunks run. The results do not depend on the number of workers."""
 
+    shorthand: ClassVar[str] = "kind"
     kind: str = Field(
         "local",
         pattern=f"^local$|{SPEC}",
@@ -54,6 +55,15 @@ class EngineConfig(ConfigSection):
         None, gt=0, description="Seconds after which a chunk in a worker counts as crashed."
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of a custom engine.")
+
+    @model_validator(mode="after")
+    def _options_have_an_engine(self) -> EngineConfig:
+        if self.options and ":" not in self.kind:
+            raise ValueError(
+                f"engine.options are those of a custom engine; got {', '.join(self.options)} with engine.kind "
+                f"{self.kind!r}, which has none. Leave them out."
+            )
+        return self
 
 
 class StopConfig(ConfigSection):
@@ -128,31 +138,42 @@ class RunConfig(ConfigSection):
         return self
 
     @model_validator(mode="after")
-    def _stop_rules_can_be_judged(self) -> RunConfig:
-        if self.stop.patience is not None and self.evaluation.num_prompts == 0:
+    def _evaluations_suffice(self) -> RunConfig:
+        """Stop rules, alarms and measures get the evaluations that they need."""
+        evaluation, stop, guards = self.evaluation, self.stop, self.guards
+        if guards.stop_on and not guards.enabled:
             raise ValueError(
-                "stop.patience needs evaluations; got evaluation.num_prompts = 0. "
-                "Set it above 0, or leave out stop.patience."
+                f"guards.stop_on needs guards.enabled: true; got {', '.join(guards.stop_on)} with the guards off. "
+                "Turn them on, or leave out guards.stop_on."
             )
-        if self.stop.max_falls is not None and not (self.evaluation.reward_funcs and self.evaluation.num_prompts):
-            raise ValueError(
-                "stop.max_falls needs a held-out reward; got no evaluation.reward_funcs or no evaluation.num_prompts. "
-                "Name a reward that the policy is not trained on, or leave out stop.max_falls."
-            )
-        if self.stop.max_kl is not None and not (self.evaluation.kl and self.evaluation.num_prompts):
-            raise ValueError(
-                "stop.max_kl needs evaluation.kl: true and evaluation.num_prompts above 0; got them off. Turn them on."
-            )
-        if self.evaluation.reference_column is not None and self.evaluation.num_prompts == 0:
-            raise ValueError(
-                "evaluation.reference_column needs held-out prompts; got evaluation.num_prompts = 0. "
-                "Set it above 0, or leave out evaluation.reference_column."
-            )
-        if self.evaluation.features is not None and self.evaluation.num_prompts == 0:
-            raise ValueError(
-                "evaluation.features needs held-out prompts, whose images it compares; got evaluation.num_prompts = "
-                "0. Set it above 0, or leave out evaluation.features."
-            )
+        for field, value, needed in (
+            ("stop.patience", stop.patience, "evaluations"),
+            ("evaluation.reference_column", evaluation.reference_column, "held-out prompts"),
+            ("evaluation.features", evaluation.features, "held-out prompts, whose images it compares"),
+        ):
+            if value is not None and not evaluation.num_prompts:
+                raise ValueError(
+                    f"{field} needs {needed}; got evaluation.num_prompts = 0. Set it above 0, or leave out {field}."
+                )
+        for field, option, used in (
+            ("stop.max_falls", "stop.max_falls", stop.max_falls is not None),
+            ("guards.stop_on: held_out_falls", "held_out_falls", "held_out_falls" in guards.stop_on),
+        ):
+            if used and not (evaluation.reward_funcs and evaluation.num_prompts):
+                raise ValueError(
+                    f"{field} needs a held-out reward; got no evaluation.reward_funcs or no evaluation.num_prompts. "
+                    f"Name a reward that the policy is not trained on, or leave out {option}."
+                )
+        for field, option, used in (
+            ("stop.max_kl", "stop.max_kl", stop.max_kl is not None),
+            ("guards.stop_on: kl_beyond_budget", "kl_beyond_budget", "kl_beyond_budget" in guards.stop_on),
+            ("guards.max_kl", "guards.max_kl", guards.max_kl is not None),
+        ):
+            if used and not (evaluation.kl and evaluation.num_prompts):
+                raise ValueError(
+                    f"{field} needs evaluation.kl: true and evaluation.num_prompts above 0; got them off. Turn them "
+                    f"on, or leave out {option}."
+                )
         return self
 
     @model_validator(mode="after")
@@ -163,11 +184,6 @@ class RunConfig(ConfigSection):
                 "evaluation.best_by must name one reward where rewards.combine is rank; got 'reward'. A rank compares "
                 "the candidates of one prompt and no rounds: write held_out, or the name of a reward."
             )
-        return self
-
-    @model_validator(mode="after")
-    def _alarms_can_be_raised(self) -> RunConfig:
-        self.guards.check(self.evaluation)
         return self
 
 

@@ -91,26 +91,28 @@ class SamplingConfig(ConfigSection):
     )
     teacher: TeacherConfig | None = Field(None, description="A second model whose completions join the candidates.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _backend_may_be_a_section(cls, value: Any) -> Any:
+        backend = value.get("backend") if isinstance(value, dict) else None
+        if not isinstance(backend, dict):
+            return value
+        if unknown := sorted(set(backend) - {"kind", "options"}):
+            raise ValueError(f"sampling.backend.{unknown[0]} is not a field; there are kind, options.")
+        return {**value, "backend": backend.get("kind", "auto"), "backend_options": backend.get("options", {})}
+
     @model_validator(mode="after")
-    def _options_have_a_backend(self) -> SamplingConfig:
+    def _options_are_used(self) -> SamplingConfig:
         if self.backend_options and ":" not in self.backend:
             raise ValueError(
                 f"backend_options are those of a backend of your own; got {self.backend_options} with backend "
                 f"{self.backend!r}, which has none. Leave them out."
             )
-        return self
-
-    @model_validator(mode="after")
-    def _stops_are_not_empty(self) -> SamplingConfig:
-        if any(not text for text in self.stop):
+        if "" in self.stop:
             raise ValueError(
                 "stop must hold non-empty texts; got ''. An empty text would end every completion at once: remove it."
             )
-        return self
-
-    @model_validator(mode="after")
-    def _each_dial_has_one_place(self) -> SamplingConfig:
-        fields = dict.fromkeys(type(self).model_fields) | {
+        fields = dict(zip(type(self).model_fields, type(self).model_fields, strict=True)) | {
             "num_return_sequences": "num_generations",
             "max_new_tokens": "max_completion_length",
             "stop_strings": "stop",
@@ -118,45 +120,33 @@ class SamplingConfig(ConfigSection):
         for name in self.generation_kwargs:
             if name in fields:
                 raise ValueError(
-                    f"generation_kwargs must not hold {name!r}: raftune sets it. Use sampling.{fields[name] or name}."
+                    f"generation_kwargs must not hold {name!r}: raftune sets it. Use sampling.{fields[name]}."
                 )
         return self
 
 
-# The dotted fields that shape what one policy generates.
+# The dotted fields that change what a policy generates.
 DRAWN_BY = (
-    "sampling.temperature",
-    "sampling.top_p",
-    "sampling.top_k",
-    "sampling.min_p",
-    "sampling.repetition_penalty",
-    "sampling.max_completion_length",
-    "sampling.backend",
-    "sampling.backend_options",
-    "sampling.stop",
-    "sampling.generation_kwargs",
-    "sampling.system_prompt",
-    "sampling.few_shot_prefix",
-    "sampling.chat_template_kwargs",
-    "sampling.diffusion",
-    "engine.threads",
+    *("sampling.temperature", "sampling.top_p", "sampling.top_k", "sampling.min_p", "sampling.repetition_penalty"),
+    *("sampling.max_completion_length", "sampling.backend", "sampling.backend_options", "sampling.stop"),
+    *("sampling.generation_kwargs", "sampling.system_prompt", "sampling.few_shot_prefix"),
+    *("sampling.chat_template_kwargs", "sampling.diffusion", "engine.threads"),
 )
 
 
 def load_backend(config: SamplingConfig) -> Any:
-    """The custom generation backend (protocols.SamplingBackend); None where it is a built-in one.
+    """The custom generation backend (protocols.SamplingBackend); None for a built-in one.
 
-    Raises ConfigError where it is not there, or is not whole.
+    Raises ConfigError if it cannot be loaded or lacks a method.
     """
     if ":" not in config.backend:
         return None
-    options, methods = config.backend_options, {"generate": ("model", "request")}
     return load_extension(
         config.backend,
         "sampling.backend",
-        options,
+        config.backend_options,
         "sampling.backend_options",
-        methods=methods,
+        methods={"generate": ("model", "request")},
         attributes=("reproducible",),
     )
 

@@ -27,9 +27,9 @@ VALUES = re.compile(
 )
 QUERY = re.compile(r"([?&]([^=&#\s]+)=)([^&#\s]*)")
 PASSWORD = re.compile(r"(\w+://[^/\s:@]*:)([^/\s@]+)(@)")
-SHORTEST = 8  # characters of a secret: what is shorter, such as "</s>", is none
+SHORTEST = 8  # characters of a secret; shorter texts, such as "</s>", are none
 
-_KNOWN: dict[str, str] = {}  # the secrets of this process, and what is shown in their place
+_KNOWN: dict[str, str] = {}  # the secrets of this process, each with the text that is shown for it
 
 
 def expanded(value: Any, field: str) -> Any:
@@ -41,38 +41,37 @@ def expanded(value: Any, field: str) -> Any:
     if not isinstance(value, str):
         return value
 
-    def replace(found: re.Match[str]) -> str:
-        escaped, name = found.groups()
+    def replace(match: re.Match[str]) -> str:
+        escaped, name = match.groups()
         if escaped:
-            return found.group()[1:]
-        given = os.environ.get(name)
-        if not given:
+            return match.group()[1:]
+        secret = os.environ.get(name)
+        if not secret:
             raise ConfigError(
                 f"{field} names the environment variable {name!r}, which is not set. Set it, or write $${{{name}}} for "
                 "the text itself."
             )
-        if len(given) >= SHORTEST:
-            _KNOWN[given] = f"${{{name}}}"
-        return given
+        if len(secret) >= SHORTEST:
+            _KNOWN[secret] = f"${{{name}}}"
+        return secret
 
     text = REFERENCE.sub(replace, value)
-    if is_secret(field.rsplit(".", 1)[-1], text):
-        _KNOWN.setdefault(text, HIDDEN)
-    for _, key, given in QUERY.findall(text) if "://" in text else ():
-        if is_secret(key, given):
-            _KNOWN.setdefault(given, HIDDEN)
+    keys = [(key, part) for _, key, part in QUERY.findall(text)] if "://" in text else []
+    for name, part in [(field.rsplit(".", 1)[-1], text), *keys]:
+        if is_secret(name, part):
+            _KNOWN.setdefault(part, HIDDEN)
     return text
 
 
 def masked(text: str) -> str:
-    """The text without the secrets that `expanded` has seen: servers and errors repeat them."""
+    """The text without the secrets that `expanded` has read: servers and errors repeat them."""
     for value, name in _KNOWN.items():
         text = text.replace(value, name)
     return text
 
 
 def is_secret(name: str, value: Any) -> bool:
-    """Whether a value looks like a key or password: by the name that it stands under, or by its own form."""
+    """Whether a value looks like a key or password, by its name or its form."""
     if not isinstance(value, str) or len(value) < SHORTEST or name.endswith("_env"):
         return False
     return bool(VALUES.match(value) or (NAMES.search(name) and not re.search(r"\s", value.removeprefix("Bearer "))))
@@ -81,7 +80,8 @@ def is_secret(name: str, value: Any) -> bool:
 def redacted(value: Any, name: str = "", references: bool = True) -> Any:
     """The value, at any depth, with *** for what looks like a secret, also in the query of a URL.
 
-    `references`: `${NAME}` stays, for it says nothing; False hides it too, so that all ways to give a key are equal.
+    `references`: `${NAME}` stays, because it reveals nothing. False hides it too, so that every way to write a key
+    gives the same.
     """
     if isinstance(value, dict):
         return {key: redacted(inner, str(key), references) for key, inner in value.items()}
@@ -92,32 +92,28 @@ def redacted(value: Any, name: str = "", references: bool = True) -> Any:
     refers = REFERENCE.search(value) is not None
     if is_secret(name, value) or (refers and NAMES.search(name)):
         return value if refers and references else HIDDEN
+    if "://" not in value:
+        return value
 
-    def hide(found: re.Match[str]) -> str:
-        start, key, given = found.groups()
-        refers = REFERENCE.search(given) is not None
-        if not (NAMES.search(key) or VALUES.match(given)) or not given or (refers and references):
-            return found.group()
-        return start + HIDDEN
+    def hide(match: re.Match[str]) -> str:
+        start, key, part = match.groups()
+        hidden = part and (NAMES.search(key) or VALUES.match(part))
+        return start + HIDDEN if hidden and not (references and REFERENCE.search(part)) else match.group()
 
-    text = QUERY.sub(hide, value) if "://" in value else value
-    return PASSWORD.sub(rf"\1{HIDDEN}\3", text) if "://" in text else text
+    return PASSWORD.sub(rf"\1{HIDDEN}\3", QUERY.sub(hide, value))
 
 
 def plain_secrets(value: Any, name: str = "") -> Iterator[str]:
     """The dotted fields that hold what looks like a secret, written in plain."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
+    if isinstance(value, dict | list | tuple):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from plain_secrets(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list | tuple):
-        for number, inner in enumerate(value):
-            yield from plain_secrets(inner, f"{name}.{number}")
     elif redacted(value, name.rsplit(".", 1)[-1]) != value:
         yield name
 
 
 def advice(fields: list[str]) -> str:
-    """What to tell of secrets that were written in plain."""
+    """The warning for secrets that were written in plain."""
     variable = "MY_" + (re.sub(r"\W+", "_", fields[0].rsplit(".", 1)[-1]).upper() or "KEY")
     return (
         f"{', '.join(fields)} looks like a key or password, written in plain: it lies in the run's config.yaml. Write "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationInfo, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from raftune.config.base import ConfigSection, tag_of
 from raftune.config.extensions import SPEC
@@ -32,14 +32,17 @@ class SelectionConfig(ConfigSection):
     )
     margin: float = Field(
         default=0.0,
+        ge=0,
         description="Prompts whose best exceeds the mean by less are skipped; in units of the score, at least 0.",
     )
     min_length: int | None = Field(
         default=None,
+        ge=0,
         description="Shortest completion kept, in the family's unit (tokens for text); none: no limit.",
     )
     max_length: int | None = Field(
         default=None,
+        ge=1,
         description="Longest completion kept, in the family's unit (tokens for text); none: no limit.",
     )
     beta: float = Field(
@@ -49,8 +52,7 @@ class SelectionConfig(ConfigSection):
         "initial model.",
     )
     drop_duplicates: bool = Field(
-        default=False,
-        description="Only the first of identical completions of a prompt competes.",
+        default=False, description="Only the first of identical completions of a prompt competes."
     )
 
     @property
@@ -61,55 +63,28 @@ class SelectionConfig(ConfigSection):
     @model_validator(mode="before")
     @classmethod
     def _fields_belong_to_the_rule(cls, data: Any) -> Any:
-        """Refuses a field of another rule, unless it is empty or at its default there; names one that is lacking."""
+        """Refuses a field of another rule unless it is empty or at its default; names a required field."""
         if not isinstance(data, dict):
             return data
         rule = data.get("rule") or cls.model_fields["rule"].default
-        own = dict(data)
+        fields = dict(data)
         for name in [name for name in data if name not in cls.model_fields]:
-            readers = [other for other in RULES.values() if name in other.model_fields]
-            if not readers:
-                continue  # no field at all: refused as such
-            value = own.pop(name)
-            usual = ("none", "null", str(readers[0].model_fields[name].default))  # a flag's value is a text
-            if str(value).lower() not in usual:
-                rules = [reader.model_fields["rule"].default for reader in readers]
+            rules = [other for other, section in RULES.items() if name in section.model_fields]
+            if not rules:
+                continue  # refused as an unknown field
+            value = fields.pop(name)
+            default = RULES[rules[0]].model_fields[name].default
+            if str(value).lower() not in ("none", "null", str(default)):  # a flag's value is a text
                 raise ValueError(
                     f"selection.{name} is read by {' and '.join(rules)} only; got {name}={value} with rule={rule}, "
                     f"which would ignore it. Remove it, or write selection.rule: {rules[0]}."
                 )
         for name, field in cls.model_fields.items():
-            if name != "rule" and field.is_required() and own.get(name) is None:
+            if name != "rule" and field.is_required() and fields.get(name) is None:
                 raise ValueError(
                     f"selection.{name} must be given for rule {rule}; got none. {field.description} Add it."
                 )
-        return own
-
-    @field_validator("max_length", "m", "max_per_prompt", check_fields=False)
-    @classmethod
-    def _at_least_one(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and value < 1:
-            raise ValueError(
-                f"selection.{info.field_name} must be at least 1; got {value}. "
-                "Nothing could be kept: raise it, or leave it out."
-            )
-        return value
-
-    @field_validator("min_length")
-    @classmethod
-    def _not_negative(cls, value: int | None) -> int | None:
-        if value is not None and value < 0:
-            raise ValueError(f"selection.min_length must be at least 0; got {value}. Leave it out for no limit.")
-        return value
-
-    @field_validator("margin")
-    @classmethod
-    def _is_a_distance(cls, value: float) -> float:
-        if value < 0:
-            raise ValueError(
-                f"selection.margin must be at least 0; got {value:g}. No best is below its mean: write 0 for none."
-            )
-        return value
+        return fields
 
     @model_validator(mode="after")
     def _something_can_be_kept(self) -> Self:
@@ -131,7 +106,7 @@ class TopM(SelectionConfig):
     """The m best samples of each prompt."""
 
     rule: Literal["top_m"] = "top_m"
-    m: int = Field(1, description="Samples kept per prompt, at least 1 (top_m, random).")
+    m: int = Field(1, ge=1, description="Samples kept per prompt, at least 1 (top_m, random).")
 
 
 class TopFraction(SelectionConfig):
@@ -140,20 +115,14 @@ class TopFraction(SelectionConfig):
     within_prompt: ClassVar[bool] = False
     rule: Literal["top_fraction"] = "top_fraction"
     keep_fraction: float = Field(
+        gt=0,
+        le=1,
         description="Share in (0, 1] of all that compete (top_fraction), such as 0.125: prompts with low scores may "
         "starve.",
     )
     max_per_prompt: int | None = Field(
-        None, description="Maximum number of samples kept per prompt (threshold, top_fraction); none: no limit."
+        None, ge=1, description="Maximum number of samples kept per prompt (threshold, top_fraction); none: no limit."
     )
-
-    @field_validator("keep_fraction")
-    @classmethod
-    def _is_a_share(cls, value: float) -> float:
-        if 0 < value <= 1:
-            return value
-        fix = f"It is a fraction, not a percentage: write {value / 100:g}." if 1 < value <= 100 else "Write 0.125, say."
-        raise ValueError(f"selection.keep_fraction must be in (0, 1]; got {value:g}. {fix}")
 
 
 class Threshold(SelectionConfig):
@@ -164,7 +133,7 @@ class Threshold(SelectionConfig):
     threshold: float = Field(
         description="Lowest score kept, in units of the score (threshold): a prompt without one yields nothing."
     )
-    max_per_prompt: int | None = Field(None, description=TopFraction.model_fields["max_per_prompt"].description)
+    max_per_prompt: int | None = Field(None, ge=1, description=TopFraction.model_fields["max_per_prompt"].description)
 
 
 class Softmax(SelectionConfig):
@@ -172,25 +141,17 @@ class Softmax(SelectionConfig):
 
     rule: Literal["softmax"] = "softmax"
     temperature: float = Field(
+        gt=0,
         description="Above 0, in units of the score (softmax): weights are softmax(score / temperature) in a prompt; "
-        "the smaller, the nearer to best_of_k."
+        "the smaller, the nearer to best_of_k.",
     )
-
-    @field_validator("temperature")
-    @classmethod
-    def _is_positive(cls, value: float) -> float:
-        if value <= 0:
-            raise ValueError(
-                f"selection.temperature must be above 0; got {value:g}. Its limit at 0 is selection.rule: best_of_k."
-            )
-        return value
 
 
 class Random(SelectionConfig):
     """m random samples of each prompt: the control for other rules."""
 
     rule: Literal["random"] = "random"
-    m: int = Field(1, description=TopM.model_fields["m"].description)
+    m: int = Field(1, ge=1, description=TopM.model_fields["m"].description)
 
 
 class CustomRule(SelectionConfig):
@@ -205,9 +166,7 @@ RULES: dict[str, type[SelectionConfig]] = {
     **{section.model_fields["rule"].default: section for section in BUILT_IN},
     "custom": CustomRule,
 }
-
-
-rule_class = tag_of("rule", "best_of_k")  # the key of RULES under which a section is declared
+rule_class = tag_of("rule", "best_of_k")  # the key in RULES of a section's class
 
 AnySelection = Annotated[
     Annotated[BestOfK, Tag("best_of_k")]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from raftune.config.base import COLUMNS_FIELD, ColumnNames, ConfigSection
+from raftune.config.base import COLUMNS_FIELD, THREADS_FIELD, ColumnNames, ConfigSection
 from raftune.config.policy import PolicyConfig
 from raftune.config.training import TrainingConfig
 
-# Fields of `training` that speak of rounds, of which there is one.
+# Fields of `training` that only make sense with several rounds.
 OF_ROUNDS = ("optimizer_state", "start_from", "replay_rounds", "reference")
 
 
@@ -52,9 +51,7 @@ class SftConfig(ConfigSection):
 
     output_dir: str = Field(description="The output directory.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of all randomness.")
-    threads: int = Field(
-        default_factory=lambda: os.cpu_count() or 1, ge=1, description="Threads for tensor arithmetic on the CPU."
-    )
+    threads: int = THREADS_FIELD
     max_length: int | None = Field(
         None,
         ge=2,
@@ -69,7 +66,7 @@ class SftConfig(ConfigSection):
     @model_validator(mode="after")
     def _there_is_one_round(self) -> SftConfig:
         for name in OF_ROUNDS:
-            given, default = getattr(self.training, name), TrainingConfig.model_fields[name].default
-            if given != default:
-                raise ValueError(f"training.{name} speaks of rounds, and sft has none; got {given!r}. Leave it out.")
+            value = getattr(self.training, name)
+            if value != TrainingConfig.model_fields[name].default:
+                raise ValueError(f"training.{name} speaks of rounds, and sft has none; got {value!r}. Leave it out.")
         return self

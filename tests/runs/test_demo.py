@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raftune.cli import demo_images, main
+from raftune.cli import main
 from raftune.cli.commands import demo
-from raftune.cli.demo_images import drawn
 from raftune.config.load import load_config, merge, validate
 from raftune.config.run import RunConfig
 from raftune.data.images import image_of, png_of
@@ -160,20 +159,19 @@ def test_image_ends_with_one_sheet_of_the_same_captions_and_seeds_by_round(
     assert [row[0] for row in rows if row[0] in ("start", "1")] == ["start", "1"]
     assert "runs/image/grid.png" in out
     sheet = image_of((quick / "runs/image/grid.png").read_bytes())
-    captions = drawn(RunFolder("runs/image"), 0)
-    assert sheet.height == demo_images.HEAD + len(captions) * (demo_images.SIDE + demo_images.GAP)
+    captions = demo.first_images(RunFolder("runs/image"), 0)
+    assert sheet.height == demo.HEAD + len(captions) * (demo.SIDE + demo.GAP)
     first, last = (
-        np.asarray(image_of(drawn(RunFolder("runs/image"), round_)[next(iter(captions))]))[16, 16] for round_ in (0, 1)
+        np.asarray(image_of(demo.first_images(RunFolder("runs/image"), round_)[next(iter(captions))]))[16, 16]
+        for round_ in (0, 1)
     )
-    top, right = demo_images.HEAD + demo_images.SIDE // 2 + 1, sheet.width - demo_images.GAP - demo_images.SIDE // 2 + 1
-    assert (np.asarray(sheet)[top, [right - demo_images.SIDE - demo_images.GAP, right]] == [first, last]).all()
+    top, right = demo.HEAD + demo.SIDE // 2 + 1, sheet.width - demo.GAP - demo.SIDE // 2 + 1
+    assert (np.asarray(sheet)[top, [right - demo.SIDE - demo.GAP, right]] == [first, last]).all()
 
 
 def test_a_sheet_is_drawn_where_a_sample_is_no_picture(tmp_path: Path) -> None:
-    sheet = demo_images.grid(
-        {"a": "a red circle", "b": "a blue square"}, {0: {"a": png()}, 1: {"a": png(), "b": png()}}
-    )
-    start, first = sheet.width - 2 * demo_images.SIDE, sheet.width - demo_images.SIDE // 2
+    sheet = demo.image_grid({"a": "a red circle", "b": "a blue square"}, {0: {"a": png()}, 1: {"a": png(), "b": png()}})
+    start, first = sheet.width - 2 * demo.SIDE, sheet.width - demo.SIDE // 2
     assert np.asarray(sheet)[-40, start].tolist() == [255, 255, 255]
     assert np.asarray(sheet)[-40, first].tolist() == [10, 200, 30]
 

@@ -236,9 +236,9 @@ def test_a_teacher_s_answers_are_kept_and_are_no_draws_of_the_policy(tmp_path: P
         ({"stop_on": ["hacking"]}, {}, "must be 'held_out_falls', "),
         ({"diversity_drop": 40}, {}, "It is a fraction, not a percentage: write 0.4."),
         ({"part_share": 90}, {}, "It is a fraction, not a percentage: write 0.9."),
-        ({"length_factor": 0.5}, {}, "must be above 1; got 0.5"),
-        ({"false_alarms": 5}, {}, "must be in (0, 0.5]; got 5"),
-        ({"max_kl": 0}, {}, "must be above 0; got 0"),
+        ({"length_factor": 0.5}, {}, "must be greater than 1; got 0.5"),
+        ({"false_alarms": 5}, {}, "must be less than or equal to 0.5; got 5"),
+        ({"max_kl": 0}, {}, "must be greater than 0; got 0"),
     ],
 )
 def test_what_can_never_be_raised_or_measured_is_refused(

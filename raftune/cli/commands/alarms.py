@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import json as js
+import json
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from raftune.cli.alarm_output import show
+from raftune.cli.flags import RunDirectory, at_least, switch
 from raftune.cli.output import echo
+from raftune.cli.samples_output import show_alarm
 from raftune.errors import ConfigError
-from raftune.results import samples
+from raftune.results.samples import span
 from raftune.results.summary import alarms_of
-from raftune.sanitize import shell_command
+from raftune.sanitize import counted, shell_command
 from raftune.store.kinds import how_to_go_on
 from raftune.store.run import RunFolder
 
 
 def alarms(
-    run: Annotated[str, Parameter(help="The run's directory.")],
+    run: RunDirectory,
     *,
     round_: Annotated[int | None, Parameter(name="--round", help="The round; without it, all rounds.")] = None,
-    number: Annotated[int, Parameter(name=["--number", "-n"], help="Samples to show per alarm.")] = 3,
-    full: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Whole completions, not their first line.")
-    ] = False,
-    json: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Print JSON lines, one for each alarm.")
-    ] = False,
+    number: Annotated[
+        int,
+        Parameter(
+            name=["--number", "-n"],
+            help="Samples to show per alarm.",
+            validator=at_least("--number", 1, "Leave it out for 3."),
+        ),
+    ] = 3,
+    full: Annotated[bool, switch("Whole completions, not their first line.")] = False,
+    as_json: Annotated[bool, switch("Print JSON lines, one for each alarm.", "--json")] = False,
 ) -> None:
     """Show the alarms of a run, round by round, with their numbers and samples.
 
@@ -37,36 +41,26 @@ def alarms(
     An alarm is a reason to look at samples, not a finding. The section `guards` of the configuration holds the
     thresholds, and `guards.stop_on` the alarms that end a run.
     """
-    if number < 1:
-        raise ConfigError(f"--number must be at least 1; got {number}. Leave it out for 3.")
     folder = RunFolder(run)
-    folder.read_config()
-    guarded = choose_rounds(folder, round_)
-    found = [(r, alarm) for r in guarded for alarm in alarms_of(folder, r)]
-    if json:
-        for _, alarm in found:
-            print(js.dumps(alarm, ensure_ascii=False))
+    config = folder.read_config()
+    rounds = folder.rounds_with("guard")
+    if not rounds and not any(folder.rounds()):
+        fix = how_to_go_on(folder.root, config)
+        raise ConfigError(f"{folder.root} has no guarded round. Alarms are of rounds that train. {fix}")
+    if not rounds:
+        command = shell_command("raftune", "resume", folder.root, "--guards.enabled", "true")
+        raise ConfigError(
+            f"{folder.root} has no guarded round. `{command}` looks at what is there, without generating again."
+        )
+    if round_ is not None and round_ not in rounds:
+        raise ConfigError(f"--round must be one of {span(rounds)}; got {round_}. Choose one of these.")
+    rounds = rounds if round_ is None else [round_]
+    raised = [(r, alarm) for r in rounds for alarm in alarms_of(folder, r)]
+    if as_json:
+        for _, alarm in raised:
+            print(json.dumps(alarm, ensure_ascii=False))
         return
-    rounds = f"round {guarded[0]}" if len(guarded) == 1 else f"rounds {samples.span(guarded)}"
-    echo(f"{len(found)} alarm{'s' * (len(found) != 1)} in {rounds}", style="dim")
-    for r, alarm in found:
-        show(folder, r, alarm, number, full)
-
-
-def choose_rounds(folder: RunFolder, asked: int | None) -> list[int]:
-    """The guarded rounds that are meant. Raises ConfigError where there is none."""
-    guarded = folder.rounds_with("guard")
-    if not guarded and not any(folder.rounds()):
-        raise ConfigError(
-            f"{folder.root} has no guarded round. Alarms are of rounds that train. "
-            f"{how_to_go_on(folder.root, folder.read_config())}"
-        )
-    if not guarded:
-        raise ConfigError(
-            f"{folder.root} has no guarded round. "
-            f"`{shell_command('raftune', 'resume', folder.root, '--guards.enabled', 'true')}` looks at what is there, "
-            "without generating again."
-        )
-    if asked is not None and asked not in guarded:
-        raise ConfigError(f"--round must be one of {samples.span(guarded)}; got {asked}. Choose one of these.")
-    return guarded if asked is None else [asked]
+    where = f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {span(rounds)}"
+    echo(f"{counted(len(raised), 'alarm')} in {where}", style="dim")
+    for r, alarm in raised:
+        show_alarm(folder, r, alarm, number, full)

@@ -2,46 +2,81 @@
 
 from __future__ import annotations
 
-import json as js
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from raftune.cli.judge_flags import NOBODY, JudgeFlags, asking, read_judge, read_rewards
+from raftune.cli.flags import Json, at_least, read_object, switch
 from raftune.cli.output import PlainTable, echo
 from raftune.errors import ConfigError, GateFailed
 from raftune.results.samples import answer_text
 from raftune.sanitize import counted, harmless, one_line, percent
 
 if TYPE_CHECKING:
-    from raftune.analysis.compare import Comparison, ComparisonMeasure
+    from raftune.analysis.compare import Comparison, ComparisonMeasure, JudgeSpec
     from raftune.evaluation.paired import PairedEstimate, PairedTest
 
 NAMED = 3  # prompts that are named on either side
+USUAL_KEY = "OPENAI_API_KEY"
+
+
+@dataclass(frozen=True)
+class JudgeFlags:
+    """Flags of the judge model."""
+
+    judge: Annotated[str | None, Parameter(help="URL of an OpenAI-compatible endpoint that judges the pairs.")] = None
+    judge_model: Annotated[str | None, Parameter(help="The judge's name at that endpoint.")] = None
+    judge_prompt: Annotated[str | None, Parameter(help="File with {prompt}, {answer_a} and {answer_b} in it.")] = None
+    judge_parameters: Annotated[
+        str | None, Parameter(help='JSON for every request [{"temperature": 0, "max_tokens": 512}].')
+    ] = None
+    judge_timeout: Annotated[float, Parameter(help="Seconds that one question may take.")] = 60.0
+    judge_concurrency: Annotated[
+        int,
+        Parameter(
+            help="Questions under way at once.", validator=at_least("--judge-concurrency", 1, "Leave it out for 8.")
+        ),
+    ] = 8
+    judge_retries: Annotated[
+        int,
+        Parameter(
+            help="Further tries at a busy or broken endpoint (429, 5xx).",
+            validator=at_least("--judge-retries", 0, "Leave it out for 3."),
+        ),
+    ] = 3
+    judge_key_env: Annotated[str, Parameter(help="Environment variable that holds the endpoint's key.")] = USUAL_KEY
+    judge_cache: Annotated[str | None, Parameter(help="Folder of the judge's replies [~/.cache/raftune/judge].")] = None
 
 
 def compare(
     a: Annotated[str, Parameter(help="A run (its best round), or RUN@ROUND: a number, best, last, start.")],
     b: Annotated[str | None, Parameter(help="The other side, in the same form; none: A's run before training.")] = None,
     *,
-    reward: Annotated[
-        tuple[str, ...],
-        Parameter(negative="", show_default=False, help="Also score both with this reward. Repeatable."),
-    ] = (),
+    reward: Annotated[tuple[str, ...], switch("Also score both with this reward. Repeatable.")] = (),
     tie_within: Annotated[float, Parameter(help="Scores that differ by no more than this are a tie.")] = 0.0,
     by: Annotated[
         str | None, Parameter(help="Measure that ranks the prompts; default: held_out, otherwise reward.")
     ] = None,
-    show: Annotated[int, Parameter(help="Show both completions of the N clearest wins and losses.")] = 0,
+    show: Annotated[
+        int,
+        Parameter(
+            help="Show both completions of the N clearest wins and losses.",
+            validator=at_least("--show", 0, "Leave it out to see no answers."),
+        ),
+    ] = 0,
     out: Annotated[str | None, Parameter(help="Write every pair to this file: FILE.parquet.")] = None,
     fail_if: Annotated[
-        tuple[str, ...],
-        Parameter(
-            negative="", show_default=False, help="Exit with 3 if this holds, such as 'reward.p > 0.05'. Repeatable."
-        ),
+        tuple[str, ...], switch("Exit with 3 if this holds, such as 'reward.p > 0.05'. Repeatable.")
     ] = (),
-    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print everything as JSON.")] = False,
-    judging: Annotated[JudgeFlags, Parameter(name="*")] = NOBODY,
+    as_json: Json = False,
+    judging: Annotated[JudgeFlags, Parameter(name="*")] = JudgeFlags(),
 ) -> None:
     """Compare two rounds or runs on the same prompts and seeds: win rate, difference, significance.
 
@@ -62,45 +97,117 @@ def compare(
     """
     from raftune.analysis.compare import compare as compare_sides
     from raftune.analysis.compare import document
+    from raftune.config.load import validate_as
+    from raftune.config.rewards import RewardSpec
 
-    if show < 0:
-        raise ConfigError(f"--show must be at least 0; got {show}. Leave it out to see no answers.")
-    who = read_judge(judging)
+    judge = read_judge(judging)
+    specs = [read_object("--reward", text) if text.lstrip().startswith("{") else {"spec": text} for text in reward]
+    rewards = [validate_as(RewardSpec, spec) for spec in specs]
     wanted: dict[str, Any] = {"fail_if": fail_if, "tie_within": tie_within, "by": by, "out": out}
-    with asking() as tell:
-        found = compare_sides(a, b, rewards=read_rewards(reward), judge=who, tell=tell, **wanted)
-    if json:
-        print(js.dumps(document(found, show or NAMED), ensure_ascii=False))
+    with judge_progress() as tell:
+        comparison = compare_sides(a, b, rewards=rewards, judge=judge, tell=tell, **wanted)
+    if as_json:
+        print(json.dumps(document(comparison, show or NAMED), ensure_ascii=False))
     else:
-        say_all(found, show, out)
-    if found.failure:
-        raise GateFailed(found.failure)
+        show_comparison(comparison, show, out)
+    if comparison.failure:
+        raise GateFailed(comparison.failure)
 
 
-# -- what was found ----------------------------------------------------------------------------------------------------
+# -- the judge ---------------------------------------------------------------------------------------------------------
 
 
-def say_all(found: Comparison, number: int, out: str | None) -> None:
-    """The table, what must be known to read it, the prompts that stand out, and the gates."""
-    pairs = found.pairs
-    echo(f"A  {pairs.side_a.words}")
-    echo(f"B  {pairs.side_b.words}")
-    a_prompt = f"{len(pairs) / len(pairs.prompts):.3g}"
-    answers = "answer" if a_prompt == "1" else "answers"
-    asked = counted(len(pairs.prompts), "prompt")
-    echo(
-        f"{counted(len(pairs), 'pair')}: {asked}, {a_prompt} {answers} each, the same seeds",
-        style="dim",
+def read_judge(flags: JudgeFlags) -> JudgeSpec | None:
+    """The judge; None if no flag names one. Raises ConfigError."""
+    if flags.judge is None:
+        if flags.judge_model is not None or flags.judge_prompt is not None:
+            raise ConfigError("--judge-model and --judge-prompt need --judge. Add --judge http://127.0.0.1:8000/v1.")
+        return None
+    seconds = flags.judge_timeout
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ConfigError(f"--judge-timeout must be a number of seconds above 0; got {seconds}. Leave it out for 60.")
+    if not flags.judge_model:
+        raise ConfigError(f"--judge needs --judge-model, the model's name at {flags.judge}. Add --judge-model NAME.")
+    from raftune.analysis.compare import JudgeSpec
+    from raftune.clients.chat import ChatEndpoint, chat_url
+    from raftune.evaluation.judge import PARAMETERS, TEMPLATE, check_template
+
+    key = os.environ.get(flags.judge_key_env, "").strip()
+    if not key and flags.judge_key_env != USUAL_KEY:
+        raise ConfigError(
+            f"--judge-key-env names {flags.judge_key_env!r}, which is not set. Set it, or leave the flag out."
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"the key in {flags.judge_key_env} holds characters that a header cannot have. Set it again.")
+    caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    cache = Path(flags.judge_cache).expanduser() if flags.judge_cache else Path(caches) / "raftune" / "judge"
+    try:
+        (cache / "tmp").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--judge-cache must be a folder that can be written; got {cache}: {error.strerror}. Name another."
+        ) from error
+    endpoint = ChatEndpoint(
+        url=chat_url(flags.judge),
+        model=flags.judge_model,
+        parameters=PARAMETERS | read_object("--judge-parameters", flags.judge_parameters),
+        timeout=seconds,
+        concurrency=flags.judge_concurrency,
+        retries=flags.judge_retries,
+        cache=cache,
+        key=key or None,
     )
-    for line in found.differences:
+    if (path := flags.judge_prompt) is None:
+        return JudgeSpec(endpoint, TEMPLATE)
+    try:
+        return JudgeSpec(endpoint, check_template(Path(path).read_text(encoding="utf-8"), path))
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ConfigError(f"--judge-prompt must name a text file; got {path!r}: {why}. Check the path.") from error
+
+
+@contextlib.contextmanager
+def judge_progress() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr while the judge works; one line if stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("asking the judge"), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("", visible=False)
+
+        def tell(done: int, of: int) -> None:
+            if done == 1 and not console.is_terminal:
+                console.print(f"asking the judge {of} questions")
+            bars.update(task, completed=done, total=of, visible=True)
+
+        yield tell
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+def show_comparison(comparison: Comparison, number: int, out: str | None) -> None:
+    """Prints the table, notes on it, the prompts with the largest leads, and the gates that passed."""
+    pairs = comparison.pairs
+    per_prompt = f"{len(pairs) / len(pairs.prompts):.3g}"
+    noun = "answer" if per_prompt == "1" else "answers"
+    prompts = counted(len(pairs.prompts), "prompt")
+    echo(f"A  {pairs.side_a.words}", f"B  {pairs.side_b.words}")
+    echo(f"{counted(len(pairs), 'pair')}: {prompts}, {per_prompt} {noun} each, the same seeds", style="dim")
+    for line in comparison.differences:
         echo(f"differs: {line}", style="yellow")
     echo("")
-    table(found).show()
+    table = PlainTable("measure", "A", "B", "A - B", "win/tie/loss", "A's win rate", "p", right=(1, 2, 4, 6))
+    for measure in comparison.computed:
+        assert measure.result is not None
+        table.add(one_line(measure.title, 24), *cells(measure.result))
+    table.show()
     echo("")
-    for line in notes(found):
-        echo(line, style="dim")
-    say_extremes(found, number)
-    passed = [checked for checked in found.gates if not checked.closed]  # those that failed are the error
+    echo(*notes(comparison), style="dim")
+    show_extremes(comparison, number)
+    passed = [checked for checked in comparison.gates if not checked.closed]  # those that failed are the error
     if passed or out is not None:
         echo("")
     for checked in passed:
@@ -109,111 +216,82 @@ def say_all(found: Comparison, number: int, out: str | None) -> None:
         echo(f"Wrote {counted(len(pairs), 'pair')} to {out}.")
 
 
-def table(found: Comparison) -> PlainTable:
-    """A row a measure."""
-    grid = PlainTable("measure", "A", "B", "A - B", "win/tie/loss", "A's win rate", "p", right=frozenset({1, 2, 4, 6}))
-    for measure in found.computed:
-        assert measure.result is not None
-        grid.add(one_line(measure.title, 24), *cells(measure.result))
-    return grid
-
-
 def cells(result: PairedTest) -> tuple[str, ...]:
     """The measure's numbers: means and difference in units of the score, shares in per cent."""
+
+    def interval(estimate: PairedEstimate, factor: float, form: str) -> str:
+        if estimate.low is None or estimate.high is None:
+            return ""
+        return f" [{factor * estimate.low:{form}}, {factor * estimate.high:{form}}]"
+
+    means = ["–" if estimate is None else f"{estimate.mean:.3f}" for estimate in (result.a, result.b)]
+    lead, rate = result.difference, result.win_rate
+    difference = "–" if lead is None else f"{lead.mean:+.3f}{interval(lead, 1, '+.3f')}"
     shares = "/".join(f"{100 * share:.0f}" for share in (result.wins, result.ties, result.losses))
-    rate = result.win_rate
-    level = (mean(result.a), mean(result.b), difference(result.difference))
-    return *level, f"{shares} %", f"{percent(rate.mean)}{ends(rate, 100, '.0f')}", f"{result.p:.4f}"
+    return *means, difference, f"{shares} %", f"{percent(rate.mean)}{interval(rate, 100, '.0f')}", f"{result.p:.4f}"
 
 
-def mean(estimate: PairedEstimate | None) -> str:
-    return "–" if estimate is None else f"{estimate.mean:.3f}"
-
-
-def difference(estimate: PairedEstimate | None) -> str:
-    return "–" if estimate is None else f"{estimate.mean:+.3f}{ends(estimate, 1, '+.3f')}"
-
-
-def ends(estimate: PairedEstimate, factor: float, how: str) -> str:
-    """The interval in brackets; nothing where there is none."""
-    if estimate.low is None or estimate.high is None:
-        return ""
-    return f" [{factor * estimate.low:{how}}, {factor * estimate.high:{how}}]"
-
-
-def notes(found: Comparison) -> list[str]:
+def notes(comparison: Comparison) -> Iterator[str]:
     """How to read the table, and what is missing from it."""
     from raftune.evaluation.paired import FEWEST
 
-    results = [measure.result for measure in found.computed if measure.result is not None]
-    drawn = [result.flips for result in results if result.flips is not None]
-    how = f"{drawn[0]:,} random choices of signs" if drawn else "all choices of signs"
-    said = [f"[95 % intervals] over prompts; p: sign-flip test on prompts, two-sided, {how}."]
-    few = min(result.prompts for result in results)
-    if few < FEWEST:
-        said.append(
-            f"too few for an interval or for p below 0.05: {counted(few, 'prompt')}; compare on {FEWEST} or more."
-        )
-    for measure in found.measures:
-        said += [f"not compared: {measure.title.strip()}: {measure.why}."] if measure.result is None else []
-        said += words_of_judge(measure) if measure.kind == "judge" else left_out(measure)
-    return said
+    results = [measure.result for measure in comparison.computed if measure.result is not None]
+    flips = [result.flips for result in results if result.flips is not None]
+    signs = f"{flips[0]:,} random choices of signs" if flips else "all choices of signs"
+    yield f"[95 % intervals] over prompts; p: sign-flip test on prompts, two-sided, {signs}."
+    fewest = min(result.prompts for result in results)
+    if fewest < FEWEST:
+        few = counted(fewest, "prompt")
+        yield f"too few for an interval or for p below 0.05: {few}; compare on {FEWEST} or more."
+    for measure in comparison.measures:
+        left_out = measure.facts.get("left_out", 0)
+        if measure.result is None:
+            yield f"not compared: {measure.title.strip()}: {measure.why}."
+        if measure.kind == "judge":
+            yield from notes_on_judge(measure)
+        elif measure.result is not None and left_out:
+            yield f"{measure.title.strip()}: {counted(left_out, 'pair')} left out, without a score in A or B."
 
 
-def left_out(measure: ComparisonMeasure) -> list[str]:
-    count = measure.facts.get("left_out", 0) if measure.result is not None else 0
-    return [f"{measure.title.strip()}: {counted(count, 'pair')} left out, without a score in A or B."] if count else []
-
-
-def words_of_judge(measure: ComparisonMeasure) -> list[str]:
-    """What was asked, how much the order mattered, and what failed."""
+def notes_on_judge(measure: ComparisonMeasure) -> Iterator[str]:
+    """The number of questions, how much the order mattered, and what failed."""
     facts = measure.facts
-    asked = f"{counted(facts['questions'], 'question')} ({facts['cached']} answered from disk)"
+    questions = f"{counted(facts['questions'], 'question')} ({facts['cached']} answered from disk)"
     same = counted(facts["identical"], "pair")
-    said = [f"{measure.title}: {asked}; {same} of identical answers are ties, and were not asked."]
+    yield f"{measure.title}: {questions}; {same} of identical answers are ties, and were not asked."
     if facts["inconsistent"] is not None:
         first = "" if facts["first"] is None else f"; {percent(facts['first'])} of its choices were the first answer"
-        said.append(f"  position bias: {percent(facts['inconsistent'])} of verdicts changed with the order{first}.")
+        yield f"  position bias: {percent(facts['inconsistent'])} of verdicts changed with the order{first}."
     if facts["failed"]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in facts["failed"].items())
-        said.append(f"  no verdict: {kinds}; {counted(facts['left_out'], 'pair')} left out.")
-    return said
+        yield f"  no verdict: {kinds}; {counted(facts['left_out'], 'pair')} left out."
 
 
-def say_extremes(found: Comparison, number: int) -> None:
-    """The prompts on which A leads and trails most; with both answers where so many are wanted."""
-    ahead, behind = found.extremes(number or NAMED)
-    for title, prompts in (("ahead", ahead), ("behind", behind)):
-        echo("")
+def show_extremes(comparison: Comparison, number: int) -> None:
+    """The prompts on which A leads and trails most; both completions too if `number` is above 0."""
+    measure = comparison.by.title.strip()
+    for title, prompts in zip(("ahead", "behind"), comparison.extremes(number or NAMED), strict=True):
         if not prompts:
-            echo(f"A is {title} on no prompt by {found.by.title.strip()}.")
+            echo("", f"A is {title} on no prompt by {measure}.")
             continue
-        echo(f"A is furthest {title} by {found.by.title.strip()} on:")
-        for prompt, lead in prompts:
-            content, rows = found.pairs.prompts[prompt], int((found.pairs.groups == prompt).sum())
-            mean_of = f"  mean of {rows} pairs" if number and rows > 1 else ""
-            echo(
-                f"  {lead:+7.3f}  {content.id}  {one_line(text_of(content.content), 60)}{mean_of}",
-                style="bold" if number else "",
-            )
+        echo("", f"A is furthest {title} by {measure} on:")
+        for index, lead in prompts:
+            prompt, rows = comparison.pairs.prompts[index], int((comparison.pairs.groups == index).sum())
+            messages = prompt.content
+            text = str(messages[-1].get("content", "")) if isinstance(messages, list) else str(messages)
+            mean = f"  mean of {rows} pairs" if number and rows > 1 else ""
+            echo(f"  {lead:+7.3f}  {prompt.id}  {one_line(text, 60)}{mean}", style="bold" if number else "")
             if number:
-                say_pair(found, found.telling(prompt, lead), rows)
+                show_pair(comparison, comparison.telling(index, lead), rows)
 
 
-def say_pair(found: Comparison, row: int, of: int) -> None:
-    """Both answers of a pair whole, each with its score; which of the prompt's pairs it is, and its own lead."""
-    _, k, _ = found.pairs.keys[row]
-    own = float(found.by.leads[row])
+def show_pair(comparison: Comparison, row: int, of: int) -> None:
+    """Both completions of a pair, each with its score; `of` is the number of the prompt's pairs."""
     if of > 1:
-        echo(f"    answer {k} of {of}, the clearest: {own:+.3f}", style="dim")
-    for letter, answers, scores in zip("AB", found.pairs.answers, (found.by.a, found.by.b), strict=True):
-        worth = "" if scores is None else f"{scores[row]:.3f}"
-        lines = harmless(answer_text(answers[row])).splitlines() or ["(empty)"]
-        echo(f"    {letter} {worth:>8}  {lines[0]}")
-        for line in lines[1:]:
-            echo(f"{'':>16}{line}")
-
-
-def text_of(prompt: Any) -> str:
-    """The prompt as one text; of messages, the last."""
-    return str(prompt[-1].get("content", "")) if isinstance(prompt, list) else str(prompt)
+        _, k, _ = comparison.pairs.keys[row]
+        echo(f"    answer {k} of {of}, the clearest: {float(comparison.by.leads[row]):+.3f}", style="dim")
+    sides = zip("AB", comparison.pairs.answers, (comparison.by.a, comparison.by.b), strict=True)
+    for letter, completions, scores in sides:
+        score = "" if scores is None else f"{scores[row]:.3f}"
+        first, *others = harmless(answer_text(completions[row])).splitlines() or ["(empty)"]
+        echo(f"    {letter} {score:>8}  {first}", *(f"{'':>16}{line}" for line in others))

@@ -2,45 +2,53 @@
 
 from __future__ import annotations
 
-import json as js
+import json
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from raftune.cli.demo_text import by_round, show_typical, typical_by_round
-from raftune.cli.output import echo
-from raftune.cli.run_command import go, outcome_json, outcome_words
+from raftune.cli.flags import Json, at_least, switch
+from raftune.cli.output import PlainTable, echo
+from raftune.cli.run_command import all_alarms, outcome_json, outcome_words, run_with_progress
 from raftune.config.load import merge, read_yaml, validate
 from raftune.config.run import RunConfig, held_out_names
-from raftune.errors import ConfigError
-from raftune.results.summary import rows_of
+from raftune.results.summary import cell, columns_for, rows_of
 from raftune.runtime.run import root_of
+from raftune.sanitize import shell_command
+from raftune.store.run import RunFolder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from raftune.runtime.assembly import Runtime
 
 Which = Literal["text", "hacking", "image"]
 RECIPES: dict[Which, str] = {"text": "text/demo.yaml", "hacking": "text/hacking.yaml", "image": "image/image.yaml"}
+CANDIDATES = 8  # completions per shown prompt, of which the median is shown
+GRID_ROWS = 12  # captions in the grid of images
+SIDE, GAP, HEAD = 72, 6, 20  # of the grid, in pixels: an image, between two, above them
 
 
 def demo(
     which: Annotated[
-        Which,
-        Parameter(
-            name="WHICH",
-            help="text; hacking: a flawed reward, and the alarm; image: with images.",
-        ),
+        Which, Parameter(name="WHICH", help="text; hacking: a flawed reward, and the alarm; image: with images.")
     ] = "text",
     *,
     output_dir: Annotated[
         str | None, Parameter(show_default=False, help="The run's directory; default: runs/demo, hacking or image.")
     ] = None,
-    fresh: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Start a new run beside an earlier one.")
-    ] = False,
+    fresh: Annotated[bool, switch("Start a new run beside an earlier one.")] = False,
     num_rounds: Annotated[
-        int | None, Parameter(show_default=False, help="Rounds, at least 1; default: the demo's own number.")
+        int | None,
+        Parameter(
+            show_default=False,
+            help="Rounds, at least 1; default: the demo's own number.",
+            validator=at_least("--num-rounds", 1, "Leave it out for the whole demo."),
+        ),
     ] = None,
-    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the result as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Align the bundled model and show the result: under a minute on two CPU cores, no network.
 
@@ -53,37 +61,52 @@ def demo(
     `image` a tiny diffusion pipeline that was trained on wrong captions learns to follow captions, in two to three
     minutes. Each demo is a normal run: every command works on it.
     """
-    place = output_dir or f"runs/{Path(RECIPES[which]).stem}"
-    config = recipe(unused(place) if fresh else place, which)
+    directory = output_dir or f"runs/{Path(RECIPES[which]).stem}"
+    config = recipe(unused(directory) if fresh else directory, which)
     if num_rounds is not None:
-        if num_rounds < 1:
-            raise ConfigError(f"--num-rounds must be at least 1; got {num_rounds}. Leave it out for the whole demo.")
         config = config.model_copy(update={"num_rounds": num_rounds})
-    outcome, worked = go(config)
+    outcome, worked = run_with_progress(config)
     root = root_of(config)
-    if which == "hacking":
-        from raftune.cli.demo_hacking import tell
-
-        tell(root, config, outcome, worked, as_json=json)
-        return
+    rows, alarms = rows_of(root), all_alarms(root, outcome)
+    facts: dict[str, Any] = {"by_round": rows}
+    labels = {"before": 0, "after": outcome.best}
+    best: dict[str, Any] = {}
     if which == "image":
-        from raftune.cli.demo_images import tell
-
-        tell(root, config, outcome, worked, as_json=json)
+        facts["grid"] = str(write_grid(root))
+    else:
+        if which == "hacking":
+            best = max(rows, key=lambda row: row["held_out"])
+            middle = {f"round {best['round']}": best["round"]} if best["round"] else {}
+            labels = {"before": 0, **middle, "after": outcome.rounds}
+            facts |= {"raised": alarms, "best_by_judge": best["round"]}
+        facts["shown"] = typical_completions(root, config, labels)
+    if as_json:
+        print(json.dumps(outcome_json(root, outcome, worked) | facts))
         return
-    shown = typical_by_round(root, config, {"before": 0, "after": outcome.best})
-    if json:
-        print(js.dumps(outcome_json(root, outcome, worked) | {"by_round": rows_of(root), "shown": shown}))
-        return
-    by_round(root, held_out_names(config))
-    show_typical(shown, ("before", "after"))
-    echo("")
-    for line in [*outcome_words(root, outcome, worked), "  again     raftune demo --fresh"]:
-        echo(line)
+    if which == "hacking":
+        echo("", "The reward counts courteous phrases. The judge knows what a good answer is, and is never trained on.")
+    elif which == "image":
+        echo(
+            "",
+            "The reward is a CLIP score. The judge says how much of its caption an image shows, and is never trained "
+            "on.",
+        )
+    show_by_round(rows, held_out_names(config))
+    if which != "image":
+        show_typical(facts["shown"], [*labels])
+    if which == "hacking":
+        show_last_fall(root, alarms)
+    echo("", *outcome_words(root, outcome, worked))
+    if which == "image":
+        echo(f"  images  {facts['grid']}: {GRID_ROWS} captions, the same seeds in every round")
+    if which == "hacking":
+        show_remedies(root, best["round"], alarms)
+    else:
+        echo(f"  again     {shell_command('raftune', 'demo', *(['image'] if which == 'image' else []), '--fresh')}")
 
 
 def recipe(output_dir: str, which: Which = "text") -> RunConfig:
-    """A demonstration's configuration, from the file that the package brings along."""
+    """A demo's configuration, from the package's file."""
     with resources.as_file(resources.files("raftune.starters") / RECIPES[which]) as path:
         return validate(merge([read_yaml(path), {"output_dir": output_dir}]))
 
@@ -95,3 +118,147 @@ def unused(output_dir: str) -> str:
         number += 1
         path = Path(f"{output_dir}-{number}")
     return str(path)
+
+
+def show_by_round(rows: list[dict[str, Any]], held_out: tuple[str, ...]) -> None:
+    """The table by round, and what its columns mean."""
+    columns = columns_for(rows, held_out)
+    table = PlainTable(*(column.title for column in columns), right=range(len(columns)))
+    for row in rows:
+        table.add(*(cell(column, row) for column in columns))
+    echo("")
+    table.show()
+    echo("", *(f"  {column.title}: {column.meaning}" for column in columns[1:]), style="dim")
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def typical_completions(root: Path, config: RunConfig, rounds: dict[str, int]) -> list[dict[str, Any]]:
+    """For each of three held-out prompts: a typical completion of each of these rounds, by label, and its score.
+
+    Typical: of eight, generated with the same seeds in every round, the one whose held-out score is the median.
+    """
+    from raftune.runtime.assembly import Runtime
+    from raftune.starters.text import SHOW
+
+    folder = RunFolder(root)
+    runtime = Runtime(folder, config)
+    shown: list[dict[str, Any]] = [{"prompt": str(prompt)} for prompt in SHOW]
+    try:
+        for label, round_ in rounds.items():
+            medians = median_completions(runtime, folder.folder(round_, "model"))
+            for example, (score, completion) in zip(shown, medians, strict=True):
+                example |= {label: completion, f"{label}_score": score}
+    finally:
+        runtime.close()
+    return shown
+
+
+def median_completions(runtime: Runtime, model: Path) -> list[tuple[float, str]]:
+    from raftune.protocols import Chunk
+    from raftune.records import Prompt, derive_seed, prompt_ids
+    from raftune.starters.text import SHOW, judge
+
+    prompts = tuple(Prompt(name, text) for name, text in zip(prompt_ids(SHOW), SHOW, strict=True))
+    seeds = tuple(tuple(derive_seed("show", prompt.id, k) for k in range(CANDIDATES)) for prompt in prompts)
+    chunk = Chunk(0, "show", "show", prompts, seeds, CANDIDATES * len(prompts))
+    samples = runtime.policies.at(model).generate(chunk)
+    medians = []
+    for prompt in prompts:
+        completions = [sample.completion for sample in samples if sample.prompt_id == prompt.id]
+        scores = [score or 0.0 for score in judge([prompt.content] * len(completions), completions)]
+        medians.append(sorted(zip(scores, completions, strict=True))[len(completions) // 2])
+    return medians
+
+
+def show_typical(shown: list[dict[str, Any]], labels: list[str]) -> None:
+    """The typical completions, prompt by prompt, each under its label and with the judge's score."""
+    from rich.text import Text
+
+    from raftune.cli.output import out
+    from raftune.sanitize import one_line
+
+    console = out()
+    echo("", f"Typical answers to three requests that it never saw: of {CANDIDATES}, the median by the judge.")
+    for example in shown:
+        console.print()
+        console.print(Text(one_line(example["prompt"].removeprefix("User: ").removesuffix("Assistant:")), style="bold"))
+        for label, style in zip(labels, ("yellow", "green", "red"), strict=False):
+            text, score = one_line(example[label]), f"  (judge {example[f'{label}_score']:.1f})"
+            console.print(Text.assemble((f"  {label:<9}", style), text, (score, "dim")))
+
+
+def show_last_fall(root: Path, alarms: list[dict[str, Any]]) -> None:
+    """The last alarm that the held-out reward fell, with two of its samples."""
+    from raftune.cli.samples_output import show_alarm
+
+    falls = [alarm for alarm in alarms if alarm["alarm"] == "held_out_falls"]
+    if falls:
+        show_alarm(RunFolder(root), falls[-1]["round"], falls[-1], 2, full=False)
+    else:
+        echo("", "No alarm was raised: the judge did not fall clearly enough.")
+
+
+def show_remedies(root: Path, best: int, alarms: list[dict[str, Any]]) -> None:
+    """What would have ended the run in time or chosen its best round; neither generates again."""
+    resume = shell_command("raftune", "resume", root)
+    echo(
+        "",
+        "The run goes by the flawed reward, and publishes its best. What would have helped, and still does at once:",
+        f"  choose    {resume} --evaluation.best_by judge        publishes round {best}",
+    )
+    falls = [alarm["round"] for alarm in alarms if alarm["alarm"] == "held_out_falls"]
+    if falls:
+        echo(f"  stop      {resume} --guards.stop_on held_out_falls   ends after round {falls[0]}")
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+def write_grid(root: Path) -> Path:
+    """Writes the run's grid.png: a row for each of the first held-out captions, a column for each round."""
+    from raftune.store.parquet import read_table
+
+    run = RunFolder(root)
+    table = read_table(run.folder(0, "evaluate") / "plan" / "prompts.parquet").slice(0, GRID_ROWS)
+    captions = dict(zip(table["prompt_id"].to_pylist(), map(str, table["prompt"].to_pylist()), strict=True))
+    images = {round_: first_images(run, round_) for round_ in run.rounds_with("evaluate")}
+    image_grid(captions, images).save(root / "grid.png", optimize=True)
+    return root / "grid.png"
+
+
+def first_images(run: RunFolder, round_: int) -> dict[str, bytes]:
+    """The first image that the round generated for each held-out prompt, as PNG; none for an unusable sample."""
+    from raftune.store.layout import chunk_file, chunk_numbers
+    from raftune.store.parquet import read_table
+
+    images: dict[str, bytes] = {}
+    folder = run.folder(round_, "evaluate") / "generate"
+    for chunk in chunk_numbers(folder):
+        table = read_table(folder / chunk_file(chunk), ["prompt_id", "k", "completion"])
+        for prompt_id, k, png in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            if k == 0 and png is not None:
+                images[prompt_id] = png
+    return images
+
+
+def image_grid(captions: dict[str, str], images: dict[int, dict[str, bytes]]) -> Image:
+    """A sheet of images: prompts in rows, with their captions, rounds in columns."""
+    from PIL import Image, ImageDraw
+
+    from raftune.data.images import image_of
+
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = 2 * GAP + max((int(measure.textlength(caption)) for caption in captions.values()), default=0)
+    sheet = Image.new("RGB", (left + len(images) * (SIDE + GAP) + GAP, HEAD + len(captions) * (SIDE + GAP)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for y, (prompt_id, caption) in enumerate(captions.items()):
+        top = HEAD + y * (SIDE + GAP)
+        pen.text((GAP, top + SIDE // 2), caption, fill="black", anchor="lm")
+        for x, (round_, by_prompt) in enumerate(images.items()):
+            x0 = left + GAP + x * (SIDE + GAP)
+            pen.text((x0 + SIDE // 2, HEAD // 2), str(round_ or "start"), fill="black", anchor="mm")
+            if (png := by_prompt.get(prompt_id)) is not None:
+                sheet.paste(image_of(png).resize((SIDE, SIDE), Image.Resampling.NEAREST), (x0, top))
+    return sheet

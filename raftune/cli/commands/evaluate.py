@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json as js
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from raftune.cli.flags import Tokens
+from raftune.cli.flags import Json, Tokens, read_tokens
 from raftune.cli.output import PlainTable, echo
 from raftune.sanitize import counted, percent, shell_command
 
@@ -26,7 +27,7 @@ def evaluate(
     only: Annotated[
         str | None, Parameter(help="With --from evaluation-score: score only samples with these statuses again.")
     ] = None,
-    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the metrics as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure a model, or a round of a run, on held-out prompts: reward, best of k, length, diversity, perplexity.
 
@@ -43,109 +44,91 @@ def evaluate(
 
     --evaluation.reference_column measures perplexity, --evaluation.reward_funcs adds held-out rewards.
     """
-    from raftune.cli.flags import read_tokens
     from raftune.runtime.evaluation_target import evaluation_of, refuse_training_run, subject_of
     from raftune.runtime.run import root_of
 
-    given = read_tokens(files, "evaluate", ("--from", "--only", "--json"))
-    who = subject_of(subject)
-    config = evaluation_of(who, given.words, given.flags)
+    words, flags = read_tokens(files, "evaluate", ("--from", "--only", "--json"))
+    target = subject_of(subject)
+    config = evaluation_of(target, words, flags)
     refuse_training_run(root_of(config))
-    carry_out(who, config, from_, json, only)
+    run_evaluation(target, config, from_, only, as_json)
 
 
-def carry_out(who: EvalTarget, config: RunConfig, from_: str | None, json: bool, only: str | None = None) -> None:
-    """Begins the evaluation or goes on with it, and prints what came of it."""
-    from raftune.cli.run_command import go
+def run_evaluation(target: EvalTarget, config: RunConfig, from_: str | None, only: str | None, as_json: bool) -> None:
+    """Starts or resumes the evaluation, and prints its result."""
+    from raftune.cli.run_command import run_with_progress
     from raftune.evaluation.history import metrics_of
+    from raftune.results.measures import best_of_k
     from raftune.runtime.evaluation_target import prompts_judged
     from raftune.runtime.run import root_of
     from raftune.store.run import RunFolder
 
     root = root_of(config)
-    _, worked = go(config, from_, only)
-    metrics, judged = dict(metrics_of(RunFolder(root), 0)), prompts_judged(root)
-    if json:
-        print(js.dumps(as_json(who, config, root, judged, metrics) | {"worked": worked}))
-    else:
-        show(who, config, root, judged, metrics)
-
-
-def as_json(
-    who: EvalTarget, config: RunConfig, root: Path, judged: dict[str, int], metrics: dict[str, Any]
-) -> dict[str, Any]:
-    from raftune.results.measures import best_of_k
-
-    return {
+    _, worked = run_with_progress(config, from_, only)
+    metrics, prompts = dict(metrics_of(RunFolder(root), 0)), prompts_judged(root)
+    if not as_json:
+        show(target, config, root, prompts["held_out"], metrics)
+        return
+    result = {
         "run": str(root),
-        "subject": {"words": who.words, "run": str(who.run) if who.run else None, "round": who.round},
-        "prompts": judged["held_out"],
+        "subject": {"words": target.words, "run": str(target.run) if target.run else None, "round": target.round},
+        "prompts": prompts["held_out"],
         "num_generations": config.evaluation.num_generations,
-        "overlap": judged["overlap"],
+        "overlap": prompts["overlap"],
         "metrics": metrics,
         "gains": {best.k: best.gain for best in best_of_k(metrics)},
+        "worked": worked,
     }
+    print(json.dumps(result))
 
 
-def describe_samples(config: RunConfig) -> str:
-    """How many answers or images a prompt was given, and by which options."""
+def show(target: EvalTarget, config: RunConfig, root: Path, prompts: int, metrics: dict[str, Any]) -> None:
+    """Prints the measures with their intervals, and the reward of the best of k."""
     from raftune.policies.registry import family_of
     from raftune.protocols import SupportsDescription
-
-    count, family = config.evaluation.num_generations, family_of(config)
-    if isinstance(family, SupportsDescription):
-        return family.describe_samples(config, count)
-    return f"{counted(count, 'answer')}, temperature {config.sampling.temperature:g}"
-
-
-def show(who: EvalTarget, config: RunConfig, root: Path, judged: dict[str, int], metrics: dict[str, Any]) -> None:
-    """The measures with their intervals, and what more answers a prompt would be worth."""
     from raftune.results.measures import best_of_k, measures, worth_of_k
     from raftune.results.summary import overlap_warning
 
-    echo(f"{who.words}: {judged['held_out']:,} held-out prompts x {describe_samples(config)}", style="bold")
+    count, family = config.evaluation.num_generations, family_of(config)
+    if isinstance(family, SupportsDescription):
+        samples = family.describe_samples(config, count)
+    else:
+        samples = f"{counted(count, 'answer')}, temperature {config.sampling.temperature:g}"
+    echo(f"{target.words}: {prompts:,} held-out prompts x {samples}", style="bold")
     if warning := overlap_warning(root):
         echo(warning, style="yellow")
     echo("")
-    grid = PlainTable("measure", "value", "95 % interval", "meaning", right=frozenset({1, 2}))
-    for found in measures(metrics):
-        grid.add(found.title, found.value, found.interval, (found.meaning, "dim"))
-    grid.show()
-    for note in remarks(metrics):
-        echo(note, style="yellow")
+    table = PlainTable("measure", "value", "95 % interval", "meaning", right=(1, 2))
+    for measure in measures(metrics):
+        table.add(measure.title, measure.value, measure.interval, (measure.meaning, "dim"))
+    table.show()
+    echo(*remarks(metrics), style="yellow")
     curve = best_of_k(metrics)
     if len(curve) > 1:
+        table = PlainTable("best of", "reward", "95 % interval", "of the gain", right=range(4))
+        for best in curve:
+            gain = "–" if best.gain is None else percent(best.gain)
+            table.add(str(best.k), f"{best.reward:.3f}", best.interval, gain)
         echo("")
-        headroom(curve)
+        table.show()
         if words := worth_of_k(curve):
             echo(f"{words}.")
-    echo("")
-    echo(f"  samples   {shell_command('raftune', 'samples', root, '--held-out', '--sort', 'best')}")
+    echo("", f"  samples   {shell_command('raftune', 'samples', root, '--held-out', '--sort', 'best')}")
     echo(f"  compare   {shell_command('raftune', 'compare', root, 'OTHER')}")
 
 
-def remarks(metrics: dict[str, Any]) -> list[str]:
-    """What stands behind the numbers: samples that failed, references that were left out."""
-    said = []
+def remarks(metrics: dict[str, Any]) -> Iterator[str]:
+    """Samples that failed, metrics without a value, and references that were left out."""
     statuses = dict(metrics.get("statuses") or {})
     scored = statuses.pop("ok", 0)
     if statuses:
         others = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
-        said.append(f"{scored} of {scored + sum(statuses.values())} answers have a score; {others}")
-    said += [f"{name} has no value: {error}" for name, error in (metrics.get("metric_errors") or {}).items()]
+        yield f"{scored} of {scored + sum(statuses.values())} answers have a score; {others}"
+    for name, error in (metrics.get("metric_errors") or {}).items():
+        yield f"{name} has no value: {error}"
     references = metrics.get("references") or {}
-    if references.get("left_out"):
-        asked = sum(references.values())
-        said.append(f"perplexity: left out, for want of a usable reference answer: {references['left_out']} of {asked}")
-    if references.get("impossible"):
-        said.append(f"perplexity: infinite, for {references['impossible']} reference answers are impossible here")
-    return said
-
-
-def headroom(curve: Any) -> None:
-    """The reward of the best of k answers, by k: what a larger K has to choose from."""
-    grid = PlainTable("best of", "reward", "95 % interval", "of the gain", right=frozenset({0, 1, 2, 3}))
-    for best in curve:
-        gain = "–" if best.gain is None else percent(best.gain)
-        grid.add(str(best.k), f"{best.reward:.3f}", best.interval, gain)
-    grid.show()
+    if left_out := references.get("left_out"):
+        total = sum(references.values())
+        yield f"perplexity: left out, for want of a usable reference answer: {left_out} of {total}"
+    if impossible := references.get("impossible"):
+        yield f"perplexity: infinite, for {impossible} reference answers are impossible here"

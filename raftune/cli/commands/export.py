@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from raftune.cli.flags import RunDirectory, switch
 from raftune.cli.output import echo
 from raftune.errors import ConfigError
 from raftune.sanitize import counted
@@ -15,19 +16,14 @@ Format = Literal["model", "sft", "preference", "unpaired", "sft-tokens"]
 
 
 def export(
-    run: Annotated[str, Parameter(help="The run's directory.")],
+    run: RunDirectory,
     *,
     format_: Annotated[Format, Parameter(name="--format", help="What to export.")],
     out: Annotated[str, Parameter(help="Where to write it: FILE.jsonl, FILE.parquet, or a folder.")],
     round_: Annotated[str | None, Parameter(name="--round", help="A number, best, or all.")] = None,
     merged: Annotated[bool, Parameter(help="For a LoRA run: merge the adapter into its base.")] = False,
     allow_code: Annotated[
-        bool,
-        Parameter(
-            negative="",
-            show_default=False,
-            help="For sft-tokens: import a custom family that the run's configuration names.",
-        ),
+        bool, switch("For sft-tokens: import a custom family that the run's configuration names.")
     ] = False,
 ) -> None:
     """Export a run's model or its samples, in the formats that TRL reads.
@@ -41,25 +37,22 @@ def export(
     The default is the best round for a model and all rounds for samples; --round changes it. A folder of samples is
     read by `datasets.load_from_disk`. Existing files are not overwritten.
     """
-    if format_ == "model":
-        export_model(run, Path(out), round_, merged)
+    if format_ != "model":
+        from raftune.results.export import export as export_samples
+
+        if merged:
+            raise ConfigError(f"--merged goes with --format model; got --format {format_}. Leave it out.")
+        count = export_samples(run, format_, out, round_ or "all", allow_code=allow_code)
+        echo(f"Wrote {counted(count, 'row')} to {out}.")
         return
-    if merged:
-        raise ConfigError(f"--merged goes with --format model; got --format {format_}. Leave it out.")
-    from raftune.results.export import export as write
-
-    count = write(run, format_, out, round_ or "all", allow_code=allow_code)
-    echo(f"Wrote {counted(count, 'row')} to {out}.")
-
-
-def export_model(run: str, out: Path, which: str | None, merged: bool) -> None:
     from raftune.results.model_card import publish_model
 
-    if which not in (None, "best") and not which.isdigit():
-        raise ConfigError(f"--round must be a number or best for a model; got {which!r}. Leave it out for the best.")
-    if out.suffix in (".jsonl", ".parquet"):
-        raise ConfigError(f"--out must be a folder for a model; got {out.name!r}. Rename it.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out must not exist yet, or be empty; {out} is not. Choose another name.")
-    publish_model(run, out, int(which) if which and which.isdigit() else None, merged)
-    echo(f"Wrote the model and its card to {out}.")
+    path = Path(out)
+    if round_ not in (None, "best") and not round_.isdigit():
+        raise ConfigError(f"--round must be a number or best for a model; got {round_!r}. Leave it out for the best.")
+    if path.suffix in (".jsonl", ".parquet"):
+        raise ConfigError(f"--out must be a folder for a model; got {path.name!r}. Rename it.")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"--out must not exist yet, or be empty; {path} is not. Choose another name.")
+    publish_model(run, path, int(round_) if round_ and round_.isdigit() else None, merged)
+    echo(f"Wrote the model and its card to {path}.")

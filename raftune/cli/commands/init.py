@@ -8,6 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from raftune.cli.flags import switch
 from raftune.cli.output import echo
 from raftune.errors import ConfigError
 from raftune.sanitize import shell_command
@@ -16,7 +17,7 @@ from raftune.sanitize import shell_command
 def init(
     file: Annotated[str, Parameter(help="Where to write it.")] = "run.yaml",
     *,
-    images: Annotated[bool, Parameter(negative="", show_default=False, help="For a diffusion pipeline.")] = False,
+    images: Annotated[bool, switch("For a diffusion pipeline.")] = False,
 ) -> None:
     """Write a commented configuration that runs on the bundled model, as a template for yours.
 
@@ -29,10 +30,8 @@ def init(
     name = "".join(c if c.isalnum() or c in "._-" else "-" for c in path.stem).strip("._-") or "run"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as written:
-            written.write(text.replace("NAME", name))
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(text.replace("NAME", name))
     except FileExistsError as error:
         raise ConfigError(f"{path} exists already, and is not overwritten. Name another file.") from error
-    echo(f"Wrote {path}. Next:")
-    echo(f"  {shell_command('raftune', 'plan', path)}")
-    echo(f"  {shell_command('raftune', 'train', path)}")
+    echo(f"Wrote {path}. Next:", *(f"  {shell_command('raftune', command, path)}" for command in ("plan", "train")))

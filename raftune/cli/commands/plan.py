@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json as js
+import json
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from raftune.cli.commands.train import refuse_folders
-from raftune.cli.flags import Tokens
+from raftune.cli.commands.train import read_config
+from raftune.cli.flags import Json, Tokens
 from raftune.cli.output import echo
 from raftune.errors import ConfigError
 from raftune.sanitize import counted, duration, megabytes, percent, shell_command
@@ -16,14 +16,13 @@ from raftune.sanitize import counted, duration, megabytes, percent, shell_comman
 if TYPE_CHECKING:
     from raftune.config.run import RunConfig
     from raftune.planning import Forecast
-    from raftune.policies.footprint import MemoryPeaks
 
 
 def plan(
     *files: Tokens,
     probe: Annotated[bool, Parameter(help="Measure time and memory with two prompts.")] = True,
     probe_seconds: Annotated[float, Parameter(help="Time limit of the probe, in seconds.")] = 60.0,
-    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the forecast as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check a configuration and forecast its cost: samples, tokens, disk, memory, time.
 
@@ -33,118 +32,93 @@ def plan(
     on two prompts in a temporary folder, for at most --probe-seconds; if that is not enough it uses fewer tokens and
     rows and says so. --no-probe skips it. Nothing is written to the run's directory.
     """
-    from raftune.cli.flags import read_tokens
-    from raftune.config.load import load_config
     from raftune.planning import forecast
     from raftune.runtime.progress import StepProgress
 
-    given = read_tokens(files, "plan", ("--probe", "--no-probe", "--probe-seconds", "--json"))
-    if not given.words and not given.flags:
-        raise ConfigError("plan needs a configuration file; got none. `raftune init run.yaml` writes one.")
-    refuse_folders(given.words)
-    config = load_config(given.words, given.flags)
+    config = read_config(files, "plan", ("--probe", "--no-probe", "--probe-seconds", "--json"))
     if probe_seconds <= 0:
         raise ConfigError(f"--probe-seconds must be above 0; got {probe_seconds:g}. --no-probe leaves the trial out.")
     with StepProgress() as steps:
-        found = forecast(config, measured=probe, seconds=probe_seconds, tell=steps.begin)
-    if json:
-        print(js.dumps(found.as_json() | {"command": command(files)}))
+        result = forecast(config, measured=probe, seconds=probe_seconds, tell=steps.begin)
+    command = shell_command("raftune", "train", *files)
+    if as_json:
+        print(json.dumps(result.as_json() | {"command": command}))
         return
-    for title, words in lines(config, found):
-        echo(f"{title:<10}  {words}")
-    for note in found.notes:
-        echo(f"note        {note}", style="yellow")
-    echo("")
-    echo(f"Start it with:  {command(files)}")
+    echo(*(f"{title:<10}  {words}" for title, words in lines(config, result)))
+    echo(*(f"note        {note}" for note in result.notes), style="yellow")
+    echo("", f"Start it with:  {command}")
 
 
-def command(tokens: tuple[str, ...]) -> str:
-    return shell_command("raftune", "train", *tokens)
-
-
-def lines(config: RunConfig, found: Forecast) -> list[tuple[str, str]]:
+def lines(config: RunConfig, forecast: Forecast) -> list[tuple[str, str]]:
     """The forecast in words: a title and a line each."""
-    said = [
-        ("run", state(config, found)),
-        ("policy", found.model.describe(config.policy.family)),
-        ("prompts", prompts(found)),
+    amounts, prompts, probe = forecast.amounts, forecast.prompts, forecast.probe
+    state = "new, in" if forecast.done is None else "in"
+    done = "" if forecast.done is None else f": {forecast.done} of {config.num_rounds} rounds are done"
+    lengths = f", of {prompts.shortest} to {prompts.longest} tokens" if prompts.longest is not None else ""
+    words = [
+        ("run", f"{config.name}, {state} {forecast.root}{done}"),
+        ("policy", forecast.model.describe(config.policy.family)),
+        ("prompts", f"{prompts.train:,} to learn from, {prompts.held_out:,} held out{lengths}"),
     ]
-    said += [("a round", a_round(config, found))] if config.num_rounds else []
-    said += [("in all", in_all(config, found)), ("disk", disk(found))]
-    if memory := measured(found.peaks, config) or (found.memory.describe() if found.memory else ""):
-        said.append(("memory", memory))
-    if found.probe is not None and found.probe.generation:
-        said.append(("generation", found.probe.generation))
-    if found.seconds is not None:
-        said.append(("time", time(found)))
-    return said
+    if config.num_rounds:
+        extra = amounts.competing - amounts.drawn
+        others = f" + {extra:,} from other sources" if extra > 0 else ""
+        samples = f"{config.sampling.num_generations} = {counted(amounts.drawn, 'sample')}{others}"
+        kept = f"{'' if amounts.kept_exact else 'at most '}{amounts.kept:,} kept ({config.selection.rule})"
+        steps = counted(amounts.steps, "optimizer step")
+        words.append(("a round", f"{counted(amounts.prompts, 'prompt')} x {samples}, {kept}, {steps}"))
+    judged = (amounts.rounds + 1) * amounts.judged
+    total = f"{counted(amounts.samples, 'sample')}: {amounts.rounds * amounts.drawn:,} to learn from, {judged:,}"
+    work = forecast.model.describe_work(config, amounts, probe.tokens if probe else None)
+    words.append(("in all", f"{total} to judge by{f'; {work}' if work else ''}"))
+    disk = forecast.disk
+    parts = {
+        "models": disk.models,
+        forecast.model.samples: disk.samples,
+        "latents": disk.latents,
+        "checkpoints": disk.checkpoints,
+    }
+    shares = ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items() if size)
+    words.append(("disk", f"{megabytes(disk.total)}: {shares}"))
+    if memory := measured_memory(forecast, config) or (forecast.memory.describe() if forecast.memory else ""):
+        words.append(("memory", memory))
+    if probe is not None and probe.generation:
+        words.append(("generation", probe.generation))
+    if forecast.seconds is not None:
+        words.append(("time", time(forecast)))
+    return words
 
 
-def state(config: RunConfig, found: Forecast) -> str:
-    if found.done is None:
-        return f"{config.name}, new, in {found.root}"
-    return f"{config.name}, in {found.root}: {found.done} of {config.num_rounds} rounds are done"
-
-
-def prompts(found: Forecast) -> str:
-    have = found.prompts
-    lengths = f", of {have.shortest} to {have.longest} tokens" if have.longest is not None else ""
-    return f"{have.train:,} to learn from, {have.held_out:,} held out{lengths}"
-
-
-def a_round(config: RunConfig, found: Forecast) -> str:
-    a = found.amounts
-    others = f" + {a.competing - a.drawn:,} from other sources" if a.competing > a.drawn else ""
-    kept = f"{'' if a.kept_exact else 'at most '}{a.kept:,} kept ({config.selection.rule})"
-    drawn = f"{counted(a.prompts, 'prompt')} x {config.sampling.num_generations} = {counted(a.drawn, 'sample')}{others}"
-    return f"{drawn}, {kept}, {counted(a.steps, 'optimizer step')}"
-
-
-def in_all(config: RunConfig, found: Forecast) -> str:
-    a = found.amounts
-    judged = (a.rounds + 1) * a.judged
-    text = f"{counted(a.samples, 'sample')}: {a.rounds * a.drawn:,} to learn from, {judged:,} to judge by"
-    work = found.model.describe_work(config, a, found.probe.tokens if found.probe else None)
-    return f"{text}; {work}" if work else text
-
-
-def disk(found: Forecast) -> str:
-    parts = {"models": found.disk.models, found.model.samples: found.disk.samples, "latents": found.disk.latents}
-    parts["checkpoints"] = found.disk.checkpoints
-    return f"{megabytes(found.disk.total)}: " + ", ".join(f"{n} {megabytes(size)}" for n, size in parts.items() if size)
-
-
-def measured(peaks: MemoryPeaks | None, config: RunConfig) -> str:
-    """The memory that the probe took, and what the run will; empty where nothing was measured."""
+def measured_memory(forecast: Forecast, config: RunConfig) -> str:
+    """The memory that the probe took, and what the run will; empty if nothing was measured."""
+    peaks = forecast.peaks
     if peaks is None or peaks.drawing is None:
         return ""
-    lacking = "; that of training was not measured" if config.num_rounds and peaks.training is None else ""
+    missing = "; that of training was not measured" if config.num_rounds and peaks.training is None else ""
     run, probe = (
-        ", ".join(f"{kind} {megabytes(most)}" for kind, most in pair if most is not None)
+        ", ".join(f"{kind} {megabytes(peak)}" for kind, peak in pair if peak is not None)
         for pair in (
             (("generating", peaks.run_drawing), ("training", peaks.run_tuning)),
             (("generating", peaks.drawing), ("training", peaks.training)),
         )
     )
-    return f"{run} at most; measured in the probe, with all that was loaded: {probe}{lacking}"
+    return f"{run} at most; measured in the probe, with all that was loaded: {probe}{missing}"
 
 
-def time(found: Forecast) -> str:
-    assert found.seconds is not None
-    if not found.seconds:
-        return f"not known ({basis(found)})"
-    total = sum(found.seconds.values())
-    shares = ", ".join(f"{name} {percent(seconds / total)}" for name, seconds in found.seconds.items() if seconds > 0)
-    least = "more than" if found.probe is not None and found.probe.missing else "about"
-    return f"{least} {duration(total)}: {shares} ({basis(found)})"
-
-
-def basis(found: Forecast) -> str:
-    """Where the seconds come from."""
-    probe = found.probe
-    if probe is None:
-        return found.model.seconds_basis
-    short = f"; extrapolated: {', '.join(probe.cut_short)}" if probe.cut_short else ""
-    missing = ", ".join(probe.missing)
-    lacking = f"; not measured within {probe.limit:g} s: {missing} (--probe-seconds gives more)" if missing else ""
-    return f"from a probe of two prompts that took {duration(probe.seconds)}{short}{lacking}"
+def time(forecast: Forecast) -> str:
+    """The run's seconds by kind of work, and where they come from."""
+    probe, seconds = forecast.probe, forecast.seconds or {}
+    source = forecast.model.seconds_basis
+    if probe is not None:
+        source = f"from a probe of two prompts that took {duration(probe.seconds)}"
+        if probe.cut_short:
+            source += f"; extrapolated: {', '.join(probe.cut_short)}"
+        if probe.missing:
+            missing = ", ".join(probe.missing)
+            source += f"; not measured within {probe.limit:g} s: {missing} (--probe-seconds gives more)"
+    if not seconds:
+        return f"not known ({source})"
+    total = sum(seconds.values())
+    shares = ", ".join(f"{name} {percent(value / total)}" for name, value in seconds.items() if value > 0)
+    least = "more than" if probe is not None and probe.missing else "about"
+    return f"{least} {duration(total)}: {shares} ({source})"

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json as js
+import json
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from raftune.cli.flags import RunDirectory, switch
 from raftune.cli.output import echo
 from raftune.errors import RunDamaged
 from raftune.sanitize import shell_command
 
 
 def report(
-    run: Annotated[str, Parameter(help="The run's directory.")],
+    run: RunDirectory,
     *,
     out: Annotated[str | None, Parameter(help="Where to write it; default: RUN/report.html.")] = None,
-    json: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Print what the page shows as JSON; write no page.")
-    ] = False,
+    as_json: Annotated[bool, switch("Print what the page shows as JSON; write no page.", "--json")] = False,
 ) -> None:
     """Write a run's report: one HTML file with charts, all candidates, reasons and alarms.
 
@@ -29,12 +28,12 @@ def report(
     """
     from raftune.report import collect, write_report
 
-    found = collect(run)
-    if json:
-        print(js.dumps(found.document, ensure_ascii=False))
+    page = collect(run)
+    if as_json:
+        print(json.dumps(page.document, ensure_ascii=False))
     else:
-        echo(str(write_report(run, out, found=found)))
-    if missing := found.document["missing"]:
+        echo(str(write_report(run, out, found=page)))
+    if missing := page.document["missing"]:
         more = f" (and {len(missing) - 1} more, which the page names)" if len(missing) > 1 else ""
         command = shell_command("raftune", "verify", run)
         raise RunDamaged(f"{missing[0]}{more}. The page leaves it out; `{command}` lists what is damaged.")

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from cyclopts import Parameter
-
-from raftune.cli.flags import FromStage, OnlyStatuses, Tokens
+from raftune.cli.flags import FromStage, Json, OnlyStatuses, RunDirectory, Tokens, read_run_flags
 
 
 def resume(
-    run: Annotated[str, Parameter(help="The run's directory.")],
-    *flags: Tokens,
-    from_: FromStage = None,
-    only: OnlyStatuses = None,
-    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the outcome as JSON.")] = False,
+    run: RunDirectory, *flags: Tokens, from_: FromStage = None, only: OnlyStatuses = None, as_json: Json = False
 ) -> None:
     """Resume a run exactly: on a CPU the result is bit-identical to that of an uninterrupted run.
 
@@ -29,28 +21,22 @@ def resume(
     --only scores again what failed: all samples with a part of such a status (error, timeout, invalid, not_applicable,
     ok) get new scores from every reward, from the first round on that has one. All other samples keep their scores.
     """
-    from raftune.cli.commands.evaluate import carry_out
-    from raftune.cli.flags import read_tokens
+    from raftune.cli.commands.evaluate import run_evaluation
     from raftune.cli.run_command import work
     from raftune.config.load import merge, nested, validate
-    from raftune.errors import ConfigError
     from raftune.runtime.evaluation_target import EvalTarget
     from raftune.runtime.verification import refuse_edited
     from raftune.store.kinds import is_evaluation
     from raftune.store.run import RunFolder
 
-    given = read_tokens(flags, "resume", ("--from", "--only", "--json"))
-    if given.words:
-        raise ConfigError(
-            f"resume takes one run; got {given.words[0]!r} as well. To change the configuration use flags, or "
-            "`raftune train` with its files."
-        )
+    fix = "To change the configuration use flags, or `raftune train` with its files."
+    changes = read_run_flags(flags, "resume", ("--from", "--only", "--json"), fix)
     folder = RunFolder(run)
     recorded = folder.configuration().model_dump(mode="json")
     refuse_edited(folder)
-    config = validate(merge([recorded, nested(given.flags), {"output_dir": run}]))
+    config = validate(merge([recorded, nested(changes), {"output_dir": run}]))
     if is_evaluation({"num_rounds": config.num_rounds}):
         model = getattr(config.policy, "model", None) or config.name
-        carry_out(EvalTarget(model, config.name, {}, {}), config, from_, json, only)
+        run_evaluation(EvalTarget(model, config.name, {}, {}), config, from_, only, as_json)
     else:
-        work(config, redo=from_, only=only, as_json=json)
+        work(config, redo=from_, only=only, as_json=as_json)

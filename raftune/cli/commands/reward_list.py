@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json as js
+import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from raftune.cli.flags import Json, switch
 from raftune.cli.output import PlainTable, echo
 from raftune.errors import ConfigError
 from raftune.sanitize import shell_command
@@ -47,8 +48,8 @@ On the command line: `--rewards.reward_funcs '[{spec: length, options: {target: 
 def list_rewards(
     name: Annotated[str | None, Parameter(help="Only this reward.")] = None,
     *,
-    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print a JSON list.")] = False,
-    markdown: Annotated[bool, Parameter(negative="", show_default=False, help="Print a page of Markdown.")] = False,
+    as_json: Json = False,
+    markdown: Annotated[bool, switch("Print a page of Markdown.")] = False,
 ) -> None:
     """List the built-in rewards with their options and an example each.
 
@@ -62,102 +63,96 @@ def list_rewards(
         near = nearest(name, list(BUILT_IN))
         hint = f"did you mean {near!r}?" if near else f"there are {', '.join(sorted(BUILT_IN))}."
         raise ConfigError(f"NAME must be a built-in reward; got {name!r}; {hint}")
-    rewards = sorted(BUILT_IN.values(), key=lambda reward: (scored(reward), reward.name))
-    rewards = rewards if name is None else [BUILT_IN[name]]
-    if json:
-        print(js.dumps([as_dict(reward) for reward in rewards]))
+    rewards = [BUILT_IN[name]] if name is not None else list(BUILT_IN.values())
+    rewards.sort(key=lambda reward: (scored_media(reward), reward.name))
+    if as_json:
+        fields = ("name", "media", "summary", "details")
+        print(
+            json.dumps(
+                [
+                    {
+                        **{field: getattr(reward, field) for field in fields},
+                        "options": [
+                            dataclasses.asdict(option) | {"type": yaml_type(option)} for option in reward.option_list()
+                        ],
+                        "example": {"spec": reward.name, "options": dict(reward.example)},
+                        "command": example_command(reward),
+                    }
+                    for reward in rewards
+                ]
+            )
+        )
     elif markdown:
-        print(page(rewards, SHORT_NAMES), end="")
+        print(markdown_page(rewards, SHORT_NAMES), end="")
     else:
         for reward in rewards:
-            show(reward)
+            echo(f"{reward.name} ({scored_media(reward)})", style="bold")
+            echo(*(f"  {text}" for text in (reward.summary, *reward.details)))
+            show_pairs((option.name, option_words(option)) for option in reward.option_list())
+            echo(f"  example  {yaml_example(reward)}", f"  try it   {example_command(reward)}", "")
         if name is None:
             echo("Also taken as a reward", style="bold")
             show_pairs([*OTHERS, (", ".join(SHORT_NAMES), "Functions of trl.rewards.")])
 
 
-def as_dict(reward: BuiltinReward) -> dict[str, Any]:
-    return {
-        "name": reward.name,
-        "media": list(reward.media),
-        "summary": reward.summary,
-        "details": reward.details,
-        "options": [dataclasses.asdict(option) | {"type": in_words(option.type)} for option in reward.option_list()],
-        "example": {"spec": reward.name, "options": dict(reward.example)},
-        "command": try_it(reward),
-    }
-
-
-def show(reward: BuiltinReward) -> None:
-    echo(f"{reward.name} ({scored(reward)})", style="bold")
-    for text in (reward.summary, *reward.details):
-        echo(f"  {text}")
-    show_pairs([(option.name, f"{option.meaning} {in_brackets(option)}") for option in reward.option_list()])
-    echo(f"  example  {example(reward)}")
-    echo(f"  try it   {try_it(reward)}")
-    echo("")
-
-
 def show_pairs(pairs: Iterable[tuple[str, str]]) -> None:
-    grid = PlainTable("", "", "")
-    grid.rows.clear()
+    table = PlainTable()
     for left, right in pairs:
-        grid.add("", left, right)
-    grid.show()
+        table.add("", left, right)
+    table.show()
 
 
-def page(rewards: Iterable[BuiltinReward], of_trl: Iterable[str]) -> str:
+def markdown_page(rewards: Iterable[BuiltinReward], of_trl: Iterable[str]) -> str:
     """The built-in rewards as a page of Markdown."""
     parts = [PAGE]
     for reward in rewards:
-        parts.append(f"\n## {reward.name}\n\nScores {scored(reward)}. {reward.summary}\n")
+        parts.append(f"\n## {reward.name}\n\nScores {scored_media(reward)}. {reward.summary}\n")
         parts += [f"\n{text}\n" for text in reward.details]
         if options := reward.option_list():
             parts.append("\n| option | type | default | meaning |\n|---|---|---|---|\n")
             for option in options:
-                cells = (f"`{option.name}`", in_words(option.type), default(option), option.meaning)
+                cells = (f"`{option.name}`", yaml_type(option), default(option), option.meaning)
                 parts.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
-        parts.append(f"\n```yaml\nreward_funcs: [{example(reward)}]\n```\n")
-        parts.append(f"\n```sh\n{try_it(reward)}\n```\n")
+        parts.append(f"\n```yaml\nreward_funcs: [{yaml_example(reward)}]\n```\n")
+        parts.append(f"\n```sh\n{example_command(reward)}\n```\n")
     parts.append("\n## Others\n\n| spec | reward |\n|---|---|\n")
     others = [*OTHERS, *((short, "The function of trl.rewards.") for short in of_trl)]
     parts += [f"| `{spec}` | {meaning} |\n" for spec, meaning in others]
     return "".join(parts)
 
 
-def scored(reward: BuiltinReward) -> str:
-    """What it scores, in words."""
-    words = [words for medium, words in MEDIA.items() if medium in reward.media]
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+def scored_media(reward: BuiltinReward) -> str:
+    """What the reward scores: texts, conversations and images."""
+    *others, last = [words for medium, words in MEDIA.items() if medium in reward.media]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
-def example(reward: BuiltinReward) -> str:
+def yaml_example(reward: BuiltinReward) -> str:
     """An entry of reward_funcs, as YAML on one line."""
     if not reward.example:
         return reward.name
-    return f"{{spec: {reward.name}, options: {js.dumps(dict(reward.example), ensure_ascii=False)}}}"
+    return f"{{spec: {reward.name}, options: {json.dumps(dict(reward.example), ensure_ascii=False)}}}"
 
 
-def try_it(reward: BuiltinReward) -> str:
-    """A command that tries the example."""
+def example_command(reward: BuiltinReward) -> str:
     words = ["raftune", "reward", "check", reward.name]
     if reward.name == "answer":
-        words += ["--samples", "answers.jsonl"]  # it reads a column, which our own samples lack
+        words += ["--samples", "answers.jsonl"]  # it reads a column, which the built-in samples lack
     elif reward.media == ("image",):
         words += ["--images"]
-    return shell_command(*words, *(["--options", js.dumps(dict(reward.example))] if reward.example else []))
+    return shell_command(*words, *(["--options", json.dumps(dict(reward.example))] if reward.example else []))
 
 
-def in_brackets(option: RewardOption) -> str:
-    return f"[{in_words(option.type)}; {'required' if option.required else f'default {default(option)}'}]"
+def option_words(option: RewardOption) -> str:
+    value = "required" if option.required else f"default {default(option)}"
+    return f"{option.meaning} [{yaml_type(option)}; {value}]"
 
 
 def default(option: RewardOption) -> str:
-    return "required" if option.required else js.dumps(option.default).strip('"') or '""'
+    return "required" if option.required else json.dumps(option.default).strip('"') or '""'
 
 
-def in_words(kind: str) -> str:
+def yaml_type(option: RewardOption) -> str:
     """The type as YAML has it: `number | null` for `float | None`."""
-    return " | ".join(
-        " of ".join(TYPES.get(word, word) for word in part.split(" of ")) for part in kind.split(" | ")
-    ).replace("tuple of", "list of")
+    parts = [[TYPES.get(word, word) for word in part.split(" of ")] for part in option.type.split(" | ")]
+    return " | ".join(" of ".join(words) for words in parts).replace("tuple of", "list of")

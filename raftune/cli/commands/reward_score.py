@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json as js
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from raftune.cli.commands.reward import read_options
 from raftune.cli.errors import interruptible
+from raftune.cli.flags import Device, Json, Options, Timeout, read_object
 from raftune.cli.output import echo
 from raftune.errors import ConfigError, RewardError
 from raftune.results.measures import spread
@@ -19,7 +19,7 @@ from raftune.sanitize import counted, shell_command
 if TYPE_CHECKING:
     from raftune.rewards.files import FileScores
 
-MOST_FAILED = 0.5  # share of failed answers above which nothing may be built on the rest
+MOST_FAILED = 0.5  # share of failed samples above which the command fails
 
 
 def score(
@@ -31,10 +31,10 @@ def score(
     dialogues: Annotated[
         Literal["text", "messages"], Parameter(help="HH-RLHF dialogues as text, or as messages.")
     ] = "text",
-    options: Annotated[str | None, Parameter(help="The reward's options, as JSON.")] = None,
-    timeout: Annotated[float, Parameter(help="Time limit of one call, in seconds.")] = 120.0,
-    device: Annotated[str, Parameter(help="Device of a reward model: auto, cpu, cuda, mps.")] = "auto",
-    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the summary as JSON.")] = False,
+    options: Options = None,
+    timeout: Timeout = 120.0,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Score a file of completions or preferences with any reward; of preferences, also how often the chosen one wins.
 
@@ -47,83 +47,59 @@ def score(
     metadata.jsonl (file_name, prompt) or a text file beside each. Rows that cannot be read and samples that cannot be
     scored are counted and reported.
     """
-    from raftune.rewards.files import summary, write_scored
-
-    target = checked_out(out)
-    scored = run(spec, file, split, dialogues, options, timeout, device)
-    if target is not None:
-        write_scored(scored, target)
-    found = summary(scored)
-    if json:
-        print(js.dumps({**found, "out": out}))
-    else:
-        show(scored, found, out)
-    failed = sum(scored.failures.counts.values())
-    if scored.failures.fraction > MOST_FAILED:
-        raise RewardError(
-            f"{failed:,} of {counted(len(scored.scores), 'answer')} could not be scored. Fix the reward: "
-            f"`{shell_command('raftune', 'reward', 'check', spec)}` shows what it does."
-        )
-
-
-def checked_out(out: str | None) -> Path | None:
-    """The path to write. Raises ConfigError for one that exists, or that says no format."""
-    if out is None:
-        return None
-    path = Path(out).expanduser()
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise ConfigError(f"--out must end in .jsonl or .parquet; got {path.name!r}. Rename it.")
-    if path.exists():
-        raise ConfigError(f"--out must not exist yet; {path} does. Choose another name.")
-    return path
-
-
-def run(
-    spec: str,
-    file: str,
-    split: str,
-    dialogues: Literal["text", "messages"],
-    options: str | None,
-    timeout: float,
-    device: str,
-) -> FileScores:
-    """The scores, under the eyes of a person."""
     from raftune.config.load import validate_as
     from raftune.config.rewards import RewardsConfig
-    from raftune.rewards.files import read_answers, score_answers
+    from raftune.rewards.files import read_answers, score_answers, summary, write_scored
     from raftune.rewards.loading import load_panel
     from raftune.rewards.media import refuse_unfit
     from raftune.starters.resolve import IMAGES, resolve_reward
 
-    given: dict[str, Any] = {"reward_funcs": {"spec": spec, "options": read_options(options)}}
-    config = validate_as(RewardsConfig, {**given, "timeout": timeout, "device": device})
-    answers = read_answers(file, split, dialogues)
-    family = IMAGES if answers.media == "image" else None
+    target = None if out is None else Path(out).expanduser()
+    if target is not None and target.suffix not in (".jsonl", ".parquet"):
+        raise ConfigError(f"--out must end in .jsonl or .parquet; got {target.name!r}. Rename it.")
+    if target is not None and target.exists():
+        raise ConfigError(f"--out must not exist yet; {target} does. Choose another name.")
+    reward = {"spec": spec, "options": read_object("--options", options)}
+    config = validate_as(RewardsConfig, {"reward_funcs": reward, "timeout": timeout, "device": device})
+    rows = read_answers(file, split, dialogues)
+    family = IMAGES if rows.media == "image" else None
     config = config.model_copy(update={"reward_funcs": (resolve_reward(config.reward_funcs[0], family),)})
-    with interruptible(Path(), "nothing was written.") as watch, StepProgress() as steps, load_panel(config) as panel:
-        refuse_unfit(panel.media, answers.media)
-        steps.begin(f"scoring {counted(len(answers.completions), 'answer')}")
+    with interruptible(Path(), "nothing was written.") as watch, StepProgress() as steps, load_panel(config) as rewards:
+        refuse_unfit(rewards.media, rows.media)
+        steps.begin(f"scoring {counted(len(rows.completions), 'answer')}")
 
         def observe(done: int, of: int) -> None:
             steps.advance(done, of)
             watch("progress", {})
 
-        return score_answers(panel, answers, observe)
+        scored = score_answers(rewards, rows, observe)
+    if target is not None:
+        write_scored(scored, target)
+    result = summary(scored)
+    if as_json:
+        print(json.dumps({**result, "out": out}))
+    else:
+        show(scored, result, out)
+    if scored.failures.fraction > MOST_FAILED:
+        raise RewardError(
+            f"{sum(scored.failures.counts.values()):,} of {counted(len(scored.scores), 'answer')} could not be scored. "
+            f"Fix the reward: `{shell_command('raftune', 'reward', 'check', spec)}` shows what it does."
+        )
 
 
-def show(scored: FileScores, found: dict[str, Any], out: str | None) -> None:
-    """The summary, a line for each fact."""
-    for words in scored.answers.words:
-        echo(words)
-    echo("  statuses   " + ", ".join(f"{count:,} {status}" for status, count in sorted(found["statuses"].items())))
-    if found["score"]:
-        low, middle, high = (found["quantiles"][name] for name in ("0.05", "0.5", "0.95"))
-        echo(f"  score      {spread(found['score'])} over {counted(found['score']['n'], 'prompt')}, 95 % interval")
+def show(scored: FileScores, result: dict[str, Any], out: str | None) -> None:
+    """Prints the summary, a line for each fact."""
+    echo(*scored.answers.words)
+    echo("  statuses   " + ", ".join(f"{count:,} {status}" for status, count in sorted(result["statuses"].items())))
+    if result["score"]:
+        low, middle, high = (result["quantiles"][name] for name in ("0.05", "0.5", "0.95"))
         quantiles = f"5 % below {low:.3f}, half below {middle:.3f}, 95 % below {high:.3f}"
-        echo(f"  spread     standard deviation {found['std']:.3f}; {quantiles}")
-    if found.get("accuracy"):
-        pairs = counted(found["pairs"], "pair")
-        echo(f"  accuracy   {spread(found['accuracy'])}: the preferred answer scores higher, {pairs}")
+        prompts = counted(result["score"]["n"], "prompt")
+        echo(f"  score      {spread(result['score'])} over {prompts}, 95 % interval")
+        echo(f"  spread     standard deviation {result['std']:.3f}; {quantiles}")
+    if result.get("accuracy"):
+        pairs = counted(result["pairs"], "pair")
+        echo(f"  accuracy   {spread(result['accuracy'])}: the preferred answer scores higher, {pairs}")
     for detail, (status, prompt, completion) in scored.failures.examples.items():
         echo(f"  {status}: {detail}", style="yellow")
         echo(f"    prompt {prompt!r}, completion {completion!r}")

@@ -1,48 +1,60 @@
-"""`raftune samples`: shows a round's samples, prompt by prompt."""
+"""`raftune samples`: shows a round's samples, prompt by prompt, and saves images."""
 
 from __future__ import annotations
 
 import heapq
-import json as js
-from collections.abc import Callable, Iterator
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from rich.text import Text
 
+from raftune.cli.flags import RunDirectory, at_least, switch
 from raftune.cli.output import echo, out
-from raftune.cli.save_images import check_folder, save_pictures, sheet_of
+from raftune.cli.samples_output import completion_text
+from raftune.data.classifier_inputs import text_of
 from raftune.errors import ConfigError
 from raftune.records import EXTRA, Row, extras_of
-from raftune.results import samples as ledger
+from raftune.results import samples as run_samples
 from raftune.results.samples import prompt_text
-from raftune.sanitize import counted, harmless, one_line
+from raftune.sanitize import counted, one_line
+from raftune.store.files import explaining
 from raftune.store.kinds import how_to_go_on
 from raftune.store.run import RunFolder
 
-PromptRows = list[Row]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 Sort = Literal["best", "worst", "margin", "order"]
+ORDERS = {"order": "in order", "best": "best first", "worst": "worst first", "margin": "largest margin first"}
 GUTTER = 12
+SIDE, GAP, LINE = 96, 8, 14  # of the contact sheet: pixels
+INDEXED = ("sample_id", "prompt_id", "k", "source", "score", "held_out", "weight", "reason")  # in metadata.jsonl
 
 
 def samples(
-    run: Annotated[str, Parameter(help="The run's directory.")],
+    run: RunDirectory,
     *,
     round_: Annotated[int | None, Parameter(name="--round", help="The round; default: the last one.")] = None,
-    held_out: Annotated[bool, Parameter(negative="", show_default=False, help="Show the held-out samples.")] = False,
+    held_out: Annotated[bool, switch("Show the held-out samples.")] = False,
     prompt: Annotated[str | None, Parameter(help="Only prompts that contain this text, or have this id.")] = None,
     sort: Annotated[Sort, Parameter(help="Order of the prompts; margin: best minus mean.")] = "order",
-    number: Annotated[int, Parameter(name=["--number", "-n"], help="Prompts to show.")] = 3,
-    full: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Whole completions, not their first line.")
-    ] = False,
+    number: Annotated[
+        int,
+        Parameter(
+            name=["--number", "-n"],
+            help="Prompts to show.",
+            validator=at_least("--number", 1, "Leave it out for 3."),
+        ),
+    ] = 3,
+    full: Annotated[bool, switch("Whole completions, not their first line.")] = False,
     save: Annotated[
         str | None, Parameter(help="Save the shown images in this new folder, with metadata.jsonl.")
     ] = None,
-    json: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Print JSON lines, one for each sample.")
-    ] = False,
+    as_json: Annotated[bool, switch("Print JSON lines, one for each sample.", "--json")] = False,
 ) -> None:
     """Show a round's samples, with scores, verdicts (★: kept) and reasons.
 
@@ -52,117 +64,94 @@ def samples(
 
     An image is named by the SHA-256 of its PNG file, of which the beginning is shown.
     """
-    if number < 1:
-        raise ConfigError(f"--number must be at least 1; got {number}. Leave it out for 3.")
     if save is not None:
-        check_folder(Path(save))
+        check_new_folder(Path(save))
     folder = RunFolder(run)
     folder.read_config()
     chosen, held_out = choose_round(folder, round_, held_out)
-    chunks = ledger.held_out_chunks(folder, chosen) if held_out else ledger.training_chunks(folder, chosen)
-    groups = (
-        group for chunk in chunks for group in ledger.by_prompt(chunk) if prompt is None or matches(group, prompt)
+    chunks = run_samples.held_out_chunks(folder, chosen) if held_out else run_samples.training_chunks(folder, chosen)
+    total, shown = first_prompts(
+        (group for chunk in chunks for group in run_samples.by_prompt(chunk)), prompt, sort, number
     )
-    total, shown = pick(groups, sort, number)
     if not total and prompt is not None:
         raise ConfigError(f"--prompt: no prompt of round {chosen} has {prompt!r} in its text or as its id.")
-    saved = 0 if save is None else save_pictures((s for group in shown for s in group), Path(save), chosen)
-    if json:
+    saved = 0 if save is None else save_images([sample for group in shown for sample in group], Path(save), chosen)
+    if as_json:
         for sample in (sample for group in shown for sample in group):
-            facts = {"completion": ledger.readable(sample["completion"]), "round": chosen, "held_out_prompt": held_out}
             logged = {f"{EXTRA}{name}": value for name, value in extras_of(sample).items()}
-            print(js.dumps(sample | logged | facts, ensure_ascii=False))
+            facts = {"round": chosen, "held_out_prompt": held_out}
+            completion = run_samples.readable(sample["completion"])
+            print(json.dumps(sample | logged | {"completion": completion} | facts, ensure_ascii=False))
         return
-    what = "held-out prompts" if held_out else "prompts"
-    order = {"order": "in order", "best": "best first", "worst": "worst first", "margin": "largest margin first"}[sort]
-    echo(f"round {chosen}, {len(shown)} of {total} {what}, {order}", style="dim")
+    kind = "held-out prompts" if held_out else "prompts"
+    echo(f"round {chosen}, {len(shown)} of {total} {kind}, {ORDERS[sort]}", style="dim")
     for group in shown:
-        show(group, full)
+        show_prompt(group, full)
     if save is not None:
-        echo("")
-        echo(f"Wrote {counted(saved, 'image')} and metadata.jsonl to {save}.")
-        echo(f"All at a glance: {sheet_of(Path(save))}")
+        echo("", f"Wrote {counted(saved, 'image')} and metadata.jsonl to {save}.")
+        echo(f"All at a glance: {contact_sheet_path(Path(save))}")
 
 
-def choose_round(folder: RunFolder, asked: int | None, held_out: bool) -> tuple[int, bool]:
-    """The round to show, and whether its held-out samples are meant: the start has no others."""
-    judged = folder.rounds_with("evaluate/score")
-    known = judged if held_out or asked == 0 else ledger.training_rounds(folder)
-    if not known and judged and asked is None:
-        return judged[-1], True
+def choose_round(folder: RunFolder, round_: int | None, held_out: bool) -> tuple[int, bool]:
+    """The round to show, and whether its held-out samples are: round 0 has no others."""
+    evaluated = folder.rounds_with("evaluate/score")
+    known = evaluated if held_out or round_ == 0 else run_samples.training_rounds(folder)
+    if not known and evaluated and round_ is None:
+        return evaluated[-1], True
     if not known:
         raise ConfigError(f"{folder.root} has no such samples. {how_to_go_on(folder.root, folder.read_config())}")
-    if asked is not None and asked not in known:
-        raise ConfigError(f"--round must be one of {ledger.span(known)}; got {asked}. Choose one of these.")
-    return (known[-1] if asked is None else asked), held_out or asked == 0
+    if round_ is not None and round_ not in known:
+        raise ConfigError(f"--round must be one of {run_samples.span(known)}; got {round_}. Choose one of these.")
+    return (known[-1] if round_ is None else round_), held_out or round_ == 0
 
 
-def matches(group: PromptRows, wanted: str) -> bool:
-    """Whether the prompt bears this id, or holds this text in any case."""
-    return group[0]["prompt_id"].startswith(wanted) or wanted.casefold() in prompt_text(group[0]["prompt"]).casefold()
-
-
-def pick(groups: Iterator[PromptRows], sort: Sort, number: int) -> tuple[int, list[PromptRows]]:
-    """How many prompts there are, and the first of them in the wanted order; only these are held in memory."""
+def first_prompts(
+    groups: Iterator[list[Row]], prompt: str | None, sort: Sort, number: int
+) -> tuple[int, list[list[Row]]]:
+    """How many prompts match, and the samples of the first `number` of them; only these are held in memory."""
     count = 0
 
-    def counted() -> Iterator[tuple[float, int, PromptRows]]:
+    def matching() -> Iterator[tuple[float, int, list[Row]]]:
         nonlocal count
         for group in groups:
-            count += 1
-            yield KEYS[sort](group), count, group
+            text = prompt_text(group[0]["prompt"]).casefold()
+            if prompt is None or group[0]["prompt_id"].startswith(prompt) or prompt.casefold() in text:
+                count += 1
+                yield sort_key(group, sort), count, group
 
-    first = heapq.nsmallest(number, counted(), key=lambda item: item[:2])
+    first = heapq.nsmallest(number, matching(), key=lambda item: item[:2])
     return count, [group for _, _, group in first]
 
 
-def by_best(group: PromptRows) -> float:
-    return -max((s["score"] for s in ledger.usable(group)), default=float("-inf"))
+def sort_key(group: list[Row], sort: Sort) -> float:
+    scores = [sample["score"] for sample in run_samples.usable(group)]
+    if sort == "best":
+        return -max(scores, default=float("-inf"))
+    if sort == "worst":
+        return float(min(scores, default=float("-inf")))
+    if sort == "margin":
+        return float(sum(scores) / len(scores) - max(scores)) if scores else float("inf")
+    return 0.0
 
 
-def by_worst(group: PromptRows) -> float:
-    return min((s["score"] for s in ledger.usable(group)), default=float("-inf"))
-
-
-def by_margin(group: PromptRows) -> float:
-    scores = [s["score"] for s in ledger.usable(group)]
-    return sum(scores) / len(scores) - max(scores) if scores else float("inf")
-
-
-KEYS: dict[str, Callable[[PromptRows], float]] = {
-    "best": by_best,
-    "worst": by_worst,
-    "margin": by_margin,
-    "order": lambda _: 0.0,
-}
-
-
-def show(group: PromptRows, full: bool) -> None:
-    """The prompt, and the strip of its samples, best first."""
+def show_prompt(group: list[Row], full: bool) -> None:
+    """The prompt and its samples, best first: ★ if kept, score and completion, and the remarks below."""
     console = out()
+    prompt = one_line(prompt_text(group[0]["prompt"]))
     console.print()
-    console.print(
-        Text.assemble((one_line(prompt_text(group[0]["prompt"])), "bold"), (f"  {group[0]['prompt_id']}", "dim"))
-    )
+    console.print(Text.assemble((prompt, "bold"), (f"  {group[0]['prompt_id']}", "dim")))
     width = None if full or not console.is_terminal else max(console.width - GUTTER, 20)
     for sample in sorted(group, key=lambda s: (s["score"] is None, -(s["score"] or 0.0), s["k"])):
-        for line in lines_of(sample, width, full):
-            console.print(line)
-
-
-def lines_of(sample: Row, width: int | None, full: bool) -> Iterator[Text]:
-    """★ where it was kept, its score, its text, and beneath it the reason, the parts and where it came from."""
-    kept = (sample.get("weight") or 0) > 0
-    score = "–" if sample["score"] is None else f"{sample['score']:.3f}"
-    head = Text.assemble(("★ " if kept else "  ", "bold yellow"), (f"{score:>8}  ", "green" if kept else ""))
-    text = ledger.answer_text(sample["completion"])
-    shown = harmless(text).replace("\n", "\n" + " " * GUTTER) if full else one_line(text, width)
-    yield head + Text(shown or "(empty)", style="" if shown else "dim")
-    yield Text(" " * GUTTER + " · ".join(remarks(sample)), style="dim")
+        kept = (sample.get("weight") or 0) > 0
+        score = "–" if sample["score"] is None else f"{sample['score']:.3f}"
+        head = Text.assemble(("★ " if kept else "  ", "bold yellow"), (f"{score:>8}  ", "green" if kept else ""))
+        text = completion_text(sample, width, full, GUTTER)
+        console.print(head + Text(text, style="dim" if text == "(empty)" else ""))
+        console.print(Text(" " * GUTTER + " · ".join(remarks(sample)), style="dim"))
 
 
 def remarks(sample: Row) -> Iterator[str]:
-    """What is on record about the sample besides its text."""
+    """Reason, held-out score, parts, status, length and source of a sample."""
     if sample.get("reason"):
         yield str(sample["reason"])
     if sample.get("held_out") is not None:
@@ -172,8 +161,85 @@ def remarks(sample: Row) -> Iterator[str]:
         yield ", ".join(f"{name} {'–' if value is None else f'{value:.3f}'}" for name, value in parts.items())
     if sample["status"] != "ok":
         yield one_line(f"{sample['status']}: {sample['detail']}", 100)
-    if sample.get("completion_ids"):
-        yield f"{counted(len(sample['completion_ids']), 'token')}" + (
-            ", cut off" if sample.get("finish") == "length" else ""
-        )
+    if ids := sample.get("completion_ids"):
+        yield f"{counted(len(ids), 'token')}{', cut off' if sample.get('finish') == 'length' else ''}"
     yield f"k {sample['k']}" if sample["source"] == "policy" else one_line(sample["source"])
+
+
+# -- saving images -----------------------------------------------------------------------------------------------------
+
+
+def contact_sheet_path(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-contact-sheet.png")
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raises ConfigError if writing images there would touch other files."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--save must be a new or an empty folder; {folder} is not. Choose another.")
+    if (sheet := contact_sheet_path(folder)).exists():
+        raise ConfigError(f"--save writes {sheet} as well, which exists. Choose another folder.")
+
+
+def save_images(rows: list[Row], folder: Path, round_: int) -> int:
+    """Writes the samples' images, metadata.jsonl (an image folder of `datasets`), and a contact sheet beside it.
+
+    Returns the number of images. Raises ConfigError if there is none.
+    """
+    images = [sample for sample in rows if isinstance(sample["completion"], bytes)]
+    if not images:
+        raise ConfigError("--save writes images, and these samples hold none. Leave it out.")
+    with explaining(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = {prompt_id: i for i, prompt_id in enumerate(dict.fromkeys(s["prompt_id"] for s in images), 1)}
+        lines = []
+        for sample in images:
+            name = file_name(sample, numbers[sample["prompt_id"]])
+            (folder / name).write_bytes(sample["completion"])
+            facts = {key: sample[key] for key in INDEXED if key in sample}
+            facts |= {key: value for key, value in sample.items() if key.startswith("rewards/")}
+            line = {"file_name": name, "prompt": sample["prompt"], "round": round_, **facts}
+            lines.append(json.dumps(line, ensure_ascii=False))
+        contact_sheet(images).save(contact_sheet_path(folder))
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(images)
+
+
+def file_name(sample: Row, number: int) -> str:
+    """`003-a-red-circle-k05-+1.250.png`: prompt's number and beginning, k, source if not the policy, and score.
+
+    Only ASCII letters and digits of the prompt are used.
+    """
+    words = re.sub(r"[^a-z0-9]+", "-", text_of(sample["prompt"]).casefold())[:40].strip("-")
+    source = re.sub(r"[^a-z0-9]+", "", str(sample.get("source", "policy")).casefold())[:20]
+    score = "unscored" if sample.get("score") is None else f"{sample['score']:+.3f}"
+    parts = (f"{number:03d}", words, f"k{sample['k']:02d}", "" if source == "policy" else source, score)
+    return "-".join(filter(None, parts)) + ".png"
+
+
+def contact_sheet(rows: list[Row]) -> Image:
+    """All images small: a row for each prompt, its text above, each image's k and score below it."""
+    from PIL import Image, ImageDraw
+
+    from raftune.data.images import image_of
+
+    groups: dict[str, list[Row]] = {}
+    for sample in rows:
+        groups.setdefault(sample["prompt_id"], []).append(sample)
+    width = max(GAP + max(map(len, groups.values())) * (SIDE + GAP), 240)
+    height = SIDE + 2 * LINE + GAP
+    sheet = Image.new("RGB", (width, GAP + len(groups) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for y, group in enumerate(groups.values()):
+        top = GAP + y * height
+        words = one_line(text_of(group[0]["prompt"]), width // 6)
+        pen.text((GAP, top), words.encode("latin-1", "replace").decode("latin-1"), fill="black")
+        for x, sample in enumerate(group):
+            left, image = GAP + x * (SIDE + GAP), image_of(sample["completion"])
+            filter_ = Image.Resampling.NEAREST if image.width < SIDE else Image.Resampling.LANCZOS
+            image.thumbnail((SIDE, SIDE), filter_)
+            sheet.paste(image, (left, top + LINE))
+            score = "-" if sample.get("score") is None else f"{sample['score']:.2f}"
+            star = "* " if (sample.get("weight") or 0) > 0 else ""
+            pen.text((left, top + LINE + SIDE), f"{star}k {sample['k']}: {score}", fill="black")
+    return sheet

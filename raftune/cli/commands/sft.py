@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json as js
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any
 
 from raftune.cli.errors import interruptible
-from raftune.cli.flags import Tokens
+from raftune.cli.flags import Json, Tokens, read_data_flags
 from raftune.cli.output import echo
 from raftune.runtime.progress import StepProgress
 from raftune.sanitize import counted, shell_command
@@ -27,10 +26,7 @@ STEPS = {
 }
 
 
-def sft(
-    *words: Tokens,
-    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print the report as JSON.")] = False,
-) -> None:
+def sft(*words: Tokens, as_json: Json = False) -> None:
     """Supervised fine-tuning on the chosen completions of preferences, prompts with completions, or dialogues.
 
     raftune sft prefs.jsonl --policy.model gpt2 --output-dir sft --training.learning_rate 2e-5
@@ -47,14 +43,13 @@ def sft(
     (the exact training rows), prompts.jsonl and held_out.jsonl (for later rounds) and report.json (with the perplexity
     of held-out completions before and after). The same command resumes an interrupted training, to the same bytes.
     """
-    from raftune.cli.flags import data_and_files, read_tokens
     from raftune.config.load import load_as
     from raftune.config.sft import SftConfig
-    from raftune.sft import sft as learn
+    from raftune.sft import sft as run_sft
 
-    given = read_tokens([in_full(word) for word in words], "sft", ("--json", *SHORT), SftConfig)
-    data, files = data_and_files(given, "sft")
-    config = load_as(SftConfig, files, given.flags | ({"data.path": data} if data else {}))
+    tokens = [in_full(word) for word in words]
+    files, flags = read_data_flags(tokens, "sft", ("--json", *SHORT), SftConfig, "data.path")
+    config = load_as(SftConfig, files, flags)
     root = Path(config.output_dir)
     kept = f"what is done is kept in {root}. The same command goes on with it."
     with interruptible(root, kept) as watch, StepProgress() as steps:
@@ -66,49 +61,45 @@ def sft(
                 steps.advance(facts["done"], facts["of"])
             watch(kind, facts)
 
-        learned = learn(config, observe)
-    if json:
-        print(js.dumps({"directory": str(root), "worked": learned.worked, **learned.report}, ensure_ascii=False))
-        return
-    for line in outcome(learned):
-        echo(line)
+        outcome = run_sft(config, observe)
+    if as_json:
+        print(json.dumps({"directory": str(root), "worked": outcome.worked, **outcome.report}, ensure_ascii=False))
+    else:
+        echo(*outcome_words(outcome))
 
 
 def in_full(word: str) -> str:
-    """The flag of a field of `data` that has a short name, in full."""
+    """A short flag as the field of `data` that it stands for."""
     flag, equals, value = word.partition("=")
     return f"--data.{flag.replace('-', '_').strip('_')}{equals}{value}" if flag in SHORT else word
 
 
-def outcome(learned: SftOutcome) -> list[str]:
-    """What was learned, how much it helped, and what to do with it."""
-    root, report = learned.root, learned.report
+def outcome_words(outcome: SftOutcome) -> Iterator[str]:
+    """What was trained on, how much it helped, and what to do with it."""
+    root, report = outcome.root, outcome.report
     data, training = report["data"], report["training"]
-    done = "Finished" if learned.worked else "Already finished; nothing to do"
-    lines = [
-        f"{done}: learned {counted(data['learned'], 'answer')} in {counted(training['steps'], 'step')}, loss "
-        f"{training['loss_first']:.3f} → {training['loss_last']:.3f} (means of the first and the last tenth).",
-        *data_lines(root, data),
-    ]
+    done = "Finished" if outcome.worked else "Already finished; nothing to do"
+    steps = counted(training["steps"], "step")
+    yield (
+        f"{done}: learned {counted(data['learned'], 'answer')} in {steps}, loss {training['loss_first']:.3f} → "
+        f"{training['loss_last']:.3f} (means of the first and the last tenth)."
+    )
+    skipped = sum(data["skipped"].values())
+    yield f"  data        {data['source']}: {counted(data['rows'], 'row')}, {data['format']}"
+    yield f"  rows        {data['learned']:,} learned, {data['held_out']:,} held out, {skipped:,} skipped"
+    for reason, count in sorted(data["skipped"].items(), key=lambda item: -item[1]):
+        yield f"                {count:,} {reason}"
+    if skipped:
+        yield f"              each is named in {root / 'skipped.jsonl'}"
+    if data["cut"]:
+        yield f"              {counted(data['cut'], 'answer')} were cut to fit"
+    for note in data["notes"]:
+        yield f"  note        {note}"
     if perplexity := report["perplexity"]:
+        completions, tokens = counted(perplexity["answers"], "held-out answer"), counted(perplexity["tokens"], "token")
         change = f"{perplexity['before']:.2f} → {perplexity['after']:.2f}"
-        answers, tokens = counted(perplexity["answers"], "held-out answer"), counted(perplexity["tokens"], "token")
-        lines.append(f"  perplexity  {change}, on {answers} of {tokens}")
+        yield f"  perplexity  {change}, on {completions} of {tokens}"
     model = root / report["model"]
     flags = ("--policy.model", model, "--data.prompts", root / "prompts.jsonl")
-    following = shell_command("raftune", "train", "RUN.yaml", *flags)
-    return [*lines, f"  model       {model}", f"  next        {following}"]
-
-
-def data_lines(root: Path, data: dict[str, Any]) -> list[str]:
-    """Where each row of the source went."""
-    learned, held_out, skipped = data["learned"], data["held_out"], sum(data["skipped"].values())
-    lines = [f"  data        {data['source']}: {counted(data['rows'], 'row')}, {data['format']}"]
-    lines.append(f"  rows        {learned:,} learned, {held_out:,} held out, {skipped:,} skipped")
-    for reason, count in sorted(data["skipped"].items(), key=lambda item: -item[1]):
-        lines.append(f"                {count:,} {reason}")
-    if skipped:
-        lines.append(f"              each is named in {root / 'skipped.jsonl'}")
-    if data["cut"]:
-        lines.append(f"              {counted(data['cut'], 'answer')} were cut to fit")
-    return lines + [f"  note        {note}" for note in data["notes"]]
+    yield f"  model       {model}"
+    yield f"  next        {shell_command('raftune', 'train', 'RUN.yaml', *flags)}"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json as js
+import json
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from raftune.cli.flags import Json
 from raftune.cli.output import echo
 from raftune.errors import ConfigError
 from raftune.sanitize import shell_command
 
-SAID = {
+CONTENTS = {
     "preferences.jsonl": "prompt, chosen, rejected",
     "ratings.jsonl": "prompt, completion, score",
     "prompts.jsonl": "what the rounds generate answers to",
@@ -26,9 +27,7 @@ def starter(
     *,
     rows: Annotated[int, Parameter(help="Number of preferences, and of ratings.", validator=Number(gte=10))] = 2000,
     seed: Annotated[int, Parameter(help="Seed of the rows.")] = 0,
-    json: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Print counts and commands as JSON.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Write example preferences, ratings and prompts, and print the commands that use them.
 
@@ -41,27 +40,23 @@ def starter(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"DIRECTORY must be empty, or not exist yet; {folder} is not. Choose another name.")
     counts = write_starter(folder, rows, seed)
-    if json:
-        print(js.dumps({"directory": str(folder), "rows": counts, "commands": commands(folder)}))
+    if as_json:
+        print(json.dumps({"directory": str(folder), "rows": counts, "commands": commands(folder)}))
         return
-    echo(f"Wrote {folder}:")
-    for name, count in counts.items():
-        echo(f"  {name:<18}{count:>6,} rows   {SAID[name]}")
-    echo(f"  {'run.yaml':<18}{'':>11}   the run that comes after")
-    echo("")
-    echo("Next, one after another:")
-    for words in commands(folder):
-        echo(f"  {shell_command(*words)}")
+    echo(f"Wrote {folder}:", *(f"  {name:<18}{count:>6,} rows   {CONTENTS[name]}" for name, count in counts.items()))
+    echo(f"  {'run.yaml':<18}{'':>11}   the run that comes after", "", "Next, one after another:")
+    echo(*(f"  {shell_command(*words)}" for words in commands(folder)))
 
 
 def commands(folder: Path) -> list[list[str]]:
-    """The path from these files to an aligned model, and to the evidence that it is better."""
+    """The commands that train a model on these files, and show that it is better."""
     preferences, run, before = (str(folder / name) for name in ("preferences.jsonl", "run", "before"))
-    one = ["--threads", "1"]  # more cost more than they give with models this small
-    learning = ["--policy.model", "starter", "--training.learning_rate", "5e-4", *one]
+    threads = ["--threads", "1"]  # with models this small more threads are slower
+    training = ["--policy.model", "starter", "--training.learning_rate", "5e-4", *threads]
+    reward = ["--model", "starter", "--output-dir", str(folder / "reward"), *threads]
     return [
-        ["raftune", "sft", preferences, *learning, "--output-dir", str(folder / "sft")],
-        ["raftune", "reward", "train", preferences, "--model", "starter", "--output-dir", str(folder / "reward"), *one],
+        ["raftune", "sft", preferences, *training, "--output-dir", str(folder / "sft")],
+        ["raftune", "reward", "train", preferences, *reward],
         ["raftune", "train", str(folder / "run.yaml")],
         ["raftune", "evaluate", "starter", str(folder / "run.yaml"), "--output-dir", before],
         ["raftune", "compare", run, before, "--show", "2"],

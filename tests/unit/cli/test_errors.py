@@ -16,7 +16,7 @@ from cyclopts import App
 
 from raftune.cli import main
 from raftune.cli.errors import interruptible, run_command
-from raftune.cli.flags import fields_of
+from raftune.config.load import fields_of
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, GateFailed, Interrupted, RaftuneError, StoreError
 

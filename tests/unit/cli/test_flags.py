@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from raftune.cli.flags import fields_of, read_tokens
-from raftune.config.load import merge, nested, validate
+from raftune.cli.flags import read_tokens
+from raftune.config.load import fields_of, merge, nested, validate
 from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 
