@@ -108,13 +108,18 @@ def unknown_command(app: App, tokens: list[str]) -> str | None:
 
 def usage_message(error: CycloptsError, tokens: list[str]) -> str:
     """What was wrong with the call, and where help is."""
-    from cyclopts import MissingArgumentError, UnusedCliTokensError
+    from cyclopts import MissingArgumentError, UnusedCliTokensError, ValidationError
 
     place = " ".join(["raftune", *[token for token in tokens if not token.startswith("-")][:1]])
     message = str(error).strip().rstrip(".")
     message = f"{message[:1].lower()}{message[1:]}{'' if message.endswith('?') else '.'}"
     if isinstance(error, UnusedCliTokensError):
         message = f"{place} takes no further argument; got {' '.join(error.unused_tokens or ())!r}."
+    elif isinstance(error, ValidationError) and error.argument is not None:  # "Must be >= 1."
+        rule = (
+            error.exception_message.rstrip(".").replace(">=", "at least").replace("<=", "at most").replace(">", "above")
+        )
+        message = f"{error.argument.name} {rule[:1].lower()}{rule[1:]}; got {error.argument.value}."
     elif isinstance(error, MissingArgumentError) and error.argument is not None and not error.tokens_so_far:
         is_flag = error.argument.field_info.kind is inspect.Parameter.KEYWORD_ONLY
         name = error.argument.name if is_flag else error.argument.name.removeprefix("--").upper()

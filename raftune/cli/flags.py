@@ -7,7 +7,7 @@ import difflib
 import functools
 import json
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import NoneType
 from typing import Annotated, Any, NamedTuple
 
@@ -23,16 +23,6 @@ from raftune.errors import ConfigError
 def switch(help: str, name: str | None = None) -> Parameter:
     """A flag without a value."""
     return Parameter(name=name, negative="", show_default=False, help=help)
-
-
-def at_least(flag: str, minimum: int, fix: str) -> Callable[[Any, int | None], None]:
-    """A cyclopts validator that raises ConfigError for a lower number."""
-
-    def check(_type: Any, value: int | None) -> None:
-        if value is not None and value < minimum:
-            raise ConfigError(f"{flag} must be at least {minimum}; got {value}. {fix}")
-
-    return check
 
 
 RunDirectory = Annotated[str, Parameter(help="The run's directory.")]
@@ -136,32 +126,14 @@ def read_data_flags(
 
 
 @functools.cache
-def kinds_by_field(section: type[BaseModel], prefix: str = "") -> dict[str, list[Any]]:
-    """The types of every dotted field. A section has none, but NoneType if it may be left out."""
-    kinds: dict[str, list[Any]] = {}
-    for name, field in section.model_fields.items():
-        own = alternatives(field.annotation)
-        if is_section(own):
-            for model in models_in(field.annotation):
-                for inner, types in kinds_by_field(model, f"{prefix}{name}.").items():
-                    kinds.setdefault(inner, []).extend(types)
-            own = [NoneType] if NoneType in own else []
-        kinds.setdefault(prefix + name, []).extend(own)
-    return kinds
-
-
-def kinds_of(name: str, whole: type[BaseModel]) -> list[Any]:
-    """The types that the dotted field may have; none if it is no field, a section, or inside a list."""
-    fields = kinds_by_field(whole)
-    if name not in fields:
-        for outer in (known for known in fields if name.startswith(f"{known}.")):
-            if any(typing.get_origin(kind) is dict for kind in fields[outer]):
-                return [Any]
-    return fields.get(name, [])
-
-
-def is_section(kinds: Sequence[Any]) -> bool:
-    return all(kind is NoneType or (isinstance(kind, type) and issubclass(kind, BaseModel)) for kind in kinds)
+def kinds_of(name: str, whole: type[BaseModel]) -> Sequence[Any]:
+    """The types that the dotted field may have; none if it is no field, a required section, or inside a list."""
+    fields = list(fields_of(whole, sections=True))
+    kinds = [kind for known, field in fields if known == name for kind in alternatives(field.annotation)]
+    outer = [kind for known, field in fields if name.startswith(f"{known}.") for kind in alternatives(field.annotation)]
+    if not kinds and any(typing.get_origin(kind) is dict for kind in outer):
+        return [Any]
+    return [kind for kind in kinds if not models_in(kind) or is_list([kind])]
 
 
 def is_list(kinds: Sequence[Any]) -> bool:

@@ -9,6 +9,12 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
+def _unwrap(schema: dict[str, Any]) -> None:
+    for field in schema.get("properties", {}).values():
+        if "description" in field:
+            field["description"] = " ".join(field["description"].split())
+
+
 class ConfigSection(BaseModel):
     """A section whose fields cannot be changed after it was validated, and that refuses unknown keys.
 
@@ -16,7 +22,19 @@ class ConfigSection(BaseModel):
     """
 
     shorthand: ClassVar[str] = ""
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        json_schema_extra=_unwrap,
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        for field in cls.model_fields.values():
+            field.description = field.description and " ".join(field.description.split())
 
     @model_validator(mode="before")
     @classmethod

@@ -225,15 +225,16 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     return models
 
 
-def fields_of(section: type[BaseModel], prefix: str = "", *, in_lists: bool = False) -> Iterator[tuple[str, FieldInfo]]:
-    """Every dotted field with its declaration; those of sections in lists too if `in_lists`."""
+def fields_of(
+    section: type[BaseModel], prefix: str = "", *, in_lists: bool = False, sections: bool = False
+) -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted field with its declaration: those of sections in lists too if `in_lists`, and `sections` too."""
     for name, field in section.model_fields.items():
-        models = models_in(field.annotation)
         is_list = any(typing.get_origin(kind) in (tuple, list) for kind in alternatives(field.annotation))
-        if models and (in_lists or not is_list):
-            for model in models:
-                yield from fields_of(model, f"{prefix}{name}.", in_lists=in_lists)
-        else:
+        models = models_in(field.annotation) if in_lists or not is_list else []
+        for model in models:
+            yield from fields_of(model, f"{prefix}{name}.", in_lists=in_lists, sections=sections)
+        if sections or not models:
             yield prefix + name, field
 
 

@@ -27,9 +27,8 @@ class CausalLMPolicy(ConfigSection):
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     tokenizer: str | None = Field(None, description="Folder or hub name, if it is not the model's own.")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="Data type of the weights.")
-    device: str = Field(
-        "auto", description="auto, cpu, cuda or mps: one device; with several GPUs the first visible one."
-    )
+    device: str = "auto"
+    """auto, cpu, cuda or mps: one device; with several GPUs the first visible one."""
     adapter: AdapterConfig | None = Field(None, description="LoRA; none: all weights are trained.")
     load_in_4bit: bool = Field(False, description="QLoRA: 4-bit base weights; needs CUDA, bitsandbytes, an adapter.")
     attn_implementation: str | None = Field(None, description="As in transformers; None: the model's default.")
@@ -54,28 +53,23 @@ class DiffusionPolicy(ConfigSection):
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     variant: str | None = Field(None, description="Variant of the weight files, as in diffusers: fp16.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Data type of the weights.")
-    device: str = Field(
-        "auto", description="auto, cpu, cuda or mps: one device; with several GPUs the first visible one."
-    )
+    device: str = "auto"
+    """auto, cpu, cuda or mps: one device; with several GPUs the first visible one."""
     adapter: AdapterConfig | None = Field(None, description="LoRA; none: the whole denoiser is trained.")
-    pipeline_init_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Further arguments of DiffusionPipeline.from_pretrained."
-    )
+    pipeline_init_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of DiffusionPipeline.from_pretrained."""
 
 
 class TabularPolicy(ConfigSection):
     """A categorical distribution for each prompt, for tests against closed forms."""
 
     family: Literal["tabular"] = "tabular"
-    logits: tuple[tuple[float | None, ...], ...] | None = Field(
-        None,
-        description="One row per prompt label, one logit per completion, null for an impossible one; None: all zero.",
-    )
+    logits: tuple[tuple[float | None, ...], ...] | None = None
+    """One row per prompt label, one logit per completion, null for an impossible one; None: all zero."""
     num_prompts: int = Field(1, ge=1, description="Number of rows, if no logits are given.")
     num_answers: int = Field(2, ge=2, description="Number of completions, if no logits are given.")
-    step: float = Field(
-        1.0, gt=0, le=1, description="p becomes (1 - step)*p + step*q, where q is the distribution of kept samples."
-    )
+    step: float = Field(1.0, gt=0, le=1)
+    """p becomes (1 - step)*p + step*q, where q is the distribution of kept samples."""
 
 
 class CustomPolicy(ConfigSection):

@@ -13,33 +13,21 @@ class RewardSpec(ConfigSection):
     """One reward. A plain string stands for a spec with every other field at its default."""
 
     shorthand: ClassVar[str] = "spec"
-    spec: str = Field(
-        min_length=1,
-        description="A built-in reward (`raftune reward list`), module:function, file.py:function, 'starter', or a "
-        "folder or hub name of a sequence-classification model or a CLIPModel.",
-    )
-    name: str | None = Field(
-        None, pattern=r"^[\w.\-]+$", description="Name of the column rewards/NAME; None derives it from the spec."
-    )
+    spec: str = Field(min_length=1)
+    """A built-in reward (`raftune reward list`), module:function, file.py:function, 'starter', or a folder or hub name
+    of a sequence-classification model or a CLIPModel."""
+    name: str | None = Field(None, pattern=r"^[\w.\-]+$")
+    """Name of the column rewards/NAME; None derives it from the spec."""
     weight: float = Field(1.0, description="Weight of this reward in the score; a negative one makes it a penalty.")
-    at_least: float | None = Field(
-        None,
-        allow_inf_nan=False,
-        description="Threshold: the reward counts its weight if the value is at least this, otherwise 0.",
-    )
-    at_most: float | None = Field(
-        None,
-        allow_inf_nan=False,
-        description="Threshold: the reward counts its weight if the value is at most this, otherwise 0.",
-    )
-    options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Options of a built-in reward, or keyword arguments of a function. ${NAME} is replaced by an "
-        "environment variable, such as a key.",
-    )
-    timeout: float | None = Field(
-        None, gt=0, le=1e7, description="Time limit of a call in seconds; None: rewards.timeout."
-    )
+    at_least: float | None = Field(None, allow_inf_nan=False)
+    """Threshold: the reward counts its weight if the value is at least this, otherwise 0."""
+    at_most: float | None = Field(None, allow_inf_nan=False)
+    """Threshold: the reward counts its weight if the value is at most this, otherwise 0."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of a built-in reward, or keyword arguments of a function. ${NAME} is replaced by an environment variable,
+    such as a key."""
+    timeout: float | None = Field(None, gt=0, le=1e7)
+    """Time limit of a call in seconds; None: rewards.timeout."""
 
     @model_validator(mode="after")
     def _thresholds_can_be_kept(self) -> RewardSpec:
@@ -59,21 +47,16 @@ class RewardSpec(ConfigSection):
 class RewardsConfig(ConfigSection):
     """The rewards of a run. A sample that a reward fails to score is never selected."""
 
-    reward_funcs: Annotated[tuple[RewardSpec, ...], OneOrMore] = Field(
-        (), description="The rewards; the score is the weighted sum of their parts."
-    )
-    combine: Literal["sum", "rank"] = Field(
-        "sum",
-        description="The score: the weighted sum of the parts (sum), or of each part's rank among the prompt's "
-        "candidates, from 0 (lowest) to 1 (highest), which is independent of scale (rank). Evaluations "
-        "always use the sum.",
-    )
+    reward_funcs: Annotated[tuple[RewardSpec, ...], OneOrMore] = ()
+    """The rewards; the score is the weighted sum of their parts."""
+    combine: Literal["sum", "rank"] = "sum"
+    """The score: the weighted sum of the parts (sum), or of each part's rank among the prompt's candidates, from 0
+    (lowest) to 1 (highest), which is independent of scale (rank). Evaluations always use the sum."""
     batch_size: int = Field(64, ge=1, description="Samples per call of a reward; a failed call fails all of them.")
     timeout: float = Field(120.0, gt=0, le=1e7, description="Time limit of one call in seconds.")
     retries: int = Field(0, ge=0, description="Retries after an error or a timeout.")
-    max_failure_fraction: float = Field(
-        0.5, ge=0, le=1, description="Share of failed samples above which a round stops with examples."
-    )
+    max_failure_fraction: float = Field(0.5, ge=0, le=1)
+    """Share of failed samples above which a round stops with examples."""
     device: str = Field("auto", description="Device of reward models: auto, cpu, cuda, cuda:N or mps.")
 
     @model_validator(mode="after")

@@ -21,11 +21,9 @@ from raftune.config.training import AnyTraining, SftTraining
 class DataConfig(ConfigSection):
     """The prompts. All other columns of the data set are passed to the rewards."""
 
-    prompts: str | None = Field(
-        None,
-        description="JSONL, JSON, CSV or Parquet file, a `datasets` folder, a hub name, a run's directory (its own "
-        "prompts), or 'starter'.",
-    )
+    prompts: str | None = None
+    """JSONL, JSON, CSV or Parquet file, a `datasets` folder, a hub name, a run's directory (its own prompts), or
+    'starter'."""
     split: str = Field("train", description="Split of a hub or `datasets` folder.")
     prompt_column: str = Field("prompt", description="Column that holds the prompt: text, messages, or a class label.")
     limit: int | None = Field(None, ge=1, description="Use the first N rows only.")
@@ -36,24 +34,16 @@ class EngineConfig(ConfigSection):
     """Where chunks run. The results do not depend on the number of workers."""
 
     shorthand: ClassVar[str] = "kind"
-    kind: str = Field(
-        "local",
-        pattern=f"^local$|{SPEC}",
-        description="local (this process, or `workers` processes), or a custom engine (file.py:NAME).",
-    )
+    kind: str = Field("local", pattern=f"^local$|{SPEC}")
+    """local (this process, or `workers` processes), or a custom engine (file.py:NAME)."""
     workers: int = Field(1, ge=1, description="Processes that generate and score; 1: this process only.")
-    threads: int = Field(
-        default_factory=lambda: os.cpu_count() or 1,
-        ge=1,
-        description="Threads per process for tensor arithmetic on the CPU.",
-    )
+    threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    """Threads per process for tensor arithmetic on the CPU."""
     max_retries: int = Field(2, ge=0, description="Retries of a chunk that crashed its worker.")
-    on_chunk_failure: Literal["stop", "skip"] = Field(
-        "stop", description="After the last retry: stop the run, or continue without the chunk."
-    )
-    chunk_timeout: float | None = Field(
-        None, gt=0, description="Seconds after which a chunk in a worker counts as crashed."
-    )
+    on_chunk_failure: Literal["stop", "skip"] = "stop"
+    """After the last retry: stop the run, or continue without the chunk."""
+    chunk_timeout: float | None = Field(None, gt=0)
+    """Seconds after which a chunk in a worker counts as crashed."""
     options: dict[str, Any] = Field(default_factory=dict, description="Options of a custom engine.")
 
     @model_validator(mode="after")
@@ -71,40 +61,29 @@ class StopConfig(ConfigSection):
 
     patience: int | None = Field(None, ge=1, description="Stop after N rounds without a new best held-out reward.")
     min_gain: float = Field(0.0, ge=0, description="Smallest gain that counts as a new best, in reward units.")
-    max_falls: int | None = Field(
-        None,
-        ge=1,
-        description="Stop after N rounds in a row in which the held-out reward fell and the trained one rose.",
-    )
-    max_kl: float | None = Field(
-        None, gt=0, description="Stop when the KL to the initial model exceeds this, in nats per completion."
-    )
-    empty_rounds: int | None = Field(
-        3,
-        ge=1,
-        description="Stop after N rounds in a row without training rows; such a round leaves the policy unchanged. "
-        "none never stops.",
-    )
+    max_falls: int | None = Field(None, ge=1)
+    """Stop after N rounds in a row in which the held-out reward fell and the trained one rose."""
+    max_kl: float | None = Field(None, gt=0)
+    """Stop when the KL to the initial model exceeds this, in nats per completion."""
+    empty_rounds: int | None = Field(3, ge=1)
+    """Stop after N rounds in a row without training rows; such a round leaves the policy unchanged. none never
+    stops."""
 
 
 class RunConfig(ConfigSection):
     """The configuration of a run. Equal configurations give bit-identical runs on a CPU."""
 
-    name: str = Field(
-        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Letters, digits, '.', '_' and '-'."
-    )
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Letters, digits, '.', '_' and '-'."""
     output_dir: str | None = Field(None, description="The run's directory; None: runs/NAME.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of all randomness.")
     num_rounds: int = Field(8, ge=0, description="Maximum number of rounds. 0 evaluates the initial model only.")
     prompts_per_round: int = Field(64, ge=1, description="Prompts in each round, without replacement within an epoch.")
-    keep_models: Literal["all", "best", "last"] = Field(
-        "all", description="Which rounds' models are kept. All samples are kept."
-    )
-    keep_latents: Literal["all", "selected"] = Field(
-        "all",
-        description="Which latents are kept after a round: all, or those of selected samples. Images are kept; "
-        "`--from generate` generates the same latents again.",
-    )
+    keep_models: Literal["all", "best", "last"] = "all"
+    """Which rounds' models are kept. All samples are kept."""
+    keep_latents: Literal["all", "selected"] = "all"
+    """Which latents are kept after a round: all, or those of selected samples. Images are kept; `--from generate`
+    generates the same latents again."""
     report_to: tuple[str, ...] = Field((), description="Trackers, as in transformers: tensorboard, wandb, mlflow, …")
     report: bool = Field(True, description="Write report.html after every round.")
     data: DataConfig = Field(default_factory=DataConfig)

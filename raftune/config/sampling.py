@@ -21,12 +21,8 @@ class DiffusionSampling(ConfigSection):
     """Arguments of the pipeline. Use the settings of later use, since the generated images are the training target."""
 
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps; None: the pipeline's default.")
-    guidance_scale: float | None = Field(
-        None,
-        ge=0,
-        description="Classifier-free guidance; 1 is off, and recommended for training on own images. None: the "
-        "pipeline's default.",
-    )
+    guidance_scale: float | None = Field(None, ge=0)
+    """Classifier-free guidance; 1 is off, and recommended for training on own images. None: the pipeline's default."""
     height: int | None = Field(None, ge=1, description="Pixels; None: the pipeline's default.")
     width: int | None = Field(None, ge=1, description="Pixels; None: the pipeline's default.")
     negative_prompt: str | None = Field(None, description="Negative prompt of the guidance.")
@@ -37,58 +33,40 @@ class SamplingConfig(ConfigSection):
     """Generation: K samples per prompt, and how each token or step is chosen."""
 
     num_generations: int = Field(8, ge=1, description="K: samples of the policy per prompt.")
-    temperature: float = Field(
-        1.0, ge=0, description="Divides the logits; 0 is greedy. Values below 1 sharpen the policy every round."
-    )
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="Nucleus sampling: the smallest set of tokens with this mass; 1 is off."
-    )
+    temperature: float = Field(1.0, ge=0)
+    """Divides the logits; 0 is greedy. Values below 1 sharpen the policy every round."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling: the smallest set of tokens with this mass; 1 is off."""
     top_k: int = Field(0, ge=0, description="Sample from the k most likely tokens; 0 is off.")
-    min_p: float = Field(
-        0.0, ge=0, le=1, description="Drops tokens below this share of the most likely token's probability; 0 is off."
-    )
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Drops tokens below this share of the most likely token's probability; 0 is off."""
     repetition_penalty: float = Field(1.0, gt=0, description="Divides the logits of tokens already seen; 1 is off.")
-    max_completion_length: int = Field(
-        128, ge=1, description="Maximum number of generated tokens. A completion that is cut off has no EOS."
-    )
-    max_prompt_length: int | None = Field(
-        None, ge=1, description="Longer prompts are refused, in tokens; None: the model's context."
-    )
-    unusable_prompts: Literal["refuse", "drop"] = Field(
-        "refuse",
-        description="Prompts that the model cannot read (too long, refused by its chat template): refuse names them "
-        "before generation, drop leaves them out and records them.",
-    )
-    backend: str = Field(
-        "auto",
-        pattern=f"^(auto|shared_prefix|hf_generate)$|{SPEC}",
-        description="shared_prefix (each prompt is computed once), hf_generate, auto (the first of the two that "
-        "passes a parity check), or a custom backend (file.py:NAME, module:NAME).",
-    )
+    max_completion_length: int = Field(128, ge=1)
+    """Maximum number of generated tokens. A completion that is cut off has no EOS."""
+    max_prompt_length: int | None = Field(None, ge=1)
+    """Longer prompts are refused, in tokens; None: the model's context."""
+    unusable_prompts: Literal["refuse", "drop"] = "refuse"
+    """Prompts that the model cannot read (too long, refused by its chat template): refuse names them before generation,
+    drop leaves them out and records them."""
+    backend: str = Field("auto", pattern=f"^(auto|shared_prefix|hf_generate)$|{SPEC}")
+    """shared_prefix (each prompt is computed once), hf_generate, auto (the first of the two that passes a parity
+    check), or a custom backend (file.py:NAME, module:NAME)."""
     backend_options: dict[str, Any] = Field(default_factory=dict, description="Options of a custom backend.")
     stop: tuple[str, ...] = Field((), description="Texts that end a completion.")
-    generation_kwargs: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Further arguments of `generate`; the backend is then hf_generate.",
-    )
-    system_prompt: str | None = Field(
-        None,
-        description="System message, or a text and a blank line, before each prompt in generation; not in training.",
-    )
-    few_shot_prefix: str | None = Field(
-        None, description="Text before each text prompt in generation; not in training."
-    )
+    generation_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of `generate`; the backend is then hf_generate."""
+    system_prompt: str | None = None
+    """System message, or a text and a blank line, before each prompt in generation; not in training."""
+    few_shot_prefix: str | None = None
+    """Text before each text prompt in generation; not in training."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the chat template.")
-    diffusion: DiffusionSampling = Field(
-        default_factory=DiffusionSampling, description="Options of diffusion pipelines."
-    )
+    diffusion: DiffusionSampling = Field(default_factory=DiffusionSampling)
+    """Options of diffusion pipelines."""
     batch_size: int = Field(256, ge=1, description="Samples per batch; halved, and recorded, when memory runs out.")
-    chunk_size: int = Field(
-        64, ge=1, description="Prompts per chunk, the slice that is generated, scored and resumed as a whole."
-    )
-    candidate_columns: tuple[str, ...] = Field(
-        (), description="Columns of the data set whose texts join the candidates (human demonstrations)."
-    )
+    chunk_size: int = Field(64, ge=1)
+    """Prompts per chunk, the slice that is generated, scored and resumed as a whole."""
+    candidate_columns: tuple[str, ...] = ()
+    """Columns of the data set whose texts join the candidates (human demonstrations)."""
     teacher: TeacherConfig | None = Field(None, description="A second model whose completions join the candidates.")
 
     @model_validator(mode="before")

@@ -19,41 +19,23 @@ class SelectionConfig(ConfigSection):
 
     within_prompt: ClassVar[bool] = True  # whether the rule compares the candidates of one prompt with each other
 
-    rule: str = Field(
-        description="What is kept: the best of each prompt (best_of_k), its m best (top_m), the best share of all "
-        "(top_fraction), all from a score upwards (threshold), all weighted by score (softmax), m at "
-        "random (random), or a custom rule (file.py:NAME, module:NAME).",
-    )
-    all_equal: Literal["auto", "keep", "skip"] = Field(
-        default="auto",
-        description="Prompts whose samples all score the same: keep selects from them, skip leaves them out; auto "
-        "skips them if a prompt has several samples and the rule compares them with each other (not "
-        "threshold and top_fraction).",
-    )
-    margin: float = Field(
-        default=0.0,
-        ge=0,
-        description="Prompts whose best exceeds the mean by less are skipped; in units of the score, at least 0.",
-    )
-    min_length: int | None = Field(
-        default=None,
-        ge=0,
-        description="Shortest completion kept, in the family's unit (tokens for text); none: no limit.",
-    )
-    max_length: int | None = Field(
-        default=None,
-        ge=1,
-        description="Longest completion kept, in the family's unit (tokens for text); none: no limit.",
-    )
-    beta: float = Field(
-        default=0.0,
-        ge=0,
-        description="Ranks by score - beta * log(p / p0), in units of the score per nat. Keeps the policy near the "
-        "initial model.",
-    )
-    drop_duplicates: bool = Field(
-        default=False, description="Only the first of identical completions of a prompt competes."
-    )
+    rule: str
+    """What is kept: the best of each prompt (best_of_k), its m best (top_m), the best share of all (top_fraction), all
+    from a score upwards (threshold), all weighted by score (softmax), m at random (random), or a custom rule
+    (file.py:NAME, module:NAME)."""
+    all_equal: Literal["auto", "keep", "skip"] = "auto"
+    """Prompts whose samples all score the same: keep selects from them, skip leaves them out; auto skips them if a
+    prompt has several samples and the rule compares them with each other (not threshold and top_fraction)."""
+    margin: float = Field(default=0.0, ge=0)
+    """Prompts whose best exceeds the mean by less are skipped; in units of the score, at least 0."""
+    min_length: int | None = Field(default=None, ge=0)
+    """Shortest completion kept, in the family's unit (tokens for text); none: no limit."""
+    max_length: int | None = Field(default=None, ge=1)
+    """Longest completion kept, in the family's unit (tokens for text); none: no limit."""
+    beta: float = Field(default=0.0, ge=0)
+    """Ranks by score - beta * log(p / p0), in units of the score per nat. Keeps the policy near the initial model."""
+    drop_duplicates: bool = False
+    """Only the first of identical completions of a prompt competes."""
 
     @property
     def skips_equal(self) -> bool:
@@ -114,15 +96,10 @@ class TopFraction(SelectionConfig):
 
     within_prompt: ClassVar[bool] = False
     rule: Literal["top_fraction"] = "top_fraction"
-    keep_fraction: float = Field(
-        gt=0,
-        le=1,
-        description="Share in (0, 1] of all that compete (top_fraction), such as 0.125: prompts with low scores may "
-        "starve.",
-    )
-    max_per_prompt: int | None = Field(
-        None, ge=1, description="Maximum number of samples kept per prompt (threshold, top_fraction); none: no limit."
-    )
+    keep_fraction: float = Field(gt=0, le=1)
+    """Share in (0, 1] of all that compete (top_fraction), such as 0.125: prompts with low scores may starve."""
+    max_per_prompt: int | None = Field(None, ge=1)
+    """Maximum number of samples kept per prompt (threshold, top_fraction); none: no limit."""
 
 
 class Threshold(SelectionConfig):
@@ -130,9 +107,8 @@ class Threshold(SelectionConfig):
 
     within_prompt: ClassVar[bool] = False
     rule: Literal["threshold"] = "threshold"
-    threshold: float = Field(
-        description="Lowest score kept, in units of the score (threshold): a prompt without one yields nothing."
-    )
+    threshold: float
+    """Lowest score kept, in units of the score (threshold): a prompt without one yields nothing."""
     max_per_prompt: int | None = Field(None, ge=1, description=TopFraction.model_fields["max_per_prompt"].description)
 
 
@@ -140,11 +116,9 @@ class Softmax(SelectionConfig):
     """All samples, weighted by their scores."""
 
     rule: Literal["softmax"] = "softmax"
-    temperature: float = Field(
-        gt=0,
-        description="Above 0, in units of the score (softmax): weights are softmax(score / temperature) in a prompt; "
-        "the smaller, the nearer to best_of_k.",
-    )
+    temperature: float = Field(gt=0)
+    """Above 0, in units of the score (softmax): weights are softmax(score / temperature) in a prompt; the smaller, the
+    nearer to best_of_k."""
 
 
 class Random(SelectionConfig):

@@ -22,15 +22,12 @@ class DemonstrationsConfig(ConfigSection):
     limit: int | None = Field(None, ge=1, description="Use the first N completions only.")
     columns: ColumnNames = COLUMNS_FIELD
     min_score: float | None = Field(None, description="Lowest score of completions that are trained on.")
-    keep: Literal["best", "all"] | None = Field(
-        None, description="For completions with a score: best, the first of the highest of each prompt; all, every one."
-    )
-    dialogues: Literal["text", "messages"] = Field(
-        "text", description="HH-RLHF dialogues as text, or as messages for a chat template."
-    )
-    held_out_fraction: float = Field(
-        0.05, ge=0, lt=1, description="Share of the prompts that is held out, chosen by hash."
-    )
+    keep: Literal["best", "all"] | None = None
+    """For completions with a score: best, the first of the highest of each prompt; all, every one."""
+    dialogues: Literal["text", "messages"] = "text"
+    """HH-RLHF dialogues as text, or as messages for a chat template."""
+    held_out_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the prompts that is held out, chosen by hash."""
 
 
 class ImageSize(ConfigSection):
@@ -52,11 +49,8 @@ class SftConfig(ConfigSection):
     output_dir: str = Field(description="The output directory.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of all randomness.")
     threads: int = THREADS_FIELD
-    max_length: int | None = Field(
-        None,
-        ge=2,
-        description="Maximum tokens of prompt and completion; longer ones are cut. None: the model's context.",
-    )
+    max_length: int | None = Field(None, ge=2)
+    """Maximum tokens of prompt and completion; longer ones are cut. None: the model's context."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the chat template.")
     data: DemonstrationsConfig
     policy: PolicyConfig

@@ -30,25 +30,16 @@ class DiffusionTraining(ConfigSection):
     """The denoising loss, in the pipeline's own parameterisation."""
 
     noise_levels: int = Field(1, ge=1, description="Noise levels per row and step.")
-    noise_range: tuple[float, float] = Field(
-        (0.0, 1.0), description="Range of noise levels, as shares of the schedule: 0 is the clean image, 1 pure noise."
-    )
-    level_sampling: Literal["uniform", "logit_normal"] | None = Field(
-        None, description="Distribution of the levels; None: logit-normal for flow matching, otherwise uniform."
-    )
-    min_snr_gamma: float | None = Field(
-        None, gt=0, description="Min-SNR weighting (arXiv 2303.09556); 5 is usual. Not for flow matching."
-    )
-    condition_dropout: float = Field(
-        0.1, ge=0, lt=1, description="Share of rows trained without their prompt, for classifier-free guidance."
-    )
-    ema_decay: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Decay of a moving average of the weights, which becomes the round's model; None: the last "
-        "weights.",
-    )
+    noise_range: tuple[float, float] = (0.0, 1.0)
+    """Range of noise levels, as shares of the schedule: 0 is the clean image, 1 pure noise."""
+    level_sampling: Literal["uniform", "logit_normal"] | None = None
+    """Distribution of the levels; None: logit-normal for flow matching, otherwise uniform."""
+    min_snr_gamma: float | None = Field(None, gt=0)
+    """Min-SNR weighting (arXiv 2303.09556); 5 is usual. Not for flow matching."""
+    condition_dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of rows trained without their prompt, for classifier-free guidance."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the weights, which becomes the round's model; None: the last weights."""
 
     @model_validator(mode="after")
     def _levels_are_a_range(self) -> DiffusionTraining:
@@ -70,36 +61,28 @@ class TrainingConfig(ConfigSection):
     per_device_train_batch_size: int = Field(8, ge=1, description="Rows in a micro-batch; halved when memory runs out.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
     lr_scheduler_type: str = Field("linear", description="A schedule of transformers; restarts every round.")
-    warmup_steps: float = Field(
-        0, ge=0, description="Warm-up steps of each round; below 1: a share of the round's steps."
-    )
+    warmup_steps: float = Field(0, ge=0)
+    """Warm-up steps of each round; below 1: a share of the round's steps."""
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     optim: str = Field("adamw_torch_fused", description="An optimizer of transformers' Trainer.")
-    optimizer_state: Literal["fresh", "carried"] = Field(
-        "fresh", description="Optimizer state: new in each round, or carried over."
-    )
-    start_from: Literal["previous", "start"] = Field(
-        "previous", description="The model that each round's training starts from."
-    )
-    loss_normalization: Literal["token", "sample", "prompt"] = Field(
-        "token",
-        description="The loss is a mean over tokens (long completions weigh more), samples, or prompts.",
-    )
+    optimizer_state: Literal["fresh", "carried"] = "fresh"
+    """Optimizer state: new in each round, or carried over."""
+    start_from: Literal["previous", "start"] = "previous"
+    """The model that each round's training starts from."""
+    loss_normalization: Literal["token", "sample", "prompt"] = "token"
+    """The loss is a mean over tokens (long completions weigh more), samples, or prompts."""
     mask_truncated_completions: bool = Field(False, description="Leave out completions that were cut off.")
     replay_rounds: int = Field(0, ge=0, description="Number of earlier rounds whose kept rows are trained on again.")
     reference: ReferenceConfig | None = Field(None, description="Reference completions that are mixed in.")
-    diffusion: DiffusionTraining = Field(
-        default_factory=DiffusionTraining, description="Options of the denoising loss."
-    )
-    save_steps: int | None = Field(
-        None, ge=1, description="Optimizer steps between additional checkpoints; one a minute is always saved."
-    )
+    diffusion: DiffusionTraining = Field(default_factory=DiffusionTraining)
+    """Options of the denoising loss."""
+    save_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between additional checkpoints; one a minute is always saved."""
     bf16: bool = Field(False, description="bfloat16 arithmetic over float32 weights (CUDA).")
     gradient_checkpointing: bool = Field(False, description="Less memory, about a third more time.")
-    trainer_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Further TrainingArguments of transformers: adam_beta2, …"
-    )
+    trainer_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further TrainingArguments of transformers: adam_beta2, …"""
 
     @model_validator(mode="after")
     def _trainer_kwargs_take_effect(self) -> TrainingConfig:
@@ -123,11 +106,9 @@ class TrainingConfig(ConfigSection):
 class SftTraining(TrainingConfig):
     """Minimises the weighted loss of the kept samples: negative log-likelihood or denoising error."""
 
-    objective: Literal["sft"] = Field(
-        "sft",
-        description="What training minimises: sft, the weighted loss of the kept samples, or a custom objective "
-        "(file.py:NAME, module:NAME).",
-    )
+    objective: Literal["sft"] = "sft"
+    """What training minimises: sft, the weighted loss of the kept samples, or a custom objective (file.py:NAME,
+    module:NAME)."""
 
 
 class CustomTraining(TrainingConfig):

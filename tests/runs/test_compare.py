@@ -412,8 +412,11 @@ def test_every_pair_is_a_row_that_pandas_reads(base: Path, tmp_path: Path, capsy
         (["--judge", "http://127.0.0.1:1"], "--judge needs --judge-model"),
         (["--judge-model", "m"], "--judge-model and --judge-prompt need --judge"),
         (["--judge", "here", "--judge-model", "m"], "--judge must be a URL that begins with http:// or https://"),
-        (["--judge", "http://h", "--judge-model", "m", "--judge-timeout", "0"], "--judge-timeout must be a number of"),
-        (["--judge", "http://h", "--judge-model", "m", "--judge-timeout", "nan"], "--judge-timeout must be a number"),
+        (
+            ["--judge", "http://h", "--judge-model", "m", "--judge-timeout", "0"],
+            "--judge-timeout must be above 0; got 0.0",
+        ),
+        (["--judge", "http://h", "--judge-model", "m", "--judge-timeout", "nan"], "--judge-timeout must be at most"),
         (["--judge", "http://h", "--judge-model", "m", "--judge-concurrency", "0"], "--judge-concurrency must be at"),
         (["--judge", "http://h", "--judge-model", "m", "--judge-retries", "-1"], "--judge-retries must be at least 0"),
         (["--judge", "http://h", "--judge-model", "m", "--judge-key-env", "NOPE_X"], "'NOPE_X', which is not set"),

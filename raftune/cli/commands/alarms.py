@@ -6,8 +6,9 @@ import json
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
-from raftune.cli.flags import RunDirectory, at_least, switch
+from raftune.cli.flags import RunDirectory, switch
 from raftune.cli.output import echo
 from raftune.cli.samples_output import show_alarm
 from raftune.errors import ConfigError
@@ -23,12 +24,7 @@ def alarms(
     *,
     round_: Annotated[int | None, Parameter(name="--round", help="The round; without it, all rounds.")] = None,
     number: Annotated[
-        int,
-        Parameter(
-            name=["--number", "-n"],
-            help="Samples to show per alarm.",
-            validator=at_least("--number", 1, "Leave it out for 3."),
-        ),
+        int, Parameter(name=["--number", "-n"], help="Samples to show per alarm.", validator=Number(gte=1))
     ] = 3,
     full: Annotated[bool, switch("Whole completions, not their first line.")] = False,
     as_json: Annotated[bool, switch("Print JSON lines, one for each alarm.", "--json")] = False,

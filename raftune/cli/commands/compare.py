@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
-from raftune.cli.flags import Json, at_least, read_object, switch
+from raftune.cli.flags import Json, read_object, switch
 from raftune.cli.output import PlainTable, echo
 from raftune.errors import ConfigError, GateFailed
 from raftune.results.samples import answer_text
@@ -37,19 +37,12 @@ class JudgeFlags:
     judge_parameters: Annotated[
         str | None, Parameter(help='JSON for every request [{"temperature": 0, "max_tokens": 512}].')
     ] = None
-    judge_timeout: Annotated[float, Parameter(help="Seconds that one question may take.")] = 60.0
-    judge_concurrency: Annotated[
-        int,
-        Parameter(
-            help="Questions under way at once.", validator=at_least("--judge-concurrency", 1, "Leave it out for 8.")
-        ),
-    ] = 8
+    judge_timeout: Annotated[
+        float, Parameter(help="Seconds that one question may take.", validator=Number(gt=0, lte=1e7))
+    ] = 60.0
+    judge_concurrency: Annotated[int, Parameter(help="Questions under way at once.", validator=Number(gte=1))] = 8
     judge_retries: Annotated[
-        int,
-        Parameter(
-            help="Further tries at a busy or broken endpoint (429, 5xx).",
-            validator=at_least("--judge-retries", 0, "Leave it out for 3."),
-        ),
+        int, Parameter(help="Further tries at a busy or broken endpoint (429, 5xx).", validator=Number(gte=0))
     ] = 3
     judge_key_env: Annotated[str, Parameter(help="Environment variable that holds the endpoint's key.")] = USUAL_KEY
     judge_cache: Annotated[str | None, Parameter(help="Folder of the judge's replies [~/.cache/raftune/judge].")] = None
@@ -65,11 +58,7 @@ def compare(
         str | None, Parameter(help="Measure that ranks the prompts; default: held_out, otherwise reward.")
     ] = None,
     show: Annotated[
-        int,
-        Parameter(
-            help="Show both completions of the N clearest wins and losses.",
-            validator=at_least("--show", 0, "Leave it out to see no answers."),
-        ),
+        int, Parameter(help="Show both completions of the N clearest wins and losses.", validator=Number(gte=0))
     ] = 0,
     out: Annotated[str | None, Parameter(help="Write every pair to this file: FILE.parquet.")] = None,
     fail_if: Annotated[
@@ -123,9 +112,6 @@ def read_judge(flags: JudgeFlags) -> JudgeSpec | None:
         if flags.judge_model is not None or flags.judge_prompt is not None:
             raise ConfigError("--judge-model and --judge-prompt need --judge. Add --judge http://127.0.0.1:8000/v1.")
         return None
-    seconds = flags.judge_timeout
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ConfigError(f"--judge-timeout must be a number of seconds above 0; got {seconds}. Leave it out for 60.")
     if not flags.judge_model:
         raise ConfigError(f"--judge needs --judge-model, the model's name at {flags.judge}. Add --judge-model NAME.")
     from raftune.analysis.compare import JudgeSpec
@@ -151,7 +137,7 @@ def read_judge(flags: JudgeFlags) -> JudgeSpec | None:
         url=chat_url(flags.judge),
         model=flags.judge_model,
         parameters=PARAMETERS | read_object("--judge-parameters", flags.judge_parameters),
-        timeout=seconds,
+        timeout=flags.judge_timeout,
         concurrency=flags.judge_concurrency,
         retries=flags.judge_retries,
         cache=cache,

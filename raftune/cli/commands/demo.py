@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
-from raftune.cli.flags import Json, at_least, switch
+from raftune.cli.flags import Json, switch
 from raftune.cli.output import PlainTable, echo
 from raftune.cli.run_command import all_alarms, outcome_json, outcome_words, run_with_progress
 from raftune.config.load import merge, read_yaml, validate
@@ -42,11 +43,7 @@ def demo(
     fresh: Annotated[bool, switch("Start a new run beside an earlier one.")] = False,
     num_rounds: Annotated[
         int | None,
-        Parameter(
-            show_default=False,
-            help="Rounds, at least 1; default: the demo's own number.",
-            validator=at_least("--num-rounds", 1, "Leave it out for the whole demo."),
-        ),
+        Parameter(show_default=False, help="Rounds; default: the demo's own number.", validator=Number(gte=1)),
     ] = None,
     as_json: Json = False,
 ) -> None:

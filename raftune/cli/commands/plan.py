@@ -6,11 +6,11 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from raftune.cli.commands.train import read_config
 from raftune.cli.flags import Json, Tokens
 from raftune.cli.output import echo
-from raftune.errors import ConfigError
 from raftune.sanitize import counted, duration, megabytes, percent, shell_command
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def plan(
     *files: Tokens,
     probe: Annotated[bool, Parameter(help="Measure time and memory with two prompts.")] = True,
-    probe_seconds: Annotated[float, Parameter(help="Time limit of the probe, in seconds.")] = 60.0,
+    probe_seconds: Annotated[
+        float, Parameter(help="Time limit of the probe, in seconds.", validator=Number(gt=0))
+    ] = 60.0,
     as_json: Json = False,
 ) -> None:
     """Check a configuration and forecast its cost: samples, tokens, disk, memory, time.
@@ -36,8 +38,6 @@ def plan(
     from raftune.runtime.progress import StepProgress
 
     config = read_config(files, "plan", ("--probe", "--no-probe", "--probe-seconds", "--json"))
-    if probe_seconds <= 0:
-        raise ConfigError(f"--probe-seconds must be above 0; got {probe_seconds:g}. --no-probe leaves the trial out.")
     with StepProgress() as steps:
         result = forecast(config, measured=probe, seconds=probe_seconds, tell=steps.begin)
     command = shell_command("raftune", "train", *files)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.text import Text
 
-from raftune.cli.flags import RunDirectory, at_least, switch
+from raftune.cli.flags import RunDirectory, switch
 from raftune.cli.output import echo, out
 from raftune.cli.samples_output import completion_text
 from raftune.data.classifier_inputs import text_of
@@ -42,14 +43,7 @@ def samples(
     held_out: Annotated[bool, switch("Show the held-out samples.")] = False,
     prompt: Annotated[str | None, Parameter(help="Only prompts that contain this text, or have this id.")] = None,
     sort: Annotated[Sort, Parameter(help="Order of the prompts; margin: best minus mean.")] = "order",
-    number: Annotated[
-        int,
-        Parameter(
-            name=["--number", "-n"],
-            help="Prompts to show.",
-            validator=at_least("--number", 1, "Leave it out for 3."),
-        ),
-    ] = 3,
+    number: Annotated[int, Parameter(name=["--number", "-n"], help="Prompts to show.", validator=Number(gte=1))] = 3,
     full: Annotated[bool, switch("Whole completions, not their first line.")] = False,
     save: Annotated[
         str | None, Parameter(help="Save the shown images in this new folder, with metadata.jsonl.")

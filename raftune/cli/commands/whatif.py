@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.text import Text
 
 from raftune.analysis.whatif import Difference, WhatIfResult, reselect
 from raftune.analysis.whatif import rescore as rescore_run
 from raftune.analysis.whatif.difference import SelectionChange
 from raftune.analysis.whatif.folder import in_words
-from raftune.cli.flags import Json, RunDirectory, Tokens, at_least, read_run_flags, switch
+from raftune.cli.flags import Json, RunDirectory, Tokens, read_run_flags, switch
 from raftune.cli.output import PlainTable, echo, out
 from raftune.results.samples import answer_text, prompt_text, span
 from raftune.runtime.progress import Progress
@@ -32,11 +33,7 @@ def rescore(
         str | None, Parameter(help="Name of the result, in RUN/whatif/NAME; default: the rewards' names.")
     ] = None,
     show: Annotated[
-        int,
-        Parameter(
-            help="Number of prompts to show: those that would change most.",
-            validator=at_least("--show", 0, "Write 0 to see no answers."),
-        ),
+        int, Parameter(help="Number of prompts to show: those that would change most.", validator=Number(gte=0))
     ] = 3,
     as_json: Json = False,
 ) -> None:
@@ -66,10 +63,7 @@ def select(
     diff: Annotated[bool, switch("Show completions that would be added or removed.")] = False,
     show: Annotated[
         int | None,
-        Parameter(
-            help="Number of prompts that --diff shows: those that would change most [3].",
-            validator=at_least("--show", 0, "Leave out --diff to see no answers."),
-        ),
+        Parameter(help="Prompts that --diff shows: those that would change most [3].", validator=Number(gte=0)),
     ] = None,
     name: Annotated[
         str | None, Parameter(help="Name of the result, in RUN/whatif/NAME; default: the changed settings.")
