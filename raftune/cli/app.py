@@ -39,39 +39,40 @@ app = App(
 
 app["--help"].group = app["--version"].group = (OPTIONS,)
 
+# The file and the function of each command, its group, and its line of help.
 COMMANDS = (
-    ("demo", START, "Align the bundled model and show the result: under a minute, no network."),
-    ("starter", START, "Write example data for sft, reward train and train."),
-    ("init", START, "Write a commented configuration to start from."),
-    ("plan", START, "Check a configuration and forecast its cost."),
-    ("sft", WORK, "Supervised fine-tuning on preferred completions, prompts with completions, or dialogues."),
-    ("train", WORK, "Train. Resumes if the run exists."),
-    ("resume", WORK, "Resume a run, or redo it from a stage on."),
-    ("evaluate", LOOK, "Measure a model, or a round of a run, on held-out prompts."),
-    ("runs", LOOK, "List the runs in a folder."),
-    ("report", LOOK, "Write a run's HTML report: charts, candidates, reasons and alarms."),
-    ("alarms", LOOK, "Show a run's alarms, with their samples."),
-    ("samples", LOOK, "Show a round's samples, with scores, verdicts and reasons."),
-    ("rescore", LOOK, "Score a run's samples with another reward and show what would be kept."),
-    ("select", LOOK, "Select again with another rule or a smaller K."),
-    ("compare", LOOK, "Compare two rounds or runs, pair by pair, with optional gates."),
-    ("export", LOOK, "Export a run's model or its samples, in the formats that TRL reads."),
-    ("verify", CHECK, "Check the hashes of everything in a run."),
-    ("schema", CHECK, "Print the JSON schema of the configuration."),
+    ("demo:demo", START, "Align the bundled model and show the result: under a minute, no network."),
+    ("init:starter", START, "Write example data for sft, reward train and train."),
+    ("init:init", START, "Write a commented configuration to start from."),
+    ("plan:plan", START, "Check a configuration and forecast its cost."),
+    ("sft:sft", WORK, "Supervised fine-tuning on preferred completions, prompts with completions, or dialogues."),
+    ("train:train", WORK, "Train. Resumes if the run exists."),
+    ("train:resume", WORK, "Resume a run, or redo it from a stage on."),
+    ("evaluate:evaluate", LOOK, "Measure a model, or a round of a run, on held-out prompts."),
+    ("runs:runs", LOOK, "List the runs in a folder."),
+    ("runs:report", LOOK, "Write a run's HTML report: charts, candidates, reasons and alarms."),
+    ("samples:alarms", LOOK, "Show a run's alarms, with their samples."),
+    ("samples:samples", LOOK, "Show a round's samples, with scores, verdicts and reasons."),
+    ("whatif:rescore", LOOK, "Score a run's samples with another reward and show what would be kept."),
+    ("whatif:select", LOOK, "Select again with another rule or a smaller K."),
+    ("compare:compare", LOOK, "Compare two rounds or runs, pair by pair, with optional gates."),
+    ("runs:export", LOOK, "Export a run's model or its samples, in the formats that TRL reads."),
+    ("runs:verify", CHECK, "Check the hashes of everything in a run."),
+    ("init:schema", CHECK, "Print the JSON schema of the configuration."),
 )
-
 REWARD_COMMANDS = (
-    ("train", "reward_train:train", "Train a reward model on human feedback."),
-    ("score", "reward_score:score", "Score a file of completions or preferences."),
-    ("list", "reward_list:list_rewards", "List the built-in rewards, with options."),
-    ("check", "reward:check", "Try a reward on samples and report values, failures and speed."),
+    ("reward:train", "Train a reward model on human feedback."),
+    ("reward:score", "Score a file of completions or preferences."),
+    ("reward:list_rewards", "List the built-in rewards, with options."),
+    ("reward:check", "Try a reward on samples and report values, failures and speed."),
 )
 
-for _number, (_name, _group, _help) in enumerate(COMMANDS):
-    _module = "whatif" if _name in ("rescore", "select") else _name
-    app.command(f"raftune.cli.commands.{_module}:{_name}", name=_name, group=_group, help=_help, sort_key=_number)
+for _number, (_function, _group, _help) in enumerate(COMMANDS):
+    _name = _function.partition(":")[2]
+    app.command(f"raftune.cli.commands.{_function}", name=_name, group=_group, help=_help, sort_key=_number)
 _reward = App(name="reward", group=WORK, help="List and try rewards, train a reward model, score a file.")
-for _name, _function, _help in REWARD_COMMANDS:
+for _function, _help in REWARD_COMMANDS:
+    _name = _function.partition(":")[2].removesuffix("_rewards")
     _reward.command(f"raftune.cli.commands.{_function}", name=_name, help=_help)
 app.command(_reward)
 

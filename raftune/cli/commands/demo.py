@@ -188,7 +188,7 @@ def show_typical(shown: list[dict[str, Any]], labels: list[str]) -> None:
 
 def show_last_fall(root: Path, alarms: list[dict[str, Any]]) -> None:
     """The last alarm that the held-out reward fell, with two of its samples."""
-    from raftune.cli.samples_output import show_alarm
+    from raftune.cli.commands.samples import show_alarm
 
     falls = [alarm for alarm in alarms if alarm["alarm"] == "held_out_falls"]
     if falls:

@@ -1,4 +1,4 @@
-"""`raftune samples`: shows a round's samples, prompt by prompt, and saves images."""
+"""`raftune samples` and `raftune alarms`: show a round's samples and a run's alarms, and save images."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rich.text import Text
 
 from raftune.cli.flags import RunDirectory, switch
 from raftune.cli.output import echo, out
-from raftune.cli.samples_output import completion_text
 from raftune.data.classifier_inputs import text_of
 from raftune.errors import ConfigError
 from raftune.records import EXTRA, Row, extras_of
 from raftune.results import samples as run_samples
 from raftune.results.samples import prompt_text
-from raftune.sanitize import counted, one_line
+from raftune.results.summary import alarms_of
+from raftune.sanitize import counted, harmless, one_line, shell_command
 from raftune.store.files import explaining
 from raftune.store.kinds import how_to_go_on
 from raftune.store.run import RunFolder
@@ -237,3 +237,71 @@ def contact_sheet(rows: list[Row]) -> Image:
             star = "* " if (sample.get("weight") or 0) > 0 else ""
             pen.text((left, top + LINE + SIDE), f"{star}k {sample['k']}: {score}", fill="black")
     return sheet
+
+
+def alarms(
+    run: RunDirectory,
+    *,
+    round_: Annotated[int | None, Parameter(name="--round", help="The round; without it, all rounds.")] = None,
+    number: Annotated[
+        int, Parameter(name=["--number", "-n"], help="Samples to show per alarm.", validator=Number(gte=1))
+    ] = 3,
+    full: Annotated[bool, switch("Whole completions, not their first line.")] = False,
+    as_json: Annotated[bool, switch("Print JSON lines, one for each alarm.", "--json")] = False,
+) -> None:
+    """Show the alarms of a run, round by round, with their numbers and samples.
+
+    raftune alarms runs/mine
+    raftune alarms runs/mine --round 7 -n 8 --full
+
+    An alarm is a reason to look at samples, not a finding. The section `guards` of the configuration holds the
+    thresholds, and `guards.stop_on` the alarms that end a run.
+    """
+    folder = RunFolder(run)
+    config = folder.read_config()
+    rounds = folder.rounds_with("guard")
+    if not rounds and not any(folder.rounds()):
+        fix = how_to_go_on(folder.root, config)
+        raise ConfigError(f"{folder.root} has no guarded round. Alarms are of rounds that train. {fix}")
+    if not rounds:
+        command = shell_command("raftune", "resume", folder.root, "--guards.enabled", "true")
+        raise ConfigError(
+            f"{folder.root} has no guarded round. `{command}` looks at what is there, without generating again."
+        )
+    if round_ is not None and round_ not in rounds:
+        raise ConfigError(f"--round must be one of {run_samples.span(rounds)}; got {round_}. Choose one of these.")
+    rounds = rounds if round_ is None else [round_]
+    raised = [(r, alarm) for r in rounds for alarm in alarms_of(folder, r)]
+    if as_json:
+        for _, alarm in raised:
+            print(json.dumps(alarm, ensure_ascii=False))
+        return
+    where = f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {run_samples.span(rounds)}"
+    echo(f"{counted(len(raised), 'alarm')} in {where}", style="dim")
+    for r, alarm in raised:
+        show_alarm(folder, r, alarm, number, full)
+
+
+def completion_text(sample: Row, width: int | None, full: bool, indent: int) -> str:
+    """The completion's first line, at most `width` columns, or all lines, indented."""
+    text = run_samples.answer_text(sample["completion"])
+    return (harmless(text).replace("\n", "\n" + " " * indent) if full else one_line(text, width)) or "(empty)"
+
+
+def show_alarm(folder: RunFolder, round_: int, alarm: Row, number: int, full: bool) -> None:
+    """Prints the alarm, and the first `number` of its samples with their prompts."""
+    console = out()
+    console.print()
+    console.print(Text.assemble((f"round {round_}  ", "bold"), (one_line(alarm["title"]), "bold yellow")))
+    console.print(Text(f"  {one_line(alarm['evidence'])}"))
+    shown = alarm["samples"][:number]
+    samples = run_samples.find_samples(folder, round_, [item["sample_id"] for item in shown])
+    width = None if full or not console.is_terminal else max(console.width - 4, 20)
+    for item in shown:
+        console.print(Text(f"  {one_line(item['why'])}  {one_line(item['sample_id'])}", style="dim"))
+        if sample := samples.get(item["sample_id"]):
+            prompt = one_line(run_samples.prompt_text(sample["prompt"]), width)
+            console.print(Text(f"    {prompt}", style="bold"))
+            console.print(Text(f"    {completion_text(sample, width, full, 4)}"))
+    if len(alarm["samples"]) > number:
+        console.print(Text(f"  and {len(alarm['samples']) - number} more", style="dim"))
