@@ -336,7 +336,7 @@ def show_pairwise(report: dict[str, Any]) -> None:
         if row["pairs"]:
             bounds = f"    {percent(row['from'])} to {percent(row['to'])}"
             table.add(bounds, f"{row['pairs']:,}", percent(row["accuracy"], 1))
-    table.show_training()
+    table.show()
     rule, gain = spread(length["longer_wins"]), spread(length["gain_over_length"])
     echo(
         f"  length     it prefers the longer answer in {percent(length['prefers_longer'], 1)} of the pairs",
@@ -346,7 +346,7 @@ def show_pairwise(report: dict[str, Any]) -> None:
     for row in length["bins"]:
         if row["pairs"]:
             table.add(f"    {row['preferred']}", f"{row['pairs']:,}", spread(row["accuracy"]))
-    table.show_training()
+    table.show()
     if length["only_length"]:
         echo("    It may be measuring length alone: a ruler does as well on these rows.", style="yellow")
 
@@ -370,7 +370,7 @@ def show_pointwise(report: dict[str, Any]) -> None:
     table = PlainTable("    predicted", "rated", "rows", right=(1, 2))
     for row in deciles["bins"]:
         table.add(f"    {row['predicted']:.3f}", f"{row['rating']:.3f}", f"{row['rows']:,}")
-    table.show_training()
+    table.show()
     with_score, with_rating = (number(length[f"spearman_with_{name}"]) for name in ("score", "rating"))
     echo(
         f"  length     rank correlation with the score {with_score}, with the rating {with_rating}",
