@@ -107,7 +107,6 @@ def unknown_command(app: App, tokens: list[str]) -> str | None:
 
 
 def usage_message(error: CycloptsError, tokens: list[str]) -> str:
-    """What was wrong with the call, and where help is."""
     from cyclopts import MissingArgumentError, UnusedCliTokensError, ValidationError
 
     place = " ".join(["raftune", *[token for token in tokens if not token.startswith("-")][:1]])
@@ -153,7 +152,6 @@ def unforeseen(error: Exception) -> str:
 
 
 def stop_at_once() -> Handler:
-    """The handler of a command without unfinished work: the first signal interrupts it, the second ends the process."""
     signals: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:

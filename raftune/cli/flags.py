@@ -166,7 +166,6 @@ def convert(text: str, kinds: Sequence[Any], earlier: Any) -> Any:
 
 
 def hint(name: str, options: Sequence[str], whole: type[BaseModel]) -> str:
-    """The flag that was probably meant."""
     fields = list(dict(fields_of(whole)))
     if lists := [field for field in fields if name.startswith(f"{field}.") and is_list(kinds_of(field, whole))]:
         return f"{lists[0]} is a list: write --{lists[0]} '[{{{name.rsplit('.', 1)[-1]}: …}}]', for example."

@@ -83,7 +83,6 @@ class PlainTable:
             console.print(line)
 
     def lines(self, width: int | None = None) -> list[Text]:
-        """The rows in at most `width` columns: text in the last column wraps; other wide tables are stacked."""
         widths = [max(cell_len(text) for text, _ in column) for column in zip(*self.rows, strict=True)]
         begin = sum(widths[:-1]) + 2 * (len(widths) - 1)
         if width is None or begin + widths[-1] <= width:

@@ -20,7 +20,6 @@ from raftune.store.run import RunFolder
 
 
 def work(config: RunConfig, redo: str | None = None, *, only: str | None = None, as_json: bool = False) -> None:
-    """Runs the configuration and prints its outcome."""
     outcome, worked = run_with_progress(config, redo, only)
     root = root_of(config)
     print(
@@ -60,7 +59,6 @@ def outcome_json(root: Path, outcome: RunOutcome, worked: bool) -> dict[str, Any
 
 
 def outcome_words(root: Path, outcome: RunOutcome, worked: bool) -> list[str]:
-    """Where the run ended, and what to do with it."""
     best = f"round {outcome.best}" if outcome.best else "the start itself"
     if not outcome.best and outcome.rounds:
         best += " (no round was better)"

@@ -175,7 +175,6 @@ def judge_progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def show_comparison(comparison: Comparison, number: int, out: str | None) -> None:
-    """Prints the table, notes on it, the prompts with the largest leads, and the gates that passed."""
     pairs = comparison.pairs
     per_prompt = f"{len(pairs) / len(pairs.prompts):.3g}"
     noun = "answer" if per_prompt == "1" else "answers"
@@ -218,7 +217,6 @@ def cells(result: PairedTest) -> tuple[str, ...]:
 
 
 def notes(comparison: Comparison) -> Iterator[str]:
-    """How to read the table, and what is missing from it."""
     from raftune.evaluation.paired import FEWEST
 
     results = [measure.result for measure in comparison.computed if measure.result is not None]
@@ -240,7 +238,6 @@ def notes(comparison: Comparison) -> Iterator[str]:
 
 
 def notes_on_judge(measure: ComparisonMeasure) -> Iterator[str]:
-    """The number of questions, how much the order mattered, and what failed."""
     facts = measure.facts
     questions = f"{counted(facts['questions'], 'question')} ({facts['cached']} answered from disk)"
     same = counted(facts["identical"], "pair")

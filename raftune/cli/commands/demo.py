@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
+from rich.text import Text
 
+from raftune.cli.commands.samples import show_alarm
 from raftune.cli.flags import Json, switch
-from raftune.cli.output import PlainTable, echo
+from raftune.cli.output import PlainTable, echo, out
 from raftune.cli.run_command import all_alarms, outcome_json, outcome_words, run_with_progress
 from raftune.config.load import merge, read_yaml, validate
 from raftune.config.run import RunConfig, held_out_names
 from raftune.results.summary import cell, columns_for, rows_of
 from raftune.runtime.run import root_of
-from raftune.sanitize import shell_command
+from raftune.sanitize import one_line, shell_command
 from raftune.store.run import RunFolder
 
 if TYPE_CHECKING:
@@ -83,27 +85,39 @@ def demo(
     if which == "hacking":
         echo("", "The reward counts courteous phrases. The judge knows what a good answer is, and is never trained on.")
     elif which == "image":
-        echo(
-            "",
-            "The reward is a CLIP score. The judge says how much of its caption an image shows, and is never trained "
-            "on.",
-        )
-    show_by_round(rows, held_out_names(config))
+        words = "The judge says how much of its caption an image shows, and is never trained on."
+        echo("", f"The reward is a CLIP score. {words}")
+    columns = columns_for(rows, held_out_names(config))
+    table = PlainTable(*(column.title for column in columns), right=range(len(columns)))
+    for row in rows:
+        table.add(*(cell(column, row) for column in columns))
+    echo("")
+    table.show()
+    echo("", *(f"  {column.title}: {column.meaning}" for column in columns[1:]), style="dim")
     if which != "image":
         show_typical(facts["shown"], [*labels])
-    if which == "hacking":
-        show_last_fall(root, alarms)
+    falls = [alarm for alarm in alarms if alarm["alarm"] == "held_out_falls"]
+    if which == "hacking" and falls:
+        show_alarm(RunFolder(root), falls[-1]["round"], falls[-1], 2, full=False)
+    elif which == "hacking":
+        echo("", "No alarm was raised: the judge did not fall clearly enough.")
     echo("", *outcome_words(root, outcome, worked))
     if which == "image":
         echo(f"  images  {facts['grid']}: {GRID_ROWS} captions, the same seeds in every round")
-    if which == "hacking":
-        show_remedies(root, best["round"], alarms)
-    else:
-        echo(f"  again     {shell_command('raftune', 'demo', *(['image'] if which == 'image' else []), '--fresh')}")
+    if which != "hacking":
+        echo(f"  again     raftune demo{' image' if which == 'image' else ''} --fresh")
+        return
+    resume = shell_command("raftune", "resume", root)
+    echo(
+        "",
+        "The run goes by the flawed reward, and publishes its best. What would have helped, and still does at once:",
+        f"  choose    {resume} --evaluation.best_by judge        publishes round {best['round']}",
+    )
+    if falls:
+        echo(f"  stop      {resume} --guards.stop_on held_out_falls   ends after round {falls[0]['round']}")
 
 
 def recipe(output_dir: str, which: Which = "text") -> RunConfig:
-    """A demo's configuration, from the package's file."""
     with resources.as_file(resources.files("raftune.starters") / RECIPES[which]) as path:
         return validate(merge([read_yaml(path), {"output_dir": output_dir}]))
 
@@ -115,17 +129,6 @@ def unused(output_dir: str) -> str:
         number += 1
         path = Path(f"{output_dir}-{number}")
     return str(path)
-
-
-def show_by_round(rows: list[dict[str, Any]], held_out: tuple[str, ...]) -> None:
-    """The table by round, and what its columns mean."""
-    columns = columns_for(rows, held_out)
-    table = PlainTable(*(column.title for column in columns), right=range(len(columns)))
-    for row in rows:
-        table.add(*(cell(column, row) for column in columns))
-    echo("")
-    table.show()
-    echo("", *(f"  {column.title}: {column.meaning}" for column in columns[1:]), style="dim")
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -170,12 +173,6 @@ def median_completions(runtime: Runtime, model: Path) -> list[tuple[float, str]]
 
 
 def show_typical(shown: list[dict[str, Any]], labels: list[str]) -> None:
-    """The typical completions, prompt by prompt, each under its label and with the judge's score."""
-    from rich.text import Text
-
-    from raftune.cli.output import out
-    from raftune.sanitize import one_line
-
     console = out()
     echo("", f"Typical answers to three requests that it never saw: of {CANDIDATES}, the median by the judge.")
     for example in shown:
@@ -184,30 +181,6 @@ def show_typical(shown: list[dict[str, Any]], labels: list[str]) -> None:
         for label, style in zip(labels, ("yellow", "green", "red"), strict=False):
             text, score = one_line(example[label]), f"  (judge {example[f'{label}_score']:.1f})"
             console.print(Text.assemble((f"  {label:<9}", style), text, (score, "dim")))
-
-
-def show_last_fall(root: Path, alarms: list[dict[str, Any]]) -> None:
-    """The last alarm that the held-out reward fell, with two of its samples."""
-    from raftune.cli.commands.samples import show_alarm
-
-    falls = [alarm for alarm in alarms if alarm["alarm"] == "held_out_falls"]
-    if falls:
-        show_alarm(RunFolder(root), falls[-1]["round"], falls[-1], 2, full=False)
-    else:
-        echo("", "No alarm was raised: the judge did not fall clearly enough.")
-
-
-def show_remedies(root: Path, best: int, alarms: list[dict[str, Any]]) -> None:
-    """What would have ended the run in time or chosen its best round; neither generates again."""
-    resume = shell_command("raftune", "resume", root)
-    echo(
-        "",
-        "The run goes by the flawed reward, and publishes its best. What would have helped, and still does at once:",
-        f"  choose    {resume} --evaluation.best_by judge        publishes round {best}",
-    )
-    falls = [alarm["round"] for alarm in alarms if alarm["alarm"] == "held_out_falls"]
-    if falls:
-        echo(f"  stop      {resume} --guards.stop_on held_out_falls   ends after round {falls[0]}")
 
 
 # -- images ------------------------------------------------------------------------------------------------------------

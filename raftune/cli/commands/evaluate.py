@@ -55,7 +55,6 @@ def evaluate(
 
 
 def run_evaluation(target: EvalTarget, config: RunConfig, from_: str | None, only: str | None, as_json: bool) -> None:
-    """Starts or resumes the evaluation, and prints its result."""
     from raftune.cli.run_command import run_with_progress
     from raftune.evaluation.history import metrics_of
     from raftune.results.measures import best_of_k
@@ -83,7 +82,6 @@ def run_evaluation(target: EvalTarget, config: RunConfig, from_: str | None, onl
 
 
 def show(target: EvalTarget, config: RunConfig, root: Path, prompts: int, metrics: dict[str, Any]) -> None:
-    """Prints the measures with their intervals, and the reward of the best of k."""
     from raftune.policies.registry import family_of
     from raftune.protocols import SupportsDescription
     from raftune.results.measures import best_of_k, measures, worth_of_k
@@ -118,7 +116,6 @@ def show(target: EvalTarget, config: RunConfig, root: Path, prompts: int, metric
 
 
 def remarks(metrics: dict[str, Any]) -> Iterator[str]:
-    """Samples that failed, metrics without a value, and references that were left out."""
     statuses = dict(metrics.get("statuses") or {})
     scored = statuses.pop("ok", 0)
     if statuses:

@@ -75,7 +75,6 @@ def starter(
 
 
 def commands(folder: Path) -> list[list[str]]:
-    """The commands that train a model on these files, and show that it is better."""
     preferences, run, before = (str(folder / name) for name in ("preferences.jsonl", "run", "before"))
     threads = ["--threads", "1"]  # with models this small more threads are slower
     training = ["--policy.model", "starter", "--training.learning_rate", "5e-4", *threads]

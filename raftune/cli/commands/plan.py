@@ -50,7 +50,6 @@ def plan(
 
 
 def lines(config: RunConfig, forecast: Forecast) -> list[tuple[str, str]]:
-    """The forecast in words: a title and a line each."""
     amounts, prompts, probe = forecast.amounts, forecast.prompts, forecast.probe
     state = "new, in" if forecast.done is None else "in"
     done = "" if forecast.done is None else f": {forecast.done} of {config.num_rounds} rounds are done"
@@ -106,7 +105,6 @@ def measured_memory(forecast: Forecast, config: RunConfig) -> str:
 
 
 def time(forecast: Forecast) -> str:
-    """The run's seconds by kind of work, and where they come from."""
     probe, seconds = forecast.probe, forecast.seconds or {}
     source = forecast.model.seconds_basis
     if probe is not None:

@@ -121,8 +121,6 @@ def starter_samples(spec: str, images: bool) -> RewardBatch | None:
 
 
 def show_check(report: CheckReport) -> None:
-    """Prints the report, a line for each fact."""
-
     def verdict(same: bool | None) -> str:
         return "cannot be told, since calls failed" if same is None else "the same values" if same else "other values"
 
@@ -220,7 +218,6 @@ def score(
 
 
 def show_scores(scored: FileScores, result: dict[str, Any], out: str | None) -> None:
-    """Prints the summary, a line for each fact."""
     echo(*scored.answers.words)
     echo("  statuses   " + ", ".join(f"{count:,} {status}" for status, count in sorted(result["statuses"].items())))
     if result["score"]:
@@ -294,7 +291,6 @@ def train(*words: Tokens, as_json: Json = False) -> None:
 
 
 def show_training(outcome: RewardTrainingOutcome) -> None:
-    """Prints the report in words and tables."""
     report, data = outcome.report, outcome.report["data"]
     echo("Finished." if outcome.worked else "Already finished; nothing to do.", style="bold")
     echo(*(f"  {words}" for words in data["words"]))
@@ -324,7 +320,6 @@ def show_training(outcome: RewardTrainingOutcome) -> None:
 
 
 def show_pairwise(report: dict[str, Any]) -> None:
-    """Accuracy, calibration and length, on held-out pairs."""
     length, sure = report["length"], report["calibration"]
     echo(
         f"  accuracy   {spread(report['accuracy'])} of held-out pairs are ranked as people did; 95 % interval",
@@ -352,8 +347,6 @@ def show_pairwise(report: dict[str, Any]) -> None:
 
 
 def show_pointwise(report: dict[str, Any]) -> None:
-    """Explained variance, ranks, deciles and length, on held-out ratings."""
-
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.3f}"
 
@@ -464,7 +457,6 @@ def show_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def markdown_page(rewards: Iterable[BuiltinReward], of_trl: Iterable[str]) -> str:
-    """The built-in rewards as a page of Markdown."""
     parts = [PAGE]
     for reward in rewards:
         parts.append(f"\n## {reward.name}\n\nScores {scored_media(reward)}. {reward.summary}\n")
@@ -483,13 +475,11 @@ def markdown_page(rewards: Iterable[BuiltinReward], of_trl: Iterable[str]) -> st
 
 
 def scored_media(reward: BuiltinReward) -> str:
-    """What the reward scores: texts, conversations and images."""
     *others, last = [words for medium, words in MEDIA.items() if medium in reward.media]
     return f"{', '.join(others)} and {last}" if others else last
 
 
 def yaml_example(reward: BuiltinReward) -> str:
-    """An entry of reward_funcs, as YAML on one line."""
     if not reward.example:
         return reward.name
     return f"{{spec: {reward.name}, options: {json.dumps(dict(reward.example), ensure_ascii=False)}}}"

@@ -145,7 +145,6 @@ def show_prompt(group: list[Row], full: bool) -> None:
 
 
 def remarks(sample: Row) -> Iterator[str]:
-    """Reason, held-out score, parts, status, length and source of a sample."""
     if sample.get("reason"):
         yield str(sample["reason"])
     if sample.get("held_out") is not None:
@@ -289,7 +288,6 @@ def completion_text(sample: Row, width: int | None, full: bool, indent: int) -> 
 
 
 def show_alarm(folder: RunFolder, round_: int, alarm: Row, number: int, full: bool) -> None:
-    """Prints the alarm, and the first `number` of its samples with their prompts."""
     console = out()
     console.print()
     console.print(Text.assemble((f"round {round_}  ", "bold"), (one_line(alarm["title"]), "bold yellow")))

@@ -75,7 +75,6 @@ def in_full(word: str) -> str:
 
 
 def outcome_words(outcome: SftOutcome) -> Iterator[str]:
-    """What was trained on, how much it helped, and what to do with it."""
     root, report = outcome.root, outcome.report
     data, training = report["data"], report["training"]
     done = "Finished" if outcome.worked else "Already finished; nothing to do"

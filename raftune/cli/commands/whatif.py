@@ -91,7 +91,6 @@ def select(
 
 
 def show_result(result: WhatIfResult, as_json: bool) -> None:
-    """Prints the result as tables and texts, or as JSON."""
     difference = result.difference
     if as_json:
         changes = {name: {"before": old, "now": new} for name, (old, new) in result.changes.items()}
@@ -122,8 +121,6 @@ def number(value: float | None) -> str:
 
 
 def show_rounds(difference: Difference) -> None:
-    """The table with a row for each round, and one for all."""
-
     def cells(change: SelectionChange) -> Iterator[str]:
         yield "all" if change.round is None else str(change.round)
         yield f"{change.changed}/{change.prompts}"
@@ -150,7 +147,6 @@ def show_rounds(difference: Difference) -> None:
 
 
 def show_best_of(difference: Difference) -> None:
-    """The expected reward of the best of k samples, for each k."""
     best = difference.best_of
     if not best.rewards:
         return
