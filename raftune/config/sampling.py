@@ -90,16 +90,11 @@ class SamplingConfig(ConfigSection):
             raise ValueError(
                 "stop must hold non-empty texts; got ''. An empty text would end every completion at once: remove it."
             )
-        fields = dict(zip(type(self).model_fields, type(self).model_fields, strict=True)) | {
-            "num_return_sequences": "num_generations",
-            "max_new_tokens": "max_completion_length",
-            "stop_strings": "stop",
-        }
+        renamed = {"num_return_sequences": "num_generations", "max_new_tokens": "max_completion_length"}
         for name in self.generation_kwargs:
-            if name in fields:
-                raise ValueError(
-                    f"generation_kwargs must not hold {name!r}: raftune sets it. Use sampling.{fields[name]}."
-                )
+            field = (renamed | {"stop_strings": "stop"}).get(name, name)
+            if field in type(self).model_fields:
+                raise ValueError(f"generation_kwargs must not hold {name!r}: raftune sets it. Use sampling.{field}.")
         return self
 
 

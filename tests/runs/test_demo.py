@@ -14,6 +14,7 @@ from PIL import Image
 
 from raftune.cli import main
 from raftune.cli.commands import demo
+from raftune.cli.commands.samples import GAP, LINE, SIDE, image_sheet
 from raftune.config.load import load_config, merge, validate
 from raftune.config.run import RunConfig
 from raftune.data.images import image_of, png_of
@@ -159,21 +160,21 @@ def test_image_ends_with_one_sheet_of_the_same_captions_and_seeds_by_round(
     assert [row[0] for row in rows if row[0] in ("start", "1")] == ["start", "1"]
     assert "runs/image/grid.png" in out
     sheet = image_of((quick / "runs/image/grid.png").read_bytes())
-    captions = demo.first_images(RunFolder("runs/image"), 0)
-    assert sheet.height == demo.HEAD + len(captions) * (demo.SIDE + demo.GAP)
-    first, last = (
-        np.asarray(image_of(demo.first_images(RunFolder("runs/image"), round_)[next(iter(captions))]))[16, 16]
-        for round_ in (0, 1)
-    )
-    top, right = demo.HEAD + demo.SIDE // 2 + 1, sheet.width - demo.GAP - demo.SIDE // 2 + 1
-    assert (np.asarray(sheet)[top, [right - demo.SIDE - demo.GAP, right]] == [first, last]).all()
+    starts, lasts = (demo.first_images(RunFolder("runs/image"), round_) for round_ in (0, 1))
+    row = SIDE + 2 * LINE + GAP
+    assert sheet.height == GAP + len(starts) * row
+    first, last = (np.asarray(image_of(images[next(iter(starts))]))[16, 16] for images in (starts, lasts))
+    y, x = GAP + LINE + SIDE // 2 + 1, GAP + SIDE // 2 + 1
+    assert (np.asarray(sheet)[y, [x, x + SIDE + GAP]] == [first, last]).all()
 
 
 def test_a_sheet_is_drawn_where_a_sample_is_no_picture(tmp_path: Path) -> None:
-    sheet = demo.image_grid({"a": "a red circle", "b": "a blue square"}, {0: {"a": png()}, 1: {"a": png(), "b": png()}})
-    start, first = sheet.width - 2 * demo.SIDE, sheet.width - demo.SIDE // 2
-    assert np.asarray(sheet)[-40, start].tolist() == [255, 255, 255]
-    assert np.asarray(sheet)[-40, first].tolist() == [10, 200, 30]
+    sheet = image_sheet(
+        [("a red circle", [("start", png()), ("round 1", png())]), ("a blue square", [("start", None), ("1", png())])]
+    )
+    y, x = sheet.height - GAP - LINE - SIDE // 2, GAP + SIDE // 2
+    assert np.asarray(sheet)[y, x].tolist() == [255, 255, 255]
+    assert np.asarray(sheet)[y, x + SIDE + GAP].tolist() == [10, 200, 30]
 
 
 def png() -> bytes:

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.text import Text
 
-from raftune.cli.commands.samples import show_alarm
+from raftune.cli.commands.samples import image_sheet, show_alarm
 from raftune.cli.flags import Json, switch
 from raftune.cli.output import PlainTable, echo, out
 from raftune.cli.run_command import all_alarms, outcome_json, outcome_words, run_with_progress
@@ -23,15 +23,12 @@ from raftune.sanitize import one_line, shell_command
 from raftune.store.run import RunFolder
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from raftune.runtime.assembly import Runtime
 
 Which = Literal["text", "hacking", "image"]
 RECIPES: dict[Which, str] = {"text": "text/demo.yaml", "hacking": "text/hacking.yaml", "image": "image/image.yaml"}
 CANDIDATES = 8  # completions per shown prompt, of which the median is shown
 GRID_ROWS = 12  # captions in the grid of images
-SIDE, GAP, HEAD = 72, 6, 20  # of the grid, in pixels: an image, between two, above them
 
 
 def demo(
@@ -194,7 +191,11 @@ def write_grid(root: Path) -> Path:
     table = read_table(run.folder(0, "evaluate") / "plan" / "prompts.parquet").slice(0, GRID_ROWS)
     captions = dict(zip(table["prompt_id"].to_pylist(), map(str, table["prompt"].to_pylist()), strict=True))
     images = {round_: first_images(run, round_) for round_ in run.rounds_with("evaluate")}
-    image_grid(captions, images).save(root / "grid.png", optimize=True)
+    rows = [
+        (caption, [(f"round {r}" if r else "start", by_prompt.get(prompt_id)) for r, by_prompt in images.items()])
+        for prompt_id, caption in captions.items()
+    ]
+    image_sheet(rows).save(root / "grid.png", optimize=True)
     return root / "grid.png"
 
 
@@ -211,24 +212,3 @@ def first_images(run: RunFolder, round_: int) -> dict[str, bytes]:
             if k == 0 and png is not None:
                 images[prompt_id] = png
     return images
-
-
-def image_grid(captions: dict[str, str], images: dict[int, dict[str, bytes]]) -> Image:
-    """A sheet of images: prompts in rows, with their captions, rounds in columns."""
-    from PIL import Image, ImageDraw
-
-    from raftune.data.images import image_of
-
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left = 2 * GAP + max((int(measure.textlength(caption)) for caption in captions.values()), default=0)
-    sheet = Image.new("RGB", (left + len(images) * (SIDE + GAP) + GAP, HEAD + len(captions) * (SIDE + GAP)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for y, (prompt_id, caption) in enumerate(captions.items()):
-        top = HEAD + y * (SIDE + GAP)
-        pen.text((GAP, top + SIDE // 2), caption, fill="black", anchor="lm")
-        for x, (round_, by_prompt) in enumerate(images.items()):
-            x0 = left + GAP + x * (SIDE + GAP)
-            pen.text((x0 + SIDE // 2, HEAD // 2), str(round_ or "start"), fill="black", anchor="mm")
-            if (png := by_prompt.get(prompt_id)) is not None:
-                sheet.paste(image_of(png).resize((SIDE, SIDE), Image.Resampling.NEAREST), (x0, top))
-    return sheet

@@ -420,22 +420,13 @@ def list_rewards(
     rewards = [BUILT_IN[name]] if name is not None else list(BUILT_IN.values())
     rewards.sort(key=lambda reward: (scored_media(reward), reward.name))
     if as_json:
-        fields = ("name", "media", "summary", "details")
-        print(
-            json.dumps(
-                [
-                    {
-                        **{field: getattr(reward, field) for field in fields},
-                        "options": [
-                            dataclasses.asdict(option) | {"type": yaml_type(option)} for option in reward.option_list()
-                        ],
-                        "example": {"spec": reward.name, "options": dict(reward.example)},
-                        "command": example_command(reward),
-                    }
-                    for reward in rewards
-                ]
-            )
-        )
+        documents = []
+        for reward in rewards:
+            options = [dataclasses.asdict(option) | {"type": yaml_type(option)} for option in reward.option_list()]
+            document = {name: getattr(reward, name) for name in ("name", "media", "summary", "details")}
+            example = {"spec": reward.name, "options": dict(reward.example)}
+            documents.append(document | {"options": options, "example": example, "command": example_command(reward)})
+        print(json.dumps(documents))
     elif markdown:
         print(markdown_page(rewards, SHORT_NAMES), end="")
     else:

@@ -211,30 +211,37 @@ def file_name(sample: Row, number: int) -> str:
 
 
 def contact_sheet(rows: list[Row]) -> Image:
-    """All images small: a row for each prompt, its text above, each image's k and score below it."""
-    from PIL import Image, ImageDraw
+    """All images small: a row for each prompt, and each image's k and score, with * if it was kept."""
+    sheet: dict[str, tuple[str, list[tuple[str, bytes | None]]]] = {}
+    for sample in rows:
+        score = "-" if sample.get("score") is None else f"{sample['score']:.2f}"
+        star = "* " if (sample.get("weight") or 0) > 0 else ""
+        _, images = sheet.setdefault(sample["prompt_id"], (text_of(sample["prompt"]), []))
+        images.append((f"{star}k {sample['k']}: {score}", sample["completion"]))
+    return image_sheet(list(sheet.values()))
+
+
+def image_sheet(rows: list[tuple[str, list[tuple[str, bytes | None]]]]) -> Image:
+    """A row for each caption, which stands above its images; each image has its label below. None: a blank."""
+    from PIL import Image, ImageDraw, ImageOps
 
     from raftune.data.images import image_of
 
-    groups: dict[str, list[Row]] = {}
-    for sample in rows:
-        groups.setdefault(sample["prompt_id"], []).append(sample)
-    width = max(GAP + max(map(len, groups.values())) * (SIDE + GAP), 240)
+    width = max(GAP + max(len(images) for _, images in rows) * (SIDE + GAP), 240)
     height = SIDE + 2 * LINE + GAP
-    sheet = Image.new("RGB", (width, GAP + len(groups) * height), "white")
+    sheet = Image.new("RGB", (width, GAP + len(rows) * height), "white")
     pen = ImageDraw.Draw(sheet)
-    for y, group in enumerate(groups.values()):
+    for y, (caption, images) in enumerate(rows):
         top = GAP + y * height
-        words = one_line(text_of(group[0]["prompt"]), width // 6)
+        words = one_line(caption, width // 6)
         pen.text((GAP, top), words.encode("latin-1", "replace").decode("latin-1"), fill="black")
-        for x, sample in enumerate(group):
-            left, image = GAP + x * (SIDE + GAP), image_of(sample["completion"])
-            filter_ = Image.Resampling.NEAREST if image.width < SIDE else Image.Resampling.LANCZOS
-            image.thumbnail((SIDE, SIDE), filter_)
-            sheet.paste(image, (left, top + LINE))
-            score = "-" if sample.get("score") is None else f"{sample['score']:.2f}"
-            star = "* " if (sample.get("weight") or 0) > 0 else ""
-            pen.text((left, top + LINE + SIDE), f"{star}k {sample['k']}: {score}", fill="black")
+        for x, (label, png) in enumerate(images):
+            left = GAP + x * (SIDE + GAP)
+            pen.text((left, top + LINE + SIDE), label, fill="black")
+            if png is not None:
+                image = image_of(png)
+                filter_ = Image.Resampling.NEAREST if image.width < SIDE else Image.Resampling.LANCZOS
+                sheet.paste(ImageOps.contain(image, (SIDE, SIDE), filter_), (left, top + LINE))
     return sheet
 
 
