@@ -41,7 +41,7 @@ SMALL_PICTURES = {
 }
 
 
-def small(output_dir: str, which: demo.Which = "text") -> RunConfig:
+def small(output_dir: str, which: demo.Demo = "text") -> RunConfig:
     """The demo's own recipe with fewer and shorter answers."""
     whole = load_config([REPOSITORY / "recipes" / Path(demo.RECIPES[which]).name]).model_dump(mode="json")
     return validate(merge([whole, SMALL_PICTURES if which == "image" else SMALL, {"output_dir": output_dir}]))
@@ -55,7 +55,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("which", demo.RECIPES)
-def test_the_recipe_of_the_repository_is_the_one_that_the_package_brings(which: demo.Which) -> None:
+def test_the_recipe_of_the_repository_is_the_one_that_the_package_brings(which: demo.Demo) -> None:
     packaged = REPOSITORY / "raftune/starters" / demo.RECIPES[which]
     assert (REPOSITORY / "recipes" / packaged.name).read_bytes() == packaged.read_bytes()
     config = demo.recipe("x", which)

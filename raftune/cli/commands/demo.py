@@ -25,15 +25,15 @@ from raftune.store.run import RunFolder
 if TYPE_CHECKING:
     from raftune.runtime.assembly import Runtime
 
-Which = Literal["text", "hacking", "image"]
-RECIPES: dict[Which, str] = {"text": "text/demo.yaml", "hacking": "text/hacking.yaml", "image": "image/image.yaml"}
+Demo = Literal["text", "hacking", "image"]
+RECIPES: dict[Demo, str] = {"text": "text/demo.yaml", "hacking": "text/hacking.yaml", "image": "image/image.yaml"}
 CANDIDATES = 8  # completions per shown prompt, of which the median is shown
 GRID_ROWS = 12  # captions in the grid of images
 
 
 def demo(
-    which: Annotated[
-        Which, Parameter(name="WHICH", help="text; hacking: a flawed reward, and the alarm; image: with images.")
+    kind: Annotated[
+        Demo, Parameter(name="WHICH", help="text; hacking: a flawed reward, and the alarm; image: with images.")
     ] = "text",
     *,
     output_dir: Annotated[
@@ -57,8 +57,8 @@ def demo(
     `image` a tiny diffusion pipeline that was trained on wrong captions learns to follow captions, in two to three
     minutes. Each demo is a normal run: every command works on it.
     """
-    directory = output_dir or f"runs/{Path(RECIPES[which]).stem}"
-    config = recipe(unused(directory) if fresh else directory, which)
+    directory = output_dir or f"runs/{Path(RECIPES[kind]).stem}"
+    config = recipe(unused(directory) if fresh else directory, kind)
     if num_rounds is not None:
         config = config.model_copy(update={"num_rounds": num_rounds})
     outcome, worked = run_with_progress(config)
@@ -67,10 +67,10 @@ def demo(
     facts: dict[str, Any] = {"by_round": rows}
     labels = {"before": 0, "after": outcome.best}
     best: dict[str, Any] = {}
-    if which == "image":
+    if kind == "image":
         facts["grid"] = str(write_grid(root))
     else:
-        if which == "hacking":
+        if kind == "hacking":
             best = max(rows, key=lambda row: row["held_out"])
             middle = {f"round {best['round']}": best["round"]} if best["round"] else {}
             labels = {"before": 0, **middle, "after": outcome.rounds}
@@ -79,9 +79,9 @@ def demo(
     if as_json:
         print(json.dumps(outcome_json(root, outcome, worked) | facts))
         return
-    if which == "hacking":
+    if kind == "hacking":
         echo("", "The reward counts courteous phrases. The judge knows what a good answer is, and is never trained on.")
-    elif which == "image":
+    elif kind == "image":
         words = "The judge says how much of its caption an image shows, and is never trained on."
         echo("", f"The reward is a CLIP score. {words}")
     columns = columns_for(rows, held_out_names(config))
@@ -91,18 +91,18 @@ def demo(
     echo("")
     table.show()
     echo("", *(f"  {column.title}: {column.meaning}" for column in columns[1:]), style="dim")
-    if which != "image":
+    if kind != "image":
         show_typical(facts["shown"], [*labels])
     falls = [alarm for alarm in alarms if alarm["alarm"] == "held_out_falls"]
-    if which == "hacking" and falls:
+    if kind == "hacking" and falls:
         show_alarm(RunFolder(root), falls[-1]["round"], falls[-1], 2, full=False)
-    elif which == "hacking":
+    elif kind == "hacking":
         echo("", "No alarm was raised: the judge did not fall clearly enough.")
     echo("", *outcome_words(root, outcome, worked))
-    if which == "image":
+    if kind == "image":
         echo(f"  images  {facts['grid']}: {GRID_ROWS} captions, the same seeds in every round")
-    if which != "hacking":
-        echo(f"  again     raftune demo{' image' if which == 'image' else ''} --fresh")
+    if kind != "hacking":
+        echo(f"  again     raftune demo{' image' if kind == 'image' else ''} --fresh")
         return
     resume = shell_command("raftune", "resume", root)
     echo(
@@ -114,8 +114,8 @@ def demo(
         echo(f"  stop      {resume} --guards.stop_on held_out_falls   ends after round {falls[0]['round']}")
 
 
-def recipe(output_dir: str, which: Which = "text") -> RunConfig:
-    with resources.as_file(resources.files("raftune.starters") / RECIPES[which]) as path:
+def recipe(output_dir: str, kind: Demo = "text") -> RunConfig:
+    with resources.as_file(resources.files("raftune.starters") / RECIPES[kind]) as path:
         return validate(merge([read_yaml(path), {"output_dir": output_dir}]))
 
 

@@ -68,3 +68,11 @@ def test_from_outside_paths_lead_back(home: Path, tmp_path: Path, monkeypatch: p
     (tmp_path / "far").mkdir()
     monkeypatch.chdir(tmp_path / "far")
     assert load_config(["../project/mine/run.yaml"]).policy.family == "../project/mine/family.py:Mine"
+
+
+def test_a_backend_and_an_engine_are_found_beside_the_file_in_either_form(home: Path) -> None:
+    (home / "long.yaml").write_text('sampling: {backend: {kind: "reward.py:B"}}\nengine: {kind: "reward.py:E"}\n')
+    (home / "short.yaml").write_text('sampling: {backend: "reward.py:B"}\nengine: "reward.py:E"\n')
+    for file in ("mine/long.yaml", "mine/short.yaml"):
+        config = load_config(["mine/run.yaml", file])
+        assert (config.sampling.backend, config.engine.kind) == ("mine/reward.py:B", "mine/reward.py:E")
