@@ -1,19 +1,19 @@
-"""Forecast of a run: time, memory and disk."""
+"""Forecast of a run: amounts, time, memory and disk."""
 
 from __future__ import annotations
 
-import contextlib
+import math
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from raftune.config.run import RunConfig
-from raftune.errors import ModelError, RewardError
-from raftune.planning.amounts import amounts
+from raftune.config.selection import BestOfK, Random, Threshold, TopFraction, TopM
+from raftune.errors import ModelError
 from raftune.planning.probe import SECONDS, Emit, ProbeResult, ProbeRun, probe, seconds_by_stage
 from raftune.planning.prompts import PromptCounts, check_answers, leave_out, measure, read_prompts
-from raftune.policies.footprint import DiskForecast, Footprint, MemoryPeaks, RoundAmounts, footprint_of
+from raftune.policies.footprint import DiskForecast, Footprint, MemoryPeaks, RoundAmounts, rows_of_round
 from raftune.protocols import SupportsPromptCheck
 from raftune.results.summary import overlap_words, rows_of
 from raftune.runtime.assembly import Runtime
@@ -21,16 +21,15 @@ from raftune.runtime.preflight import preflight
 from raftune.runtime.run import check_writable, refuse_foreign, root_of
 from raftune.runtime.staleness import check
 from raftune.runtime.trackers import check_installed, wanted
-from raftune.sanitize import counted, one_line
+from raftune.sanitize import counted
 from raftune.stages.data import held_out_words
 from raftune.store.run import RunFolder
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take. `done` rounds lie in its directory already; `seconds` are those of a run from the start, by
-    kind of work, from a probe, or, for a pipeline without one, by arithmetic on a named device; else None. `model` and
-    `memory` are those of a language model, `pipeline`, `work` and `room` those of a pipeline."""
+    """What a run will take. `done`: rounds that its directory already has. `seconds`: of the whole run by kind of
+    work, as extrapolated from the probe; None without one. `work` and `memory` are in the terms of `model`."""
 
     root: Path
     done: int | None
@@ -46,6 +45,7 @@ class Forecast:
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
+        """The forecast for `raftune plan --json`; model and memory have the keys that the family gives them."""
         values = asdict(self) | {"root": str(self.root), "samples": self.amounts.samples, "notes": list(self.notes)}
         model, memory = values.pop("model"), values.pop("memory")
         named = {self.model.model_key: model, self.model.memory_key: memory} if self.model.model_key else {}
@@ -58,170 +58,146 @@ def forecast(
     """The forecast; nothing is written where the run will be. Raises what the run would: ConfigError, DataError, ….
 
     With `measured`, two prompts are generated, scored and trained on, in a temporary folder, for about `seconds` at
-    most; `tell` hears of each step.
+    most; `tell` is called at each step. Without it there is no time, and memory is arithmetic on parameter counts.
     """
     root = root_of(config)
     check_writable(root)
     check_installed(wanted(config.report_to))
     with tempfile.TemporaryDirectory(prefix="raftune-plan-") as scratch:
-        trial = ProbeRun(seconds, tell) if measured else None
-        assembly = Runtime(RunFolder(Path(scratch) / "run"), config)
+        trial = ProbeRun(seconds if measured else math.inf, tell if measured else lambda words: None)
+        runtime = Runtime(RunFolder(Path(scratch) / "run"), config)
         try:
-            lacking = checked(assembly)
-            done = rounds_done(root, config)
-            return look(assembly, root, done, Path(scratch), trial, lacking)
+            preflight(runtime)
+            runtime.panel(), runtime.judge()
+            return _forecast(runtime, root, rounds_done(root, config), trial, measured=measured)
         finally:
-            assembly.close()
+            runtime.close()
 
 
 def rounds_done(root: Path, config: RunConfig) -> int | None:
-    """The rounds that are done where the run will be; None where there is no run. Raises ConfigChanged, StoreError."""
+    """Finished rounds in a run's directory; None where there is no run. Raises ConfigChanged, StoreError."""
     folder = RunFolder(root)
     refuse_foreign(folder)
     if not folder.exists():
         return None
-    assembly = Runtime(folder, config)
+    runtime = Runtime(folder, config)
     try:
-        check(assembly)
+        check(runtime)
     finally:
-        assembly.close()
+        runtime.close()
     return max((row["round"] for row in rows_of(root)), default=0)
 
 
-def look(
-    assembly: Runtime, root: Path, done: int | None, scratch: Path, trial: ProbeRun | None, lacking: list[str]
-) -> Forecast:
-    config = assembly.config
-    if trial:
-        trial.tell("reading the prompts, checking the model")
-    with uncounted(trial):
-        data = read_prompts(assembly)
-    begun = begin(assembly, data, trial)
-    with uncounted(trial):
-        prompts = measure(data, begun.encoder)
-    planned = amounts(config, prompts.train, prompts.held_out)
-    notes = [*begun.notes, *lacking, *remarks(config, prompts, planned)]
-    model = begun.model
-    notes += model.remarks(config, prompts.longest)
-    found = None
-    if trial and not model.not_tried:
-        found = probe(assembly, data, scratch / "probe", trial, model.widths)
-    size = found.size if found else None
+def _forecast(runtime: Runtime, root: Path, done: int | None, trial: ProbeRun, *, measured: bool) -> Forecast:
+    config = runtime.config
+    trial.tell("reading the prompts, checking the model")
+    with trial.paused():  # all prompts are checked, however long that takes
+        data = read_prompts(runtime)
+    start = runtime.run.folder(0, "model")
+    start.mkdir(parents=True)
+    facts = read_start(runtime, start, trial)
+    policy = runtime.policies.encoder(start)
+    model = getattr(runtime.family, "footprint", Footprint).of(policy, start, facts)
+    with trial.paused():
+        left_out = leave_out(runtime, data, policy) if isinstance(policy, SupportsPromptCheck) else ()
+        if model.encodes_answers:
+            check_answers(policy, data, config)
+        prompts = measure(data, policy.encoder if model.counts_tokens else None)  # type: ignore[attr-defined]
+    planned, longest = amounts(config, prompts.train, prompts.held_out), prompts.longest or 0
+    notes = [*(facts.get("notes", []) if isinstance(facts, dict) else []), *left_out, *policy.notes(), model.not_tried]
+    notes += [*remarks(config, prompts, planned), *model.remarks(config, prompts.longest)]
+    result, peaks, seconds, fit = None, None, None, None
     rows = min(config.sampling.chunk_size, planned.prompts) * config.sampling.num_generations
-    work = model.work(config, planned)
-    seconds = seconds_by_stage(found, planned, assembly) if found else model.seconds(config, work)
-    measured = found is not None and seconds is not None and "training" in seconds and planned.rounds
-    fit = seconds["training"] / planned.rounds if seconds and measured else None
+    if measured and not model.not_tried:
+        result = probe(runtime, data, runtime.run.root.parent / "probe", trial, model.widths)
+        peaks = model.peaks(result.drawing, result.training, config, longest, rows)
+        seconds = seconds_by_stage(result, planned, runtime)
+        notes += result.notes
+        if "training" in seconds and planned.rounds:
+            fit = seconds["training"] / planned.rounds
     return Forecast(
         root=root,
         done=done,
         prompts=prompts,
         amounts=planned,
         model=model,
-        work=work,
-        memory=model.memory(config, prompts.longest or 0, rows),
-        disk=model.disk(config, planned, size, fit),
-        peaks=model.peaks(found.drawing, found.training, config, prompts.longest or 0, rows) if found else None,
-        probe=found,
+        work=model.work(config, planned),
+        memory=model.memory(config, longest, rows),
+        disk=model.disk(config, planned, result.size if result else None, fit),
+        peaks=peaks,
+        probe=result,
         seconds=seconds,
-        notes=tuple(dict.fromkeys([*notes, *(found.notes if found else ())])),
+        notes=tuple(dict.fromkeys(note for note in notes if note)),
     )
 
 
-@dataclass(frozen=True)
-class StartModelInfo:
-    """Numbers of the initial model, its token counter, and notes for the user."""
-
-    model: Footprint
-    encoder: Any
-    notes: list[str]
-
-
-def uncounted(trial: ProbeRun | None) -> contextlib.AbstractContextManager[None]:
-    """Every prompt is looked at, however long that takes: it does not count as time of the trial."""
-    return trial.paused() if trial else contextlib.nullcontext()
-
-
-def begin(assembly: Runtime, data: Path, trial: ProbeRun | None) -> StartModelInfo:
-    """Starts the initial model and measures it; for a hub pipeline that is not cached, published sizes are used."""
-    config, family_footprint = assembly.config, footprint_of(assembly.family)
-    if (known := family_footprint.published(config)) is not None:
-        return StartModelInfo(known, None, [known.not_tried])
-    start = assembly.run.folder(0, "model")
-    start.mkdir(parents=True)
-    facts = read_start(assembly, start, trial)
-    policy = assembly.policies.encoder(start)
-    model = family_footprint.of(policy, start, facts)
-    with uncounted(trial):
-        left_out = leave_out(assembly, data, policy) if isinstance(policy, SupportsPromptCheck) else ()
-        if model.encodes_answers:
-            check_answers(policy, data, config)
-    own = facts.get("notes", []) if isinstance(facts, dict) else []
-    notes = [note for note in (*own, *left_out, *policy.notes(), model.not_tried) if note]
-    return StartModelInfo(model, policy.encoder if model.counts_tokens else None, notes)  # type: ignore[attr-defined]
+def read_start(runtime: Runtime, start: Path, trial: ProbeRun) -> Any:
+    """What the family's `start` returns; if the time ends before the weights are read, what the model's configuration
+    says, with a note. Raises ModelError where that is not enough."""
+    facts: list[Any] = []
+    if not trial.ended(lambda: facts.append(runtime.family.start(runtime.config, start))) or facts:
+        return facts[0]
+    unread = getattr(runtime.family, "footprint", Footprint).unread_facts(runtime.config, start)
+    if unread is None:
+        raise ModelError(
+            f"policy.model could not be read within {trial.seconds:g} seconds. Give `raftune plan` more time, with "
+            "--probe-seconds, or let it measure nothing, with --no-probe."
+        )
+    note = f"the model's weights could not be read within {trial.seconds:g} seconds, and were not checked: "
+    return unread | {"notes": [f"{note}--probe-seconds gives more time"]}
 
 
-def read_start(assembly: Runtime, start: Path, trial: ProbeRun | None) -> Any:
-    """What the family says of the initial model. If the time ends before a language model's weights are read,
-    what its configuration says, with a note. Raises ModelError where that is not enough."""
-    config, answers = assembly.config, list[Any]()
-
-    def read() -> None:
-        answers.append(assembly.family.start(config, start))
-
-    if trial is None:
-        read()
-    elif trial.ended(read) and not answers:
-        facts = footprint_of(assembly.family).unread_facts(config, start)
-        if facts is None:
-            raise ModelError(
-                f"policy.model could not be read within {trial.seconds:g} seconds. Give `raftune plan` more time, with "
-                "--probe-seconds, or let it measure nothing, with --no-probe."
-            )
-        facts["notes"] = [
-            f"the model's weights could not be read within {trial.seconds:g} seconds, and were not checked: "
-            "--probe-seconds gives more time"
-        ]
-        return facts
-    return answers[0]
-
-
-def checked(assembly: Runtime) -> list[str]:
-    """Everything is checked that can be without training; of rewards their code and options, not their models.
-
-    Where the policy itself is not at hand, what a reward lacks is said, and is no error yet.
-    """
-    try:
-        preflight(assembly)
-        assembly.panel(), assembly.judge()
-    except RewardError as error:
-        if footprint_of(assembly.family).published(assembly.config) is None:
-            raise
-        return [f"the run will need a reward that is not at hand: {one_line(str(error), 140)}"]
-    return []
+def amounts(config: RunConfig, train: int, held_out: int) -> RoundAmounts:
+    """The amounts of a run with so many prompts."""
+    sampling, training, rule = config.sampling, config.training, config.selection
+    prompts = min(config.prompts_per_round, train)
+    pool = sampling.num_generations + len(sampling.candidate_columns)
+    pool += sampling.teacher.num_generations if sampling.teacher else 0
+    kept, exact = prompts * pool, False  # at most; exactly so many where every sample has a score
+    if isinstance(rule, BestOfK):
+        kept, exact = prompts, True
+    elif isinstance(rule, TopM | Random):
+        kept, exact = prompts * min(rule.m, pool), True
+    elif isinstance(rule, TopFraction):
+        kept, exact = max(1, math.floor(prompts * pool * rule.keep_fraction)), rule.max_per_prompt is None
+    elif isinstance(rule, Threshold):
+        kept = prompts * min(pool, rule.max_per_prompt or pool)
+    filtered = rule.margin != 0 or rule.drop_duplicates or rule.min_length is not None or rule.max_length is not None
+    steps = training.max_steps
+    if steps <= 0:
+        per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        steps = max(1, math.ceil(math.ceil(rows_of_round(config, kept) / per_step) * training.num_train_epochs))
+    return RoundAmounts(
+        rounds=config.num_rounds,
+        prompts=prompts,
+        drawn=prompts * sampling.num_generations,
+        competing=prompts * pool,
+        kept=kept,
+        kept_exact=exact and not filtered and not (rule.skips_equal and pool > 1),
+        steps=steps,
+        judged=held_out * config.evaluation.num_generations,
+    )
 
 
 def remarks(config: RunConfig, prompts: PromptCounts, planned: RoundAmounts) -> list[str]:
-    """What is allowed, but perhaps not meant."""
-    said = []
+    """Notes on what is allowed, but perhaps not meant."""
+    notes, temperature = [], config.sampling.temperature
     if prompts.repeated:
-        said.append(
+        notes.append(
             f"{prompts.repeated} of {prompts.train} training prompts repeat an earlier one: each is generated for"
         )
-    if warning := overlap_words(prompts.overlap, prompts.held_out):
-        said.append(warning)
-    if config.num_rounds and (warning := held_out_words(prompts.held_out, config.evaluation.num_prompts)):
-        said.append(warning)
+    notes.append(overlap_words(prompts.overlap, prompts.held_out))
+    if config.num_rounds:
+        notes.append(held_out_words(prompts.held_out, config.evaluation.num_prompts))
     if config.num_rounds and config.prompts_per_round > prompts.train:
-        have = counted(prompts.train, "prompt")
-        are = "is" if prompts.train == 1 else "are"
-        said.append(f"prompts_per_round is {config.prompts_per_round}; there {are} {have}: all are asked")
+        have = f"{'is' if prompts.train == 1 else 'are'} {counted(prompts.train, 'prompt')}"
+        notes.append(f"prompts_per_round is {config.prompts_per_round}; there {have}: all are asked")
     if config.evaluation.num_prompts and not prompts.held_out:
-        said.append("too few prompts to hold any out: no round is judged, and the last one is published")
+        notes.append("too few prompts to hold any out: no round is judged, and the last one is published")
     if config.num_rounds and planned.competing == planned.prompts and config.selection.rule == "best_of_k":
-        said.append("one sample a prompt: the best of one is that one, so that nothing is selected")
-    if config.sampling.temperature == 0 and config.sampling.num_generations > 1:
-        said.append("sampling.temperature is 0: all samples of a prompt will be equal")
-    elif config.num_rounds and 0 < config.sampling.temperature < 1:
-        said.append("sampling.temperature is below 1: each round sharpens the policy, whatever the reward says")
-    return said
+        notes.append("one sample a prompt: the best of one is that one, so that nothing is selected")
+    if temperature == 0 and config.sampling.num_generations > 1:
+        notes.append("sampling.temperature is 0: all samples of a prompt will be equal")
+    elif config.num_rounds and 0 < temperature < 1:
+        notes.append("sampling.temperature is below 1: each round sharpens the policy, whatever the reward says")
+    return notes

@@ -12,7 +12,6 @@ import pyarrow as pa
 from raftune.config.run import RunConfig
 from raftune.errors import DataError
 from raftune.protocols import Policy, SupportsPromptCheck
-from raftune.records import Prompt
 from raftune.results.summary import read_json
 from raftune.runtime.assembly import Runtime
 from raftune.sanitize import counted
@@ -40,77 +39,68 @@ class PromptCounts:
     longest: int | None
 
 
-def read_prompts(assembly: Runtime) -> Path:
-    """Copies the prompts into the assembly's run, and returns where they lie. Raises DataError."""
-    stage = assembly.stage(0, "data")
-    run_once(assembly.job(stage, 0), stage)  # type: ignore[arg-type]
-    return assembly.run.folder(0, "data")
+def read_prompts(runtime: Runtime) -> Path:
+    """Copies the prompts into the runtime's run; returns their folder. Raises DataError."""
+    stage = runtime.stage(0, "data")
+    run_once(runtime.job(stage, 0), stage)  # type: ignore[arg-type]
+    return runtime.run.folder(0, "data")
 
 
 def check_answers(policy: Policy, folder: Path, config: RunConfig) -> None:
-    """Encodes every answer that the data holds, candidates and references, as the run will. Raises DataError for the
-    first that cannot be used."""
-    columns = config.sampling.candidate_columns if config.num_rounds else ()
-    if columns:
+    """Encodes every completion of the data, candidates and references, as the run will. Raises DataError for the first
+    that cannot be used."""
+    if not config.num_rounds:
+        return
+    if columns := config.sampling.candidate_columns:
         for prompt in (p for rows in read_groups(folder / "train.parquet") for p in prompts_from(rows)):
             for column in columns:
                 try:
                     policy.encode_completion(prompt, prompt.columns[column], f"column:{column}")
                 except DataError as error:
                     raise DataError(f"sampling.candidate_columns, {column!r} of prompt {prompt.id}: {error}") from error
-    if config.num_rounds and (reference := config.training.reference) is not None:
+    if (reference := config.training.reference) is not None:
         rows = reference_rows(reference)
+        completions = rows.column(reference.completion_column).to_pylist()
         prompts = prompts_from(prompts_of(rows, reference))
-        answers = rows.column(reference.completion_column).to_pylist()
-        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
-            adopted(policy, prompt, answer, number)
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
+            adopted(policy, prompt, completion, number)
 
 
-def leave_out(assembly: Runtime, folder: Path, policy: SupportsPromptCheck) -> tuple[str, ...]:
-    """Removes what the policy cannot take from the copied prompts, and says so; or raises DataError, as a run does."""
-    source = assembly.stage(0, "data")
+def leave_out(runtime: Runtime, folder: Path, policy: SupportsPromptCheck) -> tuple[str, ...]:
+    """Removes the copied prompts that the policy cannot take; returns notes. Raises DataError where a run would."""
+    source = runtime.stage(0, "data")
     assert isinstance(source, DataStage)
-    looks = looked_at(prompts_in(folder, assembly.config.sampling.candidate_columns), [policy])
+    looks = looked_at(prompts_in(folder, runtime.config.sampling.candidate_columns), [policy])
     refused = looks.refused
-    said = (*(unlike_starter(looks) if assembly.starter else ()), *cut_short(looks))
+    notes = (*(unlike_starter(looks) if runtime.starter else ()), *cut_short(looks))
     if not refused:
-        return said
-    if not assembly.drops:
+        return notes
+    if not runtime.drops:
         raise DataError(f"{refusal(looks, source)} {LEAVE_OUT}")
     tables = {name: read_table(folder / f"{name}.parquet") for name in ("train", "held_out")}
-    (folder / "_COMMIT.json").unlink(missing_ok=True)  # a plan's own copy, which is not what was committed any more
+    (folder / "_COMMIT.json").unlink(missing_ok=True)  # the plan's own copy, which is about to change
+    counts = {}
     for name, rows in tables.items():
-        path = folder / f"{name}.parquet"
-        kept = rows.filter(pa.array([one not in refused for one in rows.column("prompt_id").to_pylist()], pa.bool_()))
+        kept = rows.filter(pa.array([id_ not in refused for id_ in rows.column("prompt_id").to_pylist()], pa.bool_()))
         if rows.num_rows and not kept.num_rows:
             raise DataError(f"{refusal(looks, source)} None is left of the {name} prompts.")
-        write_table(kept, path)
-    notes = read_json(folder / "notes.json")
-    counts = {name: read_metadata(folder / f"{name}.parquet")[0] for name in ("train", "held_out")}
-    (folder / "notes.json").write_text(json.dumps(notes | counts))
-    return (*said, f"left out: {refusal(looks, source)}")
+        write_table(kept, folder / f"{name}.parquet")
+        counts[name] = kept.num_rows
+    (folder / "notes.json").write_text(json.dumps(read_json(folder / "notes.json") | counts))
+    return (*notes, f"left out: {refusal(looks, source)}")
 
 
 def measure(folder: Path, encoder: Any | None) -> PromptCounts:
-    """The numbers. Raises DataError that names prompts which do not fit the model."""
+    """The counts. Raises DataError that names prompts which do not fit the model."""
     notes = read_json(folder / "notes.json")
-    lengths: list[int] = []
-    if encoder is not None:
-        for name in ("train", "held_out"):
-            lengths += lengths_of(folder / f"{name}.parquet", encoder)
-    return PromptCounts(
-        train=notes["train"],
-        held_out=notes["held_out"],
-        repeated=notes["repeated"],
-        overlap=notes["overlap"],
-        shortest=min(lengths, default=None),
-        longest=max(lengths, default=None),
-    )
+    files = (folder / f"{name}.parquet" for name in ("train", "held_out")) if encoder is not None else ()
+    lengths = [length for path in files for length in lengths_of(path, encoder)]
+    counts = {name: notes[name] for name in ("train", "held_out", "repeated", "overlap")}
+    return PromptCounts(**counts, shortest=min(lengths, default=None), longest=max(lengths, default=None))
 
 
 def lengths_of(path: Path, encoder: Any) -> list[int]:
-    """Tokens of each of the file's prompts, as it is put when generating. Raises DataError that counts what does not
-    fit.
+    """Tokens of each of the file's prompts, as rendered for generation. Raises DataError that counts what does not fit.
 
     Encoded in batches: a tokenizer's own record of a text is many times larger than the text.
     """
@@ -118,13 +108,17 @@ def lengths_of(path: Path, encoder: Any) -> list[int]:
     refused: list[str] = []
     first: DataError | None = None
     for rows in read_groups(path, asked_columns(path)):
-        for at in range(0, rows.num_rows, BATCH):
-            prompts = prompts_from(rows.slice(at, BATCH))
+        for start in range(0, rows.num_rows, BATCH):
+            prompts = prompts_from(rows.slice(start, BATCH))
             try:
                 lengths += map(len, encoder.encode(prompts, for_drawing=True))
             except DataError as error:
                 first = first or error
-                refused += [prompt.id for prompt in prompts if not fits(prompt, encoder)]
+                for prompt in prompts:  # which of the batch
+                    try:
+                        encoder.encode([prompt], for_drawing=True)
+                    except DataError:
+                        refused.append(prompt.id)
     if first is not None:
         more = f" and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
         where = f"{', '.join(refused[:NAMED])}{more}"
@@ -132,11 +126,3 @@ def lengths_of(path: Path, encoder: Any) -> list[int]:
             f"{len(refused)} of {counted(read_metadata(path)[0], 'prompt')} cannot be used ({where}). {first}"
         ) from first
     return lengths
-
-
-def fits(prompt: Prompt, encoder: Any) -> bool:
-    try:
-        encoder.encode([prompt], for_drawing=True)
-    except DataError:
-        return False
-    return True

@@ -1,10 +1,10 @@
-"""What a family's start model takes: memory, disk, time. The base of every footprint counts samples alone."""
+"""Memory and disk that a family's model takes, as `raftune plan` forecasts it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from raftune.config.run import RunConfig
 from raftune.store.partial import SAVE_EVERY
@@ -17,11 +17,8 @@ PER_SAMPLE = 200  # identity, scores and verdict
 
 @dataclass(frozen=True)
 class RoundAmounts:
-    """Of one round: prompts asked, samples generated to learn from, samples that compete (with other sources), rows
-    kept,
-    optimizer steps; samples generated to judge by. Of the run: rounds.
-
-    `kept_exact`: how many are kept does not depend on their scores.
+    """Counts for one round, except `rounds`. `drawn` samples are generated for training, `competing` include those of
+    other sources, `judged` are generated for evaluation. `kept_exact`: whether `kept` is independent of the scores.
     """
 
     rounds: int
@@ -35,15 +32,13 @@ class RoundAmounts:
 
     @property
     def samples(self) -> int:
-        """All that the policy generates in the run: every round to learn from, the start and every round to judge
-        by.
-        """
+        """All samples that the policy generates in the run; the initial model is evaluated as every round is."""
         return self.rounds * self.drawn + (self.rounds + 1) * self.judged
 
 
 @dataclass(frozen=True)
 class MeasuredPeak:
-    """Bytes that the process (on a GPU: its tensors) took at most, and before; the rows, and tokens of each answer."""
+    """Peak bytes of the process (on a GPU: of its tensors), bytes before, rows, and mean tokens of a completion."""
 
     most: int
     before: int
@@ -53,9 +48,7 @@ class MeasuredPeak:
 
 @dataclass(frozen=True)
 class MemoryPeaks:
-    """Bytes that generating and training took in the probe, and what they will take in the run at most; None: not
-    known.
-    """
+    """Peak bytes of generating and training: in the probe, and in the run at most. None: not measured."""
 
     drawing: int | None
     training: int | None
@@ -65,8 +58,7 @@ class MemoryPeaks:
 
 @dataclass(frozen=True)
 class DiskForecast:
-    """Bytes: the models that are kept, the checkpoints while a round is trained, the samples (of text at most, of
-    images about), the latents that images are learned by."""
+    """Bytes of the kept models, of checkpoints while a round is trained, of samples, and of latents of images."""
 
     models: int
     checkpoints: int
@@ -80,24 +72,19 @@ class DiskForecast:
 
 @dataclass(frozen=True)
 class Footprint:
-    """The start model in numbers. A family gives its own as its attribute `footprint`; of one that has none, nothing is
-    known of its model."""
+    """Sizes of the initial model. A family names its subclass as the attribute `footprint`; without one, samples alone
+    are counted."""
 
     model_key: ClassVar[str] = ""  # names of the footprint and of its memory in `raftune plan --json`
     memory_key: ClassVar[str] = ""
     counts_tokens: ClassVar[bool] = False  # whether the policy has an `encoder` that counts a prompt's tokens
-    encodes_answers: ClassVar[bool] = True  # whether to encode all answers of the data takes no model
-    samples: ClassVar[str] = "samples at most"  # what takes room on disk
+    encodes_answers: ClassVar[bool] = True  # whether the completions of the data can be encoded without the model
+    samples: ClassVar[str] = "samples at most"  # label of the disk that samples take
 
     @classmethod
     def of(cls, policy: Any, start: Path, facts: Any) -> Footprint:
-        """That of a start model that was checked before; `facts` is what `start` returned."""
+        """The footprint of a checked initial model; `facts` is what the family's `start` returned."""
         return cls()
-
-    @classmethod
-    def published(cls, config: RunConfig) -> Self | None:
-        """That of a model that is not at hand, whose sizes are published; else None."""
-        return None
 
     @classmethod
     def unread_facts(cls, config: RunConfig, start: Path) -> dict[str, Any] | None:
@@ -106,81 +93,74 @@ class Footprint:
 
     @property
     def not_tried(self) -> str:
-        """Why no samples are generated to measure time; empty where they are."""
+        """Why the probe is skipped; empty where it is not."""
         return ""
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Samples of each prompt that are generated for that; empty: as configured."""
+        """Samples of each prompt that the probe generates; empty: by the configuration."""
         return ()
 
     @property
-    def seconds_basis(self) -> str:
-        """What the `seconds` are reckoned by."""
-        return ""
+    def saved(self) -> int:
+        """Bytes of a round's saved model."""
+        return 0
 
     def describe(self, family: str) -> str:
         """The model in words."""
         return family
 
     def describe_work(self, config: RunConfig, planned: RoundAmounts, tokens: float | None) -> str:
-        """What generating and training come to, in the model's terms; `tokens` are those of an answer, as measured."""
+        """Generation and training in the model's units; `tokens`: the measured mean length of a completion."""
         return ""
 
     def remarks(self, config: RunConfig, longest: int | None) -> list[str]:
-        """What a user should know, with a longest prompt of so many tokens."""
+        """Notes for the user, where the longest prompt has so many tokens."""
         return []
 
     def work(self, config: RunConfig, planned: RoundAmounts) -> Any:
+        """Amounts in the model's units, as a dataclass; None where there are none."""
         return None
 
     def memory(self, config: RunConfig, longest_prompt: int = 0, rows: int = 0) -> Any:
-        """Bytes at the two peaks, as a dataclass that describes itself, with at most `rows` samples at once."""
+        """Bytes by arithmetic with at most `rows` samples at once, as a dataclass with a `describe`; None: unknown."""
         return None
 
     def peaks(
         self, drawing: MeasuredPeak | None, training: MeasuredPeak | None, config: RunConfig, prompt: int, rows: int
     ) -> MemoryPeaks:
-        """What was measured, and what the run will take at most."""
+        """The measured peaks, scaled to the run."""
         generated, trained = drawing.most if drawing else None, training.most if training else None
         return MemoryPeaks(generated, trained, generated, trained)
+
+    def sample_bytes(self, config: RunConfig, planned: RoundAmounts, sample: float | None) -> tuple[int, int]:
+        """Bytes on disk of all samples of the run, and of their latents; `sample`: measured bytes of one."""
+        content = PER_TOKEN if sample is None else sample
+        every = planned.samples + planned.rounds * (planned.competing - planned.drawn)
+        return int(every * (content + PER_SAMPLE)), 0
 
     def disk(
         self, config: RunConfig, planned: RoundAmounts, sample: float | None = None, fit: float | None = None
     ) -> DiskForecast:
-        """What the run writes. `sample`: bytes of a sample as measured. `fit`: seconds of a round's training."""
-        return sample_disk(planned, PER_TOKEN if sample is None else sample)
-
-    def seconds(self, config: RunConfig, work: Any) -> dict[str, float] | None:
-        """By arithmetic, where nothing was measured; None where they are not known."""
-        return None
-
-
-def sample_disk(planned: RoundAmounts, content: float, model: int = 0, checkpoint: int = 0) -> DiskForecast:
-    every = planned.samples + planned.rounds * (planned.competing - planned.drawn)
-    return DiskForecast(model, 2 * checkpoint, int(every * (content + PER_SAMPLE)))
+        """What the run writes. `sample`: measured bytes of a sample. `fit`: measured seconds of a round's training."""
+        rounds, save_steps = planned.rounds, config.training.save_steps
+        models = {"all": rounds, "best": min(3, rounds), "last": min(2, rounds)}[config.keep_models]
+        slow = planned.steps > 1 and (fit is None or fit > SAVE_EVERY)
+        checkpoints = 2 if slow or (save_steps is not None and planned.steps > save_steps) else 0
+        samples, latents = self.sample_bytes(config, planned, sample)
+        return DiskForecast(models * self.saved, checkpoints * (1 + ADAM) * self.saved, samples, latents)
 
 
-def kept_models(config: RunConfig, rounds: int) -> int:
-    """How many rounds' models lie on disk."""
-    return {"all": rounds, "best": min(3, rounds), "last": min(2, rounds)}[config.keep_models]
-
-
-def takes_checkpoints(config: RunConfig, planned: RoundAmounts, fit: float | None) -> bool:
-    """Whether a fit that takes `fit` seconds (None: not known) leaves checkpoints before it is done."""
-    by_steps = config.training.save_steps is not None and planned.steps > config.training.save_steps
-    return by_steps or (planned.steps > 1 and (fit is None or fit > SAVE_EVERY))
+def rows_of_round(config: RunConfig, kept: int) -> float:
+    """Rows that a round trains on in one epoch, replayed and reference rows included, at most."""
+    training = config.training
+    rows = float(kept * (1 + min(training.replay_rounds, max(0, config.num_rounds - 1))))
+    return rows if training.reference is None else rows / (1 - training.reference.fraction)
 
 
 def in_short(number: int) -> str:
-    """A number of parameters as people say it: 0.9M, 7.2B."""
+    """A number of parameters as people write it: 0.9M, 7.2B."""
     for size, letter in ((1_000_000_000, "B"), (1_000_000, "M")):
         if number >= size / 10:
             return f"{number / size:.1f}{letter}"
     return f"{number:,}"
-
-
-def footprint_of(family: Any) -> type[Footprint]:
-    """The class of the family's footprints."""
-    found: type[Footprint] = getattr(family, "footprint", Footprint)
-    return found

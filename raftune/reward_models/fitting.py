@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -24,8 +23,7 @@ from raftune.protocols import Callback
 from raftune.reward_models.examples import FeedbackExample, FeedbackKind
 from raftune.sanitize import first_line
 from raftune.store import interruption
-from raftune.store.partial import SavePace
-from raftune.training.checkpoints import STATE, newest_verified, seal
+from raftune.training.checkpoints import STATE, CheckpointCallback, newest_verified
 from raftune.training.length_grouping import LengthGroupedSampler
 from raftune.training.quiet import quiet
 
@@ -102,33 +100,16 @@ class RatingTrainer(OrderedTrainer, Trainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
 
-class StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells of each optimizer step; has a checkpoint taken about once a minute and where a stop was asked for, but none
-    after the last step: what follows is the model itself."""
+class StepCallback(CheckpointCallback):
+    """Reports each optimizer step."""
 
     def __init__(self, observe: Callback, nbytes: int) -> None:
-        self.observe, self.nbytes = observe, nbytes
-        self.pace = SavePace()
-        self._began = 0.0
-
-    def promise(self) -> str:
-        """What a stop after the current step keeps, in words."""
-        return self.pace.promise(lambda: self.nbytes)
+        super().__init__(IDENTITY, nbytes)
+        self.observe = observe
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.observe("progress", {"done": state.global_step, "of": state.max_steps})
-        if state.global_step >= state.max_steps:
-            control.should_save = False
-            return
-        control.should_save |= self.pace.due(lambda: self.nbytes)
-        self._began = time.monotonic()
-        if not control.should_save:
-            interruption.raise_if_asked()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", IDENTITY)
-        self.pace.took(time.monotonic() - self._began, self.nbytes)
-        interruption.raise_if_asked()
+        super().on_step_end(args, state, control)
 
 
 def fit(

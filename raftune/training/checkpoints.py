@@ -7,9 +7,16 @@ import json
 import os
 import pickle
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
+import torch
+from transformers import TrainerCallback
+
+from raftune.store import interruption
 from raftune.store.files import sha256_of
+from raftune.store.partial import SavePace
 
 MANIFEST = "MANIFEST.json"
 # Without any one of these, transformers' Trainer resumes silently to other weights, or not at all.
@@ -17,13 +24,44 @@ STATE = frozenset({"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_sta
 REQUIRED = STATE | {"weights.safetensors"}
 
 
+class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
+    """Takes and seals a checkpoint about once a minute, and where a stop was requested; none after the last step, as
+    the model itself is saved then. When it was taken leaves no trace in the result."""
+
+    def __init__(self, identity: str, nbytes: int = 0) -> None:
+        self.identity, self.stopped = identity, 0.0
+        self.start(nbytes)
+
+    def start(self, nbytes: int) -> None:
+        """`nbytes`: about how much a checkpoint writes."""
+        self.nbytes, self.pace = nbytes, SavePace()
+
+    def promise(self) -> str:
+        """What a stop after the current step keeps, in words."""
+        return self.pace.promise(lambda: self.nbytes)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+            return
+        control.should_save |= self.pace.due(lambda: self.nbytes)
+        self.stopped = time.monotonic()
+        if not control.should_save:
+            interruption.raise_if_asked()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.identity)
+        self.pace.took(time.monotonic() - self.stopped, self.nbytes)
+        interruption.raise_if_asked()
+
+
 def identity(rows: Path, settings: str, seed: int) -> str:
-    """Names a fit by its rows, settings and seed: checkpoints of another fit are not continued from."""
+    """Names a fit by its rows, settings and seed: checkpoints of another fit are ignored."""
     return hashlib.sha256(f"{sha256_of(rows)}\0{settings}\0{seed}".encode()).hexdigest()
 
 
 def seal(folder: Path, identity: str) -> None:
-    """Writes the manifest, last and atomically: size and SHA-256 of every file, and what fit it belongs to."""
+    """Writes the manifest, last and atomically: the identity, and the SHA-256 of every file."""
     files = {p.name: sha256_of(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
     part = folder / f"{MANIFEST}.part"
     with part.open("w") as file:
@@ -34,7 +72,7 @@ def seal(folder: Path, identity: str) -> None:
 
 
 def verifies(folder: Path, identity: str, required: frozenset[str] = REQUIRED) -> bool:
-    """True if the checkpoint is of this fit, whole, unchanged since it was sealed, and holds no code."""
+    """True if the checkpoint is of this fit, complete, unchanged since it was sealed, and holds no code."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
@@ -47,7 +85,6 @@ def verifies(folder: Path, identity: str, required: frozenset[str] = REQUIRED) -
 
 def holds_no_code(path: Path) -> bool:
     """Whether a pickled file of the Trainer's is plain tensors and numbers. The tensors themselves are not read."""
-    import torch
     from transformers.trainer_pt_utils import safe_globals
 
     try:
@@ -60,15 +97,15 @@ def holds_no_code(path: Path) -> bool:
 
 def newest_verified(work: Path, identity: str, required: frozenset[str] = REQUIRED) -> tuple[Path | None, list[str]]:
     """The latest checkpoint that verifies, or None; and the names of later ones that do not, which are removed."""
+
+    def step(folder: Path) -> int:
+        number = folder.name.rpartition("-")[2]
+        return int(number) if number.isdigit() else -1
+
     rejected: list[str] = []
-    for folder in sorted(work.glob("checkpoint-*"), key=_step, reverse=True):
+    for folder in sorted(work.glob("checkpoint-*"), key=step, reverse=True):
         if verifies(folder, identity, required):
             return folder, rejected
         rejected.append(folder.name)
         shutil.rmtree(folder, ignore_errors=True)
     return None, rejected
-
-
-def _step(folder: Path) -> int:
-    number = folder.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1

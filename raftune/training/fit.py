@@ -1,6 +1,6 @@
 """Trains a model with transformers' Trainer: exactly resumable, finite, within memory.
 
-A family defines its rows, its batches and its loss (`Task`). This module orders the rows, saves and verifies
+A family defines its rows, its batches and its loss (`FitTask`). This module orders the rows, saves and verifies
 checkpoints, refuses non-finite numbers, and halves micro-batches when memory runs out.
 """
 
@@ -11,11 +11,10 @@ import gc
 import json
 import math
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,47 +25,31 @@ from raftune.config.training import TrainingConfig
 from raftune.errors import ConfigError, ExtensionError, ModelError, OutOfMemory
 from raftune.sanitize import counted
 from raftune.store import interruption, pulse
-from raftune.store.partial import SavePace
-from raftune.training.checkpoints import newest_verified, seal
+from raftune.training.checkpoints import CheckpointCallback, newest_verified
 from raftune.training.length_grouping import LengthGroupedSampler
 from raftune.training.memory import is_out_of_memory
 from raftune.training.quiet import quiet
 
-WEIGHTS = "weights.safetensors"
-MICRO_BATCH = "micro_batch.json"
-# Below this many parameters a full garbage collection costs more than the memory it could give back.
-SMALL = 50_000_000
-MANY_PASSES = 10  # of a round over its rows, above which it is said
+WEIGHTS, AVERAGE, MICRO_BATCH = "weights.safetensors", "average.safetensors", "micro_batch.json"
+SMALL = 50_000_000  # parameters: below, a full garbage collection costs more than the memory it could free
+MANY_PASSES = 10  # over a round's rows, above which a note says so
 NEVER = 2**31 - 1  # steps between checkpoints, where time alone decides
+PASSED_ON = (
+    *("learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay"),
+    *("max_grad_norm", "optim", "bf16"),
+)
 
 Batch = Mapping[str, torch.Tensor]
-# Of a micro-batch: its share of the step's loss (what backward sees), and the sum of the coefficients in it.
+# Of a micro-batch: its share of the step's loss (for backward), and the sum of its coefficients.
 Loss = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
-
-
-class CheckpointedState(Protocol):
-    """What goes along with the trained weights, by name, and lies in every checkpoint: a moving average of them."""
-
-    def follow(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Hears the weights after each optimizer step."""
-        ...
-
-    def publish(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Changes them in place, at the end, to what is published."""
-        ...
-
-    def write(self, folder: Path) -> None: ...
-
-    def read(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True)
 class FitTask:
-    """A family's part of a training. `identity` names rows and settings: checkpoints of another identity are
-    ignored.
+    """A family's part of a training. `identity` names rows and settings: checkpoints of another identity are ignored.
 
     objective(model) is called once for each loaded model. Its losses must already be normalised over an optimizer step:
-    micro-batches of a step are summed.
+    micro-batches of a step are summed. With `ema_decay` the result is the moving average of the trained weights.
     """
 
     load: Callable[[], Any]
@@ -78,33 +61,7 @@ class FitTask:
     identity: str
     carried: Mapping[str, torch.Tensor] | None = None
     callbacks: Sequence[TrainerCallback] = ()
-    companion: Callable[[Mapping[str, torch.Tensor]], CheckpointedState] | None = (
-        None  # made anew for each loaded model
-    )
-
-
-def checked_loss(loss: Loss, name: str) -> Loss:
-    """The loss of an objective of this name. Raises ExtensionError where it fails or gives back no two tensors."""
-
-    def checked(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        try:
-            result = loss(batch)
-        except Exception as error:
-            if ":" not in name or is_out_of_memory(error):
-                raise
-            raise ExtensionError(
-                f"training.objective: `loss` of {name} raised {type(error).__name__}: {error}. Fix it and "
-                f"resume the run."
-            ) from error
-        pair = isinstance(result, tuple) and len(result) == 2 and all(torch.is_tensor(part) for part in result)
-        if not pair or any(part.dim() for part in result) or not result[0].requires_grad:
-            raise ExtensionError(
-                f"training.objective: `loss` of {name} must return two tensors without dimensions, the loss (with its "
-                "gradient) and the weight behind it; it does not. Fix it and resume the run."
-            )
-        return result
-
-    return checked
+    ema_decay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +74,35 @@ class FitResult:
     micro_batch: int
     accumulation: int
     out_of_memory: tuple[int, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+
+
+def checked_loss(loss: Loss, name: str) -> Loss:
+    """The loss of an objective of this name. Raises ExtensionError where it fails or does not return two tensors."""
+
+    def checked(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            result = loss(batch)
+        except Exception as error:
+            if ":" not in name or is_out_of_memory(error):
+                raise
+            raise ExtensionError(
+                f"training.objective: `loss` of {name} raised {type(error).__name__}: {error}. Fix it and resume the "
+                "run."
+            ) from error
+        pair = isinstance(result, tuple) and len(result) == 2 and all(torch.is_tensor(part) for part in result)
+        if not pair or any(part.dim() for part in result) or not result[0].requires_grad:
+            raise ExtensionError(
+                f"training.objective: `loss` of {name} must return two tensors without dimensions, the loss (with its "
+                "gradient) and the weight behind it; it does not. Fix it and resume the run."
+            )
+        return result
+
+    return checked
 
 
 def fit(task: FitTask, config: TrainingConfig, work: Path, device: torch.device) -> FitResult:
-    """The model fitted to the task's rows, bit for bit the same however often it was interrupted under `work`.
+    """Trains on the task's rows, bit for bit the same however often it was interrupted under `work`.
 
     Raises ModelError if a loss, a gradient or a weight is not finite; OutOfMemory if even one row does not fit.
     """
@@ -144,37 +125,37 @@ def fit(task: FitTask, config: TrainingConfig, work: Path, device: torch.device)
 def _attempt(task: FitTask, config: TrainingConfig, size: MicroBatch, work: Path, device: torch.device) -> FitResult:
     model = task.load()
     checkpoint, rejected = newest_verified(work, task.identity)
-    companion = task.companion(trained(model)) if task.companion else None
-    watch = FitCallback(task.identity, companion)
+    average = MovingAverage(trained(model), task.ema_decay) if task.ema_decay is not None else None
+    watch = FitCallback(task.identity, average)
     trainer = FitTrainer(task, model, watch, arguments(config, size, work, device, task.seed))
-    with settled_heap(model), quiet(), interruption.stretch(watch.promise):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if companion:
-        companion.publish(trained(model))
+    # Within, with a small model, collections skip what existed before: Trainer's own take 0.2 s a fit otherwise.
+    small = sum(weight.numel() for weight in model.parameters()) < SMALL
+    if small:
+        gc.freeze()
+    try:
+        with quiet(), interruption.stretch(watch.promise):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        if small:
+            gc.unfreeze()
+    if average:
+        average.publish(trained(model))
     refuse_non_finite(model)
     losses = tuple(entry["step_loss"] for entry in trainer.state.log_history if "step_loss" in entry)
     optimizer = optimizer_tensors(model, trainer.optimizer) if config.optimizer_state == "carried" else {}
     trainer.release()
-    notes = tuple(f"{name} did not verify and was not used" for name in rejected)
-    notes += many_passes(len(losses), config, len(task.rows))
+    notes = [f"{name} did not verify and was not used" for name in rejected]
+    steps_a_pass = math.ceil(len(task.rows) / (config.per_device_train_batch_size * config.gradient_accumulation_steps))
+    if len(losses) > MANY_PASSES * steps_a_pass:
+        field = "max_steps" if config.max_steps > 0 else "num_train_epochs"
+        notes.append(
+            f"{len(losses)} optimizer steps went {len(losses) / steps_a_pass:.0f} times over the round's "
+            f"{counted(len(task.rows), 'row')}: training.{field} = {getattr(config, field):g} is meant for each round. "
+            "Lower it, or raise prompts_per_round"
+        )
     if checkpoint:
-        notes += (f"training was taken up after step {checkpoint.name.rpartition('-')[2]} of {len(losses)}",)
-    return FitResult(model, losses, optimizer, size.rows, size.accumulation, size.too_large, notes)
-
-
-def many_passes(steps: int, config: TrainingConfig, rows: int) -> tuple[str, ...]:
-    """A note where a round went over its few rows so often that it learned them by heart."""
-    step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    passes = steps / math.ceil(rows / step)
-    if passes <= MANY_PASSES:
-        return ()
-    asked = (
-        f"max_steps = {config.max_steps}" if config.max_steps > 0 else f"num_train_epochs = {config.num_train_epochs:g}"
-    )
-    return (
-        f"{steps} optimizer steps went {passes:.0f} times over the round's {counted(rows, 'row')}: training.{asked} is "
-        "meant for each round. Lower it, or raise prompts_per_round",
-    )
+        notes.append(f"training was taken up after step {checkpoint.name.rpartition('-')[2]} of {len(losses)}")
+    return FitResult(model, losses, optimizer, size.rows, size.accumulation, size.too_large, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -187,11 +168,11 @@ class MicroBatch:
 
     @classmethod
     def read(cls, work: Path, config: TrainingConfig) -> MicroBatch:
-        """What an earlier attempt found to fit, else what is configured."""
+        """The size that fitted in an earlier attempt, else the configured one."""
         path = work / MICRO_BATCH
         if path.is_file():
-            found = json.loads(path.read_text())
-            return cls(found["rows"], found["accumulation"], tuple(found["too_large"]))
+            content = json.loads(path.read_text())
+            return cls(content["rows"], content["accumulation"], tuple(content["too_large"]))
         return cls(config.per_device_train_batch_size, config.gradient_accumulation_steps)
 
     def write(self, work: Path) -> None:
@@ -217,65 +198,88 @@ class MicroBatch:
 def arguments(
     config: TrainingConfig, size: MicroBatch, work: Path, device: torch.device, seed: int
 ) -> TrainingArguments:
-    """What transformers' Trainer is told; ConfigError where it refuses."""
+    """The arguments of transformers' Trainer. Raises ConfigError where it refuses them."""
     try:
         with quiet():
-            found = TrainingArguments(
+            args = TrainingArguments(
                 output_dir=str(work),
                 per_device_train_batch_size=size.rows,
                 gradient_accumulation_steps=size.accumulation,
                 save_strategy="steps",
+                save_total_limit=2,
                 logging_strategy="no",
                 logging_nan_inf_filter=False,
                 report_to="none",
                 disable_tqdm=True,
                 remove_unused_columns=False,
                 use_cpu=device.type == "cpu",
+                dataloader_pin_memory=device.type == "cuda",
                 seed=seed % 2**32,  # numpy takes no more
                 save_steps=config.save_steps or NEVER,
-                **{**_passed_on(config), "dataloader_pin_memory": device.type == "cuda", "save_total_limit": 2},
+                **{name: getattr(config, name) for name in PASSED_ON},
+                **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
                 **config.trainer_kwargs,
             )
     except (ValueError, TypeError, ImportError) as error:
-        what = str(error).strip().splitlines()[0]
-        raise ConfigError(f"training must be what transformers' Trainer takes: {what}") from error
-    if found.world_size > 1:  # the loss goes past the forward by which processes would exchange gradients
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"training must be what transformers' Trainer takes: {reason}") from error
+    if args.world_size > 1:  # the loss bypasses the forward by which processes would exchange gradients
         raise ConfigError(
-            f"A round is trained by one process; a launcher began {found.world_size}. Start raftune without it."
+            f"A round is trained by one process; a launcher began {args.world_size}. Start raftune without it."
         )
-    if found.n_gpu > 1:  # without a launcher Trainer would take all GPUs through DataParallel; a fit runs on the first
-        found._n_gpu = 1
-    return found
+    if args.n_gpu > 1:  # without a launcher Trainer would take all GPUs through DataParallel
+        args._n_gpu = 1
+    return args
 
 
-def _passed_on(config: TrainingConfig) -> dict[str, Any]:
-    names = (
-        "learning_rate num_train_epochs max_steps lr_scheduler_type warmup_steps weight_decay max_grad_norm optim bf16"
-    )
-    checkpointing = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
-    return {name: getattr(config, name) for name in names.split()} | checkpointing
+class MovingAverage:
+    """An exponential moving average of named weights, in float32: bfloat16 would round its small moves away.
 
-
-class FitCallback(TrainerCallback):  # type: ignore[misc]
-    """Notes the loss of each step, stops at the first that is not finite, and seals checkpoints once they are whole.
-
-    A checkpoint is due about once a minute (Pace), and where a stop was asked for. When it was taken leaves no trace in
-    the result.
+    Step n mixes in 1 - d of the weights, d = min(decay, n / (n + 9)) and 0 at the first: an average over a fit's own
+    steps, without the weights that it started from. The rule is that of diffusers' EMAModel.
     """
 
-    def __init__(self, identity: str, companion: CheckpointedState | None = None) -> None:
-        self.identity, self.companion = identity, companion
+    def __init__(self, weights: Mapping[str, torch.Tensor], decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self.shadow = {name: weight.detach().float().clone() for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def follow(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Moves towards the weights after an optimizer step."""
+        self.steps += 1
+        decay = min(self.decay, self.steps / (self.steps + 9)) if self.steps > 1 else 0.0
+        for name, weight in weights.items():
+            self.shadow[name].lerp_(weight.float(), 1 - decay)
+
+    @torch.no_grad()
+    def publish(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Replaces the weights by the average."""
+        for name, weight in weights.items():
+            weight.copy_(self.shadow[name])
+
+    def write(self, folder: Path) -> None:
+        """Into a checkpoint, before it is sealed."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.shadow.items()}
+        save_file(tensors | {"steps": torch.tensor(self.steps)}, folder / AVERAGE, metadata={"format": "pt"})
+
+    def read(self, folder: Path) -> None:
+        """Out of a checkpoint that verified."""
+        tensors = load_file(folder / AVERAGE)
+        self.steps = int(tensors.pop("steps"))
+        for name, shadow in self.shadow.items():
+            shadow.copy_(tensors[name])
+
+
+class FitCallback(CheckpointCallback):
+    """Records the loss of each step, and stops at the first that is not finite."""
+
+    def __init__(self, identity: str, average: MovingAverage | None) -> None:
+        super().__init__(identity)
+        self.average = average
         self.loss = self.mass = 0.0
-        self.pace, self.nbytes = SavePace(), 0
-        self._began = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.nbytes = checkpoint_bytes(model)
-        self.pace = SavePace()
-
-    def promise(self) -> str:
-        """What a stop after the current step keeps, in words."""
-        return self.pace.promise(lambda: self.nbytes)
+        self.start(3 * sum(weight.nbytes for weight in trained(model).values()))  # each weight has two moments
 
     def add(self, loss: float, mass: float) -> None:
         self.loss, self.mass = self.loss + loss, self.mass + mass
@@ -286,22 +290,14 @@ class FitCallback(TrainerCallback):  # type: ignore[misc]
         if not math.isfinite(loss):
             raise ModelError(_not_finite(f"The loss of step {state.global_step}", loss))
         state.log_history.append({"step": state.global_step, "step_loss": loss})
-        if self.companion:
-            self.companion.follow(trained(model))
+        if self.average:
+            self.average.follow(trained(model))
         pulse.tell(state.global_step, state.max_steps, "steps")
-        if state.global_step >= state.max_steps:  # what follows is the model itself: nothing would read this checkpoint
-            control.should_save = False
-            return
-        control.should_save |= self.pace.due(lambda: self.nbytes)
-        self._began = time.monotonic()
-        if not control.should_save:
-            interruption.raise_if_asked()
+        super().on_step_end(args, state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         refuse_non_finite(model)
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.identity)
-        self.pace.took(time.monotonic() - self._began, self.nbytes)
-        interruption.raise_if_asked()
+        super().on_save(args, state, control)
 
 
 def _not_finite(what: str, value: object) -> str:
@@ -315,11 +311,6 @@ def refuse_non_finite(model: Any) -> None:
             raise ModelError(_not_finite("Every weight", f"a NaN or an infinity in {name}"))
 
 
-def checkpoint_bytes(model: Any) -> int:
-    """About how much a checkpoint writes: the trained weights and two moments of each."""
-    return int(3 * sum(weight.nbytes for weight in model.parameters() if weight.requires_grad))
-
-
 def trained(model: Any) -> dict[str, torch.Tensor]:
     """The weights that the fit changes, by name; tied ones once."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -331,15 +322,19 @@ class FitTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, task: FitTask, model: Any, watch: FitCallback, args: TrainingArguments) -> None:
         self.task, self.watch = task, watch
         self.objective = task.objective(model)
-        callbacks = [watch, *task.callbacks]
-        # Trainer takes a loss for normalised over the whole step where it was given a loss function.
-        given = {"compute_loss_func": self.objective, "callbacks": callbacks}
         cached = getattr(getattr(model, "config", None), "use_cache", None)
-        super().__init__(model=model, args=args, train_dataset=task.rows, data_collator=task.collate, **given)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=task.rows,
+            data_collator=task.collate,
+            callbacks=[watch, *task.callbacks],
+            compute_loss_func=self.objective,  # given one, Trainer takes the loss as normalised over the whole step
+        )
         if cached is not None:  # Trainer switches the cache off in the config, which is saved with the model
             model.config.use_cache = cached
-        for name in ("PrinterCallback", "ProgressCallback"):  # stdout belongs to results
-            for callback in [c for c in self.callback_handler.callbacks if type(c).__name__ == name]:
+        for callback in list(self.callback_handler.callbacks):  # stdout belongs to results
+            if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
                 self.remove_callback(callback)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
@@ -347,7 +342,7 @@ class FitTrainer(Trainer):  # type: ignore[misc]
         return LengthGroupedSampler(self.task.lengths, step, self.task.seed)
 
     def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self.accelerator.autocast():  # the backbone is called past the forward that accelerate wraps
+        with self.accelerator.autocast():  # the backbone is called without the forward that accelerate wraps
             loss, mass = self.objective(inputs)
         self.watch.add(loss.item(), mass.item())
         return loss
@@ -362,7 +357,15 @@ class FitTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.task.carried and not optimizer.state:
-            restore_optimizer(self.model, optimizer, self.task.carried)
+            weights = trained(self.model)
+            for key, value in self.task.carried.items():  # as `optimizer_tensors` named them
+                name, _, entry = key.rpartition("/")
+                if name not in weights:
+                    raise ModelError(
+                        f"The carried optimizer must be of this model; it has {name!r}. Set optimizer_state: fresh."
+                    )
+                device = weights[name].device if value.dim() else torch.device("cpu")
+                optimizer.state[weights[name]][entry] = value.clone().to(device)
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -370,17 +373,17 @@ class FitTrainer(Trainer):  # type: ignore[misc]
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: weight.detach().contiguous() for name, weight in trained(self.model).items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        if self.watch.companion:
-            self.watch.companion.write(folder)
+        if self.watch.average:
+            self.watch.average.write(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved, wanted = load_file(Path(resume_from_checkpoint) / WEIGHTS), trained(self.model)
-        assert saved.keys() == wanted.keys(), "the identity of a checkpoint covers the model's parameters"
+        saved, weights = load_file(Path(resume_from_checkpoint) / WEIGHTS), trained(self.model)
+        assert saved.keys() == weights.keys(), "the identity of a checkpoint covers the model's parameters"
         with torch.no_grad():
-            for name, weight in wanted.items():
+            for name, weight in weights.items():
                 weight.copy_(saved[name])
-        if self.watch.companion:
-            self.watch.companion.read(Path(resume_from_checkpoint))
+        if self.watch.average:
+            self.watch.average.read(Path(resume_from_checkpoint))
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Zero: counting them walks over all parameters at every step."""
@@ -397,31 +400,18 @@ class FitTrainer(Trainer):  # type: ignore[misc]
 
 def optimizer_tensors(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
     """The optimizer's state as `parameter/entry` → tensor; numbers become tensors of no dimension."""
-    inner = getattr(optimizer, "optimizer", optimizer)
+    state = getattr(optimizer, "optimizer", optimizer).state
     return {
         f"{name}/{entry}": value.detach().cpu().contiguous() if torch.is_tensor(value) else torch.tensor(value)
         for name, weight in trained(model).items()
-        for entry, value in inner.state.get(weight, {}).items()
+        for entry, value in state.get(weight, {}).items()
         if value is not None
     }
 
 
-def restore_optimizer(model: Any, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Puts what `optimizer_tensors` gave back under the parameters of the same names."""
-    weights = trained(model)
-    for key, value in tensors.items():
-        name, _, entry = key.rpartition("/")
-        if name not in weights:
-            raise ModelError(
-                f"The carried optimizer must be of this model; it has {name!r}. Set optimizer_state: fresh."
-            )
-        place = weights[name].device if value.dim() else torch.device("cpu")
-        optimizer.state[weights[name]][entry] = value.clone().to(place)
-
-
 @contextlib.contextmanager
 def kept_rng() -> Iterator[None]:
-    """Within, the global random states may be set as one likes; after, they are what they were."""
+    """Restores the global random states afterwards."""
     python, arrays, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
@@ -432,16 +422,3 @@ def kept_rng() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
-
-
-@contextlib.contextmanager
-def settled_heap(model: Any) -> Iterator[None]:
-    """Within, with a small model, collections pass over what was there before: Trainer's own takes 0.2 s a fit else."""
-    small = sum(weight.numel() for weight in model.parameters()) < SMALL
-    if small:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if small:
-            gc.unfreeze()

@@ -15,24 +15,21 @@ POOL = 50
 
 
 def grouped_order(lengths: Sequence[int], step: int, seed: int, epoch: int) -> IntArray:
-    """A permutation of the rows in which every `step` successive ones are of like length.
+    """A permutation of the rows in which every `step` successive ones have similar lengths.
 
-    Rows are shuffled, sorted by length within pools of POOL steps, and cut into steps, which are shuffled again: so a
-    step's length says nothing about its place. What does not fill a step comes last, as Trainer expects.
+    Rows are shuffled, sorted by length within pools of POOL steps, and cut into steps, which are shuffled again: a
+    step's length is independent of its position. Rows that do not fill a step come last, as Trainer expects.
     """
     random = np.random.default_rng(derive_seed(seed, "order", epoch))
-    order = random.permutation(len(lengths))
-    size = np.asarray(lengths)
+    order, size = random.permutation(len(lengths)), np.asarray(lengths)
     whole = len(order) // step * step
-    pools = [order[i : min(i + POOL * step, whole)] for i in range(0, whole, POOL * step)]
-    ordered = [_longest_first(pool, size) for pool in pools]
-    steps = np.concatenate(ordered).reshape(-1, step) if ordered else np.empty((0, step), dtype=np.int64)
-    rest = _longest_first(order[whole:], size)
-    return np.concatenate([random.permutation(steps).reshape(-1), rest]).astype(np.int64)
 
+    def longest_first(rows: IntArray) -> IntArray:
+        return rows[np.argsort(-size[rows], kind="stable")]
 
-def _longest_first(rows: IntArray, size: IntArray) -> IntArray:
-    return rows[np.argsort(-size[rows], kind="stable")]
+    pools = [longest_first(order[i : min(i + POOL * step, whole)]) for i in range(0, whole, POOL * step)]
+    steps = np.concatenate(pools).reshape(-1, step) if pools else np.empty((0, step), dtype=np.int64)
+    return np.concatenate([random.permutation(steps).reshape(-1), longest_first(order[whole:])]).astype(np.int64)
 
 
 class LengthGroupedSampler(Sampler[int]):

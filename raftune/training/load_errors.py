@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from raftune.sanitize import first_line, one_line
 
 UNTRUSTED = "trust_remote_code"  # what transformers asks for where a model needs code of its own
 LFS = b"version https://git-lfs"
-# A word in an error about a missing package, and what else helps than installing it.
+# A word in an error about a missing package: the package, and an alternative to installing it.
+UNQUANTIZED = "or name a model that is not quantized"
 PACKAGES = {
-    "flash_attn": ("flash-attn", "or set policy.attn_implementation: sdpa"),
-    "flash-attn": ("flash-attn", "or set policy.attn_implementation: sdpa"),
-    "flashattention": ("flash-attn", "or set policy.attn_implementation: sdpa"),
-    "bitsandbytes": ("bitsandbytes", "or name a model that is not quantized"),
-    "gptqmodel": ("gptqmodel", "or name a model that is not quantized"),
-    "optimum": ("optimum", "or name a model that is not quantized"),
-    "auto-gptq": ("gptqmodel", "or name a model that is not quantized"),
-    "autoawq": ("autoawq", "or name a model that is not quantized"),
-    "compressed_tensors": ("compressed-tensors", "or name a model that is not quantized"),
-    "compressed-tensors": ("compressed-tensors", "or name a model that is not quantized"),
-    "sentencepiece": ("sentencepiece", "or save a tokenizer.json beside the model"),
-    "tiktoken": ("tiktoken", "or save a tokenizer.json beside the model"),
+    **dict.fromkeys(
+        ("flash_attn", "flash-attn", "flashattention"), ("flash-attn", "or set policy.attn_implementation: sdpa")
+    ),
+    "bitsandbytes": ("bitsandbytes", UNQUANTIZED),
+    **dict.fromkeys(("gptqmodel", "auto-gptq"), ("gptqmodel", UNQUANTIZED)),
+    "optimum": ("optimum", UNQUANTIZED),
+    "autoawq": ("autoawq", UNQUANTIZED),
+    **dict.fromkeys(("compressed_tensors", "compressed-tensors"), ("compressed-tensors", UNQUANTIZED)),
+    **{name: (name, "or save a tokenizer.json beside the model") for name in ("sentencepiece", "tiktoken")},
     "mamba_ssm": ("mamba-ssm", "or name another model"),
 }
 MISMATCH = re.compile(
@@ -35,38 +32,29 @@ def why_not_loaded(error: BaseException, place: str | Path) -> str:
     """The cause, and the fix, as sentences. `place` is the folder or hub name that was read."""
     if UNTRUSTED in str(error):
         return "it needs Python code that comes with it. Read that code, then set trust_remote_code: true."
-    cause, fix = _damaged(place) or _mismatched(error) or _lacking(error) or _pickled(error, place) or ("", "")
+    folder = Path(place).expanduser()
+    weights = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".bin") and p.is_file())
+    cause, fix = _damaged(weights) or _mismatched(error) or _lacking(error) or _pickled(error, weights) or ("", "")
     return f"{cause}. {fix}." if cause else f"{one_line(first_line(error), 300)}."
 
 
-def _damaged(place: str | Path) -> tuple[str, str] | None:
-    """The first file of weights in the folder that is not what its name says."""
-    for path in _weights(Path(place).expanduser()):
+def _damaged(weights: list[Path]) -> tuple[str, str] | None:
+    """The first file of weights that is not what its name says."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in weights:
         with path.open("rb") as file:
             head = file.read(len(LFS))
         if head == LFS:
             return f"{path.name} is a git-lfs pointer and not the weights", f"Run `git lfs pull` in {path.parent}"
-        if path.suffix == ".safetensors" and (fault := _fault(path)):
-            size = path.stat().st_size
-            return f"{path.name} ({size} bytes) is cut short or damaged ({fault})", "Copy or download it again"
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="np") as tensors:
+                    tensors.keys()
+            except (SafetensorError, OSError) as error:
+                size, fault = path.stat().st_size, first_line(error)
+                return f"{path.name} ({size} bytes) is cut short or damaged ({fault})", "Copy or download it again"
     return None
-
-
-def _weights(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield from sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".bin") and p.is_file())
-
-
-def _fault(path: Path) -> str:
-    """What safetensors says of the file; empty where it opens."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            file.keys()
-    except (SafetensorError, OSError) as error:
-        return first_line(error)
-    return ""
 
 
 def _mismatched(error: BaseException) -> tuple[str, str] | None:
@@ -83,9 +71,8 @@ def _lacking(error: BaseException) -> tuple[str, str] | None:
         return None
     for word, (package, other) in PACKAGES.items():
         if word in text.lower():
-            return f"it needs the package {package}, which is not installed or does not work here", (
-                f"Install {package}, {other}"
-            )
+            cause = f"it needs the package {package}, which is not installed or does not work here"
+            return cause, f"Install {package}, {other}"
     if match := re.search(r"pip install (?:-\S+ )*[\"']?([A-Za-z0-9_.-]+)", text):
         return f"it needs the package {match[1]}", f"Install {match[1]}"
     if isinstance(error, ModuleNotFoundError) and error.name:
@@ -93,8 +80,8 @@ def _lacking(error: BaseException) -> tuple[str, str] | None:
     return None
 
 
-def _pickled(error: BaseException, place: str | Path) -> tuple[str, str] | None:
-    text, kinds = str(error), {path.suffix: path.name for path in _weights(Path(place).expanduser())}
+def _pickled(error: BaseException, weights: list[Path]) -> tuple[str, str] | None:
+    text, kinds = str(error), {path.suffix: path.name for path in weights}
     refused = type(error).__name__ == "UnpicklingError" or "weights_only" in text or "torch.load" in text
     if not refused and (".bin" not in kinds or ".safetensors" in kinds):
         return None

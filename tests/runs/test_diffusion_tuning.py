@@ -19,7 +19,7 @@ from raftune.config import validate
 from raftune.data.images import image_of, png_of
 from raftune.errors import ConfigError, DataError
 from raftune.policies.diffusion import Diffusion
-from raftune.policies.diffusion.latents import latents_of
+from raftune.policies.diffusion.images import latents_of
 from raftune.results.export import export
 from raftune.results.model_card import publish_model
 from raftune.runtime.assembly import PythonObjects

@@ -32,7 +32,8 @@ def plan(
 
     Everything is checked that needs no training: data, model, rewards, selection. A probe generates, scores and trains
     on two prompts in a temporary folder, for at most --probe-seconds; if that is not enough it uses fewer tokens and
-    rows and says so. --no-probe skips it. Nothing is written to the run's directory.
+    rows and says so. --no-probe skips it: there is no time then, and memory is by parameter counts. Nothing is written
+    to the run's directory.
     """
     from raftune.planning import forecast
     from raftune.runtime.progress import StepProgress
@@ -106,17 +107,15 @@ def measured_memory(forecast: Forecast, config: RunConfig) -> str:
 
 def time(forecast: Forecast) -> str:
     probe, seconds = forecast.probe, forecast.seconds or {}
-    source = forecast.model.seconds_basis
-    if probe is not None:
-        source = f"from a probe of two prompts that took {duration(probe.seconds)}"
-        if probe.cut_short:
-            source += f"; extrapolated: {', '.join(probe.cut_short)}"
-        if probe.missing:
-            missing = ", ".join(probe.missing)
-            source += f"; not measured within {probe.limit:g} s: {missing} (--probe-seconds gives more)"
+    assert probe is not None
+    source = f"from a probe of two prompts that took {duration(probe.seconds)}"
+    if probe.cut_short:
+        source += f"; extrapolated: {', '.join(probe.cut_short)}"
+    if probe.missing:
+        missing = ", ".join(probe.missing)
+        source += f"; not measured within {probe.limit:g} s: {missing} (--probe-seconds gives more)"
     if not seconds:
         return f"not known ({source})"
     total = sum(seconds.values())
     shares = ", ".join(f"{name} {percent(value / total)}" for name, value in seconds.items() if value > 0)
-    least = "more than" if probe is not None and probe.missing else "about"
-    return f"{least} {duration(total)}: {shares} ({source})"
+    return f"{'more than' if probe.missing else 'about'} {duration(total)}: {shares} ({source})"

@@ -12,15 +12,11 @@ from raftune.policies.footprint import (
     ADAM,
     BYTES,
     PER_TOKEN,
-    DiskForecast,
     Footprint,
     MeasuredPeak,
     MemoryPeaks,
     RoundAmounts,
     in_short,
-    kept_models,
-    sample_disk,
-    takes_checkpoints,
 )
 from raftune.sanitize import megabytes
 
@@ -147,7 +143,7 @@ class ModelFootprint(Footprint):
         return TextMemory(
             weights=self.parameters // 2 if four_bits else self.parameters * self.weight,
             cache=alive * self.length(config, longest_prompt) * self.cached_token,
-            trained_state=self.trained * self.trained_weight * (1 + ADAM),
+            trained_state=self.saved * (1 + ADAM),
         )
 
     def peaks(
@@ -164,7 +160,7 @@ class ModelFootprint(Footprint):
             run_drawing = drawing.most + int(max(0, cached) * self.cached_token + max(0, logits))
         if training is not None:
             batch = config.training.per_device_train_batch_size
-            held = self.parameters * self.weight + self.trained * self.trained_weight * (1 + ADAM)
+            held = self.parameters * self.weight + self.saved * (1 + ADAM)
             activations = max(0, training.most - training.before - held)
             times = batch * longest / max(1.0, training.rows * (prompt + training.tokens))
             run_training = training.most + int(activations * max(0.0, times - 1))
@@ -172,13 +168,13 @@ class ModelFootprint(Footprint):
             drawing.most if drawing else None, training.most if training else None, run_drawing, run_training
         )
 
-    def disk(
-        self, config: RunConfig, planned: RoundAmounts, sample: float | None = None, fit: float | None = None
-    ) -> DiskForecast:
-        model = self.trained * self.trained_weight
-        checkpoint = model * (1 + ADAM) if takes_checkpoints(config, planned, fit) else 0
+    @property
+    def saved(self) -> int:
+        return self.trained * self.trained_weight
+
+    def sample_bytes(self, config: RunConfig, planned: RoundAmounts, sample: float | None) -> tuple[int, int]:
         content = config.sampling.max_completion_length * PER_TOKEN if sample is None else sample
-        return sample_disk(planned, content, kept_models(config, planned.rounds) * model, checkpoint)
+        return super().sample_bytes(config, planned, content)
 
 
 def cached_token(found: Any, size: int) -> int:

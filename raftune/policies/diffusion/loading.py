@@ -21,23 +21,25 @@ from accelerate import init_empty_weights
 from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.diffusion import lora
-from raftune.policies.diffusion.components import PipelineComponent, denoiser_of, read_index, refuse_missing_parts
-from raftune.policies.diffusion.pipelines import adapter_class
-from raftune.policies.diffusion.pipelines.base import Conditions
-from raftune.policies.diffusion.references import (
+from raftune.policies.diffusion.model_folder import (
     PASSED_ON,
     RECORD,
-    ModelRecord,
+    PipelineComponent,
     PipelineSource,
+    denoiser_of,
+    read_index,
     read_record,
+    refuse_missing_parts,
     source_of,
 )
+from raftune.policies.diffusion.pipelines import adapter_class
+from raftune.policies.diffusion.pipelines.base import Conditions
 from raftune.training.devices import choose_device
 from raftune.training.load_errors import why_not_loaded
 from raftune.training.quiet import quiet
 
-LARGE = 64 * 2**20  # bytes: a frozen part above this leaves the accelerator once it has done its work
-# What raftune tells from_pretrained itself, with the field to use.
+LARGE = 64 * 2**20  # bytes: a frozen part above this leaves the accelerator after use
+# Arguments of from_pretrained that raftune sets, with the field to use.
 OURS = {
     "torch_dtype": "policy.dtype",
     "dtype": "policy.dtype",
@@ -52,14 +54,14 @@ OURS = {
 
 
 class FrozenComponents:
-    """The parts of a pipeline that no round changes, read on first use; and what is remembered of them.
+    """The parts of a pipeline that no round changes, read on first use.
 
-    `pipe` has a denoiser without weights, so that everything can be asked that its configuration answers.
+    `pipe` has a denoiser without weights, for everything that its configuration answers.
     """
 
     def __init__(self, config: DiffusionPolicy, start: Path) -> None:
         self._config, self._start = config, start
-        self.encoded: dict[Any, Conditions] = {}  # prompts as conditions: filled, and bounded, by encoding.Encoder
+        self.encoded: dict[Any, Conditions] = {}  # encoded prompts: filled and bounded by encoding.PromptEncoder
 
     @cached_property
     def source(self) -> PipelineSource:
@@ -67,8 +69,8 @@ class FrozenComponents:
 
     @cached_property
     def denoiser(self) -> PipelineComponent:
-        """What of the pipeline is aligned, by its name and class."""
-        return denoiser_of(read_index(self.source.folder))
+        """Name and class of the part that is trained."""
+        return denoiser_of(self.source.folder)
 
     @cached_property
     def pipe(self) -> Any:
@@ -77,8 +79,8 @@ class FrozenComponents:
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
         """The frozen networks by name."""
-        found = {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
-        return {name: part for name, part in found.items() if name != self.denoiser.name}
+        parts = self.pipe.components.items()
+        return {n: part for n, part in parts if isinstance(part, torch.nn.Module) and n != self.denoiser.name}
 
     @property
     def nbytes(self) -> int:
@@ -115,30 +117,30 @@ _SHARED: WeakValueDictionary[tuple[str, ...], FrozenComponents] = WeakValueDicti
 def load_pipeline(config: DiffusionPolicy, start: Path) -> FrozenComponents:
     """The frozen parts of the start's pipeline, on the CPU; the same object for as long as anyone holds it."""
     key = (str(start.resolve()), repr(read_record(start)), config.model_dump_json())
-    found = _SHARED.get(key)
-    if found is None:
-        found = _SHARED[key] = FrozenComponents(config, start)
-    return found
+    frozen = _SHARED.get(key)
+    if frozen is None:
+        frozen = _SHARED[key] = FrozenComponents(config, start)
+    return frozen
 
 
 def read_pipeline(config: DiffusionPolicy, source: PipelineSource, part: PipelineComponent) -> Any:
     """The pipeline without its denoiser's weights. Raises ModelError where a part is missing or does not load."""
-    index = read_index(source.folder)
-    kind = adapter_class(str(index["_class_name"]))
-    assert kind.denoiser_name == part.name
-    left_out = frozenset(name for name, value in config.pipeline_init_kwargs.items() if value is None)
-    refuse_missing_parts(source.folder, index, left_out, source.variant)
-    with quiet():  # its module is read now, and says what it thinks of a machine without torchvision
-        pipeline = getattr(diffusers, str(index["_class_name"]))
+    name = str(read_index(source.folder)["_class_name"])
+    assert adapter_class(name).denoiser_name == part.name
+    left_out = frozenset(part for part, value in config.pipeline_init_kwargs.items() if value is None)
+    refuse_missing_parts(source.folder, left_out, source.variant)
+    with quiet():  # the pipeline's module is imported here, and may warn
+        pipeline = getattr(diffusers, name)
     refuse_init_kwargs(config.pipeline_init_kwargs, pipeline)
+    kind = getattr(diffusers, part.kind)
+    with init_empty_weights():
+        hollow = kind.from_config(kind.load_config(str(source.folder / part.name)))
     options = {"dtype": getattr(torch, config.dtype), "use_safetensors": True, "trust_remote_code": False}
-    passed = {name: value for name, value in config.pipeline_init_kwargs.items() if name not in PASSED_ON}
+    options |= {key: value for key, value in config.pipeline_init_kwargs.items() if key not in PASSED_ON}
     try:
         with quiet():
             pipe = diffusers.DiffusionPipeline.from_pretrained(
-                str(source.folder),
-                variant=source.variant,
-                **{part.name: hollow(source.folder, part), **options, **passed},
+                str(source.folder), variant=source.variant, **{part.name: hollow, **options}
             )
     except Exception as error:
         raise ModelError(
@@ -146,27 +148,10 @@ def read_pipeline(config: DiffusionPolicy, source: PipelineSource, part: Pipelin
             f"{why_not_loaded(error, source.folder)}"
         ) from error
     pipe.set_progress_bar_config(disable=True)
-    for name, module in pipe.components.items():
-        if isinstance(module, torch.nn.Module) and name != part.name:
+    for component, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module) and component != part.name:
             module.requires_grad_(False).eval()
     return pipe
-
-
-def hollow(folder: Path, part: PipelineComponent) -> Any:
-    """The denoiser with its configuration and no weights (they are on the meta device)."""
-    kind = getattr(diffusers, part.kind)
-    with init_empty_weights():
-        return kind.from_config(kind.load_config(str(folder / part.name)))
-
-
-def refuse_unmerged(pipe: Any) -> None:
-    """Raises ModelError for a pipeline with a LoRA on it: saved as it is, its weights would bear other names."""
-    loaded = [name for name, part in pipe.components.items() if getattr(part, "peft_config", None)]
-    if loaded:
-        raise ModelError(
-            f"a pipeline given as an object must have no LoRA on it; its {loaded[0]} has one. Merge it first: "
-            "pipe.fuse_lora(); pipe.unload_lora_weights()."
-        )
 
 
 def refuse_init_kwargs(given: Mapping[str, Any], pipeline: Any) -> None:
@@ -198,67 +183,56 @@ def load_denoiser(config: DiffusionPolicy, folder: Path, start: Path, *, train: 
     For training, a round's adapter is attached under the name "default" and trainable; where the folder has none, none
     is made. For generating it is merged where that is exact enough (float32), else attached.
     """
-    device = choose_device(config.device)
     record = read_record(folder)
     if record.kind == "adapter":
-        model = _beneath(config, folder, record, start)
+        base = record.place(folder) if folder.resolve() == start.resolve() else start
+        if (base / RECORD).is_file():
+            model = load_denoiser(config, base, base, train=False)
+        else:
+            model = _pipeline_denoiser(config, folder)
         lora.attach(model, folder)
         if not train and model.dtype == torch.float32:
             lora.merge(model)
     elif record.kind == "full":
-        source = source_of(folder, config)
-        part = denoiser_of(read_index(source.folder))
-        model = read_denoiser(config, folder, part, variant=None)
+        model = read_denoiser(config, folder, denoiser_of(source_of(folder, config).folder), variant=None)
     else:
-        model = _of_pipeline(config, folder)
-    return model.to(device).eval()
+        model = _pipeline_denoiser(config, folder)
+    return model.to(choose_device(config.device)).eval()
 
 
-def _beneath(config: DiffusionPolicy, folder: Path, record: ModelRecord, start: Path) -> Any:
-    """The denoiser on which a folder's LoRA rests: that of the initial model, or of what the start itself names."""
-    if folder.resolve() != start.resolve():
-        return load_denoiser(config, start, start, train=False)
-    place = (folder / record.model).resolve()
-    if (place / RECORD).is_file():
-        return load_denoiser(config, place, place, train=False)
-    return _of_pipeline(config, folder)
-
-
-def _of_pipeline(config: DiffusionPolicy, folder: Path) -> Any:
+def _pipeline_denoiser(config: DiffusionPolicy, folder: Path) -> Any:
     """The denoiser of the pipeline on which a folder rests."""
     source = source_of(folder, config)
-    return read_denoiser(config, source.folder, denoiser_of(read_index(source.folder)), source.variant)
+    return read_denoiser(config, source.folder, denoiser_of(source.folder), source.variant)
 
 
 def read_denoiser(config: DiffusionPolicy, folder: Path, part: PipelineComponent, variant: str | None) -> Any:
     """The denoiser in a subfolder. Raises ModelError where weights are missing or do not fit."""
-    kind = getattr(diffusers, part.kind)
-    has_variant = variant is not None and any((folder / part.name).glob(f"*.{variant}*.safetensors"))
-    options: dict[str, Any] = {"variant": variant} if has_variant else {}
+    place = folder / part.name
+    has_variant = variant is not None and any(place.glob(f"*.{variant}*.safetensors"))
     try:
         with quiet():
-            model, info = kind.from_pretrained(
+            model, info = getattr(diffusers, part.kind).from_pretrained(
                 str(folder),
                 subfolder=part.name,
                 torch_dtype=getattr(torch, config.dtype),
                 use_safetensors=True,
                 output_loading_info=True,
-                **options,
+                **({"variant": variant} if has_variant else {}),
             )
     except Exception as error:
         raise ModelError(
-            f"policy.model must hold its denoiser; {folder / part.name} did not load: "
-            f"{why_not_loaded(error, folder / part.name)}"
+            f"policy.model must hold its denoiser; {place} did not load: {why_not_loaded(error, place)}"
         ) from error
     if any(".lora_" in name for name in info["unexpected_keys"]):
         raise ModelError(
-            f"policy.model must have no LoRA on its denoiser; {folder / part.name} was saved with one. Load the "
-            "pipeline without it, load the LoRA, and save that merged: pipe.fuse_lora(); pipe.unload_lora_weights(); "
+            f"policy.model must have no LoRA on its denoiser; {place} was saved with one. Load the pipeline without "
+            "it, load the LoRA, and save that merged: pipe.fuse_lora(); pipe.unload_lora_weights(); "
             "pipe.save_pretrained(FOLDER)."
         )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"policy.model must hold all weights of its {part.kind}; {folder / part.name} lacks {len(missing)} "
+            f"policy.model must hold all weights of its {part.kind}; {place} lacks {len(missing)} "
             f"({', '.join(missing[:3])}), which would be random. Fetch the model again."
         )
     return model
@@ -277,6 +251,3 @@ def refuse_not_finite(modules: Mapping[str, torch.nn.Module]) -> None:
                 raise ModelError(
                     f"policy.model must have finite weights; {part}/{name} has a NaN or an infinity. Use another model."
                 )
-
-
-__all__ = ["FrozenComponents", "load_denoiser", "load_pipeline"]

@@ -1,4 +1,4 @@
-"""The denoising loss of a batch: noise levels, noise, and weights.
+"""The denoising loss of a batch, and what training changed, by noise level.
 
 Randomness is a function of (training seed, step, row): a resumed training uses the same noise, and so does one that had
 to halve its micro-batch.
@@ -14,14 +14,18 @@ import torch
 from transformers import TrainerCallback
 
 from raftune.config.training import DiffusionTraining
+from raftune.policies.diffusion.images import ImageRow
 from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter
 from raftune.policies.diffusion.schedules import Schedule, shares, stratified
 from raftune.records import derive_seed
 from raftune.training.fit import Batch
 
+PROBED = 8  # rows at which the trained and the initial denoiser are compared
+QUARTERS = 4  # of the noise range
+
 
 class StepCounter(TrainerCallback):  # type: ignore[misc]
-    """Knows the optimizer step that is being made: the same for all its micro-batches, and after a resume."""
+    """The current optimizer step: the same for all its micro-batches, and after a resume."""
 
     step = 0
 
@@ -31,7 +35,7 @@ class StepCounter(TrainerCallback):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class NoiseDraws:
-    """What is random about N rows at L levels each: (N, L) shares, (N, L) prompts left out, (N, L, C, h, w) noise."""
+    """The randomness of N rows at L levels each: (N, L) shares, (N, L) prompts left out, (N, L, C, h, w) noise."""
 
     shares: torch.Tensor
     dropped: torch.Tensor
@@ -40,10 +44,7 @@ class NoiseDraws:
 
 @dataclass(frozen=True)
 class DenoisingLoss:
-    """What a denoising loss is made of. The rows of `conditions` are those of the distinct prompts, and of no prompt.
-
-    Whose loss it is: the denoiser's in the binding's pipeline.
-    """
+    """The denoising loss of a denoiser. The rows of `conditions` are the distinct prompts, then no prompt."""
 
     binding: PipelineAdapter
     schedule: Schedule
@@ -53,43 +54,97 @@ class DenoisingLoss:
     clock: StepCounter
 
     def draws(self, rows: Sequence[int], shape: Sequence[int]) -> NoiseDraws:
-        """The samples of these rows in the clock's step; latents are of this (C, h, w)."""
-        every = [self._draws(row, tuple(shape)) for row in rows]
-        return NoiseDraws(*(torch.stack([one[i] for one in every]) for i in range(3)))
+        """The randomness of these rows in the clock's step; latents are of this (C, h, w)."""
+        levels, parts = self.config.noise_levels, []
+        for row in rows:
+            generator = torch.Generator("cpu").manual_seed(derive_seed(self.seed, "noise", self.clock.step, row))
+            uniform = stratified(1, levels, generator)[0]
+            dropped = torch.rand(levels, generator=generator) < self.config.condition_dropout
+            noise = torch.randn((levels, *shape), generator=generator)
+            parts.append((shares(uniform, self.config, self.schedule), dropped, noise))
+        return NoiseDraws(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
 
-    def _draws(self, row: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        generator = torch.Generator("cpu").manual_seed(derive_seed(self.seed, "noise", self.clock.step, row))
-        levels = self.config.noise_levels
-        uniform = stratified(1, levels, generator)[0]
-        dropped = torch.rand(levels, generator=generator) < self.config.condition_dropout
-        noise = torch.randn((levels, *shape), generator=generator)
-        return shares(uniform, self.config, self.schedule), dropped, noise
-
-    def over(self, binding: PipelineAdapter) -> DenoisingLoss:
+    def over(self, adapter: PipelineAdapter) -> DenoisingLoss:
         """The same loss of another denoiser."""
-        return replace(self, binding=binding)
+        return replace(self, binding=adapter)
 
     def terms(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The squared error of each row at each of its noise levels, over the elements of its latents; its share in the
-        loss; and the weight of all."""
+        """The squared error of each row at each of its noise levels, summed over the elements of its latents; its share
+        in the loss; and the weight of all."""
         x0, coefficients = batch["x0"], batch["coefficients"]
         draws = self.draws(batch["rows"].tolist(), x0.shape[1:])
         levels = draws.noise.shape[1]
-        none = len(self.conditions) - 1
-        asked = torch.where(draws.dropped, none, batch["prompts"].cpu()[:, None]).flatten()
+        prompts = torch.where(draws.dropped, len(self.conditions) - 1, batch["prompts"].cpu()[:, None]).flatten()
         t = self.schedule.times(draws.shares.flatten()).to(x0.device)
-        errors = self.errors(x0.repeat_interleave(levels, 0), draws.noise.flatten(0, 1), t, asked)
+        x0_levels = x0.repeat_interleave(levels, 0)
+        noise = draws.noise.flatten(0, 1).to(x0.device, x0.dtype)
+        predicted = self.predict(self.schedule.noised(x0_levels, noise, t), t, prompts)
+        errors = (predicted - self.schedule.target(x0_levels, noise, t)).square().flatten(1).sum(1)
         weights = self.schedule.weights(t, self.config.min_snr_gamma)
-        shares = coefficients.repeat_interleave(levels) / levels
-        return weights * errors, shares, coefficients.sum() * x0[0].numel()
+        return weights * errors, coefficients.repeat_interleave(levels) / levels, coefficients.sum() * x0[0].numel()
 
-    def errors(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-        """(N,) the squared error of each row, summed over the latent's elements; `asked` are rows of conditions."""
-        noise = noise.to(x0.device, x0.dtype)
-        said = self.predict(self.schedule.noised(x0, noise, t), t, asked)
-        return (said - self.schedule.target(x0, noise, t)).square().flatten(1).sum(1)
-
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-        """(N, C, h, w) in float32, of a denoiser of whatever type."""
-        conditions = self.conditions.take(asked).to(x_t.device)
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+        """(N, C, h, w) in float32; `prompts` (N,) are rows of the conditions."""
+        conditions = self.conditions.take(prompts).to(x_t.device)
         return self.binding.predict(x_t.to(self.binding.denoiser.dtype), t, conditions).float()
+
+
+# -- what training changed ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DenoisingProbe:
+    """R training rows, each at the middle of every quarter of the noise range: x_t, t and targets (R * 4, ...), and
+    their prompts."""
+
+    denoising: DenoisingLoss
+    x_t: torch.Tensor
+    t: torch.Tensor
+    target: torch.Tensor
+    prompts: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[ImageRow], denoising: DenoisingLoss) -> DenoisingProbe:
+        """Rows spread evenly over the fit's."""
+        count = min(PROBED, len(rows))
+        chosen = [rows[i * len(rows) // count] for i in range(count)]
+        x0 = torch.stack([row.x0 for row in chosen]).repeat_interleave(QUARTERS, 0)
+        noises = []
+        for row in chosen:
+            generator = torch.Generator().manual_seed(derive_seed(denoising.seed, "probe", row.number))
+            noises.append(torch.randn((QUARTERS, *x0.shape[1:]), generator=generator))
+        noise, schedule = torch.cat(noises), denoising.schedule
+        low, high = denoising.config.noise_range
+        middles = low + (high - low) * (torch.arange(QUARTERS, dtype=torch.float64) + 0.5) / QUARTERS
+        t = schedule.times(middles).repeat(count)
+        prompts = torch.tensor([row.prompt for row in chosen]).repeat_interleave(QUARTERS)
+        return cls(denoising, schedule.noised(x0, noise, t), t, schedule.target(x0, noise, t), prompts)
+
+    @torch.no_grad()
+    def predict(self, adapter: PipelineAdapter, rows: int) -> torch.Tensor:
+        """(R * 4, C, h, w) float32 on the CPU: the denoiser's predictions, so many rows at a time."""
+        device = next(adapter.denoiser.parameters()).device
+        denoising = self.denoising.over(adapter)
+        batches = [slice(first, first + rows) for first in range(0, len(self.t), rows)]
+        return torch.cat(
+            [denoising.predict(self.x_t[b].to(device), self.t[b].to(device), self.prompts[b]).cpu() for b in batches]
+        )
+
+    def compare(self, before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
+        """The mean squared error by quarter of the noise range, from the clean end on, now and at the start; and the
+        drift: the mean squared change of the predictions over the mean square of the start's, None where that is 0."""
+
+        def by_quarter(difference: torch.Tensor) -> torch.Tensor:
+            return difference.double().square().flatten(1).mean(1).reshape(-1, QUARTERS).mean(0)
+
+        def ratio(part: torch.Tensor, whole: torch.Tensor) -> float | None:
+            return float(part / whole) if whole > 0 else None
+
+        moved, size = by_quarter(after - before), by_quarter(before)
+        return {
+            "loss_by_quarter": by_quarter(after - self.target).tolist(),
+            "start_loss_by_quarter": by_quarter(before - self.target).tolist(),
+            "drift": ratio(moved.sum(), size.sum()),
+            "drift_by_quarter": [ratio(*pair) for pair in zip(moved, size, strict=True)],
+            "probed": len(before) // QUARTERS,
+        }

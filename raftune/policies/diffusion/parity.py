@@ -17,228 +17,197 @@ import numpy as np
 import torch
 
 from raftune.errors import ConfigError, ModelError, RaftuneError
-from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall, SampledImages
-from raftune.policies.diffusion.scheduler_trace import SchedulerStep, watched
+from raftune.policies.diffusion.pipelines.base import (
+    Conditions,
+    PipelineAdapter,
+    PipelineCall,
+    SampledImages,
+    SchedulerStep,
+    watched,
+)
 from raftune.sanitize import one_line
 from raftune.training.quiet import quiet
 
 STEPS = 2
-SEVERAL = 4  # steps until noise that was added on the way shows in what comes out
+SEVERAL = 4  # steps until noise that was added on the way shows in the result
 CELLS = 16  # of the latents' longer side, at most
-TEXTS = ("red", "a cat")
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # shares of the largest number
-GROWN = 10  # times as much may come of the rounding of several steps in another batch
+# Shares of the largest number that rounding may change, by dtype, and how many times as much over several steps.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+GROWN = 10
 
 
 @dataclass(frozen=True)
 class ParityResult:
-    """Of each step the largest difference between the two, as a share of the largest number, and its dtype's limit."""
+    """For each step the largest difference between the two as a share of the largest number; and its limit."""
 
     differences: tuple[float, ...]
     limit: float
 
 
-def refuse_unproven(binding: PipelineAdapter, kwargs: Mapping[str, Any] | None = None) -> ParityResult:
-    """Raises ModelError where the binding's prediction is not what the pipeline's scheduler is told.
+def refuse_unproven(adapter: PipelineAdapter, kwargs: Mapping[str, Any] | None = None) -> ParityResult:
+    """Raises ModelError where the adapter's prediction is not what the pipeline's scheduler gets.
 
     Two images of at most 16 x 8 latent cells are generated in two steps, with these pipeline_kwargs, and the denoiser
-    is asked again, then two and one in four steps: as much as twenty of its calls at that size, and a few decodings.
-    Needs the text encoders.
+    is called again on its inputs; then two images and one image in four steps. Needs the text encoders.
     """
-    call = smallest_call(binding, kwargs or {})
+    call, whose = smallest_call(adapter, kwargs or {}), _whose(adapter)
     with torch.no_grad(), quiet():
-        conditions = _asked(binding, call)
-        pictures, steps = _drawn(binding, conditions, call)
+        conditions = _conditions(adapter, call)
+        images, steps = _generate(adapter, conditions, call)
         limit = _limit(steps[0].output)
-        found = tuple(_difference(binding, step, conditions, call) for step in steps)
-        for step, difference in zip(steps, found, strict=True):
+        differences = tuple(_difference(adapter, step, conditions, call) for step in steps)
+        for step, difference in zip(steps, differences, strict=True):
             if not difference <= limit:
-                raise _refusal(
-                    f"at step {step.index + 1} of {len(steps)} (t = {step.time.item():g}), {_whose(binding)} "
+                raise _mismatch(
+                    f"at step {step.index + 1} of {len(steps)} (t = {step.time.item():g}), {whose} "
                     f"output differs from raftune's own by {difference:.3g} of its size ({limit:g} at most)",
                 )
-        _refuse_other_latents(binding, pictures, steps[-1], call)
-        _refuse_noise_of_no_seed(binding, conditions, call)
-    return ParityResult(found, limit)
+        _check_latents(adapter, images, steps[-1], call)
+        _check_seeds(adapter, conditions, call)
+    return ParityResult(differences, limit)
 
 
-def refuse_unseeded(binding: PipelineAdapter, kwargs: Mapping[str, Any] | None = None) -> None:
-    """Raises ModelError where an image does not come of its own seed alone; for runs that generate and train
-    nothing.
-    """
-    call = smallest_call(binding, kwargs or {})
+def refuse_unseeded(adapter: PipelineAdapter, kwargs: Mapping[str, Any] | None = None) -> None:
+    """Raises ModelError where an image does not depend on its own seed alone; for runs that train nothing."""
+    call = smallest_call(adapter, kwargs or {})
     with torch.no_grad(), quiet():
-        _refuse_noise_of_no_seed(binding, _asked(binding, call), call)
+        _check_seeds(adapter, _conditions(adapter, call), call)
 
 
-def smallest_call(binding: PipelineAdapter, kwargs: Mapping[str, Any]) -> PipelineCall:
-    """The least that shows everything: two steps, unguided, and images half as high as they are wide.
+def smallest_call(adapter: PipelineAdapter, kwargs: Mapping[str, Any]) -> PipelineCall:
+    """The cheapest call: two steps, unguided, and images half as high as they are wide.
 
-    A pipeline that has one size alone draws at that size, and PNDM with its Runge-Kutta start breaks below four steps.
+    A pipeline with one size alone generates at that size, and PNDM with its Runge-Kutta start breaks below four steps.
     """
-    height, width = _usual_size(binding)
-    if not _fixed(binding, height, width):
-        width = _up(min(width, CELLS * binding.factor), binding.multiple)
-        height = _up(min(height, width // 2), binding.multiple)
-    steps = STEPS if binding.pipe.scheduler.config.get("skip_prk_steps", True) else 4
+    try:
+        height, width = adapter.default_size()
+    except ConfigError:
+        height = width = CELLS * adapter.factor
+    if not adapter.fixed_size:
+        width = -(-min(width, CELLS * adapter.factor) // adapter.multiple) * adapter.multiple
+        height = -(-min(height, width // 2) // adapter.multiple) * adapter.multiple
+    steps = STEPS if adapter.pipe.scheduler.config.get("skip_prk_steps", True) else 4
     return PipelineCall(height, width, steps, 1.0, kwargs)
 
 
-def _usual_size(binding: PipelineAdapter) -> tuple[int, int]:
+def _conditions(adapter: PipelineAdapter, call: PipelineCall) -> Conditions:
+    """Of two prompts that differ, so that a mix-up of rows shows. Raises ModelError where they cannot be encoded."""
     try:
-        return binding.default_size()
-    except ConfigError:  # it has none, and is told one
-        return CELLS * binding.factor, CELLS * binding.factor
-
-
-def _fixed(binding: PipelineAdapter, height: int, width: int) -> bool:
-    """Whether it draws at its own size alone."""
-    try:
-        binding.refuse_size(height, width + binding.multiple)
-    except RaftuneError:
-        return True
-    return False
-
-
-def _up(pixels: int, multiple: int) -> int:
-    return -(-pixels // multiple) * multiple
-
-
-def _prompts(binding: PipelineAdapter) -> Sequence[Any]:
-    """Two that differ, so that a row that is told another's conditions shows."""
-    return TEXTS if binding.takes == "text" else (0, 1)
-
-
-def _asked(binding: PipelineAdapter, call: PipelineCall) -> Conditions:
-    """What two prompts tell the denoiser, on its device. Raises ModelError where they cannot be read."""
-    try:
-        asked = binding.encode(_prompts(binding)).to(binding.denoiser.device)
+        prompts = ("red", "a cat") if adapter.takes == "text" else (0, 1)
+        conditions = adapter.encode(prompts).to(adapter.denoiser.device)
     except (RaftuneError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise ModelError(
-            f"policy.model must read prompts; this {type(binding.pipe).__name__}'s text encoders failed with "
-            f"{_said(error)}. Look at its tokenizers (a tokenizer_config.json must say model_max_length), and whether "
+            f"policy.model must read prompts; this {type(adapter.pipe).__name__}'s text encoders failed with "
+            f"{_cause(error)}. Look at its tokenizers (a tokenizer_config.json must say model_max_length), and whether "
             "the pipeline reads prompts outside raftune."
         ) from error
-    return binding.guided(asked, call.guidance_scale)
+    return adapter.guided(conditions, call.guidance_scale)
 
 
-def _drawn(
-    binding: PipelineAdapter, conditions: Conditions, call: PipelineCall, seeds: Sequence[int] = (0, 1)
+def _generate(
+    adapter: PipelineAdapter, conditions: Conditions, call: PipelineCall, seeds: Sequence[int] = (0, 1)
 ) -> tuple[SampledImages, list[SchedulerStep]]:
-    """The images, and what passed through the scheduler. Raises ModelError where the pipeline cannot draw."""
+    """The images and the scheduler's steps. Raises ModelError where the pipeline cannot generate."""
     steps: list[SchedulerStep] = []
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     try:
-        with watched(binding.pipe.scheduler, steps.append):
-            pictures = binding.sample(conditions, None, generators, call)
+        with watched(adapter.pipe.scheduler, steps.append):
+            images = adapter.sample(conditions, None, generators, call)
     except (RaftuneError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise ModelError(
-            f"policy.model must generate; this {type(binding.pipe).__name__} failed at {call.height} x {call.width} "
-            f"pixels "
-            f"with {_said(error)}. Look at sampling.diffusion.pipeline_kwargs, and whether the "
-            "pipeline draws outside raftune."
+            f"policy.model must generate; this {type(adapter.pipe).__name__} failed at {call.height} x {call.width} "
+            f"pixels with {_cause(error)}. Look at sampling.diffusion.pipeline_kwargs, and whether the pipeline draws "
+            "outside raftune."
         ) from error
     if not steps:
-        raise _refusal(f"{_whose(binding)} scheduler was never asked for a step")
-    return pictures, steps
+        raise _mismatch(f"{_whose(adapter)} scheduler was never asked for a step")
+    return images, steps
 
 
-def _difference(binding: PipelineAdapter, step: SchedulerStep, conditions: Conditions, call: PipelineCall) -> float:
+def _difference(adapter: PipelineAdapter, step: SchedulerStep, conditions: Conditions, call: PipelineCall) -> float:
     """The largest difference in one step, as a share of the largest number; infinite where shapes differ."""
-    told, expected = binding.unpacked(step.told, call), binding.unpacked(step.output, call)
-    expected = expected[:, : told.shape[1]]  # a learned variance may follow, which no loss here reads
-    _refuse_not_finite(binding, expected, step)
-    times = step.time.to(told.device).expand(len(told))
+    x_t, expected = adapter.unpacked(step.told, call), adapter.unpacked(step.output, call)
+    expected = expected[:, : x_t.shape[1]]  # a learned variance may follow, which no loss here reads
+    if not bool(torch.isfinite(expected).all()):
+        raise ModelError(
+            f"policy.model must give finite numbers; {_whose(adapter)} denoiser gave NaN or infinity at step "
+            f"{step.index + 1} in {str(expected.dtype).removeprefix('torch.')}. Its weights are damaged, or its "
+            "numbers leave that range: write policy.dtype: bfloat16 or float32."
+        )
     try:
-        predicted = binding.predict(told, times, conditions)
+        predicted = adapter.predict(x_t, step.time.to(x_t.device).expand(len(x_t)), conditions)
     except (RaftuneError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise _refusal(f"raftune's call of {_whose(binding)} denoiser failed with {_said(error)}") from error
-    if predicted.shape != expected.shape:
-        return float("inf")
-    return _apart(predicted, expected)
+        raise _mismatch(f"raftune's call of {_whose(adapter)} denoiser failed with {_cause(error)}") from error
+    return _distance(predicted, expected) if predicted.shape == expected.shape else float("inf")
 
 
-def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference as a share of the largest number that was expected."""
+def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference as a share of the largest expected number."""
     peak = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return float((found.float() - expected.float()).abs().max() / peak.float())
+    return float((actual.float() - expected.float()).abs().max() / peak.float())
 
 
 def _limit(like: torch.Tensor) -> float:
-    """The share that rounding may make of a difference in this precision."""
     return TOLERANCES.get(like.dtype, min(TOLERANCES.values()))
 
 
-def _refuse_not_finite(binding: PipelineAdapter, output: torch.Tensor, step: SchedulerStep) -> None:
-    if not bool(torch.isfinite(output).all()):
-        raise ModelError(
-            f"policy.model must give finite numbers; {_whose(binding)} denoiser gave NaN or infinity at step "
-            f"{step.index + 1} in {str(output.dtype).removeprefix('torch.')}. Its weights are damaged, or its numbers "
-            "leave that range: write policy.dtype: bfloat16 or float32."
-        )
-
-
-def _refuse_other_latents(
-    binding: PipelineAdapter, pictures: SampledImages, last: SchedulerStep, call: PipelineCall
-) -> None:
+def _check_latents(adapter: PipelineAdapter, images: SampledImages, last: SchedulerStep, call: PipelineCall) -> None:
     """Raises ModelError where the latents that are kept are not those of the images."""
-    x0 = pictures.x0
-    shape, own = tuple(x0.shape[1:]), binding.latent_shape(call.height, call.width)
-    if shape != own:
-        raise _refusal(f"{_whose(binding)} latents have the shape {shape}, where raftune expects {own}")
-    if not torch.equal(x0, binding.unpacked(last.latents, call)):
-        raise _refusal(f"the latents that raftune keeps are not those that {_whose(binding)} last step left")
-    if not all(pictures.finite) or binding.overflows:
+    x0, whose = images.x0, _whose(adapter)
+    shape, expected = tuple(x0.shape[1:]), adapter.latent_shape(call.height, call.width)
+    if shape != expected:
+        raise _mismatch(f"{whose} latents have the shape {shape}, where raftune expects {expected}")
+    if not torch.equal(x0, adapter.unpacked(last.latents, call)):
+        raise _mismatch(f"the latents that raftune keeps are not those that {whose} last step left")
+    if not all(images.finite) or adapter.overflows:
         return
-    again = tuple(binding.to_latents(pictures.images, torch.Generator("cpu").manual_seed(0)).shape)
-    if again != tuple(x0.shape):
-        raise _refusal(f"an image becomes latents of the shape {again[1:]}, where {_whose(binding)} own have {shape}")
-    shown = [row for row, flagged in enumerate(pictures.flagged) if not flagged]  # a flagged one is painted over
-    drawn = [np.asarray(pictures.images[row], dtype=np.float32) for row in shown]
-    decoded = binding.to_pixels(x0).float().cpu().permute(0, 2, 3, 1).numpy() * 255
-    apart = (float(np.abs(one - decoded[row]).max()) for row, one in zip(shown, drawn, strict=True))
-    levels = max(apart, default=0.0)
+    encoded = tuple(adapter.to_latents(images.images, torch.Generator("cpu").manual_seed(0)).shape)
+    if encoded != tuple(x0.shape):
+        raise _mismatch(f"an image becomes latents of the shape {encoded[1:]}, where {whose} own have {shape}")
+    decoded = adapter.to_pixels(x0).float().cpu().permute(0, 2, 3, 1).numpy() * 255
+    levels = 0.0
+    for pixels, image, flagged in zip(decoded, images.images, images.flagged, strict=True):
+        if not flagged:  # a flagged image is painted over
+            levels = max(levels, float(np.abs(np.asarray(image, dtype=np.float32) - pixels).max()))
     if levels > (2 if x0.dtype == torch.float32 else 16):
-        raise _refusal(
-            f"the latents that raftune keeps decode to other images than {_whose(binding)}, by {levels:.0f} of 255, "
-            f"through its {type(getattr(binding.pipe, 'vae', None)).__name__}"
+        raise _mismatch(
+            f"the latents that raftune keeps decode to other images than {whose}, by {levels:.0f} of 255, "
+            f"through its {type(getattr(adapter.pipe, 'vae', None)).__name__}"
         )
 
 
-def _refuse_noise_of_no_seed(binding: PipelineAdapter, conditions: Conditions, call: PipelineCall) -> None:
-    """Raises ModelError where the second image is another once it is generated alone: its noise was not its seed's."""
+def _check_seeds(adapter: PipelineAdapter, conditions: Conditions, call: PipelineCall) -> None:
+    """Raises ModelError where the second image differs once it is generated alone: its noise was not its seed's."""
     longer = replace(call, num_inference_steps=SEVERAL)
-    pictures, _ = _drawn(binding, conditions, longer)
-    alone, _ = _drawn(binding, conditions.take([1]), longer, (1,))
-    if not all((*pictures.finite, *alone.finite)):
+    both, _ = _generate(adapter, conditions, longer)
+    alone, _ = _generate(adapter, conditions.take([1]), longer, (1,))
+    if not all((*both.finite, *alone.finite)):
         return
-    differs = _apart(alone.x0, pictures.x0[1:])
+    differs = _distance(alone.x0, both.x0[1:])
     if differs > GROWN * _limit(alone.x0):
         raise ModelError(
-            f"An image must come of its own seed; generated again with the same seed, one of {_whose(binding)} "
-            f"differs by "
-            f"{differs:.3g} of its size: its {type(binding.pipe.scheduler).__name__} samples noise that no seed of "
-            f"ours "
-            "reaches. Save the pipeline with a scheduler that adds none while sampling, such as DDIMScheduler or "
-            "DPMSolverMultistepScheduler (of a flow: FlowMatchEulerDiscreteScheduler)."
+            f"An image must come of its own seed; generated again with the same seed, one of {_whose(adapter)} "
+            f"differs by {differs:.3g} of its size: its {type(adapter.pipe.scheduler).__name__} samples noise that no "
+            "seed of ours reaches. Save the pipeline with a scheduler that adds none while sampling, such as "
+            "DDIMScheduler or DPMSolverMultistepScheduler (of a flow: FlowMatchEulerDiscreteScheduler)."
         )
 
 
-def _whose(binding: PipelineAdapter) -> str:
-    return f"the {type(binding.pipe).__name__}'s"
+def _whose(adapter: PipelineAdapter) -> str:
+    return f"the {type(adapter.pipe).__name__}'s"
 
 
-def _said(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(str(error)).rstrip('.')}"
 
 
-def _refusal(what: str) -> ModelError:
+def _mismatch(what: str) -> ModelError:
     return ModelError(
         f"policy.model must be a pipeline that raftune can verify: {what}. raftune will not train what it cannot "
         "verify. Leave out sampling.diffusion.pipeline_kwargs that change what the denoiser is told, use the "

@@ -1,4 +1,4 @@
-"""Saves diffusion models. Equal models give equal bytes.
+"""Writes model folders and exports of the diffusion family. Equal models give equal bytes.
 
 A round's folder holds raftune.json, which names the kind of folder and its base pipeline, and either
 
@@ -14,99 +14,180 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from safetensors.torch import load_file, save_file
 
+from raftune.config.policy import DiffusionPolicy
+from raftune.errors import ModelError
 from raftune.policies.diffusion import lora
-from raftune.policies.diffusion.components import INDEX, LORA
+from raftune.policies.diffusion.loading import load_denoiser
+from raftune.policies.diffusion.model_folder import (
+    INDEX,
+    LORA,
+    RECORD,
+    ModelRecord,
+    denoiser_of,
+    fingerprint,
+    read_index,
+    read_record,
+    snapshot,
+    source_of,
+)
+from raftune.policies.diffusion.pipelines import adapter_class
 from raftune.policies.diffusion.pipelines.base import PipelineAdapter, PipelineCall
-from raftune.policies.diffusion.references import ModelRecord
 from raftune.protocols import ModelUsage
 from raftune.store.files import dump_json
 from raftune.training.quiet import quiet
 
 OPTIMIZER = "optimizer.safetensors"
-SHOWN = ("height", "width", "num_inference_steps", "guidance_scale")  # of a call, in a model card
-PLACE = "_name_or_path"  # diffusers notes where a part was loaded from: a path of the machine that ran
+
+
+# -- the initial model -------------------------------------------------------------------------------------------------
+
+
+def write_start(config: DiffusionPolicy, out: Path, model: Any = None, *, tunes: bool = True) -> None:
+    """Writes the start into `out`. Raises ModelError where there is no pipeline.
+
+    A folder or a hub name becomes a reference with a hash; a pipeline given as an object is written whole. A round's
+    folder of another run becomes its denoiser on a reference to the base pipeline: a LoRA merged, so that the next one
+    starts from zero; a run that trains nothing leaves it as it is.
+    """
+    folder = Path(config.model).expanduser()
+    if model is not None:
+        _write_object(out, model)
+    elif (folder / RECORD).is_file():
+        _write_round(config, out, folder.resolve(), tunes)
+    elif folder.is_dir():
+        adapter_class(str(read_index(folder)["_class_name"]))  # refuses other architectures before weights are read
+        ModelRecord("reference", str(folder.resolve()), None, fingerprint(folder)).write(out)
+    elif folder.is_absolute() or config.model.startswith((".", "~")) or config.model.count("/") > 1:
+        raise ModelError(
+            f"policy.model must be the folder or hub name of a pipeline; got {config.model!r}, and {folder.resolve()} "
+            "is no folder."
+        )
+    else:
+        place = snapshot(config.model, config.revision, config)
+        adapter_class(str(read_index(place)["_class_name"]))
+        ModelRecord("reference", config.model, place.name, f"hub:{place.name}").write(out)
+
+
+def _write_object(out: Path, model: Any) -> None:
+    if not isinstance(model, diffusers.DiffusionPipeline):
+        raise ModelError(
+            f"a model of the diffusion family must be a pipeline of diffusers; got a {type(model).__name__}. Give "
+            "DiffusionPipeline.from_pretrained(…), not its denoiser alone."
+        )
+    adapter_class(type(model).__name__)
+    if loaded := [name for name, part in model.components.items() if getattr(part, "peft_config", None)]:
+        raise ModelError(
+            f"a pipeline given as an object must have no LoRA on it; its {loaded[0]} has one. Merge it first: "
+            "pipe.fuse_lora(); pipe.unload_lora_weights()."
+        )
+    with quiet():
+        model.save_pretrained(out)
+    ModelRecord("pipeline").write(out)
+
+
+def _write_round(config: DiffusionPolicy, out: Path, folder: Path, tunes: bool) -> None:
+    record, source = read_record(folder), source_of(folder, config)
+    if record.kind == "reference":
+        relative = record.model.startswith("..")
+        (replace(record, model=str(source.folder)) if relative else record).write(out)
+        return
+    if record.kind == "pipeline":
+        ModelRecord("reference", str(folder), None, fingerprint(folder)).write(out)
+        return
+    hub = record.fingerprint.startswith("hub:")
+    base = (source.name, source.revision, record.fingerprint if hub else fingerprint(source.folder))
+    part = denoiser_of(source.folder).name
+    if record.kind == "full":
+        shutil.copytree(folder / part, out / part)
+        ModelRecord("full", *base).write(out)
+    elif tunes:
+        exact = config.model_copy(update={"dtype": "float32", "device": "cpu"})
+        merged = load_denoiser(exact, folder, folder, train=False).to(getattr(torch, config.dtype))
+        with quiet():
+            merged.save_pretrained(out / part)
+        ModelRecord("full", *base).write(out)
+    else:
+        for path in (folder / name for name in (LORA, lora.PEFT_WEIGHTS, lora.PEFT_CONFIG)):
+            if path.is_file():
+                shutil.copyfile(path, out / path.name)
+        if record.model.startswith("..") and not ((place := record.place(folder)) / INDEX).is_file():
+            base = (str(place), None, "")
+        ModelRecord("adapter", *base).write(out)
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------------
 
 
 def write_model(
-    binding: PipelineAdapter, out: Path, base: Mapping[str, Any], optimizer: Mapping[str, torch.Tensor] | None = None
+    adapter: PipelineAdapter, out: Path, base: Mapping[str, Any], optimizer: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Writes the denoiser of the binding's pipeline into `out`: the adapter alone if it has one.
+    """Writes the denoiser of the adapter's pipeline into `out`: its LoRA alone if it has one.
 
-    `base` is the pipeline on which it rests, as places.base_record says it; `optimizer` (`parameter/entry` → tensor)
-    is the state that the next round's fit carries on.
+    `base` is what model_folder.base_record returns; `optimizer` (`parameter/entry` → tensor) is the state with which
+    the next round's training continues.
     """
     out.mkdir(parents=True, exist_ok=True)
-    adapted = lora.is_adapted(binding.denoiser)
-    if adapted:
-        write_adapter(binding, out)
-    else:
-        with quiet():
-            binding.denoiser.save_pretrained(out / binding.denoiser_name)
-        forget_places(out)
-    ModelRecord(kind="adapter" if adapted else "full", **base).write(out)
+    kind: Any = "adapter" if lora.is_adapted(adapter.denoiser) else "full"
+    _write_weights(adapter, out, out / adapter.denoiser_name, adapter.denoiser)
+    ModelRecord(kind, **base).write(out)
     if optimizer:
         save_file(dict(sorted(optimizer.items())), out / OPTIMIZER, metadata={"format": "pt"})
-
-
-def export(pipe: Any, binding: PipelineAdapter, out: Path) -> None:
-    """Writes a whole pipeline, or the LoRA alone where the denoiser has one, so that diffusers or peft loads it."""
-    out.mkdir(parents=True, exist_ok=True)
-    if lora.is_adapted(binding.denoiser):
-        write_adapter(binding, out)
-        return
-    with quiet():
-        pipe.save_pretrained(out)
-    forget_places(out)
-
-
-def model_usage(
-    binding: PipelineAdapter, call: PipelineCall, negative: str | None, out: Path, base: str | None
-) -> ModelUsage:
-    """What a card says of the pipeline in `out`: how plain diffusers loads it, and the call by which the run generated:
-    with other options, the guidance above all, the pipeline generates something else.
-    """
-    imports, whole, denoiser = (
-        "from diffusers import DiffusionPipeline\n",
-        (out / INDEX).is_file(),
-        binding.denoiser_name,
-    )
-    code = f'pipe = DiffusionPipeline.from_pretrained("{"FOLDER" if whole else base}")'
-    if (out / LORA).is_file():
-        code += '\npipe.load_lora_weights("FOLDER")'
-    elif not whole:
-        imports += "from peft import PeftModel\n"
-        code += f'\npipe.{denoiser} = PeftModel.from_pretrained(pipe.{denoiser}, "FOLDER")'
-    prompt = {"text": ['"what it shall show"'], "label": ["class_labels=[0]"]}.get(binding.takes, [])
-    known = inspect.signature(binding.pipe.__call__).parameters
-    given = {name: getattr(call, name) for name in SHOWN if name in known} | dict(call.kwargs)
-    given |= {} if negative is None else {"negative_prompt": negative}
-    arguments = ", ".join([*prompt, *(f"{name}={value!r}" for name, value in given.items())])
-    task = {"text": "text-to-image", "nothing": "unconditional-image-generation"}.get(binding.takes, "")
-    code = f"{imports}\n{code}\nimage = pipe({arguments}).images[0]"
-    return ModelUsage("diffusers", task, code, generated="images for")
-
-
-def write_adapter(binding: PipelineAdapter, out: Path) -> None:
-    """Writes the LoRA for the pipeline's load_lora_weights, or for peft where the pipeline has none."""
-    lora.write(binding.denoiser, out, binding.denoiser_name if binding.lora_layers else None)
-
-
-def forget_places(folder: Path) -> None:
-    """Takes out of every JSON file under the folder the path from which its part was loaded."""
-    for path in sorted(folder.rglob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.pop(PLACE, None) is not None:
-            dump_json(path, content)
 
 
 def read_optimizer(folder: Path) -> dict[str, torch.Tensor]:
     """The optimizer's state that a round left in its model folder; empty where it left none."""
     path = folder / OPTIMIZER
     return load_file(path) if path.is_file() else {}
+
+
+def export(adapter: PipelineAdapter, out: Path) -> None:
+    """Writes a whole pipeline, or the LoRA alone where the denoiser has one, so that diffusers or peft loads it."""
+    out.mkdir(parents=True, exist_ok=True)
+    _write_weights(adapter, out, out, adapter.pipe)
+
+
+def _write_weights(adapter: PipelineAdapter, out: Path, place: Path, whole: Any) -> None:
+    """The LoRA, for the pipeline's load_lora_weights or for peft where it has none; without a LoRA, `whole`."""
+    if lora.is_adapted(adapter.denoiser):
+        lora.write(adapter.denoiser, out, adapter.denoiser_name if adapter.lora_layers else None)
+        return
+    with quiet():
+        whole.save_pretrained(place)
+    for path in sorted(out.rglob("*.json")):  # diffusers notes from which path of this machine a part was loaded
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            dump_json(path, content)
+
+
+def model_usage(
+    adapter: PipelineAdapter, call: PipelineCall, negative: str | None, out: Path, base: str | None
+) -> ModelUsage:
+    """The model card's code for the pipeline in `out`: how plain diffusers loads it, and the call by which the run
+    generated; with other options, above all the guidance, the images differ."""
+    imports = "from diffusers import DiffusionPipeline\n"
+    whole, denoiser = (out / INDEX).is_file(), adapter.denoiser_name
+    code = f'pipe = DiffusionPipeline.from_pretrained("{"FOLDER" if whole else base}")'
+    if (out / LORA).is_file():
+        code += '\npipe.load_lora_weights("FOLDER")'
+    elif not whole:
+        imports += "from peft import PeftModel\n"
+        code += f'\npipe.{denoiser} = PeftModel.from_pretrained(pipe.{denoiser}, "FOLDER")'
+    prompt = {"text": ['"what it shall show"'], "label": ["class_labels=[0]"]}.get(adapter.takes, [])
+    known = inspect.signature(adapter.pipe.__call__).parameters
+    shown = ("height", "width", "num_inference_steps", "guidance_scale")
+    options = {name: getattr(call, name) for name in shown if name in known} | dict(call.kwargs)
+    options |= {} if negative is None else {"negative_prompt": negative}
+    arguments = ", ".join([*prompt, *(f"{name}={value!r}" for name, value in options.items())])
+    task = {"text": "text-to-image", "nothing": "unconditional-image-generation"}.get(adapter.takes, "")
+    code = f"{imports}\n{code}\nimage = pipe({arguments}).images[0]"
+    return ModelUsage("diffusers", task, code, generated="images for")

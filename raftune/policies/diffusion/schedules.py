@@ -29,14 +29,14 @@ FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteSchedu
 
 
 class Schedule(ABC):
-    """How a clean latent becomes a noisy one, and what the denoiser is asked to say of it."""
+    """How noise is added to a clean latent, and what the denoiser predicts."""
 
     kind: str
     usual_sampling: str  # how levels are chosen where the configuration says nothing
 
     @abstractmethod
     def times(self, shares: torch.Tensor) -> torch.Tensor:
-        """(N,) the times of these places in the schedule."""
+        """(N,) the times of these positions in the schedule."""
 
     @abstractmethod
     def noised(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -44,11 +44,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """(N, ...) what the scheduler wants to be told there."""
+        """(N, ...) the prediction that the scheduler expects."""
 
     @abstractmethod
     def weights(self, t: torch.Tensor, gamma: float | None) -> torch.Tensor:
-        """(N,) what a squared error counts at these times; ones without a gamma."""
+        """(N,) weights of the squared error at these times; ones without a gamma."""
 
 
 class VariancePreserving(Schedule):
@@ -130,22 +130,38 @@ def schedule_of(pipe: Any, denoiser: Any = None, latent_shape: tuple[int, int, i
 
     A scheduler whose shift depends on the resolution needs the denoiser and the (C, h, w) of the run's latents.
     """
-    scheduler = pipe.scheduler
-    name, config = type(scheduler).__name__, scheduler.config
-    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
-        return _flow_sigmas(name, config)
+    scheduler, config = pipe.scheduler, pipe.scheduler.config
+    name, steps = type(scheduler).__name__, pipe.scheduler.config.get("num_train_timesteps")
+    prediction, flow_sigmas = config.get("prediction_type"), bool(config.get("use_flow_sigmas"))
+    if flow_sigmas or prediction == "flow_prediction":  # a solver that follows a flow: DPM-Solver, UniPC and others
+        if prediction != "flow_prediction" or not flow_sigmas:
+            raise ModelError(
+                f"A scheduler with use_flow_sigmas must have prediction_type flow_prediction, and the reverse; {name} "
+                f"has use_flow_sigmas {flow_sigmas} and {prediction!r}."
+            )
+        if config.get("use_dynamic_shifting"):
+            raise ModelError(f"Shifts by resolution are known for {FLOW_MATCHING[0]}; {name} has use_dynamic_shifting.")
+        return FlowMatching(steps, config.get("flow_shift", 1.0))
     if name in FLOW_MATCHING:
-        return _flow_matching(scheduler, denoiser, latent_shape)
-    if name in VARIANCE_PRESERVING:
-        return _variance_preserving(name, scheduler)
-    raise ModelError(
-        f"The pipeline's scheduler must be one whose training loss is known; got {name}. Known are "
-        f"{', '.join(sorted(VARIANCE_PRESERVING + FLOW_MATCHING))}: save the pipeline with one of them."
-    )
-
-
-def _variance_preserving(name: str, scheduler: Any) -> VariancePreserving:
-    config = scheduler.config
+        if config.get("invert_sigmas"):
+            raise ModelError(
+                f"The pipeline's scheduler must count noise upwards; {name} has invert_sigmas. Use a pipeline without "
+                "it."
+            )
+        if not config.get("use_dynamic_shifting"):
+            return FlowMatching(steps, config.shift)
+        if latent_shape is None:  # enough to know that there is one
+            return FlowMatching(steps)
+        # mu of the sampler at this resolution: linear in the number of tokens, as the pipelines have it
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        mu = float(least + (most - least) * (tokens(denoiser, latent_shape) - low) / (high - low))
+        return FlowMatching(steps, sampler=copy.copy(scheduler), mu=mu)
+    if name not in VARIANCE_PRESERVING:
+        raise ModelError(
+            f"The pipeline's scheduler must be one whose training loss is known; got {name}. Known are "
+            f"{', '.join(sorted(VARIANCE_PRESERVING + FLOW_MATCHING))}: save the pipeline with one of them."
+        )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction", "sample"):
         raise ModelError(
@@ -166,45 +182,11 @@ def _variance_preserving(name: str, scheduler: Any) -> VariancePreserving:
     return schedule
 
 
-def _flow_sigmas(name: str, config: Any) -> FlowMatching:
-    """That of a solver which was told to follow a flow: DPM-Solver, UniPC and others."""
-    if config.get("prediction_type") != "flow_prediction" or not config.get("use_flow_sigmas"):
-        raise ModelError(
-            f"A scheduler with use_flow_sigmas must have prediction_type flow_prediction, and the reverse; {name} has "
-            f"use_flow_sigmas {bool(config.get('use_flow_sigmas'))} and {config.get('prediction_type')!r}."
-        )
-    if config.get("use_dynamic_shifting"):
-        raise ModelError(f"Shifts by resolution are known for {FLOW_MATCHING[0]}; {name} has use_dynamic_shifting.")
-    return FlowMatching(config.num_train_timesteps, config.get("flow_shift", 1.0))
-
-
-def _flow_matching(scheduler: Any, denoiser: Any, latent_shape: tuple[int, int, int] | None) -> FlowMatching:
-    config = scheduler.config
-    if config.get("invert_sigmas"):
-        raise ModelError(
-            f"The pipeline's scheduler must count noise upwards; {type(scheduler).__name__} has invert_sigmas. "
-            "Use a pipeline without it."
-        )
-    if not config.get("use_dynamic_shifting"):
-        return FlowMatching(config.num_train_timesteps, config.shift)
-    if latent_shape is None:  # enough to know that there is one
-        return FlowMatching(config.num_train_timesteps)
-    mu = shift_at(config, tokens(denoiser, latent_shape))
-    return FlowMatching(config.num_train_timesteps, sampler=copy.copy(scheduler), mu=mu)
-
-
 def tokens(denoiser: Any, latent_shape: tuple[int, int, int]) -> int:
-    """How many tokens a transformer sees of such a latent, whether it cuts patches itself or is given them packed."""
+    """How many tokens a transformer gets for such a latent, whether it cuts patches itself or gets them packed."""
     channels, height, width = latent_shape
     config = denoiser.config
     return channels * height * width // int(config.in_channels * config.get("patch_size", 1) ** 2)
-
-
-def shift_at(config: Any, tokens: int) -> float:
-    """mu of the sampler at a resolution: linear in the number of tokens, as the pipelines have it."""
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return float(least + (most - least) * (tokens - low) / (high - low))
 
 
 def refuse_unfit(schedule: Schedule, training: DiffusionTraining) -> None:
@@ -226,7 +208,7 @@ def stratified(count: int, levels: int, generator: torch.Generator) -> torch.Ten
 
 
 def shares(uniform: torch.Tensor, training: DiffusionTraining, schedule: Schedule) -> torch.Tensor:
-    """The places in the schedule at which uniform numbers in [0, 1) are learned, within training.noise_range.
+    """The positions in the schedule for uniform numbers in [0, 1), within training.noise_range.
 
     uniform: even over the range. logit_normal: the logistic of a standard normal (Esser et al. 2024), cut to the range.
     """

@@ -26,7 +26,7 @@ FILE = "policy.json"
 
 
 class Tabular:
-    """p[x, y], rows are prompt labels, columns are answers. Fitting moves p to (1 - step)·p + step·q."""
+    """p[x, y]: rows are prompt labels, columns are completions. Training moves p to (1 - step)·p + step·q."""
 
     media = "category"
     payload = pa.schema([pa.field("completion", pa.int64(), nullable=False)])
@@ -51,16 +51,17 @@ class Tabular:
                 "policy.logits must leave each prompt an answer that is not null; got a row of nulls. Give one a "
                 "number."
             )
-        save(log_softmax(table), out)
+        shifted = table - table.max(axis=1, keepdims=True)
+        save(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), out)
 
     @classmethod
     def section_at(cls, policy: Mapping[str, Any], folder: Path, start: Path) -> dict[str, Any]:
-        """The `policy` section, made that of a run which begins from this committed folder."""
+        """The `policy` section of a run that starts from this committed folder."""
         return {**policy, "logits": json.loads((folder / FILE).read_text())["log_p"]}
 
     @classmethod
     def verify(cls, start: Path) -> None:
-        """The start lies in the run itself, where its manifest guards it: nothing else to check."""
+        """Nothing to check: the start lies in the run itself, under its manifest."""
 
     @classmethod
     def load(cls, config: RunConfig, folder: Path, start: Path) -> Tabular:
@@ -75,7 +76,7 @@ class Tabular:
         return self.log_p.nbytes
 
     def generate(self, chunk: Chunk) -> list[Sample]:
-        """K answers a prompt by inverse CDF, one uniform a sample, which its seed alone determines."""
+        """K samples of a prompt by inverse CDF, one uniform a sample, which its seed alone determines."""
         temperature = self.config.sampling.temperature
         samples = []
         for prompt, seeds in zip(chunk.prompts, chunk.seeds, strict=True):
@@ -120,7 +121,7 @@ class Tabular:
         return np.asarray(self.log_p[labels, samples.column("completion").to_numpy()], dtype=np.float64)
 
     def recorded_log_probs(self, samples: pa.Table) -> FloatArray:
-        """Nothing is noted while generating: to look it up is as cheap."""
+        """Not recorded while generating: looking them up is as cheap."""
         return np.full(samples.num_rows, np.nan)
 
     def check_config(self) -> None:
@@ -140,9 +141,9 @@ class Tabular:
 
 def refuse_unread(config: RunConfig) -> None:
     """Raises ConfigError for an option of generating or training that a table of probabilities does not have."""
-    drawn_by = ("num_generations", "temperature", "batch_size", "chunk_size", "candidate_columns")
+    read = ("num_generations", "temperature", "batch_size", "chunk_size", "candidate_columns")
     unread = [
-        *all_but(config.sampling, "sampling", drawn_by),
+        *all_but(config.sampling, "sampling", read),
         *all_but(config.training, "training", ("start_from", "replay_rounds", "reference")),
         "keep_latents",
     ]
@@ -153,11 +154,6 @@ def save(log_p: FloatArray, out: Path) -> None:
     """Writes the table as JSON; zero probability (log -inf) is null."""
     values = [[float(v) if np.isfinite(v) else None for v in row] for row in log_p]
     (out / FILE).write_text(json.dumps({"log_p": values}) + "\n")
-
-
-def log_softmax(logits: FloatArray) -> FloatArray:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), dtype=np.float64)
 
 
 def uniform(seed: int) -> float:

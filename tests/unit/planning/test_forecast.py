@@ -20,7 +20,7 @@ from raftune.config.load import merge, validate
 from raftune.config.run import RunConfig
 from raftune.errors import DataError, StoreError
 from raftune.planning import Forecast, forecast
-from raftune.planning.amounts import amounts, steps_of
+from raftune.planning.forecast import amounts
 from raftune.planning.probe import through
 from raftune.policies.causal_lm import loading, start
 from raftune.policies.causal_lm.footprint import ModelFootprint
@@ -114,9 +114,13 @@ def test_other_sources_compete_but_are_not_drawn() -> None:
 
 def test_steps_count_epochs_accumulation_and_replay() -> None:
     training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2.0}
-    assert steps_of(config(training=training), 64) == 16
-    assert steps_of(config(training=training | {"replay_rounds": 1}), 64) == 32
-    assert steps_of(config(training=training | {"max_steps": 5}), 64) == 5
+
+    def steps(**changes: Any) -> int:
+        return amounts(config(prompts_per_round=64, training=training | changes), train=100, held_out=0).steps
+
+    assert steps() == 16
+    assert steps(replay_rounds=1) == 32
+    assert steps(max_steps=5) == 5
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------

@@ -15,15 +15,15 @@ from raftune.policies.diffusion.pipelines.sd3 import SD3
 from raftune.policies.diffusion.pipelines.sdxl import SDXL
 from raftune.policies.diffusion.pipelines.stable_diffusion import StableDiffusion
 
-BINDINGS: tuple[type[PipelineAdapter], ...] = (StableDiffusion, SDXL, SD3, Flux, PixArt, DiT, DDPM)
+ADAPTERS: tuple[type[PipelineAdapter], ...] = (StableDiffusion, SDXL, SD3, Flux, PixArt, DiT, DDPM)
 
 
 def adapter_class(pipeline: str) -> type[PipelineAdapter]:
-    """The binding of the pipelines of this class. Raises ModelError, with those that are supported."""
-    for kind in BINDINGS:
+    """The adapter of the pipelines of this class. Raises ModelError, with those that are supported."""
+    for kind in ADAPTERS:
         if pipeline in kind.pipelines:
             return kind
-    known = ", ".join(sorted(name for kind in BINDINGS for name in kind.pipelines))
+    known = ", ".join(sorted(name for kind in ADAPTERS for name in kind.pipelines))
     raise ModelError(
         f"policy.model must be a pipeline that raftune knows how to tune; got a {pipeline}. Supported are {known}: use "
         "one of these, or write a family of your own (docs/families.md)."
@@ -31,8 +31,5 @@ def adapter_class(pipeline: str) -> type[PipelineAdapter]:
 
 
 def adapter_of(pipe: Any, options: Mapping[str, Any] | None = None) -> PipelineAdapter:
-    """The binding over this pipeline, called with these options. Raises ModelError for a class that none drives."""
+    """The adapter of this pipeline, called with these options. Raises ModelError for an unsupported class."""
     return adapter_class(type(pipe).__name__)(pipe, options)
-
-
-__all__ = ["BINDINGS", "adapter_class", "adapter_of"]

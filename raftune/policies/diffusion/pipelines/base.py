@@ -1,16 +1,17 @@
 """Base class of the pipeline adapters, with everything that differs between architectures.
 
-The rest of the family (batched generation, losses, saving) uses this interface. Shapes: N images, of latents of C
-channels and h x w cells (of a pipeline without a VAE: the pixels); x0 is a clean latent, in the scale in which the
-denoiser sees it.
+Shapes: N images, latents of C channels and h x w cells (without a VAE: pixels). x0 is a clean latent, in the scale in
+which the denoiser sees it.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,13 +20,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from raftune.arrays import BoolArray
 from raftune.errors import ConfigError, DataError, ModelError
+
+ENCODED_BEFORE = "prompts are encoded once, before the pipeline is called, without it"
+ONE_TEXT = "every text encoder reads the prompt"
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the denoiser is told of N images, besides the noisy latent and the time: each tensor has a row an image."""
+    """The denoiser's inputs for N images besides the noisy latent and the time: each tensor has a row per image."""
 
     tensors: Mapping[str, torch.Tensor]
 
@@ -45,7 +48,7 @@ class Conditions:
         return Conditions({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def away(self, negative: Conditions | None) -> dict[str, torch.Tensor]:
-        """The negative row for each of these; empty without one."""
+        """The negative row, repeated for each of these; empty without one."""
         if negative is None:
             return {}
         return {name: negative.tensors[name].expand_as(tensor) for name, tensor in self.tensors.items()}
@@ -58,7 +61,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class PipelineCall:
-    """How the pipeline is called: the options of a sample, every one resolved."""
+    """The options of a pipeline call, every one resolved."""
 
     height: int
     width: int
@@ -67,7 +70,7 @@ class PipelineCall:
     kwargs: Mapping[str, Any]
 
     def options(self, generators: list[torch.Generator]) -> dict[str, Any]:
-        """What a pipeline of latents is called with besides its conditions."""
+        """Arguments of a latent pipeline besides its conditions."""
         return {
             "height": self.height,
             "width": self.width,
@@ -81,9 +84,9 @@ class PipelineCall:
 
 @dataclass(frozen=True)
 class SampledImages:
-    """N images as generated, their clean latents (N, C, h, w), whether a safety checker flagged each.
+    """N images, their clean latents (N, C, h, w), and whether a safety checker flagged each.
 
-    Where `finite` is False a latent or a pixel was NaN or infinite: the image means nothing.
+    `finite` is False where a latent or a pixel was NaN or infinite.
     """
 
     images: Sequence[Image.Image]
@@ -95,14 +98,15 @@ class SampledImages:
     def of(cls, pixels: NDArray[Any], x0: torch.Tensor, flagged: Sequence[bool] | None = None) -> SampledImages:
         """From a pipeline's output_type="np": (N, H, W, 3 or 1) in [0, 1], rounded as the pipeline would."""
         count = len(pixels)
-        whole = np.isfinite(pixels).reshape(count, -1).all(1) & finite_rows(x0)
+        finite = np.isfinite(pixels).reshape(count, -1).all(1)
+        finite &= torch.isfinite(x0.float()).flatten(1).all(1).cpu().numpy()
         rounded = (np.where(np.isfinite(pixels), pixels, 0) * 255).round().astype(np.uint8)
-        images = [Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one).convert("RGB") for one in rounded]
-        return cls(images, x0, list(flagged or [False] * count), whole.tolist())
+        images = [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB") for image in rounded]
+        return cls(images, x0, list(flagged or [False] * count), finite.tolist())
 
 
 class PipelineAdapter(ABC):
-    """One architecture. A subclass names the pipeline classes that it drives, and says how each of these is done."""
+    """One architecture. A subclass names the pipeline classes that it serves."""
 
     pipelines: tuple[str, ...]  # names of diffusers classes
     denoiser_name: str  # "unet" or "transformer"
@@ -110,8 +114,14 @@ class PipelineAdapter(ABC):
     lora_layers: str  # the keyword of Pipeline.save_lora_weights; empty where the pipeline class has no such method
     # Options of the pipeline's call that must not be given as sampling.diffusion.pipeline_kwargs, each with the reason.
     refused: ClassVar[Mapping[str, str]] = {}
-    reads: ClassVar[tuple[str, ...]] = ()  # options of the call that shape how prompts are read, not how it draws
-    shifts: ClassVar[bool] = False  # whether the pipeline heeds the VAE's shift_factor; most pass it over
+    reads: ClassVar[tuple[str, ...]] = ()  # options of the call that shape how prompts are encoded
+    shifts: ClassVar[bool] = False  # whether the pipeline uses the VAE's shift_factor; most ignore it
+    fixed_size: ClassVar[bool] = False  # whether it generates at the denoiser's own size alone
+    # How `encode` calls the pipeline's encode_prompt: the parts that it needs (the first one gives the device), the
+    # arguments, and the conditions that it returns, by position.
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    text_options: ClassVar[Mapping[str, Any]] = {}
+    text_outputs: ClassVar[tuple[str | None, ...]] = ()
 
     def __init__(self, pipe: Any, options: Mapping[str, Any] | None = None) -> None:
         """`options` are sampling.diffusion.pipeline_kwargs: those in `reads` are used where prompts are encoded."""
@@ -122,13 +132,53 @@ class PipelineAdapter(ABC):
     def denoiser(self) -> Any:
         return getattr(self.pipe, self.denoiser_name)
 
-    @abstractmethod
+    # -- prompts -------------------------------------------------------------------------------------------------------
+
+    def refuse_prompts(self, prompts: Sequence[Any]) -> None:
+        """Raises DataError where a prompt is not what this architecture takes."""
+        for prompt in prompts:
+            if self.takes == "text" and not isinstance(prompt, str):
+                raise DataError(
+                    f"prompts of a {type(self.pipe).__name__} must be texts; got {prompt!r}. Write what the image "
+                    "shows."
+                )
+
     def encode(self, prompts: Sequence[Any]) -> Conditions:
         """The conditions of these prompts, a row each; the only place that needs text encoders."""
+        self.refuse_prompts(prompts)
+        if lacking := [name for name in self.text_parts if getattr(self.pipe, name, None) is None]:
+            raise ModelError(
+                f"policy.model must have all parts that read prompts; this {type(self.pipe).__name__} has no "
+                f"{', '.join(lacking)}. Load it whole, without setting them to null."
+            )
+        device = getattr(self.pipe, self.text_parts[0]).device
+        outputs = self.pipe.encode_prompt(prompt=list(prompts), device=device, **self.text_options, **self.reading())
+        return Conditions({name: tensor for name, tensor in zip(self.text_outputs, outputs, strict=False) if name})
 
     def empty(self, negative: str | None = None) -> Conditions:
         """One row: no prompt (or the negative one), for guidance and for condition dropout."""
         return self.encode([negative or ""])
+
+    def guided(self, conditions: Conditions, scale: float) -> Conditions:
+        """The conditions with the guidance scale, for a denoiser that takes it as an input (Flux.1 [dev])."""
+        return conditions
+
+    def reading(self) -> dict[str, Any]:
+        """How prompts are encoded: the options in `reads`, as configured, else the defaults of the pipeline's call."""
+        defaults = inspect.signature(self.pipe.__call__).parameters
+        return {name: self.options.get(name, defaults[name].default) for name in self.reads}
+
+    def text_limits(self) -> dict[str, int]:
+        """For each tokenizer of the pipeline, by attribute: the most tokens that its text encoder reads."""
+        longest: Any = self.reading().get("max_sequence_length")
+        limits = {}
+        for name, tokenizer in vars(self.pipe).items():
+            if name.startswith("tokenizer") and hasattr(tokenizer, "model_max_length"):
+                clip = longest is None or "CLIP" in type(tokenizer).__name__
+                limits[name] = int(tokenizer.model_max_length if clip else longest)
+        return limits
+
+    # -- images --------------------------------------------------------------------------------------------------------
 
     def sample(
         self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
@@ -139,14 +189,14 @@ class PipelineAdapter(ABC):
         for argument, name in (("prompt_embeds", "prompt_embeds"), ("pooled_prompt_embeds", "pooled")):
             if name in conditions.tensors:
                 embeddings |= {argument: conditions.tensors[name], f"negative_{argument}": away.get(name)}
-        drawn = self.pipe(callback_on_step_end=last, **embeddings, **call.options(generators))
+        output = self.pipe(callback_on_step_end=last, **embeddings, **call.options(generators))
         assert last.x0 is not None
-        flagged = getattr(drawn, "nsfw_content_detected", None)  # by Stable Diffusion's safety checker
-        return SampledImages.of(drawn.images, self.unpacked(last.x0, call), flagged)
+        flagged = getattr(output, "nsfw_content_detected", None)  # by Stable Diffusion's safety checker
+        return SampledImages.of(output.images, self.unpacked(last.x0, call), flagged)
 
     @abstractmethod
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        """(N, C, h, w) the model output, unguided, as the scheduler's step gets it; t (N,) as scheduler.timesteps."""
+        """(N, C, h, w) the unguided model output, as the scheduler's step gets it; t (N,) as scheduler.timesteps."""
 
     def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
         """(N, C, h, w) the clean latents of images that were not generated here."""
@@ -154,74 +204,44 @@ class PipelineAdapter(ABC):
         return scaled
 
     def encoded(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
-        """(N, C, h, w) what the VAE makes of images, in its own scale: a sample, or the one answer that it has."""
+        """(N, C, h, w) the VAE's encoding in its own scale: a sample of its posterior where it has one."""
         vae = self.pipe.vae
-        found = vae.encode(pixels_of(images, next(vae.parameters())))
-        drawn: torch.Tensor = found.latents if hasattr(found, "latents") else found.latent_dist.sample(generator)
-        return drawn
+        output = vae.encode(pixels_of(images, next(vae.parameters())))
+        latents: torch.Tensor = output.latents if hasattr(output, "latents") else output.latent_dist.sample(generator)
+        return latents
 
     def to_pixels(self, x0: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) in [0, 1]: the images that these clean latents stand for."""
+        """(N, 3, H, W) in [0, 1]: the decoded images."""
         vae = self.pipe.vae
-        found = x0.to(vae.dtype) / vae.config.scaling_factor + self.shift
-        decoded: torch.Tensor = vae.decode(found, return_dict=False)[0]
+        decoded: torch.Tensor = vae.decode(
+            x0.to(vae.dtype) / vae.config.scaling_factor + self.shift, return_dict=False
+        )[0]
         return (decoded / 2 + 0.5).clamp(0, 1)
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of an image of so many pixels."""
-        return int(self.denoiser.config.in_channels), height // self.factor, width // self.factor
 
     def unpacked(self, latents: torch.Tensor, call: PipelineCall) -> torch.Tensor:
         """(N, C, h, w) from the layout that the pipeline's own loop and its scheduler see."""
         return latents
 
-    def guided(self, conditions: Conditions, scale: float) -> Conditions:
-        """The same, for a denoiser that is told the guidance scale as one more condition (Flux.1 [dev])."""
-        return conditions
+    # -- sizes ---------------------------------------------------------------------------------------------------------
 
-    # -- what a prompt may be ------------------------------------------------------------------------------------------
-
-    def refuse_prompts(self, prompts: Sequence[Any]) -> None:
-        """Raises DataError where a prompt is not what this architecture takes."""
-        if self.takes != "text":
-            return
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise DataError(
-                    f"prompts of a {type(self.pipe).__name__} must be texts; got {prompt!r}. Write what the image "
-                    "shows."
-                )
-
-    def require(self, *parts: str) -> None:
-        """Raises ModelError where the pipeline lacks a part without which prompts cannot be read."""
-        lacking = [name for name in parts if getattr(self.pipe, name, None) is None]
-        if lacking:
-            raise ModelError(
-                f"policy.model must have all parts that read prompts; this {type(self.pipe).__name__} has no "
-                f"{', '.join(lacking)}. Load it whole, without setting them to null."
-            )
-
-    def reading(self) -> dict[str, Any]:
-        """How prompts are read: the options in `reads`, as given, else as the pipeline's call has them by default."""
-        defaults = inspect.signature(self.pipe.__call__).parameters
-        return {name: self.options.get(name, defaults[name].default) for name in self.reads}
-
-    # -- sizes and limits, which most architectures say alike ----------------------------------------------------------
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of an image of so many pixels."""
+        return int(self.denoiser.config.in_channels), height // self.factor, width // self.factor
 
     @property
     def shift(self) -> float:
-        """What lies between the VAE's latents and the denoiser's, before they are scaled."""
+        """The offset between the VAE's latents and the denoiser's, before scaling."""
         return float(self.pipe.vae.config.get("shift_factor") or 0.0) if self.shifts else 0.0
 
     @property
     def overflows(self) -> bool:
-        """Whether the VAE leaves the range of the precision it is held in: its pipeline converts it to use it."""
+        """Whether the VAE overflows in float16, so that its pipeline converts it while it is used."""
         vae = getattr(self.pipe, "vae", None)
         return vae is not None and vae.dtype == torch.float16 and bool(vae.config.get("force_upcast"))
 
     @property
     def factor(self) -> int:
-        """Pixels of a side that become one latent cell: the VAE's reduction, 1 without a VAE."""
+        """Pixels of a side that become one latent cell; 1 without a VAE."""
         vae = getattr(self.pipe, "vae", None)
         return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -229,11 +249,11 @@ class PipelineAdapter(ABC):
     def multiple(self) -> int:
         """Height and width must be a multiple of so many pixels."""
         patch = getattr(self.denoiser.config, "patch_size", None) or 1
-        asked = 8 if hasattr(self.pipe, "check_inputs") else 1  # what the pipelines themselves demand
-        return math.lcm(asked, self.factor * int(patch))
+        required = 8 if hasattr(self.pipe, "check_inputs") else 1  # by the pipelines themselves
+        return math.lcm(required, self.factor * int(patch))
 
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels that the pipeline draws at where it is not told. Raises ConfigError without."""
+        """The pipeline's own height and width in pixels. Raises ConfigError where it has none."""
         cells = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.sample_size
         if cells is None:
             raise ConfigError(
@@ -244,7 +264,15 @@ class PipelineAdapter(ABC):
         return int(height) * self.factor, int(width) * self.factor
 
     def refuse_size(self, height: int, width: int) -> None:
-        """Raises ConfigError where the pipeline cannot draw images of so many pixels."""
+        """Raises ConfigError where the pipeline cannot generate images of so many pixels."""
+        if self.fixed_size:
+            if (height, width) != self.default_size():
+                only = " x ".join(str(pixels) for pixels in self.default_size())
+                raise ConfigError(
+                    f"sampling.diffusion.height and .width must be {only}, at which alone this "
+                    f"{type(self.pipe).__name__} draws; got {height} x {width}. Leave them out."
+                )
+            return
         for name, pixels in (("height", height), ("width", width)):
             if pixels % self.multiple:
                 down = max(pixels // self.multiple, 1) * self.multiple
@@ -253,45 +281,69 @@ class PipelineAdapter(ABC):
                     f"{type(self.pipe).__name__}; got {pixels}. Write {down} or {down + self.multiple}."
                 )
 
-    def refuse_other_size(self, height: int, width: int) -> None:
-        """Raises ConfigError but for the one size at which this denoiser draws."""
-        if (height, width) != self.default_size():
-            only = " x ".join(str(pixels) for pixels in self.default_size())
-            raise ConfigError(
-                f"sampling.diffusion.height and .width must be {only}, at which alone this {type(self.pipe).__name__} "
-                f"draws; got {height} x {width}. Leave them out."
-            )
-
-    def text_limits(self) -> dict[str, int]:
-        """For each tokenizer of the pipeline, by attribute: the most tokens that the encoder behind it reads."""
-        found = {name: getattr(self.pipe, name) for name in vars(self.pipe) if name.startswith("tokenizer")}
-        asked = self.reading().get("max_sequence_length")
-        limits = {}
-        for name, tokenizer in found.items():
-            if hasattr(tokenizer, "model_max_length"):
-                long = asked is not None and "CLIP" not in type(tokenizer).__name__
-                limits[name] = int(asked) if long and asked is not None else int(tokenizer.model_max_length)
-        return limits
-
-
-def finite_rows(x: torch.Tensor) -> BoolArray:
-    """(N,) whether every number of a row is finite."""
-    return np.asarray(torch.isfinite(x.float()).flatten(1).all(1).cpu().numpy(), dtype=np.bool_)
-
 
 def pixels_of(images: Sequence[Image.Image], like: torch.Tensor) -> torch.Tensor:
     """(N, 3, H, W) in [-1, 1], on the device and in the dtype of `like`; all images must be of one size."""
     stacked = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
-    device = "cpu" if like.device.type == "meta" else like.device  # a denoiser without weights lies nowhere
+    device = "cpu" if like.device.type == "meta" else like.device
     return torch.from_numpy(stacked / 127.5 - 1).permute(0, 3, 1, 2).to(device, like.dtype)
 
 
 class LastLatents:
     """The latents after the last step so far: a callback for a pipeline's callback_on_step_end."""
 
-    def __init__(self) -> None:
-        self.x0: torch.Tensor | None = None
+    x0: torch.Tensor | None = None
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         self.x0 = tensors["latents"]
         return {}
+
+
+@dataclass(frozen=True)
+class SchedulerStep:
+    """One scheduler step in the pipeline loop's layout: `told` is the denoiser's input, `output` its prediction, and
+    `latents` the result."""
+
+    index: int
+    time: torch.Tensor
+    told: torch.Tensor
+    output: torch.Tensor
+    latents: torch.Tensor
+
+
+@contextmanager
+def watched(scheduler: Any, seen: Callable[[SchedulerStep], object]) -> Iterator[None]:
+    """Within, `seen` is called after every step of the scheduler.
+
+    Most loops scale the denoiser's input by scale_model_input; without it the input is the sample.
+    """
+    names = ("step", "scale_model_input")
+    step, scale = scheduler.step, getattr(scheduler, "scale_model_input", None)
+    before = {name: value for name, value in vars(scheduler).items() if name in names}  # of an outer `watched`
+    scaled: list[torch.Tensor] = []
+    count = 0
+
+    @functools.wraps(step)  # pipelines read its signature to see which options it takes
+    def watched_step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        nonlocal count
+        told = scaled.pop() if scaled else sample
+        result = step(model_output, timestep, sample, *args, **kw)
+        latents = result[0] if isinstance(result, tuple) else result.prev_sample
+        seen(SchedulerStep(count, torch.as_tensor(timestep), told, model_output, latents))
+        count += 1
+        return result
+
+    def watched_scale(*args: Any, **kw: Any) -> torch.Tensor:
+        assert scale is not None
+        scaled[:] = [scale(*args, **kw)]
+        return scaled[0]
+
+    scheduler.step = watched_step
+    if scale is not None:
+        scheduler.scale_model_input = watched_scale
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(scheduler).pop(name, None)
+        vars(scheduler).update(before)

@@ -15,18 +15,20 @@ from raftune.policies.diffusion.pipelines.base import (
     PipelineAdapter,
     PipelineCall,
     SampledImages,
+    SchedulerStep,
     pixels_of,
+    watched,
 )
-from raftune.policies.diffusion.scheduler_trace import SchedulerStep, watched
 
 
 class DDPM(PipelineAdapter):
-    """Conditions: `rows` (N,), which say nothing. A clean latent is the image, in [-1, 1] but for what is clipped."""
+    """Conditions: `rows` (N,), without meaning. A clean latent is the image, in [-1, 1] before clipping."""
 
     pipelines = ("DDPMPipeline", "DDIMPipeline")
     denoiser_name = "unet"
     takes = "nothing"
     lora_layers = ""
+    fixed_size = True
 
     def encode(self, prompts: Sequence[Any]) -> Conditions:
         return Conditions({"rows": torch.zeros(len(prompts))})
@@ -44,28 +46,24 @@ class DDPM(PipelineAdapter):
     ) -> SampledImages:
         last: deque[SchedulerStep] = deque(maxlen=1)
         with watched(self.pipe.scheduler, last.append):
-            drawn = self.pipe(
+            output = self.pipe(
                 batch_size=len(conditions),
                 num_inference_steps=call.num_inference_steps,
                 generator=generators,
-                output_type="pt",  # as "np" it cannot be had in bfloat16
+                output_type="pt",  # "np" fails in bfloat16
                 **call.kwargs,
             )
-        found = drawn.images.cpu().permute(0, 2, 3, 1)
-        pixels = (found.float() if found.dtype == torch.bfloat16 else found).numpy()
-        return SampledImages.of(pixels, last[0].latents)
+        pixels = output.images.cpu().permute(0, 2, 3, 1)
+        pixels = pixels.float() if pixels.dtype == torch.bfloat16 else pixels
+        return SampledImages.of(pixels.numpy(), last[0].latents)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         out: torch.Tensor = self.denoiser(x_t, t, return_dict=False)[0]
-        return out[:, : x_t.shape[1]]  # a learned variance would follow
+        return out[:, : x_t.shape[1]]  # a learned variance may follow
 
     def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
-        found = pixels_of(images, next(self.denoiser.parameters()))
-        grey = int(self.denoiser.config.in_channels) == 1
-        return found.mean(1, keepdim=True) if grey else found
+        pixels = pixels_of(images, next(self.denoiser.parameters()))
+        return pixels.mean(1, keepdim=True) if int(self.denoiser.config.in_channels) == 1 else pixels
 
     def to_pixels(self, x0: torch.Tensor) -> torch.Tensor:
         return (x0 / 2 + 0.5).clamp(0, 1)
-
-    def refuse_size(self, height: int, width: int) -> None:
-        self.refuse_other_size(height, width)

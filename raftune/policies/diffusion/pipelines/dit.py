@@ -10,14 +10,20 @@ from typing import Any
 import torch
 
 from raftune.errors import ConfigError, DataError
-from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall, SampledImages
-from raftune.policies.diffusion.scheduler_trace import SchedulerStep, watched
+from raftune.policies.diffusion.pipelines.base import (
+    Conditions,
+    PipelineAdapter,
+    PipelineCall,
+    SampledImages,
+    SchedulerStep,
+    watched,
+)
 
 
 class LabelledDenoiser:
-    """A denoiser that is told these labels: the pipeline takes 1000 for no class, however many there are.
+    """A denoiser with these labels as input: the pipeline takes 1000 for no class, however many classes there are.
 
-    A thing beside the denoiser, and no hook on it: several batches are generated with one denoiser at once.
+    It wraps the denoiser rather than hooking into it: several batches are generated with one denoiser at once.
     """
 
     def __init__(self, denoiser: Any, labels: torch.Tensor) -> None:
@@ -40,26 +46,26 @@ class DiT(PipelineAdapter):
     denoiser_name = "transformer"
     takes = "label"
     lora_layers = ""
+    fixed_size = True
 
     @property
     def classes(self) -> int:
         return int(self.denoiser.config.num_embeds_ada_norm)
 
     def refuse_prompts(self, prompts: Sequence[Any]) -> None:
-        for prompt in prompts:
-            if isinstance(prompt, bool) or not isinstance(prompt, int) or not 0 <= prompt < self.classes:
-                raise DataError(
-                    f"prompts of a DiTPipeline must be class labels, whole numbers from 0 to {self.classes - 1}; got "
-                    f"{prompt!r}. {self._fix(prompt)}"
-                )
-
-    def _fix(self, prompt: Any) -> str:
         names: dict[str, int] = getattr(self.pipe, "labels", None) or {}
-        if isinstance(prompt, str) and prompt in names:
-            return f"Write its number, {names[prompt]}, as a number."
-        if isinstance(prompt, str) and prompt.strip().isdigit():
-            return f"Write {prompt.strip()} as a number, without quotes."
-        return "A model of classes reads no text, and knows no other class."
+        for prompt in prompts:
+            if isinstance(prompt, int) and not isinstance(prompt, bool) and 0 <= prompt < self.classes:
+                continue
+            fix = "A model of classes reads no text, and knows no other class."
+            if isinstance(prompt, str) and prompt in names:
+                fix = f"Write its number, {names[prompt]}, as a number."
+            elif isinstance(prompt, str) and prompt.strip().isdigit():
+                fix = f"Write {prompt.strip()} as a number, without quotes."
+            raise DataError(
+                f"prompts of a DiTPipeline must be class labels, whole numbers from 0 to {self.classes - 1}; got "
+                f"{prompt!r}. {fix}"
+            )
 
     def encode(self, prompts: Sequence[Any]) -> Conditions:
         self.refuse_prompts(prompts)
@@ -79,11 +85,11 @@ class DiT(PipelineAdapter):
         last: deque[SchedulerStep] = deque(maxlen=1)
         labels = conditions.tensors["labels"]
         away = (negative or self.empty()).tensors["labels"].to(labels.device).expand_as(labels)
-        told = torch.cat([labels, away]) if call.guidance_scale > 1 else labels
         pipe = copy.copy(self.pipe)
-        vars(pipe)["transformer"] = LabelledDenoiser(self.denoiser, told)
+        both = torch.cat([labels, away]) if call.guidance_scale > 1 else labels
+        vars(pipe)["transformer"] = LabelledDenoiser(self.denoiser, both)
         with watched(self.pipe.scheduler, last.append):
-            drawn = pipe(
+            output = pipe(
                 class_labels=labels.tolist(),
                 num_inference_steps=call.num_inference_steps,
                 guidance_scale=call.guidance_scale,
@@ -91,13 +97,9 @@ class DiT(PipelineAdapter):
                 output_type="np",
                 **call.kwargs,
             )
-        return SampledImages.of(drawn.images, last[0].latents[: len(labels)])
+        return SampledImages.of(output.images, last[0].latents[: len(labels)])
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        out: torch.Tensor = self.denoiser(
-            x_t, timestep=t, class_labels=conditions.tensors["labels"], return_dict=False
-        )[0]
+        labels = conditions.tensors["labels"]
+        out: torch.Tensor = self.denoiser(x_t, timestep=t, class_labels=labels, return_dict=False)[0]
         return out[:, : x_t.shape[1]]
-
-    def refuse_size(self, height: int, width: int) -> None:
-        self.refuse_other_size(height, width)

@@ -7,21 +7,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from raftune.policies.diffusion.pipelines.base import (
-    Conditions,
-    PipelineAdapter,
-    PipelineCall,
-)
-from raftune.policies.diffusion.pipelines.sd3 import ONE_TEXT
+from raftune.policies.diffusion.pipelines.base import ONE_TEXT, Conditions, PipelineAdapter, PipelineCall
 
-PACK = 2  # cells of a side that travel together
+PACK = 2  # cells of a side that are packed into one token
 
 
 class Flux(PipelineAdapter):
     """Conditions: `prompt_embeds` (N, T, D), `pooled` (N, P); of a guidance-distilled model also `guidance` (N,).
 
     Latents are kept unpacked. Negative prompts count only where pipeline_kwargs hold a true_cfg_scale above 1: the
-    guidance scale itself is one more number that the denoiser is told.
+    guidance scale itself is one more input of the denoiser.
     """
 
     pipelines = ("FluxPipeline",)
@@ -31,14 +26,12 @@ class Flux(PipelineAdapter):
     reads = ("max_sequence_length",)
     shifts = True
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(("prompt_2", "negative_prompt_2"), ONE_TEXT)
+    text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    text_options: ClassVar[Mapping[str, Any]] = {"prompt_2": None}
+    text_outputs = ("prompt_embeds", "pooled")
 
     def encode(self, prompts: Sequence[Any]) -> Conditions:
-        self.refuse_prompts(prompts)
-        self.require("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        embeds, pooled, _ = self.pipe.encode_prompt(
-            prompt=list(prompts), prompt_2=None, device=self.pipe.text_encoder.device, **self.reading()
-        )
-        return self.guided(Conditions({"prompt_embeds": embeds, "pooled": pooled}), 1.0)
+        return self.guided(super().encode(prompts), 1.0)
 
     def guided(self, conditions: Conditions, scale: float) -> Conditions:
         if not self.denoiser.config.guidance_embeds:
@@ -47,17 +40,16 @@ class Flux(PipelineAdapter):
         return Conditions({**conditions.tensors, "guidance": torch.full((len(conditions),), scale, device=device)})
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        told = conditions.tensors
+        inputs = conditions.tensors
         count, channels, height, width = x_t.shape
-        places = self.pipe._prepare_latent_image_ids(count, height // PACK, width // PACK, x_t.device, x_t.dtype)
         out: torch.Tensor = self.denoiser(
             hidden_states=self.pipe._pack_latents(x_t, count, channels, height, width),
             timestep=t.to(x_t.dtype) / 1000,
-            guidance=told.get("guidance"),
-            pooled_projections=told["pooled"],
-            encoder_hidden_states=told["prompt_embeds"],
-            txt_ids=torch.zeros(told["prompt_embeds"].shape[1], 3, device=x_t.device, dtype=x_t.dtype),
-            img_ids=places,
+            guidance=inputs.get("guidance"),
+            pooled_projections=inputs["pooled"],
+            encoder_hidden_states=inputs["prompt_embeds"],
+            txt_ids=torch.zeros(inputs["prompt_embeds"].shape[1], 3, device=x_t.device, dtype=x_t.dtype),
+            img_ids=self.pipe._prepare_latent_image_ids(count, height // PACK, width // PACK, x_t.device, x_t.dtype),
             return_dict=False,
         )[0]
         return self._unpack(out, height * self.factor, width * self.factor)
@@ -66,8 +58,8 @@ class Flux(PipelineAdapter):
         return self._unpack(latents, call.height, call.width)
 
     def _unpack(self, packs: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        found: torch.Tensor = self.pipe._unpack_latents(packs, height, width, self.factor)
-        return found
+        latents: torch.Tensor = self.pipe._unpack_latents(packs, height, width, self.factor)
+        return latents
 
     @property
     def multiple(self) -> int:

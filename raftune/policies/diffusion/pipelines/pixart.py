@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
 from raftune.errors import ConfigError
-from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall, SampledImages
+from raftune.policies.diffusion.pipelines.base import (
+    Conditions,
+    LastLatents,
+    PipelineAdapter,
+    PipelineCall,
+    SampledImages,
+)
 
-EXACT_SIZE = "images are generated at the very size that is asked, so that their latents are theirs: ask for one of "
-"its own"
+EXACT_SIZE = (
+    "images are generated at the very size that is asked, so that their latents are theirs: ask for one of its own"
+)
 
 
 class PixArt(PipelineAdapter):
@@ -27,46 +34,36 @@ class PixArt(PipelineAdapter):
     lora_layers = ""
     reads = ("max_sequence_length", "clean_caption")
     refused: ClassVar[Mapping[str, str]] = {"use_resolution_binning": EXACT_SIZE}
-
-    def encode(self, prompts: Sequence[Any]) -> Conditions:
-        self.refuse_prompts(prompts)
-        self.require("text_encoder", "tokenizer")
-        embeds, mask, _, _ = self.pipe.encode_prompt(
-            prompt=list(prompts),
-            do_classifier_free_guidance=False,
-            device=self.pipe.text_encoder.device,
-            **self.reading(),
-        )
-        return Conditions({"prompt_embeds": embeds, "mask": mask})
+    text_options: ClassVar[Mapping[str, Any]] = {"do_classifier_free_guidance": False}
+    text_outputs = ("prompt_embeds", "mask")
 
     def reading(self) -> dict[str, Any]:
-        """Captions are cleaned where what cleans them is installed, as the pipeline does; it would warn each time."""
-        found = super().reading()
+        """Captions are cleaned where the packages for it are installed, as the pipeline does, without its warnings."""
+        options = super().reading()
         able = is_bs4_available() and is_ftfy_available()
         if self.options.get("clean_caption") and not able:
             raise ConfigError(
                 "sampling.diffusion.pipeline_kwargs.clean_caption needs beautifulsoup4 and ftfy, which are not "
                 "installed: pip install beautifulsoup4 ftfy, or write false."
             )
-        return {**found, "clean_caption": bool(found["clean_caption"]) and able}
+        return {**options, "clean_caption": bool(options["clean_caption"]) and able}
 
     def sample(
         self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
     ) -> SampledImages:
-        last: list[torch.Tensor] = []
-        asked = conditions.tensors
-        away = conditions.away(negative)
-        drawn = self.pipe(
+        last, inputs, away = LastLatents(), conditions.tensors, conditions.away(negative)
+        output = self.pipe(
             negative_prompt=None,  # its default would forbid embeddings
-            prompt_embeds=asked["prompt_embeds"],
-            prompt_attention_mask=asked["mask"],
+            prompt_embeds=inputs["prompt_embeds"],
+            prompt_attention_mask=inputs["mask"],
             negative_prompt_embeds=away.get("prompt_embeds"),
             negative_prompt_attention_mask=away.get("mask"),
             use_resolution_binning=False,
-            callback=lambda step, timestep, latents: last.__setitem__(slice(None), [latents]),
+            callback=lambda step, timestep, latents: last(self.pipe, step, timestep, {"latents": latents}),
             **call.options(generators),
         )
-        return SampledImages.of(drawn.images, last[0])
+        assert last.x0 is not None
+        return SampledImages.of(output.images, last.x0)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         out: torch.Tensor = self.denoiser(
@@ -80,7 +77,7 @@ class PixArt(PipelineAdapter):
         return out[:, : x_t.shape[1]]
 
     def _size_of(self, x_t: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        """Height and width (N, 2), and their ratio (N, 1), where the denoiser was made to be told."""
+        """Height and width (N, 2), and their ratio (N, 1), where the denoiser takes them."""
         if not self.denoiser.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = (side * self.factor for side in x_t.shape[-2:])

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 
-from raftune.policies.diffusion.pipelines.base import (
-    Conditions,
-    PipelineAdapter,
-)
-from raftune.policies.diffusion.pipelines.stable_diffusion import ENCODED_BEFORE
-
-ONE_TEXT = "every text encoder reads the prompt"
+from raftune.policies.diffusion.pipelines.base import ENCODED_BEFORE, ONE_TEXT, Conditions, PipelineAdapter
 
 
 class SD3(PipelineAdapter):
@@ -29,19 +23,13 @@ class SD3(PipelineAdapter):
         "clip_skip": ENCODED_BEFORE,
         **dict.fromkeys(("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3"), ONE_TEXT),
     }
-
-    def encode(self, prompts: Sequence[Any]) -> Conditions:
-        self.refuse_prompts(prompts)
-        self.require("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompt=list(prompts),
-            prompt_2=None,
-            prompt_3=None,
-            device=self.pipe.text_encoder.device,
-            do_classifier_free_guidance=False,
-            **self.reading(),
-        )
-        return Conditions({"prompt_embeds": embeds, "pooled": pooled})
+    text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    text_options: ClassVar[Mapping[str, Any]] = {
+        "prompt_2": None,
+        "prompt_3": None,
+        "do_classifier_free_guidance": False,
+    }
+    text_outputs = ("prompt_embeds", None, "pooled")
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         out: torch.Tensor = self.denoiser(

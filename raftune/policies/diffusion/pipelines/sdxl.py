@@ -8,14 +8,11 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
-from raftune.policies.diffusion.pipelines.base import (
-    Conditions,
-    PipelineAdapter,
-)
-from raftune.policies.diffusion.pipelines.stable_diffusion import ENCODED_BEFORE
+from raftune.policies.diffusion.pipelines.base import ENCODED_BEFORE, Conditions, PipelineAdapter
 
 OTHER_SIZE = "the denoiser is trained on images of the size that is generated, uncropped, and told so"
 SECOND_TEXT = "both text encoders read the prompt"
+SIZES = ("original_size", "target_size", "crops_coords_top_left")
 
 
 class SDXL(PipelineAdapter):
@@ -28,26 +25,18 @@ class SDXL(PipelineAdapter):
     refused: ClassVar[Mapping[str, str]] = {
         "clip_skip": ENCODED_BEFORE,
         **dict.fromkeys(("prompt_2", "negative_prompt_2"), SECOND_TEXT),
-        **dict.fromkeys(("original_size", "target_size", "crops_coords_top_left"), OTHER_SIZE),
-        **dict.fromkeys(
-            ("negative_original_size", "negative_target_size", "negative_crops_coords_top_left"), OTHER_SIZE
-        ),
+        **dict.fromkeys((*SIZES, *(f"negative_{name}" for name in SIZES)), OTHER_SIZE),
         "denoising_end": "latents would be left unfinished, and trained on as if they were clean",
     }
-
-    def encode(self, prompts: Sequence[Any]) -> Conditions:
-        self.refuse_prompts(prompts)
-        self.require("text_encoder_2", "tokenizer_2")  # the refiner has no first one
-        embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompt=list(prompts), device=self.pipe.text_encoder_2.device, do_classifier_free_guidance=False
-        )
-        return Conditions({"prompt_embeds": embeds, "pooled": pooled})
+    text_parts = ("text_encoder_2", "tokenizer_2")  # the refiner has no first one
+    text_options: ClassVar[Mapping[str, Any]] = {"do_classifier_free_guidance": False}
+    text_outputs = ("prompt_embeds", None, "pooled")
 
     def empty(self, negative: str | None = None) -> Conditions:
-        found = self.encode([negative or ""])
+        conditions = self.encode([negative or ""])
         if negative is None and self.pipe.config.force_zeros_for_empty_prompt:
-            return Conditions({name: torch.zeros_like(tensor) for name, tensor in found.tensors.items()})
-        return found
+            return Conditions({name: torch.zeros_like(tensor) for name, tensor in conditions.tensors.items()})
+        return conditions
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         out: torch.Tensor = self.denoiser(
@@ -66,14 +55,17 @@ class SDXL(PipelineAdapter):
         return ids.expand(len(x_t), -1)
 
     def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
-        vae, dtype = self.pipe.vae, self.pipe.vae.dtype
-        overflows = self.overflows
+        vae, dtype, overflows = self.pipe.vae, self.pipe.vae.dtype, self.overflows
         if overflows:  # its encoder does, as its decoder
             vae.to(torch.float32)
-        found = self.encoded(images, generator)
+        latents = self.encoded(images, generator)
         if overflows:
             vae.to(dtype)
-        return self._scaled(found).to(dtype)
+        scale: float = vae.config.scaling_factor
+        if (centre := self._centre(latents)) is None:
+            return (latents * scale).to(dtype)
+        mean, std = centre
+        return ((latents - mean) * scale / std).to(dtype)
 
     def to_pixels(self, x0: torch.Tensor) -> torch.Tensor:
         if (centre := self._centre(x0)) is None:
@@ -81,20 +73,10 @@ class SDXL(PipelineAdapter):
         mean, std = centre
         return super().to_pixels(x0 * std + mean * self.pipe.vae.config.scaling_factor)
 
-    def _scaled(self, found: torch.Tensor) -> torch.Tensor:
-        """The VAE's latents as the denoiser sees them: centred where the VAE says how, then scaled."""
-        scale: float = self.pipe.vae.config.scaling_factor
-        if (centre := self._centre(found)) is None:
-            return found * scale
-        mean, std = centre
-        return (found - mean) * scale / std
-
     def _centre(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Mean and deviation of each latent channel (1, C, 1, 1), where the VAE says them."""
+        """Mean and deviation of each latent channel (1, C, 1, 1), where the VAE has them."""
         config = self.pipe.vae.config
-        if getattr(config, "latents_mean", None) is None or getattr(config, "latents_std", None) is None:
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or std is None:
             return None
-        mean, std = (
-            torch.tensor(each).view(1, -1, 1, 1).to(like) for each in (config.latents_mean, config.latents_std)
-        )
-        return mean, std
+        return torch.tensor(mean).view(1, -1, 1, 1).to(like), torch.tensor(std).view(1, -1, 1, 1).to(like)

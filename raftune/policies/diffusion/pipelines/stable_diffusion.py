@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 
-from raftune.policies.diffusion.pipelines.base import (
-    Conditions,
-    PipelineAdapter,
-)
-
-ENCODED_BEFORE = "prompts are encoded once, before the pipeline is called, without it"
+from raftune.policies.diffusion.pipelines.base import ENCODED_BEFORE, Conditions, PipelineAdapter
 
 
 class StableDiffusion(PipelineAdapter):
@@ -23,17 +18,8 @@ class StableDiffusion(PipelineAdapter):
     takes = "text"
     lora_layers = "unet_lora_layers"
     refused: ClassVar[Mapping[str, str]] = {"clip_skip": ENCODED_BEFORE}
-
-    def encode(self, prompts: Sequence[Any]) -> Conditions:
-        self.refuse_prompts(prompts)
-        self.require("text_encoder", "tokenizer")
-        embeds, _ = self.pipe.encode_prompt(
-            prompt=list(prompts),
-            device=self.pipe.text_encoder.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-        return Conditions({"prompt_embeds": embeds})
+    text_options: ClassVar[Mapping[str, Any]] = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    text_outputs = ("prompt_embeds",)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         embeds = conditions.tensors["prompt_embeds"]

@@ -15,7 +15,7 @@ from raftune.config.policy import AdapterConfig, DiffusionPolicy
 from raftune.config.sampling import DiffusionSampling, SamplingConfig
 from raftune.config.training import DiffusionTraining, TrainingConfig
 from raftune.policies.diffusion import Diffusion
-from raftune.policies.diffusion.latents import FIELDS, columns_of
+from raftune.policies.diffusion.images import FIELDS, columns_of
 from raftune.protocols import Chunk
 from raftune.records import INVALID, Prompt
 from tests.pipelines import CELLS, SIZE

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from raftune.errors import ConfigError, DataError, ModelError, OutOfMemory
-from raftune.policies.diffusion import Diffusion, ema
+from raftune.policies.diffusion import Diffusion
 from raftune.policies.diffusion import loss as losses
-from raftune.policies.diffusion.latents import columns_of, latents_of
+from raftune.policies.diffusion.images import columns_of, latents_of
 from raftune.policies.diffusion.saving import OPTIMIZER
 from raftune.training.checkpoints import MANIFEST, REQUIRED
+from raftune.training.fit import AVERAGE
 from tests.builders import tree_hash
 from tests.pipelines import CELLS, save_tiny, tiny_pipeline
 from tests.unit.policies.diffusion.fits import begun, drawn, parts, some_rows, tuned, write_rows
@@ -179,8 +180,8 @@ def test_a_harmed_average_is_noticed_like_any_other_file_of_a_checkpoint(sd: Pat
         tuned(config, tmp_path / "run", rows, callbacks=[KillAfter(2)])
     work = tmp_path / "run" / "round-0001" / "train"
     named = json.loads((work / "checkpoint-2" / MANIFEST).read_text())["files"]
-    assert {*REQUIRED, ema.FILE} <= set(named)
-    path = work / "checkpoint-2" / ema.FILE
+    assert {*REQUIRED, AVERAGE} <= set(named)
+    path = work / "checkpoint-2" / AVERAGE
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))

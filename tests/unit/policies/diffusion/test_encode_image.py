@@ -14,7 +14,7 @@ from PIL import Image
 from raftune.data.images import image_of, png_of
 from raftune.errors import DataError
 from raftune.policies.diffusion import Diffusion
-from raftune.policies.diffusion.latents import latents_of
+from raftune.policies.diffusion.images import latents_of
 from raftune.records import Prompt
 from tests.pipelines import SIZE, save_tiny
 from tests.unit.policies.diffusion.runs import policy

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from raftune.data.images import png_of, sha256_of_png
 from raftune.errors import ConfigError, DataError, OutOfMemory
-from raftune.policies.diffusion.latents import columns_of, latents_of
+from raftune.policies.diffusion.images import columns_of, latents_of
 from raftune.protocols import SupportsPromptCheck
 from raftune.records import Prompt, samples_table
 from raftune.training.quiet import quiet

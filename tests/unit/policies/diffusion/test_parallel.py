@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from raftune.errors import OutOfMemory
-from raftune.policies.diffusion.parallel import lanes
 from raftune.policies.diffusion.pipelines.base import PipelineAdapter, PipelineCall
-from raftune.policies.diffusion.sample import batches, lanes_for
+from raftune.policies.diffusion.sample import batches, lanes, lanes_for
 from raftune.store import interruption, partial
 from tests.pipelines import save_tiny
 from tests.unit.policies.diffusion.runs import TEXTS, chunk, pixels, policy

@@ -19,7 +19,7 @@ from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.diffusion import Diffusion
 from raftune.policies.diffusion.loading import load_denoiser, load_pipeline
-from raftune.policies.diffusion.references import ModelRecord, fingerprint, read_record
+from raftune.policies.diffusion.model_folder import ModelRecord, fingerprint, read_record
 from tests.pipelines import save_tiny, tiny_pipeline
 from tests.unit.policies.diffusion.fits import Parts, begun, drawn, parts, some_rows, tuned, write_rows
 

@@ -23,8 +23,8 @@ from raftune.data.images import image_of
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.diffusion import Diffusion
 from raftune.policies.diffusion import lora as adapters
-from raftune.policies.diffusion.components import LORA
 from raftune.policies.diffusion.loading import load_denoiser
+from raftune.policies.diffusion.model_folder import LORA
 from raftune.training.quiet import quiet
 from tests.builders import tree_hash
 from tests.pipelines import SIZE, Kind, save_tiny, tiny_pipeline

@@ -12,8 +12,7 @@ from PIL import Image
 
 from raftune.errors import ConfigError, DataError, ModelError
 from raftune.policies.diffusion.pipelines import adapter_of
-from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall
-from raftune.policies.diffusion.scheduler_trace import SchedulerStep, watched
+from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall, SchedulerStep, watched
 from raftune.training.quiet import quiet
 from tests.pipelines import CELLS, KINDS, SIZE, Kind, tiny_pipeline
 

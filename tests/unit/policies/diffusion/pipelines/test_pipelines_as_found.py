@@ -20,10 +20,9 @@ from PIL import Image
 from raftune.config.sampling import DiffusionSampling
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.diffusion import Diffusion
-from raftune.policies.diffusion.call_args import call_of
+from raftune.policies.diffusion.checks import call_of, refuse_distilled, refuse_other_channels
 from raftune.policies.diffusion.parity import refuse_unproven, refuse_unseeded
 from raftune.policies.diffusion.pipelines import adapter_of
-from raftune.policies.diffusion.trainable import refuse_distilled, refuse_other_channels
 from raftune.training.quiet import quiet
 from tests.pipelines import SIZE, Kind, save_tiny, tiny_pipeline
 from tests.unit.policies.diffusion.fits import begun, parts
