@@ -14,15 +14,13 @@ from raftune.errors import DataError
 from raftune.protocols import Policy, SupportsPromptCheck
 from raftune.results.summary import read_json
 from raftune.runtime.assembly import Runtime
-from raftune.sanitize import counted
 from raftune.stages.data import DataStage
 from raftune.stages.gather import adopted, prompts_of, reference_rows
 from raftune.stages.plan import asked_columns, prompts_from
 from raftune.stages.prompt_check import LEAVE_OUT, cut_short, looked_at, prompts_in, refusal, unlike_starter
 from raftune.store.job import run_once
-from raftune.store.parquet import read_groups, read_metadata, read_table, write_table
+from raftune.store.parquet import read_groups, read_table, write_table
 
-NAMED = 3
 BATCH = 512  # prompts that are encoded at once
 
 
@@ -91,7 +89,7 @@ def leave_out(runtime: Runtime, folder: Path, policy: SupportsPromptCheck) -> tu
 
 
 def measure(folder: Path, encoder: Any | None) -> PromptCounts:
-    """The counts. Raises DataError that names prompts which do not fit the model."""
+    """The counts; with an encoder, lengths as well."""
     notes = read_json(folder / "notes.json")
     files = (folder / f"{name}.parquet" for name in ("train", "held_out")) if encoder is not None else ()
     lengths = [length for path in files for length in lengths_of(path, encoder)]
@@ -100,29 +98,12 @@ def measure(folder: Path, encoder: Any | None) -> PromptCounts:
 
 
 def lengths_of(path: Path, encoder: Any) -> list[int]:
-    """Tokens of each of the file's prompts, as rendered for generation. Raises DataError that counts what does not fit.
+    """Tokens of each of the file's prompts, as rendered for generation. Raises DataError for one that does not fit.
 
     Encoded in batches: a tokenizer's own record of a text is many times larger than the text.
     """
     lengths: list[int] = []
-    refused: list[str] = []
-    first: DataError | None = None
     for rows in read_groups(path, asked_columns(path)):
         for start in range(0, rows.num_rows, BATCH):
-            prompts = prompts_from(rows.slice(start, BATCH))
-            try:
-                lengths += map(len, encoder.encode(prompts, for_drawing=True))
-            except DataError as error:
-                first = first or error
-                for prompt in prompts:  # which of the batch
-                    try:
-                        encoder.encode([prompt], for_drawing=True)
-                    except DataError:
-                        refused.append(prompt.id)
-    if first is not None:
-        more = f" and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
-        where = f"{', '.join(refused[:NAMED])}{more}"
-        raise DataError(
-            f"{len(refused)} of {counted(read_metadata(path)[0], 'prompt')} cannot be used ({where}). {first}"
-        ) from first
+            lengths += map(len, encoder.encode(prompts_from(rows.slice(start, BATCH)), for_drawing=True))
     return lengths

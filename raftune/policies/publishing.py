@@ -30,43 +30,40 @@ def publish_files(folder: Path, start: Path, out: Path, tokenizer: str | None) -
 
 
 def weights_of(folder: Path) -> Path:
-    """Where the files of a committed model lie: in its folder, or where the start's reference points to."""
+    """The folder of a committed model's files: its own, or the one that the start's reference names."""
     if not (folder / REFERENCE).is_file() or (folder / ADAPTER).is_file():
         return folder
     reference = json.loads((folder / REFERENCE).read_text(encoding="utf-8"))
-    place = (folder / reference["name"]).resolve() if reference["name"].startswith("..") else Path(reference["name"])
+    name: str = reference["name"]
+    place = (folder / name).resolve() if name.startswith("..") else Path(name)
     if place.is_dir():
         return place
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(reference["name"], revision=reference["revision"]))
+        return Path(snapshot_download(name, revision=reference["revision"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise StoreError(
-            f"the start model {reference['name']!r} is neither here nor on the hub now. Check the network."
-        ) from error
+        raise StoreError(f"the start model {name!r} is neither here nor on the hub now. Check the network.") from error
 
 
 def copy_files(source: Path, out: Path) -> None:
-    """Copies a model's own files, and those of folders in it; hidden ones and ours stay behind.
+    """Copies a model's own files, and those of folders in it, without hidden ones and those of the run.
 
-    Raises StoreError for a link that leads out of the folder, unless to the hub's cache: what it points to is no part
-    of a model, and must not be sent along with it.
+    Raises StoreError for a link that leads out of the folder, unless to the hub's cache: its target is no part of a
+    model, and must not be published with it.
     """
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
         hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or path.is_dir() or name.as_posix() in (*OURS, "README.md"):
-            continue
-        copy_file(path, out / name, source)
+        if not (hidden or path.is_dir() or name.as_posix() in (*OURS, "README.md")):
+            copy_file(path, out / name, source)
 
 
 def copy_file(path: Path, out: Path, source: Path) -> None:
-    """Copies one file of a model folder, made of regular files alone. Raises StoreError as `copy_files` does."""
-    home = source.resolve()
+    """Copies one file of a model folder. Raises StoreError as `copy_files` does."""
+    home, target = source.resolve(), path.resolve()
     allowed = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
-    target = path.resolve()
     if not target.is_file() or not any(target.is_relative_to(place) for place in allowed):
         raise StoreError(
             f"{path} is a link out of the model's folder, to {target}, and is not copied. Put the file itself there."
@@ -77,24 +74,23 @@ def copy_file(path: Path, out: Path, source: Path) -> None:
 
 def ground_adapter(start: Path, out: Path, tokenizer: str | None) -> None:
     """Gives an adapter its tokenizer, and a base that can be found from anywhere."""
-    path, place = out / ADAPTER, {}
+    path, base = out / ADAPTER, {}
     if not (start / REFERENCE).is_file():
-        base = out / "base"
-        base.mkdir(exist_ok=True)
-        copy_files(start, base)
-        place = {"base_model_name_or_path": str(base.resolve()), "revision": None}
+        (out / "base").mkdir(exist_ok=True)
+        copy_files(start, out / "base")
+        base = {"base_model_name_or_path": str((out / "base").resolve()), "revision": None}
     elif not json.loads((start / REFERENCE).read_text(encoding="utf-8"))["fingerprint"].startswith("hub:"):
-        place = {"base_model_name_or_path": str(weights_of(start))}
-    if place:
-        dump_json(path, json.loads(path.read_text()) | place)
+        base = {"base_model_name_or_path": str(weights_of(start))}
+    if base:
+        dump_json(path, json.loads(path.read_text()) | base)
     copy_tokenizer(start, out, tokenizer)
 
 
 def copy_tokenizer(start: Path, out: Path, configured: str | None) -> None:
-    """Copies the run's tokenizer: the configured one where it is a folder, else what lies beside the start."""
+    """Copies the run's tokenizer: the configured one where it is a folder, else the one beside the start."""
     place = Path(configured) if configured and Path(configured).is_dir() else weights_of(start)
     place = start if (start / "tokenizer_config.json").is_file() else place  # one given as an object lies there
+    names = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece", "chat_template")
     for path in sorted(place.iterdir()):
-        named = path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece"))
-        if path.is_file() and (named or path.name.startswith("chat_template")):
+        if path.is_file() and path.name.startswith(names):
             copy_file(path, out / path.name, path.parent)

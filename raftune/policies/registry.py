@@ -26,13 +26,18 @@ FAMILIES = {
 }
 MEDIA = ("text", "messages", "image", "category")
 GUIDE = "docs/families.md says what each is for."
-# What a class must have before anything runs, and what it must give back when it is loaded.
+# Attributes of a family's class, and of the policy that it loads.
 OF_A_FAMILY = ("media", "payload", "start", "load", "verify")
 OF_A_POLICY = ("media", "payload", "nbytes", "generate", "encode_completion", "train", "notes")
+# Fields of `policy` that do not apply to the teacher, with the values that it gets.
+NOT_THE_TEACHERS: dict[str, Any] = {
+    **dict.fromkeys(("adapter", "tokenizer", "revision", "variant")),
+    "pipeline_init_kwargs": {},
+}
 
 
 class Family(Protocol):
-    """A kind of policy: how one is begun, checked and loaded."""
+    """A kind of policy: how one is started, checked and loaded."""
 
     media: str
     payload: pa.Schema
@@ -43,7 +48,7 @@ class Family(Protocol):
 
 
 def family_of(config: RunConfig) -> Family:
-    """The class of the configured family. Raises ConfigError where a custom one is not there, or is not whole."""
+    """The class of the configured family. Raises ConfigError where a custom one is missing or incomplete."""
     name = config.policy.family
     try:
         family: Family = load_object(FAMILIES.get(name, name), "policy.family")
@@ -54,13 +59,8 @@ def family_of(config: RunConfig) -> Family:
             f"policy.family: {name} cannot be loaded: {first_line(error.__cause__ or error)}. Check that memory "
             "suffices (`ulimit -v`), and that torch and transformers are installed whole."
         ) from error
-    if isinstance(config.policy, CustomPolicy):
-        refuse_incomplete(family, name)
-    return family
-
-
-def refuse_incomplete(family: Any, name: str) -> None:
-    """Raises ConfigError for a family that lacks something, produces no known kind of thing, or has no `completion`."""
+    if not isinstance(config.policy, CustomPolicy):
+        return family
     refuse_missing(family, OF_A_FAMILY, f"policy.family: {name}")
     if family.media not in MEDIA:
         raise ConfigError(
@@ -74,16 +74,18 @@ def refuse_incomplete(family: Any, name: str) -> None:
             f"policy.family: payload of {name} must be a pyarrow.schema whose first column is `completion`, what the "
             f"rewards are given; got {given}. {GUIDE}"
         )
-    if family.media == "image" and family.payload.field("completion").type != pa.binary():
+    kind = family.payload.field("completion").type
+    if family.media == "image" and kind != pa.binary():
         raise ConfigError(
             f"policy.family: `completion` of {name}, whose media is image, must be binary: the bytes of a PNG; got "
-            f"{family.payload.field('completion').type}. {GUIDE}"
+            f"{kind}. {GUIDE}"
         )
+    return family
 
 
-def refuse_missing(found: object, names: tuple[str, ...], what: str) -> None:
-    """Raises ConfigError that names everything which `found` lacks."""
-    if missing := [name for name in names if not hasattr(found, name)]:
+def refuse_missing(instance: object, names: tuple[str, ...], what: str) -> None:
+    """Raises ConfigError that names every missing attribute."""
+    if missing := [name for name in names if not hasattr(instance, name)]:
         raise ConfigError(f"{what} must have {', '.join(names)}; it lacks {', '.join(missing)}. {GUIDE}")
 
 
@@ -107,15 +109,15 @@ def start_policy(
     make_relative(out, getattr(config.policy, "model", None), final)
 
 
-def make_relative(out: Path, given: str | None, final: Path | None = None) -> None:
-    """Makes what a start written into `out`, to be moved to `final`, refers to relative, where it was given relative.
+def make_relative(out: Path, model: str | None, final: Path | None = None) -> None:
+    """Makes the path in a start's record relative, where `model` was configured so; `out` is to be moved to `final`.
 
-    A folder of a stage and one under tmp/ lie equally deep in a run, so that the same path holds in both. So a project
-    can be moved as a whole, and what is made from the start does not depend on where it lies.
+    A folder of a stage and one under tmp/ lie equally deep in a run, so that the same path holds in both: a project can
+    be moved as a whole, and hashes do not depend on where it lies.
     """
-    if given is None or Path(given).expanduser().is_absolute() or not Path(given).is_dir():
+    if model is None or Path(model).expanduser().is_absolute() or not Path(model).is_dir():
         return
-    place = Path(given).resolve()
+    place = Path(model).resolve()
     for path, key in ((out / "reference.json", "name"), (out / "raftune.json", "model")):
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if content.get(key) == str(place):
@@ -124,9 +126,8 @@ def make_relative(out: Path, given: str | None, final: Path | None = None) -> No
 
 
 def load_policy(family: Family, config: RunConfig, folder: Path, start: Path) -> Policy:
-    """The policy of a committed folder, all of whose files are as they were committed. Raises RunDamaged.
-
-    Raises ConfigError where a family of your own gives back what is none."""
+    """The policy of a committed folder. Raises RunDamaged where a file has changed since it was committed, ConfigError
+    where a custom family returns no policy."""
     for place in {folder, start}:
         check_folder(place)
     policy = family.load(config, folder, start)
@@ -136,8 +137,29 @@ def load_policy(family: Family, config: RunConfig, folder: Path, start: Path) ->
 
 
 def code_of(config: RunConfig) -> Mapping[str, str]:
-    """The hash of the file that a family of your own is read from: with other code, a run is another run."""
+    """The hash of a custom family's file: with other code, a run is another run."""
     if not isinstance(config.policy, CustomPolicy) or not config.policy.family.rpartition(":")[0].endswith(".py"):
         return {}
     code = code_hash(config.policy.family)
     return {"family's classes": code} if code else {}
+
+
+# -- the teacher: a second model of the policy's family, which generates and is not trained ----------------------------
+
+
+def start_teacher(family: Family, config: RunConfig, out: Path) -> None:
+    """Writes the teacher as a family writes its start; errors name the teacher's own field."""
+    try:
+        family.start(teacher_config(config), out)
+        make_relative(out, config.sampling.teacher.model if config.sampling.teacher is not None else None)
+    except ModelError as error:
+        raise type(error)(str(error).replace("policy.model", "sampling.teacher.model")) from error
+
+
+def teacher_config(config: RunConfig) -> RunConfig:
+    """The configuration with the teacher in the policy's place: the same family and options, no adapter, and no rounds,
+    as it need not be trainable."""
+    assert config.sampling.teacher is not None
+    changes = {name: value for name, value in NOT_THE_TEACHERS.items() if hasattr(config.policy, name)}
+    changes["model"] = config.sampling.teacher.model
+    return config.model_copy(update={"policy": config.policy.model_copy(update=changes), "num_rounds": 0})

@@ -11,7 +11,7 @@ from raftune.errors import ConfigError
 
 
 class FamilyConfig(Protocol):
-    """What of a run's configuration shapes a family."""
+    """The parts of a run's configuration that shape a family."""
 
     @property
     def policy(self) -> Any: ...
@@ -28,27 +28,22 @@ def refuse_unused(config: Any, family: str, unused: Iterable[str]) -> None:
     for path in unused:
         section, _, name = path.rpartition(".")
         holder = getattr(config, section) if section else config
-        if not hasattr(holder, name):  # a part of a configuration: what measures a model has no options of a run
+        if not hasattr(holder, name):  # a partial configuration, as of an evaluation
             continue
-        given = getattr(holder, name)
+        value = getattr(holder, name)
         default = type(holder).model_fields[name].get_default(call_default_factory=True)
-        if given != default:
-            raise ConfigError(
-                f"{path} means nothing to the {family} family; got {_shown(given, default)}. "
-                "Remove it, or choose another policy.family."
-            )
+        if value == default:
+            continue
+        shown = repr(value)
+        if fields := getattr(type(value), "model_fields", ()):  # a section: its changed fields
+            pairs = ((field, getattr(value, field), getattr(default, field, None)) for field in fields)
+            shown = ", ".join(f"{field} = {own!r}" for field, own, usual in pairs if own != usual)
+        raise ConfigError(
+            f"{path} means nothing to the {family} family; got {shown}. Remove it, or choose another policy.family."
+        )
 
 
 def all_but(section: Any, prefix: str, read: Iterable[str]) -> list[str]:
     """The dotted names of the section's fields, without those that are read."""
     kept = set(read)
     return [f"{prefix}.{name}" for name in type(section).model_fields if name not in kept]
-
-
-def _shown(given: Any, default: Any) -> str:
-    """The value; of a section, those of its fields that were changed."""
-    if not hasattr(type(given), "model_fields"):
-        return repr(given)
-    changed = {name: getattr(given, name) for name in type(given).model_fields}
-    told = [f"{name} = {value!r}" for name, value in changed.items() if value != getattr(default, name, None)]
-    return ", ".join(told)

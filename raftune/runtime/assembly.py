@@ -18,8 +18,15 @@ from raftune.engines.local import InProcessEngine, make_engine
 from raftune.evaluation.alarms import RoundMonitor
 from raftune.evaluation.images import looked_at
 from raftune.evaluation.metrics import METRICS, load_metrics, measured, metric_code
-from raftune.policies.registry import Family, code_of, family_of, load_policy, start_policy
-from raftune.policies.teacher import start_teacher, teacher_config
+from raftune.policies.registry import (
+    Family,
+    code_of,
+    family_of,
+    load_policy,
+    start_policy,
+    start_teacher,
+    teacher_config,
+)
 from raftune.protocols import (
     ChunkedStage,
     Policy,

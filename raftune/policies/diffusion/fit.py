@@ -52,7 +52,8 @@ def train(
     Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
     """
     config, training, shape = policy.config, policy.config.training, policy.latents_shape
-    images = read_rows(rows, shape)
+    step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    images = read_rows(rows, shape, training.loss_normalization, step)
     seed = derive_seed(config.seed, "tune", images.round)
     conditions = Conditions.joined([policy.encoder.encode(images.prompts), policy.encoder.empty()])
     conditions = policy.blank.guided(conditions, policy.call.guidance_scale)
@@ -60,11 +61,10 @@ def train(
     refuse_unfit(schedule, training.diffusion)
     denoising = DenoisingLoss(policy.blank, schedule, training.diffusion, conditions, seed, StepCounter())
     objective = load_objective(training)
-    step = training.per_device_train_batch_size * training.gradient_accumulation_steps
     task = FitTask(
         load=lambda: trainee(policy),
-        rows=images.with_coefficients(training.loss_normalization, step),
-        lengths=[1] * len(images),
+        rows=images.rows,
+        lengths=[1] * len(images.rows),
         collate=batch_of,
         objective=lambda model: partial(objective.loss, denoising.over(policy.bound(model.denoiser))),
         seed=seed,
@@ -102,7 +102,7 @@ def train(
         "out_of_memory_at": list(result.out_of_memory),
         **probe.compare(before, after),
     }
-    return TrainReport(len(images), len(result.losses), result.losses, details), result.notes
+    return TrainReport(len(images.rows), len(result.losses), result.losses, details), result.notes
 
 
 def trainee(policy: Any) -> DenoiserModule:

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from raftune.arrays import FloatArray
 from raftune.data.images import as_rgb, image_of, png_of, sha256_of_png, why_invalid
 from raftune.errors import DataError
 from raftune.policies.diffusion.pipelines.base import PipelineAdapter, SampledImages
@@ -133,61 +132,49 @@ def read_image(completion: Any, prompt: Prompt, source: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image: its number in the fit, the number of its distinct prompt, its coefficient in a step's loss."""
+    """One image: its number in the fit, the number of its distinct prompt, its coefficient in a step's loss, and its
+    clean latents (C, h, w) in the dtype in which they were saved."""
 
     number: int
     prompt: int
     coefficient: float
-    latents: tuple[bytes, Sequence[int], str]
-
-    @property
-    def x0(self) -> torch.Tensor:
-        """(C, h, w) float32."""
-        return latents_of(*self.latents).float()
+    x0: torch.Tensor
 
 
 @dataclass(frozen=True)
 class ImageRows:
-    """The images of positive weight, their distinct prompts, and the round that gathered them.
+    """The images of positive weight, their distinct prompts, and the round that gathered them."""
 
-    `owners[i]` is the number of image i's prompt; `names[i]` its id: equal texts asked twice are two prompts.
-    """
-
-    latents: list[tuple[bytes, Sequence[int], str]]
-    weights: FloatArray
+    rows: list[ImageRow]
     prompts: list[Prompt]
-    owners: list[int]
-    names: list[str]
     round: int
 
-    def __len__(self) -> int:
-        return len(self.latents)
 
-    def with_coefficients(self, normalization: Normalization, step: int) -> list[ImageRow]:
-        """The rows of a fit whose steps have `step` of them."""
-        elements = [int(np.prod(shape)) for _, shape, _ in self.latents]
-        shares = coefficients(self.weights, elements, self.names, normalization, step).tolist()
-        return list(map(ImageRow, range(len(self)), self.owners, shares, self.latents))
+def read_rows(path: Path, shape: tuple[int, int, int], normalization: Normalization, step: int) -> ImageRows:
+    """The rows of a Parquet file whose latents have this (C, h, w), for a fit whose steps have `step` rows.
 
-
-def read_rows(path: Path, shape: tuple[int, int, int]) -> ImageRows:
-    """The rows of a Parquet file whose latents have this (C, h, w). Raises DataError for one that cannot be used."""
-    learned = ["sample_id", INVALID, *(field.name for field in FIELDS)]
-    table = pq.read_table(path, columns=["prompt_id", "prompt", "weight", *learned], use_threads=False)
+    Raises DataError for one that cannot be used.
+    """
+    columns = ["sample_id", "prompt_id", "prompt", "weight", INVALID, *(field.name for field in FIELDS)]
+    table = pq.read_table(path, columns=columns, use_threads=False)
     weights = np.asarray(table.column("weight").to_numpy(), dtype=np.float64)
     if (bad := weights[~(np.isfinite(weights) & (weights >= 0))]).size:
         raise DataError(f"Every row's weight must be finite and not negative; got {bad[0]} in {path.name}.")
     used = table.filter(pa.array(weights > 0))
     ids, contents = used.column("prompt_id").to_pylist(), used.column("prompt").to_pylist()
     first: dict[str, int] = {}
-    owners = [first.setdefault(repr(content), len(first)) for content in contents]
-    prompts = {number: Prompt(name, content) for number, name, content in zip(owners, ids, contents, strict=True)}
-    latents = [_checked(row, shape) for row in used.select(learned).to_pylist()]
+    numbers = [first.setdefault(repr(content), len(first)) for content in contents]
+    prompts = {number: Prompt(name, content) for number, name, content in zip(numbers, ids, contents, strict=True)}
+    latents = [_latents(row, shape) for row in used.drop_columns(["prompt"]).to_pylist()]
+    elements = [int(np.prod(shape))] * len(latents)
+    # By prompt id, not by text: equal texts asked twice are two prompts.
+    shares = coefficients(weights[weights > 0], elements, ids, normalization, step).tolist()
+    rows = list(map(ImageRow, range(len(latents)), numbers, shares, latents))
     round_ = int((pq.read_schema(path).metadata or {}).get(b"raftune.round", b"0"))
-    return ImageRows(latents, weights[weights > 0], [prompts[i] for i in range(len(first))], owners, ids, round_)
+    return ImageRows(rows, list(prompts.values()), round_)
 
 
-def _checked(row: dict[str, Any], shape: tuple[int, int, int]) -> tuple[bytes, Sequence[int], str]:
+def _latents(row: dict[str, Any], shape: tuple[int, int, int]) -> torch.Tensor:
     """The latents of one row. Raises DataError where there are none, of another shape, or not finite."""
     name = row["sample_id"]
     content, actual, dtype = (row[field.name] for field in FIELDS)
@@ -204,18 +191,18 @@ def _checked(row: dict[str, Any], shape: tuple[int, int, int]) -> tuple[bytes, S
             "sampling.diffusion.height and width to its own."
         )
     try:
-        finite = bool(torch.isfinite(latents_of(content, actual, dtype).float()).all())
+        x0 = latents_of(content, actual, dtype)
     except DataError as error:
         raise DataError(f"{name}: {error} Draw its round again with `raftune train … --from generate`.") from error
-    if not finite:
+    if not bool(torch.isfinite(x0.float()).all()):
         raise DataError(f"Latents must be finite; those of {name} hold a NaN or an infinity. Leave the row out.")
-    return content, actual, dtype
+    return x0
 
 
 def batch_of(rows: Sequence[ImageRow]) -> Batch:
     """x0 (N, C, h, w) float32, and of each row its number, its prompt and its coefficient."""
     return {
-        "x0": torch.stack([row.x0 for row in rows]),
+        "x0": torch.stack([row.x0.float() for row in rows]),
         "rows": torch.tensor([row.number for row in rows]),
         "prompts": torch.tensor([row.prompt for row in rows]),
         "coefficients": torch.tensor([row.coefficient for row in rows], dtype=torch.float32),

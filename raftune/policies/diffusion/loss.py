@@ -108,7 +108,7 @@ class DenoisingProbe:
         """Rows spread evenly over the fit's."""
         count = min(PROBED, len(rows))
         chosen = [rows[i * len(rows) // count] for i in range(count)]
-        x0 = torch.stack([row.x0 for row in chosen]).repeat_interleave(QUARTERS, 0)
+        x0 = torch.stack([row.x0.float() for row in chosen]).repeat_interleave(QUARTERS, 0)
         noises = []
         for row in chosen:
             generator = torch.Generator().manual_seed(derive_seed(denoising.seed, "probe", row.number))

@@ -3,13 +3,13 @@
 A sampling scheduler cannot train: `set_timesteps` shrinks its tables in place, and some have no `add_noise` at all. So
 a training schedule is made from its configuration, for two kinds: variance preserving and flow matching. x0 is a clean
 latent, noise a standard normal of its shape, and t a time as scheduler.timesteps counts it. A share in [0, 1] is a
-position in the schedule: 0 the clean image, 1 pure noise.
+position in the schedule: 0 the clean image, 1 pure noise. A schedule has the `times` (N,) of shares, the `noised`
+latents (N, ...) at these times, the `target` (N, ...) that the scheduler expects, and `weights` (N,) of squared errors.
 """
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -28,37 +28,11 @@ VARIANCE_PRESERVING = (
 FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
-class Schedule(ABC):
-    """How noise is added to a clean latent, and what the denoiser predicts."""
-
-    kind: str
-    usual_sampling: str  # how levels are chosen where the configuration says nothing
-
-    @abstractmethod
-    def times(self, shares: torch.Tensor) -> torch.Tensor:
-        """(N,) the times of these positions in the schedule."""
-
-    @abstractmethod
-    def noised(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """(N, ...) the noisy latents at these times."""
-
-    @abstractmethod
-    def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """(N, ...) the prediction that the scheduler expects."""
-
-    @abstractmethod
-    def weights(self, t: torch.Tensor, gamma: float | None) -> torch.Tensor:
-        """(N,) weights of the squared error at these times; ones without a gamma."""
-
-
-class VariancePreserving(Schedule):
+class VariancePreserving:
     """x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise, a_t the cumulative product of 1 - beta (Ho et al. 2020, eq. 4).
 
     The target is the noise, v = sqrt(a_t) noise - sqrt(1 - a_t) x0 (Salimans and Ho 2022), or x0 itself.
     """
-
-    kind = "variance preserving"
-    usual_sampling = "uniform"
 
     def __init__(self, betas: torch.Tensor, prediction_type: str) -> None:
         self.prediction = prediction_type
@@ -91,14 +65,11 @@ class VariancePreserving(Schedule):
         return least / (snr if self.prediction == "epsilon" else snr + 1)
 
 
-class FlowMatching(Schedule):
+class FlowMatching:
     """x_t = (1 - s) x0 + s noise, the target noise - x0, and t = s times the schedule's length (Esser et al. 2024).
 
     s is the share after the sampler's own shift, so that training spends its levels where sampling spends its steps.
     """
-
-    kind = "flow matching"
-    usual_sampling = "logit_normal"
 
     def __init__(self, steps: int, shift: float = 1.0, sampler: Any = None, mu: float | None = None) -> None:
         self.steps, self.shift, self.sampler, self.mu = steps, shift, sampler, mu
@@ -110,7 +81,7 @@ class FlowMatching(Schedule):
         return self.steps * shifted
 
     def noised(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        sigma = self.sigma(t, x0)
+        sigma = (t / self.steps).to(x0.device, x0.dtype).reshape(-1, *[1] * (x0.dim() - 1))
         return (1 - sigma) * x0 + sigma * noise
 
     def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -120,9 +91,8 @@ class FlowMatching(Schedule):
         assert gamma is None, "refuse_unfit has refused min-SNR"
         return torch.ones(t.shape, device=t.device)
 
-    def sigma(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """(N, 1, ...) the share of noise at these times, of the same rank as `like`."""
-        return (t / self.steps).to(like.device, like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+
+Schedule = VariancePreserving | FlowMatching
 
 
 def schedule_of(pipe: Any, denoiser: Any = None, latent_shape: tuple[int, int, int] | None = None) -> Schedule:
@@ -213,7 +183,8 @@ def shares(uniform: torch.Tensor, training: DiffusionTraining, schedule: Schedul
     uniform: even over the range. logit_normal: the logistic of a standard normal (Esser et al. 2024), cut to the range.
     """
     low, high = training.noise_range
-    if (training.level_sampling or schedule.usual_sampling) == "uniform":
+    usual = "logit_normal" if isinstance(schedule, FlowMatching) else "uniform"
+    if (training.level_sampling or usual) == "uniform":
         return low + (high - low) * uniform
     edges = torch.special.ndtr(torch.logit(torch.tensor([low, high], dtype=torch.float64)))
     normal = torch.special.ndtri(edges[0] + (edges[1] - edges[0]) * uniform)

@@ -101,7 +101,7 @@ def test_a_recipe_of_pictures_passes_its_plan_with_a_tiny_pipeline(
     pipelines.save_tiny(PIPELINES[name_of(path)], tmp_path / "pipeline")
     colours = [{"spec": "colour", "options": {"measure": measure}} for measure in ("brightness", "saturation")]
     at_hand: dict[str, Any] = {
-        "policy": {"model": str(tmp_path / "pipeline"), "device": "cpu"},
+        "policy": {"model": str(tmp_path / "pipeline"), "device": "cpu", "variant": None},
         "sampling": {"diffusion": {"height": 16, "width": 16}},
         "rewards": {"reward_funcs": colours[:1]},
         "evaluation": {"reward_funcs": colours[1:], "features": None},

@@ -71,9 +71,7 @@ def denoising(schedule: Schedule, mean: torch.Tensor, prompts: int = 3, **change
 
 
 def rows_of(x0: torch.Tensor, coefficients: Sequence[float]) -> list[ImageRow]:
-    found = [columns_of(one) for one in x0]
-    latents = [(one["latents"], one["latents_shape"], one["latents_dtype"]) for one in found]
-    return [ImageRow(i, i % 3, c, one) for i, (one, c) in enumerate(zip(latents, coefficients, strict=True))]
+    return [ImageRow(i, i % 3, c, one) for i, (one, c) in enumerate(zip(x0, coefficients, strict=True))]
 
 
 # -- the objective ---------------------------------------------------------------------------------------------------
@@ -176,8 +174,8 @@ def _asked_without_dropout() -> list[float]:
 def test_rows_give_back_the_latents_that_were_drawn_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     x0 = torch.randn(3, 4, 2, 2).to(dtype)
     rows = [{"prompt": prompt, **columns_of(one)} for prompt, one in zip(("a", "b", "a"), x0, strict=True)]
-    found = read_rows(write_rows(tmp_path / "r.parquet", rows, round_=5), (4, 2, 2))
-    batch = batch_of(found.with_coefficients("token", 3))
+    found = read_rows(write_rows(tmp_path / "r.parquet", rows, round_=5), (4, 2, 2), "token", 3)
+    batch = batch_of(found.rows)
     assert torch.equal(batch["x0"], x0.float())
     assert batch["prompts"].tolist() == [0, 1, 0]
     assert [prompt.content for prompt in found.prompts] == ["a", "b"]
@@ -190,13 +188,15 @@ def test_weights_and_the_named_mean_make_the_coefficients(tmp_path: Path) -> Non
         {"prompt": p, "weight": w, **columns_of(torch.zeros(2, 2, 2))}
         for p, w in (("a", 1), ("a", 3), ("b", 2), ("b", 0))
     ]
-    found = read_rows(write_rows(tmp_path / "r.parquet", rows), (2, 2, 2))
-    assert len(found) == 3
+    path = write_rows(tmp_path / "r.parquet", rows)
+
+    def coefficients(normalization: Any) -> list[float]:
+        return [row.coefficient for row in read_rows(path, (2, 2, 2), normalization, 3).rows]
+
     for name, wanted in {"token": [1 / 6, 3 / 6, 2 / 6], "prompt": [1 / 8, 3 / 8, 4 / 8]}.items():
-        shares = [row.coefficient * 8 for row in found.with_coefficients(name, 3)]  # type: ignore[arg-type]
-        np.testing.assert_allclose(shares, wanted)
-    per_sample = [row.coefficient for row in found.with_coefficients("sample", 3)]
-    assert per_sample == [row.coefficient for row in found.with_coefficients("token", 3)]  # all are of one size
+        np.testing.assert_allclose([8 * share for share in coefficients(name)], wanted)
+    assert len(coefficients("sample")) == 3
+    assert coefficients("sample") == coefficients("token")  # all are of one size
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_weights_and_the_named_mean_make_the_coefficients(tmp_path: Path) -> Non
 def test_a_row_that_cannot_be_learned_is_named(tmp_path: Path, changes: Any, message: str) -> None:
     rows = [{"prompt": "a", **columns_of(torch.zeros(4, 2, 2)), **extra} for extra in ({}, changes)]
     with pytest.raises(DataError, match=message):
-        read_rows(write_rows(tmp_path / "r.parquet", rows), (4, 2, 2))
+        read_rows(write_rows(tmp_path / "r.parquet", rows), (4, 2, 2), "token", 3)
 
 
 # -- the moving average ----------------------------------------------------------------------------------------------
