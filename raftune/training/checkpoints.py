@@ -28,13 +28,9 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     """Takes and seals a checkpoint about once a minute, and where a stop was requested; none after the last step, as
     the model itself is saved then. When it was taken leaves no trace in the result."""
 
-    def __init__(self, identity: str, nbytes: int = 0) -> None:
-        self.identity, self.stopped = identity, 0.0
-        self.start(nbytes)
-
-    def start(self, nbytes: int) -> None:
+    def __init__(self, identity: str, nbytes: int) -> None:
         """`nbytes`: about how much a checkpoint writes."""
-        self.nbytes, self.pace = nbytes, SavePace()
+        self.identity, self.nbytes, self.pace, self.stopped = identity, nbytes, SavePace(), 0.0
 
     def promise(self) -> str:
         """What a stop after the current step keeps, in words."""

@@ -1,23 +1,27 @@
-"""Chooses the device of a model."""
+"""Chooses the device of a model, and recognises out-of-memory errors of any device."""
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from raftune.errors import ConfigError
+from raftune.errors import ConfigError, OutOfMemory
 
 
 def devices() -> list[str]:
     """The devices that torch can use here, the best first; the CPU is always there."""
-    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 
 def choose_device(wanted: str, field: str = "policy.device") -> torch.device:
-    """The device that the field stands for: auto takes the first of CUDA, MPS and CPU that is there.
+    """The device that the field names; auto is the first of CUDA, MPS and CPU that is there.
 
-    Raises ConfigError for what is no device, for one that this machine lacks, and where a policy, which transformers'
-    Trainer trains on the first visible device, is to be on another.
+    Raises ConfigError for an unknown device, one that this machine lacks, and for a policy on another than the first
+    visible one, on which transformers' Trainer trains.
     """
     there = devices()
     try:
@@ -26,8 +30,7 @@ def choose_device(wanted: str, field: str = "policy.device") -> torch.device:
         raise ConfigError(
             f"{field} must be auto, cpu, cuda, cuda:N or mps; got {wanted!r}. Write auto: the best that is there."
         ) from None
-    known = {name.split(":")[0] for name in there}
-    if device.type not in known or (device.index or 0) >= sum(name.startswith(device.type) for name in there):
+    if (device.index or 0) >= sum(name.split(":")[0] == device.type for name in there):
         raise ConfigError(
             f"{field} must be a device of this machine; got {wanted!r}, and there is {', '.join(there)}. "
             "Write one of these, or auto."
@@ -38,3 +41,31 @@ def choose_device(wanted: str, field: str = "policy.device") -> torch.device:
             "write cuda."
         )
     return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True of the errors that CUDA, MPS, the CPU allocator and Python raise when memory runs out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+@contextmanager
+def names_out_of_memory(batch_size: int, smaller: str) -> Iterator[None]:
+    """Turns a device's error about memory into OutOfMemory, and releases the tensors of the failed call.
+
+    `smaller` names other fields that may be lowered.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors for as long as the error lives
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OutOfMemory(
+            f"sampling.batch_size must leave room in the device's memory; got {batch_size} rows ({reason}). "
+            f"Set a smaller sampling.batch_size or {smaller}.",
+            batch_size,
+        ) from None

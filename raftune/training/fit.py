@@ -26,8 +26,8 @@ from raftune.errors import ConfigError, ExtensionError, ModelError, OutOfMemory
 from raftune.sanitize import counted
 from raftune.store import interruption, pulse
 from raftune.training.checkpoints import CheckpointCallback, newest_verified
+from raftune.training.devices import is_out_of_memory
 from raftune.training.length_grouping import LengthGroupedSampler
-from raftune.training.memory import is_out_of_memory
 from raftune.training.quiet import quiet
 
 WEIGHTS, AVERAGE, MICRO_BATCH = "weights.safetensors", "average.safetensors", "micro_batch.json"
@@ -126,7 +126,8 @@ def _attempt(task: FitTask, config: TrainingConfig, size: MicroBatch, work: Path
     model = task.load()
     checkpoint, rejected = newest_verified(work, task.identity)
     average = MovingAverage(trained(model), task.ema_decay) if task.ema_decay is not None else None
-    watch = FitCallback(task.identity, average)
+    nbytes = 3 * sum(weight.nbytes for weight in trained(model).values())  # each weight has two moments
+    watch = FitCallback(task.identity, nbytes, average)
     trainer = FitTrainer(task, model, watch, arguments(config, size, work, device, task.seed))
     # Within, with a small model, collections skip what existed before: Trainer's own take 0.2 s a fit otherwise.
     small = sum(weight.numel() for weight in model.parameters()) < SMALL
@@ -273,13 +274,10 @@ class MovingAverage:
 class FitCallback(CheckpointCallback):
     """Records the loss of each step, and stops at the first that is not finite."""
 
-    def __init__(self, identity: str, average: MovingAverage | None) -> None:
-        super().__init__(identity)
+    def __init__(self, identity: str, nbytes: int, average: MovingAverage | None) -> None:
+        super().__init__(identity, nbytes)
         self.average = average
         self.loss = self.mass = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.start(3 * sum(weight.nbytes for weight in trained(model).values()))  # each weight has two moments
 
     def add(self, loss: float, mass: float) -> None:
         self.loss, self.mass = self.loss + loss, self.mass + mass

@@ -1,17 +1,21 @@
-"""Training objectives: the built-in one, and custom ones."""
+"""Training objectives, built-in and custom, and the coefficients of their losses."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raftune.arrays import FloatArray
 from raftune.config.extensions import GUIDE, code_hash, load_extension
 from raftune.config.training import CustomTraining, TrainingConfig
 from raftune.errors import ConfigError, ExtensionError
 from raftune.protocols import LearnedModel, Objective
 
+Normalization = Literal["token", "sample", "prompt"]
 OBJECTIVES: dict[str, type[Objective]] = {}  # the built-in objectives, by training.objective
 METHODS = {"rows": ("samples", "verdicts"), "loss": ("model", "batch")}
 NEEDS = frozenset({"kept", "rejected"})
@@ -91,3 +95,27 @@ def chosen_rows(objective: Objective, name: str, samples: pa.Table, verdicts: pa
             f"columns and a column `weight`; got {given}. Fix it and resume the run."
         )
     return rows
+
+
+def coefficients(
+    weights: FloatArray, tokens: Sequence[int], prompts: Sequence[str], normalization: Normalization, step: int
+) -> FloatArray:
+    """(N,) the factor of each token of a row, so that an average step minimises the named mean over all rows.
+
+    A mean within each step of `step` rows would, with steps of similar length, turn "token" into "sample". The tokens
+    of an image are the elements of its latents, with squared errors as losses.
+
+    token:  sum_i w_i nll_i / sum_i w_i T_i                                every token weighs the same
+    sample: sum_i w_i (nll_i / T_i) / sum_i w_i                            every sample weighs the same
+    prompt: mean over prompts x of sum_{i in x} w_i (nll_i / T_i) / sum_{i in x} w_i    every prompt weighs the same
+    """
+    lengths = np.asarray(tokens, dtype=np.float64)
+    if normalization == "token":
+        shares, total = weights, float(weights @ lengths)
+    elif normalization == "sample":
+        shares, total = weights / lengths, float(weights.sum())
+    else:
+        _, owner = np.unique(np.asarray(prompts), return_inverse=True)
+        of_prompt = np.bincount(owner, weights=weights)
+        shares, total = weights / of_prompt[owner] / lengths, float(len(of_prompt))
+    return np.asarray(shares * max(1.0, len(weights) / step) / total, dtype=np.float64)

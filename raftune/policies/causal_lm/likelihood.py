@@ -19,7 +19,7 @@ from raftune.arrays import FloatArray
 from raftune.errors import OutOfMemory
 from raftune.policies.causal_lm.model_utils import as_it_was, base_of, device_of
 from raftune.store import partial
-from raftune.training.memory import is_out_of_memory
+from raftune.training.devices import is_out_of_memory
 
 # Logits held in float32 at once while scoring: 64 Mi numbers, a quarter of a GiB.
 LOGITS_AT_ONCE = 1 << 26

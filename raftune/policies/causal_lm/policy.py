@@ -41,8 +41,7 @@ from raftune.policies.publishing import publish_files
 from raftune.policies.unsupported import FamilyConfig, refuse_unused
 from raftune.protocols import Chunk, GenerationRequest, ModelUsage, TrainReport
 from raftune.records import Prompt, Sample, derive_seed
-from raftune.training.devices import choose_device
-from raftune.training.memory import names_out_of_memory
+from raftune.training.devices import choose_device, names_out_of_memory
 from raftune.training.objectives import load_objective, objective_code
 
 PAYLOAD = pa.schema(

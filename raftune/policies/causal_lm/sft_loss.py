@@ -21,7 +21,7 @@ from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCom
 from raftune.protocols import Objective
 from raftune.records import TOOLS, Prompt
 from raftune.training.fit import Batch, Loss, checked_loss
-from raftune.training.loss_weights import Normalization, coefficients
+from raftune.training.objectives import Normalization, coefficients
 
 COLUMNS = ["prompt_id", "prompt", "weight", "completion_ids", "finish"]
 ROUND = b"raftune.round"

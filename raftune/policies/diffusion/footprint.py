@@ -67,20 +67,22 @@ class PipelineSize(Footprint):
 
     @classmethod
     def of(cls, policy: Any, start: Path, facts: Any) -> PipelineSize:
-        frozen, adapter = policy.frozen, policy.config.policy.adapter
-        config = getattr(frozen.pipe, frozen.denoiser.name).config
+        config, frozen, call = policy.config.policy, policy.frozen, policy.call
+        trained = facts["parameters"]
+        if config.adapter is not None:
+            trained = trained_parameters(frozen.denoiser.kind, policy.blank.denoiser.config, config.adapter)
         return PipelineSize(
             architecture=facts["architecture"],
             parameters=facts["parameters"],
-            trained=trained_parameters(facts["denoiser"], config, adapter) if adapter else facts["parameters"],
-            dtype=facts["dtype"],
+            trained=trained,
+            dtype=config.dtype,
             frozen=facts["frozen_bytes"],
             device=str(policy.device),
-            height=facts["height"],
-            width=facts["width"],
-            steps=facts["num_inference_steps"],
-            forwards=forwards_of(frozen.pipe.scheduler, facts["num_inference_steps"]) * facts["forwards_per_step"],
-            latents=math.prod(facts["latents_shape"]) * BYTES[facts["dtype"]],
+            height=call.height,
+            width=call.width,
+            steps=call.num_inference_steps,
+            forwards=forwards_of(frozen.pipe.scheduler, call.num_inference_steps) * facts["forwards_per_step"],
+            latents=math.prod(facts["latents_shape"]) * BYTES[config.dtype],
         )
 
     @property

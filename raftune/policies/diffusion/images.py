@@ -18,7 +18,7 @@ from raftune.errors import DataError
 from raftune.policies.diffusion.pipelines.base import PipelineAdapter, SampledImages
 from raftune.records import INVALID, LATENTS, Prompt
 from raftune.training.fit import Batch
-from raftune.training.loss_weights import Normalization, coefficients
+from raftune.training.objectives import Normalization, coefficients
 
 DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<i2"}  # numpy has no bfloat16: its bits
 FIELDS = (

@@ -8,7 +8,8 @@ a batch and alone: it must depend on its own seed only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,7 +63,7 @@ def refuse_unproven(adapter: PipelineAdapter, kwargs: Mapping[str, Any] | None =
                     f"at step {step.index + 1} of {len(steps)} (t = {step.time.item():g}), {whose} "
                     f"output differs from raftune's own by {difference:.3g} of its size ({limit:g} at most)",
                 )
-        _check_latents(adapter, images, steps[-1], call)
+        _check_latents(adapter, images, call)
         _check_seeds(adapter, conditions, call)
     return ParityResult(differences, limit)
 
@@ -92,18 +93,15 @@ def smallest_call(adapter: PipelineAdapter, kwargs: Mapping[str, Any]) -> Pipeli
 
 def _conditions(adapter: PipelineAdapter, call: PipelineCall) -> Conditions:
     """Of two prompts that differ, so that a mix-up of rows shows. Raises ModelError where they cannot be encoded."""
-    try:
+    with _failing_as(
+        lambda cause: ModelError(
+            f"policy.model must read prompts; this {type(adapter.pipe).__name__}'s text encoders failed with {cause}. "
+            "Look at its tokenizers (a tokenizer_config.json must say model_max_length), and whether the pipeline "
+            "reads prompts outside raftune."
+        )
+    ):
         prompts = ("red", "a cat") if adapter.takes == "text" else (0, 1)
-        conditions = adapter.encode(prompts).to(adapter.denoiser.device)
-    except (RaftuneError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"policy.model must read prompts; this {type(adapter.pipe).__name__}'s text encoders failed with "
-            f"{_cause(error)}. Look at its tokenizers (a tokenizer_config.json must say model_max_length), and whether "
-            "the pipeline reads prompts outside raftune."
-        ) from error
-    return adapter.guided(conditions, call.guidance_scale)
+        return adapter.guided(adapter.encode(prompts).to(adapter.denoiser.device), call.guidance_scale)
 
 
 def _generate(
@@ -112,19 +110,17 @@ def _generate(
     """The images and the scheduler's steps. Raises ModelError where the pipeline cannot generate."""
     steps: list[SchedulerStep] = []
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    try:
-        with watched(adapter.pipe.scheduler, steps.append):
-            images = adapter.sample(conditions, None, generators, call)
-    except (RaftuneError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"policy.model must generate; this {type(adapter.pipe).__name__} failed at {call.height} x {call.width} "
-            f"pixels with {_cause(error)}. Look at sampling.diffusion.pipeline_kwargs, and whether the pipeline draws "
-            "outside raftune."
-        ) from error
-    if not steps:
-        raise _mismatch(f"{_whose(adapter)} scheduler was never asked for a step")
+    with (
+        _failing_as(
+            lambda cause: ModelError(
+                f"policy.model must generate; this {type(adapter.pipe).__name__} failed at {call.height} x "
+                f"{call.width} pixels with {cause}. Look at sampling.diffusion.pipeline_kwargs, and whether the "
+                "pipeline draws outside raftune."
+            )
+        ),
+        watched(adapter.pipe.scheduler, steps.append),
+    ):
+        images = adapter.sample(conditions, None, generators, call)
     return images, steps
 
 
@@ -138,12 +134,8 @@ def _difference(adapter: PipelineAdapter, step: SchedulerStep, conditions: Condi
             f"{step.index + 1} in {str(expected.dtype).removeprefix('torch.')}. Its weights are damaged, or its "
             "numbers leave that range: write policy.dtype: bfloat16 or float32."
         )
-    try:
+    with _failing_as(lambda cause: _mismatch(f"raftune's call of {_whose(adapter)} denoiser failed with {cause}")):
         predicted = adapter.predict(x_t, step.time.to(x_t.device).expand(len(x_t)), conditions)
-    except (RaftuneError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise _mismatch(f"raftune's call of {_whose(adapter)} denoiser failed with {_cause(error)}") from error
     return _distance(predicted, expected) if predicted.shape == expected.shape else float("inf")
 
 
@@ -157,14 +149,12 @@ def _limit(like: torch.Tensor) -> float:
     return TOLERANCES.get(like.dtype, min(TOLERANCES.values()))
 
 
-def _check_latents(adapter: PipelineAdapter, images: SampledImages, last: SchedulerStep, call: PipelineCall) -> None:
+def _check_latents(adapter: PipelineAdapter, images: SampledImages, call: PipelineCall) -> None:
     """Raises ModelError where the latents that are kept are not those of the images."""
     x0, whose = images.x0, _whose(adapter)
     shape, expected = tuple(x0.shape[1:]), adapter.latent_shape(call.height, call.width)
     if shape != expected:
         raise _mismatch(f"{whose} latents have the shape {shape}, where raftune expects {expected}")
-    if not torch.equal(x0, adapter.unpacked(last.latents, call)):
-        raise _mismatch(f"the latents that raftune keeps are not those that {whose} last step left")
     if not all(images.finite) or adapter.overflows:
         return
     encoded = tuple(adapter.to_latents(images.images, torch.Generator("cpu").manual_seed(0)).shape)
@@ -203,8 +193,15 @@ def _whose(adapter: PipelineAdapter) -> str:
     return f"the {type(adapter.pipe).__name__}'s"
 
 
-def _cause(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(str(error)).rstrip('.')}"
+@contextmanager
+def _failing_as(error_of: Callable[[str], ModelError]) -> Iterator[None]:
+    """Turns an error of diffusers into the one of its cause; raftune's own and a full memory pass through."""
+    try:
+        yield
+    except (RaftuneError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise error_of(f"{type(error).__name__}: {one_line(str(error)).rstrip('.')}") from error
 
 
 def _mismatch(what: str) -> ModelError:

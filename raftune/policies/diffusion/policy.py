@@ -94,30 +94,20 @@ class Diffusion:
         model_folder.verify(start)
 
     def facts(self, *, tunes: bool) -> dict[str, Any]:
-        """The start in numbers, for the record and for planning. Raises ModelError, ConfigError as `start` does."""
+        """The start in numbers, for planning. Raises ModelError, ConfigError as `start` does."""
         from raftune.policies.diffusion.parity import refuse_unproven, refuse_unseeded
 
         self.check_config()  # needs no weights, so a large model is not read in vain
-        call, pipe = self.call, self.frozen.pipe
         denoiser = self.drawer.denoiser
         loading.refuse_not_finite({**self.frozen.modules, self.frozen.denoiser.name: denoiser})
         with self.frozen.on(self.device, "vae", "text_encoder", "safety_checker"):
-            (refuse_unproven if tunes else refuse_unseeded)(self.drawer, call.kwargs)
+            (refuse_unproven if tunes else refuse_unseeded)(self.drawer, self.call.kwargs)
         return {
-            "architecture": type(pipe).__name__,
-            "denoiser": type(denoiser).__name__,
+            "architecture": type(self.frozen.pipe).__name__,
             "parameters": sum(weight.numel() for weight in denoiser.parameters()),
             "frozen_bytes": self.frozen.nbytes,
-            "dtype": self.config.policy.dtype,
-            "scheduler": type(pipe.scheduler).__name__,
-            "height": call.height,
-            "width": call.width,
-            "num_inference_steps": call.num_inference_steps,
-            "guidance_scale": call.guidance_scale,
-            "forwards_per_step": 2 if is_guided(self.blank, call) else 1,
+            "forwards_per_step": 2 if is_guided(self.blank, self.call) else 1,
             "latents_shape": list(self.latents_shape),
-            "model": self.config.policy.model,
-            "notes": [],
         }
 
     # -- parts ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from raftune.policies.diffusion.images import PAYLOAD, payload_of
 from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall
 from raftune.store import partial
-from raftune.training.memory import names_out_of_memory
+from raftune.training.devices import names_out_of_memory
 from raftune.training.quiet import quiet
 
 

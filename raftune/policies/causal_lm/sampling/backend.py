@@ -27,7 +27,7 @@ from raftune.policies.causal_lm.sampling.shared_prefix import UnsupportedAttenti
 from raftune.protocols import GenerationRequest, SamplingBackend
 from raftune.sanitize import first_line
 from raftune.store import partial
-from raftune.training.memory import is_out_of_memory
+from raftune.training.devices import is_out_of_memory
 
 _HARMLESS = {"use_cache": True}
 

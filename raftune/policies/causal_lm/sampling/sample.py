@@ -15,7 +15,7 @@ from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.policies.causal_lm.sampling.params import BackendName, FinishReason, GeneratedCompletion, SamplingParams
 from raftune.policies.causal_lm.sampling.parity import rows_of_prompts
 from raftune.protocols import GenerationRequest, SamplingBackend
-from raftune.training.memory import is_out_of_memory, names_out_of_memory
+from raftune.training.devices import is_out_of_memory, names_out_of_memory
 
 __all__ = ["BackendName", "GeneratedCompletion", "SamplingParams", "generate", "generate_by"]
 

@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,6 +123,9 @@ class PipelineAdapter(ABC):
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     text_options: ClassVar[Mapping[str, Any]] = {}
     text_outputs: ClassVar[tuple[str | None, ...]] = ()
+    # How `sample` calls the pipeline: arguments from conditions, each with a negative one, and fixed arguments.
+    call_inputs: ClassVar[Mapping[str, str]] = {"prompt_embeds": "prompt_embeds", "pooled_prompt_embeds": "pooled"}
+    call_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, pipe: Any, options: Mapping[str, Any] | None = None) -> None:
         """`options` are sampling.diffusion.pipeline_kwargs: those in `reads` are used where prompts are encoded."""
@@ -184,15 +188,15 @@ class PipelineAdapter(ABC):
         self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
     ) -> SampledImages:
         """One image a row, by the pipeline's own loop: what the pipeline itself gives for that prompt and generator."""
-        last, away = LastLatents(), conditions.away(negative)
-        embeddings: dict[str, torch.Tensor | None] = {}
-        for argument, name in (("prompt_embeds", "prompt_embeds"), ("pooled_prompt_embeds", "pooled")):
+        steps: deque[SchedulerStep] = deque(maxlen=1)
+        away, inputs = conditions.away(negative), dict[str, Any](self.call_options)
+        for argument, name in self.call_inputs.items():
             if name in conditions.tensors:
-                embeddings |= {argument: conditions.tensors[name], f"negative_{argument}": away.get(name)}
-        output = self.pipe(callback_on_step_end=last, **embeddings, **call.options(generators))
-        assert last.x0 is not None
+                inputs |= {argument: conditions.tensors[name], f"negative_{argument}": away.get(name)}
+        with watched(self.pipe.scheduler, steps.append):
+            output = self.pipe(**inputs, **call.options(generators))
         flagged = getattr(output, "nsfw_content_detected", None)  # by Stable Diffusion's safety checker
-        return SampledImages.of(output.images, self.unpacked(last.x0, call), flagged)
+        return SampledImages.of(output.images, self.unpacked(steps[0].latents, call), flagged)
 
     @abstractmethod
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
@@ -287,16 +291,6 @@ def pixels_of(images: Sequence[Image.Image], like: torch.Tensor) -> torch.Tensor
     stacked = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
     device = "cpu" if like.device.type == "meta" else like.device
     return torch.from_numpy(stacked / 127.5 - 1).permute(0, 3, 1, 2).to(device, like.dtype)
-
-
-class LastLatents:
-    """The latents after the last step so far: a callback for a pipeline's callback_on_step_end."""
-
-    x0: torch.Tensor | None = None
-
-    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        self.x0 = tensors["latents"]
-        return {}
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,7 @@ import torch
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
 from raftune.errors import ConfigError
-from raftune.policies.diffusion.pipelines.base import (
-    Conditions,
-    LastLatents,
-    PipelineAdapter,
-    PipelineCall,
-    SampledImages,
-)
+from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter
 
 EXACT_SIZE = (
     "images are generated at the very size that is asked, so that their latents are theirs: ask for one of its own"
@@ -36,6 +30,11 @@ class PixArt(PipelineAdapter):
     refused: ClassVar[Mapping[str, str]] = {"use_resolution_binning": EXACT_SIZE}
     text_options: ClassVar[Mapping[str, Any]] = {"do_classifier_free_guidance": False}
     text_outputs = ("prompt_embeds", "mask")
+    call_inputs: ClassVar[Mapping[str, str]] = {"prompt_embeds": "prompt_embeds", "prompt_attention_mask": "mask"}
+    call_options: ClassVar[Mapping[str, Any]] = {
+        "negative_prompt": None,  # its default would forbid embeddings
+        "use_resolution_binning": False,
+    }
 
     def reading(self) -> dict[str, Any]:
         """Captions are cleaned where the packages for it are installed, as the pipeline does, without its warnings."""
@@ -47,23 +46,6 @@ class PixArt(PipelineAdapter):
                 "installed: pip install beautifulsoup4 ftfy, or write false."
             )
         return {**options, "clean_caption": bool(options["clean_caption"]) and able}
-
-    def sample(
-        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
-    ) -> SampledImages:
-        last, inputs, away = LastLatents(), conditions.tensors, conditions.away(negative)
-        output = self.pipe(
-            negative_prompt=None,  # its default would forbid embeddings
-            prompt_embeds=inputs["prompt_embeds"],
-            prompt_attention_mask=inputs["mask"],
-            negative_prompt_embeds=away.get("prompt_embeds"),
-            negative_prompt_attention_mask=away.get("mask"),
-            use_resolution_binning=False,
-            callback=lambda step, timestep, latents: last(self.pipe, step, timestep, {"latents": latents}),
-            **call.options(generators),
-        )
-        assert last.x0 is not None
-        return SampledImages.of(output.images, last.x0)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         out: torch.Tensor = self.denoiser(
