@@ -169,8 +169,8 @@ def shares(task: Task, batch_size: int) -> dict[str, float]:
     torch.set_num_threads(1)
     policy = Diffusion.load(task.config, task.start, task.start)
     spent: dict[str, float] = {}
-    pipe = policy.drawer.pipe
-    with timed(policy.drawer.denoiser, "forward", "denoiser", spent), timed(pipe.vae, "decode", "decoder", spent):
+    pipe = policy.sampler.pipe
+    with timed(policy.sampler.denoiser, "forward", "denoiser", spent), timed(pipe.vae, "decode", "decoder", spent):
         begun = time.perf_counter()
         prompts = tuple(Prompt(str(i), caption) for i, caption in enumerate(task.captions))
         policy.generate(Chunk(0, "0001", "round-0000", prompts, tuple(map(tuple, task.seeds)), batch_size))

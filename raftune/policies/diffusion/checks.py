@@ -75,9 +75,9 @@ def is_guided(adapter: PipelineAdapter, call: PipelineCall) -> bool:
     return call.guidance_scale > 1
 
 
-def refuse_kwargs(adapter: PipelineAdapter, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def refuse_kwargs(adapter: PipelineAdapter, options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Raises ConfigError for pipeline_kwargs that raftune sets, that the adapter refuses, or that are unknown."""
-    for name, value in given.items():
+    for name, value in options.items():
         where = f"sampling.diffusion.pipeline_kwargs must not hold {name!r}"
         if name in OURS or name.startswith(OURS_BEGIN):
             section = OURS.get(name, "")

@@ -154,11 +154,11 @@ def read_pipeline(config: DiffusionPolicy, source: PipelineSource, part: Pipelin
     return pipe
 
 
-def refuse_init_kwargs(given: Mapping[str, Any], pipeline: Any) -> None:
+def refuse_init_kwargs(options: Mapping[str, Any], pipeline: Any) -> None:
     """Raises ConfigError for options that raftune sets itself, and for those that the pipeline does not know."""
-    modules, options = pipeline._get_signature_keys(pipeline)
-    known = {*modules, *options, *PASSED_ON} - {"unet", "transformer"}
-    for name, value in given.items():
+    modules, optional = pipeline._get_signature_keys(pipeline)
+    known = {*modules, *optional, *PASSED_ON} - {"unet", "transformer"}
+    for name, value in options.items():
         if name in OURS:
             fix = f" Use {OURS[name]}." if OURS[name] else " Remove it."
             raise ConfigError(f"policy.pipeline_init_kwargs must not hold {name!r}: raftune sets it.{fix}")

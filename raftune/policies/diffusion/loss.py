@@ -46,7 +46,7 @@ class NoiseDraws:
 class DenoisingLoss:
     """The denoising loss of a denoiser. The rows of `conditions` are the distinct prompts, then no prompt."""
 
-    binding: PipelineAdapter
+    adapter: PipelineAdapter
     schedule: Schedule
     config: DiffusionTraining
     conditions: Conditions
@@ -66,7 +66,7 @@ class DenoisingLoss:
 
     def over(self, adapter: PipelineAdapter) -> DenoisingLoss:
         """The same loss of another denoiser."""
-        return replace(self, binding=adapter)
+        return replace(self, adapter=adapter)
 
     def terms(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The squared error of each row at each of its noise levels, summed over the elements of its latents; its share
@@ -86,7 +86,7 @@ class DenoisingLoss:
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
         """(N, C, h, w) in float32; `prompts` (N,) are rows of the conditions."""
         conditions = self.conditions.take(prompts).to(x_t.device)
-        return self.binding.predict(x_t.to(self.binding.denoiser.dtype), t, conditions).float()
+        return self.adapter.predict(x_t.to(self.adapter.denoiser.dtype), t, conditions).float()
 
 
 # -- what training changed ---------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def _generate(
 
 def _difference(adapter: PipelineAdapter, step: SchedulerStep, conditions: Conditions, call: PipelineCall) -> float:
     """The largest difference in one step, as a share of the largest number; infinite where shapes differ."""
-    x_t, expected = adapter.unpacked(step.told, call), adapter.unpacked(step.output, call)
+    x_t, expected = adapter.unpacked(step.model_input, call), adapter.unpacked(step.output, call)
     expected = expected[:, : x_t.shape[1]]  # a learned variance may follow, which no loss here reads
     if not bool(torch.isfinite(expected).all()):
         raise ModelError(

@@ -43,7 +43,7 @@ class Diffusion:
         self.config, self.folder, self.start_folder = config, folder, start
         self.device = choose_device(config.policy.device)
         self.frozen = loading.load_pipeline(config.policy, start)
-        self._drawer: PipelineAdapter | None = None
+        self._sampler: PipelineAdapter | None = None
         self._notes: dict[str, None] = {}
 
     @classmethod
@@ -62,9 +62,9 @@ class Diffusion:
         refuse_unread(config)
         choose_device(config.policy.device)
         out.mkdir(parents=True, exist_ok=True)
-        tunes = getattr(config, "num_rounds", 1) > 0
-        saving.write_start(config.policy, out, model, tunes=tunes)
-        return cls(config, out, out).facts(tunes=tunes)
+        trains = getattr(config, "num_rounds", 1) > 0
+        saving.write_start(config.policy, out, model, trains=trains)
+        return cls(config, out, out).facts(trains=trains)
 
     @classmethod
     def section_at(cls, policy: Mapping[str, Any], folder: Path, start: Path) -> dict[str, Any]:
@@ -93,15 +93,15 @@ class Diffusion:
         """Raises ModelError if the pipeline that the start folder refers to is gone or has changed."""
         model_folder.verify(start)
 
-    def facts(self, *, tunes: bool) -> dict[str, Any]:
+    def facts(self, *, trains: bool) -> dict[str, Any]:
         """The start in numbers, for planning. Raises ModelError, ConfigError as `start` does."""
         from raftune.policies.diffusion.parity import refuse_unproven, refuse_unseeded
 
         self.check_config()  # needs no weights, so a large model is not read in vain
-        denoiser = self.drawer.denoiser
+        denoiser = self.sampler.denoiser
         loading.refuse_not_finite({**self.frozen.modules, self.frozen.denoiser.name: denoiser})
         with self.frozen.on(self.device, "vae", "text_encoder", "safety_checker"):
-            (refuse_unproven if tunes else refuse_unseeded)(self.drawer, self.call.kwargs)
+            (refuse_unproven if trains else refuse_unseeded)(self.sampler, self.call.kwargs)
         return {
             "architecture": type(self.frozen.pipe).__name__,
             "parameters": sum(weight.numel() for weight in denoiser.parameters()),
@@ -123,12 +123,12 @@ class Diffusion:
         return self.bound(None)
 
     @property
-    def drawer(self) -> PipelineAdapter:
+    def sampler(self) -> PipelineAdapter:
         """The adapter with this folder's denoiser, on the device; read on first use."""
-        if self._drawer is None:
+        if self._sampler is None:
             denoiser = loading.load_denoiser(self.config.policy, self.folder, self.start_folder, train=False)
-            self._drawer = self.bound(denoiser)
-        return self._drawer
+            self._sampler = self.bound(denoiser)
+        return self._sampler
 
     def bound(self, denoiser: Any) -> PipelineAdapter:
         """The adapter of the pipeline with this denoiser; None: with one that has no weights."""
@@ -153,7 +153,7 @@ class Diffusion:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights in memory, the frozen parts among them; 0 before any are read."""
-        return self.frozen.nbytes + (0 if self._drawer is None else loading.nbytes_of(self._drawer.denoiser))
+        return self.frozen.nbytes + (0 if self._sampler is None else loading.nbytes_of(self._sampler.denoiser))
 
     def unread(self, prompt: Prompt) -> str | None:
         """The end of the prompt that no text encoder reads; None where one reads it all.
@@ -175,7 +175,7 @@ class Diffusion:
         conditions = self.encoder.encode(chunk.prompts).take([i for i, _ in order])
         if is_guided(self.blank, call):
             negative = self.encoder.empty(self.config.sampling.diffusion.negative_prompt)
-        denoiser = self.drawer.denoiser  # read after the prompts, which may be refused
+        denoiser = self.sampler.denoiser  # read after the prompts, which may be refused
         with self.frozen.on(self.device, "vae", "safety_checker"):
             payloads = generate(
                 lambda: self.bound(denoiser),
@@ -219,7 +219,7 @@ class Diffusion:
         """
         from raftune.policies.diffusion.fit import train
 
-        self._drawer = None  # one large model at a time
+        self._sampler = None  # one large model at a time
         report, notes = train(self, rows, work, out, callbacks)
         self._notes |= dict.fromkeys(notes)
         return report

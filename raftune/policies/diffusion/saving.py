@@ -52,7 +52,7 @@ OPTIMIZER = "optimizer.safetensors"
 # -- the initial model -------------------------------------------------------------------------------------------------
 
 
-def write_start(config: DiffusionPolicy, out: Path, model: Any = None, *, tunes: bool = True) -> None:
+def write_start(config: DiffusionPolicy, out: Path, model: Any = None, *, trains: bool = True) -> None:
     """Writes the start into `out`. Raises ModelError where there is no pipeline.
 
     A folder or a hub name becomes a reference with a hash; a pipeline given as an object is written whole. A round's
@@ -63,7 +63,7 @@ def write_start(config: DiffusionPolicy, out: Path, model: Any = None, *, tunes:
     if model is not None:
         _write_object(out, model)
     elif (folder / RECORD).is_file():
-        _write_round(config, out, folder.resolve(), tunes)
+        _write_round(config, out, folder.resolve(), trains)
     elif folder.is_dir():
         adapter_class(str(read_index(folder)["_class_name"]))  # refuses other architectures before weights are read
         ModelRecord("reference", str(folder.resolve()), None, fingerprint(folder)).write(out)
@@ -95,7 +95,7 @@ def _write_object(out: Path, model: Any) -> None:
     ModelRecord("pipeline").write(out)
 
 
-def _write_round(config: DiffusionPolicy, out: Path, folder: Path, tunes: bool) -> None:
+def _write_round(config: DiffusionPolicy, out: Path, folder: Path, trains: bool) -> None:
     record, source = read_record(folder), source_of(folder, config)
     if record.kind == "reference":
         relative = record.model.startswith("..")
@@ -110,7 +110,7 @@ def _write_round(config: DiffusionPolicy, out: Path, folder: Path, tunes: bool) 
     if record.kind == "full":
         shutil.copytree(folder / part, out / part)
         ModelRecord("full", *base).write(out)
-    elif tunes:
+    elif trains:
         exact = config.model_copy(update={"dtype": "float32", "device": "cpu"})
         merged = load_denoiser(exact, folder, folder, train=False).to(getattr(torch, config.dtype))
         with quiet():

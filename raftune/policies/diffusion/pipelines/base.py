@@ -295,12 +295,12 @@ def pixels_of(images: Sequence[Image.Image], like: torch.Tensor) -> torch.Tensor
 
 @dataclass(frozen=True)
 class SchedulerStep:
-    """One scheduler step in the pipeline loop's layout: `told` is the denoiser's input, `output` its prediction, and
-    `latents` the result."""
+    """One scheduler step in the pipeline loop's layout: `model_input` and `output` of the denoiser, and the `latents`
+    that result."""
 
     index: int
     time: torch.Tensor
-    told: torch.Tensor
+    model_input: torch.Tensor
     output: torch.Tensor
     latents: torch.Tensor
 
@@ -320,10 +320,10 @@ def watched(scheduler: Any, seen: Callable[[SchedulerStep], object]) -> Iterator
     @functools.wraps(step)  # pipelines read its signature to see which options it takes
     def watched_step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any) -> Any:
         nonlocal count
-        told = scaled.pop() if scaled else sample
+        model_input = scaled.pop() if scaled else sample
         result = step(model_output, timestep, sample, *args, **kw)
         latents = result[0] if isinstance(result, tuple) else result.prev_sample
-        seen(SchedulerStep(count, torch.as_tensor(timestep), told, model_output, latents))
+        seen(SchedulerStep(count, torch.as_tensor(timestep), model_input, model_output, latents))
         count += 1
         return result
 

@@ -155,7 +155,7 @@ def test_a_picture_that_the_safety_checker_flags_is_withheld(
     def flags_the_first(pipe: Any, image: Any, device: Any, dtype: Any) -> Any:
         return image, [i == 0 for i in range(len(image))]
 
-    monkeypatch.setattr(type(drawer.drawer.pipe), "run_safety_checker", flags_the_first)
+    monkeypatch.setattr(type(drawer.sampler.pipe), "run_safety_checker", flags_the_first)
     first, second = drawer.generate(chunk(TEXTS[:1]))
     assert first.payload["invalid"] == "flagged by the safety checker" and first.completion is None
     assert second.payload["invalid"] is None
@@ -174,14 +174,14 @@ def test_memory_that_runs_out_is_told_with_the_batch_size(
     folder: Callable[[Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawer = policy(folder("sd"), tmp_path)
-    forward = drawer.drawer.denoiser.forward
+    forward = drawer.sampler.denoiser.forward
 
     def small(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if len(x) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(x, *args, **kwargs)
 
-    monkeypatch.setattr(drawer.drawer.denoiser, "forward", small)
+    monkeypatch.setattr(drawer.sampler.denoiser, "forward", small)
     with pytest.raises(OutOfMemory, match=r"got 4 rows .* smaller sampling.batch_size or sampling.diffusion.height"):
         drawer.generate(chunk(batch_size=4))
     assert len(drawer.generate(chunk(batch_size=2))) == 6

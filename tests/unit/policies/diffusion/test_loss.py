@@ -154,7 +154,7 @@ def test_dropped_rows_are_asked_without_their_prompt_as_often_as_is_said() -> No
     """2,000 levels, each left out with probability .3: 600 +- 6 sigma of 20.5."""
     found = denoising(schedule_for("epsilon"), torch.zeros(1, 1, 1), condition_dropout=0.3, noise_levels=4)
     Sft().loss(found, batch_of(rows_of(torch.zeros(500, 1, 1, 1), [1.0] * 500)))
-    asked = found.binding.asked  # type: ignore[attr-defined]
+    asked = found.adapter.asked  # type: ignore[attr-defined]
     assert 477 <= asked.count(-1.0) <= 723
     kept = [(i // 4 % 500) % 3 for i, number in enumerate(asked) if number != -1.0]
     assert kept == [number for number in asked if number != -1.0]
@@ -164,7 +164,7 @@ def test_dropped_rows_are_asked_without_their_prompt_as_often_as_is_said() -> No
 def _asked_without_dropout() -> list[float]:
     found = denoising(schedule_for("epsilon"), torch.zeros(1, 1, 1))
     Sft().loss(found, batch_of(rows_of(torch.zeros(500, 1, 1, 1), [1.0] * 500)))
-    return found.binding.asked  # type: ignore[attr-defined, no-any-return]
+    return found.adapter.asked  # type: ignore[attr-defined, no-any-return]
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------

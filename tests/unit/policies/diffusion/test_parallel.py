@@ -104,7 +104,7 @@ def test_memory_that_runs_out_in_one_of_them_is_told_with_the_whole_batch_size(
     def full(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(drawer.drawer.denoiser, "forward", full)
+    monkeypatch.setattr(drawer.sampler.denoiser, "forward", full)
     with pytest.raises(OutOfMemory, match="got 4 rows"):
         drawer.generate(chunk(TEXTS, batch_size=4))
     assert torch.get_num_threads() == 2

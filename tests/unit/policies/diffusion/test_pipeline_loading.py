@@ -36,7 +36,7 @@ def model(kept: Path, tmp_path: Path) -> Path:
 
 
 def weights(policy: Diffusion) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in policy.drawer.denoiser.named_parameters()}
+    return {name: weight.detach().clone() for name, weight in policy.sampler.denoiser.named_parameters()}
 
 
 # -- what is no pipeline -----------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_frozen_parts_are_read_once_for_a_start_and_let_go_with_its_last_policy(
     first, second = (Diffusion.load(config, start, start) for _ in range(2))
     assert first.shared is second.shared
     assert first.frozen.pipe.vae is second.frozen.pipe.vae
-    assert first.drawer.denoiser is not second.drawer.denoiser
+    assert first.sampler.denoiser is not second.sampler.denoiser
     number = id(first.shared)
     held = load_pipeline(config.policy, start)
     assert id(held) == number
@@ -289,8 +289,8 @@ def test_every_drawer_has_a_scheduler_of_its_own(kept: Path, tmp_path: Path) -> 
     config = parts(kept)
     start = begun(config, tmp_path)
     first, second = (Diffusion.load(config, start, start) for _ in range(2))
-    first.drawer.pipe.scheduler.set_timesteps(3)
-    assert len(second.drawer.pipe.scheduler.timesteps) == len(second.frozen.pipe.scheduler.timesteps) == 1000
+    first.sampler.pipe.scheduler.set_timesteps(3)
+    assert len(second.sampler.pipe.scheduler.timesteps) == len(second.frozen.pipe.scheduler.timesteps) == 1000
 
 
 @pytest.mark.slow
@@ -302,7 +302,7 @@ def test_bytes_are_counted_as_they_are_read(kept: Path, tmp_path: Path) -> None:
     frozen = sum(nbytes(tiny_pipeline("sd"), name) for name in ("vae", "text_encoder"))
     assert policy.call.height == 16
     assert policy.nbytes == frozen
-    assert policy.drawer and policy.nbytes == frozen + nbytes(tiny_pipeline("sd"), "unet")
+    assert policy.sampler and policy.nbytes == frozen + nbytes(tiny_pipeline("sd"), "unet")
 
 
 def nbytes(pipe: Any, part: str) -> int:
@@ -312,7 +312,7 @@ def nbytes(pipe: Any, part: str) -> int:
 def test_weights_are_of_the_configured_type(kept: Path, tmp_path: Path) -> None:
     config = parts(kept, dtype="bfloat16")
     policy = Diffusion.load(config, start := begun(config, tmp_path), start)
-    assert policy.drawer.denoiser.dtype == policy.frozen.pipe.vae.dtype == torch.bfloat16
+    assert policy.sampler.denoiser.dtype == policy.frozen.pipe.vae.dtype == torch.bfloat16
     [sample] = drawn(config, start, start, ["a red circle"])
     assert sample.payload["latents_dtype"] == "bfloat16" and len(sample.payload["latents"]) == 2 * 4 * 8 * 8
 

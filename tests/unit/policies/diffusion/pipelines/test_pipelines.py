@@ -154,7 +154,7 @@ def test_flux_is_trained_under_the_guidance_at_which_it_draws() -> None:
     with torch.no_grad(), watched(pipe.scheduler, steps.append):
         binding.sample(conditions, None, generators(range(2)), call)
     first: SchedulerStep = steps[0]
-    told, expected = binding.unpacked(first.told, call), binding.unpacked(first.output, call)
+    told, expected = binding.unpacked(first.model_input, call), binding.unpacked(first.output, call)
     with torch.no_grad():
         ours = binding.predict(told, first.time.expand(2), binding.guided(conditions, 3.5))
         untold = binding.predict(told, first.time.expand(2), conditions)
@@ -172,7 +172,7 @@ def test_dit_of_another_number_of_classes_is_guided_away_from_its_own_null_class
     with torch.no_grad(), watched(pipe.scheduler, steps.append):
         binding.sample(asked(binding, [6]), binding.empty(), generators(range(1)), call)
         first = steps[0]
-        x_t = first.told[:1]
+        x_t = first.model_input[:1]
         towards = binding.predict(x_t, first.time.expand(1), asked(binding, [6]))
         away = binding.predict(x_t, first.time.expand(1), binding.empty())
     torch.testing.assert_close(first.output[:1], away + 3.0 * (towards - away), rtol=1e-4, atol=1e-5)
