@@ -109,7 +109,7 @@ def _forecast(runtime: Runtime, root: Path, done: int | None, trial: ProbeRun, *
     result, peaks, seconds, fit = None, None, None, None
     rows = min(config.sampling.chunk_size, planned.prompts) * config.sampling.num_generations
     if measured and not model.not_tried:
-        result = probe(runtime, data, runtime.run.root.parent / "probe", trial, model.widths)
+        result = probe(runtime, data, runtime.run.root.parent / "probe", trial)
         peaks = model.peaks(result.drawing, result.training, config, longest, rows)
         seconds = seconds_by_stage(result, planned, runtime)
         notes += result.notes

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -195,14 +195,11 @@ def resident(name: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
 
 
-def probe(runtime: Runtime, data: Path, work: Path, trial: ProbeRun, widths: Sequence[int] = ()) -> ProbeResult:
-    """Runs each stage's work on two prompts, in `work`, until the trial's time is up; raises what the run would.
-
-    widths: samples of each prompt in the first and the second generation; K and 4 K by default.
-    """
+def probe(runtime: Runtime, data: Path, work: Path, trial: ProbeRun) -> ProbeResult:
+    """Runs each stage's work on two prompts, in `work`, until the trial's time is up; raises what the run would."""
     result, config = ProbeResult(limit=trial.seconds), runtime.config
     trial.shared = trial.left()
-    if trial.ended(lambda: _measure(result, runtime, data, work, trial, widths)):
+    if trial.ended(lambda: _measure(result, runtime, data, work, trial)):
         runtime.policies.release()
     compared = runtime.has_log_probs() and (config.evaluation.kl or config.selection.beta > 0)
     parts = (
@@ -218,9 +215,7 @@ def probe(runtime: Runtime, data: Path, work: Path, trial: ProbeRun, widths: Seq
     return result
 
 
-def _measure(
-    result: ProbeResult, runtime: Runtime, data: Path, work: Path, trial: ProbeRun, widths: Sequence[int]
-) -> None:
+def _measure(result: ProbeResult, runtime: Runtime, data: Path, work: Path, trial: ProbeRun) -> None:
     """Each measurement enters `result` as soon as it is there: the call may be interrupted at any time."""
     config, batch_size = runtime.config, runtime.config.sampling.batch_size
     table = read_table(data / ("train.parquet" if config.num_rounds else "held_out.parquet")).slice(0, PROMPTS)
@@ -238,7 +233,7 @@ def _measure(
 
     trial.tell("probe: generating")
     memory = MemoryMeter()
-    generated, factor = time_generation(result, policy, prompts, config, widths, trial, token / first)
+    generated, factor = time_generation(result, policy, prompts, config, trial, token / first)
     samples = as_table(generated, policy)
     result.drawing = memory.peak(samples, samples.num_rows)
     if samples.schema.field("completion").type == pa.binary():
@@ -317,7 +312,6 @@ def time_generation(
     policy: Policy,
     prompts: list[Prompt],
     config: RunConfig,
-    widths: Sequence[int],
     trial: ProbeRun,
     single: float,
 ) -> tuple[list[Sample], float]:
@@ -330,7 +324,7 @@ def time_generation(
     sampling = config.sampling
     longest, has_tokens = sampling.max_completion_length, "completion_ids" in policy.payload.names
     most = max(1, sampling.batch_size // len(prompts))
-    widths = [min(width, most) for width in widths or (sampling.num_generations, sampling.num_generations * WIDER)]
+    widths = [min(width, most) for width in (sampling.num_generations, sampling.num_generations * WIDER)]
     if sampling.generation_kwargs:  # options of `generate`, such as beams, may depend on the number of completions
         widths = [sampling.num_generations]
     until = time.perf_counter() + trial.may(DRAW)

@@ -97,11 +97,6 @@ class Footprint:
         return ""
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Samples of each prompt that the probe generates; empty: by the configuration."""
-        return ()
-
-    @property
     def saved(self) -> int:
         """Bytes of a round's saved model."""
         return 0

@@ -15,7 +15,6 @@ from raftune.sanitize import counted, megabytes
 
 PNG = 1.6  # bytes per pixel of a photograph; flat drawings take less
 LARGE = 100_000_000  # parameters: the probe skips a larger denoiser on a CPU
-SMALL = 20_000_000  # parameters: a smaller denoiser generates dozens of images in seconds
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,6 @@ class PipelineSize(Footprint):
         if self.device == "cpu" and self.parameters > LARGE:
             return "a denoiser of this size is not tried on a CPU: plan where the run will be for its time"
         return ""
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return () if self.parameters < SMALL else (1, 2)
 
     def describe(self, family: str) -> str:
         trained = "all trained" if self.trained == self.parameters else f"{in_short(self.trained)} trained (LoRA)"

@@ -58,13 +58,27 @@ class Diffusion:
         Raises ModelError where parts are missing, architecture or scheduler cannot be trained, weights are not finite,
         or the parity check fails. Raises ConfigError for options without meaning here.
         """
+        from raftune.policies.diffusion.parity import refuse_unproven, refuse_unseeded
+
         assert isinstance(config.policy, DiffusionPolicy)
         refuse_unread(config)
         choose_device(config.policy.device)
         out.mkdir(parents=True, exist_ok=True)
         trains = getattr(config, "num_rounds", 1) > 0
         saving.write_start(config.policy, out, model, trains=trains)
-        return cls(config, out, out).facts(trains=trains)
+        policy = cls(config, out, out)
+        policy.check_config()  # needs no weights, so a large model is not read in vain
+        frozen, denoiser = policy.frozen, policy.sampler.denoiser
+        loading.refuse_not_finite({**frozen.modules, frozen.denoiser.name: denoiser})
+        with frozen.on(policy.device, "vae", "text_encoder", "safety_checker"):
+            (refuse_unproven if trains else refuse_unseeded)(policy.sampler, policy.call.kwargs)
+        return {
+            "architecture": type(frozen.pipe).__name__,
+            "parameters": sum(weight.numel() for weight in denoiser.parameters()),
+            "frozen_bytes": frozen.nbytes,
+            "forwards_per_step": 2 if is_guided(policy.blank, policy.call) else 1,
+            "latents_shape": list(policy.latents_shape),
+        }
 
     @classmethod
     def section_at(cls, policy: Mapping[str, Any], folder: Path, start: Path) -> dict[str, Any]:
@@ -92,23 +106,6 @@ class Diffusion:
     def verify(cls, start: Path) -> None:
         """Raises ModelError if the pipeline that the start folder refers to is gone or has changed."""
         model_folder.verify(start)
-
-    def facts(self, *, trains: bool) -> dict[str, Any]:
-        """The start in numbers, for planning. Raises ModelError, ConfigError as `start` does."""
-        from raftune.policies.diffusion.parity import refuse_unproven, refuse_unseeded
-
-        self.check_config()  # needs no weights, so a large model is not read in vain
-        denoiser = self.sampler.denoiser
-        loading.refuse_not_finite({**self.frozen.modules, self.frozen.denoiser.name: denoiser})
-        with self.frozen.on(self.device, "vae", "text_encoder", "safety_checker"):
-            (refuse_unproven if trains else refuse_unseeded)(self.sampler, self.call.kwargs)
-        return {
-            "architecture": type(self.frozen.pipe).__name__,
-            "parameters": sum(weight.numel() for weight in denoiser.parameters()),
-            "frozen_bytes": self.frozen.nbytes,
-            "forwards_per_step": 2 if is_guided(self.blank, self.call) else 1,
-            "latents_shape": list(self.latents_shape),
-        }
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
