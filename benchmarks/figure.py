@@ -8,9 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from raftune.report.charts import line_chart
-from raftune.report.numbers import best_of, by_round
-from raftune.report.panels import BEST_OF, HELD_OUT, REWARD, START, described, line
+from raftune.report.charts import BEST_OF, HELD_OUT, REWARD, START, described, line, line_chart
+from raftune.report.collect import best_of, by_round
 from raftune.report.reading import RunReader
 from raftune.store.run import RunFolder
 

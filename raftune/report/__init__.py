@@ -41,13 +41,13 @@ def write_report(
     return target
 
 
-def render(found: ReportData) -> str:
+def render(data: ReportData) -> str:
     """The page of what was collected."""
     from raftune.report.overview import overview
     from raftune.report.page import page
     from raftune.report.provenance import configuration
 
-    return page(found.document, overview(found), configuration(found))
+    return page(data.document, overview(data), configuration(data))
 
 
 __all__ = ["NAME", "ReportData", "collect", "render", "write_report"]

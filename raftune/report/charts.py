@@ -1,4 +1,4 @@
-"""Line charts with interval bands, as SVG.
+"""Line charts with interval bands, as SVG, and their numbers as tables.
 
 Colours come from CSS classes of the page; a standalone chart has its own. Series also differ by mark, dashes and label.
 """
@@ -6,54 +6,31 @@ Colours come from CSS classes of the page; a standalone chart has its own. Serie
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
+from typing import Any
 
-from raftune.report.markup import number, table, text
-from raftune.report.scales import AxisScale, spread, tick_text, x_scale, y_scale
+from markupsafe import Markup
+
+from raftune.report.collect import ChartPoint, Points, number
+from raftune.report.page import asset, environment, render
 
 WIDTH, HEIGHT = 400, 230
 TOP, BOTTOM, GAP, LETTER, LINE = 16, 36, 12, 6.3, 13.5
 DOTS = 24  # a longer line shows a mark at its ends only
 SHAPES = ("round", "hollow", "square", "diamond")
-STYLE = """
-svg { font: 11px system-ui, sans-serif; color-scheme: light dark }
-text { fill: #57606a } .heading { font-size: 13px; font-weight: 600; fill: #24292f }
-.grid line { stroke: #e1e4e8 } .axis line { stroke: #8c959f } .mark { stroke: #9a6700; stroke-dasharray: 2 3 }
-.marktext { fill: #9a6700 } .series { color: #57606a } .series text { fill: currentColor }
-.s1 { color: #1d5680 } .s2 { color: #4a7396 } .s3 { color: #a5490a } .s4 { color: #73439a } .s5 { color: #1f7148 }
-.s6 { color: #7d620f } .band { fill: currentColor; fill-opacity: .13 }
-.line { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round }
-.dashed { stroke-dasharray: 6 4 } .dotted { stroke-dasharray: 1.5 4; stroke-linecap: round }
-.bar { fill: currentColor; fill-opacity: .35 } .hit { fill: transparent }
-.dot { fill: currentColor; stroke: #fff } .hollow { fill: #fff; stroke: currentColor; stroke-width: 1.5 }
-@media (prefers-color-scheme: dark) {
-text { fill: #9198a1 } .heading { fill: #e6edf3 } .grid line { stroke: #30363d } .axis line { stroke: #6e7681 }
-.mark { stroke: #e6b84c } .marktext { fill: #e6b84c } .series { color: #9198a1 } .s1 { color: #93c4ec }
-.s2 { color: #7796b0 } .s3 { color: #f0a46a } .s4 { color: #c6a2e6 } .s5 { color: #7fcf9f } .s6 { color: #d6bb62 }
-.dot { stroke: #0d1117 } .hollow { fill: #0d1117; stroke: currentColor } }
-"""
+STYLES = ("solid", "dashed", "dotted")
+START: Mapping[float, str] = {0: "start"}
+REWARD, BEST_OF, HELD_OUT, KL, DIVERSITY, LENGTH, OTHER = range(1, 8)  # the colours: one meaning each, on every chart
 Names = Mapping[float, str]
-
-
-@dataclass(frozen=True, slots=True)
-class ChartPoint:
-    """One place of a line; y is None where nothing was measured, low and high are the ends of its interval if known,
-    n the number of prompts that it is a mean of."""
-
-    x: float
-    y: float | None
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ChartSeries:
     """One line: its label, its points by x, its colour (1 … 7) and, so that colour is not all, its dashes and marks.
 
-    `line` is solid, dashed or dotted; `shape` is round, hollow, square or diamond; `band` shows the intervals.
+    `line` is solid, dashed or dotted; `shape` is round, hollow, square or diamond.
     """
 
     name: str
@@ -61,19 +38,25 @@ class ChartSeries:
     colour: int = 1
     line: str = "solid"
     shape: str = "round"
-    band: bool = True
 
     def known(self) -> list[ChartPoint]:
         """The points that have a number."""
         return [point for point in self.points if measured(point.y)]
 
 
-@dataclass(frozen=True, slots=True)
-class ChartFrame:
-    """The scales of both axes."""
+def line(name: str, points: Points, colour: int, style: str = "solid", shape: str = "round") -> ChartSeries:
+    """A line of the points by round, or by k."""
+    return ChartSeries(name, tuple(points[x] for x in sorted(points)), colour, style, shape)
 
-    x: AxisScale
-    y: AxisScale
+
+def measured(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def described(lines: Sequence[ChartSeries]) -> str:
+    """The lines in words: each from its first number to its last."""
+    ends = ((line.name, line.known()[0].y, line.known()[-1].y) for line in lines)
+    return "; ".join(f"{name} from {number(first)} to {number(last)}" for name, first, last in ends)
 
 
 def line_chart(
@@ -87,262 +70,236 @@ def line_chart(
     mark: tuple[float, str] | None = None,
     size: tuple[int, int] = (WIDTH, HEIGHT),
     standalone: bool = False,
-) -> str:
+) -> Markup:
     """The lines as an <svg>, or labelled bars where all of them have one and the same x.
 
-    `title` and `description` are what those hear who do not see it.
-
-    `x_names` replaces the numbers of ticks, `mark` is a vertical line with a word. Numbers that are None or not finite
-    are gaps. A chart that stands alone brings its style and shows its title: it can be a file of its own.
+    `title` and `description` are what those hear who do not see it. `x_names` replaces the numbers of ticks, `mark` is
+    a vertical line with a word. Numbers that are None or not finite are gaps. A chart that stands alone brings its
+    style and shows its title: it can be a file of its own.
     """
-    width, height = size
-    xs = {point.x for line in series for point in line.known()}
-    if len(xs) == 1:
-        return bar_chart(
-            series,
-            title=title,
-            description=description,
-            x_label=x_label,
-            x_names=x_names,
-            width=width,
-            standalone=standalone,
-        )
-    top = TOP + (22 if standalone else 0)
-    frame = frame_of(series, width, top, height - BOTTOM, log_x)
-    parts = [
-        f"<title>{text(title)}</title>" + (f"<desc>{text(description)}</desc>" if description else ""),
-        f"<style>{STYLE}</style>" + f'<text class="heading" x="2" y="14">{text(title)}</text>' if standalone else "",
-        grid(frame),
-        axis(frame, x_label, x_names or {}, height),
-        marked(frame, mark) if mark is not None and frame.x.low <= mark[0] <= frame.x.high else "",
-        *(drawn(line, frame, x_label, x_names or {}) for line in series),
-        labels(series, frame, width),
-    ]
-    space = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
-    head = f'<svg{space} viewBox="0 0 {width} {height}" role="img" aria-label="{text(title)}">'
-    return head + "".join(parts) + "</svg>"
-
-
-def bar_chart(
-    series: Sequence[ChartSeries],
-    *,
-    title: str,
-    description: str = "",
-    x_label: str = "round",
-    x_names: Names | None = None,
-    width: int = WIDTH,
-    standalone: bool = False,
-) -> str:
-    """One bar for each line that has a number, from zero: its name before it, its number and interval after it."""
-    lines = [line for line in series if line.known()]
-    points = [line.known()[0] for line in lines]
-    names = end_labels(lines, width) if len(lines) > 1 else [line.name for line in lines]
-    written = [number(point.y) for point in points]
+    (width, height), names, lines = size, x_names or {}, [line for line in series if line.known()]
+    points = [point for line in lines for point in line.known()]
     values = [v for p in points for v in (p.y, p.low, p.high) if v is not None and math.isfinite(v)]
-    left = GAP + LETTER * max(map(len, names))
-    right = width - GAP - LETTER * max(map(len, written))
+    top = TOP + (22 if standalone else 0)
+    most = int(width * 0.3 / LETTER)
+    labels = [line.name if len(line.name) <= most else f"{line.name[: most - 1]}…" for line in lines]
+    common = {
+        "title": title,
+        "description": description,
+        "standalone": standalone,
+        "style": Markup("\n" + asset("chart.css")),
+        "width": width,
+    }
+    if len({point.x for point in points}) == 1:
+        return render("chart.svg", **common, **bars(lines, points, values, labels, x_label, names, width, top))
+
+    y = y_scale(values, height - BOTTOM, top)
+    if len(series) == 1 and lines:
+        labels = [number(points[-1].y)]
+    left = GAP + LETTER * max(len(tick_text(tick, y.ticks)) for tick in y.ticks)
+    right = width - 14 - LETTER * max(map(len, labels), default=0) - 10
+    x = x_scale([point.x for point in points], left + 6, max(right, left + 60), log=log_x)
+    ends = [y(line.known()[-1].y or 0.0) for line in lines]
+    drawn = [
+        {
+            "colour": line.colour,
+            "shape": line.shape,
+            "paths": paths(line, x, y),
+            "marks": marks(line, x, y, x_label, names),
+            "label": label,
+            "label_y": label_y,
+        }
+        for line, label, label_y in zip(lines, labels, spread(ends, LINE, y(y.high) + 2, y(y.low) - 2), strict=True)
+    ]
+    return render(
+        "chart.svg",
+        **common,
+        height=height,
+        x=x,
+        y=y,
+        tick_text=tick_text,
+        x_names=names,
+        x_label=x_label,
+        mark=mark,
+        lines=drawn,
+        several=len(series) > 1,
+    )
+
+
+def paths(line: ChartSeries, x: AxisScale, y: AxisScale) -> list[tuple[str, str]]:
+    """Class and path of each band of intervals, a bar for a single point, and of each stretch between gaps."""
+
+    def places(points: Sequence[tuple[float, float | None]]) -> str:
+        return "M" + "L".join(f"{x(at):.1f} {y(value or 0.0):.1f}" for at, value in points)
+
+    runs = [list(run) for known, run in groupby(line.points, key=lambda point: measured(point.y)) if known]
+    found = []
+    for run in runs:
+        ends = [(p.x, p.low, p.high) for p in run if p.low is not None and p.high is not None and p.low < p.high]
+        if len(ends) == 1:
+            at, low, high = ends[0]
+            found.append(("line", places([(at, low), (at, high)])))
+        elif ends:
+            around = [(at, high) for at, _, high in ends] + [(at, low) for at, low, _ in reversed(ends)]
+            found.append(("band", places(around) + "Z"))
+    kind = "line" if line.line == "solid" else f"line {line.line}"
+    return found + [(kind, places([(p.x, p.y) for p in run])) for run in runs if len(run) > 1]
+
+
+def marks(
+    line: ChartSeries, x: AxisScale, y: AxisScale, x_label: str, names: Names
+) -> list[tuple[str, float, float, str]]:
+    """Shape, place and words of each point; of a long line only the first and the last can be seen."""
+    known = line.known()
+    shown = known if len(known) <= DOTS else [known[0], known[-1]]
+    return [
+        (
+            line.shape if point in shown else "hit",
+            x(point.x),
+            y(point.y or 0.0),
+            f"{line.name}, {x_label} {names.get(point.x, f'{point.x:g}')}: {point.words}",
+        )
+        for point in known
+    ]
+
+
+def bars(
+    lines: Sequence[ChartSeries],
+    points: Sequence[ChartPoint],
+    values: Sequence[float],
+    labels: Sequence[str],
+    x_label: str,
+    names: Names,
+    width: int,
+    top: int,
+) -> dict[str, Any]:
+    """One bar for each line, from zero: its name before it, its number and interval after it."""
+    labels = labels if len(lines) > 1 else [lines[0].name]
+    numbers = [number(point.y) for point in points]
+    left = GAP + LETTER * max(map(len, labels))
+    right = width - GAP - LETTER * max(map(len, numbers))
     low, high = min(0.0, *values), max(0.0, *values)
     x = AxisScale(low, high if high > low else 1.0, left, max(right, left + 60), ())
-    top, height = TOP + (22 if standalone else 0), 26
-    where = (x_names or {}).get(points[0].x, f"{x_label} {points[0].x:g}")
-    parts = [
-        f"<title>{text(title)}</title>" + (f"<desc>{text(description)}</desc>" if description else ""),
-        f"<style>{STYLE}</style>" + f'<text class="heading" x="2" y="14">{text(title)}</text>' if standalone else "",
-    ]
-    for i, (line, point, name, words) in enumerate(zip(lines, points, names, written, strict=True)):
-        y = top + i * height
+    place = names.get(points[0].x, f"{x_label} {points[0].x:g}")
+    found = []
+    for i, (line, point, label, words) in enumerate(zip(lines, points, labels, numbers, strict=True)):
         start, end = sorted((x(0.0), x(point.y or 0.0)))
-        parts.append(
-            f'<g class="series s{line.colour}"><text x="{left - 6:.1f}" y="{y + 13}" text-anchor="end">{text(name)}'
-            f'</text><rect class="bar" x="{start:.1f}" y="{y + 2}" width="{max(end - start, 1):.1f}" height="14">'
-            f"<title>{text(f'{line.name}, {where}: {spoken(line, point)}')}</title></rect>"
-            + (
-                f'<path class="line" d="M{x(point.low):.1f} {y + 9}L{x(point.high):.1f} {y + 9}"/>'
-                if point.low is not None and point.high is not None and point.low < point.high
-                else ""
-            )
-            + f'<text class="end" x="{max(end, x(point.high or 0.0)) + 6:.1f}" y="{y + 13}">{words}</text></g>'
+        interval = point.interval if point.interval and point.interval[0] < point.interval[1] else None
+        found.append(
+            {
+                "colour": line.colour,
+                "name": label,
+                "y": top + i * 26,
+                "start": start,
+                "width": max(end - start, 1),
+                "interval": interval and [x(end) for end in interval],
+                "end": max(end, x(point.high or 0.0)),
+                "number": words,
+                "words": f"{line.name}, {place}: {point.words}",
+            }
         )
-    bottom = top + len(lines) * height
-    parts.append(f'<g class="axis"><text x="{left:.1f}" y="{bottom + 12}">{text(where)} alone</text></g>')
-    space = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
-    head = f'<svg{space} class="bars" viewBox="0 0 {width} {bottom + 18}" role="img" aria-label="{text(title)}">'
-    return head + "".join(parts) + "</svg>"
+    return {"bars": found, "left": left, "place": place, "height": top + len(lines) * 26 + 18}
 
 
 def numbers(
     series: Sequence[ChartSeries], x_title: str, x_names: Names | None = None, *, label: str, best: float | None = None
-) -> str:
+) -> Markup:
     """The numbers of the lines as a table, a row for each x; the row of `best` is marked."""
-    names = x_names or {}
     xs = sorted({point.x for line in series for point in line.points})
-    titles = [text(x_title)]
+    titles, columns = [x_title], [[(x_names or {}).get(x, f"{x:g}") for x in xs]]
     for line in series:
-        titles += [text(line.name)] + (["95 % interval"] if has_interval(line) else [])
-        titles += ["n"] if has_n(line) else []
-    rows = [[text(names.get(x, f"{x:g}")), *(cell for line in series for cell in cells(line, x))] for x in xs]
-    return table(titles, rows, label=label, best=xs.index(best) if best in xs else None)
+        points = {point.x: point for point in line.points}
+        at = [points.get(x, ChartPoint(x, None)) for x in xs]
+        titles.append(line.name)
+        columns.append([number(point.y if measured(point.y) else None) for point in at])
+        if any(point.interval for point in at):
+            titles.append("95 % interval")
+            columns.append([f"{number(p.low)} … {number(p.high)}" if p.interval else "–" for p in at])
+        if any(point.n is not None for point in at):
+            titles.append("n")
+            columns.append(["–" if point.n is None else f"{point.n:,}" for point in at])
+    macros: Any = environment().get_template("macros.html").module
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    return Markup(macros.table(titles, rows, label, xs.index(best) if best in xs else None))
 
 
-def cells(line: ChartSeries, x: float) -> list[str]:
-    """The line's number at x, and its interval where the line has any."""
-    point = next((point for point in line.points if point.x == x), ChartPoint(x, None))
-    mean = number(point.y if measured(point.y) else None)
-    known = measured(point.low) and measured(point.high)
-    between = f"{number(point.low)} … {number(point.high)}" if known else "–"
-    n = ["–" if point.n is None else f"{point.n:,}"] if has_n(line) else []
-    return [mean, *([between] if has_interval(line) else []), *n]
+# -- scales -----------------------------------------------------------------------------------------------------------
 
 
-def spoken(line: ChartSeries, point: ChartPoint) -> str:
-    """The point's number, its interval and what it is a mean of, for who hovers over its mark or touches it."""
-    words = number(point.y)
-    if measured(point.low) and measured(point.high):
-        words += f" [{number(point.low)}, {number(point.high)}]"
-    return words if point.n is None else f"{words}, n = {point.n:,}"
+@dataclass(frozen=True, slots=True)
+class AxisScale:
+    """Maps [low, high] of the data to [start, end] of the page, linearly or by the logarithm; `ticks` lie inside."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: tuple[float, ...]
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, at = (math.log2(v) if self.log else v for v in (self.low, self.high, value))
+        share = 0.5 if high == low else (at - low) / (high - low)
+        return self.start + share * (self.end - self.start)
 
 
-def has_n(line: ChartSeries) -> bool:
-    return any(point.n is not None for point in line.points)
+def y_scale(values: Sequence[float], start: float, end: float) -> AxisScale:
+    """A scale whose ends are ticks; it begins at zero where that costs little, a single value lies in its middle."""
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    if low == high:
+        room = abs(low) * 0.1 or 0.5
+        low, high = low - room, high + room
+        low = max(low, 0.0) if values and values[0] >= 0 else low
+    elif 0 <= low <= high / 2:
+        low = 0.0
+    step = nice_step(high - low, 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = tuple(round(i * step, 12) for i in range(first, last + 1))
+    return AxisScale(ticks[0], ticks[-1], start, end, ticks)
 
 
-def has_interval(line: ChartSeries) -> bool:
-    return any(measured(point.low) and measured(point.high) for point in line.points)
+def x_scale(values: Sequence[float], start: float, end: float, *, log: bool = False) -> AxisScale:
+    """A scale from the first value to the last, with ticks at whole numbers where the values are whole.
+
+    A logarithmic one has its ticks at the values, or at nine of them.
+    """
+    xs = sorted(set(values)) or [0.0]
+    low, high = xs[0], xs[-1]
+    if log or low == high or len(xs) <= 4:
+        return AxisScale(low, high, start, end, tuple(xs[:: -math.ceil(len(xs) / 9)][::-1]), log)
+    step = nice_step(high - low, 8)
+    if all(value == int(value) for value in xs):
+        step = max(1.0, math.ceil(step))
+    ticks = tuple(round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1))
+    return AxisScale(low, high, start, end, ticks)
 
 
-def measured(value: float | None) -> bool:
-    """Whether this is a number that can be drawn."""
-    return value is not None and math.isfinite(value)
+def nice_step(span: float, parts: int) -> float:
+    """The smallest of 1, 2, 2.5 or 5 times a power of ten that divides the span into at most so many parts."""
+    rough = span / parts
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(n * power for n in (1.0, 2.0, 2.5, 5.0, 10.0) if n * power >= rough * (1 - 1e-9))
 
 
-# -- frame ------------------------------------------------------------------------------------------------------------
+def tick_text(value: float, ticks: Sequence[float]) -> str:
+    """The tick with as many decimals as tell it from its neighbours, and a true minus."""
+    largest = max(abs(t) for t in ticks)
+    step = min((b - a for a, b in pairwise(ticks)), default=largest or 1.0)
+    if largest >= 1e6 or (largest and largest < 1e-3):
+        digits = next((d for d in range(2, 15) if len({f"{t:.{d}g}" for t in ticks}) == len(ticks)), 15)
+        return f"{value:.{digits}g}".replace("-", "−")
+    digits = next((d for d in range(9) if all(abs(t - round(t, d)) < step * 1e-6 for t in ticks)), 9)
+    return f"{value:,.{digits}f}".replace("-", "−")
 
 
-def frame_of(series: Sequence[ChartSeries], width: float, top: float, bottom: float, log_x: bool) -> ChartFrame:
-    """Scales that leave room for the labels of ticks on the left and of lines on the right."""
-    points = [point for line in series for point in line.known()]
-    values = [v for p in points for v in (p.y, p.low, p.high) if v is not None and math.isfinite(v)]
-    y = y_scale(values, bottom, top)
-    left = GAP + LETTER * max(len(tick_text(tick, y.ticks)) for tick in y.ticks)
-    right = width - 14 - LETTER * max((len(label) for label in end_labels(series, width)), default=0) - 10
-    return ChartFrame(x_scale([point.x for point in points], left + 6, max(right, left + 60), log=log_x), y)
-
-
-def grid(frame: ChartFrame) -> str:
-    """A horizontal line at each tick but the lowest, which is the axis."""
-    start, end = frame.x.start - 6, frame.x.end + 4
-    ats = (f"{frame.y(tick):.1f}" for tick in frame.y.ticks[1:])
-    lines = (f'<line x1="{start:.1f}" x2="{end:.1f}" y1="{at}" y2="{at}"/>' for at in ats)
-    return f'<g class="grid">{"".join(lines)}</g>'
-
-
-def axis(frame: ChartFrame, x_label: str, x_names: Names, height: float) -> str:
-    """The lowest line, the ticks' numbers on both axes, and what the lower one counts."""
-    base, start, end = frame.y(frame.y.low), frame.x.start - 6, frame.x.end + 4
-    parts = [f'<line x1="{start:.1f}" x2="{end:.1f}" y1="{base:.1f}" y2="{base:.1f}"/>']
-    for tick in frame.y.ticks:
-        words = text(tick_text(tick, frame.y.ticks))
-        parts.append(f'<text x="{start - 5:.1f}" y="{frame.y(tick) + 4:.1f}" text-anchor="end">{words}</text>')
-    for tick in frame.x.ticks:
-        words = text(x_names.get(tick, tick_text(tick, frame.x.ticks)))
-        parts.append(f'<text x="{frame.x(tick):.1f}" y="{base + 15:.1f}" text-anchor="middle">{words}</text>')
-    middle = (frame.x.start + frame.x.end) / 2
-    parts.append(f'<text x="{middle:.1f}" y="{height - 4:.1f}" text-anchor="middle">{text(x_label)}</text>')
-    return f'<g class="axis">{"".join(parts)}</g>'
-
-
-def marked(frame: ChartFrame, mark: tuple[float, str]) -> str:
-    """A vertical line, and its word above the plot on the side where there is more room."""
-    at, top = frame.x(mark[0]), frame.y(frame.y.high)
-    after = at < (frame.x.start + frame.x.end) / 2
-    anchor, place = ("start", at - 2) if after else ("end", at + 2)
-    return (
-        f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{top - 4:.1f}" y2="{frame.y(frame.y.low):.1f}"/>'
-        f'<text class="marktext" x="{place:.1f}" y="{top - 6:.1f}" text-anchor="{anchor}">{text(mark[1])}</text>'
-    )
-
-
-# -- lines ------------------------------------------------------------------------------------------------------------
-
-
-def drawn(line: ChartSeries, frame: ChartFrame, x_label: str, x_names: Names) -> str:
-    """The line with its band and its marks, each mark with its number on hovering."""
-    runs = list(runs_of(line.points))
-    known = line.known()
-    shown = known if len(known) <= DOTS else [known[0], known[-1]]
-    ends = {point.x for point in shown}
-    parts = [band(run, frame) for run in runs if line.band]
-    parts += [path([(p.x, p.y) for p in run], frame, line.line) for run in runs if len(run) > 1]
-    for point in known:
-        where = f"{x_label} {x_names.get(point.x, f'{point.x:g}')}"
-        words = f"{line.name}, {where}: {spoken(line, point)}"
-        x, y = frame.x(point.x), frame.y(point.y or 0.0)
-        parts.append(dot(x, y, line.shape if point.x in ends else "hit", words))
-    return f'<g class="series s{line.colour}">{"".join(parts)}</g>'
-
-
-def runs_of(points: Sequence[ChartPoint]) -> Iterator[list[ChartPoint]]:
-    """The stretches between gaps."""
-    for known, run in groupby(points, key=lambda point: measured(point.y)):
-        if known:
-            yield list(run)
-
-
-def band(run: Sequence[ChartPoint], frame: ChartFrame) -> str:
-    """The area between the ends of the intervals; for a single point a bar."""
-    ends = [(p.x, p.low, p.high) for p in run if p.low is not None and p.high is not None and p.low < p.high]
-    if not ends:
-        return ""
-    if len(ends) == 1:
-        x, low, high = ends[0]
-        return path([(x, low), (x, high)], frame, "solid")
-    around = [(x, high) for x, _, high in ends] + [(x, low) for x, low, _ in reversed(ends)]
-    return f'<path class="band" d="M{places(around, frame)}Z"/>'
-
-
-def path(points: Sequence[tuple[float, float | None]], frame: ChartFrame, line: str) -> str:
-    kind = "line" if line == "solid" else f"line {line}"
-    return f'<path class="{kind}" d="M{places(points, frame)}"/>'
-
-
-def places(points: Sequence[tuple[float, float | None]], frame: ChartFrame) -> str:
-    return "L".join(f"{frame.x(x):.1f} {frame.y(y or 0.0):.1f}" for x, y in points)
-
-
-def dot(x: float, y: float, shape: str, words: str = "") -> str:
-    """A mark, with words on hovering."""
-    inside = f"<title>{text(words)}</title>" if words else ""
-    if shape in ("round", "hollow", "hit"):
-        kind = {"hollow": "dot hollow", "round": "dot", "hit": "hit"}[shape]
-        return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.2">{inside}</circle>'
-    corners = {"square": "M{0} {1}m-3-3h6v6h-6z", "diamond": "M{0} {1}m0-4.4l4.4 4.4-4.4 4.4-4.4-4.4z"}[shape]
-    return f'<path class="dot" d="{corners.format(f"{x:.1f}", f"{y:.1f}")}">{inside}</path>'
-
-
-# -- labels -----------------------------------------------------------------------------------------------------------
-
-
-def end_labels(series: Sequence[ChartSeries], width: float) -> list[str]:
-    """What stands at the end of each line: its last number where there is one line, else its name, cut to its room."""
-    lines = [line for line in series if line.known()]
-    if len(lines) == 1 and len(series) == 1:
-        return [number(lines[0].known()[-1].y)]
-    most = int(width * 0.3 / LETTER)
-    return [line.name if len(line.name) <= most else f"{line.name[: most - 1]}…" for line in lines]
-
-
-def labels(series: Sequence[ChartSeries], frame: ChartFrame, width: float) -> str:
-    """The labels beside the ends of their lines, none on another."""
-    lines = [line for line in series if line.known()]
-    ends = [frame.y(line.known()[-1].y or 0.0) for line in lines]
-    at = spread(ends, LINE, frame.y(frame.y.high) + 2, frame.y(frame.y.low) - 2)
-    x = frame.x.end + 14
-    parts = []
-    for line, words, y in zip(lines, end_labels(series, width), at, strict=True):
-        key = dot(x, y, line.shape) if len(series) > 1 else ""
-        place = x + 7 if key else x - 4
-        parts.append(
-            f'<g class="series s{line.colour}">{key}<text class="end" x="{place:.1f}" y="{y + 4:.1f}">'
-            f"{text(words)}</text></g>"
-        )
-    return "".join(parts)
+def spread(places: Sequence[float], distance: float, low: float, high: float) -> list[float]:
+    """The places moved as little as it takes that each is so far from the next, inside [low, high] if there is room."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    moved = list(places)
+    for i in order:
+        moved[i] = max(moved[i], low)
+        low = moved[i] + distance
+    for i in reversed(order):
+        moved[i] = min(moved[i], high)
+        high = moved[i] - distance
+    return moved

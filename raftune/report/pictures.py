@@ -19,13 +19,15 @@ import pyarrow.compute as pc
 from raftune.data.images import PIXELATED, mime_of, sha256_of_png, thumbnail
 from raftune.errors import ConfigError, DataError, RaftuneError
 from raftune.report.reading import RunReader, StageFile
-from raftune.report.samples import PICTURE
 from raftune.sanitize import first_line
 
+PICTURE = "image_sha256"  # the column that names an image
 LONGEST = 256  # pixels of a thumbnail's longer side
 MOST_BYTES = 12_000_000  # of all images of a page
 OTHERS = 64  # more bytes that the page needs to name an image and its size
 FIRST = 8  # items whose images are made before it is known how large they are
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # numbers a pixel, by the kind of colour
 Item = TypeVar("Item")
 
 
@@ -43,8 +45,8 @@ class EmbeddedImage:
         return len(self.src) + OTHERS + 64
 
     def as_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"src": self.src, "width": self.width, "height": self.height}
-        return found if self.lies is None else found | {"lies": self.lies}
+        lies = {} if self.lies is None else {"lies": self.lies}
+        return {"src": self.src, "width": self.width, "height": self.height, **lies}
 
 
 @dataclass
@@ -55,15 +57,11 @@ class ImageSet:
     made: dict[str, EmbeddedImage | None] = field(default_factory=dict)
     shown: dict[str, EmbeddedImage] = field(default_factory=dict)
 
-    @property
-    def room(self) -> int:
-        """The bytes that are left."""
-        return MOST_BYTES - sum(picture.nbytes for picture in self.shown.values())
-
     def up_to(self, items: list[Item], most: int, names: Callable[[Item], Iterable[str]]) -> list[Item]:
         """The first items whose images need no more than `most` bytes, one at least; what is shown is free."""
         taken: list[Item] = []
-        spent, limit, ahead = 0, min(most, self.room), FIRST
+        room = MOST_BYTES - sum(image.nbytes for image in self.shown.values())
+        spent, limit, ahead = 0, min(most, room), FIRST
         while len(taken) < len(items):
             batch = items[len(taken) : len(taken) + ahead]
             self.make(name for item in batch for name in names(item))
@@ -79,24 +77,20 @@ class ImageSet:
         return taken
 
     def make(self, names: Iterable[str]) -> None:
-        """Brings these images to hand; one that cannot be shown is noted, and is None."""
+        """Reads and encodes these images; one that cannot be shown is noted, and is None."""
         wanted = dict.fromkeys(name for name in names if name not in self.made)
         self.made |= dict.fromkeys(wanted)
         for name, place, png in found(self.reader, wanted):
-            self.made[name] = self.embedded(name, place, png)
-
-    def embedded(self, name: str, place: StageFile, png: bytes) -> EmbeddedImage | None:
-        """The image as the page holds it; None, and a note, where these bytes are not that image."""
-        try:
-            if sha256_of_png(png) != name:
-                raise DataError("it has changed since it was generated")
-            return embed(png, str(place))
-        except ConfigError as error:
-            self.reader.note("the page", f"images larger than {PIXELATED} pixels cannot be shown: {first_line(error)}")
-        except (RaftuneError, ValueError) as error:
-            why = first_line(error).split(". ")[0]
-            self.reader.note(f"round {place.round}, {place.stage}", f"{place.file}: image {name[:12]}…: {why}")
-        return None
+            try:
+                if sha256_of_png(png) != name:
+                    raise DataError("it has changed since it was generated")
+                self.made[name] = embed(png, str(place))
+            except ConfigError as error:
+                why = f"images larger than {PIXELATED} pixels cannot be shown: {first_line(error)}"
+                self.reader.note("the page", why)
+            except (RaftuneError, ValueError) as error:
+                why = f"{place.file}: image {name[:12]}…: {first_line(error).split('. ')[0]}"
+                self.reader.note(f"round {place.round}, {place.stage}", why)
 
     def keep(self) -> None:
         """Forgets what is at hand and not shown."""
@@ -128,58 +122,42 @@ def found(reader: RunReader, names: Iterable[str]) -> Iterator[tuple[str, StageF
 
 def embed(png: bytes, lies: str) -> EmbeddedImage:
     """The image as a page holds it. Raises DataError for what is none, ConfigError for want of a library."""
-    width, height = size_of(png)
-    small = max(width, height) <= PIXELATED
-    if small:
-        require_whole(png)
-    shown = png if small else thumbnail(png, LONGEST)
-    address = f"data:{mime_of(shown)};base64,{base64.b64encode(shown).decode()}"
-    return EmbeddedImage(address, width, height, None if small else lies)
-
-
-# -- PNG, as far as a page needs it -----------------------------------------------------------------------------------
-
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # numbers a pixel, by the kind of colour
-
-
-def size_of(png: bytes) -> tuple[int, int]:
-    """Width and height, as the beginning of the file says. Raises DataError for what is no PNG."""
     if not png.startswith(SIGNATURE) or len(png) < 33 or png[12:16] != b"IHDR":
         raise DataError("it is no PNG")
     width, height = struct.unpack(">II", png[16:24])
     if not width or not height:
         raise DataError(f"it has {width} x {height} pixels")
-    return width, height
+    small = max(width, height) <= PIXELATED
+    if small:
+        require_whole(png, width, height)
+    shown = png if small else thumbnail(png, LONGEST)
+    address = f"data:{mime_of(shown)};base64,{base64.b64encode(shown).decode()}"
+    return EmbeddedImage(address, width, height, None if small else lies)
 
 
-def require_whole(png: bytes) -> None:
-    """Raises DataError unless every part of a small PNG has its checksum, and all of its pixels are there."""
-    pixels = b"".join(body for kind, body in chunks(png) if kind == b"IDAT")
-    width, height = size_of(png)
+def require_whole(png: bytes, width: int, height: int) -> None:
+    """Raises DataError unless every part of a small PNG has its checksum, and all of its pixels are there.
+
+    A small image is embedded as it is, which needs no library.
+    """
+    at, kind, pixels = len(SIGNATURE), b"", b""
+    while kind != b"IEND":
+        if at + 12 > len(png):
+            raise DataError("it is cut off")
+        (size,) = struct.unpack(">I", png[at : at + 4])
+        kind, body, check = png[at + 4 : at + 8], png[at + 8 : at + 8 + size], png[at + 8 + size : at + 12 + size]
+        if len(check) < 4 or struct.unpack(">I", check)[0] != zlib.crc32(body, zlib.crc32(kind)):
+            raise DataError("it is cut off, or a checksum in it is wrong")
+        pixels += body if kind == b"IDAT" else b""
+        at += 12 + size
     depth, colour, interlaced = png[24], png[25], png[28]
-    needed = height * (1 + (width * depth * SAMPLES.get(colour, 0) + 7) // 8)
+    needed = height * (1 + (width * depth * CHANNELS.get(colour, 0) + 7) // 8)
     try:
         there = len(zlib.decompressobj().decompress(pixels, needed + 1))
     except zlib.error as error:
         raise DataError(f"its pixels cannot be read: {error}") from error
     if there != needed and not interlaced:
         raise DataError(f"it has {there:,} bytes of pixels, not {needed:,}")
-
-
-def chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and content of each part up to the last."""
-    at = len(SIGNATURE)
-    while at + 12 <= len(png):
-        (size,) = struct.unpack(">I", png[at : at + 4])
-        kind, body, check = png[at + 4 : at + 8], png[at + 8 : at + 8 + size], png[at + 8 + size : at + 12 + size]
-        if len(check) < 4 or struct.unpack(">I", check)[0] != zlib.crc32(body, zlib.crc32(kind)):
-            raise DataError("it is cut off, or a checksum in it is wrong")
-        if kind == b"IEND":
-            return
-        yield kind, body
-        at += 12 + size
-    raise DataError("it is cut off")
 
 
 __all__ = ["EmbeddedImage", "ImageSet", "embed"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -20,8 +21,10 @@ from raftune.store.layout import chunk_file
 from raftune.store.parquet import column_names, read_groups, read_metadata, read_table
 from raftune.store.run import CONFIG, RunFolder
 
-_UNIT = re.compile(r"chunk-(\d{5,})\.parquet")
-UNITS = "raftune.units"  # in the metadata of verdicts.parquet: the chunk of each of its row groups
+_CHUNK = re.compile(r"chunk-(\d{5,})\.parquet")
+CHUNKS = "raftune.units"  # in the metadata of verdicts.parquet: the chunk of each of its row groups
+
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -49,10 +52,11 @@ class RunReader:
         self._read: dict[Path, Any] = {}  # JSON files, which several parts of the page ask for
         self.pictures: dict[str, StageFile] = {}  # where those lie that rows which were read have named
         self.commits = dict(self._load_commits())
-        self._look_over()
+        self._lost: set[tuple[int, str]] = set()  # stages without a manifest from which something was made
+        self._check_files()
         self.config = self._read_config()
         self.events = list(self._read_events())
-        self._expect()
+        self._check_stages()
 
     def note(self, where: str, why: str) -> None:
         """Puts down, once, what is missing; paths into the run are shortened, for the page may be sent to others."""
@@ -73,7 +77,7 @@ class RunReader:
     def json(self, round_: int, stage: str, name: str, kind: type[Any] = dict) -> Any:
         """The file's dictionary (or list); an empty one where the stage is not there or the file cannot be read."""
         path = self.run.folder(round_, stage) / name
-        if not self.has(round_, stage) or path in self._bad:
+        if not self.has(round_, stage):
             return kind()
         commit = self.commits.get((round_, stage))
         entry = commit.files.get(name) if commit is not None else None
@@ -81,75 +85,55 @@ class RunReader:
 
     def own_json(self, name: str) -> dict[str, Any]:
         """A JSON file at the run's top; empty where there is none or it cannot be read."""
-        path = self.run.root / name
-        read = path.is_file() and path not in self._bad
-        found: dict[str, Any] = self._json(path, "the run", dict, self._recorded(name)) if read else {}
+        path, sha256 = self.run.root / name, None
+        with contextlib.suppress(RaftuneError, OSError, AttributeError):
+            sha256 = self.run.config_record().get("files", {}).get(name)  # of files written with the configuration
+        known = sha256 if isinstance(sha256, str) else None
+        found: dict[str, Any] = self._json(path, "the run", dict, known) if path.is_file() else {}
         return found
 
-    def _recorded(self, name: str) -> str | None:
-        """The hash of a file that was written with the configuration."""
-        try:
-            known = self.run.config_record().get("files", {}).get(name)
-            return known if isinstance(known, str) else None
-        except (RaftuneError, OSError, AttributeError):
-            return None
-
-    def _json(self, path: Path, where: str, kind: type[Any], sha256: str | None = None) -> Any:
+    def _json(self, path: Path, where: str, kind: type[Any], sha256: str | None) -> Any:
         """The file's content; Parquet has checksums of its own, of JSON the committed hash is compared."""
+        if path in self._bad:
+            return kind()
         if isinstance(self._read.get(path), kind):
             return self._read[path]
         try:
             content = path.read_bytes()
             found = json.loads(content)
             if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-                self.note(where, f"{path.name} has changed since it was committed")
+                why = "has changed since it was committed"
             elif sha256 is None and isinstance(found, dict) and has_changed(found):
-                self.note(where, f"{path.name} has changed since it was written")
+                why = "has changed since it was written"
             elif isinstance(found, kind):
                 self._read[path] = found
                 return found
             else:
-                self.note(where, f"{path.name} holds {type(found).__name__}, not {kind.__name__}")
+                why = f"holds {type(found).__name__}, not {kind.__name__}"
         except FileNotFoundError:
-            self.note(where, f"{path.name} is missing")
+            why = "is missing"
         except (OSError, ValueError) as error:
-            self.note(where, f"{path.name} cannot be read: {first_line(error)}")
+            why = f"cannot be read: {first_line(error)}"
+        self.note(where, f"{path.name} {why}")
         self._bad.add(path)
         return kind()
 
-    def table(self, round_: int, stage: str, name: str, columns: Sequence[str]) -> pa.Table | None:
-        """Those of the columns that the file has; None where the stage is not there or the file cannot be read."""
-        path = self.run.folder(round_, stage) / name
-        if not self.has(round_, stage) or path in self._bad:
-            return None
-        try:
-            names = column_names(path)
-            return read_table(path, [name for name in columns if name in names])
-        except RaftuneError as error:
-            self._spoilt(path, round_, stage, error)
-            return None
-
     def names(self, round_: int, stage: str, name: str) -> list[str]:
         """The names of the file's columns; none where it cannot be read."""
-        path = self.run.folder(round_, stage) / name
-        if path in self._bad or not path.is_file():
-            return []
-        try:
-            return column_names(path)
-        except RaftuneError as error:
-            self._spoilt(path, round_, stage, error)
-            return []
+        return self._guarded(round_, stage, name, column_names) or []
 
     def chunk(self, round_: int, stage: str, chunk: int, columns: Sequence[str] | None = None) -> pa.Table | None:
-        """The chunk's table of a stage, with these columns or with those of rewards and all that scores have."""
-        path = self.run.folder(round_, stage) / chunk_file(chunk)
-        if path in self._bad or not path.is_file():
+        """The chunk's table, with those of these columns that it has, or with all; None where it cannot be read."""
+        if columns is not None and not self.has(round_, stage):
             return None
-        try:
-            return read_table(path) if columns is None else self.table(round_, stage, path.name, columns)
-        except RaftuneError as error:
-            self._spoilt(path, round_, stage, error)
-            return None
+
+        def read(path: Path) -> pa.Table:
+            names = column_names(path) if columns is not None else ()
+            return (
+                read_table(path) if columns is None else read_table(path, [name for name in columns if name in names])
+            )
+
+        return self._guarded(round_, stage, chunk_file(chunk), read)
 
     def groups(self, round_: int, stage: str, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
         """The file's row groups, as far as they can be read; columns that it lacks are left out."""
@@ -160,21 +144,31 @@ class RunReader:
             names = column_names(path)
             yield from read_groups(path, [name for name in columns if name in names])
         except RaftuneError as error:
-            self._spoilt(path, round_, stage, error)
+            self._damaged(round_, stage, path, said(error, path))
 
-    def _spoilt(self, path: Path, round_: int, stage: str, error: RaftuneError) -> None:
+    def _guarded(self, round_: int, stage: str, name: str, read: Callable[[Path], Content]) -> Content | None:
+        path = self.run.folder(round_, stage) / name
+        if path in self._bad or not path.is_file():
+            return None
+        try:
+            return read(path)
+        except RaftuneError as error:
+            self._damaged(round_, stage, path, said(error, path))
+            return None
+
+    def _damaged(self, round_: int, stage: str, path: Path, why: str) -> None:
         self._bad.add(path)
-        self.note(f"round {round_}, {stage}", said(error, path))
+        self.note(f"round {round_}, {stage}", why)
 
-    # -- units --------------------------------------------------------------------------------------------------------
+    # -- chunks -------------------------------------------------------------------------------------------------------
 
     def chunks(self, round_: int, stage: str) -> list[int]:
-        """The units of a stage, ascending."""
+        """The chunks of a stage, ascending."""
         if not self.has(round_, stage):
             return []
         commit, folder = self.commits.get((round_, stage)), self.run.folder(round_, stage)
         names = [path.name for path in folder.glob("chunk-*") if commit is None or path.name in commit.files]
-        return sorted(int(match[1]) for name in names if (match := _UNIT.fullmatch(name)))
+        return sorted(int(match[1]) for name in names if (match := _CHUNK.fullmatch(name)))
 
     def verdicts(self, round_: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
         """Each chunk that was selected from, with these columns of its verdicts."""
@@ -182,13 +176,13 @@ class RunReader:
         if not self.has(round_, "select") or path in self._bad:
             return
         try:
-            chunks = json.loads(read_metadata(path)[1][UNITS])
-        except (RaftuneError, KeyError, ValueError) as error:
-            self._bad.add(path)
-            why = said(error, path) if isinstance(error, RaftuneError) else f"{path.name} does not name its chunks"
-            self.note(f"round {round_}, select", why)
-            return
-        yield from zip(chunks, self.groups(round_, "select", path.name, columns), strict=False)
+            chunks = json.loads(read_metadata(path)[1][CHUNKS])
+        except RaftuneError as error:
+            self._damaged(round_, "select", path, said(error, path))
+        except (KeyError, ValueError):
+            self._damaged(round_, "select", path, f"{path.name} does not name its chunks")
+        else:
+            yield from zip(chunks, self.groups(round_, "select", path.name, columns), strict=False)
 
     def prompts(self, round_: int, plan: str, chunks: set[int]) -> dict[str, Any]:
         """The prompts of these chunks by their ids."""
@@ -229,7 +223,7 @@ class RunReader:
             return {}
 
     def _read_events(self) -> Iterator[dict[str, Any]]:
-        """The ends of stages and of the run, which is all that a report asks of the record of times."""
+        """The ends of stages and of the run, which is all that a report needs of the record of times."""
         try:
             for event in self.run.events:
                 if isinstance(event, dict) and event.get("event") in ("stage_end", "end"):
@@ -237,69 +231,60 @@ class RunReader:
         except OSError as error:
             self.note("the run", f"events.jsonl cannot be read: {first_line(error)}")
 
-    def _look_over(self) -> None:
-        """Notes manifests that are gone although others were made from them, and files that are gone or cut."""
-        self._lost: set[tuple[int, str]] = set()
+    def _check_files(self) -> None:
+        """Notes manifests that are gone although others were made from them, and files that are gone or cut.
+
+        By names and sizes only: what the page shows is compared with its hash as it is read.
+        """
         for commit in self.commits.values():
-            for read in commit.inputs:
-                number, _, stage = read.partition("/")
+            for name in commit.inputs:
+                number, _, stage = name.partition("/")
                 if number.isdigit() and (int(number), stage) not in self.commits:
                     self._lost.add((int(number), stage))
         for round_, stage in sorted(self._lost):
-            if not self._noted(round_, stage):
-                self.note(f"round {round_}, {stage}", "its COMMIT is missing; what lies in its folder is shown")
+            self._note_lost(round_, stage, "what lies in its folder is shown")
         for (round_, stage), commit in self.commits.items():
+            folder = self.run.folder(round_, stage)
             try:
-                if not self.run.is_dropped(round_, stage):
-                    self._compare(round_, stage, commit)
+                if self.run.is_dropped(round_, stage):
+                    continue
+                for name, entry in sorted(self.run.files_now(round_, stage, commit).items()):
+                    path = folder / name
+                    size = path.stat().st_size if path.is_file() else None
+                    if size != entry.bytes:
+                        cut = f"has {size:,} bytes; {entry.bytes:,} were committed" if size is not None else ""
+                        self._damaged(round_, stage, path, f"{name} {cut or 'is missing'}")
+                for name in surplus(folder, commit):
+                    self.note(f"round {round_}, {stage}", f"{name} was not committed and is passed over")
             except RaftuneError as error:
-                self.note(f"round {round_}, {stage}", said(error, self.run.folder(round_, stage) / MARKER))
+                self.note(f"round {round_}, {stage}", said(error, folder / MARKER))
 
-    def _expect(self) -> None:
+    def _check_stages(self) -> None:
         """Notes what a round that is over must have, and what every run has at its top."""
-        over = self.rounds_over()
-        for round_ in over:
-            for stage in self._closing(round_):
-                if not self.has(round_, stage) and not self._noted(round_, stage):
-                    self.note(f"round {round_}, {stage}", "its COMMIT is missing; the round is over")
-        always = ("config.yaml", "environment.json", "events.jsonl")
-        for name in (*always, *(["best.json"] if self.ended() else [])):
+        evaluation, guards = (self.config.get(name) for name in ("evaluation", "guards"))
+        started = sorted({round_ for round_, _ in self.commits})
+        over = started if self.ended() else started[:-1]  # after each of them another round began
+        for round_ in over:  # those of its stages on which nothing in it depends, so that no other would miss them
+            stages = ["rows", "model"] if round_ else ["model"]
+            if isinstance(evaluation, dict) and evaluation.get("num_prompts"):
+                stages.append("evaluate")
+            if isinstance(guards, dict) and guards.get("enabled") and round_:
+                stages.append("guard")
+            for stage in stages:
+                if not self.has(round_, stage):
+                    self._note_lost(round_, stage, "the round is over")
+        for name in ("config.yaml", "environment.json", "events.jsonl", *(["best.json"] if self.ended() else [])):
             if over and not (self.run.root / name).is_file():
                 self.note("the run", f"{name} is missing")
 
-    def rounds_over(self) -> list[int]:
-        """The rounds after which another began, and the last one of a run that has ended."""
-        begun = sorted({round_ for round_, _ in self.commits})
-        return begun if self.ended() else begun[:-1]
+    def _note_lost(self, round_: int, stage: str, why: str) -> None:
+        where = f"round {round_}, {stage}"
+        if not any(line.startswith(f"{where}: ") for line in self.missing):
+            self.note(where, f"its COMMIT is missing; {why}")
 
     def ended(self) -> bool:
         """Whether the run came to its end, and nothing was done since."""
         return bool(self.events) and self.events[-1]["event"] == "end"
-
-    def _closing(self, round_: int) -> list[str]:
-        """The stages of a round on which nothing in it depends, so that no other would miss them."""
-        evaluation, guards = (self.config.get(name) for name in ("evaluation", "guards"))
-        stages = ["rows", "model"] if round_ else ["model"]
-        if isinstance(evaluation, dict) and evaluation.get("num_prompts"):
-            stages.append("evaluate")
-        if isinstance(guards, dict) and guards.get("enabled") and round_:
-            stages.append("guard")
-        return stages
-
-    def _noted(self, round_: int, stage: str) -> bool:
-        return any(line.startswith(f"round {round_}, {stage}: ") for line in self.missing)
-
-    def _compare(self, round_: int, stage: str, commit: Manifest) -> None:
-        """Names and sizes only: what the page shows is compared with its hash as it is read."""
-        for name, entry in sorted(self.run.files_now(round_, stage, commit).items()):
-            path = self.run.folder(round_, stage) / name
-            size = path.stat().st_size if path.is_file() else None
-            if size != entry.bytes:
-                self._bad.add(path)
-                what = "is missing" if size is None else f"has {size:,} bytes; {entry.bytes:,} were committed"
-                self.note(f"round {round_}, {stage}", f"{name} {what}")
-        for name in surplus(self.run.folder(round_, stage), commit):
-            self.note(f"round {round_}, {stage}", f"{name} was not committed and is passed over")
 
 
 def said(error: Exception, path: Path) -> str:

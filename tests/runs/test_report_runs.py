@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from raftune.cli import main
-from raftune.report import collect, learned, pairs, prompts, render, write_report
+from raftune.report import collect, render, write_report
+from raftune.report import samples as shown_samples
 from raftune.results import samples as ledger
 from raftune.runtime.run import run
 from raftune.selection import Reason
@@ -132,8 +133,8 @@ def test_the_document_keeps_its_contract(finished: Path) -> None:
 
 
 def test_what_does_not_fit_is_counted_and_said_in_words(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((prompts, "MOST_PROMPTS"), (learned, "MOST_ROWS"), (pairs, "MOST_ANSWERS")):
-        monkeypatch.setattr(module, name, 6)
+    for name in ("MOST_PROMPTS", "MOST_ROWS", "MOST_ANSWERS"):
+        monkeypatch.setattr(shown_samples, name, 6)
     document = collect(finished).document
     assert [(document[n]["shown"], document[n]["of"]) for n in ("prompts", "compare", "learned")] == [
         (6, 16),
@@ -147,7 +148,7 @@ def test_what_does_not_fit_is_counted_and_said_in_words(finished: Path, monkeypa
 
 def test_a_budget_of_bytes_is_kept(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = len(json.dumps(collect(finished).document["prompts"]["items"]))
-    monkeypatch.setattr(prompts, "MOST_BYTES", whole // 2)
+    monkeypatch.setattr(shown_samples, "PROMPT_BYTES", whole // 2)
     found = collect(finished).document["prompts"]
     assert 0 < found["shown"] < found["of"]
     assert len(json.dumps(found["items"])) < whole * 0.6
@@ -157,8 +158,8 @@ def test_what_an_alarm_names_is_always_there(quiet: Path, monkeypatch: pytest.Mo
     whole = collect(quiet).document
     named = [whole["prompts"]["items"][i]["samples"][-1]["id"] for i in (4, 13)]
     named.append(whole["compare"]["items"][5]["answers"]["2"]["id"])
-    for module, name in ((prompts, "MOST_PROMPTS"), (learned, "MOST_ROWS"), (pairs, "MOST_ANSWERS")):
-        monkeypatch.setattr(module, name, 3)
+    for name in ("MOST_PROMPTS", "MOST_ROWS", "MOST_ANSWERS"):
+        monkeypatch.setattr(shown_samples, name, 3)
     alarm = {"alarm": "length_drifts", "round": 2, "title": "Length", "evidence": "look at this", "numbers": {}}
     alarms = [alarm | {"samples": [{"sample_id": name, "why": "long"} for name in named]}]
     replace(quiet, "round-0002/guard/alarms.json", json.dumps(alarms))
@@ -331,7 +332,7 @@ def test_a_run_without_evaluations_is_no_damaged_run(tmp_path: Path) -> None:
     run(tiny.config(tmp_path / "run", report=True, evaluation={"num_prompts": 0}), tiny.objects())
     document = document_of(tmp_path / "run")
     assert document["missing"] == []
-    assert document["compare"] == {"shown": 0, "of": 0, "chosen_by": pairs.CHOSEN_BY, "items": []}
+    assert document["compare"] == {"shown": 0, "of": 0, "chosen_by": shown_samples.ANSWERS_BY, "items": []}
 
 
 def test_weights_that_were_dropped_on_purpose_are_not_missing(tmp_path: Path) -> None:

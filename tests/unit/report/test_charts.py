@@ -9,8 +9,17 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from raftune.report.charts import ChartPoint, ChartSeries, line_chart, numbers
-from raftune.report.scales import nice_step, spread, tick_text, x_scale, y_scale
+from raftune.report.charts import (
+    ChartSeries,
+    line_chart,
+    nice_step,
+    numbers,
+    spread,
+    tick_text,
+    x_scale,
+    y_scale,
+)
+from raftune.report.collect import ChartPoint
 from tests.injections import HOSTILE
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from raftune.report import collect
-from raftune.report.numbers import ReportValue
-from raftune.report.overview import overview, sentence, worth
+from raftune.report.collect import ChartPoint, ReportData
+from raftune.report.overview import overview, worth
 from raftune.store.commit import FileEntry, Manifest
 from raftune.store.files import json_bytes
 from raftune.store.run import RunFolder
@@ -48,6 +48,12 @@ def commit_json(folder: RunFolder, round_: int, stage: str, files: Mapping[str, 
         (place / name).write_bytes(json_bytes(content))
     entries = {name: FileEntry.of(place / name) for name in files}
     folder.seal(Manifest(stage, round_, "key", {}, {}, entries), stage)
+
+
+def sentence(data: ReportData) -> str:
+    """The first sentences of the overview, as text."""
+    (lead,) = re.findall(r'<p class="lead">(.*?)</p>', overview(data))
+    return re.sub("<[^>]*>", "", lead)
 
 
 def test_the_sentence_tells_the_best_round_the_start_and_the_alarms(tmp_path: Path) -> None:
@@ -120,14 +126,14 @@ def test_a_damaged_number_is_a_gap_and_no_crash(tmp_path: Path) -> None:
 
 def test_half_of_k_is_worth_its_share_of_the_gain() -> None:
     assert (
-        worth({1: ReportValue(0.0), 4: ReportValue(0.93), 8: ReportValue(1.0)})
+        worth({1: ChartPoint(1, 0.0), 4: ChartPoint(4, 0.93), 8: ChartPoint(8, 1.0)})
         == "At the start, K = 4 gives 93 % of the gain of K = 8."
     )
 
 
 @pytest.mark.parametrize("curve", [{}, {1: 0.0}, {1: 0.0, 2: 1.0}, {1: 1.0, 2: 1.0, 4: 1.0}])
 def test_of_a_curve_without_a_gain_nothing_is_said(curve: dict[int, float]) -> None:
-    assert worth({k: ReportValue(mean) for k, mean in curve.items()}) == ""
+    assert worth({k: ChartPoint(k, mean) for k, mean in curve.items()}) == ""
 
 
 def test_what_pictures_measured_is_drawn_and_what_they_did_not_is_not(tmp_path: Path) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from raftune.report.choosing import (
+from raftune.report.samples import (
+    LONGEST,
+    MOST_ROUNDS,
     HeldOutPair,
     PromptGroup,
+    content,
+    cut,
+    embedded,
     encoded_size,
+    finite,
     first,
     in_turn,
     order_groups,
     order_pairs,
+    rounds_seen,
     up_to,
 )
-from raftune.report.page import embedded
-from raftune.report.pairs import MOST_ROUNDS, rounds_seen
-from raftune.report.samples import LONGEST, content, cut, finite
 
 
 def group(name: str, margin: float | None = 0.0, without_candidates: bool = False) -> PromptGroup:
