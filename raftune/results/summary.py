@@ -272,7 +272,7 @@ def best_round(root: Path) -> int | None:
     if not path.is_file() and sum(is_done(run, round_) for round_ in run.rounds()) > 1:
         raise RunDamaged(f"{path} is missing. {AGAIN}")
     content = read_json(path)
-    if content and has_changed(content):
+    if content and (has_changed(content) or "rounds" not in content):
         raise RunDamaged(f"{path} has changed since it was written. {AGAIN}")
     found = content.get("round")
     if isinstance(found, bool) or not isinstance(found, int | None):

@@ -362,6 +362,13 @@ def test_a_file_at_the_top_that_holds_another_one_s_content_is_named(copy: Path)
     (copy / "best.json").write_bytes((copy / "round-0001/evaluate/metrics.json").read_bytes())
     with pytest.raises(RunDamaged, match=r"best\.json has changed"):
         best_round(copy)
+    with_hash_of_its_own = (copy / "round-0001/guard/_COMMIT.json").read_bytes()
+    (copy / "best.json").write_bytes(with_hash_of_its_own)
+    with pytest.raises(RunDamaged, match=r"best\.json has changed"):
+        best_round(copy)
+    (copy / "config.resolved.json").write_bytes(with_hash_of_its_own)
+    with pytest.raises(RunDamaged, match=r"config\.resolved\.json has changed"):
+        RunFolder(copy).read_config()
     (copy / "config.resolved.json").write_text('{"name": "x"}')
     with pytest.raises(RunDamaged, match=r"config\.resolved\.json has changed"):
         RunFolder(copy).read_config()
