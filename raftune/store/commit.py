@@ -52,6 +52,11 @@ def round_above(folder: Path) -> Path | None:
     return next((parent for parent in folder.parents if ROUND.fullmatch(parent.name)), None)
 
 
+def folder_of(stage: str) -> str:
+    """The folder of a round that a stage of this name writes."""
+    return {"start": "model", "train": "model", "gather": "rows"}.get(stage, stage.replace("evaluation ", "evaluate/"))
+
+
 def stage_key(stage: str, fields: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """The hash that tells whether a stage's output belongs to these fields and these inputs."""
     plain = json.loads(json.dumps({"stage": stage, "fields": fields, "inputs": inputs}, default=str))
@@ -152,6 +157,9 @@ class Manifest:
         above = round_above(folder)
         if above is not None and data.get("round") != int(above.name.removeprefix("round-")):
             raise damaged(f"is of round {data.get('round')}")
+        stage = str(data.get("stage"))
+        if above is not None and folder.relative_to(above).as_posix() != folder_of(stage):
+            raise damaged(f"is of another stage: {stage}")
         try:
             files = {name: FileEntry(**entry) for name, entry in data["files"].items()}
             names = ("stage", "round", "key", "fields", "inputs", "quarantined")

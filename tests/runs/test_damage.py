@@ -350,6 +350,15 @@ def test_a_stage_that_lies_in_another_round_is_named(copy: Path, way: str) -> No
     assert any("round-0009" in fault and "is of round" in fault for fault in verify(copy))
 
 
+def test_manifests_of_two_stages_that_were_swapped_are_named(copy: Path) -> None:
+    one, other = (copy / f"round-0001/{name}/_COMMIT.json" for name in ("plan", "evaluate/score"))
+    contents = one.read_bytes(), other.read_bytes()
+    other.write_bytes(contents[0])
+    one.write_bytes(contents[1])
+    with pytest.raises(RunDamaged, match=r"plan/_COMMIT\.json is of another stage: evaluation score"):
+        RunFolder(copy).commit(1, "plan")
+
+
 def test_a_folder_named_like_a_round_but_for_its_zeros_is_none(copy: Path) -> None:
     before = RunFolder(copy).rounds()
     shutil.copytree(copy / "round-0001", copy / "round-00001")
