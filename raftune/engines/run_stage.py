@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from raftune.config.run import RunConfig
-from raftune.protocols import ChunkedStage, JournalEntry, Stage
+from raftune.protocols import ChunkedStage, Stage
 from raftune.store import pulse
 from raftune.store.commit import JOURNAL
 from raftune.store.files import discard
@@ -42,7 +42,16 @@ def run_stage(ctx: RunContext, stage: Stage, round_: int, emit: Callable[..., No
     notes: tuple[str, ...] = ()  # a chunk's notes are reported with the chunk
     try:
         if isinstance(stage, ChunkedStage):
-            run_chunks(ctx, job, stage, emit)
+            missing, entries = unfinished(job, stage)
+            engine = ctx.engine_for(stage)
+            total = len(missing) + len(entries)
+            emit("chunks", round=round_, stage=stage.name, total=total, found=len(entries))
+            for entry in engine.run(job, stage, missing):
+                note(job, entry)
+                entries.append(entry)
+                facts = {"chunk": entry.chunk, "rows": entry.rows, "seconds": round(entry.seconds, 4)}
+                emit("chunk", round=round_, stage=stage.name, **facts, notes=list(entry.notes))
+            seal_chunks(job, entries, engine.failed)
         else:
             ctx.engine.rest()
             notes = run_once(job, stage)
@@ -53,28 +62,6 @@ def run_stage(ctx: RunContext, stage: Stage, round_: int, emit: Callable[..., No
     seconds = round(time.perf_counter() - started, 4)
     emit("stage_end", round=round_, stage=stage.name, seconds=seconds, notes=list(notes))
     return True
-
-
-def run_chunks(ctx: RunContext, job: StageJob, stage: ChunkedStage, emit: Callable[..., None]) -> None:
-    """Runs the chunks that are missing, wherever the engine runs them, and commits the stage."""
-    missing, entries = unfinished(job, stage)
-    engine = ctx.engine_for(stage)
-    emit("chunks", round=job.round, stage=stage.name, total=len(missing) + len(entries), found=len(entries))
-    for entry in engine.run(job, stage, missing):
-        note(job, entry)
-        entries.append(entry)
-        emit("chunk", round=job.round, stage=stage.name, **as_event(entry))
-    seal_chunks(job, entries, engine.failed)
-
-
-def as_event(entry: JournalEntry) -> dict[str, Any]:
-    """The fields of a chunk's event."""
-    return {
-        "chunk": entry.chunk,
-        "rows": entry.rows,
-        "seconds": round(entry.seconds, 4),
-        "notes": list(entry.notes),
-    }
 
 
 def cleanup(ctx: RunContext, stage: Stage, round_: int) -> None:

@@ -16,9 +16,7 @@ from raftune.rewards.examples import example_batch, example_pictures
 from raftune.rewards.failures import FAILED, excerpt
 from raftune.rewards.loading import load_reward
 from raftune.rewards.media import IMAGE_MEDIA, is_image, refuse_unfit
-from raftune.rewards.process.calls import Executor, call
-from raftune.rewards.process.executors import place
-from raftune.rewards.process.threads import EventLoopThread
+from raftune.rewards.process.executors import EventLoopThread, Executor, call, place
 
 TOLERANCE = 1e-5  # relative: what regrouping a batch may change in float32
 SHOWN = 5

@@ -24,9 +24,7 @@ from raftune.rewards.combining import Bounds, Combine, RewardShare, combined
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.media import kinds, unfit
 from raftune.rewards.outcome import RewardOutcome
-from raftune.rewards.process.calls import call, finish, undisturbed
-from raftune.rewards.process.executors import place
-from raftune.rewards.process.threads import EventLoopThread
+from raftune.rewards.process.executors import EventLoopThread, call, finish, place, undisturbed
 from raftune.store import partial
 
 

@@ -1,17 +1,53 @@
-"""Executors of reward calls: inline, thread, event loop or process."""
+"""Executors of reward calls: inline, thread, event loop or process; time limits, and what a call may leave behind."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import locale
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future
-from typing import Any
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar, cast
 
+from raftune.engines.process import ProcessDied
+from raftune.errors import RewardError
 from raftune.protocols import Reward
+from raftune.records import ScoreStatus
 from raftune.rewards.batch import RewardBatch
-from raftune.rewards.outcome import RewardOutcome, attempt, attempt_async
-from raftune.rewards.process.calls import Executor
-from raftune.rewards.process.client import ProcessReward
-from raftune.rewards.process.threads import EventLoopThread, WorkerThread
+from raftune.rewards.outcome import RewardOutcome, attempt, attempt_async, whole
+from raftune.store.interruption import interrupting
+
+T = TypeVar("T")
+# Variables that raftune, and the libraries that a run uses, read while it goes on.
+READ_LATER = (
+    *("RAFTUNE_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "DIFFUSERS_", "ACCELERATE_", "TRL_", "TORCH"),
+    *("PYTORCH_", "CUDA_", "CUBLAS_", "OMP_", "MKL_", "LC_", "LANG", "TMPDIR", "HOME", "TZ"),
+)
+MOST_TRIES = 3
+PAUSE_SECONDS = 0.25  # before another try after a death that came from outside, and twice that before the next
+
+
+class Executor(Protocol):
+    """Starts calls of one reward, and gives up one that takes too long. What a reward raises, a future does not."""
+
+    @property
+    def place(self) -> str:
+        """here, thread, loop or process."""
+        ...
+
+    def start(self, batch: RewardBatch) -> Future[RewardOutcome]: ...
+
+    def give_up(self, future: Future[RewardOutcome]) -> str:
+        """Leaves the call behind; says in words what became of it."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class InlineExecutor:
@@ -29,15 +65,13 @@ class InlineExecutor:
     def start(self, batch: RewardBatch) -> Future[RewardOutcome]:
         """The call is over when this returns."""
         self._reward.prepare()
-        future: Future[RewardOutcome] = Future()
-        future.set_result(attempt(self._reward, batch, ours=True))
-        return future
+        return finished(attempt(self._reward, batch, ours=True))
 
     def give_up(self, future: Future[RewardOutcome]) -> str:
         return "it had ended"
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing."""
 
 
 class ThreadExecutor:
@@ -50,21 +84,21 @@ class ThreadExecutor:
 
     def __init__(self, reward: Any) -> None:
         self._reward = reward
-        self._runner = WorkerThread(f"raftune reward {reward.name}")
+        self._thread = WorkerThread(f"raftune reward {reward.name}")
 
     def start(self, batch: RewardBatch) -> Future[RewardOutcome]:
-        return self._runner.submit(lambda: attempt(self._reward, batch))
+        return self._thread.submit(lambda: attempt(self._reward, batch))
 
     def give_up(self, future: Future[RewardOutcome]) -> str:
-        self._runner.replace()
+        self._thread.replace()
         return "its thread was left behind (a reward given as file.py:function could have been ended)"
 
     def close(self) -> None:
-        self._runner.close()
+        self._thread.close()
 
 
 class AsyncExecutor:
-    """An async callable, on the loop that all async rewards of a panel share: they wait side by side."""
+    """An async callable, on the loop that all async rewards of a set share: they wait side by side."""
 
     place = "loop"
 
@@ -83,15 +117,200 @@ class AsyncExecutor:
         return "an async reward blocked the loop that they share (it must await, not sleep); the loop was left behind"
 
     def close(self) -> None:
-        """Leaves the loop to whoever made it."""
+        """Does nothing: the loop is shared."""
 
 
 def place(reward: Reward, loop: EventLoopThread) -> Executor:
     """Where this reward runs; `loop` serves those that are async."""
-    if isinstance(reward, ProcessReward):
-        return reward
+    if getattr(reward, "place", None) == "process":
+        return cast(Executor, reward)
     if getattr(reward, "is_async", False):
         return AsyncExecutor(reward, loop)
-    if hasattr(reward, "prepare"):
-        return InlineExecutor(reward)
-    return ThreadExecutor(reward)
+    return InlineExecutor(reward) if hasattr(reward, "prepare") else ThreadExecutor(reward)
+
+
+def finished(outcome: RewardOutcome) -> Future[RewardOutcome]:
+    future: Future[RewardOutcome] = Future()
+    future.set_result(outcome)
+    return future
+
+
+def call(executor: Executor, batch: RewardBatch, limit: float) -> RewardOutcome:
+    """The outcome of one call, within `limit` seconds."""
+    with undisturbed():
+        return finish(executor, batch, limit, executor.start(batch), time.monotonic() + limit)
+
+
+def finish(
+    executor: Executor, batch: RewardBatch, limit: float, future: Future[RewardOutcome], deadline: float
+) -> RewardOutcome:
+    """The outcome of a call that was started, or a time-out once the deadline (of `time.monotonic`) has passed.
+
+    A process that dies under it is no outcome: the batch is sent again, with its whole time. Raises RewardError if that
+    does not help.
+    """
+    deaths = DeathCounter(getattr(executor, "name", ""))
+    while True:
+        try:
+            return future.result(timeout=max(0.0, deadline - time.monotonic()))
+        except TimeoutError as error:
+            if interrupting(error) is not None:  # of a script's handler of SIGALRM, say
+                raise
+            detail = f"no answer within {limit:g} s; {executor.give_up(future)}"
+            return whole(ScoreStatus.TIMEOUT, detail, len(batch))
+        except ProcessDied as death:
+            if deaths.add(death):
+                return whole(ScoreStatus.ERROR, f"the reward's process {death.reason}", len(batch))
+            cast(Any, executor).died(death)
+        future, deadline = executor.start(batch), time.monotonic() + limit
+
+
+class DeathCounter:
+    """Counts how often the process died under one batch, and says when that is enough."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._counts = {True: 0, False: 0}
+
+    def add(self, death: ProcessDied) -> bool:
+        """True if the reward keeps ending its process; False: try again. Raises RewardError for other deaths."""
+        count = self._counts[death.own] = self._counts[death.own] + 1
+        if count < MOST_TRIES:
+            if not death.own:
+                time.sleep(PAUSE_SECONDS * count)
+            return False
+        if death.own:
+            return True
+        raise RewardError(
+            f"reward {self.name!r}: its process {death.reason}, {MOST_TRIES} times in a row. That is no answer of the "
+            "reward: is the machine short of memory or of disk? What was scored before is kept; resume when it is not."
+        )
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Restores what a reward in this process changes of the process, where that would shape what follows: the working
+    folder (a run's own paths may be relative to it), environment variables that are read later, the locale, stdout and
+    stderr, torch's defaults.
+
+    The caller's thread restores them: one that was left behind by a reward may end much later, when the folder is
+    another on purpose. Random states are left alone: a run seeds each of its own samples, and a reward that draws from
+    `random` must not draw the same again. Grad mode and decimal contexts belong to the reward's thread.
+    """
+    try:
+        folder = Path.cwd()
+    except FileNotFoundError:  # it was deleted
+        folder = None
+    environ, words, streams = read_later(), locale.setlocale(locale.LC_ALL), (sys.stdout, sys.stderr)
+    restore_torch = torch_defaults()
+    try:
+        yield
+    finally:
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                os.chdir(folder)
+        for name in read_later().keys() - environ.keys():
+            del os.environ[name]
+        os.environ.update({name: value for name, value in environ.items() if os.environ.get(name) != value})
+        if locale.setlocale(locale.LC_ALL) != words:
+            locale.setlocale(locale.LC_ALL, words)
+        sys.stdout, sys.stderr = streams
+        restore_torch()
+
+
+def read_later() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(READ_LATER)}
+
+
+def torch_defaults() -> Callable[[], None]:
+    """A function that restores torch's settings of the whole process; it does nothing if torch is not loaded."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
+        return lambda: None
+    # Another thread's number of threads is not seen from here, and counts for MKL: it is always set again.
+    dtype, threads, precision = torch.get_default_dtype(), torch.get_num_threads(), torch.get_float32_matmul_precision()
+    strict = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = {name: getattr(torch.backends.cudnn, name) for name in ("benchmark", "deterministic", "allow_tf32")}
+
+    def restore() -> None:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        for name, value in cudnn.items():
+            setattr(torch.backends.cudnn, name, value)
+
+    return restore
+
+
+class WorkerThread:
+    """One daemon thread that does one job after another. A thread that hangs is left behind and never joined."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._start()
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._jobs.put((job, future))
+        return future
+
+    def replace(self) -> None:
+        """Leaves the thread to its job and goes on with a new one."""
+        self.close()
+        self._start()
+
+    def close(self) -> None:
+        self._jobs.put(None)
+
+    def _start(self) -> None:
+        jobs: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        self._jobs = jobs
+
+        def work() -> None:
+            while (item := jobs.get()) is not None:
+                job, future = item
+                try:
+                    future.set_result(job())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        threading.Thread(target=work, name=self._name, daemon=True).start()
+
+
+class EventLoopThread:
+    """An event loop on a daemon thread, started when first needed: a notebook's own loop is running already."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        if self._loop is None:
+            self._loop = loop = asyncio.new_event_loop()
+
+            def turn() -> None:
+                asyncio.set_event_loop(loop)
+                try:
+                    loop.run_forever()
+                finally:
+                    loop.close()
+
+            threading.Thread(target=turn, name="raftune async rewards", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def recover(self, patience: float = 1.0) -> bool:
+        """True if the loop still turns; otherwise it is left behind, and the next call starts a new one."""
+        if self._loop is None:
+            return True
+        turning = threading.Event()
+        self._loop.call_soon_threadsafe(turning.set)
+        if turning.wait(patience):
+            return True
+        self._loop = None
+        return False
+
+    def close(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None

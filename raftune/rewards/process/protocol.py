@@ -6,6 +6,7 @@ other travels as JSON text, value by value, so that a message or a nested cell a
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Mapping
@@ -79,35 +80,22 @@ def outcome_from(header: Mapping[str, Any], table: pa.Table) -> RewardOutcome:
 
 
 def _encode(name: str, values: list[Any]) -> tuple[pa.Array, str]:
+    """The column as Arrow, and how it is read back: png, arrow or json."""
     if values and all(is_image(value) for value in values):
-        return pa.array([_png(value) for value in values], pa.binary()), "png"
+        buffers = [io.BytesIO() for _ in values]
+        for value, buffer in zip(values, buffers, strict=True):  # hardly compressed: it is read again at once
+            as_rgb(value).save(buffer, format="PNG", compress_level=1)
+        return pa.array([buffer.getvalue() for buffer in buffers], pa.binary()), "png"
     types = {type(value) for value in values} - {type(None)}
     if len(types) <= 1:
-        try:
+        with contextlib.suppress(KeyError, pa.ArrowException, UnicodeEncodeError, OverflowError):
             return pa.array(values, PLAIN[types.pop()] if types else pa.null()), "arrow"
-        except (KeyError, pa.ArrowException, UnicodeEncodeError, OverflowError):
-            pass
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         return pa.array([json.dumps(value) for value in values], pa.string()), "json"
-    except (TypeError, ValueError):
-        return _inferred(name, values), "arrow"
-
-
-def _png(picture: Any) -> bytes:
-    """The image, lossless and hardly compressed: it is read again at once."""
-    buffer = io.BytesIO()
-    as_rgb(picture).save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def _inferred(name: str, values: list[Any]) -> pa.Array:
-    """Dates, decimals and the like, as Arrow knows them."""
-    try:
+    with contextlib.suppress(pa.ArrowException, TypeError, ValueError):  # dates, decimals and the like
         array = pa.array(values)
         if array.to_pylist() == values:
-            return array
-    except (pa.ArrowException, TypeError, ValueError):
-        pass
+            return array, "arrow"
     kind = next(type(value).__name__ for value in values if value is not None)
     raise RewardError(
         f"{name} holds values (of type {kind}) that cannot be sent to a reward in its own process. "

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 
 from raftune.config.rewards import RewardsConfig, RewardSpec
+from raftune.engines.process import HEAD, Channel, InvalidFrame, marked
 from raftune.errors import RewardError
 from raftune.records import ScoreStatus
 from raftune.rewards import RewardBatch, RewardSet, load_panel, load_reward
-from raftune.rewards.process import calls
-from raftune.rewards.process.channel import HEAD, Channel, InvalidFrame
-from raftune.rewards.process.spawn import marked
+from raftune.rewards.process import executors
 from tests.unit.rewards.process.test_process_rewards import alive
 
 FILE = r"""
@@ -137,7 +136,7 @@ def test_a_process_that_died_once_is_asked_again_and_no_score_shows_it(
 def test_what_a_process_does_to_itself_every_time_is_its_error_and_what_is_done_to_it_ends_the_run(
     panel: RewardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "MOST_TRIES", 2)  # each start of a process takes a second
+    monkeypatch.setattr(executors, "MOST_TRIES", 2)  # each start of a process takes a second
     for kind, how in (
         ("strays", "wrote into the channel of its answers, and was ended"),
         ("segfault", "was ended by signal 11 (SIGSEGV)"),
@@ -172,7 +171,7 @@ def test_a_reward_that_leaves_a_daemon_and_hangs_ends_at_its_limit_and_so_does_t
 ) -> None:
     monkeypatch.setenv("DAEMON_FILE", str(tmp_path / "daemon"))
     with load_panel(RewardsConfig(reward_funcs=(spec,), timeout=1.0)) as panel:
-        mark = panel._rewards[0]._host.mark
+        mark = panel._rewards[0]._process.mark
         began = time.monotonic()
         assert panel.score(asked("daemon", 0, tmp_path / "mark"))[0].status is ScoreStatus.TIMEOUT
         assert time.monotonic() - began < 5
