@@ -280,7 +280,8 @@ def forward_output(descriptor: int, ended: threading.Event) -> None:
 def claim_channel() -> Channel:
     """The channel of a child process, whose descriptors are its last two arguments: moved to high numbers that no
     process started by the child inherits."""
-    channel = Channel(*(move_high(int(descriptor)) for descriptor in sys.argv[-2:]))
+    inbox, outbox = (move_high(int(descriptor)) for descriptor in sys.argv[-2:])
+    channel = Channel(inbox, outbox)
     os.register_at_fork(after_in_child=channel.close)
     return channel
 

@@ -1,18 +1,21 @@
-"""Input and output of a reward call, in TRL's form."""
+"""Input and output of a reward call, in TRL's form, and which media rewards read."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from raftune.errors import ConfigError, RewardError
 from raftune.records import json_text
 
 RESERVED = frozenset(
     {"prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 )
+IMAGE_MEDIA = frozenset({"image"})
+TEXT_MEDIA = frozenset({"text", "messages", "category"})  # what reads as a text
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class TrainerState:
 
 
 class RewardLog:
-    """What one call handed to `log_metric` and `log_extra`."""
+    """What one call passed to `log_metric` and `log_extra`."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, list[float]] = {}
@@ -63,7 +66,12 @@ class RewardLog:
         self.metrics.setdefault(_name(name), []).append(float(value))
 
     def extra(self, column: str, values: list[Any]) -> None:
-        self.columns.setdefault(_name(column), []).extend(_plain(value) for value in values)
+        """Values as JSON has them, so that every place where a reward runs logs the same."""
+        plain = [
+            value if value is None or type(value) in (bool, int, float) else json.loads(json_text(value))
+            for value in values
+        ]
+        self.columns.setdefault(_name(column), []).extend(plain)
 
 
 def _name(name: Any) -> str:
@@ -71,26 +79,22 @@ def _name(name: Any) -> str:
     return str(name).encode("utf-8", "replace").decode()
 
 
-def _plain(value: Any) -> Any:
-    """What JSON holds of the value, so that every place where a reward runs logs the same."""
-    if value is None or type(value) in (bool, int, float):
-        return value
-    return json.loads(json_text(value))
-
-
 def keywords(batch: RewardBatch, log: RewardLog) -> dict[str, Any]:
     """Everything that the contract passes by keyword; the lists are copies, so that no reward can change another's.
 
-    Images are not: a person's own callable gets copies of them (FunctionReward), and our own rewards change none.
+    Images are not: a user's own callable gets copies of them (FunctionReward), and built-in rewards change none.
     """
-    columns = {name: _own(values) for name, values in batch.columns.items() if name not in RESERVED}
+
+    def copies(values: list[Any]) -> list[Any]:
+        return [copy.deepcopy(value) if isinstance(value, list | dict) else value for value in values]
+
     state = TrainerState()
     for name, value in batch.state.items():
         setattr(state, name, value)
     return {
-        **columns,
-        "prompts": _own(batch.prompts),
-        "completions": _own(batch.completions),
+        **{name: copies(values) for name, values in batch.columns.items() if name not in RESERVED},
+        "prompts": copies(batch.prompts),
+        "completions": copies(batch.completions),
         "completion_ids": None if batch.completion_ids is None else [list(ids) for ids in batch.completion_ids],
         "trainer_state": state,
         "log_extra": log.extra,
@@ -98,5 +102,34 @@ def keywords(batch: RewardBatch, log: RewardLog) -> dict[str, Any]:
     }
 
 
-def _own(values: list[Any]) -> list[Any]:
-    return [copy.deepcopy(value) if isinstance(value, list | dict) else value for value in values]
+def is_image(value: Any) -> bool:
+    """True for an image of Pillow, by its methods: without images Pillow need not be installed."""
+    return hasattr(value, "convert")
+
+
+def images(completions: list[Any], name: str) -> list[Any]:
+    """The completions as RGB images of Pillow. Raises RewardError that names the reward if one is something else."""
+    for completion in completions:
+        if not is_image(completion):
+            raise RewardError(
+                f"reward {name!r} scores images, and a completion is of type {type(completion).__name__}. Use a "
+                "reward for texts, or generate from a policy that makes images."
+            )
+    return [completion if completion.mode == "RGB" else completion.convert("RGB") for completion in completions]
+
+
+def incompatible(reads: Mapping[str, frozenset[str]], media: str) -> list[str]:
+    """The names of the rewards, each with what it reads, that cannot read this medium."""
+    return [name for name, read in reads.items() if not read & (IMAGE_MEDIA if media == "image" else TEXT_MEDIA)]
+
+
+def media_names(media: str) -> tuple[str, str]:
+    """The plural of this medium, and of the other."""
+    return ("images", "texts") if media == "image" else ("texts", "images")
+
+
+def check_media(reads: Mapping[str, frozenset[str]], media: str) -> None:
+    """Raises ConfigError if one of the rewards, each with what it reads, cannot read this medium."""
+    made, other = media_names(media)
+    for name in incompatible(reads, media):
+        raise ConfigError(f"{name} scores {other}, and was given {made}. Name a reward for {made}, or give it {other}.")

@@ -6,17 +6,16 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from raftune.config.rewards import RewardSpec
 from raftune.records import RewardPart
-from raftune.rewards.batch import RewardBatch
-from raftune.rewards.examples import example_batch, example_pictures
+from raftune.rewards.batch import IMAGE_MEDIA, RewardBatch, check_media, is_image
+from raftune.rewards.examples import example_batch, example_images
 from raftune.rewards.failures import FAILED, excerpt
 from raftune.rewards.loading import load_reward
-from raftune.rewards.media import IMAGE_MEDIA, is_image, refuse_unfit
-from raftune.rewards.process.executors import EventLoopThread, Executor, call, place
+from raftune.rewards.process.executors import EventLoopThread, call, place
 
 TOLERANCE = 1e-5  # relative: what regrouping a batch may change in float32
 SHOWN = 5
@@ -70,27 +69,29 @@ class CheckReport:
     @property
     def findings(self) -> tuple[str, ...]:
         """What to know about the reward, one sentence each."""
-        said = []
+        sentences = []
         if self.accepts is not None:
-            said.append(f"takes only {', '.join(self.accepts)}: other columns do not reach it; add **kwargs to get all")
-        if self.returned is not None and self.returned != self.samples:
-            said.append(f"returns {self.returned} values for {self.samples} completions: it must return one for each")
+            names = ", ".join(self.accepts)
+            sentences.append(f"takes only {names}: other columns do not reach it; add **kwargs to get all")
+        if self.returned not in (None, self.samples):
+            values = f"{self.returned} values for {self.samples} completions"
+            sentences.append(f"returns {values}: it must return one for each")
         if self.deterministic is False:
-            said.append(
+            sentences.append(
                 "gives other values when asked again: scores cannot be reproduced, and rescoring changes verdicts"
             )
         if self.order_independent is False or self.batch_independent is False:
-            said.append(
+            sentences.append(
                 "a sample's value depends on the others in its batch: rewards.batch_size then shapes the scores"
             )
         if self.constant:
-            said.append("gives every sample the same value: there is nothing to rank")
+            sentences.append("gives every sample the same value: there is nothing to rank")
         if self.mixed_sizes is False:
-            said.append(
+            sentences.append(
                 "fails where images of several sizes are in one call: give it the policy's own images only, or let "
                 "it resize them"
             )
-        return (*said, *self.notes)
+        return (*sentences, *self.notes)
 
 
 def check_reward(
@@ -104,52 +105,45 @@ def check_reward(
 ) -> CheckReport:
     """Calls the reward again and again: as it is, on the shuffled batch, on two halves of it.
 
-    Without a batch it uses one of our own, with `images` or for a reward that reads nothing else one of images.
+    Without a batch it uses examples, with `pictures` or for a reward that reads nothing else images.
     Raises ConfigError and RewardError where the reward cannot be loaded, or reads the other medium alone.
     """
     loaded = load_reward(reward, timeout=timeout, tokenizer=tokenizer, device=device)
     limit = (reward.timeout if isinstance(reward, RewardSpec) else None) or timeout
     loop = EventLoopThread()
-    seat = place(loaded, loop)
+    executor = place(loaded, loop)
+    examples = batch is None
     if batch is not None:
-        pictures = any(is_image(one) for one in batch.completions)
-    elif loaded.media == IMAGE_MEDIA:
-        pictures = True
-    try:
-        refuse_unfit({loaded.name: loaded.media}, "image" if pictures else "text")
-        if batch is not None:
-            return _report(loaded, seat, batch, limit)
-        if not pictures:
-            return _report(loaded, seat, example_batch(), limit)
-        report = _report(loaded, seat, example_pictures(), limit)
-        if report.deterministic is None:  # equal sizes fail as well
-            return report
-        mixed = not call(seat, example_pictures(mixed_sizes=True), limit).failed
-        return replace(report, mixed_sizes=mixed)
-    finally:
-        seat.close()
-        loop.close()
-
-
-def _report(loaded: Any, seat: Executor, batch: RewardBatch, limit: float) -> CheckReport:
+        pictures = any(is_image(completion) for completion in batch.completions)
+    else:
+        pictures = pictures or loaded.media == IMAGE_MEDIA
+        batch = example_images() if pictures else example_batch()
     order = list(range(len(batch)))
     random.Random(0).shuffle(order)
-    call(seat, batch.take(range(min(1, len(batch)))), limit)  # the first call may load a model
-    began = time.perf_counter()
-    first = call(seat, batch, limit)
-    seconds = time.perf_counter() - began
-    second, shuffled = call(seat, batch, limit), call(seat, batch.take(order), limit)
-    halves = [range(start, len(batch), 2) for start in (0, 1) if start < len(batch)]
-    apart = [call(seat, batch.take(rows), limit) for rows in halves]
-    restored = [shuffled.parts[order.index(i)] for i in range(len(batch))]
-    joined = [apart[i % 2].parts[i // 2] for i in range(len(batch))]
-    change = _largest_change(first.parts, restored)
+    try:
+        check_media({loaded.name: loaded.media}, "image" if pictures else "text")
+        call(executor, batch.take(range(min(1, len(batch)))), limit)  # the first call may load a model
+        started = time.perf_counter()
+        first = call(executor, batch, limit)
+        seconds = time.perf_counter() - started
+        second, shuffled = call(executor, batch, limit), call(executor, batch.take(order), limit)
+        halves = [range(start, len(batch), 2) for start in (0, 1) if start < len(batch)]
+        apart = [call(executor, batch.take(rows), limit) for rows in halves]
+        whole = not any(outcome.failed for outcome in (first, second, shuffled, *apart))
+        mixed_sizes = None
+        if examples and pictures and whole:  # otherwise equal sizes fail as well
+            mixed_sizes = not call(executor, example_images(mixed_sizes=True), limit).failed
+    finally:
+        executor.close()
+        loop.close()
+    order_change = _largest_change(first.parts, [shuffled.parts[order.index(i)] for i in range(len(batch))])
+    batch_change = _largest_change(first.parts, [apart[i % 2].parts[i // 2] for i in range(len(batch))])
     values = [part.value for part in first.parts if part.value is not None]
-    whole = not any(outcome.failed for outcome in (first, second, shuffled, *apart))
     accepts = getattr(loaded, "accepts", None)
+    failing = [i for i, part in enumerate(first.parts) if part.status in FAILED][:SHOWN]
     return CheckReport(
         name=loaded.name,
-        place=seat.place,
+        place=executor.place,
         accepts=None if accepts is None else tuple(sorted(accepts)),
         samples=len(batch),
         returned=first.returned,
@@ -158,31 +152,31 @@ def _report(loaded: Any, seat: Executor, batch: RewardBatch, limit: float) -> Ch
         lowest=min(values, default=None),
         highest=max(values, default=None),
         deterministic=first.parts == second.parts if whole else None,
-        order_independent=change <= TOLERANCE if whole else None,
-        largest_order_change=change if whole else None,
-        batch_independent=_largest_change(first.parts, joined) <= TOLERANCE if whole else None,
-        mixed_sizes=None,
+        order_independent=order_change <= TOLERANCE if whole else None,
+        largest_order_change=order_change if whole else None,
+        batch_independent=batch_change <= TOLERANCE if whole else None,
+        mixed_sizes=mixed_sizes,
         notes=tuple(getattr(loaded, "notes", tuple)()),
         samples_per_second=len(batch) / max(seconds, 1e-9),
-        failing=tuple(_failing(first.parts, batch)),
+        failing=tuple(
+            FailedSample(
+                i,
+                first.parts[i].status.value,
+                first.parts[i].detail,
+                excerpt(batch.prompts[i]),
+                excerpt(batch.completions[i]),
+            )
+            for i in failing
+        ),
     )
 
 
 def _largest_change(before: Sequence[RewardPart], after: Sequence[RewardPart]) -> float:
     """The largest relative difference of two values; infinite where a status changed."""
-    if any(a.status is not b.status for a, b in zip(before, after, strict=True)):
-        return float("inf")
-    pairs = [
-        (a.value, b.value) for a, b in zip(before, after, strict=True) if a.value is not None and b.value is not None
-    ]
-    return max((abs(a - b) / max(1.0, abs(a), abs(b)) for a, b in pairs), default=0.0)
-
-
-def _failing(parts: Sequence[RewardPart], batch: RewardBatch) -> list[FailedSample]:
-    bad = [i for i, part in enumerate(parts) if part.status in FAILED][:SHOWN]
-    return [
-        FailedSample(
-            i, parts[i].status.value, parts[i].detail, excerpt(batch.prompts[i]), excerpt(batch.completions[i])
-        )
-        for i in bad
-    ]
+    change = 0.0
+    for a, b in zip(before, after, strict=True):
+        if a.status is not b.status:
+            return float("inf")
+        if a.value is not None and b.value is not None:
+            change = max(change, abs(a.value - b.value) / max(1.0, abs(a.value), abs(b.value)))
+    return change

@@ -51,35 +51,29 @@ def combined(
     prompt, 0 (lowest value) to 1, in place of its value; equal values share the mean of their ranks, one alone has 0.5,
     and a reward with a threshold still counts all or nothing. A sample with a failed part has no score and no rank.
     """
-    failures = [failure_of(row) for row in parts]
-    worths = [
-        {} if failed else {name: shares[name].worth(part.value) for name, part in row.items() if part.value is not None}
-        for row, failed in zip(parts, failures, strict=True)
-    ]
+    failures = []
+    worths: list[dict[str, float]] = []
+    for row in parts:
+        statuses = {part.status for part in row.values()}
+        failures.append(next((status for status in PRECEDENCE if status in statuses), None))
+        values = {} if failures[-1] else row
+        worths.append({name: shares[name].worth(p.value) for name, p in values.items() if p.value is not None})
     if how == "rank":
         numbers = numbered(groups)
         for name in (name for name, share in shares.items() if not share.has_threshold):
             rows = [i for i, worth in enumerate(worths) if name in worth]
-            found = ranks(np.array([worths[i][name] for i in rows], np.float64), numbers[rows])
-            for i, rank in zip(rows, found.tolist(), strict=True):
+            by_row = ranks(np.array([worths[i][name] for i in rows], np.float64), numbers[rows])
+            for i, rank in zip(rows, by_row.tolist(), strict=True):
                 worths[i][name] = rank
-    return [
-        added_up(row, worth, shares) if failed is None else Score(None, failed, row)
-        for row, worth, failed in zip(parts, worths, failures, strict=True)
-    ]
-
-
-def failure_of(parts: Mapping[str, RewardPart]) -> ScoreStatus | None:
-    """The status of a sample that cannot have a score because a part failed; None of any other."""
-    return next((status for status in PRECEDENCE if any(part.status is status for part in parts.values())), None)
-
-
-def added_up(parts: Mapping[str, RewardPart], worth: Mapping[str, float], shares: Mapping[str, RewardShare]) -> Score:
-    values = [share.weight * worth[name] for name, share in shares.items() if name in worth]
-    if not values:
-        return Score(None, ScoreStatus.NOT_APPLICABLE, parts)
-    total = sum(values)
-    return Score(total, ScoreStatus.OK, parts) if math.isfinite(total) else Score(None, ScoreStatus.INVALID, parts)
+    scores = []
+    for row, worth, failure in zip(parts, worths, failures, strict=True):
+        counts = [share.weight * worth[name] for name, share in shares.items() if name in worth]
+        total = sum(counts)
+        status = failure or (ScoreStatus.OK if counts else ScoreStatus.NOT_APPLICABLE)
+        if status is ScoreStatus.OK and not math.isfinite(total):
+            status = ScoreStatus.INVALID
+        scores.append(Score(total if status is ScoreStatus.OK else None, status, row))
+    return scores
 
 
 def numbered(groups: Sequence[Any]) -> IntArray:
@@ -90,15 +84,15 @@ def numbered(groups: Sequence[Any]) -> IntArray:
 
 def ranks(values: FloatArray, groups: IntArray) -> FloatArray:
     """(N,) the rank of each value in its group, 0 (lowest) to 1; equal ones share their mean; 0.5 for one alone."""
-    found = np.full(len(values), 0.5)
+    result = np.full(len(values), 0.5)
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
     for rows in np.split(order, starts[1:]):
         if len(rows) > 1:
             inside = np.sort(values[rows])
             first, behind = (np.searchsorted(inside, values[rows], side) for side in ("left", "right"))
-            found[rows] = (first + behind - 1) / 2 / (len(rows) - 1)
-    return found
+            result[rows] = (first + behind - 1) / 2 / (len(rows) - 1)
+    return result
 
 
 def with_counts(samples: pa.Table, shares: Mapping[str, RewardShare], how: Combine) -> pa.Table:
@@ -114,7 +108,7 @@ def with_counts(samples: pa.Table, shares: Mapping[str, RewardShare], how: Combi
         values = samples.column(f"rewards/{name}").to_numpy(zero_copy_only=False).astype(np.float64)
         rows = np.flatnonzero(scored & np.isfinite(values))
         worths = np.array([share.worth(value) for value in values[rows].tolist()], np.float64)
-        found = np.full(len(values), np.nan)
-        found[rows] = worths if share.has_threshold else ranks(worths, numbers[rows])
-        samples = samples.append_column(f"counts/{name}", pa.array(found, from_pandas=True))
+        counts = np.full(len(values), np.nan)
+        counts[rows] = worths if share.has_threshold else ranks(worths, numbers[rows])
+        samples = samples.append_column(f"counts/{name}", pa.array(counts, from_pandas=True))
     return samples

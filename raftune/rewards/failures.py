@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from raftune.data.classifier_inputs import text_of
 from raftune.records import Score, ScoreStatus
-from raftune.rewards.builtin.text import text_of
-from raftune.rewards.media import is_image
+from raftune.rewards.batch import is_image
 from raftune.sanitize import counted
 
 FAILED = frozenset({ScoreStatus.ERROR, ScoreStatus.TIMEOUT, ScoreStatus.INVALID})
@@ -40,32 +40,26 @@ class FailureTally:
 
     def message(self, limit: float) -> str | None:
         """What to tell when the share of failures exceeds the limit; None where it does not."""
-        failed = sum(self.counts.values())
         if self.fraction <= limit:
             return None
         kinds = ", ".join(f"{count} {status}" for status, count in sorted(self.counts.items()))
-        head = f"{failed} of {counted(self.total, 'sample')} could not be scored ({kinds})"
-        return "\n".join([f"{head}; rewards.max_failure_fraction is {limit:g}.", *self._shown(), self._advice()])
-
-    def _shown(self) -> list[str]:
-        return [
-            f"  {status}: {detail}\n    prompt: {prompt}\n    completion: {completion}"
-            for detail, (status, prompt, completion) in self.examples.items()
-        ]
-
-    def _advice(self) -> str:
+        head = f"{sum(self.counts.values())} of {counted(self.total, 'sample')} could not be scored ({kinds})"
+        lines = [f"{head}; rewards.max_failure_fraction is {limit:g}."]
+        for detail, (status, prompt, completion) in self.examples.items():
+            lines += [f"  {status}: {detail}", f"    prompt: {prompt}", f"    completion: {completion}"]
         if set(self.counts) == {ScoreStatus.TIMEOUT.value}:
-            return "If the reward is only slow, raise rewards.timeout or lower rewards.batch_size."
-        return "Fix the reward, try it with `raftune reward check`, and resume; what was generated is kept."
+            lines.append("If the reward is only slow, raise rewards.timeout or lower rewards.batch_size.")
+        else:
+            lines.append("Fix the reward, try it with `raftune reward check`, and resume; what was generated is kept.")
+        return "\n".join(lines)
 
 
 def failure_message(scores: Sequence[Score], samples: Iterable[tuple[Any, Any]], limit: float) -> str | None:
-    """`Failures.message` for scores and their (prompt, completion) pairs."""
+    """`FailureTally.message` for scores and their (prompt, completion) pairs."""
     tally = FailureTally()
     for score, (prompt, completion) in zip(scores, samples, strict=True):
-        tally.add(
-            score.status, "; ".join(f"{n}: {p.detail}" for n, p in score.parts.items() if p.detail), prompt, completion
-        )
+        detail = "; ".join(f"{name}: {part.detail}" for name, part in score.parts.items() if part.detail)
+        tally.add(score.status, detail, prompt, completion)
     return tally.message(limit)
 
 
@@ -73,8 +67,7 @@ def excerpt(content: Any, length: int = 80) -> str:
     """The beginning of a text or of the last message, in one line; of an image its size."""
     if is_image(content):
         return f"an image of {content.width} x {content.height} pixels"
-    text = (
-        text_of(content[-1:]) if isinstance(content, list) else content if isinstance(content, str) else repr(content)
-    )
-    flat = " ".join(text.split())
+    if isinstance(content, list):
+        content = text_of(content[-1:])
+    flat = " ".join((content if isinstance(content, str) else repr(content)).split())
     return flat if len(flat) <= length else flat[: length - 1] + "…"

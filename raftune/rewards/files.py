@@ -9,35 +9,40 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import numpy as np
 import pyarrow as pa
 
 from raftune.arrays import FloatArray
 from raftune.data.columns import COMPLETION, PROMPT, find, has, read_answer, read_prompt
+from raftune.data.images import SUFFIXES, image_of, is_picture, sha256_of_png
 from raftune.data.preferences import Form, read_preferences
 from raftune.data.rows import SkippedRow, SkipReason, UnusableRow, reasons
 from raftune.data.source import raw_rows
 from raftune.errors import DataError
 from raftune.evaluation.bootstrap import interval, mean_by_prompt, numbers_by_key
-from raftune.records import Score, ScoreStatus
+from raftune.records import Row, Score, ScoreStatus
 from raftune.rewards.batch import RESERVED, RewardBatch
 from raftune.rewards.failures import FAILED, FailureTally
 from raftune.rewards.panel import RewardSet
-from raftune.rewards.picture_files import ImageFiles, ImageSource, folder_rows, holds_picture, is_folder, one_picture
 from raftune.sanitize import counted
 from raftune.store.files import stage_file
 from raftune.store.parquet import write_table
 
-CHUNK = 256  # answers in one call of the panel, which cuts them into calls of the reward
+CHUNK = 256  # completions in one call of the reward set, which cuts them into calls of the rewards
 OWN = ("row", "score", "status", "detail")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+IMAGE = ("image", "completion")  # columns that may hold an image, or the path of one
+CAPTION = ("prompt", "caption", "text")
+METADATA = "metadata.jsonl"  # as the folders of images that `datasets` reads have it
+FILE_NAME = "file_name"
+ImageSource = Path | bytes
 
 
 @dataclass(frozen=True)
 class CompletionFile:
-    """What of a file is scored, an entry an answer; of preferences the preferred answer and the other, in turn.
+    """What of a file is scored, an entry a completion; of preferences the chosen and the rejected one in turn.
 
     Images are read one by one when they are scored; `written` is what stands for each where rows are written.
     """
@@ -56,9 +61,30 @@ class CompletionFile:
         return "text" if self.written is None else "image"
 
 
+class ImageFiles(Sequence[Any]):
+    """Images of files or bytes, each read when it is used."""
+
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
+        self.sources = sources
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        """The image, RGB. Raises DataError if it can no longer be read."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        source = self.sources[index]
+        return image_of(source if isinstance(source, bytes) else source.read_bytes())
+
+
 @dataclass(frozen=True)
 class FileScores:
-    """The scores of a file's answers, and what failed."""
+    """The scores of a file's completions, and what failed."""
 
     answers: CompletionFile
     scores: list[Score]
@@ -70,93 +96,156 @@ class FileScores:
         return np.array([math.nan if s.value is None else s.value for s in self.scores], dtype=np.float64)
 
 
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
 def read_answers(source: str, split: str = "train", dialogues: Form = "text", field: str = "FILE") -> CompletionFile:
-    """The answers of the source; rows that cannot be read are skipped and named. Raises DataError where none can."""
-    if is_folder(source):
-        return read_pictures(source, folder_rows(source, field), field)
-    first = next((row for _, row in islice(raw_rows(source, split, field), 100) if isinstance(row, dict)), {})
-    if holds_picture(first):
-        return read_pictures(source, raw_rows(source, split, field), field)
-    if not has(first, COMPLETION):
-        return read_pairs(source, split, dialogues, field)
-    kept: list[tuple[int, Any, Any, dict[str, Any]]] = []
-    skipped: list[SkippedRow] = []
-    for number, raw in raw_rows(source, split, field):
-        try:
-            kept.append((number, *one_answer(raw))) if isinstance(raw, dict) else skipped.append(raw)
-        except UnusableRow as why:
-            skipped.append(SkippedRow(number, why.reason, why.detail))
-    if not kept:
-        told = "; ".join(reasons(skipped))
-        raise DataError(f"{field} must hold prompts with completions, or preferences; all rows were skipped: {told}.")
-    numbers, prompts, completions, others = (list(part) for part in zip(*kept, strict=True))
-    words = (f"{source}: {counted(len(kept), 'answer')}", *(f"  {line}" for line in reasons(skipped)))
-    return CompletionFile(numbers, prompts, completions, side_by_side(others), False, skipped, words)
+    """The completions, images or preferences of the source; rows that cannot be read are skipped and named.
 
-
-def read_pictures(source: str, rows: Iterable[tuple[int, dict[str, Any] | SkippedRow]], field: str) -> CompletionFile:
-    """The images of the rows with their prompts, each looked at once. Raises DataError where none can be read."""
+    Raises DataError if none can be read.
+    """
     path = Path(source).expanduser()
-    base = path if path.is_dir() else path.parent
-    kept: list[tuple[int, Any, ImageSource, str, dict[str, Any]]] = []
+    base = path if path.is_dir() else path.parent  # where paths of images begin
+    images = is_folder(source)
+    if not images:
+        first = next((row for _, row in islice(raw_rows(source, split, field), 100) if isinstance(row, dict)), {})
+        images = holds_image(first)
+        if not images and not has(first, COMPLETION):
+            return _read_pairs(source, split, dialogues, field)
+    rows = folder_rows(path, field) if is_folder(source) else raw_rows(source, split, field)
+    kept: list[tuple[int, Any, Any, Any, dict[str, Any]]] = []
     skipped: list[SkippedRow] = []
     for number, raw in rows:
         try:
-            kept.append((number, *one_picture(raw, base))) if isinstance(raw, dict) else skipped.append(raw)
-        except UnusableRow as why:
-            skipped.append(SkippedRow(number, why.reason, why.detail))
+            if isinstance(raw, dict):
+                kept.append((number, *(_read_image(raw, base) if images else _read_completion(raw))))
+            else:
+                skipped.append(raw)
+        except UnusableRow as error:
+            skipped.append(SkippedRow(number, error.reason, error.detail))
     if not kept:
-        told = "; ".join(reasons(skipped)) or "there are none"
-        first = f" ({skipped[0].detail})" if skipped else ""
-        raise DataError(f"{field} must hold images with prompts; all rows were skipped: {told}{first}.")
-    numbers, prompts, places, names, others = (list(part) for part in zip(*kept, strict=True))
-    words = (f"{source}: {counted(len(kept), 'image')}", *(f"  {line}" for line in reasons(skipped)))
-    return CompletionFile(
-        numbers, prompts, ImageFiles(places, names), side_by_side(others), False, skipped, words, written=names
-    )
+        why = "; ".join(reasons(skipped)) or "there are none"
+        if not images:
+            raise DataError(
+                f"{field} must hold prompts with completions, or preferences; all rows were skipped: {why}."
+            )
+        first_detail = f" ({skipped[0].detail})" if skipped else ""
+        raise DataError(f"{field} must hold images with prompts; all rows were skipped: {why}{first_detail}.")
+    numbers, prompts, completions, names, others = (list(part) for part in zip(*kept, strict=True))
+    columns = {
+        name: [row.get(name) for row in others] for name in dict.fromkeys(name for row in others for name in row)
+    }
+    words = (f"{source}: {counted(len(kept), 'image' if images else 'answer')}", *(f"  {s}" for s in reasons(skipped)))
+    if images:
+        return CompletionFile(numbers, prompts, ImageFiles(completions), columns, False, skipped, words, names)
+    return CompletionFile(numbers, prompts, completions, columns, False, skipped, words)
 
 
-def side_by_side(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The columns of the rows; None where a row lacks one."""
-    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+def _read_pairs(source: str, split: str, dialogues: Form, field: str) -> CompletionFile:
+    feedback = read_preferences(source, split, field=field, dialogues=dialogues)
+    numbers = [pair.row for pair in feedback.rows for _ in (0, 1)]
+    prompts = [pair.prompt for pair in feedback.rows for _ in (0, 1)]
+    completions = [text for pair in feedback.rows for text in (pair.chosen, pair.rejected)]
+    return CompletionFile(numbers, prompts, completions, {}, True, feedback.skipped, tuple(feedback.words()))
 
 
-def read_pairs(source: str, split: str, dialogues: Form, field: str) -> CompletionFile:
-    found = read_preferences(source, split, field=field, dialogues=dialogues)
-    numbers = [pair.row for pair in found.rows for _ in (0, 1)]
-    prompts = [pair.prompt for pair in found.rows for _ in (0, 1)]
-    completions = [answer for pair in found.rows for answer in (pair.chosen, pair.rejected)]
-    return CompletionFile(numbers, prompts, completions, {}, True, found.skipped, tuple(found.words()))
-
-
-def one_answer(row: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """Prompt, completion and all other columns. An empty answer is one. Raises Unusable."""
+def _read_completion(row: Row) -> tuple[Any, Any, None, Row]:
+    """Prompt, completion and all other columns. An empty completion is valid. Raises UnusableRow."""
     column, value = find(row, PROMPT)
     prompt = read_prompt(value, column)
     name, answer = find(row, COMPLETION)
     try:
         completion = read_answer(answer, prompt, name)
-    except UnusableRow as why:
-        if why.reason is not SkipReason.EMPTY_ANSWER or not isinstance(answer, str):
+    except UnusableRow as error:
+        if error.reason is not SkipReason.EMPTY_ANSWER or not isinstance(answer, str):
             raise
         completion = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
-    return prompt, completion, {key: value for key, value in row.items() if key not in (column, name)}
+    return prompt, completion, None, {key: value for key, value in row.items() if key not in (column, name)}
+
+
+def _read_image(row: Row, base: Path) -> tuple[Any, ImageSource, str, Row]:
+    """Prompt, source and name of the image, which is read once, and all other columns. Raises UnusableRow."""
+    caption, prompt = find(row, CAPTION)
+    if not isinstance(prompt, str | int | list):
+        raise UnusableRow(
+            SkipReason.WRONG_TYPE, f"{caption} must be a text or a class label; got {type(prompt).__name__}"
+        )
+    column = next((name for name in IMAGE if is_picture(row.get(name))), None)
+    if column is None:
+        raise UnusableRow(SkipReason.MISSING, f"there is no image in {', '.join(row)}")
+    value = row[column]
+    value = (value.get("bytes") or value["path"]) if isinstance(value, dict) else value
+    source = value if isinstance(value, bytes) else base / Path(value).expanduser()
+    try:
+        _ = ImageFiles([source])[0]
+    except (DataError, OSError) as error:
+        raise UnusableRow(SkipReason.BROKEN, f"{column}: {error}") from None
+    name = f"{sha256_of_png(source)}.png" if isinstance(source, bytes) else str(value)
+    return prompt, source, name, {key: other for key, other in row.items() if key not in (caption, column)}
+
+
+def is_folder(source: str) -> bool:
+    """Whether the source is a folder of images."""
+    path = Path(source).expanduser()
+    return path.is_dir() and ((path / METADATA).is_file() or any(image_paths(path)))
+
+
+def image_paths(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def holds_image(row: Row) -> bool:
+    """Whether a column of the row holds an image, or the path of one."""
+    return any(is_picture(row.get(name)) for name in IMAGE)
+
+
+def folder_rows(folder: Path, field: str) -> Iterator[tuple[int, Row | SkippedRow]]:
+    """A row an image: of metadata.jsonl (file_name and other columns), else each image with the text file beside it.
+
+    Raises DataError if there is neither.
+    """
+    if (folder / METADATA).is_file():
+        for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                yield number, SkippedRow(number, SkipReason.BROKEN, f"not valid JSON: {error}")
+                continue
+            if not isinstance(row, dict) or FILE_NAME not in row:
+                yield number, SkippedRow(number, SkipReason.MISSING, f"there is no {FILE_NAME}")
+            else:
+                yield number, {"image": row.pop(FILE_NAME), **row}
+        return
+    paths = image_paths(folder)
+    if not any(path.with_suffix(".txt").is_file() for path in paths):
+        raise DataError(
+            f"{field}: {folder} holds images and no prompts. Add {METADATA} with a line for each, "
+            '{"file_name": "a.png", "prompt": "a red disc"}, or a text file of the same name beside each image.'
+        )
+    for number, path in enumerate(paths, 1):
+        text = path.with_suffix(".txt")
+        prompt = {"prompt": text.read_text(encoding="utf-8").strip()} if text.is_file() else {}
+        yield number, {"image": path.name, **prompt}
+
+
+# -- scoring ----------------------------------------------------------------------------------------------------------
 
 
 def score_answers(
     panel: RewardSet, answers: CompletionFile, observe: Callable[[int, int], None] = lambda done, of: None
 ) -> FileScores:
-    """Every answer scored, in the order of the file; what fails is counted, and raises nothing."""
+    """Every completion scored, in the order of the file; what fails is counted, and raises nothing."""
     scores: list[Score] = []
     failures = FailureTally()
     columns = {name: values for name, values in answers.columns.items() if name not in RESERVED}
     batch = RewardBatch(answers.prompts, cast("list[Any]", answers.completions), columns)
     for start in range(0, len(batch), CHUNK):
         part = batch.take(range(start, min(start + CHUNK, len(batch))))
-        found = panel.score(part)
-        for one, prompt, completion in zip(found, part.prompts, part.completions, strict=True):
-            failures.add(one.status, detail_of(one), prompt, completion)
-        scores += found
+        for score, prompt, completion in zip(panel.score(part), part.prompts, part.completions, strict=True):
+            failures.add(score.status, detail_of(score), prompt, completion)
+            scores.append(score)
         observe(len(scores), len(batch))
     return FileScores(answers, scores, failures)
 
@@ -170,7 +259,7 @@ def summary(scored: FileScores) -> dict[str, Any]:
     values = scored.values
     prompts = numbers_by_key(pa.array([json.dumps(prompt, sort_keys=True) for prompt in scored.answers.prompts]))
     finite = values[np.isfinite(values)]
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "answers": len(values),
         "skipped": len(scored.answers.skipped),
         "statuses": dict(Counter(score.status.value for score in scored.scores)),
@@ -181,48 +270,51 @@ def summary(scored: FileScores) -> dict[str, Any]:
     if scored.answers.pairs:
         margins = values[::2] - values[1::2]
         right = np.where(np.isfinite(margins), (np.sign(margins) + 1) / 2, np.nan)
-        found["accuracy"] = interval(mean_by_prompt(prompts[::2], right))
-        found["pairs"] = int(np.isfinite(margins).sum())
-    return found
+        facts["accuracy"] = interval(mean_by_prompt(prompts[::2], right))
+        facts["pairs"] = int(np.isfinite(margins).sum())
+    return facts
 
 
 def write_scored(scored: FileScores, out: Path) -> None:
-    """Writes a row an answer, or a row a pair, as Parquet or JSON lines, by the name's end."""
+    """Writes a row a completion, or a row a pair, as Parquet or JSON lines, by the suffix."""
     rows = list(pair_rows(scored) if scored.answers.pairs else answer_rows(scored))
+
+    def as_json(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, default=str)
+
+    def column(values: list[Any]) -> pa.Array:
+        """The values as Arrow infers them; as JSON if it cannot."""
+        try:
+            return pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            return pa.array([as_json(value) for value in values], pa.string())
+
     with stage_file(out.parent, out) as path:
         if out.suffix == ".parquet":
             write_table(pa.table({name: column([row[name] for row in rows]) for name in rows[0]}), path)
         else:
-            lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-            path.write_text("".join(lines), encoding="utf-8")
+            path.write_text("".join(f"{as_json(row)}\n" for row in rows), encoding="utf-8")
 
 
-def column(values: list[Any]) -> pa.Array:
-    """The values as Arrow infers them; as JSON where it cannot."""
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.array([json.dumps(value, ensure_ascii=False, default=str) for value in values], pa.string())
-
-
-def answer_rows(scored: FileScores) -> Iterator[dict[str, Any]]:
-    """The row as it was read and its score; a column of the file that bears such a name is kept as `given_NAME`."""
+def answer_rows(scored: FileScores) -> Iterable[dict[str, Any]]:
+    """The row as it was read and its score; a column of the file that has such a name is kept as `given_NAME`."""
     answers = scored.answers
     names = {name: f"given_{name}" if name in OWN else name for name in answers.columns}
     written = answers.completions if answers.written is None else answers.written
     for i, score in enumerate(scored.scores):
         others = {names[name]: values[i] for name, values in answers.columns.items()}
-        asked = {"row": answers.rows[i], "prompt": answers.prompts[i], "completion": written[i]}
-        yield {**asked, **others, "score": score.value, "status": score.status.value, "detail": detail_of(score)}
+        sample = {"row": answers.rows[i], "prompt": answers.prompts[i], "completion": written[i]}
+        yield {**sample, **others, "score": score.value, "status": score.status.value, "detail": detail_of(score)}
 
 
-def pair_rows(scored: FileScores) -> Iterator[dict[str, Any]]:
-    """Both answers with their scores; `margin` is by how much the preferred one is ahead."""
+def pair_rows(scored: FileScores) -> Iterable[dict[str, Any]]:
+    """Both completions with their scores; `margin` is by how much the preferred one is ahead."""
     answers = scored.answers
     for i in range(0, len(scored.scores), 2):
         chosen, rejected = scored.scores[i : i + 2]
-        told = [one for one in (chosen, rejected) if one.status in FAILED]
         margin = None if chosen.value is None or rejected.value is None else chosen.value - rejected.value
+        status = ScoreStatus.NOT_APPLICABLE if margin is None else ScoreStatus.OK
+        status = next((score.status for score in (chosen, rejected) if score.status in FAILED), status)
         yield {
             "row": answers.rows[i],
             "prompt": answers.prompts[i],
@@ -231,8 +323,6 @@ def pair_rows(scored: FileScores) -> Iterator[dict[str, Any]]:
             "score_chosen": chosen.value,
             "score_rejected": rejected.value,
             "margin": margin,
-            "status": (
-                told[0].status if told else ScoreStatus.NOT_APPLICABLE if margin is None else ScoreStatus.OK
-            ).value,
+            "status": status.value,
             "detail": "; ".join(filter(None, map(detail_of, (chosen, rejected)))),
         }

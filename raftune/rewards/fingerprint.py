@@ -60,11 +60,16 @@ def unkeyed(name: Any, value: Any) -> Any:
 
 
 def describe(value: Any, seen: frozenset[int] = frozenset()) -> Any:
-    """A JSON value that stands for `value` in a hash, without memory addresses and without file paths."""
+    """A JSON value that stands for `value` in a hash, without memory addresses and without file paths.
+
+    An object stands for its class and its plain attributes, if it is the value itself or what a method is bound to; of
+    an object inside (a client, a lock) only the type is taken.
+    """
     if isinstance(value, SIMPLE):
         return [type(value).__name__, repr(value)]
     if id(value) in seen:
         return "recursion"
+    outermost = not seen
     seen = seen | {id(value)}
     if isinstance(value, list | tuple):
         return [type(value).__name__, [describe(item, seen) for item in value]]
@@ -74,25 +79,27 @@ def describe(value: Any, seen: frozenset[int] = frozenset()) -> Any:
         return ["dict", [[describe(key, seen), describe(unkeyed(key, item), seen)] for key, item in value.items()]]
     if isinstance(value, partial):
         return ["partial", describe(value.func, seen), describe(value.args, seen), describe(value.keywords, seen)]
-    return _describe_code(value, seen)
-
-
-def _describe_code(value: Any, seen: frozenset[int]) -> Any:
     if inspect.ismethod(value):
         return ["method", describe(value.__func__, seen), _describe_object(value.__self__, seen)]
     if isinstance(value, FunctionType):
         cells = [describe(_contents(cell), seen) for cell in value.__closure__ or ()]
         defaults = [describe(value.__defaults__, seen), describe(value.__kwdefaults__, seen)]
-        return ["function", _source(value), cells, defaults, _named_globals(value, seen)]
+        # Plain values and own functions of the module that the code names: a threshold above the function counts too.
+        named = {name: value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__}
+        used = [
+            [name, describe(unkeyed(name, item), seen)]
+            for name, item in sorted(named.items())
+            if isinstance(item, SIMPLE) or (inspect.isfunction(item) and item.__module__ == value.__module__)
+        ]
+        return ["function", _source(value), cells, defaults, used]
     if inspect.isclass(value):
         return ["class", value.__qualname__, _source(value)]
-    if len(seen) == 1:
+    if outermost:
         return _describe_object(value, seen)
     return ["other", type(value).__qualname__, getattr(value, "__qualname__", "")]
 
 
 def _describe_object(value: Any, seen: frozenset[int]) -> Any:
-    """Its class and its plain attributes; of what else it holds (a client, a lock) only the type."""
     state = dict(sorted(getattr(value, "__dict__", {}).items()))
     return ["object", type(value).__qualname__, _source(type(value)), describe(state, seen)]
 
@@ -117,16 +124,5 @@ def _code(code: CodeType) -> list[Any]:
     return [code.co_code.hex(), constants, list(code.co_names), list(code.co_varnames)]
 
 
-def _named_globals(function: FunctionType, seen: frozenset[int]) -> list[Any]:
-    """Plain values and own functions of the module that the code names: a threshold above the function counts too."""
-    named = {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
-    return [
-        [name, describe(unkeyed(name, value), seen)]
-        for name, value in sorted(named.items())
-        if isinstance(value, SIMPLE) or (inspect.isfunction(value) and value.__module__ == function.__module__)
-    ]
-
-
 def _names(code: CodeType) -> set[str]:
-    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
-    return set(code.co_names).union(*(_names(const) for const in inner)) if inner else set(code.co_names)
+    return set(code.co_names).union(*(_names(const) for const in code.co_consts if isinstance(const, CodeType)))

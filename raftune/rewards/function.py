@@ -11,7 +11,7 @@ from raftune.config.rewards import derived_name
 from raftune.config.secrets import expanded
 from raftune.errors import ConfigError
 from raftune.rewards import fingerprint
-from raftune.rewards.media import is_image
+from raftune.rewards.batch import is_image
 
 ANY_MEDIA = frozenset({"text", "messages", "image", "category"})
 
@@ -34,59 +34,37 @@ class FunctionReward:
                 f"reward_funcs must hold callables, models or specs; got {type(function).__name__} {function!r}. "
                 "Give a function that takes prompts and completions by keyword and returns a list of numbers."
             )
-        self.name = name or name_of(function)
-        self.function, self.options = function, expanded(dict(options or {}), f"rewards.options of {self.name!r}")
+        inner = function
+        while isinstance(inner, partial):
+            inner = inner.func
+        if name is None:
+            own = getattr(inner, "__name__", None) or type(inner).__name__
+            name = derived_name("lambda" if own == "<lambda>" else own)
+        self.name, self.function = name, function
+        self.options = expanded(dict(options or {}), f"rewards.options of {name!r}")
         self.media = frozenset(getattr(function, "media", ANY_MEDIA))
         self.fingerprint = fingerprint.digest(
             code or fingerprint.of_callable(function), fingerprint.describe(dict(options or {}))
         )
-        self.accepts, self.is_async = accepted(function), is_async(function)
+        call = getattr(inner, "__call__", None)  # noqa: B004, an object's is asked for
+        self.is_async = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(call)
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+            takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        except (TypeError, ValueError):  # it does not say
+            parameters, takes_all = [], True
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        self._required = [p.name for p in named if p.default is p.empty]
+        accepts = frozenset(p.name for p in named if p.kind is not p.POSITIONAL_ONLY)
+        self.accepts = None if takes_all else accepts  # the keywords that the function takes; None: all
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
-        answers = [one.copy() if is_image(one) else one for one in completions]  # images can be changed
-        given = {**columns, "prompts": prompts, "completions": answers, **self.options}
-        self._need(given)
-        if self.accepts is not None:
-            given = {name: value for name, value in given.items() if name in self.accepts or name in self.options}
-        return self.function(**given)
-
-    def _need(self, given: Mapping[str, Any]) -> None:
-        if missing := [name for name in required(self.function) if name not in given]:
-            have = ", ".join(sorted(given))
+        copies = [value.copy() if is_image(value) else value for value in completions]  # images can be changed
+        arguments = {**columns, "prompts": prompts, "completions": copies, **self.options}
+        if missing := [name for name in self._required if name not in arguments]:
+            have = ", ".join(sorted(arguments))
             raise ConfigError(f"reward {self.name!r} needs {missing[0]!r}, which is not passed; there are: {have}")
-
-
-def name_of(function: Any) -> str:
-    """The function's own name: through partials, of the class for an object, `lambda` for a lambda."""
-    while isinstance(function, partial):
-        function = function.func
-    name = getattr(function, "__name__", None) or type(function).__name__
-    return derived_name("lambda" if name == "<lambda>" else name)
-
-
-def is_async(function: Any) -> bool:
-    """True of coroutine functions, of partials of one, and of objects whose `__call__` is one."""
-    while isinstance(function, partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
-
-
-def accepted(function: Any) -> frozenset[str] | None:
-    """The keywords that the function takes; None where it takes all, or does not tell."""
-    parameters = _parameters(function)
-    if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-
-
-def required(function: Any) -> list[str]:
-    """The keywords without which the function cannot be called."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [p.name for p in _parameters(function) or [] if p.default is p.empty and p.kind in kinds]
-
-
-def _parameters(function: Any) -> list[inspect.Parameter] | None:
-    try:
-        return list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
-        return None
+        if self.accepts is not None:
+            names = self.accepts | self.options.keys()
+            arguments = {name: value for name, value in arguments.items() if name in names}
+        return self.function(**arguments)

@@ -38,7 +38,6 @@ NOT_OF_USERS = tuple(
 LONGEST_DETAIL = 300
 REAL = (numbers.Real, Decimal)
 LISTS = (Sequence, deque, GeneratorType, map)  # what gives its values in the order in which they were made
-_UNKNOWN = np.ma.masked
 LACKS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
 
 
@@ -121,7 +120,10 @@ def attempt(reward: Any, batch: RewardBatch, *, ours: bool = False) -> RewardOut
         if inspect.isawaitable(output):
             import asyncio
 
-            output = asyncio.run(_awaited(output))
+            async def awaited(value: Any = output) -> Any:
+                return await value
+
+            output = asyncio.run(awaited())
         return judge(output, len(batch), log)
     except BaseException as error:
         if ours and (stop := interrupting(error)) is not None:
@@ -155,10 +157,6 @@ def machine_failed(error: BaseException, ours: bool = False) -> bool:
     return ours and (isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"))
 
 
-async def _awaited(output: Any) -> Any:
-    return await output
-
-
 def _as_list(output: Any, size: int) -> list[Any] | None:
     """The values of a list, tuple or other sequence, of a generator, and of what has one dimension: an array or tensor
     (also as one column), a Series of pandas or polars, an Arrow array. None for all else, a set and a dict above all.
@@ -166,11 +164,18 @@ def _as_list(output: Any, size: int) -> list[Any] | None:
     try:
         for reader in ("to_pylist", "to_list"):  # Arrow; polars and pandas
             if callable(read := getattr(output, reader, None)) and not isinstance(output, type):
-                return _list_or_none(read())
+                values = read()
+                return values if isinstance(values, list) else None
         if hasattr(output, "tolist") and hasattr(output, "shape"):
             if _is_time(output) or tuple(output.shape[1:]) not in ((), (1,)) or not output.shape:
                 return None
-            return [_UNKNOWN if hidden else value for value, hidden in zip(_flat(output), _hidden(output), strict=True)]
+            values = output.tolist()
+            if len(output.shape) == 2:
+                values = [row[0] for row in values]
+            if isinstance(output, np.ma.MaskedArray):  # the numbers beneath a mask are anything
+                mask = np.ma.getmaskarray(output).reshape(-1).tolist()
+                values = [np.ma.masked if hidden else value for value, hidden in zip(values, mask, strict=True)]
+            return list(values)
     except (TypeError, ValueError, RuntimeError, NotImplementedError):  # such as of a sparse tensor
         return None
     if isinstance(output, str | bytes | bytearray | memoryview) or not isinstance(output, LISTS):
@@ -180,52 +185,32 @@ def _as_list(output: Any, size: int) -> list[Any] | None:
     return list(output)
 
 
-def _list_or_none(values: Any) -> list[Any] | None:
-    return values if isinstance(values, list) else None
-
-
-def _flat(array: Any) -> list[Any]:
-    values = array.tolist()
-    return [row[0] for row in values] if len(array.shape) == 2 else list(values)
-
-
-def _hidden(array: Any) -> list[bool]:
-    """Which entries a masked array of numpy hides: the numbers beneath are anything."""
-    mask = np.ma.getmaskarray(array).reshape(-1).tolist() if isinstance(array, np.ma.MaskedArray) else None
-    return mask if mask is not None else [False] * len(array)
-
-
 def _is_time(value: Any) -> bool:
     """True of numpy's dates and durations, which turn into integers when they are read."""
     return getattr(getattr(value, "dtype", None), "kind", "") in ("m", "M")
 
 
 def _part(value: Any) -> RewardPart:
+    """Booleans count as 0 and 1; numpy and torch scalars, and tensors of one element, as their number."""
     if value is None:
         return RewardPart(None, ScoreStatus.NOT_APPLICABLE)
-    number = _number(value)
-    if number is None:
+    number = value
+    if _is_time(value) or (isinstance(value, np.ma.MaskedArray) and np.ma.getmaskarray(value).any()):
+        number = None
+    elif not isinstance(value, REAL) and hasattr(value, "item") and getattr(value, "size", None) != 0:
+        try:
+            number = value.item()
+        except (ValueError, RuntimeError, TypeError):
+            number = None
+    if not isinstance(number, REAL):
         return RewardPart(None, ScoreStatus.INVALID, f"returned {type(value).__name__} {_shown(value)}, not a number")
+    try:
+        number = float(number)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         return RewardPart(None, ScoreStatus.INVALID, f"returned {number}, not a finite number")
     return RewardPart(number, ScoreStatus.OK)
-
-
-def _number(value: Any) -> float | None:
-    """Booleans count as 0 and 1; numpy and torch scalars, and tensors of one element, as their number."""
-    if _is_time(value) or (isinstance(value, np.ma.MaskedArray) and np.ma.getmaskarray(value).any()):
-        return None
-    if not isinstance(value, REAL) and hasattr(value, "item") and getattr(value, "size", None) != 0:
-        try:
-            value = value.item()
-        except (ValueError, RuntimeError, TypeError):
-            return None
-    if not isinstance(value, REAL):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
 
 
 def _shown(value: Any) -> str:

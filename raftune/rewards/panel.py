@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, cast
 
 import pyarrow as pa
@@ -19,10 +18,9 @@ from raftune.data.images import LazyImages
 from raftune.errors import ConfigError
 from raftune.protocols import Reward
 from raftune.records import INVALID, Prompt, RewardPart, Score, ScoreStatus
-from raftune.rewards.batch import RESERVED, RewardBatch, RewardLog
+from raftune.rewards.batch import RESERVED, RewardBatch, RewardLog, incompatible, media_names
 from raftune.rewards.combining import Bounds, Combine, RewardShare, combined
 from raftune.rewards.fingerprint import digest
-from raftune.rewards.media import kinds, unfit
 from raftune.rewards.outcome import RewardOutcome
 from raftune.rewards.process.executors import EventLoopThread, call, finish, place, undisturbed
 from raftune.store import partial
@@ -61,7 +59,17 @@ class RewardSet:
     ) -> None:
         self.names = tuple(names or (reward.name for reward in rewards))
         self.weights = tuple(weights if weights is not None else (1.0 for _ in rewards))
-        self._check(len(rewards))
+        if len(self.weights) != len(rewards):
+            raise ConfigError(
+                f"reward_weights must hold one number for each reward; got {len(self.weights)} for "
+                f"{len(rewards)} rewards"
+            )
+        if bad := [weight for weight in self.weights if not math.isfinite(weight)]:
+            raise ConfigError(f"reward_weights must be finite; got {bad[0]}")
+        if twice := sorted({name for name in self.names if self.names.count(name) > 1}):
+            raise ConfigError(
+                f"rewards must bear different names; got {twice[0]!r} twice. Each names a column: rename one."
+            )
         bounds = thresholds if thresholds is not None else [(None, None)] * len(rewards)
         several = zip(self.names, self.weights, bounds, strict=True)
         self.shares = {name: RewardShare(weight, *between) for name, weight, between in several}
@@ -82,7 +90,7 @@ class RewardSet:
         return self.fingerprint_by(self.combine)
 
     def fingerprint_by(self, combine: Combine) -> str:
-        """The fingerprint of the panel as if it combined the parts in this way."""
+        """The fingerprint of the set as if it combined the parts in this way."""
         shares = self.shares.values()
         usual = combine == "sum" and not any(share.has_threshold for share in shares)
         beyond = [] if usual else [combine, [[share.at_least, share.at_most] for share in shares]]
@@ -115,10 +123,8 @@ class RewardSet:
             for i in range(len(chunk))
         ]
         how = combine or self.combine
-        if groups is None:
-            groups = (
-                [] if how == "sum" else [json.dumps(prompt, sort_keys=True, default=str) for prompt in batch.prompts]
-            )
+        if groups is None and how == "rank":
+            groups = [json.dumps(prompt, sort_keys=True, default=str) for prompt in batch.prompts]
         return combined(parts, self.shares, how, groups or ())
 
     @property
@@ -144,59 +150,50 @@ class RewardSet:
 
     def close(self) -> None:
         """Ends the processes and threads of the rewards."""
-        for seat in self._places.values():
-            seat.close()
+        for executor in self._places.values():
+            executor.close()
         self._loop.close()
 
     def __enter__(self) -> RewardSet:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _check(self, count: int) -> None:
-        if len(self.weights) != count:
-            raise ConfigError(
-                f"reward_weights must hold one number for each reward; got {len(self.weights)} for {count} rewards"
-            )
-        if bad := [weight for weight in self.weights if not math.isfinite(weight)]:
-            raise ConfigError(f"reward_weights must be finite; got {bad[0]}")
-        if twice := sorted({name for name in self.names if self.names.count(name) > 1}):
-            raise ConfigError(
-                f"rewards must bear different names; got {twice[0]!r} twice. Each names a column: rename one."
-            )
 
     def _call(self, batch: RewardBatch) -> dict[str, RewardOutcome]:
         """The outcome of each reward on one batch, after the retries."""
-        outcomes = self._once(batch, self.names)
-        for _ in range(self._retries):
-            failed = [name for name in self.names if outcomes[name].failed]
-            if not failed:
+        outcomes: dict[str, RewardOutcome] = {}
+        names: Sequence[str] = self.names
+        for _ in range(self._retries + 1):
+            outcomes |= self._call_once(batch, names)
+            names = [name for name in self.names if outcomes[name].failed]
+            if not names:
                 break
-            outcomes |= self._once(batch, failed)
         return outcomes
 
-    def _once(self, batch: RewardBatch, names: Sequence[str]) -> dict[str, RewardOutcome]:
-        started = {name: self._start(name, batch) for name in self._at("process", names=names)}
-        done = {
+    def _call_once(self, batch: RewardBatch, names: Sequence[str]) -> dict[str, RewardOutcome]:
+        """Processes work beside the callables of this process; async rewards start when those are done."""
+
+        def start(*places: str) -> dict[str, tuple[Future[RewardOutcome], float]]:
+            """The started calls with their deadlines."""
+            started = {}
+            for name in names:
+                if self._places[name].place in places:
+                    future = self._places[name].start(batch)
+                    started[name] = (future, time.monotonic() + self._timeouts[name])
+            return started
+
+        waiting = start("process")
+        outcomes = {
             name: call(self._places[name], batch, self._timeouts[name])
-            for name in self._at("here", "thread", names=names)
+            for name in names
+            if self._places[name].place in ("here", "thread")
         }
         with undisturbed():
-            started |= {name: self._start(name, batch) for name in self._at("loop", names=names)}
-            waited = {
-                name: finish(self._places[name], batch, self._timeouts[name], *begun) for name, begun in started.items()
-            }
-        return done | waited
-
-    def _at(self, *places: str, names: Sequence[str]) -> list[str]:
-        return [name for name in names if self._places[name].place in places]
-
-    def _start(self, name: str, batch: RewardBatch) -> tuple[Future[RewardOutcome], float]:
-        future = self._places[name].start(batch)
-        return future, time.monotonic() + self._timeouts[name]
+            waiting |= start("loop")
+            for name, (future, deadline) in waiting.items():
+                outcomes[name] = finish(self._places[name], batch, self._timeouts[name], future, deadline)
+        return outcomes
 
 
 def write_calls(calls: Sequence[Mapping[str, RewardOutcome]], path: Path) -> None:
@@ -220,13 +217,13 @@ def write_calls(calls: Sequence[Mapping[str, RewardOutcome]], path: Path) -> Non
 
 def outcomes_from(call: Mapping[str, Any]) -> dict[str, RewardOutcome]:
     """The outcomes of a call, as `write_calls` wrote them."""
-    found = {}
+    outcomes = {}
     for name, plain in call.items():
         log = RewardLog()
         log.metrics, log.columns = plain["log"]
         parts = [RewardPart(value, ScoreStatus(status), detail) for value, status, detail in plain["parts"]]
-        found[name] = RewardOutcome(parts, log, plain["returned"])
-    return found
+        outcomes[name] = RewardOutcome(parts, log, plain["returned"])
+    return outcomes
 
 
 def gather_extras(calls: Sequence[Mapping[str, RewardOutcome]], sizes: Sequence[int]) -> LoggedExtras:
@@ -247,12 +244,12 @@ def gather_extras(calls: Sequence[Mapping[str, RewardOutcome]], sizes: Sequence[
 
 
 def misfits(panel: RewardSet, media: str, family: str, field: str = "rewards.reward_funcs") -> Iterator[str]:
-    """A sentence for each reward of the panel that cannot read what a policy of this medium and family makes.
+    """A sentence for each reward of the set that cannot read what a policy of this medium and family makes.
 
     A plain function says nothing of what it reads, so nothing is said of it.
     """
-    made, other = kinds(media)
-    for name in unfit(panel.media, media):
+    made, other = media_names(media)
+    for name in incompatible(panel.media, media):
         yield (
             f"{field}: {name} scores {other}, and policy.family: {family} makes {made}. Name a reward for {made}, "
             "or a policy of the other kind."
@@ -263,13 +260,13 @@ class SampleScorer:
     """A reward set for stored samples."""
 
     def __init__(self, panel: RewardSet, combine: Combine | None = None) -> None:
-        """`combine` is another way to combine the parts than the panel's own."""
+        """`combine` is another way to combine the parts than the set's own."""
         self.panel, self.names, self.combine = panel, panel.names, combine or panel.combine
         self.extras = LoggedExtras()
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the code, options and weights of any reward; worked out when first asked for."""
+        """Changes with the code, options and weights of any reward; computed when first read."""
         return self.panel.fingerprint_by(self.combine)
 
     def score_samples(
@@ -280,36 +277,38 @@ class SampleScorer:
         No reward is asked about a sample that its policy calls invalid: it has that status, and the reason as detail.
         Nor about one with an `earlier` score, by its row: its parts are combined with those of the others.
         """
+        groups = [prompt.id for prompt in prompts]
         invalid = INVALID in samples.column_names and samples.column(INVALID).null_count < samples.num_rows
         if not invalid and not earlier:
-            scores = self._asked(prompts, samples)
+            scores = self.panel.score(batch_of(prompts, samples), groups=groups, combine=self.combine)
             self.extras = self.panel.extras
             return scores
-        why = samples.column(INVALID).to_pylist() if invalid else [None] * samples.num_rows
-        known = {row: score for row, score in (earlier or {}).items() if why[row] is None}
-        rows = [row for row, reason in enumerate(why) if reason is None and row not in known]
-        asked = self._asked([prompts[row] for row in rows], samples.take(pa.array(rows, pa.int64()))) if rows else []
-        extras = self.panel.extras if rows else LoggedExtras()
-        columns = {
-            name: [dict(zip(rows, values, strict=True)).get(row) for row in range(len(why))]
-            for name, values in extras.columns.items()
-        }
-        self.extras = replace(extras, columns=columns)
-        found = dict(zip(rows, asked, strict=True))
-        if known:
-            found = self._together(found | known, prompts)
-        return [found.get(row) or invalid_score(self.names, str(reason)) for row, reason in enumerate(why)]
-
-    def _together(self, scores: Mapping[int, Score], prompts: list[Prompt]) -> dict[int, Score]:
-        """The scores with their parts combined anew: a rank is one among all samples of a prompt."""
-        rows = sorted(scores)
-        parts = [scores[row].parts for row in rows]
-        found = combined(parts, self.panel.shares, self.combine, [prompts[row].id for row in rows])
-        return {row: replace(score, detail=scores[row].detail) for row, score in zip(rows, found, strict=True)}
-
-    def _asked(self, prompts: list[Prompt], samples: pa.Table) -> list[Score]:
-        groups = [prompt.id for prompt in prompts]
-        return self.panel.score(batch_of(prompts, samples), groups=groups, combine=self.combine)
+        reasons = samples.column(INVALID).to_pylist() if invalid else [None] * samples.num_rows
+        known = {row: score for row, score in (earlier or {}).items() if reasons[row] is None}
+        rows = [row for row, reason in enumerate(reasons) if reason is None and row not in known]
+        by_row: dict[int, Score] = {}
+        self.extras = LoggedExtras()
+        if rows:
+            batch = batch_of([prompts[row] for row in rows], samples.take(pa.array(rows, pa.int64())))
+            scores = self.panel.score(batch, groups=[groups[row] for row in rows], combine=self.combine)
+            by_row = dict(zip(rows, scores, strict=True))
+            columns = {}
+            for name, values in self.panel.extras.columns.items():
+                value_of = dict(zip(rows, values, strict=True))
+                columns[name] = [value_of.get(row) for row in range(len(reasons))]
+            self.extras = replace(self.panel.extras, columns=columns)
+        if known:  # a rank is one among all samples of a prompt
+            by_row |= known
+            rows = sorted(by_row)
+            parts = [by_row[row].parts for row in rows]
+            scores = combined(parts, self.panel.shares, self.combine, [groups[row] for row in rows])
+            pairs = zip(rows, scores, strict=True)
+            by_row = {row: replace(score, detail=by_row[row].detail) for row, score in pairs}
+        not_applicable = RewardPart(None, ScoreStatus.NOT_APPLICABLE)
+        return [
+            by_row.get(row) or Score(None, ScoreStatus.INVALID, dict.fromkeys(self.names, not_applicable), str(reason))
+            for row, reason in enumerate(reasons)
+        ]
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know about how the rewards read the samples, each once."""
@@ -319,24 +318,20 @@ class SampleScorer:
         self.panel.close()
 
 
-def invalid_score(names: Sequence[str], why: str) -> Score:
-    """The score of a sample that no reward was asked about."""
-    return Score(None, ScoreStatus.INVALID, dict.fromkeys(names, RewardPart(None, ScoreStatus.NOT_APPLICABLE)), why)
-
-
 def batch_of(prompts: list[Prompt], samples: pa.Table) -> RewardBatch:
-    """Prompts and completions in TRL's shapes, each column of the data set as one value a sample."""
-    answers = samples.column("completion")
-    if pa.types.is_binary(answers.type) or pa.types.is_large_binary(answers.type):
-        completions = cast("list[Any]", LazyImages(answers, samples.column("sample_id")))
+    """Prompts and completions in TRL's shapes, each column of the data set as one value a sample.
+
+    A completion mirrors its prompt: text for text, a list of one assistant message for messages.
+    """
+    column = samples.column("completion")
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        completions = cast("list[Any]", LazyImages(column, samples.column("sample_id")))
     else:
-        completions = [as_asked(prompt, answer) for prompt, answer in zip(prompts, answers.to_pylist(), strict=True)]
+        completions = [
+            [{"role": "assistant", "content": text}] if isinstance(prompt.content, list) else text
+            for prompt, text in zip(prompts, column.to_pylist(), strict=True)
+        ]
     names = [name for name in (prompts[0].columns if prompts else ()) if name not in RESERVED]
     columns = {name: [prompt.columns[name] for prompt in prompts] for name in names}
     ids = samples.column("completion_ids").to_pylist() if "completion_ids" in samples.column_names else None
     return RewardBatch([prompt.content for prompt in prompts], completions, columns, ids)
-
-
-def as_asked(prompt: Prompt, answer: Any) -> Any:
-    """A completion mirrors its prompt: text for text, a list of one assistant message for messages."""
-    return [{"role": "assistant", "content": answer}] if isinstance(prompt.content, list) else answer

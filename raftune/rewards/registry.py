@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 BUILT_IN: dict[str, BuiltinReward] = {}
@@ -18,7 +18,7 @@ BUILT_IN: dict[str, BuiltinReward] = {}
 
 @dataclass(frozen=True)
 class RewardOption:
-    """One option of a reward. `default` is missing where the option must be given."""
+    """One option of a reward. `default` is None if the option is required."""
 
     name: str
     type: str
@@ -31,60 +31,60 @@ class RewardOption:
 class BuiltinReward:
     """A built-in reward, as it is declared.
 
-    options: the dataclass whose fields are the options. media: what it scores. example: options as one gives them.
-    loads: `module:Class` of the reward that is made of the options, None where they are the reward itself. Such a
-    module imports torch, so it is imported when the reward is asked for.
-    own_process: whether its calls can only be ended from outside. model_type: in the config.json of a model's folder
-    that this reward reads, where the folder alone is given.
+    options: the dataclass of the reward, whose fields are the options. media: what it scores. example: options to try
+    it with. own_process: whether its calls can only be ended from outside. model_type: the model_type in the
+    config.json of the folders that stand for this reward as a spec.
     """
 
     name: str
     options: type[Any]
     media: tuple[str, ...]
     example: Mapping[str, Any]
-    loads: str | None = None
     own_process: bool = False
     model_type: str | None = None
 
     @property
     def summary(self) -> str:
         """The first paragraph of the docstring."""
-        return _paragraphs(self.options)[0]
+        return self._paragraphs()[0]
 
     @property
     def details(self) -> list[str]:
         """The other paragraphs of the docstring."""
-        return _paragraphs(self.options)[1:]
+        return self._paragraphs()[1:]
+
+    def _paragraphs(self) -> list[str]:
+        return [" ".join(text.split()) for text in (self.options.__doc__ or "").strip().split("\n\n")]
 
     def option_list(self) -> list[RewardOption]:
         """The options in the order in which they are declared."""
         hints = typing.get_type_hints(self.options, include_extras=True)
-        listed = []
+        options = []
         for field in dataclasses.fields(self.options):
             if field.init:
-                kind, meaning = _described(hints[field.name])
+                hint = hints[field.name]
+                annotated = typing.get_origin(hint) is typing.Annotated
+                kind, *notes = typing.get_args(hint) if annotated else [hint]
+                meaning = next((note.description for note in notes if hasattr(note, "description")), "")
                 default: Any = field.default
                 if field.default_factory is not dataclasses.MISSING:
                     default = field.default_factory()
                 required = default is dataclasses.MISSING
-                listed.append(RewardOption(field.name, kind, meaning, required, None if required else default))
-        return listed
-
-    def reward_class(self) -> type[Any]:
-        """The class of the reward; imports its module where that needs torch."""
-        if self.loads is None:
-            return self.options
-        module, _, name = self.loads.partition(":")
-        found: type[Any] = getattr(importlib.import_module(module), name)
-        return found
+                default = None if required else default
+                options.append(RewardOption(field.name, _in_words(kind), meaning, required, default))
+        return options
 
 
 class BuiltInReward:
-    """Base class of built-in rewards: name and media; a subclass sets its fingerprint."""
+    """Base class of built-in rewards: name and media; a subclass sets its `fingerprint` (str)."""
 
     name: str
     media: frozenset[str]
-    fingerprint: str
+
+    def load(self, name: str | None = None, device: str = "auto") -> Self:
+        """Sets the name and reads what the reward needs besides its options; a model's weights are read later."""
+        self.name = name or self.name
+        return self
 
 
 def builtin(
@@ -92,14 +92,13 @@ def builtin(
     *,
     media: tuple[str, ...],
     example: Mapping[str, Any],
-    loads: str | None = None,
     own_process: bool = False,
     model_type: str | None = None,
 ) -> Callable[[type[T]], type[T]]:
-    """Declares the decorated dataclass as the options of the built-in reward of this name."""
+    """Declares the decorated dataclass as the built-in reward of this name."""
 
     def declare(options: type[T]) -> type[T]:
-        BUILT_IN[name] = BuiltinReward(name, options, media, example, loads, own_process, model_type)
+        BUILT_IN[name] = BuiltinReward(name, options, media, example, own_process, model_type)
         if issubclass(options, BuiltInReward):
             options.name, options.media = name, frozenset(media)
         return options
@@ -118,18 +117,6 @@ def nearest(name: str, known: list[str], cutoff: float = 0.6) -> str | None:
     """The name that was probably meant."""
     close = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=cutoff)
     return close[0] if close else None
-
-
-def _paragraphs(cls: type[Any]) -> list[str]:
-    return [" ".join(text.split()) for text in (cls.__doc__ or "").strip().split("\n\n")]
-
-
-def _described(hint: Any) -> tuple[str, str]:
-    """The type in words, and the description that the annotation carries."""
-    if typing.get_origin(hint) is not typing.Annotated:
-        return _in_words(hint), ""
-    kind, *notes = typing.get_args(hint)
-    return _in_words(kind), next((note.description for note in notes if hasattr(note, "description")), "")
 
 
 def _in_words(kind: Any) -> str:

@@ -54,9 +54,8 @@ def reward_inputs(rewards: Any, tokenizers: Any, weights: Sequence[float] | None
         inputs.weights.append(float(weight))
         if isinstance(reward, (str, Path)):
             from raftune.rewards.builtin.classifier import ClassifierReward
-            from raftune.rewards.builtin.model_options import ClassifierOptions
 
-            inputs.objects.append(ClassifierReward(ClassifierOptions(model=str(reward)), tokenizer=tokenizer))
+            inputs.objects.append(ClassifierReward(model=str(reward)).load(tokenizer=tokenizer))
         elif getattr(reward, "__name__", None) == "<lambda>":  # TRL numbers functions without a name
             inputs.objects.append(FunctionReward(reward, f"reward_{number}"))
         else:

@@ -15,7 +15,7 @@ from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.records import ScoreStatus
 from raftune.rewards import RewardBatch, RewardSet, load_panel
 from raftune.rewards.builtin.aesthetic import save_head
-from raftune.rewards.examples import example_pictures
+from raftune.rewards.examples import example_images
 from tests.builders import tiny_clip
 from tests.runs.http_judge import judging
 
@@ -215,7 +215,7 @@ def values(panel: RewardSet, batch: RewardBatch) -> list[float | None]:
 @pytest.mark.slow
 def test_a_reward_of_pictures_keeps_the_contract(picture_panel: RewardSet) -> None:
     """The same values when asked again, in another order and in smaller calls, also of images of several sizes."""
-    for batch in (example_pictures(), example_pictures(mixed_sizes=True)):
+    for batch in (example_images(), example_images(mixed_sizes=True)):
         found = values(picture_panel, batch)
         assert found == values(picture_panel, batch)
         assert np.unique(found).size > 4
@@ -226,7 +226,7 @@ def test_a_reward_of_pictures_keeps_the_contract(picture_panel: RewardSet) -> No
 
 
 def test_a_reward_of_pictures_changes_none(picture_panel: RewardSet) -> None:
-    batch = example_pictures()
+    batch = example_images()
     before = [picture.tobytes() for picture in batch.completions]
     picture_panel.score(batch)
     assert [picture.tobytes() for picture in batch.completions] == before
@@ -283,7 +283,7 @@ def loaded(path: Path, *names: str) -> list[Any]:
 
 
 def test_a_callable_gets_the_same_pictures_as_an_object_and_in_its_own_process(sees: Path) -> None:
-    batch = example_pictures(mixed_sizes=True)
+    batch = example_images(mixed_sizes=True)
     expected = [float(np.asarray(picture)[..., 0].mean()) for picture in batch.completions]
     with load_panel(RewardsConfig(reward_funcs=(f"{sees}:red",)), loaded(sees, "red")) as panel:
         scores = panel.score(batch)
@@ -292,7 +292,7 @@ def test_a_callable_gets_the_same_pictures_as_an_object_and_in_its_own_process(s
 
 
 def test_a_callable_that_paints_over_its_pictures_spoils_nobody_elses(sees: Path) -> None:
-    batch = example_pictures()
+    batch = example_images()
     before = [picture.tobytes() for picture in batch.completions]
     with load_panel(RewardsConfig(reward_funcs=(f"{sees}:spoils",)), loaded(sees, "spoils", "red")) as panel:
         scores = panel.score(batch)
@@ -304,5 +304,5 @@ def test_a_callable_that_paints_over_its_pictures_spoils_nobody_elses(sees: Path
 def test_a_callable_on_pictures_fails_as_one_on_texts(sees: Path, hosted: bool) -> None:
     specs, objects = ((f"{sees}:wrong",), []) if hosted else ((), loaded(sees, "wrong"))
     with load_panel(RewardsConfig(reward_funcs=specs), objects) as panel:
-        statuses = [score.status for score in panel.score(example_pictures())]
+        statuses = [score.status for score in panel.score(example_images())]
     assert statuses == [ScoreStatus.INVALID, ScoreStatus.INVALID, ScoreStatus.NOT_APPLICABLE, *[ScoreStatus.OK] * 13]

@@ -22,7 +22,7 @@ from raftune.config.rewards import RewardSpec
 from raftune.errors import Interrupted
 from raftune.rewards import RewardBatch, RewardSet, load_reward
 from raftune.rewards.builtin.aesthetic import save_head
-from raftune.rewards.examples import example_pictures
+from raftune.rewards.examples import example_images
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from tests.builders import tiny_clip
@@ -224,8 +224,8 @@ def test_a_signal_goes_through_every_reward_model_and_an_exit_on_a_thread_stays_
     save_head(tmp_path / "head", [(np.ones((1, 12)), np.zeros(1))], clip=clip)
     for spec, batch in (
         (reward_model, RewardBatch(["a"] * 2, ["b"] * 2)),
-        ({"spec": "clip_score", "options": {"model": clip}}, example_pictures()),
-        ({"spec": "aesthetic", "options": {"model": str(tmp_path / "head")}}, example_pictures()),
+        ({"spec": "clip_score", "options": {"model": clip}}, example_images()),
+        ({"spec": "aesthetic", "options": {"model": str(tmp_path / "head")}}, example_images()),
     ):
         reward = load_reward(RewardSpec.model_validate(spec))
         place, method = (reward.clip, "image_features") if hasattr(reward, "clip") else (reward, "_forward")

@@ -52,7 +52,7 @@ def check(
     """
     from raftune.config.rewards import RewardSpec
     from raftune.rewards import check_reward
-    from raftune.rewards.media import is_image
+    from raftune.rewards.batch import is_image
     from raftune.starters.resolve import IMAGES, resolve_reward
 
     parsed = RewardSpec.model_validate({"spec": spec, "options": read_object("--options", options)})
@@ -76,11 +76,10 @@ def read_samples(source: str) -> RewardBatch:
     """The first samples of a data set. Raises DataError if it lacks prompt or completion."""
     from raftune.data.tables import read_rows
     from raftune.rewards import RewardBatch
-    from raftune.rewards.files import read_answers
-    from raftune.rewards.picture_files import holds_picture, is_folder
+    from raftune.rewards.files import holds_image, is_folder, read_answers
 
     table = None if is_folder(source) else read_rows(source, field="--samples")
-    if table is None or (table.num_rows and holds_picture(table.slice(0, 1).to_pylist()[0])):
+    if table is None or (table.num_rows and holds_image(table.slice(0, 1).to_pylist()[0])):
         rows = read_answers(source, field="--samples")
         batch = RewardBatch(rows.prompts, cast("list[Any]", rows.completions), rows.columns)
         return batch.take(range(min(MOST, len(rows.completions))))
@@ -181,7 +180,7 @@ def score(
     from raftune.config.rewards import RewardsConfig
     from raftune.rewards.files import read_answers, score_answers, summary, write_scored
     from raftune.rewards.loading import load_panel
-    from raftune.rewards.media import refuse_unfit
+    from raftune.rewards.batch import check_media
     from raftune.starters.resolve import IMAGES, resolve_reward
 
     target = None if out is None else Path(out).expanduser()
@@ -195,7 +194,7 @@ def score(
     family = IMAGES if rows.media == "image" else None
     config = config.model_copy(update={"reward_funcs": (resolve_reward(config.reward_funcs[0], family),)})
     with interruptible(Path(), "nothing was written.") as watch, StepProgress() as steps, load_panel(config) as rewards:
-        refuse_unfit(rewards.media, rows.media)
+        check_media(rewards.media, rows.media)
         steps.begin(f"scoring {counted(len(rows.completions), 'answer')}")
 
         def observe(done: int, of: int) -> None:

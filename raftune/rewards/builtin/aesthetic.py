@@ -9,37 +9,94 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
+from pydantic import Field
 
 from raftune.arrays import Float32Array, FloatArray
 from raftune.config.rewards import derived_name
 from raftune.errors import RewardError
 from raftune.rewards import fingerprint
-from raftune.rewards.builtin.clip import ClipModel, ClipReward
-from raftune.rewards.builtin.model_options import AestheticOptions
-from raftune.rewards.media import pictures
+from raftune.rewards.batch import images
+from raftune.rewards.builtin.models import ClipReward, Dtype, ImageBatch, Revision
 from raftune.rewards.outcome import one_line
+from raftune.rewards.registry import builtin
 from raftune.store.files import dump_json
 
 Layer = tuple[Float32Array, Float32Array]  # weight (out, in), bias (out)
 Activation = Literal["none", "relu"]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 PUBLISHED_CLIP = "openai/clip-vit-large-patch14"  # what the published predictor reads its images with
-NAME = re.compile(r"^(?:.*\.)?(\d+)\.(weight|bias)$")
+
+
+@builtin("aesthetic", media=("image",), example={"model": "aesthetic_head.safetensors"}, model_type="aesthetic")
+@dataclass
+class AestheticReward(ClipReward):
+    """Aesthetic quality of an image: a small network on its CLIP vector, independent of the prompt."""
+
+    model: Annotated[
+        str,
+        Field(
+            description="A folder written by `save_head`, or a safetensors file of linear layers (layers.N.weight, "
+            "layers.N.bias), like the published aesthetic predictor."
+        ),
+    ]
+    clip: Annotated[
+        str | None,
+        Field(
+            description="Folder or hub name of the CLIPModel that the head needs. null: as in the folder; for a "
+            "bare file the published predictor's."
+        ),
+    ] = None
+    batch_size: ImageBatch = 32
+    dtype: Dtype = "float32"
+    revision: Revision = None
+
+    def load(self, name: str | None = None, device: str = "auto") -> Self:
+        """Reads the head and the CLIPModel's configuration.
+
+        Raises RewardError if they cannot be read, or do not fit each other.
+        """
+        from raftune.rewards.builtin.clip import ClipModel
+
+        self.name = name or derived_name(self.model)
+        self.head = load_head(self.model)
+        source = self.clip or self.head.clip or PUBLISHED_CLIP
+        if self.clip is None and self.head.clip and (Path(self.model).expanduser() / self.head.clip).is_dir():
+            source = str(Path(self.model).expanduser() / self.head.clip)  # a path that begins in the head's folder
+        self.clip_model = ClipModel(
+            source, device, self.dtype, revision=self.revision, batch_size=self.batch_size, field="aesthetic"
+        )
+        if self.head.sizes[0] != self.clip_model.width:
+            raise RewardError(
+                f"aesthetic: the head {self.model!r} reads vectors of {self.head.sizes[0]} numbers, and {source!r} "
+                f"gives {self.clip_model.width}. Name the CLIPModel that it was fitted to: options.clip."
+            )
+        return self
+
+    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+        vectors_ND = self.clip_model.image_features(images(completions, self.name))
+        return [float(value) for value in self.head(vectors_ND)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over the head's numbers, the CLIPModel's weights and how it reads an image."""
+        arrays = itertools.chain.from_iterable(self.head.layers)
+        numbers = [[list(array.shape), fingerprint.of_bytes(array.tobytes())] for array in arrays]
+        return fingerprint.digest("aesthetic", 1, numbers, self.head.activation, self.clip_model.fingerprint)
 
 
 @dataclass(frozen=True)
 class AestheticHead:
-    """Linear layers, each followed by the activation but for the last, which gives one number."""
+    """Linear layers, each but the last followed by the activation; the last gives one number."""
 
     layers: tuple[Layer, ...]
     activation: Activation = "none"
     clip: str | None = None
 
     def __call__(self, vectors_ND: Float32Array) -> FloatArray:
-        """(N,) a number for each vector of length 1; the range is that of the ratings which the head was fitted to."""
+        """(N,) a number for each vector of length 1, in the range of the ratings that the head was fitted to."""
         values = vectors_ND.astype(np.float64)
         for number, (weight, bias) in enumerate(self.layers, 1):
             values = values @ weight.T.astype(np.float64) + bias
@@ -51,41 +108,6 @@ class AestheticHead:
     def sizes(self) -> tuple[int, ...]:
         """Numbers that each layer reads, and the one that the last gives."""
         return (*(weight.shape[1] for weight, _ in self.layers), self.layers[-1][0].shape[0])
-
-
-class AestheticReward(ClipReward):
-    """A number for each image alone, whatever its prompt, on the scale of the ratings that the head was fitted to.
-
-    The head and the CLIPModel's configuration are read at once, its weights by `prepare` or the first call. Raises
-    RewardError where they cannot be read, or do not fit each other.
-    """
-
-    def __init__(self, options: AestheticOptions, *, name: str | None = None, device: str = "auto") -> None:
-        self.name = name or derived_name(options.model)
-        self.head = load_head(options.model)
-        source = options.clip or clip_of(self.head, options.model)
-        self.clip = ClipModel(
-            source, device, options.dtype, revision=options.revision, batch_size=options.batch_size, field="aesthetic"
-        )
-        if self.head.sizes[0] != self.clip.width:
-            raise RewardError(
-                f"aesthetic: the head {options.model!r} reads vectors of {self.head.sizes[0]} numbers, and {source!r} "
-                f"gives {self.clip.width}. Name the CLIPModel that it was fitted to: options.clip."
-            )
-
-    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-        return [float(value) for value in self.head(self.clip.image_features(pictures(completions, self.name)))]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Over the head's numbers, the CLIPModel's weights and how it reads an image."""
-        numbers = [[list(array.shape), fingerprint.of_bytes(array.tobytes())] for array in chain(self.head.layers)]
-        return fingerprint.digest("aesthetic", 1, numbers, self.head.activation, self.clip.fingerprint)
-
-
-def chain(layers: Sequence[Layer]) -> itertools.chain[Float32Array]:
-    """Weight and bias of each layer in turn."""
-    return itertools.chain.from_iterable(layers)
 
 
 def save_head(
@@ -104,68 +126,59 @@ def save_head(
         arrays[f"layers.{number}.weight"] = np.ascontiguousarray(weight, np.float32)
         arrays[f"layers.{number}.bias"] = np.ascontiguousarray(bias, np.float32)
     save_file(arrays, folder / WEIGHTS)
-    told = {"model_type": "aesthetic", "activation": activation, "clip": clip}
-    dump_json(folder / CONFIG, told)
+    dump_json(folder / CONFIG, {"model_type": "aesthetic", "activation": activation, "clip": clip})
 
 
 def load_head(source: str) -> AestheticHead:
-    """The head of a folder, or of a bare safetensors file. Raises RewardError where its layers do not fit together."""
+    """The head of a folder, or of a bare safetensors file. Raises RewardError if its layers do not fit together.
+
+    Numbers of layers may be missing, where a dropout or an activation stood.
+    """
     from safetensors.torch import load_file
 
-    place = Path(source).expanduser()
-    told = read_config(place / CONFIG) if place.is_dir() else {}
-    path = place / WEIGHTS if place.is_dir() else place
+    path = Path(source).expanduser()
+    config = read_config(path / CONFIG) if path.is_dir() else {}
     try:
-        found = {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
+        tensors = load_file(path / WEIGHTS if path.is_dir() else path)
+        arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
     except Exception as error:
         raise RewardError(
             f"aesthetic: options.model must name a folder with {WEIGHTS}, or a safetensors file; {source!r} cannot be "
             f"read: {one_line(error)}. Convert a .pth file with safetensors.torch.save_file."
         ) from None
-    layers = layers_of(found, source)
-    return AestheticHead(layers, told.get("activation", "none"), told.get("clip"))
-
-
-def layers_of(arrays: dict[str, Float32Array], source: str) -> tuple[Layer, ...]:
-    """The layers in the order of their numbers; numbers may be missing, where a dropout or an activation stood."""
-    found: dict[int, dict[str, Float32Array]] = {}
+    numbered: dict[int, dict[str, Float32Array]] = {}
     for name, array in arrays.items():
-        if (match := NAME.match(name)) is None:
+        if (match := re.match(r"^(?:.*\.)?(\d+)\.(weight|bias)$", name)) is None:
             raise RewardError(
                 f"aesthetic: {source!r} holds {name!r}, and a head holds linear layers only: layers.0.weight, "
                 "layers.0.bias, and so on. Name the file of a head."
             )
-        found.setdefault(int(match[1]), {})[match[2]] = array
-    layers = tuple((both.get("weight"), both.get("bias")) for _, both in sorted(found.items()))
-    whole = [(w, b) for w, b in layers if w is not None and b is not None and w.ndim == 2 and b.shape == w.shape[:1]]
-    fits = all(before.shape[0] == after.shape[1] for (before, _), (after, _) in itertools.pairwise(whole))
-    if not whole or len(whole) != len(layers) or not fits or whole[-1][0].shape[0] != 1:
+        numbered.setdefault(int(match[1]), {})[match[2]] = array
+    layers = []
+    for _, layer in sorted(numbered.items()):
+        weight, bias = layer.get("weight"), layer.get("bias")
+        if weight is not None and bias is not None and weight.ndim == 2 and bias.shape == weight.shape[:1]:
+            layers.append((weight, bias))
+    fits = all(before.shape[0] == after.shape[1] for (before, _), (after, _) in itertools.pairwise(layers))
+    if not layers or len(layers) != len(numbered) or not fits or layers[-1][0].shape[0] != 1:
         shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in sorted(arrays.items()))
         raise RewardError(
             f"aesthetic: each layer of {source!r} must read what the one before gives, and the last must give one "
             f"number; got {shapes or 'nothing'}. Save the head again."
         )
-    return tuple(whole)
+    return AestheticHead(tuple(layers), config.get("activation", "none"), config.get("clip"))
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """What the folder says of its head. Raises RewardError where that cannot be meant."""
+    """The configuration of a head's folder. Raises RewardError if it is not one."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if told["model_type"] == "aesthetic" and told["activation"] in get_args(Activation):
-            return dict(told)
-        what = f"model_type {told['model_type']!r} with activation {told['activation']!r}"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config["model_type"] == "aesthetic" and config["activation"] in get_args(Activation):
+            return dict(config)
+        content = f"model_type {config['model_type']!r} with activation {config['activation']!r}"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = one_line(error)
+        content = one_line(error)
     raise RewardError(
-        f"aesthetic: {path} must say model_type: aesthetic and activation: none or relu; got {what}. Write it with "
+        f"aesthetic: {path} must say model_type: aesthetic and activation: none or relu; got {content}. Write it with "
         "save_head, or name the safetensors file itself."
     )
-
-
-def clip_of(head: AestheticHead, source: str) -> str:
-    """The CLIPModel that the head reads: beside its folder where the name is a path that leads to one."""
-    if head.clip is None:
-        return PUBLISHED_CLIP
-    beside = Path(source).expanduser() / head.clip
-    return str(beside) if beside.is_dir() else head.clip

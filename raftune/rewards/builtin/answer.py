@@ -9,13 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from raftune.data.classifier_inputs import text_of
 from raftune.errors import RewardError
-from raftune.rewards.builtin.text import text_of
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.registry import BuiltInReward, builtin
 
 NUMBER = re.compile(r"(?<![\w.])[-+−]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-+−]?\.\d+")
-Extract = Literal["last_number", "boxed", "exact"]
 
 
 @builtin("answer", media=("text", "messages"), example={"column": "answer", "extract": "last_number"})
@@ -31,7 +30,7 @@ class AnswerReward(BuiltInReward):
 
     column: Annotated[str, Field(description="Column with the correct answer.")] = "answer"
     extract: Annotated[
-        Extract,
+        Literal["last_number", "boxed", "exact"],
         Field(
             description="The answer in the completion: last_number, last \\boxed{…}, or exact (the whole completion)."
         ),
@@ -44,44 +43,33 @@ class AnswerReward(BuiltInReward):
         if self.column not in columns:
             have = ", ".join(sorted(columns)) or "none"
             raise RewardError(f"answer needs the column {self.column!r}; the data has: {have}. Set options.column.")
-        pairs = zip(completions, columns[self.column], strict=True)
-        return [self._value(text_of(completion), wanted) for completion, wanted in pairs]
+        values: list[float | None] = []
+        for completion, target in zip(completions, columns[self.column], strict=True):
+            expected = None if target is None else self._answer(str(target).rsplit("####", 1)[-1], target=True)
+            values.append(None if expected is None else float(self._answer(text_of(completion)) == expected))
+        return values
 
-    def _value(self, text: str, wanted: Any) -> float | None:
-        target = self._target(wanted)
-        if target is None:
+    def _answer(self, text: str, target: bool = False) -> Decimal | str | None:
+        """The answer in a completion; in a target, a number or text may stand in \\boxed{…} whatever is extracted."""
+        inner = boxed(text) if target or self.extract == "boxed" else text
+        if target and inner is None:
+            inner = text
+        if inner is None:
             return None
-        return 1.0 if self._found(text) == target else 0.0
-
-    def _target(self, wanted: Any) -> Decimal | str | None:
-        if wanted is None:
-            return None
-        text = str(wanted).rsplit("####", 1)[-1]
-        inner = boxed(text)
-        if self.extract == "last_number":
-            return last_number(text if inner is None else inner)
-        return canonical(text if inner is None else inner)
-
-    def _found(self, text: str) -> Decimal | str | None:
-        if self.extract == "last_number":
-            return last_number(text)
-        inner = boxed(text) if self.extract == "boxed" else text
-        return None if inner is None else canonical(inner)
+        return last_number(inner) if self.extract == "last_number" else canonical(inner)
 
 
 def last_number(text: str) -> Decimal | None:
     """The last number in the text, without thousands commas and dollar sign; None without one."""
-    found = NUMBER.findall(text)
-    return number(found[-1]) if found else None
+    numbers = NUMBER.findall(text)
+    return number(numbers[-1]) if numbers else None
 
 
 def boxed(text: str) -> str | None:
-    """What stands in the braces of the last \\boxed{…}, inner braces included; None where there is none that closes."""
+    """The content of the last \\boxed{…}, inner braces included; None if there is none that closes."""
     start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
     depth = 0
-    for i in range(start + len("\\boxed"), len(text)):
+    for i in range(start + len("\\boxed"), len(text) if start >= 0 else 0):
         depth += {"{": 1, "}": -1}.get(text[i], 0)
         if depth == 0:
             return text[start + len("\\boxed{") : i]
@@ -91,8 +79,7 @@ def boxed(text: str) -> str | None:
 def canonical(text: str) -> Decimal | str:
     """The number that the text is, else its words without case, dollar signs and trailing dot."""
     plain = " ".join(text.split()).removesuffix(".").strip("$ ")
-    match = NUMBER.fullmatch(plain)
-    value = number(plain) if match else None
+    value = number(plain) if NUMBER.fullmatch(plain) else None
     return plain.casefold() if value is None else value
 
 

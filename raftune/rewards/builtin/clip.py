@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from raftune.data.classifier_inputs import is_hollow, longest
 from raftune.errors import RewardError
 from raftune.rewards import fingerprint
 from raftune.rewards.builtin.models import HeldWeights, weights_fingerprint
-from raftune.rewards.media import IMAGE_MEDIA
 from raftune.rewards.outcome import one_line
 from raftune.training.devices import choose_device
 from raftune.training.quiet import quiet
@@ -51,9 +50,23 @@ class ClipModel(HeldWeights):
         self.revision = revision
         self._given = None if isinstance(model, str | Path) else model
         self.source = str(model) if self._given is None else str(getattr(model.config, "_name_or_path", "") or "model")
-        self.config = self._read_config() if self._given is None else model.config
         self._processor = processor
-        self._pictures = self._read_image_processor()
+        if self._given is not None:
+            self.config = model.config
+            self._image_processor = self._part_of_processor("image_processor")
+            return
+        try:
+            self.config = AutoConfig.from_pretrained(self.source, revision=revision)
+        except Exception as error:
+            raise self._unreadable("configuration", self.source, error) from None
+        if self.config.model_type != "clip":
+            heads = list(getattr(self.config, "architectures", None) or [self.config.model_type])
+            raise RewardError(
+                f"{field}: {self.source!r} is a {heads[0]}, and CLIP scores need a CLIPModel. Name another model."
+            )
+        # Pillow's arithmetic, also where torchvision is installed: the same numbers on every machine.
+        reader = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+        self._image_processor = self._read("image processor", reader)
 
     # -- vectors ----------------------------------------------------------------------------------------------------
 
@@ -63,21 +76,34 @@ class ClipModel(HeldWeights):
         An image's vector depends on no other, but for what regrouping a batch changes in floating point.
         """
         parts = [np.zeros((0, self.width), np.float32)]
-        for chunk in chunks(images, self.batch_size):
-            pixels_BCHW = self._pictures([image.convert("RGB") for image in chunk], return_tensors="pt")["pixel_values"]
-            parts.append(self._vectors("get_image_features", pixel_values=pixels_BCHW.to(self._torch_dtype)))
+        for start in range(0, len(images), self.batch_size):
+            chunk = [image.convert("RGB") for image in images[start : start + self.batch_size]]
+            pixels_BCHW = self._image_processor(chunk, return_tensors="pt")["pixel_values"]
+            self.prepare()
+            parts.append(self._vectors("get_image_features", pixel_values=pixels_BCHW.to(self._model.dtype)))
         return np.concatenate(parts)
 
     def text_features(self, texts: Sequence[str]) -> Float32Array:
         """(N, d) vectors of length 1; of a text longer than `limit` tokens the rest is not read (see `too_long`)."""
         parts = [np.zeros((0, self.width), np.float32)]
-        for chunk in chunks(texts, self.batch_size):
+        for start in range(0, len(texts), self.batch_size):
             # Cut and padded to one length; a causal encoder does not see the padding behind a text.
             cut = {"truncation": self.limit is not None, "max_length": self.limit}
-            found = self.tokenizer(list(chunk), padding=True, return_tensors="pt", **cut)
-            given = {name: found[name] for name in ("input_ids", "attention_mask")}
-            parts.append(self._vectors("get_text_features", **given))
+            chunk = list(texts[start : start + self.batch_size])
+            inputs = self.tokenizer(chunk, padding=True, return_tensors="pt", **cut)
+            self.prepare()
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            parts.append(self._vectors("get_text_features", input_ids=ids, attention_mask=mask))
         return np.concatenate(parts)
+
+    def _vectors(self, method: str, **inputs: Any) -> Float32Array:
+        device = next(self._model.parameters()).device
+        with torch.inference_mode():
+            output = getattr(self._model, method)(**{name: value.to(device) for name, value in inputs.items()})
+            vectors_BD = getattr(output, "pooler_output", output).float()  # an output object since transformers 5
+            vectors_BD = vectors_BD / vectors_BD.norm(dim=-1, keepdim=True)
+        vectors: Float32Array = vectors_BD.cpu().numpy()
+        return vectors
 
     def too_long(self, texts: Sequence[str]) -> list[int]:
         """The lengths in tokens of those texts that are longer than `limit`, special tokens counted."""
@@ -106,19 +132,14 @@ class ClipModel(HeldWeights):
     def tokenizer(self) -> Any:
         """The tokenizer. Raises RewardError where it cannot be read."""
         if self._given is not None:
-            return self._of_object("tokenizer")
-        place = str(self._processor or self.source)
-        try:
-            with quiet():
-                found = AutoTokenizer.from_pretrained(place, revision=None if self._processor else self.revision)
-        except Exception as error:
-            raise self._unreadable("tokenizer", place, error) from None
-        if is_hollow(found):
+            return self._part_of_processor("tokenizer")
+        tokenizer = self._read("tokenizer", AutoTokenizer)
+        if is_hollow(tokenizer):
             raise RewardError(
-                f"{self.field}: the tokenizer of {place!r} knows no words: its files are missing. Save one there, or "
-                "name the folder of another: options.processor."
+                f"{self.field}: the tokenizer of {str(self._processor or self.source)!r} knows no words: its files are "
+                "missing. Save one there, or name the folder of another: options.processor."
             )
-        return found
+        return tokenizer
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
@@ -126,7 +147,7 @@ class ClipModel(HeldWeights):
     def fingerprint(self) -> str:
         """Over the weights, the image processor and the precision: what shapes an image's vector."""
         weights = weights_fingerprint(self.source, self.config, self.revision, self._given)
-        return fingerprint.digest("clip", 1, weights, self._pictures.to_dict(), self.dtype)
+        return fingerprint.digest("clip", 1, weights, self._image_processor.to_dict(), self.dtype)
 
     @cached_property
     def text_fingerprint(self) -> str:
@@ -134,64 +155,32 @@ class ClipModel(HeldWeights):
         words = sorted(self.tokenizer.get_vocab().items())
         return fingerprint.digest(self.fingerprint, type(self.tokenizer).__name__, words, self.limit)
 
-    def _vectors(self, method: str, **given: Any) -> Float32Array:
-        self.prepare()
-        device = next(self._model.parameters()).device
-        with torch.inference_mode():
-            found = getattr(self._model, method)(**{name: value.to(device) for name, value in given.items()})
-            found_BD = getattr(found, "pooler_output", found).float()  # an output object since transformers 5
-            found_BD = found_BD / found_BD.norm(dim=-1, keepdim=True)
-        vectors: Float32Array = found_BD.cpu().numpy()
-        return vectors
-
-    @property
-    def _torch_dtype(self) -> torch.dtype:
-        self.prepare()
-        dtype: torch.dtype = self._model.dtype
-        return dtype
-
-    def _read_config(self) -> Any:
-        try:
-            config = AutoConfig.from_pretrained(self.source, revision=self.revision)
-        except Exception as error:
-            raise self._unreadable("configuration", self.source, error) from None
-        if config.model_type != "clip":
-            heads = list(getattr(config, "architectures", None) or [config.model_type])
-            raise RewardError(
-                f"{self.field}: {self.source!r} is a {heads[0]}, and CLIP scores need a CLIPModel. Name another model."
-            )
-        return config
-
-    def _read_image_processor(self) -> Any:
-        if self._given is not None:
-            return self._of_object("image_processor")
-        place = str(self._processor or self.source)
-        # Pillow's arithmetic, also where torchvision is installed: the same numbers on every machine.
-        reader = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    def _read(self, part: str, reader: Any) -> Any:
+        """Image processor or tokenizer, from the folder of the processor if there is one."""
+        source = str(self._processor or self.source)
         try:
             with quiet():
-                return reader.from_pretrained(place, revision=None if self._processor else self.revision)
+                return reader.from_pretrained(source, revision=None if self._processor else self.revision)
         except Exception as error:
-            raise self._unreadable("image processor", place, error) from None
+            raise self._unreadable(part, source, error) from None
 
-    def _of_object(self, part: str) -> Any:
-        found = getattr(self._processor, part, None)
-        if found is None:
+    def _part_of_processor(self, part: str) -> Any:
+        value = getattr(self._processor, part, None)
+        if value is None:
             raise RewardError(
                 f"{self.field}: a CLIPModel given as an object needs its processor, which has no {part}; got "
                 f"{type(self._processor).__name__}. Give CLIPProcessor(image_processor=…, tokenizer=…) beside it, or "
                 "the model's folder."
             )
-        return found
+        return value
 
     def _read_model(self) -> Any:
-        dtype = getattr(torch, self.dtype)
         try:
             with quiet():
                 model, info = CLIPModel.from_pretrained(
                     self.source,
                     config=self.config,
-                    dtype=dtype,
+                    dtype=getattr(torch, self.dtype),
                     use_safetensors=True,
                     output_loading_info=True,
                     revision=self.revision,
@@ -205,45 +194,17 @@ class ClipModel(HeldWeights):
             )
         return model.to(self.device)
 
-    def _unreadable(self, what: str, name: str, error: Exception) -> RewardError:
+    def _unreadable(self, part: str, name: str, error: Exception) -> RewardError:
+        reason = f"there is no folder {Path(name).resolve()}"
         if Path(name).is_dir():
-            why = f"its {what} cannot be read: {one_line(error)}"
+            reason = f"its {part} cannot be read: {one_line(error)}"
         elif name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-            why = f"there is no folder {Path(name).resolve()}. Put it there, or name another."
-        elif HF_HUB_OFFLINE:  # what the client says then is a page, and that it was told to be offline
-            why = (
-                f"there is no folder {Path(name).resolve()}, and the hub's cache has no {what} of that name. "
+            reason += ". Put it there, or name another."
+        elif HF_HUB_OFFLINE:  # the client's own message is a page, and that it is offline
+            reason += (
+                f", and the hub's cache has no {part} of that name. "
                 "HF_HUB_OFFLINE is set: unset it, or download the model first."
             )
         else:
-            why = (
-                f"there is no folder {Path(name).resolve()}, and the hub gave no {what}: {one_line(error)[:200]}. "
-                "Check name and network."
-            )
-        return RewardError(f"{self.field}: {name!r} must be the folder or hub name of a CLIPModel; {why}")
-
-
-class ClipReward:
-    """A reward of images by the vectors of a CLIPModel."""
-
-    media = IMAGE_MEDIA
-    clip: ClipModel
-
-    def prepare(self) -> None:
-        """Reads the CLIPModel's weights, unless they are here: may take longer than a call is given."""
-        self.clip.prepare()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the CLIPModel's weights that are held now; 0 before they are read."""
-        return self.clip.nbytes
-
-    def release(self) -> None:
-        """Frees the CLIPModel's weights; the next call reads them again."""
-        self.clip.release()
-
-
-def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """The items in order, so many at a time."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+            reason += f", and the hub gave no {part}: {one_line(error)[:200]}. Check name and network."
+        return RewardError(f"{self.field}: {name!r} must be the folder or hub name of a CLIPModel; {reason}")

@@ -12,8 +12,8 @@ from pydantic import Field
 from raftune.arrays import FloatArray
 from raftune.data.images import LUMA
 from raftune.errors import ConfigError
+from raftune.rewards.batch import images
 from raftune.rewards.fingerprint import digest
-from raftune.rewards.media import pictures
 from raftune.rewards.registry import BuiltInReward, builtin
 
 
@@ -47,24 +47,15 @@ class ColourReward(BuiltInReward):
         self.fingerprint = digest("colour", 1, self.measure, list(self.colour or ()))
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-        return [self._value(np.asarray(picture, np.float64) / 255) for picture in pictures(completions, self.name)]
-
-    def _value(self, pixels: FloatArray) -> float:
-        if self.colour is not None:
-            return distance(pixels, np.array(self.colour) / 255)
-        return MEASURES[self.measure](pixels)
-
-
-def brightness(pixels: FloatArray) -> float:
-    return float((pixels @ LUMA).mean())
-
-
-def contrast(pixels: FloatArray) -> float:
-    return float((pixels @ LUMA).std())
+        arrays = [np.asarray(image, np.float64) / 255 for image in images(completions, self.name)]
+        if self.colour is not None:  # root mean square over pixels and channels
+            target = np.array(self.colour) / 255
+            return [float(np.sqrt(((pixels - target) ** 2).mean())) for pixels in arrays]
+        return [MEASURES[self.measure](pixels) for pixels in arrays]
 
 
 def saturation(pixels: FloatArray) -> float:
-    """As of the HSV model; a black pixel has none."""
+    """Saturation of the HSV model; a black pixel has none."""
     highest = pixels.max(axis=-1)
     return float(((highest - pixels.min(axis=-1)) / np.where(highest > 0, highest, 1.0)).mean())
 
@@ -77,19 +68,10 @@ def colourfulness(pixels: FloatArray) -> float:
     return float(spread + 0.3 * mean)
 
 
-def warmth(pixels: FloatArray) -> float:
-    return float(pixels[..., 0].mean() - pixels[..., 2].mean())
-
-
-def distance(pixels: FloatArray, colour: FloatArray) -> float:
-    """Root mean square over pixels and channels."""
-    return float(np.sqrt(((pixels - colour) ** 2).mean()))
-
-
 MEASURES: dict[str, Callable[[FloatArray], float]] = {
-    "brightness": brightness,
-    "contrast": contrast,
+    "brightness": lambda pixels: float((pixels @ LUMA).mean()),
+    "contrast": lambda pixels: float((pixels @ LUMA).std()),
     "saturation": saturation,
     "colourfulness": colourfulness,
-    "warmth": warmth,
+    "warmth": lambda pixels: float(pixels[..., 0].mean() - pixels[..., 2].mean()),
 }

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from raftune.errors import ConfigError
+from raftune.rewards.batch import images
 from raftune.rewards.fingerprint import digest
-from raftune.rewards.media import pictures
 from raftune.rewards.registry import BuiltInReward, builtin
 
 
@@ -32,10 +32,10 @@ class FileSizeReward(BuiltInReward):
         self.fingerprint = digest("file_size", 1, self.format, self.quality if self.format == "jpeg" else 0)
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-        return [self._kilobytes(picture) for picture in pictures(completions, self.name)]
-
-    def _kilobytes(self, picture: Any) -> float:
-        buffer = io.BytesIO()
-        dials = {"quality": self.quality} if self.format == "jpeg" else {"compress_level": 9}
-        picture.save(buffer, format=self.format.upper(), **dials)
-        return len(buffer.getvalue()) / 1000
+        options = {"quality": self.quality} if self.format == "jpeg" else {"compress_level": 9}
+        sizes: list[float | None] = []
+        for image in images(completions, self.name):
+            buffer = io.BytesIO()
+            image.save(buffer, format=self.format.upper(), **options)
+            sizes.append(len(buffer.getvalue()) / 1000)
+        return sizes

@@ -15,9 +15,8 @@ from raftune.clients.url import ResponseTooLarge, is_local, post, web_url
 from raftune.config.secrets import masked, redacted
 from raftune.data.images import png_of
 from raftune.errors import ConfigError, RewardError
-from raftune.rewards.batch import RESERVED
+from raftune.rewards.batch import RESERVED, is_image
 from raftune.rewards.fingerprint import digest
-from raftune.rewards.media import is_image
 from raftune.rewards.registry import BuiltInReward, builtin
 from raftune.sanitize import one_line
 
@@ -56,9 +55,9 @@ class HttpReward(BuiltInReward):
         web_url(
             self.url, "http: options.url", "Write http://127.0.0.1:8000/score, for example.", "options.key_env: MY_KEY"
         )
-        for dial in ("batch_size", "concurrency"):
-            if getattr(self, dial) < 1:
-                raise ConfigError(f"http: options.{dial} must be 1 or more; got {getattr(self, dial)}.")
+        for option in ("batch_size", "concurrency"):
+            if getattr(self, option) < 1:
+                raise ConfigError(f"http: options.{option} must be 1 or more; got {getattr(self, option)}.")
         if self.key_env is not None and not os.environ.get(self.key_env):
             raise ConfigError(
                 f"http: options.key_env names the environment variable {self.key_env!r}, which is not set. Set it to "
@@ -68,97 +67,67 @@ class HttpReward(BuiltInReward):
             "http", 1, redacted(masked(self.url), references=False), self.batch_size, self.columns
         )
 
-    @property
-    def shown(self) -> str:
-        """The address without keys."""
-        return str(redacted(masked(self.url)))
-
     async def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Any]:
-        """The numbers as the server gave them. Raises RewardError for what is no answer."""
+        """The numbers as the server gave them. Raises RewardError for a response without them."""
         import httpx2
 
-        sent = self._columns(columns, len(completions))
-        gate = asyncio.Semaphore(self.concurrency)
-        # Proxies of the environment are for the world outside; a server on this machine is asked directly.
-        client = httpx2.AsyncClient(timeout=None, trust_env=not is_local(self.url), headers=self._headers())
-        bodies = [self._body(prompts, completions, sent, at) for at in range(0, len(completions), self.batch_size)]
+        lists = {name: values for name, values in columns.items() if name not in RESERVED and isinstance(values, list)}
+        names = list(lists) if self.columns is None else self.columns
+        if missing := [name for name in names if name not in lists]:
+            have = ", ".join(sorted(lists)) or "none"
+            raise RewardError(f"http: options.columns names {missing[0]!r}, which the prompts lack; there are: {have}")
+        key = os.environ.get(self.key_env or "")
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        slots = asyncio.Semaphore(self.concurrency)
+        # Proxies of the environment are for other machines; a server on this one is asked directly.
+        client = httpx2.AsyncClient(
+            timeout=None, trust_env=not is_local(self.url), headers=headers | (self.headers or {})
+        )
+        tasks = []
         try:
             async with client, asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._ask(client, gate, body)) for body in bodies]
+                for start in range(0, len(completions), self.batch_size):
+                    rows = slice(start, start + self.batch_size)
+                    part, others = completions[rows], {name: lists[name][rows] for name in names}
+                    has_images = any(is_image(completion) for completion in part)
+                    if has_images:
+                        part = [base64.b64encode(png_of(image)).decode("ascii") for image in part]
+                    media = "image" if has_images else "text"
+                    body = {"prompts": prompts[rows], "completions": part, "media": media, "columns": others}
+                    tasks.append(group.create_task(self._request(client, slots, body)))
         except ExceptionGroup as several:  # the first to fail ends the others
             raise several.exceptions[0] from None
         return [score for task in tasks for score in task.result()]
 
-    def _columns(self, given: dict[str, Any], size: int) -> dict[str, list[Any]]:
-        """The columns of the data set that are to be sent. Raises RewardError for one that is not there."""
-        found = {name: values for name, values in given.items() if name not in RESERVED and isinstance(values, list)}
-        if self.columns is None:
-            return found
-        if missing := [name for name in self.columns if name not in found]:
-            have = ", ".join(sorted(found)) or "none"
-            raise RewardError(f"http: options.columns names {missing[0]!r}, which the prompts lack; there are: {have}")
-        return {name: found[name] for name in self.columns}
-
-    def _body(
-        self, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]], start: int
-    ) -> dict[str, Any]:
-        chosen = slice(start, start + self.batch_size)
-        answers = completions[chosen]
-        pictures = any(is_image(answer) for answer in answers)
-        return {
-            "prompts": prompts[chosen],
-            "completions": [as_text(answer) for answer in answers] if pictures else answers,
-            "media": "image" if pictures else "text",
-            "columns": {name: values[chosen] for name, values in columns.items()},
-        }
-
-    def _headers(self) -> dict[str, str]:
-        key = os.environ.get(self.key_env or "")
-        bearer = {"Authorization": f"Bearer {key}"} if key else {}
-        return {"Content-Type": "application/json", **bearer, **(self.headers or {})}
-
-    async def _ask(self, client: httpx2.AsyncClient, gate: asyncio.Semaphore, body: dict[str, Any]) -> list[Any]:
+    async def _request(self, client: httpx2.AsyncClient, slots: asyncio.Semaphore, body: dict[str, Any]) -> list[Any]:
         """The scores of one request. Raises RewardError."""
         import httpx2
 
-        async with gate:
+        address = redacted(masked(self.url))  # without keys
+        try:
+            content = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        except TypeError as error:
+            raise RewardError(
+                f"http: the columns cannot be sent as JSON: {error}. Name others: options.columns."
+            ) from None
+        async with slots:
             try:
-                response = await post(client, self.url, MOST_BYTES, content=encoded(body))
+                response = await post(client, self.url, MOST_BYTES, content=content)
             except (httpx2.HTTPError, ResponseTooLarge) as error:
-                raise RewardError(f"{self.shown}: {one_line(str(error), EXCERPT) or type(error).__name__}") from None
+                raise RewardError(f"{address}: {one_line(str(error), EXCERPT) or type(error).__name__}") from None
+        text = masked(response.text)
+        for secret in (os.environ.get(self.key_env or ""), *(self.headers or {}).values()):
+            text = text.replace(secret, "***") if secret else text
+        excerpt = one_line(text, EXCERPT)
         if not response.is_success:
-            raise RewardError(f"{self.shown}: HTTP {response.status_code}: {self._shown(response)}")
-        return self._scores(response, len(body["completions"]))
-
-    def _scores(self, response: httpx2.Response, size: int) -> list[Any]:
-        """What lies under "scores"; one entry a sample. Raises RewardError."""
+            raise RewardError(f"{address}: HTTP {response.status_code}: {excerpt}")
         try:
             scores = response.json()["scores"]
         except (ValueError, TypeError, KeyError):
             scores = None
         if not isinstance(scores, list):
-            said = self._shown(response) or "an empty body"
-            raise RewardError(f'{self.shown}: the answer must be {{"scores": […]}}; got {said}')
+            raise RewardError(f'{address}: the answer must be {{"scores": […]}}; got {excerpt or "an empty body"}')
+        size = len(body["completions"])
         if len(scores) != size:
-            raise RewardError(f"{self.shown}: {len(scores)} scores for {size} completions; there must be one for each")
+            raise RewardError(f"{address}: {len(scores)} scores for {size} completions; there must be one for each")
         return scores
-
-    def _shown(self, response: httpx2.Response) -> str:
-        """The beginning of what the server said, on one line, the key blotted out where it was repeated."""
-        text = masked(response.text)
-        for secret in (os.environ.get(self.key_env or ""), *(self.headers or {}).values()):
-            text = text.replace(secret, "***") if secret else text
-        return one_line(text, EXCERPT)
-
-
-def as_text(picture: Any) -> str:
-    """The image as PNG in base64."""
-    return base64.b64encode(png_of(picture)).decode("ascii")
-
-
-def encoded(body: dict[str, Any]) -> bytes:
-    """The body as JSON. Raises RewardError for a column whose values JSON does not know."""
-    try:
-        return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-    except TypeError as error:
-        raise RewardError(f"http: the columns cannot be sent as JSON: {error}. Name others: options.columns.") from None

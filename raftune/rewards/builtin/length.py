@@ -8,14 +8,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from raftune.errors import ConfigError
-from raftune.rewards.builtin.text import Unit, pieces
+from raftune.rewards.builtin.text import Unit, UnitsReward
 from raftune.rewards.fingerprint import digest
-from raftune.rewards.registry import BuiltInReward, builtin
+from raftune.rewards.registry import builtin
 
 
 @builtin("length", media=("text", "messages"), example={"target": 20})
 @dataclass
-class LengthReward(BuiltInReward):
+class LengthReward(UnitsReward):
     """0 for a length within [min, max] or at the target, otherwise minus the relative distance to the nearest bound.
 
     A length of 30 against a target of 20 gives -0.5. Give either target, or min, max or both.
@@ -41,19 +41,9 @@ class LengthReward(BuiltInReward):
             raise ConfigError(f"length: min must not exceed max; got min {self.min} and max {self.max}")
         self.fingerprint = digest("length", 1, self.target, self.min, self.max, self.unit)
 
-    def __call__(
-        self,
-        *,
-        prompts: list[Any],
-        completions: list[Any],
-        completion_ids: list[list[int]] | None = None,
-        **columns: Any,
-    ) -> list[float | None]:
-        return [self._value(len(items)) for items in pieces(completions, self.unit, completion_ids)]
-
-    def _value(self, length: int) -> float:
-        if self._low is not None and length < self._low:
-            return (length - self._low) / self._low
-        if self._high is not None and length > self._high:
-            return (self._high - length) / max(self._high, 1.0)
+    def value(self, units: list[Any]) -> float:
+        if self._low is not None and len(units) < self._low:
+            return (len(units) - self._low) / self._low
+        if self._high is not None and len(units) > self._high:
+            return (self._high - len(units)) / max(self._high, 1.0)
         return 0.0

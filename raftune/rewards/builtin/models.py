@@ -1,14 +1,19 @@
-"""Helpers of rewards that are models: weights read when needed, and their hashes."""
+"""Common parts of rewards that are models: options, weights that are read when needed, and their hashes."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import torch
+from pydantic import Field
 
 from raftune.rewards import fingerprint
+from raftune.rewards.registry import BuiltInReward
+
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], Field(description="Precision of the model's weights.")]
+Revision = Annotated[str | None, Field(description="Branch, tag or commit of a hub model.")]
+ImageBatch = Annotated[int, Field(description="Images in a forward pass.")]
 
 
 class HeldWeights(ABC):
@@ -35,16 +40,36 @@ class HeldWeights(ABC):
     def _read_model(self) -> Any: ...
 
 
+class ClipReward(BuiltInReward):
+    """A reward of images by the vectors of a ClipModel, which `load` reads."""
+
+    clip_model: Any
+
+    def prepare(self) -> None:
+        """Reads the CLIPModel's weights, unless they are here: may take longer than a call is given."""
+        self.clip_model.prepare()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the CLIPModel's weights that are held now; 0 before they are read."""
+        return int(self.clip_model.nbytes)
+
+    def release(self) -> None:
+        """Frees the CLIPModel's weights; the next call reads them again."""
+        self.clip_model.release()
+
+
 def weights_fingerprint(source: str, config: Any, revision: str | None, model: Any = None) -> str:
     """The hash of a folder's files, a hub model's name and commit, or of the numbers of a model given as an object."""
     if model is not None:
-        state = sorted(model.state_dict().items())
-        return fingerprint.digest([[key, fingerprint.of_bytes(_bytes(tensor))] for key, tensor in state])
+        import torch
+
+        hashes = []
+        for key, tensor in sorted(model.state_dict().items()):
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            hashes.append([key, fingerprint.of_bytes(data)])
+        return fingerprint.digest(hashes)
     folder = Path(source).expanduser()
     if folder.is_dir():
         return fingerprint.of_folder(folder)
     return f"{source}@{getattr(config, '_commit_hash', None) or revision}"
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

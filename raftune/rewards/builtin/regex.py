@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from raftune.data.classifier_inputs import text_of
 from raftune.errors import ConfigError
-from raftune.rewards.builtin.text import text_of
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.registry import BuiltInReward, builtin
 
@@ -44,11 +44,9 @@ class RegexReward(BuiltInReward):
         self.fingerprint = digest("regex", 1, self.pattern, self.match, self.otherwise, self.mode)
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-        return [self._value(text_of(completion)) for completion in completions]
-
-    def _value(self, text: str) -> float:
+        texts = [text_of(completion) for completion in completions]
         if self.mode == "count":
-            found = sum(1 for _ in self._compiled.finditer(text))
-            return self.match * found if found else self.otherwise
-        hit = self._compiled.fullmatch(text) if self.mode == "fullmatch" else self._compiled.search(text)
-        return self.match if hit else self.otherwise
+            counts = [sum(1 for _ in self._compiled.finditer(text)) for text in texts]
+            return [self.match * count if count else self.otherwise for count in counts]
+        match = self._compiled.fullmatch if self.mode == "fullmatch" else self._compiled.search
+        return [self.match if match(text) else self.otherwise for text in texts]

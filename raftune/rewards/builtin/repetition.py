@@ -8,14 +8,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from raftune.errors import ConfigError
-from raftune.rewards.builtin.text import Unit, pieces
+from raftune.rewards.builtin.text import Unit, UnitsReward
 from raftune.rewards.fingerprint import digest
-from raftune.rewards.registry import BuiltInReward, builtin
+from raftune.rewards.registry import builtin
 
 
 @builtin("repetition", media=("text", "messages"), example={"ngram_size": 3})
 @dataclass
-class RepetitionReward(BuiltInReward):
+class RepetitionReward(UnitsReward):
     """Minus the share of n-grams that occurred earlier in the completion, in [-1, 0]; case is ignored.
 
     `a b a b a b` has the bigrams ab, ba, ab, ba, ab: three of five are repeated, and the reward is -0.6.
@@ -29,17 +29,7 @@ class RepetitionReward(BuiltInReward):
             raise ConfigError(f"repetition: ngram_size must be 1 or more; got {self.ngram_size}. Usual is 3.")
         self.fingerprint = digest("repetition", 1, self.ngram_size, self.unit)
 
-    def __call__(
-        self,
-        *,
-        prompts: list[Any],
-        completions: list[Any],
-        completion_ids: list[list[int]] | None = None,
-        **columns: Any,
-    ) -> list[float | None]:
-        return [self._value(items) for items in pieces(completions, self.unit, completion_ids)]
-
-    def _value(self, items: list[Any]) -> float:
-        folded = [item.casefold() if isinstance(item, str) else item for item in items]
+    def value(self, units: list[Any]) -> float:
+        folded = [unit.casefold() if isinstance(unit, str) else unit for unit in units]
         ngrams = list(zip(*(folded[i:] for i in range(self.ngram_size)), strict=False))
         return len(set(ngrams)) / len(ngrams) - 1.0 if ngrams else 0.0

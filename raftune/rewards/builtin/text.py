@@ -1,4 +1,4 @@
-"""Text of a completion, split into words or lines."""
+"""Base class of rewards that count the words, characters or tokens of a completion."""
 
 from __future__ import annotations
 
@@ -8,21 +8,35 @@ from pydantic import Field
 
 from raftune.data.classifier_inputs import text_of
 from raftune.errors import RewardError
+from raftune.rewards.registry import BuiltInReward
 
-__all__ = ["TEXT_MEDIA", "Unit", "pieces", "text_of"]
-
-TEXT_MEDIA = frozenset({"text", "messages"})
 Unit = Annotated[
     Literal["words", "characters", "tokens"],
     Field(description="What is counted: words (separated by white space), characters, or tokens (EOS included)."),
 ]
 
 
-def pieces(completions: list[Any], unit: Unit, completion_ids: list[list[int]] | None) -> list[list[Any]]:
-    """Each completion as a list of words (split at white space), characters, or token ids (EOS included)."""
-    if unit == "tokens":
-        if completion_ids is None:
-            raise RewardError("unit: tokens needs completion_ids, which these samples lack; use words or characters")
-        return completion_ids
-    texts = [text_of(completion) for completion in completions]
-    return [text.split() if unit == "words" else list(text) for text in texts]
+class UnitsReward(BuiltInReward):
+    """A reward that is a function of a completion's units: words, characters, or token ids (EOS included)."""
+
+    unit: Unit
+
+    def value(self, units: list[Any]) -> float:
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        *,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        if self.unit == "tokens":
+            if completion_ids is None:
+                raise RewardError(
+                    "unit: tokens needs completion_ids, which these samples lack; use words or characters"
+                )
+            return [self.value(ids) for ids in completion_ids]
+        texts = [text_of(completion) for completion in completions]
+        return [self.value(text.split() if self.unit == "words" else list(text)) for text in texts]

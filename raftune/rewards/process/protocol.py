@@ -17,8 +17,7 @@ import pyarrow as pa
 from raftune.data.images import as_rgb, image_of
 from raftune.errors import RewardError
 from raftune.records import RewardPart, ScoreStatus
-from raftune.rewards.batch import RewardBatch, RewardLog
-from raftune.rewards.media import is_image
+from raftune.rewards.batch import RewardBatch, RewardLog, is_image
 from raftune.rewards.outcome import RewardOutcome
 
 PLAIN = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), bytes: pa.binary()}

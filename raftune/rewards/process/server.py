@@ -47,7 +47,7 @@ def main() -> None:
     # The first conversion to Arrow imports for a third of a second, which must not count against a call's time limit.
     batch_from(batch_table(RewardBatch([""], [""])), {})
     accepts, is_async = getattr(reward, "accepts", None), getattr(reward, "is_async", False)
-    facts = {"name": reward.name, "fingerprint": reward.fingerprint, "media": sorted(reward.media)}
+    facts: dict[str, Any] = {"name": reward.name, "fingerprint": reward.fingerprint, "media": sorted(reward.media)}
     facts |= {"accepts": None if accepts is None else sorted(accepts), "is_async": is_async}
     channel.send(0, packed(facts))
     loop = None

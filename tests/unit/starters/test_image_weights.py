@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, CLIPModel
 
 from raftune.rewards.builtin.aesthetic import AestheticReward
 from raftune.rewards.builtin.clip_score import ClipScoreReward
-from raftune.rewards.builtin.model_options import AestheticOptions, ClipScoreOptions
 from raftune.starters import image
 from raftune.starters.image.judge import all_right
 from raftune.starters.image.pictures import ANY_RADIUS, ATTRIBUTES, SCENES, as_image, paint
@@ -76,7 +75,7 @@ def test_a_policy_errs_and_leaves_headroom_that_eight_draws_can_find(name: str, 
 
 
 def test_clip_ranks_a_pictures_own_caption_above_one_with_a_wrong_word(shown: tuple[list[Any], list[Any]]) -> None:
-    score = ClipScoreReward(ClipScoreOptions(model=str(image.reward_path())), device="cpu")
+    score = ClipScoreReward(model=str(image.reward_path())).load(device="cpu")
     scenes, pictures = shown
     own = np.array(score(prompts=[scene.caption for scene in scenes], completions=pictures))
     for name, words in ATTRIBUTES.items():
@@ -96,7 +95,7 @@ def test_clip_reads_a_whole_caption_and_knows_its_own_end() -> None:
 
 
 def test_the_aesthetic_head_likes_clean_pictures_better_than_spoiled_ones(shown: tuple[list[Any], list[Any]]) -> None:
-    head = AestheticReward(AestheticOptions(model=str(image.aesthetic_path())), device="cpu")
+    head = AestheticReward(model=str(image.aesthetic_path())).load(device="cpu")
     scenes, pictures = shown
     worse = list(map(as_image, spoiled(scenes, np.random.default_rng(3), ANY_RADIUS)))
     found = np.array(head(prompts=[""] * 256, completions=[*pictures, *worse]), dtype=float).reshape(2, 128)

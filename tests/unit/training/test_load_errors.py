@@ -14,7 +14,7 @@ from transformers import PhimoeConfig, PhimoeForCausalLM
 
 from raftune.errors import ModelError, RewardError
 from raftune.policies.causal_lm import CausalLM
-from raftune.rewards.builtin.classifier import ClassifierOptions, ClassifierReward
+from raftune.rewards.builtin.classifier import ClassifierReward
 from raftune.training.quiet import quiet
 from tests.builders import VOCABULARY, parts, save_tiny, tiny_llama, tiny_tokenizer, unit_of, write_rows
 from tests.unit.policies.causal_lm.fits import some_rows, tuned
@@ -116,4 +116,4 @@ def test_lora_on_all_linear_layers_leaves_out_routers_that_return_tuples(tmp_pat
 def test_a_lora_reward_model_is_told_how_to_become_whole(base: Path, tmp_path: Path) -> None:
     adapter = saved_adapter(tmp_path / "reward", LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]), base)
     with pytest.raises(RewardError, match=r"is an adapter alone\. Merge it into its base: AutoPeftModelForSequence"):
-        ClassifierReward(ClassifierOptions(model=str(adapter)))
+        ClassifierReward(model=str(adapter)).load()

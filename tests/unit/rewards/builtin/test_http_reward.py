@@ -16,7 +16,7 @@ from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import ConfigError
 from raftune.records import ScoreStatus
 from raftune.rewards import RewardBatch, load_panel, load_reward
-from raftune.rewards.examples import example_pictures
+from raftune.rewards.examples import example_images
 from tests.runs.http_judge import judging
 
 
@@ -54,7 +54,7 @@ def test_texts_are_sent_with_prompts_and_columns_in_requests_of_the_given_size(
 def test_pictures_arrive_as_they_are(server: str) -> None:
     import numpy as np
 
-    batch = example_pictures(mixed_sizes=True)
+    batch = example_images(mixed_sizes=True)
     expected = [float(np.asarray(picture, np.float64).mean()) for picture in batch.completions]
     assert [value for value, _, _ in asked(f"{server}/brightness", batch, batch_size=5)] == pytest.approx(expected)
 

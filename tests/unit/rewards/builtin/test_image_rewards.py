@@ -20,12 +20,12 @@ from raftune.errors import ConfigError, RewardError
 from raftune.rewards import load_reward
 from raftune.rewards.builtin.aesthetic import AestheticReward, load_head, save_head
 from raftune.rewards.builtin.clip import ClipModel
-from raftune.rewards.builtin.model_options import PICK_PROCESSOR, PickScoreOptions
-from raftune.rewards.examples import LONG, example_pictures
+from raftune.rewards.builtin.clip_score import PICK_PROCESSOR, PickScoreReward
+from raftune.rewards.examples import LONG, example_images
 from raftune.training.devices import choose_device, devices
 from tests.builders import clip_image_processor, clip_tokenizer, save_tiny, tiny_clip, tiny_clip_model
 
-PICTURES = example_pictures(mixed_sizes=True)
+PICTURES = example_images(mixed_sizes=True)
 TEXTS = ["red", "a red disc", "blue", "x", "", LONG, "Naive?", "two words"] * 2
 
 
@@ -82,9 +82,9 @@ def test_a_folder_a_model_and_a_pick_score_of_the_same_weights_score_alike(clip:
 
 
 def test_only_the_published_pick_score_takes_the_published_processor() -> None:
-    assert PickScoreOptions().processor == PICK_PROCESSOR
-    assert PickScoreOptions(processor="mine").processor == "mine"
-    assert PickScoreOptions(model="mine").processor is None
+    assert PickScoreReward().processor == PICK_PROCESSOR
+    assert PickScoreReward(processor="mine").processor == "mine"
+    assert PickScoreReward(model="mine").processor is None
 
 
 def test_a_model_given_as_an_object_needs_its_processor() -> None:
