@@ -17,6 +17,7 @@ from raftune.rewards import fingerprint
 from raftune.rewards.builtin.models import Dtype, HeldWeights, Revision, weights_fingerprint
 from raftune.rewards.outcome import hub_error
 from raftune.rewards.registry import BuiltInReward, builtin
+from raftune.training.load_errors import why_not_loaded
 
 
 @builtin(
@@ -230,10 +231,7 @@ class ClassifierReward(HeldWeights, BuiltInReward):
     def _read_config(self) -> Any:
         from transformers import AutoConfig
 
-        try:
-            config = AutoConfig.from_pretrained(self.model, **self._hub)
-        except Exception as error:
-            raise self._unreadable("model", self.model, error) from None
+        config = self._read("model", AutoConfig, self.model, **self._hub)
         heads = list(getattr(config, "architectures", None) or [])
         if heads and not any("ForSequenceClassification" in head for head in heads):
             raise RewardError(
@@ -245,12 +243,9 @@ class ClassifierReward(HeldWeights, BuiltInReward):
     def _read_tokenizer(self, tokenizer: Any) -> None:
         from transformers import AutoTokenizer
 
-        name = self.tokenizer or self._source
         if tokenizer is None:
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(name, **self._hub)
-            except Exception as error:
-                raise self._unreadable("tokenizer", name, error) from None
+            name = self.tokenizer or self._source
+            tokenizer = self._read("tokenizer", AutoTokenizer, name, **self._hub)
             if is_hollow(tokenizer):
                 raise RewardError(
                     f"reward model {self._source!r}: the tokenizer at {name!r} knows no words: its files are missing. "
@@ -263,42 +258,22 @@ class ClassifierReward(HeldWeights, BuiltInReward):
         self._truncation = tokenizer.backend_tokenizer.truncation if tokenizer.is_fast else None
 
     def _read_model(self) -> Any:
-        import torch
-        from transformers import AutoModelForSequenceClassification
+        from transformers import AutoModelForSequenceClassification as Model
 
-        from raftune.training.quiet import quiet
+        label = f"reward model {self._source!r}"
+        return self._read_weights(Model, self.model, self.dtype, label, **self._hub).to(self._device)
 
-        try:
-            with quiet():
-                model, info = AutoModelForSequenceClassification.from_pretrained(
-                    self.model,
-                    config=self.config,
-                    dtype=getattr(torch, self.dtype),
-                    use_safetensors=True,
-                    output_loading_info=True,
-                    **self._hub,
-                )
-        except Exception as error:
-            raise self._unreadable("weights", self.model, error) from None
-        if missing := sorted(info["missing_keys"]):
-            raise RewardError(
-                f"reward model {self._source!r}: its files lack {missing[0]!r}; its numbers would be random"
-            )
-        return model.to(self._device)
-
-    def _unreadable(self, part: str, name: str, error: Exception) -> RewardError:
-        from raftune.training.load_errors import why_not_loaded
-
-        folder = Path(name).expanduser()
+    def _unreadable(self, part: str, source: str, error: Exception) -> RewardError:
+        folder = Path(source).expanduser()
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
             return RewardError(
-                f"reward_funcs: a reward model must be whole; {name!r} is an adapter alone. Merge it into its base: "
-                f"AutoPeftModelForSequenceClassification.from_pretrained({name!r}).merge_and_unload()"
+                f"reward_funcs: a reward model must be whole; {source!r} is an adapter alone. Merge it into its base: "
+                f"AutoPeftModelForSequenceClassification.from_pretrained({source!r}).merge_and_unload()"
                 ".save_pretrained(FOLDER), save its tokenizer there too, and name that folder."
             )
         if folder.is_dir():
-            return RewardError(f"reward_funcs: {name!r}: its {part} cannot be read: {why_not_loaded(error, name)}")
+            return RewardError(f"reward_funcs: {source!r}: its {part} cannot be read: {why_not_loaded(error, source)}")
         return RewardError(
-            f"reward_funcs: {name!r} is no built-in reward and no module:function, and as a model's folder or hub name "
-            f"its {part} cannot be read: {hub_error(error)}. Check the name, or give a folder."
+            f"reward_funcs: {source!r} is no built-in reward and no module:function, and as a model's folder or hub "
+            f"name its {part} cannot be read: {hub_error(error)}. Check the name, or give a folder."
         )

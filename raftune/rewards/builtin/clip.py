@@ -21,7 +21,6 @@ from raftune.rewards import fingerprint
 from raftune.rewards.builtin.models import HeldWeights, weights_fingerprint
 from raftune.rewards.outcome import one_line
 from raftune.training.devices import choose_device
-from raftune.training.quiet import quiet
 
 
 class ClipModel(HeldWeights):
@@ -55,10 +54,7 @@ class ClipModel(HeldWeights):
             self.config = model.config
             self._image_processor = self._part_of_processor("image_processor")
             return
-        try:
-            self.config = AutoConfig.from_pretrained(self.source, revision=revision)
-        except Exception as error:
-            raise self._unreadable("configuration", self.source, error) from None
+        self.config = self._read("configuration", AutoConfig, self.source, revision=revision)
         if self.config.model_type != "clip":
             heads = list(getattr(self.config, "architectures", None) or [self.config.model_type])
             raise RewardError(
@@ -66,7 +62,7 @@ class ClipModel(HeldWeights):
             )
         # Pillow's arithmetic, also where torchvision is installed: the same numbers on every machine.
         reader = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-        self._image_processor = self._read("image processor", reader)
+        self._image_processor = self._read_part("image processor", reader)
 
     # -- vectors ----------------------------------------------------------------------------------------------------
 
@@ -133,7 +129,7 @@ class ClipModel(HeldWeights):
         """The tokenizer. Raises RewardError where it cannot be read."""
         if self._given is not None:
             return self._part_of_processor("tokenizer")
-        tokenizer = self._read("tokenizer", AutoTokenizer)
+        tokenizer = self._read_part("tokenizer", AutoTokenizer)
         if is_hollow(tokenizer):
             raise RewardError(
                 f"{self.field}: the tokenizer of {str(self._processor or self.source)!r} knows no words: its files are "
@@ -155,14 +151,10 @@ class ClipModel(HeldWeights):
         words = sorted(self.tokenizer.get_vocab().items())
         return fingerprint.digest(self.fingerprint, type(self.tokenizer).__name__, words, self.limit)
 
-    def _read(self, part: str, reader: Any) -> Any:
+    def _read_part(self, part: str, reader: Any) -> Any:
         """Image processor or tokenizer, from the folder of the processor if there is one."""
-        source = str(self._processor or self.source)
-        try:
-            with quiet():
-                return reader.from_pretrained(source, revision=None if self._processor else self.revision)
-        except Exception as error:
-            raise self._unreadable(part, source, error) from None
+        source, revision = (self._processor, None) if self._processor else (self.source, self.revision)
+        return self._read(part, reader, str(source), revision=revision)
 
     def _part_of_processor(self, part: str) -> Any:
         value = getattr(self._processor, part, None)
@@ -175,30 +167,15 @@ class ClipModel(HeldWeights):
         return value
 
     def _read_model(self) -> Any:
-        try:
-            with quiet():
-                model, info = CLIPModel.from_pretrained(
-                    self.source,
-                    config=self.config,
-                    dtype=getattr(torch, self.dtype),
-                    use_safetensors=True,
-                    output_loading_info=True,
-                    revision=self.revision,
-                )
-        except Exception as error:
-            raise self._unreadable("weights", self.source, error) from None
-        if missing := sorted(info["missing_keys"]):
-            raise RewardError(
-                f"{self.field}: the files of {self.source!r} lack {missing[0]!r}; its numbers would be random. Fetch "
-                "the model again."
-            )
+        label = f"{self.field}: {self.source!r}"
+        model = self._read_weights(CLIPModel, self.source, self.dtype, label, revision=self.revision)
         return model.to(self.device)
 
-    def _unreadable(self, part: str, name: str, error: Exception) -> RewardError:
-        reason = f"there is no folder {Path(name).resolve()}"
-        if Path(name).is_dir():
+    def _unreadable(self, part: str, source: str, error: Exception) -> RewardError:
+        reason = f"there is no folder {Path(source).resolve()}"
+        if Path(source).is_dir():
             reason = f"its {part} cannot be read: {one_line(error)}"
-        elif name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        elif source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
             reason += ". Put it there, or name another."
         elif HF_HUB_OFFLINE:  # the client's own message is a page, and that it is offline
             reason += (
@@ -207,4 +184,4 @@ class ClipModel(HeldWeights):
             )
         else:
             reason += f", and the hub gave no {part}: {one_line(error)[:200]}. Check name and network."
-        return RewardError(f"{self.field}: {name!r} must be the folder or hub name of a CLIPModel; {reason}")
+        return RewardError(f"{self.field}: {source!r} must be the folder or hub name of a CLIPModel; {reason}")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from raftune.errors import RewardError
 from raftune.rewards import fingerprint
 from raftune.rewards.registry import BuiltInReward
 
@@ -19,6 +20,7 @@ ImageBatch = Annotated[int, Field(description="Images in a forward pass.")]
 class HeldWeights(ABC):
     """A model whose weights are read by `prepare` or the first use; one given as an object stays its owner's."""
 
+    config: Any
     _given: Any
     _model: Any = None
 
@@ -38,6 +40,31 @@ class HeldWeights(ABC):
 
     @abstractmethod
     def _read_model(self) -> Any: ...
+
+    @abstractmethod
+    def _unreadable(self, part: str, source: str, error: Exception) -> RewardError: ...
+
+    def _read(self, part: str, reader: Any, source: str, **options: Any) -> Any:
+        """What `reader.from_pretrained` reads. Raises RewardError that names the part."""
+        from raftune.training.quiet import quiet
+
+        try:
+            with quiet():
+                return reader.from_pretrained(source, **options)
+        except Exception as error:
+            raise self._unreadable(part, source, error) from None
+
+    def _read_weights(self, reader: Any, source: str, dtype: str, label: str, **options: Any) -> Any:
+        """The model with all its weights, on the CPU. Raises RewardError."""
+        import torch
+
+        options |= {"config": self.config, "dtype": getattr(torch, dtype), "use_safetensors": True}
+        model, info = self._read("weights", reader, source, output_loading_info=True, **options)
+        if missing := sorted(info["missing_keys"]):
+            raise RewardError(
+                f"{label}: its files lack {missing[0]!r}; its numbers would be random. Fetch the model again."
+            )
+        return model
 
 
 class ClipReward(BuiltInReward):

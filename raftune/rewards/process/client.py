@@ -22,13 +22,13 @@ from raftune.errors import ConfigError, RaftuneError, RewardError
 from raftune.records import ScoreStatus
 from raftune.rewards.batch import RewardBatch
 from raftune.rewards.outcome import RewardOutcome, one_line, whole
-from raftune.rewards.process.executors import DeathCounter, WorkerThread, call, finished
+from raftune.rewards.process.executors import DeathCounter, Executor, WorkerThread, call, finished
 from raftune.rewards.process.protocol import batch_table, outcome_from, packed, unpacked
 
 LOAD_SECONDS = 300.0
 
 
-class ProcessReward:
+class ProcessReward(Executor):
     """Started at once, so that a spec which cannot be loaded is known early; restarted after a kill or an exit.
 
     Raises ConfigError for a wrong spec, RewardError for code that cannot be imported.

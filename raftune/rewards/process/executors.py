@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar
 
 from raftune.engines.process import ProcessDied
 from raftune.errors import RewardError
@@ -33,48 +33,36 @@ MOST_TRIES = 3
 PAUSE_SECONDS = 0.25  # before another try after a death that came from outside, and twice that before the next
 
 
-class Executor(Protocol):
-    """Starts calls of one reward, and gives up one that takes too long. What a reward raises, a future does not."""
+class Executor:
+    """Calls one reward and gives up a call that takes too long. This one calls it inline.
 
-    @property
-    def place(self) -> str:
-        """here, thread, loop or process."""
-        ...
-
-    def start(self, batch: RewardBatch) -> Future[RewardOutcome]: ...
-
-    def give_up(self, future: Future[RewardOutcome]) -> str:
-        """Leaves the call behind; says in words what became of it."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class InlineExecutor:
-    """A reward model, on the caller's own thread, where no time limit can interrupt it.
-
-    Each thread that uses tensors gets a pool of OpenMP threads of its own, and with more of these than cores every
-    parallel step waits on the scheduler: a model on a thread of its own made all later generating twice as slow.
+    A reward model runs on the caller's own thread, where no time limit can interrupt it. Each thread that uses tensors
+    gets a pool of OpenMP threads of its own, and with more of these than cores every parallel step waits on the
+    scheduler: a model on a thread of its own made all later generating twice as slow.
     """
 
-    place = "here"
+    place = "here"  # here, thread, loop or process
 
     def __init__(self, reward: Any) -> None:
         self._reward = reward
 
     def start(self, batch: RewardBatch) -> Future[RewardOutcome]:
-        """The call is over when this returns."""
+        """Starts a call; what the reward raises is in its outcome. Inline the call is over when this returns."""
         self._reward.prepare()
         return finished(attempt(self._reward, batch, ours=True))
 
     def give_up(self, future: Future[RewardOutcome]) -> str:
+        """Leaves the call behind; says in words what became of it."""
         return "it had ended"
 
+    def died(self, death: ProcessDied) -> None:
+        """Notes that the reward's process died, and that the batch is sent again."""
+
     def close(self) -> None:
-        """Does nothing."""
+        """Ends what the executor started."""
 
 
-class ThreadExecutor:
+class ThreadExecutor(Executor):
     """A callable in this process. Python cannot end a thread: a hung call is left behind and goes on.
 
     Time limits that a reward sets itself by signals work on the main thread only, hence not here.
@@ -83,13 +71,14 @@ class ThreadExecutor:
     place = "thread"
 
     def __init__(self, reward: Any) -> None:
-        self._reward = reward
+        super().__init__(reward)
         self._thread = WorkerThread(f"raftune reward {reward.name}")
 
     def start(self, batch: RewardBatch) -> Future[RewardOutcome]:
         return self._thread.submit(lambda: attempt(self._reward, batch))
 
     def give_up(self, future: Future[RewardOutcome]) -> str:
+        self._thread.close()
         self._thread.replace()
         return "its thread was left behind (a reward given as file.py:function could have been ended)"
 
@@ -97,13 +86,14 @@ class ThreadExecutor:
         self._thread.close()
 
 
-class AsyncExecutor:
+class AsyncExecutor(Executor):
     """An async callable, on the loop that all async rewards of a set share: they wait side by side."""
 
     place = "loop"
 
     def __init__(self, reward: Any, loop: EventLoopThread) -> None:
-        self._reward, self._loop = reward, loop
+        super().__init__(reward)
+        self._loop = loop
 
     def start(self, batch: RewardBatch) -> Future[RewardOutcome]:
         return self._loop.submit(attempt_async(self._reward, batch))
@@ -116,17 +106,14 @@ class AsyncExecutor:
             return "it was cancelled"
         return "an async reward blocked the loop that they share (it must await, not sleep); the loop was left behind"
 
-    def close(self) -> None:
-        """Does nothing: the loop is shared."""
 
-
-def place(reward: Reward, loop: EventLoopThread) -> Executor:
+def place(reward: Reward | Executor, loop: EventLoopThread) -> Executor:
     """Where this reward runs; `loop` serves those that are async."""
-    if getattr(reward, "place", None) == "process":
-        return cast(Executor, reward)
+    if isinstance(reward, Executor):
+        return reward
     if getattr(reward, "is_async", False):
         return AsyncExecutor(reward, loop)
-    return InlineExecutor(reward) if hasattr(reward, "prepare") else ThreadExecutor(reward)
+    return Executor(reward) if hasattr(reward, "prepare") else ThreadExecutor(reward)
 
 
 def finished(outcome: RewardOutcome) -> Future[RewardOutcome]:
@@ -161,7 +148,7 @@ def finish(
         except ProcessDied as death:
             if deaths.add(death):
                 return whole(ScoreStatus.ERROR, f"the reward's process {death.reason}", len(batch))
-            cast(Any, executor).died(death)
+            executor.died(death)
         future, deadline = executor.start(batch), time.monotonic() + limit
 
 
@@ -227,10 +214,10 @@ def torch_defaults() -> Callable[[], None]:
     torch: Any = sys.modules.get("torch")
     if torch is None:
         return lambda: None
-    # Another thread's number of threads is not seen from here, and counts for MKL: it is always set again.
-    dtype, threads, precision = torch.get_default_dtype(), torch.get_num_threads(), torch.get_float32_matmul_precision()
     strict = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()  # another thread's number is not seen from here, and counts for MKL
     cudnn = {name: getattr(torch.backends.cudnn, name) for name in ("benchmark", "deterministic", "allow_tf32")}
 
     def restore() -> None:
@@ -249,22 +236,10 @@ class WorkerThread:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._start()
-
-    def submit(self, job: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
-        self._jobs.put((job, future))
-        return future
+        self.replace()
 
     def replace(self) -> None:
-        """Leaves the thread to its job and goes on with a new one."""
-        self.close()
-        self._start()
-
-    def close(self) -> None:
-        self._jobs.put(None)
-
-    def _start(self) -> None:
+        """Starts a new thread, and leaves the one before it to its job."""
         jobs: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
         self._jobs = jobs
 
@@ -278,6 +253,14 @@ class WorkerThread:
 
         threading.Thread(target=work, name=self._name, daemon=True).start()
 
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._jobs.put((job, future))
+        return future
+
+    def close(self) -> None:
+        self._jobs.put(None)
+
 
 class EventLoopThread:
     """An event loop on a daemon thread, started when first needed: a notebook's own loop is running already."""
@@ -287,30 +270,29 @@ class EventLoopThread:
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         if self._loop is None:
-            self._loop = loop = asyncio.new_event_loop()
-
-            def turn() -> None:
-                asyncio.set_event_loop(loop)
-                try:
-                    loop.run_forever()
-                finally:
-                    loop.close()
-
-            threading.Thread(target=turn, name="raftune async rewards", daemon=True).start()
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=_turn, args=(self._loop,), name="raftune async rewards", daemon=True).start()
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def recover(self, patience: float = 1.0) -> bool:
         """True if the loop still turns; otherwise it is left behind, and the next call starts a new one."""
-        if self._loop is None:
-            return True
         turning = threading.Event()
-        self._loop.call_soon_threadsafe(turning.set)
-        if turning.wait(patience):
-            return True
-        self._loop = None
-        return False
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(turning.set)
+            if not turning.wait(patience):
+                self._loop = None
+                return False
+        return True
 
     def close(self) -> None:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop = None
+
+
+def _turn(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
