@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import select
 import signal
@@ -20,6 +21,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -277,38 +279,33 @@ def forward_output(descriptor: int, ended: threading.Event) -> None:
     os.close(descriptor)
 
 
-def claim_channel() -> Channel:
-    """The channel of a child process, whose descriptors are its last two arguments: moved to high numbers that no
-    process started by the child inherits."""
-    inbox, outbox = (move_high(int(descriptor)) for descriptor in sys.argv[-2:])
-    channel = Channel(inbox, outbox)
-    os.register_at_fork(after_in_child=channel.close)
-    return channel
-
-
 def move_high(descriptor: int) -> int:
+    """A copy of the descriptor with a high number, which no child inherits; the descriptor itself is closed."""
     copy = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, LOWEST_DESCRIPTOR)
     os.close(descriptor)
     return copy
 
 
-def requests_of(channel: Channel, before_end: Callable[[], None] = lambda: None) -> Iterator[bytes]:
-    """The requests of a child process in turn; a request counts as answered when the next one is asked for.
+def serve(
+    before_end: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[bytes, Callable[[bytes | memoryview], None]]]:
+    """The requests to a child process in turn, each with the function that sends its reply.
 
-    When the channel closes, the process ends with all that it started, even in the middle of a request. Between two
-    requests `before_end` is called first.
+    The channel's descriptors are the last two arguments of the process. When the channel closes, the process ends with
+    all that it started, even in the middle of a request. Between two requests `before_end` is called first.
     """
-    queue: SimpleQueue[bytes] = SimpleQueue()
+    inbox, outbox = (move_high(int(descriptor)) for descriptor in sys.argv[-2:])
+    channel = Channel(inbox, outbox)
+    os.register_at_fork(after_in_child=channel.close)
+    requests: SimpleQueue[bytes] = SimpleQueue()
     busy = threading.Event()
 
     def read() -> None:
-        number = 0
         try:
-            while True:
+            for number in itertools.count():
                 request = channel.receive(number)
-                number += 1
                 busy.set()
-                queue.put(request)
+                requests.put(request)
         except (EOFError, OSError, InvalidFrame):
             if not busy.is_set():
                 with contextlib.suppress(Exception):
@@ -319,6 +316,6 @@ def requests_of(channel: Channel, before_end: Callable[[], None] = lambda: None)
             os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield queue.get()
+    for number in itertools.count():
+        yield requests.get(), partial(channel.send, number)
         busy.clear()

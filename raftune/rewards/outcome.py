@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import inspect
 import itertools
@@ -10,8 +11,9 @@ import numbers
 import os
 import re
 import sysconfig
+import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -26,15 +28,8 @@ from raftune.rewards.batch import RewardBatch, RewardLog, keywords
 from raftune.store.interruption import interrupting
 
 # Code that is not the user's: raftune's own, the standard library's, what is installed.
-NOT_OF_USERS = tuple(
-    {
-        f"{folder}{os.sep}"
-        for folder in (
-            Path(__file__).parents[1],
-            *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
-        )
-    }
-)
+FOLDERS = (str(Path(__file__).parents[1]), *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")))
+NOT_OF_USERS = ("<", *(f"{folder}{os.sep}" for folder in FOLDERS))
 LONGEST_DETAIL = 300
 REAL = (numbers.Real, Decimal)
 LISTS = (Sequence, deque, GeneratorType, map)  # what gives its values in the order in which they were made
@@ -53,6 +48,18 @@ class RewardOutcome:
     def failed(self) -> bool:
         """True where the call as a whole came to nothing, so that another call may help."""
         return any(part.status in (ScoreStatus.ERROR, ScoreStatus.TIMEOUT) for part in self.parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The outcome as JSON has it; `from_dict` gives it back."""
+        parts = [[p.value, p.status.value, p.detail.encode("utf-8", "replace").decode()] for p in self.parts]
+        return {"parts": parts, "log": [self.log.metrics, self.log.columns], "returned": self.returned}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> RewardOutcome:
+        log = RewardLog()
+        log.metrics, log.columns = plain["log"]
+        parts = [RewardPart(value, ScoreStatus(status), detail) for value, status, detail in plain["parts"]]
+        return cls(parts, log, plain["returned"])
 
 
 def whole(status: ScoreStatus, detail: str, size: int, returned: int | None = None) -> RewardOutcome:
@@ -83,12 +90,10 @@ def hub_error(error: BaseException) -> str:
 
 def where(error: BaseException) -> str:
     """File and line of the user's code that the error came out of, in brackets; empty where it met none."""
-    place, trace = "", error.__traceback__
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if not file.startswith((*NOT_OF_USERS, "<")):
-            place = f" ({Path(file).name}, line {trace.tb_lineno})"
-        trace = trace.tb_next
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if not frame.f_code.co_filename.startswith(NOT_OF_USERS):
+            place = f" ({Path(frame.f_code.co_filename).name}, line {line})"
     return place
 
 
@@ -109,30 +114,22 @@ def judge(output: Any, size: int, log: RewardLog) -> RewardOutcome:
 def attempt(reward: Any, batch: RewardBatch, *, ours: bool = False) -> RewardOutcome:
     """The outcome of one call in this thread; whatever the reward raises, SystemExit included, becomes a status.
 
-    Not so what the machine lacked (see `machine_failed`): that is raised.
-    `ours`: a reward model of ours, on the main thread of a run, where Python delivers signals. There an interrupt is
-    the run's and not the reward's: KeyboardInterrupt, SystemExit and what a handler raised go through, also out of code
-    that turned them into another error; and so does a lack of memory.
+    `ours`: a built-in reward model, on the main thread of a run, where Python delivers signals. There an interrupt is
+    the run's and not the reward's: KeyboardInterrupt, SystemExit and what a handler raised are raised, also out of code
+    that turned them into another error. What the machine lacked is raised too (see `failure`).
     """
     log = RewardLog()
     try:
         output = reward(**keywords(batch, log))
         if inspect.isawaitable(output):
-            import asyncio
-
-            async def awaited(value: Any = output) -> Any:
-                return await value
-
-            output = asyncio.run(awaited())
+            output = asyncio.run(_awaited(output))
         return judge(output, len(batch), log)
     except BaseException as error:
         if ours and (stop := interrupting(error)) is not None:
             if stop is not error and isinstance(stop, KeyboardInterrupt | SystemExit):
                 raise KeyboardInterrupt from error
             raise stop from stop.__cause__
-        if machine_failed(error, ours):
-            raise
-        return whole(ScoreStatus.ERROR, one_line(error) + where(error), len(batch))
+        return failure(error, len(batch), ours)
 
 
 async def attempt_async(reward: Any, batch: RewardBatch) -> RewardOutcome:
@@ -141,20 +138,23 @@ async def attempt_async(reward: Any, batch: RewardBatch) -> RewardOutcome:
     try:
         return judge(await reward(**keywords(batch, log)), len(batch), log)
     except BaseException as error:
-        if machine_failed(error):
-            raise
-        return whole(ScoreStatus.ERROR, one_line(error) + where(error), len(batch))
+        return failure(error, len(batch))
 
 
-def machine_failed(error: BaseException, ours: bool = False) -> bool:
-    """True where not the reward failed but the machine: a full disk, no more files or processes.
+async def _awaited(output: Any) -> Any:
+    return await output
 
-    In a reward model of ours a lack of memory too, and a device that is gone; a person's own code may well ask for more
-    than there is, again and again.
+
+def failure(error: BaseException, size: int, ours: bool = False) -> RewardOutcome:
+    """The outcome of a call that raised this error, which is raised again if the machine failed and not the reward.
+
+    That is a full disk, no more files or processes; in a built-in reward model also a lack of memory and a device that
+    is gone. A user's own code may well ask for more than there is, again and again.
     """
-    if isinstance(error, OSError):
-        return error.errno in LACKS
-    return ours and (isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"))
+    lacks_memory = isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError")
+    if (isinstance(error, OSError) and error.errno in LACKS) or (ours and lacks_memory):
+        raise error
+    return whole(ScoreStatus.ERROR, one_line(error) + where(error), size)
 
 
 def _as_list(output: Any, size: int) -> list[Any] | None:

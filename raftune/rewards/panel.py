@@ -18,7 +18,7 @@ from raftune.data.images import LazyImages
 from raftune.errors import ConfigError
 from raftune.protocols import Reward
 from raftune.records import INVALID, Prompt, RewardPart, Score, ScoreStatus
-from raftune.rewards.batch import RESERVED, RewardBatch, RewardLog, incompatible, media_names
+from raftune.rewards.batch import RESERVED, RewardBatch, incompatible, media_names
 from raftune.rewards.combining import Bounds, Combine, RewardShare, combined
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.outcome import RewardOutcome
@@ -112,7 +112,8 @@ class RewardSet:
         calls: list[dict[str, RewardOutcome]] = []
         with partial.current("scores").work() as part:
             if (path := part.find()) is not None:
-                calls = [outcomes_from(call) for call in json.loads(path.read_bytes())]
+                for plain in json.loads(path.read_bytes()):
+                    calls.append({name: RewardOutcome.from_dict(outcome) for name, outcome in plain.items()})
             for chunk in chunks[len(calls) :]:
                 calls.append(self._call(batch.take(chunk)))
                 part.step(lambda path: write_calls(calls, path), done=(chunk[-1] + 1, len(batch), "samples"))
@@ -198,32 +199,8 @@ class RewardSet:
 
 def write_calls(calls: Sequence[Mapping[str, RewardOutcome]], path: Path) -> None:
     """Writes the outcomes of some calls, from which an interrupted scoring goes on."""
-    plain = [
-        {
-            name: {
-                "parts": [[part.value, part.status.value, part.detail] for part in outcome.parts],
-                "log": [outcome.log.metrics, outcome.log.columns],
-                "returned": outcome.returned,
-            }
-            for name, outcome in call.items()
-        }
-        for call in calls
-    ]
-    try:
-        path.write_text(json.dumps(plain), encoding="utf-8")
-    except (TypeError, ValueError) as error:  # `log_extra` takes anything: what JSON does not hold is asked for again
-        raise OSError(f"not kept: {error}") from error
-
-
-def outcomes_from(call: Mapping[str, Any]) -> dict[str, RewardOutcome]:
-    """The outcomes of a call, as `write_calls` wrote them."""
-    outcomes = {}
-    for name, plain in call.items():
-        log = RewardLog()
-        log.metrics, log.columns = plain["log"]
-        parts = [RewardPart(value, ScoreStatus(status), detail) for value, status, detail in plain["parts"]]
-        outcomes[name] = RewardOutcome(parts, log, plain["returned"])
-    return outcomes
+    plain = [{name: outcome.as_dict() for name, outcome in call.items()} for call in calls]
+    path.write_text(json.dumps(plain), encoding="utf-8")
 
 
 def gather_extras(calls: Sequence[Mapping[str, RewardOutcome]], sizes: Sequence[int]) -> LoggedExtras:

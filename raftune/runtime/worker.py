@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from raftune.engines.local import FINAL
-from raftune.engines.process import claim_channel, requests_of
+from raftune.engines.process import serve
 from raftune.errors import OutOfMemory
 from raftune.protocols import ChunkedStage
 from raftune.runtime.assembly import Runtime, open_runtime
@@ -25,10 +25,9 @@ from raftune.store.job import StageJob, run_chunk
 def main() -> None:
     """Serves until its input closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the loop decides
-    channel = claim_channel()
     server = WorkerServer(sys.argv[1])
-    for number, request in enumerate(requests_of(channel, server.close)):
-        channel.send(number, json.dumps(server.answer(json.loads(request))).encode())
+    for request, reply in serve(server.close):
+        reply(json.dumps(server.answer(json.loads(request))).encode())
 
 
 class WorkerServer:

@@ -70,16 +70,35 @@ class ClassifierReward(HeldWeights, BuiltInReward):
         Raises RewardError if they cannot be read, if the head is missing or the label is not clear, and if
         normalisation is on and no distribution of scores is known.
         """
+        from transformers import AutoConfig, AutoTokenizer
+
         from raftune.training.devices import choose_device
 
         self._device = str(choose_device(device, "rewards.device"))
         self._given = model
         self._hub = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        self.config = self._read_config() if model is None else model.config
+        self.config = model.config if model is not None else self._read("model", AutoConfig, self.model, **self._hub)
+        heads = list(getattr(self.config, "architectures", None) or []) if model is None else []
+        if heads and not any("ForSequenceClassification" in head for head in heads):
+            raise RewardError(
+                f"reward model {self.model!r} is a {heads[0]}: it has no head that gives a number. "
+                "Train a reward model from it first."
+            )
         self._source = self.model or str(getattr(self.config, "_name_or_path", "") or type(model).__name__)
         self.name = name or derived_name(self._source)
         self._label = self._find_label()
-        self._read_tokenizer(tokenizer)
+        if tokenizer is None:
+            source = self.tokenizer or self._source
+            self._tokenizer = self._read("tokenizer", AutoTokenizer, source, **self._hub)
+            if is_hollow(self._tokenizer):
+                raise RewardError(
+                    f"reward model {self._source!r}: the tokenizer at {source!r} knows no words: its files are "
+                    "missing. Save one there, or name another: options.tokenizer."
+                )
+        else:
+            self._tokenizer = copy.deepcopy(tokenizer)  # what is set below must not change its owner's
+        self._tokenizer.truncation_side = "left"
+        self._truncation = self._tokenizer.backend_tokenizer.truncation if self._tokenizer.is_fast else None
         self._notes = self._read_notes()
         special, usual = self._trained_with("add_special_tokens"), self._tokenizer.cls_token_id is not None
         self._inputs = ClassifierInputs(
@@ -227,35 +246,6 @@ class ClassifierReward(HeldWeights, BuiltInReward):
         if str(label) not in labels:
             raise RewardError(f"reward model {self._source!r} has no label {label!r}; there are: {names}")
         return int(labels[str(label)])
-
-    def _read_config(self) -> Any:
-        from transformers import AutoConfig
-
-        config = self._read("model", AutoConfig, self.model, **self._hub)
-        heads = list(getattr(config, "architectures", None) or [])
-        if heads and not any("ForSequenceClassification" in head for head in heads):
-            raise RewardError(
-                f"reward model {self.model!r} is a {heads[0]}: it has no head that gives a number. "
-                "Train a reward model from it first."
-            )
-        return config
-
-    def _read_tokenizer(self, tokenizer: Any) -> None:
-        from transformers import AutoTokenizer
-
-        if tokenizer is None:
-            name = self.tokenizer or self._source
-            tokenizer = self._read("tokenizer", AutoTokenizer, name, **self._hub)
-            if is_hollow(tokenizer):
-                raise RewardError(
-                    f"reward model {self._source!r}: the tokenizer at {name!r} knows no words: its files are missing. "
-                    "Save one there, or name another: options.tokenizer."
-                )
-        else:
-            tokenizer = copy.deepcopy(tokenizer)  # what is set below must not change its owner's
-        tokenizer.truncation_side = "left"
-        self._tokenizer = tokenizer
-        self._truncation = tokenizer.backend_tokenizer.truncation if tokenizer.is_fast else None
 
     def _read_model(self) -> Any:
         from transformers import AutoModelForSequenceClassification as Model

@@ -23,7 +23,7 @@ from raftune.records import ScoreStatus
 from raftune.rewards.batch import RewardBatch
 from raftune.rewards.outcome import RewardOutcome, one_line, whole
 from raftune.rewards.process.executors import DeathCounter, Executor, WorkerThread, call, finished
-from raftune.rewards.process.protocol import batch_table, outcome_from, packed, unpacked
+from raftune.rewards.process.protocol import batch_table, packed, unpacked
 
 LOAD_SECONDS = 300.0
 
@@ -101,11 +101,11 @@ class ProcessReward(Executor):
         self._notes.append(f"reward {self.name!r}: its process {death.reason}; the batch is asked again")
 
     def _score(self, process: ChildProcess, state: Mapping[str, Any], rows: pa.Table) -> RewardOutcome:
-        header, table = unpacked(process.ask(packed({"state": state, "timeout": self.timeout}, rows)))
+        header, _ = unpacked(process.ask(packed({"state": state, "timeout": self.timeout}, rows)))
         if "machine" in header:
             process.end()
             raise ProcessDied(f"met a failure of the machine ({header['machine']})", own=False)
-        return outcome_from(header, table)
+        return RewardOutcome.from_dict(header)
 
     def _launch(self, first: bool) -> dict[str, Any]:
         """Starts a process and loads the reward: its name, media, fingerprint, keywords.

@@ -34,11 +34,10 @@ PAUSE_SECONDS = 0.25  # before another try after a death that came from outside,
 
 
 class Executor:
-    """Calls one reward and gives up a call that takes too long. This one calls it inline.
+    """Calls one reward and gives up a call that takes too long. This one calls a reward model inline.
 
-    A reward model runs on the caller's own thread, where no time limit can interrupt it. Each thread that uses tensors
-    gets a pool of OpenMP threads of its own, and with more of these than cores every parallel step waits on the
-    scheduler: a model on a thread of its own made all later generating twice as slow.
+    No time limit can interrupt it there; but each thread that uses tensors gets a pool of OpenMP threads of its own,
+    and a model on its own thread made all later generating twice as slow.
     """
 
     place = "here"  # here, thread, loop or process
@@ -131,10 +130,9 @@ def call(executor: Executor, batch: RewardBatch, limit: float) -> RewardOutcome:
 def finish(
     executor: Executor, batch: RewardBatch, limit: float, future: Future[RewardOutcome], deadline: float
 ) -> RewardOutcome:
-    """The outcome of a call that was started, or a time-out once the deadline (of `time.monotonic`) has passed.
+    """The outcome of a started call, or a time-out once the deadline (of `time.monotonic`) has passed.
 
-    A process that dies under it is no outcome: the batch is sent again, with its whole time. Raises RewardError if that
-    does not help.
+    If its process dies, the batch is sent again, with its whole time. Raises RewardError if that does not help.
     """
     deaths = DeathCounter(getattr(executor, "name", ""))
     while True:
@@ -176,59 +174,44 @@ class DeathCounter:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Restores what a reward in this process changes of the process, where that would shape what follows: the working
-    folder (a run's own paths may be relative to it), environment variables that are read later, the locale, stdout and
-    stderr, torch's defaults.
+    """Restores what a reward may change of this process and what would shape later stages: the working folder,
+    environment variables that are read later, the locale, stdout and stderr, torch's defaults.
 
-    The caller's thread restores them: one that was left behind by a reward may end much later, when the folder is
-    another on purpose. Random states are left alone: a run seeds each of its own samples, and a reward that draws from
-    `random` must not draw the same again. Grad mode and decimal contexts belong to the reward's thread.
+    Random states are left alone: a run seeds each of its own samples, and a reward that draws from `random` must not
+    draw the same again.
     """
     try:
         folder = Path.cwd()
     except FileNotFoundError:  # it was deleted
         folder = None
-    environ, words, streams = read_later(), locale.setlocale(locale.LC_ALL), (sys.stdout, sys.stderr)
-    restore_torch = torch_defaults()
+    environ = {name: value for name, value in os.environ.items() if name.startswith(READ_LATER)}
+    words, streams = locale.setlocale(locale.LC_ALL), (sys.stdout, sys.stderr)
+    torch: Any = sys.modules.get("torch")
+    if torch is not None:
+        strict = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+        threads = torch.get_num_threads()  # another thread's number is not seen from here, and counts for MKL
+        cudnn = {name: getattr(torch.backends.cudnn, name) for name in ("benchmark", "deterministic", "allow_tf32")}
     try:
         yield
     finally:
         if folder is not None:
             with contextlib.suppress(OSError):
                 os.chdir(folder)
-        for name in read_later().keys() - environ.keys():
+        for name in [name for name in os.environ if name.startswith(READ_LATER) and name not in environ]:
             del os.environ[name]
         os.environ.update({name: value for name, value in environ.items() if os.environ.get(name) != value})
         if locale.setlocale(locale.LC_ALL) != words:
             locale.setlocale(locale.LC_ALL, words)
         sys.stdout, sys.stderr = streams
-        restore_torch()
-
-
-def read_later() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(READ_LATER)}
-
-
-def torch_defaults() -> Callable[[], None]:
-    """A function that restores torch's settings of the whole process; it does nothing if torch is not loaded."""
-    torch: Any = sys.modules.get("torch")
-    if torch is None:
-        return lambda: None
-    strict = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    threads = torch.get_num_threads()  # another thread's number is not seen from here, and counts for MKL
-    cudnn = {name: getattr(torch.backends.cudnn, name) for name in ("benchmark", "deterministic", "allow_tf32")}
-
-    def restore() -> None:
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
-        for name, value in cudnn.items():
-            setattr(torch.backends.cudnn, name, value)
-
-    return restore
+        if torch is not None:
+            torch.set_default_dtype(dtype)
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(precision)
+            torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+            for name, value in cudnn.items():
+                setattr(torch.backends.cudnn, name, value)
 
 
 class WorkerThread:

@@ -16,9 +16,7 @@ import pyarrow as pa
 
 from raftune.data.images import as_rgb, image_of
 from raftune.errors import RewardError
-from raftune.records import RewardPart, ScoreStatus
-from raftune.rewards.batch import RewardBatch, RewardLog, is_image
-from raftune.rewards.outcome import RewardOutcome
+from raftune.rewards.batch import RewardBatch, is_image
 
 PLAIN = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), bytes: pa.binary()}
 
@@ -58,24 +56,6 @@ def batch_from(table: pa.Table, state: Mapping[str, Any]) -> RewardBatch:
     lists = {name: _decode(table.column(name), kind) for name, kind in kinds.items()}
     columns = {name.removeprefix("column/"): values for name, values in lists.items() if name.startswith("column/")}
     return RewardBatch(lists["prompts"], lists["completions"], columns, lists.get("completion_ids"), dict(state))
-
-
-def outcome_table(outcome: RewardOutcome) -> tuple[dict[str, Any], pa.Table]:
-    """Header and rows of an outcome; `outcome_from` gives it back."""
-    header = {"metrics": outcome.log.metrics, "columns": outcome.log.columns, "returned": outcome.returned}
-    rows = {
-        "value": pa.array([part.value for part in outcome.parts], pa.float64()),
-        "status": [part.status.value for part in outcome.parts],
-        "detail": [part.detail.encode("utf-8", "replace").decode() for part in outcome.parts],
-    }
-    return header, pa.table(rows)
-
-
-def outcome_from(header: Mapping[str, Any], table: pa.Table) -> RewardOutcome:
-    log = RewardLog()
-    log.metrics, log.columns = header["metrics"], header["columns"]
-    parts = [RewardPart(row["value"], ScoreStatus(row["status"]), row["detail"]) for row in table.to_pylist()]
-    return RewardOutcome(parts, log, header["returned"])
 
 
 def _encode(name: str, values: list[Any]) -> tuple[pa.Array, str]:

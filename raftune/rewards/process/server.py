@@ -8,6 +8,7 @@ an answer.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import faulthandler
 import os
@@ -16,11 +17,11 @@ import sys
 from typing import Any
 
 from raftune.config.rewards import RewardSpec
-from raftune.engines.process import claim_channel, move_high, requests_of
+from raftune.engines.process import move_high, serve
 from raftune.errors import ConfigError, RewardError
 from raftune.rewards.batch import RewardBatch
 from raftune.rewards.outcome import attempt, attempt_async, one_line
-from raftune.rewards.process.protocol import batch_from, batch_table, outcome_table, packed, unpacked
+from raftune.rewards.process.protocol import batch_from, batch_table, packed, unpacked
 from raftune.rewards.resolve import resolve
 
 GRACE_SECONDS = 5.0
@@ -32,9 +33,9 @@ def main() -> None:
     The reward runs on the main thread, where time limits by signal work; an async one on one loop.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    channel = claim_channel()
-    requests = requests_of(channel)
-    order, _ = unpacked(next(requests))
+    requests = serve()
+    request, reply = next(requests)
+    order, _ = unpacked(request)
     sys.path.extend(path for path in order["path"] if path not in sys.path)
     try:
         reward = resolve(RewardSpec.model_validate(order["spec"]))
@@ -42,38 +43,34 @@ def main() -> None:
         known = isinstance(error, ConfigError | RewardError)
         kind = "ConfigError" if isinstance(error, ConfigError) else "RewardError"
         message = str(error) if known else f"{order['spec']['spec']}: {one_line(error)}"
-        channel.send(0, packed({"error": kind, "message": message}))
+        reply(packed({"error": kind, "message": message}))
         return
     # The first conversion to Arrow imports for a third of a second, which must not count against a call's time limit.
     batch_from(batch_table(RewardBatch([""], [""])), {})
     accepts, is_async = getattr(reward, "accepts", None), getattr(reward, "is_async", False)
     facts: dict[str, Any] = {"name": reward.name, "fingerprint": reward.fingerprint, "media": sorted(reward.media)}
     facts |= {"accepts": None if accepts is None else sorted(accepts), "is_async": is_async}
-    channel.send(0, packed(facts))
-    loop = None
-    if is_async:
-        import asyncio
-
-        loop = asyncio.new_event_loop()
+    reply(packed(facts))
+    loop = asyncio.new_event_loop() if is_async else None
     nowhere = move_high(os.open(os.devnull, os.O_WRONLY))
-    for number, request in enumerate(requests, 1):
+    for request, reply in requests:
         header, table = unpacked(request)
         faulthandler.dump_traceback_later(float(header["timeout"]) + GRACE_SECONDS, exit=True, file=nowhere)
-        reply = score(reward, loop, batch_from(table, header["state"]))
+        message = score(reward, loop, batch_from(table, header["state"]))
         faulthandler.cancel_dump_traceback_later()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # a reward may have replaced it
                 stream.flush()
-        channel.send(number, reply)
+        reply(message)
 
 
-def score(reward: Any, loop: Any, batch: RewardBatch) -> memoryview:
+def score(reward: Any, loop: asyncio.AbstractEventLoop | None, batch: RewardBatch) -> memoryview:
     """The reply to one batch; a failure of the machine is no answer of the reward."""
     try:
         outcome = attempt(reward, batch) if loop is None else loop.run_until_complete(attempt_async(reward, batch))
     except OSError as error:
         return packed({"machine": one_line(error)})
-    return packed(*outcome_table(outcome))
+    return packed(outcome.as_dict())
 
 
 if __name__ == "__main__":
