@@ -1,7 +1,6 @@
-"""Processes that answer numbered messages: how they are started, spoken to and ended. Workers and rewards use it.
+"""Processes that answer numbered messages, for workers and rewards: start, channel, end.
 
-Frames carry a number, a length and checksums, over descriptors of their own that no child inherits. A frame that fails
-a check ends the process, since later replies could be assigned to the wrong request.
+A frame that fails a check ends the process, since later replies could be assigned to the wrong request.
 """
 
 from __future__ import annotations
@@ -107,9 +106,9 @@ class Channel:
 
 
 class ChildProcess:
-    """`python -m MODULE *arguments IN OUT` in a session of its own, so that a Ctrl-C in the terminal does not reach it.
+    """`python -m MODULE *arguments IN OUT` in its own session, so that a Ctrl-C in the terminal does not reach it.
 
-    Its output goes to the log file, or to our standard error. Raises OSError if it cannot be started.
+    Output goes to the log file, or to our standard error. Raises OSError if it cannot be started.
     """
 
     def __init__(
@@ -250,10 +249,9 @@ def marked(mark: str) -> list[int]:
 
 
 def forward_output(descriptor: int, ended: threading.Event) -> None:
-    """Passes what a process prints to our standard error, for as long as that takes it.
+    """Passes what a process prints to our standard error, which may be closed, full, or a pager that nobody scrolls.
 
-    Our own standard error may be closed, full, or a pager that nobody scrolls: the process must not notice. After the
-    end what is left in the pipe is still passed on; something else may hold it open for good.
+    After the end what is left in the pipe is still passed on; something else may hold it open for good.
     """
     source, target = select.poll(), select.poll()
     source.register(descriptor, select.POLLIN)
@@ -289,10 +287,10 @@ def move_high(descriptor: int) -> int:
 def serve(
     before_end: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[bytes, Callable[[bytes | memoryview], None]]]:
-    """The requests to a child process in turn, each with the function that sends its reply.
+    """The requests to a child process, each with the function that sends its reply; the last two arguments of the
+    process are the channel.
 
-    The channel's descriptors are the last two arguments of the process. When the channel closes, the process ends with
-    all that it started, even in the middle of a request. Between two requests `before_end` is called first.
+    When it closes, the process ends with all that it started; if it is between two requests, `before_end` is called.
     """
     inbox, outbox = (move_high(int(descriptor)) for descriptor in sys.argv[-2:])
     channel = Channel(inbox, outbox)

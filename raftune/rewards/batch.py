@@ -80,10 +80,7 @@ def _name(name: Any) -> str:
 
 
 def keywords(batch: RewardBatch, log: RewardLog) -> dict[str, Any]:
-    """Everything that the contract passes by keyword; the lists are copies, so that no reward can change another's.
-
-    Images are not: a user's own callable gets copies of them (FunctionReward), and built-in rewards change none.
-    """
+    """Everything that the contract passes by keyword, as copies but for images, which FunctionReward copies."""
 
     def copies(values: list[Any]) -> list[Any]:
         return [copy.deepcopy(value) if isinstance(value, list | dict) else value for value in values]

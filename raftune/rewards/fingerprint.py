@@ -32,10 +32,7 @@ def of_bytes(data: bytes) -> str:
 
 
 def of_folder(folder: Path) -> str:
-    """The hash of the names, sizes and contents of all files below, in the order of their names.
-
-    Raises RunDamaged where a model's folder is not as it was written.
-    """
+    """The hash of names, sizes and contents of all files below. Raises RunDamaged for a damaged model's folder."""
     paths = sorted(path for path in check_folder(folder).rglob("*") if path.is_file())
     return digest(*[[path.relative_to(folder).as_posix(), path.stat().st_size, sha256_of(path)[:16]] for path in paths])
 
@@ -62,8 +59,7 @@ def unkeyed(name: Any, value: Any) -> Any:
 def describe(value: Any, seen: frozenset[int] = frozenset()) -> Any:
     """A JSON value that stands for `value` in a hash, without memory addresses and without file paths.
 
-    An object stands for its class and its plain attributes, if it is the value itself or what a method is bound to; of
-    an object inside (a client, a lock) only the type is taken.
+    Of an object inside another (a client, a lock) only the type is taken.
     """
     if isinstance(value, SIMPLE):
         return [type(value).__name__, repr(value)]

@@ -28,9 +28,8 @@ def load_reward(
 ) -> Reward:
     """The reward that a spec or an object stands for, ready to be called.
 
-    Functions given as a spec run in a process of their own (ProcessReward), objects in this one. `tokenizer` belongs to
-    a model given as an object. Raises ConfigError for a spec or options that cannot be meant, RewardError for code or a
-    model that cannot be loaded.
+    Functions given as a spec run in their own process, objects in this one. `tokenizer` belongs to a model given as an
+    object. Raises ConfigError for a wrong spec or option, RewardError for code or a model that cannot be loaded.
     """
     if isinstance(reward, str):
         reward = RewardSpec.model_validate(reward)
@@ -64,10 +63,7 @@ def load_panel(
     weights: Sequence[float] | None = None,
     tokenizers: Sequence[Any] | None = None,
 ) -> RewardSet:
-    """The configured rewards and, after them, those given as objects.
-
-    `weights` and `tokenizers` belong to the objects, one each. Whatever was started is ended again on an error.
-    """
+    """The configured rewards and, after them, those given as objects, with their `weights` and `tokenizers`."""
     count, specs = len(objects), config.reward_funcs
     tokenizers = list(tokenizers) if tokenizers is not None else [None] * count
     if len(tokenizers) != count:

@@ -114,9 +114,8 @@ def judge(output: Any, size: int, log: RewardLog) -> RewardOutcome:
 def attempt(reward: Any, batch: RewardBatch, *, ours: bool = False) -> RewardOutcome:
     """The outcome of one call in this thread; whatever the reward raises, SystemExit included, becomes a status.
 
-    `ours`: a built-in reward model, on the main thread of a run, where Python delivers signals. There an interrupt is
-    the run's and not the reward's: KeyboardInterrupt, SystemExit and what a handler raised are raised, also out of code
-    that turned them into another error. What the machine lacked is raised too (see `failure`).
+    `ours`: a built-in reward model, on the main thread of a run, where Python delivers signals. KeyboardInterrupt,
+    SystemExit and what a signal handler raised are raised again there, also if code turned them into another error.
     """
     log = RewardLog()
     try:
@@ -146,11 +145,9 @@ async def _awaited(output: Any) -> Any:
 
 
 def failure(error: BaseException, size: int, ours: bool = False) -> RewardOutcome:
-    """The outcome of a call that raised this error, which is raised again if the machine failed and not the reward.
-
-    That is a full disk, no more files or processes; in a built-in reward model also a lack of memory and a device that
-    is gone. A user's own code may well ask for more than there is, again and again.
-    """
+    """The outcome of a call that raised this error, which is raised again if the machine failed: a full disk, no more
+    files or processes. A lack of memory counts only in a built-in reward model: a user's own code may ask for more than
+    there is, again and again."""
     lacks_memory = isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError")
     if (isinstance(error, OSError) and error.errno in LACKS) or (ours and lacks_memory):
         raise error

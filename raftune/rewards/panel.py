@@ -38,10 +38,8 @@ class LoggedExtras:
 class RewardSet:
     """Calls every reward on fixed batches and combines the parts: the same samples in the same order score the same.
 
-    `thresholds` (at least, at most) and `weights` say what each reward counts, `combine` how that adds up.
-    Rewards in processes of their own run beside the others; callables of this process run one after another, then all
-    async ones together, each call for at most its timeout (seconds). Calls that end in an error or a time-out are
-    repeated up to `retries` times.
+    `thresholds` (at least, at most) and `weights` say what each reward counts, `combine` how that adds up. A call takes
+    at most its timeout (seconds), and is repeated up to `retries` times after an error or a time-out.
     """
 
     def __init__(
@@ -110,13 +108,18 @@ class RewardSet:
         """
         chunks = [range(i, min(i + self._batch_size, len(batch))) for i in range(0, len(batch), self._batch_size)]
         calls: list[dict[str, RewardOutcome]] = []
+
+        def write(path: Path) -> None:
+            plain = [{name: outcome.as_dict() for name, outcome in call.items()} for call in calls]
+            path.write_text(json.dumps(plain), encoding="utf-8")
+
         with partial.current("scores").work() as part:
             if (path := part.find()) is not None:
                 for plain in json.loads(path.read_bytes()):
                     calls.append({name: RewardOutcome.from_dict(outcome) for name, outcome in plain.items()})
             for chunk in chunks[len(calls) :]:
                 calls.append(self._call(batch.take(chunk)))
-                part.step(lambda path: write_calls(calls, path), done=(chunk[-1] + 1, len(batch), "samples"))
+                part.step(write, done=(chunk[-1] + 1, len(batch), "samples"))
         self.extras = gather_extras(calls, [len(chunk) for chunk in chunks])
         parts = [
             {name: call[name].parts[i] for name in self.names}
@@ -162,45 +165,29 @@ class RewardSet:
         self.close()
 
     def _call(self, batch: RewardBatch) -> dict[str, RewardOutcome]:
-        """The outcome of each reward on one batch, after the retries."""
+        """Processes work beside the callables of this process; async rewards start when those are done."""
         outcomes: dict[str, RewardOutcome] = {}
         names: Sequence[str] = self.names
         for _ in range(self._retries + 1):
-            outcomes |= self._call_once(batch, names)
+            waiting = self._start(names, "process", batch)
+            for name in names:
+                if self._places[name].place in ("here", "thread"):
+                    outcomes[name] = call(self._places[name], batch, self._timeouts[name])
+            with undisturbed():
+                waiting |= self._start(names, "loop", batch)
+                for name, (future, deadline) in waiting.items():
+                    outcomes[name] = finish(self._places[name], batch, self._timeouts[name], future, deadline)
             names = [name for name in self.names if outcomes[name].failed]
             if not names:
                 break
         return outcomes
 
-    def _call_once(self, batch: RewardBatch, names: Sequence[str]) -> dict[str, RewardOutcome]:
-        """Processes work beside the callables of this process; async rewards start when those are done."""
-
-        def start(*places: str) -> dict[str, tuple[Future[RewardOutcome], float]]:
-            """The started calls with their deadlines."""
-            started = {}
-            for name in names:
-                if self._places[name].place in places:
-                    future = self._places[name].start(batch)
-                    started[name] = (future, time.monotonic() + self._timeouts[name])
-            return started
-
-        waiting = start("process")
-        outcomes = {
-            name: call(self._places[name], batch, self._timeouts[name])
-            for name in names
-            if self._places[name].place in ("here", "thread")
-        }
-        with undisturbed():
-            waiting |= start("loop")
-            for name, (future, deadline) in waiting.items():
-                outcomes[name] = finish(self._places[name], batch, self._timeouts[name], future, deadline)
-        return outcomes
-
-
-def write_calls(calls: Sequence[Mapping[str, RewardOutcome]], path: Path) -> None:
-    """Writes the outcomes of some calls, from which an interrupted scoring goes on."""
-    plain = [{name: outcome.as_dict() for name, outcome in call.items()} for call in calls]
-    path.write_text(json.dumps(plain), encoding="utf-8")
+    def _start(
+        self, names: Sequence[str], where: str, batch: RewardBatch
+    ) -> dict[str, tuple[Future[RewardOutcome], float]]:
+        """The calls of the rewards there, started, with their deadlines."""
+        names = [name for name in names if self._places[name].place == where]
+        return {name: (self._places[name].start(batch), time.monotonic() + self._timeouts[name]) for name in names}
 
 
 def gather_extras(calls: Sequence[Mapping[str, RewardOutcome]], sizes: Sequence[int]) -> LoggedExtras:
@@ -221,10 +208,7 @@ def gather_extras(calls: Sequence[Mapping[str, RewardOutcome]], sizes: Sequence[
 
 
 def misfits(panel: RewardSet, media: str, family: str, field: str = "rewards.reward_funcs") -> Iterator[str]:
-    """A sentence for each reward of the set that cannot read what a policy of this medium and family makes.
-
-    A plain function says nothing of what it reads, so nothing is said of it.
-    """
+    """A sentence for each reward of the set that cannot read what a policy of this medium and family makes."""
     made, other = media_names(media)
     for name in incompatible(panel.media, media):
         yield (
@@ -249,10 +233,10 @@ class SampleScorer:
     def score_samples(
         self, prompts: list[Prompt], samples: pa.Table, earlier: Mapping[int, Score] | None = None
     ) -> list[Score]:
-        """Scores of the samples, row for row; prompts[i] is what row i answers.
+        """Scores of the samples, row for row; prompts[i] is the prompt of row i.
 
-        No reward is asked about a sample that its policy calls invalid: it has that status, and the reason as detail.
-        Nor about one with an `earlier` score, by its row: its parts are combined with those of the others.
+        A sample that its policy calls invalid gets that status and the reason as detail. The parts of an `earlier`
+        score, by its row, are combined with those of the others. Rewards are called for neither.
         """
         groups = [prompt.id for prompt in prompts]
         invalid = INVALID in samples.column_names and samples.column(INVALID).null_count < samples.num_rows

@@ -29,11 +29,9 @@ class RewardOption:
 
 @dataclass(frozen=True)
 class BuiltinReward:
-    """A built-in reward, as it is declared.
+    """A built-in reward: the dataclass whose fields are its options, what it scores, options to try it with.
 
-    options: the dataclass of the reward, whose fields are the options. media: what it scores. example: options to try
-    it with. own_process: whether its calls can only be ended from outside. model_type: the model_type in the
-    config.json of the folders that stand for this reward as a spec.
+    own_process: whether its calls can only be ended from outside. model_type: that of folders which are its spec.
     """
 
     name: str

@@ -77,14 +77,11 @@ def with_options(cls: type[Any], spec: str, options: dict[str, Any]) -> Any:
 
 
 def _model_reward(spec: RewardSpec) -> tuple[str, str]:
-    """The built-in reward that reads this folder, file or hub model, and the model's folder, file or hub name.
-
-    `raftune reward train` writes a folder whose model is in `model/`. A classifier says itself what it cannot read.
-    """
+    """The built-in reward that reads this folder, file or hub model, and the model's folder, file or hub name."""
     source = spec.spec
     path = Path(source).expanduser()
     if not (path / "config.json").exists() and (path / "model" / "config.json").is_file():
-        path = path / "model"
+        path = path / "model"  # as `raftune reward train` writes it
         source = str(path)
     if not path.exists():  # a misspelt built-in must not be looked for on the hub, nor a missing folder
         if near := nearest(source, [*BUILT_IN, *SHORT_NAMES], cutoff=0.75):

@@ -1,7 +1,7 @@
 """Entry point of a worker process, which runs chunks: `python -m raftune.runtime.worker RUN IN OUT`.
 
-Requests and replies are JSON over two descriptors; output goes to the worker's log. The process exits when its input
-closes, even in the middle of a chunk, so it never outlives its run. It holds no lock.
+Requests and replies are JSON. The process exits when its input closes, even in the middle of a chunk, so it never
+outlives its run. It holds no lock.
 """
 
 from __future__ import annotations

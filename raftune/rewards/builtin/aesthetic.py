@@ -54,10 +54,7 @@ class AestheticReward(ClipReward):
     revision: Revision = None
 
     def load(self, name: str | None = None, device: str = "auto") -> Self:
-        """Reads the head and the CLIPModel's configuration.
-
-        Raises RewardError if they cannot be read, or do not fit each other.
-        """
+        """Reads head and CLIP configuration. Raises RewardError if they cannot be read or do not fit each other."""
         from raftune.rewards.builtin.clip import ClipModel
 
         self.name = name or derived_name(self.model)
@@ -130,14 +127,23 @@ def save_head(
 
 
 def load_head(source: str) -> AestheticHead:
-    """The head of a folder, or of a bare safetensors file. Raises RewardError if its layers do not fit together.
-
-    Numbers of layers may be missing, where a dropout or an activation stood.
-    """
+    """The head of a folder or a safetensors file. Raises RewardError if its layers do not fit together."""
     from safetensors.torch import load_file
 
     path = Path(source).expanduser()
-    config = read_config(path / CONFIG) if path.is_dir() else {}
+    config: dict[str, Any] = {"activation": "none"}
+    if path.is_dir():
+        try:
+            config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+            content = f"model_type {config['model_type']!r} with activation {config['activation']!r}"
+            valid = config["model_type"] == "aesthetic" and config["activation"] in get_args(Activation)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            content, valid = one_line(error), False
+        if not valid:
+            raise RewardError(
+                f"aesthetic: {path / CONFIG} must say model_type: aesthetic and activation: none or relu; got "
+                f"{content}. Write it with save_head, or name the safetensors file itself."
+            )
     try:
         tensors = load_file(path / WEIGHTS if path.is_dir() else path)
         arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
@@ -153,7 +159,7 @@ def load_head(source: str) -> AestheticHead:
                 f"aesthetic: {source!r} holds {name!r}, and a head holds linear layers only: layers.0.weight, "
                 "layers.0.bias, and so on. Name the file of a head."
             )
-        numbered.setdefault(int(match[1]), {})[match[2]] = array
+        numbered.setdefault(int(match[1]), {})[match[2]] = array  # not consecutive if a dropout stood between
     layers = []
     for _, layer in sorted(numbered.items()):
         weight, bias = layer.get("weight"), layer.get("bias")
@@ -166,19 +172,4 @@ def load_head(source: str) -> AestheticHead:
             f"aesthetic: each layer of {source!r} must read what the one before gives, and the last must give one "
             f"number; got {shapes or 'nothing'}. Save the head again."
         )
-    return AestheticHead(tuple(layers), config.get("activation", "none"), config.get("clip"))
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The configuration of a head's folder. Raises RewardError if it is not one."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config["model_type"] == "aesthetic" and config["activation"] in get_args(Activation):
-            return dict(config)
-        content = f"model_type {config['model_type']!r} with activation {config['activation']!r}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        content = one_line(error)
-    raise RewardError(
-        f"aesthetic: {path} must say model_type: aesthetic and activation: none or relu; got {content}. Write it with "
-        "save_head, or name the safetensors file itself."
-    )
+    return AestheticHead(tuple(layers), config["activation"], config.get("clip"))

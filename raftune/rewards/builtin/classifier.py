@@ -65,11 +65,7 @@ class ClassifierReward(HeldWeights, BuiltInReward):
     trust_remote_code: Annotated[bool, Field(description="Run code from the model's repository.")] = False
 
     def load(self, name: str | None = None, device: str = "auto", model: Any = None, tokenizer: Any = None) -> Self:
-        """Reads configuration and tokenizer, or takes a model and tokenizer given as objects.
-
-        Raises RewardError if they cannot be read, if the head is missing or the label is not clear, and if
-        normalisation is on and no distribution of scores is known.
-        """
+        """Reads configuration and tokenizer, or takes a model and its tokenizer as objects. Raises RewardError."""
         from transformers import AutoConfig, AutoTokenizer
 
         from raftune.training.devices import choose_device

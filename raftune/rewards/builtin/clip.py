@@ -26,11 +26,9 @@ from raftune.training.devices import choose_device
 class ClipModel(HeldWeights):
     """Images and texts as vectors of length 1: the dot product of two is the cosine between them.
 
-    `model` is a folder or hub name, or a CLIPModel itself, which then stays its owner's and needs `processor` as an
-    object. `processor` names the folder of image processor and tokenizer where the model's own lacks them. The
-    configuration and the image processor are read at once, the tokenizer when a text is first read, the weights by
-    `prepare` or the first call. Raises RewardError that names `field` where one cannot be read, ConfigError where the
-    device is not there. Radford et al. 2021, arXiv 2103.00020.
+    `model` is a folder or hub name, or a CLIPModel itself, which needs `processor` as an object. Otherwise `processor`
+    names the folder of image processor and tokenizer if the model's own lacks them. Tokenizer and weights are read when
+    they are first used. Raises RewardError that names `field`, or ConfigError. Radford et al. 2021, arXiv 2103.00020.
     """
 
     def __init__(
@@ -67,10 +65,7 @@ class ClipModel(HeldWeights):
     # -- vectors ----------------------------------------------------------------------------------------------------
 
     def image_features(self, images: Sequence[Any]) -> Float32Array:
-        """(N, d) vectors of length 1 of PIL images of any sizes; each is resized and cropped as the model wants it.
-
-        An image's vector depends on no other, but for what regrouping a batch changes in floating point.
-        """
+        """(N, d) vectors of length 1 of PIL images of any sizes; each is resized and cropped as the model wants it."""
         parts = [np.zeros((0, self.width), np.float32)]
         for start in range(0, len(images), self.batch_size):
             chunk = [image.convert("RGB") for image in images[start : start + self.batch_size]]

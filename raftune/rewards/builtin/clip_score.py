@@ -42,10 +42,7 @@ class ClipScoreReward(ClipReward):
     revision: Revision = None
 
     def load(self, name: str | None = None, device: str = "auto", model: Any = None, processor: Any = None) -> Self:
-        """Reads configuration, image processor and tokenizer; `model` is a CLIPModel with its `processor`.
-
-        Raises RewardError if they cannot be read.
-        """
+        """Reads configuration, image processor and tokenizer, or takes a CLIPModel and its processor as objects."""
         from raftune.rewards.builtin.clip import ClipModel
 
         self.name = name or derived_name(self.model)

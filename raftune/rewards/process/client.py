@@ -1,8 +1,6 @@
 """Client of a reward in its own process. A hang or crash costs one call only.
 
-If the process dies, the batch is sent to a new one. If the reward ends its process every time, that is an `error`; if
-the process is killed from outside (out of memory), the run stops and can be resumed. See
-docs/decisions/0030-the-death-of-a-reward-process.md.
+If the process dies, the batch is sent to a new one: docs/decisions/0030-the-death-of-a-reward-process.md.
 """
 
 from __future__ import annotations
@@ -22,17 +20,14 @@ from raftune.errors import ConfigError, RaftuneError, RewardError
 from raftune.records import ScoreStatus
 from raftune.rewards.batch import RewardBatch
 from raftune.rewards.outcome import RewardOutcome, one_line, whole
-from raftune.rewards.process.executors import DeathCounter, Executor, WorkerThread, call, finished
+from raftune.rewards.process.executors import Executor, WorkerThread, call, finished, keeps_dying
 from raftune.rewards.process.protocol import batch_table, packed, unpacked
 
 LOAD_SECONDS = 300.0
 
 
 class ProcessReward(Executor):
-    """Started at once, so that a spec which cannot be loaded is known early; restarted after a kill or an exit.
-
-    Raises ConfigError for a wrong spec, RewardError for code that cannot be imported.
-    """
+    """Started at once, so that a wrong spec is an error early; restarted after a kill or an exit."""
 
     place = "process"
 
@@ -53,7 +48,7 @@ class ProcessReward(Executor):
         self.is_async = bool(facts["is_async"])
 
     def start(self, batch: RewardBatch) -> Future[RewardOutcome]:
-        """Sends the batch; the future gives its outcome, or raises ProcessDied. A process that ended is first replaced.
+        """Sends the batch to the process, or to a new one if it ended. The future raises ProcessDied if it dies.
 
         Raises RewardError if it cannot be started, or its code has changed.
         """
@@ -108,11 +103,8 @@ class ProcessReward(Executor):
         return RewardOutcome.from_dict(header)
 
     def _launch(self, first: bool) -> dict[str, Any]:
-        """Starts a process and loads the reward: its name, media, fingerprint, keywords.
-
-        One that ends its process when it is first loaded is not tried again.
-        """
-        deaths = DeathCounter(self.spec.spec)
+        """Starts a process that loads the reward; returns its name, media, fingerprint and keywords."""
+        deaths: list[bool] = []
         paths = [path or str(Path.cwd()) for path in sys.path]
         order = packed({"spec": self.spec.model_dump(mode="json"), "path": paths})
         while True:
@@ -129,7 +121,7 @@ class ProcessReward(Executor):
                 self._end()
                 if first and death.own:
                     raise RewardError(f"reward {self.spec.spec!r}: its process {death.reason} while loading") from None
-                deaths.add(ProcessDied(death.reason, own=False))  # it could be loaded before
+                keeps_dying(self.spec.spec, deaths, ProcessDied(death.reason, own=False))  # it could be loaded before
                 continue
             if "error" not in facts:
                 return facts

@@ -62,10 +62,7 @@ class Executor:
 
 
 class ThreadExecutor(Executor):
-    """A callable in this process. Python cannot end a thread: a hung call is left behind and goes on.
-
-    Time limits that a reward sets itself by signals work on the main thread only, hence not here.
-    """
+    """A callable in this process. Python cannot end a thread: a hung call is left behind and goes on."""
 
     place = "thread"
 
@@ -134,7 +131,7 @@ def finish(
 
     If its process dies, the batch is sent again, with its whole time. Raises RewardError if that does not help.
     """
-    deaths = DeathCounter(getattr(executor, "name", ""))
+    deaths: list[bool] = []
     while True:
         try:
             return future.result(timeout=max(0.0, deadline - time.monotonic()))
@@ -144,42 +141,35 @@ def finish(
             detail = f"no answer within {limit:g} s; {executor.give_up(future)}"
             return whole(ScoreStatus.TIMEOUT, detail, len(batch))
         except ProcessDied as death:
-            if deaths.add(death):
+            if keeps_dying(getattr(executor, "name", ""), deaths, death):
                 return whole(ScoreStatus.ERROR, f"the reward's process {death.reason}", len(batch))
             executor.died(death)
         future, deadline = executor.start(batch), time.monotonic() + limit
 
 
-class DeathCounter:
-    """Counts how often the process died under one batch, and says when that is enough."""
+def keeps_dying(name: str, deaths: list[bool], death: ProcessDied) -> bool:
+    """True if a reward ended its own process too often; False: try again. Raises RewardError for other deaths.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._counts = {True: 0, False: 0}
-
-    def add(self, death: ProcessDied) -> bool:
-        """True if the reward keeps ending its process; False: try again. Raises RewardError for other deaths."""
-        count = self._counts[death.own] = self._counts[death.own] + 1
-        if count < MOST_TRIES:
-            if not death.own:
-                time.sleep(PAUSE_SECONDS * count)
-            return False
-        if death.own:
-            return True
-        raise RewardError(
-            f"reward {self.name!r}: its process {death.reason}, {MOST_TRIES} times in a row. That is no answer of the "
-            "reward: is the machine short of memory or of disk? What was scored before is kept; resume when it is not."
-        )
+    `deaths` of the same batch, or of the same start, are counted by whether they were the reward's own.
+    """
+    deaths.append(death.own)
+    count = deaths.count(death.own)
+    if count < MOST_TRIES:
+        if not death.own:
+            time.sleep(PAUSE_SECONDS * count)
+        return False
+    if death.own:
+        return True
+    raise RewardError(
+        f"reward {name!r}: its process {death.reason}, {MOST_TRIES} times in a row. That is no answer of the "
+        "reward: is the machine short of memory or of disk? What was scored before is kept; resume when it is not."
+    )
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Restores what a reward may change of this process and what would shape later stages: the working folder,
-    environment variables that are read later, the locale, stdout and stderr, torch's defaults.
-
-    Random states are left alone: a run seeds each of its own samples, and a reward that draws from `random` must not
-    draw the same again.
-    """
+    """Restores what a reward may change of this process: working folder, environment variables that are read later,
+    locale, stdout and stderr, torch's defaults. Random states are left alone: a reward must not draw the same again."""
     try:
         folder = Path.cwd()
     except FileNotFoundError:  # it was deleted

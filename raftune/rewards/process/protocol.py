@@ -1,7 +1,7 @@
 """Messages between a run and a reward's process, as Arrow IPC streams.
 
-Nothing is pickled. A column of plain values of one type is an Arrow column, images are a column of PNG bytes; any
-other travels as JSON text, value by value, so that a message or a nested cell arrives with exactly its own keys.
+Nothing is pickled. Plain values of one type are an Arrow column, images PNG bytes; any other value is JSON text, so
+that a message or a nested cell arrives with exactly its own keys.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Server process of one reward: `python -m raftune.rewards.process.server IN OUT`.
 
-Standard output and standard error are one pipe that the run reads, standard input is empty. The process ends when its
-input closes, even while the reward runs, and what the reward started ends with it; a reward that holds the
-interpreter's lock is ended by a watchdog shortly after its limit. A signal from outside ends the process: it is never
-an answer.
+A reward that holds the interpreter's lock is ended by a watchdog shortly after its limit. A signal from outside ends
+the process: it is never an answer.
 """
 
 from __future__ import annotations
@@ -28,10 +26,8 @@ GRACE_SECONDS = 5.0
 
 
 def main() -> None:
-    """Loads the reward that the first message names, then scores batch after batch.
-
-    The reward runs on the main thread, where time limits by signal work; an async one on one loop.
-    """
+    """Loads the reward that the first message names, then scores batches on the main thread, where time limits by
+    signal work."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     requests = serve()
     request, reply = next(requests)
