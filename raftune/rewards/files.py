@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -70,11 +70,7 @@ class ImageFiles(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.sources)
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Any]: ...
-    def __getitem__(self, index: int | slice) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         """The image, RGB. Raises DataError if it can no longer be read."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -107,12 +103,16 @@ def read_answers(source: str, split: str = "train", dialogues: Form = "text", fi
     path = Path(source).expanduser()
     base = path if path.is_dir() else path.parent  # where paths of images begin
     images = is_folder(source)
+    rows = folder_rows(path, field) if images else raw_rows(source, split, field)
     if not images:
         first = next((row for _, row in islice(raw_rows(source, split, field), 100) if isinstance(row, dict)), {})
         images = holds_image(first)
         if not images and not has(first, COMPLETION):
-            return _read_pairs(source, split, dialogues, field)
-    rows = folder_rows(path, field) if is_folder(source) else raw_rows(source, split, field)
+            feedback = read_preferences(source, split, field=field, dialogues=dialogues)
+            numbers = [pair.row for pair in feedback.rows for _ in (0, 1)]
+            prompts = [pair.prompt for pair in feedback.rows for _ in (0, 1)]
+            texts = [text for pair in feedback.rows for text in (pair.chosen, pair.rejected)]
+            return CompletionFile(numbers, prompts, texts, {}, True, feedback.skipped, tuple(feedback.words()))
     kept: list[tuple[int, Any, Any, Any, dict[str, Any]]] = []
     skipped: list[SkippedRow] = []
     for number, raw in rows:
@@ -139,14 +139,6 @@ def read_answers(source: str, split: str = "train", dialogues: Form = "text", fi
     if images:
         return CompletionFile(numbers, prompts, ImageFiles(completions), columns, False, skipped, words, names)
     return CompletionFile(numbers, prompts, completions, columns, False, skipped, words)
-
-
-def _read_pairs(source: str, split: str, dialogues: Form, field: str) -> CompletionFile:
-    feedback = read_preferences(source, split, field=field, dialogues=dialogues)
-    numbers = [pair.row for pair in feedback.rows for _ in (0, 1)]
-    prompts = [pair.prompt for pair in feedback.rows for _ in (0, 1)]
-    completions = [text for pair in feedback.rows for text in (pair.chosen, pair.rejected)]
-    return CompletionFile(numbers, prompts, completions, {}, True, feedback.skipped, tuple(feedback.words()))
 
 
 def _read_completion(row: Row) -> tuple[Any, Any, None, Row]:
@@ -204,30 +196,28 @@ def folder_rows(folder: Path, field: str) -> Iterator[tuple[int, Row | SkippedRo
 
     Raises DataError if there is neither.
     """
-    if (folder / METADATA).is_file():
-        for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                yield number, SkippedRow(number, SkipReason.BROKEN, f"not valid JSON: {error}")
-                continue
-            if not isinstance(row, dict) or FILE_NAME not in row:
-                yield number, SkippedRow(number, SkipReason.MISSING, f"there is no {FILE_NAME}")
-            else:
-                yield number, {"image": row.pop(FILE_NAME), **row}
+    if not (folder / METADATA).is_file():
+        paths = image_paths(folder)
+        texts = [path.with_suffix(".txt") for path in paths]
+        if not any(text.is_file() for text in texts):
+            raise DataError(
+                f"{field}: {folder} holds images and no prompts. Add {METADATA} with a line for each, "
+                '{"file_name": "a.png", "prompt": "a red disc"}, or a text file of the same name beside each image.'
+            )
+        for number, (path, text) in enumerate(zip(paths, texts, strict=True), 1):
+            prompt = {"prompt": text.read_text(encoding="utf-8").strip()} if text.is_file() else {}
+            yield number, {"image": path.name, **prompt}
         return
-    paths = image_paths(folder)
-    if not any(path.with_suffix(".txt").is_file() for path in paths):
-        raise DataError(
-            f"{field}: {folder} holds images and no prompts. Add {METADATA} with a line for each, "
-            '{"file_name": "a.png", "prompt": "a red disc"}, or a text file of the same name beside each image.'
-        )
-    for number, path in enumerate(paths, 1):
-        text = path.with_suffix(".txt")
-        prompt = {"prompt": text.read_text(encoding="utf-8").strip()} if text.is_file() else {}
-        yield number, {"image": path.name, **prompt}
+    for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            yield number, SkippedRow(number, SkipReason.BROKEN, f"not valid JSON: {error}")
+            continue
+        if isinstance(row, dict) and FILE_NAME in row:
+            yield number, {"image": row.pop(FILE_NAME), **row}
+        elif line.strip():
+            yield number, SkippedRow(number, SkipReason.MISSING, f"there is no {FILE_NAME}")
 
 
 # -- scoring ----------------------------------------------------------------------------------------------------------

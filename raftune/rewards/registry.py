@@ -9,8 +9,11 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
+
+from raftune.rewards.fingerprint import digest
 
 T = TypeVar("T")
 BUILT_IN: dict[str, BuiltinReward] = {}
@@ -74,10 +77,16 @@ class BuiltinReward:
 
 
 class BuiltInReward:
-    """Base class of built-in rewards: name and media; a subclass sets its `fingerprint` (str)."""
+    """Base class of built-in rewards. Raise `version` when the reward computes something else."""
 
     name: str
     media: frozenset[str]
+    version = 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over the built-in name, the version and all options."""
+        return digest(type(self).name, self.version, *dataclasses.astuple(cast(Any, self)))
 
     def load(self, name: str | None = None, device: str = "auto") -> Self:
         """Sets the name and reads what the reward needs besides its options; a model's weights are read later."""

@@ -11,7 +11,6 @@ from pydantic import Field
 
 from raftune.data.classifier_inputs import text_of
 from raftune.errors import RewardError
-from raftune.rewards.fingerprint import digest
 from raftune.rewards.registry import BuiltInReward, builtin
 
 NUMBER = re.compile(r"(?<![\w.])[-+−]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-+−]?\.\d+")
@@ -35,9 +34,6 @@ class AnswerReward(BuiltInReward):
             description="The answer in the completion: last_number, last \\boxed{…}, or exact (the whole completion)."
         ),
     ] = "last_number"
-
-    def __post_init__(self) -> None:
-        self.fingerprint = digest("answer", 1, self.column, self.extract)
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         if self.column not in columns:

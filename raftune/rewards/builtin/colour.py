@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -44,7 +45,10 @@ class ColourReward(BuiltInReward):
             )
         if self.colour is not None and not all(0 <= value <= 255 for value in self.colour):
             raise ConfigError(f"colour: each of red, green and blue must be from 0 to 255; got {list(self.colour)}.")
-        self.fingerprint = digest("colour", 1, self.measure, list(self.colour or ()))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest("colour", 1, self.measure, list(self.colour or ()))
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         arrays = [np.asarray(image, np.float64) / 255 for image in images(completions, self.name)]

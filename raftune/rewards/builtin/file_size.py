@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -29,7 +30,10 @@ class FileSizeReward(BuiltInReward):
     def __post_init__(self) -> None:
         if not 1 <= self.quality <= 100:
             raise ConfigError(f"file_size: quality must be from 1 to 100; got {self.quality}. Write 95, say.")
-        self.fingerprint = digest("file_size", 1, self.format, self.quality if self.format == "jpeg" else 0)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest("file_size", 1, self.format, self.quality if self.format == "jpeg" else 0)
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         options = {"quality": self.quality} if self.format == "jpeg" else {"compress_level": 9}

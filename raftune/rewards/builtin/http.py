@@ -7,6 +7,7 @@ import base64
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -63,9 +64,12 @@ class HttpReward(BuiltInReward):
                 f"http: options.key_env names the environment variable {self.key_env!r}, which is not set. Set it to "
                 "the key, or leave out key_env."
             )
-        self.fingerprint = digest(
-            "http", 1, redacted(masked(self.url), references=False), self.batch_size, self.columns
-        )
+        _ = self.fingerprint  # now: `masked` learns more secrets with each reward
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over the address without keys; another key, or more requests at once, is the same judge."""
+        return digest("http", 1, redacted(masked(self.url), references=False), self.batch_size, self.columns)
 
     async def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Any]:
         """The numbers as the server gave them. Raises RewardError for a response without them."""

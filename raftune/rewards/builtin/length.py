@@ -9,7 +9,6 @@ from pydantic import Field
 
 from raftune.errors import ConfigError
 from raftune.rewards.builtin.text import Unit, UnitsReward
-from raftune.rewards.fingerprint import digest
 from raftune.rewards.registry import builtin
 
 
@@ -39,7 +38,6 @@ class LengthReward(UnitsReward):
             )
         if self._low is not None and self._high is not None and self._low > self._high:
             raise ConfigError(f"length: min must not exceed max; got min {self.min} and max {self.max}")
-        self.fingerprint = digest("length", 1, self.target, self.min, self.max, self.unit)
 
     def value(self, units: list[Any]) -> float:
         if self._low is not None and len(units) < self._low:

@@ -10,7 +10,6 @@ from pydantic import Field
 
 from raftune.data.classifier_inputs import text_of
 from raftune.errors import ConfigError
-from raftune.rewards.fingerprint import digest
 from raftune.rewards.registry import BuiltInReward, builtin
 
 
@@ -41,7 +40,6 @@ class RegexReward(BuiltInReward):
             self._compiled = re.compile(self.pattern)
         except re.error as error:
             raise ConfigError(f"regex: pattern must be a regular expression; got {self.pattern!r}: {error}") from None
-        self.fingerprint = digest("regex", 1, self.pattern, self.match, self.otherwise, self.mode)
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         texts = [text_of(completion) for completion in completions]

@@ -9,7 +9,6 @@ from pydantic import Field
 
 from raftune.errors import ConfigError
 from raftune.rewards.builtin.text import Unit, UnitsReward
-from raftune.rewards.fingerprint import digest
 from raftune.rewards.registry import builtin
 
 
@@ -27,7 +26,6 @@ class RepetitionReward(UnitsReward):
     def __post_init__(self) -> None:
         if self.ngram_size < 1:
             raise ConfigError(f"repetition: ngram_size must be 1 or more; got {self.ngram_size}. Usual is 3.")
-        self.fingerprint = digest("repetition", 1, self.ngram_size, self.unit)
 
     def value(self, units: list[Any]) -> float:
         folded = [unit.casefold() if isinstance(unit, str) else unit for unit in units]
