@@ -239,18 +239,15 @@ class SampleScorer:
         score, by its row, are combined with those of the others. Rewards are called for neither.
         """
         groups = [prompt.id for prompt in prompts]
-        invalid = INVALID in samples.column_names and samples.column(INVALID).null_count < samples.num_rows
-        if not invalid and not earlier:
-            scores = self.panel.score(batch_of(prompts, samples), groups=groups, combine=self.combine)
-            self.extras = self.panel.extras
-            return scores
-        reasons = samples.column(INVALID).to_pylist() if invalid else [None] * samples.num_rows
+        has_invalid = INVALID in samples.column_names
+        reasons = samples.column(INVALID).to_pylist() if has_invalid else [None] * samples.num_rows
         known = {row: score for row, score in (earlier or {}).items() if reasons[row] is None}
         rows = [row for row, reason in enumerate(reasons) if reason is None and row not in known]
         by_row: dict[int, Score] = {}
         self.extras = LoggedExtras()
         if rows:
-            batch = batch_of([prompts[row] for row in rows], samples.take(pa.array(rows, pa.int64())))
+            part = samples if len(rows) == samples.num_rows else samples.take(pa.array(rows, pa.int64()))
+            batch = batch_of([prompts[row] for row in rows], part)
             scores = self.panel.score(batch, groups=[groups[row] for row in rows], combine=self.combine)
             by_row = dict(zip(rows, scores, strict=True))
             columns = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -16,13 +17,13 @@ Unit = Annotated[
 ]
 
 
-class UnitsReward(BuiltInReward):
+class UnitsReward(BuiltInReward, ABC):
     """A reward that is a function of a completion's units: words, characters, or token ids (EOS included)."""
 
     unit: Unit
 
-    def value(self, units: list[Any]) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def value(self, units: list[Any]) -> float: ...
 
     def __call__(
         self,
