@@ -178,9 +178,9 @@ def score(
     """
     from raftune.config.load import validate_as
     from raftune.config.rewards import RewardsConfig
+    from raftune.rewards.batch import check_media
     from raftune.rewards.files import read_answers, score_answers, summary, write_scored
     from raftune.rewards.loading import load_panel
-    from raftune.rewards.batch import check_media
     from raftune.starters.resolve import IMAGES, resolve_reward
 
     target = None if out is None else Path(out).expanduser()

@@ -52,12 +52,12 @@ def main() -> None:
     for request, reply in requests:
         header, table = unpacked(request)
         faulthandler.dump_traceback_later(float(header["timeout"]) + GRACE_SECONDS, exit=True, file=nowhere)
-        message = score(reward, loop, batch_from(table, header["state"]))
+        outcome = score(reward, loop, batch_from(table, header["state"]))
         faulthandler.cancel_dump_traceback_later()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # a reward may have replaced it
                 stream.flush()
-        reply(message)
+        reply(outcome)
 
 
 def score(reward: Any, loop: asyncio.AbstractEventLoop | None, batch: RewardBatch) -> memoryview:
