@@ -10,10 +10,9 @@ from raftune.config.rewards import RewardsConfig, RewardSpec, unique_names
 from raftune.config.secrets import advice, plain_secrets
 from raftune.errors import ConfigError
 from raftune.protocols import Reward
-from raftune.rewards.function import FunctionReward
 from raftune.rewards.panel import RewardSet
 from raftune.rewards.registry import BUILT_IN, import_all
-from raftune.rewards.resolve import is_function, resolve
+from raftune.rewards.resolve import FunctionReward, is_function, resolve
 
 import_all()
 

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from raftune.data.tables import table_from
 from raftune.errors import ConfigError, DataError
-from raftune.rewards.function import FunctionReward
 from raftune.rewards.loading import load_reward
+from raftune.rewards.resolve import FunctionReward
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.records import ScoreStatus
 from raftune.rewards import RewardBatch, RewardSet, load_panel
 from raftune.rewards.builtin.aesthetic import save_head
-from raftune.rewards.examples import example_images
+from raftune.rewards.check import example_images
 from tests.builders import tiny_clip
 from tests.runs.http_judge import judging
 

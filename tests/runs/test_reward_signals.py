@@ -22,7 +22,7 @@ from raftune.config.rewards import RewardSpec
 from raftune.errors import Interrupted
 from raftune.rewards import RewardBatch, RewardSet, load_reward
 from raftune.rewards.builtin.aesthetic import save_head
-from raftune.rewards.examples import example_images
+from raftune.rewards.check import example_images
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from tests.builders import tiny_clip

@@ -17,7 +17,7 @@ from raftune.config.secrets import HIDDEN, plain_secrets, redacted
 from raftune.errors import ConfigError
 from raftune.results.model_card import publish_model
 from raftune.rewards import RewardBatch, load_panel, load_reward
-from raftune.rewards.function import FunctionReward
+from raftune.rewards.resolve import FunctionReward
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from tests.runs.http_judge import judging

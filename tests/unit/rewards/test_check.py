@@ -13,7 +13,7 @@ from raftune.cli import main
 from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError
 from raftune.rewards import RewardBatch, check_reward
-from raftune.rewards.examples import example_batch
+from raftune.rewards.check import example_batch
 
 
 def lengths(completions: list[str], **kwargs: Any) -> list[float]:

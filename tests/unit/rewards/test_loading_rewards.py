@@ -12,9 +12,8 @@ import pytest
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import ConfigError, RewardError
 from raftune.rewards import RewardBatch, RewardSet, fingerprint, load_panel
-from raftune.rewards.function import FunctionReward
 from raftune.rewards.loading import load_reward
-from raftune.rewards.resolve import resolve
+from raftune.rewards.resolve import FunctionReward, resolve
 
 RULES = '''
 """Rewards of a project."""

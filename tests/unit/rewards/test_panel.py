@@ -19,7 +19,7 @@ from raftune.errors import ConfigError
 from raftune.records import Score, ScoreStatus
 from raftune.rewards import RewardBatch, RewardSet, failure_message, load_panel, load_reward
 from raftune.rewards.builtin.length import LengthReward
-from raftune.rewards.function import FunctionReward
+from raftune.rewards.resolve import FunctionReward
 from raftune.store import interruption
 from raftune.store import partial as unfinished
 

@@ -16,7 +16,7 @@ from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import ConfigError
 from raftune.records import ScoreStatus
 from raftune.rewards import RewardBatch, load_panel, load_reward
-from raftune.rewards.examples import example_images
+from raftune.rewards.check import example_images
 from tests.runs.http_judge import judging
 
 

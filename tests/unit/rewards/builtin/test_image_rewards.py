@@ -21,7 +21,7 @@ from raftune.rewards import load_reward
 from raftune.rewards.builtin.aesthetic import AestheticReward, load_head, save_head
 from raftune.rewards.builtin.clip import ClipModel
 from raftune.rewards.builtin.clip_score import PICK_PROCESSOR, PickScoreReward
-from raftune.rewards.examples import LONG, example_images
+from raftune.rewards.check import LONG, example_images
 from raftune.training.devices import choose_device, devices
 from tests.builders import clip_image_processor, clip_tokenizer, save_tiny, tiny_clip, tiny_clip_model
 
