@@ -2,8 +2,8 @@
 
 from raftune.rewards.batch import RewardBatch
 from raftune.rewards.check import CheckReport, check_reward
-from raftune.rewards.failures import FailureTally, failure_message
 from raftune.rewards.loading import load_panel, load_reward
+from raftune.rewards.outcome import FailureTally, failure_message
 from raftune.rewards.panel import LoggedExtras, RewardSet
 
 __all__ = [

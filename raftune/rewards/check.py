@@ -15,8 +15,8 @@ from raftune.config.rewards import RewardSpec
 from raftune.data.images import require_pillow
 from raftune.records import RewardPart
 from raftune.rewards.batch import IMAGE_MEDIA, RewardBatch, check_media, is_image
-from raftune.rewards.failures import FAILED, excerpt
 from raftune.rewards.loading import load_reward
+from raftune.rewards.outcome import FAILED, excerpt
 from raftune.rewards.process.executors import EventLoopThread, call, place
 
 TOLERANCE = 1e-5  # relative: what regrouping a batch may change in float32

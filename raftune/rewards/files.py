@@ -24,7 +24,7 @@ from raftune.errors import DataError
 from raftune.evaluation.bootstrap import interval, mean_by_prompt, numbers_by_key
 from raftune.records import Row, Score, ScoreStatus
 from raftune.rewards.batch import RESERVED, RewardBatch
-from raftune.rewards.failures import FAILED, FailureTally
+from raftune.rewards.outcome import FAILED, FailureTally
 from raftune.rewards.panel import RewardSet
 from raftune.sanitize import counted
 from raftune.store.files import stage_file

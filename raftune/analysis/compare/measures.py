@@ -179,7 +179,7 @@ def both_answers(pairs: SamplePairs) -> pa.Table:
 
 def refuse_failing(name: str, parts: Sequence[Any]) -> None:
     """Raises RewardError where more than half of the samples failed; a part that does not apply is no failure."""
-    from raftune.rewards.failures import FAILED
+    from raftune.rewards.outcome import FAILED
 
     failed = [part for part in parts if part.status in FAILED]
     if len(failed) > SHARE * len(parts):

@@ -67,6 +67,7 @@ class ClassifierReward(HeldWeights, BuiltInReward):
     def load(self, name: str | None = None, device: str = "auto", model: Any = None, tokenizer: Any = None) -> Self:
         """Reads configuration and tokenizer, or takes a model and its tokenizer as objects. Raises RewardError."""
         from transformers import AutoConfig, AutoTokenizer
+        from transformers.utils import cached_file
 
         from raftune.training.devices import choose_device
 
@@ -95,7 +96,11 @@ class ClassifierReward(HeldWeights, BuiltInReward):
             self._tokenizer = copy.deepcopy(tokenizer)  # what is set below must not change its owner's
         self._tokenizer.truncation_side = "left"
         self._truncation = self._tokenizer.backend_tokenizer.truncation if self._tokenizer.is_fast else None
-        self._notes = self._read_notes()
+        path: Any = Path(self._source).expanduser() / NOTES
+        if not path.parent.is_dir():
+            quietly = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
+            path = cached_file(self._source, NOTES, revision=self.revision, **quietly) if model is None else None
+        self._notes = read_notes(Path(path) if path else None)
         special, usual = self._trained_with("add_special_tokens"), self._tokenizer.cls_token_id is not None
         self._inputs = ClassifierInputs(
             include_prompt=self._trained_with("include_prompt") is not False,
@@ -215,18 +220,6 @@ class ClassifierReward(HeldWeights, BuiltInReward):
                 f"none in {NOTES} beside it. `raftune reward train` writes one; leave normalize out for other models."
             )
         return float(scale["mean"]), float(scale["std"])
-
-    def _read_notes(self) -> dict[str, Any]:
-        from transformers.utils import cached_file
-
-        folder = Path(self._source).expanduser()
-        if folder.is_dir():
-            return read_notes(folder / NOTES)
-        if self._given is not None:
-            return {}
-        quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        path = cached_file(self._source, NOTES, revision=self.revision, **quietly)
-        return read_notes(Path(path) if path else None)
 
     def _find_label(self) -> int:
         count, label = self.config.num_labels, self.label
