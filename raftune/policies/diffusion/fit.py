@@ -16,9 +16,8 @@ from transformers import TrainerCallback
 
 from raftune.errors import OutOfMemory
 from raftune.policies.diffusion import lora
-from raftune.policies.diffusion.images import batch_of, read_rows
 from raftune.policies.diffusion.loading import load_denoiser
-from raftune.policies.diffusion.loss import DenoisingLoss, DenoisingProbe, StepCounter
+from raftune.policies.diffusion.loss import DenoisingLoss, DenoisingProbe, StepCounter, batch_of, read_rows
 from raftune.policies.diffusion.model_folder import base_record
 from raftune.policies.diffusion.pipelines.base import Conditions
 from raftune.policies.diffusion.saving import read_optimizer, write_model

@@ -1,15 +1,13 @@
-"""Images as samples and as training rows: payloads, and clean latents as Parquet columns."""
+"""Payloads of images: a PNG, and clean latents as Parquet columns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
@@ -17,8 +15,6 @@ from raftune.data.images import as_rgb, image_of, png_of, sha256_of_png, why_inv
 from raftune.errors import DataError
 from raftune.policies.diffusion.pipelines.base import PipelineAdapter, SampledImages
 from raftune.records import INVALID, LATENTS, Prompt
-from raftune.training.fit import Batch
-from raftune.training.objectives import Normalization, coefficients
 
 DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<i2"}  # numpy has no bfloat16: its bits
 FIELDS = (
@@ -125,85 +121,3 @@ def read_image(completion: Any, prompt: Prompt, source: str) -> Image.Image:
         f"an answer to prompt {prompt.id} ({source}) must be an image: bytes of a PNG or JPEG file, a PIL image, or a "
         f"path; got {completion!r:.80}."
     )
-
-
-# -- training rows -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ImageRow:
-    """One image: its number in the fit, the number of its distinct prompt, its coefficient in a step's loss, and its
-    clean latents (C, h, w) in the dtype in which they were saved."""
-
-    number: int
-    prompt: int
-    coefficient: float
-    x0: torch.Tensor
-
-
-@dataclass(frozen=True)
-class ImageRows:
-    """The images of positive weight, their distinct prompts, and the round that gathered them."""
-
-    rows: list[ImageRow]
-    prompts: list[Prompt]
-    round: int
-
-
-def read_rows(path: Path, shape: tuple[int, int, int], normalization: Normalization, step: int) -> ImageRows:
-    """The rows of a Parquet file whose latents have this (C, h, w), for a fit whose steps have `step` rows.
-
-    Raises DataError for one that cannot be used.
-    """
-    columns = ["sample_id", "prompt_id", "prompt", "weight", INVALID, *(field.name for field in FIELDS)]
-    table = pq.read_table(path, columns=columns, use_threads=False)
-    weights = np.asarray(table.column("weight").to_numpy(), dtype=np.float64)
-    if (bad := weights[~(np.isfinite(weights) & (weights >= 0))]).size:
-        raise DataError(f"Every row's weight must be finite and not negative; got {bad[0]} in {path.name}.")
-    used = table.filter(pa.array(weights > 0))
-    ids, contents = used.column("prompt_id").to_pylist(), used.column("prompt").to_pylist()
-    first: dict[str, int] = {}
-    numbers = [first.setdefault(repr(content), len(first)) for content in contents]
-    prompts = {number: Prompt(name, content) for number, name, content in zip(numbers, ids, contents, strict=True)}
-    latents = [_latents(row, shape) for row in used.drop_columns(["prompt"]).to_pylist()]
-    elements = [int(np.prod(shape))] * len(latents)
-    # By prompt id, not by text: equal texts asked twice are two prompts.
-    shares = coefficients(weights[weights > 0], elements, ids, normalization, step).tolist()
-    rows = list(map(ImageRow, range(len(latents)), numbers, shares, latents))
-    round_ = int((pq.read_schema(path).metadata or {}).get(b"raftune.round", b"0"))
-    return ImageRows(rows, list(prompts.values()), round_)
-
-
-def _latents(row: dict[str, Any], shape: tuple[int, int, int]) -> torch.Tensor:
-    """The latents of one row. Raises DataError where there are none, of another shape, or not finite."""
-    name = row["sample_id"]
-    content, actual, dtype = (row[field.name] for field in FIELDS)
-    if content is None or actual is None or dtype is None:
-        reason = f" ({row[INVALID]})" if row[INVALID] else ""
-        raise DataError(
-            f"Every row must have latents to learn from; {name} has none{reason}. "
-            "Take a reference image out of its data set; draw a round's again with `raftune train … --from generate`."
-        )
-    if tuple(actual) != shape:
-        raise DataError(
-            f"Latents must have the shape {shape} of this run's images; those of {name} have {tuple(actual)}. It was "
-            "generated at another height or width: draw its round again with `raftune train … --from generate`, or set "
-            "sampling.diffusion.height and width to its own."
-        )
-    try:
-        x0 = latents_of(content, actual, dtype)
-    except DataError as error:
-        raise DataError(f"{name}: {error} Draw its round again with `raftune train … --from generate`.") from error
-    if not bool(torch.isfinite(x0.float()).all()):
-        raise DataError(f"Latents must be finite; those of {name} hold a NaN or an infinity. Leave the row out.")
-    return x0
-
-
-def batch_of(rows: Sequence[ImageRow]) -> Batch:
-    """x0 (N, C, h, w) float32, and of each row its number, its prompt and its coefficient."""
-    return {
-        "x0": torch.stack([row.x0.float() for row in rows]),
-        "rows": torch.tensor([row.number for row in rows]),
-        "prompts": torch.tensor([row.prompt for row in rows]),
-        "coefficients": torch.tensor([row.coefficient for row in rows], dtype=torch.float32),
-    }

@@ -13,7 +13,6 @@ from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ConfigError
 from raftune.policies.diffusion import loading, model_folder, saving
 from raftune.policies.diffusion.checks import call_of, is_guided, refuse_untunable
-from raftune.policies.diffusion.encoding import PromptEncoder
 from raftune.policies.diffusion.footprint import PipelineSize
 from raftune.policies.diffusion.images import PAYLOAD, encode_image
 from raftune.policies.diffusion.pipelines import adapter_of
@@ -143,9 +142,9 @@ class Diffusion:
         return self.blank.latent_shape(self.call.height, self.call.width)
 
     @cached_property
-    def encoder(self) -> PromptEncoder:
+    def encoder(self) -> loading.PromptEncoder:
         """Reads prompts, each distinct one once for all rounds."""
-        return PromptEncoder(self.frozen, self.blank, self.device)
+        return loading.PromptEncoder(self.frozen, self.blank, self.device)
 
     @property
     def nbytes(self) -> int:

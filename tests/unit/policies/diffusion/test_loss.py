@@ -15,8 +15,8 @@ from diffusers.training_utils import EMAModel
 
 from raftune.config.training import DiffusionTraining
 from raftune.errors import DataError
-from raftune.policies.diffusion.images import ImageRow, batch_of, columns_of, read_rows
-from raftune.policies.diffusion.loss import DenoisingLoss, StepCounter
+from raftune.policies.diffusion.images import columns_of
+from raftune.policies.diffusion.loss import DenoisingLoss, ImageRow, StepCounter, batch_of, read_rows
 from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall, SampledImages
 from raftune.policies.diffusion.schedules import FlowMatching, Schedule, VariancePreserving
 from raftune.training.fit import MovingAverage
