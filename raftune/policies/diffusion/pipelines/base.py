@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from raftune.errors import ConfigError, DataError, ModelError
@@ -70,18 +69,6 @@ class PipelineCall:
     guidance_scale: float
     kwargs: Mapping[str, Any]
 
-    def options(self, generators: list[torch.Generator]) -> dict[str, Any]:
-        """Arguments of a latent pipeline besides its conditions."""
-        return {
-            "height": self.height,
-            "width": self.width,
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-            "generator": generators,
-            "output_type": "np",
-            **self.kwargs,
-        }
-
 
 @dataclass(frozen=True)
 class SampledImages:
@@ -96,14 +83,18 @@ class SampledImages:
     finite: Sequence[bool]
 
     @classmethod
-    def of(cls, pixels: NDArray[Any], x0: torch.Tensor, flagged: Sequence[bool] | None = None) -> SampledImages:
-        """From a pipeline's output_type="np": (N, H, W, 3 or 1) in [0, 1], rounded as the pipeline would."""
-        count = len(pixels)
-        finite = np.isfinite(pixels).reshape(count, -1).all(1)
+    def of(cls, pixels: Any, x0: torch.Tensor, flagged: Sequence[bool] | None = None) -> SampledImages:
+        """From a pipeline's output: an array (N, H, W, 3 or 1) or a tensor (N, 3 or 1, H, W), in [0, 1]; rounded as the
+        pipeline would."""
+        if torch.is_tensor(pixels):
+            pixels = pixels.cpu().permute(0, 2, 3, 1)
+            pixels = (pixels.float() if pixels.dtype == torch.bfloat16 else pixels).numpy()
+        finite = np.isfinite(pixels).reshape(len(pixels), -1).all(1)
         finite &= torch.isfinite(x0.float()).flatten(1).all(1).cpu().numpy()
         rounded = (np.where(np.isfinite(pixels), pixels, 0) * 255).round().astype(np.uint8)
-        images = [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB") for image in rounded]
-        return cls(images, x0, list(flagged or [False] * count), finite.tolist())
+        rounded = rounded[..., 0] if rounded.shape[-1] == 1 else rounded
+        images = [Image.fromarray(image).convert("RGB") for image in rounded]
+        return cls(images, x0, list(flagged or [False] * len(images)), finite.tolist())
 
 
 class PipelineAdapter(ABC):
@@ -189,14 +180,30 @@ class PipelineAdapter(ABC):
     ) -> SampledImages:
         """One image a row, by the pipeline's own loop: what the pipeline itself gives for that prompt and generator."""
         steps: deque[SchedulerStep] = deque(maxlen=1)
+        with watched(self.pipe.scheduler, steps.append):
+            output = self.run(conditions, negative, generators, call)
+        flagged = getattr(output, "nsfw_content_detected", None)  # by Stable Diffusion's safety checker
+        latents = steps[0].latents[: len(conditions)]  # a guided class-conditional loop has twice as many
+        return SampledImages.of(output.images, self.unpacked(latents, call), flagged)
+
+    def run(
+        self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
+    ) -> Any:
+        """The output of the pipeline's call."""
         away, inputs = conditions.away(negative), dict[str, Any](self.call_options)
         for argument, name in self.call_inputs.items():
             if name in conditions.tensors:
                 inputs |= {argument: conditions.tensors[name], f"negative_{argument}": away.get(name)}
-        with watched(self.pipe.scheduler, steps.append):
-            output = self.pipe(**inputs, **call.options(generators))
-        flagged = getattr(output, "nsfw_content_detected", None)  # by Stable Diffusion's safety checker
-        return SampledImages.of(output.images, self.unpacked(steps[0].latents, call), flagged)
+        return self.pipe(
+            height=call.height,
+            width=call.width,
+            num_inference_steps=call.num_inference_steps,
+            guidance_scale=call.guidance_scale,
+            generator=generators,
+            output_type="np",
+            **inputs,
+            **call.kwargs,
+        )
 
     @abstractmethod
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,15 +9,7 @@ import torch
 from PIL import Image
 
 from raftune.errors import ConfigError
-from raftune.policies.diffusion.pipelines.base import (
-    Conditions,
-    PipelineAdapter,
-    PipelineCall,
-    SampledImages,
-    SchedulerStep,
-    pixels_of,
-    watched,
-)
+from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall, pixels_of
 
 
 class DDPM(PipelineAdapter):
@@ -41,21 +32,16 @@ class DDPM(PipelineAdapter):
             )
         return self.encode([None])
 
-    def sample(
+    def run(
         self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
-    ) -> SampledImages:
-        last: deque[SchedulerStep] = deque(maxlen=1)
-        with watched(self.pipe.scheduler, last.append):
-            output = self.pipe(
-                batch_size=len(conditions),
-                num_inference_steps=call.num_inference_steps,
-                generator=generators,
-                output_type="pt",  # "np" fails in bfloat16
-                **call.kwargs,
-            )
-        pixels = output.images.cpu().permute(0, 2, 3, 1)
-        pixels = pixels.float() if pixels.dtype == torch.bfloat16 else pixels
-        return SampledImages.of(pixels.numpy(), last[0].latents)
+    ) -> Any:
+        return self.pipe(
+            batch_size=len(conditions),
+            num_inference_steps=call.num_inference_steps,
+            generator=generators,
+            output_type="pt",  # "np" fails in bfloat16
+            **call.kwargs,
+        )
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         out: torch.Tensor = self.denoiser(x_t, t, return_dict=False)[0]

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from raftune.errors import ConfigError, DataError
-from raftune.policies.diffusion.pipelines.base import (
-    Conditions,
-    PipelineAdapter,
-    PipelineCall,
-    SampledImages,
-    SchedulerStep,
-    watched,
-)
+from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall
 
 
 class LabelledDenoiser:
@@ -79,25 +71,22 @@ class DiT(PipelineAdapter):
             )
         return Conditions({"labels": torch.tensor([self.classes])})
 
-    def sample(
+    def run(
         self, conditions: Conditions, negative: Conditions | None, generators: list[torch.Generator], call: PipelineCall
-    ) -> SampledImages:
-        last: deque[SchedulerStep] = deque(maxlen=1)
+    ) -> Any:
         labels = conditions.tensors["labels"]
         away = (negative or self.empty()).tensors["labels"].to(labels.device).expand_as(labels)
         pipe = copy.copy(self.pipe)
         both = torch.cat([labels, away]) if call.guidance_scale > 1 else labels
         vars(pipe)["transformer"] = LabelledDenoiser(self.denoiser, both)
-        with watched(self.pipe.scheduler, last.append):
-            output = pipe(
-                class_labels=labels.tolist(),
-                num_inference_steps=call.num_inference_steps,
-                guidance_scale=call.guidance_scale,
-                generator=generators,
-                output_type="np",
-                **call.kwargs,
-            )
-        return SampledImages.of(output.images, last[0].latents[: len(labels)])
+        return pipe(
+            class_labels=labels.tolist(),
+            num_inference_steps=call.num_inference_steps,
+            guidance_scale=call.guidance_scale,
+            generator=generators,
+            output_type="np",
+            **call.kwargs,
+        )
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         labels = conditions.tensors["labels"]
