@@ -16,22 +16,10 @@ from raftune.errors import ConfigError, ExtensionError
 from raftune.protocols import LearnedModel, Objective
 
 Normalization = Literal["token", "sample", "prompt"]
-OBJECTIVES: dict[str, type[Objective]] = {}  # the built-in objectives, by training.objective
 METHODS = {"rows": ("samples", "verdicts"), "loss": ("model", "batch")}
 NEEDS = frozenset({"kept", "rejected"})
 
 
-def objective(name: str) -> Any:
-    """Enters the decorated class as the built-in objective of this name."""
-
-    def enter(cls: type[Objective]) -> type[Objective]:
-        OBJECTIVES[name] = cls
-        return cls
-
-    return enter
-
-
-@objective("sft")
 class Sft:
     """The weighted loss of the kept samples: negative log-likelihood of tokens, or squared error of latents."""
 
@@ -48,10 +36,10 @@ class Sft:
 
 
 def load_objective(config: TrainingConfig) -> Objective:
-    """The configured objective. Raises ConfigError where a custom one is not there, or is not whole."""
+    """The configured objective. Raises ConfigError where a custom one is missing or incomplete."""
     if not isinstance(config, CustomTraining):
-        return OBJECTIVES[getattr(config, "objective", "sft")]()
-    made: Objective = load_extension(
+        return Sft()
+    custom: Objective = load_extension(
         config.objective,
         "training.objective",
         config.options,
@@ -59,12 +47,13 @@ def load_objective(config: TrainingConfig) -> Objective:
         methods=METHODS,
         attributes=("needs",),
     )
-    if not isinstance(made.needs, set | frozenset | tuple | list) or not made.needs or not set(made.needs) <= NEEDS:
+    needs: Any = custom.needs
+    if not isinstance(needs, set | frozenset | tuple | list) or not needs or not set(needs) <= NEEDS:
         raise ConfigError(
-            f"training.objective: `needs` of {config.objective} must be of {', '.join(sorted(NEEDS))}; got "
-            f"{made.needs!r}. {GUIDE}"
+            f"training.objective: `needs` of {config.objective} must be of {', '.join(sorted(NEEDS))}; got {needs!r}. "
+            f"{GUIDE}"
         )
-    return made
+    return custom
 
 
 def objective_code(config: TrainingConfig) -> dict[str, str]:
@@ -73,13 +62,13 @@ def objective_code(config: TrainingConfig) -> dict[str, str]:
 
 
 def chosen_rows(objective: Objective, name: str, samples: pa.Table, verdicts: pa.Table) -> pa.Table:
-    """What of these samples reaches training, with a column `weight`. Raises ExtensionError where `rows` is wrong."""
+    """The rows to train on, with a column `weight`. Raises ExtensionError where `rows` of the objective is wrong."""
     kept = pc.greater(verdicts.column("weight"), 0.0)
     if "rejected" not in objective.needs:
         samples, verdicts = samples.filter(kept), verdicts.filter(kept)
     elif "kept" not in objective.needs:
         samples, verdicts = samples.filter(pc.invert(kept)), verdicts.filter(pc.invert(kept))
-    if isinstance(objective, Sft) and type(objective) in OBJECTIVES.values():
+    if type(objective) is Sft:
         return objective.rows(samples, verdicts)
     try:
         rows = objective.rows(samples, verdicts)
