@@ -30,8 +30,12 @@ check: $(READY)  ## style, types, and the directions of imports
 test: $(READY)  ## the tests that take under four minutes on two cores
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
-test-all: $(READY)  ## every test: kill points, damage, browsers, demos too
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+test-all: $(READY)  ## every test: kill points, damage, browsers, demos too; and the coverage by make test
+	@export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1; failed=0; run="$(BIN)/python -m pytest --numprocesses 2 --dist worksteal"; \
+	$$run -m "not slow" --cov --cov-report= || failed=1; \
+	printf "Coverage of raftune/ in percent, of which pyproject.toml sets the floor: "; \
+	$(BIN)/coverage report --format=total || failed=1; \
+	$$run -m slow || failed=1; exit $$failed
 
 format: $(READY)  ## bring the code into its form
 	@$(BIN)/ruff check --fix .
@@ -55,7 +59,7 @@ dist: $(READY)  ## build the source distribution and the wheel into dist/
 	@ls -l dist | awk 'NR > 1 {printf "%s  %.1f MB\n", $$NF, $$5 / 1048576}'
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and at one version: an open range would download build after build to resolve.
