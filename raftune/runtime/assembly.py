@@ -63,7 +63,7 @@ from raftune.store.run import RunFolder
 
 @dataclass(frozen=True)
 class PythonObjects:
-    """What was given as Python objects, not as configuration; a worker process cannot have them."""
+    """Python objects in place of configuration; a worker process cannot have them."""
 
     train: Callable[[], pa.Table] | None = None
     held_out: Callable[[], pa.Table] | None = None
@@ -74,29 +74,23 @@ class PythonObjects:
     tokenizer: Any = None
 
 
-LATENTS_GONE = "keep_latents: selected; rows/ holds those of what was kept"
 TEXTS = ("text", "messages")
 CONDENSE = {"image": looked_at}  # by medium: what alarms and metrics read in place of a completion
-SMALL = 256 * 2**20  # bytes: models that together stay below this may lie in memory side by side
+SMALL = 256 * 2**20  # bytes: models that together stay below this may be in memory side by side
 
 
 class PolicyCache:
-    """Hands out policies of one run: one large model at a time, or a few that are small together."""
+    """Loads the policies of one run: one large model at a time, or a few that are small together."""
 
-    def __init__(
-        self, config: RunConfig, family: Family, run: RunFolder, others_rest: Callable[[], None] = lambda: None
-    ) -> None:
-        self.config, self.family, self.run, self.others_rest = config, family, run, others_rest
-        self._held: dict[Path, Policy] = {}
+    def __init__(self, config: RunConfig, family: Family, run: RunFolder, release_others: Callable[[], None]) -> None:
+        self.config, self.family, self.run, self.release_others = config, family, run, release_others
+        self._held: dict[Path, Policy] = {}  # the latest used last
         self._encoder: tuple[Path, Policy] | None = None
-        self._shared: dict[Path, Any] = {}
+        self._shared: dict[Path, Any] = {}  # by start, the frozen parts that all rounds have in common
 
     def at(self, folder: Path) -> Policy:
         policy = self._held.pop(folder, None)
-        if policy is None:
-            self.evict()
-            policy = self._load(folder)
-        self._held[folder] = policy  # the latest stands last
+        self._held[folder] = policy = self.fresh(folder) if policy is None else policy
         return policy
 
     def fresh(self, folder: Path) -> Policy:
@@ -109,27 +103,29 @@ class PolicyCache:
         return self._encoder[1]
 
     def release(self) -> None:
-        """Lets go of every model that is held."""
+        """Frees every model."""
         held = sum(policy.nbytes for policy in self._held.values())
         self._held.clear()
         if held >= SMALL:
-            gc.collect()  # models hang in cycles; for small ones, the wait costs more than the memory
-            empty_device_cache()
+            gc.collect()  # models are in reference cycles; for small ones, the wait costs more than the memory
+            torch = sys.modules.get("torch")
+            if torch is not None and torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def evict(self) -> None:
-        """Drops models, the longest unused first, until one more as large as the largest would still be small."""
+        """Frees models, the least recently used first, until one more of the largest size would still be small."""
         sizes = {folder: policy.nbytes for folder, policy in self._held.items()}
-        if max(sizes.values(), default=0) * 2 > SMALL:
+        largest = max(sizes.values(), default=0)
+        if largest * 2 > SMALL:
             self.release()
             return
-        while sizes and sum(sizes.values()) + max(sizes.values()) > SMALL:
-            oldest = next(iter(sizes))
-            del sizes[oldest], self._held[oldest]
-        while len(self._held) > 2:
-            del self._held[next(iter(self._held))]
+        for folder in list(sizes):
+            if len(sizes) <= 2 and sum(sizes.values()) + max(sizes.values()) <= SMALL:
+                break
+            del sizes[folder], self._held[folder]
 
     def _load(self, folder: Path) -> Policy:
-        self.others_rest()
+        self.release_others()
         config, start = self.config, self.run.folder(0, "model")
         if folder.name == "teacher":
             config, start = teacher_config(config), folder
@@ -139,46 +135,37 @@ class PolicyCache:
             if record is not None:
                 policy.use_backend(record)
         if isinstance(policy, SupportsSharedParts):
-            self._share(start, policy.shared)
+            # Beside the parts of this start, only small ones of another (a teacher's) stay in memory.
+            small = {place: parts for place, parts in self._shared.items() if parts.nbytes * 2 <= SMALL}
+            self._shared = small | {start: policy.shared}
         return policy
-
-    def _share(self, start: Path, parts: Any) -> None:
-        """Holds what all rounds of a start have in common, so that the next one finds it read.
-
-        Of another start (a teacher's) only what is small stays beside it.
-        """
-        small = {place: one for place, one in self._shared.items() if one.nbytes * 2 <= SMALL}
-        self._shared = small | {start: parts}
-
-
-def empty_device_cache() -> None:
-    """Gives the freed memory of a GPU back, where torch is in use at all."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class Runtime:
-    """Everything a run needs, made from its configuration: the table of stages by round, and the engine."""
+    """All objects of a run, made from its configuration: the stages of each round, policies, rewards and the engine."""
 
     def __init__(self, run: RunFolder, config: RunConfig, objects: PythonObjects | None = None) -> None:
         self.plain = run.in_own_terms(config)  # enters the keys: as written, with no path of this machine
-        config = resolve_starters(config)
-        self.run, self.config, self.objects = run, config, with_starter_prompts(config, objects or PythonObjects())
+        config, objects = resolve_starters(config), objects or PythonObjects()
+        family = config.policy.family
+        train = starter_prompts(config.data.prompts, "train", family) or objects.train
+        held_out = starter_prompts(config.evaluation.prompts, "heldout", family) or objects.held_out
+        self.run, self.config, self.objects = run, config, replace(objects, train=train, held_out=held_out)
         self.family = family_of(config)
         self.engine: Engine = make_engine(config.engine, run.root)
-        self._panels: dict[str, SampleScorer] = {}
+        self._scorers: dict[str, SampleScorer] = {}
         self._extractor: Any = None
-        self.policies = PolicyCache(config, self.family, run, self._rest_panels)
+        self.policies = PolicyCache(config, self.family, run, self._release_rewards)
         limit_threads(config)
 
     # -- the table of stages ----------------------------------------------------------------------------------------
 
     def stages(self, round_: int) -> list[Stage]:
-        """The stages of a round in their order; round 0 is the start."""
+        """The stages of a round in their order; round 0 evaluates the initial model."""
         if not round_:
-            return [*self._beginning(), *self._judging(0)]
-        return [*self._training(round_), *self._judging(round_), *self._guarding(round_)]
+            return [*self._start_stages(), *self._evaluation_stages(0)]
+        guard = [self._guard_stage(round_)] if self.config.guards.enabled else []
+        return [*self._training_stages(round_), *self._evaluation_stages(round_), *guard]
 
     def stage(self, round_: int, name: str) -> Stage:
         return next(stage for stage in self.stages(round_) if stage.name == name)
@@ -186,8 +173,13 @@ class Runtime:
     def job(self, stage: Stage, round_: int) -> StageJob:
         return make_job(self.run, stage, round_, self.plain)
 
-    def _beginning(self) -> list[Stage]:
-        config, objects = self.config, self.objects
+    @property
+    def _shards(self) -> tuple[str, ...]:
+        """The stages that write a round's candidates."""
+        return ("generate", "teach") if self.config.sampling.teacher is not None else ("generate",)
+
+    def _start_stages(self) -> list[Stage]:
+        config, objects, sampling = self.config, self.objects, self.config.sampling
         data = DataStage(config, objects.train, objects.held_out)
         stages: list[Stage] = [
             data,
@@ -196,15 +188,18 @@ class Runtime:
                 code=code_of(config),
             ),
         ]
-        if config.sampling.teacher is not None:
+        if sampling.teacher is not None:
             stages.append(StartStage(lambda out: start_teacher(self.family, config, out), name="teacher"))
         if isinstance(self.family, SupportsPromptCheck):
-            text, sampling = self.family.media == "text", config.sampling
-            teacher = text and sampling.teacher is not None
-            columns = sampling.candidate_columns if text else ()
+            text = self.family.media == "text"
             stages.append(
                 PromptCheckStage(
-                    self.policies, data, drop=self.drops, teacher=teacher, columns=columns, starter=self.starter
+                    self.policies,
+                    data,
+                    drop=self.drops,
+                    teacher=text and sampling.teacher is not None,
+                    columns=sampling.candidate_columns if text else (),
+                    starter=self.starter,
                 )
             )
         if isinstance(self.family, SupportsBackends):
@@ -212,17 +207,15 @@ class Runtime:
             stages.append(ParityStage(self.policies, (lambda: None) if here else self.policies.release, self.drops))
         return stages
 
-    def _training(self, round_: int) -> list[Stage]:
-        config, sampling = self.config, self.config.sampling
-        shards = ("generate", "teach") if sampling.teacher else ("generate",)
+    def _training_stages(self, round_: int) -> list[Stage]:
+        config, sampling, shards = self.config, self.config.sampling, self._shards
         stages: list[Stage] = [
             PlanStage(config, round_, self.drops),
             GenerateStage(self.policies, columns=sampling.candidate_columns, code=backend_code(sampling)),
         ]
         if sampling.teacher is not None:
             stages.append(TeacherStage(self.policies, sampling.teacher.num_generations))
-        earlier, local = self.run.earlier_scores, bool(self.objects.rewards)
-        stages.append(ScoreStage(self.panel, reads=shards, local=local, earlier=earlier(round_, "score")))
+        stages.append(self._score_stage(round_, self.panel, "plan", shards, "score"))
         if config.selection.beta > 0:
             stages.append(LogProbsStage(self.policies, model="model@-1", writes="logp", shards=shards))
             stages.append(LogProbsStage(self.policies, model="model@0", writes="logp-start", shards=shards))
@@ -232,38 +225,33 @@ class Runtime:
         stages.append(TrainStage(self.policies, config.training, self.run.folder(round_, "train")))
         return stages
 
-    def _judging(self, round_: int) -> list[Stage]:
-        if not self.config.evaluation.num_prompts:
-            return []
+    def _score_stage(
+        self, round_: int, scorer: Callable[[], SampleScorer], plan: str, shards: tuple[str, ...], writes: str
+    ) -> ScoreStage:
+        local = bool(self.objects.rewards) and not writes.endswith("judge")
+        earlier = self.run.earlier_scores(round_, writes)
+        return ScoreStage(scorer, plan=plan, reads=shards, writes=writes, local=local, earlier=earlier)
+
+    def _evaluation_stages(self, round_: int) -> list[Stage]:
         evaluation = self.config.evaluation
-        prefix = "evaluate/"
-        plan, drawn = prefix + "plan", prefix + "generate"
+        if not evaluation.num_prompts:
+            return []
+        plan, samples = "evaluate/plan", "evaluate/generate"
+        code = backend_code(self.config.sampling)
         stages: list[Stage] = [
             EvaluationPlanStage(self.config, round_, self.drops),
-            GenerateStage(
-                self.policies, model="model", plan=plan, writes=drawn, code=backend_code(self.config.sampling)
-            ),
-            ScoreStage(
-                self.eval_rewards,
-                plan=plan,
-                reads=(drawn,),
-                writes=prefix + "score",
-                local=bool(self.objects.rewards),
-                earlier=self.run.earlier_scores(round_, prefix + "score"),
-            ),
+            GenerateStage(self.policies, model="model", plan=plan, writes=samples, code=code),
+            self._score_stage(round_, self.eval_rewards, plan, (samples,), "evaluate/score"),
         ]
         shards = ["generate", "score"]
         if evaluation.reward_funcs:
-            writes = prefix + "judge"
-            earlier = self.run.earlier_scores(round_, writes)
-            stages.append(ScoreStage(self.judge, plan=plan, reads=(drawn,), writes=writes, earlier=earlier))
+            stages.append(self._score_stage(round_, self.judge, plan, (samples,), "evaluate/judge"))
             shards.append("judge")
         if evaluation.kl and self.has_log_probs():
-            for model, writes in (("model", "logp"), ("model@0", "logp-start")):
-                stages.append(
-                    LogProbsStage(self.policies, model=model, writes=prefix + writes, plan=plan, shards=(drawn,))
-                )
-                shards.append(writes)
+            for model, name in (("model", "logp"), ("model@0", "logp-start")):
+                writes = f"evaluate/{name}"
+                stages.append(LogProbsStage(self.policies, model=model, writes=writes, plan=plan, shards=(samples,)))
+                shards.append(name)
         references = None
         if evaluation.reference_column is not None and self.has_log_probs():
             stages.append(ReferenceStage(self.policies, evaluation.reference_column))
@@ -279,36 +267,32 @@ class Runtime:
                 references=references,
                 condense=CONDENSE.get(self.family.media),
                 load_own=(lambda: load_metrics(evaluation)) if evaluation.metrics else None,
-                own_code=metric_code(evaluation) if evaluation.metrics else None,
+                own_code=metric_code(evaluation),
                 measured=measured,
             )
         )
         return stages
 
-    def _guarding(self, round_: int) -> list[Stage]:
-        guards, evaluation = self.config.guards, self.config.evaluation
-        if not guards.enabled:
-            return []
-        judges = bool(evaluation.num_prompts and evaluation.reward_funcs)
-        kl = evaluation.kl and bool(evaluation.num_prompts) and self.has_log_probs()
-        looks = evaluation.num_prompts and self.family.media in (*TEXTS, *CONDENSE)
-        return [
-            GuardStage(
-                RoundMonitor(guards),
-                self.factors,
-                round_=round_,
-                shards=("generate", "teach") if self.config.sampling.teacher else ("generate",),
-                judged=(
-                    *(["generate"] if looks else []),
-                    *(["judge"] if judges else []),
-                    *(["logp", "logp-start"] if kl else []),
-                ),
-                judge=judge_in_words(held_out_names(self.config)) if judges else "",
-                texts=self.family.media in TEXTS,
-                condense=CONDENSE.get(self.family.media),
-                counts=self.counts,
-            )
-        ]
+    def _guard_stage(self, round_: int) -> GuardStage:
+        evaluation, media = self.config.evaluation, self.family.media
+        judged: list[str] = []
+        if evaluation.num_prompts:
+            judged += ["generate"] if media in (*TEXTS, *CONDENSE) else []
+            judged += ["judge"] if evaluation.reward_funcs else []
+            judged += ["logp", "logp-start"] if evaluation.kl and self.has_log_probs() else []
+        names = held_out_names(self.config)
+        judge = f"the held-out {names[0]}" if len(names) == 1 else "the held-out reward"
+        return GuardStage(
+            RoundMonitor(self.config.guards),
+            self.factors,
+            round_=round_,
+            shards=self._shards,
+            judged=tuple(judged),
+            judge=judge if "judge" in judged else "",
+            texts=media in TEXTS,
+            condense=CONDENSE.get(media),
+            counts=self.counts,
+        )
 
     # -- what the stages need -----------------------------------------------------------------------------------------
 
@@ -319,41 +303,43 @@ class Runtime:
 
     @property
     def drops(self) -> bool:
-        """Whether prompts that the model cannot take are left out."""
+        """Whether unusable prompts are left out."""
         return self.config.sampling.unusable_prompts == "drop" and isinstance(self.family, SupportsPromptCheck)
 
     def has_log_probs(self) -> bool:
         return isinstance(self.family, SupportsLogProbs)
 
     def panel(self) -> SampleScorer:
-        """The rewards that the policy is trained on."""
-        return self._with_room(self._train_panel())
+        """The rewards that the policy is trained on, after policies have made room for their models."""
+        scorer = self._train_scorer()
+        if scorer.panel.has_weights:
+            self.policies.evict()
+        return scorer
 
     def eval_rewards(self) -> SampleScorer:
-        """The same rewards for comparing rounds: added up in any case, for a rank compares one prompt's candidates."""
+        """The same rewards for comparing rounds: always summed, because a rank compares only one prompt's samples."""
         return SampleScorer(self.panel().panel, combine="sum")
+
+    def judge(self) -> SampleScorer:
+        """The held-out rewards, which the policy is never trained on, after policies have made room for them."""
+        changes = {"reward_funcs": self.config.evaluation.reward_funcs, "combine": "sum"}
+        scorer = self._scorer("held out", self.config.rewards.model_copy(update=changes), ())
+        if scorer.panel.has_weights:
+            self.policies.evict()
+        return scorer
 
     def factors(self) -> dict[str, float]:
         """The weight in the score of each reward that the policy is trained on."""
-        panel = self._train_panel().panel
+        panel = self._train_scorer().panel
         return dict(zip(panel.names, panel.weights, strict=True))
 
     def counts(self, samples: pa.Table) -> pa.Table:
-        """The samples, with what each reward counts in their score where that is not its value."""
-        panel = self._train_panel().panel
+        """The samples with what each reward counts in their score, where that is not its value."""
+        panel = self._train_scorer().panel
         return with_counts(samples, panel.shares, panel.combine)
 
-    def _train_panel(self) -> SampleScorer:
-        return self._panel("train", self.config.rewards, self.objects.rewards)
-
-    def judge(self) -> SampleScorer:
-        """The held-out rewards, which it is never trained on."""
-        changes = {"reward_funcs": self.config.evaluation.reward_funcs, "combine": "sum"}
-        held_out = self.config.rewards.model_copy(update=changes)
-        return self._with_room(self._panel("held out", held_out, ()))
-
     def extractor(self) -> Any:
-        """The model that held-out images are compared by."""
+        """The model whose features held-out images are compared by."""
         if self._extractor is None:
             from raftune.rewards.builtin.clip import ClipModel
 
@@ -362,81 +348,61 @@ class Runtime:
         self.policies.evict()
         return self._extractor
 
-    def _panel(self, which: str, config: Any, objects: Sequence[Any]) -> SampleScorer:
-        if which not in self._panels:
+    def _train_scorer(self) -> SampleScorer:
+        return self._scorer("train", self.config.rewards, self.objects.rewards)
+
+    def _scorer(self, name: str, config: Any, objects: Sequence[Any]) -> SampleScorer:
+        if name not in self._scorers:
             from raftune.rewards.loading import load_panel
 
             weights, tokenizers = self.objects.reward_weights, self.objects.reward_tokenizers
-            given = {"weights": weights, "tokenizers": tokenizers} if objects else {}
-            self._panels[which] = SampleScorer(load_panel(config, objects, **given))
-        return self._panels[which]
+            options = {"weights": weights, "tokenizers": tokenizers} if objects else {}
+            self._scorers[name] = SampleScorer(load_panel(config, objects, **options))
+        return self._scorers[name]
 
-    def _with_room(self, panel: SampleScorer) -> SampleScorer:
-        """The panel, after policies have made way for the models in it."""
-        if panel.panel.has_weights:
-            self.policies.evict()
-        return panel
-
-    def _rest_panels(self) -> None:
+    def _release_rewards(self) -> None:
         """Frees reward models, unless they are small, before a policy is loaded."""
-        held = [panel.panel for panel in self._panels.values()]
-        for models in [*held, *([self._extractor] if self._extractor is not None else [])]:
-            if models.nbytes * 2 > SMALL:
-                models.release()
+        models = [scorer.panel for scorer in self._scorers.values()]
+        for model in [*models, *([self._extractor] if self._extractor is not None else [])]:
+            if model.nbytes * 2 > SMALL:
+                model.release()
 
     def engine_for(self, stage: ChunkedStage) -> Engine:
         """The configured engine, or this process for a stage whose objects only it has."""
         return InProcessEngine(self.config.engine) if stage.local else self.engine
 
     def prune(self, round_: int, best: int | None) -> None:
-        """Lets go of what the configuration does not keep once a round is done; manifests stay, and so do all samples.
+        """Deletes what the configuration does not keep once a round is done; manifests and all samples stay.
 
-        Of rounds that `keep_models` does not keep, the weights; with `keep_latents: selected`, the latents of what was
-        generated: those of what was kept lie in rows/, from which later rounds may replay them.
+        That is the weights of rounds that `keep_models` does not keep, after a marker says so; and with `keep_latents:
+        selected` the latents of what was generated: rows/ has those of what was kept, from which later rounds replay.
         """
-        keep = {"all": range(round_ + 1), "best": (round_, best), "last": (round_,)}
+        run, keep = self.run, {"all": range(round_ + 1), "best": (round_, best), "last": (round_,)}
         for number in range(1, round_):
-            if number not in keep[self.config.keep_models]:
-                drop_weights(self.run, number)
+            if number in keep[self.config.keep_models] or not run.is_committed(number, "model"):
+                continue
+            folder = run.folder(number, "model")
+            if not run.is_dropped(number, "model"):
+                DroppedFiles("keep_models does not keep this round's weights").save(folder, run.tmp)
+            for path in sorted(folder.rglob("*")):
+                if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "policy.json":
+                    path.unlink()
         if self.config.keep_latents == "selected" and round_:
-            for name in ("generate", "teach") if self.config.sampling.teacher else ("generate",):
-                drop_columns(self.run.folder(round_, name), self.run.tmp, (LATENTS,), LATENTS_GONE)
+            why = "keep_latents: selected; rows/ holds those of what was kept"
+            for name in self._shards:
+                drop_columns(run.folder(round_, name), run.tmp, (LATENTS,), why)
 
     def close(self) -> None:
         """Ends workers and the processes of rewards."""
         self.engine.close()
-        for panel in self._panels.values():
-            panel.close()
-        self._panels.clear()
+        for scorer in self._scorers.values():
+            scorer.close()
+        self._scorers.clear()
         self.policies.release()
 
 
-def judge_in_words(names: Sequence[str]) -> str:
-    return f"the held-out {names[0]}" if len(names) == 1 else "the held-out reward"
-
-
-def with_starter_prompts(config: RunConfig, objects: PythonObjects) -> PythonObjects:
-    """The objects, with the bundled prompts in place of a data set where the configuration says `starter`."""
-    family = config.policy.family
-    train = starter_prompts(config.data.prompts, "train", family) or objects.train
-    held_out = starter_prompts(config.evaluation.prompts, "heldout", family) or objects.held_out
-    return replace(objects, train=train, held_out=held_out)
-
-
-def drop_weights(run: RunFolder, round_: int) -> None:
-    """Deletes a model's files, after a marker says that this was meant."""
-    folder = run.folder(round_, "model")
-    if not run.is_committed(round_, "model"):
-        return
-    if not run.is_dropped(round_, "model"):
-        DroppedFiles("keep_models does not keep this round's weights").save(folder, run.tmp)
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "policy.json":
-            path.unlink()
-
-
 def limit_threads(config: RunConfig) -> None:
-    """Gives tensor arithmetic the configured number of threads: they shape the result, so they enter the keys."""
+    """Sets torch's number of threads, which shapes results and so enters the keys."""
     if config.policy.family == "tabular" or (isinstance(config.policy, CustomPolicy) and "torch" not in sys.modules):
         return
     import torch
@@ -445,9 +411,6 @@ def limit_threads(config: RunConfig) -> None:
 
 
 def open_runtime(root: str | Path) -> Runtime:
-    """The assembly of a run directory, from its own configuration."""
+    """The runtime of a run directory, from its own configuration."""
     run = RunFolder(root)
     return Runtime(run, run.configuration())
-
-
-__all__ = ["PolicyCache", "PythonObjects", "Runtime", "open_runtime"]

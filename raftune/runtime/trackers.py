@@ -17,16 +17,16 @@ from raftune.sanitize import first_line
 from raftune.store.run import RunFolder
 
 PROJECT = "raftune"
-# What each tracker is told besides the project's name; those that write files put them into the run.
-KEYWORDS: dict[str, tuple[str, ...]] = {"wandb": ("name",), "mlflow": ("run_name",), "trackio": ("name",)}
+# The argument that gets the run's name; trackers that write files write them into the run.
+NAMED_BY = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}
 
 
 @contextlib.contextmanager
 def reporting(config: RunConfig, root: Path, observe: Callback) -> Iterator[Callback]:
-    """An observer that also tells every tracker of `report_to`; none of them is started where nothing is left to do.
+    """An observer that also logs to every tracker of `report_to`; none is started where nothing is left to do.
 
-    A tracker begun by a resumed run gets the rounds before it as well, so that each holds the whole history. The step
-    is the round. Raises ConfigError for a tracker that is unknown, not installed, or cannot start.
+    A tracker started by a resumed run also gets the rounds before it, so that each has the whole history. The step is
+    the round. Raises ConfigError for a tracker that is unknown, not installed, or cannot start.
     """
     names = wanted(config.report_to)
     check_installed(names)
@@ -42,7 +42,9 @@ def reporting(config: RunConfig, root: Path, observe: Callback) -> Iterator[Call
     try:
         yield both
     finally:
-        reporter.close()
+        for tracker in reporter.trackers or ():
+            with contextlib.suppress(Exception):
+                tracker.finish()
 
 
 class TrackerCallback:
@@ -61,30 +63,35 @@ class TrackerCallback:
         elif kind == "stage_end":
             self.seconds[facts["round"]] = self.seconds.get(facts["round"], 0.0) + facts["seconds"]
         elif kind == "round_end":
-            self._round_end(facts["round"], facts["metrics"], facts["summary"], facts["alarms"])
+            self.waiting.append((facts["round"], self._numbers(**facts)))
+            for tracker in [*(self.trackers or ())]:
+                self._log(tracker)
+            if self.trackers is not None:
+                self.waiting.clear()
 
-    def _round_end(
-        self, round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], alarms: Sequence[Any]
-    ) -> None:
-        drawn = SampleStats(self.run, round_)
-        self.tokens += drawn.tokens
-        logged = drawn.metrics() | held_out(metrics)
+    def _numbers(
+        self, round: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], alarms: Sequence[Any]
+    ) -> dict[str, float]:
+        stats = SampleStats(self.run, round)
+        self.tokens += stats.tokens
+        values: dict[str, Any] = {}
+        for name, value in metrics.items():
+            if name.endswith("best_of_k"):
+                value = value[max(value, key=int)] if value else None
+            values[f"eval_{name}"] = value.get("mean") if isinstance(value, Mapping) else value
+        logged = stats.metrics() | {n: float(value) for n, value in values.items() if isinstance(value, int | float)}
         if summary.get("reward_kept") is not None:
             logged |= {"reward_kept": summary["reward_kept"], "kept_fraction": summary["kept"] / summary["samples"]}
-        if round_ and self.config.guards.enabled:
+        if round and self.config.guards.enabled:
             logged["alarms"] = float(len(alarms))
         if self.tokens:
             logged["num_completion_tokens"] = float(self.tokens)
-        if round_ in self.seconds:
-            logged["round_time"] = self.seconds[round_]
-        self.waiting.append((round_, logged))
-        if self.trackers is not None:
-            for tracker in [*self.trackers]:
-                self._log(tracker)
-            self.waiting.clear()
+        if round in self.seconds:
+            logged["round_time"] = self.seconds[round]
+        return logged
 
     def _log(self, tracker: Any) -> None:
-        """A tracker that fails, such as one whose server is gone, is left out from then on: the run goes on."""
+        """Logs the waiting rounds; a tracker that fails, such as one without its server, is dropped with a warning."""
         assert self.trackers is not None
         try:
             for step, values in self.waiting:
@@ -97,30 +104,25 @@ class TrackerCallback:
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        PartialState()  # the trackers write a log that asks which process this is
+        PartialState()  # the trackers' log needs the number of this process
         kind = LOGGER_TYPE_TO_CLASS[name]
-        keywords: dict[str, Any] = dict.fromkeys(KEYWORDS.get(name, ()), self.config.name)
+        keywords: dict[str, Any] = {NAMED_BY[name]: self.config.name} if name in NAMED_BY else {}
         if kind.requires_logging_directory:
             keywords["logging_dir"] = str(self.run.root)
         try:
             tracker = kind(name if kind.requires_logging_directory else PROJECT, **keywords)
             if hasattr(tracker, "start"):
                 tracker.start()
-            tracker.store_init_configuration(flat(redacted(self.config.model_dump(mode="json"))))
+            tracker.store_init_configuration(_flat(redacted(self.config.model_dump(mode="json"))))
         except Exception as error:
             raise ConfigError(
                 f"report_to: {name} could not be started: {first_line(error)}. Fix it, or leave it out of report_to."
             ) from error
         return tracker
 
-    def close(self) -> None:
-        for tracker in self.trackers or ():
-            with contextlib.suppress(Exception):
-                tracker.finish()
-
 
 def wanted(report_to: Sequence[str]) -> tuple[str, ...]:
-    """The trackers that are meant: `none` is no tracker, `all` is every one that is installed."""
+    """The configured trackers: `none` is no tracker, `all` is every one that is installed."""
     if "all" in report_to:
         from accelerate.tracking import get_available_trackers
 
@@ -147,25 +149,12 @@ def check_installed(names: Sequence[str]) -> None:
             )
 
 
-def held_out(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The round's evaluation, flat: `eval_reward`, `eval_rewards/NAME/mean`, `eval_kl`, `eval_best_of_k`, ….
-
-    What was not measured is left out.
-    """
-    found: dict[str, Any] = {}
-    for name, value in metrics.items():
-        if name.endswith("best_of_k"):
-            value = value[max(value, key=int)] if value else None
-        found[f"eval_{name}"] = value.get("mean") if isinstance(value, Mapping) else value
-    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """The configuration as dotted scalars; lists as text, what is None left out."""
-    found: dict[str, str | int | float | bool] = {}
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """The configuration as dotted scalars, lists as text, without None."""
+    values: dict[str, str | int | float | bool] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
+            values |= _flat(value, f"{prefix}{name}.")
         elif value is not None:
-            found[prefix + name] = value if isinstance(value, str | int | float | bool) else str(value)
-    return found
+            values[prefix + name] = value if isinstance(value, str | int | float | bool) else str(value)
+    return values
