@@ -20,26 +20,17 @@ from raftune.protocols import Callback
 from raftune.report.rewriting import rewriting
 from raftune.runtime.assembly import PythonObjects, Runtime
 from raftune.runtime.preflight import preflight
-from raftune.runtime.rescoring import finished, statuses
+from raftune.runtime.rescoring import begun, statuses
 from raftune.runtime.staleness import check
 from raftune.runtime.trackers import reporting
-from raftune.runtime.verification import ENVIRONMENT, faults_of, refuse_edited
+from raftune.runtime.verification import faults_of, refuse_edited
 from raftune.store.files import json_bytes, sha256_of, stage_file
 from raftune.store.run import YAML, RunFolder
 
+ENVIRONMENT = "environment.json"
 LIBRARIES = (
-    "raftune",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "diffusers",
-    "accelerate",
-    "datasets",
-    "pyarrow",
-    "pillow",
-    "numpy",
-    "pydantic",
+    *("raftune", "torch", "transformers", "trl", "peft", "diffusers", "accelerate", "datasets"),
+    *("pyarrow", "pillow", "numpy", "pydantic"),
 )
 
 
@@ -52,10 +43,10 @@ def run(
     only: str | None = None,
     after: Callable[[Runtime, RunOutcome], None] | None = None,
 ) -> RunOutcome:
-    """Runs the configuration in its directory: begins, continues, or finds everything done. Raises RaftuneError.
+    """Runs the configuration in its directory: starts, resumes, or finds everything done. Raises RaftuneError.
 
-    The same directory and configuration continue what was interrupted. Another configuration is refused with the
-    difference, unless `redo` names the stage from which on the work is done again. Where these are score stages, `only`
+    The same directory and configuration resume what was interrupted. Another configuration is an error that lists the
+    differences, unless `redo` names the stage from which on the work is redone. Where these are score stages, `only`
     names statuses, with commas: only samples with a part of such a status are scored again.
     """
     config = config if isinstance(config, RunConfig) else validate(config)
@@ -65,20 +56,22 @@ def run(
     if not folder.exists():
         check_writable(folder.root)
     with folder.lock():
-        assembly = Runtime(folder, config, objects)
+        runtime = Runtime(folder, config, objects)
         try:
-            preflight(assembly)
-            aside = check(assembly, redo, named)
-            with reporting(config, folder.root, observe) as inner, rewriting(config, folder.root, inner) as tell:
-                tell("begin", {"root": str(folder.root), "set_aside": aside, "changed": note_changes(folder, config)})
-                save_config(folder, config)
-                outcome = train(assembly, tell)
-            finished(folder)
+            preflight(runtime)
+            aside = check(runtime, redo, named)
+            with reporting(config, folder.root, observe) as inner, rewriting(config, folder.root, inner) as emit:
+                recorded, resolved = _recorded(folder), folder.in_own_terms(config) | {"output_dir": None}
+                changed = {} if recorded is None else differences(_completed(recorded), resolved)
+                emit("begin", {"root": str(folder.root), "set_aside": aside, "changed": changed})
+                _save_config(folder, recorded, resolved)
+                outcome = train(runtime, emit)
+            begun(folder)  # removes what `--only` left
             if after is not None:
-                after(assembly, outcome)
+                after(runtime, outcome)
             return outcome
         finally:
-            assembly.close()
+            runtime.close()
 
 
 def resume(
@@ -96,6 +89,10 @@ def resume(
     return run(config.model_copy(update={"output_dir": str(root)}), objects, observe=observe, redo=redo, only=only)
 
 
+def root_of(config: RunConfig) -> Path:
+    return Path(config.output_dir) if config.output_dir is not None else Path("runs") / config.name
+
+
 def check_writable(root: Path) -> None:
     """Raises StoreError where a new run could not write its directory; leaves nothing there."""
     place = next(path for path in (root, *root.resolve().parents) if path.exists())
@@ -111,10 +108,6 @@ def check_writable(root: Path) -> None:
         ) from error
 
 
-def root_of(config: RunConfig) -> Path:
-    return Path(config.output_dir) if config.output_dir is not None else Path("runs") / config.name
-
-
 def refuse_foreign(folder: RunFolder) -> None:
     """Raises StoreError where the directory holds something that is no run, ConfigError where its name is no text."""
     try:
@@ -127,81 +120,62 @@ def refuse_foreign(folder: RunFolder) -> None:
         raise StoreError(f"output_dir must be a directory; {folder.root} is a file. Choose another output_dir.")
     if folder.exists() or folder.rounds() or not folder.root.is_dir():
         return
-    ours = {"LOCK", "tmp", "config.yaml", "events.jsonl", "environment.json"}
+    ours = {"LOCK", "tmp", "config.yaml", "events.jsonl", ENVIRONMENT}
     ours |= {"trainer_state.json", "all_results.json"}  # a script's, which may be written before it trains
-    strangers = sorted(p.name for p in folder.root.iterdir() if p.name not in ours and "_results.json" not in p.name)
-    if strangers:
+    foreign = sorted(p.name for p in folder.root.iterdir() if p.name not in ours and "_results.json" not in p.name)
+    if foreign:
         raise StoreError(
-            f"output_dir must be empty or hold a run; {folder.root} holds {', '.join(strangers[:3])}. "
+            f"output_dir must be empty or hold a run; {folder.root} holds {', '.join(foreign[:3])}. "
             "Choose another output_dir."
         )
 
 
-def note_changes(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
-    """The fields that differ from the run's last start; those that shape anything committed were refused before."""
-    before = recorded(folder)
-    return {} if before is None else differences(completed(before), resolved_config(folder, config))
-
-
-def completed(recorded: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier version recorded, with the defaults of fields that it did not know: these are no changes."""
-    try:
-        return validate(recorded).model_dump(mode="json") | {"output_dir": None}
-    except ConfigError:
-        return recorded
-
-
-def save_config(folder: RunFolder, config: RunConfig) -> None:
-    """config.resolved.json for workers, config.yaml for people, environment.json for the record.
-
-    All are the same wherever the directory lies.
-    """
-    import yaml
-
-    resolved, base = resolved_config(folder, config), folder.base()
-    chosen = moved(declared(validate(resolved)), base, folder.root)  # from anywhere, as paths in a file are
-    place = Path(os.path.relpath(base, folder.root.resolve())).as_posix()
-    named = {"folder": place} if has_paths(resolved, base) else {}
-    unchanged = recorded(folder) == resolved
-    known = folder.config_record().get("files", {}) if unchanged else {}
-    files = {}
-    for name, content in (
-        (ENVIRONMENT, json_bytes(environment())),
-        (YAML, yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True).encode()),
-    ):
-        path = folder.root / name
-        files[name] = sha256_of(path) if path.is_file() else ""
-        if not unchanged or not path.is_file() or files[name] != known.get(name, files[name]):
-            files[name] = hashlib.sha256(content).hexdigest()
-            with stage_file(folder.tmp, path) as staged:
-                staged.write_bytes(content)
-    record = {"files": files, **named}
-    if not unchanged or record != folder.config_record():
-        folder.write_config(resolved, record)
-
-
-def recorded(folder: RunFolder) -> dict[str, Any] | None:
-    """The configuration that the run was last started with; None if it is lost (the manifests still hold it)."""
+def _recorded(folder: RunFolder) -> dict[str, Any] | None:
+    """The configuration of the run's last start; None if it is lost (the manifests still hold it)."""
     try:
         return folder.read_config()
     except StoreError:
         return None
 
 
-def resolved_config(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
-    """The configuration as the run records it."""
-    return folder.in_own_terms(config) | {"output_dir": None}
+def _completed(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with the defaults of fields that an earlier version did not have."""
+    try:
+        return validate(recorded).model_dump(mode="json") | {"output_dir": None}
+    except ConfigError:
+        return recorded
 
 
-def environment() -> dict[str, Any]:
-    """The versions of what shapes a run; recorded, not part of any key."""
+def _save_config(folder: RunFolder, recorded: dict[str, Any] | None, resolved: dict[str, Any]) -> None:
+    """Writes config.resolved.json for workers, config.yaml for people and environment.json, the same wherever the
+    directory is."""
+    import yaml
+
+    base = folder.base()
+    chosen = moved(declared(validate(resolved)), base, folder.root)  # relative to the file, as all paths in YAML
+    place = Path(os.path.relpath(base, folder.root.resolve())).as_posix()
     versions: dict[str, str] = {}
     for name in LIBRARIES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"python": platform.python_version(), "platform": platform.platform(), "libraries": versions}
+    environment = {"python": platform.python_version(), "platform": platform.platform(), "libraries": versions}
+    known = folder.config_record().get("files", {}) if recorded == resolved else {}
+    files = {}
+    for name, content in (
+        (ENVIRONMENT, json_bytes(environment)),
+        (YAML, yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True).encode()),
+    ):
+        path = folder.root / name
+        files[name] = sha256_of(path) if path.is_file() else ""
+        if recorded != resolved or not path.is_file() or files[name] != known.get(name, files[name]):
+            files[name] = hashlib.sha256(content).hexdigest()
+            with stage_file(folder.tmp, path) as staged:
+                staged.write_bytes(content)
+    record = {"files": files, **({"folder": place} if has_paths(resolved, base) else {})}
+    if recorded != resolved or record != folder.config_record():
+        folder.write_config(resolved, record)
 
 
 def verify(root: str | Path) -> list[str]:
@@ -210,13 +184,8 @@ def verify(root: str | Path) -> list[str]:
 
 
 def all_runs(root: str | Path) -> list[Path]:
-    """The runs in a folder, by name. Raises ConfigError where there is no such folder."""
+    """The runs in a folder, by name, skipping folders that cannot be read. Raises ConfigError without the folder."""
     base = Path(root)
     if not base.is_dir():
         raise ConfigError(f"there is no folder {base}. Name the folder that holds your runs.")
-    return sorted(path for path in base.iterdir() if may_look(path) and RunFolder(path).exists())
-
-
-def may_look(folder: Path) -> bool:
-    """Whether we may see what lies in the folder: a disk's lost+found must not hide the runs beside it."""
-    return os.access(folder, os.X_OK)
+    return sorted(path for path in base.iterdir() if os.access(path, os.X_OK) and RunFolder(path).exists())

@@ -17,8 +17,6 @@ from raftune.store.files import sha256_of
 from raftune.store.layout import chunk_file
 from raftune.store.run import CONFIG, YAML, RunFolder, difference_to_yaml, holds_files
 
-ENVIRONMENT = "environment.json"
-
 
 def faults_of(run: RunFolder) -> list[str]:
     """Everything that is wrong with a run's files, a line each; none when all is as it was written.
@@ -30,18 +28,17 @@ def faults_of(run: RunFolder) -> list[str]:
     except RunDamaged as error:
         return [first_line(error), *run.faults()]
     return [
-        *beside_config(run),
-        *events(run),
-        *entries(run),
+        *_top_level(run),
+        *_journals(run),
         *run.faults(),
-        *uncommitted(run),
-        *best_faults(run),
+        *_uncommitted(run),
+        *_best(run),
         *rescoring.faults(run),
     ]
 
 
 def refuse_edited(run: RunFolder) -> None:
-    """Raises RunDamaged where config.yaml says something else than the configuration that a run is resumed under."""
+    """Raises RunDamaged where config.yaml differs from the configuration that the run is resumed under."""
     path = run.root / YAML
     known = run.config_record().get("files", {}).get(YAML)
     if known is None or not path.is_file() or sha256_of(path) == known:
@@ -56,46 +53,33 @@ def refuse_edited(run: RunFolder) -> None:
     )
 
 
-def beside_config(run: RunFolder) -> Iterator[str]:
-    """What was written with the configuration and is missing or has changed."""
+def _top_level(run: RunFolder) -> Iterator[str]:
+    """Faults of the files that were written with the configuration, and of the event log."""
     for name, known in sorted(run.config_record().get("files", {}).items()):
         path = run.root / name
         if not path.is_file():
             yield f"{path} is missing"
         elif sha256_of(path) != known:
             yield f"{path} has changed since it was written (its SHA-256 differs)"
-
-
-def events(run: RunFolder) -> Iterator[str]:
-    """Lines of the record of times that cannot be read, but for a last one that a kill cut short."""
     path = run.events.path
     if not path.is_file():
         if run.rounds():
             yield f"{path} is missing"
         return
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):
-        if line and not is_event(line) and not torn(lines, number):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        is_event = isinstance(event, dict) and isinstance(event.get("event"), str)
+        if is_event and isinstance(event.get("time"), int | float):
+            continue
+        if line and line.rstrip().endswith(b"}"):  # not the start of a line that a kill cut short
             yield f"{path} line {number} is not an event"
 
 
-def torn(lines: list[bytes], number: int) -> bool:
-    """Whether a line may be the beginning of one that a kill cut short: it ends in no brace."""
-    return not lines[number - 1].rstrip().endswith(b"}")
-
-
-def is_event(line: bytes) -> bool:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return False
-    return (
-        isinstance(found, dict) and isinstance(found.get("event"), str) and isinstance(found.get("time"), int | float)
-    )
-
-
-def entries(run: RunFolder) -> Iterator[str]:
-    """Units of interrupted stages that are not as they were written; `resume` runs them again."""
+def _journals(run: RunFolder) -> Iterator[str]:
+    """Chunks of interrupted stages that are not as they were written; `resume` runs them again."""
     for path in sorted(run.root.glob(f"round-*/**/{JOURNAL}")):
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
@@ -109,33 +93,25 @@ def entries(run: RunFolder) -> Iterator[str]:
                 yield f"{chunk} has changed since it was written; `raftune resume` runs that chunk again"
 
 
-def uncommitted(run: RunFolder) -> Iterator[str]:
-    """Stages of rounds that are over without a manifest: each lies there, or must be there for its round to be over."""
+def _uncommitted(run: RunFolder) -> Iterator[str]:
+    """Stages without a manifest of rounds that are over, which have files or must have been run."""
     committed = {place for place in run.places() if run.is_committed(*place)}
-    needed = closing(run)
-    for round_ in rounds_over(run, committed):
-        lying = {name for number, name in run.places() if number == round_ and holds_files(run.folder(round_, name))}
-        for name in sorted(lying | (needed if round_ else needed - {"rows", "guard"})):
+    config = run.read_config()
+    last = {"model", "rows"}  # the stages of a round that no other stage of it reads
+    last |= {"evaluate"} if config.get("evaluation", {}).get("num_prompts") else set()
+    last |= {"guard"} if config.get("guards", {}).get("enabled") else set()
+    over = sorted({round_ for round_, _ in committed})
+    if run.events.last().get("event") != "end":
+        over = over[:-1]
+    for round_ in over:
+        present = {name for _, name in run.places([round_]) if holds_files(run.folder(round_, name))}
+        for name in sorted(present | (last if round_ else last - {"rows", "guard"})):
             if (round_, name) not in committed and name != "train":
                 yield f"{run.folder(round_, name) / NAME} is missing, and the round is over"
 
 
-def rounds_over(run: RunFolder, committed: set[tuple[int, str]]) -> list[int]:
-    """The rounds after which another has begun, and the last one of a run that has ended."""
-    begun = sorted({round_ for round_, _ in committed})
-    return begun if run.events.last().get("event") == "end" else begun[:-1]
-
-
-def closing(run: RunFolder) -> set[str]:
-    """The stages of a round on which nothing in it depends, so that no other would miss them."""
-    config = run.read_config()
-    judged = {"evaluate"} if config.get("evaluation", {}).get("num_prompts") else set()
-    guarded = {"guard"} if config.get("guards", {}).get("enabled") else set()
-    return {"model", "rows"} | judged | guarded
-
-
-def best_faults(run: RunFolder) -> Iterator[str]:
-    """What is wrong with best.json: it must be what the rounds say."""
+def _best(run: RunFolder) -> Iterator[str]:
+    """What is wrong with best.json: it must follow from the rounds."""
     path = run.root / "best.json"
     try:
         named = best_round(run.root)
@@ -147,11 +123,11 @@ def best_faults(run: RunFolder) -> Iterator[str]:
                 yield f"{path} is missing. {AGAIN}"
             return
         content = {name: value for name, value in read_json(path).items() if name != SELF}
-        last = content["rounds"]  # the last round may have been committed and not yet weighed
+        last = content["rounds"]  # the last round may have been committed and not yet compared
         outcome = best(config, history[: last + 1])
     except (RunDamaged, ConfigError, KeyError, IndexError, TypeError) as error:
         if path.name in str(error):
             yield first_line(error)
-        return  # what else cannot be read is among the faults already
+        return  # other unreadable files are among the faults already
     if content != best_json(config, outcome) or last not in range(max(done, default=0) - 1, len(history)):
         yield f"{path} names round {named} of {last}; by the rounds' own numbers it is {outcome.best}. {AGAIN}"
