@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from raftune.analysis.compare import gate as gates
 from raftune.analysis.compare.gate import GateResult
 from raftune.analysis.compare.measures import (
     ComparisonMeasure,
     JudgeSpec,
-    PlannedMeasure,
     ask_judge,
-    compare_recorded,
-    judge_plan,
-    named,
-    recorded,
+    compare_scores,
+    planned,
     score_now,
 )
-from raftune.analysis.compare.pairing import SamplePairs, differences, pair
-from raftune.analysis.compare.rows import check_out, write_rows
-from raftune.analysis.compare.sides import ComparedRun, choose
+from raftune.analysis.compare.pairs import SamplePairs, choose, differences, pair
 from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError, DataError
 from raftune.evaluation.bootstrap import mean_by_prompt
-from raftune.evaluation.judge import ProgressCallback
+from raftune.evaluation.judge import ProgressCallback, failure_of
 from raftune.results.samples import readable
 from raftune.starters.resolve import resolve_reward
+from raftune.store.files import explaining
+from raftune.store.parquet import write_table
 
-PREFERRED = ("held_out", "reward")  # what prompts are ranked by, unless it is said: what was not trained on, first
+PREFERRED = ("held_out", "reward")  # what prompts are ranked by without --by: scores that were not trained on, first
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,9 @@ class Comparison:
 
     @property
     def failure(self) -> str | None:
-        """What to say of the gates that are closed; None where all are open."""
-        return gates.failed(self.gates)
+        """The closed gates, a line each; None where all are open."""
+        closed = [result for result in self.gates if result.closed]
+        return "\n".join(f"gate failed: {result.gate.text}: {result.words}." for result in closed) or None
 
 
 def compare(
@@ -87,110 +86,111 @@ def compare(
 ) -> Comparison:
     """A against B, each `RUN`, `RUN@3`, `RUN@best`, `RUN@last` or `RUN@start`; without B, A's run as it started.
 
-    Whatever can be found wrong is found before a reward or a judge is asked. Raises RaftuneError; a closed gate is no
-    error here: see `Comparison.failure`.
+    All arguments are checked before a reward or a judge is called. Raises RaftuneError; a closed gate is no error here:
+    see `Comparison.failure`.
     """
-    asked = [gates.read_gate(text) for text in fail_if]
-    check_out(out)
+    parsed_gates = [gates.read_gate(text) for text in fail_if]
+    if out is not None and Path(out).suffix != ".parquet":
+        raise ConfigError(f"--out must end in .parquet; got {Path(out).name!r}. Rename it.")
+    if out is not None and Path(out).exists():
+        raise ConfigError(f"--out must not exist yet; {Path(out)} does. Choose another name.")
     if not (math.isfinite(tie_within) and tie_within >= 0):
         raise ConfigError(f"--tie-within must be at least 0; got {tie_within}. It is in units of the score.")
-    side_a, side_b = sides(a, b)
+    side_a = choose(a, "A")
+    side_b = choose(f"{side_a.run.root}@start" if b is None else b, "B")
     pairs = pair(side_a, side_b)
-    if judge is not None and pairs.of_pictures:
+    if judge is not None and pairs.are_images:
         raise ConfigError(
             "--judge reads texts, and A and B hold images. Score them with --reward: the reward `http` asks an "
             "endpoint about images."
         )
-    plans = recorded(pairs)
     family = side_a.config["policy"]["family"]
-    given = [spec if isinstance(spec, RewardSpec) else RewardSpec(spec=spec) for spec in rewards]
-    specs = [resolve_reward(spec, family) for spec in given]
-    new = named(specs, [plan.name for plan in plans] + ([judge_plan("").name] if judge else []))
-    judges = [judge_plan(judge.endpoint.model)] if judge else []
-    names = names_of([*plans, *new, *judges])
-    wanted = [gates.find("--fail-if", gate.measure, names) for gate in asked]
+    unresolved = [spec if isinstance(spec, RewardSpec) else RewardSpec(spec=spec) for spec in rewards]
+    specs = [resolve_reward(spec, family) for spec in unresolved]
+    plan = planned(pairs, specs, judge)
+    # names come before aliases, earlier measures before later ones
+    names = {alias: measure.name for measure in reversed(plan) for alias in measure.aliases}
+    names |= {measure.name: measure.name for measure in plan}
+    measure_of_gate = [gates.find("--fail-if", gate.measure, names) for gate in parsed_gates]
     ranked_by = None if by is None else gates.find("--by", by, names)
 
-    measures = [compare_recorded(plan, pairs, tie_within) for plan in plans]
+    measures = []
+    for measure in plan:
+        if measure.kind == "recorded" and not measure.why:
+            scores_a, scores_b = side_a.scores[measure.name][pairs.a], side_b.scores[measure.name][pairs.b]
+            measures.append(compare_scores(measure, pairs, scores_a, scores_b, tie_within))
+        elif measure.kind == "recorded":
+            measures.append(measure)
     if specs:
-        measures += score_now(specs, new, pairs, tie_within)
+        measures += score_now(specs, [measure for measure in plan if measure.kind == "new"], pairs, tie_within)
     if judge is not None:
-        measures.append(ask_judge(judge, judges[0], pairs, tell))
-    found = {measure.name: measure for measure in measures}
-    checked = [gates.check(gate, found[name]) for gate, name in zip(asked, wanted, strict=True)]
-    comparison = Comparison(pairs, differences(pairs), measures, checked, ranking(found, ranked_by))
-    if out is not None:
-        write_rows(out, pairs, measures)
-    return comparison
+        measures.append(ask_judge(judge, plan[-1], pairs, tell))
+    by_name = {measure.name: measure for measure in measures}
+    results = [gates.check(gate, by_name[name]) for gate, name in zip(parsed_gates, measure_of_gate, strict=True)]
 
-
-def sides(a: str, b: str | None) -> tuple[ComparedRun, ComparedRun]:
-    side_a = choose(a, "A")
-    return side_a, choose(b, "B") if b is not None else choose(f"{side_a.run.root}@start", "B")
-
-
-def names_of(plans: Sequence[PlannedMeasure]) -> dict[str, str]:
-    """Every name and alias, and the measure that it stands for: names come before aliases, earlier before later."""
-    aliases = {alias: plan.name for plan in reversed(plans) for alias in plan.aliases}
-    return aliases | {plan.name: plan.name for plan in plans}
-
-
-def ranking(measures: Mapping[str, ComparisonMeasure], by: str | None) -> ComparisonMeasure:
-    """The measure that ranks the prompts. Raises ConfigError, and DataError where nothing could be compared."""
-    computed = [measure for measure in measures.values() if measure.result is not None]
+    computed = {measure.name: measure for measure in measures if measure.result is not None}
     if not computed:
-        whys = [f"  {name}: {measure.why}." for name, measure in measures.items()]
-        raise DataError("\n".join(["A and B have no score in common.", *whys]))
-    if by is not None:
-        if measures[by].result is None:
-            raise ConfigError(f"--by {by}: {measures[by].why}. Name another measure.")
-        return measures[by]
-    return next((measures[name] for name in PREFERRED if name in measures and measures[name].result), computed[0])
+        lines = [f"  {measure.name}: {measure.why}." for measure in measures]
+        raise DataError("\n".join(["A and B have no score in common.", *lines]))
+    if ranked_by is None:
+        ranked_by = next((name for name in PREFERRED if name in computed), next(iter(computed)))
+    elif ranked_by not in computed:
+        raise ConfigError(f"--by {ranked_by}: {by_name[ranked_by].why}. Name another measure.")
+    if out is not None:
+        _write_rows(Path(out), pairs, [*computed.values()])
+    return Comparison(pairs, [*differences(pairs)], measures, results, computed[ranked_by])
 
 
-def document(found: Comparison, number: int) -> dict[str, Any]:
-    """The comparison as JSON holds it, with so many of the prompts on which A leads, and trails, most."""
-    pairs = found.pairs
-    ahead, behind = found.extremes(number)
+def document(comparison: Comparison, number: int) -> dict[str, Any]:
+    """The comparison as plain data, with so many of the prompts on which A leads, and trails, most."""
+    pairs, measures = comparison.pairs, comparison.measures
+    ahead, behind = comparison.extremes(number)
+    sides = {
+        letter: {
+            "run": str(side.run.root),
+            "round": side.round,
+            "samples": len(side.keys),
+            "prompts": len(side.prompts),
+        }
+        for letter, side in (("a", pairs.side_a), ("b", pairs.side_b))
+    }
+    numbers = {}
+    for measure in comparison.computed:
+        assert measure.result is not None
+        result = asdict(measure.result)
+        method = "exact" if result.pop("flips") is None else "random"
+        numbers[measure.name] = {"kind": measure.kind, "title": measure.title.strip(), **result, "p_method": method}
+        numbers[measure.name] |= measure.facts
     return {
-        "a": described(pairs.side_a),
-        "b": described(pairs.side_b),
+        **sides,
         "pairs": len(pairs),
         "prompts": len(pairs.prompts),
-        "differences": found.differences,
-        "measures": {measure.name: numbers(measure) for measure in found.measures if measure.result is not None},
-        "not_compared": {measure.name: measure.why for measure in found.measures if measure.result is None},
-        "ranked_by": found.by.name,
-        "wins": [example(found, *item) for item in ahead],
-        "losses": [example(found, *item) for item in behind],
+        "differences": comparison.differences,
+        "measures": numbers,
+        "not_compared": {measure.name: measure.why for measure in measures if measure.result is None},
+        "ranked_by": comparison.by.name,
+        "wins": [_example(comparison, *item) for item in ahead],
+        "losses": [_example(comparison, *item) for item in behind],
         "gates": [
-            {"fail_if": c.gate.text, "value": c.value, "passed": not c.closed, "words": c.words} for c in found.gates
+            {"fail_if": result.gate.text, "value": result.value, "passed": not result.closed, "words": result.words}
+            for result in comparison.gates
         ],
     }
 
 
-def described(side: ComparedRun) -> dict[str, Any]:
-    return {"run": str(side.run.root), "round": side.round, "samples": len(side.keys), "prompts": len(side.prompts)}
-
-
-def numbers(measure: ComparisonMeasure) -> dict[str, Any]:
-    """The measure's numbers; those it does not have are null."""
-    assert measure.result is not None
-    result = asdict(measure.result)
-    method = "exact" if result.pop("flips") is None else "random"
-    return {"kind": measure.kind, "title": measure.title.strip(), **result, "p_method": method, **measure.facts}
-
-
-def example(found: Comparison, prompt: int, lead: float) -> dict[str, Any]:
+def _example(comparison: Comparison, prompt: int, lead: float) -> dict[str, Any]:
     """A prompt, A's mean lead on it, and the pair that shows it most clearly."""
-    row = found.telling(prompt, lead)
-    a, b = found.pairs.answers
-    name, k, seed = found.pairs.keys[row]
-    scores = {m.name: [score(m.a, row), score(m.b, row)] for m in found.computed if m.a is not None}
-    content = found.pairs.prompts[prompt].content
+    row = comparison.telling(prompt, lead)
+    a, b = comparison.pairs.answers
+    name, k, seed = comparison.pairs.keys[row]
+    scores = {
+        measure.name: [float(values[row]) if np.isfinite(values[row]) else None for values in (measure.a, measure.b)]
+        for measure in comparison.computed
+        if measure.a is not None and measure.b is not None
+    }
     return {
         "prompt_id": name,
-        "prompt": content,
+        "prompt": comparison.pairs.prompts[prompt].content,
         "lead": lead,
         "k": k,
         "seed": seed,
@@ -200,5 +200,43 @@ def example(found: Comparison, prompt: int, lead: float) -> dict[str, Any]:
     }
 
 
-def score(values: Any, row: int) -> float | None:
-    return float(values[row]) if values is not None and np.isfinite(values[row]) else None
+def _write_rows(path: Path, pairs: SamplePairs, measures: Sequence[ComparisonMeasure]) -> None:
+    """Writes one row a pair: prompt_id, prompt, k, seed, a, b; for each measure NAME/a, NAME/b and NAME/verdict (win,
+    tie, loss: A's); of a judge also its reply in either order. The file appears whole or not at all."""
+    ids, numbers, seeds = zip(*pairs.keys, strict=True)
+    a, b = pairs.answers
+    columns: dict[str, Any] = {
+        "prompt_id": pa.array(ids),
+        "prompt": pa.array([prompt.content for prompt in pairs.prompt_of_each]),
+        "k": pa.array(numbers, pa.int32()),
+        "seed": pa.array(seeds, pa.int64()),
+        "a": pa.array(a),
+        "b": pa.array(b),
+    }
+    words = {1.0: "win", 0.0: "tie", -1.0: "loss"}
+    for measure in measures:
+        name = measure.name
+        for letter, values in (("a", measure.a), ("b", measure.b)):
+            if values is not None:
+                columns[f"{name}/{letter}"] = pa.array(values, from_pandas=True)
+        columns[f"{name}/verdict"] = pa.array([words.get(float(value)) for value in measure.outcomes], pa.string())
+        if measure.judgement is None:
+            continue
+        opinions = measure.judgement.opinions
+        for order in ("a_first", "b_first"):
+            replies = [getattr(opinion, order) for opinion in opinions]
+            texts = {
+                "verdict": [getattr(opinion, f"verdict_{order}") for opinion in opinions],
+                "reply": [None if reply is None else reply.text for reply in replies],
+                "failure": [None if reply is None else failure_of(reply) for reply in replies],
+            }
+            columns |= {f"{name}/{order}/{key}": pa.array(values, pa.string()) for key, values in texts.items()}
+        columns[f"{name}/identical"] = pa.array([opinion.identical for opinion in opinions], pa.bool_())
+    with explaining(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            write_table(pa.table(columns), part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
