@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raftune.analysis.whatif.again import WhatIfResult, rescore, reselect
 from raftune.analysis.whatif.difference import Difference
+from raftune.analysis.whatif.run import WhatIfResult, rescore, reselect
 
 __all__ = ["Difference", "WhatIfResult", "rescore", "reselect"]

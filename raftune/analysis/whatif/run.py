@@ -1,0 +1,378 @@
+"""Runs the stages `score` and `select` again over existing samples, into a folder of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raftune.analysis.whatif.difference import Difference, compare
+from raftune.analysis.whatif.folder import RECORD, OverlayRun, brief, in_words, keep_record, place_of, scores_of
+from raftune.config.load import differences, merge, nested, validate
+from raftune.config.run import RunConfig
+from raftune.config.selection import RULES, rule_class
+from raftune.engines.local import InProcessEngine
+from raftune.engines.run_stage import run_stage
+from raftune.errors import ConfigChanged, ConfigError, RewardError, RunDamaged, RunTooNew, StoreError
+from raftune.policies.registry import FAMILIES, family_of
+from raftune.protocols import Callback, ChunkedStage, Stage
+from raftune.rewards.loading import load_panel
+from raftune.rewards.panel import SampleScorer, misfits
+from raftune.runtime.assembly import limit_threads
+from raftune.sanitize import shell_command
+from raftune.stages.plan import read_plan
+from raftune.stages.score import ScoreStage
+from raftune.stages.select import FIX, SelectStage
+from raftune.starters.resolve import resolve_starters
+from raftune.store.commit import stage_key
+from raftune.store.job import Engine, StageJob, fields_of, hashes_of, make_job
+from raftune.store.kinds import how_to_go_on
+from raftune.store.run import RunFolder
+
+FEWER = "sampling.num_generations"
+
+
+@dataclass(frozen=True)
+class WhatIfResult:
+    """Result of a what-if run. `folder` is None if nothing was written; `missing` names unreadable rounds.
+
+    changes: the fields that differ from the run's, each with the run's value and its own. redo: the command that really
+    does so.
+    """
+
+    run: Path
+    name: str
+    folder: Path | None
+    worked: bool
+    changes: dict[str, tuple[Any, Any]]
+    rounds: list[int]
+    missing: list[str]
+    difference: Difference
+    redo: str
+
+
+def rescore(
+    root: str | Path,
+    flags: Mapping[str, Any],
+    *,
+    which: str = "all",
+    name: str | None = None,
+    show: int = 3,
+    observe: Callback = lambda kind, facts: None,
+) -> WhatIfResult:
+    """The run's samples under another reward, and what its own rule would keep of them; nothing is generated.
+
+    `flags` are dotted fields of `rewards`. Written to whatif/NAME; a second call finds it done. Raises ConfigError,
+    ConfigChanged where NAME has other settings, RewardError, RunDamaged where no round can be read.
+    """
+    _check_fields(flags, ("rewards.",), "rescore")
+    run = RunFolder(root)
+    before = run.read_config()
+    if not flags.get("rewards.reward_funcs"):
+        objects = " (the run's own were Python objects, which no command can call)"
+        raise ConfigError(
+            f"rescore needs --rewards.reward_funcs; got none{'' if before['rewards']['reward_funcs'] else objects}. "
+            "Write file.py:function, a model, or a built-in."
+        )
+    after = validate(merge([before, nested(flags)]))
+    overlay = OverlayRun(place_of(run, name or _slug(after.rewards.names)), run, {"score", "select"})
+    whatif = WhatIfRun(run, overlay, validate(before), after, _record("rescore", None, after))
+    return whatif.execute(which, show, observe)
+
+
+def reselect(
+    root: str | Path,
+    flags: Mapping[str, Any],
+    *,
+    which: str = "all",
+    name: str | None = None,
+    scores: str | None = None,
+    dry_run: bool = False,
+    show: int = 3,
+    observe: Callback = lambda kind, facts: None,
+) -> WhatIfResult:
+    """What another rule, or a smaller K, would keep of the run's samples; nothing is generated or scored.
+
+    `flags` are dotted fields of `selection`, and sampling.num_generations: the policy's first so many samples of each
+    prompt, which is what it would have generated. `scores` names a what-if of `rescore`. Written to whatif/NAME, or
+    with `dry_run` nowhere. Raises as `rescore` does.
+    """
+    _check_fields(flags, ("selection.", FEWER), "select")
+    run = RunFolder(root)
+    before = run.read_config()
+    scored, sections = (run, {}) if scores is None else scores_of(run, scores)
+    base, changes = merge([before, sections]), nested(flags)
+    if changes.get("selection", {}).get("rule") is not None:  # drop options that the new rule does not read
+        options = RULES[rule].model_fields if (rule := rule_class(changes["selection"])) in RULES else None
+        kept = {key: value for key, value in base["selection"].items() if options is None or key in options}
+        after = validate(merge([{**base, "selection": kept}, changes]))
+    else:
+        after = validate(merge([base, changes]))
+    if name is None:
+        values = _changed_values(base, after.model_dump(mode="json"))
+        # never the name under which the scores lie
+        name = _slug(values if scores is None else [scored.root.name, *(values or ["selected"])])
+    root = place_of(run, name)
+    record = None if dry_run else _record("select", None if scores is None else scored.root.name, after)
+    with tempfile.TemporaryDirectory() if dry_run else contextlib.nullcontext(root) as folder:
+        whatif = WhatIfRun(run, OverlayRun(Path(folder), scored, {"select"}), validate(before), after, record)
+        return whatif.execute(which, show, observe)
+
+
+class WhatIfRun:
+    """A what-if as the context of its stages: `run` is the overlay over `original`. `record` is stored unless None."""
+
+    def __init__(
+        self,
+        original: RunFolder,
+        run: OverlayRun,
+        before: RunConfig,
+        config: RunConfig,
+        record: dict[str, Any] | None,
+    ) -> None:
+        self.original, self.before, self.config, self.record = original, before, config, record
+        self.run: RunFolder = run
+        self.engine: Engine = InProcessEngine(config.engine)
+        self.scores_anew = "score" in run.replaced
+        self.plain = config.model_dump(mode="json")
+        self.shards = ("generate", "teach") if config.sampling.teacher else ("generate",)
+        self._panel: SampleScorer | None = None
+
+    def execute(self, which: str, show: int, observe: Callback) -> WhatIfResult:
+        """Runs what is not committed yet, and compares with what the run learned from."""
+        rounds, missing = self.readable_rounds(which)
+        self.check_num_generations(rounds)
+        with contextlib.ExitStack() as stack:
+            stack.callback(lambda: self._panel.close() if self._panel is not None else None)
+            if self.scores_anew:
+                self.panel()  # a reward that cannot be loaded leaves nothing behind
+            if self.record is not None:
+                stack.enter_context(self.run.lock())
+                keep_record(self.run, self.record)
+            worked = self.work(rounds, observe)
+            sections = ("rewards", "selection", "sampling")  # that a what-if may change
+            plain = self.before.model_dump(mode="json")
+            before, after = ({name: config[name] for name in sections} for config in (plain, self.plain))
+            changes = differences(before, after)
+            return WhatIfResult(
+                self.original.root,
+                self.run.root.name if self.record is not None else "",
+                self.run.root if self.record is not None else None,
+                worked,
+                changes,
+                rounds,
+                missing,
+                compare(self.original, self.run, rounds, show),
+                self.redo(changes) if changes else "",
+            )
+
+    # -- the stages, as `run_stage` needs them -------------------------------------------------------------------------
+
+    def stages(self, round_: int) -> list[Stage]:
+        """The stages of this what-if."""
+        config = self.config
+        generated = read_plan(self.run.folder(round_, "plan"))["num_generations"]
+        fewer = config.sampling.num_generations
+        select = SelectStage(
+            config.selection,
+            seed=config.seed,
+            round_=round_,
+            shards=self.shards,
+            max_failures=config.rewards.max_failure_fraction,
+            num_generations=fewer if fewer < generated else None,
+        )
+        return [*([ScoreStage(self.panel, reads=self.shards)] if self.scores_anew else []), select]
+
+    def job(self, stage: Stage, round_: int) -> StageJob:
+        return make_job(self.run, stage, round_, self.plain)
+
+    def engine_for(self, stage: ChunkedStage) -> Engine:
+        return self.engine
+
+    def prune(self, round_: int, best: int | None) -> None:
+        """Does nothing: a what-if makes no models."""
+
+    def panel(self) -> SampleScorer:
+        """The new rewards, loaded once."""
+        if self._panel is None:
+            self._panel = SampleScorer(load_panel(resolve_starters(self.config).rewards))
+            family = self.config.policy.family
+            # Code that a run's configuration names is not imported to look at the run.
+            media = family_of(self.config).media if family in FAMILIES else None
+            if media is not None and (findings := [*misfits(self._panel.panel, media, family)]):
+                raise ConfigError("\n".join(findings))
+            if self._panel.panel.has_weights:
+                limit_threads(self.config)  # they shape a reward model's scores
+        return self._panel
+
+    def work(self, rounds: list[int], observe: Callback) -> bool:
+        """Runs what is not committed yet; True if anything had to be.
+
+        Raises ConfigChanged for a stage with other settings, RunDamaged for one that is not whole.
+        """
+        advice = f"Choose another --name, or delete {self.run.root}"
+        for round_, stage in [(number, stage) for number in rounds for stage in self.stages(number)]:
+            commit = self.run.commit(round_, stage.writes)
+            if commit is None:
+                continue
+            if faults := commit.faults(self.run.folder(round_, stage.writes)):
+                raise RunDamaged(f"{faults[0]}. {advice}: it can be made again.")
+            fields, hashes = fields_of(stage, self.plain), hashes_of(self.run, stage, round_)
+            if stage_key(stage.name, fields, hashes) != commit.key:
+                changes = in_words(differences(commit.fields, fields))
+                raise ConfigChanged(
+                    f"{stage.name} of round {round_} in {self.run.root} was made otherwise: {changes}. {advice}."
+                )
+        worked = False
+        observe("begin", {"root": str(self.run.root), "set_aside": [], "changed": {}})
+        for round_ in rounds:
+            observe("round_begin", {"round": round_, "of": rounds[-1]})
+            for stage in self.stages(round_):
+                try:
+                    worked |= run_stage(self, stage, round_, lambda kind, **facts: observe(kind, facts))
+                except RewardError as error:
+                    fix = "Select from scores with fewer failures."
+                    if self.scores_anew:
+                        fix = "Fix the reward and rescore."
+                        self.run.clear(round_, "score")  # useless, and in the way of a fixed reward
+                        if not any(self.run.is_committed(*place) for place in self.run.places()):
+                            (self.run.root / RECORD).unlink(missing_ok=True)  # the name is free for other settings
+                    raise RewardError(f"round {round_}: {str(error).partition(FIX)[0]}{fix}") from error
+        return worked
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def readable_rounds(self, which: str) -> tuple[list[int], list[str]]:
+        """The rounds that `all` or a number means and that can be read, and why the others cannot.
+
+        Raises StoreError, ConfigError and, where none can be read, RunDamaged.
+        """
+        root, known = self.original.root, [round_ for round_ in self.original.rounds() if round_ > 0]
+        if not known:
+            advice = how_to_go_on(root, self.original.read_config())
+            raise StoreError(f"{root} has generated nothing to train on. {advice}")
+        if which != "all" and (not which.isdigit() or int(which) not in known):
+            listed = ", ".join(map(str, known)) if len(known) < 4 else f"{known[0]} … {known[-1]}"
+            raise ConfigError(f"--round must be all or one of {listed}; got {which!r}. Choose one of these.")
+        beta, likelihoods = self.config.selection.beta, ["logp", "logp-start"]
+        readable, missing = [], []
+        for round_ in known if which == "all" else [int(which)]:
+            names = ["plan", *self.shards, *(["score"] if not self.scores_anew else [])]
+            if beta > 0:
+                present = any(self.run.folder(round_, name).is_dir() for name in likelihoods)
+                if not present and self.before.selection.beta <= 0:
+                    flags = ("--selection.beta", f"{beta:g}", "--from", "select")
+                    command = shell_command("raftune", "resume", root, *flags)
+                    raise ConfigError(
+                        f"selection.beta above 0 ranks by log-probabilities; got {beta:g} for a run made with beta 0, "
+                        f"which holds none. `{command}` keeps the samples and computes them."
+                    )
+                names += likelihoods
+            faults = _faults(self.run, round_, names) + _faults(self.original, round_, ["select"])
+            if faults:
+                more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+                missing.append(f"round {round_}: {faults[0]}{more}")
+            else:
+                readable.append(round_)
+        if not readable:
+            raise RunDamaged(f"no round can be read: {'; '.join(missing)}. `raftune verify` lists what is wrong.")
+        return readable, missing
+
+    def check_num_generations(self, rounds: list[int]) -> None:
+        """Raises ConfigError for more samples than there are, or fewer than the ranks of the scores count."""
+        wanted = self.config.sampling.num_generations
+        for round_ in rounds:
+            generated = read_plan(self.run.folder(round_, "plan"))["num_generations"]
+            if wanted > generated and wanted != self.before.sampling.num_generations:
+                raise ConfigError(
+                    f"{FEWER} must be at most {generated}, which round {round_} generated for each prompt; got "
+                    f"{wanted}. More must be generated: start another run, or resume this one with --from plan."
+                )
+            if wanted < generated and self.config.rewards.combine == "rank" and not self.scores_anew:
+                raise ConfigError(
+                    f"{FEWER} must be {generated} where rewards.combine is rank; got {wanted}. The scores are ranks "
+                    f"among all {generated} candidates of a prompt, and among fewer they would be others: leave it out."
+                )
+
+    # -- the command that does it --------------------------------------------------------------------------------------
+
+    def redo(self, changes: Mapping[str, tuple[Any, Any]]) -> str:
+        """The command that applies the changes to the run itself, from the first stage that depends on them."""
+        original = self.original
+        # samples whose latents are gone must be generated again, with the same result
+        dropped = any(original.dropped_columns(round_, "generate") for round_ in original.rounds())
+        generate = ",generate" if dropped else ""
+        if {"rewards.reward_funcs", "rewards.batch_size"} & changes.keys():
+            first = ("evaluation-score" if self.config.evaluation.num_prompts else "score") + generate
+        elif "rewards.combine" in changes:  # evaluations always take the sum
+            first = "score" + generate
+        else:
+            first = "plan" if FEWER in changes else "select" + generate
+        again = " (which generates again)" if FEWER in changes else ""
+        if not self.config.rewards.reward_funcs:
+            return (
+                f"To really do so{again}, change {', '.join(sorted(changes))} in the script that made the run, and "
+                f"call train(redo={first!r}): its rewards are Python objects."
+            )
+        flags = []
+        for name, (_, value) in sorted(changes.items()):
+            value = brief(value)
+            text = value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+            flags += [f"--{name}", text]
+        command = shell_command("raftune", "resume", original.root, *flags, "--from", first)
+        return f"To really do so{again}: {command}"
+
+
+def _record(kind: str, scores: str | None, config: RunConfig) -> dict[str, Any]:
+    """All settings that shape scores and verdicts."""
+    plain = config.model_dump(mode="json")
+    sampling = {"num_generations": plain["sampling"]["num_generations"]}
+    configuration = {"rewards": plain["rewards"], "selection": plain["selection"], "sampling": sampling}
+    return {"kind": kind, "scores": scores, "configuration": configuration}
+
+
+def _check_fields(flags: Mapping[str, Any], allowed: tuple[str, ...], command: str) -> None:
+    """Raises ConfigError for a field that this command does not change."""
+    for name in flags:
+        if not name.startswith(allowed):
+            fields = " and ".join(f"{prefix}*" if prefix.endswith(".") else prefix for prefix in allowed)
+            other = {
+                "rewards": "`raftune rescore` changes the reward",
+                "selection": "`raftune select` changes the rule",
+            }
+            hint = other.get(name.split(".")[0], "what else changes needs new samples: `raftune train … --from STAGE`")
+            raise ConfigError(f"--{name} cannot be asked of `raftune {command}`, which changes {fields}; {hint}.")
+
+
+def _changed_values(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The parts of the default name: the rule's name if it changed, and every other changed field with its value."""
+    fields = RULES[rule_class(after["selection"])].model_fields
+    parts = []
+    for name, (old, value) in sorted(differences(before, after).items(), key=lambda item: item[0] != "selection.rule"):
+        field = fields.get(name.split(".")[1])
+        implied = field is None or (old is None and value == field.default)  # by the rule alone
+        if name.startswith(FEWER) or (name.startswith("selection.") and not implied):
+            parts.append(str(value) if name == "selection.rule" else f"{name.split('.')[1]}-{value}")
+    return parts
+
+
+def _slug(parts: Sequence[str]) -> str:
+    text = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("._-")
+    return text[:100] or "same"
+
+
+def _faults(run: RunFolder, round_: int, names: Sequence[str]) -> list[str]:
+    """Why these stages of the round cannot be read, a line each."""
+    faults: list[str] = []
+    for name in names:
+        try:
+            committed = run.is_committed(round_, name)
+            faults += run.faults_of(round_, name) if committed else [f"{run.folder(round_, name)} is not finished"]
+        except RunTooNew as error:
+            faults.append(str(error).split(". ")[0])
+    return faults
