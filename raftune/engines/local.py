@@ -84,7 +84,7 @@ class WorkerPool:
                 except Empty:
                     for worker in self.processes:
                         if worker is not None and limit is not None and worker.seconds > limit:
-                            worker.kill(f"took more than engine.chunk_timeout = {limit:g} s")
+                            worker.end(f"took more than engine.chunk_timeout = {limit:g} s")
                     continue
                 if "entry" in reply:
                     left -= 1
@@ -103,7 +103,7 @@ class WorkerPool:
                 waiting.put(None)
             for worker in self.processes if left else ():
                 if worker is not None:
-                    worker.kill("was ended with the run")
+                    worker.end("was ended with the run")
             for thread in threads:
                 thread.join()
             if left:

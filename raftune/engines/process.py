@@ -117,7 +117,7 @@ class ChildProcess:
         self.mark = uuid.uuid4().hex
         self.busy_since: float | None = None
         self._number = 0
-        self._killed = ""
+        self._reason = ""
         self._ended = threading.Event()
         # The folder of a raftune that is not installed (a checkout) must be on the child's path.
         root = str(Path(__file__).resolve().parents[2])
@@ -171,25 +171,22 @@ class ChildProcess:
             self.channel.send(number, request)
             return self.channel.receive(number)
         except (EOFError, OSError):
-            try:
-                code = self.process.wait(timeout=CLOSING_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.end()
-                raise ProcessDied("closed the channel of its answers, and was ended", own=True) from None
-            raise self._death(code) from None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                raise self._death(self.process.wait(timeout=CLOSING_SECONDS)) from None
+            self.end()
+            raise ProcessDied("closed the channel of its answers, and was ended", own=True) from None
         except InvalidFrame:
             self.end()
             raise ProcessDied("wrote into the channel of its answers, and was ended", own=True) from None
         finally:
             self.busy_since = None
 
-    def kill(self, reason: str) -> None:
-        """Ends the process at once, with this reason; the thread that waits for its reply learns of it."""
-        self._killed = reason
-        self.end()
+    def end(self, reason: str = "") -> None:
+        """Kills the process, its group, and what left the group but carries the mark (Linux), such as a daemon.
 
-    def end(self) -> None:
-        """Kills the process, its group, and what left the group but carries the mark (Linux), such as a daemon."""
+        A thread that waits for a reply gets ProcessDied with this reason.
+        """
+        self._reason = reason or self._reason
         if self.alive():  # otherwise its id may be another process's by now
             with contextlib.suppress(OSError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -206,8 +203,8 @@ class ChildProcess:
 
     def _death(self, code: int) -> ProcessDied:
         """How the process ended: by its own doing, or by a signal that another one sent."""
-        if self._killed:
-            return ProcessDied(self._killed, own=False)
+        if self._reason:
+            return ProcessDied(self._reason, own=False)
         if code >= 0:
             return ProcessDied(f"exited with code {code}", own=True)
         try:

@@ -149,7 +149,10 @@ def check_reward(
     batch_change = _largest_change(first.parts, [apart[i % 2].parts[i // 2] for i in range(len(batch))])
     values = [part.value for part in first.parts if part.value is not None]
     accepts = getattr(loaded, "accepts", None)
-    failing = [i for i, part in enumerate(first.parts) if part.status in FAILED][:SHOWN]
+    failing = []
+    for i, (part, prompt, completion) in enumerate(zip(first.parts, batch.prompts, batch.completions, strict=True)):
+        if part.status in FAILED:
+            failing.append(FailedSample(i, part.status.value, part.detail, excerpt(prompt), excerpt(completion)))
     return CheckReport(
         name=loaded.name,
         place=executor.place,
@@ -167,16 +170,7 @@ def check_reward(
         mixed_sizes=mixed_sizes,
         notes=tuple(getattr(loaded, "notes", tuple)()),
         samples_per_second=len(batch) / max(seconds, 1e-9),
-        failing=tuple(
-            FailedSample(
-                i,
-                first.parts[i].status.value,
-                first.parts[i].detail,
-                excerpt(batch.prompts[i]),
-                excerpt(batch.completions[i]),
-            )
-            for i in failing
-        ),
+        failing=tuple(failing[:SHOWN]),
     )
 
 
