@@ -15,8 +15,9 @@ from typing import Any, Self, TypeVar, cast
 
 from raftune.rewards.fingerprint import digest
 
-T = TypeVar("T")
-BUILT_IN: dict[str, BuiltinReward] = {}
+T = TypeVar("T", bound="type[BuiltInReward]")
+BUILT_IN: dict[str, type[BuiltInReward]] = {}
+TYPES = {str: "text", int: "integer", float: "number", bool: "true | false", tuple: "list", type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -30,38 +31,37 @@ class RewardOption:
     default: Any = None
 
 
-@dataclass(frozen=True)
-class BuiltinReward:
-    """A built-in reward: the dataclass whose fields are its options, what it scores, options to try it with.
+class BuiltInReward:
+    """Base class of built-in rewards: dataclasses whose fields are the options, and whose docstring is the help.
 
-    own_process: whether its calls can only be ended from outside. model_type: that of folders which are its spec.
+    The decorator sets the attributes. Raise `version` when the reward computes something else.
     """
 
     name: str
-    options: type[Any]
-    media: tuple[str, ...]
-    example: Mapping[str, Any]
-    own_process: bool = False
-    model_type: str | None = None
+    media: frozenset[str]  # what it scores
+    example: Mapping[str, Any]  # options to try it with
+    own_process: bool  # whether its calls can only be ended from outside
+    model_type: str | None  # in the config.json of the folders that stand for this reward as a spec
+    summary: str  # the first paragraph of the docstring
+    details: list[str]  # the others
+    version = 1
 
-    @property
-    def summary(self) -> str:
-        """The first paragraph of the docstring."""
-        return self._paragraphs()[0]
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over the built-in name, the version and all options."""
+        return digest(type(self).name, self.version, *dataclasses.astuple(cast(Any, self)))
 
-    @property
-    def details(self) -> list[str]:
-        """The other paragraphs of the docstring."""
-        return self._paragraphs()[1:]
+    def load(self, name: str | None = None, device: str = "auto") -> Self:
+        """Sets the name and reads what the reward needs besides its options; a model's weights are read later."""
+        self.name = name or self.name
+        return self
 
-    def _paragraphs(self) -> list[str]:
-        return [" ".join(text.split()) for text in (self.options.__doc__ or "").strip().split("\n\n")]
-
-    def option_list(self) -> list[RewardOption]:
+    @classmethod
+    def option_list(cls) -> list[RewardOption]:
         """The options in the order in which they are declared."""
-        hints = typing.get_type_hints(self.options, include_extras=True)
+        hints = typing.get_type_hints(cls, include_extras=True)
         options = []
-        for field in dataclasses.fields(self.options):
+        for field in dataclasses.fields(cast(Any, cls)):
             if field.init:
                 hint = hints[field.name]
                 annotated = typing.get_origin(hint) is typing.Annotated
@@ -76,24 +76,6 @@ class BuiltinReward:
         return options
 
 
-class BuiltInReward:
-    """Base class of built-in rewards. Raise `version` when the reward computes something else."""
-
-    name: str
-    media: frozenset[str]
-    version = 1
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Over the built-in name, the version and all options."""
-        return digest(type(self).name, self.version, *dataclasses.astuple(cast(Any, self)))
-
-    def load(self, name: str | None = None, device: str = "auto") -> Self:
-        """Sets the name and reads what the reward needs besides its options; a model's weights are read later."""
-        self.name = name or self.name
-        return self
-
-
 def builtin(
     name: str,
     *,
@@ -101,14 +83,16 @@ def builtin(
     example: Mapping[str, Any],
     own_process: bool = False,
     model_type: str | None = None,
-) -> Callable[[type[T]], type[T]]:
+) -> Callable[[T], T]:
     """Declares the decorated dataclass as the built-in reward of this name."""
 
-    def declare(options: type[T]) -> type[T]:
-        BUILT_IN[name] = BuiltinReward(name, options, media, example, own_process, model_type)
-        if issubclass(options, BuiltInReward):
-            options.name, options.media = name, frozenset(media)
-        return options
+    def declare(reward: T) -> T:
+        reward.name, reward.media, reward.example = name, frozenset(media), example
+        reward.own_process, reward.model_type = own_process, model_type
+        paragraphs = (reward.__doc__ or "").strip().split("\n\n")
+        reward.summary, *reward.details = [" ".join(text.split()) for text in paragraphs]
+        BUILT_IN[name] = reward
+        return reward
 
     return declare
 
@@ -127,12 +111,13 @@ def nearest(name: str, known: list[str], cutoff: float = 0.6) -> str | None:
 
 
 def _in_words(kind: Any) -> str:
+    """The type as YAML has it: `number | null` for `float | None`."""
     origin = typing.get_origin(kind)
     if origin is typing.Literal:
         return " | ".join(str(value) for value in typing.get_args(kind))
     if origin in (typing.Union, types.UnionType):
         return " | ".join(_in_words(part) for part in typing.get_args(kind))
     if origin is not None:
-        inner = [_in_words(part) for part in typing.get_args(kind) if part is not Ellipsis]
-        return f"{origin.__name__} of {inner[0] if len(set(inner)) == 1 else ', '.join(inner)}"
-    return "null" if kind is type(None) else str(getattr(kind, "__name__", kind))
+        inner = dict.fromkeys(_in_words(part) for part in typing.get_args(kind) if part is not Ellipsis)
+        return f"{TYPES.get(origin, origin.__name__)} of {', '.join(inner)}"
+    return TYPES.get(kind) or str(getattr(kind, "__name__", kind))

@@ -35,14 +35,14 @@ SHORT_NAMES = {
 def resolve(spec: RewardSpec, device: str = "auto") -> Reward:
     """The reward of a spec, in this process. Raises ConfigError for a wrong spec, RewardError if it does not load."""
     if spec.spec in BUILT_IN:
-        builtin, options = BUILT_IN[spec.spec], spec.options
+        cls, options = BUILT_IN[spec.spec], spec.options
     elif is_function(spec.spec):
         return _from_function(spec)
     else:
         name, source = _model_reward(spec)
-        builtin, options = BUILT_IN[name], {"model": source, **spec.options}
+        cls, options = BUILT_IN[name], {"model": source, **spec.options}
     options = expanded(options, f"rewards.options of {spec.spec!r}")
-    reward: Reward = with_options(builtin.options, spec.spec, options).load(spec.derived_name, device)
+    reward: Reward = with_options(cls, spec.spec, options).load(spec.derived_name, device)
     return reward
 
 
@@ -104,7 +104,7 @@ def _model_reward(spec: RewardSpec) -> tuple[str, str]:
             from transformers import PretrainedConfig
 
             config, _ = PretrainedConfig.get_config_dict(source, revision=spec.options.get("revision"))
-        names = {builtin.model_type: name for name, builtin in BUILT_IN.items() if builtin.model_type}
+        names = {reward.model_type: name for name, reward in BUILT_IN.items() if reward.model_type}
         return names.get(config["model_type"], "classifier"), source
     except Exception as error:
         if path.exists():

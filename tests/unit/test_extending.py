@@ -63,7 +63,7 @@ def test_the_rewards_of_the_page_give_numbers(files: Path) -> None:
     assert reward(prompts=["a", "a"], completions=["Thanks!", "please"]) == [1.0, 0.0]
     try:
         module_from_file(Path("shouting.py"))
-        made = with_options(BUILT_IN["shouting"].options, "shouting", {"penalty": 2.0})
+        made = with_options(BUILT_IN["shouting"], "shouting", {"penalty": 2.0})
         assert made.name == "shouting"
         assert made(prompts=["", ""], completions=["AB", "ab"]) == [-2.0, 0.0]
         assert [option.name for option in BUILT_IN["shouting"].option_list()] == ["penalty"]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from raftune.reward_models.training import RewardTrainingOutcome
     from raftune.rewards import CheckReport, RewardBatch
     from raftune.rewards.files import FileScores
-    from raftune.rewards.registry import BuiltinReward, RewardOption
+    from raftune.rewards.registry import BuiltInReward, RewardOption
 
 MOST = 256
 PLACES = {"here": "this process", "thread": "a thread", "loop": "an event loop", "process": "a process of its own"}
@@ -371,7 +371,6 @@ def show_pointwise(report: dict[str, Any]) -> None:
 
 
 MEDIA = {"text": "texts", "messages": "conversations", "image": "images"}
-TYPES = {"str": "text", "int": "integer", "float": "number", "bool": "true | false"}
 OTHERS = (
     ("FILE.py:FUNCTION", "Your function with TRL's signature: a number for each completion."),
     ("MODULE:FUNCTION", "A function of an installed package."),
@@ -421,8 +420,9 @@ def list_rewards(
     if as_json:
         documents = []
         for reward in rewards:
-            options = [dataclasses.asdict(option) | {"type": yaml_type(option)} for option in reward.option_list()]
+            options = [dataclasses.asdict(option) for option in reward.option_list()]
             document = {name: getattr(reward, name) for name in ("name", "media", "summary", "details")}
+            document["media"] = [medium for medium in MEDIA if medium in reward.media]
             example = {"spec": reward.name, "options": dict(reward.example)}
             documents.append(document | {"options": options, "example": example, "command": example_command(reward)})
         print(json.dumps(documents))
@@ -446,7 +446,7 @@ def show_pairs(pairs: Iterable[tuple[str, str]]) -> None:
     table.show()
 
 
-def markdown_page(rewards: Iterable[BuiltinReward], of_trl: Iterable[str]) -> str:
+def markdown_page(rewards: Iterable[type[BuiltInReward]], of_trl: Iterable[str]) -> str:
     parts = [PAGE]
     for reward in rewards:
         parts.append(f"\n## {reward.name}\n\nScores {scored_media(reward)}. {reward.summary}\n")
@@ -454,7 +454,7 @@ def markdown_page(rewards: Iterable[BuiltinReward], of_trl: Iterable[str]) -> st
         if options := reward.option_list():
             parts.append("\n| option | type | default | meaning |\n|---|---|---|---|\n")
             for option in options:
-                cells = (f"`{option.name}`", yaml_type(option), default_value(option), option.meaning)
+                cells = (f"`{option.name}`", option.type, default_value(option), option.meaning)
                 parts.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
         parts.append(f"\n```yaml\nreward_funcs: [{yaml_example(reward)}]\n```\n")
         parts.append(f"\n```sh\n{example_command(reward)}\n```\n")
@@ -464,36 +464,30 @@ def markdown_page(rewards: Iterable[BuiltinReward], of_trl: Iterable[str]) -> st
     return "".join(parts)
 
 
-def scored_media(reward: BuiltinReward) -> str:
+def scored_media(reward: type[BuiltInReward]) -> str:
     *others, last = [words for medium, words in MEDIA.items() if medium in reward.media]
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def yaml_example(reward: BuiltinReward) -> str:
+def yaml_example(reward: type[BuiltInReward]) -> str:
     if not reward.example:
         return reward.name
     return f"{{spec: {reward.name}, options: {json.dumps(dict(reward.example), ensure_ascii=False)}}}"
 
 
-def example_command(reward: BuiltinReward) -> str:
+def example_command(reward: type[BuiltInReward]) -> str:
     words = ["raftune", "reward", "check", reward.name]
     if reward.name == "answer":
         words += ["--samples", "answers.jsonl"]  # it reads a column, which the built-in samples lack
-    elif reward.media == ("image",):
+    elif reward.media == {"image"}:
         words += ["--images"]
     return shell_command(*words, *(["--options", json.dumps(dict(reward.example))] if reward.example else []))
 
 
 def option_words(option: RewardOption) -> str:
     value = "required" if option.required else f"default {default_value(option)}"
-    return f"{option.meaning} [{yaml_type(option)}; {value}]"
+    return f"{option.meaning} [{option.type}; {value}]"
 
 
 def default_value(option: RewardOption) -> str:
     return "required" if option.required else json.dumps(option.default).strip('"') or '""'
-
-
-def yaml_type(option: RewardOption) -> str:
-    """The type as YAML has it: `number | null` for `float | None`."""
-    parts = [[TYPES.get(word, word) for word in part.split(" of ")] for part in option.type.split(" | ")]
-    return " | ".join(" of ".join(words) for words in parts).replace("tuple of", "list of")
