@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from raftune.errors import ConfigError, RewardError
@@ -43,18 +44,6 @@ class RewardBatch:
         return RewardBatch(prompts, completions, columns, ids, self.state)
 
 
-@dataclass
-class TrainerState:
-    """What a reward may read of `trainer_state`: the fields that scripts for TRL use to shape rewards over time."""
-
-    global_step: int = 0
-    max_steps: int = 0
-    epoch: float = 0.0
-    num_train_epochs: float = 0.0
-    is_world_process_zero: bool = True
-    log_history: list[dict[str, Any]] = field(default_factory=list)
-
-
 class RewardLog:
     """What one call passed to `log_metric` and `log_extra`."""
 
@@ -85,9 +74,9 @@ def keywords(batch: RewardBatch, log: RewardLog) -> dict[str, Any]:
     def copies(values: list[Any]) -> list[Any]:
         return [copy.deepcopy(value) if isinstance(value, list | dict) else value for value in values]
 
-    state = TrainerState()
-    for name, value in batch.state.items():
-        setattr(state, name, value)
+    # The fields of TRL's trainer_state by which scripts shape rewards over time.
+    state = SimpleNamespace(global_step=0, max_steps=0, epoch=0.0, num_train_epochs=0.0, log_history=[])
+    state.__dict__.update({"is_world_process_zero": True, **batch.state})
     return {
         **{name: copies(values) for name, values in batch.columns.items() if name not in RESERVED},
         "prompts": copies(batch.prompts),
@@ -115,18 +104,16 @@ def images(completions: list[Any], name: str) -> list[Any]:
     return [completion if completion.mode == "RGB" else completion.convert("RGB") for completion in completions]
 
 
-def incompatible(reads: Mapping[str, frozenset[str]], media: str) -> list[str]:
-    """The names of the rewards, each with what it reads, that cannot read this medium."""
-    return [name for name, read in reads.items() if not read & (IMAGE_MEDIA if media == "image" else TEXT_MEDIA)]
-
-
-def media_names(media: str) -> tuple[str, str]:
-    """The plural of this medium, and of the other."""
-    return ("images", "texts") if media == "image" else ("texts", "images")
+def incompatible(reads: Mapping[str, frozenset[str]], media: str) -> list[tuple[str, str, str]]:
+    """The rewards, each with what it reads, that cannot read this medium: name, what they score, what the medium is."""
+    medium, readable = ("images", IMAGE_MEDIA) if media == "image" else ("texts", TEXT_MEDIA)
+    other = "texts" if media == "image" else "images"
+    return [(name, other, medium) for name, read in reads.items() if not read & readable]
 
 
 def check_media(reads: Mapping[str, frozenset[str]], media: str) -> None:
     """Raises ConfigError if one of the rewards, each with what it reads, cannot read this medium."""
-    made, other = media_names(media)
-    for name in incompatible(reads, media):
-        raise ConfigError(f"{name} scores {other}, and was given {made}. Name a reward for {made}, or give it {other}.")
+    for name, scored, made in incompatible(reads, media):
+        raise ConfigError(
+            f"{name} scores {scored}, and was given {made}. Name a reward for {made}, or give it {scored}."
+        )

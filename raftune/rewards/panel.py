@@ -18,7 +18,7 @@ from raftune.data.images import LazyImages
 from raftune.errors import ConfigError
 from raftune.protocols import Reward
 from raftune.records import INVALID, Prompt, RewardPart, Score, ScoreStatus
-from raftune.rewards.batch import RESERVED, RewardBatch, incompatible, media_names
+from raftune.rewards.batch import RESERVED, RewardBatch, incompatible
 from raftune.rewards.combining import Bounds, Combine, RewardShare, combined
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.outcome import RewardOutcome
@@ -209,10 +209,9 @@ def gather_extras(calls: Sequence[Mapping[str, RewardOutcome]], sizes: Sequence[
 
 def misfits(panel: RewardSet, media: str, family: str, field: str = "rewards.reward_funcs") -> Iterator[str]:
     """A sentence for each reward of the set that cannot read what a policy of this medium and family makes."""
-    made, other = media_names(media)
-    for name in incompatible(panel.media, media):
+    for name, scored, made in incompatible(panel.media, media):
         yield (
-            f"{field}: {name} scores {other}, and policy.family: {family} makes {made}. Name a reward for {made}, "
+            f"{field}: {name} scores {scored}, and policy.family: {family} makes {made}. Name a reward for {made}, "
             "or a policy of the other kind."
         )
 
