@@ -1,103 +1,66 @@
-"""Trains a reward model: TRL's RewardTrainer on pairs, transformers' Trainer on ratings."""
+"""Trains a reward model with transformers' Trainer: Bradley-Terry on pairs, regression on ratings."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
-from transformers import Trainer, TrainingArguments
-from trl import RewardConfig, RewardTrainer
-from trl.trainer.utils import disable_dropout_in_model
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from raftune.arrays import FloatArray
-from raftune.config.policy import AdapterConfig
 from raftune.config.reward_model import RewardModelConfig, rate_for
 from raftune.errors import ConfigError, ModelError, OutOfMemory
 from raftune.protocols import Callback
-from raftune.reward_models.examples import FeedbackExample, FeedbackKind
+from raftune.reward_models.examples import FeedbackExample
 from raftune.sanitize import first_line
 from raftune.store import interruption
 from raftune.training.checkpoints import STATE, CheckpointCallback, newest_verified
 from raftune.training.length_grouping import LengthGroupedSampler
 from raftune.training.quiet import quiet
 
-IDENTITY = "reward model"  # its folder is refused to another configuration and to other rows
+IDENTITY = "reward model"  # the configuration and the rows of a folder are checked before
 NEVER = 2**31 - 1  # steps between checkpoints, where time alone decides
+NOT_FINITE = "{} must be finite; got {}. Nothing was saved: lower learning_rate, or look at the rows."
 
 
-@dataclass(frozen=True)
-class RatingScale:
-    """Ratings are learned as standard deviations from their mean, so that a head without bias can express them."""
+class RewardModelTrainer(Trainer):  # type: ignore[misc]
+    """Trainer with our order of rows, a stop at the first loss that is not finite, and losses by step.
 
-    mean: float
-    std: float
+    Loss of pairs: -log sigmoid(r_chosen - r_rejected), the mean over pairs (Bradley and Terry, 1952), as TRL's
+    RewardTrainer computes it. Of ratings: the mean of squared differences in standard deviations.
+    """
 
-    @classmethod
-    def of(cls, examples: Sequence[FeedbackExample]) -> RatingScale:
-        ratings = ratings_of(examples)
-        return cls(float(ratings.mean()), float(ratings.std()))
-
-    def standard(self, ratings: FloatArray) -> FloatArray:
-        """The ratings as standard deviations from the mean."""
-        return (ratings - self.mean) / self.std
-
-
-def ratings_of(examples: Sequence[FeedbackExample]) -> FloatArray:
-    """(N,) ratings, of rated examples."""
-    return np.array([one.rating for one in examples], dtype=np.float64)
-
-
-@dataclass(frozen=True)
-class RewardFit:
-    """The trained model, an adapter merged; the loss of each step, in nats per pair or squared deviations."""
-
-    model: Any
-    losses: tuple[float, ...]
-    learning_rate: float
-
-
-class OrderedTrainer:
-    """What both trainers share: our order of rows, a stop at the first loss that is not finite, losses by step."""
-
-    lengths: Sequence[int]
-    args: Any
-    state: Any
+    def __init__(self, lengths: Sequence[int], center: float | None, **options: Any) -> None:
+        super().__init__(**options)
+        self.lengths, self.center = lengths, center
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler(self.lengths, step, self.args.seed)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        if not math.isfinite(value := loss.item()):
-            raise ModelError(not_finite(f"The loss of step {self.state.global_step + 1}", value))
-        self.state.log_history.append({"step": self.state.global_step + 1, "part": value})
-        return loss
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """No card: a checkpoint is no model to publish."""
-
-
-class PairTrainer(OrderedTrainer, RewardTrainer):  # type: ignore[misc]
-    """-log sigmoid(r_chosen - r_rejected), the mean over pairs (Bradley and Terry, 1952)."""
-
-
-class RatingTrainer(OrderedTrainer, Trainer):  # type: ignore[misc]
-    """The mean of squared differences between the score and the rating in standard deviations."""
-
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        targets_B = inputs.pop("targets")
-        outputs = model(**inputs)
-        loss = torch.nn.functional.mse_loss(outputs.logits.squeeze(-1).float(), targets_B)
-        return (loss, outputs) if return_outputs else loss
+        targets_B = inputs.pop("targets", None)
+        if targets_B is not None:
+            return F.mse_loss(model(**inputs).logits.squeeze(-1).float(), targets_B)
+        chosen_B, rejected_B = torch.chunk(model(**inputs, use_cache=False).logits.squeeze(-1), chunks=2)
+        loss = -F.logsigmoid(chosen_B - rejected_B).mean()
+        if self.center is not None:
+            loss += self.center * torch.mean((chosen_B + rejected_B) ** 2)
+        return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if not math.isfinite(value := loss.item()):
+            raise ModelError(NOT_FINITE.format(f"The loss of step {self.state.global_step + 1}", value))
+        self.state.log_history.append({"step": self.state.global_step + 1, "part": value})
+        return loss
 
 
 class StepCallback(CheckpointCallback):
@@ -114,24 +77,36 @@ class StepCallback(CheckpointCallback):
 
 def fit(
     config: RewardModelConfig,
-    objective: FeedbackKind,
     load: Callable[[], Any],
     tokenizer: Any,
     examples: Sequence[FeedbackExample],
+    targets: Sequence[float] | None,
     work: Path,
     observe: Callback,
-) -> RewardFit:
-    """The model fitted to the examples, going on from the newest checkpoint under `work`.
+) -> tuple[Any, tuple[float, ...], float]:
+    """The trained model with an adapter merged, the loss of each step, and the learning rate; resumes under `work`.
 
-    Equal settings and rows give equal weights on a CPU, interrupted or not. Raises ModelError where a loss or a weight
-    is not finite, OutOfMemory, and ConfigError for settings that the trainer does not take.
+    `targets` are the standardised ratings; None for pairs. Equal settings and rows give equal weights on a CPU,
+    interrupted or not. Raises ModelError where a loss or a weight is not finite, OutOfMemory, and ConfigError for
+    settings that the trainer does not take.
     """
     model = load()
-    cached = getattr(model.config, "use_cache", None)
-    model, rate = prepared(config, model)
-    trainer = build(config, objective, model, tokenizer, examples, work, rate)
-    trainer.lengths = [max(len(ids) for ids in one.ids) for one in examples]
-    steps = StepCallback(observe, checkpoint_bytes(model))
+    use_cache = getattr(model.config, "use_cache", None)
+    if config.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0
+    if config.adapter is not None:
+        model = _with_adapter(config, model)
+    weights = list(model.parameters())
+    trainable = [weight for weight in weights if weight.requires_grad]
+    rate = config.learning_rate or rate_for(sum(w.numel() for w in trainable), config.adapter is not None)
+    try:
+        with quiet():
+            trainer = _trainer(config, model, tokenizer, examples, targets, work, rate)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"the settings must be what transformers' Trainer takes: {first_line(error)}") from error
+    steps = StepCallback(observe, int(sum(w.nbytes for w in weights) + 2 * sum(w.nbytes for w in trainable)))
     trainer.add_callback(steps)
     checkpoint, rejected = newest_verified(work, IDENTITY, STATE)
     for name in rejected:
@@ -146,155 +121,98 @@ def fit(
             config.per_device_train_batch_size,
         ) from error
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    refuse_non_finite(trained)
+    for name, weight in trained.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise ModelError(NOT_FINITE.format("Every weight", f"a NaN or an infinity in {name}"))
     if config.adapter is not None:
         with quiet():
             trained = trained.merge_and_unload()
-    if cached is not None:  # Trainer switches it off in the configuration, which is saved with the model
-        trained.config.use_cache = cached
-    return RewardFit(trained.cpu().eval(), losses_of(trainer.state), rate)
+    if use_cache is not None:  # Trainer switches it off in the configuration, which is saved with the model
+        trained.config.use_cache = use_cache
+    losses: dict[int, float] = defaultdict(float)
+    for entry in trainer.state.log_history:  # Trainer has divided the loss of each micro-batch by their number
+        if "part" in entry:
+            losses[entry["step"]] += entry["part"]
+    return trained.cpu().eval(), tuple(losses.values()), rate
 
 
-def prepared(config: RewardModelConfig, model: Any) -> tuple[Any, float]:
-    """The model with its adapter, where one is asked for, and the peak rate for what is trained."""
-    if config.disable_dropout:
-        disable_dropout_in_model(model)
-    if config.adapter is not None:
-        from peft import get_peft_model
+def _with_adapter(config: RewardModelConfig, model: Any) -> Any:
+    """The model with a LoRA adapter; peft trains the head whole."""
+    from peft import LoraConfig, get_peft_model
 
-        with quiet():  # peft calls what transformers deprecates
-            model = get_peft_model(model, lora(config.adapter))
-        if config.gradient_checkpointing:
-            model.enable_input_require_grads()
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return model, config.learning_rate or rate_for(trained, config.adapter is not None)
-
-
-def checkpoint_bytes(model: Any) -> int:
-    """About how much a checkpoint writes: all weights, and two moments of each that is trained."""
-    weights = list(model.parameters())
-    return int(sum(weight.nbytes for weight in weights) + 2 * sum(w.nbytes for w in weights if w.requires_grad))
-
-
-def lora(adapter: AdapterConfig) -> Any:
-    """The adapter for peft, which trains the head whole."""
-    from peft import LoraConfig
-
-    named = adapter.target_modules
-    return LoraConfig(
+    assert config.adapter is not None
+    targets = config.adapter.target_modules
+    lora = LoraConfig(
         task_type="SEQ_CLS",
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=named if isinstance(named, str) else list(named),
-        modules_to_save=list(adapter.modules_to_save) or None,
+        r=config.adapter.r,
+        lora_alpha=config.adapter.alpha,
+        lora_dropout=config.adapter.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=list(config.adapter.modules_to_save) or None,
     )
+    with quiet():  # peft calls what transformers deprecates
+        model = get_peft_model(model, lora)
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return model
 
 
-def build(
+def _trainer(
     config: RewardModelConfig,
-    objective: FeedbackKind,
     model: Any,
     tokenizer: Any,
     examples: Sequence[FeedbackExample],
+    targets: Sequence[float] | None,
     work: Path,
     rate: float,
-) -> Any:
-    """The trainer for the objective. Raises ConfigError."""
-    try:
-        with quiet():
-            if objective == "pairwise":
-                rows = {
-                    "chosen_ids": [one.ids[0] for one in examples],
-                    "rejected_ids": [one.ids[1] for one in examples],
-                }
-                own: dict[str, Any] = {"max_length": None, "disable_dropout": False, "pad_to_multiple_of": None}
-                own |= {"center_rewards_coefficient": config.center_rewards_coefficient}
-                args = alone(RewardConfig(**arguments(config, work, rate), **own))
-                data = Dataset.from_dict(rows)
-                return silent(PairTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer))
-            args = alone(TrainingArguments(**arguments(config, work, rate)))
-            targets = RatingScale.of(examples).standard(ratings_of(examples))
-            rated = [{"ids": one.ids[0], "target": float(y)} for one, y in zip(examples, targets, strict=True)]
-            collate = PaddingCollator(tokenizer.pad_token_id)
-            return silent(RatingTrainer(model=model, args=args, train_dataset=rated, data_collator=collate))
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"the settings must be what transformers' Trainer takes: {first_line(error)}") from error
-
-
-@dataclass(frozen=True)
-class PaddingCollator:
-    """Rows side by side, padded on the right."""
-
-    pad: int
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = [torch.tensor(row["ids"]) for row in rows]
-        padded = torch.nn.utils.rnn.pad_sequence
-        return {
-            "input_ids": padded(ids, batch_first=True, padding_value=self.pad),
-            "attention_mask": padded([torch.ones_like(one) for one in ids], batch_first=True),
-            "targets": torch.tensor([row["target"] for row in rows], dtype=torch.float32),
-        }
-
-
-def arguments(config: RewardModelConfig, work: Path, rate: float) -> dict[str, Any]:
-    """What both trainers are told."""
+) -> RewardModelTrainer:
     names = (
         "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type "
         "warmup_steps weight_decay max_grad_norm seed bf16 gradient_checkpointing"
     )
-    return {
+    args = TrainingArguments(
         **{name: getattr(config, name) for name in names.split()},
-        "output_dir": str(work),
-        "learning_rate": rate,
-        "use_cpu": config.device == "cpu",
-        "save_strategy": "steps",
-        "save_steps": config.save_steps or NEVER,
-        "save_total_limit": 2,
-        "logging_strategy": "no",
-        "logging_nan_inf_filter": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": config.device != "cpu" and torch.cuda.is_available(),
-    }
-
-
-def alone(args: Any) -> Any:
-    """The arguments for one process on one device: without a launcher Trainer would take all GPUs."""
+        output_dir=str(work),
+        learning_rate=rate,
+        use_cpu=config.device == "cpu",
+        save_strategy="steps",
+        save_steps=config.save_steps or NEVER,
+        save_total_limit=2,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
+    )
     if args.world_size > 1:
         raise ConfigError(
             f"A reward model is trained by one process; a launcher began {args.world_size}. Start raftune without it."
         )
-    if args.n_gpu > 1:
+    if args.n_gpu > 1:  # without a launcher Trainer would take all GPUs
         args._n_gpu = 1
-    return args
 
+    def collate(rows: list[int]) -> dict[str, torch.Tensor]:
+        """Rows padded on the right; of pairs all preferred answers, then all others."""
+        answers = range(len(examples[0].ids))
+        ids = [torch.tensor(examples[row].ids[answer]) for answer in answers for row in rows]
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(text) for text in ids], batch_first=True),
+        }
+        if targets is not None:
+            batch["targets"] = torch.tensor([targets[row] for row in rows], dtype=torch.float32)
+        return batch
 
-def silent(trainer: Any) -> Any:
-    """The trainer without the callbacks that write to stdout, which belongs to results."""
-    for name in ("PrinterCallback", "ProgressCallback"):
-        for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == name]:
-            trainer.remove_callback(callback)
+    trainer = RewardModelTrainer(
+        [max(map(len, example.ids)) for example in examples],
+        config.center_rewards_coefficient if targets is None else None,
+        model=model,
+        args=args,
+        train_dataset=range(len(examples)),
+        data_collator=collate,
+        processing_class=tokenizer if targets is None else None,
+    )
+    for callback in (PrinterCallback, ProgressCallback):  # they write to stdout, which belongs to results
+        trainer.remove_callback(callback)
     return trainer
-
-
-def losses_of(state: Any) -> tuple[float, ...]:
-    """The loss of each optimizer step: Trainer has divided that of each micro-batch by their number."""
-    steps: dict[int, float] = {}
-    for entry in state.log_history:
-        if "part" in entry:
-            steps[entry["step"]] = steps.get(entry["step"], 0.0) + entry["part"]
-    return tuple(steps.values())
-
-
-def refuse_non_finite(model: Any) -> None:
-    """Raises ModelError if a weight is NaN or infinite."""
-    for name, weight in model.named_parameters():
-        if not bool(torch.isfinite(weight).all()):
-            raise ModelError(not_finite("Every weight", f"a NaN or an infinity in {name}"))
-
-
-def not_finite(what: str, value: object) -> str:
-    return f"{what} must be finite; got {value}. Nothing was saved: lower learning_rate, or look at the rows."

@@ -1,4 +1,13 @@
-"""Trains, evaluates and saves a reward model."""
+"""Trains, evaluates and saves a reward model.
+
+config.yaml          the configuration
+data.json            what was read: counts, formats, and a hash over all of it
+skipped.jsonl        every skipped row, with its reason
+work/                checkpoints, and the trained model until it is evaluated; removed once model/ is there
+held_out.parquet     every held-out row with its scores
+report.json          metrics of the model
+model/               the model: a plain transformers folder
+"""
 
 from __future__ import annotations
 
@@ -12,34 +21,29 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import yaml
 
 from raftune.arrays import FloatArray
+from raftune.config.load import differences
 from raftune.config.reward_model import RewardModelConfig
-from raftune.data.classifier_inputs import ClassifierInputs, write_notes
+from raftune.data.classifier_inputs import text_of, write_notes
 from raftune.data.rows import write_skipped
-from raftune.errors import DataError, ModelError
+from raftune.errors import ConfigChanged, ConfigError, DataError, ModelError
 from raftune.evaluation.bootstrap import numbers_by_key
 from raftune.protocols import Callback, Reward
-from raftune.reward_models.backbone import Backbone, open_backbone
-from raftune.reward_models.examples import (
-    FeedbackExample,
-    FeedbackSource,
-    HeldOutSplit,
-    answer_lengths,
-    identity_of,
-    prompt_key,
-    read_examples,
-)
-from raftune.reward_models.fitting import RatingScale, RewardFit, fit, ratings_of
-from raftune.reward_models.folder import HELD_OUT, SKIPPED, RewardModelFolder
-from raftune.reward_models.gate import better_than_length, verdict
-from raftune.reward_models.pairwise import pairwise_report
-from raftune.reward_models.pointwise import pointwise_report
-from raftune.store.files import discard, stage_file, write_json
+from raftune.reward_models.backbone import open_backbone
+from raftune.reward_models.examples import FeedbackExample, identity_of, prompt_key, read_examples
+from raftune.reward_models.fitting import fit
+from raftune.reward_models.metrics import better_than_length, pairwise_report, pointwise_report, verdict
+from raftune.store.committed import write_manifest
+from raftune.store.files import discard, set_usual_mode, stage_file, write_json
 from raftune.store.parquet import write_table
+from raftune.store.run import CONFIG as RUN_CONFIG
 from raftune.store.run import RunFolder
 from raftune.training.quiet import quiet
 
+CONFIG, DATA, SKIPPED, HELD_OUT, REPORT = "config.yaml", "data.json", "skipped.jsonl", "held_out.parquet", "report.json"
+WITHOUT_EFFECT = {"output_dir", "allow_chance"}  # fields on which no result depends
 CHUNK = 1024  # answers in one call of the model as a reward
 POINTS = 50  # of the curve of losses in the report
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -47,7 +51,7 @@ QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
 @dataclass(frozen=True)
 class RewardTrainingOutcome:
-    """What came of it: the report; whether model/ is there; whether anything had to be done."""
+    """The report; whether model/ is there; whether anything had to be done."""
 
     root: Path
     report: dict[str, Any]
@@ -60,171 +64,196 @@ def train_reward_model(
 ) -> RewardTrainingOutcome:
     """A reward model under `output_dir`, its report, and every held-out row with its scores.
 
-    score_with: makes a reward of the saved folder: what judges the model is what will use it. Called again with the
-    same configuration it goes on from the last checkpoint, or finds everything done. A model that is not better than
-    chance stays under work/, unless `allow_chance`. Raises ConfigError, DataError, ModelError, StoreError.
+    score_with: makes a reward of the saved folder, which evaluates the model as it will be used. Called again with the
+    same configuration, it resumes from the last checkpoint. A model that is not better than chance stays under work/,
+    unless `allow_chance`. Raises ConfigError, DataError, ModelError, StoreError.
     """
     run = RunFolder(Path(config.output_dir).expanduser())
-    folder = RewardModelFolder(run.root)
-    folder.refuse_foreign()
+    root, model, candidate = run.root, run.root / "model", run.root / "work" / "model"
+    _check_directory(root)
     with run.lock():
-        folder.claim(config)
-        worked = not folder.report.is_file()
+        _write_config(root, config)
+        worked = not (root / REPORT).is_file()
         if worked:
-            work(config, folder, run.tmp, score_with, observe)
-        report = json.loads(folder.report.read_bytes())
-        if not folder.model.is_dir() and (report["better_than_chance"] or config.allow_chance):
-            publish(folder)
-        if folder.model.is_dir():
-            discard(folder.work, run.tmp)  # a kill may have come between the model and this
+            _train_and_evaluate(config, run, score_with, observe)
+        report = json.loads((root / REPORT).read_bytes())
+        if not model.is_dir() and (report["better_than_chance"] or config.allow_chance):
+            if not candidate.is_dir():
+                raise ModelError(f"{candidate} is gone. Remove {root}, and train again.")
+            write_manifest(candidate)
+            set_usual_mode(candidate)
+            candidate.replace(model)
+        if model.is_dir():
+            discard(root / "work", run.tmp)  # a kill may have come between the model and this
         run.tmp.rmdir()
-    return RewardTrainingOutcome(run.root, report, folder.model.is_dir(), worked)
+    return RewardTrainingOutcome(root, report, model.is_dir(), worked)
 
 
-def work(
-    config: RewardModelConfig,
-    folder: RewardModelFolder,
-    tmp: Path,
-    score_with: Callable[[Path], Reward],
-    observe: Callback,
+def _check_directory(root: Path) -> None:
+    """Raises ConfigError for a directory of something else, before anything in it is touched."""
+    if not root.is_dir() or _read_config(root) is not None:
+        return
+    if foreign := sorted(path.name for path in root.iterdir() if path.name not in ("LOCK", "tmp")):
+        content = "a run" if (root / RUN_CONFIG).is_file() else repr(foreign[0])
+        raise ConfigError(f"output_dir must be new, or of this training; {root} holds {content}. Choose another.")
+    if any((root / "tmp").glob("*")):
+        raise ConfigError(f"output_dir must be new, or of this training; {root}/tmp is not empty. Clear it.")
+
+
+def _read_config(root: Path) -> dict[str, Any] | None:
+    """The configuration that was written, if this is the directory of such a training."""
+    try:
+        config = yaml.safe_load((root / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return None
+    return config if isinstance(config, dict) and "held_out_fraction" in config else None
+
+
+def _has_work(root: Path) -> bool:
+    """Whether there is work that another configuration, or other data, would throw away."""
+    work = root / "work"
+    return (root / REPORT).is_file() or (work / "model").is_dir() or any(work.glob("checkpoint-*"))
+
+
+def _write_config(root: Path, config: RewardModelConfig) -> None:
+    """Writes the configuration. Raises ConfigChanged where there is work of another."""
+    current = config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+    if not _has_work(root):
+        (root / CONFIG).write_text(yaml.safe_dump(current, sort_keys=False, allow_unicode=True), "utf-8")
+        return
+
+    def same_file(old: object, new: object) -> bool:
+        both = isinstance(old, str) and isinstance(new, str)
+        return both and Path(str(new)).exists() and Path(str(old)).resolve() == Path(str(new)).resolve()
+
+    changes = differences(_read_config(root) or {}, current)
+    changed = [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changes.items() if not same_file(old, new)]
+    if changed:
+        raise ConfigChanged(
+            f"{root} was made with another configuration. {'; '.join(changed)}. Choose another output_dir, or remove "
+            "it."
+        )
+
+
+def _train_and_evaluate(
+    config: RewardModelConfig, run: RunFolder, score_with: Callable[[Path], Reward], observe: Callback
 ) -> None:
-    """Reads, trains, judges, and writes the report, each unless an earlier call did."""
-    torch.set_num_threads(config.threads)  # they shape the sums, and so the bits
+    """Reads, trains, evaluates, and writes the report, each unless an earlier call did."""
+    root, work, candidate = run.root, run.root / "work", run.root / "work" / "model"
+    torch.set_num_threads(config.threads)  # the order of sums depends on it
     observe("begin", {"what": "reading and encoding the rows"})
     backbone = open_backbone(config)
-    for words in backbone.said:
-        observe("said", {"words": words})
+    for note in backbone.notes:
+        observe("said", {"words": note})
     with quiet():
         source, split = read_examples(config, backbone.tokenizer, backbone.reading)
-    scale = scale_of(split, source)
-    note_data(folder, tmp, source, split, observe)
-    told = trained(config, folder, backbone, source, split, scale, observe)
-    report = judged(folder, tmp, backbone, source, split, scale, score_with, observe)
-    better, why = verdict(source.objective, report)
-    whole = {"objective": source.objective, "better_than_chance": better, "verdict": why, **report, **told}
-    whole |= {"better_than_length": better_than_length(report)} if source.objective == "pairwise" else {}
-    whole |= {"model": config.model, "data": json.loads(folder.data.read_bytes())}
-    write_json(tmp, folder.report, whole)
+    pairwise, (mean, std) = source.objective == "pairwise", (0.0, 1.0)
+    if not pairwise:
+        ratings = _ratings(split.train)
+        mean, std = float(ratings.mean()), float(ratings.std())
+        if not std > 0:
+            raise DataError(f"data must have ratings that differ; all are {mean:g}. There is nothing to learn.")
 
-
-def scale_of(split: HeldOutSplit, source: FeedbackSource) -> RatingScale:
-    """The ratings' own scale; of pairs 0 and 1. Raises DataError where all ratings are alike."""
-    if source.objective == "pairwise":
-        return RatingScale(0.0, 1.0)
-    scale = RatingScale.of(split.train)
-    if not scale.std > 0:
-        raise DataError(f"data must have ratings that differ; all are {scale.mean:g}. There is nothing to learn.")
-    return scale
-
-
-def note_data(
-    folder: RewardModelFolder, tmp: Path, source: FeedbackSource, split: HeldOutSplit, observe: Callback
-) -> None:
-    """Writes and says what was read. Raises ConfigChanged if it is not what an earlier call read."""
-    prompts = {name: len({prompt_key(one.prompt, 0) for one in side}) for name, side in sides(split)}
-    words, identity = [*source.words, *split.words], identity_of(split)
-    noted = {
-        "words": words,
-        "rows": {name: len(side) for name, side in sides(split)},
-        "prompts": prompts,
+    data: dict[str, Any] = {
+        "words": [*source.words, *split.words],
+        "rows": {"train": len(split.train), "held_out": len(split.held_out)},
+        "prompts": {
+            name: len({prompt_key(example.prompt, 0) for example in side})
+            for name, side in (("train", split.train), ("held_out", split.held_out))
+        },
         "skipped": len(source.skipped),
-        "identity": identity,
+        "identity": identity_of(split),
     }
-    for line in words:
+    for line in data["words"]:
         observe("said", {"words": line})
-    folder.refuse_other_data(identity)
-    with stage_file(tmp, folder.root / SKIPPED) as path:
-        write_skipped(source.skipped, path)
-    write_json(tmp, folder.data, noted)
+    path = root / DATA
+    if _has_work(root) and path.is_file() and json.loads(path.read_bytes())["identity"] != data["identity"]:
+        raise ConfigChanged(
+            f"{root} was begun with other data, or another tokenizer, under the same names. Choose another "
+            "output_dir, or remove this one."
+        )
+    with stage_file(run.tmp, root / SKIPPED) as staged:
+        write_skipped(source.skipped, staged)
+    write_json(run.tmp, path, data)
 
-
-def sides(split: HeldOutSplit) -> tuple[tuple[str, list[FeedbackExample]], ...]:
-    return ("train", split.train), ("held_out", split.held_out)
-
-
-def trained(
-    config: RewardModelConfig,
-    folder: RewardModelFolder,
-    backbone: Backbone,
-    source: FeedbackSource,
-    split: HeldOutSplit,
-    scale: RatingScale,
-    observe: Callback,
-) -> dict[str, Any]:
-    """Trains the model and saves it under work/, unless that is done; what is told of it."""
-    told = folder.work / "fit.json"
-    if not folder.candidate.is_dir():
+    reading = {
+        "include_prompt": backbone.reading.include_prompt,
+        "append_eos": backbone.reading.append_eos,
+        "add_special_tokens": backbone.reading.special_tokens,
+        "max_length": backbone.reading.limit,
+    }
+    notes: dict[str, Any] = {"version": 1, "objective": source.objective, "reading": reading}
+    if not pairwise:
+        notes["ratings"] = {"mean": mean, "std": std}
+    if not candidate.is_dir():
         observe("begin", {"what": f"training on {len(split.train):,} rows, {source.objective}"})
-        fitted = fit(config, source.objective, backbone.load, backbone.tokenizer, split.train, folder.work, observe)
-        facts = {"steps": len(fitted.losses), "loss": curve(fitted.losses), "learning_rate": fitted.learning_rate}
-        told.write_text(json.dumps(facts), encoding="utf-8")
-        save(fitted, backbone, folder.candidate, notes_of(source, backbone.reading, scale))
-    return dict(json.loads(told.read_bytes()))
+        # Ratings are learned in standard deviations from their mean, so that a head without bias can express them.
+        targets = None if pairwise else ((_ratings(split.train) - mean) / std).tolist()
+        model, losses, rate = fit(config, backbone.load, backbone.tokenizer, split.train, targets, work, observe)
+        facts = {"steps": len(losses), "loss": _curve(losses), "learning_rate": rate}
+        (work / "fit.json").write_text(json.dumps(facts), encoding="utf-8")
+        _save(model, backbone.tokenizer, candidate, notes, config.model)
+
+    held_out = split.held_out
+    scores = _score(score_with(candidate), held_out, observe)
+    lengths = np.array(  # tokens of each answer alone, without its prompt and without special tokens
+        [
+            [len(backbone.tokenizer(text_of(a), add_special_tokens=False)["input_ids"]) for a in example.answers]
+            for example in held_out
+        ],
+        dtype=np.float64,
+    )
+    distribution = {
+        "n": scores.size,
+        "mean": float(scores.mean()),
+        "std": float(scores.std()),
+        "quantiles": {f"{q:g}": float(np.quantile(scores, q)) for q in QUANTILES},
+    }
+    write_notes(candidate, {**notes, "distribution": distribution})
+    with stage_file(run.tmp, root / HELD_OUT) as staged:
+        write_table(_held_out_table(held_out, scores, lengths), staged)
+    prompts = numbers_by_key(pa.array([prompt_key(example.prompt, 0) for example in held_out]))
+    if pairwise:
+        report = pairwise_report(scores, lengths, prompts)
+        report["better_than_length"] = better_than_length(report)
+    else:
+        report = pointwise_report(scores[:, 0], _ratings(held_out), lengths[:, 0], prompts, mean, std)
+    better, why = verdict(source.objective, report)
+    report |= {"objective": source.objective, "better_than_chance": better, "verdict": why}
+    report |= {"distribution": distribution, **json.loads((work / "fit.json").read_bytes())}
+    write_json(run.tmp, root / REPORT, report | {"model": config.model, "data": data})
 
 
-def curve(losses: Sequence[float]) -> list[dict[str, float]]:
+def _ratings(examples: Sequence[FeedbackExample]) -> FloatArray:
+    return np.array([example.rating for example in examples], dtype=np.float64)
+
+
+def _curve(losses: Sequence[float]) -> list[dict[str, float]]:
     """The losses as at most POINTS means over successive steps, each with the last of its steps."""
     parts = np.array_split(np.array(losses), min(POINTS, len(losses)))
     ends = np.cumsum([len(part) for part in parts])
     return [{"step": int(end), "loss": float(part.mean())} for end, part in zip(ends, parts, strict=True)]
 
 
-def notes_of(source: FeedbackSource, reading: ClassifierInputs, scale: RatingScale) -> dict[str, Any]:
-    """What lies beside the model: how it reads its text, and what its scores mean."""
-    read = {
-        "include_prompt": reading.include_prompt,
-        "append_eos": reading.append_eos,
-        "add_special_tokens": reading.special_tokens,
-        "max_length": reading.limit,
-    }
-    ratings = {"ratings": {"mean": scale.mean, "std": scale.std}} if source.objective == "pointwise" else {}
-    return {"version": 1, "objective": source.objective, "reading": read, **ratings}
-
-
-def save(fitted: RewardFit, backbone: Backbone, folder: Path, notes: dict[str, Any]) -> None:
+def _save(model: Any, tokenizer: Any, folder: Path, notes: dict[str, Any], name: str) -> None:
     """Writes a plain transformers folder, which is at its place whole or not at all. Raises ModelError."""
     part = folder.with_suffix(".part")
-    tokenizer = copy.deepcopy(backbone.tokenizer)
-    if tokenizer.is_fast:  # what the last call truncated by would be saved with it
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.is_fast:  # the truncation of the last call would be saved with it
         tokenizer.backend_tokenizer.no_truncation()
     with quiet():
-        fitted.model.save_pretrained(part)
+        model.save_pretrained(part)
         tokenizer.save_pretrained(part)
     if not any(part.glob("*.safetensors")):
-        raise ModelError(f"model {backbone.config.model!r} could not be saved as safetensors. Name another backbone.")
+        raise ModelError(f"model {name!r} could not be saved as safetensors. Name another backbone.")
     write_notes(part, notes)
     part.replace(folder)
 
 
-def judged(
-    folder: RewardModelFolder,
-    tmp: Path,
-    backbone: Backbone,
-    source: FeedbackSource,
-    split: HeldOutSplit,
-    scale: RatingScale,
-    score_with: Callable[[Path], Reward],
-    observe: Callback,
-) -> dict[str, Any]:
-    """Scores the held-out rows by the saved model as a reward; writes them, and the distribution beside the model."""
-    held_out = split.held_out
-    scores = score(score_with(folder.candidate), held_out, observe)
-    lengths = np.array(answer_lengths(held_out, backbone.tokenizer), dtype=np.float64)
-    prompts = numbers_by_key(pa.array([prompt_key(one.prompt, 0) for one in held_out]))
-    distribution = distribution_of(scores)
-    write_notes(folder.candidate, {**notes_of(source, backbone.reading, scale), "distribution": distribution})
-    with stage_file(tmp, folder.root / HELD_OUT) as path:
-        write_table(held_out_table(held_out, scores, lengths), path)
-    if source.objective == "pairwise":
-        return {**pairwise_report(scores, lengths, prompts), "distribution": distribution}
-    found = pointwise_report(scores[:, 0], ratings_of(held_out), lengths[:, 0], prompts, scale.mean, scale.std)
-    return {**found, "distribution": distribution}
-
-
-def score(reward: Reward, examples: Sequence[FeedbackExample], observe: Callback) -> FloatArray:
+def _score(reward: Reward, examples: Sequence[FeedbackExample], observe: Callback) -> FloatArray:
     """(N, answers) scores. Raises ModelError where one is not finite."""
-    prompts = [one.prompt for one in examples for _ in one.answers]
-    answers = [answer for one in examples for answer in one.answers]
+    prompts = [example.prompt for example in examples for _ in example.answers]
+    answers = [answer for example in examples for answer in example.answers]
     values: list[float | None] = []
     observe("begin", {"what": f"judging by {len(examples):,} held-out rows"})
     for start in range(0, len(answers), CHUNK):
@@ -237,41 +266,24 @@ def score(reward: Reward, examples: Sequence[FeedbackExample], observe: Callback
     return scores
 
 
-def distribution_of(scores: FloatArray) -> dict[str, Any]:
-    """Mean, standard deviation and quantiles of all held-out scores: what `normalize` goes by."""
-    quantiles = {f"{q:g}": float(np.quantile(scores, q)) for q in QUANTILES}
-    return {"n": scores.size, "mean": float(scores.mean()), "std": float(scores.std()), "quantiles": quantiles}
-
-
-def held_out_table(
-    examples: Sequence[FeedbackExample],
-    scores: FloatArray,
-    lengths: FloatArray,
-) -> pa.Table:
+def _held_out_table(examples: Sequence[FeedbackExample], scores: FloatArray, lengths: FloatArray) -> pa.Table:
     """Every held-out row: texts as they are, messages as JSON; scores and tokens of each answer; margin or rating."""
-    names = ("chosen", "rejected") if len(examples[0].answers) == 2 else ("completion",)
+
+    def texts(contents: Sequence[Any]) -> pa.Array:
+        return pa.array([c if isinstance(c, str) else json.dumps(c, ensure_ascii=False) for c in contents], pa.string())
+
+    pairs = len(examples[0].answers) == 2
+    names = {"chosen": "_chosen", "rejected": "_rejected"} if pairs else {"completion": ""}
     columns: dict[str, Any] = {
-        "row": pa.array([one.row for one in examples], pa.int64()),
-        "prompt": pa.array([as_text(one.prompt) for one in examples], pa.string()),
+        "row": pa.array([example.row for example in examples], pa.int64()),
+        "prompt": texts([example.prompt for example in examples]),
     }
-    for i, name in enumerate(names):
-        columns[name] = pa.array([as_text(one.answers[i]) for one in examples], pa.string())
-    for i, name in enumerate(names):
-        columns[f"score_{name}" if len(names) == 2 else "score"] = pa.array(scores[:, i])
-        columns[f"tokens_{name}" if len(names) == 2 else "tokens"] = pa.array(lengths[:, i].astype(np.int32))
-    if len(names) == 2:
+    columns |= {name: texts([example.answers[i] for example in examples]) for i, name in enumerate(names)}
+    for i, suffix in enumerate(names.values()):
+        columns[f"score{suffix}"] = pa.array(scores[:, i])
+        columns[f"tokens{suffix}"] = pa.array(lengths[:, i].astype(np.int32))
+    if pairs:
         columns["margin"] = pa.array(scores[:, 0] - scores[:, 1])
     else:
-        columns["rating"] = pa.array([one.rating for one in examples], pa.float64())
+        columns["rating"] = pa.array([example.rating for example in examples], pa.float64())
     return pa.table(columns)
-
-
-def as_text(content: Any) -> str:
-    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-
-
-def publish(folder: RewardModelFolder) -> None:
-    """Puts the model at its place. Raises ModelError if a person has removed what was trained."""
-    if not folder.candidate.is_dir():
-        raise ModelError(f"{folder.candidate} is gone. Remove {folder.root}, and train again.")
-    folder.publish()

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 
 from raftune.data.rows import Demonstration, SkippedRow
 from raftune.errors import DataError, TooLong
 from raftune.protocols import Policy, SupportsTruncation
-from raftune.records import TOOLS, JsonType, Prompt, derive_seed, prompt_ids, table_of
+from raftune.records import TOOLS, JsonType, Prompt, derive_seed, prompt_ids
 
-TOO_LONG, UNFIT = "prompt too long", "unfit for this model"
-MESSAGE: Final = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
-ENCODED_AT_ONCE: Final = 1024
+MESSAGE = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
 
 
-def name_of(demonstration: Demonstration) -> str:
+def prompt_id(row: Demonstration) -> str:
     """The prompt's id: equal prompts have one, with tools only where those are equal too."""
-    told: Any = demonstration.prompt
-    return prompt_ids([told if demonstration.tools is None else [told, demonstration.tools]])[0]
+    content: Any = row.prompt if row.tools is None else [row.prompt, row.tools]
+    return prompt_ids([content])[0]
 
 
 def held_out_prompts(rows: Sequence[Demonstration], fraction: float) -> frozenset[str]:
     """The ids of the share of prompts that is held out: those with the lowest hashes, whatever the order of rows."""
-    names = {name_of(row) for row in rows}
-    ordered = sorted(names, key=lambda name: (derive_seed("hold out", name.rsplit("-", 1)[0]), name))
+    ids = {prompt_id(row) for row in rows}
+    ordered = sorted(ids, key=lambda name: (derive_seed("hold out", name.rsplit("-", 1)[0]), name))
     return frozenset(ordered[: int(len(ordered) * fraction)])
 
 
@@ -36,24 +35,22 @@ def of_one_kind(rows: Sequence[Demonstration]) -> tuple[list[Demonstration], lis
     if texts in (0, len(rows)) or any(isinstance(row.prompt, int) for row in rows):
         return list(rows), []
     note = f"{texts:,} of {len(rows):,} prompts are texts and became a user's message, since the others are messages"
-    return [as_messages(row) if isinstance(row.prompt, str) else row for row in rows], [note]
-
-
-def as_messages(row: Demonstration) -> Demonstration:
-    return Demonstration(
-        row.row,
-        [{"role": "user", "content": row.prompt}],
-        [{"role": "assistant", "content": row.completion}],
-        row.tools,
-        row.score,
-    )
+    converted = []
+    for row in rows:
+        if isinstance(row.prompt, str):
+            answer = [{"role": "assistant", "content": row.completion}]
+            row = replace(row, prompt=[{"role": "user", "content": row.prompt}], completion=answer)
+        converted.append(row)
+    return converted, [note]
 
 
 def rows_schema(rows: Sequence[Demonstration], payload: pa.Schema) -> pa.Schema:
     """The columns of rows.parquet, as a round's training reads them."""
-    chats, labels = (any(isinstance(row.prompt, kind) for row in rows) for kind in (list, int))
-    messages = pa.list_(MESSAGE) if all(map(is_plain, rows)) else JsonType()
-    prompt = messages if chats else pa.int64() if labels else pa.string()
+    plain = all(m.keys() == {"role", "content"} for row in rows if isinstance(row.prompt, list) for m in row.prompt)
+    if any(isinstance(row.prompt, list) for row in rows):
+        prompt = pa.list_(MESSAGE) if plain else JsonType()
+    else:
+        prompt = pa.int64() if any(isinstance(row.prompt, int) for row in rows) else pa.string()
     fields = [
         *(pa.field(name, pa.string(), nullable=False) for name in ("sample_id", "prompt_id")),
         pa.field("prompt", prompt, nullable=False),
@@ -64,64 +61,32 @@ def rows_schema(rows: Sequence[Demonstration], payload: pa.Schema) -> pa.Schema:
     return pa.schema([*fields, *payload], metadata={"raftune.round": "0"})
 
 
-def is_plain(row: Demonstration) -> bool:
-    """Whether the prompt is no list of messages, or each of them has a role and a content and no more."""
-    return not isinstance(row.prompt, list) or all(message.keys() == {"role", "content"} for message in row.prompt)
+def encode_row(row: Demonstration, policy: Policy, max_length: int | None) -> dict[str, Any] | SkippedRow:
+    """One row of rows.parquet, cut to what fits where the policy can do that; a skipped row where it cannot read it."""
+    try:
+        content, answer = (_as_text(part) if isinstance(part, list) else part for part in (row.prompt, row.completion))
+        prompt = Prompt(prompt_id(row), content, {} if row.tools is None else {TOOLS: row.tools})
+        if isinstance(policy, SupportsTruncation):
+            payload = policy.encode_truncated(prompt, answer, "human", max_length)
+        else:
+            payload = policy.encode_completion(prompt, answer, "human")
+    except TooLong as error:
+        return SkippedRow(row.row, "prompt too long", str(error))
+    except DataError as error:
+        return SkippedRow(row.row, "unfit for this model", str(error))
+    names = {"sample_id": f"data/{row.row}", "prompt_id": prompt.id, "prompt": prompt.content, **prompt.columns}
+    return {**names, "weight": 1.0, "origin": "data", "source": "human", **payload}
 
 
-class EncodedDemonstrations:
-    """Demonstrations as the policy reads them; what it cannot read is skipped, what it must cut is counted."""
-
-    def __init__(self, policy: Policy, max_length: int | None) -> None:
-        self.policy, self.max_length = policy, max_length
-        self.skipped: list[SkippedRow] = []
-        self.cut = 0
-
-    def tables(self, rows: Sequence[Demonstration], schema: pa.Schema) -> Iterator[pa.Table]:
-        """The rows, some hundreds at a time."""
-        for first in range(0, len(rows), ENCODED_AT_ONCE):
-            found = [row for one in rows[first : first + ENCODED_AT_ONCE] if (row := self.row(one)) is not None]
-            yield table_of(found, schema)
-
-    def row(self, one: Demonstration) -> Mapping[str, Any] | None:
-        """One row of rows.parquet; None where the policy cannot read it."""
-        name = name_of(one)
-        try:
-            content = plain(one.prompt) if isinstance(one.prompt, list) else one.prompt
-            prompt = Prompt(name, content, {} if one.tools is None else {TOOLS: one.tools})
-            answer = plain(one.completion) if isinstance(one.completion, list) else one.completion
-            payload = self.adopted(prompt, answer)
-        except TooLong as error:
-            self.skipped.append(SkippedRow(one.row, TOO_LONG, str(error)))
-            return None
-        except DataError as error:
-            self.skipped.append(SkippedRow(one.row, UNFIT, str(error)))
-            return None
-        self.cut += payload.get("finish") == "length"
-        names = {"sample_id": f"data/{one.row}", "prompt_id": name, "prompt": prompt.content, **prompt.columns}
-        return {**names, "weight": 1.0, "origin": "data", "source": "human", **payload}
-
-    def adopted(self, prompt: Prompt, answer: Any) -> Mapping[str, Any]:
-        """The payload of the answer, cut to what fits where the policy can do that."""
-        if isinstance(self.policy, SupportsTruncation):
-            return self.policy.encode_truncated(prompt, answer, "human", self.max_length)
-        return self.policy.encode_completion(prompt, answer, "human")
-
-
-def plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages, of contents in parts the text. Raises DataError for images, which would be lost."""
-    found = []
+def _as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, with contents in parts joined. Raises DataError for images, which would be lost."""
+    joined = []
     for message in messages:
-        if (text := text_of(message["content"])) is None:
-            raise DataError(f"a message must have a text; the {message['role']}'s content has other parts")
-        found.append({**message, "content": text})
-    return found
-
-
-def text_of(content: Any) -> str | None:
-    """A message's text, also of one in parts; None where a part is something else."""
-    if isinstance(content, str):
-        return content
-    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
-    return "".join(map(str, texts)) if whole else None
+        content = message["content"]
+        if not isinstance(content, str):
+            texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+            if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+                raise DataError(f"a message must have a text; the {message['role']}'s content has other parts")
+            content = "".join(map(str, texts))
+        joined.append({**message, "content": content})
+    return joined

@@ -27,14 +27,14 @@ from raftune.config.sampling import DiffusionSampling, SamplingConfig
 from raftune.config.sft import SftConfig
 from raftune.config.training import SftTraining
 from raftune.data.demonstrations import choose, read_demonstrations
-from raftune.data.rows import Demonstration, Feedback, SkippedRow, write_skipped
+from raftune.data.rows import Demonstration, SkippedRow, write_skipped
 from raftune.errors import ConfigChanged, ConfigError, DataError, OutOfMemory, StoreError
-from raftune.policies.registry import Family, family_of, start_policy
+from raftune.policies.registry import family_of, start_policy
 from raftune.protocols import Callback, Policy, SupportsLogProbs
-from raftune.records import TOOLS, Prompt
+from raftune.records import TOOLS, Prompt, table_of
 from raftune.results.measures import loss_ends
 from raftune.runtime.assembly import limit_threads
-from raftune.sft.rows import EncodedDemonstrations, held_out_prompts, name_of, of_one_kind, rows_schema
+from raftune.sft.rows import encode_row, held_out_prompts, of_one_kind, prompt_id, rows_schema
 from raftune.starters.resolve import resolve_starters
 from raftune.store.committed import check_folder, write_manifest
 from raftune.store.files import (
@@ -52,11 +52,9 @@ from raftune.store.parquet import read_groups, table_writer
 from raftune.store.partial import unfinished_work
 from raftune.store.run import RunFolder
 
-CONFIG, DATA, ROWS, HELD_OUT, SKIPPED, REPORT = (
-    *("config.yaml", "data.json", "rows.parquet", "held_out.parquet", "skipped.jsonl", "report.json"),
-)
-PARITY = "parity.json"
-OURS = frozenset({"tmp", "LOCK"})  # what may lie there before config.yaml does
+CONFIG, DATA, REPORT, PARITY = "config.yaml", "data.json", "report.json", "parity.json"
+ROWS, HELD_OUT, SKIPPED = "rows.parquet", "held_out.parquet", "skipped.jsonl"
+ENCODED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -69,19 +67,54 @@ class SftOutcome:
 
 
 def sft(config: SftConfig, observe: Callback = lambda kind, facts: None) -> SftOutcome:
-    """Fine-tunes the configured model in its directory: begins, continues, or finds everything done.
+    """Fine-tunes the configured model in its directory. Resumes if the work was interrupted.
 
-    `observe` hears of "step" (name), "data" (the facts of data.json), "encoded" and "trained" (done, of). Raises
+    `observe` is called with "step" (name), "data" (the facts of data.json), "encoded" and "trained" (done, of). Raises
     ConfigChanged where the directory holds the work of another configuration or of other data; StoreError, DataError,
     ModelError.
     """
     folder = RunFolder(config.output_dir)
-    refuse_foreign(folder.root)
+    root = folder.root
+    if root.exists() and not root.is_dir():
+        raise StoreError(f"output_dir must be a directory; {root} is a file. Choose another output_dir.")
+    if (root / CONFIG).is_file():
+        _read_config(root / CONFIG)
+    elif foreign := sorted(path.name for path in root.glob("*") if path.name not in ("tmp", "LOCK")):
+        raise StoreError(
+            f"output_dir must be empty or hold an earlier `raftune sft`; {root} holds {', '.join(foreign[:3])}. "
+            "Choose another output_dir."
+        )
     with folder.lock():
-        write_config(folder, config)
-        work = SftRun(folder, config, observe)
-        worked = work.through()
-    return SftOutcome(folder.root, json.loads((folder.root / REPORT).read_bytes()), worked)
+        _write_config(folder, config)
+        worked = SftRun(folder, config, observe).work()
+    return SftOutcome(root, json.loads((root / REPORT).read_bytes()), worked)
+
+
+def _read_config(path: Path) -> SftConfig:
+    """The configuration of an earlier call. Raises StoreError where it is something else's."""
+    try:
+        return validate_as(SftConfig, {**read_yaml(path), "output_dir": str(path.parent)})
+    except ConfigError as error:
+        why = str(error).splitlines()[0]
+        raise StoreError(
+            f"output_dir must hold an earlier `raftune sft`, or nothing; {path} is not one's: {why}"
+        ) from error
+
+
+def _write_config(folder: RunFolder, config: SftConfig) -> None:
+    """Writes config.yaml, in full. Raises ConfigChanged where something was made under another configuration."""
+    path, current = folder.root / CONFIG, config.model_dump(mode="json", exclude={"output_dir"})
+    earlier = _read_config(path).model_dump(mode="json", exclude={"output_dir"}) if path.is_file() else current
+    changed = differences(earlier, current)
+    if changed and (folder.root / DATA).exists():
+        lines = [f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in sorted(changed.items())]
+        head = f"{folder.root} holds the work of another configuration:"
+        raise ConfigChanged("\n".join([head, *lines, "Choose another output_dir, or delete this one."]))
+    if changed:  # the earlier call ended before it read the data
+        discard(folder.root / "start", folder.tmp)
+    if changed or not path.is_file():
+        with stage_file(folder.tmp, path) as staged:
+            staged.write_text(yaml.safe_dump(current, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 class SftRun:
@@ -90,26 +123,38 @@ class SftRun:
     def __init__(self, folder: RunFolder, config: SftConfig, observe: Callback) -> None:
         self.root, self.tmp, self.config, self.observe = folder.root, folder.tmp, config, observe
         self.run = resolve_starters(as_run(config))
-        self.family: Family = family_of(self.run)
+        self.family = family_of(self.run)
         self.start, self.model = self.root / "start", self.root / "model"
+        source = Path(config.data.path).expanduser()
+        self.sha256 = sha256_of(source) if source.is_file() else None
 
-    def through(self) -> bool:
+    def work(self) -> bool:
         """Does the steps whose output is missing; whether there were any."""
-        steps: list[tuple[str, Callable[[], None]]] = [
-            ("start", self.begin),
-            (DATA, self.gather),
-            ("model", self.train),
-            (REPORT, self.measure),
-        ]
-        refuse_other_data(self.root, self.config)
-        missing = {name: step for name, step in steps if not (self.root / name).exists()}
+        if (self.root / DATA).is_file():
+            earlier = json.loads((self.root / DATA).read_bytes())["sha256"]
+            if earlier and self.sha256 and earlier != self.sha256:
+                raise ConfigChanged(
+                    f"data.path: {self.config.data.path} has changed since {self.root} was begun (its SHA-256 was "
+                    f"{earlier[:12]}, and is {self.sha256[:12]}). Choose another output_dir, or put the file back."
+                )
+        steps: dict[str, Callable[[], None]] = {
+            "start": self.write_start,
+            DATA: self.encode_data,
+            "model": self.train,
+            REPORT: self.write_report,
+        }
+        missing = {name: step for name, step in steps.items() if not (self.root / name).exists()}
         if missing:
             limit_threads(self.run)
         if missing and "start" not in missing:
             self.family.verify(self.start)
-        if DATA in missing:  # what is wrong with the data is known before a large model is loaded
+        if DATA in missing:  # faults of the data are reported before a large model is loaded
             self.observe("step", {"name": "read"})
-            self.read()
+            data = self.config.data
+            rows = read_demonstrations(
+                data.path, data.split, field="data.path", dialogues=data.dialogues, columns=data.columns
+            )
+            self.feedback = choose(rows, data.min_score, data.keep, "data.path")
         for name, step in missing.items():
             self.observe("step", {"name": name})
             step()
@@ -119,84 +164,108 @@ class SftRun:
     def policy(self, folder: Path) -> Policy:
         return self.family.load(self.run, check_folder(folder), self.start)
 
-    # -- the steps ---------------------------------------------------------------------------------------------------
-
-    def read(self) -> None:
-        """The answers, in memory until they are encoded."""
-        data = self.config.data
-        self.print = fingerprint(data.path)
-        found = read_demonstrations(
-            data.path, data.split, field="data.path", dialogues=data.dialogues, columns=data.columns
-        )
-        self.feedback = choose(found, data.min_score, data.keep, "data.path")
-
-    def begin(self) -> None:
+    def write_start(self) -> None:
         """start/: the model, checked and written down."""
-        staged = new_folder(self.tmp)
+        staged = self.new_folder()
         start_policy(self.family, self.run, staged, final=self.start)
-        publish_whole(staged, self.start)
+        self.publish(staged, self.start)
 
-    def gather(self) -> None:
+    def encode_data(self) -> None:
         """data.json, last of what is read from the data."""
         data, feedback = self.config.data, self.feedback
         rows, notes = of_one_kind(feedback.rows[: data.limit])
-        apart = held_out_prompts(rows, data.held_out_fraction)
-        encoding = EncodedDemonstrations(self.policy(self.start), self.config.max_length)
-        schema = rows_schema(rows, self.family.payload)
-        learned = self.write(ROWS, encoding, [row for row in rows if name_of(row) not in apart], schema)
-        refuse_nothing(learned, encoding.skipped)
-        held_out = self.write(HELD_OUT, encoding, [row for row in rows if name_of(row) in apart], schema)
-        write_prompts(self.tmp, self.root / ROWS, self.root / "prompts.jsonl")
-        write_prompts(self.tmp, self.root / HELD_OUT, self.root / "held_out.jsonl", reference="reference")
-        skipped = sorted([*feedback.skipped, *encoding.skipped], key=lambda one: one.row)
+        held_out = held_out_prompts(rows, data.held_out_fraction)
+        sides = {
+            ROWS: [row for row in rows if prompt_id(row) not in held_out],
+            HELD_OUT: [row for row in rows if prompt_id(row) in held_out],
+        }
+        policy, schema = self.policy(self.start), rows_schema(rows, self.family.payload)
+        counts: dict[str, int] = {}
+        refused: list[SkippedRow] = []
+        cut = 0
+        for name, side in sides.items():
+            counts[name], skipped, cut_here = self.write_rows(name, side, policy, schema)
+            refused += skipped
+            cut += cut_here
+            if not counts[ROWS]:
+                first = refused[0] if refused else None
+                why = f" The model refuses {len(refused):,}; row {first.row}: {first.detail}" if first else ""
+                raise DataError(f"data.path must hold answers to learn from; none is left.{why}")
+        self.write_prompts(ROWS, "prompts.jsonl", None)
+        self.write_prompts(HELD_OUT, "held_out.jsonl", "reference")
+        all_skipped = sorted([*feedback.skipped, *refused], key=lambda row: row.row)
         with stage_file(self.tmp, self.root / SKIPPED) as staged:
-            write_skipped(skipped, staged)
-        counts = {"learned": learned, "held_out": held_out, "cut": encoding.cut}
-        left_out = {"beyond_limit": len(feedback.rows) - len(rows)} if data.limit else {}
-        facts = source_facts(feedback, skipped) | counts | left_out | {"notes": notes, "sha256": self.print}
+            write_skipped(all_skipped, staged)
+        facts = {
+            "source": feedback.source,
+            "format": feedback.format,
+            "rows": len({row.row for row in feedback.rows} | {row.row for row in feedback.skipped}),
+            "skipped": dict(sorted(Counter(str(row.reason) for row in all_skipped).items())),
+            "learned": counts[ROWS],
+            "held_out": counts[HELD_OUT],
+            "cut": cut,
+            **({"beyond_limit": len(feedback.rows) - len(rows)} if data.limit else {}),
+            "notes": notes,
+            "sha256": self.sha256,
+        }
         write_json(self.tmp, self.root / DATA, facts)
         self.observe("data", facts)
 
-    def write(
-        self, name: str, encoding: EncodedDemonstrations, rows: Sequence[Demonstration], schema: pa.Schema
-    ) -> int:
-        """Writes these rows as the policy reads them, and returns how many it could."""
-        count = 0
+    def write_rows(
+        self, name: str, rows: Sequence[Demonstration], policy: Policy, schema: pa.Schema
+    ) -> tuple[int, list[SkippedRow], int]:
+        """Writes these rows as the policy reads them; how many, those that it cannot read, and how many it cut."""
+        count = cut = 0
+        skipped: list[SkippedRow] = []
         with stage_file(self.tmp, self.root / name) as staged, table_writer(staged, schema) as writer:
-            for table in encoding.tables(rows, schema):
-                writer.write_table(table)
-                count += table.num_rows
+            for first in range(0, len(rows), ENCODED_AT_ONCE):
+                part = [
+                    encode_row(row, policy, self.config.max_length) for row in rows[first : first + ENCODED_AT_ONCE]
+                ]
+                encoded = [row for row in part if isinstance(row, dict)]
+                skipped += [row for row in part if isinstance(row, SkippedRow)]
+                cut += sum(row.get("finish") == "length" for row in encoded)
+                writer.write_table(table_of(encoded, schema))
+                count += len(encoded)
                 self.observe("encoded", {"done": count, "of": len(rows)})
-        return count
+        return count, skipped, cut
+
+    def write_prompts(self, rows: str, out: str, reference: str | None) -> None:
+        """Writes each prompt of the rows once, as JSON lines; under `reference`, its first answer that was not cut."""
+        lines: dict[str, dict[str, Any]] = {}
+        for table in read_groups(self.root / rows):
+            for row in table.to_pylist():
+                tools = {TOOLS: row[TOOLS]} if row.get(TOOLS) is not None else {}
+                line = lines.setdefault(row["prompt_id"], {"prompt": row["prompt"], **tools})
+                if reference is not None and not line.get(reference):
+                    answer = None if row.get("finish") == "length" else row["completion"]
+                    line[reference] = None if isinstance(answer, bytes) else answer  # an image lies in the rows alone
+        with stage_file(self.tmp, self.root / out) as staged:
+            staged.write_bytes(
+                b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines.values())
+            )
 
     def train(self) -> None:
-        """model/: the policy's own fit, continued from its checkpoints under train/."""
-        fitted = new_folder(self.tmp)
-        report = self.fit(fitted)
-        if getattr(self.run.policy, "adapter", None) is not None:
-            fitted = self.exported(fitted)
-        dump_json(fitted / "training.json", asdict(report))
-        write_manifest(fitted)
-        publish_whole(fitted, self.model)
-
-    def fit(self, out: Path) -> Any:
-        """The report of the policy's training, which writes into `out`."""
+        """model/: the policy's own training, resumed from its checkpoints under train/."""
+        trained = self.new_folder()
         policy: Any = self.policy(self.start)
-        told = {"callbacks": [step_teller(self.observe)]} if takes_callbacks(policy) else {}
-        return policy.train(self.root / ROWS, self.root / "train", out, **told)
+        takes_callbacks = "callbacks" in inspect.signature(policy.train).parameters
+        options = {"callbacks": [_step_callback(self.observe)]} if takes_callbacks else {}
+        report = policy.train(self.root / ROWS, self.root / "train", trained, **options)
+        if getattr(self.run.policy, "adapter", None) is not None:  # exported, so that peft loads it from anywhere
+            exported = self.new_folder()
+            policy = self.policy(trained)
+            policy.export(exported)
+            if (trained / PARITY).is_file():  # what is measured next is checked against what was trained
+                (trained / PARITY).rename(exported / PARITY)
+            discard(trained, self.tmp)
+            trained = exported
+        dump_json(trained / "training.json", asdict(report))
+        write_manifest(trained)
+        self.publish(trained, self.model)
 
-    def exported(self, fitted: Path) -> Path:
-        """An adapter as peft loads it wherever it is, with its tokenizer: its base named in full."""
-        policy: Any = self.policy(fitted)
-        staged = new_folder(self.tmp)
-        policy.export(staged)
-        if (fitted / PARITY).is_file():  # what is measured next is checked against what was trained
-            (fitted / PARITY).rename(staged / PARITY)
-        discard(fitted, self.tmp)
-        return staged
-
-    def measure(self) -> None:
-        """report.json: what was learned from what, and held-out perplexity before and after."""
+    def write_report(self) -> None:
+        """report.json: data, training, and held-out perplexity before and after."""
         data = json.loads((self.root / DATA).read_bytes())
         training = json.loads((self.model / "training.json").read_bytes())
         losses = training.pop("losses")
@@ -221,16 +290,16 @@ class SftRun:
             return None
         ids = held_out.column("completion_ids").to_pylist() if "completion_ids" in held_out.column_names else []
         tokens = sum(map(len, ids)) or held_out.num_rows
-        found: dict[str, Any] = {"answers": held_out.num_rows, "tokens": tokens}
+        perplexity: dict[str, Any] = {"answers": held_out.num_rows, "tokens": tokens}
         for when, folder in (("before", self.start), ("after", self.model)):
             nats = self.nats(folder, held_out)
             if nats is None:
                 return None
-            found[when] = round(math.exp(min(nats / tokens, 700.0)), 6)
-        return found
+            perplexity[when] = round(math.exp(min(nats / tokens, 700.0)), 6)
+        return perplexity
 
     def nats(self, folder: Path, held_out: pa.Table) -> float | None:
-        """The negative log-likelihood of all held-out answers; None for a policy that knows none."""
+        """The negative log-likelihood of all held-out answers; None for a policy without likelihoods."""
         policy = self.policy(folder)
         if not isinstance(policy, SupportsLogProbs):
             return None
@@ -247,9 +316,22 @@ class SftRun:
                     raise
                 size //= 2
 
+    def new_folder(self) -> Path:
+        folder = unique(self.tmp)
+        folder.mkdir()
+        return folder
+
+    def publish(self, staged: Path, final: Path) -> None:
+        """Gives a finished folder its name in one rename, its contents durable before."""
+        with explaining(staged, final):
+            set_usual_mode(staged)
+            sync(*sorted(path for path in staged.rglob("*") if path.is_file()), staged)
+            staged.rename(final)
+            sync(final.parent)
+
 
 def as_run(config: SftConfig) -> RunConfig:
-    """The configuration as a family knows it: that of a run with this policy and this training."""
+    """The configuration of a run with this policy and this training, which families take."""
     return RunConfig(
         seed=config.seed,
         data=DataConfig(prompts=config.data.path, split=config.data.split),
@@ -263,130 +345,14 @@ def as_run(config: SftConfig) -> RunConfig:
     )
 
 
-# -- the directory ---------------------------------------------------------------------------------------------------
-
-
-def refuse_foreign(root: Path) -> None:
-    """Raises StoreError where the directory holds something else."""
-    if root.exists() and not root.is_dir():
-        raise StoreError(f"output_dir must be a directory; {root} is a file. Choose another output_dir.")
-    if (root / CONFIG).is_file():
-        read_config(root / CONFIG)
-        return
-    if strangers := sorted(path.name for path in root.glob("*") if path.name not in OURS):
-        raise StoreError(
-            f"output_dir must be empty or hold an earlier `raftune sft`; {root} holds {', '.join(strangers[:3])}. "
-            "Choose another output_dir."
-        )
-
-
-def write_config(folder: RunFolder, config: SftConfig) -> None:
-    """Writes config.yaml, in full. Raises ConfigChanged where something was made under another configuration."""
-    path, wanted = folder.root / CONFIG, config.model_dump(mode="json", exclude={"output_dir"})
-    found = read_config(path).model_dump(mode="json", exclude={"output_dir"}) if path.is_file() else wanted
-    changed = differences(found, wanted)
-    if changed and (folder.root / DATA).exists():
-        said = [f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in sorted(changed.items())]
-        what = f"{folder.root} holds the work of another configuration:"
-        raise ConfigChanged("\n".join([what, *said, "Choose another output_dir, or delete this one."]))
-    if changed:  # the earlier call came to nothing
-        discard(folder.root / "start", folder.tmp)
-    if changed or not path.is_file():
-        with stage_file(folder.tmp, path) as staged:
-            staged.write_text(yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def read_config(path: Path) -> SftConfig:
-    """The configuration that a directory was begun with. Raises StoreError where it is something else's."""
-    try:
-        return validate_as(SftConfig, {**read_yaml(path), "output_dir": str(path.parent)})
-    except ConfigError as error:
-        why = str(error).splitlines()[0]
-        raise StoreError(
-            f"output_dir must hold an earlier `raftune sft`, or nothing; {path} is not one's: {why}"
-        ) from error
-
-
-def refuse_other_data(root: Path, config: SftConfig) -> None:
-    """Raises ConfigChanged where the data's file is not the one that the directory's rows were read from."""
-    if not (root / DATA).is_file():
-        return
-    before, now = json.loads((root / DATA).read_bytes())["sha256"], fingerprint(config.data.path)
-    if before and now and before != now:
-        raise ConfigChanged(
-            f"data.path: {config.data.path} has changed since {root} was begun (its SHA-256 was {before[:12]}, and is "
-            f"{now[:12]}). Choose another output_dir, or put the file back."
-        )
-
-
-def fingerprint(source: str) -> str | None:
-    """The SHA-256 of a file; None of what is no file."""
-    path = Path(source).expanduser()
-    return sha256_of(path) if path.is_file() else None
-
-
-def new_folder(tmp: Path) -> Path:
-    folder = unique(tmp)
-    folder.mkdir()
-    return folder
-
-
-def publish_whole(staged: Path, final: Path) -> None:
-    """Gives a finished folder its name in one rename, its contents durable before."""
-    with explaining(staged, final):
-        set_usual_mode(staged)
-        sync(*sorted(path for path in staged.rglob("*") if path.is_file()), staged)
-        staged.rename(final)
-        sync(final.parent)
-
-
-# -- the data --------------------------------------------------------------------------------------------------------
-
-
-def source_facts(feedback: Feedback[Demonstration], skipped: Sequence[SkippedRow]) -> dict[str, Any]:
-    """Where the rows are from, and how many were skipped for what."""
-    reasons = dict(sorted(Counter(str(one.reason) for one in skipped).items()))
-    used = len({one.row for one in feedback.rows} | {one.row for one in feedback.skipped})
-    return {"source": feedback.source, "format": feedback.format, "rows": used, "skipped": reasons}
-
-
-def refuse_nothing(learned: int, skipped: Sequence[SkippedRow]) -> None:
-    """Raises DataError where no row is left to learn from."""
-    if learned:
-        return
-    why = f" The model refuses {len(skipped):,}; row {skipped[0].row}: {skipped[0].detail}" if skipped else ""
-    raise DataError(f"data.path must hold answers to learn from; none is left.{why}")
-
-
-def write_prompts(tmp: Path, rows: Path, out: Path, reference: str | None = None) -> None:
-    """Writes each prompt of the rows once, as JSON lines; under `reference`, its first answer that was not cut."""
-    found: dict[str, dict[str, Any]] = {}
-    for table in read_groups(rows):
-        for row in table.to_pylist():
-            tools = {TOOLS: row[TOOLS]} if row.get(TOOLS) is not None else {}
-            line = found.setdefault(row["prompt_id"], {"prompt": row["prompt"], **tools})
-            if reference is not None and not line.get(reference):
-                answer = None if row.get("finish") == "length" else row["completion"]
-                line[reference] = None if isinstance(answer, bytes) else answer  # an image lies in the rows alone
-    with stage_file(tmp, out) as staged:
-        staged.write_bytes(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in found.values()))
-
-
-# -- progress --------------------------------------------------------------------------------------------------------
-
-
-def takes_callbacks(policy: Any) -> bool:
-    return "callbacks" in inspect.signature(policy.train).parameters
-
-
-def step_teller(observe: Callback) -> Any:
-    """A callback of transformers' Trainer that tells the observer of each optimizer step."""
+def _step_callback(observe: Callback) -> Any:
+    """A callback of transformers' Trainer that reports each optimizer step."""
     from transformers import TrainerCallback
 
-    class Teller(TrainerCallback):  # type: ignore[misc]
+    class StepReporter(TrainerCallback):  # type: ignore[misc]
         """Reports training progress."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             observe("trained", {"done": state.global_step, "of": state.max_steps})
 
-    return Teller()
+    return StepReporter()

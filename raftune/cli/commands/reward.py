@@ -436,7 +436,7 @@ def list_rewards(
             echo(f"  example  {yaml_example(reward)}", f"  try it   {example_command(reward)}", "")
         if name is None:
             echo("Also taken as a reward", style="bold")
-            show_pairs([*OTHERS, (", ".join(SHORT_NAMES), "Functions of trl.rewards.")])
+            show_pairs([*OTHERS, (", ".join(SHORT_NAMES), "Functions of trl.rewards; they need raftune[trl].")])
 
 
 def show_pairs(pairs: Iterable[tuple[str, str]]) -> None:
@@ -459,7 +459,7 @@ def markdown_page(rewards: Iterable[type[BuiltInReward]], of_trl: Iterable[str])
         parts.append(f"\n```yaml\nreward_funcs: [{yaml_example(reward)}]\n```\n")
         parts.append(f"\n```sh\n{example_command(reward)}\n```\n")
     parts.append("\n## Others\n\n| spec | reward |\n|---|---|\n")
-    others = [*OTHERS, *((short, "The function of trl.rewards.") for short in of_trl)]
+    others = [*OTHERS, *((short, "The function of trl.rewards; needs `raftune[trl]`.") for short in of_trl)]
     parts += [f"| `{spec}` | {meaning} |\n" for spec, meaning in others]
     return "".join(parts)
 

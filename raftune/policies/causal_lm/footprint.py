@@ -71,16 +71,24 @@ class ModelFootprint(Footprint):
         from raftune.policies.causal_lm import loading
         from raftune.training.devices import choose_device
 
-        config = policy.config.policy
-        model, dtype = loading.model_config(config, start), str(facts["dtype"])
-        weight = BYTES.get(dtype, 4)
+        config, dtype = policy.config.policy, str(facts["dtype"])
+        model, weight = loading.model_config(config, start), BYTES.get(dtype, 4)
+        text = model.get_text_config(decoder=True)
+        layers, heads = getattr(text, "num_hidden_layers", 0), getattr(text, "num_attention_heads", 0)
+        cached_token = 0  # where the architecture does not say
+        if layers and heads:
+            width = getattr(text, "head_dim", None) or text.hidden_size // heads
+            cached_token = int(2 * layers * (getattr(text, "num_key_value_heads", None) or heads) * width * weight)
+        trained = facts["parameters"]
+        if config.adapter is not None:
+            trained = sum(w.numel() for w in _without_memory(config, model, True).parameters() if w.requires_grad)
         return ModelFootprint(
             architecture=facts["architecture"],
             parameters=facts["parameters"],
-            trained=trained_parameters(config, model, facts["parameters"]),
+            trained=trained,
             dtype=dtype,
             weight=weight,
-            cached_token=cached_token(model.get_text_config(decoder=True), weight),
+            cached_token=cached_token,
             trained_weight=weight if config.adapter is None else 4,
             vocabulary=facts["vocabulary"],
             context=facts["context"],
@@ -89,24 +97,20 @@ class ModelFootprint(Footprint):
 
     @classmethod
     def unread_facts(cls, config: RunConfig, start: Path) -> dict[str, Any] | None:
-        """What the model's configuration says; None where the start's folder does not name a model yet."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
+        """The facts in the model's configuration; None where the start's folder does not name a model yet."""
         from raftune.policies.causal_lm import loading
 
         policy = config.policy
         if not isinstance(policy, CausalLMPolicy) or loading.read_reference(start) is None:
             return None
-        found = loading.model_config(policy, start)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(found, trust_remote_code=policy.trust_remote_code)
-        dtype = policy.dtype if policy.dtype != "auto" else found.dtype or "float32"
+        model_config = loading.model_config(policy, start)
+        model = _without_memory(policy, model_config, False)
+        dtype = policy.dtype if policy.dtype != "auto" else model_config.dtype or "float32"
         return {
             "architecture": type(model).__name__,
             "parameters": sum(weight.numel() for weight in model.parameters()),
             "vocabulary": model.get_input_embeddings().weight.shape[0],
-            "context": loading.context(found),
+            "context": loading.context(model_config),
             "dtype": str(dtype).removeprefix("torch."),
         }
 
@@ -177,25 +181,13 @@ class ModelFootprint(Footprint):
         return super().sample_bytes(config, planned, content)
 
 
-def cached_token(found: Any, size: int) -> int:
-    """Bytes that keys and values of one token take in all layers; 0 where the architecture does not say."""
-    layers, heads = getattr(found, "num_hidden_layers", 0), getattr(found, "num_attention_heads", 0)
-    if not layers or not heads:
-        return 0
-    width = getattr(found, "head_dim", None) or found.hidden_size // heads
-    return int(2 * layers * (getattr(found, "num_key_value_heads", None) or heads) * width * size)
-
-
-def trained_parameters(config: CausalLMPolicy, found: Any, total: int) -> int:
-    """How many weights are trained: all, or those of the adapter, counted on a model without memory."""
-    if config.adapter is None:
-        return total
+def _without_memory(config: CausalLMPolicy, model_config: Any, adapted: bool) -> Any:
+    """The model on the meta device, with a new adapter where `adapted`."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from raftune.policies.causal_lm.loading import fresh_adapter
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(found, trust_remote_code=config.trust_remote_code)
-        adapted = fresh_adapter(model, config.adapter, 0)
-    return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+        return fresh_adapter(model, config.adapter, 0) if adapted and config.adapter is not None else model

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from raftune.arrays import FloatArray
 from raftune.errors import OutOfMemory
-from raftune.policies.causal_lm.model_utils import as_it_was, base_of, device_of
+from raftune.policies.causal_lm.model_utils import base_of, device_of, evaluating
 from raftune.store import partial
 from raftune.training.devices import is_out_of_memory
 
@@ -54,20 +54,17 @@ class CompletionLogits:
         inner = base_of(model)
         backbone, head = getattr(inner, "base_model", inner), inner.get_output_embeddings()
         self.parts = (backbone, head) if backbone is not inner and head is not None else None
-        if self.parts and not self._parts_agree():
-            self.parts = None
-
-    def _parts_agree(self) -> bool:
-        assert self.parts is not None
-        backbone, head = self.parts
-        device = device_of(self.model)
-        ids_BL = torch.arange(8, device=device).reshape(2, 4) % self.model.config.get_text_config().vocab_size
+        if self.parts is None:
+            return
+        ids_BL = torch.arange(8, device=device_of(model)).reshape(2, 4) % model.config.get_text_config().vocab_size
         inputs = {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL), "use_cache": False}
         try:
-            with torch.no_grad(), as_it_was(self.model):
-                return torch.equal(head(backbone(**inputs)[0]), self.model(**inputs).logits)
+            with torch.no_grad(), evaluating(model):
+                agree = torch.equal(head(backbone(**inputs)[0]), model(**inputs).logits)
         except (TypeError, RuntimeError, AttributeError, IndexError):
-            return False
+            agree = False
+        if not agree:
+            self.parts = None
 
     def hidden(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(T, D) states that predict the completion tokens, or (T, V) logits where the parts cannot be told apart."""
@@ -84,6 +81,15 @@ class CompletionLogits:
         logits: torch.Tensor = self.parts[1](hidden) if self.parts else hidden
         return logits.float()
 
+    def log_probs(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> FloatArray:
+        """(T,) nats, the head applied to a bounded number of positions at a time."""
+        at_once = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
+        losses = [
+            F.cross_entropy(self.logits(hidden_TD[i : i + at_once]), targets_T[i : i + at_once], reduction="none")
+            for i in range(0, len(targets_T), at_once)
+        ]
+        return -torch.cat(losses).double().cpu().numpy()
+
 
 def collate(examples: Sequence[TokenizedCompletion], pad_id: int) -> dict[str, torch.Tensor]:
     """The batch, padded on the right: ids and mask (B, L); each completion token's id and the position before it."""
@@ -93,14 +99,11 @@ def collate(examples: Sequence[TokenizedCompletion], pad_id: int) -> dict[str, t
     for row, example in enumerate(examples):
         ids_BL[row, : len(example.ids)] = example.ids
         mask_BL[row, : len(example.ids)] = 1
-    positions = [np.arange(e.start - 1, len(e.ids) - 1) + row * width for row, e in enumerate(examples)]
-    positions_T = np.concatenate(positions)
-    arrays = {
-        "input_ids": ids_BL,
-        "attention_mask": mask_BL,
-        "positions": positions_T,
-        "targets": ids_BL.reshape(-1)[positions_T + 1],
-    }
+    positions_T = np.concatenate(
+        [np.arange(e.start - 1, len(e.ids) - 1) + row * width for row, e in enumerate(examples)]
+    )
+    targets_T = ids_BL.reshape(-1)[positions_T + 1]
+    arrays = {"input_ids": ids_BL, "attention_mask": mask_BL, "positions": positions_T, "targets": targets_T}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
@@ -115,6 +118,14 @@ def log_probs(model: Any, examples: Sequence[TokenizedCompletion], batch_size: i
     return summed(model, examples, batches, lambda rows: token_log_probs(reader, rows, pad_id), "log_probs", batch_size)
 
 
+@torch.no_grad()
+def token_log_probs(reader: CompletionLogits, rows: Sequence[TokenizedCompletion], pad_id: int) -> FloatArray:
+    """(T,) nats of each completion token of a batch."""
+    device = device_of(reader.model)
+    batch = {name: tensor.to(device) for name, tensor in collate(rows, pad_id).items()}
+    return reader.log_probs(reader.hidden(batch), batch["targets"])
+
+
 def summed(
     model: Any,
     examples: Sequence[TokenizedCompletion],
@@ -125,65 +136,37 @@ def summed(
 ) -> FloatArray:
     """(N,) nats of each example. `batches` are indices of examples; `score` gives the nats of a batch's tokens.
 
-    `kind` names the unfinished work, so that one way of scoring never continues what another began.
+    `kind` names the unfinished work, so that one way of scoring never continues another's. Raises OutOfMemory.
     """
     order = [index for batch in batches for index in batch]
     sums = np.zeros(len(examples), dtype=np.float64)
-    with as_it_was(model), partial.current(kind).work() as part:
-        ready = 0
+    with evaluating(model), partial.current(kind).work() as part:
+        ready = last = 0
         if (path := part.find()) is not None:
             saved = np.load(path)
             sums[order[: len(saved)]] = saved
             ready = len(saved)
-        last = 0
         for batch in batches:
             last += len(batch)
             if last <= ready:
                 continue
-            sums[batch] = _sums(score, [examples[i] for i in batch], batch_size, device_of(model))
-            there = sums[order[:last]]
-            done = (len(there), len(order), "samples")
-            part.step(lambda path, there=there: _write_array(path, there), done=done)  # type: ignore[misc]
+            rows = [examples[i] for i in batch]
+            try:
+                scores_T = score(rows)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise OutOfMemory(
+                    f"sampling.batch_size must fit into the memory of {device_of(model)}; {batch_size} rows did not "
+                    "when scored.",
+                    batch_size,
+                ) from error
+            owners_T = np.repeat(np.arange(len(rows)), [row.tokens for row in rows])
+            sums[batch] = np.bincount(owners_T, weights=scores_T, minlength=len(rows))
+
+            def save(path: Path, scored: FloatArray = sums[order[:last]]) -> None:
+                with path.open("wb") as file:  # np.save would add a suffix to a name
+                    np.save(file, scored)
+
+            part.step(save, done=(last, len(order), "samples"))
     return sums
-
-
-def _write_array(path: Path, array: FloatArray) -> None:
-    with path.open("wb") as file:  # np.save would add a suffix to a name
-        np.save(file, array)
-
-
-def _sums(
-    score: Callable[[Sequence[TokenizedCompletion]], FloatArray],
-    rows: Sequence[TokenizedCompletion],
-    batch_size: int,
-    device: torch.device,
-) -> FloatArray:
-    """(B,) nats of a batch."""
-    try:
-        scores_T = score(rows)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        message = f"sampling.batch_size must fit into the memory of {device}; {batch_size} rows did not when scored."
-        raise OutOfMemory(message, batch_size) from error
-    owners_T = np.repeat(np.arange(len(rows)), [row.tokens for row in rows])
-    return np.asarray(np.bincount(owners_T, weights=scores_T, minlength=len(rows)), dtype=np.float64)
-
-
-@torch.no_grad()
-def token_log_probs(reader: CompletionLogits, group: Sequence[TokenizedCompletion], pad_id: int) -> FloatArray:
-    """(T,) nats of each completion token of a batch."""
-    device = device_of(reader.model)
-    batch = {name: tensor.to(device) for name, tensor in collate(group, pad_id).items()}
-    return -cross_entropies(reader, reader.hidden(batch), batch["targets"])
-
-
-def cross_entropies(reader: CompletionLogits, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> FloatArray:
-    """(T,) nats, the head applied to a bounded number of positions at a time."""
-    width = reader.model.config.get_text_config().vocab_size
-    at_once = max(1, LOGITS_AT_ONCE // width)
-    losses = [
-        F.cross_entropy(reader.logits(hidden_TD[i : i + at_once]), targets_T[i : i + at_once], reduction="none")
-        for i in range(0, len(targets_T), at_once)
-    ]
-    return torch.cat(losses).double().cpu().numpy()

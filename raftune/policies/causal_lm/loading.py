@@ -10,19 +10,20 @@ import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from raftune.config.policy import AdapterConfig, CausalLMPolicy
 from raftune.data.classifier_inputs import is_hollow
 from raftune.errors import ConfigError, ModelError
-from raftune.policies.causal_lm.model_utils import base_of
+from raftune.policies.causal_lm.model_utils import base_of, positions_of
 from raftune.sanitize import first_line
 from raftune.store.files import dump_json, fingerprint_of
 from raftune.training.load_errors import UNTRUSTED, why_not_loaded
@@ -30,8 +31,8 @@ from raftune.training.quiet import quiet
 
 REFERENCE = "reference.json"
 ADAPTER = "adapter_config.json"
-MAMBA = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
 PROBE = "parity.json"  # of a round that was trained: see parity.py
+MAMBA = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,29 @@ class StartReference:
 
 
 def resolve(name: str, revision: str | None = None, trust: bool = False) -> StartReference:
-    """The reference of a folder or a hub name. ModelError says what was looked for and where."""
+    """The reference of a folder or a hub name, at the commit that it has now. Raises ModelError where there is none."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        refuse_no_model(folder)
+        check_model_folder(folder)
         return StartReference(str(folder.resolve()), None, fingerprint(folder))
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(
             f"policy.model must be a folder or a hub name; got {name!r}, and {folder.resolve()} is no folder."
         )
-    commit = _commit(name, revision, trust)
-    return StartReference(name, commit or revision, f"hub:{commit}")
+    refuse_untrusted_code(name, revision, trust)
+    for file in ("config.json", ADAPTER):  # a folder on the hub may hold a model, or an adapter alone
+        with contextlib.suppress(OSError, ValueError), quiet():
+            commit = extract_commit_hash(cached_file(name, file, **at(revision)), None)
+            return StartReference(name, commit or revision, f"hub:{commit}")
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
+    hint = "HF_HUB_OFFLINE is set: unset it, or download the model first." if offline else "Check name and network."
+    raise ModelError(
+        f"policy.model must be a folder or a hub name; got {name!r}{f' at revision {revision!r}' if revision else ''}, "
+        f"and there is no folder {Path(name).resolve()} and nothing of that name on the hub or in its cache. {hint}"
+    )
 
 
-def refuse_no_model(folder: Path) -> None:
+def check_model_folder(folder: Path) -> None:
     """Raises ModelError for a folder without a model, which names the one in its model/, where sft leaves it."""
     if any((folder / name).is_file() for name in ("config.json", ADAPTER)):
         return
@@ -71,27 +81,12 @@ def refuse_no_model(folder: Path) -> None:
     raise ModelError(f"policy.model must be a causal language model; {folder} has no config.json. {fix}")
 
 
-def _commit(name: str, revision: str | None, trust: bool) -> str | None:
-    """The hub commit that `name` stands for now, from the network or the local cache."""
-    refuse_untrusted_code(name, revision, trust)
-    for file in ("config.json", ADAPTER):  # a folder on the hub may hold a model, or an adapter alone
-        with contextlib.suppress(OSError, ValueError), quiet():
-            commit: str | None = extract_commit_hash(cached_file(name, file, **at(revision)), None)
-            return commit
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
-    hint = "HF_HUB_OFFLINE is set: unset it, or download the model first." if offline else "Check name and network."
-    raise ModelError(
-        f"policy.model must be a folder or a hub name; got {name!r}{f' at revision {revision!r}' if revision else ''}, "
-        f"and there is no folder {Path(name).resolve()} and nothing of that name on the hub or in its cache. {hint}"
-    )
-
-
 def refuse_untrusted_code(name: str, revision: str | None, trust: bool, field: str = "policy.model") -> None:
     """Raises ModelError for a model that needs code of its own, where that is not trusted. Other faults pass."""
     if trust:
         return
     try:
-        with quiet():  # told False, transformers asks nobody at the terminal
+        with quiet():  # with False, transformers does not ask at the terminal
             AutoConfig.from_pretrained(name, trust_remote_code=False, **at(revision))
     except Exception as error:
         if UNTRUSTED in str(error):
@@ -99,7 +94,7 @@ def refuse_untrusted_code(name: str, revision: str | None, trust: bool, field: s
 
 
 def at(revision: str | None) -> dict[str, str]:
-    """How from_pretrained is told a revision."""
+    """The revision as options of from_pretrained."""
     return {"revision": revision} if revision else {}
 
 
@@ -114,9 +109,9 @@ def read_reference(start: Path) -> StartReference | None:
     if not path.is_file():
         return None
     reference = StartReference(**json.loads(path.read_text()))
-    if not reference.name.startswith(".."):
-        return reference
-    return replace(reference, name=str((start / reference.name).resolve()))  # given relative: found from the run
+    if reference.name.startswith(".."):  # relative to the start folder
+        return replace(reference, name=str((start / reference.name).resolve()))
+    return reference
 
 
 def verify(start: Path) -> None:
@@ -134,30 +129,29 @@ def verify(start: Path) -> None:
 
 
 def source(start: Path) -> tuple[str, str | None]:
-    """What from_pretrained is given for the initial model: name and revision."""
+    """Name and revision of the initial model for from_pretrained."""
     reference = read_reference(start)
     return (reference.name, reference.revision) if reference else (str(start), None)
 
 
 def load_tokenizer(config: CausalLMPolicy, start: Path) -> Any:
-    """The tokenizer that lies in the start folder, else the configured one, else the initial model's own."""
+    """The tokenizer in the start folder, else the configured one, else the initial model's. Raises ModelError."""
     name, revision = (config.tokenizer, None) if config.tokenizer else source(start)
     if (start / "tokenizer_config.json").is_file():  # given as an object, or written beside the weights
         name, revision = str(start), None
+    cause: Exception | None = None
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **at(revision))
+        if not is_hollow(tokenizer):
+            return tokenizer
+        problem = f"the one at {name!r} knows no words: its files are missing."
     except Exception as error:
-        raise ModelError(
-            f"policy.tokenizer must name a tokenizer where the model has none; found none at {name!r}: "
-            f"{why_not_loaded(error, name)} Save one there, or set policy.tokenizer."
-        ) from error
-    if is_hollow(tokenizer):
-        raise ModelError(
-            f"policy.tokenizer must name a tokenizer where the model has none; the one at {name!r} knows no words: its "
-            "files are missing. Save one there, or set policy.tokenizer."
-        )
-    return tokenizer
+        cause, problem = error, f"found none at {name!r}: {why_not_loaded(error, name)}"
+    raise ModelError(
+        f"policy.tokenizer must name a tokenizer where the model has none; {problem} Save one there, or set "
+        "policy.tokenizer."
+    ) from cause
 
 
 def generation_config(config: CausalLMPolicy, start: Path) -> GenerationConfig:
@@ -178,18 +172,17 @@ def model_config(config: CausalLMPolicy, start: Path) -> Any:
 
 def context(found: Any) -> int | None:
     """The most tokens, prompt and completion together, that such a model reads; None without a limit."""
-    limit = getattr(found.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    return positions_of(found.get_text_config())
 
 
 def eos_ids(config: CausalLMPolicy, start: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Every id that ends an answer, the tokenizer's own first. ModelError where there is none.
+    """Every id that ends a completion, the tokenizer's own first. ModelError where there is none.
 
-    An id that the tokenizer does not know is none: a model's configuration keeps the id of its kind's first model.
+    An id that the tokenizer does not know is left out: a model's configuration keeps the id of its kind's first model.
     """
-    found = generation_config(config, start).eos_token_id
-    several = found if isinstance(found, list) else [found]
+    configured = generation_config(config, start).eos_token_id
     known = set(tokenizer.get_vocab().values())
+    several = configured if isinstance(configured, list) else [configured]
     ids = dict.fromkeys(i for i in (tokenizer.eos_token_id, *several) if i in known)
     if not ids:
         raise ModelError(
@@ -208,9 +201,8 @@ def fill_pad_token(tokenizer: Any, ends: tuple[int, ...]) -> list[str]:
 
 
 def base_of_adapters(start: Path) -> tuple[str, str | None]:
-    """The base that an adapter's configuration names, so that plain peft loads a round: the model that the run started
-    from (a folder, or a hub name and its revision), or the run's own start folder as a round sees it.
-    """
+    """Name and revision of the base in an adapter's configuration, with which plain peft loads a round: the run's
+    initial model, or the run's own start folder relative to a round's."""
     reference = read_reference(start)
     return (reference.name, reference.revision) if reference else (f"../../{start.parent.name}/{start.name}", None)
 
@@ -221,51 +213,40 @@ def load_weights(config: CausalLMPolicy, name: str, revision: str | None, device
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     if config.load_in_4bit:
-        options |= _four_bits(device)
+        if device.type != "cuda" or find_spec("bitsandbytes") is None:
+            missing = "a CUDA device" if device.type != "cuda" else "the package bitsandbytes"
+            raise ConfigError(
+                f"policy.load_in_4bit needs {missing}, and there is none here. Leave it out, or install it."
+            )
+        options["device_map"] = {"": device}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=True,
+        )
+    must = "policy.model must be a causal language model;"
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 name, output_loading_info=True, **{**options, **config.model_init_kwargs}
             )
     except Exception as error:
-        what = f"policy.model must be a causal language model; {name!r} did not load: {why_not_loaded(error, name)}"
-        raise ModelError(what) from error
-    refuse_other_kind(name, list(getattr(model.config, "architectures", None) or []))
-    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{must} {name!r} did not load: {why_not_loaded(error, name)}") from error
+    # With tied embeddings, no weight of a model that was trained as something else would be missing.
+    kinds = ["SequenceClassification", "TokenClassification", "MaskedLM", "QuestionAnswering", "MultipleChoice"]
+    for architecture in getattr(model.config, "architectures", None) or []:
+        if architecture.endswith(tuple(f"For{kind}" for kind in kinds)):
+            fix = "Name a model that generates."
+            if architecture.endswith("ForSequenceClassification"):
+                fix = "A reward model goes into rewards.reward_funcs: name here the model that is to be aligned."
+            raise ModelError(f"{must} {name!r} is a {architecture}. {fix}")
+    if lacking := sorted(info["missing_keys"]):
         raise ModelError(
-            f"policy.model must hold all weights of a causal language model; {name!r} lacks {len(missing)} "
-            f"({', '.join(missing[:3])}), which would be random. Is it another kind of model?"
+            f"policy.model must hold all weights of a causal language model; {name!r} lacks {len(lacking)} "
+            f"({', '.join(lacking[:3])}), which would be random. Is it another kind of model?"
         )
     return (model if config.load_in_4bit else model.to(device)).eval()
-
-
-def refuse_other_kind(name: str, architectures: list[str]) -> None:
-    """Raises ModelError for weights that were trained as something else: with tied embeddings none would be missing."""
-    kinds = ["SequenceClassification", "TokenClassification", "MaskedLM", "QuestionAnswering", "MultipleChoice"]
-    other = [one for one in architectures if one.endswith(tuple(f"For{kind}" for kind in kinds))]
-    if other:
-        fix = "Name a model that generates."
-        if other[0].endswith("ForSequenceClassification"):
-            fix = "A reward model goes into rewards.reward_funcs: name here the model that is to be aligned."
-        raise ModelError(f"policy.model must be a causal language model; {name!r} is a {other[0]}. {fix}")
-
-
-def _four_bits(device: torch.device) -> dict[str, Any]:
-    """The options that load 4-bit NF4 base weights (QLoRA)."""
-    from importlib.util import find_spec
-
-    if device.type != "cuda" or find_spec("bitsandbytes") is None:
-        lacking = "a CUDA device" if device.type != "cuda" else "the package bitsandbytes"
-        raise ConfigError(f"policy.load_in_4bit needs {lacking}, and there is none here. Leave it out, or install it.")
-    from transformers import BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_use_double_quant=True,
-    )
-    return {"quantization_config": quantization, "device_map": {"": device}}
 
 
 def load_start(config: CausalLMPolicy, start: Path, device: torch.device) -> Any:
@@ -276,21 +257,23 @@ def load_start(config: CausalLMPolicy, start: Path, device: torch.device) -> Any
 def load_round(
     config: CausalLMPolicy, folder: Path, start: Path, device: torch.device, seed: int | None = None, merge: bool = True
 ) -> Any:
-    """The model of a round's folder, ready to be trained if a seed is given and ready to be generated from if not.
+    """The model of a round's folder, ready to be trained if a seed is given and to generate if not.
 
     For generation, an adapter is merged: always into float32 weights, and into 16-bit ones where the probe of its
     training says that they can hold it. For training, `seed` initialises the adapter of a round that has none yet.
     """
-    adapted = (folder / ADAPTER).is_file()
-    if not adapted and not _is_start(folder, start):
+    adapted, probe = (folder / ADAPTER).is_file(), folder / PROBE
+    if not adapted and folder.resolve() != start.resolve() and not (folder / REFERENCE).is_file():
         return load_weights(config, str(folder), None, device)
     model = load_start(config, start, device)
     if adapted:
         model = with_adapter(model, str(folder), None, trainable=seed is not None)
     elif config.adapter is not None and seed is not None:
         model = fresh_adapter(model, config.adapter, seed)
-    if merge and seed is None and isinstance(model, PeftModel) and may_merge(model, config, folder):
-        model = merged(model)
+    if merge and seed is None and isinstance(model, PeftModel) and not config.load_in_4bit:
+        exact = model.dtype == torch.float32
+        if exact or (probe.is_file() and json.loads(probe.read_text())["merge"]):
+            model = merged(model)
     return model.eval()
 
 
@@ -307,14 +290,6 @@ def with_adapter(model: Any, name: str, revision: str | None, *, trainable: bool
         ) from error
 
 
-def may_merge(model: Any, config: CausalLMPolicy, folder: Path) -> bool:
-    """Whether the adapter in this folder can be added to these weights without a loss."""
-    if config.load_in_4bit:
-        return False
-    path = folder / PROBE
-    return bool(model.dtype == torch.float32 or (path.is_file() and json.loads(path.read_text())["merge"]))
-
-
 def merged(model: PeftModel) -> Any:
     """The base with its adapter added in: the same function as the adapter beside its base, also once it is saved."""
     untie_targets(model)
@@ -326,8 +301,7 @@ def untie_targets(model: PeftModel) -> None:
     """Gives every adapted layer whose weight another layer shares a copy of its own: merging would change both."""
     owners: dict[int, list[Any]] = {}
     for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
+        if (weight := module._parameters.get("weight")) is not None:
             owners.setdefault(id(weight), []).append(module)
     for module in model.modules():
         if not isinstance(module, BaseTunerLayer):
@@ -338,40 +312,25 @@ def untie_targets(model: PeftModel) -> None:
             owners[id(weight)].remove(layer)
             layer.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
             base = model.get_base_model()
-            for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
-                config.tie_word_embeddings = False
-
-
-def _is_start(folder: Path, start: Path) -> bool:
-    return folder.resolve() == start.resolve() or (folder / REFERENCE).is_file()
-
-
-def without_lora(model: Any) -> list[str]:
-    """The linear layers that `all-linear` leaves out.
-
-    Those that an architecture made its own, such as the routers of a mixture of experts, return more than one tensor,
-    which LoRA cannot add to; in Mamba, the weights of out_proj and dt_proj are read past their layers.
-    """
-    own = torch.nn.Linear.forward
-    fused = ("out_proj", "dt_proj") if model.config.model_type in MAMBA else ()
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and (
-            name.rpartition(".")[2] in fused
-            or (
-                type(module).forward is not own
-                and type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
-            )
-        )
-    ]
+            base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
 
 
 def fresh_adapter(model: Any, config: AdapterConfig, seed: int) -> PeftModel:
-    """The model with a new LoRA adapter, whose product is zero; its random half depends on the seed alone."""
+    """The model with a new LoRA adapter, whose product is zero; its random half depends on the seed alone.
+
+    `all-linear` leaves out layers of the architecture's own class, such as the routers of a mixture of experts, which
+    return more than one tensor, and in Mamba out_proj and dt_proj, whose weights are read past their layers.
+    """
     targets: Any = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-    excluded = without_lora(model) if targets == "all-linear" else []
+    excluded = []
+    if targets == "all-linear":
+        bypassed = ("out_proj", "dt_proj") if model.config.model_type in MAMBA else ()
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                of_model = type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
+                custom = of_model and type(module).forward is not torch.nn.Linear.forward
+                if custom or name.rpartition(".")[2] in bypassed:
+                    excluded.append(name)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,

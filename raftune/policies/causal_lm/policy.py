@@ -20,12 +20,10 @@ from raftune.config.sampling import SamplingConfig, load_backend
 from raftune.data.classifier_inputs import writes_date
 from raftune.errors import ConfigError, DataError
 from raftune.policies.causal_lm import loading
-from raftune.policies.causal_lm import start as starting
-from raftune.policies.causal_lm.chat import keep_date, read_date
-from raftune.policies.causal_lm.encoding import TextEncoder
+from raftune.policies.causal_lm.encoding import TextEncoder, keep_date, read_date
 from raftune.policies.causal_lm.footprint import ModelFootprint
 from raftune.policies.causal_lm.likelihood import TokenizedCompletion, log_probs
-from raftune.policies.causal_lm.sampling.backend import BackendChoice, choose_backend, replay
+from raftune.policies.causal_lm.sampling.backend import BackendChoice, choose_backend, generate, generate_by, replay
 from raftune.policies.causal_lm.sampling.params import BackendName, GeneratedCompletion, SamplingParams
 from raftune.policies.causal_lm.sampling.parity import (
     check_parity,
@@ -35,8 +33,8 @@ from raftune.policies.causal_lm.sampling.parity import (
     rows_of_prompts,
 )
 from raftune.policies.causal_lm.sampling.prefix_scoring import prefix_log_probs
-from raftune.policies.causal_lm.sampling.sample import generate, generate_by
 from raftune.policies.causal_lm.saving import model_usage, read_optimizer, write_model
+from raftune.policies.causal_lm.start import write_start
 from raftune.policies.publishing import publish_files
 from raftune.policies.unsupported import FamilyConfig, refuse_unused
 from raftune.protocols import Chunk, GenerationRequest, ModelUsage, TrainReport
@@ -64,7 +62,7 @@ WITHOUT_TEMPLATE = (
 class CausalLM:
     """A language model read from a committed folder: the tokenizer at once, the weights when first needed.
 
-    The instance that draws is never the one that was trained: training loads one of its own and lets it go.
+    The instance that generates is never the one that was trained: training loads one of its own and lets it go.
     """
 
     media = "text"
@@ -74,24 +72,31 @@ class CausalLM:
 
     def __init__(self, config: FamilyConfig, folder: Path, start: Path) -> None:
         self.config, self.folder, self.start_folder = config, folder, start
-        self.device = choose_device(config.policy.device)
-        self.tokenizer = loading.load_tokenizer(config.policy, start)
-        self.eos_ids = loading.eos_ids(config.policy, start, self.tokenizer)
+        policy, sampling = config.policy, config.sampling
+        self.device = choose_device(policy.device)
+        self.tokenizer = loading.load_tokenizer(policy, start)
+        self.eos_ids = loading.eos_ids(policy, start, self.tokenizer)
         self._notes: dict[str, None] = dict.fromkeys(loading.fill_pad_token(self.tokenizer, self.eos_ids))
-        limit = loading.context(loading.model_config(config.policy, start))
         date = read_date(start) if writes_date(self.tokenizer) else None
         if date is not None:
             self._notes[f"the chat template writes the date: in this run it is always {date}"] = None
-        self.encoder = TextEncoder(self.tokenizer, config.sampling, limit, self.eos_ids[0], date)
+        limit = loading.context(loading.model_config(policy, start))
+        self.encoder = TextEncoder(self.tokenizer, sampling, limit, self.eos_ids[0], date)
         if (end := self.encoder.turn_end) is not None and end.token_id not in self.eos_ids:
             self.eos_ids = (*self.eos_ids, end.token_id)
-        if unused := unused_generation(loading.generation_config(config.policy, start), config.sampling):
-            self._notes[unused] = None
+        theirs = loading.generation_config(policy, start).to_diff_dict()
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        differs = [name for name in names if theirs.get(name) is not None and theirs[name] != getattr(sampling, name)]
+        if differs:
+            model_values = ", ".join(f"{name} {theirs[name]:g}" for name in differs)
+            values = ", ".join(f"{name} {getattr(sampling, name):g}" for name in differs)
+            note = "of the model's generation_config only its ends of text are used: it says"
+            self._notes[f"{note} {model_values}; sampling says {values}"] = None
         self._model: Any = None
         self._backend: BackendChoice | None = None
-        self._recorded = False  # what follows from it alone does not depend on whether anything was generated before
+        self._recorded = False  # whether the choice is the run's: scoring must not depend on what was generated before
         self._checked: set[BackendName] = set()
-        self._own_backend = load_backend(config.sampling) if isinstance(config.sampling, SamplingConfig) else None
+        self._custom_backend = load_backend(sampling) if isinstance(sampling, SamplingConfig) else None
         self._compared = False
 
     @classmethod
@@ -101,33 +106,31 @@ class CausalLM:
 
     @classmethod
     def start(cls, config: FamilyConfig, out: Path, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
-        """Writes the initial model into `out` and says what it is; raises ModelError where it is unfit.
+        """Writes the initial model into `out` and returns its facts; raises ModelError where it is unfit.
 
         A model given by name becomes a reference. Weights are written where it is given as an object, or where the name
         is a LoRA adapter's: that is merged first, since switching it off must give this start and not its base; a run
         of no rounds leaves it as it is.
         """
-        refuse_unread(config)
+        _check_unused(config)
         out.mkdir(parents=True, exist_ok=True)
-        tunes = getattr(config, "num_rounds", 1) > 0
-        facts = starting.begin(config.policy, out, model, tokenizer, merge=tunes)
-        own = loading.load_tokenizer(config.policy, out)
-        if writes_date(own):  # which has to be the same tomorrow, and in an evaluation of this run
-            own.save_pretrained(out)
+        trains = getattr(config, "num_rounds", 1) > 0
+        facts = write_start(config.policy, out, model, tokenizer, merge=trains)
+        tokenizer = loading.load_tokenizer(config.policy, out)
+        if writes_date(tokenizer):  # the date has to be the same tomorrow, and in an evaluation of this run
+            tokenizer.save_pretrained(out)
             keep_date(out, config.policy.tokenizer, config.policy.model)
         return facts
 
     @classmethod
     def section_at(cls, policy: Mapping[str, Any], folder: Path, start: Path) -> dict[str, Any]:
-        """The `policy` section, made that of a run which begins from this committed folder of a run with this start."""
-        own = (start / "tokenizer_config.json").is_file()
-        tokenizer = {"tokenizer": str(start)} if own else {}
-        if (folder / loading.REFERENCE).is_file():
-            return {**policy, **tokenizer}
-        return {**policy, **tokenizer, "model": str(folder), "revision": None}
+        """The `policy` section of a run that starts from this committed folder of a run with this initial model."""
+        tokenizer = {"tokenizer": str(start)} if (start / "tokenizer_config.json").is_file() else {}
+        model = {} if (folder / loading.REFERENCE).is_file() else {"model": str(folder), "revision": None}
+        return {**policy, **tokenizer, **model}
 
     def check_config(self) -> None:
-        refuse_unread(self.config)
+        _check_unused(self.config)
 
     @classmethod
     def verify(cls, start: Path) -> None:
@@ -159,12 +162,12 @@ class CausalLM:
             self._notes[WITHOUT_TEMPLATE] = None
         prompts = self.encoder.encode(chunk.prompts, for_drawing=True)
         settings = self._settings(chunk.batch_size)
-        if self._own_backend is not None:
-            drawn = self._draw_by_own(prompts, chunk.seeds, settings)
+        if self._custom_backend is not None:
+            groups = self._generate_custom(GenerationRequest(prompts, chunk.seeds, settings, self.tokenizer))
         else:
             path = self._path(settings, prompts)
-            drawn = generate(self.model, self.tokenizer, prompts, chunk.seeds, settings, path)
-        texts = iter(self.encoder.decode([one.ids for group in drawn for one in group]))
+            groups = generate(self.model, self.tokenizer, prompts, chunk.seeds, settings, path)
+        texts = iter(self.encoder.decode([completion.ids for group in groups for completion in group]))
         return [
             Sample(
                 id=chunk.sample_id(prompt, k),
@@ -174,36 +177,34 @@ class CausalLM:
                 seed=seed,
                 version=chunk.version,
                 completion=next(texts),
-                payload={"completion_ids": one.ids, "completion_logprobs": one.logprobs, "finish": one.finish},
+                payload={"completion_ids": ids, "completion_logprobs": logprobs, "finish": finish},
             )
-            for prompt, seeds, group in zip(chunk.prompts, chunk.seeds, drawn, strict=True)
-            for k, (seed, one) in enumerate(zip(seeds, group, strict=True))
+            for prompt, seeds, group in zip(chunk.prompts, chunk.seeds, groups, strict=True)
+            for k, (seed, (ids, logprobs, finish)) in enumerate(zip(seeds, group, strict=True))
         ]
 
-    def _draw_by_own(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], settings: SamplingParams
-    ) -> list[list[GeneratedCompletion]]:
+    def _generate_custom(self, request: GenerationRequest) -> list[list[GeneratedCompletion]]:
         """By a custom backend; the first completions' log-probabilities are compared with a forward's."""
-        backend, name = self._own_backend, self.config.sampling.backend
-        request = GenerationRequest(prompts, seeds, settings, self.tokenizer)
+        backend, name = self._custom_backend, self.config.sampling.backend
         groups = generate_by(backend, name, self.model, request)
         if not backend.reproducible:
             self._notes[f"{name} does not promise equal completions for equal seeds: a repeated sample differs"] = None
-        first = [(prompt, one) for prompt, group in zip(prompts, groups, strict=True) for one in group][:COMPARED]
+        pairs = zip(request.prompts, groups, strict=True)
+        first = [(prompt, completion) for prompt, group in pairs for completion in group][:COMPARED]
         if first and not self._compared:
-            examples = [TokenizedCompletion.of(prompt, one.ids) for prompt, one in first]
-            plain = np.concatenate([np.asarray(row) for row in plain_log_probs(self.model, examples, self._pad_id)])
-            apart = np.abs(plain - np.concatenate([np.asarray(one.logprobs) for _, one in first])).mean()
-            if apart > NOTABLE:
-                self._notes[f"log-probabilities of {name} are {apart:.2g} nats a token from the model's own"] = None
+            examples = [TokenizedCompletion.of(prompt, completion.ids) for prompt, completion in first]
+            plain = np.concatenate(plain_log_probs(self.model, examples, self._pad_id))
+            distance = np.abs(plain - np.concatenate([completion.logprobs for _, completion in first])).mean()
+            if distance > NOTABLE:
+                self._notes[f"log-probabilities of {name} are {distance:.2g} nats a token from the model's own"] = None
         self._compared = True
         return groups
 
     def _settings(self, batch_size: int) -> SamplingParams:
         sampling = self.config.sampling
-        same = "temperature top_p top_k min_p repetition_penalty max_completion_length generation_kwargs"
+        names = "temperature top_p top_k min_p repetition_penalty max_completion_length generation_kwargs"
         return SamplingParams(
-            **{name: getattr(sampling, name) for name in same.split()},
+            **{name: getattr(sampling, name) for name in names.split()},
             stop_strings=sampling.stop,
             eos_ids=self.eos_ids,
             pad_id=self.tokenizer.pad_token_id,
@@ -212,7 +213,7 @@ class CausalLM:
 
     def choose_backend(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """How a run on such prompts generates, for the record: decided once, by trial on a few of them."""
-        if self._own_backend is not None:
+        if self._custom_backend is not None:
             return {"own": self.config.sampling.backend}
         settings = self._settings(self.config.sampling.batch_size or 8)
         with names_out_of_memory(settings.batch_size, "max_completion_length"):
@@ -222,7 +223,7 @@ class CausalLM:
         return asdict(self._backend)
 
     def backend(self) -> dict[str, Any] | None:
-        """The record of how this policy generates; None before that was tried."""
+        """The record of how this policy generates; None before the trial."""
         return None if self._backend is None else asdict(self._backend)
 
     def use_backend(self, record: Mapping[str, Any]) -> None:
@@ -231,7 +232,7 @@ class CausalLM:
             self._backend, self._recorded = BackendChoice(**record), True
 
     def _path(self, settings: SamplingParams, prompts: Sequence[Sequence[int]]) -> BackendName:
-        """How this chunk is generated; that the trained model is what generates this way is checked once."""
+        """How this chunk is generated; each backend's parity with the trained model is checked once."""
         with names_out_of_memory(settings.batch_size, "max_completion_length"):
             if self._backend is None:
                 name = self.config.sampling.backend
@@ -248,17 +249,17 @@ class CausalLM:
         return path
 
     def unread(self, prompt: Prompt) -> None:
-        """Raises DataError for a prompt that cannot be taken, to generate or to tune, or whose candidates cannot."""
-        self._read([prompt])
+        """Raises DataError for a prompt that cannot be taken, to generate or to train, or whose candidates cannot."""
+        self._check_prompts([prompt])
 
     def reads_all(self, prompts: Sequence[Prompt]) -> bool:
         try:
-            self._read(prompts)
+            self._check_prompts(prompts)
         except DataError:
             return False
         return True
 
-    def _read(self, prompts: Sequence[Prompt]) -> None:
+    def _check_prompts(self, prompts: Sequence[Prompt]) -> None:
         sampling = self.config.sampling
         self.encoder.encode(prompts, for_drawing=True)
         if sampling.system_prompt or sampling.few_shot_prefix:
@@ -271,90 +272,74 @@ class CausalLM:
                     raise DataError(f"sampling.candidate_columns, {column!r} of prompt {prompt.id}: {error}") from error
 
     def encode_completion(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
-        """The payload of somebody else's answer: its ids as this tokenizer gives them, EOS at the end, no log-probs."""
+        """The payload of a given completion: its ids as this tokenizer gives them, EOS at the end, no log-probs."""
         text, ids = self.encoder.encode_answer(prompt, answer)
         return {"completion": text, "completion_ids": ids, "completion_logprobs": None, "finish": "eos"}
 
     def encode_truncated(
         self, prompt: Prompt, answer: Any, source: str, max_length: int | None = None
     ) -> Mapping[str, Any]:
-        """As `encode_completion`; an answer with which the prompt exceeds `max_length` or the context is cut: finish
-        `length`.
-        """
+        """As `encode_completion`, cut to `max_length` (with the prompt) or the context: finish `length` then."""
         text, ids, cut = self.encoder.encode_within(prompt, answer, max_length)
         finish = "length" if cut else "eos"
         return {"completion": text, "completion_ids": ids, "completion_logprobs": None, "finish": finish}
 
     def log_probs(self, prompts: Sequence[Prompt], samples: pa.Table, batch_size: int) -> FloatArray:
-        """(N,) nats of row i of `samples`, which answers prompts[i] as it was put when generating; EOS included."""
+        """(N,) nats of row i of `samples`, which answers prompts[i] as put when generating; EOS included."""
         distinct = {prompt.id: prompt for prompt in prompts}
         encoded = dict(zip(distinct, self.encoder.encode([*distinct.values()], for_drawing=True), strict=True))
         completions = samples.column("completion_ids").to_pylist()
         examples = [TokenizedCompletion.of(encoded[p.id], ids) for p, ids in zip(prompts, completions, strict=True)]
-        if self._scores_by_prefix(examples):
-            return prefix_log_probs(self.model, examples, batch_size)
+        # Prompts are computed once where some have several completions, and the run's record says that this is right.
+        if self._backend is not None and self._recorded:
+            several = len({example.ids[: example.start].tobytes() for example in examples}) < len(examples)
+            if several and self._backend.scores_by_prefix(self.model, max(len(example.ids) for example in examples)):
+                return prefix_log_probs(self.model, examples, batch_size)
         return log_probs(self.model, examples, batch_size, self._pad_id)
 
-    def _scores_by_prefix(self, examples: Sequence[TokenizedCompletion]) -> bool:
-        """Whether prompts are computed once for all of their completions: where some have several, and a run's record
-        says that this is right."""
-        if self._backend is None or not self._recorded:
-            return False
-        if len({example.ids[: example.start].tobytes() for example in examples}) == len(examples):
-            return False
-        return self._backend.scores_by_prefix(self.model, max(len(example.ids) for example in examples))
-
     def recorded_log_probs(self, samples: pa.Table) -> FloatArray:
-        """(N,) sums of the log-probabilities that were noted token by token while generating; NaN where there are
-        none.
-        """
-        noted = samples.column("completion_logprobs").to_pylist()
-        return np.array([np.nan if row is None else math.fsum(row) for row in noted], dtype=np.float64)
+        """(N,) sums of the log-probabilities recorded while generating; NaN where there are none."""
+        rows = samples.column("completion_logprobs").to_pylist()
+        return np.array([np.nan if row is None else math.fsum(row) for row in rows], dtype=np.float64)
 
     def train(self, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()) -> TrainReport:
-        """Fits the policy to the rows and writes the new model into `out`; continues from what lies in `work`.
+        """Trains the policy on the rows and writes the new model into `out`; resumes from checkpoints in `work`.
 
         Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
         """
-        from raftune.policies.causal_lm.sft_loss import batch_of, loss_of, read_rows, rows_of
+        from raftune.policies.causal_lm.sft_loss import batch_of, loss_of, read_rows
         from raftune.training.checkpoints import identity
         from raftune.training.fit import FitTask, fit
 
         self._model = None  # one large model at a time
-        training, seed = self.config.training, self.config.seed
-        found = read_rows(rows, self.encoder, training)
-        step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        seed_of_fit = derive_seed(seed, "tune", found.round)
+        policy, training = self.config.policy, self.config.training
+        data = read_rows(rows, self.encoder, training)
+        seed, adapter_seed = derive_seed(self.config.seed, "tune", data.round), derive_seed(self.config.seed, "adapter")
+        settings = training.model_dump_json() + "".join(objective_code(training).values())
         task = FitTask(
-            load=self._trainable,
-            rows=rows_of(found, training.loss_normalization, step),
-            lengths=[len(example.ids) for example in found.examples],
+            load=lambda: loading.load_round(policy, self.folder, self.start_folder, self.device, adapter_seed),
+            rows=data.with_coefficients(training),
+            lengths=[len(example.ids) for example in data.examples],
             collate=lambda batch: batch_of(batch, self.tokenizer.pad_token_id),
             objective=loss_of(load_objective(training), getattr(training, "objective", "sft")),
-            seed=seed_of_fit,
-            identity=identity(
-                rows, training.model_dump_json() + "".join(objective_code(training).values()), seed_of_fit
-            ),
+            seed=seed,
+            identity=identity(rows, settings, seed),
             carried=read_optimizer(self.folder) if training.optimizer_state == "carried" else None,
             callbacks=callbacks,
         )
         fitted = fit(task, training, work, self.device)
         write_model(fitted.model, self.tokenizer, out, loading.base_of_adapters(self.start_folder), fitted.optimizer)
         plain = extract_model_from_parallel(fitted.model, keep_fp32_wrapper=False)  # without autocast in its forward
-        probe_of_fit(plain, found.examples, self._pad_id).write(out)
+        probe_of_fit(plain, data.examples, self._pad_id).write(out)
         self._notes |= dict.fromkeys(fitted.notes)
         details = {
-            "tokens": sum(example.tokens for example in found.examples),
-            "left_out_truncated": found.truncated,
+            "tokens": sum(example.tokens for example in data.examples),
+            "left_out_truncated": data.truncated,
             "micro_batch": fitted.micro_batch,
             "gradient_accumulation_steps": fitted.accumulation,
             "out_of_memory_at": list(fitted.out_of_memory),
         }
-        return TrainReport(len(found.examples), len(fitted.losses), fitted.losses, details)
-
-    def _trainable(self) -> Any:
-        seed = derive_seed(self.config.seed, "adapter")
-        return loading.load_round(self.config.policy, self.folder, self.start_folder, self.device, seed)
+        return TrainReport(len(data.examples), len(fitted.losses), fitted.losses, details)
 
     @classmethod
     def publish(
@@ -408,18 +393,6 @@ class CausalLM:
         return tuple(self._notes)
 
 
-def unused_generation(given: Any, sampling: Any) -> str | None:
-    """What of the model's generation_config sampling says otherwise, in words; None where they agree."""
-    said = given.to_diff_dict()
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    differs = [name for name in names if said.get(name) is not None and said[name] != getattr(sampling, name)]
-    if not differs:
-        return None
-    theirs = ", ".join(f"{name} {said[name]:g}" for name in differs)
-    ours = ", ".join(f"{name} {getattr(sampling, name):g}" for name in differs)
-    return f"of the model's generation_config only its ends of text are used: it says {theirs}; sampling says {ours}"
-
-
-def refuse_unread(config: FamilyConfig) -> None:
+def _check_unused(config: FamilyConfig) -> None:
     """Raises ConfigError for options of images, which mean nothing to texts."""
     refuse_unused(config, "causal_lm", ("sampling.diffusion", "training.diffusion", "keep_latents"))

@@ -33,11 +33,16 @@ def write_model(
 ) -> None:
     """Writes the model into `out`: the adapter alone if it has one, whose base is `base` (name, revision).
 
-    `optimizer` is the state that the next round's fit carries on (`parameter/entry` → tensor).
+    `optimizer` is the state that the next round's training carries on (`parameter/entry` → tensor).
     """
     out.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        _write_adapter(model, out, base)
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+        save_file(plain, out / "adapter_model.safetensors", metadata=METADATA)
+        config = model.peft_config["default"].to_dict()
+        config |= {"base_model_name_or_path": base[0], "revision": base[1], "inference_mode": True}
+        dump_json(out / ADAPTER, _sorted_sets(config))
     else:
         with quiet():
             model.save_pretrained(out)
@@ -46,35 +51,24 @@ def write_model(
         save_file(dict(sorted(optimizer.items())), out / OPTIMIZER, metadata=METADATA)
 
 
+def _sorted_sets(value: Any) -> Any:
+    """The value with its sets as sorted lists: their own order depends on the process."""
+    if isinstance(value, dict):
+        return {key: _sorted_sets(item) for key, item in value.items()}
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
+
+
+def read_optimizer(folder: Path) -> dict[str, torch.Tensor]:
+    """The optimizer's state in a round's model folder; empty where there is none."""
+    path = folder / OPTIMIZER
+    return load_file(path) if path.is_file() else {}
+
+
 def model_usage(adapter: bool, note: str = "") -> ModelUsage:
-    """What a card says of a published language model."""
+    """Use of a published language model, for its card."""
     kind = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
     if adapter:
         imports = f"from peft import {kind}\nfrom transformers import AutoTokenizer\n"
     code = f'{imports}\nmodel = {kind}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")'
     return ModelUsage("peft" if adapter else "transformers", "text-generation", code, note)
-
-
-def _write_adapter(model: PeftModel, out: Path, base: tuple[str, str | None]) -> None:
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    save_file(plain, out / "adapter_model.safetensors", metadata=METADATA)
-    config = model.peft_config["default"].to_dict()
-    config |= {"base_model_name_or_path": base[0], "revision": base[1], "inference_mode": True}
-    dump_json(out / ADAPTER, _ordered(config))
-
-
-def _ordered(value: Any) -> Any:
-    """The value with its sets as sorted lists: their own order depends on the process."""
-    if isinstance(value, dict):
-        return {key: _ordered(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    return value
-
-
-def read_optimizer(folder: Path) -> dict[str, torch.Tensor]:
-    """The optimizer's state that a round left in its model folder; empty where it left none."""
-    path = folder / OPTIMIZER
-    return load_file(path) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""SFT of a language model on the kept rows: inputs, loss coefficients and the training call."""
+"""Training of a language model on the kept rows: inputs, loss coefficients, and the loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCom
 from raftune.protocols import Objective
 from raftune.records import TOOLS, Prompt
 from raftune.training.fit import Batch, Loss, checked_loss
-from raftune.training.objectives import Normalization, coefficients
+from raftune.training.objectives import coefficients
 
 COLUMNS = ["prompt_id", "prompt", "weight", "completion_ids", "finish"]
 ROUND = b"raftune.round"
@@ -33,12 +33,12 @@ class TrainingRow:
 
     example: TokenizedCompletion
     coefficient: float
-    extra: Mapping[str, float] = field(default_factory=dict)  # what a custom objective added to the row
+    extra: Mapping[str, float] = field(default_factory=dict)  # columns that a custom objective added
 
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """What a fit learns from: examples with positive weights, and the round that gathered them."""
+    """Examples with positive weights, and the round that gathered them."""
 
     examples: list[TokenizedCompletion]
     weights: FloatArray
@@ -47,6 +47,16 @@ class TrainingRows:
     truncated: int  # rows left out because they were cut off before their end
     extra: Mapping[str, FloatArray] = field(default_factory=dict)  # by name, columns that an objective added, (N,)
 
+    def with_coefficients(self, config: TrainingConfig) -> list[TrainingRow]:
+        """The rows of the loss; the coefficients depend on the number of rows in a step."""
+        step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        tokens = [example.tokens for example in self.examples]
+        shares = coefficients(self.weights, tokens, self.prompts, config.loss_normalization, step)
+        return [
+            TrainingRow(example, share, {name: float(column[i]) for name, column in self.extra.items()})
+            for i, (example, share) in enumerate(zip(self.examples, shares.tolist(), strict=True))
+        ]
+
 
 def read_rows(path: Path, encoder: TextEncoder, config: TrainingConfig) -> TrainingRows:
     """The rows of a Parquet file, on the exact ids that were generated; prompts stand without the prefix of generating.
@@ -54,10 +64,8 @@ def read_rows(path: Path, encoder: TextEncoder, config: TrainingConfig) -> Train
     Raises DataError for rows that cannot be used, and where none is left.
     """
     schema = pq.read_schema(path)
-    metadata = schema.metadata or {}
     table = pq.read_table(path, columns=[*COLUMNS, *({TOOLS} & {*schema.names})], use_threads=False)
     columns = table.to_pydict()
-    extra = {name: pq.read_table(path, columns=[name]).column(name).to_numpy() for name in _added(schema)}
     weights = np.array(columns["weight"], dtype=np.float64)
     if (bad := weights[~(np.isfinite(weights) & (weights >= 0))]).size:
         raise DataError(f"Every row's weight must be finite and not negative; got {bad[0]} in {path.name}.")
@@ -68,53 +76,47 @@ def read_rows(path: Path, encoder: TextEncoder, config: TrainingConfig) -> Train
             f"training.mask_truncated_completions leaves nothing to learn from: all {int(cut.sum())} kept answers were "
             "cut off. Raise sampling.max_completion_length, or turn it off."
         )
-    first_of = {columns["prompt_id"][i]: i for i in reversed(used.tolist())}
-    tools = columns.get(TOOLS)
-    asked = [
-        Prompt(name, columns["prompt"][i], {} if tools is None else {TOOLS: tools[i]}) for name, i in first_of.items()
-    ]
-    encoded = dict(zip(first_of, encoder.encode(asked, for_drawing=False), strict=True))
-    examples = [_example(encoder, columns, i, encoded[columns["prompt_id"][i]]) for i in used.tolist()]
     names = [columns["prompt_id"][i] for i in used]
-    added = {name: np.asarray(column, np.float64)[used] for name, column in extra.items()}
-    if lacking := [name for name, column in added.items() if not np.isfinite(column).all()]:
-        raise DataError(
-            f"training.objective: every row must have a number in the column {lacking[0]!r} that `rows` adds; rows of "
-            "training.reference, and of rounds with another objective, have none. Leave out reference and "
-            "replay_rounds."
+    prompts = {
+        columns["prompt_id"][i]: Prompt(
+            columns["prompt_id"][i], columns["prompt"][i], {TOOLS: columns[TOOLS][i]} if TOOLS in columns else {}
         )
-    return TrainingRows(examples, weights[used], names, int(metadata.get(ROUND, b"0")), int(cut.sum()), added)
-
-
-def _added(schema: pa.Schema) -> list[str]:
-    """The columns of numbers that a custom objective added."""
-    own = {*COLUMNS, TOOLS, "sample_id", "origin", "source"}
-    numeric = (pa.types.is_floating, pa.types.is_integer)
-    return [column.name for column in schema if column.name not in own and any(is_(column.type) for is_ in numeric)]
-
-
-def _example(encoder: TextEncoder, columns: Mapping[str, Any], row: int, prompt: Sequence[int]) -> TokenizedCompletion:
-    completion, name = columns["completion_ids"][row], columns["prompt_id"][row]
-    if not completion:
-        raise DataError(f"Every completion must have at least one token; one to prompt {name} has none. Leave it out.")
-    if encoder.context is not None and len(prompt) + len(completion) > encoder.context:
-        raise DataError(
-            f"Prompt and completion must fit the model's context of {encoder.context} tokens; those of prompt {name} "
-            f"have {len(prompt)} and {len(completion)}. Leave the row out, or use a model with a longer context."
-        )
-    return TokenizedCompletion.of(prompt, completion)
-
-
-def rows_of(found: TrainingRows, normalization: Normalization, step: int) -> list[TrainingRow]:
-    """The examples with their coefficients."""
-    tokens = [example.tokens for example in found.examples]
-    shares = coefficients(found.weights, tokens, found.prompts, normalization, step)
-    extra = [{name: float(column[i]) for name, column in found.extra.items()} for i in range(len(tokens))]
-    return [TrainingRow(*parts) for parts in zip(found.examples, shares.tolist(), extra, strict=True)]
+        for i in reversed(used.tolist())
+    }
+    encoded = dict(zip(prompts, encoder.encode([*prompts.values()], for_drawing=False), strict=True))
+    examples = []
+    for i in used.tolist():
+        completion, name = columns["completion_ids"][i], columns["prompt_id"][i]
+        if not completion:
+            raise DataError(
+                f"Every completion must have at least one token; one to prompt {name} has none. Leave it out."
+            )
+        if encoder.context is not None and len(encoded[name]) + len(completion) > encoder.context:
+            raise DataError(
+                f"Prompt and completion must fit the model's context of {encoder.context} tokens; those of prompt "
+                f"{name} have {len(encoded[name])} and {len(completion)}. Leave the row out, or use a model with a "
+                "longer context."
+            )
+        examples.append(TokenizedCompletion.of(encoded[name], completion))
+    extra = {}
+    known = {*COLUMNS, TOOLS, "sample_id", "origin", "source"}
+    for column in schema:  # numbers that a custom objective added
+        if column.name in known or not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+            continue
+        values = pq.read_table(path, columns=[column.name]).column(column.name).to_numpy()
+        extra[column.name] = np.asarray(values, np.float64)[used]
+        if not np.isfinite(extra[column.name]).all():
+            raise DataError(
+                f"training.objective: every row must have a number in the column {column.name!r} that `rows` adds; "
+                "rows of training.reference, and of rounds with another objective, have none. Leave out reference and "
+                "replay_rounds."
+            )
+    round_ = int((schema.metadata or {}).get(ROUND, b"0"))
+    return TrainingRows(examples, weights[used], names, round_, int(cut.sum()), extra)
 
 
 def batch_of(rows: Sequence[TrainingRow], pad_id: int) -> Batch:
-    """A padded batch; for each completion token its row in the batch and its coefficient, and what the row has more."""
+    """A padded batch; for each completion token its row in the batch, its coefficient, and the row's added columns."""
     repeats = [row.example.tokens for row in rows]
 
     def per_token(values: Sequence[float]) -> torch.Tensor:
@@ -122,8 +124,8 @@ def batch_of(rows: Sequence[TrainingRow], pad_id: int) -> Batch:
 
     added = {name: per_token([row.extra[name] for row in rows]) for name in rows[0].extra}
     owner = torch.from_numpy(np.repeat(np.arange(len(rows)), repeats))
-    coefficients = per_token([row.coefficient for row in rows])
-    return {**added, **collate([row.example for row in rows], pad_id), "coefficients": coefficients, "row": owner}
+    shares = per_token([row.coefficient for row in rows])
+    return {**added, **collate([row.example for row in rows], pad_id), "coefficients": shares, "row": owner}
 
 
 class LearnedLM:
@@ -138,12 +140,11 @@ class LearnedLM:
 
     def terms(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(T,) the negative log-likelihood of each completion token, (T,) its coefficient, and their sum."""
-        nll_T = F.cross_entropy(self._reader.logits(self._reader.hidden(batch)), batch["targets"], reduction="none")
-        return nll_T, batch["coefficients"], batch["coefficients"].sum()
+        return -self.token_log_probs(batch), batch["coefficients"], batch["coefficients"].sum()
 
 
 def loss_of(objective: Objective, name: str) -> Callable[[Any], Loss]:
-    """The objective as a fit calls it: for a model, the loss of a batch."""
+    """The objective as a function from a model to the loss of a batch, as `fit` takes it."""
 
     def bind(module: Any) -> Loss:
         model = LearnedLM(module)

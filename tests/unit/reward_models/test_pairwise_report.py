@@ -7,8 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from raftune.reward_models.gate import better_than_length, verdict
-from raftune.reward_models.pairwise import calibration, length_report, pairwise_report, right
+from raftune.reward_models.metrics import (
+    better_than_length,
+    calibration,
+    length_report,
+    pairwise_report,
+    right,
+    verdict,
+)
 
 
 def report(margins: list[float], lengths: list[tuple[int, int]] | None = None, prompts: list[int] | None = None):  # type: ignore[no-untyped-def]

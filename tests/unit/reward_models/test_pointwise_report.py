@@ -5,8 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raftune.reward_models.gate import verdict
-from raftune.reward_models.pointwise import correlation, deciles, explained, pair_accuracy, pointwise_report, ranks
+from raftune.reward_models.metrics import (
+    correlation,
+    deciles,
+    explained,
+    pair_accuracy,
+    pointwise_report,
+    ranks,
+    verdict,
+)
 
 RATINGS = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 3.0, 3.0, 1.0, 5.0, 4.0, 2.0, 2.0])
 

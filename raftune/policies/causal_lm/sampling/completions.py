@@ -17,8 +17,7 @@ from torch import Tensor
 from raftune.arrays import BoolArray, IntArray
 from raftune.errors import DataError, ModelError
 from raftune.policies.causal_lm.sampling.params import FinishReason, GeneratedCompletion, SamplingParams
-from raftune.policies.causal_lm.sampling.rng import uniforms
-from raftune.policies.causal_lm.sampling.token_choice import TokenSampler
+from raftune.policies.causal_lm.sampling.token_choice import TokenSampler, uniforms
 
 _ALIVE, _EOS, _STOP, _LENGTH = range(4)
 _FINISH: dict[int, FinishReason] = {_EOS: "eos", _STOP: "stop", _LENGTH: "length"}
@@ -41,21 +40,19 @@ class StopStrings:
 
     def ends(self, ids: NDArray[np.int32]) -> bool:
         """True if the last of `ids`, a whole completion so far, completes a stop string."""
-        if not self._texts or not self._can_complete(int(ids[-1])):
+        if not self._texts:
             return False
-        # The end alone is cheap to read; only what is found there is looked for in the whole text.
-        return self._holds_one(ids[-self._window :]) and self._holds_one(ids)
-
-    def _holds_one(self, ids: NDArray[np.int32]) -> bool:
-        text = self._decode(ids)
-        return any(stop in text for stop in self._texts)
-
-    def _can_complete(self, token: int) -> bool:
-        known = self._may_end.get(token)
-        if known is None:
+        token = int(ids[-1])
+        if token not in self._may_end:
             text = self._decode(np.array([token, token]))  # twice: some decoders strip a leading space
-            known = self._may_end[token] = "\ufffd" in text or any(stop[-1] in text for stop in self._texts)
-        return known
+            self._may_end[token] = "\ufffd" in text or any(stop[-1] in text for stop in self._texts)
+        if not self._may_end[token]:
+            return False
+        for part in (ids[-self._window :], ids):  # the end alone is cheap: the whole text only after a match there
+            text = self._decode(part)
+            if not any(stop in text for stop in self._texts):
+                return False
+        return True
 
     def _decode(self, ids: NDArray[Any]) -> str:
         text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -82,7 +79,22 @@ class CompletionBatch:
         self.counts: IntArray = np.array([len(group) for group in seeds], dtype=np.int64)
         self.prompt_of: IntArray = np.repeat(np.arange(len(prompts)), self.counts)
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-        self.limits: IntArray = _limits(lengths, settings.max_completion_length, context)[self.prompt_of]
+        if (lengths == 0).any():
+            raise DataError(
+                f"a prompt must hold at least one token; prompt {int(np.argmin(lengths))} of this batch is empty. "
+                "Remove it, or put a beginning-of-sequence token before it."
+            )
+        limits = np.full(len(lengths), settings.max_completion_length, dtype=np.int64)
+        if context is not None:
+            if (lengths >= context).any():
+                worst = int(np.argmax(lengths))
+                raise DataError(
+                    f"a prompt must be shorter than the model's context of {context} tokens, or nothing can follow "
+                    f"it; prompt {worst} of this batch has {lengths[worst]}. Shorten it, or take a model with a longer "
+                    "context."
+                )
+            limits = np.minimum(limits, context - lengths)
+        self.limits: IntArray = limits[self.prompt_of]
         self._seeds = np.array([seed for group in seeds for seed in group], dtype=np.uint64)
         self._stops = StopStrings(tokenizer, settings.stop_strings)
         self._choose = TokenSampler(settings)
@@ -92,7 +104,10 @@ class CompletionBatch:
         self._lengths: IntArray = np.zeros(rows, dtype=np.int64)
         self._finish = np.full(rows, _ALIVE, dtype=np.int8)
         self._eos = np.array(settings.eos_ids, dtype=np.int64)
-        self._padded = _left_padded(self.prompts) if self._choose.needs_history else None
+        self._padded: IntArray | None = None  # prompts of one width, filled up on the left with their first token
+        if self._choose.needs_history:
+            most = max(map(len, self.prompts), default=0)
+            self._padded = np.array([[p[0]] * (most - len(p)) + p for p in self.prompts], dtype=np.int64)
 
     @property
     def rows(self) -> int:
@@ -106,7 +121,7 @@ class CompletionBatch:
 
     def groups(self) -> list[IntArray]:
         """The rows of each prompt."""
-        return np.split(np.arange(len(self._seeds)), np.cumsum(self.counts)[:-1]) if len(self.counts) else []
+        return np.split(np.arange(self.rows), np.cumsum(self.counts)[:-1]) if len(self.counts) else []
 
     def seed(self, row: int) -> int:
         """The row's seed, as torch's global generator takes it."""
@@ -117,8 +132,13 @@ class CompletionBatch:
 
         `logits` has shape (rows, vocabulary). Raises ModelError where they are not numbers.
         """
-        noise = uniforms(self._seeds[rows], self._lengths[rows])
-        tokens, logprobs = self._choose(logits, noise, self._seen(rows, logits.device))
+        seen = None
+        if self._padded is not None:  # prompt and completion, filled up with tokens of the same row
+            prompts = self._padded[self.prompt_of[rows]]
+            ids = self._ids[rows, : int(self._lengths[rows].max())].astype(np.int64)
+            ids = np.where(np.arange(ids.shape[1]) >= self._lengths[rows][:, None], prompts[:, -1:], ids)
+            seen = torch.from_numpy(np.concatenate([prompts, ids], axis=1)).to(logits.device)
+        tokens, logprobs = self._choose(logits, uniforms(self._seeds[rows], self._lengths[rows]), seen)
         self._write(rows, tokens.cpu().numpy(), logprobs.cpu().numpy())
         return tokens, self._finish[rows] != _ALIVE
 
@@ -130,9 +150,19 @@ class CompletionBatch:
                 return
         self._finish[row] = _LENGTH
 
-    def drawn(self) -> list[list[GeneratedCompletion]]:
+    def completions(self) -> list[list[GeneratedCompletion]]:
         """The finished completions, prompt by prompt."""
-        return [[self._drawn(int(row)) for row in rows] for rows in self.groups()]
+        return [
+            [
+                GeneratedCompletion(
+                    self._ids[row, : self._lengths[row]].tolist(),
+                    self._logprobs[row, : self._lengths[row]].tolist(),
+                    _FINISH[int(self._finish[row])],
+                )
+                for row in rows
+            ]
+            for rows in self.groups()
+        ]
 
     def state(self) -> dict[str, Tensor]:
         """How far every completion has come: what changes while generating."""
@@ -144,12 +174,8 @@ class CompletionBatch:
         self._ids, self._logprobs = state["ids"].numpy().copy(), state["logprobs"].numpy().copy()
         self._lengths, self._finish = state["lengths"].numpy().copy(), state["finish"].numpy().copy()
 
-    def _drawn(self, row: int) -> GeneratedCompletion:
-        length = self._lengths[row]
-        ids, logprobs = self._ids[row, :length].tolist(), self._logprobs[row, :length].tolist()
-        return GeneratedCompletion(ids, logprobs, _FINISH[int(self._finish[row])])
-
     def _write(self, rows: IntArray, tokens: NDArray[Any], logprobs: NDArray[Any]) -> None:
+        """Records tokens, and which rows end here: an EOS counts before a stop string, and that before the limit."""
         if np.isnan(logprobs).any():
             raise ModelError(
                 "the model's logits must be numbers; got NaN or inf while generating. Its weights are damaged, or its "
@@ -159,47 +185,9 @@ class CompletionBatch:
         self._ids[rows, at] = tokens
         self._logprobs[rows, at] = logprobs
         self._lengths[rows] = at + 1
-        self._mark_ends(rows, tokens)
-
-    def _mark_ends(self, rows: IntArray, tokens: NDArray[Any]) -> None:
-        """Writes down which rows end here: an EOS counts before a stop string, and that before the limit."""
         finish = np.where(self._lengths[rows] >= self.limits[rows], _LENGTH, _ALIVE).astype(np.int8)
         if self.settings.stop_strings:
             stopped = [self._stops.ends(self._ids[row, : self._lengths[row]]) for row in rows]
             finish[np.array(stopped, dtype=bool)] = _STOP
         finish[np.isin(tokens, self._eos)] = _EOS
         self._finish[rows] = finish
-
-    def _seen(self, rows: IntArray, device: torch.device) -> Tensor | None:
-        """Prompt and completion of each row, filled up with tokens of the same row; None where nobody asks for them."""
-        if self._padded is None:
-            return None
-        prompts = self._padded[self.prompt_of[rows]]
-        own = self._ids[rows, : int(self._lengths[rows].max())].astype(np.int64)
-        unwritten = np.arange(own.shape[1]) >= self._lengths[rows][:, None]
-        own = np.where(unwritten, prompts[:, -1:], own)
-        return torch.from_numpy(np.concatenate([prompts, own], axis=1)).to(device)
-
-
-def _limits(lengths: IntArray, wanted: int, context: int | None) -> IntArray:
-    """Tokens that may follow each prompt: at most `wanted`, and no more than the context holds."""
-    if (lengths == 0).any():
-        raise DataError(
-            f"a prompt must hold at least one token; prompt {int(np.argmin(lengths))} of this batch is empty. "
-            "Remove it, or put a beginning-of-sequence token before it."
-        )
-    if context is None:
-        return np.full(len(lengths), wanted, dtype=np.int64)
-    if (lengths >= context).any():
-        worst = int(np.argmax(lengths))
-        raise DataError(
-            f"a prompt must be shorter than the model's context of {context} tokens, or nothing can follow it; prompt "
-            f"{worst} of this batch has {lengths[worst]}. Shorten it, or take a model with a longer context."
-        )
-    return np.minimum(wanted, context - lengths).astype(np.int64)
-
-
-def _left_padded(prompts: Sequence[Sequence[int]]) -> IntArray:
-    """Prompts of one width, each filled up on the left with its own first token."""
-    width = max(map(len, prompts), default=0)
-    return np.array([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts], dtype=np.int64)

@@ -2,13 +2,12 @@
 
 Rows of one cache are always at the same step, so a write is one slice, and the rows of one prompt (a group) read one
 copy of the prompt's keys. Shapes: N rows, G groups, J rows of a group at most, C key/value heads, H = C*E query heads,
-P prompt columns, T own columns, D head size.
+P prompt columns, T columns of the rows' own tokens, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,17 +16,7 @@ from torch import Tensor
 
 from raftune.arrays import BoolArray, IntArray
 
-_FIRST_WIDTH = 16  # own columns allocated at first; doubled when full, so short rows never pay for long ones
-
-
-@dataclass
-class LayerCache:
-    """One attention layer of a cohort: the prompts' keys and values (G, C, P, D), the rows' own (N, C, width, D)."""
-
-    prompt_keys: Tensor
-    prompt_values: Tensor
-    keys: Tensor
-    values: Tensor
+_FIRST_WIDTH = 16  # columns allocated at first; doubled when full, so short rows never pay for long ones
 
 
 class KVCache:
@@ -44,17 +33,21 @@ class KVCache:
         self._width = min(_FIRST_WIDTH, most)
         self._lengths = lengths
         self._groups = groups
-        self._layers = [self._new_layer(keys, values) for keys, values in prompts]
-        self._place()
+        self._layers: list[list[Tensor]] = []  # keys and values of the prompts, keys and values (N, C, width, D)
+        for keys, values in prompts:
+            padding = torch.from_numpy(np.arange(keys.shape[2]) >= lengths[:, None]).to(keys.device)
+            # A weight of zero times an overflown value would be NaN: padding holds zeros.
+            values = values.masked_fill(padding[:, None, :, None], 0)
+            self._layers.append([keys.contiguous(), values, self._empty(keys), self._empty(keys)])
+        self._place_rows()
+
+    def _empty(self, like: Tensor) -> Tensor:
+        return like.new_empty(self.rows, like.shape[1], self._width, like.shape[3])
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(
-            tensor.untyped_storage().nbytes()
-            for layer in self._layers
-            for tensor in (layer.prompt_keys, layer.prompt_values, layer.keys, layer.values)
-        )
+        return sum(tensor.untyped_storage().nbytes() for layer in self._layers for tensor in layer)
 
     def state(self) -> dict[str, Any]:
         """What the rows' further tokens depend on. The tensors are not copied, and keep their strides."""
@@ -65,19 +58,19 @@ class KVCache:
             "width": self._width,
             "lengths": torch.from_numpy(self._lengths),
             "groups": torch.from_numpy(self._groups),
-            "layers": [[own.prompt_keys, own.prompt_values, own.keys, own.values] for own in self._layers],
+            "layers": [[*layer] for layer in self._layers],
         }
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> KVCache:
-        """The cohort whose `state` this was."""
-        cohort = cls.__new__(cls)
-        cohort.rows, cohort.step = state["rows"], state["step"]
-        cohort._most, cohort._width = state["most"], state["width"]
-        cohort._lengths, cohort._groups = state["lengths"].numpy(), state["groups"].numpy()
-        cohort._layers = [LayerCache(*tensors) for tensors in state["layers"]]
-        cohort._place()
-        return cohort
+        """The cache whose `state` this was."""
+        cache = cls.__new__(cls)
+        cache.rows, cache.step = state["rows"], state["step"]
+        cache._most, cache._width = state["most"], state["width"]
+        cache._lengths, cache._groups = state["lengths"].numpy(), state["groups"].numpy()
+        cache._layers = [[*layer] for layer in state["layers"]]
+        cache._place_rows()
+        return cache
 
     @property
     def positions(self) -> IntArray:
@@ -86,9 +79,9 @@ class KVCache:
 
     def write(self, layer: int, keys_NC1D: Tensor, values_NC1D: Tensor) -> None:
         """Stores the keys and values of the token that every row now reads."""
-        own = self._layers[layer]
-        own.keys[: self.rows, :, self.step] = keys_NC1D[:, :, 0]
-        own.values[: self.rows, :, self.step] = values_NC1D[:, :, 0]
+        _, _, keys, values = self._layers[layer]
+        keys[: self.rows, :, self.step] = keys_NC1D[:, :, 0]
+        values[: self.rows, :, self.step] = values_NC1D[:, :, 0]
 
     def attend(self, layer: int, query_NH1D: Tensor, scaling: float) -> Tensor:
         """Attention of one query for each row over its prompt and its own tokens, the new one included: (N, 1, H, D).
@@ -97,20 +90,21 @@ class KVCache:
         before one softmax in float32. This form was chosen by measuring on CPUs; how a device computes attention is
         decided in this function alone.
         """
-        own, rows, width = self._layers[layer], self.rows, self.step + 1
-        heads, columns = own.keys.shape[1], own.prompt_keys.shape[2]
+        prompt_keys, prompt_values, keys, values = self._layers[layer]
+        rows, width = self.rows, self.step + 1
+        heads, columns = keys.shape[1], prompt_keys.shape[2]
         repeat = query_NH1D.shape[1] // heads
         query = (query_NH1D * scaling).reshape(rows * heads, repeat, -1)
 
         grid = self._scatter(query, heads)
-        prompt_scores = torch.baddbmm(self._bias_for(heads, query), grid, own.prompt_keys.flatten(0, 1).transpose(1, 2))
+        prompt_scores = torch.baddbmm(self._padding_bias(heads, query), grid, prompt_keys.flatten(0, 1).transpose(1, 2))
         prompt_scores = self._gather(prompt_scores, heads, repeat)
-        own_scores = torch.bmm(query, own.keys[:rows, :, :width].flatten(0, 1).transpose(1, 2))
+        own_scores = torch.bmm(query, keys[:rows, :, :width].flatten(0, 1).transpose(1, 2))
         weights = torch.cat([prompt_scores, own_scores], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
 
         grid = self._scatter(weights[..., :columns], heads)
-        out = self._gather(torch.bmm(grid, own.prompt_values.flatten(0, 1)), heads, repeat)
-        out = torch.baddbmm(out, weights[..., columns:], own.values[:rows, :, :width].flatten(0, 1))
+        out = self._gather(torch.bmm(grid, prompt_values.flatten(0, 1)), heads, repeat)
+        out = torch.baddbmm(out, weights[..., columns:], values[:rows, :, :width].flatten(0, 1))
         return out.reshape(rows, 1, heads * repeat, -1)
 
     def advance(self) -> None:
@@ -118,7 +112,12 @@ class KVCache:
         self.step += 1
         if self.step == self._width < self._most:
             self._width = min(2 * self._width, self._most)
-            self._layers = [self._grown(layer) for layer in self._layers]
+            for layer in self._layers:
+                layer[:2] = [tensor.clone() for tensor in layer[:2]]
+                for i in (2, 3):
+                    wider = self._empty(layer[i])
+                    wider[:, :, : self.step] = layer[i][: self.rows, :, : self.step]
+                    layer[i] = wider
 
     def keep(self, alive: BoolArray) -> IntArray:
         """Drops the rows that are not alive, and returns which old row each remaining one was.
@@ -126,58 +125,46 @@ class KVCache:
         Holes are filled with the last rows, so only as many rows move as have ended; prompts without rows likewise.
         """
         order = _closing_holes(alive)
-        moves = _moves(order)
-        for layer in self._layers:
-            for buffer in (layer.keys, layer.values):
-                _move(buffer, moves, self.step)
+        _move([buffer for layer in self._layers for buffer in layer[2:]], order, self.step)
         self.rows, self._groups = len(order), self._groups[order]
-        self._drop_prompts()
-        self._place()
+        used = np.bincount(self._groups, minlength=len(self._lengths)) > 0
+        if not used.all():
+            prompts = _closing_holes(used)
+            _move([buffer for layer in self._layers for buffer in layer[:2]], prompts, self._layers[0][0].shape[2])
+            for layer in self._layers:
+                layer[:2] = [buffer[: len(prompts)] for buffer in layer[:2]]
+            renamed = np.empty(len(used), dtype=np.int64)
+            renamed[prompts] = np.arange(len(prompts))
+            self._lengths, self._groups = self._lengths[prompts], renamed[self._groups]
+        self._place_rows()
         return order
 
-    def _drop_prompts(self) -> None:
-        used = np.zeros(len(self._lengths), dtype=bool)
-        used[self._groups] = True
-        if used.all():
-            return
-        order = _closing_holes(used)
-        moves = _moves(order)
-        for layer in self._layers:
-            _move(layer.prompt_keys, moves, layer.prompt_keys.shape[2])
-            _move(layer.prompt_values, moves, layer.prompt_values.shape[2])
-            layer.prompt_keys, layer.prompt_values = layer.prompt_keys[: len(order)], layer.prompt_values[: len(order)]
-        renamed = np.empty(len(used), dtype=np.int64)
-        renamed[order] = np.arange(len(order))
-        self._lengths, self._groups = self._lengths[order], renamed[self._groups]
-
-    def _place(self) -> None:
+    def _place_rows(self) -> None:
         """Gives every row a place in the grid (G, J) of its group."""
         by_group = np.argsort(self._groups, kind="stable")
         counts = np.bincount(self._groups, minlength=len(self._lengths))
-        rank = np.empty(self.rows, dtype=np.int64)
-        rank[by_group] = np.arange(self.rows) - np.repeat(np.cumsum(counts) - counts, counts)
+        self._rank = np.empty(self.rows, dtype=np.int64)
+        self._rank[by_group] = np.arange(self.rows) - np.repeat(np.cumsum(counts) - counts, counts)
         self._deep = int(counts.max(initial=1))
-        self._rank = rank
         self._places: dict[tuple[int, torch.device], Tensor] = {}
         self._biases: dict[tuple[int, torch.device], Tensor] = {}
 
     def _places_for(self, heads: int, device: torch.device) -> Tensor:
         """Where (row, head) lies in the flattened grid (G, heads, J)."""
-        found = self._places.get((heads, device))
-        if found is None:
+        if (heads, device) not in self._places:
             places = (self._groups[:, None] * heads + np.arange(heads)) * self._deep + self._rank[:, None]
-            found = self._places[heads, device] = torch.from_numpy(places.reshape(-1)).to(device)
-        return found
+            self._places[heads, device] = torch.from_numpy(places.reshape(-1)).to(device)
+        return self._places[heads, device]
 
-    def _bias_for(self, heads: int, like: Tensor) -> Tensor:
+    def _padding_bias(self, heads: int, like: Tensor) -> Tensor:
         """0 on the prompts' tokens and -inf on their padding, of shape (G*heads, 1, P)."""
-        found = self._biases.get((heads, like.device))
-        if found is None:
-            padding = np.arange(self._layers[0].prompt_keys.shape[2]) >= self._lengths[:, None]
+        key = heads, like.device
+        if key not in self._biases:
+            padding = np.arange(self._layers[0][0].shape[2]) >= self._lengths[:, None]
             padded = torch.from_numpy(np.repeat(padding, heads, axis=0)[:, None]).to(like.device)
-            found = torch.zeros(padded.shape, dtype=like.dtype, device=like.device).masked_fill_(padded, -torch.inf)
-            self._biases[heads, like.device] = found
-        return found
+            zeros = torch.zeros(padded.shape, dtype=like.dtype, device=like.device)
+            self._biases[key] = zeros.masked_fill_(padded, -torch.inf)
+        return self._biases[key]
 
     def _scatter(self, rows_NCEX: Tensor, heads: int) -> Tensor:
         """(N*C, E, X) laid into the grid: (G*C, J*E, X), zero where no row is."""
@@ -192,21 +179,6 @@ class KVCache:
         places = self._places_for(heads, grid.device)
         return grid.view(-1, repeat * size).index_select(0, places).view(-1, repeat, size)
 
-    def _new_layer(self, keys: Tensor, values: Tensor) -> LayerCache:
-        padding = torch.from_numpy(np.arange(keys.shape[2]) >= self._lengths[:, None]).to(keys.device)
-        # A weight of zero times an overflown value would be NaN: padding holds zeros.
-        values = values.masked_fill(padding[:, None, :, None], 0)
-        return LayerCache(keys.contiguous(), values, self._empty(keys), self._empty(values))
-
-    def _empty(self, like: Tensor) -> Tensor:
-        return like.new_empty(self.rows, like.shape[1], self._width, like.shape[3])
-
-    def _grown(self, layer: LayerCache) -> LayerCache:
-        keys, values = self._empty(layer.keys), self._empty(layer.values)
-        keys[:, :, : self.step] = layer.keys[: self.rows, :, : self.step]
-        values[:, :, : self.step] = layer.values[: self.rows, :, : self.step]
-        return LayerCache(layer.prompt_keys.clone(), layer.prompt_values.clone(), keys, values)
-
 
 def _closing_holes(alive: BoolArray) -> IntArray:
     """Old indices in their new order: the survivors beyond the new end take the places of the dead before it."""
@@ -216,14 +188,9 @@ def _closing_holes(alive: BoolArray) -> IntArray:
     return order
 
 
-def _moves(order: IntArray) -> tuple[Tensor, Tensor]:
-    """Where something moves to, and from where: only rows that change."""
+def _move(buffers: Iterable[Tensor], order: IntArray, columns: int) -> None:
+    """Rows of each buffer (rows, C, columns, D) take the places of others, which are dead: only rows that change."""
     to = np.flatnonzero(order != np.arange(len(order)))
-    return torch.from_numpy(to), torch.from_numpy(order[to])
-
-
-def _move(buffer: Tensor, moves: tuple[Tensor, Tensor], columns: int) -> None:
-    """Rows of the buffer (rows, C, columns, D) take the places of others, which are dead."""
-    target, source = moves
-    if len(target):
+    target, source = torch.from_numpy(to), torch.from_numpy(order[to])
+    for buffer in buffers if len(to) else ():
         buffer[target.to(buffer.device), :, :columns] = buffer[source.to(buffer.device), :, :columns]

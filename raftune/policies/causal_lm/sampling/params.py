@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["eos", "length", "stop"]
-BackendName = Literal["forked", "generate", "single"]  # single: `generate` with one row at a time
+BackendName = Literal["forked", "generate", "single"]  # the shared prefix; `generate`; `generate` with a row at a time
 
 
 class GeneratedCompletion(NamedTuple):
@@ -28,7 +28,7 @@ class SamplingParams:
     """How tokens are chosen, and when a completion ends.
 
     `eos_ids` are all ids that end a completion; `pad_id` fills rows and may be any id of the vocabulary. `batch_size`
-    is the number of rows alive at once. `generation_kwargs` go to `generate`, which then draws.
+    is the number of rows alive at once. With `generation_kwargs`, `generate` samples.
     """
 
     temperature: float = 1.0
@@ -48,3 +48,9 @@ class SamplingParams:
         """True where a sampled token's distribution is not the softmax of logits over temperature alone."""
         cuts = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
         return self.repetition_penalty != 1 or (cuts and self.temperature > 0)
+
+    @property
+    def needs_generate(self) -> str:
+        """Which options only `generate` has, as a reason; empty where there are none."""
+        options = [name for name, value in self.generation_kwargs.items() if (name, value) != ("use_cache", True)]
+        return f"generation_kwargs {', '.join(sorted(options))} are generate's own" if options else ""

@@ -9,7 +9,7 @@ nats per token, against the noise that the trained model itself shows when its r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from raftune.arrays import BoolArray, IntArray
 from raftune.errors import ModelError
 from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion, token_log_probs
 from raftune.policies.causal_lm.loading import PROBE, merged
-from raftune.policies.causal_lm.model_utils import as_it_was
+from raftune.policies.causal_lm.model_utils import evaluating
 from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.policies.causal_lm.sampling.params import SamplingParams
 from raftune.store.files import dump_json
@@ -41,7 +41,7 @@ LOST_IN_MERGING = 0.05  # of what an adapter learned, at most, where it is merge
 
 @dataclass(frozen=True)
 class ParityProbe:
-    """Fixed ids, and what the trained model makes of them.
+    """Fixed ids, and the trained model's log-probabilities.
 
     `log_probs` are nats of each completion token. `noise` is the mean distance (nats a token) of the same model's
     log-probs when the rows share one padded batch. `merge` says whether an adapter may be merged for generation.
@@ -56,7 +56,7 @@ class ParityProbe:
 
     @property
     def allowed(self) -> float:
-        """Nats a token by which what generates may differ from what was trained."""
+        """Nats a token by which generation may differ from the trained model."""
         floor, ceiling = LIMITS.get(self.dtype, LIMITS_IN_HALF)
         return min(max(floor, TIMES_NOISE * self.noise), ceiling)
 
@@ -65,11 +65,9 @@ class ParityProbe:
 
         Infinite where a log-probability is not a number.
         """
-        copies = len(log_probs) // len(self.log_probs)
-        apart = [
-            np.abs(np.concatenate(log_probs[copy::copies]) - np.concatenate(self.log_probs)) for copy in range(copies)
-        ]
-        return max(float(each.mean()) if np.isfinite(each).all() else float("inf") for each in apart)
+        copies, expected = len(log_probs) // len(self.log_probs), np.concatenate(self.log_probs)
+        means = [float(np.abs(np.concatenate(log_probs[copy::copies]) - expected).mean()) for copy in range(copies)]
+        return max(mean if np.isfinite(mean) else float("inf") for mean in means)
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,23 +82,6 @@ def read_probe(folder: Path) -> ParityProbe | None:
     """The probe beside a round's weights; None for a model that was not trained here."""
     path = folder / PROBE
     return ParityProbe(**json.loads(path.read_text())) if path.is_file() else None
-
-
-def probe_rows(examples: Sequence[TokenizedCompletion]) -> list[TokenizedCompletion]:
-    """A few rows of bounded length: those with the longest completions and, of these, the shortest prompts."""
-
-    def order(index: int) -> tuple[int, int, int]:
-        return -min(examples[index].tokens, COMPLETION_TOKENS), examples[index].start, index
-
-    rows: dict[tuple[int, ...], TokenizedCompletion] = {}
-    for index in sorted(range(len(examples)), key=order):
-        start = examples[index].start
-        left = max(0, start - PROMPT_TOKENS)
-        ids = examples[index].ids[left : start + COMPLETION_TOKENS]
-        rows.setdefault(tuple(ids.tolist()), TokenizedCompletion(ids, start - left))
-        if len(rows) == ROWS:
-            break
-    return list(rows.values())
 
 
 def rows_of_prompts(prompts: Sequence[Sequence[int]]) -> list[TokenizedCompletion]:
@@ -119,7 +100,7 @@ def measure(model: Any, rows: Sequence[TokenizedCompletion], pad_id: int) -> Par
     alone = plain_log_probs(model, rows, pad_id)
     dtype = str(model.dtype).removeprefix("torch.")
     copies = COPIES if dtype in LIMITS else COPIES_IN_HALF
-    with as_it_was(model):
+    with evaluating(model):
         together = token_log_probs(CompletionLogits(model), [row for row in rows for _ in range(copies)], pad_id)
     noise = np.abs(together - np.concatenate([row for row in alone for _ in range(copies)])).mean()
     prompts = [row.ids[: row.start].tolist() for row in rows]
@@ -128,8 +109,23 @@ def measure(model: Any, rows: Sequence[TokenizedCompletion], pad_id: int) -> Par
 
 
 def probe_of_fit(model: Any, examples: Sequence[TokenizedCompletion], pad_id: int) -> ParityProbe:
-    """The probe of a model that was just trained on these rows. It must be saved already: its adapter may be merged."""
-    probe = measure(model, probe_rows(examples), pad_id)
+    """The probe of a model that was just trained on these rows. It must be saved already: its adapter may be merged.
+
+    Its rows have bounded length: those with the longest completions and, of these, the shortest prompts.
+    """
+
+    def order(index: int) -> tuple[int, int, int]:
+        return -min(examples[index].tokens, COMPLETION_TOKENS), examples[index].start, index
+
+    rows: dict[tuple[int, ...], TokenizedCompletion] = {}
+    for index in sorted(range(len(examples)), key=order):
+        start = examples[index].start
+        left = max(0, start - PROMPT_TOKENS)
+        ids = examples[index].ids[left : start + COMPLETION_TOKENS]
+        rows.setdefault(tuple(ids.tolist()), TokenizedCompletion(ids, start - left))
+        if len(rows) == ROWS:
+            break
+    probe = measure(model, list(rows.values()), pad_id)
     if not isinstance(model, PeftModel) or probe.dtype in LIMITS:
         return probe
     merge = adapter_survives_merging(model)
@@ -150,11 +146,9 @@ def adapter_survives_merging(model: Any) -> bool:
         if not isinstance(layer, BaseTunerLayer):
             continue
         weight = getattr(layer.get_base_layer(), "weight", None)
-        if (
-            weight is None
-            or not hasattr(layer, "get_delta_weight")
-            or weight.dtype not in (torch.bfloat16, torch.float16)
-        ):
+        if weight is None or not hasattr(layer, "get_delta_weight"):
+            return False
+        if weight.dtype not in (torch.bfloat16, torch.float16):
             return False
         for name in layer.active_adapters:
             delta = layer.get_delta_weight(name).float()
@@ -165,33 +159,24 @@ def adapter_survives_merging(model: Any) -> bool:
 
 def plain_log_probs(model: Any, rows: Sequence[TokenizedCompletion], pad_id: int) -> list[list[float]]:
     """Nats of each completion token, from a forward of one row at a time without any cache."""
-    with as_it_was(model):
+    with evaluating(model):
         reader = CompletionLogits(model)
         return [token_log_probs(reader, [row], pad_id).tolist() for row in rows]
 
 
-def replayed_log_probs(
-    generate: Callable[[CompletionBatch], None], probe: ParityProbe, pad_id: int, rows: int
-) -> list[list[float]]:
-    """What the code that generates records of the probe's ids: `generate` fills the answers, `rows` at once at most."""
-    answers = TokenReplay(probe, pad_id, rows)
-    generate(answers)
-    return [completion.logprobs for group in answers.drawn() for completion in group]
-
-
 class TokenReplay(CompletionBatch):
-    """Rows that take the probe's ids, whatever the logits say, and record what these give them."""
+    """Rows that take the probe's ids, whatever the logits say, and record their log-probabilities."""
 
     def __init__(self, probe: ParityProbe, pad_id: int, rows: int) -> None:
         longest = max(map(len, probe.completions))
         settings = SamplingParams(max_completion_length=longest, pad_id=pad_id, batch_size=rows)
         super().__init__(None, probe.prompts, [[0] * COPIES for _ in probe.prompts], settings, None)
         self.limits = np.array([len(ids) for ids in probe.completions])[self.prompt_of]
-        self._wanted = probe.completions
+        self._replayed = probe.completions
 
     def extend(self, rows: IntArray, logits: Tensor) -> tuple[Tensor, BoolArray]:
         at = self._lengths[rows]
-        ids = [self._wanted[self.prompt_of[row]][column] for row, column in zip(rows, at, strict=True)]
+        ids = [self._replayed[self.prompt_of[row]][column] for row, column in zip(rows, at, strict=True)]
         tokens = torch.tensor(ids, device=logits.device)
         log_probs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         self._write(rows, tokens.cpu().numpy(), log_probs.cpu().numpy())
@@ -199,11 +184,12 @@ class TokenReplay(CompletionBatch):
 
 
 def check_parity(probe: ParityProbe, log_probs: Sequence[Sequence[float]], how: str) -> None:
-    """Raises ModelError where these are not the log-probs of the model that was trained; `how` says whence they are."""
-    apart = probe.distance(log_probs)
-    if apart > probe.allowed:
+    """Raises ModelError where these are not the log-probs of the trained model; `how` says where they come from."""
+    distance = probe.distance(log_probs)
+    if distance > probe.allowed:
         raise ModelError(
             f"what generates must be the model that was trained; {how}, it differs from what training ended with by "
-            f"{apart:.2g} nats a token on the same tokens, and {probe.allowed:.2g} are allowed. Nothing was generated: "
-            "try policy.dtype float32, other policy.adapter.target_modules or no adapter, and report the architecture."
+            f"{distance:.2g} nats a token on the same tokens, and {probe.allowed:.2g} are allowed. Nothing was "
+            "generated: try policy.dtype float32, other policy.adapter.target_modules or no adapter, and report the "
+            "architecture."
         )

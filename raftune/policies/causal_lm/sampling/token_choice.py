@@ -1,11 +1,18 @@
-"""Chooses tokens from logits and noise: warping, inverse-CDF sampling, log-probabilities.
+"""Chooses tokens from logits and seeded noise: warping, inverse-CDF sampling, log-probabilities.
+
+The noise is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3). It is
+counter-based: any step of any sample can be computed alone, in any order, in any batch.
 
 Shapes: R rows, V the vocabulary, B blocks of it, S the tokens seen so far.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -16,10 +23,42 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from raftune.arrays import FloatArray
+from raftune.arrays import FloatArray, UInt64Array
 from raftune.policies.causal_lm.sampling.params import SamplingParams
 
-_BLOCK = 64
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_BLOCK = 64  # tokens
+
+
+def philox4x32(
+    counter: Sequence[UInt64Array], key: Sequence[UInt64Array]
+) -> tuple[UInt64Array, UInt64Array, UInt64Array, UInt64Array]:
+    """Four pseudo-random 32-bit words for each (counter, key).
+
+    `counter` is four and `key` two arrays of 32-bit words, held in uint64 and of shapes that broadcast.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for round_ in range(10):
+        if round_:
+            k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (product1 >> _HALF) ^ c1 ^ k0, product1 & _LOW, (product0 >> _HALF) ^ c3 ^ k1, product0 & _LOW
+    return c0, c1, c2, c3
+
+
+def uniforms(seeds: ArrayLike, steps: ArrayLike) -> FloatArray:
+    """Numbers uniform on [0, 1) with 53 random bits, one for each (seed, step); the shapes broadcast.
+
+    Seeds are integers of up to 64 bits, steps are at least 0. The seed is the key, the step the counter.
+    """
+    seed, step = np.asarray(seeds).astype(np.uint64), np.asarray(steps).astype(np.uint64)
+    zero = np.zeros_like(step)
+    high, low, _, _ = philox4x32((step & _LOW, step >> _HALF, zero, zero), (seed & _LOW, seed >> _HALF))
+    bits = ((high << np.uint64(21)) ^ (low >> np.uint64(11))) & np.uint64((1 << 53) - 1)
+    return np.asarray(bits * 2.0**-53, dtype=np.float64)
 
 
 def inverse_cdf(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
@@ -31,7 +70,11 @@ def inverse_cdf(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
     """
     rows, vocabulary = weights_RV.shape
     wide = torch.float32 if weights_RV.device.type == "mps" else torch.float64
-    edges_RB = _block_sums(weights_RV).to(wide).cumsum(-1)
+    whole = vocabulary // _BLOCK * _BLOCK  # the last block may be short
+    sums = [weights_RV[:, :whole].reshape(rows, -1, _BLOCK).sum(-1)] if whole else []
+    if whole < vocabulary:
+        sums.append(weights_RV[:, whole:].sum(-1, keepdim=True))
+    edges_RB = torch.cat(sums, dim=1).to(wide).cumsum(-1)
     total_R1 = edges_RB[:, -1:]
     target_R1 = torch.minimum(uniforms_R.to(wide).to(total_R1.device)[:, None] * total_R1, _just_below(total_R1))
     block_R1 = torch.searchsorted(edges_RB, target_R1, right=True).clamp_(max=edges_RB.shape[1] - 1)
@@ -45,36 +88,8 @@ def inverse_cdf(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
     return (block_R1 * _BLOCK + offset_R1).clamp_(max=vocabulary - 1).reshape(rows)
 
 
-def _block_sums(weights_RV: Tensor) -> Tensor:
-    """Sums over consecutive blocks of the vocabulary; the last block may be short."""
-    rows, vocabulary = weights_RV.shape
-    whole = vocabulary // _BLOCK * _BLOCK
-    sums = weights_RV[:, :whole].reshape(rows, -1, _BLOCK).sum(-1) if whole else weights_RV.new_zeros(rows, 0)
-    if whole == vocabulary:
-        return sums
-    return torch.cat([sums, weights_RV[:, whole:].sum(-1, keepdim=True)], dim=1)
-
-
 def _just_below(bound: Tensor) -> Tensor:
     return torch.nextafter(bound, torch.zeros_like(bound))
-
-
-def warpers(settings: SamplingParams) -> LogitsProcessorList:
-    """The processors that `generate` would apply, in its order, without those that would change nothing."""
-    found = LogitsProcessorList()
-    if settings.repetition_penalty != 1:
-        found.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if settings.temperature == 0:
-        return found
-    if settings.temperature != 1:
-        found.append(TemperatureLogitsWarper(float(settings.temperature)))
-    if settings.top_k > 0:
-        found.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1:
-        found.append(TopPLogitsWarper(float(settings.top_p)))
-    if settings.min_p > 0:
-        found.append(MinPLogitsWarper(settings.min_p))
-    return found
 
 
 class TokenSampler:
@@ -85,8 +100,22 @@ class TokenSampler:
 
     def __init__(self, settings: SamplingParams) -> None:
         self.needs_history = settings.repetition_penalty != 1
-        self._temperature = float(settings.temperature)
-        self._warpers = warpers(settings) if settings.warps else None
+        self._temperature = temperature = float(settings.temperature)
+        self._warpers = LogitsProcessorList()  # as `generate` would apply them, without those that change nothing
+        if not settings.warps:
+            return
+        if self.needs_history:
+            self._warpers.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+        if temperature == 0:
+            return
+        if temperature != 1:
+            self._warpers.append(TemperatureLogitsWarper(temperature))
+        if settings.top_k > 0:
+            self._warpers.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(float(settings.top_p)))
+        if settings.min_p > 0:
+            self._warpers.append(MinPLogitsWarper(settings.min_p))
 
     def __call__(self, logits_RV: Tensor, uniforms_R: FloatArray, seen_RS: Tensor | None) -> tuple[Tensor, Tensor]:
         """Token ids and their log-probabilities under the raw logits, both of shape (R,).
@@ -94,21 +123,18 @@ class TokenSampler:
         Rows of `seen_RS` may be padded with any token of the same row: what was seen counts once.
         """
         logits_RV = logits_RV.float()
-        if self._warpers is None and self._temperature == 1:
+        if not self._warpers and self._temperature == 1:
             probs_RV = torch.softmax(logits_RV, dim=-1)
             tokens_R = inverse_cdf(probs_RV, torch.from_numpy(uniforms_R))
             return tokens_R, probs_RV.gather(1, tokens_R[:, None])[:, 0].log()
-        tokens_R = self._pick(self._warped(logits_RV, seen_RS), uniforms_R)
+        warped_RV = logits_RV
+        if self._warpers:
+            warped_RV = self._warpers(seen_RS, logits_RV.clone())
+        elif self._temperature > 0:
+            warped_RV = logits_RV / self._temperature
+        if self._temperature == 0:
+            tokens_R = warped_RV.argmax(-1)
+        else:
+            tokens_R = inverse_cdf(torch.softmax(warped_RV, dim=-1), torch.from_numpy(uniforms_R))
         chosen_R = logits_RV.gather(1, tokens_R[:, None])[:, 0]
         return tokens_R, chosen_R - logits_RV.logsumexp(-1)
-
-    def _warped(self, logits_RV: Tensor, seen_RS: Tensor | None) -> Tensor:
-        if self._warpers is not None:
-            warped_RV: Tensor = self._warpers(seen_RS, logits_RV.clone())
-            return warped_RV
-        return logits_RV / self._temperature if self._temperature > 0 else logits_RV
-
-    def _pick(self, scores_RV: Tensor, uniforms_R: FloatArray) -> Tensor:
-        if self._temperature == 0:
-            return scores_RV.argmax(-1)
-        return inverse_cdf(torch.softmax(scores_RV, dim=-1), torch.from_numpy(uniforms_R))

@@ -17,9 +17,8 @@ from raftune.config.sampling import SamplingConfig
 from raftune.config.sft import SftConfig
 from raftune.data.classifier_inputs import templated
 from raftune.errors import DataError
-from raftune.policies.causal_lm import CausalLM, chat
-from raftune.policies.causal_lm.chat import keep_date, read_date, turn_end
-from raftune.policies.causal_lm.encoding import TextEncoder
+from raftune.policies.causal_lm import CausalLM, encoding
+from raftune.policies.causal_lm.encoding import TextEncoder, keep_date, read_date, turn_end
 from raftune.records import Prompt
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import resume, run
@@ -176,7 +175,7 @@ def test_a_template_that_writes_the_date_writes_that_of_the_run_also_when_it_is_
     assert f"the chat template writes the date: in this run it is always {today}" in notes
     with pytest.raises(Killed):
         run(config(tmp_path / "cut", model, **settings), objects, observe=dying_after(12))
-    monkeypatch.setattr(chat, "datetime", Tomorrow)
+    monkeypatch.setattr(encoding, "datetime", Tomorrow)
     monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
     fresh = encoder_of(DATED)
     assert today not in fresh.tokenizer.decode(fresh.encode([Prompt("p", ASKED)], for_drawing=True)[0])
@@ -209,9 +208,9 @@ def test_every_form_of_a_date_is_that_of_the_given_day(form: str) -> None:
     template = f"\n  {{{{ strftime_now('{form}') }}}}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}"
     tokenizer = tokenizer_of(template)
     monday = calendar.datetime(2024, 1, 1)
-    assert chat.render(tokenizer, ASKED, "2024-01-01") == f"\n  {monday.strftime(form)}the cab"
-    today = chat.render(tokenizer, ASKED, calendar.date.today().isoformat())
-    assert today == chat.render(tokenizer, ASKED, None)
+    assert encoding.render(tokenizer, ASKED, "2024-01-01") == f"\n  {monday.strftime(form)}the cab"
+    today = encoding.render(tokenizer, ASKED, calendar.date.today().isoformat())
+    assert today == encoding.render(tokenizer, ASKED, None)
 
 
 def test_a_reward_s_template_is_told_one_date_for_ever() -> None:

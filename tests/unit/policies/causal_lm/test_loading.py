@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2Mo
 from raftune.config.policy import AdapterConfig
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.causal_lm import CausalLM
-from raftune.policies.causal_lm.loading import fingerprint, fresh_adapter, refuse_no_model
+from raftune.policies.causal_lm.loading import check_model_folder, fingerprint, fresh_adapter
 from raftune.records import Prompt
 from raftune.training.quiet import quiet
 from tests.builders import (
@@ -423,4 +423,4 @@ def test_equal_runs_in_other_folders_and_processes_leave_equal_bytes(tmp_path: P
 def test_a_pipeline_of_diffusers_is_told_its_family(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ModelError, match=r"has no config\.json\. It is a pipeline .* write policy\.family: diffusion"):
-        refuse_no_model(tmp_path)
+        check_model_folder(tmp_path)

@@ -21,6 +21,7 @@ from raftune.records import ScoreStatus
 from raftune.rewards import RewardBatch, load_panel, load_reward
 from raftune.rewards.process.client import ProcessReward
 from raftune.rewards.process.protocol import batch_from, batch_table
+from raftune.rewards.resolve import resolve
 
 FILE = """
 import json, os, re, sys, time
@@ -200,6 +201,13 @@ def test_what_cannot_be_loaded_raises_here_what_it_raised_there(tmp_path: Path) 
     with pytest.raises(ConfigError, match="no function 'f' in"):
         (tmp_path / "empty.py").write_text("")
         load_reward(f"{tmp_path}/empty.py:f")
+
+
+def test_a_reward_of_trl_names_the_extra_where_trl_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "trl.rewards", raising=False)
+    with pytest.raises(ConfigError, match=r"'think_format_reward' needs TRL. Install it: pip install 'raftune\[trl\]'"):
+        resolve(RewardSpec(spec="think_format_reward"))
 
 
 @pytest.mark.slow

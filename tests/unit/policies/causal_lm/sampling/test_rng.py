@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raftune.policies.causal_lm.sampling.rng import philox4x32, uniforms
+from raftune.policies.causal_lm.sampling.token_choice import philox4x32, uniforms
 
 # The generator's published known answers: counter, key, output.
 KNOWN = [

@@ -15,8 +15,9 @@ from drawing_models import CONTEXT, VOCABULARY, characters, gpt2, llama, mamba, 
 from torch import Tensor, nn
 
 from raftune.errors import ConfigError, DataError, ModelError, OutOfMemory
+from raftune.policies.causal_lm.sampling.backend import generate
 from raftune.policies.causal_lm.sampling.completions import StopStrings
-from raftune.policies.causal_lm.sampling.sample import GeneratedCompletion, SamplingParams, generate
+from raftune.policies.causal_lm.sampling.params import GeneratedCompletion, SamplingParams
 
 PATHS = ["forked", "generate"]
 LENGTHS = (3, 9, 5, 12, 1, 7)

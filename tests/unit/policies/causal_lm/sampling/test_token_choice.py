@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from raftune.policies.causal_lm.sampling.params import SamplingParams
-from raftune.policies.causal_lm.sampling.rng import uniforms
-from raftune.policies.causal_lm.sampling.token_choice import TokenSampler, inverse_cdf
+from raftune.policies.causal_lm.sampling.token_choice import TokenSampler, inverse_cdf, uniforms
 
 
 def by_hand(weights: np.ndarray, noise: np.ndarray) -> np.ndarray:
