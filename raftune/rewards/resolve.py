@@ -157,6 +157,10 @@ def _import(left: str, spec: str) -> tuple[ModuleType, str | None]:
             return importlib.import_module(left), None
         except BaseException as error:
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing and missing.partition(".")[0] == "trl":
+                raise ConfigError(
+                    f"reward_funcs: {spec!r} needs TRL. Install it: pip install 'raftune[trl]'."
+                ) from None
             if missing and (left == missing or left.startswith(missing + ".")):
                 raise ConfigError(
                     f"reward_funcs: no module {left!r} (of {spec!r}); give a file as {left.split('.')[-1]}.py:function,"
