@@ -10,12 +10,10 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 from raftune.policies.registry import FAMILIES, family_of, load_policy
 from raftune.records import TOOLS, JsonType, Prompt, Row
@@ -31,21 +29,21 @@ PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 def sft(group: Sequence[Row]) -> Iterator[Row]:
     """prompt, completion, weight: the samples that were kept, as often as a rule's weights say."""
-    for sample in kept(group):
-        yield {**asked_and_answered(sample), "weight": sample["weight"]}
+    for sample in group:
+        if sample["weight"] > 0:
+            yield {**as_pair(sample), "weight": sample["weight"]}
 
 
 def preference(group: Sequence[Row]) -> Iterator[Row]:
     """prompt, chosen, rejected, margin: the prompt's best sample against its worst, where they differ in score."""
     scored = sorted(samples.usable(list(group)), key=lambda s: (s["score"], -s["k"]))
     if scored and scored[-1]["score"] > scored[0]["score"]:
-        best, worst = asked_and_answered(scored[-1]), asked_and_answered(scored[0])
-        margin = scored[-1]["score"] - scored[0]["score"]
+        best = as_pair(scored[-1])
         yield {
             "prompt": best["prompt"],
             "chosen": best["completion"],
-            "rejected": worst["completion"],
-            "margin": margin,
+            "rejected": as_pair(scored[0])["completion"],
+            "margin": scored[-1]["score"] - scored[0]["score"],
             **{name: value for name, value in best.items() if name == TOOLS},
         }
 
@@ -53,22 +51,41 @@ def preference(group: Sequence[Row]) -> Iterator[Row]:
 def unpaired(group: Sequence[Row]) -> Iterator[Row]:
     """prompt, completion, label: every scored sample, true where it was kept."""
     for sample in samples.usable(list(group)):
-        yield {**asked_and_answered(sample), "label": sample["weight"] > 0}
+        yield {**as_pair(sample), "label": sample["weight"] > 0}
 
 
-def sft_tokens(encode: Callable[[list[Prompt]], list[list[int]]]) -> Callable[[Sequence[Row]], Iterator[Row]]:
+def sft_tokens(run: RunFolder, allow_code: bool) -> Callable[[Sequence[Row]], Iterator[Row]]:
     """input_ids, labels: the kept samples on the exact ids that were generated, the prompt masked, as SFTTrainer
     reads.
+
+    Needs the run's tokenizer. Raises ConfigError where to load it would import code that the configuration names, and
+    for a family without tokens.
     """
+    config = run.configuration()
+    known = config.policy.family in FAMILIES
+    if not allow_code and (not known or getattr(config.policy, "trust_remote_code", False)):
+        model = getattr(config.policy, "model", "its model")
+        code = f"policy.trust_remote_code of {model}" if known else f"policy.family: {config.policy.family}"
+        raise ConfigError(
+            f"--format sft-tokens would import code that the run's configuration names ({code}). If you trust this "
+            "run, add --allow-code; --format sft needs no code."
+        )
+    config = resolve_starters(config)
+    family, start = family_of(config), run.folder(0, "model")
+    encoder = None
+    if "completion_ids" in family.payload.names:
+        encoder = getattr(load_policy(family, config, start, start), "encoder", None)
+    if encoder is None:
+        raise ConfigError(f"--format sft-tokens needs a family with tokens; got {config.policy.family}. Write sft.")
 
     def rows(group: Sequence[Row]) -> Iterator[Row]:
-        if not kept(group):
-            return
-        first = group[0]
-        [prompt] = encode([Prompt(first["prompt_id"], first["prompt"], {TOOLS: first.get(TOOLS)})])
-        for sample in kept(group):
-            ids = list(sample["completion_ids"])
-            yield {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + ids}
+        kept = [sample for sample in group if sample["weight"] > 0]
+        if kept:
+            prompt = Prompt(kept[0]["prompt_id"], kept[0]["prompt"], {TOOLS: kept[0].get(TOOLS)})
+            [prompt_ids] = encoder.encode([prompt], for_drawing=False)
+            for sample in kept:
+                ids = list(sample["completion_ids"])
+                yield {"input_ids": prompt_ids + ids, "labels": [IGNORED] * len(prompt_ids) + ids}
 
     return rows
 
@@ -80,20 +97,15 @@ FORMATS: dict[str, Callable[[Sequence[Row]], Iterator[Row]]] = {
 }
 
 
-def kept(group: Sequence[Row]) -> list[Row]:
-    return [sample for sample in group if sample["weight"] > 0]
-
-
-def asked_and_answered(sample: Row) -> Row:
+def as_pair(sample: Row) -> Row:
     """Prompt and completion in TRL's two shapes, texts or lists of messages; an image as `datasets` has it."""
-    if isinstance(sample["completion"], bytes):
-        return {"prompt": sample["prompt"], "completion": {"bytes": sample["completion"], "path": None}}
-    if isinstance(sample["prompt"], list):
-        answer: Any = [{"role": "assistant", "content": sample["completion"]}]
-    else:
-        answer = sample["completion"]
-    tools = {TOOLS: sample[TOOLS]} if TOOLS in sample and isinstance(sample["prompt"], list) else {}
-    return {"prompt": sample["prompt"], "completion": answer, **tools}
+    prompt, completion = sample["prompt"], sample["completion"]
+    if isinstance(completion, bytes):
+        return {"prompt": prompt, "completion": {"bytes": completion, "path": None}}
+    if not isinstance(prompt, list):
+        return {"prompt": prompt, "completion": completion}
+    tools = {TOOLS: sample[TOOLS]} if TOOLS in sample else {}
+    return {"prompt": prompt, "completion": [{"role": "assistant", "content": completion}], **tools}
 
 
 def export(root: str | Path, kind: str, out: str | Path, which: str = "all", *, allow_code: bool = False) -> int:
@@ -108,60 +120,33 @@ def export(root: str | Path, kind: str, out: str | Path, which: str = "all", *, 
     run.read_config()
     if out.exists():
         raise ConfigError(f"--out must not exist yet; {out} does. Choose another name.")
-    if out.suffix not in (".jsonl", ".parquet", ""):
+    if out.suffix not in WRITERS:
         raise ConfigError(f"--out must end in .jsonl or .parquet, or be a folder; got {out.name!r}. Rename it.")
     rounds = samples.choose_rounds(run, which)
-    with shaping(run, kind, allow_code) as shape, explaining(out):
+    shape = sft_tokens(run, allow_code) if kind == "sft-tokens" else FORMATS[kind]
+    with explaining(out):
         chunks = (chunk for round_ in rounds for chunk in samples.training_chunks(run, round_))
         tables = (
             rows for chunk in chunks if (rows := [row for group in samples.by_prompt(chunk) for row in shape(group)])
         )
+        if out.suffix != ".jsonl" and has_nested_prompts(run):
+            tables = (list(map(with_json, rows)) for rows in tables)
         out.parent.mkdir(parents=True, exist_ok=True)
-        write = WRITERS[out.suffix]
-        count = write(as_json(tables) if out.suffix != ".jsonl" and has_nested_prompts(run) else tables, out)
+        count = WRITERS[out.suffix](tables, out)
     if not count:
         raise ConfigError(f"--format {kind}: no row of round {which} fits; nothing was written. Choose another round.")
     return count
-
-
-@contextlib.contextmanager
-def shaping(run: RunFolder, kind: str, allow_code: bool = False) -> Iterator[Callable[[Sequence[Row]], Iterator[Row]]]:
-    """The function that makes a prompt's rows; that of sft-tokens needs the run's tokenizer."""
-    if kind != "sft-tokens":
-        yield FORMATS[kind]
-        return
-    config = run.configuration()
-    if not allow_code:
-        refuse_code(config)
-    config = resolve_starters(config)
-    family, start = family_of(config), run.folder(0, "model")
-    encoder = None
-    if "completion_ids" in family.payload.names:
-        encoder = getattr(load_policy(family, config, start, start), "encoder", None)
-    if encoder is None:
-        raise ConfigError(f"--format sft-tokens needs a family with tokens; got {config.policy.family}. Write sft.")
-    yield sft_tokens(lambda prompts: encoder.encode(prompts, for_drawing=False))
-
-
-def refuse_code(config: RunConfig) -> None:
-    """Raises ConfigError where to load the run's tokenizer would import code that its configuration names."""
-    if config.policy.family not in FAMILIES:
-        named = f"policy.family: {config.policy.family}"
-    elif getattr(config.policy, "trust_remote_code", False):
-        named = f"policy.trust_remote_code of {getattr(config.policy, 'model', 'its model')}"
-    else:
-        return
-    raise ConfigError(
-        f"--format sft-tokens would import code that the run's configuration names ({named}). If you trust this run, "
-        "add --allow-code; --format sft needs no code."
-    )
 
 
 def write_jsonl(tables: Iterator[list[Row]], out: Path) -> int:
     count = 0
     with written(out) as part, part.open("w", encoding="utf-8") as file:
         for rows in tables:
-            refuse_pictures(rows, out)
+            if image_columns(rows[0]):
+                raise ConfigError(
+                    f"--out must end in .parquet or be a folder for a run of images; got {out.name!r}. JSON holds no "
+                    "bytes: rename it."
+                )
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             count += len(rows)
         if not count:
@@ -169,17 +154,7 @@ def write_jsonl(tables: Iterator[list[Row]], out: Path) -> int:
     return count
 
 
-def refuse_pictures(rows: Sequence[Row], out: Path) -> None:
-    """Raises ConfigError for rows that JSON cannot hold."""
-    if picture_columns(rows[0]):
-        raise ConfigError(
-            f"--out must end in .parquet or be a folder for a run of images; got {out.name!r}. JSON holds no bytes: "
-            "rename it."
-        )
-
-
-def picture_columns(row: Row) -> list[str]:
-    """The names of the columns that hold images."""
+def image_columns(row: Row) -> list[str]:
     return [name for name, value in row.items() if isinstance(value, dict) and "bytes" in value]
 
 
@@ -189,13 +164,9 @@ def has_nested_prompts(run: RunFolder) -> bool:
         return any(field.type == JsonType() for field in file.schema_arrow if field.name in NESTED)
 
 
-def as_json(tables: Iterator[list[Row]]) -> Iterator[list[Row]]:
-    """The rows with their prompts and tools as JSON, which `datasets` reads as the values that they are."""
-    for rows in tables:
-        yield [
-            row | {name: JsonTextType(json.dumps(row[name], ensure_ascii=False)) for name in NESTED if name in row}
-            for row in rows
-        ]
+def with_json(row: Row) -> Row:
+    """The row with its prompt and tools as JSON, which `datasets` reads as the values that they are."""
+    return row | {name: JsonTextType(json.dumps(row[name], ensure_ascii=False)) for name in NESTED if name in row}
 
 
 class JsonTextType(str):
@@ -206,7 +177,7 @@ class JsonTextType(str):
 
 def schema_of(rows: list[Row]) -> pa.Schema:
     """The columns of such rows; those of images are marked as `datasets` marks them."""
-    schema, names = pa.Table.from_pylist(rows).schema, picture_columns(rows[0])
+    schema, names = pa.Table.from_pylist(rows).schema, image_columns(rows[0])
     for name in [name for name, value in rows[0].items() if isinstance(value, JsonTextType)]:
         schema = schema.set(schema.get_field_index(name), pa.field(name, pa.json_()))
     for name in names:

@@ -23,18 +23,7 @@ class MetricDescription:
     meaning: str
 
 
-def share(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def nats(value: float) -> str:
-    return f"{value:.2f}"
-
-
+share, number, nats = "{:.3f}".format, "{:,.0f}".format, "{:.2f}".format
 # Title, how the number is written, and its meaning, by the name in metrics.json and in the order of the table.
 KNOWN: dict[str, tuple[str, Callable[[float], str], str]] = {
     "reward": ("reward", share, "the mean over held-out prompts"),
@@ -69,35 +58,26 @@ KNOWN: dict[str, tuple[str, Callable[[float], str], str]] = {
 def measures(metrics: Metrics) -> Iterator[MetricDescription]:
     """Every measure that has a value, the parts of a score beneath it; what is not known here is left out."""
     for name, (title, write, meaning) in KNOWN.items():
-        beneath = parts_of(metrics, name)
-        if (found := metrics.get(name)) is not None:
-            alone = f" ({next(iter(beneath))})" if len(beneath) == 1 else ""
-            yield measure(name, title + alone, found, write, meaning)
-        for part, key in beneath.items():
-            if metrics[key] is not None and metrics[key] != found:
-                yield measure(key, f"  {part}", metrics[key], write, "a part of it")
+        prefix = {"reward": "rewards/", "held_out": "held_out/rewards/"}.get(name)
+        parts = sorted(key for key in metrics if prefix and key.startswith(prefix) and key.endswith("/mean"))
+        titles = {key: key.removeprefix(prefix or "").removesuffix("/mean") for key in parts}
+        if (value := metrics.get(name)) is not None:
+            only = f" ({titles[parts[0]]})" if len(parts) == 1 else ""
+            yield describe(name, title + only, value, write, meaning)
+        for key in parts:
+            if metrics[key] is not None and metrics[key] != value:
+                yield describe(key, f"  {titles[key]}", metrics[key], write, "a part of it")
     for key in sorted(name for name in metrics if name.startswith(OWN)):
         if metrics[key] is not None:
-            yield measure(
-                key, key.removeprefix(OWN), metrics[key], lambda value: f"{value:.4g}", "a metric of your own"
-            )
+            yield describe(key, key.removeprefix(OWN), metrics[key], "{:.4g}".format, "a metric of your own")
 
 
-def parts_of(metrics: Metrics, name: str) -> dict[str, str]:
-    """The rewards that a score is the sum of, and the name of each in metrics.json; none for other measures."""
-    prefix = {"reward": "rewards/", "held_out": "held_out/rewards/"}.get(name)
-    if prefix is None:
-        return {}
-    keys = [key for key in metrics if key.startswith(prefix) and key.endswith("/mean")]
-    return {key.removeprefix(prefix).removesuffix("/mean"): key for key in sorted(keys)}
-
-
-def measure(name: str, title: str, found: Any, write: Callable[[float], str], meaning: str) -> MetricDescription:
-    if isinstance(found, Mapping):
-        ends = ends_of(found)
-        between = f"{write(ends[0])} … {write(ends[1])}" if ends else f"none, n = {found.get('n', '?')}"
-        return MetricDescription(name, title, write(found["mean"]), between, meaning)
-    return MetricDescription(name, title, write(found), "", meaning)
+def describe(name: str, title: str, value: Any, write: Callable[[float], str], meaning: str) -> MetricDescription:
+    if not isinstance(value, Mapping):
+        return MetricDescription(name, title, write(value), "", meaning)
+    ends = ends_of(value)
+    between = f"{write(ends[0])} … {write(ends[1])}" if ends else f"none, n = {value.get('n', '?')}"
+    return MetricDescription(name, title, write(value["mean"]), between, meaning)
 
 
 def spread(found: Mapping[str, Any] | None, digits: int = 3) -> str:
@@ -133,7 +113,7 @@ def best_of_k(metrics: Metrics, name: str = "best_of_k") -> list[BestOfKPoint]:
         BestOfKPoint(
             k,
             found["mean"],
-            measure("best_of_k", "", found, share, "").interval,
+            describe("best_of_k", "", found, share, "").interval,
             (found["mean"] - one["mean"]) / whole if one and whole > 0 else None,
         )
         for k, found in sorted(curve.items())

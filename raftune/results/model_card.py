@@ -89,7 +89,8 @@ def best_of(run: RunFolder) -> int:
     return best
 
 
-def refuse_missing(run: RunFolder, round_: int) -> None:
+def check_model(run: RunFolder, round_: int) -> None:
+    """Raises StoreError where a round has no model any more, RunDamaged where it or the start is not as committed."""
     if not run.was_made(round_, "model"):
         raise StoreError(f"round {round_} of {run.root} has no model. `raftune runs` says how far the run is.")
     if run.is_dropped(round_, "model"):
@@ -98,11 +99,6 @@ def refuse_missing(run: RunFolder, round_: int) -> None:
             f"the weights of round {round_} of {run.root} were dropped, as keep_models says. Choose the best round, or "
             f"make them again with `{shell_command('raftune', 'resume', run.root, *flags)}`."
         )
-
-
-def check_model(run: RunFolder, round_: int) -> None:
-    """Raises StoreError where a round has no model any more, RunDamaged where it or the start is not as committed."""
-    refuse_missing(run, round_)
     start = run.folder(0, "model")
     for folder in {run.folder(round_, "model"), start}:
         check_folder(folder)
@@ -115,26 +111,26 @@ def card(root: str | Path, round_: int, use: ModelUsage) -> str:
     """The model card: what the model is, where it comes from, how it did by round, and how to load it."""
     run = RunFolder(root)
     config = run.configuration()
-    versions = read_json(run.recorded("environment.json")).get("libraries", {})
-    parts = [front_matter(config, use), summary(run, config, round_, use.generated), table(run, config, round_)]
+    base = base_name(config)
+    hub: dict[str, Any] = {"library_name": use.library, **({} if base is None else {"base_model": base})}
+    hub |= {"tags": ["raft", TAG, "raftune"], "model_name": config.name}
+    hub |= {"pipeline_tag": use.task} if use.task else {}
+    front_matter = f"---\n{yaml.safe_dump(hub, sort_keys=False, allow_unicode=True)}---"
+    parts = [front_matter, summary(run, config, round_, use.generated), table(run, config, round_)]
     if use.note:
         parts.append(use.note)
     if use.code:
         parts.append(f"## How to load it\n\n```python\n{use.code}\n```")
-    parts.append(settings(validate(run.read_config()), versions))
+    stored = validate(run.read_config())
+    refuse_secrets(stored)
+    versions = read_json(run.recorded("environment.json")).get("libraries", {})
+    settings = yaml.safe_dump(without_paths(declared(stored)), sort_keys=False, allow_unicode=True)
+    libraries = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    parts.append(
+        "## Settings\n\nEverything that is not at its default, as a configuration of raftune:\n\n```yaml\n"
+        f"{settings}```\n\nMade with {libraries}."
+    )
     return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def front_matter(config: RunConfig, use: ModelUsage) -> str:
-    """What the hub reads: library, base model, tags."""
-    base = base_name(config)
-    data: dict[str, Any] = {"library_name": use.library}
-    if base is not None:
-        data["base_model"] = base
-    data |= {"tags": ["raft", TAG, "raftune"], "model_name": config.name}
-    if use.task:
-        data["pipeline_tag"] = use.task
-    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
 
 
 def base_name(config: RunConfig) -> str | None:
@@ -145,16 +141,6 @@ def base_name(config: RunConfig) -> str | None:
     return None if Path(name).expanduser().is_dir() else name
 
 
-def local_name(config: RunConfig) -> str | None:
-    """A bundled model's word, or the last part of the folder that the run began from; None of anything else."""
-    name = getattr(config.policy, "model", None)
-    if not isinstance(name, str):
-        return None
-    if is_bundled(config):
-        return f"raftune's bundled `{name}`"
-    return f"the model in the folder `{Path(name).name}`" if Path(name).expanduser().is_dir() else None
-
-
 def is_bundled(config: RunConfig) -> bool:
     name = getattr(config.policy, "model", None)
     return resolve_model(name, config.policy.family) != name
@@ -162,13 +148,17 @@ def is_bundled(config: RunConfig) -> bool:
 
 def summary(run: RunFolder, config: RunConfig, round_: int, generated: str = "answers to") -> str:
     rewards = ", ".join(f"`{name}`" for name in config.rewards.names) or "Python objects"
-    start = base_name(config) or local_name(config) or "the start model"
+    start, name = base_name(config) or "the start model", getattr(config.policy, "model", None)
+    if isinstance(name, str) and is_bundled(config):
+        start = f"raftune's bundled `{name}`"
+    elif isinstance(name, str) and Path(name).expanduser().is_dir():
+        start = f"the model in the folder `{Path(name).name}`"
     if round_ == 0:
         return f"# {config.name}\n\nThe start of this run ({start}): no round of reward-ranked fine-tuning was better."
-    asked = read_row(run, round_).get("prompts", config.prompts_per_round)  # fewer where the data has fewer
+    prompts = read_row(run, round_).get("prompts", config.prompts_per_round)  # fewer where the data has fewer
     return (
         f"# {config.name}\n\nRound {round_} of reward-ranked fine-tuning (RAFT) of {start}. Each round generated "
-        f"{config.sampling.num_generations} {generated} each of {counted(asked, 'prompt')}, scored them with "
+        f"{config.sampling.num_generations} {generated} each of {counted(prompts, 'prompt')}, scored them with "
         f"{rewards}, selected by `{config.selection.rule}`, and fine-tuned on what was kept."
     )
 
@@ -191,17 +181,6 @@ def refuse_secrets(config: RunConfig) -> None:
     """Raises ConfigError where the settings that a card shows hold a key or password in plain."""
     if fields := list(plain_secrets(declared(config))):
         raise ConfigError(f"a model card must hold no secret; {advice(fields)} Then resume the run, and export again.")
-
-
-def settings(config: RunConfig, versions: dict[str, str]) -> str:
-    """What differs from the defaults, without paths of the machine that it ran on; and the versions."""
-    refuse_secrets(config)
-    shown = without_paths(declared(config))
-    libraries = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-    return (
-        "## Settings\n\nEverything that is not at its default, as a configuration of raftune:\n\n```yaml\n"
-        f"{yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)}```\n\nMade with {libraries}."
-    )
 
 
 def without_paths(value: Any) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,25 +30,26 @@ class SampleStats:
 
     def __init__(self, run: RunFolder, round_: int, encoder: Any = None) -> None:
         self._folders = {name: run.folder(round_, name) for name in ("plan", "generate", "score", "logp", "logp-start")}
-        self._encoder = encoder
-        self._values: dict[str, list[FloatArray]] = {}
+        self._values: defaultdict[str, list[FloatArray]] = defaultdict(list)
         self._flat: list[bool] = []
         self.tokens = 0
         for chunk in chunk_numbers(self._folders["score"]):
             self._add_scores(chunk)
-            self._add_texts(chunk)
-            self._add_divergence(chunk)
+            self._add_lengths(chunk, encoder)
 
     def metrics(self) -> dict[str, float]:
         """`reward`, `reward_std`, `rewards/NAME/mean`, … of the policy's own samples; what has no value is left out."""
         found: dict[str, float] = logged_metrics(self._folders["score"])
-        for name, mean, spread in self._names():
-            values = np.concatenate(self._values[name])
+        names = {"score": ("reward", "reward_std"), "length": ("completions/mean_length", "")}
+        names |= {"clipped": ("completions/clipped_ratio", ""), "kl": ("kl", "")}
+        for name, chunks in self._values.items():
+            mean, deviation = names.get(name, (f"{name}/mean", f"{name}/std"))
+            values = np.concatenate(chunks)
             values = values[np.isfinite(values)]
             if len(values):
                 found[mean] = float(values.mean())
-                if spread:
-                    found[spread] = float(values.std())
+                if deviation:
+                    found[deviation] = float(values.std())
         if self._flat:
             found["frac_reward_zero_std"] = float(np.mean(self._flat))
         if lengths := self._values.get("length"):
@@ -56,18 +57,13 @@ class SampleStats:
             found["completions/max_length"] = float(np.concatenate(lengths).max())
         return found
 
-    def _names(self) -> Iterator[tuple[str, str, str]]:
-        """Of each column the names of its mean and its standard deviation."""
-        plain = {"score": ("reward", "reward_std"), "length": ("completions/mean_length", "")}
-        plain |= {"clipped": ("completions/clipped_ratio", ""), "kl": ("kl", "")}
-        for name in self._values:
-            yield name, *plain.get(name, (f"{name}/mean", f"{name}/std"))
-
     def _add(self, name: str, values: Any) -> None:
-        self._values.setdefault(name, []).append(np.asarray(values, dtype=np.float64))
+        self._values[name].append(np.asarray(values, dtype=np.float64))
 
     def _add_scores(self, chunk: int) -> None:
-        table = own(read_table(self._folders["score"] / chunk_file(chunk)))
+        """The scores; and the KL to the start, nats an answer, which is known while generating with beta > 0."""
+        scores = read_table(self._folders["score"] / chunk_file(chunk))
+        table = own(scores)
         usable = pc.if_else(pc.equal(table.column("status"), "ok"), table.column("score"), None)
         self._add("score", usable.to_numpy(zero_copy_only=False))
         for name in table.column_names:
@@ -77,8 +73,12 @@ class SampleStats:
         ends = prompts.group_by("prompt_id").aggregate([("score", "min"), ("score", "max")])
         same = pc.equal(ends.column("score_min"), ends.column("score_max")).drop_null()
         self._flat += same.to_pylist()
+        paths = [self._folders[name] / chunk_file(chunk) for name in ("logp", "logp-start")]
+        if paths[0].is_file():
+            ours, start = (read_table(path, ["log_prob"]).column("log_prob").to_numpy() for path in paths)
+            self._add("kl", (ours - start)[np.array(scores.column("source").to_pylist()) == "policy"])
 
-    def _add_texts(self, chunk: int) -> None:
+    def _add_lengths(self, chunk: int, encoder: Any) -> None:
         path = self._folders["generate"] / chunk_file(chunk)
         if "completion_ids" not in column_names(path):
             return
@@ -87,21 +87,11 @@ class SampleStats:
         self._add("length", lengths)
         self._add("clipped", pc.equal(table.column("finish"), "length").to_numpy(zero_copy_only=False))
         self.tokens += int(lengths.sum())
-        if self._encoder is None:
-            return
-        prompts = read_chunk(self._folders["plan"], chunk).prompts
-        asked = Counter(table.column("prompt_id").to_pylist())
-        encoded = self._encoder.encode(prompts, for_drawing=True)
-        self.tokens += sum(asked[prompt.id] * len(ids) for prompt, ids in zip(prompts, encoded, strict=True))
-
-    def _add_divergence(self, chunk: int) -> None:
-        """KL to the start, nats an answer; known while generating where `beta` asks for it."""
-        ours, start = (self._folders[name] / chunk_file(chunk) for name in ("logp", "logp-start"))
-        if ours.is_file():
-            score = read_table(self._folders["score"] / chunk_file(chunk), ["source"])
-            both = [read_table(path, ["log_prob"]).column("log_prob").to_numpy() for path in (ours, start)]
-            mine = np.array(score.column("source").to_pylist()) == "policy"
-            self._add("kl", (both[0] - both[1])[mine])
+        if encoder is not None:
+            prompts = read_chunk(self._folders["plan"], chunk).prompts
+            times = Counter(table.column("prompt_id").to_pylist())
+            encoded = encoder.encode(prompts, for_drawing=True)
+            self.tokens += sum(times[prompt.id] * len(ids) for prompt, ids in zip(prompts, encoded, strict=True))
 
 
 def own(table: pa.Table) -> pa.Table:
@@ -116,20 +106,20 @@ def held_out(metrics: Mapping[str, Any], prefix: str = "eval", *, ends: bool = F
     """
     found: dict[str, float] = {}
     for name, value in metrics.items():
-        for key, number in _flat(f"{prefix}_{name}", value):
+        for key, number in flat(f"{prefix}_{name}", value):
             if ends or not key.endswith(("_low", "_high")):
                 found[key] = number
     return found
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
+def flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping) and "mean" in value:
         yield name, float(value["mean"])
         if ends := ends_of(value):
             yield from ((f"{name}_low", float(ends[0])), (f"{name}_high", float(ends[1])))
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _flat(f"{name}/{key}", inner)
+            yield from flat(f"{name}/{key}", inner)
     elif isinstance(value, (int, float)):
         yield name, float(value)
 
@@ -140,34 +130,28 @@ def losses(run: RunFolder, round_: int) -> list[float]:
     return [float(loss) for loss in report["losses"]]
 
 
-def logged_columns(run: RunFolder, round_: int, names: Collection[str]) -> dict[str, dict[str, Any]]:
-    """What rewards gave to `log_extra` of these samples, by sample_id and column."""
-    found = {}
-    folder = run.folder(round_, "score")
-    for chunk in chunk_numbers(folder):
-        path = folder / chunk_file(chunk)
-        extras = [name for name in column_names(path) if name.startswith(EXTRA)]
-        for row in read_table(path, ["sample_id", *extras]).to_pylist() if extras else ():
-            if row["sample_id"] in names:
-                found[row["sample_id"]] = extras_of(row)
-    return found
-
-
 def kept(run: RunFolder, round_: int, count: int | None) -> list[tuple[Any, str, float | None, dict[str, Any]]]:
     """The first `count` of what the round learned from: prompt, completion, score (None where it is from elsewhere),
-    and what rewards logged of it."""
+    and what rewards gave to `log_extra` of it."""
     file = pq.ParquetFile(check_file(run.folder(round_, "rows") / "rows.parquet"))
     rows: list[dict[str, Any]] = []
     for batch in file.iter_batches(batch_size=count or 1000, columns=["sample_id", "prompt", "completion"]):
         rows += batch.to_pylist()
         if count is not None and len(rows) >= count:
             break
-    wanted = pa.array([row["sample_id"] for row in rows][:count], pa.string())
+    rows = rows[:count]
+    wanted = pa.array([row["sample_id"] for row in rows], pa.string())
     verdicts = read_table(run.folder(round_, "select") / "verdicts.parquet", ["sample_id", "score"])
     found = verdicts.filter(pc.is_in(verdicts.column("sample_id"), wanted)).to_pydict()
     scores = dict(zip(found["sample_id"], found["score"], strict=True))
-    logged = logged_columns(run, round_, scores)
+    logged = {}
+    for chunk in chunk_numbers(run.folder(round_, "score")):
+        path = run.folder(round_, "score") / chunk_file(chunk)
+        if extras := [name for name in column_names(path) if name.startswith(EXTRA)]:
+            table = read_table(path, ["sample_id", *extras])
+            table = table.filter(pc.is_in(table.column("sample_id"), wanted))
+            logged |= {row["sample_id"]: extras_of(row) for row in table.to_pylist()}
     return [
-        (row["prompt"], answer_text(row["completion"]), scores.get(name := row["sample_id"]), logged.get(name, {}))
-        for row in rows[:count]
+        (row["prompt"], answer_text(row["completion"]), scores.get(row["sample_id"]), logged.get(row["sample_id"], {}))
+        for row in rows
     ]

@@ -21,14 +21,9 @@ VERDICT = ("ranked_by", "rank", "weight", "reason")
 IDENTITY = ("sample_id", "prompt_id", "k", "source")
 
 
-def training_rounds(run: RunFolder) -> list[int]:
-    """The rounds whose verdicts are committed, ascending."""
-    return run.rounds_with("select")
-
-
 def choose_rounds(run: RunFolder, which: str) -> list[int]:
     """The rounds that `all`, `best` or a number stands for. Raises ConfigError, StoreError."""
-    known = training_rounds(run)
+    known = run.rounds_with("select")
     if not known:
         raise StoreError(f"{run.root} has no round with verdicts. {how_to_go_on(run.root, run.read_config())}")
     if which == "all":
@@ -44,39 +39,36 @@ def choose_rounds(run: RunFolder, which: str) -> list[int]:
 
 
 def training_chunks(run: RunFolder, round_: int) -> Iterator[list[Row]]:
-    """Unit by chunk, the samples that the round chose from: identity, prompt, completion, score, parts, verdict."""
-    shards = [name for name in ("generate", "teach") if is_input(run, round_, "score", name)]
+    """Chunk by chunk, the samples that the round chose from: identity, prompt, completion, score, parts, verdict."""
+    commit = run.commit(round_, "score") if run.was_made(round_, "score") else None
+    inputs = commit.inputs if commit is not None else {}
+    shards = [name for name in ("generate", "teach") if f"{round_}/{name}" in inputs and run.was_made(round_, name)]
     verdicts = read_table(run.folder(round_, "select") / "verdicts.parquet", VERDICT)
-    at = 0
+    plan, at = run.folder(round_, "plan"), 0
+    has_tools = TOOLS in column_names(plan / "prompts.parquet")
     for chunk in chunk_numbers(*(run.folder(round_, name) for name in ("score", *shards))):
-        drawn = [read_drawn(run.folder(round_, shard) / chunk_file(chunk)) for shard in shards]
+        generated = [read_drawn(run.folder(round_, shard) / chunk_file(chunk)) for shard in shards]
         scores = read_table(run.folder(round_, "score") / chunk_file(chunk))
         verdict = verdicts.slice(at, scores.num_rows)
         at += scores.num_rows
-        prompts = prompts_of(run.folder(round_, "plan"), chunk)
-        samples = joined(pa.concat_tables(drawn), prompts, scores, verdict)
-        if tools := tools_of(run.folder(round_, "plan"), chunk):
+        samples = joined(pa.concat_tables(generated), prompts_of(plan, chunk), scores, verdict)
+        if has_tools:
+            tools = prompts_of(plan, chunk, TOOLS)
             for sample in samples:
                 sample[TOOLS] = tools[sample["prompt_id"]]
         yield samples
 
 
 def held_out_chunks(run: RunFolder, round_: int) -> Iterator[list[Row]]:
-    """Unit by chunk, the samples that the round was judged by; `held_out` is the score of held-out rewards, if any."""
+    """Chunk by chunk, the samples that the round was judged by; `held_out` is the score of held-out rewards, if any."""
     folder = run.folder(round_, "evaluate")
     is_judged = run.was_made(round_, "evaluate/judge")
     for chunk in chunk_numbers(folder / "score", folder / "generate"):
-        drawn = read_drawn(folder / "generate" / chunk_file(chunk))
+        generated = read_drawn(folder / "generate" / chunk_file(chunk))
         scores = read_table(folder / "score" / chunk_file(chunk))
         judged = folder / "judge" / chunk_file(chunk)
         held_out = read_table(judged, ["score"]).rename_columns(["held_out"]) if is_judged else None
-        yield joined(drawn, prompts_of(folder / "plan", chunk), scores, held_out)
-
-
-def is_input(run: RunFolder, round_: int, stage: str, name: str) -> bool:
-    """Whether a committed stage was made from this one of the same round. Raises RunDamaged without its manifest."""
-    commit = run.commit(round_, stage) if run.was_made(round_, stage) else None
-    return commit is not None and f"{round_}/{name}" in commit.inputs and run.was_made(round_, name)
+        yield joined(generated, prompts_of(folder / "plan", chunk), scores, held_out)
 
 
 def read_drawn(path: Path) -> pa.Table:
@@ -92,11 +84,6 @@ def prompts_of(plan: Path, chunk: int, column: str = "prompt") -> dict[str, Any]
         if index == chunk:
             return dict(zip(group.column("prompt_id").to_pylist(), group.column(column).to_pylist(), strict=True))
     raise AssertionError(f"the plan {plan} has no chunk {chunk}")
-
-
-def tools_of(plan: Path, chunk: int) -> dict[str, Any]:
-    """The tools of each prompt of the chunk by id; nothing where the prompts have none."""
-    return prompts_of(plan, chunk, TOOLS) if TOOLS in column_names(plan / "prompts.parquet") else {}
 
 
 def joined(drawn: pa.Table, prompts: dict[str, Any], *others: pa.Table | None) -> list[Row]:

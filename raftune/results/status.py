@@ -49,41 +49,34 @@ class RunStatus:
 def status_of(root: Path) -> RunStatus:
     """The run's status; what cannot be read makes it damaged. All of it is read by `verify` alone: here, of a long run,
     the start, the best round and the newest ones."""
-    when = datetime.fromtimestamp(0).astimezone()
+    status = RunStatus(root, root.name, "?", 0, 0, None, None, None, DAMAGED, datetime.fromtimestamp(0).astimezone())
+    run = RunFolder(root)
     try:
         changed = max((path.stat().st_mtime for path in root.iterdir() if path.is_file()), default=0)
-        when = datetime.fromtimestamp(changed).astimezone()
-        config = RunFolder(root).read_config()
-        name, family, planned = config["name"], config["policy"]["family"], int(config["num_rounds"])
-    except (RaftuneError, OSError, KeyError, TypeError) as error:
-        return RunStatus(root, root.name, "?", 0, 0, None, None, None, DAMAGED, when, first_line(error))
-    try:
-        return progress_of(RunStatus(root, name, family, 0, planned, None, None, None, RESUMABLE, when))
+        status = replace(status, when=datetime.fromtimestamp(changed).astimezone())
+        config = run.read_config()
+        names = {"name": config["name"], "family": config["policy"]["family"]}
+        status = replace(status, **names, num_rounds=int(config["num_rounds"]))
+        rounds, best = run.rounds(), best_round(root)
+        looked = {*rounds[:1], *rounds[-NEWEST:], *(r for r in rounds if r == best)}
+        for round_, name in run.places(sorted(looked)):
+            run.commit(round_, name)  # it can be read, and is of a version that we know
+        last = next((round_ for round_ in reversed(rounds) if is_done(run, round_)), None)
+        rewards = {r: read_row(run, r).get("reward") for r in sorted(looked) if is_done(run, r)}
+        state, why = state_of(run, status.num_rounds, last)
+        return replace(
+            status,
+            rounds=last or 0,
+            best=best,
+            start_reward=rewards.get(0),
+            best_reward=rewards.get(best) if best is not None else None,
+            state=state,
+            why=why,
+            alarms=sum(len(alarms_of(run, round_)) for round_ in rounds if may_alarm(run, round_)),
+            generation=generation_of(run, rounds),
+        )
     except (RaftuneError, OSError, ValueError, KeyError, TypeError) as error:
-        return RunStatus(root, name, family, 0, planned, None, None, None, DAMAGED, when, first_line(error))
-
-
-def progress_of(status: RunStatus) -> RunStatus:
-    """The status with what the run's manifests say. Raises what reading them raises."""
-    run = RunFolder(status.root)
-    rounds, best = run.rounds(), best_round(status.root)
-    looked = {*rounds[:1], *rounds[-NEWEST:], *(r for r in rounds if r == best)}
-    for round_, name in run.places(sorted(looked)):
-        run.commit(round_, name)  # it can be read, and is of a version that we know
-    last = next((round_ for round_ in reversed(rounds) if is_done(run, round_)), None)
-    rewards = {r: read_row(run, r).get("reward") for r in sorted(looked) if is_done(run, r)}
-    state, why = state_of(run, status.num_rounds, last)
-    return replace(
-        status,
-        rounds=last or 0,
-        best=best,
-        start_reward=rewards.get(0),
-        best_reward=rewards.get(best) if best is not None else None,
-        state=state,
-        why=why,
-        alarms=sum(len(alarms_of(run, round_)) for round_ in rounds if may_alarm(run, round_)),
-        generation=generation_of(run, rounds),
-    )
+        return replace(status, why=first_line(error))
 
 
 def generation_of(run: RunFolder, rounds: Sequence[int]) -> str:
@@ -92,9 +85,8 @@ def generation_of(run: RunFolder, rounds: Sequence[int]) -> str:
     if not record.is_file():
         return ""
     adapted = [r for r in rounds if (run.folder(r, "model") / "adapter_config.json").is_file()]
-    probe = run.folder(adapted[-1], "model") / "parity.json" if adapted else None
-    known = read_json(probe) if probe is not None and probe.is_file() else None
-    return generation_words(read_json(record), known)
+    probe = run.folder(adapted[-1], "model") / "parity.json" if adapted else record
+    return generation_words(read_json(record), read_json(probe) if probe != record and probe.is_file() else None)
 
 
 def may_alarm(run: RunFolder, round_: int) -> bool:

@@ -39,6 +39,7 @@ WORTH_SAYING: dict[str, Callable[[Row], float]] = {
     "nothing_to_rank": lambda row: 0.05 * row.get("prompts", 0),
     "clipped_kept": lambda row: 0.05,
 }
+SAME = "all their candidates score the same"
 LONGEST_TITLE = 12  # letters, so that the table of a whole run fits beside an image of it
 
 
@@ -121,49 +122,29 @@ def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Summa
     chunks = f" (n={' to '.join(map(str, (counts[0], counts[-1])[: len(counts)]))})" if counts else ""
     wide = any("reward_low" in row for row in rows) or not counts
     half = ", with the half width of its 95 % interval" if wide else f"; fewer than {FEWEST_UNITS} give no interval"
+    best_of = f"best of {max(ks, default=0)}"
     columns = [
         SummaryColumn("round", "round", "0 is the start", lambda row: str(row["round"] or "start")),
         SummaryColumn("reward", f"reward{chunks}", f"mean on held-out prompts{half}", with_interval),
-        SummaryColumn(
-            "best_of_k",
-            f"best of {max(ks, default=0)}",
-            "the reward of the best of so many samples: the headroom",
-            number("best_of_k"),
-        ),
-        SummaryColumn("held_out", judge, "held out: a reward that is never trained on", number("held_out")),
-        SummaryColumn("kl", "KL", "to the start model, nats per answer", number("kl", 2)),
-        SummaryColumn(
-            "perplexity", "perplexity", "of the reference answers under the round's model", number("perplexity", 2)
-        ),
-        SummaryColumn("length", "length", "mean tokens of an answer", number("length", 1)),
-        SummaryColumn("distinct_2", "distinct-2", "distinct word pairs over all word pairs", number("distinct_2", 3)),
-        SummaryColumn("msttr", "MSTTR", "share of different words in a hundred words (MSTTR-100)", number("msttr", 3)),
-        SummaryColumn("saturation", "saturation", "mean saturation of the images, 0 … 1", number("saturation")),
-        SummaryColumn("contrast", "contrast", "standard deviation of an image's luma, 0 … 0.5", number("contrast")),
-        SummaryColumn(
-            "pixel_distance",
-            "pixels",
-            "distance of two images of one prompt, by their thumbnails, 0 … 1",
-            number("pixel_distance"),
-        ),
-        SummaryColumn(
-            "vendi", "Vendi", "how many different images of a prompt there are in effect", number("vendi", 2)
-        ),
-        SummaryColumn("drift", "drift", "1 - cos of features to the start's image of the same seed", number("drift")),
+        number("best_of_k", best_of, "the reward of the best of so many samples: the headroom"),
+        number("held_out", judge, "held out: a reward that is never trained on"),
+        number("kl", "KL", "to the start model, nats per answer", 2),
+        number("perplexity", "perplexity", "of the reference answers under the round's model", 2),
+        number("length", "length", "mean tokens of an answer", 1),
+        number("distinct_2", "distinct-2", "distinct word pairs over all word pairs"),
+        number("msttr", "MSTTR", "share of different words in a hundred words (MSTTR-100)"),
+        number("saturation", "saturation", "mean saturation of the images, 0 … 1"),
+        number("contrast", "contrast", "standard deviation of an image's luma, 0 … 0.5"),
+        number("pixel_distance", "pixels", "distance of two images of one prompt, by their thumbnails, 0 … 1"),
+        number("vendi", "Vendi", "how many different images of a prompt there are in effect", 2),
+        number("drift", "drift", "1 - cos of features to the start's image of the same seed"),
         *(own_column(key) for key in sorted({key for row in rows for key in row if key.startswith(OWN)})),
-        SummaryColumn("invalid", "invalid", "share of samples that are no image", percentage("invalid")),
-        SummaryColumn(
-            "nothing_to_rank",
-            "ties",
-            "prompts with nothing to rank: all their candidates score the same",
-            lambda row: f"{row['nothing_to_rank']}/{row['prompts']}",
+        percentage("invalid", "invalid", "share of samples that are no image"),
+        ratio(
+            "nothing_to_rank", "prompts", "ties", "prompts with nothing to rank: all their candidates score the same"
         ),
-        SummaryColumn(
-            "clipped_kept", "cut off", "share of the kept answers that were cut off", percentage("clipped_kept")
-        ),
-        SummaryColumn(
-            "kept", "kept", "samples trained on, of those generated", lambda row: f"{row['kept']}/{row['samples']}"
-        ),
+        percentage("clipped_kept", "cut off", "share of the kept answers that were cut off"),
+        ratio("kept", "samples", "kept", "samples trained on, of those generated"),
         SummaryColumn("seconds", "time", "of this round", lambda row: duration(row["seconds"])),
     ]
     spare = {"pixel_distance"} if any("vendi" in row for row in rows) else set()  # both say how varied images are
@@ -183,12 +164,16 @@ def cell(column: SummaryColumn, row: Row) -> str:
     return column.write(row) if row.get(column.key) is not None else "–"
 
 
-def number(key: str, digits: int = 3) -> Callable[[Row], str]:
-    return lambda row: f"{row[key]:.{digits}f}"
+def number(key: str, title: str, meaning: str, digits: int = 3) -> SummaryColumn:
+    return SummaryColumn(key, title, meaning, lambda row: f"{row[key]:.{digits}f}")
 
 
-def percentage(key: str) -> Callable[[Row], str]:
-    return lambda row: percent(row[key], 1)
+def percentage(key: str, title: str, meaning: str) -> SummaryColumn:
+    return SummaryColumn(key, title, meaning, lambda row: percent(row[key], 1))
+
+
+def ratio(key: str, of: str, title: str, meaning: str) -> SummaryColumn:
+    return SummaryColumn(key, title, meaning, lambda row: f"{row[key]}/{row[of]}")
 
 
 def with_interval(row: Row) -> str:
@@ -223,7 +208,7 @@ def selection_words(summary: Mapping[str, Any]) -> list[str]:
     ties, prompts, cut = (summary.get(key) or 0 for key in ("nothing_to_rank", "prompts", "clipped_kept"))
     said = []
     if ties > WORTH_SAYING["nothing_to_rank"](dict(summary)):
-        said.append(f"{ties} of {counted(prompts, 'prompt')} had nothing to rank: all their candidates score the same")
+        said.append(f"{ties} of {counted(prompts, 'prompt')} had nothing to rank: {SAME}")
     if cut > WORTH_SAYING["clipped_kept"](dict(summary)):
         said.append(f"{percent(cut)} of the kept answers were cut off at max_completion_length")
     return said
@@ -257,13 +242,12 @@ def alarms_of(run: RunFolder, round_: int) -> list[dict[str, Any]]:
 
 def is_alarm(item: Any) -> bool:
     """Whether this has what an alarm is shown by."""
-    if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ("alarm", "title", "evidence")):
-        return False
-    named = item.get("samples")
-    return isinstance(named, list) and all(
-        isinstance(one, dict) and isinstance(one.get("sample_id"), str) and isinstance(one.get("why"), str)
-        for one in named
-    )
+
+    def has_texts(value: Any, *keys: str) -> bool:
+        return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys)
+
+    samples = item.get("samples") if has_texts(item, "alarm", "title", "evidence") else None
+    return isinstance(samples, list) and all(has_texts(sample, "sample_id", "why") for sample in samples)
 
 
 def best_round(root: Path) -> int | None:
@@ -290,7 +274,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The file's object; empty where there is no such file. Raises RunDamaged for what is no object, or was changed."""
     found = loaded(path) if path.is_file() or is_listed(path) else {}
     if not isinstance(found, dict):
-        raise RunDamaged(f"{path} is not a JSON object. {mend(path)}")
+        raise RunDamaged(f"{path} is not a JSON object. {fix_of(path)}")
     return found
 
 
@@ -299,9 +283,9 @@ def loaded(path: Path) -> Any:
     try:
         return json.loads(check_file(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RunDamaged(f"{path} is not valid JSON. {mend(path)}") from error
+        raise RunDamaged(f"{path} is not valid JSON. {fix_of(path)}") from error
 
 
-def mend(path: Path) -> str:
+def fix_of(path: Path) -> str:
     """What helps, by what the file is: best.json follows from the rounds, and all else has a hash of its own."""
     return AGAIN if path.name == "best.json" else FIX

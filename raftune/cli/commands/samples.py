@@ -89,7 +89,7 @@ def samples(
 def choose_round(folder: RunFolder, round_: int | None, held_out: bool) -> tuple[int, bool]:
     """The round to show, and whether its held-out samples are: round 0 has no others."""
     evaluated = folder.rounds_with("evaluate/score")
-    known = evaluated if held_out or round_ == 0 else run_samples.training_rounds(folder)
+    known = evaluated if held_out or round_ == 0 else folder.rounds_with("select")
     if not known and evaluated and round_ is None:
         return evaluated[-1], True
     if not known:
