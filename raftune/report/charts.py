@@ -83,15 +83,16 @@ def line_chart(
     top = TOP + (22 if standalone else 0)
     most = int(width * 0.3 / LETTER)
     labels = [line.name if len(line.name) <= most else f"{line.name[: most - 1]}…" for line in lines]
-    common = {
-        "title": title,
-        "description": description,
-        "standalone": standalone,
-        "style": Markup("\n" + asset("chart.css")),
-        "width": width,
-    }
+    common: dict[str, Any] = {"title": title, "description": description, "width": width, "standalone": standalone}
+    common |= {"style": Markup("\n" + asset("chart.css"))}
     if len({point.x for point in points}) == 1:
-        return render("chart.svg", **common, **bars(lines, points, values, labels, x_label, names, width, top))
+        labels = labels if len(lines) > 1 else [lines[0].name]
+        left = GAP + LETTER * max(map(len, labels))
+        right = width - GAP - LETTER * max(len(number(point.y)) for point in points)
+        low, high = min(0.0, *values), max(0.0, *values)
+        x = AxisScale(low, high if high > low else 1.0, left, max(right, left + 60), ())
+        common |= {"place": names.get(points[0].x, f"{x_label} {points[0].x:g}"), "height": top + len(lines) * 26 + 18}
+        return render("chart.svg", **common, bars=list(zip(lines, points, labels, strict=True)), x=x, top=top)
 
     y = y_scale(values, height - BOTTOM, top)
     if len(series) == 1 and lines:
@@ -99,31 +100,11 @@ def line_chart(
     left = GAP + LETTER * max(len(tick_text(tick, y.ticks)) for tick in y.ticks)
     right = width - 14 - LETTER * max(map(len, labels), default=0) - 10
     x = x_scale([point.x for point in points], left + 6, max(right, left + 60), log=log_x)
-    ends = [y(line.known()[-1].y or 0.0) for line in lines]
-    drawn = [
-        {
-            "colour": line.colour,
-            "shape": line.shape,
-            "paths": paths(line, x, y),
-            "marks": marks(line, x, y, x_label, names),
-            "label": label,
-            "label_y": label_y,
-        }
-        for line, label, label_y in zip(lines, labels, spread(ends, LINE, y(y.high) + 2, y(y.low) - 2), strict=True)
-    ]
-    return render(
-        "chart.svg",
-        **common,
-        height=height,
-        x=x,
-        y=y,
-        tick_text=tick_text,
-        x_names=names,
-        x_label=x_label,
-        mark=mark,
-        lines=drawn,
-        several=len(series) > 1,
-    )
+    ends = spread([y(line.known()[-1].y or 0.0) for line in lines], LINE, y(y.high) + 2, y(y.low) - 2)
+    drawn = [(line, paths(line, x, y), marks(line, x, y, x_label, names)) for line in lines]
+    common |= {"height": height, "x": x, "y": y, "tick_text": tick_text, "x_names": names, "x_label": x_label}
+    labelled = list(zip(lines, labels, ends, strict=True))
+    return render("chart.svg", **common, mark=mark, lines=drawn, labels=labelled, several=len(series) > 1)
 
 
 def paths(line: ChartSeries, x: AxisScale, y: AxisScale) -> list[tuple[str, str]]:
@@ -161,44 +142,6 @@ def marks(
         )
         for point in known
     ]
-
-
-def bars(
-    lines: Sequence[ChartSeries],
-    points: Sequence[ChartPoint],
-    values: Sequence[float],
-    labels: Sequence[str],
-    x_label: str,
-    names: Names,
-    width: int,
-    top: int,
-) -> dict[str, Any]:
-    """One bar for each line, from zero: its name before it, its number and interval after it."""
-    labels = labels if len(lines) > 1 else [lines[0].name]
-    numbers = [number(point.y) for point in points]
-    left = GAP + LETTER * max(map(len, labels))
-    right = width - GAP - LETTER * max(map(len, numbers))
-    low, high = min(0.0, *values), max(0.0, *values)
-    x = AxisScale(low, high if high > low else 1.0, left, max(right, left + 60), ())
-    place = names.get(points[0].x, f"{x_label} {points[0].x:g}")
-    found = []
-    for i, (line, point, label, words) in enumerate(zip(lines, points, labels, numbers, strict=True)):
-        start, end = sorted((x(0.0), x(point.y or 0.0)))
-        interval = point.interval if point.interval and point.interval[0] < point.interval[1] else None
-        found.append(
-            {
-                "colour": line.colour,
-                "name": label,
-                "y": top + i * 26,
-                "start": start,
-                "width": max(end - start, 1),
-                "interval": interval and [x(end) for end in interval],
-                "end": max(end, x(point.high or 0.0)),
-                "number": words,
-                "words": f"{line.name}, {place}: {point.words}",
-            }
-        )
-    return {"bars": found, "left": left, "place": place, "height": top + len(lines) * 26 + 18}
 
 
 def numbers(

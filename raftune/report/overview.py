@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from markupsafe import Markup
 
@@ -30,82 +31,18 @@ from raftune.report.provenance import generation, seconds_by_stage
 from raftune.results.summary import cell, columns_for
 from raftune.sanitize import percent
 
-# Charts of one number or of a few, by round: id, title, caption, (name of the line, name in metrics.json, colour) each.
-Line = tuple[str, str, int]
-Chart = tuple[str, str, str, Sequence[Line]]
-TEXT_CHARTS: tuple[Chart, ...] = (
-    ("length", "Length", "tokens of an answer", [("length", "completions/mean_length", LENGTH)]),
-    (
-        "cut-off",
-        "Cut off",
-        "% of answers that reached the length limit",
-        [("cut off", "completions/clipped_ratio", LENGTH)],
-    ),
-    ("perplexity", "Perplexity", "of the reference answers", [("perplexity", "perplexity", OTHER)]),
-    ("entropy", "Entropy", "nats per answer: how open it still is", [("entropy", "entropy", OTHER)]),
-)
-IMAGE_CHARTS: tuple[Chart, ...] = (
-    (
-        "colour",
-        "Saturation and contrast",
-        "how far pixels are from grey, 0 … 1; how much luminance is spread, 0 … 0.5",
-        [("saturation", "saturation", LENGTH), ("contrast", "contrast", KL)],
-    ),
-    ("brightness", "Brightness", "mean luminance, 0 … 1", [("brightness", "brightness", OTHER)]),
-    (
-        "apart",
-        "Variety of images",
-        "how far two images of one prompt are apart, 0 … 1",
-        [("pixels", "pixel_distance", DIVERSITY), ("features", "feature_distance", OTHER)],
-    ),
-    (
-        "vendi",
-        "Effective number of images",
-        "Vendi score: how many different images a prompt's group is worth",
-        [("Vendi", "vendi", DIVERSITY)],
-    ),
-    (
-        "drift",
-        "Drift from the start",
-        "1 − cosine to the start's image of the same prompt and seed",
-        [("drift", "feature_drift", BEST_OF)],
-    ),
-    (
-        "doubtful",
-        "Worth a look",
-        "% of pixels that are 0 or 255; of images that repeat another; of samples without an image",
-        [
-            ("at the ends", "saturated_ratio", LENGTH),
-            ("near duplicates", "near_duplicates", HELD_OUT),
-            ("invalid", "invalid_ratio", OTHER),
-        ],
-    ),
-)
-PERCENTAGES = ("cut-off", "doubtful")  # charts that are left out where all of it is 0
-VARIETY = {
-    "distinct-2": ("distinct_2", "share of word pairs that are distinct"),
-    "MSTTR-100": ("msttr_100", "share of distinct words in stretches of 100"),
-    "similarity": ("similarity", "how alike the answers to one prompt are"),
+# Of a line of a chart in overview.html: its name, its name in metrics.json, its colour, and its meaning where the
+# caption is made of the meanings of those lines that have numbers.
+Line = tuple[str, ...]
+COLOURS = {
+    "kl": KL,
+    "diversity": DIVERSITY,
+    "length": LENGTH,
+    "held_out": HELD_OUT,
+    "best_of": BEST_OF,
+    "reward": REWARD,
+    "other": OTHER,
 }
-# Of generated against selected samples: id, title, caption, name in the guard's metrics.json, colour.
-GUARDED = (
-    ("length", "Length", "mean tokens", "length", LENGTH),
-    ("distinct", "distinct-2", "share of word pairs that are distinct", "distinct_2", DIVERSITY),
-    ("msttr", "MSTTR-100", "share of distinct words in stretches of 100", "msttr_100", DIVERSITY),
-    ("similarity", "Similarity", "how alike the answers are", "similarity", DIVERSITY),
-)
-GUARDED_IMAGES = (
-    ("saturation", "Saturation", "mean, from grey 0 to pure colour 1", "saturation", LENGTH),
-    ("contrast", "Contrast", "how much luminance is spread, 0 … 0.5", "contrast", KL),
-    ("spread", "Variety", "how far as many images are apart, 0 … 1", "spread", DIVERSITY),
-    (
-        "repeated",
-        "Near duplicates",
-        "share that nearly repeats an image of another prompt",
-        "near_duplicates",
-        HELD_OUT,
-    ),
-)
 # What a round's time was spent on: the first words of its stages.
 SPENT = (
     ("generate", ("generate", "teach"), REWARD),
@@ -113,40 +50,24 @@ SPENT = (
     ("train", ("train",), DIVERSITY),
     ("evaluate", ("evaluate", "evaluation"), OTHER),
 )
-IN_FULL = {
-    "kl": "How far the policy has moved from the start: the mean over its answers of log p(answer) under the policy "
-    "less that under the start, in nats per answer. 0 at the start.",
-    "distinct_2": "Different word pairs over all word pairs of all answers: 1 where no pair is repeated. It falls "
-    "when the answers become alike, and also when there are more or longer answers.",
-    "msttr": "Of every hundred words in a row, the share that are different words, on average (MSTTR-100). Unlike "
-    "distinct-2 it does not depend on how much text there is.",
-    "vendi": "The Vendi score: how many different images of a prompt there are in effect, by the similarity of their "
-    "features. 1 where all are the same, K where nothing is shared.",
-    "perplexity": "exp of the mean nats per token of the reference answers under the round's model: lower finds them "
-    "likelier.",
-}
 
 
 def overview(data: ReportData) -> Markup:
     """HTML: the sentence and the key figures, the charts in groups, the table by round."""
-    words = generation(data.reader)
     columns = columns_for(data.rows, data.judges)
     return render(
         "overview.html",
+        document=data.document,
+        pictured=data.reader.pictured,
         sentence=sentence(data),
         figures=figures(data),
-        alarms=len(data.document["alarms"]),
-        guarded=bool(data.document["guarded"]),
-        rounds=data.document["run"]["rounds"],
-        gallery=bool(data.reader.pictured and data.document["compare"]["items"]),
-        held_out=held_out_charts(data),
-        images=[simple_chart(data, *spec) for spec in IMAGE_CHARTS],
-        selection=selection_charts(data),
-        time=[time_chart(data)],
-        generated_by=f" Samples are generated by {words}." if words else "",
+        reward_charts=reward_charts(data),
+        chart=partial(simple_chart, data),
+        against=partial(against_chart, data),
+        time_chart=time_chart(data),
+        generation=generation(data.reader),
         columns=columns,
         column_titles=[(column.title, column.meaning) for column in columns],
-        meanings={column.key: IN_FULL.get(column.key, column.meaning) for column in columns},
         rows=[[cell(column, row).replace("-", "−") for column in columns] for row in data.rows],
         best=next((i for i, row in enumerate(data.rows) if row["round"] == data.best), None),
     )
@@ -221,19 +142,22 @@ def chart(data: ReportData, id: str, title: str, caption: str, *series: ChartSer
     return render("figure.html", id=id, title=title, caption=caption, picture=picture, numbers=beneath)
 
 
-def simple_chart(data: ReportData, id: str, title: str, caption: str, lines: Sequence[Line]) -> Markup:
-    """A chart of numbers of metrics.json by round, shares in per cent where it is one of PERCENTAGES."""
-    values = [by_round(data.reader, name) for _, name, _ in lines]
-    if id in PERCENTAGES:
+def simple_chart(
+    data: ReportData, id: str, title: str, caption: str, lines: Sequence[Line], style: str = "", share: bool = False
+) -> Markup:
+    """A chart of numbers of metrics.json by round; a `share` is shown in per cent, and not at all where it is 0."""
+    values = [by_round(data.reader, name) for _, name, *_ in lines]
+    if share:
         if not any(point.y for points in values for point in points.values()):
             return Markup()
         values = [{round_: in_percent(point) for round_, point in points.items()} for points in values]
-    styles = [("dashed", "hollow")] if id == "drift" else list(zip(STYLES, SHAPES, strict=False))
+    styles = [(style, "hollow")] if style else list(zip(STYLES, SHAPES, strict=False))
     series = [
-        line(name, points, colour, *style)
-        for (name, _, colour), points, style in zip(lines, values, styles, strict=False)
+        line(name, points, COLOURS[colour], *styles[i])
+        for i, ((name, _, colour, *_), points) in enumerate(zip(lines, values, strict=True))
     ]
-    return chart(data, id, title, caption, *series)
+    meanings = ", ".join(meaning for (*_, meaning), points in zip(lines, values, strict=True) if points)
+    return chart(data, id, title, caption or meanings, *series)
 
 
 def in_percent(point: ChartPoint) -> ChartPoint:
@@ -241,15 +165,15 @@ def in_percent(point: ChartPoint) -> ChartPoint:
     return replace(point, y=100 * (point.y or 0.0), low=low, high=high)
 
 
-def held_out_charts(data: ReportData) -> list[Markup]:
-    """What each round's policy is like, on prompts that it is never trained on."""
+def reward_charts(data: ReportData) -> list[Markup]:
+    """The rewards of each round's policy, on prompts that it is never trained on."""
     reader, found = data.reader, []
-    judge = data.judges[0] if len(data.judges) == 1 else "held-out reward"
     k, best = best_of(reader, "best_of_k")
     caption = f"of the policy, and of the best of {k} samples: the headroom" if k > 1 else "of the policy"
     policy = line("policy", by_round(reader, "reward"), REWARD)
     headroom = line(f"best of {k}", best if k > 1 else {}, BEST_OF, "dashed", "hollow")
     found.append(chart(data, "reward", "Reward", caption, policy, headroom))
+    judge = data.judges[0] if len(data.judges) == 1 else "held-out reward"
     k, best = best_of(reader, "held_out_best_of_k")
     policy = line("policy", by_round(reader, "held_out"), HELD_OUT)
     headroom = line(f"best of {k}", best if k > 1 else {}, OTHER, "dashed", "hollow")
@@ -263,15 +187,7 @@ def held_out_charts(data: ReportData) -> list[Markup]:
         caption = "each reward alone, unweighted"
         caption += f"; the first 6 of {len(data.rewards)}" if len(data.rewards) > 6 else ""
         found.append(chart(data, "parts", "Parts of the reward", caption, *parts))
-    kl = [("KL", "kl", KL)]
-    found.append(simple_chart(data, "kl", "KL to the start", "nats per answer: how far it has moved", kl))
-    variety = [
-        line(title, by_round(reader, name), DIVERSITY if i < 2 else OTHER, STYLES[i], SHAPES[i])
-        for i, (title, (name, _)) in enumerate(VARIETY.items())
-    ]
-    caption = ", ".join(VARIETY[line.name][1] for line in variety if line.known())
-    found.append(chart(data, "variety", "Variety of words", caption, *variety))
-    return found + [simple_chart(data, *spec) for spec in TEXT_CHARTS]
+    return found
 
 
 def best_of_chart(data: ReportData) -> Markup:
@@ -307,21 +223,18 @@ def worth(points: Points) -> str:
     return f"At the start, K = {ks[-2]} gives {percent((half - one) / (full - one))} of the gain of K = {ks[-1]}."
 
 
-def selection_charts(data: ReportData) -> list[Markup]:
-    """What each round generated against what it learned from."""
-
-    def against(generated: Points, kept: Points, colour: int) -> list[ChartSeries]:
-        return [line("generated", generated, OTHER, "dashed", "hollow"), line("selected", kept, colour)]
-
-    generated, kept = (
-        by_round(data.reader, f"reward_{name}", "select", "summary.json") for name in ("generated", "kept")
-    )
-    found = [chart(data, "selected-reward", "Reward", "mean score", *against(generated, kept, REWARD))]
-    for id, title, caption, name, colour in GUARDED_IMAGES if data.reader.pictured else GUARDED:
+def against_chart(data: ReportData, id: str, title: str, caption: str, name: str, colour: str) -> Markup:
+    """What each round generated against what it learned from: its reward, or a measure of the guards."""
+    if name == "reward":
+        generated, kept = (
+            by_round(data.reader, f"reward_{part}", "select", "summary.json") for part in ("generated", "kept")
+        )
+    else:
         generated, kept = (by_round(data.reader, name, "guard", part=part) for part in ("generated", "selected"))
-        if kept:
-            found.append(chart(data, f"selected-{id}", title, caption, *against(generated, kept, colour)))
-    return found
+        if not kept:
+            return Markup()
+    lines = (line("generated", generated, OTHER, "dashed", "hollow"), line("selected", kept, COLOURS[colour]))
+    return chart(data, f"selected-{id}", title, caption, *lines)
 
 
 def time_chart(data: ReportData) -> Markup:
