@@ -144,7 +144,7 @@ def kept(run: RunFolder, round_: int, count: int | None) -> list[tuple[Any, str,
     verdicts = read_table(run.folder(round_, "select") / "verdicts.parquet", ["sample_id", "score"])
     found = verdicts.filter(pc.is_in(verdicts.column("sample_id"), wanted)).to_pydict()
     scores = dict(zip(found["sample_id"], found["score"], strict=True))
-    logged = {}
+    logged: dict[str, dict[str, Any]] = {}
     for chunk in chunk_numbers(run.folder(round_, "score")):
         path = run.folder(round_, "score") / chunk_file(chunk)
         if extras := [name for name in column_names(path) if name.startswith(EXTRA)]:
