@@ -25,10 +25,12 @@ import pyarrow.types as kinds
 from raftune.data.images import content_of, is_picture, png_of
 from raftune.data.rows import SkippedRow, SkipReason
 from raftune.errors import DataError
-from raftune.records import JsonType, Row, arrow_array
+from raftune.records import JsonType, Row, arrow_array, without_none
 from raftune.sanitize import first_line
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+TEXTS = ("completion", "response", "answer", "chosen", "rejected")  # columns whose numbers in a CSV file stay texts
+BATCH = 1024  # rows of an Arrow table that are Python objects at the same time
 _SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".parquet")
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 # What Arrow raises of values that no one column can hold.
@@ -230,6 +232,38 @@ def _read_file(path: Path, suffix: str, field: str) -> pa.Table:
             return _table_of_dicts(_json_objects(path, field), where)
         return _read_csv(path, suffix, where)
     except (pa.ArrowException, ValueError, OSError, EOFError, OverflowError) as error:
+        raise DataError(f"{field}: {path} cannot be read: {first_line(error)}. Fix the file.") from error
+
+
+def raw_rows(source: str, split: str, field: str) -> Iterator[tuple[int, Row | SkippedRow]]:
+    """Number and content of each row. Files of JSON lines and Parquet are streamed; blank lines are no rows."""
+    path = Path(source).expanduser()
+    suffix = Path(source.removesuffix(".gz")).suffix if path.is_file() else ""
+    if suffix in JSON_SUFFIXES:
+        yield from json_rows(path, field)
+        return
+    number = 0
+    if suffix == ".parquet":
+        batches = _parquet_batches(path, field)
+    else:
+        batches = iter(read_rows(source, split, field).to_batches(max_chunksize=BATCH))
+    for batch in batches:
+        # Arrow gives messages and tools the keys of all rows; an image is a dictionary and stays as it is.
+        padded = [column.name for column in batch.schema if kinds.is_nested(column.type) and column.type != JsonType()]
+        for row in batch.to_pylist():
+            row |= {name: without_none(row[name]) for name in padded if isinstance(row[name], list)}
+            if suffix in (".csv", ".tsv"):
+                row |= {name: str(row[name]) for name in TEXTS if isinstance(row.get(name), int | float)}
+            number += 1
+            yield number, row
+
+
+def _parquet_batches(path: Path, field: str) -> Iterator[pa.RecordBatch]:
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(BATCH, use_threads=False):
+                yield from with_plain_types(pa.Table.from_batches([batch]), f"{field}: {path}").to_batches()
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{field}: {path} cannot be read: {first_line(error)}. Fix the file.") from error
 
 

@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from raftune.config.reward_model import RewardModelConfig
 from raftune.data.classifier_inputs import ClassifierInputs, tokens
-from raftune.data.preferences import read_preferences
-from raftune.data.ratings import read_ratings
+from raftune.data.feedback import read_preferences, read_ratings
 from raftune.data.rows import Feedback, PreferencePair, Rating, SkippedRow
 from raftune.errors import DataError, RewardError
 from raftune.records import PromptContent

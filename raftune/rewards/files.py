@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from raftune.arrays import FloatArray
 from raftune.data.columns import COMPLETION, PROMPT, find, has, read_answer, read_prompt
+from raftune.data.feedback import Form, read_preferences
 from raftune.data.images import SUFFIXES, image_of, is_picture, sha256_of_png
-from raftune.data.preferences import Form, read_preferences
 from raftune.data.rows import SkippedRow, SkipReason, UnusableRow, reasons
-from raftune.data.source import raw_rows
+from raftune.data.tables import raw_rows
 from raftune.errors import DataError
 from raftune.evaluation.bootstrap import interval, mean_by_prompt, numbers_by_key
 from raftune.records import Row, Score, ScoreStatus

@@ -26,7 +26,7 @@ from raftune.config.run import DataConfig, EngineConfig, RunConfig
 from raftune.config.sampling import DiffusionSampling, SamplingConfig
 from raftune.config.sft import SftConfig
 from raftune.config.training import SftTraining
-from raftune.data.demonstrations import choose, read_demonstrations
+from raftune.data.feedback import choose, read_demonstrations
 from raftune.data.rows import Demonstration, SkippedRow, write_skipped
 from raftune.errors import ConfigChanged, ConfigError, DataError, OutOfMemory, StoreError
 from raftune.policies.registry import family_of, start_policy

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from raftune.data.demonstrations import read_demonstrations
-from raftune.data.preferences import read_preferences
+from raftune.data.feedback import read_demonstrations, read_preferences
 from raftune.data.rows import Demonstration, Feedback
 from tests.hh import write_hh
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from raftune.data.preferences import read_preferences
+from raftune.data.feedback import read_preferences
 from raftune.data.rows import Feedback, PreferencePair
 from raftune.errors import DataError
 from tests.hh import write_hh

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raftune.data.ratings import read_ratings
+from raftune.data.feedback import read_ratings
 from raftune.data.rows import Feedback, Rating
 from raftune.errors import ConfigError
 

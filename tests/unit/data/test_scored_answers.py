@@ -12,9 +12,7 @@ from raftune.cli.commands.sft import in_full
 from raftune.config.load import validate_as
 from raftune.config.run import DataConfig
 from raftune.config.sft import DemonstrationsConfig
-from raftune.data.demonstrations import choose, read_demonstrations
-from raftune.data.preferences import read_preferences
-from raftune.data.ratings import read_ratings
+from raftune.data.feedback import choose, read_demonstrations, read_preferences, read_ratings
 from raftune.errors import DataError
 from raftune.stages.data import DataStage
 from tests.runs import tiny

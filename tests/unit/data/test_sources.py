@@ -13,9 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from raftune.data.demonstrations import read_demonstrations
-from raftune.data.preferences import read_preferences
-from raftune.data.ratings import read_ratings
+from raftune.data.feedback import read_demonstrations, read_preferences, read_ratings
 from raftune.data.rows import write_skipped
 from raftune.data.tables import json_rows
 from raftune.errors import DataError

@@ -10,8 +10,7 @@ import pytest
 
 from raftune.cli import main
 from raftune.config import load_config
-from raftune.data.preferences import read_preferences
-from raftune.data.ratings import read_ratings
+from raftune.data.feedback import read_preferences, read_ratings
 from raftune.starters.text import judge
 from raftune.starters.text.corpus import read_request
 from raftune.starters.text.preferences import NOISE, RATING_ERROR, preferences, ratings, with_references

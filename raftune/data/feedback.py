@@ -1,0 +1,402 @@
+"""Reads human feedback in the formats of known data sets: preferences, ratings, and demonstrations for SFT."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+from raftune.data.columns import (
+    COMPLETION,
+    COMPLETIONS,
+    PROMPT,
+    RANKS,
+    SCORE,
+    SCORES,
+    Message,
+    check_answer,
+    check_assistant_ends,
+    check_prompt,
+    check_user_begins,
+    completion_text,
+    excerpt,
+    find,
+    has,
+    has_turns,
+    parse_dialogue,
+    prompt_of,
+    prompt_text,
+    read_answer,
+    read_list,
+    read_messages,
+    read_number,
+    renamed_as,
+    same,
+    wrong_type,
+)
+from raftune.data.images import is_picture
+from raftune.data.rows import (
+    Demonstration,
+    Feedback,
+    PreferencePair,
+    Rating,
+    SkippedRow,
+    SkipReason,
+    T,
+    UnusableRow,
+    reasons,
+)
+from raftune.data.tables import raw_rows
+from raftune.errors import ConfigError, DataError
+from raftune.records import TOOLS, PromptContent, Row
+
+Form = Literal["text", "messages"]
+HH = "HH-RLHF dialogues"
+PREFERENCE = (
+    "A preference has chosen and rejected, with a prompt of their own or as dialogues that share their first turns; "
+    "or prompt, completions, and ranks or scores."
+)
+RATING = (
+    f"A rating has prompt, completion and score; {' and '.join(COMPLETION[1:])} are read as completion, "
+    f"{' and '.join(SCORE[1:])} as score."
+)
+BY_REWARDS = ", which a run's rewards gave and no person: what is learned from them is that reward again"
+IMAGE = ("image", "completion")
+CAPTION = ("prompt", "caption", "text", "label")
+MESSAGES = ("messages", "conversation", "conversations")
+DEMONSTRATION = (
+    "A demonstration is a preference (its chosen answer is learned from), or has prompt and completion, or prompt and "
+    "image, or messages that end with the assistant's."
+)
+
+
+def collect(
+    source: str,
+    split: str,
+    field: str,
+    read: Callable[[int, Row], tuple[str, Iterable[T]]],
+    wanted: str,
+    columns: Mapping[str, str] | None = None,
+) -> Feedback[T]:
+    """All rows of the source as `read` parses them into the name of their format and records.
+
+    `wanted` describes a usable row; `columns` maps a name to the column of the data with its values. Raises DataError
+    that names `field` where no row is usable.
+    """
+    rows: list[T] = []
+    skipped: list[SkippedRow] = []
+    formats: Counter[str] = Counter()
+    columns = columns or {}
+    replaced = {*columns, *columns.values()}
+    for number, raw in raw_rows(source, split, field):
+        if isinstance(raw, SkippedRow):
+            skipped.append(raw)
+            continue
+        try:
+            if missing := [column for column in columns.values() if column not in raw]:
+                raise UnusableRow(
+                    SkipReason.MISSING, f"there is no column {missing[0]!r} (columns) among {', '.join(raw)}"
+                )
+            others = {name: cell for name, cell in raw.items() if name not in replaced}
+            form, records = read(number, {name: raw[column] for name, column in columns.items()} | others)
+            rows.extend(records)
+            formats[form] += 1
+        except UnusableRow as error:
+            skipped.append(SkippedRow(number, error.reason, error.detail))
+    if not rows and not skipped:
+        raise DataError(f"{field} must hold at least one row; {source} is empty. {wanted}")
+    if not rows:
+        raise DataError(
+            f"{field} must hold at least one usable row; all {len(skipped):,} of {source} were skipped: "
+            f"{'; '.join(reasons(skipped))} ({skipped[0].detail}). {wanted}"
+        )
+    return Feedback(rows, skipped, " and ".join(form for form, _ in formats.most_common()), source)
+
+
+# -- preferences -------------------------------------------------------------------------------------------------------
+
+
+def read_preferences(
+    source: str,
+    split: str = "train",
+    *,
+    field: str = "data",
+    dialogues: Form = "text",
+    columns: Mapping[str, str] | None = None,
+) -> Feedback[PreferencePair]:
+    """The pairs of any preference data, and the rows that hold none. Raises DataError where no row is usable.
+
+    `dialogues` says whether HH-RLHF's become texts or messages. K ranked completions give K(K-1)/2 pairs, less those
+    of equal rank. `field` is what the source is called in an error.
+    """
+
+    def read(number: int, row: Row) -> tuple[str, list[PreferencePair]]:
+        form, pairs = preferred(row)
+        if form == HH and dialogues == "text":
+            pairs = [(prompt_text(p), completion_text(c), completion_text(r)) for p, c, r in pairs]
+        return form, [PreferencePair(number, *pair) for pair in pairs]
+
+    return collect(source, split, field, read, PREFERENCE, columns)
+
+
+def preferred(row: Row) -> tuple[str, list[tuple[Any, Any, Any]]]:
+    """The row's format, and prompt, chosen and rejected of each pair, at least one. Raises UnusableRow."""
+    if has(row, COMPLETIONS) and (has(row, RANKS) or has(row, SCORES)):
+        prompt, completions, worth = ranking(row)
+        order = sorted(range(len(completions)), key=lambda i: -worth[i])  # stable: the given order among equals
+        ranked = [(completions[i], completions[j]) for i, j in combinations(order, 2) if worth[i] > worth[j]]
+        if not ranked:
+            raise UnusableRow(SkipReason.ALL_TIED, f"{len(completions)} answers, all of the same rank")
+        pairs = [(prompt, better, worse) for better, worse in ranked if not same(better, worse)]
+        if not pairs:
+            raise UnusableRow(SkipReason.SAME, f"all are {excerpt(completions[0])}")
+        return "ranked answers", pairs
+    _, chosen = find(row, ("chosen",))
+    _, rejected = find(row, ("rejected",))
+    # Two lists of several messages repeat the prompt that is beside them as a text.
+    dialogues = all(isinstance(value, list) and len(value) > 1 for value in (chosen, rejected))
+    if has(row, PROMPT) and not (dialogues and isinstance(find(row, PROMPT)[1], str)):
+        form, prompt = "explicit preferences", prompt_of(row)[1]
+        chosen, rejected = read_answer(chosen, prompt, "chosen"), read_answer(rejected, prompt, "rejected")
+    else:
+        form, prompt, chosen, rejected = split_dialogues(chosen, rejected)
+    if same(chosen, rejected):
+        raise UnusableRow(SkipReason.SAME, f"both are {excerpt(chosen)}")
+    return form, [(prompt, chosen, rejected)]
+
+
+def split_dialogues(chosen: Any, rejected: Any) -> tuple[str, list[Message], list[Message], list[Message]]:
+    """The format, the turns that two dialogues share up to a turn of the user's, and what follows in each."""
+    sides = {"chosen": chosen, "rejected": rejected}
+    parse: Callable[[Any, str], list[Message]]
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        for name, text in sides.items():
+            if not text.strip():
+                raise UnusableRow(SkipReason.EMPTY_ANSWER, f"{name} is blank")
+            if not has_turns(text):
+                raise UnusableRow(
+                    SkipReason.NO_SHARED_PREFIX, f"{name} has no turns (Human:, Assistant:), and no prompt"
+                )
+        form, parse = HH, parse_dialogue
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        form, parse = "implicit preferences", read_messages
+    else:
+        raise UnusableRow(
+            SkipReason.WRONG_TYPE,
+            "chosen and rejected must be two texts or two lists of messages; "
+            f"got {excerpt(chosen)}, {excerpt(rejected)}",
+        )
+    left, right = (parse(value, name) for name, value in sides.items())
+    for name, messages in (("chosen", left), ("rejected", right)):
+        check_user_begins(messages, name)
+        check_assistant_ends(messages, name)
+    # The prompt ends with a user's or a tool's turn, and leaves a completion to each.
+    most = min(len(left), len(right)) - 1
+    shared = next((i for i in range(most) if left[i] != right[i]), most)
+    while shared and left[shared - 1]["role"] not in ("user", "tool"):
+        shared -= 1
+    if not shared:
+        raise UnusableRow(
+            SkipReason.NO_SHARED_PREFIX,
+            f"chosen begins with {excerpt(left[0]['content'])}, rejected with {excerpt(right[0]['content'])}",
+        )
+    check_prompt(left[:shared], "prompt")
+    check_answer(left[shared:], "chosen")
+    check_answer(right[shared:], "rejected")
+    return form, left[:shared], left[shared:], right[shared:]
+
+
+def ranking(row: Row) -> tuple[PromptContent, list[Any], list[float]]:
+    """The prompt, its completions, and the worth of each: its score, or its negative rank (1 is best)."""
+    _, prompt = prompt_of(row)
+    column, values = find(row, COMPLETIONS)
+    completions = [read_answer(value, prompt, f"{column}[{i}]") for i, value in enumerate(read_list(values, column))]
+    worth_column, values = find(row, (*SCORES, *RANKS))
+    sign = 1.0 if worth_column in SCORES else -1.0
+    numbers = enumerate(read_list(values, worth_column))
+    worth = [sign * read_number(value, f"{worth_column}[{i}]") for i, value in numbers]
+    if len(worth) != len(completions):
+        raise UnusableRow(SkipReason.WRONG_TYPE, f"{len(completions)} {column}, but {len(worth)} {worth_column}")
+    return prompt, completions, worth
+
+
+# -- ratings -----------------------------------------------------------------------------------------------------------
+
+
+def read_ratings(
+    source: str,
+    split: str = "train",
+    *,
+    field: str = "data",
+    low: float | None = None,
+    high: float | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Feedback[Rating]:
+    """The rated completions, and the rows that hold none. Raises DataError where no row is usable.
+
+    Ratings below `low` or above `high` are skipped. Completion may also be called response or answer, and score rating
+    or reward; `format` names the column. Rows of several completions with as many scores give a rating each.
+    """
+    if low is not None and high is not None and low >= high:
+        raise ConfigError(f"{field}: the lowest rating must be below the highest; got {low} and {high}. Swap them.")
+
+    def read(number: int, row: Row) -> tuple[str, list[Rating]]:
+        if has(row, COMPLETIONS) and has(row, SCORES):
+            form = "ratings of several answers a row"
+            prompt, completions, scores = ranking({name: value for name, value in row.items() if "rank" not in name})
+        else:
+            prompt_column, prompt = prompt_of(row)
+            column, completion = find(row, COMPLETION)
+            score_column, score = find(row, SCORE)
+            completions = [read_answer(completion, prompt, column)]
+            scores = [read_number(score, score_column)]
+            names = ((prompt_column, "prompt"), (column, "completion"), (score_column, "score"))
+            form = f"ratings ({', '.join(renamed_as(*pair) for pair in names)})"
+            # `raftune samples --json` writes these columns: the scores are a run's rewards, not a person's.
+            if score_column == "score" and "sample_id" in row and any(name.startswith("rewards/") for name in row):
+                form += BY_REWARDS
+        for score in scores:
+            if (low is not None and score < low) or (high is not None and score > high):
+                limits = f"from {low}" if high is None else f"up to {high}" if low is None else f"from {low} to {high}"
+                raise UnusableRow(SkipReason.OUT_OF_RANGE, f"the rating {score:g} is not {limits}")
+        return form, [Rating(number, prompt, *pair) for pair in zip(completions, scores, strict=True)]
+
+    return collect(source, split, field, read, RATING, columns)
+
+
+# -- demonstrations ----------------------------------------------------------------------------------------------------
+
+
+def read_demonstrations(
+    source: str,
+    split: str = "train",
+    *,
+    field: str = "data",
+    dialogues: Form = "text",
+    columns: Mapping[str, str] | None = None,
+) -> Feedback[Demonstration]:
+    """The completions to learn from, and the rows that hold none. Raises DataError where no row is usable.
+
+    Of a preference the chosen completion, of ranked ones the best, of a dialogue the last turn. The rows of preferences
+    that are skipped are those that `read_preferences` skips. An image is the column `image` or `completion`: bytes, or
+    a path relative to the source.
+    """
+    path = Path(source).expanduser()
+    base = path if path.is_dir() else path.parent
+
+    def read(number: int, row: Row) -> tuple[str, list[Demonstration]]:
+        for column in IMAGE:
+            value = row.get(column)
+            if not is_picture(value):
+                continue
+            # a completion may be a text that only looks like a path
+            if column == "image" or not isinstance(value, str) or (base / value).is_file():
+                form, prompt, completion = _captioned_image(row, column, base)
+                break
+        else:
+            form, prompt, completion = _prompt_and_completion(row, dialogues)
+        score = None
+        if not has(row, (*COMPLETIONS, "chosen", "rejected")) and has(row, SCORE):
+            try:
+                column, value = find(row, SCORE)
+                score = read_number(value, column)
+            except UnusableRow:
+                pass  # not a number: no score
+        tools = row.get(TOOLS) or None if isinstance(prompt, list) else None
+        return form, [Demonstration(number, prompt, completion, tools, score)]
+
+    return collect(source, split, field, read, DEMONSTRATION, columns)
+
+
+def choose(
+    feedback: Feedback[Demonstration], min_score: float | None, keep: Literal["best", "all"] | None, field: str
+) -> Feedback[Demonstration]:
+    """The completions that are good enough to learn; the others are skipped with the reason.
+
+    Raises DataError where completions have different scores and neither option says which to learn, and where scores
+    are required but missing.
+    """
+    scores = [row.score for row in feedback.rows if row.score is not None]
+    if min_score is None and keep is None:
+        if len(set(scores)) > 1:
+            raise DataError(
+                f"{field} holds answers with a score (one of the columns {', '.join(SCORE)}), from {min(scores):g} to "
+                f"{max(scores):g}; learning all alike would teach the bad ones too. Choose: --min-score X learns those "
+                "of X or more, --keep best the best of each prompt, --keep all every one. `reward train` learns to "
+                "tell them apart."
+            )
+        return feedback
+    if not scores and keep != "all":
+        raise DataError(
+            f"{field} must hold answers with a score ({', '.join(SCORE)}) for --min-score and --keep best; there is "
+            "none. Leave these out, or name the column: --columns score=COLUMN."
+        )
+    best: dict[str, tuple[float, int]] = {}  # of each prompt, the highest score and its first row
+    for number, row in enumerate(feedback.rows):
+        if row.score is not None:
+            key = json.dumps([row.prompt, row.tools], sort_keys=True, default=repr)
+            best[key] = max(best.get(key, (-math.inf, 0)), (row.score, -number))
+    best_rows = {-number for _, number in best.values()}
+    rows, skipped = [], list(feedback.skipped)
+    for number, row in enumerate(feedback.rows):
+        if min_score is not None and (row.score is None or row.score < min_score):
+            score = "no score" if row.score is None else f"the score {row.score:g}"
+            skipped.append(SkippedRow(row.row, SkipReason.SCORED_LOW, f"{score}; data.min_score is {min_score:g}"))
+        elif keep == "best" and number not in best_rows:
+            skipped.append(SkippedRow(row.row, SkipReason.NOT_BEST, f"the score {row.score}"))
+        else:
+            rows.append(row)
+    if not rows:
+        raise DataError(
+            f"{field}: no answer has a score of data.min_score = {min_score} or more; the highest is {max(scores):g}. "
+            "Lower it."
+        )
+    return Feedback(rows, sorted(skipped, key=lambda row: row.row), feedback.format, feedback.source)
+
+
+def _captioned_image(row: Row, column: str, base: Path) -> tuple[str, Any, Any]:
+    """The format, the prompt (a text or a class label), and the image: bytes or a full path."""
+    prompt_column, prompt = find(row, CAPTION)
+    if isinstance(prompt, bool) or not isinstance(prompt, str | int):
+        raise wrong_type(prompt_column, "a text or a class label", prompt)
+    value = row[column]
+    if isinstance(value, dict):
+        value = value["bytes"] or value["path"]
+    if isinstance(value, str):
+        path = base / Path(value).expanduser()
+        if not path.is_file():
+            raise UnusableRow(SkipReason.MISSING, f"{column}: there is no file {path}")
+        value = str(path)
+    return f"prompts and images ({renamed_as(prompt_column, 'prompt')}, {renamed_as(column, 'image')})", prompt, value
+
+
+def _prompt_and_completion(row: Row, dialogues: Form) -> tuple[str, Any, Any]:
+    """The format, the prompt, and the completion to learn: of messages the last turn."""
+    form_of_pair = ""
+    if has(row, ("chosen", "rejected")) or has(row, COMPLETIONS):
+        form_of_pair, pairs = preferred(row)
+        form = f"preferred answers of {form_of_pair}"
+        prompt, completion, _ = pairs[0]
+    elif has(row, MESSAGES) and not has(row, COMPLETION):
+        column, value = find(row, MESSAGES)
+        messages = read_messages(read_list(value, column), column)
+        check_user_begins(messages, column)
+        check_assistant_ends(messages, column)
+        check_prompt(messages[:-1], column)
+        check_answer(messages[-1:], column)
+        form, prompt, completion = renamed_as(column, "messages"), messages[:-1], messages[-1:]
+    else:
+        prompt_column, prompt = prompt_of(row)
+        column, value = find(row, COMPLETION)
+        form = f"prompts and completions ({renamed_as(prompt_column, 'prompt')}, {renamed_as(column, 'completion')})"
+        completion = read_answer(value, prompt, column)
+    if isinstance(prompt, list):
+        messages = prompt + completion
+        prompt, completion = messages[:-1], messages[-1:]
+        if form_of_pair == HH and dialogues == "text":
+            prompt, completion = prompt_text(prompt), completion_text(completion)
+    return form, prompt, completion
