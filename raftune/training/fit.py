@@ -141,7 +141,7 @@ def _attempt(task: FitTask, config: TrainingConfig, size: MicroBatch, work: Path
             gc.unfreeze()
     if average:
         average.publish(trained(model))
-    refuse_non_finite(model)
+    check_finite_weights(model)
     losses = tuple(entry["step_loss"] for entry in trainer.state.log_history if "step_loss" in entry)
     optimizer = optimizer_tensors(model, trainer.optimizer) if config.optimizer_state == "carried" else {}
     trainer.release()
@@ -294,7 +294,7 @@ class FitCallback(CheckpointCallback):
         super().on_step_end(args, state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        refuse_non_finite(model)
+        check_finite_weights(model)
         super().on_save(args, state, control)
 
 
@@ -302,7 +302,7 @@ def _not_finite(what: str, value: object) -> str:
     return f"{what} must be finite; got {value}. Nothing was published: lower training.learning_rate, or see the rows."
 
 
-def refuse_non_finite(model: Any) -> None:
+def check_finite_weights(model: Any) -> None:
     """Raises ModelError if a trained weight is NaN or infinite."""
     for name, weight in trained(model).items():
         if not bool(torch.isfinite(weight).all()):

@@ -12,7 +12,7 @@ from raftune.config.training import DiffusionTraining
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.diffusion import lora
 from raftune.policies.diffusion.pipelines.base import PipelineAdapter, PipelineCall
-from raftune.policies.diffusion.schedules import refuse_unfit, schedule_of
+from raftune.policies.diffusion.schedules import check_schedule_options, schedule_of
 from raftune.policies.unsupported import FamilyConfig
 
 # Arguments of a pipeline's call that raftune sets, with the section to use; empty where there is none.
@@ -37,12 +37,12 @@ def call_of(adapter: PipelineAdapter, sampling: DiffusionSampling) -> PipelineCa
     """`sampling.diffusion` over the pipeline's own defaults. Raises ConfigError for an option that this pipeline does
     not have or cannot follow."""
     known = parameters(adapter)
-    refuse_kwargs(adapter, sampling.pipeline_kwargs, known)
+    check_pipeline_kwargs(adapter, sampling.pipeline_kwargs, known)
     height, width = sampling.height, sampling.width
     if height is None or width is None:
         usual = adapter.default_size()
         height, width = height or usual[0], width or usual[1]
-    adapter.refuse_size(height, width)
+    adapter.check_size(height, width)
     for name in ("num_inference_steps", "guidance_scale", "negative_prompt"):
         if name not in known and (value := getattr(sampling, name)) is not None:
             raise ConfigError(
@@ -75,7 +75,7 @@ def is_guided(adapter: PipelineAdapter, call: PipelineCall) -> bool:
     return call.guidance_scale > 1
 
 
-def refuse_kwargs(adapter: PipelineAdapter, options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def check_pipeline_kwargs(adapter: PipelineAdapter, options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Raises ConfigError for pipeline_kwargs that raftune sets, that the adapter refuses, or that are unknown."""
     for name, value in options.items():
         where = f"sampling.diffusion.pipeline_kwargs must not hold {name!r}"
@@ -99,15 +99,15 @@ def refuse_kwargs(adapter: PipelineAdapter, options: Mapping[str, Any], known: M
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def refuse_untunable(config: FamilyConfig, adapter: PipelineAdapter, shape: tuple[int, int, int]) -> None:
+def check_trainable(config: FamilyConfig, adapter: PipelineAdapter, shape: tuple[int, int, int]) -> None:
     """Raises ModelError or ConfigError for what no round of this run could train; needs no weights.
 
     An inpainting or distilled denoiser, a scheduler without a known loss, an option that means nothing on its schedule,
     an adapter that fits nowhere.
     """
-    refuse_other_channels(adapter, shape)
-    refuse_distilled(adapter)
-    refuse_unfit(schedule_of(adapter.pipe, adapter.denoiser, shape), config.training.diffusion)
+    check_channels(adapter, shape)
+    check_not_distilled(adapter)
+    check_schedule_options(schedule_of(adapter.pipe, adapter.denoiser, shape), config.training.diffusion)
     for name in {"neftune_noise_alpha", "gradient_checkpointing_kwargs"} & set(config.training.trainer_kwargs):
         raise ConfigError(
             f"training.trainer_kwargs must not hold {name!r} for a diffusion model: it is of text. Remove it."
@@ -127,7 +127,7 @@ def refuse_untunable(config: FamilyConfig, adapter: PipelineAdapter, shape: tupl
         )
 
 
-def refuse_other_channels(adapter: PipelineAdapter, shape: tuple[int, int, int]) -> None:
+def check_channels(adapter: PipelineAdapter, shape: tuple[int, int, int]) -> None:
     """Raises ModelError for a denoiser with more inputs than a noisy latent, as those of inpainting have."""
     vae = getattr(adapter.pipe, "vae", None)
     if vae is not None and vae.config.latent_channels != shape[0]:
@@ -139,7 +139,7 @@ def refuse_other_channels(adapter: PipelineAdapter, shape: tuple[int, int, int])
         )
 
 
-def refuse_distilled(adapter: PipelineAdapter) -> None:
+def check_not_distilled(adapter: PipelineAdapter) -> None:
     """Raises ModelError for a UNet that takes the guidance scale as input: it was distilled to few steps."""
     if width := adapter.denoiser.config.get("time_cond_proj_dim"):
         raise ModelError(

@@ -21,7 +21,7 @@ from raftune.policies.diffusion.loss import DenoisingLoss, DenoisingProbe, StepC
 from raftune.policies.diffusion.model_folder import base_record
 from raftune.policies.diffusion.pipelines.base import Conditions
 from raftune.policies.diffusion.saving import read_optimizer, write_model
-from raftune.policies.diffusion.schedules import refuse_unfit, schedule_of
+from raftune.policies.diffusion.schedules import check_schedule_options, schedule_of
 from raftune.protocols import TrainReport
 from raftune.records import derive_seed
 from raftune.training.checkpoints import identity
@@ -57,7 +57,7 @@ def train(
     conditions = Conditions.joined([policy.encoder.encode(images.prompts), policy.encoder.empty()])
     conditions = policy.blank.guided(conditions, policy.call.guidance_scale)
     schedule = schedule_of(policy.frozen.pipe, policy.blank.denoiser, shape)
-    refuse_unfit(schedule, training.diffusion)
+    check_schedule_options(schedule, training.diffusion)
     denoising = DenoisingLoss(policy.blank, schedule, training.diffusion, conditions, seed, StepCounter())
     objective = load_objective(training)
     task = FitTask(

@@ -26,10 +26,10 @@ from raftune.policies.diffusion.model_folder import (
     RECORD,
     PipelineComponent,
     PipelineSource,
+    check_parts,
     denoiser_of,
     read_index,
     read_record,
-    refuse_missing_parts,
     source_of,
 )
 from raftune.policies.diffusion.pipelines import adapter_class
@@ -130,10 +130,10 @@ def read_pipeline(config: DiffusionPolicy, source: PipelineSource, part: Pipelin
     name = str(read_index(source.folder)["_class_name"])
     assert adapter_class(name).denoiser_name == part.name
     left_out = frozenset(part for part, value in config.pipeline_init_kwargs.items() if value is None)
-    refuse_missing_parts(source.folder, left_out, source.variant)
+    check_parts(source.folder, left_out, source.variant)
     with quiet():  # the pipeline's module is imported here, and may warn
         pipeline = getattr(diffusers, name)
-    refuse_init_kwargs(config.pipeline_init_kwargs, pipeline)
+    check_init_kwargs(config.pipeline_init_kwargs, pipeline)
     kind = getattr(diffusers, part.kind)
     with init_empty_weights():
         hollow = kind.from_config(kind.load_config(str(source.folder / part.name)))
@@ -156,7 +156,7 @@ def read_pipeline(config: DiffusionPolicy, source: PipelineSource, part: Pipelin
     return pipe
 
 
-def refuse_init_kwargs(options: Mapping[str, Any], pipeline: Any) -> None:
+def check_init_kwargs(options: Mapping[str, Any], pipeline: Any) -> None:
     """Raises ConfigError for options that raftune sets itself, and for those that the pipeline does not know."""
     modules, optional = pipeline._get_signature_keys(pipeline)
     known = {*modules, *optional, *PASSED_ON} - {"unet", "transformer"}
@@ -311,7 +311,7 @@ def nbytes_of(module: torch.nn.Module) -> int:
     return sum(weight.nbytes for weight in module.parameters() if weight.device.type != "meta")
 
 
-def refuse_not_finite(modules: Mapping[str, torch.nn.Module]) -> None:
+def check_finite(modules: Mapping[str, torch.nn.Module]) -> None:
     """Raises ModelError for the first weight that is a NaN or an infinity."""
     for part, module in modules.items():
         for name, weight in module.named_parameters():

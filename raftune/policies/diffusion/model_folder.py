@@ -105,7 +105,7 @@ def denoiser_of(folder: Path) -> PipelineComponent:
     return parts[0]
 
 
-def refuse_missing_parts(folder: Path, left_out: frozenset[str] = frozenset(), variant: str | None = None) -> None:
+def check_parts(folder: Path, left_out: frozenset[str] = frozenset(), variant: str | None = None) -> None:
     """Raises ModelError where a part that the index names is missing or incomplete, or has another variant only."""
     parts = [part for part in parts_of(read_index(folder)) if part.name not in left_out]
     if lacking := [fault for part in parts for fault in _faults(folder / part.name, part)]:

@@ -45,7 +45,7 @@ class ParityResult:
     limit: float
 
 
-def refuse_unproven(adapter: PipelineAdapter, kwargs: Mapping[str, Any] | None = None) -> ParityResult:
+def check_parity(adapter: PipelineAdapter, kwargs: Mapping[str, Any] | None = None) -> ParityResult:
     """Raises ModelError where the adapter's prediction is not what the pipeline's scheduler gets.
 
     Two images of at most 16 x 8 latent cells are generated in two steps, with these pipeline_kwargs, and the denoiser
@@ -64,15 +64,15 @@ def refuse_unproven(adapter: PipelineAdapter, kwargs: Mapping[str, Any] | None =
                     f"output differs from raftune's own by {difference:.3g} of its size ({limit:g} at most)",
                 )
         _check_latents(adapter, images, call)
-        _check_seeds(adapter, conditions, call)
+        _compare_seeds(adapter, conditions, call)
     return ParityResult(differences, limit)
 
 
-def refuse_unseeded(adapter: PipelineAdapter, kwargs: Mapping[str, Any] | None = None) -> None:
+def check_seeds(adapter: PipelineAdapter, kwargs: Mapping[str, Any] | None = None) -> None:
     """Raises ModelError where an image does not depend on its own seed alone; for runs that train nothing."""
     call = smallest_call(adapter, kwargs or {})
     with torch.no_grad(), quiet():
-        _check_seeds(adapter, _conditions(adapter, call), call)
+        _compare_seeds(adapter, _conditions(adapter, call), call)
 
 
 def smallest_call(adapter: PipelineAdapter, kwargs: Mapping[str, Any]) -> PipelineCall:
@@ -172,7 +172,7 @@ def _check_latents(adapter: PipelineAdapter, images: SampledImages, call: Pipeli
         )
 
 
-def _check_seeds(adapter: PipelineAdapter, conditions: Conditions, call: PipelineCall) -> None:
+def _compare_seeds(adapter: PipelineAdapter, conditions: Conditions, call: PipelineCall) -> None:
     """Raises ModelError where the second image differs once it is generated alone: its noise was not its seed's."""
     longer = replace(call, num_inference_steps=SEVERAL)
     both, _ = _generate(adapter, conditions, longer)

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ConfigError
 from raftune.policies.diffusion import loading, model_folder, saving
-from raftune.policies.diffusion.checks import call_of, is_guided, refuse_untunable
+from raftune.policies.diffusion.checks import call_of, check_trainable, is_guided
 from raftune.policies.diffusion.footprint import PipelineSize
 from raftune.policies.diffusion.images import PAYLOAD, encode_image
 from raftune.policies.diffusion.pipelines import adapter_of
@@ -57,10 +57,10 @@ class Diffusion:
         Raises ModelError where parts are missing, architecture or scheduler cannot be trained, weights are not finite,
         or the parity check fails. Raises ConfigError for options without meaning here.
         """
-        from raftune.policies.diffusion.parity import refuse_unproven, refuse_unseeded
+        from raftune.policies.diffusion.parity import check_parity, check_seeds
 
         assert isinstance(config.policy, DiffusionPolicy)
-        refuse_unread(config)
+        check_unused(config)
         choose_device(config.policy.device)
         out.mkdir(parents=True, exist_ok=True)
         trains = getattr(config, "num_rounds", 1) > 0
@@ -68,9 +68,9 @@ class Diffusion:
         policy = cls(config, out, out)
         policy.check_config()  # needs no weights, so a large model is not read in vain
         frozen, denoiser = policy.frozen, policy.sampler.denoiser
-        loading.refuse_not_finite({**frozen.modules, frozen.denoiser.name: denoiser})
+        loading.check_finite({**frozen.modules, frozen.denoiser.name: denoiser})
         with frozen.on(policy.device, "vae", "text_encoder", "safety_checker"):
-            (refuse_unproven if trains else refuse_unseeded)(policy.sampler, policy.call.kwargs)
+            (check_parity if trains else check_seeds)(policy.sampler, policy.call.kwargs)
         return {
             "architecture": type(frozen.pipe).__name__,
             "parameters": sum(weight.numel() for weight in denoiser.parameters()),
@@ -96,10 +96,10 @@ class Diffusion:
 
     def check_config(self) -> None:
         """Raises ConfigError for options that the family or this pipeline does not have; needs no weights."""
-        refuse_unread(self.config)
+        check_unused(self.config)
         shape = self.latents_shape  # checks the size in any case
         if getattr(self.config, "num_rounds", 1) > 0:
-            refuse_untunable(self.config, self.blank, shape)
+            check_trainable(self.config, self.blank, shape)
 
     @classmethod
     def verify(cls, start: Path) -> None:
@@ -156,7 +156,7 @@ class Diffusion:
 
         Raises DataError for a prompt that this architecture does not take.
         """
-        self.blank.refuse_prompts([prompt.content])
+        self.blank.check_prompts([prompt.content])
         return self.encoder.unseen(prompt.content) if isinstance(prompt.content, str) else None
 
     # -- generating ----------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ class Diffusion:
         return tuple(self._notes)
 
 
-def refuse_unread(config: FamilyConfig) -> None:
+def check_unused(config: FamilyConfig) -> None:
     """Raises ConfigError for options of text."""
     unread = [*all_but(config.sampling, "sampling", READ), "training.mask_truncated_completions"]
     refuse_unused(config, "diffusion", unread)

@@ -88,7 +88,7 @@ class FlowMatching:
         return noise - x0
 
     def weights(self, t: torch.Tensor, gamma: float | None) -> torch.Tensor:
-        assert gamma is None, "refuse_unfit has refused min-SNR"
+        assert gamma is None, "check_schedule_options has refused min-SNR"
         return torch.ones(t.shape, device=t.device)
 
 
@@ -159,7 +159,7 @@ def tokens(denoiser: Any, latent_shape: tuple[int, int, int]) -> int:
     return channels * height * width // int(config.in_channels * config.get("patch_size", 1) ** 2)
 
 
-def refuse_unfit(schedule: Schedule, training: DiffusionTraining) -> None:
+def check_schedule_options(schedule: Schedule, training: DiffusionTraining) -> None:
     """Raises ConfigError for an option that means nothing on this schedule."""
     if training.min_snr_gamma is not None and isinstance(schedule, FlowMatching):
         raise ConfigError(

@@ -38,7 +38,7 @@ class Tabular:
     def start(cls, config: RunConfig, out: Path, model: Any = None, tokenizer: Any = None) -> None:
         """Writes the initial model. Raises ConfigError for fields that this family would ignore, and bad logits."""
         assert isinstance(config.policy, TabularPolicy)
-        refuse_unread(config)
+        check_unused(config)
         logits = config.policy.logits or [[0.0] * config.policy.num_answers] * config.policy.num_prompts
         if len({len(row) for row in logits}) != 1:
             lengths = sorted({len(row) for row in logits})
@@ -125,7 +125,7 @@ class Tabular:
         return np.full(samples.num_rows, np.nan)
 
     def check_config(self) -> None:
-        refuse_unread(self.config)
+        check_unused(self.config)
 
     def notes(self) -> tuple[str, ...]:
         return ()
@@ -139,7 +139,7 @@ class Tabular:
         return prompt.content
 
 
-def refuse_unread(config: RunConfig) -> None:
+def check_unused(config: RunConfig) -> None:
     """Raises ConfigError for an option of generating or training that a table of probabilities does not have."""
     read = ("num_generations", "temperature", "batch_size", "chunk_size", "candidate_columns")
     unread = [

@@ -129,7 +129,7 @@ class PipelineAdapter(ABC):
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
-    def refuse_prompts(self, prompts: Sequence[Any]) -> None:
+    def check_prompts(self, prompts: Sequence[Any]) -> None:
         """Raises DataError where a prompt is not what this architecture takes."""
         for prompt in prompts:
             if self.takes == "text" and not isinstance(prompt, str):
@@ -140,7 +140,7 @@ class PipelineAdapter(ABC):
 
     def encode(self, prompts: Sequence[Any]) -> Conditions:
         """The conditions of these prompts, a row each; the only place that needs text encoders."""
-        self.refuse_prompts(prompts)
+        self.check_prompts(prompts)
         if lacking := [name for name in self.text_parts if getattr(self.pipe, name, None) is None]:
             raise ModelError(
                 f"policy.model must have all parts that read prompts; this {type(self.pipe).__name__} has no "
@@ -274,7 +274,7 @@ class PipelineAdapter(ABC):
         height, width = (cells, cells) if isinstance(cells, int) else cells
         return int(height) * self.factor, int(width) * self.factor
 
-    def refuse_size(self, height: int, width: int) -> None:
+    def check_size(self, height: int, width: int) -> None:
         """Raises ConfigError where the pipeline cannot generate images of so many pixels."""
         if self.fixed_size:
             if (height, width) != self.default_size():

@@ -44,7 +44,7 @@ class DiT(PipelineAdapter):
     def classes(self) -> int:
         return int(self.denoiser.config.num_embeds_ada_norm)
 
-    def refuse_prompts(self, prompts: Sequence[Any]) -> None:
+    def check_prompts(self, prompts: Sequence[Any]) -> None:
         names: dict[str, int] = getattr(self.pipe, "labels", None) or {}
         for prompt in prompts:
             if isinstance(prompt, int) and not isinstance(prompt, bool) and 0 <= prompt < self.classes:
@@ -60,7 +60,7 @@ class DiT(PipelineAdapter):
             )
 
     def encode(self, prompts: Sequence[Any]) -> Conditions:
-        self.refuse_prompts(prompts)
+        self.check_prompts(prompts)
         return Conditions({"labels": torch.tensor(list(prompts), dtype=torch.long)})
 
     def empty(self, negative: str | None = None) -> Conditions:

@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from raftune.errors import ModelError
-from raftune.policies.diffusion.parity import refuse_unproven
+from raftune.policies.diffusion.parity import check_parity
 from raftune.policies.diffusion.pipelines import adapter_of
 from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall
 from raftune.policies.diffusion.pipelines.dit import DiT
@@ -38,7 +38,7 @@ VARIANCE_PRESERVING = (
 
 def refusal(binding: PipelineAdapter) -> str:
     with pytest.raises(ModelError, match="will not train what it cannot verify") as caught:
-        refuse_unproven(binding)
+        check_parity(binding)
     return str(caught.value)
 
 
@@ -54,20 +54,20 @@ def changed(model: type[Any], denoiser: Any, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_architecture_says_exactly_what_its_pipeline_says(kind: Kind) -> None:
-    assert refuse_unproven(adapter_of(tiny_pipeline(kind))).differences == (0.0, 0.0)
+    assert check_parity(adapter_of(tiny_pipeline(kind))).differences == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("name", VARIANCE_PRESERVING)
 def test_a_prediction_is_of_what_the_denoiser_is_given_whatever_the_scheduler_scales(name: str) -> None:
     pipe = tiny_pipeline("sd-v")
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
-    assert max(refuse_unproven(adapter_of(pipe)).differences) == 0.0
+    assert max(check_parity(adapter_of(pipe)).differences) == 0.0
 
 
 def test_a_second_order_flow_scheduler_is_proven_at_each_of_its_evaluations() -> None:
     pipe = tiny_pipeline("sd3")
     pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
-    assert refuse_unproven(adapter_of(pipe)).differences == (0.0, 0.0, 0.0)
+    assert check_parity(adapter_of(pipe)).differences == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -76,26 +76,26 @@ def test_half_precision_is_proven_too(kind: Kind, dtype: torch.dtype) -> None:
     pipe = tiny_pipeline(kind)
     with quiet():
         pipe.to(dtype)
-    proof = refuse_unproven(adapter_of(pipe))
+    proof = check_parity(adapter_of(pipe))
     assert max(proof.differences) <= proof.limit
 
 
 def test_sd3_without_its_t5_is_proven() -> None:
     pipe = tiny_pipeline("sd3")
     pipe.text_encoder_3 = pipe.tokenizer_3 = None
-    assert max(refuse_unproven(adapter_of(pipe)).differences) == 0.0
+    assert max(check_parity(adapter_of(pipe)).differences) == 0.0
 
 
 def test_sdxl_whose_vae_centres_its_latents_is_proven() -> None:
     pipe = tiny_pipeline("sdxl")
     pipe.vae = changed(AutoencoderKL, pipe.vae, latents_mean=(0.5, -1.0, 2.0, 0.0), latents_std=(2.0, 0.5, 1.5, 3.0))
-    assert max(refuse_unproven(adapter_of(pipe)).differences) == 0.0
+    assert max(check_parity(adapter_of(pipe)).differences) == 0.0
 
 
 def test_flux_that_is_not_told_the_guidance_is_proven() -> None:
     pipe = tiny_pipeline("flux")
     pipe.transformer = changed(FluxTransformer2DModel, pipe.transformer, guidance_embeds=False)
-    assert max(refuse_unproven(adapter_of(pipe)).differences) == 0.0
+    assert max(check_parity(adapter_of(pipe)).differences) == 0.0
 
 
 def test_pixart_sigma_which_is_told_no_size_is_proven() -> None:
@@ -104,7 +104,7 @@ def test_pixart_sigma_which_is_told_no_size_is_proven() -> None:
     parts = {name: getattr(alpha, name) for name in ("scheduler", "vae", "text_encoder", "tokenizer")}
     sigma = PixArtSigmaPipeline(transformer=denoiser, **parts)
     sigma.set_progress_bar_config(disable=True)
-    assert max(refuse_unproven(adapter_of(sigma)).differences) == 0.0
+    assert max(check_parity(adapter_of(sigma)).differences) == 0.0
 
 
 def test_an_unconditional_model_with_a_learned_variance_or_one_channel_is_proven() -> None:
@@ -112,13 +112,13 @@ def test_an_unconditional_model_with_a_learned_variance_or_one_channel_is_proven
     learned.unet = changed(UNet2DModel, learned.unet, out_channels=6)
     learned.scheduler = DDPMScheduler(variance_type="learned_range")
     grey.unet = changed(UNet2DModel, grey.unet, in_channels=1, out_channels=1)
-    assert max(refuse_unproven(adapter_of(learned)).differences) == 0.0
-    assert max(refuse_unproven(adapter_of(grey)).differences) == 0.0
+    assert max(check_parity(adapter_of(learned)).differences) == 0.0
+    assert max(check_parity(adapter_of(grey)).differences) == 0.0
 
 
 def test_the_scheduler_and_the_random_state_are_as_before() -> None:
     pipe, before = tiny_pipeline("dit"), torch.get_rng_state()
-    refuse_unproven(adapter_of(pipe))
+    check_parity(adapter_of(pipe))
     assert not {"step", "scale_model_input"} & set(vars(pipe.scheduler))
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -219,21 +219,21 @@ def test_a_denoiser_that_gives_nan_is_named_before_anything_is_compared() -> Non
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(float("nan"))
     with pytest.raises(ModelError, match="gave NaN or infinity at step 1 in float32"):
-        refuse_unproven(adapter_of(pipe))
+        check_parity(adapter_of(pipe))
 
 
 def test_a_pipeline_that_cannot_draw_says_what_it_said() -> None:
     pipe = tiny_pipeline("sd")
     with pytest.raises(ModelError, match=r"failed at 8 x 16 pixels with ValueError: .* does not support custom"):
-        refuse_unproven(adapter_of(pipe), {"sigmas": [1.0]})
+        check_parity(adapter_of(pipe), {"sigmas": [1.0]})
 
 
 def test_kwargs_that_change_what_the_denoiser_is_told_are_seen() -> None:
     pipe = tiny_pipeline("sd")
     pipe.unet.register_forward_pre_hook(_louder_where_asked, with_kwargs=True)
-    assert max(refuse_unproven(adapter_of(pipe)).differences) == 0.0
+    assert max(check_parity(adapter_of(pipe)).differences) == 0.0
     with pytest.raises(ModelError, match="output differs"):
-        refuse_unproven(adapter_of(pipe), {"cross_attention_kwargs": {"scale": 2.0}})
+        check_parity(adapter_of(pipe), {"cross_attention_kwargs": {"scale": 2.0}})
 
 
 def _louder_where_asked(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

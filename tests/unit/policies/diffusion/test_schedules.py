@@ -20,7 +20,7 @@ from raftune.policies.diffusion.schedules import (
     FlowMatching,
     Schedule,
     VariancePreserving,
-    refuse_unfit,
+    check_schedule_options,
     schedule_of,
     shares,
     stratified,
@@ -256,9 +256,9 @@ def test_a_scheduler_that_would_train_to_nonsense_is_refused(name: str, options:
 
 def test_min_snr_on_a_flow_is_refused_as_configuration() -> None:
     with pytest.raises(ConfigError, match=r"min_snr_gamma must be left out for flow matching; got 5"):
-        refuse_unfit(FlowMatching(1000), DiffusionTraining(min_snr_gamma=5))
-    refuse_unfit(preserving(), DiffusionTraining(min_snr_gamma=5))
-    refuse_unfit(FlowMatching(1000), DiffusionTraining())
+        check_schedule_options(FlowMatching(1000), DiffusionTraining(min_snr_gamma=5))
+    check_schedule_options(preserving(), DiffusionTraining(min_snr_gamma=5))
+    check_schedule_options(FlowMatching(1000), DiffusionTraining())
 
 
 def apart(first: torch.Tensor, second: torch.Tensor) -> float:

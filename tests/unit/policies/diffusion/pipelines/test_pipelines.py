@@ -266,9 +266,9 @@ def test_a_negative_prompt_means_nothing_where_none_is_read(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", FIXED)
 def test_an_architecture_of_one_size_refuses_every_other(kind: Kind) -> None:
     binding = adapter_of(tiny_pipeline(kind))
-    binding.refuse_size(SIZE, SIZE)
+    binding.check_size(SIZE, SIZE)
     with pytest.raises(ConfigError, match=r"must be 16 x 16, at which alone .* draws; got 16 x 32\. Leave them out"):
-        binding.refuse_size(SIZE, 32)
+        binding.check_size(SIZE, 32)
 
 
 @pytest.mark.parametrize("kind", TEXTUAL)
@@ -277,7 +277,7 @@ def test_a_size_between_the_cells_is_refused_with_its_neighbours(kind: Kind) -> 
     wrong = binding.multiple + 1
     fix = f"Write {binding.multiple} or {2 * binding.multiple}"
     with pytest.raises(ConfigError, match=rf"height must be a multiple of {binding.multiple} .* got {wrong}\. {fix}"):
-        binding.refuse_size(wrong, binding.multiple)
+        binding.check_size(wrong, binding.multiple)
 
 
 def test_flux_takes_sizes_of_whole_packs() -> None:

@@ -20,8 +20,8 @@ from PIL import Image
 from raftune.config.sampling import DiffusionSampling
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.diffusion import Diffusion
-from raftune.policies.diffusion.checks import call_of, refuse_distilled, refuse_other_channels
-from raftune.policies.diffusion.parity import refuse_unproven, refuse_unseeded
+from raftune.policies.diffusion.checks import call_of, check_channels, check_not_distilled
+from raftune.policies.diffusion.parity import check_parity, check_seeds
 from raftune.policies.diffusion.pipelines import adapter_of
 from raftune.training.quiet import quiet
 from tests.pipelines import SIZE, Kind, save_tiny, tiny_pipeline
@@ -70,7 +70,7 @@ def test_latents_mean_what_the_pipeline_makes_of_them_whatever_its_autoencoder(
     pipe = tiny_pipeline(kind)
     torch.manual_seed(0)
     pipe.vae = vae()
-    assert max(refuse_unproven(adapter_of(pipe)).differences) == 0.0
+    assert max(check_parity(adapter_of(pipe)).differences) == 0.0
 
 
 def test_a_picture_goes_through_an_autoencoder_and_back_in_the_pipeline_s_own_scale() -> None:
@@ -91,7 +91,7 @@ def test_a_picture_goes_through_an_autoencoder_and_back_in_the_pipeline_s_own_sc
 def test_a_safety_checker_that_flags_every_picture_proves_nothing_against_the_pipeline() -> None:
     pipe = tiny_pipeline("sd")
     pipe.run_safety_checker = lambda image, device, dtype: (torch.zeros_like(image), [True] * len(image))
-    assert max(refuse_unproven(adapter_of(pipe)).differences) == 0.0
+    assert max(check_parity(adapter_of(pipe)).differences) == 0.0
 
 
 def test_a_pipeline_that_does_not_say_its_size_is_told_one() -> None:
@@ -99,37 +99,37 @@ def test_a_pipeline_that_does_not_say_its_size_is_told_one() -> None:
     with pytest.raises(ConfigError, match=r"height and .width must be given: this StableDiffusionPipeline does not"):
         call_of(binding, DiffusionSampling(height=SIZE))
     assert call_of(binding, DiffusionSampling(height=SIZE, width=24)).width == 24
-    assert max(refuse_unproven(binding).differences) == 0.0
+    assert max(check_parity(binding).differences) == 0.0
 
 
 def test_a_tokenizer_that_says_no_length_is_named() -> None:
     pipe = tiny_pipeline("sd")
     pipe.tokenizer.model_max_length = int(1e30)  # what transformers takes where nothing is said
     with pytest.raises(ModelError, match=r"must read prompts; .* failed with OverflowError.*must say model_max_length"):
-        refuse_unproven(adapter_of(pipe))
+        check_parity(adapter_of(pipe))
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_a_unet_that_is_told_the_guidance_is_refused_as_distilled(kind: Kind) -> None:
-    refuse_distilled(adapter_of(tiny_pipeline(kind)))
+    check_not_distilled(adapter_of(tiny_pipeline(kind)))
     binding = adapter_of(changed(tiny_pipeline(kind), "unet", time_cond_proj_dim=8))
     with pytest.raises(ModelError, match=r"UNet2DConditionModel has time_cond_proj_dim 8: it was distilled"):
-        refuse_distilled(binding)
+        check_not_distilled(binding)
 
 
 def test_a_unet_that_fills_in_pictures_is_refused() -> None:
     for kind in ("sd", "flux", "dit", "ddpm"):
         binding = adapter_of(tiny_pipeline(kind))  # type: ignore[arg-type]
-        refuse_other_channels(binding, binding.latent_shape(SIZE, SIZE))
+        check_channels(binding, binding.latent_shape(SIZE, SIZE))
     binding = adapter_of(changed(tiny_pipeline("sd"), "unet", in_channels=9))
     with pytest.raises(ModelError, match=r"latents of 9 channels, and those of its AutoencoderKL have 4: it was made"):
-        refuse_other_channels(binding, binding.latent_shape(SIZE, SIZE))
+        check_channels(binding, binding.latent_shape(SIZE, SIZE))
 
 
 def test_pictures_of_four_channels_are_refused() -> None:
     binding = adapter_of(changed(tiny_pipeline("ddpm"), "unet", UNet2DModel, in_channels=4, out_channels=4))
     with pytest.raises(ModelError, match=r"an image becomes latents of the shape \(3, 16, 16\), where .* have \(4, "):
-        refuse_unproven(binding)
+        check_parity(binding)
 
 
 # -- noise -------------------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_pictures_of_four_channels_are_refused() -> None:
     ],
 )
 def test_noise_that_no_seed_reaches_is_refused(kind: Kind, name: str, options: dict[str, Any]) -> None:
-    for refuse in (refuse_unproven, refuse_unseeded):
+    for refuse in (check_parity, check_seeds):
         with pytest.raises(ModelError, match=rf"must come of its own seed; .*: its {name} samples noise that no seed"):
             refuse(adapter_of(scheduled(kind, name, **options)))
 
@@ -162,7 +162,7 @@ def test_noise_that_no_seed_reaches_is_refused(kind: Kind, name: str, options: d
     ],
 )
 def test_noise_of_the_picture_s_own_generator_is_taken(kind: Kind, name: str, options: dict[str, Any]) -> None:
-    assert max(refuse_unproven(adapter_of(scheduled(kind, name, **options))).differences) == 0.0
+    assert max(check_parity(adapter_of(scheduled(kind, name, **options))).differences) == 0.0
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
