@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from raftune.config.run import RunConfig
 from raftune.config.selection import BestOfK, Random, Threshold, TopFraction, TopM
-from raftune.errors import ModelError
+from raftune.errors import DataError, ModelError
 from raftune.planning.probe import SECONDS, Emit, ProbeResult, ProbeRun, probe, seconds_by_stage
-from raftune.planning.prompts import PromptCounts, check_answers, leave_out, measure, read_prompts
 from raftune.policies.footprint import DiskForecast, Footprint, MemoryPeaks, RoundAmounts, rows_of_round
-from raftune.protocols import SupportsPromptCheck
-from raftune.results.summary import overlap_words, rows_of
+from raftune.protocols import Policy, SupportsPromptCheck
+from raftune.results.summary import overlap_words, read_json, rows_of
 from raftune.runtime.assembly import Runtime
 from raftune.runtime.preflight import preflight
 from raftune.runtime.run import check_writable, refuse_foreign, root_of
 from raftune.runtime.staleness import check
 from raftune.runtime.trackers import check_installed, wanted
 from raftune.sanitize import counted
-from raftune.stages.data import held_out_words
+from raftune.stages.data import DataStage, held_out_words
+from raftune.stages.gather import adopted, prompts_of, reference_rows
+from raftune.stages.plan import asked_columns, prompts_from
+from raftune.stages.prompt_check import LEAVE_OUT, cut_short, looked_at, prompts_in, refusal, unlike_starter
+from raftune.store.job import run_once
+from raftune.store.parquet import read_groups, read_table, write_table
 from raftune.store.run import RunFolder
+
+BATCH = 512  # prompts that are encoded at once
+
+
+@dataclass(frozen=True)
+class PromptCounts:
+    """Numbers of prompts; `repeated`: training rows that repeat an earlier one; `overlap`: held-out prompts that are
+    also trained on; `shortest` and `longest` in tokens, None where the family has none."""
+
+    train: int
+    held_out: int
+    repeated: int
+    overlap: int
+    shortest: int | None
+    longest: int | None
 
 
 @dataclass(frozen=True)
@@ -92,7 +114,9 @@ def _forecast(runtime: Runtime, root: Path, done: int | None, trial: ProbeRun, *
     config = runtime.config
     trial.tell("reading the prompts, checking the model")
     with trial.paused():  # all prompts are checked, however long that takes
-        data = read_prompts(runtime)
+        stage = runtime.stage(0, "data")
+        run_once(runtime.job(stage, 0), stage)  # type: ignore[arg-type]
+        data = runtime.run.folder(0, "data")
     start = runtime.run.folder(0, "model")
     start.mkdir(parents=True)
     facts = read_start(runtime, start, trial)
@@ -145,6 +169,77 @@ def read_start(runtime: Runtime, start: Path, trial: ProbeRun) -> Any:
         )
     note = f"the model's weights could not be read within {trial.seconds:g} seconds, and were not checked: "
     return unread | {"notes": [f"{note}--probe-seconds gives more time"]}
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+def check_answers(policy: Policy, folder: Path, config: RunConfig) -> None:
+    """Encodes every completion of the data, candidates and references, as the run will. Raises DataError for the first
+    that cannot be used."""
+    if not config.num_rounds:
+        return
+    if columns := config.sampling.candidate_columns:
+        for prompt in (p for rows in read_groups(folder / "train.parquet") for p in prompts_from(rows)):
+            for column in columns:
+                try:
+                    policy.encode_completion(prompt, prompt.columns[column], f"column:{column}")
+                except DataError as error:
+                    raise DataError(f"sampling.candidate_columns, {column!r} of prompt {prompt.id}: {error}") from error
+    if (reference := config.training.reference) is not None:
+        rows = reference_rows(reference)
+        completions = rows.column(reference.completion_column).to_pylist()
+        prompts = prompts_from(prompts_of(rows, reference))
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
+            adopted(policy, prompt, completion, number)
+
+
+def leave_out(runtime: Runtime, folder: Path, policy: SupportsPromptCheck) -> tuple[str, ...]:
+    """Removes the copied prompts that the policy cannot take; returns notes. Raises DataError where a run would."""
+    source = runtime.stage(0, "data")
+    assert isinstance(source, DataStage)
+    looks = looked_at(prompts_in(folder, runtime.config.sampling.candidate_columns), [policy])
+    refused = looks.refused
+    notes = (*(unlike_starter(looks) if runtime.starter else ()), *cut_short(looks))
+    if not refused:
+        return notes
+    if not runtime.drops:
+        raise DataError(f"{refusal(looks, source)} {LEAVE_OUT}")
+    tables = {name: read_table(folder / f"{name}.parquet") for name in ("train", "held_out")}
+    (folder / "_COMMIT.json").unlink(missing_ok=True)  # the plan's own copy, which is about to change
+    counts = {}
+    for name, rows in tables.items():
+        kept = rows.filter(pa.array([id_ not in refused for id_ in rows.column("prompt_id").to_pylist()], pa.bool_()))
+        if rows.num_rows and not kept.num_rows:
+            raise DataError(f"{refusal(looks, source)} None is left of the {name} prompts.")
+        write_table(kept, folder / f"{name}.parquet")
+        counts[name] = kept.num_rows
+    (folder / "notes.json").write_text(json.dumps(read_json(folder / "notes.json") | counts))
+    return (*notes, f"left out: {refusal(looks, source)}")
+
+
+def measure(folder: Path, encoder: Any | None) -> PromptCounts:
+    """The counts; with an encoder, lengths as well."""
+    notes = read_json(folder / "notes.json")
+    files = (folder / f"{name}.parquet" for name in ("train", "held_out")) if encoder is not None else ()
+    lengths = [length for path in files for length in lengths_of(path, encoder)]
+    counts = {name: notes[name] for name in ("train", "held_out", "repeated", "overlap")}
+    return PromptCounts(**counts, shortest=min(lengths, default=None), longest=max(lengths, default=None))
+
+
+def lengths_of(path: Path, encoder: Any) -> list[int]:
+    """Tokens of each of the file's prompts, as rendered for generation. Raises DataError for one that does not fit.
+
+    Encoded in batches: a tokenizer's own record of a text is many times larger than the text.
+    """
+    lengths: list[int] = []
+    for rows in read_groups(path, asked_columns(path)):
+        for start in range(0, rows.num_rows, BATCH):
+            lengths += map(len, encoder.encode(prompts_from(rows.slice(start, BATCH)), for_drawing=True))
+    return lengths
+
+
+# -- amounts -----------------------------------------------------------------------------------------------------------
 
 
 def amounts(config: RunConfig, train: int, held_out: int) -> RoundAmounts:

@@ -20,7 +20,7 @@ from raftune.reward_models.examples import FeedbackExample
 from raftune.sanitize import first_line
 from raftune.store import interruption
 from raftune.training.checkpoints import STATE, CheckpointCallback, newest_verified
-from raftune.training.length_grouping import LengthGroupedSampler
+from raftune.training.fit import LengthGroupedSampler
 from raftune.training.quiet import quiet
 
 IDENTITY = "reward model"  # the configuration and the rows of a folder are checked before

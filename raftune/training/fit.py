@@ -19,19 +19,22 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from raftune.arrays import IntArray
 from raftune.config.training import TrainingConfig
 from raftune.errors import ConfigError, ExtensionError, ModelError, OutOfMemory
+from raftune.records import derive_seed
 from raftune.sanitize import counted
 from raftune.store import interruption, pulse
 from raftune.training.checkpoints import CheckpointCallback, newest_verified
 from raftune.training.devices import is_out_of_memory
-from raftune.training.length_grouping import LengthGroupedSampler
 from raftune.training.quiet import quiet
 
 WEIGHTS, AVERAGE, MICRO_BATCH = "weights.safetensors", "average.safetensors", "micro_batch.json"
 SMALL = 50_000_000  # parameters: below, a full garbage collection costs more than the memory it could free
+POOL = 50  # steps within which rows are sorted by length: enough to save padding, few enough to keep steps random
 MANY_PASSES = 10  # over a round's rows, above which a note says so
 NEVER = 2**31 - 1  # steps between checkpoints, where time alone decides
 PASSED_ON = (
@@ -405,6 +408,41 @@ def optimizer_tensors(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
         for entry, value in state.get(weight, {}).items()
         if value is not None
     }
+
+
+def grouped_order(lengths: Sequence[int], step: int, seed: int, epoch: int) -> IntArray:
+    """A permutation of the rows in which every `step` successive ones have similar lengths.
+
+    Rows are shuffled, sorted by length within pools of POOL steps, and cut into steps, which are shuffled again: a
+    step's length is independent of its position. Rows that do not fill a step come last, as Trainer expects.
+    """
+    random = np.random.default_rng(derive_seed(seed, "order", epoch))
+    order, size = random.permutation(len(lengths)), np.asarray(lengths)
+    whole = len(order) // step * step
+
+    def longest_first(rows: IntArray) -> IntArray:
+        return rows[np.argsort(-size[rows], kind="stable")]
+
+    pools = [longest_first(order[i : min(i + POOL * step, whole)]) for i in range(0, whole, POOL * step)]
+    steps = np.concatenate(pools).reshape(-1, step) if pools else np.empty((0, step), dtype=np.int64)
+    return np.concatenate([random.permutation(steps).reshape(-1), longest_first(order[whole:])]).astype(np.int64)
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Sampler of `grouped_order` for the epoch that was last set."""
+
+    def __init__(self, lengths: Sequence[int], step: int, seed: int) -> None:
+        self.lengths, self.step, self.seed = lengths, step, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(grouped_order(self.lengths, self.step, self.seed, self.epoch).tolist())
 
 
 @contextlib.contextmanager

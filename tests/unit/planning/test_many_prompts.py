@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from raftune.errors import DataError
-from raftune.planning.prompts import BATCH, lengths_of
+from raftune.planning.forecast import BATCH, lengths_of
 from raftune.records import Prompt
 from raftune.stages.prompt_check import looked_at, prompts_of_file
 from raftune.store.parquet import write_table

@@ -18,7 +18,7 @@ from raftune.policies.causal_lm import CausalLM
 from raftune.policies.causal_lm.encoding import TextEncoder
 from raftune.policies.causal_lm.likelihood import TokenizedCompletion
 from raftune.policies.causal_lm.sft_loss import LearnedLM, TrainingRow, batch_of, read_rows
-from raftune.training.length_grouping import POOL, LengthGroupedSampler, grouped_order
+from raftune.training.fit import POOL, LengthGroupedSampler, grouped_order
 from raftune.training.objectives import Sft, coefficients
 from tests.builders import EOS, PAD, Parts, parts, tiny_model, tiny_tokenizer, tree_hash, write_rows
 from tests.unit.policies.causal_lm.fits import model_folders, some_rows, tuned
