@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -20,9 +20,6 @@ from raftune.rewards.batch import RESERVED, is_image
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.registry import BuiltInReward, builtin
 from raftune.sanitize import one_line
-
-if TYPE_CHECKING:
-    import httpx2
 
 EXCERPT = 160  # characters of a wrong answer that are shown
 MOST_BYTES = 4 * 2**20  # of an answer: numbers for a few samples, and whatever else the server says
@@ -82,56 +79,51 @@ class HttpReward(BuiltInReward):
             raise RewardError(f"http: options.columns names {missing[0]!r}, which the prompts lack; there are: {have}")
         key = os.environ.get(self.key_env or "")
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        headers |= self.headers or {}
         slots = asyncio.Semaphore(self.concurrency)
         # Proxies of the environment are for other machines; a server on this one is asked directly.
-        client = httpx2.AsyncClient(
-            timeout=None, trust_env=not is_local(self.url), headers=headers | (self.headers or {})
-        )
-        tasks = []
+        client = httpx2.AsyncClient(timeout=None, trust_env=not is_local(self.url), headers=headers)
+        address = redacted(masked(self.url))  # without keys
+
+        async def request(rows: slice) -> list[Any]:
+            part, media = completions[rows], "text"
+            async with slots:
+                if any(is_image(completion) for completion in part):
+                    part, media = [base64.b64encode(png_of(image)).decode("ascii") for image in part], "image"
+                others = {name: lists[name][rows] for name in names}
+                body = {"prompts": prompts[rows], "completions": part, "media": media, "columns": others}
+                try:
+                    content = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+                except TypeError as error:
+                    raise RewardError(
+                        f"http: the columns cannot be sent as JSON: {error}. Name others: options.columns."
+                    ) from None
+                try:
+                    response = await post(client, self.url, MOST_BYTES, content=content)
+                except (httpx2.HTTPError, ResponseTooLarge) as error:
+                    raise RewardError(f"{address}: {one_line(str(error), EXCERPT) or type(error).__name__}") from None
+            text = masked(response.text)
+            for secret in (key, *(self.headers or {}).values()):
+                text = text.replace(secret, "***") if secret else text
+            excerpt = one_line(text, EXCERPT)
+            if not response.is_success:
+                raise RewardError(f"{address}: HTTP {response.status_code}: {excerpt}")
+            try:
+                scores = response.json()["scores"]
+            except (ValueError, TypeError, KeyError):
+                scores = None
+            if not isinstance(scores, list):
+                raise RewardError(f'{address}: the answer must be {{"scores": […]}}; got {excerpt or "an empty body"}')
+            if len(scores) != len(part):
+                raise RewardError(
+                    f"{address}: {len(scores)} scores for {len(part)} completions; there must be one for each"
+                )
+            return scores
+
+        starts = range(0, len(completions), self.batch_size)
         try:
             async with client, asyncio.TaskGroup() as group:
-                for start in range(0, len(completions), self.batch_size):
-                    rows = slice(start, start + self.batch_size)
-                    part, others = completions[rows], {name: lists[name][rows] for name in names}
-                    has_images = any(is_image(completion) for completion in part)
-                    if has_images:
-                        part = [base64.b64encode(png_of(image)).decode("ascii") for image in part]
-                    media = "image" if has_images else "text"
-                    body = {"prompts": prompts[rows], "completions": part, "media": media, "columns": others}
-                    tasks.append(group.create_task(self._request(client, slots, body)))
+                tasks = [group.create_task(request(slice(start, start + self.batch_size))) for start in starts]
         except ExceptionGroup as several:  # the first to fail ends the others
             raise several.exceptions[0] from None
         return [score for task in tasks for score in task.result()]
-
-    async def _request(self, client: httpx2.AsyncClient, slots: asyncio.Semaphore, body: dict[str, Any]) -> list[Any]:
-        """The scores of one request. Raises RewardError."""
-        import httpx2
-
-        address = redacted(masked(self.url))  # without keys
-        try:
-            content = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        except TypeError as error:
-            raise RewardError(
-                f"http: the columns cannot be sent as JSON: {error}. Name others: options.columns."
-            ) from None
-        async with slots:
-            try:
-                response = await post(client, self.url, MOST_BYTES, content=content)
-            except (httpx2.HTTPError, ResponseTooLarge) as error:
-                raise RewardError(f"{address}: {one_line(str(error), EXCERPT) or type(error).__name__}") from None
-        text = masked(response.text)
-        for secret in (os.environ.get(self.key_env or ""), *(self.headers or {}).values()):
-            text = text.replace(secret, "***") if secret else text
-        excerpt = one_line(text, EXCERPT)
-        if not response.is_success:
-            raise RewardError(f"{address}: HTTP {response.status_code}: {excerpt}")
-        try:
-            scores = response.json()["scores"]
-        except (ValueError, TypeError, KeyError):
-            scores = None
-        if not isinstance(scores, list):
-            raise RewardError(f'{address}: the answer must be {{"scores": […]}}; got {excerpt or "an empty body"}')
-        size = len(body["completions"])
-        if len(scores) != size:
-            raise RewardError(f"{address}: {len(scores)} scores for {size} completions; there must be one for each")
-        return scores
