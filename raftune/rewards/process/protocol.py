@@ -1,7 +1,7 @@
 """Messages between a run and a reward's process, as Arrow IPC streams.
 
-Nothing is pickled. Plain values of one type are an Arrow column, images PNG bytes; any other value is JSON text, so
-that a message or a nested cell arrives with exactly its own keys.
+Nothing is pickled. A value is JSON text, so that a message or a nested cell arrives with exactly its own keys; images
+are PNG bytes, and what JSON does not hold is an Arrow column.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import pyarrow as pa
 from raftune.data.images import as_rgb, image_of
 from raftune.errors import RewardError
 from raftune.rewards.batch import RewardBatch, is_image
-
-PLAIN = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), bytes: pa.binary()}
 
 
 def packed(header: Mapping[str, Any], table: pa.Table | None = None) -> memoryview:
@@ -59,19 +57,15 @@ def batch_from(table: pa.Table, state: Mapping[str, Any]) -> RewardBatch:
 
 
 def _encode(name: str, values: list[Any]) -> tuple[pa.Array, str]:
-    """The column as Arrow, and how it is read back: png, arrow or json."""
+    """The column as Arrow, and how it is read back: png, json or arrow."""
     if values and all(is_image(value) for value in values):
         buffers = [io.BytesIO() for _ in values]
         for value, buffer in zip(values, buffers, strict=True):  # hardly compressed: it is read again at once
             as_rgb(value).save(buffer, format="PNG", compress_level=1)
         return pa.array([buffer.getvalue() for buffer in buffers], pa.binary()), "png"
-    types = {type(value) for value in values} - {type(None)}
-    if len(types) <= 1:
-        with contextlib.suppress(KeyError, pa.ArrowException, UnicodeEncodeError, OverflowError):
-            return pa.array(values, PLAIN[types.pop()] if types else pa.null()), "arrow"
     with contextlib.suppress(TypeError, ValueError):
         return pa.array([json.dumps(value) for value in values], pa.string()), "json"
-    with contextlib.suppress(pa.ArrowException, TypeError, ValueError):  # dates, decimals and the like
+    with contextlib.suppress(pa.ArrowException, TypeError, ValueError):  # bytes, dates, decimals and the like
         array = pa.array(values)
         if array.to_pylist() == values:
             return array, "arrow"
