@@ -166,10 +166,10 @@ class SamplingBackend(Protocol):
 
 @runtime_checkable
 class SupportsBackends(Protocol):
-    """A policy with several ways to generate, of which a run chooses and records one."""
+    """A policy with several ways to generate, of which a run chooses and records one, as JSON."""
 
     def choose_backend(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """The JSON record of a trial on these prompts. Raises ModelError where no way is correct."""
+        """The record of a trial on these prompts. Raises ModelError where no way is correct."""
         ...
 
     def use_backend(self, record: Mapping[str, Any]) -> None:
@@ -245,8 +245,7 @@ class SupportsTruncation(Protocol):
 
 @dataclass(frozen=True)
 class ModelUsage:
-    """What a model card says: the hub's library and task, the code that loads the model, a remark, and how its samples
-    relate to prompts."""
+    """What a model card says: the hub's library and task, code that loads the model, a remark, what it generates."""
 
     library: str = ""
     task: str = ""
@@ -261,10 +260,8 @@ class SupportsPublishing(Protocol):
 
     @classmethod
     def publish(cls, config: Any, folder: Path, start: Path, out: Path, base: str | None, merged: bool) -> ModelUsage:
-        """Writes the model of a committed folder into `out`, with all that it needs, and returns what its card says.
-
-        base: the public name of the initial model, None for a bundled one. merged: an adapter is added to its base;
-        raises ConfigError where there is none.
+        """Writes the model of a committed folder into `out`, with all that it needs. `base`: the initial model's public
+        name, None for a bundled one. `merged`: an adapter is added to its base. Raises ConfigError where there is none.
         """
         ...
 
@@ -323,8 +320,7 @@ class LearnedModel(Protocol):
     """The trained model, as an objective sees it."""
 
     def terms(self, batch: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-        """Tensors, with gradient: the loss of each unit (a token, an image at a noise level), the weight of each, and
-        the total weight of the batch."""
+        """Tensors, with gradient: loss and weight of each unit (token, image at a noise level), the batch's weight."""
         ...
 
 
@@ -335,7 +331,7 @@ class Objective(Protocol):
     def needs(self) -> frozenset[str]: ...
 
     def rows(self, samples: pa.Table, verdicts: pa.Table) -> pa.Table:
-        """The rows to train on, of one chunk's samples with their verdicts, row for row: all columns of `samples`, and
+        """The rows to train on, from one chunk's samples and their verdicts, row for row: all columns of `samples`, and
         `weight` (0 leaves a row out). Further columns of numbers reach the batch by their names."""
         ...
 

@@ -210,7 +210,7 @@ VERDICT_SCHEMA = pa.schema(
 
 def samples_table(samples: Iterable[Sample], payload: pa.Schema) -> pa.Table:
     """One row a sample, in the given order; `payload` has the family's columns, `completion` among them."""
-    own = (pa.field("seed", pa.int64()), pa.field("version", pa.string(), nullable=False))
+    columns = (pa.field("seed", pa.int64()), pa.field("version", pa.string(), nullable=False))
     rows = [
         {
             "sample_id": s.id,
@@ -224,7 +224,7 @@ def samples_table(samples: Iterable[Sample], payload: pa.Schema) -> pa.Table:
         }
         for s in samples
     ]
-    return pa.Table.from_pylist(rows, schema=pa.schema([*IDENTITY_FIELDS, *own, *payload]))
+    return pa.Table.from_pylist(rows, schema=pa.schema([*IDENTITY_FIELDS, *columns, *payload]))
 
 
 def scores_table(

@@ -1,10 +1,10 @@
 """Selection: scores in, verdicts out. Independent of row order and number of workers.
 
-Every candidate passes three gates. *Screen*: it needs to be valid, a finite score, a length inside the window and,
-where duplicates are dropped, a completion that no other one of its prompt with a lower index has. Those that pass
-compete, and are ranked within their prompt by score, ties by index. *Skip*: a prompt whose competitors all score the
-same is left out, unless the configuration says otherwise; so is one whose best is within `margin` of their mean.
-*Rule*: of what is then in play, the configured rule keeps some, with a weight.
+Every candidate passes three gates. *Screen*: it must be valid, have a finite score and a length inside the window and,
+where duplicates are dropped, not repeat a completion of its prompt with a lower index. Those that pass compete, and are
+ranked within their prompt by score, ties by index. *Skip*: a prompt whose competitors all score the same is left out,
+unless the configuration says otherwise; so is one whose best is within `margin` of their mean. *Rule*: of what is then
+in play, the configured rule keeps some, with a weight.
 
 Letters: N candidates, C of them in play, G prompts in play.
 """
@@ -74,17 +74,18 @@ class Reason(IntEnum):
 
 
 REASONS: tuple[str, ...] = tuple(reason.words for reason in Reason)
-_RANKED = (Reason.BEST, Reason.AMONG_BEST, Reason.WEIGHTED)  # what is said of one that others were ranked against
+_RANKED = (Reason.BEST, Reason.AMONG_BEST, Reason.WEIGHTED)  # of a candidate that others were ranked against
 _SKIPPED = (Reason.ALL_EQUAL, Reason.LEFT_ALONE, Reason.SMALL_MARGIN)
+_STANDING = 255  # not a reason: marks candidates that no gate has rejected so far
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """N samples as columns. The pair (group, k) names one candidate: no two rows share it.
+    """N samples as columns. No two rows have the same (group, k).
 
     group: prompt index. k: index within the prompt. score: NaN or infinite where there is no usable one. length: in the
     family's unit. content: a hash of the completion, equal where completions are identical. invalid: True where the
-    policy itself says that there is nothing to learn from; None says that it never does.
+    policy says that the sample cannot be trained on; None where it never does.
     """
 
     group: IntArray
@@ -101,8 +102,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """N decisions, row for row. rank: 1 is the best competitor of its prompt, 0 did not compete. weight: 0 is a no.
-
+    """N decisions, row for row. rank: 1 is the best competitor of its prompt, 0 did not compete. weight: 0 is not kept.
     reason: an index into `words`, which are REASONS and, after them, those of a custom rule.
     """
 
@@ -113,14 +113,26 @@ class Verdicts:
 
 
 def select(candidates: Candidates, config: SelectionConfig, seed: int, rule: Rule | None = None) -> Verdicts:
-    """A verdict for every candidate: which are kept, with what weight, and why.
+    """A verdict for every candidate: which are kept, with what weight, and why. Independent of the order of rows.
 
-    The verdict of a (group, k) does not depend on the order of rows. `seed` decides ties at the cut of top_fraction and
-    the samples of random, and nothing else. `rule` is the configured one; it is loaded where it is not given. Takes
-    O(N log N) time and about 100 bytes a candidate.
+    `seed` decides ties at the cut of top_fraction and the samples of random, and nothing else. `rule` is the configured
+    one, loaded where it is not given. Takes O(N log N) time and about 100 bytes a candidate.
     """
     rule = rule or load_rule(config)
-    reason = _screen(candidates, config)
+    reason = np.full(len(candidates.group), _STANDING, np.uint8)
+    if config.max_length is not None:
+        reason[candidates.length > config.max_length] = Reason.TOO_LONG
+    if config.min_length is not None:
+        reason[candidates.length < config.min_length] = Reason.TOO_SHORT
+    reason[~np.isfinite(candidates.score)] = Reason.NO_SCORE
+    if candidates.invalid is not None:
+        reason[candidates.invalid] = Reason.INVALID
+    if config.drop_duplicates:
+        rows = np.flatnonzero(reason == _STANDING)
+        group, content = candidates.group[rows], candidates.content[rows]
+        order = np.lexsort((candidates.k[rows], content, group))
+        same = (np.diff(group[order]) == 0) & (content[order][1:] == content[order][:-1])
+        reason[rows[order[1:][same]]] = Reason.DUPLICATE
     competing = _pool(candidates, np.flatnonzero(reason == _STANDING))
     several = np.bincount(candidates.group, minlength=1)[candidates.group[competing.row[competing.start]]] > 1
     rank = np.zeros(len(reason), np.int32)
@@ -150,71 +162,31 @@ def nothing_to_rank(candidates: Candidates, verdicts: Verdicts) -> dict[int, flo
 
 
 def without_candidates(candidates: Candidates, verdicts: Verdicts) -> dict[int, str]:
-    """The prompts of which nothing was kept, ascending, each with its reason in words."""
+    """The prompts of which nothing was kept, ascending, each with its reasons in words."""
     kept = np.unique(candidates.group[verdicts.weight > 0])
     rows = np.flatnonzero(~np.isin(candidates.group, kept))
     rows = rows[np.argsort(candidates.group[rows], kind="stable")]
     groups, starts = np.unique(candidates.group[rows], return_index=True)
     reasons = np.split(verdicts.reason[rows], starts[1:])
-    words = {
-        int(group): _in_words(Counter(own.tolist()), verdicts.words)
-        for group, own in zip(groups, reasons, strict=False)
-    }
-    for group, score in nothing_to_rank(candidates, verdicts).items():
-        if words.get(group) == Reason.ALL_EQUAL.words:
-            words[group] = f"nothing to rank: all candidates score {score:.6g}"
+    tied, words = nothing_to_rank(candidates, verdicts), {}
+    for group, codes in zip(groups.tolist(), reasons, strict=False):
+        counts = Counter(codes.tolist())
+        skipped = [reason for reason in _SKIPPED if reason in counts]
+        if skipped or len(counts) == 1:
+            reason = (skipped or list(counts))[0]
+            words[group] = verdicts.words[reason]
+            if reason == Reason.ALL_EQUAL and group in tied:
+                words[group] = f"nothing to rank: all candidates score {tied[group]:.6g}"
+        else:
+            by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+            parts = (f"{verdicts.words[reason]} ({count} of {counts.total()})" for reason, count in by_count)
+            words[group] = ", ".join(parts)
     return words
 
 
-def _in_words(counts: Counter[int], words: tuple[str, ...]) -> str:
-    skipped = [reason.words for reason in _SKIPPED if reason in counts]
-    if skipped or len(counts) == 1:
-        return (skipped or [words[next(iter(counts))]])[0]
-    by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{words[reason]} ({count} of {counts.total()})" for reason, count in by_count)
-
-
-# -- the screen ------------------------------------------------------------------------------------------------------
-
-_STANDING = 255  # not a reason: marks what no gate has rejected so far
-
-
-def _screen(candidates: Candidates, config: SelectionConfig) -> ByteArray:
-    """(N,) the reason for which a candidate does not compete, or _STANDING."""
-    reason = np.full(len(candidates.group), _STANDING, np.uint8)
-    if config.max_length is not None:
-        reason[candidates.length > config.max_length] = Reason.TOO_LONG
-    if config.min_length is not None:
-        reason[candidates.length < config.min_length] = Reason.TOO_SHORT
-    reason[~np.isfinite(candidates.score)] = Reason.NO_SCORE
-    if candidates.invalid is not None:
-        reason[candidates.invalid] = Reason.INVALID
-    if config.drop_duplicates:
-        reason[_repeats(candidates, np.flatnonzero(reason == _STANDING))] = Reason.DUPLICATE
-    return reason
-
-
-def _repeats(candidates: Candidates, rows: IntArray) -> IntArray:
-    """Those of `rows` whose completion another of `rows` has, of the same prompt and with a lower k."""
-    group, content = candidates.group[rows], candidates.content[rows]
-    order = np.lexsort((candidates.k[rows], content, group))
-    same = (np.diff(group[order]) == 0) & (content[order][1:] == content[order][:-1])
-    repeated: IntArray = rows[order[1:][same]]
-    return repeated
-
-
-# -- ranking and skipping --------------------------------------------------------------------------------------------
-
-
-def _positions(group: IntArray, size: IntArray) -> npt.NDArray[np.int32]:
-    """(C,) 1, 2, 3, … inside each run of `size`."""
-    return (np.arange(len(group)) - np.repeat(np.cumsum(size) - size, size) + 1).astype(np.int32)
-
-
-def _run_sizes(sorted_values: IntArray) -> IntArray:
-    """The lengths of the runs of equal values."""
-    edges = np.flatnonzero(np.diff(sorted_values)) + 1
-    return np.diff(np.concatenate(([0], edges, [len(sorted_values)]))) if len(sorted_values) else np.zeros(0, np.int64)
+def _positions(size: IntArray) -> npt.NDArray[np.int32]:
+    """(C,) 1, 2, 3, … inside each consecutive run of these sizes."""
+    return (np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size) + 1).astype(np.int32)
 
 
 def _pool(candidates: Candidates, rows: IntArray) -> RankedCandidates:
@@ -222,15 +194,15 @@ def _pool(candidates: Candidates, rows: IntArray) -> RankedCandidates:
     row = rows[np.lexsort((candidates.k[rows], -candidates.score[rows], candidates.group[rows]))]
     group, k, score = candidates.group[row], candidates.k[row], candidates.score[row]
     twins = (np.diff(group) == 0) & (np.diff(k) == 0)
-    assert not twins.any(), "two candidates of one group bear the same k"
-    size = _run_sizes(group)
-    return RankedCandidates(row, group, k, score, _positions(group, size), np.cumsum(size) - size, size)
+    assert not twins.any(), "two candidates of one group have the same k"
+    size = np.unique(group, return_counts=True)[1]
+    return RankedCandidates(row, group, k, score, _positions(size), np.cumsum(size) - size, size)
 
 
 def _skips(pool: RankedCandidates, several: BoolArray, config: SelectionConfig) -> ByteArray:
-    """(G,) the reason for which a prompt is skipped, or _STANDING. One that competes alone counts as all equal.
+    """(G,) the reason for which a prompt is skipped, or _STANDING. A single competitor counts as all equal.
 
-    `several` (G,): whether the prompt has more than one candidate. Where it has one, `auto` keeps it.
+    `several` (G,): whether the prompt has more than one candidate. A prompt with one is kept by `auto`.
     """
     skip = np.full(len(pool.start), _STANDING, np.uint8)
     if not len(skip):
@@ -249,8 +221,7 @@ def _skips(pool: RankedCandidates, several: BoolArray, config: SelectionConfig) 
 # -- the rules: (what is in play, options, seed) → weight (C,), reason (C,) ------------------------------------------
 
 RULES: dict[str, Callable[[RankedCandidates, Any, int], Decision]] = {}  # the built-in rules, by selection.rule
-METHODS = {"decide": ("pool", "seed")}
-MOST_REASONS = 64  # of a rule of one's own; a verdict's reason takes a byte on disk
+MOST_REASONS = 64  # of a custom rule; a verdict's reason takes a byte on disk
 
 
 @dataclass(frozen=True)
@@ -266,7 +237,7 @@ class BuiltInRule:
 
 
 def load_rule(config: SelectionConfig) -> Rule:
-    """The configured rule. Raises ConfigError where a custom one is not there, or is not whole."""
+    """The configured rule. Raises ConfigError where a custom one is missing or incomplete."""
     if not isinstance(config, CustomRule):
         return BuiltInRule(RULES[config.rule], config)
     rule: Rule = load_extension(
@@ -274,7 +245,7 @@ def load_rule(config: SelectionConfig) -> Rule:
         "selection.rule",
         config.options,
         "selection.options",
-        methods=METHODS,
+        methods={"decide": ("pool", "seed")},
         attributes=("reasons",),
     )
     texts = isinstance(rule.reasons, list | tuple) and all(isinstance(reason, str) for reason in rule.reasons)
@@ -287,7 +258,7 @@ def load_rule(config: SelectionConfig) -> Rule:
 
 
 def rule_code(config: SelectionConfig) -> dict[str, str]:
-    """The hash of the file that a custom rule is read from: other code is another selection."""
+    """The hash of the file of a custom rule, which enters the key of the selection."""
     return {"selection rule's classes": code_hash(config.rule)} if isinstance(config, CustomRule) else {}
 
 
@@ -317,17 +288,10 @@ def _decide_by(rule: Rule, name: str, pool: RankedCandidates, seed: int) -> Deci
 
 
 @register(RULES, "best_of_k")
-def _best_of_k(pool: RankedCandidates, options: BestOfK, seed: int) -> Decision:
-    return _best_of_each(pool, 1)
-
-
 @register(RULES, "top_m")
-def _top_m(pool: RankedCandidates, options: TopM, seed: int) -> Decision:
-    return _best_of_each(pool, options.m)
-
-
-def _best_of_each(pool: RankedCandidates, m: int) -> Decision:
+def _top_m(pool: RankedCandidates, options: BestOfK | TopM, seed: int) -> Decision:
     """The m first of each prompt's ranking; all of a prompt that has fewer."""
+    m = options.m if isinstance(options, TopM) else 1
     kept = pool.rank <= m
     last_kept = pool.score[pool.start + np.minimum(m, pool.size) - 1]
     lost = np.where(pool.score == np.repeat(last_kept, pool.size), Reason.TIED, Reason.BEATEN)
@@ -338,43 +302,38 @@ def _best_of_each(pool: RankedCandidates, m: int) -> Decision:
 def _top_fraction(pool: RankedCandidates, options: TopFraction, seed: int) -> Decision:
     """The best n = max(1, floor(C · keep_fraction)) of all prompts together, at most max_per_prompt of each.
 
-    The cap comes first, so that what it frees goes to other prompts. Of the scores equal to the n-th, which are kept is
-    decided by the seed, all alike; how many of each prompt that makes is then given to its lowest indices.
+    The cap comes first, so that what it frees goes to other prompts. Among the scores equal to the n-th, the seed
+    decides how many each prompt keeps, with equal chances; these are its lowest indices.
     """
     # 0.29 * 100 is 28.999…96 in floats, and the user means 29.
     n = max(1, int(np.floor(len(pool.row) * options.keep_fraction + 1e-9)))
-    allowed = _under_cap(pool, options)
+    allowed = pool.rank <= (options.max_per_prompt or len(pool.rank))
     n = min(n, int(allowed.sum()))
     cut = -np.partition(-pool.score[allowed], n - 1)[n - 1]
     kept = allowed & (pool.score > cut)
     at_cut = np.flatnonzero(allowed & (pool.score == cut))
-    kept[at_cut[_fair_share(pool, at_cut, n - int(kept.sum()), seed)]] = True
+    group, k = pool.group[at_cut], pool.k[at_cut]
+    sampled = np.lexsort((k, group, _noise(seed, group, k)))[: n - int(kept.sum())]
+    groups, number = np.unique(group, return_inverse=True)
+    share = np.bincount(number[sampled], minlength=len(groups))
+    # A pool is sorted by group, and by k where scores are equal: positions in a run follow k.
+    kept[at_cut[_positions(np.bincount(number)) <= share[number]]] = True
     lost = np.where(pool.score == cut, Reason.UNLUCKY_TIE, Reason.OUTSIDE_FRACTION)
     over_cap = ~allowed & (pool.score >= cut)
     return _decide(kept, np.full(len(kept), Reason.IN_FRACTION), np.where(over_cap, Reason.OVER_CAP, lost))
 
 
-def _fair_share(pool: RankedCandidates, tied: IntArray, n: int, seed: int) -> BoolArray:
-    """(len(tied),) True for n of them, every subset alike, but inside a group the lowest k first."""
-    noise = _noise(seed, pool.group[tied], pool.k[tied])
-    drawn = np.lexsort((pool.k[tied], pool.group[tied], noise))[:n]
-    groups, own = np.unique(pool.group[tied], return_inverse=True)
-    share = np.bincount(own[drawn], minlength=len(groups))
-    # A pool is sorted by group, and by k where scores are equal: positions in a run follow k.
-    return _positions(own, np.bincount(own)) <= share[own]
-
-
 @register(RULES, "threshold")
 def _threshold(pool: RankedCandidates, options: Threshold, seed: int) -> Decision:
     """Every score that reaches the threshold; of each prompt at most its max_per_prompt best."""
-    reaches, allowed = pool.score >= options.threshold, _under_cap(pool, options)
+    reaches, allowed = pool.score >= options.threshold, pool.rank <= (options.max_per_prompt or len(pool.rank))
     lost = np.where(reaches, Reason.OVER_CAP, Reason.BELOW_THRESHOLD)
     return _decide(reaches & allowed, np.full(len(reaches), Reason.REACHES_THRESHOLD), lost)
 
 
 @register(RULES, "softmax")
 def _softmax(pool: RankedCandidates, options: Softmax, seed: int) -> Decision:
-    """All, with weights softmax(score / temperature) that sum to 1 over each prompt."""
+    """All, with weights softmax(score / temperature) that sum to 1 for each prompt."""
     with np.errstate(over="ignore", under="ignore"):  # a gap of more than about 700 temperatures has weight 0
         raw = np.exp((pool.score - np.repeat(pool.score[pool.start], pool.size)) / options.temperature)
         weight = raw / np.repeat(np.add.reduceat(raw, pool.start), pool.size)
@@ -384,9 +343,9 @@ def _softmax(pool: RankedCandidates, options: Softmax, seed: int) -> Decision:
 @register(RULES, "random")
 def _random(pool: RankedCandidates, options: Random, seed: int) -> Decision:
     """m of each prompt by chance, whatever their scores: the control that a rule must beat on the same candidates."""
-    drawn = np.lexsort((pool.k, _noise(seed, pool.group, pool.k), pool.group))
-    kept = np.zeros(len(drawn), np.bool_)
-    kept[drawn[_positions(pool.group, pool.size) <= options.m]] = True
+    order = np.lexsort((pool.k, _noise(seed, pool.group, pool.k), pool.group))
+    kept = np.zeros(len(order), np.bool_)
+    kept[order[_positions(pool.size) <= options.m]] = True
     return _decide(kept, np.full(len(kept), Reason.CHANCE), np.full(len(kept), Reason.NOT_DRAWN))
 
 
@@ -394,14 +353,8 @@ def _decide(kept: BoolArray, won: npt.NDArray[np.int_], lost: npt.NDArray[np.int
     return kept.astype(np.float64), np.where(kept, won, lost).astype(np.uint8)
 
 
-def _under_cap(pool: RankedCandidates, options: TopFraction | Threshold) -> BoolArray:
-    if options.max_per_prompt is None:
-        return np.ones(len(pool.rank), np.bool_)
-    return pool.rank <= options.max_per_prompt
-
-
 def _noise(seed: int, group: IntArray, k: npt.NDArray[np.int32]) -> UInt64Array:
-    """(C,) 64 even bits that depend on (seed, group, k) and on nothing else: neither on rows nor on a generator."""
+    """(C,) 64 uniform bits that depend on (seed, group, k) alone."""
     state = np.full(len(group), seed % 2**64, np.uint64)
     for key in (group.astype(np.uint64), k.astype(np.uint64)):
         state = _mix(_mix(state) ^ key)
@@ -409,7 +362,7 @@ def _noise(seed: int, group: IntArray, k: npt.NDArray[np.int32]) -> UInt64Array:
 
 
 def _mix(state: UInt64Array) -> UInt64Array:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014) after its step: a bijection whose output bits look fair."""
+    """A step of SplitMix64 (Steele, Lea, Flood 2014): a bijection."""
     state = state + np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

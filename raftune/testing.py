@@ -23,19 +23,19 @@ from raftune.policies.registry import Family, family_of, load_policy
 from raftune.protocols import Chunk, Policy, SupportsLogProbs, TrainReport
 from raftune.records import Prompt, PromptContent, Sample, derive_seed, prompt_ids
 from raftune.stages.gather import with_prompts
-from raftune.stages.generate import as_table, drawn
+from raftune.stages.generate import as_table, drawn, encoded
 from raftune.store.files import sha256_of
 from raftune.store.parquet import write_table
 
 K = 3
-SMALL = 1e-4  # nats: what the order of sums may change in a likelihood
+SMALL = 1e-4  # nats: what the order of sums may change in a log-probability
 LEVELS = 2  # of 255: what the order of sums may change in a pixel
 
 
 @dataclass(frozen=True)
 class FamilyCase:
-    """One family with its initial model on disk, prompts, a completion that the family did not generate, and the
-    completion that this answer becomes."""
+    """A family with its initial model on disk, prompts, and `answer`, which it did not generate and encodes as
+    `completion`."""
 
     config: RunConfig
     family: Family
@@ -54,8 +54,25 @@ class FamilyCase:
 
     @property
     def asked(self) -> list[Prompt]:
-        """For each sample of the chunk the prompt that it answers."""
+        """The prompt of each sample of the chunk."""
         return [prompt for prompt in self.prompts for _ in range(K)]
+
+    def encoded(self) -> Sample:
+        """The answer as a sample of the first prompt."""
+        return encoded(self.load(), self.chunk(), self.prompts[0], 0, self.answer, "column:answer")
+
+    def rows(self, samples: list[Sample], folder: Path) -> Path:
+        """A file with the samples as training rows of weight one."""
+        prompts = pa.table({"prompt_id": [p.id for p in self.prompts], "prompt": [p.content for p in self.prompts]})
+        table = as_table(samples, self.load()).append_column("weight", pa.array([1.0] * len(samples)))
+        write_table(with_prompts(table, prompts, 1), folder / "rows.parquet", {"raftune.round": "1"})
+        return folder / "rows.parquet"
+
+    def train(self, folder: Path, samples: list[Sample] | None = None) -> TrainReport:
+        """Trains the initial model on these samples, or on its own; the new model is in `folder`/model."""
+        (folder / "model").mkdir(parents=True)
+        rows = self.rows(self.load().generate(self.chunk()) if samples is None else samples, folder)
+        return self.load().train(rows, folder / "work", folder / "model")
 
 
 Claim = Callable[[FamilyCase, Path], None]
@@ -69,17 +86,18 @@ def begin(
     answer: Any,
     completion: Any = None,
 ) -> FamilyCase:
-    """The case of the configuration's family, begun in `folder`; `completion` is given where it is not the answer."""
+    """The case of the configuration's family, its initial model written to `folder`. `completion`: the answer as the
+    family encodes it, where it differs."""
     config = config if isinstance(config, RunConfig) else validate(config)
     family, start = family_of(config), folder / "round-0000" / "model"
     start.mkdir(parents=True)
     family.start(config, start)
-    asked = tuple(Prompt(name, content) for name, content in zip(prompt_ids(prompts), prompts, strict=True))
-    return FamilyCase(config, family, start, asked, answer, answer if completion is None else completion)
+    records = tuple(Prompt(name, content) for name, content in zip(prompt_ids(prompts), prompts, strict=True))
+    return FamilyCase(config, family, start, records, answer, answer if completion is None else completion)
 
 
 def claims(family: Any) -> tuple[Claim, ...]:
-    """The claims that this family is held to: those about likelihoods only where it knows any."""
+    """The claims for this family: those about log-probabilities only where it computes them."""
     return ALL if hasattr(family, "log_probs") else tuple(claim for claim in ALL if claim not in OF_LIKELIHOODS)
 
 
@@ -106,9 +124,8 @@ def samples_fit_the_schema_that_the_family_declares(case: FamilyCase, folder: Pa
 
 
 def the_same_seeds_draw_the_same_samples_in_another_instance(case: FamilyCase, folder: Path) -> None:
-    same = case.load().generate(case.chunk()) == case.load().generate(case.chunk())
     hold(
-        same,
+        case.load().generate(case.chunk()) == case.load().generate(case.chunk()),
         "what is generated must depend on model, prompts and seeds alone: seed every generator from a sample's seed",
     )
 
@@ -125,27 +142,25 @@ def other_seeds_draw_other_samples(case: FamilyCase, folder: Path) -> None:
 
 
 def a_smaller_batch_draws_the_same_samples(case: FamilyCase, folder: Path) -> None:
+    """Images may differ by what the order of sums changes."""
     policy = case.load()
-    whole, small = policy.generate(case.chunk()), policy.generate(case.chunk(batch_size=K))
-    pairs = [(a.completion, b.completion) for a, b in zip(whole, small, strict=True)]
-    hold(
-        all(alike(case, one, other) for one, other in pairs),
-        "a sample must not depend on what else is in its batch: memory that runs out makes batches smaller",
-    )
+    whole, small = ([s.completion for s in policy.generate(case.chunk(size))] for size in (64, K))
+    same = whole == small
+    if case.family.media == "image":
+        from raftune.data.images import image_of
 
-
-def alike(case: FamilyCase, one: Any, other: Any) -> bool:
-    """Whether two completions are the same; of images, up to what the order of sums changes."""
-    if case.family.media != "image" or one is None or other is None:
-        return bool(one == other)
-    from raftune.data.images import image_of
-
-    first, second = (np.asarray(image_of(png), dtype=np.int16) for png in (one, other))
-    return first.shape == second.shape and int(abs(first - second).max()) <= LEVELS
+        same = True
+        for first, second in zip(whole, small, strict=True):
+            if first is None or second is None:
+                same &= first == second
+            else:
+                pixels, others = (np.asarray(image_of(png), dtype=np.int16) for png in (first, second))
+                same &= pixels.shape == others.shape and int(abs(pixels - others).max()) <= LEVELS
+    hold(same, "a sample must not depend on what else is in its batch: memory that runs out makes batches smaller")
 
 
 def no_weights_are_read_before_they_are_needed(case: FamilyCase, folder: Path) -> None:
-    """An instance that only encodes answers stays beside the one large model: it must be small."""
+    """An instance that only encodes completions stays beside the one large model: it must be small."""
     policy = case.load()
     before = policy.nbytes
     policy.generate(case.chunk())
@@ -156,32 +171,13 @@ def no_weights_are_read_before_they_are_needed(case: FamilyCase, folder: Path) -
     )
 
 
-# -- learning ---------------------------------------------------------------------------------------------------------
-
-
-def rows_file(case: FamilyCase, samples: list[Sample], folder: Path, policy: Policy) -> Path:
-    """The samples as training rows, each of weight one."""
-    prompts = pa.table({"prompt_id": [p.id for p in case.prompts], "prompt": [p.content for p in case.prompts]})
-    table = as_table(samples, policy).append_column("weight", pa.array([1.0] * len(samples)))
-    rows = with_prompts(table, prompts, 1)
-    write_table(rows, folder / "rows.parquet", {"raftune.round": "1"})
-    return folder / "rows.parquet"
-
-
-def tuned_on(case: FamilyCase, samples: list[Sample], folder: Path) -> TrainReport:
-    """Fits the start to the samples; the new model lies in `folder`/model."""
-    (folder / "model").mkdir(parents=True)
-    rows = rows_file(case, samples, folder, case.load())
-    return case.load().train(rows, folder / "work", folder / "model")
-
-
-def tuned(case: FamilyCase, folder: Path) -> Path:
-    tuned_on(case, case.load().generate(case.chunk()), folder)
-    return folder / "model"
+# -- training ---------------------------------------------------------------------------------------------------------
 
 
 def tuning_twice_on_the_same_rows_gives_the_same_bytes(case: FamilyCase, folder: Path) -> None:
-    first, second = (hashes(tuned(case, folder / name)) for name in ("a", "b"))
+    case.train(folder / "a")
+    case.train(folder / "b")
+    first, second = (_hashes(folder / name / "model") for name in ("a", "b"))
     hold(first, "train must write the new model into the folder `out`; it wrote nothing")
     differing = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
     hold(
@@ -191,21 +187,21 @@ def tuning_twice_on_the_same_rows_gives_the_same_bytes(case: FamilyCase, folder:
     )
 
 
-def hashes(folder: Path) -> dict[str, str]:
+def _hashes(folder: Path) -> dict[str, str]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
 
 
 def tuning_leaves_the_start_as_it_was(case: FamilyCase, folder: Path) -> None:
-    before, first = hashes(case.start), case.load().generate(case.chunk())
-    tuned(case, folder)
-    hold(hashes(case.start) == before, "train must not write into the folder of the model that it begins from")
+    before, first = _hashes(case.start), case.load().generate(case.chunk())
+    case.train(folder)
+    hold(_hashes(case.start) == before, "train must not write into the folder of the model that it begins from")
     hold(case.load().generate(case.chunk()) == first, "train must not change what the initial model generates")
 
 
 def tuning_leaves_its_rows_as_they_were(case: FamilyCase, folder: Path) -> None:
-    tuned(case, folder / "once")
-    rows = rows_file(case, case.load().generate(case.chunk()), folder, case.load())
+    case.train(folder / "once")
+    rows = case.rows(case.load().generate(case.chunk()), folder)
     hold(
         rows.read_bytes() == (folder / "once/rows.parquet").read_bytes(),
         "train must not write into the file of its rows",
@@ -215,24 +211,20 @@ def tuning_leaves_its_rows_as_they_were(case: FamilyCase, folder: Path) -> None:
 def somebody_else_s_answer_is_encoded_so_that_it_can_be_learned_from(case: FamilyCase, folder: Path) -> None:
     policy = case.load()
     payload = dict(policy.encode_completion(case.prompts[0], case.answer, "column:answer"))
-    hold(payload.get("completion") == case.completion, "adopt must give the answer as a completion of this family")
+    hold(
+        payload.get("completion") == case.completion,
+        "encode_completion must give the answer as a completion of this family",
+    )
     strange = sorted(set(payload) - set(policy.payload.names))
-    hold(not strange, f"adopt must give columns of the payload; got {', '.join(strange)} besides")
-    report = tuned_on(case, [adopted(case)] * 4, folder)
+    hold(not strange, f"encode_completion must give columns of the payload; got {', '.join(strange)} besides")
+    report = case.train(folder, [case.encoded()] * 4)
     hold(report.rows == 4, f"train must say how many rows it learned from, 4 here; got {report.rows}")
     hold(np.isfinite(report.losses).all(), f"train must report finite losses; got {report.losses}")
 
 
-def adopted(case: FamilyCase) -> Sample:
-    """The answer as a sample of the first prompt."""
-    payload = dict(case.load().encode_completion(case.prompts[0], case.answer, "column:answer"))
-    completion = payload.pop("completion")
-    return Sample("x", case.prompts[0].id, 0, "column:answer", None, "", completion, payload)
-
-
 def learning_an_answer_changes_what_is_drawn(case: FamilyCase, folder: Path) -> None:
     before = [sample.completion for sample in case.load().generate(case.chunk())]
-    tuned_on(case, [adopted(case)] * 4, folder)
+    case.train(folder, [case.encoded()] * 4)
     after = [sample.completion for sample in case.load(folder / "model").generate(case.chunk())]
     hold(
         before != after,
@@ -240,18 +232,18 @@ def learning_an_answer_changes_what_is_drawn(case: FamilyCase, folder: Path) -> 
     )
 
 
-# -- likelihoods ------------------------------------------------------------------------------------------------------
+# -- log-probabilities ------------------------------------------------------------------------------------------------
 
 
-def knowing(policy: Policy) -> Any:
-    """The policy, which must have both methods of `Likelihood`."""
+def _samples(case: FamilyCase) -> tuple[Any, pa.Table]:
+    """The policy, which must compute log-probabilities, and samples of it."""
+    policy = case.load()
     hold(isinstance(policy, SupportsLogProbs), "a family with log_probs must have recorded_log_probs too")
-    return policy
+    return policy, as_table(policy.generate(case.chunk()), policy)
 
 
 def likelihoods_are_the_same_alone_and_in_a_batch(case: FamilyCase, folder: Path) -> None:
-    policy = knowing(case.load())
-    table = as_table(policy.generate(case.chunk()), policy)
+    policy, table = _samples(case)
     together = policy.log_probs(case.asked, table, 64)
     alone = [policy.log_probs([prompt], table.slice(i, 1), 1)[0] for i, prompt in enumerate(case.asked)]
     hold(together.shape == (len(case.asked),), f"log_probs must give (N,) numbers; got the shape {together.shape}")
@@ -261,18 +253,21 @@ def likelihoods_are_the_same_alone_and_in_a_batch(case: FamilyCase, folder: Path
 
 
 def what_was_noted_while_drawing_is_what_the_policy_says_afterwards(case: FamilyCase, folder: Path) -> None:
-    policy = knowing(case.load())
-    table = as_table(policy.generate(case.chunk()), policy)
-    noted, said = policy.recorded_log_probs(table), policy.log_probs(case.asked, table, 64)
-    hold(noted.shape == said.shape, "recorded_log_probs must give a number for each sample, NaN where none was noted")
-    np.testing.assert_allclose(noted[~np.isnan(noted)], said[~np.isnan(noted)], atol=SMALL)
+    policy, table = _samples(case)
+    recorded, computed = policy.recorded_log_probs(table), policy.log_probs(case.asked, table, 64)
+    hold(
+        recorded.shape == computed.shape,
+        "recorded_log_probs must give a number for each sample, NaN where none was noted",
+    )
+    known = ~np.isnan(recorded)
+    np.testing.assert_allclose(recorded[known], computed[known], atol=SMALL)
 
 
 def tuning_makes_what_it_was_fitted_to_more_likely(case: FamilyCase, folder: Path) -> None:
-    policy = knowing(case.load())
-    table = as_table(policy.generate(case.chunk()), policy)
-    after = knowing(case.load(tuned(case, folder)))
-    before, now = (model.log_probs(case.asked, table, 64).sum() for model in (policy, after))
+    policy, table = _samples(case)
+    case.train(folder)
+    trained: Any = case.load(folder / "model")
+    before, now = (model.log_probs(case.asked, table, 64).sum() for model in (policy, trained))
     hold(now > before, f"training must make its rows more likely; they went from {before:g} to {now:g} nats")
 
 

@@ -40,16 +40,14 @@ from raftune.records import LATENTS
 from raftune.rewards.combining import with_counts
 from raftune.rewards.panel import SampleScorer
 from raftune.stages.data import DataStage
-from raftune.stages.evaluate import EvaluateStage
-from raftune.stages.features import FeaturesStage
+from raftune.stages.evaluate import EvaluateStage, FeaturesStage
 from raftune.stages.gather import GatherStage
 from raftune.stages.generate import GenerateStage, TeacherStage
 from raftune.stages.guard import GuardStage
-from raftune.stages.log_probs import LogProbsStage
+from raftune.stages.log_probs import LogProbsStage, ReferenceStage
 from raftune.stages.parity import ParityStage, read_backend
 from raftune.stages.plan import EvaluationPlanStage, PlanStage
 from raftune.stages.prompt_check import PromptCheckStage
-from raftune.stages.reference import ReferenceStage
 from raftune.stages.score import ScoreStage
 from raftune.stages.select import SelectStage
 from raftune.stages.start import StartStage
@@ -311,10 +309,7 @@ class Runtime:
 
     def panel(self) -> SampleScorer:
         """The rewards that the policy is trained on, after policies have made room for their models."""
-        scorer = self._train_scorer()
-        if scorer.panel.has_weights:
-            self.policies.evict()
-        return scorer
+        return self._with_room(self._train_scorer())
 
     def eval_rewards(self) -> SampleScorer:
         """The same rewards for comparing rounds: always summed, because a rank compares only one prompt's samples."""
@@ -323,7 +318,9 @@ class Runtime:
     def judge(self) -> SampleScorer:
         """The held-out rewards, which the policy is never trained on, after policies have made room for them."""
         changes = {"reward_funcs": self.config.evaluation.reward_funcs, "combine": "sum"}
-        scorer = self._scorer("held out", self.config.rewards.model_copy(update=changes), ())
+        return self._with_room(self._scorer("held out", self.config.rewards.model_copy(update=changes), ()))
+
+    def _with_room(self, scorer: SampleScorer) -> SampleScorer:
         if scorer.panel.has_weights:
             self.policies.evict()
         return scorer

@@ -67,7 +67,7 @@ def wanted(
     Raises ConfigError where there is no such sample, where a name is of another stage, and where the rewards now have
     other names.
     """
-    run, places, found = runtime.run, set(), False
+    run, places, any_match = runtime.run, set(), False
     start = min(round_ for round_, _ in first)
     for round_, stage in table:
         named = any(round_ >= from_round and stage.name == name for from_round, name in first)
@@ -86,7 +86,7 @@ def wanted(
             for path, columns in status_columns.items()
             for row in read_table(path, columns).to_pylist()
         )
-        found = found or matches
+        any_match = any_match or matches
         key = stage_key(stage.name, fields_of(stage, runtime.plain), hashes_of(run, stage, round_))
         if matches or ((stage.writes != "score" or round_ >= start) and key != commit.key):
             now = set(stage.panel().names)
@@ -99,7 +99,7 @@ def wanted(
                         "out."
                     )
             places.add((round_, stage.writes))
-    if not found:
+    if not any_match:
         raise ConfigError(
             f"--only must name a status that a sample has; got {','.join(only)}, and with --from {redo} "
             "there is no such sample. Nothing was changed."

@@ -17,7 +17,7 @@ from raftune.errors import DataError, RunDamaged
 from raftune.protocols import SingleStage, StageInputs
 from raftune.records import TOOLS, JsonType, arrow_array, derive_seed, prompt_ids, without_none
 from raftune.sanitize import counted, shell_command
-from raftune.stages.reference import check_references
+from raftune.stages.log_probs import check_references
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.files import dump_json
 from raftune.store.parquet import read_table, write_table

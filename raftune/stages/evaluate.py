@@ -1,4 +1,4 @@
-"""Stage `evaluate`: computes the metrics of a round's policy from scored held-out samples."""
+"""Stages `evaluate` and `evaluation features`: metrics and image features of scored held-out samples."""
 
 from __future__ import annotations
 
@@ -8,14 +8,47 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from raftune.protocols import Metric, SingleStage, StageInputs
+from raftune.data.images import LazyImages
+from raftune.protocols import ChunkedStage, Metric, SingleStage, StageInputs
 from raftune.records import IDENTITY, INVALID
 from raftune.store.files import dump_json
 from raftune.store.layout import chunk_file, chunk_numbers
-from raftune.store.parquet import read_table
+from raftune.store.parquet import column_names, read_table, write_table
 
 START = "evaluate/features@0"  # of the initial model's samples, which have the same prompts and seeds
+
+
+class FeaturesStage(ChunkedStage):
+    """One file per chunk, row for row beside the samples: `features`, null for a sample that is no image."""
+
+    name = "evaluation features"
+    writes = "evaluate/features"
+    reads = ("evaluate/generate",)
+
+    def __init__(self, extractor: Callable[[], Any]) -> None:
+        """`extractor` loads a model with `fingerprint` and `image_features`: see rewards.builtin.clip.ClipModel."""
+        self.extractor = extractor
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return {"features": self.extractor().fingerprint}
+
+    def chunks(self, inputs: StageInputs) -> list[int]:
+        return chunk_numbers(inputs["evaluate/generate"])
+
+    def run_chunk(self, inputs: StageInputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+        path = inputs["evaluate/generate"] / chunk_file(index)
+        samples = read_table(path, [name for name in (*IDENTITY, "completion", INVALID) if name in column_names(path)])
+        valid = samples.column("completion").is_valid()
+        if INVALID in samples.column_names:
+            valid = pc.and_(valid, samples.column(INVALID).is_null())
+        images = samples.filter(valid)
+        features = self.extractor().image_features(LazyImages(images.column("completion"), images.column("sample_id")))
+        vectors = iter(features.tolist())
+        rows = pa.array([next(vectors) if there else None for there in valid.to_pylist()], pa.list_(pa.float32()))
+        write_table(samples.select(IDENTITY).append_column("features", rows), out, metadata)
+        return ()
 
 
 class EvaluateStage(SingleStage):
@@ -55,7 +88,7 @@ class EvaluateStage(SingleStage):
 
     def run(self, inputs: StageInputs, out: Path) -> tuple[str, ...]:
         values: dict[str, Any] = {}
-        own = self.load_own() if self.load_own else {}
+        custom = self.load_own() if self.load_own else {}
         errors: dict[str, str] = {}
         if chunk_numbers(inputs[self.shards[0]]):  # of fewer than ten prompts none is held out
             for table in self._tables(inputs):
@@ -63,7 +96,7 @@ class EvaluateStage(SingleStage):
                 for metric in self.metrics:
                     if metric.needs <= available:
                         values |= metric(table)
-                for name, metric in own.items():
+                for name, metric in custom.items():
                     if f"metrics/{name}" not in values and frozenset(metric.needs) <= available:
                         assert self.measured is not None
                         values[f"metrics/{name}"] = None
@@ -71,11 +104,11 @@ class EvaluateStage(SingleStage):
                             values[f"metrics/{name}"] = self.measured(metric, table)
                         except Exception as error:
                             errors[name] = f"{type(error).__name__}: {error}"
-            for name, metric in own.items():
+            for name, metric in custom.items():
                 if f"metrics/{name}" not in values:
                     values[f"metrics/{name}"] = None
                     errors[name] = f"it needs {', '.join(sorted(metric.needs))}, which this evaluation does not have"
-        errors = {name: errors[name] for name in own if name in errors}
+        errors = {name: errors[name] for name in custom if name in errors}
         if errors:
             values["metric_errors"] = errors
         dump_json(out / "metrics.json", plain(values), allow_nan=False)

@@ -82,10 +82,10 @@ class GuardStage(SingleStage):
         paths = [inputs[name] / chunk_file(chunk) for name in self.shards]
         if self.condense is None and not self.texts:
             return table
-        own = pc.equal(table.column("source"), "policy").to_numpy(zero_copy_only=False)
+        generated = pc.equal(table.column("source"), "policy").to_numpy(zero_copy_only=False)
         kept = table.column("weight").to_numpy() > 0
         groups = _numbers_of(table.column("prompt_id"))
-        control = _first_of_each(groups, own, np.bincount(groups, weights=kept).astype(np.int64))
+        control = _first_of_each(groups, generated, np.bincount(groups, weights=kept).astype(np.int64))
         if self.condense is not None:
             names = [[n for n in ("sample_id", "completion", INVALID) if n in column_names(path)] for path in paths]
             samples = pa.concat_tables([read_table(path, n) for path, n in zip(paths, names, strict=True)])
@@ -94,7 +94,7 @@ class GuardStage(SingleStage):
             return table.append_column("control", pa.array(control))
         texts = pa.concat_tables([read_table(path, ["completion"]) for path in paths]).column("completion")
         texts = pc.fill_null(texts, "")  # an invalid sample may have none
-        similar = self.monitor.similarities(texts.filter(pa.array(own)).to_pylist(), groups[own])
+        similar = self.monitor.similarities(texts.filter(pa.array(generated)).to_pylist(), groups[generated])
         table = _beside(table, pa.concat_tables([_facts_of(path, texts=True) for path in paths]))
         columns = {
             "similarity": pa.array(np.append(similar, np.nan)[np.minimum(groups, len(similar))], from_pandas=True),
@@ -106,10 +106,10 @@ class GuardStage(SingleStage):
         return table
 
 
-def _first_of_each(groups: IntArray, own: BoolArray, counts: IntArray) -> BoolArray:
-    """(N,) the control: of each prompt its first counts[prompt] own samples, whatever they scored."""
+def _first_of_each(groups: IntArray, generated: BoolArray, counts: IntArray) -> BoolArray:
+    """(N,) the control: of each prompt its first counts[prompt] generated samples, whatever they scored."""
     place = np.full(len(groups), np.iinfo(np.int64).max)
-    rows = np.flatnonzero(own)
+    rows = np.flatnonzero(generated)
     rows = rows[np.argsort(groups[rows], kind="stable")]
     sizes = np.bincount(groups[rows], minlength=len(counts))
     place[rows] = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)

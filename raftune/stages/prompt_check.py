@@ -53,23 +53,23 @@ class PromptCheckStage(SingleStage):
             reader = self.policies.encoder(inputs[name])
             assert isinstance(reader, SupportsPromptCheck)  # the table of stages has made sure of it
             readers.append(reader)
-        looks = looked_at(prompts_in(inputs["data@0"], self.columns), readers)
-        refused = looks.refused
+        result = looked_at(prompts_in(inputs["data@0"], self.columns), readers)
+        refused = result.refused
         if refused and not self.drop:
-            raise DataError(f"{refusal(looks, self.data)} Then add `--from data`. {LEAVE_OUT}")
-        (out / "unread.json").write_bytes(json_bytes(looks.unread))
-        notes = unlike_starter(looks) if self.starter else ()
+            raise DataError(f"{refusal(result, self.data)} Then add `--from data`. {LEAVE_OUT}")
+        (out / "unread.json").write_bytes(json_bytes(result.unread))
+        notes = unlike_starter(result) if self.starter else ()
         if self.drop:
             for name in ("train", "held_out") if refused else ():
                 groups = read_groups(inputs["data@0"] / f"{name}.parquet", ["prompt_id"])
                 ids = {prompt_id for rows in groups for prompt_id in rows.column("prompt_id").to_pylist()}
                 if ids and ids <= refused.keys():
-                    raise DataError(f"{refusal(looks, self.data)} None is left of the {name} prompts.")
+                    raise DataError(f"{refusal(result, self.data)} None is left of the {name} prompts.")
             rows = zip(refused, _places([*refused], self.data), strict=True)
             left_out = {name: {"row": row, "why": refused[name]} for name, row in rows}
             (out / "left_out.json").write_bytes(json_bytes(left_out))
-            notes += (f"left out: {refusal(looks, self.data)}",) if refused else ()
-        return (*notes, *cut_short(looks))
+            notes += (f"left out: {refusal(result, self.data)}",) if refused else ()
+        return (*notes, *cut_short(result))
 
 
 def prompts_in(data: Path, columns: Sequence[str] = ()) -> Iterator[Prompt]:
@@ -98,7 +98,7 @@ class PromptCheck:
 
 def looked_at(prompts: Iterable[Prompt], readers: Sequence[SupportsPromptCheck]) -> PromptCheck:
     """Checks the prompts with each reader (the policy, then the teacher), in batches where it can."""
-    looks, rest = PromptCheck(), iter(prompts)
+    result, rest = PromptCheck(), iter(prompts)
     while batch := list(itertools.islice(rest, _BATCH)):
         one_by_one = [
             (number, reader)
@@ -106,30 +106,30 @@ def looked_at(prompts: Iterable[Prompt], readers: Sequence[SupportsPromptCheck])
             if not (isinstance(reader, BatchReader) and reader.reads_all(batch))
         ]
         for prompt in batch:
-            looks.total += 1
+            result.total += 1
             text = str(prompt.content)
             if not (text.startswith("User: ") and text.endswith("Assistant:")):
-                looks.unlike += 1
-                looks.first_unlike = looks.first_unlike or text
+                result.unlike += 1
+                result.first_unlike = result.first_unlike or text
             for number, reader in one_by_one:
                 try:
                     end = reader.unread(prompt)
                 except DataError as error:
-                    looks.refused[prompt.id] = f"{error}" if not number else f"The teacher: {error}"
+                    result.refused[prompt.id] = f"{error}" if not number else f"The teacher: {error}"
                     break
                 if end is not None and not number:
-                    looks.first_unread = looks.first_unread if looks.unread else text
-                    looks.unread[prompt.id] = end
-    return looks
+                    result.first_unread = result.first_unread if result.unread else text
+                    result.unread[prompt.id] = end
+    return result
 
 
-def refusal(looks: PromptCheck, data: DataStage) -> str:
+def refusal(result: PromptCheck, data: DataStage) -> str:
     """How many prompts cannot be used, the rows of the first, and why the first cannot."""
-    refused = looks.refused
+    refused = result.refused
     more = f" and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
     where = f"{', '.join(_places([*refused][:_NAMED], data))}{more}"
     return (
-        f"{len(refused)} of {counted(looks.total, 'prompt')} cannot be used ({where}): {next(iter(refused.values()))}"
+        f"{len(refused)} of {counted(result.total, 'prompt')} cannot be used ({where}): {next(iter(refused.values()))}"
     )
 
 
@@ -146,23 +146,23 @@ def _places(ids: Sequence[str], data: DataStage) -> list[str]:
     return [rows.get(name, f"prompt {name}") for name in ids]
 
 
-def unlike_starter(looks: PromptCheck) -> tuple[str, ...]:
+def unlike_starter(result: PromptCheck) -> tuple[str, ...]:
     """A note on how many prompts do not have the form that the bundled model was trained on."""
-    if not looks.unlike:
+    if not result.unlike:
         return ()
     return (
-        f"{looks.unlike} of {counted(looks.total, 'prompt')} are not of the form that the bundled model answers, "
-        f"'User: …⏎Assistant:' (such as {one_line(looks.first_unlike, 40)!r}); many of its answers will be empty",
+        f"{result.unlike} of {counted(result.total, 'prompt')} are not of the form that the bundled model answers, "
+        f"'User: …⏎Assistant:' (such as {one_line(result.first_unlike, 40)!r}); many of its answers will be empty",
     )
 
 
-def cut_short(looks: PromptCheck) -> tuple[str, ...]:
+def cut_short(result: PromptCheck) -> tuple[str, ...]:
     """A note on how many prompts are not read to their end, with one of them."""
-    if not looks.unread:
+    if not result.unread:
         return ()
-    end = next(iter(looks.unread.values()))
-    verb = "is" if len(looks.unread) == 1 else "are"
+    end = next(iter(result.unread.values()))
+    verb = "is" if len(result.unread) == 1 else "are"
     return (
-        f"{len(looks.unread)} of {counted(looks.total, 'prompt')} {verb} longer than what the model reads; what "
-        f"follows is not seen: {one_line(end, 60)!r} of {one_line(looks.first_unread, 40)!r}",
+        f"{len(result.unread)} of {counted(result.total, 'prompt')} {verb} longer than what the model reads; what "
+        f"follows is not seen: {one_line(end, 60)!r} of {one_line(result.first_unread, 40)!r}",
     )

@@ -88,8 +88,8 @@ class SelectStage(SingleStage):
         table = read_table(inputs["score"] / chunk_file(chunk), columns)
         if self.num_generations is None:
             return table, np.arange(table.num_rows)
-        own = pc.equal(table.column("source"), "policy").to_numpy(zero_copy_only=False)
-        return table, np.flatnonzero(~own | (table.column("k").to_numpy() < self.num_generations))
+        generated = pc.equal(table.column("source"), "policy").to_numpy(zero_copy_only=False)
+        return table, np.flatnonzero(~generated | (table.column("k").to_numpy() < self.num_generations))
 
     def _invalid(self, inputs: StageInputs, chunk: int) -> BoolArray:
         """(N,) which samples of the chunk their policy calls invalid."""
@@ -178,8 +178,8 @@ class SelectStage(SingleStage):
         at = 0
         with table_writer(path, schema) as writer:
             for chunk in chunks:
-                table, own = self._scores(inputs, chunk, IDENTITY)
-                table = table.take(own)
+                table, numbers = self._scores(inputs, chunk, IDENTITY)
+                table = table.take(numbers)
                 rows = slice(at, at + table.num_rows)
                 at = rows.stop
                 reason = verdicts.reason[rows].astype(np.int8)

@@ -7,7 +7,8 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,10 +86,7 @@ def hashes_of(run: RunFolder, stage: Stage, round_: int) -> dict[str, str]:
 
 def dotted(config: Mapping[str, Any], name: str) -> Any:
     """The value of a dotted field."""
-    value: Any = config
-    for part in name.split("."):
-        value = value[part]
-    return value
+    return reduce(getitem, name.split("."), config)
 
 
 def run_once(job: StageJob, stage: SingleStage) -> tuple[str, ...]:

@@ -59,20 +59,20 @@ def why_no_run(path: Path) -> str:
     if path.is_dir() and (inside := [child.name for child in sorted(path.iterdir()) if is_run(child)]):
         more = f" and {len(inside) - 8} more" if len(inside) > 8 else ""
         return f"{head} itself, but the runs {', '.join(inside[:8])}{more}. Name one of them."
-    if not path.exists() and (near := nearest_run(path)) is not None:
-        return f"{head}: there is nothing of that name. Did you mean {near}?"
+    if not path.exists():
+        meant: str | None = None
+        run, at, round_ = path.name.rpartition("@")
+        if at and is_run(path.with_name(run)):
+            meant = f"{path.with_name(run)} --round {round_}"
+        else:
+            folders = [folder for folder in (RUNS, path.parent) if folder.is_dir()]
+            runs = {child.name: child for folder in folders for child in folder.iterdir() if is_run(child)}
+            close = difflib.get_close_matches(path.name, runs, n=1, cutoff=0.6)
+            meant = str(runs[close[0]]) if close else None
+        if meant is not None:
+            return f"{head}: there is nothing of that name. Did you mean {meant}?"
     missing = "it is a file" if path.is_file() else f"{RUN_CONFIG} is missing"
     return f"{head}: {missing}. `raftune runs` lists the runs in a folder."
-
-
-def nearest_run(path: Path) -> str | None:
-    """An existing run with a similar path: in runs/, or beside the given one."""
-    stem, at, round_ = path.name.rpartition("@")
-    if at and is_run(path.with_name(stem)):
-        return f"{path.with_name(stem)} --round {round_}"
-    known = {child.name: child for folder in (RUNS, path.parent) if folder.is_dir() for child in folder.iterdir()}
-    close = difflib.get_close_matches(path.name, [name for name in known if is_run(known[name])], n=1, cutoff=0.6)
-    return str(known[close[0]]) if close else None
 
 
 def how_to_go_on(root: Path, config: Mapping[str, Any]) -> str:
