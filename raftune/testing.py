@@ -23,7 +23,7 @@ from raftune.policies.registry import Family, family_of, load_policy
 from raftune.protocols import Chunk, Policy, SupportsLogProbs, TrainReport
 from raftune.records import Prompt, PromptContent, Sample, derive_seed, prompt_ids
 from raftune.stages.gather import with_prompts
-from raftune.stages.generate import as_table, drawn, encoded
+from raftune.stages.generate import as_table, encoded, generate_samples
 from raftune.store.files import sha256_of
 from raftune.store.parquet import write_table
 
@@ -111,7 +111,7 @@ def hold(kept: object, words: str) -> None:
 
 
 def every_prompt_gets_its_samples_in_order_with_ids_and_seeds_as_planned(case: FamilyCase, folder: Path) -> None:
-    drawn(case.load(), case.chunk())
+    generate_samples(case.load(), case.chunk())
 
 
 def samples_fit_the_schema_that_the_family_declares(case: FamilyCase, folder: Path) -> None:

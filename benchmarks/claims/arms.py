@@ -209,7 +209,7 @@ def divergence(assembly: Any, reference: str | Path) -> float:
     import numpy as np
     import pyarrow as pa
 
-    from raftune.stages.plan import asked
+    from raftune.stages.plan import prompts_of_samples
     from raftune.store.layout import chunk_file, chunk_numbers
     from raftune.store.parquet import read_table
 
@@ -219,7 +219,7 @@ def divergence(assembly: Any, reference: str | Path) -> float:
     ours, theirs = assembly.policies.at(run.folder(0, "model")), load(assembly, reference)
     for chunk in chunk_numbers(drawn):
         samples: pa.Table = read_table(drawn / chunk_file(chunk))
-        prompts = asked(plan, chunk, samples)
+        prompts = prompts_of_samples(plan, chunk, samples)
         ratios.append(ours.recorded_log_probs(samples) - theirs.log_probs(prompts, samples, 128))
     return max(0.0, float(np.concatenate(ratios).mean()))  # of a model to itself it is 0 but for rounding
 

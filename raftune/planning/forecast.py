@@ -25,9 +25,9 @@ from raftune.runtime.staleness import check
 from raftune.runtime.trackers import check_installed, wanted
 from raftune.sanitize import counted
 from raftune.stages.data import DataStage, held_out_words
-from raftune.stages.gather import adopted, prompts_of, reference_rows
-from raftune.stages.plan import asked_columns, prompts_from
-from raftune.stages.prompt_check import LEAVE_OUT, cut_short, looked_at, prompts_in, refusal, unlike_starter
+from raftune.stages.gather import encoded_reference, prompts_of, reference_rows
+from raftune.stages.plan import prompt_columns, prompts_from
+from raftune.stages.prompt_check import LEAVE_OUT, check_prompts, cut_short, prompts_in, refusal, unlike_starter
 from raftune.store.job import run_once
 from raftune.store.parquet import read_groups, read_table, write_table
 from raftune.store.run import RunFolder
@@ -191,14 +191,14 @@ def check_answers(policy: Policy, folder: Path, config: RunConfig) -> None:
         completions = rows.column(reference.completion_column).to_pylist()
         prompts = prompts_from(prompts_of(rows, reference))
         for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
-            adopted(policy, prompt, completion, number)
+            encoded_reference(policy, prompt, completion, number)
 
 
 def leave_out(runtime: Runtime, folder: Path, policy: SupportsPromptCheck) -> tuple[str, ...]:
     """Removes the copied prompts that the policy cannot take; returns notes. Raises DataError where a run would."""
     source = runtime.stage(0, "data")
     assert isinstance(source, DataStage)
-    looks = looked_at(prompts_in(folder, runtime.config.sampling.candidate_columns), [policy])
+    looks = check_prompts(prompts_in(folder, runtime.config.sampling.candidate_columns), [policy])
     refused = looks.refused
     notes = (*(unlike_starter(looks) if runtime.starter else ()), *cut_short(looks))
     if not refused:
@@ -233,7 +233,7 @@ def lengths_of(path: Path, encoder: Any) -> list[int]:
     Encoded in batches: a tokenizer's own record of a text is many times larger than the text.
     """
     lengths: list[int] = []
-    for rows in read_groups(path, asked_columns(path)):
+    for rows in read_groups(path, prompt_columns(path)):
         for start in range(0, rows.num_rows, BATCH):
             lengths += map(len, encoder.encode(prompts_from(rows.slice(start, BATCH)), for_drawing=True))
     return lengths

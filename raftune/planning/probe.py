@@ -30,7 +30,7 @@ from raftune.records import Prompt, Sample, Score, ScoreStatus, derive_seed
 from raftune.runtime.assembly import Runtime
 from raftune.sanitize import counted, one_line
 from raftune.stages.gather import with_prompts
-from raftune.stages.generate import as_table, drawn
+from raftune.stages.generate import as_table, generate_samples
 from raftune.stages.parity import generation_words
 from raftune.stages.plan import prompts_from
 from raftune.store.interruption import interrupting
@@ -226,8 +226,8 @@ def _measure(result: ProbeResult, runtime: Runtime, data: Path, work: Path, tria
     result.generation = generation_words(backend) if backend else ""
     first = config.sampling.num_generations if config.sampling.generation_kwargs else 1
     with limited(policy, 1):
-        cold, _ = timed(lambda: drawn(policy, chunk_of(prompts[:1], first, config.seed, batch_size)))
-        token, _ = timed(lambda: drawn(policy, chunk_of(prompts[:1], first, config.seed, batch_size)))
+        cold, _ = timed(lambda: generate_samples(policy, chunk_of(prompts[:1], first, config.seed, batch_size)))
+        token, _ = timed(lambda: generate_samples(policy, chunk_of(prompts[:1], first, config.seed, batch_size)))
     result.load = trying + max(0.0, cold - token)
     trial.check()
 
@@ -334,7 +334,7 @@ def time_generation(
 
     def generate(prompts: list[Prompt], width: int, tokens: int | None) -> tuple[float, list[Sample]]:
         with limited(policy, tokens):
-            return timed(lambda: drawn(policy, chunk_of(prompts, width, 0, sampling.batch_size)))
+            return timed(lambda: generate_samples(policy, chunk_of(prompts, width, 0, sampling.batch_size)))
 
     def enter(seconds: list[float], samples: list[Sample], tokens: int | None, token: float) -> float:
         factor = longer = 1.0

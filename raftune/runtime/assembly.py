@@ -143,7 +143,7 @@ class Runtime:
     """All objects of a run, made from its configuration: the stages of each round, policies, rewards and the engine."""
 
     def __init__(self, run: RunFolder, config: RunConfig, objects: PythonObjects | None = None) -> None:
-        self.plain = run.in_own_terms(config)  # enters the keys: as written, with no path of this machine
+        self.plain = run.as_recorded(config)  # enters the keys: as written, with no path of this machine
         config, objects = resolve_starters(config), objects or PythonObjects()
         family = config.policy.family
         train = starter_prompts(config.data.prompts, "train", family) or objects.train

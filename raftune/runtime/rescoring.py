@@ -126,7 +126,7 @@ def begin(run: RunFolder, rescoring: Rescoring, places: Sequence[RoundStage]) ->
         sync(run.root)
 
 
-def begun(run: RunFolder) -> Rescoring | None:
+def unfinished(run: RunFolder) -> Rescoring | None:
     """The work that was started and is not done; removes what is left of finished work. Raises RunDamaged."""
     rescoring = _read(run)
     if rescoring is not None and not rescoring.places:
@@ -168,7 +168,7 @@ def faults(run: RunFolder) -> Iterator[str]:
         yield first_line(error)
 
 
-def let_go(run: RunFolder, places: Collection[RoundStage]) -> None:
+def discard_kept(run: RunFolder, places: Collection[RoundStage]) -> None:
     """Deletes the scores that these stages were to keep, because their samples are generated again."""
     for place in sorted(places):
         discard(run.earlier_scores(*place), run.tmp)

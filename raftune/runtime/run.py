@@ -20,7 +20,7 @@ from raftune.protocols import Callback
 from raftune.report.rewriting import rewriting
 from raftune.runtime.assembly import PythonObjects, Runtime
 from raftune.runtime.preflight import preflight
-from raftune.runtime.rescoring import begun, statuses
+from raftune.runtime.rescoring import statuses, unfinished
 from raftune.runtime.staleness import check
 from raftune.runtime.trackers import reporting
 from raftune.runtime.verification import faults_of, refuse_edited
@@ -61,12 +61,12 @@ def run(
             preflight(runtime)
             aside = check(runtime, redo, named)
             with reporting(config, folder.root, observe) as inner, rewriting(config, folder.root, inner) as emit:
-                recorded, resolved = _recorded(folder), folder.in_own_terms(config) | {"output_dir": None}
+                recorded, resolved = _recorded(folder), folder.as_recorded(config) | {"output_dir": None}
                 changed = {} if recorded is None else differences(_completed(recorded), resolved)
                 emit("begin", {"root": str(folder.root), "set_aside": aside, "changed": changed})
                 _save_config(folder, recorded, resolved)
                 outcome = train(runtime, emit)
-            begun(folder)  # removes what `--only` left
+            unfinished(folder)  # removes what `--only` left
             if after is not None:
                 after(runtime, outcome)
             return outcome

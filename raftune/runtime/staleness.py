@@ -40,10 +40,10 @@ def check(runtime: Runtime, redo: str | None = None, only: Sequence[str] = ()) -
     """
     run = runtime.run
     first = [_parse(name, runtime) for name in redo.split(",")] if redo is not None else []
-    begun = rescoring.begun(run)
+    unfinished = rescoring.unfinished(run)
     over: set[RoundStage] = set()
     if only:
-        again = begun or rescoring.wanted(runtime, _table(runtime), first, str(redo), only)
+        again = unfinished or rescoring.wanted(runtime, _table(runtime), first, str(redo), only)
         if (again.redo, again.only) != (str(redo), tuple(only)):
             raise ConfigError(
                 f"--only must be {','.join(again.only)}, with --from {again.redo}, until what was begun so is done; "
@@ -51,7 +51,7 @@ def check(runtime: Runtime, redo: str | None = None, only: Sequence[str] = ()) -
             )
         first = []
     else:
-        again = begun or Rescoring("", ())
+        again = unfinished or Rescoring("", ())
         over = {*again.places} & _follows(runtime, first).keys()
     exact = again.not_set_aside(run) - over
     chosen = _follows(runtime, first, exact)
@@ -73,11 +73,11 @@ def check(runtime: Runtime, redo: str | None = None, only: Sequence[str] = ()) -
                 f"{words or 'the stages it was made from have changed'}. Put them back, choose another output_dir, or "
                 f"add `--from {round_}/{_label(stage)}` to redo it and what follows."
             )
-    if only and begun is None:
+    if only and unfinished is None:
         kept = [place for place in chosen if place in exact and not _reads_any(chosen[place], place[0], chosen)]
         rescoring.begin(run, again, kept)
     aside = _set_aside(runtime, chosen)
-    rescoring.let_go(run, over)
+    rescoring.discard_kept(run, over)
     return aside
 
 

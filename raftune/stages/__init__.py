@@ -1,1 +1,1 @@
-"""The stages of a round, one file each: inputs, configuration fields and outputs."""
+"""The stages of a round: inputs, configuration fields and outputs of each."""

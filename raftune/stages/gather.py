@@ -96,13 +96,13 @@ class GatherStage(SingleStage):
                     "weight": 1.0,
                     "origin": "reference",
                     "source": "reference",
-                    **adopted(policy, prompt, completions[number].as_py(), number + 1),
+                    **encoded_reference(policy, prompt, completions[number].as_py(), number + 1),
                 }
             )
         return table_of(encoded, schema)
 
 
-def adopted(policy: Policy, prompt: Prompt, answer: Any, row: int) -> Mapping[str, Any]:
+def encoded_reference(policy: Policy, prompt: Prompt, answer: Any, row: int) -> Mapping[str, Any]:
     """The payload of a reference completion. Raises DataError that names its row where it cannot be trained on."""
     try:
         payload = policy.encode_completion(prompt, answer, "reference")

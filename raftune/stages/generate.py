@@ -50,7 +50,7 @@ class GenerateStage(ChunkedStage):
         chunk = read_chunk(inputs[self.plan], index)
         if "batch_size" in metadata:
             chunk = replace(chunk, batch_size=int(metadata["batch_size"]))
-        samples = drawn(policy, chunk)
+        samples = generate_samples(policy, chunk)
         if self.columns:
             pool: dict[str, list[Sample]] = {prompt.id: [] for prompt in chunk.prompts}
             for sample in samples:
@@ -97,7 +97,7 @@ class TeacherStage(ChunkedStage):
         )
         prompts = {prompt.id: prompt for prompt in chunk.prompts}
         samples = []
-        for sample in drawn(teacher, replace(chunk, version="teacher", seeds=seeds)):
+        for sample in generate_samples(teacher, replace(chunk, version="teacher", seeds=seeds)):
             prompt, k = prompts[sample.prompt_id], taken[sample.prompt_id] + sample.k
             samples.append(encoded(policy, chunk, prompt, k, sample.completion, "teacher", sample.seed, "teacher"))
         write_table(as_table(samples, policy), out, metadata)
@@ -121,7 +121,7 @@ def encoded(
     return Sample(chunk.sample_id(prompt, k), prompt.id, k, source, seed, version, payload.pop("completion"), payload)
 
 
-def drawn(policy: Policy, chunk: Chunk) -> list[Sample]:
+def generate_samples(policy: Policy, chunk: Chunk) -> list[Sample]:
     """The policy's samples of the chunk: prompt by prompt, k ascending, each with its planned seed.
 
     Raises ModelError if they are not in this order, on which everything after it relies.

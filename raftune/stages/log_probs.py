@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from raftune.errors import DataError
 from raftune.protocols import ChunkedStage, PolicyProvider, StageInputs, SupportsLogProbs
-from raftune.stages.plan import asked, read_plan, read_prompts
+from raftune.stages.plan import prompts_of_samples, read_plan, read_prompts
 from raftune.stages.score import read_shards
 from raftune.store.layout import chunk_numbers
 from raftune.store.parquet import write_table
@@ -54,7 +54,7 @@ class LogProbsStage(ChunkedStage):
         values = np.where(generated, policy.recorded_log_probs(samples), np.nan)
         left = np.flatnonzero(np.isnan(values))
         if len(left):
-            prompts = asked(inputs[self.plan], index, samples)
+            prompts = prompts_of_samples(inputs[self.plan], index, samples)
             size = int(metadata.get("batch_size", read_plan(inputs[self.plan])["batch_size"]))
             values[left] = policy.log_probs([prompts[i] for i in left], samples.take(pa.array(left)), size)
         table = samples.select(["sample_id"]).append_column("log_prob", pa.array(values, pa.float64()))

@@ -106,7 +106,7 @@ def read_prompts(folder: Path, index: int) -> list[Prompt]:
     return prompts_from(read_group(folder / "prompts.parquet", index))
 
 
-def asked_columns(path: Path) -> list[str]:
+def prompt_columns(path: Path) -> list[str]:
     """The columns of a file of prompts that a policy needs."""
     return [name for name in ("prompt_id", "prompt", TOOLS) if name in column_names(path)]
 
@@ -116,7 +116,7 @@ def prompts_from(rows: pa.Table) -> list[Prompt]:
     return [Prompt(row.pop("prompt_id"), row.pop("prompt"), row) for row in rows.to_pylist()]
 
 
-def asked(folder: Path, index: int, samples: pa.Table) -> list[Prompt]:
+def prompts_of_samples(folder: Path, index: int, samples: pa.Table) -> list[Prompt]:
     """The prompt of each sample of the chunk."""
     prompts = {prompt.id: prompt for prompt in read_prompts(folder, index)}
     return [prompts[name] for name in samples.column("prompt_id").to_pylist()]

@@ -12,7 +12,7 @@ from raftune.protocols import BatchReader, PolicyProvider, SingleStage, StageInp
 from raftune.records import Prompt
 from raftune.sanitize import counted, one_line
 from raftune.stages.data import DataStage
-from raftune.stages.plan import asked_columns, prompts_from
+from raftune.stages.plan import prompt_columns, prompts_from
 from raftune.store.files import json_bytes
 from raftune.store.parquet import column_names, read_groups
 
@@ -53,7 +53,7 @@ class PromptCheckStage(SingleStage):
             reader = self.policies.encoder(inputs[name])
             assert isinstance(reader, SupportsPromptCheck)  # the table of stages has made sure of it
             readers.append(reader)
-        result = looked_at(prompts_in(inputs["data@0"], self.columns), readers)
+        result = check_prompts(prompts_in(inputs["data@0"], self.columns), readers)
         refused = result.refused
         if refused and not self.drop:
             raise DataError(f"{refusal(result, self.data)} Then add `--from data`. {LEAVE_OUT}")
@@ -79,7 +79,7 @@ def prompts_in(data: Path, columns: Sequence[str] = ()) -> Iterator[Prompt]:
 
 
 def prompts_of_file(path: Path, columns: Sequence[str] = ()) -> Iterator[Prompt]:
-    names = [*asked_columns(path), *(name for name in columns if name in column_names(path))]
+    names = [*prompt_columns(path), *(name for name in columns if name in column_names(path))]
     for rows in read_groups(path, names):
         yield from prompts_from(rows)
 
@@ -96,7 +96,7 @@ class PromptCheck:
     first_unlike: str = ""
 
 
-def looked_at(prompts: Iterable[Prompt], readers: Sequence[SupportsPromptCheck]) -> PromptCheck:
+def check_prompts(prompts: Iterable[Prompt], readers: Sequence[SupportsPromptCheck]) -> PromptCheck:
     """Checks the prompts with each reader (the policy, then the teacher), in batches where it can."""
     result, rest = PromptCheck(), iter(prompts)
     while batch := list(itertools.islice(rest, _BATCH)):

@@ -13,7 +13,7 @@ import pyarrow as pa
 from raftune.errors import RunDamaged
 from raftune.protocols import ChunkedStage, Scorer, StageInputs
 from raftune.records import RewardPart, Score, ScoreStatus, extras_of, scores_table
-from raftune.stages.plan import asked
+from raftune.stages.plan import prompts_of_samples
 from raftune.store.commit import has_changed
 from raftune.store.committed import check_file, committed
 from raftune.store.layout import chunk_file, chunk_numbers
@@ -58,7 +58,7 @@ class ScoreStage(ChunkedStage):
         for place, row in kept.items():
             parts = {n: RewardPart(row[f"rewards/{n}"], ScoreStatus(row[f"status/{n}"])) for n in panel.names}
             earlier[place] = Score(row["score"], ScoreStatus(row["status"]), parts, row["detail"])
-        scores = panel.score_samples(asked(inputs[self.plan], index, samples), samples, earlier)
+        scores = panel.score_samples(prompts_of_samples(inputs[self.plan], index, samples), samples, earlier)
         extras = panel.extras
         for name, mean in extras.metrics.items():
             count = extras.counts[name]

@@ -178,7 +178,7 @@ class RunFolder:
         base = self.base()
         return validate(recorded if base == Path.cwd() else moved(recorded, base, Path.cwd()))
 
-    def in_own_terms(self, config: RunConfig) -> dict[str, Any]:
+    def as_recorded(self, config: RunConfig) -> dict[str, Any]:
         """A configuration as the run records it: plain data, its paths relative to the run's base."""
         plain = config.model_dump(mode="json")
         if self.exists() and self._recorded_base() is None:  # no path, or a run of an earlier version

@@ -17,7 +17,7 @@ from raftune.planning import forecast
 from raftune.records import Prompt
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import resume, run
-from raftune.stages.prompt_check import looked_at, unlike_starter
+from raftune.stages.prompt_check import check_prompts, unlike_starter
 from tests.builders import save_tiny
 from tests.runs import tiny
 from tests.runs.test_causal_lm_runs import config, tree
@@ -129,6 +129,6 @@ def test_a_family_that_cannot_be_asked_refuses_to_leave_out(tmp_path: Path) -> N
 
 def test_prompts_that_the_bundled_model_was_not_trained_on_are_counted() -> None:
     prompts = [Prompt("1", "User: hello\nAssistant:"), Prompt("2", "hello"), Prompt("3", SENT)]
-    [note] = unlike_starter(looked_at(prompts, []))
+    [note] = unlike_starter(check_prompts(prompts, []))
     assert note.startswith("2 of 3 prompts are not of the form") and "'hello'" in note
-    assert unlike_starter(looked_at(prompts[:1], [])) == ()
+    assert unlike_starter(check_prompts(prompts[:1], [])) == ()

@@ -14,7 +14,7 @@ import pytest
 from raftune.errors import DataError
 from raftune.planning.forecast import BATCH, lengths_of
 from raftune.records import Prompt
-from raftune.stages.prompt_check import looked_at, prompts_of_file
+from raftune.stages.prompt_check import check_prompts, prompts_of_file
 from raftune.store.parquet import write_table
 from tests.builders import save_tiny
 
@@ -46,7 +46,7 @@ def test_no_call_of_the_tokenizer_takes_more_than_a_batch(tmp_path: Path) -> Non
 
 
 def test_prompts_are_looked_at_one_after_another(tmp_path: Path) -> None:
-    looks = looked_at(prompts_of_file(written(tmp_path / "train.parquet", ["one"] * MANY)), [])
+    looks = check_prompts(prompts_of_file(written(tmp_path / "train.parquet", ["one"] * MANY)), [])
     assert (looks.total, looks.unlike, looks.first_unlike) == (MANY, MANY, "one")
 
 
@@ -71,7 +71,7 @@ class Batches:
 def test_only_prompts_of_a_batch_with_one_that_is_refused_are_looked_at_one_by_one(tmp_path: Path) -> None:
     reader = Batches()
     texts = ["long" if number == 3 else "one" for number in range(MANY)]
-    looks = looked_at(prompts_of_file(written(tmp_path / "train.parquet", texts)), [reader])
+    looks = check_prompts(prompts_of_file(written(tmp_path / "train.parquet", texts)), [reader])
     assert (looks.total, looks.refused) == (MANY, {"3-0": "3-0 is too long"})
     assert sum(reader.together) == MANY and len(reader.alone) == max(reader.together) < MANY
 
