@@ -83,7 +83,7 @@ def test_columns_are_left_as_they_were() -> None:
 def test_two_candidates_of_one_name_are_our_own_bug() -> None:
     table = prompts([1, 1])
     twins = Candidates(table.group, np.zeros(2, np.int32), table.score, table.length, table.content)
-    with pytest.raises(AssertionError, match="bear the same k"):
+    with pytest.raises(AssertionError, match="have the same k"):
         choose(twins)
 
 
