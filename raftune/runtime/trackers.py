@@ -33,14 +33,9 @@ def reporting(config: RunConfig, root: Path, observe: Callback) -> Iterator[Call
     if not names:
         yield observe
         return
-    reporter = TrackerCallback(config, root, names)
-
-    def both(kind: str, facts: dict[str, Any]) -> None:
-        reporter(kind, facts)
-        observe(kind, facts)
-
+    reporter = TrackerCallback(config, root, names, observe)
     try:
-        yield both
+        yield reporter
     finally:
         for tracker in reporter.trackers or ():
             with contextlib.suppress(Exception):
@@ -48,10 +43,10 @@ def reporting(config: RunConfig, root: Path, observe: Callback) -> Iterator[Call
 
 
 class TrackerCallback:
-    """Logs each round's numbers under TRL's names."""
+    """Logs each round's numbers under TRL's names, then calls `observe`."""
 
-    def __init__(self, config: RunConfig, root: Path, names: Sequence[str]) -> None:
-        self.config, self.run, self.names = config, RunFolder(root), names
+    def __init__(self, config: RunConfig, root: Path, names: Sequence[str], observe: Callback) -> None:
+        self.config, self.run, self.names, self.observe = config, RunFolder(root), names, observe
         self.trackers: list[Any] | None = None
         self.waiting: list[tuple[int, dict[str, float]]] = []
         self.seconds: dict[int, float] = {}
@@ -68,6 +63,7 @@ class TrackerCallback:
                 self._log(tracker)
             if self.trackers is not None:
                 self.waiting.clear()
+        self.observe(kind, facts)
 
     def _numbers(
         self, round: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], alarms: Sequence[Any]
