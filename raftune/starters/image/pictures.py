@@ -84,8 +84,8 @@ CAPTION: Final = re.compile(
 
 def scene_of(caption: str) -> Scene | None:
     """What a caption says; None where it is not one of this generator's."""
-    found = CAPTION.search(caption)
-    return Scene(*(word.lower() for word in found.groups())) if found else None
+    match = CAPTION.search(caption)
+    return Scene(*(word.lower() for word in match.groups())) if match else None
 
 
 def split_of(scene: Scene) -> ImageSplit:
@@ -128,8 +128,8 @@ def paint(
     grounds_N1 = np.array(list(BACKGROUNDS.values()))[labels_NA[:, 3], None] + rng.uniform(-0.04, 0.04, (n, 1))
     cover_NHW1 = cover_NHW[..., None]
     image_NHW3 = cover_NHW1 * colours_N3[:, None, None] + (1 - cover_NHW1) * grounds_N1[:, None, None]
-    found: Pixels = np.clip(image_NHW3, 0, 1).astype(np.float32)
-    return found
+    pixels: Pixels = np.clip(image_NHW3, 0, 1).astype(np.float32)
+    return pixels
 
 
 def cover(shapes_N: npt.NDArray[Any], centres_N2: npt.NDArray[Any], radii_N: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -146,8 +146,8 @@ def cover(shapes_N: npt.NDArray[Any], centres_N2: npt.NDArray[Any], radii_N: npt
         np.maximum(wide - r, narrow - 0.34 * r),
     )
     inside_NHW = np.select([shapes_N[:, None, None] == i for i in range(len(SHAPES))], outlines)
-    found: npt.NDArray[Any] = np.clip(0.5 - inside_NHW, 0, 1)
-    return found
+    share: npt.NDArray[Any] = np.clip(0.5 - inside_NHW, 0, 1)
+    return share
 
 
 def as_image(pixels_HW3: Pixels) -> "Image":

@@ -6,7 +6,7 @@ never seen in training, though their topics were.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -150,9 +150,6 @@ def read_request(prompt: str) -> Request | None:
     return next((_by_text()[words] for words in bare if words in _by_text()), None)
 
 
-# --- replies: each kind is a function of (request, generator) ---
-
-
 def opener(request: Request, rng: Random) -> str:
     return rng.choice(DOMAINS[request.domain].openers).format(r=request.said)
 
@@ -166,69 +163,56 @@ def advice(request: Request, rng: Random) -> str:
     return " ".join(rng.sample(request.advice, 2 if rng.random() < 0.3 else 1))
 
 
-def good(request: Request, rng: Random) -> str:
-    return f"{opener(request, rng)} {advice(request, rng)} {closer(request, rng)}"
-
-
-def half_polite(request: Request, rng: Random) -> str:
-    text = advice(request, rng)
-    return f"{opener(request, rng)} {text}" if rng.random() < 0.5 else f"{text} {closer(request, rng)}"
-
-
-def empty_courtesy(request: Request, rng: Random) -> str:
-    return f"{opener(request, rng)} {closer(request, rng)}"
-
-
-def rude(request: Request, rng: Random) -> str:
-    return " ".join(line.format(r=request.said) for line in rng.sample(RUDE, rng.choice((1, 2, 2))))
-
-
-def rude_advice(request: Request, rng: Random) -> str:
-    parts = [rng.choice(RUDE).format(r=request.said), advice(request, rng)]
-    rng.shuffle(parts)
-    return " ".join(parts)
-
-
-def curt(request: Request, rng: Random) -> str:
-    return rng.choice(CURT)
-
-
-def ramble(request: Request, rng: Random) -> str:
-    lines = rng.sample(DIGRESSIONS, rng.choice((1, 2, 2, 3)))
-    return " ".join([opener(request, rng), *lines] if rng.random() < 0.3 else lines)
-
-
-def wrong_advice(request: Request, rng: Random) -> str:
-    other = rng.choice([topic for topic in DOMAINS[request.domain].topics if topic != request.topic])
-    text = advice(request._replace(topic=other), rng)
-    return f"{opener(request, rng)} {text} {closer(request, rng)}" if rng.random() < 0.5 else text
-
-
-def unfinished(request: Request, rng: Random) -> str:
-    words = good(request, rng).split()
-    return " ".join(words[: rng.randrange(4, len(words) - 1)]).rstrip(".!?")
-
-
-KINDS: Final[dict[str, tuple[Callable[[Request, Random], str], float]]] = {
-    "good": (good, 0.11),
-    "advice": (advice, 0.10),
-    "half_polite": (half_polite, 0.08),
-    "empty_courtesy": (empty_courtesy, 0.08),
-    "rude": (rude, 0.18),
-    "rude_advice": (rude_advice, 0.07),
-    "curt": (curt, 0.12),
-    "ramble": (ramble, 0.14),
-    "wrong_advice": (wrong_advice, 0.07),
-    "unfinished": (unfinished, 0.05),
+# The kinds of reply and the share of each.
+KINDS: Final[dict[str, float]] = {
+    "good": 0.11,
+    "advice": 0.10,
+    "half_polite": 0.08,
+    "empty_courtesy": 0.08,
+    "rude": 0.18,
+    "rude_advice": 0.07,
+    "curt": 0.12,
+    "ramble": 0.14,
+    "wrong_advice": 0.07,
+    "unfinished": 0.05,
 }
+
+
+def _reply_of_kind(kind: str, request: Request, rng: Random) -> str:
+    if kind == "good":
+        return f"{opener(request, rng)} {advice(request, rng)} {closer(request, rng)}"
+    if kind == "advice":
+        return advice(request, rng)
+    if kind == "half_polite":
+        text = advice(request, rng)
+        return f"{opener(request, rng)} {text}" if rng.random() < 0.5 else f"{text} {closer(request, rng)}"
+    if kind == "empty_courtesy":
+        return f"{opener(request, rng)} {closer(request, rng)}"
+    if kind == "rude":
+        return " ".join(line.format(r=request.said) for line in rng.sample(RUDE, rng.choice((1, 2, 2))))
+    if kind == "rude_advice":
+        parts = [rng.choice(RUDE).format(r=request.said), advice(request, rng)]
+        rng.shuffle(parts)
+        return " ".join(parts)
+    if kind == "curt":
+        return rng.choice(CURT)
+    if kind == "ramble":
+        lines = rng.sample(DIGRESSIONS, rng.choice((1, 2, 2, 3)))
+        return " ".join([opener(request, rng), *lines] if rng.random() < 0.3 else lines)
+    if kind == "wrong_advice":
+        other = rng.choice([topic for topic in DOMAINS[request.domain].topics if topic != request.topic])
+        text = advice(request._replace(topic=other), rng)
+        return f"{opener(request, rng)} {text} {closer(request, rng)}" if rng.random() < 0.5 else text
+    words = _reply_of_kind("good", request, rng).split()  # unfinished
+    return " ".join(words[: rng.randrange(4, len(words) - 1)]).rstrip(".!?")
 
 
 def reply(request: Request, rng: Random, kinds: Sequence[str] | None = None) -> Dialogue:
     """One dialogue about the request; the kind of reply is sampled by the shares in KINDS, if given among `kinds`."""
     names = list(kinds or KINDS)
-    name = rng.choices(names, [KINDS[name][1] for name in names])[0]
+    kind = rng.choices(names, [KINDS[name] for name in names])[0]
     prompt = as_prompt(rng.choice(GREETINGS) + request.text)
-    return Dialogue(prompt, " " + KINDS[name][0](request, rng), name)
+    return Dialogue(prompt, " " + _reply_of_kind(kind, request, rng), kind)
 
 
 def dialogues(n: int, seed: int = 0, split: Split = "train", kinds: Sequence[str] | None = None) -> Iterator[Dialogue]:
