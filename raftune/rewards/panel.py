@@ -34,6 +34,26 @@ class LoggedExtras:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)  # how many numbers each mean was taken of
 
+    @classmethod
+    def of(cls, calls: Sequence[Mapping[str, RewardOutcome]]) -> LoggedExtras:
+        """The means over all calls; None in a column if a call logged nothing, or not one value a sample."""
+        metrics: dict[str, list[float]] = {}
+        names = sorted({name for call in calls for outcome in call.values() for name in outcome.log.columns})
+        columns: dict[str, list[Any]] = {name: [] for name in names}
+        for outcomes in calls:
+            logged: dict[str, list[Any]] = {}
+            size = 0
+            for outcome in outcomes.values():
+                logged |= outcome.log.columns
+                size = len(outcome.parts)
+                for name, numbers in outcome.log.metrics.items():
+                    metrics.setdefault(name, []).extend(numbers)
+            for name in names:
+                values = logged.get(name, [])
+                columns[name].extend(values if len(values) == size else [None] * size)
+        means = {name: sum(numbers) / len(numbers) for name, numbers in sorted(metrics.items()) if numbers}
+        return cls(means, columns, {name: len(metrics[name]) for name in means})
+
 
 class RewardSet:
     """Calls every reward on fixed batches and combines the parts: the same samples in the same order score the same.
@@ -120,7 +140,7 @@ class RewardSet:
             for chunk in chunks[len(calls) :]:
                 calls.append(self._call(batch.take(chunk)))
                 part.step(write, done=(chunk[-1] + 1, len(batch), "samples"))
-        self.extras = gather_extras(calls, [len(chunk) for chunk in chunks])
+        self.extras = LoggedExtras.of(calls)
         parts = [
             {name: call[name].parts[i] for name in self.names}
             for call, chunk in zip(calls, chunks, strict=True)
@@ -188,23 +208,6 @@ class RewardSet:
         """The calls of the rewards there, started, with their deadlines."""
         names = [name for name in names if self._places[name].place == where]
         return {name: (self._places[name].start(batch), time.monotonic() + self._timeouts[name]) for name in names}
-
-
-def gather_extras(calls: Sequence[Mapping[str, RewardOutcome]], sizes: Sequence[int]) -> LoggedExtras:
-    """Means of the metrics over all calls; columns with None where a call logged nothing, or not one value a sample."""
-    metrics: dict[str, list[float]] = {}
-    names = sorted({name for call in calls for outcome in call.values() for name in outcome.log.columns})
-    columns: dict[str, list[Any]] = {name: [] for name in names}
-    for outcomes, size in zip(calls, sizes, strict=True):
-        logged = {name: values for outcome in outcomes.values() for name, values in outcome.log.columns.items()}
-        for name in names:
-            values = logged.get(name, [])
-            columns[name].extend(values if len(values) == size else [None] * size)
-        for outcome in outcomes.values():
-            for name, numbers in outcome.log.metrics.items():
-                metrics.setdefault(name, []).extend(numbers)
-    means = {name: sum(numbers) / len(numbers) for name, numbers in sorted(metrics.items()) if numbers}
-    return LoggedExtras(means, columns, {name: len(metrics[name]) for name in means})
 
 
 def misfits(panel: RewardSet, media: str, family: str, field: str = "rewards.reward_funcs") -> Iterator[str]:

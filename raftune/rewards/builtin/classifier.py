@@ -83,7 +83,17 @@ class ClassifierReward(HeldWeights, BuiltInReward):
             )
         self._source = self.model or str(getattr(self.config, "_name_or_path", "") or type(model).__name__)
         self.name = name or derived_name(self._source)
-        self._label = self._find_label()
+        count, labels = self.config.num_labels, self.config.id2label
+        names = ", ".join(f"{i}: {name}" for i, name in sorted(labels.items())[:12])
+        if self.label is None and count != 1:
+            raise RewardError(
+                f"reward model {self._source!r} has {count} labels ({names}), and a reward model has one. "
+                "Name the one to be rewarded: options.label: 1."
+            )
+        numbers = {name: i for i, name in labels.items()} | {str(i): i for i in range(count)}
+        if self.label is not None and str(self.label) not in numbers:
+            raise RewardError(f"reward model {self._source!r} has no label {self.label!r}; there are: {names}")
+        self._label = 0 if self.label is None else int(numbers[str(self.label)])
         if tokenizer is None:
             source = self.tokenizer or self._source
             self._tokenizer = self._read("tokenizer", AutoTokenizer, source, **self._hub)
@@ -220,21 +230,6 @@ class ClassifierReward(HeldWeights, BuiltInReward):
                 f"none in {NOTES} beside it. `raftune reward train` writes one; leave normalize out for other models."
             )
         return float(scale["mean"]), float(scale["std"])
-
-    def _find_label(self) -> int:
-        count, label = self.config.num_labels, self.label
-        names = ", ".join(f"{i}: {name}" for i, name in sorted(self.config.id2label.items())[:12])
-        if label is None:
-            if count == 1:
-                return 0
-            raise RewardError(
-                f"reward model {self._source!r} has {count} labels ({names}), and a reward model has one. "
-                "Name the one to be rewarded: options.label: 1."
-            )
-        labels = {name: i for i, name in self.config.id2label.items()} | {str(i): i for i in range(count)}
-        if str(label) not in labels:
-            raise RewardError(f"reward model {self._source!r} has no label {label!r}; there are: {names}")
-        return int(labels[str(label)])
 
     def _read_model(self) -> Any:
         from transformers import AutoModelForSequenceClassification as Model
