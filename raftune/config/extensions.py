@@ -72,17 +72,11 @@ def load_extension(
 
 def _with_options(cls: type[Any], spec: str, field: str, options: Mapping[str, Any]) -> Any:
     """An instance of the class: a pydantic model or a dataclass validates its options; any other takes keywords."""
-    names: list[str] | None  # None: any
-    if issubclass(cls, BaseModel):
-        names = None if cls.model_config.get("extra") == "allow" else list(cls.model_fields)
-    elif dataclasses.is_dataclass(cls):
-        names = [item.name for item in dataclasses.fields(cls) if item.init]
-    else:
-        parameters = inspect.signature(cls).parameters.values()
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        names = None if takes_any else [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
+    parameters = inspect.signature(cls).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
     for name in options:
-        if names is not None and name not in names:
+        if not takes_any and name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             known = f"it has {', '.join(names)}." if names else "it takes none."
             raise ConfigError(

@@ -20,7 +20,7 @@ from raftune.results.samples import answer_text
 from raftune.sanitize import counted, harmless, one_line, percent
 
 if TYPE_CHECKING:
-    from raftune.analysis.compare import Comparison, ComparisonMeasure, JudgeSpec
+    from raftune.analysis.compare import Comparison, JudgeSpec
     from raftune.evaluation.paired import PairedEstimate, PairedTest
 
 NAMED = 3  # prompts that are named on either side
@@ -228,26 +228,25 @@ def notes(comparison: Comparison) -> Iterator[str]:
         few = counted(fewest, "prompt")
         yield f"too few for an interval or for p below 0.05: {few}; compare on {FEWEST} or more."
     for measure in comparison.measures:
-        left_out = measure.facts.get("left_out", 0)
+        facts, title = measure.facts, measure.title.strip()
+        left_out = counted(facts.get("left_out", 0), "pair")
         if measure.result is None:
-            yield f"not compared: {measure.title.strip()}: {measure.why}."
-        if measure.kind == "judge":
-            yield from notes_on_judge(measure)
-        elif measure.result is not None and left_out:
-            yield f"{measure.title.strip()}: {counted(left_out, 'pair')} left out, without a score in A or B."
-
-
-def notes_on_judge(measure: ComparisonMeasure) -> Iterator[str]:
-    facts = measure.facts
-    questions = f"{counted(facts['questions'], 'question')} ({facts['cached']} answered from disk)"
-    same = counted(facts["identical"], "pair")
-    yield f"{measure.title}: {questions}; {same} of identical answers are ties, and were not asked."
-    if facts["inconsistent"] is not None:
-        first = "" if facts["first"] is None else f"; {percent(facts['first'])} of its choices were the first answer"
-        yield f"  position bias: {percent(facts['inconsistent'])} of verdicts changed with the order{first}."
-    if facts["failed"]:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in facts["failed"].items())
-        yield f"  no verdict: {kinds}; {counted(facts['left_out'], 'pair')} left out."
+            yield f"not compared: {title}: {measure.why}."
+        if measure.kind != "judge":
+            if measure.result is not None and facts.get("left_out"):
+                yield f"{title}: {left_out} left out, without a score in A or B."
+            continue
+        questions = f"{counted(facts['questions'], 'question')} ({facts['cached']} answered from disk)"
+        same = counted(facts["identical"], "pair")
+        yield f"{measure.title}: {questions}; {same} of identical answers are ties, and were not asked."
+        if facts["inconsistent"] is not None:
+            first = (
+                "" if facts["first"] is None else f"; {percent(facts['first'])} of its choices were the first answer"
+            )
+            yield f"  position bias: {percent(facts['inconsistent'])} of verdicts changed with the order{first}."
+        if facts["failed"]:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in facts["failed"].items())
+            yield f"  no verdict: {kinds}; {left_out} left out."
 
 
 def show_extremes(comparison: Comparison, number: int) -> None:
@@ -264,17 +263,14 @@ def show_extremes(comparison: Comparison, number: int) -> None:
             text = str(messages[-1].get("content", "")) if isinstance(messages, list) else str(messages)
             mean = f"  mean of {rows} pairs" if number and rows > 1 else ""
             echo(f"  {lead:+7.3f}  {prompt.id}  {one_line(text, 60)}{mean}", style="bold" if number else "")
-            if number:
-                show_pair(comparison, comparison.telling(index, lead), rows)
-
-
-def show_pair(comparison: Comparison, row: int, of: int) -> None:
-    """Both completions of a pair, each with its score; `of` is the number of the prompt's pairs."""
-    if of > 1:
-        _, k, _ = comparison.pairs.keys[row]
-        echo(f"    answer {k} of {of}, the clearest: {float(comparison.by.leads[row]):+.3f}", style="dim")
-    sides = zip("AB", comparison.pairs.answers, (comparison.by.a, comparison.by.b), strict=True)
-    for letter, completions, scores in sides:
-        score = "" if scores is None else f"{scores[row]:.3f}"
-        first, *others = harmless(answer_text(completions[row])).splitlines() or ["(empty)"]
-        echo(f"    {letter} {score:>8}  {first}", *(f"{'':>16}{line}" for line in others))
+            if not number:
+                continue
+            pair = comparison.telling(index, lead)
+            if rows > 1:
+                _, k, _ = comparison.pairs.keys[pair]
+                echo(f"    answer {k} of {rows}, the clearest: {float(comparison.by.leads[pair]):+.3f}", style="dim")
+            sides = zip("AB", comparison.pairs.answers, (comparison.by.a, comparison.by.b), strict=True)
+            for letter, completions, scores in sides:
+                score = "" if scores is None else f"{scores[pair]:.3f}"
+                first, *others = harmless(answer_text(completions[pair])).splitlines() or ["(empty)"]
+                echo(f"    {letter} {score:>8}  {first}", *(f"{'':>16}{line}" for line in others))

@@ -16,6 +16,13 @@ from raftune.config.run import RunConfig
 from raftune.errors import ConfigError
 from raftune.sanitize import shell_command
 
+CONTENTS = {
+    "preferences.jsonl": "prompt, chosen, rejected",
+    "ratings.jsonl": "prompt, completion, score",
+    "prompts.jsonl": "what the rounds generate answers to",
+    "held_out.jsonl": "requests that none of the others has, with reference answers",
+}
+
 
 def init(
     file: Annotated[str, Parameter(help="Where to write it.")] = "run.yaml",
@@ -38,14 +45,6 @@ def init(
     except FileExistsError as error:
         raise ConfigError(f"{path} exists already, and is not overwritten. Name another file.") from error
     echo(f"Wrote {path}. Next:", *(f"  {shell_command('raftune', command, path)}" for command in ("plan", "train")))
-
-
-CONTENTS = {
-    "preferences.jsonl": "prompt, chosen, rejected",
-    "ratings.jsonl": "prompt, completion, score",
-    "prompts.jsonl": "what the rounds generate answers to",
-    "held_out.jsonl": "requests that none of the others has, with reference answers",
-}
 
 
 def starter(

@@ -20,6 +20,12 @@ from raftune.sanitize import counted, megabytes, shell_command
 from raftune.store.commit import Manifest
 from raftune.store.run import RunFolder
 
+Format = Literal["model", "sft", "preference", "unpaired", "sft-tokens"]
+WEIGHTS, LATENTS = "the weights", "the latents of what was generated and not kept"
+RESTORE = {
+    WEIGHTS: "`raftune resume RUN --keep-models all --from ROUND/train` makes them again.",
+    LATENTS: "`raftune resume RUN --keep-latents all --from ROUND/generate` generates the same again.",
+}
 STYLES = {FINISHED: "green", IN_USE: "cyan", DAMAGED: "bold red"}
 
 
@@ -80,13 +86,6 @@ def report(
         raise RunDamaged(f"{missing[0]}{more}. The page leaves it out; `{command}` lists what is damaged.")
 
 
-WEIGHTS, LATENTS = "the weights", "the latents of what was generated and not kept"
-RESTORE = {
-    WEIGHTS: "`raftune resume RUN --keep-models all --from ROUND/train` makes them again.",
-    LATENTS: "`raftune resume RUN --keep-latents all --from ROUND/generate` generates the same again.",
-}
-
-
 def verify(run: RunDirectory, *, as_json: Json = False) -> int:
     """Check the hashes of everything in a run, and name what is missing, changed, or inconsistent.
 
@@ -101,7 +100,13 @@ def verify(run: RunDirectory, *, as_json: Json = False) -> int:
                 commits.append(commit)
     files = sum(len(commit.files) for commit in commits)
     size = sum(entry.bytes for commit in commits for entry in commit.files.values())
-    dropped = deleted_on_purpose(folder)
+    dropped: dict[str, list[int]] = {}  # what the run's own settings have deleted, and of which rounds
+    with contextlib.suppress(RunDamaged):  # an unreadable marker is among the faults
+        if weights := [r for r in folder.rounds() if folder.is_dropped(r, "model")]:
+            dropped[WEIGHTS] = weights
+        stages = ("generate", "teach")
+        if latents := [r for r in folder.rounds() if any(folder.dropped_columns(r, stage) for stage in stages)]:
+            dropped[LATENTS] = latents
     if as_json:
         facts = {"run": run, "stages": len(commits), "files": files, "bytes": size, "faults": faults}
         print(json.dumps({**facts, "dropped": dropped}))
@@ -114,21 +119,6 @@ def verify(run: RunDirectory, *, as_json: Json = False) -> int:
     for kind, rounds in dropped.items():
         echo(f"  not here on purpose: {kind} of round {span(rounds)}. {RESTORE[kind]}", style="dim")
     return 1 if faults else 0
-
-
-def deleted_on_purpose(folder: RunFolder) -> dict[str, list[int]]:
-    """The rounds of which weights or latents were deleted by the run's own settings."""
-    dropped = {}
-    with contextlib.suppress(RunDamaged):  # an unreadable marker is among the faults
-        if weights := [r for r in folder.rounds() if folder.is_dropped(r, "model")]:
-            dropped[WEIGHTS] = weights
-        stages = ("generate", "teach")
-        if latents := [r for r in folder.rounds() if any(folder.dropped_columns(r, stage) for stage in stages)]:
-            dropped[LATENTS] = latents
-    return dropped
-
-
-Format = Literal["model", "sft", "preference", "unpaired", "sft-tokens"]
 
 
 def export(
