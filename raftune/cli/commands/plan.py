@@ -80,29 +80,24 @@ def lines(config: RunConfig, forecast: Forecast) -> list[tuple[str, str]]:
     }
     shares = ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items() if size)
     words.append(("disk", f"{megabytes(disk.total)}: {shares}"))
-    if memory := measured_memory(forecast, config) or (forecast.memory.describe() if forecast.memory else ""):
-        words.append(("memory", memory))
+    if (peaks := forecast.peaks) is not None and peaks.drawing is not None:
+        run, in_probe = (
+            ", ".join(f"{kind} {megabytes(peak)}" for kind, peak in pair if peak is not None)
+            for pair in (
+                (("generating", peaks.run_drawing), ("training", peaks.run_tuning)),
+                (("generating", peaks.drawing), ("training", peaks.training)),
+            )
+        )
+        missing = "; that of training was not measured" if config.num_rounds and peaks.training is None else ""
+        measured = f"measured in the probe, with all that was loaded: {in_probe}{missing}"
+        words.append(("memory", f"{run} at most; {measured}"))
+    elif forecast.memory:
+        words.append(("memory", forecast.memory.describe()))
     if probe is not None and probe.generation:
         words.append(("generation", probe.generation))
     if forecast.seconds is not None:
         words.append(("time", time(forecast)))
     return words
-
-
-def measured_memory(forecast: Forecast, config: RunConfig) -> str:
-    """The memory that the probe took, and what the run will; empty if nothing was measured."""
-    peaks = forecast.peaks
-    if peaks is None or peaks.drawing is None:
-        return ""
-    missing = "; that of training was not measured" if config.num_rounds and peaks.training is None else ""
-    run, probe = (
-        ", ".join(f"{kind} {megabytes(peak)}" for kind, peak in pair if peak is not None)
-        for pair in (
-            (("generating", peaks.run_drawing), ("training", peaks.run_tuning)),
-            (("generating", peaks.drawing), ("training", peaks.training)),
-        )
-    )
-    return f"{run} at most; measured in the probe, with all that was loaded: {probe}{missing}"
 
 
 def time(forecast: Forecast) -> str:

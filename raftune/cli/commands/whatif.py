@@ -100,7 +100,13 @@ def show_result(result: WhatIfResult, as_json: bool) -> None:
     settings = in_words(result.changes) if result.changes else "the run's own settings"
     echo(f"{result.run}, round{'s' * (len(result.rounds) > 1)} {span(result.rounds)}: {settings}", "", style="bold")
     show_rounds(difference)
-    show_best_of(difference)
+    if (best := difference.best_of).rewards:
+        curve = " · ".join(f"{k}: {reward:.3f}" for k, reward in best.rewards.items())
+        most = max(best.rewards)
+        fewer = [k for k in best.shares if k < most]
+        gain = f"; K = {fewer[-1]} gives {percent(best.shares[fewer[-1]])} of the gain of K = {most}" if fewer else ""
+        left = f" ({counted(best.left_out, 'prompt')} with a sample without a score left out)" if best.left_out else ""
+        echo("", f"Best of k samples by {difference.names[1]}, unbiased: {curve}{gain}{left}.")
     show_largest(difference)
     if difference.empty_prompts:
         echo("", "Prompts that would yield nothing any more:")
@@ -144,18 +150,6 @@ def show_rounds(difference: Difference) -> None:
         "  starved: prompts that yield nothing, before → now; the rest: mean of what is kept, by each reward",
         style="dim",
     )
-
-
-def show_best_of(difference: Difference) -> None:
-    best = difference.best_of
-    if not best.rewards:
-        return
-    curve = " · ".join(f"{k}: {reward:.3f}" for k, reward in best.rewards.items())
-    most = max(best.rewards)
-    fewer = [k for k in best.shares if k < most]
-    gain = f"; K = {fewer[-1]} gives {percent(best.shares[fewer[-1]])} of the gain of K = {most}" if fewer else ""
-    left = f" ({counted(best.left_out, 'prompt')} with a sample without a score left out)" if best.left_out else ""
-    echo("", f"Best of k samples by {difference.names[1]}, unbiased: {curve}{gain}{left}.")
 
 
 def show_largest(difference: Difference) -> None:
