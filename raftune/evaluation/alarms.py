@@ -90,17 +90,20 @@ class RoundMonitor:
         of_kept = means_of(kept, numbers_of(kept, "weight"))
         if "text" in samples.column_names:
             similarity = mean_by_prompt(prompt_numbers(generated), numbers_of(generated, "similarity"))
-            of_generated |= mean_of("similarity", similarity)
-            of_kept |= mean_of("similarity", similarities(texts_of(kept), prompt_numbers(kept)))
+            of_generated["similarity"] = finite_mean(similarity)
+            of_kept["similarity"] = finite_mean(similarities(texts_of(kept), prompt_numbers(kept)))
             of_generated |= text_measures(samples.filter(samples.column("control")))
             of_kept |= text_measures(kept)
         if "thumbnail" in samples.column_names:
             rows, small_ND = thumbnails(generated)
             distances = by_group(prompt_numbers(generated)[rows], small_ND, rms_distance)
-            of_generated |= mean_of("pixel_distance", distances)
+            of_generated["pixel_distance"] = finite_mean(distances)
             of_generated |= image_measures(samples.filter(samples.column("control")))
             of_kept |= image_measures(kept)
-        return {"generated": of_generated, "selected": of_kept}
+        return {
+            name: {measure: value for measure, value in result.items() if value is not None}
+            for name, result in (("generated", of_generated), ("selected", of_kept))
+        }
 
     def alarms(self, inputs: MonitorInput, sets: Mapping[str, Measures]) -> list[dict[str, Any]]:
         """What a person should look at, as plain data."""
@@ -108,7 +111,7 @@ class RoundMonitor:
 
     def raised(self, inputs: MonitorInput, sets: Mapping[str, Measures]) -> Iterator[Alarm]:
         data = RoundData(self.config, inputs, sets_of(inputs), sets["generated"], sets["selected"])
-        return (found for alarm in ALARMS if (found := alarm(data)) is not None)
+        return (raised for alarm in ALARMS if (raised := alarm(data)) is not None)
 
 
 def probe_alarms(samples: pa.Table, limits: GuardsConfig) -> list[dict[str, Any]]:
@@ -131,8 +134,8 @@ def probe_alarms(samples: pa.Table, limits: GuardsConfig) -> list[dict[str, Any]
             tried = tried.append_column(name, values)
     inputs = MonitorInput(1, samples, {}, None, [], "", None)
     data = RoundData(limits, inputs, {"tried": tried}, fewest=1)
-    found = (alarm(data) for alarm in (empty_answers, cut_off, identical_candidates, equal_scores))
-    return [alarm.as_json(1) for alarm in found if alarm is not None]
+    raised = (alarm(data) for alarm in (empty_answers, cut_off, identical_candidates, equal_scores))
+    return [alarm.as_json(1) for alarm in raised if alarm is not None]
 
 
 # -- measures ---------------------------------------------------------------------------------------------------------
@@ -147,7 +150,7 @@ def sets_of(inputs: MonitorInput) -> dict[str, pa.Table]:
 
 def means_of(samples: pa.Table, weights: FloatArray) -> dict[str, Any]:
     """How many samples there are, and the weighted means of what is known of them."""
-    found: dict[str, Any] = {"samples": samples.num_rows}
+    result: dict[str, Any] = {"samples": samples.num_rows}
     columns = {"score": "reward", "length": "length", "clipped": "clipped_ratio"}
     columns |= {name: name for name in ("brightness", "saturation", "contrast")}
     columns |= {name: name for name in samples.column_names if name.startswith("rewards/")}
@@ -155,18 +158,18 @@ def means_of(samples: pa.Table, weights: FloatArray) -> dict[str, Any]:
         if name in samples.column_names:
             known = np.isfinite(values := numbers_of(samples, name))
             if weights[known].sum() > 0:
-                found[measure] = float(np.average(values[known], weights=weights[known]))
-    return found
+                result[measure] = float(np.average(values[known], weights=weights[known]))
+    return result
 
 
 def text_measures(samples: pa.Table) -> dict[str, Any]:
     """How varied the texts are, and the share of them that nearly repeat one of another prompt."""
     texts = texts_of(samples)
     words = numbered(texts)
-    found = word_measures(words) | {"words": len(words.ids)}
+    result = word_measures(words) | {"words": len(words.ids)}
     if texts:
-        found["near_duplicates"] = sum(map(len, repeats(texts, prompt_numbers(samples)))) / len(texts)
-    return {name: value for name, value in found.items() if value is not None}
+        result["near_duplicates"] = sum(map(len, repeats(texts, prompt_numbers(samples)))) / len(texts)
+    return result
 
 
 def image_measures(samples: pa.Table) -> dict[str, Any]:
@@ -179,9 +182,9 @@ def image_measures(samples: pa.Table) -> dict[str, Any]:
     return {"spread": rms_distance(small_ND), "near_duplicates": float((distances <= ALIKE).mean())}
 
 
-def mean_of(name: str, values: FloatArray) -> dict[str, Any]:
+def finite_mean(values: FloatArray) -> float | None:
     finite = values[np.isfinite(values)]
-    return {name: float(finite.mean())} if len(finite) else {}
+    return float(finite.mean()) if len(finite) else None
 
 
 def texts_of(samples: pa.Table) -> list[str]:
@@ -196,13 +199,13 @@ def repeats(texts: Sequence[str], groups: IntArray) -> list[list[int]]:
 def named(samples: pa.Table, rows: Iterable[Any], why: Callable[[int], str]) -> list[tuple[str, str]]:
     """Sample id and reason of the first of these rows, at most one a prompt and SHOWN in all."""
     ids, prompts = samples.column("sample_id"), samples.column("prompt_id")
-    found: dict[str, tuple[str, str]] = {}
+    result: dict[str, tuple[str, str]] = {}
     for row in map(int, rows):
-        if len(found) == SHOWN:
+        if len(result) == SHOWN:
             break
-        if (prompt := prompts[row].as_py()) not in found:
-            found[prompt] = (str(ids[row].as_py()), why(row))
-    return list(found.values())
+        if (prompt := prompts[row].as_py()) not in result:
+            result[prompt] = (str(ids[row].as_py()), why(row))
+    return list(result.values())
 
 
 # -- the held-out reward ----------------------------------------------------------------------------------------------
@@ -219,12 +222,11 @@ def held_out_falls(data: RoundData) -> Alarm | None:
     now, earlier, judge = data.inputs.held_out, data.inputs.earlier, data.inputs.judge
     if now is None or all(table is None for table in earlier):
         return None
-    levels = [-math.inf] * len(earlier)
-    for round_, table in enumerate(earlier):
-        if table is not None:
-            level = mean_of("held_out", mean_by_prompt(prompt_numbers(table), numbers_of(table, "held_out")))
-            levels[round_] = level.get("held_out", -math.inf)
-    since = int(np.argmax(levels))
+    levels = [
+        None if table is None else finite_mean(mean_by_prompt(prompt_numbers(table), numbers_of(table, "held_out")))
+        for table in earlier
+    ]
+    since = int(np.argmax([-math.inf if level is None else level for level in levels]))
     then = earlier[since]
     assert then is not None, "there is an earlier round with held-out samples"
     trained, held_out = (differences(now, then, name) for name in ("score", "held_out"))
@@ -269,8 +271,8 @@ def differences(now: pa.Table, then: pa.Table, name: str) -> FloatArray:
     for table in (now, then):
         groups = pc.index_in(table.column("prompt_id"), value_set=ids)
         values = numbers_of(table.filter(groups.is_valid()), name)
-        found = mean_by_prompt(np.asarray(groups.drop_null().to_numpy(), np.int64), values)
-        means.append(np.concatenate([found, np.full(len(ids) - len(found), np.nan)]))
+        mean = mean_by_prompt(np.asarray(groups.drop_null().to_numpy(), np.int64), values)
+        means.append(np.concatenate([mean, np.full(len(ids) - len(mean), np.nan)]))
     rise = means[0] - means[1]
     return np.asarray(rise[np.isfinite(rise)])
 
@@ -435,8 +437,8 @@ def mean_drifts(
     if measure not in kept.column_names or kept.num_rows < FEWEST:
         return None
     values = numbers_of(kept, measure)
-    found = interval(mean_by_prompt(prompt_numbers(kept), values))
-    ends = ends_of(found) if found is not None else None
+    kept_mean = interval(mean_by_prompt(prompt_numbers(kept), values))
+    ends = ends_of(kept_mean) if kept_mean is not None else None
     known = {"this round": data.generated.get(measure), "round 1": data.first.get(measure)}
     means = {name: mean for name, mean in known.items() if mean is not None and (mean or measure != "length")}
     words = moved(*ends, list(means.values())) if ends is not None and means else ""
@@ -448,8 +450,8 @@ def mean_drifts(
     return Alarm(
         alarm,
         f"What was kept {words} than what was generated",
-        f"the mean {measure} of kept {noun} is {spread(found, digits)}, {against}",
-        {"selected": found, "generated": means.get("this round"), "first": means.get("round 1")},
+        f"the mean {measure} of kept {noun} is {spread(kept_mean, digits)}, {against}",
+        {"selected": kept_mean, "generated": means.get("this round"), "first": means.get("round 1")},
         named(
             kept,
             np.argsort(-values if rising else values, kind="stable"),
@@ -567,15 +569,15 @@ def kl_beyond_budget(data: RoundData) -> Alarm | None:
     if held_out is None or "log_ratio" not in held_out.column_names:
         return None
     ratio = numbers_of(held_out, "log_ratio")
-    found = interval(mean_by_prompt(prompt_numbers(held_out), ratio))
-    if found is None:
+    kl = interval(mean_by_prompt(prompt_numbers(held_out), ratio))
+    if kl is None:
         return None
-    numbers: dict[str, Any] = {"kl": found}
+    numbers: dict[str, Any] = {"kl": kl}
     if budget is not None:
-        if found["mean"] <= budget:
+        if kl["mean"] <= budget:
             return None
         title, numbers = "its budget", numbers | {"budget": budget}
-        evidence = f"the KL to the start is {spread(found, 2)} nats per answer; the budget is {budget:g}"
+        evidence = f"the KL to the start is {spread(kl, 2)} nats per answer; the budget is {budget:g}"
     else:
         known = np.isfinite(ratio)
         tokens = numbers_of(held_out, "length")[known].sum() if "length" in held_out.column_names else 0.0
@@ -584,12 +586,12 @@ def kl_beyond_budget(data: RoundData) -> Alarm | None:
         rounds, most = data.inputs.round, data.limits.max_kl_per_token
         candidates = samples.num_rows / max(1, len(pc.unique(samples.column("prompt_id"))))
         taught, per_token = rounds * math.log(max(candidates, 1.0)), float(ratio[known].sum() / tokens)
-        if found["mean"] <= taught or per_token <= most:
+        if kl["mean"] <= taught or per_token <= most:
             return None
         title = "its selection explains"
         numbers |= {"per_token": per_token, "taught": taught, "limit": most}
         evidence = (
-            f"the KL to the start is {spread(found, 2)} nats per answer, {per_token:.2f} a token; to choose among "
+            f"the KL to the start is {spread(kl, 2)} nats per answer, {per_token:.2f} a token; to choose among "
             f"{candidates:.0f} for {rounds} round{'s' * (rounds != 1)} explains at most {taught:.1f} nats"
         )
     return Alarm(

@@ -92,8 +92,8 @@ def msttr(texts: Texts, window: int = 100) -> float | None:
 def word_measures(texts: Texts) -> dict[str, Any]:
     """distinct_n and unique_n for n = 1 and 2, and msttr_100; None for what cannot be measured."""
     words = numbered(texts)
-    found: dict[str, Any] = {f"distinct_{n}": distinct(words, n) for n in (1, 2)}
-    return found | {f"unique_{n}": unique(words, n) for n in (1, 2)} | {"msttr_100": msttr(words)}
+    measures: dict[str, Any] = {f"distinct_{n}": distinct(words, n) for n in (1, 2)}
+    return measures | {f"unique_{n}": unique(words, n) for n in (1, 2)} | {"msttr_100": msttr(words)}
 
 
 def similarities(texts: Texts, groups: IntArray) -> FloatArray:

@@ -95,8 +95,8 @@ def compared_by(metrics: Metrics, best_by: str) -> Mapping[str, Any] | None:
     """
     for name in (best_by, f"held_out/rewards/{best_by}/mean", f"rewards/{best_by}/mean"):
         if name in metrics:
-            found: Mapping[str, Any] | None = metrics[name]
-            return found
+            value: Mapping[str, Any] | None = metrics[name]
+            return value
     names = [n.removesuffix("/mean").split("rewards/")[-1] for n in metrics if n.endswith("/mean") and "rewards/" in n]
     raise ConfigError(
         f"evaluation.best_by must name 'reward' or one of the rewards ({', '.join(names)}); "
@@ -106,8 +106,8 @@ def compared_by(metrics: Metrics, best_by: str) -> Mapping[str, Any] | None:
 
 def values_of(history: Sequence[Metrics], best_by: str) -> list[float | None]:
     """The mean that rounds are compared by, of each round; None where it was not measured."""
-    found = [compared_by(metrics, best_by) if metrics else None for metrics in history]
-    return [None if value is None else float(value["mean"]) for value in found]
+    intervals = [compared_by(metrics, best_by) if metrics else None for metrics in history]
+    return [None if value is None else float(value["mean"]) for value in intervals]
 
 
 def best_round(history: Sequence[Metrics], best_by: str) -> tuple[int, float] | None:

@@ -70,10 +70,10 @@ class PixelMetrics:
 
     def __call__(self, samples: pa.Table) -> dict[str, Any]:
         groups, rows, small_ND = prompt_numbers(samples), *thumbnails(samples)
-        found: dict[str, Any] = {name: interval(mean_by_prompt(groups, numbers_of(samples, name))) for name in LOOKS}
-        found["pixel_distance"] = interval(by_group(groups[rows], small_ND, rms_distance))
-        found["near_duplicates"] = float((nearest(small_ND)[0] <= ALIKE).mean()) if len(rows) else None
-        return found
+        measures: dict[str, Any] = {name: interval(mean_by_prompt(groups, numbers_of(samples, name))) for name in LOOKS}
+        measures["pixel_distance"] = interval(by_group(groups[rows], small_ND, rms_distance))
+        measures["near_duplicates"] = float((nearest(small_ND)[0] <= ALIKE).mean()) if len(rows) else None
+        return measures
 
 
 class FeatureMetrics:
@@ -88,7 +88,7 @@ class FeatureMetrics:
 
     def __call__(self, samples: pa.Table) -> dict[str, Any]:
         groups, rows, vectors_ND = prompt_numbers(samples), *vectors(samples, FEATURES)
-        found: dict[str, Any] = {
+        measures: dict[str, Any] = {
             "feature_distance": interval(by_group(groups[rows], vectors_ND, cosine_distance)),
             "vendi": interval(by_group(groups[rows], vectors_ND, vendi_score)),
         }
@@ -96,8 +96,8 @@ class FeatureMetrics:
             places, start_ND = vectors(samples, FEATURES_START)
             both, ours, theirs = np.intersect1d(rows, places, assume_unique=True, return_indices=True)
             cosines = np.einsum("nd,nd->n", vectors_ND[ours], start_ND[theirs]) if len(both) else np.zeros(0)
-            found["feature_drift"] = interval(mean_by_prompt(groups[both], 1 - np.minimum(cosines, 1.0)))
-        return found
+            measures["feature_drift"] = interval(mean_by_prompt(groups[both], 1 - np.minimum(cosines, 1.0)))
+        return measures
 
 
 def rms_distance(x_KD: FloatArray) -> float:

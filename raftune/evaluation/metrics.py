@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +28,6 @@ from raftune.evaluation.images import FeatureMetrics, PixelMetrics
 from raftune.protocols import Metric
 from raftune.records import INVALID
 
-_MetricClass = TypeVar("_MetricClass", bound=Metric)
-METRICS: dict[str, Metric] = {}  # the built-in metrics
 # What a metric may need: columns that a run's evaluation has only where its family or configuration gives them.
 NEEDS = frozenset(
     {"scores", "text", "image", "category", "features", "log_probs", "own_log_probs", "references", INVALID}
@@ -37,17 +35,6 @@ NEEDS = frozenset(
 MOST_NATS = 700.0  # a token; exp of more overflows
 
 
-def metric(name: str) -> Callable[[type[_MetricClass]], type[_MetricClass]]:
-    """Registers the decorated class as the built-in metric of this name."""
-
-    def register(cls: type[_MetricClass]) -> type[_MetricClass]:
-        METRICS[name] = cls()
-        return cls
-
-    return register
-
-
-@metric("rewards")
 class RewardMetrics:
     """The reward of the policy, of best-of-k (unbiased), and of each part and held-out reward, with intervals."""
 
@@ -57,7 +44,7 @@ class RewardMetrics:
         groups, scores = prompt_numbers(samples), usable(samples, "score", "status")
         by_prompt = [finite(scores[groups == group]) for group in range(int(groups.max(initial=-1)) + 1)]
         flat = [np.ptp(values) == 0 for values in by_prompt if len(values)]
-        found: dict[str, Any] = {
+        measures: dict[str, Any] = {
             "reward": interval(mean_by_prompt(groups, scores)),
             "reward_std": deviation(scores),
             "best_of_k": best_of_curve(groups, scores),
@@ -66,19 +53,18 @@ class RewardMetrics:
         for name in samples.column_names:
             if "rewards/" in name:
                 values = numbers_of(samples, name)
-                found[f"{name}/mean"] = interval(mean_by_prompt(groups, values))
-                found[f"{name}/std"] = deviation(values)
+                measures[f"{name}/mean"] = interval(mean_by_prompt(groups, values))
+                measures[f"{name}/std"] = deviation(values)
         if "held_out/score" in samples.column_names:
             held_out = usable(samples, "held_out/score", "held_out/status")
-            found["held_out"] = interval(mean_by_prompt(groups, held_out))
-            found["held_out_best_of_k"] = best_of_curve(groups, held_out)
+            measures["held_out"] = interval(mean_by_prompt(groups, held_out))
+            measures["held_out_best_of_k"] = best_of_curve(groups, held_out)
         statuses = samples.column("status").to_numpy(zero_copy_only=False).astype(str)
         names, counts = np.unique(statuses, return_counts=True)
-        found["statuses"] = dict(zip(names.tolist(), counts.tolist(), strict=True))
-        return found
+        measures["statuses"] = dict(zip(names.tolist(), counts.tolist(), strict=True))
+        return measures
 
 
-@metric("divergence")
 class KLMetrics:
     """KL to the start: the mean of log p - log p0 over the policy's own samples, nats per answer, and per token."""
 
@@ -88,7 +74,6 @@ class KLMetrics:
         return nats(samples, "kl", numbers_of(samples, "log_prob") - numbers_of(samples, "log_prob_start"))
 
 
-@metric("entropy")
 class EntropyMetrics:
     """Entropy of the policy in nats: the mean of -log p over its own samples, per completion and per token.
 
@@ -109,7 +94,6 @@ class EntropyMetrics:
         return nats(samples, "entropy", -log_probs)
 
 
-@metric("perplexity")
 class PerplexityMetrics:
     """exp(-Σ log p / Σ tokens) over reference answers to the held-out prompts, EOS counted, the interval over prompts.
 
@@ -131,7 +115,6 @@ class PerplexityMetrics:
         return {"perplexity": perplexity, "references": counts}
 
 
-@metric("text")
 class TextMetrics:
     """Length, the share cut off, and how varied the words are: over all samples, and inside a prompt's group."""
 
@@ -139,16 +122,15 @@ class TextMetrics:
 
     def __call__(self, samples: pa.Table) -> dict[str, Any]:
         words, groups = numbered(texts_of(samples)), prompt_numbers(samples)
-        found = word_measures(words) | {"similarity": interval(similarities(words, groups))}
+        measures = word_measures(words) | {"similarity": interval(similarities(words, groups))}
         if "completion_ids" in samples.column_names:
-            found["completions/mean_length"] = interval(mean_by_prompt(groups, token_counts(samples)))
+            measures["completions/mean_length"] = interval(mean_by_prompt(groups, token_counts(samples)))
         if "finish" in samples.column_names:
             cut_off = [finish == "length" for finish in samples.column("finish").to_pylist()]
-            found["completions/clipped_ratio"] = float(np.mean(cut_off))
-        return found
+            measures["completions/clipped_ratio"] = float(np.mean(cut_off))
+        return measures
 
 
-@metric("validity")
 class ValidityMetrics:
     """Share of invalid samples."""
 
@@ -159,13 +141,21 @@ class ValidityMetrics:
         return {"invalid_ratio": (count - samples.column(INVALID).null_count) / count if count else None}
 
 
-metric("pixels")(PixelMetrics)
-metric("vectors")(FeatureMetrics)
+METRICS: dict[str, Metric] = {  # the built-in metrics
+    "rewards": RewardMetrics(),
+    "divergence": KLMetrics(),
+    "entropy": EntropyMetrics(),
+    "perplexity": PerplexityMetrics(),
+    "text": TextMetrics(),
+    "validity": ValidityMetrics(),
+    "pixels": PixelMetrics(),
+    "vectors": FeatureMetrics(),
+}
 
 
 def load_metrics(config: EvaluationConfig) -> dict[str, Metric]:
     """The user's own metrics by name. Raises ConfigError where one is not there, or is not whole."""
-    found = {}
+    metrics = {}
     for name, spec in zip(config.metric_names, config.metrics, strict=True):
         made: Metric = load_extension(
             spec.spec,
@@ -180,8 +170,8 @@ def load_metrics(config: EvaluationConfig) -> dict[str, Metric]:
                 f"evaluation.metrics: `needs` of {spec.spec} must be of {', '.join(sorted(NEEDS))}; got "
                 f"{made.needs!r}. {GUIDE}"
             )
-        found[name] = made
-    return found
+        metrics[name] = made
+    return metrics
 
 
 def metric_code(config: EvaluationConfig) -> dict[str, str]:
@@ -233,15 +223,15 @@ def best_of_curve(groups: IntArray, scores: FloatArray) -> dict[str, Any]:
 def nats(samples: pa.Table, name: str, values: FloatArray) -> dict[str, Any]:
     """The mean of (N,) nats of each answer, and per token where tokens are known."""
     groups = prompt_numbers(samples)
-    found: dict[str, Any] = {name: interval(mean_by_prompt(groups, values))}
+    measures: dict[str, Any] = {name: interval(mean_by_prompt(groups, values))}
     if "completion_ids" in samples.column_names:
         size = int(groups.max(initial=-1)) + 1
         above, below = (
             np.bincount(groups, weights=numbers, minlength=size).astype(np.float64)
             for numbers in (values, token_counts(samples))
         )
-        found[f"{name}_per_token"] = ratio_interval(above, below)
-    return found
+        measures[f"{name}_per_token"] = ratio_interval(above, below)
+    return measures
 
 
 def texts_of(samples: pa.Table) -> Iterator[str]:

@@ -101,9 +101,9 @@ def estimate(values: FloatArray, *, share: bool = False) -> PairedEstimate:
     if share and np.ptp(values) == 0:
         unseen = 1 - 0.025 ** (1 / len(values))
         return PairedEstimate(mean, mean * (1 - unseen), mean * (1 - unseen) + unseen)
-    found = interval(values)
-    assert found is not None
-    return PairedEstimate(mean, found["low"], found["high"])
+    bootstrapped = interval(values)
+    assert bootstrapped is not None
+    return PairedEstimate(mean, bootstrapped["low"], bootstrapped["high"])
 
 
 def sign_flip(differences: FloatArray) -> tuple[float, int | None]:

@@ -114,17 +114,17 @@ def paths(line: ChartSeries, x: AxisScale, y: AxisScale) -> list[tuple[str, str]
         return "M" + "L".join(f"{x(at):.1f} {y(value or 0.0):.1f}" for at, value in points)
 
     runs = [list(run) for known, run in groupby(line.points, key=lambda point: measured(point.y)) if known]
-    found = []
+    result = []
     for run in runs:
         ends = [(p.x, p.low, p.high) for p in run if p.low is not None and p.high is not None and p.low < p.high]
         if len(ends) == 1:
             at, low, high = ends[0]
-            found.append(("line", places([(at, low), (at, high)])))
+            result.append(("line", places([(at, low), (at, high)])))
         elif ends:
             around = [(at, high) for at, _, high in ends] + [(at, low) for at, low, _ in reversed(ends)]
-            found.append(("band", places(around) + "Z"))
+            result.append(("band", places(around) + "Z"))
     kind = "line" if line.line == "solid" else f"line {line.line}"
-    return found + [(kind, places([(p.x, p.y) for p in run])) for run in runs if len(run) > 1]
+    return result + [(kind, places([(p.x, p.y) for p in run])) for run in runs if len(run) > 1]
 
 
 def marks(

@@ -108,16 +108,16 @@ def collect(
 
 def alarms_of(reader: RunReader) -> list[dict[str, Any]]:
     """The alarms of all rounds, as the guards wrote them."""
-    found = []
+    alarms = []
     for round_ in reader.rounds("guard"):
         for alarm in reader.json(round_, "guard", "alarms.json", list):
             known = isinstance(alarm, Mapping) and {"alarm", "round", "title", "evidence"} <= alarm.keys()
             samples = alarm.get("samples") if known else None
             if isinstance(samples, list) and all(isinstance(s, Mapping) and "sample_id" in s for s in samples):
-                found.append({**alarm, "round": round_})
+                alarms.append({**alarm, "round": round_})
             else:
                 reader.note(f"round {round_}, guard", "alarms.json holds something that is no alarm")
-    return found
+    return alarms
 
 
 # -- the state of the run ---------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def best_round(reader: RunReader, config: RunConfig | None, rounds: list[int]) -
 def reward_names(reader: RunReader, prefix: str) -> tuple[str, ...]:
     """The names of rewards as the metrics have them: those given as objects stand in no configuration."""
     metrics = [reader.json(round_, "evaluate", "metrics.json") for round_ in reader.rounds("evaluate")]
-    names = [name for found in metrics for name in found if name.startswith(prefix) and name.endswith("/mean")]
+    names = [name for metrics_ in metrics for name in metrics_ if name.startswith(prefix) and name.endswith("/mean")]
     return tuple(dict.fromkeys(name.removeprefix(prefix).removesuffix("/mean") for name in names))
 
 
@@ -217,7 +217,7 @@ def rows_of(reader: RunReader) -> list[Row]:
     """One row for each round that was evaluated, or trained where evaluation is off: as `raftune runs` sees them."""
     events = [e for e in reader.events if isinstance(e.get("round"), int) and finite(e.get("seconds")) is not None]
     seconds = seconds_by_round(event for event in events if "stage" in event)
-    found = []
+    rows = []
     for round_ in sorted({*reader.rounds("evaluate"), *reader.rounds("model")}):
         metrics = reader.json(round_, "evaluate", "metrics.json")
         try:
@@ -226,20 +226,20 @@ def rows_of(reader: RunReader) -> list[Row]:
             reader.note(f"round {round_}, evaluate", "metrics.json holds something else than metrics")
             row = {"round": round_}
         if reader.has(round_, "evaluate") or round_ not in reader.rounds("evaluate"):
-            found.append({name: number for name, number in row.items() if isinstance(number, int | float)})
-    return found
+            rows.append({name: number for name, number in row.items() if isinstance(number, int | float)})
+    return rows
 
 
 def by_round(
     reader: RunReader, name: str, stage: str = "evaluate", file: str = "metrics.json", part: str = ""
 ) -> Points:
     """A number of a stage's JSON file, or of a part of it, in every round that has it."""
-    found = {}
+    points = {}
     for round_ in reader.rounds(stage):
         content = reader.json(round_, stage, file)
         content = content.get(part) if part else content
-        found[round_] = point(round_, content.get(name)) if isinstance(content, Mapping) else None
-    return {round_: value for round_, value in found.items() if value is not None}
+        points[round_] = point(round_, content.get(name)) if isinstance(content, Mapping) else None
+    return {round_: value for round_, value in points.items() if value is not None}
 
 
 def curve(reader: RunReader, round_: int, name: str) -> Points:

@@ -100,7 +100,7 @@ def sentence(data: ReportData) -> str:
 def figures(data: ReportData) -> list[dict[str, str]]:
     """The key figures: of the best round against the start, and of the whole run."""
     best, rounds = data.best, data.document["run"]["rounds"]
-    found = [("best round", str(best) if best else "start", "")] if max(rounds, default=0) else []
+    entries = [("best round", str(best) if best else "start", "")] if max(rounds, default=0) else []
     for name, title in (("reward", "reward"), ("held_out", ", ".join(data.judges) or "held out")):
         values = by_round(data.reader, name)
         if best in values:
@@ -112,18 +112,18 @@ def figures(data: ReportData) -> list[dict[str, str]]:
             words = " ".join(remarks)
             if point.n is not None:
                 words += f"{', ' if words else ''}{point.n:,} prompt{'s' * (point.n != 1)}"
-            found.append((title, number(point.y, 2), words))
+            entries.append((title, number(point.y, 2), words))
     kls = by_round(data.reader, "kl")
     at = best or max(kls, default=0)  # where no round was better than the start, how far the last one went astray
     if at and at in kls:
-        found.append(("KL to the start", number(kls[at].y, 2), f"nats per answer{'' if best else f', round {at}'}"))
+        entries.append(("KL to the start", number(kls[at].y, 2), f"nats per answer{'' if best else f', round {at}'}"))
     kept, generated = (sum(row.get(name, 0) for row in data.rows) for name in ("kept", "samples"))
     if generated:
-        found.append(("kept of generated", f"{kept:,}", f"of {generated:,}"))
+        entries.append(("kept of generated", f"{kept:,}", f"of {generated:,}"))
     if data.document["guarded"]:
-        found.append(("alarms", str(len(data.document["alarms"])), ""))
+        entries.append(("alarms", str(len(data.document["alarms"])), ""))
     links = {"alarms": "#alarms"}
-    return [{"name": n, "value": value, "small": small, "href": links.get(n, "")} for n, value, small in found]
+    return [{"name": n, "value": value, "small": small, "href": links.get(n, "")} for n, value, small in entries]
 
 
 # -- charts -----------------------------------------------------------------------------------------------------------
@@ -167,18 +167,18 @@ def in_percent(point: ChartPoint) -> ChartPoint:
 
 def reward_charts(data: ReportData) -> list[Markup]:
     """The rewards of each round's policy, on prompts that it is never trained on."""
-    reader, found = data.reader, []
+    reader, charts = data.reader, []
     k, best = best_of(reader, "best_of_k")
     caption = f"of the policy, and of the best of {k} samples: the headroom" if k > 1 else "of the policy"
     policy = line("policy", by_round(reader, "reward"), REWARD)
     headroom = line(f"best of {k}", best if k > 1 else {}, BEST_OF, "dashed", "hollow")
-    found.append(chart(data, "reward", "Reward", caption, policy, headroom))
+    charts.append(chart(data, "reward", "Reward", caption, policy, headroom))
     judge = data.judges[0] if len(data.judges) == 1 else "held-out reward"
     k, best = best_of(reader, "held_out_best_of_k")
     policy = line("policy", by_round(reader, "held_out"), HELD_OUT)
     headroom = line(f"best of {k}", best if k > 1 else {}, OTHER, "dashed", "hollow")
-    found.append(chart(data, "held-out", f"Held out: {judge}", "a reward that is never trained on", policy, headroom))
-    found.append(best_of_chart(data))
+    charts.append(chart(data, "held-out", f"Held out: {judge}", "a reward that is never trained on", policy, headroom))
+    charts.append(best_of_chart(data))
     if len(data.rewards) > 1:
         parts = [
             line(name, by_round(reader, f"rewards/{name}/mean"), 1 + i % 6, shape=SHAPES[i % 4])
@@ -186,8 +186,8 @@ def reward_charts(data: ReportData) -> list[Markup]:
         ]
         caption = "each reward alone, unweighted"
         caption += f"; the first 6 of {len(data.rewards)}" if len(data.rewards) > 6 else ""
-        found.append(chart(data, "parts", "Parts of the reward", caption, *parts))
-    return found
+        charts.append(chart(data, "parts", "Parts of the reward", caption, *parts))
+    return charts
 
 
 def best_of_chart(data: ReportData) -> Markup:
@@ -243,8 +243,8 @@ def time_chart(data: ReportData) -> Markup:
     lines = []
     for i, (name, stages, colour) in enumerate(SPENT):
         seconds = {
-            round_: [value for stage, value in found.items() if stage.split()[0] in stages]
-            for round_, found in spent.items()
+            round_: [value for stage, value in stage_seconds.items() if stage.split()[0] in stages]
+            for round_, stage_seconds in spent.items()
         }
         points = {round_: ChartPoint(round_, sum(values)) for round_, values in seconds.items() if values}
         if points:

@@ -41,7 +41,7 @@ def asset(name: str) -> str:
 @cache
 def environment() -> Environment:
     """The templates: all text is escaped, and its control and direction characters are made visible."""
-    found = Environment(
+    templates = Environment(
         loader=FunctionLoader(asset),
         autoescape=True,
         undefined=StrictUndefined,
@@ -49,8 +49,8 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"number": number, "at": lambda value: f"{value:.1f}"}
-    return found
+    templates.filters |= {"number": number, "at": lambda value: f"{value:.1f}"}
+    return templates
 
 
 def render(template: str, **values: Any) -> Markup:

@@ -80,7 +80,7 @@ class ImageSet:
         """Reads and encodes these images; one that cannot be shown is noted, and is None."""
         wanted = dict.fromkeys(name for name in names if name not in self.made)
         self.made |= dict.fromkeys(wanted)
-        for name, place, png in found(self.reader, wanted):
+        for name, place, png in stored_images(self.reader, wanted):
             try:
                 if sha256_of_png(png) != name:
                     raise DataError("it has changed since it was generated")
@@ -101,7 +101,7 @@ class ImageSet:
         return {name: picture.as_json() for name, picture in self.shown.items()}
 
 
-def found(reader: RunReader, names: Iterable[str]) -> Iterator[tuple[str, StageFile, bytes]]:
+def stored_images(reader: RunReader, names: Iterable[str]) -> Iterator[tuple[str, StageFile, bytes]]:
     """The bytes of each of these images that can be read, file by file."""
     by_place: defaultdict[StageFile, list[str]] = defaultdict(list)
     for name in names:

@@ -89,8 +89,8 @@ class RunReader:
         with contextlib.suppress(RaftuneError, OSError, AttributeError):
             sha256 = self.run.config_record().get("files", {}).get(name)  # of files written with the configuration
         known = sha256 if isinstance(sha256, str) else None
-        found: dict[str, Any] = self._json(path, "the run", dict, known) if path.is_file() else {}
-        return found
+        content: dict[str, Any] = self._json(path, "the run", dict, known) if path.is_file() else {}
+        return content
 
     def _json(self, path: Path, where: str, kind: type[Any], sha256: str | None) -> Any:
         """The file's content; Parquet has checksums of its own, of JSON the committed hash is compared."""
@@ -100,16 +100,16 @@ class RunReader:
             return self._read[path]
         try:
             content = path.read_bytes()
-            found = json.loads(content)
+            value = json.loads(content)
             if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
                 why = "has changed since it was committed"
-            elif sha256 is None and isinstance(found, dict) and has_changed(found):
+            elif sha256 is None and isinstance(value, dict) and has_changed(value):
                 why = "has changed since it was written"
-            elif isinstance(found, kind):
-                self._read[path] = found
-                return found
+            elif isinstance(value, kind):
+                self._read[path] = value
+                return value
             else:
-                why = f"holds {type(found).__name__}, not {kind.__name__}"
+                why = f"holds {type(value).__name__}, not {kind.__name__}"
         except FileNotFoundError:
             why = "is missing"
         except (OSError, ValueError) as error:
@@ -186,11 +186,11 @@ class RunReader:
 
     def prompts(self, round_: int, plan: str, chunks: set[int]) -> dict[str, Any]:
         """The prompts of these chunks by their ids."""
-        found: dict[str, Any] = {}
+        texts: dict[str, Any] = {}
         for chunk, table in enumerate(self.groups(round_, plan, "prompts.parquet", ["prompt_id", "prompt"])):
             if chunk in chunks:
-                found |= zip(table.column("prompt_id").to_pylist(), table.column("prompt").to_pylist(), strict=True)
-        return found
+                texts |= zip(table.column("prompt_id").to_pylist(), table.column("prompt").to_pylist(), strict=True)
+        return texts
 
     @cached_property
     def pictured(self) -> bool:

@@ -109,12 +109,12 @@ def in_turn(*lists: Iterable[Item]) -> Iterator[Item]:
 
 def first(items: Iterable[Item], most: int, key: Callable[[Item], Key]) -> list[Item]:
     """The first `most` items of different keys."""
-    found: dict[Key, Item] = {}
+    chosen: dict[Key, Item] = {}
     for item in items:
-        if len(found) >= most:
+        if len(chosen) >= most:
             break
-        found.setdefault(key(item), item)
-    return list(found.values())
+        chosen.setdefault(key(item), item)
+    return list(chosen.values())
 
 
 def up_to(items: Iterable[Item], most: int, size: Callable[[Item], int]) -> list[Item]:
@@ -155,9 +155,9 @@ def prompts(reader: RunReader, named: set[str], images: ImageSet) -> dict[str, A
         rounds.append(order_groups(groups, MOST_PROMPTS))
     chosen = first(chain(must, in_turn(*rounds)), MOST_PROMPTS, lambda g: (g.round, g.prompt_id))
     chosen = up_to(chosen, MOST_SAMPLES, lambda g: g.samples)
+    place = {(g.round, g.prompt_id): (g.round, g.chunk, g.number) for g in chosen}
     items = up_to(prompt_items(reader, chosen), PROMPT_BYTES, encoded_size)
     items = images.up_to(items, PROMPT_PICTURES, lambda item: images_of(item["samples"]))
-    place = {(g.round, g.prompt_id): (g.round, g.chunk, g.number) for g in chosen}
     items.sort(key=lambda item: place[item["round"], item["id"]])
     return {"shown": len(items), "of": total, "chosen_by": PROMPTS_BY, "items": items}
 
@@ -198,7 +198,7 @@ def prompt_items(reader: RunReader, chosen: list[PromptGroup]) -> list[dict[str,
     by_chunk: defaultdict[tuple[int, int], list[PromptGroup]] = defaultdict(list)
     for group in chosen:
         by_chunk[group.round, group.chunk].append(group)
-    found: dict[tuple[int, str], dict[str, Any]] = {}
+    items: dict[tuple[int, str], dict[str, Any]] = {}
     for round_ in sorted({group.round for group in chosen}):
         chunks = {chunk for r, chunk in by_chunk if r == round_}
         texts = reader.prompts(round_, "plan", chunks)
@@ -214,7 +214,7 @@ def prompt_items(reader: RunReader, chosen: list[PromptGroup]) -> list[dict[str,
             for group in groups:
                 if group.prompt_id in samples:
                     reason = reasons.get(group.prompt_id)
-                    found[round_, group.prompt_id] = {
+                    items[round_, group.prompt_id] = {
                         "round": round_,
                         "id": group.prompt_id,
                         "prompt": content(texts.get(group.prompt_id, UNREADABLE)),
@@ -222,7 +222,7 @@ def prompt_items(reader: RunReader, chosen: list[PromptGroup]) -> list[dict[str,
                         "reason": None if reason is None else str(reason),
                         "samples": samples[group.prompt_id],
                     }
-    return [found[g.round, g.prompt_id] for g in chosen if (g.round, g.prompt_id) in found]
+    return [items[g.round, g.prompt_id] for g in chosen if (g.round, g.prompt_id) in items]
 
 
 def candidates(
@@ -231,7 +231,7 @@ def candidates(
     """The candidates of each of these prompts: the policy's samples, then other sources'. What is not known is null;
     where the scores are lost, the verdict still holds the score."""
     scores = rows_by_sample(reader.chunk(round_, "score", chunk), prompt_ids)
-    found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    samples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in chain(*(generated_rows(reader, round_, stage, chunk, prompt_ids) for stage in ("generate", "teach"))):
         score, verdict = scores.get(row["sample_id"], {}), verdicts.get(row["sample_id"], {})
         sample = {
@@ -251,8 +251,8 @@ def candidates(
             "finish": row.get("finish"),
             **invalid(row),
         }
-        found[row["prompt_id"]].append(sample)
-    return found
+        samples[row["prompt_id"]].append(sample)
+    return samples
 
 
 # -- held-out samples over the rounds ---------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def row_items(reader: RunReader, chosen: list[tuple[int, str, str]]) -> list[dic
         if number.isdigit():
             for _, table in reader.verdicts(int(number), ["sample_id", "score", "reason"]):
                 verdicts |= {(origin, row["sample_id"]): row for row in rows_with(table, "sample_id", ids)}
-    found = {}
+    items = {}
     for round_, ids in by_round.items():
         for table in reader.groups(round_, "rows", "rows.parquet", stored(reader, LEARNED)):
             rows = rows_with(table, "sample_id", ids)
@@ -403,7 +403,7 @@ def row_items(reader: RunReader, chosen: list[tuple[int, str, str]]) -> list[dic
             for row in rows:
                 verdict = verdicts.get((row["origin"], row["sample_id"]), {})
                 reference = "a reference answer" if row["origin"] == "reference" else None
-                found[round_, row["origin"], row["sample_id"]] = {
+                items[round_, row["origin"], row["sample_id"]] = {
                     "round": round_,
                     "origin": row["origin"],
                     "source": row["source"],
@@ -415,7 +415,7 @@ def row_items(reader: RunReader, chosen: list[tuple[int, str, str]]) -> list[dic
                     "score": finite(verdict.get("score")),
                     "reason": verdict.get("reason") or reference,
                 }
-    return [found[row] for row in chosen if row in found]
+    return [items[row] for row in chosen if row in items]
 
 
 # -- rows and values --------------------------------------------------------------------------------------------------
@@ -519,7 +519,9 @@ def invalid(row: Mapping[str, Any]) -> dict[str, str]:
 def images_of(samples: Iterable[Row]) -> list[str]:
     """The names of the images among the completions."""
     completions = (sample.get("completion") for sample in samples)
-    return [found["image"] for found in completions if isinstance(found, Mapping) and "image" in found]
+    return [
+        completion["image"] for completion in completions if isinstance(completion, Mapping) and "image" in completion
+    ]
 
 
 def seed_of(row: Mapping[str, Any]) -> str | None:

@@ -80,13 +80,13 @@ def describe(name: str, title: str, value: Any, write: Callable[[float], str], m
     return MetricDescription(name, title, write(value["mean"]), between, meaning)
 
 
-def spread(found: Mapping[str, Any] | None, digits: int = 3) -> str:
+def spread(interval: Mapping[str, Any] | None, digits: int = 3) -> str:
     """A mean with its 95 % interval, 1.310 [1.101, 1.519]; without one, with the number of chunks it stands on."""
-    if not found:
+    if not interval:
         return "–"
-    if (ends := ends_of(found)) is None:
-        return f"{found['mean']:.{digits}f} (n = {found['n']}, too few for an interval)"
-    return f"{found['mean']:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+    if (ends := ends_of(interval)) is None:
+        return f"{interval['mean']:.{digits}f} (n = {interval['n']}, too few for an interval)"
+    return f"{interval['mean']:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def best_of_k(metrics: Metrics, name: str = "best_of_k") -> list[BestOfKPoint]:
 
     It is None where the largest K gains nothing: then there is nothing to share.
     """
-    curve = {int(k): found for k, found in (metrics.get(name) or {}).items() if found}
+    curve = {int(k): value for k, value in (metrics.get(name) or {}).items() if value}
     if not curve:
         return []
     one, most = curve.get(1), curve[max(curve)]
@@ -112,11 +112,11 @@ def best_of_k(metrics: Metrics, name: str = "best_of_k") -> list[BestOfKPoint]:
     return [
         BestOfKPoint(
             k,
-            found["mean"],
-            describe("best_of_k", "", found, share, "").interval,
-            (found["mean"] - one["mean"]) / whole if one and whole > 0 else None,
+            value["mean"],
+            describe("best_of_k", "", value, share, "").interval,
+            (value["mean"] - one["mean"]) / whole if one and whole > 0 else None,
         )
-        for k, found in sorted(curve.items())
+        for k, value in sorted(curve.items())
     ]
 
 

@@ -39,7 +39,7 @@ class SampleStats:
 
     def metrics(self) -> dict[str, float]:
         """`reward`, `reward_std`, `rewards/NAME/mean`, … of the policy's own samples; what has no value is left out."""
-        found: dict[str, float] = logged_metrics(self._folders["score"])
+        result: dict[str, float] = logged_metrics(self._folders["score"])
         names = {"score": ("reward", "reward_std"), "length": ("completions/mean_length", "")}
         names |= {"clipped": ("completions/clipped_ratio", ""), "kl": ("kl", "")}
         for name, chunks in self._values.items():
@@ -47,15 +47,15 @@ class SampleStats:
             values = np.concatenate(chunks)
             values = values[np.isfinite(values)]
             if len(values):
-                found[mean] = float(values.mean())
+                result[mean] = float(values.mean())
                 if deviation:
-                    found[deviation] = float(values.std())
+                    result[deviation] = float(values.std())
         if self._flat:
-            found["frac_reward_zero_std"] = float(np.mean(self._flat))
+            result["frac_reward_zero_std"] = float(np.mean(self._flat))
         if lengths := self._values.get("length"):
-            found["completions/min_length"] = float(np.concatenate(lengths).min())
-            found["completions/max_length"] = float(np.concatenate(lengths).max())
-        return found
+            result["completions/min_length"] = float(np.concatenate(lengths).min())
+            result["completions/max_length"] = float(np.concatenate(lengths).max())
+        return result
 
     def _add(self, name: str, values: Any) -> None:
         self._values[name].append(np.asarray(values, dtype=np.float64))
@@ -104,24 +104,19 @@ def held_out(metrics: Mapping[str, Any], prefix: str = "eval", *, ends: bool = F
 
     With `ends`, those of the 95 % interval stand beside each mean, as `eval_reward_low` and `eval_reward_high`.
     """
-    found: dict[str, float] = {}
-    for name, value in metrics.items():
-        for key, number in flat(f"{prefix}_{name}", value):
-            if ends or not key.endswith(("_low", "_high")):
-                found[key] = number
-    return found
 
+    def flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
+        if isinstance(value, Mapping) and "mean" in value:
+            yield name, float(value["mean"])
+            if ends and (interval := ends_of(value)):
+                yield from ((f"{name}_low", float(interval[0])), (f"{name}_high", float(interval[1])))
+        elif isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield from flat(f"{name}/{key}", inner)
+        elif isinstance(value, (int, float)):
+            yield name, float(value)
 
-def flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    if isinstance(value, Mapping) and "mean" in value:
-        yield name, float(value["mean"])
-        if ends := ends_of(value):
-            yield from ((f"{name}_low", float(ends[0])), (f"{name}_high", float(ends[1])))
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from flat(f"{name}/{key}", inner)
-    elif isinstance(value, (int, float)):
-        yield name, float(value)
+    return {key: number for name, value in metrics.items() for key, number in flat(f"{prefix}_{name}", value)}
 
 
 def losses(run: RunFolder, round_: int) -> list[float]:
@@ -142,8 +137,8 @@ def kept(run: RunFolder, round_: int, count: int | None) -> list[tuple[Any, str,
     rows = rows[:count]
     wanted = pa.array([row["sample_id"] for row in rows], pa.string())
     verdicts = read_table(run.folder(round_, "select") / "verdicts.parquet", ["sample_id", "score"])
-    found = verdicts.filter(pc.is_in(verdicts.column("sample_id"), wanted)).to_pydict()
-    scores = dict(zip(found["sample_id"], found["score"], strict=True))
+    scored = verdicts.filter(pc.is_in(verdicts.column("sample_id"), wanted)).to_pydict()
+    scores = dict(zip(scored["sample_id"], scored["score"], strict=True))
     logged: dict[str, dict[str, Any]] = {}
     for chunk in chunk_numbers(run.folder(round_, "score")):
         path = run.folder(round_, "score") / chunk_file(chunk)

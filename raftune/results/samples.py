@@ -100,12 +100,12 @@ def joined(drawn: pa.Table, prompts: dict[str, Any], *others: pa.Table | None) -
 
 def find_samples(run: RunFolder, round_: int, names: Collection[str]) -> dict[str, Row]:
     """Those of the named samples that the round chose from, or was judged by, by their sample_id."""
-    found: dict[str, Row] = {}
+    samples_: dict[str, Row] = {}
     for chunks in (training_chunks, held_out_chunks):
-        if len(found) < len(names):
+        if len(samples_) < len(names):
             for samples in chunks(run, round_):
-                found |= {sample["sample_id"]: sample for sample in samples if sample["sample_id"] in names}
-    return found
+                samples_ |= {sample["sample_id"]: sample for sample in samples if sample["sample_id"] in names}
+    return samples_
 
 
 def by_prompt(samples: list[Row]) -> Iterator[list[Row]]:

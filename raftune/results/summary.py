@@ -83,21 +83,21 @@ def row_of(round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], 
     """The numbers of one round; what was not measured is left out."""
     row: Row = {"round": round_}
     for key, name in INTERVALS.items():
-        if found := metrics.get(name):
-            row |= {key: found["mean"], **({f"{key}_n": found["n"]} if "n" in found else {})}
-            if ends := ends_of(found):
+        if value := metrics.get(name):
+            row |= {key: value["mean"], **({f"{key}_n": value["n"]} if "n" in value else {})}
+            if ends := ends_of(value):
                 row |= {f"{key}_low": ends[0], f"{key}_high": ends[1]}
     if curve := {int(k): value for k, value in (metrics.get("best_of_k") or {}).items() if value}:
         row |= {"best_of_k": curve[max(curve)]["mean"], "k": max(curve)}
     for key, name in NUMBERS.items():
-        found = metrics.get(name)
-        value = found.get("mean") if isinstance(found, Mapping) else found
+        value = metrics.get(name)
+        value = value.get("mean") if isinstance(value, Mapping) else value
         if value is not None:
             row[key] = value
     for key in metrics:
-        found = metrics[key].get("mean") if isinstance(metrics[key], Mapping) else metrics[key]
-        if key.startswith(OWN) and found is not None:
-            row[key] = found
+        value = metrics[key].get("mean") if isinstance(metrics[key], Mapping) else metrics[key]
+        if key.startswith(OWN) and value is not None:
+            row[key] = value
     for key in ("samples", "kept", "prompts", "nothing_to_rank", "clipped_kept", "reward_generated", "reward_kept"):
         if summary.get(key) is not None:
             row[key] = summary[key]
@@ -106,11 +106,11 @@ def row_of(round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], 
     return row
 
 
-def ends_of(found: Mapping[str, Any]) -> tuple[float, float] | None:
+def ends_of(interval: Mapping[str, Any]) -> tuple[float, float] | None:
     """The ends of a mean's 95 % interval; None of one without, also of one that stands on fewer than FEWEST_UNITS."""
-    if found.get("low") is None or found.get("high") is None or found.get("n", FEWEST_UNITS) < FEWEST_UNITS:
+    if interval.get("low") is None or interval.get("high") is None or interval.get("n", FEWEST_UNITS) < FEWEST_UNITS:
         return None
-    return found["low"], found["high"]
+    return interval["low"], interval["high"]
 
 
 def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[SummaryColumn]:
@@ -234,10 +234,10 @@ def alarms_of(run: RunFolder, round_: int) -> list[dict[str, Any]]:
     Raises RunDamaged for a file that holds no alarms.
     """
     path = run.folder(round_, "guard") / "alarms.json"
-    found = loaded(path) if path.is_file() or is_listed(path) else []
-    if not isinstance(found, list) or not all(is_alarm(item) for item in found):
+    alarms = loaded(path) if path.is_file() or is_listed(path) else []
+    if not isinstance(alarms, list) or not all(is_alarm(item) for item in alarms):
         raise RunDamaged(f"{path} does not hold a list of alarms. {FIX}")
-    return found
+    return alarms
 
 
 def is_alarm(item: Any) -> bool:
@@ -258,10 +258,10 @@ def best_round(root: Path) -> int | None:
     content = read_json(path)
     if content and (has_changed(content) or "rounds" not in content):
         raise RunDamaged(f"{path} has changed since it was written. {AGAIN}")
-    found = content.get("round")
-    if isinstance(found, bool) or not isinstance(found, int | None):
-        raise RunDamaged(f"{path} must name a round by its number; it holds {found!r}. {AGAIN}")
-    return found
+    round_ = content.get("round")
+    if isinstance(round_, bool) or not isinstance(round_, int | None):
+        raise RunDamaged(f"{path} must name a round by its number; it holds {round_!r}. {AGAIN}")
+    return round_
 
 
 def overlap_warning(root: Path) -> str:
@@ -272,10 +272,10 @@ def overlap_warning(root: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The file's object; empty where there is no such file. Raises RunDamaged for what is no object, or was changed."""
-    found = loaded(path) if path.is_file() or is_listed(path) else {}
-    if not isinstance(found, dict):
+    content = loaded(path) if path.is_file() or is_listed(path) else {}
+    if not isinstance(content, dict):
         raise RunDamaged(f"{path} is not a JSON object. {fix_of(path)}")
-    return found
+    return content
 
 
 def loaded(path: Path) -> Any:

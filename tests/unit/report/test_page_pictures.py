@@ -66,9 +66,9 @@ class Shelf:
         self.names = [hashlib.sha256(file).hexdigest() for file in self.files]
         self.asked: list[str] = []
         self.album = ImageSet(RunReader(RunFolder(tmp_path)))
-        monkeypatch.setattr(pictures, "found", self.found)
+        monkeypatch.setattr(pictures, "stored_images", self.stored_images)
 
-    def found(self, reader: RunReader, names: Any) -> Any:
+    def stored_images(self, reader: RunReader, names: Any) -> Any:
         for name in names:
             self.asked.append(name)
             yield name, PLACE, self.files[self.names.index(name)]
