@@ -339,8 +339,10 @@ def _json_objects(path: Path, field: str) -> list[Row]:
                     f"{field}: {path} must hold one JSON object a line, or an array of objects; it holds a single "
                     'object over several lines. Write [{"prompt": …}, …].'
                 )
-        advice = ' Write {"prompt": …}.' if row.reason is SkipReason.WRONG_TYPE else " Fix or remove the row."
-        raise DataError(f"{field}: {path} {row.detail}.{advice}")
+        advice = f"Fix or remove the {'line' if 'is not valid JSON' in row.detail else 'row'}."
+        if row.reason is SkipReason.WRONG_TYPE:
+            advice = 'Write {"prompt": …}.'
+        raise DataError(f"{field}: {path} {row.detail}. {advice}")
     return rows
 
 
