@@ -79,26 +79,21 @@ class Policy(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of the weights that this instance holds now; 0 before they are read."""
-        ...
 
     def generate(self, chunk: Chunk) -> list[Sample]:
         """All samples of the chunk, prompt by prompt, k ascending. Raises OutOfMemory, ModelError."""
-        ...
 
     def encode_completion(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
         """The payload (with `completion`) of a given completion, encoded as if this policy had generated it."""
-        ...
 
     def train(self, rows: Path, work: Path, out: Path) -> TrainReport:
         """Trains on the rows (Parquet: prompt, weight, payload) and writes the new model into `out`.
 
         Resumes from the newest valid checkpoint under `work`.
         """
-        ...
 
     def notes(self) -> tuple[str, ...]:
         """Remarks for the user about how this policy generated (a fallback, truncated prompts), each once."""
-        ...
 
 
 @runtime_checkable
@@ -107,11 +102,9 @@ class SupportsLogProbs(Protocol):
 
     def log_probs(self, prompts: Sequence[Prompt], samples: pa.Table, batch_size: int) -> FloatArray:
         """(N,) nats, untempered, summed over the completion's tokens, EOS included."""
-        ...
 
     def recorded_log_probs(self, samples: pa.Table) -> FloatArray:
         """(N,) the same under the policy that generated the samples, recorded then; NaN where nothing was recorded."""
-        ...
 
 
 @runtime_checkable
@@ -120,7 +113,6 @@ class SupportsPromptCheck(Protocol):
 
     def unread(self, prompt: Prompt) -> str | None:
         """The end of a prompt that is cut for its length, else None. Raises DataError for an unusable prompt."""
-        ...
 
 
 @runtime_checkable
@@ -129,7 +121,6 @@ class BatchReader(Protocol):
 
     def reads_all(self, prompts: Sequence[Prompt]) -> bool:
         """Whether `unread` would return None for every one of them."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -157,11 +148,9 @@ class SamplingBackend(Protocol):
     @property
     def reproducible(self) -> bool:
         """Whether a completion depends on model, prompt, seed and parameters alone, and not on its batch."""
-        ...
 
     def generate(self, model: Any, request: GenerationRequest) -> Sequence[Sequence[Completion]]:
         """result[i][k] continues prompts[i] with the noise of seeds[i][k]."""
-        ...
 
 
 @runtime_checkable
@@ -170,15 +159,12 @@ class SupportsBackends(Protocol):
 
     def choose_backend(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """The record of a trial on these prompts. Raises ModelError where no way is correct."""
-        ...
 
     def use_backend(self, record: Mapping[str, Any]) -> None:
         """Makes this policy generate as the record says."""
-        ...
 
     def backend(self) -> Mapping[str, Any] | None:
         """The record by which this policy generates, None before one was chosen."""
-        ...
 
 
 @runtime_checkable
@@ -195,7 +181,6 @@ class SupportsRestart(Protocol):
     @classmethod
     def section_at(cls, policy: Mapping[str, Any], folder: Path, start: Path) -> dict[str, Any]:
         """The `policy` section of a run that starts from this committed folder of a run with this initial model."""
-        ...
 
 
 @runtime_checkable
@@ -205,7 +190,6 @@ class SupportsSharedParts(Protocol):
     @property
     def shared(self) -> Any:
         """The parts, with `nbytes`."""
-        ...
 
 
 @runtime_checkable
@@ -222,7 +206,6 @@ class SupportsDescription(Protocol):
     @classmethod
     def describe_samples(cls, config: Any, count: int) -> str:
         """The samples and the options they are generated with, in words: 4 images, 30 steps."""
-        ...
 
 
 @runtime_checkable
@@ -231,7 +214,6 @@ class SupportsConfigCheck(Protocol):
 
     def check_config(self) -> None:
         """Raises ConfigError for an option that the family or this model does not support."""
-        ...
 
 
 @runtime_checkable
@@ -240,7 +222,6 @@ class SupportsTruncation(Protocol):
 
     def encode_truncated(self, prompt: Prompt, answer: Any, source: str, max_length: int | None) -> Mapping[str, Any]:
         """As `encode_completion`, cut to max_length (tokens, prompt and completion). Raises TooLong without room."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -263,7 +244,6 @@ class SupportsPublishing(Protocol):
         """Writes the model of a committed folder into `out`, with all that it needs. `base`: the initial model's public
         name, None for a bundled one. `merged`: an adapter is added to its base. Raises ConfigError where there is none.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -309,11 +289,9 @@ class Rule(Protocol):
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why a candidate is kept or not, in words."""
-        ...
 
     def decide(self, pool: RankedCandidates, seed: int) -> Decision:
         """A weight and a reason for every candidate; `seed`, the round's, decides anything random."""
-        ...
 
 
 class LearnedModel(Protocol):
@@ -321,7 +299,6 @@ class LearnedModel(Protocol):
 
     def terms(self, batch: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         """Tensors, with gradient: loss and weight of each unit (token, image at a noise level), the batch's weight."""
-        ...
 
 
 class Objective(Protocol):
@@ -333,11 +310,9 @@ class Objective(Protocol):
     def rows(self, samples: pa.Table, verdicts: pa.Table) -> pa.Table:
         """The rows to train on, from one chunk's samples and their verdicts, row for row: all columns of `samples`, and
         `weight` (0 leaves a row out). Further columns of numbers reach the batch by their names."""
-        ...
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> tuple[Any, Any]:
         """Tensors: the loss of a micro-batch, normalised so that those of a step add up, and the weight behind it."""
-        ...
 
 
 class Reward(Protocol):
@@ -355,15 +330,12 @@ class PolicyProvider(Protocol):
 
     def at(self, folder: Path) -> Policy:
         """The policy of this committed folder, for generation and log-probabilities, kept for the next call."""
-        ...
 
     def fresh(self, folder: Path) -> Policy:
         """A newly loaded instance, for training; all others are freed."""
-        ...
 
     def encoder(self, folder: Path) -> Policy:
         """An instance for `encode_completion` alone, which needs no weights: it stays beside the one large model."""
-        ...
 
 
 StageInputs = Mapping[str, Path]
@@ -422,7 +394,6 @@ class Scorer(Protocol):
     @property
     def extras(self) -> Any:
         """What rewards logged in the last call: `metrics` (means), `counts` behind them, `columns` (by sample)."""
-        ...
 
     @property
     def fingerprint(self) -> str: ...
@@ -434,11 +405,9 @@ class Scorer(Protocol):
 
         `earlier`: by row, scores that are kept as they are; no reward is called for these samples.
         """
-        ...
 
     def notes(self) -> tuple[str, ...]:
         """Remarks for the user about how the samples were read (truncated prompts), each once."""
-        ...
 
 
 class Metric(Protocol):

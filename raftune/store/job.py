@@ -192,6 +192,5 @@ class Engine(Protocol):
 
     def rest(self) -> None:
         """Frees the models that workers hold, before the loop's process loads one."""
-        ...
 
     def close(self) -> None: ...
