@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from raftune.errors import ConfigError, RunDamaged
@@ -166,9 +166,3 @@ def faults(run: RunFolder) -> Iterator[str]:
             read_only(folder)
     except RunDamaged as error:
         yield first_line(error)
-
-
-def discard_kept(run: RunFolder, places: Collection[RoundStage]) -> None:
-    """Deletes the scores that these stages were to keep, because their samples are generated again."""
-    for place in sorted(places):
-        discard(run.earlier_scores(*place), run.tmp)

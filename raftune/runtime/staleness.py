@@ -12,6 +12,7 @@ from raftune.runtime import rescoring
 from raftune.runtime.assembly import Runtime
 from raftune.runtime.rescoring import Rescoring, RoundStage
 from raftune.store.commit import stage_key
+from raftune.store.files import discard
 from raftune.store.job import fields_of, hashes_of
 from raftune.store.layout import source_of
 
@@ -77,7 +78,8 @@ def check(runtime: Runtime, redo: str | None = None, only: Sequence[str] = ()) -
         kept = [place for place in chosen if place in exact and not _reads_any(chosen[place], place[0], chosen)]
         rescoring.begin(run, again, kept)
     aside = _set_aside(runtime, chosen)
-    rescoring.discard_kept(run, over)
+    for place in sorted(over):  # their samples are generated again
+        discard(run.earlier_scores(*place), run.tmp)
     return aside
 
 

@@ -84,7 +84,8 @@ class GuardStage(SingleStage):
             return table
         generated = pc.equal(table.column("source"), "policy").to_numpy(zero_copy_only=False)
         kept = table.column("weight").to_numpy() > 0
-        groups = _numbers_of(table.column("prompt_id"))
+        ids = table.column("prompt_id")
+        groups = pc.index_in(ids, value_set=pc.unique(ids)).to_numpy(zero_copy_only=False).astype(np.int64)
         control = _first_of_each(groups, generated, np.bincount(groups, weights=kept).astype(np.int64))
         if self.condense is not None:
             names = [[n for n in ("sample_id", "completion", INVALID) if n in column_names(path)] for path in paths]
@@ -114,11 +115,6 @@ def _first_of_each(groups: IntArray, generated: BoolArray, counts: IntArray) -> 
     sizes = np.bincount(groups[rows], minlength=len(counts))
     place[rows] = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     return np.asarray(place < counts[groups])
-
-
-def _numbers_of(names: pa.ChunkedArray) -> IntArray:
-    """For each row the number of its name, in order of appearance."""
-    return np.asarray(pc.index_in(names, value_set=pc.unique(names)).to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
 def _beside(table: pa.Table, other: pa.Table) -> pa.Table:

@@ -211,13 +211,12 @@ class RunFolder:
         folder = self.folder(round_, name)
         commits = [committed(self.folder(*place)) for place in self.places([round_])]
         used = any(commit is not None and f"{round_}/{name}" in commit.inputs for commit in commits)
-        if used or (holds_files(folder) and self._is_over(round_)):
+        if not used and holds_files(folder):  # is the round over?
+            started = any(self.is_committed(*place) for place in self.places([round_ + 1]))
+            used = started or self.events.last().get("event") == "end"
+        if used:
             raise RunDamaged(f"{folder / NAME} is missing. {fix_of(folder)}")
         return False
-
-    def _is_over(self, round_: int) -> bool:
-        started = any(self.is_committed(*place) for place in self.places([round_ + 1]))
-        return started or self.events.last().get("event") == "end"
 
     def is_dropped(self, round_: int, name: str) -> bool:
         """Whether the stage's files were deleted on purpose."""
