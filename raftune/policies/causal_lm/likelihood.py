@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from raftune.arrays import FloatArray
 from raftune.errors import OutOfMemory
-from raftune.policies.causal_lm.model_utils import base_of, device_of, evaluating
+from raftune.policies.causal_lm.loading import base_of, device_of, evaluating
 from raftune.store import partial
 from raftune.training.devices import is_out_of_memory
 

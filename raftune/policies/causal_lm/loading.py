@@ -1,4 +1,4 @@
-"""Loads a tokenizer and weights from a folder or the hub.
+"""Loads tokenizers and weights from a folder or the hub, and saves them. Equal models give equal bytes.
 
 A round's weights are loaded in two phases: the initial model, and on it the round's adapter. The adapter
 is merged, if at all, into that fresh copy and never into one that was merged before, so rounding does not add up.
@@ -9,21 +9,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from raftune.config.policy import AdapterConfig, CausalLMPolicy
 from raftune.data.classifier_inputs import is_hollow
 from raftune.errors import ConfigError, ModelError
-from raftune.policies.causal_lm.model_utils import base_of, positions_of
+from raftune.protocols import ModelUsage
 from raftune.sanitize import first_line
 from raftune.store.files import dump_json, fingerprint_of
 from raftune.training.load_errors import UNTRUSTED, why_not_loaded
@@ -33,6 +36,38 @@ REFERENCE = "reference.json"
 ADAPTER = "adapter_config.json"
 PROBE = "parity.json"  # of a round that was trained: see parity.py
 MAMBA = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
+OPTIMIZER = "optimizer.safetensors"
+# One key only: with two or more, safetensors writes them in an order that varies from process to process.
+METADATA = {"format": "pt"}
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model inside a peft model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def device_of(model: Any) -> torch.device:
+    """Where token ids go."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
+def positions_of(text_config: Any) -> int | None:
+    """The most tokens, prompt and completion together, that the model was made for; None where it does not say."""
+    limit = getattr(text_config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @dataclass(frozen=True)
@@ -346,3 +381,53 @@ def fresh_adapter(model: Any, config: AdapterConfig, seed: int) -> PeftModel:
             return get_peft_model(model, lora)
         except ValueError as error:
             raise ConfigError(f"policy.adapter must fit the model: {first_line(error)}.") from error
+
+
+def write_model(
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    base: tuple[str, str | None],
+    optimizer: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes the model into `out`: the adapter alone if it has one, whose base is `base` (name, revision).
+
+    `optimizer` is the state that the next round's training carries on (`parameter/entry` → tensor).
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+        save_file(plain, out / "adapter_model.safetensors", metadata=METADATA)
+        config = model.peft_config["default"].to_dict()
+        config |= {"base_model_name_or_path": base[0], "revision": base[1], "inference_mode": True}
+        dump_json(out / ADAPTER, _sorted_sets(config))
+    else:
+        with quiet():
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+    if optimizer:
+        save_file(dict(sorted(optimizer.items())), out / OPTIMIZER, metadata=METADATA)
+
+
+def _sorted_sets(value: Any) -> Any:
+    """The value with its sets as sorted lists: their own order depends on the process."""
+    if isinstance(value, dict):
+        return {key: _sorted_sets(item) for key, item in value.items()}
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
+
+
+def read_optimizer(folder: Path) -> dict[str, torch.Tensor]:
+    """The optimizer's state in a round's model folder; empty where there is none."""
+    path = folder / OPTIMIZER
+    return load_file(path) if path.is_file() else {}
+
+
+def model_usage(adapter: bool, note: str = "") -> ModelUsage:
+    """Use of a published language model, for its card."""
+    kind = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+    if adapter:
+        imports = f"from peft import {kind}\nfrom transformers import AutoTokenizer\n"
+    code = f'{imports}\nmodel = {kind}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+    return ModelUsage("peft" if adapter else "transformers", "text-generation", code, note)

@@ -23,6 +23,7 @@ from raftune.policies.causal_lm import loading
 from raftune.policies.causal_lm.encoding import TextEncoder, keep_date, read_date
 from raftune.policies.causal_lm.footprint import ModelFootprint
 from raftune.policies.causal_lm.likelihood import TokenizedCompletion, log_probs
+from raftune.policies.causal_lm.loading import model_usage, read_optimizer, write_model
 from raftune.policies.causal_lm.sampling.backend import BackendChoice, choose_backend, generate, generate_by, replay
 from raftune.policies.causal_lm.sampling.params import BackendName, GeneratedCompletion, SamplingParams
 from raftune.policies.causal_lm.sampling.parity import (
@@ -32,8 +33,7 @@ from raftune.policies.causal_lm.sampling.parity import (
     read_probe,
     rows_of_prompts,
 )
-from raftune.policies.causal_lm.sampling.prefix_scoring import prefix_log_probs
-from raftune.policies.causal_lm.saving import model_usage, read_optimizer, write_model
+from raftune.policies.causal_lm.sampling.shared_prefix import prefix_log_probs
 from raftune.policies.causal_lm.start import write_start
 from raftune.policies.publishing import publish_files
 from raftune.policies.unsupported import FamilyConfig, refuse_unused

@@ -16,6 +16,7 @@ from raftune.errors import ModelError
 from raftune.policies.causal_lm.loading import (
     ADAPTER,
     at,
+    base_of,
     context,
     eos_ids,
     fill_pad_token,
@@ -26,9 +27,8 @@ from raftune.policies.causal_lm.loading import (
     read_reference,
     resolve,
     with_adapter,
+    write_model,
 )
-from raftune.policies.causal_lm.model_utils import base_of
-from raftune.policies.causal_lm.saving import write_model
 from raftune.training.devices import choose_device
 from raftune.training.quiet import quiet
 

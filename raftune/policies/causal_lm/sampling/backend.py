@@ -19,13 +19,16 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from raftune.config.extensions import register
 from raftune.errors import ConfigError, ExtensionError, ModelError
 from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion
-from raftune.policies.causal_lm.model_utils import base_of, evaluating, positions_of
+from raftune.policies.causal_lm.loading import base_of, evaluating, positions_of
 from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.policies.causal_lm.sampling.hf_generate import generate_seeded, generate_with_kwargs, is_recurrent
 from raftune.policies.causal_lm.sampling.params import BackendName, FinishReason, GeneratedCompletion, SamplingParams
 from raftune.policies.causal_lm.sampling.parity import COPIES, ParityProbe, TokenReplay, measure, rows_of_prompts
-from raftune.policies.causal_lm.sampling.prefix_scoring import token_log_probs
-from raftune.policies.causal_lm.sampling.shared_prefix import UnsupportedAttentionError, generate_shared_prefix
+from raftune.policies.causal_lm.sampling.shared_prefix import (
+    UnsupportedAttentionError,
+    generate_shared_prefix,
+    prefix_scores,
+)
 from raftune.protocols import GenerationRequest, SamplingBackend
 from raftune.sanitize import first_line
 from raftune.store import partial
@@ -222,7 +225,7 @@ def _fault(
         if path == "scoring":  # each prompt is computed once for several completions
             rows = [row for row in probe.examples for _ in range(COPIES)]
             with evaluating(model):
-                scores = token_log_probs(CompletionLogits(model), rows, settings.batch_size)
+                scores = prefix_scores(CompletionLogits(model), rows, settings.batch_size)
             log_probs = [part.tolist() for part in np.split(scores, np.cumsum([row.tokens for row in rows])[:-1])]
         else:
             log_probs = replay(path, model, probe, settings)

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from raftune.arrays import IntArray
 from raftune.errors import ConfigError
-from raftune.policies.causal_lm.model_utils import base_of, device_of, evaluating
+from raftune.policies.causal_lm.loading import base_of, device_of, evaluating
 from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.store import partial
 from raftune.training.checkpoints import holds_no_code

@@ -23,8 +23,7 @@ from torch import Tensor
 from raftune.arrays import BoolArray, IntArray
 from raftune.errors import ModelError
 from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion, token_log_probs
-from raftune.policies.causal_lm.loading import PROBE, merged
-from raftune.policies.causal_lm.model_utils import evaluating
+from raftune.policies.causal_lm.loading import PROBE, evaluating, merged
 from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.policies.causal_lm.sampling.params import SamplingParams
 from raftune.store.files import dump_json

@@ -18,11 +18,11 @@ from raftune.policies.causal_lm import CausalLM
 from raftune.policies.causal_lm import policy as policies
 from raftune.policies.causal_lm.likelihood import TokenizedCompletion, log_probs
 from raftune.policies.causal_lm.loading import fresh_adapter
-from raftune.policies.causal_lm.sampling import prefix_scoring
+from raftune.policies.causal_lm.sampling import shared_prefix
 from raftune.policies.causal_lm.sampling.backend import choose_backend
 from raftune.policies.causal_lm.sampling.params import SamplingParams
 from raftune.policies.causal_lm.sampling.parity import rows_of_prompts
-from raftune.policies.causal_lm.sampling.prefix_scoring import prefix_log_probs
+from raftune.policies.causal_lm.sampling.shared_prefix import prefix_log_probs
 from raftune.records import samples_table
 from tests.builders import parts, save_tiny, unit_of
 
@@ -88,7 +88,7 @@ def test_every_prompt_token_is_read_once_and_every_completion_token_at_most_once
 
 
 def test_a_prompt_of_very_many_completions_is_read_again_after_a_batch_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_scoring, "LEAST_ROWS", 2)
+    monkeypatch.setattr(shared_prefix, "LEAST_ROWS", 2)
     model, rows = llama(), ragged()
     np.testing.assert_allclose(prefix_log_probs(model, rows, 1), log_probs(model, rows, 100, 0), atol=1e-4)
 
@@ -112,7 +112,7 @@ def test_a_full_memory_names_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> 
     def full(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(prefix_scoring, "prefill", full)
+    monkeypatch.setattr(shared_prefix, "prefill", full)
     with pytest.raises(OutOfMemory, match=r"sampling\.batch_size") as caught:
         prefix_log_probs(llama(), ragged(), 5)
     assert caught.value.batch_size == 5
@@ -129,9 +129,9 @@ def test_a_trial_on_the_run_s_prompts_admits_it_within_a_window_and_not_beyond()
 
 
 def test_a_model_for_which_it_would_be_wrong_is_scored_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = prefix_scoring.PrefixCache.attend
+    attend = shared_prefix.PrefixCache.attend
     monkeypatch.setattr(
-        prefix_scoring.PrefixCache, "attend", lambda self, q, k, v, scaling: attend(self, q, k, v, 2 * scaling)
+        shared_prefix.PrefixCache, "attend", lambda self, q, k, v, scaling: attend(self, q, k, v, 2 * scaling)
     )
     backend = choose_backend(llama(), rows_of_prompts([[5, 6, 7, 8, 9, 10], [7, 8, 9]]), SETTINGS)
     assert "nats a token" in backend.scoring and backend.distances["scoring"] > 1e-3
