@@ -79,12 +79,12 @@ class WorkerPool:
         limit, left = self.config.chunk_timeout, len(chunks)
         try:
             while left:
+                for worker in self.processes:
+                    if worker is not None and limit is not None and worker.seconds > limit:
+                        worker.end(f"took more than engine.chunk_timeout = {limit:g} s")
                 try:
                     index, tries, reply = done.get(timeout=None if limit is None else min(1.0, limit / 4))
                 except Empty:
-                    for worker in self.processes:
-                        if worker is not None and limit is not None and worker.seconds > limit:
-                            worker.end(f"took more than engine.chunk_timeout = {limit:g} s")
                     continue
                 if "entry" in reply:
                     left -= 1
