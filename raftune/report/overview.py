@@ -114,7 +114,7 @@ def figures(data: ReportData) -> list[dict[str, str]]:
                 words += f"{', ' if words else ''}{point.n:,} prompt{'s' * (point.n != 1)}"
             entries.append((title, number(point.y, 2), words))
     kls = by_round(data.reader, "kl")
-    at = best or max(kls, default=0)  # where no round was better than the start, how far the last one went astray
+    at = best or max(kls, default=0)  # where no round was better than the start, of the last one
     if at and at in kls:
         entries.append(("KL to the start", number(kls[at].y, 2), f"nats per answer{'' if best else f', round {at}'}"))
     kept, generated = (sum(row.get(name, 0) for row in data.rows) for name in ("kept", "samples"))

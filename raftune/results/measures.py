@@ -81,7 +81,7 @@ def describe(name: str, title: str, value: Any, write: Callable[[float], str], m
 
 
 def spread(interval: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """A mean with its 95 % interval, 1.310 [1.101, 1.519]; without one, with the number of chunks it stands on."""
+    """A mean with its 95 % interval, 1.310 [1.101, 1.519]; without one, with the number of prompts it stands on."""
     if not interval:
         return "–"
     if (ends := ends_of(interval)) is None:
