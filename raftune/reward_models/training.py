@@ -70,7 +70,13 @@ def train_reward_model(
     """
     run = RunFolder(Path(config.output_dir).expanduser())
     root, model, candidate = run.root, run.root / "model", run.root / "work" / "model"
-    _check_directory(root)
+    if root.is_dir() and _read_config(root) is None:  # checked before anything in it is touched
+        must = "output_dir must be new, or of this training;"
+        if foreign := sorted(path.name for path in root.iterdir() if path.name not in ("LOCK", "tmp")):
+            content = "a run" if (root / RUN_CONFIG).is_file() else repr(foreign[0])
+            raise ConfigError(f"{must} {root} holds {content}. Choose another.")
+        if any((root / "tmp").glob("*")):
+            raise ConfigError(f"{must} {root}/tmp is not empty. Clear it.")
     with run.lock():
         _write_config(root, config)
         worked = not (root / REPORT).is_file()
@@ -87,17 +93,6 @@ def train_reward_model(
             discard(root / "work", run.tmp)  # a kill may have come between the model and this
         run.tmp.rmdir()
     return RewardTrainingOutcome(root, report, model.is_dir(), worked)
-
-
-def _check_directory(root: Path) -> None:
-    """Raises ConfigError for a directory of something else, before anything in it is touched."""
-    if not root.is_dir() or _read_config(root) is not None:
-        return
-    if foreign := sorted(path.name for path in root.iterdir() if path.name not in ("LOCK", "tmp")):
-        content = "a run" if (root / RUN_CONFIG).is_file() else repr(foreign[0])
-        raise ConfigError(f"output_dir must be new, or of this training; {root} holds {content}. Choose another.")
-    if any((root / "tmp").glob("*")):
-        raise ConfigError(f"output_dir must be new, or of this training; {root}/tmp is not empty. Clear it.")
 
 
 def _read_config(root: Path) -> dict[str, Any] | None:

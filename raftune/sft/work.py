@@ -290,31 +290,25 @@ class SftRun:
             return None
         ids = held_out.column("completion_ids").to_pylist() if "completion_ids" in held_out.column_names else []
         tokens = sum(map(len, ids)) or held_out.num_rows
-        perplexity: dict[str, Any] = {"answers": held_out.num_rows, "tokens": tokens}
-        for when, folder in (("before", self.start), ("after", self.model)):
-            nats = self.nats(folder, held_out)
-            if nats is None:
-                return None
-            perplexity[when] = round(math.exp(min(nats / tokens, 700.0)), 6)
-        return perplexity
-
-    def nats(self, folder: Path, held_out: pa.Table) -> float | None:
-        """The negative log-likelihood of all held-out answers; None for a policy without likelihoods."""
-        policy = self.policy(folder)
-        if not isinstance(policy, SupportsLogProbs):
-            return None
         names = [name for name in ("prompt_id", "prompt", TOOLS) if name in held_out.column_names]
         prompts = [Prompt(row["prompt_id"], row["prompt"], row) for row in held_out.select(names).to_pylist()]
-        size = self.config.training.per_device_train_batch_size
-        while True:
-            key = json.dumps([sha256_of(self.root / HELD_OUT), size])
-            try:
-                with unfinished_work(self.root / "train", self.tmp, folder.name, key, {}):
-                    return -math.fsum(policy.log_probs(prompts, held_out, size))
-            except OutOfMemory:
-                if size == 1:
-                    raise
-                size //= 2
+        perplexity: dict[str, Any] = {"answers": held_out.num_rows, "tokens": tokens}
+        for when, folder in (("before", self.start), ("after", self.model)):
+            policy, size = self.policy(folder), self.config.training.per_device_train_batch_size
+            if not isinstance(policy, SupportsLogProbs):
+                return None
+            while when not in perplexity:
+                key = json.dumps([sha256_of(self.root / HELD_OUT), size])
+                try:
+                    with unfinished_work(self.root / "train", self.tmp, folder.name, key, {}):
+                        nats = -math.fsum(policy.log_probs(prompts, held_out, size))
+                except OutOfMemory:
+                    if size == 1:
+                        raise
+                    size //= 2
+                else:
+                    perplexity[when] = round(math.exp(min(nats / tokens, 700.0)), 6)
+        return perplexity
 
     def new_folder(self) -> Path:
         folder = unique(self.tmp)
