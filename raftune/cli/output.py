@@ -83,6 +83,8 @@ class PlainTable:
             console.print(line)
 
     def lines(self, width: int | None = None) -> list[Text]:
+        if not self.rows:
+            return []
         widths = [max(cell_len(text) for text, _ in column) for column in zip(*self.rows, strict=True)]
         begin = sum(widths[:-1]) + 2 * (len(widths) - 1)
         if width is None or begin + widths[-1] <= width:

@@ -10,16 +10,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.arrays import FloatArray
-from raftune.config.extensions import GUIDE, code_hash, load_extension
-from raftune.config.training import CustomTraining, TrainingConfig
+from raftune.config.extensions import GUIDE, code_hash, load_extension, register
+from raftune.config.training import CustomTraining, SftTraining, TrainingConfig
 from raftune.errors import ConfigError, ExtensionError
 from raftune.protocols import LearnedModel, Objective
 
 Normalization = Literal["token", "sample", "prompt"]
 METHODS = {"rows": ("samples", "verdicts"), "loss": ("model", "batch")}
 NEEDS = frozenset({"kept", "rejected"})
+OBJECTIVES: dict[str, type[Objective]] = {}  # the built-in objectives, by training.objective
 
 
+@register(OBJECTIVES, "sft")
 class Sft:
     """The weighted loss of the kept samples: negative log-likelihood of tokens, or squared error of latents."""
 
@@ -37,8 +39,9 @@ class Sft:
 
 def load_objective(config: TrainingConfig) -> Objective:
     """The configured objective. Raises ConfigError where a custom one is missing or incomplete."""
-    if not isinstance(config, CustomTraining):
-        return Sft()
+    if isinstance(config, SftTraining):
+        return OBJECTIVES[config.objective]()
+    assert isinstance(config, CustomTraining)
     custom: Objective = load_extension(
         config.objective,
         "training.objective",
