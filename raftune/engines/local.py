@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import raftune.errors
-from raftune.config.extensions import load_extension
+from raftune.config.extensions import load_extension, register
 from raftune.config.run import EngineConfig
 from raftune.engines.process import ChildProcess, ProcessDied
 from raftune.errors import EngineError, OutOfMemory, RaftuneError
@@ -174,13 +174,19 @@ def error_from(reply: Reply) -> RaftuneError:
     return EngineError(f"a worker failed: {reply['kind']}: {reply['error']}. Its log is in tmp/ of the run.")
 
 
+ENGINES: dict[str, Callable[[EngineConfig, Path], Engine]] = {}  # the built-in engines, by engine.kind
 METHODS = {"run": ("job", "stage", "chunks"), "rest": (), "close": ()}
+
+
+@register(ENGINES, "local")
+def local_engine(config: EngineConfig, root: Path) -> Engine:
+    return InProcessEngine(config) if config.workers == 1 else WorkerPool(config, root)
 
 
 def make_engine(config: EngineConfig, root: Path) -> Engine:
     """The configured engine. Raises ConfigError if a custom one does not exist or lacks a method."""
-    if config.kind == "local":
-        return InProcessEngine(config) if config.workers == 1 else WorkerPool(config, root)
+    if config.kind in ENGINES:
+        return ENGINES[config.kind](config, root)
 
     def build(cls: type[Any]) -> Any:
         return cls(config, root)

@@ -39,9 +39,8 @@ class Sft:
 
 def load_objective(config: TrainingConfig) -> Objective:
     """The configured objective. Raises ConfigError where a custom one is missing or incomplete."""
-    if isinstance(config, SftTraining):
-        return OBJECTIVES[config.objective]()
-    assert isinstance(config, CustomTraining)
+    if not isinstance(config, CustomTraining):
+        return OBJECTIVES[config.objective if isinstance(config, SftTraining) else "sft"]()
     custom: Objective = load_extension(
         config.objective,
         "training.objective",
