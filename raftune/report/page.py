@@ -73,7 +73,7 @@ def page(document: Mapping[str, Any], overview: str, configuration: str) -> str:
         document=Markup(embedded(document)),
         script=Markup(script),
     )
-    return str(filled)
+    return f"{filled}\n"
 
 
 def digest(content: str) -> str:
