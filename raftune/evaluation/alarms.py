@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -86,19 +87,18 @@ class RoundMonitor:
         """
         samples, sets = inputs.samples, sets_of(inputs)
         generated, kept = sets["generated"], sets["kept"]
+        control = samples.filter(samples.column("control")) if "control" in samples.column_names else samples
         of_generated = means_of(generated, np.ones(generated.num_rows))
         of_kept = means_of(kept, numbers_of(kept, "weight"))
         if "text" in samples.column_names:
             similarity = mean_by_prompt(prompt_numbers(generated), numbers_of(generated, "similarity"))
-            of_generated["similarity"] = finite_mean(similarity)
-            of_kept["similarity"] = finite_mean(similarities(texts_of(kept), prompt_numbers(kept)))
-            of_generated |= text_measures(samples.filter(samples.column("control")))
-            of_kept |= text_measures(kept)
+            of_generated |= {"similarity": finite_mean(similarity)} | text_measures(control)
+            similarity = similarities(texts_of(kept), prompt_numbers(kept))
+            of_kept |= {"similarity": finite_mean(similarity)} | text_measures(kept)
         if "thumbnail" in samples.column_names:
             rows, small_ND = thumbnails(generated)
             distances = by_group(prompt_numbers(generated)[rows], small_ND, rms_distance)
-            of_generated["pixel_distance"] = finite_mean(distances)
-            of_generated |= image_measures(samples.filter(samples.column("control")))
+            of_generated |= {"pixel_distance": finite_mean(distances)} | image_measures(control)
             of_kept |= image_measures(kept)
         return {
             name: {measure: value for measure, value in result.items() if value is not None}
@@ -134,7 +134,7 @@ def probe_alarms(samples: pa.Table, limits: GuardsConfig) -> list[dict[str, Any]
             tried = tried.append_column(name, values)
     inputs = MonitorInput(1, samples, {}, None, [], "", None)
     data = RoundData(limits, inputs, {"tried": tried}, fewest=1)
-    raised = (alarm(data) for alarm in (empty_answers, cut_off, identical_candidates, equal_scores))
+    raised = flagged(data, "empty"), flagged(data, "clipped"), identical_candidates(data), equal_scores(data)
     return [alarm.as_json(1) for alarm in raised if alarm is not None]
 
 
@@ -380,76 +380,43 @@ def image_diversity_drops(data: RoundData) -> Alarm | None:
     )
 
 
-def length_drifts(data: RoundData) -> Alarm | None:
-    """Raised where the kept answers are so many times as long, or as short, as the samples of this round or of round 1.
+def mean_drifts(data: RoundData, measure: str) -> Alarm | None:
+    """Raised where the mean of what was kept is far from that of the samples of this round or of round 1.
 
-    By the whole 95 % interval over prompts. Names the longest kept answers, or the shortest.
+    By the whole 95 % interval over prompts: kept answers are so many times as long, or as short; kept images are so
+    much more, or less, saturated, or have lost this share of their contrast. Names the most extreme of what was kept.
     """
-    factor = data.limits.length_factor
-
-    def moved(low: float, high: float, means: Sequence[float]) -> str:
-        longer, shorter = low > factor * min(means), high < max(means) / factor
-        return "is much longer" if longer else "is much shorter" if shorter else ""
-
-    if "text" not in data.sets["kept"].column_names:
-        return None
-    return mean_drifts(data, "length_drifts", "length", moved, digits=1, sample_digits=0)
-
-
-def saturation_drifts(data: RoundData) -> Alarm | None:
-    """Raised where kept images are so much more, or less, saturated than the samples of this round or of round 1.
-
-    By the whole 95 % interval over prompts. Names the most, or the least, saturated of what was kept.
-    """
-    drift = data.limits.saturation_drift
-
-    def moved(low: float, high: float, means: Sequence[float]) -> str:
-        more, less = low - min(means) > drift, max(means) - high > drift
-        return "is much more saturated" if more else "is much less saturated" if less else ""
-
-    return mean_drifts(data, "saturation_drifts", "saturation", moved, digits=2, sample_digits=2)
-
-
-def contrast_drops(data: RoundData) -> Alarm | None:
-    """Raised where kept images have lost this share of the contrast of the samples of this round or of round 1.
-
-    By the whole 95 % interval over prompts. Names the flattest of what was kept.
-    """
-    share = 1 - data.limits.contrast_drop
-
-    def moved(low: float, high: float, means: Sequence[float]) -> str:
-        return "has much less contrast" if high < share * max(means) else ""
-
-    return mean_drifts(data, "contrast_drops", "contrast", moved, digits=2, sample_digits=3)
-
-
-def mean_drifts(
-    data: RoundData,
-    alarm: AlarmName,
-    measure: str,
-    moved: Callable[[float, float, Sequence[float]], str],
-    digits: int,
-    sample_digits: int,
-) -> Alarm | None:
-    """The alarm where `moved` says something of the ends of the interval of what was kept, and of the means of what was
-    generated in this round and in round 1."""
-    kept = data.sets["kept"]
+    kept, limits = data.sets["kept"], data.limits
     if measure not in kept.column_names or kept.num_rows < FEWEST:
         return None
     values = numbers_of(kept, measure)
     kept_mean = interval(mean_by_prompt(prompt_numbers(kept), values))
     ends = ends_of(kept_mean) if kept_mean is not None else None
-    known = {"this round": data.generated.get(measure), "round 1": data.first.get(measure)}
-    means = {name: mean for name, mean in known.items() if mean is not None and (mean or measure != "length")}
-    words = moved(*ends, list(means.values())) if ends is not None and means else ""
-    if not words:
+    generated = {"this round": data.generated.get(measure), "round 1": data.first.get(measure)}
+    means = {name: mean for name, mean in generated.items() if mean is not None and (mean or measure != "length")}
+    if ends is None or not means:
         return None
-    rising = "more" in words or "longer" in words
+    least, most = min(means.values()), max(means.values())
+    alarm: AlarmName
+    if measure == "length":
+        alarm, noun, digits, sample_digits = "length_drifts", "answers", 1, 0
+        above, below = limits.length_factor * least, most / limits.length_factor
+        words = ("is much longer", "is much shorter")
+    elif measure == "saturation":
+        alarm, noun, digits, sample_digits = "saturation_drifts", "images", 2, 2
+        above, below = least + limits.saturation_drift, most - limits.saturation_drift
+        words = ("is much more saturated", "is much less saturated")
+    else:
+        alarm, noun, digits, sample_digits = "contrast_drops", "images", 2, 3
+        above, below = math.inf, (1 - limits.contrast_drop) * most
+        words = ("", "has much less contrast")
+    if ends[0] <= above and ends[1] >= below:
+        return None
+    rising = ends[0] > above
     against = ", ".join(f"of those generated in {name} {mean:.{digits}f}" for name, mean in means.items())
-    noun = "answers" if measure == "length" else "images"
     return Alarm(
         alarm,
-        f"What was kept {words} than what was generated",
+        f"What was kept {words[0 if rising else 1]} than what was generated",
         f"the mean {measure} of kept {noun} is {spread(kept_mean, digits)}, {against}",
         {"selected": kept_mean, "generated": means.get("this round"), "first": means.get("round 1")},
         named(
@@ -657,78 +624,67 @@ def equal_scores(data: RoundData) -> Alarm | None:
 
 def identical_candidates(data: RoundData) -> Alarm | None:
     """Raised where for more than this share of a set's prompts all candidates are the same. Names one of each."""
-    counts: dict[str, tuple[int, int]] = {}
-    samples: list[tuple[str, str]] = []
-    for name, table in data.sets.items():
-        if name == "kept" or "content" not in table.column_names:
-            continue
-        kinds = table.select(["prompt_id", "content"]).group_by("prompt_id")
-        prompts = kinds.aggregate([("content", "count_distinct"), ("content", "count")])
-        prompts = prompts.filter(pc.greater(prompts.column("content_count"), 1))
-        same = prompts.filter(pc.equal(prompts.column("content_count_distinct"), 1))
-        if prompts.num_rows < data.fewest:
-            continue
-        counts[name] = (same.num_rows, prompts.num_rows)
-        if not samples and same.num_rows > data.limits.identical_share * prompts.num_rows:
+    units = {"generated": "training prompts", "held_out": "held-out prompts", "tried": "tried prompts"}
+    sets = {}
+    for name, unit in units.items():
+        table = data.sets.get(name)
+        if table is not None and "content" in table.column_names:
+            kinds = table.select(["prompt_id", "content"]).group_by("prompt_id")
+            prompts = kinds.aggregate([("content", "count_distinct"), ("content", "count")])
+            prompts = prompts.filter(pc.greater(prompts.column("content_count"), 1))
+            same = prompts.filter(pc.equal(prompts.column("content_count_distinct"), 1))
             rows = np.flatnonzero(pc.is_in(table.column("prompt_id"), same.column("prompt_id")).to_numpy())
-            samples = named(table, rows, lambda row: "all candidates of its prompt are the same")
-    if not samples:
-        return None
-    nouns = {"generated": "training", "held_out": "held-out", "tried": "tried"}
-    shares = "; ".join(f"{same} of {of} {nouns[n]} prompts ({percent(same / of)})" for n, (same, of) in counts.items())
-    return Alarm(
-        "identical_candidates",
-        "A prompt's candidates are all the same",
-        f"all candidates are the same for {shares}",
-        {name: same / of for name, (same, of) in counts.items()},
-        samples,
-    )
+            sets[name] = (unit, same.num_rows, prompts.num_rows, rows)
+    title, sentence = "A prompt's candidates are all the same", "all candidates are the same for {}"
+    reason, limit = "all candidates of its prompt are the same", data.limits.identical_share
+    return share_above(data, sets, limit, "identical_candidates", title, sentence, reason)
 
 
-def empty_answers(data: RoundData) -> Alarm | None:
-    """Raised where more than this share of the answers of a set have no word. Names such answers, a prompt each."""
-    title, words = "Many answers are empty", ("are empty", "is empty")
-    return flagged(data, "empty_answers", "empty", data.limits.empty_share, title, *words)
-
-
-def cut_off(data: RoundData) -> Alarm | None:
-    """Raised where more than this share of the answers of a set reached the longest length. Names some of them."""
-    title, words = "Many answers are cut off", ("were cut off at max_completion_length", "was cut off")
-    return flagged(data, "cut_off", "clipped", data.limits.cut_off_share, title, *words)
-
-
-def flagged(
-    data: RoundData, alarm: AlarmName, flag: str, limit: float, title: str, plural: str, why: str
-) -> Alarm | None:
-    """The alarm where more than this share of the samples of a set have the flag."""
-    counts: dict[str, tuple[int, int]] = {}
-    samples: list[tuple[str, str]] = []
+def flagged(data: RoundData, flag: str) -> Alarm | None:
+    """Raised where more than this share of the answers of a set are empty, or were cut off. Names some of them."""
+    sets = {}
     for name, table in data.sets.items():
-        if flag not in table.column_names:
-            continue
-        values = numbers_of(table, flag)
-        have, of = int(np.nansum(values)), int(np.isfinite(values).sum())
-        if of < data.fewest:
-            continue
-        counts[name] = (have, of)
-        if not samples and have > limit * of:
-            samples = named(table, np.flatnonzero(values == 1), lambda row: why)
-    if not samples:
+        if flag in table.column_names:
+            values = numbers_of(table, flag)
+            rows, known = np.flatnonzero(values == 1), int(np.isfinite(values).sum())
+            sets[name] = (f"{name.replace('_', '-')} answers", len(rows), known, rows)
+    if flag == "empty":
+        title, limit = "Many answers are empty", data.limits.empty_share
+        return share_above(data, sets, limit, "empty_answers", title, "{} are empty", "is empty")
+    title, sentence = "Many answers are cut off", "{} were cut off at max_completion_length"
+    return share_above(data, sets, data.limits.cut_off_share, "cut_off", title, sentence, "was cut off")
+
+
+def share_above(
+    data: RoundData,
+    sets: Mapping[str, tuple[str, int, int, IntArray]],
+    limit: float,
+    alarm: AlarmName,
+    title: str,
+    sentence: str,
+    reason: str,
+) -> Alarm | None:
+    """The alarm where of a large enough set a greater share than the limit has a property.
+
+    `sets` holds a set's unit, how many have it, of how many, and the rows to name.
+    """
+    sets = {name: counts for name, counts in sets.items() if counts[2] >= data.fewest}
+    above = next((name for name, (_, count, total, _) in sets.items() if count > limit * total), None)
+    if above is None:
         return None
-    shares = "; ".join(
-        f"{have} of {of} {name.replace('_', '-')} answers ({percent(have / of)})" for name, (have, of) in counts.items()
-    )
-    numbers = {name: have / of for name, (have, of) in counts.items()}
-    return Alarm(alarm, title, f"{shares} {plural}", numbers, samples)
+    shares = {name: count / total for name, (_, count, total, _) in sets.items()}
+    listed = [f"{n} of {total} {unit} ({percent(n / total)})" for unit, n, total, _ in sets.values()]
+    samples = named(data.sets[above], sets[above][3], lambda row: reason)
+    return Alarm(alarm, title, sentence.format("; ".join(listed)), shares, samples)
 
 
 # In the order in which a round's alarms are listed.
 ALARMS: tuple[Callable[[RoundData], Alarm | None], ...] = (
     held_out_falls,
     text_diversity_drops,
-    length_drifts,
-    saturation_drifts,
-    contrast_drops,
+    partial(mean_drifts, measure="length"),
+    partial(mean_drifts, measure="saturation"),
+    partial(mean_drifts, measure="contrast"),
     image_diversity_drops,
     near_duplicates,
     part_dominates,
@@ -736,6 +692,6 @@ ALARMS: tuple[Callable[[RoundData], Alarm | None], ...] = (
     loss_diverges,
     equal_scores,
     identical_candidates,
-    empty_answers,
-    cut_off,
+    partial(flagged, flag="empty"),
+    partial(flagged, flag="clipped"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +64,10 @@ def nothing_learned(run: RunFolder, round_: int) -> str:
 
 def best(config: RunConfig, history: Sequence[Metrics]) -> RunOutcome:
     """The best round by the held-out value, or the last one where nothing was measured; history[0] is the start."""
-    last = len(history) - 1
-    round_, value = best_round(history, config.evaluation.best_by) or (last, None)
-    compared = compared_by(history[round_], config.evaluation.best_by) if value is not None else None
-    return RunOutcome(last, round_, value, prompts=compared.get("n") if compared else None)
+    last, by = len(history) - 1, config.evaluation.best_by
+    if (highest := best_round(history, by)) is None:
+        return RunOutcome(last, last, None)
+    return RunOutcome(last, *highest, prompts=(compared_by(history[highest[0]], by) or {}).get("n"))
 
 
 def write_best(run: RunFolder, config: RunConfig, outcome: RunOutcome) -> None:
@@ -95,8 +96,7 @@ def compared_by(metrics: Metrics, best_by: str) -> Mapping[str, Any] | None:
     """
     for name in (best_by, f"held_out/rewards/{best_by}/mean", f"rewards/{best_by}/mean"):
         if name in metrics:
-            value: Mapping[str, Any] | None = metrics[name]
-            return value
+            return metrics[name]  # type: ignore[no-any-return]
     names = [n.removesuffix("/mean").split("rewards/")[-1] for n in metrics if n.endswith("/mean") and "rewards/" in n]
     raise ConfigError(
         f"evaluation.best_by must name 'reward' or one of the rewards ({', '.join(names)}); "
@@ -104,19 +104,17 @@ def compared_by(metrics: Metrics, best_by: str) -> Mapping[str, Any] | None:
     )
 
 
-def values_of(history: Sequence[Metrics], best_by: str) -> list[float | None]:
-    """The mean that rounds are compared by, of each round; None where it was not measured."""
+def values_of(history: Sequence[Metrics], best_by: str) -> list[float]:
+    """The mean that rounds are compared by, of each round; -inf where it was not measured."""
     intervals = [compared_by(metrics, best_by) if metrics else None for metrics in history]
-    return [None if value is None else float(value["mean"]) for value in intervals]
+    return [-math.inf if value is None else float(value["mean"]) for value in intervals]
 
 
 def best_round(history: Sequence[Metrics], best_by: str) -> tuple[int, float] | None:
     """The round (0 is the start) of the highest value, the earliest of equals; None where none was measured."""
-    measured = [(value, -round_) for round_, value in enumerate(values_of(history, best_by)) if value is not None]
-    if not measured:
-        return None
-    value, round_ = max(measured)
-    return -round_, value
+    values = values_of(history, best_by)
+    highest = max(values, default=-math.inf)
+    return None if highest == -math.inf else (values.index(highest), highest)
 
 
 def should_stop(config: RunConfig, rounds: Sequence[RoundRecord]) -> str | None:
@@ -154,12 +152,10 @@ def reason_to_stop(history: Sequence[Metrics], stop: StopConfig, best_by: str) -
             parting = "the held-out reward fell while the trained one rose"
             return f"{parting} for {falls} rounds (stop.max_falls = {stop.max_falls})"
     if stop.patience is not None:
-        highest, idle = float("-inf"), 0
+        highest, idle = -math.inf, 0
         for value in values_of(history, best_by):
-            if value is not None and value > highest + stop.min_gain:
-                highest, idle = value, 0
-            else:
-                idle += 1
+            idle = 0 if value > highest + stop.min_gain else idle + 1
+            highest = value if not idle else highest
         if idle >= stop.patience:
             return f"no gain above {stop.min_gain:g} for {idle} rounds (stop.patience = {stop.patience})"
     return None

@@ -57,16 +57,13 @@ def paired(groups: IntArray, a: FloatArray, b: FloatArray, tie_within: float = 0
     groups, a, b = groups[both], a[both], b[both]
     if not len(groups):
         return None
-    differences = by_prompt(groups, differences_of(a, b))
-    mean_a, mean_b = (estimate(by_prompt(groups, scores)) for scores in (a, b))
-    return _summary(groups, outcomes(a, b, tie_within), differences, mean_a, mean_b, estimate(differences))
+    return _test(groups, outcomes(a, b, tie_within), (a, b))
 
 
 def judged(groups: IntArray, verdicts: FloatArray) -> PairedTest | None:
     """A and B by verdicts, (N,): 1 where A is better, 0 for a tie, -1 where B is better, NaN where there is none."""
-    known = np.isfinite(verdicts)
-    groups, verdicts = groups[known], verdicts[known]
-    return _summary(groups, verdicts, by_prompt(groups, verdicts)) if len(groups) else None
+    valid = np.isfinite(verdicts)
+    return _test(groups[valid], verdicts[valid]) if valid.any() else None
 
 
 def outcomes(a: FloatArray, b: FloatArray, tie_within: float = 0.0) -> FloatArray:
@@ -132,22 +129,17 @@ def sign_flip(differences: FloatArray) -> tuple[float, int | None]:
     return (1 + reached) / (1 + FLIPS), FLIPS
 
 
-def _summary(
-    groups: IntArray,
-    outcome: FloatArray,
-    differences: FloatArray,
-    a: PairedEstimate | None = None,
-    b: PairedEstimate | None = None,
-    difference: PairedEstimate | None = None,
-) -> PairedTest:
+def _test(groups: IntArray, outcome: FloatArray, scores: tuple[FloatArray, FloatArray] | None = None) -> PairedTest:
     wins, ties, losses = (by_prompt(groups, np.asarray(outcome == value, np.float64)) for value in (1, 0, -1))
+    differences = by_prompt(groups, outcome if scores is None else differences_of(*scores))
     p, flips = sign_flip(differences)
+    a, b = (None, None) if scores is None else (estimate(by_prompt(groups, values)) for values in scores)
     return PairedTest(
         pairs=len(groups),
         prompts=len(wins),
         a=a,
         b=b,
-        difference=difference,
+        difference=None if scores is None else estimate(differences),
         wins=float(wins.mean()),
         ties=float(ties.mean()),
         losses=float(losses.mean()),

@@ -19,7 +19,6 @@ from raftune.report.charts import (
     SHAPES,
     START,
     STYLES,
-    ChartSeries,
     described,
     line,
     line_chart,
@@ -31,7 +30,7 @@ from raftune.report.provenance import generation, seconds_by_stage
 from raftune.results.summary import cell, columns_for
 from raftune.sanitize import percent
 
-# Of a line of a chart in overview.html: its name, its name in metrics.json, its colour, and its meaning where the
+# Of a line of a chart in overview.html: its name, its source (see `points_of`), its colour, and its meaning where the
 # caption is made of the meanings of those lines that have numbers.
 Line = tuple[str, ...]
 COLOURS = {
@@ -42,14 +41,18 @@ COLOURS = {
     "best_of": BEST_OF,
     "reward": REWARD,
     "other": OTHER,
+    "generate": REWARD,
+    "score": HELD_OUT,
+    "train": DIVERSITY,
+    "evaluate": OTHER,
 }
 # What a round's time was spent on: the first words of its stages.
-SPENT = (
-    ("generate", ("generate", "teach"), REWARD),
-    ("score", ("score",), HELD_OUT),
-    ("train", ("train",), DIVERSITY),
-    ("evaluate", ("evaluate", "evaluation"), OTHER),
-)
+SPENT = {
+    "generate": ("generate", "teach"),
+    "score": ("score",),
+    "train": ("train",),
+    "evaluate": ("evaluate", "evaluation"),
+}
 
 
 def overview(data: ReportData) -> Markup:
@@ -61,10 +64,9 @@ def overview(data: ReportData) -> Markup:
         pictured=data.reader.pictured,
         sentence=sentence(data),
         figures=figures(data),
-        reward_charts=reward_charts(data),
-        chart=partial(simple_chart, data),
-        against=partial(against_chart, data),
-        time_chart=time_chart(data),
+        chart=partial(chart, data),
+        best_of_chart=best_of_chart(data),
+        k={name: best_of(data.reader, name)[0] for name in ("best_of_k", "held_out_best_of_k")},
         generation=generation(data.reader),
         columns=columns,
         column_titles=[(column.title, column.meaning) for column in columns],
@@ -129,65 +131,75 @@ def figures(data: ReportData) -> list[dict[str, str]]:
 # -- charts -----------------------------------------------------------------------------------------------------------
 
 
-def chart(data: ReportData, id: str, title: str, caption: str, *series: ChartSeries) -> Markup:
-    """A figure by round: the lines that have numbers, and these beneath; nothing where there are none."""
-    lines = [line for line in series if line.known()]
-    if not lines:
-        return Markup()
-    several = len({point.x for line in lines for point in line.points}) > 1
-    word = "published" if data.document["run"]["status"] == "finished" else "best so far"
-    mark = (data.best, word) if several else None
-    picture = line_chart(lines, title=title, description=described(lines), x_names=START, mark=mark)
-    beneath = number_table(lines, "round", START, label=f"{title}: numbers", best=data.best)
-    return render("figure.html", id=id, title=title, caption=caption, picture=picture, numbers=beneath)
+def points_of(data: ReportData, source: str) -> Points:
+    """A number of each round: of metrics.json by its name, or `select:`, `guard:PART:`, `seconds:` and a name."""
+    kind, _, name = source.partition(":")
+    if kind == "select":
+        return by_round(data.reader, name, "select", "summary.json")
+    if kind == "guard":
+        part, _, name = name.partition(":")
+        return by_round(data.reader, name, "guard", part=part)
+    if kind == "seconds":
+        seconds = {
+            round_: [value for stage, value in stages.items() if stage.split()[0] in SPENT[name]]
+            for round_, stages in seconds_by_stage(data)[0].items()
+        }
+        return {round_: ChartPoint(round_, sum(values)) for round_, values in seconds.items() if values}
+    if source.endswith("best_of_k"):
+        k, points = best_of(data.reader, source)
+        return points if k > 1 else {}
+    return by_round(data.reader, source)
 
 
-def simple_chart(
-    data: ReportData, id: str, title: str, caption: str, lines: Sequence[Line], style: str = "", share: bool = False
+def chart(
+    data: ReportData,
+    id: str,
+    title: str,
+    caption: str,
+    lines: Sequence[Line],
+    style: str = "",
+    share: bool = False,
+    together: bool = False,
 ) -> Markup:
-    """A chart of numbers of metrics.json by round; a `share` is shown in per cent, and not at all where it is 0."""
-    values = [by_round(data.reader, name) for _, name, *_ in lines]
+    """A figure by round of the lines that have numbers, and these beneath; nothing where there are none.
+
+    A `share` is shown in per cent, and not at all where it is 0; lines that belong `together`, where each has numbers.
+    """
+    values = [points_of(data, source) for _, source, *_ in lines]
     if share:
         if not any(point.y for points in values for point in points.values()):
             return Markup()
         values = [{round_: in_percent(point) for round_, point in points.items()} for points in values]
-    styles = [(style, "hollow")] if style else list(zip(STYLES, SHAPES, strict=False))
+    styles = [(style, "hollow")] if style else [(STYLES[i % 3], SHAPES[i % 4]) for i in range(len(lines))]
     series = [
         line(name, points, COLOURS[colour], *styles[i])
         for i, ((name, _, colour, *_), points) in enumerate(zip(lines, values, strict=True))
     ]
+    series = [line for line in series if line.known()]
+    if not series or (together and len(series) < len(lines)):
+        return Markup()
     meanings = ", ".join(meaning for (*_, meaning), points in zip(lines, values, strict=True) if points)
-    return chart(data, id, title, caption or meanings, *series)
+    word = "published" if data.document["run"]["status"] == "finished" else "best so far"
+    several = len({point.x for line in series for point in line.points}) > 1
+    return render(
+        "figure.html",
+        id=id,
+        title=title,
+        caption=caption or meanings,
+        picture=line_chart(
+            series,
+            title=title,
+            description=described(series),
+            x_names=START,
+            mark=(data.best, word) if several else None,
+        ),
+        numbers=number_table(series, "round", START, label=f"{title}: numbers", best=data.best),
+    )
 
 
 def in_percent(point: ChartPoint) -> ChartPoint:
     low, high = (None if end is None else 100 * end for end in (point.low, point.high))
     return replace(point, y=100 * (point.y or 0.0), low=low, high=high)
-
-
-def reward_charts(data: ReportData) -> list[Markup]:
-    """The rewards of each round's policy, on prompts that it is never trained on."""
-    reader, charts = data.reader, []
-    k, best = best_of(reader, "best_of_k")
-    caption = f"of the policy, and of the best of {k} samples: the headroom" if k > 1 else "of the policy"
-    policy = line("policy", by_round(reader, "reward"), REWARD)
-    headroom = line(f"best of {k}", best if k > 1 else {}, BEST_OF, "dashed", "hollow")
-    charts.append(chart(data, "reward", "Reward", caption, policy, headroom))
-    judge = data.judges[0] if len(data.judges) == 1 else "held-out reward"
-    k, best = best_of(reader, "held_out_best_of_k")
-    policy = line("policy", by_round(reader, "held_out"), HELD_OUT)
-    headroom = line(f"best of {k}", best if k > 1 else {}, OTHER, "dashed", "hollow")
-    charts.append(chart(data, "held-out", f"Held out: {judge}", "a reward that is never trained on", policy, headroom))
-    charts.append(best_of_chart(data))
-    if len(data.rewards) > 1:
-        parts = [
-            line(name, by_round(reader, f"rewards/{name}/mean"), 1 + i % 6, shape=SHAPES[i % 4])
-            for i, name in enumerate(data.rewards[:6])
-        ]
-        caption = "each reward alone, unweighted"
-        caption += f"; the first 6 of {len(data.rewards)}" if len(data.rewards) > 6 else ""
-        charts.append(chart(data, "parts", "Parts of the reward", caption, *parts))
-    return charts
 
 
 def best_of_chart(data: ReportData) -> Markup:
@@ -221,32 +233,3 @@ def worth(points: Points) -> str:
     if full <= one:
         return ""
     return f"At the start, K = {ks[-2]} gives {percent((half - one) / (full - one))} of the gain of K = {ks[-1]}."
-
-
-def against_chart(data: ReportData, id: str, title: str, caption: str, name: str, colour: str) -> Markup:
-    """What each round generated against what it learned from: its reward, or a measure of the guards."""
-    if name == "reward":
-        generated, kept = (
-            by_round(data.reader, f"reward_{part}", "select", "summary.json") for part in ("generated", "kept")
-        )
-    else:
-        generated, kept = (by_round(data.reader, name, "guard", part=part) for part in ("generated", "selected"))
-        if not kept:
-            return Markup()
-    lines = (line("generated", generated, OTHER, "dashed", "hollow"), line("selected", kept, COLOURS[colour]))
-    return chart(data, f"selected-{id}", title, caption, *lines)
-
-
-def time_chart(data: ReportData) -> Markup:
-    """Seconds of each round by what they were spent on."""
-    spent, _ = seconds_by_stage(data)
-    lines = []
-    for i, (name, stages, colour) in enumerate(SPENT):
-        seconds = {
-            round_: [value for stage, value in stage_seconds.items() if stage.split()[0] in stages]
-            for round_, stage_seconds in spent.items()
-        }
-        points = {round_: ChartPoint(round_, sum(values)) for round_, values in seconds.items() if values}
-        if points:
-            lines.append(line(name, points, colour, STYLES[i % 3], SHAPES[i]))
-    return chart(data, "seconds", "Time of a round", "seconds", *lines)

@@ -11,9 +11,8 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,6 +34,7 @@ GENERATED = ("sample_id", "prompt_id", "k", "source", "seed", "completion", "com
 VERDICT = ("sample_id", "prompt_id", "score", "rank", "weight", "reason")
 LEARNED = ("sample_id", "prompt_id", "prompt", "weight", "origin", "source", "completion")
 HASH = re.compile("[0-9a-f]{64}")
+HELD_OUT = re.compile(r"(?P<round>\d{4,})e/(?P<prompt>.+)/(?P<k>\d+)")  # the id of a held-out sample
 UNREADABLE = "(not readable: the round's plan is damaged)"
 # What could end the element that the document stands in, what JavaScript takes for line ends, and half characters,
 # which no file can hold. JSON allows each of them as an escape.
@@ -49,15 +49,13 @@ ANSWERS_BY = (
 )
 ROWS_BY = "alarms that name their samples, then a random choice by hash, spread over the rounds"
 Item = TypeVar("Item")
-Key = TypeVar("Key", bound=Hashable)
 
 
 # -- choosing ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class PromptGroup:
-    """The samples of one prompt in one round: how many, how far the best is above their mean, and whether any is kept.
+class PromptGroup(NamedTuple):
+    """The samples of one prompt in one round: how many, how far the best is above their mean, and whether none is kept.
 
     `number` is the prompt's place in its chunk; `margin` is None where nothing could be scored.
     """
@@ -71,10 +69,8 @@ class PromptGroup:
     without_candidates: bool
 
 
-@dataclass(frozen=True, slots=True)
-class HeldOutPair:
-    """One held-out prompt and sample, in all rounds; `gain` is the best round's score less the start's, if both
-    exist."""
+class HeldOutPair(NamedTuple):
+    """One held-out prompt and sample, in all rounds; `gain` is the best round's score less the start's, if known."""
 
     chunk: int
     prompt_id: str
@@ -88,16 +84,16 @@ def order_groups(groups: Sequence[PromptGroup], most: int) -> list[PromptGroup]:
     A prompt's id is a hash: the smallest ids are a random choice, and the same one in every round.
     """
     by_margin = sorted((g for g in groups if g.margin is not None), key=lambda g: -(g.margin or 0.0))
-    without_candidates = sorted((g for g in groups if g.without_candidates), key=lambda g: g.prompt_id)
     by_hash = sorted(groups, key=lambda g: g.prompt_id)
+    without_candidates = [g for g in by_hash if g.without_candidates]
     return first(in_turn(by_margin, without_candidates, by_hash), most, lambda g: g.prompt_id)
 
 
 def order_pairs(pairs: Sequence[HeldOutPair], most: int) -> list[HeldOutPair]:
     """The most instructive held-out samples first: largest gains, largest losses, and by hash, in turn."""
-    known = sorted((p for p in pairs if p.gain is not None), key=lambda p: -(p.gain or 0.0))
+    by_gain = sorted((p for p in pairs if p.gain is not None), key=lambda p: -(p.gain or 0.0))
     by_hash = sorted(pairs, key=lambda p: (p.k, p.prompt_id))
-    return first(in_turn(known, known[::-1], by_hash), most, lambda p: (p.prompt_id, p.k))
+    return first(in_turn(by_gain, by_gain[::-1], by_hash), most, lambda p: (p.prompt_id, p.k))
 
 
 def in_turn(*lists: Iterable[Item]) -> Iterator[Item]:
@@ -107,9 +103,9 @@ def in_turn(*lists: Iterable[Item]) -> Iterator[Item]:
         yield from chain.from_iterable(turn)
 
 
-def first(items: Iterable[Item], most: int, key: Callable[[Item], Key]) -> list[Item]:
+def first(items: Iterable[Item], most: int, key: Callable[[Item], Hashable]) -> list[Item]:
     """The first `most` items of different keys."""
-    chosen: dict[Key, Item] = {}
+    chosen: dict[Hashable, Item] = {}
     for item in items:
         if len(chosen) >= most:
             break
@@ -129,6 +125,21 @@ def up_to(items: Iterable[Item], most: int, size: Callable[[Item], int]) -> list
     return kept
 
 
+def shown(
+    items: list[Row],
+    total: int,
+    chosen_by: str,
+    images: ImageSet,
+    limits: tuple[int, int],
+    samples: Callable[[Row], Iterable[Row]],
+    order: Callable[[Row], Any],
+) -> dict[str, Any]:
+    """{shown, of, chosen_by, items}: the first items that fit into so many bytes of texts and of images, in order."""
+    items = up_to(items, limits[0], encoded_size)
+    items = images.up_to(items, limits[1], lambda item: images_of(samples(item)))
+    return {"shown": len(items), "of": total, "chosen_by": chosen_by, "items": sorted(items, key=order)}
+
+
 def encoded_size(item: Any) -> int:
     """The bytes that the item takes in the page, with what is escaped there: six for each `<` of an answer of code."""
     return len(embedded(item).encode())
@@ -146,113 +157,105 @@ def embedded(document: Any) -> str:
 def prompts(reader: RunReader, named: set[str], images: ImageSet) -> dict[str, Any]:
     """{shown, of, chosen_by, items}: prompts by round, in the order of the plan, with all candidates: score, verdict
     and reason. Samples that are named are always among them."""
-    wanted = {(int(s.split("/")[0]), s.split("/")[1]) for s in named if s.split("/")[0].isdigit() and s.count("/") > 1}
+    named_prompts = {tuple(name.split("/")[:2]) for name in named if name.count("/") > 1}
     total, must, rounds = 0, [], []
     for round_ in reader.rounds("generate"):
         groups = list(groups_of(reader, round_))
         total += len(groups)
-        must += [g for g in groups if (g.round, g.prompt_id) in wanted]
+        must += [g for g in groups if (f"{g.round:04d}", g.prompt_id) in named_prompts]
         rounds.append(order_groups(groups, MOST_PROMPTS))
     chosen = first(chain(must, in_turn(*rounds)), MOST_PROMPTS, lambda g: (g.round, g.prompt_id))
     chosen = up_to(chosen, MOST_SAMPLES, lambda g: g.samples)
-    place = {(g.round, g.prompt_id): (g.round, g.chunk, g.number) for g in chosen}
-    items = up_to(prompt_items(reader, chosen), PROMPT_BYTES, encoded_size)
-    items = images.up_to(items, PROMPT_PICTURES, lambda item: images_of(item["samples"]))
-    items.sort(key=lambda item: place[item["round"], item["id"]])
-    return {"shown": len(items), "of": total, "chosen_by": PROMPTS_BY, "items": items}
+    order = {(g.round, g.prompt_id): g[:3] for g in chosen}
+    return shown(
+        prompt_items(reader, chosen),
+        total,
+        PROMPTS_BY,
+        images,
+        (PROMPT_BYTES, PROMPT_PICTURES),
+        lambda item: item["samples"],
+        lambda item: order[item["round"], item["id"]],
+    )
 
 
 def groups_of(reader: RunReader, round_: int) -> Iterator[PromptGroup]:
     """Every prompt of the round that can be shown, from its verdicts or, where there are none, from its scores."""
-    generated = set(reader.chunks(round_, "generate"))
+    generated = dict.fromkeys(reader.chunks(round_, "generate"))
+    verdicts = reader.verdicts(round_, ["prompt_id", "score", "weight"])
     selected: set[int] = set()
-    for chunk, table in reader.verdicts(round_, ["prompt_id", "score", "weight"]):
-        selected.add(chunk)
-        if chunk in generated:
-            yield from chunk_groups(table, round_, chunk)
-    for chunk in sorted(generated - selected):
-        table = reader.chunk(round_, "score", chunk, ["prompt_id", "score"])
-        if table is None:
-            table = reader.chunk(round_, "generate", chunk, ["prompt_id"])
+    for chunk, table in chain(verdicts, ((chunk, None) for chunk in generated if chunk not in selected)):
         if table is not None:
-            yield from chunk_groups(table, round_, chunk)
-
-
-def chunk_groups(table: pa.Table, round_: int, chunk: int) -> Iterator[PromptGroup]:
-    """The chunk's prompts, in order; without weights, each counts as kept."""
-    names, none = table.column_names, pa.nulls(len(table), pa.float64())
-    scores = table.column("score") if "score" in names else none
-    finite_scores = pc.if_else(pc.is_finite(scores), scores, pa.scalar(None, pa.float64()))
-    kept = pc.greater(table.column("weight"), 0) if "weight" in names else pa.repeat(pa.scalar(True), len(table))
-    columns = pa.table({"id": table.column("prompt_id"), "score": finite_scores, "kept": kept})
-    aggregates = [("id", "count"), ("score", "max"), ("score", "mean"), ("kept", "any")]
-    prompts = columns.group_by("id", use_threads=False).aggregate(aggregates)
-    for number, row in enumerate(prompts.to_pylist()):
-        best, mean = row["score_max"], row["score_mean"]
-        margin = None if best is None or mean is None else best - mean
-        yield PromptGroup(round_, chunk, number, row["id"], row["id_count"], margin, not row["kept_any"])
+            selected.add(chunk)
+        else:
+            table = reader.chunk(round_, "score", chunk, ["prompt_id", "score"])
+            table = table if table is not None else reader.chunk(round_, "generate", chunk, ["prompt_id"])
+        if table is None or chunk not in generated:
+            continue
+        names, nothing = table.column_names, pa.nulls(len(table), pa.float64())
+        scores = table.column("score") if "score" in names else nothing
+        scores = pc.if_else(pc.is_finite(scores), scores, pa.scalar(None, pa.float64()))
+        kept = pc.greater(table.column("weight"), 0) if "weight" in names else pa.repeat(pa.scalar(True), len(table))
+        columns = pa.table({"id": table.column("prompt_id"), "score": scores, "kept": kept})
+        aggregates = [("id", "count"), ("score", "max"), ("score", "mean"), ("kept", "any")]
+        groups = columns.group_by("id", use_threads=False).aggregate(aggregates).to_pylist()
+        for number, row in enumerate(groups):
+            margin = None if row["score_max"] is None else row["score_max"] - row["score_mean"]
+            yield PromptGroup(round_, chunk, number, row["id"], row["id_count"], margin, not row["kept_any"])
 
 
 def prompt_items(reader: RunReader, chosen: list[PromptGroup]) -> list[dict[str, Any]]:
-    """The items of the groups that can be read, in the order of the groups."""
-    by_chunk: defaultdict[tuple[int, int], list[PromptGroup]] = defaultdict(list)
+    """The items of the groups that can be read, in their order, each with the policy's samples, then other sources'.
+
+    What is not known is null; where the scores are lost, the verdict still holds the score.
+    """
+    by_chunk: defaultdict[int, defaultdict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for group in chosen:
-        by_chunk[group.round, group.chunk].append(group)
-    items: dict[tuple[int, str], dict[str, Any]] = {}
-    for round_ in sorted({group.round for group in chosen}):
-        chunks = {chunk for r, chunk in by_chunk if r == round_}
-        texts = reader.prompts(round_, "plan", chunks)
-        prompt_ids = {group.prompt_id for group in chosen if group.round == round_}
+        by_chunk[group.round][group.chunk].add(group.prompt_id)
+    texts: dict[tuple[int, str], Any] = {}
+    reasons: dict[int, Any] = {}
+    samples: defaultdict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+    for round_, chunks in sorted(by_chunk.items()):
+        prompts = reader.prompts(round_, "plan", set(chunks))
+        texts |= {(round_, prompt_id): text for prompt_id, text in prompts.items()}
         verdicts: dict[str, Row] = {}
         for _, table in reader.verdicts(round_, VERDICT):
-            verdicts |= rows_by_sample(table, prompt_ids)
-        reasons = reader.json(round_, "select", "summary.json").get("barren")
-        reasons = reasons if isinstance(reasons, Mapping) else {}
-        for chunk in sorted(chunks):
-            groups = by_chunk[round_, chunk]
-            samples = candidates(reader, round_, chunk, {group.prompt_id for group in groups}, verdicts)
-            for group in groups:
-                if group.prompt_id in samples:
-                    reason = reasons.get(group.prompt_id)
-                    items[round_, group.prompt_id] = {
-                        "round": round_,
-                        "id": group.prompt_id,
-                        "prompt": content(texts.get(group.prompt_id, UNREADABLE)),
-                        "margin": finite(group.margin),
-                        "reason": None if reason is None else str(reason),
-                        "samples": samples[group.prompt_id],
-                    }
-    return [items[g.round, g.prompt_id] for g in chosen if (g.round, g.prompt_id) in items]
-
-
-def candidates(
-    reader: RunReader, round_: int, chunk: int, prompt_ids: set[str], verdicts: Mapping[str, Row]
-) -> dict[str, list[dict[str, Any]]]:
-    """The candidates of each of these prompts: the policy's samples, then other sources'. What is not known is null;
-    where the scores are lost, the verdict still holds the score."""
-    scores = rows_by_sample(reader.chunk(round_, "score", chunk), prompt_ids)
-    samples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in chain(*(generated_rows(reader, round_, stage, chunk, prompt_ids) for stage in ("generate", "teach"))):
-        score, verdict = scores.get(row["sample_id"], {}), verdicts.get(row["sample_id"], {})
-        sample = {
-            "id": row["sample_id"],
-            "k": row["k"],
-            "source": row["source"],
-            "completion": content(row.get("completion")),
-            "score": finite(score.get("score", verdict.get("score"))),
-            "parts": parts(score),
-            "status": score.get("status"),
-            "detail": cut(score.get("detail") or "", DETAIL),
-            "rank": verdict.get("rank"),
-            "weight": finite(verdict.get("weight")),
-            "reason": verdict.get("reason"),
-            "seed": seed_of(row),
-            "tokens": row.get("tokens"),
-            "finish": row.get("finish"),
-            **invalid(row),
-        }
-        samples[row["prompt_id"]].append(sample)
-    return samples
+            verdicts |= rows_by_sample(table, set().union(*chunks.values()))
+        reasons[round_] = reader.json(round_, "select", "summary.json").get("barren")
+        for chunk, prompt_ids in sorted(chunks.items()):
+            scores = rows_by_sample(reader.chunk(round_, "score", chunk), prompt_ids)
+            stages = ("generate", "teach")
+            for row in chain(*(generated_rows(reader, round_, stage, chunk, prompt_ids) for stage in stages)):
+                score, verdict = scores.get(row["sample_id"], {}), verdicts.get(row["sample_id"], {})
+                sample = {
+                    **sample_of(row),
+                    "k": row["k"],
+                    "source": row["source"],
+                    "score": finite(score.get("score", verdict.get("score"))),
+                    "parts": parts(score),
+                    "status": score.get("status"),
+                    "detail": cut(score.get("detail") or "", DETAIL),
+                    "rank": verdict.get("rank"),
+                    "weight": finite(verdict.get("weight")),
+                    "reason": verdict.get("reason"),
+                    "seed": seed_of(row),
+                }
+                samples[round_, row["prompt_id"]].append(sample)
+    items = []
+    for group in chosen:
+        key, empty = (group.round, group.prompt_id), reasons[group.round]
+        reason = empty.get(group.prompt_id) if isinstance(empty, Mapping) else None
+        if key in samples:
+            items.append(
+                {
+                    "round": group.round,
+                    "id": group.prompt_id,
+                    "prompt": content(texts.get(key, UNREADABLE)),
+                    "margin": finite(group.margin),
+                    "reason": None if reason is None else str(reason),
+                    "samples": samples[key],
+                }
+            )
+    return items
 
 
 # -- held-out samples over the rounds ---------------------------------------------------------------------------------
@@ -266,26 +269,23 @@ def compared(reader: RunReader, named: set[str], best: int, images: ImageSet) ->
     """
     rounds = reader.rounds("evaluate/generate")
     pairs = list(pairs_of(reader, rounds, best))
-    wanted = set()
-    for sample_id in named:  # such as 0003e/1f2e-0/002: round 3's held-out sample of prompt 1f2e-0 with k = 2
-        scope, _, rest = sample_id.partition("/")
-        prompt_id, _, k = rest.rpartition("/")
-        if scope.endswith("e") and k.isdigit():
-            wanted.add((scope, prompt_id, int(k)))
-    must = [pair for pair in pairs if (pair.prompt_id, pair.k) in {key[1:] for key in wanted}]
+    matches = [match for name in named if (match := HELD_OUT.fullmatch(name))]
+    named_pairs = {(match["prompt"], int(match["k"])) for match in matches}
+    must = [pair for pair in pairs if (pair.prompt_id, pair.k) in named_pairs]
     most = max(1, MOST_ANSWERS // max(1, len(rounds)))
     chosen = first(chain(must, order_pairs(pairs, most)), most, lambda p: (p.prompt_id, p.k))
-    items = up_to(pair_items(reader, rounds, chosen), ANSWER_BYTES, encoded_size)
-    seen = rounds_seen(rounds, best, {int(scope[:4]) for scope, _, _ in wanted if scope[:4].isdigit()})
-    items = images.up_to(
-        items,
-        ANSWER_PICTURES,
-        lambda item: images_of(item["answers"][str(r)] for r in seen if str(r) in item["answers"]),
+    seen = rounds_seen(rounds, best, {int(match["round"]) for match in matches})
+    order = {(pair.prompt_id, pair.k): number for number, pair in enumerate(pairs)}
+    result = shown(
+        pair_items(reader, rounds, chosen),
+        len(pairs),
+        ANSWERS_BY,
+        images,
+        (ANSWER_BYTES, ANSWER_PICTURES),
+        lambda item: [item["answers"][str(r)] for r in seen if str(r) in item["answers"]],
+        lambda item: order[item["prompt_id"], item["k"]],
     )
-    place = {(pair.prompt_id, pair.k): number for number, pair in enumerate(pairs)}
-    items.sort(key=lambda item: place[item["prompt_id"], item["k"]])
-    shown = {"rounds": seen, "of_rounds": len(rounds)} if reader.pictured else {}
-    return {"shown": len(items), "of": len(pairs), "chosen_by": ANSWERS_BY, "items": items, **shown}
+    return result | ({"rounds": seen, "of_rounds": len(rounds)} if reader.pictured else {})
 
 
 def rounds_seen(rounds: list[int], best: int, named: set[int]) -> list[int]:
@@ -299,9 +299,7 @@ def rounds_seen(rounds: list[int], best: int, named: set[int]) -> list[int]:
 
 def pairs_of(reader: RunReader, rounds: list[int], best: int) -> Iterator[HeldOutPair]:
     """Every held-out sample, as the first round with evaluations has them."""
-    if not rounds:
-        return
-    start, end = rounds[0], best if best in rounds else rounds[-1]
+    start, end = (rounds[0], best if best in rounds else rounds[-1]) if rounds else (0, 0)
     for chunk in reader.chunks(start, "evaluate/generate"):
         generated = reader.chunk(start, "evaluate/generate", chunk, ["prompt_id", "k"])
         if generated is None:
@@ -322,9 +320,9 @@ def pair_items(reader: RunReader, rounds: list[int], chosen: list[HeldOutPair]) 
     chunks: defaultdict[int, set[str]] = defaultdict(set)
     for pair in chosen:
         chunks[pair.chunk].add(pair.prompt_id)
-    wanted = {(pair.prompt_id, pair.k) for pair in chosen}
-    answers: defaultdict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
-    seeds: dict[tuple[str, int], str | None] = {}
+    items: dict[tuple[str, int], dict[str, Any]] = {
+        (pair.prompt_id, pair.k): {"prompt_id": pair.prompt_id, "k": pair.k, "answers": {}} for pair in chosen
+    }
     texts: dict[str, Any] = {}
     for round_ in rounds:
         texts = texts or reader.prompts(round_, "evaluate/plan", set(chunks))
@@ -332,32 +330,18 @@ def pair_items(reader: RunReader, rounds: list[int], chosen: list[HeldOutPair]) 
             scores = rows_by_sample(reader.chunk(round_, "evaluate/score", chunk), prompt_ids)
             judged = rows_by_sample(reader.chunk(round_, "evaluate/judge", chunk), prompt_ids)
             for row in generated_rows(reader, round_, "evaluate/generate", chunk, prompt_ids):
-                key = (row["prompt_id"], row["k"])
-                if key not in wanted:
-                    continue
-                score, verdict = scores.get(row["sample_id"], {}), judged.get(row["sample_id"], {})
-                seeds.setdefault(key, seed_of(row))
-                answers[key][str(round_)] = {
-                    "id": row["sample_id"],
-                    "completion": content(row.get("completion")),
-                    "score": finite(score.get("score")),
-                    "held_out": finite(verdict.get("score")),
-                    "parts": {**parts(score), **parts(verdict), **parts(score)},
-                    "tokens": row.get("tokens"),
-                    "finish": row.get("finish"),
-                    **invalid(row),
-                }
-    return [
-        {
-            "prompt_id": pair.prompt_id,
-            "prompt": content(texts.get(pair.prompt_id, UNREADABLE)),
-            "k": pair.k,
-            "seed": seeds[pair.prompt_id, pair.k],
-            "answers": answers[pair.prompt_id, pair.k],
-        }
-        for pair in chosen
-        if answers[pair.prompt_id, pair.k]
-    ]
+                if item := items.get((row["prompt_id"], row["k"])):
+                    score, verdict = scores.get(row["sample_id"], {}), judged.get(row["sample_id"], {})
+                    item.setdefault("seed", seed_of(row))
+                    item["answers"][str(round_)] = {
+                        **sample_of(row),
+                        "score": finite(score.get("score")),
+                        "held_out": finite(verdict.get("score")),
+                        "parts": {**parts(score), **parts(verdict), **parts(score)},
+                    }
+    for item in items.values():
+        item["prompt"] = content(texts.get(item["prompt_id"], UNREADABLE))
+    return [item for item in items.values() if item["answers"]]
 
 
 # -- training rows ----------------------------------------------------------------------------------------------------
@@ -375,10 +359,10 @@ def learned(reader: RunReader, named: set[str], images: ImageSet) -> dict[str, A
         must += [row for row in rows if row[2] in named]
         rounds.append(sorted(rows, key=lambda row: (row[2].split("/")[1:], row[1]))[:MOST_ROWS])
     chosen = first(chain(must, in_turn(*rounds)), MOST_ROWS, lambda row: row)
-    items = up_to(row_items(reader, chosen), ROW_BYTES, encoded_size)
-    items = images.up_to(items, ROW_PICTURES, lambda item: images_of([item]))
-    items.sort(key=lambda item: item["round"])
-    return {"shown": len(items), "of": total, "chosen_by": ROWS_BY, "items": items}
+    limits = (ROW_BYTES, ROW_PICTURES)
+    return shown(
+        row_items(reader, chosen), total, ROWS_BY, images, limits, lambda item: [item], lambda item: item["round"]
+    )
 
 
 def row_items(reader: RunReader, chosen: list[tuple[int, str, str]]) -> list[dict[str, Any]]:
@@ -404,11 +388,8 @@ def row_items(reader: RunReader, chosen: list[tuple[int, str, str]]) -> list[dic
                 verdict = verdicts.get((row["origin"], row["sample_id"]), {})
                 reference = "a reference answer" if row["origin"] == "reference" else None
                 items[round_, row["origin"], row["sample_id"]] = {
+                    **{name: row[name] for name in ("origin", "source", "sample_id", "prompt_id")},
                     "round": round_,
-                    "origin": row["origin"],
-                    "source": row["source"],
-                    "sample_id": row["sample_id"],
-                    "prompt_id": row["prompt_id"],
                     "prompt": content(row.get("prompt")),
                     "completion": content(row.get("completion")),
                     "weight": finite(row["weight"]),
@@ -511,9 +492,11 @@ def parts(score: Mapping[str, Any]) -> dict[str, float | None]:
     return {name[8:]: finite(value) for name, value in score.items() if name.startswith("rewards/")}
 
 
-def invalid(row: Mapping[str, Any]) -> dict[str, str]:
-    """Why the policy made no completion of this sample, where it says so."""
-    return {"invalid": cut(str(row["invalid"]), DETAIL)} if row.get("invalid") is not None else {}
+def sample_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is shown of every sample; why the policy made no completion of it, where it says so."""
+    sample = {"id": row["sample_id"], "completion": content(row.get("completion"))}
+    sample |= {"tokens": row.get("tokens"), "finish": row.get("finish")}
+    return sample | ({"invalid": cut(str(row["invalid"]), DETAIL)} if row.get("invalid") is not None else {})
 
 
 def images_of(samples: Iterable[Row]) -> list[str]:

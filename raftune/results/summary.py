@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,53 @@ from raftune.store.commit import has_changed
 from raftune.store.committed import check_file, is_listed
 from raftune.store.run import RunFolder
 
-# Where a row's numbers are in metrics.json: those with an interval, and those without or with.
-INTERVALS = {"reward": "reward", "held_out": "held_out", "kl": "kl", "length": "completions/mean_length"}
-NUMBERS = {
-    "clipped": "completions/clipped_ratio",
-    "distinct_2": "distinct_2",
-    "msttr": "msttr_100",
-    "perplexity": "perplexity",
-    "saturation": "saturation",
-    "contrast": "contrast",
-    "pixel_distance": "pixel_distance",
-    "vendi": "vendi",
-    "drift": "feature_drift",
-    "invalid": "invalid_ratio",
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of metrics.json: how it is named, explained and written, and its key in a row of the summary, if any."""
+
+    title: str
+    meaning: str
+    write: Callable[[float], str] = "{:.3f}".format
+    key: str = ""
+
+
+two_digits, integer = "{:.2f}".format, "{:,.0f}".format
+per_cent = partial(percent, digits=1)
+# By the name in metrics.json, in the order of tables. The parts of a score follow it.
+MEASURES = {
+    "reward": Measure("reward", "the mean over held-out prompts", key="reward"),
+    "held_out": Measure("held out", "a reward that is never trained on", key="held_out"),
+    "frac_reward_zero_std": Measure("no spread", "share of prompts whose answers all score the same"),
+    "kl": Measure("KL", "to the start model, nats of an answer", two_digits, "kl"),
+    "kl_per_token": Measure("  per token", "nats of a token"),
+    "entropy": Measure("entropy", "nats of an answer: how undecided the policy is", two_digits),
+    "entropy_per_token": Measure("  per token", "nats of a token"),
+    "perplexity": Measure("perplexity", "of the reference answers: lower is likelier", two_digits, "perplexity"),
+    "completions/mean_length": Measure("length", "tokens of an answer, on average", "{:.1f}".format, "length"),
+    "completions/clipped_ratio": Measure(
+        "cut off", "share of answers that reached max_completion_length", key="clipped"
+    ),
+    "distinct_1": Measure("distinct-1", "different words over all words"),
+    "distinct_2": Measure("distinct-2", "different word pairs over all word pairs", key="distinct_2"),
+    "unique_1": Measure("unique-1", "words that occur once in all answers", integer),
+    "unique_2": Measure("unique-2", "word pairs that occur once in all answers", integer),
+    "msttr_100": Measure("MSTTR", "different words in a hundred, on average (MSTTR-100)", key="msttr"),
+    "similarity": Measure("similarity", "of two answers to one prompt: 1 where they are the same"),
+    "brightness": Measure("brightness", "mean luma of an image: 0 black, 1 white"),
+    "saturation": Measure("saturation", "mean saturation of an image: 0 grey, 1 pure colours", key="saturation"),
+    "contrast": Measure("contrast", "standard deviation of an image's luma, at most 0.5", key="contrast"),
+    "saturated_ratio": Measure("burnt out", "share of pixels with a channel at its darkest or brightest"),
+    "pixel_distance": Measure(
+        "pixels", "distance of two images of one prompt, by their thumbnails: 0 where the same", key="pixel_distance"
+    ),
+    "near_duplicates": Measure("duplicates", "share of images that nearly repeat another"),
+    "feature_distance": Measure("distance", "of two images of one prompt: the mean of 1 - cos of their features"),
+    "vendi": Measure("Vendi", "how many different images of a prompt there are in effect", two_digits, "vendi"),
+    "feature_drift": Measure("drift", "1 - cos of features to the start's image of the same seed", key="drift"),
+    "invalid_ratio": Measure("invalid", "share of samples that are no image, or flagged", per_cent, "invalid"),
 }
+INTERVALS = ("reward", "held_out", "kl", "length")  # keys of a row beside which the ends of the interval stand
 OWN = "metrics/"  # how the names of custom metrics begin
 FIX = "`raftune verify` lists what is damaged, and `raftune resume --from STAGE` makes it again."
 AGAIN = "`raftune resume` writes it again."
@@ -82,22 +116,17 @@ def read_row(run: RunFolder, round_: int, seconds: float | None = None) -> Row:
 def row_of(round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], seconds: float | None) -> Row:
     """The numbers of one round; what was not measured is left out."""
     row: Row = {"round": round_}
-    for key, name in INTERVALS.items():
-        if value := metrics.get(name):
+    own = [(name, name) for name in metrics if name.startswith(OWN)]
+    for name, key in [*((name, measure.key) for name, measure in MEASURES.items() if measure.key), *own]:
+        value = metrics.get(name)
+        if key in INTERVALS and value:
             row |= {key: value["mean"], **({f"{key}_n": value["n"]} if "n" in value else {})}
             if ends := ends_of(value):
                 row |= {f"{key}_low": ends[0], f"{key}_high": ends[1]}
+        elif (mean := value.get("mean") if isinstance(value, Mapping) else value) is not None:
+            row[key] = mean
     if curve := {int(k): value for k, value in (metrics.get("best_of_k") or {}).items() if value}:
         row |= {"best_of_k": curve[max(curve)]["mean"], "k": max(curve)}
-    for key, name in NUMBERS.items():
-        value = metrics.get(name)
-        value = value.get("mean") if isinstance(value, Mapping) else value
-        if value is not None:
-            row[key] = value
-    for key in metrics:
-        value = metrics[key].get("mean") if isinstance(metrics[key], Mapping) else metrics[key]
-        if key.startswith(OWN) and value is not None:
-            row[key] = value
     for key in ("samples", "kept", "prompts", "nothing_to_rank", "clipped_kept", "reward_generated", "reward_kept"):
         if summary.get(key) is not None:
             row[key] = summary[key]
@@ -122,41 +151,30 @@ def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Summa
     chunks = f" (n={' to '.join(map(str, (counts[0], counts[-1])[: len(counts)]))})" if counts else ""
     wide = any("reward_low" in row for row in rows) or not counts
     half = ", with the half width of its 95 % interval" if wide else f"; fewer than {FEWEST_UNITS} give no interval"
-    best_of = f"best of {max(ks, default=0)}"
+    best_of = "the reward of the best of so many samples: the headroom"
     columns = [
         SummaryColumn("round", "round", "0 is the start", lambda row: str(row["round"] or "start")),
         SummaryColumn("reward", f"reward{chunks}", f"mean on held-out prompts{half}", with_interval),
-        number("best_of_k", best_of, "the reward of the best of so many samples: the headroom"),
+        number("best_of_k", f"best of {max(ks, default=0)}", best_of),
         number("held_out", judge, "held out: a reward that is never trained on"),
-        number("kl", "KL", "to the start model, nats per answer", 2),
-        number("perplexity", "perplexity", "of the reference answers under the round's model", 2),
-        number("length", "length", "mean tokens of an answer", 1),
-        number("distinct_2", "distinct-2", "distinct word pairs over all word pairs"),
-        number("msttr", "MSTTR", "share of different words in a hundred words (MSTTR-100)"),
-        number("saturation", "saturation", "mean saturation of the images, 0 … 1"),
-        number("contrast", "contrast", "standard deviation of an image's luma, 0 … 0.5"),
-        number("pixel_distance", "pixels", "distance of two images of one prompt, by their thumbnails, 0 … 1"),
-        number("vendi", "Vendi", "how many different images of a prompt there are in effect", 2),
-        number("drift", "drift", "1 - cos of features to the start's image of the same seed"),
-        *(own_column(key) for key in sorted({key for row in rows for key in row if key.startswith(OWN)})),
-        percentage("invalid", "invalid", "share of samples that are no image"),
-        ratio(
-            "nothing_to_rank", "prompts", "ties", "prompts with nothing to rank: all their candidates score the same"
-        ),
-        percentage("clipped_kept", "cut off", "share of the kept answers that were cut off"),
-        ratio("kept", "samples", "kept", "samples trained on, of those generated"),
-        SummaryColumn("seconds", "time", "of this round", lambda row: duration(row["seconds"])),
+    ]
+    for measure in MEASURES.values():
+        if measure.key not in ("", "reward", "held_out", "clipped"):
+            columns.append(number(measure.key, measure.title, measure.meaning, measure.write))
+    for key in sorted({key for row in rows for key in row if key.startswith(OWN)}):
+        name = key.removeprefix(OWN)
+        title = name if len(name) <= LONGEST_TITLE else name[: LONGEST_TITLE - 1] + "…"
+        columns.append(number(key, title, f"{name}, a metric of your own", "{:.4g}".format))
+    ties, kept = f"prompts with nothing to rank: {SAME}", "samples trained on, of those generated"
+    columns += [
+        SummaryColumn("nothing_to_rank", "ties", ties, lambda row: f"{row['nothing_to_rank']}/{row['prompts']}"),
+        number("clipped_kept", "cut off", "share of the kept answers that were cut off", per_cent),
+        SummaryColumn("kept", "kept", kept, lambda row: f"{row['kept']}/{row['samples']}"),
+        number("seconds", "time", "of this round", duration),
     ]
     spare = {"pixel_distance"} if any("vendi" in row for row in rows) else set()  # both say how varied images are
     spare |= {key for key, worth in WORTH_SAYING.items() if all((row.get(key) or 0) <= worth(row) for row in rows)}
     return [column for column in columns if column.key not in spare and any(column.key in row for row in rows)]
-
-
-def own_column(key: str) -> SummaryColumn:
-    """The column of a custom metric."""
-    name = key.removeprefix(OWN)
-    title = name if len(name) <= LONGEST_TITLE else name[: LONGEST_TITLE - 1] + "…"
-    return SummaryColumn(key, title, f"{name}, a metric of your own", lambda row: f"{row[key]:.4g}")
 
 
 def cell(column: SummaryColumn, row: Row) -> str:
@@ -164,16 +182,8 @@ def cell(column: SummaryColumn, row: Row) -> str:
     return column.write(row) if row.get(column.key) is not None else "–"
 
 
-def number(key: str, title: str, meaning: str, digits: int = 3) -> SummaryColumn:
-    return SummaryColumn(key, title, meaning, lambda row: f"{row[key]:.{digits}f}")
-
-
-def percentage(key: str, title: str, meaning: str) -> SummaryColumn:
-    return SummaryColumn(key, title, meaning, lambda row: percent(row[key], 1))
-
-
-def ratio(key: str, of: str, title: str, meaning: str) -> SummaryColumn:
-    return SummaryColumn(key, title, meaning, lambda row: f"{row[key]}/{row[of]}")
+def number(key: str, title: str, meaning: str, write: Callable[[float], str] = "{:.3f}".format) -> SummaryColumn:
+    return SummaryColumn(key, title, meaning, lambda row: write(row[key]))
 
 
 def with_interval(row: Row) -> str:

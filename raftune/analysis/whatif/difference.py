@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,12 +87,14 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class ChunkVerdicts:
-    """The samples of one chunk, row for row: scores and weights before and now. `group` numbers the prompts."""
+class RoundsVerdicts:
+    """The samples of several rounds, row for row: (N,) scores and weights before and now.
 
-    round: int
-    chunk: int
-    prompts: list[str]
+    `prompts` holds round, chunk and id of each prompt; `group` is a sample's index in it.
+    """
+
+    prompts: list[tuple[int, int, str]]
+    round: IntArray
     group: IntArray
     k: IntArray
     from_policy: BoolArray
@@ -102,74 +103,36 @@ class ChunkVerdicts:
     before: FloatArray
     now: FloatArray
 
-    def per_prompt(self, values: Any) -> FloatArray:
-        """(G,) sums over each prompt's samples."""
-        return np.bincount(self.group, weights=values, minlength=len(self.prompts)).astype(np.float64)
-
-    def margins(self) -> FloatArray:
-        """(G,) mean score of what is kept now less that of what was kept before, by the score now.
-
-        Where one of the two keeps nothing of a prompt, the mean of all its samples stands in.
-        """
-        usable = np.isfinite(self.new)
-        value = np.where(usable, self.new, 0.0)
-        with np.errstate(invalid="ignore"):
-            every, now, before = (
-                self.per_prompt(value * weight * usable) / self.per_prompt(weight * usable)
-                for weight in (np.ones(len(value)), self.now, self.before)
-            )
-        gain = np.where(np.isnan(now), every, now) - np.where(np.isnan(before), every, before)
-        return np.where(np.isnan(gain), 0.0, gain)
-
 
 def compare(before: RunFolder, now: RunFolder, rounds: list[int], show: int) -> Difference:
     """The run's training sets of these rounds against the what-if's; `show` prompts with their completions."""
+    verdicts = read_both(before, now, rounds)
+    margins = margins_of(verdicts)
+    changed = np.unique(verdicts.group[np.abs(verdicts.before - verdicts.now) > 1e-12])
+    largest = changed[np.argsort(-np.abs(margins[changed]), kind="stable")][:show]
     rescored = any(before.folder(r, "score") != now.folder(r, "score") for r in rounds)
-    counts = {round_: Counter[str]() for round_ in rounds}
-    sums: dict[int, FloatArray] = {}  # by K: sums of best-of-k estimates over prompts, of the policy's samples alone
-    estimated: Counter[int] = Counter()  # by K: prompts in these sums
-    left_out = 0
-    largest: list[tuple[float, int, ChunkVerdicts, int]] = []
-    order = itertools.count()
-    for pair in pairs(before, now, rounds):
-        changed = pair.per_prompt(np.abs(pair.before - pair.now) > 1e-12) > 0
-        for name, value in _counts(pair, changed).items():
-            counts[pair.round][name] += value
-        size = read_plan(now.folder(pair.round, "plan"))["num_generations"]
-        rows = np.flatnonzero(pair.from_policy)
-        rows = rows[np.lexsort((pair.k[rows], pair.group[rows]))]
-        scores = pair.new[rows].reshape(-1, size)
-        whole = np.isfinite(scores).all(axis=1)
-        left_out += int((~whole).sum())
-        estimated[size] += int(whole.sum())
-        estimates = best_of_k_estimates(scores[whole], _ks_up_to(size)).sum(axis=0)
-        sums[size] = sums.get(size, np.zeros(len(estimates))) + estimates
-        margins = pair.margins()
-        candidates = [(abs(margins[g]), -next(order), pair, g) for g in np.flatnonzero(changed).tolist()]
-        largest = heapq.nlargest(show, [*largest, *candidates], key=lambda item: item[:2])
-    total = Counter[str]()
-    for part in counts.values():
-        total.update(part)  # Counter's + would drop sums that are below 0
     names = (_reward_names(before, rounds[0]), _reward_names(now, rounds[0]))
     return Difference(
         names if names[0] != names[1] or not rescored else (f"{names[0]} (the run's)", f"{names[1]} (now)"),
         rescored,
-        [_selection_change(round_, part) for round_, part in counts.items()],
-        _selection_change(None, total),
-        _best_of(sums, estimated, left_out),
-        [_example(now, pair, g) for _, _, pair, g in largest],
+        [_selection_change(verdicts, round_) for round_ in rounds],
+        _selection_change(verdicts, None),
+        _best_of(verdicts, {r: read_plan(now.folder(r, "plan"))["num_generations"] for r in rounds}),
+        [_example(now, verdicts, group, float(margins[group])) for group in largest.tolist()],
         list(itertools.islice(_newly_empty(before, now, rounds), show)),
     )
 
 
-def pairs(before: RunFolder, now: RunFolder, rounds: list[int]) -> Iterator[ChunkVerdicts]:
-    """Every chunk that the run selected from, with both scores and both weights; what took no part now has weight 0."""
+def read_both(before: RunFolder, now: RunFolder, rounds: list[int]) -> RoundsVerdicts:
+    """Every sample that the run selected from, with both scores and weights; what took no part now has weight 0."""
 
     def floats(column: pa.ChunkedArray) -> FloatArray:
         return np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.float64)
 
+    prompts: list[tuple[int, int, str]] = []
+    parts: list[tuple[Any, ...]] = []
     for round_ in rounds:
-        verdicts = dict(read_verdicts(now.folder(round_, "select") / "verdicts.parquet", ["sample_id", "weight"]))
+        selected = dict(read_verdicts(now.folder(round_, "select") / "verdicts.parquet", ["sample_id", "weight"]))
         columns = ["sample_id", "prompt_id", "k", "source", "score", "weight"]
         for chunk, old in read_verdicts(before.folder(round_, "select") / "verdicts.parquet", columns):
             codes = old.column("prompt_id").combine_chunks().dictionary_encode()
@@ -178,71 +141,84 @@ def pairs(before: RunFolder, now: RunFolder, rounds: list[int]) -> Iterator[Chun
             if path.is_file():
                 table = read_table(path, ["score", "status"])
                 new = floats(pc.if_else(pc.equal(table.column("status"), "ok"), table.column("score"), None))
-            if (selected := verdicts.get(chunk)) is not None:
-                rows = pc.index_in(selected.column("sample_id"), value_set=old.column("sample_id").combine_chunks())
-                weight[rows.to_numpy()] = selected.column("weight").to_numpy()
-            yield ChunkVerdicts(
-                round_,
-                chunk,
-                codes.dictionary.to_pylist(),
-                codes.indices.to_numpy().astype(np.int64),
-                old.column("k").to_numpy().astype(np.int64),
-                pc.equal(old.column("source"), "policy").to_numpy(zero_copy_only=False),
-                floats(old.column("score")),
-                new,
-                old.column("weight").to_numpy(),
-                weight,
-            )
+            if (table := selected.get(chunk)) is not None:
+                rows = pc.index_in(table.column("sample_id"), value_set=old.column("sample_id").combine_chunks())
+                weight[rows.to_numpy()] = table.column("weight").to_numpy()
+            group = codes.indices.to_numpy().astype(np.int64) + len(prompts)
+            k, policy = old.column("k").to_numpy(), pc.equal(old.column("source"), "policy").to_numpy()
+            scores, weights = (floats(old.column("score")), new), (old.column("weight").to_numpy(), weight)
+            parts.append((np.full(old.num_rows, round_), group, k, policy, *scores, *weights))
+            prompts += [(round_, chunk, name) for name in codes.dictionary.to_pylist()]
+    return RoundsVerdicts(prompts, *map(np.concatenate, zip(*parts, strict=True)))
 
 
-def _counts(pair: ChunkVerdicts, changed: BoolArray) -> dict[str, Any]:
-    """Sums over the chunk, from which `_selection_change` computes."""
-    was, is_ = pair.before > 0, pair.now > 0
-    sums: dict[str, Any] = {
-        "prompts": len(pair.prompts),
-        "changed": changed.sum(),
-        "in_both": (was & is_).sum(),
-        "only_before": (was & ~is_).sum(),
-        "only_now": (is_ & ~was).sum(),
-    }
-    for when, weight in (("before", pair.before), ("now", pair.now)):
-        sums[f"{when} samples"] = (weight > 0).sum()
-        sums[f"{when} prompts"] = (pair.per_prompt(weight > 0) > 0).sum()
-        for by, values in (("old", pair.old), ("new", pair.new)):
-            usable = np.isfinite(values)
-            sums[f"{when} {by}"] = (weight[usable] * values[usable]).sum()
-            sums[f"{when} {by} weight"] = weight[usable].sum()
-    return sums
+def margins_of(verdicts: RoundsVerdicts) -> FloatArray:
+    """(G,) mean score of what is kept now less that of what was kept before, by the score now.
+
+    Where one of the two keeps nothing of a prompt, the mean of all its samples stands in.
+    """
+    usable = np.isfinite(verdicts.new)
+    group, scores = verdicts.group[usable], verdicts.new[usable]
+
+    def means(weights: FloatArray) -> FloatArray:
+        sums = (np.bincount(group, weights=w, minlength=len(verdicts.prompts)) for w in (scores * weights, weights))
+        with np.errstate(invalid="ignore"):
+            return np.asarray(np.divide(*sums))
+
+    every = means(np.ones(len(scores)))
+    before, now = (means(weights[usable]) for weights in (verdicts.before, verdicts.now))
+    gain = np.where(np.isnan(now), every, now) - np.where(np.isnan(before), every, before)
+    return np.nan_to_num(gain)
 
 
-def _selection_change(round_: int | None, counts: Counter[str]) -> SelectionChange:
-    kept = []
-    for when in ("before", "now"):
-        weights = [counts[f"{when} {by} weight"] for by in ("old", "new")]
-        totals = [counts[f"{when} {by}"] for by in ("old", "new")]
-        old, new = (float(sum_ / weight) if weight else None for sum_, weight in zip(totals, weights, strict=True))
-        kept.append(KeptSamples(int(counts[f"{when} samples"]), int(counts[f"{when} prompts"]), old, new))
-    before, now = kept
-    names = ("prompts", "changed", "in_both", "only_before", "only_now")
-    prompts, changed, both, gone, added = (int(counts[name]) for name in names)
-    empty = (prompts - before.prompts, prompts - now.prompts)
-    return SelectionChange(round_, prompts, changed, both, gone, added, *empty, before, now)
+def _selection_change(verdicts: RoundsVerdicts, round_: int | None) -> SelectionChange:
+    rows = np.full(len(verdicts.group), True) if round_ is None else verdicts.round == round_
+    group, before, now = verdicts.group[rows], verdicts.before[rows], verdicts.now[rows]
+
+    def kept(weights: FloatArray) -> KeptSamples:
+        means = []
+        for scores in (verdicts.old[rows], verdicts.new[rows]):
+            usable = np.isfinite(scores)
+            total = weights[usable].sum()
+            means.append(float((weights[usable] * scores[usable]).sum() / total) if total else None)
+        return KeptSamples(int((weights > 0).sum()), len(np.unique(group[weights > 0])), *means)
+
+    was_kept, is_kept = before > 0, now > 0
+    prompts, kept_before, kept_now = len(np.unique(group)), kept(before), kept(now)
+    return SelectionChange(
+        round_,
+        prompts,
+        changed=len(np.unique(group[np.abs(before - now) > 1e-12])),
+        in_both=int((was_kept & is_kept).sum()),
+        only_before=int((was_kept & ~is_kept).sum()),
+        only_now=int((is_kept & ~was_kept).sum()),
+        starved_before=prompts - kept_before.prompts,
+        empty_prompts=prompts - kept_now.prompts,
+        before=kept_before,
+        now=kept_now,
+    )
 
 
-def _best_of(sums: dict[int, FloatArray], prompts: Counter[int], left_out: int) -> BestOfEstimate:
-    """The curve over the prompts with the most samples, should rounds differ in K."""
-    size = max((k for k, count in prompts.items() if count), default=0)
-    if not size:
+def _best_of(verdicts: RoundsVerdicts, sizes: dict[int, int]) -> BestOfEstimate:
+    """The curve of the policy's samples, over the prompts with the most of them, should rounds differ in K."""
+    complete: defaultdict[int, list[FloatArray]] = defaultdict(list)  # by K: (P, K) scores of prompts
+    left_out = 0
+    for round_, size in sizes.items():
+        rows = np.flatnonzero(verdicts.from_policy & (verdicts.round == round_))
+        rows = rows[np.lexsort((verdicts.k[rows], verdicts.group[rows]))]
+        scores = verdicts.new[rows].reshape(-1, size)
+        finite = np.isfinite(scores).all(axis=1)
+        left_out += int((~finite).sum())
+        if finite.any():
+            complete[size].append(scores[finite])
+    if not complete:
         return BestOfEstimate(0, left_out, {}, {})
-    rewards = dict(zip(_ks_up_to(size), (sums[size] / prompts[size]).tolist(), strict=True))
+    size = max(complete)
+    scores, ks = np.concatenate(complete[size]), sorted({*(2**i for i in range(size.bit_length())), size})
+    rewards = dict(zip(ks, best_of_k_estimates(scores, ks).mean(axis=0).tolist(), strict=True))
     gain = rewards[size] - rewards[1]
     shares = {k: (value - rewards[1]) / gain for k, value in rewards.items() if k > 1 and gain > 0}
-    return BestOfEstimate(prompts[size], left_out, rewards, shares)
-
-
-def _ks_up_to(most: int) -> list[int]:
-    """1, 2, 4, … and the most."""
-    return sorted({*(2**i for i in range(most.bit_length())), most})
+    return BestOfEstimate(len(scores), left_out, rewards, shares)
 
 
 def _reward_names(run: RunFolder, round_: int) -> str:
@@ -251,33 +227,28 @@ def _reward_names(run: RunFolder, round_: int) -> str:
     return " + ".join(name.removeprefix("rewards/") for name in columns if name.startswith("rewards/"))
 
 
-def _example(run: RunFolder, pair: ChunkVerdicts, group: int) -> dict[str, Any]:
+def _example(run: RunFolder, verdicts: RoundsVerdicts, group: int, margin: float) -> dict[str, Any]:
     """One prompt with the completions that either keeps: scores, weights, texts."""
-    name = pair.prompts[group]
-    shards = [run.folder(pair.round, shard) / chunk_file(pair.chunk) for shard in ("generate", "teach")]
-    rows = [row for path in shards if path.is_file() for row in read_drawn(path).to_pylist()]
-    by_k = {row["k"]: row for row in rows if row["prompt_id"] == name}
+    round_, chunk, prompt_id = verdicts.prompts[group]
+    paths = [run.folder(round_, shard) / chunk_file(chunk) for shard in ("generate", "teach")]
+    rows = [row for path in paths if path.is_file() for row in read_drawn(path).to_pylist()]
+    by_k = {row["k"]: row for row in rows if row["prompt_id"] == prompt_id}
     samples = []
-    for i in np.flatnonzero((pair.group == group) & ((pair.before > 0) | (pair.now > 0))):
-        row = by_k[int(pair.k[i])]
-        before, now = (float(value) if np.isfinite(value) else None for value in (pair.old[i], pair.new[i]))
+    for i in np.flatnonzero((verdicts.group == group) & ((verdicts.before > 0) | (verdicts.now > 0))):
+        row = by_k[int(verdicts.k[i])]
+        scores = [float(value) if np.isfinite(value) else None for value in (verdicts.old[i], verdicts.new[i])]
         samples.append(
             {
                 **{key: row[key] for key in ("sample_id", "k", "source")},
                 "completion": readable(row["completion"]),
-                "score_before": before,
-                "score_now": now,
-                "weight_before": float(pair.before[i]),
-                "weight_now": float(pair.now[i]),
+                "score_before": scores[0],
+                "score_now": scores[1],
+                "weight_before": float(verdicts.before[i]),
+                "weight_now": float(verdicts.now[i]),
             }
         )
-    return {
-        "round": pair.round,
-        "prompt_id": name,
-        "prompt": prompts_of(run.folder(pair.round, "plan"), pair.chunk)[name],
-        "margin": float(pair.margins()[group]),
-        "samples": samples,
-    }
+    prompt = prompts_of(run.folder(round_, "plan"), chunk)[prompt_id]
+    return {"round": round_, "prompt_id": prompt_id, "prompt": prompt, "margin": margin, "samples": samples}
 
 
 def _newly_empty(before: RunFolder, now: RunFolder, rounds: list[int]) -> Iterator[dict[str, Any]]:
