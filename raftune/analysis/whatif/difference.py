@@ -168,7 +168,7 @@ def margins_of(verdicts: RoundsVerdicts) -> FloatArray:
     every = means(np.ones(len(scores)))
     before, now = (means(weights[usable]) for weights in (verdicts.before, verdicts.now))
     gain = np.where(np.isnan(now), every, now) - np.where(np.isnan(before), every, before)
-    return np.nan_to_num(gain)
+    return np.asarray(np.nan_to_num(gain))
 
 
 def _selection_change(verdicts: RoundsVerdicts, round_: int | None) -> SelectionChange:
