@@ -160,12 +160,12 @@ def dialled(task: Task, arm: str) -> dict[str, Any]:
 def judged(task: Task, arm: str, seed: int, split: str, args: argparse.Namespace) -> dict[str, float]:
     """What the arm's last model is worth on a set of captions; every arm is asked the same, with the same seeds."""
     from raftune.evaluation.history import metrics_of
-    from raftune.runtime.evaluation_target import evaluation_of, subject_of
+    from raftune.runtime.evaluation_target import evaluation_of, parse_target
     from raftune.runtime.run import run
     from raftune.store.run import RunFolder
 
     place = run_folder(task, arm, seed, args.work)
-    subject = subject_of("starter" if arm in UNTRAINED else f"{place}@last")
+    subject = parse_target("starter" if arm in UNTRAINED else f"{place}@last")
     flags = {
         "policy.family": "diffusion",
         "output_dir": str(judged_folder(task.name, arm, seed, split, args.work)),

@@ -53,7 +53,7 @@ class FamilyCase:
         return Chunk(0, "0001", "round-0000", self.prompts, seeds, batch_size)
 
     @property
-    def asked(self) -> list[Prompt]:
+    def sample_prompts(self) -> list[Prompt]:
         """The prompt of each sample of the chunk."""
         return [prompt for prompt in self.prompts for _ in range(K)]
 
@@ -98,7 +98,7 @@ def begin(
 
 def claims(family: Any) -> tuple[Claim, ...]:
     """The claims for this family: those about log-probabilities only where it computes them."""
-    return ALL if hasattr(family, "log_probs") else tuple(claim for claim in ALL if claim not in OF_LIKELIHOODS)
+    return ALL if hasattr(family, "log_probs") else tuple(claim for claim in ALL if claim not in LOG_PROB_CLAIMS)
 
 
 def hold(kept: object, words: str) -> None:
@@ -118,19 +118,22 @@ def samples_fit_the_schema_that_the_family_declares(case: FamilyCase, folder: Pa
     policy = case.load()
     table = as_table(policy.generate(case.chunk()), policy)
     table.validate(full=True)
-    hold(table.num_rows == len(case.asked), f"generate must return {len(case.asked)} samples; got {table.num_rows}")
+    hold(
+        table.num_rows == len(case.sample_prompts),
+        f"generate must return {len(case.sample_prompts)} samples; got {table.num_rows}",
+    )
     hold(policy.media == case.family.media, "media must be the same of the class and of what it loads")
     hold(policy.payload == case.family.payload, "payload must be the same of the class and of what it loads")
 
 
-def the_same_seeds_draw_the_same_samples_in_another_instance(case: FamilyCase, folder: Path) -> None:
+def the_same_seeds_generate_the_same_samples_in_another_instance(case: FamilyCase, folder: Path) -> None:
     hold(
         case.load().generate(case.chunk()) == case.load().generate(case.chunk()),
         "what is generated must depend on model, prompts and seeds alone: seed every generator from a sample's seed",
     )
 
 
-def other_seeds_draw_other_samples(case: FamilyCase, folder: Path) -> None:
+def other_seeds_generate_other_samples(case: FamilyCase, folder: Path) -> None:
     """Of 8 x 9 samples under other seeds at least one differs, unless the family is nearly deterministic."""
     policy, chunk = case.load(), case.chunk()
     first = [sample.completion for sample in policy.generate(chunk)]
@@ -141,7 +144,7 @@ def other_seeds_draw_other_samples(case: FamilyCase, folder: Path) -> None:
     )
 
 
-def a_smaller_batch_draws_the_same_samples(case: FamilyCase, folder: Path) -> None:
+def a_smaller_batch_generates_the_same_samples(case: FamilyCase, folder: Path) -> None:
     """Images may differ by what the order of sums changes."""
     policy = case.load()
     whole, small = ([s.completion for s in policy.generate(case.chunk(size))] for size in (64, K))
@@ -174,7 +177,7 @@ def no_weights_are_read_before_they_are_needed(case: FamilyCase, folder: Path) -
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def tuning_twice_on_the_same_rows_gives_the_same_bytes(case: FamilyCase, folder: Path) -> None:
+def training_twice_on_the_same_rows_gives_the_same_bytes(case: FamilyCase, folder: Path) -> None:
     case.train(folder / "a")
     case.train(folder / "b")
     first, second = (_hashes(folder / name / "model") for name in ("a", "b"))
@@ -192,14 +195,14 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
 
 
-def tuning_leaves_the_start_as_it_was(case: FamilyCase, folder: Path) -> None:
+def training_leaves_the_start_as_it_was(case: FamilyCase, folder: Path) -> None:
     before, first = _hashes(case.start), case.load().generate(case.chunk())
     case.train(folder)
     hold(_hashes(case.start) == before, "train must not write into the folder of the model that it begins from")
     hold(case.load().generate(case.chunk()) == first, "train must not change what the initial model generates")
 
 
-def tuning_leaves_its_rows_as_they_were(case: FamilyCase, folder: Path) -> None:
+def training_leaves_its_rows_as_they_were(case: FamilyCase, folder: Path) -> None:
     case.train(folder / "once")
     rows = case.rows(case.load().generate(case.chunk()), folder)
     hold(
@@ -208,7 +211,7 @@ def tuning_leaves_its_rows_as_they_were(case: FamilyCase, folder: Path) -> None:
     )
 
 
-def somebody_else_s_answer_is_encoded_so_that_it_can_be_learned_from(case: FamilyCase, folder: Path) -> None:
+def a_given_completion_is_encoded_so_that_it_can_be_trained_on(case: FamilyCase, folder: Path) -> None:
     policy = case.load()
     payload = dict(policy.encode_completion(case.prompts[0], case.answer, "column:answer"))
     hold(
@@ -222,7 +225,7 @@ def somebody_else_s_answer_is_encoded_so_that_it_can_be_learned_from(case: Famil
     hold(np.isfinite(report.losses).all(), f"train must report finite losses; got {report.losses}")
 
 
-def learning_an_answer_changes_what_is_drawn(case: FamilyCase, folder: Path) -> None:
+def training_on_a_completion_changes_what_is_generated(case: FamilyCase, folder: Path) -> None:
     before = [sample.completion for sample in case.load().generate(case.chunk())]
     case.train(folder, [case.encoded()] * 4)
     after = [sample.completion for sample in case.load(folder / "model").generate(case.chunk())]
@@ -242,19 +245,22 @@ def _samples(case: FamilyCase) -> tuple[Any, pa.Table]:
     return policy, as_table(policy.generate(case.chunk()), policy)
 
 
-def likelihoods_are_the_same_alone_and_in_a_batch(case: FamilyCase, folder: Path) -> None:
+def log_probs_are_the_same_alone_and_in_a_batch(case: FamilyCase, folder: Path) -> None:
     policy, table = _samples(case)
-    together = policy.log_probs(case.asked, table, 64)
-    alone = [policy.log_probs([prompt], table.slice(i, 1), 1)[0] for i, prompt in enumerate(case.asked)]
-    hold(together.shape == (len(case.asked),), f"log_probs must give (N,) numbers; got the shape {together.shape}")
+    together = policy.log_probs(case.sample_prompts, table, 64)
+    alone = [policy.log_probs([prompt], table.slice(i, 1), 1)[0] for i, prompt in enumerate(case.sample_prompts)]
+    hold(
+        together.shape == (len(case.sample_prompts),),
+        f"log_probs must give (N,) numbers; got the shape {together.shape}",
+    )
     if case.family.media != "image":  # of pixels and latents there are densities, which may exceed one
         hold((together < 0).all(), f"log-probabilities must be below 0; got {together.max():g}")
     np.testing.assert_allclose(together, alone, atol=SMALL)
 
 
-def what_was_noted_while_drawing_is_what_the_policy_says_afterwards(case: FamilyCase, folder: Path) -> None:
+def recorded_log_probs_equal_computed_ones(case: FamilyCase, folder: Path) -> None:
     policy, table = _samples(case)
-    recorded, computed = policy.recorded_log_probs(table), policy.log_probs(case.asked, table, 64)
+    recorded, computed = policy.recorded_log_probs(table), policy.log_probs(case.sample_prompts, table, 64)
     hold(
         recorded.shape == computed.shape,
         "recorded_log_probs must give a number for each sample, NaN where none was noted",
@@ -263,30 +269,30 @@ def what_was_noted_while_drawing_is_what_the_policy_says_afterwards(case: Family
     np.testing.assert_allclose(recorded[known], computed[known], atol=SMALL)
 
 
-def tuning_makes_what_it_was_fitted_to_more_likely(case: FamilyCase, folder: Path) -> None:
+def training_makes_its_rows_more_likely(case: FamilyCase, folder: Path) -> None:
     policy, table = _samples(case)
     case.train(folder)
     trained: Any = case.load(folder / "model")
-    before, now = (model.log_probs(case.asked, table, 64).sum() for model in (policy, trained))
+    before, now = (model.log_probs(case.sample_prompts, table, 64).sum() for model in (policy, trained))
     hold(now > before, f"training must make its rows more likely; they went from {before:g} to {now:g} nats")
 
 
-OF_LIKELIHOODS: tuple[Claim, ...] = (
-    likelihoods_are_the_same_alone_and_in_a_batch,
-    what_was_noted_while_drawing_is_what_the_policy_says_afterwards,
-    tuning_makes_what_it_was_fitted_to_more_likely,
+LOG_PROB_CLAIMS: tuple[Claim, ...] = (
+    log_probs_are_the_same_alone_and_in_a_batch,
+    recorded_log_probs_equal_computed_ones,
+    training_makes_its_rows_more_likely,
 )
 ALL: tuple[Claim, ...] = (
     every_prompt_gets_its_samples_in_order_with_ids_and_seeds_as_planned,
     samples_fit_the_schema_that_the_family_declares,
-    the_same_seeds_draw_the_same_samples_in_another_instance,
-    other_seeds_draw_other_samples,
-    a_smaller_batch_draws_the_same_samples,
+    the_same_seeds_generate_the_same_samples_in_another_instance,
+    other_seeds_generate_other_samples,
+    a_smaller_batch_generates_the_same_samples,
     no_weights_are_read_before_they_are_needed,
-    tuning_twice_on_the_same_rows_gives_the_same_bytes,
-    tuning_leaves_the_start_as_it_was,
-    tuning_leaves_its_rows_as_they_were,
-    somebody_else_s_answer_is_encoded_so_that_it_can_be_learned_from,
-    learning_an_answer_changes_what_is_drawn,
-    *OF_LIKELIHOODS,
+    training_twice_on_the_same_rows_gives_the_same_bytes,
+    training_leaves_the_start_as_it_was,
+    training_leaves_its_rows_as_they_were,
+    a_given_completion_is_encoded_so_that_it_can_be_trained_on,
+    training_on_a_completion_changes_what_is_generated,
+    *LOG_PROB_CLAIMS,
 )

@@ -20,7 +20,7 @@ from raftune.protocols import Policy, SupportsPromptCheck
 from raftune.results.summary import overlap_words, read_json, rows_of
 from raftune.runtime.assembly import Runtime
 from raftune.runtime.preflight import preflight
-from raftune.runtime.run import check_writable, refuse_foreign, root_of
+from raftune.runtime.run import check_output_dir, check_writable, root_of
 from raftune.runtime.staleness import check
 from raftune.runtime.trackers import check_installed, wanted
 from raftune.sanitize import counted
@@ -99,7 +99,7 @@ def forecast(
 def rounds_done(root: Path, config: RunConfig) -> int | None:
     """Finished rounds in a run's directory; None where there is no run. Raises ConfigChanged, StoreError."""
     folder = RunFolder(root)
-    refuse_foreign(folder)
+    check_output_dir(folder)
     if not folder.exists():
         return None
     runtime = Runtime(folder, config)

@@ -43,7 +43,7 @@ class EvalTarget:
     round: int | None = None
 
 
-def subject_of(text: str) -> EvalTarget:
+def parse_target(text: str) -> EvalTarget:
     """The target that MODEL, RUN or RUN@ROUND names. Raises ConfigError, StoreError."""
     if RunFolder(text).exists():
         return _round_target(RunFolder(text), "best")
@@ -118,7 +118,7 @@ def without_learning(layer: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def refuse_training_run(root: Path) -> None:
+def check_no_training_run(root: Path) -> None:
     """Raises ConfigError where the directory holds a run that trains: its configuration would be overwritten."""
     folder = RunFolder(root)
     if folder.exists() and (rounds := folder.read_config().get("num_rounds")):

@@ -23,7 +23,7 @@ from raftune.runtime.preflight import preflight
 from raftune.runtime.rescoring import statuses, unfinished
 from raftune.runtime.staleness import check
 from raftune.runtime.trackers import reporting
-from raftune.runtime.verification import faults_of, refuse_edited
+from raftune.runtime.verification import check_config_file, faults_of
 from raftune.store.files import json_bytes, sha256_of, stage_file
 from raftune.store.run import YAML, RunFolder
 
@@ -52,7 +52,7 @@ def run(
     config = config if isinstance(config, RunConfig) else validate(config)
     folder = RunFolder(root_of(config))
     named = statuses(only, redo, folder)
-    refuse_foreign(folder)
+    check_output_dir(folder)
     if not folder.exists():
         check_writable(folder.root)
     with folder.lock():
@@ -85,7 +85,7 @@ def resume(
     """Continues the run in this directory under its own configuration. Raises StoreError where there is none."""
     folder = RunFolder(root)
     config = folder.configuration()
-    refuse_edited(folder)
+    check_config_file(folder)
     return run(config.model_copy(update={"output_dir": str(root)}), objects, observe=observe, redo=redo, only=only)
 
 
@@ -108,7 +108,7 @@ def check_writable(root: Path) -> None:
         ) from error
 
 
-def refuse_foreign(folder: RunFolder) -> None:
+def check_output_dir(folder: RunFolder) -> None:
     """Raises StoreError where the directory holds something that is no run, ConfigError where its name is no text."""
     try:
         os.fspath(folder.root).encode()

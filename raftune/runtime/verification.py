@@ -37,7 +37,7 @@ def faults_of(run: RunFolder) -> list[str]:
     ]
 
 
-def refuse_edited(run: RunFolder) -> None:
+def check_config_file(run: RunFolder) -> None:
     """Raises RunDamaged where config.yaml differs from the configuration that the run is resumed under."""
     path = run.root / YAML
     known = run.config_record().get("files", {}).get(YAML)

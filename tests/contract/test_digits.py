@@ -13,7 +13,7 @@ from raftune.config.load import load_config, merge, validate
 from raftune.data.images import png_of
 from raftune.errors import ConfigChanged, ConfigError
 from raftune.policies.registry import family_of
-from raftune.runtime.evaluation_target import evaluation_of, subject_of
+from raftune.runtime.evaluation_target import evaluation_of, parse_target
 from raftune.runtime.run import run, verify
 from raftune.testing import Claim, FamilyCase, begin, claims
 from tests.runs.kill import tree
@@ -83,7 +83,7 @@ def test_what_was_interrupted_ends_as_if_it_had_not_been(finished: Path, tmp_pat
 
 
 def test_a_round_of_the_example_is_evaluated_like_any_model(finished: Path, tmp_path: Path) -> None:
-    plain = evaluation_of(subject_of(f"{finished}@last"), [], {"output_dir": str(tmp_path / "evaluated")})
+    plain = evaluation_of(parse_target(f"{finished}@last"), [], {"output_dir": str(tmp_path / "evaluated")})
     run(plain)
     found, known = (
         path / "evaluate/metrics.json" for path in (tmp_path / "evaluated/round-0000", finished / "round-0002")

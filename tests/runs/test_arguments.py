@@ -12,7 +12,7 @@ import yaml
 
 from raftune.cli import main
 from raftune.errors import ConfigError
-from raftune.runtime.evaluation_target import subject_of
+from raftune.runtime.evaluation_target import parse_target
 from tests.runs.test_cli import CONFIG, REWARDS
 
 NEEDS = {
@@ -153,10 +153,10 @@ def test_an_evaluation_takes_the_model_of_a_folder_that_sft_wrote_and_refuses_a_
     for name in ("config.yaml", "rows.parquet", "report.json", "model/config.json"):
         (tmp_path / "taught" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "taught" / name).write_text("{}")
-    assert subject_of(str(tmp_path / "taught")).policy == {"model": str(tmp_path / "taught" / "model")}
+    assert parse_target(str(tmp_path / "taught")).policy == {"model": str(tmp_path / "taught" / "model")}
     (tmp_path / "taught" / "model" / "raftune_reward.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds a reward model"):
-        subject_of(str(tmp_path / "taught"))
+        parse_target(str(tmp_path / "taught"))
     monkeypatch.chdir(place)
     with pytest.raises(ConfigError, match="did you mean runs/polite run"):
-        subject_of("polite run")
+        parse_target("polite run")

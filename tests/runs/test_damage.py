@@ -17,7 +17,7 @@ from raftune.results.export import export
 from raftune.results.model_card import publish_model
 from raftune.results.summary import best_round
 from raftune.runtime.assembly import Runtime
-from raftune.runtime.evaluation_target import subject_of
+from raftune.runtime.evaluation_target import parse_target
 from raftune.runtime.run import resume, run, verify
 from raftune.store.commit import with_hash
 from raftune.store.files import json_bytes
@@ -300,7 +300,7 @@ def test_a_best_round_that_the_numbers_do_not_bear_out_is_found_and_never_export
     content = json.loads(path.read_text())
     other = 2 if content["round"] == 1 else 1
     path.write_bytes(json_bytes(content | {"round": other}))
-    for act in (lambda: publish_model(copy, tmp_path / "out"), lambda: subject_of(str(copy))):
+    for act in (lambda: publish_model(copy, tmp_path / "out"), lambda: parse_target(str(copy))):
         with pytest.raises(RunDamaged, match=r"best\.json has changed since it was written"):
             act()
     del content["sha256"]

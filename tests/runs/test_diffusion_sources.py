@@ -21,7 +21,7 @@ from raftune.errors import DataError, ModelError
 from raftune.policies.diffusion import loading
 from raftune.policies.diffusion.pipelines.stable_diffusion import StableDiffusion
 from raftune.runtime.assembly import PythonObjects
-from raftune.runtime.evaluation_target import evaluation_of, subject_of
+from raftune.runtime.evaluation_target import evaluation_of, parse_target
 from raftune.runtime.run import run
 from raftune.sft import sft
 from tests.pipelines import SIZE, WORDS, save_tiny
@@ -167,7 +167,7 @@ def test_a_round_can_be_evaluated_and_compared_on_the_same_seeds(model: Path, tm
     }
     root = tmp_path / "run"
     run(config(root, model, "sd", policy={"adapter": {"r": 2}}, **settings))
-    subject = subject_of(f"{root}@2")
+    subject = parse_target(f"{root}@2")
     judged = evaluation_of(subject, [], {"output_dir": str(tmp_path / "judged")})
     run(judged)
     before = shard(root, "evaluate/generate", 2)

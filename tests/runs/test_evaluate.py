@@ -21,7 +21,7 @@ from raftune.policies.tabular.policy import Tabular
 from raftune.results.status import status_of
 from raftune.runtime import assembly
 from raftune.runtime.assembly import PythonObjects
-from raftune.runtime.evaluation_target import evaluation_of, subject_of
+from raftune.runtime.evaluation_target import evaluation_of, parse_target
 from raftune.runtime.run import resume, run, verify
 from raftune.store.run import RunFolder
 from tests.builders import save_tiny, tiny_llama, tiny_tokenizer
@@ -201,7 +201,7 @@ def test_a_run_with_nothing_to_do_is_refused(tmp_path: Path, changes: dict[str, 
 
 
 def judge_again(reference: str, root: Path, objects: PythonObjects, **flags: Any) -> RunConfig:
-    settings = evaluation_of(subject_of(reference), [], {"output_dir": str(root), **flags})
+    settings = evaluation_of(parse_target(reference), [], {"output_dir": str(root), **flags})
     run(settings, objects)
     return settings
 
@@ -248,17 +248,17 @@ def test_a_round_of_a_table_is_judged_again_with_its_impossible_answers(tmp_path
 
 def test_the_best_round_is_meant_where_none_is_named(tmp_path: Path) -> None:
     outcome = run(tiny.config(tmp_path / "run"), tiny.objects())
-    subject = subject_of(str(tmp_path / "run"))
+    subject = parse_target(str(tmp_path / "run"))
     assert subject.round == outcome.best > 0
-    assert subject_of(str(tmp_path / "run@start")).round == 0
-    assert subject_of(str(tmp_path / "run@last")).round == 2
+    assert parse_target(str(tmp_path / "run@start")).round == 0
+    assert parse_target(str(tmp_path / "run@last")).round == 2
 
 
 def test_an_evaluation_inherits_how_the_run_draws_and_judges_and_nothing_of_how_it_learns(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"seed": 5, "selection": {"rule": "top_m", "m": 2}, "stop": {"max_kl": 9.0}}
     sampling = {"temperature": 0.5, "candidate_columns": ["human"]}
     run(tiny.config(tmp_path / "run", sampling=sampling, evaluation={"seed": 7}, **changes), tiny.objects())
-    found = evaluation_of(subject_of(str(tmp_path / "run@1")), [], {"evaluation.num_generations": "3"})
+    found = evaluation_of(parse_target(str(tmp_path / "run@1")), [], {"evaluation.num_generations": "3"})
     assert (found.sampling.temperature, found.evaluation.seed, found.evaluation.num_generations) == (0.5, 7, 3)
     assert (found.selection.rule, found.stop.max_kl, found.sampling.candidate_columns) == ("best_of_k", None, ())
     assert (found.name, found.num_rounds) == ("evaluation-run-round-1", 0)
@@ -268,7 +268,7 @@ def test_files_and_flags_go_over_what_a_run_brings_along(tmp_path: Path) -> None
     run(tiny.config(tmp_path / "run"), tiny.objects())
     file = tmp_path / "more.yaml"
     file.write_text("name: other\nnum_rounds: 9\nstop: {max_kl: 1}\nevaluation: {seed: 3, num_generations: 5}\n")
-    found = evaluation_of(subject_of(str(tmp_path / "run")), [file], {"evaluation.seed": "4"})
+    found = evaluation_of(parse_target(str(tmp_path / "run")), [file], {"evaluation.seed": "4"})
     assert (found.evaluation.seed, found.evaluation.num_generations, found.num_rounds) == (4, 5, 0)
     assert found.name.startswith("evaluation-run")
 
@@ -284,20 +284,20 @@ def test_files_and_flags_go_over_what_a_run_brings_along(tmp_path: Path) -> None
 )
 def test_a_flag_of_learning_is_refused_with_what_to_write_instead(flag: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        evaluation_of(subject_of("model"), [], {flag: "1"})
+        evaluation_of(parse_target("model"), [], {flag: "1"})
 
 
 def test_a_round_without_weights_is_refused(tmp_path: Path) -> None:
     run(tiny.config(tmp_path / "run", keep_models="last"), tiny.objects())
     with pytest.raises(StoreError, match=r"the weights of round 1 of .* were dropped"):
-        subject_of(str(tmp_path / "run@1"))
+        parse_target(str(tmp_path / "run@1"))
     with pytest.raises(ConfigError, match=r"must name best, last, start or a round that is done \(0, 1, 2\); got '7'"):
-        subject_of(str(tmp_path / "run@7"))
+        parse_target(str(tmp_path / "run@7"))
 
 
 def test_a_run_that_held_nothing_out_says_so(tmp_path: Path) -> None:
     run(tiny.config(tmp_path / "run", evaluation={"num_prompts": 0}), tiny.objects())
-    settings = evaluation_of(subject_of(str(tmp_path / "run@1")), [], {"output_dir": str(tmp_path / "again")})
+    settings = evaluation_of(parse_target(str(tmp_path / "run@1")), [], {"output_dir": str(tmp_path / "again")})
     with pytest.raises(DataError, match=r"evaluation\.prompts names the run .*, which has no held-out prompts"):
         run(settings, JUDGED)
 

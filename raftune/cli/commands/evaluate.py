@@ -44,13 +44,13 @@ def evaluate(
 
     --evaluation.reference_column measures perplexity, --evaluation.reward_funcs adds held-out rewards.
     """
-    from raftune.runtime.evaluation_target import evaluation_of, refuse_training_run, subject_of
+    from raftune.runtime.evaluation_target import check_no_training_run, evaluation_of, parse_target
     from raftune.runtime.run import root_of
 
     words, flags = read_tokens(files, "evaluate", ("--from", "--only", "--json"))
-    target = subject_of(subject)
+    target = parse_target(subject)
     config = evaluation_of(target, words, flags)
-    refuse_training_run(root_of(config))
+    check_no_training_run(root_of(config))
     run_evaluation(target, config, from_, only, as_json)
 
 

@@ -71,7 +71,7 @@ def resume(
     from raftune.cli.run_command import work
     from raftune.config.load import merge, nested, validate
     from raftune.runtime.evaluation_target import EvalTarget
-    from raftune.runtime.verification import refuse_edited
+    from raftune.runtime.verification import check_config_file
     from raftune.store.kinds import is_evaluation
     from raftune.store.run import RunFolder
 
@@ -79,7 +79,7 @@ def resume(
     changes = read_run_flags(flags, "resume", ("--from", "--only", "--json"), fix)
     folder = RunFolder(run)
     recorded = folder.configuration().model_dump(mode="json")
-    refuse_edited(folder)
+    check_config_file(folder)
     config = validate(merge([recorded, nested(changes), {"output_dir": run}]))
     if is_evaluation({"num_rounds": config.num_rounds}):
         model = getattr(config.policy, "model", None) or config.name
