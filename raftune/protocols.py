@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -315,14 +316,45 @@ class Objective(Protocol):
         """Tensors: the loss of a micro-batch, normalised so that those of a step add up, and the weight behind it."""
 
 
-class Reward(Protocol):
-    """Gives a number to each completion: TRL's contract, called by keyword."""
+class Reward:
+    """Gives a number to each completion: TRL's contract, called by keyword.
+
+    A reward model sets `has_weights`: it is called on the main thread, and frees its memory when a policy needs it.
+    """
 
     name: str
     media: frozenset[str]
-    fingerprint: str  # changes when the reward's code, options or weights change: enters the score stage's key
+    accepts: frozenset[str] | None = None  # the keywords that it takes; None: all
+    needs: frozenset[str] = frozenset()  # columns of the data without which every call fails
+    is_async = False
+    has_weights = False
 
-    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[float | None]: ...
+    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
+        """A number, or None where the reward does not apply, for each completion; `prompts` and `columns` alike."""
+        raise NotImplementedError
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when the reward's code, options or weights change: enters the score stage's key."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that are held now."""
+        return 0
+
+    def prepare(self) -> None:
+        """Reads the weights, unless they are held: may take longer than a call is given."""
+
+    def release(self) -> None:
+        """Frees the weights; the next call reads them again."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how the samples were read, each told once."""
+        return ()
+
+    def close(self) -> None:
+        """Ends processes and threads of the reward."""
 
 
 class PolicyProvider(Protocol):

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from raftune.errors import ConfigError, RewardError
+from raftune.protocols import Reward
 from raftune.records import json_text
 
-RESERVED = frozenset(
-    {"prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
-)
+PASSED = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
+RESERVED = PASSED | {"prompt", "completion"}  # no column reaches a reward under these names
 IMAGE_MEDIA = frozenset({"image"})
 TEXT_MEDIA = frozenset({"text", "messages", "category"})  # what reads as a text
 
@@ -104,16 +104,16 @@ def images(completions: list[Any], name: str) -> list[Any]:
     return [completion if completion.mode == "RGB" else completion.convert("RGB") for completion in completions]
 
 
-def incompatible(reads: Mapping[str, frozenset[str]], media: str) -> list[tuple[str, str, str]]:
-    """The rewards, each with what it reads, that cannot read this medium: name, what they score, what the medium is."""
+def incompatible(rewards: Mapping[str, Reward], media: str) -> list[tuple[str, str, str]]:
+    """The rewards by name that cannot read this medium: name, what they score, what the medium is."""
     medium, readable = ("images", IMAGE_MEDIA) if media == "image" else ("texts", TEXT_MEDIA)
     other = "texts" if media == "image" else "images"
-    return [(name, other, medium) for name, read in reads.items() if not read & readable]
+    return [(name, other, medium) for name, reward in rewards.items() if not reward.media & readable]
 
 
-def check_media(reads: Mapping[str, frozenset[str]], media: str) -> None:
-    """Raises ConfigError if one of the rewards, each with what it reads, cannot read this medium."""
-    for name, scored, made in incompatible(reads, media):
+def check_media(rewards: Mapping[str, Reward], media: str) -> None:
+    """Raises ConfigError if one of the rewards cannot read this medium."""
+    for name, scored, medium in incompatible(rewards, media):
         raise ConfigError(
-            f"{name} scores {scored}, and was given {made}. Name a reward for {made}, or give it {scored}."
+            f"{name} scores {scored}, and was given {medium}. Name a reward for {medium}, or give it {scored}."
         )

@@ -130,7 +130,7 @@ def check_reward(
     order = list(range(len(batch)))
     random.Random(0).shuffle(order)
     try:
-        check_media({loaded.name: loaded.media}, "image" if pictures else "text")
+        check_media({loaded.name: loaded}, "image" if pictures else "text")
         call(executor, batch.take(range(min(1, len(batch)))), limit)  # the first call may load a model
         started = time.perf_counter()
         first = call(executor, batch, limit)
@@ -148,7 +148,6 @@ def check_reward(
     order_change = _largest_change(first.parts, [shuffled.parts[order.index(i)] for i in range(len(batch))])
     batch_change = _largest_change(first.parts, [apart[i % 2].parts[i // 2] for i in range(len(batch))])
     values = [part.value for part in first.parts if part.value is not None]
-    accepts = getattr(loaded, "accepts", None)
     failing = []
     for i, (part, prompt, completion) in enumerate(zip(first.parts, batch.prompts, batch.completions, strict=True)):
         if part.status in FAILED:
@@ -156,7 +155,7 @@ def check_reward(
     return CheckReport(
         name=loaded.name,
         place=executor.place,
-        accepts=None if accepts is None else tuple(sorted(accepts)),
+        accepts=None if loaded.accepts is None else tuple(sorted(loaded.accepts)),
         samples=len(batch),
         returned=first.returned,
         statuses=dict(Counter(part.status.value for part in first.parts)),
@@ -168,7 +167,7 @@ def check_reward(
         largest_order_change=order_change if whole else None,
         batch_independent=batch_change <= TOLERANCE if whole else None,
         mixed_sizes=mixed_sizes,
-        notes=tuple(getattr(loaded, "notes", tuple)()),
+        notes=loaded.notes(),
         samples_per_second=len(batch) / max(seconds, 1e-9),
         failing=tuple(failing[:SHOWN]),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 from raftune.config.rewards import RewardsConfig, RewardSpec, unique_names
 from raftune.config.secrets import advice, plain_secrets
@@ -46,13 +46,11 @@ def load_reward(
             from raftune.rewards.builtin.clip_score import ClipScoreReward
 
             source = getattr(config, "_name_or_path", "") or "clip_score"
-            return cast(Reward, ClipScoreReward(model=source).load(name, device, reward, tokenizer))
+            return ClipScoreReward(model=source).load(name, device, reward, tokenizer)
         from raftune.rewards.builtin.classifier import ClassifierReward
 
-        return cast(Reward, ClassifierReward().load(name, device, reward, tokenizer))
-    if all(hasattr(reward, attribute) for attribute in ("name", "media", "fingerprint")) and callable(reward):
-        return cast(Reward, reward)
-    return FunctionReward(reward, name)
+        return ClassifierReward().load(name, device, reward, tokenizer)
+    return reward if isinstance(reward, Reward) else FunctionReward(reward, name)
 
 
 def load_panel(
@@ -90,5 +88,5 @@ def load_panel(
         )
     except BaseException:
         for reward in rewards:
-            getattr(reward, "close", lambda: None)()
+            reward.close()
         raise

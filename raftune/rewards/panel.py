@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,42 +89,40 @@ class RewardSet:
                 f"rewards must bear different names; got {twice[0]!r} twice. Each names a column: rename one."
             )
         bounds = thresholds if thresholds is not None else [(None, None)] * len(rewards)
-        several = zip(self.names, self.weights, bounds, strict=True)
-        self.shares = {name: RewardShare(weight, *between) for name, weight, between in several}
+        shares = zip(self.names, self.weights, bounds, strict=True)
+        self.shares = {name: RewardShare(weight, *limits) for name, weight, limits in shares}
         self.combine: Combine = combine
         seconds = [timeouts] * len(rewards) if isinstance(timeouts, int | float) else timeouts
         self._timeouts = dict(zip(self.names, seconds, strict=True))
         self._batch_size, self._retries = batch_size, retries
         self._loop = EventLoopThread()
-        self._places = {name: place(reward, self._loop) for name, reward in zip(self.names, rewards, strict=True)}
-        self.media = {name: frozenset(reward.media) for name, reward in zip(self.names, rewards, strict=True)}
-        self._rewards = tuple(rewards)
+        self.rewards = dict(zip(self.names, rewards, strict=True))
+        self._executors = {name: place(reward, self._loop) for name, reward in self.rewards.items()}
         self.extras = LoggedExtras()
-        self._notes = tuple(notes)
+        self._notes = list(notes)
 
     @property
     def fingerprint(self) -> str:
         """Over names, what each reward counts, how that is combined, and every reward's code, options and model."""
-        return self.fingerprint_by(self.combine)
-
-    def fingerprint_by(self, combine: Combine) -> str:
-        """The fingerprint of the set as if it combined the parts in this way."""
         shares = self.shares.values()
-        usual = combine == "sum" and not any(share.has_threshold for share in shares)
-        beyond = [] if usual else [combine, [[share.at_least, share.at_most] for share in shares]]
-        return digest("panel", list(zip(self.names, self.weights, self._codes, strict=True)), *beyond)
+        usual = self.combine == "sum" and not any(share.has_threshold for share in shares)
+        beyond = [] if usual else [self.combine, [[share.at_least, share.at_most] for share in shares]]
+        codes = [reward.fingerprint for reward in self.rewards.values()]
+        return digest("panel", list(zip(self.names, self.weights, codes, strict=True)), *beyond)
 
-    @cached_property
-    def _codes(self) -> list[str]:
-        return [reward.fingerprint for reward in self._rewards]  # hashing a model's files takes its time
+    def by_sum(self) -> RewardSet:
+        """The same rewards, with the parts added up: a rank compares only the samples of one prompt, and no rounds."""
+        if self.combine == "sum":
+            return self
+        summed = copy.copy(self)
+        summed.combine = "sum"
+        return summed
 
-    def score(
-        self, batch: RewardBatch, *, groups: Sequence[Any] | None = None, combine: Combine | None = None
-    ) -> list[Score]:
+    def score(self, batch: RewardBatch, *, groups: Sequence[Any] | None = None) -> list[Score]:
         """One score a sample. A failing reward raises nothing here: see Status. `extras` then holds what was logged.
 
         groups[i] names the prompt of sample i, among whose samples it is ranked; without them, equal prompts are one.
-        `combine` is another way than the panel's own. Raises RewardError where a reward model's weights cannot be read.
+        Raises RewardError where a reward model's weights cannot be read.
         """
         chunks = [range(i, min(i + self._batch_size, len(batch))) for i in range(0, len(batch), self._batch_size)]
         calls: list[dict[str, RewardOutcome]] = []
@@ -146,35 +144,71 @@ class RewardSet:
             for call, chunk in zip(calls, chunks, strict=True)
             for i in range(len(chunk))
         ]
-        how = combine or self.combine
-        if groups is None and how == "rank":
+        if groups is None and self.combine == "rank":
             groups = [json.dumps(prompt, sort_keys=True, default=str) for prompt in batch.prompts]
-        return combined(parts, self.shares, how, groups or ())
+        return combined(parts, self.shares, self.combine, groups or ())
+
+    def score_samples(
+        self, prompts: list[Prompt], samples: pa.Table, earlier: Mapping[int, Score] | None = None
+    ) -> list[Score]:
+        """Scores of stored samples, row for row; prompts[i] is the prompt of row i.
+
+        A sample that its policy calls invalid gets that status and the reason as detail. The parts of an `earlier`
+        score, by its row, are combined with those of the others. Rewards are called for neither.
+        """
+        groups = [prompt.id for prompt in prompts]
+        has_invalid = INVALID in samples.column_names
+        reasons = samples.column(INVALID).to_pylist() if has_invalid else [None] * samples.num_rows
+        earlier = {row: score for row, score in (earlier or {}).items() if reasons[row] is None}
+        rows = [row for row, reason in enumerate(reasons) if reason is None and row not in earlier]
+        by_row: dict[int, Score] = {}
+        self.extras = LoggedExtras()
+        if rows:
+            part = samples if len(rows) == samples.num_rows else samples.take(pa.array(rows, pa.int64()))
+            scores = self.score(batch_of([prompts[row] for row in rows], part), groups=[groups[row] for row in rows])
+            by_row = dict(zip(rows, scores, strict=True))
+            columns = {}
+            for name, values in self.extras.columns.items():
+                value_of = dict(zip(rows, values, strict=True))
+                columns[name] = [value_of.get(row) for row in range(len(reasons))]
+            self.extras = replace(self.extras, columns=columns)
+        if earlier:  # a rank is one among all samples of a prompt
+            by_row |= earlier
+            rows = sorted(by_row)
+            parts = [by_row[row].parts for row in rows]
+            scores = combined(parts, self.shares, self.combine, [groups[row] for row in rows])
+            pairs = zip(rows, scores, strict=True)
+            by_row = {row: replace(score, detail=by_row[row].detail) for row, score in pairs}
+        not_applicable = RewardPart(None, ScoreStatus.NOT_APPLICABLE)
+        return [
+            by_row.get(row) or Score(None, ScoreStatus.INVALID, dict.fromkeys(self.names, not_applicable), str(reason))
+            for row, reason in enumerate(reasons)
+        ]
 
     @property
     def has_weights(self) -> bool:
         """Whether any reward is a model, which wants the memory that a policy holds."""
-        return any(hasattr(reward, "release") for reward in self._rewards)
+        return any(reward.has_weights for reward in self.rewards.values())
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights that reward models hold now."""
-        return sum(getattr(reward, "nbytes", 0) for reward in self._rewards)
+        return sum(reward.nbytes for reward in self.rewards.values())
 
     def release(self) -> None:
         """Frees the weights of reward models, until they are needed again."""
-        for reward in self._rewards:
-            if hasattr(reward, "release"):
-                reward.release()
+        for reward in self.rewards.values():
+            reward.release()
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know about how the rewards read the samples (prompts cut), each told once."""
-        own, self._notes = self._notes, ()
-        return (*own, *(note for reward in self._rewards if hasattr(reward, "notes") for note in reward.notes()))
+        notes = [*self._notes, *(note for reward in self.rewards.values() for note in reward.notes())]
+        self._notes.clear()
+        return tuple(notes)
 
     def close(self) -> None:
         """Ends the processes and threads of the rewards."""
-        for executor in self._places.values():
+        for executor in self._executors.values():
             executor.close()
         self._loop.close()
 
@@ -189,93 +223,46 @@ class RewardSet:
         outcomes: dict[str, RewardOutcome] = {}
         names: Sequence[str] = self.names
         for _ in range(self._retries + 1):
-            waiting = self._start(names, "process", batch)
+            started = self._start(names, "process", batch)
             for name in names:
-                if self._places[name].place in ("here", "thread"):
-                    outcomes[name] = call(self._places[name], batch, self._timeouts[name])
+                if self._executors[name].place in ("here", "thread"):
+                    outcomes[name] = call(self._executors[name], batch, self._timeouts[name])
             with undisturbed():
-                waiting |= self._start(names, "loop", batch)
-                for name, (future, deadline) in waiting.items():
-                    outcomes[name] = finish(self._places[name], batch, self._timeouts[name], future, deadline)
+                started |= self._start(names, "loop", batch)
+                for name, (future, deadline) in started.items():
+                    outcomes[name] = finish(self._executors[name], batch, self._timeouts[name], future, deadline)
             names = [name for name in self.names if outcomes[name].failed]
             if not names:
                 break
         return outcomes
 
     def _start(
-        self, names: Sequence[str], where: str, batch: RewardBatch
+        self, names: Sequence[str], place: str, batch: RewardBatch
     ) -> dict[str, tuple[Future[RewardOutcome], float]]:
         """The calls of the rewards there, started, with their deadlines."""
-        names = [name for name in names if self._places[name].place == where]
-        return {name: (self._places[name].start(batch), time.monotonic() + self._timeouts[name]) for name in names}
+        names = [name for name in names if self._executors[name].place == place]
+        return {name: (self._executors[name].start(batch), time.monotonic() + self._timeouts[name]) for name in names}
 
 
 def misfits(panel: RewardSet, media: str, family: str, field: str = "rewards.reward_funcs") -> Iterator[str]:
     """A sentence for each reward of the set that cannot read what a policy of this medium and family makes."""
-    for name, scored, made in incompatible(panel.media, media):
+    for name, scored, medium in incompatible(panel.rewards, media):
         yield (
-            f"{field}: {name} scores {scored}, and policy.family: {family} makes {made}. Name a reward for {made}, "
+            f"{field}: {name} scores {scored}, and policy.family: {family} makes {medium}. Name a reward for {medium}, "
             "or a policy of the other kind."
         )
 
 
-class SampleScorer:
-    """A reward set for stored samples."""
-
-    def __init__(self, panel: RewardSet, combine: Combine | None = None) -> None:
-        """`combine` is another way to combine the parts than the set's own."""
-        self.panel, self.names, self.combine = panel, panel.names, combine or panel.combine
-        self.extras = LoggedExtras()
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the code, options and weights of any reward; computed when first read."""
-        return self.panel.fingerprint_by(self.combine)
-
-    def score_samples(
-        self, prompts: list[Prompt], samples: pa.Table, earlier: Mapping[int, Score] | None = None
-    ) -> list[Score]:
-        """Scores of the samples, row for row; prompts[i] is the prompt of row i.
-
-        A sample that its policy calls invalid gets that status and the reason as detail. The parts of an `earlier`
-        score, by its row, are combined with those of the others. Rewards are called for neither.
-        """
-        groups = [prompt.id for prompt in prompts]
-        has_invalid = INVALID in samples.column_names
-        reasons = samples.column(INVALID).to_pylist() if has_invalid else [None] * samples.num_rows
-        known = {row: score for row, score in (earlier or {}).items() if reasons[row] is None}
-        rows = [row for row, reason in enumerate(reasons) if reason is None and row not in known]
-        by_row: dict[int, Score] = {}
-        self.extras = LoggedExtras()
-        if rows:
-            part = samples if len(rows) == samples.num_rows else samples.take(pa.array(rows, pa.int64()))
-            batch = batch_of([prompts[row] for row in rows], part)
-            scores = self.panel.score(batch, groups=[groups[row] for row in rows], combine=self.combine)
-            by_row = dict(zip(rows, scores, strict=True))
-            columns = {}
-            for name, values in self.panel.extras.columns.items():
-                value_of = dict(zip(rows, values, strict=True))
-                columns[name] = [value_of.get(row) for row in range(len(reasons))]
-            self.extras = replace(self.panel.extras, columns=columns)
-        if known:  # a rank is one among all samples of a prompt
-            by_row |= known
-            rows = sorted(by_row)
-            parts = [by_row[row].parts for row in rows]
-            scores = combined(parts, self.panel.shares, self.combine, [groups[row] for row in rows])
-            pairs = zip(rows, scores, strict=True)
-            by_row = {row: replace(score, detail=by_row[row].detail) for row, score in pairs}
-        not_applicable = RewardPart(None, ScoreStatus.NOT_APPLICABLE)
-        return [
-            by_row.get(row) or Score(None, ScoreStatus.INVALID, dict.fromkeys(self.names, not_applicable), str(reason))
-            for row, reason in enumerate(reasons)
-        ]
-
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know about how the rewards read the samples, each once."""
-        return self.panel.notes()
-
-    def close(self) -> None:
-        self.panel.close()
+def lacking(panel: RewardSet, columns: Collection[str], prompts: str, field: str) -> Iterator[str]:
+    """A sentence for each reward of the set that needs a column which these prompts lack, and so can score nothing."""
+    columns = sorted({*columns} - RESERVED - {"prompt_id"})
+    for name, reward in panel.rewards.items():
+        if missing := sorted(reward.needs.difference(columns)):
+            yield (
+                f"{field}: {name} needs {missing[0]!r}, which is no column of {prompts}; there are: "
+                f"{', '.join(columns) or 'none beside the prompt'}. Add the column, or rename one with "
+                "data.columns; a parameter with a default needs none."
+            )
 
 
 def batch_of(prompts: list[Prompt], samples: pa.Table) -> RewardBatch:

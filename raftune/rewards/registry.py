@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
+from raftune.protocols import Reward
 from raftune.rewards.fingerprint import digest
 
 T = TypeVar("T", bound="type[BuiltInReward]")
@@ -31,14 +32,12 @@ class RewardOption:
     default: Any = None
 
 
-class BuiltInReward:
+class BuiltInReward(Reward):
     """Base class of built-in rewards: dataclasses whose fields are the options, and whose docstring is the help.
 
     The decorator sets the attributes. Raise `version` when the reward computes something else.
     """
 
-    name: str
-    media: frozenset[str]  # what it scores
     example: Mapping[str, Any]  # options to try it with
     own_process: bool  # whether its calls can only be ended from outside
     model_type: str | None  # in the config.json of the folders that stand for this reward as a spec

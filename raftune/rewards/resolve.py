@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +22,7 @@ from raftune.config.secrets import expanded, masked
 from raftune.errors import ConfigError, RewardError
 from raftune.protocols import Reward
 from raftune.rewards import fingerprint
-from raftune.rewards.batch import IMAGE_MEDIA, TEXT_MEDIA, is_image
+from raftune.rewards.batch import IMAGE_MEDIA, PASSED, TEXT_MEDIA, is_image
 from raftune.rewards.outcome import hub_error, one_line
 from raftune.rewards.registry import BUILT_IN, nearest
 from raftune.store.files import sha256_of
@@ -189,15 +189,16 @@ def _functions_in(module: ModuleType) -> str:
     return f"; there are: {', '.join(sorted(names)[:8])}" if names else "; it defines no function"
 
 
-class FunctionReward:
+class FunctionReward(Reward):
     """Calls the function as TRL does, by keyword; one that takes no `**kwargs` gets only the keywords it names.
 
-    `options` are further keyword arguments; they win over columns of the same name.
+    `options` are further keyword arguments; they win over columns of the same name. A callable object
+    with `name`, `media` and `fingerprint` keeps these.
     """
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        function: Any,
         name: str | None = None,
         options: Mapping[str, Any] | None = None,
         code: str | None = None,
@@ -210,15 +211,15 @@ class FunctionReward:
         inner = function
         while isinstance(inner, partial):
             inner = inner.func
+        declared = all(hasattr(function, attribute) for attribute in ("name", "media", "fingerprint"))
         if name is None:
-            own = getattr(inner, "__name__", None) or type(inner).__name__
-            name = derived_name("lambda" if own == "<lambda>" else own)
-        self.name, self.function = name, function
+            full = getattr(inner, "__name__", None) or type(inner).__name__
+            name = derived_name("lambda" if full == "<lambda>" else full)
+        self.name, self.function = function.name if declared else name, function
         self.options = expanded(dict(options or {}), f"rewards.options of {name!r}")
         self.media = frozenset(getattr(function, "media", TEXT_MEDIA | IMAGE_MEDIA))
-        self.fingerprint = fingerprint.digest(
-            code or fingerprint.of_callable(function), fingerprint.describe(dict(options or {}))
-        )
+        code = code or (function.fingerprint if declared else fingerprint.of_callable(function))
+        self.fingerprint = code if declared else fingerprint.digest(code, fingerprint.describe(dict(options or {})))
         call = getattr(inner, "__call__", None)  # noqa: B004, an object's is asked for
         self.is_async = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(call)
         try:
@@ -228,6 +229,7 @@ class FunctionReward:
             parameters, takes_all = [], True
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         self._required = [p.name for p in named if p.default is p.empty]
+        self.needs = frozenset(self._required) - PASSED - self.options.keys()
         accepts = frozenset(p.name for p in named if p.kind is not p.POSITIONAL_ONLY)
         self.accepts = None if takes_all else accepts  # the keywords that the function takes; None: all
 

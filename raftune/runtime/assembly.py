@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from raftune.config.policy import CustomPolicy
 from raftune.config.run import RunConfig, held_out_names
 from raftune.config.sampling import backend_code
 from raftune.engines.local import InProcessEngine, make_engine
+from raftune.errors import ConfigError
 from raftune.evaluation.alarms import RoundMonitor
 from raftune.evaluation.images import looked_at
 from raftune.evaluation.metrics import METRICS, load_metrics, measured, metric_code
@@ -38,7 +39,7 @@ from raftune.protocols import (
 )
 from raftune.records import LATENTS
 from raftune.rewards.combining import with_counts
-from raftune.rewards.panel import SampleScorer
+from raftune.rewards.panel import RewardSet, lacking
 from raftune.stages.data import DataStage
 from raftune.stages.evaluate import EvaluateStage, FeaturesStage
 from raftune.stages.gather import GatherStage
@@ -151,7 +152,7 @@ class Runtime:
         self.run, self.config, self.objects = run, config, replace(objects, train=train, held_out=held_out)
         self.family = family_of(config)
         self.engine: Engine = make_engine(config.engine, run.root)
-        self._scorers: dict[str, SampleScorer] = {}
+        self._panels: dict[str, RewardSet] = {}
         self._extractor: Any = None
         self.policies = PolicyCache(config, self.family, run, self._release_rewards)
         limit_threads(config)
@@ -178,7 +179,7 @@ class Runtime:
 
     def _start_stages(self) -> list[Stage]:
         config, objects, sampling = self.config, self.objects, self.config.sampling
-        data = DataStage(config, objects.train, objects.held_out)
+        data = DataStage(config, objects.train, objects.held_out, self.check_columns)
         stages: list[Stage] = [
             data,
             StartStage(
@@ -224,7 +225,7 @@ class Runtime:
         return stages
 
     def _score_stage(
-        self, round_: int, scorer: Callable[[], SampleScorer], plan: str, shards: tuple[str, ...], writes: str
+        self, round_: int, scorer: Callable[[], RewardSet], plan: str, shards: tuple[str, ...], writes: str
     ) -> ScoreStage:
         local = bool(self.objects.rewards) and not writes.endswith("judge")
         earlier = self.run.earlier_scores(round_, writes)
@@ -307,32 +308,42 @@ class Runtime:
     def has_log_probs(self) -> bool:
         return isinstance(self.family, SupportsLogProbs)
 
-    def panel(self) -> SampleScorer:
+    def panel(self) -> RewardSet:
         """The rewards that the policy is trained on, after policies have made room for their models."""
-        return self._with_room(self._train_scorer())
+        return self._with_room(self._train_panel())
 
-    def eval_rewards(self) -> SampleScorer:
+    def eval_rewards(self) -> RewardSet:
         """The same rewards for comparing rounds: always summed, because a rank compares only one prompt's samples."""
-        return SampleScorer(self.panel().panel, combine="sum")
+        return self.panel().by_sum()
 
-    def judge(self) -> SampleScorer:
+    def judge(self) -> RewardSet:
         """The held-out rewards, which the policy is never trained on, after policies have made room for them."""
         changes = {"reward_funcs": self.config.evaluation.reward_funcs, "combine": "sum"}
-        return self._with_room(self._scorer("held out", self.config.rewards.model_copy(update=changes), ()))
+        return self._with_room(self._load_panel("held out", self.config.rewards.model_copy(update=changes), ()))
 
-    def _with_room(self, scorer: SampleScorer) -> SampleScorer:
-        if scorer.panel.has_weights:
+    def check_columns(self, train: Collection[str], held_out: Collection[str]) -> None:
+        """Raises ConfigError for rewards that need a column which the prompts lack: they could score no sample."""
+        evaluation = self.config.evaluation
+        columns, prompts = (train, "the prompts") if self.config.num_rounds else (held_out, "the held-out prompts")
+        findings = [*lacking(self._train_panel(), columns, prompts, "rewards.reward_funcs")]
+        if evaluation.reward_funcs and evaluation.num_prompts:
+            findings += lacking(self.judge(), held_out, "the held-out prompts", "evaluation.reward_funcs")
+        if findings:
+            raise ConfigError("\n".join(findings))
+
+    def _with_room(self, panel: RewardSet) -> RewardSet:
+        if panel.has_weights:
             self.policies.evict()
-        return scorer
+        return panel
 
     def factors(self) -> dict[str, float]:
         """The weight in the score of each reward that the policy is trained on."""
-        panel = self._train_scorer().panel
+        panel = self._train_panel()
         return dict(zip(panel.names, panel.weights, strict=True))
 
     def counts(self, samples: pa.Table) -> pa.Table:
         """The samples with what each reward counts in their score, where that is not its value."""
-        panel = self._train_scorer().panel
+        panel = self._train_panel()
         return with_counts(samples, panel.shares, panel.combine)
 
     def extractor(self) -> Any:
@@ -345,22 +356,21 @@ class Runtime:
         self.policies.evict()
         return self._extractor
 
-    def _train_scorer(self) -> SampleScorer:
-        return self._scorer("train", self.config.rewards, self.objects.rewards)
+    def _train_panel(self) -> RewardSet:
+        return self._load_panel("train", self.config.rewards, self.objects.rewards)
 
-    def _scorer(self, name: str, config: Any, objects: Sequence[Any]) -> SampleScorer:
-        if name not in self._scorers:
+    def _load_panel(self, name: str, config: Any, objects: Sequence[Any]) -> RewardSet:
+        if name not in self._panels:
             from raftune.rewards.loading import load_panel
 
             weights, tokenizers = self.objects.reward_weights, self.objects.reward_tokenizers
             options = {"weights": weights, "tokenizers": tokenizers} if objects else {}
-            self._scorers[name] = SampleScorer(load_panel(config, objects, **options))
-        return self._scorers[name]
+            self._panels[name] = load_panel(config, objects, **options)
+        return self._panels[name]
 
     def _release_rewards(self) -> None:
         """Frees reward models, unless they are small, before a policy is loaded."""
-        models = [scorer.panel for scorer in self._scorers.values()]
-        for model in [*models, *([self._extractor] if self._extractor is not None else [])]:
+        for model in [*self._panels.values(), *([self._extractor] if self._extractor is not None else [])]:
             if model.nbytes * 2 > SMALL:
                 model.release()
 
@@ -392,9 +402,9 @@ class Runtime:
     def close(self) -> None:
         """Ends workers and the processes of rewards."""
         self.engine.close()
-        for scorer in self._scorers.values():
-            scorer.close()
-        self._scorers.clear()
+        for panel in self._panels.values():
+            panel.close()
+        self._panels.clear()
         self.policies.release()
 
 

@@ -18,6 +18,7 @@ from raftune.rewards.panel import misfits
 from raftune.runtime.assembly import CONDENSE, TEXTS, Runtime
 from raftune.selection import load_rule
 from raftune.stages.gather import prompts_of, reference_rows
+from raftune.store.parquet import column_names
 from raftune.training.objectives import load_objective
 
 # Optimizers by a pattern of their names, and the package that each needs.
@@ -46,13 +47,16 @@ def preflight(runtime: Runtime) -> None:
         prompts_of(reference_rows(reference), reference)  # read once now, so that an error does not cost a round
     # Last, because this loads the rewards.
     media, family, evaluation = runtime.family.media, config.policy.family, config.evaluation
-    findings = [*misfits(runtime.panel().panel, media, family)]
+    findings = [*misfits(runtime.panel(), media, family)]
     if evaluation.reward_funcs and evaluation.num_prompts:
-        findings += misfits(runtime.judge().panel, media, family, "evaluation.reward_funcs")
+        findings += misfits(runtime.judge(), media, family, "evaluation.reward_funcs")
     if evaluation.features is not None and evaluation.num_prompts:
         runtime.extractor()
     if findings:
         raise ConfigError("\n".join(findings))
+    if runtime.run.is_committed(0, "data"):  # otherwise the data stage checks the columns
+        data = runtime.run.folder(0, "data")
+        runtime.check_columns(*(column_names(data / f"{part}.parquet") for part in ("train", "held_out")))
 
 
 def _needs_log_probs(runtime: Runtime, field: str, value: str, fix: str, leave: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from raftune.store.run import RunFolder
 RESERVED = ("prompt_id", "prompt", "sample_id", "completion")
 _AT_ONCE = 4096  # values
 Source = Callable[[], pa.Table]
+ColumnCheck = Callable[[Collection[str], Collection[str]], None]
 
 
 class DataStage(SingleStage):
@@ -34,8 +35,16 @@ class DataStage(SingleStage):
     name = writes = "data"
     fields = ("data", "evaluation.prompts", "evaluation.split", "evaluation.num_prompts")
 
-    def __init__(self, config: RunConfig, train: Source | None = None, held_out: Source | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        train: Source | None = None,
+        held_out: Source | None = None,
+        check_columns: ColumnCheck = lambda train, held_out: None,
+    ) -> None:
+        """`check_columns` gets the names of the columns of both, and raises for what a reward lacks."""
         self.config, self.given_train, self.given_held_out = config, train, held_out
+        self.check_columns = check_columns
 
     def run(self, inputs: StageInputs, out: Path) -> tuple[str, ...]:
         data, evaluation = self.config.data, self.config.evaluation
@@ -57,6 +66,7 @@ class DataStage(SingleStage):
                 )
         if evaluation.reference_column is not None:
             check_references(held_out, evaluation.reference_column)
+        self.check_columns(train.column_names, held_out.column_names)
         write_table(train, out / "train.parquet")
         write_table(held_out, out / "held_out.parquet")
         ids = train.column("prompt_id").to_pylist()

@@ -233,7 +233,7 @@ def test_a_reward_of_pictures_changes_none(picture_panel: RewardSet) -> None:
 
 
 def test_a_reward_of_pictures_fails_on_texts_with_a_status(picture_panel: RewardSet) -> None:
-    if "text" in picture_panel.media[picture_panel.names[0]]:
+    if "text" in picture_panel.rewards[picture_panel.names[0]].media:
         return
     score = picture_panel.score(RewardBatch(["a red disc"], ["an answer"]))[0]
     part = score.parts[picture_panel.names[0]]

@@ -14,7 +14,7 @@ from raftune.errors import DataError, ModelError, RewardError
 from raftune.records import Prompt, ScoreStatus
 from raftune.results.summary import columns_for, rows_of
 from raftune.rewards.loading import load_panel
-from raftune.rewards.panel import SampleScorer, batch_of
+from raftune.rewards.panel import batch_of
 from raftune.runtime.run import run, verify
 from tests.runs.sketches import config, objects, saturation
 
@@ -115,10 +115,10 @@ def test_an_evaluation_of_invalid_samples_alone_measures_that(tmp_path: Path) ->
 
 
 def test_bytes_that_are_no_picture_are_told_with_their_sample() -> None:
-    with SampleScorer(load_panel(config(Path("x")).rewards, [saturation])).panel as panel:
+    with load_panel(config(Path("x")).rewards, [saturation]) as panel:
         samples = pa.table({"sample_id": ["s/1"], "completion": pa.array([b"no image"], pa.binary())})
         with pytest.raises(DataError, match=r"sample s/1: these 8 bytes are no image"):
-            SampleScorer(panel).score_samples([Prompt("p", "a disc")], samples)
+            panel.score_samples([Prompt("p", "a disc")], samples)
 
 
 def test_pictures_wait_as_bytes_until_they_are_asked_for() -> None:
@@ -133,6 +133,6 @@ def test_texts_may_be_invalid_too() -> None:
 
     samples = pa.table({"sample_id": ["1", "2", "3"], "completion": ["a", None, "ccc"], "invalid": [None, "cut", None]})
     with load_panel(config(Path("x")).rewards, [reward]) as panel:
-        scores = SampleScorer(panel).score_samples([Prompt("p", "x")] * 3, samples)
+        scores = panel.score_samples([Prompt("p", "x")] * 3, samples)
     assert [score.value for score in scores] == [1.0, None, 3.0]
     assert scores[1].status is ScoreStatus.INVALID and scores[1].detail == "cut"

@@ -22,7 +22,7 @@ from raftune.errors import ConfigChanged, ConfigError, RewardError, RunDamaged, 
 from raftune.policies.registry import FAMILIES, family_of
 from raftune.protocols import Callback, ChunkedStage, Stage
 from raftune.rewards.loading import load_panel
-from raftune.rewards.panel import SampleScorer, misfits
+from raftune.rewards.panel import RewardSet, misfits
 from raftune.runtime.assembly import limit_threads
 from raftune.sanitize import shell_command
 from raftune.stages.plan import read_plan
@@ -141,7 +141,7 @@ class WhatIfRun:
         self.scores_anew = "score" in run.replaced
         self.plain = config.model_dump(mode="json")
         self.shards = ("generate", "teach") if config.sampling.teacher else ("generate",)
-        self._panel: SampleScorer | None = None
+        self._panel: RewardSet | None = None
 
     def execute(self, which: str, show: int, observe: Callback) -> WhatIfResult:
         """Runs what is not committed yet, and compares with what the run learned from."""
@@ -197,16 +197,16 @@ class WhatIfRun:
     def prune(self, round_: int, best: int | None) -> None:
         """Does nothing: a what-if makes no models."""
 
-    def panel(self) -> SampleScorer:
+    def panel(self) -> RewardSet:
         """The new rewards, loaded once."""
         if self._panel is None:
-            self._panel = SampleScorer(load_panel(resolve_starters(self.config).rewards))
+            self._panel = load_panel(resolve_starters(self.config).rewards)
             family = self.config.policy.family
             # Code that a run's configuration names is not imported to look at the run.
             media = family_of(self.config).media if family in FAMILIES else None
-            if media is not None and (findings := [*misfits(self._panel.panel, media, family)]):
+            if media is not None and (findings := [*misfits(self._panel, media, family)]):
                 raise ConfigError("\n".join(findings))
-            if self._panel.panel.has_weights:
+            if self._panel.has_weights:
                 limit_threads(self.config)  # they shape a reward model's scores
         return self._panel
 

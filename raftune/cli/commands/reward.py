@@ -217,7 +217,7 @@ def score(
     family = IMAGES if rows.media == "image" else None
     config = config.model_copy(update={"reward_funcs": (resolve_reward(config.reward_funcs[0], family),)})
     with interruptible(Path(), "nothing was written.") as watch, StepProgress() as steps, load_panel(config) as rewards:
-        check_media(rewards.media, rows.media)
+        check_media(rewards.rewards, rows.media)
         steps.begin(f"scoring {counted(len(rows.completions), 'answer')}")
 
         def observe(done: int, of: int) -> None:

@@ -35,6 +35,9 @@ class AnswerReward(BuiltInReward):
         ),
     ] = "last_number"
 
+    def __post_init__(self) -> None:
+        self.needs = frozenset({self.column})
+
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         if self.column not in columns:
             have = ", ".join(sorted(columns)) or "none"

@@ -55,6 +55,7 @@ class ClipScoreReward(ClipReward):
             batch_size=self.batch_size,
         )
         _ = self.clip_model.limit  # a missing tokenizer is an error now
+        self.needs = frozenset() if self.column is None else frozenset({self.column})
         self._seen: set[str] = set()
         self._notes: list[str] = []
         return self

@@ -61,6 +61,7 @@ class HttpReward(BuiltInReward):
                 f"http: options.key_env names the environment variable {self.key_env!r}, which is not set. Set it to "
                 "the key, or leave out key_env."
             )
+        self.needs = frozenset(self.columns or ())
         _ = self.fingerprint  # now: `masked` learns more secrets with each reward
 
     @cached_property

@@ -20,6 +20,7 @@ ImageBatch = Annotated[int, Field(description="Images in a forward pass.")]
 class HeldWeights(ABC):
     """A model whose weights are read by `prepare` or the first use; one given as an object stays its owner's."""
 
+    has_weights = True
     config: Any
     _given: Any
     _model: Any = None
@@ -70,19 +71,17 @@ class HeldWeights(ABC):
 class ClipReward(BuiltInReward):
     """A reward of images by the vectors of a ClipModel, which `load` reads."""
 
+    has_weights = True
     clip_model: Any
 
     def prepare(self) -> None:
-        """Reads the CLIPModel's weights, unless they are here: may take longer than a call is given."""
         self.clip_model.prepare()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the CLIPModel's weights that are held now; 0 before they are read."""
         return int(self.clip_model.nbytes)
 
     def release(self) -> None:
-        """Frees the CLIPModel's weights; the next call reads them again."""
         self.clip_model.release()
 
 

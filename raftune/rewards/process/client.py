@@ -17,6 +17,7 @@ import pyarrow as pa
 from raftune.config.rewards import RewardSpec
 from raftune.engines.process import ChildProcess, ProcessDied
 from raftune.errors import ConfigError, RaftuneError, RewardError
+from raftune.protocols import Reward
 from raftune.records import ScoreStatus
 from raftune.rewards.batch import RewardBatch
 from raftune.rewards.outcome import RewardOutcome, one_line, whole
@@ -26,7 +27,7 @@ from raftune.rewards.process.protocol import batch_table, packed, unpacked
 LOAD_SECONDS = 300.0
 
 
-class ProcessReward(Executor):
+class ProcessReward(Executor, Reward):
     """Started at once, so that a wrong spec is an error early; restarted after a kill or an exit."""
 
     place = "process"
@@ -42,7 +43,7 @@ class ProcessReward(Executor):
             self.close()
             raise
         self.name = spec.name or str(facts["name"])
-        self.media = frozenset(facts["media"])
+        self.media, self.needs = frozenset(facts["media"]), frozenset(facts["needs"])
         self.fingerprint = str(facts["fingerprint"])
         self.accepts = None if facts["accepts"] is None else frozenset(facts["accepts"])
         self.is_async = bool(facts["is_async"])

@@ -107,9 +107,9 @@ def place(reward: Reward | Executor, loop: EventLoopThread) -> Executor:
     """Where this reward runs; `loop` serves those that are async."""
     if isinstance(reward, Executor):
         return reward
-    if getattr(reward, "is_async", False):
+    if reward.is_async:
         return AsyncExecutor(reward, loop)
-    return Executor(reward) if hasattr(reward, "prepare") else ThreadExecutor(reward)
+    return Executor(reward) if reward.has_weights else ThreadExecutor(reward)
 
 
 def finished(outcome: RewardOutcome) -> Future[RewardOutcome]:

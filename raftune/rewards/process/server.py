@@ -43,11 +43,10 @@ def main() -> None:
         return
     # The first conversion to Arrow imports for a third of a second, which must not count against a call's time limit.
     batch_from(batch_table(RewardBatch([""], [""])), {})
-    accepts, is_async = getattr(reward, "accepts", None), getattr(reward, "is_async", False)
-    facts: dict[str, Any] = {"name": reward.name, "fingerprint": reward.fingerprint, "media": sorted(reward.media)}
-    facts |= {"accepts": None if accepts is None else sorted(accepts), "is_async": is_async}
-    reply(packed(facts))
-    loop = asyncio.new_event_loop() if is_async else None
+    facts: dict[str, Any] = {name: getattr(reward, name) for name in ("name", "fingerprint", "is_async")}
+    facts |= {name: sorted(getattr(reward, name)) for name in ("media", "needs")}
+    reply(packed(facts | {"accepts": None if reward.accepts is None else sorted(reward.accepts)}))
+    loop = asyncio.new_event_loop() if reward.is_async else None
     nowhere = move_high(os.open(os.devnull, os.O_WRONLY))
     for request, reply in requests:
         header, table = unpacked(request)

@@ -71,7 +71,7 @@ def test_the_built_in_rewards_of_a_recipe_take_its_options(
     save_aesthetic_head(tmp_path)
     config = load_config([path])
     for reward in (*config.rewards.reward_funcs, *config.evaluation.reward_funcs):
-        if reward.spec in BUILT_IN and not hasattr(BUILT_IN[reward.spec], "prepare"):
+        if reward.spec in BUILT_IN and not BUILT_IN[reward.spec].has_weights:
             assert load_reward(reward).name == reward.derived_name
 
 

@@ -169,7 +169,7 @@ def test_prompts_of_equal_content_can_be_told_apart() -> None:
     with load_panel(config("rank")) as panel:
         alone = panel.score(BATCH, groups=range(len(BATCH)))
         assert [score.value for score in alone] == [1.0] * 5
-        summed = panel.score(BATCH, combine="sum")
+        summed = panel.by_sum().score(BATCH)
         assert summed[1].value == pytest.approx(summed[1].parts["length"].value + summed[1].parts["repetition"].value)
 
 
@@ -181,7 +181,7 @@ def test_the_fingerprint_follows_the_way_of_combining_and_the_thresholds() -> No
         with load_panel(config(how, **changes)) as panel:
             prints.append(panel.fingerprint)
             with load_panel(config("sum", **changes)) as other:
-                assert panel.fingerprint_by("sum") == other.fingerprint
+                assert panel.by_sum().fingerprint == other.fingerprint
     assert len(set(prints)) == 8
 
 

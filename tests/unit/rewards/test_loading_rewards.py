@@ -11,7 +11,7 @@ import pytest
 
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import ConfigError, RewardError
-from raftune.rewards import RewardBatch, RewardSet, fingerprint, load_panel
+from raftune.rewards import RewardBatch, fingerprint, load_panel
 from raftune.rewards.loading import load_reward
 from raftune.rewards.resolve import FunctionReward, resolve
 
@@ -223,7 +223,7 @@ def test_a_folders_fingerprint_follows_names_and_contents(tmp_path: Path) -> Non
 def test_functions_that_take_what_they_name_say_so() -> None:
     assert FunctionReward(helped).accepts is None
     assert FunctionReward(lambda prompts, completions: []).accepts == {"prompts", "completions"}
-    assert RewardSet([FunctionReward(helped)]).media == {"helped": {"text", "messages", "image", "category"}}
+    assert FunctionReward(helped).media == {"text", "messages", "image", "category"}
 
 
 @pytest.mark.parametrize("options", [{}, {"model": "no-such-owner/no-such-model"}])

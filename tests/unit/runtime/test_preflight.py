@@ -75,3 +75,51 @@ def test_a_window_of_lengths_is_refused_for_pictures_before_anything_is_drawn(fi
     with pytest.raises(ConfigError, match=rf"selection\.{field} is about lengths, and an image has none; got 5"):
         run(tiny.config(tmp_path / "run", policy=policy, selection={field: 5}), tiny.objects())
     assert not list((tmp_path / "run").glob("round-*"))
+
+
+def needs_human(prompts: list[Any], completions: list[Any], human: list[Any], **columns: Any) -> list[float]:
+    return [float(text == str(answer)) for text, answer in zip(completions, human, strict=True)]
+
+
+def needs_reference(completions: list[Any], reference: list[Any]) -> list[float]:
+    return [0.0 for _ in completions]
+
+
+REFERENCE = f"{Path(__file__)}:needs_reference"
+
+
+@pytest.mark.parametrize(
+    ("objects", "changes", "field", "words"),
+    [
+        ([needs_reference], {}, "rewards", "'reference', which is no column of the prompts; there are: human."),
+        (
+            [],
+            {"reward_funcs": REFERENCE},
+            "rewards",
+            "'reference', which is no column of the prompts; there are: human.",
+        ),
+        ([], {"reward_funcs": "answer"}, "rewards", "'answer', which is no column of the prompts; there are: human."),
+        ([needs_human], {"reward_funcs": [REFERENCE]}, "evaluation", "'reference', which is no column of the held-out"),
+    ],
+)
+def test_a_reward_whose_column_the_prompts_lack_is_refused_before_anything_is_generated(
+    objects: list[Any], changes: dict[str, Any], field: str, words: str, tmp_path: Path
+) -> None:
+    settings = tiny.config(tmp_path / "run", **{field: changes})
+    given = PythonObjects(train=tiny.train, held_out=tiny.held_out, rewards=objects)
+    with pytest.raises(ConfigError) as caught:
+        run(settings, given)
+    assert str(caught.value).startswith(f"{field}.reward_funcs: ") and words in str(caught.value)
+    assert not (tmp_path / "run/round-0001").exists()
+    assert not (tmp_path / "run/round-0000/data/commit.json").exists()
+
+
+def test_a_column_that_an_option_a_default_or_the_data_gives_is_no_fault(tmp_path: Path) -> None:
+    rewards = {"reward_funcs": [{"spec": REFERENCE, "options": {"reference": "one for all"}}]}
+    assert run(tiny.config(tmp_path / "run", num_rounds=1, rewards=rewards), tiny.objects(needs_human)).rounds == 1
+
+
+def test_a_reward_is_checked_against_the_columns_that_a_run_has_already(tmp_path: Path) -> None:
+    run(tiny.config(tmp_path / "run", num_rounds=0), tiny.objects())
+    with pytest.raises(ConfigError, match=r"needs_reference needs 'reference', .* there are: human\."):
+        run(tiny.config(tmp_path / "run", num_rounds=1), tiny.objects(needs_reference))

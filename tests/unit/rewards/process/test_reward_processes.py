@@ -171,7 +171,7 @@ def test_a_reward_that_leaves_a_daemon_and_hangs_ends_at_its_limit_and_so_does_t
 ) -> None:
     monkeypatch.setenv("DAEMON_FILE", str(tmp_path / "daemon"))
     with load_panel(RewardsConfig(reward_funcs=(spec,), timeout=1.0)) as panel:
-        mark = panel._rewards[0]._process.mark
+        mark = panel.rewards[panel.names[0]]._process.mark
         began = time.monotonic()
         assert panel.score(asked("daemon", 0, tmp_path / "mark"))[0].status is ScoreStatus.TIMEOUT
         assert time.monotonic() - began < 5
