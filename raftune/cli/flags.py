@@ -43,7 +43,10 @@ def read_object(flag: str, text: str | None) -> dict[str, Any]:
     try:
         value = json.loads(text) if text else {}
     except ValueError as error:
-        raise ConfigError(f"{flag} must be JSON; got {text!r}: {error}. Put it in quotes.") from error
+        raise ConfigError(
+            f"{flag} must be JSON; got {text!r}: {error}. Write it in single quotes, keys and "
+            """texts in double ones: {flag} '{{"name": 1}}'."""
+        ) from error
     if not isinstance(value, dict):
         raise ConfigError(f'{flag} must be a JSON object; got {text!r}. Write {{"name": value}}.')
     return value

@@ -163,6 +163,8 @@ def register(table: dict[str, Any], name: str) -> Callable[[_Built], _Built]:
     """Enters the decorated class or function into the table of built-in ones under this name."""
 
     def enter(built: _Built) -> _Built:
+        other, new = (getattr(item, "__qualname__", "") for item in (table.get(name, built), built))
+        assert other == new, f"{name!r} is registered already, by {other}"
         table[name] = built
         return built
 

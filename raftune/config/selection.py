@@ -6,7 +6,8 @@ fields.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+import math
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
@@ -41,6 +42,10 @@ class SelectionConfig(ConfigSection):
     def skips_equal(self) -> bool:
         """Whether a prompt of several samples that all score the same is skipped."""
         return self.all_equal == "skip" or (self.all_equal == "auto" and self.within_prompt)
+
+    def most_kept(self, prompts: int, pool: int) -> tuple[int, bool]:
+        """How many of `pool` candidates per prompt are kept in all, and whether it is so many if all have scores."""
+        return prompts * pool, False
 
     @model_validator(mode="before")
     @classmethod
@@ -83,12 +88,18 @@ class BestOfK(SelectionConfig):
 
     rule: Literal["best_of_k"] = Field("best_of_k", description=SelectionConfig.model_fields["rule"].description)
 
+    def most_kept(self, prompts: int, pool: int) -> tuple[int, bool]:
+        return prompts, True
+
 
 class TopM(SelectionConfig):
     """The m best samples of each prompt."""
 
     rule: Literal["top_m"] = "top_m"
     m: int = Field(1, ge=1, description="Samples kept per prompt, at least 1 (top_m, random).")
+
+    def most_kept(self, prompts: int, pool: int) -> tuple[int, bool]:
+        return prompts * min(self.m, pool), True
 
 
 class TopFraction(SelectionConfig):
@@ -101,6 +112,9 @@ class TopFraction(SelectionConfig):
     max_per_prompt: int | None = Field(None, ge=1)
     """Maximum number of samples kept per prompt (threshold, top_fraction); none: no limit."""
 
+    def most_kept(self, prompts: int, pool: int) -> tuple[int, bool]:
+        return max(1, math.floor(prompts * pool * self.keep_fraction)), self.max_per_prompt is None
+
 
 class Threshold(SelectionConfig):
     """All samples from a score upwards."""
@@ -110,6 +124,9 @@ class Threshold(SelectionConfig):
     threshold: float
     """Lowest score kept, in units of the score (threshold): a prompt without one yields nothing."""
     max_per_prompt: int | None = Field(None, ge=1, description=TopFraction.model_fields["max_per_prompt"].description)
+
+    def most_kept(self, prompts: int, pool: int) -> tuple[int, bool]:
+        return prompts * min(pool, self.max_per_prompt or pool), False
 
 
 class Softmax(SelectionConfig):
@@ -127,6 +144,9 @@ class Random(SelectionConfig):
     rule: Literal["random"] = "random"
     m: int = Field(1, ge=1, description=TopM.model_fields["m"].description)
 
+    def most_kept(self, prompts: int, pool: int) -> tuple[int, bool]:
+        return prompts * min(self.m, pool), True
+
 
 class CustomRule(SelectionConfig):
     """A custom rule. Its class declares the options."""
@@ -135,11 +155,6 @@ class CustomRule(SelectionConfig):
     options: dict[str, Any] = Field(default_factory=dict, description="Options of a custom rule.")
 
 
-BUILT_IN = (BestOfK, TopM, TopFraction, Threshold, Softmax, Random)
-RULES: dict[str, type[SelectionConfig]] = {
-    **{section.model_fields["rule"].default: section for section in BUILT_IN},
-    "custom": CustomRule,
-}
 rule_class = tag_of("rule", "best_of_k")  # the key in RULES of a section's class
 
 AnySelection = Annotated[
@@ -152,6 +167,9 @@ AnySelection = Annotated[
     | Annotated[CustomRule, Tag("custom")],
     Discriminator(rule_class),
 ]
+RULES: dict[str, type[SelectionConfig]] = {
+    tag.tag: section for section, tag in (get_args(rule) for rule in get_args(get_args(AnySelection)[0]))
+}
 _ADAPTER: TypeAdapter[AnySelection] = TypeAdapter(AnySelection)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 
 from raftune.config.run import RunConfig
-from raftune.config.selection import BestOfK, Random, Threshold, TopFraction, TopM
 from raftune.errors import DataError, ModelError
 from raftune.planning.probe import SECONDS, Emit, ProbeResult, ProbeRun, probe, seconds_by_stage
 from raftune.policies.footprint import DiskForecast, Footprint, MemoryPeaks, RoundAmounts, rows_of_round
@@ -248,15 +247,7 @@ def amounts(config: RunConfig, train: int, held_out: int) -> RoundAmounts:
     prompts = min(config.prompts_per_round, train)
     pool = sampling.num_generations + len(sampling.candidate_columns)
     pool += sampling.teacher.num_generations if sampling.teacher else 0
-    kept, exact = prompts * pool, False  # at most; exactly so many where every sample has a score
-    if isinstance(rule, BestOfK):
-        kept, exact = prompts, True
-    elif isinstance(rule, TopM | Random):
-        kept, exact = prompts * min(rule.m, pool), True
-    elif isinstance(rule, TopFraction):
-        kept, exact = max(1, math.floor(prompts * pool * rule.keep_fraction)), rule.max_per_prompt is None
-    elif isinstance(rule, Threshold):
-        kept = prompts * min(pool, rule.max_per_prompt or pool)
+    kept, exact = rule.most_kept(prompts, pool)
     filtered = rule.margin != 0 or rule.drop_duplicates or rule.min_length is not None or rule.max_length is not None
     steps = training.max_steps
     if steps <= 0:

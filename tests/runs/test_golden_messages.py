@@ -104,7 +104,9 @@ def test_an_error_that_users_meet_keeps_its_wording(name: str, project: Path, mo
     monkeypatch.chdir(project)
     monkeypatch.setenv("COLUMNS", "400")
     golden: dict[str, Any] = yaml.safe_load(GOLDEN.read_text())[name]
-    assert run(golden["command"]) == (golden["code"], golden["says"])
+    assert run(golden["command"]) == (golden["code"], golden["says"]), (
+        "intended? python -m tests.runs.test_golden_messages"
+    )
 
 
 if __name__ == "__main__":

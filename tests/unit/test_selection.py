@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from selection_tables import CONFIGS, INF, NAN, assert_same, choose, kept, prompts, random_table, rows, words
 
-from raftune.selection import Reason, nothing_to_rank, without_candidates
+from raftune.config import selection as sections
+from raftune.selection import RULES, Reason, nothing_to_rank, without_candidates
+
+
+def test_every_rule_of_the_configuration_has_a_function_and_a_table_of_its_own() -> None:
+    assert set(sections.RULES) == {*RULES, "custom"}
+    assert {fields.get("rule", "best_of_k") for fields in CONFIGS} == set(RULES)
+
 
 # -- best of k and top m ---------------------------------------------------------------------------------------------
 
