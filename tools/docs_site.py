@@ -70,7 +70,9 @@ def table(section: Mapping[str, Any], sections: Mapping[str, str]) -> list[str]:
     lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
     required = section.get("required", [])
     for field, value in section.get("properties", {}).items():
-        kind = " or ".join(f"[section](#{name.lower()})" for name in references(value) if name in sections)
+        named = [name for name in references(value) if name in sections]
+        words = {name: re.findall(r"\((.*)\)", sections[name]) or ["section"] for name in named}
+        kind = " or ".join(f"[{words[name][0]}](#{name.lower()})" for name in named)
         default = "required" if field in required else code(value["default"]) if "default" in value else ""
         cells = (f"`{field}`", kind or type_of(value), "" if kind else default, summary(value))
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
