@@ -1,6 +1,6 @@
 """Client of a reward in its own process. A hang or crash costs one call only.
 
-If the process dies, the batch is sent to a new one: docs/decisions/0030-the-death-of-a-reward-process.md.
+If the process dies, the batch is sent to a new one: docs/decisions/0030-reward-process-crashes.md.
 """
 
 from __future__ import annotations
