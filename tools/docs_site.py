@@ -110,7 +110,7 @@ def decisions() -> str:
     pages = sorted((DOCS / "decisions").glob("[0-9]*.md"))
     heads = [path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for path in pages]
     lines = [f"- [{head}]({path.name})" for path, head in zip(pages, heads, strict=True)]
-    return "\n".join(["# Decisions", "", "What was chosen where several ways were open, and why.", "", *lines, ""])
+    return "\n".join(["# Decisions", "", "Design choices and their reasons.", "", *lines, ""])
 
 
 # -- public names ------------------------------------------------------------------------------------------------------
