@@ -21,14 +21,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-import yaml
 
 from raftune.arrays import FloatArray
-from raftune.config.load import differences
 from raftune.config.reward_model import RewardModelConfig
 from raftune.data.classifier_inputs import text_of, write_notes
 from raftune.data.rows import write_skipped
-from raftune.errors import ConfigChanged, ConfigError, DataError, ModelError
+from raftune.errors import ConfigChanged, DataError, ModelError
 from raftune.evaluation.bootstrap import numbers_by_key
 from raftune.protocols import Callback, Reward
 from raftune.reward_models.backbone import open_backbone
@@ -36,14 +34,13 @@ from raftune.reward_models.examples import FeedbackExample, identity_of, prompt_
 from raftune.reward_models.fitting import fit
 from raftune.reward_models.metrics import better_than_length, pairwise_report, pointwise_report, verdict
 from raftune.store.committed import write_manifest
-from raftune.store.files import discard, set_usual_mode, stage_file, write_json
+from raftune.store.files import discard, publish_directory, stage_file, write_json
 from raftune.store.parquet import write_table
-from raftune.store.run import CONFIG as RUN_CONFIG
 from raftune.store.run import RunFolder
+from raftune.store.training_folder import DATA, HELD_OUT, REPORT, SKIPPED, open_training
 from raftune.training.quiet import quiet
 
-CONFIG, DATA, SKIPPED, HELD_OUT, REPORT = "config.yaml", "data.json", "skipped.jsonl", "held_out.parquet", "report.json"
-WITHOUT_EFFECT = {"output_dir", "allow_chance"}  # fields on which no result depends
+WITHOUT_EFFECT = frozenset({"output_dir", "allow_chance"})  # fields on which no result depends
 CHUNK = 1024  # answers in one call of the model as a reward
 POINTS = 50  # of the curve of losses in the report
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -68,17 +65,10 @@ def train_reward_model(
     same configuration, it resumes from the last checkpoint. A model that is not better than chance stays under work/,
     unless `allow_chance`. Raises ConfigError, DataError, ModelError, StoreError.
     """
-    run = RunFolder(Path(config.output_dir).expanduser())
-    root, model, candidate = run.root, run.root / "model", run.root / "work" / "model"
-    if root.is_dir() and _read_config(root) is None:  # checked before anything in it is touched
-        must = "output_dir must be new, or of this training;"
-        if foreign := sorted(path.name for path in root.iterdir() if path.name not in ("LOCK", "tmp")):
-            content = "a run" if (root / RUN_CONFIG).is_file() else repr(foreign[0])
-            raise ConfigError(f"{must} {root} holds {content}. Choose another.")
-        if any((root / "tmp").glob("*")):
-            raise ConfigError(f"{must} {root}/tmp is not empty. Clear it.")
-    with run.lock():
-        _write_config(root, config)
+    with open_training(
+        config, config.output_dir, "raftune reward train", has_work=_has_work, without_effect=WITHOUT_EFFECT
+    ) as run:
+        root, model, candidate = run.root, run.root / "model", run.root / "work" / "model"
         worked = not (root / REPORT).is_file()
         if worked:
             _train_and_evaluate(config, run, score_with, observe)
@@ -87,47 +77,17 @@ def train_reward_model(
             if not candidate.is_dir():
                 raise ModelError(f"{candidate} is gone. Remove {root}, and train again.")
             write_manifest(candidate)
-            set_usual_mode(candidate)
-            candidate.replace(model)
+            publish_directory(candidate, model)
         if model.is_dir():
             discard(root / "work", run.tmp)  # a kill may have come between the model and this
         run.tmp.rmdir()
     return RewardTrainingOutcome(root, report, model.is_dir(), worked)
 
 
-def _read_config(root: Path) -> dict[str, Any] | None:
-    """The configuration that was written, if this is the directory of such a training."""
-    try:
-        config = yaml.safe_load((root / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return None
-    return config if isinstance(config, dict) and "held_out_fraction" in config else None
-
-
 def _has_work(root: Path) -> bool:
     """Whether there is work that another configuration, or other data, would throw away."""
     work = root / "work"
     return (root / REPORT).is_file() or (work / "model").is_dir() or any(work.glob("checkpoint-*"))
-
-
-def _write_config(root: Path, config: RewardModelConfig) -> None:
-    """Writes the configuration. Raises ConfigChanged where there is work of another."""
-    current = config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
-    if not _has_work(root):
-        (root / CONFIG).write_text(yaml.safe_dump(current, sort_keys=False, allow_unicode=True), "utf-8")
-        return
-
-    def same_file(old: object, new: object) -> bool:
-        both = isinstance(old, str) and isinstance(new, str)
-        return both and Path(str(new)).exists() and Path(str(old)).resolve() == Path(str(new)).resolve()
-
-    changes = differences(_read_config(root) or {}, current)
-    changed = [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changes.items() if not same_file(old, new)]
-    if changed:
-        raise ConfigChanged(
-            f"{root} was made with another configuration. {'; '.join(changed)}. Choose another output_dir, or remove "
-            "it."
-        )
 
 
 def _train_and_evaluate(

@@ -19,16 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import yaml
 
-from raftune.config.load import differences, read_yaml, validate_as
 from raftune.config.run import DataConfig, EngineConfig, RunConfig
 from raftune.config.sampling import DiffusionSampling, SamplingConfig
 from raftune.config.sft import SftConfig
 from raftune.config.training import SftTraining
 from raftune.data.feedback import choose, read_demonstrations
 from raftune.data.rows import Demonstration, SkippedRow, write_skipped
-from raftune.errors import ConfigChanged, ConfigError, DataError, OutOfMemory, StoreError, TooLong
+from raftune.errors import ConfigChanged, DataError, OutOfMemory, TooLong
 from raftune.policies.registry import family_of, start_policy
 from raftune.protocols import Callback, Policy, SupportsLogProbs, SupportsTruncation
 from raftune.records import TOOLS, JsonType, Prompt, derive_seed, prompt_ids, table_of
@@ -36,23 +34,13 @@ from raftune.results.measures import loss_ends
 from raftune.runtime.assembly import limit_threads
 from raftune.starters.resolve import resolve_starters
 from raftune.store.committed import check_folder, write_manifest
-from raftune.store.files import (
-    discard,
-    dump_json,
-    explaining,
-    set_usual_mode,
-    sha256_of,
-    stage_file,
-    sync,
-    unique,
-    write_json,
-)
+from raftune.store.files import discard, dump_json, publish_directory, sha256_of, stage_file, unique, write_json
 from raftune.store.parquet import read_groups, table_writer
 from raftune.store.partial import unfinished_work
 from raftune.store.run import RunFolder
+from raftune.store.training_folder import DATA, HELD_OUT, REPORT, SKIPPED, open_training
 
-CONFIG, DATA, REPORT, PARITY = "config.yaml", "data.json", "report.json", "parity.json"
-ROWS, HELD_OUT, SKIPPED = "rows.parquet", "held_out.parquet", "skipped.jsonl"
+ROWS, PARITY = "rows.parquet", "parity.json"
 ENCODED_AT_ONCE = 1024
 MESSAGE = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
 
@@ -73,48 +61,13 @@ def sft(config: SftConfig, observe: Callback = lambda kind, facts: None) -> SftO
     ConfigChanged where the directory holds the work of another configuration or of other data; StoreError, DataError,
     ModelError.
     """
-    folder = RunFolder(config.output_dir)
-    root = folder.root
-    if root.exists() and not root.is_dir():
-        raise StoreError(f"output_dir must be a directory; {root} is a file. Choose another output_dir.")
-    if (root / CONFIG).is_file():
-        _read_config(root / CONFIG)
-    elif foreign := sorted(path.name for path in root.glob("*") if path.name not in ("tmp", "LOCK")):
-        raise StoreError(
-            f"output_dir must be empty or hold an earlier `raftune sft`; {root} holds {', '.join(foreign[:3])}. "
-            "Choose another output_dir."
-        )
-    with folder.lock():
-        _write_config(folder, config)
+
+    def has_work(root: Path) -> bool:
+        return (root / DATA).exists()
+
+    with open_training(config, config.output_dir, "raftune sft", has_work=has_work, stale=("start",)) as folder:
         worked = SftRun(folder, config, observe).work()
-    return SftOutcome(root, json.loads((root / REPORT).read_bytes()), worked)
-
-
-def _read_config(path: Path) -> SftConfig:
-    """The configuration of an earlier call. Raises StoreError where it is something else's."""
-    try:
-        return validate_as(SftConfig, {**read_yaml(path), "output_dir": str(path.parent)})
-    except ConfigError as error:
-        why = str(error).splitlines()[0]
-        raise StoreError(
-            f"output_dir must hold an earlier `raftune sft`, or nothing; {path} is not one's: {why}"
-        ) from error
-
-
-def _write_config(folder: RunFolder, config: SftConfig) -> None:
-    """Writes config.yaml, in full. Raises ConfigChanged where something was made under another configuration."""
-    path, current = folder.root / CONFIG, config.model_dump(mode="json", exclude={"output_dir"})
-    earlier = _read_config(path).model_dump(mode="json", exclude={"output_dir"}) if path.is_file() else current
-    changed = differences(earlier, current)
-    if changed and (folder.root / DATA).exists():
-        lines = [f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in sorted(changed.items())]
-        head = f"{folder.root} holds the work of another configuration:"
-        raise ConfigChanged("\n".join([head, *lines, "Choose another output_dir, or delete this one."]))
-    if changed:  # the earlier call ended before it read the data
-        discard(folder.root / "start", folder.tmp)
-    if changed or not path.is_file():
-        with stage_file(folder.tmp, path) as staged:
-            staged.write_text(yaml.safe_dump(current, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return SftOutcome(folder.root, json.loads((folder.root / REPORT).read_bytes()), worked)
 
 
 class SftRun:
@@ -168,7 +121,7 @@ class SftRun:
         """start/: the model, checked and written down."""
         staged = self.new_folder()
         start_policy(self.family, self.run, staged, final=self.start)
-        self.publish(staged, self.start)
+        publish_directory(staged, self.start)
 
     def encode_data(self) -> None:
         """data.json, last of what is read from the data."""
@@ -262,7 +215,7 @@ class SftRun:
             trained = exported
         dump_json(trained / "training.json", asdict(report))
         write_manifest(trained)
-        self.publish(trained, self.model)
+        publish_directory(trained, self.model)
 
     def write_report(self) -> None:
         """report.json: data, training, and held-out perplexity before and after."""
@@ -314,14 +267,6 @@ class SftRun:
         folder = unique(self.tmp)
         folder.mkdir()
         return folder
-
-    def publish(self, staged: Path, final: Path) -> None:
-        """Gives a finished folder its name in one rename, its contents durable before."""
-        with explaining(staged, final):
-            set_usual_mode(staged)
-            sync(*sorted(path for path in staged.rglob("*") if path.is_file()), staged)
-            staged.rename(final)
-            sync(final.parent)
 
 
 def as_run(config: SftConfig) -> RunConfig:

@@ -145,6 +145,15 @@ def publish_folder(staged: Path, final: Path) -> None:
             move(path, final / path.relative_to(staged))
 
 
+def publish_directory(staged: Path, final: Path) -> None:
+    """Gives a finished directory its final name in one rename, its content durable before."""
+    with explaining(staged, final):
+        set_usual_mode(staged)
+        sync(*sorted(path for path in staged.rglob("*") if path.is_file()), staged)
+        staged.rename(final)
+        sync(final.parent)
+
+
 def publish_seal(staged: Path, final: Path, listed: Iterable[str]) -> None:
     """Publishes a manifest after making the names of the files that it lists durable."""
     folders = {final.parent, *((final.parent / name).parent for name in listed)}

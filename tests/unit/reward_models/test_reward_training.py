@@ -261,10 +261,10 @@ def test_what_failed_before_anything_was_computed_may_be_mended_in_place(place: 
 def test_a_directory_of_something_else_is_not_touched(place: Path, tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     (tmp_path / "tmp" / "mine.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="output_dir must be new"):
+    with pytest.raises(StoreError, match=r"must be empty or hold an earlier `raftune reward train`; .* holds tmp\."):
         train(asked(place, "marked", "llama", tmp_path))
     (tmp_path / "config.yaml").write_text("name: a run")
-    with pytest.raises(ConfigError, match=r"holds 'config\.yaml'"):
+    with pytest.raises(StoreError, match=r"config\.yaml is not one's"):
         train(asked(place, "marked", "llama", tmp_path))
     assert (tmp_path / "tmp" / "mine.txt").read_text() == "mine"
 
