@@ -68,47 +68,43 @@ class _Display:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
         if self.console.is_jupyter:
-            moves = importlib.util.find_spec("ipywidgets") is not None
+            self._moves = importlib.util.find_spec("ipywidgets") is not None
         else:
-            moves = self.console.is_terminal and not self.console.is_dumb_terminal and not os.environ.get("CI")
+            self._moves = self.console.is_terminal and not self.console.is_dumb_terminal and not os.environ.get("CI")
         self._task: TaskID | None = None
-        self._bars: Bars | None = None
-        if moves:
-            self._bars = Bars(
-                SpinnerColumn(),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[worth]}", markup=False),
-                TextColumn("{task.fields[left]}", style="dim", markup=False),
-                console=self.console,
-                transient=True,
-            )
+        self._bars = Bars(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[worth]}", markup=False),
+            TextColumn("{task.fields[left]}", style="dim", markup=False),
+            console=self.console,
+            transient=True,
+            disable=not self._moves,
+        )
 
     def __enter__(self) -> Self:
-        if self._bars is not None:
-            self._bars.start()
+        self._bars.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._bars is not None:
+        if self._moves:  # otherwise rich would print an empty line
             self._bars.stop()
 
-    def _set_task(self, title: str | None, worth: str = "") -> None:
+    def _set_task(self, title: str | None) -> None:
         """Replaces the moving line; None removes it."""
-        if self._bars is not None:
-            if self._task is not None:
-                self._bars.remove_task(self._task)
-            self._task = None if title is None else self._bars.add_task(title, total=None, worth=worth, left="")
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._task = None if title is None else self._bars.add_task(title, total=None, worth="", left="")
 
     def _update(self, **fields: Any) -> None:
-        if self._bars is not None and self._task is not None:
+        if self._task is not None:
             self._bars.update(self._task, **fields)
 
     def _print(self, line: str | Text, style: str = "dim") -> None:
-        console = self._bars.console if self._bars is not None else self.console
-        console.print(Text(line, style=style) if isinstance(line, str) else line, soft_wrap=True)
+        self.console.print(Text(line, style=style) if isinstance(line, str) else line, soft_wrap=True)
 
 
 class StepProgress(_Display):
@@ -118,7 +114,7 @@ class StepProgress(_Display):
         """Starts the next step."""
         self._title = title
         self._began = self._printed = time.monotonic()
-        if self._bars is None:
+        if not self._moves:
             self._print(title)
         self._set_task(title)
 
@@ -127,7 +123,7 @@ class StepProgress(_Display):
         now = time.monotonic()
         left = f"about {duration((now - self._began) * (of - done) / max(done, 1))} left"
         self._update(completed=done, total=of, left=left)
-        if self._bars is None and now - self._printed > QUIET:
+        if not self._moves and now - self._printed > QUIET:
             self._printed = now
             self._print(f"{self._title}: {done:,} of {of:,}, {left}")
 
@@ -151,7 +147,7 @@ class Progress(_Display):
         self._table = RoundTable(held_out, self.console.width if self.console.is_terminal else None)
         self._pace = StagePace()
         self._tally = SampleTally()
-        self._root = Path()
+        self._run = RunFolder(".")
         self._of = 0
         self._notes: set[str] = set()
         self._stage: StageProgress | None = None
@@ -170,16 +166,17 @@ class Progress(_Display):
     def _watch(self) -> None:
         """In a thread: shows the progress inside a stage that reports no chunk for long."""
         while not self._over.wait(0.5):
-            stage, now = self._stage, time.monotonic()
-            if stage is None:
+            if (stage := self._stage) is None:
                 continue
-            if self._bars is not None:
+            now = time.monotonic()
+            if self._moves:
                 if pulse.now() is not None:
                     self._update(worth=stage.so_far(), left=stage.left(now))
-            elif not stage.named and now - stage.began >= SOON:
-                stage.named, stage.printed = True, now
-                self._print(stage.title)
-            elif stage.named and now - stage.printed >= QUIET:
+            elif stage.printed is None:
+                if now - stage.began >= SOON:
+                    stage.printed = now
+                    self._print(stage.title)
+            elif now - stage.printed >= QUIET:
                 stage.printed = now
                 parts = [stage.so_far(), f"{duration(now - stage.began)} so far", stage.left(now)]
                 self._print(f"{stage.title}: {', '.join(filter(None, parts))}")
@@ -187,10 +184,11 @@ class Progress(_Display):
     def __call__(self, kind: str, facts: dict[str, Any]) -> None:
         if handler := getattr(self, f"_on_{kind}", None):
             handler(**facts)
+            self._update(worth=self._tally.words(), left=self._pace.left())
 
     def _on_begin(self, root: str, set_aside: list[str], changed: dict[str, Any], **_: Any) -> None:
-        self._root = Path(root)
-        self._pace.before = seconds_by_round(RunFolder(root).events)
+        self._run = RunFolder(root)
+        self._pace.before = seconds_by_round(self._run.events)
         if set_aside:
             self._print(f"set aside, to superseded/: {', '.join(set_aside[:6])}{' …' if len(set_aside) > 6 else ''}")
         for name, (old, new) in sorted(changed.items()):
@@ -201,15 +199,14 @@ class Progress(_Display):
         self._pace.begin_round(round, of)
 
     def _on_stage_begin(self, round: int, stage: str, **_: Any) -> None:
-        where, verb = f"round {round}/{self._of}" if round else "start", VERBS.get(stage, stage)
+        label, verb = f"round {round}/{self._of}" if round else "start", VERBS.get(stage, stage)
         if not self.worked and (round, stage) != (0, "data"):  # not the first stage of a run
-            self._print(f"taken up at {where}, {verb}")
+            self._print(f"taken up at {label}, {verb}")
         self.worked = True
         if stage in ("generate", "evaluation generate"):
             self._tally = SampleTally()
-        self._stage = StageProgress(f"{where} · {verb}")
-        self._set_task(f"{where} · {verb}", self._tally.words())
-        self._show()
+        self._stage = StageProgress(f"{label} · {verb}")
+        self._set_task(self._stage.title)
 
     def _on_chunks(self, stage: str, total: int, found: int, **_: Any) -> None:
         if self._stage is not None:
@@ -223,19 +220,17 @@ class Progress(_Display):
         if self._stage is not None:
             self._stage.chunks = (self._stage.chunks[0] + 1, self._stage.chunks[1])
             pulse.clear()
-        if self._bars is not None and self._task is not None:
-            folder = RunFolder(self._root).folder(round, stage.replace("evaluation ", "evaluate/"))
+        if self._moves and self._task is not None:
+            folder = self._run.folder(round, stage.replace("evaluation ", "evaluate/"))
             self._tally.add(folder / chunk_file(chunk), stage)
             self._bars.advance(self._task)
-            self._show()
 
     def _on_stage_end(self, round: int, stage: str, seconds: float, notes: Sequence[str] = (), **_: Any) -> None:
         self._print_notes(notes)
         self._stage = None
-        self._pace.add(round, stage, seconds)
-        if stage == "data" and (warning := overlap_warning(self._root)):
+        self._pace.spent[round][stage] = seconds
+        if stage == "data" and (warning := overlap_warning(self._run.root)):
             self._print(warning, "yellow")
-        self._show()
 
     def _on_round_end(
         self,
@@ -262,11 +257,8 @@ class Progress(_Display):
         self.outcome = facts
         self._set_task(None)
 
-    def _show(self) -> None:
-        self._update(worth=self._tally.words(), left=self._pace.left())
-
     def _print_notes(self, notes: Sequence[str]) -> None:
-        for note in notes:
+        for note in dict.fromkeys(notes):
             if note not in self._notes:
                 self._notes.add(note)
                 self._print(note)
@@ -279,8 +271,7 @@ class StageProgress:
     title: str
     chunks: tuple[int, int] = (0, 0)
     began: float = field(default_factory=time.monotonic)
-    printed: float = 0.0
-    named: bool = False
+    printed: float | None = None
     start: float | None = None  # the share that was done at the first call of `left`
 
     def so_far(self) -> str:
@@ -319,18 +310,17 @@ class RoundTable:
         lines = []
         if not self.columns:
             promised: dict[str, Any] = {"kept": 0, "samples": 0} if learns else {}
-            known = self.columns = columns_for([row | promised | {"seconds": 0.0}], self.held_out)
-            width = {
-                column.key: max(len(column.title), 6, len(cell(column, row)) + 2 * (column.key == "reward"))
-                for column in known
-            }
-            while self.width and sum(width[column.key] + 2 for column in self.columns) - 2 > self.width:
-                spare = [column for column in self.columns if column.key not in MATTERS] or self.columns[2:]
+            self.columns = columns_for([row | promised | {"seconds": 0.0}], self.held_out)
+            self.widths = [max(len(c.title), 6, len(cell(c, row)) + 2 * (c.key == "reward")) for c in self.columns]
+            left_out: list[str] = []
+            while self.width and sum(self.widths) + 2 * (len(self.widths) - 1) > self.width:
+                spare = [i for i, column in enumerate(self.columns) if column.key not in MATTERS]
+                spare = spare or [*range(2, len(self.columns))]
                 if not spare:
                     break
-                self.columns = [column for column in self.columns if column is not spare[-1]]
-            self.widths = [width[column.key] for column in self.columns]
-            if left_out := [column.title for column in known if column not in self.columns]:
+                left_out.insert(0, self.columns.pop(spare[-1]).title)
+                del self.widths[spare[-1]]
+            if left_out:
                 lines.append(Text(f"too narrow for: {', '.join(left_out)} (report.html has them)", style="dim"))
             lines.append(Text(self._joined([column.title for column in self.columns]), style="bold"))
         lines.append(Text(self._joined([cell(column, row) for column in self.columns])))
@@ -375,7 +365,7 @@ class SampleTally:
 
 
 class StagePace:
-    """How long stages take, and the time left that follows from it."""
+    """How long stages take (`spent`, by round and stage), and the time left that follows from it."""
 
     def __init__(self) -> None:
         self.round = self.of = 0
@@ -385,22 +375,18 @@ class StagePace:
     def begin_round(self, round_: int, of: int) -> None:
         self.round, self.of = round_, of
 
-    def add(self, round_: int, stage: str, seconds: float) -> None:
-        self.spent[round_][stage] = seconds
-
     def seconds_of(self, round_: int) -> float | None:
         """Seconds spent on the round, by earlier sessions too; None where this one had nothing to do."""
         return self.before.get(round_, 0.0) + sum(self.spent[round_].values()) if round_ in self.spent else None
 
     def left(self) -> str:
         """The time left if stages take as long as in earlier rounds; empty before there is one."""
-        whole = [stages for number, stages in self.spent.items() if 0 < number < self.round]
-        if not whole:
-            return ""
         times: dict[str, list[float]] = defaultdict(list)
-        for stages in whole:
-            for name, seconds in stages.items():
+        for number in range(1, self.round):
+            for name, seconds in self.spent.get(number, {}).items():
                 times[name].append(seconds)
+        if not times:
+            return ""
         mean = {name: sum(seconds) / len(seconds) for name, seconds in times.items()}
         done = self.spent.get(self.round, {})
         left = sum(mean.values()) * (self.of - self.round)

@@ -138,11 +138,11 @@ def test_a_run_that_fails_leaves_the_terminal_as_it_was(tmp_path: Path, screen: 
 def test_the_time_left_is_what_the_stages_took_before() -> None:
     pace = StagePace()
     pace.begin_round(1, 3)
-    pace.add(1, "generate", 20.0)
+    pace.spent[1]["generate"] = 20.0
     assert pace.left() == ""
-    pace.add(1, "train", 10.0)
+    pace.spent[1]["train"] = 10.0
     pace.begin_round(2, 3)
-    pace.add(2, "generate", 30.0)
+    pace.spent[2]["generate"] = 30.0
     assert pace.left() == "about 40 s left"  # the tune of round 2, then draw and tune of round 3 as round 1 took them
 
 
