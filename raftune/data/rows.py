@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from raftune.records import PromptContent
+from raftune.sanitize import counted
 
 SHOWN = 5  # rows that are named for each reason; the file of skipped rows names all
 
@@ -100,12 +101,11 @@ class Feedback(Generic[T]):
     def words(self) -> list[str]:
         """A line that sums up the rows, and a line for each reason to skip, with its first rows."""
         used = len({row.row for row in self.rows})
-        several = f" from {used:,} row{'' if used == 1 else 's'}" if used != len(self.rows) else ""
-        kind = type(self.rows[0]).__name__.lower() if self.rows else "row"
-        kind = "pair" if kind == "preferencepair" else kind
-        counted = f"{len(self.rows):,} {kind}{'' if len(self.rows) == 1 else 's'}{several}"
-        left = f"; {len(self.skipped):,} of {used + len(self.skipped):,} rows skipped" if self.skipped else ""
-        return [f"{self.source}: {counted}, {self.format}{left}", *(f"  {line}" for line in reasons(self.skipped))]
+        several = f" from {counted(used, 'row')}" if used != len(self.rows) else ""
+        kind = type(self.rows[0]).__name__.lower().removeprefix("preference") if self.rows else "row"
+        skipped = f"; {len(self.skipped):,} of {used + len(self.skipped):,} rows skipped" if self.skipped else ""
+        first = f"{self.source}: {counted(len(self.rows), kind)}{several}, {self.format}{skipped}"
+        return [first, *(f"  {line}" for line in reasons(self.skipped))]
 
 
 def reasons(skipped: Iterable[SkippedRow]) -> list[str]:

@@ -111,7 +111,18 @@ def numbers_of(samples: pa.Table, name: str) -> FloatArray:
     return np.asarray(pc.cast(samples.column(name), pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
 
 
+def usable(samples: pa.Table, column: str, status: str) -> FloatArray:
+    """The column's numbers, NaN where the status is not ok."""
+    ok = pc.equal(samples.column(status), "ok").to_numpy(zero_copy_only=False)
+    return np.where(ok, numbers_of(samples, column), np.nan)
+
+
 # -- best of k --------------------------------------------------------------------------------------------------------
+
+
+def ks_up_to(most: int) -> list[int]:
+    """1, 2, 4, … and the most; none for 0."""
+    return sorted({*(2**i for i in range(most.bit_length())), *({most} if most else ())})
 
 
 def best_of_k_estimates(scores: npt.ArrayLike, ks: Sequence[int]) -> FloatArray:

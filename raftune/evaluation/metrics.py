@@ -18,10 +18,12 @@ from raftune.evaluation.bootstrap import (
     Interval,
     best_of_k_estimates,
     interval,
+    ks_up_to,
     mean_by_prompt,
     numbers_of,
     prompt_numbers,
     ratio_interval,
+    usable,
 )
 from raftune.evaluation.diversity import numbered, similarities, word_measures
 from raftune.evaluation.images import FeatureMetrics, PixelMetrics
@@ -196,21 +198,14 @@ def measured(metric: Metric, samples: pa.Table) -> float | Interval | None:
     return interval(mean_by_prompt(prompt_numbers(samples), values))
 
 
-def usable(samples: pa.Table, column: str, status: str) -> FloatArray:
-    """The column's values, NaN where the status is not ok."""
-    ok = np.array([s == "ok" for s in samples.column(status).to_pylist()])
-    return np.where(ok, numbers_of(samples, column), np.nan)
-
-
 def best_of_curve(groups: IntArray, scores: FloatArray) -> dict[str, Any]:
     """For k = 1, 2, 4, … the reward of the best of k samples; a prompt counts for a k that its usable scores reach."""
-    usable = np.isfinite(scores)
-    order = np.argsort(groups[usable], kind="stable")
-    sorted_scores = scores[usable][order]
-    counts = np.bincount(groups[usable], minlength=int(groups.max(initial=-1)) + 1)
+    finite = np.isfinite(scores)
+    order = np.argsort(groups[finite], kind="stable")
+    sorted_scores = scores[finite][order]
+    counts = np.bincount(groups[finite], minlength=int(groups.max(initial=-1)) + 1)
     starts = np.cumsum(counts) - counts
-    most = int(counts.max(initial=0))
-    ks = sorted({*(2**i for i in range(most.bit_length())), *({most} if most else ())})
+    ks = ks_up_to(int(counts.max(initial=0)))
     estimates = np.full((len(counts), len(ks)), np.nan)
     for n in np.unique(counts[counts > 0]):
         rows = np.flatnonzero(counts == n)

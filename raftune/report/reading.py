@@ -6,15 +6,15 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 
-from raftune.errors import RaftuneError
+from raftune.errors import RaftuneError, RunDamaged
 from raftune.sanitize import first_line
 from raftune.store.commit import MARKER, Manifest, has_changed, surplus
 from raftune.store.layout import chunk_file
@@ -23,8 +23,6 @@ from raftune.store.run import CONFIG, RunFolder
 
 _CHUNK = re.compile(r"chunk-(\d{5,})\.parquet")
 CHUNKS = "raftune.units"  # in the metadata of verdicts.parquet: the chunk of each of its row groups
-
-Content = TypeVar("Content")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -76,11 +74,11 @@ class RunReader:
 
     def json(self, round_: int, stage: str, name: str, kind: type[Any] = dict) -> Any:
         """The file's dictionary (or list); an empty one where the stage is not there or the file cannot be read."""
-        path = self.run.folder(round_, stage) / name
         if not self.has(round_, stage):
             return kind()
         commit = self.commits.get((round_, stage))
         entry = commit.files.get(name) if commit is not None else None
+        path = self.run.folder(round_, stage) / name
         return self._json(path, f"round {round_}, {stage}", kind, entry.sha256 if entry is not None else None)
 
     def own_json(self, name: str) -> dict[str, Any]:
@@ -88,8 +86,9 @@ class RunReader:
         path, sha256 = self.run.root / name, None
         with contextlib.suppress(RaftuneError, OSError, AttributeError):
             sha256 = self.run.config_record().get("files", {}).get(name)  # of files written with the configuration
-        known = sha256 if isinstance(sha256, str) else None
-        content: dict[str, Any] = self._json(path, "the run", dict, known) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        content: dict[str, Any] = self._json(path, "the run", dict, sha256 if isinstance(sha256, str) else None)
         return content
 
     def _json(self, path: Path, where: str, kind: type[Any], sha256: str | None) -> Any:
@@ -101,64 +100,60 @@ class RunReader:
         try:
             content = path.read_bytes()
             value = json.loads(content)
+        except FileNotFoundError:
+            fault = "is missing"
+        except (OSError, ValueError) as error:
+            fault = f"cannot be read: {first_line(error)}"
+        else:
             if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-                why = "has changed since it was committed"
+                fault = "has changed since it was committed"
             elif sha256 is None and isinstance(value, dict) and has_changed(value):
-                why = "has changed since it was written"
-            elif isinstance(value, kind):
+                fault = "has changed since it was written"
+            elif not isinstance(value, kind):
+                fault = f"holds {type(value).__name__}, not {kind.__name__}"
+            else:
                 self._read[path] = value
                 return value
-            else:
-                why = f"holds {type(value).__name__}, not {kind.__name__}"
-        except FileNotFoundError:
-            why = "is missing"
-        except (OSError, ValueError) as error:
-            why = f"cannot be read: {first_line(error)}"
-        self.note(where, f"{path.name} {why}")
         self._bad.add(path)
+        self.note(where, f"{path.name} {fault}")
         return kind()
 
     def names(self, round_: int, stage: str, name: str) -> list[str]:
         """The names of the file's columns; none where it cannot be read."""
-        return self._guarded(round_, stage, name, column_names) or []
+        path = self.run.folder(round_, stage) / name
+        if path not in self._bad and path.is_file():
+            with self._noting(round_, stage, path):
+                return column_names(path)
+        return []
 
     def chunk(self, round_: int, stage: str, chunk: int, columns: Sequence[str] | None = None) -> pa.Table | None:
         """The chunk's table, with those of these columns that it has, or with all; None where it cannot be read."""
-        if columns is not None and not self.has(round_, stage):
-            return None
-
-        def read(path: Path) -> pa.Table:
-            names = column_names(path) if columns is not None else ()
-            return (
-                read_table(path) if columns is None else read_table(path, [name for name in columns if name in names])
-            )
-
-        return self._guarded(round_, stage, chunk_file(chunk), read)
+        path = self.run.folder(round_, stage) / chunk_file(chunk)
+        if path not in self._bad and path.is_file() and (columns is None or self.has(round_, stage)):
+            with self._noting(round_, stage, path):
+                names = None if columns is None else [name for name in column_names(path) if name in columns]
+                return read_table(path, names)
+        return None
 
     def groups(self, round_: int, stage: str, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
         """The file's row groups, as far as they can be read; columns that it lacks are left out."""
         path = self.run.folder(round_, stage) / name
-        if not self.has(round_, stage) or path in self._bad:
-            return
-        try:
-            names = column_names(path)
-            yield from read_groups(path, [name for name in columns if name in names])
-        except RaftuneError as error:
-            self._damaged(round_, stage, path, said(error, path))
+        if self.has(round_, stage) and path not in self._bad:
+            with self._noting(round_, stage, path):
+                names = column_names(path)
+                yield from read_groups(path, [name for name in columns if name in names])
 
-    def _guarded(self, round_: int, stage: str, name: str, read: Callable[[Path], Content]) -> Content | None:
-        path = self.run.folder(round_, stage) / name
-        if path in self._bad or not path.is_file():
-            return None
+    @contextlib.contextmanager
+    def _noting(self, round_: int, stage: str, path: Path) -> Iterator[None]:
+        """Notes what is wrong with a file that cannot be read, which is then not read again."""
         try:
-            return read(path)
+            yield
         except RaftuneError as error:
-            self._damaged(round_, stage, path, said(error, path))
-            return None
+            self._damaged(round_, stage, path, finding(error, path))
 
-    def _damaged(self, round_: int, stage: str, path: Path, why: str) -> None:
+    def _damaged(self, round_: int, stage: str, path: Path, fault: str) -> None:
         self._bad.add(path)
-        self.note(f"round {round_}, {stage}", why)
+        self.note(f"round {round_}, {stage}", fault)
 
     # -- chunks -------------------------------------------------------------------------------------------------------
 
@@ -173,16 +168,13 @@ class RunReader:
     def verdicts(self, round_: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
         """Each chunk that was selected from, with these columns of its verdicts."""
         path = self.run.folder(round_, "select") / "verdicts.parquet"
-        if not self.has(round_, "select") or path in self._bad:
-            return
-        try:
-            chunks = json.loads(read_metadata(path)[1][CHUNKS])
-        except RaftuneError as error:
-            self._damaged(round_, "select", path, said(error, path))
-        except (KeyError, ValueError):
-            self._damaged(round_, "select", path, f"{path.name} does not name its chunks")
-        else:
-            yield from zip(chunks, self.groups(round_, "select", path.name, columns), strict=False)
+        if self.has(round_, "select") and path not in self._bad:
+            with self._noting(round_, "select", path):
+                try:
+                    chunks = json.loads(read_metadata(path)[1][CHUNKS])
+                except (KeyError, ValueError) as error:
+                    raise RunDamaged(f"{path} does not name its chunks") from error
+                yield from zip(chunks, self.groups(round_, "select", path.name, columns), strict=False)
 
     def prompts(self, round_: int, plan: str, chunks: set[int]) -> dict[str, Any]:
         """The prompts of these chunks by their ids."""
@@ -208,18 +200,16 @@ class RunReader:
     def _load_commits(self) -> Iterator[tuple[tuple[int, str], Manifest]]:
         for round_, stage in self.run.places():
             try:
-                commit = self.run.commit(round_, stage)
+                if (commit := self.run.commit(round_, stage)) is not None:
+                    yield (round_, stage), commit
             except RaftuneError as error:
-                self.note(f"round {round_}, {stage}", said(error, self.run.folder(round_, stage) / "_COMMIT.json"))
-                continue
-            if commit is not None:
-                yield (round_, stage), commit
+                self.note(f"round {round_}, {stage}", finding(error, self.run.folder(round_, stage) / "_COMMIT.json"))
 
     def _read_config(self) -> dict[str, Any]:
         try:
             return self.run.read_config()
         except (RaftuneError, OSError) as error:
-            self.note("the run", said(error, self.run.root / CONFIG))
+            self.note("the run", finding(error, self.run.root / CONFIG))
             return {}
 
     def _read_events(self) -> Iterator[dict[str, Any]]:
@@ -245,7 +235,7 @@ class RunReader:
             self._note_lost(round_, stage, "what lies in its folder is shown")
         for (round_, stage), commit in self.commits.items():
             folder = self.run.folder(round_, stage)
-            try:
+            with self._noting(round_, stage, folder / MARKER):
                 if self.run.is_dropped(round_, stage):
                     continue
                 for name, entry in sorted(self.run.files_now(round_, stage, commit).items()):
@@ -256,8 +246,6 @@ class RunReader:
                         self._damaged(round_, stage, path, f"{name} {cut or 'is missing'}")
                 for name in surplus(folder, commit):
                     self.note(f"round {round_}, {stage}", f"{name} was not committed and is passed over")
-            except RaftuneError as error:
-                self.note(f"round {round_}, {stage}", said(error, folder / MARKER))
 
     def _check_stages(self) -> None:
         """Notes what a round that is over must have, and what every run has at its top."""
@@ -287,6 +275,6 @@ class RunReader:
         return bool(self.events) and self.events[-1]["event"] == "end"
 
 
-def said(error: Exception, path: Path) -> str:
+def finding(error: Exception, path: Path) -> str:
     """The error's finding about a file, under the file's name alone and without the advice."""
     return str(error).replace(str(path), path.name).split(". ")[0].rstrip(".")

@@ -5,7 +5,7 @@ Images are written as {bytes, path}, the image type of `datasets`.
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from raftune.policies.registry import FAMILIES, family_of, load_policy
 from raftune.records import TOOLS, JsonType, Prompt, Row
 from raftune.results import samples
 from raftune.starters.resolve import resolve_starters
-from raftune.store.files import explaining
+from raftune.store.files import explaining, stage_file
 from raftune.store.run import RunFolder
 
 NESTED = ("prompt", TOOLS)
@@ -124,33 +124,32 @@ def export(root: str | Path, kind: str, out: str | Path, which: str = "all", *, 
         raise ConfigError(f"--out must end in .jsonl or .parquet, or be a folder; got {out.name!r}. Rename it.")
     rounds = samples.choose_rounds(run, which)
     shape = sft_tokens(run, allow_code) if kind == "sft-tokens" else FORMATS[kind]
-    with explaining(out):
-        chunks = (chunk for round_ in rounds for chunk in samples.training_chunks(run, round_))
-        tables = (
-            rows for chunk in chunks if (rows := [row for group in samples.by_prompt(chunk) for row in shape(group)])
-        )
-        if out.suffix != ".jsonl" and has_nested_prompts(run):
-            tables = (list(map(with_json, rows)) for rows in tables)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        count = WRITERS[out.suffix](tables, out)
-    if not count:
+    chunks = (chunk for round_ in rounds for chunk in samples.training_chunks(run, round_))
+    tables = (rows for chunk in chunks if (rows := [row for group in samples.by_prompt(chunk) for row in shape(group)]))
+    if (first := next(tables, None)) is None:
         raise ConfigError(f"--format {kind}: no row of round {which} fits; nothing was written. Choose another round.")
-    return count
+    if out.suffix == ".jsonl" and image_columns(first[0]):
+        raise ConfigError(
+            f"--out must end in .parquet or be a folder for a run of images; got {out.name!r}. JSON holds no bytes: "
+            "rename it."
+        )
+    tables = itertools.chain([first], tables)
+    if out.suffix != ".jsonl" and has_nested_prompts(run):
+        tables = (list(map(with_json, rows)) for rows in tables)
+    with explaining(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not out.suffix:
+            return write_folder(tables, out)
+        with stage_file(out.parent, out) as part:
+            return WRITERS[out.suffix](tables, part)
 
 
-def write_jsonl(tables: Iterator[list[Row]], out: Path) -> int:
+def write_jsonl(tables: Iterator[list[Row]], path: Path) -> int:
     count = 0
-    with written(out) as part, part.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8") as file:
         for rows in tables:
-            if image_columns(rows[0]):
-                raise ConfigError(
-                    f"--out must end in .parquet or be a folder for a run of images; got {out.name!r}. JSON holds no "
-                    "bytes: rename it."
-                )
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             count += len(rows)
-        if not count:
-            part.unlink()
     return count
 
 
@@ -188,27 +187,24 @@ def schema_of(rows: list[Row]) -> pa.Schema:
     return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def write_parquet(tables: Iterator[list[Row]], out: Path) -> int:
-    count = 0
-    first = next(tables, None)
-    if first is None:
-        return 0
+def write_parquet(tables: Iterator[list[Row]], path: Path) -> int:
+    first, count = next(tables), 0
     schema = schema_of(first)
-    with written(out) as part, pq.ParquetWriter(part, schema) as writer:
-        for rows in (first, *tables):
+    with pq.ParquetWriter(path, schema) as writer:
+        for rows in itertools.chain([first], tables):
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
             count += len(rows)
     return count
 
 
-def write_folder(tables: Iterator[list[Row]], out: Path) -> int:
+def write_folder(tables: Iterator[list[Row]], folder: Path) -> int:
     import datasets
 
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "rows.parquet"
-        if count := write_parquet(tables, path):
-            datasets.disable_progress_bars()
-            datasets.Dataset.from_parquet(str(path), cache_dir=scratch).save_to_disk(str(out))
+        count = write_parquet(tables, path)
+        datasets.disable_progress_bars()
+        datasets.Dataset.from_parquet(str(path), cache_dir=scratch).save_to_disk(str(folder))
     return count
 
 
@@ -217,15 +213,3 @@ WRITERS: dict[str, Callable[[Iterator[list[Row]], Path], int]] = {
     ".parquet": write_parquet,
     "": write_folder,
 }
-
-
-@contextlib.contextmanager
-def written(out: Path) -> Iterator[Path]:
-    """A path beside `out` that takes its name when the block succeeds, and is removed when it fails."""
-    part = out.with_name(f".{out.name}.part")
-    try:
-        yield part
-        if part.exists():
-            part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from raftune.config.evaluation import FEWEST_UNITS
 from raftune.errors import RunDamaged
 from raftune.records import Row
 from raftune.sanitize import counted, duration, percent
+from raftune.store import committed
 from raftune.store.commit import has_changed
 from raftune.store.committed import check_file, is_listed
 from raftune.store.run import RunFolder
@@ -243,21 +244,17 @@ def alarms_of(run: RunFolder, round_: int) -> list[dict[str, Any]]:
 
     Raises RunDamaged for a file that holds no alarms.
     """
-    path = run.folder(round_, "guard") / "alarms.json"
-    alarms = loaded(path) if path.is_file() or is_listed(path) else []
-    if not isinstance(alarms, list) or not all(is_alarm(item) for item in alarms):
-        raise RunDamaged(f"{path} does not hold a list of alarms. {FIX}")
-    return alarms
-
-
-def is_alarm(item: Any) -> bool:
-    """Whether this has what an alarm is shown by."""
 
     def has_texts(value: Any, *keys: str) -> bool:
         return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys)
 
-    samples = item.get("samples") if has_texts(item, "alarm", "title", "evidence") else None
-    return isinstance(samples, list) and all(has_texts(sample, "sample_id", "why") for sample in samples)
+    path = run.folder(round_, "guard") / "alarms.json"
+    alarms = committed.read_json(path) if path.is_file() or is_listed(path) else []
+    for alarm in alarms if isinstance(alarms, list) else [None]:
+        samples = alarm.get("samples") if has_texts(alarm, "alarm", "title", "evidence") else None
+        if not isinstance(samples, list) or not all(has_texts(sample, "sample_id", "why") for sample in samples):
+            raise RunDamaged(f"{path} does not hold a list of alarms. {FIX}")
+    return alarms
 
 
 def best_round(root: Path) -> int | None:
@@ -282,20 +279,12 @@ def overlap_warning(root: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The file's object; empty where there is no such file. Raises RunDamaged for what is no object, or was changed."""
-    content = loaded(path) if path.is_file() or is_listed(path) else {}
-    if not isinstance(content, dict):
-        raise RunDamaged(f"{path} is not a JSON object. {fix_of(path)}")
-    return content
-
-
-def loaded(path: Path) -> Any:
-    """What the file holds. Raises RunDamaged for what is not JSON."""
+    if not path.is_file() and not is_listed(path):
+        return {}
     try:
-        return json.loads(check_file(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunDamaged(f"{path} is not valid JSON. {fix_of(path)}") from error
-
-
-def fix_of(path: Path) -> str:
-    """What helps, by what the file is: best.json follows from the rounds, and all else has a hash of its own."""
-    return AGAIN if path.name == "best.json" else FIX
+        content = json.loads(check_file(path).read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):  # best.json follows from the rounds, and all else has a hash of its own
+        raise RunDamaged(f"{path} is not a JSON object. {AGAIN if path.name == 'best.json' else FIX}")
+    return content

@@ -28,7 +28,7 @@ from raftune.evaluation.bootstrap import mean_by_prompt
 from raftune.evaluation.judge import ProgressCallback, failure_of
 from raftune.results.samples import readable
 from raftune.starters.resolve import resolve_reward
-from raftune.store.files import explaining
+from raftune.store.files import explaining, stage_file
 from raftune.store.parquet import write_table
 
 PREFERRED = ("held_out", "reward")  # what prompts are ranked by without --by: scores that were not trained on, first
@@ -234,9 +234,5 @@ def _write_rows(path: Path, pairs: SamplePairs, measures: Sequence[ComparisonMea
         columns[f"{name}/identical"] = pa.array([opinion.identical for opinion in opinions], pa.bool_())
     with explaining(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        try:
+        with stage_file(path.parent, path) as part:
             write_table(pa.table(columns), part)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import pyarrow.types as kinds
 
 from raftune.arrays import FloatArray, IntArray
 from raftune.errors import ConfigError, DataError, StoreError
+from raftune.evaluation.bootstrap import usable
 from raftune.records import Prompt
 from raftune.results.samples import span
 from raftune.results.summary import best_round
@@ -95,9 +96,7 @@ class ComparedRun:
                     part = column.removeprefix("rewards/")
                     columns[f"{name}/{part}"] = (column, f"status/{part}")
             for key, (column, status) in columns.items():
-                values = table.column(column).to_numpy(zero_copy_only=False).astype(np.float64)
-                usable = np.array([value == "ok" for value in table.column(status).to_pylist()])
-                scores[key] = np.where(usable, values, np.nan)
+                scores[key] = usable(table, column, status)
         return scores
 
     def parts(self, name: str) -> list[str]:

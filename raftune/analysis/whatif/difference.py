@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.arrays import BoolArray, FloatArray, IntArray
-from raftune.evaluation.bootstrap import best_of_k_estimates
+from raftune.evaluation.bootstrap import best_of_k_estimates, ks_up_to, numbers_of, usable
 from raftune.results.samples import prompts_of, read_drawn, readable
 from raftune.results.summary import read_json
 from raftune.stages.plan import read_plan
@@ -125,10 +124,6 @@ def compare(before: RunFolder, now: RunFolder, rounds: list[int], show: int) -> 
 
 def read_both(before: RunFolder, now: RunFolder, rounds: list[int]) -> RoundsVerdicts:
     """Every sample that the run selected from, with both scores and weights; what took no part now has weight 0."""
-
-    def floats(column: pa.ChunkedArray) -> FloatArray:
-        return np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.float64)
-
     prompts: list[tuple[int, int, str]] = []
     parts: list[tuple[Any, ...]] = []
     for round_ in rounds:
@@ -139,14 +134,13 @@ def read_both(before: RunFolder, now: RunFolder, rounds: list[int]) -> RoundsVer
             new, weight = np.full(old.num_rows, np.nan), np.zeros(old.num_rows)
             path = now.folder(round_, "score") / chunk_file(chunk)
             if path.is_file():
-                table = read_table(path, ["score", "status"])
-                new = floats(pc.if_else(pc.equal(table.column("status"), "ok"), table.column("score"), None))
+                new = usable(read_table(path, ["score", "status"]), "score", "status")
             if (table := selected.get(chunk)) is not None:
                 rows = pc.index_in(table.column("sample_id"), value_set=old.column("sample_id").combine_chunks())
                 weight[rows.to_numpy()] = table.column("weight").to_numpy()
             group = codes.indices.to_numpy().astype(np.int64) + len(prompts)
             k, policy = old.column("k").to_numpy(), pc.equal(old.column("source"), "policy").to_numpy()
-            scores, weights = (floats(old.column("score")), new), (old.column("weight").to_numpy(), weight)
+            scores, weights = (numbers_of(old, "score"), new), (old.column("weight").to_numpy(), weight)
             parts.append((np.full(old.num_rows, round_), group, k, policy, *scores, *weights))
             prompts += [(round_, chunk, name) for name in codes.dictionary.to_pylist()]
     return RoundsVerdicts(prompts, *map(np.concatenate, zip(*parts, strict=True)))
@@ -214,7 +208,7 @@ def _best_of(verdicts: RoundsVerdicts, sizes: dict[int, int]) -> BestOfEstimate:
     if not complete:
         return BestOfEstimate(0, left_out, {}, {})
     size = max(complete)
-    scores, ks = np.concatenate(complete[size]), sorted({*(2**i for i in range(size.bit_length())), size})
+    scores, ks = np.concatenate(complete[size]), ks_up_to(size)
     rewards = dict(zip(ks, best_of_k_estimates(scores, ks).mean(axis=0).tolist(), strict=True))
     gain = rewards[size] - rewards[1]
     shares = {k: (value - rewards[1]) / gain for k, value in rewards.items() if k > 1 and gain > 0}
