@@ -166,13 +166,13 @@ def read_list(value: Any, column: str) -> list[Any]:
 # -- dialogues -------------------------------------------------------------------------------------------------------
 
 
-def has_turns(text: str) -> bool:
-    return _TURN.search(text) is not None
-
-
 def parse_dialogue(text: str, column: str) -> list[Message]:
     """The turns of "\\n\\nHuman: …\\n\\nAssistant: …" (HH-RLHF) as messages, without whitespace around them."""
+    if not text.strip():
+        raise UnusableRow(SkipReason.EMPTY_ANSWER, f"{column} is blank")
     first, *rest = _TURN.split(text)
+    if not rest:
+        raise UnusableRow(SkipReason.NO_SHARED_PREFIX, f"{column} has no turns (Human:, Assistant:), and no prompt")
     if first.strip():
         raise UnusableRow(SkipReason.DISORDER, f"{column}: there is text before the first turn: {excerpt(first)}")
     pairs = zip(rest[::2], rest[1::2], strict=True)

@@ -26,7 +26,6 @@ from raftune.data.columns import (
     excerpt,
     find,
     has,
-    has_turns,
     parse_dialogue,
     prompt_of,
     prompt_text,
@@ -171,26 +170,15 @@ def preferred(row: Row) -> tuple[str, list[tuple[Any, Any, Any]]]:
 
 def split_dialogues(chosen: Any, rejected: Any) -> tuple[str, list[Message], list[Message], list[Message]]:
     """The format, the turns that two dialogues share up to a turn of the user's, and what follows in each."""
-    sides = {"chosen": chosen, "rejected": rejected}
     parse: Callable[[Any, str], list[Message]]
     if isinstance(chosen, str) and isinstance(rejected, str):
-        for name, text in sides.items():
-            if not text.strip():
-                raise UnusableRow(SkipReason.EMPTY_ANSWER, f"{name} is blank")
-            if not has_turns(text):
-                raise UnusableRow(
-                    SkipReason.NO_SHARED_PREFIX, f"{name} has no turns (Human:, Assistant:), and no prompt"
-                )
         form, parse = HH, parse_dialogue
     elif isinstance(chosen, list) and isinstance(rejected, list):
         form, parse = "implicit preferences", read_messages
     else:
-        raise UnusableRow(
-            SkipReason.WRONG_TYPE,
-            "chosen and rejected must be two texts or two lists of messages; "
-            f"got {excerpt(chosen)}, {excerpt(rejected)}",
-        )
-    left, right = (parse(value, name) for name, value in sides.items())
+        rule = f"must be two texts or two lists of messages; got {excerpt(chosen)}, {excerpt(rejected)}"
+        raise UnusableRow(SkipReason.WRONG_TYPE, f"chosen and rejected {rule}")
+    left, right = parse(chosen, "chosen"), parse(rejected, "rejected")
     for name, messages in (("chosen", left), ("rejected", right)):
         check_user_begins(messages, name)
         check_assistant_ends(messages, name)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -63,18 +62,8 @@ def _bootstrap(n: int, mean: float, statistic: Callable[[IntArray], FloatArray])
     return Interval(mean=mean, low=float(low), high=float(high), n=n)
 
 
-def resamples(n: int) -> Iterable[IntArray]:
+def resamples(n: int) -> Iterator[IntArray]:
     """For each of the RESAMPLES, n numbers below n, in blocks near 8 MB; they depend on n alone."""
-    return one_block(n) if RESAMPLES * n <= BLOCK else draw_blocks(n)
-
-
-@lru_cache(maxsize=1)
-def one_block(n: int) -> list[IntArray]:
-    """The same for every metric of an evaluation, hence kept."""
-    return list(draw_blocks(n))
-
-
-def draw_blocks(n: int) -> Iterator[IntArray]:
     generator = np.random.Generator(np.random.Philox(derive_seed("bootstrap", n)))
     size = max(1, min(RESAMPLES, BLOCK // n))
     for at in range(0, RESAMPLES, size):

@@ -48,20 +48,33 @@ WORTH: dict[Verdict, float] = {"A": 1.0, "tie": 0.0, "B": -1.0}
 
 @dataclass(frozen=True, slots=True)
 class JudgeOpinion:
-    """The judge's two replies to one pair, with ours first and with theirs first; both verdicts speak of A and B as we
-    do, not of the places where the answers stood. An identical pair is a tie that nobody was asked about."""
+    """The judge's two replies to one pair, with A's answer first and with B's first.
 
-    a_first: ChatReply | None
-    b_first: ChatReply | None
-    verdict_a_first: Verdict | None
-    verdict_b_first: Verdict | None
-    identical: bool = False
+    Both verdicts speak of A and B as the pair does, not of the order in which the answers stood. Of an identical pair,
+    a tie, nothing is asked.
+    """
+
+    a_first: ChatReply | None = None
+    b_first: ChatReply | None = None
+
+    @property
+    def identical(self) -> bool:
+        return self.a_first is None or self.b_first is None
+
+    @property
+    def verdict_a_first(self) -> Verdict | None:
+        return None if self.a_first is None else read_verdict(self.a_first)
+
+    @property
+    def verdict_b_first(self) -> Verdict | None:
+        verdict = None if self.b_first is None else read_verdict(self.b_first)
+        return None if verdict is None else SWAPPED[verdict]
 
     @property
     def inconsistent(self) -> bool:
         """True where both orders brought a verdict, and not the same one."""
-        both = self.verdict_a_first is not None and self.verdict_b_first is not None
-        return both and self.verdict_a_first != self.verdict_b_first
+        verdicts = {self.verdict_a_first, self.verdict_b_first}
+        return None not in verdicts and len(verdicts) > 1
 
     @property
     def outcome(self) -> float:
@@ -127,16 +140,8 @@ def judge(
         lines += [f"  {kind}: {one_line(examples[kind].detail or repr(examples[kind].text), 160)}" for kind in failures]
         raise RewardError("\n".join([*lines, advice(next(iter(failures)), endpoint)]))
 
-    both_orders = iter(zip(replies[::2], replies[1::2], strict=True))
-    opinions = []
-    for _, a, b in pairs:
-        if a == b:
-            opinions.append(JudgeOpinion(None, None, None, None, identical=True))
-        else:
-            a_first, b_first = next(both_orders)
-            swapped = read_verdict(b_first)
-            turned = None if swapped is None else SWAPPED[swapped]
-            opinions.append(JudgeOpinion(a_first, b_first, read_verdict(a_first), turned))
+    both_orders = zip(replies[::2], replies[1::2], strict=True)
+    opinions = [JudgeOpinion() if a == b else JudgeOpinion(*next(both_orders)) for _, a, b in pairs]
     complete = [o for o in opinions if o.verdict_a_first is not None and o.verdict_b_first is not None]
     prefers_first = [o.verdict_a_first == "A" for o in opinions if o.verdict_a_first in ("A", "B")]
     prefers_first += [o.verdict_b_first == "B" for o in opinions if o.verdict_b_first in ("A", "B")]

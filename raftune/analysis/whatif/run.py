@@ -6,35 +6,38 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raftune.analysis.whatif.difference import Difference, compare
-from raftune.analysis.whatif.folder import RECORD, OverlayRun, brief, in_words, keep_record, place_of, scores_of
 from raftune.config.load import differences, merge, nested, validate
 from raftune.config.run import RunConfig
 from raftune.config.selection import RULES, rule_class
 from raftune.engines.local import InProcessEngine
 from raftune.engines.run_stage import run_stage
-from raftune.errors import ConfigChanged, ConfigError, RewardError, RunDamaged, RunTooNew, StoreError
+from raftune.errors import ConfigChanged, ConfigError, RewardError, RunDamaged, RunInUse, RunTooNew, StoreError
 from raftune.policies.registry import FAMILIES, family_of
 from raftune.protocols import Callback, ChunkedStage, Stage
 from raftune.rewards.loading import load_panel
 from raftune.rewards.panel import RewardSet, misfits
 from raftune.runtime.assembly import limit_threads
+from raftune.runtime.staleness import change
 from raftune.sanitize import shell_command
 from raftune.stages.plan import read_plan
 from raftune.stages.score import ScoreStage
 from raftune.stages.select import FIX, SelectStage
 from raftune.starters.resolve import resolve_starters
 from raftune.store.commit import stage_key
+from raftune.store.files import json_bytes, write_json
 from raftune.store.job import Engine, StageJob, fields_of, hashes_of, make_job
 from raftune.store.kinds import how_to_go_on
 from raftune.store.run import RunFolder
 
 FEWER = "sampling.num_generations"
+FOLDER, RECORD = "whatif", "whatif.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,8 @@ def rescore(
             "Write file.py:function, a model, or a built-in."
         )
     after = validate(merge([before, nested(flags)]))
-    overlay = OverlayRun(place_of(run, name or _slug(after.rewards.names)), run, {"score", "select"})
-    whatif = WhatIfRun(run, overlay, validate(before), after, _record("rescore", None, after))
-    return whatif.execute(which, show, observe)
+    overlay = OverlayRun(_folder(run, name, after.rewards.names), run, {"score", "select"})
+    return WhatIfRun(run, overlay, validate(before), after).execute(which, show, observe, {"scores": None})
 
 
 def reselect(
@@ -113,29 +115,31 @@ def reselect(
         after = validate(merge([{**base, "selection": kept}, changes]))
     else:
         after = validate(merge([base, changes]))
-    if name is None:
-        values = _changed_values(base, after.model_dump(mode="json"))
-        # never the name under which the scores lie
-        name = _slug(values if scores is None else [scored.root.name, *(values or ["selected"])])
-    root = place_of(run, name)
-    record = None if dry_run else _record("select", None if scores is None else scored.root.name, after)
+    values = _changed_values(base, after.model_dump(mode="json")) if name is None else []
+    # never the name under which the scores lie
+    root = _folder(run, name, values if scores is None else [scored.root.name, *(values or ["selected"])])
+    record = None if dry_run else {"scores": None if scores is None else scored.root.name}
     with tempfile.TemporaryDirectory() if dry_run else contextlib.nullcontext(root) as folder:
-        whatif = WhatIfRun(run, OverlayRun(Path(folder), scored, {"select"}), validate(before), after, record)
-        return whatif.execute(which, show, observe)
+        whatif = WhatIfRun(run, OverlayRun(Path(folder), scored, {"select"}), validate(before), after)
+        return whatif.execute(which, show, observe, record)
+
+
+class OverlayRun(RunFolder):
+    """A run with some stages replaced by those of another folder."""
+
+    def __init__(self, root: Path, beneath: RunFolder, replaced: Collection[str]) -> None:
+        super().__init__(root)
+        self.beneath, self.replaced = beneath, frozenset(replaced)
+
+    def folder(self, round_: int, name: str) -> Path:
+        return super().folder(round_, name) if name in self.replaced else self.beneath.folder(round_, name)
 
 
 class WhatIfRun:
-    """A what-if as the context of its stages: `run` is the overlay over `original`. `record` is stored unless None."""
+    """A what-if as the context of its stages: `run` is the overlay over `original`."""
 
-    def __init__(
-        self,
-        original: RunFolder,
-        run: OverlayRun,
-        before: RunConfig,
-        config: RunConfig,
-        record: dict[str, Any] | None,
-    ) -> None:
-        self.original, self.before, self.config, self.record = original, before, config, record
+    def __init__(self, original: RunFolder, run: OverlayRun, before: RunConfig, config: RunConfig) -> None:
+        self.original, self.before, self.config = original, before, config
         self.run: RunFolder = run
         self.engine: Engine = InProcessEngine(config.engine)
         self.scores_anew = "score" in run.replaced
@@ -143,27 +147,36 @@ class WhatIfRun:
         self.shards = ("generate", "teach") if config.sampling.teacher else ("generate",)
         self._panel: RewardSet | None = None
 
-    def execute(self, which: str, show: int, observe: Callback) -> WhatIfResult:
-        """Runs what is not committed yet, and compares with what the run learned from."""
+    def execute(
+        self, which: str, show: int, observe: Callback, record: Mapping[str, str | None] | None
+    ) -> WhatIfResult:
+        """Runs what is not committed yet, and compares with what the run learned from. `record` is stored unless None,
+        with all settings that shape scores and verdicts."""
         rounds, missing = self.readable_rounds(which)
         self.check_num_generations(rounds)
+        root = self.run.root if record is not None else None
+        sections = ("rewards", "selection", "sampling")  # that a what-if may change
+        plain = self.before.model_dump(mode="json")
+        before, after = ({name: config[name] for name in sections} for config in (plain, self.plain))
+        changes = differences(before, after)
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: self._panel.close() if self._panel is not None else None)
             if self.scores_anew:
                 self.panel()  # a reward that cannot be loaded leaves nothing behind
-            if self.record is not None:
-                stack.enter_context(self.run.lock())
-                keep_record(self.run, self.record)
-            worked = self.work(rounds, observe)
-            sections = ("rewards", "selection", "sampling")  # that a what-if may change
-            plain = self.before.model_dump(mode="json")
-            before, after = ({name: config[name] for name in sections} for config in (plain, self.plain))
-            changes = differences(before, after)
+            if record is not None:
+                try:
+                    stack.enter_context(self.run.lock())
+                except RunInUse as error:
+                    advice = "Wait for it, or choose another --name."
+                    raise RunInUse(f"{root} is being made by another process. {advice}") from error
+                sampling = {"num_generations": self.config.sampling.num_generations}
+                kind = "rescore" if self.scores_anew else "select"
+                keep_record(self.run, {"kind": kind, **record, "configuration": {**after, "sampling": sampling}})
             return WhatIfResult(
                 self.original.root,
-                self.run.root.name if self.record is not None else "",
-                self.run.root if self.record is not None else None,
-                worked,
+                root.name if root is not None else "",
+                root,
+                self.work(rounds, observe),
                 changes,
                 rounds,
                 missing,
@@ -328,12 +341,59 @@ class WhatIfRun:
         return f"To really do so{again}: {command}"
 
 
-def _record(kind: str, scores: str | None, config: RunConfig) -> dict[str, Any]:
-    """All settings that shape scores and verdicts."""
-    plain = config.model_dump(mode="json")
-    sampling = {"num_generations": plain["sampling"]["num_generations"]}
-    configuration = {"rewards": plain["rewards"], "selection": plain["selection"], "sampling": sampling}
-    return {"kind": kind, "scores": scores, "configuration": configuration}
+# -- the folder whatif/NAME, laid out like a run directory ------------------------------------------------------------
+
+
+def _folder(run: RunFolder, name: str | None, parts: Sequence[str]) -> Path:
+    """The folder of the what-if of this name, or of one made of the parts. Raises ConfigError for an unusable name."""
+    if name is None:
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("._-")[:100] or "same"
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"--name must be letters, digits, '.', '_' and '-'; got {name!r}. Shorten or rename it.")
+    return run.root / FOLDER / name
+
+
+def scores_of(run: RunFolder, reference: str) -> tuple[OverlayRun, dict[str, Any]]:
+    """The run under the scores of a what-if, and the sections of the configuration of these.
+
+    Raises ConfigError where there are none under that name.
+    """
+    name = reference.removeprefix(f"{FOLDER}/").rstrip("/")
+    root = run.root / FOLDER / name if _NAME.fullmatch(name) else Path(reference)
+    scored = sorted(
+        path.parent.name for path in run.root.glob(f"{FOLDER}/*/{RECORD}") if any(path.parent.glob("*/score"))
+    )
+    if root.parent != run.root / FOLDER or root.name not in scored:
+        known = f"it wrote {', '.join(scored)}" if scored else "it wrote none yet"
+        command = shell_command("raftune", "rescore", run.root)
+        raise ConfigError(f"--scores must name scores that `{command}` wrote; got {reference!r}; {known}.")
+    return OverlayRun(root, run, {"score"}), read_record(root)["configuration"]
+
+
+def read_record(root: Path) -> dict[str, Any]:
+    """The settings of the what-if. Raises RunDamaged."""
+    path = root / RECORD
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads(path.read_bytes())
+        if isinstance(record, dict) and isinstance(record.get("configuration"), dict):
+            return record
+    raise RunDamaged(f"{path} cannot be read. Delete {root}: it can be made again.")
+
+
+def keep_record(run: RunFolder, record: Mapping[str, Any]) -> None:
+    """Stores the settings. Raises ConfigChanged where this name has others already."""
+    path = run.root / RECORD
+    if not path.exists():
+        write_json(run.tmp, path, record)
+    elif path.read_bytes() != json_bytes(record):
+        old, new = (
+            {**{name: value for name, value in entry.items() if name != "configuration"}, **entry["configuration"]}
+            for entry in (read_record(run.root), record)
+        )
+        raise ConfigChanged(
+            f"{run.root} was made otherwise: {in_words(differences(old, new))}. Choose another --name, or delete that "
+            "folder."
+        )
 
 
 def _check_fields(flags: Mapping[str, Any], allowed: tuple[str, ...], command: str) -> None:
@@ -361,11 +421,6 @@ def _changed_values(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
     return parts
 
 
-def _slug(parts: Sequence[str]) -> str:
-    text = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("._-")
-    return text[:100] or "same"
-
-
 def _faults(run: RunFolder, round_: int, names: Sequence[str]) -> list[str]:
     """Why these stages of the round cannot be read, a line each."""
     faults: list[str] = []
@@ -376,3 +431,26 @@ def _faults(run: RunFolder, round_: int, names: Sequence[str]) -> list[str]:
         except RunTooNew as error:
             faults.append(str(error).split(". ")[0])
     return faults
+
+
+def in_words(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """Field: before → now, of every difference; of long values that begin alike, the ends."""
+    width = 40
+    lines = []
+    for name, pair in sorted(changes.items()):
+        old, new = map(brief, pair)
+        texts = str(old), str(new)
+        if max(map(len, texts)) > width and texts[0][: width - 3] == texts[1][: width - 3]:
+            old, new = (text if len(text) <= width else f"…{text[1 - width :]}" for text in texts)
+        lines.append(change(name, old, new))
+    return ", ".join(lines) or "what it was made from has changed"
+
+
+def brief(value: Any) -> Any:
+    """The value; of rewards the options that are set, a spec alone as its text."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, Mapping) for v in value):
+        return value
+    usual = {"weight": 1.0}
+    specs = [{k: v for k, v in spec.items() if v not in (None, {}, usual.get(k))} for spec in value]
+    short = [spec["spec"] if spec.keys() == {"spec"} else spec for spec in specs]
+    return short[0] if len(short) == 1 and isinstance(short[0], str) else short

@@ -14,7 +14,7 @@ from rich.text import Text
 from raftune.analysis.whatif import Difference, WhatIfResult, reselect
 from raftune.analysis.whatif import rescore as rescore_run
 from raftune.analysis.whatif.difference import SelectionChange
-from raftune.analysis.whatif.folder import in_words
+from raftune.analysis.whatif.run import in_words
 from raftune.cli.flags import Json, RunDirectory, Tokens, read_run_flags, switch
 from raftune.cli.output import PlainTable, echo, out
 from raftune.results.samples import answer_text, prompt_text, span
