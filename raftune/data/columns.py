@@ -1,4 +1,4 @@
-"""Column names of known data sets, and readers of the prompts, completions, dialogues and numbers in a row.
+"""Column names of known data sets, and readers of the prompts, completions, dialogues and preferences in a row.
 
 All readers raise UnusableRow with the reason and the column.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any, Literal
 
 from raftune.data.rows import SkipReason, UnusableRow
 from raftune.records import PromptContent, Row
@@ -23,6 +25,11 @@ SCORE = ("score", "rating", "reward")
 SCORES = ("scores", "ratings", "rewards")
 SYSTEM_PROMPT = ("system", "system_prompt")
 RANKS = ("ranks", "ranking", "rank")
+IMAGE = ("image", "completion")
+CAPTION = ("prompt", "caption", "text", "label")
+MESSAGES = ("messages", "conversation", "conversations")
+Form = Literal["text", "messages"]
+HH = "HH-RLHF dialogues"
 
 SYSTEM_ROLES = ("system", "developer")
 ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
@@ -258,3 +265,120 @@ def _has_content(message: Message) -> bool:
         not isinstance(part, dict) or part.get("type") != "text" or str(part.get("text") or "").strip()
         for part in content
     )
+
+
+# -- preferences, images and demonstrations ---------------------------------------------------------------------------
+
+
+def preferred(row: Row) -> tuple[str, list[tuple[Any, Any, Any]]]:
+    """The row's format, and prompt, chosen and rejected of each pair, at least one. Raises UnusableRow."""
+    if has(row, COMPLETIONS) and (has(row, RANKS) or has(row, SCORES)):
+        prompt, completions, worth = ranking(row)
+        order = sorted(range(len(completions)), key=lambda i: -worth[i])  # stable: the given order among equals
+        ranked = [(completions[i], completions[j]) for i, j in combinations(order, 2) if worth[i] > worth[j]]
+        if not ranked:
+            raise UnusableRow(SkipReason.ALL_TIED, f"{len(completions)} answers, all of the same rank")
+        pairs = [(prompt, better, worse) for better, worse in ranked if not same(better, worse)]
+        if not pairs:
+            raise UnusableRow(SkipReason.SAME, f"all are {excerpt(completions[0])}")
+        return "ranked answers", pairs
+    _, chosen = find(row, ("chosen",))
+    _, rejected = find(row, ("rejected",))
+    # Two lists of several messages repeat the prompt that is beside them as a text.
+    dialogues = all(isinstance(value, list) and len(value) > 1 for value in (chosen, rejected))
+    if has(row, PROMPT) and not (dialogues and isinstance(find(row, PROMPT)[1], str)):
+        form, prompt = "explicit preferences", prompt_of(row)[1]
+        chosen, rejected = read_answer(chosen, prompt, "chosen"), read_answer(rejected, prompt, "rejected")
+    else:
+        form, prompt, chosen, rejected = split_dialogues(chosen, rejected)
+    if same(chosen, rejected):
+        raise UnusableRow(SkipReason.SAME, f"both are {excerpt(chosen)}")
+    return form, [(prompt, chosen, rejected)]
+
+
+def split_dialogues(chosen: Any, rejected: Any) -> tuple[str, list[Message], list[Message], list[Message]]:
+    """The format, the turns that two dialogues share up to a turn of the user's, and what follows in each."""
+    parse: Callable[[Any, str], list[Message]]
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        form, parse = HH, parse_dialogue
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        form, parse = "implicit preferences", read_messages
+    else:
+        rule = f"must be two texts or two lists of messages; got {excerpt(chosen)}, {excerpt(rejected)}"
+        raise UnusableRow(SkipReason.WRONG_TYPE, f"chosen and rejected {rule}")
+    left, right = parse(chosen, "chosen"), parse(rejected, "rejected")
+    for name, messages in (("chosen", left), ("rejected", right)):
+        check_user_begins(messages, name)
+        check_assistant_ends(messages, name)
+    # The prompt ends with a user's or a tool's turn, and leaves a completion to each.
+    most = min(len(left), len(right)) - 1
+    shared = next((i for i in range(most) if left[i] != right[i]), most)
+    while shared and left[shared - 1]["role"] not in ("user", "tool"):
+        shared -= 1
+    if not shared:
+        raise UnusableRow(
+            SkipReason.NO_SHARED_PREFIX,
+            f"chosen begins with {excerpt(left[0]['content'])}, rejected with {excerpt(right[0]['content'])}",
+        )
+    check_prompt(left[:shared], "prompt")
+    check_answer(left[shared:], "chosen")
+    check_answer(right[shared:], "rejected")
+    return form, left[:shared], left[shared:], right[shared:]
+
+
+def ranking(row: Row) -> tuple[PromptContent, list[Any], list[float]]:
+    """The prompt, its completions, and the worth of each: its score, or its negative rank (1 is best)."""
+    _, prompt = prompt_of(row)
+    column, values = find(row, COMPLETIONS)
+    completions = [read_answer(value, prompt, f"{column}[{i}]") for i, value in enumerate(read_list(values, column))]
+    worth_column, values = find(row, (*SCORES, *RANKS))
+    sign = 1.0 if worth_column in SCORES else -1.0
+    numbers = enumerate(read_list(values, worth_column))
+    worth = [sign * read_number(value, f"{worth_column}[{i}]") for i, value in numbers]
+    if len(worth) != len(completions):
+        raise UnusableRow(SkipReason.WRONG_TYPE, f"{len(completions)} {column}, but {len(worth)} {worth_column}")
+    return prompt, completions, worth
+
+
+def captioned_image(row: Row, column: str, base: Path) -> tuple[str, Any, Any]:
+    """The format, the prompt (a text or a class label), and the image: bytes or a full path."""
+    prompt_column, prompt = find(row, CAPTION)
+    if isinstance(prompt, bool) or not isinstance(prompt, str | int):
+        raise wrong_type(prompt_column, "a text or a class label", prompt)
+    value = row[column]
+    if isinstance(value, dict):
+        value = value["bytes"] or value["path"]
+    if isinstance(value, str):
+        path = base / Path(value).expanduser()
+        if not path.is_file():
+            raise UnusableRow(SkipReason.MISSING, f"{column}: there is no file {path}")
+        value = str(path)
+    return f"prompts and images ({renamed_as(prompt_column, 'prompt')}, {renamed_as(column, 'image')})", prompt, value
+
+
+def prompt_and_completion(row: Row, dialogues: Form) -> tuple[str, Any, Any]:
+    """The format, the prompt, and the completion to learn: of messages the last turn."""
+    form_of_pair = ""
+    if has(row, ("chosen", "rejected")) or has(row, COMPLETIONS):
+        form_of_pair, pairs = preferred(row)
+        form = f"preferred answers of {form_of_pair}"
+        prompt, completion, _ = pairs[0]
+    elif has(row, MESSAGES) and not has(row, COMPLETION):
+        column, value = find(row, MESSAGES)
+        messages = read_messages(read_list(value, column), column)
+        check_user_begins(messages, column)
+        check_assistant_ends(messages, column)
+        check_prompt(messages[:-1], column)
+        check_answer(messages[-1:], column)
+        form, prompt, completion = renamed_as(column, "messages"), messages[:-1], messages[-1:]
+    else:
+        prompt_column, prompt = prompt_of(row)
+        column, value = find(row, COMPLETION)
+        form = f"prompts and completions ({renamed_as(prompt_column, 'prompt')}, {renamed_as(column, 'completion')})"
+        completion = read_answer(value, prompt, column)
+    if isinstance(prompt, list):
+        messages = prompt + completion
+        prompt, completion = messages[:-1], messages[-1:]
+        if form_of_pair == HH and dialogues == "text":
+            prompt, completion = prompt_text(prompt), completion_text(completion)
+    return form, prompt, completion

@@ -125,7 +125,8 @@ def export(root: str | Path, kind: str, out: str | Path, which: str = "all", *, 
     rounds = samples.choose_rounds(run, which)
     shape = sft_tokens(run, allow_code) if kind == "sft-tokens" else FORMATS[kind]
     chunks = (chunk for round_ in rounds for chunk in samples.training_chunks(run, round_))
-    tables = (rows for chunk in chunks if (rows := [row for group in samples.by_prompt(chunk) for row in shape(group)]))
+    written = ([row for group in samples.by_prompt(chunk) for row in shape(group)] for chunk in chunks)
+    tables: Iterator[list[Row]] = filter(None, written)
     if (first := next(tables, None)) is None:
         raise ConfigError(f"--format {kind}: no row of round {which} fits; nothing was written. Choose another round.")
     if out.suffix == ".jsonl" and image_columns(first[0]):

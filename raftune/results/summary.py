@@ -249,8 +249,8 @@ def alarms_of(run: RunFolder, round_: int) -> list[dict[str, Any]]:
         return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys)
 
     path = run.folder(round_, "guard") / "alarms.json"
-    alarms = committed.read_json(path) if path.is_file() or is_listed(path) else []
-    for alarm in alarms if isinstance(alarms, list) else [None]:
+    alarms: Any = committed.read_json(path) if path.is_file() or is_listed(path) else []
+    for alarm in alarms if isinstance(alarms, list) else [{}]:
         samples = alarm.get("samples") if has_texts(alarm, "alarm", "title", "evidence") else None
         if not isinstance(samples, list) or not all(has_texts(sample, "sample_id", "why") for sample in samples):
             raise RunDamaged(f"{path} does not hold a list of alarms. {FIX}")

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from raftune.analysis.compare import Comparison, compare
-from raftune.analysis.compare.gate import FIELDS, check, read_gate
+from raftune.analysis.compare.compare import FIELDS, check, read_gate
 from raftune.cli import main
 from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError, DataError, RewardError, RunDamaged, StoreError

@@ -1,9 +1,12 @@
-"""Two rounds or runs, compared on the same prompts and seeds."""
+"""Two rounds or runs, compared on the same prompts and seeds, and gates such as `reward.win_rate < 0.5`."""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raftune.analysis.compare import gate as gates
-from raftune.analysis.compare.gate import GateResult
 from raftune.analysis.compare.measures import (
     ComparisonMeasure,
     JudgeSpec,
@@ -26,12 +27,52 @@ from raftune.config.rewards import RewardSpec
 from raftune.errors import ConfigError, DataError
 from raftune.evaluation.bootstrap import mean_by_prompt
 from raftune.evaluation.judge import ProgressCallback, failure_of
+from raftune.evaluation.paired import FEWEST, PairedEstimate
 from raftune.results.samples import readable
+from raftune.sanitize import counted
 from raftune.starters.resolve import resolve_reward
 from raftune.store.files import explaining, stage_file
 from raftune.store.parquet import write_table
 
 PREFERRED = ("held_out", "reward")  # what prompts are ranked by without --by: scores that were not trained on, first
+
+
+OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+SHAPE = re.compile(r"(?P<left>[^<>=!]+?)\s*(?P<operator><=|>=|==|!=|<|>)\s*(?P<number>[^<>=!]+)")
+ESTIMATES = ("win_rate", "difference", "a", "b")
+FIELDS = (
+    *(f"{name}{end}" for name in ESTIMATES for end in ("", ".low", ".high")),
+    *("p", "wins", "ties", "losses", "pairs", "prompts", "left_out", "inconsistent", "failures"),
+)
+EXAMPLE = "Write it in quotes, such as 'reward.win_rate < 0.5'."
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A gate: `text` as given. It fails if the measure's field is in this relation to the number."""
+
+    text: str
+    measure: str
+    field: str
+    operator: str
+    number: float
+
+
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    """A gate and its number, None where it could not be computed; the gate then fails."""
+
+    gate: Gate
+    value: float | None
+    closed: bool
+    words: str
 
 
 @dataclass(frozen=True)
@@ -89,7 +130,7 @@ def compare(
     All arguments are checked before a reward or a judge is called. Raises RaftuneError; a closed gate is no error here:
     see `Comparison.failure`.
     """
-    parsed_gates = [gates.read_gate(text) for text in fail_if]
+    parsed_gates = [read_gate(text) for text in fail_if]
     if out is not None and Path(out).suffix != ".parquet":
         raise ConfigError(f"--out must end in .parquet; got {Path(out).name!r}. Rename it.")
     if out is not None and Path(out).exists():
@@ -111,8 +152,8 @@ def compare(
     # names come before aliases, earlier measures before later ones
     names = {alias: measure.name for measure in reversed(plan) for alias in measure.aliases}
     names |= {measure.name: measure.name for measure in plan}
-    measure_of_gate = [gates.find("--fail-if", gate.measure, names) for gate in parsed_gates]
-    ranked_by = None if by is None else gates.find("--by", by, names)
+    measure_of_gate = [find_measure("--fail-if", gate.measure, names) for gate in parsed_gates]
+    ranked_by = None if by is None else find_measure("--by", by, names)
 
     measures = []
     for measure in plan:
@@ -126,7 +167,7 @@ def compare(
     if judge is not None:
         measures.append(ask_judge(judge, plan[-1], pairs, tell))
     by_name = {measure.name: measure for measure in measures}
-    results = [gates.check(gate, by_name[name]) for gate, name in zip(parsed_gates, measure_of_gate, strict=True)]
+    results = [check(gate, by_name[name]) for gate, name in zip(parsed_gates, measure_of_gate, strict=True)]
 
     computed = {measure.name: measure for measure in measures if measure.result is not None}
     if not computed:
@@ -236,3 +277,67 @@ def _write_rows(path: Path, pairs: SamplePairs, measures: Sequence[ComparisonMea
         path.parent.mkdir(parents=True, exist_ok=True)
         with stage_file(path.parent, path) as part:
             write_table(pa.table(columns), part)
+
+
+# -- gates ------------------------------------------------------------------------------------------------------------
+
+
+def read_gate(text: str) -> Gate:
+    """Parses a gate. Raises ConfigError that says what is wrong with it."""
+    match = SHAPE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(
+            f"--fail-if must be MEASURE.FIELD, one of {' '.join(OPERATORS)}, NUMBER; got {text!r}. {EXAMPLE}"
+        )
+    left = match["left"]
+    # a measure's name may hold dots: the longest field at the end counts
+    fields = [field for field in FIELDS if left.endswith(f".{field}") and len(left) > len(field) + 1]
+    if not fields:
+        measure, dot, field = left.partition(".")
+        if not dot:
+            raise ConfigError(
+                f"--fail-if must name a field of {measure}; got {text!r}. Write {measure}.win_rate, for example."
+            )
+        near = difflib.get_close_matches(field, FIELDS, n=1, cutoff=0.5)
+        hint = f"did you mean {measure}.{near[0]}?" if near else f"there are {', '.join(FIELDS)}."
+        raise ConfigError(f"--fail-if: {field!r} is not a field; {hint}")
+    field = max(fields, key=len)
+    try:
+        number = float(match["number"])
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        hint = "A rate is a fraction: write 0.5 for 50 %." if "%" in match["number"] else EXAMPLE
+        raise ConfigError(f"--fail-if must compare with a finite number; got {match['number']!r} in {text!r}. {hint}")
+    return Gate(text.strip(), left.removesuffix(f".{field}"), field, match["operator"], number)
+
+
+def find_measure(flag: str, name: str, names: Mapping[str, str]) -> str:
+    """The measure of this name or alias; `names` maps both to the measure. Raises ConfigError."""
+    if name in names:
+        return names[name]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(dict.fromkeys(names.values())) or 'none'}."
+    raise ConfigError(f"{flag}: there is no measure {name!r}; {hint}")
+
+
+def check(gate: Gate, measure: ComparisonMeasure) -> GateResult:
+    """Whether the gate is closed, and by what number."""
+    result, value, why = measure.result, None, measure.why
+    name, _, end = gate.field.partition(".")
+    if name in ("inconsistent", "failures", "left_out"):
+        value, why = measure.facts.get(name), "only a judge has it"
+    elif result is not None and name in ESTIMATES:
+        estimate: PairedEstimate | None = getattr(result, name)
+        if estimate is None:
+            why = "a judge gives verdicts, not scores; write win_rate"
+        else:
+            are = "is" if result.prompts == 1 else "are"
+            why = f"{counted(result.prompts, 'prompt')} {are} too few for an interval, which needs {FEWEST}"
+            value = getattr(estimate, end or "mean")
+    elif result is not None:
+        value = float(getattr(result, name))
+    words = f"{measure.name}.{gate.field}"
+    if value is None:
+        return GateResult(gate, None, True, f"{words} could not be computed: {why}")
+    return GateResult(gate, value, OPERATORS[gate.operator](value, gate.number), f"{words} is {value:.4g}")
