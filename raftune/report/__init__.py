@@ -1,16 +1,20 @@
-"""Writes a run as one self-contained HTML page."""
+"""Writes a run as one self-contained HTML page, also after every round while it trains."""
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from raftune.config.run import RunConfig
 from raftune.errors import StoreError
+from raftune.protocols import Callback
 from raftune.report.collect import ReportData, collect
+from raftune.report.pictures import EmbeddedImage
+from raftune.sanitize import first_line
 from raftune.store.files import explaining, stage_file
-
-if TYPE_CHECKING:
-    from raftune.report.pictures import EmbeddedImage
 
 NAME = "report.html"
 
@@ -20,18 +24,18 @@ def write_report(
     out: Path | str | None = None,
     *,
     working: bool | None = None,
-    made: dict[str, EmbeddedImage | None] | None = None,
-    found: ReportData | None = None,
+    images: dict[str, EmbeddedImage | None] | None = None,
+    data: ReportData | None = None,
 ) -> Path:
     """Writes the run's page (to report.html in the run, or to `out`) and returns its path.
 
     What is missing or damaged is named on the page. Raises StoreError where the folder holds no run, or the page cannot
-    be written. `working` is what the process that holds the run says of itself, `made` what a page has in common with
-    the one before: see `collect`, whose result `found` is where there is one already.
+    be written. `working` is what the process that holds the run says of itself, `images` what a page has in common
+    with the one before: see `collect`, whose result `data` is where there is one already.
     """
     root = Path(root)
     target = Path(out) if out is not None else root / NAME
-    content = render(found or collect(root, working=working, made=made)).encode()
+    content = render(data or collect(root, working=working, images=images)).encode()
     if target.is_dir():
         raise StoreError(f"the report must be a file; {target} is a directory. Name a file in it.")
     with explaining(target):
@@ -50,4 +54,50 @@ def render(data: ReportData) -> str:
     return page(data.document, overview(data), configuration(data))
 
 
-__all__ = ["NAME", "ReportData", "collect", "render", "write_report"]
+@contextlib.contextmanager
+def rewriting(config: RunConfig, root: Path, observe: Callback) -> Iterator[Callback]:
+    """A callback that also keeps the run's page up to date; just the given one where the configuration has it off.
+
+    The page is written when a round that had something to do is over, and at the end.
+    """
+    if not config.report:
+        yield observe
+        return
+    images: dict[str, EmbeddedImage | None] = {}  # the next page shows most of them again
+    num_rounds, stale, warned = 0, False, False
+
+    def write(working: bool) -> None:
+        nonlocal stale, warned
+        try:
+            write_report(root, working=working, images=images)
+            stale = False
+        except Exception as error:
+            if not warned:
+                why = f"{type(error).__name__}: {first_line(error)}"
+                warnings.warn(f"report.html could not be written, and the run goes on without it: {why}", stacklevel=3)
+            warned = True
+
+    def both(kind: str, facts: dict[str, Any]) -> None:
+        nonlocal num_rounds, stale
+        if kind == "round_begin":
+            num_rounds = facts["of"]
+        elif kind == "stage_end":
+            stale = True
+        elif kind == "round_end" and facts["round"] < num_rounds and stale:
+            write(working=True)
+        elif kind == "end":
+            write(working=False)
+        observe(kind, facts)  # last: it may end the run
+
+    try:
+        yield both
+    except KeyboardInterrupt:
+        write(working=False)  # else the page that lies there would go on saying that the run is at work
+        raise
+    except Exception:
+        if stale:
+            write(working=True)
+        raise
+
+
+__all__ = ["NAME", "ReportData", "collect", "render", "rewriting", "write_report"]

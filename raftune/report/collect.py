@@ -48,19 +48,19 @@ class ReportData:
 
 
 def collect(
-    root: Path | str, *, working: bool | None = None, made: dict[str, EmbeddedImage | None] | None = None
+    root: Path | str, *, working: bool | None = None, images: dict[str, EmbeddedImage | None] | None = None
 ) -> ReportData:
     """All that a report shows of the run.
 
     `working` is what the process that holds the run says of itself: True while it goes on, False when it has ended it;
-    None asks the run's lock. `made` holds images that the page before had at hand, and afterwards those of this one.
+    None asks the run's lock. `images` holds images that the page before had at hand, and afterwards those of this one.
     What is missing or damaged is named in the document's `missing`. Raises StoreError where the folder holds no run.
     """
     run = RunFolder(root)
     if not run.rounds():
         run.read_config()  # says that there is no run
     reader = RunReader(run)
-    images = ImageSet(reader, made if made is not None else {})
+    image_set = ImageSet(reader, images if images is not None else {})
     rows = rows_of(reader)
     rounds = [int(row["round"]) for row in rows]
     config = None
@@ -87,9 +87,9 @@ def collect(
         },
         "rewards": list(rewards),
         "judges": list(judges),
-        "compare": compared(reader, named, best, images),
-        "prompts": prompts(reader, named, images),
-        "learned": learned(reader, named, images),
+        "compare": compared(reader, named, best, image_set),
+        "prompts": prompts(reader, named, image_set),
+        "learned": learned(reader, named, image_set),
         "alarms": alarms,
         "guarded": reader.rounds("guard"),
         "by_round": rows,
@@ -100,8 +100,8 @@ def collect(
     media = next((kinds.get(type(item["prompt"]), "text") for item in shown), "text")
     document["run"]["media"] = "image" if reader.pictured else media
     if reader.pictured:
-        document["images"] = images.as_json()
-    images.keep()
+        document["images"] = image_set.as_json()
+    image_set.keep()
     document["missing"] = reader.missing
     return ReportData(document, reader, config, rewards, judges, rows)
 

@@ -254,7 +254,7 @@ def alarms_of(run: RunFolder, round_: int) -> list[dict[str, Any]]:
         samples = alarm.get("samples") if has_texts(alarm, "alarm", "title", "evidence") else None
         if not isinstance(samples, list) or not all(has_texts(sample, "sample_id", "why") for sample in samples):
             raise RunDamaged(f"{path} does not hold a list of alarms. {FIX}")
-    return alarms
+    return list(alarms)
 
 
 def best_round(root: Path) -> int | None:

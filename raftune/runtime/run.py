@@ -17,7 +17,7 @@ from raftune.config.run import RunConfig
 from raftune.errors import ConfigError, StoreError
 from raftune.loop import RunOutcome, train
 from raftune.protocols import Callback
-from raftune.report.rewriting import rewriting
+from raftune.report import rewriting
 from raftune.runtime.assembly import PythonObjects, Runtime
 from raftune.runtime.preflight import preflight
 from raftune.runtime.rescoring import statuses, unfinished

@@ -79,7 +79,7 @@ def report(
     if as_json:
         print(json.dumps(page.document, ensure_ascii=False))
     else:
-        echo(str(write_report(run, out, found=page)))
+        echo(str(write_report(run, out, data=page)))
     if missing := page.document["missing"]:
         more = f" (and {len(missing) - 1} more, which the page names)" if len(missing) > 1 else ""
         command = shell_command("raftune", "verify", run)
