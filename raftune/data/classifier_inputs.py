@@ -163,8 +163,8 @@ def longest(tokenizer: Any, config: Any, limit: int | None) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and getattr(config, "model_type", None) in SHIFTED_POSITIONS:
         positions -= (config.pad_token_id or 0) + 1
-    known = [n for n in (limit, tokenizer.model_max_length, positions) if n is not None and 0 < n < UNBOUNDED]
-    return min(known) if known else None
+    limits = [n for n in (limit, tokenizer.model_max_length, positions) if n is not None and 0 < n < UNBOUNDED]
+    return min(limits) if limits else None
 
 
 def read_notes(path: Path | None) -> dict[str, Any]:

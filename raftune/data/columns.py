@@ -145,13 +145,13 @@ def read_number(value: Any, column: str) -> float:
     if isinstance(value, str):
         plain = value.strip()
         if comma := _COMMA.fullmatch(plain):
-            whole, part = comma.groups()
-            if len(part) == 3 and whole.lstrip("+-0") and len(whole.lstrip("+-")) <= 3:
+            digits, part = comma.groups()
+            if len(part) == 3 and digits.lstrip("+-0") and len(digits.lstrip("+-")) <= 3:
                 raise UnusableRow(
                     SkipReason.WRONG_TYPE,
                     f"{column} is {plain!r}: its comma may set off decimals or thousands; write a point",
                 )
-            plain = f"{whole}.{part}"
+            plain = f"{digits}.{part}"
         value = float(plain) if _NUMBER.fullmatch(plain) else value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong_type(column, "a number", value)

@@ -89,8 +89,8 @@ def _grey_in_8_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         full = 65535.0
     elif not (full := next((end for end in ranges if low >= 0 and high <= end), 0.0)):
-        wanted = "0 … 1 or 0 … 255" if image.mode == "F" else "0 … 65535"
-        raise DataError(f"a grey image's levels must be in {wanted}; these go from {low:g} to {high:g}. Scale them.")
+        allowed = "0 … 1 or 0 … 255" if image.mode == "F" else "0 … 65535"
+        raise DataError(f"a grey image's levels must be in {allowed}; these go from {low:g} to {high:g}. Scale them.")
     grey: Image.Image = require_pillow().fromarray(np.rint(levels * (255.0 / full)).astype(np.uint8))
     return grey
 

@@ -304,19 +304,19 @@ def json_rows(path: Path, field: str) -> Iterator[tuple[int, Row | SkippedRow]]:
         raise DataError(f"{field}: {path} cannot be read to its end: {first_line(error)}. Fetch it again.") from error
 
 
-def _checked(row: Any, text: str, number: int, place: str) -> Row | SkippedRow:
+def _checked(row: Any, text: str, number: int, label: str) -> Row | SkippedRow:
     if not isinstance(row, dict):
-        detail = f"{place} must be a JSON object; got {type(row).__name__}"
+        detail = f"{label} must be a JSON object; got {type(row).__name__}"
         return SkippedRow(number, SkipReason.WRONG_TYPE, detail)
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except RecursionError:
-        return SkippedRow(number, SkipReason.BROKEN, f"{place} is nested too deeply to be read")
+        return SkippedRow(number, SkipReason.BROKEN, f"{label} is nested too deeply to be read")
     except UnicodeEncodeError as error:
         character = error.object[error.start]
-        detail = f"{place} holds half of a surrogate pair, {character!a}, which is no text"
+        detail = f"{label} holds half of a surrogate pair, {character!a}, which is no text"
         if character in text:  # of the file itself, not of an escape in it: `surrogateescape` of a byte
-            detail = f"{place} is not UTF-8 (byte {ord(character) - 0xDC00:#04x}): save the file as UTF-8"
+            detail = f"{label} is not UTF-8 (byte {ord(character) - 0xDC00:#04x}): save the file as UTF-8"
         return SkippedRow(number, SkipReason.BROKEN, detail)
     return row
 

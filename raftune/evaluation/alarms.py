@@ -156,9 +156,9 @@ def means_of(samples: pa.Table, weights: FloatArray) -> dict[str, Any]:
     columns |= {name: name for name in samples.column_names if name.startswith("rewards/")}
     for name, measure in columns.items():
         if name in samples.column_names:
-            known = np.isfinite(values := numbers_of(samples, name))
-            if weights[known].sum() > 0:
-                result[measure] = float(np.average(values[known], weights=weights[known]))
+            finite = np.isfinite(values := numbers_of(samples, name))
+            if weights[finite].sum() > 0:
+                result[measure] = float(np.average(values[finite], weights=weights[finite]))
     return result
 
 
@@ -292,9 +292,9 @@ def odds(chance: float) -> str:
     """A chance in words, to two digits, rounded so that it never sounds smaller than it is."""
     if chance * 1_000_000 < 1:
         return "less than 1 round in a million"
-    whole = math.floor(1 / chance)
-    scale = 10 ** max(0, len(str(whole)) - 2)
-    return f"at most 1 round in {whole // scale * scale:,}"
+    rounds = math.floor(1 / chance)
+    scale = 10 ** max(0, len(str(rounds)) - 2)
+    return f"at most 1 round in {rounds // scale * scale:,}"
 
 
 # -- what was kept ----------------------------------------------------------------------------------------------------
@@ -448,13 +448,13 @@ def near_duplicates(data: RoundData) -> Alarm | None:
     else:
         rows, small_ND = thumbnails(kept)
         distances, twins = nearest(small_ND, prompt_numbers(kept)[rows])
-        order = [place for place in np.argsort(distances, kind="stable") if distances[place] <= ALIKE]
-        place_of = {int(rows[place]): place for place in order}
+        order = [i for i in np.argsort(distances, kind="stable") if distances[i] <= ALIKE]
+        place_of = {int(rows[i]): i for i in order}
         ids = kept.column("sample_id")
 
         def why(row: int) -> str:
-            place = place_of[row]
-            return f"{distances[place]:.3f} from {ids[int(rows[twins[place]])].as_py()}, of another prompt"
+            i = place_of[row]
+            return f"{distances[i]:.3f} from {ids[int(rows[twins[i]])].as_py()}, of another prompt"
 
         samples = named(kept, place_of, why)
     return Alarm(
@@ -546,13 +546,13 @@ def kl_beyond_budget(data: RoundData) -> Alarm | None:
         title, numbers = "its budget", numbers | {"budget": budget}
         evidence = f"the KL to the start is {spread(kl, 2)} nats per answer; the budget is {budget:g}"
     else:
-        known = np.isfinite(ratio)
-        tokens = numbers_of(held_out, "length")[known].sum() if "length" in held_out.column_names else 0.0
+        finite = np.isfinite(ratio)
+        tokens = numbers_of(held_out, "length")[finite].sum() if "length" in held_out.column_names else 0.0
         if not tokens > 0:
             return None
         rounds, most = data.inputs.round, data.limits.max_kl_per_token
         candidates = samples.num_rows / max(1, len(pc.unique(samples.column("prompt_id"))))
-        taught, per_token = rounds * math.log(max(candidates, 1.0)), float(ratio[known].sum() / tokens)
+        taught, per_token = rounds * math.log(max(candidates, 1.0)), float(ratio[finite].sum() / tokens)
         if kl["mean"] <= taught or per_token <= most:
             return None
         title = "its selection explains"
@@ -646,8 +646,8 @@ def flagged(data: RoundData, flag: str) -> Alarm | None:
     for name, table in data.sets.items():
         if flag in table.column_names:
             values = numbers_of(table, flag)
-            rows, known = np.flatnonzero(values == 1), int(np.isfinite(values).sum())
-            sets[name] = (f"{name.replace('_', '-')} answers", len(rows), known, rows)
+            rows, measured = np.flatnonzero(values == 1), int(np.isfinite(values).sum())
+            sets[name] = (f"{name.replace('_', '-')} answers", len(rows), measured, rows)
     if flag == "empty":
         title, limit = "Many answers are empty", data.limits.empty_share
         return share_above(data, sets, limit, "empty_answers", title, "{} are empty", "is empty")

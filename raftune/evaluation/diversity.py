@@ -82,10 +82,10 @@ def msttr(texts: Texts, window: int = 100) -> float | None:
     counted, as in GEM. None where all texts together have fewer words than one segment.
     """
     ids = numbered(texts).ids
-    whole = len(ids) // window
-    if not whole:
+    size = len(ids) // window
+    if not size:
         return None
-    segments = np.sort(ids[: whole * window].reshape(whole, window), axis=1)
+    segments = np.sort(ids[: size * window].reshape(size, window), axis=1)
     return float((1 + np.count_nonzero(np.diff(segments, axis=1), axis=1)).mean() / window)
 
 
@@ -109,8 +109,8 @@ def similarities(texts: Texts, groups: IntArray) -> FloatArray:
     cells, counts = np.unique(owner * size + pairs, return_counts=True)
     owners, kinds = cells // size, cells % size
     norms = np.sqrt(np.bincount(owners, weights=counts.astype(np.float64) ** 2, minlength=len(groups)))
-    shared, place = np.unique(groups[owners] * size + kinds, return_inverse=True)
-    sums = np.bincount(place, weights=counts / norms[owners], minlength=len(shared))
+    shared, position = np.unique(groups[owners] * size + kinds, return_inverse=True)
+    sums = np.bincount(position, weights=counts / norms[owners], minlength=len(shared))
     members = np.bincount(groups, minlength=int(groups.max(initial=-1)) + 1)
     squares = np.bincount(shared // size, weights=sums**2, minlength=len(members))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -141,12 +141,12 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[list[i
         low, high = sorted((root(left), root(right)))
         parents[high] = low
 
-    known: dict[bytes, int] = {}
+    first_of: dict[bytes, int] = {}
     for index, shingle in enumerate(shingles):
-        join(known.setdefault(shingle.tobytes(), index), index)
+        join(first_of.setdefault(shingle.tobytes(), index), index)
     if threshold < 1:
-        sets = {index: frozenset(shingles[index].tolist()) for index in known.values()}
-        for left, right in candidate_pairs([*known.values()], shingles, threshold):
+        sets = {index: frozenset(shingles[index].tolist()) for index in first_of.values()}
+        for left, right in candidate_pairs([*first_of.values()], shingles, threshold):
             if root(left) != root(right):
                 both = len(sets[left] & sets[right])
                 if both >= threshold * (len(sets[left]) + len(sets[right]) - both):

@@ -94,8 +94,8 @@ class FeatureMetrics:
         }
         if FEATURES_START in samples.column_names:
             places, start_ND = vectors(samples, FEATURES_START)
-            both, ours, theirs = np.intersect1d(rows, places, assume_unique=True, return_indices=True)
-            cosines = np.einsum("nd,nd->n", vectors_ND[ours], start_ND[theirs]) if len(both) else np.zeros(0)
+            both, rows_now, rows_start = np.intersect1d(rows, places, assume_unique=True, return_indices=True)
+            cosines = np.einsum("nd,nd->n", vectors_ND[rows_now], start_ND[rows_start]) if len(both) else np.zeros(0)
             measures["feature_drift"] = interval(mean_by_prompt(groups[both], 1 - np.minimum(cosines, 1.0)))
         return measures
 
@@ -140,7 +140,7 @@ def nearest(small_ND: FloatArray, groups: IntArray | None = None) -> tuple[Float
     """
     small = small_ND.astype(np.float32)
     squares = (small**2).sum(axis=1)
-    best, which = np.full(len(small), np.inf), np.zeros(len(small), np.int64)
+    best, neighbours = np.full(len(small), np.inf), np.zeros(len(small), np.int64)
     for at in range(0, len(small), BLOCK):
         rows = np.arange(at, min(at + BLOCK, len(small)))
         apart = squares[rows, None] + squares[None] - 2 * small[rows] @ small.T
@@ -148,9 +148,9 @@ def nearest(small_ND: FloatArray, groups: IntArray | None = None) -> tuple[Float
             apart[np.arange(len(rows)), rows] = np.inf
         else:
             apart[groups[rows, None] == groups[None]] = np.inf
-        which[rows] = apart.argmin(axis=1)
-        best[rows] = apart[np.arange(len(rows)), which[rows]]
-    return np.sqrt(np.maximum(best, 0.0) / max(small.shape[1], 1)), which
+        neighbours[rows] = apart.argmin(axis=1)
+        best[rows] = apart[np.arange(len(rows)), neighbours[rows]]
+    return np.sqrt(np.maximum(best, 0.0) / max(small.shape[1], 1)), neighbours
 
 
 # -- columns ----------------------------------------------------------------------------------------------------------

@@ -187,9 +187,9 @@ def failure_of(reply: ChatReply) -> str | None:
 
 def advice(kind: str, endpoint: ChatEndpoint) -> str:
     """What to do about the most frequent failure."""
-    place = endpoint.url.split("?")[0]
+    url = endpoint.url.split("?")[0]
     if kind in ("refused", "broke off"):
-        return f"Is a server running at {place}? Check --judge."
+        return f"Is a server running at {url}? Check --judge."
     if kind == "timed out":
         return "Give it more time with --judge-timeout, or ask less at once with --judge-concurrency."
     if kind in ("HTTP 401", "HTTP 403"):
@@ -197,7 +197,7 @@ def advice(kind: str, endpoint: ChatEndpoint) -> str:
     if kind == "HTTP 429":
         return "Ask less at once with --judge-concurrency; what was answered is kept, and is not asked again."
     if kind.startswith("HTTP") or kind == "no chat completion":
-        return f"Check --judge ({place}), --judge-model ({endpoint.model}) and --judge-parameters."
+        return f"Check --judge ({url}), --judge-model ({endpoint.model}) and --judge-parameters."
     if kind == "nonsense":
         return "A verdict is [[A]], [[B]] or [[tie]]. Name an abler --judge-model, or write a --judge-prompt of yours."
     return "What was answered is kept, and is not asked again."

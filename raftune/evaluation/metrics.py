@@ -159,7 +159,7 @@ def load_metrics(config: EvaluationConfig) -> dict[str, Metric]:
     """The user's own metrics by name. Raises ConfigError where one is not there, or is not whole."""
     metrics = {}
     for name, spec in zip(config.metric_names, config.metrics, strict=True):
-        made: Metric = load_extension(
+        metric: Metric = load_extension(
             spec.spec,
             "evaluation.metrics",
             spec.options,
@@ -167,12 +167,12 @@ def load_metrics(config: EvaluationConfig) -> dict[str, Metric]:
             methods={"__call__": ("samples",)},
             attributes=("needs",),
         )
-        if not isinstance(made.needs, set | frozenset | tuple | list) or not set(made.needs) <= NEEDS:
+        if not isinstance(metric.needs, set | frozenset | tuple | list) or not set(metric.needs) <= NEEDS:
             raise ConfigError(
                 f"evaluation.metrics: `needs` of {spec.spec} must be of {', '.join(sorted(NEEDS))}; got "
-                f"{made.needs!r}. {GUIDE}"
+                f"{metric.needs!r}. {GUIDE}"
             )
-        metrics[name] = made
+        metrics[name] = metric
     return metrics
 
 
@@ -246,5 +246,5 @@ def finite(values: FloatArray) -> FloatArray:
 
 
 def deviation(values: FloatArray) -> float | None:
-    known = finite(values)
-    return float(known.std()) if len(known) else None
+    usable_values = finite(values)
+    return float(usable_values.std()) if len(usable_values) else None

@@ -101,10 +101,10 @@ def line_chart(
     right = width - 14 - LETTER * max(map(len, labels), default=0) - 10
     x = x_scale([point.x for point in points], left + 6, max(right, left + 60), log=log_x)
     ends = spread([y(line.known()[-1].y or 0.0) for line in lines], LINE, y(y.high) + 2, y(y.low) - 2)
-    drawn = [(line, paths(line, x, y), marks(line, x, y, x_label, names)) for line in lines]
+    drawings = [(line, paths(line, x, y), marks(line, x, y, x_label, names)) for line in lines]
     common |= {"height": height, "x": x, "y": y, "tick_text": tick_text, "x_names": names, "x_label": x_label}
     labelled = list(zip(lines, labels, ends, strict=True))
-    return render("chart.svg", **common, mark=mark, lines=drawn, labels=labelled, several=len(series) > 1)
+    return render("chart.svg", **common, mark=mark, lines=drawings, labels=labelled, several=len(series) > 1)
 
 
 def paths(line: ChartSeries, x: AxisScale, y: AxisScale) -> list[tuple[str, str]]:
@@ -131,8 +131,8 @@ def marks(
     line: ChartSeries, x: AxisScale, y: AxisScale, x_label: str, names: Names
 ) -> list[tuple[str, float, float, str]]:
     """Shape, place and words of each point; of a long line only the first and the last can be seen."""
-    known = line.known()
-    shown = known if len(known) <= DOTS else [known[0], known[-1]]
+    points = line.known()
+    shown = points if len(points) <= DOTS else [points[0], points[-1]]
     return [
         (
             line.shape if point in shown else "hit",
@@ -140,7 +140,7 @@ def marks(
             y(point.y or 0.0),
             f"{line.name}, {x_label} {names.get(point.x, f'{point.x:g}')}: {point.words}",
         )
-        for point in known
+        for point in points
     ]
 
 

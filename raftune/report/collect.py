@@ -111,8 +111,8 @@ def alarms_of(reader: RunReader) -> list[dict[str, Any]]:
     alarms = []
     for round_ in reader.rounds("guard"):
         for alarm in reader.json(round_, "guard", "alarms.json", list):
-            known = isinstance(alarm, Mapping) and {"alarm", "round", "title", "evidence"} <= alarm.keys()
-            samples = alarm.get("samples") if known else None
+            is_alarm = isinstance(alarm, Mapping) and {"alarm", "round", "title", "evidence"} <= alarm.keys()
+            samples = alarm.get("samples") if is_alarm else None
             if isinstance(samples, list) and all(isinstance(s, Mapping) and "sample_id" in s for s in samples):
                 alarms.append({**alarm, "round": round_})
             else:

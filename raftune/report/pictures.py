@@ -66,8 +66,8 @@ class ImageSet:
             batch = items[len(taken) : len(taken) + ahead]
             self.make(name for item in batch for name in names(item))
             for item in batch:
-                new = {name: made for name in names(item) if (made := self.made[name]) and name not in self.shown}
-                size = sum(made.nbytes for made in new.values())
+                new = {name: image for name in names(item) if (image := self.made[name]) and name not in self.shown}
+                size = sum(image.nbytes for image in new.values())
                 if taken and spent + size > limit:
                     return taken
                 spent += size
@@ -78,19 +78,19 @@ class ImageSet:
 
     def make(self, names: Iterable[str]) -> None:
         """Reads and encodes these images; one that cannot be shown is noted, and is None."""
-        wanted = dict.fromkeys(name for name in names if name not in self.made)
-        self.made |= dict.fromkeys(wanted)
-        for name, place, png in stored_images(self.reader, wanted):
+        missing = dict.fromkeys(name for name in names if name not in self.made)
+        self.made |= dict.fromkeys(missing)
+        for name, file, png in stored_images(self.reader, missing):
             try:
                 if sha256_of_png(png) != name:
                     raise DataError("it has changed since it was generated")
-                self.made[name] = embed(png, str(place))
+                self.made[name] = embed(png, str(file))
             except ConfigError as error:
                 why = f"images larger than {PIXELATED} pixels cannot be shown: {first_line(error)}"
                 self.reader.note("the page", why)
             except (RaftuneError, ValueError) as error:
-                why = f"{place.file}: image {name[:12]}…: {first_line(error).split('. ')[0]}"
-                self.reader.note(f"round {place.round}, {place.stage}", why)
+                why = f"{file.file}: image {name[:12]}…: {first_line(error).split('. ')[0]}"
+                self.reader.note(f"round {file.round}, {file.stage}", why)
 
     def keep(self) -> None:
         """Forgets what is at hand and not shown."""
@@ -103,13 +103,13 @@ class ImageSet:
 
 def stored_images(reader: RunReader, names: Iterable[str]) -> Iterator[tuple[str, StageFile, bytes]]:
     """The bytes of each of these images that can be read, file by file."""
-    by_place: defaultdict[StageFile, list[str]] = defaultdict(list)
+    by_file: defaultdict[StageFile, list[str]] = defaultdict(list)
     for name in names:
-        if place := reader.pictures.get(name):
-            by_place[place].append(name)
-    for place, here in sorted(by_place.items()):
+        if file := reader.pictures.get(name):
+            by_file[file].append(name)
+    for file, here in sorted(by_file.items()):
         waiting = set(here)
-        for table in reader.groups(place.round, place.stage, place.file, [PICTURE, "completion"]):
+        for table in reader.groups(file.round, file.stage, file.file, [PICTURE, "completion"]):
             if table.num_columns < 2:
                 continue  # noted when its rows were read
             kept = table.filter(pc.is_in(table.column(PICTURE), pa.array(sorted(waiting), pa.string())))
@@ -117,7 +117,7 @@ def stored_images(reader: RunReader, names: Iterable[str]) -> Iterator[tuple[str
             for name, png in zip(*columns, strict=True):
                 if name in waiting and isinstance(png, bytes):
                     waiting.discard(name)
-                    yield name, place, png
+                    yield name, file, png
 
 
 def embed(png: bytes, lies: str) -> EmbeddedImage:

@@ -415,13 +415,13 @@ def generated_rows(reader: RunReader, round_: int, stage: str, chunk: int, promp
         table = table.drop_columns(["completion_ids"]).append_column("tokens", tokens)
     rows = rows_with(table, "prompt_id", prompt_ids)
     if reader.pictured:
-        place = StageFile(round_, stage, chunk_file(chunk))
-        names = reader.names(round_, stage, place.file)
+        file = StageFile(round_, stage, chunk_file(chunk))
+        names = reader.names(round_, stage, file.file)
         latents = ["latents"] if reader.config.get("policy", {}).get("family") == "diffusion" else []
         for name in ("completion", PICTURE, *latents):
             if names and name not in names:
-                reader.note(f"round {round_}, {stage}", f"{place.file} has no column {name}")
-        name_images(reader, rows, place)
+                reader.note(f"round {round_}, {stage}", f"{file.file} has no column {name}")
+        name_images(reader, rows, file)
     return rows
 
 
@@ -430,16 +430,16 @@ def stored(reader: RunReader, columns: Iterable[str]) -> list[str]:
     return [PICTURE if name == "completion" and reader.pictured else name for name in columns]
 
 
-def name_images(reader: RunReader, rows: list[Row], place: StageFile) -> None:
+def name_images(reader: RunReader, rows: list[Row], file: StageFile) -> None:
     """Puts the name of its image into each row, as its completion."""
     for row in rows:
         name = row.get(PICTURE)
         row["completion"] = None
         if isinstance(name, str) and HASH.fullmatch(name):
             row["completion"] = {"image": name}
-            reader.pictures.setdefault(name, place)
+            reader.pictures.setdefault(name, file)
         elif name is not None:
-            reader.note(f"round {place.round}, {place.stage}", f"{place.file} names an image by something else")
+            reader.note(f"round {file.round}, {file.stage}", f"{file.file} names an image by something else")
 
 
 def rows_with(table: pa.Table, column: str, values: Iterable[str]) -> list[Row]:

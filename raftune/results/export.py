@@ -62,10 +62,10 @@ def sft_tokens(run: RunFolder, allow_code: bool) -> Callable[[Sequence[Row]], It
     for a family without tokens.
     """
     config = run.configuration()
-    known = config.policy.family in FAMILIES
-    if not allow_code and (not known or getattr(config.policy, "trust_remote_code", False)):
+    built_in = config.policy.family in FAMILIES
+    if not allow_code and (not built_in or getattr(config.policy, "trust_remote_code", False)):
         model = getattr(config.policy, "model", "its model")
-        code = f"policy.trust_remote_code of {model}" if known else f"policy.family: {config.policy.family}"
+        code = f"policy.trust_remote_code of {model}" if built_in else f"policy.family: {config.policy.family}"
         raise ConfigError(
             f"--format sft-tokens would import code that the run's configuration names ({code}). If you trust this "
             "run, add --allow-code; --format sft needs no code."

@@ -75,8 +75,8 @@ class SampleStats:
         self._flat += same.to_pylist()
         paths = [self._folders[name] / chunk_file(chunk) for name in ("logp", "logp-start")]
         if paths[0].is_file():
-            ours, start = (read_table(path, ["log_prob"]).column("log_prob").to_numpy() for path in paths)
-            self._add("kl", (ours - start)[np.array(scores.column("source").to_pylist()) == "policy"])
+            now, start = (read_table(path, ["log_prob"]).column("log_prob").to_numpy() for path in paths)
+            self._add("kl", (now - start)[np.array(scores.column("source").to_pylist()) == "policy"])
 
     def _add_lengths(self, chunk: int, encoder: Any) -> None:
         path = self._folders["generate"] / chunk_file(chunk)
@@ -135,16 +135,16 @@ def kept(run: RunFolder, round_: int, count: int | None) -> list[tuple[Any, str,
         if count is not None and len(rows) >= count:
             break
     rows = rows[:count]
-    wanted = pa.array([row["sample_id"] for row in rows], pa.string())
+    ids = pa.array([row["sample_id"] for row in rows], pa.string())
     verdicts = read_table(run.folder(round_, "select") / "verdicts.parquet", ["sample_id", "score"])
-    scored = verdicts.filter(pc.is_in(verdicts.column("sample_id"), wanted)).to_pydict()
+    scored = verdicts.filter(pc.is_in(verdicts.column("sample_id"), ids)).to_pydict()
     scores = dict(zip(scored["sample_id"], scored["score"], strict=True))
     logged: dict[str, dict[str, Any]] = {}
     for chunk in chunk_numbers(run.folder(round_, "score")):
         path = run.folder(round_, "score") / chunk_file(chunk)
         if extras := [name for name in column_names(path) if name.startswith(EXTRA)]:
             table = read_table(path, ["sample_id", *extras])
-            table = table.filter(pc.is_in(table.column("sample_id"), wanted))
+            table = table.filter(pc.is_in(table.column("sample_id"), ids))
             logged |= {row["sample_id"]: extras_of(row) for row in table.to_pylist()}
     return [
         (row["prompt"], answer_text(row["completion"]), scores.get(row["sample_id"]), logged.get(row["sample_id"], {}))

@@ -73,8 +73,8 @@ def held_out_chunks(run: RunFolder, round_: int) -> Iterator[list[Row]]:
 
 def read_drawn(path: Path) -> pa.Table:
     """What was generated, without the columns that only the policy reads."""
-    wanted = ("completion", "completion_ids", "finish", "image_sha256")
-    names = [name for name in wanted if name in column_names(path)]
+    columns = ("completion", "completion_ids", "finish", "image_sha256")
+    names = [name for name in columns if name in column_names(path)]
     return read_table(path, [*IDENTITY, *names])
 
 
@@ -86,9 +86,9 @@ def prompts_of(plan: Path, chunk: int, column: str = "prompt") -> dict[str, Any]
     raise AssertionError(f"the plan {plan} has no chunk {chunk}")
 
 
-def joined(drawn: pa.Table, prompts: dict[str, Any], *others: pa.Table | None) -> list[Row]:
+def joined(generated: pa.Table, prompts: dict[str, Any], *others: pa.Table | None) -> list[Row]:
     """The tables side by side, row for row, each row with its prompt; columns that repeat are taken from the first."""
-    rows: list[Row] = drawn.to_pylist()
+    rows: list[Row] = generated.to_pylist()
     for table in others:
         if table is not None:
             for row, more in zip(rows, table.to_pylist(), strict=True):
@@ -133,8 +133,8 @@ def answer_text(answer: Any) -> str:
 
 def span(rounds: list[int]) -> str:
     """Round numbers in words: 1 … 8, or 1, 3."""
-    whole = rounds == list(range(rounds[0], rounds[-1] + 1))
-    return f"{rounds[0]} … {rounds[-1]}" if whole and len(rounds) > 2 else ", ".join(map(str, rounds))
+    consecutive = rounds == list(range(rounds[0], rounds[-1] + 1))
+    return f"{rounds[0]} … {rounds[-1]}" if consecutive and len(rounds) > 2 else ", ".join(map(str, rounds))
 
 
 def prompt_text(prompt: Any) -> str:

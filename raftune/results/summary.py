@@ -110,15 +110,15 @@ def read_row(run: RunFolder, round_: int, seconds: float | None = None) -> Row:
     try:
         return row_of(round_, metrics, summary, seconds)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        place = run.folder(round_, "evaluate") / "metrics.json"
-        raise RunDamaged(f"{place} does not hold the numbers of an evaluation. {FIX}") from error
+        path = run.folder(round_, "evaluate") / "metrics.json"
+        raise RunDamaged(f"{path} does not hold the numbers of an evaluation. {FIX}") from error
 
 
 def row_of(round_: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], seconds: float | None) -> Row:
     """The numbers of one round; what was not measured is left out."""
     row: Row = {"round": round_}
-    own = [(name, name) for name in metrics if name.startswith(OWN)]
-    for name, key in [*((name, measure.key) for name, measure in MEASURES.items() if measure.key), *own]:
+    custom = [(name, name) for name in metrics if name.startswith(OWN)]
+    for name, key in [*((name, measure.key) for name, measure in MEASURES.items() if measure.key), *custom]:
         value = metrics.get(name)
         if key in INTERVALS and value:
             row |= {key: value["mean"], **({f"{key}_n": value["n"]} if "n" in value else {})}
@@ -217,12 +217,12 @@ def seconds_by_round(events: Iterable[Mapping[str, Any]]) -> dict[int, float]:
 def selection_words(summary: Mapping[str, Any]) -> list[str]:
     """What should be said of a round's selection: how many prompts had no ranking, and kept answers cut off."""
     ties, prompts, cut = (summary.get(key) or 0 for key in ("nothing_to_rank", "prompts", "clipped_kept"))
-    said = []
+    lines = []
     if ties > WORTH_SAYING["nothing_to_rank"](dict(summary)):
-        said.append(f"{ties} of {counted(prompts, 'prompt')} had nothing to rank: {SAME}")
+        lines.append(f"{ties} of {counted(prompts, 'prompt')} had nothing to rank: {SAME}")
     if cut > WORTH_SAYING["clipped_kept"](dict(summary)):
-        said.append(f"{percent(cut)} of the kept answers were cut off at max_completion_length")
-    return said
+        lines.append(f"{percent(cut)} of the kept answers were cut off at max_completion_length")
+    return lines
 
 
 def done_words(num_rounds: int) -> str:

@@ -95,9 +95,9 @@ class Comparison:
     def extremes(self, number: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
         """The prompts on which A leads most, and on which it trails most, with the mean lead: at most so many each."""
         leads = mean_by_prompt(self.pairs.groups, self.by.leads)
-        known = [(index, float(lead)) for index, lead in enumerate(leads) if np.isfinite(lead)]
-        ahead = sorted((item for item in known if item[1] > 0), key=lambda item: -item[1])
-        behind = sorted((item for item in known if item[1] < 0), key=lambda item: item[1])
+        measured = [(index, float(lead)) for index, lead in enumerate(leads) if np.isfinite(lead)]
+        ahead = sorted((item for item in measured if item[1] > 0), key=lambda item: -item[1])
+        behind = sorted((item for item in measured if item[1] < 0), key=lambda item: item[1])
         return ahead[:number], behind[:number]
 
     def telling(self, prompt: int, lead: float) -> int:

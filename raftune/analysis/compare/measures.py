@@ -141,8 +141,8 @@ def score_now(
     from raftune.rewards.outcome import FAILED
 
     tables = [pairs.side_a.samples.take(pa.array(pairs.a)), pairs.side_b.samples.take(pa.array(pairs.b))]
-    wanted = ("sample_id", "completion", "completion_ids", "invalid")
-    shared = [name for name in wanted if all(name in table.column_names for table in tables)]
+    columns = ("sample_id", "completion", "completion_ids", "invalid")
+    shared = [name for name in columns if all(name in table.column_names for table in tables)]
     samples = pa.concat_tables([table.select(shared) for table in tables])
     named = [spec.model_copy(update={"name": measure.name}) for spec, measure in zip(specs, measures, strict=True)]
     panel = load_panel(RewardsConfig(reward_funcs=tuple(named)))

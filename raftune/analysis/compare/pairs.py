@@ -118,9 +118,9 @@ def choose(reference: str, letter: str) -> ComparedRun:
 
     Without a round it is the best one, or the only one that was evaluated.
     """
-    path, at, wanted = reference.rpartition("@")
-    if not at or Path(reference).is_dir() or "/" in wanted:  # an @ in the folder's own name
-        path, wanted = reference, ""
+    path, at, label = reference.rpartition("@")
+    if not at or Path(reference).is_dir() or "/" in label:  # an @ in the folder's own name
+        path, label = reference, ""
     run = RunFolder(path)
     run.read_config()
     evaluated = run.rounds_with("evaluate/score")
@@ -130,18 +130,18 @@ def choose(reference: str, letter: str) -> ComparedRun:
             f"{letter}: {path} holds no evaluation yet. `{shell_command('raftune', 'evaluate', path)}` makes one, "
             f"`{resume}` goes on with a run."
         )
-    if at and path != reference and not wanted.isdecimal() and wanted not in ("best", "last", "start"):
-        near = difflib.get_close_matches(wanted, ["best", "last", "start"], n=1)
+    if at and path != reference and not label.isdecimal() and label not in ("best", "last", "start"):
+        near = difflib.get_close_matches(label, ["best", "last", "start"], n=1)
         hint = f"Did you mean {path}@{near[0]}?" if near else f"Write {path}@{evaluated[-1]}, for example."
-        raise ConfigError(f"{letter}: a round is a number, best, last or start; got {wanted!r}. {hint}")
-    if wanted.isdecimal():
-        round_, wanted = int(wanted), ""
-    elif wanted in ("start", "last"):
-        round_ = 0 if wanted == "start" else evaluated[-1]
-    elif not wanted and len(evaluated) == 1:
+        raise ConfigError(f"{letter}: a round is a number, best, last or start; got {label!r}. {hint}")
+    if label.isdecimal():
+        round_, label = int(label), ""
+    elif label in ("start", "last"):
+        round_ = 0 if label == "start" else evaluated[-1]
+    elif not label and len(evaluated) == 1:
         round_ = evaluated[0]
     else:
-        best, wanted = best_round(run.root), "best"
+        best, label = best_round(run.root), "best"
         if best is None:
             raise StoreError(
                 f"{letter}: {run.root} has no best round yet. Name one, such as {run.root}@{evaluated[-1]}, or go on "
@@ -152,7 +152,7 @@ def choose(reference: str, letter: str) -> ComparedRun:
         raise ConfigError(
             f"{letter}: round {round_} of {path} was not evaluated; there are {span(evaluated)}. Choose one."
         )
-    return ComparedRun(run, round_, wanted)
+    return ComparedRun(run, round_, label)
 
 
 @dataclass(frozen=True)

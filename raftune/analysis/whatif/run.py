@@ -265,16 +265,16 @@ class WhatIfRun:
 
         Raises StoreError, ConfigError and, where none can be read, RunDamaged.
         """
-        root, known = self.original.root, [round_ for round_ in self.original.rounds() if round_ > 0]
-        if not known:
+        root, trained = self.original.root, [round_ for round_ in self.original.rounds() if round_ > 0]
+        if not trained:
             advice = how_to_go_on(root, self.original.read_config())
             raise StoreError(f"{root} has generated nothing to train on. {advice}")
-        if which != "all" and (not which.isdigit() or int(which) not in known):
-            listed = ", ".join(map(str, known)) if len(known) < 4 else f"{known[0]} … {known[-1]}"
+        if which != "all" and (not which.isdigit() or int(which) not in trained):
+            listed = ", ".join(map(str, trained)) if len(trained) < 4 else f"{trained[0]} … {trained[-1]}"
             raise ConfigError(f"--round must be all or one of {listed}; got {which!r}. Choose one of these.")
         beta, likelihoods = self.config.selection.beta, ["logp", "logp-start"]
         readable, missing = [], []
-        for round_ in known if which == "all" else [int(which)]:
+        for round_ in trained if which == "all" else [int(which)]:
             names = ["plan", *self.shards, *(["score"] if not self.scores_anew else [])]
             if beta > 0:
                 present = any(self.run.folder(round_, name).is_dir() for name in likelihoods)
@@ -298,17 +298,17 @@ class WhatIfRun:
 
     def check_num_generations(self, rounds: list[int]) -> None:
         """Raises ConfigError for more samples than there are, or fewer than the ranks of the scores count."""
-        wanted = self.config.sampling.num_generations
+        k = self.config.sampling.num_generations
         for round_ in rounds:
             generated = read_plan(self.run.folder(round_, "plan"))["num_generations"]
-            if wanted > generated and wanted != self.before.sampling.num_generations:
+            if k > generated and k != self.before.sampling.num_generations:
                 raise ConfigError(
                     f"{FEWER} must be at most {generated}, which round {round_} generated for each prompt; got "
-                    f"{wanted}. More must be generated: start another run, or resume this one with --from plan."
+                    f"{k}. More must be generated: start another run, or resume this one with --from plan."
                 )
-            if wanted < generated and self.config.rewards.combine == "rank" and not self.scores_anew:
+            if k < generated and self.config.rewards.combine == "rank" and not self.scores_anew:
                 raise ConfigError(
-                    f"{FEWER} must be {generated} where rewards.combine is rank; got {wanted}. The scores are ranks "
+                    f"{FEWER} must be {generated} where rewards.combine is rank; got {k}. The scores are ranks "
                     f"among all {generated} candidates of a prompt, and among fewer they would be others: leave it out."
                 )
 
@@ -364,9 +364,9 @@ def scores_of(run: RunFolder, reference: str) -> tuple[OverlayRun, dict[str, Any
         path.parent.name for path in run.root.glob(f"{FOLDER}/*/{RECORD}") if any(path.parent.glob("*/score"))
     )
     if root.parent != run.root / FOLDER or root.name not in scored:
-        known = f"it wrote {', '.join(scored)}" if scored else "it wrote none yet"
+        written = f"it wrote {', '.join(scored)}" if scored else "it wrote none yet"
         command = shell_command("raftune", "rescore", run.root)
-        raise ConfigError(f"--scores must name scores that `{command}` wrote; got {reference!r}; {known}.")
+        raise ConfigError(f"--scores must name scores that `{command}` wrote; got {reference!r}; {written}.")
     return OverlayRun(root, run, {"score"}), read_record(root)["configuration"]
 
 
