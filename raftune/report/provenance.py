@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,10 +12,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from raftune.config.secrets import redacted
-from raftune.report.collect import ReportData, number
+from raftune.report.collect import ReportData, number, seconds_by_stage
 from raftune.report.page import render
 from raftune.report.reading import RunReader
-from raftune.report.samples import finite
 from raftune.sanitize import duration
 from raftune.stages.parity import generation_words
 
@@ -33,7 +31,7 @@ def configuration(data: ReportData) -> Markup:
     versions = [(name, recorded[name]) for name in ("python", "platform") if name in recorded]
     versions += sorted(libraries.items()) if isinstance(libraries, Mapping) else []
 
-    spent, order = seconds_by_stage(data)
+    spent, order = seconds_by_stage(data.reader)
     times = []
     for round_, seconds in sorted(spent.items()):
         cells = [number(seconds[stage]) if stage in seconds else "" for stage in order]
@@ -138,15 +136,3 @@ def generation(reader: RunReader) -> str:
         return generation_words(record, probe or None) if record else ""
     except (KeyError, TypeError, ValueError, AttributeError):
         return ""
-
-
-def seconds_by_stage(data: ReportData) -> tuple[dict[int, dict[str, float]], list[str]]:
-    """The seconds of each round's stages over all sessions, and the stages in the order in which they came."""
-    spent: defaultdict[int, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
-    order: dict[str, None] = {}
-    for event in data.reader.events:
-        timed = isinstance(event.get("round"), int) and finite(event.get("seconds")) is not None
-        if event["event"] == "stage_end" and "stage" in event and timed:
-            spent[event["round"]][str(event["stage"])] += event["seconds"]
-            order.setdefault(str(event["stage"]))
-    return {round_: dict(stages) for round_, stages in spent.items()}, list(order)

@@ -24,18 +24,18 @@ NOW = "`--reward SPEC` scores both now"
 
 @dataclass(frozen=True)
 class ComparisonMeasure:
-    """One way to compare. Outcomes (N,) of the pairs are 1 where A wins, 0 for a tie, -1 where B wins, else NaN.
+    """One way to compare. `result` is None where nothing was compared, and `why` gives the reason.
 
-    `a` and `b` are the scores, None of a judge; `result` is None where nothing could be compared, and `why` gives the
-    reason. `aliases` are other names in gates. facts: left_out (pairs without an outcome); of a judge also questions,
+    Outcomes (N,) of the pairs are 1 where A wins, 0 for a tie, -1 where B wins, else NaN; `a` and `b` are the scores,
+    None of a judge. `aliases` are other names in gates. facts: left_out (pairs without an outcome); of a judge also questions,
     cached, identical, inconsistent, first, failures (a share), failed (counts by kind).
     """
 
     name: str
     title: str
     kind: Literal["recorded", "new", "judge"]
-    outcomes: FloatArray
     result: PairedTest | None = None
+    outcomes: FloatArray = field(default_factory=lambda: np.zeros(0))
     a: FloatArray | None = None
     b: FloatArray | None = None
     aliases: tuple[str, ...] = ()
@@ -62,27 +62,26 @@ def planned(pairs: SamplePairs, specs: Sequence[RewardSpec], judge_spec: JudgeSp
 
     A new reward whose name is taken gets the next free number.
     """
-    unknown = np.full(len(pairs), np.nan)
-    measures = []
+    measures: list[ComparisonMeasure] = []
     sides = (pairs.side_a, pairs.side_b)
     for name in SCORED:
         present = [name in side.scores for side in sides]
         if all(present):
-            measures += _recorded(name, *sides, unknown)
+            measures += _recorded(name, *sides)
         elif any(present):
             why = f"{'B' if present[0] else 'A'} recorded none. {NOW}"
-            measures.append(ComparisonMeasure(name, name, "recorded", unknown, why=why))
+            measures.append(ComparisonMeasure(name, name, "recorded", why=why))
     judges = []
     if judge_spec is not None:
         model = judge_spec.endpoint.model
         title = f"judge ({PurePath(model).name or model})"  # of a folder the last part
-        judges.append(ComparisonMeasure("judge", title, "judge", unknown))
+        judges.append(ComparisonMeasure("judge", title, "judge"))
     taken = [(measure.name, True) for measure in [*measures, *judges]]
     names = unique_names(taken + [(spec.derived_name, False) for spec in specs])[len(taken) :]
-    return [*measures, *(ComparisonMeasure(name, f"{name} (now)", "new", unknown) for name in names), *judges]
+    return [*measures, *(ComparisonMeasure(name, f"{name} (now)", "new") for name in names), *judges]
 
 
-def _recorded(name: str, a: ComparedRun, b: ComparedRun, unknown: FloatArray) -> list[ComparisonMeasure]:
+def _recorded(name: str, a: ComparedRun, b: ComparedRun) -> list[ComparisonMeasure]:
     """The score of this name that both recorded, and its parts where it is a sum of several, or weighted."""
     folder, section = SCORED[name]
     commits = [side.run.commit(side.round, f"evaluate/{folder}") for side in (a, b)]
@@ -101,21 +100,21 @@ def _recorded(name: str, a: ComparedRun, b: ComparedRun, unknown: FloatArray) ->
     ]
     if len(single) == 2 and single[0] == single[1]:
         aliases = (single[0], f"{name}/{single[0]}")
-        return [ComparisonMeasure(name, f"{name} ({single[0]})", "recorded", unknown, aliases=aliases, why=why)]
+        return [ComparisonMeasure(name, f"{name} ({single[0]})", "recorded", aliases=aliases, why=why)]
     specs = []  # by name; without rewards that were given as objects
     for side in (a, b):
         funcs = side.config.get(section, {}).get("reward_funcs", ())
         config = RewardsConfig.model_validate({"reward_funcs": funcs})
         listed = [spec.model_dump(mode="json") for spec in config.reward_funcs]
         specs.append(dict(zip(config.names, listed, strict=True)))
-    measures = [ComparisonMeasure(name, name, "recorded", unknown, why=why)]
+    measures = [ComparisonMeasure(name, name, "recorded", why=why)]
     for part in (part for part in a.parts(name) if part in b.parts(name)):
         # Equal lists of specs under unequal hashes mean that code changed, but not whose.
         unweighted = [{key: value for key, value in spec.get(part, {}).items() if key != "weight"} for spec in specs]
         same = bool(unweighted[0]) and unweighted[0] == unweighted[1] and specs[0] != specs[1]
         unsure = f"{part} is not known to be the same in A and B. {NOW}" if why and not same else ""
         title = f"  {part}"
-        measures.append(ComparisonMeasure(f"{name}/{part}", title, "recorded", unknown, aliases=(part,), why=unsure))
+        measures.append(ComparisonMeasure(f"{name}/{part}", title, "recorded", aliases=(part,), why=unsure))
     return measures
 
 
