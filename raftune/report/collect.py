@@ -220,13 +220,9 @@ def rows_of(reader: RunReader) -> list[Row]:
     rows = []
     for round_ in sorted({*reader.rounds("evaluate"), *reader.rounds("model")}):
         metrics = reader.json(round_, "evaluate", "metrics.json")
+        seconds = sum(spent[round_].values()) if round_ in spent else None
         try:
-            row = row_of(
-                round_,
-                metrics,
-                reader.json(round_, "select", "summary.json"),
-                sum(spent[round_].values()) if round_ in spent else None,
-            )
+            row = row_of(round_, metrics, reader.json(round_, "select", "summary.json"), seconds)
         except (KeyError, TypeError, ValueError, AttributeError):
             reader.note(f"round {round_}, evaluate", "metrics.json holds something else than metrics")
             row = {"round": round_}

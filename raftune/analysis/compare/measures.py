@@ -27,8 +27,8 @@ class ComparisonMeasure:
     """One way to compare. `result` is None where nothing was compared, and `why` gives the reason.
 
     Outcomes (N,) of the pairs are 1 where A wins, 0 for a tie, -1 where B wins, else NaN; `a` and `b` are the scores,
-    None of a judge. `aliases` are other names in gates. facts: left_out (pairs without an outcome); of a judge also questions,
-    cached, identical, inconsistent, first, failures (a share), failed (counts by kind).
+    None of a judge. `aliases` are other names in gates. facts: left_out (pairs without an outcome); of a judge also
+    questions, cached, identical, inconsistent, first, failures (a share), failed (counts by kind).
     """
 
     name: str
