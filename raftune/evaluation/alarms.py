@@ -23,8 +23,7 @@ from raftune.evaluation.diversity import numbered, shingle_sets, similarities, w
 from raftune.evaluation.images import ALIKE, by_group, nearest, rms_distance, thumbnails
 from raftune.evaluation.paired import sign_flip
 from raftune.protocols import MonitorInput
-from raftune.results.measures import spread
-from raftune.results.summary import ends_of
+from raftune.results.summary import ends_of, spread
 from raftune.sanitize import percent
 
 Measures = Mapping[str, Any]

@@ -9,8 +9,7 @@ from typing import Any
 
 from raftune.config.run import RunConfig, StopConfig
 from raftune.errors import ConfigError
-from raftune.results.measures import Metrics
-from raftune.results.summary import alarms_of, read_json
+from raftune.results.summary import Metrics, alarms_of, read_json
 from raftune.stages.train import NOTHING, REPORT
 from raftune.store.commit import with_hash
 from raftune.store.files import json_bytes, write_json

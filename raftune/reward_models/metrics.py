@@ -9,8 +9,7 @@ import numpy as np
 from raftune.arrays import FloatArray, IntArray
 from raftune.config.evaluation import FEWEST_UNITS
 from raftune.evaluation.bootstrap import Interval, interval, mean_by_prompt, resamples
-from raftune.results.measures import spread
-from raftune.results.summary import ends_of
+from raftune.results.summary import ends_of, spread
 
 FEWEST = 10  # held-out prompts: below, a bootstrap interval says nothing
 BINS = 10  # of confidence in [0.5, 1], and of predictions

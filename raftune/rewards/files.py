@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from raftune.arrays import FloatArray
-from raftune.data.columns import COMPLETION, PROMPT, find, has, read_answer, read_prompt
-from raftune.data.feedback import Form, read_preferences
+from raftune.data.columns import COMPLETION, PROMPT, Form, find, has, read_answer, read_prompt
+from raftune.data.feedback import read_preferences
 from raftune.data.images import SUFFIXES, image_of, is_picture, sha256_of_png
 from raftune.data.rows import SkippedRow, SkipReason, UnusableRow, reasons
 from raftune.data.tables import raw_rows

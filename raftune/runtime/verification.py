@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from raftune.config.load import validate
 from raftune.errors import ConfigError, RunDamaged
 from raftune.evaluation.history import best, best_json
-from raftune.results.measures import Metrics
-from raftune.results.summary import AGAIN, best_round, read_json
+from raftune.results.summary import AGAIN, Metrics, best_round, read_json
 from raftune.runtime import rescoring
 from raftune.sanitize import first_line, shell_command
 from raftune.store.commit import JOURNAL, NAME, SELF

@@ -30,7 +30,7 @@ from raftune.errors import ConfigChanged, DataError, OutOfMemory, TooLong
 from raftune.policies.registry import family_of, start_policy
 from raftune.protocols import Callback, Policy, SupportsLogProbs, SupportsTruncation
 from raftune.records import TOOLS, JsonType, Prompt, derive_seed, prompt_ids, table_of
-from raftune.results.measures import loss_ends
+from raftune.results.summary import loss_ends
 from raftune.runtime.assembly import limit_threads
 from raftune.starters.resolve import resolve_starters
 from raftune.store.committed import check_folder, write_manifest

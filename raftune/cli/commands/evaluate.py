@@ -57,7 +57,7 @@ def evaluate(
 def run_evaluation(target: EvalTarget, config: RunConfig, from_: str | None, only: str | None, as_json: bool) -> None:
     from raftune.cli.run_command import run_with_progress
     from raftune.evaluation.history import metrics_of
-    from raftune.results.measures import best_of_k
+    from raftune.results.summary import best_of_k
     from raftune.runtime.evaluation_target import prompts_judged
     from raftune.runtime.run import root_of
     from raftune.store.run import RunFolder
@@ -84,8 +84,7 @@ def run_evaluation(target: EvalTarget, config: RunConfig, from_: str | None, onl
 def show(target: EvalTarget, config: RunConfig, root: Path, prompts: int, metrics: dict[str, Any]) -> None:
     from raftune.policies.registry import family_of
     from raftune.protocols import SupportsDescription
-    from raftune.results.measures import best_of_k, measures, worth_of_k
-    from raftune.results.summary import overlap_warning
+    from raftune.results.summary import best_of_k, measures, overlap_warning, worth_of_k
 
     count, family = config.evaluation.num_generations, family_of(config)
     if isinstance(family, SupportsDescription):

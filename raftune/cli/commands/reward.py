@@ -14,7 +14,7 @@ from raftune.cli.errors import interruptible
 from raftune.cli.flags import Device, Json, Options, Timeout, Tokens, read_data_flags, read_object, switch
 from raftune.cli.output import PlainTable, echo
 from raftune.errors import ConfigError, DataError, GateFailed, RewardError
-from raftune.results.measures import loss_ends, spread
+from raftune.results.summary import loss_ends, spread
 from raftune.runtime.progress import StepProgress
 from raftune.sanitize import counted, percent, shell_command
 

@@ -11,8 +11,7 @@ import pytest
 
 from raftune.evaluation.bootstrap import interval, ratio_interval
 from raftune.evaluation.metrics import METRICS, EntropyMetrics, KLMetrics, PerplexityMetrics, TextMetrics
-from raftune.results.measures import measures, spread
-from raftune.results.summary import cell, columns_for, ends_of, row_of
+from raftune.results.summary import cell, columns_for, ends_of, measures, row_of, spread
 
 P = np.array([1, 2, 5]) / 8  # of three answers: eight samples hold each as often as it is generated on average
 
