@@ -23,80 +23,66 @@ from raftune.store.parquet import column_names, read_table
 from raftune.store.run import RunFolder
 
 
-class SampleStats:
-    """What a round generated, summed up chunk by chunk: memory grows with the number of samples, not with their
-    texts. `tokens` counts those of the completions; with an encoder those of the prompts too.
+def sample_stats(run: RunFolder, round_: int, encoder: Any = None) -> tuple[dict[str, float], int]:
+    """`reward`, `reward_std`, `rewards/NAME/mean`, … of what the policy generated in a round, and its tokens.
+
+    What has no value is left out. Tokens are those of the completions; with an encoder those of the prompts too. Read
+    chunk by chunk: memory grows with the number of samples, not with their texts.
     """
+    folders = {name: run.folder(round_, name) for name in ("plan", "generate", "score", "logp", "logp-start")}
+    values: defaultdict[str, list[FloatArray]] = defaultdict(list)
+    flat: list[bool] = []
+    tokens = 0
 
-    def __init__(self, run: RunFolder, round_: int, encoder: Any = None) -> None:
-        self._folders = {name: run.folder(round_, name) for name in ("plan", "generate", "score", "logp", "logp-start")}
-        self._values: defaultdict[str, list[FloatArray]] = defaultdict(list)
-        self._flat: list[bool] = []
-        self.tokens = 0
-        for chunk in chunk_numbers(self._folders["score"]):
-            self._add_scores(chunk)
-            self._add_lengths(chunk, encoder)
+    def add(name: str, column: pa.ChunkedArray) -> None:
+        values[name].append(np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.float64))
 
-    def metrics(self) -> dict[str, float]:
-        """`reward`, `reward_std`, `rewards/NAME/mean`, … of the policy's own samples; what has no value is left out."""
-        result: dict[str, float] = logged_metrics(self._folders["score"])
-        names = {"score": ("reward", "reward_std"), "length": ("completions/mean_length", "")}
-        names |= {"clipped": ("completions/clipped_ratio", ""), "kl": ("kl", "")}
-        for name, chunks in self._values.items():
-            mean, deviation = names.get(name, (f"{name}/mean", f"{name}/std"))
-            values = np.concatenate(chunks)
-            values = values[np.isfinite(values)]
-            if len(values):
-                result[mean] = float(values.mean())
-                if deviation:
-                    result[deviation] = float(values.std())
-        if self._flat:
-            result["frac_reward_zero_std"] = float(np.mean(self._flat))
-        if lengths := self._values.get("length"):
-            result["completions/min_length"] = float(np.concatenate(lengths).min())
-            result["completions/max_length"] = float(np.concatenate(lengths).max())
-        return result
-
-    def _add(self, name: str, values: Any) -> None:
-        self._values[name].append(np.asarray(values, dtype=np.float64))
-
-    def _add_scores(self, chunk: int) -> None:
-        """The scores; and the KL to the start, nats an answer, which is known while generating with beta > 0."""
-        scores = read_table(self._folders["score"] / chunk_file(chunk))
-        table = own(scores)
-        usable = pc.if_else(pc.equal(table.column("status"), "ok"), table.column("score"), None)
-        self._add("score", usable.to_numpy(zero_copy_only=False))
+    for chunk in chunk_numbers(folders["score"]):
+        scores = read_table(folders["score"] / chunk_file(chunk))
+        from_policy = pc.equal(scores.column("source"), "policy")
+        table = scores.filter(from_policy)
+        score = pc.if_else(pc.equal(table.column("status"), "ok"), table.column("score"), None)
+        add("score", score)
         for name in table.column_names:
             if name.startswith("rewards/"):
-                self._add(name, table.column(name).to_numpy(zero_copy_only=False))
-        prompts = pa.table({"prompt_id": table.column("prompt_id"), "score": usable})
-        ends = prompts.group_by("prompt_id").aggregate([("score", "min"), ("score", "max")])
-        same = pc.equal(ends.column("score_min"), ends.column("score_max")).drop_null()
-        self._flat += same.to_pylist()
-        paths = [self._folders[name] / chunk_file(chunk) for name in ("logp", "logp-start")]
-        if paths[0].is_file():
-            now, start = (read_table(path, ["log_prob"]).column("log_prob").to_numpy() for path in paths)
-            self._add("kl", (now - start)[np.array(scores.column("source").to_pylist()) == "policy"])
+                add(name, table.column(name))
+        prompts = pa.table({"prompt_id": table.column("prompt_id"), "score": score}).group_by("prompt_id")
+        ends = prompts.aggregate([("score", "min"), ("score", "max")])
+        flat += pc.equal(ends.column("score_min"), ends.column("score_max")).drop_null().to_pylist()
+        paths = [folders[name] / chunk_file(chunk) for name in ("logp", "logp-start")]
+        if paths[0].is_file():  # with beta > 0: the KL to the start, nats an answer
+            now, start = (read_table(path, ["log_prob"]).column("log_prob") for path in paths)
+            add("kl", pc.subtract(now, start).filter(from_policy))
 
-    def _add_lengths(self, chunk: int, encoder: Any) -> None:
-        path = self._folders["generate"] / chunk_file(chunk)
-        if "completion_ids" not in column_names(path):
-            return
-        table = own(read_table(path, ["source", "prompt_id", "completion_ids", "finish"]))
-        lengths = pc.list_value_length(table.column("completion_ids")).to_numpy(zero_copy_only=False)
-        self._add("length", lengths)
-        self._add("clipped", pc.equal(table.column("finish"), "length").to_numpy(zero_copy_only=False))
-        self.tokens += int(lengths.sum())
-        if encoder is not None:
-            prompts = read_chunk(self._folders["plan"], chunk).prompts
-            times = Counter(table.column("prompt_id").to_pylist())
-            encoded = encoder.encode(prompts, for_drawing=True)
-            self.tokens += sum(times[prompt.id] * len(ids) for prompt, ids in zip(prompts, encoded, strict=True))
+        path = folders["generate"] / chunk_file(chunk)
+        if "completion_ids" in column_names(path):
+            table = read_table(path, ["source", "prompt_id", "completion_ids", "finish"])
+            table = table.filter(pc.equal(table.column("source"), "policy"))
+            lengths = pc.list_value_length(table.column("completion_ids"))
+            add("length", lengths)
+            add("clipped", pc.equal(table.column("finish"), "length"))
+            tokens += pc.sum(lengths).as_py() or 0
+            if encoder is not None:
+                planned = read_chunk(folders["plan"], chunk).prompts
+                times = Counter(table.column("prompt_id").to_pylist())
+                encoded = encoder.encode(planned, for_drawing=True)
+                tokens += sum(times[prompt.id] * len(ids) for prompt, ids in zip(planned, encoded, strict=True))
 
-
-def own(table: pa.Table) -> pa.Table:
-    """The policy's own samples: without a teacher's, and without columns of the data."""
-    return table.filter(pc.equal(table.column("source"), "policy"))
+    result: dict[str, float] = logged_metrics(folders["score"])
+    names = {"score": ("reward", "reward_std"), "length": ("completions/mean_length", "")}
+    names |= {"clipped": ("completions/clipped_ratio", ""), "kl": ("kl", "")}
+    for name, chunks in values.items():
+        mean, deviation = names.get(name, (f"{name}/mean", f"{name}/std"))
+        finite = np.concatenate(chunks)
+        finite = finite[np.isfinite(finite)]
+        if len(finite):
+            result[mean] = float(finite.mean())
+            result |= {deviation: float(finite.std())} if deviation else {}
+            if name == "length":
+                result |= {"completions/min_length": float(finite.min()), "completions/max_length": float(finite.max())}
+    if flat:
+        result["frac_reward_zero_std"] = float(np.mean(flat))
+    return result, tokens
 
 
 def held_out(metrics: Mapping[str, Any], prefix: str = "eval", *, ends: bool = False) -> dict[str, float]:

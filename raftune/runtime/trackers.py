@@ -12,7 +12,7 @@ from raftune.config.run import RunConfig
 from raftune.config.secrets import redacted
 from raftune.errors import ConfigError
 from raftune.protocols import Callback
-from raftune.results.round_metrics import SampleStats
+from raftune.results.round_metrics import sample_stats
 from raftune.sanitize import first_line
 from raftune.store.run import RunFolder
 
@@ -68,14 +68,14 @@ class TrackerCallback:
     def _numbers(
         self, round: int, metrics: Mapping[str, Any], summary: Mapping[str, Any], alarms: Sequence[Any]
     ) -> dict[str, float]:
-        stats = SampleStats(self.run, round)
-        self.tokens += stats.tokens
+        stats, tokens = sample_stats(self.run, round)
+        self.tokens += tokens
         values: dict[str, Any] = {}
         for name, value in metrics.items():
             if name.endswith("best_of_k"):
                 value = value[max(value, key=int)] if value else None
             values[f"eval_{name}"] = value.get("mean") if isinstance(value, Mapping) else value
-        logged = stats.metrics() | {n: float(value) for n, value in values.items() if isinstance(value, int | float)}
+        logged = stats | {n: float(value) for n, value in values.items() if isinstance(value, int | float)}
         if summary.get("reward_kept") is not None:
             logged |= {"reward_kept": summary["reward_kept"], "kept_fraction": summary["kept"] / summary["samples"]}
         if round and self.config.guards.enabled:

@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from raftune.results.round_metrics import SampleStats, held_out, kept, losses
+from raftune.results.round_metrics import held_out, kept, losses, sample_stats
 from raftune.results.summary import overlap_warning, seconds_by_round
 from raftune.sanitize import one_line
 from raftune.store.run import RunFolder
@@ -174,9 +174,9 @@ class RoundTracker:
             if self._live:
                 self._event("on_step_end")
         self.state.epoch = float(round_)
-        stats = SampleStats(self.run, round_, self._encoder())
-        self.state.num_input_tokens_seen += stats.tokens
-        entry = stats.metrics() | {"num_tokens": float(self.state.num_input_tokens_seen)}
+        stats, tokens = sample_stats(self.run, round_, self._encoder())
+        self.state.num_input_tokens_seen += tokens
+        entry = stats | {"num_tokens": float(self.state.num_input_tokens_seen)}
         if values:
             entry["train_loss"] = sum(values) / len(values)
         entry |= {name: float(summary[name]) for name in ("kept", "reward_kept") if summary.get(name) is not None}
