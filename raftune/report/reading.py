@@ -131,8 +131,7 @@ class RunReader:
         path = self.run.folder(round_, stage) / chunk_file(chunk)
         if path not in self._bad and path.is_file() and (columns is None or self.has(round_, stage)):
             with self._noting(round_, stage, path):
-                names = None if columns is None else [name for name in column_names(path) if name in columns]
-                return read_table(path, names)
+                return read_table(path, columns)
         return None
 
     def groups(self, round_: int, stage: str, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -140,8 +139,7 @@ class RunReader:
         path = self.run.folder(round_, stage) / name
         if self.has(round_, stage) and path not in self._bad:
             with self._noting(round_, stage, path):
-                names = column_names(path)
-                yield from read_groups(path, [name for name in columns if name in names])
+                yield from read_groups(path, columns)
 
     @contextlib.contextmanager
     def _noting(self, round_: int, stage: str, path: Path) -> Iterator[None]:

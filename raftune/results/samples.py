@@ -73,9 +73,7 @@ def held_out_chunks(run: RunFolder, round_: int) -> Iterator[list[Row]]:
 
 def read_drawn(path: Path) -> pa.Table:
     """What was generated, without the columns that only the policy reads."""
-    columns = ("completion", "completion_ids", "finish", "image_sha256")
-    names = [name for name in columns if name in column_names(path)]
-    return read_table(path, [*IDENTITY, *names])
+    return read_table(path, [*IDENTITY, "completion", "completion_ids", "finish", "image_sha256"])
 
 
 def prompts_of(plan: Path, chunk: int, column: str = "prompt") -> dict[str, Any]:

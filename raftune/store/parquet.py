@@ -40,7 +40,7 @@ def table_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The table, its page checksums verified. Raises RunDamaged."""
+    """The table, its page checksums verified; columns that it lacks are left out. Raises RunDamaged."""
     with _opened(path) as source:
         return source.read(columns=columns, use_threads=False)
 

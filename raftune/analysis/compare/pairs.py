@@ -22,7 +22,7 @@ from raftune.results.summary import best_round
 from raftune.sanitize import counted, shell_command
 from raftune.stages.plan import read_plan, read_prompts
 from raftune.store.layout import chunk_file
-from raftune.store.parquet import column_names, read_table
+from raftune.store.parquet import read_table
 from raftune.store.run import RunFolder
 
 GENERATED = ("sample_id", "prompt_id", "k", "seed", "completion", "completion_ids", "invalid")
@@ -70,12 +70,9 @@ class ComparedRun:
     @cached_property
     def samples(self) -> pa.Table:
         """One row a sample: prompt_id, k, seed, completion and, where there are any, completion_ids."""
-        tables = []
-        for chunk in self.chunks:
-            path = self.folder / "generate" / chunk_file(chunk)
-            present = column_names(path)
-            tables.append(read_table(path, [name for name in GENERATED if name in present]))
-        return pa.concat_tables(tables)
+        return pa.concat_tables(
+            read_table(self.folder / "generate" / chunk_file(chunk), GENERATED) for chunk in self.chunks
+        )
 
     @cached_property
     def keys(self) -> dict[tuple[str, int, int | None], int]:
