@@ -109,7 +109,7 @@ def test_every_module_and_every_public_class_says_what_it_is() -> None:
     assert silent == []
 
 
-def test_a_docstring_begins_with_whole_sentences() -> None:
+def test_a_docstring_starts_with_whole_sentences() -> None:
     first = {name: (ast.get_docstring(node) or ".").split("\n\n")[0].rstrip() for name, node in functions()}
     assert [name for name, words in first.items() if words[-1] not in ".:;?…"] == []
 

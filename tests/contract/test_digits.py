@@ -96,7 +96,7 @@ def test_an_option_that_the_family_does_not_have_is_refused_by_its_name(tmp_path
         run(configured(**CHEAP, output_dir=str(tmp_path / "run"), policy={"options": {"wrong_label": 0.1}}))
 
 
-def test_a_dial_that_the_family_does_not_have_is_refused(tmp_path: Path) -> None:
+def test_an_option_that_the_family_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sampling\.top_p means nothing to the digits family; got 0\.5"):
         run(configured(**CHEAP, output_dir=str(tmp_path / "run"), sampling={"top_p": 0.5}))
 

@@ -213,7 +213,7 @@ def values(panel: RewardSet, batch: RewardBatch) -> list[float | None]:
 
 
 @pytest.mark.slow
-def test_a_reward_of_pictures_keeps_the_contract(picture_panel: RewardSet) -> None:
+def test_a_reward_of_images_keeps_the_contract(picture_panel: RewardSet) -> None:
     """The same values when asked again, in another order and in smaller calls, also of images of several sizes."""
     for batch in (example_images(), example_images(mixed_sizes=True)):
         found = values(picture_panel, batch)
@@ -225,14 +225,14 @@ def test_a_reward_of_pictures_keeps_the_contract(picture_panel: RewardSet) -> No
         assert one_by_one == pytest.approx(found[::5], rel=1e-5, abs=1e-6)
 
 
-def test_a_reward_of_pictures_changes_none(picture_panel: RewardSet) -> None:
+def test_a_reward_of_images_changes_none(picture_panel: RewardSet) -> None:
     batch = example_images()
     before = [picture.tobytes() for picture in batch.completions]
     picture_panel.score(batch)
     assert [picture.tobytes() for picture in batch.completions] == before
 
 
-def test_a_reward_of_pictures_fails_on_texts_with_a_status(picture_panel: RewardSet) -> None:
+def test_a_reward_of_images_fails_on_texts_with_a_status(picture_panel: RewardSet) -> None:
     if "text" in picture_panel.rewards[picture_panel.names[0]].media:
         return
     score = picture_panel.score(RewardBatch(["a red disc"], ["an answer"]))[0]
@@ -282,7 +282,7 @@ def loaded(path: Path, *names: str) -> list[Any]:
     return [getattr(module, name) for name in names]
 
 
-def test_a_callable_gets_the_same_pictures_as_an_object_and_in_its_own_process(sees: Path) -> None:
+def test_a_callable_gets_the_same_images_as_an_object_and_in_its_own_process(sees: Path) -> None:
     batch = example_images(mixed_sizes=True)
     expected = [float(np.asarray(picture)[..., 0].mean()) for picture in batch.completions]
     with load_panel(RewardsConfig(reward_funcs=(f"{sees}:red",)), loaded(sees, "red")) as panel:
@@ -291,7 +291,7 @@ def test_a_callable_gets_the_same_pictures_as_an_object_and_in_its_own_process(s
         assert [score.parts[name].value for score in scores] == expected
 
 
-def test_a_callable_that_paints_over_its_pictures_spoils_nobody_elses(sees: Path) -> None:
+def test_a_callable_that_modifies_its_images_changes_no_other_copy(sees: Path) -> None:
     batch = example_images()
     before = [picture.tobytes() for picture in batch.completions]
     with load_panel(RewardsConfig(reward_funcs=(f"{sees}:spoils",)), loaded(sees, "spoils", "red")) as panel:
@@ -301,7 +301,7 @@ def test_a_callable_that_paints_over_its_pictures_spoils_nobody_elses(sees: Path
 
 
 @pytest.mark.parametrize("hosted", [False, True])
-def test_a_callable_on_pictures_fails_as_one_on_texts(sees: Path, hosted: bool) -> None:
+def test_a_callable_on_images_fails_as_one_on_texts(sees: Path, hosted: bool) -> None:
     specs, objects = ((f"{sees}:wrong",), []) if hosted else ((), loaded(sees, "wrong"))
     with load_panel(RewardsConfig(reward_funcs=specs), objects) as panel:
         statuses = [score.status for score in panel.score(example_images())]

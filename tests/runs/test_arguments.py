@@ -77,7 +77,7 @@ def commands_in(text: str) -> list[list[str]]:
     ],
     ids=" ".join,
 )
-def test_a_printed_command_can_be_pasted_where_the_user_stands(
+def test_a_printed_command_works_in_the_working_directory(
     place: Path,
     command: tuple[str, ...],
     tmp_path: Path,
@@ -98,7 +98,7 @@ def test_a_printed_command_can_be_pasted_where_the_user_stands(
 
 
 @pytest.mark.parametrize("command", READERS)
-def test_a_name_that_lies_in_runs_is_suggested(
+def test_a_name_in_the_folder_runs_is_suggested(
     place: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)

@@ -55,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_dial_that_the_family_does_not_have_is_refused_before_anything_is_set_aside(copy: Path) -> None:
+def test_an_option_that_the_family_does_not_have_is_refused_before_anything_is_set_aside(copy: Path) -> None:
     before = tree(copy)
     with pytest.raises(ConfigError, match=r"sampling\.top_p means nothing to the tabular family; got 0\.5"):
         run(tiny.config(copy, sampling={"top_p": 0.5}), tiny.objects(), redo="generate,evaluation-generate")

@@ -136,7 +136,9 @@ def test_a_finished_run_says_so_and_where_its_result_is(finished: Path, capsys: 
     assert tree(finished) == before
 
 
-def test_an_unjudged_run_says_that_its_best_round_is_the_last(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unevaluated_run_says_that_its_best_round_is_the_last(
+    fresh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, _ = said(capsys, "train", "tab.yaml", "--name", "unjudged", "--evaluation.num_prompts", "0")
     assert "best      round 2 (the last one: none was judged)" in out
 
@@ -507,7 +509,7 @@ def test_plan_refuses_what_train_would(
         ("selection: {rule: top_fraction, keep_fraction: 30}\n", "write 0.3"),
     ],
 )
-def test_a_bad_file_is_answered_by_field_rule_and_fix(
+def test_a_bad_file_is_refused_with_field_rule_and_fix(
     text: str, message: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.yaml").write_text(text)

@@ -146,7 +146,7 @@ def test_a_threshold_counts_its_weight_and_the_ledger_keeps_the_value(tmp_path: 
 # -- rewards and what the policy makes ---------------------------------------------------------------------------------
 
 
-def test_a_reward_of_texts_is_refused_for_pictures_before_anything_is_drawn(tmp_path: Path) -> None:
+def test_a_reward_of_texts_is_refused_for_images_before_generation(tmp_path: Path) -> None:
     message = (
         r"rewards\.reward_funcs: length scores texts, and policy\.family: tests\.runs\.sketches:Sketcher makes images"
     )
@@ -158,7 +158,7 @@ def test_a_reward_of_texts_is_refused_for_pictures_before_anything_is_drawn(tmp_
     assert not list((tmp_path / "run").glob("round-*"))
 
 
-def test_a_reward_of_pictures_is_refused_for_texts_before_anything_is_drawn(tmp_path: Path) -> None:
+def test_a_reward_of_images_is_refused_for_texts_before_generation(tmp_path: Path) -> None:
     message = (
         r"rewards\.reward_funcs: bright scores images, and policy\.family: tabular makes texts\. Name a reward for"
     )
@@ -170,7 +170,7 @@ def test_a_reward_of_pictures_is_refused_for_texts_before_anything_is_drawn(tmp_
         rescore(tmp_path / "run", {"rewards.reward_funcs": [BRIGHT]})
 
 
-def test_a_device_that_is_not_there_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+def test_a_device_that_is_not_there_is_refused_before_generation(tmp_path: Path) -> None:
     if "cuda:0" in devices():
         pytest.skip("this machine has a GPU")
     clip = tiny_clip(tmp_path / "clip")
@@ -182,7 +182,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_drawn(tmp_path
     assert not list((tmp_path / "run").glob("round-*"))
 
 
-def test_captions_that_the_reward_reads_in_part_are_said_with_their_number(tmp_path: Path) -> None:
+def test_captions_that_the_reward_reads_in_part_are_reported_with_their_number(tmp_path: Path) -> None:
     clip = tiny_clip(tmp_path / "clip")  # reads 16 tokens; every caption here has more
     told: list[str] = []
 

@@ -115,7 +115,7 @@ def test_what_is_compared_is_what_the_rounds_recorded(base: Path) -> None:
     assert (result.a.low, result.a.high) == (metrics["reward"]["low"], metrics["reward"]["high"])
 
 
-def test_both_sides_were_drawn_with_the_same_seeds(base: Path) -> None:
+def test_both_sides_were_generated_with_the_same_seeds(base: Path) -> None:
     found = compare(str(base))
     rows = [side.samples.to_pylist() for side in (found.pairs.side_a, found.pairs.side_b)]
     for a, b in zip(found.pairs.a, found.pairs.b, strict=True):
@@ -137,7 +137,7 @@ def test_an_evaluation_is_a_side_by_itself(base: Path, tmp_path: Path) -> None:
     assert result_of(found, "reward").pairs == 24
 
 
-def test_what_differs_is_said_with_counts(base: Path, tmp_path: Path) -> None:
+def test_what_differs_is_reported_with_counts(base: Path, tmp_path: Path) -> None:
     other = go(
         tmp_path / "other", held_out=range(2, 12), evaluation={"num_generations": 2}, sampling={"num_generations": 5}
     )
@@ -149,7 +149,7 @@ def test_what_differs_is_said_with_counts(base: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_other_dials_and_other_columns_are_said(base: Path, tmp_path: Path) -> None:
+def test_other_options_and_other_columns_are_reported(base: Path, tmp_path: Path) -> None:
     plain = {"held_out": lambda: pa.table({"prompt": list(range(8))})}
     other = go(tmp_path / "other", objects=plain, sampling={"temperature": 0.7})
     assert compare(str(base), str(other)).differences == [
@@ -271,7 +271,7 @@ def test_a_new_reward_scores_both_sides_and_the_runs_stay_as_they_are(base: Path
     assert result_of(found, "reward_2").pairs == (~unscored).sum()
 
 
-def test_a_reward_that_cannot_score_half_of_the_answers_is_an_error(base: Path, rewards: Path) -> None:
+def test_a_reward_that_cannot_score_half_of_the_completions_is_an_error(base: Path, rewards: Path) -> None:
     with pytest.raises(
         RewardError, match=r"--reward broken could not score 48 of 48 answers.\n  error: RuntimeError: out"
     ):
@@ -455,7 +455,7 @@ def judged_by(url: str, model: str, cache: Path, *more: object) -> list[object]:
 
 
 @pytest.mark.slow
-def test_a_model_that_always_says_a_gives_ties_and_is_found_out(
+def test_a_model_that_always_says_a_gives_ties_and_is_detected(
     base: Path, server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, out = server.answered, tmp_path / "pairs.parquet"
@@ -497,7 +497,7 @@ def test_a_model_that_knows_nothing_of_judging_is_nonsense(
     assert "error:   nonsense: '" in err
 
 
-def test_a_model_that_the_server_does_not_have_is_said_by_its_status(
+def test_a_model_that_the_server_does_not_have_is_reported_by_its_status(
     base: Path, server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokens = judged_by(server.url, "./no-such-model", tmp_path / "cache", "--judge-retries", 1)

@@ -72,7 +72,7 @@ def cut(path: Path) -> None:
         ("round-0002/rows/rows.parquet", "2/gather"),
     ],
 )
-def test_what_is_said_to_redo_mends_the_run(copy: Path, finished: Path, file: str, stage: str) -> None:
+def test_what_is_reported_to_redo_fixes_the_run(copy: Path, finished: Path, file: str, stage: str) -> None:
     flip(copy / file)
     with pytest.raises(RunDamaged, match=f"redo its stage and what follows with `--from {stage}`"):
         run(tiny.config(copy, **tiny.EVERYTHING), tiny.objects())
@@ -82,7 +82,7 @@ def test_what_is_said_to_redo_mends_the_run(copy: Path, finished: Path, file: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("harm", "every"), [(flip, 1), (cut, 4), (Path.unlink, 4)], ids=["flipped", "cut", "deleted"])
-def test_every_file_that_is_harmed_is_found_and_named_before_anything_is_run(
+def test_every_file_that_is_damaged_is_found_and_named_before_anything_is_run(
     finished: Path, tmp_path: Path, harm: Callable[[Path], None], every: int
 ) -> None:
     names = committed_files(finished)
@@ -100,7 +100,7 @@ def test_every_file_that_is_harmed_is_found_and_named_before_anything_is_run(
     assert verify(root) == []
 
 
-def test_a_commit_that_was_edited_is_named(copy: Path) -> None:
+def test_a_manifest_that_was_edited_is_named(copy: Path) -> None:
     path = copy / "round-0001/generate/_COMMIT.json"
     path.write_text(path.read_text().replace('"rows": 20', '"rows": 21', 1))
     assert verify(copy)[0].startswith(f"{path} has changed since it was committed")
@@ -108,7 +108,7 @@ def test_a_commit_that_was_edited_is_named(copy: Path) -> None:
         resume(copy, tiny.objects())
 
 
-def test_a_commit_whose_key_is_not_that_of_its_fields_is_named(copy: Path) -> None:
+def test_a_manifest_whose_key_is_not_that_of_its_fields_is_named(copy: Path) -> None:
     path = copy / "round-0002/guard/_COMMIT.json"
     content = json.loads(path.read_text())
     del content["sha256"]
@@ -117,7 +117,7 @@ def test_a_commit_whose_key_is_not_that_of_its_fields_is_named(copy: Path) -> No
     assert verify(copy) == [f"{path} has a key that is not that of its fields and inputs"]
 
 
-def test_a_commit_that_was_replaced_is_found_by_what_was_made_from_it(copy: Path) -> None:
+def test_a_replaced_manifest_is_detected_by_the_stages_made_from_it(copy: Path) -> None:
     path = copy / "round-0001/generate/_COMMIT.json"
     content = json.loads(path.read_text())
     content["files"]["chunk-00000.parquet"]["rows"] += 1
@@ -137,7 +137,7 @@ def test_a_commit_that_was_replaced_is_found_by_what_was_made_from_it(copy: Path
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"layout": 2}', '{"layout": "1"}'])
-def test_a_commit_that_is_no_commit_is_named_by_verify_and_by_resume(copy: Path, content: str) -> None:
+def test_an_unreadable_manifest_is_named_by_verify_and_by_resume(copy: Path, content: str) -> None:
     path = copy / "round-0001/score/_COMMIT.json"
     path.write_text(content)
     assert str(path) in verify(copy)[0]
@@ -179,7 +179,7 @@ def test_a_run_of_a_later_layout_is_refused_by_name_of_the_fix(copy: Path) -> No
             act(copy)
 
 
-def test_a_configuration_that_is_not_json_is_refused_on_resume_and_mended_by_the_configuration_itself(
+def test_a_configuration_that_is_not_json_is_refused_on_resume_and_fixed_by_the_configuration_itself(
     finished: Path, copy: Path
 ) -> None:
     (copy / "config.resolved.json").write_text('{"name": ')
@@ -201,7 +201,7 @@ def test_work_whose_configuration_was_lost_is_still_held_against_the_new_one(cop
         run(tiny.config(copy, **tiny.EVERYTHING, seed=1), tiny.objects())
 
 
-def test_an_interrupted_unit_that_was_harmed_in_any_byte_is_run_again(finished: Path, tmp_path: Path) -> None:
+def test_an_interrupted_chunk_that_was_damaged_in_any_byte_is_run_again(finished: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
 
     def leave(kind: str, facts: dict[str, Any]) -> None:
@@ -224,7 +224,7 @@ def test_an_interrupted_unit_that_was_harmed_in_any_byte_is_run_again(finished: 
 
 
 @pytest.mark.parametrize("line", ["", "{", "[]", "null", '{"key": "other"}', '{"chunk": 0, "file": "../../data"}'])
-def test_a_receipt_that_is_none_costs_its_unit_and_no_more(finished: Path, copy: Path, line: str) -> None:
+def test_a_damaged_journal_entry_costs_its_chunk_and_no_more(finished: Path, copy: Path, line: str) -> None:
     shutil.rmtree(copy / "round-0002")
     (copy / "round-0001/select/_COMMIT.json").unlink()
     (copy / "round-0001/score/_COMMIT.json").unlink()
@@ -283,7 +283,7 @@ def test_a_config_yaml_that_was_edited_is_neither_passed_over_nor_written_over(c
 
 
 @pytest.mark.parametrize("name", ["environment.json", "config.yaml", "events.jsonl", "best.json"])
-def test_a_file_at_the_top_that_was_harmed_or_deleted_is_found(copy: Path, name: str) -> None:
+def test_a_file_at_the_top_that_was_damaged_or_deleted_is_found(copy: Path, name: str) -> None:
     whole = (copy / name).read_bytes()
     flip(copy / name)
     if name == "events.jsonl":
@@ -295,7 +295,7 @@ def test_a_file_at_the_top_that_was_harmed_or_deleted_is_found(copy: Path, name:
     assert fault.startswith(f"{copy / name} is missing")
 
 
-def test_a_best_round_that_the_numbers_do_not_bear_out_is_found_and_never_exported(copy: Path, tmp_path: Path) -> None:
+def test_a_best_round_that_contradicts_the_metrics_is_found_and_never_exported(copy: Path, tmp_path: Path) -> None:
     path = copy / "best.json"
     content = json.loads(path.read_text())
     other = 2 if content["round"] == 1 else 1
@@ -310,7 +310,7 @@ def test_a_best_round_that_the_numbers_do_not_bear_out_is_found_and_never_export
 
 
 @pytest.mark.parametrize("name", ["chunk-00009.parquet", "chunk-00001-copy.parquet"])
-def test_a_surplus_shard_is_named_and_read_by_nobody(copy: Path, tmp_path: Path, name: str) -> None:
+def test_a_surplus_chunk_file_is_named_and_read_by_nobody(copy: Path, tmp_path: Path, name: str) -> None:
     folder = copy / "round-0001/generate"
     shutil.copy(folder / "chunk-00001.parquet", folder / name)
     assert verify(copy) == [f"{folder / name} was not committed: move it out of the folder"]
@@ -323,7 +323,7 @@ def test_a_surplus_shard_is_named_and_read_by_nobody(copy: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("stage", ["evaluate", "guard", "model", "generate"])
 @pytest.mark.parametrize("what", ["its COMMIT", "the folder"])
-def test_a_stage_of_a_finished_round_without_its_commit_is_found(copy: Path, stage: str, what: str) -> None:
+def test_a_stage_of_a_finished_round_without_its_manifest_is_found(copy: Path, stage: str, what: str) -> None:
     folder = copy / "round-0001" / stage
     (folder / "_COMMIT.json").unlink()
     if what == "the folder":
@@ -331,7 +331,7 @@ def test_a_stage_of_a_finished_round_without_its_commit_is_found(copy: Path, sta
     assert any(f"round-0001/{stage}" in fault or f"1/{stage}" in fault for fault in verify(copy))
 
 
-def test_a_receipt_whose_unit_was_harmed_is_found_by_verify(copy: Path) -> None:
+def test_a_journal_entry_whose_chunk_was_damaged_is_found_by_verify(copy: Path) -> None:
     shutil.rmtree(copy / "round-0002")
     folder = copy / "round-0001/guard"
     entry = {"chunk": 0, "file": "chunk-00000.parquet", "sha256": "0" * 64}
@@ -340,7 +340,7 @@ def test_a_receipt_whose_unit_was_harmed_is_found_by_verify(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["copy", "link"])
-def test_a_stage_that_lies_in_another_round_is_named(copy: Path, way: str) -> None:
+def test_a_stage_in_the_wrong_round_is_named(copy: Path, way: str) -> None:
     """A copy of the last round as one more passed as whole: what it was made from lies where it says."""
     last, beyond = copy / f"round-{RunFolder(copy).rounds()[-1]:04d}", copy / "round-0009"
     if way == "copy":

@@ -82,7 +82,7 @@ def again(shown: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -
     return shown[1]
 
 
-def test_it_ends_with_the_table_by_round_and_answers_before_and_after(
+def test_it_ends_with_the_table_by_round_and_completions_before_and_after(
     again: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["demo"]) == 0
@@ -108,7 +108,7 @@ def test_what_is_shown_is_typical_by_the_judge(again: dict[str, Any]) -> None:
             assert judge([example["prompt"]], [example[when]]) == [example[f"{when}_score"]]
 
 
-def test_a_fresh_one_lies_beside_the_first(quick: Path) -> None:
+def test_a_fresh_one_is_written_beside_the_first(quick: Path) -> None:
     (quick / "runs/demo").mkdir(parents=True)
     (quick / "runs/demo-2").mkdir()
     assert demo.unused("runs/demo") == "runs/demo-3"
@@ -133,7 +133,7 @@ def test_the_flawed_reward_likes_what_the_judge_does_not() -> None:
     assert verdicts[0] > verdicts[2] + 2
 
 
-def test_hacking_ends_with_answers_of_three_rounds_and_commands_that_help(
+def test_hacking_ends_with_completions_of_three_rounds_and_commands_that_help(
     quick: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["demo", "hacking"]) == 0
@@ -168,7 +168,7 @@ def test_image_ends_with_one_sheet_of_the_same_captions_and_seeds_by_round(
     assert (np.asarray(sheet)[y, [x, x + SIDE + GAP]] == [first, last]).all()
 
 
-def test_a_sheet_is_drawn_where_a_sample_is_no_picture(tmp_path: Path) -> None:
+def test_a_contact_sheet_is_written_where_a_sample_is_no_image(tmp_path: Path) -> None:
     sheet = image_sheet(
         [("a red circle", [("start", png()), ("round 1", png())]), ("a blue square", [("start", None), ("1", png())])]
     )

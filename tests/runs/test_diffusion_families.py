@@ -189,7 +189,7 @@ BAD: list[tuple[Kind, list[Any] | None, dict[str, Any], type[Exception], str]] =
 
 
 @pytest.mark.parametrize(("kind", "prompts", "changes", "error", "why"), BAD)
-def test_what_cannot_be_drawn_is_refused_in_words(
+def test_what_cannot_be_generated_is_refused_in_words(
     tmp_path: Path, kind: Kind, prompts: list[Any] | None, changes: dict[str, Any], error: type[Exception], why: str
 ) -> None:
     given = config(tmp_path / "run", save_tiny(kind, tmp_path / "model"), kind)

@@ -52,7 +52,7 @@ def shard(root: Path, stage: str, round_: int = 1) -> list[dict[str, Any]]:
     return list(pq.read_table(root / f"round-{round_:04d}" / stage / "chunk-00000.parquet").to_pylist())
 
 
-def test_a_person_s_pictures_and_a_teacher_s_are_ranked_beside_the_policy_s_own(model: Path, tmp_path: Path) -> None:
+def test_a_person_s_images_and_a_teacher_s_are_ranked_beside_the_policy_s_own(model: Path, tmp_path: Path) -> None:
     teacher = save_tiny("sdxl", tmp_path / "teacher", seed=3)
     pool = {"candidate_columns": ["photo"], "teacher": {"model": str(teacher), "num_generations": 1}}
     given = objects(photo=[photo(i) for i in range(len(CAPTIONS))])
@@ -68,7 +68,7 @@ def test_a_person_s_pictures_and_a_teacher_s_are_ranked_beside_the_policy_s_own(
     assert photos <= {photo(i) for i in range(len(CAPTIONS))} and len(photos) == 4
 
 
-def test_a_teacher_that_cannot_be_tuned_can_teach(model: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_cannot_be_trained_can_teach(model: Path, tmp_path: Path) -> None:
     """Its sampler has no known loss, and it is only generated from."""
     teacher = save_tiny("sd", tmp_path / "teacher", seed=3)
     scheduler = teacher / "scheduler/scheduler_config.json"
@@ -80,7 +80,7 @@ def test_a_teacher_that_cannot_be_tuned_can_teach(model: Path, tmp_path: Path) -
     assert {one["source"] for one in shard(tmp_path / "run", "teach")} == {"teacher"}
 
 
-def test_an_evaluation_of_pictures_says_how_they_were_drawn(
+def test_an_evaluation_of_images_says_how_they_were_generated(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": CAPTIONS[0]}) + "\n")
@@ -92,7 +92,7 @@ def test_an_evaluation_of_pictures_says_how_they_were_drawn(
     assert "1 held-out prompts x 2 images, 2 steps, guidance 1" in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_a_picture_of_another_size_is_refused_with_the_fix(model: Path, tmp_path: Path) -> None:
+def test_an_image_of_another_size_is_refused_with_the_fix(model: Path, tmp_path: Path) -> None:
     given = objects(photo=[photo(i, 24) for i in range(len(CAPTIONS))])
     with pytest.raises(DataError, match=r"16 x 16; the one for prompt \S+ \(column:photo\) is 24 x 24. Crop or scale"):
         run(config(tmp_path / "run", model, "sd", sampling={"candidate_columns": ["photo"]}), given)
@@ -182,7 +182,7 @@ def test_an_equal_run_elsewhere_ends_with_the_same_bytes(model: Path, tmp_path: 
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-def test_a_pipeline_is_taught_pictures_of_the_size_that_is_named(model: Path, tmp_path: Path) -> None:
+def test_a_pipeline_is_taught_images_of_the_size_that_is_named(model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": caption, "image": f"{i}.png"} for i, caption in enumerate(CAPTIONS)]
     for i in range(len(rows)):
         (tmp_path / f"{i}.png").write_bytes(photo(i, 24))

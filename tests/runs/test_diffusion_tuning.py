@@ -74,7 +74,7 @@ def tuned_on(path: Path, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("form", ["bytes", "datasets", "paths"])
-def test_reference_pictures_are_mixed_in_as_latents_of_the_pipeline_s_own_encoder(
+def test_reference_images_are_mixed_in_as_latents_of_the_pipeline_s_own_encoder(
     model: Path, tmp_path: Path, form: str
 ) -> None:
     path, root = reference(tmp_path, form), tmp_path / "run"
@@ -93,13 +93,13 @@ def test_reference_pictures_are_mixed_in_as_latents_of_the_pipeline_s_own_encode
     assert report["rows"] == 8
 
 
-def test_a_reference_picture_of_another_size_is_named_with_both_sizes(model: Path, tmp_path: Path) -> None:
+def test_a_reference_image_of_another_size_is_named_with_both_sizes(model: Path, tmp_path: Path) -> None:
     path = reference(tmp_path, "bytes", size=24)
     with pytest.raises(DataError, match=r"size that the run draws, 16 x 16; the one for prompt .* is 24 x 24"):
         run(config(tmp_path / "run", model, "sd-v", num_rounds=1, **tuned_on(path)), objects("sd-v"))
 
 
-def test_replayed_pictures_keep_the_latents_that_were_drawn(model: Path, tmp_path: Path) -> None:
+def test_replayed_images_keep_the_latents_that_were_generated(model: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     run(config(root, model, "sd-v", training={"replay_rounds": 1}), objects("sd-v"))
     first, second = (pq.read_table(root / f"round-000{i}/rows/rows.parquet").to_pylist() for i in (1, 2))
@@ -112,7 +112,7 @@ def test_replayed_pictures_keep_the_latents_that_were_drawn(model: Path, tmp_pat
 
 
 @pytest.mark.parametrize("begin", ["start", "previous"])
-def test_a_round_s_fit_begins_from_the_model_that_is_named(model: Path, tmp_path: Path, begin: str) -> None:
+def test_a_round_s_fit_starts_from_the_model_that_is_named(model: Path, tmp_path: Path, begin: str) -> None:
     """The same rows fitted once more, from the start's folder or from round 1's, are round 2's weights bit for bit."""
     root = tmp_path / "run"
     given = config(root, model, "sd-v", training={"start_from": begin})
@@ -128,7 +128,7 @@ def test_a_round_s_fit_begins_from_the_model_that_is_named(model: Path, tmp_path
     assert content["round 2"] == content[begin]
 
 
-def test_moments_are_carried_and_older_models_let_go(model: Path, tmp_path: Path) -> None:
+def test_moments_are_carried_and_older_models_released(model: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     carried = {"training": {"optimizer_state": "carried"}, "keep_models": "last"}
     run(config(root, model, "sd-v", **carried), objects("sd-v"))
@@ -218,7 +218,7 @@ def test_a_lora_on_a_bundled_pipeline_takes_that_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ""])
-def test_samples_are_taken_away_as_pictures_that_datasets_shows(tmp_path: Path, suffix: str) -> None:
+def test_samples_are_taken_away_as_images_that_datasets_shows(tmp_path: Path, suffix: str) -> None:
     root, out = tmp_path / "run", tmp_path / f"pairs{suffix}"
     run(sketches.config(root, num_rounds=1), sketches.objects())
     assert export(root, "preference", out) > 0

@@ -121,13 +121,13 @@ def stopped(root: Path, reward: Any, rounds: int | None, changes: dict[str, Any]
     return run(tiny.config(root, **changes, stop={"empty_rounds": rounds}), tiny.objects(reward))
 
 
-def test_rounds_in_between_that_learned_begin_the_count_anew(mixed: Path) -> None:
+def test_rounds_in_between_that_learned_start_the_count_anew(mixed: Path) -> None:
     assert len(learned(mixed)) == 5
     with pytest.raises(ConfigError, match=r"stop\.empty_rounds"):
         tiny.config(mixed, stop={"empty_rounds": 0})
 
 
-def test_answers_that_were_all_cut_off_leave_a_language_model_as_it_was(tmp_path: Path) -> None:
+def test_completions_that_were_all_cut_off_leave_a_language_model_as_it_was(tmp_path: Path) -> None:
     """The start is a reference: a round's copy of it draws, is measured and exported like the start itself."""
     model = save_tiny(tmp_path / "llama", "llama")
     config: dict[str, Any] = {

@@ -56,7 +56,7 @@ def test_the_perplexity_is_that_of_the_closed_form(tmp_path: Path) -> None:
     assert (found["low"], found["high"], found["n"]) == (None, None, 2)
 
 
-def test_every_round_is_measured_on_the_same_answers(tmp_path: Path) -> None:
+def test_every_round_is_measured_on_the_same_completions(tmp_path: Path) -> None:
     run(tiny.config(tmp_path / "run", evaluation={"reference_column": "human"}), tiny.objects())
     for round_ in range(3):
         table = pq.read_table(tmp_path / f"run/round-{round_:04d}/evaluate/reference")
@@ -81,7 +81,7 @@ def test_the_perplexity_of_a_language_model_is_that_of_transformers(tmp_path: Pa
     assert metrics(tmp_path / "run")["perplexity"]["mean"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
 
 
-def test_answers_that_are_empty_or_unfit_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_completions_that_are_empty_or_too_long_are_left_out_and_counted(tmp_path: Path) -> None:
     notes: list[str] = []
     table = pa.table({"prompt": [0, 1, 0, 1], "answer": [2, None, 7, 0]})
     settings = tiny.config(
@@ -112,7 +112,7 @@ def test_answers_that_are_empty_or_unfit_are_left_out_and_counted(tmp_path: Path
         ([None, None], "answer", "must hold answers; the 2 held-out prompts have none in 'answer'"),
     ],
 )
-def test_a_column_that_holds_no_answers_is_refused_before_anything_is_drawn(
+def test_a_column_that_holds_no_completions_is_refused_before_generation(
     tmp_path: Path, answers: list[Any], column: str, words: str
 ) -> None:
     with pytest.raises(DataError, match=words):
@@ -133,7 +133,7 @@ def test_a_family_without_likelihoods_is_refused_a_reference(tmp_path: Path) -> 
         run(tiny.config(tmp_path / "run", policy=policy, evaluation={"reference_column": "human"}), tiny.objects())
 
 
-def test_a_finished_run_is_measured_on_references_without_being_drawn_again(tmp_path: Path) -> None:
+def test_a_finished_run_is_measured_on_references_without_being_generated_again(tmp_path: Path) -> None:
     root = tmp_path / "run"
     run(tiny.config(root), tiny.objects())
     drawn = [path.stat().st_ino for path in sorted(root.glob("round-*/evaluate/generate/*"))]
@@ -212,7 +212,7 @@ def same_but_for_kl(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_a_round_judged_again_draws_what_it_drew_in_its_run(tmp_path: Path, lora: bool) -> None:
+def test_a_round_evaluated_again_generates_the_samples_of_its_run(tmp_path: Path, lora: bool) -> None:
     policy = {"adapter": {"r": 4}} if lora else {}
     model = save_tiny(tmp_path / "model", "llama")
     run(config(tmp_path / "run", model, policy=policy), OBJECTS)
@@ -229,7 +229,7 @@ def test_a_round_judged_again_draws_what_it_drew_in_its_run(tmp_path: Path, lora
 
 
 @pytest.mark.slow
-def test_an_adapter_of_a_run_that_holds_its_own_base_is_judged_again_on_it(tmp_path: Path) -> None:
+def test_an_adapter_of_a_run_that_holds_its_own_base_is_evaluated_again_on_it(tmp_path: Path) -> None:
     """The start was given as an object: its weights lie in the run, and adapters name it from where they lie."""
     objects = PythonObjects(train=OBJECTS.train, rewards=[shortness], model=tiny_llama(3), tokenizer=tiny_tokenizer())
     settings = config(tmp_path / "run", Path("given"), policy={"adapter": {"r": 4}})
@@ -238,7 +238,7 @@ def test_an_adapter_of_a_run_that_holds_its_own_base_is_judged_again_on_it(tmp_p
     assert same_but_for_kl(metrics(tmp_path / "again"), metrics(tmp_path / "run", 1))
 
 
-def test_a_round_of_a_table_is_judged_again_with_its_impossible_answers(tmp_path: Path) -> None:
+def test_a_round_of_a_table_is_evaluated_again_with_its_impossible_completions(tmp_path: Path) -> None:
     run(tiny.config(tmp_path / "run"), tiny.objects())
     judge_again(str(tmp_path / "run@2"), tmp_path / "again", JUDGED)
     ours, theirs = metrics(tmp_path / "again"), metrics(tmp_path / "run", 2)
@@ -254,7 +254,7 @@ def test_the_best_round_is_meant_where_none_is_named(tmp_path: Path) -> None:
     assert parse_target(str(tmp_path / "run@last")).round == 2
 
 
-def test_an_evaluation_inherits_how_the_run_draws_and_judges_and_nothing_of_how_it_learns(tmp_path: Path) -> None:
+def test_an_evaluation_inherits_how_the_run_samples_and_judges_and_nothing_of_how_it_learns(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"seed": 5, "selection": {"rule": "top_m", "m": 2}, "stop": {"max_kl": 9.0}}
     sampling = {"temperature": 0.5, "candidate_columns": ["human"]}
     run(tiny.config(tmp_path / "run", sampling=sampling, evaluation={"seed": 7}, **changes), tiny.objects())
@@ -340,7 +340,7 @@ def test_the_table_says_value_interval_and_meaning_and_the_worth_of_a_larger_k(
     assert f"K=4 gives {100 * gain:.0f} % of the gain of K=8." in out
 
 
-def test_an_overlap_with_the_prompts_of_the_run_is_said_with_counts(
+def test_an_overlap_with_the_prompts_of_the_run_is_reported_with_counts(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, err = evaluated(capsys, "runs/tab@1", "--evaluation.prompts", "new.jsonl")

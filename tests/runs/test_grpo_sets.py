@@ -35,7 +35,7 @@ def test_at_least_twenty_of_twenty_four_run() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_a_script_runs_with_two_names_changed_or_hears_all_that_must_go(
+def test_a_script_runs_with_two_names_changed_or_gets_all_errors_at_once(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in script.environment.items():

@@ -107,7 +107,7 @@ def test_every_round_but_the_start_is_measured_and_judged(finished: Path) -> Non
     assert verify(finished) == []
 
 
-def test_a_parting_of_the_rewards_raises_an_alarm_whose_samples_are_in_the_ledger(finished: Path) -> None:
+def test_a_divergence_of_the_rewards_raises_an_alarm_whose_samples_are_on_disk(finished: Path) -> None:
     folder = RunFolder(finished)
     found = {alarm["alarm"]: alarm for alarm in alarms_of(folder, 1)}
     assert set(found) == {"held_out_falls", "part_dominates"}
@@ -122,7 +122,7 @@ def test_a_parting_of_the_rewards_raises_an_alarm_whose_samples_are_in_the_ledge
 
 
 @pytest.mark.slow
-def test_a_guard_alone_stops_nothing_and_told_to_it_names_itself(finished: Path, tmp_path: Path) -> None:
+def test_a_guard_stops_nothing_by_default_and_stop_on_names_it(finished: Path, tmp_path: Path) -> None:
     assert RunFolder(finished).rounds()[-1] == ROUNDS
     outcome = run(parting(tmp_path / "run", guards={"stop_on": ["held_out_falls"]}), given())
     assert outcome.rounds == 1
@@ -215,7 +215,7 @@ def test_a_budget_of_kl_is_watched_where_there_is_one(tmp_path: Path) -> None:
     assert found["kl_beyond_budget"]["samples"][0]["why"].startswith("log p - log p0 is ")
 
 
-def test_a_teacher_s_answers_are_kept_and_are_no_draws_of_the_policy(tmp_path: Path) -> None:
+def test_a_teacher_s_completions_are_kept_and_are_no_samples_of_the_policy(tmp_path: Path) -> None:
     root = tmp_path / "run"
     run(tiny.config(root, **tiny.EVERYTHING), tiny.objects())
     sets = json.loads((root / "round-0001/guard/metrics.json").read_text())
@@ -274,7 +274,7 @@ def test_the_command_shows_evidence_and_samples(finished: Path, capsys: pytest.C
         assert all(item["sample_id"] in out for item in alarm["samples"][:2])
 
 
-def test_as_json_it_gives_what_lies_on_disk(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_json_it_gives_what_is_on_disk(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["alarms", str(finished), "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [alarm for r in range(1, ROUNDS + 1) for alarm in alarms_of(RunFolder(finished), r)]

@@ -114,14 +114,14 @@ def test_an_evaluation_of_invalid_samples_alone_measures_that(tmp_path: Path) ->
     assert metrics["reward"] is None and metrics["statuses"] == {"invalid": 24}
 
 
-def test_bytes_that_are_no_picture_are_told_with_their_sample() -> None:
+def test_bytes_that_are_no_image_are_reported_with_their_sample() -> None:
     with load_panel(config(Path("x")).rewards, [saturation]) as panel:
         samples = pa.table({"sample_id": ["s/1"], "completion": pa.array([b"no image"], pa.binary())})
         with pytest.raises(DataError, match=r"sample s/1: these 8 bytes are no image"):
             panel.score_samples([Prompt("p", "a disc")], samples)
 
 
-def test_pictures_wait_as_bytes_until_they_are_asked_for() -> None:
+def test_images_wait_as_bytes_until_they_are_asked_for() -> None:
     prompts = [Prompt("p", "a disc")] * 2
     samples = pa.table({"sample_id": ["1", "2"], "completion": pa.array([b"no image"] * 2, pa.binary())})
     assert len(batch_of(prompts, samples)) == 2

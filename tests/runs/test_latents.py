@@ -37,7 +37,7 @@ def resumed(root: Path, redo: str | None = None, **changes: Any) -> Any:
     return run(config(root, **settings), objects(), redo=redo)
 
 
-def test_only_latents_go_and_those_that_were_kept_stay_where_tuning_reads_them(finished: Path) -> None:
+def test_only_latents_go_and_those_that_were_kept_stay_where_training_reads_them(finished: Path) -> None:
     for round_ in ("round-0001", "round-0002"):
         for chunk in ("chunk-00000.parquet", "chunk-00001.parquet"):
             before, after = (
@@ -93,7 +93,7 @@ def test_the_full_file_is_as_good_as_the_one_without(finished: Path, tmp_path: P
     assert tree(root) == tree(finished / "selected")
 
 
-def test_a_finished_run_that_is_told_later_lets_go_then(finished: Path, tmp_path: Path) -> None:
+def test_a_finished_run_removes_latents_when_asked_later(finished: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(finished / "all", tmp_path / "run"))
     resumed(root)
     assert tree(root) == tree(finished / "selected")
@@ -107,7 +107,7 @@ def test_a_run_goes_on_after_it_with_replay(finished: Path, tmp_path: Path) -> N
     assert (tmp_path / "whole" / model).read_bytes() == (tmp_path / "less" / model).read_bytes()
 
 
-def test_tuning_can_be_redone_from_the_rows(finished: Path, tmp_path: Path) -> None:
+def test_training_can_be_redone_from_the_rows(finished: Path, tmp_path: Path) -> None:
     root = copied(finished, tmp_path)
     resumed(root, redo="2/train")
     assert tree(root) == tree(finished / "selected")
@@ -124,7 +124,7 @@ def test_another_selection_is_refused_with_the_way_to_do_it(finished: Path, tmp_
     assert tree(root) == tree(tmp_path / "new")
 
 
-def test_a_what_if_reads_what_is_left_and_names_the_draw_in_what_to_do(
+def test_a_what_if_reads_what_is_left_and_names_generate_in_what_to_do(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = copied(finished, tmp_path)
@@ -134,7 +134,7 @@ def test_a_what_if_reads_what_is_left_and_names_the_draw_in_what_to_do(
     assert "--from select,generate" in found["redo"] or "redo='select,generate'" in found["redo"]
 
 
-def test_a_family_without_latents_is_told_that_there_is_nothing_to_let_go(tmp_path: Path) -> None:
+def test_a_family_without_latents_has_no_latents_to_remove(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"keep_latents: selected means nothing to policy\.family: tabular"):
         run(tiny.config(tmp_path / "run", keep_latents="selected"), tiny.objects())
 

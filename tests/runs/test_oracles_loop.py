@@ -79,7 +79,7 @@ def test_the_random_control_stays_where_it_was(tmp_path: Path) -> None:
     assert (np.abs(last - P) <= WIDTH * np.sqrt(rounds * P * (1 - P) / winners)).all()
 
 
-def test_drawing_below_temperature_one_collapses_by_its_law_without_any_reward(tmp_path: Path) -> None:
+def test_sampling_below_temperature_one_collapses_at_the_predicted_rate_without_any_reward(tmp_path: Path) -> None:
     winners, rounds, temperature = 6000, 2, 0.7
     last = fitted(tmp_path / "run", winners, rounds, 1, sampling={"temperature": temperature})[-1]
     law = temperature_law(P, temperature, rounds)

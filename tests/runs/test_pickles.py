@@ -239,7 +239,7 @@ def commit_anew(folder: Path, root: Path) -> None:
 
 
 @pytest.mark.parametrize("smuggle", [smuggle_beside, smuggle_instead, smuggle_start, smuggle_unfinished])
-def test_no_command_runs_a_pickle_that_lies_in_a_run(
+def test_no_command_runs_a_pickle_in_a_run(
     place: Path, whole: Path, capsys: pytest.CaptureFixture[str], smuggle: Callable[[Path, Path], None]
 ) -> None:
     shutil.copytree(whole / "run", "other")

@@ -68,7 +68,7 @@ def copied(finished: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
         ),
     ],
 )
-def test_dials_that_a_pipeline_does_not_have_are_refused_before_anything_is_set_aside(
+def test_options_that_a_pipeline_does_not_have_are_refused_before_anything_is_set_aside(
     copied: tuple[Path, Path], changes: dict[str, Any], message: str
 ) -> None:
     model, root = copied

@@ -59,7 +59,7 @@ def called(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 # -- measures and alarms ----------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_measured_in_every_round(vivid: Path) -> None:
+def test_images_are_measured_in_every_round(vivid: Path) -> None:
     first, last = metrics(vivid, 0), metrics(vivid, 4)
     for name in ("brightness", "saturation", "contrast", "saturated_ratio", "pixel_distance"):
         assert 0 <= last[name]["low"] <= last[name]["mean"] <= last[name]["high"] <= 1
@@ -67,7 +67,7 @@ def test_pictures_are_measured_in_every_round(vivid: Path) -> None:
     assert last["invalid_ratio"] == 0 and 0 <= last["near_duplicates"] <= 1
 
 
-def test_the_saturation_of_the_metrics_is_that_of_the_pictures_on_disk(vivid: Path) -> None:
+def test_the_saturation_of_the_metrics_is_that_of_the_images_on_disk(vivid: Path) -> None:
     paths = sorted((vivid / "round-0004/evaluate/generate").glob("chunk-*.parquet"))
     table = pa.concat_tables(pq.read_table(path, columns=["prompt_id", "completion"]) for path in paths)
     values: dict[str, list[float]] = {}
@@ -79,14 +79,14 @@ def test_the_saturation_of_the_metrics_is_that_of_the_pictures_on_disk(vivid: Pa
     assert metrics(vivid, 4)["saturation"]["mean"] == pytest.approx(mean, abs=1e-9)
 
 
-def test_the_table_of_rounds_has_the_columns_of_pictures_and_none_of_texts(vivid: Path) -> None:
+def test_the_table_of_rounds_has_the_columns_of_images_and_none_of_texts(vivid: Path) -> None:
     titles = [column.title for column in columns_for(rows_of(vivid))]
     assert (titles[0], titles[1].split()[0]) == ("round", "reward")
     assert {"saturation", "contrast", "pixels", "invalid"} <= set(titles)
     assert not {"length", "distinct-2", "MSTTR", "KL", "Vendi"} & set(titles)
 
 
-def test_a_run_that_saturates_its_pictures_raises_the_alarm(vivid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_saturates_its_images_raises_the_alarm(vivid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = {alarm["alarm"]: alarm for round_ in range(1, 5) for alarm in alarms_of(RunFolder(vivid), round_)}
     assert "saturation_drifts" in found
     assert found["saturation_drifts"]["samples"]
@@ -95,14 +95,14 @@ def test_a_run_that_saturates_its_pictures_raises_the_alarm(vivid: Path, capsys:
     assert ".png 16×16" in said
 
 
-def test_a_reward_that_does_not_care_how_pictures_look_raises_none(tmp_path: Path) -> None:
+def test_a_reward_that_does_not_care_how_images_look_raises_none(tmp_path: Path) -> None:
     """Five rounds of winners by chance, the family's start left where it is."""
     still = {"policy": {"family": "tests.runs.sketches:Sketcher", "options": {"size": 16, "step": 0.0}}}
     run(config(tmp_path / "run", num_rounds=5, evaluation={"num_prompts": 0}, **MANY, **still), objects(indifferent))
     assert [alarms_of(RunFolder(tmp_path / "run"), round_) for round_ in range(1, 6)] == [[]] * 5
 
 
-def test_an_alarm_of_pictures_can_end_a_run(tmp_path: Path) -> None:
+def test_an_alarm_of_images_can_end_a_run(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", num_rounds=6, guards={"stop_on": "saturation_drifts"}, **MANY)
     outcome = run(settings, objects())
     assert outcome.rounds < 6 and "saturation" in outcome.reason
@@ -130,7 +130,7 @@ class Extractor:
         return np.stack(colours) if colours else np.zeros((0, 3), np.float32)
 
 
-def test_features_say_how_varied_pictures_are_and_how_far_they_went(
+def test_features_say_how_varied_images_are_and_how_far_they_went(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extractor = Extractor()
@@ -150,7 +150,7 @@ def test_features_say_how_varied_pictures_are_and_how_far_they_went(
     assert extractor.calls == before and verify(tmp_path / "run") == []
 
 
-def test_features_of_what_is_no_picture_are_refused(tmp_path: Path) -> None:
+def test_features_of_what_is_no_image_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.features compares images, and policy\.family: tabular"):
         run(tiny.config(tmp_path / "run", evaluation={"features": "clip"}), tiny.objects())
     with pytest.raises(ConfigError, match=r"evaluation\.features needs held-out prompts"):
@@ -169,7 +169,7 @@ def test_samples_shows_names_sizes_and_scores(vivid: Path, capsys: pytest.Captur
     assert [json.loads(line)["image_sha256"] for line in lines].count(first["image_sha256"]) == 1
 
 
-def test_pictures_are_saved_under_harmless_names_as_an_image_folder(
+def test_images_are_saved_under_harmless_names_as_an_image_folder(
     vivid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -199,7 +199,7 @@ def test_hostile_prompts_name_no_file(tmp_path: Path, capsys: pytest.CaptureFixt
     assert names and all(re.fullmatch(r"[0-9]{3}-[a-z0-9+.-]{1,70}\.png", name) for name in names)
 
 
-def test_a_text_run_has_no_pictures_to_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_run_has_no_images_to_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tiny.config(tmp_path / "run"), tiny.objects())
     assert main(["samples", str(tmp_path / "run"), "--save", str(tmp_path / "out")]) == 2
     assert "these samples hold none" in capsys.readouterr().err
@@ -220,13 +220,13 @@ def test_two_rounds_are_compared_by_their_rewards(
     assert "darkness" in said and ".png 16×16" in said
 
 
-def test_a_judge_of_texts_is_not_asked_about_pictures(vivid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_judge_of_texts_is_not_asked_about_images(vivid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(vivid), "--judge", "http://127.0.0.1:9/v1", "--judge-model", "none"]) == 2
     assert "--judge reads texts, and A and B hold images" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_what_ifs_read_pictures(vivid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_ifs_read_images(vivid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = Path(shutil.copytree(vivid, tmp_path / "run"))
     found = json.loads(called(capsys, "rescore", str(root), "--rewards.reward_funcs", json.dumps([DARKNESS]), "--json"))
     assert found["rounds"] == [1, 2, 3, 4]
@@ -235,7 +235,7 @@ def test_what_ifs_read_pictures(vivid: Path, tmp_path: Path, capsys: pytest.Capt
     assert "best_of_k → random" in said
 
 
-def test_other_tools_read_the_pictures_unaided(vivid: Path, tmp_path: Path) -> None:
+def test_other_tools_read_the_images_unaided(vivid: Path, tmp_path: Path) -> None:
     files = [str(path) for path in sorted((vivid / "round-0003/generate").glob("*.parquet"))]
     loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     shown = loaded.cast_column("completion", datasets.Image())
@@ -243,7 +243,7 @@ def test_other_tools_read_the_pictures_unaided(vivid: Path, tmp_path: Path) -> N
     assert shown[0]["completion"].size == (16, 16) and shown[0]["completion"].mode == "RGB"
 
 
-def test_pictures_of_a_column_join_the_pool(tmp_path: Path) -> None:
+def test_images_of_a_column_join_the_pool(tmp_path: Path) -> None:
     """A file's bytes, as a data set of one's own may hold them, compete with what is generated."""
     source = pq.read_table(_drawn(tmp_path), columns=["completion"]).column("completion").to_pylist()
     prompts = captions(8).append_column("human", pa.array(source[:8], pa.binary()))
@@ -260,7 +260,7 @@ def _drawn(folder: Path) -> Path:
     return folder / "source/round-0001/generate/chunk-00000.parquet"
 
 
-def test_an_evaluation_holds_one_unit_of_pictures_at_a_time(tmp_path: Path) -> None:
+def test_an_evaluation_holds_one_chunk_of_images_at_a_time(tmp_path: Path) -> None:
     """Twelve units of eight noisy images, 12 kB each: what is held when the last is looked at is one chunk's bytes."""
     size, chunks, generator = 8, 12, np.random.default_rng(0)
     for chunk in range(chunks):

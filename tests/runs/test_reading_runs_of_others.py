@@ -100,7 +100,7 @@ def test_files_have_the_mode_of_any_new_file(tmp_path: Path) -> None:
     assert (tmp_path / "private").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_a_run_in_which_nothing_was_made_is_not_said_to_be_resumable(copy: Path) -> None:
+def test_an_empty_run_is_not_reported_as_resumable(copy: Path) -> None:
     for folder in copy.glob("round-*"):
         shutil.rmtree(folder)
     for name in ("events.jsonl", "best.json"):

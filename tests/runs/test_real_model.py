@@ -79,7 +79,7 @@ def test_a_chat_question_is_answered_and_the_turn_is_ended(policy: CausalLM) -> 
     assert answer.payload["completion_ids"][-1] == policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-def test_the_template_is_the_models_own_and_an_answer_is_learnt_with_its_end(policy: CausalLM) -> None:
+def test_the_template_is_the_models_own_and_a_completion_is_learnt_with_its_end(policy: CausalLM) -> None:
     prompt = Prompt("p", asked(QUESTIONS[0]))
     [ids] = policy.encoder.encode([prompt], for_drawing=True)
     text = policy.tokenizer.decode(ids)

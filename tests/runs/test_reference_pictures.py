@@ -37,7 +37,7 @@ def references(folder: Path, pictures: dict[str, Image.Image | bytes]) -> dict[s
     return {"reference": {"path": str(folder / "real.jsonl"), "completion_column": "image", "fraction": 0.9}}
 
 
-def test_pictures_in_every_mode_become_rgb(tmp_path: Path) -> None:
+def test_images_in_every_mode_become_rgb(tmp_path: Path) -> None:
     modes = {f"{mode}.png": noise().convert(mode) for mode in ("RGB", "L", "P", "RGBA", "1", "I;16")}
     training = references(tmp_path, {**modes, "cmyk.jpg": noise().convert("CMYK")})
     run(config(tmp_path / "run", training=training, **NONE), objects())
@@ -46,13 +46,13 @@ def test_pictures_in_every_mode_become_rgb(tmp_path: Path) -> None:
     assert len(mixed) == 7 and {(image.mode, image.size) for image in mixed} == {("RGB", (SIDE, SIDE))}
 
 
-def test_a_picture_that_is_nothing_to_learn_from_is_named_by_its_row(tmp_path: Path) -> None:
+def test_an_image_that_is_nothing_to_learn_from_is_named_by_its_row(tmp_path: Path) -> None:
     training = references(tmp_path, {"a.png": noise(), "flat.png": Image.new("RGB", (SIDE, SIDE), "red")})
     with pytest.raises(DataError, match=r"training\.reference\.path, row 2: there is nothing to learn from \(flat"):
         run(config(tmp_path / "run", training=training, **NONE), objects())
 
 
-def test_a_file_that_is_no_picture_is_named_by_its_row(tmp_path: Path) -> None:
+def test_a_file_that_is_no_image_is_named_by_its_row(tmp_path: Path) -> None:
     training = references(tmp_path, {"a.png": noise(), "b.png": b"no image"})
     with pytest.raises(DataError, match=r"path, row 2: .*these 8 bytes are no image\. An image is a PNG or JPEG"):
         run(config(tmp_path / "run", training=training, **NONE), objects())
@@ -69,7 +69,7 @@ def test_a_file_that_is_no_picture_is_named_by_its_row(tmp_path: Path) -> None:
         ({"prompt_column": "caption"}, r"must have the column 'caption' \(training\.reference\.prompt_column\); got"),
     ],
 )
-def test_references_that_cannot_be_read_are_refused_before_anything_is_drawn(
+def test_references_that_cannot_be_read_are_refused_before_generation(
     tmp_path: Path, changes: dict[str, str], message: str
 ) -> None:
     training = references(tmp_path, {"a.png": noise()})
@@ -79,7 +79,7 @@ def test_references_that_cannot_be_read_are_refused_before_anything_is_drawn(
 
 
 @pytest.mark.parametrize(("gone", "row"), [("a.png", 1), ("b.png", 2)])
-def test_a_picture_s_file_that_is_gone_is_named_by_its_row_before_anything_is_drawn(
+def test_an_image_s_file_that_is_gone_is_named_by_its_row_before_generation(
     tmp_path: Path, gone: str, row: int
 ) -> None:
     training = references(tmp_path, {"a.png": noise(), "b.png": noise()})

@@ -147,7 +147,7 @@ def test_an_exception_in_the_middle_leaves_a_run_that_can_be_resumed(
     assert difference(whole, tree(root)) == ""
 
 
-def test_a_reward_that_fails_too_often_stops_the_run_and_mended_it_goes_on(tmp_path: Path) -> None:
+def test_a_reward_that_fails_too_often_stops_the_run_and_fixed_it_goes_on(tmp_path: Path) -> None:
     root = tmp_path / "run"
 
     def broken(prompts: list[int], completions: list[int], **columns: Any) -> list[float]:

@@ -203,7 +203,7 @@ def test_a_mark_of_a_chart_says_its_number_where_it_is_touched(chromium: Browser
         assert said.startswith("policy, round start: ") and said.endswith("n = 4")
 
 
-def test_answers_that_share_little_are_shown_whole(chromium: Browser, tmp_path: Path) -> None:
+def test_completions_that_share_little_are_shown_whole(chromium: Browser, tmp_path: Path) -> None:
     found = document()
     before, after = "one two three four five", "six seven eight nine five"
     for item in found["compare"]["items"]:
@@ -217,7 +217,7 @@ def test_answers_that_share_little_are_shown_whole(chromium: Browser, tmp_path: 
         assert page.count("#compare ins, #compare del") == 2
 
 
-def test_an_evaluation_offers_its_answers_and_no_screens_of_training(chromium: Browser, tmp_path: Path) -> None:
+def test_an_evaluation_offers_its_completions_and_no_screens_of_training(chromium: Browser, tmp_path: Path) -> None:
     run.run(tiny.config(tmp_path / "run", num_rounds=0), tiny.objects())
     with Opened(chromium, write_report(tmp_path / "run")) as page:
         shown = [screen for screen in SCREENS if page.page.locator(f"#tab-{screen}").is_visible()]

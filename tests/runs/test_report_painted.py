@@ -57,7 +57,7 @@ def samples_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {s["id"]: s for s in [*answers, *(s for item in document["prompts"]["items"] for s in item["samples"])]}
 
 
-def test_every_sample_shows_the_picture_that_the_ledger_holds_or_why_there_is_none(finished: Path) -> None:
+def test_every_sample_shows_the_image_that_the_ledger_holds_or_why_there_is_none(finished: Path) -> None:
     document = collect(finished).document
     shown, seen, lost = samples_of(document), 0, 0
     for round_, stage in [(1, "generate"), (2, "generate"), (0, "evaluate/generate"), (2, "evaluate/generate")]:
@@ -90,7 +90,7 @@ def test_what_it_learned_from_is_shown_also_where_it_is_replayed(finished: Path)
         assert name in document["images"]
 
 
-def test_the_overview_has_the_grid_and_what_the_pictures_measured(finished: Path) -> None:
+def test_the_overview_has_the_grid_and_what_the_images_measured(finished: Path) -> None:
     words = overview(collect(finished))
     assert words.index('id="gallery"') < words.index('id="reward"')
     for title in ("Saturation and contrast", "Brightness", "Variety of images", "Time of a round"):
@@ -98,7 +98,7 @@ def test_the_overview_has_the_grid_and_what_the_pictures_measured(finished: Path
     assert "Variety of words" not in words
 
 
-def test_more_pictures_than_the_page_may_hold_are_left_out_and_counted(
+def test_more_images_than_the_page_may_hold_are_left_out_and_counted(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = collect(finished).document
@@ -113,7 +113,7 @@ def test_more_pictures_than_the_page_may_hold_are_left_out_and_counted(
 
 
 @pytest.mark.parametrize(("renamed", "why"), [(False, "it has changed since it was generated"), (True, "it is no PNG")])
-def test_a_picture_that_is_damaged_is_named_and_the_others_are_shown(copy: Path, renamed: bool, why: str) -> None:
+def test_an_image_that_is_damaged_is_named_and_the_others_are_shown(copy: Path, renamed: bool, why: str) -> None:
     whole = collect(copy).document
 
     def spoilt(table: pa.Table) -> pa.Table:
@@ -134,7 +134,7 @@ def test_a_picture_that_is_damaged_is_named_and_the_others_are_shown(copy: Path,
 
 
 @pytest.mark.parametrize("column", ["completion", "image_sha256"])
-def test_a_shard_without_its_pictures_is_named_and_its_numbers_are_shown(copy: Path, column: str) -> None:
+def test_a_chunk_file_without_its_images_is_named_and_its_numbers_are_shown(copy: Path, column: str) -> None:
     shown = len(samples_of(collect(copy).document))
     rewritten(copy, "round-0002/generate/chunk-00000.parquet", lambda table: table.drop_columns([column]))
     document = collect(copy).document
@@ -154,7 +154,7 @@ def test_a_name_that_is_no_hash_is_never_taken_for_one(copy: Path) -> None:
     assert "</script><script>" not in json.dumps(document)
 
 
-def test_without_pillow_large_pictures_are_named_as_missing_and_small_ones_are_shown(
+def test_without_pillow_large_images_are_named_as_missing_and_small_ones_are_shown(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
@@ -168,7 +168,7 @@ def test_without_pillow_large_pictures_are_named_as_missing_and_small_ones_are_s
     assert document["prompts"]["shown"] == document["prompts"]["of"]
 
 
-def test_latents_that_were_let_go_on_purpose_are_no_damage(tmp_path: Path) -> None:
+def test_latents_that_were_removed_on_purpose_are_no_damage(tmp_path: Path) -> None:
     changes = {"num_rounds": 1, "evaluation": {"num_prompts": 0}, "keep_latents": "selected"}
     run(sketches.config(tmp_path / "run", **changes), sketches.objects())
     assert 'id="gallery"' not in overview(collect(tmp_path / "run"))  # nothing is held out: there is nothing to compare

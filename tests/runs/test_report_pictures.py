@@ -43,7 +43,7 @@ def opened(chromium: Browser, file: Path) -> Iterator[Opened]:
 # -- candidates -------------------------------------------------------------------------------------------------------
 
 
-def test_the_candidates_stand_side_by_side_as_pictures_with_star_score_rank_and_reason(opened: Opened) -> None:
+def test_the_candidates_stand_side_by_side_as_images_with_star_score_rank_and_reason(opened: Opened) -> None:
     opened.go("#prompts?sample=0002/p1-0/001")
     assert opened.count("#prompts .card img") == 3
     first = opened.page.locator("#prompts .card").first
@@ -56,7 +56,7 @@ def test_the_candidates_stand_side_by_side_as_pictures_with_star_score_rank_and_
     assert first.locator("img").evaluate("node => getComputedStyle(node).imageRendering") == "pixelated"
 
 
-def test_a_sample_that_is_no_picture_is_an_empty_frame_with_the_reason(opened: Opened) -> None:
+def test_a_sample_that_is_no_image_is_an_empty_frame_with_the_reason(opened: Opened) -> None:
     opened.go(f"#prompts?sample={VOID}")
     frame = opened.page.locator("#prompts .card").last
     assert frame.locator("img").count() == 0
@@ -64,13 +64,13 @@ def test_a_sample_that_is_no_picture_is_an_empty_frame_with_the_reason(opened: O
     assert "no image: not finite" in frame.inner_text()
 
 
-def test_each_picture_stands_in_the_page_once(file: Path) -> None:
+def test_each_image_is_in_the_page_once(file: Path) -> None:
     words = file.read_text(encoding="utf-8")
     for picture in painted()["images"].values():
         assert words.count(picture["src"]) == 1
 
 
-def test_enter_shows_a_picture_at_large_with_all_that_is_known(opened: Opened) -> None:
+def test_enter_shows_an_image_at_large_with_all_that_is_known(opened: Opened) -> None:
     opened.go("#prompts?sample=0001/p0-0/001")
     opened.page.locator("#prompts .card .frame").first.focus()
     opened.press("Enter")
@@ -89,7 +89,7 @@ def test_enter_shows_a_picture_at_large_with_all_that_is_known(opened: Opened) -
     assert "rank 2 of 3" in opened.text('#prompts .card[aria-current="true"]')
 
 
-def test_the_buttons_of_the_picture_at_large_keep_the_focus(opened: Opened) -> None:
+def test_the_buttons_of_the_image_at_large_keep_the_focus(opened: Opened) -> None:
     opened.go("#prompts?sample=0002/p1-0/001&large=1")
     assert opened.page.evaluate("document.activeElement.textContent") == "Close"
     opened.page.get_by_text("Next →").click()
@@ -98,7 +98,7 @@ def test_the_buttons_of_the_picture_at_large_keep_the_focus(opened: Opened) -> N
     assert opened.page.evaluate("document.activeElement.textContent") == "Next →"
 
 
-def test_a_picture_that_is_not_in_the_page_is_said_so(chromium: Browser, tmp_path: Path) -> None:
+def test_an_image_that_is_not_in_the_page_is_reported_so(chromium: Browser, tmp_path: Path) -> None:
     with Opened(chromium, written(tmp_path, painted(images={})), "#prompts") as page:
         assert "this image is not in this page" in page.text("#prompts .card")
         for screen in SCREENS:
@@ -130,7 +130,7 @@ def test_the_grid_has_a_row_for_each_prompt_and_seed_and_a_column_for_each_round
     ]
 
 
-def test_a_picture_of_the_grid_leads_to_its_round_beside_the_start(opened: Opened) -> None:
+def test_an_image_of_the_grid_leads_to_its_round_beside_the_start(opened: Opened) -> None:
     opened.go("#compare")
     opened.page.locator("#compare .rows > li").nth(3).locator(".cell").nth(1).click()
     assert opened.text("#compare .detail .asked") == "Held out 1?"
@@ -145,7 +145,7 @@ def cut(page: Opened) -> str:
     return page.page.locator("#compare .slider input").input_value()
 
 
-def test_the_slider_moves_by_arrow_keys_and_says_where_it_stands(opened: Opened) -> None:
+def test_the_slider_moves_by_arrow_keys_and_announces_its_position(opened: Opened) -> None:
     opened.go("#compare?round=2")
     field = opened.page.locator("#compare .slider input")
     field.focus()
@@ -196,7 +196,7 @@ def test_the_overview_shows_the_grid_before_anything_is_scrolled(opened: Opened)
     assert opened.page.locator("#compare .pair h3").all_inner_texts() == ["Start", "Round 1"]
 
 
-def test_rounds_that_are_left_out_are_said(chromium: Browser, tmp_path: Path) -> None:
+def test_rounds_that_are_left_out_are_reported(chromium: Browser, tmp_path: Path) -> None:
     found = painted(rounds=3)
     found["compare"] |= {"rounds": [0, 3], "of_rounds": 4}
     with Opened(chromium, written(tmp_path, found), "#compare") as page:
@@ -207,7 +207,7 @@ def test_rounds_that_are_left_out_are_said(chromium: Browser, tmp_path: Path) ->
 # -- learned from, alarms ---------------------------------------------------------------------------------------------
 
 
-def test_training_rows_are_pictures_with_weight_and_origin(opened: Opened) -> None:
+def test_training_rows_are_images_with_weight_and_origin(opened: Opened) -> None:
     opened.go("#learned?round=2")
     first = opened.page.locator("#learned .lesson").first
     assert first.locator("img").get_attribute("alt") == "Question 0?, candidate 1"
@@ -220,7 +220,7 @@ def test_training_rows_are_pictures_with_weight_and_origin(opened: Opened) -> No
 
 
 @pytest.mark.parametrize("viewport", [{"width": 1400, "height": 900}, PHONE])
-def test_an_alarm_shows_its_samples_as_pictures_that_lead_to_them(
+def test_an_alarm_shows_its_samples_as_images_that_lead_to_them(
     chromium: Browser, file: Path, viewport: dict[str, int]
 ) -> None:
     with Opened(chromium, file, viewport=viewport) as page:
@@ -247,7 +247,7 @@ def test_all_text_can_be_read_and_all_that_can_be_used_has_a_name(chromium: Brow
 
 
 @pytest.mark.parametrize("which", range(2))
-def test_hostile_text_beside_pictures_does_nothing_on_a_phone(chromium: Browser, tmp_path: Path, which: int) -> None:
+def test_hostile_text_beside_images_does_nothing_on_a_phone(chromium: Browser, tmp_path: Path, which: int) -> None:
     file = written(tmp_path, painted(rounds=9, prompts=2, text=" ".join(HOSTILE[which::2])), gallery=True)
     with Opened(chromium, file, viewport=PHONE) as page:
         for view in ("overview", "prompts", "compare", "alarms", "compare?large=3", "learned?row=0&large=1"):

@@ -92,7 +92,7 @@ def test_the_margin_is_how_far_the_best_is_above_the_mean(finished: Path) -> Non
         assert item["margin"] == pytest.approx(max(scores) - sum(scores) / len(scores), abs=1e-5)
 
 
-def test_a_draw_is_compared_with_the_same_prompt_and_seed_in_every_round(finished: Path) -> None:
+def test_a_sample_is_compared_with_the_same_prompt_and_seed_in_every_round(finished: Path) -> None:
     compare = collect(finished).document["compare"]
     assert (compare["shown"], compare["of"]) == (8, 8)
     for item in compare["items"]:
@@ -102,7 +102,7 @@ def test_a_draw_is_compared_with_the_same_prompt_and_seed_in_every_round(finishe
         assert isinstance(item["seed"], str)
 
 
-def test_what_it_learned_from_is_exactly_the_rows_of_the_tuning(finished: Path) -> None:
+def test_what_it_learned_from_is_exactly_the_rows_of_the_training(finished: Path) -> None:
     shown = collect(finished).document["learned"]
     for round_ in (1, 2):
         table = read_table(finished / f"round-{round_:04d}/rows/rows.parquet").to_pylist()
@@ -132,7 +132,7 @@ def test_the_document_keeps_its_contract(finished: Path) -> None:
     assert (document["rewards"], document["judges"], document["missing"]) == (["value"], [], [])
 
 
-def test_what_does_not_fit_is_counted_and_said_in_words(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_counted_and_reported_in_words(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MOST_PROMPTS", "MOST_ROWS", "MOST_ANSWERS"):
         monkeypatch.setattr(shown_samples, name, 6)
     document = collect(finished).document
@@ -211,7 +211,7 @@ def test_without_it_a_run_has_the_same_bytes(tmp_path: Path) -> None:
     assert not (tmp_path / "without/report.html").exists()
 
 
-def test_a_page_that_cannot_be_written_stops_no_run_and_is_said_once(tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_stops_no_run_and_is_reported_once(tmp_path: Path) -> None:
     root = tmp_path / "run"
 
     def observe(kind: str, facts: dict[str, Any]) -> None:
@@ -230,7 +230,7 @@ def test_a_finished_run_gets_its_page_back(finished: Path, tmp_path: Path) -> No
     assert document_of(root)["run"]["status"] == "finished"
 
 
-def test_a_run_at_work_can_be_read_and_is_said_to_be(copy: Path) -> None:
+def test_a_running_run_can_be_read_and_is_reported_as_running(copy: Path) -> None:
     with RunFolder(copy).lock():
         assert collect(copy).document["run"]["status_words"] == "at work when this was written: 2 of 2 rounds done"
 
@@ -281,7 +281,7 @@ FILES = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", [Path.unlink, cut, noise, other, flip])
-def test_what_is_harmed_is_named_by_round_and_stage_and_the_rest_is_shown(
+def test_what_is_damaged_is_named_by_round_and_stage_and_the_rest_is_shown(
     finished: Path, tmp_path: Path, harm: Callable[[Path], None]
 ) -> None:
     whole = collect(finished).document
@@ -313,7 +313,7 @@ def test_a_run_whose_own_files_are_lost_is_still_shown(copy: Path, name: str, ha
         assert any(line.startswith("the run: ") and name in line for line in document["missing"])
 
 
-def test_a_lost_unit_costs_its_prompts_alone(copy: Path) -> None:
+def test_a_lost_chunk_costs_its_prompts_alone(copy: Path) -> None:
     (copy / "round-0002/generate/chunk-00001.parquet").unlink()
     document = collect(copy).document
     assert document["missing"] == ["round 2, generate: chunk-00001.parquet is missing"]
@@ -369,7 +369,7 @@ def test_the_command_writes_the_page_and_prints_where(copy: Path, capsys: pytest
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == collect(copy).document
 
 
-def test_a_folder_that_holds_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_holds_no_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 1
     assert "holds no run: config.resolved.json is missing" in capsys.readouterr().err
     (tmp_path / "run").mkdir()

@@ -41,7 +41,7 @@ def opened(chromium: Browser, file: Path) -> Iterator[Opened]:
 # -- what they show ---------------------------------------------------------------------------------------------------
 
 
-def test_the_kept_one_stands_first_beside_the_mean_with_its_reason(opened: Opened) -> None:
+def test_the_kept_one_comes_first_beside_the_mean_with_its_reason(opened: Opened) -> None:
     opened.go("#prompts?sample=0002/p1-0/001")
     cards = opened.page.locator("#prompts .card")
     assert [words.split("\n")[0] for words in cards.all_inner_texts()] == ["★", "0.500", "−1.500"]
@@ -51,7 +51,7 @@ def test_the_kept_one_stands_first_beside_the_mean_with_its_reason(opened: Opene
     assert "9223372036854775807" in opened.text("#prompts .detail")
 
 
-def test_what_is_left_out_is_said_on_every_list(opened: Opened) -> None:
+def test_what_is_left_out_is_reported_on_every_list(opened: Opened) -> None:
     for screen, words in [
         ("prompts", "Showing 6 of 12,800, chosen by hash"),
         ("compare", "Showing all 6 pairs of prompt and seed (3 prompts)"),
@@ -61,7 +61,7 @@ def test_what_is_left_out_is_said_on_every_list(opened: Opened) -> None:
         assert opened.text(f"#{screen} .showing") == words
 
 
-def test_words_that_differ_are_marked_and_gains_are_told_by_sign(opened: Opened) -> None:
+def test_words_that_differ_are_marked_and_gains_are_shown_by_sign(opened: Opened) -> None:
     opened.go("#compare?round=1&pair=q2-0/0")
     assert opened.page.locator("#compare del").all_inner_texts() == ["sat"]
     assert opened.page.locator("#compare ins").all_inner_texts() == ["lay"]
@@ -86,7 +86,7 @@ def test_comparisons_sort_by_gain_and_by_loss(opened: Opened, sort: str, first: 
     assert opened.text("#compare .rows .line") == first
 
 
-def test_training_rows_say_where_they_are_from_and_lead_to_their_rivals(opened: Opened) -> None:
+def test_training_rows_give_their_origin_and_link_to_the_other_candidates(opened: Opened) -> None:
     opened.go("#learned?round=2")
     assert opened.count("#learned .lesson") == 3
     assert "replayed from round 1" in opened.text("#learned .about")
@@ -94,7 +94,7 @@ def test_training_rows_say_where_they_are_from_and_lead_to_their_rivals(opened: 
     assert opened.text('#prompts .card[aria-current="true"] .rank') == "rank 1 of 3"
 
 
-def test_no_alarm_is_said_in_words(chromium: Browser, tmp_path: Path) -> None:
+def test_no_alarm_is_reported_in_words(chromium: Browser, tmp_path: Path) -> None:
     with Opened(chromium, written(tmp_path, document(alarms=[])), "#alarms") as page:
         assert page.text("#alarms") == "No alarm was raised in the 2 rounds that guards looked at."
         assert not page.visible("#banner")
@@ -134,7 +134,7 @@ def test_missing_parts_are_named_and_the_rest_is_shown(chromium: Browser, tmp_pa
         assert page.complaints == []
 
 
-def test_a_prompt_that_yielded_nothing_says_why(chromium: Browser, tmp_path: Path) -> None:
+def test_a_prompt_without_kept_samples_says_why(chromium: Browser, tmp_path: Path) -> None:
     found = document()
     found["prompts"]["items"][0]["reason"] = "all scores are equal"
     with Opened(chromium, written(tmp_path, found), "#prompts") as page:
@@ -153,7 +153,7 @@ def test_a_prompt_that_yielded_nothing_says_why(chromium: Browser, tmp_path: Pat
         ("#compare?pair=gone/0", "Prompt gone/0 is not in this page."),
     ],
 )
-def test_an_address_that_names_what_is_not_shown_is_told_so(opened: Opened, address: str, words: str) -> None:
+def test_an_address_of_something_not_shown_says_so(opened: Opened, address: str, words: str) -> None:
     opened.go(address)
     assert words in opened.text(f"{address.split('?')[0]} .notice")
 

@@ -73,7 +73,7 @@ def answers(root: Path, stage: str = "round-0001/generate") -> dict[str, int]:
     return {name: row["completion"] for name, row in scores(root, stage).items()}
 
 
-def test_only_what_failed_is_asked_again_and_all_other_scores_stay_though_the_reward_says_something_else(
+def test_only_failed_samples_are_scored_again_and_all_other_scores_stay_although_the_reward_changed(
     tmp_path: Path,
 ) -> None:
     reward = Moody()
@@ -111,7 +111,7 @@ def test_only_what_failed_is_asked_again_and_all_other_scores_stay_though_the_re
 
 
 @pytest.mark.parametrize("combine", ["sum", "rank"])
-def test_with_a_mended_reward_training_and_evaluation_come_to_the_scores_that_it_gives_alone(
+def test_with_a_fixed_reward_training_and_evaluation_have_the_scores_that_it_gives_alone(
     tmp_path: Path, combine: str
 ) -> None:
     def broken(prompts: Any, completions: list[int], **columns: Any) -> list[float]:
@@ -172,7 +172,7 @@ def test_the_rounds_before_the_first_with_such_a_sample_stay(tmp_path: Path) -> 
         ("score", "timeout", "--only must name a status that a sample has; got timeout, and with --from score there"),
     ],
 )
-def test_what_cannot_be_asked_again_is_refused_by_name_and_nothing_changes(
+def test_what_cannot_be_scored_again_is_refused_by_name_and_nothing_changes(
     finished: Path, redo: str | None, only: str, words: str
 ) -> None:
     before = tree(finished)
@@ -208,7 +208,9 @@ class Cut(BaseException):
     """Ends a run in the midst."""
 
 
-def test_what_was_begun_is_ended_by_a_plain_resume_and_no_other_statuses_come_between(tmp_path: Path) -> None:
+def test_a_started_rescoring_is_completed_by_a_plain_resume_and_other_statuses_are_refused_until_then(
+    tmp_path: Path,
+) -> None:
     reward = Moody()
     run(tiny.config(tmp_path, **NEVER), tiny.objects(reward))
     before, drawn = scores(tmp_path), answers(tmp_path)
@@ -230,7 +232,7 @@ def test_what_was_begun_is_ended_by_a_plain_resume_and_no_other_statuses_come_be
     assert not (tmp_path / "again").exists()
 
 
-def test_all_is_scored_where_what_was_begun_is_given_up(tmp_path: Path) -> None:
+def test_all_is_scored_where_a_started_rescoring_is_given_up(tmp_path: Path) -> None:
     reward = Moody()
     run(tiny.config(tmp_path, **NEVER), tiny.objects(reward))
     reward.well = True

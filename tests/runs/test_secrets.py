@@ -80,7 +80,7 @@ def test_a_key_from_the_environment_reaches_the_reward_and_no_file_and_another_k
         go(tmp_path / "run", spec)
 
 
-def test_a_key_in_plain_is_told_of_hidden_on_the_page_and_refused_in_a_card_until_it_is_a_variable(
+def test_a_key_in_plain_is_reported_hidden_on_the_page_and_refused_in_a_card_until_it_is_a_variable(
     tmp_path: Path, judge: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"api_key": KEY, "log": str(tmp_path / "log")}

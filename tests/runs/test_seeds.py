@@ -78,7 +78,7 @@ def test_evaluation_seeds_are_the_same_in_every_round_and_run(two: tuple[Path, P
 
 
 @pytest.mark.slow
-def test_answers_do_not_depend_on_the_size_of_units(tmp_path: Path) -> None:
+def test_completions_do_not_depend_on_the_size_of_chunks(tmp_path: Path) -> None:
     for size in (1, 3, 8):
         run(tiny.config(tmp_path / str(size), sampling={"chunk_size": size}), tiny.objects())
     tables = [drawn(tmp_path / str(size), 2) for size in (1, 3, 8)]

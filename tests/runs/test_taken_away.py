@@ -95,7 +95,7 @@ def test_the_published_model_is_the_committed_one_and_the_run_is_untouched(folde
     assert verify(folder / "run") == []
 
 
-def test_the_start_is_published_from_where_it_lies(folder: Path, tmp_path: Path) -> None:
+def test_the_start_is_published_from_its_own_folder(folder: Path, tmp_path: Path) -> None:
     publish_model(folder / "run", tmp_path / "out", 0)
     taken, start = weights(tmp_path / "out"), weights(folder / "model")
     assert all(torch.equal(taken[name], start[name]) for name in start)
@@ -213,7 +213,7 @@ def test_a_folder_is_one_that_datasets_reads(folder: Path, tmp_path: Path) -> No
     assert loaded.column_names == ["prompt", "completion", "weight"]
 
 
-def test_tokens_are_those_drawn_behind_the_prompt_as_it_is_tuned_on(folder: Path, tmp_path: Path) -> None:
+def test_tokens_are_those_generated_behind_the_prompt_as_it_is_trained_on(folder: Path, tmp_path: Path) -> None:
     export(folder / "run", "sft-tokens", tmp_path / "a.jsonl", "1")
     tuned = pq.read_table(folder / "run/round-0001/rows/rows.parquet").to_pylist()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")

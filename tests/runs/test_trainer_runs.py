@@ -234,7 +234,7 @@ def test_the_metrics_of_a_round_are_those_of_its_samples(trained: RaftTrainer) -
     assert entry["num_tokens"] == sum(lengths) + sum(encoded[row["prompt_id"]] for row in rows)
 
 
-def test_beta_puts_the_divergence_of_the_draws_into_the_history(tmp_path: Path) -> None:
+def test_beta_puts_the_divergence_of_the_samples_into_the_history(tmp_path: Path) -> None:
     found = trainer(tmp_path / "run", beta=0.1)
     found.train()
     first, second = (entry["kl"] for entry in found.state.log_history if "reward" in entry)
@@ -282,7 +282,7 @@ class Recorder(TrainerCallback):
         self.told.append("train ends")
 
 
-def test_callbacks_hear_of_rounds_as_epochs(tmp_path: Path) -> None:
+def test_callbacks_see_rounds_as_epochs(tmp_path: Path) -> None:
     recorder = Recorder()
     trainer(tmp_path / "run", callbacks=[recorder], num_rounds=1).train()
     start = ["train begins", "log eval", "evaluated"]
@@ -326,7 +326,9 @@ def test_progress_is_shown_beside_the_results_unless_it_is_turned_off(
     assert capsys.readouterr().err == ""
 
 
-def test_a_tokenizer_without_a_pad_token_is_handled_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tokenizer_without_a_pad_token_is_handled_and_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, "raftune"):
         trainer(tmp_path / "run", processing_class=tiny_tokenizer(pad=False), num_rounds=1).train()
     assert "no pad token: EOS" in caplog.text

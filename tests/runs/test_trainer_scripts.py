@@ -155,7 +155,7 @@ def test_a_script_s_last_lines_work(trained: RaftTrainer, capsys: pytest.Capture
     assert Path(trained.state.best_model_checkpoint).is_dir()
 
 
-def test_a_model_card_says_what_it_is_told(trained: RaftTrainer) -> None:
+def test_a_model_card_holds_the_given_fields(trained: RaftTrainer) -> None:
     trained.create_model_card(model_name="mine", dataset_name="theirs/set", tags=["a"])
     text = (Path(trained.args.output_dir) / "README.md").read_text()
     head = text.split("---\n")[1]
@@ -262,7 +262,7 @@ def test_a_configuration_survives_pickling() -> None:
 
 
 @pytest.mark.parametrize("given", [None, False, True, "run", "run/checkpoint-3"])
-def test_any_way_to_ask_for_resuming_resumes(given: Any, trained: RaftTrainer) -> None:
+def test_every_option_for_resuming_resumes(given: Any, trained: RaftTrainer) -> None:
     root = Path(trained.args.output_dir)
     assert trained.train(resume_from_checkpoint=str(root.parent / given) if isinstance(given, str) else given)
 
@@ -427,7 +427,7 @@ def test_a_failing_reward_is_explained_without_command_lines(tmp_path: Path) -> 
     assert not re.search(r"raftune (resume|train)|--from|`raftune", str(told.value))
 
 
-def test_a_second_cell_with_other_arguments_is_told_the_difference(trained: RaftTrainer) -> None:
+def test_a_second_cell_with_other_arguments_gets_the_difference(trained: RaftTrainer) -> None:
     root = Path(trained.args.output_dir)
     again = trainer(root, num_rounds=1, train_dataset=Dataset.from_list(ROWS), temperature=0.5)
     with pytest.raises(ConfigError, match=r"temperature: 1\.0 → 0\.5"):

@@ -63,14 +63,14 @@ def told(settings: RunConfig, redo: str | None = None) -> str:
     return console.file.getvalue()
 
 
-def test_a_prompt_that_cannot_be_read_is_refused_with_its_row_before_anything_is_drawn(tmp_path: Path) -> None:
+def test_a_prompt_that_cannot_be_read_is_refused_with_its_row_before_generation(tmp_path: Path) -> None:
     data = saved(tmp_path / "prompts.jsonl", [1, 2, 3, 4, 5])
     with pytest.raises(DataError, match=r"5 of 5 prompts cannot be used \(row 1 of data\.prompts, row 2 .* and 2 more"):
         run(config(tmp_path / "run", data))
     assert not drawn(tmp_path / "run")
 
 
-def test_held_out_prompts_and_those_to_learn_from_are_told_apart(tmp_path: Path) -> None:
+def test_held_out_prompts_and_those_to_learn_from_are_distinguished(tmp_path: Path) -> None:
     data, held_out = saved(tmp_path / "a.jsonl", ["a disc", "a ring"]), saved(tmp_path / "b.jsonl", [7, 8])
     settings = config(tmp_path / "run", data, evaluation={"prompts": held_out, "num_prompts": 2})
     with pytest.raises(DataError, match=r"2 of 4 .*row 1 of evaluation\.prompts, row 2 .* of a text; got 7"):
@@ -79,7 +79,7 @@ def test_held_out_prompts_and_those_to_learn_from_are_told_apart(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_mended_data_go_on_as_the_message_says(tmp_path: Path) -> None:
+def test_the_fixed_data_go_on_as_the_message_says(tmp_path: Path) -> None:
     data = saved(tmp_path / "prompts.jsonl", [1, 2])
     with pytest.raises(DataError, match=r"Then add `--from data`"):
         run(config(tmp_path / "run", data))

@@ -61,7 +61,7 @@ OBJECTS = PythonObjects(rewards=[lambda completions, **columns: [-float(len(str(
         (["a", {"prompt": "b", "gold": LONG}], r"1 of 2 .*row 2 .*An answer must fit the model's context"),
     ],
 )
-def test_a_prompt_that_a_later_round_would_ask_is_refused_before_the_first_is_drawn(
+def test_a_prompt_of_a_later_round_is_refused_before_generation(
     tmp_path: Path, model: Path, prompts: list[Any], message: str
 ) -> None:
     gold = any(isinstance(prompt, dict) for prompt in prompts)

@@ -135,7 +135,7 @@ def test_rescoring_by_the_runs_own_reward_gives_its_scores_and_its_verdicts_bit_
     assert found.redo == ""
 
 
-def test_rescoring_reaches_the_answers_of_teachers_and_columns_too(copy: Copy, rewards: Path) -> None:
+def test_rescoring_reaches_the_completions_of_teachers_and_columns_too(copy: Copy, rewards: Path) -> None:
     root = copy("objects")
     found = rescore(root, file(rewards, "value"))  # the same values as the object that scored the run
     for round_ in (1, 2):
@@ -162,7 +162,7 @@ def test_rescored_verdicts_are_those_that_redoing_the_round_from_its_scores_give
 
 
 @pytest.mark.slow
-def test_another_rule_over_rescored_answers_is_what_redoing_both_gives(copy: Copy, rewards: Path) -> None:
+def test_another_rule_over_rescored_completions_is_what_redoing_both_gives(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     rescore(root, file(rewards, "other"))
     flags = {"selection.rule": "top_m", "selection.m": 2}
@@ -193,7 +193,7 @@ def test_the_command_that_is_given_really_does_so(copy: Copy, rewards: Path, ask
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "text"])
-def test_the_first_draws_are_what_a_run_with_a_smaller_k_draws_and_keeps(
+def test_the_first_samples_are_what_a_run_with_a_smaller_k_samples_and_keeps(
     copy: Copy, tmp_path: Path, rewards: Path, name: str
 ) -> None:
     root = copy(name)
@@ -209,7 +209,7 @@ def test_the_first_draws_are_what_a_run_with_a_smaller_k_draws_and_keeps(
     assert found.redo.endswith("--sampling.num_generations 2 --from plan")
 
 
-def test_a_smaller_k_leaves_the_answers_of_others_in_the_pool(copy: Copy) -> None:
+def test_a_smaller_k_leaves_the_completions_of_others_in_the_pool(copy: Copy) -> None:
     root = copy("objects")
     reselect(root, {"sampling.num_generations": 1}, name="k1")
     rows = pq.read_table(root / "whatif/k1/round-0001/select/verdicts.parquet").to_pylist()
@@ -250,7 +250,7 @@ def test_the_means_over_all_rounds_weigh_those_below_zero_too(copy: Copy, reward
             assert getattr(getattr(found.all, side), by) == pytest.approx(mean)
 
 
-def test_the_runs_own_rule_over_other_scores_lies_beside_these_scores(copy: Copy, rewards: Path) -> None:
+def test_the_runs_own_rule_over_other_scores_is_stored_beside_these_scores(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     first = rescore(root, file(rewards, "other"))
     again = reselect(root, {}, scores=first.name)
@@ -264,7 +264,7 @@ def scores(root: Path, round_: int) -> dict[str, float]:
     return {row["sample_id"]: row["score"] for path in files for row in pq.read_table(path).to_pylist()}
 
 
-def test_what_k_would_have_given_is_the_mean_over_all_subsets_of_the_draws(copy: Copy) -> None:
+def test_what_k_would_have_given_is_the_mean_over_all_subsets_of_the_samples(copy: Copy) -> None:
     root = copy("plain")
     best = reselect(root, {}, dry_run=True).difference.best_of
     groups: dict[tuple[int, str], list[float]] = {}
@@ -295,7 +295,7 @@ def test_the_prompts_shown_are_those_that_lose_or_gain_most(copy: Copy, rewards:
     assert again.largest == every.largest[:2]
 
 
-def test_prompts_that_starve_are_counted_and_named_with_their_reason(copy: Copy) -> None:
+def test_prompts_without_kept_samples_are_counted_and_named_with_their_reason(copy: Copy) -> None:
     flags = {"selection.rule": "top_fraction", "selection.keep_fraction": 0.05}
     found = reselect(copy("plain"), flags, dry_run=True, show=3).difference
     assert found.all.now.samples == 2  # one of the 32 samples of each round
@@ -360,7 +360,7 @@ def test_a_reward_whose_code_has_changed_is_not_mixed_into_older_scores(copy: Co
 
 
 @pytest.mark.slow
-def test_scores_of_draws_that_are_no_more_are_not_selected_from(copy: Copy, rewards: Path) -> None:
+def test_scores_of_samples_that_are_no_more_are_not_selected_from(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     rescore(root, file(rewards, "other"))
     resume(root, without_rewards(), redo="2/score")  # the same samples: the scores still hold
@@ -372,7 +372,7 @@ def test_scores_of_draws_that_are_no_more_are_not_selected_from(copy: Copy, rewa
 
 
 @pytest.mark.slow
-def test_an_interrupted_rescoring_goes_on_with_the_units_that_it_lacks(copy: Copy, rewards: Path) -> None:
+def test_an_interrupted_rescoring_goes_on_with_the_chunks_that_it_lacks(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     with pytest.raises(KeyboardInterrupt):
         rescore(root, file(rewards, "other"), observe=stop_at_first_unit)
@@ -391,7 +391,7 @@ def stop_at_first_unit(kind: str, facts: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_a_reward_that_fails_leaves_room_for_a_mended_one(copy: Copy, tmp_path: Path) -> None:
+def test_a_reward_that_fails_leaves_room_for_a_fixed_one(copy: Copy, tmp_path: Path) -> None:
     root, code = copy("plain"), tmp_path / "mine.py"
     code.write_text(REWARDS)
     with pytest.raises(RewardError, match=r"round 1: .*no luck.*\. Fix the reward and rescore\.$"):
@@ -541,7 +541,7 @@ def test_a_new_rule_takes_back_what_only_the_old_one_read(copy: Copy) -> None:
 # -- as commands -----------------------------------------------------------------------------------------------------
 
 
-def test_the_commands_show_the_table_the_answers_and_how_to_really_do_so(
+def test_the_commands_show_the_table_the_completions_and_how_to_really_do_so(
     copy: Copy, rewards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = copy("text")

@@ -96,7 +96,7 @@ def test_a_reward_from_a_file_scores_the_same_in_workers(tmp_path: Path) -> None
     assert difference(*trees) == ""
 
 
-def test_units_in_any_order_give_the_same_bytes(
+def test_chunks_in_any_order_give_the_same_bytes(
     tmp_path: Path, alone: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forwards = InProcessEngine.run
@@ -109,7 +109,7 @@ def test_units_in_any_order_give_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_no_more_than_the_units_in_flight(
+def test_a_killed_worker_costs_no_more_than_the_chunks_in_flight(
     tmp_path: Path, alone: dict[str, str], orders: Orders
 ) -> None:
     orders(kill_once=[0, 3])
@@ -119,7 +119,7 @@ def test_a_killed_worker_costs_no_more_than_the_units_in_flight(
 
 
 @pytest.mark.slow
-def test_a_unit_that_always_kills_its_worker_stops_the_run_after_three_tries(tmp_path: Path, orders: Orders) -> None:
+def test_a_chunk_that_always_kills_its_worker_stops_the_run_after_three_tries(tmp_path: Path, orders: Orders) -> None:
     orders(kill_always=[1])
     with pytest.raises(EngineError, match=r"chunk 1 of generate of round 1 failed 3 times: its worker process"):
         run(tiny.config(tmp_path / "run", **settings(2)), tiny.objects())
@@ -128,7 +128,7 @@ def test_a_unit_that_always_kills_its_worker_stops_the_run_after_three_tries(tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "how"), [(2, "kill_always"), (2, "raise_always"), (1, "raise_always")])
-def test_a_unit_that_always_fails_can_be_set_aside_and_its_prompts_are_named(
+def test_a_chunk_that_always_fails_can_be_set_aside_and_its_prompts_are_named(
     tmp_path: Path, orders: Orders, workers: int, how: str
 ) -> None:
     orders(**{how: [1]})
@@ -142,7 +142,7 @@ def test_a_unit_that_always_fails_can_be_set_aside_and_its_prompts_are_named(
     assert (summary["prompts"], summary["samples"]) == (8, 24)
 
 
-def test_when_every_unit_fails_the_run_stops_whatever_is_configured(tmp_path: Path, orders: Orders) -> None:
+def test_when_every_chunk_fails_the_run_stops_whatever_is_configured(tmp_path: Path, orders: Orders) -> None:
     orders(raise_always=[0, 1, 2, 3])
     skip = {"on_chunk_failure": "skip", "max_retries": 0}
     with pytest.raises(EngineError, match="every chunk of generate of round 1 failed; chunk 0: RuntimeError: broken"):
@@ -150,7 +150,7 @@ def test_when_every_unit_fails_the_run_stops_whatever_is_configured(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_unit_that_hangs_is_ended_at_its_time_limit_and_tried_again(
+def test_a_chunk_that_hangs_is_ended_at_its_time_limit_and_tried_again(
     tmp_path: Path, alone: dict[str, str], orders: Orders
 ) -> None:
     orders(hang_once=[2])
@@ -204,7 +204,7 @@ def test_a_worker_that_cannot_be_built_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_workers_end_when_the_loop_is_killed_even_in_the_middle_of_a_unit(tmp_path: Path, orders: Orders) -> None:
+def test_workers_end_when_the_loop_is_killed_even_in_the_middle_of_a_chunk(tmp_path: Path, orders: Orders) -> None:
     root = tmp_path / "run"
     orders(hang_always=[0, 1])
     script = f"""
@@ -235,7 +235,7 @@ def test_a_run_that_is_left_in_the_middle_ends_its_workers(tmp_path: Path, order
     assert workers_of(root) == []
 
 
-def test_a_worker_that_died_at_rest_is_not_asked_again(tmp_path: Path) -> None:
+def test_a_worker_that_died_at_rest_is_not_retried(tmp_path: Path) -> None:
     root = tmp_path / "run"
     run(tiny.config(root, **settings(1)), tiny.objects())
     engine = WorkerPool(tiny.config(root, **settings(2)).engine, root)

@@ -81,7 +81,7 @@ def test_every_file_is_synced_with_its_whole_content_then_named_then_its_folder_
         assert record.first("fsync", path.parent.stat().st_ino, after=renamed) < len(record.events), path
 
 
-def test_what_a_commit_lists_is_durable_under_its_name_before_the_commit_has_its_own(
+def test_files_of_a_manifest_are_durable_before_the_manifest_has_its_name(
     recorded: tuple[Path, Record],
 ) -> None:
     root, record = recorded

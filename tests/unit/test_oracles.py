@@ -73,7 +73,7 @@ def random_draws(p: np.ndarray, r: np.ndarray, k: int, groups: int, seed: int) -
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
-def test_1_the_best_of_k_draws_has_its_law(k: int) -> None:
+def test_1_the_best_of_k_samples_has_its_distribution(k: int) -> None:
     np.testing.assert_allclose(all_outcomes(P, R, k).law(), exact.best_of_k_law(P, R, k), atol=1e-14)
 
 
@@ -84,7 +84,7 @@ def test_1_breaking_ties_by_content_would_have_another_law() -> None:
 
 
 @pytest.mark.parametrize(("k", "m"), [(3, 1), (4, 2), (5, 2), (5, 3), (4, 4)])
-def test_2_the_m_best_of_k_draws_have_their_marginal_law(k: int, m: int) -> None:
+def test_2_the_m_best_of_k_samples_have_their_marginal_distribution(k: int, m: int) -> None:
     drawn = all_outcomes(P, R, k)
     np.testing.assert_allclose(drawn.law(rule="top_m", m=m), exact.top_m_law(P, R, k, m), atol=1e-14)
     assert (drawn.weights(rule="top_m", m=m).sum(axis=1) == m).all()
@@ -195,7 +195,7 @@ def test_7_positives_divided_by_k_are_plain_policy_gradient() -> None:
     np.testing.assert_allclose(gradient(drawn, weights / K), S * LOG_S, atol=1e-14)
 
 
-def test_7_keeping_the_best_of_an_all_bad_prompt_wastes_one_draw() -> None:
+def test_7_keeping_the_best_of_an_all_bad_prompt_wastes_one_sample() -> None:
     drawn = all_outcomes(P, GOOD.astype(float), K)
     net = gradient(drawn, drawn.weights())
     all_bad = (1 - S) ** K * LOG_FAIL
@@ -229,7 +229,7 @@ def test_8_a_fixed_threshold_restricts_the_policy_and_is_idempotent() -> None:
     assert exact.kl(once, P) == pytest.approx(-np.log(P[R >= 1].sum()), abs=1e-13)
 
 
-def test_8_a_threshold_that_none_reaches_leaves_every_prompt_barren() -> None:
+def test_8_a_threshold_that_none_reaches_leaves_every_prompt_without_kept_samples() -> None:
     drawn = all_outcomes(P, R, 2)
     verdicts = drawn.verdicts(rule="threshold", threshold=3)
     assert without_candidates(drawn.candidates, verdicts) == dict.fromkeys(range(25), "below the threshold")
@@ -272,7 +272,7 @@ def test_9_full_rounds_swing() -> None:
     assert np.ptp(path, axis=0).max() > 0.7
 
 
-def test_10_drawing_at_a_temperature_sharpens_without_any_selection() -> None:
+def test_10_sampling_at_a_temperature_sharpens_without_any_selection() -> None:
     law = P
     for _ in range(4):
         law = all_outcomes(exact.temperature_law(law, 0.8), np.zeros(5), 1).law()
@@ -304,7 +304,7 @@ def test_11_global_ranking_starves_hard_prompts_as_predicted() -> None:
 
 
 @pytest.mark.slow
-def test_11_ties_at_the_cut_do_not_starve_later_prompts() -> None:
+def test_11_ties_at_the_cut_do_not_exclude_later_prompts() -> None:
     # Two prompts with 0/1 rewards at .7 and .3, four draws each, 2 of 8 kept: with fair ties .717/.283 in expectation.
     chances = np.repeat([0.7, 0.3], 4)
     outcomes = np.array(list(product((0, 1), repeat=8)))
@@ -339,12 +339,12 @@ def transformed(drawn: Drawn) -> Drawn:
 
 
 @pytest.mark.parametrize("fields", [{}, {"rule": "top_m", "m": 2}, {"all_equal": "skip"}, {"rule": "random"}])
-def test_12_ranking_inside_prompts_is_blind_to_increasing_transformations(fields: dict[str, Any]) -> None:
+def test_12_ranking_within_prompts_is_invariant_to_increasing_transformations(fields: dict[str, Any]) -> None:
     drawn = random_draws(P, R, 4, 500, seed=3)
     np.testing.assert_array_equal(drawn.weights(**fields), transformed(drawn).weights(**fields))
 
 
-def test_12_ranking_all_together_is_blind_to_a_common_transformation_only() -> None:
+def test_12_global_ranking_is_invariant_to_a_common_transformation_only() -> None:
     drawn = random_draws(P, R, 4, 500, seed=4)
     fields: dict[str, Any] = {"rule": "top_fraction", "keep_fraction": 0.2}
     common = Drawn(drawn.answers, np.exp(drawn.scores), drawn.chance)

@@ -43,7 +43,7 @@ def test_one_line_shows_line_ends_and_cuts_with_an_ellipsis() -> None:
     assert one_line("abcd", 4) == "abcd"
 
 
-def test_a_path_that_begins_like_a_flag_is_no_flag() -> None:
+def test_a_path_that_starts_like_a_flag_is_no_flag() -> None:
     assert (
         shell_command("raftune", "resume", Path("-a b"), "--from", "generate")
         == "raftune resume './-a b' --from generate"

@@ -100,7 +100,7 @@ def test_of_identical_completions_only_the_lowest_usable_index_competes() -> Non
 # -- skipped prompts -------------------------------------------------------------------------------------------------
 
 
-def test_prompts_whose_usable_scores_are_all_equal_are_kept_or_skipped_as_told() -> None:
+def test_prompts_whose_usable_scores_are_all_equal_are_kept_or_skipped_as_configured() -> None:
     table = prompts([2, 2, NAN], [2, 3], [1])
     verdicts = choose(table, all_equal="keep")
     assert kept(verdicts) == [0, 4, 5]
@@ -124,7 +124,7 @@ def test_prompts_whose_usable_scores_are_all_equal_are_kept_or_skipped_as_told()
         ({"rule": "top_fraction", "keep_fraction": 0.75, "max_per_prompt": 1}, [0, 3, 4, 6]),
     ],
 )
-def test_by_default_wrong_answers_alone_teach_nothing_and_a_single_candidate_is_kept(
+def test_by_default_wrong_completions_alone_teach_nothing_and_a_single_candidate_is_kept(
     fields: dict[str, Any], expected: list[int]
 ) -> None:
     """All wrong, one right, all right, one candidate: what is skipped is what a rule would have ranked, and cannot."""
@@ -134,7 +134,7 @@ def test_by_default_wrong_answers_alone_teach_nothing_and_a_single_candidate_is_
     assert nothing_to_rank(table, verdicts) == {0: 0.0, 2: 1.0}
 
 
-def test_a_candidate_whose_rivals_have_no_score_was_ranked_against_none() -> None:
+def test_a_candidate_without_other_scored_candidates_was_not_ranked() -> None:
     table = prompts([NAN, 0], [1, 2])
     assert kept(choose(table, all_equal="auto")) == [3]
     assert nothing_to_rank(table, choose(table)) == {0: 0.0}
@@ -209,7 +209,7 @@ def test_ties_at_the_cut_are_broken_by_seed_and_all_alike() -> None:
     assert (np.diff(places[:, :3], axis=1) <= 0).all() and (np.diff(places[:, 4:7], axis=1) <= 0).all()
 
 
-def test_a_tie_that_lost_the_draw_says_so() -> None:
+def test_a_tie_that_was_broken_at_random_says_so() -> None:
     verdicts = choose(prompts([5], [5], [1]), rule="top_fraction", keep_fraction=0.4)
     assert sorted(words(verdicts)) == [
         "inside the kept fraction",
@@ -259,7 +259,7 @@ def test_the_control_keeps_m_of_each_prompt_with_equal_chances_whatever_they_sco
     np.testing.assert_allclose(pairs, 1 / 6, atol=0.03)
 
 
-def test_the_control_draws_prompts_independently() -> None:
+def test_the_control_samples_prompts_independently() -> None:
     table = prompts(*[[0.0, 0.0]] * 20000)
     first = choose(table, 1, rule="random").weight[::2]
     # A fair coin for each: standard error of the mean .0035, of the lag-1 agreement .0035; five of them .018.
@@ -284,7 +284,7 @@ def test_any_integer_is_a_seed() -> None:
 # -- prompts that yield nothing --------------------------------------------------------------------------------------
 
 
-def test_a_prompt_that_yields_nothing_is_named_with_its_reason() -> None:
+def test_a_prompt_without_kept_samples_is_named_with_its_reason() -> None:
     table = prompts([NAN, NAN], [1, 1], [NAN, 2, 2], [3, 5], lengths=[1, 1, 9, 9, 1, 9, 9, 1, 1])
     verdicts = choose(table, max_length=5)
     assert without_candidates(table, verdicts) == {

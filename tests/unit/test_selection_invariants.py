@@ -24,7 +24,7 @@ def test_the_order_of_rows_changes_no_verdict(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("fields", LOCAL)
-def test_a_prompt_is_judged_alike_whatever_other_prompts_stand_beside_it(fields: dict[str, Any]) -> None:
+def test_the_verdict_of_a_prompt_does_not_depend_on_other_prompts(fields: dict[str, Any]) -> None:
     table = random_table(11)
     half = np.flatnonzero(table.group % 2 == 0)
     whole, part = choose(table, 7, **fields), choose(rows(table, half), 7, **fields)
@@ -108,7 +108,7 @@ def test_every_reason_occurs_and_keeps_or_rejects_always() -> None:
     }
 
 
-def test_the_barren_prompts_are_those_without_weight() -> None:
+def test_the_empty_prompts_are_those_without_weight() -> None:
     for fields in CONFIGS:
         table = random_table(21)
         verdicts = choose(table, **fields)

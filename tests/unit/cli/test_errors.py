@@ -102,7 +102,7 @@ def test_debug_shows_the_traceback() -> None:
         (["train", "no.yaml"], "there is no configuration file no.yaml. `raftune init` writes one."),
     ],
 )
-def test_a_wrong_call_is_answered_in_one_line(
+def test_a_wrong_call_is_reported_in_one_line(
     tokens: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -196,7 +196,7 @@ def test_a_signal_ends_cleanly_and_says_how_to_resume(number: int) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_that_foreign_code_swallowed_is_obeyed_at_the_next_event() -> None:
+def test_a_signal_that_foreign_code_swallowed_takes_effect_at_the_next_event() -> None:
     with pytest.raises(Interrupted), interruptible(Path("x")) as observe:
         with contextlib.suppress(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -301,7 +301,7 @@ sys.exit(run_command(app, sys.argv[1:]))
         ("unsaved", "s of unfinished work", "Resume with: raftune resume runs/x"),
     ],
 )
-def test_the_first_signal_is_answered_within_a_second_and_ends_the_work_soon_after(
+def test_the_first_signal_is_handled_within_a_second_and_ends_the_work_soon_after(
     command: str, first: str, last: str, number: int
 ) -> None:
     words = [sys.executable, "-c", SLEEPER, command]

@@ -16,7 +16,7 @@ def flags(*tokens: str) -> dict[str, object]:
     return read_tokens(tokens, "train", ("--from", "--json")).flags
 
 
-def test_files_and_flags_may_stand_in_any_order() -> None:
+def test_files_and_flags_may_come_in_any_order() -> None:
     given = read_tokens(["a.yaml", "--seed", "3", "b.yaml", "--training.learning_rate=1e-4"], "train")
     assert given.words == ("a.yaml", "b.yaml")
     assert given.flags == {"seed": "3", "training.learning_rate": "1e-4"}
@@ -61,7 +61,7 @@ def test_a_free_mapping_takes_yaml_and_dotted_entries() -> None:
     }
 
 
-def test_an_adapter_begins_with_one_of_its_fields() -> None:
+def test_an_adapter_starts_with_one_of_its_fields() -> None:
     config = validate(merge([MINIMAL, nested(flags("--policy.adapter.r", "4"))]))
     assert config.policy.adapter is not None  # type: ignore[union-attr]
     assert config.policy.adapter.r == 4  # type: ignore[union-attr]
@@ -79,7 +79,7 @@ def test_an_adapter_begins_with_one_of_its_fields() -> None:
         ("--sampling.tempreature", "--sampling.temperature"),
     ],
 )
-def test_a_slip_is_answered_with_the_flag_that_was_meant(token: str, meant: str) -> None:
+def test_a_slip_is_reported_with_the_flag_that_was_meant(token: str, meant: str) -> None:
     with pytest.raises(ConfigError, match=rf"{token} is not a flag of `raftune train`; did you mean {meant}\?"):
         flags(token, "1")
 

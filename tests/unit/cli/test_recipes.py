@@ -50,7 +50,7 @@ def test_there_are_recipes() -> None:
 
 
 @pytest.mark.parametrize("path", RUNS, ids=title)
-def test_a_run_is_valid_and_bears_its_recipe_s_name(path: Path) -> None:
+def test_a_run_is_valid_and_has_its_recipe_s_name(path: Path) -> None:
     config = load_config([path])
     assert config.name == name_of(path)
     assert validate(declared(config)) == config
@@ -93,7 +93,7 @@ def test_a_recipe_passes_its_plan_with_models_and_data_at_hand(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in RUNS if name_of(path) in PIPELINES], ids=title)
-def test_a_recipe_of_pictures_passes_its_plan_with_a_tiny_pipeline(
+def test_a_recipe_of_images_passes_its_plan_with_a_tiny_pipeline(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -65,7 +65,7 @@ def test_no_more_questions_are_under_way_than_allowed() -> None:
     assert server.most_at_once == 3
 
 
-def test_equal_questions_are_asked_once_and_what_is_answered_is_told() -> None:
+def test_equal_questions_are_sent_once_and_progress_is_reported() -> None:
     told: list[int] = []
     with serving(echo) as server:
         replies = endpoint(server.url).ask([says("a"), says("a"), says("b")], lambda: told.append(1))
@@ -99,7 +99,7 @@ def test_a_closed_port_refuses() -> None:
 
 
 @pytest.mark.parametrize("drip", [b"", b" "], ids=["silent", "trickling"])
-def test_an_answer_that_does_not_end_in_time_is_timed_out(drip: bytes) -> None:
+def test_a_reply_that_does_not_end_in_time_is_timed_out(drip: bytes) -> None:
     with silent(drip) as url:
         began = time.monotonic()
         [reply] = endpoint(url, timeout=0.3).ask([says("a")])
@@ -108,7 +108,7 @@ def test_an_answer_that_does_not_end_in_time_is_timed_out(drip: bytes) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_busy_or_broken_server_is_asked_again(status: int) -> None:
+def test_a_busy_or_broken_server_is_retried(status: int) -> None:
     answers = iter([(status, {}, b"later"), (status, {}, b"later"), chat("now")])
     with serving(lambda body: next(answers)) as server:
         [reply] = endpoint(server.url, retries=2).ask([says("a")])
@@ -133,7 +133,7 @@ def test_a_server_that_names_its_pause_gets_it() -> None:
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 404])
-def test_what_another_try_would_not_mend_is_tried_once(status: int) -> None:
+def test_what_another_try_would_not_fix_is_tried_once(status: int) -> None:
     with serving(lambda body: (status, {"Location": "/elsewhere"}, b"no such model")) as server:
         [reply] = endpoint(server.url).ask([says("a")])
     assert (reply.failure, reply.detail) == (f"HTTP {status}", "no such model")
@@ -144,7 +144,7 @@ def test_what_another_try_would_not_mend_is_tried_once(status: int) -> None:
     "content",
     [b"", b"<html>", b"[]", b"{}", b'{"choices": []}', b"\xff", b'{"choices": [{"message": {"content": null}}]}'],
 )
-def test_what_is_no_chat_completion_is_said_to_be_none(content: bytes) -> None:
+def test_what_is_no_chat_completion_is_reported_to_be_none(content: bytes) -> None:
     with serving(lambda body: (200, {}, content)) as server:
         [reply] = endpoint(server.url).ask([says("a")])
     assert (reply.text, reply.failure) == (None, "no chat completion")
@@ -193,7 +193,7 @@ def test_another_model_address_or_parameter_is_asked_anew(tmp_path: Path, change
     assert len(server.requests) == 2
 
 
-def test_a_failure_is_asked_again_another_time(tmp_path: Path) -> None:
+def test_a_failure_is_retried_another_time(tmp_path: Path) -> None:
     answers = iter([(400, {}, b"no"), chat("yes")])
     with serving(lambda body: next(answers)) as server:
         client = endpoint(server.url, cache=tmp_path)

@@ -29,7 +29,7 @@ def refusal(**changes: Any) -> str:
     return str(caught.value)
 
 
-def test_a_misspelt_choice_is_answered_with_the_nearest() -> None:
+def test_a_misspelt_choice_suggests_the_nearest() -> None:
     words = refusal(selection={"rule": "best_of_n"})
     assert words.startswith("selection.rule must be 'best_of_k', ")
     assert words.endswith("got 'best_of_n'. Did you mean 'best_of_k'?")
@@ -41,7 +41,7 @@ def test_a_choice_in_a_list_is_named_by_its_field_without_a_number() -> None:
     assert words.endswith("Did you mean 'held_out_falls'?")
 
 
-def test_a_choice_like_no_other_is_answered_with_all_of_them() -> None:
+def test_an_unknown_choice_is_reported_with_all_choices() -> None:
     assert refusal(keep_models="xyz").endswith("got 'xyz'. Choose one of these.")
 
 
@@ -50,7 +50,7 @@ def test_the_place_of_a_section_in_a_list_is_kept() -> None:
     assert words.startswith("rewards.reward_funcs.1.weight must be ")
 
 
-def test_a_value_where_a_section_belongs_is_said_without_names_of_classes() -> None:
+def test_a_value_where_a_section_belongs_is_reported_without_names_of_classes() -> None:
     words = refusal(sampling=3)
     assert words == ("sampling must be a section with fields of its own; got 3. Write `name: value` lines below it.")
 
@@ -79,9 +79,7 @@ def sections(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[t
 
 @pytest.mark.parametrize("model", [RunConfig, SftConfig, RewardModelConfig])
 @pytest.mark.parametrize("value", ["starter", 3, True, ["a"], [[1]], None, {"a": 1}], ids=repr)
-def test_whatever_stands_in_the_place_of_a_section_is_valid_or_refused_by_name(
-    model: type[BaseModel], value: object
-) -> None:
+def test_any_value_of_a_section_is_valid_or_refused_by_name(model: type[BaseModel], value: object) -> None:
     for path in dict.fromkeys(sections(model)):
         try:
             validate_as(model, nested({".".join(path): value}))
@@ -89,7 +87,7 @@ def test_whatever_stands_in_the_place_of_a_section_is_valid_or_refused_by_name(
             assert path[0] in str(error) or "must be given" in str(error)
 
 
-def test_a_text_for_a_section_is_answered_by_the_section_to_write() -> None:
+def test_a_text_for_a_section_is_reported_with_the_section_to_write() -> None:
     for section, given, written in (
         ("policy", "starter", "policy: {model: starter}"),
         ("data", "rows.jsonl", "data: {prompts: rows.jsonl}"),

@@ -32,7 +32,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_what_lies_beside_the_file_is_meant(home: Path) -> None:
+def test_paths_are_found_beside_the_file(home: Path) -> None:
     config = load_config(["mine/run.yaml"])
     assert (config.data.prompts, config.policy.family) == ("mine/prompts.jsonl", "mine/family.py:Mine")
     first, other, head, _ = config.rewards.reward_funcs
@@ -40,7 +40,7 @@ def test_what_lies_beside_the_file_is_meant(home: Path) -> None:
     assert head.options == {"model": "mine/head.safetensors"}
 
 
-def test_what_does_not_lie_there_is_looked_for_where_the_command_is_given(home: Path) -> None:
+def test_other_paths_are_relative_to_the_working_directory(home: Path) -> None:
     config = load_config(["mine/run.yaml"])
     assert config.evaluation.prompts == "elsewhere.jsonl"
     assert config.evaluation.reward_funcs[0].spec == "judge.py:judge"
@@ -50,16 +50,16 @@ def test_a_plain_word_is_a_name_and_not_a_path(home: Path) -> None:
     assert load_config(["mine/run.yaml"]).rewards.reward_funcs[-1].spec == "length"
 
 
-def test_what_lies_beside_the_file_goes_before_its_namesake_here(home: Path) -> None:
+def test_a_path_beside_the_file_precedes_the_working_directory(home: Path) -> None:
     Path("prompts.jsonl").touch()
     assert load_config(["mine/run.yaml"]).data.prompts == "mine/prompts.jsonl"
 
 
-def test_a_flag_is_meant_from_where_the_command_is_given(home: Path) -> None:
+def test_a_flag_is_relative_to_the_working_directory(home: Path) -> None:
     assert load_config(["mine/run.yaml"], {"data.prompts": "prompts.jsonl"}).data.prompts == "prompts.jsonl"
 
 
-def test_a_file_that_is_used_where_it_lies_is_read_as_it_stands(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_used_in_place_is_read_unchanged(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
     assert load_config(["run.yaml"]).rewards.reward_funcs[2].options == {"model": "./head.safetensors"}
 

@@ -9,7 +9,7 @@ from raftune.config import EngineConfig, SamplingConfig
     ("given", "field"),
     [("num_return_sequences", "num_generations"), ("max_new_tokens", "max_completion_length"), ("top_p", "top_p")],
 )
-def test_a_dial_of_ours_among_generation_kwargs_is_refused_and_its_field_named(given: str, field: str) -> None:
+def test_an_option_of_ours_among_generation_kwargs_is_refused_and_its_field_named(given: str, field: str) -> None:
     with pytest.raises(ValueError, match=rf"generation_kwargs must not hold '{given}'.*sampling\.{field}\."):
         SamplingConfig(generation_kwargs={given: 1})
 

@@ -24,12 +24,12 @@ def written(folder: Path, text: str) -> Path:
         ('seed: 1\n"seed": 1\n', 2),
     ],
 )
-def test_a_name_that_stands_twice_is_refused_and_its_line_named(text: str, line: int, tmp_path: Path) -> None:
+def test_a_duplicate_name_is_refused_and_its_line_named(text: str, line: int, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"line {line} .*in line"):
         read_yaml(written(tmp_path, text))
 
 
-def test_a_name_may_be_merged_over_and_stand_in_several_sections(tmp_path: Path) -> None:
+def test_a_name_may_be_overridden_and_occur_in_several_sections(tmp_path: Path) -> None:
     text = "a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  x: 3\nc: {x: 4}\n"
     assert read_yaml(written(tmp_path, text)) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 4}}
 

@@ -25,7 +25,7 @@ def read(folder: Path, *rows: Any, **options: Any) -> Feedback[Demonstration]:
     return read_demonstrations(str(path), **options)
 
 
-def test_of_a_preference_the_chosen_answer_is_learned_and_of_ranked_ones_the_best(tmp_path: Path) -> None:
+def test_of_a_preference_the_chosen_completion_is_learned_and_of_ranked_ones_the_best(tmp_path: Path) -> None:
     rows = [
         {"prompt": "p", "chosen": "a", "rejected": "b"},
         {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [3, 1, 2]},
@@ -46,7 +46,7 @@ def test_a_policy_learns_from_the_rows_that_its_reward_model_does(tmp_path: Path
 
 
 @pytest.mark.parametrize("dialogues", ["text", "messages"])
-def test_of_an_answer_over_several_turns_the_last_is_learned(tmp_path: Path, dialogues: Any) -> None:
+def test_of_a_completion_over_several_turns_the_last_is_learned(tmp_path: Path, dialogues: Any) -> None:
     row = {"chosen": f"{H}Hi{A}Hello{H}Why?{A}Because", "rejected": f"{H}Hi{A}No"}
     [one] = read(tmp_path, row, dialogues=dialogues).rows
     if dialogues == "text":
@@ -79,6 +79,6 @@ def test_the_last_turn_of_a_dialogue_is_learned_after_all_others(tmp_path: Path)
         ({"prompt": "p", "chosen": "a"}, "missing column"),
     ],
 )
-def test_a_row_without_an_answer_to_learn_is_skipped_by_its_reason(tmp_path: Path, row: Any, reason: str) -> None:
+def test_a_row_without_a_completion_to_learn_is_skipped_by_its_reason(tmp_path: Path, row: Any, reason: str) -> None:
     found = read(tmp_path, {"prompt": "p", "completion": "c"}, row)
     assert [(one.row, str(one.reason)) for one in found.skipped] == [(2, reason)]

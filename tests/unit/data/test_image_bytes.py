@@ -20,7 +20,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 3), (32, 32), (65, 129)])
-def test_a_picture_survives_png_pixel_for_pixel(size: tuple[int, int]) -> None:
+def test_an_image_survives_png_pixel_for_pixel(size: tuple[int, int]) -> None:
     image = noise(*size)
     again = image_of(png_of(image))
     assert again.mode == "RGB" and again.size == size
@@ -43,7 +43,7 @@ def test_other_pixels_give_another_name() -> None:
     assert len(sha256_of_png(b"")) == 64
 
 
-def test_transparency_lies_on_white_and_grey_becomes_rgb() -> None:
+def test_transparent_images_get_a_white_background_and_grey_becomes_rgb() -> None:
     assert image_of(png_of(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))).getpixel((0, 0)) == (255, 255, 255)
     assert image_of(png_of(Image.new("L", (2, 2), 77))).getpixel((1, 1)) == (77, 77, 77)
     palette = Image.new("P", (2, 2), 0)
@@ -51,30 +51,30 @@ def test_transparency_lies_on_white_and_grey_becomes_rgb() -> None:
     assert image_of(png_of(palette)).getpixel((0, 0)) == (10, 20, 30)
 
 
-def test_jpeg_bytes_are_a_picture_too() -> None:
+def test_jpeg_bytes_are_an_image_too() -> None:
     buffer = io.BytesIO()
     noise(16, 8).save(buffer, format="JPEG")
     assert image_of(buffer.getvalue()).size == (16, 8)
 
 
 @pytest.mark.parametrize("what", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"\x00" * 100])
-def test_bytes_that_are_no_picture_are_refused(what: bytes) -> None:
+def test_bytes_that_are_no_image_are_refused(what: bytes) -> None:
     with pytest.raises(DataError, match=f"these {len(what)} bytes are no image"):
         image_of(what)
 
 
-def test_a_picture_that_was_cut_off_is_refused() -> None:
+def test_an_image_that_was_cut_off_is_refused() -> None:
     with pytest.raises(DataError, match=r"no image|read whole"):
         image_of(png_of(noise(64, 64))[:2000])
 
 
-def test_a_tiny_picture_is_its_own_thumbnail() -> None:
+def test_a_tiny_image_is_its_own_thumbnail() -> None:
     png = png_of(noise(32, 32))
     assert thumbnail(png, 256) == png
     assert mime_of(png) == "image/png"
 
 
-def test_a_large_picture_gets_smaller_and_keeps_its_shape() -> None:
+def test_a_large_image_gets_smaller_and_keeps_its_shape() -> None:
     png = png_of(noise(400, 200))
     small = thumbnail(png, 100)
     assert image_of(small).size == (100, 50)
@@ -83,7 +83,7 @@ def test_a_large_picture_gets_smaller_and_keeps_its_shape() -> None:
     assert thumbnail(png, 100) == small
 
 
-def test_a_flat_picture_is_invalid_and_one_pixel_that_differs_makes_it_valid() -> None:
+def test_a_flat_image_is_invalid_and_one_pixel_that_differs_makes_it_valid() -> None:
     image = Image.new("RGB", (8, 8), (3, 200, 7))
     assert why_invalid(image) == "flat: every pixel is the same colour"
     image.putpixel((5, 5), (3, 200, 8))

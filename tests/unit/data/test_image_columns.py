@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_paths_begin_where_the_data_set_lies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_relative_to_the_data_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     rows = read_rows(str(folder / "rows.jsonl"))
     assert rows.column("image").type == pa.binary()
@@ -70,13 +70,13 @@ def test_what_datasets_wrote_is_read(folder: Path) -> None:
         assert [image_of(png).getpixel((0, 0)) for png in rows.column("image").to_pylist()] == list(COLOURS[:2])
 
 
-def test_pillow_s_pictures_in_a_list_of_rows_are_taken() -> None:
+def test_pillow_s_images_in_a_list_of_rows_are_taken() -> None:
     rows = table_from([{"prompt": "a", "image": picture(0)}, {"prompt": "b", "image": None}])
     assert image_of(rows.column("image")[0].as_py()).size == (16, 16)
     assert rows.column("image")[1].as_py() is None
 
 
-def test_a_run_keeps_its_reference_pictures_and_hands_them_to_rewards(folder: Path) -> None:
+def test_a_run_keeps_its_reference_images_and_hands_them_to_rewards(folder: Path) -> None:
     seen: list[Any] = []
 
     def near(prompts: list[str], completions: list[Any], image: list[bytes], **columns: Any) -> list[float]:
@@ -99,7 +99,7 @@ def test_a_run_keeps_its_reference_pictures_and_hands_them_to_rewards(folder: Pa
 
 
 @pytest.mark.parametrize("column", ["image", "completion"])
-def test_a_policy_is_taught_prompts_with_pictures(folder: Path, column: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_is_taught_prompts_with_images(folder: Path, column: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     lines = [{"prompt": f"disc {n}", column: f"pics/{n}.png"} for n in range(4)] * 3
     (folder / "taught.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -120,7 +120,7 @@ def test_a_policy_is_taught_prompts_with_pictures(folder: Path, column: str, mon
     assert max(map(abs, law["mean"])) > 0.5
 
 
-def test_a_picture_that_is_not_there_is_a_row_that_is_skipped(folder: Path) -> None:
+def test_an_image_that_is_not_there_is_a_row_that_is_skipped(folder: Path) -> None:
     lines = [{"prompt": "a", "image": "pics/0.png"}, {"prompt": "b", "image": "pics/none.png"}]
     (folder / "taught.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     given = {

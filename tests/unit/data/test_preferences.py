@@ -56,12 +56,12 @@ def test_every_line_of_an_awkward_file_meets_its_known_fate(tmp_path: Path) -> N
         assert all(one.detail for one in found.skipped)
 
 
-def test_a_shared_beginning_of_the_answers_is_theirs_and_not_the_prompts(tmp_path: Path) -> None:
+def test_a_shared_beginning_of_the_completions_is_theirs_and_not_the_prompts(tmp_path: Path) -> None:
     [pair] = read(tmp_path, {"chosen": f"{H}Why?{A}Because of x", "rejected": f"{H}Why?{A}Because of y"}).rows
     assert (pair.prompt, pair.chosen, pair.rejected) == (f"{H}Why?\n\nAssistant:", " Because of x", " Because of y")
 
 
-def test_prompt_and_answer_as_texts_join_to_the_dialogue_that_was_given(tmp_path: Path) -> None:
+def test_prompt_and_completion_as_texts_join_to_the_dialogue_that_was_given(tmp_path: Path) -> None:
     whole = f"{H}Why?{A}Why not?{H}Tell me.{A}Because: Human: is a word here"
     [pair] = read(tmp_path, {"chosen": whole, "rejected": f"{H}Why?{A}Why not?{H}Tell me.{A}No"}).rows
     assert isinstance(pair.prompt, str)
@@ -100,14 +100,14 @@ def test_the_formats_of_trl_give_the_same_pair(tmp_path: Path) -> None:
     }
 
 
-def test_an_explicit_text_pair_is_read_as_it_stands(tmp_path: Path) -> None:
+def test_an_explicit_text_pair_is_read_unchanged(tmp_path: Path) -> None:
     found = read(tmp_path, {"prompt": " Why?\n", "chosen": " x\n", "rejected": " y"})
     assert found.rows == [PreferencePair(1, " Why?\n", " x\n", " y")]
     assert found.format == "explicit preferences"
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_k_ranked_answers_give_every_pair_but_those_that_are_tied(tmp_path: Path, seed: int) -> None:
+def test_k_ranked_completions_give_every_pair_but_those_that_are_tied(tmp_path: Path, seed: int) -> None:
     rng = Random(seed)
     k = rng.randint(2, 7)
     answers, ranks = [f"answer {i}" for i in range(k)], [rng.randint(1, 4) for _ in range(k)]
@@ -190,7 +190,7 @@ def test_a_file_without_a_usable_row_is_refused_with_the_reasons_and_what_was_wa
         assert words in str(refused.value)
 
 
-def test_what_was_read_is_said_with_the_first_rows_of_each_reason(tmp_path: Path) -> None:
+def test_what_was_read_is_reported_with_the_first_rows_of_each_reason(tmp_path: Path) -> None:
     empty = [{"prompt": "p", "chosen": "", "rejected": "y"}] * 7
     good: Sequence[Any] = [{"prompt": "p", "completions": ["a", "b", "c"], "ranks": [1, 2, 3]}]
     words = read(tmp_path, *good, *empty, "{").words()
@@ -198,7 +198,7 @@ def test_what_was_read_is_said_with_the_first_rows_of_each_reason(tmp_path: Path
     assert words[1:] == ["  7 empty answer: rows 2, 3, 4, 5, 6, …", "  1 broken line: row 9"]
 
 
-def test_rows_of_all_formats_may_stand_in_one_file(tmp_path: Path) -> None:
+def test_one_file_may_hold_rows_of_all_formats(tmp_path: Path) -> None:
     rows: list[Any] = [
         {"chosen": f"{H}Why?{A}x", "rejected": f"{H}Why?{A}y"},
         {"prompt": "p", "chosen": "a", "rejected": "b", "more": {"deep": [1, "two"]}},
@@ -210,7 +210,7 @@ def test_rows_of_all_formats_may_stand_in_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["system", "system_prompt"])
-def test_a_system_column_stands_before_the_prompt(tmp_path: Path, name: str) -> None:
+def test_a_system_column_precedes_the_prompt(tmp_path: Path, name: str) -> None:
     said = [{"role": "user", "content": "p"}]
     rows = [
         {name: "Be kind.", "question": "p", "chosen": "a", "rejected": "b"},

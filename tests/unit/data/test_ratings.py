@@ -23,14 +23,14 @@ def rated(score: Any) -> str:
     return f'{{"prompt": "p", "completion": "c", "score": {score}}}'
 
 
-def test_a_rating_is_a_prompt_an_answer_and_a_number(tmp_path: Path) -> None:
+def test_a_rating_is_a_prompt_a_completion_and_a_number(tmp_path: Path) -> None:
     chat = {"prompt": [{"role": "user", "content": "q"}], "completion": "c", "score": -1}
     found = read(tmp_path, rated(2.5), chat)
     assert found.rows[0] == Rating(1, "p", "c", 2.5)
     assert found.rows[1].completion == [{"role": "assistant", "content": "c"}]
 
 
-def test_other_names_of_columns_are_read_and_said(tmp_path: Path) -> None:
+def test_other_names_of_columns_are_read_and_reported(tmp_path: Path) -> None:
     found = read(tmp_path, {"question": "p", "response": "c", "rating": 3})
     assert found.rows == [Rating(1, "p", "c", 3.0)]
     assert found.format == "ratings (question as prompt, response as completion, rating as score)"
@@ -65,7 +65,7 @@ def test_a_range_without_room_is_refused(tmp_path: Path) -> None:
         read(tmp_path, rated(1), low=5, high=1)
 
 
-def test_several_answers_with_as_many_scores_are_a_rating_each(tmp_path: Path) -> None:
+def test_several_completions_with_as_many_scores_are_a_rating_each(tmp_path: Path) -> None:
     found = read(tmp_path, {"prompt": "p", "completions": ["a", "b"], "scores": [1, 2], "ranks": [2, 1]})
     assert found.rows == [Rating(1, "p", "a", 1.0), Rating(1, "p", "b", 2.0)]
 
@@ -84,7 +84,7 @@ def test_a_row_without_a_rating_is_skipped_by_its_reason(tmp_path: Path, row: An
     assert [str(s.reason) for s in found.skipped] == [reason]
 
 
-def test_scores_that_a_run_s_rewards_gave_are_said_to_be_no_person_s(tmp_path: Path) -> None:
+def test_scores_of_a_run_s_rewards_are_reported_as_such_and_not_as_a_person_s(tmp_path: Path) -> None:
     """What `raftune samples --json` prints has prompt, completion and score."""
     row = {"sample_id": "0001/p-0/000", "prompt": "p", "completion": "c", "score": 1.5, "rewards/length": 1.5}
     assert "which a run's rewards gave and no person" in read(tmp_path, row).words()[0]

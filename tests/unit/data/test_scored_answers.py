@@ -38,7 +38,7 @@ def learned(
     return [row.completion for row in found.rows], [(one.row, str(one.reason)) for one in found.skipped]
 
 
-def test_scored_answers_are_refused_until_somebody_says_which_to_learn(tmp_path: Path) -> None:
+def test_scored_completions_are_refused_until_somebody_says_which_to_learn(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.path holds answers with a score .* from 1 to 5.*--min-score X.*--keep"):
         learned(tmp_path, ROWS, None, None)
 

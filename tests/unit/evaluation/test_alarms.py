@@ -139,7 +139,7 @@ def test_a_slow_fall_that_no_single_round_shows_is_seen_in_time() -> None:
     assert found is not None
 
 
-def test_named_are_answers_that_the_trained_reward_likes_and_the_judge_does_not() -> None:
+def test_named_are_completions_that_the_trained_reward_likes_and_the_judge_does_not() -> None:
     generator = rng(3)
     trained, held_out = generator.normal(1, 1, (P, K)), generator.normal(-1, 1, (P, K))
     now, then = judged(trained, held_out), judged(trained - 1, held_out + 1, 0)
@@ -181,7 +181,7 @@ def test_without_a_change_of_the_judge_alarms_are_rarer_than_the_chosen_chance()
     assert fired <= 60
 
 
-def test_a_chance_of_zero_differences_is_one_and_more_rounds_than_flips_can_still_be_told() -> None:
+def test_p_of_zero_differences_is_one_and_more_rounds_than_flips_can_still_be_tested() -> None:
     assert alarms.by_chance(np.zeros(20)) == 1.0
     assert alarms.by_chance(np.full(100, -1.0)) < 1e-15
 
@@ -210,7 +210,7 @@ def test_a_healthy_round_raises_nothing() -> None:
         assert look(samples) == []
 
 
-def test_kept_answers_that_all_sound_alike_are_less_varied_and_nearly_the_same() -> None:
+def test_kept_completions_that_all_sound_alike_are_less_varied_and_nearly_the_same() -> None:
     generator = rng(5)
     texts = sentences(generator, 32, K)
     for group in texts:
@@ -251,7 +251,7 @@ def test_sets_of_unlike_sizes_are_not_compared() -> None:
 
 
 @pytest.mark.parametrize(("words", "title"), [(40, "longer"), (5, "shorter")])
-def test_kept_answers_of_another_length_than_drawn_are_a_drift(words: int, title: str) -> None:
+def test_kept_completions_of_another_length_than_generated_are_a_drift(words: int, title: str) -> None:
     generator = rng(8)
     texts = sentences(generator, 32, 16)
     for group, odd in zip(texts, sentences(generator, 32, 1, words), strict=True):
@@ -275,7 +275,7 @@ def test_a_drift_that_the_interval_does_not_show_is_none() -> None:
     assert look(samples) == []
 
 
-def test_one_answer_for_many_prompts_names_its_prompts() -> None:
+def test_one_completion_for_many_prompts_names_its_prompts() -> None:
     generator = rng(10)
     texts = sentences(generator, 32, K)
     for group in texts[:20]:
@@ -286,13 +286,13 @@ def test_one_answer_for_many_prompts_names_its_prompts() -> None:
     assert found["samples"][0]["why"] == "nearly the same as answers kept for 19 other prompts"
 
 
-def test_answers_that_are_alike_from_the_beginning_are_no_alarm() -> None:
+def test_completions_that_are_alike_from_the_beginning_are_no_alarm() -> None:
     generator = rng(11)
     letters = [[str(generator.choice(["A", "B", "C", "D"])) for _ in range(K)] for _ in range(32)]
     assert look(drawn(letters)) == []
 
 
-def test_a_round_with_few_kept_answers_is_too_small_to_judge() -> None:
+def test_a_round_with_few_kept_completions_is_too_small_to_judge() -> None:
     texts = [["please please please please"] * K for _ in range(alarms.FEWEST - 1)]
     first = {"distinct_2": 1.0, "words": 60, "length": 60.0, "near_duplicates": 0.0}
     assert look(drawn(texts), first) == []
@@ -344,7 +344,7 @@ def test_samples_without_a_score_do_not_take_part() -> None:
 # -- the start --------------------------------------------------------------------------------------------------------
 
 
-def test_a_policy_beyond_its_budget_names_the_answers_that_are_farthest_from_the_start() -> None:
+def test_a_policy_beyond_its_budget_names_the_completions_that_are_farthest_from_the_start() -> None:
     ratio = np.arange(P * K, dtype=float).reshape(P, K)
     held_out = judged(np.zeros((P, K)), np.zeros((P, K)), log_ratio=ratio)
     found = alarms.kl_beyond_budget(data(held_out=held_out, max_kl=50.0))
@@ -417,13 +417,13 @@ def test_what_is_tried_raises_what_a_round_of_it_would() -> None:
 
 
 @pytest.mark.parametrize(("share", "raised"), [(0.15, False), (0.25, True)])
-def test_empty_answers_are_an_alarm_from_their_share_on(share: float, raised: bool) -> None:
+def test_empty_completions_are_an_alarm_from_their_share_on(share: float, raised: bool) -> None:
     texts = [[""] * K if i < share * P else group for i, group in enumerate(sentences(rng(), P, K))]
     flags = pa.array([text == "" for group in texts for text in group])
     assert ("empty_answers" in names(look(drawn(texts).append_column("empty", flags)))) is raised
 
 
-def test_kept_answers_that_were_cut_off_are_an_alarm_though_few_that_were_drawn_are() -> None:
+def test_kept_completions_that_were_cut_off_are_an_alarm_though_few_that_were_generated_are() -> None:
     samples = drawn(sentences(rng(), P, K), best=0)
     cut = pa.array([i % K == 0 for i in range(P * K)])
     samples = samples.set_column(samples.column_names.index("clipped"), "clipped", cut)
@@ -446,7 +446,7 @@ def test_one_candidate_a_prompt_is_no_alarm_for_there_was_nothing_to_rank_by_des
     assert look(drawn(sentences(rng(), P, 1), np.zeros((P, 1)))) == []
 
 
-def test_a_policy_that_says_one_thing_is_an_alarm_by_its_held_out_answers() -> None:
+def test_a_policy_that_says_one_thing_is_an_alarm_by_its_held_out_completions() -> None:
     samples = drawn(sentences(rng(), P, K))
     held_out = judged(np.zeros((P, K)), np.zeros((P, K))).drop_columns("held_out")
     held_out = held_out.append_column("content", pa.array(np.repeat(np.arange(P), K)))

@@ -61,5 +61,5 @@ def test_a_held_out_reward_that_falls_while_the_trained_one_rises_stops_the_run(
     assert reason_to_stop(parting, StopConfig(max_falls=3), "reward") is None
 
 
-def test_both_rewards_falling_together_is_no_parting() -> None:
+def test_both_rewards_falling_together_raise_no_divergence_alarm() -> None:
     assert reason_to_stop(rounds(3.0, 2.0, 1.0, held_out=(3.0, 2.0, 1.0)), StopConfig(max_falls=1), "reward") is None

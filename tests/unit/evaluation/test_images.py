@@ -75,7 +75,7 @@ def samples(groups: dict[str, list[Image.Image | None]], **columns: Any) -> pa.T
         ((102, 51, 51), (0.299 * 102 + 0.701 * 51) / 255, 0.5, 0.0, 0.0),
     ],
 )
-def test_a_plain_picture_has_the_numbers_of_its_colour(
+def test_a_plain_image_has_the_numbers_of_its_colour(
     colours: Any, brightness: float, saturation: float, contrast: float, burnt: float
 ) -> None:
     found = look_of(picture(colours))
@@ -95,7 +95,7 @@ def test_half_black_half_white_has_the_largest_contrast() -> None:
     assert look_of(image)["brightness"] == pytest.approx(0.5)
 
 
-def test_a_picture_looks_to_a_metric_as_it_looks_to_the_reward_of_that_name() -> None:
+def test_an_image_looks_to_a_metric_as_it_looks_to_the_reward_of_that_name() -> None:
     image = noise(0)
     pixels = np.asarray(image, np.float64) / 255
     found = look_of(image)
@@ -113,7 +113,7 @@ def test_what_is_looked_at_keeps_no_bytes_and_an_invalid_sample_has_no_looks() -
     np.testing.assert_allclose(small[0].mean(), np.asarray(noise(0)).mean() / 255, atol=0.004)
 
 
-def test_pictures_of_one_prompt_are_as_far_apart_as_their_colours() -> None:
+def test_images_of_one_prompt_are_as_far_apart_as_their_colours() -> None:
     """Black and white are 1 apart; of black, black, white two of three pairs are."""
     black, white = picture((0, 0, 0)), picture((255, 255, 255))
     found = PixelMetrics()(looked_at(samples({"a": [black, white], "b": [black, black, white], "c": [white]})))
@@ -144,7 +144,7 @@ def test_the_nearest_other_one_is_the_same_in_blocks_as_at_once(monkeypatch: pyt
     np.testing.assert_array_equal(which, apart.argmin(axis=1))
 
 
-def test_one_picture_alone_repeats_nothing() -> None:
+def test_one_image_alone_repeats_nothing() -> None:
     found = PixelMetrics()(looked_at(samples({"a": [noise(0)]})))
     assert found["near_duplicates"] == 0.0 and found["pixel_distance"] is None
     assert found["brightness"]["n"] == 1
@@ -157,7 +157,7 @@ def test_invalid_samples_are_counted_and_otherwise_left_out() -> None:
     assert found["saturation"]["n"] == 1
 
 
-def test_without_any_picture_nothing_is_measured() -> None:
+def test_without_any_image_nothing_is_measured() -> None:
     nothing = pa.nulls(2, pa.list_(pa.float32()))
     table = looked_at(samples({"a": [None, None]}, features=nothing, features_start=nothing))
     assert {*PixelMetrics()(table).values(), *FeatureMetrics()(table).values()} == {None}
@@ -195,7 +195,7 @@ def test_the_distance_is_the_mean_over_pairs() -> None:
     assert rms_distance(x) == pytest.approx(np.mean(apart))
 
 
-def test_drift_pairs_the_start_s_picture_of_the_same_prompt_and_seed() -> None:
+def test_drift_pairs_the_start_s_image_of_the_same_prompt_and_seed() -> None:
     kind = pa.list_(pa.float32())
     now = pa.array([[1.0, 0.0], [0.0, 2.0], None, [1.0, 0.0]], kind)
     start = pa.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], None], kind)

@@ -80,7 +80,7 @@ def test_both_orders_are_asked_and_an_identical_pair_is_not() -> None:
 
 
 @pytest.mark.parametrize(("always", "first"), [("A", 1.0), ("B", 0.0)])
-def test_a_judge_who_looks_at_the_place_alone_gives_ties_and_is_found_out(always: str, first: float) -> None:
+def test_a_judge_who_looks_at_the_place_alone_gives_ties_and_is_detected(always: str, first: float) -> None:
     with serving(lambda body: chat(f"[[{always}]]")) as server:
         found = judge(endpoint(server.url), PAIRS[:2])
     assert found.outcomes.tolist() == [0.0, 0.0]
@@ -121,7 +121,7 @@ def test_more_failures_than_verdicts_are_an_error_with_examples() -> None:
     assert "--judge-prompt" in str(refused.value)
 
 
-def test_a_judge_who_begins_with_nonsense_alone_is_not_asked_to_the_end() -> None:
+def test_a_judge_who_starts_with_nonsense_alone_is_not_asked_to_the_end() -> None:
     pairs = [(str(i), "a", "b") for i in range(50)]
     said = re.escape(
         f"no verdict on {FIRST} of {FIRST} questions ({FIRST} nonsense); the other {100 - FIRST} were not asked."
@@ -149,7 +149,7 @@ def test_a_judge_who_is_not_there_is_named() -> None:
 # -- the template ------------------------------------------------------------------------------------------------------
 
 
-def test_what_answers_hold_is_never_taken_for_a_place() -> None:
+def test_what_completions_hold_is_never_taken_for_a_place() -> None:
     [message] = question(SHORT, "{answer_b}", "{prompt}{answer_a}", " spaced \n")
     assert message["content"] == "{answer_b}|{prompt}{answer_a}|spaced"
 

@@ -30,7 +30,7 @@ def test_entropy_is_that_of_the_law_on_samples_in_its_own_proportions() -> None:
     assert EntropyMetrics()(drawn(np.ones(4) / 4))["entropy"]["mean"] == pytest.approx(math.log(4), rel=1e-12)
 
 
-def test_entropy_is_unbiased_where_samples_are_drawn() -> None:
+def test_entropy_is_unbiased_where_samples_are_generated() -> None:
     """The mean over 4,000 prompts lies within 5 standard errors of the truth: by chance it does not once in 1e6."""
     generator = np.random.default_rng(0)
     answers = generator.choice(3, p=P, size=4000 * 2)
@@ -91,12 +91,12 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary_exactly() -> None:
     assert [found[name] for name in ("mean", "low", "high")] == pytest.approx([50.0] * 3)
 
 
-def test_an_impossible_answer_makes_the_perplexity_infinite_and_is_not_dropped() -> None:
+def test_an_impossible_completion_makes_the_perplexity_infinite_and_is_not_dropped() -> None:
     found = PerplexityMetrics()(references((-3.0, 2), (-math.inf, 1)))
     assert found == {"perplexity": None, "references": {"measured": 1, "left_out": 0, "impossible": 1}}
 
 
-def test_without_a_usable_answer_there_is_no_perplexity() -> None:
+def test_without_a_usable_completion_there_is_no_perplexity() -> None:
     assert PerplexityMetrics()(references((None, None)))["perplexity"] is None
 
 
@@ -110,7 +110,7 @@ def test_texts_are_measured_over_all_and_inside_a_prompt() -> None:
     assert found["msttr_100"] is None
 
 
-def test_one_answer_a_prompt_is_similar_to_nothing() -> None:
+def test_one_completion_a_prompt_is_similar_to_nothing() -> None:
     assert TextMetrics()(pa.table({"prompt_id": ["a", "b"], "completion": ["x", "x"]}))["similarity"] is None
 
 
@@ -164,7 +164,7 @@ def test_an_interval_that_an_older_version_wrote_of_too_few_prompts_is_not_shown
     assert next(measures({"reward": old})).interval == "none, n = 1"
 
 
-def test_kl_is_told_by_answer_and_by_token() -> None:
+def test_kl_is_reported_per_completion_and_per_token() -> None:
     table = pa.table(
         {
             "prompt_id": ["a", "a", "b"],

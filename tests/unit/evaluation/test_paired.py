@@ -94,7 +94,7 @@ def test_what_rounding_explains_is_a_tie_at_any_scale() -> None:
         assert outcomes(a, b).tolist() == [0, -1, 0, 1]
 
 
-def test_ties_can_be_made_as_wide_as_one_likes() -> None:
+def test_the_width_of_ties_is_an_option() -> None:
     a, b = np.array([1.0, 1.0, 1.0]), np.array([1.5, 1.6, 0.2])
     assert outcomes(a, b, 0.5).tolist() == [0, -1, 1]
     found = compared([0, 1, 2], a.tolist(), b.tolist(), tie_within=0.5)
@@ -146,7 +146,7 @@ def test_p_of_many_prompts_is_near_that_of_every_assignment() -> None:
         assert abs(p - exact) <= 5 * np.sqrt(exact * (1 - exact) / FLIPS) + 1 / FLIPS
 
 
-def test_p_is_never_below_what_the_draws_resolve_and_is_the_same_each_time() -> None:
+def test_p_is_never_below_what_the_samples_resolve_and_is_the_same_each_time() -> None:
     differences = np.full(60, 1.0)
     assert sign_flip(differences) == (1 / (FLIPS + 1), FLIPS) == sign_flip(differences)
 

@@ -84,7 +84,7 @@ def test_contrast_that_is_lost_is_seen() -> None:
     assert found.numbers["selected"]["mean"] < 0.05 < found.numbers["first"]
 
 
-def test_draws_of_a_prompt_that_come_together_are_seen_and_the_most_alike_are_named() -> None:
+def test_samples_of_a_prompt_that_come_together_are_seen_and_the_most_alike_are_named() -> None:
     alike = colours(0)
     alike[:] = alike[:, :1] + np.arange(K)[None, :, None, None] * 5
     alike[3] = alike[3, 0]
@@ -94,7 +94,7 @@ def test_draws_of_a_prompt_that_come_together_are_seen_and_the_most_alike_are_na
     assert "near_duplicates" not in found  # they are alike inside a prompt, not across
 
 
-def test_pictures_kept_for_different_prompts_that_are_the_same_are_seen_and_named_with_their_twin() -> None:
+def test_images_kept_for_different_prompts_that_are_the_same_are_seen_and_named_with_their_twin() -> None:
     same = colours(0)
     same[: P // 2, 1] = same[0, 1]
     found = raised(drawn(same))["near_duplicates"]
@@ -120,7 +120,7 @@ def test_thresholds_are_read() -> None:
     assert "near_duplicates" not in raised(drawn(same), duplicate_rise=0.6)
 
 
-def test_few_pictures_raise_nothing() -> None:
+def test_few_images_raise_nothing() -> None:
     strong = colours(0, 20.0)
     strong[:, 1, :, 0], strong[:, 1, :, 1:] = 250, 5
     assert raised(drawn(strong).slice(0, 15 * K)) == {}

@@ -106,7 +106,7 @@ def test_a_small_data_set_bounds_the_round() -> None:
     assert amounts(config(prompts_per_round=64), train=7, held_out=0).prompts == 7
 
 
-def test_other_sources_compete_but_are_not_drawn() -> None:
+def test_other_sources_compete_but_are_not_generated() -> None:
     sampling = {"num_generations": 4, "candidate_columns": ["human"], "teacher": {"model": "t", "num_generations": 2}}
     found = amounts(config(prompts_per_round=10, sampling=sampling), train=100, held_out=0)
     assert (found.drawn, found.competing) == (40, 70)
@@ -289,7 +289,7 @@ def test_the_memory_of_the_probe_is_measured_and_scaled_to_the_run(folder: Path)
 
 
 @pytest.mark.parametrize("root", ["/proc/x", "/proc/self/y/z"])
-def test_a_directory_that_cannot_be_written_is_refused_when_planned_and_before_a_run_begins(
+def test_a_directory_that_cannot_be_written_is_refused_when_planned_and_before_a_run_starts(
     folder: Path, root: str
 ) -> None:
     with pytest.raises(StoreError, match="output_dir must be in a folder that can be written"):
@@ -298,7 +298,7 @@ def test_a_directory_that_cannot_be_written_is_refused_when_planned_and_before_a
         run(tiny.config(Path(root)), tiny.objects())
 
 
-def test_answers_in_the_data_that_cannot_be_used_are_refused_when_planned(folder: Path, tmp_path: Path) -> None:
+def test_completions_in_the_data_that_cannot_be_used_are_refused_when_planned(folder: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"say {n}", "human": "yes" if n != 7 else None} for n in range(12)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = {"data": {"prompts": str(tmp_path / "p.jsonl")}, "evaluation": {"num_prompts": 0}}
@@ -311,7 +311,7 @@ def test_answers_in_the_data_that_cannot_be_used_are_refused_when_planned(folder
         planned(folder, training={"reference": reference}, **data)
 
 
-def test_a_column_of_candidates_that_is_not_there_is_refused_before_a_run_draws(tmp_path: Path) -> None:
+def test_a_missing_column_of_candidates_is_refused_before_generation(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"sampling": {"candidate_columns": ["teacher"]}}
     with pytest.raises(DataError, match="candidate_columns names 'teacher', which the prompts lack"):
         run(tiny.config(tmp_path / "run", **changes), tiny.objects())
@@ -346,20 +346,20 @@ def test_notes_say_what_was_perhaps_not_meant(folder: Path, tmp_path: Path) -> N
         assert words in notes
 
 
-def test_a_fallback_to_generate_is_said_with_its_reason(folder: Path) -> None:
+def test_a_fallback_to_generate_is_reported_with_its_reason(folder: Path) -> None:
     found = planned(folder, measured=True, sampling={"generation_kwargs": {"num_beams": 4}})
     assert any("generated through `generate`" in note for note in found.notes)
     assert found.probe is not None
     assert found.probe.generation.startswith("`generate`") and "num_beams" in found.probe.generation
 
 
-def test_rewards_that_cannot_rank_are_noted(folder: Path) -> None:
+def test_rewards_that_cannot_rank_are_recorded(folder: Path) -> None:
     reward = {"spec": "length", "options": {"min": 0}}
     found = planned(folder, measured=True, rewards={"reward_funcs": [reward]})
     assert any("all tried samples scored 0" in note for note in found.notes)
 
 
-def test_what_a_round_of_such_samples_would_raise_an_alarm_for_is_said(folder: Path) -> None:
+def test_what_a_round_of_such_samples_would_raise_an_alarm_for_is_reported(folder: Path) -> None:
     cut = {"sampling": {"max_completion_length": 1}}
     notes = [note for note in planned(folder, measured=True, **cut).notes if "raises an alarm" in note]
     assert any("cut off" in note for note in notes), notes
@@ -367,7 +367,7 @@ def test_what_a_round_of_such_samples_would_raise_an_alarm_for_is_said(folder: P
     assert not any("raises an alarm" in note for note in quiet)
 
 
-def test_answers_that_are_all_cut_off_are_noted_where_such_are_not_learned_from(folder: Path) -> None:
+def test_completions_that_are_all_cut_off_are_recorded_where_such_are_not_learned_from(folder: Path) -> None:
     cut = {"sampling": {"num_generations": 1, "max_completion_length": 1}, "selection": {"rule": "random"}}
     found = planned(folder, measured=True, training={"mask_truncated_completions": True}, **cut)
     assert any("tried samples were cut off at max_completion_length" in note for note in found.notes)

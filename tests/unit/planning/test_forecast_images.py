@@ -87,7 +87,7 @@ def done(folder: Path) -> tuple[Path, Counter[str]]:
     return folder / "done", counted
 
 
-def test_pictures_and_forwards_are_those_of_the_run(folder: Path, done: tuple[Path, Counter[str]]) -> None:
+def test_images_and_forwards_are_those_of_the_run(folder: Path, done: tuple[Path, Counter[str]]) -> None:
     root, counted = done
     found = planned(folder)
     assert found.work is not None
@@ -108,7 +108,7 @@ def test_an_adapter_and_latents_are_as_large_as_planned(folder: Path, done: tupl
 
 
 @pytest.mark.slow
-def test_a_probe_times_drawing_scoring_and_tuning_and_weighs_a_picture(folder: Path) -> None:
+def test_a_probe_times_generation_scoring_and_training_and_measures_an_image_s_size(folder: Path) -> None:
     found = planned(folder, measured=True)
     assert found.seconds is not None and found.probe is not None
     assert all(found.seconds[name] > 0 for name in ("generating", "scoring", "training"))

@@ -89,7 +89,7 @@ def here(name: str) -> str:
         ("Silent", r"Silent\.payload says that completion is never null"),
     ],
 )
-def test_draws_that_are_not_what_was_asked_for_end_the_run_in_words(name: str, words: str, tmp_path: Path) -> None:
+def test_samples_that_do_not_match_the_plan_end_the_run_with_an_error(name: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=words):
         run(configured(here(name), tmp_path / "run"), tiny.objects())
 
@@ -129,14 +129,14 @@ def test_what_a_class_lacks_is_named_all_at_once(tmp_path: Path) -> None:
         family(tmp_path, "class Mine:\n    media = 'image'\n    def start(self): ...\n")
 
 
-def test_what_a_loaded_policy_lacks_is_named_before_anything_is_drawn(tmp_path: Path) -> None:
+def test_what_a_loaded_policy_lacks_is_named_before_generation(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(WHOLE)
     config = tiny.config(tmp_path / "run", policy={"family": f"{tmp_path / 'mine.py'}:Mine"})
     with pytest.raises(ConfigError, match=r"a Mine\) must have .*; it lacks nbytes, generate, encode_completion"):
         run(config, tiny.objects())
 
 
-def test_a_start_that_writes_nothing_is_told_so(tmp_path: Path) -> None:
+def test_a_start_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(WHOLE.replace('(out / "model.txt").touch()', "..."))
     config = tiny.config(tmp_path / "run", policy={"family": f"{tmp_path / 'mine.py'}:Mine"})
     with pytest.raises(ModelError, match="must write its start model into the folder `out`; it wrote nothing"):

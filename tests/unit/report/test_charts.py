@@ -60,7 +60,7 @@ def bars(svg: ElementTree.Element) -> list[tuple[float, float]]:
     [(), (1.0,), (0.0,), (-3.0,), (2.0, 2.0, 2.0), (1e-9, 2e-9), (1e12, -1e12), (0.1, None, 0.3), (None, None)],
     ids=str,
 )
-def test_any_numbers_are_drawn_inside_the_picture(values: tuple[float | None, ...]) -> None:
+def test_any_numbers_are_plotted_inside_the_chart(values: tuple[float | None, ...]) -> None:
     svg = drawn(series(*values), mark=(0, "published"))
     found = coordinates(svg)
     assert all(math.isfinite(n) and -10 <= n <= 410 for n in found)
@@ -94,7 +94,7 @@ def test_what_was_not_measured_is_a_gap_whether_none_or_nan() -> None:
         assert len(circles(svg)) == 4
 
 
-def test_higher_numbers_are_drawn_higher_and_later_rounds_further_right() -> None:
+def test_higher_numbers_are_plotted_higher_and_later_rounds_further_right() -> None:
     places = circles(drawn(series(1.0, 5.0, 3.0)))
     assert [x for x, _ in places] == sorted(x for x, _ in places)
     assert places[1][1] < places[2][1] < places[0][1]
@@ -115,7 +115,7 @@ def test_the_labels_of_lines_that_end_together_do_not_lie_on_each_other() -> Non
     assert min(np.diff(heights)) >= 13
 
 
-def test_who_does_not_see_it_hears_a_title_and_a_description() -> None:
+def test_a_chart_has_a_title_and_a_description_for_screen_readers() -> None:
     svg = drawn(series(1.0, 2.0), description="policy from 1 to 2")
     assert svg.get("role") == "img"
     assert svg.get("aria-label") == "Reward"
@@ -137,7 +137,7 @@ def test_a_chart_that_stands_alone_is_a_file_of_its_own() -> None:
     assert "<style" not in inside
 
 
-def test_no_colour_and_no_style_stand_in_a_chart_of_the_page() -> None:
+def test_a_chart_of_the_page_has_no_colour_and_no_style() -> None:
     picture = line_chart([series(1.0, 2.0, band=0.3)], title="Reward", mark=(1, "published"))
     assert not re.search(r'\b(style|fill|stroke|onload|href)=', picture)  # fmt: skip
 

@@ -68,14 +68,14 @@ def test_the_sentence_tells_the_best_round_the_start_and_the_alarms(tmp_path: Pa
     )
 
 
-def test_a_held_out_reward_that_was_higher_before_is_said(tmp_path: Path) -> None:
+def test_a_held_out_reward_that_was_higher_before_is_reported(tmp_path: Path) -> None:
     rounds = [{"reward": interval(n), "held_out": interval(h)} for n, h in ((0, 1.0), (1, 3.0), (2, 1.2))]
     assert "(3.00 at its highest, in round 1)" in sentence(collect(run_of(tmp_path / "a", *rounds, best=2)))
     within = [{"reward": interval(n), "held_out": interval(h)} for n, h in ((0, 1.0), (1, 1.25), (2, 1.2))]
     assert "at its highest" not in sentence(collect(run_of(tmp_path / "b", *within, best=2)))
 
 
-def test_a_start_that_no_round_was_better_than_is_said(tmp_path: Path) -> None:
+def test_a_start_that_no_round_was_better_than_is_reported(tmp_path: Path) -> None:
     rounds = [{"reward": interval(2.0)}, {"reward": interval(1.0)}]
     told = sentence(collect(run_of(tmp_path / "run", *rounds)))
     assert told == "No round was better than the start: the reward is 2.00. No guards looked at it."
@@ -109,7 +109,7 @@ def test_there_is_a_chart_of_each_thing_that_was_measured_and_of_no_other(tmp_pa
     assert names == ["reward", "held-out", "best-of-k", "kl", "variety", "length", "cut-off", "perplexity", "entropy"]
 
 
-def test_drawn_stands_against_selected_where_the_guards_measured_both(tmp_path: Path) -> None:
+def test_generated_is_shown_beside_selected_where_the_guards_measured_both(tmp_path: Path) -> None:
     root = run_of(tmp_path / "run", {"reward": interval(1.0)}, {"reward": interval(2.0)}, best=1)
     sets = {"generated": {"length": 20.0, "similarity": 0.1}, "selected": {"length": 30.0}}
     commit_json(RunFolder(root), 1, "guard", {"metrics.json": sets, "alarms.json": []})
@@ -132,11 +132,11 @@ def test_half_of_k_is_worth_its_share_of_the_gain() -> None:
 
 
 @pytest.mark.parametrize("curve", [{}, {1: 0.0}, {1: 0.0, 2: 1.0}, {1: 1.0, 2: 1.0, 4: 1.0}])
-def test_of_a_curve_without_a_gain_nothing_is_said(curve: dict[int, float]) -> None:
+def test_of_a_curve_without_a_gain_nothing_is_reported(curve: dict[int, float]) -> None:
     assert worth({k: ChartPoint(k, mean) for k, mean in curve.items()}) == ""
 
 
-def test_what_pictures_measured_is_drawn_and_what_they_did_not_is_not(tmp_path: Path) -> None:
+def test_measured_image_metrics_are_plotted_and_others_are_not(tmp_path: Path) -> None:
     measured = {
         "saturation": interval(0.4),
         "feature_distance": interval(0.3),

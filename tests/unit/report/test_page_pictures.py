@@ -26,7 +26,7 @@ def shown(picture: EmbeddedImage) -> bytes:
     return base64.b64decode(picture.src.partition(",")[2])
 
 
-def test_a_small_picture_is_embedded_as_it_lies_on_disk_also_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_image_is_embedded_as_stored_also_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     small = png(RED, BLUE, size=(64, 48))
     found = embed(small, PLACE)
@@ -35,7 +35,7 @@ def test_a_small_picture_is_embedded_as_it_lies_on_disk_also_without_pillow(monk
     assert (found.width, found.height, found.lies) == (64, 48, None)
 
 
-def test_a_larger_picture_becomes_a_thumbnail_that_says_where_the_picture_lies() -> None:
+def test_a_larger_image_becomes_a_thumbnail_that_says_where_the_image_lies() -> None:
     image = pytest.importorskip("PIL.Image")
     found = embed(png(RED, BLUE, size=(600, 300)), PLACE)
     assert image.open(io.BytesIO(shown(found))).size == (256, 128)
@@ -53,7 +53,7 @@ def test_a_larger_picture_becomes_a_thumbnail_that_says_where_the_picture_lies()
         (lambda whole: png(RED, size=(4, 3))[:33] + whole[33:], "bytes of pixels, not"),
     ],
 )
-def test_a_small_picture_that_is_damaged_is_refused_with_the_reason(damage: Any, why: str) -> None:
+def test_a_small_image_that_is_damaged_is_refused_with_the_reason(damage: Any, why: str) -> None:
     with pytest.raises(DataError, match=why):
         embed(damage(png(RED, BLUE, size=(4, 4))), PLACE)
 
@@ -77,7 +77,7 @@ class Shelf:
         return self.album.up_to(items, most, lambda item: [self.names[number] for number in item])
 
 
-def test_items_are_shown_while_their_pictures_fit_and_one_always_is(
+def test_items_are_shown_while_their_images_fit_and_one_always_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     shelf = Shelf(monkeypatch, tmp_path, 40)
@@ -90,7 +90,7 @@ def test_items_are_shown_while_their_pictures_fit_and_one_always_is(
     assert shelf.up_to([[30]], 0) == [[30]]
 
 
-def test_a_picture_that_the_page_shows_already_costs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_image_that_the_page_shows_already_costs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shelf = Shelf(monkeypatch, tmp_path, 4)
     assert shelf.up_to([[0], [1]], 10**6) == [[0], [1]]
     assert shelf.up_to([[2], [0], [1], [3]], embed(shelf.files[2], PLACE).nbytes + 10) == [[2], [0], [1]]

@@ -33,13 +33,13 @@ def row(html: str, name: str) -> str:
     return found[0]
 
 
-def test_a_field_that_differs_stands_beside_its_default(html: str) -> None:
+def test_a_changed_field_is_shown_beside_its_default(html: str) -> None:
     assert re.fullmatch(r'<tr class="changed">.*<td>top_m</td><td>best_of_k</td></tr>', row(html, "selection.rule"))
     assert re.fullmatch(r'<tr class="changed">.*<td>7</td><td>0</td></tr>', row(html, "seed"))
     assert row(html, "sampling.temperature").startswith("<tr><th")
 
 
-def test_a_field_without_a_default_is_said_to_be_required() -> None:
+def test_a_field_without_a_default_is_listed_as_required() -> None:
     rows = {name: field_row(name, info, value) for name, info, value in fields_of(CausalLMPolicy(model="gpt2"))}
     assert (rows["model"]["value"], rows["model"]["default"]) == ("gpt2", "required")
     assert rows["dtype"]["default"] != "required"
@@ -50,7 +50,7 @@ def test_every_field_says_what_it_does_and_none_says_where_it_lay(html: str, roo
     assert str(root) not in html
 
 
-def test_the_configuration_stands_as_it_was_written(html: str) -> None:
+def test_the_configuration_is_shown_as_it_was_written(html: str) -> None:
     assert "rule: top_m\n  m: 2" in html
 
 

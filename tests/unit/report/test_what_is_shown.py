@@ -70,7 +70,7 @@ def test_a_size_is_that_of_the_utf8_that_is_written() -> None:
     assert encoded_size("\ud800") > 0
 
 
-def test_answers_of_code_and_markup_weigh_what_their_escapes_weigh_in_the_page() -> None:
+def test_completions_of_code_and_markup_weigh_what_their_escapes_weigh_in_the_page() -> None:
     items = ["<a>&" * 100] * 50
     kept = up_to(items, 20_000, encoded_size)
     assert 0 < len(kept) < len(items)
@@ -103,7 +103,7 @@ def test_content_that_is_no_text_stays_what_json_can_hold() -> None:
     assert content({"image": "data:,x"}) == {"image": "data:,x"}
 
 
-def test_of_many_rounds_the_start_the_best_the_last_and_those_of_alarms_have_their_pictures() -> None:
+def test_of_many_rounds_the_start_the_best_the_last_and_those_of_alarms_have_their_images() -> None:
     assert rounds_seen([0, 1, 2], 1, set()) == [0, 1, 2]
     seen = rounds_seen(list(range(51)), 33, {7, 99})
     assert seen == sorted(seen)

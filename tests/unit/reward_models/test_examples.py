@@ -90,7 +90,7 @@ def test_pairs_that_are_alike_once_they_are_cut_are_skipped_and_named(tmp_path: 
         read_examples(alike, tokenizer, ClassifierInputs(limit=10))
 
 
-def test_ranked_answers_are_pairs_of_one_prompt(tmp_path: Path) -> None:
+def test_ranked_completions_are_pairs_of_one_prompt(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "completions": ["a", "b", "c"], "ranks": [1, 2, 3]} for i in range(4)]
     source, split = read_examples(
         config_for(write(tmp_path / "a.jsonl", rows), tmp_path, tmp_path), tiny_tokenizer(), ClassifierInputs()

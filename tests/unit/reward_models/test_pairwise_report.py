@@ -61,14 +61,14 @@ def test_certainty_itself_falls_into_the_last_bin() -> None:
     assert calibration(np.array([1e6, -1e6, 0.0]))["bins"][-1]["pairs"] == 2
 
 
-def test_accuracy_is_told_by_how_much_longer_the_preferred_answer_is() -> None:
+def test_accuracy_is_reported_by_how_much_longer_the_preferred_completion_is() -> None:
     lengths = [(1, 10), (8, 10), (10, 10), (10, 8), (10, 1)]
     bins = report([1, -1, 1, -1, 1], lengths)["length"]["bins"]
     assert [one["pairs"] for one in bins] == [1] * 5
     assert [one["accuracy"]["mean"] for one in bins] == [1, 0, 1, 0, 1]
 
 
-def test_a_ruler_is_found_out_in_either_direction() -> None:
+def test_a_ruler_is_detected_in_either_direction() -> None:
     longer = np.array([[10.0, 5.0]] * 30 + [[5.0, 10.0]] * 5)
     prompts = np.arange(35)
     margins = longer[:, 0] - longer[:, 1]
@@ -84,7 +84,7 @@ def test_a_model_that_is_right_against_length_too_is_no_ruler() -> None:
     assert not found["only_length"] and found["gain_over_length"]["low"] > 0
 
 
-def test_empty_answers_are_measured_too() -> None:
+def test_empty_completions_are_measured_too() -> None:
     found = length_report(np.array([1.0, 1.0]), np.zeros((2, 2)), np.arange(2))
     assert found["bins"][2]["pairs"] == 2
 
@@ -95,7 +95,7 @@ def test_the_interval_must_lie_above_a_coin() -> None:
     assert not verdict("pairwise", report([1.0] * 9))[0]
 
 
-def test_a_verdict_says_that_the_longer_answer_wins_as_often() -> None:
+def test_a_verdict_says_that_the_longer_completion_wins_as_often() -> None:
     """Right in 30 of 35 pairs, as the rule is: better than a coin, and than a ruler not."""
     longer = np.array([[10.0, 5.0]] * 30 + [[5.0, 10.0]] * 5)
     found = pairwise_report(longer, longer, np.arange(35))

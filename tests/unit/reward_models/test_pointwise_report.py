@@ -62,7 +62,7 @@ def test_deciles_hold_all_rows_from_the_lowest_prediction_to_the_highest() -> No
     assert found["expected_error"] == pytest.approx(1.0)
 
 
-def test_scores_are_told_in_the_ratings_own_unit() -> None:
+def test_scores_are_reported_in_the_ratings_own_unit() -> None:
     standard = (RATINGS - 3.0) / 2.0
     report = pointwise_report(standard, RATINGS, np.ones(12), np.arange(12), 3.0, 2.0)
     assert report["mse"]["mean"] == 0.0 and report["mse_of_mean"]["mean"] == pytest.approx(((RATINGS - 3) ** 2).mean())

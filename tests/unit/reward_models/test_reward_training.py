@@ -182,7 +182,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(data: str, place: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["marked", "rated"])
-def test_a_training_that_is_asked_to_stop_keeps_the_step_that_it_was_at(data: str, place: Path, tmp_path: Path) -> None:
+def test_training_that_is_interrupted_keeps_its_current_step(data: str, place: Path, tmp_path: Path) -> None:
     changes = {"max_steps": 10, "allow_chance": True}
     whole, cut = (asked(place, data, "llama", tmp_path / name, **changes) for name in ("whole", "cut"))
     train(whole)
@@ -252,7 +252,7 @@ def test_other_data_under_the_same_name_is_refused_in_the_middle(place: Path, tm
         train(config)
 
 
-def test_what_failed_before_anything_was_computed_may_be_mended_in_place(place: Path, tmp_path: Path) -> None:
+def test_what_failed_before_anything_was_computed_may_be_fixed_in_place(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="what transformers' Trainer takes"):
         train(asked(place, "marked", "llama", tmp_path, lr_scheduler_type="no such"))
     train(asked(place, "marked", "llama", tmp_path, max_steps=1, allow_chance=True))
@@ -294,7 +294,7 @@ def test_a_reward_model_can_be_trained_further(place: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_tokenizer_without_a_pad_token_is_made_do_and_said(place: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_pad_token_is_made_do_and_reported(place: Path, tmp_path: Path) -> None:
     model = tiny_llama()
     model.config.pad_token_id = None
     with quiet():
@@ -385,7 +385,7 @@ def test_every_skipped_row_is_named(place: Path, tmp_path: Path) -> None:
     assert {one["reason"] for one in named} == {"chosen equal to rejected", "missing column", "broken line"}
 
 
-def test_a_row_of_both_kinds_is_told_what_it_is_for(place: Path, tmp_path: Path) -> None:
+def test_a_row_of_both_kinds_is_refused_with_what_it_is_for(place: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "neither.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(DataError) as caught:
         train(config_for(data, place / "llama", tmp_path / "rm"))

@@ -46,7 +46,7 @@ def test_a_reward_in_its_own_process_is_checked_there() -> None:
     assert (report.place, report.ok, report.statuses) == ("process", True, {"ok": 16})
 
 
-def test_the_keywords_that_a_reward_takes_are_told() -> None:
+def test_the_keywords_that_a_reward_takes_are_listed() -> None:
     report = check_reward(lambda completions, answer: [1.0 * (a is None) for a in answer])
     assert report.accepts == ("answer", "completions")
     assert report.findings[0].startswith("takes only answer, completions: other columns do not reach it")
@@ -76,7 +76,7 @@ def test_failing_samples_are_counted_and_shown() -> None:
     assert "gives every sample the same value: there is nothing to rank" in report.findings
 
 
-def test_a_wrong_length_is_told_with_both_numbers() -> None:
+def test_a_wrong_length_is_reported_with_both_numbers() -> None:
     report = check_reward(lambda completions, **kwargs: [1.0])
     assert (report.returned, report.samples) == (1, 16)
     assert "returns 1 values for 16 completions: it must return one for each" in report.findings
@@ -123,7 +123,7 @@ def test_our_own_samples_have_every_column_in_full() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_names_a_failure_once_hints_at_pictures_and_calls_no_constant_fine(
+def test_the_command_names_a_failure_once_hints_at_images_and_calls_no_constant_fine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "rewards.py").write_text(

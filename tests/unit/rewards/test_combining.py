@@ -165,7 +165,7 @@ def test_ranks_reach_over_the_calls_of_a_reward() -> None:
     assert raw[0] == [0.0, -0.5, -1.0, -1.5, -2.5]
 
 
-def test_prompts_of_equal_content_can_be_told_apart() -> None:
+def test_prompts_of_equal_content_can_be_distinguished() -> None:
     with load_panel(config("rank")) as panel:
         alone = panel.score(BATCH, groups=range(len(BATCH)))
         assert [score.value for score in alone] == [1.0] * 5
@@ -188,7 +188,7 @@ def test_the_fingerprint_follows_the_way_of_combining_and_the_thresholds() -> No
 # -- what the guards look at -------------------------------------------------------------------------------------------
 
 
-def test_what_counts_stands_beside_the_values_where_it_differs() -> None:
+def test_counted_values_are_stored_beside_raw_values_where_they_differ() -> None:
     table = pa.table(
         {
             "prompt_id": ["p", "p", "p", "q"],

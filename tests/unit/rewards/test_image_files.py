@@ -38,7 +38,7 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_a_folder_with_metadata_gives_pictures_prompts_and_columns(folder: Path) -> None:
+def test_a_folder_with_metadata_gives_images_prompts_and_columns(folder: Path) -> None:
     rows = [{"file_name": f"{i}.png", "text": f"grey {i}", "shade": i} for i in (2, 0)]
     lines(folder / "metadata.jsonl", [*rows, {"file_name": "9.png", "text": "x"}, {"text": "no name"}])
     found = read_answers(str(folder))
@@ -61,7 +61,7 @@ def test_a_folder_without_prompts_says_how_to_give_them(folder: Path) -> None:
         read_answers(str(folder))
 
 
-def test_paths_in_a_file_begin_where_the_file_lies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_in_a_file_are_relative_to_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     path = lines(folder / "rows.jsonl", [{"prompt": "a", "image": "1.png"}, {"prompt": "b", "image": "gone.png"}])
     found = read_answers(str(path))
@@ -69,7 +69,7 @@ def test_paths_in_a_file_begin_where_the_file_lies(folder: Path, monkeypatch: py
     assert "gone.png" in found.skipped[0].detail
 
 
-def test_parquet_holds_bytes_or_what_datasets_makes_of_pictures(folder: Path) -> None:
+def test_parquet_holds_bytes_or_what_datasets_makes_of_images(folder: Path) -> None:
     png = png_of(Image.open(folder / "1.png"))
     for name, values in {"completion": [png], "image": [{"bytes": png, "path": None}]}.items():
         pq.write_table(pa.table({"prompt": ["a"], name: values}), folder / "rows.parquet")
@@ -77,13 +77,13 @@ def test_parquet_holds_bytes_or_what_datasets_makes_of_pictures(folder: Path) ->
     assert str(read_answers(str(folder / "rows.parquet")).written[0]).endswith(".png")
 
 
-def test_rows_without_any_picture_are_refused_with_the_reason(folder: Path) -> None:
+def test_rows_without_any_image_are_refused_with_the_reason(folder: Path) -> None:
     path = lines(folder / "rows.jsonl", [{"prompt": "a", "image": "9.png"}])
     with pytest.raises(DataError, match=r"must hold images .*; all rows were skipped: 1 broken line: row 1"):
         read_answers(str(path))
 
 
-def test_score_writes_a_row_a_picture_with_its_path(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_writes_a_row_an_image_with_its_path(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = lines(folder / "rows.jsonl", [{"prompt": "a", "image": f"{i}.png", "shade": i} for i in range(3)])
     out = folder / "out.jsonl"
     assert main(["reward", "score", "colour", str(path), "--out", str(out), "--json"]) == 0
@@ -95,7 +95,7 @@ def test_score_writes_a_row_a_picture_with_its_path(folder: Path, capsys: pytest
 
 
 @pytest.mark.slow
-def test_check_tries_a_persons_own_pictures_or_ours(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_tries_a_persons_own_images_or_ours(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines(folder / "metadata.jsonl", [{"file_name": f"{i}.png", "prompt": "a"} for i in range(3)])
     for samples, count, mixed in ((["--samples", str(folder)], 3, None), ([], 16, True)):
         assert main(["reward", "check", "colour", "--json", *samples]) == 0
@@ -116,7 +116,7 @@ def test_check_tries_a_persons_own_pictures_or_ours(folder: Path, capsys: pytest
     assert json.loads(capsys.readouterr().out)["batch_independent"] is False
 
 
-def test_the_word_starter_means_the_reward_of_pictures_where_the_file_holds_some(
+def test_the_word_starter_means_the_reward_of_images_where_the_file_holds_some(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines(folder / "metadata.jsonl", [{"file_name": f"{i}.png", "prompt": "a red circle"} for i in range(3)])

@@ -202,7 +202,7 @@ def test_an_objects_fingerprint_does_not_depend_on_addresses_clients_or_the_orde
     assert of(closing_over(loop)) == of(closing_over(loop))
 
 
-def test_code_without_a_source_is_told_apart_by_its_constants_and_names() -> None:
+def test_code_without_a_source_is_distinguished_by_its_constants_and_names() -> None:
     made = {}
     for text in ("x < 3", "x < 4", "y < 3", "x in {'a', 'b'}"):
         space: dict[str, Any] = {}
@@ -227,7 +227,7 @@ def test_functions_that_take_what_they_name_say_so() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"model": "no-such-owner/no-such-model"}])
-def test_a_name_that_the_hub_does_not_give_is_told_in_a_line_without_the_page_of_its_client(
+def test_a_name_missing_on_the_hub_is_one_line_without_the_clients_text(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = "We couldn't connect to 'https://hub.example' to load the files. See how to run the library in offline mode."

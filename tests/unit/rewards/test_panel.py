@@ -304,7 +304,7 @@ def test_weights_must_match_the_rewards_and_be_finite(weights: list[float]) -> N
         RewardSet([gives(1), gives(2)], names=["a", "b"], weights=weights)
 
 
-def test_the_panels_fingerprint_follows_names_weights_and_rewards() -> None:
+def test_the_reward_set_s_fingerprint_follows_names_weights_and_rewards() -> None:
     def of(*rewards: Any, **options: Any) -> str:
         with RewardSet(list(rewards), **options) as panel:
             return panel.fingerprint

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from raftune.config.rewards import RewardsConfig, RewardSpec
 
 
-def test_a_plain_string_stands_for_a_spec() -> None:
+def test_a_plain_string_is_a_spec() -> None:
     config = RewardsConfig(reward_funcs=("length", {"spec": "regex", "weight": 2.0, "options": {"pattern": "a"}}))
     assert config.reward_funcs[0] == RewardSpec(spec="length")
     assert config.reward_funcs[1].weight == 2.0

@@ -70,7 +70,7 @@ class Painted(tiny.Dressed):
 
 
 @pytest.mark.parametrize("field", ["min_length", "max_length"])
-def test_a_window_of_lengths_is_refused_for_pictures_before_anything_is_drawn(field: str, tmp_path: Path) -> None:
+def test_a_window_of_lengths_is_refused_for_images_before_generation(field: str, tmp_path: Path) -> None:
     policy = {"family": f"{__name__}:Painted", "options": {"num_prompts": 4, "num_answers": 5}}
     with pytest.raises(ConfigError, match=rf"selection\.{field} is about lengths, and an image has none; got 5"):
         run(tiny.config(tmp_path / "run", policy=policy, selection={field: 5}), tiny.objects())

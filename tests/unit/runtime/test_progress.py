@@ -64,7 +64,7 @@ def test_the_lines_say_what_is_on_disk(tmp_path: Path) -> None:
     assert " 8/32 " in text
 
 
-def test_columns_stand_under_their_titles(tmp_path: Path) -> None:
+def test_columns_are_aligned_with_their_titles(tmp_path: Path) -> None:
     text, _ = watched(tmp_path / "run", paper())
     assert len({len(line) for line in table(text)}) == 1
 
@@ -104,7 +104,7 @@ def test_a_finished_run_is_shown_and_nothing_was_worked_on(tmp_path: Path) -> No
     assert not progress.worked
 
 
-def test_what_changed_and_what_was_set_aside_is_said(tmp_path: Path) -> None:
+def test_what_changed_and_what_was_set_aside_is_reported(tmp_path: Path) -> None:
     watched(tmp_path / "run", paper())
     text, _ = watched(tmp_path / "run", paper(), num_rounds=3)
     assert "num_rounds: 2 → 3" in text
@@ -150,7 +150,7 @@ def test_the_time_left_is_what_the_stages_took_before() -> None:
     ("seconds", "words"),
     [(0.04, "0.0 s"), (9.94, "9.9 s"), (42.4, "42 s"), (59.6, "1 min 00 s"), (190, "3 min 10 s"), (7500, "2 h 05 min")],
 )
-def test_durations_are_in_the_unit_that_a_person_would_use(seconds: float, words: str) -> None:
+def test_durations_are_in_the_chunk_that_a_person_would_use(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 

@@ -54,7 +54,7 @@ def logged(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (root / "lines.jsonl").read_text().splitlines()]
 
 
-def test_training_draws_bear_trls_names_and_held_out_ones_eval(tmp_path: Path) -> None:
+def test_training_samples_have_trls_names_and_held_out_ones_eval(tmp_path: Path) -> None:
     run(tiny.config(tmp_path / "run", report_to=["lines"]), tiny.objects())
     entries = logged(tmp_path / "run")
     assert [entry["step"] for entry in entries] == [0, 1, 2]
@@ -97,7 +97,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, mo
     assert [entry["step"] for entry in logged(tmp_path / "run")] == [0]
 
 
-def test_a_tracker_that_cannot_start_is_refused_before_anything_is_drawn(
+def test_a_tracker_that_cannot_start_is_refused_before_generation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(self: Lines) -> None:

@@ -66,7 +66,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path, data: Path) -> 
     return sft(config(tmp_path_factory.mktemp("sft") / "whole", model, data))
 
 
-def test_the_preferred_answers_are_learned_and_held_out_perplexity_falls(whole: SftOutcome) -> None:
+def test_the_preferred_completions_are_learned_and_held_out_perplexity_falls(whole: SftOutcome) -> None:
     learned = rows_of(whole.root)
     assert {row["completion"] for row in learned} == {"the cab 0", "the cab 1", "the cab 2"}
     assert whole.worked
@@ -109,7 +109,7 @@ def test_its_prompts_are_written_once_each_for_the_rounds_that_come_after(whole:
         assert lines == [{} if name == "prompts.jsonl" else {"reference": first[prompt]} for prompt in prompts]
 
 
-def test_measuring_that_was_interrupted_goes_on_with_the_answers_that_are_left(
+def test_measuring_that_was_interrupted_goes_on_with_the_completions_that_are_left(
     tmp_path: Path, model: Path, data: Path, whole: SftOutcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(partial, "SAVE_EVERY", 0.0)
@@ -267,7 +267,7 @@ def test_every_row_of_an_awkward_file_is_learned_held_out_or_named(tmp_path: Pat
     assert data["cut"] == len(cut)
 
 
-def test_an_answer_beyond_max_length_is_cut_without_eos_or_left_out_where_that_is_asked(
+def test_a_completion_beyond_max_length_is_cut_without_eos_or_left_out_where_that_is_asked(
     tmp_path: Path, model: Path
 ) -> None:
     rows = [{"prompt": "ab", "completion": "ab" * 20}, {"prompt": "ab", "completion": "ab"}]

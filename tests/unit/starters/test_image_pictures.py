@@ -70,7 +70,7 @@ def test_prompts_are_a_split_in_an_order_that_the_seed_gives(split: ImageSplit) 
     assert len(prompts(split, 1000, 3)) == 1000
 
 
-def test_a_picture_is_its_background_but_for_a_shape_of_its_colour_in_its_quarter() -> None:
+def test_an_image_is_its_background_but_for_a_shape_of_its_colour_in_its_quarter() -> None:
     for scene, pixels in zip(SCENES, paint(SCENES, np.random.default_rng(0)), strict=True):
         level = BACKGROUNDS[scene.background]
         differs = np.abs(pixels - level).max(-1) > 0.2
@@ -90,25 +90,25 @@ def test_shapes_vary_in_size_and_their_edges_are_soft() -> None:
     assert ((painted > 0.2) & (painted < 0.8)).any((1, 2)).mean() > 0.9
 
 
-def test_what_a_policy_draws_at_one_and_a_half_times_the_size_stays_within_the_sizes_that_the_judge_knows() -> None:
+def test_what_a_policy_samples_at_one_and_a_half_times_the_size_stays_within_the_sizes_that_the_judge_knows() -> None:
     assert USUAL_RADIUS[0] / 1.5 >= ANY_RADIUS[0]
     assert USUAL_RADIUS[1] <= ANY_RADIUS[1]
 
 
-def test_equal_seeds_paint_equal_pictures() -> None:
+def test_equal_seeds_paint_equal_images() -> None:
     first, second = (paint(SCENES[:8], np.random.default_rng(5)) for _ in range(2))
     assert (first == second).all()
     assert (first != paint(SCENES[:8], np.random.default_rng(6))).any()
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_each_way_of_spoiling_changes_a_picture_for_all_to_see(way: object) -> None:
+def test_each_way_of_spoiling_changes_an_image_for_all_to_see(way: object) -> None:
     rng = np.random.default_rng(1)
     changed = [np.abs(way(one, rng) - one).mean() for one in paint(SCENES[::16], rng)]  # type: ignore[operator]
     assert np.median(changed) > 0.01
 
 
-def test_spoiled_pictures_stay_in_range() -> None:
+def test_spoiled_images_stay_in_range() -> None:
     found = spoiled(SCENES[:96], np.random.default_rng(2), ANY_RADIUS)
     assert found.shape == (96, SIZE, SIZE, 3)
     assert found.dtype == np.float32
@@ -130,7 +130,7 @@ def test_the_judge_counts_the_attributes_that_are_there() -> None:
     assert compared([told.caption], [image]) == [(True, False, False, True)]
 
 
-def test_the_judge_looks_at_pictures_of_any_size_and_says_nothing_of_other_captions() -> None:
+def test_the_judge_looks_at_images_of_any_size_and_says_nothing_of_other_captions() -> None:
     image = as_image(paint(SCENES[:1], np.random.default_rng(0))[0]).resize((48, 48), 1)
     assert judge([SCENES[0].caption, "a house"], [image, image], more=[1, 2]) == [1.0, None]
     assert judge([], []) == []

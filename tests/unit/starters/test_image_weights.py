@@ -46,7 +46,7 @@ def test_no_file_names_a_place_on_the_machine_that_built_it() -> None:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_plain_diffusers_loads_finite_float32_weights_and_draws_what_the_seed_says(name: str) -> None:
+def test_plain_diffusers_loads_finite_float32_weights_and_samples_what_the_seed_says(name: str) -> None:
     pipe = DiffusionPipeline.from_pretrained(WEIGHTS / name)
     assert type(pipe) is CLASSES[name]
     for part in pipe.components.values():
@@ -63,7 +63,7 @@ def test_plain_diffusers_loads_finite_float32_weights_and_draws_what_the_seed_sa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), [("policy", {}), ("flow", {"max_sequence_length": LENGTH})])
-def test_a_policy_errs_and_leaves_headroom_that_eight_draws_can_find(name: str, options: dict[str, Any]) -> None:
+def test_a_policy_errs_and_leaves_headroom_that_eight_samples_can_find(name: str, options: dict[str, Any]) -> None:
     pipe = DiffusionPipeline.from_pretrained(WEIGHTS / name)
     pipe.set_progress_bar_config(disable=True)
     captions = [caption for caption in image.prompts("heldout", 8, 5) for _ in range(8)]
@@ -74,7 +74,7 @@ def test_a_policy_errs_and_leaves_headroom_that_eight_draws_can_find(name: str, 
     assert right_NK.max(1).mean() > 0.5
 
 
-def test_clip_ranks_a_pictures_own_caption_above_one_with_a_wrong_word(shown: tuple[list[Any], list[Any]]) -> None:
+def test_clip_ranks_an_images_own_caption_above_one_with_a_wrong_word(shown: tuple[list[Any], list[Any]]) -> None:
     score = ClipScoreReward(model=str(image.reward_path())).load(device="cpu")
     scenes, pictures = shown
     own = np.array(score(prompts=[scene.caption for scene in scenes], completions=pictures))
@@ -94,7 +94,7 @@ def test_clip_reads_a_whole_caption_and_knows_its_own_end() -> None:
         assert tokenizer.decode(ids, skip_special_tokens=True) == scene.caption
 
 
-def test_the_aesthetic_head_likes_clean_pictures_better_than_spoiled_ones(shown: tuple[list[Any], list[Any]]) -> None:
+def test_the_aesthetic_head_likes_clean_images_better_than_spoiled_ones(shown: tuple[list[Any], list[Any]]) -> None:
     head = AestheticReward(model=str(image.aesthetic_path())).load(device="cpu")
     scenes, pictures = shown
     worse = list(map(as_image, spoiled(scenes, np.random.default_rng(3), ANY_RADIUS)))

@@ -33,7 +33,7 @@ def pictures(**sections: Any) -> dict[str, Any]:
     return base | {"rewards": {"reward_funcs": ["starter"]}} | sections
 
 
-def test_for_pictures_every_starter_is_the_pictures() -> None:
+def test_for_images_every_starter_is_the_image_starter() -> None:
     judged = {"prompts": "starter", "reward_funcs": ["starter:judge"], "features": "starter"}
     config = resolve_starters(validate(pictures(evaluation=judged)))
     assert getattr(config.policy, "model", None) == str(image.policy_path())
@@ -55,13 +55,13 @@ def test_options_beside_the_word_reach_the_reward() -> None:
     assert found.options == {"cosine": True, "model": str(image.reward_path())}
 
 
-def test_a_word_that_only_pictures_have_needs_no_family() -> None:
+def test_a_word_that_only_images_have_needs_no_family() -> None:
     assert resolve_reward(RewardSpec(spec="starter:aesthetic")).options["model"] == str(image.aesthetic_path())
     assert Path(resolve_reward(RewardSpec(spec="starter")).spec) == text.reward_path()
 
 
 @pytest.mark.parametrize("family", ["causal_lm", "diffusion"])
-def test_a_word_that_is_none_is_answered_with_those_there_are(family: str) -> None:
+def test_an_unknown_word_is_reported_with_the_valid_ones(family: str) -> None:
     with pytest.raises(ConfigError, match=r"there are starter, .*starter:judge; got 'starter:nose'"):
         resolve_reward(RewardSpec(spec="starter:nose"), family)
 

@@ -49,7 +49,7 @@ def test_held_out_requests_are_in_no_training_row() -> None:
     assert not learned & held_out
 
 
-def test_a_reference_is_a_good_answer() -> None:
+def test_a_reference_is_a_good_completion() -> None:
     rows = list(with_references("heldout", 128))
     assert np.mean(judge([r["prompt"] for r in rows], [r["reference"] for r in rows])) > 3.5
 

@@ -72,7 +72,7 @@ def test_the_prompts_tokens_are_the_first_tokens_of_prompt_and_reply() -> None:
 
 
 @pytest.mark.slow
-def test_the_policy_ends_its_replies_and_leaves_headroom_that_eight_draws_can_find() -> None:
+def test_the_policy_ends_its_replies_and_leaves_headroom_that_eight_samples_can_find() -> None:
     tokenizer = AutoTokenizer.from_pretrained(text.policy_path())
     policy = AutoModelForCausalLM.from_pretrained(text.policy_path())
     prompts = PROMPTS[:24]

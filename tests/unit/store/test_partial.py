@@ -70,7 +70,7 @@ def test_a_stop_saves_at_once_what_takes_no_longer_than_one_waits(clock: Clock) 
     assert "the last 31 s of work are lost" in pace.promise(lambda: int(2 * AT_A_STOP * pace.rate))
 
 
-def test_outside_of_a_unit_nothing_is_kept_and_a_stop_is_obeyed() -> None:
+def test_outside_of_a_chunk_nothing_is_saved_and_a_stop_takes_effect() -> None:
     part = current("anything")
     assert part.find() is None
     part.step(lambda path: pytest.fail("there is no place for it"))

@@ -43,7 +43,7 @@ def test_top_1_is_best_of_k_and_all_of_k_is_the_policy() -> None:
     np.testing.assert_allclose(exact.top_m_law(P, R, 6, 6), P, atol=1e-14)
 
 
-def test_answers_that_are_never_drawn_stay_so() -> None:
+def test_categories_that_are_never_sampled_stay_so() -> None:
     for law in (exact.best_of_k_law(P, R, 4), exact.top_m_law(P, R, 4, 2), exact.threshold_law(P, R, 1)):
         assert law[2] == 0
         assert law.sum() == pytest.approx(1, abs=1e-15)
@@ -111,7 +111,7 @@ def test_temperature_sharpens_round_by_round() -> None:
     np.testing.assert_allclose(exact.temperature_law(P, 0.8, 60)[[1, 3]], [1, 0], atol=1e-12)
 
 
-def test_the_regularised_target_ties_all_scores_and_stands_still() -> None:
+def test_the_regularised_target_ties_all_scores_and_is_a_fixed_point() -> None:
     start, r = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.0, 1.0, 0.5, -1.0])
     target = exact.regularised_target(start, r, 0.5)
     assert np.ptp(exact.regularised_scores(target, start, r, 0.5)) < 1e-14

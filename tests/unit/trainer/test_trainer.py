@@ -138,7 +138,7 @@ def test_a_selection_is_a_rule_or_its_fields() -> None:
     assert (chosen.rule, chosen.m, chosen.beta) == ("top_m", 2, 0.1)
 
 
-def test_beta_is_said_once() -> None:
+def test_beta_is_reported_once() -> None:
     assert run_of(config(selection={"beta": 0.2}), GIVEN).selection.beta == 0.2
     with pytest.raises(ConfigError, match=r"beta must be said once; got 0\.1 and 0\.2 in selection"):
         config(selection={"beta": 0.2}, beta=0.1)
@@ -166,7 +166,7 @@ def test_a_copy_with_a_change_is_a_valid_configuration() -> None:
     assert run_of(copied, GIVEN).training.learning_rate == 1e-3
 
 
-def test_rules_of_values_are_told_under_the_flat_names_before_a_model_is_loaded() -> None:
+def test_rules_of_values_are_reported_under_the_flat_names_before_a_model_is_loaded() -> None:
     with pytest.raises(ConfigError, match=r"^num_generations must be greater than or equal to 1; got 0"):
         config(num_generations=0)
     with pytest.raises(ConfigError, match=r"^learning_rate must be greater than 0; got -1"):
@@ -383,7 +383,7 @@ def named(**init: Any) -> dict[str, Any]:
     return model_inputs("some/model", None, None, init, False).policy
 
 
-def test_a_named_model_is_loaded_in_float32_unless_it_is_told_otherwise() -> None:
+def test_a_named_model_is_loaded_in_float32_by_default() -> None:
     assert run_of(config(), {**GIVEN, "policy": named()}).policy.dtype == "float32"
     for dtype in (torch.bfloat16, "bfloat16"):
         assert named(dtype=dtype) == {"family": "causal_lm", "model": "some/model", "dtype": "bfloat16"}
@@ -406,7 +406,7 @@ def test_a_four_bit_model_is_qlora_and_nothing_else() -> None:
             named(quantization_config=BitsAndBytesConfig(**other))
 
 
-def test_a_quantization_is_told_as_trl_tells_it() -> None:
+def test_quantization_is_reported_as_in_trl() -> None:
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     given = {"model": "some/model", "processing_class": tiny_tokenizer(), "peft_config": LoraConfig(target_modules="q")}
     assert trainer(**given, quantization_config=nf4).run_config.policy.load_in_4bit
@@ -490,7 +490,7 @@ def test_the_hash_of_a_tokenizer_forgets_how_it_was_called_and_where_it_lay(tmp_
 # -- rewards and data ------------------------------------------------------------------------------------------------
 
 
-def test_rewards_bear_the_names_that_trl_gives_them() -> None:
+def test_rewards_have_the_names_that_trl_gives_them() -> None:
     found = reward_inputs([len_of, lambda completions, **_: [0.0], "starter"], None, [1.0, 2.0, 3.0])
     assert [reward.name for reward in found.objects] == ["len_of", "reward_1"]
     assert (found.weights, found.specs) == ([1.0, 2.0], [{"spec": "starter", "weight": 3.0}])

@@ -70,7 +70,7 @@ def test_a_model_that_does_not_load_is_refused_with_the_fix(
         CausalLM.start(parts(model), tmp_path / "start")
 
 
-def test_an_attention_whose_package_is_missing_is_told_the_field(base: Path, tmp_path: Path) -> None:
+def test_an_attention_whose_package_is_missing_names_the_field(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"Install flash-attn, or set policy\.attn_implementation: sdpa"):
         CausalLM.start(parts(base, attn_implementation="flash_attention_2"), tmp_path / "start")
 
@@ -113,7 +113,7 @@ def test_lora_on_all_linear_layers_leaves_out_routers_that_return_tuples(tmp_pat
     assert len(policy.generate(unit_of(("so",)))) == 4
 
 
-def test_a_lora_reward_model_is_told_how_to_become_whole(base: Path, tmp_path: Path) -> None:
+def test_a_lora_reward_model_is_refused_with_how_to_merge_it(base: Path, tmp_path: Path) -> None:
     adapter = saved_adapter(tmp_path / "reward", LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]), base)
     with pytest.raises(RewardError, match=r"is an adapter alone\. Merge it into its base: AutoPeftModelForSequence"):
         ClassifierReward(model=str(adapter)).load()

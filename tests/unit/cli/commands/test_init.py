@@ -13,13 +13,13 @@ from raftune.config.load import load_config, validate
 
 
 @pytest.mark.parametrize(("images", "family"), [(False, "causal_lm"), (True, "diffusion")])
-def test_what_is_written_is_valid_and_bears_the_file_s_name(images: bool, family: str, tmp_path: Path) -> None:
+def test_what_is_written_is_valid_and_has_the_file_s_name(images: bool, family: str, tmp_path: Path) -> None:
     init(str(tmp_path / "my first.yaml"), images=images)
     config = load_config([tmp_path / "my first.yaml"])
     assert (config.name, config.policy.family) == ("my-first", family)
 
 
-def test_the_lines_of_pictures_that_are_commented_out_are_valid_too(tmp_path: Path) -> None:
+def test_the_lines_of_images_that_are_commented_out_are_valid_too(tmp_path: Path) -> None:
     init(str(tmp_path / "run.yaml"), images=True)
     text = (tmp_path / "run.yaml").read_text()
     head, body = text.split("\n\n", 1)

@@ -65,7 +65,9 @@ def test_training_says_what_the_model_is_worth(place: Path, tmp_path: Path, caps
     assert "Already finished; nothing to do." in capsys.readouterr().out
 
 
-def test_ratings_are_told_in_their_own_words(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ratings_are_reported_in_their_own_words(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(trained(place, tmp_path, "rated", "--max-steps", "3", "--allow-chance"))
     said = capsys.readouterr().out
     for words in ("R²", "the mean rating alone has", "Pearson", "a score of 0 is a rating of"):
@@ -112,7 +114,7 @@ def test_fields_come_from_files_too_and_flags_go_over_them(
         (["none.jsonl", "--model", "./none", "--output-dir", "OUT"], 1, "model must be a folder or a hub name"),
     ],
 )
-def test_slips_are_answered_with_the_fix(
+def test_slips_are_refused_with_the_fix(
     words: list[str], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [str(tmp_path / "out") if word == "OUT" else word for word in words]
@@ -151,7 +153,7 @@ def test_preferences_are_scored_on_both_sides(
     assert "--out must not exist yet" in capsys.readouterr().err
 
 
-def test_answers_are_scored_by_any_reward_and_keep_their_columns(
+def test_completions_are_scored_by_any_reward_and_keep_their_columns(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"prompt": f"Q{i}", "completion": "word " * i, "score": i, "kind": "x"} for i in range(6)]
@@ -170,7 +172,7 @@ def test_answers_are_scored_by_any_reward_and_keep_their_columns(
 
 
 @pytest.mark.slow
-def test_answers_that_cannot_be_scored_are_counted_and_named(
+def test_completions_that_cannot_be_scored_are_counted_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     body = "return [float('nan') if 'bad' in text else 1.0 for text in completions]"
@@ -200,7 +202,9 @@ def test_scoring_refuses_what_cannot_be_meant(
     assert said in capsys.readouterr().err
 
 
-def test_a_file_without_answers_is_told_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_completions_is_refused_with_what_it_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write(tmp_path / "a.jsonl", [{"text": "a"}])
     assert main(["reward", "score", "length", str(data)]) == 2
     assert "FILE must hold at least one usable row" in capsys.readouterr().err

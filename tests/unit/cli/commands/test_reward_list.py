@@ -47,14 +47,14 @@ def test_the_page_of_rewards_is_what_the_command_writes(capsys: pytest.CaptureFi
     )
 
 
-def test_a_reward_that_is_misspelt_is_answered_by_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_reward_that_is_misspelt_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=r"no reward 'lenght'; did you mean 'length'.*raftune reward list"):
         load_reward("lenght")
     assert main(["reward", "list", "colur"]) == 2
     assert "did you mean 'colour'" in capsys.readouterr().err
 
 
-def test_a_guessed_name_is_answered_in_one_sentence_that_points_to_the_list() -> None:
+def test_a_guessed_name_is_reported_in_one_sentence_that_points_to_the_list() -> None:
     with pytest.raises(RewardError) as error:
         load_reward("politeness")
     said = str(error.value)

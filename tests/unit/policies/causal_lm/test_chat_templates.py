@@ -72,7 +72,7 @@ def encoder_of(template: str, date: str | None = None, **sampling: Any) -> TextE
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_a_given_answer_is_what_the_template_writes_up_to_the_end_of_the_turn(name: str) -> None:
+def test_a_given_completion_is_what_the_template_writes_up_to_the_end_of_the_turn(name: str) -> None:
     encoder = encoder_of(ZOO[name])
     text, ids = encoder.encode_answer(Prompt("p", ASKED), " ab ")
     body, end = ANSWERS[name]
@@ -82,7 +82,7 @@ def test_a_given_answer_is_what_the_template_writes_up_to_the_end_of_the_turn(na
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name != "rewrites"])
-def test_prompt_and_answer_together_are_the_dialogue_as_the_template_writes_it(name: str) -> None:
+def test_prompt_and_completion_together_are_the_dialogue_as_the_template_writes_it(name: str) -> None:
     encoder = encoder_of(ZOO[name])
     [prompt] = encoder.encode([Prompt("p", ASKED)], for_drawing=True)
     _, answer = encoder.encode_answer(Prompt("p", ASKED), " ab ")
@@ -92,7 +92,7 @@ def test_prompt_and_answer_together_are_the_dialogue_as_the_template_writes_it(n
     assert prompt.count(BOS) <= 1  # the template writes it, and the tokenizer, which would, does not
 
 
-def test_an_answer_to_a_text_ends_with_eos_whatever_the_template_ends_turns_with() -> None:
+def test_a_completion_to_a_text_ends_with_eos_whatever_the_template_ends_turns_with() -> None:
     assert encoder_of(ZOO["gemma"]).encode_answer(Prompt("p", "the cab"), "ab")[1][-1] == EOS
 
 
@@ -103,7 +103,7 @@ def test_how_a_turn_ends_is_not_known_of_a_template_that_cannot_be_asked() -> No
     assert found is not None and (found.token_id, found.before, found.tail) == (EOS, " ", " </s>")
 
 
-def test_the_end_of_a_turn_stops_what_is_drawn_and_is_what_fine_tuning_teaches(tmp_path: Path) -> None:
+def test_the_end_of_a_turn_stops_what_is_generated_and_is_what_fine_tuning_teaches(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", ZOO["gemma"])
     rows = [{"prompt": [{"role": "user", "content": word}], "completion": "ab"} for word in "abcdefgh"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -213,7 +213,7 @@ def test_every_form_of_a_date_is_that_of_the_given_day(form: str) -> None:
     assert today == encoding.render(tokenizer, ASKED, None)
 
 
-def test_a_reward_s_template_is_told_one_date_for_ever() -> None:
+def test_a_reward_s_template_always_gets_the_same_date() -> None:
     assert templated(tokenizer_of(DATED), ASKED) == "26 Jul 2024|the cab</s>"
 
 
@@ -231,7 +231,7 @@ def test_the_tools_of_a_prompt_reach_the_template(tools: Any) -> None:
 
 
 @pytest.mark.parametrize("tools", ["a hammer", 7, ["a hammer"]])
-def test_tools_that_are_none_are_refused_beside_messages_and_ride_along_beside_texts(tools: Any) -> None:
+def test_invalid_tools_are_refused_with_messages_and_passed_on_with_texts(tools: Any) -> None:
     with pytest.raises(DataError, match="column 'tools' must hold a list of JSON schemas"):
         encoder_of(TOOLS_SHOWN).encode([Prompt("p", ASKED, {"tools": tools})], for_drawing=True)
     assert encoder_of(TOOLS_SHOWN).encode([Prompt("p", "the cab", {"tools": tools})], for_drawing=True)
@@ -273,7 +273,7 @@ def test_tools_reach_the_template_in_every_stage_and_in_fine_tuning(tmp_path: Pa
     assert json.loads((learned.root / "prompts.jsonl").read_text().splitlines()[0])["tools"] == [TOOL]
 
 
-def test_what_a_user_may_not_expect_of_a_chat_model_is_said_once(tmp_path: Path) -> None:
+def test_what_a_user_may_not_expect_of_a_chat_model_is_reported_once(tmp_path: Path) -> None:
     model = saved(tmp_path / "model", ZOO["chatml"])
     (model / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "top_k": 0, "eos_token_id": [2]}')
     notes: list[str] = []

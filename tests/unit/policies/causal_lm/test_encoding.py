@@ -89,7 +89,7 @@ def test_what_a_template_raises_names_the_prompt() -> None:
         ids_of(encoder(tokenizer), CHAT)
 
 
-def test_a_prefix_is_for_drawing_only() -> None:
+def test_a_prefix_is_for_generation_only() -> None:
     tokenizer = tiny_tokenizer(bos=True)
     prefixed = encoder(tokenizer, context=64, system_prompt="Be kind.", few_shot_prefix="Q: hi A: ho ")
     assert ids_of(prefixed, "Q: the") == tokenizer("Be kind.\n\nQ: hi A: ho Q: the")["input_ids"]
@@ -137,7 +137,7 @@ def test_a_prompt_of_another_kind_is_refused() -> None:
 
 
 @pytest.mark.parametrize("answer", ["the end", [{"role": "assistant", "content": "the end"}]])
-def test_an_answer_is_tokenised_without_special_tokens_and_ends_in_eos(answer: Any) -> None:
+def test_a_completion_is_tokenised_without_special_tokens_and_ends_in_eos(answer: Any) -> None:
     tokenizer = tiny_tokenizer(bos=True)
     text, ids = encoder(tokenizer).encode_answer(Prompt("p", "x"), answer)
     assert text == "the end"
@@ -145,12 +145,12 @@ def test_an_answer_is_tokenised_without_special_tokens_and_ends_in_eos(answer: A
 
 
 @pytest.mark.parametrize("answer", [None, 3, [], [{"role": "user", "content": "x"}], [{"role": "assistant"}]])
-def test_an_answer_of_another_kind_is_refused(answer: Any) -> None:
+def test_a_completion_of_another_kind_is_refused(answer: Any) -> None:
     with pytest.raises(DataError, match="prompt p"):
         encoder().encode_answer(Prompt("p", "x"), answer)
 
 
-def test_an_answer_longer_than_the_context_is_refused() -> None:
+def test_a_completion_longer_than_the_context_is_refused() -> None:
     with pytest.raises(DataError, match="context of 8 tokens; one to prompt p has 9"):
         encoder(context=8).encode_answer(Prompt("p", "x"), "x" * 8)
 
@@ -160,7 +160,7 @@ def test_decoding_leaves_special_tokens_out() -> None:
     assert encoder(tokenizer).decode([[*tokenizer("the cab")["input_ids"], EOS], [EOS]]) == ["the cab", ""]
 
 
-def test_an_answer_is_cut_to_what_prompt_limit_and_context_leave_and_has_no_eos_then() -> None:
+def test_a_completion_is_cut_to_what_prompt_limit_and_context_leave_and_has_no_eos_then() -> None:
     answer = "xyz" * 4  # twelve tokens and EOS
     for context, limit, room in ((32, 8, 5), (10, 20, 7), (None, 6, 3)):
         text, ids, cut = encoder(context=context).encode_within(Prompt("p", "123"), answer, limit)
@@ -204,7 +204,7 @@ def test_parts_of_a_message_are_rendered_or_refused_and_never_written_as_python_
             assert ids_of(encoder(tokenizer, 200), [{"role": "user", "content": PARTS}]) == tokenizer("ab").input_ids
 
 
-def test_a_picture_in_a_message_is_refused_where_only_text_is_read() -> None:
+def test_an_image_in_a_message_is_refused_where_only_text_is_read() -> None:
     content = [{"type": "image"}, {"type": "text", "text": "a"}]
     with pytest.raises(DataError, match="text alone"):
         ids_of(encoder(tiny_tokenizer(chat=True), 200), [{"role": "user", "content": content}])

@@ -75,7 +75,7 @@ def test_no_examples_have_no_log_probs() -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_head_is_told_apart_from_the_backbone_where_they_make_up_the_model(arch: str, lora: bool) -> None:
+def test_the_head_is_distinguished_from_the_backbone_where_they_make_up_the_model(arch: str, lora: bool) -> None:
     model = tiny_model(arch)
     if lora:
         model = fresh_adapter(model, AdapterConfig(r=4), 0).eval()

@@ -88,7 +88,7 @@ def test_a_start_that_changed_is_noticed(tmp_path: Path) -> None:
         CausalLM.verify(start_of(tmp_path))
 
 
-def test_a_folder_that_is_not_there_and_a_name_that_nothing_has_are_told_apart(
+def test_a_folder_that_is_not_there_and_a_name_that_nothing_has_are_distinguished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ModelError, match=r"got '/nowhere/model', and /nowhere/model is no folder"):
@@ -147,7 +147,7 @@ def test_an_end_that_the_tokenizer_does_not_know_ends_nothing(tmp_path: Path) ->
         CausalLM.start(parts(tmp_path / "model"), start_of(tmp_path))
 
 
-def test_a_missing_pad_token_is_filled_with_eos_and_said(tmp_path: Path) -> None:
+def test_a_missing_pad_token_is_filled_with_eos_and_reported(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
     tiny_tokenizer(pad=False).save_pretrained(model)
     config = parts(model)
@@ -159,7 +159,7 @@ def test_a_missing_pad_token_is_filled_with_eos_and_said(tmp_path: Path) -> None
     assert "no pad token: EOS" in policy.notes()[0]
 
 
-def test_a_model_that_cannot_end_an_answer_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_an_end_token_is_refused(tmp_path: Path) -> None:
     with quiet():
         tiny_llama(eos_token_id=None).save_pretrained(tmp_path / "model")
     tiny_tokenizer(eos=False).save_pretrained(tmp_path / "model")
@@ -299,7 +299,7 @@ def test_an_adapter_for_modules_that_are_not_there_is_refused(tmp_path: Path) ->
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-def test_weights_are_read_when_they_are_needed_and_adopting_does_not_need_them(tmp_path: Path) -> None:
+def test_weights_are_read_when_they_are_needed_and_encoding_does_not_need_them(tmp_path: Path) -> None:
     config = parts(save_tiny(tmp_path / "model"))
     CausalLM.start(config, start_of(tmp_path))
     policy = CausalLM.load(config, start_of(tmp_path), start_of(tmp_path))
@@ -420,7 +420,7 @@ def test_equal_runs_in_other_folders_and_processes_leave_equal_bytes(tmp_path: P
     assert (len(here_lora), len(here_full)) == (4, 7)
 
 
-def test_a_pipeline_of_diffusers_is_told_its_family(tmp_path: Path) -> None:
+def test_a_pipeline_of_diffusers_gets_an_error_that_names_its_family(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ModelError, match=r"has no config\.json\. It is a pipeline .* write policy\.family: diffusion"):
         check_model_folder(tmp_path)

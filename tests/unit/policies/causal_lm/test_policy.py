@@ -30,7 +30,7 @@ def policy_of(root: Path, arch: str = "llama", chat: bool = False, **changes: An
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
-def test_a_unit_gives_k_samples_a_prompt_in_order(tmp_path: Path, arch: str) -> None:
+def test_a_chunk_gives_k_samples_a_prompt_in_order(tmp_path: Path, arch: str) -> None:
     chunk = unit_of(TEXTS, k=3)
     samples = policy_of(tmp_path, arch).generate(chunk)
     assert [(s.prompt_id, s.k) for s in samples] == [(f"p{i}", k) for i in range(3) for k in range(3)]
@@ -59,7 +59,7 @@ def test_samples_fit_the_payload_schema(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
-def test_log_probs_are_the_sums_of_what_the_draw_recorded(tmp_path: Path, arch: str) -> None:
+def test_log_probs_are_the_sums_of_those_recorded_in_generation(tmp_path: Path, arch: str) -> None:
     policy, chunk = policy_of(tmp_path, arch, temperature=0.7, few_shot_prefix="Q: "), unit_of(TEXTS)
     assert isinstance(policy, SupportsLogProbs)
     table = samples_table(policy.generate(chunk), policy.payload)
@@ -68,27 +68,27 @@ def test_log_probs_are_the_sums_of_what_the_draw_recorded(tmp_path: Path, arch: 
     np.testing.assert_allclose(policy.log_probs(prompts, table, 5), recorded, atol=2e-4)
 
 
-def test_the_prefix_changes_what_is_drawn(tmp_path: Path) -> None:
+def test_the_prefix_changes_what_is_generated(tmp_path: Path) -> None:
     chunk = unit_of(TEXTS, k=8)
     plain, prefixed = (policy_of(tmp_path, few_shot_prefix=p).generate(chunk) for p in (None, "Answer: "))
     assert [s.completion for s in plain] != [s.completion for s in prefixed]
 
 
-def test_messages_are_drawn_for_beside_texts(tmp_path: Path) -> None:
+def test_messages_are_generated_for_beside_texts(tmp_path: Path) -> None:
     policy = policy_of(tmp_path, chat=True)
     samples = policy.generate(unit_of(["so", [{"role": "user", "content": "so"}]], k=2))
     assert len(samples) == 4
     assert samples[0].payload["completion_logprobs"][0] != samples[2].payload["completion_logprobs"][0]
 
 
-def test_a_prompt_without_room_for_an_answer_is_refused_before_the_weights_are_read(tmp_path: Path) -> None:
+def test_a_prompt_without_room_for_a_completion_is_refused_before_the_weights_are_read(tmp_path: Path) -> None:
     policy = policy_of(tmp_path)
     with pytest.raises(DataError, match=r"prompt p0 .* has 200 tokens, the limit is 127"):
         policy.generate(unit_of(["x" * 200]))
     assert policy._model is None
 
 
-def test_an_adopted_answer_is_ids_with_eos_and_no_log_probs(tmp_path: Path) -> None:
+def test_an_encoded_completion_is_ids_with_eos_and_no_log_probs(tmp_path: Path) -> None:
     adopted = policy_of(tmp_path).encode_completion(Prompt("p", "so"), "the cab", "column:human")
     ids = [*tiny_tokenizer()("the cab")["input_ids"], EOS]
     assert adopted == {
@@ -96,7 +96,7 @@ def test_an_adopted_answer_is_ids_with_eos_and_no_log_probs(tmp_path: Path) -> N
     }  # fmt: skip
 
 
-def test_a_draw_through_generate_is_said_once(tmp_path: Path) -> None:
+def test_generation_through_generate_is_reported_once(tmp_path: Path) -> None:
     forked = policy_of(tmp_path)
     forked.generate(unit_of(TEXTS))
     assert forked.notes() == ()
@@ -108,7 +108,7 @@ def test_a_draw_through_generate_is_said_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_stop_texts_and_every_eos_of_the_generation_config_end_an_answer(tmp_path: Path) -> None:
+def test_stop_texts_and_every_eos_of_the_generation_config_end_a_completion(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model-llama")
     (model / "generation_config.json").write_text('{"eos_token_id": [2, 9, 11], "transformers_version": "5.0.0"}')
     policy = policy_of(tmp_path, max_completion_length=40, stop=("a",))
@@ -119,7 +119,7 @@ def test_stop_texts_and_every_eos_of_the_generation_config_end_an_answer(tmp_pat
     assert any(s.payload["finish"] == "stop" and "a" in s.completion for s in samples)
 
 
-def test_a_full_memory_names_the_units_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_memory_names_the_chunks_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of(tmp_path)
 
     def full(*args: Any, **kwargs: Any) -> None:
@@ -131,7 +131,7 @@ def test_a_full_memory_names_the_units_batch_size(tmp_path: Path, monkeypatch: p
     assert caught.value.batch_size == 6
 
 
-def test_tuning_lets_go_of_the_weights_that_drew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_releases_the_weights_that_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of(tmp_path)
     policy.generate(unit_of(TEXTS))
     held = []
@@ -149,7 +149,7 @@ def test_tuning_lets_go_of_the_weights_that_drew(tmp_path: Path, monkeypatch: py
     assert held == [None]
 
 
-def test_greedy_draws_of_an_adapter_are_those_of_peft(tmp_path: Path) -> None:
+def test_greedy_samples_of_an_adapter_are_those_of_peft(tmp_path: Path) -> None:
     """The adapter is merged to generate; what is generated is what the adapter itself says."""
     from peft import AutoPeftModelForCausalLM
 

@@ -108,7 +108,7 @@ def killed(folders: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Part
 
 @pytest.mark.parametrize("harm", [_missing, _truncated, _flipped])
 @pytest.mark.parametrize("file", [*sorted(REQUIRED), MANIFEST])
-def test_a_harmed_checkpoint_is_noticed_and_the_one_before_it_used(
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
     killed: Any, tmp_path: Path, file: str, harm: Any
 ) -> None:
     config, run, rows, whole = killed
@@ -123,7 +123,7 @@ def test_a_harmed_checkpoint_is_noticed_and_the_one_before_it_used(
     assert tree_hash(tmp_path / "out") == whole
 
 
-def test_without_one_good_checkpoint_the_fit_begins_anew_to_the_same_end(killed: Any, tmp_path: Path) -> None:
+def test_without_one_good_checkpoint_the_fit_starts_anew_to_the_same_end(killed: Any, tmp_path: Path) -> None:
     config, run, rows, whole = killed
     shutil.copytree(run, tmp_path / "run")
     work = tmp_path / "run" / "round-0001" / "train"
@@ -185,7 +185,7 @@ def test_checkpoints_are_taken_by_time_and_when_they_were_taken_leaves_no_trace(
     assert tree_hash(again) == tree_hash(whole) and resumed == report
 
 
-def test_a_fit_that_is_asked_to_stop_keeps_the_step_that_it_was_at(folders: Any, tmp_path: Path) -> None:
+def test_training_that_is_interrupted_keeps_its_current_step(folders: Any, tmp_path: Path) -> None:
     config, rows = parts(folders["gpt2"], save_steps=None), write_rows(tmp_path / "r.parquet", some_rows())
     whole = tree_hash(tuned(config, tmp_path / "whole", rows)[0])
     with pytest.raises(KeyboardInterrupt):

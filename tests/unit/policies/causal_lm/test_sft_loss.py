@@ -154,7 +154,7 @@ class OneToken(torch.nn.Module):
 
 
 @pytest.mark.parametrize("scheme", ["prompt", "over K"])
-def test_the_normalisation_is_the_objective_on_answers_of_one_token(scheme: str) -> None:
+def test_the_normalisation_is_the_objective_on_completions_of_one_token(scheme: str) -> None:
     """oracles.md 7: expected first steps by enumeration of all outcomes, K = 3 and a 0/1 reward, to 1e-6.
 
     All positives normalised per prompt, prompts without any dropped: (1 - (1 - s)^K) grad log s. Positives divided by
@@ -189,7 +189,7 @@ def encoder(context: int | None = 128) -> TextEncoder:
     return TextEncoder(tiny_tokenizer(), parts("x").sampling, context, EOS)
 
 
-def test_ids_are_learnt_as_they_were_drawn_and_not_as_their_text_would_be_tokenised(tmp_path: Path) -> None:
+def test_ids_are_learnt_as_they_were_generated_and_not_as_their_text_would_be_tokenised(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     a, b = (tokenizer.convert_tokens_to_ids(letter) for letter in "ab")
     assert tokenizer("ab")["input_ids"] != [a, b]
@@ -207,7 +207,7 @@ def test_the_round_comes_with_the_rows(tmp_path: Path) -> None:
     assert read_rows(path, encoder(), TrainingConfig()).round == 7
 
 
-def test_truncated_answers_are_left_out_only_on_request(tmp_path: Path) -> None:
+def test_truncated_completions_are_left_out_only_on_request(tmp_path: Path) -> None:
     rows = [{**row, "finish": "length" if i % 2 else "eos"} for i, row in enumerate(some_rows(6))]
     path = write_rows(tmp_path / "r.parquet", rows)
     assert len(read_rows(path, encoder(), TrainingConfig()).examples) == 6
@@ -242,7 +242,7 @@ def test_a_row_longer_than_the_context_and_an_empty_one_are_refused(tmp_path: Pa
         read_rows(empty, encoder(), TrainingConfig())
 
 
-def test_the_prefix_of_drawing_is_not_learnt(tmp_path: Path) -> None:
+def test_the_generation_prefix_is_not_trained_on(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "r.parquet", some_rows(1))
     prefixed = TextEncoder(tiny_tokenizer(), parts("x", few_shot_prefix="Q: ").sampling, 128, EOS)
     assert np.array_equal(

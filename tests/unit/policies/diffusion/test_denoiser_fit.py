@@ -47,7 +47,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_thirty_steps_lower_the_loss_and_draw_towards_the_picture_that_was_kept(sd_v: Path, tmp_path: Path) -> None:
+def test_thirty_steps_lower_the_loss_and_move_samples_towards_the_kept_image(sd_v: Path, tmp_path: Path) -> None:
     """One image for every prompt; of a random denoiser with some ten thousand weights no more can be asked."""
     wanted = torch.randn((4, CELLS, CELLS), generator=torch.Generator().manual_seed(5))
     rows = write_rows(
@@ -84,7 +84,7 @@ def test_a_row_of_weight_nothing_is_as_good_as_absent(sd: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_every_dial_of_the_denoising_loss_changes_what_is_learned(sd: Path, tmp_path: Path, rows: Path) -> None:
+def test_every_option_of_the_denoising_loss_changes_what_is_learned(sd: Path, tmp_path: Path, rows: Path) -> None:
     options: list[dict[str, Any]] = [
         {},
         {"noise_levels": 2},
@@ -173,7 +173,7 @@ def test_a_lora_with_dropout_resumes_exactly_too(sd: Path, tmp_path: Path, rows:
 
 
 @pytest.mark.slow
-def test_a_harmed_average_is_noticed_like_any_other_file_of_a_checkpoint(sd: Path, tmp_path: Path, rows: Path) -> None:
+def test_a_damaged_average_is_noticed_like_any_other_file_of_a_checkpoint(sd: Path, tmp_path: Path, rows: Path) -> None:
     config = parts(sd, ema_decay=0.9)
     whole, _ = tuned(config, tmp_path / "whole", rows)
     with pytest.raises(Killed):
@@ -280,7 +280,7 @@ def test_a_full_memory_halves_the_micro_batch_and_keeps_the_step_and_its_noise(
 
 
 @pytest.mark.slow
-def test_where_one_picture_does_not_fit_the_error_says_what_helps(
+def test_where_one_image_does_not_fit_the_error_says_what_helps(
     sd: Path, tmp_path: Path, rows: Path, monkeypatch: Any
 ) -> None:
     limit_memory(monkeypatch, 0)
@@ -308,7 +308,7 @@ def test_gradient_checkpointing_reaches_the_denoiser(sd: Path, tmp_path: Path, r
 
 
 @pytest.mark.slow
-def test_in_bfloat16_the_adapter_stays_float32_and_the_model_draws(sd: Path, tmp_path: Path) -> None:
+def test_in_bfloat16_the_adapter_stays_float32_and_the_model_samples(sd: Path, tmp_path: Path) -> None:
     x0 = torch.randn(4, 4, CELLS, CELLS).to(torch.bfloat16)
     rows = write_rows(tmp_path / "r.parquet", [{"prompt": "a circle", **columns_of(one)} for one in x0])
     for lora in (False, True):
@@ -338,7 +338,7 @@ def saved_with(scheduler: Any, folder: Path) -> Path:
         (DDIMScheduler(rescale_betas_zero_snr=True), "must predict v or x0; DDIMScheduler"),
     ],
 )
-def test_a_scheduler_that_cannot_be_trained_is_refused_when_the_run_begins(
+def test_a_scheduler_that_cannot_be_trained_is_refused_when_the_run_starts(
     tmp_path: Path, scheduler: Any, message: str
 ) -> None:
     config = parts(saved_with(scheduler, tmp_path / "pipe"))
@@ -346,7 +346,7 @@ def test_a_scheduler_that_cannot_be_trained_is_refused_when_the_run_begins(
         begun(config, tmp_path)
 
 
-def test_dials_that_mean_nothing_are_refused_when_the_run_begins(sd: Path, tmp_path: Path) -> None:
+def test_options_that_mean_nothing_are_refused_when_the_run_starts(sd: Path, tmp_path: Path) -> None:
     flow = save_tiny("sd3", tmp_path / "sd3")
     with pytest.raises(ConfigError, match="min_snr_gamma must be left out for flow matching"):
         begun(parts(flow, min_snr_gamma=5.0), tmp_path / "a")

@@ -33,7 +33,7 @@ def picture(width: int = SIZE, height: int = SIZE) -> Image.Image:
     return Image.fromarray(noise)
 
 
-def test_every_form_of_a_picture_is_the_same_picture(
+def test_every_form_of_an_image_is_the_same_image(
     adopter: Diffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     png = png_of(picture())
@@ -65,13 +65,13 @@ def test_latents_are_the_vae_s_scaled_and_the_same_each_time(adopter: Diffusion)
     assert payload == adopter.encode_completion(PROMPT, picture(), "reference")
 
 
-def test_reading_a_picture_needs_no_denoiser(adopter: Diffusion) -> None:
+def test_reading_an_image_needs_no_denoiser(adopter: Diffusion) -> None:
     fresh = Diffusion.load(adopter.config, adopter.folder, adopter.start_folder)
     fresh.encode_completion(PROMPT, picture(), "column:photo")
     assert fresh.nbytes == fresh.frozen.nbytes
 
 
-def test_transparency_lies_on_white(adopter: Diffusion) -> None:
+def test_transparent_images_get_a_white_background(adopter: Diffusion) -> None:
     image = picture().convert("RGBA")
     image.putpixel((3, 4), (0, 0, 0, 0))
     payload = adopter.encode_completion(PROMPT, image, "column:photo")
@@ -96,17 +96,17 @@ def test_a_jpeg_is_kept_as_it_decodes(adopter: Diffusion) -> None:
         ({"bytes": None, "path": None}, r"must be an image"),
     ],
 )
-def test_what_is_no_picture_of_the_run_s_size_is_refused(answer: Any, message: str, adopter: Diffusion) -> None:
+def test_what_is_no_image_of_the_run_s_size_is_refused(answer: Any, message: str, adopter: Diffusion) -> None:
     with pytest.raises(DataError, match=message):
         adopter.encode_completion(PROMPT, answer, "column:photo")
 
 
-def test_a_teacher_s_draw_that_came_to_nothing_is_taken_over_as_such(adopter: Diffusion) -> None:
+def test_a_teacher_s_invalid_sample_stays_invalid(adopter: Diffusion) -> None:
     payload = adopter.encode_completion(PROMPT, None, "teacher")
     assert payload["invalid"] == "the teacher's sample came to nothing"
     assert payload["completion"] is None and payload["latents"] is None
 
 
-def test_a_flat_picture_is_nothing_to_learn_from(adopter: Diffusion) -> None:
+def test_a_flat_image_is_nothing_to_learn_from(adopter: Diffusion) -> None:
     payload = adopter.encode_completion(PROMPT, Image.new("RGB", (SIZE, SIZE), "red"), "teacher")
     assert payload["invalid"] == "flat: every pixel is the same colour" and payload["latents"] is None

@@ -45,7 +45,7 @@ def plainly(model: Path, text: str, seed: int, **options: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_one_picture_at_a_time_is_the_pipeline_s_own_bit_for_bit(
+def test_one_image_at_a_time_is_the_pipeline_s_own_bit_for_bit(
     kind: str, guidance: float, folder: Callable[[Any], Path], tmp_path: Path
 ) -> None:
     drawer = policy(folder(kind), tmp_path, kind, guidance_scale=guidance)
@@ -63,7 +63,7 @@ def test_the_negative_prompt_is_what_the_pipeline_makes_of_it(folder: Callable[[
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(
+def test_an_image_does_not_depend_on_what_is_generated_beside_it(
     kind: str, folder: Callable[[Any], Path], tmp_path: Path
 ) -> None:
     """Batches of six across three prompts, and of four: up to the rounding of batches, a level of 255."""
@@ -110,7 +110,7 @@ def test_an_evaluation_keeps_no_latents(folder: Callable[[Any], Path], tmp_path:
     assert {s.payload[name] for s in judged for name in ("latents", "latents_shape", "latents_dtype")} == {None}
 
 
-def test_what_is_drawn_fits_the_declared_columns(folder: Callable[[Any], Path], tmp_path: Path) -> None:
+def test_what_is_generated_fits_the_declared_columns(folder: Callable[[Any], Path], tmp_path: Path) -> None:
     drawer = policy(folder("sd"), tmp_path)
     table = samples_table(drawer.generate(chunk()), drawer.payload)
     table.validate(full=True)
@@ -147,7 +147,7 @@ def test_latents_that_are_not_finite_make_the_sample_invalid(folder: Callable[[A
     assert bad.completion is None and bad.payload["latents"] is None and bad.payload["image_sha256"] is None
 
 
-def test_a_picture_that_the_safety_checker_flags_is_withheld(
+def test_an_image_that_the_safety_checker_flags_is_withheld(
     folder: Callable[[Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawer = policy(folder("sd"), tmp_path)
@@ -161,7 +161,7 @@ def test_a_picture_that_the_safety_checker_flags_is_withheld(
     assert second.payload["invalid"] is None
 
 
-def test_a_flat_picture_is_kept_to_be_seen_and_not_to_be_learned(folder: Callable[[Any], Path], tmp_path: Path) -> None:
+def test_a_flat_image_is_kept_to_be_seen_and_not_to_be_learned(folder: Callable[[Any], Path], tmp_path: Path) -> None:
     drawer = policy(folder("sd"), tmp_path)
     decode = drawer.frozen.pipe.vae.decode
     drawer.frozen.pipe.vae.decode = lambda z, **kwargs: (torch.zeros_like(decode(z, **kwargs)[0]),)
@@ -170,7 +170,7 @@ def test_a_flat_picture_is_kept_to_be_seen_and_not_to_be_learned(folder: Callabl
     assert (pixels(sample) == 128).all() and sample.payload["latents"] is None
 
 
-def test_memory_that_runs_out_is_told_with_the_batch_size(
+def test_memory_that_runs_out_is_reported_with_the_batch_size(
     folder: Callable[[Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawer = policy(folder("sd"), tmp_path)
@@ -232,7 +232,7 @@ def test_a_memory_of_few_bytes_forgets_what_was_asked_for_longest_ago(
         ("dit", ("cat",), r"prompt p0: prompts of a DiTPipeline must be class labels"),
     ],
 )
-def test_a_prompt_that_the_architecture_does_not_take_is_named_before_anything_is_drawn(
+def test_a_prompt_that_the_architecture_does_not_take_is_named_before_generation(
     kind: Any, texts: tuple[Any, ...], message: str, folder: Callable[[Any], Path], tmp_path: Path
 ) -> None:
     drawer = policy(folder(kind), tmp_path, kind)
@@ -263,14 +263,14 @@ def test_a_prompt_that_the_architecture_does_not_take_is_named_before_anything_i
         ("ddpm", {"guidance_scale": None, "negative_prompt": "x"}, r"negative_prompt means nothing to a DDPMPipeline"),
     ],
 )
-def test_a_dial_that_this_pipeline_cannot_follow_is_refused(
+def test_an_option_that_this_pipeline_cannot_follow_is_refused(
     kind: Any, options: dict[str, Any], message: str, folder: Callable[[Any], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         policy(folder(kind), tmp_path, kind, **options)
 
 
-def test_dials_that_are_not_given_are_the_pipeline_s_defaults(folder: Callable[[Any], Path], tmp_path: Path) -> None:
+def test_options_that_are_not_given_are_the_pipeline_s_defaults(folder: Callable[[Any], Path], tmp_path: Path) -> None:
     call = policy(folder("sdxl"), tmp_path, "sdxl", num_inference_steps=None, guidance_scale=None).call
     assert (call.num_inference_steps, call.guidance_scale) == (50, 5.0)
     assert (call.height, call.width) == (16, 16)
@@ -284,7 +284,7 @@ def test_an_option_of_the_pipeline_takes_effect(folder: Callable[[Any], Path], t
     assert noisy[0].completion == png_of(plainly(folder("sd"), TEXTS[0], 0, guidance_scale=1.0, eta=1.0))
 
 
-def test_another_size_is_drawn_where_it_is_asked_for(folder: Callable[[Any], Path], tmp_path: Path) -> None:
+def test_another_size_is_generated_where_it_is_configured(folder: Callable[[Any], Path], tmp_path: Path) -> None:
     [sample] = policy(folder("sd"), tmp_path, height=24, width=32).generate(chunk(TEXTS[:1], 1))
     assert pixels(sample).shape == (24, 32, 3)
     assert sample.payload["latents_shape"] == [4, 12, 16]

@@ -79,7 +79,7 @@ def rows_of(x0: torch.Tensor, coefficients: Sequence[float]) -> list[ImageRow]:
 
 @pytest.mark.parametrize("gamma", [None, 2.0])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_best_picture_is_the_weighted_mean_of_the_rows_whatever_is_predicted(
+def test_the_best_image_is_the_weighted_mean_of_the_rows_whatever_is_predicted(
     prediction: str, gamma: float | None
 ) -> None:
     """At one level the error of any prediction is a multiple of the error of x0, so the noise cancels: exact."""
@@ -150,7 +150,7 @@ def test_a_row_s_noise_is_standard_normal_and_its_levels_are_spread() -> None:
     assert ((draws.shares * 4).long() == torch.arange(4)).all()
 
 
-def test_dropped_rows_are_asked_without_their_prompt_as_often_as_is_said() -> None:
+def test_dropped_rows_are_asked_without_their_prompt_as_often_as_is_reported() -> None:
     """2,000 levels, each left out with probability .3: 600 +- 6 sigma of 20.5."""
     found = denoising(schedule_for("epsilon"), torch.zeros(1, 1, 1), condition_dropout=0.3, noise_levels=4)
     Sft().loss(found, batch_of(rows_of(torch.zeros(500, 1, 1, 1), [1.0] * 500)))
@@ -171,7 +171,7 @@ def _asked_without_dropout() -> list[float]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_rows_give_back_the_latents_that_were_drawn_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_rows_give_back_the_latents_that_were_generated_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     x0 = torch.randn(3, 4, 2, 2).to(dtype)
     rows = [{"prompt": prompt, **columns_of(one)} for prompt, one in zip(("a", "b", "a"), x0, strict=True)]
     found = read_rows(write_rows(tmp_path / "r.parquet", rows, round_=5), (4, 2, 2), "token", 3)

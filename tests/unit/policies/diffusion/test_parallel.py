@@ -31,7 +31,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
-def test_batches_at_once_give_the_pictures_of_one_after_the_other(
+def test_batches_at_once_give_the_images_of_one_after_the_other(
     tmp_path: Path,
 ) -> None:
     """Up to the rounding of batches, a level of 255; and the same bytes each time."""
@@ -45,7 +45,7 @@ def test_batches_at_once_give_the_pictures_of_one_after_the_other(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_batches_that_an_interrupted_unit_had_drawn_are_not_drawn_again(
+def test_batches_that_an_interrupted_chunk_had_generated_are_not_generated_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     monkeypatch.setattr(partial, "SAVE_EVERY", 0.0)
@@ -96,7 +96,7 @@ def test_every_call_has_its_share_of_the_threads_and_torch_has_them_all_afterwar
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
-def test_memory_that_runs_out_in_one_of_them_is_told_with_the_whole_batch_size(
+def test_memory_that_runs_out_in_one_of_them_is_reported_with_the_whole_batch_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawer = policy(save_tiny("sd", tmp_path / "sd"), tmp_path)

@@ -126,7 +126,7 @@ def with_nan(model: Path) -> None:
         (with_nan, r"must have finite weights; unet/conv_in.bias has a NaN"),
     ],
 )
-def test_a_folder_that_is_no_whole_pipeline_is_told_what_it_lacks(
+def test_an_incomplete_pipeline_folder_is_refused_with_what_it_lacks(
     damage: Callable[[Path], None], message: str, model: Path, tmp_path: Path
 ) -> None:
     damage(model)
@@ -134,7 +134,7 @@ def test_a_folder_that_is_no_whole_pipeline_is_told_what_it_lacks(
         begun(parts(model), tmp_path)
 
 
-def test_a_name_that_nothing_bears_says_where_it_was_looked_for(tmp_path: Path) -> None:
+def test_an_unknown_name_says_where_it_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"got 'nobody/nothing'.*HF_HUB_OFFLINE is set") as caught:
         begun(parts("nobody/nothing"), tmp_path / "a")
     said = str(caught.value).replace(str(Path.cwd()), "")
@@ -189,9 +189,7 @@ def test_a_device_that_is_not_there_is_named(kept: Path, tmp_path: Path) -> None
         ("training", "mask_truncated_completions", True),
     ],
 )
-def test_options_of_text_mean_nothing_to_pictures(
-    section: str, option: str, value: Any, kept: Path, tmp_path: Path
-) -> None:
+def test_text_options_are_refused_for_images(section: str, option: str, value: Any, kept: Path, tmp_path: Path) -> None:
     config = parts(kept)
     changed = replace(config, **{section: getattr(config, section).model_copy(update={option: value})})
     with pytest.raises(ConfigError, match=f"{section}.{option} means nothing to the diffusion family"):
@@ -222,7 +220,7 @@ def test_a_pipeline_that_changes_or_goes_during_the_run_is_noticed(model: Path, 
 
 
 @pytest.mark.slow
-def test_a_pipeline_given_as_an_object_is_written_whole_and_draws_the_same(kept: Path, tmp_path: Path) -> None:
+def test_a_pipeline_given_as_an_object_is_written_whole_and_samples_the_same(kept: Path, tmp_path: Path) -> None:
     named, given = begun(parts(kept), tmp_path / "named"), tmp_path / "given" / "round-0000" / "model"
     Diffusion.start(parts("-"), given, model=tiny_pipeline("sd"))
     assert read_record(given).kind == "pipeline"
@@ -257,7 +255,7 @@ def test_an_object_that_is_no_pipeline_or_has_a_lora_on_it_is_refused(tmp_path: 
         Diffusion.start(parts("-"), tmp_path / "b", model=pipe)
 
 
-def test_what_the_start_is_is_said_for_planning(kept: Path, tmp_path: Path) -> None:
+def test_what_the_start_is_is_reported_for_planning(kept: Path, tmp_path: Path) -> None:
     facts = Diffusion.start(parts(kept), tmp_path / "model")
     assert facts["architecture"] == "StableDiffusionPipeline"
     assert facts["latents_shape"] == [4, 8, 8] and facts["forwards_per_step"] == 1
@@ -268,7 +266,7 @@ def test_what_the_start_is_is_said_for_planning(kept: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_frozen_parts_are_read_once_for_a_start_and_let_go_with_its_last_policy(kept: Path, tmp_path: Path) -> None:
+def test_frozen_parts_are_read_once_for_a_start_and_released_with_its_last_policy(kept: Path, tmp_path: Path) -> None:
     config = parts(kept)
     start = begun(config, tmp_path)
     first, second = (Diffusion.load(config, start, start) for _ in range(2))
@@ -322,7 +320,9 @@ def test_weights_are_of_the_configured_type(kept: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_run_that_begins_from_a_round_draws_what_the_round_drew(lora: bool, kept: Path, tmp_path: Path) -> None:
+def test_a_run_that_starts_from_a_round_generates_what_the_round_generated(
+    lora: bool, kept: Path, tmp_path: Path
+) -> None:
     config = parts(kept, lora=lora)
     rows = write_rows(tmp_path / "rows.parquet", some_rows())
     folder, _ = tuned(config, tmp_path / "run", rows)
@@ -375,7 +375,7 @@ def test_a_folder_that_does_not_say_what_it_holds_is_refused(kept: Path, tmp_pat
         load_denoiser(config.policy, start, start, train=False)
 
 
-def test_dials_of_pictures_mean_nothing_to_tables() -> None:
+def test_image_options_are_refused_for_tables() -> None:
     from raftune.config import validate
     from raftune.policies.tabular.policy import Tabular
 

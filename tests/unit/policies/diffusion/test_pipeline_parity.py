@@ -64,7 +64,7 @@ def test_a_prediction_is_of_what_the_denoiser_is_given_whatever_the_scheduler_sc
     assert max(check_parity(adapter_of(pipe)).differences) == 0.0
 
 
-def test_a_second_order_flow_scheduler_is_proven_at_each_of_its_evaluations() -> None:
+def test_a_second_order_flow_scheduler_passes_the_parity_check_at_each_of_its_evaluations() -> None:
     pipe = tiny_pipeline("sd3")
     pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
     assert check_parity(adapter_of(pipe)).differences == (0.0, 0.0, 0.0)
@@ -72,7 +72,7 @@ def test_a_second_order_flow_scheduler_is_proven_at_each_of_its_evaluations() ->
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_is_proven_too(kind: Kind, dtype: torch.dtype) -> None:
+def test_half_precision_passes_the_parity_check_too(kind: Kind, dtype: torch.dtype) -> None:
     pipe = tiny_pipeline(kind)
     with quiet():
         pipe.to(dtype)
@@ -80,25 +80,25 @@ def test_half_precision_is_proven_too(kind: Kind, dtype: torch.dtype) -> None:
     assert max(proof.differences) <= proof.limit
 
 
-def test_sd3_without_its_t5_is_proven() -> None:
+def test_sd3_without_its_t5_passes_the_parity_check() -> None:
     pipe = tiny_pipeline("sd3")
     pipe.text_encoder_3 = pipe.tokenizer_3 = None
     assert max(check_parity(adapter_of(pipe)).differences) == 0.0
 
 
-def test_sdxl_whose_vae_centres_its_latents_is_proven() -> None:
+def test_sdxl_whose_vae_centres_its_latents_passes_the_parity_check() -> None:
     pipe = tiny_pipeline("sdxl")
     pipe.vae = changed(AutoencoderKL, pipe.vae, latents_mean=(0.5, -1.0, 2.0, 0.0), latents_std=(2.0, 0.5, 1.5, 3.0))
     assert max(check_parity(adapter_of(pipe)).differences) == 0.0
 
 
-def test_flux_that_is_not_told_the_guidance_is_proven() -> None:
+def test_flux_without_guidance_embedding_passes_the_parity_check() -> None:
     pipe = tiny_pipeline("flux")
     pipe.transformer = changed(FluxTransformer2DModel, pipe.transformer, guidance_embeds=False)
     assert max(check_parity(adapter_of(pipe)).differences) == 0.0
 
 
-def test_pixart_sigma_which_is_told_no_size_is_proven() -> None:
+def test_pixart_sigma_without_a_size_passes_the_parity_check() -> None:
     alpha = tiny_pipeline("pixart")
     denoiser = changed(PixArtTransformer2DModel, alpha.transformer, use_additional_conditions=False)
     parts = {name: getattr(alpha, name) for name in ("scheduler", "vae", "text_encoder", "tokenizer")}
@@ -107,7 +107,7 @@ def test_pixart_sigma_which_is_told_no_size_is_proven() -> None:
     assert max(check_parity(adapter_of(sigma)).differences) == 0.0
 
 
-def test_an_unconditional_model_with_a_learned_variance_or_one_channel_is_proven() -> None:
+def test_an_unconditional_model_with_a_learned_variance_or_one_channel_passes_the_parity_check() -> None:
     learned, grey = tiny_pipeline("ddpm"), tiny_pipeline("ddim")
     learned.unet = changed(UNet2DModel, learned.unet, out_channels=6)
     learned.scheduler = DDPMScheduler(variance_type="learned_range")
@@ -200,7 +200,7 @@ class OtherLatents(StableDiffusion):
         return 4, height // 8, width // 8
 
 
-def test_latents_that_decode_to_another_picture_are_refused() -> None:
+def test_latents_that_decode_to_another_image_are_refused() -> None:
     told = refusal(TransposedPacks(tiny_pipeline("flux")))
     assert "the latents that raftune keeps decode to other images than the FluxPipeline's, by" in told
 
@@ -228,7 +228,7 @@ def test_a_pipeline_that_cannot_draw_says_what_it_said() -> None:
         check_parity(adapter_of(pipe), {"sigmas": [1.0]})
 
 
-def test_kwargs_that_change_what_the_denoiser_is_told_are_seen() -> None:
+def test_kwargs_that_change_the_denoiser_s_inputs_are_detected() -> None:
     pipe = tiny_pipeline("sd")
     pipe.unet.register_forward_pre_hook(_louder_where_asked, with_kwargs=True)
     assert max(check_parity(adapter_of(pipe)).differences) == 0.0

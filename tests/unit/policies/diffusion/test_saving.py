@@ -78,7 +78,7 @@ def same_and_changed(ours: Any, plain: Any, before: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BY_PIPELINE)
-def test_a_lora_saved_here_draws_our_picture_in_a_plain_pipeline(tmp_path: Path, kind: Kind) -> None:
+def test_a_lora_saved_here_generates_our_image_in_a_plain_pipeline(tmp_path: Path, kind: Kind) -> None:
     config, start, out = run_of(kind, tmp_path, lora=True)
     prompt = prompt_of(kind)
     ours = image_of(drawn(config, out, start, [prompt])[0].completion)
@@ -104,7 +104,7 @@ def test_where_diffusers_loads_no_lora_plain_peft_does(tmp_path: Path, kind: Kin
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd", "sd-v", "flux", "dit"])
-def test_a_whole_denoiser_exported_draws_our_picture_in_a_plain_pipeline(tmp_path: Path, kind: Kind) -> None:
+def test_a_whole_denoiser_exported_generates_our_image_in_a_plain_pipeline(tmp_path: Path, kind: Kind) -> None:
     config, start, out = run_of(kind, tmp_path, lora=False)
     prompt = prompt_of(kind)
     ours = image_of(drawn(config, out, start, [prompt])[0].completion)
@@ -249,7 +249,7 @@ def test_what_a_lora_file_cannot_hold_or_lora_cannot_adapt_is_refused() -> None:
         adapters.attach_fresh(tiny_pipeline("sd").unet, AdapterConfig(target_modules=("conv_norm_out",)), 0)
 
 
-def test_an_adapter_that_fits_nowhere_is_refused_when_the_run_begins(tmp_path: Path) -> None:
+def test_an_adapter_that_fits_nowhere_is_refused_when_the_run_starts(tmp_path: Path) -> None:
     folder = save_tiny("sd", tmp_path / "pipe")
     config = parts(folder, lora=AdapterConfig(target_modules=("q_proj",)))
     with pytest.raises(ConfigError, match="'q_proj' matches none"):

@@ -202,7 +202,7 @@ def test_times_of_a_flow_are_the_sampler_s_own_shifted_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
-def test_a_solver_told_to_follow_a_flow_has_the_flow_s_loss(name: str) -> None:
+def test_a_solver_with_flow_sigmas_has_the_flow_loss(name: str) -> None:
     scheduler = made(name, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     schedule = schedule_of(Holding(scheduler))
     assert isinstance(schedule, FlowMatching)
@@ -302,7 +302,7 @@ def test_the_usual_law_is_logit_normal_for_a_flow_and_uniform_for_the_others() -
     torch.testing.assert_close(shares(quarter, DiffusionTraining(), FlowMatching(1000)), wanted)
 
 
-def test_the_whole_schedule_is_reached_and_no_time_lies_outside_it() -> None:
+def test_the_whole_schedule_is_reached_and_no_time_is_outside_it() -> None:
     schedule = preserving(steps=10)
     assert schedule.times(torch.linspace(0, 1, 1001)).unique().tolist() == list(range(10))
     assert FlowMatching(1000, 3.0).times(torch.tensor([0.0, 1.0])).tolist() == [0.0, 1000.0]

@@ -86,7 +86,7 @@ def test_neither_the_shift_nor_the_scale_of_the_reward_matters() -> None:
     assert moved["mean_reward"] == pytest.approx(7 * plain["mean_reward"] - 100)
 
 
-def test_draws_follow_the_softmax() -> None:
+def test_samples_follow_the_softmax() -> None:
     asked = Recorder()
     raft_iteration(LOGITS, [0, 1], asked, n_candidates=40000, rng=2)
     # Standard error of a frequency at most ½/√40000 = 0.0025.
@@ -102,14 +102,14 @@ def test_the_number_kept_is_rounded_down_but_never_none(n: int, fraction: float,
     assert raft_iteration(LOGITS, [0, 1], reward, n, fraction, rng=0)["n_selected"] == 2 * m
 
 
-def test_ties_go_to_the_earlier_draw() -> None:
+def test_ties_go_to_the_earlier_sample() -> None:
     asked = Recorder(np.zeros((2, 3)))
     result = raft_iteration(LOGITS, [0, 1], asked, 4, 0.25, 1.0, rng=3)
     first = [asked.asked[0][1], asked.asked[4][1]]
     np.testing.assert_allclose(result["updated_logits"] - LOGITS, (np.eye(3)[first] - softmax(LOGITS)) / 2, atol=1e-14)
 
 
-def test_means_are_over_the_kept_and_over_all_that_were_drawn() -> None:
+def test_means_are_over_the_kept_and_over_all_that_were_generated() -> None:
     asked = Recorder()
     result = raft_iteration(LOGITS, [0, 1], asked, 8, 0.25, rng=4)
     rewards = np.array([TABLE[pair] for pair in asked.asked]).reshape(2, 8)
@@ -163,7 +163,7 @@ def test_lists_are_logits_too() -> None:
     assert updated.shape == (1, 2)
 
 
-def test_large_logits_neither_overflow_nor_lose_their_draws() -> None:
+def test_large_logits_neither_overflow_nor_lose_their_samples() -> None:
     asked = Recorder()
     result = raft_iteration([[1e4, 0, -INF], [-1e4, -1e4, -2e4]], [0, 1], asked, 50, 1.0, 1.0, rng=0)
     assert set(asked.asked) == {(0, 0), (1, 0), (1, 1)}
@@ -186,7 +186,7 @@ def test_a_generator_moves_on() -> None:
     assert (a != b).any()
 
 
-def test_repeated_steps_find_the_best_answers() -> None:
+def test_repeated_steps_find_the_best_completions() -> None:
     rng, logits = np.random.default_rng(0), LOGITS
     for _ in range(300):
         logits = raft_iteration(logits, [0, 1], reward, lr=1.0, rng=rng)["updated_logits"]
@@ -220,7 +220,7 @@ def test_what_cannot_be_meant_is_refused(change: dict[str, Any], message: str) -
         raft_iteration(**arguments)
 
 
-def test_one_candidate_of_one_answer_is_its_own_best() -> None:
+def test_one_candidate_of_one_completion_is_its_own_best() -> None:
     for n, fraction in product((1, 3), (0.1, 1.0)):
         result = raft_iteration([[4.0]], [0], reward, n, fraction, 1.0, rng=0)
         assert result["updated_logits"].tolist() == [[4.0]]

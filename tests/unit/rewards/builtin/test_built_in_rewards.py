@@ -50,7 +50,7 @@ def test_length_is_best_anywhere_within_the_bounds() -> None:
     assert values(LengthReward(max=2, unit="characters"), ["", "ab", "abcd"]) == [0.0, 0.0, -1.0]
 
 
-def test_length_in_tokens_counts_the_ids_that_were_drawn() -> None:
+def test_length_in_tokens_counts_the_ids_that_were_generated() -> None:
     assert values(LengthReward(target=2, unit="tokens"), ["x", "x"], completion_ids=[[5, 2], [5, 6, 7, 2]]) == [
         0.0,
         -1.0,

@@ -44,7 +44,7 @@ def made(folder: Path, **options: Any) -> Any:
     return load_reward(RewardSpec(spec=str(folder), options=options), device="cpu")
 
 
-def test_what_is_noted_is_the_default_and_options_win(plain: Path, noted: Path) -> None:
+def test_what_is_recorded_is_the_default_and_options_win(plain: Path, noted: Path) -> None:
     as_noted = made(noted)(**ASKED)
     assert as_noted == made(plain, append_eos=True, add_special_tokens=True, max_length=12)(**ASKED)
     assert as_noted != made(plain)(**ASKED)
@@ -67,7 +67,7 @@ def test_normalisation_without_a_distribution_is_refused(plain: Path, noted: Pat
         made(noted, normalize=True)
 
 
-def test_the_fingerprint_follows_what_is_noted_and_asked(plain: Path, noted: Path) -> None:
+def test_the_fingerprint_follows_what_is_recorded_and_asked(plain: Path, noted: Path) -> None:
     asked = [made(plain), made(noted), made(noted, normalize=True), made(noted, append_eos=False)]
     prints = [reward.fingerprint for reward in asked]
     write_notes(noted, NOTED | {"reading": NOTED["reading"] | {"max_length": 13}})  # type: ignore[operator]

@@ -77,7 +77,7 @@ def made(spec: str, **options: Any) -> Any:
     return load_reward(RewardSpec(spec=spec, options=options))
 
 
-def test_a_reward_model_scores_prompt_and_completion_whatever_stands_beside_them_in_the_batch(folder: str) -> None:
+def test_a_reward_model_s_score_does_not_depend_on_the_rest_of_the_batch(folder: str) -> None:
     values = made(folder)(prompts=PROMPTS, completions=COMPLETIONS)
     model = llama()
     model.config.pad_token_id = 0
@@ -115,7 +115,7 @@ def test_of_many_labels_the_log_odds_are_against_all_others(tmp_path: Path) -> N
     assert share == pytest.approx(float(torch.softmax(logits(model, "a b"), 0)[2]), abs=1e-6)
 
 
-def test_without_the_prompt_the_bare_text_of_the_answer_is_scored(two: str) -> None:
+def test_without_the_prompt_the_bare_text_of_the_completion_is_scored(two: str) -> None:
     reward = made(two, label=1, include_prompt=False)
     said = [[{"role": "assistant", "content": "b c"}]]
     assert reward(prompts=[[{"role": "user", "content": "a"}]], completions=said) == reward(
@@ -253,7 +253,7 @@ def test_released_weights_are_read_again_when_needed(folder: str) -> None:
         assert panel.score(RewardBatch(PROMPTS, COMPLETIONS)) == before
 
 
-def test_the_folder_that_reward_train_wrote_stands_for_the_model_in_it(tmp_path: Path) -> None:
+def test_the_folder_that_reward_train_wrote_is_a_spec_of_its_model(tmp_path: Path) -> None:
     saved(tmp_path / "reward" / "model", llama(), tokenizer())
     trained, model = (load_reward(str(path)) for path in (tmp_path / "reward", tmp_path / "reward" / "model"))
     assert trained.name == "reward"

@@ -51,7 +51,7 @@ def test_texts_are_sent_with_prompts_and_columns_in_requests_of_the_given_size(
     assert {(body["media"], body["authorization"]) for body in bodies} == {("text", "Bearer secret")}
 
 
-def test_pictures_arrive_as_they_are(server: str) -> None:
+def test_images_arrive_as_they_are(server: str) -> None:
     import numpy as np
 
     batch = example_images(mixed_sizes=True)
@@ -132,7 +132,7 @@ def test_wrong_options_are_refused_at_once(options: dict[str, Any], message: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["endless", "bomb"])
-def test_an_answer_without_end_is_broken_off_long_before_the_time_is_up(server: str, path: str) -> None:
+def test_an_endless_reply_is_cut_off_long_before_the_time_limit(server: str, path: str) -> None:
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ((_, status, detail),) = asked(f"{server}/{path}", texts(1), timeout=30.0)
     assert (status, detail) == (

@@ -53,7 +53,7 @@ def logits_per_image(folder: Path, seed: int = 0) -> torch.Tensor:
 # -- CLIP --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_clip_score_is_the_models_own_logit_of_each_picture_and_its_prompt(clip: Path) -> None:
+def test_the_clip_score_is_the_models_own_logit_of_each_image_and_its_prompt(clip: Path) -> None:
     expected = logits_per_image(clip).diagonal().tolist()
     assert np.std(expected) > 0.5
     for batch_size in (1, 3, 32):
@@ -102,7 +102,7 @@ def test_prompts_longer_than_the_encoder_reads_are_counted_once(clip: Path) -> N
     assert reward.notes() == ()
 
 
-def test_what_lies_beyond_the_limit_does_not_count(clip: Path) -> None:
+def test_text_beyond_the_limit_does_not_count(clip: Path) -> None:
     reward = load_reward(str(clip))
     assert asked(reward, [LONG] * 16) == asked(reward, [LONG + " red"] * 16)
 
@@ -161,7 +161,7 @@ def test_what_is_no_clip_model_is_refused_with_what_it_is(clip: Path, tmp_path: 
         ("nobody/nothing", r"there is no folder /.*, and the hub's cache has no configuration .*HF_HUB_OFFLINE is set"),
     ],
 )
-def test_a_clip_model_that_is_not_there_is_told_in_two_lines_and_not_in_the_hubs_words(name: str, message: str) -> None:
+def test_a_missing_clip_model_is_reported_in_two_lines_and_not_in_the_hubs_words(name: str, message: str) -> None:
     with pytest.raises(RewardError, match=message) as caught:
         load_reward(RewardSpec(spec="clip_score", options={"model": name}))
     assert len(str(caught.value).replace(str(Path.cwd()), "")) < 260
@@ -346,6 +346,6 @@ def test_a_colour_that_cannot_be_meant_is_refused(options: dict[str, Any]) -> No
         load_reward(RewardSpec(spec="colour", options=options))
 
 
-def test_grey_and_transparent_pictures_are_scored_as_rgb() -> None:
+def test_grey_and_transparent_images_are_scored_as_rgb() -> None:
     assert one("colour", Image.new("L", (4, 4), 255)) == pytest.approx(1.0)
     assert one("colour", Image.new("1", (4, 4), 0)) == 0.0

@@ -116,16 +116,14 @@ def values(panel: RewardSet, kind: str, start: int, mark: Path) -> list[Any]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the channel by /proc")
-def test_stray_bytes_shift_no_answer(panel: RewardSet, tmp_path: Path) -> None:
+def test_stray_bytes_shift_no_score(panel: RewardSet, tmp_path: Path) -> None:
     assert values(panel, "strays", 10, tmp_path / "mark") == [10.0, 11.0, 12.0]
     assert values(panel, "fine", 20, tmp_path / "mark") == [20.0, 21.0, 22.0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kill", "interrupt", "close", "full"])
-def test_a_process_that_died_once_is_asked_again_and_no_score_shows_it(
-    panel: RewardSet, tmp_path: Path, kind: str
-) -> None:
+def test_a_process_that_died_once_is_retried_and_no_score_shows_it(panel: RewardSet, tmp_path: Path, kind: str) -> None:
     panel.notes()
     assert values(panel, kind, 10, tmp_path / "mark") == [10.0, 11.0, 12.0]
     assert len([note for note in panel.notes() if note.endswith("the batch is asked again")]) == 1
@@ -149,7 +147,7 @@ def test_what_a_process_does_to_itself_every_time_is_its_error_and_what_is_done_
     assert values(panel, "fine", 1, tmp_path / "mark") == [1.0, 2.0, 3.0]
 
 
-def test_what_python_c_and_children_print_reaches_our_standard_error_and_no_answer(
+def test_what_python_c_and_children_print_reaches_our_standard_error_and_no_reply(
     panel: RewardSet, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert values(panel, "print", 5, tmp_path / "mark") == [5.0, 6.0, 7.0]

@@ -37,7 +37,7 @@ def test_an_autoencoder_in_which_the_judge_cannot_see_ends_the_build(tmp_path: P
         build.build_judge(tmp_path, 0, JudgeRecipe(steps=1, copies=2))
 
 
-def test_centred_latents_have_mean_0_and_deviation_1_and_the_pictures_stay_the_same() -> None:
+def test_centred_latents_have_mean_0_and_deviation_1_and_the_images_stay_the_same() -> None:
     vae = train_autoencoder(AutoencoderRecipe(steps=1, channels=(8, 8, 8)), 0)
     with torch.no_grad():  # away from the centre again
         vae.quant_conv.bias[:4] += torch.tensor([1.0, -2.0, 0.5, 3.0])
@@ -99,7 +99,7 @@ def test_a_gallery_holds_every_scene_and_groups_differ_in_their_shape_alone(vae:
         assert len({scene._replace(shape="") for scene in found}) == 1
 
 
-def test_pictures_with_equal_captions_share_the_target() -> None:
+def test_images_with_equal_captions_share_the_target() -> None:
     captions = ["a", "b", "a"]
     same = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 0, 1]])
     assert contrast(100 * same, captions).item() == pytest.approx(2 / 3 * np.log(2), abs=1e-6)

@@ -43,22 +43,22 @@ def assert_through_generate(model: nn.Module, settings: SamplingParams, longest:
 
 
 @pytest.mark.parametrize("model", [llama, gpt2])
-def test_full_attention_is_forked(model: type) -> None:
+def test_full_attention_uses_the_shared_prefix(model: type) -> None:
     assert path_of(model(), SETTINGS)[0] == "forked"
 
 
-def test_a_sliding_window_is_forked_only_where_the_context_stays_inside_it() -> None:
+def test_a_sliding_window_uses_the_shared_prefix_only_where_the_context_stays_inside_it() -> None:
     model = mistral(40)
     assert path_of(model, SETTINGS, 10)[0] == "forked"
     assert_through_generate(model, SETTINGS, 11, "a layer sees the last 40 tokens only, within a context of 41")
     assert_through_generate(model, SETTINGS, None, "within a context of 128")
 
 
-def test_a_recurrent_state_is_not_forked() -> None:
+def test_a_recurrent_state_has_no_shared_prefix() -> None:
     assert_through_generate(mamba(), SETTINGS, 10, "recurrent state")
 
 
-def test_an_encoder_is_not_forked() -> None:
+def test_an_encoder_has_no_shared_prefix() -> None:
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=16, num_layers=1, num_heads=2))
     path, reason = BackendChoice("", 0, {}, 0, 1).path(t5, SETTINGS, 10)
     assert (path, reason) == ("generate", "it attends to an encoder")
@@ -66,7 +66,7 @@ def test_an_encoder_is_not_forked() -> None:
     assert_through_generate(GPT2LMHeadModel(crossing), SETTINGS, 10, "encoder")
 
 
-def test_attention_with_more_than_queries_keys_and_values_is_not_forked() -> None:
+def test_attention_with_more_than_queries_keys_and_values_has_no_shared_prefix() -> None:
     capped = Gemma2Config(**SMALL, sliding_window=64, attn_logit_softcapping=5.0, pad_token_id=0)
     assert_through_generate(Gemma2ForCausalLM(capped).eval(), SETTINGS, 10, "softcap")
     sinks = GptOssConfig(
@@ -81,7 +81,7 @@ def test_options_of_generate_alone_go_through_generate() -> None:
     assert path_of(llama(), SamplingParams(generation_kwargs={"use_cache": True}))[0] == "forked"
 
 
-def test_rotary_frequencies_that_move_with_the_batch_are_not_forked_beyond_their_length() -> None:
+def test_rotary_frequencies_that_depend_on_the_batch_use_no_shared_prefix_beyond_their_length() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 50}
     model = llama(rope_parameters=rope)
     assert path_of(model, SETTINGS, 20)[0] == "forked"

@@ -151,7 +151,7 @@ def test_noise_of_16_bit_batches_is_no_mismatch_and_another_adapter_is_one() -> 
         check_parity(probe, plain_log_probs(adapted(0.0), rows, 0), "without its adapter")
 
 
-def test_a_check_in_the_middle_of_a_unit_neither_reads_nor_writes_what_the_unit_is_continued_from(
+def test_a_check_in_the_middle_of_a_chunk_neither_reads_nor_writes_what_the_chunk_is_continued_from(
     tmp_path: Path,
 ) -> None:
     model, rows = llama(), rows_of_prompts(prompts(12, 7))

@@ -118,7 +118,7 @@ def test_models_that_fall_back_keep_noise_of_their_own_too(model: Any) -> None:
     assert ids_of(generate(model(), None, asked[2:3], noise[2:3], SETTINGS)) == whole[2:3]
 
 
-def test_another_seed_draws_another_answer() -> None:
+def test_another_seed_generates_another_completion() -> None:
     answers = generate(llama(), None, prompts(6), [list(range(40))], SamplingParams(max_completion_length=10))
     assert len({tuple(sample.ids) for sample in answers[0]}) == 40
 
@@ -316,7 +316,7 @@ class RunsOut(nn.Module):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_memory_that_runs_out_is_an_error_with_the_batch_size_and_lets_go_of_the_tensors(path: str) -> None:
+def test_memory_that_runs_out_is_an_error_with_the_batch_size_and_releases_the_tensors(path: str) -> None:
     model = llama()
     model.model.norm = RunsOut()
     with pytest.raises(OutOfMemory, match=r"batch_size must leave room .* got 6 rows") as caught:

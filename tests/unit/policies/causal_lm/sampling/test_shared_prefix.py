@@ -68,7 +68,7 @@ def test_greedy_search_equals_generate_token_for_token(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FALLING_BACK)
-def test_a_model_that_cannot_be_forked_is_drawn_through_generate(name: str) -> None:
+def test_a_model_without_shared_prefix_support_samples_through_generate(name: str) -> None:
     assert_greedy_is_that_of_generate(FALLING_BACK[name](), "generate")
 
 
@@ -116,7 +116,7 @@ class Counted:
             self.most = max(self.most, rows)
 
 
-def test_a_prompt_is_computed_once_for_all_its_answers_and_an_ended_row_never_again() -> None:
+def test_a_prompt_is_computed_once_for_all_its_completions_and_an_ended_row_never_again() -> None:
     model = llama()
     counted = Counted(model)
     settings = SamplingParams(max_completion_length=40, eos_ids=(2, 5, 6, 7, 8, 9), batch_size=12)
@@ -129,7 +129,7 @@ def test_a_prompt_is_computed_once_for_all_its_answers_and_an_ended_row_never_ag
     assert counted.most <= 12
 
 
-def test_a_group_larger_than_the_batch_is_drawn_in_parts() -> None:
+def test_a_group_larger_than_the_batch_is_generated_in_parts() -> None:
     model = llama()
     counted = Counted(model)
     settings = SamplingParams(max_completion_length=10, batch_size=4)
@@ -141,7 +141,7 @@ def test_a_group_larger_than_the_batch_is_drawn_in_parts() -> None:
     ]
 
 
-def test_half_precision_draws_what_its_own_forward_finds_likely() -> None:
+def test_half_precision_samples_what_its_own_forward_finds_likely() -> None:
     model = llama().to(torch.bfloat16)
     settings = SamplingParams(max_completion_length=20, eos_ids=(2,))
     path, reason = path_of(model, settings)
@@ -173,7 +173,7 @@ def broken_at_step(model: nn.Module, step: int) -> None:
 
 @pytest.mark.parametrize("path", ["forked", "generate"])
 @pytest.mark.parametrize("breaks", [False, True])
-def test_a_model_is_left_as_it_was_even_by_a_draw_that_fails(path: str, breaks: bool) -> None:
+def test_a_model_is_left_as_it_was_even_by_a_generation_that_fails(path: str, breaks: bool) -> None:
     model = llama()
     model.train()
     model.model.layers[1].eval()
@@ -190,14 +190,14 @@ def test_a_model_is_left_as_it_was_even_by_a_draw_that_fails(path: str, breaks: 
     assert after == before
 
 
-def test_weights_can_still_be_trained_after_a_draw() -> None:
+def test_weights_can_still_be_trained_after_generation() -> None:
     model = llama()
     generate(model, None, prompts(5, 6), seeds(2, 2), SamplingParams(max_completion_length=8), "forked")
     model(input_ids=torch.tensor(prompts(6)), labels=torch.tensor(prompts(6))).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_dropout_is_off_while_drawing() -> None:
+def test_dropout_is_off_while_sampling() -> None:
     model: Callable[[], PreTrainedModel] = lambda: llama(attention_dropout=0.5)  # noqa: E731
     settings = SamplingParams(max_completion_length=12)
     drawn = generate(model().train(), None, prompts(5, 6), seeds(2, 2), settings, "forked")

@@ -80,7 +80,7 @@ def test_temperature_zero_takes_the_best_token_after_the_repetition_penalty() ->
     assert penalised[0].tolist() == [1, 2]
 
 
-def test_warping_does_not_change_the_logits_it_was_given() -> None:
+def test_warping_does_not_change_its_input_logits() -> None:
     logits = torch.randn(3, 9)
     before = logits.clone()
     settings = SamplingParams(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.2)

@@ -72,7 +72,7 @@ def drawn(policy: CausalLM, at: Path) -> list[Sample]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_a_draw_that_was_killed_goes_on_to_the_same_answers(
+def test_generation_that_was_killed_resumes_to_the_same_completions(
     folder: Path, tmp_path: Path, killed_at: list[int], way: str
 ) -> None:
     policy = a_policy(folder, tmp_path / "start", **WAYS[way])

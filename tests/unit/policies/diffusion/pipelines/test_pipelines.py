@@ -66,7 +66,7 @@ def plainly(pipe: DiffusionPipeline, kind: Kind, row: int, guidance: float) -> n
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_picture_is_bit_for_bit_what_the_pipeline_gives(kind: Kind, guidance: float) -> None:
+def test_one_image_is_bit_for_bit_what_the_pipeline_gives(kind: Kind, guidance: float) -> None:
     pipe = tiny_pipeline(kind)
     binding = adapter_of(pipe)
     for row in range(2):
@@ -76,7 +76,7 @@ def test_one_picture_is_bit_for_bit_what_the_pipeline_gives(kind: Kind, guidance
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_gives_each_prompt_its_own_picture(kind: Kind, guidance: float) -> None:
+def test_a_batch_gives_each_prompt_its_own_image(kind: Kind, guidance: float) -> None:
     pipe = tiny_pipeline(kind)
     batch = drawn(adapter_of(pipe), kind, range(4), guidance)
     levels = np.stack([np.asarray(image) for image in batch.images]).astype(int)
@@ -87,7 +87,7 @@ def test_a_batch_gives_each_prompt_its_own_picture(kind: Kind, guidance: float) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_kept_latents_decode_to_the_pictures(kind: Kind) -> None:
+def test_the_kept_latents_decode_to_the_images(kind: Kind) -> None:
     binding = adapter_of(tiny_pipeline(kind))
     batch = drawn(binding, kind, range(4), 1.0)
     call = call_of(kind)
@@ -99,7 +99,7 @@ def test_the_kept_latents_decode_to_the_pictures(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in UNCONDITIONAL])
-def test_what_a_prompt_says_moves_the_picture(kind: Kind) -> None:
+def test_what_a_prompt_says_moves_the_image(kind: Kind) -> None:
     binding = adapter_of(tiny_pipeline(kind))
     conditions = asked(binding, prompts_of(kind)[:2])
     with torch.no_grad():
@@ -107,14 +107,14 @@ def test_what_a_prompt_says_moves_the_picture(kind: Kind) -> None:
     assert not np.array_equal(np.asarray(two.images[0]), np.asarray(two.images[1]))
 
 
-def test_a_picture_of_something_not_finite_is_marked() -> None:
+def test_an_image_of_something_not_finite_is_marked() -> None:
     pipe = tiny_pipeline("ddpm")
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(float("nan"))
     assert drawn(adapter_of(pipe), "ddpm", range(2), 1.0).finite == [False, False]
 
 
-def test_unconditional_pictures_are_drawn_in_bfloat16_too() -> None:
+def test_unconditional_images_are_generated_in_bfloat16_too() -> None:
     pipe = tiny_pipeline("ddim")
     with quiet():
         pipe.to(torch.bfloat16)
@@ -147,7 +147,7 @@ def test_no_prompt_is_one_row_that_takes_the_place_of_any(kind: Kind) -> None:
     assert (len(said.unique(dim=0)) == 3) == (kind not in UNCONDITIONAL)
 
 
-def test_flux_is_trained_under_the_guidance_at_which_it_draws() -> None:
+def test_flux_is_trained_under_the_guidance_at_which_it_samples() -> None:
     pipe = tiny_pipeline("flux")
     binding, call, steps = adapter_of(pipe), call_of("flux", 3.5), []  # type: ignore[var-annotated]
     conditions = asked(binding, TEXTS[:2])
@@ -195,7 +195,7 @@ def picture(seed: int = 0) -> Image.Image:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_from_elsewhere_gets_latents_of_the_drawn_ones_shape_and_scale(kind: Kind) -> None:
+def test_an_image_from_elsewhere_gets_latents_of_the_generated_ones_shape_and_scale(kind: Kind) -> None:
     binding = adapter_of(tiny_pipeline(kind))
     with torch.no_grad():
         found = binding.to_latents([picture(0), picture(1)], torch.Generator().manual_seed(0))

@@ -73,7 +73,7 @@ def test_latents_mean_what_the_pipeline_makes_of_them_whatever_its_autoencoder(
     assert max(check_parity(adapter_of(pipe)).differences) == 0.0
 
 
-def test_a_picture_goes_through_an_autoencoder_and_back_in_the_pipeline_s_own_scale() -> None:
+def test_an_image_goes_through_an_autoencoder_and_back_in_the_pipeline_s_own_scale() -> None:
     """A shift_factor, which a Stable Diffusion passes over, is passed over in both directions."""
     pipe = tiny_pipeline("sd")
     pipe.vae = shifted_autoencoder()
@@ -88,13 +88,13 @@ def test_a_picture_goes_through_an_autoencoder_and_back_in_the_pipeline_s_own_sc
 # -- what a pipeline says of itself ------------------------------------------------------------------------------------
 
 
-def test_a_safety_checker_that_flags_every_picture_proves_nothing_against_the_pipeline() -> None:
+def test_a_safety_checker_that_flags_every_image_proves_nothing_against_the_pipeline() -> None:
     pipe = tiny_pipeline("sd")
     pipe.run_safety_checker = lambda image, device, dtype: (torch.zeros_like(image), [True] * len(image))
     assert max(check_parity(adapter_of(pipe)).differences) == 0.0
 
 
-def test_a_pipeline_that_does_not_say_its_size_is_told_one() -> None:
+def test_a_pipeline_without_a_size_needs_the_option() -> None:
     binding = adapter_of(changed(tiny_pipeline("sd"), "unet", sample_size=None))
     with pytest.raises(ConfigError, match=r"height and .width must be given: this StableDiffusionPipeline does not"):
         call_of(binding, DiffusionSampling(height=SIZE))
@@ -110,14 +110,14 @@ def test_a_tokenizer_that_says_no_length_is_named() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_a_unet_that_is_told_the_guidance_is_refused_as_distilled(kind: Kind) -> None:
+def test_a_unet_with_guidance_embedding_is_refused_as_distilled(kind: Kind) -> None:
     check_not_distilled(adapter_of(tiny_pipeline(kind)))
     binding = adapter_of(changed(tiny_pipeline(kind), "unet", time_cond_proj_dim=8))
     with pytest.raises(ModelError, match=r"UNet2DConditionModel has time_cond_proj_dim 8: it was distilled"):
         check_not_distilled(binding)
 
 
-def test_a_unet_that_fills_in_pictures_is_refused() -> None:
+def test_a_unet_that_fills_in_images_is_refused() -> None:
     for kind in ("sd", "flux", "dit", "ddpm"):
         binding = adapter_of(tiny_pipeline(kind))  # type: ignore[arg-type]
         check_channels(binding, binding.latent_shape(SIZE, SIZE))
@@ -126,7 +126,7 @@ def test_a_unet_that_fills_in_pictures_is_refused() -> None:
         check_channels(binding, binding.latent_shape(SIZE, SIZE))
 
 
-def test_pictures_of_four_channels_are_refused() -> None:
+def test_images_of_four_channels_are_refused() -> None:
     binding = adapter_of(changed(tiny_pipeline("ddpm"), "unet", UNet2DModel, in_channels=4, out_channels=4))
     with pytest.raises(ModelError, match=r"an image becomes latents of the shape \(3, 16, 16\), where .* have \(4, "):
         check_parity(binding)
@@ -161,7 +161,7 @@ def test_noise_that_no_seed_reaches_is_refused(kind: Kind, name: str, options: d
         ("ddpm", "DDPMScheduler", {}),
     ],
 )
-def test_noise_of_the_picture_s_own_generator_is_taken(kind: Kind, name: str, options: dict[str, Any]) -> None:
+def test_noise_of_the_image_s_own_generator_is_taken(kind: Kind, name: str, options: dict[str, Any]) -> None:
     assert max(check_parity(adapter_of(scheduled(kind, name, **options))).differences) == 0.0
 
 
@@ -202,7 +202,7 @@ def test_shards_of_a_variant_are_read_too(tmp_path: Path) -> None:
     begun(parts(tmp_path / "pipe", variant="fp16"), tmp_path / "run")
 
 
-def test_a_denoiser_saved_with_a_lora_on_it_is_told_to_be_merged(kept: Path, tmp_path: Path) -> None:
+def test_a_denoiser_saved_with_a_lora_on_it_must_be_merged_first(kept: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(kept, tmp_path / "pipe"))
     with quiet():
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
