@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
@@ -84,15 +85,55 @@ def forecast(
     root = root_of(config)
     check_writable(root)
     check_installed(wanted(config.report_to))
-    with tempfile.TemporaryDirectory(prefix="raftune-plan-") as scratch:
-        trial = ProbeRun(seconds if measured else math.inf, tell if measured else lambda words: None)
-        runtime = Runtime(RunFolder(Path(scratch) / "run"), config)
-        try:
-            preflight(runtime)
-            runtime.panel(), runtime.judge()
-            return _forecast(runtime, root, rounds_done(root, config), trial, measured=measured)
-        finally:
-            runtime.close()
+    trial = ProbeRun(seconds if measured else math.inf, tell if measured else lambda words: None)
+    with (
+        tempfile.TemporaryDirectory(prefix="raftune-plan-") as scratch,
+        contextlib.closing(Runtime(RunFolder(Path(scratch) / "run"), config)) as runtime,
+    ):
+        preflight(runtime)
+        runtime.panel(), runtime.judge()
+        done = rounds_done(root, config)
+        trial.tell("reading the prompts, checking the model")
+        with trial.paused():  # all prompts are checked, however long that takes
+            stage = runtime.stage(0, "data")
+            run_once(runtime.job(stage, 0), stage)  # type: ignore[arg-type]
+            data = runtime.run.folder(0, "data")
+        start = runtime.run.folder(0, "model")
+        start.mkdir(parents=True)
+        facts = read_start(runtime, start, trial)
+        policy = runtime.policies.encoder(start)
+        model = getattr(runtime.family, "footprint", Footprint).of(policy, start, facts)
+        with trial.paused():
+            left_out = leave_out(runtime, data, policy) if isinstance(policy, SupportsPromptCheck) else ()
+            if model.encodes_answers:
+                check_answers(policy, data, config)
+            prompts = measure(data, policy.encoder if model.counts_tokens else None)  # type: ignore[attr-defined]
+        planned, longest = amounts(config, prompts.train, prompts.held_out), prompts.longest or 0
+        notes = [*(facts.get("notes", []) if isinstance(facts, dict) else []), *left_out, *policy.notes()]
+        notes += [model.not_tried, *remarks(config, prompts, planned), *model.remarks(config, prompts.longest)]
+        result, peaks, times, fit = None, None, None, None
+        rows = min(config.sampling.chunk_size, planned.prompts) * config.sampling.num_generations
+        if measured and not model.not_tried:
+            result = probe(runtime, data, Path(scratch) / "probe", trial)
+            peaks = model.peaks(result.drawing, result.training, config, longest, rows)
+            times = seconds_by_stage(result, planned, runtime)
+            notes += result.notes
+            if "training" in times and planned.rounds:
+                fit = times["training"] / planned.rounds
+        return Forecast(
+            root=root,
+            done=done,
+            prompts=prompts,
+            amounts=planned,
+            model=model,
+            work=model.work(config, planned),
+            memory=model.memory(config, longest, rows),
+            disk=model.disk(config, planned, result.size if result else None, fit),
+            peaks=peaks,
+            probe=result,
+            seconds=times,
+            notes=tuple(dict.fromkeys(note for note in notes if note)),
+        )
 
 
 def rounds_done(root: Path, config: RunConfig) -> int | None:
@@ -101,57 +142,9 @@ def rounds_done(root: Path, config: RunConfig) -> int | None:
     check_output_dir(folder)
     if not folder.exists():
         return None
-    runtime = Runtime(folder, config)
-    try:
+    with contextlib.closing(Runtime(folder, config)) as runtime:
         check(runtime)
-    finally:
-        runtime.close()
     return max((row["round"] for row in rows_of(root)), default=0)
-
-
-def _forecast(runtime: Runtime, root: Path, done: int | None, trial: ProbeRun, *, measured: bool) -> Forecast:
-    config = runtime.config
-    trial.tell("reading the prompts, checking the model")
-    with trial.paused():  # all prompts are checked, however long that takes
-        stage = runtime.stage(0, "data")
-        run_once(runtime.job(stage, 0), stage)  # type: ignore[arg-type]
-        data = runtime.run.folder(0, "data")
-    start = runtime.run.folder(0, "model")
-    start.mkdir(parents=True)
-    facts = read_start(runtime, start, trial)
-    policy = runtime.policies.encoder(start)
-    model = getattr(runtime.family, "footprint", Footprint).of(policy, start, facts)
-    with trial.paused():
-        left_out = leave_out(runtime, data, policy) if isinstance(policy, SupportsPromptCheck) else ()
-        if model.encodes_answers:
-            check_answers(policy, data, config)
-        prompts = measure(data, policy.encoder if model.counts_tokens else None)  # type: ignore[attr-defined]
-    planned, longest = amounts(config, prompts.train, prompts.held_out), prompts.longest or 0
-    notes = [*(facts.get("notes", []) if isinstance(facts, dict) else []), *left_out, *policy.notes(), model.not_tried]
-    notes += [*remarks(config, prompts, planned), *model.remarks(config, prompts.longest)]
-    result, peaks, seconds, fit = None, None, None, None
-    rows = min(config.sampling.chunk_size, planned.prompts) * config.sampling.num_generations
-    if measured and not model.not_tried:
-        result = probe(runtime, data, runtime.run.root.parent / "probe", trial)
-        peaks = model.peaks(result.drawing, result.training, config, longest, rows)
-        seconds = seconds_by_stage(result, planned, runtime)
-        notes += result.notes
-        if "training" in seconds and planned.rounds:
-            fit = seconds["training"] / planned.rounds
-    return Forecast(
-        root=root,
-        done=done,
-        prompts=prompts,
-        amounts=planned,
-        model=model,
-        work=model.work(config, planned),
-        memory=model.memory(config, longest, rows),
-        disk=model.disk(config, planned, result.size if result else None, fit),
-        peaks=peaks,
-        probe=result,
-        seconds=seconds,
-        notes=tuple(dict.fromkeys(note for note in notes if note)),
-    )
 
 
 def read_start(runtime: Runtime, start: Path, trial: ProbeRun) -> Any:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from raftune.config.run import RunConfig
 from raftune.errors import RewardError
 from raftune.evaluation.alarms import probe_alarms
 from raftune.policies.footprint import MeasuredPeak, RoundAmounts
-from raftune.protocols import Chunk, Policy, SupportsBackends, SupportsLogProbs
+from raftune.protocols import Chunk, SupportsBackends, SupportsLogProbs
 from raftune.records import Prompt, Sample, Score, ScoreStatus, derive_seed
 from raftune.runtime.assembly import Runtime
 from raftune.sanitize import counted, one_line
@@ -82,7 +81,7 @@ class ProbeResult:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     limit: float = SECONDS
-    cut_short: tuple[str, ...] = ()
+    cut_short: list[str] = field(default_factory=list)
     missing: tuple[str, ...] = ()
     generation: str = ""  # how it generates, in words, where there are several ways
     drawing: MeasuredPeak | None = None
@@ -100,18 +99,17 @@ class ProbeRun:
     seconds: float
     tell: Emit
     began: float = field(default_factory=time.perf_counter)
-    cut_short: list[str] = field(default_factory=list)
-    shared: float = 0.0  # seconds left when the probe began, of which each part has its share
+    shared: float = 0.0  # seconds that remained when the probe began, of which each part has its share
 
-    def left(self) -> float:
+    def remaining(self) -> float:
         return self.seconds - (time.perf_counter() - self.began)
 
-    def may(self, share: float) -> float:
-        """Seconds that a part may take: its share, or what is left."""
-        return max(0.0, min(self.shared * share, self.left()))
+    def share(self, part: float) -> float:
+        """Seconds that a part of the probe may take."""
+        return max(0.0, min(self.shared * part, self.remaining()))
 
     def check(self) -> None:
-        if self.left() <= 0:
+        if self.remaining() <= 0:
             raise TimeUp
 
     @contextlib.contextmanager
@@ -126,45 +124,38 @@ class ProbeRun:
     def ended(self, call: Callable[[], None]) -> bool:
         """Makes the call and interrupts it when the time is up; returns whether it was interrupted.
 
-        SIGALRM interrupts between two Python operations on the main thread. Where there is none (Windows, another
-        thread), the call goes on to its next `check`.
+        SIGALRM interrupts between two Python operations on the main thread, and again every second, as foreign code may
+        swallow it; an alarm that was set before is restored. Where there is no SIGALRM (Windows, another thread), the
+        call goes on to its next `check`.
         """
-        if self.left() <= 0:
+        if self.remaining() <= 0:
             return True
         fired: list[bool] = []
 
-        def ring(number: int, frame: FrameType | None) -> None:
+        def ring(*_: object) -> None:
             fired.append(True)
             raise TimeUp
 
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        timed = hasattr(signal, "setitimer") and on_main_thread and math.isfinite(self.seconds)
         try:
-            with alarm(self.left(), ring):
+            if timed:
+                began, handler = time.monotonic(), signal.signal(signal.SIGALRM, ring)
+                earlier, interval = signal.setitimer(signal.ITIMER_REAL, self.remaining(), 1.0)
+            try:
                 call()
+            finally:
+                if timed:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    signal.signal(signal.SIGALRM, handler)
+                    if earlier:
+                        rest = max(0.001, earlier - (time.monotonic() - began))
+                        signal.setitimer(signal.ITIMER_REAL, rest, interval)
         except BaseException as error:
             if (fired or isinstance(error, TimeUp)) and interrupting(error) is not None:
                 return True
             raise
         return bool(fired)
-
-
-@contextlib.contextmanager
-def alarm(seconds: float, ring: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Calls `ring` after so many seconds and then every second, as foreign code may swallow it. An alarm that was set
-    before is restored."""
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    if not hasattr(signal, "setitimer") or not on_main_thread or math.isinf(seconds):
-        yield
-        return
-    began = time.monotonic()
-    handler = signal.signal(signal.SIGALRM, ring)
-    earlier, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        if earlier:
-            signal.setitimer(signal.ITIMER_REAL, max(0.001, earlier - (time.monotonic() - began)), interval)
 
 
 class MemoryMeter:
@@ -198,8 +189,8 @@ def resident(name: str) -> int:
 def probe(runtime: Runtime, data: Path, work: Path, trial: ProbeRun) -> ProbeResult:
     """Runs each stage's work on two prompts, in `work`, until the trial's time is up; raises what the run would."""
     result, config = ProbeResult(limit=trial.seconds), runtime.config
-    trial.shared = trial.left()
-    if trial.ended(lambda: _measure(result, runtime, data, work, trial)):
+    trial.shared = trial.remaining()
+    if trial.ended(lambda: Measurements(result, runtime, data, work, trial).run()):
         runtime.policies.release()
     compared = runtime.has_log_probs() and (config.evaluation.kl or config.selection.beta > 0)
     parts = (
@@ -210,73 +201,232 @@ def probe(runtime: Runtime, data: Path, work: Path, trial: ProbeRun) -> ProbeRes
         ("training", result.train, config.num_rounds > 0),
     )
     result.missing = tuple(name for name, measured, needed in parts if needed and measured is None)
-    result.cut_short = tuple(trial.cut_short)
-    result.seconds = trial.seconds - trial.left()
+    result.seconds = trial.seconds - trial.remaining()
     return result
 
 
-def _measure(result: ProbeResult, runtime: Runtime, data: Path, work: Path, trial: ProbeRun) -> None:
-    """Each measurement enters `result` as soon as it is there: the call may be interrupted at any time."""
-    config, batch_size = runtime.config, runtime.config.sampling.batch_size
-    table = read_table(data / ("train.parquet" if config.num_rounds else "held_out.parquet")).slice(0, PROMPTS)
-    prompts = prompts_from(table)
-    trial.tell("probe: loading the model, first generation")
-    policy = runtime.policies.at(runtime.run.folder(0, "model"))
-    trying, backend = timed(lambda: policy.choose_backend(prompts) if isinstance(policy, SupportsBackends) else None)
-    result.generation = generation_words(backend) if backend else ""
-    first = config.sampling.num_generations if config.sampling.generation_kwargs else 1
-    with limited(policy, 1):
-        cold, _ = timed(lambda: generate_samples(policy, chunk_of(prompts[:1], first, config.seed, batch_size)))
-        token, _ = timed(lambda: generate_samples(policy, chunk_of(prompts[:1], first, config.seed, batch_size)))
-    result.load = trying + max(0.0, cold - token)
-    trial.check()
+class Measurements:
+    """One method for each stage. Each measurement enters `result` at once, as `run` may be interrupted at any time."""
 
-    trial.tell("probe: generating")
-    memory = MemoryMeter()
-    generated, factor = time_generation(result, policy, prompts, config, trial, token / first)
-    samples = as_table(generated, policy)
-    result.drawing = memory.peak(samples, samples.num_rows)
-    if samples.schema.field("completion").type == pa.binary():
-        sizes = [len(image) for image in samples.column("completion").to_pylist() if image is not None]
-        result.size = sum(sizes) / len(sizes) if sizes else None
-    result.notes = policy.notes()
-    trial.check()
-
-    trial.tell("probe: scoring")
-    by_id = {prompt.id: prompt for prompt in prompts}
-    owners = [by_id[sample.prompt_id] for sample in generated]
-    result.score, scores = time_rewards(runtime.panel(), owners, samples, trial)
-    failed = [score for score in scores if score.status in FAILED]
-    if len(failed) > config.rewards.max_failure_fraction * len(scores):
-        example = next(f"{name}: {part.detail}" for name, part in failed[0].parts.items() if part.status in FAILED)
-        raise RewardError(
-            f"rewards: {len(failed)} of {len(scores)} tried samples could not be scored; rewards.max_failure_fraction "
-            f"allows {config.rewards.max_failure_fraction:g}. For example {example}. `raftune reward check` tells more."
+    def __init__(self, result: ProbeResult, runtime: Runtime, data: Path, work: Path, trial: ProbeRun) -> None:
+        self.result, self.runtime, self.config, self.work, self.trial = result, runtime, runtime.config, work, trial
+        file = "train" if self.config.num_rounds else "held_out"
+        self.table = read_table(data / f"{file}.parquet").slice(0, PROMPTS)
+        self.prompts = prompts_from(self.table)
+        self.factor = self.longer = (
+            1.0  # tokens of a completion, and of a whole row, in the run over those in the probe
         )
-    result.notes += (*runtime.panel().notes(), *sample_notes(config, samples, scores, whole=factor == 1))
-    trial.check()
-    judged = bool(config.evaluation.reward_funcs)
-    result.judge = time_rewards(runtime.judge(), owners, samples, trial)[0] if judged else LinearTime()
-    trial.check()
 
-    longer = 1.0  # tokens of a row in the run, those of the prompt included, over those in the probe
-    if factor != 1:
-        lengths = policy.encoder.encode(prompts, for_drawing=True)  # type: ignore[attr-defined]
-        asked, tokens = sum(map(len, lengths)) / len(prompts), mean_tokens(samples)
-        longer = (asked + tokens * factor) / (asked + tokens)
-    seconds = 0.0
-    if isinstance(policy, SupportsLogProbs):
-        few = min(LEAST, len(owners))
-        seconds = timed(lambda: policy.log_probs(owners[:few], samples.slice(0, few), batch_size))[0] / few
-        if seconds * len(owners) <= trial.may(LOGP):
-            seconds = timed(lambda: policy.log_probs(owners, samples, batch_size))[0] / len(owners)
-    result.logp = LinearTime(0.0, seconds * longer)
-    trial.check()
-    if not config.num_rounds:
-        result.train = LinearTime()
-        return
-    trial.tell("probe: training")
-    time_training(result, runtime, samples, table, work, factor, longer, trial)
+    def run(self) -> None:
+        config, result, trial = self.config, self.result, self.trial
+        trial.tell("probe: loading the model, first generation")
+        self.policy = policy = self.runtime.policies.at(self.runtime.run.folder(0, "model"))
+        trying = 0.0
+        if isinstance(policy, SupportsBackends):
+            trying, backend = timed(lambda: policy.choose_backend(self.prompts))
+            result.generation = generation_words(backend) if backend else ""
+        width = config.sampling.num_generations if config.sampling.generation_kwargs else 1
+        cold, _ = self.generate(self.prompts[:1], width, 1)
+        token, _ = self.generate(self.prompts[:1], width, 1)
+        result.load = trying + max(0.0, cold - token)
+        trial.check()
+
+        trial.tell("probe: generating")
+        memory = MemoryMeter()
+        generated = self.time_generation(token / width)
+        self.samples = samples = as_table(generated, policy)
+        result.drawing = memory.peak(samples, samples.num_rows)
+        if samples.schema.field("completion").type == pa.binary():
+            sizes = [len(image) for image in samples.column("completion").to_pylist() if image is not None]
+            result.size = sum(sizes) / len(sizes) if sizes else None
+        result.notes = policy.notes()
+        trial.check()
+
+        trial.tell("probe: scoring")
+        by_id = {prompt.id: prompt for prompt in self.prompts}
+        self.owners = owners = [by_id[sample.prompt_id] for sample in generated]
+        result.score, scores = self.time_rewards(self.runtime.panel())
+        failed = [score for score in scores if score.status in FAILED]
+        if len(failed) > config.rewards.max_failure_fraction * len(scores):
+            example = next(f"{name}: {part.detail}" for name, part in failed[0].parts.items() if part.status in FAILED)
+            raise RewardError(
+                f"rewards: {len(failed)} of {len(scores)} tried samples could not be scored; "
+                f"rewards.max_failure_fraction allows {config.rewards.max_failure_fraction:g}. For example {example}. "
+                "`raftune reward check` tells more."
+            )
+        result.notes += (*self.runtime.panel().notes(), *sample_notes(config, samples, scores, whole=self.factor == 1))
+        trial.check()
+        judged = bool(config.evaluation.reward_funcs)
+        result.judge = self.time_rewards(self.runtime.judge())[0] if judged else LinearTime()
+        trial.check()
+
+        if self.factor != 1:
+            lengths = policy.encoder.encode(self.prompts, for_drawing=True)  # type: ignore[attr-defined]
+            prompt, tokens = sum(map(len, lengths)) / len(lengths), mean_tokens(samples)
+            self.longer = (prompt + tokens * self.factor) / (prompt + tokens)
+        seconds = 0.0
+        if isinstance(policy, SupportsLogProbs):
+            batch, few = config.sampling.batch_size, min(LEAST, len(owners))
+            seconds = timed(lambda: policy.log_probs(owners[:few], samples.slice(0, few), batch))[0] / few
+            if seconds * len(owners) <= trial.share(LOGP):
+                seconds = timed(lambda: policy.log_probs(owners, samples, batch))[0] / len(owners)
+        result.logp = LinearTime(0.0, seconds * self.longer)
+        trial.check()
+        if config.num_rounds:
+            trial.tell("probe: training")
+            self.time_training()
+        else:
+            result.train = LinearTime()
+
+    def generate(self, prompts: list[Prompt], width: int, tokens: int) -> tuple[float, list[Sample]]:
+        """Seconds and samples of a generation; a policy that counts tokens generates so many at most."""
+        policy, config = self.policy, self.config
+        seeds = tuple(tuple(derive_seed("probe", config.seed, p.id, k) for k in range(width)) for p in prompts)
+        chunk = Chunk(0, "0001", "probe", tuple(prompts), seeds, config.sampling.batch_size)
+        usual: Any = getattr(policy, "config", None)
+        limited = "completion_ids" in policy.payload.names and hasattr(usual, "sampling")
+        try:
+            if limited:
+                tokens = min(tokens, usual.sampling.max_completion_length)
+                sampling = usual.sampling.model_copy(update={"max_completion_length": tokens})
+                policy.config = usual.model_copy(update={"sampling": sampling})  # type: ignore[attr-defined]
+            return timed(lambda: generate_samples(policy, chunk))
+        finally:
+            if limited:
+                policy.config = usual  # type: ignore[attr-defined]
+
+    def time_generation(self, token: float) -> list[Sample]:
+        """Measures a batch and a sample by two generations of different width; returns the samples of the wider one.
+
+        `token`: seconds of one sample of one token; of one sample where there are no tokens. A generation is sized by
+        what the one before took, as if many samples at once were no faster than one by one.
+        """
+        sampling, prompts = self.config.sampling, self.prompts
+        has_tokens = "completion_ids" in self.policy.payload.names
+        longest = sampling.max_completion_length if has_tokens else 1
+        most = max(1, sampling.batch_size // len(prompts))
+        widths = [min(width, most) for width in (sampling.num_generations, sampling.num_generations * WIDER)]
+        if sampling.generation_kwargs:  # options of `generate`, such as beams, may depend on the number of completions
+            widths = [sampling.num_generations]
+        until = time.perf_counter() + self.trial.share(DRAW)
+
+        def remaining() -> float:
+            return max(0.0, until - time.perf_counter())
+
+        def record(tokens: int, seconds: list[float], samples: list[Sample], token: float) -> None:
+            self.factor = longer = 1.0
+            if tokens < longest:  # what reached the limit counts with `longest` tokens
+                lengths = np.array([len(sample.payload["completion_ids"]) for sample in samples], dtype=np.float64)
+                self.factor = float(np.where(lengths >= tokens, longest, lengths).sum() / lengths.sum())
+                longer = 1 + token * tokens * (self.factor - 1) / seconds[0]
+            self.result.tokens = mean_tokens(as_table(samples, self.policy)) * self.factor
+            line = LinearTime(0.0, seconds[0] / len(samples))
+            if len(seconds) > 1:
+                line = through(widths[0] * len(prompts), seconds[0], widths[1] * len(prompts), seconds[1])
+            self.result.generate = line.times(longer)
+
+        # The number of rows, by the time of one row; half of the time is for the generation with more tokens.
+        brief = min(BRIEF, longest)
+        if brief > 1 and token * brief < remaining() / 4:
+            token = self.generate(prompts[:1], 1, brief)[0] / brief
+        rows = int(remaining() / max(token * brief, 1e-9) / (2 if has_tokens else 1))
+        if rows < 1:
+            brief = max(1, min(brief, int(remaining() / max(token, 1e-9))))
+        if rows < len(prompts):
+            prompts = prompts[:1]
+        if rows < len(prompts) * widths[0] and not sampling.generation_kwargs:
+            narrow = max(1, rows // len(prompts))
+            widths = [narrow * width // widths[0] for width in widths]
+        widths = list(dict.fromkeys(widths))
+
+        # The number of tokens, by the time of a few.
+        tokens, first = 1, 0.0
+        if has_tokens:
+            first, samples = self.generate(prompts, widths[0], brief)
+            record(brief, [first], samples, first / brief)
+            affordable = int(remaining() / (first / brief))
+            if affordable * widths[0] < LEAST * sum(widths):  # there is no time for both widths
+                widths = widths[:1]
+            tokens = min(longest, affordable * widths[0] // sum(widths))
+            if tokens <= brief and len(widths) == 1:  # there is no time for more
+                self.result.cut_short += [f"answers were generated to {brief} of {longest} tokens"] * (self.factor > 1)
+                return samples
+            tokens = max(tokens, min(LEAST, longest))
+
+        seconds: list[float] = []
+        for width in widths:
+            if seconds and not has_tokens and seconds[0] * width / widths[0] > remaining():
+                were = "was" if len(samples) == 1 else "were"
+                self.result.cut_short.append(f"only {counted(len(samples), 'sample')} {were} generated")
+                break
+            spent, samples = self.generate(prompts, width, tokens)
+            seconds.append(spent)
+            # A token's time beside the prompt's: by the two generations of one width, or by one where noise denies it.
+            token = (first - seconds[0]) / (brief - tokens) if brief != tokens else 0.0
+            record(tokens, seconds, samples, token if token > 0 else seconds[0] / tokens)
+        if self.factor > 1:
+            self.result.cut_short.append(f"answers were generated to {tokens} of {longest} tokens")
+        return samples
+
+    def time_rewards(self, rewards: Any) -> tuple[LinearTime, list[Score]]:
+        """The first call may load a model or start a process: that is the fixed part. Also returns the scores."""
+        prompts, samples = self.owners, self.samples
+        first, _ = timed(lambda: rewards.score_samples(prompts[:1], samples.slice(0, 1)))
+        last = len(prompts) - 1
+        each, _ = timed(lambda: rewards.score_samples(prompts[last:], samples.slice(last, 1)))
+        number = min(len(prompts), max(LEAST, int(self.trial.share(SCORE) / max(each, 1e-6))))
+        if number < len(prompts):
+            self.result.cut_short.append(f"{number} of {len(prompts)} samples were scored")
+        total, scores = timed(lambda: rewards.score_samples(prompts[:number], samples.slice(0, number)))
+        return LinearTime(first, total / number), scores
+
+    def time_training(self) -> None:
+        """Trains one pass over a batch of rows, and one over all rows or as many as there is time for."""
+        result, runtime, trial, samples = self.result, self.runtime, self.trial, self.samples
+        assert result.generate is not None and result.load is not None
+        usual = runtime.policies.config
+        batch = min(usual.training.per_device_train_batch_size, samples.num_rows)
+        row = BACKWARD * result.generate.each / self.factor  # estimated seconds of a row
+        rows = min(batch, max(1, int((trial.share(TRAIN) - result.load) / max(row, 1e-9))))
+        if rows < batch:
+            result.cut_short.append(f"a step was taken with {rows} of {batch} rows")
+        once = {"num_train_epochs": 1.0, "max_steps": -1, "gradient_accumulation_steps": 1, "optimizer_state": "fresh"}
+        once |= {"mask_truncated_completions": False}  # all samples of two prompts may be cut off, and cost as much
+        once |= {"per_device_train_batch_size": rows, "save_steps": None}
+        runtime.policies.config = usual.model_copy(update={"training": usual.training.model_copy(update=once)})
+
+        def seconds(count: int, name: str) -> float:
+            """Of one training on so many samples, the loading of the model included."""
+            folder = self.work / name
+            for part in ("work", "out"):
+                (folder / part).mkdir(parents=True)
+            config, used = runtime.config.training, samples.slice(0, count)
+            objective = load_objective(config)
+            verdicts = {
+                "sample_id": used.column("sample_id"),
+                "weight": np.full(count, float("kept" in objective.needs)),
+                "score": np.zeros(count),
+                "rank": np.ones(count, np.int32),
+                "reason": [""] * count,
+            }
+            chosen = chosen_rows(objective, config.objective, used, pa.table(verdicts))
+            write_table(with_prompts(chosen, self.table, 1), folder / "rows.parquet", {"raftune.round": "1"})
+            policy = runtime.policies.fresh(runtime.run.folder(0, "model"))
+            return timed(lambda: policy.train(folder / "rows.parquet", folder / "work", folder / "out"))[0]
+
+        try:
+            runtime.policies.release()
+            memory = MemoryMeter()
+            first = seconds(rows, "tune-first")
+            result.training = memory.peak(samples, rows)
+            step = max(first - result.load, 0.0)
+            result.train = LinearTime(first - step, step / rows).times(self.longer)
+            steps = min(samples.num_rows // rows, int((trial.share(TRAIN) - result.load) / max(step, 1e-6)))
+            if steps >= 2:
+                second = seconds(steps * rows, "tune-second")
+                result.train = through(rows, first, steps * rows, second).times(self.longer)
+        finally:
+            runtime.policies.config = usual
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -285,129 +435,10 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
-@contextlib.contextmanager
-def limited(policy: Any, tokens: int | None) -> Iterator[None]:
-    """Within, a policy that counts tokens generates so many at most."""
-    usual: Any = getattr(policy, "config", None)
-    if tokens is None or "completion_ids" not in policy.payload.names or not hasattr(usual, "sampling"):
-        yield
-        return
-    tokens = min(tokens, usual.sampling.max_completion_length)
-    sampling = usual.sampling.model_copy(update={"max_completion_length": tokens})
-    policy.config = usual.model_copy(update={"sampling": sampling})
-    try:
-        yield
-    finally:
-        policy.config = usual
-
-
-def chunk_of(prompts: list[Prompt], number: int, seed: int, batch_size: int) -> Chunk:
-    """A chunk of a training round."""
-    seeds = tuple(tuple(derive_seed("probe", seed, prompt.id, k) for k in range(number)) for prompt in prompts)
-    return Chunk(0, "0001", "probe", tuple(prompts), seeds, batch_size)
-
-
-def time_generation(
-    result: ProbeResult,
-    policy: Policy,
-    prompts: list[Prompt],
-    config: RunConfig,
-    trial: ProbeRun,
-    single: float,
-) -> tuple[list[Sample], float]:
-    """Measures a batch and a sample by two generations of different width. Returns the samples of the wider one, and
-    how many times as many tokens they would have without the probe's limit.
-
-    `single`: seconds of one sample, or of one token where there are tokens. No generation is started that would take
-    longer than there is time for, if many samples at once were no faster than one by one.
-    """
-    sampling = config.sampling
-    longest, has_tokens = sampling.max_completion_length, "completion_ids" in policy.payload.names
-    most = max(1, sampling.batch_size // len(prompts))
-    widths = [min(width, most) for width in (sampling.num_generations, sampling.num_generations * WIDER)]
-    if sampling.generation_kwargs:  # options of `generate`, such as beams, may depend on the number of completions
-        widths = [sampling.num_generations]
-    until = time.perf_counter() + trial.may(DRAW)
-
-    def left() -> float:
-        return max(0.0, until - time.perf_counter())
-
-    def generate(prompts: list[Prompt], width: int, tokens: int | None) -> tuple[float, list[Sample]]:
-        with limited(policy, tokens):
-            return timed(lambda: generate_samples(policy, chunk_of(prompts, width, 0, sampling.batch_size)))
-
-    def enter(seconds: list[float], samples: list[Sample], tokens: int | None, token: float) -> float:
-        factor = longer = 1.0
-        if tokens is not None and tokens < longest:  # what reached the limit counts with `longest` tokens
-            lengths = np.array([len(sample.payload["completion_ids"]) for sample in samples], dtype=np.float64)
-            factor = float(np.where(lengths >= tokens, longest, lengths).sum() / lengths.sum())
-            longer = 1 + token * tokens * (factor - 1) / seconds[0] if factor > 1 else 1.0
-        result.tokens = mean_tokens(as_table(samples, policy)) * factor
-        line = LinearTime(0.0, seconds[0] / len(samples))
-        if len(seconds) > 1:
-            line = through(widths[0] * len(prompts), seconds[0], widths[1] * len(prompts), seconds[1])
-        result.generate = line.times(longer)
-        return factor
-
-    brief = min(BRIEF, longest) if has_tokens else 1
-    sample = single * brief
-    if brief > 1 and sample < left() / 4:
-        sample, _ = generate(prompts[:1], 1, brief)
-    rows = int((left() / 2 if has_tokens else left()) / max(sample, 1e-9))
-    if rows < 1:
-        brief = min(brief, max(1, int(left() / max(single, 1e-9))))
-    if rows < len(prompts):
-        prompts = prompts[:1]
-    if rows < len(prompts) * widths[0] and not sampling.generation_kwargs:
-        narrow = max(1, rows // len(prompts))
-        widths = [narrow * width // widths[0] for width in widths]
-    widths = list(dict.fromkeys(widths))
-    tokens, spent = None, 0.0
-    if has_tokens:
-        spent, samples = generate(prompts, widths[0], brief)
-        factor = enter([spent], samples, brief, spent / brief)
-        tokens = int(left() / (spent / brief) / (sum(widths) / widths[0]))
-        if tokens < LEAST and len(widths) > 1:  # there is no time for both widths
-            widths, tokens = widths[:1], int(left() / (spent / brief))
-        tokens = min(longest, tokens)
-        if tokens <= brief and len(widths) == 1:  # there is no time for more
-            trial.cut_short += [f"answers were generated to {brief} of {longest} tokens"] * (factor > 1)
-            return samples, factor
-        tokens = max(tokens, min(LEAST, longest))
-    seconds: list[float] = []
-    for width in widths:
-        if seconds and tokens is None and seconds[0] * width / widths[0] > left():
-            were = "was" if len(samples) == 1 else "were"
-            trial.cut_short.append(f"only {counted(len(samples), 'sample')} {were} generated")
-            break
-        wide, samples = generate(prompts, width, tokens)
-        seconds.append(wide)
-        # A token's time beside the prompt's: by the two generations of one width, or by one where noise denies it.
-        token = (spent - seconds[0]) / (brief - tokens) if tokens is not None and brief != tokens else 0.0
-        factor = enter(seconds, samples, tokens, token if token > 0 else seconds[0] / (tokens or 1))
-    if tokens is not None and factor > 1:
-        trial.cut_short.append(f"answers were generated to {tokens} of {longest} tokens")
-    return samples, factor
-
-
 def through(n1: int, t1: float, n2: int, t2: float) -> LinearTime:
     """The line through two measurements, kept from going below 0 by noise."""
     each = max(0.0, (t2 - t1) / (n2 - n1))
     return LinearTime(max(0.0, t1 - each * n1), each) if each else LinearTime(min(t1, t2), 0.0)
-
-
-def time_rewards(
-    rewards: Any, prompts: list[Prompt], samples: pa.Table, trial: ProbeRun
-) -> tuple[LinearTime, list[Score]]:
-    """The first call may load a model or start a process: that is the fixed part. Also returns the scores."""
-    first, _ = timed(lambda: rewards.score_samples(prompts[:1], samples.slice(0, 1)))
-    last = len(prompts) - 1
-    each, _ = timed(lambda: rewards.score_samples(prompts[last:], samples.slice(last, 1)))
-    number = min(len(prompts), max(LEAST, int(trial.may(SCORE) / max(each, 1e-6))))
-    if number < len(prompts):
-        trial.cut_short.append(f"{number} of {len(prompts)} samples were scored")
-    every, scores = timed(lambda: rewards.score_samples(prompts[:number], samples.slice(0, number)))
-    return LinearTime(first, every / number), scores
 
 
 def sample_notes(config: RunConfig, samples: pa.Table, scores: list[Score], *, whole: bool) -> list[str]:
@@ -436,64 +467,6 @@ def sample_notes(config: RunConfig, samples: pa.Table, scores: list[Score], *, w
         raised = "a round of such samples raises an alarm"
         notes += [one_line(f"{raised}: {alarm['title']}: {alarm['evidence']}") for alarm in alarms]
     return notes
-
-
-def time_training(
-    result: ProbeResult,
-    runtime: Runtime,
-    samples: pa.Table,
-    prompts: pa.Table,
-    work: Path,
-    factor: float,
-    longer: float,
-    trial: ProbeRun,
-) -> None:
-    """Trains one pass over a batch of rows, and one over all rows or as many as there is time for; measures the memory
-    of the first."""
-    assert result.generate is not None and result.load is not None
-    usual = runtime.policies.config
-    batch = min(usual.training.per_device_train_batch_size, samples.num_rows)
-    row = BACKWARD * result.generate.each / factor  # estimated seconds of a row
-    rows = min(batch, max(1, int((trial.may(TRAIN) - result.load) / max(row, 1e-9))))
-    if rows < batch:
-        trial.cut_short.append(f"a step was taken with {rows} of {batch} rows")
-    once = {"num_train_epochs": 1.0, "max_steps": -1, "gradient_accumulation_steps": 1, "optimizer_state": "fresh"}
-    once |= {"mask_truncated_completions": False}  # all samples of two prompts may be cut off, and cost as much
-    once |= {"per_device_train_batch_size": rows, "save_steps": None}
-    runtime.policies.config = usual.model_copy(update={"training": usual.training.model_copy(update=once)})
-
-    def seconds(count: int, name: str) -> float:
-        """Of one training on so many samples, the loading of the model included."""
-        folder = work / name
-        for part in ("work", "out"):
-            (folder / part).mkdir(parents=True)
-        config, used = runtime.config.training, samples.slice(0, count)
-        objective = load_objective(config)
-        verdicts = {
-            "sample_id": used.column("sample_id"),
-            "weight": np.full(count, float("kept" in objective.needs)),
-            "score": np.zeros(count),
-            "rank": np.ones(count, np.int32),
-            "reason": [""] * count,
-        }
-        chosen = chosen_rows(objective, config.objective, used, pa.table(verdicts))
-        write_table(with_prompts(chosen, prompts, 1), folder / "rows.parquet", {"raftune.round": "1"})
-        policy = runtime.policies.fresh(runtime.run.folder(0, "model"))
-        return timed(lambda: policy.train(folder / "rows.parquet", folder / "work", folder / "out"))[0]
-
-    try:
-        runtime.policies.release()
-        memory = MemoryMeter()
-        first = seconds(rows, "tune-first")
-        result.training = memory.peak(samples, rows)
-        step = max(first - result.load, 0.0)
-        result.train = LinearTime(first - step, step / rows).times(longer)
-        steps = min(samples.num_rows // rows, int((trial.may(TRAIN) - result.load) / max(step, 1e-6)))
-        if steps >= 2:
-            second = seconds(steps * rows, "tune-second")
-            result.train = through(rows, first, steps * rows, second).times(longer)
-    finally:
-        runtime.policies.config = usual
 
 
 def mean_tokens(samples: pa.Table) -> float:

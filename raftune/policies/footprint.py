@@ -131,8 +131,8 @@ class Footprint:
     def sample_bytes(self, config: RunConfig, planned: RoundAmounts, sample: float | None) -> tuple[int, int]:
         """Bytes on disk of all samples of the run, and of their latents; `sample`: measured bytes of one."""
         content = PER_TOKEN if sample is None else sample
-        every = planned.samples + planned.rounds * (planned.competing - planned.drawn)
-        return int(every * (content + PER_SAMPLE)), 0
+        total = planned.samples + planned.rounds * (planned.competing - planned.drawn)
+        return int(total * (content + PER_SAMPLE)), 0
 
     def disk(
         self, config: RunConfig, planned: RoundAmounts, sample: float | None = None, fit: float | None = None

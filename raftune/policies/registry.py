@@ -69,10 +69,10 @@ def family_of(config: RunConfig) -> Family:
         )
     names = family.payload.names if isinstance(family.payload, pa.Schema) else None
     if not names or names[0] != "completion":
-        given = f"the columns {', '.join(names) or 'none'}" if names is not None else type(family.payload).__name__
+        shown = f"the columns {', '.join(names) or 'none'}" if names is not None else type(family.payload).__name__
         raise ConfigError(
             f"policy.family: payload of {name} must be a pyarrow.schema whose first column is `completion`, what the "
-            f"rewards are given; got {given}. {GUIDE}"
+            f"rewards are given; got {shown}. {GUIDE}"
         )
     kind = family.payload.field("completion").type
     if family.media == "image" and kind != pa.binary():

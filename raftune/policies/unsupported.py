@@ -30,14 +30,13 @@ def refuse_unused(config: Any, family: str, unused: Iterable[str]) -> None:
         holder = getattr(config, section) if section else config
         if not hasattr(holder, name):  # a partial configuration, as of an evaluation
             continue
-        value = getattr(holder, name)
-        default = type(holder).model_fields[name].get_default(call_default_factory=True)
+        value, default = getattr(holder, name), type(holder).model_fields[name].get_default(call_default_factory=True)
         if value == default:
             continue
         shown = repr(value)
         if fields := getattr(type(value), "model_fields", ()):  # a section: its changed fields
             pairs = ((field, getattr(value, field), getattr(default, field, None)) for field in fields)
-            shown = ", ".join(f"{field} = {own!r}" for field, own, usual in pairs if own != usual)
+            shown = ", ".join(f"{field} = {new!r}" for field, new, usual in pairs if new != usual)
         raise ConfigError(
             f"{path} means nothing to the {family} family; got {shown}. Remove it, or choose another policy.family."
         )

@@ -13,7 +13,7 @@ from raftune.config.load import declared, validate
 from raftune.config.run import RunConfig, held_out_names
 from raftune.config.secrets import advice, plain_secrets
 from raftune.errors import ConfigError, StoreError
-from raftune.policies.publishing import ADAPTER, publish_files
+from raftune.policies.model_files import ADAPTER, publish_files
 from raftune.policies.registry import FAMILIES, family_of
 from raftune.protocols import ModelUsage, SupportsPublishing
 from raftune.results.summary import best_round, cell, columns_for, read_json, read_row, rows_of

@@ -67,14 +67,14 @@ def resolve_reward(reward: RewardSpec, family: str | None = None) -> RewardSpec:
     Without a family a word means the text's reward, and the images' where the text has none of that name. Raises
     ConfigError for a word that begins with `starter:` and is none of the family's.
     """
-    known = {IMAGES: IMAGE_REWARDS, None: IMAGE_REWARDS | TEXT_REWARDS}.get(family, TEXT_REWARDS)
-    if (bundled := known.get(reward.spec)) is not None:
+    bundled_rewards = {IMAGES: IMAGE_REWARDS, None: IMAGE_REWARDS | TEXT_REWARDS}.get(family, TEXT_REWARDS)
+    if (bundled := bundled_rewards.get(reward.spec)) is not None:
         options = {**reward.options, **bundled.get("options", {})}
         return reward.model_copy(update={**bundled, "options": options, "name": reward.name or bundled["name"]})
     if reward.spec.startswith(f"{WORD}:"):
         raise ConfigError(
             f"reward_funcs: of the bundled rewards {'of pictures ' * (family == IMAGES)}there are "
-            f"{', '.join(sorted(known))}; got {reward.spec!r}. Name one of these."
+            f"{', '.join(sorted(bundled_rewards))}; got {reward.spec!r}. Name one of these."
         )
     return reward
 

@@ -19,8 +19,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from raftune.errors import ConfigError, ModelError
-from raftune.policies.causal_lm.loading import refuse_untrusted_code
-from raftune.policies.causal_lm.start import base_at
+from raftune.policies.causal_lm.loading import base_at, refuse_untrusted_code
 from raftune.sanitize import first_line
 from raftune.starters.resolve import resolve_model
 from raftune.training.quiet import quiet

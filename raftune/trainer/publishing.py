@@ -15,7 +15,7 @@ from raftune.config.policy import CausalLMPolicy
 from raftune.errors import StoreError
 from raftune.policies.causal_lm import loading
 from raftune.policies.causal_lm.loading import model_usage, write_model
-from raftune.policies.publishing import ground_adapter
+from raftune.policies.model_files import ground_adapter
 from raftune.results.model_card import best_of, card, publish_model, remove_published
 from raftune.sanitize import first_line
 from raftune.store.committed import check_folder, signatures, write_manifest

@@ -72,9 +72,9 @@ def verifies(folder: Path, identity: str, required: frozenset[str] = REQUIRED) -
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
-        whole = manifest["identity"] == identity and files.keys() >= required
-        whole = whole and all(sha256_of(folder / name) == content for name, content in files.items())
-        return whole and all(holds_no_code(folder / name) for name in STATE if not name.endswith(".json"))
+        intact = manifest["identity"] == identity and files.keys() >= required
+        intact = intact and all(sha256_of(folder / name) == content for name, content in files.items())
+        return intact and all(holds_no_code(folder / name) for name in STATE if not name.endswith(".json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 

@@ -17,27 +17,27 @@ def devices() -> list[str]:
     return [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 
-def choose_device(wanted: str, field: str = "policy.device") -> torch.device:
+def choose_device(spec: str, field: str = "policy.device") -> torch.device:
     """The device that the field names; auto is the first of CUDA, MPS and CPU that is there.
 
     Raises ConfigError for an unknown device, one that this machine lacks, and for a policy on another than the first
     visible one, on which transformers' Trainer trains.
     """
-    there = devices()
+    available = devices()
     try:
-        device = torch.device(there[0].split(":")[0] if wanted == "auto" else wanted)
+        device = torch.device(available[0].split(":")[0] if spec == "auto" else spec)
     except RuntimeError:
         raise ConfigError(
-            f"{field} must be auto, cpu, cuda, cuda:N or mps; got {wanted!r}. Write auto: the best that is there."
+            f"{field} must be auto, cpu, cuda, cuda:N or mps; got {spec!r}. Write auto: the best that is there."
         ) from None
-    if (device.index or 0) >= sum(name.split(":")[0] == device.type for name in there):
+    if (device.index or 0) >= sum(name.split(":")[0] == device.type for name in available):
         raise ConfigError(
-            f"{field} must be a device of this machine; got {wanted!r}, and there is {', '.join(there)}. "
+            f"{field} must be a device of this machine; got {spec!r}, and there is {', '.join(available)}. "
             "Write one of these, or auto."
         )
     if device.index and field == "policy.device":
         raise ConfigError(
-            f"policy.device must be the first visible one; got {wanted!r}. Set CUDA_VISIBLE_DEVICES={device.index} and "
+            f"policy.device must be the first visible one; got {spec!r}. Set CUDA_VISIBLE_DEVICES={device.index} and "
             "write cuda."
         )
     return device

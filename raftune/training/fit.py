@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +25,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from raftune.arrays import IntArray
 from raftune.config.training import TrainingConfig
 from raftune.errors import ConfigError, ExtensionError, ModelError, OutOfMemory
+from raftune.protocols import TrainReport
 from raftune.records import derive_seed
 from raftune.sanitize import counted
 from raftune.store import interruption, pulse
+from raftune.store.files import write_json
 from raftune.training.checkpoints import CheckpointCallback, newest_verified
 from raftune.training.devices import is_out_of_memory
 from raftune.training.quiet import quiet
@@ -79,6 +81,12 @@ class FitResult:
     out_of_memory: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def report(self, rows: int, details: Mapping[str, Any]) -> TrainReport:
+        """The report of a training on so many rows, with a family's own details."""
+        batches = {"micro_batch": self.micro_batch, "gradient_accumulation_steps": self.accumulation}
+        memory = {"out_of_memory_at": list(self.out_of_memory)}
+        return TrainReport(rows, len(self.losses), self.losses, {**details, **batches, **memory})
+
 
 def checked_loss(loss: Loss, name: str) -> Loss:
     """The loss of an objective of this name. Raises ExtensionError where it fails or does not return two tensors."""
@@ -110,7 +118,10 @@ def fit(task: FitTask, config: TrainingConfig, work: Path, device: torch.device)
     Raises ModelError if a loss, a gradient or a weight is not finite; OutOfMemory if even one row does not fit.
     """
     work.mkdir(parents=True, exist_ok=True)
-    size = MicroBatch.read(work, config)
+    path = work / MICRO_BATCH  # the size that fitted in an earlier attempt: a resumed fit runs in the same batches
+    size = MicroBatch(config.per_device_train_batch_size, config.gradient_accumulation_steps)
+    if path.is_file():
+        size = MicroBatch(**json.loads(path.read_text()))
     while True:
         try:
             with kept_rng():
@@ -119,7 +130,7 @@ def fit(task: FitTask, config: TrainingConfig, work: Path, device: torch.device)
             if not is_out_of_memory(error):
                 raise
         size = size.halved()
-        size.write(work)
+        write_json(work, path, size._asdict())
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -159,32 +170,15 @@ def _attempt(task: FitTask, config: TrainingConfig, size: MicroBatch, work: Path
         )
     if checkpoint:
         notes.append(f"training was taken up after step {checkpoint.name.rpartition('-')[2]} of {len(losses)}")
-    return FitResult(model, losses, optimizer, size.rows, size.accumulation, size.too_large, tuple(notes))
+    return FitResult(model, losses, optimizer, size.rows, size.accumulation, tuple(size.too_large), tuple(notes))
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """Rows in memory at once, and how many such batches make an optimizer step; their product never changes."""
 
     rows: int
     accumulation: int
     too_large: tuple[int, ...] = ()
-
-    @classmethod
-    def read(cls, work: Path, config: TrainingConfig) -> MicroBatch:
-        """The size that fitted in an earlier attempt, else the configured one."""
-        path = work / MICRO_BATCH
-        if path.is_file():
-            content = json.loads(path.read_text())
-            return cls(content["rows"], content["accumulation"], tuple(content["too_large"]))
-        return cls(config.per_device_train_batch_size, config.gradient_accumulation_steps)
-
-    def write(self, work: Path) -> None:
-        """Atomically, so that a resumed fit runs in the same batches."""
-        content = {"rows": self.rows, "accumulation": self.accumulation, "too_large": self.too_large}
-        part = work / f"{MICRO_BATCH}.part"
-        part.write_text(json.dumps(content))
-        part.replace(work / MICRO_BATCH)
 
     def halved(self) -> MicroBatch:
         """The next smaller micro-batch with the same product. Raises OutOfMemory at one row."""
@@ -282,14 +276,11 @@ class FitCallback(CheckpointCallback):
         self.average = average
         self.loss = self.mass = 0.0
 
-    def add(self, loss: float, mass: float) -> None:
-        self.loss, self.mass = self.loss + loss, self.mass + mass
-
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         loss = self.loss / self.mass
         self.loss = self.mass = 0.0
         if not math.isfinite(loss):
-            raise ModelError(_not_finite(f"The loss of step {state.global_step}", loss))
+            raise not_finite(f"The loss of step {state.global_step}", loss)
         state.log_history.append({"step": state.global_step, "step_loss": loss})
         if self.average:
             self.average.follow(trained(model))
@@ -301,15 +292,17 @@ class FitCallback(CheckpointCallback):
         super().on_save(args, state, control)
 
 
-def _not_finite(what: str, value: object) -> str:
-    return f"{what} must be finite; got {value}. Nothing was published: lower training.learning_rate, or see the rows."
+def not_finite(subject: str, value: object) -> ModelError:
+    return ModelError(
+        f"{subject} must be finite; got {value}. Nothing was published: lower training.learning_rate, or see the rows."
+    )
 
 
 def check_finite_weights(model: Any) -> None:
     """Raises ModelError if a trained weight is NaN or infinite."""
     for name, weight in trained(model).items():
         if not bool(torch.isfinite(weight).all()):
-            raise ModelError(_not_finite("Every weight", f"a NaN or an infinity in {name}"))
+            raise not_finite("Every weight", f"a NaN or an infinity in {name}")
 
 
 def trained(model: Any) -> dict[str, torch.Tensor]:
@@ -345,14 +338,15 @@ class FitTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.accelerator.autocast():  # the backbone is called without the forward that accelerate wraps
             loss, mass = self.objective(inputs)
-        self.watch.add(loss.item(), mass.item())
+        self.watch.loss += loss.item()
+        self.watch.mass += mass.item()
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
         scaled = getattr(self.accelerator, "scaler", None) is not None  # float16 scaling skips such a step by itself
         if not scaled and norm is not None and not math.isfinite(norm):
-            raise ModelError(_not_finite(f"The gradient of step {self.state.global_step + 1}", float(norm)))
+            raise not_finite(f"The gradient of step {self.state.global_step + 1}", float(norm))
         return norm
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -418,14 +412,14 @@ def grouped_order(lengths: Sequence[int], step: int, seed: int, epoch: int) -> I
     """
     random = np.random.default_rng(derive_seed(seed, "order", epoch))
     order, size = random.permutation(len(lengths)), np.asarray(lengths)
-    whole = len(order) // step * step
+    full = len(order) // step * step
 
     def longest_first(rows: IntArray) -> IntArray:
         return rows[np.argsort(-size[rows], kind="stable")]
 
-    pools = [longest_first(order[i : min(i + POOL * step, whole)]) for i in range(0, whole, POOL * step)]
+    pools = [longest_first(order[i : min(i + POOL * step, full)]) for i in range(0, full, POOL * step)]
     steps = np.concatenate(pools).reshape(-1, step) if pools else np.empty((0, step), dtype=np.int64)
-    return np.concatenate([random.permutation(steps).reshape(-1), longest_first(order[whole:])]).astype(np.int64)
+    return np.concatenate([random.permutation(steps).reshape(-1), longest_first(order[full:])]).astype(np.int64)
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -448,13 +442,10 @@ class LengthGroupedSampler(Sampler[int]):
 @contextlib.contextmanager
 def kept_rng() -> Iterator[None]:
     """Restores the global random states afterwards."""
-    python, arrays, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    python, arrays = random.getstate(), np.random.get_state()
     try:
-        yield
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(arrays)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)

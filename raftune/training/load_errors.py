@@ -60,9 +60,9 @@ def _damaged(weights: list[Path]) -> tuple[str, str] | None:
 def _mismatched(error: BaseException) -> tuple[str, str] | None:
     if not (match := MISMATCH.search(str(error))):
         return None
-    name, saved, wanted = match.groups()
+    name, saved, expected = match.groups()
     fix = "Use the model that it was made for; a vocabulary that was resized must be resized and saved there too"
-    return f"{name} is [{saved}] in the files and [{wanted}] in the model", fix
+    return f"{name} is [{saved}] in the files and [{expected}] in the model", fix
 
 
 def _lacking(error: BaseException) -> tuple[str, str] | None:

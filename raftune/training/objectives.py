@@ -80,10 +80,10 @@ def chosen_rows(objective: Objective, name: str, samples: pa.Table, verdicts: pa
         ) from error
     missing = {*samples.column_names, "weight"} - {*getattr(rows, "column_names", ())}
     if not isinstance(rows, pa.Table) or missing:
-        given = f"a table without {', '.join(sorted(missing))}" if isinstance(rows, pa.Table) else type(rows).__name__
+        result = f"a table without {', '.join(sorted(missing))}" if isinstance(rows, pa.Table) else type(rows).__name__
         raise ExtensionError(
             f"training.objective: `rows` of {name} must return a pyarrow.Table of rows of `samples` with all their "
-            f"columns and a column `weight`; got {given}. Fix it and resume the run."
+            f"columns and a column `weight`; got {result}. Fix it and resume the run."
         )
     return rows
 

@@ -97,10 +97,11 @@ class TextEncoder:
         chats = [isinstance(prompt.content, list) for prompt in prompts]
         encoded: list[list[int]] = [[]] * len(prompts)
         for chat in {*chats}:  # one call for all texts: a template has written its special tokens itself
-            places = [i for i, c in enumerate(chats) if c == chat]
-            ids = self.tokenizer([rendered[i] for i in places], add_special_tokens=not chat, verbose=False)["input_ids"]
-            for place, row in zip(places, ids, strict=True):
-                encoded[place] = row if chat else self._without_added_tokens(row, rendered[place])
+            indices = [i for i, c in enumerate(chats) if c == chat]
+            texts = [rendered[i] for i in indices]
+            ids = self.tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"]
+            for index, row in zip(indices, ids, strict=True):
+                encoded[index] = row if chat else self._without_added_tokens(row, rendered[index])
         for prompt, ids in zip(prompts, encoded, strict=True):
             self._check(prompt, ids)
         return encoded
@@ -255,9 +256,9 @@ class TextEncoder:
         content, messages = str(message.get("content") or ""), prompt.content
         assert isinstance(messages, list)
         if self.turn_end is not None and messages[-1]["role"] != "assistant":
-            before, whole = self._render(prompt, False), self._apply_template(prompt, [*messages, message])
-            turn = whole[len(before) :].removesuffix(self.turn_end.tail)
-            if whole.startswith(before) and whole.endswith(self.turn_end.tail) and content.strip() in turn:
+            before, dialogue = self._render(prompt, False), self._apply_template(prompt, [*messages, message])
+            turn = dialogue[len(before) :].removesuffix(self.turn_end.tail)
+            if dialogue.startswith(before) and dialogue.endswith(self.turn_end.tail) and content.strip() in turn:
                 return turn + self.turn_end.before
         if message.get("tool_calls"):
             raise DataError(f"The chat template does not say how a call of a tool is written (prompt {prompt.id}).")

@@ -128,12 +128,12 @@ class ModelFootprint(Footprint):
         """Answers that the model's context cuts off before max_completion_length does."""
         if self.context is None or longest is None:
             return []
-        room, asked = self.context - longest, config.sampling.max_completion_length
-        if room >= asked:
+        room, longest_completion = self.context - longest, config.sampling.max_completion_length
+        if room >= longest_completion:
             return []
         return [
             f"the longest prompt leaves room for {room} tokens in the context of {self.context}, less than "
-            f"sampling.max_completion_length = {asked}: such answers end there"
+            f"sampling.max_completion_length = {longest_completion}: such answers end there"
         ]
 
     def length(self, config: RunConfig, prompt: int) -> int:

@@ -1,4 +1,4 @@
-"""Loads tokenizers and weights from a folder or the hub, and saves them. Equal models give equal bytes.
+"""Resolves, checks, loads and saves models and tokenizers. Equal models give equal bytes.
 
 A round's weights are loaded in two phases: the initial model, and on it the round's adapter. The adapter
 is merged, if at all, into that fresh copy and never into one that was merged before, so rounding does not add up.
@@ -7,6 +7,7 @@ is merged, if at all, into that fresh copy and never into one that was merged be
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -26,19 +27,25 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from raftune.config.policy import AdapterConfig, CausalLMPolicy
 from raftune.data.classifier_inputs import is_hollow
 from raftune.errors import ConfigError, ModelError
+from raftune.policies.model_files import (
+    ADAPTER,
+    METADATA,
+    REFERENCE,
+    check_finite,
+    check_unchanged,
+    is_path,
+    sorted_sets,
+    write_optimizer,
+)
 from raftune.protocols import ModelUsage
 from raftune.sanitize import first_line
 from raftune.store.files import dump_json, fingerprint_of
+from raftune.training.devices import choose_device
 from raftune.training.load_errors import UNTRUSTED, why_not_loaded
 from raftune.training.quiet import quiet
 
-REFERENCE = "reference.json"
-ADAPTER = "adapter_config.json"
 PROBE = "parity.json"  # of a round that was trained: see parity.py
 MAMBA = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
-OPTIMIZER = "optimizer.safetensors"
-# One key only: with two or more, safetensors writes them in an order that varies from process to process.
-METADATA = {"format": "pt"}
 
 
 def base_of(model: Any) -> Any:
@@ -50,12 +57,6 @@ def device_of(model: Any) -> torch.device:
     """Where token ids go."""
     device: torch.device = model.get_input_embeddings().weight.device
     return device
-
-
-def positions_of(text_config: Any) -> int | None:
-    """The most tokens, prompt and completion together, that the model was made for; None where it does not say."""
-    limit = getattr(text_config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 @contextlib.contextmanager
@@ -88,7 +89,7 @@ def resolve(name: str, revision: str | None = None, trust: bool = False) -> Star
     if folder.is_dir():
         check_model_folder(folder)
         return StartReference(str(folder.resolve()), None, fingerprint(folder))
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    if is_path(name):
         raise ModelError(
             f"policy.model must be a folder or a hub name; got {name!r}, and {folder.resolve()} is no folder."
         )
@@ -152,15 +153,8 @@ def read_reference(start: Path) -> StartReference | None:
 def verify(start: Path) -> None:
     """Raises ModelError if the model that the start folder refers to is gone or has changed."""
     reference = read_reference(start)
-    if reference is None or reference.fingerprint.startswith("hub:"):
-        return
-    if not Path(reference.name).is_dir():
-        raise ModelError(f"policy.model must still be where the run began; {reference.name} is gone. Put it back.")
-    if (now := fingerprint(Path(reference.name))) != reference.fingerprint:
-        raise ModelError(
-            f"policy.model must not change during a run; {reference.name} was {reference.fingerprint[:12]} and is "
-            f"{now[:12]}. Put the files back, or start a new run."
-        )
+    if reference is not None and not reference.fingerprint.startswith("hub:"):
+        check_unchanged(Path(reference.name), reference.fingerprint, fingerprint)
 
 
 def source(start: Path) -> tuple[str, str | None]:
@@ -205,9 +199,10 @@ def model_config(config: CausalLMPolicy, start: Path) -> Any:
     return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **at(revision))
 
 
-def context(found: Any) -> int | None:
+def context(config: Any) -> int | None:
     """The most tokens, prompt and completion together, that such a model reads; None without a limit."""
-    return positions_of(found.get_text_config())
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def eos_ids(config: CausalLMPolicy, start: Path, tokenizer: Any) -> tuple[int, ...]:
@@ -216,9 +211,9 @@ def eos_ids(config: CausalLMPolicy, start: Path, tokenizer: Any) -> tuple[int, .
     An id that the tokenizer does not know is left out: a model's configuration keeps the id of its kind's first model.
     """
     configured = generation_config(config, start).eos_token_id
-    known = set(tokenizer.get_vocab().values())
+    vocabulary = set(tokenizer.get_vocab().values())
     several = configured if isinstance(configured, list) else [configured]
-    ids = dict.fromkeys(i for i in (tokenizer.eos_token_id, *several) if i in known)
+    ids = dict.fromkeys(i for i in (tokenizer.eos_token_id, *several) if i in vocabulary)
     if not ids:
         raise ModelError(
             "policy.model must have an end-of-sequence token; neither tokenizer nor generation config has one "
@@ -276,10 +271,10 @@ def load_weights(config: CausalLMPolicy, name: str, revision: str | None, device
             if architecture.endswith("ForSequenceClassification"):
                 fix = "A reward model goes into rewards.reward_funcs: name here the model that is to be aligned."
             raise ModelError(f"{must} {name!r} is a {architecture}. {fix}")
-    if lacking := sorted(info["missing_keys"]):
+    if absent := sorted(info["missing_keys"]):
         raise ModelError(
-            f"policy.model must hold all weights of a causal language model; {name!r} lacks {len(lacking)} "
-            f"({', '.join(lacking[:3])}), which would be random. Is it another kind of model?"
+            f"policy.model must hold all weights of a causal language model; {name!r} lacks {len(absent)} "
+            f"({', '.join(absent[:3])}), which would be random. Is it another kind of model?"
         )
     return (model if config.load_in_4bit else model.to(device)).eval()
 
@@ -383,6 +378,119 @@ def fresh_adapter(model: Any, config: AdapterConfig, seed: int) -> PeftModel:
             raise ConfigError(f"policy.adapter must fit the model: {first_line(error)}.") from error
 
 
+# -- the initial model -------------------------------------------------------------------------------------------------
+
+
+def write_start(
+    config: CausalLMPolicy, out: Path, model: Any = None, tokenizer: Any = None, merge: bool = True
+) -> dict[str, Any]:
+    """Writes the initial model into `out` and returns its facts for the record. Raises ModelError where it is unfit.
+
+    A named model is written as a reference; weights are written where an object was given, or where the name is a LoRA
+    adapter's, merged: switching an adapter off must give the start, and not its base. Without `merge`, for a run that
+    trains nothing, the adapter is written beside a reference to its base, so that it generates as it was trained. A
+    tokenizer other than the model's own, given as an object or by name, is always written, and used by the run.
+    """
+    device = choose_device(config.device)
+    loaded_on = device if config.load_in_4bit else torch.device("cpu")
+    if model is not None:
+        tokenizer = tokenizer or find_tokenizer(config, [str(getattr(base_of(model), "name_or_path", ""))])
+        plain = merged(copy.deepcopy(model)) if isinstance(model, PeftModel) else model
+        write_model(plain, tokenizer, out, ("", None))
+        return facts_of(config, out, plain) | {"model": None}
+
+    reference = resolve(config.model, config.revision, config.trust_remote_code)
+    name, revision = reference.name, reference.revision
+    adapter: PeftConfig | None = None
+    if not Path(name).is_dir() or (Path(name) / ADAPTER).is_file():
+        with contextlib.suppress(OSError, ValueError), quiet():
+            adapter = PeftConfig.from_pretrained(name, **at(revision))
+    if adapter is None:
+        reference.write(out)
+        if tokenizer is None and config.tokenizer:
+            tokenizer = load_tokenizer(config, out)
+        if tokenizer is not None:  # it stays with the run, whatever becomes of its name
+            tokenizer.save_pretrained(out)
+        weights = load_weights(config, name, revision, loaded_on)
+        return facts_of(config, out, weights) | {"model": name, "revision": revision}
+
+    base = base_at(adapter, name)
+    if not merge:
+        reference = resolve(base, adapter.revision, config.trust_remote_code)
+        reference.write(out)
+        adapted = with_adapter(load_weights(config, reference.name, reference.revision, loaded_on), name, revision)
+        tokenizer = tokenizer or find_tokenizer(config, [name, base])
+        write_model(adapted, tokenizer, out, (reference.name, reference.revision))
+        tokenizer.save_pretrained(out)
+        return facts_of(config, out, adapted) | {"model": name, "merged": False}
+
+    # Base and adapter are added in float32 and rounded once.
+    exact = config.model_copy(update={"dtype": "float32", "load_in_4bit": False})
+    adapted = with_adapter(load_weights(exact, base, adapter.revision, torch.device("cpu")), name, revision)
+    if adapter.is_prompt_learning or not hasattr(adapted.base_model, "merge_and_unload"):
+        raise ModelError(
+            f"policy.model must be a model, or an adapter that can be merged into its base; {name!r} is "
+            f"{adapter.peft_type}, which adds to the prompt and not to weights. Name its base, {base!r}, or a LoRA."
+        )
+    merged_model = merged(adapted)
+    if config.dtype not in ("float32", "auto"):
+        merged_model = merged_model.to(getattr(torch, config.dtype))
+    write_model(merged_model, tokenizer or find_tokenizer(config, [name, base]), out, ("", None))
+    return facts_of(config, out, merged_model) | {"model": name, "merged": True}
+
+
+def base_at(adapter: PeftConfig, name: str) -> str:
+    """The name of an adapter's base; a relative path in it starts from the adapter's folder, as our runs write it."""
+    base: str | None = adapter.base_model_name_or_path
+    if not base:
+        raise ModelError(
+            f"policy.model may be an adapter whose {ADAPTER} names its base; {name!r} names none. Write the base's "
+            "folder or hub name there as base_model_name_or_path."
+        )
+    beside = (Path(name) / base).resolve()
+    if not base.startswith("..") or not beside.is_dir():
+        return base
+    reference = read_reference(beside)
+    return reference.name if reference is not None else str(beside)
+
+
+def find_tokenizer(config: CausalLMPolicy, names: list[str]) -> Any:
+    """The configured tokenizer, else the first that lies at one of the names. Raises ModelError."""
+    names = [config.tokenizer] if config.tokenizer else names
+    for name in filter(None, names):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError), quiet():
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    raise ModelError(
+        f"A model needs its tokenizer; found none at {', '.join(map(repr, names))}. Set policy.tokenizer, or give "
+        "it as processing_class."
+    )
+
+
+def facts_of(config: CausalLMPolicy, out: Path, model: Any) -> dict[str, Any]:
+    """What the initial model is; ModelError where its weights are not finite or do not fit its tokenizer."""
+    check_finite(model)
+    tokenizer = load_tokenizer(config, out)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"policy.model must have an embedding for every token; the tokenizer has {len(tokenizer)}, the model "
+            f"{rows}. Call model.resize_token_embeddings(len(tokenizer)) and save, or take its own tokenizer."
+        )
+    ends = eos_ids(config, out, tokenizer)
+    return {
+        "architecture": type(base_of(model)).__name__,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "vocabulary": rows,
+        "context": context(model_config(config, out)),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "eos_ids": list(ends),
+        "notes": fill_pad_token(tokenizer, ends),
+    }
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
 def write_model(
     model: Any,
     tokenizer: Any,
@@ -390,10 +498,7 @@ def write_model(
     base: tuple[str, str | None],
     optimizer: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes the model into `out`: the adapter alone if it has one, whose base is `base` (name, revision).
-
-    `optimizer` is the state that the next round's training carries on (`parameter/entry` → tensor).
-    """
+    """Writes the model into `out`: the adapter alone if it has one, whose base is `base` (name, revision)."""
     out.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -401,26 +506,12 @@ def write_model(
         save_file(plain, out / "adapter_model.safetensors", metadata=METADATA)
         config = model.peft_config["default"].to_dict()
         config |= {"base_model_name_or_path": base[0], "revision": base[1], "inference_mode": True}
-        dump_json(out / ADAPTER, _sorted_sets(config))
+        dump_json(out / ADAPTER, sorted_sets(config))
     else:
         with quiet():
             model.save_pretrained(out)
             tokenizer.save_pretrained(out)
-    if optimizer:
-        save_file(dict(sorted(optimizer.items())), out / OPTIMIZER, metadata=METADATA)
-
-
-def _sorted_sets(value: Any) -> Any:
-    """The value with its sets as sorted lists: their own order depends on the process."""
-    if isinstance(value, dict):
-        return {key: _sorted_sets(item) for key, item in value.items()}
-    return sorted(value) if isinstance(value, (set, frozenset)) else value
-
-
-def read_optimizer(folder: Path) -> dict[str, torch.Tensor]:
-    """The optimizer's state in a round's model folder; empty where there is none."""
-    path = folder / OPTIMIZER
-    return load_file(path) if path.is_file() else {}
+    write_optimizer(out, optimizer)
 
 
 def model_usage(adapter: bool, note: str = "") -> ModelUsage:

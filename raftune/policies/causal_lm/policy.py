@@ -23,7 +23,7 @@ from raftune.policies.causal_lm import loading
 from raftune.policies.causal_lm.encoding import TextEncoder, keep_date, read_date
 from raftune.policies.causal_lm.footprint import ModelFootprint
 from raftune.policies.causal_lm.likelihood import TokenizedCompletion, log_probs
-from raftune.policies.causal_lm.loading import model_usage, read_optimizer, write_model
+from raftune.policies.causal_lm.loading import model_usage, write_model
 from raftune.policies.causal_lm.sampling.backend import BackendChoice, choose_backend, generate, generate_by, replay
 from raftune.policies.causal_lm.sampling.params import BackendName, GeneratedCompletion, SamplingParams
 from raftune.policies.causal_lm.sampling.parity import (
@@ -34,8 +34,7 @@ from raftune.policies.causal_lm.sampling.parity import (
     rows_of_prompts,
 )
 from raftune.policies.causal_lm.sampling.shared_prefix import prefix_log_probs
-from raftune.policies.causal_lm.start import write_start
-from raftune.policies.publishing import publish_files
+from raftune.policies.model_files import publish_files, read_optimizer
 from raftune.policies.unsupported import FamilyConfig, refuse_unused
 from raftune.protocols import Chunk, GenerationRequest, ModelUsage, TrainReport
 from raftune.records import Prompt, Sample, derive_seed
@@ -84,11 +83,11 @@ class CausalLM:
         self.encoder = TextEncoder(self.tokenizer, sampling, limit, self.eos_ids[0], date)
         if (end := self.encoder.turn_end) is not None and end.token_id not in self.eos_ids:
             self.eos_ids = (*self.eos_ids, end.token_id)
-        theirs = loading.generation_config(policy, start).to_diff_dict()
+        defaults = loading.generation_config(policy, start).to_diff_dict()
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        differs = [name for name in names if theirs.get(name) is not None and theirs[name] != getattr(sampling, name)]
+        differs = [name for name in names if defaults.get(name) not in (None, getattr(sampling, name))]
         if differs:
-            model_values = ", ".join(f"{name} {theirs[name]:g}" for name in differs)
+            model_values = ", ".join(f"{name} {defaults[name]:g}" for name in differs)
             values = ", ".join(f"{name} {getattr(sampling, name):g}" for name in differs)
             note = "of the model's generation_config only its ends of text are used: it says"
             self._notes[f"{note} {model_values}; sampling says {values}"] = None
@@ -115,7 +114,7 @@ class CausalLM:
         _check_unused(config)
         out.mkdir(parents=True, exist_ok=True)
         trains = getattr(config, "num_rounds", 1) > 0
-        facts = write_start(config.policy, out, model, tokenizer, merge=trains)
+        facts = loading.write_start(config.policy, out, model, tokenizer, merge=trains)
         tokenizer = loading.load_tokenizer(config.policy, out)
         if writes_date(tokenizer):  # the date has to be the same tomorrow, and in an evaluation of this run
             tokenizer.save_pretrained(out)
@@ -332,14 +331,8 @@ class CausalLM:
         plain = extract_model_from_parallel(fitted.model, keep_fp32_wrapper=False)  # without autocast in its forward
         probe_of_fit(plain, data.examples, self._pad_id).write(out)
         self._notes |= dict.fromkeys(fitted.notes)
-        details = {
-            "tokens": sum(example.tokens for example in data.examples),
-            "left_out_truncated": data.truncated,
-            "micro_batch": fitted.micro_batch,
-            "gradient_accumulation_steps": fitted.accumulation,
-            "out_of_memory_at": list(fitted.out_of_memory),
-        }
-        return TrainReport(len(data.examples), len(fitted.losses), fitted.losses, details)
+        tokens = sum(example.tokens for example in data.examples)
+        return fitted.report(len(data.examples), {"tokens": tokens, "left_out_truncated": data.truncated})
 
     @classmethod
     def publish(

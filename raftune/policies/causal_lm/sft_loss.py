@@ -99,9 +99,9 @@ def read_rows(path: Path, encoder: TextEncoder, config: TrainingConfig) -> Train
             )
         examples.append(TokenizedCompletion.of(encoded[name], completion))
     extra = {}
-    known = {*COLUMNS, TOOLS, "sample_id", "origin", "source"}
+    standard = {*COLUMNS, TOOLS, "sample_id", "origin", "source"}
     for column in schema:  # numbers that a custom objective added
-        if column.name in known or not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        if column.name in standard or not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
             continue
         values = pq.read_table(path, columns=[column.name]).column(column.name).to_numpy()
         extra[column.name] = np.asarray(values, np.float64)[used]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from raftune.config.sampling import DiffusionSampling
@@ -15,11 +15,12 @@ from raftune.policies.diffusion.pipelines.base import PipelineAdapter, PipelineC
 from raftune.policies.diffusion.schedules import check_schedule_options, schedule_of
 from raftune.policies.unsupported import FamilyConfig
 
-# Arguments of a pipeline's call that raftune sets, with the section to use; empty where there is none.
+# Arguments of a pipeline's call that raftune sets, with the field to use; empty where there is none.
 OURS = {
-    **dict.fromkeys(
-        ("height", "width", "num_inference_steps", "guidance_scale", "negative_prompt"), "sampling.diffusion"
-    ),
+    **{
+        name: f"sampling.diffusion.{name}"
+        for name in ("height", "width", "num_inference_steps", "guidance_scale", "negative_prompt")
+    },
     "num_images_per_prompt": "sampling.num_generations",
     "batch_size": "sampling.batch_size",
     **dict.fromkeys(("prompt", "class_labels"), "data.prompts"),
@@ -30,6 +31,21 @@ OURS = {
 OURS_BEGIN = ("prompt_embeds", "negative_prompt_", "pooled_", "negative_pooled_", "prompt_attention", "ip_adapter")
 
 
+def check_options(
+    field: str, options: Mapping[str, Any], ours: Mapping[str, str], known: Iterable[str], pipeline: str
+) -> None:
+    """Raises ConfigError for options that raftune sets itself, by the field `ours` has, and for unknown ones."""
+    free = sorted({*known} - {*ours})
+    for name, value in options.items():
+        if (other := ours.get(name)) is not None:
+            fix = f"Use {other}." if other else "Remove it."
+            raise ConfigError(f"{field} must not hold {name!r}: raftune sets it. {fix}")
+        if name not in free:
+            near = difflib.get_close_matches(name, free, 1)
+            hint = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(free)}."
+            raise ConfigError(f"{field} must be what {pipeline} takes; got {name!r} ({value!r}). {hint}")
+
+
 # -- generating --------------------------------------------------------------------------------------------------------
 
 
@@ -37,7 +53,11 @@ def call_of(adapter: PipelineAdapter, sampling: DiffusionSampling) -> PipelineCa
     """`sampling.diffusion` over the pipeline's own defaults. Raises ConfigError for an option that this pipeline does
     not have or cannot follow."""
     known = parameters(adapter)
-    check_pipeline_kwargs(adapter, sampling.pipeline_kwargs, known)
+    field = "sampling.diffusion.pipeline_kwargs"
+    for name in adapter.refused.keys() & sampling.pipeline_kwargs.keys():
+        raise ConfigError(f"{field} must not hold {name!r}: {adapter.refused[name]}. Remove it.")
+    ours = OURS | {name: "" for name in {*known, *sampling.pipeline_kwargs} if name.startswith(OURS_BEGIN)}
+    check_options(field, sampling.pipeline_kwargs, ours, known.keys() - adapter.refused, type(adapter.pipe).__name__)
     height, width = sampling.height, sampling.width
     if height is None or width is None:
         usual = adapter.default_size()
@@ -73,27 +93,6 @@ def is_guided(adapter: PipelineAdapter, call: PipelineCall) -> bool:
     if "true_cfg_scale" in parameters(adapter):  # there the guidance scale is an input of the denoiser
         return float(call.kwargs.get("true_cfg_scale", 1.0)) > 1
     return call.guidance_scale > 1
-
-
-def check_pipeline_kwargs(adapter: PipelineAdapter, options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Raises ConfigError for pipeline_kwargs that raftune sets, that the adapter refuses, or that are unknown."""
-    for name, value in options.items():
-        where = f"sampling.diffusion.pipeline_kwargs must not hold {name!r}"
-        if name in OURS or name.startswith(OURS_BEGIN):
-            section = OURS.get(name, "")
-            field = f"{section}.{name}" if section == "sampling.diffusion" else section
-            raise ConfigError(f"{where}: raftune sets it. {f'Use {field}.' if field else 'Remove it.'}")
-        if name in adapter.refused:
-            raise ConfigError(f"{where}: {adapter.refused[name]}. Remove it.")
-        if name not in known:
-            taken = {*OURS, *adapter.refused}
-            free = sorted(option for option in known if option not in taken and not option.startswith(OURS_BEGIN))
-            near = difflib.get_close_matches(name, free, 1)
-            hint = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(free)}."
-            raise ConfigError(
-                f"sampling.diffusion.pipeline_kwargs must be what {type(adapter.pipe).__name__} takes; got {name!r} "
-                f"({value!r}). {hint}"
-            )
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

@@ -1,20 +1,27 @@
-"""Payloads of images: a PNG, and clean latents as Parquet columns."""
+"""Generates images, and puts them into columns: a PNG, and clean latents."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
 from raftune.data.images import as_rgb, image_of, png_of, sha256_of_png, why_invalid
 from raftune.errors import DataError
-from raftune.policies.diffusion.pipelines.base import PipelineAdapter, SampledImages
+from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall, SampledImages
 from raftune.records import INVALID, LATENTS, Prompt
+from raftune.store import partial
+from raftune.training.devices import names_out_of_memory
+from raftune.training.quiet import quiet
 
 DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<i2"}  # numpy has no bfloat16: its bits
 FIELDS = (
@@ -110,9 +117,9 @@ def read_image(completion: Any, prompt: Prompt, source: str) -> Image.Image:
         if isinstance(completion, (str, Path)):
             return image_of(Path(completion).expanduser().read_bytes())
     except OSError as error:
-        where = f"{completion!r} (looked for from {Path.cwd()})"
+        shown = f"{completion!r} (looked for from {Path.cwd()})"
         raise DataError(
-            f"an image for prompt {prompt.id} ({source}) must be a file that can be read; {where} is none: "
+            f"an image for prompt {prompt.id} ({source}) must be a file that can be read; {shown} is none: "
             f"{error.strerror or error}."
         ) from error
     except DataError as error:
@@ -121,3 +128,91 @@ def read_image(completion: Any, prompt: Prompt, source: str) -> Image.Image:
         f"an answer to prompt {prompt.id} ({source}) must be an image: bytes of a PNG or JPEG file, a PIL image, or a "
         f"path; got {completion!r:.80}."
     )
+
+
+# -- generating --------------------------------------------------------------------------------------------------------
+
+
+def generate(
+    bound: Callable[[], PipelineAdapter],
+    conditions: Conditions,
+    negative: Conditions | None,
+    seeds: Sequence[int],
+    call: PipelineCall,
+    batch_size: int,
+    device: torch.device,
+    *,
+    with_latents: bool,
+) -> list[dict[str, Any]]:
+    """The payload of each image: row i is for conditions' row i, its noise generated from seeds[i] alone.
+
+    Each is what the pipeline gives for that prompt and a CPU generator of that seed, up to the rounding of batches.
+    `bound` returns the pipeline with a scheduler of its own, as several batches run at once on a CPU; `batch_size`
+    counts the rows of all of them. Raises OutOfMemory with it.
+    """
+    away = None if negative is None else negative.to(device)
+    at_once = lanes_for(bound(), call, device, min(batch_size, len(seeds)))
+
+    def generated(rows: list[int]) -> list[dict[str, Any]]:
+        generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in rows]
+        with names_out_of_memory(batch_size, "sampling.diffusion.height and width"), torch.inference_mode():
+            images = bound().sample(conditions.take(rows).to(device), away, generators, call)
+        return [payload_of(images, row, with_latents=with_latents) for row in range(len(rows))]
+
+    payloads: list[dict[str, Any]] = []
+
+    def save(path: Path) -> None:
+        pq.write_table(pa.Table.from_pylist(payloads, schema=PAYLOAD), path, compression="none")
+
+    def size() -> int:
+        return sum(len(value) for payload in payloads for value in payload.values() if isinstance(value, bytes))
+
+    all_batches = batches(len(seeds), batch_size, at_once)
+    with quiet(), partial.current("images").work() as part, lanes(at_once) as parallel_map:
+        if (saved := part.find()) is not None:  # by an earlier attempt
+            payloads.extend(pq.read_table(saved, use_threads=False).to_pylist())
+        remaining = [rows for rows in all_batches if rows[0] >= len(payloads)]
+        for first in range(0, len(remaining), at_once):
+            payloads.extend(
+                payload for batch in parallel_map(generated, remaining[first : first + at_once]) for payload in batch
+            )
+            part.step(save, size, done=(len(payloads), len(seeds), "images"))
+    return payloads
+
+
+def lanes_for(adapter: PipelineAdapter, call: PipelineCall, device: torch.device, rows: int) -> int:
+    """How many batches run at once: one on an accelerator, as many as torch has threads on a CPU.
+
+    One, too, where the networks change while they are used: a scale of adapters in the call, which peft writes into the
+    weights, or a VAE that is converted while it decodes.
+    """
+    scaled = any(name.endswith("attention_kwargs") for name in call.kwargs)
+    if device.type != "cpu" or scaled or adapter.overflows:
+        return 1
+    return max(1, min(torch.get_num_threads(), rows))
+
+
+def batches(count: int, batch_size: int, at_once: int) -> list[list[int]]:
+    """The rows 0…count-1 in consecutive batches of similar size, of which `at_once` have at most batch_size rows."""
+    parts = np.array_split(np.arange(count), math.ceil(count / batch_size) * at_once)
+    return [part.tolist() for part in parts if len(part)]
+
+
+@contextmanager
+def lanes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` that makes `count` calls at once, each with a share of torch's threads; results come in order, and the
+    first failure ends all of them.
+
+    Two batches of a small denoiser are faster in parallel on one core each than in sequence on two
+    (docs/decisions/0025).
+    """
+    if count == 1:
+        yield map
+        return
+    threads = torch.get_num_threads()
+    try:
+        share = max(1, threads // count)
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(threads)  # a later thread takes the number that was set last, by any thread

@@ -1,14 +1,23 @@
-"""Loads the frozen parts of a pipeline and its denoiser, and encodes prompts.
+"""Loads and saves pipelines: frozen parts, denoisers and prompts' conditions. Equal models give equal bytes.
 
 The frozen parts (text encoders, tokenizers, VAE, scheduler) are loaded once and shared by all rounds. The denoiser is
-loaded each time from a committed folder.
+loaded each time from a committed folder. A round's folder holds raftune.json, which names the kind of folder and its
+base pipeline, and either
+
+    unet/ or transformer/                  the whole denoiser, as its save_pretrained writes it
+    pytorch_lora_weights.safetensors       a LoRA, for a plain pipeline's load_lora_weights
+    adapter_model.safetensors, adapter_config.json     a LoRA, for peft, where diffusers' pipeline loads none
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,20 +30,29 @@ from accelerate import init_empty_weights
 from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ConfigError, DataError, ModelError
 from raftune.policies.diffusion import lora
+from raftune.policies.diffusion.checks import check_options
 from raftune.policies.diffusion.model_folder import (
+    INDEX,
+    LORA,
     PASSED_ON,
     RECORD,
+    ModelRecord,
     PipelineComponent,
     PipelineSource,
     check_parts,
     denoiser_of,
+    fingerprint,
     read_index,
     read_record,
+    snapshot,
     source_of,
 )
 from raftune.policies.diffusion.pipelines import adapter_class
-from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter
+from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall
+from raftune.policies.model_files import ADAPTER, is_path, write_optimizer
+from raftune.protocols import ModelUsage
 from raftune.records import Prompt
+from raftune.store.files import dump_json
 from raftune.training.devices import choose_device
 from raftune.training.load_errors import why_not_loaded
 from raftune.training.quiet import quiet
@@ -119,8 +137,7 @@ _SHARED: WeakValueDictionary[tuple[str, ...], FrozenComponents] = WeakValueDicti
 def load_pipeline(config: DiffusionPolicy, start: Path) -> FrozenComponents:
     """The frozen parts of the start's pipeline, on the CPU; the same object for as long as anyone holds it."""
     key = (str(start.resolve()), repr(read_record(start)), config.model_dump_json())
-    frozen = _SHARED.get(key)
-    if frozen is None:
+    if (frozen := _SHARED.get(key)) is None:
         frozen = _SHARED[key] = FrozenComponents(config, start)
     return frozen
 
@@ -133,7 +150,15 @@ def read_pipeline(config: DiffusionPolicy, source: PipelineSource, part: Pipelin
     check_parts(source.folder, left_out, source.variant)
     with quiet():  # the pipeline's module is imported here, and may warn
         pipeline = getattr(diffusers, name)
-    check_init_kwargs(config.pipeline_init_kwargs, pipeline)
+    modules, optional = pipeline._get_signature_keys(pipeline)
+    supported = {*modules, *optional, *PASSED_ON} - {"unet", "transformer"}
+    check_options("policy.pipeline_init_kwargs", config.pipeline_init_kwargs, OURS, supported, name)
+    for module, value in config.pipeline_init_kwargs.items():
+        if module in modules and value is not None:
+            raise ConfigError(
+                f"policy.pipeline_init_kwargs may leave a part out; got {module}: {value!r}. Write {module}: null, or "
+                "put the part into the pipeline's folder."
+            )
     kind = getattr(diffusers, part.kind)
     with init_empty_weights():
         hollow = kind.from_config(kind.load_config(str(source.folder / part.name)))
@@ -156,26 +181,6 @@ def read_pipeline(config: DiffusionPolicy, source: PipelineSource, part: Pipelin
     return pipe
 
 
-def check_init_kwargs(options: Mapping[str, Any], pipeline: Any) -> None:
-    """Raises ConfigError for options that raftune sets itself, and for those that the pipeline does not know."""
-    modules, optional = pipeline._get_signature_keys(pipeline)
-    known = {*modules, *optional, *PASSED_ON} - {"unet", "transformer"}
-    for name, value in options.items():
-        if name in OURS:
-            fix = f" Use {OURS[name]}." if OURS[name] else " Remove it."
-            raise ConfigError(f"policy.pipeline_init_kwargs must not hold {name!r}: raftune sets it.{fix}")
-        if name not in known:
-            raise ConfigError(
-                f"policy.pipeline_init_kwargs must be what {pipeline.__name__} takes; got {name!r}. It takes "
-                f"{', '.join(sorted(known))}."
-            )
-        if name in modules and value is not None:
-            raise ConfigError(
-                f"policy.pipeline_init_kwargs may leave a part out; got {name}: {value!r}. Write {name}: null, or put "
-                "the part into the pipeline's folder."
-            )
-
-
 class PromptEncoder:
     """Encodes prompts with a pipeline's text encoders, one at a time, so that no prompt depends on its neighbours.
 
@@ -192,15 +197,13 @@ class PromptEncoder:
         """The conditions of the prompts, a row each, on the CPU. Raises DataError for a prompt that cannot be used."""
         cache = self.frozen.encoded
         keys = [(type(prompt.content).__name__, repr(prompt.content), *self._options) for prompt in prompts]
-        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in cache}
-        if missing:
+        if missing := {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in cache}:
             with self._text_encoders():
                 for key, prompt in missing.items():
                     try:
                         cache[key] = self.adapter.encode([prompt.content]).to("cpu")
                     except DataError as error:
-                        reason = str(error).replace(" at place 0", "")  # the prompt's id says which it is
-                        raise DataError(f"prompt {prompt.id}: {reason}") from error
+                        raise DataError(f"prompt {prompt.id}: {error}") from error
         conditions = Conditions.joined([cache[key] for key in keys])
         for key in keys:  # the latest stand last
             cache[key] = cache.pop(key)
@@ -252,32 +255,24 @@ def load_denoiser(config: DiffusionPolicy, folder: Path, start: Path, *, train: 
     is made. For generating it is merged where that is exact enough (float32), else attached.
     """
     record = read_record(folder)
+    base = record.place(folder) if folder.resolve() == start.resolve() else start
+    if record.kind == "adapter" and (base / RECORD).is_file():
+        model = load_denoiser(config, base, base, train=False)
+    else:
+        source, full = source_of(folder, config), record.kind == "full"
+        variant = None if full else source.variant
+        model = read_denoiser(config, folder if full else source.folder, denoiser_of(source.folder), variant)
     if record.kind == "adapter":
-        base = record.place(folder) if folder.resolve() == start.resolve() else start
-        if (base / RECORD).is_file():
-            model = load_denoiser(config, base, base, train=False)
-        else:
-            model = _pipeline_denoiser(config, folder)
         lora.attach(model, folder)
         if not train and model.dtype == torch.float32:
             lora.merge(model)
-    elif record.kind == "full":
-        model = read_denoiser(config, folder, denoiser_of(source_of(folder, config).folder), variant=None)
-    else:
-        model = _pipeline_denoiser(config, folder)
     return model.to(choose_device(config.device)).eval()
-
-
-def _pipeline_denoiser(config: DiffusionPolicy, folder: Path) -> Any:
-    """The denoiser of the pipeline on which a folder rests."""
-    source = source_of(folder, config)
-    return read_denoiser(config, source.folder, denoiser_of(source.folder), source.variant)
 
 
 def read_denoiser(config: DiffusionPolicy, folder: Path, part: PipelineComponent, variant: str | None) -> Any:
     """The denoiser in a subfolder. Raises ModelError where weights are missing or do not fit."""
-    place = folder / part.name
-    has_variant = variant is not None and any(place.glob(f"*.{variant}*.safetensors"))
+    subfolder = folder / part.name
+    has_variant = variant is not None and any(subfolder.glob(f"*.{variant}*.safetensors"))
     try:
         with quiet():
             model, info = getattr(diffusers, part.kind).from_pretrained(
@@ -290,17 +285,17 @@ def read_denoiser(config: DiffusionPolicy, folder: Path, part: PipelineComponent
             )
     except Exception as error:
         raise ModelError(
-            f"policy.model must hold its denoiser; {place} did not load: {why_not_loaded(error, place)}"
+            f"policy.model must hold its denoiser; {subfolder} did not load: {why_not_loaded(error, subfolder)}"
         ) from error
     if any(".lora_" in name for name in info["unexpected_keys"]):
         raise ModelError(
-            f"policy.model must have no LoRA on its denoiser; {place} was saved with one. Load the pipeline without "
-            "it, load the LoRA, and save that merged: pipe.fuse_lora(); pipe.unload_lora_weights(); "
+            f"policy.model must have no LoRA on its denoiser; {subfolder} was saved with one. Load the pipeline "
+            "without it, load the LoRA, and save that merged: pipe.fuse_lora(); pipe.unload_lora_weights(); "
             "pipe.save_pretrained(FOLDER)."
         )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"policy.model must hold all weights of its {part.kind}; {place} lacks {len(missing)} "
+            f"policy.model must hold all weights of its {part.kind}; {subfolder} lacks {len(missing)} "
             f"({', '.join(missing[:3])}), which would be random. Fetch the model again."
         )
     return model
@@ -311,11 +306,129 @@ def nbytes_of(module: torch.nn.Module) -> int:
     return sum(weight.nbytes for weight in module.parameters() if weight.device.type != "meta")
 
 
-def check_finite(modules: Mapping[str, torch.nn.Module]) -> None:
-    """Raises ModelError for the first weight that is a NaN or an infinity."""
-    for part, module in modules.items():
-        for name, weight in module.named_parameters():
-            if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
-                raise ModelError(
-                    f"policy.model must have finite weights; {part}/{name} has a NaN or an infinity. Use another model."
-                )
+# -- the initial model -------------------------------------------------------------------------------------------------
+
+
+def write_start(config: DiffusionPolicy, out: Path, model: Any = None, *, trains: bool = True) -> None:
+    """Writes the start into `out`. Raises ModelError where there is no pipeline.
+
+    A folder or a hub name becomes a reference with a hash; a pipeline given as an object is written whole. A round's
+    folder of another run becomes its denoiser on a reference to the base pipeline: a LoRA merged, so that the next one
+    starts from zero; a run that trains nothing leaves it as it is.
+    """
+    folder = Path(config.model).expanduser()
+    if model is not None:
+        write_object(out, model)
+    elif (folder / RECORD).is_file():
+        write_start_from_round(config, out, folder.resolve(), trains)
+    elif folder.is_dir():
+        adapter_class(str(read_index(folder)["_class_name"]))  # refuses other architectures before weights are read
+        ModelRecord("reference", str(folder.resolve()), None, fingerprint(folder)).write(out)
+    elif is_path(config.model):
+        raise ModelError(
+            f"policy.model must be the folder or hub name of a pipeline; got {config.model!r}, and {folder.resolve()} "
+            "is no folder."
+        )
+    else:
+        subfolder = snapshot(config.model, config.revision, config)
+        adapter_class(str(read_index(subfolder)["_class_name"]))
+        ModelRecord("reference", config.model, subfolder.name, f"hub:{subfolder.name}").write(out)
+
+
+def write_object(out: Path, model: Any) -> None:
+    """Writes a pipeline that was given as an object."""
+    if not isinstance(model, diffusers.DiffusionPipeline):
+        raise ModelError(
+            f"a model of the diffusion family must be a pipeline of diffusers; got a {type(model).__name__}. Give "
+            "DiffusionPipeline.from_pretrained(…), not its denoiser alone."
+        )
+    adapter_class(type(model).__name__)
+    if loaded := [name for name, part in model.components.items() if getattr(part, "peft_config", None)]:
+        raise ModelError(
+            f"a pipeline given as an object must have no LoRA on it; its {loaded[0]} has one. Merge it first: "
+            "pipe.fuse_lora(); pipe.unload_lora_weights()."
+        )
+    with quiet():
+        model.save_pretrained(out)
+    ModelRecord("pipeline").write(out)
+
+
+def write_start_from_round(config: DiffusionPolicy, out: Path, folder: Path, trains: bool) -> None:
+    record, source = read_record(folder), source_of(folder, config)
+    if record.kind == "reference":
+        relative = record.model.startswith("..")
+        (replace(record, model=str(source.folder)) if relative else record).write(out)
+        return
+    if record.kind == "pipeline":
+        ModelRecord("reference", str(folder), None, fingerprint(folder)).write(out)
+        return
+    hub = record.fingerprint.startswith("hub:")
+    base = (source.name, source.revision, record.fingerprint if hub else fingerprint(source.folder))
+    part = denoiser_of(source.folder).name
+    if record.kind == "full":
+        shutil.copytree(folder / part, out / part)
+        ModelRecord("full", *base).write(out)
+    elif trains:
+        exact = config.model_copy(update={"dtype": "float32", "device": "cpu"})
+        merged = load_denoiser(exact, folder, folder, train=False).to(getattr(torch, config.dtype))
+        with quiet():
+            merged.save_pretrained(out / part)
+        ModelRecord("full", *base).write(out)
+    else:
+        for path in (folder / name for name in (LORA, lora.PEFT_WEIGHTS, ADAPTER)):
+            if path.is_file():
+                shutil.copyfile(path, out / path.name)
+        if record.model.startswith("..") and not ((subfolder := record.place(folder)) / INDEX).is_file():
+            base = (str(subfolder), None, "")
+        ModelRecord("adapter", *base).write(out)
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------------
+
+
+def write_model(
+    adapter: PipelineAdapter, out: Path, base: Mapping[str, Any], optimizer: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Writes the denoiser of the adapter's pipeline into `out`: its LoRA alone if it has one. `base`: base_record's."""
+    kind: Any = "adapter" if lora.is_adapted(adapter.denoiser) else "full"
+    write_weights(adapter, out, out / adapter.denoiser_name, adapter.denoiser)
+    ModelRecord(kind, **base).write(out)
+    write_optimizer(out, optimizer)
+
+
+def write_weights(adapter: PipelineAdapter, out: Path, folder: Path, model: Any) -> None:
+    """The LoRA into `out`, for the pipeline's load_lora_weights or for peft; without a LoRA, `model` into `folder`."""
+    out.mkdir(parents=True, exist_ok=True)
+    if lora.is_adapted(adapter.denoiser):
+        lora.write(adapter.denoiser, out, adapter.denoiser_name if adapter.lora_layers else None)
+        return
+    with quiet():
+        model.save_pretrained(folder)
+    for path in sorted(out.rglob("*.json")):  # diffusers notes from which path of this machine a part was loaded
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            dump_json(path, content)
+
+
+def model_usage(
+    adapter: PipelineAdapter, call: PipelineCall, negative: str | None, out: Path, base: str | None
+) -> ModelUsage:
+    """The model card's code for the pipeline in `out`: how plain diffusers loads it, and the call by which the run
+    generated; with other options, above all the guidance, the images differ."""
+    imports = "from diffusers import DiffusionPipeline\n"
+    is_pipeline, denoiser = (out / INDEX).is_file(), adapter.denoiser_name
+    code = f'pipe = DiffusionPipeline.from_pretrained("{"FOLDER" if is_pipeline else base}")'
+    if (out / LORA).is_file():
+        code += '\npipe.load_lora_weights("FOLDER")'
+    elif not is_pipeline:
+        imports += "from peft import PeftModel\n"
+        code += f'\npipe.{denoiser} = PeftModel.from_pretrained(pipe.{denoiser}, "FOLDER")'
+    prompt = {"text": ['"what it shall show"'], "label": ["class_labels=[0]"]}.get(adapter.takes, [])
+    supported = inspect.signature(adapter.pipe.__call__).parameters
+    shown = ("height", "width", "num_inference_steps", "guidance_scale")
+    options = {name: getattr(call, name) for name in shown if name in supported} | dict(call.kwargs)
+    options |= {} if negative is None else {"negative_prompt": negative}
+    arguments = ", ".join([*prompt, *(f"{name}={value!r}" for name, value in options.items())])
+    task = {"text": "text-to-image", "nothing": "unconditional-image-generation"}.get(adapter.takes, "")
+    code = f"{imports}\n{code}\nimage = pipe({arguments}).images[0]"
+    return ModelUsage("diffusers", task, code, generated="images for")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ from safetensors.torch import save_file
 from raftune.config.policy import AdapterConfig
 from raftune.errors import ConfigError, ModelError
 from raftune.policies.diffusion.model_folder import LORA
+from raftune.policies.model_files import ADAPTER, METADATA, sorted_sets
 from raftune.sanitize import first_line
 from raftune.store.files import dump_json
 from raftune.training.quiet import quiet
 
 NAME = "default"
-METADATA = "lora_adapter_metadata"  # diffusers' key in the file's header
-PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+HEADER = "lora_adapter_metadata"  # diffusers' key in the file's header
+PEFT_WEIGHTS, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 
 
 def is_adapted(model: Any) -> bool:
@@ -63,36 +64,38 @@ def targets(model: Any, config: AdapterConfig) -> list[str] | str:
             f"{', '.join(config.modules_to_save)}. A LoRA file of diffusers cannot hold whole modules: leave it out, "
             "or train without an adapter."
         )
-    wanted = config.target_modules
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    linear = sorted(name for name in linear if "block" in name.split(".", 1)[0])
-    if wanted == "all-linear":
+    spec, names = config.target_modules, [name for name, _ in model.named_modules() if name]
+    linear = sorted(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "block" in name.split(".", 1)[0]
+    )
+    if spec == "all-linear":
         return linear
-    names = [name for name, _ in model.named_modules() if name]
-    for end in [wanted] if isinstance(wanted, str) else wanted:
-        by_end = any(name == end or name.endswith(f".{end}") for name in names)
-        if isinstance(wanted, str):
-            try:
-                if any(re.fullmatch(wanted, name) for name in names):
-                    continue
-            except re.error as error:
-                raise ConfigError(
-                    "policy.adapter.target_modules must be a list of names, or one regular expression over whole "
-                    f"names; got {wanted!r}, which is none ({error}). Write a list: [to_q, to_v]."
-                ) from error
-            if by_end:
-                raise ConfigError(
-                    f"policy.adapter.target_modules must be a list where it holds ends of names; got {wanted!r}: one "
-                    f"text is a regular expression over whole names. Write [{wanted}]."
-                )
-        elif by_end:
-            continue
+    ends = [spec] if isinstance(spec, str) else list(spec)
+    unmatched = [end for end in ends if not any(name == end or name.endswith(f".{end}") for name in names)]
+    if isinstance(spec, str):
+        try:
+            if any(re.fullmatch(spec, name) for name in names):
+                return spec
+        except re.error as error:
+            raise ConfigError(
+                "policy.adapter.target_modules must be a list of names, or one regular expression over whole names; "
+                f"got {spec!r}, which is none ({error}). Write a list: [to_q, to_v]."
+            ) from error
+        if not unmatched:
+            raise ConfigError(
+                f"policy.adapter.target_modules must be a list where it holds ends of names; got {spec!r}: one text "
+                f"is a regular expression over whole names. Write [{spec}]."
+            )
+    if unmatched:
         last = dict.fromkeys(re.sub(r".*\.(?=[^.]*[^.\d][^.]*)", "", name) for name in linear)
         raise ConfigError(
-            f"policy.adapter.target_modules must name modules of the {type(model).__name__}; {end!r} matches none. It "
-            f"has, among others, {', '.join(list(last)[:8])}; 'all-linear' takes every linear layer of its blocks."
+            f"policy.adapter.target_modules must name modules of the {type(model).__name__}; {unmatched[0]!r} matches "
+            f"none. It has, among others, {', '.join(list(last)[:8])}; 'all-linear' takes every linear layer of its "
+            "blocks."
         )
-    return wanted if isinstance(wanted, str) else list(wanted)
+    return ends
 
 
 @contextmanager
@@ -122,49 +125,38 @@ def merge(model: Any) -> None:
 
 def write(model: Any, out: Path, prefix: str | None) -> None:
     """Writes the adapter: under the prefix (unet, transformer) for a pipeline to load, without one for peft."""
-
-    def ordered(value: Any) -> Any:
-        """As JSON; a set's own order depends on the process."""
-        if isinstance(value, Mapping):
-            return {str(key): ordered(item) for key, item in sorted(value.items())}
-        return sorted(value) if isinstance(value, (set, frozenset)) else value
-
     state = get_peft_model_state_dict(model, adapter_name=NAME)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
-    config = ordered(model.peft_config[NAME].to_dict())
+    config = sorted_sets(model.peft_config[NAME].to_dict())
     if prefix is None:
         named = {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
-        save_file(named, out / PEFT_WEIGHTS, {"format": "pt"})
-        dump_json(out / PEFT_CONFIG, config | {"inference_mode": True})
+        save_file(named, out / PEFT_WEIGHTS, METADATA)
+        dump_json(out / ADAPTER, config | {"inference_mode": True})
         return
     header = json.dumps({f"{prefix}.{key}": value for key, value in config.items()}, sort_keys=True)
-    # One key only: with two or more, safetensors writes them in an order that varies from process to process.
-    save_file({f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, out / LORA, {METADATA: header})
+    save_file({f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, out / LORA, {HEADER: header})
 
 
 def attach(model: Any, folder: Path) -> None:
     """Puts the folder's LoRA onto the denoiser, trainable. Raises ModelError where it is not whole or does not fit."""
     path = folder / (LORA if (folder / LORA).is_file() else PEFT_WEIGHTS)
-    problem = ""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         if path.name == PEFT_WEIGHTS:
-            prefix, config = PEFT_PREFIX, json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+            prefix, config = PEFT_PREFIX, json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
         else:
-            prefix, config = next(iter(tensors)).split(".", 1)[0] + ".", json.loads(header[METADATA])
+            prefix, config = next(iter(tensors)).split(".", 1)[0] + ".", json.loads(header[HEADER])
         config = {key.removeprefix(prefix): value for key, value in config.items()}
         config.pop("inference_mode", None)
         with quiet():
             inject_adapter_in_model(LoraConfig(**config), model, NAME)
-            own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-            result = set_peft_model_state_dict(model, own, NAME)
-        lacking = {name for name in result.missing_keys if "lora_" in name}
-        if surplus := sorted({*result.unexpected_keys, *lacking}):
-            problem = f"{len(surplus)} of its tensors have no place or are missing ({surplus[0]})"
+            weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            result = set_peft_model_state_dict(model, weights, NAME)
+        missing = {name for name in result.missing_keys if "lora_" in name}
+        if surplus := sorted({*result.unexpected_keys, *missing}):
+            raise ValueError(f"{len(surplus)} of its tensors have no place or are missing ({surplus[0]})")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{path} must be a LoRA of this denoiser: {first_line(error)}. Restore the file.") from error
-    if problem:
-        raise ModelError(f"{path} must be a LoRA of this denoiser: {problem}. Restore the file.")
     cast_training_params(model)

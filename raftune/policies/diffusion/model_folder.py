@@ -21,6 +21,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ModelError
+from raftune.policies.model_files import check_unchanged
 from raftune.sanitize import first_line
 from raftune.store.files import dump_json, fingerprint_of
 from raftune.training.quiet import quiet
@@ -108,9 +109,9 @@ def denoiser_of(folder: Path) -> PipelineComponent:
 def check_parts(folder: Path, left_out: frozenset[str] = frozenset(), variant: str | None = None) -> None:
     """Raises ModelError where a part that the index names is missing or incomplete, or has another variant only."""
     parts = [part for part in parts_of(read_index(folder)) if part.name not in left_out]
-    if lacking := [fault for part in parts for fault in _faults(folder / part.name, part)]:
+    if absent := [fault for part in parts for fault in _faults(folder / part.name, part)]:
         raise ModelError(
-            f"policy.model must be a whole pipeline; {folder} lacks {'; '.join(lacking)}. Fetch the model again, or "
+            f"policy.model must be a whole pipeline; {folder} lacks {'; '.join(absent)}. Fetch the model again, or "
             "save it anew with save_pretrained; a part that is not needed (a safety_checker) can be left out with "
             "policy.pipeline_init_kwargs: {NAME: null}."
         )
@@ -119,38 +120,38 @@ def check_parts(folder: Path, left_out: frozenset[str] = frozenset(), variant: s
         if part.has_weights:
             files = (VARIANT.search(path.name) for path in (folder / part.name).glob("*.safetensors"))
             variants[folder / part.name] = {match["variant"] for match in files if match}
-    every = sorted({name for names in variants.values() for name in names if name is not None})
-    if variant is None and (without := [place for place, names in variants.items() if names and None not in names]):
+    available = sorted({name for names in variants.values() for name in names if name is not None})
+    if variant is None and (without := [path for path, names in variants.items() if names and None not in names]):
         raise ModelError(
-            f"policy.variant must name the weights to read; {without[0]} has them as {', '.join(every)} alone. Write "
-            f"policy.variant: {every[0]}."
+            f"policy.variant must name the weights to read; {without[0]} has them as {', '.join(available)} alone. "
+            f"Write policy.variant: {available[0]}."
         )
-    if variant is not None and variant not in every:
-        there = f"there is {', '.join(every)}" if every else "its weights have none"
+    if variant is not None and variant not in available:
+        choice = f"there is {', '.join(available)}" if available else "its weights have none"
         raise ModelError(
-            f"policy.variant must be one that the pipeline has; got {variant!r}, and {there}. "
-            f"{f'Write policy.variant: {every[0]}' if every else 'Leave it out'}."
+            f"policy.variant must be one that the pipeline has; got {variant!r}, and {choice}. "
+            f"{f'Write policy.variant: {available[0]}' if available else 'Leave it out'}."
         )
 
 
-def _faults(place: Path, part: PipelineComponent) -> list[str]:
+def _faults(path: Path, part: PipelineComponent) -> list[str]:
     """What a part lacks: its folder, its description, or weights (none, pickled ones alone, or missing shards)."""
-    if not place.is_dir():
+    if not path.is_dir():
         return [f"the folder {part.name}/ ({part.kind})"]
     faults = []
-    if not any((place / name).is_file() for name in part.described_by):
+    if not any((path / name).is_file() for name in part.described_by):
         faults.append(f"{part.name}/{part.described_by[0]} ({part.kind})")
     if not part.has_weights:
         return faults
-    if not any(place.glob("*.safetensors")):
+    if not any(path.glob("*.safetensors")):
         pickled = "; there are only pickled, and only safetensors are read: load and save it once where you trust it"
         faults.append(
-            f"the weights {part.name}/*.safetensors ({part.kind}{pickled if any(place.glob('*.bin')) else ''})"
+            f"the weights {part.name}/*.safetensors ({part.kind}{pickled if any(path.glob('*.bin')) else ''})"
         )
-    for index in sorted(place.glob("*.safetensors.index*.json")):
+    for index in sorted(path.glob("*.safetensors.index*.json")):
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if gone := [name for name in shards if not (place / name).is_file()]:
-            faults.append(f"{len(gone)} of {len(shards)} shards of {part.name}/ ({gone[0]}, …)")
+        if absent := [name for name in shards if not (path / name).is_file()]:
+            faults.append(f"{len(absent)} of {len(shards)} shards of {part.name}/ ({absent[0]}, …)")
     return faults
 
 
@@ -207,19 +208,13 @@ def source_of(folder: Path, config: DiffusionPolicy) -> PipelineSource:
     if record.kind == "pipeline":
         return PipelineSource(str(folder), None, folder)
     if record.fingerprint.startswith("hub:"):
-        place = snapshot(record.model, record.revision, config)
-        return PipelineSource(record.model, record.revision, place, config.variant)
-    place = _existing(record, folder)
-    if (place / RECORD).is_file():
-        return source_of(place, config)
-    return PipelineSource(str(place), None, place, config.variant)
-
-
-def _existing(record: ModelRecord, folder: Path) -> Path:
-    place = record.place(folder)
-    if not place.is_dir():
-        raise ModelError(f"policy.model must still be where the run began; {place} is gone. Put it back.")
-    return place
+        path = snapshot(record.model, record.revision, config)
+        return PipelineSource(record.model, record.revision, path, config.variant)
+    path = record.place(folder)
+    check_unchanged(path, "", fingerprint)
+    if (path / RECORD).is_file():
+        return source_of(path, config)
+    return PipelineSource(str(path), None, path, config.variant)
 
 
 def base_record(start: Path) -> dict[str, Any]:
@@ -239,29 +234,17 @@ def snapshot(name: str, revision: str | None, config: DiffusionPolicy) -> Path:
             return Path(diffusers.DiffusionPipeline.download(name, **options))
     except Exception as error:  # the hub's client raises many kinds
         at = f" at revision {revision!r}" if revision else ""
-        begin = (
-            f"policy.model must be the folder or hub name of a pipeline; got {name!r}{at}, and there is no folder "
-            f"{Path(name).resolve()}"
-        )
+        reason = f"on the hub or in its cache ({first_line(error)[:200]}). Check name and network."
         if HF_HUB_OFFLINE:  # the client's own message is a page long
-            raise ModelError(
-                f"{begin} and no whole pipeline of that name in the hub's cache. HF_HUB_OFFLINE is set: unset it, or "
-                "download the pipeline first."
-            ) from error
+            reason = "in the hub's cache. HF_HUB_OFFLINE is set: unset it, or download the pipeline first."
         raise ModelError(
-            f"{begin} and no pipeline of that name on the hub or in its cache ({first_line(error)[:200]}). Check name "
-            "and network."
+            f"policy.model must be the folder or hub name of a pipeline; got {name!r}{at}, and there is no folder "
+            f"{Path(name).resolve()} and no whole pipeline of that name {reason}"
         ) from error
 
 
 def verify(start: Path) -> None:
     """Raises ModelError if the pipeline that the start folder refers to is gone or has changed."""
     record = read_record(start)
-    if not record.fingerprint or record.fingerprint.startswith("hub:"):
-        return
-    place = _existing(record, start)
-    if (now := fingerprint(place)) != record.fingerprint:
-        raise ModelError(
-            f"policy.model must not change during a run; {place} was {record.fingerprint[:12]} and is "
-            f"{now[:12]}. Put the files back, or start a new run."
-        )
+    if record.fingerprint and not record.fingerprint.startswith("hub:"):
+        check_unchanged(record.place(start), record.fingerprint, fingerprint)

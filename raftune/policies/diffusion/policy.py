@@ -11,13 +11,13 @@ from transformers import TrainerCallback
 
 from raftune.config.policy import DiffusionPolicy
 from raftune.errors import ConfigError
-from raftune.policies.diffusion import loading, model_folder, saving
+from raftune.policies.diffusion import loading, model_folder
 from raftune.policies.diffusion.checks import call_of, check_trainable, is_guided
 from raftune.policies.diffusion.footprint import PipelineSize
-from raftune.policies.diffusion.images import PAYLOAD, encode_image
+from raftune.policies.diffusion.images import PAYLOAD, encode_image, generate
 from raftune.policies.diffusion.pipelines import adapter_of
 from raftune.policies.diffusion.pipelines.base import PipelineAdapter, PipelineCall
-from raftune.policies.diffusion.sample import generate
+from raftune.policies.model_files import check_finite
 from raftune.policies.unsupported import FamilyConfig, all_but, refuse_unused
 from raftune.protocols import Chunk, ModelUsage, TrainReport
 from raftune.records import Prompt, Sample
@@ -64,11 +64,12 @@ class Diffusion:
         choose_device(config.policy.device)
         out.mkdir(parents=True, exist_ok=True)
         trains = getattr(config, "num_rounds", 1) > 0
-        saving.write_start(config.policy, out, model, trains=trains)
+        loading.write_start(config.policy, out, model, trains=trains)
         policy = cls(config, out, out)
         policy.check_config()  # needs no weights, so a large model is not read in vain
         frozen, denoiser = policy.frozen, policy.sampler.denoiser
-        loading.check_finite({**frozen.modules, frozen.denoiser.name: denoiser})
+        for name, module in {**frozen.modules, frozen.denoiser.name: denoiser}.items():
+            check_finite(module, f"{name}/")
         with frozen.on(policy.device, "vae", "text_encoder", "safety_checker"):
             (check_parity if trains else check_seeds)(policy.sampler, policy.call.kwargs)
         return {
@@ -213,7 +214,7 @@ class Diffusion:
 
         Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
         """
-        from raftune.policies.diffusion.fit import train
+        from raftune.policies.diffusion.training import train
 
         self._sampler = None  # one large model at a time
         report, notes = train(self, rows, work, out, callbacks)
@@ -229,16 +230,17 @@ class Diffusion:
             raise ConfigError(f"--merged is for language models with LoRA; {folder} holds another kind. Leave it out.")
         policy = cls.load(config, folder, start)
         policy.export(out)
-        whole = (out / model_folder.INDEX).is_file()
-        if not whole and (base is None or model_folder.read_record(start).kind != "reference"):
+        is_pipeline = (out / model_folder.INDEX).is_file()
+        if not is_pipeline and (base is None or model_folder.read_record(start).kind != "reference"):
             base = "FOLDER/base"
             cls.load(config, start, start).export(out / "base")
-        return saving.model_usage(policy.blank, policy.call, config.sampling.diffusion.negative_prompt, out, base)
+        return loading.model_usage(policy.blank, policy.call, config.sampling.diffusion.negative_prompt, out, base)
 
     def export(self, out: Path) -> None:
         """Writes this policy's model so that plain diffusers loads it from `out`, wherever that is."""
         denoiser = loading.load_denoiser(self.config.policy, self.folder, self.start_folder, train=True)
-        saving.export(self.bound(denoiser), out)
+        adapter = self.bound(denoiser)
+        loading.write_weights(adapter, out, out, adapter.pipe)
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know about how this policy was trained, each once."""

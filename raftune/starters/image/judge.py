@@ -40,8 +40,8 @@ def compared(prompts: Sequence[Any], completions: Sequence[Any]) -> list[tuple[b
     sized = [image.convert("RGB").resize((SIZE, SIZE), BICUBIC) for image in completions]
     pixels_NHW3 = np.stack([np.asarray(image, dtype=np.float32) / np.float32(255) for image in sized])
     shown = [Scene.of(row) for row in classifier().labels(pixels_NHW3)]
-    wanted = [scene_of(str(prompt)) for prompt in prompts]
-    return [scene and tuple(map(eq, scene, image)) for scene, image in zip(wanted, shown, strict=True)]
+    scenes = [scene_of(str(prompt)) for prompt in prompts]
+    return [scene and tuple(map(eq, scene, image)) for scene, image in zip(scenes, shown, strict=True)]
 
 
 @cache

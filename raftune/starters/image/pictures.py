@@ -102,9 +102,9 @@ def scenes(split: ImageSplit) -> tuple[Scene, ...]:
 
 def prompts(split: ImageSplit, size: int, seed: int) -> list[str]:
     """`size` captions of a split in random order; all of them are there before one comes again."""
-    rng, known = np.random.default_rng(seed), scenes(split)
-    order = [int(i) for _ in range(-(-size // len(known))) for i in rng.permutation(len(known))]
-    return [known[i].caption for i in order[:size]]
+    rng, available = np.random.default_rng(seed), scenes(split)
+    order = [int(i) for _ in range(-(-size // len(available))) for i in rng.permutation(len(available))]
+    return [available[i].caption for i in order[:size]]
 
 
 def paint(

@@ -26,11 +26,11 @@ def preferences(split: Split, n: int, seed: int = 0) -> list[Row]:
     rows: list[Row] = []
     while len(rows) < n:
         request = rng.choice(rng.choice(requests_by_domain(split)))
-        left = right = 0.0
-        while left == right:
+        first_score = second_score = 0.0
+        while first_score == second_score:
             first, second = reply(request, rng), reply(request, rng)
-            left, right = (parts(request, dialogue.completion)["score"] for dialogue in (first, second))
-        chosen, rejected = (first, second) if left > right else (second, first)
+            first_score, second_score = (parts(request, dialogue.completion)["score"] for dialogue in (first, second))
+        chosen, rejected = (first, second) if first_score > second_score else (second, first)
         if rng.random() < NOISE:
             chosen, rejected = rejected, chosen
         rows.append({"prompt": first.prompt, "chosen": chosen.completion, "rejected": rejected.completion})

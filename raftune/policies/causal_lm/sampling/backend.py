@@ -8,20 +8,20 @@ log-probabilities are compared with those of a plain forward pass (parity.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from raftune.config.extensions import register
 from raftune.errors import ConfigError, ExtensionError, ModelError
 from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion
-from raftune.policies.causal_lm.loading import base_of, evaluating, positions_of
+from raftune.policies.causal_lm.loading import base_of, context, evaluating
 from raftune.policies.causal_lm.sampling.completions import CompletionBatch
-from raftune.policies.causal_lm.sampling.hf_generate import generate_seeded, generate_with_kwargs, is_recurrent
+from raftune.policies.causal_lm.sampling.hf_generate import hf_generate, is_recurrent
 from raftune.policies.causal_lm.sampling.params import BackendName, FinishReason, GeneratedCompletion, SamplingParams
 from raftune.policies.causal_lm.sampling.parity import COPIES, ParityProbe, TokenReplay, measure, rows_of_prompts
 from raftune.policies.causal_lm.sampling.shared_prefix import (
@@ -31,7 +31,7 @@ from raftune.policies.causal_lm.sampling.shared_prefix import (
 )
 from raftune.protocols import GenerationRequest, SamplingBackend
 from raftune.sanitize import first_line
-from raftune.store import partial
+from raftune.store import partial as unfinished
 from raftune.training.devices import is_out_of_memory, names_out_of_memory
 
 
@@ -78,40 +78,11 @@ class BackendChoice:
         return "generate", reason
 
 
-BACKENDS: dict[str, type[SamplingBackend]] = {}  # the built-in backends, by sampling.backend
-
-
-@register(BACKENDS, "shared_prefix")
-class SharedPrefix:
-    """Prefills each prompt once, and keeps its keys for all its completions."""
-
-    reproducible = True
-    path: BackendName = "forked"
-
-    def generate(self, model: Any, request: GenerationRequest) -> list[list[GeneratedCompletion]]:
-        batch = CompletionBatch(
-            request.tokenizer, request.prompts, request.seeds, request.parameters, _context_of(model)
-        )
-        if batch.rows:
-            _fill(self.path, model, batch)
-        return batch.completions()
-
-
-@register(BACKENDS, "hf_generate")
-class HfGenerate(SharedPrefix):
-    """transformers' `generate`. `alone`: one row at a time, for models whose rows depend on their batch."""
-
-    def __init__(self, alone: bool = False) -> None:
-        self.path = "single" if alone else "generate"
-
-
-def _fill(path: BackendName, model: nn.Module, batch: CompletionBatch) -> None:
-    if path == "forked":
-        generate_shared_prefix(model, batch)
-    elif batch.settings.needs_generate:
-        generate_with_kwargs(model, batch)
-    else:
-        generate_seeded(model, batch, 1 if path == "single" else batch.settings.batch_size)
+BACKENDS: dict[BackendName, Callable[[nn.Module, CompletionBatch], None]] = {
+    "forked": generate_shared_prefix,
+    "generate": hf_generate,
+    "single": partial(hf_generate, one_by_one=True),
+}
 
 
 def generate(
@@ -131,12 +102,13 @@ def generate(
     ModelError where logits are not numbers, ConfigError for `generation_kwargs` that `generate` refuses.
     """
     with names_out_of_memory(settings.batch_size, "max_completion_length"):
-        if path is None and any(seeds):
-            CompletionBatch(tokenizer, prompts, seeds, settings, _context_of(model))  # raises for unusable prompts
-            choice = choose_backend(model, rows_of_prompts(prompts), settings)
-            path, _ = choice.path(model, settings, max(map(len, prompts)))
-        backend = SharedPrefix() if path == "forked" else HfGenerate(alone=path == "single")
-        return backend.generate(model, GenerationRequest(prompts, seeds, settings, tokenizer))
+        batch = CompletionBatch(tokenizer, prompts, seeds, settings, _context_of(model))
+        if batch.rows:
+            if path is None:
+                choice = choose_backend(model, rows_of_prompts(prompts), settings)
+                path, _ = choice.path(model, settings, max(map(len, prompts)))
+            BACKENDS[path](model, batch)
+        return batch.completions()
 
 
 def generate_by(
@@ -166,8 +138,8 @@ def generate_by(
         )
     longest = request.parameters.max_completion_length
     for ids, logprobs, finish in (completion for group in groups for completion in group):
-        whole = 0 < len(ids) <= longest and len(ids) == len(logprobs) and all(map(math.isfinite, logprobs))
-        if not whole or finish not in get_args(FinishReason):
+        valid = 0 < len(ids) <= longest and len(ids) == len(logprobs) and all(map(math.isfinite, logprobs))
+        if not valid or finish not in get_args(FinishReason):
             raise ExtensionError(
                 f"sampling.backend: a completion of {name} must be 1 to {longest} ids, a finite log-probability for "
                 f"each, and eos, stop or length; got {len(ids)} ids, {len(logprobs)} log-probabilities, {finish!r}. "
@@ -197,7 +169,7 @@ def choose_backend(
         if batched and (alone := _fault("single", model, probe, settings, distances)):
             raise ModelError(
                 "policy.model must generate with the log-probabilities of its own forward, and no way of generating "
-                f"does: shared prefix: {forked or 'not possible for the whole context'}; generate: {batched}; one row "
+                f"does: shared prefix: {forked or 'not possible for the valid context'}; generate: {batched}; one row "
                 f"at a time: {alone}. Use another dtype, or another model, and report the architecture."
             )
     choice = BackendChoice(forked, rows_at_once, distances, probe.noise, probe.allowed, scoring)
@@ -208,8 +180,8 @@ def choose_backend(
 def replay(path: BackendName, model: nn.Module, probe: ParityProbe, settings: SamplingParams) -> list[list[float]]:
     """The log-probs of the probe's completions, as this backend records them."""
     batch = TokenReplay(probe, settings.pad_id, min(settings.batch_size, COPIES * len(probe.prompts)))
-    with partial.outside():
-        _fill(path, model, batch)
+    with unfinished.outside():
+        BACKENDS[path](model, batch)
     return [completion.logprobs for group in batch.completions() for completion in group]
 
 
@@ -243,14 +215,13 @@ def _fault(
 
 
 def _context_of(model: nn.Module) -> int | None:
-    return positions_of(base_of(model).config.get_text_config(decoder=True))
+    return context(base_of(model).config)
 
 
 def _structure(model: nn.Module, settings: SamplingParams, longest_prompt: int | None) -> str:
     """Why the architecture cannot share a prefix with these settings; empty where it can."""
-    known = _context_of(model)
-    context = known if longest_prompt is None else longest_prompt + settings.max_completion_length
-    return _objection(model, min(context, known) if known and context else context)
+    limits = [_context_of(model), longest_prompt and longest_prompt + settings.max_completion_length]
+    return _objection(model, min(filter(None, limits), default=None))
 
 
 def _objection(model: nn.Module, context: int | None) -> str:

@@ -52,8 +52,12 @@ def is_recurrent(model: nn.Module) -> bool:
         return True
 
 
-def generate_seeded(model: nn.Module, batch: CompletionBatch, size: int) -> None:
-    """Fills `batch` through `generate`, at most `size` rows at once, with each sample's own noise."""
+def hf_generate(model: nn.Module, batch: CompletionBatch, one_by_one: bool = False) -> None:
+    """Fills `batch` through `generate`, with each sample's own noise, or as `generation_kwargs` want it."""
+    if batch.settings.needs_generate:
+        generate_with_kwargs(model, batch)
+        return
+    size = 1 if one_by_one else batch.settings.batch_size
     lengths = np.array([len(prompt) for prompt in batch.prompts])[batch.prompt_of]
     with _own_defaults(model) as generate:
         for rows in _unfinished(batch, _alike(model, batch.limits, lengths, size)):

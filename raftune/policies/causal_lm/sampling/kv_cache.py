@@ -152,8 +152,8 @@ class KVCache:
     def _places_for(self, heads: int, device: torch.device) -> Tensor:
         """Where (row, head) lies in the flattened grid (G, heads, J)."""
         if (heads, device) not in self._places:
-            places = (self._groups[:, None] * heads + np.arange(heads)) * self._deep + self._rank[:, None]
-            self._places[heads, device] = torch.from_numpy(places.reshape(-1)).to(device)
+            cells = (self._groups[:, None] * heads + np.arange(heads)) * self._deep + self._rank[:, None]
+            self._places[heads, device] = torch.from_numpy(cells.reshape(-1)).to(device)
         return self._places[heads, device]
 
     def _padding_bias(self, heads: int, like: Tensor) -> Tensor:
@@ -176,8 +176,8 @@ class KVCache:
     def _gather(self, grid: Tensor, heads: int, repeat: int) -> Tensor:
         """The inverse of `_scatter`: (G*C, J*E, X) becomes (N*C, E, X)."""
         size = grid.shape[-1]
-        places = self._places_for(heads, grid.device)
-        return grid.view(-1, repeat * size).index_select(0, places).view(-1, repeat, size)
+        cells = self._places_for(heads, grid.device)
+        return grid.view(-1, repeat * size).index_select(0, cells).view(-1, repeat, size)
 
 
 def _closing_holes(alive: BoolArray) -> IntArray:

@@ -119,9 +119,9 @@ def probe_of_fit(model: Any, examples: Sequence[TokenizedCompletion], pad_id: in
     rows: dict[tuple[int, ...], TokenizedCompletion] = {}
     for index in sorted(range(len(examples)), key=order):
         start = examples[index].start
-        left = max(0, start - PROMPT_TOKENS)
-        ids = examples[index].ids[left : start + COMPLETION_TOKENS]
-        rows.setdefault(tuple(ids.tolist()), TokenizedCompletion(ids, start - left))
+        first = max(0, start - PROMPT_TOKENS)
+        ids = examples[index].ids[first : start + COMPLETION_TOKENS]
+        rows.setdefault(tuple(ids.tolist()), TokenizedCompletion(ids, start - first))
         if len(rows) == ROWS:
             break
     probe = measure(model, list(rows.values()), pad_id)

@@ -267,12 +267,12 @@ def generate_shared_prefix(model: nn.Module, batch: CompletionBatch) -> None:
 
 def _admitted(queue: deque[tuple[int, IntArray]], room: int, size: int) -> list[tuple[int, IntArray]]:
     """Takes from the queue the groups that fit, once they are worth a cache of their own."""
-    taken = groups = 0
+    admitted = groups = 0
     for _, rows in queue:
-        if taken + len(rows) > room:
+        if admitted + len(rows) > room:
             break
-        taken, groups = taken + len(rows), groups + 1
-    worth = room == size or groups == len(queue) or taken * REFILL_SHARE >= size
+        admitted, groups = admitted + len(rows), groups + 1
+    worth = room == size or groups == len(queue) or admitted * REFILL_SHARE >= size
     return [queue.popleft() for _ in range(groups)] if worth else []
 
 
@@ -355,7 +355,7 @@ class PrefixCache(AttentionCache):
     ) -> None:
         super().__init__()
         self._prompts = layers
-        # By prompt: its number and length, the places (J, T) of its rows' tokens, and which of these are no padding.
+        # By prompt: its number and length, the cells (J, T) of its rows' tokens, and which of these are no padding.
         self._groups: list[tuple[int, int, Tensor, Tensor]] = []
         start, device = 0, layers[0][0].device
         for prompt, members in groupby(zip(owners.tolist(), rows, strict=True), lambda pair: pair[0]):
@@ -363,9 +363,9 @@ class PrefixCache(AttentionCache):
             sizes = np.array([size for _, size in lengths])
             columns = np.arange(sizes.max())
             starts = start + np.cumsum(sizes) - sizes
-            places = torch.from_numpy(starts[:, None] + np.minimum(columns, sizes[:, None] - 1)).to(device)
+            cells = torch.from_numpy(starts[:, None] + np.minimum(columns, sizes[:, None] - 1)).to(device)
             real = torch.from_numpy(columns < sizes[:, None]).to(device)
-            self._groups.append((prompt, lengths[0][0], places, real))
+            self._groups.append((prompt, lengths[0][0], cells, real))
             start += int(sizes.sum())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -376,16 +376,16 @@ class PrefixCache(AttentionCache):
         prompt_keys, prompt_values = self._prompts[self._layer]
         query_HSD, key_CSD, value_CSD = query_1HSD[0], key_1CSD[0], value_1CSD[0]
         parts = []
-        for prompt, length, places, real in self._groups:
-            places, real = places.to(query_HSD.device), real.to(query_HSD.device)
-            count, width = places.shape
+        for prompt, length, cells, real in self._groups:
+            cells, real = cells.to(query_HSD.device), real.to(query_HSD.device)
+            count, width = cells.shape
             prefix = slice(prompt, prompt + 1), slice(None), slice(length)
             # Rows of the group, out of the packed one: (J, C, P + T, D) keys and values, (J, C, E*T, D) queries.
             key, value = (
-                torch.cat([states[prefix].expand(count, -1, -1, -1), packed[:, places].transpose(0, 1)], dim=2)
+                torch.cat([states[prefix].expand(count, -1, -1, -1), packed[:, cells].transpose(0, 1)], dim=2)
                 for states, packed in ((prompt_keys, key_CSD), (prompt_values, value_CSD))
             )
-            query = query_HSD[:, places].transpose(0, 1).reshape(count, len(key_CSD), -1, query_HSD.shape[-1])
+            query = query_HSD[:, cells].transpose(0, 1).reshape(count, len(key_CSD), -1, query_HSD.shape[-1])
             seen = torch.ones(width, length + width, dtype=torch.bool, device=query.device).tril(length)
             mask = seen.repeat(query.shape[2] // width, 1)
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)

@@ -70,10 +70,10 @@ def inverse_cdf(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
     """
     rows, vocabulary = weights_RV.shape
     wide = torch.float32 if weights_RV.device.type == "mps" else torch.float64
-    whole = vocabulary // _BLOCK * _BLOCK  # the last block may be short
-    sums = [weights_RV[:, :whole].reshape(rows, -1, _BLOCK).sum(-1)] if whole else []
-    if whole < vocabulary:
-        sums.append(weights_RV[:, whole:].sum(-1, keepdim=True))
+    full = vocabulary // _BLOCK * _BLOCK  # the last block may be short
+    sums = [weights_RV[:, :full].reshape(rows, -1, _BLOCK).sum(-1)] if full else []
+    if full < vocabulary:
+        sums.append(weights_RV[:, full:].sum(-1, keepdim=True))
     edges_RB = torch.cat(sums, dim=1).to(wide).cumsum(-1)
     total_R1 = edges_RB[:, -1:]
     target_R1 = torch.minimum(uniforms_R.to(wide).to(total_R1.device)[:, None] * total_R1, _just_below(total_R1))

@@ -23,10 +23,10 @@ def adapter_class(pipeline: str) -> type[PipelineAdapter]:
     for kind in ADAPTERS:
         if pipeline in kind.pipelines:
             return kind
-    known = ", ".join(sorted(name for kind in ADAPTERS for name in kind.pipelines))
+    supported = ", ".join(sorted(name for kind in ADAPTERS for name in kind.pipelines))
     raise ModelError(
-        f"policy.model must be a pipeline that raftune knows how to tune; got a {pipeline}. Supported are {known}: use "
-        "one of these, or write a family of your own (docs/families.md)."
+        f"policy.model must be a pipeline that raftune knows how to tune; got a {pipeline}. Supported are {supported}: "
+        "use one of these, or write a family of your own (docs/families.md)."
     )
 
 

@@ -141,10 +141,10 @@ class PipelineAdapter(ABC):
     def encode(self, prompts: Sequence[Any]) -> Conditions:
         """The conditions of these prompts, a row each; the only place that needs text encoders."""
         self.check_prompts(prompts)
-        if lacking := [name for name in self.text_parts if getattr(self.pipe, name, None) is None]:
+        if missing := [name for name in self.text_parts if getattr(self.pipe, name, None) is None]:
             raise ModelError(
                 f"policy.model must have all parts that read prompts; this {type(self.pipe).__name__} has no "
-                f"{', '.join(lacking)}. Load it whole, without setting them to null."
+                f"{', '.join(missing)}. Load it whole, without setting them to null."
             )
         device = getattr(self.pipe, self.text_parts[0]).device
         outputs = self.pipe.encode_prompt(prompt=list(prompts), device=device, **self.text_options, **self.reading())

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from raftune.config.training import TrainingConfig
 from raftune.errors import ConfigError, ModelError, OutOfMemory
 from raftune.policies.causal_lm import CausalLM, sft_loss
-from raftune.policies.causal_lm.loading import OPTIMIZER
+from raftune.policies.model_files import OPTIMIZER
 from raftune.store import interruption, partial
 from raftune.training import fit
 from raftune.training.checkpoints import MANIFEST, REQUIRED, newest_verified, verifies

@@ -16,9 +16,9 @@ from transformers import TrainerCallback
 
 from raftune.errors import ConfigError, DataError, ModelError, OutOfMemory
 from raftune.policies.diffusion import Diffusion
-from raftune.policies.diffusion import loss as losses
+from raftune.policies.diffusion import training as losses
 from raftune.policies.diffusion.images import columns_of, latents_of
-from raftune.policies.diffusion.saving import OPTIMIZER
+from raftune.policies.model_files import OPTIMIZER
 from raftune.training.checkpoints import MANIFEST, REQUIRED
 from raftune.training.fit import AVERAGE
 from tests.builders import tree_hash

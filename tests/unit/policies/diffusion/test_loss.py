@@ -16,9 +16,9 @@ from diffusers.training_utils import EMAModel
 from raftune.config.training import DiffusionTraining
 from raftune.errors import DataError
 from raftune.policies.diffusion.images import columns_of
-from raftune.policies.diffusion.loss import DenoisingLoss, ImageRow, StepCounter, batch_of, read_rows
 from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter, PipelineCall, SampledImages
 from raftune.policies.diffusion.schedules import FlowMatching, Schedule, VariancePreserving
+from raftune.policies.diffusion.training import DenoisingLoss, ImageRow, StepCounter, batch_of, read_rows
 from raftune.training.fit import MovingAverage
 from raftune.training.objectives import Sft
 from tests.unit.policies.diffusion.fits import write_rows

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from raftune.errors import OutOfMemory
+from raftune.policies.diffusion.images import batches, lanes, lanes_for
 from raftune.policies.diffusion.pipelines.base import PipelineAdapter, PipelineCall
-from raftune.policies.diffusion.sample import batches, lanes, lanes_for
 from raftune.store import interruption, partial
 from tests.pipelines import save_tiny
 from tests.unit.policies.diffusion.runs import TEXTS, chunk, pixels, policy
@@ -160,7 +160,7 @@ def test_a_vae_that_is_converted_while_it_decodes_serves_one_batch_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr("raftune.policies.diffusion.sample.lanes", lambda count: seen.append(count) or lanes(count))
+    monkeypatch.setattr("raftune.policies.diffusion.images.lanes", lambda count: seen.append(count) or lanes(count))
     drawer = policy(save_tiny("sdxl", tmp_path / "sdxl"), tmp_path, "sdxl")
     drawer.generate(chunk(TEXTS, batch_size=4))
     monkeypatch.setattr(PipelineAdapter, "overflows", True)
